@@ -1,0 +1,103 @@
+"""Designs: how the rows of the data meet the columns of a random effect."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["DenseDesign", "Design", "IdentityDesign", "IndexedDesign"]
+
+
+class Design:
+    r"""A design :math:`Z` of shape (n, q), known by its products."""
+
+    shape: tuple[int, int]
+
+    def matmul(self, x: Tensor) -> Tensor:
+        r""":math:`Z x` for ``x`` of shape (q, m)."""
+        raise NotImplementedError
+
+    def t_matmul(self, x: Tensor) -> Tensor:
+        r""":math:`Z^\top x` for ``x`` of shape (n, m)."""
+        raise NotImplementedError
+
+    def take(self, rows: Tensor) -> Design:
+        """The design of some of the rows."""
+        raise NotImplementedError
+
+    def dense(self, like: Tensor) -> Tensor:
+        """The matrix itself, on the dtype and device of ``like``."""
+        eye = torch.eye(self.shape[1], dtype=like.dtype, device=like.device)
+        return self.matmul(eye)
+
+
+class IdentityDesign(Design):
+    """Every row is its own column."""
+
+    def __init__(self, size: int) -> None:
+        self.shape = (size, size)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return x
+
+    def t_matmul(self, x: Tensor) -> Tensor:
+        return x
+
+    def take(self, rows: Tensor) -> Design:
+        return IndexedDesign(rows, None, self.shape[1])
+
+
+class DenseDesign(Design):
+    """A design without structure; ``matrix`` may require a gradient."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+        self.shape = (matrix.shape[0], matrix.shape[1])
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return self.matrix.to(x) @ x
+
+    def t_matmul(self, x: Tensor) -> Tensor:
+        return self.matrix.to(x).mT @ x
+
+    def take(self, rows: Tensor) -> Design:
+        return DenseDesign(self.matrix[rows])
+
+
+class IndexedDesign(Design):
+    r"""Row i holds ``values[i]`` in the k columns of level ``codes[i]``, zeros elsewhere.
+
+    Args:
+        codes: (n,) level of each row, from 0; -1 is a row of zeros.
+        values: (n, k) entries, or None for ones with k = 1. May require a gradient.
+        levels: number of levels; the shape is (n, levels · k), columns level by level.
+    """
+
+    def __init__(self, codes: Tensor, values: Tensor | None, levels: int) -> None:
+        absent = codes < 0
+        if bool(absent.any()):
+            kept = (~absent).to(torch.get_default_dtype() if values is None else values.dtype)
+            values = kept[:, None] if values is None else values * kept[:, None]
+            codes = codes.clamp(min=0)
+        self.codes = codes
+        self.values = values
+        self.levels = levels
+        self.effects = 1 if values is None else values.shape[1]
+        self.shape = (codes.shape[0], levels * self.effects)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        if self.values is None:
+            return x.index_select(0, self.codes)
+        blocks = x.reshape(self.levels, self.effects, -1).index_select(0, self.codes)
+        return (self.values.to(x)[:, :, None] * blocks).sum(1)
+
+    def t_matmul(self, x: Tensor) -> Tensor:
+        if self.values is None:
+            return x.new_zeros(self.levels, x.shape[1]).index_add(0, self.codes, x)
+        weighted = self.values.to(x)[:, :, None] * x[:, None, :]
+        total = x.new_zeros(self.levels, self.effects, x.shape[1])
+        return total.index_add(0, self.codes, weighted).reshape(self.shape[1], -1)
+
+    def take(self, rows: Tensor) -> Design:
+        values = None if self.values is None else self.values[rows]
+        return IndexedDesign(self.codes[rows], values, self.levels)

@@ -1,0 +1,217 @@
+"""One-hot designs from labels."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from openreml_nn.covariance.design import IndexedDesign
+from openreml_nn.covariance.matrix import FreeParams, Matrix
+
+__all__ = ["DummyMatrix"]
+
+Labels = Sequence[Any] | np.ndarray | pd.Series | pd.Index | pd.Categorical | Tensor
+
+
+class DummyMatrix(Matrix):
+    r"""One-hot design :math:`Z` of a factor, or of the interaction of several.
+
+    :math:`Z_{il} = 1` where row i has level l. With ``covariates`` of shape
+    (n, k) each level has k columns, and row i holds its covariates in those
+    of its level: the design of random slopes, columns level by level.
+
+    Only the level of each row is stored. The design follows the dtype and
+    device of what it is called with.
+
+    Args:
+        *labels: one or more sequences of labels (strings, numbers,
+            categoricals, arrays, tensors) of one length n.
+        levels: the levels of each factor in order, a list of lists (for one
+            factor also a flat list); by default the sorted labels, or a
+            categorical's own categories. Rows whose label is not among them
+            are rows of zeros, with a warning.
+        lex_order: whether the columns are sorted.
+        drop_first: whether the first column is dropped.
+        drop_empty_cols: whether columns (combinations of levels) that no row
+            has are dropped.
+        covariates: (n,) or (n, k) tensor of values in place of ones. A
+            parameter, or a tensor that requires a gradient, stays trainable.
+
+    Attributes:
+        colnames: names of the columns; levels of several factors are joined by ``⋈``.
+        codes: (n,) level of each row, -1 for a row of zeros.
+
+    Raises:
+        ValueError: if there are no labels, lengths differ, labels are missing
+            (the rows are named), or ``levels`` or ``covariates`` do not fit.
+        TypeError: if labels are a single string.
+
+    >>> DummyMatrix(["b", "a", "b"])()
+    tensor([[0., 1.],
+            [1., 0.],
+            [0., 1.]])
+    """
+
+    codes: Tensor
+
+    def __init__(
+        self,
+        *labels: Labels,
+        levels: Sequence[Any] | None = None,
+        lex_order: bool = True,
+        drop_first: bool = False,
+        drop_empty_cols: bool = False,
+        covariates: Tensor | None = None,
+    ) -> None:
+        columns = [_as_series(label, i) for i, label in enumerate(labels)]
+        if not columns or not len(columns[0]):
+            raise ValueError("`labels` are empty: DummyMatrix needs at least one label")
+        n = len(columns[0])
+        if any(len(column) != n for column in columns):
+            raise ValueError(
+                f"`labels` have lengths {[len(c) for c in columns]}: expected the same length"
+            )
+        factors = _factors(columns, levels)
+        codes, combos = _interact(columns, factors, drop_empty_cols)
+        if lex_order:
+            order = sorted(range(len(combos)), key=lambda i: _sort_key(combos[i]))
+        else:
+            order = list(range(len(combos)))
+        if drop_first:
+            order = order[1:]
+        if not order:
+            raise ValueError("no columns are left: the factor has a single level")
+        position = np.full(len(combos) + 1, -1, dtype=np.int64)
+        position[order] = np.arange(len(order))
+        codes = position[codes]
+        self._colnames = ["⋈".join(map(str, combos[i])) for i in order]
+
+        k = 1
+        if covariates is not None:
+            covariates = covariates[:, None] if covariates.dim() == 1 else covariates
+            if covariates.dim() != 2 or covariates.shape[0] != n:
+                raise ValueError(
+                    f"`covariates` has shape {tuple(covariates.shape)}: expected ({n}, k)"
+                )
+            k = covariates.shape[1]
+        super().__init__((n, len(order) * k), {})
+        self.register_buffer("codes", torch.from_numpy(codes), persistent=False)
+        if isinstance(covariates, torch.nn.Parameter):
+            self.register_parameter("covariates", covariates)
+        else:
+            self.register_buffer("covariates", covariates, persistent=False)
+
+    @property
+    def colnames(self) -> list[str]:
+        """Names of the levels, in the order of the columns."""
+        return self._colnames
+
+    @property
+    def design(self) -> IndexedDesign:
+        """The design by level codes."""
+        return IndexedDesign(self.codes, self.covariates, len(self._colnames))
+
+    def forward(self, free_params: FreeParams = None) -> Tensor:
+        like = self._flat(free_params)
+        design = self.design
+        one_hot = torch.zeros(self.shape[0], design.levels, dtype=like.dtype, device=like.device)
+        one_hot[torch.arange(self.shape[0], device=like.device), design.codes] = 1
+        if design.values is None:
+            return one_hot
+        values = design.values.to(like)
+        return (one_hot[:, :, None] * values[:, None, :]).reshape(self.shape)
+
+    def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
+        return None, []
+
+    def _reference(self) -> Tensor:
+        return torch.empty(0) if self.covariates is None else self.covariates
+
+    @property
+    def repr_dict(self) -> dict[str, Any]:
+        return {"shape": self.shape}
+
+
+def _as_series(label: Labels, i: int) -> pd.Series:
+    if isinstance(label, str):
+        raise TypeError(f"labels {i} are the string {label!r}: expected a sequence of labels")
+    if isinstance(label, Tensor):
+        label = label.detach().cpu().numpy()
+    series = pd.Series(label).reset_index(drop=True)
+    missing = np.flatnonzero(series.isna().to_numpy())
+    if missing.size:
+        shown = ", ".join(map(str, missing[:5])) + (", …" if missing.size > 5 else "")
+        raise ValueError(f"labels {i} are missing in {missing.size} row(s): {shown}")
+    return series
+
+
+def _factors(columns: list[pd.Series], levels: Sequence[Any] | None) -> list[list[Any]]:
+    """The levels of each factor."""
+    if levels is None:
+        return [
+            list(c.cat.categories)
+            if isinstance(c.dtype, pd.CategoricalDtype)
+            else sorted(c.unique().tolist(), key=lambda value: _sort_key((value,)))
+            for c in columns
+        ]
+    nested = [isinstance(level, list | tuple | np.ndarray | pd.Index) for level in levels]
+    if len(columns) == 1 and not any(nested):
+        return [list(levels)]
+    if not all(nested) or len(levels) != len(columns):
+        raise ValueError(
+            f"`levels` is {levels!r}: expected one list of levels for each of {len(columns)} factors"
+        )
+    return [list(level) for level in levels]
+
+
+def _interact(
+    columns: list[pd.Series], factors: list[list[Any]], observed_only: bool
+) -> tuple[np.ndarray, list[tuple[Any, ...]]]:
+    """Code of each row among the combinations of levels, and those combinations."""
+    n = len(columns[0])
+    total = np.zeros(n, dtype=np.int64)
+    known = np.ones(n, dtype=bool)
+    sizes = [len(levels) for levels in factors]
+    for column, levels, size in zip(columns, factors, sizes, strict=True):
+        code = pd.Categorical(column.astype(object), categories=pd.Index(levels, dtype=object))
+        part = code.codes.astype(np.int64)
+        known &= part >= 0
+        total = total * size + part
+    if not known.all():
+        rows = np.flatnonzero(~known)
+        labels = sorted({tuple(str(c.iloc[i]) for c in columns) for i in rows[:100]})
+        warnings.warn(
+            f"{rows.size} row(s) have a combination that is not among the levels "
+            f"and become rows of zeros: {labels[:5]}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    cells = np.unique(total[known]) if observed_only else np.arange(prod(sizes))
+    codes = np.full(n, -1, dtype=np.int64)
+    codes[known] = np.searchsorted(cells, total[known])
+    parts = []
+    rest = cells
+    for size in reversed(sizes):
+        parts.append(rest % size)
+        rest = rest // size
+    parts.reverse()
+    combos = [
+        tuple(levels[cell[j]] for j, levels in enumerate(factors))
+        for cell in zip(*(p.tolist() for p in parts), strict=True)
+    ]
+    return codes, combos
+
+
+def _sort_key(combo: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Numbers by size before everything else by spelling."""
+    return tuple(
+        (0, float(value), "") if isinstance(value, int | float | np.number) else (1, 0.0, str(value))
+        for value in combo
+    )

@@ -1,0 +1,136 @@
+"""The identity and its multiples: independent effects of equal variance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openreml_nn.covariance.design import IdentityDesign
+from openreml_nn.covariance.matrix import FreeParams, Matrix, free_specs
+from openreml_nn.covariance.terms import DiagonalCovariance, RepeatedCovariance, Term
+from openreml_nn.covariance.transform import TransformExpPow2
+
+__all__ = ["DiagonalMatrix", "IdentityMatrix", "ScalarMatrix"]
+
+
+def _eye(size: int, like: Tensor) -> Tensor:
+    return torch.eye(size, dtype=like.dtype, device=like.device)
+
+
+class IdentityMatrix(Matrix):
+    r"""Identity matrix :math:`I_n`.
+
+    Args:
+        n: size.
+
+    Shape:
+        Output: (n, n).
+
+    >>> IdentityMatrix(2)()
+    tensor([[1., 0.],
+            [0., 1.]])
+    """
+
+    def __init__(self, n: int) -> None:
+        super().__init__((n, n), {})
+
+    def forward(self, free_params: FreeParams = None) -> Tensor:
+        return _eye(self.shape[0], self._flat(free_params))
+
+    def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
+        return None, []
+
+    def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
+        n = self.shape[0]
+        one = _eye(1, self._flat(free_params))
+        return [Term(IdentityDesign(n), RepeatedCovariance(n, one, one)).take(rows)]
+
+
+class ScalarMatrix(Matrix):
+    r"""Homoscedastic covariance :math:`\sigma^2 I_n`.
+
+    =========== ============== =======
+    parameter   transform      default
+    =========== ============== =======
+    ``sigma^2`` :math:`e^{2x}` 0
+    =========== ============== =======
+
+    Args:
+        n: size.
+        param_specs: specifications that replace the ones above.
+
+    Shape:
+        Output: (n, n).
+
+    >>> ScalarMatrix(2)(torch.tensor([0.5]))
+    tensor([[2.7183, 0.0000],
+            [0.0000, 2.7183]])
+    """
+
+    def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
+        specs = param_specs or free_specs(["sigma^2"], trans=TransformExpPow2())
+        super().__init__((n, n), specs)
+
+    def forward(self, free_params: FreeParams = None) -> Tensor:
+        variance = self.build_params(free_params)
+        return variance * _eye(self.shape[0], variance)
+
+    def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
+        eye = _eye(self.shape[0], self._flat(free_params))
+        return self._chain_grad(eye[None], free_params)
+
+    def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        return self._chain_vjp(cotangent.diagonal().sum().reshape(1), free_params)
+
+    def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
+        n = self.shape[0]
+        variance = self.build_params(free_params).reshape(1, 1)
+        return [Term(IdentityDesign(n), RepeatedCovariance(n, variance)).take(rows)]
+
+
+class DiagonalMatrix(Matrix):
+    r"""Heteroscedastic covariance :math:`\mathrm{diag}(\sigma^2_0, \dots, \sigma^2_{n-1})`.
+
+    ============= ============== =======
+    parameter     transform      default
+    ============= ============== =======
+    ``sigma^2_i`` :math:`e^{2x}` 0
+    ============= ============== =======
+
+    Args:
+        n: size.
+        param_specs: specifications that replace the ones above.
+
+    Shape:
+        Output: (n, n).
+
+    >>> DiagonalMatrix(2)(torch.tensor([0.0, 0.5]))
+    tensor([[1.0000, 0.0000],
+            [0.0000, 2.7183]])
+    """
+
+    def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
+        names = [f"sigma^2_{i}" for i in range(n)]
+        super().__init__((n, n), param_specs or free_specs(names, trans=TransformExpPow2()))
+
+    def forward(self, free_params: FreeParams = None) -> Tensor:
+        return torch.diag_embed(self.build_params(free_params))
+
+    def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
+        eye = _eye(self.shape[0], self._flat(free_params))
+        return self._chain_grad(torch.diag_embed(eye), free_params)
+
+    def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        return self._chain_vjp(cotangent.diagonal(), free_params)
+
+    def push_forward(self, tangent: Tensor, free_params: Tensor) -> Tensor:
+        full = tangent.new_zeros(self.num_params)
+        index = torch.tensor(self.free_param_index, device=tangent.device)
+        return torch.diag_embed(full.index_add(0, index, tangent * self.trans_grad(free_params)))
+
+    def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
+        variances = self.build_params(free_params)
+        return [Term(IdentityDesign(self.shape[0]), DiagonalCovariance(variances)).take(rows)]

@@ -1,0 +1,105 @@
+"""Kronecker products of matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import reduce
+from math import prod
+
+import torch
+from torch import Tensor
+
+from openreml_nn.covariance.design import IdentityDesign
+from openreml_nn.covariance.matrix import FreeParams, Matrix
+from openreml_nn.covariance.operator import Operator
+from openreml_nn.covariance.terms import (
+    DenseCovariance,
+    DiagonalCovariance,
+    RepeatedCovariance,
+    Term,
+)
+
+__all__ = ["KroneckerProduct"]
+
+
+class KroneckerProduct(Operator):
+    r"""Kronecker product :math:`V = A_0 \otimes A_1 \otimes \dots`.
+
+    ``KroneckerProduct(IdentityMatrix(q), Sigma)`` is the covariance of q
+    independent levels whose effects have covariance Sigma.
+
+    Args:
+        *args: operands; or a dict of them, or keyword arguments.
+
+    Shape:
+        Operands (nᵢ, mᵢ); output (∏ nᵢ, ∏ mᵢ).
+
+    >>> from openreml_nn.covariance import IdentityMatrix, ScalarMatrix
+    >>> KroneckerProduct(IdentityMatrix(2), ScalarMatrix(1))()
+    tensor([[1., 0.],
+            [0., 1.]])
+    """
+
+    def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        return prod(s[0] for s in shapes), prod(s[1] for s in shapes)
+
+    def combine(self, operands: Sequence[Tensor]) -> Tensor:
+        return reduce(_kron, operands)
+
+    def combine_vjp(self, cotangent: Tensor, operands: Sequence[Tensor]) -> list[Tensor]:
+        # Seen as a tensor of axes (n0, n1, ..., m0, m1, ...) the product is an outer product:
+        # the cotangent of one operand contracts all axes but its own with the others.
+        rows = [operand.shape[0] for operand in operands]
+        columns = [operand.shape[1] for operand in operands]
+        pulled = []
+        for i in range(len(operands)):
+            rest = cotangent.reshape(*rows, *columns)
+            for j in reversed(range(len(operands))):
+                if j != i:
+                    half = rest.dim() // 2
+                    axis = j if j < half else half - 1
+                    rest = torch.tensordot(rest, operands[j], dims=([axis, half + axis], [0, 1]))
+            pulled.append(rest)
+        return pulled
+
+    def combine_jvp(self, index: int, tangent: Tensor, operands: Sequence[Tensor]) -> Tensor:
+        return reduce(_kron, [*operands[:index], tangent, *operands[index + 1 :]])
+
+    def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
+        parts = []
+        for name, operand in self._typed_operands(free_params).items():
+            if isinstance(operand, Matrix):
+                found = operand.terms(None, self._sub(name, free_params))
+            else:
+                found = [Term(IdentityDesign(operand.shape[0]), DenseCovariance(operand))]
+            if len(found) != 1 or not isinstance(found[0].design, IdentityDesign):
+                return super().terms(rows, free_params)
+            parts.append(found[0])
+        merged = reduce(_merge, parts[1:], parts[0])
+        if merged is None:
+            return super().terms(rows, free_params)
+        return [replace(merged, name="").take(rows)]
+
+
+def _kron(a: Tensor, b: Tensor) -> Tensor:
+    product = a[:, None, :, None] * b[None, :, None, :]
+    return product.reshape(a.shape[0] * b.shape[0], a.shape[1] * b.shape[1])
+
+
+def _merge(outer: Term | None, inner: Term) -> Term | None:
+    """The term of a Kronecker product of two, or None where no structure is known."""
+    if outer is None or not isinstance(outer.covariance, RepeatedCovariance):
+        return None
+    a, b = outer.covariance, inner.covariance
+    if a.matrix.shape[0] != 1:
+        return None
+    design = IdentityDesign(outer.design.shape[0] * inner.design.shape[0])
+    if isinstance(b, RepeatedCovariance):
+        known = a.factor is not None and b.factor is not None
+        factor = a.factor * b.factor if known else None  # type: ignore[operator]
+        return Term(design, RepeatedCovariance(a.levels * b.levels, a.matrix * b.matrix, factor))
+    if isinstance(b, DiagonalCovariance):
+        variances = (a.matrix[0] * b.matrix).repeat(a.levels)
+        return Term(design, DiagonalCovariance(variances))
+    return Term(design, RepeatedCovariance(a.levels, a.matrix * b.matrix))

@@ -1,0 +1,187 @@
+"""Matrices given entry by entry over a triangle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openreml_nn.covariance.design import IdentityDesign
+from openreml_nn.covariance.matrix import FreeParams, Matrix, free_specs
+from openreml_nn.covariance.terms import RepeatedCovariance, Term
+from openreml_nn.covariance.transform import TransformExp, TransformExpPow2
+
+__all__ = ["LowerTriangularMatrix", "UnconstrainedMatrix", "UnstructuredMatrix"]
+
+
+def _triangle(n: int, m: int) -> list[tuple[int, int]]:
+    """Positions (i, j) with i >= j of an (n, m) matrix, row by row."""
+    return [(i, j) for i in range(n) for j in range(min(i + 1, m))]
+
+
+class _Entries(Matrix):
+    """A matrix whose parameters are its entries over the lower triangle."""
+
+    def _index(self) -> tuple[list[int], list[int]]:
+        positions = _triangle(*self.shape)
+        return [i for i, _ in positions], [j for _, j in positions]
+
+    def _place(self, values: Tensor) -> Tensor:
+        """The lower-triangular matrix with ``values`` (…, num_params) row by row."""
+        rows, columns = self._index()
+        n, m = self.shape
+        selector = torch.zeros(len(rows), n * m, dtype=values.dtype, device=values.device)
+        flat = torch.tensor(rows, device=values.device) * m
+        flat = flat + torch.tensor(columns, device=values.device)
+        selector[torch.arange(len(rows), device=values.device), flat] = 1
+        return (values @ selector).reshape(*values.shape[:-1], n, m)
+
+    def _unit(self, free_params: FreeParams) -> Tensor:
+        """Derivatives of the placed matrix by each entry, (num_params, n, m)."""
+        like = self._flat(free_params)
+        return self._place(torch.eye(self.num_params, dtype=like.dtype, device=like.device))
+
+
+class LowerTriangularMatrix(_Entries):
+    r"""Free lower-triangular matrix.
+
+    ========= ========= =======
+    parameter transform default
+    ========= ========= =======
+    ``L_i_j`` identity  1
+    ========= ========= =======
+
+    for i ≥ j, row by row.
+
+    Args:
+        n: number of rows.
+        m: number of columns.
+        param_specs: specifications that replace the ones above.
+
+    Shape:
+        Output: (n, m).
+
+    >>> LowerTriangularMatrix(2, 2)(torch.tensor([1.0, 2.0, 3.0]))
+    tensor([[1., 0.],
+            [2., 3.]])
+    """
+
+    def __init__(self, n: int, m: int, param_specs: Mapping[str, Any] | None = None) -> None:
+        names = [f"L_{i}_{j}" for i, j in _triangle(n, m)]
+        super().__init__((n, m), param_specs or free_specs(names, default=1.0))
+
+    def forward(self, free_params: FreeParams = None) -> Tensor:
+        return self._place(self.build_params(free_params))
+
+    def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
+        return self._chain_grad(self._unit(free_params), free_params)
+
+    def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        return self._chain_vjp(cotangent[self._index()], free_params)
+
+
+class UnconstrainedMatrix(_Entries):
+    r"""Free symmetric matrix by its entries; *not* necessarily positive definite.
+
+    =============== ====================================== =======
+    parameter       transform                              default
+    =============== ====================================== =======
+    ``sigma^2_i_j`` :math:`e^{2x}` for i = j, identity off 0
+    =============== ====================================== =======
+
+    for i ≥ j, row by row, mirrored above the diagonal. For a covariance that
+    stays positive definite use :class:`UnstructuredMatrix`.
+
+    Args:
+        n: size.
+        param_specs: specifications that replace the ones above.
+
+    Shape:
+        Output: (n, n).
+
+    >>> UnconstrainedMatrix(2)(torch.tensor([0.0, 0.5, 0.5]))
+    tensor([[1.0000, 0.5000],
+            [0.5000, 2.7183]])
+    """
+
+    def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
+        default: dict[str, Any] = {}
+        for i, j in _triangle(n, n):
+            trans = TransformExpPow2() if i == j else None
+            default |= free_specs([f"sigma^2_{i}_{j}"], trans=trans)
+        super().__init__((n, n), param_specs or default)
+
+    def forward(self, free_params: FreeParams = None) -> Tensor:
+        lower = self._place(self.build_params(free_params))
+        return lower + lower.tril(-1).mT
+
+    def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
+        unit = self._unit(free_params)
+        return self._chain_grad(unit + unit.tril(-1).mT, free_params)
+
+    def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        folded = cotangent + cotangent.triu(1).mT
+        return self._chain_vjp(folded[self._index()], free_params)
+
+    def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
+        whole = RepeatedCovariance(1, self(free_params))
+        return [Term(IdentityDesign(self.shape[0]), whole).take(rows)]
+
+
+class UnstructuredMatrix(_Entries):
+    r"""Positive-definite covariance :math:`\Sigma = L L^\top` by its Cholesky factor.
+
+    The default for correlated random effects.
+
+    ========= ==================================== =======
+    parameter transform                            default
+    ========= ==================================== =======
+    ``L_i_j`` :math:`e^x` for i = j, identity off  0
+    ========= ==================================== =======
+
+    for i ≥ j, row by row, so that the default is the identity matrix.
+
+    Args:
+        n: size.
+        param_specs: specifications that replace the ones above.
+
+    Shape:
+        Output: (n, n).
+
+    Reference:
+        Pinheiro and Bates, Unconstrained parametrizations for
+        variance-covariance matrices, Statistics and Computing 6 (1996), 2.2.
+
+    >>> UnstructuredMatrix(2)(torch.tensor([0.0, 0.5, 0.0]))
+    tensor([[1.0000, 0.5000],
+            [0.5000, 1.2500]])
+    """
+
+    def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
+        default: dict[str, Any] = {}
+        for i, j in _triangle(n, n):
+            default |= free_specs([f"L_{i}_{j}"], trans=TransformExp() if i == j else None)
+        super().__init__((n, n), param_specs or default)
+
+    def factor(self, free_params: FreeParams = None) -> Tensor:
+        """The Cholesky factor :math:`L`."""
+        return self._place(self.build_params(free_params))
+
+    def forward(self, free_params: FreeParams = None) -> Tensor:
+        lower = self.factor(free_params)
+        return lower @ lower.mT
+
+    def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
+        half = self._unit(free_params) @ self.factor(free_params).mT
+        return self._chain_grad(half + half.mT, free_params)
+
+    def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        pulled = (cotangent + cotangent.mT) @ self.factor(free_params)
+        return self._chain_vjp(pulled[self._index()], free_params)
+
+    def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
+        lower = self.factor(free_params)
+        whole = RepeatedCovariance(1, lower @ lower.mT, lower)
+        return [Term(IdentityDesign(self.shape[0]), whole).take(rows)]

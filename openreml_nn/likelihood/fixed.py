@@ -1,0 +1,119 @@
+"""The fixed part of a model: checked, of full rank and well conditioned."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["FixedPart", "aliased_columns", "check_data"]
+
+
+def check_data(y: Tensor, X: Tensor) -> None:
+    """Raise an error that says what is wrong with a response or a model matrix.
+
+    Raises:
+        TypeError: if ``y`` or ``X`` is not a floating-point tensor or the dtypes differ.
+        ValueError: if shapes do not fit, a value is not finite, or n ≤ p.
+    """
+    for name, value, dim, shape in (("y", y, 1, "(n,)"), ("X", X, 2, "(n, p)")):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"`{name}` is {got}: expected a floating-point tensor")
+        if value.dim() != dim:
+            raise ValueError(f"`{name}` has shape {tuple(value.shape)}: expected {shape}")
+    if y.dtype != X.dtype:
+        raise TypeError(f"`y` is {y.dtype} but `X` is {X.dtype}: convert one of them")
+    if y.shape[0] != X.shape[0]:
+        raise ValueError(f"`y` has {y.shape[0]} rows but `X` has {X.shape[0]}")
+    if y.shape[0] <= X.shape[1]:
+        raise ValueError(
+            f"there are {y.shape[0]} rows for {X.shape[1]} fixed effects: more rows are needed"
+        )
+    for name, value in (("y", y), ("X", X)):
+        finite = torch.isfinite(value)
+        if not bool(finite.all()):
+            row = int((~finite).reshape(len(y), -1).any(1).nonzero()[0])
+            raise ValueError(f"`{name}` is not finite in row {row}")
+
+
+def aliased_columns(X: Tensor, tolerance: float = 1e-7) -> list[int]:
+    """Columns of ``X`` that are linear combinations of columns before them.
+
+    A column counts as aliased when less than ``tolerance`` of its length is
+    left after projection on the columns kept so far (Gram-Schmidt, twice, on
+    the triangular factor of X).
+    """
+    if X.shape[1] == 0:
+        return []
+    R = torch.linalg.qr(X.detach(), mode="r").R  # (p, p)
+    kept = R.new_zeros(R.shape[0], 0)
+    aliased = []
+    for j in range(R.shape[1]):
+        length = torch.linalg.vector_norm(R[:, j])
+        rest = R[:, j]
+        for _ in range(2):
+            rest = rest - kept @ (kept.mT @ rest)
+        left = torch.linalg.vector_norm(rest)
+        if bool(left <= tolerance * length):
+            aliased.append(j)
+        else:
+            kept = torch.cat([kept, (rest / left)[:, None]], 1)
+    return aliased
+
+
+@dataclass(frozen=True)
+class FixedPart:
+    r"""The likelihood is invariant to :math:`y - Xb` and, up to a constant, to :math:`XT`.
+
+    So it is computed from least-squares residuals and orthonormal columns,
+    whose cross-products lose no digits whatever the units. T and b are
+    constants: derivatives with respect to y and X are those of the original.
+
+    Attributes:
+        y: (n,) residuals :math:`y - X b`.
+        Q: (n, p) orthonormal columns :math:`X T`.
+        T: (p, p) upper triangular.
+        offset: (p,) the least-squares coefficients b.
+        columns: the columns of X that were kept.
+    """
+
+    y: Tensor
+    Q: Tensor
+    T: Tensor
+    offset: Tensor
+    columns: list[int]
+
+    @classmethod
+    def of(cls, y: Tensor, X: Tensor, names: Sequence[str] | None = None) -> FixedPart:
+        """Drop aliased columns with a warning that names them, and orthonormalise the rest."""
+        aliased = aliased_columns(X)
+        columns = [j for j in range(X.shape[1]) if j not in aliased]
+        if aliased:
+            named = [names[j] if names else f"column {j}" for j in aliased]
+            warnings.warn(
+                f"the fixed-effect model matrix is rank deficient: dropped {', '.join(named)}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            X = X[:, columns]
+        with torch.no_grad():
+            Q, R = torch.linalg.qr(X.detach())
+            eye = torch.eye(R.shape[0], dtype=R.dtype, device=R.device)
+            T = torch.linalg.solve_triangular(R, eye, upper=True)
+            offset = T @ (Q.mT @ y.detach())
+        if X.requires_grad:
+            Q = X @ T
+        return cls(y - X @ offset, Q, T, offset, columns)
+
+    @property
+    def log_det(self) -> Tensor:
+        r""":math:`\log|\det T|`."""
+        return self.T.diagonal().abs().log().sum()
+
+    def coefficients(self, gamma: Tensor) -> Tensor:
+        r"""From coefficients of Q to those of the kept columns of X."""
+        return self.T @ gamma + self.offset

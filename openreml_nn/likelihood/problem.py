@@ -1,0 +1,130 @@
+"""What every solver offers: a likelihood in some covariance matrices, with derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log, pi
+
+import torch
+from torch import Tensor
+
+from openreml_nn.covariance.terms import Term
+from openreml_nn.likelihood.fixed import FixedPart
+
+__all__ = ["Evaluation", "NotPositiveDefiniteError", "Problem", "RandomEffects", "cholesky"]
+
+
+class NotPositiveDefiniteError(ValueError):
+    """A matrix that must be positive definite is not; the message says which."""
+
+
+def cholesky(matrix: Tensor, what: str) -> Tensor:
+    """Cholesky factor; raises an error that names the matrix. Nothing is added to it."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if torch._C._functorch.is_functorch_wrapped_tensor(matrix):
+        return factor
+    if bool((info != 0).any()) or not bool(torch.isfinite(factor).all()):
+        raise NotPositiveDefiniteError(f"{what} is not positive definite")
+    return factor
+
+
+@dataclass(frozen=True)
+class RandomEffects:
+    r"""BLUPs of one term.
+
+    Attributes:
+        name: path of the term in the tree.
+        values: (q, k) BLUPs :math:`G Z^\top P y`.
+        variances: (q, k, k) prediction-error variances, the diagonal blocks
+            of :math:`G - G Z^\top P Z G`.
+    """
+
+    name: str
+    values: Tensor
+    variances: Tensor
+
+
+class Evaluation:
+    """The likelihood at one point; what derives from it is computed when asked for.
+
+    Attributes:
+        log_likelihood: the (restricted) log-likelihood, a scalar tensor.
+        gamma: (p,) generalised least-squares coefficients of Q.
+        gamma_factor: (p, p) Cholesky factor of :math:`Q^\\top V^{-1} Q`.
+    """
+
+    log_likelihood: Tensor
+    gamma: Tensor
+    gamma_factor: Tensor
+
+    def scores(self) -> list[Tensor]:
+        r""":math:`\partial\ell/\partial G_t` for each matrix of the problem, in its shape."""
+        raise NotImplementedError
+
+    def information(self, derivatives: Sequence[Tensor]) -> Tensor:
+        r"""Average information :math:`\tfrac12 y^\top P\dot V_i P\dot V_j P y`.
+
+        Args:
+            derivatives: for each matrix of the problem, its derivatives by
+                the m parameters, (m, *shape).
+
+        Shape:
+            Output: (m, m).
+
+        Reference:
+            Gilmour, Thompson and Cullis, Biometrics 51 (1995), eq. 7.
+        """
+        raise NotImplementedError
+
+    def random_effects(self) -> list[RandomEffects]:
+        """BLUPs with prediction-error variances, term by term."""
+        raise NotImplementedError
+
+
+class Problem:
+    """A response, a model matrix and designs, prepared for one solver.
+
+    Args:
+        fixed: the prepared response and model matrix.
+        terms: the lowered covariance; only its designs are kept.
+        method: ``"reml"`` or ``"ml"``.
+    """
+
+    def __init__(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> None:
+        self.fixed = fixed
+        self.method = method
+        self.n, self.p = fixed.Q.shape
+        self._last: tuple[list[Tensor], Evaluation] | None = None
+
+    def matrices(self, terms: Sequence[Term]) -> list[Tensor]:
+        """The matrices on which the likelihood depends, from terms of the same designs."""
+        raise NotImplementedError
+
+    def recorded(self, matrices: Sequence[Tensor]) -> Tensor:
+        """The log-likelihood by plain differentiable operations."""
+        raise NotImplementedError
+
+    def _evaluate(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
+        raise NotImplementedError
+
+    def evaluate(self, terms: Sequence[Term]) -> Evaluation:
+        """The likelihood at these terms, without recording.
+
+        The last evaluation is kept, as plain numbers, and given again for
+        equal matrices: a loss and the step that follows share one.
+        """
+        with torch.no_grad():
+            matrices = [matrix.detach() for matrix in self.matrices(terms)]
+            if self._last is not None and all(map(torch.equal, self._last[0], matrices)):
+                return self._last[1]
+            evaluation = self._evaluate(terms, matrices)
+            self._last = ([matrix.clone() for matrix in matrices], evaluation)
+            return evaluation
+
+    def _log_likelihood(self, log_det_v: Tensor, log_det_x: Tensor, y_p_y: Tensor) -> Tensor:
+        """Assemble the log-likelihood of the original response and model matrix."""
+        if self.method == "ml":
+            return -(self.n * log(2 * pi) + log_det_v + y_p_y) / 2
+        log_det_x = log_det_x - 2 * self.fixed.log_det
+        return -((self.n - self.p) * log(2 * pi) + log_det_v + log_det_x + y_p_y) / 2
