@@ -46,7 +46,7 @@ class IdentityMatrix(Matrix):
     def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
         n = self.shape[0]
         one = _eye(1, self._flat(free_params))
-        return [Term(IdentityDesign(n), RepeatedCovariance(n, one, one)).take(rows)]
+        return [Term(IdentityDesign(n), RepeatedCovariance(one, n, one)).take(rows)]
 
 
 class ScalarMatrix(Matrix):
@@ -88,7 +88,7 @@ class ScalarMatrix(Matrix):
     def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
         n = self.shape[0]
         variance = self.build_params(free_params).reshape(1, 1)
-        return [Term(IdentityDesign(n), RepeatedCovariance(n, variance)).take(rows)]
+        return [Term(IdentityDesign(n), RepeatedCovariance(variance, n)).take(rows)]
 
 
 class DiagonalMatrix(Matrix):

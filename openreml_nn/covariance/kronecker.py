@@ -98,8 +98,8 @@ def _merge(outer: Term | None, inner: Term) -> Term | None:
     if isinstance(b, RepeatedCovariance):
         known = a.factor is not None and b.factor is not None
         factor = a.factor * b.factor if known else None  # type: ignore[operator]
-        return Term(design, RepeatedCovariance(a.levels * b.levels, a.matrix * b.matrix, factor))
+        return Term(design, RepeatedCovariance(a.matrix * b.matrix, a.levels * b.levels, factor))
     if isinstance(b, DiagonalCovariance):
         variances = (a.matrix[0] * b.matrix).repeat(a.levels)
         return Term(design, DiagonalCovariance(variances))
-    return Term(design, RepeatedCovariance(a.levels, a.matrix * b.matrix))
+    return Term(design, RepeatedCovariance(a.matrix * b.matrix, a.levels))

@@ -6,6 +6,7 @@ a design with a structured covariance.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,32 +25,129 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class RepeatedCovariance:
+class Covariance:
+    r"""A structured square matrix :math:`G`, held as the entries in ``matrix``."""
+
+    matrix: Tensor
+
+    def with_matrix(self, matrix: Tensor) -> Covariance:
+        """The same structure with other entries."""
+        return type(self)(matrix)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Covariance:
+        """The same covariance with ``function`` applied to its tensors."""
+        return self.with_matrix(function(self.matrix))
+
+    def multiply(self, x: Tensor, transpose: bool = False) -> Tensor:
+        """:math:`G x`, or :math:`G^\\top x`, for ``x`` of shape (q, m)."""
+        raise NotImplementedError
+
+    def root(self) -> Covariance:
+        r"""Some :math:`\Lambda` of the same structure with :math:`G = \Lambda\Lambda^\top`.
+
+        Raises:
+            ValueError: if G is not positive semi-definite.
+        """
+        raise NotImplementedError
+
+    def fold(self, cotangent: Tensor) -> Tensor:
+        """From a cotangent of all of G, (q, q), to that of ``matrix``."""
+        raise NotImplementedError
+
+    def blocks(self, levels: int, effects: int) -> Tensor:
+        """Diagonal blocks of G level by level, (levels or 1, effects, effects)."""
+        raise NotImplementedError
+
+    def fold_blocks(self, cotangent: Tensor) -> Tensor:
+        """From a cotangent of :meth:`blocks`, (levels, k, k), to that of ``matrix``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class RepeatedCovariance(Covariance):
     r""":math:`G = I_q \otimes \Sigma`: ``levels`` independent copies of ``matrix`` (k, k).
 
     ``factor`` is a square root, :math:`\Sigma = L L^\top`, where the tree knows one.
     """
 
-    levels: int
-    matrix: Tensor
+    levels: int = 1
     factor: Tensor | None = None
 
+    def with_matrix(self, matrix: Tensor) -> RepeatedCovariance:
+        return RepeatedCovariance(matrix, self.levels)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> RepeatedCovariance:
+        factor = None if self.factor is None else function(self.factor)
+        return RepeatedCovariance(function(self.matrix), self.levels, factor)
+
+    def multiply(self, x: Tensor, transpose: bool = False) -> Tensor:
+        matrix = self.matrix.mT if transpose else self.matrix
+        if matrix.shape[0] == 1:
+            return matrix[0] * x
+        return (matrix @ x.reshape(self.levels, matrix.shape[0], -1)).reshape(x.shape)
+
+    def root(self) -> RepeatedCovariance:
+        factor = _root(self.matrix) if self.factor is None else self.factor
+        return RepeatedCovariance(factor, self.levels)
+
+    def fold(self, cotangent: Tensor) -> Tensor:
+        k = self.matrix.shape[0]
+        four = cotangent.reshape(self.levels, k, self.levels, k)
+        return four.diagonal(dim1=0, dim2=2).sum(-1)
+
+    def blocks(self, levels: int, effects: int) -> Tensor:
+        return self.matrix[None]
+
+    def fold_blocks(self, cotangent: Tensor) -> Tensor:
+        return cotangent.sum(0)
+
 
 @dataclass(frozen=True)
-class DiagonalCovariance:
+class DiagonalCovariance(Covariance):
     r""":math:`G = \mathrm{diag}(v)` with ``matrix`` the variances (q,)."""
 
-    matrix: Tensor
+    def multiply(self, x: Tensor, transpose: bool = False) -> Tensor:
+        return self.matrix[:, None] * x
+
+    def root(self) -> DiagonalCovariance:
+        if bool((self.matrix < 0).any()):
+            raise ValueError("a variance is negative")
+        return DiagonalCovariance(self.matrix.sqrt())
+
+    def fold(self, cotangent: Tensor) -> Tensor:
+        return cotangent.diagonal()
+
+    def blocks(self, levels: int, effects: int) -> Tensor:
+        return torch.diag_embed(self.matrix.reshape(levels, effects))
+
+    def fold_blocks(self, cotangent: Tensor) -> Tensor:
+        return cotangent.diagonal(dim1=1, dim2=2).reshape(-1)
 
 
 @dataclass(frozen=True)
-class DenseCovariance:
+class DenseCovariance(Covariance):
     """A covariance without structure, ``matrix`` (q, q)."""
 
-    matrix: Tensor
+    def multiply(self, x: Tensor, transpose: bool = False) -> Tensor:
+        return (self.matrix.mT if transpose else self.matrix) @ x
+
+    def root(self) -> DenseCovariance:
+        return DenseCovariance(_root(self.matrix))
+
+    def fold(self, cotangent: Tensor) -> Tensor:
+        return cotangent
 
 
-Covariance = RepeatedCovariance | DiagonalCovariance | DenseCovariance
+def _root(matrix: Tensor) -> Tensor:
+    """A square root of a positive semi-definite matrix: Cholesky's, else the symmetric one."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if not int(info):
+        return factor
+    values, vectors = torch.linalg.eigh(matrix)
+    rounding = matrix.shape[0] * torch.finfo(matrix.dtype).eps * values.abs().max()
+    if not bool(values[0] >= -rounding):
+        raise ValueError(f"its smallest eigenvalue is {float(values[0]):.6g}")
+    return vectors * values.clamp(min=0).sqrt()
 
 
 @dataclass(frozen=True)
@@ -60,6 +158,13 @@ class Term:
     covariance: Covariance
     name: str = ""
 
+    @property
+    def is_residual(self) -> bool:
+        r"""Whether it is :math:`\sigma^2 I` over the rows."""
+        g = self.covariance
+        scalar = isinstance(g, RepeatedCovariance) and g.matrix.shape[0] == 1
+        return scalar and isinstance(self.design, IdentityDesign)
+
     def take(self, rows: Tensor | None) -> Term:
         """The term of some of the rows."""
         if rows is None:
@@ -67,35 +172,34 @@ class Term:
         g = self.covariance
         if isinstance(self.design, IdentityDesign) and rows.unique().numel() == rows.numel():
             # Independent rows stay so: keep them a residual instead of indexing into all n.
-            m = rows.numel()
+            kept = IdentityDesign(rows.numel())
             if isinstance(g, DiagonalCovariance):
-                return replace(self, design=IdentityDesign(m), covariance=replace(g, matrix=g.matrix[rows]))
-            if isinstance(g, RepeatedCovariance) and g.matrix.shape[0] == 1:
-                return replace(self, design=IdentityDesign(m), covariance=replace(g, levels=m))
+                return replace(self, design=kept, covariance=DiagonalCovariance(g.matrix[rows]))
+            if isinstance(g, RepeatedCovariance) and self.is_residual:
+                return replace(self, design=kept, covariance=replace(g, levels=rows.numel()))
         return replace(self, design=self.design.take(rows))
+
+    def to(self, dtype: torch.dtype) -> Term:
+        """The term with its covariance in another precision."""
+        return replace(self, covariance=self.covariance.map(lambda x: x.to(dtype)))
+
+    def detach(self) -> Term:
+        """The term without the graph of its covariance."""
+        return replace(self, covariance=self.covariance.map(Tensor.detach))
 
     def within(self, name: str) -> Term:
         """The term as seen from one node further up."""
         return replace(self, name=f"{name}/{self.name}" if self.name else name)
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """:math:`G x` for ``x`` of shape (q, m)."""
-        g = self.covariance
-        if isinstance(g, RepeatedCovariance):
-            k = g.matrix.shape[0]
-            return (g.matrix @ x.reshape(g.levels, k, -1)).reshape(x.shape)
-        if isinstance(g, DiagonalCovariance):
-            return g.matrix[:, None] * x
-        return g.matrix @ x
-
     def dense(self) -> Tensor:
         """The (n, n) summand itself."""
+        matrix = self.covariance.matrix
         if isinstance(self.design, IdentityDesign):
             size = self.design.shape[0]
-            eye = torch.eye(size, dtype=self.covariance.matrix.dtype)
-            return self.multiply(eye.to(self.covariance.matrix.device))
-        z = self.design.dense(self.covariance.matrix)
-        return self.design.matmul(self.multiply(z.mT))
+            eye = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+            return self.covariance.multiply(eye)
+        z = self.design.dense(matrix)
+        return self.design.matmul(self.covariance.multiply(z.mT))
 
 
 def propagate(outer: Design, term: Term) -> Term:

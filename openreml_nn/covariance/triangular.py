@@ -126,7 +126,7 @@ class UnconstrainedMatrix(_Entries):
         return self._chain_vjp(folded[self._index()], free_params)
 
     def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
-        whole = RepeatedCovariance(1, self(free_params))
+        whole = RepeatedCovariance(self(free_params))
         return [Term(IdentityDesign(self.shape[0]), whole).take(rows)]
 
 
@@ -183,5 +183,5 @@ class UnstructuredMatrix(_Entries):
 
     def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
         lower = self.factor(free_params)
-        whole = RepeatedCovariance(1, lower @ lower.mT, lower)
+        whole = RepeatedCovariance(lower @ lower.mT, 1, lower)
         return [Term(IdentityDesign(self.shape[0]), whole).take(rows)]

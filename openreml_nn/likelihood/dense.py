@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance.design import IdentityDesign
-from openreml_nn.covariance.terms import RepeatedCovariance, Term
-from openreml_nn.likelihood.fixed import FixedPart, check_data
+from openreml_nn.covariance.terms import Term
+from openreml_nn.likelihood.fixed import FixedPart, check_data, traced
 from openreml_nn.likelihood.problem import Evaluation, Problem, RandomEffects, cholesky
 
 __all__ = ["DenseProblem", "restricted_log_likelihood"]
@@ -47,16 +46,12 @@ def restricted_log_likelihood(y: Tensor, X: Tensor, V: Tensor, method: str = "re
     tensor(-4.7205)
     """
     check_method(method)
-    if not _traced(y, X, V):
+    wrapped = traced(y, X, V)
+    if not wrapped:
         check_data(y, X)
     if V.shape != (len(y), len(y)):
         raise ValueError(f"`V` has shape {tuple(V.shape)}: expected {(len(y), len(y))}")
-    if _traced(y, X, V):
-        p = X.shape[1]
-        eye = torch.eye(p, dtype=X.dtype, device=X.device)
-        fixed = FixedPart(y, X, eye, torch.zeros_like(X[0]), list(range(p)))
-    else:
-        fixed = FixedPart.of(y, X)
+    fixed = FixedPart.plain(y, X) if wrapped else FixedPart.of(y, X)
     return DenseProblem(fixed, [], method).recorded([V])
 
 
@@ -64,11 +59,6 @@ def check_method(method: str) -> None:
     """Raise ValueError unless ``method`` is known."""
     if method not in ("reml", "ml"):
         raise ValueError(f"`method` is {method!r}: expected 'reml' or 'ml'")
-
-
-def _traced(*tensors: Tensor) -> bool:
-    """Whether a torch.func transform runs, under which values cannot be looked at."""
-    return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
 
 
 class DenseProblem(Problem):
@@ -136,16 +126,10 @@ class _DenseEvaluation(Evaluation):
         p_y, projector = self._p_y(), self._projector()
         found = []
         for term in self._terms:
-            if isinstance(term.design, IdentityDesign):
+            if term.is_residual:
                 continue
-            g = term.covariance
-            k = g.matrix.shape[0] if isinstance(g, RepeatedCovariance) else 1
-            z = term.design.dense(p_y)
-            values = term.multiply(z.mT @ p_y[:, None]).reshape(-1, k)
-            full = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
-            prior = term.multiply(full)
-            spread = prior - prior @ (z.mT @ projector @ z) @ prior
-            blocks = spread.reshape(len(values), k, len(values), k)
-            index = torch.arange(len(values), device=z.device)
-            found.append(RandomEffects(term.name, values, blocks[index, :, index, :]))
+            u = term.design.t_matmul(p_y[:, None])
+            b = term.covariance.multiply(u)[:, 0]
+            half = term.design.t_matmul(projector)
+            found.append(RandomEffects.of(term, b, term.design.t_matmul(half.mT)))
         return found

@@ -9,7 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["FixedPart", "aliased_columns", "check_data"]
+__all__ = ["FixedPart", "aliased_columns", "check_data", "traced"]
+
+
+def traced(*tensors: Tensor) -> bool:
+    """Whether a ``torch.func`` transform runs on one of them."""
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
 
 
 def check_data(y: Tensor, X: Tensor) -> None:
@@ -108,6 +113,12 @@ class FixedPart:
         if X.requires_grad:
             Q = X @ T
         return cls(y - X @ offset, Q, T, offset, columns)
+
+    @classmethod
+    def plain(cls, y: Tensor, X: Tensor) -> FixedPart:
+        """As it is: for ``torch.func`` transforms, under which values cannot be looked at."""
+        eye = torch.eye(X.shape[1], dtype=X.dtype, device=X.device)
+        return cls(y, X, eye, torch.zeros_like(X[0]), list(range(X.shape[1])))
 
     @property
     def log_det(self) -> Tensor:

@@ -9,7 +9,8 @@ from math import log, pi
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance.terms import Term
+from openreml_nn.covariance.design import IndexedDesign
+from openreml_nn.covariance.terms import RepeatedCovariance, Term
 from openreml_nn.likelihood.fixed import FixedPart
 
 __all__ = ["Evaluation", "NotPositiveDefiniteError", "Problem", "RandomEffects", "cholesky"]
@@ -43,6 +44,18 @@ class RandomEffects:
     name: str
     values: Tensor
     variances: Tensor
+
+    @classmethod
+    def of(cls, term: Term, values: Tensor, z_p_z: Tensor) -> RandomEffects:
+        """From :math:`G Z^\\top P y` (q,) and :math:`Z^\\top P Z` (q, q)."""
+        z, g = term.design, term.covariance
+        k = z.effects if isinstance(z, IndexedDesign) else 1
+        if isinstance(g, RepeatedCovariance):
+            k = max(k, g.matrix.shape[0])
+        eye = torch.eye(len(values), dtype=values.dtype, device=values.device)
+        spread = g.multiply(eye) - g.multiply(g.multiply(z_p_z).mT)
+        blocks = spread.reshape(-1, k, len(values) // k, k).diagonal(dim1=0, dim2=2)
+        return cls(term.name, values.reshape(-1, k), blocks.movedim(-1, 0))
 
 
 class Evaluation:
@@ -118,9 +131,29 @@ class Problem:
             matrices = [matrix.detach() for matrix in self.matrices(terms)]
             if self._last is not None and all(map(torch.equal, self._last[0], matrices)):
                 return self._last[1]
-            evaluation = self._evaluate(terms, matrices)
+            evaluation = self._evaluate([term.detach() for term in terms], matrices)
             self._last = ([matrix.clone() for matrix in matrices], evaluation)
             return evaluation
+
+    def _profile(
+        self, log_det_v: Tensor, xx: Tensor, xy: Tensor, yy: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Profile the fixed effects out.
+
+        Args:
+            log_det_v: :math:`\log|V|`.
+            xx: :math:`Q^\top V^{-1} Q` (p, p).
+            xy: :math:`Q^\top V^{-1} y` (p,).
+            yy: :math:`y^\top V^{-1} y`.
+
+        Returns:
+            The log-likelihood, the Cholesky factor C of ``xx`` and
+            :math:`C^{-1} Q^\top V^{-1} y`.
+        """
+        factor = cholesky(xx, "X' V^-1 X")
+        white = torch.linalg.solve_triangular(factor, xy[:, None], upper=False)[:, 0]
+        log_det_x = 2 * factor.diagonal().log().sum()
+        return self._log_likelihood(log_det_v, log_det_x, yy - white @ white), factor, white
 
     def _log_likelihood(self, log_det_v: Tensor, log_det_x: Tensor, y_p_y: Tensor) -> Tensor:
         """Assemble the log-likelihood of the original response and model matrix."""

@@ -1,0 +1,8 @@
+"""The restricted likelihood: dense, or in the space of the random effects."""
+
+from openreml_nn.likelihood.dense import restricted_log_likelihood
+from openreml_nn.likelihood.loss import REMLLoss
+from openreml_nn.likelihood.plan import Plan
+from openreml_nn.likelihood.problem import NotPositiveDefiniteError
+
+__all__ = ["NotPositiveDefiniteError", "Plan", "REMLLoss", "restricted_log_likelihood"]

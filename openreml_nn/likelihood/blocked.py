@@ -1,0 +1,443 @@
+r"""The likelihood in the space of the random effects: V is never formed.
+
+For :math:`V = \sum_t Z_t G_t Z_t^\top + \sigma^2 I` everything follows from
+the cross-products of :math:`[Z_1 \,|\, Z_2 \,|\, X \,|\, y]`, computed once. The
+factor with most columns, :math:`Z_1`, is eliminated first: its part of the
+system is block diagonal, one small block a level. What remains is dense, of
+the size of the other factors' columns.
+
+With :math:`G = \Lambda\Lambda^\top` a variance of zero is an ordinary point:
+no inverse of G is taken.
+
+Reference:
+    Bates, Mächler, Bolker and Walker, Journal of Statistical Software 67(1)
+    (2015), sections 3.3 to 3.6; Harville, JASA 72 (1977), sections 4 and 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.linalg import solve_triangular
+
+from openreml_nn.covariance.design import DenseDesign, Design, IdentityDesign, IndexedDesign
+from openreml_nn.covariance.terms import (
+    Covariance,
+    DiagonalCovariance,
+    RepeatedCovariance,
+    Term,
+)
+from openreml_nn.likelihood.fixed import FixedPart
+from openreml_nn.likelihood.problem import (
+    Evaluation,
+    NotPositiveDefiniteError,
+    Problem,
+    RandomEffects,
+    cholesky,
+)
+
+__all__ = ["BlockedProblem", "Layout"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which term does what; positions refer to the list of terms.
+
+    Attributes:
+        residual: terms that are multiples of the identity over the rows.
+        eliminated: terms of the grouping factor that is eliminated first; they
+            share its level codes, and their effects stand side by side.
+        rest: the other random terms.
+    """
+
+    residual: list[int]
+    eliminated: list[int]
+    rest: list[int]
+
+    @classmethod
+    def of(cls, terms: Sequence[Term]) -> Layout:
+        """Arrange the terms.
+
+        Raises:
+            ValueError: if the residual is not a multiple of the identity.
+        """
+        residual = [i for i, term in enumerate(terms) if term.is_residual]
+        random = [i for i in range(len(terms)) if i not in residual]
+        odd = [terms[i].name for i in random if isinstance(terms[i].design, IdentityDesign)]
+        if odd or not residual:
+            raise ValueError(
+                "the blocked solver needs a residual of independent errors with one variance: "
+                + (f"term {odd[0]!r} is over the rows and is not" if odd else "there is none")
+            )
+        factors: list[list[int]] = []
+        for i in random:
+            if not _separable(terms[i]):
+                continue
+            for factor in factors:
+                if _same_codes(terms[factor[0]], terms[i]):
+                    factor.append(i)
+                    break
+            else:
+                factors.append([i])
+        width = [sum(terms[i].design.shape[1] for i in factor) for factor in factors]
+        eliminated = factors[width.index(max(width))] if factors else []
+        return cls(residual, eliminated, [i for i in random if i not in eliminated])
+
+    @property
+    def random(self) -> list[int]:
+        """The random terms, those eliminated first."""
+        return [*self.eliminated, *self.rest]
+
+
+def _separable(term: Term) -> bool:
+    """Whether levels are independent, so that the term is block diagonal by level."""
+    z, g = term.design, term.covariance
+    if not isinstance(z, IndexedDesign):
+        return False
+    if isinstance(g, RepeatedCovariance):
+        return g.levels == z.levels and g.matrix.shape[0] == z.effects
+    return isinstance(g, DiagonalCovariance)
+
+
+def _same_codes(a: Term, b: Term) -> bool:
+    x, y = a.design, b.design
+    assert isinstance(x, IndexedDesign) and isinstance(y, IndexedDesign)
+    return x.levels == y.levels and torch.equal(x.codes, y.codes)
+
+
+class BlockedProblem(Problem):
+    r"""Depends on the residual variance, (1, 1), and the matrix of each random term.
+
+    In names, 1 is the eliminated factor (``levels`` levels of k effects), 2
+    the other random terms (q columns), f the p columns of Q and then y, and R
+    is 2 and f together; ``A11`` (levels, k, k), ``A1R`` (levels, k, q+p+1) and
+    ``ARR`` are their cross-products.
+    """
+
+    def __init__(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> None:
+        super().__init__(fixed, terms, method)
+        self.layout = Layout.of(terms)
+        f = torch.cat([fixed.Q, fixed.y[:, None]], 1)
+        ones = [terms[i].design for i in self.layout.eliminated]
+        two = [terms[i].design for i in self.layout.rest]
+        one = _side_by_side(ones, f)
+        self.levels, self.k = one.levels, one.effects
+        self.widths = [design.shape[1] // one.levels for design in ones]
+        self.sizes = [design.shape[1] for design in two]
+        self.q = sum(self.sizes)
+        self._forms = [terms[i].covariance for i in self.layout.random]
+
+        self.A11 = _squares(one)
+        left = [_cross(one, design, f) for design in two]
+        self.A1R = torch.cat([*left, one.t_matmul(f)], 1).reshape(self.levels, self.k, -1)
+        edge = [design.t_matmul(f) for design in two]
+        rows = [torch.cat([*[_cross(a, b, f) for b in two], e], 1) for a, e in zip(two, edge)]
+        self.ARR = torch.cat([*rows, torch.cat([*[e.mT for e in edge], f.mT @ f], 1)])
+
+    def matrices(self, terms: Sequence[Term]) -> list[Tensor]:
+        variance = torch.stack([terms[i].covariance.matrix for i in self.layout.residual]).sum(0)
+        return [variance, *[terms[i].covariance.matrix for i in self.layout.random]]
+
+    def _evaluate(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
+        return _BlockedEvaluation(self, terms, matrices[0])
+
+    def recorded(self, matrices: Sequence[Tensor]) -> Tensor:
+        # In G itself: a factor of G has no derivative where G is singular.
+        s = matrices[0].reshape(())
+        forms = zip(self._forms, matrices[1:], strict=True)
+        random = [form.with_matrix(matrix) for form, matrix in forms]
+        first, rest = random[: len(self.widths)], random[len(self.widths) :]
+        eye = torch.eye(self.k, dtype=s.dtype, device=s.device)
+        G1 = self.joint_blocks(first, eye)
+        D = eye + self.A11 @ G1 / s
+        E = self.ARR / s - torch.einsum(
+            "lki,lkj->ij", self.A1R, G1 @ torch.linalg.solve(D, self.A1R) / s**2
+        )
+        q = self.q
+        G2E = self.multiply(rest, E[:q])  # G2 [E22 | E2f]
+        M = torch.eye(q, dtype=s.dtype, device=s.device) + G2E[:, :q]
+        F = E[q:, q:] - E[q:, :q] @ torch.linalg.solve(M, G2E[:, q:])
+        return self._profile(
+            self.n * s.log() + _log_det(D).sum() + _log_det(M), F[:-1, :-1], F[:-1, -1], F[-1, -1]
+        )[0]
+
+    # ------------------------------------------------------------------ helpers
+
+    def joint_blocks(self, parts: Sequence[Covariance], eye: Tensor) -> Tensor:
+        """Blocks of the eliminated factor, its terms' blocks along the diagonal."""
+        if not parts:
+            return eye[None]
+        blocks = [part.blocks(self.levels, w) for part, w in zip(parts, self.widths, strict=True)]
+        if len(blocks) == 1:
+            return blocks[0]
+        count = max(len(block) for block in blocks)
+        joint = eye.new_zeros(count, self.k, self.k)
+        at = 0
+        for block in blocks:
+            w = block.shape[1]
+            pad = (at, self.k - at - w, at, self.k - at - w)
+            joint = joint + torch.nn.functional.pad(block, pad)
+            at += w
+        return joint
+
+    def multiply(self, parts: Sequence[Covariance], x: Tensor, transpose: bool = False) -> Tensor:
+        """The other terms' block-diagonal matrix times ``x`` (q, m)."""
+        if not parts:
+            return x
+        pieces = zip(parts, x.split(self.sizes), strict=True)
+        return torch.cat([part.multiply(piece, transpose) for part, piece in pieces])
+
+    def along_blocks(
+        self, parts: Sequence[Covariance], derivatives: Sequence[Tensor], u: Tensor
+    ) -> Tensor:
+        """Each derivative of the eliminated terms' matrices times ``u``, (m, levels, k)."""
+        found = []
+        for part, dG, x in zip(parts, derivatives, u.split(self.widths, 1), strict=True):
+            blocks = (part.with_matrix(d).blocks(*x.shape) for d in dG)
+            found.append(torch.stack([(block @ x[:, :, None])[:, :, 0] for block in blocks]))
+        return torch.cat(found, 2)
+
+    def along(
+        self, parts: Sequence[Covariance], derivatives: Sequence[Tensor], u: Tensor
+    ) -> Tensor:
+        """Each derivative of the other terms' matrices times ``u``, (m, q)."""
+        found = []
+        for part, dG, x in zip(parts, derivatives, u.split(self.sizes), strict=True):
+            moved = [part.with_matrix(d).multiply(x[:, None])[:, 0] for d in dG]
+            found.append(torch.stack(moved))
+        return torch.cat(found, 1)
+
+    def split_blocks(self, blocks: Tensor) -> list[Tensor]:
+        """From (levels, k, k) to the diagonal blocks of each eliminated term."""
+        found, at = [], 0
+        for w in self.widths:
+            found.append(blocks[:, at : at + w, at : at + w])
+            at += w
+        return found
+
+    def split_square(self, square: Tensor) -> list[Tensor]:
+        """From (q, q) to the diagonal block of each other term."""
+        found, at = [], 0
+        for size in self.sizes:
+            found.append(square[at : at + size, at : at + size])
+            at += size
+        return found
+
+
+class _BlockedEvaluation(Evaluation):
+    def __init__(self, problem: BlockedProblem, terms: Sequence[Term], variance: Tensor) -> None:
+        self._problem = problem
+        self._terms = terms
+        self._s = s = variance.reshape(())
+        if not float(s) > 0:
+            raise NotPositiveDefiniteError(f"V is not positive definite: residual variance {s:.6g}")
+        layout, q = problem.layout, problem.q
+        self._first = [terms[i].covariance for i in layout.eliminated]
+        self._rest = [terms[i].covariance for i in layout.rest]
+        eye = torch.eye(problem.k, dtype=s.dtype, device=s.device)
+        self._L1 = problem.joint_blocks([_root(terms[i]) for i in layout.eliminated], eye)
+        self._root2 = [_root(terms[i]) for i in layout.rest]
+
+        D = eye + self._L1.mT @ problem.A11 @ self._L1 / s
+        self._C = cholesky(D, "V")
+        self._H = solve_triangular(self._C, self._L1.mT @ (problem.A1R / s), upper=False)
+        flat = self._H.flatten(0, 1)
+        self._E = problem.ARR / s - flat.mT @ flat
+        E22, E2f = self._E[:q, :q], self._E[:q, q:]
+        half = problem.multiply(self._root2, E22, transpose=True)  # L2' E22
+        M = problem.multiply(self._root2, half.mT, transpose=True)
+        self._Lc = cholesky(M + torch.eye(q, dtype=s.dtype, device=s.device), "V")
+        self._half = half
+        self._K = solve_triangular(
+            self._Lc, problem.multiply(self._root2, E2f, transpose=True), upper=False
+        )
+        F = self._E[q:, q:] - self._K.mT @ self._K
+        log_det = (
+            problem.n * s.log()
+            + 2 * self._C.diagonal(dim1=1, dim2=2).log().sum()
+            + 2 * self._Lc.diagonal().log().sum()
+        )
+        self.log_likelihood, self.gamma_factor, white = problem._profile(
+            log_det, F[:-1, :-1], F[:-1, -1], F[-1, -1]
+        )
+        self._y_p_y = F[-1, -1] - white @ white
+        self.gamma = solve_triangular(self.gamma_factor.mT, white[:, None], upper=True)[:, 0]
+
+    # ------------------------------------------------------------------ Z' P y and Z' P Z
+
+    @cached_property
+    def _crossed(self) -> _Crossed:
+        r"""What the score, the information and the BLUPs share."""
+        problem, s, q = self._problem, self._s, self._problem.q
+        A = problem.A11 / s
+        W = solve_triangular(self._C, self._L1.mT @ A, upper=False)
+        J = A - W.mT @ W
+        N = problem.A1R / s - W.mT @ self._H  # Z1' V1^-1 [Z2 | f]
+        N2, Nf = N[..., :q].flatten(0, 1), N[..., q:].flatten(0, 1)
+        T1 = solve_triangular(
+            self._Lc, problem.multiply(self._root2, N2.mT, transpose=True), upper=False
+        )
+        T2 = solve_triangular(self._Lc, self._half, upper=False)
+        Z1f = Nf - T1.mT @ self._K  # Z1' V^-1 [Q | y]
+        Z2f = self._E[:q, q:] - T2.mT @ self._K
+        Y1 = solve_triangular(self.gamma_factor, Z1f[:, :-1].mT, upper=False)
+        Y2 = solve_triangular(self.gamma_factor, Z2f[:, :-1].mT, upper=False)
+        u1 = Z1f[:, -1] - Z1f[:, :-1] @ self.gamma
+        u2 = Z2f[:, -1] - Z2f[:, :-1] @ self.gamma
+        shape = (problem.levels, problem.k)
+        B1 = J - _gram_blocks(T1, *shape)
+        B2 = self._E[:q, :q] - T2.mT @ T2
+        return _Crossed(u1.reshape(shape), u2, B1, B2, _gram_blocks(Y1, *shape), Y2.mT @ Y2)
+
+    def scores(self) -> list[Tensor]:
+        problem, s, z = self._problem, self._s, self._crossed
+        reml = problem.method == "reml"
+        B1 = z.B1 - z.R1 if reml else z.B1
+        B2 = z.B2 - z.R2 if reml else z.B2
+        S1 = (z.u1[:, :, None] * z.u1[:, None, :] - B1) / 2
+        S2 = (torch.outer(z.u2, z.u2) - B2) / 2
+        parts1, parts2 = problem.split_blocks(S1), problem.split_square(S2)
+        found = [g.fold_blocks(x) for g, x in zip(self._first, parts1, strict=True)]
+        found += [g.fold(x) for g, x in zip(self._rest, parts2, strict=True)]
+        # The residual's score by V = sum Z G Z' + s I: tr(P V) = n - p and y' P V P y = y' P y.
+        matrices = [g.matrix for g in (*self._first, *self._rest)]
+        inner = sum((2 * (x * m).sum() for x, m in zip(found, matrices, strict=True)), 0 * s)
+        rank = problem.n - (problem.p if reml else 0)
+        residual = (self._y_p_y - rank - inner) / (2 * s)
+        return [residual.reshape(1, 1), *found]
+
+    def information(self, derivatives: Sequence[Tensor]) -> Tensor:
+        problem, s, z = self._problem, self._s, self._crossed
+        q, m = problem.q, len(derivatives[0])
+        ds = derivatives[0].reshape(m)
+        split = len(self._first)
+        b1, b2 = self._blups()
+        # Working variates as coefficients of [Z1 | Z2 | Q | y].
+        C1 = -b1.reshape(-1, 1) * ds / s
+        C2 = -b2[:, None] * ds / s
+        if split:
+            w1 = problem.along_blocks(self._first, derivatives[1 : 1 + split], z.u1)
+            C1 = C1 + w1.reshape(m, -1).mT
+        if self._rest:
+            C2 = C2 + problem.along(self._rest, derivatives[1 + split :], z.u2).mT
+        CR = torch.cat([C2, ds.new_zeros(problem.p, m), (ds / s)[None]])
+        A1R = problem.A1R
+        C1 = C1.reshape(problem.levels, problem.k, m)
+        T1 = (problem.A11 @ C1 + A1R @ CR) / s
+        TR = (A1R.flatten(0, 1).mT @ C1.flatten(0, 1) + problem.ARR @ CR) / s
+        total = C1.flatten(0, 1).mT @ T1.flatten(0, 1) + CR.mT @ TR
+        e1 = solve_triangular(self._C, self._L1.mT @ T1, upper=False).flatten(0, 1)
+        TR = TR - self._H.flatten(0, 1).mT @ e1
+        e2 = solve_triangular(
+            self._Lc, problem.multiply(self._root2, TR[:q], transpose=True), upper=False
+        )
+        TX = TR[q:-1] - self._K[:, :-1].mT @ e2
+        e3 = solve_triangular(self.gamma_factor, TX, upper=False)
+        return (total - e1.mT @ e1 - e2.mT @ e2 - e3.mT @ e3) / 2
+
+    def _blups(self) -> tuple[Tensor, Tensor]:
+        """G u of the eliminated factor (levels, k) and of the others (q,)."""
+        problem, z = self._problem, self._crossed
+        eye = torch.eye(problem.k, dtype=self._s.dtype, device=self._s.device)
+        G1 = problem.joint_blocks(self._first, eye)
+        b1 = (G1 @ z.u1[:, :, None])[:, :, 0]
+        return b1, problem.multiply(self._rest, z.u2[:, None])[:, 0]
+
+    def random_effects(self) -> list[RandomEffects]:
+        problem, z = self._problem, self._crossed
+        b1, b2 = self._blups()
+        B1 = problem.split_blocks(z.B1 - z.R1)
+        B2 = problem.split_square(z.B2 - z.R2)
+        found = {}
+        layout = problem.layout
+        for i, g, b, B in zip(
+            layout.eliminated, self._first, b1.split(problem.widths, 1), B1, strict=True
+        ):
+            prior = g.blocks(problem.levels, b.shape[1])
+            found[i] = RandomEffects(self._terms[i].name, b, prior - prior @ B @ prior)
+        for i, g, b, B in zip(layout.rest, self._rest, b2.split(problem.sizes), B2, strict=True):
+            found[i] = RandomEffects.of(self._terms[i], b, B)
+        return [found[i] for i in sorted(found)]
+
+
+@dataclass(frozen=True)
+class _Crossed:
+    r""":math:`u = Z^	op P y`, :math:`B = Z^	op V^{-1} Z` and its reduction to
+    :math:`Z^	op P Z`, for the eliminated factor (blocks) and for the others (dense)."""
+
+    u1: Tensor
+    u2: Tensor
+    B1: Tensor
+    B2: Tensor
+    R1: Tensor
+    R2: Tensor
+
+
+def _root(term: Term) -> Covariance:
+    try:
+        return term.covariance.root()
+    except ValueError as error:
+        raise NotPositiveDefiniteError(
+            f"the covariance of {term.name!r} is not positive semi-definite: {error}"
+        ) from None
+
+
+def _log_det(matrix: Tensor) -> Tensor:
+    return torch.linalg.slogdet(matrix).logabsdet
+
+
+def _gram_blocks(x: Tensor, levels: int, k: int) -> Tensor:
+    """Diagonal blocks (levels, k, k) of x' x for x (m, levels * k)."""
+    blocks = x.reshape(-1, levels, k)
+    return torch.einsum("mla,mlb->lab", blocks, blocks)
+
+
+def _side_by_side(designs: Sequence[Design], like: Tensor) -> IndexedDesign:
+    """One design with the effects of several that share their codes; of no level if there are none."""
+    if not designs:
+        return IndexedDesign(like.new_zeros(len(like), dtype=torch.long), like[:, :1] * 0, 0)
+    first = designs[0]
+    assert isinstance(first, IndexedDesign)
+    values = [_values(design, like) for design in designs]
+    return IndexedDesign(first.codes, torch.cat(values, 1), first.levels)
+
+
+def _values(design: Design, like: Tensor) -> Tensor:
+    assert isinstance(design, IndexedDesign)
+    if design.values is None:
+        return like.new_ones(len(like), 1)
+    return design.values.to(like)
+
+
+def _squares(design: IndexedDesign) -> Tensor:
+    """Diagonal blocks of Z' Z, (levels, k, k)."""
+    v = design.values
+    assert v is not None
+    k = design.effects
+    total = v.new_zeros(design.levels, k * k)
+    if design.levels:
+        total = total.index_add(0, design.codes, (v[:, :, None] * v[:, None, :]).flatten(1))
+    return total.reshape(-1, k, k)
+
+
+def _cross(a: Design, b: Design, like: Tensor) -> Tensor:
+    """Z_a' Z_b, (columns of a, columns of b)."""
+    if isinstance(a, DenseDesign):
+        return b.t_matmul(a.matrix.to(like)).mT
+    if isinstance(b, DenseDesign):
+        return a.t_matmul(b.matrix.to(like))
+    assert isinstance(a, IndexedDesign) and isinstance(b, IndexedDesign)
+    rows, columns = a.shape[1], b.shape[1]
+    total = like.new_zeros(rows * columns)
+    if not total.numel():
+        return total.reshape(rows, columns)
+    va, vb = _values(a, like), _values(b, like)
+    for i in range(a.effects):
+        for j in range(b.effects):
+            at = (a.codes * a.effects + i) * columns + b.codes * b.effects + j
+            total = total.index_add(0, at, va[:, i] * vb[:, j])
+    return total.reshape(rows, columns)

@@ -1,0 +1,258 @@
+"""The restricted likelihood as a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from openreml_nn.covariance import Matrix
+from openreml_nn.covariance.design import DenseDesign, IndexedDesign
+from openreml_nn.covariance.matrix import FreeParams
+from openreml_nn.covariance.terms import Term
+from openreml_nn.likelihood.dense import check_method
+from openreml_nn.likelihood.fixed import FixedPart, check_data, traced
+from openreml_nn.likelihood.plan import Plan, check_solver
+from openreml_nn.likelihood.problem import Evaluation, Problem
+
+__all__ = ["Objective", "REMLLoss", "listen"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A likelihood that was evaluated: what an optimizer needs to evaluate it elsewhere."""
+
+    covariance: Matrix
+    problem: Problem
+    rows: Tensor | None
+
+    def terms(self, free_params: FreeParams = None) -> list[Term]:
+        """The lowered covariance in the precision of the data."""
+        found = self.covariance.terms(self.rows, free_params)
+        return [term.to(self.problem.fixed.y.dtype) for term in found]
+
+    def evaluate(self) -> Evaluation:
+        """The likelihood at the present parameters."""
+        with torch.no_grad():
+            return self.problem.evaluate(self.terms())
+
+    def matrices(self, free_params: FreeParams) -> tuple[Tensor, ...]:
+        """The problem's matrices as a differentiable function of the parameters."""
+        return tuple(self.problem.matrices(self.terms(free_params)))
+
+
+_heard: ContextVar[list[Objective] | None] = ContextVar("_heard", default=None)
+
+
+@contextmanager
+def listen() -> Iterator[list[Objective]]:
+    """Collect the objectives that are evaluated within the context."""
+    heard: list[Objective] = []
+    token = _heard.set(heard)
+    try:
+        yield heard
+    finally:
+        _heard.reset(token)
+
+
+class REMLLoss(nn.Module):
+    r"""Negative restricted log-likelihood of :math:`y \sim N(X\beta, V(\theta))`.
+
+    The fixed effects are profiled out by generalised least squares. The
+    formula is that of :func:`restricted_log_likelihood`, constants included.
+
+    Args:
+        covariance: the covariance V of all rows.
+        method: ``"reml"``, or ``"ml"`` for the full likelihood.
+        solver: ``"dense"`` (Cholesky of V), ``"blocked"`` (in the space of the
+            random effects, V never formed), or ``"auto"``, which takes the one
+            with less predicted work; :attr:`plan` says which and why.
+        reduction: ``"mean"`` divides by the number of rows, ``"sum"`` does not.
+
+    Raises:
+        ValueError: if an option is unknown or the solver does not fit the covariance.
+
+    >>> from openreml_nn.covariance import ScalarMatrix
+    >>> loss = REMLLoss(ScalarMatrix(3), reduction="sum")
+    >>> y, X = torch.tensor([1.0, 2.0, 4.0]), torch.ones(3, 1)
+    >>> loss(y, X)
+    tensor(4.7205, grad_fn=<NegBackward0>)
+    """
+
+    def __init__(
+        self,
+        covariance: Matrix,
+        method: str = "reml",
+        solver: str = "auto",
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        if not isinstance(covariance, Matrix):
+            raise TypeError(f"`covariance` is a {type(covariance).__name__}: expected a Matrix")
+        check_method(method)
+        check_solver(solver)
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"`reduction` is {reduction!r}: expected 'mean' or 'sum'")
+        self.covariance = covariance
+        self.method = method
+        self.solver = solver
+        self.reduction = reduction
+        self._plan: Plan | None = None
+        self._prepared: tuple[list[tuple[Tensor | None, int]], Problem] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is prepared for some data can be had again; a copy need not carry it.
+        return {**self.__dict__, "_prepared": None}
+
+    def extra_repr(self) -> str:
+        return f"method={self.method!r}, solver={self.solver!r}, reduction={self.reduction!r}"
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the last call; before the first, what it would be without fixed effects."""
+        if self._plan is None:
+            terms = self.covariance.terms()
+            return Plan.of(terms, 0, self.solver, terms[0].covariance.matrix.dtype)
+        return self._plan
+
+    def forward(self, y: Tensor, X: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The loss.
+
+        Computed in the wider of the precisions of ``y`` and the covariance,
+        at least float32, also under autocast.
+
+        Args:
+            y: response (n,).
+            X: model matrix of the fixed effects (n, p). Columns that depend on
+                earlier ones are dropped with a warning.
+            rows: the n rows of the covariance that the data belong to; all,
+                in order, by default.
+
+        Returns:
+            A scalar, differentiable in the covariance parameters, y, X, and a
+            trainable Z.
+
+        Raises:
+            NotPositiveDefiniteError: if V is not positive definite (a ValueError).
+            TypeError, ValueError: if dtypes, shapes or devices do not fit or a
+                value is not finite.
+        """
+        wrapped = traced(y, X, *self.covariance.parameters())
+        if not wrapped:
+            check_data(y, X)
+        self._check_rows(y, rows)
+        with torch.autocast(y.device.type, enabled=False):
+            terms = self.covariance.terms(rows)
+            dtype = torch.promote_types(y.dtype, terms[0].covariance.matrix.dtype)
+            dtype = torch.promote_types(dtype, torch.float32)
+            terms = [term.to(dtype) for term in terms]
+            value = self._log_likelihood(y, X, terms, dtype, rows, wrapped)
+        return -value / len(y) if self.reduction == "mean" else -value
+
+    def _check_rows(self, y: Tensor, rows: Tensor | None) -> None:
+        n = self.covariance.shape[0]
+        if rows is None:
+            if len(y) != n:
+                raise ValueError(f"`y` has {len(y)} rows but the covariance has {n}: pass `rows`")
+        elif rows.dim() != 1 or len(rows) != len(y) or rows.is_floating_point():
+            raise ValueError(
+                f"`rows` is {rows.dtype} of shape {tuple(rows.shape)}: expected {len(y)} integers"
+            )
+        elif len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < n):
+            raise ValueError(f"`rows` reaches beyond the {n} rows of the covariance")
+        for tensor in self.covariance.parameters():
+            if tensor.device != y.device:
+                raise ValueError(
+                    f"`y` is on {y.device} but the covariance on {tensor.device}: move one of them"
+                )
+
+    def _log_likelihood(
+        self,
+        y: Tensor,
+        X: Tensor,
+        terms: list[Term],
+        dtype: torch.dtype,
+        rows: Tensor | None,
+        wrapped: bool,
+    ) -> Tensor:
+        data = [y, X, rows, *_design_tensors(terms)]
+        graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in data)
+        if wrapped:
+            fixed = FixedPart.plain(y.to(dtype), X.to(dtype))
+        elif self._is_prepared(data, dtype):
+            assert self._prepared is not None
+            problem = self._prepared[1]
+            self._hear(problem, rows)
+            return _LogLikelihood.apply(problem, terms, *problem.matrices(terms))
+        else:
+            fixed = FixedPart.of(y.to(dtype), X.to(dtype))
+        self._plan = Plan.of(terms, fixed.Q.shape[1], self.solver, dtype)
+        problem = self._plan.problem(fixed, terms, self.method)
+        if wrapped or graph:
+            self._prepared = None
+            if not wrapped:
+                self._hear(problem, rows)
+            return problem.recorded(problem.matrices(terms))
+        # Plain data: kept by identity and version, so that an in-place change is seen.
+        self._prepared = ([(t, -1 if t is None else t._version) for t in data], problem)
+        self._hear(problem, rows)
+        return _LogLikelihood.apply(problem, terms, *problem.matrices(terms))
+
+    def _is_prepared(self, data: Sequence[Tensor | None], dtype: torch.dtype) -> bool:
+        if self._prepared is None or len(self._prepared[0]) != len(data):
+            return False
+        kept, problem = self._prepared
+        if problem.fixed.y.dtype != dtype or problem.method != self.method:
+            return False
+        return all(
+            t is old and (t is None or t._version == version)
+            for t, (old, version) in zip(data, kept, strict=True)
+        )
+
+    def _hear(self, problem: Problem, rows: Tensor | None) -> None:
+        heard = _heard.get()
+        if heard is not None:
+            heard.append(Objective(self.covariance, problem, rows))
+
+
+def _design_tensors(terms: Sequence[Term]) -> list[Tensor | None]:
+    found: list[Tensor | None] = []
+    for term in terms:
+        if isinstance(term.design, DenseDesign):
+            found.append(term.design.matrix)
+        elif isinstance(term.design, IndexedDesign):
+            found += [term.design.codes, term.design.values]
+    return found
+
+
+class _LogLikelihood(torch.autograd.Function):
+    """The log-likelihood of a prepared problem with its closed-form score.
+
+    Under ``create_graph`` the score itself is recorded, through the plain
+    formula of the likelihood.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, problem: Problem, terms: list[Term], *matrices: Tensor) -> Tensor:
+        ctx.problem = problem
+        ctx.evaluation = problem.evaluate(terms)
+        ctx.save_for_backward(*matrices)
+        return ctx.evaluation.log_likelihood.clone()
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[2:]
+        if not torch.is_grad_enabled():
+            scores = ctx.evaluation.scores()
+        else:
+            matrices = ctx.saved_tensors
+            wanted = [m for m, need in zip(matrices, needed, strict=True) if need]
+            value = ctx.problem.recorded(matrices)
+            found = iter(torch.autograd.grad(value, wanted, create_graph=True))
+            scores = [next(found) if need else None for need in needed]
+        return None, None, *[s * cotangent if need else None for s, need in zip(scores, needed, strict=True)]

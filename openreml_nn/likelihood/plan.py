@@ -1,0 +1,119 @@
+"""Which solver, why, and what it will cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from openreml_nn.covariance.terms import Term
+from openreml_nn.likelihood.blocked import BlockedProblem, Layout
+from openreml_nn.likelihood.dense import DenseProblem
+from openreml_nn.likelihood.problem import Problem
+
+__all__ = ["Plan", "check_solver"]
+
+SOLVERS: dict[str, type[Problem]] = {"dense": DenseProblem, "blocked": BlockedProblem}
+
+
+def check_solver(solver: str) -> None:
+    """Raise unless ``solver`` is one that exists."""
+    if solver == "krylov":
+        raise NotImplementedError("`solver` 'krylov' is not there yet: use 'blocked' or 'dense'")
+    if solver != "auto" and solver not in SOLVERS:
+        raise ValueError(f"`solver` is {solver!r}: expected 'auto', 'dense' or 'blocked'")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A chosen solver; printing it says what was chosen, why, and the predicted cost.
+
+    Attributes:
+        solver: ``"dense"`` or ``"blocked"``.
+        reason: why this one.
+        rows: number of rows n.
+        fixed_effects: number of fixed effects p.
+        order: what is eliminated, in order, with sizes.
+        work: predicted floating-point operations of one evaluation.
+        memory: predicted bytes held during one evaluation.
+    """
+
+    solver: str
+    reason: str
+    rows: int
+    fixed_effects: int
+    order: tuple[str, ...]
+    work: float
+    memory: float
+
+    @classmethod
+    def of(
+        cls, terms: Sequence[Term], fixed_effects: int, solver: str, dtype: torch.dtype
+    ) -> Plan:
+        """Choose by predicted work, unless ``solver`` names one.
+
+        Raises:
+            ValueError: if the blocked solver is asked for and cannot be had.
+        """
+        check_solver(solver)
+        rows = terms[0].design.shape[0]
+        dense = _dense(rows, fixed_effects, dtype.itemsize)
+        if solver == "dense":
+            return cls("dense", "asked for", rows, fixed_effects, *dense)
+        try:
+            blocked = _blocked(terms, Layout.of(terms), fixed_effects, dtype.itemsize)
+        except ValueError as error:
+            if solver == "blocked":
+                raise
+            return cls("dense", str(error), rows, fixed_effects, *dense)
+        if solver == "blocked":
+            reason = "asked for"
+        elif blocked[1] <= dense[1]:
+            reason = f"{dense[1] / blocked[1]:.3g} times less work than the dense solver"
+        else:
+            reason = f"{blocked[1] / dense[1]:.3g} times less work than the blocked solver"
+            return cls("dense", reason, rows, fixed_effects, *dense)
+        return cls("blocked", reason, rows, fixed_effects, *blocked)
+
+    @property
+    def problem(self) -> type[Problem]:
+        """The class that carries the plan out."""
+        return SOLVERS[self.solver]
+
+    def __str__(self) -> str:
+        lines = [
+            f"solver   {self.solver}: {self.reason}",
+            f"data     {self.rows} rows, {self.fixed_effects} fixed effects",
+            *(f"{i + 1:>2}.      {step}" for i, step in enumerate(self.order)),
+            f"an evaluation takes about {self.work:.3g} operations, {self.memory / 2**20:.3g} MiB",
+        ]
+        return "\n".join(lines)
+
+
+def _dense(rows: int, p: int, itemsize: int) -> tuple[tuple[str, ...], float, float]:
+    work = rows**3 / 3 + 2 * rows**2 * (p + 1)
+    return (f"Cholesky factor of V, {rows} x {rows}",), work, 3 * itemsize * rows**2
+
+
+def _blocked(
+    terms: Sequence[Term], layout: Layout, p: int, itemsize: int
+) -> tuple[tuple[str, ...], float, float]:
+    order: list[str] = []
+    levels, k = 0, 1
+    if layout.eliminated:
+        first = terms[layout.eliminated[0]].design
+        k = sum(terms[i].design.shape[1] for i in layout.eliminated)
+        levels = getattr(first, "levels", 1)
+        k //= levels
+        names = " and ".join(repr(terms[i].name) for i in layout.eliminated)
+        order.append(f"{names}: {levels} blocks of {k} x {k}")
+    q = sum(terms[i].design.shape[1] for i in layout.rest)
+    if q:
+        names = ", ".join(repr(terms[i].name) for i in layout.rest)
+        order.append(f"{names}: dense, {q} x {q}")
+    order.append(f"fixed effects: dense, {p} x {p}")
+    r = q + p + 1
+    work = 2.0 * levels * k * (k * k + k * r) + levels * k * r**2 + q**3 / 3 + r**3 / 3
+    memory = itemsize * (2.0 * levels * k * r + 2 * levels * k * k + 3 * r * r)
+    return tuple(order), max(work, 1.0), memory
