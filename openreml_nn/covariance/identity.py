@@ -90,6 +90,9 @@ class ScalarMatrix(Matrix):
         variance = self.build_params(free_params).reshape(1, 1)
         return [Term(IdentityDesign(n), RepeatedCovariance(variance, n)).take(rows)]
 
+    def moment_start(self, variance: Tensor) -> None:
+        self._set(self.param_names[0], variance.mean())
+
 
 class DiagonalMatrix(Matrix):
     r"""Heteroscedastic covariance :math:`\mathrm{diag}(\sigma^2_0, \dots, \sigma^2_{n-1})`.
@@ -134,3 +137,7 @@ class DiagonalMatrix(Matrix):
     def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
         variances = self.build_params(free_params)
         return [Term(IdentityDesign(self.shape[0]), DiagonalCovariance(variances)).take(rows)]
+
+    def moment_start(self, variance: Tensor) -> None:
+        for name, value in zip(self.param_names, variance, strict=True):
+            self._set(name, value)

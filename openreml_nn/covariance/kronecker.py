@@ -81,6 +81,16 @@ class KroneckerProduct(Operator):
             return super().terms(rows, free_params)
         return [replace(merged, name="").take(rows)]
 
+    def moment_start(self, variance: Tensor) -> None:
+        # All of the variance goes to the last operand that has parameters, 1 to those before.
+        sizes = [operand.shape[0] for operand in self.operands.values()]
+        rest = variance.reshape(sizes)
+        for axis, operand in reversed(list(enumerate(self.operands.values()))):
+            if isinstance(operand, Matrix) and operand.num_free_params:
+                others = [i for i in range(len(sizes)) if i != axis]
+                operand.moment_start(rest.mean(others) if others else rest)
+                rest = torch.ones_like(rest)
+
 
 def _kron(a: Tensor, b: Tensor) -> Tensor:
     product = a[:, None, :, None] * b[None, :, None, :]

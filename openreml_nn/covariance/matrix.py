@@ -315,6 +315,34 @@ class Matrix(nn.Module):
         whole = Term(IdentityDesign(self.shape[0]), DenseCovariance(self(free_params)))
         return [whole.take(rows)]
 
+    # ------------------------------------------------------------------ estimation
+
+    def moment_start(self, variance: Tensor) -> None:
+        """Set the free parameters to a rough start for estimation.
+
+        Afterwards the diagonal is about ``variance``, shape ``(rows,)``, and
+        correlations are zero. A class that does not know how keeps its
+        present values.
+        """
+
+    def canonical(self, coordinates: dict[str, float]) -> dict[str, float]:
+        """Equivalent coordinates (see :class:`Transform`) that the parameters can hold.
+
+        Args:
+            coordinates: by local name, those of the free parameters that are
+                being estimated, perhaps negative where the transform vanishes.
+        """
+        return {
+            name: abs(u) if self._trans[name].vanishes else u for name, u in coordinates.items()
+        }
+
+    def _set(self, name: str, value: Tensor) -> None:
+        """Set a parameter, if it is free, to what its transform shall yield."""
+        parameter = self._parameters.get(name)
+        if parameter is not None:
+            with torch.no_grad():
+                parameter.copy_(self._trans[name].inverse(value.detach().reshape(1)))
+
     # ------------------------------------------------------------------ parameters
 
     def fix(self, name: str, value: float | Tensor | None = None) -> Matrix:

@@ -120,6 +120,20 @@ class CovariancePropagation(Operator):
             found = [Term(IdentityDesign(g.shape[0]), DenseCovariance(g))]
         return [replace(propagate(design, term), name="").take(rows) for term in found]
 
+    def moment_start(self, variance: Tensor) -> None:
+        z, g = self.operands.values()
+        if not isinstance(g, Matrix):
+            return
+        if isinstance(z, DummyMatrix):
+            # Every level's column of an effect has the scale of the effect's covariate.
+            values = z.design.values
+            square = variance.new_ones(1) if values is None else (values.detach() ** 2).mean(0)
+            square = square.to(variance).repeat(z.design.levels)
+        else:
+            dense = (z() if isinstance(z, Matrix) else z).detach().to(variance)
+            square = (dense**2).sum() / len(dense) * variance.new_ones(g.shape[0])
+        g.moment_start(variance.mean() / torch.where(square > 0, square, 1))
+
 
 def _sandwich(design: Design, g: Tensor) -> Tensor:
     return design.matmul(design.matmul(g).mT).mT

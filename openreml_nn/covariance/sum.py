@@ -62,3 +62,8 @@ class Sum(Operator):
                 parts = [Term(design, DenseCovariance(operand)).take(rows)]
             found += [term.within(name) for term in parts]
         return found
+
+    def moment_start(self, variance: Tensor) -> None:
+        for operand in self.operands.values():
+            if isinstance(operand, Matrix):
+                operand.moment_start(variance)

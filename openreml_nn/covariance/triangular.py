@@ -38,6 +38,10 @@ class _Entries(Matrix):
         selector[torch.arange(len(rows), device=values.device), flat] = 1
         return (values @ selector).reshape(*values.shape[:-1], n, m)
 
+    def _start(self, diagonal: Tensor) -> None:
+        for (i, j), name in zip(_triangle(*self.shape), self.param_names, strict=True):
+            self._set(name, diagonal[i] if i == j else torch.zeros_like(diagonal[i]))
+
     def _unit(self, free_params: FreeParams) -> Tensor:
         """Derivatives of the placed matrix by each entry, (num_params, n, m)."""
         like = self._flat(free_params)
@@ -129,6 +133,9 @@ class UnconstrainedMatrix(_Entries):
         whole = RepeatedCovariance(self(free_params))
         return [Term(IdentityDesign(self.shape[0]), whole).take(rows)]
 
+    def moment_start(self, variance: Tensor) -> None:
+        self._start(variance)
+
 
 class UnstructuredMatrix(_Entries):
     r"""Positive-definite covariance :math:`\Sigma = L L^\top` by its Cholesky factor.
@@ -185,3 +192,16 @@ class UnstructuredMatrix(_Entries):
         lower = self.factor(free_params)
         whole = RepeatedCovariance(lower @ lower.mT, 1, lower)
         return [Term(IdentityDesign(self.shape[0]), whole).take(rows)]
+
+    def moment_start(self, variance: Tensor) -> None:
+        self._start(variance.sqrt())
+
+    def canonical(self, coordinates: dict[str, float]) -> dict[str, float]:
+        # The sign of a column of L is arbitrary: the diagonal is taken as positive.
+        found = dict(coordinates)
+        names = self.param_names
+        for (i, j), name in zip(_triangle(*self.shape), names, strict=True):
+            diagonal = names[j * (j + 3) // 2]
+            if i > j and name in found and coordinates.get(diagonal, 0.0) < 0:
+                found[name] = -found[name]
+        return super().canonical(found)

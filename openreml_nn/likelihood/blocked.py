@@ -264,7 +264,7 @@ class _BlockedEvaluation(Evaluation):
         self.log_likelihood, self.gamma_factor, white = problem._profile(
             log_det, F[:-1, :-1], F[:-1, -1], F[-1, -1]
         )
-        self._y_p_y = F[-1, -1] - white @ white
+        self.y_p_y = F[-1, -1] - white @ white
         self.gamma = solve_triangular(self.gamma_factor.mT, white[:, None], upper=True)[:, 0]
 
     # ------------------------------------------------------------------ Z' P y and Z' P Z
@@ -307,7 +307,7 @@ class _BlockedEvaluation(Evaluation):
         matrices = [g.matrix for g in (*self._first, *self._rest)]
         inner = sum((2 * (x * m).sum() for x, m in zip(found, matrices, strict=True)), 0 * s)
         rank = problem.n - (problem.p if reml else 0)
-        residual = (self._y_p_y - rank - inner) / (2 * s)
+        residual = (self.y_p_y - rank - inner) / (2 * s)
         return [residual.reshape(1, 1), *found]
 
     def information(self, derivatives: Sequence[Tensor]) -> Tensor:

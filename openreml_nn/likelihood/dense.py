@@ -91,10 +91,11 @@ class _DenseEvaluation(Evaluation):
         )
         self.gamma = torch.linalg.solve_triangular(self.gamma_factor.mT, half, upper=True)[:, 0]
         self._residual = white_y - self._white_Q @ self.gamma  # L^-1 (y - Q gamma)
+        self.y_p_y = self._residual @ self._residual
         self.log_likelihood = problem._log_likelihood(
             2 * L.diagonal().log().sum(),
             2 * self.gamma_factor.diagonal().log().sum(),
-            self._residual @ self._residual,
+            self.y_p_y,
         )
 
     def _back(self, x: Tensor) -> Tensor:

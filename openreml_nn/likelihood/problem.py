@@ -63,11 +63,13 @@ class Evaluation:
 
     Attributes:
         log_likelihood: the (restricted) log-likelihood, a scalar tensor.
+        y_p_y: the generalised residual sum of squares :math:`y^\\top P y`.
         gamma: (p,) generalised least-squares coefficients of Q.
         gamma_factor: (p, p) Cholesky factor of :math:`Q^\\top V^{-1} Q`.
     """
 
     log_likelihood: Tensor
+    y_p_y: Tensor
     gamma: Tensor
     gamma_factor: Tensor
 

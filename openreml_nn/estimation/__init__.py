@@ -1,0 +1,7 @@
+"""Estimation of covariance parameters, and what a fit found."""
+
+from openreml_nn.estimation.aireml import AIREML
+from openreml_nn.estimation.fit import fit_reml, moment_start
+from openreml_nn.estimation.result import Component, Estimate, REMLResult
+
+__all__ = ["AIREML", "Component", "Estimate", "REMLResult", "fit_reml", "moment_start"]

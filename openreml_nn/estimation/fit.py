@@ -1,0 +1,129 @@
+"""Fit a linear mixed model in one call."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+from openreml_nn.covariance import Matrix
+from openreml_nn.estimation.aireml import AIREML
+from openreml_nn.estimation.result import Record, REMLResult
+from openreml_nn.likelihood import REMLLoss
+from openreml_nn.likelihood.loss import listen
+
+__all__ = ["fit_reml", "moment_start"]
+
+
+def moment_start(loss: REMLLoss, y: Tensor, X: Tensor, rows: Tensor | None = None) -> None:
+    r"""Set the covariance parameters to a start that follows the units of the data.
+
+    Every term first gets the same share of variance; then all are scaled by
+    the profiled estimate :math:`\hat\sigma^2 = y^\top P y / (n - p)`.
+
+    Raises:
+        ValueError: if the fixed effects fit the response exactly.
+    """
+    covariance = loss.covariance
+    one = torch.ones(covariance.shape[0], dtype=y.dtype, device=y.device)
+    with torch.no_grad():
+        covariance.moment_start(one)
+        with listen() as heard:
+            loss(y, X, rows)
+        evaluation, problem = heard[0].evaluate(), heard[0].problem
+        scale = float(evaluation.y_p_y) / (problem.n - problem.p)
+        rounding = torch.finfo(y.dtype).eps * float(torch.linalg.vector_norm(y.double()))
+        if not scale > rounding**2 / problem.n:
+            raise ValueError("the fixed effects fit `y` exactly: there is no variance to estimate")
+        covariance.moment_start(scale * one)
+
+
+def fit_reml(
+    covariance: Matrix,
+    y: Tensor,
+    X: Tensor,
+    *,
+    method: str = "reml",
+    solver: str = "auto",
+    rows: Tensor | None = None,
+    start: str = "moments",
+    max_iterations: int = 200,
+    names: Sequence[str] | None = None,
+    labels: Mapping[str, tuple[str, Sequence[str]]] | None = None,
+) -> REMLResult:
+    r"""Fit :math:`y \sim N(X\beta, V(\theta))` by average-information REML.
+
+    The covariance is moved to the dtype and device of ``y`` and left with its
+    parameters at the estimates.
+
+    Args:
+        covariance: the covariance V.
+        y: response (n,).
+        X: model matrix of the fixed effects (n, p).
+        method: ``"reml"`` or ``"ml"``.
+        solver: see :class:`REMLLoss`.
+        rows: the rows of the covariance that the data belong to; all by default.
+        start: ``"moments"`` starts from the scale of the data,
+            ``"current"`` from the parameters as they are.
+        max_iterations: after so many the fit stops, with a warning.
+        names: names of the columns of X.
+        labels: name of a term to the names of its group and effects, for tables.
+
+    Raises:
+        NotPositiveDefiniteError: if V is not positive definite at the start (a ValueError).
+        TypeError, ValueError: if the data do not fit, or an option is unknown.
+
+    >>> from openreml_nn.covariance import *
+    >>> batch = DummyMatrix(["a", "a", "b", "b", "c", "c"])
+    >>> V = Sum(batch=CovariancePropagation(batch, ScalarMatrix(3)), residual=ScalarMatrix(6))
+    >>> y = torch.tensor([1.0, 1.2, 3.0, 3.5, 2.0, 1.9], dtype=torch.float64)
+    >>> result = fit_reml(V, y, torch.ones(6, 1, dtype=torch.float64))
+    >>> [f"{c.group} {c.covariance.item():.4f}" for c in result.components]
+    ['batch 1.1525', 'Residual 0.0500']
+    """
+    if start not in ("moments", "current"):
+        raise ValueError(f"`start` is {start!r}: expected 'moments' or 'current'")
+    loss = REMLLoss(covariance, method, solver, reduction="sum")
+    if not isinstance(y, Tensor) or not isinstance(X, Tensor):
+        raise TypeError("`y` and `X` must be tensors")
+    y, X = y.detach(), X.detach()
+    covariance.to(y)
+    with warnings.catch_warnings():
+        # The loss says so, once, when it first sees the data.
+        if start == "moments":
+            moment_start(loss, y, X, rows)
+        history: list[Record] = []
+        parameters = list(covariance.parameters())
+        if any(p.requires_grad for p in parameters):
+            optimizer = AIREML(parameters)
+            for _ in range(max_iterations):
+                optimizer.step(lambda: loss(y, X, rows))
+                step = optimizer.last
+                assert step is not None
+                values = covariance.build_params(out_format="dict")
+                history.append(
+                    Record(
+                        step.log_likelihood,
+                        step.score_norm,
+                        step.length,
+                        {name: float(value.detach()) for name, value in values.items()},
+                    )
+                )
+                if step.converged or step.length == 0:
+                    break
+        with listen() as heard, torch.no_grad():
+            loss(y, X, rows)
+        result = REMLResult.of(heard[0], loss.plan, y, X, history, names, labels)
+    if not result.converged:
+        warnings.warn(
+            f"the fit did not converge in {len(history)} iterations: "
+            f"score norm {result.score_norm:.3g} standard errors, expected below 0.001",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    if not isfinite(result.log_likelihood):
+        raise ValueError("the log-likelihood is not finite")
+    return result

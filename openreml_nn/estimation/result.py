@@ -1,0 +1,440 @@
+"""What a fit found."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import log, nan
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openreml_nn.covariance.design import IndexedDesign
+from openreml_nn.covariance.terms import RepeatedCovariance, Term
+from openreml_nn.estimation.aireml import Coordinates, Curvature
+from openreml_nn.files import write_text
+from openreml_nn.likelihood.loss import Objective
+from openreml_nn.likelihood.plan import Plan
+from openreml_nn.likelihood.problem import Evaluation, RandomEffects
+
+__all__ = ["Component", "Estimate", "FixedEffects", "REMLResult", "Record"]
+
+#: Parameters count as converged this many standard errors from the optimum.
+CONVERGED = 1e-3
+#: A random effect this many residual standard deviations small is none (as in lme4).
+SINGULAR = 1e-4
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A covariance parameter on both scales, with standard errors by the delta method.
+
+    A standard error is NaN for a parameter on the boundary or fixed.
+
+    Attributes:
+        name: path in the tree, such as ``subject/g/op_1/L_0_0``.
+        value: what its transform yields.
+        std_error: its standard error.
+        untransformed: the value that the module stores.
+        untransformed_std_error: its standard error.
+    """
+
+    name: str
+    value: float
+    std_error: float
+    untransformed: float
+    untransformed_std_error: float
+
+
+@dataclass(frozen=True)
+class Component:
+    """The covariance of one term.
+
+    Attributes:
+        name: path of the term in the tree.
+        group: name of the grouping factor; ``Residual`` for the residual.
+        effects: names of the k effects.
+        levels: number of levels.
+        covariance: (k, k), or (q,) variances of a diagonal term.
+        std_error: standard errors of its entries (delta method).
+    """
+
+    name: str
+    group: str
+    effects: tuple[str, ...]
+    levels: int
+    covariance: Tensor
+    std_error: Tensor
+
+    @property
+    def std_dev(self) -> Tensor:
+        """Standard deviations of the effects."""
+        c = self.covariance
+        return (c if c.dim() == 1 else c.diagonal()).sqrt()
+
+    @property
+    def correlation(self) -> Tensor:
+        """Correlations of the effects; NaN where a variance is zero."""
+        scale = self.std_dev
+        if self.covariance.dim() == 1:
+            return torch.eye(len(scale), dtype=scale.dtype, device=scale.device)
+        found = self.covariance / (scale[:, None] * scale[None, :])
+        found.diagonal().fill_(1.0)
+        return found
+
+
+@dataclass(frozen=True)
+class FixedEffects:
+    r"""BLUEs :math:`\hat\beta = (X^\top V^{-1} X)^{-1} X^\top V^{-1} y`.
+
+    Attributes:
+        names: names of the kept columns of X.
+        estimate: (p,).
+        covariance: :math:`(X^\top V^{-1} X)^{-1}` (p, p).
+        columns: positions of the kept columns.
+    """
+
+    names: tuple[str, ...]
+    estimate: Tensor
+    covariance: Tensor
+    columns: tuple[int, ...]
+
+    @property
+    def std_error(self) -> Tensor:
+        """Standard errors."""
+        return self.covariance.diagonal().sqrt()
+
+    @property
+    def statistic(self) -> Tensor:
+        """Estimates divided by their standard errors."""
+        return self.estimate / self.std_error
+
+
+@dataclass(frozen=True)
+class Record:
+    """One iteration: where it ended and how.
+
+    Attributes:
+        log_likelihood: at its end.
+        score_norm: at its start, in standard errors; NaN where it was not computed.
+        step: accepted fraction of the full step; NaN for other optimizers.
+        parameters: transformed parameters at its end, by name.
+    """
+
+    log_likelihood: float
+    score_norm: float
+    step: float
+    parameters: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class REMLResult:
+    r"""A fitted linear mixed model.
+
+    Attributes:
+        method: ``"reml"`` or ``"ml"``.
+        converged: whether the score norm is below a thousandth of a standard error.
+        singular: the terms whose covariance is on the boundary: some
+            combination of their effects has less than 1e-4 residual standard
+            deviations.
+        score_norm: distance to the optimum in standard errors.
+        condition: condition number of the scaled curvature.
+        rows: number of rows n.
+        log_likelihood: the (restricted) log-likelihood, constants included.
+        fixed: BLUEs.
+        parameters: covariance parameters.
+        components: covariance of each term, the residual last where there is one.
+        random: BLUPs with prediction-error variances.
+        fitted: (n,) :math:`X\hat\beta + \sum_t Z_t \hat b_t`.
+        residuals: (n,) :math:`y` less that.
+        history: record of the iterations.
+        plan: the solver's plan.
+        num_params: number of free covariance parameters.
+    """
+
+    method: str
+    converged: bool
+    singular: tuple[str, ...]
+    score_norm: float
+    condition: float
+    rows: int
+    log_likelihood: float
+    fixed: FixedEffects
+    parameters: tuple[Estimate, ...]
+    components: tuple[Component, ...]
+    random: tuple[RandomEffects, ...]
+    fitted: Tensor = field(repr=False)
+    residuals: Tensor = field(repr=False)
+    history: tuple[Record, ...]
+    plan: Plan
+    num_params: int
+
+    @property
+    def iterations(self) -> int:
+        """Number of iterations."""
+        return len(self.history)
+
+    @property
+    def deviance(self) -> float:
+        r""":math:`-2\ell`, for REML also called the REML criterion."""
+        return -2 * self.log_likelihood
+
+    @property
+    def aic(self) -> float:
+        r""":math:`-2\ell + 2k` with k fixed effects and covariance parameters."""
+        return self.deviance + 2 * (len(self.fixed.names) + self.num_params)
+
+    @property
+    def bic(self) -> float:
+        r""":math:`-2\ell + k\log n`."""
+        return self.deviance + log(self.rows) * (len(self.fixed.names) + self.num_params)
+
+    @property
+    def residual_variance(self) -> float:
+        """Variance of the residual, NaN where it is not one number."""
+        found = [c.covariance for c in self.components if c.group == "Residual"]
+        return float(found[0]) if len(found) == 1 and found[0].numel() == 1 else nan
+
+    def summary(self, title: str | None = None) -> str:
+        """The model as text, in the order of lme4's summary."""
+        from openreml_nn.estimation.summary import summarise
+
+        return summarise(self, title)
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write all but the BLUPs and fitted values to a JSON file, whole or not at all."""
+        write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What :meth:`to_json` writes. Numbers that do not exist are None."""
+        fixed = zip(
+            self.fixed.names,
+            self.fixed.estimate.tolist(),
+            self.fixed.std_error.tolist(),
+            self.fixed.statistic.tolist(),
+            strict=True,
+        )
+        return finite(
+            {
+                "method": self.method,
+                "converged": self.converged,
+                "singular": list(self.singular),
+                "score_norm": self.score_norm,
+                "condition": self.condition,
+                "rows": self.rows,
+                "log_likelihood": self.log_likelihood,
+                "deviance": self.deviance,
+                "aic": self.aic,
+                "bic": self.bic,
+                "solver": self.plan.solver,
+                "fixed": [
+                    {"name": n, "estimate": b, "std_error": s, "statistic": t}
+                    for n, b, s, t in fixed
+                ],
+                "parameters": [vars(estimate) for estimate in self.parameters],
+                "components": [
+                    {
+                        "group": c.group,
+                        "effects": list(c.effects),
+                        "levels": c.levels,
+                        "covariance": c.covariance.tolist(),
+                        "std_error": c.std_error.tolist(),
+                    }
+                    for c in self.components
+                ],
+                "history": [vars(record) for record in self.history],
+            }
+        )
+
+    @classmethod
+    def of(
+        cls,
+        objective: Objective,
+        plan: Plan,
+        y: Tensor,
+        X: Tensor,
+        history: Sequence[Record] = (),
+        names: Sequence[str] | None = None,
+        labels: Mapping[str, tuple[str, Sequence[str]]] | None = None,
+    ) -> REMLResult:
+        """The result at the present parameters, however they were found."""
+        with torch.no_grad():
+            return _Builder(objective, labels or {}).build(plan, y, X, history, names)
+
+
+def finite(value: Any) -> Any:
+    """The same structure with None for numbers that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return None
+    return value
+
+
+class _Builder:
+    def __init__(
+        self, objective: Objective, labels: Mapping[str, tuple[str, Sequence[str]]]
+    ) -> None:
+        self._objective = objective
+        self._labels = labels
+        self._evaluation: Evaluation = objective.evaluate()
+        self._terms = [term.detach() for term in objective.terms()]
+        self._curvature = Curvature([objective])
+
+    def build(
+        self,
+        plan: Plan,
+        y: Tensor,
+        X: Tensor,
+        history: Sequence[Record],
+        names: Sequence[str] | None,
+    ) -> REMLResult:
+        problem, evaluation = self._objective.problem, self._evaluation
+        fixed = self._fixed(names)
+        dtype = problem.fixed.y.dtype
+        fitted = X.detach().to(dtype)[:, list(fixed.columns)] @ fixed.estimate
+        random = evaluation.random_effects()
+        for term, effects in zip(self._random_terms, random, strict=True):
+            fitted = fitted + term.design.matmul(effects.values.reshape(-1, 1))[:, 0]
+        components = self._components()
+        curvature = self._curvature
+        return REMLResult(
+            method=problem.method,
+            converged=curvature.norm < CONVERGED and not curvature.stuck,
+            singular=self._singular(),
+            score_norm=curvature.norm,
+            condition=curvature.condition,
+            rows=problem.n,
+            log_likelihood=float(evaluation.log_likelihood),
+            fixed=fixed,
+            parameters=self._parameters(),
+            components=tuple(components),
+            random=tuple(random),
+            fitted=fitted,
+            residuals=y.detach().to(dtype) - fitted,
+            history=tuple(history),
+            plan=plan,
+            num_params=len(curvature.at.entries),
+        )
+
+    @property
+    def _random_terms(self) -> list[Term]:
+        return [term for term in self._terms if not term.is_residual]
+
+    def _fixed(self, names: Sequence[str] | None) -> FixedEffects:
+        part, evaluation = self._objective.problem.fixed, self._evaluation
+        spread = part.T @ torch.cholesky_inverse(evaluation.gamma_factor) @ part.T.mT
+        names = names or [f"X{j}" for j in range(max(part.columns, default=-1) + 1)]
+        kept = tuple(names[j] for j in part.columns)
+        return FixedEffects(
+            kept, part.coefficients(evaluation.gamma), spread, tuple(part.columns)
+        )
+
+    @cached_property
+    def _spread(self) -> Tensor:
+        """Covariance of the coordinates; NaN for those at zero."""
+        at, information = self._curvature.at, self._curvature.information
+        u = self._curvature.u
+        vanishing = torch.tensor(at.vanishing, device=u.device, dtype=torch.bool)
+        inner = (~(vanishing & (u == 0))).nonzero()[:, 0]
+        spread = torch.full_like(information, nan)
+        part = information[inner][:, inner]
+        scale = part.diagonal().sqrt()
+        scale = torch.where(scale > 0, scale, 1)
+        inverse = torch.linalg.pinv(part / (scale[:, None] * scale), hermitian=True)
+        spread[inner[:, None], inner] = inverse / (scale[:, None] * scale)
+        return spread
+
+    def _parameters(self) -> tuple[Estimate, ...]:
+        covariance = self._objective.covariance
+        at, u = self._curvature.at, self._curvature.u
+        errors = dict(
+            zip(
+                [(id(e.leaf), e.local) for e in at.entries],
+                zip(u, self._spread.diagonal().sqrt(), strict=True),
+                strict=True,
+            )
+        )
+        found = []
+        for e in covariance._entries():
+            x = e.tensor.detach().to(u)
+            value, stored = float(e.trans(x)), float(x)
+            std_error = stored_error = nan
+            if (id(e.leaf), e.local) in errors:
+                coordinate, spread = errors[id(e.leaf), e.local]
+                std_error = float(_slope(e.trans.at_coordinate, coordinate) * spread)
+                stored_error = float(_slope(e.trans.from_coordinate, coordinate) * spread)
+            found.append(Estimate(e.name, value, std_error, stored, stored_error))
+        return tuple(found)
+
+    def _components(self) -> list[Component]:
+        u = self._curvature.u
+        at = self._curvature.at
+
+        def matrices(x: Tensor) -> tuple[Tensor, ...]:
+            terms = self._objective.terms(at.natural(0, x))
+            return tuple(term.covariance.matrix for term in terms)
+
+        jacobians = torch.func.jacfwd(matrices)(u) if len(u) else [None] * len(self._terms)
+        # A coordinate at zero has no standard error, but entries that do not depend on it have.
+        spread = self._spread
+        known = torch.where(spread.isnan(), 0, spread)
+        missing = spread.diagonal().isnan()
+        found = []
+        for term, J in zip(self._terms, jacobians, strict=True):
+            matrix = term.covariance.matrix
+            error = torch.zeros_like(matrix)
+            if J is not None:
+                error = torch.einsum("...i,ij,...j->...", J, known, J).clamp(min=0).sqrt()
+                lost = (J[..., missing] != 0).any(-1) | (matrix == 0)
+                error = torch.where(lost, nan, error)
+            group, effects = self._label(term)
+            levels = term.design.shape[1] // max(1, len(effects))
+            found.append(Component(term.name, group, effects, levels, matrix, error))
+        return found
+
+    def _label(self, term: Term) -> tuple[str, tuple[str, ...]]:
+        if term.is_residual:
+            return "Residual", ("",)
+        k = term.covariance.matrix.shape[0]
+        if term.name in self._labels:
+            group, effects = self._labels[term.name]
+            return group, tuple(effects)
+        if k == 1:
+            return term.name, ("(Intercept)",)
+        return term.name, tuple(f"effect_{i}" for i in range(k))
+
+    def _singular(self) -> tuple[str, ...]:
+        """Terms of which some combination of effects is negligible beside the residual."""
+        residual = sum(float(t.covariance.matrix) for t in self._terms if t.is_residual)
+        if not residual:
+            return ()
+        found = []
+        for term in self._random_terms:
+            matrix = term.covariance.matrix
+            if isinstance(term.covariance, RepeatedCovariance):
+                z = term.design
+                scale = torch.ones_like(matrix.diagonal())
+                if isinstance(z, IndexedDesign) and z.values is not None:
+                    if z.effects == len(scale):
+                        scale = (z.values.detach().to(scale) ** 2).mean(0).sqrt()
+                least = torch.linalg.eigvalsh(scale[:, None] * matrix * scale)[0]
+            elif matrix.dim() == 1:
+                least = matrix.min()
+            else:
+                continue
+            if float(least) < SINGULAR**2 * residual:
+                found.append(self._label(term)[0])
+        return tuple(dict.fromkeys(found))
+
+
+def _slope(function: Any, u: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x = u.detach().clone().requires_grad_()
+        return torch.autograd.grad(function(x).sum(), x)[0].abs()

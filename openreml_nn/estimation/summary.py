@@ -1,0 +1,102 @@
+"""A fitted model as text."""
+
+from __future__ import annotations
+
+import io
+from math import isnan
+from typing import TYPE_CHECKING
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from openreml_nn.estimation.result import Component, REMLResult
+
+__all__ = ["summarise", "tables"]
+
+
+def summarise(result: REMLResult, title: str | None = None) -> str:
+    """The tables of :func:`tables` as plain text, 100 columns wide."""
+    stream = io.StringIO()
+    console = Console(file=stream, width=100, color_system=None)
+    for part in tables(result, title):
+        console.print(part)
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
+
+
+def tables(result: REMLResult, title: str | None = None) -> list[Table | str]:
+    """Headline, random effects, fixed effects and notes, for a rich console."""
+    by = {"reml": "REML", "ml": "maximum likelihood"}[result.method]
+    criterion = {"reml": "REML criterion", "ml": "deviance"}[result.method]
+    parts: list[Table | str] = [f"Linear mixed model fit by {by}"]
+    if title:
+        parts.append(f"Formula: {title}")
+    parts.append(
+        f"{criterion} {result.deviance:.4f}   log-likelihood {result.log_likelihood:.4f}   "
+        f"AIC {result.aic:.2f}   BIC {result.bic:.2f}\n"
+    )
+    parts.append(_random(result))
+    groups = {c.group: c.levels for c in result.components if c.group != "Residual"}
+    counts = "".join(f", {group} {levels}" for group, levels in groups.items())
+    parts.append(f"Rows {result.rows}; levels{counts[1:]}\n" if groups else f"Rows {result.rows}\n")
+    if result.fixed.names:
+        parts.append(_fixed(result))
+    state = "converged" if result.converged else "NOT converged"
+    parts.append(
+        f"{state} in {result.iterations} iterations, score norm {result.score_norm:.1e} "
+        f"standard errors; {result.plan.solver} solver"
+    )
+    if result.singular:
+        parts.append(f"singular fit: a variance of {', '.join(result.singular)} is zero")
+    return parts
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    return table
+
+
+def _number(value: float) -> str:
+    return "" if isnan(value) else f"{value:.5g}"
+
+
+def _random(result: REMLResult) -> Table:
+    widest = max((len(c.effects) for c in result.components if c.covariance.dim() == 2), default=1)
+    correlations = ["Corr"] + [""] * (widest - 2) if widest > 1 else []
+    table = _table(
+        "Random effects", "Group", "Effect", "Variance", "Std. error", "Std. dev.", *correlations
+    )
+    table.columns[1].justify = "left"
+    for component in result.components:
+        for row in _component(component, len(correlations)):
+            table.add_row(*row)
+    return table
+
+
+def _component(c: Component, width: int, most: int = 12) -> list[list[str]]:
+    square = c.covariance.dim() == 2
+    variance = c.covariance.diagonal() if square else c.covariance
+    error = c.std_error.diagonal() if square else c.std_error
+    correlation = c.correlation if square else torch.eye(len(variance))
+    rows = []
+    for i, name in enumerate(c.effects[:most]):
+        cells = [f"{correlation[i, j]:.2f}" for j in range(i)] if square and width else []
+        cells = cells[:width] + [""] * (width - len(cells))
+        numbers = [_number(float(x[i])) for x in (variance, error, c.std_dev)]
+        rows.append([c.group if i == 0 else "", name, *numbers, *cells])
+    if len(c.effects) > most:
+        rows.append(["", f"… {len(c.effects) - most} more"])
+    return rows
+
+
+def _fixed(result: REMLResult) -> Table:
+    table = _table("Fixed effects", "", "Estimate", "Std. error", "t value")
+    fixed = result.fixed
+    rows = zip(fixed.names, fixed.estimate, fixed.std_error, fixed.statistic, strict=True)
+    for name, *numbers in rows:
+        table.add_row(name, *(_number(float(x)) for x in numbers))
+    return table
