@@ -180,8 +180,12 @@ def _interact(
     known = np.ones(n, dtype=bool)
     sizes = [len(levels) for levels in factors]
     for column, levels, size in zip(columns, factors, sizes, strict=True):
-        code = pd.Categorical(column.astype(object), categories=pd.Index(levels, dtype=object))
-        part = code.codes.astype(np.int64)
+        if isinstance(column.dtype, pd.CategoricalDtype) and list(column.cat.categories) == levels:
+            codes = column.cat.codes
+        else:
+            index = pd.Index(levels, dtype=object)
+            codes = pd.Categorical(column.astype(object), categories=index).codes
+        part = np.asarray(codes, dtype=np.int64)
         known &= part >= 0
         total = total * size + part
     if not known.all():
@@ -194,8 +198,8 @@ def _interact(
             stacklevel=3,
         )
     cells = np.unique(total[known]) if observed_only else np.arange(prod(sizes))
-    codes = np.full(n, -1, dtype=np.int64)
-    codes[known] = np.searchsorted(cells, total[known])
+    found = np.full(n, -1, dtype=np.int64)
+    found[known] = np.searchsorted(cells, total[known])
     parts = []
     rest = cells
     for size in reversed(sizes):
@@ -206,7 +210,7 @@ def _interact(
         tuple(levels[cell[j]] for j, levels in enumerate(factors))
         for cell in zip(*(p.tolist() for p in parts), strict=True)
     ]
-    return codes, combos
+    return found, combos
 
 
 def _sort_key(combo: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,0 +1,449 @@
+"""From a table and a formula to tensors, a covariance tree, and back to names."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import formulaic
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from openreml_nn.covariance import (
+    CovariancePropagation,
+    DummyMatrix,
+    IdentityMatrix,
+    KroneckerProduct,
+    Matrix,
+    ScalarMatrix,
+    Sum,
+    UnstructuredMatrix,
+)
+from openreml_nn.errors import InputError
+from openreml_nn.formula import MixedFormula, RandomPart, check_formula, columns_of, parse_formula
+
+__all__ = ["Encoded", "Encoder", "RandomDesign", "read_table"]
+
+_FUNCTIONS: dict[str, Any] = {
+    "sqrt": np.sqrt, "abs": np.abs, "log1p": np.log1p, "sin": np.sin, "cos": np.cos, "tan": np.tan,
+    "factor": formulaic.transforms.TRANSFORMS["C"],
+}  # fmt: skip
+
+
+def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
+    """Read a CSV file (also compressed) or a Parquet file by its suffix.
+
+    Raises:
+        InputError: if the file is missing, of another kind, empty or broken.
+    """
+    file = Path(path)
+    if not file.is_file():
+        what = "is a directory" if file.is_dir() else "does not exist"
+        raise InputError(f"file {str(path)!r} {what}: expected a CSV or Parquet file")
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    read: Callable[[Path], pd.DataFrame]
+    if suffixes[-1:] == [".parquet"]:
+        read = pd.read_parquet
+    elif ".csv" in suffixes[-2:] or suffixes[-1:] in ([".tsv"], [".txt"]):
+        separator = "," if ".csv" in suffixes else r"\s+"
+        separator = "\t" if ".tsv" in suffixes else separator
+
+        def read(file: Path) -> pd.DataFrame:
+            return pd.read_csv(file, sep=separator)
+    else:
+        raise InputError(f"file {str(path)!r}: expected a name ending in .csv, .csv.gz or .parquet")
+    try:
+        table = read(file)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"file {str(path)!r} cannot be read: {reason}") from None
+    if not len(table) or not len(table.columns):
+        raise InputError(f"file {str(path)!r} has no rows")
+    table.columns = [str(column) for column in table.columns]
+    return table
+
+
+@dataclass(frozen=True)
+class RandomDesign:
+    """The design of one random-effects term.
+
+    Attributes:
+        name: name of its operand in the covariance tree, unique.
+        group: grouping factor as written.
+        effects: names of its k effects.
+        levels: labels of its levels.
+        codes: (n,) level of each row; -1 for a level that was not seen.
+        values: (n, k) values of the effects.
+    """
+
+    name: str
+    group: str
+    effects: tuple[str, ...]
+    levels: tuple[str, ...]
+    codes: Tensor
+    values: Tensor
+
+    @property
+    def is_intercept(self) -> bool:
+        """Whether the only effect is the intercept."""
+        return self.effects == ("(Intercept)",)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A table as tensors.
+
+    Attributes:
+        y: response (n,), or None where the table has none.
+        X: model matrix of the fixed effects (n, p).
+        names: names of its columns.
+        random: designs of the random effects.
+        rows: positions of the kept rows in the table.
+        dropped_rows: rows left out because of missing values.
+    """
+
+    y: Tensor | None
+    X: Tensor
+    names: tuple[str, ...]
+    random: tuple[RandomDesign, ...]
+    rows: np.ndarray
+    dropped_rows: int
+
+    def covariance(self) -> Matrix:
+        r"""The covariance tree :math:`\sum_t Z_t (I \otimes \Sigma_t) Z_t^\top + \sigma^2 I`."""
+        parts: dict[str, Matrix] = {}
+        for design in self.random:
+            q = len(design.levels)
+            labels = pd.Categorical.from_codes(design.codes.numpy(), list(design.levels))
+            k = len(design.effects)
+            values = None if design.is_intercept else design.values
+            parts[design.name] = CovariancePropagation(
+                z=DummyMatrix(labels, lex_order=False, covariates=values),
+                g=ScalarMatrix(q)
+                if k == 1
+                else KroneckerProduct(levels=IdentityMatrix(q), effects=UnstructuredMatrix(k)),
+            )
+        parts["residual"] = ScalarMatrix(len(self.X))
+        return Sum(parts).to(self.X.dtype)
+
+    @property
+    def labels(self) -> dict[str, tuple[str, tuple[str, ...]]]:
+        """Operand name to the names of group and effects, for :func:`fit_reml`."""
+        return {design.name: (design.group, design.effects) for design in self.random}
+
+
+class Encoder:
+    """What a formula makes of a table, learned from one table and applied to any.
+
+    Args:
+        formula: an lme4-style formula.
+        categorical: numeric columns to be taken as factors.
+        source: what messages call the table.
+
+    Attributes:
+        state: what was learned, as plain numbers and strings: levels of
+            factors and groups, and the state of transforms such as ``scale``.
+
+    Raises:
+        InputError: if the formula does not parse.
+    """
+
+    def __init__(
+        self, formula: str, categorical: Sequence[str] = (), source: str = "the table"
+    ) -> None:
+        self.formula: MixedFormula = parse_formula(formula)
+        self.categorical = tuple(categorical)
+        self.source = source
+        self.state: dict[str, Any] = {}
+
+    # ------------------------------------------------------------------ learning and applying
+
+    def fit(self, table: pd.DataFrame) -> Encoded:
+        """Learn from a table and encode it.
+
+        Rows with a missing value in a column that the formula uses are left
+        out, with a warning that counts them.
+
+        Raises:
+            InputError: if a column is missing or of the wrong kind, a value is
+                infinite, a factor has one level, or no row is left.
+        """
+        self.state = {"categories": {}, "transforms": {}, "groups": {}}
+        kept, rows, dropped = self._complete(table, self._columns(response=True))
+        self._learn_categories(kept)
+        kept = self._with_categories(kept)
+        y = self._response(kept)
+        X, names = self._matrix(self.formula.fixed, kept, "fixed")
+        random = self._random(kept)
+        n = len(y)
+        if n <= X.shape[1]:
+            raise InputError(
+                f"{self.source}: {n} rows for {X.shape[1]} fixed effects: more rows are needed"
+            )
+        for design in random:
+            self._check_size(design, n)
+        return Encoded(torch.from_numpy(y), torch.from_numpy(X), names, random, rows, dropped)
+
+    def transform(self, table: pd.DataFrame) -> Encoded:
+        """Encode another table; groups' unknown levels get the code -1.
+
+        The response is encoded where the table has it.
+        """
+        columns = self._columns(response=False)
+        response = columns_of(self.formula.response, self.formula.text)
+        has_response = all(column in table.columns for column in response)
+        kept, rows, dropped = self._complete(table, columns)
+        kept = self._with_categories(kept)
+        X, names = self._matrix(self.formula.fixed, kept, "fixed")
+        y = torch.from_numpy(self._response(kept)) if has_response else None
+        return Encoded(y, torch.from_numpy(X), names, self._random(kept), rows, dropped)
+
+    # ------------------------------------------------------------------ columns
+
+    def _columns(self, response: bool) -> list[str]:
+        text = self.formula.text
+        found = columns_of(self.formula.response, text) if response else []
+        found += columns_of(self.formula.fixed, text)
+        for part in self.formula.random:
+            found += [*columns_of(part.effects, text), *part.factors]
+        return list(dict.fromkeys(found))
+
+    def _complete(
+        self, table: pd.DataFrame, columns: Sequence[str]
+    ) -> tuple[pd.DataFrame, np.ndarray, int]:
+        """Rows without missing values, and where they stood."""
+        for column in (*columns, *self.categorical):
+            if column not in table.columns:
+                near = ", ".join(map(str, table.columns[:20]))
+                raise InputError(f"{self.source} has no column {column!r}: its columns are {near}")
+        present = table.notna()[list(columns)].all(axis=1).to_numpy()
+        rows = np.flatnonzero(present)
+        dropped = len(table) - len(rows)
+        if not len(rows):
+            emptiest = table[list(columns)].isna().sum().idxmax()
+            raise InputError(
+                f"{self.source}: every row has a missing value, most in column {emptiest!r}"
+            )
+        if dropped:
+            warnings.warn(
+                f"{self.source}: {dropped} of {len(table)} rows left out, which miss a value",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return table.iloc[rows], rows, dropped
+
+    def _is_factor(self, column: pd.Series) -> bool:
+        return (
+            column.name in self.categorical
+            or isinstance(column.dtype, pd.CategoricalDtype)
+            or not pd.api.types.is_numeric_dtype(column)
+            or pd.api.types.is_bool_dtype(column)
+        )
+
+    def _fixed_columns(self) -> list[str]:
+        """Columns used outside of groups and the response."""
+        text = self.formula.text
+        found = columns_of(self.formula.fixed, text)
+        for part in self.formula.random:
+            found += columns_of(part.effects, text)
+        return list(dict.fromkeys(found))
+
+    def _learn_categories(self, table: pd.DataFrame) -> None:
+        for name in self._fixed_columns():
+            if self._is_factor(table[name]):
+                categories = _categories(table[name])
+                if len(categories) < 2:
+                    raise InputError(
+                        f"{self.source}: column {name!r} has one level, {categories[0]!r}: "
+                        "a factor needs two"
+                    )
+                self.state["categories"][name] = categories
+
+    def _with_categories(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The table with factors as categoricals of the known levels."""
+        table = table.copy(deep=False)
+        for name, categories in self.state["categories"].items():
+            labels = _labels(table[name])
+            unknown = sorted(set(labels.unique()) - set(categories))
+            if unknown:
+                raise InputError(
+                    f"{self.source}: column {name!r} has the level {unknown[0]!r}, "
+                    f"which the model does not know: expected one of {categories[:10]}"
+                )
+            table[name] = pd.Categorical(labels, categories=categories)
+        return table
+
+    # ------------------------------------------------------------------ values
+
+    def _response(self, table: pd.DataFrame) -> np.ndarray:
+        name = self.formula.response
+        for column in columns_of(name, self.formula.text):
+            series = table[column]
+            if not pd.api.types.is_numeric_dtype(series):
+                numbers = pd.to_numeric(series.astype(str), errors="coerce")
+                bad = np.flatnonzero(numbers.isna().to_numpy())
+                shown = f"{series.iloc[bad[0]]!r} in row {table.index[bad[0]] + 1}" if len(bad) else "text"
+                raise InputError(
+                    f"{self.source}: the response {column!r} is not numeric: found {shown}, "
+                    "expected numbers"
+                )
+        y, _ = self._matrix(f"0 + {name}", table, "response")
+        if y.shape[1] != 1:
+            raise InputError(f"formula {self.formula.text!r}: the response must be one column")
+        return y[:, 0].copy()
+
+    def _matrix(
+        self, part: str, table: pd.DataFrame, key: str
+    ) -> tuple[np.ndarray, tuple[str, ...]]:
+        """Evaluate a part without bars; column names as in R."""
+        check_formula(part, self.formula.text)
+        spec = formulaic.ModelSpec.from_spec(
+            part, transform_state=self.state["transforms"].get(key, {}), na_action="ignore"
+        )
+        try:
+            with np.errstate(all="ignore"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                matrix = spec.get_model_matrix(table, context=_FUNCTIONS)
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"{self.source}: {part!r} cannot be evaluated: {reason}") from None
+        self.state["transforms"].setdefault(key, _plain(matrix.model_spec.transform_state))
+        names = tuple(_r_name(column) for column in matrix.columns)
+        try:
+            values = np.array(matrix.to_numpy(dtype=np.float64), order="C")
+        except (TypeError, ValueError):
+            raise InputError(f"{self.source}: {part!r} does not yield numbers") from None
+        bad = np.argwhere(~np.isfinite(values))
+        if len(bad):
+            row, column = bad[0]
+            raise InputError(
+                f"{self.source}: {names[column]!r} is {values[row, column]} "
+                f"in row {table.index[row] + 1}: expected a finite number"
+            )
+        return values.reshape(len(table), -1), names
+
+    # ------------------------------------------------------------------ groups
+
+    def _random(self, table: pd.DataFrame) -> tuple[RandomDesign, ...]:
+        designs: list[RandomDesign] = []
+        used: dict[str, int] = {"residual": 1}
+        grouped: dict[str, tuple[Tensor, tuple[str, ...]]] = {}
+        for part in self.formula.random:
+            if part.group not in grouped:
+                grouped[part.group] = self._codes(part, table)
+            codes, levels = grouped[part.group]
+            key = f"{part.effects} | {part.group}"
+            values, effects = self._matrix(part.effects, table, key)
+            if not effects:
+                raise InputError(f"formula {self.formula.text!r}: ({key}) has no effect")
+            # Operand names hold neither '/' nor '.', and are unique.
+            base = re.sub(r"[/.]", "_", part.group)
+            name = base if base not in used else f"{base}_{used[base]}"
+            used[base] = used.get(base, 0) + 1
+            designs.append(
+                RandomDesign(name, part.group, effects, levels, codes, torch.from_numpy(values))
+            )
+        return tuple(designs)
+
+    def _codes(self, part: RandomPart, table: pd.DataFrame) -> tuple[Tensor, tuple[str, ...]]:
+        """Level of each row; only combinations that occur are levels."""
+        labels = [_labels(table[name]) for name in part.factors]
+        known = self.state["groups"].get(part.group)
+        if known is None:
+            columns = [_categories(table[name]) for name in part.factors]
+        else:
+            columns = known["columns"]
+        cell = np.zeros(len(table), dtype=np.int64)
+        seen = np.ones(len(table), dtype=bool)
+        for label, categories in zip(labels, columns, strict=True):
+            code = pd.Categorical(label, categories=categories).codes.astype(np.int64)
+            seen &= code >= 0
+            cell = cell * len(categories) + code
+        cells = np.unique(cell) if known is None else np.asarray(known["cells"], dtype=np.int64)
+        if known is None:
+            if len(cells) < 2:
+                raise InputError(
+                    f"{self.source}: grouping factor {part.group!r} has one level: "
+                    "a random effect needs two"
+                )
+            self.state["groups"][part.group] = {"columns": columns, "cells": cells.tolist()}
+        at = np.searchsorted(cells, cell).clip(max=len(cells) - 1)
+        codes = np.where(seen & (cells[at] == cell), at, -1)
+        return torch.from_numpy(codes), _cell_labels(cells, columns)
+
+    def _check_size(self, design: RandomDesign, n: int) -> None:
+        size = len(design.levels) * len(design.effects)
+        if size >= n:
+            raise InputError(
+                f"{self.source}: {design.group!r} has {len(design.levels)} levels x "
+                f"{len(design.effects)} effects for {n} rows: they cannot be told from the residual"
+            )
+
+
+def _labels(column: pd.Series) -> pd.Series:
+    """Labels as strings; whole numbers without a decimal point."""
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        names = [_label(value) for value in column.cat.categories]
+        if len(set(names)) == len(names):
+            return pd.Series(
+                pd.Categorical.from_codes(column.cat.codes, names), index=column.index
+            ).astype(str)
+    values, uniques = pd.factorize(column)
+    return pd.Series(
+        np.array([_label(u) for u in uniques], dtype=object)[values], index=column.index
+    )
+
+
+def _label(value: Any) -> str:
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def _categories(column: pd.Series) -> list[str]:
+    """Levels that occur: in a categorical's order, numbers by size, all else by spelling."""
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        present = set(column.unique())
+        return [_label(value) for value in column.cat.categories if value in present]
+    uniques = pd.unique(column)
+    numeric = pd.api.types.is_numeric_dtype(column)
+    ordered = sorted(uniques) if numeric else sorted(uniques, key=str)
+    return [_label(value) for value in ordered]
+
+
+def _cell_labels(cells: np.ndarray, columns: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """Labels of combinations of levels, joined by ':' unless that makes two alike."""
+    parts, rest = [], cells
+    for categories in reversed(columns):
+        parts.append(np.asarray(categories, dtype=object)[rest % len(categories)])
+        rest = rest // len(categories)
+    combos = list(zip(*reversed(parts), strict=True))
+    labels = [":".join(combo) for combo in combos]
+    if len(set(labels)) < len(labels):
+        labels = [repr(combo) for combo in combos]
+    return tuple(labels)
+
+
+def _r_name(column: str) -> str:
+    """A column's name as R spells it: ``(Intercept)``, ``SexMale``, ``age:SexMale``."""
+    if column == "Intercept":
+        return "(Intercept)"
+    return re.sub(r"\[(?:T\.)?([^\]]*)\]", r"\1", column)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and containers of Python's own, which a checkpoint loads with weights_only."""
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    return value
