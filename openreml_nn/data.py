@@ -27,6 +27,7 @@ from openreml_nn.covariance import (
     UnstructuredMatrix,
 )
 from openreml_nn.errors import InputError
+from openreml_nn.estimation.result import Label
 from openreml_nn.formula import MixedFormula, RandomPart, check_formula, columns_of, parse_formula
 
 __all__ = ["Encoded", "Encoder", "RandomDesign", "read_table"]
@@ -134,9 +135,9 @@ class Encoded:
         return Sum(parts).to(self.X.dtype)
 
     @property
-    def labels(self) -> dict[str, tuple[str, tuple[str, ...]]]:
-        """Operand name to the names of group and effects, for :func:`fit_reml`."""
-        return {design.name: (design.group, design.effects) for design in self.random}
+    def labels(self) -> dict[str, Label]:
+        """Names for the tables of :func:`fit_reml`, by operand."""
+        return {d.name: Label(d.group, d.effects, d.levels) for d in self.random}
 
 
 class Encoder:

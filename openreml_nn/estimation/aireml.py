@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from math import inf, isfinite
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +16,7 @@ from openreml_nn.likelihood.problem import NotPositiveDefiniteError
 __all__ = ["AIREML", "Coordinates", "Curvature", "Step"]
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     r"""What a step of :class:`AIREML` saw and did.
 
     Attributes:

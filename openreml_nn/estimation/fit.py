@@ -11,7 +11,7 @@ from torch import Tensor
 
 from openreml_nn.covariance import Matrix
 from openreml_nn.estimation.aireml import AIREML
-from openreml_nn.estimation.result import Record, REMLResult
+from openreml_nn.estimation.result import Label, Record, REMLResult
 from openreml_nn.likelihood import REMLLoss
 from openreml_nn.likelihood.loss import listen
 
@@ -52,7 +52,7 @@ def fit_reml(
     start: str = "moments",
     max_iterations: int = 200,
     names: Sequence[str] | None = None,
-    labels: Mapping[str, tuple[str, Sequence[str]]] | None = None,
+    labels: Mapping[str, Label] | None = None,
 ) -> REMLResult:
     r"""Fit :math:`y \sim N(X\beta, V(\theta))` by average-information REML.
 
@@ -70,7 +70,7 @@ def fit_reml(
             ``"current"`` from the parameters as they are.
         max_iterations: after so many the fit stops, with a warning.
         names: names of the columns of X.
-        labels: name of a term to the names of its group and effects, for tables.
+        labels: name of a term to names for the tables.
 
     Raises:
         NotPositiveDefiniteError: if V is not positive definite at the start (a ValueError).
@@ -103,15 +103,7 @@ def fit_reml(
                 optimizer.step(lambda: loss(y, X, rows))
                 step = optimizer.last
                 assert step is not None
-                values = covariance.build_params(out_format="dict")
-                history.append(
-                    Record(
-                        step.log_likelihood,
-                        step.score_norm,
-                        step.length,
-                        {name: float(value.detach()) for name, value in values.items()},
-                    )
-                )
+                history.append(Record.of(covariance, *step[:3]))
                 if step.converged or step.length == 0:
                     break
         with listen() as heard, torch.no_grad():

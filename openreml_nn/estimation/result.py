@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import log, nan
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from openreml_nn.covariance import Matrix
 from openreml_nn.covariance.design import IndexedDesign
 from openreml_nn.covariance.terms import RepeatedCovariance, Term
 from openreml_nn.estimation.aireml import Coordinates, Curvature
@@ -21,12 +22,20 @@ from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import Plan
 from openreml_nn.likelihood.problem import Evaluation, RandomEffects
 
-__all__ = ["Component", "Estimate", "FixedEffects", "REMLResult", "Record"]
+__all__ = ["Component", "Estimate", "FixedEffects", "Label", "REMLResult", "Record"]
 
 #: Parameters count as converged this many standard errors from the optimum.
 CONVERGED = 1e-3
 #: A random effect this many residual standard deviations small is none (as in lme4).
 SINGULAR = 1e-4
+
+
+class Label(NamedTuple):
+    """Names for the tables: of a term's grouping factor, its effects and its levels."""
+
+    group: str
+    effects: Sequence[str]
+    levels: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ class Component:
         name: path of the term in the tree.
         group: name of the grouping factor; ``Residual`` for the residual.
         effects: names of the k effects.
-        levels: number of levels.
+        levels: names of the levels; empty for the residual.
         covariance: (k, k), or (q,) variances of a diagonal term.
         std_error: standard errors of its entries (delta method).
     """
@@ -66,7 +75,7 @@ class Component:
     name: str
     group: str
     effects: tuple[str, ...]
-    levels: int
+    levels: tuple[str, ...]
     covariance: Tensor
     std_error: Tensor
 
@@ -129,6 +138,16 @@ class Record:
     score_norm: float
     step: float
     parameters: Mapping[str, float]
+
+    @classmethod
+    def of(
+        cls, covariance: Matrix, log_likelihood: float, score_norm: float = nan, step: float = nan
+    ) -> Record:
+        """With the present parameters of a covariance."""
+        with torch.no_grad():
+            values = covariance.build_params(out_format="dict")
+        parameters = {name: float(value) for name, value in values.items()}
+        return cls(log_likelihood, score_norm, step, parameters)
 
 
 @dataclass(frozen=True)
@@ -240,7 +259,7 @@ class REMLResult:
                     {
                         "group": c.group,
                         "effects": list(c.effects),
-                        "levels": c.levels,
+                        "levels": len(c.levels),
                         "covariance": c.covariance.tolist(),
                         "std_error": c.std_error.tolist(),
                     }
@@ -259,7 +278,7 @@ class REMLResult:
         X: Tensor,
         history: Sequence[Record] = (),
         names: Sequence[str] | None = None,
-        labels: Mapping[str, tuple[str, Sequence[str]]] | None = None,
+        labels: Mapping[str, Label] | None = None,
     ) -> REMLResult:
         """The result at the present parameters, however they were found."""
         with torch.no_grad():
@@ -279,7 +298,7 @@ def finite(value: Any) -> Any:
 
 class _Builder:
     def __init__(
-        self, objective: Objective, labels: Mapping[str, tuple[str, Sequence[str]]]
+        self, objective: Objective, labels: Mapping[str, Label]
     ) -> None:
         self._objective = objective
         self._labels = labels
@@ -394,21 +413,19 @@ class _Builder:
                 error = torch.einsum("...i,ij,...j->...", J, known, J).clamp(min=0).sqrt()
                 lost = (J[..., missing] != 0).any(-1) | (matrix == 0)
                 error = torch.where(lost, nan, error)
-            group, effects = self._label(term)
-            levels = term.design.shape[1] // max(1, len(effects))
-            found.append(Component(term.name, group, effects, levels, matrix, error))
+            group, effects, levels = self._label(term)
+            names = tuple(effects), tuple(levels)
+            found.append(Component(term.name, group, *names, matrix, error))
         return found
 
-    def _label(self, term: Term) -> tuple[str, tuple[str, ...]]:
+    def _label(self, term: Term) -> Label:
         if term.is_residual:
-            return "Residual", ("",)
-        k = term.covariance.matrix.shape[0]
+            return Label("Residual", ("",), ())
         if term.name in self._labels:
-            group, effects = self._labels[term.name]
-            return group, tuple(effects)
-        if k == 1:
-            return term.name, ("(Intercept)",)
-        return term.name, tuple(f"effect_{i}" for i in range(k))
+            return self._labels[term.name]
+        k = term.covariance.matrix.shape[0]
+        effects = ("(Intercept)",) if k == 1 else tuple(f"effect_{i}" for i in range(k))
+        return Label(term.name, effects, tuple(map(str, range(term.design.shape[1] // k))))
 
     def _singular(self) -> tuple[str, ...]:
         """Terms of which some combination of effects is negligible beside the residual."""
@@ -430,7 +447,7 @@ class _Builder:
             else:
                 continue
             if float(least) < SINGULAR**2 * residual:
-                found.append(self._label(term)[0])
+                found.append(self._label(term).group)
         return tuple(dict.fromkeys(found))
 
 

@@ -38,7 +38,7 @@ def tables(result: REMLResult, title: str | None = None) -> list[Table | str]:
         f"AIC {result.aic:.2f}   BIC {result.bic:.2f}\n"
     )
     parts.append(_random(result))
-    groups = {c.group: c.levels for c in result.components if c.group != "Residual"}
+    groups = {c.group: len(c.levels) for c in result.components if c.group != "Residual"}
     counts = "".join(f", {group} {levels}" for group, levels in groups.items())
     parts.append(f"Rows {result.rows}; levels{counts[1:]}\n" if groups else f"Rows {result.rows}\n")
     if result.fixed.names:

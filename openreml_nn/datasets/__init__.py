@@ -1,0 +1,69 @@
+"""Data sets that come with the package, each a function that returns a data frame."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+__all__ = ["FORMULAS", "john_alpha", "oats", "pastes", "penicillin", "sleepstudy", "table_path"]
+
+#: The customary model of each.
+FORMULAS = {
+    "sleepstudy": "Reaction ~ Days + (Days | Subject)",
+    "john_alpha": "yield ~ rep + (1 | gen) + (1 | rep:block)",
+    "penicillin": "diameter ~ 1 + (1 | plate) + (1 | sample)",
+    "pastes": "strength ~ 1 + (1 | batch/cask)",
+    "oats": "yield ~ nitro * Variety + (1 | Block/Variety)",
+}
+
+
+def table_path(name: str) -> Path:
+    """File of a data set.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if name not in FORMULAS:
+        raise ValueError(f"data set {name!r}: expected one of {', '.join(FORMULAS)}")
+    return Path(__file__).with_name(f"{name}.csv")
+
+
+def sleepstudy() -> pd.DataFrame:
+    """Reaction time (ms) of 18 subjects on 10 days of sleep deprivation, 180 rows.
+
+    Belenky et al., Journal of Sleep Research 12 (2003) 1-12.
+    """
+    return pd.read_csv(table_path("sleepstudy"), dtype={"Subject": str})
+
+
+def john_alpha() -> pd.DataFrame:
+    """Yield of oats (t/ha), 24 genotypes in an alpha design of 3 replicates, 72 rows.
+
+    John and Williams, Cyclic and Computer Generated Designs (1995), p. 146.
+    """
+    return pd.read_csv(table_path("john_alpha"))
+
+
+def penicillin() -> pd.DataFrame:
+    """Diameter (mm) of the zone of inhibition, 6 samples crossed with 24 plates, 144 rows.
+
+    Davies and Goldsmith, Statistical Methods in Research and Production (1972), table 6.6.
+    """
+    return pd.read_csv(table_path("penicillin"))
+
+
+def pastes() -> pd.DataFrame:
+    """Strength of a chemical paste, 3 casks within each of 10 batches, 60 rows.
+
+    Davies and Goldsmith, Statistical Methods in Research and Production (1972), table 6.5.
+    """
+    return pd.read_csv(table_path("pastes"))
+
+
+def oats() -> pd.DataFrame:
+    """Yield of oats (quarter pounds a plot), nitrogen in split plots of varieties, 72 rows.
+
+    Yates, Journal of Agricultural Science 25 (1935), table II.
+    """
+    return pd.read_csv(table_path("oats"))
