@@ -134,6 +134,10 @@ class Encoded:
         parts["residual"] = ScalarMatrix(len(self.X))
         return Sum(parts).to(self.X.dtype)
 
+    def batch(self) -> dict[str, Any]:
+        """X, and for each random effect its codes and values, for prediction."""
+        return {"X": self.X, "random": {d.name: (d.codes, d.values) for d in self.random}}
+
     @property
     def labels(self) -> dict[str, Label]:
         """Names for the tables of :func:`fit_reml`, by operand."""
@@ -176,7 +180,7 @@ class Encoder:
             InputError: if a column is missing or of the wrong kind, a value is
                 infinite, a factor has one level, or no row is left.
         """
-        self.state = {"categories": {}, "transforms": {}, "groups": {}}
+        self.state = {"categories": {}, "transforms": {}, "groups": {}, "effects": {}}
         kept, rows, dropped = self._complete(table, self._columns(response=True))
         self._learn_categories(kept)
         kept = self._with_categories(kept)
@@ -205,6 +209,20 @@ class Encoder:
         X, names = self._matrix(self.formula.fixed, kept, "fixed")
         y = torch.from_numpy(self._response(kept)) if has_response else None
         return Encoded(y, torch.from_numpy(X), names, self._random(kept), rows, dropped)
+
+    def skeleton(self, rows: int, columns: int) -> Encoded:
+        """Data of the learned shapes without content, to build a module before it is loaded."""
+        designs = []
+        for name, key, part in self._operands():
+            known = self.state["groups"][part.group]
+            effects = tuple(self.state["effects"][key])
+            levels = _cell_labels(np.asarray(known["cells"]), known["columns"])
+            codes = torch.arange(rows) % len(levels)
+            values = torch.ones(rows, len(effects), dtype=torch.float64)
+            designs.append(RandomDesign(name, part.group, effects, levels, codes, values))
+        X = torch.zeros(rows, columns, dtype=torch.float64)
+        names = tuple(map(str, range(columns)))
+        return Encoded(None, X, names, tuple(designs), np.arange(rows), 0)
 
     # ------------------------------------------------------------------ columns
 
@@ -290,7 +308,11 @@ class Encoder:
             if not pd.api.types.is_numeric_dtype(series):
                 numbers = pd.to_numeric(series.astype(str), errors="coerce")
                 bad = np.flatnonzero(numbers.isna().to_numpy())
-                shown = f"{series.iloc[bad[0]]!r} in row {table.index[bad[0]] + 1}" if len(bad) else "text"
+                shown = (
+                    f"{series.iloc[bad[0]]!r} in row {table.index[bad[0]] + 1}"
+                    if len(bad)
+                    else "text"
+                )
                 raise InputError(
                     f"{self.source}: the response {column!r} is not numeric: found {shown}, "
                     "expected numbers"
@@ -332,25 +354,30 @@ class Encoder:
 
     # ------------------------------------------------------------------ groups
 
+    def _operands(self) -> list[tuple[str, str, RandomPart]]:
+        """Each random part with a unique operand name, without '/' and '.', and a key."""
+        found = []
+        used = {"residual": 1}
+        for part in self.formula.random:
+            base = re.sub(r"[/.]", "_", part.group)
+            name = f"{base}_{used[base]}" if base in used else base
+            used[base] = used.get(base, 0) + 1
+            found.append((name, f"{part.effects} | {part.group}", part))
+        return found
+
     def _random(self, table: pd.DataFrame) -> tuple[RandomDesign, ...]:
         designs: list[RandomDesign] = []
-        used: dict[str, int] = {"residual": 1}
         grouped: dict[str, tuple[Tensor, tuple[str, ...]]] = {}
-        for part in self.formula.random:
+        for name, key, part in self._operands():
             if part.group not in grouped:
                 grouped[part.group] = self._codes(part, table)
             codes, levels = grouped[part.group]
-            key = f"{part.effects} | {part.group}"
             values, effects = self._matrix(part.effects, table, key)
             if not effects:
                 raise InputError(f"formula {self.formula.text!r}: ({key}) has no effect")
-            # Operand names hold neither '/' nor '.', and are unique.
-            base = re.sub(r"[/.]", "_", part.group)
-            name = base if base not in used else f"{base}_{used[base]}"
-            used[base] = used.get(base, 0) + 1
-            designs.append(
-                RandomDesign(name, part.group, effects, levels, codes, torch.from_numpy(values))
-            )
+            self.state["effects"][key] = list(effects)
+            z = torch.from_numpy(values)
+            designs.append(RandomDesign(name, part.group, effects, levels, codes, z))
         return tuple(designs)
 
     def _codes(self, part: RandomPart, table: pd.DataFrame) -> tuple[Tensor, tuple[str, ...]]:

@@ -17,7 +17,7 @@ from openreml_nn.covariance.matrix import FreeParams, Matrix
 
 __all__ = ["DummyMatrix"]
 
-Labels = Sequence[Any] | np.ndarray | pd.Series | pd.Index | pd.Categorical | Tensor
+Labels = Any  # a sequence, array, series, categorical or tensor
 
 
 class DummyMatrix(Matrix):
@@ -60,6 +60,7 @@ class DummyMatrix(Matrix):
     """
 
     codes: Tensor
+    covariates: Tensor | None
 
     def __init__(
         self,
@@ -216,6 +217,8 @@ def _interact(
 def _sort_key(combo: tuple[Any, ...]) -> tuple[Any, ...]:
     """Numbers by size before everything else by spelling."""
     return tuple(
-        (0, float(value), "") if isinstance(value, int | float | np.number) else (1, 0.0, str(value))
+        (0, float(value), "")
+        if isinstance(value, int | float | np.number)
+        else (1, 0.0, str(value))
         for value in combo
     )

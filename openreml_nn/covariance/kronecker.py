@@ -76,7 +76,9 @@ class KroneckerProduct(Operator):
             if len(found) != 1 or not isinstance(found[0].design, IdentityDesign):
                 return super().terms(rows, free_params)
             parts.append(found[0])
-        merged = reduce(_merge, parts[1:], parts[0])
+        merged: Term | None = parts[0]
+        for part in parts[1:]:
+            merged = _merge(merged, part)
         if merged is None:
             return super().terms(rows, free_params)
         return [replace(merged, name="").take(rows)]

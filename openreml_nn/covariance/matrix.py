@@ -163,9 +163,7 @@ class Matrix(nn.Module):
 
     def _has_manual(self) -> bool:
         cls = type(self)
-        return (
-            cls.manual_grad is not Matrix.manual_grad or cls.manual_vjp is not Matrix.manual_vjp
-        )
+        return cls.manual_grad is not Matrix.manual_grad or cls.manual_vjp is not Matrix.manual_vjp
 
     def _foreign_gradient(self) -> bool:
         """Whether a tensor that is no covariance parameter (a trainable Z) needs a gradient."""
@@ -264,8 +262,8 @@ class Matrix(nn.Module):
             return free_params
         if self._closed_form():
             return self.manual_vjp(cotangent, free_params)
-        _, vjp = torch.func.vjp(lambda x: self(Recorded(x)), free_params)
-        return vjp(cotangent)[0]
+        _, pull, *_ = torch.func.vjp(lambda x: self(Recorded(x)), free_params)
+        return pull(cotangent)[0]
 
     def push_forward(self, tangent: Tensor, free_params: Tensor) -> Tensor:
         r"""Directional derivative :math:`\dot V = \sum_i \dot\theta_i\,\partial V/\partial\theta_i`."""
@@ -307,8 +305,8 @@ class Matrix(nn.Module):
             rows: indices of the rows (and columns) to keep; all by default.
             free_params: see :meth:`forward`.
         """
-        from openreml_nn.covariance.terms import DenseCovariance, Term
         from openreml_nn.covariance.design import IdentityDesign
+        from openreml_nn.covariance.terms import DenseCovariance, Term
 
         if self.shape[0] != self.shape[1]:
             raise ValueError(f"{self._get_name()} is {self.shape}: only a square matrix has terms")

@@ -55,7 +55,7 @@ class CovariancePropagation(Operator):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if len(args) == 2 and not kwargs:
-            kwargs, args = dict(z=args[0], g=args[1]), ()
+            kwargs, args = {"z": args[0], "g": args[1]}, ()
         super().__init__(*args, **kwargs)
 
     def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
@@ -78,7 +78,7 @@ class CovariancePropagation(Operator):
 
     def _evaluated(self, free_params: FreeParams) -> list[Tensor]:
         """Operands, but nothing in the place of a one-hot Z, which is never formed."""
-        built = []
+        built: list[Tensor] = []
         for name, operand in self._typed_operands(free_params).items():
             if isinstance(operand, DummyMatrix) and not built:
                 built.append(torch.empty(0))

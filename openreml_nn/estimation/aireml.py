@@ -86,7 +86,7 @@ class AIREML(torch.optim.Optimizer):
         super().__init__(params, {"tolerance": tolerance})
         self.last: Step | None = None
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Evaluate the closure and take one step; returns what the closure returned."""
         if closure is None:
             raise RuntimeError("AIREML needs a closure that evaluates the loss: step(closure)")

@@ -16,7 +16,7 @@ from torch import Tensor
 from openreml_nn.covariance import Matrix
 from openreml_nn.covariance.design import IndexedDesign
 from openreml_nn.covariance.terms import RepeatedCovariance, Term
-from openreml_nn.estimation.aireml import Coordinates, Curvature
+from openreml_nn.estimation.aireml import Curvature
 from openreml_nn.files import write_text
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import Plan
@@ -297,9 +297,7 @@ def finite(value: Any) -> Any:
 
 
 class _Builder:
-    def __init__(
-        self, objective: Objective, labels: Mapping[str, Label]
-    ) -> None:
+    def __init__(self, objective: Objective, labels: Mapping[str, Label]) -> None:
         self._objective = objective
         self._labels = labels
         self._evaluation: Evaluation = objective.evaluate()
@@ -351,9 +349,7 @@ class _Builder:
         spread = part.T @ torch.cholesky_inverse(evaluation.gamma_factor) @ part.T.mT
         names = names or [f"X{j}" for j in range(max(part.columns, default=-1) + 1)]
         kept = tuple(names[j] for j in part.columns)
-        return FixedEffects(
-            kept, part.coefficients(evaluation.gamma), spread, tuple(part.columns)
-        )
+        return FixedEffects(kept, part.coefficients(evaluation.gamma), spread, tuple(part.columns))
 
     @cached_property
     def _spread(self) -> Tensor:
@@ -438,9 +434,9 @@ class _Builder:
             if isinstance(term.covariance, RepeatedCovariance):
                 z = term.design
                 scale = torch.ones_like(matrix.diagonal())
-                if isinstance(z, IndexedDesign) and z.values is not None:
-                    if z.effects == len(scale):
-                        scale = (z.values.detach().to(scale) ** 2).mean(0).sqrt()
+                values = z.values if isinstance(z, IndexedDesign) else None
+                if values is not None and values.shape[1] == len(scale):
+                    scale = (values.detach().to(scale) ** 2).mean(0).sqrt()
                 least = torch.linalg.eigvalsh(scale[:, None] * matrix * scale)[0]
             elif matrix.dim() == 1:
                 least = matrix.min()

@@ -359,15 +359,15 @@ class _BlockedEvaluation(Evaluation):
         ):
             prior = g.blocks(problem.levels, b.shape[1])
             found[i] = RandomEffects(self._terms[i].name, b, prior - prior @ B @ prior)
-        for i, g, b, B in zip(layout.rest, self._rest, b2.split(problem.sizes), B2, strict=True):
+        for i, b, B in zip(layout.rest, b2.split(problem.sizes), B2, strict=True):
             found[i] = RandomEffects.of(self._terms[i], b, B)
         return [found[i] for i in sorted(found)]
 
 
 @dataclass(frozen=True)
 class _Crossed:
-    r""":math:`u = Z^	op P y`, :math:`B = Z^	op V^{-1} Z` and its reduction to
-    :math:`Z^	op P Z`, for the eliminated factor (blocks) and for the others (dense)."""
+    r""":math:`u = Z^\top P y`, :math:`B = Z^\top V^{-1} Z` and its reduction to
+    :math:`Z^\top P Z`, for the eliminated factor (blocks) and for the others (dense)."""
 
     u1: Tensor
     u2: Tensor

@@ -163,7 +163,7 @@ class REMLLoss(nn.Module):
             raise ValueError(
                 f"`rows` is {rows.dtype} of shape {tuple(rows.shape)}: expected {len(y)} integers"
             )
-        elif len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < n):
+        elif len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < n):
             raise ValueError(f"`rows` reaches beyond the {n} rows of the covariance")
         for tensor in self.covariance.parameters():
             if tensor.device != y.device:
@@ -255,4 +255,8 @@ class _LogLikelihood(torch.autograd.Function):
             value = ctx.problem.recorded(matrices)
             found = iter(torch.autograd.grad(value, wanted, create_graph=True))
             scores = [next(found) if need else None for need in needed]
-        return None, None, *[s * cotangent if need else None for s, need in zip(scores, needed, strict=True)]
+        return (
+            None,
+            None,
+            *[s * cotangent if need else None for s, need in zip(scores, needed, strict=True)],
+        )

@@ -48,9 +48,7 @@ class Plan:
     memory: float
 
     @classmethod
-    def of(
-        cls, terms: Sequence[Term], fixed_effects: int, solver: str, dtype: torch.dtype
-    ) -> Plan:
+    def of(cls, terms: Sequence[Term], fixed_effects: int, solver: str, dtype: torch.dtype) -> Plan:
         """Choose by predicted work, unless ``solver`` names one.
 
         Raises:

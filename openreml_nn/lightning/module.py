@@ -1,0 +1,259 @@
+"""The linear mixed model as a Lightning module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+from openreml_nn.covariance import Matrix
+from openreml_nn.data import Encoded, Encoder
+from openreml_nn.estimation import REMLResult, moment_start
+from openreml_nn.estimation.aireml import AIREML, Curvature
+from openreml_nn.estimation.result import Record
+from openreml_nn.instantiate import build
+from openreml_nn.likelihood import REMLLoss
+from openreml_nn.likelihood.loss import Objective, listen
+
+__all__ = ["MixedModelModule"]
+
+
+class MixedModelModule(LightningModule):
+    r"""A linear mixed model trained by its restricted likelihood.
+
+    The covariance tree is built from the data module when fitting begins,
+    with a start that follows the units of the data. BLUEs and BLUPs are
+    stored in buffers and travel with the checkpoint, together with what the
+    formula learned from the table, so that a loaded module predicts for new
+    tables without the training data.
+
+    Args:
+        formula: an lme4-style formula.
+        categorical: numeric columns to be taken as factors.
+        method: ``"reml"`` or ``"ml"``.
+        solver: see :class:`REMLLoss`.
+        optimizer: a config such as ``{"_target_": "torch.optim.Adam", "lr": 0.1}``,
+            or a function from parameters to an optimizer; AI-REML by default.
+
+    Attributes:
+        covariance: the covariance tree, once there are data.
+        result: the :class:`REMLResult`, after training.
+        history: a :class:`Record` for each step of this run.
+
+    Raises:
+        InputError: if the formula does not parse or the optimizer cannot be made.
+
+    Example::
+
+        data = MixedModelDataModule(sleepstudy(), "Reaction ~ Days + (Days | Subject)")
+        model = MixedModelModule("Reaction ~ Days + (Days | Subject)")
+        trainer = Trainer(max_epochs=100, callbacks=[StopWhenConverged()])
+        trainer.fit(model, data)
+        print(model.result.summary())
+    """
+
+    covariance: Matrix | None
+    beta: Tensor
+
+    def __init__(
+        self,
+        formula: str,
+        categorical: Sequence[str] = (),
+        method: str = "reml",
+        solver: str = "auto",
+        optimizer: Mapping[str, Any] | Callable[[Any], torch.optim.Optimizer] | None = None,
+    ) -> None:
+        super().__init__()
+        plain = dict(optimizer) if isinstance(optimizer, Mapping) else None
+        self.save_hyperparameters(
+            {
+                "formula": formula,
+                "categorical": list(categorical),
+                "method": method,
+                "solver": solver,
+                "optimizer": plain,
+            }
+        )
+        self._make_optimizer = optimizer
+        self.encoder = Encoder(formula, categorical)
+        self.method = method
+        self.solver = solver
+        self.covariance = None
+        self.loss: REMLLoss | None = None
+        self.history: list[Record] = []
+        self.result: REMLResult | None = None
+        self._encoded: Encoded | None = None
+
+    # ------------------------------------------------------------------ building
+
+    def setup(self, stage: str) -> None:
+        """Build the covariance from the data module's table."""
+        if stage != "fit":
+            return
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if data is None or not hasattr(data, "encoded"):
+            raise ValueError("MixedModelModule trains with a MixedModelDataModule")
+        if data.encoder.formula != self.encoder.formula:
+            raise ValueError(
+                f"the data module's formula is {data.encoder.formula.text!r} but the model's "
+                f"{self.encoder.formula.text!r}"
+            )
+        self.encoder = data.encoder
+        encoded: Encoded = data.encoded
+        fresh = self.covariance is None
+        self._build(encoded)
+        if fresh:
+            assert self.loss is not None and encoded.y is not None
+            moment_start(self.loss, encoded.y, encoded.X)
+
+    def _build(self, encoded: Encoded) -> None:
+        kept = None if self.covariance is None else self.covariance.state_dict()
+        self._encoded = encoded
+        self.covariance = encoded.covariance()
+        if kept is not None:
+            self.covariance.load_state_dict(kept)
+        self.loss = REMLLoss(self.covariance, self.method, self.solver)
+        like = encoded.X
+        self.register_buffer("beta", like.new_zeros(like.shape[1]))
+        for design in encoded.random:
+            q, k = len(design.levels), len(design.effects)
+            self.register_buffer(f"blup_{design.name}", like.new_zeros(q, k))
+            self.register_buffer(f"variance_{design.name}", like.new_zeros(q, k, k))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        assert self.covariance is not None
+        parameters = list(self.covariance.parameters())
+        if self._make_optimizer is None:
+            return AIREML(parameters)
+        if isinstance(self._make_optimizer, Mapping):
+            made = build({**self._make_optimizer, "_partial_": True}, "optimizer")
+            return made(parameters)
+        return self._make_optimizer(parameters)
+
+    # ------------------------------------------------------------------ training
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The negative (restricted) log-likelihood, divided by the number of rows."""
+        assert self.loss is not None
+        loss = self.loss(batch["y"], batch["X"])
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["y"]))
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Record and log the variance components."""
+        assert self.covariance is not None
+        value = float(self._objective().evaluate().log_likelihood)
+        optimizer = self.optimizers()
+        inner = getattr(optimizer, "optimizer", optimizer)
+        step = inner.last[1:3] if isinstance(inner, AIREML) and inner.last else ()
+        record = Record.of(self.covariance, value, *step)
+        self.history.append(record)
+        self.log_dict({"log_likelihood": value, **record.parameters})
+
+    def on_train_end(self) -> None:
+        """Compute the result and store BLUEs and BLUPs."""
+        self._store()
+
+    def score_norm(self) -> float:
+        """Distance to the optimum in standard errors of the parameters."""
+        with torch.no_grad():
+            curvature = Curvature([self._objective()])
+        return float("inf") if curvature.stuck else curvature.norm
+
+    def _data(self) -> tuple[Tensor, Tensor]:
+        encoded = self._encoded
+        assert encoded is not None and encoded.y is not None
+        batch = getattr(self, "_placed", None)
+        if batch is None or batch[0].device != self.device:
+            self._placed = batch = (encoded.y.to(self.device), encoded.X.to(self.device))
+        return batch
+
+    def _objective(self) -> Objective:
+        assert self.loss is not None
+        with listen() as heard, torch.no_grad():
+            self.loss(*self._data())
+        return heard[0]
+
+    def _store(self) -> None:
+        assert self._encoded is not None and self.loss is not None
+        y, X = self._data()
+        self.result = REMLResult.of(
+            self._objective(),
+            self.loss.plan,
+            y,
+            X,
+            self.history,
+            self._encoded.names,
+            self._encoded.labels,
+        )
+        self.beta.zero_()
+        self.beta[list(self.result.fixed.columns)] = self.result.fixed.estimate
+        for effects in self.result.random:
+            getattr(self, f"blup_{effects.name}").copy_(effects.values)
+            getattr(self, f"variance_{effects.name}").copy_(effects.variances)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the formula learned, and BLUPs at the present parameters."""
+        if self.covariance is None:
+            return
+        if self._encoded is not None and self._encoded.y is not None:
+            self._store()
+        checkpoint["state_dict"] = self.state_dict()
+        checkpoint["mixed_model"] = {
+            "encoder": self.encoder.state,
+            "rows": self.covariance.shape[0],
+            "columns": len(self.beta),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Build a module of the checkpoint's shapes, if there is none."""
+        kept = checkpoint["mixed_model"]
+        if self.covariance is None:
+            self.encoder.state = kept["encoder"]
+            self._build(self.encoder.skeleton(kept["rows"], kept["columns"]))
+
+    # ------------------------------------------------------------------ prediction
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        r"""Predictions for encoded rows.
+
+        Returns:
+            ``mean`` :math:`x^\top\hat\beta + \sum_t z_t^\top \hat b_t`, with no
+            contribution from levels that were not seen, and
+            ``population_mean`` :math:`x^\top\hat\beta`.
+        """
+        population = batch["X"] @ self.beta
+        mean = population.clone()
+        for name, (codes, values) in batch["random"].items():
+            blup = getattr(self, f"blup_{name}")[codes.clamp(min=0)]
+            mean += torch.where(codes >= 0, (values * blup).sum(1), 0)
+        return {"mean": mean, "population_mean": population}
+
+    def predict(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Predictions for a table, with its index; rows with missing values are left out.
+
+        Raises:
+            InputError: if a column is missing or a level of a fixed factor is unknown.
+            ValueError: if the module was neither fitted nor loaded.
+        """
+        if self.covariance is None:
+            raise ValueError("the module has no estimates: fit it or load a checkpoint")
+        encoded = self.encoder.transform(table)
+        batch = encoded.batch()
+        moved = {
+            "X": batch["X"].to(self.device),
+            "random": {
+                name: tuple(t.to(self.device) for t in part)
+                for name, part in batch["random"].items()
+            },
+        }
+        with torch.no_grad():
+            found = self.predict_step(moved, 0)
+        columns = {key: value.cpu().numpy() for key, value in found.items()}
+        return pd.DataFrame(columns, index=table.index[encoded.rows])
