@@ -1,0 +1,19 @@
+"""Linear mixed models as PyTorch modules."""
+
+from openreml_nn import covariance, datasets
+from openreml_nn.errors import InputError
+from openreml_nn.estimation import AIREML, REMLResult, fit_reml
+from openreml_nn.likelihood import REMLLoss, restricted_log_likelihood
+from openreml_nn.lmm import lmm
+
+__all__ = [
+    "AIREML",
+    "InputError",
+    "REMLLoss",
+    "REMLResult",
+    "covariance",
+    "datasets",
+    "fit_reml",
+    "lmm",
+    "restricted_log_likelihood",
+]

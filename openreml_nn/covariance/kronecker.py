@@ -36,7 +36,7 @@ class KroneckerProduct(Operator):
         Operands (nᵢ, mᵢ); output (∏ nᵢ, ∏ mᵢ).
 
     >>> from openreml_nn.covariance import IdentityMatrix, ScalarMatrix
-    >>> KroneckerProduct(IdentityMatrix(2), ScalarMatrix(1))()
+    >>> KroneckerProduct(IdentityMatrix(2), ScalarMatrix(1))().detach()
     tensor([[1., 0.],
             [0., 1.]])
     """

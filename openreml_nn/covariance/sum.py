@@ -30,7 +30,7 @@ class Sum(Operator):
     >>> V = Sum(group=ScalarMatrix(2), residual=IdentityMatrix(2))
     >>> V.param_names
     ['group/sigma^2']
-    >>> V()
+    >>> V().detach()
     tensor([[2., 0.],
             [0., 2.]])
     """

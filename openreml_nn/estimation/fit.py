@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance import Matrix
+from openreml_nn.errors import InputError
 from openreml_nn.estimation.aireml import AIREML
 from openreml_nn.estimation.result import Label, Record, REMLResult
 from openreml_nn.likelihood import REMLLoss
@@ -25,7 +26,7 @@ def moment_start(loss: REMLLoss, y: Tensor, X: Tensor, rows: Tensor | None = Non
     the profiled estimate :math:`\hat\sigma^2 = y^\top P y / (n - p)`.
 
     Raises:
-        ValueError: if the fixed effects fit the response exactly.
+        InputError: if the fixed effects fit the response exactly.
     """
     covariance = loss.covariance
     one = torch.ones(covariance.shape[0], dtype=y.dtype, device=y.device)
@@ -37,7 +38,7 @@ def moment_start(loss: REMLLoss, y: Tensor, X: Tensor, rows: Tensor | None = Non
         scale = float(evaluation.y_p_y) / (problem.n - problem.p)
         rounding = torch.finfo(y.dtype).eps * float(torch.linalg.vector_norm(y.double()))
         if not scale > rounding**2 / problem.n:
-            raise ValueError("the fixed effects fit `y` exactly: there is no variance to estimate")
+            raise InputError("the fixed effects fit `y` exactly: there is no variance to estimate")
         covariance.moment_start(scale * one)
 
 
@@ -82,11 +83,12 @@ def fit_reml(
     >>> y = torch.tensor([1.0, 1.2, 3.0, 3.5, 2.0, 1.9], dtype=torch.float64)
     >>> result = fit_reml(V, y, torch.ones(6, 1, dtype=torch.float64))
     >>> [f"{c.group} {c.covariance.item():.4f}" for c in result.components]
-    ['batch 1.1525', 'Residual 0.0500']
+    ['batch 1.1475', 'Residual 0.0500']
     """
     if start not in ("moments", "current"):
         raise ValueError(f"`start` is {start!r}: expected 'moments' or 'current'")
     loss = REMLLoss(covariance, method, solver, reduction="sum")
+    loss.names = names
     if not isinstance(y, Tensor) or not isinstance(X, Tensor):
         raise TypeError("`y` and `X` must be tensors")
     y, X = y.detach(), X.detach()

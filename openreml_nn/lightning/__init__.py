@@ -1,7 +1,7 @@
 """Training the restricted likelihood in Lightning."""
 
-from openreml_nn.lightning.callbacks import StopWhenConverged
+from openreml_nn.lightning.callbacks import ProgressBar, StopWhenConverged
 from openreml_nn.lightning.data import MixedModelDataModule
 from openreml_nn.lightning.module import MixedModelModule
 
-__all__ = ["MixedModelDataModule", "MixedModelModule", "StopWhenConverged"]
+__all__ = ["MixedModelDataModule", "MixedModelModule", "ProgressBar", "StopWhenConverged"]

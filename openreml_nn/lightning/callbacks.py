@@ -5,10 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 
+from openreml_nn.estimation import AIREML
 from openreml_nn.lightning.module import MixedModelModule
 
-__all__ = ["StopWhenConverged"]
+__all__ = ["ProgressBar", "StopWhenConverged"]
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's progress bar on standard error, which leaves standard output to the results."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"console_kwargs": {"stderr": True}, **options})
+
+    def get_metrics(self, *args: Any) -> dict[str, Any]:
+        shown = super().get_metrics(*args)
+        shown.pop("v_num", None)
+        return shown
 
 
 class StopWhenConverged(Callback):
@@ -16,11 +30,15 @@ class StopWhenConverged(Callback):
 
     Closeness is the score norm, the distance to the optimum in standard
     errors of the parameters. It does not depend on units or learning rates.
+    AI-REML knows it and stops by its own tolerance.
 
     Args:
         tolerance: score norm that counts as converged.
         every_n_epochs: how often it is looked at. A look costs about as much
             as an AI-REML step.
+
+    Raises:
+        ValueError: if one of them is not positive.
     """
 
     def __init__(self, tolerance: float = 1e-4, every_n_epochs: int = 1) -> None:
@@ -33,13 +51,13 @@ class StopWhenConverged(Callback):
         self.every_n_epochs = every_n_epochs
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if (trainer.current_epoch + 1) % self.every_n_epochs:
+        optimizer = trainer.optimizers[0]
+        if isinstance(optimizer, AIREML):
+            # No step was needed, or none was found.
+            done = optimizer.last is not None and optimizer.last.length == 0
+        elif (trainer.current_epoch + 1) % self.every_n_epochs:
             return
-        assert isinstance(pl_module, MixedModelModule)
-        norm = pl_module.score_norm()
-        pl_module.log("score_norm", norm, prog_bar=True)
-        if norm < self.tolerance:
-            trainer.should_stop = True
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
+        else:
+            assert isinstance(pl_module, MixedModelModule)
+            done = pl_module.score_norm() < self.tolerance
+        trainer.should_stop = trainer.should_stop or done

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
+import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
@@ -50,11 +51,21 @@ class MixedModelDataModule(LightningDataModule):
         self.encoder = Encoder(formula, categorical, source)
         self._table = table
         self._predict_table = predict_table
+        self._moved: tuple[Any, torch.device, Any] | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Read and encode the table, once."""
         if not hasattr(self, "encoded"):
             self.encoded = self.encoder.fit(_frame(self._table))
+
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """Move the batch once: the loss keeps what it prepared for tensors that it has seen."""
+        if self._moved is None or self._moved[0] is not batch or self._moved[1] != device:
+            moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+            self._moved = (batch, device, moved)
+        return self._moved[2]
 
     def train_dataloader(self) -> DataLoader[Any]:
         """One batch of all rows: y and X."""

@@ -17,7 +17,9 @@ from openreml_nn.estimation.aireml import AIREML, Curvature
 from openreml_nn.estimation.result import Record
 from openreml_nn.instantiate import build
 from openreml_nn.likelihood import REMLLoss
+from openreml_nn.likelihood.dense import check_method
 from openreml_nn.likelihood.loss import Objective, listen
+from openreml_nn.likelihood.plan import check_solver
 
 __all__ = ["MixedModelModule"]
 
@@ -45,7 +47,8 @@ class MixedModelModule(LightningModule):
         history: a :class:`Record` for each step of this run.
 
     Raises:
-        InputError: if the formula does not parse or the optimizer cannot be made.
+        InputError: if the formula does not parse, an option is unknown or the optimizer
+            cannot be made.
 
     Example::
 
@@ -68,6 +71,8 @@ class MixedModelModule(LightningModule):
         optimizer: Mapping[str, Any] | Callable[[Any], torch.optim.Optimizer] | None = None,
     ) -> None:
         super().__init__()
+        check_method(method)
+        check_solver(solver)
         plain = dict(optimizer) if isinstance(optimizer, Mapping) else None
         self.save_hyperparameters(
             {
@@ -87,6 +92,7 @@ class MixedModelModule(LightningModule):
         self.history: list[Record] = []
         self.result: REMLResult | None = None
         self._encoded: Encoded | None = None
+        self._data: tuple[Tensor, Tensor] | None = None
 
     # ------------------------------------------------------------------ building
 
@@ -117,6 +123,7 @@ class MixedModelModule(LightningModule):
         if kept is not None:
             self.covariance.load_state_dict(kept)
         self.loss = REMLLoss(self.covariance, self.method, self.solver)
+        self.loss.names = encoded.names
         like = encoded.X
         self.register_buffer("beta", like.new_zeros(like.shape[1]))
         for design in encoded.random:
@@ -139,6 +146,7 @@ class MixedModelModule(LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The negative (restricted) log-likelihood, divided by the number of rows."""
         assert self.loss is not None
+        self._data = (batch["y"], batch["X"])
         loss = self.loss(batch["y"], batch["X"])
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["y"]))
         return loss
@@ -147,9 +155,8 @@ class MixedModelModule(LightningModule):
         """Record and log the variance components."""
         assert self.covariance is not None
         value = float(self._objective().evaluate().log_likelihood)
-        optimizer = self.optimizers()
-        inner = getattr(optimizer, "optimizer", optimizer)
-        step = inner.last[1:3] if isinstance(inner, AIREML) and inner.last else ()
+        optimizer = self.trainer.optimizers[0]
+        step = optimizer.last[1:3] if isinstance(optimizer, AIREML) and optimizer.last else ()
         record = Record.of(self.covariance, value, *step)
         self.history.append(record)
         self.log_dict({"log_likelihood": value, **record.parameters})
@@ -164,28 +171,18 @@ class MixedModelModule(LightningModule):
             curvature = Curvature([self._objective()])
         return float("inf") if curvature.stuck else curvature.norm
 
-    def _data(self) -> tuple[Tensor, Tensor]:
-        encoded = self._encoded
-        assert encoded is not None and encoded.y is not None
-        batch = getattr(self, "_placed", None)
-        if batch is None or batch[0].device != self.device:
-            self._placed = batch = (encoded.y.to(self.device), encoded.X.to(self.device))
-        return batch
-
     def _objective(self) -> Objective:
-        assert self.loss is not None
+        assert self.loss is not None and self._data is not None
         with listen() as heard, torch.no_grad():
-            self.loss(*self._data())
+            self.loss(*self._data)
         return heard[0]
 
     def _store(self) -> None:
-        assert self._encoded is not None and self.loss is not None
-        y, X = self._data()
+        assert self._encoded is not None and self.loss is not None and self._data is not None
         self.result = REMLResult.of(
             self._objective(),
             self.loss.plan,
-            y,
-            X,
+            *self._data,
             self.history,
             self._encoded.names,
             self._encoded.labels,
@@ -202,7 +199,7 @@ class MixedModelModule(LightningModule):
         """Add what the formula learned, and BLUPs at the present parameters."""
         if self.covariance is None:
             return
-        if self._encoded is not None and self._encoded.y is not None:
+        if self._data is not None:
             self._store()
         checkpoint["state_dict"] = self.state_dict()
         checkpoint["mixed_model"] = {

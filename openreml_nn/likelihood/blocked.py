@@ -133,7 +133,7 @@ class BlockedProblem(Problem):
 
         self.A11 = _squares(one)
         left = [_cross(one, design, f) for design in two]
-        self.A1R = torch.cat([*left, one.t_matmul(f)], 1).reshape(self.levels, self.k, -1)
+        self.A1R = torch.cat([*left, one.t_matmul(f)], 1).unflatten(0, (self.levels, self.k))
         edge = [design.t_matmul(f) for design in two]
         rows = [torch.cat([*[_cross(a, b, f) for b in two], e], 1) for a, e in zip(two, edge)]
         self.ARR = torch.cat([*rows, torch.cat([*[e.mT for e in edge], f.mT @ f], 1)])
@@ -392,14 +392,14 @@ def _log_det(matrix: Tensor) -> Tensor:
 
 def _gram_blocks(x: Tensor, levels: int, k: int) -> Tensor:
     """Diagonal blocks (levels, k, k) of x' x for x (m, levels * k)."""
-    blocks = x.reshape(-1, levels, k)
+    blocks = x.unflatten(1, (levels, k))
     return torch.einsum("mla,mlb->lab", blocks, blocks)
 
 
 def _side_by_side(designs: Sequence[Design], like: Tensor) -> IndexedDesign:
     """One design with the effects of several that share their codes; of no level if there are none."""
     if not designs:
-        return IndexedDesign(like.new_zeros(len(like), dtype=torch.long), like[:, :1] * 0, 0)
+        return IndexedDesign(like.new_zeros(len(like), dtype=torch.long), like[:, :0], 0)
     first = designs[0]
     assert isinstance(first, IndexedDesign)
     values = [_values(design, like) for design in designs]
@@ -421,7 +421,7 @@ def _squares(design: IndexedDesign) -> Tensor:
     total = v.new_zeros(design.levels, k * k)
     if design.levels:
         total = total.index_add(0, design.codes, (v[:, :, None] * v[:, None, :]).flatten(1))
-    return total.reshape(-1, k, k)
+    return total.unflatten(1, (k, k))
 
 
 def _cross(a: Design, b: Design, like: Tensor) -> Tensor:

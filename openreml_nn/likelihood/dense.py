@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.terms import Term
+from openreml_nn.errors import InputError
 from openreml_nn.likelihood.fixed import FixedPart, check_data, traced
 from openreml_nn.likelihood.problem import Evaluation, Problem, RandomEffects, cholesky
 
@@ -58,7 +59,7 @@ def restricted_log_likelihood(y: Tensor, X: Tensor, V: Tensor, method: str = "re
 def check_method(method: str) -> None:
     """Raise ValueError unless ``method`` is known."""
     if method not in ("reml", "ml"):
-        raise ValueError(f"`method` is {method!r}: expected 'reml' or 'ml'")
+        raise InputError(f"`method` is {method!r}: expected 'reml' or 'ml'")
 
 
 class DenseProblem(Problem):

@@ -74,6 +74,9 @@ class REMLLoss(nn.Module):
             with less predicted work; :attr:`plan` says which and why.
         reduction: ``"mean"`` divides by the number of rows, ``"sum"`` does not.
 
+    Attributes:
+        names: names of the columns of X, for warnings; None by default.
+
     Raises:
         ValueError: if an option is unknown or the solver does not fit the covariance.
 
@@ -102,6 +105,7 @@ class REMLLoss(nn.Module):
         self.method = method
         self.solver = solver
         self.reduction = reduction
+        self.names: Sequence[str] | None = None
         self._plan: Plan | None = None
         self._prepared: tuple[list[tuple[Tensor | None, int]], Problem] | None = None
 
@@ -190,7 +194,7 @@ class REMLLoss(nn.Module):
             self._hear(problem, rows)
             return _LogLikelihood.apply(problem, terms, *problem.matrices(terms))
         else:
-            fixed = FixedPart.of(y.to(dtype), X.to(dtype))
+            fixed = FixedPart.of(y.to(dtype), X.to(dtype), self.names)
         self._plan = Plan.of(terms, fixed.Q.shape[1], self.solver, dtype)
         problem = self._plan.problem(fixed, terms, self.method)
         if wrapped or graph:

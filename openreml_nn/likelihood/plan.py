@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from openreml_nn.covariance.terms import Term
+from openreml_nn.errors import InputError
 from openreml_nn.likelihood.blocked import BlockedProblem, Layout
 from openreml_nn.likelihood.dense import DenseProblem
 from openreml_nn.likelihood.problem import Problem
@@ -20,9 +21,9 @@ SOLVERS: dict[str, type[Problem]] = {"dense": DenseProblem, "blocked": BlockedPr
 def check_solver(solver: str) -> None:
     """Raise unless ``solver`` is one that exists."""
     if solver == "krylov":
-        raise NotImplementedError("`solver` 'krylov' is not there yet: use 'blocked' or 'dense'")
+        raise InputError("`solver` 'krylov' is not there yet: use 'blocked' or 'dense'")
     if solver != "auto" and solver not in SOLVERS:
-        raise ValueError(f"`solver` is {solver!r}: expected 'auto', 'dense' or 'blocked'")
+        raise InputError(f"`solver` is {solver!r}: expected 'auto', 'dense' or 'blocked'")
 
 
 @dataclass(frozen=True)

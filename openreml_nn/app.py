@@ -1,0 +1,252 @@
+"""The console program ``openreml-nn``: a Hydra app that fits a table, or predicts for one."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from openreml_nn.errors import InputError
+from openreml_nn.files import replacing, write_text
+from openreml_nn.likelihood import NotPositiveDefiniteError
+
+if TYPE_CHECKING:
+    from openreml_nn.lightning import MixedModelModule
+
+__all__ = ["main", "quoted"]
+
+#: Options whose values are free text; Hydra's grammar would trip over brackets and bars.
+_TEXT = re.compile(r"\+{0,2}(model\.formula|data\.formula|data\.path|checkpoint)=(.*)", re.DOTALL)
+#: What the disk or the user's rights can do to a run; all else is a fault of ours.
+_DISK = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program and exit with 0 (done), 2 (the input is at fault) or 1 (a fault of ours).
+
+    Args:
+        arguments: as on the command line, those of the process by default.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    name, task = "config", fit
+    if given[:1] == ["predict"]:
+        name, task, given = "predict", predict, given[1:]
+    sys.argv = [sys.argv[0], *map(quoted, given)]
+    # Hydra then raises what it would print and swallow.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    _quiet()
+    with _reported():
+        hydra.main(version_base="1.3", config_path=str(_configs()), config_name=name)(task)()
+
+
+def quoted(argument: str) -> str:
+    """An override whose free text is quoted for Hydra, unless the user has done so.
+
+    >>> quoted("model.formula=y ~ x + (1 | g)")
+    "model.formula='y ~ x + (1 | g)'"
+    """
+    found = _TEXT.fullmatch(argument)
+    if not found or not found[2] or found[2][0] in "'\"" or found[2].startswith("choice("):
+        return argument
+    if not found[1].endswith("formula") and _parses(argument):
+        return argument  # a sweep over files stays one
+    text = re.sub(r"(\\*)'", r"\1\1\\'", found[2])
+    trailing = len(text) - len(text.rstrip("\\"))
+    return f"{argument[: found.start(2)]}'{text}{chr(92) * trailing}'"
+
+
+def fit(config: DictConfig) -> None:
+    """Fit a model to a table and write the run's directory."""
+    with _reported(Path(HydraConfig.get().runtime.output_dir)):
+        _fit(config, Path(HydraConfig.get().runtime.output_dir))
+
+
+def predict(config: DictConfig) -> None:
+    """Predict for a table from a checkpoint and write ``predictions.csv``."""
+    with _reported(Path(HydraConfig.get().runtime.output_dir)):
+        _predict(config, Path(HydraConfig.get().runtime.output_dir))
+
+
+def _fit(config: DictConfig, directory: Path) -> None:
+    import lightning
+    from rich.console import Console
+
+    from openreml_nn.estimation.summary import tables
+    from openreml_nn.instantiate import build
+    from openreml_nn.lightning import MixedModelDataModule, MixedModelModule
+    from openreml_nn.report import Run, write_run
+
+    if not isinstance(config.seed, int):
+        raise InputError(f"seed is {config.seed!r}: expected a whole number")
+    lightning.seed_everything(config.seed, workers=True, verbose=False)
+    formula, categorical = _formula(config), _names(config.data.categorical)
+    data = MixedModelDataModule(_table(config), formula, categorical)
+    data.setup("fit")
+    optimizer: Any = OmegaConf.to_container(config.optimizer, resolve=True)
+    model = MixedModelModule(
+        formula,
+        categorical,
+        config.model.method,
+        config.model.solver,
+        optimizer,
+    )
+    callbacks = [build(part, "callbacks") for part in (config.callbacks or {}).values() if part]
+    loggers = [build(part, "logger") for part in (config.logger or {}).values() if part]
+    trainer = build(config.trainer, "trainer", callbacks=callbacks, logger=loggers)
+    start = time.perf_counter()
+    trainer.fit(model, data)
+    seconds = time.perf_counter() - start
+    assert model.result is not None
+    run = Run(
+        model.result,
+        formula,
+        data.encoded.dropped_rows,
+        type(trainer.optimizers[0]).__name__,
+        seconds,
+    )
+    if not model.result.converged:
+        warnings.warn(
+            f"not converged after {model.result.iterations} iterations: score norm "
+            f"{model.result.score_norm:.3g} standard errors; raise trainer.max_epochs",
+            RuntimeWarning,
+            stacklevel=1,
+        )
+    console = Console()
+    for part in tables(model.result, formula):
+        console.print(part)
+    write_text(directory / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    with replacing(directory / "model.ckpt") as temporary:
+        trainer.save_checkpoint(temporary, weights_only=False)
+    write_run(run, directory)
+    console.print(f"written to {_shown(directory)}", soft_wrap=True, highlight=False)
+
+
+def _predict(config: DictConfig, directory: Path) -> None:
+    from openreml_nn.data import read_table
+
+    path, checkpoint = str(config.data.path), str(config.checkpoint)
+    model = _load(checkpoint)
+    model.encoder.source = f"file {path!r}"
+    found = model.predict(read_table(path))
+    with replacing(directory / "predictions.csv") as temporary:
+        found.to_csv(temporary, index_label="row")
+    print(f"{len(found)} predictions written to {_shown(directory / 'predictions.csv')}")
+
+
+# ---------------------------------------------------------------------- helpers
+
+
+def _configs() -> Path:
+    """The folder of configs: inside the package when installed, else beside it."""
+    package = Path(__file__).resolve().parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def _table(config: DictConfig) -> str:
+    from openreml_nn.datasets import table_path
+
+    if config.data.path is not None:
+        return str(config.data.path)
+    try:
+        return str(table_path(config.data.name))
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def _names(columns: Any) -> list[str]:
+    return [columns] if isinstance(columns, str) else [str(column) for column in columns or ()]
+
+
+def _formula(config: DictConfig) -> str:
+    own = OmegaConf.to_container(config.model, resolve=False)
+    assert isinstance(own, dict)
+    bundled = config.data.get("name") is not None
+    if config.data.path is not None and bundled and own["formula"] == "${data.formula}":
+        raise InputError(
+            f"model.formula is not given for file {str(config.data.path)!r}: "
+            "expected one such as model.formula='y ~ x + (1 | group)'"
+        )
+    return str(config.model.formula)
+
+
+def _load(checkpoint: str) -> MixedModelModule:
+    from openreml_nn.lightning import MixedModelModule
+
+    if not Path(checkpoint).is_file():
+        raise InputError(f"checkpoint {checkpoint!r} does not exist: expected the file of a run")
+    try:
+        return MixedModelModule.load_from_checkpoint(
+            checkpoint, map_location="cpu", weights_only=True
+        )
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"checkpoint {checkpoint!r} cannot be loaded: {reason}") from error
+
+
+def _shown(path: Path) -> str:
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def _parses(argument: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return False
+    return True
+
+
+def _quiet() -> None:
+    """Say only what a user of mixed models can act on."""
+    # Lightning sets the level of its own loggers when it is imported: filtered, not silenced.
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.WARNING)
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("default", category=RuntimeWarning)
+    warnings.showwarning = _warn
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+@contextmanager
+def _reported(directory: Path | None = None) -> Iterator[None]:
+    """Turn an error that the input has caused into one line and exit status 2.
+
+    Args:
+        directory: the run's directory, which then goes if it is the run's own.
+    """
+    fresh = directory is not None and {entry.name for entry in directory.iterdir()} <= {".hydra"}
+    try:
+        yield
+        return
+    except (InputError, NotPositiveDefiniteError, HydraException, OmegaConfBaseException) as error:
+        # What Hydra and OmegaConf add below the first lines is for their developers.
+        text = re.split(r"\n\s*(?:full_key|Config search path)", str(error))[0]
+        message = " ".join(text.split()) or type(error).__name__
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        message = f"cannot write {str(error.filename or 'the output')!r}: {error.strerror}"
+    if directory is not None and fresh:
+        shutil.rmtree(directory, ignore_errors=True)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

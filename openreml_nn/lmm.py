@@ -1,0 +1,44 @@
+"""A linear mixed model from a formula and a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from openreml_nn.data import Encoder
+from openreml_nn.estimation import REMLResult, fit_reml
+
+__all__ = ["lmm"]
+
+
+def lmm(
+    formula: str, table: pd.DataFrame, *, categorical: Sequence[str] = (), **options: Any
+) -> REMLResult:
+    r"""Fit a linear mixed model to a table by AI-REML.
+
+    Args:
+        formula: an lme4-style formula.
+        table: a data frame; rows with missing values are left out with a warning.
+        categorical: numeric columns to be taken as factors.
+        **options: passed to :func:`fit_reml`, such as ``method="ml"``.
+
+    Raises:
+        InputError: if the formula or the table is at fault.
+
+    >>> from openreml_nn.datasets import sleepstudy
+    >>> result = lmm("Reaction ~ Days + (Days | Subject)", sleepstudy())
+    >>> f"{result.log_likelihood:.4f}"
+    '-871.8141'
+    """
+    encoded = Encoder(formula, categorical).fit(table)
+    assert encoded.y is not None
+    return fit_reml(
+        encoded.covariance(),
+        encoded.y,
+        encoded.X,
+        names=encoded.names,
+        labels=encoded.labels,
+        **options,
+    )

@@ -1,0 +1,126 @@
+"""The files of a run, each written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from openreml_nn.estimation.result import Component, REMLResult, finite
+from openreml_nn.files import replacing, write_text
+from openreml_nn.report.plots import caterpillar, convergence, residuals
+from openreml_nn.report.tables import blup_table, fixed_table, variance_table
+
+__all__ = ["Run", "write_run"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A result and how it was had.
+
+    Attributes:
+        result: the fitted model.
+        formula: its formula.
+        dropped_rows: rows of the table left out because of missing values.
+        optimizer: class name of the optimizer.
+        seconds: wall time of the fit.
+    """
+
+    result: REMLResult
+    formula: str
+    dropped_rows: int
+    optimizer: str
+    seconds: float
+
+    def record(self) -> dict[str, Any]:
+        """What ``result.json`` holds (schema 1); numbers that do not exist are None."""
+        result = self.result
+        random = [c for c in result.components if c.group != "Residual"]
+        found = {p.name: p.value for p in result.parameters}
+        return finite(
+            {
+                "schema": 1,
+                "model": {"formula": self.formula, "method": result.method},
+                "data": {
+                    "rows": result.rows,
+                    "dropped_rows": self.dropped_rows,
+                    "fixed_effects": len(result.fixed.names),
+                    "groups": {c.group: len(c.levels) for c in random},
+                },
+                "fit": {
+                    "converged": result.converged,
+                    "singular": bool(result.singular),
+                    "iterations": result.iterations,
+                    "optimizer": self.optimizer,
+                    "solver": result.plan.solver,
+                    "seconds": self.seconds,
+                    "log_likelihood": result.log_likelihood,
+                    "deviance": result.deviance,
+                    "aic": result.aic,
+                    "bic": result.bic,
+                    "score_norm": result.score_norm,
+                },
+                "fixed": fixed_table(result).to_dict("records"),
+                "random": [_random(c) for c in random],
+                "residual": {
+                    "variance": result.residual_variance,
+                    "parameters": {
+                        name.removeprefix("residual/"): value
+                        for name, value in found.items()
+                        if name.startswith("residual/")
+                    },
+                },
+            }
+        )
+
+
+def _random(c: Component) -> dict[str, Any]:
+    return {
+        "group": c.group,
+        "effects": list(c.effects),
+        "levels": len(c.levels),
+        "covariance": c.covariance.tolist(),
+        "std_dev": c.std_dev.tolist(),
+        "correlation": c.correlation.tolist(),
+    }
+
+
+def write_run(run: Run, directory: str | Path) -> Path:
+    """Write ``result.json``, ``summary.txt``, three CSV files and the plots.
+
+    ``result.json`` comes last: where it stands, all else is complete.
+
+    Returns:
+        The directory, which is made if there is none.
+    """
+    folder = Path(directory)
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    result = run.result
+    write_text(folder / "summary.txt", result.summary(run.formula))
+    _write_csv(fixed_table(result), folder / "fixed.csv")
+    _write_csv(variance_table(result), folder / "variance.csv")
+    _write_csv(blup_table(result), folder / "blup.csv")
+    for name, figure in _plots(result).items():
+        with replacing(folder / "plots" / f"{name}.png") as temporary:
+            figure.savefig(temporary, dpi=150)
+    write_text(folder / "result.json", json.dumps(run.record(), indent=2, allow_nan=False) + "\n")
+    return folder
+
+
+def _write_csv(table: pd.DataFrame, path: Path) -> None:
+    with replacing(path) as temporary:
+        table.to_csv(temporary, index=False)
+
+
+def _plots(result: REMLResult) -> Mapping[str, Figure]:
+    figures = {"convergence": convergence(result), "residuals": residuals(result)}
+    groups = dict.fromkeys(c.group for c in result.components if c.group != "Residual")
+    for group in groups:
+        figures["blup_" + re.sub(r"[^\w.-]", "_", group)] = caterpillar(result, group)
+    return figures

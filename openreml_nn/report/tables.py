@@ -1,0 +1,75 @@
+"""A result as data frames."""
+
+from __future__ import annotations
+
+from math import nan
+
+import numpy as np
+import pandas as pd
+
+from openreml_nn.estimation.result import Component, REMLResult
+
+__all__ = ["blup_table", "fixed_table", "variance_table"]
+
+
+def fixed_table(result: REMLResult) -> pd.DataFrame:
+    """BLUEs: name, estimate, std_error, statistic."""
+    fixed = result.fixed
+    return pd.DataFrame(
+        {
+            "name": list(fixed.names),
+            "estimate": fixed.estimate.numpy(force=True),
+            "std_error": fixed.std_error.numpy(force=True),
+            "statistic": fixed.statistic.numpy(force=True),
+        }
+    )
+
+
+def variance_table(result: REMLResult) -> pd.DataFrame:
+    """Variances, then covariances, of each term: group, effect1, effect2 (empty for a variance),
+    covariance, std_error, and std_dev (of a variance) or correlation (of a covariance)."""
+    rows: list[tuple[str, str, str, float, float, float, float]] = []
+    for c in result.components:
+        variance = c.covariance.diagonal() if c.covariance.dim() == 2 else c.covariance
+        error = c.std_error.diagonal() if c.covariance.dim() == 2 else c.std_error
+        values = zip(c.effects, variance.tolist(), error.tolist(), c.std_dev.tolist(), strict=True)
+        rows += [(c.group, effect, "", v, e, s, nan) for effect, v, e, s in values]
+        rows += _covariances(c)
+    columns = ["group", "effect1", "effect2", "covariance", "std_error", "std_dev", "correlation"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _covariances(c: Component) -> list[tuple[str, str, str, float, float, float, float]]:
+    if c.covariance.dim() != 2:
+        return []
+    matrix, error, correlation = (x.tolist() for x in (c.covariance, c.std_error, c.correlation))
+    return [
+        (c.group, c.effects[j], c.effects[i], matrix[i][j], error[i][j], nan, correlation[i][j])
+        for i in range(len(c.effects))
+        for j in range(i)
+    ]
+
+
+def blup_table(result: REMLResult) -> pd.DataFrame:
+    """BLUPs: group, level, effect, blup, and std_error, the root of the prediction-error variance."""
+    parts = []
+    named = {c.name: c for c in result.components}
+    for effects in result.random:
+        c = named[effects.name]
+        q, k = effects.values.shape
+        names = c.effects if len(c.effects) == k else tuple(map(str, range(k)))
+        variance = effects.variances.diagonal(dim1=1, dim2=2).clamp(min=0)
+        parts.append(
+            pd.DataFrame(
+                {
+                    "group": c.group,
+                    "level": np.repeat(np.asarray(c.levels, dtype=object), k),
+                    "effect": np.tile(np.asarray(names, dtype=object), q),
+                    "blup": effects.values.flatten().numpy(force=True),
+                    "std_error": variance.sqrt().flatten().numpy(force=True),
+                }
+            )
+        )
+    if not parts:
+        return pd.DataFrame(columns=["group", "level", "effect", "blup", "std_error"])
+    return pd.concat(parts, ignore_index=True)
