@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     _quiet()
     with _reported():
+        for argument in sys.argv[1:]:
+            _check(argument)
         hydra.main(version_base="1.3", config_path=str(_configs()), config_name=name)(task)()
 
 
@@ -92,8 +94,10 @@ def _fit(config: DictConfig, directory: Path) -> None:
     from openreml_nn.lightning import MixedModelDataModule, MixedModelModule
     from openreml_nn.report import Run, write_run
 
-    if not isinstance(config.seed, int):
-        raise InputError(f"seed is {config.seed!r}: expected a whole number")
+    for key in ("seed", "trainer.max_epochs"):
+        value = OmegaConf.select(config, key)
+        if not isinstance(value, int):
+            raise InputError(f"{key} is {value!r}: expected a whole number")
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     formula, categorical = _formula(config), _names(config.data.categorical)
     data = MixedModelDataModule(_table(config), formula, categorical)
@@ -211,6 +215,11 @@ def _parses(argument: str) -> bool:
     except HydraException:
         return False
     return True
+
+
+def _check(argument: str) -> None:
+    if not argument.startswith("-") and not _parses(argument):
+        raise InputError(f"option {argument!r} cannot be read: expected key=value")
 
 
 def _quiet() -> None:

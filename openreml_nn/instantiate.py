@@ -15,8 +15,13 @@ __all__ = ["build"]
 ALLOWED = ("openreml_nn", "torch", "lightning", "torchmetrics")
 
 
-def build(config: Any, what: str, **kwargs: Any) -> Any:
+def build(config: Any, what: str, *args: Any, **kwargs: Any) -> Any:
     """Instantiate what ``_target_`` names, if it is a class of an allowed package.
+
+    Args:
+        config: the config.
+        what: what messages call it.
+        *args, **kwargs: arguments beside those of the config.
 
     Raises:
         InputError: if a target is not allowed or cannot be made from its arguments.
@@ -24,7 +29,7 @@ def build(config: Any, what: str, **kwargs: Any) -> Any:
     plain = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
     _check(plain, what)
     try:
-        return hydra.utils.instantiate(plain, **kwargs)
+        return hydra.utils.instantiate(plain, *args, **kwargs)
     except Exception as error:
         cause = error.__cause__ or error
         reason = (str(cause).splitlines() or [type(cause).__name__])[0]

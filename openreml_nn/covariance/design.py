@@ -88,7 +88,7 @@ class IndexedDesign(Design):
     def matmul(self, x: Tensor) -> Tensor:
         if self.values is None:
             return x.index_select(0, self.codes)
-        blocks = x.unflatten(0, (self.levels, self.effects)).index_select(0, self.codes)
+        blocks = x.reshape(self.levels, self.effects, x.shape[1]).index_select(0, self.codes)
         return (self.values.to(x)[:, :, None] * blocks).sum(1)
 
     def t_matmul(self, x: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class IndexedDesign(Design):
             return x.new_zeros(self.levels, x.shape[1]).index_add(0, self.codes, x)
         weighted = self.values.to(x)[:, :, None] * x[:, None, :]
         total = x.new_zeros(self.levels, self.effects, x.shape[1])
-        return total.index_add(0, self.codes, weighted).flatten(0, 1)
+        return total.index_add(0, self.codes, weighted).reshape(self.shape[1], x.shape[1])
 
     def take(self, rows: Tensor) -> Design:
         values = None if self.values is None else self.values[rows]

@@ -185,7 +185,9 @@ def _interact(
             codes = column.cat.codes
         else:
             index = pd.Index(levels, dtype=object)
-            codes = pd.Categorical(column.astype(object), categories=index).codes
+            if not index.is_unique:
+                raise ValueError(f"`levels` names {index[index.duplicated()][0]!r} twice")
+            codes = index.get_indexer(column.astype(object))
         part = np.asarray(codes, dtype=np.int64)
         known &= part >= 0
         total = total * size + part

@@ -137,8 +137,7 @@ class MixedModelModule(LightningModule):
         if self._make_optimizer is None:
             return AIREML(parameters)
         if isinstance(self._make_optimizer, Mapping):
-            made = build({**self._make_optimizer, "_partial_": True}, "optimizer")
-            return made(parameters)
+            return build(dict(self._make_optimizer), "optimizer", parameters)
         return self._make_optimizer(parameters)
 
     # ------------------------------------------------------------------ training
@@ -148,7 +147,8 @@ class MixedModelModule(LightningModule):
         assert self.loss is not None
         self._data = (batch["y"], batch["X"])
         loss = self.loss(batch["y"], batch["X"])
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["y"]))
+        size = len(batch["y"])
+        self.log("train_loss", loss, True, on_step=False, on_epoch=True, batch_size=size)
         return loss
 
     def on_train_epoch_end(self) -> None:

@@ -14,7 +14,8 @@ __all__ = ["FixedPart", "aliased_columns", "check_data", "traced"]
 
 def traced(*tensors: Tensor) -> bool:
     """Whether a ``torch.func`` transform runs on one of them."""
-    return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return any(isinstance(t, Tensor) and wrapped(t) for t in tensors)
 
 
 def check_data(y: Tensor, X: Tensor) -> None:

@@ -1,0 +1,33 @@
+"""What all tests share."""
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=25)
+hypothesis.settings.load_profile("tests")
+# The runner uses every core for a test of its own.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _double():
+    """Random numbers in double precision, the same in every run."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+    ),
+]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param

@@ -1,0 +1,169 @@
+"""Closed forms against automatic differentiation, for every matrix and nestings of them."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.autograd import gradcheck, gradgradcheck
+
+from openreml_nn.covariance import CovariancePropagation, DummyMatrix, UnstructuredMatrix
+from tests.strategies import LEAVES, matrices, points
+
+
+@given(st.data())
+def test_manual_grad_equals_auto_grad(data):
+    matrix = data.draw(matrices())
+    at = data.draw(points(matrix))
+    manual, names = matrix.manual_grad(at)
+    auto, auto_names = matrix.auto_grad(at)
+    assert names == auto_names == (matrix.free_param_names if manual is not None else [])
+    if matrix.num_free_params:
+        assert manual.shape == (matrix.num_free_params, *matrix.shape)
+        torch.testing.assert_close(manual, auto, rtol=1e-10, atol=1e-10)
+    else:
+        assert manual is None
+        assert auto is None
+
+
+@given(st.data())
+def test_pullback_equals_jacobian_contraction(data):
+    matrix = data.draw(matrices())
+    at = data.draw(points(matrix))
+    cotangent = torch.randn(matrix.shape)
+    jacobian, _ = matrix.manual_grad(at)
+    expected = torch.zeros(0) if jacobian is None else (jacobian * cotangent).sum((1, 2))
+    torch.testing.assert_close(matrix.manual_vjp(cotangent, at), expected, rtol=1e-10, atol=1e-10)
+
+
+@given(st.data())
+def test_gradcheck_and_gradgradcheck_through_the_custom_function(data):
+    matrix = data.draw(matrices(depth=2))
+    if not matrix.num_free_params:
+        return
+    at = data.draw(points(matrix)).requires_grad_()
+    assert matrix(at).grad_fn.name() == "ClosedFormBackward"
+    assert gradcheck(matrix, at, check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(matrix, at)
+
+
+@pytest.mark.parametrize("kind", LEAVES)
+def test_gradients_of_each_leaf(kind):
+    matrix = LEAVES[kind](3).double()
+    at = 0.3 * torch.randn(matrix.num_free_params, requires_grad=True)
+    if matrix.num_free_params:
+        assert gradcheck(matrix, at, check_forward_ad=True)
+        assert gradgradcheck(matrix, at)
+    else:
+        assert matrix.manual_grad() == (None, [])
+
+
+@given(st.data())
+def test_all_ways_to_give_parameters_agree(data):
+    matrix = data.draw(matrices())
+    at = data.draw(points(matrix))
+    expected = matrix(at)
+    by_name = {name: at[i : i + 1] for i, name in enumerate(matrix.free_param_names)}
+    torch.testing.assert_close(matrix(by_name), expected, rtol=0, atol=0)
+    with torch.no_grad():
+        for name, value in zip(matrix.free_param_names, at, strict=True):
+            entry = matrix._entry(name)
+            entry.tensor.copy_(value)
+    torch.testing.assert_close(matrix(), expected, rtol=0, atol=0)
+
+
+@given(st.data())
+def test_torch_func_transforms_agree_with_the_jacobian(data):
+    matrix = data.draw(matrices(depth=2))
+    if not matrix.num_free_params:
+        return
+    at = data.draw(points(matrix))
+    jacobian, _ = matrix.auto_grad(at)
+    moved = jacobian.movedim(0, -1)
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(transform(matrix)(at), moved, rtol=1e-10, atol=1e-10)
+    batch = torch.stack([at, at + 0.1])
+    torch.testing.assert_close(
+        torch.func.vmap(matrix)(batch), torch.stack([matrix(b) for b in batch])
+    )
+
+
+@given(st.data())
+def test_second_derivatives_by_reverse_over_reverse(data):
+    matrix = data.draw(matrices(depth=2))
+    if not matrix.num_free_params:
+        return
+    at = data.draw(points(matrix))
+    weight = torch.randn(matrix.shape)
+
+    def manual(x):
+        return (matrix(x) * weight).sum()
+
+    def plain(x):
+        matrix.grad_mode = "auto"
+        return (matrix(x) * weight).sum()
+
+    found = torch.func.jacrev(torch.func.grad(manual))(at)
+    forward = torch.func.hessian(manual)(at)
+    expected = torch.func.jacrev(torch.func.grad(plain))(at)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(forward, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_second_backward_at_the_same_parameters():
+    matrix = UnstructuredMatrix(3).double()
+    for _ in range(2):
+        matrix().sum().backward()
+    once = [2 * g for g in torch.autograd.grad(matrix().sum(), list(matrix.parameters()))]
+    torch.testing.assert_close([p.grad for p in matrix.parameters()], once)
+
+
+def test_evaluation_without_recording_does_not_stick():
+    matrix = UnstructuredMatrix(2)
+    with torch.no_grad():
+        assert not matrix().requires_grad
+    assert matrix().requires_grad
+
+
+def test_in_place_changes_of_a_result_do_not_stick():
+    matrix = UnstructuredMatrix(2)
+    with torch.no_grad():
+        first = matrix()
+        expected = first.clone()
+        first.zero_()
+        torch.testing.assert_close(matrix(), expected)
+
+
+def test_trainable_design_gets_its_gradient():
+    slopes = torch.nn.Parameter(torch.randn(5, 2))
+    z = DummyMatrix(list("aabba"), covariates=slopes)
+    g = UnstructuredMatrix(4).double()
+    V = CovariancePropagation(z=z, g=g)
+    weight = torch.randn(5, 5)
+    (V() * weight).sum().backward()
+    dense = torch.zeros(5, 2, 2)
+    codes = torch.tensor([0, 0, 1, 1, 0])
+    leaf = slopes.detach().clone().requires_grad_()
+    dense = dense.index_put((torch.arange(5), codes), leaf).reshape(5, 4)
+    (dense @ g().detach() @ dense.T * weight).sum().backward()
+    torch.testing.assert_close(slopes.grad, leaf.grad)
+    assert all(p.grad is not None for p in g.parameters())
+
+
+def test_pullback_of_a_one_hot_design_forms_no_jacobian():
+    n, q = 300, 60
+    V = CovariancePropagation(
+        z=DummyMatrix([i % q for i in range(n)]), g=UnstructuredMatrix(q).double()
+    )
+    jacobian_size = V.num_free_params * n * n
+    sizes = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                sizes.append(out.numel())
+            return out
+
+    with Watch():
+        V().sum().backward()
+    assert max(sizes) < jacobian_size / 10

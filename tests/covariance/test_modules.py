@@ -1,0 +1,242 @@
+"""A matrix is a module like any other."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from openreml_nn.covariance import (
+    CovariancePropagation,
+    DiagonalMatrix,
+    DummyMatrix,
+    IdentityMatrix,
+    KroneckerProduct,
+    Matrix,
+    ScalarMatrix,
+    Sum,
+    UnconstrainedMatrix,
+    UnstructuredMatrix,
+)
+from openreml_nn.covariance.matrix import free_specs
+from openreml_nn.covariance.transform import TransformExp, TransformIdentity
+from tests.strategies import matrices, points
+
+
+def model():
+    subject = CovariancePropagation(
+        z=DummyMatrix(list("aabbc"), covariates=torch.arange(10.0).reshape(5, 2)),
+        g=KroneckerProduct(IdentityMatrix(3), UnstructuredMatrix(2)),
+    )
+    return Sum(subject=subject, residual=ScalarMatrix(5)).double()
+
+
+def test_parameters_are_named_by_their_path():
+    V = model()
+    assert V.param_names == [
+        "subject/g/op_1/L_0_0",
+        "subject/g/op_1/L_1_0",
+        "subject/g/op_1/L_1_1",
+        "residual/sigma^2",
+    ]
+    assert [name.replace(".", "/") for name, _ in V.named_parameters()] == V.param_names
+    assert [name.replace(".", "/") for name in V.state_dict()] == V.param_names
+    assert all(p.shape == (1,) for p in V.parameters())
+
+
+def test_state_dict_round_trip_with_weights_only(tmp_path):
+    V, other = model(), model()
+    with torch.no_grad():
+        for p in V.parameters():
+            p.normal_()
+    torch.save(V.state_dict(), tmp_path / "v.pt")
+    other.load_state_dict(torch.load(tmp_path / "v.pt", weights_only=True))
+    torch.testing.assert_close(other(), V(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_are_equal_and_independent(copied):
+    V = model()
+    V().sum().backward()
+    other = copied(V)
+    torch.testing.assert_close(other(), V())
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    assert not torch.equal(other(), V())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dtype_and_device_follow_the_module(device, dtype):
+    V = model().to(device, dtype)
+    assert V().dtype == dtype
+    assert V().device.type == device
+    V().sum().backward()
+    assert all(p.grad.dtype == dtype for p in V.parameters())
+
+
+def test_functional_call_uses_the_given_parameters():
+    V = model()
+    given_params = {name: torch.randn(1) for name, _ in V.named_parameters()}
+    found = torch.func.functional_call(V, given_params)
+    torch.testing.assert_close(found, V(torch.cat(list(given_params.values()))))
+
+
+def test_a_module_in_two_places_is_one_set_of_parameters():
+    g = UnstructuredMatrix(2).double()
+    V = Sum(a=KroneckerProduct(IdentityMatrix(2), g), b=KroneckerProduct(g, IdentityMatrix(2)))
+    assert V.num_params == 3
+    assert len(list(V.named_parameters())) == 3
+    weight = torch.randn(4, 4)
+    jacobian, _ = V.manual_grad()
+    torch.testing.assert_close(
+        V.manual_vjp(weight), (jacobian * weight).sum((1, 2)), rtol=1e-12, atol=1e-12
+    )
+    torch.testing.assert_close(jacobian, V.auto_grad()[0])
+
+
+@given(st.data())
+def test_names_match_values(data):
+    matrix = data.draw(matrices())
+    at = data.draw(points(matrix))
+    natural = matrix.build_params(at, out_format="dict")
+    assert list(natural) == matrix.param_names
+    free = matrix.build_params(at, include_fixed=False, trans=False, out_format="dict")
+    assert list(free) == matrix.free_param_names
+    for name, trans in matrix.free_param_trans.items():
+        torch.testing.assert_close(trans(free[name]), natural[name])
+    assert [matrix.param_names[i] for i in matrix.free_param_index] == matrix.free_param_names
+    assert [matrix.param_names[i] for i in matrix.fixed_param_index] == matrix.fixed_param_names
+    assert matrix.num_free_params + matrix.num_fixed_params == matrix.num_params
+
+
+def test_fix_and_free():
+    V = model()
+    V.fix("residual/sigma^2", 0.25)
+    assert V.fixed_param_names == ["residual/sigma^2"]
+    assert "residual.sigma^2" not in dict(V.named_parameters())
+    assert "residual.sigma^2" in V.state_dict()
+    assert float(V.param_defaults["residual/sigma^2"]) == 0.25
+    V.free("residual/sigma^2")
+    assert V.num_fixed_params == 0
+    assert dict(V.named_parameters())["residual.sigma^2"].item() == 0.25
+    with pytest.raises(ValueError, match="expected one of"):
+        V.fix("residual/tau")
+
+
+def test_everything_fixed_has_no_gradient():
+    V = ScalarMatrix(2).fix("sigma^2", 0.0)
+    assert V.manual_grad() == (None, [])
+    assert V.auto_grad() == (None, [])
+    assert V.grad() == (None, [])
+    assert not V().requires_grad
+
+
+@pytest.mark.parametrize(
+    ("free_params", "error"),
+    [
+        ([0.0], TypeError),
+        (torch.zeros(2), ValueError),
+        (torch.zeros(1, 1), ValueError),
+        ({}, ValueError),
+        ({"sigma^2": torch.zeros(1), "tau": torch.zeros(1)}, ValueError),
+        ({"tau": torch.zeros(1)}, ValueError),
+    ],
+)
+def test_wrong_free_params_are_refused(free_params, error):
+    with pytest.raises(error, match="free_params"):
+        ScalarMatrix(2)(free_params)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a.b"])
+def test_names_that_would_break_paths_are_refused(name):
+    with pytest.raises(ValueError, match="name"):
+        Matrix((2, 2), free_specs([name]))
+    if name:
+        with pytest.raises(ValueError, match="name"):
+            Sum({name: ScalarMatrix(2), "b": ScalarMatrix(2)})
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"fixed": False, "default": torch.zeros(1)},
+        {"fixed": 0, "default": torch.zeros(1), "trans": TransformIdentity()},
+        {"fixed": False, "default": 0.0, "trans": TransformIdentity()},
+        {"fixed": False, "default": torch.zeros(1), "trans": torch.exp},
+    ],
+)
+def test_wrong_specifications_are_refused(spec):
+    with pytest.raises(TypeError):
+        Matrix((2, 2), {"x": spec})
+
+
+def test_operators_refuse_what_does_not_fit():
+    a, b = ScalarMatrix(2), ScalarMatrix(3)
+    with pytest.raises(ValueError, match="one shape"):
+        Sum(a, b)
+    with pytest.raises(ValueError, match="by position and by keyword"):
+        Sum(a, b=a)
+    with pytest.raises(ValueError, match="`z` has 3 columns"):
+        CovariancePropagation(z=torch.zeros(4, 3), g=a)
+    with pytest.raises(ValueError, match="needs Z and G"):
+        CovariancePropagation(a, a, a)
+    with pytest.raises(TypeError, match="no Matrix"):
+        Sum(torch.eye(2), torch.eye(2))
+    with pytest.raises(TypeError, match="expected a Matrix"):
+        Sum(a, 1.0)
+
+
+def test_specifications_are_read_by_name_and_can_be_replaced():
+    specs = free_specs(["tau"], default=1.0, trans=TransformExp())
+    V = ScalarMatrix(2, specs)
+    assert V.param_names == ["tau"]
+    torch.testing.assert_close(V().detach(), torch.e * torch.eye(2))
+    with pytest.raises(TypeError):
+        V.param_specs["tau"]["fixed"] = True
+
+
+def test_grad_mode_chooses_and_is_checked():
+    V = UnconstrainedMatrix(2).double()
+    V.grad_mode = "auto"
+    assert "ClosedForm" not in V().grad_fn.name()
+    V.grad_mode = "manual"
+    assert "ClosedForm" in V().grad_fn.name()
+    V.grad_mode = "fast"
+    with pytest.raises(ValueError, match="grad_mode"):
+        V()
+
+
+def test_sizes_of_one_are_not_squeezed_away():
+    assert DiagonalMatrix(1)().shape == (1, 1)
+    assert UnstructuredMatrix(1)().shape == (1, 1)
+    V = CovariancePropagation(z=DummyMatrix(["a"]), g=ScalarMatrix(1))
+    assert V().shape == (1, 1)
+    assert V.manual_grad()[0].shape == (1, 1, 1)
+
+
+def test_names_of_module_attributes_are_allowed_as_operands():
+    V = Sum(type=ScalarMatrix(2), half=ScalarMatrix(2), shape=IdentityMatrix(2))
+    assert V.param_names == ["type/sigma^2", "half/sigma^2"]
+    assert V.shape == (2, 2)
+
+
+def test_intermediates_are_kept_for_exactly_these_parameters():
+    V = UnconstrainedMatrix(2)
+    x, y = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.3, 0.2, 0.1])
+    V.set_intermediates(x, "kept")
+    assert V.get_intermediates(x) == "kept"
+    assert V.get_intermediates(y) is None
+    assert V.get_intermediates(x.float()) is None
+    V.set_intermediates(y.requires_grad_(), "a graph")
+    assert V.get_intermediates(y) is None
+    V.reset_intermediates()
+    assert V.get_intermediates(x) is None
+
+
+def test_repr_shows_the_tree():
+    text = repr(model())
+    assert "Sum" in text
+    assert "(subject): CovariancePropagation" in text
+    assert "shape=(5, 5)" in text

@@ -1,0 +1,303 @@
+"""AI-REML, fit_reml and what they return."""
+
+import json
+from itertools import pairwise
+from math import isnan, log
+
+import pytest
+import torch
+
+from openreml_nn import AIREML, InputError, REMLLoss, fit_reml, lmm
+from openreml_nn.covariance import (
+    CovariancePropagation,
+    DummyMatrix,
+    ScalarMatrix,
+    Sum,
+    UnconstrainedMatrix,
+)
+from openreml_nn.datasets import penicillin, sleepstudy
+from openreml_nn.likelihood import NotPositiveDefiniteError
+
+FORMULA = "Reaction ~ Days + (Days | Subject)"
+
+
+def balanced(seed=0, groups=10, each=4):
+    generator = torch.Generator().manual_seed(seed)
+    labels = [i // each for i in range(groups * each)]
+    b = 2 * torch.randn(groups, generator=generator)
+    y = 5 + b[torch.tensor(labels)] + torch.randn(groups * each, generator=generator)
+    n = len(y)
+    V = Sum(
+        group=CovariancePropagation(z=DummyMatrix(labels), g=ScalarMatrix(groups)),
+        residual=ScalarMatrix(n),
+    ).double()
+    return V, y, torch.ones(n, 1)
+
+
+def test_balanced_one_way_layout_has_the_closed_form():
+    V, y, X = balanced()
+    result = fit_reml(V, y, X)
+    rows = y.reshape(10, 4)
+    within = rows.var(1).mean().item()
+    between = rows.mean(1).var().item() - within / 4
+    assert result.converged
+    assert not result.singular
+    # The fit stops within 1e-6 standard errors of the optimum.
+    assert result.residual_variance == pytest.approx(within, rel=1e-7)
+    assert float(result.components[0].covariance) == pytest.approx(between, rel=1e-7)
+    assert float(result.fixed.estimate[0]) == pytest.approx(y.mean().item(), rel=1e-10)
+    # Var(MSW) = 2 sigma^4 / 30; the average information equals it in this layout.
+    assert float(result.components[1].std_error) == pytest.approx(
+        within * (2 / 30) ** 0.5, rel=1e-6
+    )
+    # The covariance is left at the estimates.
+    natural = V.build_params(out_format="dict")
+    assert natural["residual/sigma^2"].item() == result.residual_variance
+
+
+@pytest.mark.parametrize("k", range(-4, 5))
+def test_estimates_are_equivariant_to_the_unit_of_the_response(k):
+    table = sleepstudy()
+    base = lmm(FORMULA, table)
+    table["Reaction"] *= 10.0**k
+    scaled = lmm(FORMULA, table)
+    assert scaled.converged
+    for one, other in zip(base.components, scaled.components, strict=True):
+        torch.testing.assert_close(
+            other.covariance, one.covariance * 10.0 ** (2 * k), rtol=1e-5, atol=0
+        )
+        torch.testing.assert_close(
+            other.std_error, one.std_error * 10.0 ** (2 * k), rtol=1e-4, atol=0
+        )
+    torch.testing.assert_close(
+        scaled.fixed.estimate, base.fixed.estimate * 10.0**k, rtol=1e-8, atol=0
+    )
+    assert scaled.log_likelihood == pytest.approx(base.log_likelihood - 178 * k * log(10), rel=1e-9)
+
+
+@pytest.mark.parametrize("k", [-4, 4])
+def test_estimates_are_equivariant_to_the_unit_of_a_covariate(k):
+    table = sleepstudy()
+    base = lmm(FORMULA, table)
+    table["Days"] *= 10.0**k
+    scaled = lmm(FORMULA, table)
+    assert scaled.converged
+    unit = torch.tensor([1.0, 10.0**-k])
+    torch.testing.assert_close(
+        scaled.components[0].covariance,
+        base.components[0].covariance * unit[:, None] * unit,
+        rtol=1e-5,
+        atol=0,
+    )
+    torch.testing.assert_close(scaled.fixed.estimate, base.fixed.estimate * unit, rtol=1e-8, atol=0)
+
+
+def test_the_order_of_rows_does_not_matter():
+    table = penicillin()
+    formula = "diameter ~ 1 + (1 | plate) + (1 | sample)"
+    one = lmm(formula, table)
+    other = lmm(formula, table.sample(frac=1, random_state=3))
+    assert other.log_likelihood == pytest.approx(one.log_likelihood, rel=1e-12)
+    assert other.residual_variance == pytest.approx(one.residual_variance, rel=1e-6)
+
+
+def test_a_variance_that_ends_at_zero_is_singular_not_a_failure():
+    y = torch.tensor([1.0, 2.0, 3.0] * 4)
+    labels = [i // 3 for i in range(12)]
+    V = Sum(
+        group=CovariancePropagation(z=DummyMatrix(labels), g=ScalarMatrix(4)),
+        residual=ScalarMatrix(12),
+    )
+    result = fit_reml(V, y, torch.ones(12, 1))
+    assert result.converged
+    assert result.singular == ("group",)
+    assert float(result.components[0].covariance) == 0.0
+    assert isnan(result.parameters[0].std_error)
+    assert result.residual_variance == pytest.approx(8 / 11, rel=1e-8)
+    assert "singular fit" in result.summary()
+
+
+def test_the_step_leaves_zero_when_the_likelihood_rises_from_there():
+    V, y, X = balanced()
+    expected = fit_reml(V, y, X).log_likelihood
+    with torch.no_grad():
+        V._entry("group/g/sigma^2").tensor.fill_(-float("inf"))
+    result = fit_reml(V, y, X, start="current")
+    assert result.converged
+    assert result.log_likelihood == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("start", [-12.0, 12.0])
+def test_bad_starting_values_are_overcome(start):
+    V, y, X = balanced()
+    expected = fit_reml(V, y, X).log_likelihood
+    with torch.no_grad():
+        for p in V.parameters():
+            p.fill_(start)
+    result = fit_reml(V, y, X, start="current")
+    assert result.converged
+    assert result.log_likelihood == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_likelihood_never_falls_along_the_history():
+    result = lmm(FORMULA, sleepstudy())
+    values = [record.log_likelihood for record in result.history]
+    assert all(b >= a - 1e-9 * abs(a) for a, b in pairwise(values))
+    assert result.iterations == len(values)
+    assert set(result.history[0].parameters) == {p.name for p in result.parameters}
+
+
+def test_too_few_iterations_are_not_convergence():
+    V, y, X = balanced()
+    with pytest.warns(RuntimeWarning, match="did not converge in 1 iterations"):
+        result = fit_reml(V, 1000 * y, X, start="current", max_iterations=1)
+    assert not result.converged
+    assert result.score_norm > 1e-3
+
+
+def test_fixed_parameters_stay():
+    V, y, X = balanced()
+    V.fix("residual/sigma^2", 0.0)
+    result = fit_reml(V, y, X)
+    by = {p.name: p for p in result.parameters}
+    assert by["residual/sigma^2"].value == 1.0
+    assert isnan(by["residual/sigma^2"].std_error)
+    assert result.num_params == 1
+
+
+def test_all_parameters_fixed_gives_blues_and_blups():
+    V, y, X = balanced()
+    V.fix("residual/sigma^2", 0.0)
+    V.fix("group/g/sigma^2", 0.7)
+    result = fit_reml(V, y, X)
+    assert result.converged
+    G, Z = torch.exp(torch.tensor(1.4)), V.operands["group"].operands["z"](torch.zeros(0))
+    P = torch.linalg.inv(V())
+    P = P - P @ X @ torch.linalg.inv(X.T @ P @ X) @ X.T @ P
+    torch.testing.assert_close(result.random[0].values[:, 0], G * Z.T @ P @ y)
+    spread = G * torch.eye(10) - G * Z.T @ P @ Z * G
+    torch.testing.assert_close(result.random[0].variances[:, 0, 0], spread.diagonal())
+
+
+def test_standard_errors_are_those_of_the_average_information():
+    result = lmm(FORMULA, sleepstudy())
+    for p in result.parameters:
+        assert p.std_error > 0
+    by = {p.name: p for p in result.parameters}
+    residual = by["residual/sigma^2"]
+    # The delta method between the scales: d exp(2x) = 2 exp(2x) dx.
+    assert residual.std_error == pytest.approx(
+        2 * residual.value * residual.untransformed_std_error, rel=1e-10
+    )
+    assert residual.value == pytest.approx(654.940, rel=1e-4)
+
+
+def test_optimizer_in_a_plain_loop():
+    V, y, X = balanced()
+    expected = fit_reml(V, y, X).log_likelihood
+    with torch.no_grad():
+        for p in V.parameters():
+            p.zero_()
+    loss = REMLLoss(V, reduction="sum")
+    optimizer = AIREML(loss.parameters())
+    for _ in range(50):
+        value = optimizer.step(lambda: loss(y, X))
+        if optimizer.last.converged:
+            break
+    assert optimizer.last.converged
+    assert -value.item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_optimizer_on_several_likelihoods_with_tied_parameters():
+    V, y, X = balanced(1)
+    W, u, _ = balanced(2)
+    tied = Sum(group=W.operands["group"], residual=W.operands["residual"])
+    tied.operands["group"].operands["g"]._parameters["sigma^2"] = (
+        V.operands["group"].operands["g"]._parameters["sigma^2"]
+    )
+    first, second = REMLLoss(V, reduction="sum"), REMLLoss(tied, reduction="sum")
+    parameters = list({id(p): p for p in [*V.parameters(), *tied.parameters()]}.values())
+    assert len(parameters) == 3
+    optimizer = AIREML(parameters)
+    for _ in range(50):
+        optimizer.step(lambda: first(y, X) + second(u, X))
+        if optimizer.last.converged:
+            break
+    assert optimizer.last.converged
+    total = first(y, X) + second(u, X)
+    gradient = torch.autograd.grad(total, parameters)
+    torch.testing.assert_close(torch.cat(gradient), torch.zeros(3), rtol=0, atol=1e-5)
+
+
+def test_optimizer_errors():
+    V, y, X = balanced()
+    loss = REMLLoss(V)
+    with pytest.raises(RuntimeError, match="needs a closure"):
+        AIREML(loss.parameters()).step()
+    with pytest.raises(RuntimeError, match="evaluated no REMLLoss"):
+        AIREML(loss.parameters()).step(lambda: None)
+    with pytest.raises(RuntimeError, match="none of AIREML's parameters"):
+        AIREML([torch.nn.Parameter(torch.zeros(1))]).step(lambda: loss(y, X))
+    with pytest.raises(ValueError, match="tolerance"):
+        AIREML(loss.parameters(), tolerance=0)
+
+
+def test_data_that_cannot_be_fitted_are_refused():
+    V, y, X = balanced()
+    with pytest.raises(InputError, match="fit `y` exactly"):
+        fit_reml(V, 3 * X[:, 0], X)
+    with pytest.raises(ValueError, match="start"):
+        fit_reml(V, y, X, start="zero")
+    with pytest.raises(TypeError, match="tensors"):
+        fit_reml(V, y.numpy(), X)
+    W = UnconstrainedMatrix(40).double()
+    with torch.no_grad():
+        W._parameters["sigma^2_1_0"].fill_(50.0)
+    with pytest.raises(NotPositiveDefiniteError):
+        fit_reml(W, y, X, start="current")
+
+
+@pytest.mark.parametrize("method", ["reml", "ml"])
+def test_float32_stays_float32(method):
+    V, y, X = balanced()
+    exact = fit_reml(V, y, X, method=method)
+    single = fit_reml(V, y.float(), X.float(), method=method)
+    assert single.fixed.estimate.dtype == torch.float32
+    assert single.residual_variance == pytest.approx(exact.residual_variance, rel=1e-2)
+
+
+def test_cuda_equals_cpu(device):
+    V, y, X = balanced()
+    expected = fit_reml(V, y, X)
+    found = fit_reml(V, y.to(device), X.to(device))
+    assert found.log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-10)
+    assert found.fixed.estimate.device.type == device
+
+
+def test_result_as_json(tmp_path):
+    result = lmm(FORMULA, sleepstudy())
+    result.to_json(tmp_path / "fit.json")
+    record = json.loads((tmp_path / "fit.json").read_text())
+    assert record["log_likelihood"] == result.log_likelihood
+    assert record["fixed"][1]["name"] == "Days"
+    assert [c["group"] for c in record["components"]] == ["Subject", "Residual"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "fit.json"]
+
+
+def test_criteria_follow_the_convention_of_lme4():
+    result = lmm(FORMULA, sleepstudy())
+    assert result.deviance == -2 * result.log_likelihood
+    assert result.aic == pytest.approx(1755.628, abs=1e-3)
+    assert result.bic == pytest.approx(1774.786, abs=1e-3)
+    torch.testing.assert_close(
+        result.fitted + result.residuals, torch.tensor(sleepstudy()["Reaction"].to_numpy())
+    )
+
+
+def test_unused_record_fields_are_nan():
+    from openreml_nn.estimation.result import Record
+
+    record = Record.of(ScalarMatrix(2), -1.0)
+    assert isnan(record.score_norm)
+    assert isnan(record.step)
+    assert record.parameters == {"sigma^2": 1.0}

@@ -1,0 +1,85 @@
+"""Random mixed models, and the likelihood as a textbook would compute it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from openreml_nn.covariance import (
+    CovariancePropagation,
+    DiagonalMatrix,
+    DummyMatrix,
+    IdentityMatrix,
+    KroneckerProduct,
+    Matrix,
+    ScalarMatrix,
+    Sum,
+    UnstructuredMatrix,
+)
+
+
+@dataclass
+class Model:
+    covariance: Matrix
+    y: Tensor
+    X: Tensor
+
+
+@st.composite
+def models(draw, method: str = "reml") -> Model:
+    """Random intercepts and slopes, nested and crossed, with a scalar residual."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
+    n = draw(st.integers(14, 30))
+    outer = torch.randint(0, draw(st.integers(2, 4)), (n,), generator=generator).tolist()
+    inner = torch.randint(0, 3, (n,), generator=generator).tolist()
+    crossed = torch.randint(0, draw(st.integers(2, 5)), (n,), generator=generator).tolist()
+    factors = [[outer], [outer, inner], [crossed]]
+    parts: dict[str, Matrix] = {}
+    for i in range(draw(st.integers(0, 3))):
+        labels = factors[draw(st.integers(0, 2))]
+        k = draw(st.integers(1, 3))
+        values = torch.randn(n, k, generator=generator) if k > 1 or draw(st.booleans()) else None
+        z = DummyMatrix(*labels, drop_empty_cols=True, covariates=values)
+        q = z.shape[1] // k
+        kind = draw(st.sampled_from(["correlated", "scalar", "diagonal", "dense"]))
+        if kind == "correlated":
+            g: Matrix = KroneckerProduct(IdentityMatrix(q), UnstructuredMatrix(k))
+        elif kind == "scalar":
+            g = ScalarMatrix(q * k)
+        elif kind == "diagonal":
+            g = DiagonalMatrix(q * k)
+        else:
+            g = UnstructuredMatrix(q * k) if q * k <= 4 else ScalarMatrix(q * k)
+        design = z(torch.zeros(0)) if draw(st.integers(0, 5)) == 0 else z
+        parts[f"t{i}"] = CovariancePropagation(z=design, g=g)
+    parts["residual"] = ScalarMatrix(n)
+    covariance = Sum(parts).double()
+    with torch.no_grad():
+        for p in covariance.parameters():
+            p.copy_(0.5 * torch.randn(1, generator=generator))
+    p = draw(st.integers(1, 3))
+    X = torch.randn(n, p, generator=generator)
+    y = torch.randn(n, generator=generator)
+    return Model(covariance, y, X)
+
+
+def reference(y: Tensor, X: Tensor, V: Tensor, method: str) -> float:
+    """By the density of the data, or of an orthonormal set of error contrasts."""
+    y, X, V = (t.detach().numpy() for t in (y, X, V))
+    n, p = X.shape
+    beta = np.linalg.solve(X.T @ np.linalg.solve(V, X), X.T @ np.linalg.solve(V, y))
+    if method == "ml":
+        e = y - X @ beta
+        return -0.5 * (n * np.log(2 * np.pi) + np.linalg.slogdet(V)[1] + e @ np.linalg.solve(V, e))
+    K = np.linalg.qr(X, mode="complete")[0][:, p:]
+    W = K.T @ V @ K
+    k = K.T @ y
+    density = -0.5 * (
+        (n - p) * np.log(2 * np.pi) + np.linalg.slogdet(W)[1] + k @ np.linalg.solve(W, k)
+    )
+    # lme4's convention differs from the density of orthonormal contrasts by log |X'X| / 2.
+    return density - 0.5 * np.linalg.slogdet(X.T @ X)[1]

@@ -1,0 +1,234 @@
+"""The console program, each call as typed in a shell."""
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from openreml_nn import datasets
+from openreml_nn.app import main, quoted
+
+PROGRAM = [sys.executable, "-c", "from openreml_nn.app import main; main()"]
+
+
+def call(*arguments, cwd):
+    return subprocess.run(
+        [*PROGRAM, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300
+    )
+
+
+def runs(folder):
+    return sorted(path.parent for path in Path(folder).rglob("result.json"))
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, call(cwd=folder)
+
+
+def test_without_arguments_it_fits_sleepstudy(demo):
+    folder, done = demo
+    assert done.returncode == 0, done.stderr
+    assert "Reaction ~ Days + (Days | Subject)" in done.stdout
+    (run,) = runs(folder)
+    record = json.loads((run / "result.json").read_text())
+    assert record["fit"]["log_likelihood"] == pytest.approx(-871.814135979976, rel=1e-9)
+    assert record["fit"]["optimizer"] == "AIREML"
+    assert record["fit"]["seconds"] > 0
+    names = {p.name for p in run.iterdir()}
+    assert {"summary.txt", "fixed.csv", "variance.csv", "blup.csv", "model.ckpt"} <= names
+    assert {"config.yaml", "plots", "logs"} <= names
+    assert "formula: Reaction ~ Days" in (run / "config.yaml").read_text()
+    assert "${" not in (run / "config.yaml").read_text()
+    assert list((run / "logs" / "tensorboard").glob("events.*"))
+
+
+def test_a_checkpoint_predicts_for_another_table(demo):
+    folder, _ = demo
+    (run,) = runs(folder)
+    pd.DataFrame({"Days": [0, 5], "Subject": ["308", "new"]}).to_csv(
+        folder / "new.csv", index=False
+    )
+    done = call(
+        "predict", f"checkpoint={run}/model.ckpt", "data.path=new.csv", "hydra.run.dir=p",
+        cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = pd.read_csv(folder / "p" / "predictions.csv")
+    assert found["mean"].iloc[0] == pytest.approx(251.405105 + 2.258565, rel=1e-6)
+    assert found["mean"].iloc[1] == found["population_mean"].iloc[1]
+    for arguments, message in [
+        (["checkpoint=none.ckpt", "data.path=new.csv"], "checkpoint 'none.ckpt' does not exist"),
+        (["checkpoint=new.csv", "data.path=new.csv"], "cannot be loaded"),
+        (["data.path=new.csv"], "checkpoint"),
+    ]:
+        failed = call("predict", *arguments, cwd=folder)
+        assert failed.returncode == 2
+        assert message in failed.stderr
+        assert failed.stderr.count("\n") == 1
+
+
+def test_a_table_and_a_formula_as_typed_in_a_shell(tmp_path):
+    table = datasets.penicillin().sample(frac=1, random_state=1)
+    table.loc[table.index[:3], "diameter"] = np.nan
+    table.to_csv(tmp_path / "my table (1).csv.gz", index=False)
+    done = call(
+        "data.path=my table (1).csv.gz",
+        "model.formula=log(diameter) ~ 1 + (1 | plate) + (1|sample)",
+        "hydra.run.dir=run",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "3 of 144 rows left out" in done.stderr
+    record = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert record["data"]["dropped_rows"] == 3
+    assert record["data"]["rows"] == 141
+    assert record["data"]["groups"] == {"plate": 24, "sample": 6}
+
+
+def test_a_sweep(tmp_path):
+    done = call("-m", "seed=1,2", "model.method=reml,ml", "data=pastes", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads((run / "result.json").read_text()) for run in runs(tmp_path)]
+    assert [r["model"]["method"] for r in records] == ["reml", "ml", "reml", "ml"]
+    assert records[0]["fit"]["log_likelihood"] == records[2]["fit"]["log_likelihood"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["experiment=gradient_descent"],
+        ["experiment=split_plot", "logger=none"],
+        ["optimizer=lbfgs", "data=john_alpha"],
+    ],
+)
+def test_experiments_and_optimizers(tmp_path, arguments):
+    done = call(*arguments, "hydra.run.dir=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["fit"]["converged"]
+
+
+def test_a_singular_fit_is_a_result(tmp_path):
+    source = Path(__file__).parent / "reference" / "dyestuff2.csv"
+    done = call(
+        f"data.path={source}", "model.formula=Yield ~ 1 + (1 | Batch)", "hydra.run.dir=run",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert record["fit"]["singular"] is True
+    assert record["fit"]["converged"] is True
+    assert record["random"][0]["covariance"] == [[0.0]]
+    assert "singular fit" in done.stdout
+
+
+def test_rank_deficient_columns_are_named(tmp_path):
+    datasets.sleepstudy().assign(Twice=lambda t: 2 * t["Days"]).to_csv(tmp_path / "t.csv")
+    done = call(
+        "data.path=t.csv", "model.formula=Reaction ~ Days + Twice + (1 | Subject)", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rank deficient: dropped Twice" in done.stderr
+
+
+def write_tables(folder):
+    n = 40
+    rng = np.random.default_rng(0)
+    good = pd.DataFrame(
+        {
+            "y": rng.normal(size=n),
+            "x": rng.normal(size=n),
+            "g": np.repeat(list("abcdefgh"), 5),
+            "each": [f"l{i}" for i in range(n)],
+        }
+    )
+    good.to_csv(folder / "good.csv", index=False)
+    good.assign(g="a").to_csv(folder / "one.csv", index=False)
+    good.assign(y=np.nan).to_csv(folder / "missing.csv", index=False)
+    good.assign(x=[np.inf] + [1.0] * (n - 1)).to_csv(folder / "infinite.csv", index=False)
+    good.assign(y=1.0).to_csv(folder / "constant.csv", index=False)
+    (folder / "empty.csv").write_text("")
+
+
+MODEL = "model.formula=y ~ x + (1 | g)"
+FAULTS = {
+    "missing file": (["data.path=none.csv", MODEL], "'none.csv' does not exist"),
+    "unknown column": (["data.path=good.csv", "model.formula=y ~ z + (1 | g)"], "no column 'z'"),
+    "one level": (["data.path=one.csv", MODEL], "'g' has one level"),
+    "no formula": (["data.path=good.csv"], "model.formula is not given"),
+    "formula": (["data.path=good.csv", "model.formula=y ~ x + (1 | g"], "'(' without ')'"),
+    "text": (["data.path=good.csv", "model.formula=g ~ x + (1 | g)"], "'g' is not numeric"),
+    "all missing": (["data.path=missing.csv", MODEL], "every row has a missing value"),
+    "n <= p": (["data.path=good.csv", "model.formula=y ~ each + (1 | g)"], "40 rows for 40 fixed"),
+    "infinite": (["data.path=infinite.csv", MODEL], "'x' is inf in row 1"),
+    "constant": (["data.path=constant.csv", MODEL], "fit `y` exactly"),
+    "empty": (["data.path=empty.csv", MODEL], "cannot be read"),
+    "code": (
+        ["data.path=good.csv", "model.formula=y ~ I(__import__('os')) + (1 | g)"],
+        "is not allowed",
+    ),
+    "method": (["model.method=map"], "`method` is 'map'"),
+    "solver": (["model.solver=magic"], "`solver` is 'magic'"),
+    "data set": (["data.name=iris"], "'iris'"),
+    "group": (["optimizer=magic"], "optimizer/magic"),
+    "key": (["data.pth=x"], "data.pth"),
+    "override": (["seed=[1"], "seed"),
+    "seed": (["seed=abc"], "seed is 'abc'"),
+    "target": (["trainer._target_=os.system"], "os.system"),
+    "trainer": (["trainer.max_epochs=abc"], "trainer"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_the_input_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, fault):
+    write_tables(tmp_path)
+    arguments, message = FAULTS[fault]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["openreml-nn"])
+    with warnings.catch_warnings(), pytest.raises(SystemExit) as caught:
+        main([*arguments, "hydra.run.dir=run"])
+    said = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert message in said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_existing_directory_survives_a_fault(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("kept")
+    done = call("model.method=map", "hydra.run.dir=run", cwd=tmp_path)
+    assert done.returncode == 2
+    assert (tmp_path / "run" / "mine.txt").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("model.formula=y ~ x + (1 | g)", "model.formula='y ~ x + (1 | g)'"),
+        ("model.formula='y ~ x'", "model.formula='y ~ x'"),
+        ('model.formula="y ~ x","y ~ z"', 'model.formula="y ~ x","y ~ z"'),
+        ("model.formula=y ~ C(f, Treatment('a'))", r"model.formula='y ~ C(f, Treatment(\'a\'))'"),
+        ("+model.formula=y ~ x", "+model.formula='y ~ x'"),
+        ("data.path=a.csv,b.csv", "data.path=a.csv,b.csv"),
+        ("data.path=a (1).csv", "data.path='a (1).csv'"),
+        ("seed=1,2", "seed=1,2"),
+        ("-m", "-m"),
+    ],
+)
+def test_free_text_is_quoted_for_hydra(argument, expected):
+    assert quoted(argument) == expected
+
+
+def test_help_lists_the_groups(tmp_path):
+    done = call("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for group in ("data", "optimizer", "experiment"):
+        assert f"{group}:" in done.stdout

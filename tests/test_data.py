@@ -1,0 +1,188 @@
+"""Tables and formulas as tensors, and back to names."""
+
+import gzip
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from openreml_nn import InputError, datasets
+from openreml_nn.data import Encoder, read_table
+
+TABLE = pd.DataFrame(
+    {
+        "y": [1.0, 2.0, 3.0, 5.0, 4.0, 7.0],
+        "x": [0.0, 1.0, 2.0, 3.0, 4.0, 6.0],
+        "f": ["u", "v", "w", "u", "v", "w"],
+        "k": [1, 2, 1, 2, 1, 2],
+        "g": ["b", "b", "a", "a", "c", "c"],
+        "h": [10, 9, 10, 9, 10, 9],
+    }
+)
+
+
+def encode(formula, table=TABLE, **options):
+    return Encoder(formula, **options).fit(table)
+
+
+def test_names_are_those_of_r():
+    found = encode("y ~ x + f + (1 | g)").names
+    assert found == ("(Intercept)", "x", "fv", "fw")
+    table = pd.concat([TABLE] * 2)
+    assert encode("y ~ x * f + (1 | g)", table).names[-2:] == ("x:fv", "x:fw")
+
+
+def test_numbers_are_factors_when_told():
+    assert encode("y ~ k + (1 | g)").names == ("(Intercept)", "k")
+    assert encode("y ~ k + (1 | g)", categorical=["k"]).names == ("(Intercept)", "k2")
+    assert encode("y ~ C(k) + (1 | g)").X.shape == (6, 2)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        TABLE["f"],
+        pd.Categorical(TABLE["f"]),
+        pd.array(TABLE["f"], dtype="string"),
+        [True, False, True, True, False, True],
+    ],
+)
+def test_categorical_columns_are_detected(column):
+    assert len(encode("y ~ f + (1 | g)", TABLE.assign(f=column)).names) >= 2
+
+
+def test_groups_are_sorted_and_numbers_by_size():
+    g, h = encode("y ~ x + (1 | g) + (1 | h)").random
+    assert g.levels == ("a", "b", "c")
+    assert g.codes.tolist() == [1, 1, 0, 0, 2, 2]
+    assert h.levels == ("9", "10")
+    assert h.codes.tolist() == [1, 0, 1, 0, 1, 0]
+
+
+def test_only_observed_combinations_are_levels():
+    (part,) = encode("y ~ x + (1 | g:f)", pd.concat([TABLE] * 2)).random
+    assert part.levels == ("a:u", "a:w", "b:u", "b:v", "c:v", "c:w")
+    table = pd.DataFrame(
+        {"y": range(6), "a": ["p:q", "p", "p:q", "p", "p", "p:q"], "b": list("rsrssr")}
+    ).replace({"b": {"s": "q:s"}})
+    (part,) = encode("y ~ 1 + (1 | a:b)", table).random
+    assert len(set(part.levels)) == 2
+
+
+def test_unused_levels_of_a_categorical_are_not_levels():
+    table = TABLE.assign(g=pd.Categorical(TABLE["g"], categories=list("zcba")))
+    (part,) = encode("y ~ x + (1 | g)", table).random
+    assert part.levels == ("c", "b", "a")
+
+
+def test_random_slopes_and_independent_effects():
+    one, two = encode("y ~ x + (x || h)", pd.concat([TABLE] * 2)).random
+    assert (one.name, one.effects, two.name, two.effects) == ("h", ("(Intercept)",), "h_1", ("x",))
+    (both,) = encode("y ~ x + (1 + x | h)").random
+    assert both.effects == ("(Intercept)", "x")
+    assert both.values.tolist() == [[1.0, x] for x in TABLE["x"]]
+
+
+def test_rows_with_missing_values_are_dropped_with_a_count():
+    table = TABLE.astype({"h": float})
+    table.loc[1, "y"] = np.nan
+    table.loc[4, "g"] = None
+    table["unused"] = np.nan
+    with pytest.warns(RuntimeWarning, match="2 of 6 rows left out"):
+        found = encode("y ~ x + (1 | h)", table.assign(h=table["h"].where(table["g"].notna())))
+    assert found.dropped_rows == 2
+    assert found.rows.tolist() == [0, 2, 3, 5]
+    assert found.random[0].levels == ("9", "10")
+
+
+@pytest.mark.parametrize(
+    ("formula", "table", "match"),
+    [
+        ("y ~ z + (1 | g)", TABLE, "no column 'z'"),
+        ("y ~ x + (1 | z)", TABLE, "no column 'z'"),
+        ("z ~ x + (1 | g)", TABLE, "no column 'z'"),
+        ("f ~ x + (1 | g)", TABLE, "'f' is not numeric: found 'u' in row 1"),
+        ("y ~ x + (1 | g)", TABLE.assign(g="a"), "one level"),
+        ("y ~ f + (1 | g)", TABLE.assign(f="a"), "'f' has one level"),
+        ("y ~ x + (1 | g)", TABLE.assign(y=np.nan), "every row has a missing value"),
+        ("y ~ x + (1 | g)", TABLE.assign(x=[1, 2, np.inf, 4, 5, 6.0]), "inf in row 3"),
+        ("log(x) ~ 1 + (1 | g)", TABLE, "-inf in row 1"),
+        ("y ~ poly(x, 5) + (1 | g)", TABLE, "6 rows for 6 fixed effects"),
+        ("y ~ 1 + (x | g)", TABLE, "cannot be told from the residual"),
+        ("y ~ f(x) + (1 | g)", TABLE, "not allowed"),
+        ("y ~ x.__class__ + (1 | g)", TABLE, "no column 'x.__class__'"),
+    ],
+)
+def test_faults_of_the_input_are_named(formula, table, match):
+    with pytest.raises(InputError, match=match) as caught:
+        encode(formula, table)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_table_is_encoded_with_what_was_learned():
+    encoder = Encoder("y ~ scale(x) + f + (1 | g)")
+    first = encoder.fit(TABLE)
+    again = encoder.transform(TABLE)
+    torch.testing.assert_close(again.X, first.X)
+    new = encoder.transform(TABLE.iloc[[3]].drop(columns="y").assign(g="new"))
+    torch.testing.assert_close(new.X, first.X[[3]])
+    assert new.y is None
+    assert new.random[0].codes.tolist() == [-1]
+    with pytest.raises(InputError, match="has the level 'zz'"):
+        encoder.transform(TABLE.assign(f="zz"))
+
+
+def test_what_was_learned_is_plain(tmp_path):
+    encoder = Encoder("y ~ poly(x, 2) + (x | h)")
+    encoder.fit(TABLE)
+    torch.save(encoder.state, tmp_path / "state.pt")
+    other = Encoder("y ~ poly(x, 2) + (x | h)")
+    other.state = torch.load(tmp_path / "state.pt", weights_only=True)
+    torch.testing.assert_close(other.transform(TABLE).X, encoder.transform(TABLE).X)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".csv.gz", ".parquet", ".tsv"])
+def test_files(tmp_path, suffix):
+    path = tmp_path / f"table{suffix}"
+    if suffix == ".parquet":
+        TABLE.to_parquet(path)
+    else:
+        TABLE.to_csv(path, index=False, sep="\t" if suffix == ".tsv" else ",")
+    pd.testing.assert_frame_equal(read_table(path), TABLE, check_dtype=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("missing.csv", None, "does not exist"),
+        ("table.xlsx", b"x", "expected a name ending in"),
+        ("empty.csv", b"", "cannot be read"),
+        ("header.csv", b"y,x\n", "has no rows"),
+        ("bytes.csv", bytes(range(128, 256)), "cannot be read"),
+        ("broken.parquet", b"PAR1", "cannot be read"),
+        ("broken.csv.gz", gzip.compress(b"y,x\n1,2\n")[:-9], "cannot be read"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path, name, content, match):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=match) as caught:
+        read_table(tmp_path / name)
+    assert "\n" not in str(caught.value)
+    assert name in str(caught.value)
+
+
+def test_a_directory_is_not_a_table(tmp_path):
+    with pytest.raises(InputError, match="is a directory"):
+        read_table(tmp_path)
+
+
+@pytest.mark.parametrize("name", datasets.FORMULAS)
+def test_bundled_data_sets(name):
+    table = getattr(datasets, name)()
+    found = encode(datasets.FORMULAS[name], table)
+    assert len(found.y) == len(table)
+    assert found.dropped_rows == 0
+    with pytest.raises(ValueError, match="expected one of"):
+        datasets.table_path("nothing")

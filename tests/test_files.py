@@ -1,0 +1,28 @@
+"""Files are written whole or not at all."""
+
+import pytest
+
+from openreml_nn.files import replacing, write_text
+
+
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+
+    def fails():
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            assert path.read_text() == "old"
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fails()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_suffix_of_the_temporary_file_is_that_of_the_target(tmp_path):
+    with replacing(tmp_path / "plot.png") as temporary:
+        assert temporary.suffix == ".png"
+        temporary.write_bytes(b"x")
+    assert (tmp_path / "plot.png").read_bytes() == b"x"

@@ -1,0 +1,99 @@
+"""lme4's notation, taken apart."""
+
+import pytest
+
+from openreml_nn import InputError
+from openreml_nn.formula import columns_of, parse_formula
+
+
+@pytest.mark.parametrize(
+    ("text", "fixed", "random"),
+    [
+        ("y ~ x + (1 | g)", "x", [("1", "g")]),
+        ("y ~ 1 + (1 | g)", "1", [("1", "g")]),
+        ("y ~ (1 | g)", "1", [("1", "g")]),
+        ("y ~ 0 + x + (x | g)", "0 + x", [("x", "g")]),
+        ("y ~ x", "x", []),
+        ("y ~ (1|a) + x*z + (0 + x|b)", "x*z", [("1", "a"), ("0 + x", "b")]),
+        ("y ~ x + (1 | a/b)", "x", [("1", "a"), ("1", "a:b")]),
+        ("y ~ x + (1 | a/b/c)", "x", [("1", "a"), ("1", "a:b"), ("1", "a:b:c")]),
+        ("y ~ x + (1 | a:b)", "x", [("1", "a:b")]),
+        ("y ~ x + (x || g)", "x", [("1", "g"), ("0 + x", "g")]),
+        ("y ~ x + (0 + x || g)", "x", [("0 + x", "g")]),
+        ("log(y) ~ I(x^2) + (1 | g)", "I(x**2)", [("1", "g")]),
+        ("y ~ poly(x, 2) + (1 | `my group`)", "poly(x, 2)", [("1", "my group")]),
+        ("y~x+(1|g)", "x", [("1", "g")]),
+    ],
+)
+def test_formulas(text, fixed, random):
+    found = parse_formula(text)
+    assert found.fixed == fixed
+    assert [(part.effects, part.group) for part in found.random] == random
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "   ",
+        "y",
+        "y ~",
+        "~ x",
+        "y ~ x ~ z",
+        "y ~ x + (1 | g",
+        "y ~ x + 1 | g)",
+        "y ~ x + 1 | g",
+        "y ~ x (1 | g)",
+        "y ~ x + (1 | g) x",
+        "y ~ x + (1 |)",
+        "y ~ x + (| g)",
+        "y ~ x + (1 | f(g))",
+        "y ~ x + (1 | g + h)",
+        "y ~ x + ((1 | g))",
+        "y ~ x + + * (1 | g)",
+        "y ~ x +* z + (1 | g)",
+        None,
+        3,
+    ],
+)
+def test_what_does_not_parse_says_so_in_one_line(text):
+    with pytest.raises(InputError) as caught:
+        parse_formula(text)
+    assert "formula" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "__import__('os').system('true')",
+        "I(__import__('os'))",
+        "eval('1')",
+        "open('/etc/passwd')",
+        "I(x.__class__.__bases__)",
+        "I((lambda: x)())",
+        "I([x for x in x])",
+        "np.load('x')",
+        "exec('1')",
+        "I(f'{x}')",
+        "I(9**9**9)",
+        "I(x if x else x)",
+        "I(x := x)",
+        "getattr(x, 'values')",
+    ],
+)
+@pytest.mark.parametrize("where", ["{} ~ x + (1 | g)", "y ~ {} + (1 | g)", "y ~ x + ({} | g)"])
+def test_formulas_run_no_code_that_is_not_allowed(part, where):
+    with pytest.raises(InputError, match="formula"):
+        parse_formula(where.format(part))
+
+
+def test_columns_of_a_part():
+    text = "y ~ x"
+    assert columns_of("log(x) + `a b` + I(`c d` * z) + C(f, Treatment('k'))", text) == [
+        "x",
+        "a b",
+        "c d",
+        "z",
+        "f",
+    ]

@@ -1,0 +1,158 @@
+"""The model in Lightning: training, checkpoints, prediction."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from lightning import Trainer
+from lightning.pytorch.loggers import CSVLogger
+
+from openreml_nn import InputError, datasets, lmm
+from openreml_nn.lightning import MixedModelDataModule, MixedModelModule, StopWhenConverged
+
+FORMULA = "Reaction ~ Days + (Days | Subject)"
+ADAM = {"_target_": "torch.optim.Adam", "lr": 0.1}
+LBFGS = {
+    "_target_": "torch.optim.LBFGS",
+    "line_search_fn": "strong_wolfe",
+    "tolerance_grad": 1e-12,
+    "tolerance_change": 1e-14,
+}
+
+
+def trainer(tmp_path, epochs=1000, **options):
+    return Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=options.pop("logger", False),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        callbacks=[StopWhenConverged(**options)],
+    )
+
+
+def fitted(tmp_path, optimizer=None, table=None, formula=FORMULA, **options):
+    data = MixedModelDataModule(datasets.sleepstudy() if table is None else table, formula)
+    model = MixedModelModule(formula, optimizer=optimizer)
+    run = trainer(tmp_path, **options)
+    run.fit(model, data)
+    return model, data, run
+
+
+@pytest.mark.parametrize("optimizer", [None, ADAM, LBFGS], ids=["aireml", "adam", "lbfgs"])
+def test_every_optimizer_reaches_the_fit(tmp_path, optimizer):
+    expected = lmm(FORMULA, datasets.sleepstudy())
+    model, _, run = fitted(tmp_path, optimizer)
+    assert model.result.converged
+    assert run.current_epoch < 1000
+    assert model.result.log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-9)
+    torch.testing.assert_close(
+        model.result.fixed.estimate, expected.fixed.estimate, rtol=1e-6, atol=0
+    )
+    for one, other in zip(model.result.components, expected.components, strict=True):
+        torch.testing.assert_close(one.covariance, other.covariance, rtol=1e-3, atol=1e-3)
+
+
+def test_a_factory_of_optimizers(tmp_path):
+    model, _, _ = fitted(tmp_path, lambda p: torch.optim.RMSprop(p, lr=0.02), epochs=5)
+    assert len(model.history) == 5
+    assert not model.result.converged
+
+
+def test_the_loss_is_the_restricted_likelihood(tmp_path):
+    model, data, _ = fitted(tmp_path)
+    loss = model.loss(data.encoded.y, data.encoded.X)
+    assert -180 * loss.item() == pytest.approx(model.result.log_likelihood, rel=1e-12)
+
+
+def test_metrics_are_logged(tmp_path):
+    fitted(tmp_path, logger=CSVLogger(tmp_path, name="logs", version="csv"))
+    logged = pd.read_csv(tmp_path / "logs" / "csv" / "metrics.csv")
+    assert {"train_loss", "log_likelihood", "residual/sigma^2"} <= set(logged.columns)
+    assert logged["log_likelihood"].max() == pytest.approx(-871.81414, rel=1e-6)
+
+
+def test_a_checkpoint_predicts_without_the_training_data(tmp_path):
+    table = datasets.sleepstudy()
+    model, _, run = fitted(tmp_path)
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = MixedModelModule.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
+    found = loaded.predict(table)
+    np.testing.assert_allclose(found["mean"], model.result.fitted.numpy(), rtol=1e-10)
+    beta = model.result.fixed.estimate.numpy()
+    np.testing.assert_allclose(
+        found["population_mean"], beta[0] + beta[1] * table["Days"], rtol=1e-10
+    )
+    new = pd.DataFrame({"Days": [3, 4], "Subject": ["308", "unheard of"]}, index=[7, 9])
+    found = loaded.predict(new)
+    assert found.index.tolist() == [7, 9]
+    assert found.loc[9, "mean"] == found.loc[9, "population_mean"]
+    assert found.loc[7, "mean"] != found.loc[7, "population_mean"]
+    with pytest.raises(InputError, match="no column 'Days'"):
+        loaded.predict(new.drop(columns="Days"))
+
+
+def test_transforms_of_the_training_data_travel_with_the_checkpoint(tmp_path):
+    table = datasets.oats()
+    formula = "yield ~ poly(nitro, 2) * Variety + (1 | Block/Variety)"
+    model, _, run = fitted(tmp_path, table=table, formula=formula)
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = MixedModelModule.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
+    part = table.iloc[5:9]
+    np.testing.assert_allclose(
+        loaded.predict(part)["mean"], model.result.fitted.numpy()[5:9], rtol=1e-9
+    )
+
+
+def test_trainer_predict(tmp_path):
+    model, data, run = fitted(tmp_path)
+    (found,) = run.predict(model, data)
+    torch.testing.assert_close(found["mean"], model.result.fitted)
+
+
+def test_resuming_a_checkpoint_ends_where_an_uninterrupted_run_does(tmp_path):
+    whole, _, _ = fitted(tmp_path, ADAM, epochs=40, tolerance=1e-12)
+    _, data, half = fitted(tmp_path, ADAM, epochs=15, tolerance=1e-12)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = MixedModelModule(FORMULA, optimizer=ADAM)
+    trainer(tmp_path, epochs=40, tolerance=1e-12).fit(
+        resumed, data, ckpt_path=tmp_path / "half.ckpt", weights_only=True
+    )
+    assert resumed.result.log_likelihood == pytest.approx(whole.result.log_likelihood, rel=1e-12)
+
+
+def test_rank_deficient_columns_have_no_coefficient(tmp_path):
+    table = datasets.sleepstudy().assign(Twice=lambda t: 2 * t["Days"])
+    with pytest.warns(RuntimeWarning, match="dropped Twice"):
+        model, _, _ = fitted(
+            tmp_path, table=table, formula="Reaction ~ Days + Twice + (1 | Subject)"
+        )
+    assert model.result.fixed.names == ("(Intercept)", "Days")
+    np.testing.assert_allclose(model.predict(table)["mean"], model.result.fitted.numpy())
+
+
+def test_tables_from_files_and_frames_agree(tmp_path):
+    path = tmp_path / "table.parquet"
+    datasets.sleepstudy().to_parquet(path)
+    one, _, _ = fitted(tmp_path, table=str(path))
+    other, _, _ = fitted(tmp_path)
+    assert one.result.log_likelihood == other.result.log_likelihood
+
+
+def test_mistakes_are_named(tmp_path):
+    data = MixedModelDataModule(datasets.sleepstudy(), FORMULA)
+    other = MixedModelModule("Reaction ~ Days + (1 | Subject)")
+    with pytest.raises(ValueError, match="the data module's formula"):
+        trainer(tmp_path).fit(other, data)
+    with pytest.raises(ValueError, match="has no estimates"):
+        MixedModelModule(FORMULA).predict(datasets.sleepstudy())
+    with pytest.raises(InputError, match="method"):
+        MixedModelModule(FORMULA, method="map")
+    with pytest.raises(InputError, match="not a class of"):
+        fitted(tmp_path, {"_target_": "os.system"})
+    with pytest.raises(InputError, match="optimizer"):
+        fitted(tmp_path, {"_target_": "torch.optim.Adam", "speed": 3})
+    with pytest.raises(ValueError, match="tolerance"):
+        StopWhenConverged(tolerance=0)
