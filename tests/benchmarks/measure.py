@@ -44,18 +44,20 @@ m <- lmer(as.formula(a[2]), d)
 v <- vcov(m)
 seconds <- proc.time()[["elapsed"]] - start
 peak <- as.numeric(sub("\\\\D*(\\\\d+).*", "\\\\1", grep("VmHWM", readLines("/proc/self/status"), value = TRUE)))
-cat(sprintf('{"seconds": %.3f, "log_likelihood": %.6f, "peak_mb": %.0f}\\n',
-            seconds, logLik(m), peak / 1024))
+cat(sprintf('{"seconds": %.3f, "log_likelihood": %.6f, "peak_mb": %.0f, "version": "%s"}\\n',
+            seconds, logLik(m), peak / 1024, packageVersion("lme4")))
 """
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds from data frame to estimates, peak memory of the process, log-likelihood."""
+    """Seconds from data frame to estimates, peak memory of the process, log-likelihood, and the
+    version of a peer."""
 
     seconds: float
     peak_mb: float
     log_likelihood: float
+    version: str = ""
 
 
 @cache
