@@ -7,6 +7,8 @@ import pytest
 
 from openreml_nn import datasets, lmm
 from openreml_nn.data import read_table
+from tests.benchmarks.cases import CASES
+from tests.benchmarks.measure import measure
 
 FOLDER = Path(__file__).parents[1] / "reference"
 ROWS = json.loads((FOLDER / "reference.json").read_text(encoding="utf-8"))["lmer"]
@@ -95,3 +97,8 @@ def _key(label):
 def _same(ours, theirs):
     # lme4 numbers uncorrelated terms of one factor: Subject, Subject.1.
     return _key(ours) == _key(theirs.split(".")[0])
+
+
+def test_insteval_needs_less_than_a_gigabyte():
+    # V would take 43 GB.
+    assert measure(CASES["insteval"], "ours").peak_mb < 1000
