@@ -6,27 +6,141 @@ import torch
 from hypothesis import strategies as st
 
 from openreml_nn.covariance import (
+    Adapter,
+    AntedependenceMatrix,
+    AR1Matrix,
+    Augment,
+    BlockDiagonal,
+    CompoundSymmetricMatrix,
     CovariancePropagation,
     DiagonalMatrix,
     DummyMatrix,
+    EqualEntryMatrix,
+    EquicorrelationMatrix,
+    ExponentialMatrix,
+    GaussianMatrix,
+    Gram,
+    HadamardProduct,
     IdentityMatrix,
+    Inverse,
+    KnownInverseMatrix,
+    KnownMatrix,
     KroneckerProduct,
     LowerTriangularMatrix,
+    MaternMatrix,
     Matrix,
+    Pedigree,
+    Product,
     ScalarMatrix,
+    SimpleMatrix,
+    Stack,
     Sum,
+    ToeplitzMatrix,
+    Transpose,
     UnconstrainedMatrix,
     UnstructuredMatrix,
+    factor_analytic,
+    heterogeneous_ar1,
+    heterogeneous_compound_symmetry,
 )
+from openreml_nn.covariance.matrix import free_specs
+
+
+def distances(n: int) -> torch.Tensor:
+    """Distances of n points of a plane."""
+    x = torch.randn(n, 2, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    apart = x[:, None] - x
+    return (apart * apart).sum(-1).sqrt()
+
+
+def kinship(n: int) -> torch.Tensor:
+    x = torch.randn(n, n + 2, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    return x @ x.mT / n
+
+
+def pedigree(n: int) -> Pedigree:
+    """A line of full sibs' descendants, inbred from the third generation on."""
+    names = [f"a{i}" for i in range(n)]
+    sires = [None if i < 2 else names[i - 2] for i in range(n)]
+    dams = [None if i < 2 else names[i - 1] for i in range(n)]
+    return Pedigree.of(names, sires, dams)
+
+
+def adapted(n: int) -> Adapter:
+    """Variances that follow a quadratic."""
+    at = torch.linspace(-1, 1, n, dtype=torch.float64)
+
+    def curve(theta):
+        return theta[0] + theta[1] * at.to(theta) + theta[2] * at.to(theta) ** 2
+
+    return Adapter(DiagonalMatrix(n), free_specs(["a", "b", "c"]), curve)
+
+
+def outer_product(theta: torch.Tensor) -> torch.Tensor:
+    return torch.outer(theta, theta.sin())
+
+
+def outer_product_grad(theta: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
+    eye = torch.eye(len(theta), dtype=theta.dtype, device=theta.device)
+    left = eye[:, :, None] * theta.sin()
+    right = theta[:, None] * (eye * theta.cos())[:, None, :]
+    return left + right, [f"theta_{i}" for i in range(len(theta))]
+
 
 LEAVES = {
     "identity": IdentityMatrix,
     "scalar": ScalarMatrix,
     "diagonal": DiagonalMatrix,
+    "equal": EqualEntryMatrix,
+    "equicorrelation": EquicorrelationMatrix,
+    "compound symmetric": CompoundSymmetricMatrix,
+    "ar1": AR1Matrix,
+    "toeplitz": ToeplitzMatrix,
+    "banded": lambda n: ToeplitzMatrix(n, bands=min(n, 2)),
+    "antedependence": AntedependenceMatrix,
     "lower": lambda n: LowerTriangularMatrix(n, n),
     "unconstrained": UnconstrainedMatrix,
     "unstructured": UnstructuredMatrix,
+    "exponential": lambda n: ExponentialMatrix(distances(n)),
+    "gaussian": lambda n: GaussianMatrix(distances(n)),
+    "matern 1/2": lambda n: MaternMatrix(distances(n), nu=0.5),
+    "matern 3/2": lambda n: MaternMatrix(distances(n), nu=1.5),
+    "matern 5/2": lambda n: MaternMatrix(distances(n), nu=2.5),
+    "known": lambda n: KnownMatrix(kinship(n)),
+    "known inverse": lambda n: KnownInverseMatrix(pedigree(n).inverse),
+    "simple": lambda n: SimpleMatrix(n, outer_product),
+    "simple with a gradient": lambda n: SimpleMatrix(n, outer_product, outer_product_grad),
+    "adapter": adapted,
+    "factor analytic": lambda n: factor_analytic(n, max(1, n - 1)),
+    "heterogeneous ar1": heterogeneous_ar1,
+    "heterogeneous compound symmetry": heterogeneous_compound_symmetry,
 }
+#: Those that are positive definite wherever their parameters are.
+DEFINITE = [
+    "scalar",
+    "diagonal",
+    "equicorrelation",
+    "compound symmetric",
+    "ar1",
+    "antedependence",
+    "unstructured",
+    "known",
+    "known inverse",
+    "heterogeneous ar1",
+]
+OPERATORS = [
+    "sum",
+    "tied",
+    "kronecker",
+    "propagation",
+    "hadamard",
+    "product",
+    "transpose",
+    "gram",
+    "inverse",
+    "block diagonal",
+    "augment and stack",
+]
 
 
 def divisors(n: int) -> list[int]:
@@ -47,25 +161,50 @@ def dummies(draw, n: int, q: int) -> DummyMatrix:
 
 
 @st.composite
-def trees(draw, n: int, depth: int = 3) -> Matrix:
+def trees(draw, n: int, depth: int = 4) -> Matrix:
     """A random square matrix of size n, nested to a depth."""
-    kinds = list(LEAVES)
-    if depth:
-        kinds += ["sum", "kronecker", "propagation", "tied"]
-    kind = draw(st.sampled_from(kinds))
+    kind = draw(st.sampled_from([*LEAVES, *(OPERATORS * 2 if depth else [])]))
     if kind in LEAVES:
         return LEAVES[kind](n)
-    if kind == "sum":
-        return Sum(*[draw(trees(n, depth - 1)) for _ in range(draw(st.integers(2, 3)))])
-    if kind == "tied":
-        one = draw(trees(n, depth - 1))
-        return Sum(one, draw(trees(n, depth - 1)), one)
-    if kind == "kronecker":
-        k = draw(st.sampled_from(divisors(n)))
-        return KroneckerProduct(draw(trees(k, depth - 1)), draw(trees(n // k, depth - 1)))
-    q = draw(st.integers(1, 4))
-    z = draw(dummies(n, q)) if draw(st.booleans()) else torch.randn(n, q)
-    return CovariancePropagation(z=z, g=draw(trees(q, depth - 1)))
+
+    def sub(size: int = n) -> Matrix:
+        return draw(trees(size, depth - 1))
+
+    def split() -> int:
+        return draw(st.integers(1, n - 1))
+
+    if kind in ("block diagonal", "augment and stack") and n == 1:
+        kind = "sum"
+    match kind:
+        case "sum":
+            return Sum(*[sub() for _ in range(draw(st.integers(2, 3)))])
+        case "tied":
+            one = sub()
+            return Sum(one, sub(), one)
+        case "kronecker":
+            k = draw(st.sampled_from(divisors(n)))
+            return KroneckerProduct(sub(k), sub(n // k))
+        case "hadamard":
+            return HadamardProduct(sub(), sub())
+        case "product":
+            return Product(sub(), torch.randn(n, n), sub())
+        case "transpose":
+            return Transpose(sub())
+        case "gram":
+            return Gram(sub(), gram_type=draw(st.sampled_from(["xtx", "xxt"])))
+        case "inverse":
+            return Inverse(LEAVES[draw(st.sampled_from(DEFINITE))](n))
+        case "block diagonal":
+            k = split()
+            return BlockDiagonal(sub(k), sub(n - k))
+        case "augment and stack":
+            k = split()
+            low = EqualEntryMatrix(n - k, k)
+            return Augment(Stack(sub(k), low), torch.randn(n, n - k))
+        case _:
+            q = draw(st.integers(1, 4))
+            z = draw(dummies(n, q)) if draw(st.booleans()) else torch.randn(n, q)
+            return CovariancePropagation(z=z, g=sub(q))
 
 
 @st.composite
@@ -76,7 +215,7 @@ def points(draw, matrix: Matrix) -> torch.Tensor:
 
 
 @st.composite
-def matrices(draw, depth: int = 3, fixed: bool = True) -> Matrix:
+def matrices(draw, depth: int = 4, fixed: bool = True) -> Matrix:
     """A tree of random size, some of its parameters fixed."""
     matrix = draw(trees(draw(st.integers(1, 6)), depth)).double()
     if fixed:

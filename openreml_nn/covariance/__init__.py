@@ -1,12 +1,39 @@
 """Covariance matrices and operators as modules."""
 
 from openreml_nn.covariance import transform
+from openreml_nn.covariance.autoregressive import AntedependenceMatrix, AR1Matrix, ToeplitzMatrix
+from openreml_nn.covariance.block import Augment, BlockDiagonal, Stack
 from openreml_nn.covariance.dummy import DummyMatrix
+from openreml_nn.covariance.exchangeable import (
+    CompoundSymmetricMatrix,
+    EqualEntryMatrix,
+    EquicorrelationMatrix,
+)
 from openreml_nn.covariance.identity import DiagonalMatrix, IdentityMatrix, ScalarMatrix
+from openreml_nn.covariance.kernel import (
+    ExponentialMatrix,
+    GaussianMatrix,
+    KnownMatrix,
+    MaternMatrix,
+)
 from openreml_nn.covariance.kronecker import KroneckerProduct
 from openreml_nn.covariance.matrix import Matrix
 from openreml_nn.covariance.operator import Operator
+from openreml_nn.covariance.pedigree import (
+    KnownInverseMatrix,
+    Pedigree,
+)
+from openreml_nn.covariance.product import Gram, HadamardProduct, Inverse, Product, Transpose
 from openreml_nn.covariance.propagation import CovariancePropagation
+from openreml_nn.covariance.simple import Adapter, SimpleMatrix
+from openreml_nn.covariance.structures import (
+    ar1_field,
+    factor_analytic,
+    heterogeneous,
+    heterogeneous_ar1,
+    heterogeneous_compound_symmetry,
+    kron,
+)
 from openreml_nn.covariance.sum import Sum
 from openreml_nn.covariance.triangular import (
     LowerTriangularMatrix,
@@ -15,17 +42,45 @@ from openreml_nn.covariance.triangular import (
 )
 
 __all__ = [
+    "AR1Matrix",
+    "Adapter",
+    "AntedependenceMatrix",
+    "Augment",
+    "BlockDiagonal",
+    "CompoundSymmetricMatrix",
     "CovariancePropagation",
     "DiagonalMatrix",
     "DummyMatrix",
+    "EqualEntryMatrix",
+    "EquicorrelationMatrix",
+    "ExponentialMatrix",
+    "GaussianMatrix",
+    "Gram",
+    "HadamardProduct",
     "IdentityMatrix",
+    "Inverse",
+    "KnownInverseMatrix",
+    "KnownMatrix",
     "KroneckerProduct",
     "LowerTriangularMatrix",
+    "MaternMatrix",
     "Matrix",
     "Operator",
+    "Pedigree",
+    "Product",
     "ScalarMatrix",
+    "SimpleMatrix",
+    "Stack",
     "Sum",
+    "ToeplitzMatrix",
+    "Transpose",
     "UnconstrainedMatrix",
     "UnstructuredMatrix",
+    "ar1_field",
+    "factor_analytic",
+    "heterogeneous",
+    "heterogeneous_ar1",
+    "heterogeneous_compound_symmetry",
+    "kron",
     "transform",
 ]

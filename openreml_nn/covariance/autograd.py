@@ -28,7 +28,8 @@ class ClosedForm(torch.autograd.Function):
 
     @staticmethod
     def forward(matrix: Matrix, free_params: Tensor) -> Tensor:
-        return matrix.forward(free_params)
+        # Forward mode refuses a view, such as a transpose, as the output of a custom function.
+        return matrix.forward(free_params).contiguous()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Matrix, Tensor], output: Tensor) -> None:

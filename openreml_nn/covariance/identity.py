@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.design import IdentityDesign
-from openreml_nn.covariance.matrix import FreeParams, Matrix, free_specs
+from openreml_nn.covariance.matrix import FreeParams, Matrix, free_specs, merge_specs
 from openreml_nn.covariance.terms import DiagonalCovariance, RepeatedCovariance, Term
 from openreml_nn.covariance.transform import TransformExpPow2
 
@@ -71,7 +71,7 @@ class ScalarMatrix(Matrix):
     """
 
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
-        specs = param_specs or free_specs(["sigma^2"], trans=TransformExpPow2())
+        specs = merge_specs(free_specs(["sigma^2"], trans=TransformExpPow2()), param_specs)
         super().__init__((n, n), specs)
 
     def forward(self, free_params: FreeParams = None) -> Tensor:
@@ -117,7 +117,8 @@ class DiagonalMatrix(Matrix):
 
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
         names = [f"sigma^2_{i}" for i in range(n)]
-        super().__init__((n, n), param_specs or free_specs(names, trans=TransformExpPow2()))
+        default = free_specs(names, trans=TransformExpPow2())
+        super().__init__((n, n), merge_specs(default, param_specs))
 
     def forward(self, free_params: FreeParams = None) -> Tensor:
         return torch.diag_embed(self.build_params(free_params))

@@ -15,7 +15,7 @@ from openreml_nn.covariance.transform import Transform, TransformIdentity
 if TYPE_CHECKING:
     from openreml_nn.covariance.terms import Term
 
-__all__ = ["Matrix", "Recorded", "free_specs"]
+__all__ = ["Matrix", "Recorded", "free_specs", "merge_specs"]
 
 
 class Recorded(NamedTuple):
@@ -68,6 +68,28 @@ def free_specs(
         }
         for name in names
     }
+
+
+def merge_specs(
+    default: Mapping[str, Mapping[str, Any]], given: Mapping[str, Mapping[str, Any]] | None
+) -> dict[str, Mapping[str, Any]]:
+    """A class's specifications with those that a user gives in their place.
+
+    They are matched by name, in any order; names that are all new rename the
+    parameters, in the order of the class.
+
+    Raises:
+        ValueError: if only some of the names are known.
+    """
+    if given is None:
+        return dict(default)
+    if not isinstance(given, Mapping):
+        raise TypeError(f"`param_specs` is a {type(given).__name__}: expected a dict")
+    if set(given) <= set(default):
+        return {name: given.get(name, spec) for name, spec in default.items()}
+    if len(given) == len(default) and not set(given) & set(default):
+        return dict(given)
+    raise ValueError(f"`param_specs` names {list(given)}: expected some of {list(default)}")
 
 
 def _apply_transforms(transforms: Sequence[Transform], method: str, x: Tensor) -> Tensor:
@@ -507,6 +529,53 @@ class Matrix(nn.Module):
     def extra_repr(self) -> str:
         fixed = self.fixed_param_names if not any(self.children()) else []
         return f"shape={self.shape}" + (f", fixed={fixed}" if fixed else "")
+
+    # ------------------------------------------------------------------ operators
+
+    def __add__(self, other: Matrix | Tensor) -> Matrix:
+        from openreml_nn.covariance.sum import Sum
+
+        return self._operate(Sum, other)
+
+    def __mul__(self, other: Matrix | Tensor) -> Matrix:
+        from openreml_nn.covariance.product import HadamardProduct
+
+        return self._operate(HadamardProduct, other)
+
+    def __matmul__(self, other: Matrix | Tensor) -> Matrix:
+        from openreml_nn.covariance.product import Product
+
+        return self._operate(Product, other)
+
+    def __radd__(self, other: Tensor) -> Matrix:
+        # Sums and entrywise products commute.
+        return self + other
+
+    def __rmul__(self, other: Tensor) -> Matrix:
+        return self * other
+
+    def __rmatmul__(self, other: Tensor) -> Matrix:
+        from openreml_nn.covariance.product import Product
+
+        return Product(other, self) if isinstance(other, Tensor) else NotImplemented
+
+    @property
+    def T(self) -> Matrix:
+        """Its transpose."""
+        from openreml_nn.covariance.product import Transpose
+
+        return Transpose(self)
+
+    def _operate(self, operator: Any, other: Matrix | Tensor) -> Any:
+        """``self op other``; a chain ``A op B op C`` is one operator of three operands."""
+        if not isinstance(other, Matrix | Tensor):
+            return NotImplemented
+        operands: list[Matrix | Tensor] = [self]
+        if type(self) is operator:
+            named: Mapping[str, Matrix | Tensor] = self.operands  # type: ignore[assignment]
+            if list(named) == [f"op_{i}" for i in range(len(named))]:
+                operands = list(named.values())
+        return operator(*operands, other)
 
     # ------------------------------------------------------------------ names of the original
 

@@ -39,6 +39,10 @@ class Operator(Matrix):
             a Matrix.
     """
 
+    #: How many operands make sense; None where there is no limit.
+    least_operands = 1
+    most_operands: int | None = None
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if args and kwargs:
             raise ValueError("operands are given by position and by keyword: use one of the two")
@@ -46,6 +50,7 @@ class Operator(Matrix):
             operands = dict(args[0])
         else:
             operands = {f"op_{i}": arg for i, arg in enumerate(args)} or kwargs
+        self._check_count(len(operands))
         self._check_operands(operands)
         shapes = [tuple(operand.shape) for operand in operands.values()]
         super().__init__(self._infer_shape(shapes), {})
@@ -56,6 +61,12 @@ class Operator(Matrix):
                 self._modules[name] = operand
             else:
                 self._buffers[name] = operand
+
+    def _check_count(self, count: int) -> None:
+        least, most = self.least_operands, self.most_operands
+        if count < least or (most is not None and count > most):
+            expected = f"{least}" if least == most else f"at least {least}"
+            raise ValueError(f"got {count} operands: {type(self).__name__} needs {expected}")
 
     def _check_operands(self, operands: Mapping[str, Any]) -> None:
         for name, operand in operands.items():

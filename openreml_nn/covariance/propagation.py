@@ -53,14 +53,14 @@ class CovariancePropagation(Operator):
             [1.0000, 0.0000, 1.0000]])
     """
 
+    least_operands = most_operands = 2
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if len(args) == 2 and not kwargs:
             kwargs, args = {"z": args[0], "g": args[1]}, ()
         super().__init__(*args, **kwargs)
 
     def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-        if len(shapes) != 2:
-            raise ValueError(f"got {len(shapes)} operands: CovariancePropagation needs Z and G")
         (n, q), g = shapes
         if g != (q, q):
             raise ValueError(
@@ -136,4 +136,4 @@ class CovariancePropagation(Operator):
 
 
 def _sandwich(design: Design, g: Tensor) -> Tensor:
-    return design.matmul(design.matmul(g).mT).mT
+    return design.matmul(design.matmul(g.mT).mT)  # Z (Z G')'

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.design import IdentityDesign
-from openreml_nn.covariance.matrix import FreeParams, Matrix, free_specs
+from openreml_nn.covariance.matrix import FreeParams, Matrix, free_specs, merge_specs
 from openreml_nn.covariance.terms import RepeatedCovariance, Term
 from openreml_nn.covariance.transform import TransformExp, TransformExpPow2
 
@@ -74,7 +74,7 @@ class LowerTriangularMatrix(_Entries):
 
     def __init__(self, n: int, m: int, param_specs: Mapping[str, Any] | None = None) -> None:
         names = [f"L_{i}_{j}" for i, j in _triangle(n, m)]
-        super().__init__((n, m), param_specs or free_specs(names, default=1.0))
+        super().__init__((n, m), merge_specs(free_specs(names, default=1.0), param_specs))
 
     def forward(self, free_params: FreeParams = None) -> Tensor:
         return self._place(self.build_params(free_params))
@@ -115,7 +115,7 @@ class UnconstrainedMatrix(_Entries):
         for i, j in _triangle(n, n):
             trans = TransformExpPow2() if i == j else None
             default |= free_specs([f"sigma^2_{i}_{j}"], trans=trans)
-        super().__init__((n, n), param_specs or default)
+        super().__init__((n, n), merge_specs(default, param_specs))
 
     def forward(self, free_params: FreeParams = None) -> Tensor:
         lower = self._place(self.build_params(free_params))
@@ -170,7 +170,7 @@ class UnstructuredMatrix(_Entries):
         default: dict[str, Any] = {}
         for i, j in _triangle(n, n):
             default |= free_specs([f"L_{i}_{j}"], trans=TransformExp() if i == j else None)
-        super().__init__((n, n), param_specs or default)
+        super().__init__((n, n), merge_specs(default, param_specs))
 
     def factor(self, free_params: FreeParams = None) -> Tensor:
         """The Cholesky factor :math:`L`."""

@@ -6,13 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
-from openreml_nn.covariance import CovariancePropagation, DummyMatrix, UnstructuredMatrix
+from openreml_nn.covariance import CovariancePropagation, DummyMatrix, Sum, UnstructuredMatrix
 from tests.strategies import LEAVES, matrices, points
+
+
+def closed(matrix):
+    """The matrix, within an operator if it has no closed form itself."""
+    return matrix if matrix._has_manual() else Sum(matrix)
 
 
 @given(st.data())
 def test_manual_grad_equals_auto_grad(data):
-    matrix = data.draw(matrices())
+    matrix = closed(data.draw(matrices()))
     at = data.draw(points(matrix))
     manual, names = matrix.manual_grad(at)
     auto, auto_names = matrix.auto_grad(at)
@@ -27,7 +32,7 @@ def test_manual_grad_equals_auto_grad(data):
 
 @given(st.data())
 def test_pullback_equals_jacobian_contraction(data):
-    matrix = data.draw(matrices())
+    matrix = closed(data.draw(matrices()))
     at = data.draw(points(matrix))
     cotangent = torch.randn(matrix.shape)
     jacobian, _ = matrix.manual_grad(at)
@@ -37,7 +42,7 @@ def test_pullback_equals_jacobian_contraction(data):
 
 @given(st.data())
 def test_gradcheck_and_gradgradcheck_through_the_custom_function(data):
-    matrix = data.draw(matrices(depth=2))
+    matrix = closed(data.draw(matrices(depth=2)))
     if not matrix.num_free_params:
         return
     at = data.draw(points(matrix)).requires_grad_()
@@ -53,8 +58,27 @@ def test_gradients_of_each_leaf(kind):
     if matrix.num_free_params:
         assert gradcheck(matrix, at, check_forward_ad=True)
         assert gradgradcheck(matrix, at)
+        jacobian, names = closed(matrix).manual_grad(at.detach())
+        torch.testing.assert_close(jacobian, matrix.auto_grad(at.detach())[0])
+        assert [name.split("/")[-1] for name in names] == [
+            name.split("/")[-1] for name in matrix.free_param_names
+        ]
     else:
         assert matrix.manual_grad() == (None, [])
+
+
+@pytest.mark.parametrize("kind", LEAVES)
+@pytest.mark.parametrize("value", [0.0, -3.0, 3.0])
+def test_closed_forms_at_special_points(kind, value):
+    """At zero, where correlations vanish, and far out."""
+    matrix = closed(LEAVES[kind](4).double())
+    if matrix.num_free_params:
+        at = torch.full((matrix.num_free_params,), value)
+        jacobian, _ = matrix.manual_grad(at)
+        assert torch.isfinite(jacobian).all()
+        torch.testing.assert_close(jacobian, matrix.auto_grad(at)[0], rtol=1e-10, atol=1e-10)
+        single, _ = matrix.float().manual_grad(at.float())
+        torch.testing.assert_close(single.double(), jacobian, rtol=1e-4, atol=1e-4)
 
 
 @given(st.data())

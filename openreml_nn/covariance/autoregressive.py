@@ -1,0 +1,242 @@
+"""Correlation that decays along an order: time, or position in a row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openreml_nn.covariance.exchangeable import interval
+from openreml_nn.covariance.matrix import FreeParams, Matrix, free_specs, merge_specs
+from openreml_nn.covariance.transform import TransformExp, TransformExpPow2
+
+__all__ = ["AR1Matrix", "AntedependenceMatrix", "ToeplitzMatrix"]
+
+
+def _lags(n: int, like: Tensor) -> Tensor:
+    """|i - j|, (n, n), as numbers."""
+    at = torch.arange(n, dtype=like.dtype, device=like.device)
+    return (at[:, None] - at).abs()
+
+
+def _diagonal_sums(cotangent: Tensor, count: int) -> Tensor:
+    """Sums of a square matrix over both diagonals of lag 0 … count - 1."""
+    n = cotangent.shape[0]
+    lags = _lags(n, cotangent).long().reshape(-1)
+    sums = cotangent.new_zeros(n).index_add(0, lags, cotangent.reshape(-1))
+    return sums[:count]
+
+
+class AR1Matrix(Matrix):
+    r"""First-order autoregressive covariance :math:`V_{ij} = \sigma^2 \rho^{|i-j|}`.
+
+    =========== ================================ =======
+    parameter   transform                        default
+    =========== ================================ =======
+    ``sigma^2`` :math:`e^{2x}`                   0
+    ``rho``     sigmoid, scaled to (−1, 1)       0
+    =========== ================================ =======
+
+    Args:
+        n: size.
+        param_specs: specifications that replace the ones above.
+
+    Shape:
+        Output: (n, n).
+
+    >>> AR1Matrix(3)(torch.tensor([0.0, 1.0986123]))
+    tensor([[1.0000, 0.5000, 0.2500],
+            [0.5000, 1.0000, 0.5000],
+            [0.2500, 0.5000, 1.0000]])
+    """
+
+    def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
+        default = free_specs(["sigma^2"], trans=TransformExpPow2())
+        default |= free_specs(["rho"], trans=interval(-1.0, 1.0))
+        super().__init__((n, n), merge_specs(default, param_specs))
+
+    def _powers(self, rho: Tensor) -> tuple[Tensor, Tensor]:
+        r""":math:`\rho^l` for the lags l = 0 … n - 1, and its derivative."""
+        lag = torch.arange(self.shape[0], dtype=rho.dtype, device=rho.device)
+        # The exponent l - 1 instead of a division by rho, which may be zero.
+        return rho**lag, lag * rho ** (lag - 1).clamp(min=0)
+
+    def _by_lag(self, values: Tensor) -> Tensor:
+        return values[_lags(self.shape[0], values).long()]
+
+    def forward(self, free_params: FreeParams = None) -> Tensor:
+        variance, rho = self.build_params(free_params).split(1)
+        return self._by_lag(variance * self._powers(rho)[0])
+
+    def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
+        variance, rho = self.build_params(free_params).split(1)
+        power, slope = self._powers(rho)
+        slices = torch.stack([self._by_lag(power), self._by_lag(variance * slope)])
+        return self._chain_grad(slices, free_params)
+
+    def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        variance, rho = self.build_params(free_params).split(1)
+        power, slope = self._powers(rho)
+        sums = _diagonal_sums(cotangent, self.shape[0])
+        pulled = torch.stack([sums @ power, sums @ (variance * slope)])
+        return self._chain_vjp(pulled, free_params)
+
+    def moment_start(self, variance: Tensor) -> None:
+        self._set(self.param_names[0], variance.mean())
+        self._set(self.param_names[1], torch.zeros_like(variance[0]))
+
+
+class ToeplitzMatrix(Matrix):
+    r"""One covariance for each lag, :math:`V_{ij} = \sigma^2 \rho_{|i-j|}`, zero from lag b on.
+
+    =========== ================================ =======
+    parameter   transform                        default
+    =========== ================================ =======
+    ``sigma^2`` :math:`e^{2x}`                   0
+    ``rho_l``   sigmoid, scaled to (−1, 1)       0
+    =========== ================================ =======
+
+    for l = 1 … b − 1. The correlations are free of each other, so that not
+    all of their values give a positive-definite matrix.
+
+    Args:
+        n: size.
+        bands: b, the number of bands with the diagonal; n by default.
+        param_specs: specifications that replace the ones above.
+
+    Shape:
+        Output: (n, n).
+
+    Raises:
+        ValueError: if ``bands`` is not between 1 and n.
+
+    >>> ToeplitzMatrix(3, bands=2)(torch.tensor([0.0, 1.0986123]))
+    tensor([[1.0000, 0.5000, 0.0000],
+            [0.5000, 1.0000, 0.5000],
+            [0.0000, 0.5000, 1.0000]])
+    """
+
+    def __init__(
+        self, n: int, bands: int | None = None, param_specs: Mapping[str, Any] | None = None
+    ) -> None:
+        self.bands = n if bands is None else bands
+        if not 1 <= self.bands <= n:
+            raise ValueError(f"`bands` is {bands}: expected 1 to {n}")
+        default = free_specs(["sigma^2"], trans=TransformExpPow2())
+        default |= free_specs([f"rho_{i}" for i in range(1, self.bands)], trans=interval(-1.0, 1.0))
+        super().__init__((n, n), merge_specs(default, param_specs))
+
+    def _by_lag(self, values: Tensor) -> Tensor:
+        """The matrix with one value for each of the bands, (…, bands) to (…, n, n)."""
+        lags = _lags(self.shape[0], values).long()
+        padded = torch.nn.functional.pad(values, (0, self.shape[0] - self.bands))
+        return padded[..., lags]
+
+    def _natural(self, free_params: FreeParams) -> tuple[Tensor, Tensor]:
+        natural = self.build_params(free_params)
+        return natural[:1], torch.cat([torch.ones_like(natural[:1]), natural[1:]])
+
+    def forward(self, free_params: FreeParams = None) -> Tensor:
+        variance, rho = self._natural(free_params)
+        return self._by_lag(variance * rho)
+
+    def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
+        variance, rho = self._natural(free_params)
+        unit = torch.eye(self.bands, dtype=rho.dtype, device=rho.device)[1:]
+        slices = self._by_lag(torch.cat([rho[None], variance * unit]))
+        return self._chain_grad(slices, free_params)
+
+    def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        variance, rho = self._natural(free_params)
+        sums = _diagonal_sums(cotangent, self.bands)
+        pulled = torch.cat([(sums * rho).sum().reshape(1), variance * sums[1:]])
+        return self._chain_vjp(pulled, free_params)
+
+    def moment_start(self, variance: Tensor) -> None:
+        self._set(self.param_names[0], variance.mean())
+        for name in self.param_names[1:]:
+            self._set(name, torch.zeros_like(variance[0]))
+
+
+class AntedependenceMatrix(Matrix):
+    r"""First-order antedependence, :math:`V_{ij} = \sigma_i \sigma_j \prod_{k=i}^{j-1} \rho_k`
+    for i ≤ j.
+
+    =========== ================================ =======
+    parameter   transform                        default
+    =========== ================================ =======
+    ``sigma_i`` :math:`e^x`                      0
+    ``rho_k``   sigmoid, scaled to (−1, 1)       0
+    =========== ================================ =======
+
+    for i = 0 … n − 1 and k = 0 … n − 2: standard deviations, and the
+    correlation of each occasion with the next. Always positive definite.
+
+    Args:
+        n: size.
+        param_specs: specifications that replace the ones above.
+
+    Shape:
+        Output: (n, n).
+
+    Reference:
+        Gabriel, Annals of Mathematical Statistics 33 (1962) 201; Kenward,
+        Applied Statistics 36 (1987) 296.
+
+    >>> AntedependenceMatrix(3)(torch.tensor([0.0, 0.0, 0.6931472, 1.0986123, 1.0986123]))
+    tensor([[1.0000, 0.5000, 0.5000],
+            [0.5000, 1.0000, 1.0000],
+            [0.5000, 1.0000, 4.0000]])
+    """
+
+    def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
+        default = free_specs([f"sigma_{i}" for i in range(n)], trans=TransformExp())
+        default |= free_specs([f"rho_{k}" for k in range(n - 1)], trans=interval(-1.0, 1.0))
+        super().__init__((n, n), merge_specs(default, param_specs))
+
+    def _natural(self, free_params: FreeParams) -> tuple[Tensor, Tensor, Tensor]:
+        """Standard deviations (n,), the upper triangle of the correlations, all correlations."""
+        n = self.shape[0]
+        natural = self.build_params(free_params)
+        sigma, rho = natural[:n], natural[n:]
+        # Row i multiplies the correlations after i: ones before, then their running product.
+        step = torch.cat([torch.ones_like(sigma[:1]), rho]).expand(n, n)
+        after = torch.ones_like(step, dtype=torch.bool).triu(1)
+        upper = torch.where(after, step, 1.0).cumprod(1).triu()
+        return sigma, upper, upper + upper.triu(1).mT
+
+    def forward(self, free_params: FreeParams = None) -> Tensor:
+        sigma, _, R = self._natural(free_params)
+        return sigma[:, None] * R * sigma
+
+    def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
+        n = self.shape[0]
+        sigma, upper, R = self._natural(free_params)
+        eye = torch.eye(n, dtype=sigma.dtype, device=sigma.device)
+        rows = eye[:, :, None] * (R * sigma)[:, None, :]
+        slices = [rows + rows.mT]
+        for k in range(n - 1):
+            # d R_ij / d rho_k = R_ik R_(k+1)j for i <= k < j.
+            left = torch.where(torch.arange(n, device=sigma.device) <= k, upper[:, k], 0.0)
+            part = torch.outer(sigma * left, sigma * upper[k + 1])
+            slices.append((part + part.mT)[None])
+        return self._chain_grad(torch.cat(slices), free_params)
+
+    def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        sigma, upper, R = self._natural(free_params)
+        both = cotangent + cotangent.mT
+        by_sigma = ((both * R) @ sigma[:, None])[:, 0]
+        # For all k at once: sum over i <= k < j of C_ij R_ik R_(k+1)j.
+        C = sigma[:, None] * both * sigma
+        after = (upper[1:] @ C.mT).mT  # (i, k): sum over j > k of C_ij R_(k+1)j
+        by_rho = (upper[:, :-1] * after).sum(0)
+        return self._chain_vjp(torch.cat([by_sigma, by_rho]), free_params)
+
+    def moment_start(self, variance: Tensor) -> None:
+        n = self.shape[0]
+        for name, value in zip(self.param_names[:n], variance.sqrt(), strict=True):
+            self._set(name, value)
+        for name in self.param_names[n:]:
+            self._set(name, torch.zeros_like(variance[0]))

@@ -1,0 +1,127 @@
+"""Matrices put together from blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from openreml_nn.covariance.matrix import Matrix
+from openreml_nn.covariance.operator import Operator
+
+__all__ = ["Augment", "BlockDiagonal", "Stack"]
+
+
+class _Blocks(Operator):
+    """Operands at their places in a larger matrix of zeros."""
+
+    def _corners(self, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
+        """Row and column of the upper left entry of each operand."""
+        raise NotImplementedError
+
+    def combine_vjp(self, cotangent: Tensor, operands: Sequence[Tensor]) -> list[Tensor]:
+        shapes = [tuple(operand.shape) for operand in operands]
+        corners = self._corners(shapes)
+        return [
+            cotangent[i : i + n, j : j + m] for (i, j), (n, m) in zip(corners, shapes, strict=True)
+        ]
+
+    def combine_jvp(self, index: int, tangent: Tensor, operands: Sequence[Tensor]) -> Tensor:
+        others = [torch.zeros_like(operand) for operand in operands]
+        return self.combine([*others[:index], tangent, *others[index + 1 :]])
+
+
+class BlockDiagonal(_Blocks):
+    r"""Block-diagonal matrix :math:`V = \mathrm{diag}(A_0, A_1, \dots)`.
+
+    Args:
+        *args: operands; or a dict of them, or keyword arguments.
+
+    Shape:
+        Operands (nᵢ, mᵢ); output (∑ nᵢ, ∑ mᵢ).
+
+    >>> from openreml_nn.covariance import EqualEntryMatrix, ScalarMatrix
+    >>> BlockDiagonal(EqualEntryMatrix(2), ScalarMatrix(1))(torch.tensor([0.0, 0.5]))
+    tensor([[1.0000, 1.0000, 0.0000],
+            [1.0000, 1.0000, 0.0000],
+            [0.0000, 0.0000, 2.7183]])
+    """
+
+    def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        return sum(s[0] for s in shapes), sum(s[1] for s in shapes)
+
+    def _corners(self, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
+        corners = [(0, 0)]
+        for n, m in shapes[:-1]:
+            corners.append((corners[-1][0] + n, corners[-1][1] + m))
+        return corners
+
+    def combine(self, operands: Sequence[Tensor]) -> Tensor:
+        return torch.block_diag(*operands)
+
+    def moment_start(self, variance: Tensor) -> None:
+        at = 0
+        for operand in self.operands.values():
+            if isinstance(operand, Matrix):
+                operand.moment_start(variance[at : at + operand.shape[0]])
+            at += operand.shape[0]
+
+
+class Augment(_Blocks):
+    r"""Operands side by side, :math:`V = [A_0 \mid A_1 \mid \cdots]`.
+
+    Args:
+        *args: operands; or a dict of them, or keyword arguments.
+
+    Shape:
+        Operands (n, mᵢ); output (n, ∑ mᵢ).
+
+    Raises:
+        ValueError: if the numbers of rows differ.
+
+    >>> from openreml_nn.covariance import EqualEntryMatrix
+    >>> Augment(EqualEntryMatrix(1, 2), torch.zeros(1, 1))(torch.tensor([0.0]))
+    tensor([[1., 1., 0.]])
+    """
+
+    def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        if len({s[0] for s in shapes}) != 1:
+            raise ValueError(f"operands have shapes {list(shapes)}: Augment needs as many rows")
+        return shapes[0][0], sum(s[1] for s in shapes)
+
+    def _corners(self, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
+        return [(0, sum(s[1] for s in shapes[:i])) for i in range(len(shapes))]
+
+    def combine(self, operands: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(operands), 1)
+
+
+class Stack(_Blocks):
+    r"""Operands on top of each other.
+
+    Args:
+        *args: operands; or a dict of them, or keyword arguments.
+
+    Shape:
+        Operands (nᵢ, m); output (∑ nᵢ, m).
+
+    Raises:
+        ValueError: if the numbers of columns differ.
+
+    >>> from openreml_nn.covariance import EqualEntryMatrix
+    >>> Stack(EqualEntryMatrix(1, 2), torch.zeros(1, 2))(torch.tensor([0.0]))
+    tensor([[1., 1.],
+            [0., 0.]])
+    """
+
+    def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        if len({s[1] for s in shapes}) != 1:
+            raise ValueError(f"operands have shapes {list(shapes)}: Stack needs as many columns")
+        return sum(s[0] for s in shapes), shapes[0][1]
+
+    def _corners(self, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
+        return [(sum(s[0] for s in shapes[:i]), 0) for i in range(len(shapes))]
+
+    def combine(self, operands: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(operands), 0)

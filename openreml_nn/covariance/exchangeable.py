@@ -1,0 +1,174 @@
+"""Matrices in which all rows are alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openreml_nn.covariance.matrix import FreeParams, Matrix, free_specs, merge_specs
+from openreml_nn.covariance.transform import (
+    Transform,
+    TransformChain,
+    TransformExpPow2,
+    TransformScaleShift,
+    TransformSigmoid,
+)
+
+__all__ = ["CompoundSymmetricMatrix", "EqualEntryMatrix", "EquicorrelationMatrix", "interval"]
+
+
+def interval(low: float, high: float) -> Transform:
+    """A sigmoid scaled to ``(low, high)``."""
+    return TransformChain([TransformSigmoid(), TransformScaleShift(high - low, low)])
+
+
+def _common_correlation(n: int) -> dict[str, dict[str, Any]]:
+    # A common correlation of n > 1 rows is at least -1 / (n - 1); of one row it means nothing.
+    return free_specs(["rho"], trans=interval(-1 / (n - 1) if n > 1 else -1.0, 1.0))
+
+
+def _off_and_on(cotangent: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of a square matrix off and on its diagonal."""
+    on = cotangent.diagonal().sum()
+    return cotangent.sum() - on, on
+
+
+def _mixed(n: int, off: Tensor, on: Tensor) -> Tensor:
+    """The matrix with ``off`` off the diagonal and ``on`` on it."""
+    eye = torch.eye(n, dtype=off.dtype, device=off.device)
+    return on * eye + off * (1 - eye)
+
+
+class EqualEntryMatrix(Matrix):
+    r"""All entries equal, :math:`\sigma^2 J_{n \times m}`.
+
+    =========== ============== =======
+    parameter   transform      default
+    =========== ============== =======
+    ``sigma^2`` :math:`e^{2x}` 0
+    =========== ============== =======
+
+    As a square covariance it is one random effect that all rows share; its
+    rank is one.
+
+    Args:
+        n: number of rows.
+        m: number of columns; n by default.
+        param_specs: specifications that replace the ones above.
+
+    Shape:
+        Output: (n, m).
+
+    >>> EqualEntryMatrix(2)(torch.tensor([0.5]))
+    tensor([[2.7183, 2.7183],
+            [2.7183, 2.7183]])
+    """
+
+    def __init__(
+        self, n: int, m: int | None = None, param_specs: Mapping[str, Any] | None = None
+    ) -> None:
+        default = free_specs(["sigma^2"], trans=TransformExpPow2())
+        super().__init__((n, n if m is None else m), merge_specs(default, param_specs))
+
+    def forward(self, free_params: FreeParams = None) -> Tensor:
+        variance = self.build_params(free_params)
+        return variance * torch.ones(self.shape, dtype=variance.dtype, device=variance.device)
+
+    def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
+        like = self._flat(free_params)
+        ones = torch.ones((1, *self.shape), dtype=like.dtype, device=like.device)
+        return self._chain_grad(ones, free_params)
+
+    def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        return self._chain_vjp(cotangent.sum().reshape(1), free_params)
+
+    def moment_start(self, variance: Tensor) -> None:
+        self._set(self.param_names[0], variance.mean())
+
+
+class EquicorrelationMatrix(Matrix):
+    r"""Common correlation, :math:`(1-\rho) I + \rho J`.
+
+    ========= ========================================= =======
+    parameter transform                                 default
+    ========= ========================================= =======
+    ``rho``   sigmoid, scaled to :math:`(-1/(n-1), 1)`  0
+    ========= ========================================= =======
+
+    The interval is where the matrix is positive definite.
+
+    Args:
+        n: size.
+        param_specs: specifications that replace the ones above.
+
+    Shape:
+        Output: (n, n).
+
+    >>> EquicorrelationMatrix(2)(torch.tensor([0.0]))
+    tensor([[1., 0.],
+            [0., 1.]])
+    """
+
+    def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
+        super().__init__((n, n), merge_specs(_common_correlation(n), param_specs))
+
+    def forward(self, free_params: FreeParams = None) -> Tensor:
+        rho = self.build_params(free_params)
+        return _mixed(self.shape[0], rho, torch.ones_like(rho))
+
+    def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
+        one = torch.ones_like(self.build_params(free_params))
+        return self._chain_grad(_mixed(self.shape[0], one, 0 * one)[None], free_params)
+
+    def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        off, _ = _off_and_on(cotangent)
+        return self._chain_vjp(off.reshape(1), free_params)
+
+
+class CompoundSymmetricMatrix(Matrix):
+    r"""Common variance and correlation, :math:`\sigma^2[(1-\rho) I + \rho J]`.
+
+    =========== ========================================= =======
+    parameter   transform                                 default
+    =========== ========================================= =======
+    ``sigma^2`` :math:`e^{2x}`                            0
+    ``rho``     sigmoid, scaled to :math:`(-1/(n-1), 1)`  0
+    =========== ========================================= =======
+
+    Args:
+        n: size.
+        param_specs: specifications that replace the ones above.
+
+    Shape:
+        Output: (n, n).
+
+    >>> CompoundSymmetricMatrix(2)(torch.tensor([0.5, 0.0]))
+    tensor([[2.7183, 0.0000],
+            [0.0000, 2.7183]])
+    """
+
+    def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
+        default = free_specs(["sigma^2"], trans=TransformExpPow2()) | _common_correlation(n)
+        super().__init__((n, n), merge_specs(default, param_specs))
+
+    def forward(self, free_params: FreeParams = None) -> Tensor:
+        variance, rho = self.build_params(free_params).split(1)
+        return _mixed(self.shape[0], variance * rho, variance)
+
+    def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
+        variance, rho = self.build_params(free_params).split(1)
+        n, one = self.shape[0], torch.ones_like(variance)
+        slices = torch.stack([_mixed(n, rho, one), _mixed(n, variance, 0 * one)])
+        return self._chain_grad(slices, free_params)
+
+    def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        variance, rho = self.build_params(free_params)
+        off, on = _off_and_on(cotangent)
+        return self._chain_vjp(torch.stack([on + rho * off, variance * off]), free_params)
+
+    def moment_start(self, variance: Tensor) -> None:
+        self._set(self.param_names[0], variance.mean())
+        self._set(self.param_names[1], torch.zeros_like(variance[0]))

@@ -1,0 +1,235 @@
+"""Covariance that depends on a distance, or is known up to a factor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openreml_nn.covariance.matrix import FreeParams, Matrix, free_specs, merge_specs
+from openreml_nn.covariance.transform import TransformChain, TransformExp, TransformExpPow2
+
+__all__ = ["ExponentialMatrix", "GaussianMatrix", "KnownMatrix", "MaternMatrix"]
+
+
+class _DistanceMatrix(Matrix):
+    """Base of :math:`V_{ij} = \\sigma^2 c(d_{ij} / \\ell)`."""
+
+    distance: Tensor
+
+    def __init__(self, distance: Tensor, param_specs: Mapping[str, Any] | None = None) -> None:
+        _check_symmetric("distance", distance)
+        if bool((distance < 0).any()) or bool((distance.diagonal() != 0).any()):
+            raise ValueError(
+                "`distance` has a negative entry or one on the diagonal that is not zero: "
+                "expected distances, such as torch.cdist(x, x)"
+            )
+        default = free_specs(["sigma^2"], trans=TransformExpPow2())
+        # Steps in log length: a length of zero is no ordinary point.
+        default |= free_specs(["lengthscale"], trans=TransformChain([TransformExp()]))
+        super().__init__(tuple(distance.shape), merge_specs(default, param_specs))
+        self.register_buffer("distance", distance, persistent=False)
+
+    def _correlation(self, r: Tensor) -> Tensor:
+        """:math:`c(r)`."""
+        raise NotImplementedError
+
+    def _fall(self, r: Tensor) -> Tensor:
+        """:math:`-r c'(r)`."""
+        raise NotImplementedError
+
+    def _scaled(self, free_params: FreeParams) -> tuple[Tensor, Tensor, Tensor]:
+        """Variance, length and the distances in lengths."""
+        variance, length = self.build_params(free_params).split(1)
+        return variance, length, self.distance.to(length) / length
+
+    def _reference(self) -> Tensor:
+        return self.distance
+
+    def forward(self, free_params: FreeParams = None) -> Tensor:
+        variance, _, r = self._scaled(free_params)
+        return variance * self._correlation(r)
+
+    def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
+        variance, length, r = self._scaled(free_params)
+        slices = torch.stack([self._correlation(r), variance * self._fall(r) / length])
+        return self._chain_grad(slices, free_params)
+
+    def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        variance, length, r = self._scaled(free_params)
+        by_variance = (cotangent * self._correlation(r)).sum().reshape(1)
+        by_length = (cotangent * self._fall(r)).sum() * variance / length
+        return self._chain_vjp(torch.cat([by_variance, by_length]), free_params)
+
+    def moment_start(self, variance: Tensor) -> None:
+        self._set(self.param_names[0], variance.mean())
+        apart = self.distance[self.distance > 0]
+        if apart.numel():
+            # A third of the typical distance: correlated with the near, not with the far.
+            self._set(self.param_names[1], apart.median().to(variance) / 3)
+
+
+class ExponentialMatrix(_DistanceMatrix):
+    r"""Exponential covariance :math:`V_{ij} = \sigma^2 e^{-d_{ij}/\ell}`.
+
+    =============== ============== =======
+    parameter       transform      default
+    =============== ============== =======
+    ``sigma^2``     :math:`e^{2x}` 0
+    ``lengthscale`` :math:`e^x`    0
+    =============== ============== =======
+
+    Args:
+        distance: (n, n) distances, such as ``torch.cdist(x, x)``.
+        param_specs: specifications that replace the ones above.
+
+    Shape:
+        Output: (n, n).
+
+    Raises:
+        ValueError: if ``distance`` is not symmetric with zeros on its diagonal
+            and no negative entry.
+
+    Reference:
+        Diggle and Ribeiro, Model-based Geostatistics (2007), section 3.4.
+
+    >>> ExponentialMatrix(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))(torch.zeros(2))
+    tensor([[1.0000, 0.3679],
+            [0.3679, 1.0000]])
+    """
+
+    def _correlation(self, r: Tensor) -> Tensor:
+        return torch.exp(-r)
+
+    def _fall(self, r: Tensor) -> Tensor:
+        return r * torch.exp(-r)
+
+
+class GaussianMatrix(_DistanceMatrix):
+    r"""Gaussian (squared-exponential) covariance
+    :math:`V_{ij} = \sigma^2 e^{-d_{ij}^2/(2\ell^2)}`.
+
+    Parameters, arguments and errors are those of :class:`ExponentialMatrix`.
+
+    >>> GaussianMatrix(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))(torch.zeros(2))
+    tensor([[1.0000, 0.6065],
+            [0.6065, 1.0000]])
+    """
+
+    def _correlation(self, r: Tensor) -> Tensor:
+        return torch.exp(-r * r / 2)
+
+    def _fall(self, r: Tensor) -> Tensor:
+        return r * r * torch.exp(-r * r / 2)
+
+
+class MaternMatrix(_DistanceMatrix):
+    r"""Matérn covariance of smoothness ν = ½, 3/2 or 5/2.
+
+    With :math:`s = \sqrt{2\nu}\, d_{ij}/\ell` the correlation is
+    :math:`e^{-s}`, :math:`(1+s)e^{-s}` or :math:`(1+s+s^2/3)e^{-s}`.
+
+    Parameters and errors are those of :class:`ExponentialMatrix`.
+
+    Args:
+        distance: (n, n) distances.
+        nu: 0.5, 1.5 or 2.5.
+        param_specs: specifications that replace those.
+
+    Reference:
+        Rasmussen and Williams, Gaussian Processes for Machine Learning (2006), eq. 4.17.
+
+    >>> MaternMatrix(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), nu=1.5)(torch.zeros(2))
+    tensor([[1.0000, 0.4834],
+            [0.4834, 1.0000]])
+    """
+
+    def __init__(
+        self, distance: Tensor, nu: float = 1.5, param_specs: Mapping[str, Any] | None = None
+    ) -> None:
+        if nu not in (0.5, 1.5, 2.5):
+            raise ValueError(f"`nu` is {nu}: expected 0.5, 1.5 or 2.5")
+        super().__init__(distance, param_specs)
+        self.nu = nu
+
+    def _correlation(self, r: Tensor) -> Tensor:
+        s = sqrt(2 * self.nu) * r
+        polynomial = {0.5: s * 0 + 1, 1.5: 1 + s, 2.5: 1 + s + s * s / 3}[self.nu]
+        return polynomial * torch.exp(-s)
+
+    def _fall(self, r: Tensor) -> Tensor:
+        s = sqrt(2 * self.nu) * r
+        polynomial = {0.5: s, 1.5: s * s, 2.5: s * s * (1 + s) / 3}[self.nu]
+        return polynomial * torch.exp(-s)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, nu={self.nu}"
+
+
+class KnownMatrix(Matrix):
+    r"""A known matrix up to a factor, :math:`\sigma^2 K`: a kinship matrix, a kernel.
+
+    =========== ============== =======
+    parameter   transform      default
+    =========== ============== =======
+    ``sigma^2`` :math:`e^{2x}` 0
+    =========== ============== =======
+
+    Args:
+        matrix: K, (n, n), symmetric.
+        param_specs: specifications that replace the ones above.
+
+    Shape:
+        Output: (n, n).
+
+    Raises:
+        ValueError: if ``matrix`` is not square, symmetric and finite.
+
+    >>> KnownMatrix(torch.tensor([[1.0, 0.5], [0.5, 1.0]]))(torch.tensor([0.5]))
+    tensor([[2.7183, 1.3591],
+            [1.3591, 2.7183]])
+    """
+
+    matrix: Tensor
+
+    def __init__(self, matrix: Tensor, param_specs: Mapping[str, Any] | None = None) -> None:
+        _check_symmetric("matrix", matrix)
+        default = free_specs(["sigma^2"], trans=TransformExpPow2())
+        super().__init__(tuple(matrix.shape), merge_specs(default, param_specs))
+        self.register_buffer("matrix", matrix, persistent=False)
+
+    def _reference(self) -> Tensor:
+        return self.matrix
+
+    def forward(self, free_params: FreeParams = None) -> Tensor:
+        variance = self.build_params(free_params)
+        return variance * self.matrix.to(variance)
+
+    def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
+        return self._chain_grad(self.matrix.to(self._flat(free_params))[None], free_params)
+
+    def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        pulled = (cotangent * self.matrix.to(cotangent)).sum().reshape(1)
+        return self._chain_vjp(pulled, free_params)
+
+    def moment_start(self, variance: Tensor) -> None:
+        size = self.matrix.diagonal().to(variance).mean()
+        self._set(self.param_names[0], variance.mean() / size)
+
+
+def _check_symmetric(name: str, matrix: Tensor) -> None:
+    if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
+        got = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
+        raise TypeError(f"`{name}` is {got}: expected a floating-point tensor")
+    if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"`{name}` has shape {tuple(matrix.shape)}: expected (n, n)")
+    if matrix.is_meta:
+        return
+    if not bool(torch.isfinite(matrix).all()):
+        raise ValueError(f"`{name}` has an entry that is not finite")
+    scale = float(matrix.abs().max())
+    if float((matrix - matrix.mT).abs().max()) > 1e3 * torch.finfo(matrix.dtype).eps * scale:
+        raise ValueError(f"`{name}` is not symmetric")

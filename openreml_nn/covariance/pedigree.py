@@ -1,0 +1,239 @@
+"""Relationship through a pedigree, by its sparse inverse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from openreml_nn.covariance.matrix import FreeParams, Matrix, free_specs, merge_specs
+from openreml_nn.covariance.transform import TransformExpPow2
+
+__all__ = ["KnownInverseMatrix", "Pedigree"]
+
+
+@dataclass(frozen=True)
+class Pedigree:
+    r"""Animals with the inverse of their additive relationship matrix A.
+
+    Attributes:
+        levels: names of the animals, parents before their offspring.
+        inverse: :math:`A^{-1}`, (n, n), a sparse tensor of float64.
+        inbreeding: (n,) coefficients of inbreeding, :math:`A_{ii} - 1`.
+    """
+
+    levels: tuple[str, ...]
+    inverse: Tensor
+    inbreeding: Tensor
+
+    @classmethod
+    def of(cls, animal: Sequence[Any], sire: Sequence[Any], dam: Sequence[Any]) -> Pedigree:
+        """From a pedigree table, by Henderson's rules with inbreeding.
+
+        The rows may come in any order. A parent without a row of its own is a
+        founder. Missing values, 0 and empty strings are unknown parents.
+
+        Raises:
+            ValueError: if the lengths differ, an animal stands in two rows, has
+                no name or is its own ancestor.
+
+        Reference:
+            Henderson, Biometrics 32 (1976) 69; inbreeding by Meuwissen and
+            Luo, Genetics Selection Evolution 24 (1992) 305.
+
+        >>> found = Pedigree.of(["c", "d"], ["a", "a"], ["b", "c"])
+        >>> found.levels
+        ('a', 'b', 'c', 'd')
+        >>> found.inbreeding
+        tensor([0.0000, 0.0000, 0.0000, 0.2500], dtype=torch.float64)
+        """
+        if not len(animal) == len(sire) == len(dam):
+            raise ValueError(
+                f"`animal`, `sire` and `dam` have {len(animal)}, {len(sire)} and {len(dam)} "
+                "entries: expected as many"
+            )
+        names, sires, dams = (list(map(_name, column)) for column in (animal, sire, dam))
+        levels, parents = _ordered(names, sires, dams)
+        inbreeding = _inbreeding(parents)
+        inverse = _henderson(parents, inbreeding)
+        return cls(tuple(levels), inverse, torch.from_numpy(inbreeding))
+
+
+def _name(value: Any) -> str | None:
+    if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)):
+        return None
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        value = int(value)
+    return None if str(value) in ("", "0") else str(value)
+
+
+def _ordered(
+    names: list[str | None], sires: list[str | None], dams: list[str | None]
+) -> tuple[list[str], np.ndarray]:
+    """Animals with parents first, and the positions of their parents, -1 if unknown, (n, 2)."""
+    known: dict[str, tuple[str | None, str | None]] = {}
+    for row, (name, sire, dam) in enumerate(zip(names, sires, dams, strict=True)):
+        if name is None:
+            raise ValueError(f"`animal` has no name in row {row}")
+        if name in known:
+            raise ValueError(f"`animal` {name!r} stands in two rows, the second is row {row}")
+        known[name] = (sire, dam)
+    for parent in (*sires, *dams):
+        if parent is not None:
+            known.setdefault(parent, (None, None))
+    position: dict[str, int] = {}
+    visiting: set[str] = set()
+    for first in sorted(known, key=lambda name: known[name] != (None, None)):
+        stack = [first]
+        while stack:
+            name = stack[-1]
+            if name in position:
+                stack.pop()
+                continue
+            waiting = [p for p in known[name] if p is not None and p not in position]
+            if not waiting:
+                position[name] = len(position)
+                visiting.discard(name)
+                stack.pop()
+                continue
+            visiting.add(name)
+            for parent in waiting:
+                if parent in visiting:
+                    raise ValueError(f"`animal` {parent!r} is its own ancestor")
+            stack += waiting
+    parents = np.full((len(position), 2), -1, dtype=np.int64)
+    for name, i in position.items():
+        for side, parent in enumerate(known[name]):
+            if parent is not None:
+                parents[i, side] = position[parent]
+    return list(position), parents
+
+
+def _inbreeding(parents: np.ndarray) -> np.ndarray:
+    """By tracing each animal's ancestors from the youngest to the oldest."""
+    n = len(parents)
+    pairs = [tuple(sorted(pair)) for pair in parents.tolist()]
+    F = np.zeros(n)
+    variance = np.ones(n)  # of the Mendelian sampling
+    of_pair: dict[tuple[int, ...], float] = {}
+    for i, (s, d) in enumerate(pairs):
+        variance[i] = _mendelian(F, s, d)
+        if s < 0:
+            continue  # an unknown parent: not inbred
+        if (s, d) not in of_pair:
+            total, weight, queue = 0.0, {s: 0.5, d: 0.5 if s != d else 1.0}, list[int]()
+            for parent in weight:
+                heappush(queue, -parent)
+            while queue:
+                j = -heappop(queue)
+                w = weight.pop(j)
+                total += w * w * variance[j]
+                for parent in pairs[j]:
+                    if parent >= 0:
+                        if parent not in weight:
+                            heappush(queue, -parent)
+                        weight[parent] = weight.get(parent, 0.0) + w / 2
+            # The path of the animal itself contributes its own sampling variance.
+            of_pair[s, d] = total + variance[i] - 1
+        F[i] = of_pair[s, d]
+    return F
+
+
+def _mendelian(F: np.ndarray, s: int, d: int) -> float:
+    """Mendelian sampling variance: 1, 3/4 or 1/2 less a quarter of the parents' inbreeding."""
+    return 1.0 - sum(0.25 * (1 + F[p]) for p in (s, d) if p >= 0)
+
+
+def _henderson(parents: np.ndarray, F: np.ndarray) -> Tensor:
+    n = len(parents)
+    at = np.arange(n)
+    weight = np.array([1 / _mendelian(F, s, d) for s, d in parents])
+    columns = [
+        (at, np.ones(n)),
+        (parents[:, 0], -0.5 * np.ones(n)),
+        (parents[:, 1], -0.5 * np.ones(n)),
+    ]
+    rows, cols, values = [], [], []
+    for i, a in columns:
+        for j, b in columns:
+            kept = (i >= 0) & (j >= 0)
+            rows.append(i[kept])
+            cols.append(j[kept])
+            values.append((a * b * weight)[kept])
+    index = torch.from_numpy(np.stack([np.concatenate(rows), np.concatenate(cols)]))
+    entries = torch.from_numpy(np.concatenate(values))
+    return torch.sparse_coo_tensor(index, entries, (n, n), check_invariants=True).coalesce()
+
+
+class KnownInverseMatrix(Matrix):
+    r"""A matrix known by its sparse inverse, up to a factor: :math:`\sigma^2 (K^{-1})^{-1}`.
+
+    =========== ============== =======
+    parameter   transform      default
+    =========== ============== =======
+    ``sigma^2`` :math:`e^{2x}` 0
+    =========== ============== =======
+
+    Calling it forms the dense matrix, which is for small n.
+
+    Args:
+        inverse: :math:`K^{-1}`, (n, n), sparse or dense, such as
+            :attr:`Pedigree.inverse`.
+        param_specs: specifications that replace the ones above.
+
+    Shape:
+        Output: (n, n).
+
+    Raises:
+        ValueError: if ``inverse`` is not square; by calling the matrix, if it
+            is not positive definite.
+
+    >>> pedigree = Pedigree.of(["c"], ["a"], ["b"])
+    >>> KnownInverseMatrix(pedigree.inverse)(torch.tensor([0.0])).round(decimals=4).abs()
+    tensor([[1.0000, 0.0000, 0.5000],
+            [0.0000, 1.0000, 0.5000],
+            [0.5000, 0.5000, 1.0000]])
+    """
+
+    inverse: Tensor
+
+    def __init__(self, inverse: Tensor, param_specs: Mapping[str, Any] | None = None) -> None:
+        if inverse.dim() != 2 or inverse.shape[0] != inverse.shape[1]:
+            raise ValueError(f"`inverse` has shape {tuple(inverse.shape)}: expected (n, n)")
+        default = free_specs(["sigma^2"], trans=TransformExpPow2())
+        super().__init__(tuple(inverse.shape), merge_specs(default, param_specs))
+        self.register_buffer("inverse", inverse, persistent=False)
+        self._dense: Tensor | None = None
+
+    def _reference(self) -> Tensor:
+        return self.inverse
+
+    def _matrix(self, like: Tensor) -> Tensor:
+        """K itself: it depends on no parameter and is formed once."""
+        if self._dense is None or self._dense.device != like.device:
+            dense = self.inverse.to_dense().to(like.device)
+            factor, info = torch.linalg.cholesky_ex(dense)
+            if int(info):
+                raise ValueError("`inverse` is not positive definite")
+            self._dense = torch.cholesky_inverse(factor)
+        return self._dense.to(like)
+
+    def forward(self, free_params: FreeParams = None) -> Tensor:
+        variance = self.build_params(free_params)
+        return variance * self._matrix(variance)
+
+    def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
+        return self._chain_grad(self._matrix(self._flat(free_params))[None], free_params)
+
+    def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        pulled = (cotangent * self._matrix(cotangent)).sum().reshape(1)
+        return self._chain_vjp(pulled, free_params)
+
+    def moment_start(self, variance: Tensor) -> None:
+        self._set(self.param_names[0], variance.mean())
