@@ -1,11 +1,15 @@
 """What all tests share."""
 
+import os
+
 import hypothesis
 import pytest
 import torch
 
-hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=25)
-hypothesis.settings.load_profile("tests")
+# HYPOTHESIS_PROFILE=thorough looks for new counterexamples.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=60)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "tests"))
 # The runner uses every core for a test of its own.
 torch.set_num_threads(1)
 

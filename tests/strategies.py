@@ -66,14 +66,15 @@ def pedigree(n: int) -> Pedigree:
     return Pedigree.of(names, sires, dams)
 
 
-def adapted(n: int) -> Adapter:
-    """Variances that follow a quadratic."""
-    at = torch.linspace(-1, 1, n, dtype=torch.float64)
+class Quadratic:
+    """n values of a quadratic."""
 
-    def curve(theta):
-        return theta[0] + theta[1] * at.to(theta) + theta[2] * at.to(theta) ** 2
+    def __init__(self, n: int) -> None:
+        self.n = n
 
-    return Adapter(DiagonalMatrix(n), free_specs(["a", "b", "c"]), curve)
+    def __call__(self, theta: torch.Tensor) -> torch.Tensor:
+        at = torch.linspace(-1, 1, self.n, dtype=theta.dtype, device=theta.device)
+        return theta[0] + theta[1] * at + theta[2] * at**2
 
 
 def outer_product(theta: torch.Tensor) -> torch.Tensor:
@@ -110,7 +111,7 @@ LEAVES = {
     "known inverse": lambda n: KnownInverseMatrix(pedigree(n).inverse),
     "simple": lambda n: SimpleMatrix(n, outer_product),
     "simple with a gradient": lambda n: SimpleMatrix(n, outer_product, outer_product_grad),
-    "adapter": adapted,
+    "adapter": lambda n: Adapter(DiagonalMatrix(n), free_specs(["a", "b", "c"]), Quadratic(n)),
     "factor analytic": lambda n: factor_analytic(n, max(1, n - 1)),
     "heterogeneous ar1": heterogeneous_ar1,
     "heterogeneous compound symmetry": heterogeneous_compound_symmetry,

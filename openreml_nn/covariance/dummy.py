@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from openreml_nn.covariance.design import IndexedDesign
 from openreml_nn.covariance.matrix import FreeParams, Matrix
@@ -41,8 +41,9 @@ class DummyMatrix(Matrix):
         drop_first: whether the first column is dropped.
         drop_empty_cols: whether columns (combinations of levels) that no row
             has are dropped.
-        covariates: (n,) or (n, k) tensor of values in place of ones. A
-            parameter, or a tensor that requires a gradient, stays trainable.
+        covariates: (n,) or (n, k) tensor of values in place of ones, or a module
+            that yields one when called. A parameter, a tensor that requires a
+            gradient and the parameters of a module stay trainable.
 
     Attributes:
         colnames: names of the columns; levels of several factors are joined by ``⋈``.
@@ -60,7 +61,7 @@ class DummyMatrix(Matrix):
     """
 
     codes: Tensor
-    covariates: Tensor | None
+    covariates: Tensor | nn.Module | None
 
     def __init__(
         self,
@@ -69,7 +70,7 @@ class DummyMatrix(Matrix):
         lex_order: bool = True,
         drop_first: bool = False,
         drop_empty_cols: bool = False,
-        covariates: Tensor | None = None,
+        covariates: Tensor | nn.Module | None = None,
     ) -> None:
         columns = [_as_series(label, i) for i, label in enumerate(labels)]
         if not columns or not len(columns[0]):
@@ -95,16 +96,18 @@ class DummyMatrix(Matrix):
         self._colnames = ["⋈".join(map(str, combos[i])) for i in order]
 
         k = 1
-        if covariates is not None:
-            covariates = covariates[:, None] if covariates.dim() == 1 else covariates
-            if covariates.dim() != 2 or covariates.shape[0] != n:
-                raise ValueError(
-                    f"`covariates` has shape {tuple(covariates.shape)}: expected ({n}, k)"
-                )
+        if isinstance(covariates, nn.Module):
+            with torch.no_grad():
+                k = _checked(covariates(), n).shape[1]
+        elif covariates is not None:
+            covariates = _checked(covariates, n)
             k = covariates.shape[1]
         super().__init__((n, len(order) * k), {})
+        self.register_buffer("like", torch.empty(0), persistent=False)
         self.register_buffer("codes", torch.from_numpy(codes), persistent=False)
-        if isinstance(covariates, torch.nn.Parameter):
+        if isinstance(covariates, nn.Module):
+            self.covariates = covariates
+        elif isinstance(covariates, nn.Parameter):
             self.register_parameter("covariates", covariates)
         else:
             self.register_buffer("covariates", covariates, persistent=False)
@@ -117,7 +120,13 @@ class DummyMatrix(Matrix):
     @property
     def design(self) -> IndexedDesign:
         """The design by level codes."""
-        return IndexedDesign(self.codes, self.covariates, len(self._colnames))
+        return IndexedDesign(self.codes, self.values(), len(self._colnames))
+
+    def values(self) -> Tensor | None:
+        """Covariates as they are now, (n, k); None for ones."""
+        if isinstance(self.covariates, nn.Module):
+            return _checked(self.covariates(), self.shape[0])
+        return self.covariates
 
     def forward(self, free_params: FreeParams = None) -> Tensor:
         like = self._flat(free_params)
@@ -132,12 +141,18 @@ class DummyMatrix(Matrix):
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
         return None, []
 
-    def _reference(self) -> Tensor:
-        return torch.empty(0) if self.covariates is None else self.covariates
-
     @property
     def repr_dict(self) -> dict[str, Any]:
         return {"shape": self.shape}
+
+
+def _checked(covariates: Tensor, n: int) -> Tensor:
+    """Covariates as (n, k)."""
+    if covariates.dim() == 1:
+        covariates = covariates[:, None]
+    if covariates.dim() != 2 or covariates.shape[0] != n:
+        raise ValueError(f"`covariates` has shape {tuple(covariates.shape)}: expected ({n}, k)")
+    return covariates
 
 
 def _as_series(label: Labels, i: int) -> pd.Series:

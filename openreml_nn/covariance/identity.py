@@ -36,6 +36,8 @@ class IdentityMatrix(Matrix):
 
     def __init__(self, n: int) -> None:
         super().__init__((n, n), {})
+        # Nothing else would remember a dtype and a device.
+        self.register_buffer("like", torch.empty(0), persistent=False)
 
     def forward(self, free_params: FreeParams = None) -> Tensor:
         return _eye(self.shape[0], self._flat(free_params))

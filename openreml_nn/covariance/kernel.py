@@ -46,9 +46,6 @@ class _DistanceMatrix(Matrix):
         variance, length = self.build_params(free_params).split(1)
         return variance, length, self.distance.to(length) / length
 
-    def _reference(self) -> Tensor:
-        return self.distance
-
     def forward(self, free_params: FreeParams = None) -> Tensor:
         variance, _, r = self._scaled(free_params)
         return variance * self._correlation(r)
@@ -200,9 +197,6 @@ class KnownMatrix(Matrix):
         default = free_specs(["sigma^2"], trans=TransformExpPow2())
         super().__init__(tuple(matrix.shape), merge_specs(default, param_specs))
         self.register_buffer("matrix", matrix, persistent=False)
-
-    def _reference(self) -> Tensor:
-        return self.matrix
 
     def forward(self, free_params: FreeParams = None) -> Tensor:
         variance = self.build_params(free_params)

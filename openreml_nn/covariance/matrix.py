@@ -403,7 +403,7 @@ class Matrix(nn.Module):
         if free_params is None:
             if entries:
                 return torch.cat([e.tensor for e in entries])
-            return self._reference().new_empty(0)
+            return self._no_params()
         if isinstance(free_params, Mapping):
             names = [e.name for e in entries]
             missing = [name for name in names if name not in free_params]
@@ -414,7 +414,7 @@ class Matrix(nn.Module):
                     f"expected exactly {names}"
                 )
             if not names:
-                return self._reference().new_empty(0)
+                return self._no_params()
             return torch.cat([free_params[name].reshape(1) for name in names])
         if not isinstance(free_params, Tensor):
             raise TypeError(
@@ -426,6 +426,10 @@ class Matrix(nn.Module):
                 f"expected ({len(entries)},), one number for each of {[e.name for e in entries]}"
             )
         return free_params
+
+    def _no_params(self) -> Tensor:
+        like = self._reference()
+        return torch.empty(0, dtype=like.dtype, device=like.device)
 
     def _reference(self) -> Tensor:
         """A tensor whose dtype and device an evaluation without free parameters follows."""

@@ -211,9 +211,6 @@ class KnownInverseMatrix(Matrix):
         self.register_buffer("inverse", inverse, persistent=False)
         self._dense: Tensor | None = None
 
-    def _reference(self) -> Tensor:
-        return self.inverse
-
     def _matrix(self, like: Tensor) -> Tensor:
         """K itself: it depends on no parameter and is formed once."""
         if self._dense is None or self._dense.device != like.device:

@@ -227,10 +227,10 @@ class Inverse(Operator):
         (a,) = operands
         factor, info = torch.linalg.cholesky_ex(a)
         if not torch._C._functorch.is_functorch_wrapped_tensor(a):
-            if int(info):
-                raise ValueError("the operand of Inverse is not positive definite")
             if not torch.allclose(a, a.mT):
                 raise ValueError("the operand of Inverse is not symmetric")
+            if int(info):
+                raise ValueError("the operand of Inverse is not positive definite")
         eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
         half = torch.linalg.solve_triangular(factor, eye, upper=False)
         return half.mT @ half

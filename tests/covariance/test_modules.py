@@ -22,7 +22,7 @@ from openreml_nn.covariance import (
 )
 from openreml_nn.covariance.matrix import free_specs
 from openreml_nn.covariance.transform import TransformExp, TransformIdentity
-from tests.strategies import matrices, points
+from tests.strategies import LEAVES, matrices, points
 
 
 def model():
@@ -240,3 +240,82 @@ def test_repr_shows_the_tree():
     assert "Sum" in text
     assert "(subject): CovariancePropagation" in text
     assert "shape=(5, 5)" in text
+
+
+@pytest.mark.parametrize("kind", LEAVES)
+def test_every_leaf_is_an_ordinary_module(kind, tmp_path, device):
+    V = LEAVES[kind](4).double()
+    with torch.no_grad():
+        for p in V.parameters():
+            p.add_(0.1)
+    expected = V()
+    for other in (copy.deepcopy(V), pickle.loads(pickle.dumps(V))):
+        torch.testing.assert_close(other(), expected, rtol=0, atol=0)
+    torch.save(V.state_dict(), tmp_path / "v.pt")
+    fresh = LEAVES[kind](4).double()
+    fresh.load_state_dict(torch.load(tmp_path / "v.pt", weights_only=True))
+    torch.testing.assert_close(fresh(), expected, rtol=0, atol=0)
+    moved = V.to(device, torch.float32)()
+    assert moved.dtype == torch.float32
+    assert moved.device.type == device
+    torch.testing.assert_close(moved.double().cpu(), expected, rtol=1e-4, atol=1e-5)
+    assert type(V).__name__ in repr(V)
+    assert V.repr_dict
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", LEAVES)
+def test_the_default_dtype_is_followed(kind, dtype):
+    torch.set_default_dtype(dtype)
+    assert LEAVES[kind](3)().dtype == dtype
+
+
+#: Leaves that are built from tensors, which are data and not on the meta device.
+FROM_DATA = ("exponential", "gaussian", "known", "known inverse", "matern")
+
+
+@pytest.mark.parametrize("kind", [k for k in LEAVES if not k.startswith(FROM_DATA)])
+def test_construction_on_the_meta_device(kind):
+    with torch.device("meta"):
+        V = LEAVES[kind](3)
+    assert all(p.is_meta for p in V.parameters())
+    V = V.to_empty(device="cpu").double()
+    V.load_state_dict(LEAVES[kind](3).double().state_dict())
+    torch.testing.assert_close(V(), LEAVES[kind](3).double()())
+
+
+def test_compiled_matrices_agree():
+    V = model()
+
+    def loss(x):
+        return (V(x) ** 2).sum()
+
+    x = torch.randn(V.num_free_params)
+    compiled = torch.compile(loss, backend="eager")
+    torch.testing.assert_close(compiled(x), loss(x))
+
+
+def test_covariates_from_a_module_are_trainable():
+    features = torch.randn(5, 3)
+
+    class Slope(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Linear(3, 2)
+
+        def forward(self):
+            return self.net(features)
+
+    slope = Slope()
+    z = DummyMatrix(list("aabbc"), covariates=slope)
+    V = CovariancePropagation(z=z, g=KroneckerProduct(IdentityMatrix(3), UnstructuredMatrix(2)))
+    assert z.shape == (5, 6)
+    before = V().detach()
+    V().sum().backward()
+    assert slope.net.weight.grad is not None
+    assert V.operands["g"].operands["op_1"]._parameters["L_0_0"].grad is not None
+    with torch.no_grad():
+        slope.net.weight.add_(1.0)
+    assert not torch.equal(V(), before)
+    fixed = DummyMatrix(list("aabbc"), covariates=slope().detach())
+    torch.testing.assert_close(z(), fixed())
