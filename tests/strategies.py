@@ -43,7 +43,7 @@ from openreml_nn.covariance import (
     heterogeneous_ar1,
     heterogeneous_compound_symmetry,
 )
-from openreml_nn.covariance.matrix import free_specs
+from openreml_nn.covariance.params import free_specs
 
 
 def distances(n: int) -> torch.Tensor:

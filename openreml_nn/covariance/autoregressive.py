@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.exchangeable import interval
-from openreml_nn.covariance.matrix import FreeParams, Matrix, free_specs, merge_specs
+from openreml_nn.covariance.matrix import FreeParams, Matrix
+from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.transform import TransformExp, TransformExpPow2
 
 __all__ = ["AR1Matrix", "AntedependenceMatrix", "ToeplitzMatrix"]
@@ -19,6 +20,14 @@ def _lags(n: int, like: Tensor) -> Tensor:
     """|i - j|, (n, n), as numbers."""
     at = torch.arange(n, dtype=like.dtype, device=like.device)
     return (at[:, None] - at).abs()
+
+
+def _banded(values: Tensor) -> Tensor:
+    """The symmetric matrix with one value for each lag, (…, n) to (…, n, n)."""
+    # Row i is the window that starts n - 1 - i places into n-1, …, 1, 0, 1, …, n-1.
+    n = values.shape[-1]
+    mirrored = torch.cat([values.flip(-1), values[..., 1:]], -1)
+    return mirrored.unfold(-1, n, 1).flip(-2)
 
 
 def _diagonal_sums(cotangent: Tensor, count: int) -> Tensor:
@@ -63,17 +72,14 @@ class AR1Matrix(Matrix):
         # The exponent l - 1 instead of a division by rho, which may be zero.
         return rho**lag, lag * rho ** (lag - 1).clamp(min=0)
 
-    def _by_lag(self, values: Tensor) -> Tensor:
-        return values[_lags(self.shape[0], values).long()]
-
     def forward(self, free_params: FreeParams = None) -> Tensor:
         variance, rho = self.build_params(free_params).split(1)
-        return self._by_lag(variance * self._powers(rho)[0])
+        return _banded(variance * self._powers(rho)[0])
 
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
         variance, rho = self.build_params(free_params).split(1)
         power, slope = self._powers(rho)
-        slices = torch.stack([self._by_lag(power), self._by_lag(variance * slope)])
+        slices = _banded(torch.stack([power, variance * slope]))
         return self._chain_grad(slices, free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
@@ -130,9 +136,7 @@ class ToeplitzMatrix(Matrix):
 
     def _by_lag(self, values: Tensor) -> Tensor:
         """The matrix with one value for each of the bands, (…, bands) to (…, n, n)."""
-        lags = _lags(self.shape[0], values).long()
-        padded = torch.nn.functional.pad(values, (0, self.shape[0] - self.bands))
-        return padded[..., lags]
+        return _banded(torch.nn.functional.pad(values, (0, self.shape[0] - self.bands)))
 
     def _natural(self, free_params: FreeParams) -> tuple[Tensor, Tensor]:
         natural = self.build_params(free_params)

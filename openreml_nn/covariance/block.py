@@ -28,8 +28,10 @@ class _Blocks(Operator):
         ]
 
     def combine_jvp(self, index: int, tangent: Tensor, operands: Sequence[Tensor]) -> Tensor:
-        others = [torch.zeros_like(operand) for operand in operands]
-        return self.combine([*others[:index], tangent, *others[index + 1 :]])
+        i, j = self._corners([tuple(operand.shape) for operand in operands])[index]
+        rows, columns = self.shape
+        n, m = operands[index].shape
+        return torch.nn.functional.pad(tangent, (j, columns - j - m, i, rows - i - n))
 
 
 class BlockDiagonal(_Blocks):

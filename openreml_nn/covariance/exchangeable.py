@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance.matrix import FreeParams, Matrix, free_specs, merge_specs
+from openreml_nn.covariance.matrix import FreeParams, Matrix
+from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.transform import (
     Transform,
     TransformChain,
@@ -39,7 +40,7 @@ def _off_and_on(cotangent: Tensor) -> tuple[Tensor, Tensor]:
 def _mixed(n: int, off: Tensor, on: Tensor) -> Tensor:
     """The matrix with ``off`` off the diagonal and ``on`` on it."""
     eye = torch.eye(n, dtype=off.dtype, device=off.device)
-    return on * eye + off * (1 - eye)
+    return off + (on - off) * eye
 
 
 class EqualEntryMatrix(Matrix):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.design import IdentityDesign
-from openreml_nn.covariance.matrix import FreeParams, Matrix, free_specs, merge_specs
+from openreml_nn.covariance.matrix import FreeParams, Matrix
+from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.terms import DiagonalCovariance, RepeatedCovariance, Term
 from openreml_nn.covariance.transform import TransformExpPow2
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance.matrix import FreeParams, Matrix, free_specs, merge_specs
+from openreml_nn.covariance.matrix import FreeParams, Matrix
+from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.transform import TransformChain, TransformExp, TransformExpPow2
 
 __all__ = ["ExponentialMatrix", "GaussianMatrix", "KnownMatrix", "MaternMatrix"]

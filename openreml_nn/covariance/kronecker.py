@@ -95,8 +95,9 @@ class KroneckerProduct(Operator):
 
 
 def _kron(a: Tensor, b: Tensor) -> Tensor:
-    product = a[:, None, :, None] * b[None, :, None, :]
-    return product.reshape(a.shape[0] * b.shape[0], a.shape[1] * b.shape[1])
+    product = a[..., :, None, :, None] * b[..., None, :, None, :]
+    rows, columns = a.shape[-2] * b.shape[-2], a.shape[-1] * b.shape[-1]
+    return product.reshape(*product.shape[:-4], rows, columns)
 
 
 def _merge(outer: Term | None, inner: Term) -> Term | None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from openreml_nn.covariance.autograd import ClosedForm
-from openreml_nn.covariance.transform import Transform, TransformIdentity
+from openreml_nn.covariance.params import Entry, Layout, check_name, check_spec
+from openreml_nn.covariance.transform import Transform
 
 if TYPE_CHECKING:
     from openreml_nn.covariance.terms import Term
 
-__all__ = ["Matrix", "Recorded", "free_specs", "merge_specs"]
+__all__ = ["FreeParams", "Matrix", "Recorded"]
 
 
 class Recorded(NamedTuple):
@@ -31,73 +33,6 @@ class Recorded(NamedTuple):
 
 
 FreeParams = Tensor | Mapping[str, Tensor] | Recorded | None
-
-
-class _Entry(NamedTuple):
-    """One parameter of a tree: its full name, the leaf that owns it, its name there."""
-
-    name: str
-    leaf: Matrix
-    local: str
-
-    @property
-    def free(self) -> bool:
-        return self.local in self.leaf._parameters
-
-    @property
-    def tensor(self) -> Tensor:
-        owner = self.leaf._parameters if self.free else self.leaf._buffers
-        tensor = owner[self.local]
-        assert tensor is not None
-        return tensor
-
-    @property
-    def trans(self) -> Transform:
-        return self.leaf._trans[self.local]
-
-
-def free_specs(
-    names: Sequence[str], default: float = 0.0, trans: Transform | None = None
-) -> dict[str, dict[str, Any]]:
-    """Specifications of free parameters that share a default and a transform."""
-    return {
-        name: {
-            "fixed": False,
-            "default": torch.tensor([default], dtype=torch.get_default_dtype()),
-            "trans": trans or TransformIdentity(),
-        }
-        for name in names
-    }
-
-
-def merge_specs(
-    default: Mapping[str, Mapping[str, Any]], given: Mapping[str, Mapping[str, Any]] | None
-) -> dict[str, Mapping[str, Any]]:
-    """A class's specifications with those that a user gives in their place.
-
-    They are matched by name, in any order; names that are all new rename the
-    parameters, in the order of the class.
-
-    Raises:
-        ValueError: if only some of the names are known.
-    """
-    if given is None:
-        return dict(default)
-    if not isinstance(given, Mapping):
-        raise TypeError(f"`param_specs` is a {type(given).__name__}: expected a dict")
-    if set(given) <= set(default):
-        return {name: given.get(name, spec) for name, spec in default.items()}
-    if len(given) == len(default) and not set(given) & set(default):
-        return dict(given)
-    raise ValueError(f"`param_specs` names {list(given)}: expected some of {list(default)}")
-
-
-def _apply_transforms(transforms: Sequence[Transform], method: str, x: Tensor) -> Tensor:
-    """Apply each transform's ``method`` to its element of the 1-D tensor ``x``."""
-    if all(trans == transforms[0] for trans in transforms):
-        return getattr(transforms[0], method)(x)
-    parts = [getattr(t, method)(part) for t, part in zip(transforms, x.split(1), strict=True)]
-    return torch.cat(parts)
 
 
 class Matrix(nn.Module):
@@ -135,11 +70,12 @@ class Matrix(nn.Module):
         self.grad_mode = "default"
         self._trans: dict[str, Transform] = {}
         self._intermediates: tuple[Tensor, Any] | None = None
+        self._layout_kept: Layout | None = None
         if not isinstance(param_specs, Mapping):
             raise TypeError(f"`param_specs` is a {type(param_specs).__name__}: expected a dict")
         for name, spec in param_specs.items():
-            _check_name(name, "parameter")
-            _check_spec(name, spec)
+            check_name(name, "parameter")
+            check_spec(name, spec)
             value = spec["default"].detach().clone()
             # Written to the dictionaries themselves: register_parameter refuses names that
             # nn.Module also uses as attributes, and a parameter is only ever looked up by name.
@@ -172,7 +108,7 @@ class Matrix(nn.Module):
         if isinstance(free_params, Recorded) or not self._closed_form():
             return super().__call__(free_params)
         values = self._flat(free_params)
-        if not values.numel():
+        if not values.numel() or not _differentiated(values):
             return super().__call__(values)
         return ClosedForm.apply(self, values)
 
@@ -189,9 +125,28 @@ class Matrix(nn.Module):
 
     def _foreign_gradient(self) -> bool:
         """Whether a tensor that is no covariance parameter (a trainable Z) needs a gradient."""
-        own = {id(entry.tensor) for entry in self._entries() if entry.free}
-        tensors = (*self.parameters(), *self.buffers())
-        return any(t.requires_grad and id(t) not in own for t in tensors)
+        return any(
+            tensor is not None and tensor.requires_grad
+            for owner, name in self._others()
+            for tensor in (owner[name],)
+        )
+
+    def _others(self) -> list[tuple[dict[str, Tensor | None], str]]:
+        """Where tensors of the tree that are no covariance parameters stand."""
+        layout = self._layout()
+        if layout.others is None:
+            own = {(id(e.leaf._parameters), e.local) for e in layout.entries}
+            own |= {(id(e.leaf._buffers), e.local) for e in layout.entries}
+            layout.others = [
+                (owner, name)
+                for module in self.modules()
+                for owner in cast(
+                    list[dict[str, Tensor | None]], [module._parameters, module._buffers]
+                )
+                for name in owner
+                if (id(owner), name) not in own
+            ]
+        return layout.others
 
     def build_params(
         self,
@@ -213,22 +168,19 @@ class Matrix(nn.Module):
         """
         if out_format not in ("tensor", "dict"):
             raise ValueError(f"`out_format` is {out_format!r}: expected 'tensor' or 'dict'")
-        entries = self._entries()
-        free = [e for e in entries if e.free]
+        layout = self._layout()
         natural = isinstance(free_params, Recorded) and free_params.natural
         values = self._flat(free_params)
-        if trans and free and not natural:
-            values = _apply_transforms([e.trans for e in free], "__call__", values)
-        kept = free
-        if include_fixed and len(free) < len(entries):
-            fixed = [e for e in entries if not e.free]
-            constants = torch.cat([e.tensor for e in fixed]).to(values)
+        if trans and not natural:
+            values = layout.of_free.apply("__call__", values)
+        kept = layout.free
+        if include_fixed and layout.fixed:
+            constants = torch.cat([e.tensor for e in layout.fixed]).to(values)
             if trans:
-                constants = _apply_transforms([e.trans for e in fixed], "__call__", constants)
-            position = {e.name: i for i, e in enumerate((*free, *fixed))}
-            order = [position[e.name] for e in entries]
-            values = torch.cat([values, constants])[torch.tensor(order, device=values.device)]
-            kept = entries
+                constants = layout.of_fixed.apply("__call__", constants)
+            assert layout.merged is not None
+            values = torch.cat([values, constants])[layout.merged]
+            kept = layout.entries
         if out_format == "tensor":
             return values
         return dict(zip([e.name for e in kept], values.split(1), strict=True)) if kept else {}
@@ -296,9 +248,7 @@ class Matrix(nn.Module):
 
     def trans_grad(self, free_params: FreeParams = None) -> Tensor:
         """Derivative of each free parameter's transform, shape ``(num_free_params,)``."""
-        values = self._flat(free_params)
-        free = [e.trans for e in self._entries() if e.free]
-        return _apply_transforms(free, "grad", values) if free else values
+        return self._layout().of_free.apply("grad", self._flat(free_params))
 
     def _chain_grad(
         self, jacobian: Tensor, free_params: FreeParams
@@ -307,12 +257,12 @@ class Matrix(nn.Module):
         if not self.num_free_params:
             return None, []
         slope = self.trans_grad(free_params)
-        kept = jacobian[self.free_param_index]
+        kept = jacobian[self.free_param_index] if self.num_fixed_params else jacobian
         return kept * slope.reshape(-1, *[1] * (kept.dim() - 1)), self.free_param_names
 
     def _chain_vjp(self, cotangent: Tensor, free_params: FreeParams) -> Tensor:
         """From cotangents of all transformed parameters to those of the free ones."""
-        if len(self.free_param_index) < self.num_params:
+        if self.num_fixed_params:
             cotangent = cotangent[self.free_param_index]
         return cotangent * self.trans_grad(free_params)
 
@@ -374,6 +324,7 @@ class Matrix(nn.Module):
                 old.copy_(torch.as_tensor(value, dtype=old.dtype).reshape(1))
         entry.leaf._parameters.pop(entry.local, None)
         entry.leaf._buffers[entry.local] = old
+        Layout.changes += 1
         return self
 
     def free(self, name: str) -> Matrix:
@@ -383,29 +334,40 @@ class Matrix(nn.Module):
             value = entry.leaf._buffers.pop(entry.local)
             assert value is not None
             entry.leaf._parameters[entry.local] = nn.Parameter(value)
+            Layout.changes += 1
         return self
 
-    def _entry(self, name: str) -> _Entry:
-        for entry in self._entries():
+    def _entry(self, name: str) -> Entry:
+        for entry in self._layout().entries:
             if entry.name == name:
                 return entry
         raise ValueError(f"`name` is {name!r}: expected one of {self.param_names}")
 
-    def _entries(self) -> list[_Entry]:
+    def _entries(self) -> list[Entry]:
         """All parameters, each once, in the order of :attr:`param_names`."""
-        return [_Entry(name, self, name) for name in self._trans]
+        return [Entry(name, self, name) for name in self._trans]
+
+    def _layout(self) -> Layout:
+        """What :meth:`_entries` says, kept until a parameter is fixed or freed."""
+        if self._layout_kept is None or self._layout_kept.made != Layout.changes:
+            self._layout_kept = Layout(self._entries())
+        return self._layout_kept
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A layout belongs to these very modules; a copy makes its own.
+        return {**self.__dict__, "_layout_kept": None}
 
     def _flat(self, free_params: FreeParams) -> Tensor:
         """Free parameters as a checked 1-D tensor in the order of :attr:`free_param_names`."""
         if isinstance(free_params, Recorded):
             return free_params.values
-        entries = [e for e in self._entries() if e.free]
+        entries = self._layout().free
         if free_params is None:
             if entries:
                 return torch.cat([e.tensor for e in entries])
             return self._no_params()
         if isinstance(free_params, Mapping):
-            names = [e.name for e in entries]
+            names = self._layout().free_names
             missing = [name for name in names if name not in free_params]
             unexpected = [name for name in free_params if name not in names]
             if missing or unexpected:
@@ -451,79 +413,79 @@ class Matrix(nn.Module):
                 e.name: MappingProxyType(
                     {"fixed": not e.free, "default": e.tensor.detach(), "trans": e.trans}
                 )
-                for e in self._entries()
+                for e in self._layout().entries
             }
         )
 
     @property
     def param_names(self) -> list[str]:
         """Names of all parameters."""
-        return [e.name for e in self._entries()]
+        return [e.name for e in self._layout().entries]
 
     @property
     def free_param_names(self) -> list[str]:
         """Names of the free parameters."""
-        return [e.name for e in self._entries() if e.free]
+        return list(self._layout().free_names)
 
     @property
     def fixed_param_names(self) -> list[str]:
         """Names of the fixed parameters."""
-        return [e.name for e in self._entries() if not e.free]
+        return [e.name for e in self._layout().fixed]
 
     @property
     def num_params(self) -> int:
         """Number of parameters."""
-        return len(self._entries())
+        return len(self._layout().entries)
 
     @property
     def num_free_params(self) -> int:
         """Number of free parameters."""
-        return len(self.free_param_names)
+        return len(self._layout().free)
 
     @property
     def num_fixed_params(self) -> int:
         """Number of fixed parameters."""
-        return len(self.fixed_param_names)
+        return len(self._layout().fixed)
 
     @property
     def free_param_index(self) -> list[int]:
         """Positions of the free parameters among all."""
-        return [i for i, e in enumerate(self._entries()) if e.free]
+        return list(self._layout().free_index)
 
     @property
     def fixed_param_index(self) -> list[int]:
         """Positions of the fixed parameters among all."""
-        return [i for i, e in enumerate(self._entries()) if not e.free]
+        return list(self._layout().fixed_index)
 
     @property
     def param_defaults(self) -> dict[str, Tensor]:
         """Present untransformed values by name."""
-        return {e.name: e.tensor.detach() for e in self._entries()}
+        return {e.name: e.tensor.detach() for e in self._layout().entries}
 
     @property
     def free_param_defaults(self) -> dict[str, Tensor]:
         """Present untransformed values of the free parameters."""
-        return {e.name: e.tensor.detach() for e in self._entries() if e.free}
+        return {e.name: e.tensor.detach() for e in self._layout().free}
 
     @property
     def fixed_param_defaults(self) -> dict[str, Tensor]:
         """Untransformed values of the fixed parameters."""
-        return {e.name: e.tensor.detach() for e in self._entries() if not e.free}
+        return {e.name: e.tensor.detach() for e in self._layout().fixed}
 
     @property
     def param_trans(self) -> dict[str, Transform]:
         """Transforms by parameter name."""
-        return {e.name: e.trans for e in self._entries()}
+        return {e.name: e.trans for e in self._layout().entries}
 
     @property
     def free_param_trans(self) -> dict[str, Transform]:
         """Transforms of the free parameters."""
-        return {e.name: e.trans for e in self._entries() if e.free}
+        return {e.name: e.trans for e in self._layout().free}
 
     @property
     def fixed_param_trans(self) -> dict[str, Transform]:
         """Transforms of the fixed parameters."""
-        return {e.name: e.trans for e in self._entries() if not e.free}
+        return {e.name: e.trans for e in self._layout().fixed}
 
     @property
     def repr_dict(self) -> dict[str, Any]:
@@ -615,6 +577,15 @@ class Matrix(nn.Module):
         self._intermediates = None
 
 
+def _differentiated(values: Tensor) -> bool:
+    """Whether anything records what is done to ``values``."""
+    return (
+        (values.requires_grad and torch.is_grad_enabled())
+        or torch._C._functorch.is_functorch_wrapped_tensor(values)
+        or forward_ad._current_level >= 0
+    )
+
+
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
     if not isinstance(shape, Sequence):
         raise TypeError(f"`shape` is a {type(shape).__name__}: expected a tuple of ints")
@@ -624,28 +595,3 @@ def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
         if size < 1:
             raise ValueError(f"`shape` is {tuple(shape)}: sizes must be positive")
     return tuple(shape)
-
-
-def _check_name(name: object, what: str) -> None:
-    if not isinstance(name, str):
-        raise TypeError(f"the {what} name {name!r} is a {type(name).__name__}: expected a string")
-    if not name or "/" in name or "." in name:
-        raise ValueError(f"the {what} name {name!r} is empty or holds '/' or '.'")
-
-
-def _check_spec(name: str, spec: object) -> None:
-    if not isinstance(spec, Mapping) or set(spec) != {"fixed", "default", "trans"}:
-        raise TypeError(
-            f"the specification of {name!r} is {spec!r}: "
-            "expected a dict with exactly 'fixed', 'default' and 'trans'"
-        )
-    if not isinstance(spec["fixed"], bool):
-        raise TypeError(f"'fixed' of {name!r} is {spec['fixed']!r}: expected a bool")
-    if not isinstance(spec["default"], Tensor):
-        raise TypeError(f"'default' of {name!r} is {spec['default']!r}: expected a tensor")
-    if spec["default"].shape != (1,):
-        raise ValueError(
-            f"'default' of {name!r} has shape {tuple(spec['default'].shape)}: expected (1,)"
-        )
-    if not isinstance(spec["trans"], Transform):
-        raise TypeError(f"'trans' of {name!r} is {spec['trans']!r}: expected a Transform")

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance.matrix import (
-    FreeParams,
-    Matrix,
-    Recorded,
-    _check_name,
-    _Entry,
-)
+from openreml_nn.covariance.matrix import FreeParams, Matrix, Recorded
+from openreml_nn.covariance.params import Entry, Layout, check_name
 
 __all__ = ["Operator"]
 
@@ -70,7 +66,7 @@ class Operator(Matrix):
 
     def _check_operands(self, operands: Mapping[str, Any]) -> None:
         for name, operand in operands.items():
-            _check_name(name, "operand")
+            check_name(name, "operand")
             if not isinstance(operand, Matrix | Tensor):
                 raise TypeError(
                     f"operand {name!r} is a {type(operand).__name__}: expected a Matrix or a tensor"
@@ -95,7 +91,10 @@ class Operator(Matrix):
         raise NotImplementedError
 
     def combine_jvp(self, index: int, tangent: Tensor, operands: Sequence[Tensor]) -> Tensor:
-        """Derivative of the result along ``tangent`` of operand ``index`` alone."""
+        """Derivative of the result along ``tangent`` of operand ``index`` alone.
+
+        Several tangents are stacked in front, (m, …), and so are their results.
+        """
         raise NotImplementedError
 
     # ------------------------------------------------------------------ evaluation
@@ -124,32 +123,30 @@ class Operator(Matrix):
         part = values[self._positions(name)]
         return Recorded(part, free_params.natural) if isinstance(free_params, Recorded) else part
 
-    def _positions(self, name: str) -> slice | list[int]:
+    def _positions(self, name: str) -> slice | np.ndarray:
         """Where the free parameters of operand ``name`` stand among those of the whole."""
-        index = {(id(e.leaf), e.local): i for i, e in enumerate(self._free_entries())}
-        operand = self.operands[name]
-        assert isinstance(operand, Matrix)
-        positions = [index[id(e.leaf), e.local] for e in operand._entries() if e.free]
-        if positions == list(range(positions[0], positions[-1] + 1)) if positions else True:
-            return slice(positions[0], positions[-1] + 1) if positions else slice(0, 0)
-        return positions
+        return self._layout().positions[name]
 
-    def _entries(self) -> list[_Entry]:
-        entries: dict[tuple[int, str], _Entry] = {}
+    def _layout(self) -> _OperatorLayout:
+        kept = self._layout_kept
+        if not isinstance(kept, _OperatorLayout) or kept.made != Layout.changes:
+            self._layout_kept = kept = _OperatorLayout(self._entries(), self.operands)
+        return kept
+
+    def _entries(self) -> list[Entry]:
+        entries: dict[tuple[int, str], Entry] = {}
         for name, operand in self.operands.items():
             if isinstance(operand, Matrix):
-                for e in operand._entries():
-                    entries.setdefault((id(e.leaf), e.local), e._replace(name=f"{name}/{e.name}"))
+                for e in operand._layout().entries:
+                    entries.setdefault(e.key, e._replace(name=f"{name}/{e.name}"))
         return list(entries.values())
-
-    def _free_entries(self) -> list[_Entry]:
-        return [e for e in self._entries() if e.free]
 
     @property
     def operands(self) -> dict[str, Matrix | Tensor]:
         """Operands by name."""
-        found: dict[str, Any] = {**self._modules, **self._buffers}
-        return {name: found[name] for name in self._operand_names}
+        modules: dict[str, Any] = self._modules
+        buffers: dict[str, Any] = self._buffers
+        return {n: modules[n] if n in modules else buffers[n] for n in self._operand_names}
 
     # ------------------------------------------------------------------ gradients
 
@@ -169,26 +166,39 @@ class Operator(Matrix):
         if not values.numel():
             return None, []
         built = self.build_operands(values)
-        jacobian = values.new_zeros((values.numel(), *self.shape))
-        for i, (name, (part, _)) in enumerate(
-            zip(self.operands, self.operands_grad(values), strict=True)
-        ):
-            if part is not None:
-                moved = torch.stack([self.combine_jvp(i, tangent, built) for tangent in part])
-                where = torch.arange(values.numel(), device=values.device)[self._positions(name)]
-                jacobian = jacobian.index_add(0, where, moved)
-        return jacobian, self.free_param_names
+        names = list(self.operands)
+        parts = {
+            names[i]: self.combine_jvp(i, part, built)
+            for i, (part, _) in enumerate(self.operands_grad(values))
+            if part is not None
+        }
+        return self._gathered(parts, values), self.free_param_names
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
         values = self._flat(free_params)
         pulled = self.combine_vjp(cotangent, self.build_operands(values))
-        total = torch.zeros_like(values)
-        for (name, operand), part in zip(self.operands.items(), pulled, strict=True):
-            if isinstance(operand, Matrix) and operand.num_free_params:
-                where = self._positions(name)
-                sub = operand.pull_back(part, values[where])
-                index = torch.arange(values.numel(), device=values.device)[where]
-                total = total.index_add(0, index, sub)
+        parts = {
+            name: operand.pull_back(part, values[self._positions(name)])
+            for (name, operand), part in zip(self.operands.items(), pulled, strict=True)
+            if isinstance(operand, Matrix) and operand.num_free_params
+        }
+        return self._gathered(parts, values)
+
+    def _gathered(self, parts: Mapping[str, Tensor], values: Tensor) -> Tensor:
+        """Put the operands' parts, along their free parameters, in the order of the whole.
+
+        Parameters of a module that stands in several places get their sum.
+        """
+        if not parts:
+            return values
+        if self._layout().partitioned:
+            found = list(parts.values())
+            return torch.cat(found) if len(found) > 1 else found[0]
+        shape = next(iter(parts.values())).shape[1:]
+        total = values.new_zeros(values.numel(), *shape)
+        place = torch.arange(values.numel(), device=values.device)
+        for name, part in parts.items():
+            total = total.index_add(0, place[self._positions(name)], part)
         return total
 
     def push_forward(self, tangent: Tensor, free_params: Tensor) -> Tensor:
@@ -206,3 +216,28 @@ class Operator(Matrix):
     @property
     def repr_dict(self) -> dict[str, Any]:
         return {"operands": self.operands}
+
+
+class _OperatorLayout(Layout):
+    """A layout that also knows which parameters belong to which operand.
+
+    Attributes:
+        positions: for each operand, where its free parameters stand among
+            those of the whole.
+        partitioned: whether the operands' parameters follow one another
+            without overlap, so that no module stands in two places.
+    """
+
+    def __init__(self, entries: Sequence[Entry], operands: Mapping[str, Matrix | Tensor]) -> None:
+        super().__init__(entries)
+        index = {e.key: i for i, e in enumerate(self.free)}
+        self.positions: dict[str, slice | np.ndarray] = {}
+        count = 0
+        for name, operand in operands.items():
+            free = operand._layout().free if isinstance(operand, Matrix) else ()
+            places = [index[e.key] for e in free]
+            count += len(places)
+            start = places[0] if places else 0
+            run = places == list(range(start, start + len(places)))
+            self.positions[name] = slice(start, start + len(places)) if run else np.array(places)
+        self.partitioned = count == len(self.free)

@@ -12,7 +12,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance.matrix import FreeParams, Matrix, free_specs, merge_specs
+from openreml_nn.covariance.matrix import FreeParams, Matrix
+from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.transform import TransformExpPow2
 
 __all__ = ["KnownInverseMatrix", "Pedigree"]

@@ -136,4 +136,11 @@ class CovariancePropagation(Operator):
 
 
 def _sandwich(design: Design, g: Tensor) -> Tensor:
-    return design.matmul(design.matmul(g.mT).mT)  # Z (Z G')'
+    """Z G Z' for one G, or for several stacked in front."""
+    if g.dim() == 2:
+        return design.matmul(design.matmul(g.mT).mT)  # Z (Z G')'
+    m, q, _ = g.shape
+    n = design.shape[0]
+    half = design.matmul(g.movedim(0, 1).reshape(q, m * q))  # Z G of each, (n, m * q)
+    whole = design.matmul(half.reshape(n, m, q).movedim(2, 0).reshape(q, n * m))
+    return whole.reshape(n, n, m).movedim((0, 1, 2), (2, 1, 0))

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance.matrix import FreeParams, Matrix, Recorded, free_specs
+from openreml_nn.covariance.matrix import FreeParams, Matrix, Recorded
+from openreml_nn.covariance.params import free_specs
 from openreml_nn.covariance.transform import TransformIdentity
 
 __all__ = ["Adapter", "SimpleMatrix"]

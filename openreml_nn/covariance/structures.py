@@ -10,7 +10,8 @@ from openreml_nn.covariance.autoregressive import AR1Matrix
 from openreml_nn.covariance.exchangeable import EquicorrelationMatrix
 from openreml_nn.covariance.identity import DiagonalMatrix
 from openreml_nn.covariance.kronecker import KroneckerProduct
-from openreml_nn.covariance.matrix import Matrix, free_specs
+from openreml_nn.covariance.matrix import Matrix
+from openreml_nn.covariance.params import free_specs
 from openreml_nn.covariance.product import Gram
 from openreml_nn.covariance.propagation import CovariancePropagation
 from openreml_nn.covariance.sum import Sum

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.design import IdentityDesign
-from openreml_nn.covariance.matrix import FreeParams, Matrix, free_specs, merge_specs
+from openreml_nn.covariance.matrix import FreeParams, Matrix
+from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.terms import RepeatedCovariance, Term
 from openreml_nn.covariance.transform import TransformExp, TransformExpPow2
 
@@ -24,19 +25,17 @@ def _triangle(n: int, m: int) -> list[tuple[int, int]]:
 class _Entries(Matrix):
     """A matrix whose parameters are its entries over the lower triangle."""
 
-    def _index(self) -> tuple[list[int], list[int]]:
-        positions = _triangle(*self.shape)
-        return [i for i, _ in positions], [j for _, j in positions]
+    def _index(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and columns of the entries."""
+        rows, columns = torch.tril_indices(*self.shape, device=like.device)
+        return rows, columns
 
     def _place(self, values: Tensor) -> Tensor:
         """The lower-triangular matrix with ``values`` (…, num_params) row by row."""
-        rows, columns = self._index()
         n, m = self.shape
-        selector = torch.zeros(len(rows), n * m, dtype=values.dtype, device=values.device)
-        flat = torch.tensor(rows, device=values.device) * m
-        flat = flat + torch.tensor(columns, device=values.device)
-        selector[torch.arange(len(rows), device=values.device), flat] = 1
-        return (values @ selector).reshape(*values.shape[:-1], n, m)
+        rows, columns = self._index(values)
+        flat = values.new_zeros(*values.shape[:-1], n * m)
+        return flat.index_copy(-1, rows * m + columns, values).reshape(*flat.shape[:-1], n, m)
 
     def _start(self, diagonal: Tensor) -> None:
         for (i, j), name in zip(_triangle(*self.shape), self.param_names, strict=True):
@@ -83,7 +82,7 @@ class LowerTriangularMatrix(_Entries):
         return self._chain_grad(self._unit(free_params), free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
-        return self._chain_vjp(cotangent[self._index()], free_params)
+        return self._chain_vjp(cotangent[self._index(cotangent)], free_params)
 
 
 class UnconstrainedMatrix(_Entries):
@@ -127,7 +126,7 @@ class UnconstrainedMatrix(_Entries):
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
         folded = cotangent + cotangent.triu(1).mT
-        return self._chain_vjp(folded[self._index()], free_params)
+        return self._chain_vjp(folded[self._index(folded)], free_params)
 
     def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
         whole = RepeatedCovariance(self(free_params))
@@ -186,7 +185,7 @@ class UnstructuredMatrix(_Entries):
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
         pulled = (cotangent + cotangent.mT) @ self.factor(free_params)
-        return self._chain_vjp(pulled[self._index()], free_params)
+        return self._chain_vjp(pulled[self._index(pulled)], free_params)
 
     def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
         lower = self.factor(free_params)

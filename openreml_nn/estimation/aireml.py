@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance.matrix import Matrix, Recorded, _Entry
+from openreml_nn.covariance.matrix import Matrix, Recorded
+from openreml_nn.covariance.params import Entry
 from openreml_nn.likelihood.loss import Objective, listen
 from openreml_nn.likelihood.problem import NotPositiveDefiniteError
 
@@ -114,11 +115,11 @@ class Coordinates:
         self, objectives: Sequence[Objective], owned: Sequence[Tensor] | None = None
     ) -> None:
         wanted = None if owned is None else {id(p) for p in owned}
-        self.entries: list[_Entry] = []
-        self._maps: list[tuple[list[_Entry], list[int | None]]] = []
+        self.entries: list[Entry] = []
+        self._maps: list[tuple[list[Entry], list[int | None]]] = []
         place: dict[int, int] = {}
         for objective in objectives:
-            free = [e for e in objective.covariance._entries() if e.free]
+            free = list(objective.covariance._layout().free)
             at: list[int | None] = []
             for e in free:
                 key = id(e.tensor)

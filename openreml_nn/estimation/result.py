@@ -377,7 +377,7 @@ class _Builder:
             )
         )
         found = []
-        for e in covariance._entries():
+        for e in covariance._layout().entries:
             x = e.tensor.detach().to(u)
             value, stored = float(e.trans(x)), float(x)
             std_error = stored_error = nan

@@ -20,7 +20,7 @@ from openreml_nn.covariance import (
     UnconstrainedMatrix,
     UnstructuredMatrix,
 )
-from openreml_nn.covariance.matrix import free_specs
+from openreml_nn.covariance.params import free_specs
 from openreml_nn.covariance.transform import TransformExp, TransformIdentity
 from tests.strategies import LEAVES, matrices, points
 

@@ -232,7 +232,7 @@ def test_the_fields_scale_of_a_matern_is_the_exponentials():
 
 
 def test_specifications_are_matched_by_name():
-    from openreml_nn.covariance.matrix import free_specs
+    from openreml_nn.covariance.params import free_specs
     from openreml_nn.covariance.transform import TransformIdentity
 
     swapped = {

@@ -267,7 +267,7 @@ class Own(Matrix):
     """A user's matrix that says nothing of its structure."""
 
     def __init__(self, n):
-        from openreml_nn.covariance.matrix import free_specs
+        from openreml_nn.covariance.params import free_specs
 
         super().__init__((n, n), free_specs(["tau"]))
 
