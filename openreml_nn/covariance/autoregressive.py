@@ -66,27 +66,30 @@ class AR1Matrix(Matrix):
         default |= free_specs(["rho"], trans=interval(-1.0, 1.0))
         super().__init__((n, n), merge_specs(default, param_specs))
 
-    def _powers(self, rho: Tensor) -> tuple[Tensor, Tensor]:
-        r""":math:`\rho^l` for the lags l = 0 … n - 1, and its derivative."""
-        lag = torch.arange(self.shape[0], dtype=rho.dtype, device=rho.device)
-        # The exponent l - 1 instead of a division by rho, which may be zero.
-        return rho**lag, lag * rho ** (lag - 1).clamp(min=0)
+    def _powers(self, rho: Tensor) -> Tensor:
+        r""":math:`\rho^l` for the lags l = 0 … n - 1."""
+        return rho ** torch.arange(self.shape[0], dtype=rho.dtype, device=rho.device)
+
+    def _slopes(self, powers: Tensor) -> Tensor:
+        """Their derivatives, by shifting them: rho, which may be zero, divides nothing."""
+        lag = torch.arange(1, self.shape[0], dtype=powers.dtype, device=powers.device)
+        return torch.nn.functional.pad(lag * powers[:-1], (1, 0))
 
     def forward(self, free_params: FreeParams = None) -> Tensor:
         variance, rho = self.build_params(free_params).split(1)
-        return _banded(variance * self._powers(rho)[0])
+        return _banded(variance * self._powers(rho))
 
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
         variance, rho = self.build_params(free_params).split(1)
-        power, slope = self._powers(rho)
-        slices = _banded(torch.stack([power, variance * slope]))
+        powers = self._powers(rho)
+        slices = _banded(torch.stack([powers, variance * self._slopes(powers)]))
         return self._chain_grad(slices, free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
         variance, rho = self.build_params(free_params).split(1)
-        power, slope = self._powers(rho)
+        powers = self._powers(rho)
         sums = _diagonal_sums(cotangent, self.shape[0])
-        pulled = torch.stack([sums @ power, sums @ (variance * slope)])
+        pulled = torch.stack([sums @ powers, sums @ (variance * self._slopes(powers))])
         return self._chain_vjp(pulled, free_params)
 
     def moment_start(self, variance: Tensor) -> None:

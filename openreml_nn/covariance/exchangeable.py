@@ -75,13 +75,13 @@ class EqualEntryMatrix(Matrix):
         super().__init__((n, n if m is None else m), merge_specs(default, param_specs))
 
     def forward(self, free_params: FreeParams = None) -> Tensor:
-        variance = self.build_params(free_params)
-        return variance * torch.ones(self.shape, dtype=variance.dtype, device=variance.device)
+        return self.build_params(free_params).expand(self.shape).clone()
 
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
-        like = self._flat(free_params)
-        ones = torch.ones((1, *self.shape), dtype=like.dtype, device=like.device)
-        return self._chain_grad(ones, free_params)
+        if not self.num_free_params:
+            return None, []
+        slope = self.trans_grad(free_params)
+        return slope.expand(1, *self.shape).clone(), self.free_param_names
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
         return self._chain_vjp(cotangent.sum().reshape(1), free_params)

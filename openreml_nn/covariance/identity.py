@@ -78,12 +78,13 @@ class ScalarMatrix(Matrix):
         super().__init__((n, n), specs)
 
     def forward(self, free_params: FreeParams = None) -> Tensor:
-        variance = self.build_params(free_params)
-        return variance * _eye(self.shape[0], variance)
+        return torch.diag_embed(self.build_params(free_params).expand(self.shape[0]))
 
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
-        eye = _eye(self.shape[0], self._flat(free_params))
-        return self._chain_grad(eye[None], free_params)
+        if not self.num_free_params:
+            return None, []
+        slope = self.trans_grad(free_params).expand(self.shape[0])
+        return torch.diag_embed(slope)[None], self.free_param_names
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
         return self._chain_vjp(cotangent.diagonal().sum().reshape(1), free_params)
@@ -127,8 +128,9 @@ class DiagonalMatrix(Matrix):
         return torch.diag_embed(self.build_params(free_params))
 
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
-        eye = _eye(self.shape[0], self._flat(free_params))
-        return self._chain_grad(torch.diag_embed(eye), free_params)
+        n = self.shape[0]
+        diagonal = torch.arange(n, device=self._flat(free_params).device) * (n + 1)
+        return self._spread_grad([diagonal], free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
         return self._chain_vjp(cotangent.diagonal(), free_params)

@@ -105,10 +105,10 @@ class Matrix(nn.Module):
 
     def __call__(self, free_params: FreeParams = None) -> Tensor:
         """Evaluate :meth:`forward`, with the closed-form gradient where there is one."""
-        if isinstance(free_params, Recorded) or not self._closed_form():
+        if isinstance(free_params, Recorded):
             return super().__call__(free_params)
         values = self._flat(free_params)
-        if not values.numel() or not _differentiated(values):
+        if not values.numel() or not _differentiated(values) or not self._closed_form():
             return super().__call__(values)
         return ClosedForm.apply(self, values)
 
@@ -189,7 +189,7 @@ class Matrix(nn.Module):
 
     def grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
         """Jacobian by :attr:`grad_mode`: see :meth:`manual_grad` and :meth:`auto_grad`."""
-        if self.grad_mode == "manual" or self._closed_form():
+        if self._closed_form() or self.grad_mode == "manual":
             return self.manual_grad(free_params)
         return self.auto_grad(free_params)
 
@@ -259,6 +259,26 @@ class Matrix(nn.Module):
         slope = self.trans_grad(free_params)
         kept = jacobian[self.free_param_index] if self.num_fixed_params else jacobian
         return kept * slope.reshape(-1, *[1] * (kept.dim() - 1)), self.free_param_names
+
+    def _spread_grad(
+        self, places: Sequence[Tensor], free_params: FreeParams
+    ) -> tuple[Tensor | None, list[str]]:
+        """The Jacobian of entries that are each one parameter's value.
+
+        Args:
+            places: where the parameters stand among the entries, row by row,
+                (num_params,); several tensors for as many places each.
+        """
+        if not self.num_free_params:
+            return None, []
+        slope = self.trans_grad(free_params)
+        index = torch.stack([place[self.free_param_index] for place in places], 1)
+        slopes = slope[:, None].expand_as(index)
+        flat = slope.new_zeros(len(slope), self.shape[0] * self.shape[1])
+        # In place where it can be: one pass over a Jacobian that may be large.
+        traced = torch._C._functorch.is_functorch_wrapped_tensor(slope)
+        flat = flat.scatter(1, index, slopes) if traced else flat.scatter_(1, index, slopes)
+        return flat.reshape(-1, *self.shape), self.free_param_names
 
     def _chain_vjp(self, cotangent: Tensor, free_params: FreeParams) -> Tensor:
         """From cotangents of all transformed parameters to those of the free ones."""
@@ -361,13 +381,18 @@ class Matrix(nn.Module):
         """Free parameters as a checked 1-D tensor in the order of :attr:`free_param_names`."""
         if isinstance(free_params, Recorded):
             return free_params.values
-        entries = self._layout().free
+        layout = self._layout()
+        if isinstance(free_params, Tensor):
+            if free_params.dim() != 1 or free_params.shape[0] != len(layout.free):
+                raise ValueError(
+                    f"`free_params` has shape {tuple(free_params.shape)}: expected "
+                    f"({len(layout.free)},), one number for each of {layout.free_names}"
+                )
+            return free_params
         if free_params is None:
-            if entries:
-                return torch.cat([e.tensor for e in entries])
-            return self._no_params()
-        if isinstance(free_params, Mapping):
-            names = self._layout().free_names
+            parts = [e.tensor for e in layout.free]
+        elif isinstance(free_params, Mapping):
+            names = layout.free_names
             missing = [name for name in names if name not in free_params]
             unexpected = [name for name in free_params if name not in names]
             if missing or unexpected:
@@ -375,19 +400,12 @@ class Matrix(nn.Module):
                     f"`free_params` lacks {missing} and has unexpected {unexpected}: "
                     f"expected exactly {names}"
                 )
-            if not names:
-                return self._no_params()
-            return torch.cat([free_params[name].reshape(1) for name in names])
-        if not isinstance(free_params, Tensor):
+            parts = [free_params[name].reshape(1) for name in names]
+        else:
             raise TypeError(
                 f"`free_params` is a {type(free_params).__name__}: expected a tensor or a dict"
             )
-        if free_params.dim() != 1 or free_params.shape[0] != len(entries):
-            raise ValueError(
-                f"`free_params` has shape {tuple(free_params.shape)}: "
-                f"expected ({len(entries)},), one number for each of {[e.name for e in entries]}"
-            )
-        return free_params
+        return torch.cat(parts) if parts else self._no_params()
 
     def _no_params(self) -> Tensor:
         like = self._reference()

@@ -79,7 +79,8 @@ class LowerTriangularMatrix(_Entries):
         return self._place(self.build_params(free_params))
 
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
-        return self._chain_grad(self._unit(free_params), free_params)
+        rows, columns = self._index(self._flat(free_params))
+        return self._spread_grad([rows * self.shape[1] + columns], free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
         return self._chain_vjp(cotangent[self._index(cotangent)], free_params)
@@ -121,8 +122,9 @@ class UnconstrainedMatrix(_Entries):
         return lower + lower.tril(-1).mT
 
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
-        unit = self._unit(free_params)
-        return self._chain_grad(unit + unit.tril(-1).mT, free_params)
+        rows, columns = self._index(self._flat(free_params))
+        n = self.shape[0]
+        return self._spread_grad([rows * n + columns, columns * n + rows], free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
         folded = cotangent + cotangent.triu(1).mT
