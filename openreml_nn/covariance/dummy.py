@@ -46,8 +46,10 @@ class DummyMatrix(Matrix):
             gradient and the parameters of a module stay trainable.
 
     Attributes:
-        colnames: names of the columns; levels of several factors are joined by ``⋈``.
         codes: (n,) level of each row, -1 for a row of zeros.
+
+    Shape:
+        Output: (n, number of levels), or (n, number of levels · k) with covariates.
 
     Raises:
         ValueError: if there are no labels, lengths differ, labels are missing
@@ -114,7 +116,8 @@ class DummyMatrix(Matrix):
 
     @property
     def colnames(self) -> list[str]:
-        """Names of the levels, in the order of the columns."""
+        """Names of the levels in the order of the columns, those of several factors joined by
+        ``⋈``."""
         return self._colnames
 
     @property

@@ -110,7 +110,25 @@ class GaussianMatrix(_DistanceMatrix):
     r"""Gaussian (squared-exponential) covariance
     :math:`V_{ij} = \sigma^2 e^{-d_{ij}^2/(2\ell^2)}`.
 
-    Parameters, arguments and errors are those of :class:`ExponentialMatrix`.
+    =============== ============== =======
+    parameter       transform      default
+    =============== ============== =======
+    ``sigma^2``     :math:`e^{2x}` 0
+    ``lengthscale`` :math:`e^x`    0
+    =============== ============== =======
+
+    Args:
+        distance: (n, n) distances, such as ``torch.cdist(x, x)``.
+        param_specs: specifications that replace the ones above.
+
+    Shape:
+        Output: (n, n).
+
+    Raises:
+        ValueError: as in :class:`ExponentialMatrix`.
+
+    Reference:
+        Rasmussen and Williams, Gaussian Processes for Machine Learning (2006), eq. 4.9.
 
     >>> GaussianMatrix(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))(torch.zeros(2))
     tensor([[1.0000, 0.6065],
@@ -130,12 +148,23 @@ class MaternMatrix(_DistanceMatrix):
     With :math:`s = \sqrt{2\nu}\, d_{ij}/\ell` the correlation is
     :math:`e^{-s}`, :math:`(1+s)e^{-s}` or :math:`(1+s+s^2/3)e^{-s}`.
 
-    Parameters and errors are those of :class:`ExponentialMatrix`.
+    =============== ============== =======
+    parameter       transform      default
+    =============== ============== =======
+    ``sigma^2``     :math:`e^{2x}` 0
+    ``lengthscale`` :math:`e^x`    0
+    =============== ============== =======
 
     Args:
-        distance: (n, n) distances.
+        distance: (n, n) distances, such as ``torch.cdist(x, x)``.
         nu: 0.5, 1.5 or 2.5.
-        param_specs: specifications that replace those.
+        param_specs: specifications that replace the ones above.
+
+    Shape:
+        Output: (n, n).
+
+    Raises:
+        ValueError: as in :class:`ExponentialMatrix`, or if ``nu`` is another number.
 
     Reference:
         Rasmussen and Williams, Gaussian Processes for Machine Learning (2006), eq. 4.17.

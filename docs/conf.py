@@ -1,0 +1,45 @@
+"""Configuration of the documentation: ``make docs`` builds it into docs/_build/html."""
+
+import importlib.metadata
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+project = "openreml_nn"
+copyright = "the openreml_nn authors"
+release = importlib.metadata.version("openreml_nn")
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+exclude_patterns = ["_build", "_templates"]
+templates_path = ["_templates"]
+html_theme = "furo"
+html_title = "openreml_nn"
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+
+autosummary_generate = True
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"
+autodoc_default_options = {"members": True}
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_custom_sections = ["Shape", "Reference", "Returns"]
+
+
+def setup(app):
+    from gallery import draw
+
+    app.connect("builder-inited", lambda app: draw(Path(app.srcdir) / "_generated"))
+
+
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
