@@ -42,7 +42,7 @@ def test_pullback_equals_jacobian_contraction(data):
 
 @given(st.data())
 def test_gradcheck_and_gradgradcheck_through_the_custom_function(data):
-    matrix = closed(data.draw(matrices(depth=2)))
+    matrix = closed(data.draw(matrices()))
     if not matrix.num_free_params:
         return
     at = data.draw(points(matrix)).requires_grad_()
@@ -97,7 +97,7 @@ def test_all_ways_to_give_parameters_agree(data):
 
 @given(st.data())
 def test_torch_func_transforms_agree_with_the_jacobian(data):
-    matrix = data.draw(matrices(depth=2))
+    matrix = data.draw(matrices())
     if not matrix.num_free_params:
         return
     at = data.draw(points(matrix))
@@ -113,7 +113,7 @@ def test_torch_func_transforms_agree_with_the_jacobian(data):
 
 @given(st.data())
 def test_second_derivatives_by_reverse_over_reverse(data):
-    matrix = data.draw(matrices(depth=2))
+    matrix = data.draw(matrices())
     if not matrix.num_free_params:
         return
     at = data.draw(points(matrix))
