@@ -11,6 +11,7 @@ from torch import Tensor
 
 from openreml_nn.covariance.matrix import Matrix, Recorded
 from openreml_nn.covariance.params import Entry
+from openreml_nn.estimation.derivatives import hessian_of_sum, jacobian, second_derivative
 from openreml_nn.likelihood.loss import Objective, listen
 from openreml_nn.likelihood.problem import NotPositiveDefiniteError
 
@@ -195,18 +196,14 @@ class Curvature:
             return
         for i, objective in enumerate(objectives):
             evaluation = objective.evaluate()
-            scores = evaluation.scores()
 
-            def contracted(x: Tensor, i: int = i, scores: Sequence[Tensor] = scores) -> Tensor:
-                parts = zip(self.matrices(i, x), scores, strict=True)
-                return torch.stack([(m * s).sum() for m, s in parts]).sum()
+            def matrices(x: Tensor, i: int = i) -> tuple[Tensor, ...]:
+                return self.matrices(i, x)
 
-            J = torch.func.jacfwd(lambda x, i=i: self.matrices(i, x))(u)
-            J = [j.movedim(-1, 0) for j in J]
-            for j, s in zip(J, scores, strict=True):
-                self.score += torch.tensordot(j, s, dims=s.dim())
-            self.information += evaluation.information(J)
-            bend += torch.func.jacrev(torch.func.grad(contracted))(u)
+            score, curve = hessian_of_sum(matrices, evaluation.scores(), u)
+            self.score += score
+            bend += curve
+            self.information += evaluation.information(jacobian(matrices, u))
         self.hessian = self.information - (bend + bend.mT) / 2
         size = self.information.diagonal() + bend.diagonal().abs()
         scale = torch.where(size > 0, size, 1).sqrt()
@@ -229,16 +226,14 @@ class Curvature:
 
     def variance_step(self, j: int) -> float:
         r"""The scoring step of :math:`u_j^2` from zero."""
-        direction = torch.zeros_like(self.u)
-        direction[j] = 1
         slope = information = 0.0
         for i, objective in enumerate(self.objectives):
             evaluation = objective.evaluate()
 
-            def once(x: Tensor, i: int = i) -> tuple[Tensor, ...]:
-                return torch.func.jvp(lambda w: self.matrices(i, w), (x,), (direction,))[1]
+            def matrices(x: Tensor, i: int = i) -> tuple[Tensor, ...]:
+                return self.matrices(i, x)
 
-            half = [d / 2 for d in torch.func.jvp(once, (self.u,), (direction,))[1]]
+            half = [d / 2 for d in second_derivative(matrices, self.u, j)]
             slope += sum(float((s * d).sum()) for s, d in zip(evaluation.scores(), half))
             information += float(evaluation.information([d[None] for d in half]))
         return slope / information

@@ -17,6 +17,7 @@ from openreml_nn.covariance import Matrix
 from openreml_nn.covariance.design import IndexedDesign
 from openreml_nn.covariance.terms import RepeatedCovariance, Term
 from openreml_nn.estimation.aireml import Curvature
+from openreml_nn.estimation.derivatives import jacobian
 from openreml_nn.files import write_text
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import Plan
@@ -396,7 +397,7 @@ class _Builder:
             terms = self._objective.terms(at.natural(0, x))
             return tuple(term.covariance.matrix for term in terms)
 
-        jacobians = torch.func.jacfwd(matrices)(u) if len(u) else [None] * len(self._terms)
+        jacobians = jacobian(matrices, u) if len(u) else [None] * len(self._terms)
         # A coordinate at zero has no standard error, but entries that do not depend on it have.
         spread = self._spread
         known = torch.where(spread.isnan(), 0, spread)
@@ -406,8 +407,8 @@ class _Builder:
             matrix = term.covariance.matrix
             error = torch.zeros_like(matrix)
             if J is not None:
-                error = torch.einsum("...i,ij,...j->...", J, known, J).clamp(min=0).sqrt()
-                lost = (J[..., missing] != 0).any(-1) | (matrix == 0)
+                error = torch.einsum("i...,ij,j...->...", J, known, J).clamp(min=0).sqrt()
+                lost = (J[missing] != 0).any(0) | (matrix == 0)
                 error = torch.where(lost, nan, error)
             group, effects, levels = self._label(term)
             names = tuple(effects), tuple(levels)

@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
-from openreml_nn.covariance.design import DenseDesign, Design, IdentityDesign, IndexedDesign
+from openreml_nn.covariance.design import Design, IdentityDesign, IndexedDesign
 from openreml_nn.covariance.terms import (
     Covariance,
     DiagonalCovariance,
     RepeatedCovariance,
     Term,
 )
+from openreml_nn.likelihood.cross import cross_product, product, values_of
 from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.problem import (
     Evaluation,
@@ -113,9 +114,9 @@ class BlockedProblem(Problem):
     r"""Depends on the residual variance, (1, 1), and the matrix of each random term.
 
     In names, 1 is the eliminated factor (``levels`` levels of k effects), 2
-    the other random terms (q columns), f the p columns of Q and then y, and R
-    is 2 and f together; ``A11`` (levels, k, k), ``A1R`` (levels, k, q+p+1) and
-    ``ARR`` are their cross-products.
+    the other random terms (q columns), f the p columns of Q and then y;
+    ``A11`` (levels, k, k), ``W`` (levels, k, q), ``A1f`` (levels, k, p+1),
+    ``A22``, ``A2f`` and ``Aff`` are their cross-products.
     """
 
     def __init__(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> None:
@@ -132,11 +133,13 @@ class BlockedProblem(Problem):
         self._forms = [terms[i].covariance for i in self.layout.random]
 
         self.A11 = _squares(one)
-        left = [_cross(one, design, f) for design in two]
-        self.A1R = torch.cat([*left, one.t_matmul(f)], 1).unflatten(0, (self.levels, self.k))
-        edge = [design.t_matmul(f) for design in two]
-        rows = [torch.cat([*[_cross(a, b, f) for b in two], e], 1) for a, e in zip(two, edge)]
-        self.ARR = torch.cat([*rows, torch.cat([*[e.mT for e in edge], f.mT @ f], 1)])
+        self.W = cross_product(one, two, f)
+        self.A1f = one.t_matmul(f).unflatten(0, (self.levels, self.k))
+        empty = f.new_zeros(0, f.shape[1])
+        self.A2f = torch.cat([empty, *[design.t_matmul(f) for design in two]])
+        rows = [torch.cat([product(a, b, f) for b in two], 1) for a in two]
+        self.A22 = torch.cat(rows) if rows else f.new_zeros(0, 0)
+        self.Aff = f.mT @ f
 
     def matrices(self, terms: Sequence[Term]) -> list[Tensor]:
         variance = torch.stack([terms[i].covariance.matrix for i in self.layout.residual]).sum(0)
@@ -154,13 +157,15 @@ class BlockedProblem(Problem):
         eye = torch.eye(self.k, dtype=s.dtype, device=s.device)
         G1 = self.joint_blocks(first, eye)
         D = eye + self.A11 @ G1 / s
-        E = self.ARR / s - torch.einsum(
-            "lki,lkj->ij", self.A1R, G1 @ torch.linalg.solve(D, self.A1R) / s**2
-        )
+        K = torch.linalg.solve(D.mT, G1.mT).mT / s**2  # G1 D^-1 / s^2
+        KA = K @ self.A1f
+        E22 = self.A22 / s - self.W.gram(K)
+        E2f = self.A2f / s - self.W.t_times(KA)
+        Eff = self.Aff / s - _inner(self.A1f, KA)
         q = self.q
-        G2E = self.multiply(rest, E[:q])  # G2 [E22 | E2f]
+        G2E = self.multiply(rest, torch.cat([E22, E2f], 1))
         M = torch.eye(q, dtype=s.dtype, device=s.device) + G2E[:, :q]
-        F = E[q:, q:] - E[q:, :q] @ torch.linalg.solve(M, G2E[:, q:])
+        F = Eff - E2f.mT @ torch.linalg.solve(M, G2E[:, q:])
         return self._profile(
             self.n * s.log() + _log_det(D).sum() + _log_det(M), F[:-1, :-1], F[:-1, -1], F[-1, -1]
         )[0]
@@ -244,18 +249,19 @@ class _BlockedEvaluation(Evaluation):
 
         D = eye + self._L1.mT @ problem.A11 @ self._L1 / s
         self._C = cholesky(D, "V")
-        self._H = solve_triangular(self._C, self._L1.mT @ (problem.A1R / s), upper=False)
-        flat = self._H.flatten(0, 1)
-        self._E = problem.ARR / s - flat.mT @ flat
-        E22, E2f = self._E[:q, :q], self._E[:q, q:]
-        half = problem.multiply(self._root2, E22, transpose=True)  # L2' E22
-        M = problem.multiply(self._root2, half.mT, transpose=True)
-        self._Lc = cholesky(M + torch.eye(q, dtype=s.dtype, device=s.device), "V")
-        self._half = half
+        self._half = solve_triangular(self._C, self._L1.mT.expand_as(D), upper=False)
+        self._P = self._half.mT @ self._half  # L1 D^-1 L1'
+        KA = self._P @ problem.A1f / s**2
+        self._E22 = problem.A22 / s - problem.W.gram(self._P / s**2)
+        self._E2f = problem.A2f / s - problem.W.t_times(KA)
+        M = problem.multiply(self._root2, self._E22, transpose=True)  # L2' E22
+        M = problem.multiply(self._root2, M.mT, transpose=True)
+        self._M = M + torch.eye(q, dtype=s.dtype, device=s.device)
+        self._Lc = cholesky(self._M, "V")
         self._K = solve_triangular(
-            self._Lc, problem.multiply(self._root2, E2f, transpose=True), upper=False
+            self._Lc, problem.multiply(self._root2, self._E2f, transpose=True), upper=False
         )
-        F = self._E[q:, q:] - self._K.mT @ self._K
+        F = problem.Aff / s - _inner(problem.A1f, KA) - self._K.mT @ self._K
         log_det = (
             problem.n * s.log()
             + 2 * self._C.diagonal(dim1=1, dim2=2).log().sum()
@@ -272,26 +278,35 @@ class _BlockedEvaluation(Evaluation):
     @cached_property
     def _crossed(self) -> _Crossed:
         r"""What the score, the information and the BLUPs share."""
-        problem, s, q = self._problem, self._s, self._problem.q
+        problem, s = self._problem, self._s
         A = problem.A11 / s
-        W = solve_triangular(self._C, self._L1.mT @ A, upper=False)
-        J = A - W.mT @ W
-        N = problem.A1R / s - W.mT @ self._H  # Z1' V1^-1 [Z2 | f]
-        N2, Nf = N[..., :q].flatten(0, 1), N[..., q:].flatten(0, 1)
-        T1 = solve_triangular(
-            self._Lc, problem.multiply(self._root2, N2.mT, transpose=True), upper=False
-        )
-        T2 = solve_triangular(self._Lc, self._half, upper=False)
-        Z1f = Nf - T1.mT @ self._K  # Z1' V^-1 [Q | y]
-        Z2f = self._E[:q, q:] - T2.mT @ self._K
-        Y1 = solve_triangular(self.gamma_factor, Z1f[:, :-1].mT, upper=False)
+        T = torch.eye(problem.k, dtype=s.dtype, device=s.device) - A @ self._P
+        x = problem.multiply(self._root2, solve_triangular(self._Lc.mT, self._K, upper=True))
+        Z1f = T @ (problem.A1f - problem.W.times(x)) / s  # Z1' V^-1 [Q | y]
+        Z2f = self._E2f - self._E22 @ x
+        inverse = problem.multiply(self._root2, torch.cholesky_inverse(self._Lc))
+        inverse = problem.multiply(self._root2, inverse.mT)  # L2 M^-1 L2'
+        B1 = T @ A - T @ problem.W.quadratic(inverse) @ T.mT / s**2
+        Y1 = solve_triangular(self.gamma_factor, Z1f[..., :-1].mT, upper=False)
         Y2 = solve_triangular(self.gamma_factor, Z2f[:, :-1].mT, upper=False)
-        u1 = Z1f[:, -1] - Z1f[:, :-1] @ self.gamma
+        u1 = Z1f[..., -1] - Z1f[..., :-1] @ self.gamma
         u2 = Z2f[:, -1] - Z2f[:, :-1] @ self.gamma
-        shape = (problem.levels, problem.k)
-        B1 = J - _gram_blocks(T1, *shape)
-        B2 = self._E[:q, :q] - T2.mT @ T2
-        return _Crossed(u1.reshape(shape), u2, B1, B2, _gram_blocks(Y1, *shape), Y2.mT @ Y2)
+        return _Crossed(u1, u2, B1, self._inner_22(inverse), Y1.mT @ Y1, Y2.mT @ Y2)
+
+    def _inner_22(self, inverse: Tensor) -> Tensor:
+        r""":math:`Z_2^\top V^{-1} Z_2`, E22 less E22 (L2 M^-1 L2') E22."""
+        simple = all(
+            isinstance(root, DiagonalCovariance) or root.matrix.shape[0] == 1
+            for root in self._root2
+        )
+        M = self._M
+        if simple and bool((M.diagonal() - 1 > 1e-4).all()):
+            # L2' of it L2 is I - M^-1: no product of large matrices, where no digits are lost.
+            ones = torch.ones(len(M), 1, dtype=M.dtype, device=M.device)
+            root = self._problem.multiply(self._root2, ones)
+            eye = torch.eye(len(M), dtype=M.dtype, device=M.device)
+            return (eye - torch.cholesky_inverse(self._Lc)) / (root * root.mT)
+        return self._E22 - self._E22 @ inverse @ self._E22
 
     def scores(self) -> list[Tensor]:
         problem, s, z = self._problem, self._s, self._crossed
@@ -312,7 +327,7 @@ class _BlockedEvaluation(Evaluation):
 
     def information(self, derivatives: Sequence[Tensor]) -> Tensor:
         problem, s, z = self._problem, self._s, self._crossed
-        q, m = problem.q, len(derivatives[0])
+        m = len(derivatives[0])
         ds = derivatives[0].reshape(m)
         split = len(self._first)
         b1, b2 = self._blups()
@@ -324,20 +339,21 @@ class _BlockedEvaluation(Evaluation):
             C1 = C1 + w1.reshape(m, -1).mT
         if self._rest:
             C2 = C2 + problem.along(self._rest, derivatives[1 + split :], z.u2).mT
-        CR = torch.cat([C2, ds.new_zeros(problem.p, m), (ds / s)[None]])
-        A1R = problem.A1R
+        Cf = torch.cat([ds.new_zeros(problem.p, m), (ds / s)[None]])
         C1 = C1.reshape(problem.levels, problem.k, m)
-        T1 = (problem.A11 @ C1 + A1R @ CR) / s
-        TR = (A1R.flatten(0, 1).mT @ C1.flatten(0, 1) + problem.ARR @ CR) / s
-        total = C1.flatten(0, 1).mT @ T1.flatten(0, 1) + CR.mT @ TR
-        e1 = solve_triangular(self._C, self._L1.mT @ T1, upper=False).flatten(0, 1)
-        TR = TR - self._H.flatten(0, 1).mT @ e1
+        T1 = (problem.A11 @ C1 + problem.W.times(C2) + problem.A1f @ Cf) / s
+        T2 = (problem.W.t_times(C1) + problem.A22 @ C2 + problem.A2f @ Cf) / s
+        Tf = (_inner(problem.A1f, C1) + problem.A2f.mT @ C2 + problem.Aff @ Cf) / s
+        total = _inner(C1, T1) + C2.mT @ T2 + Cf.mT @ Tf
+        e1 = self._half @ T1
+        back = self._half.mT @ e1 / s
+        T2 = T2 - problem.W.t_times(back)
+        Tf = Tf - _inner(problem.A1f, back)
         e2 = solve_triangular(
-            self._Lc, problem.multiply(self._root2, TR[:q], transpose=True), upper=False
+            self._Lc, problem.multiply(self._root2, T2, transpose=True), upper=False
         )
-        TX = TR[q:-1] - self._K[:, :-1].mT @ e2
-        e3 = solve_triangular(self.gamma_factor, TX, upper=False)
-        return (total - e1.mT @ e1 - e2.mT @ e2 - e3.mT @ e3) / 2
+        e3 = solve_triangular(self.gamma_factor, Tf[:-1] - self._K[:, :-1].mT @ e2, upper=False)
+        return (total - _inner(e1, e1) - e2.mT @ e2 - e3.mT @ e3) / 2
 
     def _blups(self) -> tuple[Tensor, Tensor]:
         """G u of the eliminated factor (levels, k) and of the others (q,)."""
@@ -390,10 +406,9 @@ def _log_det(matrix: Tensor) -> Tensor:
     return torch.linalg.slogdet(matrix).logabsdet
 
 
-def _gram_blocks(x: Tensor, levels: int, k: int) -> Tensor:
-    """Diagonal blocks (levels, k, k) of x' x for x (m, levels * k)."""
-    blocks = x.unflatten(1, (levels, k))
-    return torch.einsum("mla,mlb->lab", blocks, blocks)
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """:math:`a^\\top b` over levels and effects, of (levels, k, m) and (levels, k, r)."""
+    return a.flatten(0, 1).mT @ b.flatten(0, 1)
 
 
 def _side_by_side(designs: Sequence[Design], like: Tensor) -> IndexedDesign:
@@ -402,15 +417,8 @@ def _side_by_side(designs: Sequence[Design], like: Tensor) -> IndexedDesign:
         return IndexedDesign(like.new_zeros(len(like), dtype=torch.long), like[:, :0], 0)
     first = designs[0]
     assert isinstance(first, IndexedDesign)
-    values = [_values(design, like) for design in designs]
+    values = [values_of(d, like) for d in designs if isinstance(d, IndexedDesign)]
     return IndexedDesign(first.codes, torch.cat(values, 1), first.levels)
-
-
-def _values(design: Design, like: Tensor) -> Tensor:
-    assert isinstance(design, IndexedDesign)
-    if design.values is None:
-        return like.new_ones(len(like), 1)
-    return design.values.to(like)
 
 
 def _squares(design: IndexedDesign) -> Tensor:
@@ -422,22 +430,3 @@ def _squares(design: IndexedDesign) -> Tensor:
     if design.levels:
         total = total.index_add(0, design.codes, (v[:, :, None] * v[:, None, :]).flatten(1))
     return total.unflatten(1, (k, k))
-
-
-def _cross(a: Design, b: Design, like: Tensor) -> Tensor:
-    """Z_a' Z_b, (columns of a, columns of b)."""
-    if isinstance(a, DenseDesign):
-        return b.t_matmul(a.matrix.to(like)).mT
-    if isinstance(b, DenseDesign):
-        return a.t_matmul(b.matrix.to(like))
-    assert isinstance(a, IndexedDesign) and isinstance(b, IndexedDesign)
-    rows, columns = a.shape[1], b.shape[1]
-    total = like.new_zeros(rows * columns)
-    if not total.numel():
-        return total.reshape(rows, columns)
-    va, vb = _values(a, like), _values(b, like)
-    for i in range(a.effects):
-        for j in range(b.effects):
-            at = (a.codes * a.effects + i) * columns + b.codes * b.effects + j
-            total = total.index_add(0, at, va[:, i] * vb[:, j])
-    return total.reshape(rows, columns)

@@ -1,0 +1,85 @@
+"""Derivatives of a few small tensors by a few parameters.
+
+By reverse mode alone: ``torch.func.jacfwd`` would do, but what it imports on
+first use takes longer than many a fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["hessian_of_sum", "jacobian", "second_derivative"]
+
+Function = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+def jacobian(function: Function, u: Tensor) -> list[Tensor]:
+    r""":math:`\partial f_t / \partial u` of each output, (m, \*shape)."""
+    with torch.enable_grad():
+        weights, (slope,) = _pulled(function, u)
+        return _by_weights(list(slope), weights)
+
+
+def second_derivative(function: Function, u: Tensor, j: int) -> list[Tensor]:
+    r""":math:`\partial^2 f_t / \partial u_j^2` of each output, in its shape."""
+    with torch.enable_grad():
+        weights, (slope, x) = _pulled(function, u, keep=True)
+        (bend,) = torch.autograd.grad(slope[j], x, create_graph=True, materialize_grads=True)
+        return [part[0] for part in _by_weights([bend[j]], weights)]
+
+
+def hessian_of_sum(function: Function, weights: list[Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Gradient (m,) and Hessian (m, m) of :math:`\sum_t \langle w_t, f_t(u)\rangle`."""
+    with torch.enable_grad():
+        x = u.detach().requires_grad_()
+        total = _contracted(function(x), weights)
+        if not total.requires_grad:
+            return torch.zeros_like(u), u.new_zeros(len(u), len(u))
+        (slope,) = torch.autograd.grad(total, x, create_graph=True, materialize_grads=True)
+        rows = [_grad(part, x) for part in slope]
+        return slope.detach(), torch.stack(rows) if rows else u.new_zeros(0, 0)
+
+
+def _pulled(
+    function: Function, u: Tensor, keep: bool = False
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Gradient of the outputs' sum under weights, linear in the weights."""
+    x = u.detach().requires_grad_()
+    outputs = function(x)
+    weights = [torch.zeros_like(out).requires_grad_() for out in outputs]
+    (slope,) = torch.autograd.grad(
+        _contracted(outputs, weights), x, create_graph=True, materialize_grads=True
+    )
+    return weights, (slope, x) if keep else (slope,)
+
+
+def _contracted(outputs: tuple[Tensor, ...], weights: list[Tensor]) -> Tensor:
+    return torch.stack([(out * w).sum() for out, w in zip(outputs, weights, strict=True)]).sum()
+
+
+def _by_weights(parts: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+    """Derivatives of parts that are linear in the weights, stacked for each weight."""
+    rows = [
+        torch.autograd.grad(
+            part, weights, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        if part.requires_grad
+        else [torch.zeros_like(w) for w in weights]
+        for part in parts
+    ]
+    return [
+        torch.stack([row[t] for row in rows]).detach()
+        if rows
+        else w.detach().new_zeros(0, *w.shape)
+        for t, w in enumerate(weights)
+    ]
+
+
+def _grad(part: Tensor, x: Tensor) -> Tensor:
+    if not part.requires_grad:
+        return torch.zeros_like(x)
+    (found,) = torch.autograd.grad(part, x, retain_graph=True, materialize_grads=True)
+    return found.detach()
