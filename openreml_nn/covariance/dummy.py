@@ -221,6 +221,8 @@ def _interact(
     cells = np.unique(total[known]) if observed_only else np.arange(prod(sizes))
     found = np.full(n, -1, dtype=np.int64)
     found[known] = np.searchsorted(cells, total[known])
+    if len(factors) == 1:
+        return found, [(factors[0][cell],) for cell in cells.tolist()]
     parts = []
     rest = cells
     for size in reversed(sizes):

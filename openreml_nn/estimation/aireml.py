@@ -15,7 +15,7 @@ from openreml_nn.estimation.derivatives import hessian_of_sum, jacobian, second_
 from openreml_nn.likelihood.loss import Objective, listen
 from openreml_nn.likelihood.problem import NotPositiveDefiniteError
 
-__all__ = ["AIREML", "Coordinates", "Curvature", "Step"]
+__all__ = ["AIREML", "Coordinates", "Curvature", "Step", "average_information_step"]
 
 
 class Step(NamedTuple):
@@ -99,9 +99,21 @@ class AIREML(torch.optim.Optimizer):
             raise RuntimeError("the closure evaluated no REMLLoss: AIREML needs its likelihood")
         owned = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         tolerance = min(group["tolerance"] for group in self.param_groups)
-        with torch.no_grad():
-            self.last = _Stepper(objectives, owned).step(tolerance)
+        self.last = average_information_step(objectives, owned, tolerance)
         return value
+
+
+def average_information_step(
+    objectives: Sequence[Objective], parameters: Sequence[Tensor], tolerance: float = 1e-6
+) -> Step:
+    """The step of :class:`AIREML` on some likelihoods.
+
+    A fit calls this and not the optimizer, because making any
+    ``torch.optim.Optimizer`` imports torch's compiler, which takes longer than
+    many a fit.
+    """
+    with torch.no_grad():
+        return _Stepper(objectives, parameters).step(tolerance)
 
 
 class Coordinates:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from openreml_nn.covariance import Matrix
 from openreml_nn.errors import InputError
-from openreml_nn.estimation.aireml import AIREML
+from openreml_nn.estimation.aireml import average_information_step
 from openreml_nn.estimation.result import Label, Record, REMLResult
 from openreml_nn.likelihood import REMLLoss
 from openreml_nn.likelihood.loss import listen
@@ -99,17 +99,14 @@ def fit_reml(
             moment_start(loss, y, X, rows)
         history: list[Record] = []
         parameters = list(covariance.parameters())
+        with listen() as heard, torch.no_grad():
+            loss(y, X, rows)
         if any(p.requires_grad for p in parameters):
-            optimizer = AIREML(parameters)
             for _ in range(max_iterations):
-                optimizer.step(lambda: loss(y, X, rows))
-                step = optimizer.last
-                assert step is not None
+                step = average_information_step(heard, parameters)
                 history.append(Record.of(covariance, *step[:3]))
                 if step.converged or step.length == 0:
                     break
-        with listen() as heard, torch.no_grad():
-            loss(y, X, rows)
         result = REMLResult.of(heard[0], loss.plan, y, X, history, names, labels)
     if not result.converged:
         warnings.warn(

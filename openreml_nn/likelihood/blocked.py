@@ -130,6 +130,8 @@ class BlockedProblem(Problem):
         self.widths = [design.shape[1] // one.levels for design in ones]
         self.sizes = [design.shape[1] for design in two]
         self.q = sum(self.sizes)
+        # Levels and effects of the other terms whose levels are independent, None for the rest.
+        self.grids = [_grid(terms[i]) for i in self.layout.rest]
         self._forms = [terms[i].covariance for i in self.layout.random]
 
         self.A11 = _squares(one)
@@ -193,6 +195,8 @@ class BlockedProblem(Problem):
         """The other terms' block-diagonal matrix times ``x`` (q, m)."""
         if not parts:
             return x
+        if len(parts) == 1:
+            return parts[0].multiply(x, transpose)
         pieces = zip(parts, x.split(self.sizes), strict=True)
         return torch.cat([part.multiply(piece, transpose) for part, piece in pieces])
 
@@ -224,13 +228,25 @@ class BlockedProblem(Problem):
             at += w
         return found
 
-    def split_square(self, square: Tensor) -> list[Tensor]:
-        """From (q, q) to the diagonal block of each other term."""
+    def own_blocks(self, square: Tensor) -> list[Tensor]:
+        """From (q, q) to each other term's own part, (levels, k, k) where levels are independent."""
         found, at = [], 0
-        for size in self.sizes:
-            found.append(square[at : at + size, at : at + size])
+        for size, grid in zip(self.sizes, self.grids, strict=True):
+            part = square[at : at + size, at : at + size]
+            if grid is not None:
+                part = part.unflatten(1, grid).unflatten(0, grid)
+                part = part.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+            found.append(part)
             at += size
         return found
+
+    def own_products(self, a: Tensor, b: Tensor) -> list[Tensor]:
+        """The same of :math:`a b^\\top`, for a and b of shape (q, m)."""
+        pieces = zip(a.split(self.sizes), b.split(self.sizes), self.grids, strict=True)
+        return [
+            x @ y.mT if grid is None else x.unflatten(0, grid) @ y.unflatten(0, grid).mT
+            for x, y, grid in pieces
+        ]
 
 
 class _BlockedEvaluation(Evaluation):
@@ -240,7 +256,7 @@ class _BlockedEvaluation(Evaluation):
         self._s = s = variance.reshape(())
         if not float(s) > 0:
             raise NotPositiveDefiniteError(f"V is not positive definite: residual variance {s:.6g}")
-        layout, q = problem.layout, problem.q
+        layout = problem.layout
         self._first = [terms[i].covariance for i in layout.eliminated]
         self._rest = [terms[i].covariance for i in layout.rest]
         eye = torch.eye(problem.k, dtype=s.dtype, device=s.device)
@@ -256,8 +272,9 @@ class _BlockedEvaluation(Evaluation):
         self._E2f = problem.A2f / s - problem.W.t_times(KA)
         M = problem.multiply(self._root2, self._E22, transpose=True)  # L2' E22
         M = problem.multiply(self._root2, M.mT, transpose=True)
-        self._M = M + torch.eye(q, dtype=s.dtype, device=s.device)
-        self._Lc = cholesky(self._M, "V")
+        M.diagonal().add_(1)
+        self._M = M
+        self._Lc = cholesky(M, "V")
         self._K = solve_triangular(
             self._Lc, problem.multiply(self._root2, self._E2f, transpose=True), upper=False
         )
@@ -284,40 +301,43 @@ class _BlockedEvaluation(Evaluation):
         x = problem.multiply(self._root2, solve_triangular(self._Lc.mT, self._K, upper=True))
         Z1f = T @ (problem.A1f - problem.W.times(x)) / s  # Z1' V^-1 [Q | y]
         Z2f = self._E2f - self._E22 @ x
-        inverse = problem.multiply(self._root2, torch.cholesky_inverse(self._Lc))
-        inverse = problem.multiply(self._root2, inverse.mT)  # L2 M^-1 L2'
+        M_inverse = torch.cholesky_inverse(self._Lc)
+        inverse = problem.multiply(self._root2, problem.multiply(self._root2, M_inverse).mT)
         B1 = T @ A - T @ problem.W.quadratic(inverse) @ T.mT / s**2
         Y1 = solve_triangular(self.gamma_factor, Z1f[..., :-1].mT, upper=False)
         Y2 = solve_triangular(self.gamma_factor, Z2f[:, :-1].mT, upper=False)
         u1 = Z1f[..., -1] - Z1f[..., :-1] @ self.gamma
         u2 = Z2f[:, -1] - Z2f[:, :-1] @ self.gamma
-        return _Crossed(u1, u2, B1, self._inner_22(inverse), Y1.mT @ Y1, Y2.mT @ Y2)
+        B2 = self._inner_22(M_inverse, inverse)
+        return _Crossed(u1, u2, B1, B2, Y1.mT @ Y1, problem.own_products(Y2.mT, Y2.mT))
 
-    def _inner_22(self, inverse: Tensor) -> Tensor:
-        r""":math:`Z_2^\top V^{-1} Z_2`, E22 less E22 (L2 M^-1 L2') E22."""
-        simple = all(
-            isinstance(root, DiagonalCovariance) or root.matrix.shape[0] == 1
-            for root in self._root2
-        )
-        M = self._M
-        if simple and bool((M.diagonal() - 1 > 1e-4).all()):
+    def _inner_22(self, M_inverse: Tensor, inverse: Tensor) -> list[Tensor]:
+        r""":math:`Z_2^\top V^{-1} Z_2`, E22 less E22 (L2 M^-1 L2') E22, each term's own part."""
+        problem = self._problem
+        gain = self._M.diagonal() - 1
+        if all(grid is not None and grid[1] == 1 for grid in problem.grids) and bool(
+            (gain > 1e-4).all()
+        ):
             # L2' of it L2 is I - M^-1: no product of large matrices, where no digits are lost.
-            ones = torch.ones(len(M), 1, dtype=M.dtype, device=M.device)
-            root = self._problem.multiply(self._root2, ones)
-            eye = torch.eye(len(M), dtype=M.dtype, device=M.device)
-            return (eye - torch.cholesky_inverse(self._Lc)) / (root * root.mT)
-        return self._E22 - self._E22 @ inverse @ self._E22
+            root = problem.multiply(self._root2, torch.ones_like(gain)[:, None])[:, 0]
+            diagonal = (1 - M_inverse.diagonal()) / root**2
+            return [part[:, None, None] for part in diagonal.split(problem.sizes)]
+        whole = problem.own_blocks(self._E22)
+        lost = problem.own_products(self._E22 @ inverse, self._E22)
+        return [a - b for a, b in zip(whole, lost, strict=True)]
 
     def scores(self) -> list[Tensor]:
         problem, s, z = self._problem, self._s, self._crossed
         reml = problem.method == "reml"
         B1 = z.B1 - z.R1 if reml else z.B1
-        B2 = z.B2 - z.R2 if reml else z.B2
         S1 = (z.u1[:, :, None] * z.u1[:, None, :] - B1) / 2
-        S2 = (torch.outer(z.u2, z.u2) - B2) / 2
-        parts1, parts2 = problem.split_blocks(S1), problem.split_square(S2)
-        found = [g.fold_blocks(x) for g, x in zip(self._first, parts1, strict=True)]
-        found += [g.fold(x) for g, x in zip(self._rest, parts2, strict=True)]
+        found = [
+            g.fold_blocks(x) for g, x in zip(self._first, problem.split_blocks(S1), strict=True)
+        ]
+        square = problem.own_products(z.u2[:, None], z.u2[:, None])
+        for g, uu, B, R, grid in zip(self._rest, square, z.B2, z.R2, problem.grids, strict=True):
+            S2 = (uu - B + R if reml else uu - B) / 2
+            found.append(g.fold(S2) if grid is None else g.fold_blocks(S2))
         # The residual's score by V = sum Z G Z' + s I: tr(P V) = n - p and y' P V P y = y' P y.
         matrices = [g.matrix for g in (*self._first, *self._rest)]
         inner = sum((2 * (x * m).sum() for x, m in zip(found, matrices, strict=True)), 0 * s)
@@ -367,30 +387,41 @@ class _BlockedEvaluation(Evaluation):
         problem, z = self._problem, self._crossed
         b1, b2 = self._blups()
         B1 = problem.split_blocks(z.B1 - z.R1)
-        B2 = problem.split_square(z.B2 - z.R2)
         found = {}
         layout = problem.layout
         for i, g, b, B in zip(
             layout.eliminated, self._first, b1.split(problem.widths, 1), B1, strict=True
         ):
-            prior = g.blocks(problem.levels, b.shape[1])
-            found[i] = RandomEffects(self._terms[i].name, b, prior - prior @ B @ prior)
-        for i, b, B in zip(layout.rest, b2.split(problem.sizes), B2, strict=True):
-            found[i] = RandomEffects.of(self._terms[i], b, B)
+            found[i] = RandomEffects.of_levels(self._terms[i].name, b, g.blocks(*b.shape), B)
+        pieces = zip(layout.rest, b2.split(problem.sizes), z.B2, z.R2, problem.grids, strict=True)
+        for i, b, whole, lost, grid in pieces:
+            term = self._terms[i]
+            if grid is None:
+                found[i] = RandomEffects.of(term, b, whole - lost)
+            else:
+                prior = term.covariance.blocks(*grid)
+                values = b.unflatten(0, grid)
+                found[i] = RandomEffects.of_levels(term.name, values, prior, whole - lost)
         return [found[i] for i in sorted(found)]
 
 
 @dataclass(frozen=True)
 class _Crossed:
-    r""":math:`u = Z^\top P y`, :math:`B = Z^\top V^{-1} Z` and its reduction to
-    :math:`Z^\top P Z`, for the eliminated factor (blocks) and for the others (dense)."""
+    r""":math:`u = Z^\top P y`, :math:`B = Z^\top V^{-1} Z` and what is lost of it in
+    :math:`Z^\top P Z`, for the eliminated factor by levels and for the others' own parts."""
 
     u1: Tensor
     u2: Tensor
     B1: Tensor
-    B2: Tensor
+    B2: list[Tensor]
     R1: Tensor
-    R2: Tensor
+    R2: list[Tensor]
+
+
+def _grid(term: Term) -> tuple[int, int] | None:
+    """Levels and effects of a term whose levels are independent."""
+    z = term.design
+    return (z.levels, z.effects) if _separable(term) and isinstance(z, IndexedDesign) else None
 
 
 def _root(term: Term) -> Covariance:

@@ -112,7 +112,10 @@ class SparseCross(Cross):
         total = K.new_zeros(q * q)
         if self.shape[1] == 1:
             part = K[:, 0, 0][self._pair_level] * self._product
-            total = total.index_add(0, self._target, part)
+            # In place where it can be: q * q is the largest of all.
+            traced = torch._C._functorch.is_functorch_wrapped_tensor(K)
+            add = total.index_add if traced else total.index_add_
+            total = add(0, self._target, part)
         else:
             for a, b, target in self._chunks():
                 left = (self.values[a][:, None, :] @ K[self.level[a]])[:, 0]

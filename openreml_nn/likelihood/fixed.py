@@ -46,16 +46,16 @@ def check_data(y: Tensor, X: Tensor) -> None:
             raise ValueError(f"`{name}` is not finite in row {row}")
 
 
-def aliased_columns(X: Tensor, tolerance: float = 1e-7) -> list[int]:
-    """Columns of ``X`` that are linear combinations of columns before them.
+def aliased_columns(R: Tensor, tolerance: float = 1e-7) -> list[int]:
+    """Columns that are linear combinations of columns before them.
 
     A column counts as aliased when less than ``tolerance`` of its length is
-    left after projection on the columns kept so far (Gram-Schmidt, twice, on
-    the triangular factor of X).
+    left after projection on the columns kept so far (Gram-Schmidt, twice).
+
+    Args:
+        R: (p, p) triangular factor of the model matrix.
+        tolerance: relative to the length of the column.
     """
-    if X.shape[1] == 0:
-        return []
-    R = torch.linalg.qr(X.detach(), mode="r").R  # (p, p)
     kept = R.new_zeros(R.shape[0], 0)
     aliased = []
     for j in range(R.shape[1]):
@@ -96,7 +96,9 @@ class FixedPart:
     @classmethod
     def of(cls, y: Tensor, X: Tensor, names: Sequence[str] | None = None) -> FixedPart:
         """Drop aliased columns with a warning that names them, and orthonormalise the rest."""
-        aliased = aliased_columns(X)
+        with torch.no_grad():
+            Q, R = torch.linalg.qr(X.detach())
+        aliased = aliased_columns(R)
         columns = [j for j in range(X.shape[1]) if j not in aliased]
         if aliased:
             named = [names[j] if names else f"column {j}" for j in aliased]
@@ -106,8 +108,9 @@ class FixedPart:
                 stacklevel=4,
             )
             X = X[:, columns]
+            with torch.no_grad():
+                Q, R = torch.linalg.qr(X.detach())
         with torch.no_grad():
-            Q, R = torch.linalg.qr(X.detach())
             eye = torch.eye(R.shape[0], dtype=R.dtype, device=R.device)
             T = torch.linalg.solve_triangular(R, eye, upper=True)
             offset = T @ (Q.mT @ y.detach())

@@ -147,7 +147,7 @@ class REMLLoss(nn.Module):
                 value is not finite.
         """
         wrapped = traced(y, X, *self.covariance.parameters())
-        if not wrapped:
+        if not wrapped and not self._has_seen(y, X):
             check_data(y, X)
         self._check_rows(y, rows)
         with torch.autocast(y.device.type, enabled=False):
@@ -157,6 +157,12 @@ class REMLLoss(nn.Module):
             terms = [term.to(dtype) for term in terms]
             value = self._log_likelihood(y, X, terms, dtype, rows, wrapped)
         return -value / len(y) if self.reduction == "mean" else -value
+
+    def _has_seen(self, *data: Tensor) -> bool:
+        """Whether a problem is prepared for just these tensors, unchanged since."""
+        if self._prepared is None:
+            return False
+        return all(t is old and t._version == v for t, (old, v) in zip(data, self._prepared[0]))
 
     def _check_rows(self, y: Tensor, rows: Tensor | None) -> None:
         n = self.covariance.shape[0]

@@ -25,7 +25,9 @@ def cholesky(matrix: Tensor, what: str) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(matrix)
     if torch._C._functorch.is_functorch_wrapped_tensor(matrix):
         return factor
-    if bool((info != 0).any()) or not bool(torch.isfinite(factor).all()):
+    # A NaN or an infinite entry anywhere ends on the diagonal.
+    finite = torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all()
+    if bool((info != 0).any()) or not bool(finite):
         raise NotPositiveDefiniteError(f"{what} is not positive definite")
     return factor
 
@@ -56,6 +58,11 @@ class RandomEffects:
         spread = g.multiply(eye) - g.multiply(g.multiply(z_p_z).mT)
         blocks = spread.reshape(-1, k, len(values) // k, k).diagonal(dim1=0, dim2=2)
         return cls(term.name, values.reshape(-1, k), blocks.movedim(-1, 0))
+
+    @classmethod
+    def of_levels(cls, name: str, values: Tensor, prior: Tensor, z_p_z: Tensor) -> RandomEffects:
+        """From BLUPs (q, k), G and :math:`Z^\\top P Z` by levels, (q or 1, k, k) and (q, k, k)."""
+        return cls(name, values, prior - prior @ z_p_z @ prior)
 
 
 class Evaluation:
