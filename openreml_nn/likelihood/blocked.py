@@ -31,7 +31,7 @@ from openreml_nn.covariance.terms import (
     RepeatedCovariance,
     Term,
 )
-from openreml_nn.likelihood.cross import cross_product, product, values_of
+from openreml_nn.likelihood.cross import cross_product, values_of
 from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.problem import (
     Evaluation,
@@ -135,12 +135,11 @@ class BlockedProblem(Problem):
         self._forms = [terms[i].covariance for i in self.layout.random]
 
         self.A11 = _squares(one)
-        self.W = cross_product(one, two, f)
+        linked = [grid is None for grid in self.grids]
+        self.W, self.A22, self.partition = cross_product(one, two, linked, f)
         self.A1f = one.t_matmul(f).unflatten(0, (self.levels, self.k))
         empty = f.new_zeros(0, f.shape[1])
         self.A2f = torch.cat([empty, *[design.t_matmul(f) for design in two]])
-        rows = [torch.cat([product(a, b, f) for b in two], 1) for a in two]
-        self.A22 = torch.cat(rows) if rows else f.new_zeros(0, 0)
         self.Aff = f.mT @ f
 
     def matrices(self, terms: Sequence[Term]) -> list[Tensor]:
@@ -164,13 +163,13 @@ class BlockedProblem(Problem):
         E22 = self.A22 / s - self.W.gram(K)
         E2f = self.A2f / s - self.W.t_times(KA)
         Eff = self.Aff / s - _inner(self.A1f, KA)
-        q = self.q
-        G2E = self.multiply(rest, torch.cat([E22, E2f], 1))
-        M = torch.eye(q, dtype=s.dtype, device=s.device) + G2E[:, :q]
-        F = Eff - E2f.mT @ torch.linalg.solve(M, G2E[:, q:])
-        return self._profile(
-            self.n * s.log() + _log_det(D).sum() + _log_det(M), F[:-1, :-1], F[:-1, -1], F[-1, -1]
-        )[0]
+        by = self.partition
+        M = by.spread(self.multiply(rest, by.collect(E22)))  # G2 E22
+        M = M + torch.eye(by.size, dtype=s.dtype, device=s.device)
+        x = by.collect(torch.linalg.solve(M, by.spread(self.multiply(rest, E2f))))
+        F = Eff - E2f.mT @ x
+        log_det = self.n * s.log() + _log_det(D).sum() + _log_det(M).sum()
+        return self._profile(log_det, F[:-1, :-1], F[:-1, -1], F[-1, -1])[0]
 
     # ------------------------------------------------------------------ helpers
 
@@ -228,15 +227,25 @@ class BlockedProblem(Problem):
             at += w
         return found
 
+    def sandwich(
+        self, parts: Sequence[Covariance], square: Tensor, transpose: bool = False
+    ) -> Tensor:
+        """:math:`\\Lambda S \\Lambda^\\top` (or transposed) for symmetric S by groups of columns."""
+        by = self.partition
+        half = by.spread(self.multiply(parts, by.collect(square), transpose))
+        return by.spread(self.multiply(parts, by.collect(half.mT), transpose))
+
     def own_blocks(self, square: Tensor) -> list[Tensor]:
-        """From (q, q) to each other term's own part, (levels, k, k) where levels are independent."""
+        """Each other term's own part of a matrix by groups of columns: (levels, k, k) where its
+        levels are independent."""
         found, at = [], 0
         for size, grid in zip(self.sizes, self.grids, strict=True):
-            part = square[at : at + size, at : at + size]
-            if grid is not None:
-                part = part.unflatten(1, grid).unflatten(0, grid)
-                part = part.diagonal(dim1=0, dim2=2).movedim(-1, 0)
-            found.append(part)
+            if grid is None:
+                column = torch.arange(at, at + size, device=square.device)
+                index = self.partition.index(column[:, None], column)
+                found.append(square.reshape(-1)[index])
+            else:
+                found.append(self.partition.own(square, at, *grid))
             at += size
         return found
 
@@ -270,25 +279,27 @@ class _BlockedEvaluation(Evaluation):
         KA = self._P @ problem.A1f / s**2
         self._E22 = problem.A22 / s - problem.W.gram(self._P / s**2)
         self._E2f = problem.A2f / s - problem.W.t_times(KA)
-        M = problem.multiply(self._root2, self._E22, transpose=True)  # L2' E22
-        M = problem.multiply(self._root2, M.mT, transpose=True)
-        M.diagonal().add_(1)
-        self._M = M
-        self._Lc = cholesky(M, "V")
-        self._K = solve_triangular(
-            self._Lc, problem.multiply(self._root2, self._E2f, transpose=True), upper=False
-        )
-        F = problem.Aff / s - _inner(problem.A1f, KA) - self._K.mT @ self._K
+        eye = torch.eye(problem.partition.size, dtype=s.dtype, device=s.device)
+        self._M = problem.sandwich(self._root2, self._E22, transpose=True) + eye
+        self._Lc = cholesky(self._M, "V")
+        self._K = self._forward_2(self._E2f)
+        F = problem.Aff / s - _inner(problem.A1f, KA) - _inner(self._K, self._K)
         log_det = (
             problem.n * s.log()
             + 2 * self._C.diagonal(dim1=1, dim2=2).log().sum()
-            + 2 * self._Lc.diagonal().log().sum()
+            + 2 * self._Lc.diagonal(dim1=1, dim2=2).log().sum()
         )
         self.log_likelihood, self.gamma_factor, white = problem._profile(
             log_det, F[:-1, :-1], F[:-1, -1], F[-1, -1]
         )
         self.y_p_y = F[-1, -1] - white @ white
         self.gamma = solve_triangular(self.gamma_factor.mT, white[:, None], upper=True)[:, 0]
+
+    def _forward_2(self, x: Tensor) -> Tensor:
+        """Lc^-1 L2' x for x (q, m), by groups of columns."""
+        problem = self._problem
+        rows = problem.partition.spread(problem.multiply(self._root2, x, transpose=True))
+        return solve_triangular(self._Lc, rows, upper=False)
 
     # ------------------------------------------------------------------ Z' P y and Z' P Z
 
@@ -298,11 +309,13 @@ class _BlockedEvaluation(Evaluation):
         problem, s = self._problem, self._s
         A = problem.A11 / s
         T = torch.eye(problem.k, dtype=s.dtype, device=s.device) - A @ self._P
-        x = problem.multiply(self._root2, solve_triangular(self._Lc.mT, self._K, upper=True))
+        by = problem.partition
+        back = by.collect(solve_triangular(self._Lc.mT, self._K, upper=True))
+        x = problem.multiply(self._root2, back)
         Z1f = T @ (problem.A1f - problem.W.times(x)) / s  # Z1' V^-1 [Q | y]
-        Z2f = self._E2f - self._E22 @ x
+        Z2f = self._E2f - by.collect(self._E22 @ by.spread(x))
         M_inverse = torch.cholesky_inverse(self._Lc)
-        inverse = problem.multiply(self._root2, problem.multiply(self._root2, M_inverse).mT)
+        inverse = problem.sandwich(self._root2, M_inverse)
         B1 = T @ A - T @ problem.W.quadratic(inverse) @ T.mT / s**2
         Y1 = solve_triangular(self.gamma_factor, Z1f[..., :-1].mT, upper=False)
         Y2 = solve_triangular(self.gamma_factor, Z2f[:, :-1].mT, upper=False)
@@ -314,17 +327,15 @@ class _BlockedEvaluation(Evaluation):
     def _inner_22(self, M_inverse: Tensor, inverse: Tensor) -> list[Tensor]:
         r""":math:`Z_2^\top V^{-1} Z_2`, E22 less E22 (L2 M^-1 L2') E22, each term's own part."""
         problem = self._problem
-        gain = self._M.diagonal() - 1
+        gain = problem.partition.diagonal(self._M) - 1
         if all(grid is not None and grid[1] == 1 for grid in problem.grids) and bool(
             (gain > 1e-4).all()
         ):
             # L2' of it L2 is I - M^-1: no product of large matrices, where no digits are lost.
             root = problem.multiply(self._root2, torch.ones_like(gain)[:, None])[:, 0]
-            diagonal = (1 - M_inverse.diagonal()) / root**2
+            diagonal = (1 - problem.partition.diagonal(M_inverse)) / root**2
             return [part[:, None, None] for part in diagonal.split(problem.sizes)]
-        whole = problem.own_blocks(self._E22)
-        lost = problem.own_products(self._E22 @ inverse, self._E22)
-        return [a - b for a, b in zip(whole, lost, strict=True)]
+        return problem.own_blocks(self._E22 - self._E22 @ inverse @ self._E22)
 
     def scores(self) -> list[Tensor]:
         problem, s, z = self._problem, self._s, self._crossed
@@ -362,18 +373,19 @@ class _BlockedEvaluation(Evaluation):
         Cf = torch.cat([ds.new_zeros(problem.p, m), (ds / s)[None]])
         C1 = C1.reshape(problem.levels, problem.k, m)
         T1 = (problem.A11 @ C1 + problem.W.times(C2) + problem.A1f @ Cf) / s
-        T2 = (problem.W.t_times(C1) + problem.A22 @ C2 + problem.A2f @ Cf) / s
+        by = problem.partition
+        A22C2 = by.collect(problem.A22 @ by.spread(C2))
+        T2 = (problem.W.t_times(C1) + A22C2 + problem.A2f @ Cf) / s
         Tf = (_inner(problem.A1f, C1) + problem.A2f.mT @ C2 + problem.Aff @ Cf) / s
         total = _inner(C1, T1) + C2.mT @ T2 + Cf.mT @ Tf
         e1 = self._half @ T1
         back = self._half.mT @ e1 / s
         T2 = T2 - problem.W.t_times(back)
         Tf = Tf - _inner(problem.A1f, back)
-        e2 = solve_triangular(
-            self._Lc, problem.multiply(self._root2, T2, transpose=True), upper=False
-        )
-        e3 = solve_triangular(self.gamma_factor, Tf[:-1] - self._K[:, :-1].mT @ e2, upper=False)
-        return (total - _inner(e1, e1) - e2.mT @ e2 - e3.mT @ e3) / 2
+        e2 = self._forward_2(T2)
+        TX = Tf[:-1] - _inner(self._K[..., :-1], e2)
+        e3 = solve_triangular(self.gamma_factor, TX, upper=False)
+        return (total - _inner(e1, e1) - _inner(e2, e2) - e3.mT @ e3) / 2
 
     def _blups(self) -> tuple[Tensor, Tensor]:
         """G u of the eliminated factor (levels, k) and of the others (q,)."""

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.design import DenseDesign, Design, IndexedDesign
+from openreml_nn.likelihood.partition import Partition
 
-__all__ = ["Cross", "DenseCross", "SparseCross", "cross_product", "product", "values_of"]
+__all__ = ["Cross", "DenseCross", "SparseCross", "cross_product", "values_of"]
 
 #: Pairs of entries that are worked on at a time, to bound memory.
 _CHUNK = 2**21
@@ -34,11 +35,11 @@ class Cross:
         raise NotImplementedError
 
     def gram(self, K: Tensor) -> Tensor:
-        r""":math:`\sum_l W_l^\top K_l W_l` for symmetric K (levels, k, k), (q, q)."""
+        r""":math:`\sum_l W_l^\top K_l W_l` for symmetric K (levels, k, k), by groups of columns."""
         raise NotImplementedError
 
     def quadratic(self, Q: Tensor) -> Tensor:
-        r""":math:`W_l Q W_l^\top` for symmetric Q (q, q), (levels, k, k)."""
+        r""":math:`W_l Q W_l^\top` for symmetric Q by groups of columns, (levels, k, k)."""
         raise NotImplementedError
 
     def dense(self) -> Tensor:
@@ -59,10 +60,10 @@ class DenseCross(Cross):
         return self.W.flatten(0, 1).mT @ y.flatten(0, 1)
 
     def gram(self, K: Tensor) -> Tensor:
-        return self.W.flatten(0, 1).mT @ (K @ self.W).flatten(0, 1)
+        return (self.W.flatten(0, 1).mT @ (K @ self.W).flatten(0, 1))[None]
 
     def quadratic(self, Q: Tensor) -> Tensor:
-        return (self.W @ Q) @ self.W.mT
+        return (self.W @ Q[0]) @ self.W.mT
 
     def dense(self) -> Tensor:
         return self.W
@@ -76,13 +77,20 @@ class SparseCross(Cross):
         column: (nnz,) its position among the q columns, ascending within a level.
         values: (nnz, k) its entries.
         shape: (levels, k, q).
+        partition: groups of the q columns; columns of one level are of one group.
     """
 
     def __init__(
-        self, level: Tensor, column: Tensor, values: Tensor, shape: tuple[int, int, int]
+        self,
+        level: Tensor,
+        column: Tensor,
+        values: Tensor,
+        shape: tuple[int, int, int],
+        partition: Partition,
     ) -> None:
         self.level, self.column, self.values = level, column, values
         self.shape = shape
+        self.partition = partition
         # Each pair (a, b) of columns of one level with a <= b, as positions among the non-zeros.
         count = torch.bincount(level, minlength=shape[0])
         ends = count.cumsum(0)[level]
@@ -91,7 +99,8 @@ class SparseCross(Cross):
         self._a = at.repeat_interleave(partners)
         starts = partners.cumsum(0) - partners
         self._b = torch.arange(len(self._a), device=level.device) - (starts - at)[self._a]
-        self._target = column[self._a] * shape[2] + column[self._b]
+        self._target = partition.index(column[self._a], column[self._b])
+        self._own = partition.index(column, column)
         if shape[1] == 1:
             # With one effect a pair is one number; what it was made of is not needed again.
             self._product = values[self._a, 0] * values[self._b, 0]
@@ -108,8 +117,7 @@ class SparseCross(Cross):
         return y.new_zeros(self.shape[2], y.shape[2]).index_add(0, self.column, part)
 
     def gram(self, K: Tensor) -> Tensor:
-        q = self.shape[2]
-        total = K.new_zeros(q * q)
+        total = self.partition.zeros(K)
         if self.shape[1] == 1:
             part = K[:, 0, 0][self._pair_level] * self._product
             # In place where it can be: q * q is the largest of all.
@@ -120,14 +128,15 @@ class SparseCross(Cross):
             for a, b, target in self._chunks():
                 left = (self.values[a][:, None, :] @ K[self.level[a]])[:, 0]
                 total = total.index_add(0, target, (left * self.values[b]).sum(1))
-        upper = total.reshape(q, q)
+        # Within a group, positions rise with columns: all pairs are on or above the diagonal.
+        upper = self.partition.square(total)
         return upper + upper.triu(1).mT
 
     def quadratic(self, Q: Tensor) -> Tensor:
         levels, k, _ = self.shape
         flat = Q.reshape(-1)
         own = self.values[:, :, None] * self.values[:, None, :]
-        own = own * Q.diagonal()[self.column][:, None, None]
+        own = own * flat[self._own][:, None, None]
         diagonal = Q.new_zeros(levels, k, k).index_add(0, self.level, own)
         upper = Q.new_zeros(levels, k, k)
         if k == 1:
@@ -150,17 +159,79 @@ class SparseCross(Cross):
         return zip(*(x.split(_CHUNK) for x in (self._a, self._b, self._target)))
 
 
-def cross_product(one: IndexedDesign, two: Sequence[Design], like: Tensor) -> Cross:
-    """W for the eliminated factor's design and the others', sparse where that is less work."""
-    shape = (one.levels, one.effects, sum(design.shape[1] for design in two))
+def cross_product(
+    one: IndexedDesign, two: Sequence[Design], linked: Sequence[bool], like: Tensor
+) -> tuple[Cross, Tensor, Partition]:
+    """Cross-products of the eliminated factor with the others, and of those.
+
+    Args:
+        one: design of the eliminated factor.
+        two: the other designs.
+        linked: whether the columns of a design belong together whatever the data.
+        like: gives dtype and device.
+
+    Returns:
+        W, :math:`Z_2^\\top Z_2` by groups of columns, and the groups.
+    """
+    q = sum(design.shape[1] for design in two)
+    whole = Partition.of_one(q, like.device)
     if not (one.levels and two and all(isinstance(design, IndexedDesign) for design in two)):
-        return DenseCross(_dense(one, two, like))
+        return DenseCross(_dense(one, two, like)), _square(two, like), whole
     level, column, values = _non_zeros(one, two, like)  # type: ignore[arg-type]
     count = torch.bincount(level, minlength=one.levels).double()
     pairs = float((count * (count + 1) / 2).sum())
-    if PAIR_COST * pairs > float(one.levels) * shape[2] ** 2 or pairs > 2**28:
-        return DenseCross(_dense(one, two, like))
-    return SparseCross(level, column, values, shape)
+    if PAIR_COST * pairs > float(one.levels) * q**2 or pairs > 2**28:
+        return DenseCross(_dense(one, two, like)), _square(two, like), whole
+    cells = _cells(two, like)  # type: ignore[arg-type]
+    first = torch.ones_like(level, dtype=torch.bool)
+    first[1:] = level[1:] != level[:-1]
+    # A level links all columns that it meets: each to the first of them.
+    anchor = column[first][first.cumsum(0) - 1]
+    edges = [(anchor, column), *[(i, j) for i, j, _ in cells], *_links(two, linked, like)]
+    partition = Partition.of(q, edges, like.device)
+    flat = partition.zeros(like)
+    for i, j, value in cells:
+        flat = flat.index_add(0, partition.index(i, j), value)
+    upper = partition.square(flat)
+    square = upper + upper.triu(1).mT
+    shape = (one.levels, one.effects, q)
+    return SparseCross(level, column, values, shape, partition), square, partition
+
+
+def _links(
+    two: Sequence[Design], linked: Sequence[bool], like: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """Edges between columns that belong together whatever the data: those of a linked design,
+    and the effects of one level."""
+    found, start = [], 0
+    for design, together in zip(two, linked, strict=True):
+        assert isinstance(design, IndexedDesign)
+        column = torch.arange(start, start + design.shape[1], device=like.device)
+        step = design.shape[1] if together else design.effects
+        found.append(((column - start) // step * step + start, column))
+        start += design.shape[1]
+    return found
+
+
+def _cells(two: Sequence[IndexedDesign], like: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    r"""Entries of :math:`Z_2^\\top Z_2` on and above its diagonal: row, column, value."""
+    found = []
+    starts = [0]
+    for design in two:
+        starts.append(starts[-1] + design.shape[1])
+    for t, a in enumerate(two):
+        for u, b in enumerate(two[t:], t):
+            level, column, values = _non_zeros(a, [b], like)
+            for i in range(a.effects):
+                row, col = starts[t] + level * a.effects + i, starts[u] + column
+                kept = row <= col
+                found.append((row[kept], col[kept], values[kept, i]))
+    return found
+
+
+def _square(two: Sequence[Design], like: Tensor) -> Tensor:
+    rows = [torch.cat([product(a, b, like) for b in two], 1) for a in two]
+    return (torch.cat(rows) if rows else like.new_zeros(0, 0))[None]
 
 
 def values_of(design: IndexedDesign, like: Tensor) -> Tensor:

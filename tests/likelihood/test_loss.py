@@ -1,6 +1,7 @@
 """The likelihood against a dense reference, and the solvers against each other."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from openreml_nn.covariance import (
 )
 from openreml_nn.estimation import REMLResult
 from openreml_nn.estimation.aireml import Curvature
-from openreml_nn.likelihood import NotPositiveDefiniteError
+from openreml_nn.likelihood import NotPositiveDefiniteError, cross
 from openreml_nn.likelihood.loss import listen
 from tests.likelihood.models import models, reference
 
@@ -64,9 +65,15 @@ def _objective(m, method, solver):
     return heard[0], value
 
 
+@pytest.mark.parametrize("pair_cost", [0, cross.PAIR_COST, 1e9], ids=["sparse", "auto", "dense"])
 @given(st.data(), st.sampled_from(METHODS))
-def test_blocked_equals_dense(data, method):
+def test_blocked_equals_dense(pair_cost, data, method):
     m = data.draw(models())
+    with mock.patch.object(cross, "PAIR_COST", pair_cost):
+        _compare_solvers(m, method)
+
+
+def _compare_solvers(m, method):
     parameters = list(m.covariance.parameters())
     found = {}
     for solver in SOLVERS:

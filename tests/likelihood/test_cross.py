@@ -1,0 +1,112 @@
+"""Cross-products by their non-zeros against dense ones, and groups of columns."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from openreml_nn.covariance.design import IndexedDesign
+from openreml_nn.likelihood import cross
+from openreml_nn.likelihood.partition import Partition
+
+
+def dense(design):
+    return design.matmul(torch.eye(design.shape[1]))
+
+
+def nested(n, seed):
+    """Three nested factors and the design of a crossed one."""
+    generator = torch.Generator().manual_seed(seed)
+    inner = torch.randint(0, 12, (n,), generator=generator)
+    return inner, inner // 3, inner // 6
+
+
+@given(st.integers(0, 1000), st.sampled_from([1, 2]), st.sampled_from([1, 2]), st.booleans())
+def test_sparse_products_equal_dense_ones(seed, k, r, crossed):
+    n = 40
+    generator = torch.Generator().manual_seed(seed)
+    inner, middle, outer = nested(n, seed)
+    if crossed:
+        outer = torch.randint(0, 2, (n,), generator=generator)
+
+    def values(effects):
+        return None if effects == 1 else torch.randn(n, effects, generator=generator)
+
+    one = IndexedDesign(inner, values(k), 12)
+    two = [IndexedDesign(middle, values(r), 4), IndexedDesign(outer, values(1), 2)]
+    like = torch.zeros(n, 1)
+    W, square, partition = _forced(one, two, [False, False], like)
+    assert isinstance(W, cross.SparseCross)
+    Z1 = dense(one)
+    Z2 = torch.cat([dense(design) for design in two], 1)
+    expected = (Z1.mT @ Z2).unflatten(0, (12, k))
+    torch.testing.assert_close(W.dense(), expected)
+    torch.testing.assert_close(_whole(square, partition), Z2.mT @ Z2)
+    if not crossed:
+        assert partition.count == 2
+
+    K = torch.randn(12, k, k, generator=generator)
+    K = K + K.mT
+    gram = (expected.mT @ K @ expected).sum(0)
+    torch.testing.assert_close(_whole(W.gram(K), partition), gram)
+    Q = torch.randn(partition.q, partition.q, generator=generator)
+    Q = (Q + Q.mT) * (partition.group[:, None] == partition.group)
+    by_groups = _by_groups(Q, partition)
+    torch.testing.assert_close(W.quadratic(by_groups), expected @ Q @ expected.mT)
+    x = torch.randn(partition.q, 3, generator=generator)
+    torch.testing.assert_close(W.times(x), expected @ x)
+    y = torch.randn(12, k, 3, generator=generator)
+    torch.testing.assert_close(W.t_times(y), (expected.mT @ y).sum(0))
+    torch.testing.assert_close(partition.collect(partition.spread(x)), x)
+    torch.testing.assert_close(partition.collect(by_groups @ partition.spread(x)), Q @ x)
+    own = partition.own(by_groups, 0, 4, r)
+    blocks = Q[: 4 * r, : 4 * r].reshape(4, r, 4, r)
+    torch.testing.assert_close(own, torch.stack([blocks[i, :, i] for i in range(4)]))
+
+
+def _forced(one, two, linked, like):
+    before = cross.PAIR_COST
+    cross.PAIR_COST = 0
+    try:
+        return cross.cross_product(one, two, linked, like)
+    finally:
+        cross.PAIR_COST = before
+
+
+def _whole(square, partition):
+    i = torch.arange(partition.q)
+    same = partition.group[:, None] == partition.group
+    at = torch.where(same, partition.index(i[:, None], i), 0)
+    return torch.where(same, square.reshape(-1)[at], 0.0)
+
+
+def _by_groups(Q, partition):
+    flat = partition.zeros(Q)
+    i, j = (partition.group[:, None] == partition.group).nonzero(as_tuple=True)
+    flat[partition.index(i, j)] = Q[i, j]
+    return partition.square(flat)
+
+
+def test_columns_of_a_linked_design_stay_together():
+    inner, middle, outer = nested(40, 0)
+    two = [IndexedDesign(middle, None, 4), IndexedDesign(outer, None, 2)]
+    _, _, partition = _forced(
+        IndexedDesign(inner, None, 12), two, [False, True], torch.zeros(40, 1)
+    )
+    assert partition.count == 1
+
+
+def test_groups_of_very_unequal_size_are_not_padded():
+    chain = torch.arange(50)
+    edges = [(chain[:-1] * (chain[1:] < 40), chain[1:] * (chain[1:] < 40))]
+    partition = Partition.of(60, edges, torch.device("cpu"))
+    assert partition.whole
+
+
+@pytest.mark.parametrize("q", [0, 1, 5])
+def test_one_group(q):
+    partition = Partition.of_one(q, torch.device("cpu"))
+    assert partition.whole
+    x = torch.randn(q, 2)
+    torch.testing.assert_close(partition.collect(partition.spread(x)), x)
+    assert partition.square(partition.zeros(x)).shape == (1, q, q)
