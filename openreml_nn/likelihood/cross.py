@@ -19,8 +19,13 @@ __all__ = ["Cross", "DenseCross", "SparseCross", "cross_product", "values_of"]
 
 #: Pairs of entries that are worked on at a time, to bound memory.
 _CHUNK = 2**21
-#: A pair costs about as much as so many multiplications of a dense product.
-PAIR_COST = 25
+#: A pair costs about as much as so many entries of a dense product: it is far from the others in
+#: memory, while a dense product runs at full speed.
+PAIR_COST = 1000
+#: More pairs than these would take more than 1.5 GB.
+_MOST_PAIRS = 2**26
+#: Columns that a symmetric dense product is split into, so that half of it need not be computed.
+_PANELS = 8
 
 
 class Cross:
@@ -60,10 +65,24 @@ class DenseCross(Cross):
         return self.W.flatten(0, 1).mT @ y.flatten(0, 1)
 
     def gram(self, K: Tensor) -> Tensor:
-        return (self.W.flatten(0, 1).mT @ (K @ self.W).flatten(0, 1))[None]
+        left, right = self.W.flatten(0, 1).mT, (K @ self.W).flatten(0, 1)
+        # Panel by panel, only down to the diagonal.
+        panels = [left[:end] @ right[:, start:end] for start, end in self._panels()]
+        q = self.W.shape[2]
+        upper = torch.cat([torch.nn.functional.pad(p, (0, 0, 0, q - len(p))) for p in panels], 1)
+        return (upper.triu() + upper.triu(1).mT)[None]
 
     def quadratic(self, Q: Tensor) -> Tensor:
-        return (self.W @ Q[0]) @ self.W.mT
+        # Q is U + U' with U its upper triangle and half its diagonal.
+        half = Q[0].triu() - torch.diag_embed(Q[0].diagonal() / 2)
+        parts = [self.W[..., :end] @ half[:end, start:end] for start, end in self._panels()]
+        found = torch.cat(parts, -1) @ self.W.mT
+        return found + found.mT
+
+    def _panels(self) -> list[tuple[int, int]]:
+        q = self.W.shape[2]
+        width = max(1, -(-q // _PANELS))
+        return [(start, min(start + width, q)) for start in range(0, max(q, 1), width)]
 
     def dense(self) -> Tensor:
         return self.W
@@ -180,7 +199,7 @@ def cross_product(
     level, column, values = _non_zeros(one, two, like)  # type: ignore[arg-type]
     count = torch.bincount(level, minlength=one.levels).double()
     pairs = float((count * (count + 1) / 2).sum())
-    if PAIR_COST * pairs > float(one.levels) * q**2 or pairs > 2**28:
+    if PAIR_COST * pairs > float(one.levels) * q**2 or pairs > _MOST_PAIRS:
         return DenseCross(_dense(one, two, like)), _square(two, like), whole
     cells = _cells(two, like)  # type: ignore[arg-type]
     first = torch.ones_like(level, dtype=torch.bool)
