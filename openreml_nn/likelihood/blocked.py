@@ -232,6 +232,9 @@ class BlockedProblem(Problem):
     ) -> Tensor:
         """:math:`\\Lambda S \\Lambda^\\top` (or transposed) for symmetric S by groups of columns."""
         by = self.partition
+        if all(isinstance(part, DiagonalCovariance) or len(part.matrix) == 1 for part in parts):
+            scale = by.spread(self.multiply(parts, square.new_ones(self.q, 1)))
+            return square * scale * scale.mT
         half = by.spread(self.multiply(parts, by.collect(square), transpose))
         return by.spread(self.multiply(parts, by.collect(half.mT), transpose))
 

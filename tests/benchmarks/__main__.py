@@ -8,6 +8,7 @@ noisy machine is noisy for both; the table shows medians and their ratio.
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 import statistics
 from pathlib import Path
@@ -32,6 +33,8 @@ def main() -> None:
     )
     for name in options.cases or CASES:
         console.print(_table(CASES[name], options.runs))
+    seconds = [measure(CASES[f"nested-{n}"], "ours").seconds for n in (100_000, 1_000_000)]
+    console.print(f"cost exponent of nested levels: {math.log10(seconds[1] / seconds[0]):.2f}")
 
 
 def _processor() -> str:
@@ -49,7 +52,7 @@ def _table(case: Case, runs: int) -> Table:
         for engine in engines:
             found[engine].append(measure(case, engine))
     table = Table(title=f"{case.name}: {case.what}", title_justify="left")
-    for column in ("", "seconds", "of ours", "peak MB", "log-likelihood"):
+    for column in ("", "seconds", "of ours", "peak MB", "of it fitting", "log-likelihood"):
         table.add_column(column, justify="right" if column else "left")
     ours = statistics.median(m.seconds for m in found["ours"])
     for engine, measured in found.items():
@@ -61,11 +64,12 @@ def _table(case: Case, runs: int) -> Table:
             f"{seconds:.2f}",
             f"{seconds / ours:.1f}",
             f"{memory:.0f}",
+            f"{statistics.median(m.grown_mb for m in measured):.0f}",
             f"{measured[0].log_likelihood:.4f}",
         )
     for engine in case.engines:
         if engine not in engines:
-            table.add_row(engine, "not installed", "", "", "")
+            table.add_row(engine, "not installed", "", "", "", "")
     return table
 
 
