@@ -122,11 +122,10 @@ class Encoded:
         parts: dict[str, Matrix] = {}
         for design in self.random:
             q = len(design.levels)
-            labels = pd.Categorical.from_codes(design.codes.numpy(), list(design.levels))
             k = len(design.effects)
             values = None if design.is_intercept else design.values
             parts[design.name] = CovariancePropagation(
-                z=DummyMatrix(labels, lex_order=False, covariates=values),
+                z=DummyMatrix.from_codes(design.codes, design.levels, values),
                 g=ScalarMatrix(q)
                 if k == 1
                 else KroneckerProduct(levels=IdentityMatrix(q), effects=UnstructuredMatrix(k)),
@@ -277,7 +276,7 @@ class Encoder:
     def _learn_categories(self, table: pd.DataFrame) -> None:
         for name in self._fixed_columns():
             if self._is_factor(table[name]):
-                categories = _categories(table[name])
+                _, categories = _coded(table[name])
                 if len(categories) < 2:
                     raise InputError(
                         f"{self.source}: column {name!r} has one level, {categories[0]!r}: "
@@ -289,14 +288,14 @@ class Encoder:
         """The table with factors as categoricals of the known levels."""
         table = table.copy(deep=False)
         for name, categories in self.state["categories"].items():
-            labels = _labels(table[name])
-            unknown = sorted(set(labels.unique()) - set(categories))
-            if unknown:
+            codes, _ = _coded(table[name], categories)
+            if (codes < 0).any():
+                unknown = _label(table[name].iloc[int(np.argmax(codes < 0))])
                 raise InputError(
-                    f"{self.source}: column {name!r} has the level {unknown[0]!r}, "
+                    f"{self.source}: column {name!r} has the level {unknown!r}, "
                     f"which the model does not know: expected one of {categories[:10]}"
                 )
-            table[name] = pd.Categorical(labels, categories=categories)
+            table[name] = pd.Categorical.from_codes(codes, categories)
         return table
 
     # ------------------------------------------------------------------ values
@@ -382,29 +381,33 @@ class Encoder:
 
     def _codes(self, part: RandomPart, table: pd.DataFrame) -> tuple[Tensor, tuple[str, ...]]:
         """Level of each row; only combinations that occur are levels."""
-        labels = [_labels(table[name]) for name in part.factors]
         known = self.state["groups"].get(part.group)
-        if known is None:
-            columns = [_categories(table[name]) for name in part.factors]
-        else:
-            columns = known["columns"]
+        given = known["columns"] if known else [None] * len(part.factors)
+        coded = [_coded(table[f], c) for f, c in zip(part.factors, given, strict=True)]
+        columns = [categories for _, categories in coded]
         cell = np.zeros(len(table), dtype=np.int64)
         seen = np.ones(len(table), dtype=bool)
-        for label, categories in zip(labels, columns, strict=True):
-            code = pd.Categorical(label, categories=categories).codes.astype(np.int64)
+        for code, categories in coded:
             seen &= code >= 0
             cell = cell * len(categories) + code
-        cells = np.unique(cell) if known is None else np.asarray(known["cells"], dtype=np.int64)
-        if known is None:
-            if len(cells) < 2:
-                raise InputError(
-                    f"{self.source}: grouping factor {part.group!r} has one level: "
-                    "a random effect needs two"
-                )
-            self.state["groups"][part.group] = {"columns": columns, "cells": cells.tolist()}
+        if known is not None:
+            cells = np.asarray(known["cells"], dtype=np.int64)
+        elif len(columns) == 1:
+            cells = np.arange(len(columns[0]))
+        else:
+            cells = np.unique(cell)
+        if len(cells) < 2:
+            raise InputError(
+                f"{self.source}: grouping factor {part.group!r} has one level: "
+                "a random effect needs two"
+            )
+        self.state["groups"][part.group] = {"columns": columns, "cells": cells.tolist()}
+        levels = _cell_labels(cells, columns)
+        if len(columns) == 1:
+            return torch.from_numpy(cell), levels
         at = np.searchsorted(cells, cell).clip(max=len(cells) - 1)
         codes = np.where(seen & (cells[at] == cell), at, -1)
-        return torch.from_numpy(codes), _cell_labels(cells, columns)
+        return torch.from_numpy(codes), levels
 
     def _check_size(self, design: RandomDesign, n: int) -> None:
         size = len(design.levels) * len(design.effects)
@@ -415,18 +418,25 @@ class Encoder:
             )
 
 
-def _labels(column: pd.Series) -> pd.Series:
-    """Labels as strings; whole numbers without a decimal point."""
-    if isinstance(column.dtype, pd.CategoricalDtype):
-        names = [_label(value) for value in column.cat.categories]
-        if len(set(names)) == len(names):
-            return pd.Series(
-                pd.Categorical.from_codes(column.cat.codes, names), index=column.index
-            ).astype(str)
+def _coded(column: pd.Series, categories: list[str] | None = None) -> tuple[np.ndarray, list[str]]:
+    """Code of each row among the categories, -1 for another, and the categories.
+
+    By default they are the labels that occur: in a categorical's order,
+    numbers by size, all else by spelling.
+    """
     values, uniques = pd.factorize(column)
-    return pd.Series(
-        np.array([_label(u) for u in uniques], dtype=object)[values], index=column.index
-    )
+    labels = [_label(value) for value in uniques]
+    if categories is None:
+        if isinstance(column.dtype, pd.CategoricalDtype):
+            order = np.argsort(column.cat.categories.get_indexer(uniques))
+        elif pd.api.types.is_numeric_dtype(column):
+            order = np.argsort(np.asarray(uniques))
+        else:
+            order = np.array(sorted(range(len(labels)), key=labels.__getitem__), dtype=np.int64)
+        categories = list(dict.fromkeys(labels[i] for i in order))
+    position = {label: i for i, label in enumerate(categories)}
+    place = np.array([position.get(label, -1) for label in labels], dtype=np.int64)
+    return place[values], categories
 
 
 def _label(value: Any) -> str:
@@ -435,19 +445,10 @@ def _label(value: Any) -> str:
     return str(value)
 
 
-def _categories(column: pd.Series) -> list[str]:
-    """Levels that occur: in a categorical's order, numbers by size, all else by spelling."""
-    if isinstance(column.dtype, pd.CategoricalDtype):
-        present = set(column.unique())
-        return [_label(value) for value in column.cat.categories if value in present]
-    uniques = pd.unique(column)
-    numeric = pd.api.types.is_numeric_dtype(column)
-    ordered = sorted(uniques) if numeric else sorted(uniques, key=str)
-    return [_label(value) for value in ordered]
-
-
 def _cell_labels(cells: np.ndarray, columns: Sequence[Sequence[str]]) -> tuple[str, ...]:
     """Labels of combinations of levels, joined by ':' unless that makes two alike."""
+    if len(columns) == 1:
+        return tuple(columns[0][i] for i in cells.tolist())
     parts, rest = [], cells
     for categories in reversed(columns):
         parts.append(np.asarray(categories, dtype=object)[rest % len(categories)])

@@ -94,19 +94,56 @@ class DummyMatrix(Matrix):
             raise ValueError("no columns are left: the factor has a single level")
         position = np.full(len(combos) + 1, -1, dtype=np.int64)
         position[order] = np.arange(len(order))
-        codes = position[codes]
-        self._colnames = ["⋈".join(map(str, combos[i])) for i in order]
+        names = ["⋈".join(map(str, combos[i])) for i in order]
+        self._build(torch.from_numpy(position[codes]), names, covariates)
 
-        k = 1
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Tensor,
+        levels: Sequence[str] | int,
+        covariates: Tensor | nn.Module | None = None,
+    ) -> DummyMatrix:
+        """The design of level codes, as an embedding takes them.
+
+        Args:
+            codes: (n,) level of each row, from 0; -1 for a row of zeros.
+            levels: names of the levels, or how many there are.
+            covariates: as for labels.
+
+        Raises:
+            ValueError: if a code is out of range or ``codes`` is not 1-D.
+
+        >>> DummyMatrix.from_codes(torch.tensor([1, 0, 1]), 2)()
+        tensor([[0., 1.],
+                [1., 0.],
+                [0., 1.]])
+        """
+        names = list(map(str, range(levels))) if isinstance(levels, int) else list(levels)
+        if codes.dim() != 1 or codes.is_floating_point() or not len(codes):
+            raise ValueError(
+                f"`codes` is {codes.dtype} of shape {tuple(codes.shape)}: expected (n,) integers"
+            )
+        if not -1 <= int(codes.min()) <= int(codes.max()) < len(names):
+            raise ValueError(f"`codes` reach beyond the {len(names)} levels")
+        made = cls.__new__(cls)
+        made._build(codes.long(), names, covariates)
+        return made
+
+    def _build(
+        self, codes: Tensor, names: list[str], covariates: Tensor | nn.Module | None
+    ) -> None:
+        n, k = len(codes), 1
         if isinstance(covariates, nn.Module):
             with torch.no_grad():
                 k = _checked(covariates(), n).shape[1]
         elif covariates is not None:
             covariates = _checked(covariates, n)
             k = covariates.shape[1]
-        super().__init__((n, len(order) * k), {})
+        super().__init__((n, len(names) * k), {})
+        self._colnames = names
         self.register_buffer("like", torch.empty(0), persistent=False)
-        self.register_buffer("codes", torch.from_numpy(codes), persistent=False)
+        self.register_buffer("codes", codes, persistent=False)
         if isinstance(covariates, nn.Module):
             self.covariates = covariates
         elif isinstance(covariates, nn.Parameter):

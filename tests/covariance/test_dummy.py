@@ -101,3 +101,12 @@ def test_wrong_input_is_refused(labels, options, match):
 def test_a_single_string_is_refused():
     with pytest.raises(TypeError, match="sequence of labels"):
         DummyMatrix("abc")
+
+
+def test_design_from_codes():
+    Z = DummyMatrix.from_codes(torch.tensor([1, 0, -1]), ["a", "b"])
+    assert Z.colnames == ["a", "b"]
+    torch.testing.assert_close(Z(), torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]]))
+    for codes in (torch.tensor([2]), torch.tensor([-2]), torch.tensor([[0]]), torch.tensor([0.0])):
+        with pytest.raises(ValueError, match="codes"):
+            DummyMatrix.from_codes(codes, 2)
