@@ -171,6 +171,16 @@ class BlockedProblem(Problem):
         log_det = self.n * s.log() + _log_det(D).sum() + _log_det(M).sum()
         return self._profile(log_det, F[:-1, :-1], F[:-1, -1], F[-1, -1])[0]
 
+    def cost(self) -> tuple[float, float]:
+        """Operations of an evaluation with its scores, and bytes held for it."""
+        by, k = self.partition, self.k
+        groups = max(by.count, 1) * float(by.size) ** 2
+        r = self.p + 1
+        own = self.levels * k * (8.0 * k * k + 4 * k * r)
+        work = own + 2 * self.W.work + 2 * groups * by.size
+        memory = self.Aff.itemsize * (self.W.entries + 5 * groups + 8.0 * self.levels * k * (k + r))
+        return work, memory
+
     # ------------------------------------------------------------------ helpers
 
     def joint_blocks(self, parts: Sequence[Covariance], eye: Tensor) -> Tensor:

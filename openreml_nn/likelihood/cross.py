@@ -29,7 +29,15 @@ _PANELS = 8
 
 
 class Cross:
-    """W, (levels, k, q), known by its products; K and the results hold a block a level."""
+    """W, (levels, k, q), known by its products; K and the results hold a block a level.
+
+    Attributes:
+        entries: how many numbers it holds.
+        work: operations of :meth:`gram`, and of :meth:`quadratic`.
+    """
+
+    entries: float
+    work: float
 
     def times(self, x: Tensor) -> Tensor:
         """:math:`W x` for x (q, m), (levels, k, m)."""
@@ -57,6 +65,8 @@ class DenseCross(Cross):
 
     def __init__(self, W: Tensor) -> None:
         self.W = W
+        self.entries = float(W.numel())
+        self.work = self.entries * W.shape[2]
 
     def times(self, x: Tensor) -> Tensor:
         return self.W @ x
@@ -120,7 +130,10 @@ class SparseCross(Cross):
         self._b = torch.arange(len(self._a), device=level.device) - (starts - at)[self._a]
         self._target = partition.index(column[self._a], column[self._b])
         self._own = partition.index(column, column)
-        if shape[1] == 1:
+        pairs, k = float(len(self._target)), shape[1]
+        self.entries = 3 * pairs + values.numel()
+        self.work = 4 * pairs * k * k
+        if k == 1:
             # With one effect a pair is one number; what it was made of is not needed again.
             self._product = values[self._a, 0] * values[self._b, 0]
             self._pair_level = level[self._a]

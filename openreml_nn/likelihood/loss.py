@@ -203,6 +203,7 @@ class REMLLoss(nn.Module):
             fixed = FixedPart.of(y.to(dtype), X.to(dtype), self.names)
         self._plan = Plan.of(terms, fixed.Q.shape[1], self.solver, dtype)
         problem = self._plan.problem(fixed, terms, self.method)
+        self._plan = self._plan.measured(problem)
         if wrapped or graph:
             self._prepared = None
             if not wrapped:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -79,6 +79,21 @@ class Plan:
     def problem(self) -> type[Problem]:
         """The class that carries the plan out."""
         return SOLVERS[self.solver]
+
+    def measured(self, problem: Problem) -> Plan:
+        """The plan with what a prepared problem found out: which columns have nothing in common."""
+        if not isinstance(problem, BlockedProblem) or not problem.q:
+            return self
+        by = problem.partition
+        how = f"{by.count} groups of at most {by.size} x {by.size}" if not by.whole else None
+        order = tuple(
+            f"{step.split(': dense')[0]}: {how}"
+            if how and step.endswith(f"{problem.q} x {problem.q}")
+            else step
+            for step in self.order
+        )
+        work, memory = problem.cost()
+        return replace(self, order=order, work=work, memory=memory)
 
     def __str__(self) -> str:
         lines = [

@@ -267,7 +267,24 @@ def test_plan_says_what_was_chosen_and_why():
     for part in ("solver", "'subject': 5 blocks of 2 x 2", "'item': dense, 3 x 3", "20 rows"):
         assert part in text
     assert loss.plan.solver == "blocked"
+    assert loss.plan.work > 0
     assert REMLLoss(V, solver="dense").plan.solver == "dense"
+
+
+def test_plan_says_that_nested_factors_fall_apart():
+    n = 1200
+    inner = [i // 2 for i in range(n)]
+    parts = {
+        name: CovariancePropagation(z=DummyMatrix(labels), g=ScalarMatrix(len(set(labels))))
+        for name, labels in {
+            "inner": inner,
+            "middle": [i // 5 for i in inner],
+            "outer": [i // 20 for i in inner],
+        }.items()
+    }
+    loss = REMLLoss(Sum({**parts, "residual": ScalarMatrix(n)}).double())
+    loss(torch.randn(n), torch.ones(n, 1))
+    assert "'middle', 'outer': 30 groups of at most 5 x 5" in str(loss.plan)
 
 
 class Own(Matrix):
