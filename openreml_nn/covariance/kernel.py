@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openreml_nn.covariance.design import IdentityDesign
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.params import free_specs, merge_specs
+from openreml_nn.covariance.terms import ScaledCovariance, Term
 from openreml_nn.covariance.transform import TransformChain, TransformExp, TransformExpPow2
 
 __all__ = ["ExponentialMatrix", "GaussianMatrix", "KnownMatrix", "MaternMatrix"]
@@ -238,6 +240,11 @@ class KnownMatrix(Matrix):
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
         pulled = (cotangent * self.matrix.to(cotangent)).sum().reshape(1)
         return self._chain_vjp(pulled, free_params)
+
+    def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
+        variance = self.build_params(free_params).reshape(1, 1)
+        whole = Term(IdentityDesign(self.shape[0]), ScaledCovariance(variance, self.matrix))
+        return [whole.take(rows)]
 
     def moment_start(self, variance: Tensor) -> None:
         size = self.matrix.diagonal().to(variance).mean()

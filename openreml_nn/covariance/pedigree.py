@@ -12,8 +12,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from openreml_nn.covariance.design import IdentityDesign
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.params import free_specs, merge_specs
+from openreml_nn.covariance.terms import ScaledCovariance, Term
 from openreml_nn.covariance.transform import TransformExpPow2
 
 __all__ = ["KnownInverseMatrix", "Pedigree"]
@@ -232,6 +234,11 @@ class KnownInverseMatrix(Matrix):
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
         pulled = (cotangent * self._matrix(cotangent)).sum().reshape(1)
         return self._chain_vjp(pulled, free_params)
+
+    def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
+        variance = self.build_params(free_params).reshape(1, 1)
+        known = ScaledCovariance(variance, self._matrix(variance.detach()))
+        return [Term(IdentityDesign(self.shape[0]), known).take(rows)]
 
     def moment_start(self, variance: Tensor) -> None:
         self._set(self.param_names[0], variance.mean())

@@ -7,7 +7,7 @@ a design with a structured covariance.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ __all__ = [
     "DenseCovariance",
     "DiagonalCovariance",
     "RepeatedCovariance",
+    "ScaledCovariance",
     "Term",
     "propagate",
 ]
@@ -41,6 +42,11 @@ class Covariance:
     def multiply(self, x: Tensor, transpose: bool = False) -> Tensor:
         """:math:`G x`, or :math:`G^\\top x`, for ``x`` of shape (q, m)."""
         raise NotImplementedError
+
+    def whole(self, size: int) -> Tensor:
+        """G itself, (q, q)."""
+        eye = torch.eye(size, dtype=self.matrix.dtype, device=self.matrix.device)
+        return self.multiply(eye)
 
     def root(self) -> Covariance:
         r"""Some :math:`\Lambda` of the same structure with :math:`G = \Lambda\Lambda^\top`.
@@ -131,11 +137,40 @@ class DenseCovariance(Covariance):
     def multiply(self, x: Tensor, transpose: bool = False) -> Tensor:
         return (self.matrix.mT if transpose else self.matrix) @ x
 
+    def whole(self, size: int) -> Tensor:
+        return self.matrix
+
     def root(self) -> DenseCovariance:
         return DenseCovariance(_root(self.matrix))
 
     def fold(self, cotangent: Tensor) -> Tensor:
         return cotangent
+
+
+@dataclass(frozen=True)
+class ScaledCovariance(Covariance):
+    r""":math:`G = \sigma^2 K` with K the known ``base`` (q, q) and ``matrix`` the variance (1, 1)."""
+
+    base: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+
+    def with_matrix(self, matrix: Tensor) -> ScaledCovariance:
+        return ScaledCovariance(matrix, self.base)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> ScaledCovariance:
+        # K stays as it is: converting it for every evaluation would take longer than that.
+        return self.with_matrix(function(self.matrix))
+
+    def multiply(self, x: Tensor, transpose: bool = False) -> Tensor:
+        return self.matrix[0] * (self.base.to(x) @ x)
+
+    def whole(self, size: int) -> Tensor:
+        return self.matrix * self.base.to(self.matrix)
+
+    def root(self) -> Covariance:
+        return DenseCovariance(_root(self.matrix[0] * self.base.to(self.matrix)))
+
+    def fold(self, cotangent: Tensor) -> Tensor:
+        return (cotangent * self.base.to(cotangent)).sum().reshape(1, 1)
 
 
 def _root(matrix: Tensor) -> Tensor:
@@ -193,12 +228,9 @@ class Term:
 
     def dense(self) -> Tensor:
         """The (n, n) summand itself."""
-        matrix = self.covariance.matrix
         if isinstance(self.design, IdentityDesign):
-            size = self.design.shape[0]
-            eye = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
-            return self.covariance.multiply(eye)
-        z = self.design.dense(matrix)
+            return self.covariance.whole(self.design.shape[0])
+        z = self.design.dense(self.covariance.matrix)
         return self.design.matmul(self.covariance.multiply(z.mT))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from openreml_nn.covariance import Matrix
 from openreml_nn.covariance.design import IndexedDesign
-from openreml_nn.covariance.terms import RepeatedCovariance, Term
+from openreml_nn.covariance.terms import RepeatedCovariance, ScaledCovariance, Term
 from openreml_nn.estimation.aireml import Curvature
 from openreml_nn.estimation.derivatives import jacobian
 from openreml_nn.files import write_text
@@ -439,6 +439,8 @@ class _Builder:
                 if values is not None and values.shape[1] == len(scale):
                     scale = (values.detach().to(scale) ** 2).mean(0).sqrt()
                 least = torch.linalg.eigvalsh(scale[:, None] * matrix * scale)[0]
+            elif isinstance(term.covariance, ScaledCovariance):
+                least = matrix[0, 0] * term.covariance.base.diagonal().mean()
             elif matrix.dim() == 1:
                 least = matrix.min()
             else:

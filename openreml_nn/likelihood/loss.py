@@ -70,8 +70,9 @@ class REMLLoss(nn.Module):
         covariance: the covariance V of all rows.
         method: ``"reml"``, or ``"ml"`` for the full likelihood.
         solver: ``"dense"`` (Cholesky of V), ``"blocked"`` (in the space of the
-            random effects, V never formed), or ``"auto"``, which takes the one
-            with less predicted work; :attr:`plan` says which and why.
+            random effects, V never formed), ``"spectral"`` (one known kernel and
+            independent errors, by one eigendecomposition), or ``"auto"``, which
+            takes the one with less work; :attr:`plan` says which and why.
         reduction: ``"mean"`` divides by the number of rows, ``"sum"`` does not.
 
     Attributes:

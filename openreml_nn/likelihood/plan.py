@@ -12,10 +12,15 @@ from openreml_nn.errors import InputError
 from openreml_nn.likelihood.blocked import BlockedProblem, Layout
 from openreml_nn.likelihood.dense import DenseProblem
 from openreml_nn.likelihood.problem import Problem
+from openreml_nn.likelihood.spectral import SpectralProblem, spectral_terms
 
 __all__ = ["Plan", "check_solver"]
 
-SOLVERS: dict[str, type[Problem]] = {"dense": DenseProblem, "blocked": BlockedProblem}
+SOLVERS: dict[str, type[Problem]] = {
+    "dense": DenseProblem,
+    "blocked": BlockedProblem,
+    "spectral": SpectralProblem,
+}
 
 
 def check_solver(solver: str) -> None:
@@ -23,7 +28,9 @@ def check_solver(solver: str) -> None:
     if solver == "krylov":
         raise InputError("`solver` 'krylov' is not there yet: use 'blocked' or 'dense'")
     if solver != "auto" and solver not in SOLVERS:
-        raise InputError(f"`solver` is {solver!r}: expected 'auto', 'dense' or 'blocked'")
+        raise InputError(
+            f"`solver` is {solver!r}: expected 'auto', 'dense', 'blocked' or 'spectral'"
+        )
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ class Plan:
     """A chosen solver; printing it says what was chosen, why, and the predicted cost.
 
     Attributes:
-        solver: ``"dense"`` or ``"blocked"``.
+        solver: ``"dense"``, ``"blocked"`` or ``"spectral"``.
         reason: why this one.
         rows: number of rows n.
         fixed_effects: number of fixed effects p.
@@ -60,6 +67,11 @@ class Plan:
         dense = _dense(rows, fixed_effects, dtype.itemsize)
         if solver == "dense":
             return cls("dense", "asked for", rows, fixed_effects, *dense)
+        if solver == "spectral" or (solver == "auto" and spectral_terms(terms)):
+            reason = "asked for" if solver == "spectral" else "one known kernel: decomposed once"
+            return cls(
+                "spectral", reason, rows, fixed_effects, *_spectral(rows, fixed_effects, dtype)
+            )
         try:
             blocked = _blocked(terms, Layout.of(terms), fixed_effects, dtype.itemsize)
         except ValueError as error:
@@ -108,6 +120,11 @@ class Plan:
 def _dense(rows: int, p: int, itemsize: int) -> tuple[tuple[str, ...], float, float]:
     work = rows**3 / 3 + 2 * rows**2 * (p + 1)
     return (f"Cholesky factor of V, {rows} x {rows}",), work, 3 * itemsize * rows**2
+
+
+def _spectral(rows: int, p: int, dtype: torch.dtype) -> tuple[tuple[str, ...], float, float]:
+    order = (f"eigendecomposition of the kernel, {rows} x {rows}, once",)
+    return order, 10.0 * rows * (p + 1) ** 2, dtype.itemsize * 2.0 * rows**2
 
 
 def _blocked(
