@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance.terms import Term
+from openreml_nn.covariance.design import IdentityDesign
+from openreml_nn.covariance.terms import DenseCovariance, Term
 from openreml_nn.errors import InputError
 from openreml_nn.likelihood.fixed import FixedPart, check_data, traced
 from openreml_nn.likelihood.problem import Evaluation, Problem, RandomEffects, cholesky
@@ -53,7 +55,8 @@ def restricted_log_likelihood(y: Tensor, X: Tensor, V: Tensor, method: str = "re
     if V.shape != (len(y), len(y)):
         raise ValueError(f"`V` has shape {tuple(V.shape)}: expected {(len(y), len(y))}")
     fixed = FixedPart.plain(y, X) if wrapped else FixedPart.of(y, X)
-    return DenseProblem(fixed, [], method).recorded([V])
+    whole = Term(IdentityDesign(len(y)), DenseCovariance(V))
+    return DenseProblem(fixed, [whole], method).recorded([V])
 
 
 def check_method(method: str) -> None:
@@ -63,25 +66,35 @@ def check_method(method: str) -> None:
 
 
 class DenseProblem(Problem):
-    """Depends on one matrix, V itself."""
+    """Depends on the matrix of each term; V is their sum."""
+
+    def __init__(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> None:
+        super().__init__(fixed, terms, method)
+        self.terms = terms
 
     def matrices(self, terms: Sequence[Term]) -> list[Tensor]:
-        total = terms[0].dense()
-        for term in terms[1:]:
-            total = total + term.dense()
-        return [total]
+        return [term.covariance.matrix for term in terms]
 
     def recorded(self, matrices: Sequence[Tensor]) -> Tensor:
-        return _DenseEvaluation(self, [], matrices[0]).log_likelihood
+        return _DenseEvaluation(self, self._with(matrices)).log_likelihood
 
     def _evaluate(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
-        return _DenseEvaluation(self, terms, matrices[0])
+        return _DenseEvaluation(self, self._with(matrices))
+
+    def _with(self, matrices: Sequence[Tensor]) -> list[Term]:
+        return [
+            replace(term, covariance=term.covariance.with_matrix(matrix))
+            for term, matrix in zip(self.terms, matrices, strict=True)
+        ]
 
 
 class _DenseEvaluation(Evaluation):
-    def __init__(self, problem: Problem, terms: Sequence[Term], V: Tensor) -> None:
+    def __init__(self, problem: DenseProblem, terms: Sequence[Term]) -> None:
         self._problem = problem
         self._terms = terms
+        V = terms[0].dense()
+        for term in terms[1:]:
+            V = V + term.dense()
         y, Q = problem.fixed.y, problem.fixed.Q
         self._L = L = cholesky(V, "V")
         white = torch.linalg.solve_triangular(L, torch.cat([Q, y[:, None]], 1), upper=False)
@@ -114,10 +127,16 @@ class _DenseEvaluation(Evaluation):
         p_y = self._p_y()
         reml = self._problem.method == "reml"
         trace = self._projector() if reml else torch.cholesky_inverse(self._L)
-        return [(torch.outer(p_y, p_y) - trace) / 2]
+        S = (torch.outer(p_y, p_y) - trace) / 2
+        return [term.covariance.fold(_within(term, S)) for term in self._terms]
 
     def information(self, derivatives: Sequence[Tensor]) -> Tensor:
-        working = (derivatives[0] @ self._p_y()).mT  # (n, m)
+        p_y = self._p_y()
+        working = p_y.new_zeros(len(p_y), len(derivatives[0]))  # dV_j P y
+        for term, dG in zip(self._terms, derivatives, strict=True):
+            u = term.design.t_matmul(p_y[:, None])
+            moved = [term.covariance.with_matrix(d).multiply(u) for d in dG]
+            working = working + term.design.matmul(torch.cat(moved, 1))
         white = torch.linalg.solve_triangular(self._L, working, upper=False)
         part = torch.linalg.solve_triangular(
             self.gamma_factor, self._white_Q.mT @ white, upper=False
@@ -132,6 +151,12 @@ class _DenseEvaluation(Evaluation):
                 continue
             u = term.design.t_matmul(p_y[:, None])
             b = term.covariance.multiply(u)[:, 0]
-            half = term.design.t_matmul(projector)
-            found.append(RandomEffects.of(term, b, term.design.t_matmul(half.mT)))
+            found.append(RandomEffects.of(term, b, _within(term, projector)))
         return found
+
+
+def _within(term: Term, square: Tensor) -> Tensor:
+    """:math:`Z^\\top S Z` for the term's design Z."""
+    if isinstance(term.design, IdentityDesign):
+        return square
+    return term.design.t_matmul(term.design.t_matmul(square).mT)
