@@ -54,10 +54,11 @@ class RandomEffects:
         k = z.effects if isinstance(z, IndexedDesign) else 1
         if isinstance(g, RepeatedCovariance):
             k = max(k, g.matrix.shape[0])
-        eye = torch.eye(len(values), dtype=values.dtype, device=values.device)
-        spread = g.multiply(eye) - g.multiply(g.multiply(z_p_z).mT)
-        blocks = spread.reshape(-1, k, len(values) // k, k).diagonal(dim1=0, dim2=2)
-        return cls(term.name, values.reshape(-1, k), blocks.movedim(-1, 0))
+        G, half = g.whole(len(values)), g.multiply(z_p_z)  # G, G Z' P Z
+        levels = (len(values) // k, k)
+        prior = G.unflatten(1, levels).unflatten(0, levels).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+        lost = half.unflatten(0, levels) @ G.unflatten(0, levels).mT
+        return cls(term.name, values.reshape(-1, k), prior - lost)
 
     @classmethod
     def of_levels(cls, name: str, values: Tensor, prior: Tensor, z_p_z: Tensor) -> RandomEffects:
