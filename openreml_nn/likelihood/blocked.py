@@ -3,8 +3,9 @@ r"""The likelihood in the space of the random effects: V is never formed.
 For :math:`V = \sum_t Z_t G_t Z_t^\top + \sigma^2 I` everything follows from
 the cross-products of :math:`[Z_1 \,|\, Z_2 \,|\, X \,|\, y]`, computed once. The
 factor with most columns, :math:`Z_1`, is eliminated first: its part of the
-system is block diagonal, one small block a level. What remains is dense, of
-the size of the other factors' columns.
+system is block diagonal, one small block a level. What remains falls apart
+into groups of columns that have nothing in common: many small ones where the
+other factors are nested, a single dense one where they are crossed.
 
 With :math:`G = \Lambda\Lambda^\top` a variance of zero is an ordinary point:
 no inverse of G is taken.
