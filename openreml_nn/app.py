@@ -133,7 +133,7 @@ def _fit(config: DictConfig, directory: Path) -> None:
         )
     console = Console()
     for part in tables(model.result, formula):
-        console.print(part)
+        console.print(part, soft_wrap=isinstance(part, str))
     write_text(directory / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
     with replacing(directory / "model.ckpt") as temporary:
         trainer.save_checkpoint(temporary, weights_only=False)

@@ -28,7 +28,8 @@ def caterpillar(result: REMLResult, group: str) -> Figure:
         raise ValueError(f"`group` is {group!r}: expected one of {_groups(result)}")
     effects = list(dict.fromkeys(table["effect"]))
     levels = len(table) // len(effects)
-    height = min(12.0, 1.5 + 0.16 * levels)
+    named = levels <= _NAMED
+    height = 1.5 + 0.16 * levels if named else 6.0
     figure = Figure(figsize=(1.5 + 3.2 * len(effects), height), layout="constrained")
     axes = figure.subplots(1, len(effects), squeeze=False)[0]
     # All panels in the order of the first effect, so that a level keeps its line.
@@ -38,13 +39,17 @@ def caterpillar(result: REMLResult, group: str) -> Figure:
         part = table[table["effect"] == effect].set_index("level").loc[order]
         at = np.arange(levels)
         half = 1.96 * part["std_error"]
-        axis.hlines(at, part["blup"] - half, part["blup"] + half, color="C0", lw=1, alpha=0.6)
-        axis.plot(part["blup"], at, "o", color="C0", ms=3 if levels <= _NAMED else 1)
+        low, high = part["blup"] - half, part["blup"] + half
+        if named:
+            axis.hlines(at, low, high, color="C0", lw=1, alpha=0.6)
+        else:
+            axis.fill_betweenx(at, low, high, color="C0", lw=0, alpha=0.35, step="mid")
+        axis.plot(part["blup"], at, "o", color="C0", ms=3 if named else 1)
         axis.axvline(0, color="0.5", lw=0.8, ls="--")
         axis.set_title(effect)
         axis.set_ylim(-1, levels)
-        axis.set_yticks(at if levels <= _NAMED and axis is axes[0] else [])
-        if levels <= _NAMED and axis is axes[0]:
+        axis.set_yticks(at if named and axis is axes[0] else [])
+        if named and axis is axes[0]:
             axis.set_yticklabels(order, fontsize=7)
     axes[0].set_ylabel(f"{group} ({levels} levels)")
     figure.supxlabel("BLUP with 95% prediction interval", fontsize=10)
