@@ -15,6 +15,9 @@ from openreml_nn.estimation.derivatives import hessian_of_sum, jacobian, second_
 from openreml_nn.likelihood.loss import Objective, listen
 from openreml_nn.likelihood.problem import NotPositiveDefiniteError
 
+#: A direction counts as flat when its curvature is this small beside the largest.
+FLAT = 1e-6
+
 __all__ = ["AIREML", "Coordinates", "Curvature", "Step", "average_information_step"]
 
 
@@ -191,12 +194,15 @@ class Curvature:
         norm: :math:`\sqrt{g^\top |H|^{-1} g}`.
         condition: condition number of H, scaled to have a diagonal near 1.
         stuck: coordinates at zero from which the likelihood rises.
+        indistinct: names of parameters about which the data say nothing, or nothing
+            but a combination of them.
     """
 
     def __init__(
         self, objectives: Sequence[Objective], owned: Sequence[Tensor] | None = None
     ) -> None:
         self.objectives = objectives
+        self.indistinct: tuple[str, ...] = ()
         self.at = Coordinates(objectives, owned)
         self.u = u = self.at.read(objectives[0].problem.fixed.y)
         self.score = torch.zeros_like(u)
@@ -226,11 +232,24 @@ class Curvature:
         self.move = inverse @ (vectors.mT @ (self.score / scale)) / scale
         self.norm = float((self.score @ self.move).clamp(min=0).sqrt())
         self.condition = float(size.max() / size.min())
+        self.indistinct = self._indistinct(values, vectors, scale)
         self.stuck = [
             j
             for j, vanishes in enumerate(self.at.vanishing)
             if vanishes and float(u[j]) == 0 and float(self.hessian[j, j]) < 0
         ]
+
+    def _indistinct(self, values: Tensor, vectors: Tensor, scale: Tensor) -> tuple[str, ...]:
+        # A change by a standard deviation or a correlation of 1 that moves the likelihood by
+        # nothing, and directions that are flat beside the steepest.
+        names = [e.name for e in self.at.entries]
+        silent = (self.u != 0) & (self.u**2 * self.hessian.diagonal().abs() < 1e-10)
+        found = {name for name, is_silent in zip(names, silent.tolist(), strict=True) if is_silent}
+        flat = values.abs() < FLAT * values.abs().max()
+        for direction in (vectors[:, flat] / scale[:, None]).T:
+            weight = (direction * self.u).abs()
+            found |= {n for n, w in zip(names, weight, strict=True) if w > 0.1 * weight.max()}
+        return tuple(name for name in names if name in found)
 
     def matrices(self, i: int, u: Tensor) -> tuple[Tensor, ...]:
         """Matrices of the i-th problem as a function of the coordinates."""

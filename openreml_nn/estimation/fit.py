@@ -115,6 +115,13 @@ def fit_reml(
             RuntimeWarning,
             stacklevel=2,
         )
+    if result.indistinct:
+        warnings.warn(
+            f"the data cannot tell apart: {', '.join(result.indistinct)}; only what they have "
+            "in common is estimated",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     if not isfinite(result.log_likelihood):
         raise ValueError("the log-likelihood is not finite")
     return result

@@ -161,6 +161,7 @@ class REMLResult:
         singular: the terms whose covariance is on the boundary: some
             combination of their effects has less than 1e-4 residual standard
             deviations.
+        indistinct: parameters that the data cannot tell apart, or say nothing about.
         score_norm: distance to the optimum in standard errors.
         condition: condition number of the scaled curvature.
         rows: number of rows n.
@@ -179,6 +180,7 @@ class REMLResult:
     method: str
     converged: bool
     singular: tuple[str, ...]
+    indistinct: tuple[str, ...]
     score_norm: float
     condition: float
     rows: int
@@ -243,6 +245,7 @@ class REMLResult:
                 "method": self.method,
                 "converged": self.converged,
                 "singular": list(self.singular),
+                "indistinct": list(self.indistinct),
                 "score_norm": self.score_norm,
                 "condition": self.condition,
                 "rows": self.rows,
@@ -321,11 +324,18 @@ class _Builder:
         for term, effects in zip(self._random_terms, random, strict=True):
             fitted = fitted + term.design.matmul(effects.values.reshape(-1, 1))[:, 0]
         components = self._components()
+        singular = self._singular()
         curvature = self._curvature
         return REMLResult(
             method=problem.method,
             converged=curvature.norm < CONVERGED and not curvature.stuck,
-            singular=self._singular(),
+            singular=tuple(dict.fromkeys(self._label(term).group for term in singular)),
+            # Of a variance that is zero the data say nothing more.
+            indistinct=tuple(
+                name
+                for name in curvature.indistinct
+                if not any(name.startswith(f"{term.name}/") for term in singular)
+            ),
             score_norm=curvature.norm,
             condition=curvature.condition,
             rows=problem.n,
@@ -424,11 +434,11 @@ class _Builder:
         effects = ("(Intercept)",) if k == 1 else tuple(f"effect_{i}" for i in range(k))
         return Label(term.name, effects, tuple(map(str, range(term.design.shape[1] // k))))
 
-    def _singular(self) -> tuple[str, ...]:
+    def _singular(self) -> list[Term]:
         """Terms of which some combination of effects is negligible beside the residual."""
         residual = sum(float(t.covariance.matrix) for t in self._terms if t.is_residual)
         if not residual:
-            return ()
+            return []
         found = []
         for term in self._random_terms:
             matrix = term.covariance.matrix
@@ -446,8 +456,8 @@ class _Builder:
             else:
                 continue
             if float(least) < SINGULAR**2 * residual:
-                found.append(self._label(term).group)
-        return tuple(dict.fromkeys(found))
+                found.append(term)
+        return found
 
 
 def _slope(function: Any, u: Tensor) -> Tensor:

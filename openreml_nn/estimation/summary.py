@@ -50,6 +50,8 @@ def tables(result: REMLResult, title: str | None = None) -> list[Table | str]:
     )
     if result.singular:
         parts.append(f"singular fit: a variance of {', '.join(result.singular)} is zero")
+    if result.indistinct:
+        parts.append(f"the data cannot tell apart: {', '.join(result.indistinct)}")
     return parts
 
 

@@ -301,3 +301,40 @@ def test_unused_record_fields_are_nan():
     assert isnan(record.score_norm)
     assert isnan(record.step)
     assert record.parameters == {"sigma^2": 1.0}
+
+
+def confounded(kind, n=120):
+    group = [i % 12 for i in range(n)]
+
+    def part(labels):
+        return CovariancePropagation(z=DummyMatrix(labels), g=ScalarMatrix(len(set(labels))))
+
+    return {
+        "identical factors": {"a": part(group), "b": part([g + 100 for g in group])},
+        "one observation a level": {"a": part(list(range(n)))},
+        "one level": {"a": part([0] * n)},
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("identical factors", ("a/g/sigma^2", "b/g/sigma^2")),
+        ("one observation a level", ("a/g/sigma^2", "residual/sigma^2")),
+        ("one level", ("a/g/sigma^2",)),
+    ],
+)
+def test_components_that_the_data_cannot_tell_apart_are_named(kind, names):
+    n = 120
+    group = torch.arange(n) % 12
+    y = 2 * torch.randn(12)[group] + torch.randn(n)
+    V = Sum({**confounded(kind), "residual": ScalarMatrix(n)})
+    with pytest.warns(RuntimeWarning, match="the data cannot tell apart"):
+        result = fit_reml(V, y, torch.ones(n, 1))
+    assert result.indistinct == names
+    assert "cannot tell apart" in result.summary()
+    assert torch.isfinite(torch.tensor(result.log_likelihood))
+
+
+def test_well_determined_components_are_not_named():
+    assert lmm(FORMULA, sleepstudy()).indistinct == ()
