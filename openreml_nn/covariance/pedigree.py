@@ -215,14 +215,18 @@ class KnownInverseMatrix(Matrix):
         self._dense: Tensor | None = None
 
     def _matrix(self, like: Tensor) -> Tensor:
-        """K itself: it depends on no parameter and is formed once."""
-        if self._dense is None or self._dense.device != like.device:
-            dense = self.inverse.to_dense().to(like.device)
+        """K itself, on the dtype and device of ``like``."""
+        return self._known(like.device).to(like)
+
+    def _known(self, device: torch.device) -> Tensor:
+        """K as the inverse gives it: it depends on no parameter and is formed once."""
+        if self._dense is None or self._dense.device != device:
+            dense = self.inverse.to_dense().to(device)
             factor, info = torch.linalg.cholesky_ex(dense)
             if int(info):
                 raise ValueError("`inverse` is not positive definite")
             self._dense = torch.cholesky_inverse(factor)
-        return self._dense.to(like)
+        return self._dense
 
     def forward(self, free_params: FreeParams = None) -> Tensor:
         variance = self.build_params(free_params)
@@ -237,7 +241,7 @@ class KnownInverseMatrix(Matrix):
 
     def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
         variance = self.build_params(free_params).reshape(1, 1)
-        known = ScaledCovariance(variance, self._matrix(variance.detach()))
+        known = ScaledCovariance(variance, self._known(variance.device))
         return [Term(IdentityDesign(self.shape[0]), known).take(rows)]
 
     def moment_start(self, variance: Tensor) -> None:

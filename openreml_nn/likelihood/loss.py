@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from openreml_nn.covariance import Matrix
 from openreml_nn.covariance.design import DenseDesign, IndexedDesign
 from openreml_nn.covariance.matrix import FreeParams
-from openreml_nn.covariance.terms import Term
+from openreml_nn.covariance.terms import ScaledCovariance, Term
 from openreml_nn.likelihood.dense import check_method
 from openreml_nn.likelihood.fixed import FixedPart, check_data, traced
 from openreml_nn.likelihood.plan import Plan, check_solver
@@ -159,11 +159,14 @@ class REMLLoss(nn.Module):
             value = self._log_likelihood(y, X, terms, dtype, rows, wrapped)
         return -value / len(y) if self.reduction == "mean" else -value
 
-    def _has_seen(self, *data: Tensor) -> bool:
-        """Whether a problem is prepared for just these tensors, unchanged since."""
+    def _has_seen(self, *data: Tensor | None) -> bool:
+        """Whether a problem is prepared for data that begin with these, unchanged since."""
         if self._prepared is None:
             return False
-        return all(t is old and t._version == v for t, (old, v) in zip(data, self._prepared[0]))
+        return all(
+            t is old and (t is None or t._version == version)
+            for t, (old, version) in zip(data, self._prepared[0])
+        )
 
     def _check_rows(self, y: Tensor, rows: Tensor | None) -> None:
         n = self.covariance.shape[0]
@@ -191,7 +194,7 @@ class REMLLoss(nn.Module):
         rows: Tensor | None,
         wrapped: bool,
     ) -> Tensor:
-        data = [y, X, rows, *_design_tensors(terms)]
+        data = [y, X, rows, *_constants(terms)]
         graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in data)
         if wrapped:
             fixed = FixedPart.plain(y.to(dtype), X.to(dtype))
@@ -204,7 +207,7 @@ class REMLLoss(nn.Module):
             fixed = FixedPart.of(y.to(dtype), X.to(dtype), self.names)
         self._plan = Plan.of(terms, fixed.Q.shape[1], self.solver, dtype)
         problem = self._plan.problem(fixed, terms, self.method)
-        self._plan = self._plan.measured(problem)
+        self._plan = self._plan.measured(problem, terms)
         if wrapped or graph:
             self._prepared = None
             if not wrapped:
@@ -218,13 +221,10 @@ class REMLLoss(nn.Module):
     def _is_prepared(self, data: Sequence[Tensor | None], dtype: torch.dtype) -> bool:
         if self._prepared is None or len(self._prepared[0]) != len(data):
             return False
-        kept, problem = self._prepared
+        problem = self._prepared[1]
         if problem.fixed.y.dtype != dtype or problem.method != self.method:
             return False
-        return all(
-            t is old and (t is None or t._version == version)
-            for t, (old, version) in zip(data, kept, strict=True)
-        )
+        return self._has_seen(*data)
 
     def _hear(self, problem: Problem, rows: Tensor | None) -> None:
         heard = _heard.get()
@@ -232,13 +232,16 @@ class REMLLoss(nn.Module):
             heard.append(Objective(self.covariance, problem, rows))
 
 
-def _design_tensors(terms: Sequence[Term]) -> list[Tensor | None]:
+def _constants(terms: Sequence[Term]) -> list[Tensor | None]:
+    """What a prepared problem takes from the terms beside their matrices."""
     found: list[Tensor | None] = []
     for term in terms:
         if isinstance(term.design, DenseDesign):
             found.append(term.design.matrix)
         elif isinstance(term.design, IndexedDesign):
             found += [term.design.codes, term.design.values]
+        if isinstance(term.covariance, ScaledCovariance):
+            found.append(term.covariance.base)
     return found
 
 

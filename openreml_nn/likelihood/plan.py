@@ -11,6 +11,7 @@ from openreml_nn.covariance.terms import Term
 from openreml_nn.errors import InputError
 from openreml_nn.likelihood.blocked import BlockedProblem, Layout
 from openreml_nn.likelihood.dense import DenseProblem
+from openreml_nn.likelihood.partition import Partition
 from openreml_nn.likelihood.problem import Problem
 from openreml_nn.likelihood.spectral import SpectralProblem, spectral_terms
 
@@ -92,18 +93,11 @@ class Plan:
         """The class that carries the plan out."""
         return SOLVERS[self.solver]
 
-    def measured(self, problem: Problem) -> Plan:
+    def measured(self, problem: Problem, terms: Sequence[Term]) -> Plan:
         """The plan with what a prepared problem found out: which columns have nothing in common."""
         if not isinstance(problem, BlockedProblem) or not problem.q:
             return self
-        by = problem.partition
-        how = f"{by.count} groups of at most {by.size} x {by.size}" if not by.whole else None
-        order = tuple(
-            f"{step.split(': dense')[0]}: {how}"
-            if how and step.endswith(f"{problem.q} x {problem.q}")
-            else step
-            for step in self.order
-        )
+        order = _steps(terms, problem.layout, self.fixed_effects, problem.partition)
         work, memory = problem.cost()
         return replace(self, order=order, work=work, memory=memory)
 
@@ -130,21 +124,37 @@ def _spectral(rows: int, p: int, dtype: torch.dtype) -> tuple[tuple[str, ...], f
 def _blocked(
     terms: Sequence[Term], layout: Layout, p: int, itemsize: int
 ) -> tuple[tuple[str, ...], float, float]:
-    order: list[str] = []
-    levels, k = 0, 1
-    if layout.eliminated:
-        first = terms[layout.eliminated[0]].design
-        k = sum(terms[i].design.shape[1] for i in layout.eliminated)
-        levels = getattr(first, "levels", 1)
-        k //= levels
-        names = " and ".join(repr(terms[i].name) for i in layout.eliminated)
-        order.append(f"{names}: {levels} blocks of {k} x {k}")
+    levels, k = _eliminated(terms, layout)
     q = sum(terms[i].design.shape[1] for i in layout.rest)
-    if q:
-        names = ", ".join(repr(terms[i].name) for i in layout.rest)
-        order.append(f"{names}: dense, {q} x {q}")
-    order.append(f"fixed effects: dense, {p} x {p}")
     r = q + p + 1
     work = 2.0 * levels * k * (k * k + k * r) + levels * k * r**2 + q**3 / 3 + r**3 / 3
     memory = itemsize * (2.0 * levels * k * r + 2 * levels * k * k + 3 * r * r)
-    return tuple(order), max(work, 1.0), memory
+    return _steps(terms, layout, p), max(work, 1.0), memory
+
+
+def _eliminated(terms: Sequence[Term], layout: Layout) -> tuple[int, int]:
+    """Levels of the eliminated factor and effects of each, (0, 1) if there is none."""
+    if not layout.eliminated:
+        return 0, 1
+    levels = getattr(terms[layout.eliminated[0]].design, "levels", 1)
+    return levels, sum(terms[i].design.shape[1] for i in layout.eliminated) // levels
+
+
+def _steps(
+    terms: Sequence[Term], layout: Layout, p: int, groups: Partition | None = None
+) -> tuple[str, ...]:
+    """What is eliminated, in order; ``groups`` are those of the other terms' columns, if known."""
+    steps = []
+    if layout.eliminated:
+        levels, k = _eliminated(terms, layout)
+        names = " and ".join(repr(terms[i].name) for i in layout.eliminated)
+        steps.append(f"{names}: {levels} blocks of {k} x {k}")
+    if layout.rest:
+        q = sum(terms[i].design.shape[1] for i in layout.rest)
+        names = ", ".join(repr(terms[i].name) for i in layout.rest)
+        if groups is None or groups.whole:
+            steps.append(f"{names}: dense, {q} x {q}")
+        else:
+            size = f"{groups.size} x {groups.size}"
+            steps.append(f"{names}: {groups.count} groups of at most {size}")
+    return (*steps, f"fixed effects: dense, {p} x {p}")

@@ -286,6 +286,12 @@ def test_plan_says_that_nested_factors_fall_apart():
     loss = REMLLoss(Sum({**parts, "residual": ScalarMatrix(n)}).double())
     loss(torch.randn(n), torch.ones(n, 1))
     assert "'middle', 'outer': 30 groups of at most 5 x 5" in str(loss.plan)
+    # As many fixed effects as columns remain: only the random step tells of groups.
+    many = REMLLoss(Sum({**parts, "residual": ScalarMatrix(n)}).double())
+    q = sum(len(set(labels)) for labels in ([i // 5 for i in inner], [i // 20 for i in inner]))
+    many(torch.randn(n), torch.randn(n, q))
+    assert many.plan.order[-1] == f"fixed effects: dense, {q} x {q}"
+    assert many.plan.order[1] == "'middle', 'outer': 30 groups of at most 5 x 5"
 
 
 class Own(Matrix):

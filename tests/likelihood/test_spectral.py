@@ -102,6 +102,17 @@ def test_a_kernel_that_is_not_positive_semi_definite_is_an_error():
         REMLLoss(V)(torch.randn(5), torch.ones(5, 1))
 
 
+@pytest.mark.parametrize("solver", ["spectral", "dense"])
+def test_in_place_changes_of_the_kernel_are_seen(solver):
+    m = model(12, 5)
+    loss = REMLLoss(m.covariance, solver=solver)
+    before = loss(m.y, m.X).item()
+    m.covariance.operands["animal"].matrix.mul_(2.0)
+    after = loss(m.y, m.X).item()
+    assert after != before
+    assert after == REMLLoss(m.covariance, solver=solver)(m.y, m.X).item()
+
+
 def test_other_trees_are_refused():
     V = Sum(a=ScalarMatrix(5)).double()
     with pytest.raises(ValueError, match="one known kernel"):
