@@ -19,14 +19,14 @@ Function = Callable[[Tensor], tuple[Tensor, ...]]
 def jacobian(function: Function, u: Tensor) -> list[Tensor]:
     r""":math:`\partial f_t / \partial u` of each output, (m, \*shape)."""
     with torch.enable_grad():
-        weights, (slope,) = _pulled(function, u)
+        weights, slope, _ = _pulled(function, u)
         return _by_weights(list(slope), weights)
 
 
 def second_derivative(function: Function, u: Tensor, j: int) -> list[Tensor]:
     r""":math:`\partial^2 f_t / \partial u_j^2` of each output, in its shape."""
     with torch.enable_grad():
-        weights, (slope, x) = _pulled(function, u, keep=True)
+        weights, slope, x = _pulled(function, u)
         (bend,) = torch.autograd.grad(slope[j], x, create_graph=True, materialize_grads=True)
         return [part[0] for part in _by_weights([bend[j]], weights)]
 
@@ -43,17 +43,15 @@ def hessian_of_sum(function: Function, weights: list[Tensor], u: Tensor) -> tupl
         return slope.detach(), torch.stack(rows) if rows else u.new_zeros(0, 0)
 
 
-def _pulled(
-    function: Function, u: Tensor, keep: bool = False
-) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    """Gradient of the outputs' sum under weights, linear in the weights."""
+def _pulled(function: Function, u: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Weights, the gradient of the outputs' sum under them, linear in them, and its argument."""
     x = u.detach().requires_grad_()
     outputs = function(x)
     weights = [torch.zeros_like(out).requires_grad_() for out in outputs]
     (slope,) = torch.autograd.grad(
         _contracted(outputs, weights), x, create_graph=True, materialize_grads=True
     )
-    return weights, (slope, x) if keep else (slope,)
+    return weights, slope, x
 
 
 def _contracted(outputs: tuple[Tensor, ...], weights: list[Tensor]) -> Tensor:

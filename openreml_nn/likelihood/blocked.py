@@ -239,15 +239,16 @@ class BlockedProblem(Problem):
         return found
 
     def sandwich(
-        self, parts: Sequence[Covariance], square: Tensor, transpose: bool = False
+        self, roots: Sequence[Covariance], square: Tensor, transpose: bool = False
     ) -> Tensor:
         """:math:`\\Lambda S \\Lambda^\\top` (or transposed) for symmetric S by groups of columns."""
         by = self.partition
-        if all(isinstance(part, DiagonalCovariance) or len(part.matrix) == 1 for part in parts):
-            scale = by.spread(self.multiply(parts, square.new_ones(self.q, 1)))
+        # A root of one entry is a multiple of the identity.
+        if all(isinstance(root, DiagonalCovariance) or len(root.matrix) == 1 for root in roots):
+            scale = by.spread(self.multiply(roots, square.new_ones(self.q, 1)))
             return square * scale * scale.mT
-        half = by.spread(self.multiply(parts, by.collect(square), transpose))
-        return by.spread(self.multiply(parts, by.collect(half.mT), transpose))
+        half = by.spread(self.multiply(roots, by.collect(square), transpose))
+        return by.spread(self.multiply(roots, by.collect(half.mT), transpose))
 
     def own_blocks(self, square: Tensor) -> list[Tensor]:
         """Each other term's own part of a matrix by groups of columns: (levels, k, k) where its

@@ -55,10 +55,6 @@ class Cross:
         r""":math:`W_l Q W_l^\top` for symmetric Q by groups of columns, (levels, k, k)."""
         raise NotImplementedError
 
-    def dense(self) -> Tensor:
-        """W itself."""
-        raise NotImplementedError
-
 
 class DenseCross(Cross):
     """W with all its entries."""
@@ -93,9 +89,6 @@ class DenseCross(Cross):
         q = self.W.shape[2]
         width = max(1, -(-q // _PANELS))
         return [(start, min(start + width, q)) for start in range(0, max(q, 1), width)]
-
-    def dense(self) -> Tensor:
-        return self.W
 
 
 class SparseCross(Cross):
@@ -180,12 +173,6 @@ class SparseCross(Cross):
                 part = left[:, :, None] * self.values[b][:, None, :]
                 upper = upper.index_add(0, self.level[a], part)
         return upper + upper.mT - diagonal
-
-    def dense(self) -> Tensor:
-        levels, k, q = self.shape
-        dense = self.values.new_zeros(levels, q, k)
-        dense[self.level, self.column] = self.values
-        return dense.mT
 
     def _chunks(self) -> zip[tuple[Tensor, ...]]:
         return zip(*(x.split(_CHUNK) for x in (self._a, self._b, self._target)))
