@@ -6,7 +6,7 @@ a design with a structured covariance.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,6 +22,7 @@ __all__ = [
     "ScaledCovariance",
     "Term",
     "propagate",
+    "residual_terms",
 ]
 
 
@@ -232,6 +233,31 @@ class Term:
             return self.covariance.whole(self.design.shape[0])
         z = self.design.dense(self.covariance.matrix)
         return self.design.matmul(self.covariance.multiply(z.mT))
+
+
+def residual_terms(terms: Sequence[Term]) -> list[int]:
+    """Positions of the terms that make up the covariance R of the residuals.
+
+    These are the terms over the rows themselves whose covariance is a multiple
+    of the identity, diagonal, or of independent blocks. Where there is none,
+    those whose design gives each row a column of its own take their place,
+    such as the occasions within subjects.
+    """
+    structured = [
+        i
+        for i, term in enumerate(terms)
+        if isinstance(term.covariance, DiagonalCovariance | RepeatedCovariance)
+    ]
+    over_rows = [i for i in structured if isinstance(terms[i].design, IdentityDesign)]
+    return over_rows or [i for i in structured if _is_own_column(terms[i].design)]
+
+
+def _is_own_column(design: Design) -> bool:
+    """Whether each row has a column of its own."""
+    if not isinstance(design, IndexedDesign) or design.effects != 1:
+        return False
+    n, q = design.shape
+    return n <= q and int(torch.bincount(design.codes, minlength=1).max()) == 1
 
 
 def propagate(outer: Design, term: Term) -> Term:

@@ -15,7 +15,12 @@ from torch import Tensor
 
 from openreml_nn.covariance import Matrix
 from openreml_nn.covariance.design import IndexedDesign
-from openreml_nn.covariance.terms import RepeatedCovariance, ScaledCovariance, Term
+from openreml_nn.covariance.terms import (
+    RepeatedCovariance,
+    ScaledCovariance,
+    Term,
+    residual_terms,
+)
 from openreml_nn.estimation.aireml import Curvature
 from openreml_nn.estimation.derivatives import jacobian
 from openreml_nn.files import write_text
@@ -353,7 +358,8 @@ class _Builder:
 
     @property
     def _random_terms(self) -> list[Term]:
-        return [term for term in self._terms if not term.is_residual]
+        residual = residual_terms(self._terms)
+        return [term for i, term in enumerate(self._terms) if i not in residual]
 
     def _fixed(self, names: Sequence[str] | None) -> FixedEffects:
         part, evaluation = self._objective.problem.fixed, self._evaluation
@@ -426,17 +432,21 @@ class _Builder:
         return found
 
     def _label(self, term: Term) -> Label:
-        if term.is_residual:
-            return Label("Residual", ("",), ())
         if term.name in self._labels:
             return self._labels[term.name]
+        if any(term is self._terms[i] for i in residual_terms(self._terms)):
+            size = len(term.covariance.matrix)
+            return Label("Residual", [str(i) for i in range(size)] if size > 1 else ("",), ())
         k = term.covariance.matrix.shape[0]
         effects = ("(Intercept)",) if k == 1 else tuple(f"effect_{i}" for i in range(k))
         return Label(term.name, effects, tuple(map(str, range(term.design.shape[1] // k))))
 
     def _singular(self) -> list[Term]:
         """Terms of which some combination of effects is negligible beside the residual."""
-        residual = sum(float(t.covariance.matrix) for t in self._terms if t.is_residual)
+        residual = 0.0
+        for i in residual_terms(self._terms):
+            matrix = self._terms[i].covariance.matrix
+            residual += float((matrix if matrix.dim() == 1 else matrix.diagonal()).mean())
         if not residual:
             return []
         found = []

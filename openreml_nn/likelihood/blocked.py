@@ -18,21 +18,22 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
-from openreml_nn.covariance.design import Design, IdentityDesign, IndexedDesign
+from openreml_nn.covariance.design import DenseDesign, Design, IndexedDesign
 from openreml_nn.covariance.terms import (
     Covariance,
     DiagonalCovariance,
     RepeatedCovariance,
     Term,
+    residual_terms,
 )
-from openreml_nn.likelihood.cross import cross_product, values_of
+from openreml_nn.likelihood.cross import Arrangement, System
 from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.problem import (
     Evaluation,
@@ -41,8 +42,13 @@ from openreml_nn.likelihood.problem import (
     RandomEffects,
     cholesky,
 )
+from openreml_nn.likelihood.products import Pattern, same_codes
+from openreml_nn.likelihood.residual import Residual, White
 
-__all__ = ["BlockedProblem", "Layout"]
+__all__ = ["BlockedProblem", "Layout", "separated"]
+
+#: A covariance of more effects than these within a level is taken as dense.
+_MOST_EFFECTS = 64
 
 
 @dataclass(frozen=True)
@@ -50,13 +56,13 @@ class Layout:
     """Which term does what; positions refer to the list of terms.
 
     Attributes:
-        residual: terms that are multiples of the identity over the rows.
+        residual: the covariance R of the residuals.
         eliminated: terms of the grouping factor that is eliminated first; they
             share its level codes, and their effects stand side by side.
         rest: the other random terms.
     """
 
-    residual: list[int]
+    residual: Residual
     eliminated: list[int]
     rest: list[int]
 
@@ -65,28 +71,26 @@ class Layout:
         """Arrange the terms.
 
         Raises:
-            ValueError: if the residual is not a multiple of the identity.
+            ValueError: if the residuals are neither independent nor within groups.
         """
-        residual = [i for i, term in enumerate(terms) if term.is_residual]
-        random = [i for i in range(len(terms)) if i not in residual]
-        odd = [terms[i].name for i in random if isinstance(terms[i].design, IdentityDesign)]
-        if odd or not residual:
-            raise ValueError(
-                "the blocked solver needs a residual of independent errors with one variance: "
-                + (f"term {odd[0]!r} is over the rows and is not" if odd else "there is none")
-            )
-        factors: list[list[int]] = []
+        residual = Residual.of(terms)
+        random = [i for i in range(len(terms)) if i not in residual.at]
+        factors: list[list[tuple[int, IndexedDesign]]] = []
         for i in random:
-            if not _separable(terms[i]):
+            design = terms[i].design
+            # Rows that R makes dependent must be of one level, or levels would mix.
+            if not isinstance(design, IndexedDesign) or not _separable(terms[i]):
+                continue
+            if not residual.is_within(design.codes):
                 continue
             for factor in factors:
-                if _same_codes(terms[factor[0]], terms[i]):
-                    factor.append(i)
+                if same_codes(factor[0][1], design):
+                    factor.append((i, design))
                     break
             else:
-                factors.append([i])
-        width = [sum(terms[i].design.shape[1] for i in factor) for factor in factors]
-        eliminated = factors[width.index(max(width))] if factors else []
+                factors.append([(i, design)])
+        width = [sum(design.shape[1] for _, design in factor) for factor in factors]
+        eliminated = [i for i, _ in factors[width.index(max(width))]] if factors else []
         return cls(residual, eliminated, [i for i in random if i not in eliminated])
 
     @property
@@ -105,84 +109,153 @@ def _separable(term: Term) -> bool:
     return isinstance(g, DiagonalCovariance)
 
 
-def _same_codes(a: Term, b: Term) -> bool:
-    x, y = a.design, b.design
-    assert isinstance(x, IndexedDesign) and isinstance(y, IndexedDesign)
-    return x.levels == y.levels and torch.equal(x.codes, y.codes)
+def separated(terms: Sequence[Term]) -> list[Term]:
+    r"""The same terms, with independent levels seen as such.
+
+    A covariance of the cells of levels and occasions,
+    :math:`I \otimes \Sigma` with a column for each cell, is that of so many
+    effects of each level.
+    """
+    residual = residual_terms(terms)
+    return [term if i in residual else _by_levels(term) for i, term in enumerate(terms)]
+
+
+def _by_levels(term: Term) -> Term:
+    z, g = term.design, term.covariance
+    if not isinstance(z, IndexedDesign) or not isinstance(g, RepeatedCovariance):
+        return term
+    k = g.matrix.shape[0]
+    if z.effects != 1 or not 1 < k <= _MOST_EFFECTS:
+        return term
+    values = torch.nn.functional.one_hot(z.codes % k, k).to(g.matrix.dtype)
+    if z.values is not None:
+        values = values * z.values
+    return replace(term, design=IndexedDesign(z.codes // k, values, g.levels))
 
 
 class BlockedProblem(Problem):
-    r"""Depends on the residual variance, (1, 1), and the matrix of each random term.
+    r"""Depends on the matrices of the residual and on that of each random term.
 
     In names, 1 is the eliminated factor (``levels`` levels of k effects), 2
-    the other random terms (q columns), f the p columns of Q and then y;
-    ``A11`` (levels, k, k), ``W`` (levels, k, q), ``A1f`` (levels, k, p+1),
-    ``A22``, ``A2f`` and ``Aff`` are their cross-products.
+    the other random terms (q columns), f the p columns of Q and then y; rows
+    are first made independent by R. With a scalar residual, its variance s
+    factors out, so that the cross-products are had once.
     """
 
     def __init__(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> None:
         super().__init__(fixed, terms, method)
-        self.layout = Layout.of(terms)
-        f = torch.cat([fixed.Q, fixed.y[:, None]], 1)
-        ones = [terms[i].design for i in self.layout.eliminated]
-        two = [terms[i].design for i in self.layout.rest]
-        one = _side_by_side(ones, f)
-        self.levels, self.k = one.levels, one.effects
-        self.widths = [design.shape[1] // one.levels for design in ones]
-        self.sizes = [design.shape[1] for design in two]
-        self.q = sum(self.sizes)
+        terms = separated(terms)
+        self.layout = layout = Layout.of(terms)
+        self.residual = layout.residual
+        self._designs = [self._white_as_is(terms[i].design) for i in layout.random]
+        self._f = torch.cat([fixed.Q, fixed.y[:, None]], 1)
+        self._pattern = Pattern.of(self._designs)
         # Levels and effects of the other terms whose levels are independent, None for the rest.
-        self.grids = [_grid(terms[i]) for i in self.layout.rest]
-        self._forms = [terms[i].covariance for i in self.layout.random]
+        self.grids = [_grid(terms[i]) for i in layout.rest]
+        split = len(layout.eliminated)
+        self.arrangement = Arrangement(
+            self._designs,
+            self._pattern,
+            range(split),
+            range(split, len(self._designs)),
+            [grid is None for grid in self.grids],
+            self._f.device,
+        )
+        self.levels, self.k = self.arrangement.levels, self.arrangement.k
+        self.widths, self.sizes = self.arrangement.widths, self.arrangement.sizes
+        self.q, self.partition = self.arrangement.q, self.arrangement.partition
+        self._forms = [terms[i].covariance for i in layout.random]
+        self._constant: tuple[System, White] | None = None
+        if not self.residual.moves:
+            self._constant = self._system([torch.ones_like(self._f[:1, :1])])
 
-        self.A11 = _squares(one)
-        linked = [grid is None for grid in self.grids]
-        self.W, self.A22, self.partition = cross_product(one, two, linked, f)
-        self.A1f = one.t_matmul(f).unflatten(0, (self.levels, self.k))
-        empty = f.new_zeros(0, f.shape[1])
-        self.A2f = torch.cat([empty, *[design.t_matmul(f) for design in two]])
-        self.Aff = f.mT @ f
+    def _white_as_is(self, design: Design) -> Design:
+        """The design, without structure where R would mix its levels."""
+        if isinstance(design, IndexedDesign) and not self.residual.is_within(design.codes):
+            return DenseDesign(design.dense(self.fixed.y))
+        return design
 
     def matrices(self, terms: Sequence[Term]) -> list[Tensor]:
-        variance = torch.stack([terms[i].covariance.matrix for i in self.layout.residual]).sum(0)
-        return [variance, *[terms[i].covariance.matrix for i in self.layout.random]]
+        random = [terms[i].covariance.matrix for i in self.layout.random]
+        return [*self.residual.matrices(terms), *random]
+
+    def system(self, residual: Sequence[Tensor]) -> tuple[System, White, Tensor]:
+        """The system of white rows, R without a scalar residual's variance, and that variance."""
+        if self._constant is not None:
+            return (*self._constant, residual[0].reshape(()))
+        return (*self._system(residual), self._f.new_ones(()))
+
+    def _system(self, residual: Sequence[Tensor]) -> tuple[System, White]:
+        white = self.residual.white(residual)
+        designs = [white.design(design) for design in self._designs]
+        products = self._pattern.products(designs, white.rows(self._f))
+        return self.arrangement.place(products), white
 
     def _evaluate(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
-        return _BlockedEvaluation(self, terms, matrices[0])
+        return _BlockedEvaluation(self, terms, matrices)
 
     def recorded(self, matrices: Sequence[Tensor]) -> Tensor:
         # In G itself: a factor of G has no derivative where G is singular.
-        s = matrices[0].reshape(())
-        forms = zip(self._forms, matrices[1:], strict=True)
+        split = len(matrices) - len(self._forms)
+        at, white, s = self.system(matrices[:split])
+        forms = zip(self._forms, matrices[split:], strict=True)
         random = [form.with_matrix(matrix) for form, matrix in forms]
         first, rest = random[: len(self.widths)], random[len(self.widths) :]
         eye = torch.eye(self.k, dtype=s.dtype, device=s.device)
         G1 = self.joint_blocks(first, eye)
-        D = eye + self.A11 @ G1 / s
+        D = eye + at.A11 @ G1 / s
         K = torch.linalg.solve(D.mT, G1.mT).mT / s**2  # G1 D^-1 / s^2
-        KA = K @ self.A1f
-        E22 = self.A22 / s - self.W.gram(K)
-        E2f = self.A2f / s - self.W.t_times(KA)
-        Eff = self.Aff / s - _inner(self.A1f, KA)
+        KA = K @ at.A1f
+        E22 = at.A22 / s - at.W.gram(K)
+        E2f = at.A2f / s - at.W.t_times(KA)
+        Eff = at.Aff / s - _inner(at.A1f, KA)
         by = self.partition
         M = by.spread(self.multiply(rest, by.collect(E22)))  # G2 E22
         M = M + torch.eye(by.size, dtype=s.dtype, device=s.device)
         x = by.collect(torch.linalg.solve(M, by.spread(self.multiply(rest, E2f))))
         F = Eff - E2f.mT @ x
-        log_det = self.n * s.log() + _log_det(D).sum() + _log_det(M).sum()
+        log_det = white.log_det + self.n * s.log() + _log_det(D).sum() + _log_det(M).sum()
         return self._profile(log_det, F[:-1, :-1], F[:-1, -1], F[-1, -1])[0]
 
     def cost(self) -> tuple[float, float]:
         """Operations of an evaluation with its scores, and bytes held for it."""
         by, k = self.partition, self.k
+        entries, work = self.arrangement.cross_cost()
         groups = max(by.count, 1) * float(by.size) ** 2
         r = self.p + 1
         own = self.levels * k * (8.0 * k * k + 4 * k * r)
-        work = own + 2 * self.W.work + 2 * groups * by.size
-        memory = self.Aff.itemsize * (self.W.entries + 5 * groups + 8.0 * self.levels * k * (k + r))
+        work = own + 2 * work + 2 * groups * by.size
+        entries += 5 * groups + 8.0 * self.levels * k * (k + r)
+        if self.residual.moves:
+            work += 4.0 * self.n * (self.residual.size + self.k + r) * (self.k + r)
+            entries += 4.0 * self.n * (self.residual.size + self.k + r)
+        memory = self._f.itemsize * entries
         return work, memory
 
     # ------------------------------------------------------------------ helpers
+
+    def row_effects(self, x1: Tensor, x2: Tensor) -> Tensor:
+        r""":math:`Z_1 x_1 + Z_2 x_2` over the rows, of effects (levels * k, m) and (q, m)."""
+        split = len(self.widths)
+        found = x1.new_zeros(self.n, max(x1.shape[1], x2.shape[1]))
+        pieces = list(x2.split(self.sizes)) if self.sizes else []
+        if split:
+            by_level = x1.unflatten(0, (self.levels, self.k)).split(self.widths, 1)
+            pieces = [*(piece.flatten(0, 1) for piece in by_level), *pieces]
+        for design, piece in zip(self._designs, pieces, strict=True):
+            found = found + design.matmul(piece)
+        return found
+
+    def row_products(self, white: White, F: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Products of white rows F (n, m) with :math:`[Z_1 | Z_2 | f]`."""
+        back = white.back(F)
+        split = len(self.widths)
+        found = [design.t_matmul(back) for design in self._designs]
+        ones = [x.unflatten(0, (self.levels, -1)) for x in found[:split]]
+        by_level = (self.levels, self.k, F.shape[1])
+        T1 = torch.cat(ones, 1) if ones else F.new_zeros(by_level)
+        T2 = torch.cat(found[split:]) if found[split:] else F.new_zeros(0, F.shape[1])
+        return T1, T2, self._f.mT @ back
 
     def joint_blocks(self, parts: Sequence[Covariance], eye: Tensor) -> Tensor:
         """Blocks of the eliminated factor, its terms' blocks along the diagonal."""
@@ -274,41 +347,47 @@ class BlockedProblem(Problem):
 
 
 class _BlockedEvaluation(Evaluation):
-    def __init__(self, problem: BlockedProblem, terms: Sequence[Term], variance: Tensor) -> None:
+    def __init__(
+        self, problem: BlockedProblem, terms: Sequence[Term], matrices: Sequence[Tensor]
+    ) -> None:
         self._problem = problem
         self._terms = terms
-        self._s = s = variance.reshape(())
+        self._matrices = matrices
+        layout = problem.layout
+        residual = matrices[: len(matrices) - len(layout.random)]
+        self._at, self._white, s = at, white, s = problem.system(residual)
+        self._s = s
         if not float(s) > 0:
             raise NotPositiveDefiniteError(f"V is not positive definite: residual variance {s:.6g}")
-        layout = problem.layout
         self._first = [terms[i].covariance for i in layout.eliminated]
         self._rest = [terms[i].covariance for i in layout.rest]
         eye = torch.eye(problem.k, dtype=s.dtype, device=s.device)
         self._L1 = problem.joint_blocks([_root(terms[i]) for i in layout.eliminated], eye)
         self._root2 = [_root(terms[i]) for i in layout.rest]
 
-        D = eye + self._L1.mT @ problem.A11 @ self._L1 / s
+        D = eye + self._L1.mT @ at.A11 @ self._L1 / s
         self._C = cholesky(D, "V")
         self._half = solve_triangular(self._C, self._L1.mT.expand_as(D), upper=False)
         self._P = self._half.mT @ self._half  # L1 D^-1 L1'
-        KA = self._P @ problem.A1f / s**2
-        self._E22 = problem.A22 / s - problem.W.gram(self._P / s**2)
-        self._E2f = problem.A2f / s - problem.W.t_times(KA)
+        KA = self._P @ at.A1f / s**2
+        self._E22 = at.A22 / s - at.W.gram(self._P / s**2)
+        self._E2f = at.A2f / s - at.W.t_times(KA)
         eye = torch.eye(problem.partition.size, dtype=s.dtype, device=s.device)
         self._M = problem.sandwich(self._root2, self._E22, transpose=True) + eye
         self._Lc = cholesky(self._M, "V")
         self._K = self._forward_2(self._E2f)
-        F = problem.Aff / s - _inner(problem.A1f, KA) - _inner(self._K, self._K)
+        F = at.Aff / s - _inner(at.A1f, KA) - _inner(self._K, self._K)
         log_det = (
-            problem.n * s.log()
+            white.log_det
+            + problem.n * s.log()
             + 2 * self._C.diagonal(dim1=1, dim2=2).log().sum()
             + 2 * self._Lc.diagonal(dim1=1, dim2=2).log().sum()
         )
-        self.log_likelihood, self.gamma_factor, white = problem._profile(
+        self.log_likelihood, self.gamma_factor, half = problem._profile(
             log_det, F[:-1, :-1], F[:-1, -1], F[-1, -1]
         )
-        self.y_p_y = F[-1, -1] - white @ white
-        self.gamma = solve_triangular(self.gamma_factor.mT, white[:, None], upper=True)[:, 0]
+        self.y_p_y = F[-1, -1] - half @ half
+        self.gamma = solve_triangular(self.gamma_factor.mT, half[:, None], upper=True)[:, 0]
 
     def _forward_2(self, x: Tensor) -> Tensor:
         """Lc^-1 L2' x for x (q, m), by groups of columns."""
@@ -322,16 +401,16 @@ class _BlockedEvaluation(Evaluation):
     def _crossed(self) -> _Crossed:
         r"""What the score, the information and the BLUPs share."""
         problem, s = self._problem, self._s
-        A = problem.A11 / s
+        A = self._at.A11 / s
         T = torch.eye(problem.k, dtype=s.dtype, device=s.device) - A @ self._P
         by = problem.partition
         back = by.collect(solve_triangular(self._Lc.mT, self._K, upper=True))
         x = problem.multiply(self._root2, back)
-        Z1f = T @ (problem.A1f - problem.W.times(x)) / s  # Z1' V^-1 [Q | y]
+        Z1f = T @ (self._at.A1f - self._at.W.times(x)) / s  # Z1' V^-1 [Q | y]
         Z2f = self._E2f - by.collect(self._E22 @ by.spread(x))
         M_inverse = torch.cholesky_inverse(self._Lc)
         inverse = problem.sandwich(self._root2, M_inverse)
-        B1 = T @ A - T @ problem.W.quadratic(inverse) @ T.mT / s**2
+        B1 = T @ A - T @ self._at.W.quadratic(inverse) @ T.mT / s**2
         Y1 = solve_triangular(self.gamma_factor, Z1f[..., :-1].mT, upper=False)
         Y2 = solve_triangular(self.gamma_factor, Z2f[:, :-1].mT, upper=False)
         u1 = Z1f[..., -1] - Z1f[..., :-1] @ self.gamma
@@ -353,6 +432,8 @@ class _BlockedEvaluation(Evaluation):
         return problem.own_blocks(self._E22 - self._E22 @ inverse @ self._E22)
 
     def scores(self) -> list[Tensor]:
+        if self._problem.residual.moves:
+            return self._scores_by_backward()
         problem, s, z = self._problem, self._s, self._crossed
         reml = problem.method == "reml"
         B1 = z.B1 - z.R1 if reml else z.B1
@@ -371,36 +452,77 @@ class _BlockedEvaluation(Evaluation):
         residual = (self.y_p_y - rank - inner) / (2 * s)
         return [residual.reshape(1, 1), *found]
 
+    def _scores_by_backward(self) -> list[Tensor]:
+        with torch.enable_grad():
+            matrices = [matrix.detach().requires_grad_() for matrix in self._matrices]
+            value = self._problem.recorded(matrices)
+            return list(torch.autograd.grad(value, matrices))
+
     def information(self, derivatives: Sequence[Tensor]) -> Tensor:
-        problem, s, z = self._problem, self._s, self._crossed
-        m = len(derivatives[0])
-        ds = derivatives[0].reshape(m)
-        split = len(self._first)
-        b1, b2 = self._blups()
-        # Working variates as coefficients of [Z1 | Z2 | Q | y].
-        C1 = -b1.reshape(-1, 1) * ds / s
-        C2 = -b2[:, None] * ds / s
-        if split:
-            w1 = problem.along_blocks(self._first, derivatives[1 : 1 + split], z.u1)
-            C1 = C1 + w1.reshape(m, -1).mT
-        if self._rest:
-            C2 = C2 + problem.along(self._rest, derivatives[1 + split :], z.u2).mT
-        Cf = torch.cat([ds.new_zeros(problem.p, m), (ds / s)[None]])
-        C1 = C1.reshape(problem.levels, problem.k, m)
-        T1 = (problem.A11 @ C1 + problem.W.times(C2) + problem.A1f @ Cf) / s
-        by = problem.partition
-        A22C2 = by.collect(problem.A22 @ by.spread(C2))
-        T2 = (problem.W.t_times(C1) + A22C2 + problem.A2f @ Cf) / s
-        Tf = (_inner(problem.A1f, C1) + problem.A2f.mT @ C2 + problem.Aff @ Cf) / s
-        total = _inner(C1, T1) + C2.mT @ T2 + Cf.mT @ Tf
+        problem = self._problem
+        found = self._variates_of_rows if problem.residual.moves else self._variates
+        T1, T2, Tf, total = found(derivatives)
         e1 = self._half @ T1
-        back = self._half.mT @ e1 / s
-        T2 = T2 - problem.W.t_times(back)
-        Tf = Tf - _inner(problem.A1f, back)
+        back = self._half.mT @ e1 / self._s
+        T2 = T2 - self._at.W.t_times(back)
+        Tf = Tf - _inner(self._at.A1f, back)
         e2 = self._forward_2(T2)
         TX = Tf[:-1] - _inner(self._K[..., :-1], e2)
         e3 = solve_triangular(self.gamma_factor, TX, upper=False)
         return (total - _inner(e1, e1) - _inner(e2, e2) - e3.mT @ e3) / 2
+
+    def _variates(self, derivatives: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        r"""Products of the working variates with [Z1 | Z2 | f] and with themselves, over s.
+
+        As the variates are combinations of these columns, they cost nothing in n.
+        """
+        problem, at, s = self._problem, self._at, self._s
+        m = len(derivatives[0])
+        ds = derivatives[0].reshape(m)
+        b1, b2 = self._blups()
+        C1 = -b1.reshape(-1, 1) * ds / s
+        C2 = -b2[:, None] * ds / s
+        w1, w2 = self._moved(derivatives[1:])
+        C1 = (C1 + w1).reshape(problem.levels, problem.k, m)
+        C2 = C2 + w2
+        Cf = torch.cat([ds.new_zeros(problem.p, m), (ds / s)[None]])
+        T1 = (at.A11 @ C1 + at.W.times(C2) + at.A1f @ Cf) / s
+        by = problem.partition
+        A22C2 = by.collect(at.A22 @ by.spread(C2))
+        T2 = (at.W.t_times(C1) + A22C2 + at.A2f @ Cf) / s
+        Tf = (_inner(at.A1f, C1) + at.A2f.mT @ C2 + at.Aff @ Cf) / s
+        return T1, T2, Tf, _inner(C1, T1) + C2.mT @ T2 + Cf.mT @ Tf
+
+    def _variates_of_rows(
+        self, derivatives: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same where R moves by more than a factor: over the rows."""
+        problem, white = self._problem, self._white
+        split = len(problem.residual.at)
+        w1, w2 = self._moved(derivatives[split:])
+        b1, b2 = self._blups()  # the conditional residual needs these, the variates the others
+        both = torch.cat([b1.reshape(-1, 1), w1], 1), torch.cat([b2[:, None], w2], 1)
+        effects = problem.row_effects(*both)
+        fixed = problem.fixed
+        rest = fixed.y - fixed.Q @ self.gamma - effects[:, 0]
+        p_y = white.back(white.rows(rest[:, None]))[:, 0]  # R^-1 of it is P y
+        variates = effects[:, 1:] + problem.residual.along(derivatives[:split], p_y)
+        F = white.rows(variates)
+        T1, T2, Tf = problem.row_products(white, F)
+        return T1, T2, Tf, F.mT @ F
+
+    def _moved(self, derivatives: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Each derivative of G times u, for the eliminated factor (levels * k, m) and the
+        others (q, m)."""
+        problem, z, split = self._problem, self._crossed, len(self._first)
+        m = len(derivatives[0]) if derivatives else 1
+        w1, w2 = z.u1.new_zeros(z.u1.numel(), m), z.u2.new_zeros(len(z.u2), m)
+        if split:
+            moved = problem.along_blocks(self._first, derivatives[:split], z.u1)
+            w1 = moved.reshape(m, -1).mT
+        if self._rest:
+            w2 = problem.along(self._rest, derivatives[split:], z.u2).mT
+        return w1, w2
 
     def _blups(self) -> tuple[Tensor, Tensor]:
         """G u of the eliminated factor (levels, k) and of the others (q,)."""
@@ -467,24 +589,3 @@ def _log_det(matrix: Tensor) -> Tensor:
 def _inner(a: Tensor, b: Tensor) -> Tensor:
     """:math:`a^\\top b` over levels and effects, of (levels, k, m) and (levels, k, r)."""
     return a.flatten(0, 1).mT @ b.flatten(0, 1)
-
-
-def _side_by_side(designs: Sequence[Design], like: Tensor) -> IndexedDesign:
-    """One design with the effects of several that share their codes; of no level if there are none."""
-    if not designs:
-        return IndexedDesign(like.new_zeros(len(like), dtype=torch.long), like[:, :0], 0)
-    first = designs[0]
-    assert isinstance(first, IndexedDesign)
-    values = [values_of(d, like) for d in designs if isinstance(d, IndexedDesign)]
-    return IndexedDesign(first.codes, torch.cat(values, 1), first.levels)
-
-
-def _squares(design: IndexedDesign) -> Tensor:
-    """Diagonal blocks of Z' Z, (levels, k, k)."""
-    v = design.values
-    assert v is not None
-    k = design.effects
-    total = v.new_zeros(design.levels, k * k)
-    if design.levels:
-        total = total.index_add(0, design.codes, (v[:, :, None] * v[:, None, :]).flatten(1))
-    return total.unflatten(1, (k, k))

@@ -1,21 +1,24 @@
-r"""Cross-products :math:`W = Z_1^\top Z_2` of the eliminated factor with the other terms.
+r"""The system of the random effects: where each cross-product stands in it.
 
-W has a row of k entries for each level of the eliminated factor. A level
-meets few of the other terms' columns when those are grouping factors, and
-then only what it meets is stored and multiplied.
+The eliminated factor has a row of k entries for each level in
+:math:`W = Z_1^\top Z_2`. A level meets few of the other terms' columns when
+those are grouping factors, and then only what it meets is stored and
+multiplied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance.design import DenseDesign, Design, IndexedDesign
+from openreml_nn.covariance.design import Design, IndexedDesign
 from openreml_nn.likelihood.partition import Partition
+from openreml_nn.likelihood.products import Pattern, Products
 
-__all__ = ["Cross", "DenseCross", "SparseCross", "cross_product", "values_of"]
+__all__ = ["Arrangement", "Cross", "DenseCross", "SparseCross", "SparsePattern", "System"]
 
 #: Pairs of entries that are worked on at a time, to bound memory.
 _CHUNK = 2**21
@@ -91,46 +94,58 @@ class DenseCross(Cross):
         return [(start, min(start + width, q)) for start in range(0, max(q, 1), width)]
 
 
-class SparseCross(Cross):
-    """W by its non-zero columns, level by level.
+class SparsePattern:
+    """Where W has non-zero columns, and each pair of columns that a level meets.
 
     Args:
         level: (nnz,) level of each non-zero column, ascending.
         column: (nnz,) its position among the q columns, ascending within a level.
-        values: (nnz, k) its entries.
         shape: (levels, k, q).
         partition: groups of the q columns; columns of one level are of one group.
+
+    Attributes:
+        a, b: (pairs,) the two columns of a pair, a ≤ b, as positions among the non-zeros.
+        target: (pairs,) where the pair stands in a matrix by groups of columns.
+        own: (nnz,) where a column and itself do.
     """
 
     def __init__(
-        self,
-        level: Tensor,
-        column: Tensor,
-        values: Tensor,
-        shape: tuple[int, int, int],
-        partition: Partition,
+        self, level: Tensor, column: Tensor, shape: tuple[int, int, int], partition: Partition
     ) -> None:
-        self.level, self.column, self.values = level, column, values
-        self.shape = shape
-        self.partition = partition
-        # Each pair (a, b) of columns of one level with a <= b, as positions among the non-zeros.
+        self.level, self.column, self.shape, self.partition = level, column, shape, partition
         count = torch.bincount(level, minlength=shape[0])
         ends = count.cumsum(0)[level]
         at = torch.arange(len(level), device=level.device)
         partners = ends - at
-        self._a = at.repeat_interleave(partners)
+        self.a = at.repeat_interleave(partners)
         starts = partners.cumsum(0) - partners
-        self._b = torch.arange(len(self._a), device=level.device) - (starts - at)[self._a]
-        self._target = partition.index(column[self._a], column[self._b])
-        self._own = partition.index(column, column)
-        pairs, k = float(len(self._target)), shape[1]
+        self.b = torch.arange(len(self.a), device=level.device) - (starts - at)[self.a]
+        self.target = partition.index(column[self.a], column[self.b])
+        self.own = partition.index(column, column)
+
+
+class SparseCross(Cross):
+    """W by its non-zero columns, level by level.
+
+    Args:
+        pattern: where they are.
+        values: (nnz, k) its entries.
+    """
+
+    def __init__(self, pattern: SparsePattern, values: Tensor) -> None:
+        self.level, self.column, self.values = pattern.level, pattern.column, values
+        self.shape = pattern.shape
+        self.partition = pattern.partition
+        self._target, self._own = pattern.target, pattern.own
+        pairs, k = float(len(pattern.target)), pattern.shape[1]
         self.entries = 3 * pairs + values.numel()
         self.work = 4 * pairs * k * k
         if k == 1:
             # With one effect a pair is one number; what it was made of is not needed again.
-            self._product = values[self._a, 0] * values[self._b, 0]
-            self._pair_level = level[self._a]
-            del self._a, self._b
+            self._product = values[pattern.a, 0] * values[pattern.b, 0]
+            self._pair_level = pattern.level[pattern.a]
+        else:
+            self._a, self._b = pattern.a, pattern.b
 
     def times(self, x: Tensor) -> Tensor:
         levels, k, _ = self.shape
@@ -178,128 +193,234 @@ class SparseCross(Cross):
         return zip(*(x.split(_CHUNK) for x in (self._a, self._b, self._target)))
 
 
-def cross_product(
-    one: IndexedDesign, two: Sequence[Design], linked: Sequence[bool], like: Tensor
-) -> tuple[Cross, Tensor, Partition]:
-    """Cross-products of the eliminated factor with the others, and of those.
+@dataclass(frozen=True)
+class System:
+    r"""Cross-products by their places: 1 is the eliminated factor, 2 the other terms.
+
+    Attributes:
+        A11: (levels, k, k) diagonal blocks of :math:`Z_1^\top Z_1`.
+        W: :math:`Z_1^\top Z_2`.
+        A1f: (levels, k, r).
+        A22: :math:`Z_2^\top Z_2` by groups of columns.
+        A2f: (q, r).
+        Aff: (r, r).
+    """
+
+    A11: Tensor
+    W: Cross
+    A1f: Tensor
+    A22: Tensor
+    A2f: Tensor
+    Aff: Tensor
+
+
+class Arrangement:
+    """Where the cross-products of some terms stand in the system.
 
     Args:
-        one: design of the eliminated factor.
-        two: the other designs.
-        linked: whether the columns of a design belong together whatever the data.
-        like: gives dtype and device.
+        designs: of all terms: their sizes are what counts.
+        pattern: which of their levels meet.
+        one: positions of the eliminated terms, of one grouping factor.
+        two: positions of the others.
+        linked: for each of those, whether its columns belong together whatever the data.
+        device: of the results.
 
-    Returns:
-        W, :math:`Z_2^\\top Z_2` by groups of columns, and the groups.
+    Attributes:
+        levels, k: levels of the eliminated factor, and effects of each.
+        widths: how many of the effects each eliminated term has.
+        sizes: columns of each other term; ``q`` in all.
+        partition: groups of the other terms' columns.
     """
-    q = sum(design.shape[1] for design in two)
-    whole = Partition.of_one(q, like.device)
-    if not (one.levels and two and all(isinstance(design, IndexedDesign) for design in two)):
-        return DenseCross(_dense(one, two, like)), _square(two, like), whole
-    level, column, values = _non_zeros(one, two, like)  # type: ignore[arg-type]
-    count = torch.bincount(level, minlength=one.levels).double()
-    pairs = float((count * (count + 1) / 2).sum())
-    if PAIR_COST * pairs > float(one.levels) * q**2 or pairs > _MOST_PAIRS:
-        return DenseCross(_dense(one, two, like)), _square(two, like), whole
-    cells = _cells(two, like)  # type: ignore[arg-type]
-    first = torch.ones_like(level, dtype=torch.bool)
-    first[1:] = level[1:] != level[:-1]
-    # A level links all columns that it meets: each to the first of them.
-    anchor = column[first][first.cumsum(0) - 1]
-    edges = [(anchor, column), *[(i, j) for i, j, _ in cells], *_links(two, linked, like)]
-    partition = Partition.of(q, edges, like.device)
-    flat = partition.zeros(like)
-    for i, j, value in cells:
-        flat = flat.index_add(0, partition.index(i, j), value)
-    upper = partition.square(flat)
-    square = upper + upper.triu(1).mT
-    shape = (one.levels, one.effects, q)
-    return SparseCross(level, column, values, shape, partition), square, partition
+
+    def __init__(
+        self,
+        designs: Sequence[Design],
+        pattern: Pattern,
+        one: Sequence[int],
+        two: Sequence[int],
+        linked: Sequence[bool],
+        device: torch.device,
+    ) -> None:
+        self._one, self._two, self._pattern = list(one), list(two), pattern
+        self._designs = [_Size.of(design) for design in designs]
+        first = [self._designs[t] for t in one]
+        self.levels = first[0].levels if first else 0
+        self.widths = [size.effects for size in first]
+        self.k = sum(self.widths)
+        self.sizes = [self._designs[t].columns for t in two]
+        self._starts = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
+        self.q = sum(self.sizes)
+        self.partition = Partition.of_one(self.q, device)
+        self._sparse: SparsePattern | None = None
+        self._order: Tensor | None = None
+        self._targets: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        if self.levels and two and all(self._designs[t].indexed for t in two):
+            self._arrange_sparse(linked, device)
+
+    def cross_cost(self) -> tuple[float, float]:
+        """Entries held for W, and operations of a product with it."""
+        if self._sparse is None:
+            entries = float(self.levels * self.k * self.q)
+            return entries, entries * self.q
+        pairs = float(len(self._sparse.target))
+        return 3 * pairs + len(self._sparse.level) * self.k, 4 * pairs * self.k**2
+
+    def _arrange_sparse(self, linked: Sequence[bool], device: torch.device) -> None:
+        """By non-zeros, if that is less work."""
+        places = [self._columns(i) for i in range(len(self._two))]
+        level = torch.cat([a for a, _ in places])
+        column = torch.cat([b for _, b in places])
+        count = torch.bincount(level, minlength=self.levels).double()
+        pairs = float((count * (count + 1) / 2).sum())
+        if PAIR_COST * pairs > float(self.levels) * self.q**2 or pairs > _MOST_PAIRS:
+            return
+        cell, self._order = (level * self.q + column).sort()
+        level, column = cell // self.q, cell % self.q
+        first = torch.ones_like(level, dtype=torch.bool)
+        first[1:] = level[1:] != level[:-1]
+        # A level links all columns that it meets: each to the first of them.
+        anchor = column[first][first.cumsum(0) - 1]
+        cells = self._cells_of_rest()
+        edges = [(anchor, column), *cells.values(), *self._links(linked, device)]
+        self.partition = Partition.of(self.q, edges, device)
+        self._targets = {
+            pair: (self.partition.index(row, col), row <= col) for pair, (row, col) in cells.items()
+        }
+        shape = (self.levels, self.k, self.q)
+        self._sparse = SparsePattern(level, column, shape, self.partition)
+
+    def _between(self, t: int, u: int) -> tuple[Tensor, Tensor]:
+        """Levels of terms t and u that meet."""
+        cells = self._pattern.cells[min(t, u), max(t, u)]
+        assert cells is not None
+        return (cells.a, cells.b) if t <= u else (cells.b, cells.a)
+
+    def _value(self, products: Products, t: int, u: int) -> Tensor:
+        value = products.zz[min(t, u), max(t, u)]
+        return value if t <= u else value.mT
+
+    def _columns(self, i: int) -> tuple[Tensor, Tensor]:
+        """Level and column of the non-zeros of W for the i-th other term, effect by effect."""
+        t = self._two[i]
+        a, b = self._between(self._one[0], t)
+        effect = torch.arange(self._designs[t].effects, device=a.device)
+        column = self._starts[i] + b[:, None] * len(effect) + effect
+        return a.repeat_interleave(len(effect)), column.reshape(-1)
+
+    def _cells_of_rest(self) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
+        """Rows and columns of entries of A22, those of a term with itself both ways round."""
+        found = {}
+        for i, t in enumerate(self._two):
+            for j, u in enumerate(self._two[i:], i):
+                a, b = self._between(t, u)
+                row_effect = torch.arange(self._designs[t].effects, device=a.device)
+                col_effect = torch.arange(self._designs[u].effects, device=a.device)
+                row = self._starts[i] + a[:, None] * len(row_effect) + row_effect
+                col = self._starts[j] + b[:, None] * len(col_effect) + col_effect
+                shape = (len(a), len(row_effect), len(col_effect))
+                found[i, j] = (
+                    row[:, :, None].expand(shape).reshape(-1),
+                    col[:, None, :].expand(shape).reshape(-1),
+                )
+        return found
+
+    def _links(
+        self, linked: Sequence[bool], device: torch.device
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Edges between columns that belong together whatever the data: those of a linked term,
+        and the effects of one level."""
+        for t, together, start, size in zip(
+            self._two, linked, self._starts, self.sizes, strict=True
+        ):
+            column = torch.arange(start, start + size, device=device)
+            step = size if together else self._designs[t].effects
+            yield (column - start) // step * step + start, column
+
+    # ------------------------------------------------------------------ products in their places
+
+    def place(self, products: Products) -> System:
+        """The system of some products."""
+        like = products.ff
+        r = like.shape[1]
+        by_level = (self.levels, self.k, r)
+        ones = [
+            products.zf[t].unflatten(0, (self.levels, w))
+            for t, w in zip(self._one, self.widths, strict=True)
+        ]
+        A1f = torch.cat(ones, 1) if ones else like.new_zeros(by_level)
+        twos = [products.zf[t] for t in self._two]
+        A2f = torch.cat(twos) if twos else like.new_zeros(0, r)
+        if self._sparse is None:
+            W: Cross = DenseCross(self._dense_w(products))
+            A22 = self._dense_square(products)
+        else:
+            W = SparseCross(self._sparse, self._sparse_values(products))
+            A22 = self._sparse_square(products)
+        return System(self._own(products), W, A1f, A22, A2f, products.ff)
+
+    def _own(self, products: Products) -> Tensor:
+        """A11: a level meets itself only."""
+        rows = [torch.cat([self._value(products, t, u) for u in self._one], 2) for t in self._one]
+        return torch.cat(rows, 1) if rows else products.ff.new_zeros(0, 0, 0)
+
+    def _sparse_values(self, products: Products) -> Tensor:
+        parts = []
+        for u in self._two:
+            value = torch.cat([self._value(products, t, u) for t in self._one], 1)
+            parts.append(
+                value.mT.flatten(0, 1)
+            )  # cells, effects of the other term by effects of ours
+        return torch.cat(parts)[self._order]
+
+    def _sparse_square(self, products: Products) -> Tensor:
+        flat = self.partition.zeros(products.ff)
+        for (i, j), (target, kept) in self._targets.items():
+            value = self._value(products, self._two[i], self._two[j]).reshape(-1)
+            flat = flat.index_add(0, target[kept], value[kept])
+        upper = self.partition.square(flat)
+        return upper + upper.triu(1).mT
+
+    def _dense_w(self, products: Products) -> Tensor:
+        if not (self._one and self._two):
+            return products.ff.new_zeros(self.levels, self.k, self.q)
+        rows = [
+            torch.cat([self._dense(products, t, u) for u in self._two], 1).unflatten(
+                0, (self.levels, -1)
+            )
+            for t in self._one
+        ]
+        return torch.cat(rows, 1)
+
+    def _dense_square(self, products: Products) -> Tensor:
+        rows = [torch.cat([self._dense(products, t, u) for u in self._two], 1) for t in self._two]
+        return (torch.cat(rows) if rows else products.ff.new_zeros(0, 0))[None]
+
+    def _dense(self, products: Products, t: int, u: int) -> Tensor:
+        """(q_t, q_u)"""
+        value = self._value(products, t, u)
+        if self._pattern.cells[min(t, u), max(t, u)] is None:
+            return value
+        a, b = self._between(t, u)
+        levels = self._designs[t].levels, self._designs[u].levels
+        whole = value.new_zeros(levels[0] * levels[1], *value.shape[1:])
+        whole = whole.index_add(0, a * levels[1] + b, value).unflatten(0, levels)
+        return whole.transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
-def _links(
-    two: Sequence[Design], linked: Sequence[bool], like: Tensor
-) -> list[tuple[Tensor, Tensor]]:
-    """Edges between columns that belong together whatever the data: those of a linked design,
-    and the effects of one level."""
-    found, start = [], 0
-    for design, together in zip(two, linked, strict=True):
-        assert isinstance(design, IndexedDesign)
-        column = torch.arange(start, start + design.shape[1], device=like.device)
-        step = design.shape[1] if together else design.effects
-        found.append(((column - start) // step * step + start, column))
-        start += design.shape[1]
-    return found
+@dataclass(frozen=True)
+class _Size:
+    """Size of a design, without its rows."""
 
+    indexed: bool
+    levels: int
+    effects: int
 
-def _cells(two: Sequence[IndexedDesign], like: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    r"""Entries of :math:`Z_2^\\top Z_2` on and above its diagonal: row, column, value."""
-    found = []
-    starts = [0]
-    for design in two:
-        starts.append(starts[-1] + design.shape[1])
-    for t, a in enumerate(two):
-        for u, b in enumerate(two[t:], t):
-            level, column, values = _non_zeros(a, [b], like)
-            for i in range(a.effects):
-                row, col = starts[t] + level * a.effects + i, starts[u] + column
-                kept = row <= col
-                found.append((row[kept], col[kept], values[kept, i]))
-    return found
+    @classmethod
+    def of(cls, design: Design) -> _Size:
+        if isinstance(design, IndexedDesign):
+            return cls(True, design.levels, design.effects)
+        return cls(False, 1, design.shape[1])
 
-
-def _square(two: Sequence[Design], like: Tensor) -> Tensor:
-    rows = [torch.cat([product(a, b, like) for b in two], 1) for a in two]
-    return (torch.cat(rows) if rows else like.new_zeros(0, 0))[None]
-
-
-def values_of(design: IndexedDesign, like: Tensor) -> Tensor:
-    """The design's values, ones where it has none, (n, k)."""
-    return like.new_ones(len(like), 1) if design.values is None else design.values.to(like)
-
-
-def _non_zeros(
-    one: IndexedDesign, two: Sequence[IndexedDesign], like: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Levels, columns and values of the cells that some row is in."""
-    q = sum(design.shape[1] for design in two)
-    left = values_of(one, like)
-    cells, parts = [], []
-    offset = 0
-    for design in two:
-        right = values_of(design, like)
-        cell, inverse = torch.unique(one.codes * design.levels + design.codes, return_inverse=True)
-        level, code = cell // design.levels, cell % design.levels
-        for j in range(design.effects):
-            total = like.new_zeros(len(cell), one.effects)
-            parts.append(total.index_add(0, inverse, left * right[:, j : j + 1]))
-            cells.append(level * q + offset + code * design.effects + j)
-        offset += design.shape[1]
-    cell, order = torch.cat(cells).sort()
-    return cell // q, cell % q, torch.cat(parts)[order]
-
-
-def _dense(one: IndexedDesign, two: Sequence[Design], like: Tensor) -> Tensor:
-    if not two:
-        return like.new_zeros(one.levels, one.effects, 0)
-    parts = [product(one, design, like) for design in two]
-    return torch.cat(parts, 1).unflatten(0, (one.levels, one.effects))
-
-
-def product(a: Design, b: Design, like: Tensor) -> Tensor:
-    """:math:`Z_a^\\top Z_b`, (columns of a, columns of b)."""
-    if isinstance(a, DenseDesign):
-        return b.t_matmul(a.matrix.to(like)).mT
-    if isinstance(b, DenseDesign):
-        return a.t_matmul(b.matrix.to(like))
-    assert isinstance(a, IndexedDesign) and isinstance(b, IndexedDesign)
-    rows, columns = a.shape[1], b.shape[1]
-    total = like.new_zeros(rows * columns)
-    if not total.numel():
-        return total.reshape(rows, columns)
-    va, vb = values_of(a, like), values_of(b, like)
-    for i in range(a.effects):
-        for j in range(b.effects):
-            at = (a.codes * a.effects + i) * columns + b.codes * b.effects + j
-            total = total.index_add(0, at, va[:, i] * vb[:, j])
-    return total.reshape(rows, columns)
+    @property
+    def columns(self) -> int:
+        return self.levels * self.effects

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.design import IdentityDesign
-from openreml_nn.covariance.terms import DenseCovariance, Term
+from openreml_nn.covariance.terms import DenseCovariance, Term, residual_terms
 from openreml_nn.errors import InputError
 from openreml_nn.likelihood.fixed import FixedPart, check_data, traced
 from openreml_nn.likelihood.problem import Evaluation, Problem, RandomEffects, cholesky
@@ -146,8 +146,9 @@ class _DenseEvaluation(Evaluation):
     def random_effects(self) -> list[RandomEffects]:
         p_y, projector = self._p_y(), self._projector()
         found = []
-        for term in self._terms:
-            if term.is_residual:
+        residual = residual_terms(self._terms)
+        for i, term in enumerate(self._terms):
+            if i in residual:
                 continue
             u = term.design.t_matmul(p_y[:, None])
             b = term.covariance.multiply(u)[:, 0]

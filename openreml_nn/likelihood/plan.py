@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from openreml_nn.covariance.design import Design, IndexedDesign
 from openreml_nn.covariance.terms import Term
 from openreml_nn.errors import InputError
-from openreml_nn.likelihood.blocked import BlockedProblem, Layout
+from openreml_nn.likelihood.blocked import BlockedProblem, Layout, separated
 from openreml_nn.likelihood.dense import DenseProblem
 from openreml_nn.likelihood.partition import Partition
 from openreml_nn.likelihood.problem import Problem
@@ -74,7 +75,8 @@ class Plan:
                 "spectral", reason, rows, fixed_effects, *_spectral(rows, fixed_effects, dtype)
             )
         try:
-            blocked = _blocked(terms, Layout.of(terms), fixed_effects, dtype.itemsize)
+            parts = separated(terms)
+            blocked = _blocked(parts, Layout.of(parts), fixed_effects, dtype.itemsize)
         except ValueError as error:
             if solver == "blocked":
                 raise
@@ -97,6 +99,7 @@ class Plan:
         """The plan with what a prepared problem found out: which columns have nothing in common."""
         if not isinstance(problem, BlockedProblem) or not problem.q:
             return self
+        terms = separated(terms)
         order = _steps(terms, problem.layout, self.fixed_effects, problem.partition)
         work, memory = problem.cost()
         return replace(self, order=order, work=work, memory=memory)
@@ -129,7 +132,18 @@ def _blocked(
     r = q + p + 1
     work = 2.0 * levels * k * (k * k + k * r) + levels * k * r**2 + q**3 / 3 + r**3 / 3
     memory = itemsize * (2.0 * levels * k * r + 2 * levels * k * k + 3 * r * r)
+    if layout.residual.moves:
+        rows, m = terms[0].design.shape[0], layout.residual.size
+        designs = [terms[i].design for i in layout.rest]
+        dense = sum(d.shape[1] for d in designs if _densified(d, layout))
+        work += 4.0 * rows * (m + k) * (k + dense + p + 1)
+        memory += 4.0 * itemsize * rows * (k + dense + p + 1)
     return _steps(terms, layout, p), max(work, 1.0), memory
+
+
+def _densified(design: Design, layout: Layout) -> bool:
+    """Whether R mixes levels of an indexed design."""
+    return isinstance(design, IndexedDesign) and not layout.residual.is_within(design.codes)
 
 
 def _eliminated(terms: Sequence[Term], layout: Layout) -> tuple[int, int]:
@@ -145,6 +159,9 @@ def _steps(
 ) -> tuple[str, ...]:
     """What is eliminated, in order; ``groups`` are those of the other terms' columns, if known."""
     steps = []
+    if layout.residual.moves:
+        block = f"{layout.residual.size} x {layout.residual.size}"
+        steps.append(f"residuals: blocks of at most {block}, anew at each evaluation")
     if layout.eliminated:
         levels, k = _eliminated(terms, layout)
         names = " and ".join(repr(terms[i].name) for i in layout.eliminated)

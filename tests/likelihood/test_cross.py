@@ -1,5 +1,7 @@
 """Cross-products by their non-zeros against dense ones, and groups of columns."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from openreml_nn.covariance.design import IndexedDesign
 from openreml_nn.likelihood import cross
 from openreml_nn.likelihood.partition import Partition
+from openreml_nn.likelihood.products import Pattern
 
 
 def dense(design):
@@ -65,12 +68,12 @@ def test_sparse_products_equal_dense_ones(seed, k, r, crossed):
 
 
 def _forced(one, two, linked, like):
-    before = cross.PAIR_COST
-    cross.PAIR_COST = 0
-    try:
-        return cross.cross_product(one, two, linked, like)
-    finally:
-        cross.PAIR_COST = before
+    designs = [one, *two]
+    pattern = Pattern.of(designs)
+    with mock.patch.object(cross, "PAIR_COST", 0):
+        at = cross.Arrangement(designs, pattern, [0], [1, 2], linked, like.device)
+    system = at.place(pattern.products(designs, like))
+    return system.W, system.A22, at.partition
 
 
 def _whole(square, partition):

@@ -1,0 +1,118 @@
+r"""Cross-products of the columns of :math:`[Z_1 | \dots | Z_r | f]`: all that the
+blocked solver needs of the data, with f the fixed effects' columns and y.
+
+A product of two grouping factors has an entry for each pair of levels that
+meet in some row. Products add up over rows, so that they can be had from one
+part of the data after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from openreml_nn.covariance.design import DenseDesign, Design, IndexedDesign
+
+__all__ = ["Cells", "Pattern", "Products"]
+
+
+class Cells:
+    """Pairs of levels of two grouping factors that meet in some row.
+
+    Attributes:
+        a: (cells,) level of the first, ascending.
+        b: (cells,) level of the second, ascending within one of the first.
+    """
+
+    def __init__(self, a: Tensor, b: Tensor, of_row: Tensor | None = None) -> None:
+        self.a, self.b = a, b
+        self._of_row = of_row
+
+    @classmethod
+    def of(cls, one: IndexedDesign, two: IndexedDesign) -> Cells:
+        """Those of two designs of the same rows."""
+        if same_codes(one, two):
+            level = torch.arange(one.levels, device=one.codes.device)
+            return cls(level, level, one.codes)
+        cell, inverse = torch.unique(one.codes * two.levels + two.codes, return_inverse=True)
+        return cls(cell // two.levels, cell % two.levels, inverse)
+
+    def sum(self, one: IndexedDesign, two: IndexedDesign, like: Tensor) -> Tensor:
+        """Cross-products cell by cell, (cells, effects of one, effects of two)."""
+        assert self._of_row is not None
+        left, right = values_of(one, like), values_of(two, like)
+        part = (left[:, :, None] * right[:, None, :]).flatten(1)
+        total = part.new_zeros(len(self.a), part.shape[1]).index_add(0, self._of_row, part)
+        return total.unflatten(1, (one.effects, two.effects))
+
+
+def same_codes(one: IndexedDesign, two: IndexedDesign) -> bool:
+    """Whether two designs are of one grouping factor."""
+    if one.levels != two.levels:
+        return False
+    return one.codes is two.codes or torch.equal(one.codes, two.codes)
+
+
+def values_of(design: IndexedDesign, like: Tensor) -> Tensor:
+    """The design's values, ones where it has none, (n, k)."""
+    if design.values is None:
+        return like.new_ones(design.shape[0], 1)
+    return design.values.to(like)
+
+
+class Pattern:
+    """Which pairs of levels meet, for each pair of terms t ≤ u; it depends on codes alone.
+
+    Attributes:
+        cells: for each pair its cells, None where a design is dense.
+    """
+
+    def __init__(self, cells: dict[tuple[int, int], Cells | None]) -> None:
+        self.cells = cells
+
+    @classmethod
+    def of(cls, designs: Sequence[Design]) -> Pattern:
+        """That of some designs of the same rows."""
+        found: dict[tuple[int, int], Cells | None] = {}
+        for t, one in enumerate(designs):
+            for u, two in enumerate(designs[t:], t):
+                indexed = isinstance(one, IndexedDesign) and isinstance(two, IndexedDesign)
+                found[t, u] = Cells.of(one, two) if indexed else None  # type: ignore[arg-type]
+        return cls(found)
+
+    def products(self, designs: Sequence[Design], f: Tensor) -> Products:
+        """Cross-products of designs with these codes and of f, (n, r)."""
+        zz = {}
+        for (t, u), cells in self.cells.items():
+            one, two = designs[t], designs[u]
+            if cells is None:
+                zz[t, u] = _dense_product(one, two, f)
+            else:
+                assert isinstance(one, IndexedDesign) and isinstance(two, IndexedDesign)
+                zz[t, u] = cells.sum(one, two, f)
+        return Products(zz, [design.t_matmul(f) for design in designs], f.mT @ f)
+
+
+@dataclass(frozen=True)
+class Products:
+    r"""Cross-products of some rows.
+
+    Attributes:
+        zz: :math:`Z_t^\top Z_u`, by cells (cells, k_t, k_u), or (q_t, q_u) where a design is dense.
+        zf: :math:`Z_t^\top f`, (q_t, r).
+        ff: :math:`f^\top f`, (r, r).
+    """
+
+    zz: dict[tuple[int, int], Tensor]
+    zf: list[Tensor]
+    ff: Tensor
+
+
+def _dense_product(one: Design, two: Design, like: Tensor) -> Tensor:
+    if isinstance(two, DenseDesign):
+        return one.t_matmul(two.matrix.to(like))
+    assert isinstance(one, DenseDesign)
+    return two.t_matmul(one.matrix.to(like)).mT
