@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 __all__ = ["main", "quoted"]
 
 #: Options whose values are free text; Hydra's grammar would trip over brackets and bars.
-_TEXT = re.compile(r"\+{0,2}(model\.formula|data\.formula|data\.path|checkpoint)=(.*)", re.DOTALL)
+_TEXT = re.compile(
+    r"\+{0,2}(model\.formula|model\.residual|data\.formula|data\.path|checkpoint)=(.*)", re.DOTALL
+)
 #: What the disk or the user's rights can do to a run; all else is a fault of ours.
 _DISK = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR}
 
@@ -66,7 +68,7 @@ def quoted(argument: str) -> str:
     found = _TEXT.fullmatch(argument)
     if not found or not found[2] or found[2][0] in "'\"" or found[2].startswith("choice("):
         return argument
-    if not found[1].endswith("formula") and _parses(argument):
+    if not found[1].endswith(("formula", "residual")) and _parses(argument):
         return argument  # a sweep over files stays one
     text = re.sub(r"(\\*)'", r"\1\1\\'", found[2])
     trailing = len(text) - len(text.rstrip("\\"))
@@ -100,7 +102,8 @@ def _fit(config: DictConfig, directory: Path) -> None:
             raise InputError(f"{key} is {value!r}: expected a whole number")
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     formula, categorical = _formula(config), _names(config.data.categorical)
-    data = MixedModelDataModule(_table(config), formula, categorical)
+    structure = {"residual": config.model.residual, "weights": config.model.weights}
+    data = MixedModelDataModule(_table(config), formula, categorical, **structure)
     data.setup("fit")
     optimizer: Any = OmegaConf.to_container(config.optimizer, resolve=True)
     model = MixedModelModule(
@@ -109,6 +112,7 @@ def _fit(config: DictConfig, directory: Path) -> None:
         config.model.method,
         config.model.solver,
         optimizer,
+        **structure,
     )
     callbacks = [build(part, "callbacks") for part in (config.callbacks or {}).values() if part]
     loggers = [build(part, "logger") for part in (config.logger or {}).values() if part]

@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance import (
+    AR1Matrix,
+    CompoundSymmetricMatrix,
     CovariancePropagation,
+    DiagonalMatrix,
     DummyMatrix,
     IdentityMatrix,
     KroneckerProduct,
@@ -25,12 +28,20 @@ from openreml_nn.covariance import (
     ScalarMatrix,
     Sum,
     UnstructuredMatrix,
+    weighted,
 )
 from openreml_nn.errors import InputError
 from openreml_nn.estimation.result import Label
-from openreml_nn.formula import MixedFormula, RandomPart, check_formula, columns_of, parse_formula
+from openreml_nn.formula import (
+    MixedFormula,
+    RandomPart,
+    check_formula,
+    columns_of,
+    parse_formula,
+    parse_residual,
+)
 
-__all__ = ["Encoded", "Encoder", "RandomDesign", "read_table"]
+__all__ = ["Encoded", "Encoder", "RandomDesign", "ResidualDesign", "read_table"]
 
 _FUNCTIONS: dict[str, Any] = {
     "sqrt": np.sqrt, "abs": np.abs, "log1p": np.log1p, "sin": np.sin, "cos": np.cos, "tan": np.tan,
@@ -98,6 +109,37 @@ class RandomDesign:
 
 
 @dataclass(frozen=True)
+class ResidualDesign:
+    """The structure of the residuals.
+
+    Attributes:
+        kind: ``ar1``, ``cs``, ``us`` or ``diag``.
+        codes: (n,) cell of each row: its group, times the number of positions, plus its position.
+        groups: number of groups.
+        positions: labels of the positions.
+    """
+
+    kind: str
+    codes: Tensor
+    groups: int
+    positions: tuple[str, ...]
+
+    def covariance(self) -> Matrix:
+        """The covariance of the rows."""
+        size = len(self.positions)
+        matrix: Matrix = {
+            "ar1": AR1Matrix,
+            "cs": CompoundSymmetricMatrix,
+            "us": UnstructuredMatrix,
+            "diag": DiagonalMatrix,
+        }[self.kind](size)
+        return CovariancePropagation(
+            z=DummyMatrix.from_codes(self.codes, self.groups * size),
+            g=KroneckerProduct(groups=IdentityMatrix(self.groups), matrix=matrix),
+        )
+
+
+@dataclass(frozen=True)
 class Encoded:
     """A table as tensors.
 
@@ -108,6 +150,8 @@ class Encoded:
         random: designs of the random effects.
         rows: positions of the kept rows in the table.
         dropped_rows: rows left out because of missing values.
+        residual: structure of the residuals; None for one variance.
+        weights: (n,) weights of the rows; None for equal ones.
     """
 
     y: Tensor | None
@@ -116,9 +160,11 @@ class Encoded:
     random: tuple[RandomDesign, ...]
     rows: np.ndarray
     dropped_rows: int
+    residual: ResidualDesign | None = None
+    weights: Tensor | None = None
 
     def covariance(self) -> Matrix:
-        r"""The covariance tree :math:`\sum_t Z_t (I \otimes \Sigma_t) Z_t^\top + \sigma^2 I`."""
+        r"""The covariance tree :math:`\sum_t Z_t (I \otimes \Sigma_t) Z_t^\top + R`."""
         parts: dict[str, Matrix] = {}
         for design in self.random:
             q = len(design.levels)
@@ -130,7 +176,12 @@ class Encoded:
                 if k == 1
                 else KroneckerProduct(levels=IdentityMatrix(q), effects=UnstructuredMatrix(k)),
             )
-        parts["residual"] = ScalarMatrix(len(self.X))
+        if self.residual is not None:
+            parts["residual"] = self.residual.covariance()
+        elif self.weights is not None:
+            parts["residual"] = weighted(self.weights)
+        else:
+            parts["residual"] = ScalarMatrix(len(self.X))
         return Sum(parts).to(self.X.dtype)
 
     def batch(self) -> dict[str, Any]:
@@ -140,7 +191,10 @@ class Encoded:
     @property
     def labels(self) -> dict[str, Label]:
         """Names for the tables of :func:`fit_reml`, by operand."""
-        return {d.name: Label(d.group, d.effects, d.levels) for d in self.random}
+        found = {d.name: Label(d.group, d.effects, d.levels) for d in self.random}
+        if self.residual is not None:
+            found["residual"] = Label("Residual", self.residual.positions, ())
+        return found
 
 
 class Encoder:
@@ -150,6 +204,8 @@ class Encoder:
         formula: an lme4-style formula.
         categorical: numeric columns to be taken as factors.
         source: what messages call the table.
+        residual: structure of the residuals, see :func:`parse_residual`; one variance by default.
+        weights: column of weights: the residual variance of a row is divided by its weight.
 
     Attributes:
         state: what was learned, as plain numbers and strings: levels of
@@ -160,11 +216,20 @@ class Encoder:
     """
 
     def __init__(
-        self, formula: str, categorical: Sequence[str] = (), source: str = "the table"
+        self,
+        formula: str,
+        categorical: Sequence[str] = (),
+        source: str = "the table",
+        residual: str | None = None,
+        weights: str | None = None,
     ) -> None:
         self.formula: MixedFormula = parse_formula(formula)
         self.categorical = tuple(categorical)
         self.source = source
+        self.residual = None if residual is None else parse_residual(residual)
+        self.weights = weights
+        if residual is not None and weights is not None:
+            raise InputError("`weights` are for residuals of one variance: leave out `residual`")
         self.state: dict[str, Any] = {}
 
     # ------------------------------------------------------------------ learning and applying
@@ -193,7 +258,16 @@ class Encoder:
             )
         for design in random:
             self._check_size(design, n)
-        return Encoded(torch.from_numpy(y), torch.from_numpy(X), names, random, rows, dropped)
+        return Encoded(
+            torch.from_numpy(y),
+            torch.from_numpy(X),
+            names,
+            random,
+            rows,
+            dropped,
+            self._residual(kept),
+            self._weights(kept),
+        )
 
     def transform(self, table: pd.DataFrame) -> Encoded:
         """Encode another table; groups' unknown levels get the code -1.
@@ -221,7 +295,18 @@ class Encoder:
             designs.append(RandomDesign(name, part.group, effects, levels, codes, values))
         X = torch.zeros(rows, columns, dtype=torch.float64)
         names = tuple(map(str, range(columns)))
-        return Encoded(None, X, names, tuple(designs), np.arange(rows), 0)
+        return Encoded(
+            None, X, names, tuple(designs), np.arange(rows), 0, *self._residual_skeleton(rows)
+        )
+
+    def _residual_skeleton(self, rows: int) -> tuple[ResidualDesign | None, Tensor | None]:
+        if self.weights is not None:
+            return None, torch.ones(rows, dtype=torch.float64)
+        if self.residual is None:
+            return None, None
+        positions = tuple(self.state["residual"])
+        codes = torch.arange(rows) * len(positions)
+        return ResidualDesign(self.residual.kind, codes, rows, positions), None
 
     # ------------------------------------------------------------------ columns
 
@@ -231,6 +316,10 @@ class Encoder:
         found += columns_of(self.formula.fixed, text)
         for part in self.formula.random:
             found += [*columns_of(part.effects, text), *part.factors]
+        if response and self.residual is not None:
+            found += self.residual.columns
+        if response and self.weights is not None:
+            found.append(self.weights)
         return list(dict.fromkeys(found))
 
     def _complete(
@@ -408,6 +497,63 @@ class Encoder:
         at = np.searchsorted(cells, cell).clip(max=len(cells) - 1)
         codes = np.where(seen & (cells[at] == cell), at, -1)
         return torch.from_numpy(codes), levels
+
+    # ------------------------------------------------------------------ residuals
+
+    def _residual(self, table: pd.DataFrame) -> ResidualDesign | None:
+        """Cell of each row, learned and applied to one table only: prediction needs none."""
+        part = self.residual
+        if part is None:
+            return None
+        group = np.zeros(len(table), dtype=np.int64)
+        for factor in part.group:
+            code, categories = _coded(table[factor])
+            group = group * len(categories) + code
+        if part.kind == "diag":
+            stratum, positions = group, categories
+            if len(part.group) > 1:
+                cells, stratum = np.unique(group, return_inverse=True)
+                columns = [_coded(table[factor])[1] for factor in part.group]
+                positions = list(_cell_labels(cells, columns))
+            group, position = np.arange(len(table)), stratum
+        else:
+            group = pd.factorize(group)[0]
+            if part.position is None:
+                position = pd.Series(group).groupby(group).cumcount().to_numpy()
+                positions = [str(i + 1) for i in range(int(position.max()) + 1)]
+            else:
+                position, positions = _coded(table[part.position])
+        if len(positions) < 2:
+            raise InputError(
+                f"{self.source}: the residuals' {part.position or ':'.join(part.group)!r} has one "
+                "level in each group: a structure needs two"
+            )
+        size = len(positions)
+        cell = group * size + position
+        twice = pd.Series(cell).duplicated().to_numpy()
+        if twice.any():
+            row = int(np.argmax(twice))
+            raise InputError(
+                f"{self.source}: row {table.index[row] + 1} has the position "
+                f"{positions[position[row]]!r} of {part.position!r} that its group has already: "
+                "residuals within a group need a position each"
+            )
+        self.state["residual"] = list(positions)
+        codes = torch.from_numpy(cell)
+        return ResidualDesign(part.kind, codes, int(group.max()) + 1, tuple(positions))
+
+    def _weights(self, table: pd.DataFrame) -> Tensor | None:
+        if self.weights is None:
+            return None
+        column = table[self.weights]
+        numbers = pd.to_numeric(column, errors="coerce").to_numpy(np.float64, copy=True)
+        bad = np.flatnonzero(~(np.isfinite(numbers) & (numbers > 0)))
+        if len(bad):
+            raise InputError(
+                f"{self.source}: the weight {self.weights!r} is {column.iloc[bad[0]]!r} in row "
+                f"{table.index[bad[0]] + 1}: expected a positive number"
+            )
+        return torch.from_numpy(numbers)
 
     def _check_size(self, design: RandomDesign, n: int) -> None:
         size = len(design.levels) * len(design.effects)

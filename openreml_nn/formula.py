@@ -16,7 +16,14 @@ from formulaic.parser.types.factor import Factor
 
 from openreml_nn.errors import InputError
 
-__all__ = ["MixedFormula", "RandomPart", "columns_of", "parse_formula"]
+__all__ = [
+    "MixedFormula",
+    "RandomPart",
+    "ResidualPart",
+    "columns_of",
+    "parse_formula",
+    "parse_residual",
+]
 
 #: Functions that a formula may call.
 FUNCTIONS = frozenset({
@@ -53,6 +60,26 @@ class RandomPart:
     def group(self) -> str:
         """The grouping factor as written, ``batch:cask`` for a combination."""
         return ":".join(self.factors)
+
+
+@dataclass(frozen=True)
+class ResidualPart:
+    """A structure of the residuals within groups of rows.
+
+    Attributes:
+        kind: ``ar1``, ``cs``, ``us`` or ``diag``.
+        position: column of the position within a group; None is the order of the rows.
+        group: the columns whose combinations are the groups; with ``diag``, the strata.
+    """
+
+    kind: str
+    position: str | None
+    group: tuple[str, ...]
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that it uses."""
+        return [*self.group, *([self.position] if self.position else [])]
 
 
 @dataclass(frozen=True)
@@ -101,6 +128,36 @@ def parse_formula(text: str) -> MixedFormula:
     check_formula(response, text)
     check_formula(fixed, text)
     return MixedFormula(text.strip(), response, fixed, tuple(random))
+
+
+_RESIDUAL = re.compile(r"\s*(\w+)\s*\(([^()|]*)(?:\|([^()|]*))?\)\s*")
+
+
+def parse_residual(text: str) -> ResidualPart:
+    """Take the structure of the residuals apart.
+
+    ``ar1(time | subject)``, ``cs(subject)`` and ``us(time | subject)`` correlate
+    the rows of a subject; ``diag(sex)`` has a variance for each stratum.
+
+    Raises:
+        InputError: if it does not parse.
+
+    >>> parse_residual("ar1(age | Subject)")
+    ResidualPart(kind='ar1', position='age', group=('Subject',))
+    """
+    found = _RESIDUAL.fullmatch(text)
+    if not found or found[1] not in ("ar1", "cs", "us", "diag"):
+        raise InputError(
+            f"residual {text!r}: expected 'ar1(time | group)', 'cs(group)', 'us(time | group)' "
+            "or 'diag(stratum)'"
+        )
+    position, group = (found[2].strip(), found[3]) if found[3] is not None else ("", found[2])
+    factors = tuple(factor.strip().strip("`") for factor in group.split(":"))
+    if not all(factors) or (found[3] is not None and not position):
+        raise InputError(f"residual {text!r}: a column is missing")
+    if found[1] == "diag" and position:
+        raise InputError(f"residual {text!r}: 'diag' takes a stratum only")
+    return ResidualPart(found[1], position.strip("`") or None, factors)
 
 
 def check_formula(part: str, text: str) -> list[Factor]:

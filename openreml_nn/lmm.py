@@ -14,7 +14,13 @@ __all__ = ["lmm"]
 
 
 def lmm(
-    formula: str, table: pd.DataFrame, *, categorical: Sequence[str] = (), **options: Any
+    formula: str,
+    table: pd.DataFrame,
+    *,
+    categorical: Sequence[str] = (),
+    residual: str | None = None,
+    weights: str | None = None,
+    **options: Any,
 ) -> REMLResult:
     r"""Fit a linear mixed model to a table by AI-REML.
 
@@ -22,6 +28,10 @@ def lmm(
         formula: an lme4-style formula.
         table: a data frame; rows with missing values are left out with a warning.
         categorical: numeric columns to be taken as factors.
+        residual: correlation of the rows of a group, ``"ar1(time | subject)"``,
+            ``"cs(subject)"`` or ``"us(time | subject)"``, or a variance for each
+            stratum, ``"diag(sex)"``; independent rows of one variance by default.
+        weights: column of weights: the residual variance of a row is divided by its weight.
         **options: passed to :func:`fit_reml`, such as ``method="ml"``.
 
     Raises:
@@ -32,7 +42,7 @@ def lmm(
     >>> f"{result.log_likelihood:.4f}"
     '-871.8141'
     """
-    encoded = Encoder(formula, categorical).fit(table)
+    encoded = Encoder(formula, categorical, residual=residual, weights=weights).fit(table)
     assert encoded.y is not None
     return fit_reml(
         encoded.covariance(),

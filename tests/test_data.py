@@ -1,6 +1,7 @@
 """Tables and formulas as tensors, and back to names."""
 
 import gzip
+import re
 
 import numpy as np
 import pandas as pd
@@ -186,3 +187,54 @@ def test_bundled_data_sets(name):
     assert found.dropped_rows == 0
     with pytest.raises(ValueError, match="expected one of"):
         datasets.table_path("nothing")
+
+
+REPEATED = pd.DataFrame(
+    {
+        "y": [1.0, 2.0, 4.0, 3.0, 5.0, 7.0],
+        "g": ["a", "a", "a", "b", "b", "c"],
+        "t": [1, 2, 3, 1, 3, 2],
+        "s": ["u", "v", "u", "v", "u", "v"],
+        "w": [1.0, 2.0, 0.5, 1.0, 4.0, 1.0],
+    }
+)
+
+
+def test_residuals_within_groups():
+    found = encode("y ~ 1", REPEATED, residual="ar1(t | g)")
+    V = found.covariance()(torch.tensor([0.0, torch.log(torch.tensor(3.0))]))  # rho 0.5
+    assert found.residual.positions == ("1", "2", "3")
+    torch.testing.assert_close(V[0], torch.tensor([1, 0.5, 0.25, 0, 0, 0]))
+    torch.testing.assert_close(V[3], torch.tensor([0, 0, 0, 1, 0.25, 0]))
+    by_order = encode("y ~ 1", REPEATED, residual="cs(g)")
+    assert by_order.residual.positions == ("1", "2", "3")
+
+
+def test_residual_variance_by_stratum_and_by_weight():
+    strata = encode("y ~ 1", REPEATED, residual="diag(s)")
+    assert strata.residual.positions == ("u", "v")
+    V = strata.covariance()(torch.log(torch.tensor([1.0, 2.0])))
+    torch.testing.assert_close(V, torch.diag(torch.tensor([1.0, 4, 1, 4, 1, 4])))
+    cells = encode("y ~ 1", REPEATED, residual="diag(s:g)")
+    assert cells.residual.positions == ("u:a", "u:b", "v:a", "v:b", "v:c")
+    weights = encode("y ~ 1", REPEATED, weights="w")
+    expected = torch.diag(1 / torch.tensor(REPEATED["w"].to_numpy()))
+    torch.testing.assert_close(weights.covariance()(torch.zeros(1)), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"residual": "arma(t | g)"}, "expected 'ar1"),
+        ({"residual": "ar1(t | )"}, "a column is missing"),
+        ({"residual": "diag(t | g)"}, "takes a stratum only"),
+        ({"residual": "ar1(missing | g)"}, "no column 'missing'"),
+        ({"residual": "ar1(s | g)"}, "row 3 has the position 'u' of 's'"),
+        ({"residual": "cs(t:g)"}, "one level in each group"),
+        ({"residual": "cs(g)", "weights": "w"}, "leave out `residual`"),
+        ({"weights": "g"}, "'a' in row 1: expected a positive number"),
+    ],
+)
+def test_errors_of_residuals(options, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        encode("y ~ 1", REPEATED, **options)

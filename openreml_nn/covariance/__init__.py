@@ -33,6 +33,9 @@ from openreml_nn.covariance.structures import (
     heterogeneous_ar1,
     heterogeneous_compound_symmetry,
     kron,
+    stratified,
+    weighted,
+    within,
 )
 from openreml_nn.covariance.sum import Sum
 from openreml_nn.covariance.triangular import (
@@ -82,5 +85,8 @@ __all__ = [
     "heterogeneous_ar1",
     "heterogeneous_compound_symmetry",
     "kron",
+    "stratified",
     "transform",
+    "weighted",
+    "within",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.exchangeable import interval
-from openreml_nn.covariance.matrix import FreeParams, Matrix
+from openreml_nn.covariance.matrix import FreeParams, Matrix, differentiated
 from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.transform import TransformExp, TransformExpPow2
 
@@ -68,7 +68,15 @@ class AR1Matrix(Matrix):
 
     def _powers(self, rho: Tensor) -> Tensor:
         r""":math:`\rho^l` for the lags l = 0 … n - 1."""
-        return rho ** torch.arange(self.shape[0], dtype=rho.dtype, device=rho.device)
+        n = self.shape[0]
+        if not differentiated(rho):
+            return rho ** torch.arange(n, dtype=rho.dtype, device=rho.device)
+        # By products: the second derivative of a power is NaN at zero in torch.
+        powers, step = torch.ones_like(rho), rho
+        while len(powers) < n:
+            powers = torch.cat([powers, powers * step])
+            step = step * step
+        return powers[:n]
 
     def _slopes(self, powers: Tensor) -> Tensor:
         """Their derivatives, by shifting them: rho, which may be zero, divides nothing."""

@@ -22,6 +22,9 @@ from openreml_nn.covariance.terms import (
 
 __all__ = ["KroneckerProduct"]
 
+#: A diagonal covariance of more effects than these is not written as a matrix.
+_MOST_EFFECTS = 64
+
 
 class KroneckerProduct(Operator):
     r"""Kronecker product :math:`V = A_0 \otimes A_1 \otimes \dots`.
@@ -112,6 +115,8 @@ def _merge(outer: Term | None, inner: Term) -> Term | None:
         known = a.factor is not None and b.factor is not None
         factor = a.factor * b.factor if known else None  # type: ignore[operator]
         return Term(design, RepeatedCovariance(a.matrix * b.matrix, a.levels * b.levels, factor))
+    if isinstance(b, DiagonalCovariance) and len(b.matrix) <= _MOST_EFFECTS:
+        return Term(design, RepeatedCovariance(a.matrix * torch.diag(b.matrix), a.levels))
     if isinstance(b, DiagonalCovariance):
         variances = (a.matrix[0] * b.matrix).repeat(a.levels)
         return Term(design, DiagonalCovariance(variances))

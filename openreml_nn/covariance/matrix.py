@@ -17,7 +17,7 @@ from openreml_nn.covariance.transform import Transform
 if TYPE_CHECKING:
     from openreml_nn.covariance.terms import Term
 
-__all__ = ["FreeParams", "Matrix", "Recorded"]
+__all__ = ["FreeParams", "Matrix", "Recorded", "differentiated"]
 
 
 class Recorded(NamedTuple):
@@ -108,7 +108,7 @@ class Matrix(nn.Module):
         if isinstance(free_params, Recorded):
             return super().__call__(free_params)
         values = self._flat(free_params)
-        if not values.numel() or not _differentiated(values) or not self._closed_form():
+        if not values.numel() or not differentiated(values) or not self._closed_form():
             return super().__call__(values)
         return ClosedForm.apply(self, values)
 
@@ -595,7 +595,7 @@ class Matrix(nn.Module):
         self._intermediates = None
 
 
-def _differentiated(values: Tensor) -> bool:
+def differentiated(values: Tensor) -> bool:
     """Whether anything records what is done to ``values``."""
     return (
         (values.requires_grad and torch.is_grad_enabled())

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from math import cos, pi
 
+import numpy as np
+import pandas as pd
 import torch
+from torch import Tensor
 
 from openreml_nn.covariance.autoregressive import AR1Matrix
+from openreml_nn.covariance.dummy import DummyMatrix, Labels
 from openreml_nn.covariance.exchangeable import EquicorrelationMatrix
-from openreml_nn.covariance.identity import DiagonalMatrix
+from openreml_nn.covariance.identity import DiagonalMatrix, IdentityMatrix, ScalarMatrix
 from openreml_nn.covariance.kronecker import KroneckerProduct
 from openreml_nn.covariance.matrix import Matrix
 from openreml_nn.covariance.params import free_specs
@@ -25,6 +29,9 @@ __all__ = [
     "heterogeneous_ar1",
     "heterogeneous_compound_symmetry",
     "kron",
+    "stratified",
+    "weighted",
+    "within",
 ]
 
 
@@ -125,3 +132,99 @@ def ar1_field(rows: int, columns: int) -> KroneckerProduct:
     column = AR1Matrix(columns)
     column.fix("sigma^2", 0.0)
     return KroneckerProduct(row=AR1Matrix(rows), column=column)
+
+
+def within(
+    groups: Labels, matrix: Matrix, positions: Labels | None = None
+) -> CovariancePropagation:
+    r"""Rows of one group are correlated, rows of different groups independent.
+
+    :math:`V_{ij} = M_{p(i)\,p(j)}` where i and j are of one group, else 0: the
+    residuals of repeated measures. Groups may be ragged: a group that misses a
+    position has the rows and columns of the others.
+
+    Args:
+        groups: label of the group of each row, (n,).
+        matrix: M, (T, T).
+        positions: position of each row in M, (n,): labels, the sorted distinct
+            ones of which are the T positions; by default the order of the rows
+            within their group.
+
+    Raises:
+        ValueError: if there are more positions than M has rows, or a group has
+            a position twice.
+
+    Reference:
+        Pinheiro and Bates, Mixed-Effects Models in S and S-PLUS (2000), section 5.3.
+
+    >>> within(["a", "b", "a"], AR1Matrix(2))(torch.tensor([0.0, 0.0]))
+    tensor([[1., 0., 0.],
+            [0., 1., 0.],
+            [0., 0., 1.]])
+    """
+    group, names = pd.factorize(_labels(groups, "groups"), sort=True)
+    if positions is None:
+        position = pd.Series(group).groupby(group).cumcount().to_numpy()
+    else:
+        position, _ = pd.factorize(_labels(positions, "positions"), sort=True)
+    if len(position) != len(group):
+        raise ValueError(f"`positions` has {len(position)} rows but `groups` {len(group)}")
+    size = matrix.shape[0]
+    if position.max() >= size:
+        raise ValueError(
+            f"`matrix` is {size} x {size} but there are {position.max() + 1} positions"
+        )
+    cell = group * size + position
+    if len(np.unique(cell)) < len(cell):
+        twice = pd.Series(cell).duplicated().argmax()
+        raise ValueError(f"row {twice}: its group {names[group[twice]]!r} has its position already")
+    return CovariancePropagation(
+        z=DummyMatrix.from_codes(torch.from_numpy(cell), len(names) * size),
+        g=KroneckerProduct(groups=IdentityMatrix(len(names)), matrix=matrix),
+    )
+
+
+def stratified(strata: Labels) -> CovariancePropagation:
+    r"""Independent rows with a variance for each stratum, :math:`V_{ii} = \sigma^2_{s(i)}`.
+
+    Parameters: ``g/matrix/sigma^2_s``, the strata in sorted order.
+
+    Args:
+        strata: label of the stratum of each row, (n,).
+
+    >>> stratified(["f", "m", "f"]).param_names
+    ['g/matrix/sigma^2_0', 'g/matrix/sigma^2_1']
+    """
+    labels = _labels(strata, "strata")
+    return within(np.arange(len(labels)), DiagonalMatrix(len(pd.unique(labels))), labels)
+
+
+def weighted(weights: Tensor) -> CovariancePropagation:
+    r"""Independent rows of variance :math:`\sigma^2 / w_i`, as ``weights`` in lme4.
+
+    Parameter: ``g/sigma^2``.
+
+    Args:
+        weights: w, (n,), positive.
+
+    Raises:
+        ValueError: if a weight is not positive and finite.
+
+    >>> weighted(torch.tensor([1.0, 4.0]))(torch.tensor([0.0]))
+    tensor([[1.0000, 0.0000],
+            [0.0000, 0.2500]])
+    """
+    n = len(weights)
+    good = torch.isfinite(weights) & (weights > 0)
+    if not bool(good.all()):
+        row = int((~good).nonzero()[0])
+        raise ValueError(f"`weights` is {float(weights[row]):.6g} in row {row}: expected above 0")
+    z = DummyMatrix.from_codes(torch.arange(n, device=weights.device), n, weights.rsqrt())
+    return CovariancePropagation(z=z, g=ScalarMatrix(n))
+
+
+def _labels(labels: Labels, name: str) -> np.ndarray:
+    found = pd.Series(labels.cpu().numpy() if isinstance(labels, Tensor) else labels)
+    if found.isna().any():
+        raise ValueError(f"`{name}` misses a label in row {int(found.isna().argmax())}")
+    return found.to_numpy()

@@ -222,9 +222,10 @@ class REMLResult:
 
     @property
     def residual_variance(self) -> float:
-        """Variance of the residual, NaN where it is not one number."""
+        """Variance of the residual, on average over its strata or positions; that of a row of
+        weight 1."""
         found = [c.covariance for c in self.components if c.group == "Residual"]
-        return float(found[0]) if len(found) == 1 and found[0].numel() == 1 else nan
+        return sum(float((c if c.dim() == 1 else c.diagonal()).mean()) for c in found)
 
     def summary(self, title: str | None = None) -> str:
         """The model as text, in the order of lme4's summary."""

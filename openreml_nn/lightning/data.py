@@ -27,6 +27,7 @@ class MixedModelDataModule(LightningDataModule):
         formula: an lme4-style formula.
         categorical: numeric columns to be taken as factors.
         predict_table: what ``trainer.predict`` predicts; the same table by default.
+        residual, weights: structure of the residuals and column of weights, as in :func:`lmm`.
 
     Attributes:
         encoder: what the formula makes of a table.
@@ -44,11 +45,13 @@ class MixedModelDataModule(LightningDataModule):
         formula: str,
         categorical: Sequence[str] = (),
         predict_table: pd.DataFrame | str | os.PathLike[str] | None = None,
+        residual: str | None = None,
+        weights: str | None = None,
     ) -> None:
         super().__init__()
         named = isinstance(table, pd.DataFrame)
         source = "the table" if named else f"file {str(table)!r}"
-        self.encoder = Encoder(formula, categorical, source)
+        self.encoder = Encoder(formula, categorical, source, residual, weights)
         self._table = table
         self._predict_table = predict_table
         self._moved: tuple[Any, torch.device, Any] | None = None

@@ -38,6 +38,7 @@ class MixedModelModule(LightningModule):
         categorical: numeric columns to be taken as factors.
         method: ``"reml"`` or ``"ml"``.
         solver: see :class:`REMLLoss`.
+        residual, weights: structure of the residuals and column of weights, as in :func:`lmm`.
         optimizer: a config such as ``{"_target_": "torch.optim.Adam", "lr": 0.1}``,
             or a function from parameters to an optimizer; AI-REML by default.
 
@@ -69,6 +70,8 @@ class MixedModelModule(LightningModule):
         method: str = "reml",
         solver: str = "auto",
         optimizer: Mapping[str, Any] | Callable[[Any], torch.optim.Optimizer] | None = None,
+        residual: str | None = None,
+        weights: str | None = None,
     ) -> None:
         super().__init__()
         check_method(method)
@@ -81,10 +84,12 @@ class MixedModelModule(LightningModule):
                 "method": method,
                 "solver": solver,
                 "optimizer": plain,
+                "residual": residual,
+                "weights": weights,
             }
         )
         self._make_optimizer = optimizer
-        self.encoder = Encoder(formula, categorical)
+        self.encoder = Encoder(formula, categorical, residual=residual, weights=weights)
         self.method = method
         self.solver = solver
         self.covariance = None
@@ -108,6 +113,10 @@ class MixedModelModule(LightningModule):
                 f"the data module's formula is {data.encoder.formula.text!r} but the model's "
                 f"{self.encoder.formula.text!r}"
             )
+        for name in ("residual", "weights"):
+            own, given = getattr(self.encoder, name), getattr(data.encoder, name)
+            if own != given:
+                raise ValueError(f"the data module's `{name}` is {given!r} but the model's {own!r}")
         self.encoder = data.encoder
         encoded: Encoded = data.encoded
         fresh = self.covariance is None

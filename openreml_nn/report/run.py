@@ -71,7 +71,7 @@ class Run:
                 "residual": {
                     "variance": result.residual_variance,
                     "parameters": {
-                        name.removeprefix("residual/"): value
+                        name.rpartition("/")[2]: value
                         for name, value in found.items()
                         if name.startswith("residual/")
                     },

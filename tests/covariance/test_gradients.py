@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
-from openreml_nn.covariance import CovariancePropagation, DummyMatrix, Sum, UnstructuredMatrix
+from openreml_nn.covariance import (
+    AR1Matrix,
+    CovariancePropagation,
+    DummyMatrix,
+    Sum,
+    UnstructuredMatrix,
+)
+from openreml_nn.covariance.matrix import Recorded
 from tests.strategies import LEAVES, matrices, points
 
 
@@ -191,3 +198,16 @@ def test_pullback_of_a_one_hot_design_forms_no_jacobian():
     with Watch():
         V().sum().backward()
     assert max(sizes) < jacobian_size / 10
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_autoregression_without_correlation_has_all_derivatives(order):
+    def value(rho):
+        return AR1Matrix(4).double()(Recorded(torch.cat([torch.ones(1), rho]), natural=True))[0]
+
+    rho = torch.zeros(1)
+    for _ in range(order):
+        value = torch.func.jacrev(value)
+    expected = torch.zeros(4)
+    expected[order] = [1, 1, 2, 6][order]
+    torch.testing.assert_close(value(rho).reshape(-1), expected)

@@ -25,6 +25,38 @@ def table_of(name):
     return read_table(file)
 
 
+NLME = json.loads((FOLDER / "reference.json").read_text(encoding="utf-8"))["nlme"]
+#: How each model of nlme is written here.
+STRUCTURES = {
+    "random 1|Subject, residual variance by Sex": ("+ (1 | Subject)", "diag(Sex)"),
+    "residual compound symmetry within Subject": ("", "cs(Subject)"),
+    "residual AR1 within Subject": ("", "ar1(age | Subject)"),
+}
+
+
+@pytest.mark.parametrize("solver", ["auto", "dense"])
+@pytest.mark.parametrize("row", NLME, ids=lambda row: row["model"])
+def test_structured_residuals_equal_nlme(row, solver):
+    random, residual = STRUCTURES[row["model"]]
+    table = table_of(row["dataset"])
+    formula = f"distance ~ age * Sex {random}"
+    result = lmm(formula, table, residual=residual, method=row["method"], solver=solver)
+    assert result.converged
+    assert result.log_likelihood == pytest.approx(row["log_likelihood"], rel=1e-9)
+    for name, estimate in row["fixed"].items():
+        found = float(result.fixed.estimate[result.fixed.names.index(name)])
+        assert found == pytest.approx(estimate, rel=1e-5)
+    components = {c.group: c.covariance for c in result.components}
+    for group, (variance,) in row["random"].items():
+        assert components[group].item() == pytest.approx(variance[0], rel=1e-4)
+    R = components["Residual"]
+    assert float(R[-1, -1]) == pytest.approx(row["sigma2"], rel=1e-4)
+    for correlation in row["cor"].values():
+        assert float(R[0, 1] / R[0, 0]) == pytest.approx(correlation, rel=1e-4)
+    for ratio in row["var"].values():
+        assert float((R[0, 0] / R[1, 1]).sqrt()) == pytest.approx(ratio, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "row", ROWS, ids=lambda r: f"{r['dataset']}-{r['formula'].split('~')[1]}-{r['method']}"
 )

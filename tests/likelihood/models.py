@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from openreml_nn.covariance import (
+    AR1Matrix,
+    CompoundSymmetricMatrix,
     CovariancePropagation,
     DiagonalMatrix,
     DummyMatrix,
@@ -19,6 +21,9 @@ from openreml_nn.covariance import (
     ScalarMatrix,
     Sum,
     UnstructuredMatrix,
+    stratified,
+    weighted,
+    within,
 )
 
 
@@ -30,8 +35,8 @@ class Model:
 
 
 @st.composite
-def models(draw, method: str = "reml") -> Model:
-    """Random intercepts and slopes, nested and crossed, with a scalar residual."""
+def models(draw, structured: bool = False) -> Model:
+    """Random intercepts and slopes, nested and crossed, with residuals of one variance or not."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
     n = draw(st.integers(14, 30))
     outer = torch.randint(0, draw(st.integers(2, 4)), (n,), generator=generator).tolist()
@@ -56,7 +61,7 @@ def models(draw, method: str = "reml") -> Model:
             g = UnstructuredMatrix(q * k) if q * k <= 4 else ScalarMatrix(q * k)
         design = z(torch.zeros(0)) if draw(st.integers(0, 5)) == 0 else z
         parts[f"t{i}"] = CovariancePropagation(z=design, g=g)
-    parts["residual"] = ScalarMatrix(n)
+    parts["residual"] = draw(residuals(outer, inner, generator)) if structured else ScalarMatrix(n)
     covariance = Sum(parts).double()
     with torch.no_grad():
         for p in covariance.parameters():
@@ -65,6 +70,35 @@ def models(draw, method: str = "reml") -> Model:
     X = torch.randn(n, p, generator=generator)
     y = torch.randn(n, generator=generator)
     return Model(covariance, y, X)
+
+
+@st.composite
+def residuals(draw, outer: list[int], inner: list[int], generator: torch.Generator) -> Matrix:
+    """Weights, strata, and correlation within ragged groups, alone or on top of a variance."""
+    n = len(outer)
+    kind = draw(st.sampled_from(["weights", "strata", "within", "both", "blocks"]))
+    if kind == "weights":
+        return weighted(torch.rand(n, generator=generator) + 0.1)
+    if kind == "strata":
+        return stratified(torch.randint(0, 3, (n,), generator=generator).tolist())
+    if kind == "blocks":
+        # Over the rows as they stand, with variances of their own on top.
+        k = 2 if n % 2 == 0 else 1
+        block = KroneckerProduct(IdentityMatrix(n // k), CompoundSymmetricMatrix(max(k, 2)))
+        return Sum(block, DiagonalMatrix(n)) if k == 2 else DiagonalMatrix(n)
+    groups = [f"{a}-{b}" for a, b in zip(outer, inner, strict=True)]
+    size = max(groups.count(g) for g in groups)
+    matrices = [AR1Matrix, CompoundSymmetricMatrix, UnstructuredMatrix]
+    matrix = draw(st.sampled_from(matrices))(max(size, 2) + 1)
+    order = draw(st.booleans())
+    positions = torch.randperm(n, generator=generator).tolist() if order else None
+    if positions is not None:
+        ranks = {
+            g: sorted(p for p, h in zip(positions, groups, strict=True) if h == g) for g in groups
+        }
+        positions = [ranks[g].index(p) for p, g in zip(positions, groups, strict=True)]
+    found = within(groups, matrix, positions)
+    return Sum(correlated=found, nugget=ScalarMatrix(n)) if kind == "both" else found
 
 
 def reference(y: Tensor, X: Tensor, V: Tensor, method: str) -> float:

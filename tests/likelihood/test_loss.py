@@ -73,6 +73,14 @@ def test_blocked_equals_dense(pair_cost, data, method):
         _compare_solvers(m, method)
 
 
+@pytest.mark.parametrize("pair_cost", [0, 1e9], ids=["sparse", "dense"])
+@given(st.data(), st.sampled_from(METHODS))
+def test_structured_residuals_equal_dense(pair_cost, data, method):
+    m = data.draw(models(structured=True))
+    with mock.patch.object(cross, "PAIR_COST", pair_cost):
+        _compare_solvers(m, method)
+
+
 def _compare_solvers(m, method, solvers=SOLVERS):
     """Every solver's likelihood with all that derives from it is that of the first."""
     parameters = list(m.covariance.parameters())
