@@ -149,25 +149,29 @@ class BlockedProblem(Problem):
         self.residual = layout.residual
         self._designs = [self._white_as_is(terms[i].design) for i in layout.random]
         self._f = torch.cat([fixed.Q, fixed.y[:, None]], 1)
-        self._pattern = Pattern.of(self._designs)
+        pattern = Pattern.of(self._designs)
         # Levels and effects of the other terms whose levels are independent, None for the rest.
         self.grids = [_grid(terms[i]) for i in layout.rest]
         split = len(layout.eliminated)
-        self.arrangement = Arrangement(
+        arrangement = Arrangement(
             self._designs,
-            self._pattern,
+            pattern,
             range(split),
             range(split, len(self._designs)),
             [grid is None for grid in self.grids],
             self._f.device,
         )
-        self.levels, self.k = self.arrangement.levels, self.arrangement.k
-        self.widths, self.sizes = self.arrangement.widths, self.arrangement.sizes
-        self.q, self.partition = self.arrangement.q, self.arrangement.partition
+        self.levels, self.k = arrangement.levels, arrangement.k
+        self.widths, self.sizes = arrangement.widths, arrangement.sizes
+        self.q, self.partition = arrangement.q, arrangement.partition
+        self._cross_cost = arrangement.cross_cost()
         self._forms = [terms[i].covariance for i in layout.random]
+        self._moving: tuple[Pattern, Arrangement] | None = (pattern, arrangement)
         self._constant: tuple[System, White] | None = None
         if not self.residual.moves:
+            # Then the products are all that is needed, and what leads to them can go.
             self._constant = self._system([torch.ones_like(self._f[:1, :1])])
+            self._moving = None
 
     def _white_as_is(self, design: Design) -> Design:
         """The design, without structure where R would mix its levels."""
@@ -186,10 +190,12 @@ class BlockedProblem(Problem):
         return (*self._system(residual), self._f.new_ones(()))
 
     def _system(self, residual: Sequence[Tensor]) -> tuple[System, White]:
+        assert self._moving is not None
+        pattern, arrangement = self._moving
         white = self.residual.white(residual)
         designs = [white.design(design) for design in self._designs]
-        products = self._pattern.products(designs, white.rows(self._f))
-        return self.arrangement.place(products), white
+        products = pattern.products(designs, white.rows(self._f))
+        return arrangement.place(products), white
 
     def _evaluate(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
         return _BlockedEvaluation(self, terms, matrices)
@@ -220,7 +226,7 @@ class BlockedProblem(Problem):
     def cost(self) -> tuple[float, float]:
         """Operations of an evaluation with its scores, and bytes held for it."""
         by, k = self.partition, self.k
-        entries, work = self.arrangement.cross_cost()
+        entries, work = self._cross_cost
         groups = max(by.count, 1) * float(by.size) ** 2
         r = self.p + 1
         own = self.levels * k * (8.0 * k * k + 4 * k * r)

@@ -202,8 +202,10 @@ def test_pullback_of_a_one_hot_design_forms_no_jacobian():
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_autoregression_without_correlation_has_all_derivatives(order):
+    matrix = AR1Matrix(4)
+
     def value(rho):
-        return AR1Matrix(4).double()(Recorded(torch.cat([torch.ones(1), rho]), natural=True))[0]
+        return matrix(Recorded(torch.cat([torch.ones(1), rho]), natural=True))[0]
 
     rho = torch.zeros(1)
     for _ in range(order):
