@@ -285,6 +285,8 @@ class _Stepper:
             raise RuntimeError("none of AIREML's parameters belongs to a covariance in the loss")
         # Differences of the likelihood below this are rounding.
         self._least = self._start - 100 * self._eps * (abs(self._start) + self._rows)
+        # As are those within what an estimated likelihood is known to.
+        self._least -= sum(o.evaluate().error for o in objectives)
 
     def step(self, tolerance: float) -> Step:
         c = self._curvature

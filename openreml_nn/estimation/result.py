@@ -171,6 +171,7 @@ class REMLResult:
         condition: condition number of the scaled curvature.
         rows: number of rows n.
         log_likelihood: the (restricted) log-likelihood, constants included.
+        log_likelihood_error: its Monte Carlo standard error; 0 where it is exact.
         fixed: BLUEs.
         parameters: covariance parameters.
         components: covariance of each term, the residual last where there is one.
@@ -190,6 +191,7 @@ class REMLResult:
     condition: float
     rows: int
     log_likelihood: float
+    log_likelihood_error: float
     fixed: FixedEffects
     parameters: tuple[Estimate, ...]
     components: tuple[Component, ...]
@@ -256,6 +258,7 @@ class REMLResult:
                 "condition": self.condition,
                 "rows": self.rows,
                 "log_likelihood": self.log_likelihood,
+                "log_likelihood_error": self.log_likelihood_error,
                 "deviance": self.deviance,
                 "aic": self.aic,
                 "bic": self.bic,
@@ -346,6 +349,7 @@ class _Builder:
             condition=curvature.condition,
             rows=problem.n,
             log_likelihood=float(evaluation.log_likelihood),
+            log_likelihood_error=evaluation.error,
             fixed=fixed,
             parameters=self._parameters(),
             components=tuple(components),

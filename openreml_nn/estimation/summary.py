@@ -48,6 +48,11 @@ def tables(result: REMLResult, title: str | None = None) -> list[Table | str]:
         f"{state} in {result.iterations} iterations, score norm {result.score_norm:.1e} "
         f"standard errors; {result.plan.solver} solver"
     )
+    if result.log_likelihood_error:
+        parts.append(
+            f"the log-likelihood is estimated, with a standard error of "
+            f"{result.log_likelihood_error:.2g}"
+        )
     if result.singular:
         parts.append(f"singular fit: a variance of {', '.join(result.singular)} is zero")
     if result.indistinct:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance.design import Design, IndexedDesign
+from openreml_nn.covariance.design import DenseDesign, Design, IndexedDesign
 from openreml_nn.likelihood.partition import Partition
 from openreml_nn.likelihood.products import Pattern, Products
 
@@ -223,7 +224,6 @@ class Arrangement:
         one: positions of the eliminated terms, of one grouping factor.
         two: positions of the others.
         linked: for each of those, whether its columns belong together whatever the data.
-        device: of the results.
 
     Attributes:
         levels, k: levels of the eliminated factor, and effects of each.
@@ -239,8 +239,8 @@ class Arrangement:
         one: Sequence[int],
         two: Sequence[int],
         linked: Sequence[bool],
-        device: torch.device,
     ) -> None:
+        device = _device(designs)
         self._one, self._two, self._pattern = list(one), list(two), pattern
         self._designs = [_Size.of(design) for design in designs]
         first = [self._designs[t] for t in one]
@@ -251,19 +251,32 @@ class Arrangement:
         self._starts = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
         self.q = sum(self.sizes)
         self.partition = Partition.of_one(self.q, device)
-        self._sparse: SparsePattern | None = None
         self._order: Tensor | None = None
         self._targets: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         if self.levels and two and all(self._designs[t].indexed for t in two):
             self._arrange_sparse(linked, device)
 
-    def cross_cost(self) -> tuple[float, float]:
-        """Entries held for W, and operations of a product with it."""
-        if self._sparse is None:
-            entries = float(self.levels * self.k * self.q)
-            return entries, entries * self.q
-        pairs = float(len(self._sparse.target))
-        return 3 * pairs + len(self._sparse.level) * self.k, 4 * pairs * self.k**2
+    @property
+    def is_sparse(self) -> bool:
+        """Whether W is held by its non-zeros."""
+        return self._order is not None
+
+    def cost(self, r: int) -> tuple[float, float]:
+        """Operations of an evaluation with its scores for r columns of f, and entries held."""
+        k, q = self.k, self.q
+        held, work = float(self.levels * k * q), float(self.levels * k * q) * q
+        if self.is_sparse:
+            held = 3 * self._pairs + len(self._level) * k
+            work = 4 * self._pairs * k**2
+        groups = max(self.partition.count, 1) * float(self.partition.size) ** 2
+        own = self.levels * k * (8.0 * k * k + 4 * k * r)
+        work = own + 2 * work + 2 * groups * self.partition.size
+        return work, held + 5 * groups + 8.0 * self.levels * k * (k + r)
+
+    @cached_property
+    def _sparse(self) -> SparsePattern:
+        shape = (self.levels, self.k, self.q)
+        return SparsePattern(self._level, self._column, shape, self.partition)
 
     def _arrange_sparse(self, linked: Sequence[bool], device: torch.device) -> None:
         """By non-zeros, if that is less work."""
@@ -286,8 +299,7 @@ class Arrangement:
         self._targets = {
             pair: (self.partition.index(row, col), row <= col) for pair, (row, col) in cells.items()
         }
-        shape = (self.levels, self.k, self.q)
-        self._sparse = SparsePattern(level, column, shape, self.partition)
+        self._level, self._column, self._pairs = level, column, pairs
 
     def _between(self, t: int, u: int) -> tuple[Tensor, Tensor]:
         """Levels of terms t and u that meet."""
@@ -350,7 +362,7 @@ class Arrangement:
         A1f = torch.cat(ones, 1) if ones else like.new_zeros(by_level)
         twos = [products.zf[t] for t in self._two]
         A2f = torch.cat(twos) if twos else like.new_zeros(0, r)
-        if self._sparse is None:
+        if not self.is_sparse:
             W: Cross = DenseCross(self._dense_w(products))
             A22 = self._dense_square(products)
         else:
@@ -405,6 +417,15 @@ class Arrangement:
         whole = value.new_zeros(levels[0] * levels[1], *value.shape[1:])
         whole = whole.index_add(0, a * levels[1] + b, value).unflatten(0, levels)
         return whole.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+
+def _device(designs: Sequence[Design]) -> torch.device:
+    for design in designs:
+        if isinstance(design, IndexedDesign):
+            return design.codes.device
+        if isinstance(design, DenseDesign):
+            return design.matrix.device
+    return torch.device("cpu")
 
 
 @dataclass(frozen=True)

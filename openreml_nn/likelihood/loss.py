@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -70,9 +71,12 @@ class REMLLoss(nn.Module):
         covariance: the covariance V of all rows.
         method: ``"reml"``, or ``"ml"`` for the full likelihood.
         solver: ``"dense"`` (Cholesky of V), ``"blocked"`` (in the space of the
-            random effects, V never formed), ``"spectral"`` (one known kernel and
-            independent errors, by one eigendecomposition), or ``"auto"``, which
-            takes the one with less work; :attr:`plan` says which and why.
+            random effects, V never formed), ``"krylov"`` (the same by conjugate
+            gradients and random probes, for crossed factors that are too large;
+            approximate), ``"spectral"`` (one known kernel and independent errors,
+            by one eigendecomposition), or ``"auto"``, which takes the exact one with
+            least work, and the approximate one, with a warning, where that would hold
+            more than 4 GiB; :attr:`plan` says which and why.
         reduction: ``"mean"`` divides by the number of rows, ``"sum"`` does not.
 
     Attributes:
@@ -208,6 +212,13 @@ class REMLLoss(nn.Module):
         self._plan = Plan.of(terms, fixed.Q.shape[1], self.solver, dtype)
         problem = self._plan.problem(fixed, terms, self.method)
         self._plan = self._plan.measured(problem, terms)
+        if self._plan.solver == "krylov" and self.solver == "auto":
+            warnings.warn(
+                f"the likelihood is approximate: {self._plan.reason}; "
+                "solver='blocked' insists on an exact one",
+                RuntimeWarning,
+                stacklevel=4,
+            )
         if wrapped or graph:
             self._prepared = None
             if not wrapped:

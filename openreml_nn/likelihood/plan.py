@@ -10,8 +10,10 @@ import torch
 from openreml_nn.covariance.design import Design, IndexedDesign
 from openreml_nn.covariance.terms import Term
 from openreml_nn.errors import InputError
-from openreml_nn.likelihood.blocked import BlockedProblem, Layout, separated
+from openreml_nn.likelihood.blocked import BlockedProblem
 from openreml_nn.likelihood.dense import DenseProblem
+from openreml_nn.likelihood.grouped import GroupedProblem, Layout, arranged, grid_of, separated
+from openreml_nn.likelihood.krylov import PROBES, KrylovProblem
 from openreml_nn.likelihood.partition import Partition
 from openreml_nn.likelihood.problem import Problem
 from openreml_nn.likelihood.spectral import SpectralProblem, spectral_terms
@@ -21,18 +23,20 @@ __all__ = ["Plan", "check_solver"]
 SOLVERS: dict[str, type[Problem]] = {
     "dense": DenseProblem,
     "blocked": BlockedProblem,
+    "krylov": KrylovProblem,
     "spectral": SpectralProblem,
 }
 
 
+#: An exact solver that would hold more than this is left for the approximate one, with a warning.
+MOST_BYTES = 4 * 2**30
+
+
 def check_solver(solver: str) -> None:
     """Raise unless ``solver`` is one that exists."""
-    if solver == "krylov":
-        raise InputError("`solver` 'krylov' is not there yet: use 'blocked' or 'dense'")
     if solver != "auto" and solver not in SOLVERS:
-        raise InputError(
-            f"`solver` is {solver!r}: expected 'auto', 'dense', 'blocked' or 'spectral'"
-        )
+        expected = ", ".join(map(repr, ["auto", *SOLVERS]))
+        raise InputError(f"`solver` is {solver!r}: expected one of {expected}")
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Plan:
     """A chosen solver; printing it says what was chosen, why, and the predicted cost.
 
     Attributes:
-        solver: ``"dense"``, ``"blocked"`` or ``"spectral"``.
+        solver: ``"dense"``, ``"blocked"``, ``"krylov"`` or ``"spectral"``.
         reason: why this one.
         rows: number of rows n.
         fixed_effects: number of fixed effects p.
@@ -74,6 +78,10 @@ class Plan:
             return cls(
                 "spectral", reason, rows, fixed_effects, *_spectral(rows, fixed_effects, dtype)
             )
+        if solver == "krylov":
+            parts = separated(terms)
+            found = _blocked(parts, Layout.of(parts), fixed_effects, dtype.itemsize)
+            return cls("krylov", "asked for", rows, fixed_effects, *found)
         try:
             parts = separated(terms)
             blocked = _blocked(parts, Layout.of(parts), fixed_effects, dtype.itemsize)
@@ -88,6 +96,11 @@ class Plan:
         else:
             reason = f"{blocked[1] / dense[1]:.3g} times less work than the blocked solver"
             return cls("dense", reason, rows, fixed_effects, *dense)
+        if solver == "auto" and blocked[2] > MOST_BYTES:
+            bytes_needed = _forecast(parts, fixed_effects, dtype.itemsize)
+            if bytes_needed > MOST_BYTES and KrylovProblem.fits(parts):
+                reason = f"exact solvers would need {bytes_needed / 2**30:.3g} GiB"
+                return cls("krylov", reason, rows, fixed_effects, *blocked)
         return cls("blocked", reason, rows, fixed_effects, *blocked)
 
     @property
@@ -97,10 +110,10 @@ class Plan:
 
     def measured(self, problem: Problem, terms: Sequence[Term]) -> Plan:
         """The plan with what a prepared problem found out: which columns have nothing in common."""
-        if not isinstance(problem, BlockedProblem) or not problem.q:
+        if not isinstance(problem, GroupedProblem) or not problem.q:
             return self
-        terms = separated(terms)
-        order = _steps(terms, problem.layout, self.fixed_effects, problem.partition)
+        partition = problem.partition if isinstance(problem, BlockedProblem) else None
+        order = _steps(separated(terms), problem.layout, self.fixed_effects, partition)
         work, memory = problem.cost()
         return replace(self, order=order, work=work, memory=memory)
 
@@ -124,6 +137,14 @@ def _spectral(rows: int, p: int, dtype: torch.dtype) -> tuple[tuple[str, ...], f
     return order, 10.0 * rows * (p + 1) ** 2, dtype.itemsize * 2.0 * rows**2
 
 
+def _forecast(terms: Sequence[Term], p: int, itemsize: int) -> float:
+    """Bytes that the blocked solver would hold, from which levels meet."""
+    layout = Layout.of(terms)
+    designs = [terms[i].design for i in layout.random]
+    _, arrangement = arranged(designs, layout, [grid_of(terms[i]) for i in layout.rest])
+    return itemsize * arrangement.cost(p + 1)[1]
+
+
 def _blocked(
     terms: Sequence[Term], layout: Layout, p: int, itemsize: int
 ) -> tuple[tuple[str, ...], float, float]:
@@ -138,7 +159,11 @@ def _blocked(
         dense = sum(d.shape[1] for d in designs if _densified(d, layout))
         work += 4.0 * rows * (m + k) * (k + dense + p + 1)
         memory += 4.0 * itemsize * rows * (k + dense + p + 1)
-    return _steps(terms, layout, p), max(work, 1.0), memory
+    return (
+        _steps(terms, layout, p, Partition.of_one(q, torch.device("cpu"))),
+        max(work, 1.0),
+        memory,
+    )
 
 
 def _densified(design: Design, layout: Layout) -> bool:
@@ -169,7 +194,9 @@ def _steps(
     if layout.rest:
         q = sum(terms[i].design.shape[1] for i in layout.rest)
         names = ", ".join(repr(terms[i].name) for i in layout.rest)
-        if groups is None or groups.whole:
+        if groups is None:
+            steps.append(f"{names}: conjugate gradients, {q} columns, {PROBES} probes")
+        elif groups.whole:
             steps.append(f"{names}: dense, {q} x {q}")
         else:
             size = f"{groups.size} x {groups.size}"

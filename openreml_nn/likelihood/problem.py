@@ -74,12 +74,14 @@ class Evaluation:
         y_p_y: the generalised residual sum of squares :math:`y^\\top P y`.
         gamma: (p,) generalised least-squares coefficients of Q.
         gamma_factor: (p, p) Cholesky factor of :math:`Q^\\top V^{-1} Q`.
+        error: Monte Carlo standard error of the log-likelihood; 0 where it is exact.
     """
 
     log_likelihood: Tensor
     y_p_y: Tensor
     gamma: Tensor
     gamma_factor: Tensor
+    error: float = 0.0
 
     def scores(self) -> list[Tensor]:
         r""":math:`\partial\ell/\partial G_t` for each matrix of the problem, in its shape."""

@@ -71,7 +71,7 @@ def _forced(one, two, linked, like):
     designs = [one, *two]
     pattern = Pattern.of(designs)
     with mock.patch.object(cross, "PAIR_COST", 0):
-        at = cross.Arrangement(designs, pattern, [0], [1, 2], linked, like.device)
+        at = cross.Arrangement(designs, pattern, [0], [1, 2], linked)
     system = at.place(pattern.products(designs, like))
     return system.W, system.A22, at.partition
 

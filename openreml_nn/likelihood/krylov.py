@@ -1,0 +1,451 @@
+r"""The likelihood of crossed factors too large for a factorisation, by products alone.
+
+One factor is eliminated exactly, as in the blocked solver. The system of the
+others, scaled by its diagonal blocks, is :math:`\hat M = I + E` with nothing on
+the diagonal of E. It is never formed: preconditioned conjugate gradients solve
+with it, and their coefficients give Lanczos quadrature for its log-determinant.
+
+What is exact (to the tolerance of the solves): BLUEs, BLUPs, the generalised
+residual sum of squares, the average information. What is estimated by
+``PROBES`` random signs z, fixed once for all evaluations: the log-determinant
+and traces of :math:`\hat M^{-1}`. Their first-order parts, known to be zero, are
+taken off each sample, so that only second-order noise is left.
+
+Reference:
+    Golub and Meurant, Matrices, Moments and Quadrature (2010), chapters 7 and 11;
+    Ubaru, Chen and Saad, SIAM Journal on Matrix Analysis 38 (2017) 1075;
+    Kündig and Sigrist, arXiv:2405.04330, section 3.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from math import nan
+
+import torch
+from torch import Tensor
+from torch.linalg import solve_triangular
+
+from openreml_nn.covariance.terms import Term
+from openreml_nn.likelihood.cross import Cross, System
+from openreml_nn.likelihood.fixed import FixedPart
+from openreml_nn.likelihood.grouped import (
+    Crossed,
+    GroupedEvaluation,
+    GroupedProblem,
+    Layout,
+    grid_of,
+    inner,
+    separated,
+)
+from openreml_nn.likelihood.problem import Evaluation, cholesky
+from openreml_nn.likelihood.products import Pattern, Products
+from openreml_nn.likelihood.residual import White
+
+__all__ = ["PROBES", "KrylovProblem"]
+
+#: Random signs, which share the work of one sparse product.
+PROBES = 24
+#: Relative residuals at which the solves for data, and for probes, end.
+_TOLERANCE = 1e-11
+_PROBE_TOLERANCE = 1e-6
+_MOST_STEPS = 1000
+
+
+class ListedCross(Cross):
+    """W by its non-zeros, for products with vectors only.
+
+    Args:
+        cells: for each other term the levels that meet, of the eliminated factor and of the term,
+            and the entries (cells, k, k_t).
+        shape: (levels, k, q).
+        starts: first column of each term.
+    """
+
+    def __init__(
+        self,
+        cells: Sequence[tuple[Tensor, Tensor, Tensor]],
+        shape: tuple[int, int, int],
+        starts: Sequence[int],
+    ) -> None:
+        self.cells, self.shape = cells, shape
+        levels, k, q = shape
+        rows, columns, values = [], [], []
+        for (a, b, value), start in zip(cells, starts, strict=True):
+            i = a[:, None] * k + torch.arange(k, device=a.device)
+            j = start + b[:, None] * value.shape[2] + torch.arange(value.shape[2], device=a.device)
+            rows.append(i[:, :, None].expand_as(value).reshape(-1))
+            columns.append(j[:, None, :].expand_as(value).reshape(-1))
+            values.append(value.reshape(-1))
+        index = torch.stack([torch.cat(rows), torch.cat(columns)])
+        self._forward = _sparse(index, torch.cat(values), (levels * k, q))
+        self._backward = _sparse(index.flip(0), torch.cat(values), (q, levels * k))
+        self.entries = 4.0 * index.shape[1]
+        self.work = 2.0 * index.shape[1]
+
+    def times(self, x: Tensor) -> Tensor:
+        return (self._forward @ x).unflatten(0, self.shape[:2])
+
+    def t_times(self, y: Tensor) -> Tensor:
+        return self._backward @ y.flatten(0, 1)
+
+
+def _sparse(index: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    found = torch.sparse_coo_tensor(index, values, shape, check_invariants=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR", UserWarning)  # torch calls them beta
+        return found.coalesce().to_sparse_csr()
+
+
+class KrylovProblem(GroupedProblem):
+    """The system of the other terms by conjugate gradients.
+
+    Raises:
+        ValueError: if a random term is not a grouping factor with independent levels, or the
+            residuals have more than one variance.
+    """
+
+    def __init__(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> None:
+        super().__init__(fixed, terms, method)
+        self._check(separated(terms), self.layout)
+        white = self.residual.white([torch.ones_like(self._f[:1, :1])])
+        designs = [white.design(design) for design in self._designs]
+        pattern = Pattern.of(designs)
+        products = pattern.products(designs, white.rows(self._f))
+        self._constant = self._place(pattern, products), white
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(0, 2, (self.q, PROBES), generator=generator)
+        self.probes = (2 * signs - 1).to(self._f)
+        self.start: Tensor | None = None  # the last solution for the data
+
+    @staticmethod
+    def _check(terms: Sequence[Term], layout: Layout) -> None:
+        for i in layout.random:
+            if grid_of(terms[i]) is None:
+                raise ValueError(
+                    "the krylov solver needs grouping factors with independent levels: "
+                    f"term {terms[i].name!r} is none"
+                )
+        if layout.residual.moves:
+            raise ValueError("the krylov solver needs residuals of one variance")
+
+    @classmethod
+    def fits(cls, terms: Sequence[Term]) -> bool:
+        """Whether separated terms are such that it can be used."""
+        try:
+            cls._check(terms, Layout.of(terms))
+        except ValueError:
+            return False
+        return True
+
+    def system(self, residual: Sequence[Tensor]) -> tuple[System, White, Tensor]:
+        return (*self._constant, residual[0].reshape(()))
+
+    def _evaluate(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
+        return _KrylovEvaluation(self, terms, matrices)
+
+    def recorded(self, matrices: Sequence[Tensor]) -> Tensor:
+        raise NotImplementedError(
+            "the krylov solver has the gradient by covariance parameters only, and no second "
+            "derivative: use solver='blocked'"
+        )
+
+    def cost(self) -> tuple[float, float]:
+        """Operations of an evaluation of 30 steps, and bytes held for it."""
+        W = self._constant[0].W
+        columns = PROBES + self.p + 1
+        work = 60.0 * W.work * columns
+        held = W.entries + 8.0 * columns * (self.q + self.levels * self.k)
+        return work, self._f.itemsize * held
+
+    def _place(self, pattern: Pattern, products: Products) -> System:
+        ones, r = len(self.widths), self._f.shape[1]
+        count = len(self._designs)
+
+        def between(t: int, u: int) -> tuple[Tensor, Tensor]:
+            cells = pattern.cells[t, u]
+            assert cells is not None
+            return cells.a, cells.b
+
+        rows = [
+            torch.cat(
+                [
+                    products.zz[min(t, u), max(t, u)].transpose(1, 2)
+                    if t > u
+                    else products.zz[t, u]
+                    for u in range(ones)
+                ],
+                2,
+            )
+            for t in range(ones)
+        ]
+        A11 = torch.cat(rows, 1) if ones else self._f.new_zeros(0, 0, 0)
+        self._starts = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
+        cells = []
+        for u in range(ones, count) if ones else ():
+            value = torch.cat([products.zz[t, u] for t in range(ones)], 1)
+            cells.append((*between(0, u), value))
+        W = ListedCross(cells, (self.levels, self.k, self.q), self._starts if ones else [])
+        self.own = [products.zz[t, t] for t in range(ones, count)]  # (levels_t, k_t, k_t)
+        rest = {
+            (t - ones, u - ones): (*between(t, u), products.zz[t, u])
+            for t in range(ones, count)
+            for u in range(t, count)
+        }
+        self._square = self._sparse_square(rest)
+        zf = products.zf
+        first = [zf[t].unflatten(0, (self.levels, w)) for t, w in enumerate(self.widths)]
+        A1f = torch.cat(first, 1) if first else self._f.new_zeros(0, 0, r)
+        A2f = torch.cat(zf[ones:]) if zf[ones:] else self._f.new_zeros(0, r)
+        return System(A11, W, A1f, self._f.new_zeros(0), A2f, products.ff)
+
+    def _sparse_square(self, cells: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+        """:math:`Z_2^\\top Z_2`, sparse (q, q)."""
+        index, values = [], []
+        for (t, u), (a, b, value) in cells.items():
+            k, m = value.shape[1:]
+            i = self._starts[t] + a[:, None] * k + torch.arange(k, device=a.device)
+            j = self._starts[u] + b[:, None] * m + torch.arange(m, device=a.device)
+            row = i[:, :, None].expand_as(value).reshape(-1)
+            column = j[:, None, :].expand_as(value).reshape(-1)
+            index.append(torch.stack([row, column]))
+            values.append(value.reshape(-1))
+            if t != u:
+                index.append(torch.stack([column, row]))
+                values.append(value.reshape(-1))
+        if not index:
+            return self._f.new_zeros(0, 0)
+        return _sparse(torch.cat(index, 1), torch.cat(values), (self.q, self.q))
+
+    def times_22(self, x: Tensor) -> Tensor:
+        """:math:`Z_2^\\top Z_2 x`."""
+        return self._square @ x
+
+    def by_levels(self, x: Tensor) -> list[Tensor]:
+        """From (q, m) to each other term's (levels, k, m)."""
+        grids = [grid for grid in self.grids if grid is not None]
+        pieces = zip(x.split(self.sizes), grids, strict=True) if self.sizes else ()
+        return [piece.unflatten(0, grid) for piece, grid in pieces]
+
+    def flat(self, parts: Sequence[Tensor], like: Tensor) -> Tensor:
+        """Back from :meth:`by_levels`."""
+        return torch.cat([part.flatten(0, 1) for part in parts]) if parts else like
+
+
+class _KrylovEvaluation(GroupedEvaluation):
+    _problem: KrylovProblem
+
+    def __init__(
+        self, problem: KrylovProblem, terms: Sequence[Term], matrices: Sequence[Tensor]
+    ) -> None:
+        super().__init__(problem, terms, matrices)
+        at, s = self._at, self._s
+        W = at.W
+        assert isinstance(W, ListedCross)
+        self._Kd = self._P / s**2
+        # Diagonal blocks of E22 and of the scaled system.
+        own = [block / s for block in problem.own]
+        if problem.levels:
+            for i, (a, b, value) in enumerate(W.cells):
+                K = self._Kd[a] if len(self._Kd) > 1 else self._Kd
+                own[i] = own[i].index_add(0, b, -(value.mT @ K @ value))
+        self._own = own
+        grids = [grid for grid in problem.grids if grid is not None]
+        self._roots = [
+            root.blocks(*grid) for root, grid in zip(self._root2, grids, strict=True)
+        ]  # (levels or 1, k, k)
+        blocks = [L.mT @ block @ L for L, block in zip(self._roots, own, strict=True)]
+        for block in blocks:
+            block.diagonal(dim1=1, dim2=2).add_(1)
+        self._factors = [cholesky(block, "V") for block in blocks]
+        b = self._hat(self._E2f)
+        self._b = b
+        start = problem.start if problem.start is not None else torch.zeros_like(b)
+        self._x, _ = _conjugate_gradients(self._times_hat, b, start, _TOLERANCE)
+        problem.start = self._x
+        z = problem.probes
+        self._inverse_z, T = _conjugate_gradients(
+            self._times_hat, z, torch.zeros_like(z), _PROBE_TOLERANCE
+        )
+        values, vectors = torch.linalg.eigh(T)
+        weights = vectors[:, 0, :] ** 2
+        # Less the first-order part z'Ez, of which the expectation is zero.
+        samples = problem.q * ((weights * values.log()).sum(1) - (T[:, 0, 0] - 1))
+        self.error = float(samples.std() / len(samples) ** 0.5 / 2) if problem.q else 0.0
+        log_det = self._log_det + samples.mean() if problem.q else self._log_det
+        for factor in self._factors:
+            log_det = log_det + 2 * factor.diagonal(dim1=1, dim2=2).log().sum()
+        F = at.Aff / s - inner(at.A1f, self._KA) - b.mT @ self._x
+        self._profile(log_det, F)
+
+    # ------------------------------------------------------------------ products
+
+    def _times_e22(self, x: Tensor) -> Tensor:
+        W, s = self._at.W, self._s
+        found = self._problem.times_22(x) / s
+        if self._problem.levels:
+            found = found - W.t_times(self._Kd @ W.times(x))
+        return found
+
+    def _unhat(self, x: Tensor) -> Tensor:
+        r""":math:`\Lambda_2 C^{-\top} x`, from the scaled system to random effects."""
+        problem = self._problem
+        parts = zip(self._roots, self._factors, problem.by_levels(x), strict=True)
+        return problem.flat(
+            [L @ solve_triangular(C.mT, part, upper=True) for L, C, part in parts], x
+        )
+
+    def _hat(self, x: Tensor) -> Tensor:
+        r""":math:`C^{-1} \Lambda_2^\top x`."""
+        problem = self._problem
+        parts = zip(self._roots, self._factors, problem.by_levels(x), strict=True)
+        return problem.flat(
+            [solve_triangular(C, L.mT @ part, upper=False) for L, C, part in parts], x
+        )
+
+    def _times_hat(self, x: Tensor) -> Tensor:
+        r""":math:`\hat M x = C^{-1}(I + \Lambda_2^\top E_{22} \Lambda_2) C^{-\top} x`."""
+        problem = self._problem
+        parts = zip(self._factors, problem.by_levels(x), strict=True)
+        one = [
+            solve_triangular(C, solve_triangular(C.mT, part, upper=True), upper=False)
+            for C, part in parts
+        ]
+        return problem.flat(one, x) + self._hat(self._times_e22(self._unhat(x)))
+
+    def _explained(self, T2: Tensor) -> tuple[Tensor, Tensor]:
+        right = self._hat(T2)
+        x, _ = _conjugate_gradients(self._times_hat, right, torch.zeros_like(right), _TOLERANCE)
+        return right.mT @ x, self._b[:, :-1].mT @ x
+
+    def _times_22(self, x: Tensor) -> Tensor:
+        return self._problem.times_22(x)
+
+    # ------------------------------------------------------------------ Z' P y and Z' P Z
+
+    @cached_property
+    def _crossed(self) -> Crossed:
+        problem, at, s = self._problem, self._at, self._s
+        A = at.A11 / s
+        T = torch.eye(problem.k, dtype=s.dtype, device=s.device) - A @ self._P
+        x = self._unhat(self._x)
+        Z1f = at.A1f / s
+        if problem.levels:
+            Z1f = T @ (at.A1f - at.W.times(x)) / s
+        Z2f = self._E2f - self._times_e22(x)
+        B1 = T @ A
+        if problem.levels and problem.q:
+            B1 = B1 - T @ self._quadratic() @ T.mT / s**2
+        return self._cross(Z1f, Z2f, B1, self._inner_22())
+
+    def _quadratic(self) -> Tensor:
+        r"""Diagonal blocks of :math:`W N W^\top`, the inverse's own diagonal blocks exactly."""
+        problem, W = self._problem, self._at.W
+        assert isinstance(W, ListedCross)
+        found = self._P.new_zeros(problem.levels, problem.k, problem.k)
+        for (a, b, value), L, C in zip(W.cells, self._roots, self._factors, strict=True):
+            half = solve_triangular(C, L.mT.expand_as(C), upper=False)  # C^-1 L'
+            part = value @ half.mT[b]
+            found = found.index_add(0, a, part @ part.mT)
+        left = W.times(self._unhat(self._inverse_z - problem.probes))
+        right = W.times(self._unhat(problem.probes))
+        noisy = left @ right.mT / problem.probes.shape[1]
+        return found + (noisy + noisy.mT) / 2
+
+    def _inner_22(self) -> list[Tensor]:
+        r"""Own blocks of :math:`Z_2^\top V^{-1} Z_2`, from :math:`I - M^{-1}` where no root is
+        singular."""
+        problem, z = self._problem, self._problem.probes
+        if not problem.q:
+            return []
+        # M^-1 - I + E, of which E has no blocks of its own.
+        sample = self._inverse_z + self._times_hat(z) - 2 * z
+        found = []
+        pieces = zip(
+            self._own, self._roots, self._factors, problem.by_levels(sample),
+            problem.by_levels(z), strict=True,
+        )  # fmt: skip
+        for i, (own, L, C, left, right) in enumerate(pieces):
+            noisy = left @ right.mT / z.shape[1]
+            eye = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
+            half = solve_triangular(C, eye.expand_as(C), upper=False)
+            inverse = half.mT @ (eye + (noisy + noisy.mT) / 2) @ half
+            pivot = L.diagonal(dim1=1, dim2=2).abs().min()
+            if float(pivot**2 * own.diagonal(dim1=1, dim2=2).max()) > 1e-6:
+                back = solve_triangular(L.mT.expand_as(C), eye - inverse, upper=True)
+                block = solve_triangular(L.mT.expand_as(C), back.mT, upper=True)
+            else:
+                block = own - self._gained(i)
+            found.append(block)
+        return found
+
+    def _gained(self, i: int) -> Tensor:
+        r"""Own blocks of :math:`E_{22} N E_{22}` for the i-th other term, from samples alone."""
+        z = self._problem.probes
+        left = self._times_e22(self._unhat(self._inverse_z))
+        right = self._times_e22(self._unhat(z))
+        product = self._problem.by_levels(left)[i] @ self._problem.by_levels(right)[i].mT
+        return (product + product.mT) / (2 * z.shape[1])
+
+
+def _conjugate_gradients(
+    times: Callable[[Tensor], Tensor], b: Tensor, x: Tensor, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """Solve for each column of b (q, m), from x on.
+
+    Returns:
+        The solution, and the Lanczos matrix of each column, (m, steps, steps), padded with ones
+        on its diagonal.
+
+    Raises:
+        RuntimeError: if the residual is not below the tolerance in 1,000 steps.
+    """
+    m = b.shape[1]
+    x = x.clone()
+    if not b.numel():
+        return x, torch.ones(m, 1, 1, dtype=b.dtype, device=b.device)
+    r = b - times(x) if bool(x.any()) else b.clone()
+    goal = tolerance * torch.linalg.vector_norm(b, dim=0)
+    squares = (r * r).sum(0)
+    active = (squares.sqrt() > goal).nonzero()[:, 0]
+    p = r.clone()
+    alphas, betas = [], []
+    for _ in range(_MOST_STEPS):
+        if not len(active):
+            break
+        part = p[:, active]
+        Mp = times(part)
+        alpha = squares[active] / (part * Mp).sum(0)
+        x[:, active] += alpha * part
+        r[:, active] -= alpha * Mp
+        new = (r[:, active] ** 2).sum(0)
+        beta = new / squares[active]
+        p[:, active] = r[:, active] + beta * part
+        squares[active] = new
+        alphas.append(_spread(alpha, active, m))
+        betas.append(_spread(beta, active, m))
+        active = active[new.sqrt() > goal[active]]
+    else:
+        raise RuntimeError(f"conjugate gradients did not converge in {_MOST_STEPS} steps")
+    return x, _lanczos(alphas, betas, b)
+
+
+def _spread(values: Tensor, active: Tensor, m: int) -> Tensor:
+    """Values of the active columns among all m, NaN for the others."""
+    return values.new_full((m,), nan).index_copy(0, active, values)
+
+
+def _lanczos(alphas: list[Tensor], betas: list[Tensor], like: Tensor) -> Tensor:
+    """Tridiagonal matrices (m, steps, steps) from the coefficients of conjugate gradients."""
+    if not alphas:
+        return torch.ones(like.shape[1], 1, 1, dtype=like.dtype, device=like.device)
+    a, b = torch.stack(alphas, 1), torch.stack(betas, 1)  # (m, steps)
+    diagonal = 1 / a
+    diagonal[:, 1:] += b[:, :-1] / a[:, :-1]
+    # Past the last step of a column there is nothing, and nothing to couple to.
+    over = a[:, 1:].isnan()
+    off = torch.where(over, 0.0, b[:, :-1].sqrt() / a[:, :-1])
+    diagonal[:, 1:] = torch.where(over, 1.0, diagonal[:, 1:])
+    return torch.diag_embed(diagonal) + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
