@@ -14,9 +14,16 @@ from openreml_nn.errors import InputError
 from openreml_nn.estimation.aireml import average_information_step
 from openreml_nn.estimation.result import Label, Record, REMLResult
 from openreml_nn.likelihood import REMLLoss
-from openreml_nn.likelihood.loss import listen
+from openreml_nn.likelihood.blocked import BlockedProblem
+from openreml_nn.likelihood.grouped import separated
+from openreml_nn.likelihood.krylov import KrylovProblem
+from openreml_nn.likelihood.loss import Objective
 
 __all__ = ["fit_reml", "moment_start"]
+
+#: An exact evaluation is put off when it takes this many times the work of an approximate one.
+_WORTH = 15.0
+_ROUGH_STEPS = 30
 
 
 def moment_start(loss: REMLLoss, y: Tensor, X: Tensor, rows: Tensor | None = None) -> None:
@@ -32,14 +39,40 @@ def moment_start(loss: REMLLoss, y: Tensor, X: Tensor, rows: Tensor | None = Non
     one = torch.ones(covariance.shape[0], dtype=y.dtype, device=y.device)
     with torch.no_grad():
         covariance.moment_start(one)
-        with listen() as heard:
-            loss(y, X, rows)
-        evaluation, problem = heard[0].evaluate(), heard[0].problem
+        objective = loss.objective(y, X, rows)
+        evaluation, problem = objective.evaluate(), objective.problem
         scale = float(evaluation.y_p_y) / (problem.n - problem.p)
         rounding = torch.finfo(y.dtype).eps * float(torch.linalg.vector_norm(y.double()))
         if not scale > rounding**2 / problem.n:
             raise InputError("the fixed effects fit `y` exactly: there is no variance to estimate")
         covariance.moment_start(scale * one)
+
+
+def _start_by_krylov(objective: Objective, loss: REMLLoss, y: Tensor, X: Tensor) -> bool:
+    """Set the parameters to approximate estimates where exact evaluations take long.
+
+    Most steps of the fit are then taken with evaluations that cost little, and
+    the exact ones start so near the optimum that two or three suffice.
+
+    Returns:
+        Whether that was worth it, and done.
+    """
+    problem = objective.problem
+    terms = separated(objective.terms())
+    if not isinstance(problem, BlockedProblem) or not KrylovProblem.fits(terms):
+        return False
+    if problem.cost()[0] < _WORTH * KrylovProblem.work(problem.n, problem.p):
+        return False
+    rough = REMLLoss(loss.covariance, loss.method, "krylov")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the loss itself warns of what there is to warn of
+        approximate = rough.objective(y, X, objective.rows)
+        moment_start(rough, y, X, objective.rows)
+    for _ in range(_ROUGH_STEPS):
+        step = average_information_step([approximate], list(loss.covariance.parameters()), 1e-3)
+        if step.converged or step.length == 0:
+            break
+    return True
 
 
 def fit_reml(
@@ -93,21 +126,18 @@ def fit_reml(
         raise TypeError("`y` and `X` must be tensors")
     y, X = y.detach(), X.detach()
     covariance.to(y)
-    with warnings.catch_warnings():
-        # The loss says so, once, when it first sees the data.
-        if start == "moments":
-            moment_start(loss, y, X, rows)
-        history: list[Record] = []
-        parameters = list(covariance.parameters())
-        with listen() as heard, torch.no_grad():
-            loss(y, X, rows)
-        if any(p.requires_grad for p in parameters):
-            for _ in range(max_iterations):
-                step = average_information_step(heard, parameters)
-                history.append(Record.of(covariance, *step[:3]))
-                if step.converged or step.length == 0:
-                    break
-        result = REMLResult.of(heard[0], loss.plan, y, X, history, names, labels)
+    objective = loss.objective(y, X, rows)
+    parameters = list(covariance.parameters())
+    free = any(p.requires_grad for p in parameters)
+    if start == "moments" and not (free and _start_by_krylov(objective, loss, y, X)):
+        moment_start(loss, y, X, rows)
+    history: list[Record] = []
+    for _ in range(max_iterations if free else 0):
+        step = average_information_step([objective], parameters)
+        history.append(Record.of(covariance, *step[:3]))
+        if step.converged or step.length == 0:
+            break
+    result = REMLResult.of(objective, loss.plan, y, X, history, names, labels)
     if not result.converged:
         warnings.warn(
             f"the fit did not converge in {len(history)} iterations: "

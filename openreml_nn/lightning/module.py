@@ -18,7 +18,7 @@ from openreml_nn.estimation.result import Record
 from openreml_nn.instantiate import build
 from openreml_nn.likelihood import REMLLoss
 from openreml_nn.likelihood.dense import check_method
-from openreml_nn.likelihood.loss import Objective, listen
+from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import check_solver
 
 __all__ = ["MixedModelModule"]
@@ -182,9 +182,7 @@ class MixedModelModule(LightningModule):
 
     def _objective(self) -> Objective:
         assert self.loss is not None and self._data is not None
-        with listen() as heard, torch.no_grad():
-            self.loss(*self._data)
-        return heard[0]
+        return self.loss.objective(*self._data)
 
     def _store(self) -> None:
         assert self._encoded is not None and self.loss is not None and self._data is not None

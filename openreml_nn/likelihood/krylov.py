@@ -72,7 +72,10 @@ class ListedCross(Cross):
     ) -> None:
         self.cells, self.shape = cells, shape
         levels, k, q = shape
-        rows, columns, values = [], [], []
+        none = torch.empty(0, dtype=torch.long)
+        rows, columns, values = [none], [none], [torch.empty(0)]
+        if cells:
+            rows, columns, values = [], [], []
         for (a, b, value), start in zip(cells, starts, strict=True):
             i = a[:, None] * k + torch.arange(k, device=a.device)
             j = start + b[:, None] * value.shape[2] + torch.arange(value.shape[2], device=a.device)
@@ -154,11 +157,14 @@ class KrylovProblem(GroupedProblem):
 
     def cost(self) -> tuple[float, float]:
         """Operations of an evaluation of 30 steps, and bytes held for it."""
-        W = self._constant[0].W
         columns = PROBES + self.p + 1
-        work = 60.0 * W.work * columns
-        held = W.entries + 8.0 * columns * (self.q + self.levels * self.k)
-        return work, self._f.itemsize * held
+        held = self._constant[0].W.entries + 8.0 * columns * (self.q + self.levels * self.k)
+        return self.work(self.n, self.p), self._f.itemsize * held
+
+    @staticmethod
+    def work(n: int, p: int) -> float:
+        """At most so many operations: no more levels meet than there are rows."""
+        return 120.0 * n * (PROBES + p + 1)
 
     def _place(self, pattern: Pattern, products: Products) -> System:
         ones, r = len(self.widths), self._f.shape[1]

@@ -151,17 +151,25 @@ class REMLLoss(nn.Module):
             TypeError, ValueError: if dtypes, shapes or devices do not fit or a
                 value is not finite.
         """
-        wrapped = traced(y, X, *self.covariance.parameters())
-        if not wrapped and not self._has_seen(y, X):
-            check_data(y, X)
-        self._check_rows(y, rows)
-        with torch.autocast(y.device.type, enabled=False):
-            terms = self.covariance.terms(rows)
-            dtype = torch.promote_types(y.dtype, terms[0].covariance.matrix.dtype)
-            dtype = torch.promote_types(dtype, torch.float32)
-            terms = [term.to(dtype) for term in terms]
-            value = self._log_likelihood(y, X, terms, dtype, rows, wrapped)
+        device = y.device.type if isinstance(y, Tensor) else "cpu"
+        with torch.autocast(device, enabled=False):
+            problem, terms, recorded = self._prepare(y, X, rows)
+            matrices = problem.matrices(terms)
+            if recorded:
+                value = problem.recorded(matrices)
+            else:
+                value = _LogLikelihood.apply(problem, terms, *matrices)
         return -value / len(y) if self.reduction == "mean" else -value
+
+    def objective(self, y: Tensor, X: Tensor, rows: Tensor | None = None) -> Objective:
+        """The likelihood of some data as an optimizer wants it, prepared and not evaluated.
+
+        Raises:
+            TypeError, ValueError: as in calling the loss.
+        """
+        with torch.no_grad():
+            problem, _, _ = self._prepare(y, X, rows)
+        return Objective(self.covariance, problem, rows)
 
     def _has_seen(self, *data: Tensor | None) -> bool:
         """Whether a problem is prepared for data that begin with these, unchanged since."""
@@ -189,26 +197,26 @@ class REMLLoss(nn.Module):
                     f"`y` is on {y.device} but the covariance on {tensor.device}: move one of them"
                 )
 
-    def _log_likelihood(
-        self,
-        y: Tensor,
-        X: Tensor,
-        terms: list[Term],
-        dtype: torch.dtype,
-        rows: Tensor | None,
-        wrapped: bool,
-    ) -> Tensor:
+    def _prepare(
+        self, y: Tensor, X: Tensor, rows: Tensor | None
+    ) -> tuple[Problem, list[Term], bool]:
+        """The problem for some data, the terms, and whether autograd must record all of it."""
+        wrapped = traced(y, X, *self.covariance.parameters())
+        if not wrapped and not self._has_seen(y, X):
+            check_data(y, X)
+        self._check_rows(y, rows)
+        terms = self.covariance.terms(rows)
+        dtype = torch.promote_types(y.dtype, terms[0].covariance.matrix.dtype)
+        dtype = torch.promote_types(dtype, torch.float32)
+        terms = [term.to(dtype) for term in terms]
         data = [y, X, rows, *_constants(terms)]
-        graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in data)
-        if wrapped:
-            fixed = FixedPart.plain(y.to(dtype), X.to(dtype))
-        elif self._is_prepared(data, dtype):
+        if not wrapped and self._is_prepared(data, dtype):
             assert self._prepared is not None
             problem = self._prepared[1]
             self._hear(problem, rows)
-            return _LogLikelihood.apply(problem, terms, *problem.matrices(terms))
-        else:
-            fixed = FixedPart.of(y.to(dtype), X.to(dtype), self.names)
+            return problem, terms, False
+        y, X = y.to(dtype), X.to(dtype)
+        fixed = FixedPart.plain(y, X) if wrapped else FixedPart.of(y, X, self.names)
         self._plan = Plan.of(terms, fixed.Q.shape[1], self.solver, dtype)
         problem = self._plan.problem(fixed, terms, self.method)
         self._plan = self._plan.measured(problem, terms)
@@ -219,15 +227,15 @@ class REMLLoss(nn.Module):
                 RuntimeWarning,
                 stacklevel=4,
             )
-        if wrapped or graph:
+        if not wrapped:
+            self._hear(problem, rows)
+        recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in data)
+        if wrapped or recorded:
             self._prepared = None
-            if not wrapped:
-                self._hear(problem, rows)
-            return problem.recorded(problem.matrices(terms))
+            return problem, terms, True
         # Plain data: kept by identity and version, so that an in-place change is seen.
         self._prepared = ([(t, -1 if t is None else t._version) for t in data], problem)
-        self._hear(problem, rows)
-        return _LogLikelihood.apply(problem, terms, *problem.matrices(terms))
+        return problem, terms, False
 
     def _is_prepared(self, data: Sequence[Tensor | None], dtype: torch.dtype) -> bool:
         if self._prepared is None or len(self._prepared[0]) != len(data):
