@@ -95,6 +95,12 @@ class ListedCross(Cross):
         return self._backward @ y.flatten(0, 1)
 
 
+def _signs(q: int) -> Tensor:
+    """Random signs (q, PROBES), always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return 2 * torch.randint(0, 2, (q, PROBES), generator=generator) - 1
+
+
 def _sparse(index: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
     found = torch.sparse_coo_tensor(index, values, shape, check_invariants=False)
     with warnings.catch_warnings():
@@ -118,9 +124,7 @@ class KrylovProblem(GroupedProblem):
         pattern = Pattern.of(designs)
         products = pattern.products(designs, white.rows(self._f))
         self._constant = self._place(pattern, products), white
-        generator = torch.Generator().manual_seed(0)
-        signs = torch.randint(0, 2, (self.q, PROBES), generator=generator)
-        self.probes = (2 * signs - 1).to(self._f)
+        self.probes = _signs(self.q).to(self._f)
         self.start: Tensor | None = None  # the last solution for the data
 
     @staticmethod
@@ -240,6 +244,58 @@ class KrylovProblem(GroupedProblem):
         return torch.cat([part.flatten(0, 1) for part in parts]) if parts else like
 
 
+class _Scaled:
+    r"""The system :math:`I + \Lambda^\top E_{22} \Lambda`, scaled by its own diagonal blocks
+    :math:`C C^\top` to :math:`\hat M`.
+
+    Args:
+        times: :math:`E_{22} x`.
+        own: own blocks of :math:`E_{22}`, (levels, k, k) for each term.
+        roots: blocks of :math:`\Lambda`, (levels or 1, k, k) for each term.
+    """
+
+    def __init__(
+        self,
+        problem: KrylovProblem,
+        times: Callable[[Tensor], Tensor],
+        own: Sequence[Tensor],
+        roots: Sequence[Tensor],
+    ) -> None:
+        self._problem, self._times_e22, self.roots = problem, times, roots
+        blocks = [L.mT @ block @ L for L, block in zip(roots, own, strict=True)]
+        for block in blocks:
+            block.diagonal(dim1=1, dim2=2).add_(1)
+        self.factors = [cholesky(block, "V") for block in blocks]
+        self.log_det = 2 * sum(C.diagonal(dim1=1, dim2=2).log().sum() for C in self.factors)
+
+    def _each(self, function: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+        parts = zip(self.roots, self.factors, self._problem.by_levels(x), strict=True)
+        return self._problem.flat([function(L, C, part) for L, C, part in parts], x)
+
+    def to(self, x: Tensor) -> Tensor:
+        r""":math:`C^{-1} \Lambda^\top x`, from random effects to the system."""
+        return self._each(lambda L, C, part: solve_triangular(C, L.mT @ part, upper=False), x)
+
+    def back(self, x: Tensor) -> Tensor:
+        r""":math:`\Lambda C^{-\top} x`, from the system to random effects."""
+        return self._each(lambda L, C, part: L @ solve_triangular(C.mT, part, upper=True), x)
+
+    def times(self, x: Tensor) -> Tensor:
+        r""":math:`\hat M x`."""
+        alone = self._each(
+            lambda _, C, part: solve_triangular(
+                C, solve_triangular(C.mT, part, upper=True), upper=False
+            ),
+            x,
+        )
+        return alone + self.to(self._times_e22(self.back(x)))
+
+    def halves(self) -> list[Tensor]:
+        r""":math:`C^{-1} \Lambda^\top` for each term, (levels, k, k)."""
+        pairs = zip(self.roots, self.factors, strict=True)
+        return [solve_triangular(C, L.mT.expand_as(C), upper=False) for L, C in pairs]
+
+
 class _KrylovEvaluation(GroupedEvaluation):
     _problem: KrylovProblem
 
@@ -247,83 +303,47 @@ class _KrylovEvaluation(GroupedEvaluation):
         self, problem: KrylovProblem, terms: Sequence[Term], matrices: Sequence[Tensor]
     ) -> None:
         super().__init__(problem, terms, matrices)
-        at, s = self._at, self._s
-        W = at.W
+        at, s, W = self._at, self._s, self._at.W
         assert isinstance(W, ListedCross)
         self._Kd = self._P / s**2
-        # Diagonal blocks of E22 and of the scaled system.
-        own = [block / s for block in problem.own]
+        self._own = own = [block / s for block in problem.own]
         if problem.levels:
             for i, (a, b, value) in enumerate(W.cells):
                 K = self._Kd[a] if len(self._Kd) > 1 else self._Kd
                 own[i] = own[i].index_add(0, b, -(value.mT @ K @ value))
-        self._own = own
         grids = [grid for grid in problem.grids if grid is not None]
-        self._roots = [
-            root.blocks(*grid) for root, grid in zip(self._root2, grids, strict=True)
-        ]  # (levels or 1, k, k)
-        blocks = [L.mT @ block @ L for L, block in zip(self._roots, own, strict=True)]
-        for block in blocks:
-            block.diagonal(dim1=1, dim2=2).add_(1)
-        self._factors = [cholesky(block, "V") for block in blocks]
-        b = self._hat(self._E2f)
-        self._b = b
+        roots = [root.blocks(*grid) for root, grid in zip(self._root2, grids, strict=True)]
+        self._system = _Scaled(problem, self._times_e22, own, roots)
+        self._b = b = self._system.to(self._E2f)
         start = problem.start if problem.start is not None else torch.zeros_like(b)
-        self._x, _ = _conjugate_gradients(self._times_hat, b, start, _TOLERANCE)
+        self._x, _ = _conjugate_gradients(self._system.times, b, start, _TOLERANCE)
         problem.start = self._x
+        F = at.Aff / s - inner(at.A1f, self._KA) - b.mT @ self._x
+
         z = problem.probes
-        self._inverse_z, T = _conjugate_gradients(
-            self._times_hat, z, torch.zeros_like(z), _PROBE_TOLERANCE
-        )
+        zero = torch.zeros_like(z)
+        self._inverse_z, T = _conjugate_gradients(self._system.times, z, zero, _PROBE_TOLERANCE)
         values, vectors = torch.linalg.eigh(T)
         weights = vectors[:, 0, :] ** 2
         # Less the first-order part z'Ez, of which the expectation is zero.
         samples = problem.q * ((weights * values.log()).sum(1) - (T[:, 0, 0] - 1))
-        self.error = float(samples.std() / len(samples) ** 0.5 / 2) if problem.q else 0.0
-        log_det = self._log_det + samples.mean() if problem.q else self._log_det
-        for factor in self._factors:
-            log_det = log_det + 2 * factor.diagonal(dim1=1, dim2=2).log().sum()
-        F = at.Aff / s - inner(at.A1f, self._KA) - b.mT @ self._x
+        log_det = self._log_det + self._system.log_det
+        if problem.q:
+            log_det = log_det + samples.mean()
+            self.error = float(samples.std() / len(samples) ** 0.5 / 2)
         self._profile(log_det, F)
 
-    # ------------------------------------------------------------------ products
-
     def _times_e22(self, x: Tensor) -> Tensor:
-        W, s = self._at.W, self._s
-        found = self._problem.times_22(x) / s
+        W = self._at.W
+        found = self._problem.times_22(x) / self._s
         if self._problem.levels:
             found = found - W.t_times(self._Kd @ W.times(x))
         return found
 
-    def _unhat(self, x: Tensor) -> Tensor:
-        r""":math:`\Lambda_2 C^{-\top} x`, from the scaled system to random effects."""
-        problem = self._problem
-        parts = zip(self._roots, self._factors, problem.by_levels(x), strict=True)
-        return problem.flat(
-            [L @ solve_triangular(C.mT, part, upper=True) for L, C, part in parts], x
-        )
-
-    def _hat(self, x: Tensor) -> Tensor:
-        r""":math:`C^{-1} \Lambda_2^\top x`."""
-        problem = self._problem
-        parts = zip(self._roots, self._factors, problem.by_levels(x), strict=True)
-        return problem.flat(
-            [solve_triangular(C, L.mT @ part, upper=False) for L, C, part in parts], x
-        )
-
-    def _times_hat(self, x: Tensor) -> Tensor:
-        r""":math:`\hat M x = C^{-1}(I + \Lambda_2^\top E_{22} \Lambda_2) C^{-\top} x`."""
-        problem = self._problem
-        parts = zip(self._factors, problem.by_levels(x), strict=True)
-        one = [
-            solve_triangular(C, solve_triangular(C.mT, part, upper=True), upper=False)
-            for C, part in parts
-        ]
-        return problem.flat(one, x) + self._hat(self._times_e22(self._unhat(x)))
-
     def _explained(self, T2: Tensor) -> tuple[Tensor, Tensor]:
-        right = self._hat(T2)
-        x, _ = _conjugate_gradients(self._times_hat, right, torch.zeros_like(right), _TOLERANCE)
+        right = self._system.to(T2)
+        zero = torch.zeros_like(right)
+        x, _ = _conjugate_gradients(self._system.times, right, zero, _TOLERANCE)
         return right.mT @ x, self._b[:, :-1].mT @ x
 
     def _times_22(self, x: Tensor) -> Tensor:
@@ -336,7 +356,7 @@ class _KrylovEvaluation(GroupedEvaluation):
         problem, at, s = self._problem, self._at, self._s
         A = at.A11 / s
         T = torch.eye(problem.k, dtype=s.dtype, device=s.device) - A @ self._P
-        x = self._unhat(self._x)
+        x = self._system.back(self._x)
         Z1f = at.A1f / s
         if problem.levels:
             Z1f = T @ (at.A1f - at.W.times(x)) / s
@@ -351,49 +371,39 @@ class _KrylovEvaluation(GroupedEvaluation):
         problem, W = self._problem, self._at.W
         assert isinstance(W, ListedCross)
         found = self._P.new_zeros(problem.levels, problem.k, problem.k)
-        for (a, b, value), L, C in zip(W.cells, self._roots, self._factors, strict=True):
-            half = solve_triangular(C, L.mT.expand_as(C), upper=False)  # C^-1 L'
+        for (a, b, value), half in zip(W.cells, self._system.halves(), strict=True):
             part = value @ half.mT[b]
             found = found.index_add(0, a, part @ part.mT)
-        left = W.times(self._unhat(self._inverse_z - problem.probes))
-        right = W.times(self._unhat(problem.probes))
+        left = W.times(self._system.back(self._inverse_z - problem.probes))
+        right = W.times(self._system.back(problem.probes))
         noisy = left @ right.mT / problem.probes.shape[1]
         return found + (noisy + noisy.mT) / 2
 
     def _inner_22(self) -> list[Tensor]:
-        r"""Own blocks of :math:`Z_2^\top V^{-1} Z_2`, from :math:`I - M^{-1}` where no root is
-        singular."""
-        problem, z = self._problem, self._problem.probes
-        if not problem.q:
-            return []
-        # M^-1 - I + E, of which E has no blocks of its own.
-        sample = self._inverse_z + self._times_hat(z) - 2 * z
-        found = []
-        pieces = zip(
-            self._own, self._roots, self._factors, problem.by_levels(sample),
-            problem.by_levels(z), strict=True,
-        )  # fmt: skip
-        for i, (own, L, C, left, right) in enumerate(pieces):
-            noisy = left @ right.mT / z.shape[1]
-            eye = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
-            half = solve_triangular(C, eye.expand_as(C), upper=False)
-            inverse = half.mT @ (eye + (noisy + noisy.mT) / 2) @ half
-            pivot = L.diagonal(dim1=1, dim2=2).abs().min()
-            if float(pivot**2 * own.diagonal(dim1=1, dim2=2).max()) > 1e-6:
-                back = solve_triangular(L.mT.expand_as(C), eye - inverse, upper=True)
-                block = solve_triangular(L.mT.expand_as(C), back.mT, upper=True)
-            else:
-                block = own - self._gained(i)
-            found.append(block)
-        return found
+        r"""Own blocks of :math:`Z_2^\top V^{-1} Z_2 = (I + E_{22} G)^{-1} E_{22}`.
 
-    def _gained(self, i: int) -> Tensor:
-        r"""Own blocks of :math:`E_{22} N E_{22}` for the i-th other term, from samples alone."""
-        z = self._problem.probes
-        left = self._times_e22(self._unhat(self._inverse_z))
-        right = self._times_e22(self._unhat(z))
-        product = self._problem.by_levels(left)[i] @ self._problem.by_levels(right)[i].mT
-        return (product + product.mT) / (2 * z.shape[1])
+        With :math:`E_{22} = F + O`, F its own blocks, and :math:`H = (I + FG)^{-1}` this is
+
+        .. math:: HF + HOH^\top - (H O \Lambda C^{-\top}) \hat M^{-1} (H O \Lambda C^{-\top})^\top
+
+        of which the first part is exact and the second has no own blocks. No root is
+        inverted, and no large numbers are subtracted.
+        """
+        problem, z, system = self._problem, self._problem.probes, self._system
+        right, left = system.back(z), system.back(self._inverse_z)
+        parts = (right, left, self._times_e22(right), self._times_e22(left))
+        found = []
+        pieces = zip(self._own, system.roots, *map(problem.by_levels, parts), strict=True)
+        for F, L, one, other, E_one, E_other in pieces:
+            eye = torch.eye(F.shape[-1], dtype=F.dtype, device=F.device)
+            system_of_own = eye + F @ (L @ L.mT)
+            both = torch.cat([F, E_one - F @ one, E_other - F @ other], 2)
+            B, a, b = torch.linalg.solve(system_of_own, both).split(
+                [F.shape[-1], z.shape[1], z.shape[1]], 2
+            )
+            gained = a @ b.mT / z.shape[1]
+            found.append(B - (gained + gained.mT) / 2)
+        return found
 
 
 def _conjugate_gradients(

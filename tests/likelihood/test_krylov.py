@@ -1,0 +1,149 @@
+"""The Krylov solver: exact where every sign is a probe, and as accurate as it says where not."""
+
+import itertools
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from openreml_nn import REMLLoss, fit_reml
+from openreml_nn.covariance import (
+    CovariancePropagation,
+    DummyMatrix,
+    IdentityMatrix,
+    KnownMatrix,
+    KroneckerProduct,
+    ScalarMatrix,
+    Sum,
+    UnstructuredMatrix,
+    stratified,
+)
+from openreml_nn.likelihood import krylov, plan
+from openreml_nn.likelihood.grouped import Layout, separated
+from openreml_nn.likelihood.krylov import KrylovProblem
+from tests.likelihood.models import models
+from tests.likelihood.test_loss import METHODS, _compare_solvers
+from tests.strategies import kinship
+
+
+def crossed(n=3000, users=300, items=60, slopes=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    user = torch.randint(0, users, (n,), generator=generator)
+    item = torch.randint(0, items, (n,), generator=generator)
+    x = torch.randn(n, generator=generator)
+    values = torch.stack([torch.ones(n), x], 1) if slopes else None
+    k = 2 if slopes else 1
+    g = KroneckerProduct(IdentityMatrix(items), UnstructuredMatrix(k))
+    V = Sum(
+        user=CovariancePropagation(z=DummyMatrix.from_codes(user, users), g=ScalarMatrix(users)),
+        item=CovariancePropagation(
+            z=DummyMatrix.from_codes(item, items, values),
+            g=g if slopes else ScalarMatrix(items),
+        ),
+        residual=ScalarMatrix(n),
+    ).double()
+    b = (
+        torch.randn(users, generator=generator)[user]
+        + torch.randn(items, generator=generator)[item]
+    )
+    y = b + 0.5 * x + torch.randn(n, generator=generator)
+    return V, y, torch.stack([torch.ones(n), x], 1)
+
+
+def every_sign(q):
+    """All 2^q patterns, over which a random sign's expectation is the mean."""
+    if not q:
+        return torch.zeros(0, 1)
+    return torch.tensor(list(itertools.product([-1, 1], repeat=q))).reshape(-1, q).mT
+
+
+@given(st.data(), st.sampled_from(METHODS))
+def test_with_every_sign_it_equals_dense(data, method):
+    m = data.draw(models())
+    terms = separated(m.covariance.terms())
+    assume(KrylovProblem.fits(terms))
+    assume(sum(terms[i].design.shape[1] for i in Layout.of(terms).rest) <= 8)
+    with mock.patch.multiple(krylov, _signs=every_sign, _PROBE_TOLERANCE=1e-13):
+        _compare_solvers(m, method, ("dense", "krylov"), second=False, tolerance=1e-8)
+
+
+@pytest.mark.parametrize("slopes", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_it_is_as_accurate_as_it_says(slopes, seed):
+    V, y, X = crossed(slopes=slopes, seed=seed)
+    exact = fit_reml(V, y, X, solver="blocked")
+    exact_components = [c.covariance.clone() for c in exact.components]
+    found = fit_reml(V, y, X, solver="krylov")
+    assert found.converged
+    assert 0 < found.log_likelihood_error < 1
+    assert abs(found.log_likelihood - exact.log_likelihood) < 4 * found.log_likelihood_error
+    for c, expected in zip(found.components, exact_components, strict=True):
+        # Estimates within a twentieth of their standard errors.
+        assert bool(((c.covariance - expected).abs() <= 0.05 * c.std_error + 1e-12).all())
+    torch.testing.assert_close(
+        found.fixed.estimate,
+        exact.fixed.estimate,
+        rtol=0,
+        atol=float(exact.fixed.std_error[0]) / 50,
+    )
+    for one, other in zip(exact.random, found.random, strict=True):
+        spread = one.values.std()
+        torch.testing.assert_close(other.values, one.values, rtol=0, atol=float(spread) / 100)
+    assert "standard error of" in found.summary()
+
+
+def test_what_needs_no_probe_is_exact():
+    V, y, X = crossed()
+    found = {}
+    for solver in ("blocked", "krylov"):
+        objective = REMLLoss(V, solver=solver).objective(y, X)
+        evaluation = objective.evaluate()
+        derivatives = [
+            torch.ones(1, *m.shape) for m in objective.problem.matrices(objective.terms())
+        ]
+        found[solver] = [
+            evaluation.y_p_y,
+            evaluation.gamma,
+            evaluation.gamma_factor,
+            evaluation.information(derivatives),
+            *[effects.values for effects in evaluation.random_effects()],
+        ]
+    torch.testing.assert_close(found["krylov"], found["blocked"], rtol=1e-8, atol=1e-9)
+
+
+def test_the_same_point_gives_the_same_number():
+    V, y, X = crossed()
+    first = REMLLoss(V, solver="krylov")(y, X)
+    assert REMLLoss(V, solver="krylov")(y, X).item() == first.item()
+
+
+def test_auto_takes_it_with_a_warning_only_where_exact_solvers_would_not_fit():
+    V, y, X = crossed()
+    assert REMLLoss(V).objective(y, X).problem.__class__.__name__ == "BlockedProblem"
+    loss = REMLLoss(V)
+    with (
+        mock.patch.object(plan, "MOST_BYTES", 1000),
+        pytest.warns(RuntimeWarning, match="approximate: exact solvers would need"),
+    ):
+        loss(y, X)
+    assert loss.plan.solver == "krylov"
+    assert "'item': conjugate gradients, 60 columns" in str(loss.plan)
+
+
+def test_what_it_cannot_do_is_said():
+    n, q = 12, 4
+    y, X = torch.randn(n), torch.ones(n, 1)
+    z = DummyMatrix([i % q for i in range(n)])
+    kernel = Sum(CovariancePropagation(z=z, g=KnownMatrix(kinship(q))), ScalarMatrix(n)).double()
+    with pytest.raises(ValueError, match="grouping factors with independent levels"):
+        REMLLoss(kernel, solver="krylov")(y, X)
+    strata = Sum(
+        CovariancePropagation(z=z, g=ScalarMatrix(q)), stratified([i % 2 for i in range(n)])
+    ).double()
+    with pytest.raises(ValueError, match="residuals of one variance"):
+        REMLLoss(strata, solver="krylov")(y, X)
+    V, y, X = crossed()
+    with pytest.raises(NotImplementedError, match="covariance parameters only"):
+        REMLLoss(V, solver="krylov")(y.requires_grad_(), X)
