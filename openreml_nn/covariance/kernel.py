@@ -12,7 +12,7 @@ from torch import Tensor
 from openreml_nn.covariance.design import IdentityDesign
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.params import free_specs, merge_specs
-from openreml_nn.covariance.terms import ScaledCovariance, Term
+from openreml_nn.covariance.terms import Kernel, ScaledCovariance, Term
 from openreml_nn.covariance.transform import TransformChain, TransformExp, TransformExpPow2
 
 __all__ = ["ExponentialMatrix", "GaussianMatrix", "KnownMatrix", "MaternMatrix"]
@@ -243,7 +243,8 @@ class KnownMatrix(Matrix):
 
     def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
         variance = self.build_params(free_params).reshape(1, 1)
-        whole = Term(IdentityDesign(self.shape[0]), ScaledCovariance(variance, self.matrix))
+        known = ScaledCovariance(variance, Kernel(self.matrix))
+        whole = Term(IdentityDesign(self.shape[0]), known)
         return [whole.take(rows)]
 
     def moment_start(self, variance: Tensor) -> None:

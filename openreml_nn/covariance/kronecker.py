@@ -10,13 +10,15 @@ from math import prod
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance.design import IdentityDesign
+from openreml_nn.covariance.design import IdentityDesign, IndexedDesign
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.operator import Operator
 from openreml_nn.covariance.terms import (
+    Covariance,
     DenseCovariance,
     DiagonalCovariance,
     RepeatedCovariance,
+    ScaledCovariance,
     Term,
 )
 
@@ -105,19 +107,50 @@ def _kron(a: Tensor, b: Tensor) -> Tensor:
 
 def _merge(outer: Term | None, inner: Term) -> Term | None:
     """The term of a Kronecker product of two, or None where no structure is known."""
-    if outer is None or not isinstance(outer.covariance, RepeatedCovariance):
+    if outer is None or not isinstance(outer.design, IdentityDesign):
         return None
     a, b = outer.covariance, inner.covariance
-    if a.matrix.shape[0] != 1:
-        return None
-    design = IdentityDesign(outer.design.shape[0] * inner.design.shape[0])
-    if isinstance(b, RepeatedCovariance):
-        known = a.factor is not None and b.factor is not None
-        factor = a.factor * b.factor if known else None  # type: ignore[operator]
-        return Term(design, RepeatedCovariance(a.matrix * b.matrix, a.levels * b.levels, factor))
-    if isinstance(b, DiagonalCovariance) and len(b.matrix) <= _MOST_EFFECTS:
-        return Term(design, RepeatedCovariance(a.matrix * torch.diag(b.matrix), a.levels))
-    if isinstance(b, DiagonalCovariance):
-        variances = (a.matrix[0] * b.matrix).repeat(a.levels)
-        return Term(design, DiagonalCovariance(variances))
-    return Term(design, RepeatedCovariance(a.matrix * b.matrix, a.levels))
+    q, k = outer.design.shape[0], inner.design.shape[0]
+    design = IdentityDesign(q * k)
+    if isinstance(b, ScaledCovariance):
+        small = _small(a, q)
+        if len(b.matrix) > 1:
+            return None
+        if small is not None:
+            return Term(
+                _levels_last(q, k, small.device), ScaledCovariance(b.matrix * small, b.kernel)
+            )
+        return Term(design, RepeatedCovariance(a.matrix * b.whole(k), q)) if _is_scalar(a) else None
+    if isinstance(a, ScaledCovariance):
+        small = _small(b, k)
+        if small is None or len(a.matrix) > 1:
+            return None
+        return Term(design, ScaledCovariance(a.matrix * small, a.kernel))
+    if _is_scalar(a):
+        if isinstance(b, RepeatedCovariance):
+            known = getattr(a, "factor", None) is not None and b.factor is not None
+            factor = a.factor * b.factor if known else None  # type: ignore[attr-defined]
+            return Term(design, RepeatedCovariance(a.matrix * b.matrix, q * b.levels, factor))
+        if isinstance(b, DiagonalCovariance) and k > _MOST_EFFECTS:
+            return Term(design, DiagonalCovariance((a.matrix[0] * b.matrix).repeat(q)))
+        return Term(design, RepeatedCovariance(a.matrix * b.whole(k), q))
+    small = _small(a, q)
+    if _is_scalar(b) and small is not None:
+        return Term(_levels_last(q, k, small.device), RepeatedCovariance(b.matrix * small, k))
+    return None
+
+
+def _is_scalar(g: Covariance) -> bool:
+    """Whether it is a multiple of the identity."""
+    return isinstance(g, RepeatedCovariance) and len(g.matrix) == 1
+
+
+def _small(g: Covariance, size: int) -> Tensor | None:
+    """The matrix itself where it is small, None otherwise."""
+    return g.whole(size) if size <= _MOST_EFFECTS else None
+
+
+def _levels_last(effects: int, levels: int, device: torch.device) -> IndexedDesign:
+    """Rows effect by effect, over columns level by level."""
+    row = torch.arange(effects * levels, device=device)
+    return IndexedDesign(row % levels * effects + row // levels, None, effects * levels)

@@ -15,7 +15,7 @@ from torch import Tensor
 from openreml_nn.covariance.design import IdentityDesign
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.params import free_specs, merge_specs
-from openreml_nn.covariance.terms import ScaledCovariance, Term
+from openreml_nn.covariance.terms import Kernel, ScaledCovariance, Term
 from openreml_nn.covariance.transform import TransformExpPow2
 
 __all__ = ["KnownInverseMatrix", "Pedigree"]
@@ -44,7 +44,7 @@ class Pedigree:
 
         Raises:
             ValueError: if the lengths differ, an animal stands in two rows, has
-                no name or is its own ancestor.
+                no name, is its own ancestor, or has completely inbred parents.
 
         Reference:
             Henderson, Biometrics 32 (1976) 69; inbreeding by Meuwissen and
@@ -64,7 +64,14 @@ class Pedigree:
         names, sires, dams = (list(map(_name, column)) for column in (animal, sire, dam))
         levels, parents = _ordered(names, sires, dams)
         inbreeding = _inbreeding(parents)
-        inverse = _henderson(parents, inbreeding)
+        sampling = np.array([_mendelian(inbreeding, s, d) for s, d in parents])
+        if len(sampling) and sampling.min() < np.finfo(float).eps:
+            name = levels[int(sampling.argmin())]
+            raise ValueError(
+                f"the parents of `animal` {name!r} are completely inbred: it has no variance of "
+                "its own, and the relationship matrix has no inverse"
+            )
+        inverse = _henderson(parents, sampling)
         return cls(tuple(levels), inverse, torch.from_numpy(inbreeding))
 
 
@@ -153,10 +160,10 @@ def _mendelian(F: np.ndarray, s: int, d: int) -> float:
     return 1.0 - sum(0.25 * (1 + F[p]) for p in (s, d) if p >= 0)
 
 
-def _henderson(parents: np.ndarray, F: np.ndarray) -> Tensor:
+def _henderson(parents: np.ndarray, sampling: np.ndarray) -> Tensor:
     n = len(parents)
     at = np.arange(n)
-    weight = np.array([1 / _mendelian(F, s, d) for s, d in parents])
+    weight = 1 / sampling
     columns = [
         (at, np.ones(n)),
         (parents[:, 0], -0.5 * np.ones(n)),
@@ -212,21 +219,17 @@ class KnownInverseMatrix(Matrix):
         default = free_specs(["sigma^2"], trans=TransformExpPow2())
         super().__init__(tuple(inverse.shape), merge_specs(default, param_specs))
         self.register_buffer("inverse", inverse, persistent=False)
-        self._dense: Tensor | None = None
+        self._kernel: Kernel | None = None
+
+    @property
+    def kernel(self) -> Kernel:
+        """K, which depends on no parameter: what is computed of it is kept."""
+        if self._kernel is None or self._kernel.source is not self.inverse:
+            self._kernel = Kernel(inverse=self.inverse)
+        return self._kernel
 
     def _matrix(self, like: Tensor) -> Tensor:
-        """K itself, on the dtype and device of ``like``."""
-        return self._known(like.device).to(like)
-
-    def _known(self, device: torch.device) -> Tensor:
-        """K as the inverse gives it: it depends on no parameter and is formed once."""
-        if self._dense is None or self._dense.device != device:
-            dense = self.inverse.to_dense().to(device)
-            factor, info = torch.linalg.cholesky_ex(dense)
-            if int(info):
-                raise ValueError("`inverse` is not positive definite")
-            self._dense = torch.cholesky_inverse(factor)
-        return self._dense
+        return self.kernel.dense().to(like)
 
     def forward(self, free_params: FreeParams = None) -> Tensor:
         variance = self.build_params(free_params)
@@ -241,8 +244,8 @@ class KnownInverseMatrix(Matrix):
 
     def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
         variance = self.build_params(free_params).reshape(1, 1)
-        known = ScaledCovariance(variance, self._known(variance.device))
-        return [Term(IdentityDesign(self.shape[0]), known).take(rows)]
+        whole = Term(IdentityDesign(self.shape[0]), ScaledCovariance(variance, self.kernel))
+        return [whole.take(rows)]
 
     def moment_start(self, variance: Tensor) -> None:
         self._set(self.param_names[0], variance.mean())

@@ -8,8 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
+from scipy.sparse import csc_matrix
+from scipy.sparse.linalg import splu
 from torch import Tensor
 
 from openreml_nn.covariance.design import DenseDesign, Design, IdentityDesign, IndexedDesign
@@ -18,6 +23,7 @@ __all__ = [
     "Covariance",
     "DenseCovariance",
     "DiagonalCovariance",
+    "Kernel",
     "RepeatedCovariance",
     "ScaledCovariance",
     "Term",
@@ -148,30 +154,108 @@ class DenseCovariance(Covariance):
         return cotangent
 
 
+class Kernel:
+    """A known symmetric matrix K, given itself or by its sparse inverse.
+
+    Args:
+        matrix: K, (q, q).
+        inverse: its inverse in place of it, (q, q), sparse or dense.
+
+    Attributes:
+        source: the one that was given.
+        size: q.
+    """
+
+    def __init__(self, matrix: Tensor | None = None, inverse: Tensor | None = None) -> None:
+        given = inverse if matrix is None else matrix
+        assert given is not None
+        self.source, self.size = given, given.shape[0]
+        self.inverse = inverse
+        self._dense = matrix
+
+    def dense(self) -> Tensor:
+        """K itself; from its inverse it is computed once.
+
+        Raises:
+            ValueError: if the inverse is not positive definite.
+        """
+        if self._dense is None:
+            assert self.inverse is not None
+            factor, info = torch.linalg.cholesky_ex(self.inverse.to_dense())
+            if int(info):
+                raise ValueError("`inverse` is not positive definite")
+            self._dense = torch.cholesky_inverse(factor)
+        return self._dense
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """:math:`K x` for x (q, m), by a sparse solve where only the inverse is known."""
+        if self._dense is not None:
+            return self._dense.to(x) @ x
+        solved = self._factor.solve(x.detach().cpu().double().numpy())
+        return torch.from_numpy(solved).to(x)
+
+    def log_det(self) -> float:
+        r""":math:`\log|K|` of a kernel known by its inverse."""
+        return -float(np.log(self._factor.U.diagonal()).sum())
+
+    @cached_property
+    def _factor(self) -> Any:
+        """SuperLU's factor of the inverse, without pivoting."""
+        assert self.inverse is not None
+        sparse = self.inverse.detach().cpu().double().to_sparse_coo().coalesce()
+        index, size = sparse.indices().numpy(), (self.size, self.size)
+        matrix = csc_matrix((sparse.values().numpy(), (index[0], index[1])), shape=size)
+        options = {"SymmetricMode": True}
+        try:
+            factor = splu(matrix, "MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options)
+        except RuntimeError:
+            raise ValueError("`inverse` is singular") from None
+        if not (factor.U.diagonal() > 0).all():
+            raise ValueError("`inverse` is not positive definite")
+        return factor
+
+
 @dataclass(frozen=True)
 class ScaledCovariance(Covariance):
-    r""":math:`G = \sigma^2 K` with K the known ``base`` (q, q) and ``matrix`` the variance (1, 1)."""
+    r""":math:`G = K \otimes \Sigma` with a known kernel K (q, q) and ``matrix`` Σ (t, t).
 
-    base: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    With t = 1 a multiple of K. Columns stand level by level, the t effects of
+    a level together.
+    """
+
+    kernel: Kernel = field(default_factory=lambda: Kernel(torch.empty(0, 0)))
 
     def with_matrix(self, matrix: Tensor) -> ScaledCovariance:
-        return ScaledCovariance(matrix, self.base)
+        return ScaledCovariance(matrix, self.kernel)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> ScaledCovariance:
         # K stays as it is: converting it for every evaluation would take longer than that.
         return self.with_matrix(function(self.matrix))
 
     def multiply(self, x: Tensor, transpose: bool = False) -> Tensor:
-        return self.matrix[0] * (self.base.to(x) @ x)
+        t = self.matrix.shape[0]
+        if t == 1:
+            return self.matrix[0] * self.kernel.multiply(x)
+        matrix = self.matrix.mT if transpose else self.matrix
+        moved = self.kernel.multiply(x.reshape(self.kernel.size, -1))
+        return (matrix @ moved.reshape(self.kernel.size, t, -1)).reshape(x.shape)
 
     def whole(self, size: int) -> Tensor:
-        return self.matrix * self.base.to(self.matrix)
+        K = self.kernel.dense().to(self.matrix)
+        if self.matrix.shape[0] == 1:
+            return self.matrix * K
+        t, q = self.matrix.shape[0], self.kernel.size
+        return torch.einsum("ij,ab->iajb", K, self.matrix).reshape(q * t, q * t)
 
     def root(self) -> Covariance:
-        return DenseCovariance(_root(self.matrix[0] * self.base.to(self.matrix)))
+        return DenseCovariance(_root(self.whole(self.kernel.size * self.matrix.shape[0])))
 
     def fold(self, cotangent: Tensor) -> Tensor:
-        return (cotangent * self.base.to(cotangent)).sum().reshape(1, 1)
+        t, q = self.matrix.shape[0], self.kernel.size
+        K = self.kernel.dense().to(cotangent)
+        if t == 1:
+            return (cotangent * K).sum().reshape(1, 1)
+        return torch.einsum("ij,iajb->ab", K, cotangent.reshape(q, t, q, t))
 
 
 def _root(matrix: Tensor) -> Tensor:

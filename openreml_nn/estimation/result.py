@@ -465,7 +465,7 @@ class _Builder:
                     scale = (values.detach().to(scale) ** 2).mean(0).sqrt()
                 least = torch.linalg.eigvalsh(scale[:, None] * matrix * scale)[0]
             elif isinstance(term.covariance, ScaledCovariance):
-                least = matrix[0, 0] * term.covariance.base.diagonal().mean()
+                least = torch.linalg.eigvalsh(matrix)[0]
             elif matrix.dim() == 1:
                 least = matrix.min()
             else:

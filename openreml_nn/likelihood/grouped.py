@@ -16,6 +16,7 @@ from openreml_nn.covariance.terms import (
     Covariance,
     DiagonalCovariance,
     RepeatedCovariance,
+    ScaledCovariance,
     Term,
     residual_terms,
 )
@@ -108,7 +109,9 @@ def separated(terms: Sequence[Term]) -> list[Term]:
 
 def _by_levels(term: Term) -> Term:
     z, g = term.design, term.covariance
-    if not isinstance(z, IndexedDesign) or not isinstance(g, RepeatedCovariance):
+    if not isinstance(z, IndexedDesign):
+        return term
+    if not isinstance(g, RepeatedCovariance | ScaledCovariance):
         return term
     k = g.matrix.shape[0]
     if z.effects != 1 or not 1 < k <= _MOST_EFFECTS:
@@ -116,7 +119,7 @@ def _by_levels(term: Term) -> Term:
     values = torch.nn.functional.one_hot(z.codes % k, k).to(g.matrix.dtype)
     if z.values is not None:
         values = values * z.values
-    return replace(term, design=IndexedDesign(z.codes // k, values, g.levels))
+    return replace(term, design=IndexedDesign(z.codes // k, values, z.levels // k))
 
 
 def arranged(
@@ -264,7 +267,8 @@ class GroupedProblem(Problem):
 @dataclass(frozen=True)
 class Crossed:
     r""":math:`u = Z^\top P y`, :math:`B = Z^\top V^{-1} Z` and what is lost of it in
-    :math:`Z^\top P Z`, for the eliminated factor by levels and for the others' own parts."""
+    :math:`Z^\top P Z`, for the eliminated factor by levels and for the others' own parts;
+    ``Y2`` (p, q) is a factor of the latter loss."""
 
     u1: Tensor
     u2: Tensor
@@ -272,6 +276,7 @@ class Crossed:
     B2: list[Tensor]
     R1: Tensor
     R2: list[Tensor]
+    Y2: Tensor
 
 
 class GroupedEvaluation(Evaluation):
@@ -301,7 +306,7 @@ class GroupedEvaluation(Evaluation):
         self._rest = [terms[i].covariance for i in layout.rest]
         eye = torch.eye(problem.k, dtype=s.dtype, device=s.device)
         self._L1 = problem.joint_blocks([root(terms[i]) for i in layout.eliminated], eye)
-        self._root2 = [root(terms[i]) for i in layout.rest]
+        self._root2 = [self._root_of(terms[i]) for i in layout.rest]
 
         D = eye + self._L1.mT @ at.A11 @ self._L1 / s
         self._C = cholesky(D, "V")
@@ -312,6 +317,11 @@ class GroupedEvaluation(Evaluation):
         self._log_det = (
             white.log_det + problem.n * s.log() + 2 * self._C.diagonal(dim1=1, dim2=2).log().sum()
         )
+
+    @staticmethod
+    def _root_of(term: Term) -> Covariance:
+        """The root of an other term's covariance."""
+        return root(term)
 
     @cached_property
     def _crossed(self) -> Crossed:
@@ -334,7 +344,7 @@ class GroupedEvaluation(Evaluation):
         Y2 = solve_triangular(self.gamma_factor, Z2f[:, :-1].mT, upper=False)
         u1 = Z1f[..., -1] - Z1f[..., :-1] @ self.gamma
         u2 = Z2f[:, -1] - Z2f[:, :-1] @ self.gamma
-        return Crossed(u1, u2, B1, B2, Y1.mT @ Y1, problem.own_products(Y2.mT, Y2.mT))
+        return Crossed(u1, u2, B1, B2, Y1.mT @ Y1, problem.own_products(Y2.mT, Y2.mT), Y2)
 
     def _profile(self, log_det: Tensor, F: Tensor) -> None:
         """Profile the fixed effects out of :math:`[Q | y]^\top V^{-1} [Q | y]`."""
@@ -352,16 +362,22 @@ class GroupedEvaluation(Evaluation):
         found = [
             g.fold_blocks(x) for g, x in zip(self._first, problem.split_blocks(S1), strict=True)
         ]
-        square = problem.own_products(z.u2[:, None], z.u2[:, None])
-        for g, uu, B, R, grid in zip(self._rest, square, z.B2, z.R2, problem.grids, strict=True):
-            S2 = (uu - B + R if reml else uu - B) / 2
-            found.append(g.fold(S2) if grid is None else g.fold_blocks(S2))
+        found += self._scores_of_rest(reml)
         # The residual's score by V = sum Z G Z' + s I: tr(P V) = n - p and y' P V P y = y' P y.
         matrices = [g.matrix for g in (*self._first, *self._rest)]
         inner = sum((2 * (x * m).sum() for x, m in zip(found, matrices, strict=True)), 0 * s)
         rank = problem.n - (problem.p if reml else 0)
         residual = (self.y_p_y - rank - inner) / (2 * s)
         return [residual.reshape(1, 1), *found]
+
+    def _scores_of_rest(self, reml: bool) -> list[Tensor]:
+        problem, z = self._problem, self._crossed
+        found = []
+        square = problem.own_products(z.u2[:, None], z.u2[:, None])
+        for g, uu, B, R, grid in zip(self._rest, square, z.B2, z.R2, problem.grids, strict=True):
+            S2 = (uu - B + R if reml else uu - B) / 2
+            found.append(g.fold(S2) if grid is None else g.fold_blocks(S2))
+        return found
 
     def information(self, derivatives: Sequence[Tensor]) -> Tensor:
         problem = self._problem
@@ -413,6 +429,10 @@ class GroupedEvaluation(Evaluation):
         T1, T2, Tf = problem.row_products(white, F)
         return T1, T2, Tf, F.mT @ F
 
+    def _effects_of_kernel(self, i: int, term: Term, b: Tensor) -> RandomEffects:
+        """BLUPs of the i-th other term, where its kernel was never formed."""
+        raise NotImplementedError
+
     def _moved(self, derivatives: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Each derivative of G times u, for the eliminated factor (levels * k, m) and the
         others (q, m)."""
@@ -447,7 +467,9 @@ class GroupedEvaluation(Evaluation):
         pieces = zip(layout.rest, b2.split(problem.sizes), z.B2, z.R2, problem.grids, strict=True)
         for i, b, whole, lost, grid in pieces:
             term = self._terms[i]
-            if grid is None:
+            if isinstance(term.covariance, ScaledCovariance) and grid is not None:
+                found[i] = self._effects_of_kernel(len(found) - len(self._first), term, b)
+            elif grid is None:
                 found[i] = RandomEffects.of(term, b, whole - lost)
             else:
                 prior = term.covariance.blocks(*grid)

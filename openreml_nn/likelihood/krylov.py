@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from math import nan
 
@@ -28,7 +29,14 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
-from openreml_nn.covariance.terms import Term
+from openreml_nn.covariance.design import IndexedDesign
+from openreml_nn.covariance.terms import (
+    Covariance,
+    Kernel,
+    RepeatedCovariance,
+    ScaledCovariance,
+    Term,
+)
 from openreml_nn.likelihood.cross import Cross, System
 from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.grouped import (
@@ -38,9 +46,15 @@ from openreml_nn.likelihood.grouped import (
     Layout,
     grid_of,
     inner,
+    root,
     separated,
 )
-from openreml_nn.likelihood.problem import Evaluation, cholesky
+from openreml_nn.likelihood.problem import (
+    Evaluation,
+    NotPositiveDefiniteError,
+    RandomEffects,
+    cholesky,
+)
 from openreml_nn.likelihood.products import Pattern, Products
 from openreml_nn.likelihood.residual import White
 
@@ -48,6 +62,9 @@ __all__ = ["PROBES", "KrylovProblem"]
 
 #: Random signs, which share the work of one sparse product.
 PROBES = 24
+#: More of them where levels are related: relatives differ less from each other than the system
+#: from its diagonal.
+KERNEL_PROBES = 192
 #: Relative residuals at which the solves for data, and for probes, end.
 _TOLERANCE = 1e-11
 _PROBE_TOLERANCE = 1e-6
@@ -95,10 +112,19 @@ class ListedCross(Cross):
         return self._backward @ y.flatten(0, 1)
 
 
-def _signs(q: int) -> Tensor:
-    """Random signs (q, PROBES), always the same."""
+def _diagonal(prior: Tensor | None, like: Tensor) -> Tensor:
+    """Diagonal of a sparse matrix as (q, 1), of the identity as (1, 1)."""
+    if prior is None:
+        return like.new_ones(1, 1)
+    found = prior.to_sparse_coo().coalesce()
+    on = found.indices()[0] == found.indices()[1]
+    return found.values()[on][:, None]
+
+
+def _signs(q: int, count: int) -> Tensor:
+    """Random signs (q, count), always the same."""
     generator = torch.Generator().manual_seed(0)
-    return 2 * torch.randint(0, 2, (q, PROBES), generator=generator) - 1
+    return 2 * torch.randint(0, 2, (q, count), generator=generator) - 1
 
 
 def _sparse(index: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -106,6 +132,22 @@ def _sparse(index: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR", UserWarning)  # torch calls them beta
         return found.coalesce().to_sparse_csr()
+
+
+def _kernel_of(term: Term) -> Kernel | None:
+    g = term.covariance
+    return g.kernel if isinstance(g, ScaledCovariance) else None
+
+
+def _levels_of(term: Term) -> tuple[int, int] | None:
+    """Levels and effects of a term with independent levels, or a kernel known by its inverse."""
+    z, kernel = term.design, _kernel_of(term)
+    if kernel is None:
+        return grid_of(term)
+    if kernel.inverse is None or not isinstance(z, IndexedDesign):
+        return None
+    k = len(term.covariance.matrix)
+    return (z.levels, z.effects) if z.effects == k and z.levels == kernel.size else None
 
 
 class KrylovProblem(GroupedProblem):
@@ -118,22 +160,34 @@ class KrylovProblem(GroupedProblem):
 
     def __init__(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> None:
         super().__init__(fixed, terms, method)
-        self._check(separated(terms), self.layout)
+        terms = separated(terms)
+        self._check(terms, self.layout)
+        # A kernel is known by its inverse: its levels count as a grid, and no block is formed.
+        self.grids = [_levels_of(terms[i]) for i in self.layout.rest]
+        self.kernels = [_kernel_of(terms[i]) for i in self.layout.rest]
+        self.log_det_kernels = 0.0
+        for kernel, grid in zip(self.kernels, self.grids, strict=True):
+            if kernel is not None:
+                assert grid is not None
+                self.log_det_kernels += grid[1] * kernel.log_det()
+        self.priors = [self._prior(kernel) for kernel in self.kernels]
+        self.kernel_diagonals = [_diagonal(prior, self._f) for prior in self.priors]
         white = self.residual.white([torch.ones_like(self._f[:1, :1])])
         designs = [white.design(design) for design in self._designs]
         pattern = Pattern.of(designs)
         products = pattern.products(designs, white.rows(self._f))
         self._constant = self._place(pattern, products), white
-        self.probes = _signs(self.q).to(self._f)
+        related = any(kernel is not None for kernel in self.kernels)
+        self.probes = _signs(self.q, KERNEL_PROBES if related else PROBES).to(self._f)
         self.start: Tensor | None = None  # the last solution for the data
 
     @staticmethod
     def _check(terms: Sequence[Term], layout: Layout) -> None:
         for i in layout.random:
-            if grid_of(terms[i]) is None:
+            if _levels_of(terms[i]) is None:
                 raise ValueError(
-                    "the krylov solver needs grouping factors with independent levels: "
-                    f"term {terms[i].name!r} is none"
+                    "the krylov solver needs grouping factors with independent levels, or related "
+                    f"by a known inverse: term {terms[i].name!r} is none"
                 )
         if layout.residual.moves:
             raise ValueError("the krylov solver needs residuals of one variance")
@@ -161,7 +215,7 @@ class KrylovProblem(GroupedProblem):
 
     def cost(self) -> tuple[float, float]:
         """Operations of an evaluation of 30 steps, and bytes held for it."""
-        columns = PROBES + self.p + 1
+        columns = self.probes.shape[1] + self.p + 1
         held = self._constant[0].W.entries + 8.0 * columns * (self.q + self.levels * self.k)
         return self.work(self.n, self.p), self._f.itemsize * held
 
@@ -229,6 +283,35 @@ class KrylovProblem(GroupedProblem):
             return self._f.new_zeros(0, 0)
         return _sparse(torch.cat(index, 1), torch.cat(values), (self.q, self.q))
 
+    def _prior(self, kernel: Kernel | None) -> Tensor | None:
+        """The inverse of a kernel, sparse."""
+        if kernel is None:
+            return None
+        assert kernel.inverse is not None
+        found = kernel.inverse.to(self._f).to_sparse_coo().coalesce()
+        return _sparse(found.indices(), found.values(), (kernel.size, kernel.size))
+
+    @cached_property
+    def _control(self) -> Tensor | None:
+        """For each probe, how far the sampled log-determinant of the kernels' inverses is off
+        the known one; None if there are no kernels."""
+        if not any(kernel is not None for kernel in self.kernels):
+            return None
+        none = [block.new_zeros(block.shape) for block in self.own]
+        alone = _Scaled(self, torch.zeros_like, none, none)
+        z = self.probes
+        _, T = _conjugate_gradients(alone.times, z, torch.zeros_like(z), _PROBE_TOLERANCE)
+        return _log_samples(T, self.q) + alone.log_det + self.log_det_kernels
+
+    def controlled(self, samples: Tensor) -> Tensor:
+        """Samples (probes, …) less what goes with the errors that are known."""
+        control = self._control
+        if control is None or not float(control.var()) > 0:
+            return samples
+        centred = control - control.mean()
+        slope = torch.tensordot(centred, samples, dims=([0], [0])) / (centred @ centred)
+        return samples - control.reshape(-1, *[1] * (samples.dim() - 1)) * slope
+
     def times_22(self, x: Tensor) -> Tensor:
         """:math:`Z_2^\\top Z_2 x`."""
         return self._square @ x
@@ -245,8 +328,8 @@ class KrylovProblem(GroupedProblem):
 
 
 class _Scaled:
-    r"""The system :math:`I + \Lambda^\top E_{22} \Lambda`, scaled by its own diagonal blocks
-    :math:`C C^\top` to :math:`\hat M`.
+    r"""The system :math:`B + \Lambda^\top E_{22} \Lambda`, scaled by its own diagonal blocks
+    :math:`C C^\top` to :math:`\hat M`; B is the identity, or the inverse of a kernel.
 
     Args:
         times: :math:`E_{22} x`.
@@ -263,37 +346,51 @@ class _Scaled:
     ) -> None:
         self._problem, self._times_e22, self.roots = problem, times, roots
         blocks = [L.mT @ block @ L for L, block in zip(roots, own, strict=True)]
-        for block in blocks:
-            block.diagonal(dim1=1, dim2=2).add_(1)
+        for block, kernel in zip(blocks, problem.kernel_diagonals, strict=True):
+            block.diagonal(dim1=1, dim2=2).add_(kernel)
         self.factors = [cholesky(block, "V") for block in blocks]
         self.log_det = 2 * sum(C.diagonal(dim1=1, dim2=2).log().sum() for C in self.factors)
-
-    def _each(self, function: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
-        parts = zip(self.roots, self.factors, self._problem.by_levels(x), strict=True)
-        return self._problem.flat([function(L, C, part) for L, C, part in parts], x)
+        #: :math:`C^{-1}`, and with it what moves effects to the system, for each term (levels, k, k)
+        self.inverses = [_inverse(C) for C in self.factors]
+        self._to = [C @ L.mT for C, L in zip(self.inverses, roots, strict=True)]
 
     def to(self, x: Tensor) -> Tensor:
         r""":math:`C^{-1} \Lambda^\top x`, from random effects to the system."""
-        return self._each(lambda L, C, part: solve_triangular(C, L.mT @ part, upper=False), x)
+        return self._each(self._to, x)
 
     def back(self, x: Tensor) -> Tensor:
         r""":math:`\Lambda C^{-\top} x`, from the system to random effects."""
-        return self._each(lambda L, C, part: L @ solve_triangular(C.mT, part, upper=True), x)
+        return self._each([block.mT for block in self._to], x)
+
+    def _each(self, blocks: Sequence[Tensor], x: Tensor) -> Tensor:
+        parts = zip(blocks, self._problem.by_levels(x), strict=True)
+        return self._problem.flat([_times(block, part) for block, part in parts], x)
 
     def times(self, x: Tensor) -> Tensor:
         r""":math:`\hat M x`."""
-        alone = self._each(
-            lambda _, C, part: solve_triangular(
-                C, solve_triangular(C.mT, part, upper=True), upper=False
-            ),
-            x,
-        )
-        return alone + self.to(self._times_e22(self.back(x)))
+        parts = []
+        pieces = zip(self.inverses, self._problem.priors, self._problem.by_levels(x), strict=True)
+        for inverse, prior, part in pieces:
+            half = _times(inverse.mT, part)
+            if prior is not None:
+                half = (prior @ half.flatten(1)).reshape(half.shape)
+            parts.append(_times(inverse, half))
+        return self._problem.flat(parts, x) + self.to(self._times_e22(self.back(x)))
 
     def halves(self) -> list[Tensor]:
         r""":math:`C^{-1} \Lambda^\top` for each term, (levels, k, k)."""
-        pairs = zip(self.roots, self.factors, strict=True)
-        return [solve_triangular(C, L.mT.expand_as(C), upper=False) for L, C in pairs]
+        return self._to
+
+
+def _inverse(C: Tensor) -> Tensor:
+    """Inverses of small triangles."""
+    eye = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
+    return solve_triangular(C, eye.expand_as(C), upper=False)
+
+
+def _times(block: Tensor, x: Tensor) -> Tensor:
+    """Block by block; products of single numbers are far faster as such."""
+    return block * x if block.shape[-1] == 1 else block @ x
 
 
 class _KrylovEvaluation(GroupedEvaluation):
@@ -313,6 +410,7 @@ class _KrylovEvaluation(GroupedEvaluation):
                 own[i] = own[i].index_add(0, b, -(value.mT @ K @ value))
         grids = [grid for grid in problem.grids if grid is not None]
         roots = [root.blocks(*grid) for root, grid in zip(self._root2, grids, strict=True)]
+        self._grids = grids
         self._system = _Scaled(problem, self._times_e22, own, roots)
         self._b = b = self._system.to(self._E2f)
         start = problem.start if problem.start is not None else torch.zeros_like(b)
@@ -323,15 +421,21 @@ class _KrylovEvaluation(GroupedEvaluation):
         z = problem.probes
         zero = torch.zeros_like(z)
         self._inverse_z, T = _conjugate_gradients(self._system.times, z, zero, _PROBE_TOLERANCE)
-        values, vectors = torch.linalg.eigh(T)
-        weights = vectors[:, 0, :] ** 2
-        # Less the first-order part z'Ez, of which the expectation is zero.
-        samples = problem.q * ((weights * values.log()).sum(1) - (T[:, 0, 0] - 1))
-        log_det = self._log_det + self._system.log_det
+        samples = _log_samples(T, problem.q)
+        log_det = self._log_det + self._system.log_det + problem.log_det_kernels
         if problem.q:
+            samples = problem.controlled(samples)
             log_det = log_det + samples.mean()
             self.error = float(samples.std() / len(samples) ** 0.5 / 2)
         self._profile(log_det, F)
+
+    @staticmethod
+    def _root_of(term: Term) -> Covariance:
+        """Of a kernel's term that of its effects: the kernel enters by its inverse."""
+        if isinstance(term.covariance, ScaledCovariance):
+            alone = RepeatedCovariance(term.covariance.matrix, term.covariance.kernel.size)
+            return root(replace(term, covariance=alone))
+        return root(term)
 
     def _times_e22(self, x: Tensor) -> Tensor:
         W = self._at.W
@@ -393,8 +497,13 @@ class _KrylovEvaluation(GroupedEvaluation):
         right, left = system.back(z), system.back(self._inverse_z)
         parts = (right, left, self._times_e22(right), self._times_e22(left))
         found = []
-        pieces = zip(self._own, system.roots, *map(problem.by_levels, parts), strict=True)
-        for F, L, one, other, E_one, E_other in pieces:
+        pieces = zip(
+            problem.kernels, self._own, system.roots, *map(problem.by_levels, parts), strict=True
+        )
+        for kernel, F, L, one, other, E_one, E_other in pieces:
+            if kernel is not None:
+                found.append(F.new_zeros(0))  # what a kernel needs is not its levels' own blocks
+                continue
             eye = torch.eye(F.shape[-1], dtype=F.dtype, device=F.device)
             system_of_own = eye + F @ (L @ L.mT)
             both = torch.cat([F, E_one - F @ one, E_other - F @ other], 2)
@@ -404,6 +513,66 @@ class _KrylovEvaluation(GroupedEvaluation):
             gained = a @ b.mT / z.shape[1]
             found.append(B - (gained + gained.mT) / 2)
         return found
+
+    # ------------------------------------------------------------------ kernels
+
+    def _scores_of_rest(self, reml: bool) -> list[Tensor]:
+        problem, z = self._problem, self._crossed
+        found = []
+        u, Y = problem.by_levels(z.u2[:, None]), problem.by_levels(z.Y2.mT)
+        pieces = zip(self._rest, problem.kernels, u, Y, z.B2, z.R2, strict=True)
+        for i, (g, kernel, own, lost, B, R) in enumerate(pieces):
+            if kernel is None:
+                S2 = (own @ own.mT - B + R if reml else own @ own.mT - B) / 2
+                found.append(g.fold_blocks(S2))
+                continue
+            score = _through(kernel, own) - self._trace(i)
+            found.append((score + _through(kernel, lost) if reml else score) / 2)
+        return found
+
+    def _trace(self, i: int) -> Tensor:
+        r""":math:`\sum_{ij} K_{ij} (Z_2^\top V^{-1} Z_2)_{ij}` of a kernel's term, (t, t).
+
+        By :math:`K \Lambda^\top Z^\top V^{-1} Z = M^{-1} \Lambda^\top E_{22}` this is the sum of
+        the own blocks of :math:`E_{22} \Lambda M^{-1} \Lambda^{-1}`, of which the part of
+        :math:`\hat M`'s own blocks is exact.
+        """
+        problem, system, z = self._problem, self._system, self._problem.probes
+        L, F = system.roots[i][0], self._own[i]
+        half = system.inverses[i]
+        own = half.mT @ half
+        if len(L) == 1 and float(L) == 0:
+            return (F @ own).sum(0)  # what is left where the root cancels
+
+        def part(x: Tensor) -> Tensor:
+            return problem.by_levels(x)[i]
+
+        moved = part(self._times_e22(system.back(self._inverse_z - z)))
+        # Less its first-order part, which has no own blocks.
+        moved = moved + F @ part(system.back(system.times(z) - z))
+        sign = _times(half.mT, part(z))
+        samples = problem.controlled(torch.einsum("lam,lbm->mab", moved, sign))
+        total = ((F @ L @ own).sum(0) + samples.mean(0)) @ torch.linalg.pinv(L)
+        return (total + total.mT) / 2
+
+    def _effects_of_kernel(self, i: int, term: Term, b: Tensor) -> RandomEffects:
+        problem, system, z = self._problem, self._system, self._problem.probes
+        grid = self._grids[i]
+        half = system.halves()[i]
+        sample = problem.by_levels(self._inverse_z + system.times(z) - 2 * z)[i]
+        mean = sample @ problem.by_levels(z)[i].mT / z.shape[1]
+        eye = torch.eye(half.shape[-1], dtype=half.dtype, device=half.device)
+        spread = half.mT @ (eye + (mean + mean.mT) / 2) @ half
+        # What the fixed effects add: G Z' V^-1 Q times its factor.
+        whole = problem.multiply(self._rest, self._crossed.Y2.mT)
+        lost = problem.by_levels(whole)[i]
+        return RandomEffects(term.name, b.unflatten(0, grid), spread + lost @ lost.mT)
+
+
+def _through(kernel: Kernel, x: Tensor) -> Tensor:
+    r""":math:`\sum_{ij} K_{ij} x_i x_j^\top` for x (q, t, m), (t, t)."""
+    moved = kernel.multiply(x.flatten(1)).reshape(x.shape)
+    return torch.einsum("iam,ibm->ab", x, moved)
 
 
 def _conjugate_gradients(
@@ -416,36 +585,53 @@ def _conjugate_gradients(
         on its diagonal.
 
     Raises:
-        RuntimeError: if the residual is not below the tolerance in 1,000 steps.
+        NotPositiveDefiniteError: if the residual is not below the tolerance in 1,000 steps.
     """
     m = b.shape[1]
-    x = x.clone()
+    found = x.clone()
     if not b.numel():
-        return x, torch.ones(m, 1, 1, dtype=b.dtype, device=b.device)
+        return found, torch.ones(m, 1, 1, dtype=b.dtype, device=b.device)
     r = b - times(x) if bool(x.any()) else b.clone()
     goal = tolerance * torch.linalg.vector_norm(b, dim=0)
     squares = (r * r).sum(0)
+    # What is worked on are the columns that have not converged.
     active = (squares.sqrt() > goal).nonzero()[:, 0]
+    x, r, squares, goal = found[:, active], r[:, active], squares[active], goal[active]
     p = r.clone()
-    alphas, betas = [], []
+    alphas: list[Tensor] = []
+    betas: list[Tensor] = []
     for _ in range(_MOST_STEPS):
         if not len(active):
-            break
-        part = p[:, active]
-        Mp = times(part)
-        alpha = squares[active] / (part * Mp).sum(0)
-        x[:, active] += alpha * part
-        r[:, active] -= alpha * Mp
-        new = (r[:, active] ** 2).sum(0)
-        beta = new / squares[active]
-        p[:, active] = r[:, active] + beta * part
-        squares[active] = new
+            return found, _lanczos(alphas, betas, b)
+        Mp = times(p)
+        alpha = squares / (p * Mp).sum(0)
+        x.addcmul_(p, alpha)
+        r.addcmul_(Mp, alpha, value=-1)
+        new = (r * r).sum(0)
+        beta, squares = new / squares, new
+        p.mul_(beta).add_(r)
         alphas.append(_spread(alpha, active, m))
         betas.append(_spread(beta, active, m))
-        active = active[new.sqrt() > goal[active]]
-    else:
-        raise RuntimeError(f"conjugate gradients did not converge in {_MOST_STEPS} steps")
-    return x, _lanczos(alphas, betas, b)
+        going = new.sqrt() > goal
+        if not bool(going.all()):
+            found[:, active] = x
+            kept = going.nonzero()[:, 0]
+            active, x, r, p = active[kept], x[:, kept], r[:, kept], p[:, kept]
+            squares, goal = squares[kept], goal[kept]
+    raise NotPositiveDefiniteError(
+        "V is not positive definite to working precision: "
+        f"conjugate gradients did not converge in {_MOST_STEPS} steps"
+    )
+
+
+def _log_samples(T: Tensor, q: int) -> Tensor:
+    r""":math:`z^\top (\log \hat M - E) z` for each probe from its Lanczos matrix (m, steps, steps).
+
+    The first-order part :math:`z^\top E z`, which is taken off, has the expectation zero.
+    """
+    values, vectors = torch.linalg.eigh(T)
+    weights = vectors[:, 0, :] ** 2
+    return q * ((weights * values.log()).sum(1) - (T[:, 0, 0] - 1))
 
 
 def _spread(values: Tensor, active: Tensor, m: int) -> Tensor:

@@ -260,7 +260,7 @@ def _constants(terms: Sequence[Term]) -> list[Tensor | None]:
         elif isinstance(term.design, IndexedDesign):
             found += [term.design.codes, term.design.values]
         if isinstance(term.covariance, ScaledCovariance):
-            found.append(term.covariance.base)
+            found.append(term.covariance.kernel.source)
     return found
 
 

@@ -13,7 +13,7 @@ from openreml_nn.errors import InputError
 from openreml_nn.likelihood.blocked import BlockedProblem
 from openreml_nn.likelihood.dense import DenseProblem
 from openreml_nn.likelihood.grouped import GroupedProblem, Layout, arranged, grid_of, separated
-from openreml_nn.likelihood.krylov import PROBES, KrylovProblem
+from openreml_nn.likelihood.krylov import KrylovProblem
 from openreml_nn.likelihood.partition import Partition
 from openreml_nn.likelihood.problem import Problem
 from openreml_nn.likelihood.spectral import SpectralProblem, spectral_terms
@@ -73,11 +73,12 @@ class Plan:
         dense = _dense(rows, fixed_effects, dtype.itemsize)
         if solver == "dense":
             return cls("dense", "asked for", rows, fixed_effects, *dense)
-        if solver == "spectral" or (solver == "auto" and spectral_terms(terms)):
-            reason = "asked for" if solver == "spectral" else "one known kernel: decomposed once"
-            return cls(
-                "spectral", reason, rows, fixed_effects, *_spectral(rows, fixed_effects, dtype)
-            )
+        spectral = _spectral(rows, fixed_effects, dtype)
+        if solver == "spectral":
+            return cls("spectral", "asked for", rows, fixed_effects, *spectral)
+        if solver == "auto" and spectral_terms(terms) and spectral[2] < MOST_BYTES:
+            reason = "one known kernel: decomposed once"
+            return cls("spectral", reason, rows, fixed_effects, *spectral)
         if solver == "krylov":
             parts = separated(terms)
             found = _blocked(parts, Layout.of(parts), fixed_effects, dtype.itemsize)
@@ -195,7 +196,7 @@ def _steps(
         q = sum(terms[i].design.shape[1] for i in layout.rest)
         names = ", ".join(repr(terms[i].name) for i in layout.rest)
         if groups is None:
-            steps.append(f"{names}: conjugate gradients, {q} columns, {PROBES} probes")
+            steps.append(f"{names}: conjugate gradients, {q} columns")
         elif groups.whole:
             steps.append(f"{names}: dense, {q} x {q}")
         else:

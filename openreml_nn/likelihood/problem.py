@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.design import IndexedDesign
-from openreml_nn.covariance.terms import RepeatedCovariance, Term
+from openreml_nn.covariance.terms import RepeatedCovariance, ScaledCovariance, Term
 from openreml_nn.likelihood.fixed import FixedPart
 
 __all__ = ["Evaluation", "NotPositiveDefiniteError", "Problem", "RandomEffects", "cholesky"]
@@ -52,7 +52,7 @@ class RandomEffects:
         """From :math:`G Z^\\top P y` (q,) and :math:`Z^\\top P Z` (q, q)."""
         z, g = term.design, term.covariance
         k = z.effects if isinstance(z, IndexedDesign) else 1
-        if isinstance(g, RepeatedCovariance):
+        if isinstance(g, RepeatedCovariance | ScaledCovariance):
             k = max(k, g.matrix.shape[0])
         G, half = g.whole(len(values)), g.multiply(z_p_z)  # G, G Z' P Z
         levels = (len(values) // k, k)

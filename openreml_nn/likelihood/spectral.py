@@ -1,12 +1,13 @@
-r"""The likelihood by one eigendecomposition, for a known kernel and independent errors.
+r"""The likelihood by one eigendecomposition, for a known kernel and independent individuals.
 
-For :math:`V = \sigma_k^2 K + \sigma^2 I` with :math:`K = U \Lambda U^\top` the rotated data
-:math:`U^\top y` have the diagonal covariance :math:`\sigma_k^2 \Lambda + \sigma^2 I`, whatever
-the variances: after one decomposition an evaluation takes time linear in n.
+For :math:`V = K \otimes \Sigma + I \otimes R`, with t traits of each of n individuals and
+:math:`K = U \Lambda U^\top`, the rotated data :math:`(U^\top \otimes I) y` have blocks
+:math:`\lambda_i \Sigma + R` and nothing between them, whatever Σ and R: after one decomposition
+an evaluation takes time linear in n. With one trait the blocks are numbers.
 
 Reference:
     Kang et al., Genetics 178 (2008) 1709, eq. 2 to 4; Lippert et al., Nature
-    Methods 8 (2011) 833.
+    Methods 8 (2011) 833; Zhou and Stephens, Nature Methods 11 (2014) 407.
 """
 
 from __future__ import annotations
@@ -17,14 +18,21 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
-from openreml_nn.covariance.design import IdentityDesign
-from openreml_nn.covariance.terms import ScaledCovariance, Term
+from openreml_nn.covariance.design import Design, IdentityDesign, IndexedDesign
+from openreml_nn.covariance.terms import (
+    Covariance,
+    RepeatedCovariance,
+    ScaledCovariance,
+    Term,
+    residual_terms,
+)
 from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.problem import (
     Evaluation,
     NotPositiveDefiniteError,
     Problem,
     RandomEffects,
+    cholesky,
 )
 
 __all__ = ["SpectralProblem", "spectral_terms"]
@@ -32,17 +40,39 @@ __all__ = ["SpectralProblem", "spectral_terms"]
 
 def spectral_terms(terms: Sequence[Term]) -> tuple[int, list[int]] | None:
     """Positions of the kernel's term and of the residual's terms, None if there are others."""
-    residual = [i for i, term in enumerate(terms) if term.is_residual]
+    residual = residual_terms(terms)
     kernel = [i for i in range(len(terms)) if i not in residual]
     if len(kernel) != 1 or not residual:
         return None
-    term = terms[kernel[0]]
-    known = isinstance(term.covariance, ScaledCovariance)
-    return (kernel[0], residual) if known and isinstance(term.design, IdentityDesign) else None
+    g, z = terms[kernel[0]].covariance, terms[kernel[0]].design
+    if not isinstance(g, ScaledCovariance):
+        return None
+    t, cells = len(g.matrix), _cells(z)
+    if cells is None or len(cells) != g.kernel.size * t:
+        return None
+    for i in residual:
+        r = terms[i].covariance
+        if not isinstance(r, RepeatedCovariance) or len(r.matrix) not in (1, t):
+            return None
+        own = _cells(terms[i].design)
+        if own is None or (len(r.matrix) > 1 and not torch.equal(own, cells)):
+            return None
+    return kernel[0], residual
+
+
+def _cells(design: Design) -> Tensor | None:
+    """Column of each row where that is an order of the columns, None otherwise."""
+    if isinstance(design, IdentityDesign):
+        return torch.arange(design.shape[0])
+    if not isinstance(design, IndexedDesign) or design.values is not None:
+        return None
+    n, q = design.shape
+    whole = n == q and int(torch.bincount(design.codes, minlength=q).max()) == 1
+    return design.codes.cpu() if whole else None
 
 
 class SpectralProblem(Problem):
-    """Depends on the residual variance and on that of the kernel, each (1, 1)."""
+    """Depends on the residual's matrix R and on that of the kernel, Σ, each (t, t)."""
 
     def __init__(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> None:
         super().__init__(fixed, terms, method)
@@ -53,21 +83,35 @@ class SpectralProblem(Problem):
             )
         self.kernel, self.residual = found
         term = terms[self.kernel]
-        assert isinstance(term.covariance, ScaledCovariance)
-        K = term.covariance.base.to(fixed.y)
+        g = term.covariance
+        assert isinstance(g, ScaledCovariance)
+        self.t = len(g.matrix)
+        K = g.kernel.dense().to(fixed.y)
         self.eigenvalues, self.U = torch.linalg.eigh(K)
         least, most = float(self.eigenvalues[0]), float(self.eigenvalues[-1])
-        if least < -self.n * torch.finfo(K.dtype).eps * max(most, 0.0):
+        if least < -len(K) * torch.finfo(K.dtype).eps * max(most, 0.0):
             raise NotPositiveDefiniteError(
                 f"the kernel of {term.name!r} is not positive semi-definite: "
                 f"its smallest eigenvalue is {least:.6g}"
             )
         self.eigenvalues = self.eigenvalues.clamp(min=0)  # rounding
-        self.y, self.Q = self.U.mT @ fixed.y, self.U.mT @ fixed.Q
+        f = torch.cat([fixed.Q, fixed.y[:, None]], 1)
+        cells = _cells(term.design)
+        assert cells is not None
+        by_cell = torch.empty_like(f).index_copy(0, cells.to(f.device), f)
+        self.f = (self.U.mT @ by_cell.reshape(len(K), -1)).reshape(
+            len(K), self.t, -1
+        )  # (n, t, p+1)
 
     def matrices(self, terms: Sequence[Term]) -> list[Tensor]:
-        residual = torch.stack([terms[i].covariance.matrix for i in self.residual]).sum(0)
-        return [residual, terms[self.kernel].covariance.matrix]
+        parts = [self._whole(terms[i].covariance) for i in self.residual]
+        return [torch.stack(parts).sum(0), terms[self.kernel].covariance.matrix]
+
+    def _whole(self, g: Covariance) -> Tensor:
+        """R of one part, (t, t)."""
+        if len(g.matrix) == self.t:
+            return g.matrix
+        return g.matrix * torch.eye(self.t, dtype=g.matrix.dtype, device=g.matrix.device)
 
     def recorded(self, matrices: Sequence[Tensor]) -> Tensor:
         return _SpectralEvaluation(self, [], matrices).log_likelihood
@@ -77,52 +121,76 @@ class SpectralProblem(Problem):
 
 
 class _SpectralEvaluation(Evaluation):
+    """With blocks D = λ Σ + R of factors C, everything is in rows :math:`C^{-1} x`."""
+
     def __init__(
         self, problem: SpectralProblem, terms: Sequence[Term], matrices: Sequence[Tensor]
     ) -> None:
         self._problem, self._terms = problem, terms
-        residual, self._variance = (matrix.reshape(()) for matrix in matrices)
-        self._d = d = residual + self._variance * problem.eigenvalues
-        traced = torch._C._functorch.is_functorch_wrapped_tensor(d)
-        if not traced and not bool((d > 0).all()):
-            raise NotPositiveDefiniteError("V is not positive definite")
-        white = torch.cat([problem.Q, problem.y[:, None]], 1) / d.sqrt()[:, None]
-        self._white_Q, white_y = white[:, :-1], white[:, -1]
+        R, self._sigma = matrices
+        D = R + problem.eigenvalues[:, None, None] * self._sigma  # (n, t, t)
+        if problem.t == 1:
+            if not torch._C._functorch.is_functorch_wrapped_tensor(D) and not bool((D > 0).all()):
+                raise NotPositiveDefiniteError("V is not positive definite")
+            self._C = D.sqrt()
+        else:
+            self._C = cholesky(D, "V")
+        white = self._forward(problem.f)
+        self._white_Q, white_y = white[..., :-1], white[..., -1]
+        Q, y = self._white_Q.flatten(0, 1), white_y.flatten()
+        log_det = 2 * self._C.diagonal(dim1=1, dim2=2).log().sum()
         self.log_likelihood, self.gamma_factor, half = problem._profile(
-            d.log().sum(), self._white_Q.mT @ self._white_Q, self._white_Q.mT @ white_y,
-            white_y @ white_y,
-        )  # fmt: skip
+            log_det, Q.mT @ Q, Q.mT @ y, y @ y
+        )
         self.gamma = solve_triangular(self.gamma_factor.mT, half[:, None], upper=True)[:, 0]
         rest = white_y - self._white_Q @ self.gamma
-        self.y_p_y = rest @ rest
-        self._p_y = rest / d.sqrt()  # U' P y
+        self.y_p_y = (rest * rest).sum()
+        self._p_y = self._back(rest[..., None])[..., 0]  # (U' P y), (n, t)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        """C^-1 x for x (n, t, m)."""
+        return x / self._C if self._problem.t == 1 else solve_triangular(self._C, x, upper=False)
+
+    def _back(self, x: Tensor) -> Tensor:
+        if self._problem.t == 1:
+            return x / self._C
+        return solve_triangular(self._C.mT, x, upper=True)
 
     def _projected(self) -> Tensor:
-        """C^-1 Q' D^-1/2, (p, n): what the fixed effects take away."""
-        return solve_triangular(self.gamma_factor, self._white_Q.mT, upper=False)
+        """What the fixed effects take away: white rows (n, t, p) of an orthonormal basis."""
+        flat = solve_triangular(self.gamma_factor, self._white_Q.flatten(0, 1).mT, upper=False)
+        return flat.mT.unflatten(0, self._p_y.shape)
 
     def scores(self) -> list[Tensor]:
-        diagonal = 1 / self._d
-        if self._problem.method == "reml":
-            diagonal = diagonal * (1 - (self._projected() ** 2).sum(0))
-        part = (self._p_y**2 - diagonal) / 2
-        kernel = (part * self._problem.eigenvalues).sum()
-        return [part.sum().reshape(1, 1), kernel.reshape(1, 1)]
+        problem = self._problem
+        eye = torch.eye(problem.t, dtype=self._C.dtype, device=self._C.device)
+        half = self._back(eye.expand_as(self._C))  # C^-T
+        inner = half @ half.mT
+        if problem.method == "reml":
+            lost = self._back(self._projected())
+            inner = inner - lost @ lost.mT
+        S = (self._p_y[:, :, None] * self._p_y[:, None, :] - inner) / 2
+        return [S.sum(0), (problem.eigenvalues[:, None, None] * S).sum(0)]
 
     def information(self, derivatives: Sequence[Tensor]) -> Tensor:
-        residual, kernel = (d.reshape(-1) for d in derivatives)
-        slope = residual + self._problem.eigenvalues[:, None] * kernel  # (n, m)
-        white = slope * (self._p_y / self._d.sqrt())[:, None]
-        part = self._projected() @ white
+        residual, kernel = derivatives  # (m, t, t)
+        moved = torch.einsum("mab,nb->nam", residual, self._p_y)
+        weighted = self._problem.eigenvalues[:, None] * self._p_y
+        moved = moved + torch.einsum("mab,nb->nam", kernel, weighted)
+        white = self._forward(moved).flatten(0, 1)
+        part = self._projected().flatten(0, 1).mT @ white
         return (white.mT @ white - part.mT @ part) / 2
 
     def random_effects(self) -> list[RandomEffects]:
-        problem, v = self._problem, self._variance
-        loadings = v * problem.eigenvalues
-        values = problem.U @ (loadings * self._p_y)
-        # Diagonal of G - G P G, with G and P in the coordinates of U.
-        kept = loadings - loadings**2 / self._d
-        back = problem.U @ ((loadings / self._d.sqrt())[:, None] * self._projected().mT)
-        variance = (problem.U**2) @ kept + (back**2).sum(1)
+        problem, sigma = self._problem, self._sigma
+        weight = problem.eigenvalues[:, None, None]  # (n, 1, 1)
+        values = problem.U @ (weight * (sigma @ self._p_y[..., None]))[..., 0]
+        # Blocks of G - G P G, with G and P in the coordinates of U.
+        half = self._forward((weight * sigma).expand_as(self._C))
+        kept = weight * sigma - half.mT @ half
+        back = weight * (sigma @ self._back(self._projected()))  # (n, t, p)
+        shape = (len(problem.U), -1)
+        lost = (problem.U @ back.reshape(shape)).reshape(back.shape)
+        spread = ((problem.U**2) @ kept.reshape(shape)).reshape(kept.shape)
         term = self._terms[problem.kernel]
-        return [RandomEffects(term.name, values[:, None], variance[:, None, None])]
+        return [RandomEffects(term.name, values, spread + lost @ lost.mT)]

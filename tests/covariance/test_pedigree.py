@@ -70,3 +70,12 @@ def test_a_long_line_of_descent_needs_no_recursion():
 def test_wrong_pedigrees_are_refused(columns, match):
     with pytest.raises(ValueError, match=match):
         Pedigree.of(*columns)
+
+
+def test_complete_inbreeding_is_an_error():
+    n = 200
+    names = [f"a{i}" for i in range(n)]
+    sires = [None if i < 2 else names[i - 2] for i in range(n)]
+    dams = [None if i < 2 else names[i - 1] for i in range(n)]
+    with pytest.raises(ValueError, match="completely inbred"):
+        Pedigree.of(names, sires, dams)

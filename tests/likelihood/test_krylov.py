@@ -13,19 +13,22 @@ from openreml_nn.covariance import (
     CovariancePropagation,
     DummyMatrix,
     IdentityMatrix,
+    KnownInverseMatrix,
     KnownMatrix,
     KroneckerProduct,
+    Pedigree,
     ScalarMatrix,
     Sum,
     UnstructuredMatrix,
     stratified,
 )
+from openreml_nn.covariance.terms import Kernel
 from openreml_nn.likelihood import krylov, plan
 from openreml_nn.likelihood.grouped import Layout, separated
 from openreml_nn.likelihood.krylov import KrylovProblem
-from tests.likelihood.models import models
+from tests.likelihood.models import Model, models
 from tests.likelihood.test_loss import METHODS, _compare_solvers
-from tests.strategies import kinship
+from tests.strategies import kinship, pedigree
 
 
 def crossed(n=3000, users=300, items=60, slopes=False, seed=0):
@@ -52,7 +55,7 @@ def crossed(n=3000, users=300, items=60, slopes=False, seed=0):
     return V, y, torch.stack([torch.ones(n), x], 1)
 
 
-def every_sign(q):
+def every_sign(q, _):
     """All 2^q patterns, over which a random sign's expectation is the mean."""
     if not q:
         return torch.zeros(0, 1)
@@ -147,3 +150,63 @@ def test_what_it_cannot_do_is_said():
     V, y, X = crossed()
     with pytest.raises(NotImplementedError, match="covariance parameters only"):
         REMLLoss(V, solver="krylov")(y.requires_grad_(), X)
+
+
+def related(n, q, traits, seed, crossed=True):
+    """Records of related animals in litters, on one or more traits."""
+    generator = torch.Generator().manual_seed(seed)
+    animal = torch.randint(0, q, (n,), generator=generator)
+    trait = torch.arange(n) % traits
+    known = KnownInverseMatrix(pedigree(q).inverse)
+    if traits == 1:
+        g, codes, levels = known, animal, q
+    else:
+        known.fix("sigma^2", 0.0)
+        g = KroneckerProduct(traits=UnstructuredMatrix(traits), animals=known)
+        codes, levels = trait * q + animal, traits * q
+    parts = {"animal": CovariancePropagation(z=DummyMatrix.from_codes(codes, levels), g=g)}
+    if crossed:
+        litter = torch.randint(0, 3, (n,), generator=generator)
+        z = DummyMatrix.from_codes(litter, 12)
+        parts["litter"] = CovariancePropagation(z=z, g=ScalarMatrix(12))
+    V = Sum({**parts, "residual": ScalarMatrix(n)}).double()
+    with torch.no_grad():
+        for p in V.parameters():
+            p.copy_(0.5 * torch.randn(1, generator=generator))
+    return Model(V, torch.randn(n, generator=generator), torch.randn(n, 2, generator=generator))
+
+
+@pytest.mark.parametrize("crossed", [False, True])
+@pytest.mark.parametrize(("traits", "q"), [(1, 8), (2, 4)])
+@given(st.integers(0, 1000), st.sampled_from(METHODS))
+def test_relatives_by_a_sparse_inverse_equal_dense(crossed, traits, q, seed, method):
+    m = related(20, q, traits, seed, crossed)
+    with mock.patch.multiple(krylov, _signs=every_sign, _PROBE_TOLERANCE=1e-13):
+        _compare_solvers(m, method, ("dense", "krylov"), second=False, tolerance=1e-8)
+
+
+def test_the_inverse_of_a_large_pedigree_is_never_made_dense():
+    generator = torch.Generator().manual_seed(0)
+    parents = (torch.rand(3000, 2, generator=generator) * torch.arange(3000)[:, None]).long()
+    names = list(range(1, 3001))
+    sires, dams = parents[:, 0].tolist(), (parents[:, 1] + 1).tolist()
+    dams[0] = None  # parents are born before: 0 is unknown
+    found = Pedigree.of(names[1:], sires[1:], dams[1:])
+    with mock.patch(f"{__name__}.pedigree", return_value=found):
+        m = related(4000, len(found.levels), 1, 0)
+    with (
+        mock.patch.object(plan, "MOST_BYTES", 2**26),
+        mock.patch.object(Kernel, "dense", side_effect=AssertionError),
+        pytest.warns(RuntimeWarning, match="approximate"),
+    ):
+        assert fit_reml(m.covariance, m.y, m.X).converged
+
+
+def test_a_variance_of_zero_is_an_ordinary_point_for_relatives():
+    m = related(30, 8, 1, 0)
+    m.covariance.fix("animal/g/sigma^2", -float("inf"))
+    with mock.patch.multiple(krylov, _signs=every_sign, _PROBE_TOLERANCE=1e-13):
+        value = REMLLoss(m.covariance, solver="krylov")(m.y, m.X)
+        value.backward()
+    torch.testing.assert_close(value, REMLLoss(m.covariance, solver="dense")(m.y, m.X))
+    assert all(torch.isfinite(p.grad).all() for p in m.covariance.parameters())

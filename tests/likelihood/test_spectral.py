@@ -11,11 +11,15 @@ from torch.autograd import gradcheck, gradgradcheck
 from openreml_nn import REMLLoss, fit_reml
 from openreml_nn.covariance import (
     CovariancePropagation,
+    DiagonalMatrix,
     DummyMatrix,
+    IdentityMatrix,
     KnownInverseMatrix,
     KnownMatrix,
+    KroneckerProduct,
     ScalarMatrix,
     Sum,
+    UnstructuredMatrix,
 )
 from openreml_nn.likelihood import NotPositiveDefiniteError, cross
 from tests.likelihood.models import Model
@@ -117,3 +121,54 @@ def test_other_trees_are_refused():
     V = Sum(a=ScalarMatrix(5)).double()
     with pytest.raises(ValueError, match="one known kernel"):
         REMLLoss(V, solver="spectral")(torch.randn(5), torch.ones(5, 1))
+
+
+def traits(n, k, seed, residual="unstructured", rows=None):
+    """Records of k traits on each of n relatives, trait by trait."""
+    generator = torch.Generator().manual_seed(seed)
+    K = KnownMatrix(kinship(n))
+    K.fix("sigma^2", 0.0)
+    R = {
+        "unstructured": lambda: KroneckerProduct(UnstructuredMatrix(k), IdentityMatrix(n)),
+        "diagonal": lambda: KroneckerProduct(DiagonalMatrix(k), IdentityMatrix(n)),
+        "scalar": lambda: ScalarMatrix(n * k),
+    }[residual]()
+    V = Sum(animal=KroneckerProduct(UnstructuredMatrix(k), K), residual=R).double()
+    with torch.no_grad():
+        for p in V.parameters():
+            p.copy_(0.5 * torch.randn(1, generator=generator))
+    y = torch.randn(n * k, generator=generator)
+    return Model(V, y, torch.randn(n * k, 2, generator=generator))
+
+
+@pytest.mark.parametrize("residual", ["unstructured", "diagonal", "scalar"])
+@pytest.mark.parametrize("solver", ["blocked", "spectral"])
+@given(st.integers(6, 12), st.integers(0, 1000), st.sampled_from(METHODS))
+def test_several_traits_of_relatives_equal_dense(solver, residual, n, seed, method):
+    _compare_solvers(traits(n, 2, seed, residual), method, ("dense", solver))
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        lambda: KroneckerProduct(IdentityMatrix(3), KnownMatrix(kinship(4))),
+        lambda: KroneckerProduct(IdentityMatrix(70), KnownMatrix(kinship(2))),
+        lambda: KroneckerProduct(KnownMatrix(kinship(4)), UnstructuredMatrix(2)),
+        lambda: KroneckerProduct(UnstructuredMatrix(2), KnownMatrix(kinship(4))),
+        lambda: KroneckerProduct(DiagonalMatrix(2), IdentityMatrix(3)),
+        lambda: KroneckerProduct(UnstructuredMatrix(2), IdentityMatrix(3)),
+        lambda: KroneckerProduct(KnownMatrix(kinship(3)), KnownMatrix(kinship(2))),
+        lambda: KroneckerProduct(IdentityMatrix(2), DiagonalMatrix(70)),
+        lambda: KroneckerProduct(ScalarMatrix(2), UnstructuredMatrix(2), IdentityMatrix(3)),
+        lambda: KroneckerProduct(UnstructuredMatrix(2), IdentityMatrix(3), IdentityMatrix(2)),
+    ],
+)
+@pytest.mark.parametrize("some", [False, True])
+def test_kronecker_products_lower_to_what_they_are(tree, some):
+    V = tree().double()
+    with torch.no_grad():
+        for p in V.parameters():
+            p.copy_(0.5 * torch.randn(1))
+    rows = torch.randperm(V.shape[0])[:4] if some else torch.arange(V.shape[0])
+    (term,) = V.terms(rows if some else None)
+    torch.testing.assert_close(term.dense(), V()[rows][:, rows])
