@@ -17,6 +17,7 @@ from openreml_nn.covariance.terms import (
     Covariance,
     DenseCovariance,
     DiagonalCovariance,
+    KroneckerCovariance,
     RepeatedCovariance,
     ScaledCovariance,
     Term,
@@ -137,12 +138,19 @@ def _merge(outer: Term | None, inner: Term) -> Term | None:
     small = _small(a, q)
     if _is_scalar(b) and small is not None:
         return Term(_levels_last(q, k, small.device), RepeatedCovariance(b.matrix * small, k))
+    if _is_solid(a) and _is_solid(b):
+        return Term(design, KroneckerCovariance.of(a.matrix, b.matrix))
     return None
 
 
 def _is_scalar(g: Covariance) -> bool:
     """Whether it is a multiple of the identity."""
     return isinstance(g, RepeatedCovariance) and len(g.matrix) == 1
+
+
+def _is_solid(g: Covariance) -> bool:
+    """Whether its entries are those of one matrix without structure."""
+    return isinstance(g, DenseCovariance) or (isinstance(g, RepeatedCovariance) and g.levels == 1)
 
 
 def _small(g: Covariance, size: int) -> Tensor | None:

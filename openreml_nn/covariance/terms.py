@@ -24,9 +24,11 @@ __all__ = [
     "DenseCovariance",
     "DiagonalCovariance",
     "Kernel",
+    "KroneckerCovariance",
     "RepeatedCovariance",
     "ScaledCovariance",
     "Term",
+    "kronecker",
     "propagate",
     "residual_terms",
 ]
@@ -46,9 +48,17 @@ class Covariance:
         """The same covariance with ``function`` applied to its tensors."""
         return self.with_matrix(function(self.matrix))
 
+    def shown(self) -> Tensor:
+        """What tables show of it."""
+        return self.matrix
+
     def multiply(self, x: Tensor, transpose: bool = False) -> Tensor:
         """:math:`G x`, or :math:`G^\\top x`, for ``x`` of shape (q, m)."""
         raise NotImplementedError
+
+    def along(self, derivative: Tensor, x: Tensor) -> Tensor:
+        """The derivative of G, by that of its entries, times ``x`` (q, m)."""
+        return self.with_matrix(derivative).multiply(x)
 
     def whole(self, size: int) -> Tensor:
         """G itself, (q, q)."""
@@ -152,6 +162,60 @@ class DenseCovariance(Covariance):
 
     def fold(self, cotangent: Tensor) -> Tensor:
         return cotangent
+
+
+@dataclass(frozen=True)
+class KroneckerCovariance(Covariance):
+    r""":math:`G = A \otimes B`, ``matrix`` the entries of A (r, r) and then those of B (c, c)."""
+
+    sizes: tuple[int, int] = (1, 1)
+
+    @classmethod
+    def of(cls, A: Tensor, B: Tensor) -> KroneckerCovariance:
+        """From its two parts."""
+        return cls(torch.cat([A.reshape(-1), B.reshape(-1)]), (len(A), len(B)))
+
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """A and B."""
+        r, c = self.sizes
+        A, B = self.matrix.split([r * r, c * c])
+        return A.reshape(r, r), B.reshape(c, c)
+
+    def with_matrix(self, matrix: Tensor) -> KroneckerCovariance:
+        return KroneckerCovariance(matrix, self.sizes)
+
+    def shown(self) -> Tensor:
+        A, B = self.parts()
+        return (A.diagonal().mean() * B.diagonal().mean()).reshape(1, 1)
+
+    def multiply(self, x: Tensor, transpose: bool = False) -> Tensor:
+        A, B = (part.mT if transpose else part for part in self.parts())
+        return kronecker(A, B, x)
+
+    def along(self, derivative: Tensor, x: Tensor) -> Tensor:
+        (A, B), (dA, dB) = self.parts(), self.with_matrix(derivative).parts()
+        return kronecker(dA, B, x) + kronecker(A, dB, x)
+
+    def whole(self, size: int) -> Tensor:
+        A, B = self.parts()
+        return torch.einsum("ij,ab->iajb", A, B).reshape(size, size)
+
+    def root(self) -> KroneckerCovariance:
+        A, B = self.parts()
+        return self.of(_root(A), _root(B))
+
+    def fold(self, cotangent: Tensor) -> Tensor:
+        (A, B), (r, c) = self.parts(), self.sizes
+        four = cotangent.reshape(r, c, r, c)
+        of_A, of_B = torch.einsum("rcsd,cd->rs", four, B), torch.einsum("rcsd,rs->cd", four, A)
+        return torch.cat([of_A.reshape(-1), of_B.reshape(-1)])
+
+
+def kronecker(A: Tensor, B: Tensor, x: Tensor) -> Tensor:
+    r""":math:`(A \otimes B) x` for x (r * c, m), first by columns and then by rows."""
+    grid = x.reshape(A.shape[1], B.shape[1], -1)
+    moved = A @ (B @ grid).flatten(1)
+    return moved.reshape(len(A) * len(B), -1)
 
 
 class Kernel:

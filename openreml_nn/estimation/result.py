@@ -416,7 +416,7 @@ class _Builder:
 
         def matrices(x: Tensor) -> tuple[Tensor, ...]:
             terms = self._objective.terms(at.natural(0, x))
-            return tuple(term.covariance.matrix for term in terms)
+            return tuple(term.covariance.shown() for term in terms)
 
         jacobians = jacobian(matrices, u) if len(u) else [None] * len(self._terms)
         # A coordinate at zero has no standard error, but entries that do not depend on it have.
@@ -425,7 +425,7 @@ class _Builder:
         missing = spread.diagonal().isnan()
         found = []
         for term, J in zip(self._terms, jacobians, strict=True):
-            matrix = term.covariance.matrix
+            matrix = term.covariance.shown()
             error = torch.zeros_like(matrix)
             if J is not None:
                 error = torch.einsum("i...,ij,j...->...", J, known, J).clamp(min=0).sqrt()
@@ -442,7 +442,7 @@ class _Builder:
         if any(term is self._terms[i] for i in residual_terms(self._terms)):
             size = len(term.covariance.matrix)
             return Label("Residual", [str(i) for i in range(size)] if size > 1 else ("",), ())
-        k = term.covariance.matrix.shape[0]
+        k = term.covariance.shown().shape[0]
         effects = ("(Intercept)",) if k == 1 else tuple(f"effect_{i}" for i in range(k))
         return Label(term.name, effects, tuple(map(str, range(term.design.shape[1] // k))))
 
@@ -456,7 +456,7 @@ class _Builder:
             return []
         found = []
         for term in self._random_terms:
-            matrix = term.covariance.matrix
+            matrix = term.covariance.shown()
             if isinstance(term.covariance, RepeatedCovariance):
                 z = term.design
                 scale = torch.ones_like(matrix.diagonal())

@@ -135,7 +135,7 @@ class _DenseEvaluation(Evaluation):
         working = p_y.new_zeros(len(p_y), len(derivatives[0]))  # dV_j P y
         for term, dG in zip(self._terms, derivatives, strict=True):
             u = term.design.t_matmul(p_y[:, None])
-            moved = [term.covariance.with_matrix(d).multiply(u) for d in dG]
+            moved = [term.covariance.along(d, u) for d in dG]
             working = working + term.design.matmul(torch.cat(moved, 1))
         white = torch.linalg.solve_triangular(self._L, working, upper=False)
         part = torch.linalg.solve_triangular(

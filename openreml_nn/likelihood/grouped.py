@@ -243,7 +243,7 @@ class GroupedProblem(Problem):
         """Each derivative of the other terms' matrices times ``u``, (m, q)."""
         found = []
         for part, dG, x in zip(parts, derivatives, u.split(self.sizes), strict=True):
-            moved = [part.with_matrix(d).multiply(x[:, None])[:, 0] for d in dG]
+            moved = [part.along(d, x[:, None])[:, 0] for d in dG]
             found.append(torch.stack(moved))
         return torch.cat(found, 1)
 

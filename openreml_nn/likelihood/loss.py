@@ -74,7 +74,8 @@ class REMLLoss(nn.Module):
             random effects, V never formed), ``"krylov"`` (the same by conjugate
             gradients and random probes, for crossed factors that are too large;
             approximate), ``"spectral"`` (one known kernel and independent errors,
-            by one eigendecomposition), or ``"auto"``, which takes the exact one with
+            by one eigendecomposition), ``"grid"`` (a Kronecker product over a complete
+            grid, such as a field of plots, by two small ones), or ``"auto"``, which takes the exact one with
             least work, and the approximate one, with a warning, where that would hold
             more than 4 GiB; :attr:`plan` says which and why.
         reduction: ``"mean"`` divides by the number of rows, ``"sum"`` does not.

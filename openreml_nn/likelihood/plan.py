@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from openreml_nn.covariance.design import Design, IndexedDesign
-from openreml_nn.covariance.terms import Term
+from openreml_nn.covariance.terms import KroneckerCovariance, Term
 from openreml_nn.errors import InputError
 from openreml_nn.likelihood.blocked import BlockedProblem
 from openreml_nn.likelihood.dense import DenseProblem
+from openreml_nn.likelihood.grid import GridProblem, GridTerms
 from openreml_nn.likelihood.grouped import GroupedProblem, Layout, arranged, grid_of, separated
 from openreml_nn.likelihood.krylov import KrylovProblem
 from openreml_nn.likelihood.partition import Partition
@@ -23,6 +24,7 @@ __all__ = ["Plan", "check_solver"]
 SOLVERS: dict[str, type[Problem]] = {
     "dense": DenseProblem,
     "blocked": BlockedProblem,
+    "grid": GridProblem,
     "krylov": KrylovProblem,
     "spectral": SpectralProblem,
 }
@@ -44,7 +46,7 @@ class Plan:
     """A chosen solver; printing it says what was chosen, why, and the predicted cost.
 
     Attributes:
-        solver: ``"dense"``, ``"blocked"``, ``"krylov"`` or ``"spectral"``.
+        solver: ``"dense"``, ``"blocked"``, ``"krylov"``, ``"spectral"`` or ``"grid"``.
         reason: why this one.
         rows: number of rows n.
         fixed_effects: number of fixed effects p.
@@ -83,6 +85,13 @@ class Plan:
             parts = separated(terms)
             found = _blocked(parts, Layout.of(parts), fixed_effects, dtype.itemsize)
             return cls("krylov", "asked for", rows, fixed_effects, *found)
+        grid = _grid(terms, fixed_effects, dtype.itemsize)
+        if solver == "grid" or (solver == "auto" and grid is not None and grid[1] < dense[1]):
+            reason = "a complete grid: decomposed by its sides"
+            found = dense if grid is None else grid
+            return cls(
+                "grid", "asked for" if solver == "grid" else reason, rows, fixed_effects, *found
+            )
         try:
             parts = separated(terms)
             blocked = _blocked(parts, Layout.of(parts), fixed_effects, dtype.itemsize)
@@ -136,6 +145,26 @@ def _dense(rows: int, p: int, itemsize: int) -> tuple[tuple[str, ...], float, fl
 def _spectral(rows: int, p: int, dtype: torch.dtype) -> tuple[tuple[str, ...], float, float]:
     order = (f"eigendecomposition of the kernel, {rows} x {rows}, once",)
     return order, 10.0 * rows * (p + 1) ** 2, dtype.itemsize * 2.0 * rows**2
+
+
+def _grid(
+    terms: Sequence[Term], p: int, itemsize: int
+) -> tuple[tuple[str, ...], float, float] | None:
+    places = GridTerms.of(terms)
+    if places is None:
+        return None
+    g = terms[places.grid].covariance
+    assert isinstance(g, KroneckerCovariance)
+    (r, c), n = g.sizes, terms[0].design.shape[0]
+    q = sum(terms[i].design.shape[1] for i in places.rest)
+    order = [f"eigendecompositions of {r} x {r} and {c} x {c}"]
+    if places.rest:
+        names = ", ".join(repr(terms[i].name) for i in places.rest)
+        order.append(f"{names}: dense, {q} x {q}")
+    order.append(f"fixed effects: dense, {p} x {p}")
+    columns = q + p + 1
+    work = 10.0 * (r**3 + c**3) + 8.0 * n * (r + c) * columns + 4.0 * n * columns**2
+    return tuple(order), work, 4.0 * itemsize * n * columns
 
 
 def _forecast(terms: Sequence[Term], p: int, itemsize: int) -> float:

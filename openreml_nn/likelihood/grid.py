@@ -1,0 +1,200 @@
+r"""The likelihood on a complete grid of rows by columns: a field trial.
+
+For :math:`V = A \otimes B + \tau I + Z G Z^\top` with :math:`A = U_A D_A U_A^\top` and
+:math:`B = U_B D_B U_B^\top`, the data in the coordinates :math:`(U_A \otimes U_B)^\top y` have the
+variances :math:`d_{ij} = D_{A,i} D_{B,j} + \tau` but for the random effects: two small
+decompositions take the place of that of all plots.
+
+Reference:
+    Gilmour, Cullis and Verbyla, Journal of Agricultural, Biological and
+    Environmental Statistics 2 (1997) 269; Rakitsch et al., NeurIPS 26 (2013), section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.linalg import solve_triangular
+
+from openreml_nn.covariance.design import IdentityDesign
+from openreml_nn.covariance.terms import KroneckerCovariance, Term, kronecker
+from openreml_nn.likelihood.dense import DenseProblem
+from openreml_nn.likelihood.fixed import FixedPart
+from openreml_nn.likelihood.grouped import root
+from openreml_nn.likelihood.problem import (
+    Evaluation,
+    NotPositiveDefiniteError,
+    Problem,
+    RandomEffects,
+    cholesky,
+)
+
+__all__ = ["GridProblem", "GridTerms"]
+
+
+@dataclass(frozen=True)
+class GridTerms:
+    """Positions of the grid's term, of the terms :math:`\\tau I`, and of the others."""
+
+    grid: int
+    nugget: list[int]
+    rest: list[int]
+
+    @classmethod
+    def of(cls, terms: Sequence[Term]) -> GridTerms | None:
+        """None if there is not one grid over all rows, or another term over them."""
+        over = [i for i, term in enumerate(terms) if isinstance(term.design, IdentityDesign)]
+        grid = [i for i in over if isinstance(terms[i].covariance, KroneckerCovariance)]
+        nugget = [i for i in over if terms[i].is_residual]
+        if len(grid) != 1 or len(over) > 1 + len(nugget):
+            return None
+        return cls(grid[0], nugget, [i for i in range(len(terms)) if i not in over])
+
+
+class GridProblem(Problem):
+    """Depends on the matrix of each term, as the dense solver does."""
+
+    def __init__(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> None:
+        super().__init__(fixed, terms, method)
+        found = GridTerms.of(terms)
+        if found is None:
+            raise ValueError(
+                "the grid solver needs one Kronecker product over the rows, and independent "
+                "errors at most beside it"
+            )
+        self.places = found
+        self._dense = DenseProblem(fixed, terms, method)
+        self.f = torch.cat([fixed.Q, fixed.y[:, None]], 1)
+
+    def matrices(self, terms: Sequence[Term]) -> list[Tensor]:
+        return self._dense.matrices(terms)
+
+    def recorded(self, matrices: Sequence[Tensor]) -> Tensor:
+        # Decompositions have no derivative where eigenvalues meet, as without correlation.
+        return self._dense.recorded(matrices)
+
+    def _evaluate(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
+        return _GridEvaluation(self, terms)
+
+
+class _GridEvaluation(Evaluation):
+    def __init__(self, problem: GridProblem, terms: Sequence[Term]) -> None:
+        self._problem, self._terms = problem, terms
+        places, f = problem.places, problem.f
+        g = terms[places.grid].covariance
+        assert isinstance(g, KroneckerCovariance)
+        self._A, self._B = g.parts()
+        values_a, self._Ua = torch.linalg.eigh(self._A)
+        values_b, self._Ub = torch.linalg.eigh(self._B)
+        nugget = sum(
+            (terms[i].covariance.matrix.reshape(()) for i in places.nugget), f.new_zeros(())
+        )
+        self._values_a, self._values_b = values_a, values_b
+        self._d = d = values_a[:, None] * values_b + nugget  # (r, c)
+        if not bool((d > 0).all()):
+            raise NotPositiveDefiniteError("V is not positive definite")
+        self._Z = [terms[i].design.dense(f) for i in places.rest]
+        scaled = [
+            root(terms[i]).multiply(Z.mT, transpose=True).mT
+            for i, Z in zip(places.rest, self._Z, strict=True)
+        ]
+        ZL = self._white(torch.cat(scaled, 1) if scaled else f[:, :0])
+        M = ZL.mT @ ZL
+        M.diagonal().add_(1)
+        Lc = cholesky(M, "V")
+        white = self._white(f)
+        self._H = solve_triangular(Lc, ZL.mT, upper=False).mT  # V^-1 is I - H H' in white rows
+        K = self._H.mT @ white
+        F = white.mT @ white - K.mT @ K
+        log_det = d.log().sum() + 2 * Lc.diagonal().log().sum()
+        self.log_likelihood, self.gamma_factor, half = problem._profile(
+            log_det, F[:-1, :-1], F[:-1, -1], F[-1, -1]
+        )
+        self.y_p_y = F[-1, -1] - half @ half
+        self.gamma = solve_triangular(self.gamma_factor.mT, half[:, None], upper=True)[:, 0]
+        rest = white - self._H @ K
+        self._lost = solve_triangular(self.gamma_factor, rest[:, :-1].mT, upper=False).mT
+        self._p_y = self._back((rest[:, -1] - rest[:, :-1] @ self.gamma)[:, None])[:, 0]
+
+    # ------------------------------------------------------------------ coordinates
+
+    def _by_grid(self, x: Tensor) -> Tensor:
+        return x.reshape(*self._d.shape, -1)
+
+    def _white(self, x: Tensor) -> Tensor:
+        r""":math:`d^{-1/2} (U_A \otimes U_B)^\top x` for x (n, m)."""
+        return kronecker(self._Ua.mT, self._Ub.mT, x) / self._d.sqrt().reshape(-1, 1)
+
+    def _back(self, x: Tensor) -> Tensor:
+        r""":math:`(U_A \otimes U_B) d^{-1/2} x`."""
+        return kronecker(self._Ua, self._Ub, x / self._d.sqrt().reshape(-1, 1))
+
+    # ------------------------------------------------------------------ derivatives
+
+    def scores(self) -> list[Tensor]:
+        problem, places = self._problem, self._problem.places
+        lost = [self._H, self._lost] if problem.method == "reml" else [self._H]
+        low = self._back(torch.cat(lost, 1))  # R^-1 less its square is the inner matrix
+        found: dict[int, Tensor] = {places.grid: self._score_of_grid(low)}
+        trace = (1 / self._d).sum() - (low * low).sum()
+        for i in places.nugget:
+            found[i] = ((self._p_y @ self._p_y - trace) / 2).reshape(1, 1)
+        for i, Z in zip(places.rest, self._Z, strict=True):
+            white, own = self._white(Z), Z.mT @ low
+            u = Z.mT @ self._p_y
+            inner = white.mT @ white - own @ own.mT
+            found[i] = self._terms[i].covariance.fold((torch.outer(u, u) - inner) / 2)
+        return [found[i] for i in sorted(found)]
+
+    def _score_of_grid(self, low: Tensor) -> Tensor:
+        y, L = self._by_grid(self._p_y[:, None]), self._by_grid(low)
+        parts = []
+        for side in ("A", "B"):
+            if side == "A":
+                rows, other, U = (y, L), self._B, self._Ua
+                own = (self._values_b / self._d).sum(1)
+            else:
+                rows, other, U = (y.transpose(0, 1), L.transpose(0, 1)), self._A, self._Ub
+                own = (self._values_a[:, None] / self._d).sum(0)
+            square = [x.flatten(1) @ (other @ x).flatten(1).mT for x in rows]
+            inner = (U * own) @ U.mT - square[1]
+            parts.append(((square[0] - inner) / 2).reshape(-1))
+        return torch.cat(parts)
+
+    def information(self, derivatives: Sequence[Tensor]) -> Tensor:
+        places, y = self._problem.places, self._p_y
+        working = y.new_zeros(len(y), len(derivatives[0]))
+        g = self._terms[places.grid].covariance
+        assert isinstance(g, KroneckerCovariance)
+        for j, d in enumerate(derivatives[places.grid]):
+            working[:, j] += g.along(d, y[:, None])[:, 0]
+        for i in places.nugget:
+            working = working + y[:, None] * derivatives[i].reshape(-1)
+        for i, Z in zip(places.rest, self._Z, strict=True):
+            u = (Z.mT @ y)[:, None]
+            form = self._terms[i].covariance
+            moved = [form.along(d, u) for d in derivatives[i]]
+            working = working + Z @ torch.cat(moved, 1)
+        white = self._white(working)
+        own, lost = self._H.mT @ white, self._lost.mT @ white
+        return (white.mT @ white - own.mT @ own - lost.mT @ lost) / 2
+
+    def random_effects(self) -> list[RandomEffects]:
+        places, terms = self._problem.places, self._terms
+        low = self._back(torch.cat([self._H, self._lost], 1))
+        found = {}
+        term = terms[places.grid]
+        values = term.covariance.multiply(self._p_y[:, None])
+        known = self._values_a[:, None] * self._values_b
+        kept = known - known**2 / self._d
+        spread = (self._Ua**2 @ kept @ (self._Ub**2).mT).reshape(-1)
+        spread = spread + (term.covariance.multiply(low) ** 2).sum(1)
+        found[places.grid] = RandomEffects(term.name, values, spread[:, None, None])
+        for i, Z in zip(places.rest, self._Z, strict=True):
+            white, own = self._white(Z), Z.mT @ low
+            b = terms[i].covariance.multiply((Z.mT @ self._p_y)[:, None])[:, 0]
+            found[i] = RandomEffects.of(terms[i], b, white.mT @ white - own @ own.mT)
+        return [found[i] for i in sorted(found)]
