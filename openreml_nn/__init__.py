@@ -5,6 +5,7 @@ from openreml_nn.errors import InputError
 from openreml_nn.estimation import AIREML, REMLResult, fit_reml
 from openreml_nn.likelihood import REMLLoss, restricted_log_likelihood
 from openreml_nn.lmm import lmm
+from openreml_nn.stream import fit_stream
 
 __all__ = [
     "AIREML",
@@ -14,6 +15,7 @@ __all__ = [
     "covariance",
     "datasets",
     "fit_reml",
+    "fit_stream",
     "lmm",
     "restricted_log_likelihood",
 ]

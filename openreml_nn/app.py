@@ -103,31 +103,26 @@ def _fit(config: DictConfig, directory: Path) -> None:
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     formula, categorical = _formula(config), _names(config.data.categorical)
     structure = {"residual": config.model.residual, "weights": config.model.weights}
-    data = MixedModelDataModule(_table(config), formula, categorical, **structure)
-    data.setup("fit")
     optimizer: Any = OmegaConf.to_container(config.optimizer, resolve=True)
     model = MixedModelModule(
-        formula,
-        categorical,
-        config.model.method,
-        config.model.solver,
-        optimizer,
-        **structure,
+        formula, categorical, config.model.method, config.model.solver, optimizer, **structure
     )
-    callbacks = [build(part, "callbacks") for part in (config.callbacks or {}).values() if part]
-    loggers = [build(part, "logger") for part in (config.logger or {}).values() if part]
-    trainer = build(config.trainer, "trainer", callbacks=callbacks, logger=loggers)
     start = time.perf_counter()
-    trainer.fit(model, data)
-    seconds = time.perf_counter() - start
+    if config.data.chunk_rows is not None:
+        trainer = build(config.trainer, "trainer", logger=False)
+        dropped, name = _fit_chunks(config, model), "AIREML"
+        trainer.strategy.connect(model)
+    else:
+        data = MixedModelDataModule(_table(config), formula, categorical, **structure)
+        data.setup("fit")
+        callbacks = [build(part, "callbacks") for part in (config.callbacks or {}).values() if part]
+        loggers = [build(part, "logger") for part in (config.logger or {}).values() if part]
+        trainer = build(config.trainer, "trainer", callbacks=callbacks, logger=loggers)
+        start = time.perf_counter()
+        trainer.fit(model, data)
+        dropped, name = data.encoded.dropped_rows, type(trainer.optimizers[0]).__name__
     assert model.result is not None
-    run = Run(
-        model.result,
-        formula,
-        data.encoded.dropped_rows,
-        type(trainer.optimizers[0]).__name__,
-        seconds,
-    )
+    run = Run(model.result, formula, dropped, name, time.perf_counter() - start)
     if not model.result.converged:
         warnings.warn(
             f"not converged after {model.result.iterations} iterations: score norm "
@@ -143,6 +138,26 @@ def _fit(config: DictConfig, directory: Path) -> None:
         trainer.save_checkpoint(temporary, weights_only=False)
     write_run(run, directory)
     console.print(f"written to {_shown(directory)}", soft_wrap=True, highlight=False)
+
+
+def _fit_chunks(config: DictConfig, model: MixedModelModule) -> int:
+    """Fit a file chunk by chunk, give the module the estimates; returns the rows left out."""
+    from openreml_nn.stream import accumulate
+
+    if config.model.residual is not None or config.model.weights is not None:
+        raise InputError(
+            "data.chunk_rows is for residuals of one variance: leave out model.residual and "
+            "model.weights"
+        )
+    chunk_rows = config.data.chunk_rows
+    if not isinstance(chunk_rows, int):
+        raise InputError(f"data.chunk_rows is {chunk_rows!r}: expected a whole number")
+    found = accumulate(
+        _formula(config), _table(config), chunk_rows, _names(config.data.categorical)
+    )
+    result = found.fit(config.model.method, config.trainer.max_epochs)
+    model.adopt(found.encoder, found.skeleton, result)
+    return found.dropped_rows
 
 
 def _predict(config: DictConfig, directory: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -234,8 +234,11 @@ class Encoder:
 
     # ------------------------------------------------------------------ learning and applying
 
-    def fit(self, table: pd.DataFrame) -> Encoded:
+    def fit(self, table: pd.DataFrame, categories: dict[str, list[str]] | None = None) -> Encoded:
         """Learn from a table and encode it.
+
+        With ``categories``, the levels of the factors among the fixed effects, the
+        table is one part of several, and need not have levels and rows enough for a fit.
 
         Rows with a missing value in a column that the formula uses are left
         out, with a warning that counts them.
@@ -244,20 +247,23 @@ class Encoder:
             InputError: if a column is missing or of the wrong kind, a value is
                 infinite, a factor has one level, or no row is left.
         """
+        whole = categories is None
         self.state = {"categories": {}, "transforms": {}, "groups": {}, "effects": {}}
         kept, rows, dropped = self._complete(table, self._columns(response=True))
-        self._learn_categories(kept)
+        self.state["categories"] = self.levels_of(kept) if categories is None else categories
         kept = self._with_categories(kept)
         y = self._response(kept)
         X, names = self._matrix(self.formula.fixed, kept, "fixed")
         random = self._random(kept)
         n = len(y)
-        if n <= X.shape[1]:
+        if whole:
+            self._check_levels(random)
+            for design in random:
+                self._check_size(design, n)
+        if whole and n <= X.shape[1]:
             raise InputError(
                 f"{self.source}: {n} rows for {X.shape[1]} fixed effects: more rows are needed"
             )
-        for design in random:
-            self._check_size(design, n)
         return Encoded(
             torch.from_numpy(y),
             torch.from_numpy(X),
@@ -362,16 +368,66 @@ class Encoder:
             found += columns_of(part.effects, text)
         return list(dict.fromkeys(found))
 
-    def _learn_categories(self, table: pd.DataFrame) -> None:
+    def columns(self) -> list[str]:
+        """Columns that a fit needs."""
+        return self._columns(response=True)
+
+    def fixed_factors(self, table: pd.DataFrame) -> list[str]:
+        """Factors among the columns used outside of groups and the response."""
+        return [name for name in self._fixed_columns() if self._is_factor(table[name])]
+
+    def levels_of(self, table: pd.DataFrame) -> dict[str, list[str]]:
+        """Levels of those factors.
+
+        Raises:
+            InputError: if a factor has one level.
+        """
+        found = {}
         for name in self._fixed_columns():
-            if self._is_factor(table[name]):
-                _, categories = _coded(table[name])
-                if len(categories) < 2:
+            if name in table.columns and self._is_factor(table[name]):
+                _, found[name] = _coded(table[name].dropna())
+                if len(found[name]) < 2:
                     raise InputError(
-                        f"{self.source}: column {name!r} has one level, {categories[0]!r}: "
+                        f"{self.source}: column {name!r} has one level, {found[name][0]!r}: "
                         "a factor needs two"
                     )
-                self.state["categories"][name] = categories
+        return found
+
+    def learn_levels(
+        self,
+        designs: Sequence[RandomDesign],
+        levels: Sequence[Sequence[tuple[str, ...]]],
+        categories: dict[str, list[str]],
+        numeric: Mapping[str, bool],
+    ) -> None:
+        """Take the levels of all parts of a table.
+
+        Args:
+            designs: the random effects.
+            levels: for each its levels, as tuples of the labels of their factors, numbers by
+                size and all else by spelling.
+            categories: levels of the factors among the fixed effects.
+            numeric: which columns hold numbers.
+        """
+        self.state["categories"] = categories
+        for design, labels in zip(designs, levels, strict=True):
+            columns: list[list[str]] = []
+            total = np.zeros(len(labels), dtype=np.int64)
+            for name, parts in zip(design.group.split(":"), zip(*labels, strict=True), strict=True):
+                known = sorted(set(parts), key=float if numeric.get(name) else None)
+                at = {label: i for i, label in enumerate(known)}
+                total = total * len(known) + np.array([at[label] for label in parts])
+                columns.append(known)
+            self.state["groups"][design.group] = {"columns": columns, "cells": total.tolist()}
+        self._check_levels(designs)
+
+    def _check_levels(self, designs: Sequence[RandomDesign]) -> None:
+        for design in designs:
+            if len(design.levels) < 2:
+                raise InputError(
+                    f"{self.source}: grouping factor {design.group!r} has one level: "
+                    "a random effect needs two"
+                )
 
     def _with_categories(self, table: pd.DataFrame) -> pd.DataFrame:
         """The table with factors as categoricals of the known levels."""
@@ -485,11 +541,6 @@ class Encoder:
             cells = np.arange(len(columns[0]))
         else:
             cells = np.unique(cell)
-        if len(cells) < 2:
-            raise InputError(
-                f"{self.source}: grouping factor {part.group!r} has one level: "
-                "a random effect needs two"
-            )
         self.state["groups"][part.group] = {"columns": columns, "cells": cells.tolist()}
         levels = _cell_labels(cells, columns)
         if len(columns) == 1:

@@ -19,7 +19,7 @@ from openreml_nn.likelihood.grouped import separated
 from openreml_nn.likelihood.krylov import KrylovProblem
 from openreml_nn.likelihood.loss import Objective
 
-__all__ = ["fit_reml", "moment_start"]
+__all__ = ["checked", "fit_reml", "iterate", "moment_start", "start_by_moments"]
 
 #: An exact evaluation is put off when it takes this many times the work of an approximate one.
 _WORTH = 15.0
@@ -35,15 +35,20 @@ def moment_start(loss: REMLLoss, y: Tensor, X: Tensor, rows: Tensor | None = Non
     Raises:
         InputError: if the fixed effects fit the response exactly.
     """
-    covariance = loss.covariance
+    with torch.no_grad():
+        size = float(torch.linalg.vector_norm(y.double()))
+        start_by_moments(loss.objective(y, X, rows), size)
+
+
+def start_by_moments(objective: Objective, size: float) -> None:
+    """The same for a prepared likelihood, with the length of the response."""
+    covariance, problem = objective.covariance, objective.problem
+    y = problem.fixed.y
     one = torch.ones(covariance.shape[0], dtype=y.dtype, device=y.device)
     with torch.no_grad():
         covariance.moment_start(one)
-        objective = loss.objective(y, X, rows)
-        evaluation, problem = objective.evaluate(), objective.problem
-        scale = float(evaluation.y_p_y) / (problem.n - problem.p)
-        rounding = torch.finfo(y.dtype).eps * float(torch.linalg.vector_norm(y.double()))
-        if not scale > rounding**2 / problem.n:
+        scale = float(objective.evaluate().y_p_y) / (problem.n - problem.p)
+        if not scale > (torch.finfo(y.dtype).eps * size) ** 2 / problem.n:
             raise InputError("the fixed effects fit `y` exactly: there is no variance to estimate")
         covariance.moment_start(scale * one)
 
@@ -131,26 +136,37 @@ def fit_reml(
     free = any(p.requires_grad for p in parameters)
     if start == "moments" and not (free and _start_by_krylov(objective, loss, y, X)):
         moment_start(loss, y, X, rows)
+    history = iterate(objective, max_iterations if free else 0)
+    return checked(REMLResult.of(objective, loss.plan, y, X, history, names, labels))
+
+
+def iterate(objective: Objective, most: int) -> list[Record]:
+    """Average-information steps until the optimum, or as many as allowed."""
+    parameters = list(objective.covariance.parameters())
     history: list[Record] = []
-    for _ in range(max_iterations if free else 0):
+    for _ in range(most):
         step = average_information_step([objective], parameters)
-        history.append(Record.of(covariance, *step[:3]))
+        history.append(Record.of(objective.covariance, *step[:3]))
         if step.converged or step.length == 0:
             break
-    result = REMLResult.of(objective, loss.plan, y, X, history, names, labels)
+    return history
+
+
+def checked(result: REMLResult) -> REMLResult:
+    """The result, with warnings of what is wrong with it."""
     if not result.converged:
         warnings.warn(
-            f"the fit did not converge in {len(history)} iterations: "
+            f"the fit did not converge in {result.iterations} iterations: "
             f"score norm {result.score_norm:.3g} standard errors, expected below 0.001",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     if result.indistinct:
         warnings.warn(
             f"the data cannot tell apart: {', '.join(result.indistinct)}; only what they have "
             "in common is estimated",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     if not isfinite(result.log_likelihood):
         raise ValueError("the log-likelihood is not finite")

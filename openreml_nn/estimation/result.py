@@ -176,7 +176,7 @@ class REMLResult:
         parameters: covariance parameters.
         components: covariance of each term, the residual last where there is one.
         random: BLUPs with prediction-error variances.
-        fitted: (n,) :math:`X\hat\beta + \sum_t Z_t \hat b_t`.
+        fitted: (n,) :math:`X\hat\beta + \sum_t Z_t \hat b_t`; empty where rows were streamed.
         residuals: (n,) :math:`y` less that.
         history: record of the iterations.
         plan: the solver's plan.
@@ -287,13 +287,16 @@ class REMLResult:
         cls,
         objective: Objective,
         plan: Plan,
-        y: Tensor,
-        X: Tensor,
+        y: Tensor | None,
+        X: Tensor | None,
         history: Sequence[Record] = (),
         names: Sequence[str] | None = None,
         labels: Mapping[str, Label] | None = None,
     ) -> REMLResult:
-        """The result at the present parameters, however they were found."""
+        """The result at the present parameters, however they were found.
+
+        Without the rows, ``y`` and ``X``, there are no fitted values.
+        """
         with torch.no_grad():
             return _Builder(objective, labels or {}).build(plan, y, X, history, names)
 
@@ -320,18 +323,21 @@ class _Builder:
     def build(
         self,
         plan: Plan,
-        y: Tensor,
-        X: Tensor,
+        y: Tensor | None,
+        X: Tensor | None,
         history: Sequence[Record],
         names: Sequence[str] | None,
     ) -> REMLResult:
         problem, evaluation = self._objective.problem, self._evaluation
         fixed = self._fixed(names)
         dtype = problem.fixed.y.dtype
-        fitted = X.detach().to(dtype)[:, list(fixed.columns)] @ fixed.estimate
         random = evaluation.random_effects()
-        for term, effects in zip(self._random_terms, random, strict=True):
-            fitted = fitted + term.design.matmul(effects.values.reshape(-1, 1))[:, 0]
+        fitted = residuals = fixed.estimate.new_empty(0)
+        if y is not None and X is not None:
+            fitted = X.detach().to(dtype)[:, list(fixed.columns)] @ fixed.estimate
+            for term, effects in zip(self._random_terms, random, strict=True):
+                fitted = fitted + term.design.matmul(effects.values.reshape(-1, 1))[:, 0]
+            residuals = y.detach().to(dtype) - fitted
         components = self._components()
         singular = self._singular()
         curvature = self._curvature
@@ -355,7 +361,7 @@ class _Builder:
             components=tuple(components),
             random=tuple(random),
             fitted=fitted,
-            residuals=y.detach().to(dtype) - fitted,
+            residuals=residuals,
             history=tuple(history),
             plan=plan,
             num_params=len(curvature.at.entries),

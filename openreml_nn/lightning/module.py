@@ -186,14 +186,37 @@ class MixedModelModule(LightningModule):
 
     def _store(self) -> None:
         assert self._encoded is not None and self.loss is not None and self._data is not None
-        self.result = REMLResult.of(
-            self._objective(),
-            self.loss.plan,
-            *self._data,
-            self.history,
-            self._encoded.names,
-            self._encoded.labels,
+        self._keep(
+            REMLResult.of(
+                self._objective(),
+                self.loss.plan,
+                *self._data,
+                self.history,
+                self._encoded.names,
+                self._encoded.labels,
+            )
         )
+
+    def adopt(self, encoder: Encoder, skeleton: Encoded, result: REMLResult) -> None:
+        """Take the estimates of a fit that was made elsewhere, such as chunk by chunk.
+
+        Args:
+            encoder: what the formula learned.
+            skeleton: designs of the sizes of the fit.
+            result: the fit.
+        """
+        self.encoder = encoder
+        self._build(skeleton)
+        assert self.covariance is not None
+        stored = {estimate.name: estimate.untransformed for estimate in result.parameters}
+        with torch.no_grad():
+            for name, parameter in self.covariance.named_parameters():
+                parameter.fill_(stored[name.replace(".", "/")])
+        self._keep(result)
+
+    def _keep(self, result: REMLResult) -> None:
+        """Store a result with its BLUEs and BLUPs."""
+        self.result = result
         self.beta.zero_()
         self.beta[list(self.result.fixed.columns)] = self.result.fixed.estimate
         for effects in self.result.random:

@@ -35,7 +35,7 @@ from openreml_nn.likelihood.grouped import (
     inner,
 )
 from openreml_nn.likelihood.problem import Evaluation, cholesky
-from openreml_nn.likelihood.products import Pattern
+from openreml_nn.likelihood.products import Pattern, Statistics
 from openreml_nn.likelihood.residual import White
 
 __all__ = ["BlockedProblem"]
@@ -44,17 +44,38 @@ __all__ = ["BlockedProblem"]
 class BlockedProblem(GroupedProblem):
     """The system of the other terms by a Cholesky factor.
 
-    With a scalar residual the cross-products are had once.
+    With a scalar residual the cross-products are had once, or given.
+
+    Args:
+        fixed, terms, method: see :class:`Problem`.
+        statistics: cross-products of the random terms, in their order, and of f, for rows that
+            are not at hand; the residual has one variance.
     """
 
-    def __init__(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> None:
+    def __init__(
+        self,
+        fixed: FixedPart,
+        terms: Sequence[Term],
+        method: str,
+        statistics: Statistics | None = None,
+    ) -> None:
         super().__init__(fixed, terms, method)
-        pattern, arrangement = arranged(self._designs, self.layout, self.grids)
+        products = pattern = None
+        if statistics is not None:
+            # The rows themselves are not at hand: terms and fixed part are of any rows.
+            self.n = statistics.rows
+            random = sorted(self.layout.random)
+            order = [random.index(i) for i in self.layout.random]
+            pattern, products = statistics.ordered(order)
+        pattern, arrangement = arranged(self._designs, self.layout, self.grids, pattern)
         self.partition = arrangement.partition
         self._cost = arrangement.cost(self.p + 1)
         self._moving: tuple[Pattern, Arrangement] | None = (pattern, arrangement)
         self._constant: tuple[System, White] | None = None
-        if not self.residual.moves:
+        if products is not None:
+            white = self.residual.white([torch.ones_like(products.ff[:1, :1])])
+            self._constant, self._moving = (arrangement.place(products), white), None
+        elif not self.residual.moves:
             # Then the products are all that is needed, and what leads to them can go.
             self._constant = self._system([torch.ones_like(self._f[:1, :1])])
             self._moving = None

@@ -123,10 +123,14 @@ def _by_levels(term: Term) -> Term:
 
 
 def arranged(
-    designs: Sequence[Design], layout: Layout, grids: Sequence[tuple[int, int] | None]
+    designs: Sequence[Design],
+    layout: Layout,
+    grids: Sequence[tuple[int, int] | None],
+    pattern: Pattern | None = None,
 ) -> tuple[Pattern, Arrangement]:
     """Which levels of the random terms meet, and where their products stand in the system."""
-    pattern = Pattern.of(designs)
+    if pattern is None:
+        pattern = Pattern.of(designs)
     split, count = len(layout.eliminated), len(designs)
     linked = [grid is None for grid in grids]
     return pattern, Arrangement(designs, pattern, range(split), range(split, count), linked)

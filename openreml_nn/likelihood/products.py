@@ -16,7 +16,7 @@ from torch import Tensor
 
 from openreml_nn.covariance.design import DenseDesign, Design, IndexedDesign
 
-__all__ = ["Cells", "Pattern", "Products"]
+__all__ = ["Cells", "Pattern", "Products", "Statistics"]
 
 
 class Cells:
@@ -109,6 +109,90 @@ class Products:
     zz: dict[tuple[int, int], Tensor]
     zf: list[Tensor]
     ff: Tensor
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Cross-products of some rows with where they belong: they add up over rows.
+
+    Attributes:
+        sizes: levels and effects of each design.
+        cells: levels that meet, for each pair of designs t ≤ u: (cells,) of t and of u.
+        products: their cross-products.
+        rows: number of rows.
+    """
+
+    sizes: list[tuple[int, int]]
+    cells: dict[tuple[int, int], tuple[Tensor, Tensor]]
+    products: Products
+    rows: int
+
+    @classmethod
+    def of(cls, designs: Sequence[IndexedDesign], f: Tensor) -> Statistics:
+        """Those of some rows."""
+        pattern = Pattern.of(designs)
+        cells = {}
+        for pair, found in pattern.cells.items():
+            assert found is not None
+            cells[pair] = (found.a, found.b)
+        sizes = [(design.levels, design.effects) for design in designs]
+        return cls(sizes, cells, pattern.products(designs, f), len(f))
+
+    def relabelled(self, places: Sequence[Tensor], levels: Sequence[int]) -> Statistics:
+        """With level i of design t as level ``places[t][i]`` of ``levels[t]``."""
+        cells, zz = {}, {}
+        for (t, u), (a, b) in self.cells.items():
+            a, b = places[t][a], places[u][b]
+            order = torch.argsort(a * levels[u] + b)  # levels ascend, as everywhere
+            cells[t, u] = a[order], b[order]
+            zz[t, u] = self.products.zz[t, u][order]
+        zf = []
+        for (count, k), place, size, part in zip(
+            self.sizes, places, levels, self.products.zf, strict=True
+        ):
+            whole = part.new_zeros(size, k * part.shape[1])
+            whole[place] = part.reshape(count, -1)
+            zf.append(whole.reshape(size * k, -1))
+        products = Products(zz, zf, self.products.ff)
+        sizes = [(size, k) for size, (_, k) in zip(levels, self.sizes, strict=True)]
+        return Statistics(sizes, cells, products, self.rows)
+
+    def __add__(self, other: Statistics) -> Statistics:
+        """Of the rows of both, where the levels of each design are the same."""
+        cells, zz = {}, {}
+        for (t, u), (a, b) in self.cells.items():
+            c, d = other.cells[t, u]
+            size = self.sizes[u][0]
+            key = torch.cat([a * size + b, c * size + d])
+            cell, inverse = torch.unique(key, return_inverse=True)
+            values = torch.cat([self.products.zz[t, u], other.products.zz[t, u]])
+            zz[t, u] = values.new_zeros(len(cell), *values.shape[1:]).index_add(0, inverse, values)
+            cells[t, u] = (cell // size, cell % size)
+        zf = [x + y for x, y in zip(self.products.zf, other.products.zf, strict=True)]
+        products = Products(zz, zf, self.products.ff + other.products.ff)
+        return Statistics(self.sizes, cells, products, self.rows + other.rows)
+
+    def mapped(self, M: Tensor) -> Statistics:
+        """With the columns :math:`f M` in the place of f."""
+        p = self.products
+        products = Products(p.zz, [part @ M for part in p.zf], M.mT @ p.ff @ M)
+        return Statistics(self.sizes, self.cells, products, self.rows)
+
+    def ordered(self, order: Sequence[int]) -> tuple[Pattern, Products]:
+        """Pattern and products of the designs in another order."""
+        cells: dict[tuple[int, int], Cells | None] = {}
+        zz = {}
+        for t, i in enumerate(order):
+            for u, j in enumerate(order[t:], t):
+                a, b = self.cells[min(i, j), max(i, j)]
+                value = self.products.zz[min(i, j), max(i, j)]
+                if i > j:
+                    place = torch.argsort(b * self.sizes[j][0] + a)
+                    a, b, value = b[place], a[place], value.mT[place]
+                cells[t, u] = Cells(a, b)
+                zz[t, u] = value
+        zf = [self.products.zf[i] for i in order]
+        return Pattern(cells), Products(zz, zf, self.products.ff)
 
 
 def _dense_product(one: Design, two: Design, like: Tensor) -> Tensor:

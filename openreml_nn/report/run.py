@@ -119,7 +119,9 @@ def _write_csv(table: pd.DataFrame, path: Path) -> None:
 
 
 def _plots(result: REMLResult) -> Mapping[str, Figure]:
-    figures = {"convergence": convergence(result), "residuals": residuals(result)}
+    figures = {"convergence": convergence(result)}
+    if len(result.residuals):
+        figures["residuals"] = residuals(result)
     groups = dict.fromkeys(c.group for c in result.components if c.group != "Residual")
     for group in groups:
         figures["blup_" + re.sub(r"[^\w.-]", "_", group)] = caterpillar(result, group)

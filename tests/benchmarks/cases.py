@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import pandas as pd
+from functools import partial
+from pathlib import Path
 
 from tests.benchmarks import tables
 
@@ -19,20 +19,23 @@ class Case:
     Attributes:
         name: as on the command line.
         what: what the heading says.
-        table: makes the table.
+        write: writes the table as Parquet.
         formula: the model, by REML.
         factors: columns of numbers that are factors.
-        engines: ours and the peers that fit such a model.
+        engines: ours first, and the peers that fit such a model.
+        runs: at most so many runs of each, in turn.
     """
 
     name: str
     what: str
-    table: Callable[[], pd.DataFrame]
+    write: Callable[[Path], None]
     formula: str
     factors: tuple[str, ...]
-    engines: tuple[str, ...] = ("ours", "mixedlm", "lme4")
+    engines: tuple[str, ...]
+    runs: int = 3
 
 
+_CROSSED = "y ~ x + (1 | user) + (1 | item)"
 _NESTED = "y ~ x + (1 | a) + (1 | b) + (1 | c) + (1 | d)"
 CASES = {
     case.name: case
@@ -43,6 +46,7 @@ CASES = {
             tables.insteval,
             "y ~ 1 + service + (1 | s) + (1 | d) + (1 | dept)",
             ("service", "s", "d", "dept"),
+            ("ours", "mixedlm", "gpboost", "lme4"),
         ),
         Case(
             "slopes",
@@ -50,25 +54,79 @@ CASES = {
             tables.slopes,
             "y ~ x0 + x1 + x2 + x3 + x4 + (x0 | g)",
             ("g",),
+            ("ours", "mixedlm", "gpboost", "lme4"),
         ),
         Case(
             "crossed",
             "200,000 rows, 20,000 users x 2,000 items",
-            tables.crossed,
-            "y ~ x + (1 | user) + (1 | item)",
+            partial(tables.crossed, n=200_000, users=20_000, items=2_000),
+            _CROSSED,
             ("user", "item"),
-            ("ours", "mixedlm"),
+            ("ours", "ours, krylov", "mixedlm", "gpboost"),
+        ),
+        Case(
+            "ratings",
+            "1,000,209 rows, 6,040 users x 3,706 items",
+            partial(tables.crossed, n=1_000_209, users=6_040, items=3_706),
+            _CROSSED,
+            ("user", "item"),
+            ("ours", "ours, krylov", "gpboost"),
+            runs=1,
+        ),
+        Case(
+            "large",
+            "1,000,000 rows, 100,000 users x 10,000 items",
+            partial(tables.crossed, n=1_000_000, users=100_000, items=10_000),
+            _CROSSED,
+            ("user", "item"),
+            ("ours", "gpboost"),
+            runs=1,
         ),
         *(
             Case(
                 f"nested-{n}",
                 f"{n:,} rows, four nested levels",
-                lambda n=n: tables.nested(n),  # type: ignore[misc]
+                partial(tables.nested, n=n),
                 _NESTED,
                 ("a", "b", "c", "d"),
                 ("ours",),
             )
             for n in (100_000, 1_000_000)
+        ),
+        Case(
+            "kernel",
+            "one dense kernel, n = 2,000",
+            partial(tables.kernel, n=2_000),
+            "",
+            (),
+            ("ours, kernel", "gpytorch", "pyreml, kernel"),
+        ),
+        *(
+            Case(
+                f"pedigree-{n}",
+                f"{n:,} animals with a record each, ten generations",
+                partial(tables.pedigree, n=n),
+                "",
+                (),
+                engines,
+                runs=1,
+            )
+            for n, engines in (
+                (2_000, ("ours, pedigree", "pyreml, pedigree")),
+                (20_000, ("ours, pedigree",)),
+            )
+        ),
+        *(
+            Case(
+                f"chunks-{n}",
+                f"{n:,} rows from Parquet in chunks of 500,000",
+                partial(tables.chunked, n=n),
+                "y ~ x + (x | user) + (1 | item)",
+                ("user", "item"),
+                ("ours, in chunks",),
+                runs=1,
+            )
+            for n in (2_000_000, 10_000_000)
         ),
     ]
 }
