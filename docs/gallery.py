@@ -89,6 +89,9 @@ PICTURES: dict[str, Callable[[], torch.Tensor]] = {
     "factor_analytic": lambda: cov.factor_analytic(N, 2)().detach(),
     "ar1_field": lambda: at(cov.ar1_field(2, 4), 0.0, 1.0, 1.8),
     "kron": lambda: at(cov.kron(AR1, torch.ones(2, 2)), 0.0, 1.8),
+    "within": lambda: at(cov.within(list("aaabbbbc"), cov.AR1Matrix(4)), 0.0, 1.8),
+    "stratified": lambda: at(cov.stratified(list("uvuvuuvv")), 0.0, -0.5),
+    "weighted": lambda: at(cov.weighted(torch.arange(1.0, 9.0)), 0.0),
 }
 
 

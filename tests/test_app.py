@@ -92,6 +92,47 @@ def test_a_table_and_a_formula_as_typed_in_a_shell(tmp_path):
     assert record["data"]["groups"] == {"plate": 24, "sample": 6}
 
 
+def test_chunks_of_rows_and_their_checkpoint(demo, tmp_path):
+    done = call("data.chunk_rows=50", "hydra.run.dir=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (whole,) = runs(demo[0])
+    found, expected = (
+        json.loads((folder / "result.json").read_text()) for folder in (tmp_path / "run", whole)
+    )
+    assert found["fit"]["log_likelihood"] == pytest.approx(expected["fit"]["log_likelihood"])
+    assert found["data"] == expected["data"]
+    one, other = (pd.read_csv(folder / "blup.csv") for folder in (tmp_path / "run", whole))
+    pd.testing.assert_frame_equal(one, other, rtol=1e-5)
+    table = pd.DataFrame({"Days": [0, 5], "Subject": ["308", "new"]})
+    table.to_csv(tmp_path / "new.csv", index=False)
+    done = call(
+        "predict", "checkpoint=run/model.ckpt", "data.path=new.csv", "hydra.run.dir=p", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    predicted = pd.read_csv(tmp_path / "p" / "predictions.csv")
+    assert predicted["mean"].iloc[0] == pytest.approx(251.405105 + 2.258565, rel=1e-5)
+
+
+def test_residuals_within_groups_as_typed_in_a_shell(tmp_path):
+    done = call(
+        "model.formula=Reaction ~ Days",
+        "model.residual=ar1(Days | Subject)",
+        "hydra.run.dir=run",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert set(record["residual"]["parameters"]) == {"sigma^2", "rho"}
+    assert record["residual"]["parameters"]["sigma^2"] == record["residual"]["variance"]
+    assert 0.5 < record["residual"]["parameters"]["rho"] < 1
+    assert record["random"] == []
+    done = call(
+        "predict", "checkpoint=run/model.ckpt",
+        f"data.path={datasets.table_path('sleepstudy')}", "hydra.run.dir=p", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_sweep(tmp_path):
     done = call("-m", "seed=1,2", "model.method=reml,ml", "data=pastes", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -174,6 +215,12 @@ FAULTS = {
         "is not allowed",
     ),
     "method": (["model.method=map"], "`method` is 'map'"),
+    "residual": (["model.residual=arma(x | g)"], "expected 'ar1(time | group)'"),
+    "chunks": (["data.chunk_rows=many"], "data.chunk_rows is 'many'"),
+    "chunks and residual": (
+        ["data.chunk_rows=9", "model.residual=cs(Subject)"],
+        "leave out model.residual",
+    ),
     "solver": (["model.solver=magic"], "`solver` is 'magic'"),
     "data set": (["data.name=iris"], "'iris'"),
     "group": (["optimizer=magic"], "optimizer/magic"),

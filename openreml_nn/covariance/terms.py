@@ -28,6 +28,7 @@ __all__ = [
     "RepeatedCovariance",
     "ScaledCovariance",
     "Term",
+    "has_own_columns",
     "kronecker",
     "propagate",
     "residual_terms",
@@ -397,11 +398,11 @@ def residual_terms(terms: Sequence[Term]) -> list[int]:
         if isinstance(term.covariance, DiagonalCovariance | RepeatedCovariance)
     ]
     over_rows = [i for i in structured if isinstance(terms[i].design, IdentityDesign)]
-    return over_rows or [i for i in structured if _is_own_column(terms[i].design)]
+    return over_rows or [i for i in structured if has_own_columns(terms[i].design)]
 
 
-def _is_own_column(design: Design) -> bool:
-    """Whether each row has a column of its own."""
+def has_own_columns(design: Design) -> bool:
+    """Whether each row has a column of its own, of an indexed design."""
     if not isinstance(design, IndexedDesign) or design.effects != 1:
         return False
     n, q = design.shape

@@ -10,6 +10,12 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance import Matrix
+from openreml_nn.covariance.terms import (
+    RepeatedCovariance,
+    Term,
+    has_own_columns,
+    residual_terms,
+)
 from openreml_nn.errors import InputError
 from openreml_nn.estimation.aireml import average_information_step
 from openreml_nn.estimation.result import Label, Record, REMLResult
@@ -51,6 +57,23 @@ def start_by_moments(objective: Objective, size: float) -> None:
         if not scale > (torch.finfo(y.dtype).eps * size) ** 2 / problem.n:
             raise InputError("the fixed effects fit `y` exactly: there is no variance to estimate")
         covariance.moment_start(scale * one)
+
+
+def _check_confounded(terms: Sequence[Term]) -> None:
+    """Raise if a random effect of one variance has a level of its own for each row."""
+    residual = residual_terms(terms)
+    if not any(terms[i].is_residual for i in residual):
+        return
+    for i, term in enumerate(terms):
+        single = (
+            isinstance(term.covariance, RepeatedCovariance) and len(term.covariance.matrix) == 1
+        )
+        if i not in residual and single and has_own_columns(term.design):
+            n, q = term.design.shape
+            raise InputError(
+                f"term {term.name!r} has {q} levels for {n} rows, one row each: it cannot be told "
+                "from the residual"
+            )
 
 
 def _start_by_krylov(objective: Objective, loss: REMLLoss, y: Tensor, X: Tensor) -> bool:
@@ -112,6 +135,8 @@ def fit_reml(
         labels: name of a term to names for the tables.
 
     Raises:
+        InputError: if a random effect is confounded with the residual, or the fixed effects
+            fit the response exactly.
         NotPositiveDefiniteError: if V is not positive definite at the start (a ValueError).
         TypeError, ValueError: if the data do not fit, or an option is unknown.
 
@@ -132,6 +157,7 @@ def fit_reml(
     y, X = y.detach(), X.detach()
     covariance.to(y)
     objective = loss.objective(y, X, rows)
+    _check_confounded(objective.terms())
     parameters = list(covariance.parameters())
     free = any(p.requires_grad for p in parameters)
     if start == "moments" and not (free and _start_by_krylov(objective, loss, y, X)):

@@ -311,7 +311,6 @@ def confounded(kind, n=120):
 
     return {
         "identical factors": {"a": part(group), "b": part([g + 100 for g in group])},
-        "one observation a level": {"a": part(list(range(n)))},
         "one level": {"a": part([0] * n)},
     }[kind]
 
@@ -320,7 +319,6 @@ def confounded(kind, n=120):
     ("kind", "names"),
     [
         ("identical factors", ("a/g/sigma^2", "b/g/sigma^2")),
-        ("one observation a level", ("a/g/sigma^2", "residual/sigma^2")),
         ("one level", ("a/g/sigma^2",)),
     ],
 )
@@ -334,6 +332,25 @@ def test_components_that_the_data_cannot_tell_apart_are_named(kind, names):
     assert result.indistinct == names
     assert "cannot tell apart" in result.summary()
     assert torch.isfinite(torch.tensor(result.log_likelihood))
+
+
+def test_a_level_for_each_row_is_an_error():
+    n = 30
+    z = DummyMatrix(list(range(n)))
+    V = Sum(plot=CovariancePropagation(z=z, g=ScalarMatrix(n)), residual=ScalarMatrix(n))
+    with pytest.raises(InputError, match="'plot' has 30 levels for 30 rows, one row each"):
+        fit_reml(V, torch.randn(n), torch.ones(n, 1))
+
+
+def test_a_million_rows_of_one_level_are_a_singular_fit():
+    n = 1_000_000
+    z = DummyMatrix.from_codes(torch.zeros(n, dtype=torch.long), 1)
+    V = Sum(one=CovariancePropagation(z=z, g=ScalarMatrix(1)), residual=ScalarMatrix(n))
+    y = torch.randn(n)
+    result = fit_reml(V, y, torch.ones(n, 1))
+    assert result.converged
+    assert result.singular == ("one",)
+    assert result.residual_variance == pytest.approx(float(y.var()), rel=1e-6)
 
 
 def test_well_determined_components_are_not_named():
