@@ -71,7 +71,6 @@ class BlockedProblem(GroupedProblem):
         self.partition = arrangement.partition
         self._cost = arrangement.cost(self.p + 1)
         self._moving: tuple[Pattern, Arrangement] | None = (pattern, arrangement)
-        self._constant: tuple[System, White] | None = None
         if products is not None:
             white = self.residual.white([torch.ones_like(products.ff[:1, :1])])
             self._constant, self._moving = (arrangement.place(products), white), None

@@ -68,6 +68,8 @@ def check_method(method: str) -> None:
 class DenseProblem(Problem):
     """Depends on the matrix of each term; V is their sum."""
 
+    takes_data = True
+
     def __init__(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> None:
         super().__init__(fixed, terms, method)
         self.terms = terms
@@ -114,6 +116,10 @@ class _DenseEvaluation(Evaluation):
 
     def _back(self, x: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(self._L.mT, x, upper=True)
+
+    def _inverse_times_data(self) -> Tensor:
+        white_y = self._residual + self._white_Q @ self.gamma
+        return self._back(torch.cat([self._white_Q, white_y[:, None]], 1))
 
     def _p_y(self) -> Tensor:
         return self._back(self._residual[:, None])[:, 0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -123,6 +123,10 @@ class FixedPart:
         """As it is: for ``torch.func`` transforms, under which values cannot be looked at."""
         eye = torch.eye(X.shape[1], dtype=X.dtype, device=X.device)
         return cls(y, X, eye, torch.zeros_like(X[0]), list(range(X.shape[1])))
+
+    def detach(self) -> FixedPart:
+        """The same numbers without their graph."""
+        return replace(self, y=self.y.detach(), Q=self.Q.detach())
 
     @property
     def log_det(self) -> Tensor:

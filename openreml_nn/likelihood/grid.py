@@ -81,6 +81,8 @@ class GridProblem(Problem):
 
 
 class _GridEvaluation(Evaluation):
+    _problem: GridProblem
+
     def __init__(self, problem: GridProblem, terms: Sequence[Term]) -> None:
         self._problem, self._terms = problem, terms
         places, f = problem.places, problem.f

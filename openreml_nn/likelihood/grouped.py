@@ -145,8 +145,11 @@ class GroupedProblem(Problem):
     factors out.
     """
 
+    takes_data = True
+
     def __init__(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> None:
         super().__init__(fixed, terms, method)
+        self._constant: tuple[System, White] | None = None
         terms = separated(terms)
         self.layout = layout = Layout.of(terms)
         self.residual = layout.residual
@@ -171,6 +174,16 @@ class GroupedProblem(Problem):
     def matrices(self, terms: Sequence[Term]) -> list[Tensor]:
         random = [terms[i].covariance.matrix for i in self.layout.random]
         return [*self.residual.matrices(terms), *random]
+
+    def with_fixed(self, fixed: FixedPart) -> Problem:
+        found = super().with_fixed(fixed)
+        assert isinstance(found, GroupedProblem)
+        found._f = torch.cat([fixed.Q, fixed.y[:, None]], 1)
+        if self._constant is not None:
+            system, white = self._constant
+            A1f, A2f, Aff = found.row_products(white, white.rows(found._f))
+            found._constant = replace(system, A1f=A1f, A2f=A2f, Aff=Aff), white
+        return found
 
     def system(self, residual: Sequence[Tensor]) -> tuple[System, White, Tensor]:
         """The system of white rows, R without a scalar residual's variance, and that variance."""
@@ -272,7 +285,8 @@ class GroupedProblem(Problem):
 class Crossed:
     r""":math:`u = Z^\top P y`, :math:`B = Z^\top V^{-1} Z` and what is lost of it in
     :math:`Z^\top P Z`, for the eliminated factor by levels and for the others' own parts;
-    ``Y2`` (p, q) is a factor of the latter loss."""
+    ``Y2`` (p, q) is a factor of the latter loss, and ``Z1f``, ``Z2f`` are products of
+    :math:`V^{-1}` with Z and f."""
 
     u1: Tensor
     u2: Tensor
@@ -281,6 +295,8 @@ class Crossed:
     R1: Tensor
     R2: list[Tensor]
     Y2: Tensor
+    Z1f: Tensor
+    Z2f: Tensor
 
 
 class GroupedEvaluation(Evaluation):
@@ -348,7 +364,8 @@ class GroupedEvaluation(Evaluation):
         Y2 = solve_triangular(self.gamma_factor, Z2f[:, :-1].mT, upper=False)
         u1 = Z1f[..., -1] - Z1f[..., :-1] @ self.gamma
         u2 = Z2f[:, -1] - Z2f[:, :-1] @ self.gamma
-        return Crossed(u1, u2, B1, B2, Y1.mT @ Y1, problem.own_products(Y2.mT, Y2.mT), Y2)
+        own = problem.own_products(Y2.mT, Y2.mT)
+        return Crossed(u1, u2, B1, B2, Y1.mT @ Y1, own, Y2, Z1f, Z2f)
 
     def _profile(self, log_det: Tensor, F: Tensor) -> None:
         """Profile the fixed effects out of :math:`[Q | y]^\top V^{-1} [Q | y]`."""
@@ -436,6 +453,14 @@ class GroupedEvaluation(Evaluation):
     def _effects_of_kernel(self, i: int, term: Term, b: Tensor) -> RandomEffects:
         """BLUPs of the i-th other term, where its kernel was never formed."""
         raise NotImplementedError
+
+    def _inverse_times_data(self) -> Tensor:
+        problem, z, white = self._problem, self._crossed, self._white
+        eye = torch.eye(problem.k, dtype=self._s.dtype, device=self._s.device)
+        x1 = (problem.joint_blocks(self._first, eye) @ z.Z1f).reshape(z.u1.numel(), -1)
+        x2 = problem.multiply(self._rest, z.Z2f)
+        rest = problem._f - problem.row_effects(x1, x2)
+        return white.back(white.rows(rest)) / self._s
 
     def _moved(self, derivatives: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Each derivative of G times u, for the eliminated factor (levels * k, m) and the

@@ -52,6 +52,7 @@ from openreml_nn.likelihood.grouped import (
 from openreml_nn.likelihood.problem import (
     Evaluation,
     NotPositiveDefiniteError,
+    Problem,
     RandomEffects,
     cholesky,
 )
@@ -201,7 +202,15 @@ class KrylovProblem(GroupedProblem):
             return False
         return True
 
+    def with_fixed(self, fixed: FixedPart) -> Problem:
+        found = super().with_fixed(fixed)
+        assert isinstance(found, KrylovProblem)
+        if self.start is not None and self.start.shape[1] != fixed.Q.shape[1] + 1:
+            found.start = None
+        return found
+
     def system(self, residual: Sequence[Tensor]) -> tuple[System, White, Tensor]:
+        assert self._constant is not None
         return (*self._constant, residual[0].reshape(()))
 
     def _evaluate(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
@@ -216,6 +225,7 @@ class KrylovProblem(GroupedProblem):
     def cost(self) -> tuple[float, float]:
         """Operations of an evaluation of 30 steps, and bytes held for it."""
         columns = self.probes.shape[1] + self.p + 1
+        assert self._constant is not None
         held = self._constant[0].W.entries + 8.0 * columns * (self.q + self.levels * self.k)
         return self.work(self.n, self.p), self._f.itemsize * held
 

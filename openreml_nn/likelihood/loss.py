@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -113,7 +113,7 @@ class REMLLoss(nn.Module):
         self.reduction = reduction
         self.names: Sequence[str] | None = None
         self._plan: Plan | None = None
-        self._prepared: tuple[list[tuple[Tensor | None, int]], Problem] | None = None
+        self._prepared: _Prepared | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # What is prepared for some data can be had again; a copy need not carry it.
@@ -154,12 +154,12 @@ class REMLLoss(nn.Module):
         """
         device = y.device.type if isinstance(y, Tensor) else "cpu"
         with torch.autocast(device, enabled=False):
-            problem, terms, recorded = self._prepare(y, X, rows)
+            problem, terms, fixed, recorded = self._prepare(y, X, rows)
             matrices = problem.matrices(terms)
             if recorded:
                 value = problem.recorded(matrices)
             else:
-                value = _LogLikelihood.apply(problem, terms, *matrices)
+                value = _LogLikelihood.apply(problem, terms, fixed.y, fixed.Q, *matrices)
         return -value / len(y) if self.reduction == "mean" else -value
 
     def objective(self, y: Tensor, X: Tensor, rows: Tensor | None = None) -> Objective:
@@ -169,17 +169,12 @@ class REMLLoss(nn.Module):
             TypeError, ValueError: as in calling the loss.
         """
         with torch.no_grad():
-            problem, _, _ = self._prepare(y, X, rows)
+            problem = self._prepare(y, X, rows)[0]
         return Objective(self.covariance, problem, rows)
 
-    def _has_seen(self, *data: Tensor | None) -> bool:
-        """Whether a problem is prepared for data that begin with these, unchanged since."""
-        if self._prepared is None:
-            return False
-        return all(
-            t is old and (t is None or t._version == version)
-            for t, (old, version) in zip(data, self._prepared[0])
-        )
+    def _has_seen(self, y: Tensor, X: Tensor) -> bool:
+        """Whether a problem is prepared for these data, unchanged since."""
+        return self._prepared is not None and _unchanged([y, X], self._prepared.data)
 
     def _check_rows(self, y: Tensor, rows: Tensor | None) -> None:
         n = self.covariance.shape[0]
@@ -200,8 +195,8 @@ class REMLLoss(nn.Module):
 
     def _prepare(
         self, y: Tensor, X: Tensor, rows: Tensor | None
-    ) -> tuple[Problem, list[Term], bool]:
-        """The problem for some data, the terms, and whether autograd must record all of it."""
+    ) -> tuple[Problem, list[Term], FixedPart, bool]:
+        """The problem for some data, the terms, the data, and whether autograd must record all."""
         wrapped = traced(y, X, *self.covariance.parameters())
         if not wrapped and not self._has_seen(y, X):
             check_data(y, X)
@@ -210,41 +205,51 @@ class REMLLoss(nn.Module):
         dtype = torch.promote_types(y.dtype, terms[0].covariance.matrix.dtype)
         dtype = torch.promote_types(dtype, torch.float32)
         terms = [term.to(dtype) for term in terms]
-        data = [y, X, rows, *_constants(terms)]
-        if not wrapped and self._is_prepared(data, dtype):
+        constants = [rows, *_constants(terms)]
+        known = not wrapped and self._is_prepared(constants, dtype)
+        if known and self._has_seen(y, X) and not (y.requires_grad or X.requires_grad):
             assert self._prepared is not None
-            problem = self._prepared[1]
+            problem = self._prepared.problem
             self._hear(problem, rows)
-            return problem, terms, False
+            return problem, terms, problem.fixed, False
+        seen = y, X
         y, X = y.to(dtype), X.to(dtype)
         fixed = FixedPart.plain(y, X) if wrapped else FixedPart.of(y, X, self.names)
-        self._plan = Plan.of(terms, fixed.Q.shape[1], self.solver, dtype)
-        problem = self._plan.problem(fixed, terms, self.method)
-        self._plan = self._plan.measured(problem, terms)
-        if self._plan.solver == "krylov" and self.solver == "auto":
-            warnings.warn(
-                f"the likelihood is approximate: {self._plan.reason}; "
-                "solver='blocked' insists on an exact one",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+        plain = fixed if wrapped else fixed.detach()
+        if known and self._prepared is not None and self._prepared.problem.takes_data:
+            problem = self._prepared.problem.with_fixed(plain)
+        else:
+            self._plan = Plan.of(terms, fixed.Q.shape[1], self.solver, dtype)
+            problem = self._plan.problem(plain, terms, self.method)
+            self._plan = self._plan.measured(problem, terms)
+            if self._plan.solver == "krylov" and self.solver == "auto":
+                warnings.warn(
+                    f"the likelihood is approximate: {self._plan.reason}; "
+                    "solver='blocked' insists on an exact one",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+        recorded = wrapped
+        if torch.is_grad_enabled() and not wrapped:
+            moving = y.requires_grad or X.requires_grad
+            recorded = any(t is not None and t.requires_grad for t in constants)
+            recorded = recorded or (moving and not problem.takes_data)
+            if recorded and moving:
+                problem = type(problem)(fixed, terms, self.method)
         if not wrapped:
             self._hear(problem, rows)
-        recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in data)
-        if wrapped or recorded:
+        if recorded:
             self._prepared = None
-            return problem, terms, True
-        # Plain data: kept by identity and version, so that an in-place change is seen.
-        self._prepared = ([(t, -1 if t is None else t._version) for t in data], problem)
-        return problem, terms, False
+        else:
+            # Kept by identity and version, so that an in-place change is seen.
+            self._prepared = _Prepared(_stamped(seen), _stamped(constants), problem)
+        return problem, terms, fixed, recorded
 
-    def _is_prepared(self, data: Sequence[Tensor | None], dtype: torch.dtype) -> bool:
-        if self._prepared is None or len(self._prepared[0]) != len(data):
+    def _is_prepared(self, constants: Sequence[Tensor | None], dtype: torch.dtype) -> bool:
+        kept = self._prepared
+        if kept is None or kept.problem.fixed.y.dtype != dtype:
             return False
-        problem = self._prepared[1]
-        if problem.fixed.y.dtype != dtype or problem.method != self.method:
-            return False
-        return self._has_seen(*data)
+        return kept.problem.method == self.method and _unchanged(constants, kept.constants)
 
     def _hear(self, problem: Problem, rows: Tensor | None) -> None:
         heard = _heard.get()
@@ -265,6 +270,31 @@ def _constants(terms: Sequence[Term]) -> list[Tensor | None]:
     return found
 
 
+_Stamped = list[tuple[Tensor | None, int]]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A problem with the data, and the other constants, that it was prepared for."""
+
+    data: _Stamped
+    constants: _Stamped
+    problem: Problem
+
+
+def _stamped(tensors: Sequence[Tensor | None]) -> _Stamped:
+    """Tensors with their versions, which rise with each change in place."""
+    return [(t, -1 if t is None else t._version) for t in tensors]
+
+
+def _unchanged(tensors: Sequence[Tensor | None], kept: _Stamped) -> bool:
+    """Whether they are the same tensors, unchanged since."""
+    return len(tensors) == len(kept) and all(
+        t is old and (t is None or t._version == version)
+        for t, (old, version) in zip(tensors, kept, strict=True)
+    )
+
+
 class _LogLikelihood(torch.autograd.Function):
     """The log-likelihood of a prepared problem with its closed-form score.
 
@@ -273,25 +303,34 @@ class _LogLikelihood(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, problem: Problem, terms: list[Term], *matrices: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, problem: Problem, terms: list[Term], y: Tensor, Q: Tensor, *matrices: Tensor
+    ) -> Tensor:
         ctx.problem = problem
         ctx.evaluation = problem.evaluate(terms)
-        ctx.save_for_backward(*matrices)
+        ctx.save_for_backward(y, Q, *matrices)
         return ctx.evaluation.log_likelihood.clone()
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[2:]
-        if not torch.is_grad_enabled():
-            scores = ctx.evaluation.scores()
+        found: list[Tensor | None] = [None] * len(needed)
+        if torch.is_grad_enabled():
+            y, Q, *matrices = ctx.saved_tensors
+            problem = ctx.problem
+            if any(needed[:2]):
+                problem = problem.with_fixed(replace(problem.fixed, y=y, Q=Q))
+            value = problem.recorded(matrices)
+            wanted = [t for t, need in zip((y, Q, *matrices), needed, strict=True) if need]
+            parts = iter(torch.autograd.grad(value, wanted, create_graph=True))
+            found = [next(parts) if need else None for need in needed]
         else:
-            matrices = ctx.saved_tensors
-            wanted = [m for m, need in zip(matrices, needed, strict=True) if need]
-            value = ctx.problem.recorded(matrices)
-            found = iter(torch.autograd.grad(value, wanted, create_graph=True))
-            scores = [next(found) if need else None for need in needed]
-        return (
-            None,
-            None,
-            *[s * cotangent if need else None for s, need in zip(scores, needed, strict=True)],
-        )
+            if any(needed[:2]):
+                found[:2] = ctx.evaluation.data_scores()
+            if any(needed[2:]):
+                found[2:] = ctx.evaluation.scores()
+        scaled = [
+            part * cotangent if need and part is not None else None
+            for part, need in zip(found, needed, strict=True)
+        ]
+        return (None, None, *scaled)

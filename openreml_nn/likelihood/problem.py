@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from math import log, pi
 
@@ -82,9 +83,28 @@ class Evaluation:
     gamma: Tensor
     gamma_factor: Tensor
     error: float = 0.0
+    _problem: Problem
 
     def scores(self) -> list[Tensor]:
         r""":math:`\partial\ell/\partial G_t` for each matrix of the problem, in its shape."""
+        raise NotImplementedError
+
+    def data_scores(self) -> tuple[Tensor, Tensor]:
+        r"""Derivatives of the log-likelihood by the problem's y (n,) and Q (n, p).
+
+        :math:`\partial\ell/\partial y = -Py`, and :math:`\partial\ell/\partial Q =
+        Py\,\hat\gamma^\top`, less :math:`V^{-1}Q(Q^\top V^{-1}Q)^{-1}` with REML.
+        """
+        V_f = self._inverse_times_data()
+        V_Q, V_y = V_f[:, :-1], V_f[:, -1]
+        p_y = V_y - V_Q @ self.gamma
+        by_Q = torch.outer(p_y, self.gamma)
+        if self._problem.method == "reml":
+            by_Q = by_Q - V_Q @ torch.cholesky_inverse(self.gamma_factor)
+        return -p_y, by_Q
+
+    def _inverse_times_data(self) -> Tensor:
+        """:math:`V^{-1} [Q | y]`, (n, p + 1)."""
         raise NotImplementedError
 
     def information(self, derivatives: Sequence[Tensor]) -> Tensor:
@@ -116,6 +136,9 @@ class Problem:
         method: ``"reml"`` or ``"ml"``.
     """
 
+    #: Whether evaluations have derivatives by the data, and the data can be exchanged.
+    takes_data = False
+
     def __init__(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> None:
         self.fixed = fixed
         self.method = method
@@ -125,6 +148,14 @@ class Problem:
     def matrices(self, terms: Sequence[Term]) -> list[Tensor]:
         """The matrices on which the likelihood depends, from terms of the same designs."""
         raise NotImplementedError
+
+    def with_fixed(self, fixed: FixedPart) -> Problem:
+        """The same designs with other data: what depends on designs alone is kept."""
+        found = copy(self)
+        found.fixed = fixed
+        found.p = fixed.Q.shape[1]
+        found._last = None
+        return found
 
     def recorded(self, matrices: Sequence[Tensor]) -> Tensor:
         """The log-likelihood by plain differentiable operations."""

@@ -123,6 +123,8 @@ class SpectralProblem(Problem):
 class _SpectralEvaluation(Evaluation):
     """With blocks D = λ Σ + R of factors C, everything is in rows :math:`C^{-1} x`."""
 
+    _problem: SpectralProblem
+
     def __init__(
         self, problem: SpectralProblem, terms: Sequence[Term], matrices: Sequence[Tensor]
     ) -> None:
