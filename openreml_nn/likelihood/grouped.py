@@ -457,7 +457,7 @@ class GroupedEvaluation(Evaluation):
     def _inverse_times_data(self) -> Tensor:
         problem, z, white = self._problem, self._crossed, self._white
         eye = torch.eye(problem.k, dtype=self._s.dtype, device=self._s.device)
-        x1 = (problem.joint_blocks(self._first, eye) @ z.Z1f).reshape(z.u1.numel(), -1)
+        x1 = (problem.joint_blocks(self._first, eye) @ z.Z1f).flatten(0, 1)
         x2 = problem.multiply(self._rest, z.Z2f)
         rest = problem._f - problem.row_effects(x1, x2)
         return white.back(white.rows(rest)) / self._s

@@ -1,0 +1,459 @@
+r"""Neural mixed models: a network for the mean, random effects for the grouping.
+
+.. math:: y = f(x) + \sum_t Z_t b_t + e,\qquad b_t \sim N(0, G_t(\theta)),\quad e \sim N(0, R(\theta))
+
+The covariance is the tree of :mod:`openreml_nn.covariance`, built from the
+batch; the loss is the likelihood of :class:`REMLLoss`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from openreml_nn.covariance import (
+    CovariancePropagation,
+    DummyMatrix,
+    IdentityMatrix,
+    KroneckerProduct,
+    Matrix,
+    ScalarMatrix,
+    Sum,
+    UnstructuredMatrix,
+)
+from openreml_nn.likelihood import REMLLoss
+from openreml_nn.likelihood.loss import Objective
+
+__all__ = ["MixedModel", "Prediction", "RandomEffect"]
+
+Batch = Mapping[str, Any]
+
+
+class Prediction(NamedTuple):
+    """Predictions of some rows, (n,) each.
+
+    Attributes:
+        mean: with the random effects of the levels that are known.
+        variance: of a new observation: of the random effects given the data, of
+            the coefficients (head ``"gls"``), and of the residual.
+        population_mean: without random effects.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    population_mean: Tensor
+
+
+class RandomEffect(nn.Module):
+    r"""The random effects of one grouping factor, :math:`b \sim N(0, G)`.
+
+    Args:
+        levels: how many levels there are, or their names.
+        covariance: of the effects of a level, (k, k), independent between
+            levels; or of all levels, (levels · k, levels · k), such as a kernel. By
+            default one variance, or an unstructured matrix for several effects.
+        effects: k, effects of each level.
+        features: a module that yields the effects' values (n, k) from ``x``: random
+            slopes in learned features.
+
+    Attributes:
+        blup: (levels, k) BLUPs, after :meth:`MixedModel.update`.
+        variance: (levels, k, k) their prediction-error variances.
+
+    Raises:
+        ValueError: if the covariance has another shape.
+
+    >>> RandomEffect(10, effects=2).g.shape
+    (20, 20)
+    """
+
+    blup: Tensor
+    variance: Tensor
+
+    def __init__(
+        self,
+        levels: int | Sequence[str],
+        covariance: Matrix | None = None,
+        effects: int = 1,
+        features: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.names = None if isinstance(levels, int) else tuple(map(str, levels))
+        self.levels = q = levels if isinstance(levels, int) else len(levels)
+        self.effects = effects
+        self.features = features
+        if covariance is None:
+            covariance = ScalarMatrix(1) if effects == 1 else UnstructuredMatrix(effects)
+            covariance = covariance.double()
+        if covariance.shape == (effects, effects):
+            self.g: Matrix = KroneckerProduct(levels=IdentityMatrix(q), effects=covariance)
+        elif covariance.shape == (q * effects, q * effects):
+            self.g = covariance
+        else:
+            raise ValueError(
+                f"`covariance` is {covariance.shape}: expected {(effects, effects)} for the "
+                f"effects of a level, or {(q * effects, q * effects)} for all levels"
+            )
+        self.is_per_level = covariance.shape == (effects, effects)
+        like = next(covariance.parameters(), torch.zeros(1, dtype=torch.float64))
+        self.register_buffer("blup", like.new_zeros(q, effects))
+        self.register_buffer("variance", like.new_zeros(q, effects, effects))
+
+    def prior(self) -> Tensor:
+        """Covariance of the effects of a level that was not seen, (k, k)."""
+        if isinstance(self.g, KroneckerProduct) and self.is_per_level:
+            own = self.g.operands["effects"]
+            assert isinstance(own, Matrix)
+            return own()
+        k = self.effects
+        blocks = self.g().unflatten(1, (-1, k)).unflatten(0, (-1, k))
+        return blocks.diagonal(dim1=0, dim2=2).mean(-1)
+
+    def posterior(self, codes: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of z'b for the rows' levels, -1 for one that was not seen."""
+        known = (codes >= 0)[:, None]
+        at = codes.clamp(min=0)
+        mean = torch.where(known, self.blup[at], 0)
+        spread = torch.where(known[..., None], self.variance[at], self.prior())
+        return (z * mean).sum(1), torch.einsum("nk,nkl,nl->n", z, spread, z)
+
+    def extra_repr(self) -> str:
+        return f"levels={self.levels}, effects={self.effects}"
+
+
+class MixedModel(nn.Module):
+    r"""A network with random effects.
+
+    A batch is a dict: ``x``, what the network takes; ``y`` (n,); ``groups``, a
+    dict from the name of each random effect to the level codes (n,), -1 for an
+    unknown level in prediction; and ``values``, a dict to the values (n, k) of
+    effects other than intercepts.
+
+    Args:
+        mean: any network; it yields the mean, (n,) or (n, 1), with head ``"ml"``,
+            and features (n, p) with head ``"gls"``.
+        random: random effects by name.
+        residual: covariance of the residual of a row, a (1, 1) matrix; or a
+            network that yields its log-variance (n,) or (n, 1) from ``x``. One variance
+            by default.
+        head: ``"ml"``: the network is the mean, and the loss the full likelihood.
+            ``"gls"``: the features are X; the coefficients are profiled out by
+            generalised least squares and the loss is the restricted likelihood.
+        solver: see :class:`REMLLoss`.
+
+    Raises:
+        ValueError: if ``head`` is unknown, or there is no random effect.
+
+    Reference:
+        Simchoni and Rosset, Journal of Machine Learning Research 24 (2023), eq. 3.
+
+    Example::
+
+        model = MixedModel(network, {"user": RandomEffect(1000)})
+        loss = model.loss({"x": x, "y": y, "groups": {"user": codes}})
+        loss.backward()
+        model.update({"x": x, "y": y, "groups": {"user": codes}})
+        model.predict({"x": new_x, "groups": {"user": new_codes}}).mean
+    """
+
+    beta: Tensor
+    beta_covariance: Tensor
+
+    def __init__(
+        self,
+        mean: nn.Module,
+        random: Mapping[str, RandomEffect],
+        residual: Matrix | nn.Module | None = None,
+        head: str = "ml",
+        solver: str = "auto",
+    ) -> None:
+        super().__init__()
+        if head not in ("ml", "gls"):
+            raise ValueError(f"`head` is {head!r}: expected 'ml' or 'gls'")
+        if not random:
+            raise ValueError("`random` is empty: expected a RandomEffect for each grouping factor")
+        self.mean = mean
+        self.random = nn.ModuleDict(random)
+        self.residual = ScalarMatrix(1).double() if residual is None else residual
+        self.head = head
+        self.solver = solver
+        self.register_buffer("beta", torch.zeros(0, dtype=torch.float64))
+        self.register_buffer("beta_covariance", torch.zeros(0, 0, dtype=torch.float64))
+        self._kept: tuple[list[Tensor], REMLLoss] | None = None
+
+    @property
+    def method(self) -> str:
+        """``"reml"`` with head ``"gls"``, else ``"ml"``."""
+        return "reml" if self.head == "gls" else "ml"
+
+    def covariance_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the covariance: what :class:`AIREML` is for."""
+        for effect in self._effects().values():
+            yield from effect.g.parameters()
+        if isinstance(self.residual, Matrix):
+            yield from self.residual.parameters()
+
+    def network_parameters(self) -> Iterator[nn.Parameter]:
+        """All other parameters."""
+        own = {id(p) for p in self.covariance_parameters()}
+        return (p for p in self.parameters() if id(p) not in own)
+
+    def _effects(self) -> dict[str, RandomEffect]:
+        return dict(self.random.items())  # type: ignore[arg-type]
+
+    # ------------------------------------------------------------------ likelihood
+
+    def forward(self, batch: Batch) -> Tensor:
+        """What the network yields: the mean (n,), or features (n, p) with head ``"gls"``."""
+        found = self.mean(batch["x"])
+        if self.head == "gls":
+            return found
+        if found.dim() == 2 and found.shape[1] == 1:
+            found = found[:, 0]
+        if found.dim() != 1:
+            raise ValueError(
+                f"`mean` yields {tuple(found.shape)}: expected (n,) or (n, 1) with head 'ml'; "
+                "with head 'gls' it may yield features (n, p)"
+            )
+        return found
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Negative (restricted) log-likelihood of the batch, divided by its rows.
+
+        A batch of whole groups is a part of the likelihood of independent groups; one
+        that cuts groups is a composite likelihood.
+
+        Raises:
+            ValueError: if the batch is empty, a group is missing, a code is out of range,
+                shapes do not fit or the network yields NaN: the message says what to do.
+        """
+        return self.loss_of(self(batch), batch)
+
+    def loss_of(self, output: Tensor, batch: Batch) -> Tensor:
+        """The same for what the network has yielded."""
+        loss, y, X = self._data(output, batch)
+        return loss(y, X)
+
+    def objective(self, batch: Batch) -> Objective:
+        """The likelihood in the covariance parameters alone, for an optimizer."""
+        with torch.no_grad():
+            loss, y, X = self._data(self(batch), batch)
+            return loss.objective(y, X)
+
+    def backward_in_parts(self, batch: Batch, rows: int) -> Tensor:
+        """Accumulate the exact gradient of the loss in the memory of a few rows.
+
+        A first pass without recording yields the network's output for all rows, the
+        likelihood its derivative by each of them, and a second pass, ``rows`` at a time,
+        takes it back through the network.
+
+        Returns:
+            The loss.
+        """
+        parts = [_rows(batch["x"], i, rows) for i in range(0, len(batch["y"]), rows)]
+        with torch.no_grad():
+            outputs = [self({"x": x}) for x in parts]
+        output = torch.cat(outputs).requires_grad_()
+        loss = self.loss_of(output, batch)
+        loss.backward()
+        assert output.grad is not None
+        for x, part in zip(parts, output.grad.split(rows), strict=True):
+            self({"x": x}).backward(part)
+        return loss.detach()
+
+    def _data(self, output: Tensor, batch: Batch) -> tuple[REMLLoss, Tensor, Tensor]:
+        y = batch["y"]
+        n = len(output)
+        if not n:
+            raise ValueError("the batch is empty: drop it, or use drop_last=True")
+        if y.dim() != 1 or len(y) != n:
+            raise ValueError(
+                f"`y` has shape {tuple(y.shape)} but `mean` yields {n} rows: expected ({n},); "
+                "a column is made a vector by y[:, 0]"
+            )
+        if not bool(torch.isfinite(output.detach()).all()):
+            raise ValueError(
+                "the network's output is not finite: lower the learning rate, clip gradients "
+                "or look for NaN in `x`"
+            )
+        loss = self._loss(batch, n)
+        dtype = torch.promote_types(y.dtype, output.dtype)
+        y, output = y.to(dtype), output.to(dtype)
+        if self.head == "gls":
+            return loss, y, output
+        return loss, y - output, output.new_zeros(n, 0)
+
+    def _loss(self, batch: Batch, n: int) -> REMLLoss:
+        """The likelihood for the batch's groups; kept while they are the same tensors."""
+        pairs = [self._group(name, effect, batch, n) for name, effect in self._effects().items()]
+        tensors = [t for pair in pairs for t in pair if t is not None]
+        fixed = isinstance(self.residual, Matrix) and not any(t.requires_grad for t in tensors)
+        if fixed and self._kept is not None:
+            kept = self._kept[0]
+            if len(kept) == len(tensors) and all(map(_same, kept, tensors)):
+                return self._kept[1]
+        parts: dict[str, Matrix] = {}
+        for (name, effect), (codes, values) in zip(self._effects().items(), pairs, strict=True):
+            z = DummyMatrix.from_codes(codes, effect.levels, values)
+            parts[name] = CovariancePropagation(z=z, g=effect.g)
+        parts["residual"] = self._residual(batch, n)
+        loss = REMLLoss(Sum(parts), self.method, self.solver)
+        self._kept = (tensors, loss) if fixed else None
+        return loss
+
+    def _group(
+        self, name: str, effect: RandomEffect, batch: Batch, n: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Codes and values of one random effect."""
+        groups = batch.get("groups", {})
+        if name not in groups:
+            raise ValueError(
+                f"the batch has no group {name!r}: expected batch['groups'][{name!r}] with the "
+                f"level codes; it has {sorted(groups)}"
+            )
+        codes = groups[name]
+        if codes.shape != (n,) or codes.is_floating_point():
+            raise ValueError(
+                f"group {name!r} is {codes.dtype} of shape {tuple(codes.shape)}: "
+                f"expected {n} integers"
+            )
+        if not (int(codes.min()) >= -1 and int(codes.max()) < effect.levels):
+            worst = int(codes.max()) if int(codes.max()) >= effect.levels else int(codes.min())
+            raise ValueError(
+                f"group {name!r} has the code {worst}: expected 0 to {effect.levels - 1}, or -1 "
+                "for a level that is not known"
+            )
+        if effect.features is not None:
+            return codes, effect.features(batch["x"])
+        values = batch.get("values", {}).get(name)
+        if values is None and effect.effects > 1:
+            raise ValueError(
+                f"random effect {name!r} has {effect.effects} effects: expected their values as "
+                f"batch['values'][{name!r}], ({n}, {effect.effects})"
+            )
+        if values is not None and values.shape != (n, effect.effects):
+            raise ValueError(
+                f"values of {name!r} have shape {tuple(values.shape)}: "
+                f"expected {(n, effect.effects)}"
+            )
+        return codes, values
+
+    def _residual(self, batch: Batch, n: int) -> Matrix:
+        if isinstance(self.residual, Matrix):
+            return KroneckerProduct(rows=IdentityMatrix(n), residual=self.residual)
+        scale = (self.residual(batch["x"]).reshape(n) / 2).exp()
+        unit = ScalarMatrix(n).to(scale.dtype)
+        unit.fix("sigma^2", 0.0)
+        codes = torch.arange(n, device=scale.device)
+        return CovariancePropagation(z=DummyMatrix.from_codes(codes, n, scale), g=unit)
+
+    # ------------------------------------------------------------------ prediction
+
+    @torch.no_grad()
+    def update(self, batch: Batch) -> None:
+        """Compute BLUPs and their variances from all rows at the present parameters.
+
+        They are stored in buffers and travel with the checkpoint. With head ``"gls"`` so
+        do the coefficients.
+        """
+        with _eval(self):
+            objective = self.objective(batch)
+        evaluation, problem = objective.evaluate(), objective.problem
+        for effects in evaluation.random_effects():
+            effect = self._effects()[effects.name]
+            effect.blup.copy_(effects.values.reshape(effect.blup.shape))
+            effect.variance.copy_(effects.variances.reshape(effect.variance.shape))
+        if self.head == "gls":
+            fixed = problem.fixed
+            p = max(fixed.columns, default=-1) + 1
+            beta = fixed.y.new_zeros(max(p, len(self.beta)))
+            beta[fixed.columns] = fixed.coefficients(evaluation.gamma)
+            spread = fixed.T @ torch.cholesky_inverse(evaluation.gamma_factor) @ fixed.T.mT
+            covariance = beta.new_zeros(len(beta), len(beta))
+            at = torch.tensor(fixed.columns, device=beta.device)
+            covariance[at[:, None], at] = spread
+            self.beta, self.beta_covariance = beta, covariance
+
+    def intercepts(self) -> list[RandomEffect]:
+        """Random effects that are independent intercepts."""
+        effects = self._effects().values()
+        return [e for e in effects if e.effects == 1 and e.features is None and e.is_per_level]
+
+    def random_part(self, batch: Batch) -> Tensor:
+        r""":math:`\sum_t z_t^\top \hat b_t` of each row (n,), zero for unknown levels."""
+        n = len(next(iter(batch["groups"].values())))
+        total = self._effects()[next(iter(self.random))].blup.new_zeros(n)
+        for name, effect in self._effects().items():
+            codes, values = self._group(name, effect, batch, n)
+            z = total.new_ones(n, 1) if values is None else values.to(total)
+            total = total + effect.posterior(codes, z)[0]
+        return total
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> Prediction:
+        """Mean and variance of new observations, for known and for unknown levels.
+
+        BLUPs of different factors count as independent.
+
+        Raises:
+            ValueError: as in :meth:`loss`, or before :meth:`update` with head ``"gls"``.
+        """
+        with _eval(self):
+            output = self(batch)
+            n = len(output)
+            if self.head == "gls":
+                p = len(self.beta)
+                if not p:
+                    raise ValueError("there are no coefficients yet: call update() with the data")
+                X = output[:, :p].to(self.beta)
+                population = X @ self.beta
+                variance = torch.einsum("np,pq,nq->n", X, self.beta_covariance, X)
+            else:
+                population = output.double()
+                variance = torch.zeros_like(population)
+            mean = population.clone()
+            for name, effect in self._effects().items():
+                codes, values = self._group(name, effect, batch, n)
+                z = mean.new_ones(n, 1) if values is None else values.to(mean)
+                part, spread = effect.posterior(codes, z)
+                mean, variance = mean + part, variance + spread
+            if isinstance(self.residual, Matrix):
+                variance = variance + self.residual().reshape(())
+            else:
+                variance = variance + self.residual(batch["x"]).reshape(n).exp()
+        return Prediction(mean, variance, population)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # The number of coefficients is known only once there are features.
+        for name in ("beta", "beta_covariance"):
+            if prefix + name in state_dict:
+                setattr(self, name, torch.empty_like(state_dict[prefix + name]))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+@contextmanager
+def _eval(module: nn.Module) -> Iterator[None]:
+    """Without dropout and the like, for a while."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
+def _rows(x: Any, start: int, rows: int) -> Any:
+    """Some rows of a tensor, or of each in a tuple, list or dict."""
+    if isinstance(x, Mapping):
+        return {key: _rows(value, start, rows) for key, value in x.items()}
+    if isinstance(x, tuple | list):
+        return type(x)(_rows(value, start, rows) for value in x)
+    return x[start : start + rows]
+
+
+def _same(kept: Tensor, given: Tensor) -> bool:
+    return kept is given

@@ -1,0 +1,256 @@
+"""Neural mixed models against dense formulas, lme4's fits and themselves."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from openreml_nn import MixedModel, RandomEffect, lmm, restricted_log_likelihood
+from openreml_nn.covariance import KnownMatrix, UnstructuredMatrix
+from openreml_nn.data import Encoder
+from openreml_nn.datasets import oats, penicillin, sleepstudy
+from openreml_nn.estimation.aireml import average_information_step
+from tests.strategies import kinship
+
+
+def network(out=1):
+    return nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, out)).double()
+
+
+def batch(n=60, users=7, items=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 3, generator=generator)
+    user = torch.randint(0, users, (n,), generator=generator)
+    item = torch.randint(0, items, (n,), generator=generator)
+    b = (
+        torch.randn(users, generator=generator)[user]
+        + torch.randn(items, generator=generator)[item]
+    )
+    y = x.sum(1).sin() + b + 0.5 * torch.randn(n, generator=generator)
+    return {"x": x, "y": y, "groups": {"user": user, "item": item}}
+
+
+def crossed(head="ml", **options):
+    torch.manual_seed(1)
+    random = {"user": RandomEffect(7), "item": RandomEffect(4)}
+    return MixedModel(network(1 if head == "ml" else 5), random, head=head, **options)
+
+
+def dense(model, data):
+    """The loss by the dense formula, with V from the tree as it stands."""
+    output = model(data)
+    loss, y, X = model._data(output, data)
+    V = loss.covariance()
+    return -restricted_log_likelihood(y, X, V, model.method) / len(y)
+
+
+def gradients(model, value):
+    model.zero_grad()
+    value.backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def slopes():
+    torch.manual_seed(1)
+    effects = {"user": RandomEffect(7, effects=2, features=nn.Linear(3, 2).double())}
+    return MixedModel(network(), effects)
+
+
+def uneven():
+    torch.manual_seed(1)
+    spread = nn.Linear(3, 1).double()
+    return MixedModel(network(), {"user": RandomEffect(7)}, residual=spread)
+
+
+def related():
+    torch.manual_seed(1)
+    return MixedModel(network(), {"user": RandomEffect(7, KnownMatrix(kinship(7)).double())})
+
+
+MODELS = {
+    "ml": crossed,
+    "gls": lambda: crossed("gls"),
+    "learned slopes": slopes,
+    "variance by a network": uneven,
+    "kernel": related,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_and_gradients_equal_the_dense_formula(name):
+    model, data = MODELS[name](), batch()
+    value, expected = model.loss(data), dense(model, data)
+    torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        gradients(model, model.loss(data)),
+        gradients(model, dense(model, data)),
+        rtol=1e-8,
+        atol=1e-10,
+    )
+
+
+@pytest.mark.parametrize("head", ["ml", "gls"])
+@pytest.mark.parametrize("rows", [1, 7, 100])
+def test_the_gradient_in_parts_is_the_full_one(head, rows):
+    model, data = crossed(head), batch()
+    full = gradients(model, model.loss(data))
+    model.zero_grad()
+    value = model.backward_in_parts(data, rows)
+    torch.testing.assert_close(value, model.loss(data))
+    torch.testing.assert_close([p.grad for p in model.parameters()], full, rtol=1e-10, atol=1e-12)
+
+
+def test_whole_groups_add_up_to_the_likelihood():
+    data = batch()
+    torch.manual_seed(1)
+    model = MixedModel(network(), {"user": RandomEffect(7)})
+    total = 0.0
+    for level in range(7):
+        rows = (data["groups"]["user"] == level).nonzero()[:, 0]
+        part = {"x": data["x"][rows], "y": data["y"][rows]}
+        part["groups"] = {"user": data["groups"]["user"][rows]}
+        total = total + model.loss(part) * len(rows)
+    torch.testing.assert_close(total / 60, model.loss(data))
+
+
+def fit(model, data):
+    objective = model.objective(data)
+    for _ in range(100):
+        step = average_information_step([objective], list(model.covariance_parameters()))
+        if step.converged:
+            return step
+    raise AssertionError("not converged")
+
+
+@pytest.mark.parametrize(
+    ("formula", "table"),
+    [
+        ("Reaction ~ Days + (Days | Subject)", sleepstudy),
+        ("Reaction ~ Days + (Days || Subject)", sleepstudy),
+        ("diameter ~ 1 + (1 | plate) + (1 | sample)", penicillin),
+        ("yield ~ nitro * Variety + (1 | Block/Variety)", oats),
+    ],
+)
+def test_a_linear_mean_is_the_linear_mixed_model(formula, table):
+    expected = lmm(formula, table())
+    encoded = Encoder(formula).fit(table())
+    scale = float(encoded.y.std())
+    random, data = {}, {"x": encoded.X, "y": encoded.y, "groups": {}, "values": {}}
+    for d in encoded.random:
+        k = len(d.effects)
+        random[d.name] = RandomEffect(d.levels, effects=k)
+        data["groups"][d.name] = d.codes
+        data["values"][d.name] = d.values
+    model = MixedModel(nn.Identity(), random, head="gls")
+    for effect in random.values():
+        effect.g.moment_start(torch.full((effect.g.shape[0],), scale**2 / 10))
+    model.residual.moment_start(torch.full((1,), scale**2 / 2))
+    step = fit(model, data)
+    assert step.log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-9)
+    model.update(data)
+    torch.testing.assert_close(model.beta, expected.fixed.estimate, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(
+        model.beta_covariance, expected.fixed.covariance, rtol=1e-5, atol=1e-8
+    )
+    for effects in expected.random:
+        torch.testing.assert_close(
+            random[effects.name].blup, effects.values, rtol=1e-4, atol=1e-5 * scale
+        )
+    torch.testing.assert_close(
+        model.predict(data).mean, expected.fitted, rtol=1e-6, atol=1e-5 * scale
+    )
+
+
+@pytest.mark.parametrize("head", ["ml", "gls"])
+def test_predictions_for_known_and_unknown_levels_travel_with_the_state(head):
+    model, data = crossed(head), batch()
+    if head == "gls":
+        with pytest.raises(ValueError, match="call update"):
+            model.predict(data)
+    model.update(data)
+    unknown = torch.full((60,), -1)
+    new = {"x": data["x"], "groups": {"user": data["groups"]["user"], "item": unknown}}
+    known, partly = model.predict(data), model.predict(new)
+    sigma = {
+        n: float(torch.exp(2 * p.detach())) for n, p in model.named_parameters() if "sigma" in n
+    }
+    item = model.random["item"]
+    gained = item.blup[data["groups"]["item"], 0]
+    torch.testing.assert_close(known.mean - partly.mean, gained)
+    torch.testing.assert_close(known.population_mean, partly.population_mean)
+    added = partly.variance - known.variance
+    torch.testing.assert_close(
+        added, sigma["random.item.g.effects.sigma^2"] - item.variance[data["groups"]["item"], 0, 0]
+    )
+    assert bool((added > 0).all())
+    other = copy.deepcopy(crossed(head))
+    other.load_state_dict(model.state_dict())
+    for one, two in zip(other.predict(data), known, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_a_network_in_single_precision_and_a_likelihood_in_double():
+    data = batch()
+    model = crossed()
+    exact = model.loss(data)
+    model.mean.float()
+    data["x"] = data["x"].float()
+    narrow = model.loss(data)
+    assert narrow.dtype == torch.float64
+    torch.testing.assert_close(narrow, exact, rtol=1e-5, atol=1e-6)
+    narrow.backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.mean.parameters())
+
+
+def test_the_structure_of_the_groups_is_prepared_once():
+    from unittest import mock
+
+    from openreml_nn.likelihood.products import Pattern
+
+    model, data = crossed(), batch()
+    with mock.patch.object(Pattern, "of", wraps=Pattern.of) as prepared:
+        for _ in range(3):
+            model.zero_grad()
+            model.loss(data).backward()
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.add_(0.01)
+    assert prepared.call_count == 1
+
+
+def wrong(**changes):
+    data = batch()
+    return {**data, **changes}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"groups": {"user": torch.zeros(60).long()}}, "has no group 'item'"),
+        ({"groups": {"user": torch.full((60,), 7), "item": torch.zeros(60).long()}}, "the code 7"),
+        ({"groups": {"user": torch.zeros(60), "item": torch.zeros(60).long()}}, "60 integers"),
+        ({"y": torch.zeros(60, 1)}, r"y\[:, 0\]"),
+        ({"y": torch.zeros(59)}, r"expected \(60,\)"),
+        ({"x": torch.full((60, 3), float("nan")).double()}, "not finite"),
+        ({"x": torch.zeros(0, 3).double(), "y": torch.zeros(0)}, "the batch is empty"),
+    ],
+)
+def test_errors_say_what_to_do(change, message):
+    with pytest.raises(ValueError, match=message):
+        crossed().loss(wrong(**change))
+
+
+def test_errors_of_construction():
+    with pytest.raises(ValueError, match="`head` is 'map'"):
+        crossed("map")
+    with pytest.raises(ValueError, match="`random` is empty"):
+        MixedModel(network(), {})
+    with pytest.raises(ValueError, match="`covariance` is \\(3, 3\\)"):
+        RandomEffect(5, UnstructuredMatrix(3), effects=2)
+    model = MixedModel(network(2), {"user": RandomEffect(7), "item": RandomEffect(4)})
+    with pytest.raises(ValueError, match="with head 'gls'"):
+        model.loss(batch())
+    model = MixedModel(network(), {"user": RandomEffect(7, effects=2)})
+    with pytest.raises(ValueError, match="has 2 effects"):
+        model.loss(batch())
