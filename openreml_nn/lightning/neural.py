@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from openreml_nn.estimation.aireml import Step, average_information_step
+from openreml_nn.estimation.result import Estimate, REMLResult
 from openreml_nn.instantiate import build
 from openreml_nn.model import MixedModel, Prediction
 
@@ -140,6 +142,14 @@ class NeuralMixedModule(LightningModule):
             if step.converged or step.length == 0:
                 break
         self.model.update(self._rows_of_data)
+
+    def variances(self) -> tuple[Estimate, ...]:
+        """Covariance parameters at the present mean, with standard errors."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loss, y, X = self.model._data(self.model(self._rows_of_data), self._rows_of_data)
+            objective = loss.objective(y.detach(), X.detach())
+        return REMLResult.of(objective, loss.plan, y.detach(), X.detach()).parameters
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Prediction:
         """Predictions of a batch."""

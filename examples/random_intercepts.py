@@ -1,0 +1,168 @@
+"""A network with random intercepts beside the same network without, on simulated data.
+
+The simulation of Simchoni and Rosset, Journal of Machine Learning Research 24 (2023), section
+5.1: y = f(x) + b_g + e with x uniform on (-1, 1)^10, s = 1 + sum x, f = s cos s + 2 x_1 x_2. One
+setting a call; the grid over five seeds:
+
+    python examples/random_intercepts.py -m levels=100,1000,10000 variance=0.1,1,10 seed=1,2,3,4,5
+"""
+
+import logging
+import time
+import warnings
+
+import hydra
+import torch
+from lightning import Trainer
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from openreml_nn import MixedModel, RandomEffect
+from openreml_nn.lightning import NeuralMixedModule
+
+DEFAULTS = OmegaConf.create(
+    {
+        "rows": 100_000,
+        "levels": 1000,
+        "variance": 1.0,
+        "seed": 1,
+        "epochs": 30,
+        "lr": 0.006,
+        "weight_decay": 0.1,
+        "methods": ["random_effects", "ignored", "embedding", "one_hot"],
+    }
+)
+hydra.core.config_store.ConfigStore.instance().store(name="defaults", node=DEFAULTS)
+
+
+def simulate(config: DictConfig) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The rows, and which of them are for training and for testing."""
+    g = torch.Generator().manual_seed(config.seed)
+    n = config.rows
+    x = 2 * torch.rand(n, 10, generator=g) - 1
+    s = 1 + x.sum(1)
+    f = s * s.cos() + 2 * x[:, 0] * x[:, 1]
+    weight = 1 + torch.poisson(torch.full((config.levels,), 3.0), generator=g)
+    codes = torch.multinomial(weight, n, replacement=True, generator=g)
+    b = config.variance**0.5 * torch.randn(config.levels, generator=g)
+    y = f + b[codes] + torch.randn(n, generator=g)
+    order = torch.randperm(n, generator=g)
+    return {"x": x, "y": y, "codes": codes}, order[: n * 4 // 5], order[n * 4 // 5 :]
+
+
+def network(inputs: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for width in (100, 50, 25, 12):
+        layers += [nn.Linear(inputs, width), nn.ReLU()]
+        inputs = width
+    return nn.Sequential(*layers, nn.Linear(inputs, 1))
+
+
+class WithGroup(nn.Module):
+    """The network on x and an encoding of the group."""
+
+    def __init__(self, levels: int, size: int) -> None:
+        super().__init__()
+        self.encoding = nn.Embedding(levels, size)
+        self.network = network(10 + size)
+
+    def forward(self, x: Tensor, codes: Tensor) -> Tensor:
+        return self.network(torch.cat([x, self.encoding(codes)], 1))[:, 0]
+
+
+class OneHot(nn.Module):
+    """The network on x and the group's indicators: in the first layer, a vector for each level."""
+
+    def __init__(self, levels: int) -> None:
+        super().__init__()
+        first, *rest = network(10)
+        self.first, self.rest = first, nn.Sequential(*rest)
+        self.of_level = nn.Embedding(levels, 100)
+        nn.init.uniform_(self.of_level.weight, -((10 + levels) ** -0.5), (10 + levels) ** -0.5)
+
+    def forward(self, x: Tensor, codes: Tensor) -> Tensor:
+        return self.rest(self.first(x) + self.of_level(codes))[:, 0]
+
+
+def optimizers(parameters, config: DictConfig, steps: int):
+    optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps)
+    return optimizer, scheduler
+
+
+def plain(method: str, data, train: Tensor, test: Tensor, config: DictConfig) -> dict[str, float]:
+    """The network alone, by mini-batches of least squares."""
+    module = {
+        "ignored": lambda: network(10),
+        "embedding": lambda: WithGroup(config.levels, 10),
+        "one_hot": lambda: OneHot(config.levels),
+    }[method]()
+    optimizer, scheduler = optimizers(module.parameters(), config, config.epochs)
+
+    def predict(at: Tensor) -> Tensor:
+        x, codes = data["x"][at], data["codes"][at]
+        return module(x)[:, 0] if method == "ignored" else module(x, codes)
+
+    for _ in range(config.epochs):
+        for at in train[torch.randperm(len(train))].split(512):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(predict(at), data["y"][at]).backward()
+            optimizer.step()
+        scheduler.step()
+    with torch.no_grad():
+        return {"test_mse": float(((predict(test) - data["y"][test]) ** 2).mean())}
+
+
+def mixed(data, train: Tensor, test: Tensor, config: DictConfig) -> dict[str, float]:
+    """The network with random intercepts."""
+    part = {"x": data["x"][train], "y": data["y"][train], "groups": {"g": data["codes"][train]}}
+    model = MixedModel(network(10), {"g": RandomEffect(config.levels)})
+
+    class Scheduled(NeuralMixedModule):
+        def configure_optimizers(self):
+            optimizer, scheduler = optimizers(model.network_parameters(), config, config.epochs + 1)
+            return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    module = Scheduled(model, part, optimizer=torch.optim.AdamW, rows=512)
+    Trainer(
+        max_epochs=config.epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(module)
+    found = model.predict({"x": data["x"][test], "groups": {"g": data["codes"][test]}})
+    error = (found.mean - data["y"][test]).abs()
+    effect = model.random["g"]
+    sigma2_b, sigma2_e = module.variances()
+    return {
+        "test_mse": float((error**2).mean()),
+        "noise_floor": 1 + float(effect.variance[data["codes"][test], 0, 0].mean()),
+        "sigma2_b": sigma2_b.value,
+        "sigma2_b_error": sigma2_b.std_error,
+        "sigma2_e": sigma2_e.value,
+        "sigma2_e_error": sigma2_e.std_error,
+        "coverage_95": float((error < 1.96 * found.variance.sqrt()).double().mean()),
+    }
+
+
+@hydra.main(version_base="1.3", config_path=None, config_name="defaults")
+def main(config: DictConfig) -> None:
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    data, train, test = simulate(config)
+    for method in config.methods:
+        torch.manual_seed(config.seed)
+        start = time.perf_counter()
+        if method == "random_effects":
+            found = mixed(data, train, test, config)
+        else:
+            found = plain(method, data, train, test, config)
+        found["seconds"] = time.perf_counter() - start
+        numbers = "  ".join(f"{key} {value:.4f}" for key, value in found.items())
+        print(f"levels {config.levels}  variance {config.variance}  {method:<14}  {numbers}")
+
+
+if __name__ == "__main__":
+    main()
