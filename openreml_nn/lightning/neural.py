@@ -76,6 +76,7 @@ class NeuralMixedModule(LightningModule):
         self._make_optimizer = optimizer
         self._rows_of_data = data
         self._offset: Tensor | None = None
+        self._losses: list[Tensor] = []
         self.automatic_optimization = False
 
     def train_dataloader(self) -> DataLoader[Tensor]:
@@ -112,10 +113,13 @@ class NeuralMixedModule(LightningModule):
             loss = torch.nn.functional.mse_loss(output, target.to(output.dtype))
             self.manual_backward(loss)
         optimizer.step()
-        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(data["y"]))
+        self._losses.append(loss.detach())
 
     def on_train_epoch_end(self) -> None:
         """An AI-REML step of the covariance, and the BLUPs that go with it."""
+        # Once an epoch: logging each batch would take longer than its step.
+        self.log("train_loss", torch.stack(self._losses).mean(), prog_bar=True)
+        self._losses.clear()
         objective = self.model.objective(self._rows_of_data)
         step = average_information_step([objective], list(self.model.covariance_parameters()))
         self.steps.append(step)

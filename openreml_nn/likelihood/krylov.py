@@ -218,8 +218,8 @@ class KrylovProblem(GroupedProblem):
 
     def recorded(self, matrices: Sequence[Tensor]) -> Tensor:
         raise NotImplementedError(
-            "the krylov solver has the gradient by covariance parameters only, and no second "
-            "derivative: use solver='blocked'"
+            "the krylov solver has no second derivative, and no gradient by a trainable design: "
+            "use solver='blocked'"
         )
 
     def cost(self) -> tuple[float, float]:

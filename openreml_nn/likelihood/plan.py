@@ -100,18 +100,17 @@ class Plan:
                 raise
             return cls("dense", str(error), rows, fixed_effects, *dense)
         if solver == "blocked":
-            reason = "asked for"
-        elif blocked[1] <= dense[1]:
-            reason = f"{dense[1] / blocked[1]:.3g} times less work than the dense solver"
-        else:
-            reason = f"{blocked[1] / dense[1]:.3g} times less work than the blocked solver"
-            return cls("dense", reason, rows, fixed_effects, *dense)
-        if solver == "auto" and blocked[2] > MOST_BYTES:
-            bytes_needed = _forecast(parts, fixed_effects, dtype.itemsize)
-            if bytes_needed > MOST_BYTES and KrylovProblem.fits(parts):
-                reason = f"exact solvers would need {bytes_needed / 2**30:.3g} GiB"
+            return cls("blocked", "asked for", rows, fixed_effects, *blocked)
+        if min(blocked[2], dense[2]) > MOST_BYTES and KrylovProblem.fits(parts):
+            needed = min(_forecast(parts, fixed_effects, dtype.itemsize), dense[2])
+            if needed > MOST_BYTES:
+                reason = f"exact solvers would need {needed / 2**30:.3g} GiB"
                 return cls("krylov", reason, rows, fixed_effects, *blocked)
-        return cls("blocked", reason, rows, fixed_effects, *blocked)
+        if blocked[1] <= dense[1]:
+            reason = f"{dense[1] / blocked[1]:.3g} times less work than the dense solver"
+            return cls("blocked", reason, rows, fixed_effects, *blocked)
+        reason = f"{blocked[1] / dense[1]:.3g} times less work than the blocked solver"
+        return cls("dense", reason, rows, fixed_effects, *dense)
 
     @property
     def problem(self) -> type[Problem]:

@@ -110,7 +110,7 @@ def pedigree(path: Path, n: int) -> None:
     pd.DataFrame({"y": value + rng.standard_normal(n)}).to_parquet(path)
 
 
-def chunked(path: Path, n: int, users: int = 10_000, items: int = 500) -> None:
+def chunked(path: Path, n: int, users: int = 2_000, items: int = 200) -> None:
     """Random slopes of users, crossed with items, written part by part."""
     rng = np.random.default_rng(0)
     b, slope, c = (rng.standard_normal(size) for size in (users, users, items))

@@ -148,8 +148,19 @@ def test_what_it_cannot_do_is_said():
     with pytest.raises(ValueError, match="residuals of one variance"):
         REMLLoss(strata, solver="krylov")(y, X)
     V, y, X = crossed()
-    with pytest.raises(NotImplementedError, match="covariance parameters only"):
-        REMLLoss(V, solver="krylov")(y.requires_grad_(), X)
+    value = REMLLoss(V, solver="krylov")(y, X)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(value, list(V.parameters()), create_graph=True)
+
+
+def test_the_gradient_by_the_response_is_exact():
+    V, y, X = crossed()
+    y.requires_grad_()
+    gradient = {
+        solver: torch.autograd.grad(REMLLoss(V, "ml", solver)(y, X), y)[0]
+        for solver in ("blocked", "krylov")
+    }
+    torch.testing.assert_close(gradient["krylov"], gradient["blocked"], rtol=1e-8, atol=1e-11)
 
 
 def related(n, q, traits, seed, crossed=True):
