@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from lightning import LightningModule
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from openreml_nn.estimation.aireml import Step, average_information_step
 from openreml_nn.estimation.result import Estimate, REMLResult
@@ -76,14 +77,11 @@ class NeuralMixedModule(LightningModule):
         self._make_optimizer = optimizer
         self._rows_of_data = data
         self._offset: Tensor | None = None
-        self._losses: list[Tensor] = []
         self.automatic_optimization = False
 
-    def train_dataloader(self) -> DataLoader[Tensor]:
-        """Numbers of rows: mini-batches in alternating training, else all at once."""
-        n = len(self._rows_of_data["y"])
-        alternating = self.training_way == "alternating"
-        return DataLoader(_Shuffled(n, self.rows if alternating else n), batch_size=None)
+    def train_dataloader(self) -> DataLoader[Any]:
+        """The numbers of all rows: an epoch is one batch."""
+        return DataLoader([torch.arange(len(self._rows_of_data["y"]))], batch_size=None)  # type: ignore[arg-type]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         parameters = list(self.model.network_parameters())
@@ -95,31 +93,43 @@ class NeuralMixedModule(LightningModule):
         """Move the data to the module's device."""
         self._rows_of_data = move_data_to_device(dict(self._rows_of_data), self.device)
 
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        """A step of the network."""
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        """An epoch of the network: one step, or one for each mini-batch in a new order."""
+        if self.training_way == "full":
+            loss = self._step(partial(self.model.loss, self._rows_of_data))
+        elif self.training_way == "parts":
+            optimizer = self._optimizer()
+            optimizer.zero_grad()
+            loss = self.model.backward_in_parts(self._rows_of_data, self.rows)
+            optimizer.step()
+        else:
+            order = batch[torch.randperm(len(batch), device=batch.device)]
+            losses = [self._step(partial(self._squares, at)) for at in order.split(self.rows)]
+            loss = torch.stack(losses).mean()
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch))
+
+    def _optimizer(self) -> Any:
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
-        data = self._rows_of_data
+        return optimizer
+
+    def _step(self, function: Callable[[], Tensor]) -> Tensor:
+        optimizer = self._optimizer()
         optimizer.zero_grad()
-        if self.training_way == "parts":
-            loss = self.model.backward_in_parts(data, self.rows)
-        elif self.training_way == "full":
-            loss = self.model.loss(data)
-            self.manual_backward(loss)
-        else:
-            at = batch
-            target = data["y"][at] if self._offset is None else data["y"][at] - self._offset[at]
-            output = self.model({"x": _take(data["x"], at)})
-            loss = torch.nn.functional.mse_loss(output, target.to(output.dtype))
-            self.manual_backward(loss)
+        loss = function()
+        self.manual_backward(loss)
         optimizer.step()
-        self._losses.append(loss.detach())
+        return loss.detach()
+
+    def _squares(self, at: Tensor) -> Tensor:
+        """Least squares of some rows, less their random effects."""
+        data = self._rows_of_data
+        target = data["y"][at] if self._offset is None else data["y"][at] - self._offset[at]
+        output = self.model({"x": _take(data["x"], at)})
+        return torch.nn.functional.mse_loss(output, target.to(output.dtype))
 
     def on_train_epoch_end(self) -> None:
         """An AI-REML step of the covariance, and the BLUPs that go with it."""
-        # Once an epoch: logging each batch would take longer than its step.
-        self.log("train_loss", torch.stack(self._losses).mean(), prog_bar=True)
-        self._losses.clear()
         objective = self.model.objective(self._rows_of_data)
         step = average_information_step([objective], list(self.model.covariance_parameters()))
         self.steps.append(step)
@@ -158,19 +168,6 @@ class NeuralMixedModule(LightningModule):
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Prediction:
         """Predictions of a batch."""
         return self.model.predict(batch)
-
-
-class _Shuffled(IterableDataset[Tensor]):
-    """Numbers of rows in a new order each time, so many at once."""
-
-    def __init__(self, n: int, rows: int) -> None:
-        self._n, self._rows = n, rows
-
-    def __iter__(self) -> Iterator[Tensor]:
-        yield from torch.randperm(self._n).split(self._rows)
-
-    def __len__(self) -> int:
-        return -(-self._n // self._rows)
 
 
 def _take(x: Any, at: Tensor) -> Any:
