@@ -324,16 +324,21 @@ class _Stepper:
         target = u + move
         vanishing = torch.tensor(self._curvature.at.vanishing, device=u.device)
         ends = vanishing & (u > 0) & (target <= 0.1 * u)
-        candidates = [target]
-        if bool(ends.any()):
-            # Perhaps it ends at zero, perhaps the step is too long.
-            candidates += [torch.where(ends, 0, target), torch.where(ends, u / 2, target)]
-        reached, best = max(((self._at(v), -i) for i, v in enumerate(candidates)))
-        if reached < self._least:
+        reached = self._at(target)
+        # What the quadratic promises; a step that keeps half of it needs no better one.
+        promised = float(self._curvature.score @ move - move @ self._curvature.hessian @ move / 2)
+        kept = reached - self._start > promised / 2 and bool((target[ends] > 0).all())
+        if not bool(ends.any()) or kept:
+            return reached if reached >= self._least else None
+        # Perhaps it ends at zero, perhaps the step is too long.
+        candidates = [target, torch.where(ends, 0, target), torch.where(ends, u / 2, target)]
+        values = [reached, *(self._at(v) for v in candidates[1:])]
+        best = values.index(max(values))
+        if values[best] < self._least:
             return None
-        if best != -(len(candidates) - 1):
-            self._at(candidates[-best])
-        return reached
+        if best != len(candidates) - 1:
+            self._at(candidates[best])
+        return values[best]
 
     def _escape(self) -> float | None:
         """Leave zero where the likelihood rises from there, which no gradient shows."""
