@@ -319,7 +319,8 @@ class ScaledCovariance(Covariance):
         t, q = self.matrix.shape[0], self.kernel.size
         K = self.kernel.dense().to(cotangent)
         if t == 1:
-            return (cotangent * K).sum().reshape(1, 1)
+            # A product without a matrix of its own to hold it.
+            return (cotangent.reshape(-1) @ K.reshape(-1)).reshape(1, 1)
         return torch.einsum("ij,iajb->ab", K, cotangent.reshape(q, t, q, t))
 
 

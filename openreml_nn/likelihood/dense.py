@@ -94,9 +94,7 @@ class _DenseEvaluation(Evaluation):
     def __init__(self, problem: DenseProblem, terms: Sequence[Term]) -> None:
         self._problem = problem
         self._terms = terms
-        V = terms[0].dense()
-        for term in terms[1:]:
-            V = V + term.dense()
+        V = _total(terms)
         y, Q = problem.fixed.y, problem.fixed.Q
         self._L = L = cholesky(V, "V")
         white = torch.linalg.solve_triangular(L, torch.cat([Q, y[:, None]], 1), upper=False)
@@ -127,13 +125,15 @@ class _DenseEvaluation(Evaluation):
     def _projector(self) -> Tensor:
         """P itself (n, n)."""
         half = torch.linalg.solve_triangular(self.gamma_factor, self._white_Q.mT, upper=False)
-        return torch.cholesky_inverse(self._L) - self._back(half.mT) @ self._back(half.mT).mT
+        lost = self._back(half.mT)
+        return torch.cholesky_inverse(self._L).addmm_(lost, lost.mT, alpha=-1)
 
     def scores(self) -> list[Tensor]:
         p_y = self._p_y()
         reml = self._problem.method == "reml"
         trace = self._projector() if reml else torch.cholesky_inverse(self._L)
-        S = (torch.outer(p_y, p_y) - trace) / 2
+        # In place: matrices of this size take longer to write than to compute.
+        S = trace.mul_(-0.5).addr_(p_y, p_y, alpha=0.5)
         return [term.covariance.fold(_within(term, S)) for term in self._terms]
 
     def information(self, derivatives: Sequence[Tensor]) -> Tensor:
@@ -160,6 +160,20 @@ class _DenseEvaluation(Evaluation):
             b = term.covariance.multiply(u)[:, 0]
             found.append(RandomEffects.of(term, b, _within(term, projector)))
         return found
+
+
+def _total(terms: Sequence[Term]) -> Tensor:
+    """V, what is a multiple of the identity added to its diagonal alone."""
+    parts = [term.dense() for term in terms if not term.is_residual]
+    if not parts:
+        return torch.stack([term.dense() for term in terms]).sum(0)
+    V = parts[0]
+    for part in parts[1:]:
+        V = V + part
+    nugget = [term.covariance.matrix.reshape(()) for term in terms if term.is_residual]
+    if not nugget:
+        return V
+    return torch.diagonal_scatter(V, V.diagonal() + torch.stack(nugget).sum())
 
 
 def _within(term: Term, square: Tensor) -> Tensor:
