@@ -325,9 +325,10 @@ class _Stepper:
         vanishing = torch.tensor(self._curvature.at.vanishing, device=u.device)
         ends = vanishing & (u > 0) & (target <= 0.1 * u)
         reached = self._at(target)
-        # What the quadratic promises; a step that keeps half of it needs no better one.
+        # What the quadratic promises; a step that keeps half of it, and is not all the way to zero,
+        # needs no better one.
         promised = float(self._curvature.score @ move - move @ self._curvature.hessian @ move / 2)
-        kept = reached - self._start > promised / 2 and bool((target[ends] > 0).all())
+        kept = reached - self._start > promised / 2 and bool((target > 0.02 * u)[ends].all())
         if not bool(ends.any()) or kept:
             return reached if reached >= self._least else None
         # Perhaps it ends at zero, perhaps the step is too long.
