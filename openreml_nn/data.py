@@ -30,6 +30,7 @@ from openreml_nn.covariance import (
     UnstructuredMatrix,
     weighted,
 )
+from openreml_nn.covariance.structures import in_cells
 from openreml_nn.errors import InputError
 from openreml_nn.estimation.result import Label
 from openreml_nn.formula import (
@@ -133,10 +134,7 @@ class ResidualDesign:
             "us": UnstructuredMatrix,
             "diag": DiagonalMatrix,
         }[self.kind](size)
-        return CovariancePropagation(
-            z=DummyMatrix.from_codes(self.codes, self.groups * size),
-            g=KroneckerProduct(groups=IdentityMatrix(self.groups), matrix=matrix),
-        )
+        return in_cells(self.codes, self.groups, matrix)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from openreml_nn.covariance import (
 from openreml_nn.likelihood import REMLLoss
 from openreml_nn.likelihood.loss import Objective
 
-__all__ = ["MixedModel", "Prediction", "RandomEffect"]
+__all__ = ["MixedModel", "Prediction", "RandomEffect", "take"]
 
 Batch = Mapping[str, Any]
 
@@ -254,7 +254,8 @@ class MixedModel(nn.Module):
         Returns:
             The loss.
         """
-        parts = [_rows(batch["x"], i, rows) for i in range(0, len(batch["y"]), rows)]
+        starts = range(0, len(batch["y"]), rows)
+        parts = [take(batch["x"], slice(i, i + rows)) for i in starts]
         with torch.no_grad():
             outputs = [self({"x": x}) for x in parts]
         output = torch.cat(outputs).requires_grad_()
@@ -446,13 +447,13 @@ def _eval(module: nn.Module) -> Iterator[None]:
         module.train(training)
 
 
-def _rows(x: Any, start: int, rows: int) -> Any:
+def take(x: Any, rows: slice | Tensor) -> Any:
     """Some rows of a tensor, or of each in a tuple, list or dict."""
     if isinstance(x, Mapping):
-        return {key: _rows(value, start, rows) for key, value in x.items()}
+        return {key: take(value, rows) for key, value in x.items()}
     if isinstance(x, tuple | list):
-        return type(x)(_rows(value, start, rows) for value in x)
-    return x[start : start + rows]
+        return type(x)(take(value, rows) for value in x)
+    return x[rows]
 
 
 def _same(kept: Tensor, given: Tensor) -> bool:

@@ -21,6 +21,7 @@ from openreml_nn.covariance.terms import (
     RepeatedCovariance,
     ScaledCovariance,
     Term,
+    is_scalar,
 )
 
 __all__ = ["KroneckerProduct"]
@@ -121,13 +122,13 @@ def _merge(outer: Term | None, inner: Term) -> Term | None:
             return Term(
                 _levels_last(q, k, small.device), ScaledCovariance(b.matrix * small, b.kernel)
             )
-        return Term(design, RepeatedCovariance(a.matrix * b.whole(k), q)) if _is_scalar(a) else None
+        return Term(design, RepeatedCovariance(a.matrix * b.whole(k), q)) if is_scalar(a) else None
     if isinstance(a, ScaledCovariance):
         small = _small(b, k)
         if small is None or len(a.matrix) > 1:
             return None
         return Term(design, ScaledCovariance(a.matrix * small, a.kernel))
-    if _is_scalar(a):
+    if is_scalar(a):
         if isinstance(b, RepeatedCovariance):
             known = getattr(a, "factor", None) is not None and b.factor is not None
             factor = a.factor * b.factor if known else None  # type: ignore[attr-defined]
@@ -136,16 +137,11 @@ def _merge(outer: Term | None, inner: Term) -> Term | None:
             return Term(design, DiagonalCovariance((a.matrix[0] * b.matrix).repeat(q)))
         return Term(design, RepeatedCovariance(a.matrix * b.whole(k), q))
     small = _small(a, q)
-    if _is_scalar(b) and small is not None:
+    if is_scalar(b) and small is not None:
         return Term(_levels_last(q, k, small.device), RepeatedCovariance(b.matrix * small, k))
     if _is_solid(a) and _is_solid(b):
         return Term(design, KroneckerCovariance.of(a.matrix, b.matrix))
     return None
-
-
-def _is_scalar(g: Covariance) -> bool:
-    """Whether it is a multiple of the identity."""
-    return isinstance(g, RepeatedCovariance) and len(g.matrix) == 1
 
 
 def _is_solid(g: Covariance) -> bool:

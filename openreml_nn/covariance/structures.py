@@ -178,9 +178,14 @@ def within(
     if len(np.unique(cell)) < len(cell):
         twice = pd.Series(cell).duplicated().argmax()
         raise ValueError(f"row {twice}: its group {names[group[twice]]!r} has its position already")
+    return in_cells(torch.from_numpy(cell), len(names), matrix)
+
+
+def in_cells(codes: Tensor, groups: int, matrix: Matrix) -> CovariancePropagation:
+    """:func:`within` by the cell of each row: its group, times the size of M, plus its position."""
     return CovariancePropagation(
-        z=DummyMatrix.from_codes(torch.from_numpy(cell), len(names) * size),
-        g=KroneckerProduct(groups=IdentityMatrix(len(names)), matrix=matrix),
+        z=DummyMatrix.from_codes(codes, groups * matrix.shape[0]),
+        g=KroneckerProduct(groups=IdentityMatrix(groups), matrix=matrix),
     )
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "ScaledCovariance",
     "Term",
     "has_own_columns",
+    "is_scalar",
     "kronecker",
     "propagate",
     "residual_terms",
@@ -124,6 +125,11 @@ class RepeatedCovariance(Covariance):
 
     def fold_blocks(self, cotangent: Tensor) -> Tensor:
         return cotangent.sum(0)
+
+
+def is_scalar(g: Covariance) -> bool:
+    """Whether it is known to be a multiple of the identity."""
+    return isinstance(g, RepeatedCovariance) and len(g.matrix) == 1
 
 
 @dataclass(frozen=True)
@@ -347,9 +353,7 @@ class Term:
     @property
     def is_residual(self) -> bool:
         r"""Whether it is :math:`\sigma^2 I` over the rows."""
-        g = self.covariance
-        scalar = isinstance(g, RepeatedCovariance) and g.matrix.shape[0] == 1
-        return scalar and isinstance(self.design, IdentityDesign)
+        return is_scalar(self.covariance) and isinstance(self.design, IdentityDesign)
 
     def take(self, rows: Tensor | None) -> Term:
         """The term of some of the rows."""

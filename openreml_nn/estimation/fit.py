@@ -11,9 +11,9 @@ from torch import Tensor
 
 from openreml_nn.covariance import Matrix
 from openreml_nn.covariance.terms import (
-    RepeatedCovariance,
     Term,
     has_own_columns,
+    is_scalar,
     residual_terms,
 )
 from openreml_nn.errors import InputError
@@ -65,10 +65,7 @@ def _check_confounded(terms: Sequence[Term]) -> None:
     if not any(terms[i].is_residual for i in residual):
         return
     for i, term in enumerate(terms):
-        single = (
-            isinstance(term.covariance, RepeatedCovariance) and len(term.covariance.matrix) == 1
-        )
-        if i not in residual and single and has_own_columns(term.design):
+        if i not in residual and is_scalar(term.covariance) and has_own_columns(term.design):
             n, q = term.design.shape
             raise InputError(
                 f"term {term.name!r} has {q} levels for {n} rows, one row each: it cannot be told "

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from openreml_nn.estimation.aireml import Step, average_information_step
 from openreml_nn.estimation.result import Estimate, REMLResult
 from openreml_nn.instantiate import build
-from openreml_nn.model import MixedModel, Prediction
+from openreml_nn.model import MixedModel, Prediction, take
 
 __all__ = ["NeuralMixedModule"]
 
@@ -125,7 +125,7 @@ class NeuralMixedModule(LightningModule):
         """Least squares of some rows, less their random effects."""
         data = self._rows_of_data
         target = data["y"][at] if self._offset is None else data["y"][at] - self._offset[at]
-        output = self.model({"x": _take(data["x"], at)})
+        output = self.model({"x": take(data["x"], at)})
         return torch.nn.functional.mse_loss(output, target.to(output.dtype))
 
     def on_train_epoch_end(self) -> None:
@@ -168,11 +168,3 @@ class NeuralMixedModule(LightningModule):
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Prediction:
         """Predictions of a batch."""
         return self.model.predict(batch)
-
-
-def _take(x: Any, at: Tensor) -> Any:
-    if isinstance(x, Mapping):
-        return {key: _take(value, at) for key, value in x.items()}
-    if isinstance(x, tuple | list):
-        return type(x)(_take(value, at) for value in x)
-    return x[at]

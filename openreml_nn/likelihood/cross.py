@@ -19,7 +19,15 @@ from openreml_nn.covariance.design import DenseDesign, Design, IndexedDesign
 from openreml_nn.likelihood.partition import Partition
 from openreml_nn.likelihood.products import Pattern, Products
 
-__all__ = ["Arrangement", "Cross", "DenseCross", "SparseCross", "SparsePattern", "System"]
+__all__ = [
+    "Arrangement",
+    "Cross",
+    "DenseCross",
+    "SparseCross",
+    "SparsePattern",
+    "System",
+    "entries_of",
+]
 
 #: Pairs of entries that are worked on at a time, to bound memory.
 _CHUNK = 2**21
@@ -30,6 +38,15 @@ PAIR_COST = 1000
 _MOST_PAIRS = 2**26
 #: Columns that a symmetric dense product is split into, so that half of it need not be computed.
 _PANELS = 8
+
+
+def entries_of(a: Tensor, b: Tensor, effects: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the entries of blocks (cells, k, m), of levels a and b."""
+    k, m = effects
+    row = a[:, None] * k + torch.arange(k, device=a.device)
+    column = b[:, None] * m + torch.arange(m, device=a.device)
+    shape = (len(a), k, m)
+    return row[:, :, None].expand(shape).reshape(-1), column[:, None, :].expand(shape).reshape(-1)
 
 
 class Cross:
@@ -325,15 +342,9 @@ class Arrangement:
         for i, t in enumerate(self._two):
             for j, u in enumerate(self._two[i:], i):
                 a, b = self._between(t, u)
-                row_effect = torch.arange(self._designs[t].effects, device=a.device)
-                col_effect = torch.arange(self._designs[u].effects, device=a.device)
-                row = self._starts[i] + a[:, None] * len(row_effect) + row_effect
-                col = self._starts[j] + b[:, None] * len(col_effect) + col_effect
-                shape = (len(a), len(row_effect), len(col_effect))
-                found[i, j] = (
-                    row[:, :, None].expand(shape).reshape(-1),
-                    col[:, None, :].expand(shape).reshape(-1),
-                )
+                effects = self._designs[t].effects, self._designs[u].effects
+                row, column = entries_of(a, b, effects)
+                found[i, j] = self._starts[i] + row, self._starts[j] + column
         return found
 
     def _links(

@@ -37,7 +37,7 @@ from openreml_nn.covariance.terms import (
     ScaledCovariance,
     Term,
 )
-from openreml_nn.likelihood.cross import Cross, System
+from openreml_nn.likelihood.cross import Cross, System, entries_of
 from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.grouped import (
     Crossed,
@@ -95,10 +95,9 @@ class ListedCross(Cross):
         if cells:
             rows, columns, values = [], [], []
         for (a, b, value), start in zip(cells, starts, strict=True):
-            i = a[:, None] * k + torch.arange(k, device=a.device)
-            j = start + b[:, None] * value.shape[2] + torch.arange(value.shape[2], device=a.device)
-            rows.append(i[:, :, None].expand_as(value).reshape(-1))
-            columns.append(j[:, None, :].expand_as(value).reshape(-1))
+            row, column = entries_of(a, b, (k, value.shape[2]))
+            rows.append(row)
+            columns.append(start + column)
             values.append(value.reshape(-1))
         index = torch.stack([torch.cat(rows), torch.cat(columns)])
         self._forward = _sparse(index, torch.cat(values), (levels * k, q))
@@ -279,11 +278,8 @@ class KrylovProblem(GroupedProblem):
         """:math:`Z_2^\\top Z_2`, sparse (q, q)."""
         index, values = [], []
         for (t, u), (a, b, value) in cells.items():
-            k, m = value.shape[1:]
-            i = self._starts[t] + a[:, None] * k + torch.arange(k, device=a.device)
-            j = self._starts[u] + b[:, None] * m + torch.arange(m, device=a.device)
-            row = i[:, :, None].expand_as(value).reshape(-1)
-            column = j[:, None, :].expand_as(value).reshape(-1)
+            row, column = entries_of(a, b, (value.shape[1], value.shape[2]))
+            row, column = self._starts[t] + row, self._starts[u] + column
             index.append(torch.stack([row, column]))
             values.append(value.reshape(-1))
             if t != u:
@@ -358,19 +354,19 @@ class _Scaled:
         blocks = [L.mT @ block @ L for L, block in zip(roots, own, strict=True)]
         for block, kernel in zip(blocks, problem.kernel_diagonals, strict=True):
             block.diagonal(dim1=1, dim2=2).add_(kernel)
-        self.factors = [cholesky(block, "V") for block in blocks]
-        self.log_det = 2 * sum(C.diagonal(dim1=1, dim2=2).log().sum() for C in self.factors)
-        #: :math:`C^{-1}`, and with it what moves effects to the system, for each term (levels, k, k)
-        self.inverses = [_inverse(C) for C in self.factors]
-        self._to = [C @ L.mT for C, L in zip(self.inverses, roots, strict=True)]
+        factors = [cholesky(block, "V") for block in blocks]
+        self.log_det = 2 * sum(C.diagonal(dim1=1, dim2=2).log().sum() for C in factors)
+        # C^-1 and C^-1 Lambda', which moves effects to the system, for each term (levels, k, k).
+        self.inverses = [_inverse(C) for C in factors]
+        self.halves = [C @ L.mT for C, L in zip(self.inverses, roots, strict=True)]
 
     def to(self, x: Tensor) -> Tensor:
         r""":math:`C^{-1} \Lambda^\top x`, from random effects to the system."""
-        return self._each(self._to, x)
+        return self._each(self.halves, x)
 
     def back(self, x: Tensor) -> Tensor:
         r""":math:`\Lambda C^{-\top} x`, from the system to random effects."""
-        return self._each([block.mT for block in self._to], x)
+        return self._each([block.mT for block in self.halves], x)
 
     def _each(self, blocks: Sequence[Tensor], x: Tensor) -> Tensor:
         parts = zip(blocks, self._problem.by_levels(x), strict=True)
@@ -386,10 +382,6 @@ class _Scaled:
                 half = (prior @ half.flatten(1)).reshape(half.shape)
             parts.append(_times(inverse, half))
         return self._problem.flat(parts, x) + self.to(self._times_e22(self.back(x)))
-
-    def halves(self) -> list[Tensor]:
-        r""":math:`C^{-1} \Lambda^\top` for each term, (levels, k, k)."""
-        return self._to
 
 
 def _inverse(C: Tensor) -> Tensor:
@@ -485,7 +477,7 @@ class _KrylovEvaluation(GroupedEvaluation):
         problem, W = self._problem, self._at.W
         assert isinstance(W, ListedCross)
         found = self._P.new_zeros(problem.levels, problem.k, problem.k)
-        for (a, b, value), half in zip(W.cells, self._system.halves(), strict=True):
+        for (a, b, value), half in zip(W.cells, self._system.halves, strict=True):
             part = value @ half.mT[b]
             found = found.index_add(0, a, part @ part.mT)
         left = W.times(self._system.back(self._inverse_z - problem.probes))
@@ -568,7 +560,7 @@ class _KrylovEvaluation(GroupedEvaluation):
     def _effects_of_kernel(self, i: int, term: Term, b: Tensor) -> RandomEffects:
         problem, system, z = self._problem, self._system, self._problem.probes
         grid = self._grids[i]
-        half = system.halves()[i]
+        half = system.halves[i]
         sample = problem.by_levels(self._inverse_z + system.times(z) - 2 * z)[i]
         mean = sample @ problem.by_levels(z)[i].mT / z.shape[1]
         eye = torch.eye(half.shape[-1], dtype=half.dtype, device=half.device)

@@ -24,6 +24,7 @@ from openreml_nn.covariance.terms import (
     DiagonalCovariance,
     RepeatedCovariance,
     Term,
+    is_scalar,
     residual_terms,
 )
 from openreml_nn.likelihood.problem import NotPositiveDefiniteError, cholesky
@@ -89,7 +90,9 @@ class Residual:
                 + (f"term {odd[0]!r} is over the rows and is not" if odd else "there are none")
             )
         parts = [terms[i] for i in at]
-        if all(_is_scalar(term) for term in parts) and len({_weights(t) for t in parts}) == 1:
+        # The same known weights, or none, by the identity of their tensor.
+        weights = {None if v is None else v.data_ptr() for v in map(_scale, parts)}
+        if all(is_scalar(term.covariance) for term in parts) and len(weights) == 1:
             return ScalarResidual(at, parts)
         return BlockResidual(at, parts)
 
@@ -110,18 +113,8 @@ class Residual:
         raise NotImplementedError
 
 
-def _is_scalar(term: Term) -> bool:
-    g = term.covariance
-    return isinstance(g, RepeatedCovariance) and g.matrix.shape[0] == 1
-
-
-def _weights(term: Term) -> int | None:
-    """Identity of the tensor of known weights."""
-    values = term.design.values if isinstance(term.design, IndexedDesign) else None
-    return None if values is None else values.data_ptr()
-
-
 def _scale(term: Term) -> Tensor | None:
+    """Known standard deviations of the rows, (n, 1), up to a factor."""
     return term.design.values if isinstance(term.design, IndexedDesign) else None
 
 
@@ -136,7 +129,6 @@ class ScalarResidual(Residual):
 
     def __init__(self, at: list[int], parts: Sequence[Term]) -> None:
         self.at = at
-        self._n = parts[0].design.shape[0]
         self._v = _scale(parts[0])
 
     def matrices(self, terms: Sequence[Term]) -> list[Tensor]:
