@@ -2,7 +2,7 @@
 
 The simulation of Simchoni and Rosset, Journal of Machine Learning Research 24 (2023), section
 5.1: y = f(x) + b_g + e with x uniform on (-1, 1)^10, s = 1 + sum x, f = s cos s + 2 x_1 x_2. One
-setting a call; the grid over five seeds:
+setting a call, or the grid over five seeds, of which a table is printed:
 
     python examples/random_intercepts.py -m levels=100,1000,10000 variance=0.1,1,10 seed=1,2,3,4,5
 """
@@ -10,9 +10,13 @@ setting a call; the grid over five seeds:
 import logging
 import time
 import warnings
+from pathlib import Path
 
 import hydra
+import pandas as pd
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
 from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
@@ -30,9 +34,22 @@ DEFAULTS = OmegaConf.create(
         "lr": 0.006,
         "weight_decay": 0.1,
         "methods": ["random_effects", "ignored", "embedding", "one_hot"],
+        "hydra": {"callbacks": {"table": {"_target_": "__main__.MeansOverSeeds"}}},
     }
 )
 hydra.core.config_store.ConfigStore.instance().store(name="defaults", node=DEFAULTS)
+
+
+class MeansOverSeeds(Callback):
+    """Prints the means over the seeds when a multirun ends."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: object) -> None:
+        parts = Path(config.hydra.sweep.dir).glob("*/found.csv")
+        found = pd.concat(map(pd.read_csv, sorted(parts, key=lambda part: int(part.parent.name))))
+        found["sigma2_b_off"] = (found.sigma2_b - found.variance) / found.sigma2_b_error
+        found["sigma2_e_off"] = (found.sigma2_e - 1) / found.sigma2_e_error
+        means = found.groupby(["variance", "levels", "method"], sort=False).mean()
+        print(means.drop(columns="seed").round(4).to_string(na_rep=""))
 
 
 def simulate(config: DictConfig) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -47,7 +64,7 @@ def simulate(config: DictConfig) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     b = config.variance**0.5 * torch.randn(config.levels, generator=g)
     y = f + b[codes] + torch.randn(n, generator=g)
     order = torch.randperm(n, generator=g)
-    return {"x": x, "y": y, "codes": codes}, order[: n * 4 // 5], order[n * 4 // 5 :]
+    return {"x": x, "y": y, "codes": codes, "b": b}, order[: n * 4 // 5], order[n * 4 // 5 :]
 
 
 def network(inputs: int) -> nn.Sequential:
@@ -118,12 +135,22 @@ def mixed(data, train: Tensor, test: Tensor, config: DictConfig) -> dict[str, fl
     part = {"x": data["x"][train], "y": data["y"][train], "groups": {"g": data["codes"][train]}}
     model = MixedModel(network(10), {"g": RandomEffect(config.levels)})
 
-    class Scheduled(NeuralMixedModule):
-        def configure_optimizers(self):
-            optimizer, scheduler = optimizers(model.network_parameters(), config, config.epochs + 1)
-            return {"optimizer": optimizer, "lr_scheduler": scheduler}
-
-    module = Scheduled(model, part, optimizer=torch.optim.AdamW, rows=512)
+    module = NeuralMixedModule(
+        model,
+        part,
+        optimizer={
+            "_target_": "torch.optim.AdamW",
+            "lr": config.lr,
+            "weight_decay": config.weight_decay,
+        },
+        scheduler={
+            "_target_": "torch.optim.lr_scheduler.OneCycleLR",
+            "max_lr": config.lr,
+            "total_steps": config.epochs + 1,
+        },
+        rows=512,
+        seed=config.seed,
+    )
     Trainer(
         max_epochs=config.epochs,
         accelerator="cpu",
@@ -132,8 +159,13 @@ def mixed(data, train: Tensor, test: Tensor, config: DictConfig) -> dict[str, fl
         enable_progress_bar=False,
         enable_model_summary=False,
     ).fit(module)
-    found = model.predict({"x": data["x"][test], "groups": {"g": data["codes"][test]}})
+    codes = data["codes"][test]
+    found = model.predict({"x": data["x"][test], "groups": {"g": codes}})
     error = (found.mean - data["y"][test]).abs()
+    # The same rows, each in a level of its own that was not seen.
+    unseen = model.predict({"x": data["x"][test], "groups": {"g": torch.full_like(codes, -1)}})
+    own = data["y"][test] + config.variance**0.5 * torch.randn(len(test)) - data["b"][codes]
+    off = (unseen.mean - own).abs()
     effect = model.random["g"]
     sigma2_b, sigma2_e = module.variances()
     return {
@@ -143,7 +175,8 @@ def mixed(data, train: Tensor, test: Tensor, config: DictConfig) -> dict[str, fl
         "sigma2_b_error": sigma2_b.std_error,
         "sigma2_e": sigma2_e.value,
         "sigma2_e_error": sigma2_e.std_error,
-        "coverage_95": float((error < 1.96 * found.variance.sqrt()).double().mean()),
+        "coverage": float((error < 1.96 * found.variance.sqrt()).double().mean()),
+        "coverage_unseen": float((off < 1.96 * unseen.variance.sqrt()).double().mean()),
     }
 
 
@@ -152,6 +185,7 @@ def main(config: DictConfig) -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     data, train, test = simulate(config)
+    table = []
     for method in config.methods:
         torch.manual_seed(config.seed)
         start = time.perf_counter()
@@ -161,7 +195,11 @@ def main(config: DictConfig) -> None:
             found = plain(method, data, train, test, config)
         found["seconds"] = time.perf_counter() - start
         numbers = "  ".join(f"{key} {value:.4f}" for key, value in found.items())
-        print(f"levels {config.levels}  variance {config.variance}  {method:<14}  {numbers}")
+        setting = {key: config[key] for key in ("variance", "levels", "seed")}
+        print(*(f"{key} {value}" for key, value in setting.items()), method, numbers, flush=True)
+        table.append({**setting, "method": method, **found})
+    output = Path(HydraConfig.get().runtime.output_dir)
+    pd.DataFrame(table).to_csv(output / "found.csv", index=False)
 
 
 if __name__ == "__main__":

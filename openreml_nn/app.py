@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from openreml_nn.files import replacing, write_text
 from openreml_nn.likelihood import NotPositiveDefiniteError
 
 if TYPE_CHECKING:
-    from openreml_nn.lightning import MixedModelModule
+    from openreml_nn.lightning import MixedModelModule, TabularMixedModule
 
 __all__ = ["main", "quoted"]
 
@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: as on the command line, those of the process by default.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    name, task = "config", fit
+    name = "config"
+    task: Callable[[DictConfig], float | None] = fit
     if given[:1] == ["predict"]:
         name, task, given = "predict", predict, given[1:]
     sys.argv = [sys.argv[0], *map(quoted, given)]
@@ -75,10 +76,15 @@ def quoted(argument: str) -> str:
     return f"{argument[: found.start(2)]}'{text}{chr(92) * trailing}'"
 
 
-def fit(config: DictConfig) -> None:
-    """Fit a model to a table and write the run's directory."""
+def fit(config: DictConfig) -> float:
+    """Fit a model to a table and write the run's directory.
+
+    Returns:
+        What a sweep minimises: the negative log density of the rows held out, or the deviance.
+    """
     with _reported(Path(HydraConfig.get().runtime.output_dir)):
-        _fit(config, Path(HydraConfig.get().runtime.output_dir))
+        return _fit(config, Path(HydraConfig.get().runtime.output_dir))
+    raise AssertionError("unreachable")
 
 
 def predict(config: DictConfig) -> None:
@@ -87,13 +93,13 @@ def predict(config: DictConfig) -> None:
         _predict(config, Path(HydraConfig.get().runtime.output_dir))
 
 
-def _fit(config: DictConfig, directory: Path) -> None:
+def _fit(config: DictConfig, directory: Path) -> float:
     import lightning
     from rich.console import Console
 
     from openreml_nn.estimation.summary import tables
     from openreml_nn.instantiate import build
-    from openreml_nn.lightning import MixedModelDataModule, MixedModelModule
+    from openreml_nn.lightning import MixedModelDataModule
     from openreml_nn.report import Run, write_run
 
     for key in ("seed", "trainer.max_epochs"):
@@ -102,27 +108,45 @@ def _fit(config: DictConfig, directory: Path) -> None:
             raise InputError(f"{key} is {value!r}: expected a whole number")
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     formula, categorical = _formula(config), _names(config.data.categorical)
-    structure = {"residual": config.model.residual, "weights": config.model.weights}
-    optimizer: Any = OmegaConf.to_container(config.optimizer, resolve=True)
-    model = MixedModelModule(
-        formula, categorical, config.model.method, config.model.solver, optimizer, **structure
-    )
+    model = _linear(config) if "method" in config.model else _neural(config)
     start = time.perf_counter()
     if config.data.chunk_rows is not None:
         trainer = build(config.trainer, "trainer", logger=False)
         dropped, name = _fit_chunks(config, model), "AIREML"
         trainer.strategy.connect(model)
     else:
-        data = MixedModelDataModule(_table(config), formula, categorical, **structure)
+        structure = {}
+        if "method" in config.model:
+            structure = {"residual": config.model.residual, "weights": config.model.weights}
+        data = MixedModelDataModule(
+            _table(config),
+            formula,
+            categorical,
+            **structure,
+            validation=config.data.validation,
+            split=config.data.split,
+            split_by=config.data.split_by,
+            seed=config.seed,
+        )
         data.setup("fit")
-        callbacks = [build(part, "callbacks") for part in (config.callbacks or {}).values() if part]
+        bar = config.trainer.get("enable_progress_bar", True)
+        callbacks = [
+            build(part, "callbacks")
+            for part in (config.callbacks or {}).values()
+            if part and (bar or not str(part.get("_target_")).endswith("ProgressBar"))
+        ]
         loggers = [build(part, "logger") for part in (config.logger or {}).values() if part]
         trainer = build(config.trainer, "trainer", callbacks=callbacks, logger=loggers)
         start = time.perf_counter()
         trainer.fit(model, data)
         dropped, name = data.encoded.dropped_rows, type(trainer.optimizers[0]).__name__
+    if not trainer.is_global_zero:
+        trainer.save_checkpoint(directory / "model.ckpt", weights_only=False)
+        return 0.0  # the first process writes
     assert model.result is not None
-    run = Run(model.result, formula, dropped, name, time.perf_counter() - start)
+    validation = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
+    seconds = time.perf_counter() - start
+    run = Run(model.result, formula, dropped, name, seconds, validation)
     if not model.result.converged:
         warnings.warn(
             f"not converged after {model.result.iterations} iterations: score norm "
@@ -133,16 +157,64 @@ def _fit(config: DictConfig, directory: Path) -> None:
     console = Console()
     for part in tables(model.result, formula):
         console.print(part, soft_wrap=isinstance(part, str))
+    if validation:
+        values = ", ".join(f"{key.removeprefix('val_')} {v:.5g}" for key, v in validation.items())
+        console.print(f"held out: {values.replace('_', ' ')}", highlight=False)
     write_text(directory / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
     with replacing(directory / "model.ckpt") as temporary:
         trainer.save_checkpoint(temporary, weights_only=False)
     write_run(run, directory)
     console.print(f"written to {_shown(directory)}", soft_wrap=True, highlight=False)
+    return validation.get("val_negative_log_density", model.result.deviance)
 
 
-def _fit_chunks(config: DictConfig, model: MixedModelModule) -> int:
+def _linear(config: DictConfig) -> MixedModelModule:
+    from openreml_nn.lightning import MixedModelModule
+
+    model = config.model
+    return MixedModelModule(
+        _formula(config),
+        _names(config.data.categorical),
+        model.method,
+        model.solver,
+        _plain(config.optimizer),
+        model.residual,
+        model.weights,
+    )
+
+
+def _neural(config: DictConfig) -> TabularMixedModule:
+    from openreml_nn.lightning import TabularMixedModule
+
+    optimizer, model = _plain(config.optimizer), _plain(config.model)
+    if str(optimizer.get("_target_", "")).endswith("AIREML"):
+        raise InputError(
+            "optimizer aireml is for the covariance, where it is the default: the network needs "
+            "another, such as optimizer=adam"
+        )
+    if config.data.chunk_rows is not None:
+        raise InputError("data.chunk_rows is for linear models: leave it out with model=neural")
+    names = ("head", "residual", "kernels", "solver", "training", "rows", "scheduler", "clip")
+    try:
+        return TabularMixedModule(
+            _formula(config),
+            model["network"],
+            categorical=_names(config.data.categorical),
+            covariance_optimizer=model["covariance_optimizer"],
+            optimizer=optimizer,
+            seed=config.seed,
+            **{name: model[name] for name in names},
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _fit_chunks(config: DictConfig, model: MixedModelModule | TabularMixedModule) -> int:
     """Fit a file chunk by chunk, give the module the estimates; returns the rows left out."""
+    from openreml_nn.lightning import MixedModelModule
     from openreml_nn.stream import accumulate
+
+    assert isinstance(model, MixedModelModule)
 
     if config.model.residual is not None or config.model.weights is not None:
         raise InputError(
@@ -182,15 +254,25 @@ def _configs() -> Path:
     return inside if inside.is_dir() else package.parent / "configs"
 
 
-def _table(config: DictConfig) -> str:
-    from openreml_nn.datasets import table_path
+def _table(config: DictConfig) -> Any:
+    """The path of the table, or a simulated one."""
+    from openreml_nn.datasets import SIMULATED, table_path
 
     if config.data.path is not None:
         return str(config.data.path)
+    if config.data.name in SIMULATED:
+        simulate: Any = SIMULATED[config.data.name]
+        return simulate()
     try:
         return str(table_path(config.data.name))
     except ValueError as error:
         raise InputError(str(error)) from None
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    found = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(found, dict)
+    return found  # type: ignore[return-value]
 
 
 def _names(columns: Any) -> list[str]:
@@ -209,15 +291,18 @@ def _formula(config: DictConfig) -> str:
     return str(config.model.formula)
 
 
-def _load(checkpoint: str) -> MixedModelModule:
-    from openreml_nn.lightning import MixedModelModule
+def _load(checkpoint: str) -> MixedModelModule | TabularMixedModule:
+    import torch
+
+    from openreml_nn.lightning import MixedModelModule, TabularMixedModule
 
     if not Path(checkpoint).is_file():
         raise InputError(f"checkpoint {checkpoint!r} does not exist: expected the file of a run")
     try:
-        return MixedModelModule.load_from_checkpoint(
-            checkpoint, map_location="cpu", weights_only=True
-        )
+        kept = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        kind = TabularMixedModule if "tabular" in kept else MixedModelModule
+        load: Any = kind.load_from_checkpoint
+        return load(checkpoint, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"checkpoint {checkpoint!r} cannot be loaded: {reason}") from error

@@ -183,8 +183,14 @@ class Encoded:
         return Sum(parts).to(self.X.dtype)
 
     def batch(self) -> dict[str, Any]:
-        """X, and for each random effect its codes and values, for prediction."""
-        return {"X": self.X, "random": {d.name: (d.codes, d.values) for d in self.random}}
+        """The table as a batch of :class:`MixedModel`: ``x`` the model matrix, ``y``, and for
+        each random effect its codes in ``groups`` and its values in ``values``."""
+        found = {
+            "x": self.X,
+            "groups": {d.name: d.codes for d in self.random},
+            "values": {d.name: d.values for d in self.random},
+        }
+        return found if self.y is None else {"y": self.y, **found}
 
     @property
     def labels(self) -> dict[str, Label]:

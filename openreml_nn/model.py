@@ -8,10 +8,12 @@ batch; the loss is the likelihood of :class:`REMLLoss`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -192,7 +194,7 @@ class MixedModel(nn.Module):
 
     def covariance_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the covariance: what :class:`AIREML` is for."""
-        for effect in self._effects().values():
+        for effect in self.effects().values():
             yield from effect.g.parameters()
         if isinstance(self.residual, Matrix):
             yield from self.residual.parameters()
@@ -202,7 +204,8 @@ class MixedModel(nn.Module):
         own = {id(p) for p in self.covariance_parameters()}
         return (p for p in self.parameters() if id(p) not in own)
 
-    def _effects(self) -> dict[str, RandomEffect]:
+    def effects(self) -> dict[str, RandomEffect]:
+        """The random effects by name."""
         return dict(self.random.items())  # type: ignore[arg-type]
 
     # ------------------------------------------------------------------ likelihood
@@ -235,38 +238,65 @@ class MixedModel(nn.Module):
 
     def loss_of(self, output: Tensor, batch: Batch) -> Tensor:
         """The same for what the network has yielded."""
-        loss, y, X = self._data(output, batch)
+        loss, y, X = self.data(output, batch)
         return loss(y, X)
 
-    def objective(self, batch: Batch) -> Objective:
-        """The likelihood in the covariance parameters alone, for an optimizer."""
+    @torch.no_grad()
+    def outputs(self, x: Any, rows: int) -> Tensor:
+        """What the network yields, ``rows`` at a time, without recording and without dropout."""
+        with _eval(self):
+            return torch.cat([self({"x": part}) for part in _split(x, rows)])
+
+    def objective(self, batch: Batch, output: Tensor | None = None) -> Objective:
+        """The likelihood in the covariance parameters alone, for an optimizer.
+
+        Args:
+            batch: the data.
+            output: what the network has yielded for them, if it is known.
+        """
         with torch.no_grad():
-            loss, y, X = self._data(self(batch), batch)
+            loss, y, X = self.data(self(batch) if output is None else output, batch)
             return loss.objective(y, X)
 
-    def backward_in_parts(self, batch: Batch, rows: int) -> Tensor:
+    def backward_in_parts(
+        self,
+        batch: Batch,
+        rows: int,
+        own: slice = slice(None),
+        gather: Callable[[Tensor, int], Tensor] = lambda output, n: output,
+        backward: Callable[[Tensor], None] = Tensor.backward,
+    ) -> Tensor:
         """Accumulate the exact gradient of the loss in the memory of a few rows.
 
         A first pass without recording yields the network's output for all rows, the
         likelihood its derivative by each of them, and a second pass, ``rows`` at a time,
         takes it back through the network.
 
+        Args:
+            batch: the data.
+            rows: rows that the network sees at a time.
+            own: rows that it sees at all, where several processes share them.
+            gather: makes all processes' outputs of theirs.
+            backward: takes the place of ``Tensor.backward``.
+
         Returns:
             The loss.
         """
-        starts = range(0, len(batch["y"]), rows)
-        parts = [take(batch["x"], slice(i, i + rows)) for i in starts]
-        with torch.no_grad():
-            outputs = [self({"x": x}) for x in parts]
-        output = torch.cat(outputs).requires_grad_()
-        loss = self.loss_of(output, batch)
-        loss.backward()
-        assert output.grad is not None
-        for x, part in zip(parts, output.grad.split(rows), strict=True):
+        parts = _split(take(batch["x"], own), rows)
+        devices = {t.device for t in self.parameters() if t.is_cuda}
+        # Random numbers as before, so that both passes draw the same dropout.
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            outputs = torch.cat([self({"x": x}) for x in parts])
+        outputs.requires_grad_()
+        loss = self.loss_of(gather(outputs, len(batch["y"])), batch)
+        backward(loss)
+        assert outputs.grad is not None
+        for x, part in zip(parts, outputs.grad.split(rows), strict=True):
             self({"x": x}).backward(part)
         return loss.detach()
 
-    def _data(self, output: Tensor, batch: Batch) -> tuple[REMLLoss, Tensor, Tensor]:
+    def data(self, output: Tensor, batch: Batch) -> tuple[REMLLoss, Tensor, Tensor]:
+        """The likelihood of a batch with its y and X, the mean taken off y with head ``"ml"``."""
         y = batch["y"]
         n = len(output)
         if not n:
@@ -290,7 +320,7 @@ class MixedModel(nn.Module):
 
     def _loss(self, batch: Batch, n: int) -> REMLLoss:
         """The likelihood for the batch's groups; kept while they are the same tensors."""
-        pairs = [self._group(name, effect, batch, n) for name, effect in self._effects().items()]
+        pairs = [self._group(name, effect, batch, n) for name, effect in self.effects().items()]
         tensors = [t for pair in pairs for t in pair if t is not None]
         fixed = isinstance(self.residual, Matrix) and not any(t.requires_grad for t in tensors)
         if fixed and self._kept is not None:
@@ -298,7 +328,7 @@ class MixedModel(nn.Module):
             if len(kept) == len(tensors) and all(map(_same, kept, tensors)):
                 return self._kept[1]
         parts: dict[str, Matrix] = {}
-        for (name, effect), (codes, values) in zip(self._effects().items(), pairs, strict=True):
+        for (name, effect), (codes, values) in zip(self.effects().items(), pairs, strict=True):
             z = DummyMatrix.from_codes(codes, effect.levels, values)
             parts[name] = CovariancePropagation(z=z, g=effect.g)
         parts["residual"] = self._residual(batch, n)
@@ -355,17 +385,21 @@ class MixedModel(nn.Module):
     # ------------------------------------------------------------------ prediction
 
     @torch.no_grad()
-    def update(self, batch: Batch) -> None:
+    def update(self, batch: Batch, output: Tensor | None = None) -> None:
         """Compute BLUPs and their variances from all rows at the present parameters.
 
         They are stored in buffers and travel with the checkpoint. With head ``"gls"`` so
         do the coefficients.
+
+        Args:
+            batch: the data.
+            output: what the network has yielded for them, if it is known.
         """
         with _eval(self):
-            objective = self.objective(batch)
+            objective = self.objective(batch, output)
         evaluation, problem = objective.evaluate(), objective.problem
         for effects in evaluation.random_effects():
-            effect = self._effects()[effects.name]
+            effect = self.effects()[effects.name]
             effect.blup.copy_(effects.values.reshape(effect.blup.shape))
             effect.variance.copy_(effects.variances.reshape(effect.variance.shape))
         if self.head == "gls":
@@ -379,16 +413,33 @@ class MixedModel(nn.Module):
             covariance[at[:, None], at] = spread
             self.beta, self.beta_covariance = beta, covariance
 
+    def blups(self) -> pd.DataFrame:
+        """BLUPs as a table: group, level, effect, blup, and std_error, the root of the
+        prediction-error variance."""
+        parts = []
+        for name, effect in self.effects().items():
+            q, k = effect.blup.shape
+            spread = effect.variance.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+            columns = {
+                "group": name,
+                "level": np.repeat(effect.names or range(q), k),
+                "effect": np.tile(range(k), q),
+                "blup": effect.blup.flatten().numpy(force=True),
+                "std_error": spread.flatten().numpy(force=True),
+            }
+            parts.append(pd.DataFrame(columns))
+        return pd.concat(parts, ignore_index=True)
+
     def intercepts(self) -> list[RandomEffect]:
         """Random effects that are independent intercepts."""
-        effects = self._effects().values()
+        effects = self.effects().values()
         return [e for e in effects if e.effects == 1 and e.features is None and e.is_per_level]
 
     def random_part(self, batch: Batch) -> Tensor:
         r""":math:`\sum_t z_t^\top \hat b_t` of each row (n,), zero for unknown levels."""
         n = len(next(iter(batch["groups"].values())))
-        total = self._effects()[next(iter(self.random))].blup.new_zeros(n)
-        for name, effect in self._effects().items():
+        total = self.effects()[next(iter(self.random))].blup.new_zeros(n)
+        for name, effect in self.effects().items():
             codes, values = self._group(name, effect, batch, n)
             z = total.new_ones(n, 1) if values is None else values.to(total)
             total = total + effect.posterior(codes, z)[0]
@@ -417,7 +468,7 @@ class MixedModel(nn.Module):
                 population = output.double()
                 variance = torch.zeros_like(population)
             mean = population.clone()
-            for name, effect in self._effects().items():
+            for name, effect in self.effects().items():
                 codes, values = self._group(name, effect, batch, n)
                 z = mean.new_ones(n, 1) if values is None else values.to(mean)
                 part, spread = effect.posterior(codes, z)
@@ -454,6 +505,14 @@ def take(x: Any, rows: slice | Tensor) -> Any:
     if isinstance(x, tuple | list):
         return type(x)(take(value, rows) for value in x)
     return x[rows]
+
+
+def _split(x: Any, rows: int) -> list[Any]:
+    """Some rows at a time."""
+    first = x
+    while not isinstance(first, Tensor):
+        first = next(iter(first.values() if isinstance(first, Mapping) else first))
+    return [take(x, slice(i, i + rows)) for i in range(0, max(len(first), 1), rows)]
 
 
 def _same(kept: Tensor, given: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """The console program, each call as typed in a shell."""
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -155,6 +156,65 @@ def test_experiments_and_optimizers(tmp_path, arguments):
     assert json.loads((tmp_path / "run" / "result.json").read_text())["fit"]["converged"]
 
 
+@pytest.mark.parametrize("name", ["crossed", "longitudinal", "spatial"])
+def test_networks_with_random_effects(tmp_path, name):
+    done = call(f"experiment=neural_{name}", "trainer.max_epochs=2", "model.width=4", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "held out: mse" in done.stdout
+    (run,) = runs(tmp_path)
+    record = json.loads((run / "result.json").read_text())
+    assert record["fit"]["optimizer"] == "Adam"
+    assert record["fit"]["converged"] is True
+    assert set(record["validation"]) == {"val_mse", "val_negative_log_density", "val_coverage"}
+    assert (run / "trace.csv").is_file()
+    table = {"crossed": datasets.ratings, "longitudinal": datasets.growth}.get(
+        name, datasets.field
+    )()
+    table.head(9).to_csv(tmp_path / "new.csv", index=False)
+    done = call("predict", f"checkpoint={run}/model.ckpt", "data.path=new.csv", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.rglob("predictions.csv")
+    assert list(pd.read_csv(path).columns) == ["row", "mean", "variance", "population_mean"]
+
+
+def test_a_sweep_of_a_network_has_a_table_and_a_best_run(tmp_path):
+    done = call(
+        "-m", "experiment=neural_longitudinal", "trainer.max_epochs=2", "optimizer.lr=0.01,0.1",
+        "model.head=ml,gls", "trainer.enable_progress_bar=false", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.rglob("sweep.csv")
+    table = pd.read_csv(path)
+    assert table["run"].tolist() == [0, 1, 2, 3]
+    assert table["model.head"].tolist() == ["ml", "gls"] * 2
+    best = table["run"][table["val_negative_log_density"].idxmin()]
+    shown = [line for line in done.stdout.splitlines() if line.startswith("best run by")]
+    assert shown[0].endswith(f"/{best}")
+
+
+def test_two_processes_write_once_what_one_does(tmp_path):
+    options = ["experiment=neural_longitudinal", "trainer.max_epochs=2"]
+    # The second process starts the program anew, from its file.
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM[-1])
+    shared = ["trainer.devices=2", "+trainer.strategy=ddp", "hydra.run.dir=two"]
+    two = subprocess.run(
+        [sys.executable, program, *options, *shared],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("Fixed effects") + two.stdout.count("Random effects") == 1
+    call(*options, "hydra.run.dir=one", cwd=tmp_path)
+    found = [json.loads((tmp_path / d / "result.json").read_text()) for d in ("one", "two")]
+    # The network is in single precision.
+    one, other = (record["fit"]["log_likelihood"] for record in found)
+    assert one == pytest.approx(other, rel=1e-5)
+
+
 def test_a_singular_fit_is_a_result(tmp_path):
     source = Path(__file__).parent / "reference" / "dyestuff2.csv"
     done = call(
@@ -223,6 +283,24 @@ FAULTS = {
     ),
     "solver": (["model.solver=magic"], "`solver` is 'magic'"),
     "data set": (["data.name=iris"], "'iris'"),
+    "optimizer of a network": (["model=neural", "data=growth"], "such as optimizer=adam"),
+    "training": (
+        ["experiment=neural_spatial", "model.training=magic"],
+        "`training` is 'magic'",
+    ),
+    "head and training": (
+        ["experiment=neural_spatial", "model.training=groups", "model.head=gls"],
+        "training='full' or 'parts'",
+    ),
+    "layer": (
+        ["experiment=neural_spatial", "model.network._target_=torch.load"],
+        "'torch.load' is not a class",
+    ),
+    "split": (["experiment=neural_spatial", "data.split=even"], "`split` is 'even'"),
+    "kernel": (
+        ["experiment=neural_spatial", "model.kernels.plot.columns=[west]"],
+        "['west']",
+    ),
     "group": (["optimizer=magic"], "optimizer/magic"),
     "key": (["data.pth=x"], "data.pth"),
     "override": (["seed=[1"], "seed"),

@@ -40,7 +40,7 @@ def crossed(head="ml", **options):
 def dense(model, data):
     """The loss by the dense formula, with V from the tree as it stands."""
     output = model(data)
-    loss, y, X = model._data(output, data)
+    loss, y, X = model.data(output, data)
     V = loss.covariance()
     return -restricted_log_likelihood(y, X, V, model.method) / len(y)
 

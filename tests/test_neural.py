@@ -1,12 +1,24 @@
 """Training a neural mixed model in Lightning."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
 import pytest
 import torch
 from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from openreml_nn import MixedModel, RandomEffect
-from openreml_nn.lightning import NeuralMixedModule
+from openreml_nn.covariance import KnownMatrix
+from openreml_nn.lightning import ExportBLUPs, NeuralMixedModule, TraceVariances
+from openreml_nn.lightning.batches import connected_rows, whole
+from openreml_nn.model import take
+from tests import sharing
+from tests.strategies import kinship
 
 
 def data(n=600, levels=20, seed=0):
@@ -24,21 +36,19 @@ def module(head="ml", training="alternating", mean=None, **options):
         nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1 if head == "ml" else 4)
     )
     model = MixedModel(mean, {"g": RandomEffect(20)}, head=head)
-    optimizer = {"_target_": "torch.optim.Adam", "lr": 0.02}
-    return NeuralMixedModule(model, data(), optimizer, training, **options)
+    adam = {"_target_": "torch.optim.Adam", "lr": 0.02}
+    return NeuralMixedModule(model, data(), adam, training, **options)
+
+
+def quiet(epochs, **options):
+    off = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    off |= {"enable_model_summary": False, "accelerator": "cpu"}
+    return Trainer(max_epochs=epochs, **{**off, **options})
 
 
 def train(found, epochs, **options):
     torch.manual_seed(0)
-    trainer = Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
+    trainer = quiet(epochs, **options)
     trainer.fit(found)
     return trainer
 
@@ -49,11 +59,19 @@ def variances(found):
 
 @pytest.mark.parametrize(
     ("training", "head"),
-    [("alternating", "ml"), ("full", "ml"), ("parts", "ml"), ("full", "gls"), ("parts", "gls")],
+    [
+        ("alternating", "ml"),
+        ("full", "ml"),
+        ("parts", "ml"),
+        ("groups", "ml"),
+        ("composite", "ml"),
+        ("full", "gls"),
+        ("parts", "gls"),
+    ],
 )
 def test_every_way_of_training_finds_mean_and_variances(training, head):
-    found = module(head, training, rows=64)
-    train(found, 30 if training == "alternating" else 250)
+    found = module(head, training, rows=150 if training == "groups" else 64)
+    train(found, 250 if training in ("full", "parts") else 30)
     sigma2_b, sigma2_e = variances(found)
     assert sigma2_b == pytest.approx(1.5**2, rel=0.6)
     assert sigma2_e == pytest.approx(0.25, rel=0.25)
@@ -63,15 +81,15 @@ def test_every_way_of_training_finds_mean_and_variances(training, head):
     mean = new["x"][:, 0].sin() + 2 * new["x"][:, 1] + 3
     off = (prediction.population_mean - mean).mean()
     assert float((prediction.population_mean - mean - off).std()) < 0.35
-    assert found.steps[-1].converged
+    assert found.history[-1].score_norm < 1e-4
 
 
 def test_alternating_training_ends_at_the_likelihoods_maximum():
     """With a linear mean the maximum is known: generalised least squares."""
     found = module(mean=nn.Linear(2, 1), rows=600)
     train(found, 400)
-    rows = found._rows_of_data
-    loss, e, _ = found.model._data(found.model(rows), rows)
+    rows = found._given
+    loss, e, _ = found.model.data(found.model(rows), rows)
     X = torch.cat([rows["x"], torch.ones(600, 1)], 1).double()
     from openreml_nn import fit_reml
 
@@ -87,7 +105,7 @@ def test_parts_and_full_take_the_same_steps():
     one, other = module(training="full"), module(training="parts", rows=37)
     for found in (one, other):
         found.model.double()
-        found._rows_of_data["x"] = found._rows_of_data["x"].double()
+        found._given["x"] = found._given["x"].double()
         train(found, 5)
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
@@ -110,12 +128,9 @@ def test_a_checkpoint_predicts_without_the_data(tmp_path):
 
 
 def test_a_scheduler_steps_each_epoch():
-    found = module()
-    optimizer = torch.optim.SGD(found.model.network_parameters(), lr=0.1)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
-    found.configure_optimizers = lambda: {"optimizer": optimizer, "lr_scheduler": scheduler}
-    train(found, 3)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 8)
+    scheduler = {"_target_": "torch.optim.lr_scheduler.StepLR", "step_size": 1, "gamma": 0.5}
+    trainer = train(module(scheduler=scheduler), 3)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.02 / 8)
 
 
 def test_options_that_do_not_fit():
@@ -123,3 +138,145 @@ def test_options_that_do_not_fit():
         module(training="magic")
     with pytest.raises(ValueError, match="alternating training is for head 'ml'"):
         module("gls")
+
+
+@pytest.mark.parametrize(
+    ("training", "head"),
+    [("alternating", "ml"), ("full", "ml"), ("full", "gls"), ("parts", "gls"), ("groups", "ml")],
+)
+def test_two_processes_give_what_one_does(tmp_path, training, head):
+    """Loss, gradients, estimates and BLUPs; with full and ml a network for the residual, too."""
+    sharing.train(1, training, head, tmp_path / "1.pt")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.sharing", "2", training, head, tmp_path / "2.pt"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = torch.load(tmp_path / "1.pt"), torch.load(tmp_path / "2.pt")
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-8, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("training", ["alternating", "full", "groups"])
+def test_a_run_that_is_resumed_ends_like_one_that_was_not_stopped(tmp_path, training):
+    def made():
+        mean = nn.Sequential(nn.Linear(2, 16), nn.Dropout(0.2), nn.Tanh(), nn.Linear(16, 1))
+        scheduler = {"_target_": "torch.optim.lr_scheduler.StepLR", "step_size": 2}
+        return module(mean=mean, training=training, rows=150, scheduler=scheduler)
+
+    def saving():
+        return ModelCheckpoint(tmp_path / "kept", "{epoch}", save_top_k=-1)
+
+    whole = made()
+    train(whole, 6, callbacks=[saving()], enable_checkpointing=True)
+    resumed = made()
+    trainer = quiet(6)
+    trainer.fit(resumed, ckpt_path=tmp_path / "kept" / "epoch=2.ckpt", weights_only=True)
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_the_network_never_sees_more_rows_than_a_part():
+    seen = []
+
+    class Watched(nn.Linear):
+        def forward(self, x):
+            seen.append(len(x))
+            return super().forward(x)
+
+    train(module(mean=Watched(2, 1), training="parts", rows=50), 2)
+    assert max(seen) == 50
+
+
+def test_the_gradient_is_clipped_to_a_norm():
+    found = module(training="full", clip=1e-3)
+    train(found, 1)
+    gradient = torch.cat([p.grad.flatten() for p in found.model.network_parameters()])
+    assert float(gradient.norm()) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_mixed_precision_is_the_networks_alone():
+    found = module(rows=64)
+    train(found, 30, precision="bf16-mixed")
+    assert {p.dtype for p in found.model.covariance_parameters()} == {torch.float64}
+    sigma2_b, sigma2_e = variances(found)
+    assert sigma2_b == pytest.approx(1.5**2, rel=0.6)
+    assert sigma2_e == pytest.approx(0.25, rel=0.25)
+
+
+@pytest.mark.parametrize("way", ["covariance by Adam", "network by L-BFGS", "plateau"])
+def test_any_two_optimizers(way):
+    options = {
+        "covariance by Adam": {
+            "covariance_optimizer": {"_target_": "torch.optim.Adam", "lr": 0.1},
+            "rows": 64,
+        },
+        "network by L-BFGS": {"training": "full"},
+        "plateau": {"scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau, "rows": 64},
+    }[way]
+    found = module(**options)
+    if way == "network by L-BFGS":
+        found._make_optimizer = {"_target_": "torch.optim.LBFGS", "lr": 0.1}
+    train(found, 60)
+    sigma2_b, sigma2_e = variances(found)
+    assert sigma2_b == pytest.approx(1.5**2, rel=0.6)
+    assert sigma2_e == pytest.approx(0.25, rel=0.25)
+
+
+def test_batches_of_whole_groups_cut_none_and_hold_every_row_once():
+    groups = {"a": torch.randint(0, 30, (500,))}
+    groups["b"] = groups["a"] * 3 + torch.randint(0, 3, (500,))
+    sets = connected_rows(groups)
+    assert torch.equal(sets, torch.unique(groups["a"], return_inverse=True)[1])
+    found = whole(sets, 100, torch.Generator().manual_seed(0))
+    assert len(found) == 5
+    assert torch.equal(torch.cat(found).sort().values, torch.arange(500))
+    where = {int(g): i for i, at in enumerate(found) for g in groups["a"][at]}
+    assert all(where[int(g)] == i for i, at in enumerate(found) for g in groups["a"][at])
+    assert not torch.equal(found[0], whole(sets, 100, torch.Generator().manual_seed(1))[0])
+
+
+def test_groups_add_up_to_the_likelihood_of_all_rows():
+    found = module(training="groups")
+    rows = found._given
+    parts = whole(connected_rows(rows["groups"]), 100, torch.Generator().manual_seed(0))
+    total = sum(float(found.model.loss(take(rows, at)).detach()) * len(at) for at in parts)
+    assert total == pytest.approx(float(found.model.loss(rows).detach()) * 600, rel=1e-6)
+
+
+def test_mini_batches_that_cannot_be():
+    with pytest.raises(ValueError, match=r"one level of 'g'.*raise `rows`, which is 30"):
+        train(module(training="groups", rows=30), 1)
+    crossed = module(training="groups")
+    crossed._given["groups"] = {"g": torch.randint(0, 20, (600,)), "h": torch.arange(600) % 7}
+    crossed.model.random["h"] = RandomEffect(7)
+    with pytest.raises(ValueError, match=r"hang together.*'composite'"):
+        train(crossed, 1)
+    related = module(training="groups")
+    related.model.random["g"] = RandomEffect(20, KnownMatrix(kinship(20)))
+    with pytest.raises(ValueError, match="levels of 'g' are correlated"):
+        train(related, 1)
+    with pytest.raises(ValueError, match="no training rows"):
+        train(NeuralMixedModule(related.model), 1)
+    with pytest.raises(ValueError, match="variances\\(\\) is for after a fit"):
+        module().variances()
+
+
+def test_blups_and_the_path_of_the_variances_are_written(tmp_path):
+    found = module()
+    callbacks = [TraceVariances(tmp_path / "trace.csv"), ExportBLUPs(tmp_path / "blup.csv")]
+    train(found, 3, callbacks=callbacks)
+    trace = pd.read_csv(tmp_path / "trace.csv")
+    assert len(trace) == len(found.history) > 3
+    assert trace["residual/residual/sigma^2"].iloc[-1] == pytest.approx(variances(found)[1])
+    blups = pd.read_csv(tmp_path / "blup.csv")
+    torch.testing.assert_close(
+        torch.tensor(blups["blup"].to_numpy()), found.model.random["g"].blup[:, 0]
+    )
+    assert blups["level"].tolist() == list(range(20))
+    assert (blups["std_error"] > 0).all()

@@ -28,7 +28,8 @@ class _DistanceMatrix(Matrix):
         if bool((distance < 0).any()) or bool((distance.diagonal() != 0).any()):
             raise ValueError(
                 "`distance` has a negative entry or one on the diagonal that is not zero: "
-                "expected distances, such as torch.cdist(x, x)"
+                "expected distances, such as torch.cdist(x, x, "
+                "compute_mode='donot_use_mm_for_euclid_dist')"
             )
         default = free_specs(["sigma^2"], trans=TransformExpPow2())
         # Steps in log length: a length of zero is no ordinary point.
@@ -83,7 +84,8 @@ class ExponentialMatrix(_DistanceMatrix):
     =============== ============== =======
 
     Args:
-        distance: (n, n) distances, such as ``torch.cdist(x, x)``.
+        distance: (n, n) distances, such as
+            ``torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")``.
         param_specs: specifications that replace the ones above.
 
     Shape:
@@ -120,7 +122,8 @@ class GaussianMatrix(_DistanceMatrix):
     =============== ============== =======
 
     Args:
-        distance: (n, n) distances, such as ``torch.cdist(x, x)``.
+        distance: (n, n) distances, such as
+            ``torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")``.
         param_specs: specifications that replace the ones above.
 
     Shape:
@@ -158,7 +161,8 @@ class MaternMatrix(_DistanceMatrix):
     =============== ============== =======
 
     Args:
-        distance: (n, n) distances, such as ``torch.cdist(x, x)``.
+        distance: (n, n) distances, such as
+            ``torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")``.
         nu: 0.5, 1.5 or 2.5.
         param_specs: specifications that replace the ones above.
 

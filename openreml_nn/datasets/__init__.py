@@ -6,7 +6,24 @@ from pathlib import Path
 
 import pandas as pd
 
-__all__ = ["FORMULAS", "john_alpha", "oats", "pastes", "penicillin", "sleepstudy", "table_path"]
+from openreml_nn.datasets.simulated import field, growth, ratings
+
+__all__ = [
+    "FORMULAS",
+    "SIMULATED",
+    "field",
+    "growth",
+    "john_alpha",
+    "oats",
+    "pastes",
+    "penicillin",
+    "ratings",
+    "sleepstudy",
+    "table_path",
+]
+
+#: Simulated data by name.
+SIMULATED = {"ratings": ratings, "growth": growth, "field": field}
 
 #: The customary model of each.
 FORMULAS = {

@@ -422,7 +422,7 @@ class _Builder:
 
         def matrices(x: Tensor) -> tuple[Tensor, ...]:
             terms = self._objective.terms(at.natural(0, x))
-            return tuple(term.covariance.shown() for term in terms)
+            return tuple(self._shown(term) for term in terms)
 
         jacobians = jacobian(matrices, u) if len(u) else [None] * len(self._terms)
         # A coordinate at zero has no standard error, but entries that do not depend on it have.
@@ -431,7 +431,7 @@ class _Builder:
         missing = spread.diagonal().isnan()
         found = []
         for term, J in zip(self._terms, jacobians, strict=True):
-            matrix = term.covariance.shown()
+            matrix = self._shown(term)
             error = torch.zeros_like(matrix)
             if J is not None:
                 error = torch.einsum("i...,ij,j...->...", J, known, J).clamp(min=0).sqrt()
@@ -441,6 +441,16 @@ class _Builder:
             names = tuple(effects), tuple(levels)
             found.append(Component(term.name, group, *names, matrix, error))
         return found
+
+    def _shown(self, term: Term) -> Tensor:
+        """The covariance of the effects of a level, on average where levels have their own."""
+        matrix = term.covariance.shown()
+        if term.name in self._labels and matrix.dim() == 2:
+            k = len(self._labels[term.name].effects)
+            if len(matrix) > k:
+                blocks = matrix.unflatten(1, (-1, k)).unflatten(0, (-1, k))
+                return blocks.diagonal(dim1=0, dim2=2).mean(-1)
+        return matrix
 
     def _label(self, term: Term) -> Label:
         if term.name in self._labels:

@@ -2,15 +2,64 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.utilities import rank_zero_only
 
 from openreml_nn.estimation import AIREML
+from openreml_nn.estimation.tables import blup_table
+from openreml_nn.files import replacing
 from openreml_nn.lightning.module import MixedModelModule
+from openreml_nn.lightning.neural import NeuralMixedModule
 
-__all__ = ["ProgressBar", "StopWhenConverged"]
+__all__ = ["ExportBLUPs", "ProgressBar", "StopWhenConverged", "TraceVariances"]
+
+
+class TraceVariances(Callback):
+    """Write the path of the likelihood and the covariance parameters when a fit has ended.
+
+    Args:
+        path: a CSV file: a row for each step of the covariance.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, MixedModelModule | NeuralMixedModule)
+        rows = [
+            {"log_likelihood": r.log_likelihood, "score_norm": r.score_norm, **r.parameters}
+            for r in pl_module.history
+        ]
+        with replacing(self.path) as temporary:
+            pd.DataFrame(rows).to_csv(temporary, index_label="step")
+
+
+class ExportBLUPs(Callback):
+    """Write the BLUPs when a fit has ended.
+
+    Args:
+        path: a CSV file: group, level, effect, blup and std_error.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(pl_module, NeuralMixedModule):
+            table = pl_module.model.blups()
+        else:
+            assert isinstance(pl_module, MixedModelModule) and pl_module.result is not None
+            table = blup_table(pl_module.result)
+        with replacing(self.path) as temporary:
+            table.to_csv(temporary, index=False)
 
 
 class ProgressBar(RichProgressBar):

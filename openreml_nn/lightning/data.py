@@ -6,12 +6,14 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from openreml_nn.data import Encoded, Encoder, read_table
+from openreml_nn.errors import InputError
 
 __all__ = ["MixedModelDataModule"]
 
@@ -28,16 +30,26 @@ class MixedModelDataModule(LightningDataModule):
         categorical: numeric columns to be taken as factors.
         predict_table: what ``trainer.predict`` predicts; the same table by default.
         residual, weights: structure of the residuals and column of weights, as in :func:`lmm`.
+        validation: share of the rows that are held out for validation.
+        split: which: ``"random"`` ones; ``"group"``, the share of each level of
+            ``split_by``, so that training knows all levels; or ``"unseen"``, all rows of a
+            share of its levels, which training then does not know.
+        split_by: columns, ``a`` or ``a:b``; the first grouping factor by default.
+        seed: of the split.
 
     Attributes:
         encoder: what the formula makes of a table.
-        encoded: the encoded table, after :meth:`setup`.
+        table: the training rows, after :meth:`setup`.
+        encoded: the same encoded.
+        held_out: the validation rows encoded, None if there are none.
 
     Raises:
-        InputError: if the formula or the table is at fault.
+        InputError: if the formula, the table or the split is at fault.
     """
 
+    table: pd.DataFrame
     encoded: Encoded
+    held_out: Encoded | None
 
     def __init__(
         self,
@@ -47,19 +59,70 @@ class MixedModelDataModule(LightningDataModule):
         predict_table: pd.DataFrame | str | os.PathLike[str] | None = None,
         residual: str | None = None,
         weights: str | None = None,
+        validation: float = 0.0,
+        split: str = "random",
+        split_by: str | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
+        if not 0 <= validation < 1:
+            raise InputError(f"`validation` is {validation}: expected a share, 0 up to below 1")
+        if split not in ("random", "group", "unseen"):
+            raise InputError(f"`split` is {split!r}: expected 'random', 'group' or 'unseen'")
         named = isinstance(table, pd.DataFrame)
         source = "the table" if named else f"file {str(table)!r}"
         self.encoder = Encoder(formula, categorical, source, residual, weights)
         self._table = table
         self._predict_table = predict_table
+        self._validation, self._split, self._split_by = validation, split, split_by
+        self._seed = seed
         self._moved: tuple[Any, torch.device, Any] | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        """Read and encode the table, once."""
-        if not hasattr(self, "encoded"):
-            self.encoded = self.encoder.fit(_frame(self._table))
+        """Read, split and encode the table, once."""
+        if hasattr(self, "encoded"):
+            return
+        table = _frame(self._table)
+        self.held_out = None
+        if self._validation:
+            out = self._chosen(table)
+            self.table = table[~out]
+            self.encoded = self.encoder.fit(self.table)
+            self.held_out = self.encoder.transform(table[out])
+        else:
+            self.table = table
+            self.encoded = self.encoder.fit(table)
+
+    def _chosen(self, table: pd.DataFrame) -> np.ndarray:
+        """Which rows are held out."""
+        rng, n = np.random.default_rng(self._seed), len(table)
+        if self._split == "random":
+            out = rng.permutation(n) < round(self._validation * n)
+        else:
+            out = self._by_level(table, rng)
+        if not out.any():
+            raise InputError(
+                f"`validation` is {self._validation}: no row of {n} is held out; raise it"
+            )
+        return out
+
+    def _by_level(self, table: pd.DataFrame, rng: np.random.Generator) -> np.ndarray:
+        groups = [":".join(part.factors) for part in self.encoder.formula.random]
+        by = self._split_by or (groups[0] if groups else None)
+        if by is None:
+            raise InputError(f"split {self._split!r}: `split_by` names no column to split by")
+        columns = by.split(":")
+        for column in columns:
+            if column not in table.columns:
+                raise InputError(f"{self.encoder.source} has no column {column!r} to split by")
+        level = table.groupby(columns, sort=False, dropna=False).ngroup().to_numpy()
+        levels = int(level.max()) + 1
+        if self._split == "unseen":
+            return (rng.permutation(levels) < round(self._validation * levels))[level]
+        order = rng.permutation(len(table))
+        place = pd.Series(order).groupby(level).rank().to_numpy() - 1
+        size = np.bincount(level)[level]
+        return place < np.minimum(np.round(self._validation * size), size - 1)
 
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
@@ -71,12 +134,15 @@ class MixedModelDataModule(LightningDataModule):
         return self._moved[2]
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """One batch of all rows: y and X."""
-        assert self.encoded.y is not None
-        return _whole({"y": self.encoded.y, "X": self.encoded.X})
+        """One batch of all training rows, see :meth:`Encoded.batch`."""
+        return _whole(self.encoded.batch())
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """One batch of the rows that are held out, if there are any."""
+        return [] if self.held_out is None else _whole(self.held_out.batch())
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """One batch of all rows: X, and for each random effect its codes and values."""
+        """One batch of all rows to predict."""
         encoded = self.encoded
         if self._predict_table is not None:
             encoded = self.encoder.transform(_frame(self._predict_table))

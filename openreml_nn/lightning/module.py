@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 import torch
 from lightning import LightningModule
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from openreml_nn.covariance import Matrix
@@ -154,8 +155,8 @@ class MixedModelModule(LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The negative (restricted) log-likelihood, divided by the number of rows."""
         assert self.loss is not None
-        self._data = (batch["y"], batch["X"])
-        loss = self.loss(batch["y"], batch["X"])
+        self._data = (batch["y"], batch["x"])
+        loss = self.loss(batch["y"], batch["x"])
         size = len(batch["y"])
         self.log("train_loss", loss, True, on_step=False, on_epoch=True, batch_size=size)
         return loss
@@ -255,11 +256,11 @@ class MixedModelModule(LightningModule):
             contribution from levels that were not seen, and
             ``population_mean`` :math:`x^\top\hat\beta`.
         """
-        population = batch["X"] @ self.beta
+        population = batch["x"] @ self.beta
         mean = population.clone()
-        for name, (codes, values) in batch["random"].items():
+        for name, codes in batch["groups"].items():
             blup = getattr(self, f"blup_{name}")[codes.clamp(min=0)]
-            mean += torch.where(codes >= 0, (values * blup).sum(1), 0)
+            mean += torch.where(codes >= 0, (batch["values"][name] * blup).sum(1), 0)
         return {"mean": mean, "population_mean": population}
 
     def predict(self, table: pd.DataFrame) -> pd.DataFrame:
@@ -272,15 +273,8 @@ class MixedModelModule(LightningModule):
         if self.covariance is None:
             raise ValueError("the module has no estimates: fit it or load a checkpoint")
         encoded = self.encoder.transform(table)
-        batch = encoded.batch()
-        moved = {
-            "X": batch["X"].to(self.device),
-            "random": {
-                name: tuple(t.to(self.device) for t in part)
-                for name, part in batch["random"].items()
-            },
-        }
+        batch = move_data_to_device(encoded.batch(), self.device)
         with torch.no_grad():
-            found = self.predict_step(moved, 0)
+            found = self.predict_step(batch, 0)
         columns = {key: value.cpu().numpy() for key, value in found.items()}
         return pd.DataFrame(columns, index=table.index[encoded.rows])

@@ -1,8 +1,8 @@
 """What a fit leaves behind: tables, plots and the files of a run."""
 
+from openreml_nn.estimation.tables import blup_table, fixed_table, variance_table
 from openreml_nn.report.plots import caterpillar, convergence, residuals
 from openreml_nn.report.run import Run, write_run
-from openreml_nn.report.tables import blup_table, fixed_table, variance_table
 
 __all__ = [
     "Run",

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from openreml_nn.estimation.result import REMLResult
-from openreml_nn.report.tables import blup_table
+from openreml_nn.estimation.tables import blup_table
 
 __all__ = ["caterpillar", "convergence", "residuals"]
 

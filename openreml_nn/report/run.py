@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from openreml_nn.estimation.result import Component, REMLResult, finite
+from openreml_nn.estimation.tables import blup_table, fixed_table, variance_table
 from openreml_nn.files import replacing, write_text
 from openreml_nn.report.plots import caterpillar, convergence, residuals
-from openreml_nn.report.tables import blup_table, fixed_table, variance_table
 
 __all__ = ["Run", "write_run"]
 
@@ -30,6 +30,7 @@ class Run:
         dropped_rows: rows of the table left out because of missing values.
         optimizer: class name of the optimizer.
         seconds: wall time of the fit.
+        validation: metrics of the rows held out, by name.
     """
 
     result: REMLResult
@@ -37,6 +38,7 @@ class Run:
     dropped_rows: int
     optimizer: str
     seconds: float
+    validation: Mapping[str, float] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """What ``result.json`` holds (schema 1); numbers that do not exist are None."""
@@ -76,6 +78,7 @@ class Run:
                         if name.startswith("residual/")
                     },
                 },
+                **({"validation": dict(self.validation)} if self.validation else {}),
             }
         )
 

@@ -1,0 +1,167 @@
+"""Neural mixed models of tables, data modules that hold rows out, and the program."""
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from openreml_nn import InputError, datasets
+from openreml_nn.lightning import MixedModelDataModule, TabularMixedModule
+from tests.test_neural import quiet
+
+LAYERS = [
+    {"_target_": "torch.nn.LazyLinear", "out_features": 16},
+    {"_target_": "torch.nn.Tanh"},
+]
+NETWORK = {"_target_": "torch.nn.Sequential", "_args_": LAYERS}
+CROSSED = "rating ~ x1 + x2 + x3 + x4 + (1 | user) + (1 | item)"
+MATERN = {"plot": {"_target_": "openreml_nn.covariance.MaternMatrix", "columns": ["east", "north"]}}
+
+
+def fitted(formula, table, epochs=20, split="random", **options):
+    data = MixedModelDataModule(table, formula, validation=0.2, split=split)
+    adam = {"_target_": "torch.optim.Adam", "lr": 0.01}
+    module = TabularMixedModule(formula, NETWORK, optimizer=adam, rows=256, **options)
+    trainer = quiet(epochs)
+    trainer.fit(module, data)
+    return module, trainer, data
+
+
+CASES = {
+    "crossed": (CROSSED, datasets.ratings(3000, 100, 30), {}),
+    "gls": (CROSSED, datasets.ratings(3000, 100, 30), {"head": "gls", "training": "full"}),
+    "slopes": ("height ~ age + dose + (years | child)", datasets.growth(100), {}),
+    "uneven": ("height ~ age + dose + (1 | child)", datasets.growth(100), {"residual": NETWORK}),
+    "field": ("yield ~ rain + nitrogen + (1 | plot)", datasets.field(60), {"kernels": MATERN}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_checkpoint_needs_neither_table_nor_model(name, tmp_path):
+    formula, table, options = CASES[name]
+    module, trainer, _ = fitted(formula, table, 3, **options)
+    trainer.save_checkpoint(tmp_path / "m.ckpt")
+    again = TabularMixedModule.load_from_checkpoint(tmp_path / "m.ckpt", weights_only=True)
+    new = table.iloc[:10].copy()
+    group = formula.split("| ")[1].split(")")[0]
+    new[group] = new[group].astype(str)
+    new.loc[5:, group] = "never seen"
+    expected, found = module.predict(new), again.predict(new)
+    pd.testing.assert_frame_equal(found, expected)
+    assert list(found.columns) == ["mean", "variance", "population_mean"]
+    assert float(found["variance"][5:].min()) > 0
+
+
+def test_the_simulated_truth_comes_out():
+    module, trainer, data = fitted(CROSSED, datasets.ratings(), 15)
+    user, item, residual = (float(c.covariance[0, 0]) for c in module.result.components)
+    for found, truth, error in zip(
+        (user, item, residual), (0.5, 0.25, 1.0), (0.03, 0.03, 0.015), strict=True
+    ):
+        assert abs(found - truth) < 3 * error
+    metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    assert 0.92 < metrics["val_coverage"] < 0.97
+    assert metrics["val_mse"] < 1.2
+    torch.testing.assert_close(
+        module.result.fitted + module.result.residuals, data.encoded.y, rtol=1e-12, atol=1e-12
+    )
+
+
+def test_a_kernel_learns_its_length():
+    module, _, _ = fitted(*CASES["field"][:2], 30, split="group", kernels=MATERN)
+    found = {p.name: p.value for p in module.result.parameters}
+    assert 0.05 < found["plot/g/lengthscale"] < 0.6
+
+
+def test_a_network_may_be_a_module():
+    formula, table, _ = CASES["crossed"]
+    data = MixedModelDataModule(table, formula)
+    module = TabularMixedModule(formula, nn.Sequential(nn.LazyLinear(8), nn.ReLU()))
+    quiet(1).fit(module, data)
+    assert "network" not in module.hparams
+    assert len(module.predict(table)) == len(table)
+
+
+def test_errors_name_what_is_wrong():
+    formula, table, _ = CASES["field"]
+    with pytest.raises(InputError, match="kernel of 'site': the groups are \\['plot'\\]"):
+        TabularMixedModule(formula, NETWORK, kernels={"site": {}})
+    for columns, message in [([], "expected columns"), (["west"], "\\['west'\\]")]:
+        kernels = {"plot": {**MATERN["plot"], "columns": columns}}
+        with pytest.raises(InputError, match=message):
+            fitted(formula, table, 1, kernels=kernels)
+    moved = table.assign(east=range(len(table)))
+    with pytest.raises(InputError, match="rows at several places"):
+        fitted(formula, moved, 1, kernels=MATERN)
+    with pytest.raises(InputError, match="has no random effect"):
+        fitted("yield ~ rain", table, 1)
+    for target, message in [("os.system", "not a class"), ("torch.Size", "got Size")]:
+        with pytest.raises(InputError, match=message):
+            quiet(1).fit(
+                TabularMixedModule(formula, {"_target_": target}),
+                MixedModelDataModule(table, formula),
+            )
+    with pytest.raises(ValueError, match="no estimates"):
+        TabularMixedModule(formula, NETWORK).predict(table)
+    other = MixedModelDataModule(table, "yield ~ rain + (1 | plot)")
+    with pytest.raises(ValueError, match="the data module's formula"):
+        quiet(1).fit(TabularMixedModule(formula, NETWORK), other)
+
+
+# ---------------------------------------------------------------------- rows held out
+
+
+def module_with(split, validation=0.25, **options):
+    data = MixedModelDataModule(
+        datasets.growth(40), "height ~ age + (1 | child)", validation=validation, split=split,
+        **options,
+    )  # fmt: skip
+    data.setup()
+    return data
+
+
+def test_random_rows_are_held_out():
+    data = module_with("random")
+    assert len(data.held_out.y) == 80
+    assert len(data.encoded.y) == 240
+    again = module_with("random")
+    assert torch.equal(data.held_out.y, again.held_out.y)
+    assert not torch.equal(data.held_out.y, module_with("random", seed=1).held_out.y)
+
+
+def test_the_same_share_of_each_level_is_held_out():
+    data = module_with("group")
+    codes = data.held_out.random[0].codes
+    assert torch.equal(codes.bincount(), torch.full((40,), 2))
+    assert len(data.encoded.random[0].levels) == 40
+    # However large the share, training keeps a row of each level.
+    table = datasets.growth(40)
+    large = MixedModelDataModule(table, "height ~ (1 | child)", validation=0.99, split="group")
+    out = large._chosen(table)
+    assert table.child[~out].value_counts().tolist() == [1] * 40
+
+
+def test_whole_levels_are_held_out():
+    data = module_with("unseen")
+    assert set(data.held_out.random[0].codes.tolist()) == {-1}
+    assert len(data.encoded.random[0].levels) == 30
+    assert len(data.held_out.y) == 80
+
+
+def test_a_split_by_another_column():
+    data = module_with("unseen", split_by="dose")
+    assert len(data.held_out.y) == 80
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "stratified"}, "`split` is 'stratified'"),
+        ({"split": "random", "validation": 1.0}, "`validation` is 1.0"),
+        ({"split": "unseen", "split_by": "school"}, "no column 'school'"),
+        ({"split": "group", "validation": 0.01}, "no row of 320 is held out"),
+    ],
+)
+def test_splits_that_cannot_be(options, message):
+    with pytest.raises(InputError, match=message):
+        module_with(**options)
