@@ -1,7 +1,9 @@
-r"""Metrics of predictive distributions, as functions and as torchmetrics modules.
+r"""Metrics of mixed models, as functions and as torchmetrics modules.
 
-They take the mean and the variance of each row, such as :meth:`MixedModel.predict` yields, and
-the target.
+Those of predictions take the mean and the variance of each row, such as
+:meth:`MixedModel.predict` yields, and the target; those of a model its variance components. The
+modules add up what they see, so that batches, and processes, may be of any size. In a
+``MetricCollection`` arguments are passed by name, and each metric takes those that it knows.
 """
 
 from __future__ import annotations
@@ -12,14 +14,27 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from openreml_nn.likelihood.dense import check_method
+from openreml_nn.likelihood.problem import cholesky
+
 __all__ = [
+    "BLUPReliability",
+    "ConditionalR2",
     "GaussianNegativeLogDensity",
+    "Heritability",
     "IntervalCoverage",
     "IntervalWidth",
+    "IntraclassCorrelation",
+    "MarginalR2",
+    "RestrictedLogLikelihood",
     "blup_reliability",
+    "conditional_r2",
     "gaussian_negative_log_density",
+    "heritability",
     "interval_coverage",
     "interval_width",
+    "intraclass_correlation",
+    "marginal_r2",
 ]
 
 
@@ -81,6 +96,97 @@ def blup_reliability(variance: Tensor, prior: Tensor | float) -> Tensor:
     if not float(prior) > 0:
         raise ValueError(f"`prior` is {float(prior):.6g}: reliability needs a positive variance")
     return 1 - variance / prior
+
+
+def intraclass_correlation(components: Tensor) -> Tensor:
+    r"""Share of each variance component in their sum, :math:`\sigma_t^2 / \sum_s \sigma_s^2`.
+
+    For a grouping factor it is the correlation of two rows that share its level only.
+
+    Args:
+        components: variances (k,), that of the residual among them.
+
+    Raises:
+        ValueError: if one is negative or all are zero.
+
+    Reference:
+        Shrout and Fleiss, Psychological Bulletin 86 (1979) 420.
+
+    >>> intraclass_correlation(torch.tensor([1.0, 3.0]))
+    tensor([0.2500, 0.7500])
+    """
+    if components.dim() != 1 or bool((components < 0).any()) or not bool(components.sum() > 0):
+        raise ValueError(f"`components` is {components.tolist()}: expected variances (k,)")
+    return components / components.sum()
+
+
+def heritability(
+    components: Tensor, covariance: Tensor, additive: int = 0
+) -> tuple[Tensor, Tensor]:
+    r"""Narrow-sense heritability :math:`h^2 = \sigma_a^2 / \sum_t \sigma_t^2` and its standard
+    error by the delta method.
+
+    Args:
+        components: variances (k,), that of the residual among them.
+        covariance: of their estimates, (k, k).
+        additive: which is the additive genetic one.
+
+    Raises:
+        ValueError: if shapes do not fit or a variance is negative.
+
+    Reference:
+        Lynch and Walsh, Genetics and Analysis of Quantitative Traits (1998), appendix 1.
+
+    >>> heritability(torch.tensor([1.0, 3.0]), torch.diag(torch.tensor([0.16, 0.16])))
+    (tensor(0.2500), tensor(0.0791))
+    """
+    share = intraclass_correlation(components)[additive]
+    k = len(components)
+    if covariance.shape != (k, k):
+        raise ValueError(f"`covariance` is {tuple(covariance.shape)}: expected {(k, k)}")
+    slope = -share.repeat(k)
+    slope[additive] += 1
+    slope = slope / components.sum()
+    return share, (slope @ covariance @ slope).clamp(min=0).sqrt()
+
+
+def marginal_r2(population_mean: Tensor, random: Tensor, residual: Tensor) -> Tensor:
+    r"""Share of the variance that the fixed effects explain,
+    :math:`\sigma_f^2 / (\sigma_f^2 + \sigma_r^2 + \sigma_e^2)`.
+
+    Args:
+        population_mean: predictions without random effects, (n,); their variance over the
+            rows is :math:`\sigma_f^2`.
+        random: variance of the random effects of each row, :math:`z_i^\top G z_i`, (n,), or one
+            number; its mean is :math:`\sigma_r^2`.
+        residual: variance of the residual, as ``random``.
+
+    Raises:
+        ValueError: if shapes do not fit or a variance is negative.
+
+    Reference:
+        Nakagawa and Schielzeth, Methods in Ecology and Evolution 4 (2013) 133, eq. 26; Johnson,
+        ibid. 5 (2014) 944, for random slopes.
+
+    >>> marginal_r2(torch.tensor([0.0, 2.0]), torch.tensor(2.0), torch.tensor(6.0))
+    tensor(0.2000)
+    """
+    metric = MarginalR2()
+    metric.update(population_mean, random, residual)
+    return metric.compute().to(population_mean.dtype)
+
+
+def conditional_r2(population_mean: Tensor, random: Tensor, residual: Tensor) -> Tensor:
+    r"""Share of the variance that fixed and random effects explain,
+    :math:`(\sigma_f^2 + \sigma_r^2) / (\sigma_f^2 + \sigma_r^2 + \sigma_e^2)`; see
+    :func:`marginal_r2`.
+
+    >>> conditional_r2(torch.tensor([0.0, 2.0]), torch.tensor(2.0), torch.tensor(6.0))
+    tensor(0.4000)
+    """
+    metric = ConditionalR2()
+    metric.update(population_mean, random, residual)
+    return metric.compute().to(population_mean.dtype)
 
 
 class _Mean(Metric):
@@ -151,6 +257,183 @@ class IntervalWidth(_Mean):
         """Take a batch in."""
         self.total += interval_width(variance, self.level).double() * len(variance)
         self.count += len(variance)
+
+
+class BLUPReliability(_Mean):
+    """Mean of :func:`blup_reliability` over levels."""
+
+    higher_is_better = True
+
+    def update(self, error_variance: Tensor, prior: Tensor | float) -> None:
+        """Take the prediction-error variances of some levels in."""
+        self.total += blup_reliability(error_variance, prior).sum().double()
+        self.count += len(error_variance)
+
+
+class IntraclassCorrelation(_Mean):
+    """:func:`intraclass_correlation` of the mean of the components that it sees.
+
+    Args:
+        components: how many there are.
+    """
+
+    higher_is_better = None
+
+    def __init__(self, components: int, **options: object) -> None:
+        super().__init__(**options)
+        zero = torch.zeros(components, dtype=torch.float64)
+        self.add_state("total", zero, dist_reduce_fx="sum")
+
+    def update(self, components: Tensor) -> None:
+        """Take variances (k,) in."""
+        self.total += components.double()
+        self.count += 1
+
+    def compute(self) -> Tensor:
+        """The shares of the mean components."""
+        return intraclass_correlation(self.total / self.count)
+
+
+class Heritability(_Mean):
+    """:func:`heritability` of the mean of the components that it sees, with its standard error.
+
+    Args:
+        components: how many there are.
+        additive: which is the additive genetic one.
+    """
+
+    higher_is_better = None
+    spread: Tensor
+
+    def __init__(self, components: int, additive: int = 0, **options: object) -> None:
+        super().__init__(**options)
+        zero = torch.zeros(components, dtype=torch.float64)
+        self.additive = additive
+        self.add_state("total", zero, dist_reduce_fx="sum")
+        self.add_state("spread", zero.new_zeros(components, components), dist_reduce_fx="sum")
+
+    def update(self, components: Tensor, covariance: Tensor) -> None:
+        """Take variances (k,) and the covariance of their estimates (k, k) in."""
+        self.total += components.double()
+        self.spread += covariance.double()
+        self.count += 1
+
+    def compute(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Heritability and standard error."""
+        return heritability(self.total / self.count, self.spread / self.count, self.additive)
+
+
+class _R2(Metric):
+    """Rows, and the mean, the variance and the mean variances of the parts, of what was seen."""
+
+    full_state_update = False
+    higher_is_better = True
+    moments: Tensor
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(**options)
+        # Rows, mean and squared deviations of the predictions, and two sums of variances. Each
+        # process's are kept apart until they are merged: a sum of squares would lose digits.
+        self.add_state("moments", torch.zeros(5, dtype=torch.float64), dist_reduce_fx=None)
+
+    def update(self, population_mean: Tensor, random: Tensor, residual: Tensor) -> None:
+        """Take a batch in."""
+        mean = population_mean.double()
+        n = len(mean) if mean.dim() == 1 else 0
+        if not n:
+            raise ValueError(
+                f"`population_mean` has shape {tuple(mean.shape)}: expected (n,), not empty"
+            )
+        parts = {"random": random.double(), "residual": residual.double()}
+        for name, part in parts.items():
+            if part.shape not in ((), (n,)) or bool((part < 0).any()):
+                raise ValueError(f"`{name}` must be variances: one number or ({n},)")
+        center = mean.mean()
+        new = [center.new_tensor(n), center, ((mean - center) ** 2).sum()]
+        new += [part.mean() * n for part in parts.values()]
+        self.moments = _merged(torch.stack([self.moments, torch.stack(new)]))
+
+    def _shares(self) -> tuple[Tensor, Tensor, Tensor]:
+        n, _, square, random, residual = _merged(self.moments.reshape(-1, 5))
+        fixed = square / (n - 1)
+        total = fixed + (random + residual) / n
+        return fixed, random / n, total
+
+
+def _merged(moments: Tensor) -> Tensor:
+    """Moments of all rows from those of parts, by Chan, Golub and LeVeque (1983), eq. 2.1."""
+    n = moments[:, 0].sum()
+    mean = (moments[:, 0] * moments[:, 1]).sum() / n
+    square = moments[:, 2].sum() + (moments[:, 0] * (moments[:, 1] - mean) ** 2).sum()
+    return torch.stack([n, mean, square, moments[:, 3].sum(), moments[:, 4].sum()])
+
+
+class MarginalR2(_R2):
+    """:func:`marginal_r2` over batches."""
+
+    def compute(self) -> Tensor:
+        """The share of what was seen."""
+        fixed, _, total = self._shares()
+        return fixed / total
+
+
+class ConditionalR2(_R2):
+    """:func:`conditional_r2` over batches."""
+
+    def compute(self) -> Tensor:
+        """The share of what was seen."""
+        fixed, random, total = self._shares()
+        return (fixed + random) / total
+
+
+class RestrictedLogLikelihood(Metric):
+    r"""Restricted log-likelihood of batches that are independent of each other, such as whole
+    groups: exactly that of all rows, fixed effects in common included.
+
+    :math:`\log|V|, X^\top V^{-1}X, X^\top V^{-1}y` and :math:`y^\top V^{-1}y` add up over them.
+
+    Args:
+        fixed_effects: columns of X.
+        method: ``"reml"`` or ``"ml"``.
+
+    Raises:
+        ValueError: if ``method`` is unknown, shapes do not fit, or V or all rows' X do not do.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    parts: Tensor
+    cross: Tensor
+
+    def __init__(self, fixed_effects: int, method: str = "reml", **options: object) -> None:
+        super().__init__(**options)
+        check_method(method)
+        self.method = method
+        zero = torch.zeros(fixed_effects + 1, fixed_effects + 1, dtype=torch.float64)
+        self.add_state("parts", zero.new_zeros(2), dist_reduce_fx="sum")
+        self.add_state("cross", zero, dist_reduce_fx="sum")
+
+    def update(self, y: Tensor, X: Tensor, V: Tensor) -> None:
+        """Take a batch in: y (n,), X (n, p) and V (n, n)."""
+        n, p = len(y), len(self.cross) - 1
+        if X.shape != (n, p) or V.shape != (n, n):
+            raise ValueError(
+                f"`X` is {tuple(X.shape)} and `V` {tuple(V.shape)}: expected {(n, p)} and {(n, n)}"
+            )
+        L = cholesky(V.double(), "V")
+        W = torch.linalg.solve_triangular(L, torch.cat([X, y[:, None]], 1).double(), upper=False)
+        self.parts += torch.stack([2 * L.diagonal().log().sum(), L.new_tensor(float(n))])
+        self.cross += W.mT @ W
+
+    def compute(self) -> Tensor:
+        """The log-likelihood of what was seen."""
+        log_det, n = self.parts
+        p = len(self.cross) - 1
+        L = cholesky(self.cross, "X'V^-1 X of all batches, or the residual,")
+        value = log_det + L[-1, -1] ** 2
+        if self.method == "ml":
+            return -(value + n * log(2 * pi)) / 2
+        return -(value + 2 * L.diagonal()[:p].log().sum() + (n - p) * log(2 * pi)) / 2
 
 
 def _check(mean: Tensor, variance: Tensor, target: Tensor) -> None:

@@ -1,10 +1,14 @@
-"""Metrics of predictive distributions."""
+"""Metrics of predictions and of models."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torchmetrics import MetricCollection
 
-from openreml_nn import metrics
+from openreml_nn import metrics, restricted_log_likelihood
 
 
 def predictions(n=500):
@@ -67,3 +71,140 @@ def test_wrong_input_is_named():
         metrics.gaussian_negative_log_density(one, 0 * one, one)
     with pytest.raises(ValueError, match="`level` is 95"):
         metrics.IntervalCoverage(95)
+
+
+COMPONENTS = torch.tensor([0.5, 0.25, 1.0])
+SPREAD = torch.tensor([[0.04, -0.01, 0.0], [-0.01, 0.02, 0.001], [0.0, 0.001, 0.03]])
+
+
+def test_intraclass_correlation_and_heritability():
+    found = metrics.intraclass_correlation(COMPONENTS)
+    torch.testing.assert_close(found, COMPONENTS / 1.75)
+    share, error = metrics.heritability(COMPONENTS, SPREAD)
+    slope = torch.func.grad(lambda v: v[0] / v.sum())(COMPONENTS)
+    torch.testing.assert_close(share, found[0])
+    torch.testing.assert_close(error, (slope @ SPREAD @ slope).sqrt())
+    module = metrics.Heritability(3)
+    for scale in (0.5, 1.5):
+        module.update(scale * COMPONENTS, SPREAD)
+    torch.testing.assert_close(module.compute(), (share.double(), error.double()))
+    shares = metrics.IntraclassCorrelation(3)
+    shares.update(COMPONENTS)
+    torch.testing.assert_close(shares.compute(), found.double())
+
+
+def test_r2_over_batches_is_that_of_all_rows():
+    mean, random = 1e6 + torch.randn(500), torch.rand(500)
+    residual = torch.tensor(0.3)
+    fixed, r = mean.var(), random.mean()
+    total = fixed + r + residual
+    torch.testing.assert_close(metrics.marginal_r2(mean, random, residual), fixed / total)
+    torch.testing.assert_close(metrics.conditional_r2(mean, random, residual), (fixed + r) / total)
+    collection = MetricCollection([metrics.MarginalR2(), metrics.ConditionalR2()])
+    for part in torch.arange(500).split(37):
+        collection.update(population_mean=mean[part], random=random[part], residual=residual)
+    found = collection.compute()
+    torch.testing.assert_close(found["MarginalR2"], fixed / total)
+    torch.testing.assert_close(found["ConditionalR2"], (fixed + r) / total)
+
+
+def block(n):
+    root = torch.randn(n, n)
+    return torch.randn(n), torch.randn(n, 3), root @ root.mT + torch.eye(n)
+
+
+@pytest.mark.parametrize("method", ["reml", "ml"])
+def test_the_likelihood_of_independent_batches_is_that_of_all_rows(method):
+    parts = [block(n) for n in (4, 1, 7)]
+    metric = metrics.RestrictedLogLikelihood(3, method)
+    for part in parts:
+        metric.update(*part)
+    y, X = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+    V = torch.block_diag(*(part[2] for part in parts))
+    torch.testing.assert_close(metric.compute(), restricted_log_likelihood(y, X, V, method))
+
+
+def test_one_collection_takes_what_each_metric_knows():
+    collection = MetricCollection(
+        [
+            metrics.GaussianNegativeLogDensity(),
+            metrics.IntervalWidth(),
+            metrics.BLUPReliability(),
+            metrics.MarginalR2(),
+            metrics.IntraclassCorrelation(2),
+            metrics.RestrictedLogLikelihood(3),
+        ]
+    )
+    mean, variance, target = predictions()
+    y, X, V = block(9)
+    found = collection(
+        mean=mean, variance=variance, target=target, error_variance=variance / 4, prior=1.0,
+        population_mean=mean, random=variance, residual=variance, components=COMPONENTS[:2],
+        y=y, X=X, V=V,
+    )  # fmt: skip
+    assert len(found) == 6
+    assert all(bool(torch.isfinite(value).all()) for value in found.values())
+
+
+PROCESS = """
+import sys, torch, torch.distributed as dist
+from openreml_nn import metrics
+torch.set_default_dtype(torch.float64)
+rank, size, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+torch.manual_seed(0)
+found = [
+    metrics.GaussianNegativeLogDensity(), metrics.IntervalCoverage(), metrics.IntervalWidth(),
+    metrics.BLUPReliability(), metrics.MarginalR2(), metrics.ConditionalR2(),
+    metrics.IntraclassCorrelation(2), metrics.Heritability(2), metrics.RestrictedLogLikelihood(2),
+]
+for step in range(4):
+    n = 3 + step
+    mean, variance, target = torch.randn(n), torch.rand(n) + 0.5, torch.randn(n)
+    root, X = torch.randn(n, n), torch.randn(n, 2)
+    given = [(mean, variance, target)] * 3 + [(variance / 4, 2.0)]
+    given += [(mean, variance, variance)] * 2 + [(variance[:2],), (variance[:2], root[:2] @ root[:2].mT)]
+    given += [(target, X, root @ root.mT + torch.eye(n))]
+    if step % size == rank:
+        for metric, arguments in zip(found, given, strict=True):
+            metric.update(*arguments)
+values = [torch.stack(v) if isinstance(v := metric.compute(), tuple) else v for metric in found]
+print(torch.cat([v.flatten() for v in values]).tolist(), flush=True)
+dist.destroy_process_group()
+"""
+
+
+def printed(size, folder):
+    command = [sys.executable, "-c", PROCESS]
+    started = [
+        subprocess.Popen(
+            [*command, str(rank), str(size), str(folder / f"store{size}")],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[1],
+        )
+        for rank in range(size)
+    ]
+    return [torch.tensor(eval(p.communicate(timeout=120)[0])) for p in started]
+
+
+def test_two_processes_find_what_one_does(tmp_path):
+    (one,) = printed(1, tmp_path)
+    for found in printed(2, tmp_path):
+        torch.testing.assert_close(found, one, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: metrics.intraclass_correlation(-COMPONENTS), "expected variances"),
+        (lambda: metrics.heritability(COMPONENTS, SPREAD[:2]), r"expected \(3, 3\)"),
+        (lambda: metrics.marginal_r2(torch.ones(2), torch.ones(3), torch.ones(2)), "`random`"),
+        (lambda: metrics.marginal_r2(torch.ones(0), torch.ones(()), torch.ones(())), "not empty"),
+        (lambda: metrics.RestrictedLogLikelihood(2).update(*block(4)), r"expected \(4, 2\)"),
+        (lambda: metrics.RestrictedLogLikelihood(2, "map"), "'map'"),
+    ],
+)
+def test_wrong_components_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
