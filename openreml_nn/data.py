@@ -293,6 +293,10 @@ class Encoder:
         y = torch.from_numpy(self._response(kept)) if has_response else None
         return Encoded(y, torch.from_numpy(X), names, self._random(kept), rows, dropped)
 
+    def fixed_matrix(self, table: pd.DataFrame) -> np.ndarray:
+        """The model matrix of the fixed effects for a table that has their columns."""
+        return self._matrix(self.formula.fixed, self._with_categories(table), "fixed")[0]
+
     def skeleton(self, rows: int, columns: int) -> Encoded:
         """Data of the learned shapes without content, to build a module before it is loaded."""
         designs = []

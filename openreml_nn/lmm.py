@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -42,9 +43,10 @@ def lmm(
     >>> f"{result.log_likelihood:.4f}"
     '-871.8141'
     """
-    encoded = Encoder(formula, categorical, residual=residual, weights=weights).fit(table)
+    encoder = Encoder(formula, categorical, residual=residual, weights=weights)
+    encoded = encoder.fit(table)
     assert encoded.y is not None
-    return fit_reml(
+    result = fit_reml(
         encoded.covariance(),
         encoded.y,
         encoded.X,
@@ -52,3 +54,10 @@ def lmm(
         labels=encoded.labels,
         **options,
     )
+    assert result.source is not None
+    means = {
+        str(name): float(column.mean())
+        for name, column in table.iloc[encoded.rows].items()
+        if pd.api.types.is_numeric_dtype(column)
+    }
+    return replace(result, source=replace(result.source, encoder=encoder, means=means))

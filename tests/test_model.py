@@ -9,8 +9,8 @@ from torch import nn
 from openreml_nn import MixedModel, RandomEffect, lmm, restricted_log_likelihood
 from openreml_nn.covariance import KnownMatrix, UnstructuredMatrix
 from openreml_nn.data import Encoder
-from openreml_nn.datasets import oats, penicillin, sleepstudy
 from openreml_nn.estimation.aireml import average_information_step
+from tests.estimation.test_reference import CATEGORICAL, ROWS, table_of
 from tests.strategies import kinship
 
 
@@ -123,18 +123,17 @@ def fit(model, data):
     raise AssertionError("not converged")
 
 
+REML_ROWS = [row for row in ROWS if row["method"] == "reml"]
+
+
 @pytest.mark.parametrize(
-    ("formula", "table"),
-    [
-        ("Reaction ~ Days + (Days | Subject)", sleepstudy),
-        ("Reaction ~ Days + (Days || Subject)", sleepstudy),
-        ("diameter ~ 1 + (1 | plate) + (1 | sample)", penicillin),
-        ("yield ~ nitro * Variety + (1 | Block/Variety)", oats),
-    ],
+    "row", REML_ROWS, ids=lambda row: f"{row['dataset']}-{row['formula'].split('~')[1]}"
 )
-def test_a_linear_mean_is_the_linear_mixed_model(formula, table):
-    expected = lmm(formula, table())
-    encoded = Encoder(formula).fit(table())
+def test_a_linear_mean_is_the_linear_mixed_model(row):
+    formula, table = row["formula"], table_of(row["dataset"])
+    categorical = CATEGORICAL.get(row["dataset"], [])
+    expected = lmm(formula, table, categorical=categorical)
+    encoded = Encoder(formula, categorical).fit(table)
     scale = float(encoded.y.std())
     random, data = {}, {"x": encoded.X, "y": encoded.y, "groups": {}, "values": {}}
     for d in encoded.random:
@@ -148,7 +147,11 @@ def test_a_linear_mean_is_the_linear_mixed_model(formula, table):
     model.residual.moment_start(torch.full((1,), scale**2 / 2))
     step = fit(model, data)
     assert step.log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-9)
+    assert step.log_likelihood > row["log_likelihood"] - 1e-6 * abs(row["log_likelihood"])
     model.update(data)
+    for effect in row["fixed"]:
+        at = encoded.names.index(effect["name"])
+        assert float(model.beta[at]) == pytest.approx(effect["estimate"], rel=1e-4, abs=1e-8)
     torch.testing.assert_close(model.beta, expected.fixed.estimate, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(
         model.beta_covariance, expected.fixed.covariance, rtol=1e-5, atol=1e-8

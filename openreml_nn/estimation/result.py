@@ -157,6 +157,31 @@ class Record:
 
 
 @dataclass(frozen=True)
+class Source:
+    """What a result was had from, as inference needs it.
+
+    Attributes:
+        covariance: the covariance, whose parameters may have moved since.
+        y: response (n,).
+        X: model matrix of the fixed effects (n, p), aliased columns included.
+        rows: rows of the covariance that the data belong to; None for all.
+        names: names of the columns of X.
+        labels: name of a term to names for the tables.
+        encoder: what made X of a table, an :class:`openreml_nn.data.Encoder`; None without one.
+        means: means of the table's numeric columns.
+    """
+
+    covariance: Matrix
+    y: Tensor
+    X: Tensor
+    rows: Tensor | None
+    names: tuple[str, ...]
+    labels: Mapping[str, Label]
+    encoder: Any = None
+    means: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class REMLResult:
     r"""A fitted linear mixed model.
 
@@ -181,6 +206,7 @@ class REMLResult:
         history: record of the iterations.
         plan: the solver's plan.
         num_params: number of free covariance parameters.
+        source: data and model, for inference; None where rows were streamed.
     """
 
     method: str
@@ -201,6 +227,7 @@ class REMLResult:
     history: tuple[Record, ...]
     plan: Plan
     num_params: int
+    source: Source | None = field(default=None, repr=False, compare=False)
 
     @property
     def iterations(self) -> int:
@@ -365,7 +392,17 @@ class _Builder:
             history=tuple(history),
             plan=plan,
             num_params=len(curvature.at.entries),
+            source=self._source(y, X, names),
         )
+
+    def _source(
+        self, y: Tensor | None, X: Tensor | None, names: Sequence[str] | None
+    ) -> Source | None:
+        if y is None or X is None:
+            return None
+        objective = self._objective
+        names = tuple(names or [f"X{j}" for j in range(X.shape[1])])
+        return Source(objective.covariance, y, X, objective.rows, names, self._labels)
 
     @property
     def _random_terms(self) -> list[Term]:

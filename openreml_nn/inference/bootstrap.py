@@ -1,0 +1,186 @@
+"""Simulation from a fit, and the parametric bootstrap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import nan
+
+import pandas as pd
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from openreml_nn.estimation import REMLResult
+from openreml_nn.estimation.fit import iterate
+from openreml_nn.inference.likelihood_ratio import likelihood_ratio_test
+from openreml_nn.inference.refit import Refit
+from openreml_nn.likelihood.loss import Objective
+
+__all__ = ["Bootstrap", "bootstrap", "bootstrap_test", "simulate"]
+
+
+def simulate(result: REMLResult, samples: int = 1, seed: int = 0) -> Tensor:
+    r"""Draw responses :math:`X\hat\beta + \sum_t Z_t b_t + e` from a fit.
+
+    Args:
+        result: a fit.
+        samples: how many responses.
+        seed: of the random numbers.
+
+    Returns:
+        (n, samples), random effects drawn anew for each.
+
+    Raises:
+        ValueError: if there is no sample, or the rows were streamed.
+    """
+    if samples < 1:
+        raise ValueError(f"`samples` is {samples}: expected at least 1")
+    refit = Refit(result)
+    generator = torch.Generator().manual_seed(seed)
+    y = (refit.X @ result.fixed.estimate)[:, None].repeat(1, samples)
+    with torch.no_grad():
+        for term in refit.objective().terms():
+            q = term.design.shape[1]
+            noise = torch.randn(q, samples, generator=generator, dtype=y.dtype).to(y.device)
+            y += term.design.matmul(term.covariance.root().multiply(noise))
+    return y
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """Estimates from simulated responses.
+
+    Attributes:
+        samples: a row for each sample, a column for each statistic.
+        estimate: the statistics of the fit itself.
+    """
+
+    samples: pd.DataFrame
+    estimate: pd.Series
+
+    def intervals(self, level: float = 0.95) -> pd.DataFrame:
+        """Percentile intervals: name, estimate, bias, std_error, low, high.
+
+        Raises:
+            ValueError: if the level is not between 0 and 1.
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"`level` is {level}: expected a number between 0 and 1")
+        low, high = (self.samples.quantile(q) for q in ((1 - level) / 2, (1 + level) / 2))
+        return pd.DataFrame(
+            {
+                "name": self.estimate.index,
+                "estimate": self.estimate.to_numpy(),
+                "bias": (self.samples.mean() - self.estimate).to_numpy(),
+                "std_error": self.samples.std().to_numpy(),
+                "low": low.to_numpy(),
+                "high": high.to_numpy(),
+            }
+        )
+
+
+def bootstrap(
+    result: REMLResult,
+    samples: int = 1000,
+    seed: int = 0,
+    statistic: Callable[[REMLResult], Mapping[str, float]] | None = None,
+    progress: bool = True,
+) -> Bootstrap:
+    """Fit the model to responses that are simulated from it.
+
+    All are drawn at once; what depends on the design alone is prepared once for all fits.
+
+    Args:
+        result: a fit.
+        samples: how many responses.
+        seed: of the random numbers.
+        statistic: numbers by name from a fit; standard deviations, correlations and fixed effects
+            by default, named as in :func:`profile`.
+        progress: whether a bar shows on stderr.
+
+    Raises:
+        ValueError: if there is no sample, or the rows were streamed.
+
+    Reference:
+        Efron and Tibshirani, An Introduction to the Bootstrap (1993), section 6.5.
+    """
+    refit = Refit(result)
+    estimate = _numbers(refit, refit.objective()) if statistic is None else dict(statistic(result))
+    rows = []
+    for y in _tracked(simulate(result, samples, seed).unbind(1), progress):
+        refit.reset()
+        if statistic is None:
+            objective = refit.objective(y)
+            iterate(objective, 100)
+            rows.append(_numbers(refit, objective))
+        else:
+            rows.append(dict(statistic(refit.fit(y=y))))
+    return Bootstrap(pd.DataFrame(rows), pd.Series(estimate))
+
+
+def bootstrap_test(
+    small: REMLResult,
+    large: REMLResult,
+    samples: int = 1000,
+    seed: int = 0,
+    progress: bool = True,
+) -> float:
+    """p value of a likelihood-ratio test by simulation under the smaller model.
+
+    It needs no distribution of the statistic, and so is right for any number of variances.
+
+    Args:
+        small, large: as in :func:`likelihood_ratio_test`.
+        samples: how many responses.
+        seed: of the random numbers.
+        progress: whether a bar shows on stderr.
+
+    Reference:
+        Davison and Hinkley, Bootstrap Methods and their Application (1997), eq. 4.11.
+    """
+    observed = likelihood_ratio_test(small, large).statistic
+    fits = [Refit(small), Refit(large)]
+    reached = 0
+    for y in _tracked(simulate(small, samples, seed).unbind(1), progress):
+        value = []
+        for fit in fits:
+            fit.reset()
+            objective = fit.objective(y)
+            iterate(objective, 100)
+            value.append(float(objective.evaluate().log_likelihood))
+        reached += 2 * (value[1] - value[0]) >= observed
+    return (1 + reached) / (1 + samples)
+
+
+def _tracked(parts: tuple[Tensor, ...], progress: bool) -> Iterable[Tensor]:
+    return track(
+        parts,
+        "bootstrap",
+        disable=not progress,
+        transient=True,
+        console=Console(stderr=True),
+    )
+
+
+def _numbers(refit: Refit, objective: Objective) -> dict[str, float]:
+    """Standard deviations, correlations and fixed effects at the present parameters."""
+    found: dict[str, float] = {}
+    with torch.no_grad():
+        terms = objective.terms()
+    for c, term in zip(refit.result.components, terms, strict=True):
+        matrix = term.covariance.shown()
+        if matrix.dim() != 2 or len(matrix) != len(c.effects):
+            continue
+        sd = matrix.diagonal().clamp(min=0).sqrt()
+        for i, effect in enumerate(c.effects):
+            plain = c.group == "Residual" and len(matrix) == 1
+            found["sigma" if plain else f"sd_{effect}|{c.group}"] = float(sd[i])
+            for j in range(i):
+                scale = float(sd[i] * sd[j])
+                name = f"cor_{effect}.{c.effects[j]}|{c.group}"
+                found[name] = float(matrix[i, j]) / scale if scale else nan
+    fixed = objective.problem.fixed
+    beta = fixed.coefficients(objective.evaluate().gamma).tolist()
+    return found | dict(zip(refit.result.fixed.names, beta, strict=True))

@@ -1,0 +1,81 @@
+"""What is wrong with a fit, in plain words."""
+
+from __future__ import annotations
+
+import torch
+
+from openreml_nn.estimation import REMLResult
+
+__all__ = ["diagnose"]
+
+
+def diagnose(result: REMLResult) -> list[str]:
+    """Sentences on convergence, singularity and what the data cannot tell, each with advice.
+
+    Returns:
+        An empty list if nothing is wrong.
+
+    >>> from openreml_nn import lmm
+    >>> from openreml_nn.datasets import sleepstudy
+    >>> diagnose(lmm("Reaction ~ Days + (Days | Subject)", sleepstudy()))
+    []
+    """
+    found: list[str] = []
+    if not result.converged:
+        found.append(
+            f"The fit has not converged: after {result.iterations} iterations the estimates are "
+            f"{result.score_norm:.2g} standard errors from the optimum. Allow more iterations, "
+            "or rescale covariates of very different size."
+        )
+    for c in result.components:
+        if c.group in result.singular and c.group != "Residual":
+            found.append(_singular(c.group, c.effects, c.std_dev, c.correlation))
+    if result.indistinct:
+        found.append(
+            f"The data cannot tell apart {', '.join(result.indistinct)}: other values of them fit "
+            "as well. Leave one of them out, or fix it."
+        )
+    if result.condition > 1e8:
+        found.append(
+            f"The curvature is nearly flat in some direction (condition {result.condition:.1g}): "
+            "standard errors of the variances are unreliable. A profile or a bootstrap tells more."
+        )
+    for c in result.components:
+        levels = len(c.levels)
+        if 0 < levels < 5:
+            found.append(
+                f"{c.group} has {levels} levels: its variance is known to within a factor of "
+                "several. Consider it as a fixed effect."
+            )
+    if result.log_likelihood_error > 0.1:
+        found.append(
+            f"The log-likelihood is estimated, with a standard error of "
+            f"{result.log_likelihood_error:.2g}: differences of that size mean nothing. Use "
+            "solver='blocked' for an exact one."
+        )
+    return found
+
+
+def _singular(
+    group: str, effects: tuple[str, ...], sd: torch.Tensor, correlation: torch.Tensor
+) -> str:
+    largest = float(sd.max())
+    gone = [e for e, s in zip(effects, sd.tolist(), strict=True) if s <= 1e-4 * largest]
+    if not largest or len(gone) == len(effects):
+        what = f"the variance of {group} is zero"
+        advice = (
+            f"rows of one level of {group} are no more alike than others, given all else. Leaving "
+            "the term out gives the same fit"
+        )
+    elif gone:
+        what = f"the variance of {', '.join(gone)} between levels of {group} is zero"
+        advice = "leaving the effect out of the term gives the same fit"
+    else:
+        at = correlation.tril(-1).abs().flatten().argmax()
+        i, j = divmod(int(at), len(effects))
+        what = (
+            f"some combination of the effects of {group} has no variance; the correlation of "
+            f"{effects[j]} and {effects[i]} is {float(correlation[i, j]):.3f}"
+        )
+        advice = "fewer effects, or uncorrelated ones ('||'), describe the data as well"
+    return f"The fit is singular: {what}. That is an estimate, not a failure: {advice}."

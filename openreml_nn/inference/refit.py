@@ -1,0 +1,77 @@
+"""A fitted model that can be moved and fitted again, without touching the one it came from."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import torch
+from torch import Tensor
+
+from openreml_nn.estimation import REMLResult, fit_reml
+from openreml_nn.estimation.result import Source
+from openreml_nn.likelihood import REMLLoss
+from openreml_nn.likelihood.loss import Objective
+
+__all__ = ["Refit", "source_of"]
+
+
+def source_of(result: REMLResult) -> Source:
+    """Data and model of a result.
+
+    Raises:
+        ValueError: if its rows were streamed.
+    """
+    if result.source is None:
+        raise ValueError("the result has no data, because its rows were read in chunks: use lmm()")
+    return result.source
+
+
+class Refit:
+    """A copy of a fitted model at its estimates.
+
+    Args:
+        result: the fit.
+    """
+
+    def __init__(self, result: REMLResult) -> None:
+        self.result = result
+        self.source = source = source_of(result)
+        self.covariance = copy.deepcopy(source.covariance)
+        self.y, self.X = source.y.detach(), source.X.detach()[:, list(result.fixed.columns)]
+        self._losses: dict[str, REMLLoss] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Set the parameters to the estimates."""
+        stored = {estimate.name: estimate.untransformed for estimate in self.result.parameters}
+        with torch.no_grad():
+            for entry in self.covariance._layout().entries:
+                entry.tensor.fill_(stored[entry.name])
+
+    def objective(
+        self, y: Tensor | None = None, X: Tensor | None = None, method: str | None = None
+    ) -> Objective:
+        """The likelihood, of other data or by another method if these are given."""
+        y, X = self.y if y is None else y, self.X if X is None else X
+        method = method or self.result.method
+        if method not in self._losses:
+            solver = self.result.plan.solver
+            self._losses[method] = REMLLoss(self.covariance, method, solver)
+        return self._losses[method].objective(y, X, self.source.rows)
+
+    def fit(self, method: str | None = None, y: Tensor | None = None) -> REMLResult:
+        """Fit again, from where the parameters are."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return fit_reml(
+                self.covariance,
+                self.y if y is None else y,
+                self.X,
+                method=method or self.result.method,
+                solver=self.result.plan.solver,
+                rows=self.source.rows,
+                start="current",
+                names=self.result.fixed.names,
+                labels=self.source.labels,
+            )

@@ -1,0 +1,146 @@
+"""Shares of variance: R², intraclass correlation, heritability."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from openreml_nn.covariance.design import IndexedDesign
+from openreml_nn.covariance.terms import Term
+from openreml_nn.estimation import REMLResult
+from openreml_nn.estimation.aireml import Curvature
+from openreml_nn.estimation.derivatives import jacobian
+from openreml_nn.inference.refit import Refit
+from openreml_nn.metrics import conditional_r2, marginal_r2
+
+__all__ = ["R2", "heritability", "r2", "variance_shares"]
+
+
+class R2(NamedTuple):
+    """Shares of the variance that the fixed effects explain, and these with the random ones."""
+
+    marginal: float
+    conditional: float
+
+
+def r2(result: REMLResult) -> R2:
+    r"""Marginal and conditional :math:`R^2` of a fit, random slopes included.
+
+    Raises:
+        ValueError: if the rows were streamed.
+
+    Reference:
+        Nakagawa and Schielzeth, Methods in Ecology and Evolution 4 (2013) 133, eqs. 26 and 30;
+        Johnson, ibid. 5 (2014) 944, eq. 10.
+
+    >>> from openreml_nn import lmm
+    >>> from openreml_nn.datasets import sleepstudy
+    >>> found = r2(lmm("Reaction ~ Days + (Days | Subject)", sleepstudy()))
+    >>> f"{found.marginal:.4f} {found.conditional:.4f}"
+    '0.2787 0.7992'
+    """
+    refit = Refit(result)
+    mean = refit.X @ result.fixed.estimate
+    variances = _row_variances(refit.objective().terms())
+    *random, residual = variances
+    total = sum(random, torch.zeros_like(residual))
+    return R2(
+        float(marginal_r2(mean, total, residual)), float(conditional_r2(mean, total, residual))
+    )
+
+
+def variance_shares(result: REMLResult) -> pd.DataFrame:
+    r"""Share of each term in the variance of a row, :math:`v_t / \sum_s v_s`.
+
+    :math:`v_t` is the mean over the rows of :math:`z_i^\top G_t z_i`: for a random intercept its
+    variance, so that the share is the intraclass correlation; for an additive genetic effect the
+    share is the heritability. Standard errors are by the delta method.
+
+    Returns:
+        group, variance, share, std_error; the residual last.
+
+    Raises:
+        ValueError: if the rows were streamed.
+
+    Reference:
+        Lynch and Walsh, Genetics and Analysis of Quantitative Traits (1998), appendix 1.
+
+    >>> from openreml_nn import lmm
+    >>> from openreml_nn.datasets import penicillin
+    >>> result = lmm("diameter ~ 1 + (1 | plate) + (1 | sample)", penicillin())
+    >>> variance_shares(result).round(3)
+          group  variance  share  std_error
+    0     plate     0.717  0.151      0.085
+    1    sample     3.731  0.785      0.113
+    2  Residual     0.302  0.064      0.033
+    """
+    objective = Refit(result).objective()
+    curvature = Curvature([objective])
+    at, u = curvature.at, curvature.u
+
+    def variances(x: Tensor) -> tuple[Tensor]:
+        return (torch.stack(_row_variances(objective.terms(at.natural(0, x)))),)
+
+    with torch.no_grad():
+        (value,) = variances(u)
+    slope = jacobian(variances, u)[0].mT if len(u) else value.new_zeros(len(value), 0)
+    inner = torch.tensor(
+        [not (v and float(x) == 0) for v, x in zip(at.vanishing, u, strict=True)], dtype=torch.bool
+    )
+    information = curvature.information[inner][:, inner]
+    spread = slope[:, inner] @ torch.linalg.pinv(information, hermitian=True) @ slope[:, inner].mT
+    total = value.sum()
+    by = (torch.eye(len(value), dtype=value.dtype) - value[:, None] / total) / total
+    error = (by @ spread @ by.mT).diagonal().clamp(min=0).sqrt()
+    groups = [c.group for c in result.components]
+    columns = {"variance": value, "share": value / total, "std_error": error}
+    table = {name: column.numpy(force=True) for name, column in columns.items()}
+    return pd.DataFrame({"group": groups, **table})
+
+
+class Heritability(NamedTuple):
+    """Heritability and its standard error."""
+
+    estimate: float
+    std_error: float
+
+
+def heritability(result: REMLResult, group: str) -> Heritability:
+    """Share of a genetic effect in the variance, see :func:`variance_shares`.
+
+    Args:
+        result: a fit.
+        group: the grouping factor of the genetic effect.
+
+    Raises:
+        ValueError: if there is no such group, or several terms of it.
+    """
+    table = variance_shares(result)
+    found = table[table["group"] == group]
+    if len(found) != 1:
+        raise ValueError(f"`group` is {group!r}: expected one of {table['group'].tolist()}")
+    return Heritability(float(found["share"].iloc[0]), float(found["std_error"].iloc[0]))
+
+
+def _row_variances(terms: list[Term]) -> list[Tensor]:
+    """Mean over the rows of each term's variance."""
+    return [_row_variance(term) for term in terms]
+
+
+def _row_variance(term: Term) -> Tensor:
+    z = term.design
+    if isinstance(z, IndexedDesign):
+        k = z.effects
+        blocks = term.covariance.blocks(z.levels, k)  # (levels or 1, k, k)
+        if z.values is None and len(blocks) == 1:
+            return blocks.reshape(())
+        block = blocks if len(blocks) == 1 else blocks[z.codes]
+        values = block.new_ones(len(z.codes), 1) if z.values is None else z.values.to(block)
+        return (values[:, None] @ block @ values[..., None]).mean()
+    if z.shape[0] == z.shape[1]:
+        return term.covariance.blocks(z.shape[0], 1).mean()
+    Z = z.dense(term.covariance.matrix)
+    return (Z * term.covariance.multiply(Z.mT).mT).sum(1).mean()

@@ -1,0 +1,385 @@
+"""Inference against lmerTest, pbkrtest, lme4 and emmeans, and against its own definitions."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+
+from openreml_nn import datasets, fit_stream, lmm
+from openreml_nn.datasets import oats, penicillin, sleepstudy, table_path
+from openreml_nn.inference import (
+    anova,
+    bootstrap,
+    bootstrap_test,
+    coefficients,
+    diagnose,
+    emmeans,
+    heritability,
+    likelihood_ratio_test,
+    profile,
+    r2,
+    simulate,
+    variance_shares,
+    wald_test,
+)
+
+FILE = Path(__file__).parents[1] / "reference" / "inference.json"
+REFERENCE = json.loads(FILE.read_text(encoding="utf-8"))
+LOST = {
+    "oats_unbalanced": [1, 5, 9, 20, 33, 50, 51],
+    "sleepstudy_unbalanced": [*range(1, 9), *range(15, 20), 33, 47, *range(101, 105)],
+}
+FORMULAS = {name: datasets.FORMULAS[name] for name in ("sleepstudy", "oats", "penicillin")}
+
+
+def fitted(name, **options):
+    plain = name.removesuffix("_unbalanced")
+    table = getattr(datasets, plain)()
+    if name in LOST:
+        table = table.drop(index=[i - 1 for i in LOST[name]])
+    return lmm(FORMULAS[plain], table, **options)
+
+
+def slopes(effects, **options):
+    return lmm(f"Reaction ~ Days + ({effects} | Subject)", sleepstudy(), **options)
+
+
+# ---------------------------------------------------------------------- degrees of freedom
+
+
+@pytest.mark.parametrize("ddf", ["satterthwaite", "kenward-roger"])
+@pytest.mark.parametrize("name", REFERENCE["coefficients"])
+def test_coefficients_equal_lmertest_and_pbkrtest(name, ddf):
+    found = coefficients(fitted(name), ddf)
+    rows = REFERENCE["coefficients"][name][ddf.replace("-", "_")]
+    assert found["name"].tolist() == [row["name"] for row in rows]
+    for column in ("estimate", "std_error", "df", "statistic"):
+        # lme4's estimates are those of its optimizer's tolerance.
+        expected = [row[column] for row in rows]
+        np.testing.assert_allclose(found[column], expected, rtol=5e-4)
+    np.testing.assert_allclose(found["p"], [row["p"] for row in rows], rtol=5e-3)
+
+
+@pytest.mark.parametrize("ddf", ["satterthwaite", "kenward-roger"])
+@pytest.mark.parametrize("row", REFERENCE["joint"], ids=lambda row: row["names"][0])
+def test_joint_tests_equal_lmertest_and_pbkrtest(row, ddf):
+    found = wald_test(fitted("oats"), row["names"], ddf)
+    expected = row[ddf.replace("-", "_")]
+    assert found.statistic == pytest.approx(expected["F"], rel=1e-4)
+    assert found.num_df == expected["num_df"]
+    assert found.den_df == pytest.approx(expected["den_df"], rel=1e-4)
+    assert found.p == pytest.approx(expected["p"], rel=1e-4)
+
+
+def test_a_test_of_one_coefficient_is_its_t_test():
+    result = fitted("oats_unbalanced")
+    for ddf in ("satterthwaite", "kenward-roger", "asymptotic"):
+        one = coefficients(result, ddf).iloc[2]
+        test = wald_test(result, [one["name"]], ddf)
+        assert test.statistic == pytest.approx(one["statistic"] ** 2, rel=1e-8)
+        assert test.p == pytest.approx(one["p"], rel=1e-6)
+
+
+def test_asymptotic_intervals_are_normal():
+    result = fitted("sleepstudy")
+    found = coefficients(result, "asymptotic", 0.9)
+    half = stats.norm.ppf(0.95) * result.fixed.std_error.numpy()
+    np.testing.assert_allclose(found["high"] - found["estimate"], half)
+
+
+def test_tests_that_cannot_be(tmp_path):
+    result = fitted("sleepstudy")
+    with pytest.raises(ValueError, match="`ddf` is 'exact'"):
+        coefficients(result, "exact")
+    with pytest.raises(ValueError, match="`level` is 95"):
+        coefficients(result, level=95)
+    with pytest.raises(ValueError, match="expected some of"):
+        wald_test(result, ["Nights"])
+    with pytest.raises(ValueError, match="full row rank"):
+        wald_test(result, torch.tensor([[1.0, 0.0], [2.0, 0.0]]))
+    with pytest.raises(ValueError, match="method='reml'"):
+        coefficients(fitted("sleepstudy", method="ml"), "kenward-roger")
+    auto = lmm("Reaction ~ Days", sleepstudy(), residual="ar1(Days | Subject)")
+    with pytest.raises(ValueError, match="use ddf='satterthwaite'"):
+        coefficients(auto, "kenward-roger")
+    assert 10 < coefficients(auto)["df"].min() < 180
+    streamed = fit_stream(FORMULAS["sleepstudy"], table_path("sleepstudy"), progress=False)
+    with pytest.raises(ValueError, match="read in chunks"):
+        coefficients(streamed)
+
+
+# ---------------------------------------------------------------------- likelihood ratios
+
+
+@pytest.mark.parametrize("which", ["slopes", "days"])
+def test_anova_equals_lme4(which):
+    fits = {
+        "slopes": [slopes("1"), slopes("Days")],
+        "days": [lmm(f"Reaction ~ {x} + (Days | Subject)", sleepstudy()) for x in ("1", "Days")],
+    }[which]
+    found = anova(*reversed(fits))
+    for row, (_, own) in zip(REFERENCE["anova"][which], found.iterrows(), strict=True):
+        assert own["npar"] == row["npar"]
+        assert own["log_likelihood"] == pytest.approx(row["logLik"], rel=1e-8)
+        assert own["aic"] == pytest.approx(row["AIC"], rel=1e-8)
+        assert own["bic"] == pytest.approx(row["BIC"], rel=1e-8)
+    assert own["statistic"] == pytest.approx(row["Chisq"], rel=1e-5)
+    assert own["df"] == row["Df"]
+    assert own["p_naive"] == pytest.approx(row["Pr(>Chisq)"], rel=1e-4)
+    if which == "days":
+        assert own["p"] == own["p_naive"]
+    else:
+        x = own["statistic"]
+        assert own["p"] == pytest.approx((stats.chi2.sf(x, 1) + stats.chi2.sf(x, 2)) / 2)
+
+
+def test_the_mixture_counts_variances_and_covariances():
+    none = lmm("Reaction ~ Days", sleepstudy())
+    one, two, three = slopes("1"), slopes("Days"), slopes("Days + I(Days**2)")
+    assert likelihood_ratio_test(none, one).mixture == {0: 0.5, 1: 0.5}
+    assert likelihood_ratio_test(one, two).mixture == {1: 0.5, 2: 0.5}
+    assert likelihood_ratio_test(two, three).mixture == {2: 0.5, 3: 0.5}
+    independent = lmm("Reaction ~ Days + (Days || Subject)", sleepstudy())
+    assert likelihood_ratio_test(one, independent).mixture == {0: 0.5, 1: 0.5}
+    assert likelihood_ratio_test(none, independent).mixture == {0: 0.25, 1: 0.5, 2: 0.25}
+    assert likelihood_ratio_test(independent, two).mixture == {1: 1.0}
+
+
+def test_p_values_of_variances_are_uniform_where_the_variance_is_zero():
+    rng = np.random.default_rng(0)
+    right, naive = [], []
+    for _ in range(400):
+        table = pd.DataFrame({"y": rng.standard_normal(240), "g": np.arange(240) // 4})
+        test = likelihood_ratio_test(lmm("y ~ 1", table), lmm("y ~ 1 + (1 | g)", table))
+        right.append(test.p < 0.1)
+        naive.append(test.p_naive < 0.1)
+    error = (0.1 * 0.9 / 400) ** 0.5
+    assert abs(np.mean(right) - 0.1) < 3 * error
+    assert np.mean(naive) < 0.1 - 2 * error
+
+
+@pytest.mark.parametrize(
+    ("small", "large", "message"),
+    [
+        (lambda: slopes("1", method="ml"), lambda: slopes("Days"), "'ml' and 'reml'"),
+        (
+            lambda: lmm("Reaction ~ 1 + (Days | Subject)", sleepstudy()),
+            lambda: slopes("Days"),
+            "restricted likelihoods of different fixed effects",
+        ),
+        (lambda: slopes("Days"), lambda: slopes("1"), "6 and 4 parameters"),
+        (
+            lambda: lmm("Reaction ~ Days + (1 | Subject)", sleepstudy().iloc[:170]),
+            lambda: slopes("Days"),
+            "170 and 180 rows",
+        ),
+    ],
+)
+def test_models_that_do_not_compare(small, large, message):
+    with pytest.raises(ValueError, match=message):
+        likelihood_ratio_test(small(), large())
+
+
+# ---------------------------------------------------------------------- profiles
+
+
+@pytest.mark.parametrize("name", ["sleepstudy", "penicillin"])
+def test_profile_intervals_equal_lme4s_confint(name):
+    found = profile(fitted(name)).intervals()
+    rows = REFERENCE["confint"][name]
+    if name == "sleepstudy":  # lme4 has the correlation before the second deviation
+        rows = [rows[i] for i in (0, 2, 1, 3, 4, 5)]
+    np.testing.assert_allclose(found["low"], [row["low"] for row in rows], rtol=3e-4)
+    np.testing.assert_allclose(found["high"], [row["high"] for row in rows], rtol=3e-4)
+
+
+def test_a_profile_of_a_fixed_effect_is_the_dense_one():
+    result = fitted("sleepstudy")
+    curve = profile(result, ["Days"]).curves["Days"]
+    assert curve.zeta[np.argmin(abs(curve.values - curve.estimate))] == 0
+    assert (np.diff(curve.zeta) > 0).all()
+    # At a point, against a fit with the effect taken off the response.
+    table = sleepstudy()
+    value = float(curve.values[2])
+    table["Reaction"] = table["Reaction"] - value * table["Days"]
+    held = lmm("Reaction ~ 1 + (Days | Subject)", table, method="ml")
+    free = fitted("sleepstudy", method="ml")
+    expected = -((2 * (free.log_likelihood - held.log_likelihood)) ** 0.5)
+    assert curve.zeta[2] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_variance_that_may_be_zero_has_an_interval_from_zero():
+    rng = np.random.default_rng(3)
+    table = pd.DataFrame({"y": rng.standard_normal(100), "g": np.arange(100) // 5})
+    table["y"] += 0.2 * rng.standard_normal(20)[table["g"]]
+    found = profile(lmm("y ~ 1 + (1 | g)", table)).intervals().set_index("name")
+    assert found.loc["sd_(Intercept)|g", "low"] == 0
+    assert found.loc["sd_(Intercept)|g", "high"] > 0
+
+
+def test_profiles_that_cannot_be():
+    with pytest.raises(ValueError, match="`names` has 'Nights'"):
+        profile(fitted("sleepstudy"), ["Nights"])
+    with pytest.raises(ValueError, match=r"`level` is 0\.999"):
+        profile(fitted("penicillin"), ["sigma"]).intervals(0.999)
+
+
+# ---------------------------------------------------------------------- simulation
+
+
+def test_simulated_responses_have_the_covariance_of_the_model():
+    result = fitted("sleepstudy")
+    y = simulate(result, 20_000)
+    V = result.source.covariance().detach()
+    mean = result.source.X @ result.fixed.estimate
+    error = (V.diagonal() / 20_000).sqrt()
+    assert float(((y.mean(1) - mean) / error).abs().max()) < 5
+    scale = (V.diagonal()[:, None] * V.diagonal()).sqrt()
+    assert float(((torch.cov(y) - V) / scale).abs().max()) < 0.05
+    assert torch.equal(y[:, :2], simulate(result, 20_000)[:, :2])
+    assert not torch.equal(y[:, 0], simulate(result, 1, seed=1)[:, 0])
+
+
+def test_the_bootstrap_agrees_with_standard_errors():
+    result = fitted("penicillin")
+    found = bootstrap(result, 200, progress=False).intervals().set_index("name")
+    error = float(result.fixed.std_error[0])
+    assert found.loc["(Intercept)", "std_error"] == pytest.approx(error, rel=0.2)
+    profiled = profile(result).intervals().set_index("name")
+    for name in ("sd_(Intercept)|plate", "sigma"):
+        for end in ("low", "high"):
+            assert found.loc[name, end] == pytest.approx(profiled.loc[name, end], rel=0.1)
+    own = bootstrap(result, 3, statistic=lambda r: {"aic": r.aic}, progress=False)
+    assert own.samples["aic"].nunique() == 3
+    assert own.estimate["aic"] == result.aic
+
+
+def test_the_bootstrap_does_not_move_the_fit():
+    result = fitted("sleepstudy")
+    before = result.source.covariance.build_params().clone()
+    bootstrap(result, 2, progress=False)
+    profile(result, ["sigma"])
+    coefficients(result)
+    assert torch.equal(result.source.covariance.build_params(), before)
+
+
+def test_a_test_by_simulation():
+    assert bootstrap_test(slopes("1"), slopes("Days"), 19, progress=False) == 1 / 20
+    rng = np.random.default_rng(1)
+    table = pd.DataFrame({"y": rng.standard_normal(60), "g": np.arange(60) // 6})
+    fits = [lmm("y ~ 1", table), lmm("y ~ 1 + (1 | g)", table)]
+    p = bootstrap_test(*fits, 99, progress=False)
+    assert p == pytest.approx(likelihood_ratio_test(*fits).p, abs=0.15)
+    with pytest.raises(ValueError, match="`samples` is 0"):
+        simulate(fits[0], 0)
+    with pytest.raises(ValueError, match="`level` is 2"):
+        bootstrap(fits[0], 1, progress=False).intervals(2)
+
+
+# ---------------------------------------------------------------------- marginal means
+
+
+@pytest.mark.parametrize("ddf", ["satterthwaite", "kenward-roger"])
+def test_marginal_means_equal_emmeans(ddf):
+    found = emmeans(fitted("oats"), "Variety", ddf=ddf)
+    rows = REFERENCE["emmeans"][ddf.replace("-", "_")]
+    columns = {"name": "Variety", "estimate": "emmean", "std_error": "SE", "df": "df"}
+    columns |= {"low": "lower.CL", "high": "upper.CL"}
+    for own, other in columns.items():
+        expected = [row[other] for row in rows]
+        if own == "name":
+            assert found.table[own].tolist() == expected
+        else:
+            np.testing.assert_allclose(found.table[own], expected, rtol=1e-4)
+
+
+def test_pairwise_differences_equal_emmeans():
+    means = emmeans(fitted("oats"), "Variety", ddf="kenward-roger")
+    rows = REFERENCE["emmeans"]["pairs"]
+    found = means.pairs()
+    assert found["name"].tolist() == [row["contrast"] for row in rows]
+    for own, other in {
+        "estimate": "estimate",
+        "std_error": "SE",
+        "df": "df",
+        "p": "p.value",
+    }.items():
+        np.testing.assert_allclose(found[own], [row[other] for row in rows], rtol=1e-4)
+    plain = means.pairs("none")["p"]
+    np.testing.assert_allclose(means.pairs("bonferroni")["p"], np.minimum(1, 3 * plain))
+
+
+def test_marginal_means_at_a_value_are_predictions():
+    result = fitted("oats")
+    found = emmeans(result, "Variety", at={"nitro": 0.2}).table["estimate"]
+    beta = result.fixed.estimate
+    assert found[0] == pytest.approx(float(beta[0] + 0.2 * beta[1]))
+    two = lmm("yield ~ factor(nitro) + Variety + (1 | Block)", oats(), categorical=["nitro"])
+    assert len(emmeans(two, ["Variety", "nitro"]).table) == 12
+
+
+def test_marginal_means_that_cannot_be():
+    result = fitted("oats")
+    for call, message in [
+        (lambda: emmeans(result, "Block"), "expected some of \\['Variety'\\]"),
+        (lambda: emmeans(result, "Variety", at={"rain": 1.0}), "`at` has 'rain'"),
+        (lambda: emmeans(result, "Variety").pairs("holm"), "`adjust` is 'holm'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+# ---------------------------------------------------------------------- shares
+
+
+def test_shares_of_variance():
+    result = fitted("penicillin")
+    table = variance_shares(result).set_index("group")
+    components = {c.group: float(c.covariance[0, 0]) for c in result.components}
+    for group, value in components.items():
+        assert table.loc[group, "variance"] == pytest.approx(value)
+        assert table.loc[group, "share"] == pytest.approx(value / sum(components.values()))
+    assert heritability(result, "plate") == tuple(table.loc["plate", ["share", "std_error"]])
+    with pytest.raises(ValueError, match="`group` is 'sire'"):
+        heritability(result, "sire")
+
+
+def test_the_variance_of_random_slopes_is_the_mean_over_the_rows():
+    result = fitted("sleepstudy")
+    V = result.source.covariance().detach()
+    table = variance_shares(result).set_index("group")
+    random = float(V.diagonal().mean()) - result.residual_variance
+    assert table.loc["Subject", "variance"] == pytest.approx(random)
+    found = r2(result)
+    # As MuMIn 1.47.1's r.squaredGLMM prints them.
+    assert found.marginal == pytest.approx(0.2786511, abs=2e-5)
+    assert found.conditional == pytest.approx(0.7992199, abs=2e-5)
+
+
+# ---------------------------------------------------------------------- words
+
+
+def test_a_singular_fit_is_explained():
+    from tests.estimation.test_reference import table_of
+
+    result = lmm("Yield ~ 1 + (1 | Batch)", table_of("dyestuff2"))
+    (said,) = diagnose(result)
+    assert "the variance of Batch is zero" in said
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"x": rng.standard_normal(300), "g": np.arange(300) // 10})
+    b = rng.standard_normal(30)[table["g"]]
+    table["y"] = b + 0.5 * b * table["x"] + 0.5 * rng.standard_normal(300)
+    together = lmm("y ~ x + (x | g)", table)
+    assert any("the correlation of (Intercept) and x is 1.000" in s for s in diagnose(together))
+
+
+def test_other_troubles_are_explained():
+    with pytest.warns(RuntimeWarning, match="did not converge"):
+        result = fitted("sleepstudy", max_iterations=1)
+    assert any("has not converged" in s and "more iterations" in s for s in diagnose(result))
+    few = lmm("diameter ~ 1 + (1 | sample)", penicillin().query("sample in ['A', 'B', 'C']"))
+    assert any("3 levels" in s for s in diagnose(few))
