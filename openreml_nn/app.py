@@ -1,4 +1,5 @@
-"""The console program ``openreml-nn``: a Hydra app that fits a table, or predicts for one."""
+"""The console program ``openreml-nn``: a Hydra app that fits a table, predicts for one, or gathers
+runs into a report."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ __all__ = ["main", "quoted"]
 
 #: Options whose values are free text; Hydra's grammar would trip over brackets and bars.
 _TEXT = re.compile(
-    r"\+{0,2}(model\.formula|model\.residual|data\.formula|data\.path|checkpoint)=(.*)", re.DOTALL
+    r"\+{0,2}(model\.formula|model\.residual|data\.formula|data\.path|checkpoint|resume|path|output)"
+    r"=(.*)",
+    re.DOTALL,
 )
 #: What the disk or the user's rights can do to a run; all else is a fault of ours.
 _DISK = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR}
@@ -48,8 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     name = "config"
     task: Callable[[DictConfig], float | None] = fit
-    if given[:1] == ["predict"]:
-        name, task, given = "predict", predict, given[1:]
+    if given[:1] in (["predict"], ["report"]):
+        name, given = given[0], given[1:]
+        task = {"predict": predict, "report": report}[name]
     sys.argv = [sys.argv[0], *map(quoted, given)]
     # Hydra then raises what it would print and swallow.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -93,6 +97,17 @@ def predict(config: DictConfig) -> None:
         _predict(config, Path(HydraConfig.get().runtime.output_dir))
 
 
+def report(config: DictConfig) -> None:
+    """Gather runs into one page of HTML."""
+    with _reported():
+        from openreml_nn.report import write_report
+
+        path = Path(config.output)
+        count = write_report(str(config.path), path)
+        runs = "run" if count == 1 else "runs"
+        print(f"report of {count} {runs} written to {_shown(path.absolute())}")
+
+
 def _fit(config: DictConfig, directory: Path) -> float:
     import lightning
     from rich.console import Console
@@ -102,10 +117,10 @@ def _fit(config: DictConfig, directory: Path) -> float:
     from openreml_nn.lightning import MixedModelDataModule
     from openreml_nn.report import Run, write_run
 
-    for key in ("seed", "trainer.max_epochs"):
+    for key, most in (("seed", 2**32 - 1), ("trainer.max_epochs", sys.maxsize)):
         value = OmegaConf.select(config, key)
-        if not isinstance(value, int):
-            raise InputError(f"{key} is {value!r}: expected a whole number")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+            raise InputError(f"{key} is {value!r}: expected a whole number, 0 or more")
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     formula, categorical = _formula(config), _names(config.data.categorical)
     model = _linear(config) if "method" in config.model else _neural(config)
@@ -138,7 +153,7 @@ def _fit(config: DictConfig, directory: Path) -> float:
         loggers = [build(part, "logger") for part in (config.logger or {}).values() if part]
         trainer = build(config.trainer, "trainer", callbacks=callbacks, logger=loggers)
         start = time.perf_counter()
-        trainer.fit(model, data)
+        trainer.fit(model, data, ckpt_path=_resumed(config), weights_only=True)
         dropped, name = data.encoded.dropped_rows, type(trainer.optimizers[0]).__name__
     if not trainer.is_global_zero:
         trainer.save_checkpoint(directory / "model.ckpt", weights_only=False)
@@ -146,7 +161,12 @@ def _fit(config: DictConfig, directory: Path) -> float:
     assert model.result is not None
     validation = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
     seconds = time.perf_counter() - start
-    run = Run(model.result, formula, dropped, name, seconds, validation)
+    curves = None
+    if config.profile:
+        from openreml_nn.inference import profile
+
+        curves = profile(model.result)
+    run = Run(model.result, formula, dropped, name, seconds, validation, curves)
     if not model.result.converged:
         warnings.warn(
             f"not converged after {model.result.iterations} iterations: score norm "
@@ -275,6 +295,15 @@ def _plain(config: Any) -> dict[str, Any]:
     return found  # type: ignore[return-value]
 
 
+def _resumed(config: DictConfig) -> str | None:
+    """The checkpoint to go on from."""
+    if config.resume is None:
+        return None
+    if not Path(config.resume).is_file():
+        raise InputError(f"resume {str(config.resume)!r} does not exist: expected a checkpoint")
+    return str(config.resume)
+
+
 def _names(columns: Any) -> list[str]:
     return [columns] if isinstance(columns, str) else [str(column) for column in columns or ()]
 
@@ -340,6 +369,15 @@ def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
+def _is_of_hydra(error: Exception) -> bool:
+    """Whether an error was raised where Hydra reads options, and so is about them."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    name = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
+    return name.split(".")[0] in ("hydra", "omegaconf")
+
+
 @contextmanager
 def _reported(directory: Path | None = None) -> Iterator[None]:
     """Turn an error that the input has caused into one line and exit status 2.
@@ -355,6 +393,10 @@ def _reported(directory: Path | None = None) -> Iterator[None]:
         # What Hydra and OmegaConf add below the first lines is for their developers.
         text = re.split(r"\n\s*(?:full_key|Config search path)", str(error))[0]
         message = " ".join(text.split()) or type(error).__name__
+    except ValueError as error:
+        if not _is_of_hydra(error):
+            raise
+        message = str(error).partition(" : Override(")[0]
     except OSError as error:
         if error.errno not in _DISK:
             raise

@@ -9,6 +9,7 @@ import torch
 # HYPOTHESIS_PROFILE=thorough looks for new counterexamples.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)
+hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=20_000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "tests"))
 # The runner uses every core for a test of its own.
 torch.set_num_threads(1)

@@ -5,19 +5,27 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from matplotlib.figure import Figure
 
-from openreml_nn import datasets, lmm
+from openreml_nn import InputError, datasets, lmm
+from openreml_nn.inference import profile, variance_shares
 from openreml_nn.report import (
     Run,
     blup_table,
     caterpillar,
     convergence,
+    covariance,
     fixed_table,
     residuals,
+    semivariogram,
+    shares,
     variance_table,
+    write_report,
     write_run,
+    zeta,
 )
+from openreml_nn.sweep import best
 
 FORMULA = "Reaction ~ Days + (Days | Subject)"
 
@@ -72,7 +80,9 @@ def test_run_directory(result, tmp_path):
         "blup.csv",
         "plots/blup_Subject.png",
         "plots/convergence.png",
+        "plots/covariance.png",
         "plots/residuals.png",
+        "plots/shares.png",
     }
     record = json.loads((tmp_path / "run" / "result.json").read_text())
     assert record["schema"] == 1
@@ -114,3 +124,60 @@ def test_the_summary_is_laid_out_like_lme4s(result):
     parts = ["REML criterion 1743.6283", "Random effects", "Residual", "Fixed effects", "t value"]
     at = [text.index(part) for part in parts]
     assert at == sorted(at)
+
+
+def test_plots_show_what_they_say(result):
+    assert len(residuals(result).axes) == 2
+    bars = shares(result).axes[0].patches
+    table = variance_shares(result)
+    assert [bar.get_width() for bar in bars] == pytest.approx(table["share"][::-1].tolist())
+    image = covariance(result, 20).axes[0].images[0].get_array()
+    V = result.source.covariance().detach().numpy()[:20, :20]
+    np.testing.assert_allclose(image, V, rtol=1e-10)
+    figure = zeta(profile(result, ["sigma", "Days"]))
+    assert [axis.get_title() for axis in figure.axes[:2]] == ["sigma", "Days"]
+
+
+def test_a_semivariogram_of_an_autoregressive_field_rises_to_its_sill():
+    generator = torch.Generator().manual_seed(0)
+    place = torch.arange(400.0)[:, None]
+    z = torch.zeros(400)
+    for i in range(1, 400):
+        z[i] = 0.9 * z[i - 1] + (1 - 0.81) ** 0.5 * torch.randn(1, generator=generator).item()
+    table = pd.DataFrame({"y": z.numpy(), "g": np.arange(400) // 10})
+    axis = semivariogram(lmm("y ~ 1 + (1 | g)", table), place, bins=40).axes[0]
+    line = axis.lines[0].get_ydata()
+    assert line[0] < 0.5 * line[5:].mean()
+    with pytest.raises(ValueError, match="`places` has 3 rows: expected 400"):
+        semivariogram(lmm("y ~ 1 + (1 | g)", table), torch.zeros(3, 1))
+
+
+def test_a_report_is_one_page_that_needs_no_other_file(result, tmp_path):
+    for name in ("a", "b"):
+        write_run(Run(result, FORMULA, 0, "AIREML", 0.1, {"val_mse": 1.0}), tmp_path / name)
+    assert write_report(tmp_path, tmp_path / "report.html") == 2
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 2 * len(list((tmp_path / "a/plots").iterdir()))
+    assert "http" not in page.replace("http-equiv", "")
+    assert "REML criterion 1743.6283" in page
+    assert write_report(tmp_path / "a", tmp_path / "one.html") == 1
+    with pytest.raises(InputError, match="has no run"):
+        write_report(tmp_path / "none", tmp_path / "none.html")
+
+
+def test_what_is_wrong_is_written_in_words(tmp_path):
+    table = pd.DataFrame({"y": np.random.default_rng(0).standard_normal(60)})
+    table["g"] = np.arange(60) // 20
+    found = lmm("y ~ 1 + (1 | g)", table)
+    write_run(Run(found, "y ~ 1 + (1 | g)", 0, "AIREML", 0.1), tmp_path)
+    said = (tmp_path / "summary.txt").read_text(encoding="utf-8")
+    assert "g has 3 levels" in said
+
+
+def test_the_best_run_of_a_sweep():
+    table = pd.DataFrame({"run": ["a", "b"], "method": ["ml", "ml"], "aic": [3.0, 2.0]})
+    table["formula"] = ["y ~ 1", "y ~ x"]
+    assert best(table) == ("b", "aic")
+    assert best(table.assign(method="reml")) is None  # of different fixed effects
+    assert best(table.assign(method=["reml", "ml"])) is None
+    assert best(table.assign(val_negative_log_density=[1.0, 2.0]))[0] == "a"

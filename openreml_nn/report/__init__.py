@@ -1,7 +1,16 @@
 """What a fit leaves behind: tables, plots and the files of a run."""
 
 from openreml_nn.estimation.tables import blup_table, fixed_table, variance_table
-from openreml_nn.report.plots import caterpillar, convergence, residuals
+from openreml_nn.report.html import write_report
+from openreml_nn.report.plots import (
+    caterpillar,
+    convergence,
+    covariance,
+    residuals,
+    semivariogram,
+    shares,
+    zeta,
+)
 from openreml_nn.report.run import Run, write_run
 
 __all__ = [
@@ -9,8 +18,13 @@ __all__ = [
     "blup_table",
     "caterpillar",
     "convergence",
+    "covariance",
     "fixed_table",
     "residuals",
+    "semivariogram",
+    "shares",
     "variance_table",
+    "write_report",
     "write_run",
+    "zeta",
 ]

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.special import ndtri
+from torch import Tensor
 
 from openreml_nn.estimation.result import REMLResult
 from openreml_nn.estimation.tables import blup_table
+from openreml_nn.inference import Profile, variance_shares
+from openreml_nn.inference.refit import Refit
 
-__all__ = ["caterpillar", "convergence", "residuals"]
+__all__ = [
+    "caterpillar",
+    "convergence",
+    "covariance",
+    "residuals",
+    "semivariogram",
+    "shares",
+    "zeta",
+]
 
 #: Levels beyond this many are drawn without their names.
 _NAMED = 60
@@ -81,19 +95,138 @@ def convergence(result: REMLResult) -> Figure:
 
 
 def residuals(result: REMLResult) -> Figure:
-    """Conditional residuals against fitted values."""
-    figure = Figure(figsize=(5.5, 4), layout="constrained")
-    axis = figure.subplots()
+    """Conditional residuals against fitted values, and their quantiles against normal ones."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     x = result.fitted.numpy(force=True)
     y = result.residuals.numpy(force=True)
+    _cloud(left, x, y)
+    left.axhline(0, color="0.5", lw=0.8, ls="--")
+    left.set_xlabel("fitted value")
+    left.set_ylabel("residual")
+    n = len(y)
+    # Blom's plotting positions; of many rows, quantiles do.
+    at = np.linspace(0, n - 1, min(n, _POINTS)).astype(int)
+    normal = ndtri((at + 1 - 0.375) / (n + 0.25))
+    scale = y.std() or 1.0
+    right.plot(normal, np.sort(y)[at] / scale, "o", ms=3, alpha=0.6)
+    right.axline((0, 0), slope=1, color="0.5", lw=0.8, ls="--")
+    right.set_xlabel("normal quantile")
+    right.set_ylabel("residual / its standard deviation")
+    return figure
+
+
+def shares(result: REMLResult) -> Figure:
+    """Share of each term in the variance of a row, with standard errors."""
+    table = variance_shares(result)[::-1]
+    figure = Figure(figsize=(6, 1.2 + 0.4 * len(table)), layout="constrained")
+    axis = figure.subplots()
+    at = np.arange(len(table))
+    axis.barh(at, table["share"], xerr=table["std_error"].fillna(0), color="C0", alpha=0.7)
+    axis.set_yticks(at, table["group"])
+    axis.set_xlim(0, 1)
+    axis.set_xlabel("share of the variance, with its standard error")
+    return figure
+
+
+def covariance(result: REMLResult, rows: int = 60) -> Figure:
+    """The covariance V of the first rows, at the estimates.
+
+    Raises:
+        ValueError: if the rows were streamed.
+    """
+    refit = Refit(result)
+    n = min(rows, result.rows)
+    own = refit.source.rows
+    at = torch.arange(n) if own is None else own[:n].cpu()
+    with torch.no_grad():
+        terms = refit.covariance.terms(at.to(refit.y.device))
+        V = sum(
+            (t.design.matmul(t.covariance.multiply(t.design.dense(refit.y).mT)) for t in terms),
+            start=refit.y.new_zeros(n, n),
+        ).numpy(force=True)
+    figure = Figure(figsize=(5.5, 4.6), layout="constrained")
+    axis = figure.subplots()
+    size = abs(V).max()
+    image = axis.imshow(V, cmap="RdBu_r", vmin=-size, vmax=size)
+    figure.colorbar(image, ax=axis, label="covariance")
+    axis.set_xlabel(f"row (the first {n} of {result.rows})")
+    axis.set_ylabel("row")
+    return figure
+
+
+def zeta(profile: Profile) -> Figure:
+    """Profile zeta of each parameter, straight where a Wald interval would do."""
+    curves = profile.curves
+    columns = min(3, len(curves))
+    lines = -(-len(curves) // columns)
+    figure = Figure(figsize=(3 * columns, 2.4 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axis, (name, curve) in zip(axes, curves.items(), strict=False):
+        axis.plot(curve.values, curve.zeta, lw=1.2)
+        axis.axhline(0, color="0.5", lw=0.8)
+        for level in (0.5, 0.95):
+            low, high = curve.interval(level)
+            z = float(ndtri((1 + level) / 2))
+            axis.plot([low, low], [-z, 0], color="C1", lw=0.8)
+            axis.plot([high, high], [0, z], color="C1", lw=0.8)
+        axis.set_title(name, fontsize=9)
+        axis.set_ylim(-3.2, 3.2)
+    for axis in axes[len(curves) :]:
+        axis.set_axis_off()
+    figure.supylabel("zeta", fontsize=10)
+    return figure
+
+
+def semivariogram(result: REMLResult, places: Tensor, bins: int = 15, seed: int = 0) -> Figure:
+    r"""Empirical semivariogram :math:`\gamma(d)`, the mean of :math:`(r_i - r_j)^2 / 2` at distance
+    d, of the residuals without random effects and of the conditional ones.
+
+    The first shows how far rows are alike; the second should be flat.
+
+    Args:
+        result: a fit.
+        places: where each row is, (n, k).
+        bins: of the distances, up to half the largest.
+        seed: of the rows that are taken where there are more than 2,000.
+
+    Raises:
+        ValueError: if ``places`` has another number of rows, or the rows were streamed.
+
+    Reference:
+        Matheron, Economic Geology 58 (1963) 1246, eq. 3.
+    """
+    if len(places) != result.rows:
+        raise ValueError(f"`places` has {len(places)} rows: expected {result.rows}")
+    refit = Refit(result)
+    marginal = refit.y - refit.X @ result.fixed.estimate
+    generator = torch.Generator().manual_seed(seed)
+    at = torch.randperm(result.rows, generator=generator)[:2000]
+    distance = torch.pdist(places[at].double()).numpy(force=True)
+    edges = np.linspace(0, distance.max() / 2, bins + 1)
+    which = np.digitize(distance, edges) - 1
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    for name, values in (("without random effects", marginal), ("conditional", result.residuals)):
+        square = torch.pdist(values[at].double()[:, None]).numpy(force=True) ** 2 / 2
+        count = np.bincount(which, minlength=bins)[:bins]
+        total = np.bincount(which, square, minlength=bins)[:bins]
+        shown = count > 0
+        middle = (edges[:-1] + edges[1:]) / 2
+        axis.plot(middle[shown], total[shown] / count[shown], "o-", ms=4, label=name)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("distance")
+    axis.set_ylabel("semivariance of residuals")
+    axis.legend()
+    return figure
+
+
+def _cloud(axis: Axes, x: np.ndarray, y: np.ndarray) -> None:
+    """Points, or their density where there are many."""
     if len(x) > _POINTS:
         axis.hexbin(x, y, gridsize=80, bins="log", cmap="Blues", mincnt=1)
     else:
         axis.plot(x, y, "o", ms=3, alpha=0.6)
-    axis.axhline(0, color="0.5", lw=0.8, ls="--")
-    axis.set_xlabel("fitted value")
-    axis.set_ylabel("residual")
-    return figure
 
 
 def _groups(result: REMLResult) -> list[str]:

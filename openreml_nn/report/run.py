@@ -15,7 +15,15 @@ from matplotlib.figure import Figure
 from openreml_nn.estimation.result import Component, REMLResult, finite
 from openreml_nn.estimation.tables import blup_table, fixed_table, variance_table
 from openreml_nn.files import replacing, write_text
-from openreml_nn.report.plots import caterpillar, convergence, residuals
+from openreml_nn.inference import Profile, diagnose
+from openreml_nn.report.plots import (
+    caterpillar,
+    convergence,
+    covariance,
+    residuals,
+    shares,
+    zeta,
+)
 
 __all__ = ["Run", "write_run"]
 
@@ -31,6 +39,7 @@ class Run:
         optimizer: class name of the optimizer.
         seconds: wall time of the fit.
         validation: metrics of the rows held out, by name.
+        profile: of the likelihood, if it was asked for.
     """
 
     result: REMLResult
@@ -39,6 +48,12 @@ class Run:
     optimizer: str
     seconds: float
     validation: Mapping[str, float] = field(default_factory=dict)
+    profile: Profile | None = None
+
+    def summary(self) -> str:
+        """The result as text, with what is wrong with it in plain words."""
+        parts = [self.result.summary(self.formula), *diagnose(self.result)]
+        return "\n".join(parts).rstrip("\n") + "\n"
 
     def record(self) -> dict[str, Any]:
         """What ``result.json`` holds (schema 1); numbers that do not exist are None."""
@@ -95,7 +110,7 @@ def _random(c: Component) -> dict[str, Any]:
 
 
 def write_run(run: Run, directory: str | Path) -> Path:
-    """Write ``result.json``, ``summary.txt``, three CSV files and the plots.
+    """Write ``result.json``, ``summary.txt``, CSV files and the plots.
 
     ``result.json`` comes last: where it stands, all else is complete.
 
@@ -105,11 +120,13 @@ def write_run(run: Run, directory: str | Path) -> Path:
     folder = Path(directory)
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     result = run.result
-    write_text(folder / "summary.txt", result.summary(run.formula))
+    write_text(folder / "summary.txt", run.summary())
     _write_csv(fixed_table(result), folder / "fixed.csv")
     _write_csv(variance_table(result), folder / "variance.csv")
     _write_csv(blup_table(result), folder / "blup.csv")
-    for name, figure in _plots(result).items():
+    if run.profile is not None:
+        _write_csv(run.profile.intervals(), folder / "profile.csv")
+    for name, figure in _plots(run).items():
         with replacing(folder / "plots" / f"{name}.png") as temporary:
             figure.savefig(temporary, dpi=150)
     write_text(folder / "result.json", json.dumps(run.record(), indent=2, allow_nan=False) + "\n")
@@ -121,10 +138,16 @@ def _write_csv(table: pd.DataFrame, path: Path) -> None:
         table.to_csv(temporary, index=False)
 
 
-def _plots(result: REMLResult) -> Mapping[str, Figure]:
+def _plots(run: Run) -> Mapping[str, Figure]:
+    result = run.result
     figures = {"convergence": convergence(result)}
+    if run.profile is not None:
+        figures["profile"] = zeta(run.profile)
     if len(result.residuals):
         figures["residuals"] = residuals(result)
+    if result.source is not None:
+        figures["shares"] = shares(result)
+        figures["covariance"] = covariance(result)
     groups = dict.fromkeys(c.group for c in result.components if c.group != "Residual")
     for group in groups:
         figures["blup_" + re.sub(r"[^\w.-]", "_", group)] = caterpillar(result, group)
