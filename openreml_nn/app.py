@@ -113,6 +113,7 @@ def _fit(config: DictConfig, directory: Path) -> float:
     from rich.console import Console
 
     from openreml_nn.estimation.summary import tables
+    from openreml_nn.inference import diagnose
     from openreml_nn.instantiate import build
     from openreml_nn.lightning import MixedModelDataModule
     from openreml_nn.report import Run, write_run
@@ -177,6 +178,8 @@ def _fit(config: DictConfig, directory: Path) -> float:
     console = Console()
     for part in tables(model.result, formula):
         console.print(part, soft_wrap=isinstance(part, str))
+    for sentence in diagnose(model.result):
+        console.print(sentence, soft_wrap=True, highlight=False)
     if validation:
         values = ", ".join(f"{key.removeprefix('val_')} {v:.5g}" for key, v in validation.items())
         console.print(f"held out: {values.replace('_', ' ')}", highlight=False)
@@ -351,7 +354,8 @@ def _parses(argument: str) -> bool:
 
 
 def _check(argument: str) -> None:
-    if not argument.startswith("-") and not _parses(argument):
+    keyless = not argument.lstrip("+~").partition("=")[0].strip("@ ")
+    if not argument.startswith("-") and (keyless or not _parses(argument)):
         raise InputError(f"option {argument!r} cannot be read: expected key=value")
 
 

@@ -69,7 +69,11 @@ def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
         separator = "\t" if ".tsv" in suffixes else separator
 
         def read(file: Path) -> pd.DataFrame:
-            return pd.read_csv(file, sep=separator)
+            with warnings.catch_warnings():
+                # A row with more fields than the header would lose the last.
+                warnings.simplefilter("error", pd.errors.ParserWarning)
+                index = False if separator == "," else None
+                return pd.read_csv(file, sep=separator, index_col=index)
     else:
         raise InputError(f"file {str(path)!r}: expected a name ending in .csv, .csv.gz or .parquet")
     try:
@@ -461,7 +465,7 @@ class Encoder:
                 numbers = pd.to_numeric(series.astype(str), errors="coerce")
                 bad = np.flatnonzero(numbers.isna().to_numpy())
                 shown = (
-                    f"{series.iloc[bad[0]]!r} in row {table.index[bad[0]] + 1}"
+                    f"{series.iloc[bad[0]]!r} in row {_row_name(table, bad[0])}"
                     if len(bad)
                     else "text"
                 )
@@ -500,7 +504,7 @@ class Encoder:
             row, column = bad[0]
             raise InputError(
                 f"{self.source}: {names[column]!r} is {values[row, column]} "
-                f"in row {table.index[row] + 1}: expected a finite number"
+                f"in row {_row_name(table, row)}: expected a finite number"
             )
         return values.reshape(len(table), -1), names
 
@@ -593,7 +597,7 @@ class Encoder:
         if twice.any():
             row = int(np.argmax(twice))
             raise InputError(
-                f"{self.source}: row {table.index[row] + 1} has the position "
+                f"{self.source}: row {_row_name(table, row)} has the position "
                 f"{positions[position[row]]!r} of {part.position!r} that its group has already: "
                 "residuals within a group need a position each"
             )
@@ -610,7 +614,7 @@ class Encoder:
         if len(bad):
             raise InputError(
                 f"{self.source}: the weight {self.weights!r} is {column.iloc[bad[0]]!r} in row "
-                f"{table.index[bad[0]] + 1}: expected a positive number"
+                f"{_row_name(table, bad[0])}: expected a positive number"
             )
         return torch.from_numpy(numbers)
 
@@ -642,6 +646,12 @@ def _coded(column: pd.Series, categories: list[str] | None = None) -> tuple[np.n
     position = {label: i for i, label in enumerate(categories)}
     place = np.array([position.get(label, -1) for label in labels], dtype=np.int64)
     return place[values], categories
+
+
+def _row_name(table: pd.DataFrame, position: int) -> str:
+    """The row as a user counts them, from 1, or its name where rows have names."""
+    label = table.index[position]
+    return str(label + 1) if isinstance(label, int | np.integer) else repr(label)
 
 
 def _label(value: Any) -> str:

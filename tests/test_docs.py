@@ -1,9 +1,14 @@
 """The Python of the README and of the documentation runs as it stands."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
 
 from openreml_nn import covariance
 
@@ -13,15 +18,55 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(page):
-    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    """Blocks of Python, each with what stands right below it as its output."""
+    text = page.read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)\n```)?", text, re.DOTALL)
+
+
+def plain(text):
+    """Without what differs between machines: the last digits of what is as good as zero."""
+    lines = [line.rstrip() for line in text.strip().splitlines()]
+    return [re.sub(r"score norm \S+", "score norm", line) for line in lines]
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda page: page.name)
-def test_python_blocks_run(page):
+def test_python_blocks_run_and_print_what_is_shown(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    # As a reader has it.
+    torch.set_default_dtype(torch.float32)
     namespace = {}
-    for block in blocks(page):
+    for block, shown in blocks(page):
         exec(compile(block, page.name, "exec"), namespace)
+        printed = capsys.readouterr().out
+        if shown:
+            assert plain(printed) == plain(shown)
     assert "torch" in namespace
+
+
+def test_shell_lines_of_the_tour_run(tmp_path):
+    page = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    rng = np.random.default_rng(1)
+    table = pd.DataFrame({"dose": rng.uniform(0, 1, 200), "clinic": rng.integers(1, 21, 200)})
+    table["score"] = 5 + 2 * table["dose"] + rng.standard_normal(200)
+    table.to_csv(tmp_path / "trial.csv", index=False)
+    program = f'{sys.executable} -c "from openreml_nn.app import main; main()"'
+    done = subprocess.run(
+        ["bash", "-euc", f'openreml-nn() {{ {program} "$@"; }}\n{script}'],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "trial.html").is_file()
+
+
+def test_the_pages_link_to_each_other():
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        if page.stem != "index":
+            assert re.search(rf"^{page.stem}$", index, re.MULTILINE), page.name
 
 
 def test_every_public_matrix_has_a_page_and_a_picture():
@@ -35,7 +80,7 @@ def test_every_public_matrix_has_a_page_and_a_picture():
 
 def test_output_of_the_readme(capsys):
     namespace = {}
-    for block in blocks(ROOT / "README.md"):
+    for block, _ in blocks(ROOT / "README.md"):
         exec(compile(block, "README.md", "exec"), namespace)
     shown = capsys.readouterr().out
     assert "REML criterion 1743.6283" in shown

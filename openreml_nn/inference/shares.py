@@ -8,8 +8,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance.design import IndexedDesign
-from openreml_nn.covariance.terms import Term
+from openreml_nn.covariance.design import IdentityDesign, IndexedDesign
+from openreml_nn.covariance.terms import KroneckerCovariance, ScaledCovariance, Term
 from openreml_nn.estimation import REMLResult
 from openreml_nn.estimation.aireml import Curvature
 from openreml_nn.estimation.derivatives import jacobian
@@ -131,16 +131,21 @@ def _row_variances(terms: list[Term]) -> list[Tensor]:
 
 
 def _row_variance(term: Term) -> Tensor:
-    z = term.design
-    if isinstance(z, IndexedDesign):
-        k = z.effects
-        blocks = term.covariance.blocks(z.levels, k)  # (levels or 1, k, k)
-        if z.values is None and len(blocks) == 1:
-            return blocks.reshape(())
-        block = blocks if len(blocks) == 1 else blocks[z.codes]
-        values = block.new_ones(len(z.codes), 1) if z.values is None else z.values.to(block)
-        return (values[:, None] @ block @ values[..., None]).mean()
-    if z.shape[0] == z.shape[1]:
-        return term.covariance.blocks(z.shape[0], 1).mean()
-    Z = z.dense(term.covariance.matrix)
-    return (Z * term.covariance.multiply(Z.mT).mT).sum(1).mean()
+    z, G = term.design, term.covariance
+    if isinstance(G, ScaledCovariance | KroneckerCovariance):
+        # As tables show it: a variance component, whatever the inbreeding of the animals.
+        blocks = G.shown()[None]
+    elif isinstance(z, IndexedDesign):
+        blocks = G.blocks(z.levels, z.effects)  # (levels or 1, k, k)
+    elif isinstance(z, IdentityDesign):
+        return G.blocks(z.shape[0], 1).mean()
+    else:
+        Z = z.dense(G.matrix)
+        return (Z * G.multiply(Z.mT).mT).sum(1).mean()
+    codes = z.codes if isinstance(z, IndexedDesign) else None
+    values = z.values if isinstance(z, IndexedDesign) else None
+    if values is None and len(blocks) == 1:
+        return blocks.reshape(())
+    block = blocks if len(blocks) == 1 or codes is None else blocks[codes]
+    values = block.new_ones(len(block), 1) if values is None else values.to(block)
+    return (values[:, None] @ block @ values[..., None]).mean()

@@ -111,6 +111,7 @@ def test_no_formula_runs_code(code, tmp_path):
 @example(b"y,x,g\n")
 @example(b"\xff\xfe\x00")
 @example(b"y,y,y\n1,2,3\n")
+@example(b"g,y,x\n\x00,\x00,\x00,0")
 def test_bytes_of_a_table(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("fuzz") / "table.csv"
     path.write_bytes(content)
@@ -144,6 +145,7 @@ values = st.one_of(
 @relaxed
 @given(st.lists(st.tuples(st.sampled_from(["", "+", "++", "~"]), keys, values), max_size=3))
 @example([("", "data.path", "${oc.env:HOME}")])
+@example([("+", "", "abc")])
 def test_options(tmp_path_factory, given_options):
     """The exit status is 0 or 2, with one line on stderr, and nothing else."""
     options = [f"{prefix}{key}={value}" for prefix, key, value in given_options]
