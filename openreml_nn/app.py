@@ -401,6 +401,10 @@ def _reported(directory: Path | None = None) -> Iterator[None]:
         if not _is_of_hydra(error):
             raise
         message = str(error).partition(" : Override(")[0]
+    except BrokenPipeError:
+        # What reads the output, such as head, has read enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except OSError as error:
         if error.errno not in _DISK:
             raise

@@ -352,8 +352,43 @@ def test_free_text_is_quoted_for_hydra(argument, expected):
     assert quoted(argument) == expected
 
 
-def test_help_lists_the_groups(tmp_path):
+def test_help_says_what_to_type_and_lists_the_groups(tmp_path):
     done = call("--help", cwd=tmp_path)
     assert done.returncode == 0
     for group in ("data", "optimizer", "experiment"):
         assert f"{group}:" in done.stdout
+    assert 'model.formula="y ~ x + (1 | group)"' in done.stdout
+    for part in ("predict", "report"):
+        said = call(part, "--help", cwd=tmp_path).stdout
+        assert f"openreml-nn {part}" in said
+    assert "complete" in call("-sc", "install=bash", cwd=tmp_path).stdout
+
+
+def test_a_pipe_that_closes_is_no_error(tmp_path):
+    line = f"{sys.executable} -c '{PROGRAM[-1]}' --help | head -1"
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert "fits linear mixed models" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_runs_are_gathered_into_a_page(tmp_path):
+    call("-m", "model.method=reml,ml", "logger=none", "hydra.sweep.dir=many", cwd=tmp_path)
+    done = call("report", "path=many", "output=page (1).html", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "report of 2 runs" in done.stdout
+    assert (tmp_path / "page (1).html").is_file()
+    assert not (tmp_path / ".hydra").exists()
+    done = call("report", "path=none", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "'none' has no run" in done.stderr
+
+
+def test_a_profile_is_a_file_of_the_run(tmp_path):
+    done = call("data=penicillin", "profile=true", "logger=none", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (run,) = runs(tmp_path)
+    table = pd.read_csv(run / "profile.csv")
+    assert table["name"].tolist()[-1] == "(Intercept)"
+    assert (run / "plots" / "profile.png").is_file()

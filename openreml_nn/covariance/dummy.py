@@ -37,7 +37,8 @@ class DummyMatrix(Matrix):
             factor also a flat list); by default the sorted labels, or a
             categorical's own categories. Rows whose label is not among them
             are rows of zeros, with a warning.
-        lex_order: whether the columns are sorted.
+        lex_order: whether the columns are sorted, also those of given levels: for a kernel or a
+            pedigree, whose levels stand in an order of their own, it must be False.
         drop_first: whether the first column is dropped.
         drop_empty_cols: whether columns (combinations of levels) that no row
             has are dropped.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.design import IdentityDesign
+from openreml_nn.covariance.dummy import DummyMatrix
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.terms import Kernel, ScaledCovariance, Term
@@ -73,6 +74,25 @@ class Pedigree:
             )
         inverse = _henderson(parents, sampling)
         return cls(tuple(levels), inverse, torch.from_numpy(inbreeding))
+
+    def design(self, animal: Sequence[Any]) -> DummyMatrix:
+        """The design of records of animals, with columns in the order of ``levels``.
+
+        Raises:
+            ValueError: if an animal is not in the pedigree.
+
+        >>> Pedigree.of(["c"], ["b"], ["a"]).design(["c", "b"])()
+        tensor([[0., 0., 1.],
+                [1., 0., 0.]])
+        """
+        position = {name: i for i, name in enumerate(self.levels)}
+        codes = []
+        for row, value in enumerate(animal):
+            name = _name(value)
+            if name not in position:
+                raise ValueError(f"`animal` {value!r} in row {row} is not in the pedigree")
+            codes.append(position[name])
+        return DummyMatrix.from_codes(torch.tensor(codes), self.levels)
 
 
 def _name(value: Any) -> str | None:

@@ -79,3 +79,13 @@ def test_complete_inbreeding_is_an_error():
     dams = [None if i < 2 else names[i - 1] for i in range(n)]
     with pytest.raises(ValueError, match="completely inbred"):
         Pedigree.of(names, sires, dams)
+
+
+def test_a_design_has_the_order_of_the_pedigree():
+    animal = [f"a{i}" for i in range(12)]
+    pedigree = Pedigree.of(animal, [None, None, *animal[:10]], [None, None, *animal[1:11]])
+    rows = ["a11", "a2", "a11", "a10"]  # in another order, and that of the alphabet
+    Z = pedigree.design(rows)()
+    assert [pedigree.levels[i] for i in Z.argmax(1)] == rows
+    with pytest.raises(ValueError, match="'b' in row 1 is not in the pedigree"):
+        pedigree.design(["a1", "b"])
