@@ -167,7 +167,8 @@ def _fit(config: DictConfig, directory: Path) -> float:
         from openreml_nn.inference import profile
 
         curves = profile(model.result)
-    run = Run(model.result, formula, dropped, name, seconds, validation, curves)
+    places = getattr(model, "places", None)
+    run = Run(model.result, formula, dropped, name, seconds, validation, curves, places)
     if not model.result.converged:
         warnings.warn(
             f"not converged after {model.result.iterations} iterations: score norm "

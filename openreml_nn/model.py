@@ -313,6 +313,11 @@ class MixedModel(nn.Module):
             )
         loss = self._loss(batch, n)
         dtype = torch.promote_types(y.dtype, output.dtype)
+        if dtype != y.dtype:
+            raise ValueError(
+                f"`y` is {y.dtype} but `mean` yields {output.dtype}: make y as precise, by "
+                f"y.to({dtype}), or the network less"
+            )
         y, output = y.to(dtype), output.to(dtype)
         if self.head == "gls":
             return loss, y, output

@@ -167,6 +167,7 @@ def test_networks_with_random_effects(tmp_path, name):
     assert record["fit"]["converged"] is True
     assert set(record["validation"]) == {"val_mse", "val_negative_log_density", "val_coverage"}
     assert (run / "trace.csv").is_file()
+    assert (run / "plots" / "semivariogram.png").is_file() == (name == "spatial")
     table = {"crossed": datasets.ratings, "longitudinal": datasets.growth}.get(
         name, datasets.field
     )()

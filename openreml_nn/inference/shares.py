@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.design import IdentityDesign, IndexedDesign
-from openreml_nn.covariance.terms import KroneckerCovariance, ScaledCovariance, Term
+from openreml_nn.covariance.terms import (
+    Covariance,
+    DiagonalCovariance,
+    KroneckerCovariance,
+    ScaledCovariance,
+    Term,
+)
 from openreml_nn.estimation import REMLResult
 from openreml_nn.estimation.aireml import Curvature
 from openreml_nn.estimation.derivatives import jacobian
@@ -132,20 +138,26 @@ def _row_variances(terms: list[Term]) -> list[Tensor]:
 
 def _row_variance(term: Term) -> Tensor:
     z, G = term.design, term.covariance
-    if isinstance(G, ScaledCovariance | KroneckerCovariance):
-        # As tables show it: a variance component, whatever the inbreeding of the animals.
-        blocks = G.shown()[None]
+    if isinstance(z, IdentityDesign):
+        blocks, codes, values = _blocks(G, 1), torch.arange(z.shape[0]), None
     elif isinstance(z, IndexedDesign):
-        blocks = G.blocks(z.levels, z.effects)  # (levels or 1, k, k)
-    elif isinstance(z, IdentityDesign):
-        return G.blocks(z.shape[0], 1).mean()
+        blocks, codes, values = _blocks(G, z.effects), z.codes, z.values
     else:
         Z = z.dense(G.matrix)
         return (Z * G.multiply(Z.mT).mT).sum(1).mean()
-    codes = z.codes if isinstance(z, IndexedDesign) else None
-    values = z.values if isinstance(z, IndexedDesign) else None
     if values is None and len(blocks) == 1:
         return blocks.reshape(())
-    block = blocks if len(blocks) == 1 or codes is None else blocks[codes]
+    block = blocks[codes.to(blocks.device) % len(blocks)]
     values = block.new_ones(len(block), 1) if values is None else values.to(block)
     return (values[:, None] @ block @ values[..., None]).mean()
+
+
+def _blocks(G: Covariance, effects: int) -> Tensor:
+    """Covariances of the effects of a level, (m, k, k), those of level i at i modulo m."""
+    if isinstance(G, ScaledCovariance | KroneckerCovariance):
+        # As tables show it: a variance component, whatever the inbreeding of the animals.
+        return G.shown()[None]
+    if isinstance(G, DiagonalCovariance):
+        return G.matrix.reshape(-1, effects).diag_embed()
+    square = G.matrix.unflatten(1, (-1, effects)).unflatten(0, (-1, effects))  # (m, k, m, k)
+    return square.diagonal(dim1=0, dim2=2).permute(2, 0, 1)

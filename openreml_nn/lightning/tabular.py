@@ -50,6 +50,7 @@ class TabularMixedModule(NeuralMixedModule):
 
     Attributes:
         result: the :class:`REMLResult` of the covariance at the final mean, after training.
+        places: where the training rows are (n, k), with a kernel, after training.
 
     Raises:
         InputError: if the formula or a config is at fault.
@@ -91,6 +92,7 @@ class TabularMixedModule(NeuralMixedModule):
         self.save_hyperparameters({k: v for k, v in given.items() if _is_plain(v)})
         self.encoder = Encoder(formula, categorical)
         self.result: REMLResult | None = None
+        self.places: Tensor | None = None
         self._network, self._head, self._solver = network, head, solver
         self._residual_network = residual
         self._kernels = dict(kernels or {})
@@ -193,7 +195,11 @@ class TabularMixedModule(NeuralMixedModule):
         data = self._rows_of_data
         if data is None:
             return
-        labels = self.trainer.datamodule.encoded.labels  # type: ignore[attr-defined]
+        encoded: Encoded = self.trainer.datamodule.encoded  # type: ignore[attr-defined]
+        labels = encoded.labels
+        for design in encoded.random:
+            if design.group in self._coordinates:
+                self.places = self._coordinates[design.group][design.codes]
         loss, y, X = self.model.data(self._outputs(data), data)
         names = [f"feature{j}" if j else "(Intercept)" for j in range(X.shape[1])]
         objective = loss.objective(y, X)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from openreml_nn.estimation.result import Component, REMLResult, finite
 from openreml_nn.estimation.tables import blup_table, fixed_table, variance_table
@@ -21,6 +22,7 @@ from openreml_nn.report.plots import (
     convergence,
     covariance,
     residuals,
+    semivariogram,
     shares,
     zeta,
 )
@@ -40,6 +42,7 @@ class Run:
         seconds: wall time of the fit.
         validation: metrics of the rows held out, by name.
         profile: of the likelihood, if it was asked for.
+        places: where the rows are (n, k), of a spatial model.
     """
 
     result: REMLResult
@@ -49,6 +52,7 @@ class Run:
     seconds: float
     validation: Mapping[str, float] = field(default_factory=dict)
     profile: Profile | None = None
+    places: Tensor | None = None
 
     def summary(self) -> str:
         """The result as text, with what is wrong with it in plain words."""
@@ -143,6 +147,8 @@ def _plots(run: Run) -> Mapping[str, Figure]:
     figures = {"convergence": convergence(result)}
     if run.profile is not None:
         figures["profile"] = zeta(run.profile)
+    if run.places is not None:
+        figures["semivariogram"] = semivariogram(result, run.places)
     if len(result.residuals):
         figures["residuals"] = residuals(result)
     if result.source is not None:

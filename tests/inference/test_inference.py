@@ -360,6 +360,37 @@ def test_the_variance_of_random_slopes_is_the_mean_over_the_rows():
     assert found.conditional == pytest.approx(0.7992199, abs=2e-5)
 
 
+def test_shares_of_every_structure_are_the_diagonals_of_v():
+    from openreml_nn import fit_reml
+    from openreml_nn.covariance import (
+        CovariancePropagation,
+        DummyMatrix,
+        GaussianMatrix,
+        ScalarMatrix,
+        Sum,
+    )
+
+    rng = np.random.default_rng(0)
+    x = torch.tensor(rng.standard_normal((60, 2)))
+    place = torch.tensor(rng.uniform(0, 1, (12, 2)))
+    distance = torch.cdist(place, place, compute_mode="donot_use_mm_for_euclid_dist")
+    y = torch.tensor(rng.standard_normal(60))
+    dense = DummyMatrix(torch.arange(60) % 12, covariates=x[:, 0])
+    fits = [
+        lmm("Reaction ~ Days", sleepstudy(), residual=text)
+        for text in ("ar1(Days | Subject)", "us(Days | Subject)", "diag(Days)")
+    ]
+    V = Sum(site=CovariancePropagation(dense, GaussianMatrix(distance)), residual=ScalarMatrix(60))
+    fits.append(fit_reml(V, y, torch.ones(60, 1)))
+    Z = Sum(slopes=CovariancePropagation(x, ScalarMatrix(2)), residual=ScalarMatrix(60))
+    fits.append(fit_reml(Z, y, torch.ones(60, 1)))
+    for result in fits:
+        V = result.source.covariance().detach()
+        table = variance_shares(result)
+        assert table["variance"].sum() == pytest.approx(float(V.diagonal().mean()))
+        assert table["share"].sum() == pytest.approx(1)
+
+
 # ---------------------------------------------------------------------- words
 
 
