@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from lightning import LightningDataModule
+from lightning import LightningDataModule, LightningModule
 from torch.utils.data import DataLoader
 
 from openreml_nn.data import Encoded, Encoder, read_table
@@ -147,6 +147,27 @@ class MixedModelDataModule(LightningDataModule):
         if self._predict_table is not None:
             encoded = self.encoder.transform(_frame(self._predict_table))
         return _whole(encoded.batch())
+
+
+def attached(module: LightningModule, encoder: Encoder) -> MixedModelDataModule:
+    """The data module that a module is fitted with.
+
+    Raises:
+        ValueError: if it is of another kind, or was made with another formula or structure.
+    """
+    data = module.trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(data, MixedModelDataModule):
+        raise ValueError(f"{type(module).__name__} trains with a MixedModelDataModule")
+    if data.encoder.formula != encoder.formula:
+        raise ValueError(
+            f"the data module's formula is {data.encoder.formula.text!r} but the model's "
+            f"{encoder.formula.text!r}"
+        )
+    for name in ("residual", "weights"):
+        own, given = getattr(encoder, name), getattr(data.encoder, name)
+        if own != given:
+            raise ValueError(f"the data module's `{name}` is {given!r} but the model's {own!r}")
+    return data
 
 
 def _frame(table: pd.DataFrame | str | os.PathLike[str]) -> pd.DataFrame:

@@ -17,6 +17,7 @@ from openreml_nn.estimation import REMLResult, moment_start
 from openreml_nn.estimation.aireml import AIREML, Curvature
 from openreml_nn.estimation.result import Record
 from openreml_nn.instantiate import build
+from openreml_nn.lightning.data import attached
 from openreml_nn.likelihood import REMLLoss
 from openreml_nn.likelihood.dense import check_method
 from openreml_nn.likelihood.loss import Objective
@@ -106,18 +107,7 @@ class MixedModelModule(LightningModule):
         """Build the covariance from the data module's table."""
         if stage != "fit":
             return
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if data is None or not hasattr(data, "encoded"):
-            raise ValueError("MixedModelModule trains with a MixedModelDataModule")
-        if data.encoder.formula != self.encoder.formula:
-            raise ValueError(
-                f"the data module's formula is {data.encoder.formula.text!r} but the model's "
-                f"{self.encoder.formula.text!r}"
-            )
-        for name in ("residual", "weights"):
-            own, given = getattr(self.encoder, name), getattr(data.encoder, name)
-            if own != given:
-                raise ValueError(f"the data module's `{name}` is {given!r} but the model's {own!r}")
+        data = attached(self, self.encoder)
         self.encoder = data.encoder
         encoded: Encoded = data.encoded
         fresh = self.covariance is None

@@ -18,6 +18,7 @@ from openreml_nn.data import Encoded, Encoder, RandomDesign
 from openreml_nn.errors import InputError
 from openreml_nn.estimation.result import REMLResult
 from openreml_nn.instantiate import build
+from openreml_nn.lightning.data import attached
 from openreml_nn.lightning.neural import NeuralMixedModule
 from openreml_nn.model import MixedModel, RandomEffect
 
@@ -109,16 +110,8 @@ class TabularMixedModule(NeuralMixedModule):
         """Build the model from the data module's table."""
         if stage != "fit" or hasattr(self, "model"):
             return
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if data is None or not hasattr(data, "encoded"):
-            raise ValueError("TabularMixedModule trains with a MixedModelDataModule")
-        if data.encoder.formula != self.encoder.formula:
-            raise ValueError(
-                f"the data module's formula is {data.encoder.formula.text!r} but the model's "
-                f"{self.encoder.formula.text!r}"
-            )
-        self.encoder = data.encoder
-        encoded: Encoded = data.encoded
+        data = attached(self, self.encoder)
+        self.encoder, encoded = data.encoder, data.encoded
         for design in encoded.random:
             if design.group in self._kernels:
                 table = data.table.iloc[encoded.rows]
@@ -195,7 +188,7 @@ class TabularMixedModule(NeuralMixedModule):
         data = self._rows_of_data
         if data is None:
             return
-        encoded: Encoded = self.trainer.datamodule.encoded  # type: ignore[attr-defined]
+        encoded = attached(self, self.encoder).encoded
         labels = encoded.labels
         for design in encoded.random:
             if design.group in self._coordinates:
