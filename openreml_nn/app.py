@@ -303,7 +303,7 @@ def _resumed(config: DictConfig) -> str | None:
     """The checkpoint to go on from."""
     if config.resume is None:
         return None
-    if not Path(config.resume).is_file():
+    if not Path(str(config.resume)).is_file():
         raise InputError(f"resume {str(config.resume)!r} does not exist: expected a checkpoint")
     return str(config.resume)
 

@@ -146,6 +146,7 @@ values = st.one_of(
 @given(st.lists(st.tuples(st.sampled_from(["", "+", "++", "~"]), keys, values), max_size=3))
 @example([("", "data.path", "${oc.env:HOME}")])
 @example([("+", "", "abc")])
+@example([("", "resume", "1")])
 def test_options(tmp_path_factory, given_options):
     """The exit status is 0 or 2, with one line on stderr, and nothing else."""
     options = [f"{prefix}{key}={value}" for prefix, key, value in given_options]
