@@ -133,10 +133,12 @@ class NeuralMixedModule(LightningModule):
         """Take the model in, once it fits the way of training."""
         self._check_head(model.head)
         self.model = model
-        # Every process computes the covariance's gradients from all rows.
+        # Every process computes the covariance's gradients, and the BLUPs, from all rows.
         own = {id(p) for p in model.covariance_parameters()}
         ignored = [name for name, p in self.named_parameters() if id(p) in own]
-        self._ddp_params_and_buffers_to_ignore = ignored + [n for n, _ in self.named_buffers()]
+        computed = ("model.random.", "model.beta")
+        ignored += [name for name, _ in self.named_buffers() if name.startswith(computed)]
+        self._ddp_params_and_buffers_to_ignore = ignored
 
     # ------------------------------------------------------------------ set-up
 
