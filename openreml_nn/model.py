@@ -58,7 +58,7 @@ class RandomEffect(nn.Module):
         covariance: of the effects of a level, (k, k), independent between
             levels; or of all levels, (levels · k, levels · k), such as a kernel. By
             default one variance, or an unstructured matrix for several effects.
-        effects: k, effects of each level.
+        effects: k, how many effects each level has, or their names.
         features: a module that yields the effects' values (n, k) from ``x``: random
             slopes in learned features.
 
@@ -80,10 +80,16 @@ class RandomEffect(nn.Module):
         self,
         levels: int | Sequence[str],
         covariance: Matrix | None = None,
-        effects: int = 1,
+        effects: int | Sequence[str] = 1,
         features: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(effects, int):
+            self.effect_names = (
+                ("(Intercept)",) if effects == 1 else tuple(map(str, range(effects)))
+            )
+        else:
+            self.effect_names, effects = tuple(effects), len(effects)
         self.names = None if isinstance(levels, int) else tuple(map(str, levels))
         self.levels = q = levels if isinstance(levels, int) else len(levels)
         self.effects = effects
@@ -428,7 +434,7 @@ class MixedModel(nn.Module):
             columns = {
                 "group": name,
                 "level": np.repeat(effect.names or range(q), k),
-                "effect": np.tile(range(k), q),
+                "effect": np.tile(np.array(effect.effect_names, dtype=object), q),
                 "blup": effect.blup.flatten().numpy(force=True),
                 "std_error": spread.flatten().numpy(force=True),
             }

@@ -222,6 +222,16 @@ def test_the_structure_of_the_groups_is_prepared_once():
     assert prepared.call_count == 1
 
 
+def test_blups_are_told_by_level_and_effect():
+    effects = RandomEffect(["a", "b", "c"], effects=["(Intercept)", "dose"])
+    model = MixedModel(network(), {"user": effects, "item": RandomEffect(2)})
+    effects.blup += torch.arange(6.0).reshape(3, 2)
+    table = model.blups()
+    assert table["level"].tolist() == ["a", "a", "b", "b", "c", "c", 0, 1]
+    assert table["effect"].tolist() == ["(Intercept)", "dose"] * 3 + ["(Intercept)"] * 2
+    assert table["blup"].tolist() == [0, 1, 2, 3, 4, 5, 0, 0]
+
+
 def wrong(**changes):
     data = batch()
     return {**data, **changes}

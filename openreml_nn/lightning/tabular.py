@@ -176,7 +176,7 @@ class TabularMixedModule(NeuralMixedModule):
             options = {x: v for x, v in self._kernels[design.group].items() if x != "columns"}
             place = self._coordinates[design.group]
             kernel = build(options, f"kernels.{design.group}", _distances(place))
-        effect = RandomEffect(design.levels, kernel, effects=k)
+        effect = RandomEffect(design.levels, kernel, design.effects)
         effect.g.moment_start(torch.full((q * k,), variance / 2, dtype=torch.float64))
         return effect
 
