@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,10 +119,7 @@ def _fit(config: DictConfig, directory: Path) -> float:
     from openreml_nn.lightning import MixedModelDataModule
     from openreml_nn.report import Run, write_run
 
-    for key, most in (("seed", 2**32 - 1), ("trainer.max_epochs", sys.maxsize)):
-        value = OmegaConf.select(config, key)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
-            raise InputError(f"{key} is {value!r}: expected a whole number, 0 or more")
+    _check_kinds(config)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     formula, categorical = _formula(config), _names(config.data.categorical)
     model = _linear(config) if "method" in config.model else _neural(config)
@@ -141,7 +139,7 @@ def _fit(config: DictConfig, directory: Path) -> float:
             **structure,
             validation=config.data.validation,
             split=config.data.split,
-            split_by=config.data.split_by,
+            split_by=None if config.data.split_by is None else str(config.data.split_by),
             seed=config.seed,
         )
         data.setup("fit")
@@ -245,11 +243,8 @@ def _fit_chunks(config: DictConfig, model: MixedModelModule | TabularMixedModule
             "data.chunk_rows is for residuals of one variance: leave out model.residual and "
             "model.weights"
         )
-    chunk_rows = config.data.chunk_rows
-    if not isinstance(chunk_rows, int):
-        raise InputError(f"data.chunk_rows is {chunk_rows!r}: expected a whole number")
     found = accumulate(
-        _formula(config), _table(config), chunk_rows, _names(config.data.categorical)
+        _formula(config), _table(config), config.data.chunk_rows, _names(config.data.categorical)
     )
     result = found.fit(config.model.method, config.trainer.max_epochs)
     model.adopt(found.encoder, found.skeleton, result)
@@ -309,7 +304,11 @@ def _resumed(config: DictConfig) -> str | None:
 
 
 def _names(columns: Any) -> list[str]:
-    return [columns] if isinstance(columns, str) else [str(column) for column in columns or ()]
+    if columns is None or OmegaConf.is_list(columns):
+        return [str(column) for column in columns or ()]
+    if OmegaConf.is_dict(columns):
+        raise InputError(f"data.categorical is {columns}: expected names of columns")
+    return [str(columns)]
 
 
 def _formula(config: DictConfig) -> str:
@@ -352,6 +351,68 @@ def _parses(argument: str) -> bool:
     except HydraException:
         return False
     return True
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+_Kind = tuple[Callable[[Any], bool], str]
+_SEED: _Kind = (lambda v: _is_whole(v) and v < 2**32, "a whole number from 0 to 4294967295")
+_COUNT: _Kind = (lambda v: _is_whole(v) and v > 0, "a whole number, 1 or more")
+_ROWS: _Kind = (lambda v: v is None or (_is_whole(v) and v > 0), "a whole number, or null")
+_SHARE: _Kind = (lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 up to below 1")
+_ABOVE: _Kind = (lambda v: v is None or (_is_number(v) and v > 0), "a number above 0, or null")
+_FLAG: _Kind = (lambda v: isinstance(v, bool), "true or false")
+_TEXT_KIND: _Kind = (_is_text, "text")
+_NAME: _Kind = (lambda v: v is None or isinstance(v, str | int), "a name, or null")
+_NODE: _Kind = (OmegaConf.is_dict, "a config with _target_")
+_NODE_OR_NONE: _Kind = (lambda v: v is None or OmegaConf.is_dict(v), "a config, or null")
+#: What options must be that reach no class of ours through ``_target_``, which checks its own.
+_KINDS: dict[str, _Kind] = {
+    "seed": _SEED,
+    "profile": _FLAG,
+    "resume": _NAME,
+    "trainer.max_epochs": _COUNT,
+    "optimizer": _NODE,
+    "data.chunk_rows": _ROWS,
+    "data.validation": _SHARE,
+    "data.split": _TEXT_KIND,
+    "data.split_by": _NAME,
+    "model.formula": _TEXT_KIND,
+    "model.method": _TEXT_KIND,
+    "model.solver": _TEXT_KIND,
+    "model.weights": _NAME,
+    "model.head": _TEXT_KIND,
+    "model.network": _NODE,
+    "model.kernels": _NODE_OR_NONE,
+    "model.training": _TEXT_KIND,
+    "model.rows": _COUNT,
+    "model.scheduler": _NODE_OR_NONE,
+    "model.covariance_optimizer": _NODE_OR_NONE,
+    "model.clip": _ABOVE,
+}
+
+
+def _check_kinds(config: DictConfig) -> None:
+    kinds = dict(_KINDS)
+    is_neural = "network" in (config.model or {})
+    kinds["model.residual"] = _NODE_OR_NONE if is_neural else _NAME
+    for key, (fits, expected) in kinds.items():
+        parent, _, name = key.rpartition(".")
+        node = OmegaConf.select(config, parent) if parent else config
+        if not OmegaConf.is_dict(node):
+            raise InputError(f"{parent} is {node!r}: expected a config")
+        if name in node and not fits(node[name]):
+            raise InputError(f"{key} is {node[name]!r}: expected {expected}")
 
 
 def _check(argument: str) -> None:

@@ -33,6 +33,7 @@ from openreml_nn.likelihood.loss import Objective
 __all__ = ["MixedModel", "Prediction", "RandomEffect", "take"]
 
 Batch = Mapping[str, Any]
+HEADS = ("ml", "gls")
 
 
 class Prediction(NamedTuple):
@@ -180,7 +181,7 @@ class MixedModel(nn.Module):
         solver: str = "auto",
     ) -> None:
         super().__init__()
-        if head not in ("ml", "gls"):
+        if head not in HEADS:
             raise ValueError(f"`head` is {head!r}: expected 'ml' or 'gls'")
         if not random:
             raise ValueError("`random` is empty: expected a RandomEffect for each grouping factor")

@@ -297,6 +297,11 @@ FAULTS = {
         ["experiment=neural_spatial", "model.network._target_=torch.load"],
         "'torch.load' is not a class",
     ),
+    "head": (["experiment=neural_spatial", "model.head=map"], "`head` is 'map'"),
+    "epochs": (["trainer.max_epochs=0"], "trainer.max_epochs is 0"),
+    "share": (["data.validation=abc"], "data.validation is 'abc': expected a number"),
+    "rows": (["experiment=neural_spatial", "model.rows=1.5"], "model.rows is 1.5"),
+    "scheduler": (["experiment=neural_spatial", "model.scheduler=1"], "expected a config"),
     "split": (["experiment=neural_spatial", "data.split=even"], "`split` is 'even'"),
     "kernel": (
         ["experiment=neural_spatial", "model.kernels.plot.columns=[west]"],

@@ -101,6 +101,9 @@ def test_errors_name_what_is_wrong():
                 TabularMixedModule(formula, {"_target_": target}),
                 MixedModelDataModule(table, formula),
             )
+    wrong = {"_target_": "torch.nn.Linear", "in_features": 99, "out_features": 2}
+    with pytest.raises(InputError, match="'network' fails for 3 columns: mat1 and mat2"):
+        quiet(1).fit(TabularMixedModule(formula, wrong), MixedModelDataModule(table, formula))
     with pytest.raises(ValueError, match="no estimates"):
         TabularMixedModule(formula, NETWORK).predict(table)
     other = MixedModelDataModule(table, "yield ~ rain + (1 | plot)")

@@ -23,7 +23,7 @@ from openreml_nn.lightning.batches import connected_rows, in_order, whole
 from openreml_nn.lightning.sharing import average_gradients, gather, share
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.metrics import gaussian_negative_log_density, interval_coverage
-from openreml_nn.model import MixedModel, Prediction, take
+from openreml_nn.model import HEADS, MixedModel, Prediction, take
 
 __all__ = ["NeuralMixedModule"]
 
@@ -123,6 +123,8 @@ class NeuralMixedModule(LightningModule):
             self._adopt(model)
 
     def _check_head(self, head: str) -> None:
+        if head not in HEADS:
+            raise ValueError(f"`head` is {head!r}: expected 'ml' or 'gls'")
         if self.training_way not in ("full", "parts") and head != "ml":
             raise ValueError(
                 f"{self.training_way} training is for head 'ml': head 'gls' takes its coefficients "

@@ -149,10 +149,9 @@ class TabularMixedModule(NeuralMixedModule):
         model = MixedModel(
             mean, random, self._residual(encoded.X, variance / 2), self._head, self._solver
         )
-        with torch.no_grad():  # lazy layers learn their sizes
-            for network in (model.mean, model.residual):
-                if not isinstance(network, Matrix):
-                    network(encoded.X[:2])
+        for what, network in (("network", model.mean), ("residual", model.residual)):
+            if not isinstance(network, Matrix):
+                _try(network, encoded.X[:2], what)
         self._adopt(model)
 
     def _residual(self, X: Tensor, variance: float) -> Matrix | nn.Module:
@@ -235,6 +234,16 @@ class TabularMixedModule(NeuralMixedModule):
             self.encoder.state = kept["encoder"]
             self._coordinates = kept["coordinates"]
             self._build(self.encoder.skeleton(2, kept["columns"]))
+
+
+def _try(network: nn.Module, rows: Tensor, what: str) -> None:
+    """Run a network on some rows: lazy layers learn their sizes, and others are checked."""
+    try:
+        with torch.no_grad():
+            network(rows)
+    except (TypeError, RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{what!r} fails for {rows.shape[1]} columns: {reason}") from error
 
 
 class _Standardised(nn.Module):
