@@ -216,6 +216,11 @@ def _neural(config: DictConfig) -> TabularMixedModule:
         )
     if config.data.chunk_rows is not None:
         raise InputError("data.chunk_rows is for linear models: leave it out with model=neural")
+    if any("StopWhenConverged" in str(part) for part in (config.callbacks or {}).values()):
+        raise InputError(
+            "callbacks=default stops linear models: use callbacks=neural, or experiment=neural, "
+            "which chooses all that a network needs"
+        )
     names = ("head", "residual", "kernels", "solver", "training", "rows", "scheduler", "clip")
     try:
         return TabularMixedModule(

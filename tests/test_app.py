@@ -285,6 +285,7 @@ FAULTS = {
     "solver": (["model.solver=magic"], "`solver` is 'magic'"),
     "data set": (["data.name=iris"], "'iris'"),
     "optimizer of a network": (["model=neural", "data=growth"], "such as optimizer=adam"),
+    "callbacks of a network": (["model=neural", "optimizer=adam"], "experiment=neural, which"),
     "training": (
         ["experiment=neural_spatial", "model.training=magic"],
         "`training` is 'magic'",
