@@ -34,6 +34,7 @@ def collect(folder: str | Path) -> Any:
         options = dict(str(text).lstrip("+").partition("=")[::2] for text in given)
         row = {"run": str(path.parent.relative_to(folder)), **options}
         row |= {"formula": result["model"]["formula"], "method": result["model"]["method"]}
+        row["rows"] = result["data"]["rows"]
         row |= {key: result["fit"][key] for key in _FIT}
         for part in result["random"]:
             for effect, entry in zip(part["effects"], part["covariance"], strict=True):
@@ -48,10 +49,12 @@ def collect(folder: str | Path) -> Any:
 
 def best(table: Any) -> tuple[str, str] | None:
     """The best run and by what: log density of the rows held out; else AIC, where the models have
-    one likelihood (``ml``, or ``reml`` with the same formula); None where nothing compares."""
+    one likelihood of the same data (``ml``, or ``reml`` with the same formula); None where nothing
+    compares."""
     by = "val_negative_log_density"
     if by not in table:
-        if table["method"].nunique() > 1:
+        response = table["formula"].str.partition("~")[0].str.strip()
+        if max(table["method"].nunique(), table["rows"].nunique(), response.nunique()) > 1:
             return None
         if table["method"].iloc[0] == "reml" and table["formula"].nunique() > 1:
             return None

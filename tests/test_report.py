@@ -177,7 +177,10 @@ def test_what_is_wrong_is_written_in_words(tmp_path):
 def test_the_best_run_of_a_sweep():
     table = pd.DataFrame({"run": ["a", "b"], "method": ["ml", "ml"], "aic": [3.0, 2.0]})
     table["formula"] = ["y ~ 1", "y ~ x"]
+    table["rows"] = 10
     assert best(table) == ("b", "aic")
     assert best(table.assign(method="reml")) is None  # of different fixed effects
+    assert best(table.assign(rows=[10, 9])) is None
+    assert best(table.assign(formula=["y ~ 1", "log(y) ~ 1"])) is None
     assert best(table.assign(method=["reml", "ml"])) is None
     assert best(table.assign(val_negative_log_density=[1.0, 2.0]))[0] == "a"

@@ -136,7 +136,9 @@ def covariance(result: REMLResult, rows: int = 60) -> Figure:
         ValueError: if the rows were streamed.
     """
     refit = Refit(result)
-    n = min(rows, result.rows)
+    widest = max(term.design.shape[1] for term in refit.objective().terms())
+    # The rows of all designs are held, n times as many numbers as there are levels.
+    n = min(rows, result.rows, max(1, 10_000_000 // widest))
     own = refit.source.rows
     at = torch.arange(n) if own is None else own[:n].cpu()
     with torch.no_grad():
