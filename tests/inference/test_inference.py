@@ -360,6 +360,7 @@ def test_the_variance_of_random_slopes_is_the_mean_over_the_rows():
     assert found.conditional == pytest.approx(0.7992199, abs=2e-5)
 
 
+@pytest.mark.filterwarnings("ignore:the data cannot tell apart")
 def test_shares_of_every_structure_are_the_diagonals_of_v():
     from openreml_nn import fit_reml
     from openreml_nn.covariance import (
