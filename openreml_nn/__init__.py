@@ -8,6 +8,8 @@ from openreml_nn.lmm import lmm
 from openreml_nn.model import MixedModel, RandomEffect
 from openreml_nn.stream import fit_stream
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AIREML",
     "InputError",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -209,6 +210,13 @@ class _Profiler:
             if float(move @ K @ move) < 1e-12 and abs(gap) < 1e-10 * scale:
                 break
             self._step(u, move, quantity, target, abs(multiplier))
+        else:
+            warnings.warn(
+                f"the maximum of the likelihood where a parameter is {target:.6g} was not found in "
+                "60 steps: its profile is approximate there",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return float(self.objective.evaluate().log_likelihood)
 
     def _step(
@@ -260,6 +268,8 @@ class _Profiler:
     ) -> Curve:
         points = {estimate: 0.0}
         for sign, bound in ((-1, lower), (1, upper)):
+            if estimate == bound:
+                continue
             reset()
             value, zeta, step = estimate, 0.0, _STEP * error
             # Short of the bound itself, where standard deviations and correlations are no

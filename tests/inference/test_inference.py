@@ -9,7 +9,8 @@ import pytest
 import torch
 from scipy import stats
 
-from openreml_nn import datasets, fit_stream, lmm
+from openreml_nn import datasets, fit_reml, fit_stream, lmm
+from openreml_nn.data import Encoder
 from openreml_nn.datasets import oats, penicillin, sleepstudy, table_path
 from openreml_nn.inference import (
     anova,
@@ -212,6 +213,19 @@ def test_a_profile_of_a_fixed_effect_is_the_dense_one():
     assert curve.zeta[2] == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_profile_of_a_standard_deviation_holds_it_and_maximises_all_else():
+    result = fitted("penicillin")
+    curve = profile(result, ["sd_(Intercept)|plate"]).curves["sd_(Intercept)|plate"]
+    best = fitted("penicillin", method="ml").log_likelihood
+    encoded = Encoder(FORMULAS["penicillin"]).fit(penicillin())
+    for at in (1, len(curve.values) - 2):
+        V = encoded.covariance()
+        V.operands["plate"].operands["g"].fix("sigma^2", float(np.log(curve.values[at])))
+        held = fit_reml(V, encoded.y, encoded.X, method="ml")
+        expected = (2 * (best - held.log_likelihood)) ** 0.5
+        assert abs(curve.zeta[at]) == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_variance_that_may_be_zero_has_an_interval_from_zero():
     rng = np.random.default_rng(3)
     table = pd.DataFrame({"y": rng.standard_normal(100), "g": np.arange(100) // 5})
@@ -362,7 +376,6 @@ def test_the_variance_of_random_slopes_is_the_mean_over_the_rows():
 
 @pytest.mark.filterwarnings("ignore:the data cannot tell apart")
 def test_shares_of_every_structure_are_the_diagonals_of_v():
-    from openreml_nn import fit_reml
     from openreml_nn.covariance import (
         CovariancePropagation,
         DummyMatrix,
