@@ -379,7 +379,7 @@ _ABOVE: _Kind = (lambda v: v is None or (_is_number(v) and v > 0), "a number abo
 _FLAG: _Kind = (lambda v: isinstance(v, bool), "true or false")
 _TEXT_KIND: _Kind = (_is_text, "text")
 _NAME: _Kind = (lambda v: v is None or isinstance(v, str | int), "a name, or null")
-_NODE: _Kind = (OmegaConf.is_dict, "a config with _target_")
+_NODE: _Kind = (lambda v: OmegaConf.is_dict(v) and "_target_" in v, "a config with _target_")
 _NODE_OR_NONE: _Kind = (lambda v: v is None or OmegaConf.is_dict(v), "a config, or null")
 #: What options must be that reach no class of ours through ``_target_``, which checks its own.
 _KINDS: dict[str, _Kind] = {
