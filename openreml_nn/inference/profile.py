@@ -179,9 +179,7 @@ class _Profiler:
         if not value:
             error = self.fitted.residual_variance**0.5 / 10
         lower, upper = (-1.0, 1.0) if name.startswith("cor_") else (0.0, np.inf)
-        return self._curve(
-            value, error, lambda c: self._constrained(quantity, c), lower, upper, self._reset
-        )
+        return self._curve(value, error, lambda c: self._constrained(quantity, c), lower, upper)
 
     def _constrained(self, quantity: Quantity, target: float) -> float:
         """The maximum of the log-likelihood where a quantity has a value."""
@@ -253,7 +251,7 @@ class _Profiler:
             iterate(objective, 100)
             return float(objective.evaluate().log_likelihood)
 
-        return self._curve(estimate, error, at, -np.inf, np.inf, self._reset)
+        return self._curve(estimate, error, at, -np.inf, np.inf)
 
     # ------------------------------------------------------------------ curves
 
@@ -264,13 +262,12 @@ class _Profiler:
         at: Callable[[float], float],
         lower: float,
         upper: float,
-        reset: Callable[[], None],
     ) -> Curve:
         points = {estimate: 0.0}
         for sign, bound in ((-1, lower), (1, upper)):
             if estimate == bound:
                 continue
-            reset()
+            self._reset()
             value, zeta, step = estimate, 0.0, _STEP * error
             # Short of the bound itself, where standard deviations and correlations are no
             # smooth coordinates.
