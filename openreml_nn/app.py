@@ -373,13 +373,17 @@ def _is_text(value: Any) -> bool:
 _Kind = tuple[Callable[[Any], bool], str]
 _SEED: _Kind = (lambda v: _is_whole(v) and v < 2**32, "a whole number from 0 to 4294967295")
 _COUNT: _Kind = (lambda v: _is_whole(v) and v > 0, "a whole number, 1 or more")
-_ROWS: _Kind = (lambda v: v is None or (_is_whole(v) and v > 0), "a whole number, or null")
+_ROWS: _Kind = (lambda v: v is None or _COUNT[0](v), "a whole number, 1 or more, or null")
 _SHARE: _Kind = (lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 up to below 1")
 _ABOVE: _Kind = (lambda v: v is None or (_is_number(v) and v > 0), "a number above 0, or null")
 _FLAG: _Kind = (lambda v: isinstance(v, bool), "true or false")
 _TEXT_KIND: _Kind = (_is_text, "text")
 _NAME: _Kind = (lambda v: v is None or isinstance(v, str | int), "a name, or null")
 _NODE: _Kind = (lambda v: OmegaConf.is_dict(v) and "_target_" in v, "a config with _target_")
+_NODES: _Kind = (
+    lambda v: not v or (OmegaConf.is_dict(v) and all(not p or _NODE[0](p) for p in v.values())),
+    "configs with _target_ by names",
+)
 _NODE_OR_NONE: _Kind = (lambda v: v is None or OmegaConf.is_dict(v), "a config, or null")
 #: What options must be that reach no class of ours through ``_target_``, which checks its own.
 _KINDS: dict[str, _Kind] = {
@@ -388,6 +392,8 @@ _KINDS: dict[str, _Kind] = {
     "resume": _NAME,
     "trainer.max_epochs": _COUNT,
     "optimizer": _NODE,
+    "callbacks": _NODES,
+    "logger": _NODES,
     "data.chunk_rows": _ROWS,
     "data.validation": _SHARE,
     "data.split": _TEXT_KIND,
@@ -464,10 +470,6 @@ def _reported(directory: Path | None = None) -> Iterator[None]:
         # What Hydra and OmegaConf add below the first lines is for their developers.
         text = re.split(r"\n\s*(?:full_key|Config search path)", str(error))[0]
         message = " ".join(text.split()) or type(error).__name__
-    except ValueError as error:
-        if not _is_of_hydra(error):
-            raise
-        message = str(error).partition(" : Override(")[0]
     except BrokenPipeError:
         # What reads the output, such as head, has read enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -476,6 +478,10 @@ def _reported(directory: Path | None = None) -> Iterator[None]:
         if error.errno not in _DISK:
             raise
         message = f"cannot write {str(error.filename or 'the output')!r}: {error.strerror}"
+    except Exception as error:
+        if not _is_of_hydra(error):
+            raise
+        message = f"the options cannot be read: {str(error).partition(' : Override(')[0]}"
     if directory is not None and fresh:
         shutil.rmtree(directory, ignore_errors=True)
     print(f"error: {message}", file=sys.stderr)

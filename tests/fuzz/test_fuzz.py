@@ -149,6 +149,8 @@ values = st.one_of(
 @example([("", "resume", "1")])
 @example([("~", "optimizer._target_", "null")])
 @example([("", "data.categorical", "1")])
+@example([("+", "callbacks", "{a: b}")])
+@example([("", "logger", "[1]")])
 def test_options(tmp_path_factory, given_options):
     """The exit status is 0 or 2, with one line on stderr, and nothing else."""
     options = [f"{prefix}{key}={value}" for prefix, key, value in given_options]
