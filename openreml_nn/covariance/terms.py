@@ -252,10 +252,12 @@ class Kernel:
         """
         if self._dense is None:
             assert self.inverse is not None
-            factor, info = torch.linalg.cholesky_ex(self.inverse.to_dense())
-            if int(info):
-                raise ValueError("`inverse` is not positive definite")
-            self._dense = torch.cholesky_inverse(factor)
+            # A constant, outside of any transform: torch 2.6 takes sparse tensors within one for dense.
+            with torch._C._DisableFuncTorch():
+                factor, info = torch.linalg.cholesky_ex(self.inverse.to_dense())
+                if int(info):
+                    raise ValueError("`inverse` is not positive definite")
+                self._dense = torch.cholesky_inverse(factor)
         return self._dense
 
     def multiply(self, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from openreml_nn.estimation import REMLResult
 from openreml_nn.estimation.fit import iterate
 from openreml_nn.inference.likelihood_ratio import likelihood_ratio_test
-from openreml_nn.inference.refit import Refit
+from openreml_nn.inference.refit import Refit, matrix_entries
 from openreml_nn.likelihood.loss import Objective
 
 __all__ = ["Bootstrap", "bootstrap", "bootstrap_test", "simulate"]
@@ -168,19 +168,14 @@ def _numbers(refit: Refit, objective: Objective) -> dict[str, float]:
     """Standard deviations, correlations and fixed effects at the present parameters."""
     found: dict[str, float] = {}
     with torch.no_grad():
-        terms = objective.terms()
-    for c, term in zip(refit.result.components, terms, strict=True):
-        matrix = term.covariance.shown()
-        if matrix.dim() != 2 or len(matrix) != len(c.effects):
-            continue
-        sd = matrix.diagonal().clamp(min=0).sqrt()
-        for i, effect in enumerate(c.effects):
-            plain = c.group == "Residual" and len(matrix) == 1
-            found["sigma" if plain else f"sd_{effect}|{c.group}"] = float(sd[i])
-            for j in range(i):
-                scale = float(sd[i] * sd[j])
-                name = f"cor_{effect}.{c.effects[j]}|{c.group}"
-                found[name] = float(matrix[i, j]) / scale if scale else nan
+        matrices = [term.covariance.shown() for term in objective.terms()]
+    for name, (index, i, j) in matrix_entries(refit.result).items():
+        matrix = matrices[index]
+        scale = float((matrix[i, i] * matrix[j, j]).clamp(min=0).sqrt())
+        if i == j:
+            found[name] = scale**0.5
+        else:
+            found[name] = float(matrix[i, j]) / scale if scale else nan
     fixed = objective.problem.fixed
     beta = fixed.coefficients(objective.evaluate().gamma).tolist()
     return found | dict(zip(refit.result.fixed.names, beta, strict=True))

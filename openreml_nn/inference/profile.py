@@ -16,7 +16,7 @@ from torch import Tensor
 from openreml_nn.estimation import REMLResult
 from openreml_nn.estimation.aireml import Curvature
 from openreml_nn.estimation.fit import iterate
-from openreml_nn.inference.refit import Refit
+from openreml_nn.inference.refit import Refit, matrix_entries
 from openreml_nn.likelihood.problem import NotPositiveDefiniteError
 
 __all__ = ["Curve", "Profile", "profile"]
@@ -126,20 +126,11 @@ class _Profiler:
 
     def _quantities(self) -> dict[str, Quantity]:
         """Standard deviations and correlations as functions of the coordinates."""
-        found: dict[str, Quantity] = {}
-        for index, c in enumerate(self.fitted.components):
-            residual = c.group == "Residual"
-            matrix = c.covariance
-            for i, effect in enumerate(c.effects if matrix.dim() == 2 else ()):
-                plain = residual and len(matrix) == 1
-                name = "sigma" if plain else f"sd_{effect}|{c.group}"
-                found[name] = self._entry(index, i, i)
-                if residual:
-                    continue
-                for j in range(i):
-                    found[f"cor_{effect}.{c.effects[j]}|{c.group}"] = self._entry(index, i, j)
         moving = {}
-        for name, quantity in found.items():
+        for name, (index, i, j) in matrix_entries(self.fitted).items():
+            if i != j and self.fitted.components[index].group == "Residual":
+                continue
+            quantity = self._entry(index, i, j)
             value, slope, _ = self._slope(quantity, self.u)
             # A correlation with an effect of no variance does not exist.
             if value == value and bool((slope != 0).any()):

@@ -13,7 +13,7 @@ from openreml_nn.estimation.result import Source
 from openreml_nn.likelihood import REMLLoss
 from openreml_nn.likelihood.loss import Objective
 
-__all__ = ["Refit", "source_of"]
+__all__ = ["Refit", "matrix_entries", "source_of"]
 
 
 def source_of(result: REMLResult) -> Source:
@@ -25,6 +25,23 @@ def source_of(result: REMLResult) -> Source:
     if result.source is None:
         raise ValueError("the result has no data, because its rows were read in chunks: use lmm()")
     return result.source
+
+
+def matrix_entries(result: REMLResult) -> dict[str, tuple[int, int, int]]:
+    """Names of standard deviations and correlations, each with its component, row and column.
+
+    As in lme4: ``sd_Days|Subject``, ``cor_Days.(Intercept)|Subject``, and ``sigma``.
+    """
+    found = {}
+    for index, c in enumerate(result.components):
+        if c.covariance.dim() != 2 or len(c.covariance) != len(c.effects):
+            continue
+        plain = c.group == "Residual" and len(c.effects) == 1
+        for i, effect in enumerate(c.effects):
+            found["sigma" if plain else f"sd_{effect}|{c.group}"] = (index, i, i)
+            for j in range(i):
+                found[f"cor_{effect}.{c.effects[j]}|{c.group}"] = (index, i, j)
+    return found
 
 
 class Refit:
