@@ -14,6 +14,7 @@ from torch import Tensor
 
 from openreml_nn.estimation import REMLResult
 from openreml_nn.estimation.fit import iterate
+from openreml_nn.inference.batched import maximise
 from openreml_nn.inference.likelihood_ratio import likelihood_ratio_test
 from openreml_nn.inference.refit import Refit, matrix_entries
 from openreml_nn.likelihood.loss import Objective
@@ -90,7 +91,9 @@ def bootstrap(
 ) -> Bootstrap:
     """Fit the model to responses that are simulated from it.
 
-    All are drawn at once; what depends on the design alone is prepared once for all fits.
+    All are drawn at once, and for grouping factors of moderate size all are fitted at once, by
+    Newton's method on a batch; what that leaves, such as fits at a variance of zero, and every fit
+    with a ``statistic`` of one's own, is fitted one after another.
 
     Args:
         result: a fit.
@@ -108,8 +111,13 @@ def bootstrap(
     """
     refit = Refit(result)
     estimate = _numbers(refit, refit.objective()) if statistic is None else dict(statistic(result))
+    responses = simulate(result, samples, seed)
+    maxima = None if statistic is not None else maximise(refit, responses)
     rows = []
-    for y in _tracked(simulate(result, samples, seed).unbind(1), progress):
+    for b, y in enumerate(_tracked(responses.unbind(1), progress)):
+        if maxima is not None and bool(maxima.found[b]):
+            rows.append(dict(zip(estimate, maxima.numbers[b].tolist(), strict=True)))
+            continue
         refit.reset()
         if statistic is None:
             objective = refit.objective(y)
@@ -143,9 +151,14 @@ def bootstrap_test(
     observed = likelihood_ratio_test(small, large).statistic
     fits = [Refit(small), Refit(large)]
     reached = 0
-    for y in _tracked(simulate(small, samples, seed).unbind(1), progress):
+    responses = simulate(small, samples, seed)
+    maxima = [maximise(fit, responses) for fit in fits]
+    for b, y in enumerate(_tracked(responses.unbind(1), progress)):
         value = []
-        for fit in fits:
+        for fit, many in zip(fits, maxima, strict=True):
+            if bool(many.found[b]):
+                value.append(float(many.log_likelihood[b]))
+                continue
             fit.reset()
             objective = fit.objective(y)
             iterate(objective, 100)

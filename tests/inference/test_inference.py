@@ -14,6 +14,7 @@ from openreml_nn.data import Encoder
 from openreml_nn.datasets import oats, penicillin, sleepstudy, table_path
 from openreml_nn.inference import (
     anova,
+    batched,
     bootstrap,
     bootstrap_test,
     coefficients,
@@ -27,6 +28,7 @@ from openreml_nn.inference import (
     variance_shares,
     wald_test,
 )
+from openreml_nn.inference.refit import Refit
 
 FILE = Path(__file__).parents[1] / "reference" / "inference.json"
 REFERENCE = json.loads(FILE.read_text(encoding="utf-8"))
@@ -428,3 +430,29 @@ def test_other_troubles_are_explained():
     assert any("has not converged" in s and "more iterations" in s for s in diagnose(result))
     few = lmm("diameter ~ 1 + (1 | sample)", penicillin().query("sample in ['A', 'B', 'C']"))
     assert any("3 levels" in s for s in diagnose(few))
+
+
+@pytest.mark.parametrize(
+    ("formula", "table", "residual"),
+    [
+        ("Reaction ~ Days + (Days | Subject)", sleepstudy, None),
+        ("diameter ~ 1 + (1 | plate) + (1 | sample)", penicillin, None),
+        ("yield ~ nitro + Variety + (1 | Block/Variety)", oats, None),
+        ("Reaction ~ Days + (1 | Subject)", sleepstudy, "ar1(Days | Subject)"),
+    ],
+)
+def test_fits_in_a_batch_are_those_one_by_one(formula, table, residual, monkeypatch):
+    result = lmm(formula, table(), residual=residual)
+    refit, responses = Refit(result), simulate(result, 30, seed=2)
+    many = batched.maximise(refit, responses)
+    assert float(many.found.double().mean()) > 0.8
+    for b in many.found.nonzero()[:, 0].tolist():
+        refit.reset()
+        alone = refit.fit(y=responses[:, b])
+        assert float(many.log_likelihood[b]) == pytest.approx(alone.log_likelihood, abs=1e-8)
+    together = bootstrap(result, samples=30, seed=2, progress=False)
+    # As a model of a size that does not fit a batch.
+    monkeypatch.setattr(batched, "_MOST", 0)
+    assert not batched.maximise(refit, responses).found.any()
+    alone = bootstrap(result, samples=30, seed=2, progress=False)
+    pd.testing.assert_frame_equal(together.samples, alone.samples, rtol=1e-5, atol=1e-5)
