@@ -99,7 +99,7 @@ def test_shell_blocks_run(page, tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         env={**os.environ, "PATH": scripts},
     )
     assert done.returncode == 0, done.stderr
