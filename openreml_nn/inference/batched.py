@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from torch.func import grad, grad_and_value, jacrev, vmap
 from openreml_nn.estimation.aireml import Coordinates
 from openreml_nn.inference.refit import Refit, matrix_entries
 from openreml_nn.likelihood.grouped import GroupedProblem
+from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.problem import Problem
 
 __all__ = ["Maxima", "maximise"]
@@ -52,14 +53,14 @@ def maximise(refit: Refit, y: Tensor) -> Maxima:
     """
     refit.reset()
     objective = refit.objective()
-    problem = objective.problem
-    width = len(matrix_entries(refit.result)) + len(refit.result.fixed.names)
-    count, size = y.shape[1], _size(problem)
+    entries = list(matrix_entries(refit.result).values())
+    width = len(entries) + len(refit.result.fixed.names)
+    count, size = y.shape[1], _size(objective.problem)
     chunk = _MOST // size if size else 0
     if chunk < 4:
         nothing = y.new_full((count,), torch.nan)
         return Maxima(nothing > 0, nothing, y.new_full((count, width), torch.nan))
-    newton = _Newton(refit)
+    newton = _Newton(objective, entries)
     with warnings.catch_warnings():
         # Of operations that torch takes one by one.
         warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
@@ -76,14 +77,12 @@ def _size(problem: Problem) -> int:
 
 
 class _Newton:
-    def __init__(self, refit: Refit) -> None:
-        objective = refit.objective()
+    def __init__(self, objective: Objective, entries: Sequence[tuple[int, int, int]]) -> None:
         problem, fixed = objective.problem, objective.problem.fixed
         self.fixed = fixed
         at = Coordinates([objective])
         self.start = at.read(fixed.y)
         self.vanishing = torch.tensor(at.vanishing, device=fixed.y.device)
-        entries = list(matrix_entries(refit.result).values())
 
         def log_likelihood(u: Tensor, y: Tensor) -> Tensor:
             moved = problem.with_fixed(replace(fixed, y=y))
