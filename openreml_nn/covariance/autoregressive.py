@@ -207,7 +207,7 @@ class AntedependenceMatrix(Matrix):
     """
 
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
-        default = free_specs([f"sigma_{i}" for i in range(n)], trans=TransformExp())
+        default = free_specs([f"sigma_{i}" for i in range(n)], trans=TransformExp(degree=1))
         default |= free_specs([f"rho_{k}" for k in range(n - 1)], trans=interval(-1.0, 1.0))
         super().__init__((n, n), merge_specs(default, param_specs))
 

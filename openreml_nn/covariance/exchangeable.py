@@ -26,9 +26,13 @@ def interval(low: float, high: float) -> Transform:
     return TransformChain([TransformSigmoid(), TransformScaleShift(high - low, low)])
 
 
+def _least_correlation(n: int) -> float:
+    """The lower bound of a common correlation of n rows; of one row it means nothing."""
+    return -1 / (n - 1) if n > 1 else -1.0
+
+
 def _common_correlation(n: int) -> dict[str, dict[str, Any]]:
-    # A common correlation of n > 1 rows is at least -1 / (n - 1); of one row it means nothing.
-    return free_specs(["rho"], trans=interval(-1 / (n - 1) if n > 1 else -1.0, 1.0))
+    return free_specs(["rho"], trans=interval(_least_correlation(n), 1.0))
 
 
 def _off_and_on(cotangent: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,6 +120,11 @@ class EquicorrelationMatrix(Matrix):
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
         super().__init__((n, n), merge_specs(_common_correlation(n), param_specs))
 
+    @property
+    def rho_min(self) -> float:
+        """The lower bound of ``rho``, -1 / (n - 1), where the matrix becomes singular."""
+        return _least_correlation(self.shape[0])
+
     def forward(self, free_params: FreeParams = None) -> Tensor:
         rho = self.build_params(free_params)
         return _mixed(self.shape[0], rho, torch.ones_like(rho))
@@ -154,6 +163,11 @@ class CompoundSymmetricMatrix(Matrix):
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
         default = free_specs(["sigma^2"], trans=TransformExpPow2()) | _common_correlation(n)
         super().__init__((n, n), merge_specs(default, param_specs))
+
+    @property
+    def rho_min(self) -> float:
+        """The lower bound of ``rho``, -1 / (n - 1), where the matrix becomes singular."""
+        return _least_correlation(self.shape[0])
 
     def forward(self, free_params: FreeParams = None) -> Tensor:
         variance, rho = self.build_params(free_params).split(1)

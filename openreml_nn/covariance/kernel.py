@@ -13,7 +13,7 @@ from openreml_nn.covariance.design import IdentityDesign
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.terms import Kernel, ScaledCovariance, Term
-from openreml_nn.covariance.transform import TransformChain, TransformExp, TransformExpPow2
+from openreml_nn.covariance.transform import TransformExp, TransformExpPow2
 
 __all__ = ["ExponentialMatrix", "GaussianMatrix", "KnownMatrix", "MaternMatrix"]
 
@@ -32,8 +32,8 @@ class _DistanceMatrix(Matrix):
                 "compute_mode='donot_use_mm_for_euclid_dist')"
             )
         default = free_specs(["sigma^2"], trans=TransformExpPow2())
-        # Steps in log length: a length of zero is no ordinary point.
-        default |= free_specs(["lengthscale"], trans=TransformChain([TransformExp()]))
+        # A length of zero is no ordinary point.
+        default |= free_specs(["lengthscale"], trans=TransformExp(degree=0))
         super().__init__(tuple(distance.shape), merge_specs(default, param_specs))
         self.register_buffer("distance", distance, persistent=False)
 

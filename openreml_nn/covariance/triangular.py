@@ -170,7 +170,7 @@ class UnstructuredMatrix(_Entries):
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
         default: dict[str, Any] = {}
         for i, j in _triangle(n, n):
-            default |= free_specs([f"L_{i}_{j}"], trans=TransformExp() if i == j else None)
+            default |= free_specs([f"L_{i}_{j}"], trans=TransformExp(degree=1) if i == j else None)
         super().__init__((n, n), merge_specs(default, param_specs))
 
     def factor(self, free_params: FreeParams = None) -> Tensor:
