@@ -2,7 +2,18 @@
 
 from openreml_nn import covariance, datasets
 from openreml_nn.errors import InputError
-from openreml_nn.estimation import AIREML, REMLResult, fit_reml
+from openreml_nn.estimation import (
+    AIREML,
+    REMLResult,
+    blue,
+    blup,
+    fit_reml,
+    loglik,
+    marginal_predict,
+    marginal_residual,
+    predict,
+    residual,
+)
 from openreml_nn.likelihood import REMLLoss, restricted_log_likelihood
 from openreml_nn.lmm import lmm
 from openreml_nn.model import MixedModel, RandomEffect
@@ -17,10 +28,17 @@ __all__ = [
     "REMLLoss",
     "REMLResult",
     "RandomEffect",
+    "blue",
+    "blup",
     "covariance",
     "datasets",
     "fit_reml",
     "fit_stream",
     "lmm",
+    "loglik",
+    "marginal_predict",
+    "marginal_residual",
+    "predict",
+    "residual",
     "restricted_log_likelihood",
 ]
