@@ -60,4 +60,6 @@ def lmm(
         for name, column in table.iloc[encoded.rows].items()
         if pd.api.types.is_numeric_dtype(column)
     }
-    return replace(result, source=replace(result.source, encoder=encoder, means=means))
+    cells = encoder.cells(table.iloc[encoded.rows])
+    source = replace(result.source, encoder=encoder, means=means, cells=cells)
+    return replace(result, source=source)

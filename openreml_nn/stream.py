@@ -27,7 +27,7 @@ from openreml_nn.errors import InputError
 from openreml_nn.estimation import Result
 from openreml_nn.estimation.fit import checked, iterate, start_by_moments
 from openreml_nn.likelihood.blocked import BlockedProblem
-from openreml_nn.likelihood.fixed import FixedPart, aliased_columns
+from openreml_nn.likelihood.fixed import FixedPart, aliased_columns, null_space
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import Plan
 from openreml_nn.likelihood.products import Statistics
@@ -372,7 +372,8 @@ def _orthonormal(
     ff = statistics.products.ff
     p = len(ff) - 1
     values, vectors = torch.linalg.eigh(ff[:p, :p])
-    aliased = aliased_columns(values.clamp(min=0).sqrt()[:, None] * vectors.mT)
+    root = values.clamp(min=0).sqrt()[:, None] * vectors.mT
+    aliased = aliased_columns(root)
     if aliased:
         warnings.warn(
             "the fixed-effect model matrix is rank deficient: dropped "
@@ -391,7 +392,9 @@ def _orthonormal(
     M[kept, :-1], M[kept, -1], M[-1, -1] = inner, -b, 1.0
     own = T[kept][:, kept]
     none = ff.new_zeros(0)
-    fixed = FixedPart(none, ff.new_zeros(0, len(kept)), own @ inner, offset[kept] + own @ b, kept)
+    estimate = offset[kept] + own @ b
+    Q = ff.new_zeros(0, len(kept))
+    fixed = FixedPart(none, Q, own @ inner, estimate, kept, T @ null_space(root, kept))
     return fixed, statistics.mapped(M)
 
 

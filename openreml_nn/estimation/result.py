@@ -24,6 +24,7 @@ from openreml_nn.covariance.terms import (
 from openreml_nn.estimation.aireml import Curvature
 from openreml_nn.estimation.derivatives import jacobian
 from openreml_nn.files import write_text
+from openreml_nn.likelihood.fixed import estimable
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import Plan
 from openreml_nn.likelihood.problem import Evaluation, RandomEffects
@@ -111,12 +112,34 @@ class FixedEffects:
         estimate: (p,).
         covariance: :math:`(X^\top V^{-1} X)^{-1}` (p, p).
         columns: positions of the kept columns.
+        aliases: (a, d) the null space of X with all its a columns, a column for each that was
+            dropped: 1 at its own place, minus what it is of the kept ones at theirs.
     """
 
     names: tuple[str, ...]
     estimate: Tensor
     covariance: Tensor
     columns: tuple[int, ...]
+    aliases: Tensor
+
+    def estimable(self, rows: Tensor) -> Tensor:
+        r"""Whether the data say what :math:`x^\top\beta` is, for rows x of X with all columns.
+
+        It is so where x is a combination of rows of X, and so orthogonal to its null space.
+
+        Args:
+            rows: (m, a), aliased columns included.
+
+        Returns:
+            (m,) booleans.
+        """
+        return estimable(rows, self.aliases)
+
+    def predict(self, rows: Tensor) -> Tensor:
+        r""":math:`x^\top\hat\beta` of rows x (m, a) of X with all columns; NaN where it is not
+        estimable."""
+        found = rows[:, list(self.columns)] @ self.estimate.to(rows)
+        return torch.where(self.estimable(rows), found, nan)
 
     @property
     def std_error(self) -> Tensor:
@@ -169,6 +192,8 @@ class Source:
         labels: name of a term to names for the tables.
         encoder: what made X of a table, an :class:`openreml_nn.data.Encoder`; None without one.
         means: means of the table's numeric columns.
+        cells: the combinations of levels of the factors of X that the rows have, a data frame;
+            None without an encoder.
     """
 
     covariance: Matrix
@@ -179,6 +204,7 @@ class Source:
     labels: Mapping[str, Label]
     encoder: Any = None
     means: Mapping[str, float] = field(default_factory=dict)
+    cells: Any = None
 
 
 @dataclass(frozen=True)
@@ -417,7 +443,8 @@ class _Builder:
         spread = part.T @ torch.cholesky_inverse(evaluation.gamma_factor) @ part.T.mT
         names = names or [f"X{j}" for j in range(max(part.columns, default=-1) + 1)]
         kept = tuple(names[j] for j in part.columns)
-        return FixedEffects(kept, part.coefficients(evaluation.gamma), spread, tuple(part.columns))
+        estimate = part.coefficients(evaluation.gamma)
+        return FixedEffects(kept, estimate, spread, tuple(part.columns), part.aliases)
 
     @cached_property
     def _spread(self) -> Tensor:

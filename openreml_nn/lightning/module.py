@@ -20,6 +20,7 @@ from openreml_nn.instantiate import build
 from openreml_nn.lightning.data import attached
 from openreml_nn.likelihood import REMLLoss
 from openreml_nn.likelihood.dense import check_method
+from openreml_nn.likelihood.fixed import estimable
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import check_solver
 
@@ -64,6 +65,7 @@ class MixedModelModule(LightningModule):
 
     covariance: Matrix | None
     beta: Tensor
+    aliases: Tensor
 
     def __init__(
         self,
@@ -126,6 +128,7 @@ class MixedModelModule(LightningModule):
         self.loss.names = encoded.names
         like = encoded.X
         self.register_buffer("beta", like.new_zeros(like.shape[1]))
+        self.register_buffer("aliases", like.new_zeros(like.shape[1], like.shape[1]))
         for design in encoded.random:
             q, k = len(design.levels), len(design.effects)
             self.register_buffer(f"blup_{design.name}", like.new_zeros(q, k))
@@ -209,7 +212,10 @@ class MixedModelModule(LightningModule):
         """Store a result with its BLUEs and BLUPs."""
         self.result = result
         self.beta.zero_()
-        self.beta[list(self.result.fixed.columns)] = self.result.fixed.estimate
+        fixed = result.fixed
+        self.beta[list(fixed.columns)] = fixed.estimate
+        self.aliases.zero_()
+        self.aliases[:, : fixed.aliases.shape[1]] = fixed.aliases
         for effects in self.result.random:
             getattr(self, f"blup_{effects.name}").copy_(effects.values)
             getattr(self, f"variance_{effects.name}").copy_(effects.variances)
@@ -244,9 +250,11 @@ class MixedModelModule(LightningModule):
         Returns:
             ``mean`` :math:`x^\top\hat\beta + \sum_t z_t^\top \hat b_t`, with no
             contribution from levels that were not seen, and
-            ``population_mean`` :math:`x^\top\hat\beta`.
+            ``population_mean`` :math:`x^\top\hat\beta`; NaN where the data do not say what that
+            is, as in a cell of an interaction that they lack.
         """
-        population = batch["x"] @ self.beta
+        x = batch["x"]
+        population = torch.where(estimable(x, self.aliases), x @ self.beta, torch.nan)
         mean = population.clone()
         for name, codes in batch["groups"].items():
             blup = getattr(self, f"blup_{name}")[codes.clamp(min=0)]
