@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance import Matrix
+from openreml_nn.covariance import DummyMatrix, Matrix
 from openreml_nn.covariance.design import IndexedDesign
+from openreml_nn.covariance.operator import Operator
 from openreml_nn.covariance.terms import (
+    KroneckerCovariance,
     RepeatedCovariance,
     ScaledCovariance,
     Term,
@@ -77,6 +79,8 @@ class Component:
         levels: names of the levels; empty for the residual.
         covariance: (k, k), or (q,) variances of a diagonal term.
         std_error: standard errors of its entries (delta method).
+        singular: whether some combination of the effects has no variance.
+        vanished: the effects that have none themselves.
     """
 
     name: str
@@ -85,6 +89,8 @@ class Component:
     levels: tuple[str, ...]
     covariance: Tensor
     std_error: Tensor
+    singular: bool = False
+    vanished: tuple[str, ...] = ()
 
     @property
     def std_dev(self) -> Tensor:
@@ -394,18 +400,18 @@ class _Builder:
             for term, effects in zip(self._random_terms, random, strict=True):
                 fitted = fitted + term.design.matmul(effects.values.reshape(-1, 1))[:, 0]
             residuals = y.detach().to(dtype) - fitted
-        components = self._components()
-        singular = self._singular()
+        negligible = self._negligible()
+        components = self._components(negligible)
         curvature = self._curvature
         return Result(
             method=problem.method,
             converged=curvature.norm < CONVERGED and not curvature.stuck,
-            singular=tuple(dict.fromkeys(self._label(term).group for term in singular)),
+            singular=tuple(dict.fromkeys(c.group for c in components if c.singular)),
             # Of a variance that is zero the data say nothing more.
             indistinct=tuple(
                 name
                 for name in curvature.indistinct
-                if not any(name.startswith(f"{term.name}/") for term in singular)
+                if not any(name.startswith(f"{term}/") for term in negligible)
             ),
             score_norm=curvature.norm,
             condition=curvature.condition,
@@ -483,7 +489,7 @@ class _Builder:
             found.append(Estimate(e.name, value, std_error, stored, stored_error))
         return tuple(found)
 
-    def _components(self) -> list[Component]:
+    def _components(self, negligible: Mapping[str, Tensor]) -> list[Component]:
         u = self._curvature.u
         at = self._curvature.at
 
@@ -506,7 +512,11 @@ class _Builder:
                 error = torch.where(lost, nan, error)
             group, effects, levels = self._label(term)
             names = tuple(effects), tuple(levels)
-            found.append(Component(term.name, group, *names, matrix, error))
+            gone = negligible.get(term.name)
+            vanished = () if gone is None else tuple(e for e, g in zip(names[0], gone) if g)
+            found.append(
+                Component(term.name, group, *names, matrix, error, gone is not None, vanished)
+            )
         return found
 
     def _shown(self, term: Term) -> Tensor:
@@ -527,17 +537,33 @@ class _Builder:
             return Label("Residual", [str(i) for i in range(size)] if size > 1 else ("",), ())
         k = term.covariance.shown().shape[0]
         effects = ("(Intercept)",) if k == 1 else tuple(f"effect_{i}" for i in range(k))
-        return Label(term.name, effects, tuple(map(str, range(term.design.shape[1] // k))))
+        return Label(term.name, effects, self._levels(term, term.design.shape[1] // k))
 
-    def _singular(self) -> list[Term]:
-        """Terms of which some combination of effects is negligible beside the residual."""
+    def _levels(self, term: Term, count: int) -> tuple[str, ...]:
+        """Names of a term's levels: those of its design's labels, or places."""
+        node: Any = self._objective.covariance
+        for name in filter(None, term.name.split("/")):
+            node = node.operands.get(name) if isinstance(node, Operator) else None
+        if isinstance(node, Operator):
+            for operand in node.operands.values():
+                if isinstance(operand, DummyMatrix) and len(operand.labels) == count:
+                    return tuple(operand.labels)
+        g = term.covariance
+        if isinstance(g, KroneckerCovariance) and g.sizes[0] * g.sizes[1] == count:
+            rows, columns = (range(1, size + 1) for size in g.sizes)
+            return tuple(f"{i}:{j}" for i in rows for j in columns)
+        return tuple(map(str, range(count)))
+
+    def _negligible(self) -> dict[str, Tensor]:
+        """Terms of which some combination of effects is negligible beside the residual, by name,
+        each with which of its effects (k,) are themselves."""
         residual = 0.0
         for i in residual_terms(self._terms):
             matrix = self._terms[i].covariance.matrix
             residual += float((matrix if matrix.dim() == 1 else matrix.diagonal()).mean())
+        found: dict[str, Tensor] = {}
         if not residual:
-            return []
-        found = []
+            return found
         for term in self._random_terms:
             matrix = term.covariance.shown()
             if isinstance(term.covariance, RepeatedCovariance):
@@ -546,15 +572,16 @@ class _Builder:
                 values = z.values if isinstance(z, IndexedDesign) else None
                 if values is not None and values.shape[1] == len(scale):
                     scale = (values.detach().to(scale) ** 2).mean(0).sqrt()
-                least = torch.linalg.eigvalsh(scale[:, None] * matrix * scale)[0]
+                scaled = scale[:, None] * matrix * scale
+                variances, least = scaled.diagonal(), torch.linalg.eigvalsh(scaled)[0]
             elif isinstance(term.covariance, ScaledCovariance):
-                least = torch.linalg.eigvalsh(matrix)[0]
+                variances, least = matrix.diagonal(), torch.linalg.eigvalsh(matrix)[0]
             elif matrix.dim() == 1:
-                least = matrix.min()
+                variances, least = matrix, matrix.min()
             else:
                 continue
             if float(least) < SINGULAR**2 * residual:
-                found.append(term)
+                found[term.name] = variances < SINGULAR**2 * residual
         return found
 
 

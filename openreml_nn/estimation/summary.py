@@ -14,7 +14,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from openreml_nn.estimation.result import Component, Result
 
-__all__ = ["summarise", "tables"]
+__all__ = ["singularity", "summarise", "tables"]
 
 
 def summarise(result: Result, title: str | None = None) -> str:
@@ -53,11 +53,30 @@ def tables(result: Result, title: str | None = None) -> list[Table | str]:
             f"the log-likelihood is estimated, with a standard error of "
             f"{result.log_likelihood_error:.2g}"
         )
-    if result.singular:
-        parts.append(f"singular fit: a variance of {', '.join(result.singular)} is zero")
+    singular = [singularity(c) for c in result.components if c.singular]
+    if singular:
+        parts.append(f"singular fit: {'; '.join(singular)}")
     if result.indistinct:
         parts.append(f"the data cannot tell apart: {', '.join(result.indistinct)}")
     return parts
+
+
+def singularity(component: Component) -> str:
+    """What is singular about a component, in words."""
+    c, k = component, len(component.effects)
+    if len(c.vanished) == k:
+        return f"the variance of {c.group} is zero"
+    if c.vanished:
+        return f"the variance of {', '.join(c.vanished)} between levels of {c.group} is zero"
+    at = int(c.correlation.tril(-1).abs().nan_to_num().argmax())
+    i, j = divmod(at, k)
+    correlation = (
+        f"the correlation of {c.effects[j]} and {c.effects[i]} between levels of {c.group} is "
+        f"{float(c.correlation[i, j]):.3f}"
+    )
+    if k == 2:
+        return correlation
+    return f"some combination of the effects of {c.group} has no variance ({correlation})"
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -68,7 +87,8 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _number(value: float) -> str:
-    return "" if isnan(value) else f"{value:.5g}"
+    # Adding zero takes the sign off a zero.
+    return "" if isnan(value) else f"{value + 0.0:.5g}"
 
 
 def _random(result: Result) -> Table:

@@ -65,7 +65,8 @@ def blup_table(result: Result) -> pd.DataFrame:
                     "group": c.group,
                     "level": np.repeat(np.asarray(c.levels, dtype=object), k),
                     "effect": np.tile(np.asarray(names, dtype=object), q),
-                    "blup": effects.values.flatten().numpy(force=True),
+                    # Adding zero takes the sign off a zero.
+                    "blup": effects.values.flatten().numpy(force=True) + 0.0,
                     "std_error": variance.sqrt().flatten().numpy(force=True),
                 }
             )

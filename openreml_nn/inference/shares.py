@@ -63,7 +63,8 @@ def variance_shares(result: Result) -> pd.DataFrame:
 
     :math:`v_t` is the mean over the rows of :math:`z_i^\top G_t z_i`: for a random intercept its
     variance, so that the share is the intraclass correlation; for an additive genetic effect the
-    share is the heritability. Standard errors are by the delta method.
+    share is the heritability. Standard errors are by the delta method; that of a variance of zero
+    is NaN.
 
     Returns:
         group, variance, share, std_error; the residual last.
@@ -93,14 +94,16 @@ def variance_shares(result: Result) -> pd.DataFrame:
     with torch.no_grad():
         (value,) = variances(u)
     slope = jacobian(variances, u)[0].mT if len(u) else value.new_zeros(len(value), 0)
-    inner = torch.tensor(
-        [not (v and float(x) == 0) for v, x in zip(at.vanishing, u, strict=True)], dtype=torch.bool
-    )
-    information = curvature.information[inner][:, inner]
-    spread = slope[:, inner] @ torch.linalg.pinv(information, hermitian=True) @ slope[:, inner].mT
+    # A coordinate at zero has neither information nor a slope.
+    scale = curvature.information.diagonal().sqrt()
+    scale = torch.where(scale > 0, scale, 1)
+    information = curvature.information / (scale[:, None] * scale)
+    slope = slope / scale
+    spread = slope @ torch.linalg.pinv(information, hermitian=True, rtol=1e-10) @ slope.mT
     total = value.sum()
     by = (torch.eye(len(value), dtype=value.dtype) - value[:, None] / total) / total
     error = (by @ spread @ by.mT).diagonal().clamp(min=0).sqrt()
+    error = torch.where(value > 0, error, torch.nan)
     groups = [c.group for c in result.components]
     columns = {"variance": value, "share": value / total, "std_error": error}
     table = {name: column.numpy(force=True) for name, column in columns.items()}
