@@ -4,7 +4,7 @@ from openreml_nn import covariance, datasets
 from openreml_nn.errors import InputError
 from openreml_nn.estimation import (
     AIREML,
-    REMLResult,
+    Result,
     blue,
     blup,
     fit_reml,
@@ -26,8 +26,8 @@ __all__ = [
     "InputError",
     "MixedModel",
     "REMLLoss",
-    "REMLResult",
     "RandomEffect",
+    "Result",
     "blue",
     "blup",
     "covariance",

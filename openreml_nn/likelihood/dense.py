@@ -115,7 +115,7 @@ class _DenseEvaluation(Evaluation):
     def _back(self, x: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(self._L.mT, x, upper=True)
 
-    def _inverse_times_data(self) -> Tensor:
+    def inverse_times_data(self) -> Tensor:
         white_y = self._residual + self._white_Q @ self.gamma
         return self._back(torch.cat([self._white_Q, white_y[:, None]], 1))
 

@@ -120,6 +120,7 @@ class _GridEvaluation(Evaluation):
         rest = white - self._H @ K
         self._lost = solve_triangular(self.gamma_factor, rest[:, :-1].mT, upper=False).mT
         self._p_y = self._back((rest[:, -1] - rest[:, :-1] @ self.gamma)[:, None])[:, 0]
+        self._rest = rest
 
     # ------------------------------------------------------------------ coordinates
 
@@ -135,6 +136,9 @@ class _GridEvaluation(Evaluation):
         return kronecker(self._Ua, self._Ub, x / self._d.sqrt().reshape(-1, 1))
 
     # ------------------------------------------------------------------ derivatives
+
+    def inverse_times_data(self) -> Tensor:
+        return self._back(self._rest)
 
     def scores(self) -> list[Tensor]:
         problem, places = self._problem, self._problem.places

@@ -454,7 +454,7 @@ class GroupedEvaluation(Evaluation):
         """BLUPs of the i-th other term, where its kernel was never formed."""
         raise NotImplementedError
 
-    def _inverse_times_data(self) -> Tensor:
+    def inverse_times_data(self) -> Tensor:
         problem, z, white = self._problem, self._crossed, self._white
         eye = torch.eye(problem.k, dtype=self._s.dtype, device=self._s.device)
         x1 = (problem.joint_blocks(self._first, eye) @ z.Z1f).flatten(0, 1)

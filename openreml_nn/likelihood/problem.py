@@ -95,7 +95,7 @@ class Evaluation:
         :math:`\partial\ell/\partial y = -Py`, and :math:`\partial\ell/\partial Q =
         Py\,\hat\gamma^\top`, less :math:`V^{-1}Q(Q^\top V^{-1}Q)^{-1}` with REML.
         """
-        V_f = self._inverse_times_data()
+        V_f = self.inverse_times_data()
         V_Q, V_y = V_f[:, :-1], V_f[:, -1]
         p_y = V_y - V_Q @ self.gamma
         by_Q = torch.outer(p_y, self.gamma)
@@ -103,7 +103,7 @@ class Evaluation:
             by_Q = by_Q - V_Q @ torch.cholesky_inverse(self.gamma_factor)
         return -p_y, by_Q
 
-    def _inverse_times_data(self) -> Tensor:
+    def inverse_times_data(self) -> Tensor:
         """:math:`V^{-1} [Q | y]`, (n, p + 1)."""
         raise NotImplementedError
 
@@ -138,6 +138,8 @@ class Problem:
 
     #: Whether evaluations have derivatives by the data, and the data can be exchanged.
     takes_data = False
+    #: Whether the likelihood is computed, and not estimated by Monte Carlo.
+    exact = True
 
     def __init__(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> None:
         self.fixed = fixed

@@ -98,7 +98,8 @@ class SpectralProblem(Problem):
         f = torch.cat([fixed.Q, fixed.y[:, None]], 1)
         cells = _cells(term.design)
         assert cells is not None
-        by_cell = torch.empty_like(f).index_copy(0, cells.to(f.device), f)
+        self.cells = cells.to(f.device)
+        by_cell = torch.empty_like(f).index_copy(0, self.cells, f)
         self.f = (self.U.mT @ by_cell.reshape(len(K), -1)).reshape(
             len(K), self.t, -1
         )  # (n, t, p+1)
@@ -162,6 +163,12 @@ class _SpectralEvaluation(Evaluation):
         """What the fixed effects take away: white rows (n, t, p) of an orthonormal basis."""
         flat = solve_triangular(self.gamma_factor, self._white_Q.flatten(0, 1).mT, upper=False)
         return flat.mT.unflatten(0, self._p_y.shape)
+
+    def inverse_times_data(self) -> Tensor:
+        problem = self._problem
+        back = self._back(self._forward(problem.f))  # (n, t, p + 1)
+        by_cell = (problem.U @ back.flatten(1)).reshape(-1, back.shape[-1])
+        return by_cell[problem.cells]
 
     def scores(self) -> list[Tensor]:
         problem = self._problem
