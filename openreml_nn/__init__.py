@@ -2,7 +2,7 @@
 
 from openreml_nn import covariance, datasets
 from openreml_nn.errors import InputError
-from openreml_nn.estimation import AIREML, REMLResult, fit_reml
+from openreml_nn.estimation import AIREML, Result, fit_reml
 from openreml_nn.likelihood import REMLLoss, restricted_log_likelihood
 from openreml_nn.lmm import lmm
 from openreml_nn.model import MixedModel, RandomEffect
@@ -15,8 +15,8 @@ __all__ = [
     "InputError",
     "MixedModel",
     "REMLLoss",
-    "REMLResult",
     "RandomEffect",
+    "Result",
     "covariance",
     "datasets",
     "fit_reml",

@@ -24,7 +24,7 @@ from torch import Tensor, distributed
 from openreml_nn.covariance.design import IndexedDesign
 from openreml_nn.data import Encoded, Encoder, RandomDesign
 from openreml_nn.errors import InputError
-from openreml_nn.estimation import REMLResult
+from openreml_nn.estimation import Result
 from openreml_nn.estimation.fit import checked, iterate, start_by_moments
 from openreml_nn.likelihood.blocked import BlockedProblem
 from openreml_nn.likelihood.fixed import FixedPart, aliased_columns
@@ -44,7 +44,7 @@ def fit_stream(
     method: str = "reml",
     max_iterations: int = 200,
     progress: bool = True,
-) -> REMLResult:
+) -> Result:
     r"""Fit a linear mixed model to a file, chunk by chunk.
 
     Memory holds a chunk, and what does not grow with the rows: the levels of
@@ -102,7 +102,7 @@ class Streamed:
     size: float
     dropped_rows: int
 
-    def fit(self, method: str = "reml", max_iterations: int = 200) -> REMLResult:
+    def fit(self, method: str = "reml", max_iterations: int = 200) -> Result:
         """The fit by AI-REML."""
         covariance = self.skeleton.covariance()
         terms = covariance.terms()
@@ -113,7 +113,7 @@ class Streamed:
         start_by_moments(objective, self.size)
         history = iterate(objective, max_iterations)
         labels = self.skeleton.labels
-        return checked(REMLResult.of(objective, plan, None, None, history, self.names, labels))
+        return checked(Result.of(objective, plan, None, None, history, self.names, labels))
 
 
 def accumulate(

@@ -28,7 +28,7 @@ from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import Plan
 from openreml_nn.likelihood.problem import Evaluation, RandomEffects
 
-__all__ = ["Component", "Estimate", "FixedEffects", "Label", "REMLResult", "Record"]
+__all__ = ["Component", "Estimate", "FixedEffects", "Label", "Record", "Result"]
 
 #: Parameters count as converged this many standard errors from the optimum.
 CONVERGED = 1e-3
@@ -182,7 +182,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class REMLResult:
+class Result:
     r"""A fitted linear mixed model.
 
     Attributes:
@@ -206,6 +206,7 @@ class REMLResult:
         history: record of the iterations.
         plan: the solver's plan.
         num_params: number of free covariance parameters.
+        starts: of a fit from several starts, what each of the others ended with.
         source: data and model, for inference; None where rows were streamed.
     """
 
@@ -227,11 +228,12 @@ class REMLResult:
     history: tuple[Record, ...]
     plan: Plan
     num_params: int
+    starts: tuple[Any, ...] = ()
     source: Source | None = field(default=None, repr=False, compare=False)
 
     @property
     def iterations(self) -> int:
-        """Number of iterations."""
+        """Number of iterations of the reported run, from its own start."""
         return len(self.history)
 
     @property
@@ -290,6 +292,7 @@ class REMLResult:
                 "aic": self.aic,
                 "bic": self.bic,
                 "solver": self.plan.solver,
+                "exact": self.plan.exact,
                 "fixed": [
                     {"name": n, "estimate": b, "std_error": s, "statistic": t}
                     for n, b, s, t in fixed
@@ -319,7 +322,7 @@ class REMLResult:
         history: Sequence[Record] = (),
         names: Sequence[str] | None = None,
         labels: Mapping[str, Label] | None = None,
-    ) -> REMLResult:
+    ) -> Result:
         """The result at the present parameters, however they were found.
 
         Without the rows, ``y`` and ``X``, there are no fitted values.
@@ -354,7 +357,7 @@ class _Builder:
         X: Tensor | None,
         history: Sequence[Record],
         names: Sequence[str] | None,
-    ) -> REMLResult:
+    ) -> Result:
         problem, evaluation = self._objective.problem, self._evaluation
         fixed = self._fixed(names)
         dtype = problem.fixed.y.dtype
@@ -368,7 +371,7 @@ class _Builder:
         components = self._components()
         singular = self._singular()
         curvature = self._curvature
-        return REMLResult(
+        return Result(
             method=problem.method,
             converged=curvature.norm < CONVERGED and not curvature.stuck,
             singular=tuple(dict.fromkeys(self._label(term).group for term in singular)),

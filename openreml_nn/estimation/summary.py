@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from openreml_nn.estimation.result import Component, REMLResult
+    from openreml_nn.estimation.result import Component, Result
 
 __all__ = ["summarise", "tables"]
 
 
-def summarise(result: REMLResult, title: str | None = None) -> str:
+def summarise(result: Result, title: str | None = None) -> str:
     """The tables of :func:`tables` as plain text, 100 columns wide."""
     stream = io.StringIO()
     console = Console(file=stream, width=100, color_system=None)
@@ -26,7 +26,7 @@ def summarise(result: REMLResult, title: str | None = None) -> str:
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
 
 
-def tables(result: REMLResult, title: str | None = None) -> list[Table | str]:
+def tables(result: Result, title: str | None = None) -> list[Table | str]:
     """Headline, random effects, fixed effects and notes, for a rich console."""
     by = {"reml": "REML", "ml": "maximum likelihood"}[result.method]
     criterion = {"reml": "REML criterion", "ml": "deviance"}[result.method]
@@ -71,7 +71,7 @@ def _number(value: float) -> str:
     return "" if isnan(value) else f"{value:.5g}"
 
 
-def _random(result: REMLResult) -> Table:
+def _random(result: Result) -> Table:
     widest = max((len(c.effects) for c in result.components if c.covariance.dim() == 2), default=1)
     correlations = ["Corr"] + [""] * (widest - 2) if widest > 1 else []
     table = _table(
@@ -100,7 +100,7 @@ def _component(c: Component, width: int, most: int = 12) -> list[list[str]]:
     return rows
 
 
-def _fixed(result: REMLResult) -> Table:
+def _fixed(result: Result) -> Table:
     table = _table("Fixed effects", "", "Estimate", "Std. error", "t value")
     fixed = result.fixed
     rows = zip(fixed.names, fixed.estimate, fixed.std_error, fixed.statistic, strict=True)

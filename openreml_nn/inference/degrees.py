@@ -23,7 +23,7 @@ from scipy import stats
 from torch import Tensor
 
 from openreml_nn.covariance.terms import RepeatedCovariance, Term
-from openreml_nn.estimation import REMLResult
+from openreml_nn.estimation import Result
 from openreml_nn.estimation.aireml import Coordinates, Curvature
 from openreml_nn.inference.refit import Refit
 from openreml_nn.likelihood.loss import Objective
@@ -115,7 +115,7 @@ class Satterthwaite(Inference):
         return FTest(F, len(L), den, float(stats.f.sf(F, len(L), den)))
 
     @classmethod
-    def of(cls, result: REMLResult) -> Satterthwaite:
+    def of(cls, result: Result) -> Satterthwaite:
         """From the likelihood around the estimates."""
         objective = Refit(result).objective()
         local = Local(objective)
@@ -221,7 +221,7 @@ class KenwardRoger(Inference):
         return den, den * E / (den - 2) if abs(den - 2) > 1e-2 else 1.0
 
     @classmethod
-    def of(cls, result: REMLResult) -> KenwardRoger:
+    def of(cls, result: Result) -> KenwardRoger:
         """From dense matrices.
 
         Raises:
@@ -288,7 +288,7 @@ METHODS = {
 }
 
 
-def inference_of(result: REMLResult, ddf: str) -> Inference:
+def inference_of(result: Result, ddf: str) -> Inference:
     """The chosen way of testing."""
     if ddf not in METHODS:
         raise ValueError(f"`ddf` is {ddf!r}: expected one of {', '.join(METHODS)}")
@@ -298,7 +298,7 @@ def inference_of(result: REMLResult, ddf: str) -> Inference:
 
 
 def estimates(
-    result: REMLResult, L: Tensor, names: Sequence[str], ddf: str, level: float
+    result: Result, L: Tensor, names: Sequence[str], ddf: str, level: float
 ) -> pd.DataFrame:
     """Estimates of contrasts with tests and intervals."""
     if not 0 < level < 1:
@@ -324,9 +324,7 @@ def estimates(
     )
 
 
-def coefficients(
-    result: REMLResult, ddf: str = "satterthwaite", level: float = 0.95
-) -> pd.DataFrame:
+def coefficients(result: Result, ddf: str = "satterthwaite", level: float = 0.95) -> pd.DataFrame:
     """Fixed effects with t tests and confidence intervals.
 
     Args:
@@ -353,7 +351,7 @@ def coefficients(
 
 
 def wald_test(
-    result: REMLResult, contrasts: Tensor | Sequence[str], ddf: str = "satterthwaite"
+    result: Result, contrasts: Tensor | Sequence[str], ddf: str = "satterthwaite"
 ) -> FTest:
     r"""F test of the hypothesis :math:`L\beta = 0`.
 

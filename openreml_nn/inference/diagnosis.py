@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from openreml_nn.estimation import REMLResult
+from openreml_nn.estimation import Result
 
 __all__ = ["diagnose"]
 
 
-def diagnose(result: REMLResult) -> list[str]:
+def diagnose(result: Result) -> list[str]:
     """Sentences on convergence, singularity and what the data cannot tell, each with advice.
 
     Returns:

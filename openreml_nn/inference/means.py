@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from openreml_nn.estimation import REMLResult
+from openreml_nn.estimation import Result
 from openreml_nn.formula import columns_of
 from openreml_nn.inference.degrees import estimates
 from openreml_nn.inference.refit import source_of
@@ -34,7 +34,7 @@ class MarginalMeans:
 
     table: pd.DataFrame
     L: Tensor = field(repr=False)
-    _result: REMLResult = field(repr=False)
+    _result: Result = field(repr=False)
     _ddf: str = field(repr=False)
     _level: float = field(repr=False)
 
@@ -64,7 +64,7 @@ class MarginalMeans:
 
 
 def emmeans(
-    result: REMLResult,
+    result: Result,
     factors: str | Sequence[str],
     at: Mapping[str, float] | None = None,
     ddf: str = "satterthwaite",

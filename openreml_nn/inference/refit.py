@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from openreml_nn.estimation import REMLResult, fit_reml
+from openreml_nn.estimation import Result, fit_reml
 from openreml_nn.estimation.result import Source
 from openreml_nn.likelihood import REMLLoss
 from openreml_nn.likelihood.loss import Objective
@@ -16,7 +16,7 @@ from openreml_nn.likelihood.loss import Objective
 __all__ = ["Refit", "matrix_entries", "source_of"]
 
 
-def source_of(result: REMLResult) -> Source:
+def source_of(result: Result) -> Source:
     """Data and model of a result.
 
     Raises:
@@ -27,7 +27,7 @@ def source_of(result: REMLResult) -> Source:
     return result.source
 
 
-def matrix_entries(result: REMLResult) -> dict[str, tuple[int, int, int]]:
+def matrix_entries(result: Result) -> dict[str, tuple[int, int, int]]:
     """Names of standard deviations and correlations, each with its component, row and column.
 
     As in lme4: ``sd_Days|Subject``, ``cor_Days.(Intercept)|Subject``, and ``sigma``.
@@ -51,7 +51,7 @@ class Refit:
         result: the fit.
     """
 
-    def __init__(self, result: REMLResult) -> None:
+    def __init__(self, result: Result) -> None:
         self.result = result
         self.source = source = source_of(result)
         self.covariance = copy.deepcopy(source.covariance)
@@ -77,7 +77,7 @@ class Refit:
             self._losses[method] = REMLLoss(self.covariance, method, solver)
         return self._losses[method].objective(y, X, self.source.rows)
 
-    def fit(self, method: str | None = None, y: Tensor | None = None) -> REMLResult:
+    def fit(self, method: str | None = None, y: Tensor | None = None) -> Result:
         """Fit again, from where the parameters are."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -16,7 +16,7 @@ from openreml_nn.covariance.terms import (
     ScaledCovariance,
     Term,
 )
-from openreml_nn.estimation import REMLResult
+from openreml_nn.estimation import Result
 from openreml_nn.estimation.aireml import Curvature
 from openreml_nn.estimation.derivatives import jacobian
 from openreml_nn.inference.refit import Refit
@@ -32,7 +32,7 @@ class R2(NamedTuple):
     conditional: float
 
 
-def r2(result: REMLResult) -> R2:
+def r2(result: Result) -> R2:
     r"""Marginal and conditional :math:`R^2` of a fit, random slopes included.
 
     Raises:
@@ -58,7 +58,7 @@ def r2(result: REMLResult) -> R2:
     )
 
 
-def variance_shares(result: REMLResult) -> pd.DataFrame:
+def variance_shares(result: Result) -> pd.DataFrame:
     r"""Share of each term in the variance of a row, :math:`v_t / \sum_s v_s`.
 
     :math:`v_t` is the mean over the rows of :math:`z_i^\top G_t z_i`: for a random intercept its
@@ -114,7 +114,7 @@ class Heritability(NamedTuple):
     std_error: float
 
 
-def heritability(result: REMLResult, group: str) -> Heritability:
+def heritability(result: Result, group: str) -> Heritability:
     """Share of a genetic effect in the variance, see :func:`variance_shares`.
 
     Args:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from openreml_nn.covariance import Matrix
 from openreml_nn.data import Encoded, Encoder
-from openreml_nn.estimation import REMLResult, moment_start
+from openreml_nn.estimation import Result, moment_start
 from openreml_nn.estimation.aireml import AIREML, Curvature
 from openreml_nn.estimation.result import Record
 from openreml_nn.instantiate import build
@@ -46,7 +46,7 @@ class MixedModelModule(LightningModule):
 
     Attributes:
         covariance: the covariance tree, once there are data.
-        result: the :class:`REMLResult`, after training.
+        result: the :class:`Result`, after training.
         history: a :class:`Record` for each step of this run.
 
     Raises:
@@ -97,7 +97,7 @@ class MixedModelModule(LightningModule):
         self.covariance = None
         self.loss: REMLLoss | None = None
         self.history: list[Record] = []
-        self.result: REMLResult | None = None
+        self.result: Result | None = None
         self._encoded: Encoded | None = None
         self._data: tuple[Tensor, Tensor] | None = None
 
@@ -178,7 +178,7 @@ class MixedModelModule(LightningModule):
     def _store(self) -> None:
         assert self._encoded is not None and self.loss is not None and self._data is not None
         self._keep(
-            REMLResult.of(
+            Result.of(
                 self._objective(),
                 self.loss.plan,
                 *self._data,
@@ -188,7 +188,7 @@ class MixedModelModule(LightningModule):
             )
         )
 
-    def adopt(self, encoder: Encoder, skeleton: Encoded, result: REMLResult) -> None:
+    def adopt(self, encoder: Encoder, skeleton: Encoded, result: Result) -> None:
         """Take the estimates of a fit that was made elsewhere, such as chunk by chunk.
 
         Args:
@@ -205,7 +205,7 @@ class MixedModelModule(LightningModule):
                 parameter.fill_(stored[name.replace(".", "/")])
         self._keep(result)
 
-    def _keep(self, result: REMLResult) -> None:
+    def _keep(self, result: Result) -> None:
         """Store a result with its BLUEs and BLUPs."""
         self.result = result
         self.beta.zero_()

@@ -158,6 +158,8 @@ class KrylovProblem(GroupedProblem):
             residuals have more than one variance.
     """
 
+    exact = False
+
     def __init__(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> None:
         super().__init__(fixed, terms, method)
         terms = separated(terms)

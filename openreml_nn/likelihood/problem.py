@@ -138,6 +138,8 @@ class Problem:
 
     #: Whether evaluations have derivatives by the data, and the data can be exchanged.
     takes_data = False
+    #: Whether the likelihood is computed, and not estimated by Monte Carlo.
+    exact = True
 
     def __init__(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> None:
         self.fixed = fixed

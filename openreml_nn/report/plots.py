@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from scipy.special import ndtri
 from torch import Tensor
 
-from openreml_nn.estimation.result import REMLResult
+from openreml_nn.estimation.result import Result
 from openreml_nn.estimation.tables import blup_table
 from openreml_nn.inference import Profile, variance_shares
 from openreml_nn.inference.refit import Refit
@@ -30,7 +30,7 @@ _NAMED = 60
 _POINTS = 20_000
 
 
-def caterpillar(result: REMLResult, group: str) -> Figure:
+def caterpillar(result: Result, group: str) -> Figure:
     """BLUPs of a grouping factor with 95% prediction intervals, a panel for each effect.
 
     Raises:
@@ -70,7 +70,7 @@ def caterpillar(result: REMLResult, group: str) -> Figure:
     return figure
 
 
-def convergence(result: REMLResult) -> Figure:
+def convergence(result: Result) -> Figure:
     """Log-likelihood and transformed covariance parameters at the end of each iteration."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -94,7 +94,7 @@ def convergence(result: REMLResult) -> Figure:
     return figure
 
 
-def residuals(result: REMLResult) -> Figure:
+def residuals(result: Result) -> Figure:
     """Conditional residuals against fitted values, and their quantiles against normal ones."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -116,7 +116,7 @@ def residuals(result: REMLResult) -> Figure:
     return figure
 
 
-def shares(result: REMLResult) -> Figure:
+def shares(result: Result) -> Figure:
     """Share of each term in the variance of a row, with standard errors."""
     table = variance_shares(result)[::-1]
     figure = Figure(figsize=(6, 1.2 + 0.4 * len(table)), layout="constrained")
@@ -129,7 +129,7 @@ def shares(result: REMLResult) -> Figure:
     return figure
 
 
-def covariance(result: REMLResult, rows: int = 60) -> Figure:
+def covariance(result: Result, rows: int = 60) -> Figure:
     """The covariance V of the first rows, at the estimates.
 
     Raises:
@@ -180,7 +180,7 @@ def zeta(profile: Profile) -> Figure:
     return figure
 
 
-def semivariogram(result: REMLResult, places: Tensor, bins: int = 15, seed: int = 0) -> Figure:
+def semivariogram(result: Result, places: Tensor, bins: int = 15, seed: int = 0) -> Figure:
     r"""Empirical semivariogram :math:`\gamma(d)`, the mean of :math:`(r_i - r_j)^2 / 2` at distance
     d, of the residuals without random effects and of the conditional ones.
 
@@ -231,6 +231,6 @@ def _cloud(axis: Axes, x: np.ndarray, y: np.ndarray) -> None:
         axis.plot(x, y, "o", ms=3, alpha=0.6)
 
 
-def _groups(result: REMLResult) -> list[str]:
+def _groups(result: Result) -> list[str]:
     named = {c.name: c.group for c in result.components}
     return list(dict.fromkeys(named[effects.name] for effects in result.random))
