@@ -1,7 +1,7 @@
 """Linear mixed models as PyTorch modules."""
 
 from openreml_nn import covariance, datasets
-from openreml_nn.errors import InputError
+from openreml_nn.errors import InputError, NumericalError
 from openreml_nn.estimation import AIREML, REMLResult, fit_reml
 from openreml_nn.likelihood import REMLLoss, restricted_log_likelihood
 from openreml_nn.lmm import lmm
@@ -14,6 +14,7 @@ __all__ = [
     "AIREML",
     "InputError",
     "MixedModel",
+    "NumericalError",
     "REMLLoss",
     "REMLResult",
     "RandomEffect",

@@ -385,10 +385,10 @@ class GroupedEvaluation(Evaluation):
         ]
         found += self._scores_of_rest(reml)
         # The residual's score by V = sum Z G Z' + s I: tr(P V) = n - p and y' P V P y = y' P y.
-        matrices = [g.matrix for g in (*self._first, *self._rest)]
-        inner = sum((2 * (x * m).sum() for x, m in zip(found, matrices, strict=True)), 0 * s)
+        forms = (*self._first, *self._rest)
+        explained = sum((2 * g.inner(x) for g, x in zip(forms, found, strict=True)), 0 * s)
         rank = problem.n - (problem.p if reml else 0)
-        residual = (self.y_p_y - rank - inner) / (2 * s)
+        residual = (self.y_p_y - rank - explained) / (2 * s)
         return [residual.reshape(1, 1), *found]
 
     def _scores_of_rest(self, reml: bool) -> list[Tensor]:

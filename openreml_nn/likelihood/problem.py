@@ -12,12 +12,13 @@ from torch import Tensor
 
 from openreml_nn.covariance.design import IndexedDesign
 from openreml_nn.covariance.terms import RepeatedCovariance, ScaledCovariance, Term
+from openreml_nn.errors import NumericalError
 from openreml_nn.likelihood.fixed import FixedPart
 
 __all__ = ["Evaluation", "NotPositiveDefiniteError", "Problem", "RandomEffects", "cholesky"]
 
 
-class NotPositiveDefiniteError(ValueError):
+class NotPositiveDefiniteError(NumericalError, ValueError):
     """A matrix that must be positive definite is not; the message says which."""
 
 
