@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ __all__ = [
     "private",
     "propagate",
     "residual_terms",
+    "root_condition",
     "same_content",
 ]
 
@@ -368,6 +370,23 @@ def _root(matrix: Tensor) -> Tensor:
     if not bool(values[0] >= -rounding):
         raise ValueError(f"its smallest eigenvalue is {float(values[0]):.6g}")
     return vectors * values.clamp(min=0).sqrt()
+
+
+def root_condition(g: Covariance) -> float:
+    """How many times rounding is magnified in :meth:`Covariance.root`; 1 where it is exact."""
+    if isinstance(g, DiagonalCovariance) or not bool(g.matrix.any()):
+        return 1.0
+    if isinstance(g, RepeatedCovariance) and (g.factor is not None or len(g.matrix) == 1):
+        return 1.0
+    if isinstance(g, KroneckerCovariance):
+        parts = [root_condition(DenseCovariance(part)) for part in g.parts()]
+        return parts[0] * parts[1]
+    if isinstance(g, ScaledCovariance):
+        return root_condition(DenseCovariance(g.whole(g.kernel.size * len(g.matrix))))
+    factor, info = torch.linalg.cholesky_ex(g.matrix)
+    if int(info):
+        return inf
+    return float((g.matrix.diagonal() / factor.diagonal() ** 2).max())
 
 
 @dataclass(frozen=True)

@@ -161,6 +161,34 @@ class REMLLoss(nn.Module):
                 value = _LogLikelihood.apply(problem, terms, fixed.y, fixed.Q, *matrices)
         return -value / len(y) if self.reduction == "mean" else -value
 
+    def evaluate(self, y: Tensor, X: Tensor, rows: Tensor | None = None) -> Evaluation:
+        r"""The likelihood of some data at the present parameters, without a fit.
+
+        What the evaluation offers is computed when it is asked for, and has no graph:
+        ``log_likelihood``, a scalar tensor, of all rows whatever the reduction; ``fixed``, with
+        ``estimate`` (p,), ``covariance`` (p, p) and the ``columns`` of X that were kept; and
+        ``random``, for each random term ``name``, BLUPs ``values`` (q, k) and prediction-error
+        variances ``variances`` (q, k, k), in the order of the design's levels.
+
+        Args:
+            y, X, rows: as in calling the loss.
+
+        Raises:
+            NumericalError: if V is not positive definite, or rounding leaves too few digits.
+            TypeError, ValueError: as in calling the loss.
+
+        Reference:
+            Henderson, Biometrics 31 (1975) 423; Robinson, Statistical Science 6 (1991) 15.
+
+        >>> from openreml_nn.covariance import CovariancePropagation, DummyMatrix, ScalarMatrix, Sum
+        >>> z = DummyMatrix(["a", "a", "b", "b"])
+        >>> V = Sum(group=CovariancePropagation(z=z, g=ScalarMatrix(2)), residual=ScalarMatrix(4))
+        >>> found = REMLLoss(V).evaluate(torch.tensor([1.0, 2.0, 4.0, 5.0]), torch.ones(4, 1))
+        >>> found.fixed.estimate, found.random[0].values[:, 0]
+        (tensor([3.]), tensor([-1.0000,  1.0000]))
+        """
+        return self.objective(y, X, rows).evaluate()
+
     def objective(self, y: Tensor, X: Tensor, rows: Tensor | None = None) -> Objective:
         """The likelihood of some data as an optimizer wants it, prepared and not evaluated.
 
