@@ -1,7 +1,7 @@
 """Linear mixed models as PyTorch modules."""
 
 from openreml_nn import covariance, datasets
-from openreml_nn.errors import InputError
+from openreml_nn.errors import InputError, NumericalError
 from openreml_nn.estimation import (
     AIREML,
     Result,
@@ -25,6 +25,7 @@ __all__ = [
     "AIREML",
     "InputError",
     "MixedModel",
+    "NumericalError",
     "REMLLoss",
     "RandomEffect",
     "Result",
