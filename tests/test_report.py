@@ -244,7 +244,7 @@ def test_the_rows_of_a_covariance_plot_may_have_correlated_levels(monkeypatch):
     expected = V().detach().numpy()
     image = covariance(found, 30).axes[0].images[0].get_array()
     np.testing.assert_allclose(image, expected[:30, :30], rtol=1e-10)
-    monkeypatch.setattr("openreml_nn.report.plots._NUMBERS", 80)
+    monkeypatch.setattr("openreml_nn.report.plots._NUMBERS", 300)
     figure = covariance(found, 30)
     assert figure.axes[0].get_xlabel() == "row (the first 10 of 40)"
     np.testing.assert_allclose(figure.axes[0].images[0].get_array(), expected[:10, :10], rtol=1e-10)
