@@ -116,6 +116,14 @@ class IndexedDesign(Design):
         total = x.new_zeros(self.levels, self.effects, x.shape[1])
         return total.index_add(0, self.codes, weighted).reshape(self.shape[1], x.shape[1])
 
+    def dense(self, like: Tensor) -> Tensor:
+        # Not by products with an identity, which holds levels x levels numbers.
+        columns = self.codes[:, None] * self.effects + torch.arange(
+            self.effects, device=self.codes.device
+        )
+        values = like.new_ones(columns.shape) if self.values is None else self.values.to(like)
+        return like.new_zeros(self.shape).scatter(1, columns, values)
+
     def take(self, rows: Tensor) -> Design:
         values = None if self.values is None else self.values[rows]
         return IndexedDesign(self.codes[rows], values, self.levels)
