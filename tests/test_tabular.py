@@ -91,6 +91,20 @@ def test_a_kernel_learns_its_length():
     assert torch.pdist(module.places).median() / 3 > 10 * length.value
 
 
+@pytest.mark.parametrize("head", ["ml", "gls"])
+def test_units_do_not_matter(head):
+    table = datasets.ratings(1500, 50, 20)
+    other = table.assign(x1=1000 * table["x1"] + 7, rating=100 * table["rating"] - 3)
+    training = "full" if head == "gls" else "alternating"
+    found = []
+    for one in (table, other):
+        torch.manual_seed(1)
+        found.append(fitted(CROSSED, one, 4, head=head, training=training)[0].predict(one))
+    expected, same = found
+    np.testing.assert_allclose(same["mean"], 100 * expected["mean"] - 3, rtol=1e-3)
+    np.testing.assert_allclose(same["variance"], 100**2 * expected["variance"], rtol=1e-3)
+
+
 def test_a_network_may_be_a_module():
     formula, table, _ = CASES["crossed"]
     data = MixedModelDataModule(table, formula)
