@@ -35,7 +35,7 @@ from openreml_nn.likelihood.grouped import (
     arranged,
     inner,
 )
-from openreml_nn.likelihood.problem import Evaluation, RandomEffects, cholesky
+from openreml_nn.likelihood.problem import Evaluation, RandomEffects, cholesky, pivot_loss
 from openreml_nn.likelihood.products import Pattern, Statistics
 from openreml_nn.likelihood.residual import White
 from openreml_nn.likelihood.square_root import SquareRootEvaluation
@@ -182,8 +182,9 @@ class _BlockedEvaluation(GroupedEvaluation):
         self._M = problem.sandwich(self._root2, self._E22, transpose=True)
         self._M.diagonal(dim1=1, dim2=2).add_(1)
         self._Lc = cholesky(self._M, "V")
+        self._pivot_loss = max(self._pivot_loss, pivot_loss(self._M, self._Lc))
         self._K = self._forward_2(self._E2f)
-        F = at.Aff / s - inner(at.A1f, self._KA) - inner(self._K, self._K)
+        F = at.Aff / s - inner(self._half_f, self._half_f) - inner(self._K, self._K)
         self._profile(self._log_det + 2 * self._Lc.diagonal(dim1=1, dim2=2).log().sum(), F)
 
     def _forward_2(self, x: Tensor) -> Tensor:
@@ -268,9 +269,9 @@ class _BlockedEvaluation(GroupedEvaluation):
             return [part[:, None, None] for part in diagonal.split(problem.sizes)]
         return problem.own_blocks(self._E22 - self._E22 @ inverse @ self._E22)
 
-    def scores(self) -> list[Tensor]:
+    def _scores(self) -> list[Tensor]:
         if not self._problem.residual.moves:
-            return super().scores()
+            return super()._scores()
         with torch.enable_grad():
             matrices = [matrix.detach().requires_grad_() for matrix in self._matrices]
             value = self._problem.recorded(matrices)

@@ -421,7 +421,7 @@ class _KrylovEvaluation(GroupedEvaluation):
         start = problem.start if problem.start is not None else torch.zeros_like(b)
         self._x, _ = _conjugate_gradients(self._system.times, b, start, _TOLERANCE)
         problem.start = self._x
-        F = at.Aff / s - inner(at.A1f, self._KA) - b.mT @ self._x
+        F = at.Aff / s - inner(self._half_f, self._half_f) - b.mT @ self._x
 
         z = problem.probes
         zero = torch.zeros_like(z)

@@ -170,7 +170,7 @@ class _SpectralEvaluation(Evaluation):
         flat = solve_triangular(self.gamma_factor, self._white_Q.flatten(0, 1).mT, upper=False)
         return flat.mT.unflatten(0, self._p_y.shape)
 
-    def scores(self) -> list[Tensor]:
+    def _scores(self) -> list[Tensor]:
         problem = self._problem
         eye = torch.eye(problem.t, dtype=self._C.dtype, device=self._C.device)
         half = self._back(eye.expand_as(self._C))  # C^-T
