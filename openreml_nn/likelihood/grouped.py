@@ -378,6 +378,26 @@ class GroupedEvaluation(Evaluation):
         r""":math:`Z_2^\top Z_2 x` for x (q, m)."""
         raise NotImplementedError
 
+    def _reduced(self, x: Tensor) -> Tensor:
+        r""":math:`(I + A_{11} G_1 / s)^{-1} x` for x (levels, k, m).
+
+        Not as :math:`I - A_{11} \\Lambda D^{-1} \\Lambda^\top`: where a level has fewer rows than
+        effects that is a difference of large numbers.
+        """
+        if not len(x):
+            return x
+        if self._problem.k == 1:
+            return x / self._C**2
+        return torch.linalg.lu_solve(*self._factors, x)
+
+    @cached_property
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        problem, at = self._problem, self._at
+        eye = torch.eye(problem.k, dtype=self._s.dtype, device=self._s.device)
+        G1 = problem.joint_blocks(self._first, eye)
+        LU, pivots = torch.linalg.lu_factor(eye + at.A11 @ G1 / self._s)
+        return LU, pivots
+
     def _cross(self, Z1f: Tensor, Z2f: Tensor, B1: Tensor, B2: list[Tensor]) -> Crossed:
         r"""From products of :math:`V^{-1}` with :math:`Z` and f to those of P."""
         problem = self._problem
@@ -398,7 +418,7 @@ class GroupedEvaluation(Evaluation):
         # What is left of the sums of squares, and how far the random effects exceed the residual.
         before, after = self._at.Aff.diagonal() / self._s, F.diagonal().clone()
         after[-1] = self._problem.n + self.y_p_y
-        magnified = [(before / after).max(), self._gain() * self._pivot_loss, self._white.condition]
+        magnified = [(before / after).max(), self._gain(), self._white.condition]
         self.rounding = torch.finfo(F.dtype).eps * max(float(x) for x in magnified)
 
     def _gain(self) -> Tensor:
