@@ -38,6 +38,7 @@ __all__ = [
     "residual_terms",
     "root_condition",
     "same_content",
+    "whole_term",
 ]
 
 
@@ -447,6 +448,11 @@ class Term:
             return self.covariance.whole(self.design.shape[0])
         z = self.design.dense(self.covariance.matrix)
         return self.design.matmul(self.covariance.multiply(z.mT))
+
+
+def whole_term(matrix: Tensor) -> Term:
+    """A matrix over the rows, without structure."""
+    return Term(IdentityDesign(matrix.shape[0]), DenseCovariance(matrix))
 
 
 def private(tensor: Tensor) -> Tensor:

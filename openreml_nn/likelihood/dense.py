@@ -149,7 +149,7 @@ class _DenseEvaluation(Evaluation):
         lost = self._back(half.mT)
         return torch.cholesky_inverse(self._L).addmm_(lost, lost.mT, alpha=-1)
 
-    def scores(self) -> list[Tensor]:
+    def _scores(self) -> list[Tensor]:
         p_y = self._p_y()
         reml = self._problem.method == "reml"
         trace = self._projector() if reml else torch.cholesky_inverse(self._L)
