@@ -11,6 +11,7 @@ from torch import Tensor
 
 from openreml_nn.covariance.matrix import Matrix, Recorded
 from openreml_nn.covariance.params import Entry
+from openreml_nn.errors import NumericalError
 from openreml_nn.estimation.derivatives import hessian_of_sum, jacobian, second_derivative
 from openreml_nn.likelihood.loss import Objective, listen
 from openreml_nn.likelihood.problem import NotPositiveDefiniteError
@@ -310,7 +311,7 @@ class _Stepper:
         """At the parameters as they are; minus infinity where it does not exist."""
         try:
             total = sum(float(o.evaluate().log_likelihood) for o in self._objectives)
-        except NotPositiveDefiniteError:
+        except NumericalError:
             return -inf
         return total if isfinite(total) else -inf
 

@@ -13,11 +13,11 @@ from scipy.interpolate import CubicSpline
 from scipy.stats import norm
 from torch import Tensor
 
+from openreml_nn.errors import NumericalError
 from openreml_nn.estimation import Result
 from openreml_nn.estimation.aireml import Curvature
 from openreml_nn.estimation.fit import iterate
 from openreml_nn.inference.refit import Refit, matrix_entries
-from openreml_nn.likelihood.problem import NotPositiveDefiniteError
 
 __all__ = ["Curve", "Profile", "profile"]
 
@@ -218,7 +218,7 @@ class _Profiler:
                 self.at.write(x)
                 try:
                     value = float(self.objective.evaluate().log_likelihood)
-                except NotPositiveDefiniteError:
+                except NumericalError:
                     return -np.inf
                 return value - 2 * price * abs(float(quantity(self.at.read(x))) - target)
 

@@ -99,7 +99,7 @@ class BlockedProblem(GroupedProblem):
     def _evaluate(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
         return _BlockedEvaluation(self, terms, matrices)
 
-    def _precise(self, terms: Sequence[Term]) -> Evaluation | None:
+    def precise(self, terms: Sequence[Term]) -> Evaluation | None:
         if not self._has_rows:
             return None
         placed = zip(self.terms, terms, strict=True)

@@ -80,7 +80,7 @@ class GridProblem(Problem):
     def _evaluate(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
         return _GridEvaluation(self, terms)
 
-    def _precise(self, terms: Sequence[Term]) -> Evaluation | None:
+    def precise(self, terms: Sequence[Term]) -> Evaluation | None:
         return SquareRootEvaluation.of(self, self._dense.placed(terms))
 
 

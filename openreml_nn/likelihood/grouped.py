@@ -418,8 +418,8 @@ class GroupedEvaluation(Evaluation):
         # What is left of the sums of squares, and how far the random effects exceed the residual.
         before, after = self._at.Aff.diagonal() / self._s, F.diagonal().clone()
         after[-1] = self._problem.n + self.y_p_y
-        magnified = [(before / after).max(), self._gain(), self._white.condition]
-        self.rounding = torch.finfo(F.dtype).eps * max(float(x) for x in magnified)
+        lost = max(float((before / after).max()), float(self._gain()), self._white.condition)
+        self.rounding = torch.finfo(F.dtype).eps * lost
 
     def _gain(self) -> Tensor:
         r"""The largest entry on the diagonal of :math:`\Lambda^\top Z^\top R^{-1} Z \Lambda`."""

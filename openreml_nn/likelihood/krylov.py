@@ -605,6 +605,7 @@ def _conjugate_gradients(
     """
     m = b.shape[1]
     found = x.clone()
+    tolerance = max(tolerance, 20 * torch.finfo(b.dtype).eps)
     if not b.numel():
         return found, torch.ones(m, 1, 1, dtype=b.dtype, device=b.device)
     r = b - times(x) if bool(x.any()) else b.clone()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from openreml_nn.covariance import Matrix
 from openreml_nn.covariance.matrix import FreeParams
 from openreml_nn.covariance.terms import Term, private, same_content
+from openreml_nn.errors import InputError
 from openreml_nn.likelihood.dense import check_method
 from openreml_nn.likelihood.fixed import FixedPart, check_data, traced
 from openreml_nn.likelihood.plan import Plan, check_solver
@@ -83,7 +84,8 @@ class REMLLoss(nn.Module):
         names: names of the columns of X, for warnings; None by default.
 
     Raises:
-        ValueError: if an option is unknown or the solver does not fit the covariance.
+        InputError: if an option is unknown; when the loss is called, ValueError if the solver
+            does not fit the covariance.
 
     >>> from openreml_nn.covariance import ScalarMatrix
     >>> loss = REMLLoss(ScalarMatrix(3), reduction="sum")
@@ -105,7 +107,7 @@ class REMLLoss(nn.Module):
         check_method(method)
         check_solver(solver)
         if reduction not in ("mean", "sum"):
-            raise ValueError(f"`reduction` is {reduction!r}: expected 'mean' or 'sum'")
+            raise InputError(f"`reduction` is {reduction!r}: expected 'mean' or 'sum'")
         self.covariance = covariance
         self.method = method
         self.solver = solver
@@ -148,7 +150,9 @@ class REMLLoss(nn.Module):
 
         Raises:
             NotPositiveDefiniteError: if V is not positive definite (a ValueError).
-            TypeError, ValueError: if dtypes, shapes or devices do not fit or a
+            NumericalError: if rounding leaves too few digits: fewer than six in float64, two in
+                float32.
+            TypeError, InputError: if dtypes, shapes or devices do not fit or a
                 value is not finite.
         """
         device = y.device.type if isinstance(y, Tensor) else "cpu"
@@ -203,16 +207,23 @@ class REMLLoss(nn.Module):
         n = self.covariance.shape[0]
         if rows is None:
             if len(y) != n:
-                raise ValueError(f"`y` has {len(y)} rows but the covariance has {n}: pass `rows`")
-        elif rows.dim() != 1 or len(rows) != len(y) or rows.is_floating_point():
-            raise ValueError(
+                raise InputError(f"`y` has {len(y)} rows but the covariance has {n}: pass `rows`")
+        elif not isinstance(rows, Tensor):
+            raise TypeError(f"`rows` is a {type(rows).__name__}: expected a tensor of integers")
+        elif (
+            rows.dim() != 1
+            or len(rows) != len(y)
+            or rows.is_floating_point()
+            or rows.dtype == torch.bool
+        ):
+            raise InputError(
                 f"`rows` is {rows.dtype} of shape {tuple(rows.shape)}: expected {len(y)} integers"
             )
         elif len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < n):
-            raise ValueError(f"`rows` reaches beyond the {n} rows of the covariance")
+            raise InputError(f"`rows` reaches beyond the {n} rows of the covariance")
         for tensor in self.covariance.parameters():
             if tensor.device != y.device:
-                raise ValueError(
+                raise InputError(
                     f"`y` is on {y.device} but the covariance on {tensor.device}: move one of them"
                 )
 

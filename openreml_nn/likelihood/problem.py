@@ -175,7 +175,7 @@ class Evaluation:
             lost = self.rounding * terms / problem.n
             if problem.has_digits(lost):
                 return found
-            better = problem.more_precise(self)
+            better = problem.moreprecise(self)
             if better is not None:
                 return better.scores()
             problem.check_rounding(lost)
@@ -277,7 +277,7 @@ class Problem:
         """From derivatives of each of :meth:`matrices` to those for each term."""
         return list(parts)
 
-    def _precise(self, terms: Sequence[Term]) -> Evaluation | None:
+    def precise(self, terms: Sequence[Term]) -> Evaluation | None:
         """The same by a slower way that keeps more digits; None where there is none."""
         return None
 
@@ -312,7 +312,7 @@ class Problem:
                 return evaluation
         except NotPositiveDefiniteError as error:
             failure = error
-        better = self._precise(terms)
+        better = self.precise(terms)
         if better is not None and not (evaluation and evaluation.rounding <= better.rounding):
             evaluation = better
         if evaluation is None:
@@ -321,12 +321,11 @@ class Problem:
         self.check_rounding(evaluation.rounding)
         return evaluation
 
-    def more_precise(self, evaluation: Evaluation) -> Evaluation | None:
+    def moreprecise(self, evaluation: Evaluation) -> Evaluation | None:
         """The same with more digits; None where there is no such way, or it was taken already."""
-        better = self._precise(evaluation._at_terms)
+        better = self.precise(evaluation._at_terms)
         if better is None or better.rounding >= evaluation.rounding:
             return None
-        better.at(evaluation._at_terms, evaluation._at_matrices)
         return better
 
     def check_rounding(self, rounding: float) -> None:

@@ -55,7 +55,9 @@ class SquareRootEvaluation(Evaluation):
         if not residual_terms(terms) or 8.0 * (n + q) * (n + q) * max(n, q) > _MOST_WORK:
             return None
         try:
-            return cls(problem, terms)
+            found = cls(problem, terms)
+            found.at(terms, problem.matrices(terms))
+            return found
         except (NotPositiveDefiniteError, ValueError):
             return None
 

@@ -241,9 +241,10 @@ def errors(m: Model, solver: str, expected: Answer) -> dict[str, float]:
         value.backward()
         exact = np.array([float(g) for g in expected.gradient.values()])
         own = np.array([-float(p.grad) for p in V.parameters()])
-        found["gradient"] = np.abs(own - exact).max(initial=0) / max(
-            1.0, np.abs(exact).max(initial=0)
-        )
+        # Of nearly singular G the reference itself has not all digits.
+        unsure = np.array([float(g) for g in expected.rounding.values()])
+        off = (np.abs(own - exact) - unsure).max(initial=0)
+        found["gradient"] = off / max(1.0, np.abs(exact).max(initial=0))
     evaluation = loss.evaluate(m.y, m.X)
     assert evaluation.log_likelihood.item() == pytest.approx(-value.item(), rel=1e-8)
     # What is nearly zero is known to a fraction of its standard error.

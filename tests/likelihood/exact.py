@@ -149,6 +149,7 @@ class Answer:
 
     log_likelihood: LONG
     gradient: dict[str, LONG]
+    rounding: dict[str, LONG]  # of the gradient
     beta: Array
     beta_sd: Array
     effects: dict[str, tuple[Array, Array]]  # BLUPs and the whole prediction-error variance
@@ -210,14 +211,20 @@ def answer(V: c.Matrix, y: torch.Tensor, X: torch.Tensor, method: str) -> Answer
         u = G_inverse @ effects[at_term]
         own = known[at_term, at_term]
         scores[name] = np.outer(u, u) - G_inverse + G_inverse @ own @ G_inverse
-    gradient = {}
+    gradient, rounding = {}, {}
     for name, tensor in V.named_parameters():
         part = name.split(".")[0]
         moved = V.operands[part]
         if part in random:
             moved = moved.operands["g"]
-        gradient[name] = (scores.get(part, S_R) * derivative(moved, tensor)).sum() / 2
-    return Answer(value, gradient, effects[:p], np.sqrt(np.diagonal(spread)[:p]), found)
+        dG = derivative(moved, tensor)
+        gradient[name] = (scores.get(part, S_R) * dG).sum() / 2
+        rounding[name] = LONG(0)
+        if part in random:
+            G = random[part][1]
+            size = np.linalg.cond(G.astype(float)) * 4 * np.finfo(LONG).eps
+            rounding[name] = size * (abs(inverse(G)) * abs(dG)).sum()
+    return Answer(value, gradient, rounding, effects[:p], np.sqrt(np.diagonal(spread)[:p]), found)
 
 
 def derivative(m: c.Matrix, tensor: torch.Tensor) -> Array:
