@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hydra.experimental.callback import Callback
 
 import openreml_nn.report  # noqa: F401
 from openreml_nn import datasets
@@ -172,6 +173,34 @@ def test_a_sweep(tmp_path):
     records = [json.loads((run / "result.json").read_text()) for run in runs(tmp_path)]
     assert [r["model"]["method"] for r in records] == ["reml", "ml", "reml", "ml"]
     assert records[0]["fit"]["log_likelihood"] == records[2]["fit"]["log_likelihood"]
+
+
+class Returned(Callback):
+    """Tells what a job returns, which is what a sweep minimises."""
+
+    def on_job_end(self, config, job_return, **options):
+        Path("returned").write_text(str(job_return.return_value))
+
+
+def test_a_sweep_minimises_the_deviance(tmp_path):
+    target = f"+hydra.callbacks.returned._target_={__name__}.Returned"
+    done = call(target, "logger=none", "hydra.run.dir=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert float((tmp_path / "returned").read_text()) == record["fit"]["deviance"]
+    assert record["fit"]["deviance"] == -2 * record["fit"]["log_likelihood"]
+
+
+def test_the_seed_chooses_the_rows_that_are_held_out(tmp_path):
+    found = []
+    for seed in (1, 2, 1):
+        options = [f"seed={seed}", "data.validation=0.25", "logger=none", "hydra.run.dir=run"]
+        done = call(*options, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        record = json.loads((tmp_path / "run" / "result.json").read_text())
+        assert record["data"]["rows"] == 135
+        found.append(record["fit"]["log_likelihood"])
+    assert found[0] == found[2] != found[1]
 
 
 @pytest.mark.parametrize(
