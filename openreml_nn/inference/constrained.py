@@ -16,8 +16,8 @@ Reference:
 from __future__ import annotations
 
 import warnings
-from copy import copy
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from math import cos, inf, pi
 
@@ -249,7 +249,9 @@ class Ascent:
                 # At zero, and the likelihood falls from there: it stays.
                 stays = self._is_size & (self.v == 0) & (score < 0)
                 score = torch.where(stays, 0, score)
-                curvature = torch.where(stays[:, None] | stays, torch.diag(stays.to(score)), curvature)
+                curvature = torch.where(
+                    stays[:, None] | stays, torch.diag(stays.to(score)), curvature
+                )
             inverse, K = _positive(curvature)
             multiplier = gap = 0.0
             move = inverse @ score
@@ -296,7 +298,9 @@ class Ascent:
         if held is not None and held.correlation:
             self.v = torch.where(self._is_size, self.v.abs(), self.v)
             start = self.natural.start.abs()
-            self.v = torch.where(self._is_size & (self.v == 0), 0.1 * start + 1e-3 * self.natural.unit, self.v)
+            self.v = torch.where(
+                self._is_size & (self.v == 0), 0.1 * start + 1e-3 * self.natural.unit, self.v
+            )
         _, curvature = self._curvature()
         for j, edge in self.natural.even():
             away = 0.1 / float(curvature[j, j].abs().clamp(min=1e-300)) ** 0.5

@@ -42,7 +42,13 @@ class Curve:
     upper: float
 
     def interval(self, level: float) -> tuple[float, float]:
-        """Where the likelihood-ratio test of a level accepts; a bound where it is not left."""
+        """Where the likelihood-ratio test of a level accepts; a bound where it is not left.
+
+        Raises:
+            ValueError: if the level is not between 0 and 0.995, beyond which no curve goes.
+            TypeError: if it is no number.
+        """
+        level = check_number("level", level, above=0, below=_MOST_LEVEL)
         z = float(norm.ppf((1 + level) / 2))
         if len(self.zeta) < 2:
             # The likelihood says nothing of it.
@@ -67,7 +73,6 @@ class Profile:
             ValueError: if the level is not between 0 and 0.995, beyond which no curve goes.
             TypeError: if it is no number.
         """
-        level = check_number("level", level, above=0, below=_MOST_LEVEL)
         rows = [(name, c.estimate, *c.interval(level)) for name, c in self.curves.items()]
         return pd.DataFrame(rows, columns=["name", "estimate", "low", "high"])
 
