@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from openreml_nn.checks import check_count
 from openreml_nn.likelihood.dense import check_method
 from openreml_nn.likelihood.problem import cholesky
 
@@ -129,10 +130,11 @@ def heritability(
     Args:
         components: variances (k,), that of the residual among them.
         covariance: of their estimates, (k, k).
-        additive: which is the additive genetic one.
+        additive: which is the additive genetic one, counted from 0.
 
     Raises:
-        ValueError: if shapes do not fit or a variance is negative.
+        ValueError: if shapes do not fit, a variance is negative or there is no such component.
+        TypeError: if ``additive`` is no whole number.
 
     Reference:
         Lynch and Walsh, Genetics and Analysis of Quantitative Traits (1998), appendix 1.
@@ -140,8 +142,11 @@ def heritability(
     >>> heritability(torch.tensor([1.0, 3.0]), torch.diag(torch.tensor([0.16, 0.16])))
     (tensor(0.2500), tensor(0.0791))
     """
-    share = intraclass_correlation(components)[additive]
+    shares = intraclass_correlation(components)
     k = len(components)
+    if check_count("additive", additive) >= k:
+        raise ValueError(f"`additive` is {additive}: expected a position among {k} components")
+    share = shares[additive]
     if covariance.shape != (k, k):
         raise ValueError(f"`covariance` is {tuple(covariance.shape)}: expected {(k, k)}")
     slope = -share.repeat(k)
@@ -173,7 +178,12 @@ def marginal_r2(population_mean: Tensor, random: Tensor, residual: Tensor) -> Te
     """
     metric = MarginalR2()
     metric.update(population_mean, random, residual)
-    return metric.compute().to(population_mean.dtype)
+    return metric.compute().to(_floating(population_mean))
+
+
+def _floating(like: Tensor) -> torch.dtype:
+    """The dtype of what is computed from a tensor: whole numbers are counted in the default one."""
+    return like.dtype if like.is_floating_point() else torch.get_default_dtype()
 
 
 def conditional_r2(population_mean: Tensor, random: Tensor, residual: Tensor) -> Tensor:
@@ -186,7 +196,7 @@ def conditional_r2(population_mean: Tensor, random: Tensor, residual: Tensor) ->
     """
     metric = ConditionalR2()
     metric.update(population_mean, random, residual)
-    return metric.compute().to(population_mean.dtype)
+    return metric.compute().to(_floating(population_mean))
 
 
 class _Mean(Metric):
@@ -307,6 +317,10 @@ class Heritability(_Mean):
 
     def __init__(self, components: int, additive: int = 0, **options: object) -> None:
         super().__init__(**options)
+        if check_count("additive", additive) >= check_count("components", components, 1):
+            raise ValueError(
+                f"`additive` is {additive}: expected a position among {components} components"
+            )
         zero = torch.zeros(components, dtype=torch.float64)
         self.additive = additive
         self.add_state("total", zero, dist_reduce_fx="sum")
