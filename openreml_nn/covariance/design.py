@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,15 @@ class Design:
     def take(self, rows: Tensor) -> Design:
         """The design of some of the rows."""
         raise NotImplementedError
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        """What it holds."""
+        return []
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Design:
+        """The same design with ``function`` applied to its tensors."""
+        return self
 
     def dense(self, like: Tensor) -> Tensor:
         """The matrix itself, on the dtype and device of ``like``."""
@@ -62,6 +73,13 @@ class DenseDesign(Design):
 
     def take(self, rows: Tensor) -> Design:
         return DenseDesign(self.matrix[rows])
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        return [self.matrix]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Design:
+        return DenseDesign(function(self.matrix))
 
 
 class IndexedDesign(Design):
@@ -109,3 +127,11 @@ class IndexedDesign(Design):
     def take(self, rows: Tensor) -> Design:
         values = None if self.values is None else self.values[rows]
         return IndexedDesign(self.codes[rows], values, self.levels)
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        return [self.codes, self.values]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Design:
+        values = None if self.values is None else function(self.values)
+        return IndexedDesign(function(self.codes), values, self.levels)

@@ -14,7 +14,7 @@ from torch import Tensor
 from openreml_nn.checks import check_count, check_instance, check_tensor
 from openreml_nn.covariance.design import IndexedDesign
 from openreml_nn.covariance.terms import DiagonalCovariance, RepeatedCovariance, Term
-from openreml_nn.estimation.result import REMLResult
+from openreml_nn.estimation.result import Result
 from openreml_nn.inference import Profile, variance_shares
 from openreml_nn.inference.refit import Refit, source_of
 
@@ -40,7 +40,7 @@ _QUANTILES = 2_000
 _NUMBERS = 10_000_000
 
 
-def caterpillar(result: REMLResult, group: str) -> Figure:
+def caterpillar(result: Result, group: str) -> Figure:
     """BLUPs of a grouping factor with 95% prediction intervals, a panel for each effect.
 
     Of more than 300 levels, 300 are drawn, the smallest and the largest BLUP of the first effect
@@ -50,7 +50,7 @@ def caterpillar(result: REMLResult, group: str) -> Figure:
         TypeError: if ``result`` is no result.
         ValueError: if the result has no random effect of that group.
     """
-    check_instance("result", result, REMLResult)
+    check_instance("result", result, Result)
     panels = _panels(result, group)
     _, levels, first, _ = panels[0]
     # All panels in the order of the first effect, so that a level keeps its line.
@@ -84,7 +84,7 @@ def caterpillar(result: REMLResult, group: str) -> Figure:
 
 
 def _panels(
-    result: REMLResult, group: str
+    result: Result, group: str
 ) -> list[tuple[str, tuple[str, ...], np.ndarray, np.ndarray]]:
     """Effect, levels, BLUPs (q,) and their standard errors (q,), for each effect of a factor."""
     named = {c.name: c for c in result.components}
@@ -104,13 +104,13 @@ def _panels(
     return found
 
 
-def convergence(result: REMLResult) -> Figure:
+def convergence(result: Result) -> Figure:
     """Log-likelihood and transformed covariance parameters at the end of each iteration.
 
     Raises:
         TypeError: if ``result`` is no result.
     """
-    check_instance("result", result, REMLResult)
+    check_instance("result", result, Result)
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     step = np.arange(1, result.iterations + 1)
@@ -133,13 +133,13 @@ def convergence(result: REMLResult) -> Figure:
     return figure
 
 
-def residuals(result: REMLResult) -> Figure:
+def residuals(result: Result) -> Figure:
     """Conditional residuals against fitted values, and their quantiles against normal ones.
 
     Raises:
         TypeError: if ``result`` is no result.
     """
-    check_instance("result", result, REMLResult)
+    check_instance("result", result, Result)
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     x = result.fitted.numpy(force=True)
@@ -160,13 +160,13 @@ def residuals(result: REMLResult) -> Figure:
     return figure
 
 
-def shares(result: REMLResult) -> Figure:
+def shares(result: Result) -> Figure:
     """Share of each term in the variance of a row, with standard errors.
 
     Raises:
         TypeError: if ``result`` is no result.
     """
-    check_instance("result", result, REMLResult)
+    check_instance("result", result, Result)
     table = variance_shares(result)[::-1]
     figure = Figure(figsize=(6, 1.2 + 0.4 * len(table)), layout="constrained")
     axis = figure.subplots()
@@ -178,7 +178,7 @@ def shares(result: REMLResult) -> Figure:
     return figure
 
 
-def covariance(result: REMLResult, rows: int = 60) -> Figure:
+def covariance(result: Result, rows: int = 60) -> Figure:
     """The covariance V of the first rows, at the estimates.
 
     It is had from the designs of these rows alone. Where levels are correlated and many, there
@@ -192,7 +192,7 @@ def covariance(result: REMLResult, rows: int = 60) -> Figure:
         TypeError: if ``result`` is no result or ``rows`` no whole number.
         ValueError: if the rows were streamed, or ``rows`` is below 1.
     """
-    check_instance("result", result, REMLResult)
+    check_instance("result", result, Result)
     check_count("rows", rows, 1)
     refit = Refit(result)
     y, own = refit.y, refit.source.rows
@@ -263,7 +263,7 @@ def zeta(profile: Profile) -> Figure:
     return figure
 
 
-def semivariogram(result: REMLResult, places: Tensor, bins: int = 15, seed: int = 0) -> Figure:
+def semivariogram(result: Result, places: Tensor, bins: int = 15, seed: int = 0) -> Figure:
     r"""Empirical semivariogram :math:`\gamma(d)`, the mean of :math:`(r_i - r_j)^2 / 2` at distance
     d, of the residuals without random effects and of the conditional ones.
 
@@ -281,7 +281,7 @@ def semivariogram(result: REMLResult, places: Tensor, bins: int = 15, seed: int 
     Reference:
         Matheron, Economic Geology 58 (1963) 1246, eq. 3.
     """
-    check_instance("result", result, REMLResult)
+    check_instance("result", result, Result)
     check_tensor("places", places, shape=(result.rows, "k"))
     check_count("bins", bins, 1)
     check_count("seed", seed)
@@ -317,6 +317,6 @@ def _cloud(axis: Axes, x: np.ndarray, y: np.ndarray) -> None:
         axis.plot(x, y, "o", ms=3, alpha=0.6)
 
 
-def _groups(result: REMLResult) -> list[str]:
+def _groups(result: Result) -> list[str]:
     named = {c.name: c.group for c in result.components}
     return list(dict.fromkeys(named[effects.name] for effects in result.random))

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from openreml_nn.checks import check_instance
-from openreml_nn.estimation.result import Component, REMLResult, finite
+from openreml_nn.estimation.result import Component, Result, finite
 from openreml_nn.estimation.tables import blup_table, fixed_table, variance_table
 from openreml_nn.files import replacing, write_text
 from openreml_nn.inference import Profile, diagnose
@@ -50,7 +50,7 @@ class Run:
         places: where the rows are (n, k), of a spatial model.
     """
 
-    result: REMLResult
+    result: Result
     formula: str
     dropped_rows: int
     optimizer: str
