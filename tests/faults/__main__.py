@@ -1,9 +1,9 @@
 """Plant each fault in a copy of the tree and run the tests that should notice.
 
-    python -m tests.faults                  all of them, exit status 1 if one survives
-    python -m tests.faults --only weights   those with a word in their name or file
-    python -m tests.faults --jobs 4
-    python -m tests.faults --list           run no test, but say which texts have moved
+python -m tests.faults                  all of them, exit status 1 if one survives
+python -m tests.faults --only weights   those with a word in their name or file
+python -m tests.faults --jobs 4
+python -m tests.faults --list           run no test, but say which texts have moved
 """
 
 from __future__ import annotations

@@ -315,7 +315,7 @@ def _top() -> list[Call]:
              {"x": tensor(None, 2, whole=False, finite=False), "rows": count(1)}),
         Call("", "MixedModel.backward_in_parts", model.backward_in_parts, {"batch": batch(), "rows": 4},
              {"batch": BATCH, "rows": count(1)}, {"batch": BATCH_WORDS}),
-        Call("", "RandomEffect.posterior", RandomEffect(4).posterior,
+        Call("", "RandomEffect.contribution", RandomEffect(4).contribution,
              {"codes": torch.arange(4), "z": double(4, 1)},
              {"codes": tensor(4, floating=False), "z": tensor(4, 1)}),
     ]  # fmt: skip
