@@ -13,10 +13,8 @@ from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.transform import (
     Transform,
-    TransformChain,
     TransformExpPow2,
-    TransformScaleShift,
-    TransformSigmoid,
+    TransformInterval,
 )
 
 __all__ = ["CompoundSymmetricMatrix", "EqualEntryMatrix", "EquicorrelationMatrix", "interval"]
@@ -24,7 +22,7 @@ __all__ = ["CompoundSymmetricMatrix", "EqualEntryMatrix", "EquicorrelationMatrix
 
 def interval(low: float, high: float) -> Transform:
     """A sigmoid scaled to ``(low, high)``."""
-    return TransformChain([TransformSigmoid(), TransformScaleShift(high - low, low)])
+    return TransformInterval(low, high)
 
 
 def _common_correlation(n: int) -> dict[str, dict[str, Any]]:

@@ -325,11 +325,9 @@ class Matrix(nn.Module):
 
         Args:
             coordinates: by local name, those of the free parameters that are
-                being estimated, perhaps negative where the transform vanishes.
+                being estimated, perhaps beyond their bounds.
         """
-        return {
-            name: abs(u) if self._trans[name].vanishes else u for name, u in coordinates.items()
-        }
+        return {name: self._trans[name].fold(u) for name, u in coordinates.items()}
 
     def _set(self, name: str, value: Tensor) -> bool:
         """Set a parameter, if it is free, to what its transform shall yield; whether it is."""

@@ -8,6 +8,7 @@ inverse and a derivative.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import copysign, pi, remainder
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ __all__ = [
     "TransformExp",
     "TransformExpPow2",
     "TransformIdentity",
+    "TransformInterval",
     "TransformPow",
     "TransformScaleShift",
     "TransformSigmoid",
@@ -36,6 +38,10 @@ class Transform:
     :math:`\varphi = e^{2x}` the standard deviation :math:`u = e^x`. A
     transform for which this differs from :math:`x` overrides
     :meth:`coordinate`, :meth:`from_coordinate` and :meth:`at_coordinate`.
+
+    The coordinate may have boundary points, :attr:`bounds`. The model is even
+    about each, so that a coordinate beyond one stands for its mirror image, as
+    a negative standard deviation for a positive one: see :meth:`fold`.
     """
 
     #: Whether the coordinate is bounded below by zero, so that zero is a boundary.
@@ -64,6 +70,15 @@ class Transform:
     def at_coordinate(self, u: Tensor) -> Tensor:
         """Value :math:`t(x(u))`, smooth in ``u`` also where ``x(u)`` is infinite."""
         return self(u)
+
+    @property
+    def bounds(self) -> tuple[float, ...]:
+        """Boundary points of the coordinate."""
+        return (0.0,) if self.vanishes else ()
+
+    def fold(self, u: float) -> float:
+        """The coordinate within its bounds that means the same as ``u``."""
+        return abs(u) if self.vanishes else u
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self.__dict__ == other.__dict__
@@ -259,3 +274,47 @@ class TransformChain(Transform):
             slope = slope * element.grad(x)
             x = element(x)
         return slope
+
+
+class TransformInterval(TransformChain):
+    r"""A sigmoid scaled to an interval, :math:`t(x) = a + (b - a) / (1 + e^{-x})`.
+
+    Estimation steps in the angle u of :math:`t = (a + b)/2 + (b - a)/2\,\sin u`, in which
+    the ends, such as correlations of ±1, are ordinary points.
+
+    Args:
+        low: a, the lower end.
+        high: b, the upper end.
+
+    >>> TransformInterval(-1.0, 1.0)(torch.tensor([0.0]))
+    tensor([0.])
+    """
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__([TransformSigmoid(), TransformScaleShift(high - low, low)])
+
+    @property
+    def bounds(self) -> tuple[float, ...]:
+        return -pi / 2, pi / 2
+
+    def fold(self, u: float) -> float:
+        u = remainder(u, 2 * pi)
+        return u if abs(u) <= pi / 2 else copysign(pi, u) - u
+
+    def _ends(self) -> tuple[float, float]:
+        scale = self.chain[1]
+        assert isinstance(scale, TransformScaleShift)
+        return scale.b, scale.a + scale.b
+
+    def coordinate(self, x: Tensor) -> Tensor:
+        # sin u = tanh(x / 2), by what keeps its digits at both ends.
+        return torch.atan(torch.sinh(x.clamp(-1e3, 1e3) / 2))
+
+    def from_coordinate(self, u: Tensor) -> Tensor:
+        # As an end is approached, 1 - |sin u| = 2 sin^2 of half the distance to it.
+        up, down = torch.sin((pi / 2 + u) / 2), torch.sin((pi / 2 - u) / 2)
+        return 2 * torch.log(up.abs() / down.abs())
+
+    def at_coordinate(self, u: Tensor) -> Tensor:
+        low, high = self._ends()
+        return low + (high - low) * torch.sin((pi / 2 + u) / 2) ** 2

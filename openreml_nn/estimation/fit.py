@@ -17,7 +17,7 @@ from openreml_nn.covariance.terms import (
     residual_terms,
 )
 from openreml_nn.errors import InputError
-from openreml_nn.estimation.aireml import average_information_step
+from openreml_nn.estimation.aireml import Past, average_information_step
 from openreml_nn.estimation.result import Label, Record, Result
 from openreml_nn.likelihood import REMLLoss
 from openreml_nn.likelihood.blocked import BlockedProblem
@@ -165,10 +165,10 @@ def fit_reml(
 
 def iterate(objective: Objective, most: int) -> list[Record]:
     """Average-information steps until the optimum, or as many as allowed."""
-    parameters = list(objective.covariance.parameters())
     history: list[Record] = []
+    past = Past()
     for _ in range(most):
-        step = average_information_step([objective], parameters)
+        step = average_information_step([objective], past=past)
         history.append(Record.of(objective.covariance, *step[:3]))
         if step.converged or step.length == 0:
             break

@@ -30,8 +30,6 @@ from openreml_nn.likelihood.problem import Evaluation, RandomEffects
 
 __all__ = ["Component", "Estimate", "FixedEffects", "Label", "Record", "Result"]
 
-#: Parameters count as converged this many standard errors from the optimum.
-CONVERGED = 1e-3
 #: A random effect this many residual standard deviations small is none (as in lme4).
 SINGULAR = 1e-4
 
@@ -373,7 +371,8 @@ class _Builder:
         curvature = self._curvature
         return Result(
             method=problem.method,
-            converged=curvature.norm < CONVERGED and not curvature.stuck,
+            # A run that was still moving ended at its limit of iterations.
+            converged=curvature.is_optimum and not (history and history[-1].step > 0),
             singular=tuple(dict.fromkeys(self._label(term).group for term in singular)),
             # Of a variance that is zero the data say nothing more.
             indistinct=tuple(
@@ -424,8 +423,7 @@ class _Builder:
         """Covariance of the coordinates; NaN for those at zero."""
         at, information = self._curvature.at, self._curvature.information
         u = self._curvature.u
-        vanishing = torch.tensor(at.vanishing, device=u.device, dtype=torch.bool)
-        inner = (~(vanishing & (u == 0))).nonzero()[:, 0]
+        inner = (~at.on_boundary(u)).nonzero()[:, 0]
         spread = torch.full_like(information, nan)
         part = information[inner][:, inner]
         scale = part.diagonal().sqrt()
