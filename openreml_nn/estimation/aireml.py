@@ -379,7 +379,8 @@ class _Stepper:
         low, high = c.at.ends(c.u)
         bound = torch.where((c.u - low) < (high - c.u), low, high)
         gap = (bound - c.u).abs()
-        near = (gap > 0) & (gap**2 * c.hessian.diagonal().abs() < 1e-3)
+        bend = c.hessian.diagonal().abs()
+        near = (gap > 0) & (gap**2 * bend < 1e-3) & ~c.silent
         for j in near.nonzero()[:, 0].tolist():
             target = c.u.clone()
             target[j] = bound[j]

@@ -121,6 +121,15 @@ class Curvature:
         self.information += weight * observed
         self.hessian += weight * observed
 
+    @property
+    def silent(self) -> Tensor:
+        """Coordinates about which the data say nothing, whatever their value."""
+        y = self.objectives[0].problem.fixed.y
+        vanishing = torch.tensor(self.at.vanishing, device=self.u.device)
+        # A standard deviation is as large as that of the response, or an angle 1.
+        unit = torch.where(vanishing, y.square().mean(), 1)
+        return self.hessian.diagonal().abs() * unit < 1e-9
+
     def solve(self, hessian: Tensor) -> None:
         """Find the step, its norm and the condition for a curvature."""
         size = self.information.diagonal().abs() + (hessian - self.information).diagonal().abs()
