@@ -88,7 +88,7 @@ class Curvature:
         )
         self.indistinct = self._indistinct(at_boundary)
         slope = self.hessian.diagonal()
-        self.stuck = (at_boundary & (slope < 0)).nonzero()[:, 0].tolist()
+        self.stuck = (at_boundary & (slope < 0) & ~self.silent).nonzero()[:, 0].tolist()
 
     @property
     def is_optimum(self) -> bool:
@@ -187,4 +187,4 @@ class Curvature:
                 float((s * d).sum()) for s, d in zip(evaluation.scores(), half, strict=True)
             )
             information += weight * float(evaluation.information([d[None] for d in half]))
-        return slope / information
+        return slope / information if information > 0 else 1.0
