@@ -64,7 +64,7 @@ class Transform:
         raise NotImplementedError(f"{type(self).__name__} does not implement __call__")
 
     def inverse(self, value: Tensor) -> Tensor:
-        """Unconstrained number :math:`t^{-1}(\varphi)`; infinite at an end of the codomain.
+        r"""Unconstrained number :math:`t^{-1}(\varphi)`; infinite at an end of the codomain.
 
         Raises:
             TypeError: if ``value`` is not a tensor.
@@ -78,14 +78,16 @@ class Transform:
 
     def coordinate(self, x: Tensor) -> Tensor:
         """Coordinate :math:`u(x)` in which estimation steps."""
-        return torch.sqrt(self(x) - self.codomain[0]) if self.vanishes else x
+        return torch.sqrt(self(x) - self.codomain[0]) if self.vanishes else check_tensor(x)
 
     def from_coordinate(self, u: Tensor) -> Tensor:
         """Unconstrained number :math:`x(u)`."""
+        check_tensor(u, "u")
         return self.inverse(self.codomain[0] + u * u) if self.vanishes else u
 
     def at_coordinate(self, u: Tensor) -> Tensor:
         """Value :math:`t(x(u))`, smooth in ``u`` also where ``x(u)`` is infinite."""
+        check_tensor(u, "u")
         return self.codomain[0] + u * u if self.vanishes else self(u)
 
     def _arguments(self) -> dict[str, object]:

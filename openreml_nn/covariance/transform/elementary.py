@@ -56,7 +56,9 @@ class _Exponential(Transform):
     _rate: float
 
     def __init__(self, degree: int = 2) -> None:
-        if isinstance(degree, bool) or degree not in (0, 1, 2):
+        if isinstance(degree, bool) or not isinstance(degree, int):
+            raise TypeError(f"`degree` is {degree!r}: expected an int")
+        if degree not in (0, 1, 2):
             raise InputError(f"`degree` is {degree!r}: expected 0, 1 or 2")
         if degree != 2:
             # Only then, so that the usual transform is shown without arguments.
@@ -74,12 +76,15 @@ class _Exponential(Transform):
         return self._log(check_inside(value, self))
 
     def coordinate(self, x: Tensor) -> Tensor:
+        check_tensor(x)
         return torch.exp(self._rate * x / self.degree) if self.degree else x
 
     def from_coordinate(self, u: Tensor) -> Tensor:
+        check_tensor(u, "u")
         return self.degree * self._log(u.abs()) if self.degree else u
 
     def at_coordinate(self, u: Tensor) -> Tensor:
+        check_tensor(u, "u")
         if self.degree == 2:
             return u * u
         return u if self.degree else self(u)
@@ -95,7 +100,8 @@ class TransformExp(_Exponential):
             :math:`x = \log\varphi`.
 
     Raises:
-        InputError: if ``degree`` is another number (a ValueError).
+        TypeError: if ``degree`` is no int.
+        InputError: if it is another number (a ValueError).
 
     >>> TransformExp()(torch.tensor([0.0]))
     tensor([1.])
