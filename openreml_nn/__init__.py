@@ -1,10 +1,10 @@
 """Linear mixed models as PyTorch modules."""
 
 from openreml_nn import covariance, datasets
-from openreml_nn.errors import InputError
+from openreml_nn.errors import InputError, NumericalError
 from openreml_nn.estimation import (
     AIREML,
-    REMLResult,
+    Result,
     blue,
     blup,
     fit_reml,
@@ -25,9 +25,10 @@ __all__ = [
     "AIREML",
     "InputError",
     "MixedModel",
+    "NumericalError",
     "REMLLoss",
-    "REMLResult",
     "RandomEffect",
+    "Result",
     "blue",
     "blup",
     "covariance",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.params import free_specs, merge_specs
+from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.transform import (
     Transform,
     TransformChain,
@@ -90,8 +91,8 @@ class EqualEntryMatrix(Matrix):
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
         return self._chain_vjp(cotangent.sum().reshape(1), free_params)
 
-    def moment_start(self, variance: Tensor) -> None:
-        self._set(self.param_names[0], variance.mean())
+    def moment_start(self, variance: Tensor) -> bool:
+        return self._set(self.param_names[0], harmonic_mean(variance))
 
 
 class EquicorrelationMatrix(Matrix):
@@ -136,6 +137,10 @@ class EquicorrelationMatrix(Matrix):
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
         off, _ = _off_and_on(cotangent)
         return self._chain_vjp(off.reshape(1), free_params)
+
+    def moment_start(self, variance: Tensor) -> bool:
+        self._set(self.param_names[0], torch.zeros_like(variance[0]))
+        return False
 
 
 class CompoundSymmetricMatrix(Matrix):
@@ -184,6 +189,6 @@ class CompoundSymmetricMatrix(Matrix):
         off, on = _off_and_on(cotangent)
         return self._chain_vjp(torch.stack([on + rho * off, variance * off]), free_params)
 
-    def moment_start(self, variance: Tensor) -> None:
-        self._set(self.param_names[0], variance.mean())
+    def moment_start(self, variance: Tensor) -> bool:
         self._set(self.param_names[1], torch.zeros_like(variance[0]))
+        return self._set(self.param_names[0], harmonic_mean(variance))

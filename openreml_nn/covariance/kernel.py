@@ -12,6 +12,7 @@ from torch import Tensor
 from openreml_nn.covariance.design import IdentityDesign
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.params import free_specs, merge_specs
+from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.terms import Kernel, ScaledCovariance, Term
 from openreml_nn.covariance.transform import TransformExp, TransformExpPow2
 
@@ -65,12 +66,12 @@ class _DistanceMatrix(Matrix):
         by_length = (cotangent * self._fall(r)).sum() * variance / length
         return self._chain_vjp(torch.cat([by_variance, by_length]), free_params)
 
-    def moment_start(self, variance: Tensor) -> None:
-        self._set(self.param_names[0], variance.mean())
+    def moment_start(self, variance: Tensor) -> bool:
         apart = self.distance[self.distance > 0]
         if apart.numel():
             # A third of the typical distance: correlated with the near, not with the far.
             self._set(self.param_names[1], apart.median().to(variance) / 3)
+        return self._set(self.param_names[0], harmonic_mean(variance))
 
 
 class ExponentialMatrix(_DistanceMatrix):
@@ -251,9 +252,9 @@ class KnownMatrix(Matrix):
         whole = Term(IdentityDesign(self.shape[0]), known)
         return [whole.take(rows)]
 
-    def moment_start(self, variance: Tensor) -> None:
+    def moment_start(self, variance: Tensor) -> bool:
         size = self.matrix.diagonal().to(variance).mean()
-        self._set(self.param_names[0], variance.mean() / size)
+        return self._set(self.param_names[0], harmonic_mean(variance) / size)
 
 
 def _check_symmetric(name: str, matrix: Tensor) -> None:

@@ -11,13 +11,13 @@ from openreml_nn.estimation.gls import (
     predict,
     residual,
 )
-from openreml_nn.estimation.result import Component, Estimate, REMLResult
+from openreml_nn.estimation.result import Component, Estimate, Result
 
 __all__ = [
     "AIREML",
     "Component",
     "Estimate",
-    "REMLResult",
+    "Result",
     "blue",
     "blup",
     "fit_reml",
