@@ -42,6 +42,10 @@ class Transform:
     that point. By default :math:`\varphi = L + u^2` with L the lower end of
     the codomain, so that the coordinate of a variance is the standard
     deviation.
+
+    The coordinate may have boundary points, :attr:`bounds`. The model is even
+    about each, so that a coordinate beyond one stands for its mirror image, as
+    a negative standard deviation for a positive one: see :meth:`fold`.
     """
 
     @property
@@ -89,6 +93,15 @@ class Transform:
         """Value :math:`t(x(u))`, smooth in ``u`` also where ``x(u)`` is infinite."""
         check_tensor(u, "u")
         return self.codomain[0] + u * u if self.vanishes else self(u)
+
+    @property
+    def bounds(self) -> tuple[float, ...]:
+        """Boundary points of the coordinate."""
+        return (0.0,) if self.vanishes else ()
+
+    def fold(self, u: float) -> float:
+        """The coordinate within its bounds that means the same as ``u``."""
+        return abs(u) if self.vanishes else u
 
     def _arguments(self) -> dict[str, object]:
         """What it was made with; what a constructor derived has an underscore."""

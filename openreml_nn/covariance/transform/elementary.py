@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import log
+from math import copysign, log, pi, remainder
 
 import torch
 from torch import Tensor
@@ -255,11 +255,15 @@ class TransformScaleShift(Transform):
 class TransformSigmoid(Transform):
     r""":math:`t(x) = 1 / (1 + e^{-x})`, into :math:`(0, 1)`.
 
+    Estimation steps in the angle u of :math:`t = (1 + \sin u)/2`, in which both
+    ends, such as correlations of ±1, are ordinary points.
+
     >>> TransformSigmoid()(torch.tensor([0.0]))
     tensor([0.5000])
     """
 
     codomain = (0.0, 1.0)
+    bounds = (-pi / 2, pi / 2)
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.sigmoid(check_tensor(x))
@@ -270,3 +274,20 @@ class TransformSigmoid(Transform):
     def grad(self, x: Tensor) -> Tensor:
         value = torch.sigmoid(check_tensor(x))
         return value * (1 - value)
+
+    def coordinate(self, x: Tensor) -> Tensor:
+        # sin u = tanh(x / 2), by what keeps its digits at both ends.
+        return torch.atan(torch.sinh(check_tensor(x) / 2))
+
+    def from_coordinate(self, u: Tensor) -> Tensor:
+        # Of t and of 1 - t, which is small where t is near 1.
+        check_tensor(u, "u")
+        t, rest = torch.sin((pi / 2 + u) / 2), torch.sin((pi / 2 - u) / 2)
+        return 2 * torch.log(t.abs() / rest.abs())
+
+    def at_coordinate(self, u: Tensor) -> Tensor:
+        return torch.sin((pi / 2 + check_tensor(u, "u")) / 2) ** 2
+
+    def fold(self, u: float) -> float:
+        u = remainder(u, 2 * pi)
+        return u if abs(u) <= pi / 2 else copysign(pi, u) - u
