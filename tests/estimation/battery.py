@@ -398,12 +398,12 @@ _KINDS = {
         lambda: at(Sum(a=AR1Matrix(50), e=ScalarMatrix(50)), rho=0.8),
     ),
     "common effect": _whole(
-        lambda: Sum(
-            KroneckerProduct(IdentityMatrix(10), EqualEntryMatrix(5)), e=ScalarMatrix(50)
-        )
-        if False
-        else Sum(
-            block=KroneckerProduct(IdentityMatrix(10), EqualEntryMatrix(5)), e=ScalarMatrix(50)
+        lambda: (
+            Sum(KroneckerProduct(IdentityMatrix(10), EqualEntryMatrix(5)), e=ScalarMatrix(50))
+            if False
+            else Sum(
+                block=KroneckerProduct(IdentityMatrix(10), EqualEntryMatrix(5)), e=ScalarMatrix(50)
+            )
         )
     ),
     "user kernel": _whole(_user_kernel),
