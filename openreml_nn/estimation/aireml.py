@@ -299,8 +299,7 @@ class _Stepper:
             move = c.damped(damping)
             reached = self._try(move)
             if reached is not None:
-                if damping == 0:
-                    reached = self._farther(move, reached)
+                reached = self._farther(move, reached)
                 return self._step(reached, 1 / (1 + damping))
             damping = 4 * damping if damping else 0.1
         c.at.write(c.u)

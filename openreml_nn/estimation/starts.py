@@ -22,6 +22,10 @@ REACHES = (0.7, 0.3, 0.9)
 _CLOSE = 0.3
 
 
+#: A run that gains nothing in so many shortened steps ends.
+_STALLED = 5
+
+
 @dataclass
 class _Run:
     """A run and where it ended; ``twin`` is an earlier run whose optimum it was about to reach."""
@@ -66,7 +70,15 @@ def climb(
         history.append(Record.of(objective.covariance, *step[:3]))
         if step.converged or step.length == 0 or (arrived is not None and arrived(history[-1])):
             break
+        if len(history) > _STALLED and step.length < 1 and _gain(history) < 1e-8:
+            break  # at the edge of where V is positive definite: there is nowhere to go
     return history
+
+
+def _gain(history: Sequence[Record]) -> float:
+    """What the last steps gained of the log-likelihood, relative to its size."""
+    end, start = history[-1].log_likelihood, history[-1 - _STALLED].log_likelihood
+    return (end - start) / (1 + abs(end))
 
 
 def climb_from_several(
