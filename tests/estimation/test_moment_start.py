@@ -36,7 +36,7 @@ from openreml_nn.covariance.params import free_specs
 from openreml_nn.covariance.transform import TransformExpPow2, TransformIdentity
 from tests.estimation.battery import battery
 
-LAG = (torch.arange(6.0)[:, None] - torch.arange(6.0)).abs()
+LAG = (torch.arange(6.0)[:, None] - torch.arange(6.0)).abs().double()
 THETA = {"a": {"fixed": False, "default": torch.zeros(1), "trans": TransformIdentity()}}
 
 
@@ -71,7 +71,8 @@ MAKERS = {
     "heterogeneous CS": lambda: heterogeneous_compound_symmetry(6),
     "inverse": lambda: Inverse(AR1Matrix(6)),
     "function": lambda: SimpleMatrix(
-        3, lambda t: torch.exp(t[0] - LAG * torch.exp(t[1])) + torch.exp(t[2]) * torch.eye(6)
+        3,
+        lambda t: torch.exp(t[0] - LAG * torch.exp(t[1])) + torch.exp(t[2]) * torch.eye(6).double(),
     ),
     "linear function": lambda: SimpleMatrix(1, lambda t: t * torch.eye(6)),
     "adapter": lambda: Adapter(DiagonalMatrix(6), THETA, lambda t: t.expand(6)),
@@ -93,7 +94,7 @@ def test_a_start_is_proportional_to_the_variance(name):
     one = V().detach()
     for variance in (1e-8, 1e8):
         assert V.moment_start(torch.full((6,), variance).double()) is True
-        torch.testing.assert_close(V().detach(), variance * one, rtol=1e-8, atol=0)
+        assert float((V().detach() / variance - one).norm() / one.norm()) < 1e-8
     # The diagonal is the variance, or that of each of two or three summands.
     assert 0.99 < float(one.diagonal().mean()) < 3.01
 
@@ -117,11 +118,11 @@ def test_parameters_without_a_gradient_stay():
     assert all(map(torch.equal, before, V.parameters()))
 
 
-# The likelihood of fields is that of a covariance known up to 1e-8 relative in float64.
 CASES = {case.name: case for case in battery(3)}
 EDGE = ("Hadamard", "effects Toeplitz", "user kernel")  # their optimum is at infinity or at an edge
 
 
+@pytest.mark.filterwarnings("ignore:the data cannot tell apart")
 @pytest.mark.parametrize("name", [name for name in CASES if name not in EDGE])
 def test_a_fit_does_not_depend_on_the_unit_of_y(name):
     case = CASES[name]
@@ -129,7 +130,7 @@ def test_a_fit_does_not_depend_on_the_unit_of_y(name):
     assert base.converged
     free = len(case.y) - case.X.shape[1]
     names = [p.name for p in base.parameters]
-    for k in (-4, 3):
+    for k in (-4, 4):
         unit = 10.0**k
         other = fit_reml(case.covariance(), unit * case.y, case.X)
         assert other.converged
