@@ -80,7 +80,7 @@ def rescale(matrix: Matrix, variance: float) -> bool:
             path = [variance * torch.eye(len(origin), dtype=x.dtype, device=x.device)]
         for target in path:
             reached, distance = _towards(matrix, x, moves, target, 12 if size > 0 else 1)
-            if size > 0 and not distance < 1e-8:
+            if size > 0 and not distance < torch.finfo(origin.dtype).eps ** 0.5:
                 return False
             x = reached
         for e, value in zip(everything, x, strict=True):

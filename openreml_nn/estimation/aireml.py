@@ -102,8 +102,8 @@ class AIREML(torch.optim.Optimizer):
         with torch.enable_grad(), listen() as heard, _watched(owned) as gradients:
             value = closure()
             weights = _weights(value, heard, owned)
-            if not (isinstance(value, Tensor) and value.requires_grad):
-                _refuse_unexplained(heard, weights, owned, gradients)
+        if not (isinstance(value, Tensor) and value.requires_grad):
+            _refuse_unexplained(heard, weights, owned, gradients)
         # A loss to be minimised is a likelihood of negative scale to be maximised.
         wanted = [(h.objective, -w * h.scale) for h, w in zip(heard, weights, strict=True) if w]
         if not wanted:
@@ -300,8 +300,7 @@ class _Stepper:
             move = c.damped(damping)
             reached = self._try(move)
             if reached is not None:
-                if damping == 0:
-                    reached = self._farther(move, reached)
+                reached = self._farther(move, reached)
                 return self._step(reached, 1 / (1 + damping))
             damping = 4 * damping if damping else 0.1
         c.at.write(c.u)
