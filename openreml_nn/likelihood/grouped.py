@@ -93,7 +93,7 @@ def _separable(term: Term) -> bool:
     if not isinstance(z, IndexedDesign):
         return False
     if isinstance(g, RepeatedCovariance):
-        return g.levels == z.levels and g.matrix.shape[0] == z.effects
+        return z.effects % g.matrix.shape[0] == 0
     return isinstance(g, DiagonalCovariance)
 
 
