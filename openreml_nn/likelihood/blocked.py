@@ -244,11 +244,11 @@ class _BlockedEvaluation(GroupedEvaluation):
         r"""Own blocks of :math:`W N W^\top`."""
         return self._at.W.quadratic(self._inverses[1])
 
-    def _conditional(self) -> tuple[list[Tensor], list[Tensor | None]]:
+    def _conditional(self) -> tuple[list[Tensor], list[Tensor]]:
         # Sums, where the prior less what is known would be a difference.
         problem, P = self._problem, self._P
         whole = P + P @ self._quadratic @ P / self._s**2
-        rest: list[Tensor | None] = []
+        rest = []
         for own, i, grid in zip(
             problem.own_blocks(self._inverses[1]), problem.layout.rest, problem.grids, strict=True
         ):

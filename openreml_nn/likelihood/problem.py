@@ -114,11 +114,6 @@ class RandomEffects:
             k = max(k, g.matrix.shape[0])
         return k
 
-    @classmethod
-    def of_levels(cls, name: str, values: Tensor, prior: Tensor, z_p_z: Tensor) -> RandomEffects:
-        """From BLUPs (q, k), G and :math:`Z^\\top P Z` by levels, (q or 1, k, k) and (q, k, k)."""
-        return cls(name, values, prior - prior @ z_p_z @ prior)
-
 
 class Evaluation:
     """The likelihood of some data at one point; what derives from it is computed when asked for.
