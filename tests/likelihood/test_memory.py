@@ -65,8 +65,8 @@ CHANGES = {
     "a kernel": lambda V, y, X, rows: outside(
         V.operands["kernel"].operands["g"].matrix, lambda a: a.__iadd__(a.T @ a)
     ),
-    "an inverse": lambda V, y, X, rows: V.operands["animal"].operands["g"].inverse.values().mul_(
-        torch.tensor(2.0)
+    "an inverse": lambda V, y, X, rows: (
+        V.operands["animal"].operands["g"].inverse.values().mul_(torch.tensor(2.0))
     ),
     "a state": lambda V, y, X, rows: V.load_state_dict(
         {name: value + 0.3 for name, value in V.state_dict().items()}
