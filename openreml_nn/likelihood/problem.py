@@ -167,7 +167,7 @@ class Evaluation:
             terms = sum(
                 float((x * m).abs().sum()) for x, m in zip(found, self._at_matrices, strict=True)
             )
-            lost = self.rounding * terms / problem.n
+            lost = self.rounding * terms / (problem.n + float(self.y_p_y))
             if problem.has_digits(lost):
                 return found
             better = problem.moreprecise(self)
