@@ -186,6 +186,8 @@ class _BlockedEvaluation(GroupedEvaluation):
         self._K = self._forward_2(self._E2f)
         F = at.Aff / s - inner(self._half_f, self._half_f) - inner(self._K, self._K)
         self._profile(self._log_det + 2 * self._Lc.diagonal(dim1=1, dim2=2).log().sum(), F)
+        # It takes products with Lambda D^-1 Lambda' as they are, and not by roots.
+        self.recorded_rounding = self.rounding * self._pivot_loss**0.5
 
     def _forward_2(self, x: Tensor) -> Tensor:
         """Lc^-1 L2' x for x (q, m), by groups of columns."""
@@ -275,6 +277,11 @@ class _BlockedEvaluation(GroupedEvaluation):
     def _scores(self) -> list[Tensor]:
         if not self._problem.residual.moves:
             return super()._scores()
+        if not self._problem.has_digits(self.recorded_rounding):
+            better = self._problem.more_precise(self)
+            if better is not None:
+                return better.scores()
+            self._problem.check_rounding(self.recorded_rounding)
         with torch.enable_grad():
             matrices = [matrix.detach().requires_grad_() for matrix in self._matrices]
             value = self._problem.recorded(matrices)

@@ -37,6 +37,7 @@ from openreml_nn.covariance.terms import (
     ScaledCovariance,
     Term,
 )
+from openreml_nn.errors import InputError
 from openreml_nn.likelihood.cross import Cross, System, entries_of
 from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.grouped import (
@@ -155,7 +156,7 @@ class KrylovProblem(GroupedProblem):
     """The system of the other terms by conjugate gradients.
 
     Raises:
-        ValueError: if a random term is not a grouping factor with independent levels, or the
+        InputError: if a random term is not a grouping factor with independent levels, or the
             residuals have more than one variance.
     """
 
@@ -186,12 +187,12 @@ class KrylovProblem(GroupedProblem):
     def _check(terms: Sequence[Term], layout: Layout) -> None:
         for i in layout.random:
             if _levels_of(terms[i]) is None:
-                raise ValueError(
+                raise InputError(
                     "the krylov solver needs grouping factors with independent levels, or related "
                     f"by a known inverse: term {terms[i].name!r} is none"
                 )
         if layout.residual.moves:
-            raise ValueError("the krylov solver needs residuals of one variance")
+            raise InputError("the krylov solver needs residuals of one variance")
 
     @classmethod
     def fits(cls, terms: Sequence[Term]) -> bool:

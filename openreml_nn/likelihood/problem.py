@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import log, pi
+from math import inf, log, pi
 
 import torch
 from torch import Tensor
@@ -126,6 +126,7 @@ class Evaluation:
         error: Monte Carlo standard error of the log-likelihood; 0 where it is exact.
         rounding: bound of the relative error that rounding leaves in all that derives from it:
             the precision of the dtype times how often the factorisations magnify it.
+        recorded_rounding: the same of the plain formula that second derivatives come from.
     """
 
     log_likelihood: Tensor
@@ -134,6 +135,7 @@ class Evaluation:
     gamma_factor: Tensor
     error: float = 0.0
     rounding: float = 0.0
+    recorded_rounding: float = 0.0
     _problem: Problem
     _at_matrices: list[Tensor]
     _at_terms: Sequence[Term]
@@ -170,7 +172,7 @@ class Evaluation:
             lost = self.rounding * terms / (problem.n + float(self.y_p_y))
             if problem.has_digits(lost):
                 return found
-            better = problem.moreprecise(self)
+            better = problem.more_precise(self)
             if better is not None:
                 return better.scores()
             problem.check_rounding(lost)
@@ -307,6 +309,7 @@ class Problem:
             failure = error
         better = self.precise(terms)
         if better is not None and not (evaluation and evaluation.rounding <= better.rounding):
+            better.recorded_rounding = inf if evaluation is None else evaluation.recorded_rounding
             evaluation = better
         if evaluation is None:
             assert failure is not None
@@ -314,7 +317,7 @@ class Problem:
         self.check_rounding(evaluation.rounding)
         return evaluation
 
-    def moreprecise(self, evaluation: Evaluation) -> Evaluation | None:
+    def more_precise(self, evaluation: Evaluation) -> Evaluation | None:
         """The same with more digits; None where there is no such way, or it was taken already."""
         better = self.precise(evaluation._at_terms)
         if better is None or better.rounding >= evaluation.rounding:
