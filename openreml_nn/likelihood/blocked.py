@@ -18,7 +18,6 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -38,7 +37,6 @@ from openreml_nn.likelihood.grouped import (
 from openreml_nn.likelihood.problem import Evaluation, RandomEffects, cholesky, pivot_loss
 from openreml_nn.likelihood.products import Pattern, Statistics
 from openreml_nn.likelihood.residual import White
-from openreml_nn.likelihood.square_root import SquareRootEvaluation
 
 __all__ = ["BlockedProblem"]
 
@@ -100,12 +98,7 @@ class BlockedProblem(GroupedProblem):
         return _BlockedEvaluation(self, terms, matrices)
 
     def precise(self, terms: Sequence[Term]) -> Evaluation | None:
-        if not self._has_rows:
-            return None
-        placed = zip(self.terms, terms, strict=True)
-        return SquareRootEvaluation.of(
-            self, [replace(own, covariance=term.covariance) for own, term in placed]
-        )
+        return super().precise(terms) if self._has_rows else None
 
     def recorded(self, matrices: Sequence[Tensor]) -> Tensor:
         # In G itself: a factor of G has no derivative where G is singular.

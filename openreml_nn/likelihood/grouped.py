@@ -32,6 +32,7 @@ from openreml_nn.likelihood.problem import (
 )
 from openreml_nn.likelihood.products import Pattern, same_codes
 from openreml_nn.likelihood.residual import Residual, White
+from openreml_nn.likelihood.square_root import SquareRootEvaluation
 
 __all__ = ["Crossed", "GroupedEvaluation", "GroupedProblem", "Layout", "inner", "root", "separated"]
 
@@ -176,6 +177,12 @@ class GroupedProblem(Problem):
     def matrices(self, terms: Sequence[Term]) -> list[Tensor]:
         random = [terms[i].covariance.matrix for i in self.layout.random]
         return [*self.residual.matrices(terms), *random]
+
+    def precise(self, terms: Sequence[Term]) -> Evaluation | None:
+        placed = zip(self.terms, terms, strict=True)
+        return SquareRootEvaluation.of(
+            self, [replace(own, covariance=term.covariance) for own, term in placed]
+        )
 
     def by_matrix(self, parts: Sequence[Tensor]) -> list[Tensor]:
         at = self.residual.at if self.residual.moves else self.residual.at[:1]
