@@ -154,6 +154,7 @@ class _DenseEvaluation(Evaluation):
         )
         if not traced(V):
             self.rounding = torch.finfo(V.dtype).eps * pivot_loss(V.detach(), L.detach())
+            self.recorded_rounding = self.rounding
 
     def _back(self, x: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(self._L.mT, x, upper=True)

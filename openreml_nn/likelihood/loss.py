@@ -417,6 +417,7 @@ class _LogLikelihood(torch.autograd.Function):
         if torch.is_grad_enabled():
             y, Q, *matrices = ctx.saved_tensors
             problem = ctx.problem
+            problem.check_rounding(ctx.evaluation.recorded_rounding)
             if any(needed[:2]):
                 problem = problem.with_fixed(replace(problem.fixed, y=y, Q=Q))
             value = problem.recorded(matrices)
