@@ -1,9 +1,9 @@
 """Plant each fault in a copy of the tree and run the tests that should notice.
 
-    python -m tests.faults                  all of them, exit status 1 if one survives
-    python -m tests.faults --only weights   those with a word in their name or file
-    python -m tests.faults --jobs 4
-    python -m tests.faults --list           run no test, but say which texts have moved
+python -m tests.faults                  all of them, exit status 1 if one survives
+python -m tests.faults --only weights   those with a word in their name or file
+python -m tests.faults --jobs 4
+python -m tests.faults --list           run no test, but say which texts have moved
 """
 
 from __future__ import annotations
@@ -29,7 +29,17 @@ from tests.faults.fault import ROOT, Fault
 #: What a run of the tests needs of the tree.
 COPIED = ("openreml_nn", "tests", "configs", "docs", "examples", "README.md", "pyproject.toml")
 #: What most tests import: once here, in place of once for each fault.
-SHARED = "torch pandas scipy.stats formulaic hydra hypothesis lightning matplotlib pytest".split()
+SHARED = [
+    "torch",
+    "pandas",
+    "scipy.stats",
+    "formulaic",
+    "hydra",
+    "hypothesis",
+    "lightning",
+    "matplotlib",
+    "pytest",
+]
 #: A fault that makes the tests run on for ever is noticed, too.
 MOST_SECONDS = 300
 PASSED, FAILED = 0, 1

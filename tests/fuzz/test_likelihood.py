@@ -117,7 +117,9 @@ class Maker:
             return {"residual": c.stratified(self.rng.integers(0, 3, n).tolist())}
         if kind in ("within", "nugget"):
             size = int(np.bincount(group).max()) + 1
-            matrix = self.leaf(size, self.one_of(["ar1", "cs", "us"] if size < 7 else ["ar1", "cs"]))
+            matrix = self.leaf(
+                size, self.one_of(["ar1", "cs", "us"] if size < 7 else ["ar1", "cs"])
+            )
             parts = {"residual": c.within(group.tolist(), matrix)}
             return parts if kind == "within" else {**parts, "nugget": c.ScalarMatrix(n)}
         return {"residual": c.DiagonalMatrix(n) if kind == "each" else c.ScalarMatrix(n)}
@@ -143,7 +145,8 @@ class Maker:
             # The first side of a Kronecker or Hadamard product has the scale.
             if isinstance(matrix, c.KroneckerProduct | c.HadamardProduct):
                 scaled = scaled or any(
-                    name.startswith(("sigma", "L_")) for name in dict(module.named_parameters(recurse=False))
+                    name.startswith(("sigma", "L_"))
+                    for name in dict(module.named_parameters(recurse=False))
                 )
 
     def model(self) -> Model:
@@ -238,7 +241,9 @@ def errors(m: Model, solver: str, expected: Answer) -> dict[str, float]:
         value.backward()
         exact = np.array([float(g) for g in expected.gradient.values()])
         own = np.array([-float(p.grad) for p in V.parameters()])
-        found["gradient"] = np.abs(own - exact).max(initial=0) / max(1.0, np.abs(exact).max(initial=0))
+        found["gradient"] = np.abs(own - exact).max(initial=0) / max(
+            1.0, np.abs(exact).max(initial=0)
+        )
     evaluation = loss.evaluate(m.y, m.X)
     assert evaluation.log_likelihood.item() == -value.item()
     beta = expected.beta.astype(float)
@@ -330,4 +335,7 @@ def report(count: int, first: int = 0) -> None:
 if __name__ == "__main__":
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
-    report(int(sys.argv[1]) if len(sys.argv) > 1 else 2000, int(sys.argv[2]) if len(sys.argv) > 2 else 0)
+    report(
+        int(sys.argv[1]) if len(sys.argv) > 1 else 2000,
+        int(sys.argv[2]) if len(sys.argv) > 2 else 0,
+    )
