@@ -96,10 +96,10 @@ class DummyMatrix(Matrix):
         position = np.full(len(combos) + 1, -1, dtype=np.int64)
         position[order] = np.arange(len(order))
         names = ["⋈".join(map(str, combos[i])) for i in order]
-        labels = [":".join(map(str, combos[i])) for i in order]
-        if len(set(labels)) < len(labels):
-            labels = [repr(combos[i]) for i in order]
-        self._build(torch.from_numpy(position[codes]), names, covariates, labels)
+        written = [":".join(map(str, combos[i])) for i in order]
+        if len(set(written)) < len(written):
+            written = [repr(combos[i]) for i in order]
+        self._build(torch.from_numpy(position[codes]), names, covariates, written)
 
     @classmethod
     def from_codes(

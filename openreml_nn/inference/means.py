@@ -119,10 +119,12 @@ def emmeans(
     if unknown or not wanted or len(set(wanted)) < len(wanted):
         raise InputError(f"`factors` are {wanted}: expected some of {list(levels)}, each once")
     numeric = {name: source.means[name] for name in used if name not in levels}
-    check_mapping("at", at or {})
-    for name, value in (at or {}).items():
-        check_choice("at", name, numeric)
-        numeric[name] = check_number(f"at[{name!r}]", value)
+    if at is not None:
+        check_mapping("at", at)
+        for name, value in at.items():
+            if name not in numeric:
+                raise InputError(f"`at` has {name!r}: expected some of {list(numeric)}")
+            numeric[name] = check_number(f"at[{name!r}]", value)
     how = inference_of(result, ddf)
     grid = pd.DataFrame(list(product(*levels.values())), columns=list(levels))
     X = torch.from_numpy(encoder.fixed_matrix(grid.assign(**numeric)))

@@ -12,6 +12,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 from openreml_nn.checks import check_choice, check_names, check_number
+from openreml_nn.errors import InputError
 from openreml_nn.estimation import Result
 from openreml_nn.inference.constrained import Ascent, Held, Natural
 from openreml_nn.inference.refit import Refit, matrix_entries, source_of
@@ -90,7 +91,7 @@ def profile(result: Result, names: Sequence[str] | None = None) -> Profile:
         names: which parameters; all by default.
 
     Raises:
-        ValueError: if a name is unknown, or the rows were streamed.
+        ValueError: if a name is unknown, the rows were streamed, or a design is estimated.
         TypeError: if an argument is of another kind.
 
     Reference:
@@ -105,6 +106,10 @@ class _Profiler:
         self.refit = Refit(result)
         self.fitted = self.refit.fit("ml")
         self.objective = self.refit.objective(method="ml")
+        if self.objective.moves:
+            raise InputError(
+                "`result` has a design that is estimated: profiles are for models of known designs"
+            )
         self.natural = Natural(self.objective)
         self.best = float(self.objective.evaluate().log_likelihood)
 

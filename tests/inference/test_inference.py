@@ -342,7 +342,7 @@ def test_marginal_means_that_cannot_be():
     result = fitted("oats")
     for call, message in [
         (lambda: emmeans(result, "Block"), "expected some of \\['Variety'\\]"),
-        (lambda: emmeans(result, "Variety", at={"rain": 1.0}), "`at` is 'rain'"),
+        (lambda: emmeans(result, "Variety", at={"rain": 1.0}), "`at` has 'rain'"),
         (lambda: emmeans(result, "Variety").pairs("holm"), "`adjust` is 'holm'"),
     ]:
         with pytest.raises(ValueError, match=message):
