@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import inf, isfinite
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from openreml_nn.checks import check_number, found
 from openreml_nn.covariance.matrix import Matrix, Recorded
 from openreml_nn.covariance.params import Entry
 from openreml_nn.estimation.derivatives import hessian_of_sum, jacobian, second_derivative
@@ -86,15 +87,22 @@ class AIREML(torch.optim.Optimizer):
     """
 
     def __init__(self, params: Iterable[Any], tolerance: float = 1e-6) -> None:
-        if not tolerance > 0:
-            raise ValueError(f"`tolerance` is {tolerance}: expected a positive number")
+        check_number("tolerance", tolerance, above=0)
+        params = [params] if isinstance(params, Tensor) else params
+        if not isinstance(params, Iterable) or isinstance(params, str | bytes | Mapping):
+            raise TypeError(f"`params` is {found(params)}: expected parameters or groups of them")
+        params = list(params)
+        if not params or not all(isinstance(p, Tensor | Mapping | tuple) for p in params):
+            raise TypeError(f"`params` is {found(params)}: expected parameters or groups of them")
         super().__init__(params, {"tolerance": tolerance})
         self.last: Step | None = None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Evaluate the closure and take one step; returns what the closure returned."""
-        if closure is None:
-            raise RuntimeError("AIREML needs a closure that evaluates the loss: step(closure)")
+        if not callable(closure):
+            raise TypeError(
+                f"`closure` is {found(closure)}: expected a function that evaluates the loss"
+            )
         with torch.enable_grad(), listen() as heard:
             value = closure()
         objectives = list({id(o.problem): o for o in heard}.values())

@@ -9,6 +9,13 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from openreml_nn.checks import (
+    check_choice,
+    check_count,
+    check_instance,
+    check_mapping,
+    check_names,
+)
 from openreml_nn.covariance import Matrix
 from openreml_nn.covariance.terms import (
     Term,
@@ -21,6 +28,7 @@ from openreml_nn.estimation.aireml import average_information_step
 from openreml_nn.estimation.result import Label, Record, Result
 from openreml_nn.likelihood import REMLLoss
 from openreml_nn.likelihood.blocked import BlockedProblem
+from openreml_nn.likelihood.fixed import check_data
 from openreml_nn.likelihood.grouped import separated
 from openreml_nn.likelihood.krylov import KrylovProblem
 from openreml_nn.likelihood.loss import Objective
@@ -41,6 +49,8 @@ def moment_start(loss: REMLLoss, y: Tensor, X: Tensor, rows: Tensor | None = Non
     Raises:
         InputError: if the fixed effects fit the response exactly.
     """
+    check_instance("loss", loss, REMLLoss)
+    check_data(y, X)
     with torch.no_grad():
         size = float(torch.linalg.vector_norm(y.double()))
         start_by_moments(loss.objective(y, X, rows), size)
@@ -145,12 +155,16 @@ def fit_reml(
     >>> [f"{c.group} {c.covariance.item():.4f}" for c in result.components]
     ['batch 1.1475', 'Residual 0.0500']
     """
-    if start not in ("moments", "current"):
-        raise ValueError(f"`start` is {start!r}: expected 'moments' or 'current'")
+    check_choice("start", start, ("moments", "current"))
+    max_iterations = check_count("max_iterations", max_iterations)
+    check_data(y, X)
+    if names is not None and len(check_names("names", names)) != X.shape[1]:
+        raise ValueError(
+            f"`names` has {len(names)} names: expected {X.shape[1]}, one a column of X"
+        )
+    check_mapping("labels", {} if labels is None else labels, tuple)
     loss = REMLLoss(covariance, method, solver, reduction="sum")
     loss.names = names
-    if not isinstance(y, Tensor) or not isinstance(X, Tensor):
-        raise TypeError("`y` and `X` must be tensors")
     y, X = y.detach(), X.detach()
     covariance.to(y)
     objective = loss.objective(y, X, rows)

@@ -11,6 +11,7 @@ from lightning import LightningModule
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
+from openreml_nn.checks import check_instance, check_maker, check_names, check_text
 from openreml_nn.covariance import Matrix
 from openreml_nn.data import Encoded, Encoder
 from openreml_nn.estimation import Result, moment_start
@@ -78,8 +79,15 @@ class MixedModelModule(LightningModule):
         weights: str | None = None,
     ) -> None:
         super().__init__()
+        check_text("formula", formula)
+        check_names("categorical", categorical)
         check_method(method)
         check_solver(solver)
+        if optimizer is not None:
+            check_maker("optimizer", optimizer)
+        for name, value in (("residual", residual), ("weights", weights)):
+            if value is not None:
+                check_text(name, value)
         plain = dict(optimizer) if isinstance(optimizer, Mapping) else None
         self.save_hyperparameters(
             {
@@ -268,6 +276,7 @@ class MixedModelModule(LightningModule):
             InputError: if a column is missing or a level of a fixed factor is unknown.
             ValueError: if the module was neither fitted nor loaded.
         """
+        check_instance("table", table, pd.DataFrame, "a data frame")
         if self.covariance is None:
             raise ValueError("the module has no estimates: fit it or load a checkpoint")
         encoded = self.encoder.transform(table)

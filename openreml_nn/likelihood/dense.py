@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from openreml_nn.checks import check_choice, check_tensor
 from openreml_nn.covariance.design import IdentityDesign
 from openreml_nn.covariance.terms import DenseCovariance, Term, residual_terms
-from openreml_nn.errors import InputError
 from openreml_nn.likelihood.fixed import FixedPart, check_data, traced
 from openreml_nn.likelihood.problem import (
     Evaluation,
@@ -59,17 +59,15 @@ def restricted_log_likelihood(y: Tensor, X: Tensor, V: Tensor, method: str = "re
     wrapped = traced(y, X, V)
     if not wrapped:
         check_data(y, X)
-    if V.shape != (len(y), len(y)):
-        raise ValueError(f"`V` has shape {tuple(V.shape)}: expected {(len(y), len(y))}")
+        check_tensor("V", V, (len(y), len(y)), "floating")
     fixed = FixedPart.plain(y, X) if wrapped else FixedPart.of(y, X)
     whole = Term(IdentityDesign(len(y)), DenseCovariance(V))
     return DenseProblem(fixed, [whole], method).recorded([V])
 
 
 def check_method(method: str) -> None:
-    """Raise ValueError unless ``method`` is known."""
-    if method not in ("reml", "ml"):
-        raise InputError(f"`method` is {method!r}: expected 'reml' or 'ml'")
+    """Raise InputError unless ``method`` is known."""
+    check_choice("method", method, ("reml", "ml"))
 
 
 class DenseProblem(Problem):

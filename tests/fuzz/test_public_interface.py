@@ -287,8 +287,8 @@ def _top() -> list[Call]:
         Call("", "restricted_log_likelihood", restricted_log_likelihood,
              {**data, "V": torch.eye(6, dtype=torch.float64)},
              {**y_X, "V": tensor(6, 6, whole=False), "method": choice}),
-        Call("", "REMLResult.summary", result().summary, {}, {"title": optional(text)}),
-        Call("", "REMLResult.to_json", result().to_json, {"path": "r.json"}, {"path": path}),
+        Call("", "Result.summary", result().summary, {}, {"title": optional(text)}),
+        Call("", "Result.to_json", result().to_json, {"path": "r.json"}, {"path": path}),
     ]  # fmt: skip
     x = batch()["x"]
     for head in ("ml", "gls"):
@@ -315,9 +315,6 @@ def _top() -> list[Call]:
              {"x": tensor(None, 2, whole=False, finite=False), "rows": count(1)}),
         Call("", "MixedModel.backward_in_parts", model.backward_in_parts, {"batch": batch(), "rows": 4},
              {"batch": BATCH, "rows": count(1)}, {"batch": BATCH_WORDS}),
-        Call("", "RandomEffect.contribution", RandomEffect(4).contribution,
-             {"codes": torch.arange(4), "z": double(4, 1)},
-             {"codes": tensor(4, floating=False), "z": tensor(4, 1)}),
     ]  # fmt: skip
     return made
 
@@ -778,7 +775,7 @@ CALLS = {
 EXEMPT = {
     "Bootstrap", "Component", "Curve", "Estimate", "FTest", "InputError", "LikelihoodRatio",
     "MarginalMeans", "NotPositiveDefiniteError", "NumericalError", "Operator", "Pedigree", "Plan",
-    "Profile", "ProgressBar", "R2", "REMLResult", "Transform",
+    "Profile", "ProgressBar", "R2", "REMLResult", "Result", "Transform",
 }  # fmt: skip
 
 # ---------------------------------------------------------------------- outcomes
