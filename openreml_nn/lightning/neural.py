@@ -350,7 +350,7 @@ class NeuralMixedModule(LightningModule):
             value = loss(y, X)
             if not isinstance(optimizer, AIREML):
                 value.backward()
-            return value.detach()
+            return value
 
         # Precision is the network's: the covariance is estimated in that of the data.
         with torch.autocast(self.device.type, enabled=False):
