@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-from collections.abc import Callable, Iterable, Mapping, Sequence
-=======
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
->>>>>>> integration
 from math import inf, isfinite
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD
-from openreml_nn.checks import check_number, found
-from openreml_nn.covariance.matrix import Matrix, Recorded
-from openreml_nn.covariance.params import Entry
-from openreml_nn.estimation.derivatives import hessian_of_sum, jacobian, second_derivative
-from openreml_nn.likelihood.loss import Objective, listen
-=======
+from openreml_nn.checks import check_number
+from openreml_nn.checks import found as described
 from openreml_nn.errors import NumericalError
 from openreml_nn.estimation.coordinates import Coordinates
 from openreml_nn.estimation.curvature import Curvature
 from openreml_nn.likelihood.loss import Heard, Objective, listen
->>>>>>> integration
 from openreml_nn.likelihood.problem import NotPositiveDefiniteError
 
 __all__ = ["AIREML", "Coordinates", "Curvature", "Past", "Step", "average_information_step"]
@@ -104,29 +94,23 @@ class AIREML(torch.optim.Optimizer):
         check_number("tolerance", tolerance, above=0)
         params = [params] if isinstance(params, Tensor) else params
         if not isinstance(params, Iterable) or isinstance(params, str | bytes | Mapping):
-            raise TypeError(f"`params` is {found(params)}: expected parameters or groups of them")
+            raise TypeError(
+                f"`params` is {described(params)}: expected parameters or groups of them"
+            )
         params = list(params)
         if not params or not all(isinstance(p, Tensor | Mapping | tuple) for p in params):
-            raise TypeError(f"`params` is {found(params)}: expected parameters or groups of them")
+            raise TypeError(
+                f"`params` is {described(params)}: expected parameters or groups of them"
+            )
         super().__init__(params, {"tolerance": tolerance})
         self.last: Step | None = None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Evaluate the closure and take one step; returns what the closure returned."""
-<<<<<<< HEAD
         if not callable(closure):
             raise TypeError(
-                f"`closure` is {found(closure)}: expected a function that evaluates the loss"
+                f"`closure` is {described(closure)}: expected a function that evaluates the loss"
             )
-        with torch.enable_grad(), listen() as heard:
-            value = closure()
-        objectives = list({id(o.problem): o for o in heard}.values())
-        if not objectives:
-            raise RuntimeError("the closure evaluated no REMLLoss: AIREML needs its likelihood")
-=======
-        if closure is None:
-            raise RuntimeError("AIREML needs a closure that evaluates the loss: step(closure)")
->>>>>>> integration
         owned = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         with torch.enable_grad(), listen() as heard, _watched(owned) as gradients:
             value = closure()

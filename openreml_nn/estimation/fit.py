@@ -12,10 +12,8 @@ from torch import Tensor
 
 from openreml_nn.checks import (
     check_choice,
-    check_count,
     check_instance,
     check_mapping,
-    check_names,
 )
 from openreml_nn.covariance import Matrix
 from openreml_nn.covariance.design import Design, IndexedDesign
@@ -170,25 +168,12 @@ def fit_reml(
     >>> [f"{c.group} {c.covariance.item():.4f}" for c in result.components]
     ['batch 1.1475', 'Residual 0.0500']
     """
-<<<<<<< HEAD
     check_choice("start", start, ("moments", "current"))
-    max_iterations = check_count("max_iterations", max_iterations)
-    check_data(y, X)
-    if names is not None and len(check_names("names", names)) != X.shape[1]:
-        raise ValueError(
-            f"`names` has {len(names)} names: expected {X.shape[1]}, one a column of X"
-        )
-    check_mapping("labels", {} if labels is None else labels, tuple)
-    loss = REMLLoss(covariance, method, solver, reduction="sum")
-=======
-    if start not in ("moments", "current"):
-        raise InputError(f"`start` is {start!r}: expected 'moments' or 'current'")
     check_iterations(max_iterations)
     loss = REMLLoss(covariance, method, solver, reduction="sum")
-    if not isinstance(y, Tensor) or not isinstance(X, Tensor):
-        raise TypeError("`y` and `X` must be tensors")
+    check_data(y, X)
     check_names(names, X)
->>>>>>> integration
+    check_mapping("labels", {} if labels is None else labels, tuple)
     loss.names = names
     y, X = y.detach(), X.detach()
     covariance.to(y)

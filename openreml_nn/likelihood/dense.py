@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from openreml_nn.checks import check_choice, check_tensor
+from openreml_nn.checks import check_choice
 from openreml_nn.covariance.design import IdentityDesign
 from openreml_nn.covariance.terms import DenseCovariance, Term, residual_terms
+from openreml_nn.errors import InputError
 from openreml_nn.likelihood.fixed import FixedPart, check_data, traced
 from openreml_nn.likelihood.problem import (
     Evaluation,
@@ -62,11 +63,7 @@ def restricted_log_likelihood(y: Tensor, X: Tensor, V: Tensor, method: str = "re
     wrapped = traced(y, X, V)
     if not wrapped:
         check_data(y, X)
-<<<<<<< HEAD
-        check_tensor("V", V, (len(y), len(y)), "floating")
-=======
         _check_covariance(V, y)
->>>>>>> integration
     fixed = FixedPart.plain(y, X) if wrapped else FixedPart.of(y, X)
     whole = Term(IdentityDesign(len(y)), DenseCovariance(V))
     return DenseProblem(fixed, [whole], method).recorded([V])
