@@ -21,7 +21,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, distributed
 
-from openreml_nn.checks import check_count
+from openreml_nn.checks import check_count, check_flag, check_instance, check_names, check_text
 from openreml_nn.covariance.design import IndexedDesign
 from openreml_nn.data import Encoded, Encoder, RandomDesign
 from openreml_nn.errors import InputError
@@ -78,6 +78,10 @@ def fit_stream(
     >>> f"{result.log_likelihood:.4f}"
     '-871.8141'
     """
+    check_text("formula", formula)
+    check_instance("path", path, (str, os.PathLike), "the path of a file")
+    check_names("categorical", categorical)
+    check_flag("progress", progress)
     check_method(method)
     check_count("max_iterations", max_iterations)
     found = accumulate(formula, path, chunk_rows, categorical, progress)

@@ -92,8 +92,7 @@ class AIREML(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Any], tolerance: float = 1e-6) -> None:
         check_number("tolerance", tolerance, above=0)
-        params = [params] if isinstance(params, Tensor) else params
-        if not isinstance(params, Iterable) or isinstance(params, str | bytes | Mapping):
+        if not isinstance(params, Iterable) or isinstance(params, Tensor | str | bytes | Mapping):
             raise TypeError(
                 f"`params` is {described(params)}: expected parameters or groups of them"
             )

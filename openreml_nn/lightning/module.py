@@ -139,8 +139,8 @@ class MixedModelModule(LightningModule):
         self.register_buffer("aliases", like.new_zeros(like.shape[1], like.shape[1]))
         for design in encoded.random:
             q, k = len(design.levels), len(design.effects)
-            self.register_buffer(f"blup_{design.name}", like.new_zeros(q, k))
-            self.register_buffer(f"variance_{design.name}", like.new_zeros(q, k, k))
+            self.register_buffer(_buffer("blup", design.name), like.new_zeros(q, k))
+            self.register_buffer(_buffer("variance", design.name), like.new_zeros(q, k, k))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         assert self.covariance is not None
@@ -224,9 +224,13 @@ class MixedModelModule(LightningModule):
         self.beta[list(fixed.columns)] = fixed.estimate
         self.aliases.zero_()
         self.aliases[:, : fixed.aliases.shape[1]] = fixed.aliases
-        for effects in self.result.random:
-            getattr(self, f"blup_{effects.name}").copy_(effects.values)
-            getattr(self, f"variance_{effects.name}").copy_(effects.variances)
+        # The terms stand in the order of the designs, whose names may hold what a path may not.
+        assert self._encoded is not None
+        for name, effects in zip(
+            (design.name for design in self._encoded.random), self.result.random, strict=True
+        ):
+            getattr(self, _buffer("blup", name)).copy_(effects.values)
+            getattr(self, _buffer("variance", name)).copy_(effects.variances)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -265,7 +269,7 @@ class MixedModelModule(LightningModule):
         population = torch.where(estimable(x, self.aliases), x @ self.beta, torch.nan)
         mean = population.clone()
         for name, codes in batch["groups"].items():
-            blup = getattr(self, f"blup_{name}")[codes.clamp(min=0)]
+            blup = getattr(self, _buffer("blup", name))[codes.clamp(min=0)]
             mean += torch.where(codes >= 0, (batch["values"][name] * blup).sum(1), 0)
         return {"mean": mean, "population_mean": population}
 
@@ -285,3 +289,8 @@ class MixedModelModule(LightningModule):
             found = self.predict_step(batch, 0)
         columns = {key: value.cpu().numpy() for key, value in found.items()}
         return pd.DataFrame(columns, index=table.index[encoded.rows])
+
+
+def _buffer(what: str, name: str) -> str:
+    """Name of a buffer of a random effect: torch takes no dots, which R's names often have."""
+    return f"{what}_{name.replace('%', '%25').replace('.', '%2E')}"

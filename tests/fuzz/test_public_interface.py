@@ -246,6 +246,22 @@ def _batch_pool():
 
 
 BATCH = Kind(lambda value: False, _batch_pool())
+
+
+def reads(*keys) -> Kind:
+    """A batch of which only some parts are read: it is right if these are."""
+    good = batch()
+
+    def fits(value):
+        if not isinstance(value, dict) or "values" in value:
+            return False
+        parts = [(value.get(key), good[key]) for key in keys]
+        return all(torch.equal(a, b) if torch.is_tensor(b) and torch.is_tensor(a) and not a.is_meta
+                   else str(a) == str(b) for a, b in parts)  # fmt: skip
+
+    return Kind(fits, BATCH.more)
+
+
 BATCH_WORDS = ("batch", "x", "y", "groups", "group", "values", "'g'")
 OPTIONS = {"method": choice, "solver": choice}
 
@@ -297,14 +313,16 @@ def _top() -> list[Call]:
         output = model(batch())
         made += [
             Call("", f"MixedModel.{name} ({head})", getattr(model, name), {"batch": batch()},
-                 {"batch": BATCH}, {"batch": BATCH_WORDS})
-            for name in ("loss", "predict", "update", "random_part", "objective")
+                 {"batch": reads(*keys)}, {"batch": BATCH_WORDS})
+            for name, keys in (("loss", ("x", "y", "groups")), ("predict", ("x", "groups")),
+                               ("update", ("x", "y", "groups")), ("random_part", ("groups",)),
+                               ("objective", ("x", "y", "groups")))
         ]  # fmt: skip
         made.append(
             Call("", f"MixedModel.loss_of ({head})", model.loss_of,
                  {"output": output, "batch": batch()},
-                 {"output": tensor(*output.shape, whole=False), "batch": BATCH},
-                 {"output": ("mean", "network"), "batch": BATCH_WORDS})
+                 {"output": tensor(*output.shape, whole=False), "batch": reads("y", "groups")},
+                 {"output": ("mean", "network", "batch"), "batch": BATCH_WORDS})
         )  # fmt: skip
     model = network_model()
     made += [
@@ -695,7 +713,7 @@ def _lightning() -> list[Call]:
              {"data": BATCH_WORDS}),
         Call("lightning", "NeuralMixedModule.predict_step",
              lambda batch: lightning.NeuralMixedModule(model).predict_step(batch, 0), {"batch": batch()},
-             {"batch": BATCH}, {"batch": BATCH_WORDS}),
+             {"batch": reads("x", "groups")}, {"batch": BATCH_WORDS}),
         Call("lightning", "TabularMixedModule", lightning.TabularMixedModule,
              {"formula": FORMULA, "network": nn.LazyLinear(2)},
              {"formula": formula, "network": network, "head": choice, "residual": optional(network),
