@@ -114,8 +114,8 @@ class AIREML(torch.optim.Optimizer):
         with torch.enable_grad(), listen() as heard, _watched(owned) as gradients:
             value = closure()
             weights = _weights(value, heard, owned)
-            if not (isinstance(value, Tensor) and value.requires_grad):
-                _refuse_unexplained(heard, weights, owned, gradients)
+        if not (isinstance(value, Tensor) and value.requires_grad):
+            _refuse_unexplained(heard, weights, owned, gradients)
         # A loss to be minimised is a likelihood of negative scale to be maximised.
         wanted = [(h.objective, -w * h.scale) for h, w in zip(heard, weights, strict=True) if w]
         if not wanted:
