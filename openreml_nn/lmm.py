@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from openreml_nn.checks import check_instance, check_names, check_text
 from openreml_nn.data import Encoder
 from openreml_nn.estimation import Result, fit_reml
 
@@ -43,6 +44,12 @@ def lmm(
     >>> f"{result.log_likelihood:.4f}"
     '-871.8141'
     """
+    check_text("formula", formula)
+    check_instance("table", table, pd.DataFrame, "a data frame; read_table() reads a file")
+    check_names("categorical", categorical)
+    for name, value in (("residual", residual), ("weights", weights)):
+        if value is not None:
+            check_text(name, value)
     encoder = Encoder(formula, categorical, residual=residual, weights=weights)
     encoded = encoder.fit(table)
     assert encoded.y is not None

@@ -21,12 +21,14 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, distributed
 
+from openreml_nn.checks import check_count, check_flag, check_instance, check_names, check_text
 from openreml_nn.covariance.design import IndexedDesign
 from openreml_nn.data import Encoded, Encoder, RandomDesign
 from openreml_nn.errors import InputError
 from openreml_nn.estimation import Result
 from openreml_nn.estimation.fit import checked, iterate, start_by_moments
 from openreml_nn.likelihood.blocked import BlockedProblem
+from openreml_nn.likelihood.dense import check_method
 from openreml_nn.likelihood.fixed import FixedPart, aliased_columns, null_space
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import Plan
@@ -76,6 +78,12 @@ def fit_stream(
     >>> f"{result.log_likelihood:.4f}"
     '-871.8141'
     """
+    check_text("formula", formula)
+    check_instance("path", path, (str, os.PathLike), "the path of a file")
+    check_names("categorical", categorical)
+    check_flag("progress", progress)
+    check_method(method)
+    check_count("max_iterations", max_iterations)
     found = accumulate(formula, path, chunk_rows, categorical, progress)
     return found.fit(method, max_iterations)
 
@@ -124,8 +132,7 @@ def accumulate(
     progress: bool = True,
 ) -> Streamed:
     """Read a file chunk by chunk and keep its cross-products; see :func:`fit_stream`."""
-    if chunk_rows < 1:
-        raise InputError(f"`chunk_rows` is {chunk_rows}: expected at least 1")
+    check_count("chunk_rows", chunk_rows, 1)
     file = _File(path, chunk_rows)
     encoder = Encoder(formula, categorical, f"file {str(path)!r}")
     categories = _fixed_levels(file, encoder)

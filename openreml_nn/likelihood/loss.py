@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from openreml_nn.checks import check_choice, check_tensor
 from openreml_nn.covariance import Matrix
 from openreml_nn.covariance.matrix import FreeParams
 from openreml_nn.covariance.terms import Term, private, same_content
@@ -177,8 +178,7 @@ class REMLLoss(nn.Module):
             raise TypeError(f"`covariance` is a {type(covariance).__name__}: expected a Matrix")
         check_method(method)
         check_solver(solver)
-        if reduction not in ("mean", "sum"):
-            raise InputError(f"`reduction` is {reduction!r}: expected 'mean' or 'sum'")
+        check_choice("reduction", reduction, ("mean", "sum"))
         self.covariance = covariance
         self.method = method
         self.solver = solver
@@ -284,18 +284,9 @@ class REMLLoss(nn.Module):
         if rows is None:
             if len(y) != n:
                 raise InputError(f"`y` has {len(y)} rows but the covariance has {n}: pass `rows`")
-        elif not isinstance(rows, Tensor):
-            raise TypeError(f"`rows` is a {type(rows).__name__}: expected a tensor of integers")
-        elif (
-            rows.dim() != 1
-            or len(rows) != len(y)
-            or rows.is_floating_point()
-            or rows.dtype == torch.bool
-        ):
-            raise InputError(
-                f"`rows` is {rows.dtype} of shape {tuple(rows.shape)}: expected {len(y)} integers"
-            )
-        elif len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < n):
+            return
+        check_tensor("rows", rows, (len(y),), "integer")
+        if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < n):
             raise InputError(f"`rows` reaches beyond the {n} rows of the covariance")
         for tensor in self.covariance.parameters():
             if tensor.device != y.device:
