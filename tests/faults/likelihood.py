@@ -155,14 +155,14 @@ FAULTS = [
         "openreml_nn/likelihood/krylov.py",
         "return samples - control.reshape",
         "return samples + control.reshape",
-        f"{KRYLOV} -k 'relatives or pedigree'",
+        "tests/likelihood/test_probes.py",
     ),
     Fault(
         "the error of an estimated likelihood is that of one probe",
         "openreml_nn/likelihood/krylov.py",
         "samples.std() / len(samples) ** 0.5 / 2",
         "samples.std() / 2",
-        f"{KRYLOV} -k accurate",
+        "tests/likelihood/test_probes.py",
     ),
     Fault(
         "krylov prediction-error variances of relatives forget the fixed effects",
