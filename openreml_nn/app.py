@@ -24,9 +24,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from openreml_nn.errors import InputError
+from openreml_nn.errors import InputError, NumericalError
 from openreml_nn.files import replacing, write_text
-from openreml_nn.likelihood import NotPositiveDefiniteError
 
 if TYPE_CHECKING:
     from openreml_nn.lightning import MixedModelModule, TabularMixedModule
@@ -117,7 +116,8 @@ def _fit(config: DictConfig, directory: Path) -> float:
     from openreml_nn.inference import diagnose
     from openreml_nn.instantiate import build
     from openreml_nn.lightning import MixedModelDataModule
-    from openreml_nn.report import Run, write_run
+    from openreml_nn.report import Run, write_plots, write_tables
+    from openreml_nn.report.run import costs_nothing
 
     _check_kinds(config)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
@@ -164,7 +164,8 @@ def _fit(config: DictConfig, directory: Path) -> float:
     if config.profile:
         from openreml_nn.inference import profile
 
-        curves = profile(model.result)
+        with costs_nothing("profile"):
+            curves = profile(model.result)
     places = getattr(model, "places", None)
     run = Run(model.result, formula, dropped, name, seconds, validation, curves, places)
     if not model.result.converged:
@@ -174,6 +175,11 @@ def _fit(config: DictConfig, directory: Path) -> float:
             RuntimeWarning,
             stacklevel=1,
         )
+    # Results first: nothing that comes after them, what is printed and drawn, can cost them.
+    write_text(directory / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    write_tables(run, directory)
+    with replacing(directory / "model.ckpt") as temporary:
+        trainer.save_checkpoint(temporary, weights_only=False)
     console = Console()
     for part in tables(model.result, formula):
         console.print(part, soft_wrap=isinstance(part, str))
@@ -182,10 +188,7 @@ def _fit(config: DictConfig, directory: Path) -> float:
     if validation:
         values = ", ".join(f"{key.removeprefix('val_')} {v:.5g}" for key, v in validation.items())
         console.print(f"held out: {values.replace('_', ' ')}", highlight=False)
-    write_text(directory / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-    with replacing(directory / "model.ckpt") as temporary:
-        trainer.save_checkpoint(temporary, weights_only=False)
-    write_run(run, directory)
+    write_plots(run, directory)
     console.print(f"written to {_shown(directory)}", soft_wrap=True, highlight=False)
     return validation.get("val_negative_log_density", model.result.deviance)
 
@@ -466,7 +469,7 @@ def _reported(directory: Path | None = None) -> Iterator[None]:
     try:
         yield
         return
-    except (InputError, NotPositiveDefiniteError, HydraException, OmegaConfBaseException) as error:
+    except (InputError, NumericalError, HydraException, OmegaConfBaseException) as error:
         # What Hydra and OmegaConf add below the first lines is for their developers.
         text = re.split(r"\n\s*(?:full_key|Config search path)", str(error))[0]
         message = " ".join(text.split()) or type(error).__name__

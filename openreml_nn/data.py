@@ -301,6 +301,14 @@ class Encoder:
         """The model matrix of the fixed effects for a table that has their columns."""
         return self._matrix(self.formula.fixed, self._with_categories(table), "fixed")[0]
 
+    def cells(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The combinations of levels of the learned factors that occur in a table."""
+        found = {}
+        for name, categories in self.state["categories"].items():
+            labels = np.asarray([*categories, None], dtype=object)
+            found[name] = labels[_coded(table[name], categories)[0]]
+        return pd.DataFrame(found).drop_duplicates(ignore_index=True)
+
     def skeleton(self, rows: int, columns: int) -> Encoded:
         """Data of the learned shapes without content, to build a module before it is loaded."""
         designs = []

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from openreml_nn.data import Encoder
-from openreml_nn.estimation import REMLResult, fit_reml
+from openreml_nn.estimation import Result, fit_reml
 
 __all__ = ["lmm"]
 
@@ -22,7 +22,7 @@ def lmm(
     residual: str | None = None,
     weights: str | None = None,
     **options: Any,
-) -> REMLResult:
+) -> Result:
     r"""Fit a linear mixed model to a table by AI-REML.
 
     Args:
@@ -60,4 +60,6 @@ def lmm(
         for name, column in table.iloc[encoded.rows].items()
         if pd.api.types.is_numeric_dtype(column)
     }
-    return replace(result, source=replace(result.source, encoder=encoder, means=means))
+    cells = encoder.cells(table.iloc[encoded.rows])
+    source = replace(result.source, encoder=encoder, means=means, cells=cells)
+    return replace(result, source=source)

@@ -13,6 +13,7 @@ from torch import Tensor
 from openreml_nn.covariance.design import IdentityDesign, IndexedDesign
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.operator import Operator
+from openreml_nn.covariance.start import give_to_one, harmonic_mean
 from openreml_nn.covariance.terms import (
     Covariance,
     DenseCovariance,
@@ -22,6 +23,7 @@ from openreml_nn.covariance.terms import (
     ScaledCovariance,
     Term,
     is_scalar,
+    whole_term,
 )
 
 __all__ = ["KroneckerProduct"]
@@ -77,12 +79,13 @@ class KroneckerProduct(Operator):
         parts = []
         for name, operand in self._typed_operands(free_params).items():
             if isinstance(operand, Matrix):
-                found = operand.terms(None, self._sub(name, free_params))
+                own = self._sub(name, free_params)
+                found = operand.terms(None, own)
+                if len(found) != 1 or not isinstance(found[0].design, IdentityDesign):
+                    found = [whole_term(operand(own))]
             else:
-                found = [Term(IdentityDesign(operand.shape[0]), DenseCovariance(operand))]
-            if len(found) != 1 or not isinstance(found[0].design, IdentityDesign):
-                return super().terms(rows, free_params)
-            parts.append(found[0])
+                found = [whole_term(operand)]
+            parts += found
         merged: Term | None = parts[0]
         for part in parts[1:]:
             merged = _merge(merged, part)
@@ -90,15 +93,14 @@ class KroneckerProduct(Operator):
             return super().terms(rows, free_params)
         return [replace(merged, name="").take(rows)]
 
-    def moment_start(self, variance: Tensor) -> None:
-        # All of the variance goes to the last operand that has parameters, 1 to those before.
-        sizes = [operand.shape[0] for operand in self.operands.values()]
-        rest = variance.reshape(sizes)
-        for axis, operand in reversed(list(enumerate(self.operands.values()))):
-            if isinstance(operand, Matrix) and operand.num_free_params:
-                others = [i for i in range(len(sizes)) if i != axis]
-                operand.moment_start(rest.mean(others) if others else rest)
-                rest = torch.ones_like(rest)
+    def moment_start(self, variance: Tensor) -> bool:
+        operands = list(self.operands.values())
+        whole = variance.reshape([operand.shape[0] for operand in operands])
+        shares = []
+        for axis in range(len(operands)):
+            others = [i for i in range(len(operands)) if i != axis]
+            shares.append(harmonic_mean(whole, others) if others else whole)
+        return give_to_one(operands, shares)
 
 
 def _kron(a: Tensor, b: Tensor) -> Tensor:

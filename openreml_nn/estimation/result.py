@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import log, nan
 from typing import Any, NamedTuple
@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance import Matrix
+from openreml_nn.covariance import DummyMatrix, Matrix
 from openreml_nn.covariance.design import IndexedDesign
+from openreml_nn.covariance.operator import Operator
 from openreml_nn.covariance.terms import (
+    KroneckerCovariance,
     RepeatedCovariance,
     ScaledCovariance,
     Term,
@@ -24,14 +26,13 @@ from openreml_nn.covariance.terms import (
 from openreml_nn.estimation.aireml import Curvature
 from openreml_nn.estimation.derivatives import jacobian
 from openreml_nn.files import write_text
+from openreml_nn.likelihood.fixed import estimable
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import Plan
 from openreml_nn.likelihood.problem import Evaluation, RandomEffects
 
-__all__ = ["Component", "Estimate", "FixedEffects", "Label", "REMLResult", "Record"]
+__all__ = ["Component", "Estimate", "FixedEffects", "Label", "Record", "Result", "Start"]
 
-#: Parameters count as converged this many standard errors from the optimum.
-CONVERGED = 1e-3
 #: A random effect this many residual standard deviations small is none (as in lme4).
 SINGULAR = 1e-4
 
@@ -56,6 +57,7 @@ class Estimate:
         std_error: its standard error.
         untransformed: the value that the module stores.
         untransformed_std_error: its standard error.
+        fixed: whether it was held at its value: fixed, or without a gradient.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Estimate:
     std_error: float
     untransformed: float
     untransformed_std_error: float
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class Component:
         levels: names of the levels; empty for the residual.
         covariance: (k, k), or (q,) variances of a diagonal term.
         std_error: standard errors of its entries (delta method).
+        singular: whether some combination of the effects has no variance.
+        vanished: the effects that have none themselves.
     """
 
     name: str
@@ -84,6 +89,8 @@ class Component:
     levels: tuple[str, ...]
     covariance: Tensor
     std_error: Tensor
+    singular: bool = False
+    vanished: tuple[str, ...] = ()
 
     @property
     def std_dev(self) -> Tensor:
@@ -111,12 +118,34 @@ class FixedEffects:
         estimate: (p,).
         covariance: :math:`(X^\top V^{-1} X)^{-1}` (p, p).
         columns: positions of the kept columns.
+        aliases: (a, d) the null space of X with all its a columns, a column for each that was
+            dropped: 1 at its own place, minus what it is of the kept ones at theirs.
     """
 
     names: tuple[str, ...]
     estimate: Tensor
     covariance: Tensor
     columns: tuple[int, ...]
+    aliases: Tensor
+
+    def estimable(self, rows: Tensor) -> Tensor:
+        r"""Whether the data say what :math:`x^\top\beta` is, for rows x of X with all columns.
+
+        It is so where x is a combination of rows of X, and so orthogonal to its null space.
+
+        Args:
+            rows: (m, a), aliased columns included.
+
+        Returns:
+            (m,) booleans.
+        """
+        return estimable(rows, self.aliases)
+
+    def predict(self, rows: Tensor) -> Tensor:
+        r""":math:`x^\top\hat\beta` of rows x (m, a) of X with all columns; NaN where it is not
+        estimable."""
+        found = rows[:, list(self.columns)] @ self.estimate.to(rows)
+        return torch.where(self.estimable(rows), found, nan)
 
     @property
     def std_error(self) -> Tensor:
@@ -157,6 +186,25 @@ class Record:
 
 
 @dataclass(frozen=True)
+class Start:
+    """Where the fit ended from a start of which the result is not reported.
+
+    Attributes:
+        log_likelihood: at its end.
+        iterations: its steps.
+        converged: whether it ended at an optimum.
+        same: whether that is the optimum of the result.
+        parameters: transformed parameters at its end, by name.
+    """
+
+    log_likelihood: float
+    iterations: int
+    converged: bool
+    same: bool
+    parameters: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Source:
     """What a result was had from, as inference needs it.
 
@@ -169,6 +217,8 @@ class Source:
         labels: name of a term to names for the tables.
         encoder: what made X of a table, an :class:`openreml_nn.data.Encoder`; None without one.
         means: means of the table's numeric columns.
+        cells: the combinations of levels of the factors of X that the rows have, a data frame;
+            None without an encoder.
     """
 
     covariance: Matrix
@@ -179,10 +229,11 @@ class Source:
     labels: Mapping[str, Label]
     encoder: Any = None
     means: Mapping[str, float] = field(default_factory=dict)
+    cells: Any = None
 
 
 @dataclass(frozen=True)
-class REMLResult:
+class Result:
     r"""A fitted linear mixed model.
 
     Attributes:
@@ -192,6 +243,7 @@ class REMLResult:
             combination of their effects has less than 1e-4 residual standard
             deviations.
         indistinct: parameters that the data cannot tell apart, or say nothing about.
+        boundary: parameters at a boundary: a variance of 0, a correlation of ±1.
         score_norm: distance to the optimum in standard errors.
         condition: condition number of the scaled curvature.
         rows: number of rows n.
@@ -205,7 +257,9 @@ class REMLResult:
         residuals: (n,) :math:`y` less that.
         history: record of the iterations.
         plan: the solver's plan.
-        num_params: number of free covariance parameters.
+        num_params: number of estimated parameters of the covariance.
+        starts: where the fit ended from its other starts, if it had any; see :class:`Start`.
+        starts: of a fit from several starts, what each of the others ended with.
         source: data and model, for inference; None where rows were streamed.
     """
 
@@ -213,6 +267,7 @@ class REMLResult:
     converged: bool
     singular: tuple[str, ...]
     indistinct: tuple[str, ...]
+    boundary: tuple[str, ...]
     score_norm: float
     condition: float
     rows: int
@@ -227,11 +282,12 @@ class REMLResult:
     history: tuple[Record, ...]
     plan: Plan
     num_params: int
+    starts: tuple[Start, ...] = ()
     source: Source | None = field(default=None, repr=False, compare=False)
 
     @property
     def iterations(self) -> int:
-        """Number of iterations."""
+        """Number of iterations of the reported run, from its own start."""
         return len(self.history)
 
     @property
@@ -281,6 +337,7 @@ class REMLResult:
                 "converged": self.converged,
                 "singular": list(self.singular),
                 "indistinct": list(self.indistinct),
+                "boundary": list(self.boundary),
                 "score_norm": self.score_norm,
                 "condition": self.condition,
                 "rows": self.rows,
@@ -290,6 +347,7 @@ class REMLResult:
                 "aic": self.aic,
                 "bic": self.bic,
                 "solver": self.plan.solver,
+                "exact": self.plan.exact,
                 "fixed": [
                     {"name": n, "estimate": b, "std_error": s, "statistic": t}
                     for n, b, s, t in fixed
@@ -306,6 +364,7 @@ class REMLResult:
                     for c in self.components
                 ],
                 "history": [vars(record) for record in self.history],
+                "starts": [vars(start) for start in self.starts],
             }
         )
 
@@ -319,13 +378,15 @@ class REMLResult:
         history: Sequence[Record] = (),
         names: Sequence[str] | None = None,
         labels: Mapping[str, Label] | None = None,
-    ) -> REMLResult:
+        starts: Sequence[Start] = (),
+    ) -> Result:
         """The result at the present parameters, however they were found.
 
         Without the rows, ``y`` and ``X``, there are no fitted values.
         """
         with torch.no_grad():
-            return _Builder(objective, labels or {}).build(plan, y, X, history, names)
+            found = _Builder(objective, labels or {}).build(plan, y, X, history, names)
+            return replace(found, starts=tuple(starts))
 
 
 def finite(value: Any) -> Any:
@@ -354,7 +415,7 @@ class _Builder:
         X: Tensor | None,
         history: Sequence[Record],
         names: Sequence[str] | None,
-    ) -> REMLResult:
+    ) -> Result:
         problem, evaluation = self._objective.problem, self._evaluation
         fixed = self._fixed(names)
         dtype = problem.fixed.y.dtype
@@ -365,19 +426,21 @@ class _Builder:
             for term, effects in zip(self._random_terms, random, strict=True):
                 fitted = fitted + term.design.matmul(effects.values.reshape(-1, 1))[:, 0]
             residuals = y.detach().to(dtype) - fitted
-        components = self._components()
-        singular = self._singular()
+        negligible = self._negligible()
+        components = self._components(negligible)
         curvature = self._curvature
-        return REMLResult(
+        return Result(
             method=problem.method,
-            converged=curvature.norm < CONVERGED and not curvature.stuck,
-            singular=tuple(dict.fromkeys(self._label(term).group for term in singular)),
+            # A run that was still moving ended at its limit of iterations.
+            converged=curvature.is_optimum and not (history and history[-1].step > 0),
+            singular=tuple(dict.fromkeys(c.group for c in components if c.singular)),
             # Of a variance that is zero the data say nothing more.
             indistinct=tuple(
                 name
                 for name in curvature.indistinct
-                if not any(name.startswith(f"{term.name}/") for term in singular)
+                if not any(name.startswith(f"{term}/") for term in negligible)
             ),
+            boundary=curvature.boundary,
             score_norm=curvature.norm,
             condition=curvature.condition,
             rows=problem.n,
@@ -391,7 +454,7 @@ class _Builder:
             residuals=residuals,
             history=tuple(history),
             plan=plan,
-            num_params=len(curvature.at.entries),
+            num_params=len(curvature.at),
             source=self._source(y, X, names),
         )
 
@@ -414,15 +477,15 @@ class _Builder:
         spread = part.T @ torch.cholesky_inverse(evaluation.gamma_factor) @ part.T.mT
         names = names or [f"X{j}" for j in range(max(part.columns, default=-1) + 1)]
         kept = tuple(names[j] for j in part.columns)
-        return FixedEffects(kept, part.coefficients(evaluation.gamma), spread, tuple(part.columns))
+        estimate = part.coefficients(evaluation.gamma)
+        return FixedEffects(kept, estimate, spread, tuple(part.columns), part.aliases)
 
     @cached_property
     def _spread(self) -> Tensor:
         """Covariance of the coordinates; NaN for those at zero."""
         at, information = self._curvature.at, self._curvature.information
         u = self._curvature.u
-        vanishing = torch.tensor(at.vanishing, device=u.device, dtype=torch.bool)
-        inner = (~(vanishing & (u == 0))).nonzero()[:, 0]
+        inner = (~at.on_boundary(u)).nonzero()[:, 0]
         spread = torch.full_like(information, nan)
         part = information[inner][:, inner]
         scale = part.diagonal().sqrt()
@@ -438,7 +501,7 @@ class _Builder:
             zip(
                 [(id(e.leaf), e.local) for e in at.entries],
                 zip(u, self._spread.diagonal().sqrt(), strict=True),
-                strict=True,
+                strict=False,
             )
         )
         found = []
@@ -450,10 +513,16 @@ class _Builder:
                 coordinate, spread = errors[id(e.leaf), e.local]
                 std_error = float(_slope(e.trans.at_coordinate, coordinate) * spread)
                 stored_error = float(_slope(e.trans.from_coordinate, coordinate) * spread)
-            found.append(Estimate(e.name, value, std_error, stored, stored_error))
+            fixed = not (e.free and e.tensor.requires_grad)
+            found.append(Estimate(e.name, value, std_error, stored, stored_error, fixed))
+        # Weights of designs and networks, as they are.
+        start = len(at.entries)
+        rest = zip(at.names, u.tolist(), self._spread.diagonal().sqrt().tolist(), strict=True)
+        for name, value, error in list(rest)[start:]:
+            found.append(Estimate(name, value, error, value, error))
         return tuple(found)
 
-    def _components(self) -> list[Component]:
+    def _components(self, negligible: Mapping[str, Tensor]) -> list[Component]:
         u = self._curvature.u
         at = self._curvature.at
 
@@ -476,7 +545,11 @@ class _Builder:
                 error = torch.where(lost, nan, error)
             group, effects, levels = self._label(term)
             names = tuple(effects), tuple(levels)
-            found.append(Component(term.name, group, *names, matrix, error))
+            gone = negligible.get(term.name)
+            vanished = () if gone is None else tuple(e for e, g in zip(names[0], gone) if g)
+            found.append(
+                Component(term.name, group, *names, matrix, error, gone is not None, vanished)
+            )
         return found
 
     def _shown(self, term: Term) -> Tensor:
@@ -497,17 +570,33 @@ class _Builder:
             return Label("Residual", [str(i) for i in range(size)] if size > 1 else ("",), ())
         k = term.covariance.shown().shape[0]
         effects = ("(Intercept)",) if k == 1 else tuple(f"effect_{i}" for i in range(k))
-        return Label(term.name, effects, tuple(map(str, range(term.design.shape[1] // k))))
+        return Label(term.name, effects, self._levels(term, term.design.shape[1] // k))
 
-    def _singular(self) -> list[Term]:
-        """Terms of which some combination of effects is negligible beside the residual."""
+    def _levels(self, term: Term, count: int) -> tuple[str, ...]:
+        """Names of a term's levels: those of its design's labels, or places."""
+        node: Any = self._objective.covariance
+        for name in filter(None, term.name.split("/")):
+            node = node.operands.get(name) if isinstance(node, Operator) else None
+        if isinstance(node, Operator):
+            for operand in node.operands.values():
+                if isinstance(operand, DummyMatrix) and len(operand.labels) == count:
+                    return tuple(operand.labels)
+        g = term.covariance
+        if isinstance(g, KroneckerCovariance) and g.sizes[0] * g.sizes[1] == count:
+            rows, columns = (range(1, size + 1) for size in g.sizes)
+            return tuple(f"{i}:{j}" for i in rows for j in columns)
+        return tuple(map(str, range(count)))
+
+    def _negligible(self) -> dict[str, Tensor]:
+        """Terms of which some combination of effects is negligible beside the residual, by name,
+        each with which of its effects (k,) are themselves."""
         residual = 0.0
         for i in residual_terms(self._terms):
             matrix = self._terms[i].covariance.matrix
             residual += float((matrix if matrix.dim() == 1 else matrix.diagonal()).mean())
+        found: dict[str, Tensor] = {}
         if not residual:
-            return []
-        found = []
+            return found
         for term in self._random_terms:
             matrix = term.covariance.shown()
             if isinstance(term.covariance, RepeatedCovariance):
@@ -516,15 +605,16 @@ class _Builder:
                 values = z.values if isinstance(z, IndexedDesign) else None
                 if values is not None and values.shape[1] == len(scale):
                     scale = (values.detach().to(scale) ** 2).mean(0).sqrt()
-                least = torch.linalg.eigvalsh(scale[:, None] * matrix * scale)[0]
+                scaled = scale[:, None] * matrix * scale
+                variances, least = scaled.diagonal(), torch.linalg.eigvalsh(scaled)[0]
             elif isinstance(term.covariance, ScaledCovariance):
-                least = torch.linalg.eigvalsh(matrix)[0]
+                variances, least = matrix.diagonal(), torch.linalg.eigvalsh(matrix)[0]
             elif matrix.dim() == 1:
-                least = matrix.min()
+                variances, least = matrix, matrix.min()
             else:
                 continue
             if float(least) < SINGULAR**2 * residual:
-                found.append(term)
+                found[term.name] = variances < SINGULAR**2 * residual
         return found
 
 

@@ -9,7 +9,9 @@ import pandas as pd
 import torch
 from scipy import stats
 
-from openreml_nn.estimation import REMLResult
+from openreml_nn.checks import check_flag
+from openreml_nn.errors import InputError
+from openreml_nn.estimation import Result
 from openreml_nn.inference.refit import Refit, source_of
 
 __all__ = ["LikelihoodRatio", "anova", "likelihood_ratio_test"]
@@ -24,7 +26,8 @@ class LikelihoodRatio:
         df: parameters by which the models differ.
         p: probability of a larger statistic under the smaller model. Where variances are
             tested, it is under the mixture below.
-        p_naive: the same under :math:`\chi^2` with ``df``, too large for variances.
+        p_naive: the same under :math:`\chi^2` with ``df``, too large for variances; as lme4's
+            anova prints it, and of fits by REML (``refit=False``) lmerTest's ranova.
         mixture: weights of :math:`\chi^2` distributions by their degrees of freedom.
     """
 
@@ -35,7 +38,7 @@ class LikelihoodRatio:
     mixture: dict[int, float]
 
 
-def likelihood_ratio_test(small: REMLResult, large: REMLResult) -> LikelihoodRatio:
+def likelihood_ratio_test(small: Result, large: Result) -> LikelihoodRatio:
     r"""Test of a model against a larger one that contains it.
 
     A variance that is zero under the smaller model lies on the boundary, so that the statistic has
@@ -47,7 +50,7 @@ def likelihood_ratio_test(small: REMLResult, large: REMLResult) -> LikelihoodRat
         small, large: fits of the same response by the same method.
 
     Raises:
-        ValueError: if the models are not of the same data and method, the larger one has no
+        ValueError: if the models are not of the same data, weights and method, the larger one has no
             more parameters, or they were fitted by REML with different fixed effects.
 
     Reference:
@@ -61,22 +64,24 @@ def likelihood_ratio_test(small: REMLResult, large: REMLResult) -> LikelihoodRat
     >>> f"{test.statistic:.2f}", test.df, test.mixture
     ('42.84', 2, {1: 0.5, 2: 0.5})
     """
+    for name, fit in (("small", small), ("large", large)):
+        source_of(fit, name)
     _check_same_data(small, large)
     if small.method != large.method:
-        raise ValueError(
+        raise InputError(
             f"the fits are by {small.method!r} and {large.method!r}: fit both by one method"
         )
     same_x = set(small.fixed.names) == set(large.fixed.names)
     if small.method == "reml" and not same_x:
-        raise ValueError(
+        raise InputError(
             "restricted likelihoods of different fixed effects do not compare: fit both with "
             "method='ml'"
         )
     if not set(small.fixed.names) <= set(large.fixed.names):
-        raise ValueError("the models are not nested: the smaller one has other fixed effects")
+        raise InputError("the models are not nested: the smaller one has other fixed effects")
     df = _size(large) - _size(small)
     if df < 1:
-        raise ValueError(
+        raise InputError(
             f"the models have {_size(small)} and {_size(large)} parameters: the second must have "
             "more"
         )
@@ -88,13 +93,14 @@ def likelihood_ratio_test(small: REMLResult, large: REMLResult) -> LikelihoodRat
     return LikelihoodRatio(statistic, df, p, float(stats.chi2.sf(statistic, df)), mixture)
 
 
-def anova(*results: REMLResult, refit: bool = True) -> pd.DataFrame:
+def anova(*results: Result, refit: bool = True) -> pd.DataFrame:
     """Likelihood-ratio tests of models, each against the one with fewer parameters before it.
 
     Args:
         *results: fits of the same data.
-        refit: whether fits by REML are first made again by maximum likelihood, as they have to be
-            when fixed effects are compared.
+        refit: whether fits by REML are first made again by maximum likelihood, as lme4's anova
+            does and as they have to be when fixed effects are compared. Without it the test is of
+            the restricted likelihoods, as lmerTest's ranova has it.
 
     Returns:
         npar, aic, bic, log_likelihood, deviance, and, beside the smaller model, statistic, df, p
@@ -102,9 +108,13 @@ def anova(*results: REMLResult, refit: bool = True) -> pd.DataFrame:
 
     Raises:
         ValueError: as :func:`likelihood_ratio_test`.
+        TypeError: if an argument is no fit.
     """
+    check_flag("refit", refit)
     if len(results) < 2:
-        raise ValueError(f"`results` are {len(results)}: expected two fits or more")
+        raise InputError(f"`results` are {len(results)}: expected two fits or more, anova(a, b)")
+    for i, result in enumerate(results):
+        source_of(result, f"results[{i}]")
     fits = [Refit(r).fit("ml") if refit and r.method == "reml" else r for r in results]
     fits.sort(key=_size)
     rows: list[dict[str, float]] = []
@@ -119,11 +129,11 @@ def anova(*results: REMLResult, refit: bool = True) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _size(result: REMLResult) -> int:
+def _size(result: Result) -> int:
     return len(result.fixed.names) + result.num_params
 
 
-def _variances(result: REMLResult) -> int:
+def _variances(result: Result) -> int:
     """Variances of random effects."""
     return sum(len(c.effects) for c in result.components if c.group != "Residual")
 
@@ -132,10 +142,15 @@ def _tail(statistic: float, df: int) -> float:
     return float(stats.chi2.sf(statistic, df)) if df else float(statistic <= 0)
 
 
-def _check_same_data(small: REMLResult, large: REMLResult) -> None:
+def _check_same_data(small: Result, large: Result) -> None:
     y, z = source_of(small).y, source_of(large).y
     if y.shape != z.shape or not torch.equal(y, z.to(y)):
-        raise ValueError(
+        raise InputError(
             f"the fits are of different data, {small.rows} and {large.rows} rows: fit both to "
             "the same rows (missing values may have removed some)"
+        )
+    weights = [getattr(source_of(fit).encoder, "weights", None) for fit in (small, large)]
+    if weights[0] != weights[1]:
+        raise InputError(
+            f"the fits have weights {weights[0]!r} and {weights[1]!r}: fit both with the same"
         )

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from openreml_nn.estimation.aireml import AIREML
 from openreml_nn.estimation.fit import iterate
-from openreml_nn.estimation.result import Estimate, Record, REMLResult
+from openreml_nn.estimation.result import Estimate, Record, Result
 from openreml_nn.instantiate import build
 from openreml_nn.lightning.batches import connected_rows, in_order, whole
 from openreml_nn.lightning.sharing import average_gradients, gather, share
@@ -138,7 +138,7 @@ class NeuralMixedModule(LightningModule):
         # Every process computes the covariance's gradients, and the BLUPs, from all rows.
         own = {id(p) for p in model.covariance_parameters()}
         ignored = [name for name, p in self.named_parameters() if id(p) in own]
-        computed = ("model.random.", "model.beta")
+        computed = ("model.random.", "model.beta", "model.joint.")
         ignored += [name for name, _ in self.named_buffers() if name.startswith(computed)]
         self._ddp_params_and_buffers_to_ignore = ignored
 
@@ -329,7 +329,7 @@ class NeuralMixedModule(LightningModule):
             value = loss(y, X)
             if not isinstance(optimizer, AIREML):
                 value.backward()
-            return value.detach()
+            return value
 
         # Precision is the network's: the covariance is estimated in that of the data.
         with torch.autocast(self.device.type, enabled=False):
@@ -394,7 +394,7 @@ class NeuralMixedModule(LightningModule):
         loss, y, X = self.model.data(self._outputs(data), data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return REMLResult.of(loss.objective(y, X), loss.plan, y, X).parameters
+            return Result.of(loss.objective(y, X), loss.plan, y, X).parameters
 
     # ------------------------------------------------------------------ checkpoints
 

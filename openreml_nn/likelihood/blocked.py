@@ -18,6 +18,7 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -26,7 +27,7 @@ from torch.linalg import solve_triangular
 
 from openreml_nn.covariance.terms import Covariance, DiagonalCovariance, Term
 from openreml_nn.likelihood.cross import Arrangement, System
-from openreml_nn.likelihood.fixed import FixedPart
+from openreml_nn.likelihood.fixed import FixedPart, traced
 from openreml_nn.likelihood.grouped import (
     Crossed,
     GroupedEvaluation,
@@ -34,9 +35,10 @@ from openreml_nn.likelihood.grouped import (
     arranged,
     inner,
 )
-from openreml_nn.likelihood.problem import Evaluation, cholesky
+from openreml_nn.likelihood.problem import Evaluation, RandomEffects, cholesky, pivot_loss
 from openreml_nn.likelihood.products import Pattern, Statistics
 from openreml_nn.likelihood.residual import White
+from openreml_nn.likelihood.square_root import SquareRootEvaluation
 
 __all__ = ["BlockedProblem"]
 
@@ -60,6 +62,7 @@ class BlockedProblem(GroupedProblem):
         statistics: Statistics | None = None,
     ) -> None:
         super().__init__(fixed, terms, method)
+        self._has_rows = statistics is None
         products = pattern = None
         if statistics is not None:
             # The rows themselves are not at hand: terms and fixed part are of any rows.
@@ -96,6 +99,14 @@ class BlockedProblem(GroupedProblem):
     def _evaluate(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
         return _BlockedEvaluation(self, terms, matrices)
 
+    def precise(self, terms: Sequence[Term]) -> Evaluation | None:
+        if not self._has_rows:
+            return None
+        placed = zip(self.terms, terms, strict=True)
+        return SquareRootEvaluation.of(
+            self, [replace(own, covariance=term.covariance) for own, term in placed]
+        )
+
     def recorded(self, matrices: Sequence[Tensor]) -> Tensor:
         # In G itself: a factor of G has no derivative where G is singular.
         split = len(matrices) - len(self._forms)
@@ -108,12 +119,16 @@ class BlockedProblem(GroupedProblem):
         D = eye + at.A11 @ G1 / s
         K = torch.linalg.solve(D.mT, G1.mT).mT / s**2  # G1 D^-1 / s^2
         KA = K @ at.A1f
-        E22 = at.A22 / s - at.W.gram(K)
+        E22 = at.A22 / s - at.W.gram(eye.expand_as(K), K)
         E2f = at.A2f / s - at.W.t_times(KA)
         Eff = at.Aff / s - inner(at.A1f, KA)
         by = self.partition
         M = by.spread(self.multiply(rest, by.collect(E22)))  # G2 E22
         M = M + torch.eye(by.size, dtype=s.dtype, device=s.device)
+        if not traced(M, D):
+            # For symmetric G and A the diagonal of A G bounds that of their product by roots.
+            sizes = [x.detach().diagonal(dim1=1, dim2=2).amax() for x in (D, M) if x.numel()]
+            self.check_rounding(torch.finfo(s.dtype).eps * max(map(float, sizes), default=1.0))
         x = by.collect(torch.linalg.solve(M, by.spread(self.multiply(rest, E2f))))
         F = Eff - E2f.mT @ x
         log_det = white.log_det + self.n * s.log() + _log_det(D).sum() + _log_det(M).sum()
@@ -163,12 +178,13 @@ class _BlockedEvaluation(GroupedEvaluation):
     ) -> None:
         super().__init__(problem, terms, matrices)
         at, s = self._at, self._s
-        self._E22 = at.A22 / s - at.W.gram(self._P / s**2)
+        half = self._half / s
+        self._E22 = at.A22 / s - at.W.gram(half, half)
         self._M = problem.sandwich(self._root2, self._E22, transpose=True)
         self._M.diagonal(dim1=1, dim2=2).add_(1)
         self._Lc = cholesky(self._M, "V")
         self._K = self._forward_2(self._E2f)
-        F = at.Aff / s - inner(at.A1f, self._KA) - inner(self._K, self._K)
+        F = at.Aff / s - inner(self._half_f, self._half_f) - inner(self._K, self._K)
         self._profile(self._log_det + 2 * self._Lc.diagonal(dim1=1, dim2=2).log().sum(), F)
 
     def _forward_2(self, x: Tensor) -> Tensor:
@@ -176,6 +192,16 @@ class _BlockedEvaluation(GroupedEvaluation):
         problem = self._problem
         rows = problem.partition.spread(problem.multiply(self._root2, x, transpose=True))
         return solve_triangular(self._Lc, rows, upper=False)
+
+    def _gain(self) -> Tensor:
+        lost = self._pivot_loss**0.5
+        if not self._problem.q:
+            return self._gain_1 * lost
+        lost = max(lost, pivot_loss(self._M, self._Lc))
+        reduced = self._E22.diagonal(dim1=1, dim2=2)
+        whole = self._at.A22.diagonal(dim1=1, dim2=2) / self._s
+        gain = (self._M.diagonal(dim1=1, dim2=2) - 1) * (whole / reduced)
+        return torch.maximum(self._gain_1, gain.nan_to_num(0.0, 0.0, 0.0).amax()) * lost
 
     def _explained(self, T2: Tensor) -> tuple[Tensor, Tensor]:
         e2 = self._forward_2(T2)
@@ -192,16 +218,46 @@ class _BlockedEvaluation(GroupedEvaluation):
         r"""What the score, the information and the BLUPs share."""
         problem, s = self._problem, self._s
         A = self._at.A11 / s
-        T = torch.eye(problem.k, dtype=s.dtype, device=s.device) - A @ self._P
-        by = problem.partition
-        back = by.collect(solve_triangular(self._Lc.mT, self._K, upper=True))
-        x = problem.multiply(self._root2, back)
-        Z1f = T @ (self._at.A1f - self._at.W.times(x)) / s  # Z1' V^-1 [Q | y]
+        x, by = self._solved, problem.partition
+        Z1f = self._reduced(self._at.A1f - self._at.W.times(x)) / s  # Z1' V^-1 [Q | y]
         Z2f = self._E2f - by.collect(self._E22 @ by.spread(x))
-        M_inverse = torch.cholesky_inverse(self._Lc)
-        inverse = problem.sandwich(self._root2, M_inverse)
-        B1 = T @ A - T @ self._at.W.quadratic(inverse) @ T.mT / s**2
+        M_inverse, inverse = self._inverses
+        B1 = self._reduced(A)
+        if problem.q:
+            B1 = B1 - self._reduced(self._reduced(self._quadratic).mT) / s**2
         return self._cross(Z1f, Z2f, B1, self._inner_22(M_inverse, inverse))
+
+    @cached_property
+    def _solved(self) -> Tensor:
+        problem = self._problem
+        back = solve_triangular(self._Lc.mT, self._K, upper=True)
+        return problem.multiply(self._root2, problem.partition.collect(back))
+
+    @cached_property
+    def _inverses(self) -> tuple[Tensor, Tensor]:
+        r""":math:`M^{-1}` and :math:`N = \Lambda_2 M^{-1} \Lambda_2^\top`."""
+        inverse = torch.cholesky_inverse(self._Lc)
+        return inverse, self._problem.sandwich(self._root2, inverse)
+
+    @cached_property
+    def _quadratic(self) -> Tensor:
+        r"""Own blocks of :math:`W N W^\top`."""
+        return self._at.W.quadratic(self._inverses[1])
+
+    def _conditional(self) -> tuple[list[Tensor], list[Tensor | None]]:
+        # Sums, where the prior less what is known would be a difference.
+        problem, P = self._problem, self._P
+        whole = P + P @ self._quadratic @ P / self._s**2
+        rest: list[Tensor | None] = []
+        for own, i, grid in zip(
+            problem.own_blocks(self._inverses[1]), problem.layout.rest, problem.grids, strict=True
+        ):
+            if grid is None:
+                k = RandomEffects.width(self._terms[i])
+                by = (len(own) // k, k)
+                own = own.unflatten(1, by).unflatten(0, by).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+            rest.append(own)
+        return problem.split_blocks(whole), rest
 
     def _inner_22(self, M_inverse: Tensor, inverse: Tensor) -> list[Tensor]:
         r""":math:`Z_2^\top V^{-1} Z_2`, E22 less E22 (L2 M^-1 L2') E22, each term's own part."""
@@ -216,9 +272,9 @@ class _BlockedEvaluation(GroupedEvaluation):
             return [part[:, None, None] for part in diagonal.split(problem.sizes)]
         return problem.own_blocks(self._E22 - self._E22 @ inverse @ self._E22)
 
-    def scores(self) -> list[Tensor]:
+    def _scores(self) -> list[Tensor]:
         if not self._problem.residual.moves:
-            return super().scores()
+            return super()._scores()
         with torch.enable_grad():
             matrices = [matrix.detach().requires_grad_() for matrix in self._matrices]
             value = self._problem.recorded(matrices)

@@ -12,7 +12,14 @@ from openreml_nn.covariance.design import IdentityDesign
 from openreml_nn.covariance.terms import DenseCovariance, Term, residual_terms
 from openreml_nn.errors import InputError
 from openreml_nn.likelihood.fixed import FixedPart, check_data, traced
-from openreml_nn.likelihood.problem import Evaluation, Problem, RandomEffects, cholesky
+from openreml_nn.likelihood.problem import (
+    Evaluation,
+    Problem,
+    RandomEffects,
+    cholesky,
+    pivot_loss,
+)
+from openreml_nn.likelihood.square_root import SquareRootEvaluation, within
 
 __all__ = ["DenseProblem", "restricted_log_likelihood"]
 
@@ -30,8 +37,9 @@ def restricted_log_likelihood(y: Tensor, X: Tensor, V: Tensor, method: str = "re
 
     Args:
         y: response (n,).
-        X: model matrix of the fixed effects (n, p).
-        V: covariance of y (n, n).
+        X: model matrix of the fixed effects (n, p). Columns that depend on earlier ones are
+            dropped with a warning.
+        V: covariance of y (n, n), symmetric.
         method: ``"reml"`` or ``"ml"``.
 
     Returns:
@@ -39,7 +47,9 @@ def restricted_log_likelihood(y: Tensor, X: Tensor, V: Tensor, method: str = "re
 
     Raises:
         NotPositiveDefiniteError: if V is not positive definite (a ValueError).
-        TypeError, ValueError: if dtypes or shapes do not fit or a value is not finite.
+        NumericalError: if V is so close to singular that rounding leaves too few digits.
+        TypeError, InputError: if dtypes or shapes do not fit, V is not symmetric, or a value is
+            not finite.
 
     Reference:
         Patterson and Thompson, Biometrika 58 (1971); Harville, JASA 72 (1977), eq. 3.2.
@@ -52,11 +62,30 @@ def restricted_log_likelihood(y: Tensor, X: Tensor, V: Tensor, method: str = "re
     wrapped = traced(y, X, V)
     if not wrapped:
         check_data(y, X)
-    if V.shape != (len(y), len(y)):
-        raise ValueError(f"`V` has shape {tuple(V.shape)}: expected {(len(y), len(y))}")
+        _check_covariance(V, y)
     fixed = FixedPart.plain(y, X) if wrapped else FixedPart.of(y, X)
     whole = Term(IdentityDesign(len(y)), DenseCovariance(V))
     return DenseProblem(fixed, [whole], method).recorded([V])
+
+
+def _check_covariance(V: Tensor, y: Tensor) -> None:
+    if not isinstance(V, Tensor) or not V.is_floating_point():
+        got = V.dtype if isinstance(V, Tensor) else type(V).__name__
+        raise TypeError(f"`V` is {got}: expected a floating-point tensor")
+    if V.shape != (len(y), len(y)):
+        raise InputError(f"`V` has shape {tuple(V.shape)}: expected {(len(y), len(y))}")
+    if V.dtype != y.dtype:
+        raise TypeError(f"`V` is {V.dtype} but `y` is {y.dtype}: convert one of them")
+    if V.device != y.device:
+        raise InputError(f"`V` is on {V.device} but `y` on {y.device}: move one of them")
+    given = V.detach()
+    if not bool(torch.isfinite(given).all()):
+        row = int((~torch.isfinite(given)).any(1).nonzero()[0])
+        raise InputError(f"`V` is not finite in row {row}")
+    apart = (given - given.mT).abs()
+    if float(apart.max()) > 1e3 * torch.finfo(V.dtype).eps * float(given.abs().max()):
+        i, j = divmod(int(apart.argmax()), len(y))
+        raise InputError(f"`V` is not symmetric: its entries ({i}, {j}) and ({j}, {i}) differ")
 
 
 def check_method(method: str) -> None:
@@ -78,10 +107,22 @@ class DenseProblem(Problem):
         return [term.covariance.matrix for term in terms]
 
     def recorded(self, matrices: Sequence[Tensor]) -> Tensor:
-        return _DenseEvaluation(self, self._with(matrices)).log_likelihood
+        evaluation = _DenseEvaluation(self, self._with(matrices))
+        self.check_rounding(evaluation.rounding)
+        return evaluation.log_likelihood
 
     def _evaluate(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
         return _DenseEvaluation(self, self._with(matrices))
+
+    def precise(self, terms: Sequence[Term]) -> Evaluation | None:
+        return SquareRootEvaluation.of(self, self.placed(terms))
+
+    def placed(self, terms: Sequence[Term]) -> list[Term]:
+        """The prepared terms with the covariances of others."""
+        return [
+            replace(own, covariance=term.covariance)
+            for own, term in zip(self.terms, terms, strict=True)
+        ]
 
     def _with(self, matrices: Sequence[Tensor]) -> list[Term]:
         return [
@@ -111,11 +152,13 @@ class _DenseEvaluation(Evaluation):
             2 * self.gamma_factor.diagonal().log().sum(),
             self.y_p_y,
         )
+        if not traced(V):
+            self.rounding = torch.finfo(V.dtype).eps * pivot_loss(V.detach(), L.detach())
 
     def _back(self, x: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(self._L.mT, x, upper=True)
 
-    def _inverse_times_data(self) -> Tensor:
+    def inverse_times_data(self) -> Tensor:
         white_y = self._residual + self._white_Q @ self.gamma
         return self._back(torch.cat([self._white_Q, white_y[:, None]], 1))
 
@@ -128,13 +171,13 @@ class _DenseEvaluation(Evaluation):
         lost = self._back(half.mT)
         return torch.cholesky_inverse(self._L).addmm_(lost, lost.mT, alpha=-1)
 
-    def scores(self) -> list[Tensor]:
+    def _scores(self) -> list[Tensor]:
         p_y = self._p_y()
         reml = self._problem.method == "reml"
         trace = self._projector() if reml else torch.cholesky_inverse(self._L)
         # In place: matrices of this size take longer to write than to compute.
         S = trace.mul_(-0.5).addr_(p_y, p_y, alpha=0.5)
-        return [term.covariance.fold(_within(term, S)) for term in self._terms]
+        return [term.covariance.fold(within(term, S)) for term in self._terms]
 
     def information(self, derivatives: Sequence[Tensor]) -> Tensor:
         p_y = self._p_y()
@@ -150,16 +193,59 @@ class _DenseEvaluation(Evaluation):
         return (white.mT @ white - part.mT @ part) / 2
 
     def random_effects(self) -> list[RandomEffects]:
-        p_y, projector = self._p_y(), self._projector()
-        found = []
         residual = residual_terms(self._terms)
-        for i, term in enumerate(self._terms):
-            if i in residual:
-                continue
+        random = [i for i in range(len(self._terms)) if i not in residual]
+        p_y, eps = self._p_y(), torch.finfo(self._L.dtype).eps
+        roots, rounding = None, self.rounding**2 / eps
+        if random and residual:
+            roots, gain = self._spread_roots(random, residual)
+            if roots is not None:
+                rounding = eps * gain
+        if random and not self._problem.has_digits(rounding):
+            better = self._problem.precise(self._at_terms)
+            if better is not None and better.rounding < rounding:
+                return better.random_effects()
+            self._problem.check_rounding(rounding)
+        projector = self._projector() if random and roots is None else p_y
+        found = []
+        for j, i in enumerate(random):
+            term = self._terms[i]
             u = term.design.t_matmul(p_y[:, None])
             b = term.covariance.multiply(u)[:, 0]
-            found.append(RandomEffects.of(term, b, _within(term, projector)))
+            if roots is None:
+                # The prior less what is known: a difference, of which more digits are lost.
+                found.append(RandomEffects.of(term, b, within(term, projector)))
+            else:
+                found.append(RandomEffects.of_roots(term, b, roots[j]))
         return found
+
+    def _spread_roots(
+        self, random: list[int], residual: list[int]
+    ) -> tuple[list[Tensor] | None, float]:
+        r"""Roots of prediction-error variances :math:`\Lambda M^{-1} \Lambda^\top`, with what the
+        fixed effects add, and the largest entry of M; None where G is not positive semi-definite."""
+        terms, Q = [self._terms[i] for i in random], self._problem.fixed.Q
+        try:
+            roots = [term.covariance.root() for term in terms]
+            L = cholesky(_total([self._terms[i] for i in residual]), "R")
+        except ValueError:
+            return None, 1.0
+        parts = [
+            g.multiply(term.design.dense(Q).mT, transpose=True).mT
+            for g, term in zip(roots, terms, strict=True)
+        ]
+        W = torch.linalg.solve_triangular(L, torch.cat([*parts, Q], 1), upper=False)
+        W, X = W[:, : W.shape[1] - Q.shape[1]], W[:, W.shape[1] - Q.shape[1] :]
+        M = W.mT @ W
+        M.diagonal().add_(1)
+        Lc = cholesky(M, "V")
+        eye = torch.eye(len(M), dtype=M.dtype, device=M.device)
+        of_X = torch.cholesky_solve(W.mT @ X, Lc)
+        lost = torch.linalg.solve_triangular(self.gamma_factor, of_X.mT, upper=False).mT
+        half = torch.cat([torch.linalg.solve_triangular(Lc.mT, eye, upper=True), lost], 1)
+        sizes = [part.shape[1] for part in parts]
+        found = [g.multiply(part) for g, part in zip(roots, half.split(sizes), strict=True)]
+        return found, float(M.diagonal().max())
 
 
 def _total(terms: Sequence[Term]) -> Tensor:
@@ -174,10 +260,3 @@ def _total(terms: Sequence[Term]) -> Tensor:
     if not nugget:
         return V
     return torch.diagonal_scatter(V, V.diagonal() + torch.stack(nugget).sum())
-
-
-def _within(term: Term, square: Tensor) -> Tensor:
-    """:math:`Z^\\top S Z` for the term's design Z."""
-    if isinstance(term.design, IdentityDesign):
-        return square
-    return term.design.t_matmul(term.design.t_matmul(square).mT)

@@ -28,6 +28,7 @@ from openreml_nn.likelihood.problem import (
     Problem,
     RandomEffects,
     cholesky,
+    pivot_loss,
 )
 from openreml_nn.likelihood.products import Pattern, same_codes
 from openreml_nn.likelihood.residual import Residual, White
@@ -150,6 +151,7 @@ class GroupedProblem(Problem):
     def __init__(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> None:
         super().__init__(fixed, terms, method)
         self._constant: tuple[System, White] | None = None
+        self.terms = list(terms)
         terms = separated(terms)
         self.layout = layout = Layout.of(terms)
         self.residual = layout.residual
@@ -174,6 +176,16 @@ class GroupedProblem(Problem):
     def matrices(self, terms: Sequence[Term]) -> list[Tensor]:
         random = [terms[i].covariance.matrix for i in self.layout.random]
         return [*self.residual.matrices(terms), *random]
+
+    def by_matrix(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        at = self.residual.at if self.residual.moves else self.residual.at[:1]
+        return [parts[i] for i in (*at, *self.layout.random)]
+
+    def by_term(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        at = self.residual.at if self.residual.moves else self.residual.at[:1]
+        found = dict(zip((*at, *self.layout.random), parts, strict=True))
+        # With one variance the derivative is that of the sum of the residual's terms.
+        return [found.get(i, parts[0][:0]) for i in range(len(self.terms))]
 
     def with_fixed(self, fixed: FixedPart) -> Problem:
         found = super().with_fixed(fixed)
@@ -303,7 +315,7 @@ class GroupedEvaluation(Evaluation):
     """The likelihood at one point by the inverse of the system.
 
     A subclass sets the attributes and implements :meth:`_explained`,
-    :meth:`_times_22` and ``_crossed``.
+    :meth:`_times_22`, ``_crossed`` and ``_solved``.
     """
 
     _problem: GroupedProblem
@@ -330,9 +342,13 @@ class GroupedEvaluation(Evaluation):
 
         D = eye + self._L1.mT @ at.A11 @ self._L1 / s
         self._C = cholesky(D, "V")
+        self._gain_1 = D.diagonal(dim1=1, dim2=2).amax() if D.numel() else s.new_ones(())
+        self._pivot_loss = pivot_loss(D, self._C)
         self._half = solve_triangular(self._C, self._L1.mT.expand_as(D), upper=False)
         self._P = self._half.mT @ self._half  # L1 D^-1 L1'
-        self._KA = self._P @ at.A1f / s**2
+        # By roots, because P times f is a difference where a level has fewer rows than effects.
+        self._half_f = solve_triangular(self._C, self._L1.mT @ at.A1f, upper=False) / s
+        self._KA = self._half.mT @ self._half_f / s
         self._E2f = at.A2f / s - at.W.t_times(self._KA)
         self._log_det = (
             white.log_det + problem.n * s.log() + 2 * self._C.diagonal(dim1=1, dim2=2).log().sum()
@@ -348,6 +364,11 @@ class GroupedEvaluation(Evaluation):
         r"""What the score, the information and the BLUPs share."""
         raise NotImplementedError
 
+    @cached_property
+    def _solved(self) -> Tensor:
+        r""":math:`G_2 Z_2^\top V^{-1} f`, (q, p + 1)."""
+        raise NotImplementedError
+
     def _explained(self, T2: Tensor) -> tuple[Tensor, Tensor]:
         r"""Of T2 (q, m), what the other terms explain: :math:`T_2^\top N T_2` and
         :math:`E_{2Q}^\top N T_2` with N their :math:`\Lambda M^{-1}\Lambda^\top`."""
@@ -356,6 +377,26 @@ class GroupedEvaluation(Evaluation):
     def _times_22(self, x: Tensor) -> Tensor:
         r""":math:`Z_2^\top Z_2 x` for x (q, m)."""
         raise NotImplementedError
+
+    def _reduced(self, x: Tensor) -> Tensor:
+        r""":math:`(I + A_{11} G_1 / s)^{-1} x` for x (levels, k, m).
+
+        Not as :math:`I - A_{11} \\Lambda D^{-1} \\Lambda^\top`: where a level has fewer rows than
+        effects that is a difference of large numbers.
+        """
+        if not len(x):
+            return x
+        if self._problem.k == 1:
+            return x / self._C**2
+        return torch.linalg.lu_solve(*self._factors, x)
+
+    @cached_property
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        problem, at = self._problem, self._at
+        eye = torch.eye(problem.k, dtype=self._s.dtype, device=self._s.device)
+        G1 = problem.joint_blocks(self._first, eye)
+        LU, pivots = torch.linalg.lu_factor(eye + at.A11 @ G1 / self._s)
+        return LU, pivots
 
     def _cross(self, Z1f: Tensor, Z2f: Tensor, B1: Tensor, B2: list[Tensor]) -> Crossed:
         r"""From products of :math:`V^{-1}` with :math:`Z` and f to those of P."""
@@ -374,8 +415,17 @@ class GroupedEvaluation(Evaluation):
         )
         self.y_p_y = F[-1, -1] - half @ half
         self.gamma = solve_triangular(self.gamma_factor.mT, half[:, None], upper=True)[:, 0]
+        # What is left of the sums of squares, and how far the random effects exceed the residual.
+        before, after = self._at.Aff.diagonal() / self._s, F.diagonal().clone()
+        after[-1] = self._problem.n + self.y_p_y
+        lost = max(float((before / after).max()), float(self._gain()), self._white.condition)
+        self.rounding = torch.finfo(F.dtype).eps * lost
 
-    def scores(self) -> list[Tensor]:
+    def _gain(self) -> Tensor:
+        r"""The largest entry on the diagonal of :math:`\Lambda^\top Z^\top R^{-1} Z \Lambda`."""
+        raise NotImplementedError
+
+    def _scores(self) -> list[Tensor]:
         problem, s, z = self._problem, self._s, self._crossed
         reml = problem.method == "reml"
         B1 = z.B1 - z.R1 if reml else z.B1
@@ -385,10 +435,10 @@ class GroupedEvaluation(Evaluation):
         ]
         found += self._scores_of_rest(reml)
         # The residual's score by V = sum Z G Z' + s I: tr(P V) = n - p and y' P V P y = y' P y.
-        matrices = [g.matrix for g in (*self._first, *self._rest)]
-        inner = sum((2 * (x * m).sum() for x, m in zip(found, matrices, strict=True)), 0 * s)
+        forms = (*self._first, *self._rest)
+        explained = sum((2 * g.inner(x) for g, x in zip(forms, found, strict=True)), 0 * s)
         rank = problem.n - (problem.p if reml else 0)
-        residual = (self.y_p_y - rank - inner) / (2 * s)
+        residual = (self.y_p_y - rank - explained) / (2 * s)
         return [residual.reshape(1, 1), *found]
 
     def _scores_of_rest(self, reml: bool) -> list[Tensor]:
@@ -454,12 +504,10 @@ class GroupedEvaluation(Evaluation):
         """BLUPs of the i-th other term, where its kernel was never formed."""
         raise NotImplementedError
 
-    def _inverse_times_data(self) -> Tensor:
-        problem, z, white = self._problem, self._crossed, self._white
-        eye = torch.eye(problem.k, dtype=self._s.dtype, device=self._s.device)
-        x1 = (problem.joint_blocks(self._first, eye) @ z.Z1f).flatten(0, 1)
-        x2 = problem.multiply(self._rest, z.Z2f)
-        rest = problem._f - problem.row_effects(x1, x2)
+    def inverse_times_data(self) -> Tensor:
+        problem, white = self._problem, self._white
+        b1, b2 = self._effects_of_data
+        rest = problem._f - problem.row_effects(b1.flatten(0, 1), b2)
         return white.back(white.rows(rest)) / self._s
 
     def _moved(self, derivatives: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -475,35 +523,71 @@ class GroupedEvaluation(Evaluation):
             w2 = problem.along(self._rest, derivatives[split:], z.u2).mT
         return w1, w2
 
+    @cached_property
+    def _effects_of_data(self) -> tuple[Tensor, Tensor]:
+        r""":math:`G Z^\top V^{-1} f`, without a difference of large numbers, for the eliminated
+        factor (levels, k, p + 1) and for the others (q, p + 1)."""
+        x = self._solved
+        at = self._at
+        right = self._L1.mT @ (at.A1f - at.W.times(x)) / self._s
+        return self._half.mT @ solve_triangular(self._C, right, upper=False), x
+
     def _blups(self) -> tuple[Tensor, Tensor]:
         """G u of the eliminated factor (levels, k) and of the others (q,)."""
+        b1, b2 = self._effects_of_data
+        return (
+            b1[..., -1] - b1[..., :-1] @ self.gamma,
+            b2[:, -1] - b2[:, :-1] @ self.gamma,
+        )
+
+    def _conditional(self) -> tuple[list[Tensor], list[Tensor | None]]:
+        r"""Own blocks of the variance of b given y and the fixed effects, for each eliminated term
+        and for each other term; None where a kernel's has to be estimated."""
         problem, z = self._problem, self._crossed
-        eye = torch.eye(problem.k, dtype=self._s.dtype, device=self._s.device)
-        G1 = problem.joint_blocks(self._first, eye)
-        b1 = (G1 @ z.u1[:, :, None])[:, :, 0]
-        return b1, problem.multiply(self._rest, z.u2[:, None])[:, 0]
+        first = []
+        for g, B, w in zip(self._first, problem.split_blocks(z.B1), problem.widths, strict=True):
+            prior = g.blocks(problem.levels, w)
+            first.append(prior - prior @ B @ prior)
+        rest: list[Tensor | None] = []
+        for g, B, grid in zip(self._rest, z.B2, problem.grids, strict=True):
+            if grid is None or isinstance(g, ScaledCovariance):
+                rest.append(None)
+                continue
+            prior = g.blocks(*grid)
+            rest.append(prior - prior @ B @ prior)
+        return first, rest
 
     def random_effects(self) -> list[RandomEffects]:
-        problem, z = self._problem, self._crossed
-        b1, b2 = self._blups()
-        B1 = problem.split_blocks(z.B1 - z.R1)
+        problem, layout = self._problem, self._problem.layout
+        values = self._blups()
+        of_X = [part[..., :-1] for part in self._effects_of_data]
+        first, rest = self._conditional()
+        # What the fixed effects add: the effects of an orthonormal basis of X.
+        lost = [solve_triangular(self.gamma_factor, part.mT, upper=False).mT for part in of_X]
         found = {}
-        layout = problem.layout
-        for i, g, b, B in zip(
-            layout.eliminated, self._first, b1.split(problem.widths, 1), B1, strict=True
-        ):
-            found[i] = RandomEffects.of_levels(self._terms[i].name, b, g.blocks(*b.shape), B)
-        pieces = zip(layout.rest, b2.split(problem.sizes), z.B2, z.R2, problem.grids, strict=True)
-        for i, b, whole, lost, grid in pieces:
+        at = 0
+        for i, w, spread in zip(layout.eliminated, problem.widths, first, strict=True):
+            added = lost[0][:, at : at + w]
+            found[i] = RandomEffects(
+                self._terms[i].name, values[0][:, at : at + w], spread + added @ added.mT
+            )
+            at += w
+        pieces = zip(
+            layout.rest,
+            values[1].split(problem.sizes),
+            lost[1].split(problem.sizes),
+            rest,
+            problem.grids,
+            strict=True,
+        )
+        for j, (i, b, whole, own, grid) in enumerate(pieces):
             term = self._terms[i]
-            if isinstance(term.covariance, ScaledCovariance) and grid is not None:
-                found[i] = self._effects_of_kernel(len(found) - len(self._first), term, b)
-            elif grid is None:
-                found[i] = RandomEffects.of(term, b, whole - lost)
-            else:
-                prior = term.covariance.blocks(*grid)
-                values = b.unflatten(0, grid)
-                found[i] = RandomEffects.of_levels(term.name, values, prior, whole - lost)
+            if own is None:
+                found[i] = self._effects_of_kernel(j, term, b)
+                continue
+            shape = (-1, RandomEffects.width(term)) if grid is None else grid
+            added = whole.unflatten(0, shape)
+            found[i] = RandomEffects(term.name, b.reshape(shape), own + added @ added.mT)
         return [found[i] for i in sorted(found)]
 
 
