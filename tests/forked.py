@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
-import lightning  # noqa: F401
 import torch
 
+import openreml_nn.lightning  # noqa: F401  # what the program imports when it is called
 import openreml_nn.report  # noqa: F401
 from openreml_nn.app import main
 
