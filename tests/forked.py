@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import torch
 
-import openreml_nn.lightning  # noqa: F401  # what the program imports when it is called
+import openreml_nn.lightning  # what the program imports when it is called
 import openreml_nn.report  # noqa: F401
 from openreml_nn.app import main
 
