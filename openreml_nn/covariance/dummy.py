@@ -144,13 +144,14 @@ class DummyMatrix(Matrix):
         super().__init__((n, len(names) * k), {})
         self._colnames = names
         self.register_buffer("like", torch.empty(0), persistent=False)
-        self.register_buffer("codes", codes, persistent=False)
+        self.register_data("codes", codes)
+        self._absent = not codes.is_meta and bool((codes < 0).any())
         if isinstance(covariates, nn.Module):
             self.covariates = covariates
         elif isinstance(covariates, nn.Parameter):
             self.register_parameter("covariates", covariates)
         else:
-            self.register_buffer("covariates", covariates, persistent=False)
+            self.register_data("covariates", covariates)
 
     @property
     def colnames(self) -> list[str]:
@@ -161,7 +162,7 @@ class DummyMatrix(Matrix):
     @property
     def design(self) -> IndexedDesign:
         """The design by level codes."""
-        return IndexedDesign(self.codes, self.values(), len(self._colnames))
+        return IndexedDesign(self.codes, self.values(), len(self._colnames), self._absent)
 
     def values(self) -> Tensor | None:
         """Covariates as they are now, (n, k); None for ones."""
@@ -172,8 +173,8 @@ class DummyMatrix(Matrix):
     def forward(self, free_params: FreeParams = None) -> Tensor:
         like = self._flat(free_params)
         design = self.design
-        one_hot = torch.zeros(self.shape[0], design.levels, dtype=like.dtype, device=like.device)
-        one_hot[torch.arange(self.shape[0], device=like.device), design.codes] = 1
+        levels = torch.arange(design.levels, device=like.device)
+        one_hot = (design.codes[:, None] == levels).to(like.dtype)
         if design.values is None:
             return one_hot
         values = design.values.to(like)

@@ -46,10 +46,10 @@ class IdentityMatrix(Matrix):
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
         return None, []
 
-    def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
+    def structure(self) -> list[Term]:
         n = self.shape[0]
-        one = _eye(1, self._flat(free_params))
-        return [Term(IdentityDesign(n), RepeatedCovariance(one, n, one)).take(rows)]
+        one = _eye(1, self._flat(None))
+        return [Term(IdentityDesign(n), RepeatedCovariance(one, n, one))]
 
 
 class ScalarMatrix(Matrix):
@@ -89,10 +89,10 @@ class ScalarMatrix(Matrix):
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
         return self._chain_vjp(cotangent.diagonal().sum().reshape(1), free_params)
 
-    def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
+    def structure(self) -> list[Term]:
         n = self.shape[0]
-        variance = self.build_params(free_params).reshape(1, 1)
-        return [Term(IdentityDesign(n), RepeatedCovariance(variance, n)).take(rows)]
+        variance = self.build_params().reshape(1, 1)
+        return [Term(IdentityDesign(n), RepeatedCovariance(variance, n))]
 
     def moment_start(self, variance: Tensor) -> None:
         self._set(self.param_names[0], variance.mean())
@@ -140,9 +140,9 @@ class DiagonalMatrix(Matrix):
         index = torch.tensor(self.free_param_index, device=tangent.device)
         return torch.diag_embed(full.index_add(0, index, tangent * self.trans_grad(free_params)))
 
-    def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
-        variances = self.build_params(free_params)
-        return [Term(IdentityDesign(self.shape[0]), DiagonalCovariance(variances)).take(rows)]
+    def structure(self) -> list[Term]:
+        variances = self.build_params()
+        return [Term(IdentityDesign(self.shape[0]), DiagonalCovariance(variances))]
 
     def moment_start(self, variance: Tensor) -> None:
         for name, value in zip(self.param_names, variance, strict=True):

@@ -35,7 +35,7 @@ class _DistanceMatrix(Matrix):
         # Steps in log length: a length of zero is no ordinary point.
         default |= free_specs(["lengthscale"], trans=TransformChain([TransformExp()]))
         super().__init__(tuple(distance.shape), merge_specs(default, param_specs))
-        self.register_buffer("distance", distance, persistent=False)
+        self.register_data("distance", distance)
 
     def _correlation(self, r: Tensor) -> Tensor:
         """:math:`c(r)`."""
@@ -232,7 +232,7 @@ class KnownMatrix(Matrix):
         _check_symmetric("matrix", matrix)
         default = free_specs(["sigma^2"], trans=TransformExpPow2())
         super().__init__(tuple(matrix.shape), merge_specs(default, param_specs))
-        self.register_buffer("matrix", matrix, persistent=False)
+        self.register_data("matrix", matrix)
 
     def forward(self, free_params: FreeParams = None) -> Tensor:
         variance = self.build_params(free_params)
@@ -245,11 +245,11 @@ class KnownMatrix(Matrix):
         pulled = (cotangent * self.matrix.to(cotangent)).sum().reshape(1)
         return self._chain_vjp(pulled, free_params)
 
-    def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
-        variance = self.build_params(free_params).reshape(1, 1)
+    def structure(self) -> list[Term]:
+        variance = self.build_params().reshape(1, 1)
         known = ScaledCovariance(variance, Kernel(self.matrix))
         whole = Term(IdentityDesign(self.shape[0]), known)
-        return [whole.take(rows)]
+        return [whole]
 
     def moment_start(self, variance: Tensor) -> None:
         size = self.matrix.diagonal().to(variance).mean()

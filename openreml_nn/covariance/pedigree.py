@@ -238,7 +238,7 @@ class KnownInverseMatrix(Matrix):
             raise ValueError(f"`inverse` has shape {tuple(inverse.shape)}: expected (n, n)")
         default = free_specs(["sigma^2"], trans=TransformExpPow2())
         super().__init__(tuple(inverse.shape), merge_specs(default, param_specs))
-        self.register_buffer("inverse", inverse, persistent=False)
+        self.register_data("inverse", inverse)
         self._kernel: Kernel | None = None
 
     @property
@@ -262,10 +262,10 @@ class KnownInverseMatrix(Matrix):
         pulled = (cotangent * self._matrix(cotangent)).sum().reshape(1)
         return self._chain_vjp(pulled, free_params)
 
-    def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
-        variance = self.build_params(free_params).reshape(1, 1)
+    def structure(self) -> list[Term]:
+        variance = self.build_params().reshape(1, 1)
         whole = Term(IdentityDesign(self.shape[0]), ScaledCovariance(variance, self.kernel))
-        return [whole.take(rows)]
+        return [whole]
 
     def moment_start(self, variance: Tensor) -> None:
         self._set(self.param_names[0], variance.mean())

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from openreml_nn.covariance.design import IdentityDesign
-from openreml_nn.covariance.matrix import FreeParams, Matrix
+from openreml_nn.covariance.matrix import Matrix
 from openreml_nn.covariance.operator import Operator
-from openreml_nn.covariance.terms import DenseCovariance, Term
+from openreml_nn.covariance.terms import Term
+from openreml_nn.errors import InputError
 
 __all__ = ["Sum"]
 
@@ -35,33 +35,27 @@ class Sum(Operator):
             [0., 2.]])
     """
 
+    linear = True
+
     def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         if len(set(shapes)) != 1:
-            raise ValueError(f"operands have shapes {list(shapes)}: Sum needs one shape")
+            raise InputError(f"operands have shapes {list(shapes)}: Sum needs one shape")
         return shapes[0]
 
-    def combine(self, operands: Sequence[Tensor]) -> Tensor:
-        total = operands[0]
-        for operand in operands[1:]:
-            total = total + operand
+    def combine(self, *values: Tensor) -> Tensor:
+        total = values[0]
+        for value in values[1:]:
+            total = total + value
         return total
 
-    def combine_vjp(self, cotangent: Tensor, operands: Sequence[Tensor]) -> list[Tensor]:
-        return [cotangent] * len(operands)
+    def combine_vjp(self, cotangent: Tensor, *values: Tensor) -> list[Tensor]:
+        return [cotangent] * len(values)
 
-    def combine_jvp(self, index: int, tangent: Tensor, operands: Sequence[Tensor]) -> Tensor:
+    def combine_jvp(self, index: int, tangent: Tensor, *values: Tensor) -> Tensor:
         return tangent
 
-    def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
-        found: list[Term] = []
-        for name, operand in self._typed_operands(free_params).items():
-            if isinstance(operand, Matrix):
-                parts = operand.terms(rows, self._sub(name, free_params))
-            else:
-                design = IdentityDesign(operand.shape[0])
-                parts = [Term(design, DenseCovariance(operand)).take(rows)]
-            found += [term.within(name) for term in parts]
-        return found
+    def structure(self) -> list[Term]:
+        return [term.within(name) for name, part in self.lowered().items() for term in part]
 
     def moment_start(self, variance: Tensor) -> None:
         for operand in self.operands.values():

@@ -130,9 +130,9 @@ class UnconstrainedMatrix(_Entries):
         folded = cotangent + cotangent.triu(1).mT
         return self._chain_vjp(folded[self._index(folded)], free_params)
 
-    def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
-        whole = RepeatedCovariance(self(free_params))
-        return [Term(IdentityDesign(self.shape[0]), whole).take(rows)]
+    def structure(self) -> list[Term]:
+        whole = RepeatedCovariance(self())
+        return [Term(IdentityDesign(self.shape[0]), whole)]
 
     def moment_start(self, variance: Tensor) -> None:
         self._start(variance)
@@ -189,10 +189,10 @@ class UnstructuredMatrix(_Entries):
         pulled = (cotangent + cotangent.mT) @ self.factor(free_params)
         return self._chain_vjp(pulled[self._index(pulled)], free_params)
 
-    def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
-        lower = self.factor(free_params)
+    def structure(self) -> list[Term]:
+        lower = self.factor()
         whole = RepeatedCovariance(lower @ lower.mT, 1, lower)
-        return [Term(IdentityDesign(self.shape[0]), whole).take(rows)]
+        return [Term(IdentityDesign(self.shape[0]), whole)]
 
     def moment_start(self, variance: Tensor) -> None:
         self._start(variance.sqrt())

@@ -124,7 +124,7 @@ class Coordinates:
 
     Args:
         objectives: likelihoods whose covariances hold the parameters.
-        owned: the parameters to move; all that are free if None.
+        owned: the parameters to move, of those that `requires_grad`; all of these if None.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class Coordinates:
             at: list[int | None] = []
             for e in free:
                 key = id(e.tensor)
-                if wanted is None or key in wanted:
+                if e.estimated and (wanted is None or key in wanted):
                     if key not in place:
                         place[key] = len(self.entries)
                         self.entries.append(e)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,7 +34,8 @@ class Objective:
 
     def terms(self, free_params: FreeParams = None) -> list[Term]:
         """The lowered covariance in the precision of the data."""
-        found = self.covariance.terms(self.rows, free_params)
+        with nullcontext() if free_params is None else self.covariance.given(free_params):
+            found = self.covariance.terms(self.rows)
         return [term.to(self.problem.fixed.y.dtype) for term in found]
 
     def evaluate(self) -> Evaluation:
@@ -238,7 +239,8 @@ class REMLLoss(nn.Module):
                 problem = type(problem)(fixed, terms, self.method)
         if not wrapped:
             self._hear(problem, rows)
-        if recorded:
+        if recorded or torch.is_inference_mode_enabled():
+            # What is made in inference mode cannot be recorded later.
             self._prepared = None
         else:
             # Kept by identity and version, so that an in-place change is seen.

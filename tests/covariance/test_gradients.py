@@ -19,7 +19,7 @@ from tests.strategies import LEAVES, matrices, points
 
 def closed(matrix):
     """The matrix, within an operator if it has no closed form itself."""
-    return matrix if matrix._has_manual() else Sum(matrix)
+    return matrix if matrix.has_closed_form() else Sum(matrix)
 
 
 @given(st.data())
