@@ -10,7 +10,7 @@ from torch import Tensor
 
 from openreml_nn.covariance.design import IdentityDesign
 from openreml_nn.covariance.matrix import FreeParams, Matrix
-from openreml_nn.covariance.params import free_specs, merge_specs
+from openreml_nn.covariance.params import check_size, free_specs, merge_specs
 from openreml_nn.covariance.terms import DiagonalCovariance, RepeatedCovariance, Term
 from openreml_nn.covariance.transform import TransformExpPow2
 
@@ -36,6 +36,7 @@ class IdentityMatrix(Matrix):
     """
 
     def __init__(self, n: int) -> None:
+        n = check_size(n, "n")
         super().__init__((n, n), {})
         # Nothing else would remember a dtype and a device.
         self.register_buffer("like", torch.empty(0), persistent=False)
@@ -74,6 +75,7 @@ class ScalarMatrix(Matrix):
     """
 
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
+        n = check_size(n, "n")
         specs = merge_specs(free_specs(["sigma^2"], trans=TransformExpPow2()), param_specs)
         super().__init__((n, n), specs)
 
@@ -120,6 +122,7 @@ class DiagonalMatrix(Matrix):
     """
 
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
+        n = check_size(n, "n")
         names = [f"sigma^2_{i}" for i in range(n)]
         default = free_specs(names, trans=TransformExpPow2())
         super().__init__((n, n), merge_specs(default, param_specs))

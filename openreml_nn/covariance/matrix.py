@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.parametrized import FreeParams, Parametrized, Recorded
-from openreml_nn.covariance.params import check_size
+from openreml_nn.covariance.params import check_size, shown
 from openreml_nn.covariance.tree import called, differentiated, evaluate, hooked, is_opaque
 from openreml_nn.errors import InputError
 
@@ -224,6 +224,8 @@ class Matrix(Parametrized):
             InputError: if the matrix is not square, or has hooks and is too large to
                 be formed.
         """
+        if rows is not None:
+            self._check_rows(rows)
         if not is_opaque(self):
             return [term.take(rows) for term in self.structure()]
         if self.shape[0] * self.shape[1] * 8 > _MOST_BYTES:
@@ -233,6 +235,14 @@ class Matrix(Parametrized):
                 "remove the hooks"
             )
         return [term.take(rows) for term in Matrix.structure(self)]
+
+    def _check_rows(self, rows: Tensor) -> None:
+        if not isinstance(rows, Tensor):
+            raise TypeError(f"`rows` is {shown(rows)}: expected a tensor of integers")
+        if rows.dim() != 1 or rows.is_floating_point() or rows.is_complex():
+            raise InputError(
+                f"`rows` is {rows.dtype} of shape {tuple(rows.shape)}: expected (n,) integers"
+            )
 
     def structure(self) -> list[Term]:
         """The terms of all rows. A matrix that says nothing of its structure is one dense term."""
@@ -358,6 +368,6 @@ class Matrix(Parametrized):
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    if not isinstance(shape, Sequence) or isinstance(shape, str):
-        raise TypeError(f"`shape` is {shape!r}: expected a tuple of integers")
+    if not isinstance(shape, Sequence) or isinstance(shape, str | bytes):
+        raise TypeError(f"`shape` is {shown(shape)}: expected a tuple of integers")
     return tuple(check_size(size, f"shape[{i}]") for i, size in enumerate(shape))

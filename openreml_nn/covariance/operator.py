@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from openreml_nn.covariance.design import IdentityDesign
 from openreml_nn.covariance.matrix import FreeParams, Matrix
-from openreml_nn.covariance.params import check_name, module_name
+from openreml_nn.covariance.params import check_name, module_name, shown
 from openreml_nn.covariance.terms import DenseCovariance, Term
-from openreml_nn.covariance.tree import Tree, check_result, is_opaque
+from openreml_nn.covariance.tree import Tree, check_result, is_opaque, visible
 from openreml_nn.errors import InputError
 
 __all__ = ["Operator"]
@@ -121,6 +121,8 @@ class Operator(Matrix):
                 raise TypeError(
                     f"operand {name!r} is {operand.dtype}: expected floating-point numbers"
                 )
+            if visible(operand) and not bool(torch.isfinite(operand.detach()).all()):
+                raise InputError(f"operand {name!r} has an entry that is not finite")
             if not operand.numel():
                 raise InputError(f"operand {name!r} has shape {tuple(operand.shape)}: it is empty")
 
@@ -306,6 +308,11 @@ class Operator(Matrix):
         return torch.cat(slices) if len(slices) > 1 else slices[0], self.free_param_names
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        right = isinstance(cotangent, Tensor) and cotangent.is_floating_point()
+        if not right or tuple(cotangent.shape) != self.shape:
+            raise InputError(
+                f"`cotangent` is {shown(cotangent)}: expected a tensor of {self.shape}"
+            )
         tree, parts = self._tree(free_params)
         if tree is None:
             _, pull, *_ = torch.func.vjp(self._recorded, self._flat(free_params))

@@ -14,9 +14,11 @@ from openreml_nn.covariance.params import (
     Entry,
     Layout,
     Spec,
+    check_flag,
     check_name,
     check_spec,
     check_value,
+    shown,
 )
 from openreml_nn.covariance.transform import Transform
 from openreml_nn.errors import InputError
@@ -211,10 +213,10 @@ class Parametrized(nn.Module):
     _layout = parameter_entries
 
     def _entry(self, name: str) -> Entry:
-        for entry in self._entries():
+        for entry in self._entries() if isinstance(name, str) else ():
             if entry.name == name:
                 return entry
-        raise InputError(f"`name` is {name!r}: expected one of {self.param_names}")
+        raise InputError(f"`name` is {shown(name)}: expected one of {self.param_names}")
 
     # ------------------------------------------------------------------ values
 
@@ -295,8 +297,10 @@ class Parametrized(nn.Module):
         Raises:
             ValueError: if ``out_format`` is something else, or as in calling the matrix.
         """
-        if out_format not in ("tensor", "dict"):
-            raise InputError(f"`out_format` is {out_format!r}: expected 'tensor' or 'dict'")
+        if not isinstance(out_format, str) or out_format not in ("tensor", "dict"):
+            raise InputError(f"`out_format` is {shown(out_format)}: expected 'tensor' or 'dict'")
+        check_flag(include_fixed, "include_fixed")
+        check_flag(trans, "trans")
         if len(leaves := self.leaves()) == 1 and leaves.get("") is self:
             values = self._own_params(free_params, include_fixed, trans)
         else:

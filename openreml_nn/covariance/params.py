@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import cached_property
-from math import isfinite
+from math import inf, isfinite
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
@@ -24,6 +24,7 @@ __all__ = [
     "Entry",
     "Layout",
     "Spec",
+    "check_flag",
     "check_name",
     "check_size",
     "check_spec",
@@ -32,6 +33,7 @@ __all__ = [
     "merge_specs",
     "module_name",
     "operand_name",
+    "shown",
     "user_name",
 ]
 
@@ -76,9 +78,29 @@ def merge_specs(
 def check_name(name: object, what: str) -> None:
     """Raise unless ``name`` can be part of a path."""
     if not isinstance(name, str):
-        raise TypeError(f"the {what} name {name!r} is a {type(name).__name__}: expected a string")
+        raise TypeError(f"the {what} name is {shown(name)}: expected a string")
     if not name or "/" in name or "." in name:
         raise InputError(f"the {what} name {name!r} is empty or holds '/' or '.'")
+
+
+def shown(value: object) -> str:
+    """A value in one line of an error."""
+    if isinstance(value, Tensor | np.ndarray):
+        kind = "tensor" if isinstance(value, Tensor) else "array"
+        return f"a {kind} of shape {tuple(value.shape)}"
+    line = " ".join(repr(value).split())
+    return line if len(line) <= 60 else line[:57] + "..."
+
+
+def check_flag(value: object, name: str) -> bool:
+    """An option that is on or off.
+
+    Raises:
+        TypeError: if it is neither.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"`{name}` is {shown(value)}: expected True or False")
+    return bool(value)
 
 
 def check_size(size: object, name: str, least: int = 1) -> int:
@@ -89,7 +111,7 @@ def check_size(size: object, name: str, least: int = 1) -> int:
         InputError: if it is less than ``least``.
     """
     if isinstance(size, bool | np.bool_) or not isinstance(size, Integral):
-        raise TypeError(f"`{name}` is {size!r}: expected an integer")
+        raise TypeError(f"`{name}` is {shown(size)}: expected an integer")
     if size < least:
         expected = "a positive integer" if least == 1 else f"at least {least}"
         raise InputError(f"`{name}` is {size}: expected {expected}")
@@ -100,48 +122,50 @@ def check_spec(name: str, spec: object) -> None:
     """Raise unless ``spec`` is the specification of a parameter."""
     if not isinstance(spec, Mapping) or set(spec) != {"fixed", "default", "trans"}:
         raise TypeError(
-            f"the specification of {name!r} is {spec!r}: "
+            f"the specification of {name!r} is {shown(spec)}: "
             "expected a dict with exactly 'fixed', 'default' and 'trans'"
         )
     if not isinstance(spec["fixed"], bool):
-        raise TypeError(f"'fixed' of {name!r} is {spec['fixed']!r}: expected a bool")
+        raise TypeError(f"'fixed' of {name!r} is {shown(spec['fixed'])}: expected a bool")
     default = spec["default"]
     if not isinstance(default, Tensor) or not default.is_floating_point():
-        raise TypeError(f"'default' of {name!r} is {default!r}: expected a floating-point tensor")
+        got = default.dtype if isinstance(default, Tensor) else shown(default)
+        raise TypeError(f"'default' of {name!r} is {got}: expected a floating-point tensor")
     if default.shape != (1,):
         raise InputError(f"'default' of {name!r} has shape {tuple(default.shape)}: expected (1,)")
     if not default.is_meta and bool(default.isnan()):
         raise InputError(f"'default' of {name!r} is NaN")
     if not isinstance(spec["trans"], Transform):
-        raise TypeError(f"'trans' of {name!r} is {spec['trans']!r}: expected a Transform")
+        raise TypeError(f"'trans' of {name!r} is {shown(spec['trans'])}: expected a Transform")
 
 
 def check_value(name: str, value: object, trans: Transform, natural: bool) -> Tensor:
     """The untransformed value, (1,), of a number that a parameter is to have.
 
-    Zero is the end of a variance's range and an ordinary variance: on the
-    natural scale it is allowed.
+    Zero is the end of a variance's range and an ordinary variance: it is
+    allowed, untransformed as minus infinity.
 
     Raises:
         TypeError: if it is no number, nor a tensor of one.
         InputError: if it is not finite or the transform does not reach it.
     """
+    check_flag(natural, "natural")
     try:
         number = torch.as_tensor(value, device="cpu").detach().to(torch.float64).reshape(1)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"`value` of {name!r} is {value!r}: expected one number") from None
-    shown = float(number)
-    if not isfinite(shown):
-        raise InputError(f"`value` of {name!r} is {shown}: expected a finite number")
+        raise TypeError(f"`value` of {name!r} is {shown(value)}: expected one number") from None
+    plain = float(number)
+    if trans.vanishes and plain == (0 if natural else -inf):
+        return number if not natural else trans.inverse(number)
+    if not isfinite(plain):
+        raise InputError(f"`value` of {name!r} is {plain}: expected a finite number")
     x = trans.inverse(number) if natural else number
-    if natural and shown == 0 and trans.vanishes:
-        return x
     there = trans(x)
     back = trans.inverse(there)
     if not bool(torch.isfinite(x) & torch.isfinite(there) & torch.isfinite(back)):
         scale = "natural" if natural else "untransformed"
         raise InputError(
-            f"`value` of {name!r} is {shown:g} on the {scale} scale: outside of the range of {trans}"
+            f"`value` of {name!r} is {plain:g} on the {scale} scale: outside of the range of {trans}"
         )
     return x
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from openreml_nn.covariance.matrix import Matrix
 from openreml_nn.covariance.operator import Operator
+from openreml_nn.covariance.params import shown
 from openreml_nn.covariance.terms import KroneckerCovariance, Term
 from openreml_nn.covariance.tree import visible
 from openreml_nn.errors import InputError
@@ -181,8 +182,8 @@ class Gram(Operator):
     most_operands = 1
 
     def __init__(self, *args: Any, gram_type: str = "xtx", **kwargs: Any) -> None:
-        if gram_type not in ("xtx", "xxt"):
-            raise InputError(f"`gram_type` is {gram_type!r}: expected 'xtx' or 'xxt'")
+        if not isinstance(gram_type, str) or gram_type not in ("xtx", "xxt"):
+            raise InputError(f"`gram_type` is {shown(gram_type)}: expected 'xtx' or 'xxt'")
         self.gram_type = gram_type
         super().__init__(*args, **kwargs)
 

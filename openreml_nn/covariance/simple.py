@@ -127,6 +127,8 @@ class Adapter(Matrix):
         if not callable(param_map):
             raise TypeError(f"`param_map` is a {type(param_map).__name__}: expected a function")
         super().__init__(adaptee.shape, param_specs)
+        if not param_specs:
+            raise InputError("`param_specs` is empty: an Adapter has at least one parameter")
         for name, trans in self.param_trans.items():
             if not isinstance(trans, TransformIdentity):
                 raise InputError(f"'trans' of {name!r} is {trans!r}: an Adapter needs the identity")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from openreml_nn.covariance.design import IdentityDesign
 from openreml_nn.covariance.matrix import FreeParams, Matrix
-from openreml_nn.covariance.params import free_specs, merge_specs
+from openreml_nn.covariance.params import check_size, free_specs, merge_specs
 from openreml_nn.covariance.terms import RepeatedCovariance, Term
 from openreml_nn.covariance.transform import TransformExp, TransformExpPow2
 
@@ -72,6 +72,7 @@ class LowerTriangularMatrix(_Entries):
     """
 
     def __init__(self, n: int, m: int, param_specs: Mapping[str, Any] | None = None) -> None:
+        n, m = check_size(n, "n"), check_size(m, "m")
         names = [f"L_{i}_{j}" for i, j in _triangle(n, m)]
         super().__init__((n, m), merge_specs(free_specs(names, default=1.0), param_specs))
 
@@ -111,6 +112,7 @@ class UnconstrainedMatrix(_Entries):
     """
 
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
+        n = check_size(n, "n")
         default: dict[str, Any] = {}
         for i, j in _triangle(n, n):
             trans = TransformExpPow2() if i == j else None
@@ -168,6 +170,7 @@ class UnstructuredMatrix(_Entries):
     """
 
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
+        n = check_size(n, "n")
         default: dict[str, Any] = {}
         for i, j in _triangle(n, n):
             default |= free_specs([f"L_{i}_{j}"], trans=TransformExp() if i == j else None)
