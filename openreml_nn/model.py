@@ -40,6 +40,7 @@ from openreml_nn.covariance import (
     UnstructuredMatrix,
 )
 from openreml_nn.covariance.design import IndexedDesign
+from openreml_nn.covariance.params import module_name, operand_name, user_name
 from openreml_nn.joint import Factor, JointErrors
 from openreml_nn.likelihood import REMLLoss
 from openreml_nn.likelihood.loss import Objective
@@ -158,6 +159,38 @@ class RandomEffect(nn.Module):
         return f"levels={self.levels}, effects={self.effects}"
 
 
+class _Effects(nn.ModuleDict):
+    """Random effects by the names of their factors, whatever these are.
+
+    :class:`torch.nn.ModuleDict` refuses names with dots and those of its own methods;
+    such a name is percent-encoded in ``state_dict()`` and nowhere else.
+    """
+
+    def __getitem__(self, key: str) -> nn.Module:
+        return super().__getitem__(self._kept(key))
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        super().__setitem__(self._kept(key), module)
+
+    def __delitem__(self, key: str) -> None:
+        super().__delitem__(self._kept(key))
+
+    def __contains__(self, key: str) -> bool:
+        return super().__contains__(self._kept(key))
+
+    def __iter__(self) -> Iterator[str]:
+        return map(user_name, super().__iter__())
+
+    def keys(self) -> Any:
+        return dict.fromkeys(self).keys()
+
+    def items(self) -> Any:
+        return dict(zip(self, self.values(), strict=True)).items()
+
+    def _kept(self, key: str) -> str:
+        return module_name(key, self)
+
+
 class MixedModel(nn.Module):
     r"""A network with random effects.
 
@@ -216,7 +249,7 @@ class MixedModel(nn.Module):
         if not random:
             raise ValueError("`random` is empty: expected a RandomEffect for each grouping factor")
         self.mean = mean
-        self.random = nn.ModuleDict(random)
+        self.random = _Effects(random)
         self.residual = ScalarMatrix(1).double() if residual is None else residual
         self.head = head
         self.solver = solver
@@ -244,7 +277,7 @@ class MixedModel(nn.Module):
 
     def effects(self) -> dict[str, RandomEffect]:
         """The random effects by name."""
-        return dict(self.random.items())  # type: ignore[arg-type]
+        return dict(self.random.items())
 
     # ------------------------------------------------------------------ likelihood
 
@@ -398,7 +431,8 @@ class MixedModel(nn.Module):
         parts: dict[str, Matrix] = {}
         for (name, effect), (codes, values) in zip(self.effects().items(), pairs, strict=True):
             z = DummyMatrix.from_codes(codes, effect.levels, values)
-            parts[name] = CovariancePropagation(z=z, g=effect.g)
+            operand = operand_name(name, {"residual"})
+            parts[operand] = CovariancePropagation(z=z, g=effect.g)
         parts["residual"] = self._residual(batch, n)
         loss = REMLLoss(Sum(parts), self.method, self.solver)
         self._kept = (tensors, loss) if fixed else None
@@ -474,7 +508,7 @@ class MixedModel(nn.Module):
             objective = loss.objective(y, X)
         evaluation, fixed = objective.evaluate(), objective.problem.fixed
         for effects in evaluation.random_effects():
-            effect = self.effects()[effects.name]
+            effect = self.effects()[user_name(effects.name)]
             effect.blup.copy_(effects.values.reshape(effect.blup.shape))
             effect.variance.copy_(effects.variances.reshape(effect.variance.shape))
         at = torch.tensor(fixed.columns, dtype=torch.long, device=y.device)

@@ -61,7 +61,7 @@ def rescale(matrix: Matrix, variance: float) -> bool:
     Returns:
         Whether the path exists; if not, the parameters stay.
     """
-    everything = matrix._layout().free
+    everything = matrix.parameter_entries().free
     moves = torch.tensor([e.tensor.requires_grad for e in everything], dtype=torch.bool)
     if not bool(moves.any()) or int(moves.sum()) * prod(matrix.shape) > _MOST_NUMBERS:
         return False

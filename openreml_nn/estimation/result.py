@@ -509,7 +509,7 @@ class _Builder:
             )
         )
         found = []
-        for e in covariance._layout().entries:
+        for e in covariance.parameter_entries().entries:
             x = e.tensor.detach().to(u)
             value, stored = float(e.trans(x)), float(x)
             std_error = stored_error = nan

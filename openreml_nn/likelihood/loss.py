@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -36,13 +36,14 @@ class Objective:
 
     def terms(self, free_params: FreeParams = None) -> list[Term]:
         """The lowered covariance in the precision of the data."""
-        found = self.covariance.terms(self.rows, free_params)
+        with nullcontext() if free_params is None else self.covariance.given(free_params):
+            found = self.covariance.terms(self.rows)
         return [term.to(self.problem.fixed.y.dtype) for term in found]
 
     @cached_property
     def moves(self) -> bool:
         """Whether designs, or networks within the covariance, move with parameters."""
-        own = {id(e.tensor) for e in self.covariance._layout().entries}
+        own = {id(e.tensor) for e in self.covariance.parameter_entries().entries}
         if any(p.requires_grad and id(p) not in own for p in self.covariance.parameters()):
             return True
         with torch.enable_grad():

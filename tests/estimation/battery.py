@@ -81,7 +81,7 @@ def make(name: str, build: Callable[..., Callable[[], Matrix]], rng: np.random.G
 def at(matrix: Matrix, **values: float) -> Matrix:
     """The matrix with natural values of its parameters, by the end of their names."""
     matrix.double()
-    for entry in matrix._layout().entries:
+    for entry in matrix.parameter_entries().entries:
         for end, value in values.items():
             if entry.name.replace("^", "").endswith(end):
                 with torch.no_grad():

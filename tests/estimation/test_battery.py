@@ -40,7 +40,7 @@ def test_a_fit_takes_at_most_25_steps_to_an_optimum(name):
     W = case.covariance()
     stored = {p.name: p.untransformed for p in result.parameters}
     with torch.no_grad():
-        for entry in W._layout().entries:
+        for entry in W.parameter_entries().entries:
             entry.tensor.fill_(max(-30.0, min(30.0, stored[entry.name])))
     loss = REMLLoss(W, solver="dense", reduction="sum")
     before = -loss(case.y, case.X).item()

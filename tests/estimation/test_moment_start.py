@@ -142,7 +142,7 @@ def test_a_fit_does_not_depend_on_the_unit_of_y(name):
         for matrix, result in ((V, base), (W, other)):
             stored = {p.name: p.untransformed for p in result.parameters}
             with torch.no_grad():
-                for entry in matrix._layout().entries:
+                for entry in matrix.parameter_entries().entries:
                     entry.tensor.fill_(stored[entry.name])
         with torch.no_grad():
             one, two = V(), W() / unit**2
