@@ -159,10 +159,13 @@ def check_value(name: str, value: object, trans: Transform, natural: bool) -> Te
         return number if not natural else trans.inverse(number)
     if not isfinite(plain):
         raise InputError(f"`value` of {name!r} is {plain}: expected a finite number")
-    x = trans.inverse(number) if natural else number
-    there = trans(x)
-    back = trans.inverse(there)
-    if not bool(torch.isfinite(x) & torch.isfinite(there) & torch.isfinite(back)):
+    try:
+        x = trans.inverse(number) if natural else number
+        there = trans(x)
+        reached = torch.isfinite(x) & torch.isfinite(there) & torch.isfinite(trans.inverse(there))
+    except InputError:
+        reached = torch.tensor(False)
+    if not bool(reached):
         scale = "natural" if natural else "untransformed"
         raise InputError(
             f"`value` of {name!r} is {plain:g} on the {scale} scale: outside of the range of {trans}"
