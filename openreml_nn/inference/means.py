@@ -102,11 +102,11 @@ def emmeans(
     >>> from openreml_nn import lmm
     >>> from openreml_nn.datasets import oats
     >>> result = lmm("yield ~ nitro + Variety + (1 | Block/Variety)", oats())
-    >>> emmeans(result, "Variety").table[["name", "estimate", "df"]].round(2)
-              name  estimate    df
-    0  Golden Rain    104.50  8.87
-    1   Marvellous    109.79  8.87
-    2      Victory     97.62  8.87
+    >>> emmeans(result, "Variety").table[["name", "estimate", "df"]].round(1)
+              name  estimate   df
+    0  Golden Rain     104.5  8.9
+    1   Marvellous     109.8  8.9
+    2      Victory      97.6  8.9
     """
     source, level = source_of(result), check_level(level)
     encoder = source.encoder

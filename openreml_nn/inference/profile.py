@@ -11,7 +11,7 @@ from scipy.interpolate import CubicSpline
 from scipy.stats import norm
 from torch import Tensor
 
-from openreml_nn.checks import check_choice, check_names, check_number
+from openreml_nn.checks import check_names, check_number
 from openreml_nn.errors import InputError
 from openreml_nn.estimation import Result
 from openreml_nn.inference.constrained import Ascent, Held, Natural
@@ -119,7 +119,8 @@ class _Profiler:
         known = [*held, *fixed.names]
         wanted = known if names is None else check_names("names", names)
         for name in wanted:
-            check_choice("names", name, known)
+            if name not in known:
+                raise InputError(f"`names` has {name!r}: expected some of {known}")
         curves = {}
         for name in wanted:
             if name in held:

@@ -421,7 +421,10 @@ def test_a_singular_fit_is_explained():
     b = rng.standard_normal(30)[table["g"]]
     table["y"] = b + 0.5 * b * table["x"] + 0.5 * rng.standard_normal(300)
     together = lmm("y ~ x + (x | g)", table)
-    assert any("the correlation of (Intercept) and x is 1.000" in s for s in diagnose(together))
+    assert any(
+        "the correlation of (Intercept) and x between levels of g is 1.000" in s
+        for s in diagnose(together)
+    )
 
 
 def test_other_troubles_are_explained():
