@@ -145,3 +145,9 @@ def test_processes_share_the_chunks_and_agree(tmp_path):
     value, _ = printed[0].split(" ", 1)
     expected = lmm(FORMULAS[1], table())
     assert float(value) == pytest.approx(expected.log_likelihood, rel=1e-9)
+
+
+@pytest.mark.parametrize("method", ["ML", "REML", "nonsense", None, 1])
+def test_a_method_that_does_not_exist_is_refused_before_the_file_is_read(method):
+    with pytest.raises(ValueError, match=r"`method` is .*: expected 'reml' or 'ml'"):
+        fit_stream("y ~ 1 + (1 | g)", "none.csv", method=method)

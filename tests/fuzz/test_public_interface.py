@@ -34,6 +34,7 @@ from torch import nn
 
 import openreml_nn.covariance as cov
 import openreml_nn.covariance.transform as trans
+import openreml_nn.estimation as estimation
 import openreml_nn.inference as inference
 import openreml_nn.lightning as lightning
 import openreml_nn.metrics as metrics
@@ -403,6 +404,8 @@ def _covariance() -> list[Call]:
     codes = {"codes": torch.tensor([0, 1, 1]), "levels": 2}
     found += [
         Call("covariance", "IdentityMatrix", cov.IdentityMatrix, {"n": 3}, {"n": count(1)}),
+        Call("covariance", "simple_param_specs", cov.simple_param_specs, {"n": 3},
+             {"n": count(1), "default": optional(tensor(3)), "trans": optional(of(trans.Transform))}),
         Call("covariance", "KnownMatrix", cov.KnownMatrix, {"matrix": square},
              {"matrix": tensor(None, None, whole=False), **specs}),
         Call("covariance", "KnownInverseMatrix", cov.KnownInverseMatrix, {"inverse": square},
@@ -535,6 +538,10 @@ def _transform() -> list[Call]:
     found = [
         Call("covariance.transform", "TransformPow", trans.TransformPow, {"factor": 2.0},
              {"factor": Kind(lambda v: number().fits(v) and v != 0)}),
+        *(
+            Call("covariance.transform", made.__name__, made, {}, {"degree": count(1)})
+            for made in (trans.TransformExp2, trans.TransformExp10)
+        ),
         Call("covariance.transform", "TransformScaleShift", trans.TransformScaleShift, {"a": 2.0},
              {"a": Kind(lambda v: number().fits(v) and v != 0), "b": number()}),
         Call("covariance.transform", "TransformChain", trans.TransformChain,
@@ -556,7 +563,23 @@ def _estimation() -> list[Call]:
     good = {"loss": one, "y": double(6), "X": torch.eye(6, 2, dtype=torch.float64)}
     kinds = {"loss": never, "y": tensor(6, whole=False), "X": tensor(6, None, whole=False)}
     kinds["rows"] = optional(tensor(6, floating=False))
-    return [Call("estimation", "moment_start", moment_start, good, kinds)]
+    data = {"y": double(6), "X": torch.eye(6, 2, dtype=torch.float64)}
+    data["V"] = torch.eye(6, dtype=torch.float64)
+    takes = {"y": tensor(6, whole=False), "X": tensor(6, None, whole=False)}
+    takes |= {"V": tensor(6, 6, whole=False), "theta": Kind(lambda v: v is None)}
+    effects = {"Z": torch.eye(6, 3, dtype=torch.float64), "G": torch.eye(3, dtype=torch.float64)}
+    takes_effects = {"Z": tensor(6, 3, whole=False), "G": tensor(3, 3, whole=False)}
+    found = [Call("estimation", "moment_start", moment_start, good, kinds)]
+    for name in ("blue", "loglik", "marginal_predict", "marginal_residual"):
+        more = {"method": choice} if name == "loglik" else {}
+        function = getattr(estimation, name)
+        found.append(Call("estimation", name, function, data, {**takes, **more}))
+    for name in ("blup", "predict", "residual"):
+        function = getattr(estimation, name)
+        found.append(
+            Call("estimation", name, function, {**data, **effects}, {**takes, **takes_effects})
+        )
+    return found
 
 
 def _inference() -> list[Call]:
@@ -791,7 +814,7 @@ CALLS = {
 
 #: What is public and takes no arguments of a user's own: values that come out, errors, bases.
 EXEMPT = {
-    "Bootstrap", "Component", "Curve", "Estimate", "FTest", "InputError", "LikelihoodRatio",
+    "Bootstrap", "Component", "Curve", "Estimate", "Evaluation", "FTest", "InputError", "LikelihoodRatio",
     "MarginalMeans", "NotPositiveDefiniteError", "NumericalError", "Operator", "Pedigree", "Plan",
     "Profile", "ProgressBar", "R2", "REMLResult", "Result", "Transform",
 }  # fmt: skip
