@@ -9,9 +9,10 @@ import torch
 
 from openreml_nn import InputError, REMLLoss, fit_reml
 from openreml_nn.covariance import (
+    CompoundSymmetricMatrix,
     CovariancePropagation,
     DummyMatrix,
-    EquicorrelationMatrix,
+    IdentityMatrix,
     KroneckerProduct,
     ScalarMatrix,
     Sum,
@@ -124,25 +125,23 @@ def test_what_ends_at_a_boundary_is_exactly_there():
     assert result.boundary == ("group/g/sigma^2",)
     assert result.parameters[0].value == 0.0
     # Two occasions of each subject that are equal but for noise: their correlation is 1.
-    torch.manual_seed(0)
+    torch.manual_seed(3)
     b = torch.randn(40).double().repeat_interleave(6)
-    cell = torch.arange(240) // 3
     y = 2 * b + 0.3 * torch.randn(240).double()
-    z = DummyMatrix.from_codes(cell, 80)
-    V = Sum(
-        g=CovariancePropagation(
-            z=z, g=KroneckerProduct(ScalarMatrix(40), EquicorrelationMatrix(2))
-        ),
-        residual=ScalarMatrix(240),
-    ).double()
+    z = DummyMatrix.from_codes(torch.arange(240) // 3, 80)
+    g = KroneckerProduct(IdentityMatrix(40), CompoundSymmetricMatrix(2))
+    V = Sum(g=CovariancePropagation(z=z, g=g), residual=ScalarMatrix(240)).double()
     result = fit_reml(V, y, torch.ones(240, 1).double())
     assert result.converged
+    assert result.boundary == ("g/g/op_1/rho",)
     rho = next(p for p in result.parameters if p.name.endswith("rho"))
-    if result.boundary:
-        assert rho.value == 1.0
-        assert math.isnan(rho.std_error)
-    else:
-        assert rho.value < 1.0
+    assert rho.value == 1.0
+    assert math.isnan(rho.std_error)
+    # The model of one intercept a subject, with that variance, is the same.
+    subject = DummyMatrix.from_codes(torch.arange(240) // 6, 40)
+    W = Sum(g=CovariancePropagation(z=subject, g=ScalarMatrix(40)), residual=ScalarMatrix(240))
+    same = fit_reml(W.double(), y, torch.ones(240, 1).double())
+    assert result.log_likelihood == pytest.approx(same.log_likelihood, abs=1e-9)
 
 
 def test_a_heywood_case_is_at_the_boundary_and_not_indistinct():
