@@ -12,9 +12,9 @@ from torch import Tensor
 from openreml_nn.covariance.design import DenseDesign, Design, IdentityDesign
 from openreml_nn.covariance.dummy import DummyMatrix
 from openreml_nn.covariance.matrix import Matrix
+from openreml_nn.covariance.nodes import is_opaque
 from openreml_nn.covariance.operator import Operator
 from openreml_nn.covariance.terms import DenseCovariance, Term, propagate
-from openreml_nn.covariance.tree import is_opaque
 from openreml_nn.errors import InputError
 
 __all__ = ["CovariancePropagation"]
