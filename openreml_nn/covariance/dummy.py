@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from openreml_nn.covariance.design import IndexedDesign
 from openreml_nn.covariance.matrix import FreeParams, Matrix
+from openreml_nn.covariance.nodes import visible
 from openreml_nn.covariance.params import check_flag, check_size, shown
-from openreml_nn.covariance.tree import visible
 from openreml_nn.errors import InputError
 
 __all__ = ["DummyMatrix"]

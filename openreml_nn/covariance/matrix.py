@@ -10,16 +10,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openreml_nn.covariance.nodes import differentiated, hooked, is_opaque
 from openreml_nn.covariance.parametrized import FreeParams, Parametrized, Recorded
 from openreml_nn.covariance.params import check_size, shown
 from openreml_nn.covariance.start import harmonic_mean, rescale
-from openreml_nn.covariance.tree import called, differentiated, evaluate, hooked, is_opaque
+from openreml_nn.covariance.tree import called, evaluate
 from openreml_nn.errors import InputError
 
 if TYPE_CHECKING:
     from openreml_nn.covariance.terms import Term
 
 __all__ = ["FreeParams", "Matrix", "Recorded", "differentiated"]
+
+_TOO_DEEP = (
+    "the tree is too deep to be {}: join nested sums, which are one Sum of many operands, or raise "
+    "sys.setrecursionlimit"
+)
 
 #: Bytes beyond which a matrix with hooks is not formed for the likelihood.
 _MOST_BYTES = 2**31
@@ -95,9 +101,12 @@ class Matrix(Parametrized):
 
     def __call__(self, free_params: FreeParams = None) -> Tensor:
         """Evaluate :meth:`forward`, with the closed-form gradient where there is one."""
-        if is_opaque(self):
+        if not is_opaque(self):
+            return evaluate(self, free_params)
+        try:
             return called(self, free_params, super().__call__)
-        return evaluate(self, free_params)
+        except RecursionError:
+            raise InputError(_TOO_DEEP.format("called with hooks")) from None
 
     def has_closed_form(self) -> bool:
         """Whether the class has a gradient in closed form."""
@@ -228,7 +237,10 @@ class Matrix(Parametrized):
         if rows is not None:
             self._check_rows(rows)
         if not is_opaque(self):
-            return [term.take(rows) for term in self.structure()]
+            try:
+                return [term.take(rows) for term in self.structure()]
+            except RecursionError:
+                raise InputError(_TOO_DEEP.format("lowered to terms")) from None
         if self.shape[0] * self.shape[1] * 8 > _MOST_BYTES:
             raise InputError(
                 f"{self._get_name()} with parameters {self.param_names[:3]} has hooks and is "

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.matrix import Matrix
+from openreml_nn.covariance.nodes import visible
 from openreml_nn.covariance.operator import Operator
 from openreml_nn.covariance.params import shown
 from openreml_nn.covariance.start import give_to_one
 from openreml_nn.covariance.terms import KroneckerCovariance, Term
-from openreml_nn.covariance.tree import visible
 from openreml_nn.errors import InputError
 
 __all__ = ["Gram", "HadamardProduct", "Inverse", "Product", "Transpose"]

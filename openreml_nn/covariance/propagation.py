@@ -13,10 +13,10 @@ from openreml_nn.covariance.design import DenseDesign, Design
 from openreml_nn.covariance.dummy import DummyMatrix
 from openreml_nn.covariance.identity import DiagonalMatrix
 from openreml_nn.covariance.matrix import Matrix
+from openreml_nn.covariance.nodes import is_opaque
 from openreml_nn.covariance.operator import Operator
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.terms import Term, propagate, whole_term
-from openreml_nn.covariance.tree import is_opaque
 from openreml_nn.errors import InputError
 
 __all__ = ["CovariancePropagation"]

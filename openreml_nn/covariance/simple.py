@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.matrix import FreeParams, Matrix
+from openreml_nn.covariance.nodes import is_opaque
 from openreml_nn.covariance.params import check_size, check_spec, free_specs
 from openreml_nn.covariance.transform import TransformIdentity
-from openreml_nn.covariance.tree import Tree, is_opaque
+from openreml_nn.covariance.tree import Tree
 from openreml_nn.errors import InputError
 
 __all__ = ["Adapter", "SimpleMatrix"]

@@ -9,128 +9,42 @@ in whatever depth they stand.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.modules import module as torch_module
 
 from openreml_nn.covariance.autograd import ClosedForm
+from openreml_nn.covariance.nodes import (
+    check_result,
+    differentiated,
+    functorch,
+    is_able,
+    is_opaque,
+    kind_of,
+    leaf_value,
+    lent,
+)
 from openreml_nn.covariance.parametrized import FreeParams, Given, Recorded
-from openreml_nn.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from openreml_nn.covariance.matrix import Matrix
     from openreml_nn.covariance.operator import Operator
 
-__all__ = [
-    "Tree",
-    "called",
-    "check_result",
-    "differentiated",
-    "evaluate",
-    "hooked",
-    "is_opaque",
-    "visible",
-]
-
-
-def hooked(node: Matrix) -> bool:
-    """Whether calling the node does more than its formula: hooks, or ``compile()``."""
-    return bool(
-        node._forward_hooks
-        or node._forward_pre_hooks
-        or node._backward_hooks
-        or node._backward_pre_hooks
-        or node._compiled_call_impl is not None
-        or torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    )
-
-
-def visible(tensor: Tensor) -> bool:
-    """Whether its numbers can be looked at: not while tracing, nor where one would wait for a
-    device."""
-    return (
-        tensor.device.type == "cpu"
-        and type(tensor) in (Tensor, torch.nn.Parameter)
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        and not torch.compiler.is_compiling()
-    )
-
-
-def differentiated(*values: Tensor) -> bool:
-    """Whether anything records what is done to ``values``."""
-    return (
-        forward_ad._current_level >= 0
-        or (torch.is_grad_enabled() and any(v.requires_grad for v in values))
-        or any(torch._C._functorch.is_functorch_wrapped_tensor(v) for v in values)
-    )
-
-
-def _nested_forward() -> bool:
-    """Whether forward mode runs within forward mode, which torch's custom functions do not see."""
-    stack = (torch._C._functorch.get_interpreter_stack() or ()) if _traced() else ()
-    jvp = torch._C._functorch.TransformType.Jvp
-    return sum(level.key() == jvp for level in stack) > 1
-
-
-class _Kind(NamedTuple):
-    """What a class of nodes says of itself.
-
-    Attributes:
-        operator: whether it has operands.
-        opaque: whether it is evaluated by calling it: it has a ``__call__``, or as
-            an operator a ``forward``, of its own.
-        ours: whether its formula is of this package: it reads parameters by
-            ``build_params`` only, and what it yields need not be checked.
-        closed: whether it has derivatives in closed form (of a leaf, an instance says).
-    """
-
-    operator: bool
-    opaque: bool
-    ours: bool
-    closed: bool
-
-
-#: What was found of each class.
-_KINDS: dict[type[Matrix], _Kind] = {}
-
-
-def _kind(node: Matrix) -> _Kind:
-    cls = type(node)
-    return _KINDS.get(cls) or _KINDS.setdefault(cls, _kind_of(cls))
-
-
-def _kind_of(cls: type[Matrix]) -> _Kind:
-    from openreml_nn.covariance.matrix import Matrix
-    from openreml_nn.covariance.operator import Operator
-
-    formula = cls.combine if issubclass(cls, Operator) else cls.forward
-    ours = formula.__module__.partition(".")[0] == __name__.partition(".")[0]
-    opaque = cls.__call__ is not Matrix.__call__
-    if issubclass(cls, Operator):
-        opaque = opaque or cls.forward is not Operator.forward
-        parts = (cls.combine_vjp, cls.combine_jvp)
-        closed = Operator.combine_vjp not in parts and Operator.combine_jvp not in parts
-        return _Kind(True, opaque, ours, closed)
-    return _Kind(False, opaque, ours, True)
+__all__ = ["Leaf", "Tree", "called", "evaluate"]
 
 
 def _operator(node: Matrix) -> Operator:
     return cast("Operator", node)
 
 
-def is_opaque(node: Matrix) -> bool:
-    """Whether the node is evaluated by calling it as a module."""
-    return _kind(node).opaque or "forward" in node.__dict__ or hooked(node)
+def _nested_forward() -> bool:
+    """Whether forward mode runs within forward mode, which torch's custom functions do not see."""
+    stack = (torch._C._functorch.get_interpreter_stack() or ()) if functorch() else ()
+    jvp = torch._C._functorch.TransformType.Jvp
+    return sum(level.key() == jvp for level in stack) > 1
 
 
 class Tree:
@@ -169,7 +83,7 @@ class Tree:
             if id(node) in place:
                 continue
             opaque = below is None and is_opaque(node)
-            if below is None and not opaque and _kind(node).operator:
+            if below is None and not opaque and kind_of(node).operator:
                 below = list(_operator(node).checked_operands())
                 stack.append((node, below))
                 for operand in reversed(below):
@@ -184,7 +98,7 @@ class Tree:
                     self.leaves.append(len(self.nodes))
                 if node._given is not None and node._given.natural:
                     self.natural = node._given
-            able = derivatives and not opaque and _is_able(node)
+            able = derivatives and not opaque and is_able(node)
             closed = able and all(self.closed[i] for i in found or () if isinstance(i, int))
             place[id(node)] = len(self.nodes)
             self.nodes.append(node)
@@ -245,12 +159,12 @@ class Tree:
             elif self.operands[i] is not None:
                 operator = _operator(node)
                 values[i] = operator.combine(*self._arguments(i, values, like))
-                if not _kind(node).ours:
+                if not kind_of(node).ours:
                     check_result(node, values[i])
             elif self.opaque[i]:
                 values[i] = self._called(node, like)
             else:
-                values[i] = _leaf_value(node, own.get(i, like))
+                values[i] = leaf_value(node, own.get(i, like))
         return values
 
     def _formed(self, i: int) -> list[int]:
@@ -426,7 +340,7 @@ class Leaf:
 
     def value(self, parts: Sequence[Tensor], like: Tensor) -> Tensor:
         """Its value at its free parameters."""
-        return _leaf_value(self.node, parts[0])
+        return leaf_value(self.node, parts[0])
 
     def pull_back(self, cotangent: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
         """From its cotangent to that of its free parameters."""
@@ -450,9 +364,9 @@ def evaluate(root: Matrix, free_params: FreeParams = None, plain: bool = False) 
     if isinstance(free_params, Recorded):
         with root.given(free_params):
             return evaluate(root, None, True)
-    recording = torch.is_grad_enabled() or _traced() or forward_ad._current_level >= 0
+    recording = torch.is_grad_enabled() or functorch() or forward_ad._current_level >= 0
     closing = recording and not plain and not torch.compiler.is_compiling()
-    if not _kind(root).operator:
+    if not kind_of(root).operator:
         return _evaluated_leaf(root, free_params, closing)
     tree = Tree(root, closing)
     if free_params is not None and any(tree.opaque):
@@ -472,27 +386,12 @@ def evaluate(root: Matrix, free_params: FreeParams = None, plain: bool = False) 
 def _evaluated_leaf(node: Matrix, free_params: FreeParams, closing: bool) -> Tensor:
     given = node._given
     if given is not None and given.natural and free_params is None:
-        return _leaf_value(node, None)
+        return leaf_value(node, None)
     values = node.free_values() if free_params is None else node._flat(free_params)
-    closing = closing and values.numel() > 0 and differentiated(values) and _is_able(node)
+    closing = closing and values.numel() > 0 and differentiated(values) and is_able(node)
     if closing and not _nested_forward():
         return ClosedForm.of(Leaf(node), [values])
-    return _leaf_value(node, values)
-
-
-def _traced() -> bool:
-    return torch._C._are_functorch_transforms_active()
-
-
-def _is_able(node: Matrix) -> bool:
-    """Whether the node's own derivative is to be its closed form."""
-    if node.grad_mode not in ("default", "manual", "auto"):
-        raise InputError(
-            f"`grad_mode` is {node.grad_mode!r}: expected 'default', 'manual' or 'auto'"
-        )
-    kind = _kind(node)
-    able = kind.closed if kind.operator else node.has_closed_form()
-    return able and node.grad_mode != "auto" and not _foreign(node)
+    return leaf_value(node, values)
 
 
 def called(node: Matrix, free_params: FreeParams, call: Any) -> Tensor:
@@ -503,80 +402,8 @@ def called(node: Matrix, free_params: FreeParams, call: Any) -> Tensor:
             if isinstance(free_params, Recorded):
                 return called(node, None, call)
             return call(free_params)
-    if node._given is None or _kind(node).operator:
+    if node._given is None or kind_of(node).operator:
         return call()
     values = node.free_values()
-    with _lent(node, values):
+    with lent(node, values):
         return call(values)
-
-
-def check_result(node: Matrix, value: Any) -> None:
-    """Raise unless a user's formula yields a matrix of the node's shape.
-
-    Raises:
-        TypeError: if it is no tensor.
-        InputError: if it has another shape.
-    """
-    name = node._get_name()
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} yields a {type(value).__name__}: expected a tensor")
-    expected = "a matrix" if node._shape is None else f"{node._shape}"
-    if value.dim() != 2 or (node._shape is not None and tuple(value.shape) != node._shape):
-        raise InputError(f"{name} yields {tuple(value.shape)}: expected {expected}")
-
-
-def _leaf_value(node: Matrix, part: Tensor | None) -> Tensor:
-    if _kind(node).ours:
-        return node.forward(part)
-    values = node.free_values() if part is None else part
-    with _lent(node, values):
-        value = node.forward(values)
-    check_result(node, value)
-    return value
-
-
-@contextmanager
-def _lent(node: Matrix, values: Tensor) -> Iterator[None]:
-    """Let a user's formula find ``values`` where else it finds its parameters."""
-    before, given = node._parameters, node._given
-    names = node.arrangement().free
-    try:
-        if names:
-            node.__dict__["_parameters"] = {**before, **dict(zip(names, values.split(1)))}
-        if given is not None:
-            node.__dict__["_given"] = given._replace(untransformed=values)
-        yield
-    finally:
-        node.__dict__["_parameters"], node.__dict__["_given"] = before, given
-
-
-def _foreign(node: Matrix) -> bool:
-    """Whether a derivative by another tensor than the node's free parameters is wanted."""
-    trans = node._trans
-    for store in (node._parameters, node._buffers):
-        if not store:
-            continue
-        free = store is node._parameters
-        for name, tensor in store.items():
-            if tensor is not None and not (free and name in trans) and _followed(tensor):
-                return True
-    if not node._modules or _kind(node).operator:
-        return False
-    own: Iterable[Tensor] = (
-        tensor
-        for module in node._modules.values()
-        if module is not None
-        for tensor in (*module.parameters(), *module.buffers())
-    )
-    return any(_followed(tensor) for tensor in own)
-
-
-def _followed(tensor: Tensor) -> bool:
-    """Whether a derivative by this very tensor is recorded."""
-    if tensor.requires_grad and torch.is_grad_enabled():
-        return True
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return True
-    if forward_ad._current_level < 0 or tensor.layout != torch.strided:
-        return False
-    return forward_ad.unpack_dual(tensor).tangent is not None

@@ -399,6 +399,22 @@ def test_trees_of_any_depth():
         torch.testing.assert_close(V(), value)
 
 
+def test_what_is_too_deep_is_named():
+    V = deep(1000)
+    with pytest.raises(ValueError, match="too deep to be lowered to terms"):
+        V.terms()
+    for node in walk(V):
+        node.register_forward_hook(lambda m, a, out: None)
+    with pytest.raises(ValueError, match="too deep to be called with hooks"):
+        V()
+
+
+def walk(V):
+    while isinstance(V, Operator):
+        yield V
+        V = V.operands["op_0"]
+
+
 def test_backward_is_linear_in_depth():
     def work(depth):
         V = deep(depth)
@@ -567,12 +583,11 @@ def test_names_of_groups(name):
     torch.testing.assert_close(twin.predict(batch).mean, model.predict(batch).mean)
 
 
-@pytest.mark.parametrize("kind", ["tree", "part"])
-def test_fully_shard_of_a_part(kind, tmp_path):
-    torch.multiprocessing.spawn(_shard, (kind, str(tmp_path / "store")), nprocs=2)
+def test_fully_shard_of_a_tree_and_of_a_part(tmp_path):
+    torch.multiprocessing.spawn(_shard, (str(tmp_path / "store"),), nprocs=2)
 
 
-def _shard(rank, kind, store):
+def _shard(rank, store):
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
@@ -584,17 +599,18 @@ def _shard(rank, kind, store):
             return Sum(g=CovariancePropagation(z=DummyMatrix(list("abcabc")), g=g), e=AR1Matrix(6))
 
         y, X = torch.arange(6.0), torch.ones(6, 1)
-        V, plain = made(), made()
-        fully_shard(V if kind == "tree" else V.g)
-        value = V()
-        torch.testing.assert_close(value, plain())
-        (value * value).sum().backward()
-        (plain() ** 2).sum().backward()
-        for (name, p), q in zip(V.named_parameters(), plain.parameters(), strict=True):
-            grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
-            torch.testing.assert_close(grad, q.grad, msg=name)
-        loss = REMLLoss(V)(y, X)
-        torch.testing.assert_close(loss, REMLLoss(plain)(y, X))
-        loss.backward()
+        for kind in ("tree", "part"):
+            V, plain = made(), made()
+            fully_shard(V if kind == "tree" else V.g)
+            value = V()
+            torch.testing.assert_close(value, plain())
+            (value * value).sum().backward()
+            (plain() ** 2).sum().backward()
+            for (name, p), q in zip(V.named_parameters(), plain.parameters(), strict=True):
+                grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+                torch.testing.assert_close(grad, q.grad, msg=name)
+            loss = REMLLoss(V)(y, X)
+            torch.testing.assert_close(loss, REMLLoss(plain)(y, X))
+            loss.backward()
     finally:
         dist.destroy_process_group()
