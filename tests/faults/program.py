@@ -132,8 +132,8 @@ FAULTS = [
     Fault(
         "a caterpillar's intervals are of one standard error",
         "openreml_nn/report/plots.py",
-        'half = 1.96 * part["std_error"]',
-        'half = part["std_error"]',
+        "1.96 * error[order]",
+        "1.0 * error[order]",
         "tests/test_report.py -k plots",
     ),
     Fault(
