@@ -307,16 +307,26 @@ class _Stepper:
             if settled is not None:
                 return self._step(settled, 1.0)
             return self._step(self._start, 0.0)
-        damping = 0.0
-        for _ in range(40):
-            move = c.damped(damping)
+        for move, length in self._moves():
             reached = self._try(move)
             if reached is not None:
-                reached = self._farther(move, reached)
-                return self._step(reached, 1 / (1 + damping))
-            damping = 4 * damping if damping else 0.1
+                return self._step(self._farther(move, reached), length)
         c.at.write(c.u)
         return self._step(self._start, 0.0)
+
+    def _moves(self) -> Iterator[tuple[Tensor, float]]:
+        """Moves to be tried in turn, with their lengths beside the full step.
+
+        Parts of the full step come first, because in a curved valley, as of loadings whose
+        squares add up, damping takes away what moves along it.
+        """
+        c = self._curvature
+        for length in (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125):
+            yield length * c.move, length
+        damping = 0.1
+        for _ in range(40):
+            yield c.damped(damping), 1 / (1 + damping)
+            damping *= 4
 
     def _step(self, reached: float, length: float) -> Step:
         c = self._curvature

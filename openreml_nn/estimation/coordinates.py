@@ -11,6 +11,7 @@ from torch import Tensor
 
 from openreml_nn.covariance.matrix import Matrix, Recorded
 from openreml_nn.covariance.params import Entry
+from openreml_nn.covariance.transform import TransformIdentity
 from openreml_nn.errors import InputError
 from openreml_nn.likelihood.loss import Objective
 
@@ -114,6 +115,14 @@ class Coordinates:
     def vanishing(self) -> list[bool]:
         """Which coordinates end at zero."""
         return [low == 0 for low in self._low]
+
+    @property
+    def quadratic(self) -> list[bool]:
+        """In which coordinates covariances are quadratic: standard deviations, and entries of a
+        factor, which have no transform."""
+        return [
+            e.trans.vanishes or isinstance(e.trans, TransformIdentity) for e in self.entries
+        ] + [False] * (len(self) - len(self.entries))
 
     def ends(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Lower and upper boundary of each coordinate, infinite where there is none."""

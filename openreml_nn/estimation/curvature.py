@@ -31,7 +31,12 @@ class Curvature:
     information,
 
     .. math::
-        H = J^\top \mathcal{I}_{AI} J - \tfrac12\textstyle\sum_t \langle S_t, \partial^2 G_t / \partial u^2\rangle .
+        H_{ij} = (J^\top \mathcal{I}_{AI} J)_{ij}
+        - w_{ij}\textstyle\sum_t \langle S_t, \partial^2 G_t / \partial u_i \partial u_j\rangle ,
+
+    in the correlations, where :math:`w_{ij} = 1/2`, and in the covariances :math:`G`, where
+    :math:`w_{ij} = 1`: V is linear in these, and standard deviations and entries of a factor are
+    coordinates of them in which G is quadratic.
 
     Where a design or a network moves with the parameters, it is the observed information,
     :math:`-\partial^2\ell / \partial u^2`, by automatic differentiation.
@@ -102,10 +107,12 @@ class Curvature:
             return self.matrices(i, x)
 
         score, curve = hessian_of_sum(matrices, evaluation.scores(), self.u)
+        quadratic = torch.tensor(self.at.quadratic, device=self.u.device)
         information = evaluation.information(jacobian(matrices, self.u))
         self.score += weight * score
         self.information += weight * information
-        self.hessian += weight * (information - (curve + curve.mT) / 4)
+        share = torch.where(quadratic[:, None] & quadratic, 1.0, 0.5).to(curve)
+        self.hessian += weight * (information - share * (curve + curve.mT) / 2)
 
     def _add_moving(self, i: int, objective: Objective, weight: float) -> None:
         """By automatic differentiation of the likelihood itself."""
