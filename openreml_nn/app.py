@@ -39,6 +39,7 @@ _TEXT = re.compile(
     r"=(.*)",
     re.DOTALL,
 )
+_CHOICE = re.compile(r"choice\((\s*[\"'].*[\"']\s*)\)", re.DOTALL)
 #: What the disk or the user's rights can do to a run; all else is a fault of ours.
 _DISK = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR}
 
@@ -72,7 +73,10 @@ def quoted(argument: str) -> str:
     "model.formula='y ~ x + (1 | g)'"
     """
     found = _TEXT.fullmatch(argument)
-    if not found or not found[2] or found[2][0] in "'\"" or found[2].startswith("choice("):
+    if found and (choices := _CHOICE.fullmatch(found[2])):
+        # Hydra takes the quotes off what choice() holds, and then fails to parse it.
+        return f"{argument[: found.start(2)]}{choices[1]}"
+    if not found or not found[2] or found[2][0] in "'\"":
         return argument
     if not found[1].endswith(("formula", "residual")) and _parses(argument):
         return argument  # a sweep over files stays one
@@ -257,7 +261,7 @@ def _fit_chunks(config: DictConfig, model: MixedModelModule | TabularMixedModule
 
 
 def _predict(config: DictConfig, directory: Path) -> None:
-    from openreml_nn.data import read_table
+    from openreml_nn.table import read_table
 
     path, checkpoint = str(config.data.path), str(config.checkpoint)
     model = _load(checkpoint)

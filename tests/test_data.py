@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from openreml_nn import InputError, datasets
-from openreml_nn.data import Encoder, read_table
+from openreml_nn.table import Encoder, Learned, read_table
 
 TABLE = pd.DataFrame(
     {
@@ -113,6 +113,7 @@ def test_rows_with_missing_values_are_dropped_with_a_count():
         ("y ~ 1 + (x | g)", TABLE, "cannot be told from the residual"),
         ("y ~ f(x) + (1 | g)", TABLE, "not allowed"),
         ("y ~ x.__class__ + (1 | g)", TABLE, "no column 'x.__class__'"),
+        ("y ~ I(x.__class__.__bases__) + (1 | g)", TABLE, "no column 'x.__class__.__bases__'"),
     ],
 )
 def test_faults_of_the_input_are_named(formula, table, match):
@@ -126,7 +127,8 @@ def test_another_table_is_encoded_with_what_was_learned():
     first = encoder.fit(TABLE)
     again = encoder.transform(TABLE)
     torch.testing.assert_close(again.X, first.X)
-    new = encoder.transform(TABLE.iloc[[3]].drop(columns="y").assign(g="new"))
+    with pytest.warns(RuntimeWarning, match="of g in 1 of 1 rows"):
+        new = encoder.transform(TABLE.iloc[[3]].drop(columns="y").assign(g="new"))
     torch.testing.assert_close(new.X, first.X[[3]])
     assert new.y is None
     assert new.random[0].codes.tolist() == [-1]
@@ -137,9 +139,9 @@ def test_another_table_is_encoded_with_what_was_learned():
 def test_what_was_learned_is_plain(tmp_path):
     encoder = Encoder("y ~ poly(x, 2) + (x | h)")
     encoder.fit(TABLE)
-    torch.save(encoder.state, tmp_path / "state.pt")
+    torch.save(encoder.learned.to_dict(), tmp_path / "state.pt")
     other = Encoder("y ~ poly(x, 2) + (x | h)")
-    other.state = torch.load(tmp_path / "state.pt", weights_only=True)
+    other.learned = Learned.from_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     torch.testing.assert_close(other.transform(TABLE).X, encoder.transform(TABLE).X)
 
 
@@ -229,10 +231,11 @@ def test_residual_variance_by_stratum_and_by_weight():
         ({"residual": "ar1(t | )"}, "a column is missing"),
         ({"residual": "diag(t | g)"}, "takes a stratum only"),
         ({"residual": "ar1(missing | g)"}, "no column 'missing'"),
-        ({"residual": "ar1(s | g)"}, "row 3 has the position 'u' of 's'"),
+        ({"residual": "us(s | g)"}, "row 3 has the position 'u' of 's'"),
+        ({"residual": "ar1(s | g)"}, "column 's' is not numeric: found 'u' in row 1"),
         ({"residual": "cs(t:g)"}, "one level in each group"),
         ({"residual": "cs(g)", "weights": "w"}, "leave out `residual`"),
-        ({"weights": "g"}, "'a' in row 1: expected a positive number"),
+        ({"weights": "g"}, "the weight 'g' is not numeric: found 'a' in row 1"),
     ],
 )
 def test_errors_of_residuals(options, message):

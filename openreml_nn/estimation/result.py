@@ -167,7 +167,7 @@ class Source:
         rows: rows of the covariance that the data belong to; None for all.
         names: names of the columns of X.
         labels: name of a term to names for the tables.
-        encoder: what made X of a table, an :class:`openreml_nn.data.Encoder`; None without one.
+        encoder: what made X of a table, an :class:`openreml_nn.table.Encoder`; None without one.
         means: means of the table's numeric columns.
     """
 

@@ -14,7 +14,6 @@ from scipy import stats
 from torch import Tensor
 
 from openreml_nn.estimation import REMLResult
-from openreml_nn.formula import columns_of
 from openreml_nn.inference.degrees import estimates
 from openreml_nn.inference.refit import source_of
 
@@ -100,8 +99,7 @@ def emmeans(
     if encoder is None:
         raise ValueError("the fit has no formula: marginal means are for fits by lmm()")
     factors = [factors] if isinstance(factors, str) else list(factors)
-    used = columns_of(encoder.formula.fixed, encoder.formula.text)
-    levels = {k: v for k, v in encoder.state["categories"].items() if k in used}
+    used, levels = encoder.fixed.columns, encoder.fixed_levels
     unknown = [name for name in factors if name not in levels]
     if unknown or not factors:
         raise ValueError(f"`factors` are {factors}: expected some of {list(levels)}")

@@ -14,13 +14,13 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
 from openreml_nn.covariance import Matrix, ScalarMatrix
-from openreml_nn.data import Encoded, Encoder, RandomDesign
 from openreml_nn.errors import InputError
 from openreml_nn.estimation.result import REMLResult
 from openreml_nn.instantiate import build
 from openreml_nn.lightning.data import attached
 from openreml_nn.lightning.neural import NeuralMixedModule
 from openreml_nn.model import MixedModel, RandomEffect
+from openreml_nn.table import Encoded, Encoder, Learned, RandomDesign
 
 __all__ = ["TabularMixedModule"]
 
@@ -221,7 +221,7 @@ class TabularMixedModule(NeuralMixedModule):
         mean = self.model.mean
         assert isinstance(mean, _Standardised)
         checkpoint["tabular"] = {
-            "encoder": self.encoder.state,
+            "encoder": self.encoder.learned.to_dict(),
             "columns": len(mean.center),
             "coordinates": self._coordinates,
         }
@@ -231,7 +231,7 @@ class TabularMixedModule(NeuralMixedModule):
         super().on_load_checkpoint(checkpoint)
         kept = checkpoint["tabular"]
         if not hasattr(self, "model"):
-            self.encoder.state = kept["encoder"]
+            self.encoder.learned = Learned.from_dict(kept["encoder"])
             self._coordinates = kept["coordinates"]
             self._build(self.encoder.skeleton(2, kept["columns"]))
 
