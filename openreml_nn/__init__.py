@@ -1,8 +1,19 @@
 """Linear mixed models as PyTorch modules."""
 
 from openreml_nn import covariance, datasets
-from openreml_nn.errors import InputError
-from openreml_nn.estimation import AIREML, REMLResult, fit_reml
+from openreml_nn.errors import InputError, NumericalError
+from openreml_nn.estimation import (
+    AIREML,
+    Result,
+    blue,
+    blup,
+    fit_reml,
+    loglik,
+    marginal_predict,
+    marginal_residual,
+    predict,
+    residual,
+)
 from openreml_nn.likelihood import REMLLoss, restricted_log_likelihood
 from openreml_nn.linear import lmm
 from openreml_nn.model import MixedModel, RandomEffect
@@ -14,13 +25,21 @@ __all__ = [
     "AIREML",
     "InputError",
     "MixedModel",
+    "NumericalError",
     "REMLLoss",
-    "REMLResult",
     "RandomEffect",
+    "Result",
+    "blue",
+    "blup",
     "covariance",
     "datasets",
     "fit_reml",
     "fit_stream",
     "lmm",
+    "loglik",
+    "marginal_predict",
+    "marginal_residual",
+    "predict",
+    "residual",
     "restricted_log_likelihood",
 ]

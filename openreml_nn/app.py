@@ -121,7 +121,8 @@ def _fit(config: DictConfig, directory: Path) -> float:
     from openreml_nn.inference import diagnose
     from openreml_nn.instantiate import build
     from openreml_nn.lightning import MixedModelDataModule
-    from openreml_nn.report import Run, write_run
+    from openreml_nn.report import Run, write_plots, write_tables
+    from openreml_nn.report.run import costs_nothing
 
     _check_kinds(config)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
@@ -168,7 +169,8 @@ def _fit(config: DictConfig, directory: Path) -> float:
     if config.profile:
         from openreml_nn.inference import profile
 
-        curves = profile(model.result)
+        with costs_nothing("profile"):
+            curves = profile(model.result)
     places = getattr(model, "places", None)
     run = Run(model.result, formula, dropped, name, seconds, validation, curves, places)
     if not model.result.converged:
@@ -178,6 +180,11 @@ def _fit(config: DictConfig, directory: Path) -> float:
             RuntimeWarning,
             stacklevel=1,
         )
+    # Results first: nothing that comes after them, what is printed and drawn, can cost them.
+    write_text(directory / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    write_tables(run, directory)
+    with replacing(directory / "model.ckpt") as temporary:
+        trainer.save_checkpoint(temporary, weights_only=False)
     console = Console()
     for part in tables(model.result, formula):
         console.print(part, soft_wrap=isinstance(part, str))
@@ -186,10 +193,7 @@ def _fit(config: DictConfig, directory: Path) -> float:
     if validation:
         values = ", ".join(f"{key.removeprefix('val_')} {v:.5g}" for key, v in validation.items())
         console.print(f"held out: {values.replace('_', ' ')}", highlight=False)
-    write_text(directory / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-    with replacing(directory / "model.ckpt") as temporary:
-        trainer.save_checkpoint(temporary, weights_only=False)
-    write_run(run, directory)
+    write_plots(run, directory)
     console.print(f"written to {_shown(directory)}", soft_wrap=True, highlight=False)
     return validation.get("val_negative_log_density", model.result.deviance)
 

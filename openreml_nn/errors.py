@@ -1,7 +1,14 @@
-"""The error that means: the input is at fault."""
+"""Errors that say whose fault it is: the input's, or that of the numbers."""
 
-__all__ = ["InputError"]
+__all__ = ["InputError", "NumericalError"]
 
 
 class InputError(ValueError):
     """The input is at fault; the message is one line that says where and what was expected."""
+
+
+class NumericalError(ArithmeticError):
+    """The numbers are at fault: a factorisation fails, or the dtype cannot give the digits.
+
+    The message says which quantity it is and what to do.
+    """

@@ -12,7 +12,7 @@ import torch
 
 from openreml_nn.covariance import Matrix
 from openreml_nn.errors import InputError
-from openreml_nn.estimation import REMLResult, fit_reml
+from openreml_nn.estimation import Result, fit_reml
 from openreml_nn.likelihood.dense import check_method
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.stream import fit_stream
@@ -33,7 +33,7 @@ def lmm(
     residual_variance: float | None = None,
     chunk_rows: int | None = None,
     max_iterations: int = 200,
-) -> REMLResult:
+) -> Result:
     r"""Fit a linear mixed model to a table by AI-REML.
 
     What stands on the left of the formula is fitted as it is: with ``log(y) ~ …`` fitted values and
@@ -103,7 +103,10 @@ def lmm(
         labels=encoded.labels,
     )
     assert result.source is not None
-    source_of_result = replace(result.source, encoder=encoder, means=encoder.learned.means)
+    cells = encoder.cells(table.iloc[encoded.rows])
+    source_of_result = replace(
+        result.source, encoder=encoder, means=encoder.learned.means, cells=cells
+    )
     fitted = result.fitted if encoded.offset is None else result.fitted + encoded.offset
     return replace(result, source=source_of_result, fitted=fitted)
 

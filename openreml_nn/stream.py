@@ -21,11 +21,11 @@ from torch import Tensor, distributed
 
 from openreml_nn.covariance.design import IndexedDesign
 from openreml_nn.errors import InputError
-from openreml_nn.estimation import REMLResult
+from openreml_nn.estimation import Result
 from openreml_nn.estimation.fit import checked, iterate, start_by_moments
 from openreml_nn.likelihood.blocked import BlockedProblem
 from openreml_nn.likelihood.dense import check_method
-from openreml_nn.likelihood.fixed import FixedPart, aliased_columns
+from openreml_nn.likelihood.fixed import FixedPart, aliased_columns, null_space
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import Plan
 from openreml_nn.likelihood.products import Statistics
@@ -45,7 +45,7 @@ def fit_stream(
     method: str = "reml",
     max_iterations: int = 200,
     progress: bool = True,
-) -> REMLResult:
+) -> Result:
     r"""Fit a linear mixed model to a file, chunk by chunk.
 
     Memory holds a chunk, and what does not grow with the rows: the levels of
@@ -104,7 +104,7 @@ class Streamed:
     size: float
     dropped_rows: int
 
-    def fit(self, method: str = "reml", max_iterations: int = 200) -> REMLResult:
+    def fit(self, method: str = "reml", max_iterations: int = 200) -> Result:
         """The fit by AI-REML."""
         check_method(method)
         covariance = self.skeleton.covariance()
@@ -116,7 +116,7 @@ class Streamed:
         start_by_moments(objective, self.size)
         history = iterate(objective, max_iterations)
         labels = self.skeleton.labels
-        return checked(REMLResult.of(objective, plan, None, None, history, self.names, labels))
+        return checked(Result.of(objective, plan, None, None, history, self.names, labels))
 
 
 def accumulate(
@@ -308,7 +308,8 @@ def _orthonormal(
     ff = statistics.products.ff
     p = len(ff) - 1
     values, vectors = torch.linalg.eigh(ff[:p, :p])
-    aliased = aliased_columns(values.clamp(min=0).sqrt()[:, None] * vectors.mT)
+    root = values.clamp(min=0).sqrt()[:, None] * vectors.mT
+    aliased = aliased_columns(root)
     if aliased:
         warnings.warn(
             "the fixed-effect model matrix is rank deficient: dropped "
@@ -327,7 +328,9 @@ def _orthonormal(
     M[kept, :-1], M[kept, -1], M[-1, -1] = inner, -b, 1.0
     own = T[kept][:, kept]
     none = ff.new_zeros(0)
-    fixed = FixedPart(none, ff.new_zeros(0, len(kept)), own @ inner, offset[kept] + own @ b, kept)
+    estimate = offset[kept] + own @ b
+    Q = ff.new_zeros(0, len(kept))
+    fixed = FixedPart(none, Q, own @ inner, estimate, kept, T @ null_space(root, kept))
     return fixed, statistics.mapped(M)
 
 

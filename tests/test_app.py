@@ -50,6 +50,26 @@ def test_without_arguments_it_fits_sleepstudy(demo):
     assert list((run / "logs" / "tensorboard").glob("events.*"))
 
 
+def test_a_fit_of_100_000_levels_ends_with_all_its_files(tmp_path):
+    rng = np.random.default_rng(0)
+    levels = 100_000
+    g = np.arange(2 * levels) % levels
+    y = rng.standard_normal(levels)[g] + rng.standard_normal(len(g))
+    pd.DataFrame({"y": y, "g": g}).to_csv(tmp_path / "t.csv", index=False)
+    options = ["logger=none", "trainer.enable_progress_bar=false", "hydra.run.dir=r"]
+    done = call("data.path=t.csv", "model.formula=y ~ 1 + (1 | g)", *options, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    record = json.loads((tmp_path / "r" / "result.json").read_text())
+    assert record["data"]["groups"] == {"g": levels}
+    assert record["fit"]["converged"]
+    assert record["random"][0]["covariance"][0][0] == pytest.approx(1, rel=0.05)
+    assert record["residual"]["variance"] == pytest.approx(1, rel=0.05)
+    assert sum(1 for _ in (tmp_path / "r" / "blup.csv").open()) == levels + 1
+    assert (tmp_path / "r" / "model.ckpt").is_file()
+    drawn = {path.stem for path in (tmp_path / "r" / "plots").iterdir()}
+    assert drawn == {"blup_g", "convergence", "covariance", "residuals", "shares"}
+
+
 def test_a_checkpoint_predicts_for_another_table(demo):
     folder, _ = demo
     (run,) = runs(folder)

@@ -268,3 +268,97 @@ def test_errors_of_construction():
     model = MixedModel(network(), {"user": RandomEffect(7, effects=2)})
     with pytest.raises(ValueError, match="has 2 effects"):
         model.loss(batch())
+
+
+# ---------------------------------------------------------------------- predictive variances
+
+
+def unknown(data):
+    """The same rows with levels that were not seen."""
+    groups = {name: torch.full_like(codes, -1) for name, codes in data["groups"].items()}
+    return {**data, "groups": groups}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_variance_for_unknown_levels_is_that_of_v_and_of_the_coefficients(name):
+    model, data = MODELS[name](), batch()
+    model.update(data)
+    loss, _, X = model.data(model(data), data)
+    V = loss.covariance().detach()
+    expected = V.diagonal().clone()
+    if name == "gls":
+        X = X.detach()
+        spread = torch.linalg.inv(X.mT @ torch.linalg.solve(V, X))
+        expected += torch.einsum("np,pq,nq->n", X, spread, X)
+        assert float(expected.sum()) > 1.02 * float(V.diagonal().sum())
+    if name == "kernel":
+        # The level's own place on the diagonal of the kernel is not known.
+        expected += model.random["user"].prior()[0, 0] - (expected - model.residual()[0, 0])
+    torch.testing.assert_close(model.predict(unknown(data)).variance, expected.detach())
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "gls"])
+def test_the_variance_for_known_levels_is_that_given_the_data(name):
+    """With the mean known, V - V' inverse(V) V' of a new observation of the same rows."""
+    model, data = MODELS[name](), batch()
+    model.update(data)
+    loss, _, _ = model.data(model(data), data)
+    terms = [term.detach() for term in loss.covariance.terms()]
+    V = loss.covariance().detach()
+    found = model.predict(data).variance
+    R = terms[-1].dense()
+    if len(terms) == 2:  # effects of different factors count as independent
+        Z = V - R
+        expected = (Z - Z @ torch.linalg.solve(V, Z) + R).diagonal()
+        torch.testing.assert_close(found, expected)
+    assert bool((found > R.diagonal()).all())
+    assert bool((found < V.diagonal()).all())
+
+
+@pytest.mark.parametrize("effects", [1, 2])
+def test_the_prior_of_related_levels_is_the_mean_of_their_own_blocks(effects):
+    half = torch.randn(5 * effects, 7)
+    K = half @ half.mT
+    prior = RandomEffect(5, KnownMatrix(K).double(), effects=effects).prior().detach()
+    blocks = [K[i : i + effects, i : i + effects] for i in range(0, len(K), effects)]
+    torch.testing.assert_close(prior, torch.stack(blocks).mean(0))
+    assert float((blocks[0] - prior).abs().max()) > 0.1
+
+
+def test_an_unknown_level_adds_nothing_to_the_mean():
+    model, data = slopes(), batch()
+    model.update(data)
+    model.random["user"].blup += 3.0
+    found = model.predict(unknown(data))
+    torch.testing.assert_close(found.mean, found.population_mean, rtol=0, atol=0)
+
+
+def test_an_aliased_feature_has_no_coefficient():
+    torch.manual_seed(1)
+    data = batch()
+    wide = {**data, "x": torch.cat([data["x"][:, :1], data["x"]], 1)}
+    narrow = MixedModel(nn.Identity(), {"user": RandomEffect(7)}, head="gls")
+    model = MixedModel(nn.Identity(), {"user": RandomEffect(7)}, head="gls")
+    narrow.update({**data, "groups": {"user": data["groups"]["user"]}})
+    with pytest.warns(RuntimeWarning, match="rank deficient"):
+        model.update(wide)
+    torch.testing.assert_close(model.beta[[0, 2, 3]], narrow.beta)
+    assert float(model.beta[1]) == 0
+    assert not bool(model.beta_covariance[1].any())
+    one, other = narrow.predict(data), model.predict(wide)
+    torch.testing.assert_close(list(other), list(one))
+
+
+def test_dropout_is_the_same_in_both_passes_of_the_parts():
+    """Else the gradient would be that of another network than the loss."""
+    data = batch()
+    torch.manual_seed(1)
+    mean = nn.Sequential(nn.Dropout(0.5), network())
+    model = MixedModel(mean, {"user": RandomEffect(7)})
+    torch.manual_seed(2)
+    value = model.backward_in_parts(data, 60)
+    found = [p.grad.clone() for p in model.parameters()]
+    torch.manual_seed(2)
+    full = model.loss(data)
+    torch.testing.assert_close(full.detach(), value)
+    torch.testing.assert_close(found, gradients(model, full))

@@ -280,3 +280,39 @@ def test_blups_and_the_path_of_the_variances_are_written(tmp_path):
     )
     assert blups["level"].tolist() == list(range(20))
     assert (blups["std_error"] > 0).all()
+
+
+@pytest.mark.parametrize("training", ["alternating", "full", "groups"])
+def test_training_ends_with_the_blups_of_its_last_mean_and_variances(training):
+    found = module(training=training, rows=150)
+    train(found, 3)
+    effect = found.model.random["g"]
+    blup, variance = effect.blup.clone(), effect.variance.clone()
+    found.model.update(found._given)
+    torch.testing.assert_close(blup, effect.blup, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(variance, effect.variance, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("training", ["alternating", "composite", "groups"])
+def test_every_epoch_has_an_order_of_its_own_and_every_seed(training):
+    def seen(seed):
+        rows = []
+
+        class Watched(nn.Linear):
+            def forward(self, x):
+                if self.training:
+                    rows.append(x.detach().clone())
+                return super().forward(x)
+
+        train(module(mean=Watched(2, 1), training=training, rows=150, seed=seed), 2)
+        return torch.cat([x for x in rows if len(x) < 600])
+
+    one = seen(0)
+    first, second = one.chunk(2)
+    assert not torch.equal(first, second)
+    # An epoch is each row once.
+    everything = data()["x"].sort(0).values
+    for epoch in (first, second):
+        torch.testing.assert_close(epoch.sort(0).values, everything, rtol=0, atol=0)
+    assert torch.equal(one, seen(0))
+    assert not torch.equal(one, seen(1))

@@ -8,7 +8,15 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from openreml_nn import InputError, datasets, lmm
+from openreml_nn import InputError, datasets, fit_reml, lmm
+from openreml_nn.covariance import (
+    CovariancePropagation,
+    DiagonalMatrix,
+    DummyMatrix,
+    ExponentialMatrix,
+    ScalarMatrix,
+    Sum,
+)
 from openreml_nn.inference import profile, variance_shares
 from openreml_nn.report import (
     Run,
@@ -21,8 +29,10 @@ from openreml_nn.report import (
     semivariogram,
     shares,
     variance_table,
+    write_plots,
     write_report,
     write_run,
+    write_tables,
     zeta,
 )
 from openreml_nn.sweep import best
@@ -148,7 +158,9 @@ def test_a_semivariogram_of_an_autoregressive_field_rises_to_its_sill():
     axis = semivariogram(lmm("y ~ 1 + (1 | g)", table), place, bins=40).axes[0]
     line = axis.lines[0].get_ydata()
     assert line[0] < 0.5 * line[5:].mean()
-    with pytest.raises(ValueError, match="`places` has 3 rows: expected 400"):
+    with pytest.raises(
+        ValueError, match=r"shape \(3, 1\): expected a real tensor of shape \(400, k\)"
+    ):
         semivariogram(lmm("y ~ 1 + (1 | g)", table), torch.zeros(3, 1))
 
 
@@ -184,3 +196,82 @@ def test_the_best_run_of_a_sweep():
     assert best(table.assign(formula=["y ~ 1", "log(y) ~ 1"])) is None
     assert best(table.assign(method=["reml", "ml"])) is None
     assert best(table.assign(val_negative_log_density=[1.0, 2.0]))[0] == "a"
+
+
+def test_a_plot_is_bounded_by_what_it_shows():
+    rng = np.random.default_rng(0)
+    g = rng.permutation(np.repeat(np.arange(30_000), 3))
+    x = rng.standard_normal(len(g))
+    b = rng.standard_normal((30_000, 2))
+    table = pd.DataFrame({"y": b[g, 0] + b[g, 1] * x + rng.standard_normal(len(g)), "x": x, "g": g})
+    found = lmm("y ~ x + (x | g)", table)
+    figure = caterpillar(found, "g")
+    blup = found.random[0].values[:, 0].numpy()
+    drawn = figure.axes[0].lines[0].get_xdata()
+    assert len(drawn) == 300
+    assert (drawn[0], drawn[-1]) == (blup.min(), blup.max())
+    np.testing.assert_array_equal(drawn, np.sort(drawn))
+    assert figure.axes[0].get_ylabel() == "g (300 of 30000 levels, evenly by rank)"
+    # The same levels in the other panel, in the same order.
+    level = {value: i for i, value in enumerate(blup)}
+    expected = found.random[0].values[[level[value] for value in drawn], 1]
+    np.testing.assert_array_equal(figure.axes[1].lines[0].get_xdata(), expected)
+    # 30,000 x 30,000 numbers would be 7 GB; the rows have at most 60 levels.
+    image = covariance(found).axes[0].images[0].get_array()
+    G, s2 = found.components[0].covariance.numpy(), found.residual_variance
+    z = np.stack([np.ones(60), x[:60]], 1)
+    V = (z @ G @ z.T) * (g[:60, None] == g[:60]) + s2 * np.eye(60)
+    np.testing.assert_allclose(image, V, rtol=1e-10)
+    quantiles = residuals(found).axes[1].lines[0].get_ydata()
+    assert len(quantiles) == 2_000
+
+
+def test_the_rows_of_a_covariance_plot_may_have_correlated_levels(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    codes, strata = torch.arange(40) % 8, torch.arange(40) % 4
+    place = torch.arange(8.0, dtype=torch.float64)
+    kernel = ExponentialMatrix((place[:, None] - place).abs()).double()
+    V = Sum(
+        kernel=CovariancePropagation(z=DummyMatrix.from_codes(codes, 8), g=kernel),
+        own=CovariancePropagation(
+            z=DummyMatrix.from_codes(strata, 4), g=DiagonalMatrix(4).double()
+        ),
+        residual=ScalarMatrix(40).double(),
+    )
+    y = torch.randn(40, dtype=torch.float64, generator=generator)
+    with pytest.warns(RuntimeWarning, match="did not converge"):
+        found = fit_reml(V, y, torch.ones(40, 1, dtype=torch.float64), max_iterations=3)
+    expected = V().detach().numpy()
+    image = covariance(found, 30).axes[0].images[0].get_array()
+    np.testing.assert_allclose(image, expected[:30, :30], rtol=1e-10)
+    monkeypatch.setattr("openreml_nn.report.plots._NUMBERS", 300)
+    figure = covariance(found, 30)
+    assert figure.axes[0].get_xlabel() == "row (the first 10 of 40)"
+    np.testing.assert_allclose(figure.axes[0].images[0].get_array(), expected[:10, :10], rtol=1e-10)
+
+
+def test_a_plot_that_fails_costs_a_line_and_not_the_result(result, tmp_path, monkeypatch):
+    def broken(*_):
+        raise MemoryError("cannot allocate\n80 GB")
+
+    monkeypatch.setattr("openreml_nn.report.run.covariance", broken)
+    run = Run(result, FORMULA, 0, "AIREML", 0.1)
+    stale = tmp_path / "plots" / "blup_Nobody.png"
+    stale.parent.mkdir()
+    stale.touch()
+    said = "^plot covariance is left out: MemoryError: cannot allocate 80 GB$"
+    with pytest.warns(RuntimeWarning, match=said):
+        write_run(run, tmp_path)
+    assert json.loads((tmp_path / "result.json").read_text())["data"]["rows"] == 180
+    assert {path.stem for path in (tmp_path / "plots").iterdir()} == {
+        "blup_Subject", "convergence", "residuals", "shares"
+    }  # fmt: skip
+
+
+def test_results_are_written_before_anything_is_drawn(result, tmp_path):
+    run = Run(result, FORMULA, 0, "AIREML", 0.1)
+    write_tables(run, tmp_path)
+    names = {"result.json", "summary.txt", "fixed.csv", "variance.csv", "blup.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    write_plots(run, tmp_path)
+    assert len(list((tmp_path / "plots").glob("*.png"))) == 5

@@ -1,5 +1,6 @@
 """Neural mixed models of tables, data modules that hold rows out, and the program."""
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -67,10 +68,41 @@ def test_the_simulated_truth_comes_out():
     )
 
 
+def clusters(plots=25, samples=4):
+    """Four fields of one by one, ten apart: of plots of a Matérn field of length 0.2."""
+    rng = np.random.default_rng(1)
+    corner = 10 * np.array([[0, 0], [0, 1], [1, 0], [1, 1]]).repeat(plots, 0)
+    place = corner + rng.uniform(0, 1, corner.shape)
+    r = 3**0.5 * np.linalg.norm(place[:, None] - place, axis=2) / 0.2
+    b = np.linalg.cholesky((1 + r) * np.exp(-r)) @ rng.standard_normal(len(place))
+    plot = np.arange(len(place)).repeat(samples)
+    table = pd.DataFrame({"rain": rng.uniform(-1, 1, len(plot)), "plot": plot})
+    table["yield"] = np.tanh(2 * table["rain"]) + b[plot] + 0.5 * rng.standard_normal(len(plot))
+    table["east"], table["north"] = place[plot].T
+    return table.sample(frac=1, random_state=1)
+
+
 def test_a_kernel_learns_its_length():
-    module, _, _ = fitted(*CASES["field"][:2], 30, split="group", kernels=MATERN)
-    found = {p.name: p.value for p in module.result.parameters}
-    assert 0.05 < found["plot/g/lengthscale"] < 0.6
+    table, formula = clusters(), "yield ~ rain + (1 | plot)"
+    module, _, _ = fitted(formula, table, 12, split="group", kernels=MATERN)
+    length = {p.name: p for p in module.result.parameters}["plot/g/lengthscale"]
+    assert abs(length.value - 0.2) < 3 * length.std_error < 0.2
+    # It started at a third of the typical distance, which is that of the fields.
+    assert torch.pdist(module.places).median() / 3 > 10 * length.value
+
+
+@pytest.mark.parametrize("head", ["ml", "gls"])
+def test_units_do_not_matter(head):
+    table = datasets.ratings(1500, 50, 20)
+    other = table.assign(x1=1000 * table["x1"] + 7, rating=100 * table["rating"] - 3)
+    training = "full" if head == "gls" else "alternating"
+    found = []
+    for one in (table, other):
+        torch.manual_seed(1)
+        found.append(fitted(CROSSED, one, 4, head=head, training=training)[0].predict(one))
+    expected, same = found
+    np.testing.assert_allclose(same["mean"], 100 * expected["mean"] - 3, rtol=1e-3)
+    np.testing.assert_allclose(same["variance"], 100**2 * expected["variance"], rtol=1e-3)
 
 
 def test_a_network_may_be_a_module():

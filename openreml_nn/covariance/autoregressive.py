@@ -11,6 +11,7 @@ from torch import Tensor
 from openreml_nn.covariance.exchangeable import interval
 from openreml_nn.covariance.matrix import FreeParams, Matrix, differentiated
 from openreml_nn.covariance.params import free_specs, merge_specs
+from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.transform import TransformExp, TransformExpPow2
 
 __all__ = ["AR1Matrix", "AntedependenceMatrix", "ToeplitzMatrix"]
@@ -100,9 +101,9 @@ class AR1Matrix(Matrix):
         pulled = torch.stack([sums @ powers, sums @ (variance * self._slopes(powers))])
         return self._chain_vjp(pulled, free_params)
 
-    def moment_start(self, variance: Tensor) -> None:
-        self._set(self.param_names[0], variance.mean())
+    def moment_start(self, variance: Tensor) -> bool:
         self._set(self.param_names[1], torch.zeros_like(variance[0]))
+        return self._set(self.param_names[0], harmonic_mean(variance))
 
 
 class ToeplitzMatrix(Matrix):
@@ -169,10 +170,10 @@ class ToeplitzMatrix(Matrix):
         pulled = torch.cat([(sums * rho).sum().reshape(1), variance * sums[1:]])
         return self._chain_vjp(pulled, free_params)
 
-    def moment_start(self, variance: Tensor) -> None:
-        self._set(self.param_names[0], variance.mean())
+    def moment_start(self, variance: Tensor) -> bool:
         for name in self.param_names[1:]:
             self._set(name, torch.zeros_like(variance[0]))
+        return self._set(self.param_names[0], harmonic_mean(variance))
 
 
 class AntedependenceMatrix(Matrix):
@@ -207,7 +208,7 @@ class AntedependenceMatrix(Matrix):
     """
 
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
-        default = free_specs([f"sigma_{i}" for i in range(n)], trans=TransformExp())
+        default = free_specs([f"sigma_{i}" for i in range(n)], trans=TransformExp(degree=1))
         default |= free_specs([f"rho_{k}" for k in range(n - 1)], trans=interval(-1.0, 1.0))
         super().__init__((n, n), merge_specs(default, param_specs))
 
@@ -249,9 +250,10 @@ class AntedependenceMatrix(Matrix):
         by_rho = (upper[:, :-1] * after).sum(0)
         return self._chain_vjp(torch.cat([by_sigma, by_rho]), free_params)
 
-    def moment_start(self, variance: Tensor) -> None:
+    def moment_start(self, variance: Tensor) -> bool:
         n = self.shape[0]
-        for name, value in zip(self.param_names[:n], variance.sqrt(), strict=True):
-            self._set(name, value)
         for name in self.param_names[n:]:
             self._set(name, torch.zeros_like(variance[0]))
+        scales = zip(self.param_names[:n], variance.sqrt(), strict=True)
+        moved = [self._set(name, value) for name, value in scales]
+        return all(moved)

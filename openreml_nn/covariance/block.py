@@ -62,12 +62,14 @@ class BlockDiagonal(_Blocks):
     def combine(self, operands: Sequence[Tensor]) -> Tensor:
         return torch.block_diag(*operands)
 
-    def moment_start(self, variance: Tensor) -> None:
-        at = 0
-        for operand in self.operands.values():
-            if isinstance(operand, Matrix):
-                operand.moment_start(variance[at : at + operand.shape[0]])
-            at += operand.shape[0]
+    def moment_start(self, variance: Tensor) -> bool:
+        parts = variance.split([operand.shape[0] for operand in self.operands.values()])
+        took = [
+            operand.moment_start(part) is not False
+            for operand, part in zip(self.operands.values(), parts, strict=True)
+            if isinstance(operand, Matrix)
+        ]
+        return any(took)
 
 
 class Augment(_Blocks):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,15 @@ class Design:
     def take(self, rows: Tensor) -> Design:
         """The design of some of the rows."""
         raise NotImplementedError
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        """What it holds."""
+        return []
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Design:
+        """The same design with ``function`` applied to its tensors."""
+        return self
 
     def dense(self, like: Tensor) -> Tensor:
         """The matrix itself, on the dtype and device of ``like``."""
@@ -63,6 +74,13 @@ class DenseDesign(Design):
     def take(self, rows: Tensor) -> Design:
         return DenseDesign(self.matrix[rows])
 
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        return [self.matrix]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Design:
+        return DenseDesign(function(self.matrix))
+
 
 class IndexedDesign(Design):
     r"""Row i holds ``values[i]`` in the k columns of level ``codes[i]``, zeros elsewhere.
@@ -98,6 +116,22 @@ class IndexedDesign(Design):
         total = x.new_zeros(self.levels, self.effects, x.shape[1])
         return total.index_add(0, self.codes, weighted).reshape(self.shape[1], x.shape[1])
 
+    def dense(self, like: Tensor) -> Tensor:
+        # Not by products with an identity, which holds levels x levels numbers.
+        columns = self.codes[:, None] * self.effects + torch.arange(
+            self.effects, device=self.codes.device
+        )
+        values = like.new_ones(columns.shape) if self.values is None else self.values.to(like)
+        return like.new_zeros(self.shape).scatter(1, columns, values)
+
     def take(self, rows: Tensor) -> Design:
         values = None if self.values is None else self.values[rows]
         return IndexedDesign(self.codes[rows], values, self.levels)
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        return [self.codes, self.values]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Design:
+        values = None if self.values is None else function(self.values)
+        return IndexedDesign(function(self.codes), values, self.levels)

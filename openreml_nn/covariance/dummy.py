@@ -95,8 +95,10 @@ class DummyMatrix(Matrix):
             raise ValueError("no columns are left: the factor has a single level")
         position = np.full(len(combos) + 1, -1, dtype=np.int64)
         position[order] = np.arange(len(order))
-        names = ["⋈".join(map(str, combos[i])) for i in order]
-        self._build(torch.from_numpy(position[codes]), names, covariates)
+        names, labels = ([sign.join(map(str, combos[i])) for i in order] for sign in ("⋈", ":"))
+        if len(set(labels)) < len(labels):
+            labels = [repr(combos[i]) for i in order]
+        self._build(torch.from_numpy(position[codes]), names, covariates, labels)
 
     @classmethod
     def from_codes(
@@ -132,7 +134,11 @@ class DummyMatrix(Matrix):
         return made
 
     def _build(
-        self, codes: Tensor, names: list[str], covariates: Tensor | nn.Module | None
+        self,
+        codes: Tensor,
+        names: list[str],
+        covariates: Tensor | nn.Module | None,
+        labels: list[str] | None = None,
     ) -> None:
         n, k = len(codes), 1
         if isinstance(covariates, nn.Module):
@@ -143,6 +149,7 @@ class DummyMatrix(Matrix):
             k = covariates.shape[1]
         super().__init__((n, len(names) * k), {})
         self._colnames = names
+        self._labels = names if labels is None else labels
         self.register_buffer("like", torch.empty(0), persistent=False)
         self.register_buffer("codes", codes, persistent=False)
         if isinstance(covariates, nn.Module):
@@ -157,6 +164,12 @@ class DummyMatrix(Matrix):
         """Names of the levels in the order of the columns, those of several factors joined by
         ``⋈``."""
         return self._colnames
+
+    @property
+    def labels(self) -> list[str]:
+        """The same for tables, joined by ``:`` as in a formula; as tuples where that makes two
+        alike."""
+        return self._labels
 
     @property
     def design(self) -> IndexedDesign:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.params import free_specs, merge_specs
+from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.transform import (
     Transform,
     TransformChain,
@@ -26,9 +27,13 @@ def interval(low: float, high: float) -> Transform:
     return TransformChain([TransformSigmoid(), TransformScaleShift(high - low, low)])
 
 
+def _least_correlation(n: int) -> float:
+    """The lower bound of a common correlation of n rows; of one row it means nothing."""
+    return -1 / (n - 1) if n > 1 else -1.0
+
+
 def _common_correlation(n: int) -> dict[str, dict[str, Any]]:
-    # A common correlation of n > 1 rows is at least -1 / (n - 1); of one row it means nothing.
-    return free_specs(["rho"], trans=interval(-1 / (n - 1) if n > 1 else -1.0, 1.0))
+    return free_specs(["rho"], trans=interval(_least_correlation(n), 1.0))
 
 
 def _off_and_on(cotangent: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,8 +91,8 @@ class EqualEntryMatrix(Matrix):
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
         return self._chain_vjp(cotangent.sum().reshape(1), free_params)
 
-    def moment_start(self, variance: Tensor) -> None:
-        self._set(self.param_names[0], variance.mean())
+    def moment_start(self, variance: Tensor) -> bool:
+        return self._set(self.param_names[0], harmonic_mean(variance))
 
 
 class EquicorrelationMatrix(Matrix):
@@ -116,6 +121,11 @@ class EquicorrelationMatrix(Matrix):
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
         super().__init__((n, n), merge_specs(_common_correlation(n), param_specs))
 
+    @property
+    def rho_min(self) -> float:
+        """The lower bound of ``rho``, -1 / (n - 1), where the matrix becomes singular."""
+        return _least_correlation(self.shape[0])
+
     def forward(self, free_params: FreeParams = None) -> Tensor:
         rho = self.build_params(free_params)
         return _mixed(self.shape[0], rho, torch.ones_like(rho))
@@ -127,6 +137,10 @@ class EquicorrelationMatrix(Matrix):
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
         off, _ = _off_and_on(cotangent)
         return self._chain_vjp(off.reshape(1), free_params)
+
+    def moment_start(self, variance: Tensor) -> bool:
+        self._set(self.param_names[0], torch.zeros_like(variance[0]))
+        return False
 
 
 class CompoundSymmetricMatrix(Matrix):
@@ -155,6 +169,11 @@ class CompoundSymmetricMatrix(Matrix):
         default = free_specs(["sigma^2"], trans=TransformExpPow2()) | _common_correlation(n)
         super().__init__((n, n), merge_specs(default, param_specs))
 
+    @property
+    def rho_min(self) -> float:
+        """The lower bound of ``rho``, -1 / (n - 1), where the matrix becomes singular."""
+        return _least_correlation(self.shape[0])
+
     def forward(self, free_params: FreeParams = None) -> Tensor:
         variance, rho = self.build_params(free_params).split(1)
         return _mixed(self.shape[0], variance * rho, variance)
@@ -170,6 +189,6 @@ class CompoundSymmetricMatrix(Matrix):
         off, on = _off_and_on(cotangent)
         return self._chain_vjp(torch.stack([on + rho * off, variance * off]), free_params)
 
-    def moment_start(self, variance: Tensor) -> None:
-        self._set(self.param_names[0], variance.mean())
+    def moment_start(self, variance: Tensor) -> bool:
         self._set(self.param_names[1], torch.zeros_like(variance[0]))
+        return self._set(self.param_names[0], harmonic_mean(variance))

@@ -11,6 +11,7 @@ from torch import Tensor
 from openreml_nn.covariance.design import IdentityDesign
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.params import free_specs, merge_specs
+from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.terms import DiagonalCovariance, RepeatedCovariance, Term
 from openreml_nn.covariance.transform import TransformExpPow2
 
@@ -94,8 +95,8 @@ class ScalarMatrix(Matrix):
         variance = self.build_params(free_params).reshape(1, 1)
         return [Term(IdentityDesign(n), RepeatedCovariance(variance, n)).take(rows)]
 
-    def moment_start(self, variance: Tensor) -> None:
-        self._set(self.param_names[0], variance.mean())
+    def moment_start(self, variance: Tensor) -> bool:
+        return self._set(self.param_names[0], harmonic_mean(variance))
 
 
 class DiagonalMatrix(Matrix):
@@ -144,6 +145,7 @@ class DiagonalMatrix(Matrix):
         variances = self.build_params(free_params)
         return [Term(IdentityDesign(self.shape[0]), DiagonalCovariance(variances)).take(rows)]
 
-    def moment_start(self, variance: Tensor) -> None:
-        for name, value in zip(self.param_names, variance, strict=True):
-            self._set(name, value)
+    def moment_start(self, variance: Tensor) -> bool:
+        scales = zip(self.param_names, variance, strict=True)
+        moved = [self._set(name, value) for name, value in scales]
+        return all(moved)

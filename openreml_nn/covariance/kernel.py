@@ -12,8 +12,9 @@ from torch import Tensor
 from openreml_nn.covariance.design import IdentityDesign
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.params import free_specs, merge_specs
+from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.terms import Kernel, ScaledCovariance, Term
-from openreml_nn.covariance.transform import TransformChain, TransformExp, TransformExpPow2
+from openreml_nn.covariance.transform import TransformExp, TransformExpPow2
 
 __all__ = ["ExponentialMatrix", "GaussianMatrix", "KnownMatrix", "MaternMatrix"]
 
@@ -32,8 +33,8 @@ class _DistanceMatrix(Matrix):
                 "compute_mode='donot_use_mm_for_euclid_dist')"
             )
         default = free_specs(["sigma^2"], trans=TransformExpPow2())
-        # Steps in log length: a length of zero is no ordinary point.
-        default |= free_specs(["lengthscale"], trans=TransformChain([TransformExp()]))
+        # A length of zero is no ordinary point.
+        default |= free_specs(["lengthscale"], trans=TransformExp(degree=0))
         super().__init__(tuple(distance.shape), merge_specs(default, param_specs))
         self.register_buffer("distance", distance, persistent=False)
 
@@ -65,12 +66,12 @@ class _DistanceMatrix(Matrix):
         by_length = (cotangent * self._fall(r)).sum() * variance / length
         return self._chain_vjp(torch.cat([by_variance, by_length]), free_params)
 
-    def moment_start(self, variance: Tensor) -> None:
-        self._set(self.param_names[0], variance.mean())
+    def moment_start(self, variance: Tensor) -> bool:
         apart = self.distance[self.distance > 0]
         if apart.numel():
             # A third of the typical distance: correlated with the near, not with the far.
             self._set(self.param_names[1], apart.median().to(variance) / 3)
+        return self._set(self.param_names[0], harmonic_mean(variance))
 
 
 class ExponentialMatrix(_DistanceMatrix):
@@ -251,9 +252,9 @@ class KnownMatrix(Matrix):
         whole = Term(IdentityDesign(self.shape[0]), known)
         return [whole.take(rows)]
 
-    def moment_start(self, variance: Tensor) -> None:
+    def moment_start(self, variance: Tensor) -> bool:
         size = self.matrix.diagonal().to(variance).mean()
-        self._set(self.param_names[0], variance.mean() / size)
+        return self._set(self.param_names[0], harmonic_mean(variance) / size)
 
 
 def _check_symmetric(name: str, matrix: Tensor) -> None:

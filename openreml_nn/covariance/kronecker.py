@@ -13,6 +13,7 @@ from torch import Tensor
 from openreml_nn.covariance.design import IdentityDesign, IndexedDesign
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.operator import Operator
+from openreml_nn.covariance.start import give_to_one, harmonic_mean
 from openreml_nn.covariance.terms import (
     Covariance,
     DenseCovariance,
@@ -90,15 +91,14 @@ class KroneckerProduct(Operator):
             return super().terms(rows, free_params)
         return [replace(merged, name="").take(rows)]
 
-    def moment_start(self, variance: Tensor) -> None:
-        # All of the variance goes to the last operand that has parameters, 1 to those before.
-        sizes = [operand.shape[0] for operand in self.operands.values()]
-        rest = variance.reshape(sizes)
-        for axis, operand in reversed(list(enumerate(self.operands.values()))):
-            if isinstance(operand, Matrix) and operand.num_free_params:
-                others = [i for i in range(len(sizes)) if i != axis]
-                operand.moment_start(rest.mean(others) if others else rest)
-                rest = torch.ones_like(rest)
+    def moment_start(self, variance: Tensor) -> bool:
+        operands = list(self.operands.values())
+        whole = variance.reshape([operand.shape[0] for operand in operands])
+        shares = []
+        for axis in range(len(operands)):
+            others = [i for i in range(len(operands)) if i != axis]
+            shares.append(harmonic_mean(whole, others) if others else whole)
+        return give_to_one(operands, shares)
 
 
 def _kron(a: Tensor, b: Tensor) -> Tensor:

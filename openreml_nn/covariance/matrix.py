@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from openreml_nn.covariance.autograd import ClosedForm
 from openreml_nn.covariance.params import Entry, Layout, check_name, check_spec
+from openreml_nn.covariance.start import harmonic_mean, rescale
 from openreml_nn.covariance.transform import Transform
 
 if TYPE_CHECKING:
@@ -307,13 +308,17 @@ class Matrix(nn.Module):
 
     # ------------------------------------------------------------------ estimation
 
-    def moment_start(self, variance: Tensor) -> None:
+    def moment_start(self, variance: Tensor) -> bool:
         """Set the free parameters to a rough start for estimation.
 
         Afterwards the diagonal is about ``variance``, shape ``(rows,)``, and
-        correlations are zero. A class that does not know how keeps its
-        present values.
+        correlations are zero. A class that does not say how is multiplied by a
+        number.
+
+        Returns:
+            Whether the matrix has a free scale, so that it could follow the units.
         """
+        return rescale(self, float(harmonic_mean(variance)))
 
     def canonical(self, coordinates: dict[str, float]) -> dict[str, float]:
         """Equivalent coordinates (see :class:`Transform`) that the parameters can hold.
@@ -326,12 +331,14 @@ class Matrix(nn.Module):
             name: abs(u) if self._trans[name].vanishes else u for name, u in coordinates.items()
         }
 
-    def _set(self, name: str, value: Tensor) -> None:
-        """Set a parameter, if it is free, to what its transform shall yield."""
+    def _set(self, name: str, value: Tensor) -> bool:
+        """Set a parameter, if it is free, to what its transform shall yield; whether it is."""
         parameter = self._parameters.get(name)
-        if parameter is not None:
-            with torch.no_grad():
-                parameter.copy_(self._trans[name].inverse(value.detach().reshape(1)))
+        if parameter is None or not parameter.requires_grad:
+            return False
+        with torch.no_grad():
+            parameter.copy_(self._trans[name].inverse(value.detach().reshape(1)))
+        return True
 
     # ------------------------------------------------------------------ parameters
 

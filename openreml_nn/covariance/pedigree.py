@@ -16,7 +16,8 @@ from openreml_nn.covariance.design import IdentityDesign
 from openreml_nn.covariance.dummy import DummyMatrix
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.params import free_specs, merge_specs
-from openreml_nn.covariance.terms import Kernel, ScaledCovariance, Term
+from openreml_nn.covariance.start import harmonic_mean
+from openreml_nn.covariance.terms import Kernel, ScaledCovariance, Term, same_content
 from openreml_nn.covariance.transform import TransformExpPow2
 
 __all__ = ["KnownInverseMatrix", "Pedigree"]
@@ -243,8 +244,8 @@ class KnownInverseMatrix(Matrix):
 
     @property
     def kernel(self) -> Kernel:
-        """K, which depends on no parameter: what is computed of it is kept."""
-        if self._kernel is None or self._kernel.source is not self.inverse:
+        """K, which depends on no parameter: what is computed of it is kept while that is the same."""
+        if self._kernel is None or not same_content(self._kernel.source, self.inverse):
             self._kernel = Kernel(inverse=self.inverse)
         return self._kernel
 
@@ -267,5 +268,5 @@ class KnownInverseMatrix(Matrix):
         whole = Term(IdentityDesign(self.shape[0]), ScaledCovariance(variance, self.kernel))
         return [whole.take(rows)]
 
-    def moment_start(self, variance: Tensor) -> None:
-        self._set(self.param_names[0], variance.mean())
+    def moment_start(self, variance: Tensor) -> bool:
+        return self._set(self.param_names[0], harmonic_mean(variance))

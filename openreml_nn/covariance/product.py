@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.operator import Operator
+from openreml_nn.covariance.start import give_to_one
 
 __all__ = ["Gram", "HadamardProduct", "Inverse", "Product", "Transpose"]
 
@@ -101,6 +102,16 @@ class HadamardProduct(Operator):
     def combine_jvp(self, index: int, tangent: Tensor, operands: Sequence[Tensor]) -> Tensor:
         return reduce(torch.mul, [*operands[:index], tangent, *operands[index + 1 :]])
 
+    def moment_start(self, variance: Tensor) -> bool:
+        operands = list(self.operands.values())
+        known = [operand for operand in operands if isinstance(operand, Tensor)]
+        # What the known operands multiply the variance by.
+        size = reduce(
+            torch.mul, [t.diagonal().to(variance) for t in known], torch.ones_like(variance)
+        )
+        share = variance / torch.where(size > 0, size, 1)
+        return give_to_one(operands, [share] * len(operands))
+
 
 class Transpose(Operator):
     r"""Transpose :math:`V = A^\top`.
@@ -177,17 +188,6 @@ class Gram(Operator):
     def combine_jvp(self, index: int, tangent: Tensor, operands: Sequence[Tensor]) -> Tensor:
         half = self._left(tangent) @ self._left(operands[0]).mT
         return half + half.mT
-
-    def moment_start(self, variance: Tensor) -> None:
-        """Scale the entries of a free matrix, keeping their pattern."""
-        from openreml_nn.covariance.triangular import LowerTriangularMatrix
-
-        (operand,) = self.operands.values()
-        if isinstance(operand, LowerTriangularMatrix):
-            with torch.no_grad():
-                size = self().diagonal().to(variance).mean()
-                for parameter in operand.parameters():
-                    parameter.mul_((variance.mean() / size).sqrt())
 
     @property
     def repr_dict(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from openreml_nn.covariance.design import DenseDesign, Design, IdentityDesign
 from openreml_nn.covariance.dummy import DummyMatrix
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.operator import Operator
+from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.terms import DenseCovariance, Term, propagate
 
 __all__ = ["CovariancePropagation"]
@@ -120,19 +121,23 @@ class CovariancePropagation(Operator):
             found = [Term(IdentityDesign(g.shape[0]), DenseCovariance(g))]
         return [replace(propagate(design, term), name="").take(rows) for term in found]
 
-    def moment_start(self, variance: Tensor) -> None:
+    def moment_start(self, variance: Tensor) -> bool:
         z, g = self.operands.values()
-        if not isinstance(g, Matrix):
-            return
         if isinstance(z, DummyMatrix):
             # Every level's column of an effect has the scale of the effect's covariate.
-            values = z.design.values
+            values = z.values()
             square = variance.new_ones(1) if values is None else (values.detach() ** 2).mean(0)
             square = square.to(variance).repeat(z.design.levels)
         else:
-            dense = (z() if isinstance(z, Matrix) else z).detach().to(variance)
-            square = (dense**2).sum() / len(dense) * variance.new_ones(g.shape[0])
-        g.moment_start(variance.mean() / torch.where(square > 0, square, 1))
+            with torch.no_grad():
+                dense = (z() if isinstance(z, Matrix) else z).detach().to(variance)
+            # The columns add up to one row's variance: each has its share, in its own unit.
+            square = (dense**2).mean(0) * dense.shape[1]
+        share = harmonic_mean(variance) / torch.where(square > 0, square, 1)
+        if isinstance(g, Matrix) and g.num_free_params and g.moment_start(share) is not False:
+            return True
+        # No scale in G: it is in Z, if anywhere.
+        return super().moment_start(variance)
 
 
 def _sandwich(design: Design, g: Tensor) -> Tensor:

@@ -61,7 +61,9 @@ def heterogeneous(correlation: Matrix) -> CovariancePropagation:
             [1.0000, 4.0000]])
     """
     n = correlation.shape[0]
-    sd = DiagonalMatrix(n, free_specs([f"sigma_{i}" for i in range(n)], trans=TransformExp()))
+    sd = DiagonalMatrix(
+        n, free_specs([f"sigma_{i}" for i in range(n)], trans=TransformExp(degree=1))
+    )
     return CovariancePropagation(sd=sd, correlation=correlation)
 
 

@@ -63,7 +63,7 @@ class Sum(Operator):
             found += [term.within(name) for term in parts]
         return found
 
-    def moment_start(self, variance: Tensor) -> None:
-        for operand in self.operands.values():
-            if isinstance(operand, Matrix):
-                operand.moment_start(variance)
+    def moment_start(self, variance: Tensor) -> bool:
+        matrices = [operand for operand in self.operands.values() if isinstance(operand, Matrix)]
+        took = [operand.moment_start(variance) is not False for operand in matrices]
+        return any(took)

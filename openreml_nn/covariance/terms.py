@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -25,14 +26,18 @@ __all__ = [
     "DiagonalCovariance",
     "Kernel",
     "KroneckerCovariance",
+    "LinearCovariance",
     "RepeatedCovariance",
     "ScaledCovariance",
     "Term",
     "has_own_columns",
     "is_scalar",
     "kronecker",
+    "private",
     "propagate",
     "residual_terms",
+    "root_condition",
+    "same_content",
 ]
 
 
@@ -79,6 +84,10 @@ class Covariance:
         """From a cotangent of all of G, (q, q), to that of ``matrix``."""
         raise NotImplementedError
 
+    def inner(self, folded: Tensor) -> Tensor:
+        r""":math:`\langle S, G\rangle = \sum_{ij} S_{ij} G_{ij}` from :meth:`fold` of S."""
+        raise NotImplementedError
+
     def blocks(self, levels: int, effects: int) -> Tensor:
         """Diagonal blocks of G level by level, (levels or 1, effects, effects)."""
         raise NotImplementedError
@@ -88,8 +97,15 @@ class Covariance:
         raise NotImplementedError
 
 
+class LinearCovariance(Covariance):
+    """A covariance that is linear in its entries."""
+
+    def inner(self, folded: Tensor) -> Tensor:
+        return (folded * self.matrix).sum()
+
+
 @dataclass(frozen=True)
-class RepeatedCovariance(Covariance):
+class RepeatedCovariance(LinearCovariance):
     r""":math:`G = I_q \otimes \Sigma`: ``levels`` independent copies of ``matrix`` (k, k).
 
     ``factor`` is a square root, :math:`\Sigma = L L^\top`, where the tree knows one.
@@ -133,7 +149,7 @@ def is_scalar(g: Covariance) -> bool:
 
 
 @dataclass(frozen=True)
-class DiagonalCovariance(Covariance):
+class DiagonalCovariance(LinearCovariance):
     r""":math:`G = \mathrm{diag}(v)` with ``matrix`` the variances (q,)."""
 
     def multiply(self, x: Tensor, transpose: bool = False) -> Tensor:
@@ -155,7 +171,7 @@ class DiagonalCovariance(Covariance):
 
 
 @dataclass(frozen=True)
-class DenseCovariance(Covariance):
+class DenseCovariance(LinearCovariance):
     """A covariance without structure, ``matrix`` (q, q)."""
 
     def multiply(self, x: Tensor, transpose: bool = False) -> Tensor:
@@ -217,6 +233,11 @@ class KroneckerCovariance(Covariance):
         of_A, of_B = torch.einsum("rcsd,cd->rs", four, B), torch.einsum("rcsd,rs->cd", four, A)
         return torch.cat([of_A.reshape(-1), of_B.reshape(-1)])
 
+    def inner(self, folded: Tensor) -> Tensor:
+        # Bilinear: the cotangent of either side has seen the other already.
+        r = self.sizes[0]
+        return folded[: r * r] @ self.matrix[: r * r]
+
 
 def kronecker(A: Tensor, B: Tensor, x: Tensor) -> Tensor:
     r""":math:`(A \otimes B) x` for x (r * c, m), first by columns and then by rows."""
@@ -228,6 +249,9 @@ def kronecker(A: Tensor, B: Tensor, x: Tensor) -> Tensor:
 class Kernel:
     """A known symmetric matrix K, given itself or by its sparse inverse.
 
+    What is computed of an inverse is kept, so the kernel holds a copy of that: compare it with
+    :func:`same_content` before the kernel is used again.
+
     Args:
         matrix: K, (q, q).
         inverse: its inverse in place of it, (q, q), sparse or dense.
@@ -238,11 +262,15 @@ class Kernel:
     """
 
     def __init__(self, matrix: Tensor | None = None, inverse: Tensor | None = None) -> None:
-        given = inverse if matrix is None else matrix
+        self.inverse = None if inverse is None else private(inverse)
+        given = self.inverse if matrix is None else matrix
         assert given is not None
         self.source, self.size = given, given.shape[0]
-        self.inverse = inverse
         self._dense = matrix
+
+    def private(self) -> Kernel:
+        """The same kernel with contents that nobody else can change."""
+        return self if self.inverse is not None else Kernel(private(self.source))
 
     def dense(self) -> Tensor:
         """K itself; from its inverse it is computed once.
@@ -253,7 +281,7 @@ class Kernel:
         if self._dense is None:
             assert self.inverse is not None
             # A constant, outside of any transform: torch 2.6 takes sparse tensors within one for dense.
-            with torch._C._DisableFuncTorch():
+            with torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
                 factor, info = torch.linalg.cholesky_ex(self.inverse.to_dense())
                 if int(info):
                     raise ValueError("`inverse` is not positive definite")
@@ -289,7 +317,7 @@ class Kernel:
 
 
 @dataclass(frozen=True)
-class ScaledCovariance(Covariance):
+class ScaledCovariance(LinearCovariance):
     r""":math:`G = K \otimes \Sigma` with a known kernel K (q, q) and ``matrix`` Σ (t, t).
 
     With t = 1 a multiple of K. Columns stand level by level, the t effects of
@@ -344,6 +372,23 @@ def _root(matrix: Tensor) -> Tensor:
     return vectors * values.clamp(min=0).sqrt()
 
 
+def root_condition(g: Covariance) -> float:
+    """How many times rounding is magnified in :meth:`Covariance.root`; 1 where it is exact."""
+    if isinstance(g, DiagonalCovariance) or not bool(g.matrix.any()):
+        return 1.0
+    if isinstance(g, RepeatedCovariance) and (g.factor is not None or len(g.matrix) == 1):
+        return 1.0
+    if isinstance(g, KroneckerCovariance):
+        parts = [root_condition(DenseCovariance(part)) for part in g.parts()]
+        return parts[0] * parts[1]
+    if isinstance(g, ScaledCovariance):
+        return root_condition(DenseCovariance(g.whole(g.kernel.size * len(g.matrix))))
+    factor, info = torch.linalg.cholesky_ex(g.matrix)
+    if int(info):
+        return inf
+    return float((g.matrix.diagonal() / factor.diagonal() ** 2).max())
+
+
 @dataclass(frozen=True)
 class Term:
     r"""One summand :math:`Z G Z^\top`; ``name`` is the path of its node in the tree."""
@@ -356,6 +401,19 @@ class Term:
     def is_residual(self) -> bool:
         r"""Whether it is :math:`\sigma^2 I` over the rows."""
         return is_scalar(self.covariance) and isinstance(self.design, IdentityDesign)
+
+    @property
+    def constants(self) -> list[Tensor | None]:
+        """What the term holds beside the entries of its covariance."""
+        kernel = self.covariance.kernel if isinstance(self.covariance, ScaledCovariance) else None
+        return [*self.design.tensors, None if kernel is None else kernel.source]
+
+    def private(self) -> Term:
+        """The term with constants that nobody else can change."""
+        g = self.covariance
+        if isinstance(g, ScaledCovariance):
+            g = ScaledCovariance(g.matrix, g.kernel.private())
+        return replace(self, design=self.design.map(private), covariance=g)
 
     def take(self, rows: Tensor | None) -> Term:
         """The term of some of the rows."""
@@ -389,6 +447,27 @@ class Term:
             return self.covariance.whole(self.design.shape[0])
         z = self.design.dense(self.covariance.matrix)
         return self.design.matmul(self.covariance.multiply(z.mT))
+
+
+def private(tensor: Tensor) -> Tensor:
+    """A copy of the content, outside of any graph and of inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        return tensor.detach().clone()
+
+
+def same_content(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two tensors hold the same numbers in the same form, or both are None."""
+    if one is None or other is None:
+        return one is other
+    forms = [(x.shape, x.dtype, x.device, x.layout) for x in (one, other)]
+    if forms[0] != forms[1]:
+        return False
+    if one.layout == torch.strided:
+        return torch.equal(one, other)
+    parts = [x.detach().to_sparse_coo().coalesce() for x in (one, other)]
+    return torch.equal(parts[0].indices(), parts[1].indices()) and torch.equal(
+        parts[0].values(), parts[1].values()
+    )
 
 
 def residual_terms(terms: Sequence[Term]) -> list[int]:

@@ -37,9 +37,12 @@ class _Entries(Matrix):
         flat = values.new_zeros(*values.shape[:-1], n * m)
         return flat.index_copy(-1, rows * m + columns, values).reshape(*flat.shape[:-1], n, m)
 
-    def _start(self, diagonal: Tensor) -> None:
+    def _start(self, diagonal: Tensor) -> bool:
+        done = []
         for (i, j), name in zip(_triangle(*self.shape), self.param_names, strict=True):
-            self._set(name, diagonal[i] if i == j else torch.zeros_like(diagonal[i]))
+            moved = self._set(name, diagonal[i] if i == j else torch.zeros_like(diagonal[i]))
+            done.append(moved or i != j)
+        return all(done)
 
     def _unit(self, free_params: FreeParams) -> Tensor:
         """Derivatives of the placed matrix by each entry, (num_params, n, m)."""
@@ -134,8 +137,8 @@ class UnconstrainedMatrix(_Entries):
         whole = RepeatedCovariance(self(free_params))
         return [Term(IdentityDesign(self.shape[0]), whole).take(rows)]
 
-    def moment_start(self, variance: Tensor) -> None:
-        self._start(variance)
+    def moment_start(self, variance: Tensor) -> bool:
+        return self._start(variance)
 
 
 class UnstructuredMatrix(_Entries):
@@ -170,7 +173,7 @@ class UnstructuredMatrix(_Entries):
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
         default: dict[str, Any] = {}
         for i, j in _triangle(n, n):
-            default |= free_specs([f"L_{i}_{j}"], trans=TransformExp() if i == j else None)
+            default |= free_specs([f"L_{i}_{j}"], trans=TransformExp(degree=1) if i == j else None)
         super().__init__((n, n), merge_specs(default, param_specs))
 
     def factor(self, free_params: FreeParams = None) -> Tensor:
@@ -194,8 +197,8 @@ class UnstructuredMatrix(_Entries):
         whole = RepeatedCovariance(lower @ lower.mT, 1, lower)
         return [Term(IdentityDesign(self.shape[0]), whole).take(rows)]
 
-    def moment_start(self, variance: Tensor) -> None:
-        self._start(variance.sqrt())
+    def moment_start(self, variance: Tensor) -> bool:
+        return self._start(variance.sqrt())
 
     def canonical(self, coordinates: dict[str, float]) -> dict[str, float]:
         # The sign of a column of L is arbitrary: the diagonal is taken as positive.

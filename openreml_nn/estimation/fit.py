@@ -18,7 +18,7 @@ from openreml_nn.covariance.terms import (
 )
 from openreml_nn.errors import InputError
 from openreml_nn.estimation.aireml import average_information_step
-from openreml_nn.estimation.result import Label, Record, REMLResult
+from openreml_nn.estimation.result import Label, Record, Result
 from openreml_nn.likelihood import REMLLoss
 from openreml_nn.likelihood.blocked import BlockedProblem
 from openreml_nn.likelihood.grouped import separated
@@ -112,7 +112,7 @@ def fit_reml(
     max_iterations: int = 200,
     names: Sequence[str] | None = None,
     labels: Mapping[str, Label] | None = None,
-) -> REMLResult:
+) -> Result:
     r"""Fit :math:`y \sim N(X\beta, V(\theta))` by average-information REML.
 
     The covariance is moved to the dtype and device of ``y`` and left with its
@@ -160,7 +160,7 @@ def fit_reml(
     if start == "moments" and not (free and _start_by_krylov(objective, loss, y, X)):
         moment_start(loss, y, X, rows)
     history = iterate(objective, max_iterations if free else 0)
-    return checked(REMLResult.of(objective, loss.plan, y, X, history, names, labels))
+    return checked(Result.of(objective, loss.plan, y, X, history, names, labels))
 
 
 def iterate(objective: Objective, most: int) -> list[Record]:
@@ -175,7 +175,7 @@ def iterate(objective: Objective, most: int) -> list[Record]:
     return history
 
 
-def checked(result: REMLResult) -> REMLResult:
+def checked(result: Result) -> Result:
     """The result, with warnings of what is wrong with it."""
     if not result.converged:
         warnings.warn(

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance import Matrix
+from openreml_nn.covariance import DummyMatrix, Matrix
 from openreml_nn.covariance.design import IndexedDesign
+from openreml_nn.covariance.operator import Operator
 from openreml_nn.covariance.terms import (
+    KroneckerCovariance,
     RepeatedCovariance,
     ScaledCovariance,
     Term,
@@ -24,11 +26,12 @@ from openreml_nn.covariance.terms import (
 from openreml_nn.estimation.aireml import Curvature
 from openreml_nn.estimation.derivatives import jacobian
 from openreml_nn.files import write_text
+from openreml_nn.likelihood.fixed import estimable
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import Plan
 from openreml_nn.likelihood.problem import Evaluation, RandomEffects
 
-__all__ = ["Component", "Estimate", "FixedEffects", "Label", "REMLResult", "Record"]
+__all__ = ["Component", "Estimate", "FixedEffects", "Label", "Record", "Result"]
 
 #: Parameters count as converged this many standard errors from the optimum.
 CONVERGED = 1e-3
@@ -76,6 +79,8 @@ class Component:
         levels: names of the levels; empty for the residual.
         covariance: (k, k), or (q,) variances of a diagonal term.
         std_error: standard errors of its entries (delta method).
+        singular: whether some combination of the effects has no variance.
+        vanished: the effects that have none themselves.
     """
 
     name: str
@@ -84,6 +89,8 @@ class Component:
     levels: tuple[str, ...]
     covariance: Tensor
     std_error: Tensor
+    singular: bool = False
+    vanished: tuple[str, ...] = ()
 
     @property
     def std_dev(self) -> Tensor:
@@ -111,12 +118,34 @@ class FixedEffects:
         estimate: (p,).
         covariance: :math:`(X^\top V^{-1} X)^{-1}` (p, p).
         columns: positions of the kept columns.
+        aliases: (a, d) the null space of X with all its a columns, a column for each that was
+            dropped: 1 at its own place, minus what it is of the kept ones at theirs.
     """
 
     names: tuple[str, ...]
     estimate: Tensor
     covariance: Tensor
     columns: tuple[int, ...]
+    aliases: Tensor
+
+    def estimable(self, rows: Tensor) -> Tensor:
+        r"""Whether the data say what :math:`x^\top\beta` is, for rows x of X with all columns.
+
+        It is so where x is a combination of rows of X, and so orthogonal to its null space.
+
+        Args:
+            rows: (m, a), aliased columns included.
+
+        Returns:
+            (m,) booleans.
+        """
+        return estimable(rows, self.aliases)
+
+    def predict(self, rows: Tensor) -> Tensor:
+        r""":math:`x^\top\hat\beta` of rows x (m, a) of X with all columns; NaN where it is not
+        estimable."""
+        found = rows[:, list(self.columns)] @ self.estimate.to(rows)
+        return torch.where(self.estimable(rows), found, nan)
 
     @property
     def std_error(self) -> Tensor:
@@ -169,6 +198,8 @@ class Source:
         labels: name of a term to names for the tables.
         encoder: what made X of a table, an :class:`openreml_nn.table.Encoder`; None without one.
         means: means of the table's numeric columns.
+        cells: the combinations of levels of the factors of X that the rows have, a data frame;
+            None without an encoder.
     """
 
     covariance: Matrix
@@ -179,10 +210,11 @@ class Source:
     labels: Mapping[str, Label]
     encoder: Any = None
     means: Mapping[str, float] = field(default_factory=dict)
+    cells: Any = None
 
 
 @dataclass(frozen=True)
-class REMLResult:
+class Result:
     r"""A fitted linear mixed model.
 
     Attributes:
@@ -206,6 +238,7 @@ class REMLResult:
         history: record of the iterations.
         plan: the solver's plan.
         num_params: number of free covariance parameters.
+        starts: of a fit from several starts, what each of the others ended with.
         source: data and model, for inference; None where rows were streamed.
     """
 
@@ -227,11 +260,12 @@ class REMLResult:
     history: tuple[Record, ...]
     plan: Plan
     num_params: int
+    starts: tuple[Any, ...] = ()
     source: Source | None = field(default=None, repr=False, compare=False)
 
     @property
     def iterations(self) -> int:
-        """Number of iterations."""
+        """Number of iterations of the reported run, from its own start."""
         return len(self.history)
 
     @property
@@ -290,6 +324,7 @@ class REMLResult:
                 "aic": self.aic,
                 "bic": self.bic,
                 "solver": self.plan.solver,
+                "exact": self.plan.exact,
                 "fixed": [
                     {"name": n, "estimate": b, "std_error": s, "statistic": t}
                     for n, b, s, t in fixed
@@ -319,7 +354,7 @@ class REMLResult:
         history: Sequence[Record] = (),
         names: Sequence[str] | None = None,
         labels: Mapping[str, Label] | None = None,
-    ) -> REMLResult:
+    ) -> Result:
         """The result at the present parameters, however they were found.
 
         Without the rows, ``y`` and ``X``, there are no fitted values.
@@ -354,7 +389,7 @@ class _Builder:
         X: Tensor | None,
         history: Sequence[Record],
         names: Sequence[str] | None,
-    ) -> REMLResult:
+    ) -> Result:
         problem, evaluation = self._objective.problem, self._evaluation
         fixed = self._fixed(names)
         dtype = problem.fixed.y.dtype
@@ -365,18 +400,18 @@ class _Builder:
             for term, effects in zip(self._random_terms, random, strict=True):
                 fitted = fitted + term.design.matmul(effects.values.reshape(-1, 1))[:, 0]
             residuals = y.detach().to(dtype) - fitted
-        components = self._components()
-        singular = self._singular()
+        negligible = self._negligible()
+        components = self._components(negligible)
         curvature = self._curvature
-        return REMLResult(
+        return Result(
             method=problem.method,
             converged=curvature.norm < CONVERGED and not curvature.stuck,
-            singular=tuple(dict.fromkeys(self._label(term).group for term in singular)),
+            singular=tuple(dict.fromkeys(c.group for c in components if c.singular)),
             # Of a variance that is zero the data say nothing more.
             indistinct=tuple(
                 name
                 for name in curvature.indistinct
-                if not any(name.startswith(f"{term.name}/") for term in singular)
+                if not any(name.startswith(f"{term}/") for term in negligible)
             ),
             score_norm=curvature.norm,
             condition=curvature.condition,
@@ -414,7 +449,8 @@ class _Builder:
         spread = part.T @ torch.cholesky_inverse(evaluation.gamma_factor) @ part.T.mT
         names = names or [f"X{j}" for j in range(max(part.columns, default=-1) + 1)]
         kept = tuple(names[j] for j in part.columns)
-        return FixedEffects(kept, part.coefficients(evaluation.gamma), spread, tuple(part.columns))
+        estimate = part.coefficients(evaluation.gamma)
+        return FixedEffects(kept, estimate, spread, tuple(part.columns), part.aliases)
 
     @cached_property
     def _spread(self) -> Tensor:
@@ -453,7 +489,7 @@ class _Builder:
             found.append(Estimate(e.name, value, std_error, stored, stored_error))
         return tuple(found)
 
-    def _components(self) -> list[Component]:
+    def _components(self, negligible: Mapping[str, Tensor]) -> list[Component]:
         u = self._curvature.u
         at = self._curvature.at
 
@@ -476,7 +512,11 @@ class _Builder:
                 error = torch.where(lost, nan, error)
             group, effects, levels = self._label(term)
             names = tuple(effects), tuple(levels)
-            found.append(Component(term.name, group, *names, matrix, error))
+            gone = negligible.get(term.name)
+            vanished = () if gone is None else tuple(e for e, g in zip(names[0], gone) if g)
+            found.append(
+                Component(term.name, group, *names, matrix, error, gone is not None, vanished)
+            )
         return found
 
     def _shown(self, term: Term) -> Tensor:
@@ -497,17 +537,33 @@ class _Builder:
             return Label("Residual", [str(i) for i in range(size)] if size > 1 else ("",), ())
         k = term.covariance.shown().shape[0]
         effects = ("(Intercept)",) if k == 1 else tuple(f"effect_{i}" for i in range(k))
-        return Label(term.name, effects, tuple(map(str, range(term.design.shape[1] // k))))
+        return Label(term.name, effects, self._levels(term, term.design.shape[1] // k))
 
-    def _singular(self) -> list[Term]:
-        """Terms of which some combination of effects is negligible beside the residual."""
+    def _levels(self, term: Term, count: int) -> tuple[str, ...]:
+        """Names of a term's levels: those of its design's labels, or places."""
+        node: Any = self._objective.covariance
+        for name in filter(None, term.name.split("/")):
+            node = node.operands.get(name) if isinstance(node, Operator) else None
+        if isinstance(node, Operator):
+            for operand in node.operands.values():
+                if isinstance(operand, DummyMatrix) and len(operand.labels) == count:
+                    return tuple(operand.labels)
+        g = term.covariance
+        if isinstance(g, KroneckerCovariance) and g.sizes[0] * g.sizes[1] == count:
+            rows, columns = (range(1, size + 1) for size in g.sizes)
+            return tuple(f"{i}:{j}" for i in rows for j in columns)
+        return tuple(map(str, range(count)))
+
+    def _negligible(self) -> dict[str, Tensor]:
+        """Terms of which some combination of effects is negligible beside the residual, by name,
+        each with which of its effects (k,) are themselves."""
         residual = 0.0
         for i in residual_terms(self._terms):
             matrix = self._terms[i].covariance.matrix
             residual += float((matrix if matrix.dim() == 1 else matrix.diagonal()).mean())
+        found: dict[str, Tensor] = {}
         if not residual:
-            return []
-        found = []
+            return found
         for term in self._random_terms:
             matrix = term.covariance.shown()
             if isinstance(term.covariance, RepeatedCovariance):
@@ -516,15 +572,16 @@ class _Builder:
                 values = z.values if isinstance(z, IndexedDesign) else None
                 if values is not None and values.shape[1] == len(scale):
                     scale = (values.detach().to(scale) ** 2).mean(0).sqrt()
-                least = torch.linalg.eigvalsh(scale[:, None] * matrix * scale)[0]
+                scaled = scale[:, None] * matrix * scale
+                variances, least = scaled.diagonal(), torch.linalg.eigvalsh(scaled)[0]
             elif isinstance(term.covariance, ScaledCovariance):
-                least = torch.linalg.eigvalsh(matrix)[0]
+                variances, least = matrix.diagonal(), torch.linalg.eigvalsh(matrix)[0]
             elif matrix.dim() == 1:
-                least = matrix.min()
+                variances, least = matrix, matrix.min()
             else:
                 continue
             if float(least) < SINGULAR**2 * residual:
-                found.append(term)
+                found[term.name] = variances < SINGULAR**2 * residual
         return found
 
 

@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from openreml_nn.estimation.result import Component, REMLResult
+    from openreml_nn.estimation.result import Component, Result
 
-__all__ = ["summarise", "tables"]
+__all__ = ["singularity", "summarise", "tables"]
 
 
-def summarise(result: REMLResult, title: str | None = None) -> str:
+def summarise(result: Result, title: str | None = None) -> str:
     """The tables of :func:`tables` as plain text, 100 columns wide."""
     stream = io.StringIO()
     console = Console(file=stream, width=100, color_system=None)
@@ -26,7 +26,7 @@ def summarise(result: REMLResult, title: str | None = None) -> str:
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
 
 
-def tables(result: REMLResult, title: str | None = None) -> list[Table | str]:
+def tables(result: Result, title: str | None = None) -> list[Table | str]:
     """Headline, random effects, fixed effects and notes, for a rich console."""
     by = {"reml": "REML", "ml": "maximum likelihood"}[result.method]
     criterion = {"reml": "REML criterion", "ml": "deviance"}[result.method]
@@ -53,11 +53,30 @@ def tables(result: REMLResult, title: str | None = None) -> list[Table | str]:
             f"the log-likelihood is estimated, with a standard error of "
             f"{result.log_likelihood_error:.2g}"
         )
-    if result.singular:
-        parts.append(f"singular fit: a variance of {', '.join(result.singular)} is zero")
+    singular = [singularity(c) for c in result.components if c.singular]
+    if singular:
+        parts.append(f"singular fit: {'; '.join(singular)}")
     if result.indistinct:
         parts.append(f"the data cannot tell apart: {', '.join(result.indistinct)}")
     return parts
+
+
+def singularity(component: Component) -> str:
+    """What is singular about a component, in words."""
+    c, k = component, len(component.effects)
+    if len(c.vanished) == k:
+        return f"the variance of {c.group} is zero"
+    if c.vanished:
+        return f"the variance of {', '.join(c.vanished)} between levels of {c.group} is zero"
+    at = int(c.correlation.tril(-1).abs().nan_to_num().argmax())
+    i, j = divmod(at, k)
+    correlation = (
+        f"the correlation of {c.effects[j]} and {c.effects[i]} between levels of {c.group} is "
+        f"{float(c.correlation[i, j]):.3f}"
+    )
+    if k == 2:
+        return correlation
+    return f"some combination of the effects of {c.group} has no variance ({correlation})"
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -68,10 +87,11 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _number(value: float) -> str:
-    return "" if isnan(value) else f"{value:.5g}"
+    # Adding zero takes the sign off a zero.
+    return "" if isnan(value) else f"{value + 0.0:.5g}"
 
 
-def _random(result: REMLResult) -> Table:
+def _random(result: Result) -> Table:
     widest = max((len(c.effects) for c in result.components if c.covariance.dim() == 2), default=1)
     correlations = ["Corr"] + [""] * (widest - 2) if widest > 1 else []
     table = _table(
@@ -100,7 +120,7 @@ def _component(c: Component, width: int, most: int = 12) -> list[list[str]]:
     return rows
 
 
-def _fixed(result: REMLResult) -> Table:
+def _fixed(result: Result) -> Table:
     table = _table("Fixed effects", "", "Estimate", "Std. error", "t value")
     fixed = result.fixed
     rows = zip(fixed.names, fixed.estimate, fixed.std_error, fixed.statistic, strict=True)

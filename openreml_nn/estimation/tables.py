@@ -7,12 +7,12 @@ from math import nan
 import numpy as np
 import pandas as pd
 
-from openreml_nn.estimation.result import Component, REMLResult
+from openreml_nn.estimation.result import Component, Result
 
 __all__ = ["blup_table", "fixed_table", "variance_table"]
 
 
-def fixed_table(result: REMLResult) -> pd.DataFrame:
+def fixed_table(result: Result) -> pd.DataFrame:
     """BLUEs: name, estimate, std_error, statistic."""
     fixed = result.fixed
     return pd.DataFrame(
@@ -25,7 +25,7 @@ def fixed_table(result: REMLResult) -> pd.DataFrame:
     )
 
 
-def variance_table(result: REMLResult) -> pd.DataFrame:
+def variance_table(result: Result) -> pd.DataFrame:
     """Variances, then covariances, of each term: group, effect1, effect2 (empty for a variance),
     covariance, std_error, and std_dev (of a variance) or correlation (of a covariance)."""
     rows: list[tuple[str, str, str, float, float, float, float]] = []
@@ -50,7 +50,7 @@ def _covariances(c: Component) -> list[tuple[str, str, str, float, float, float,
     ]
 
 
-def blup_table(result: REMLResult) -> pd.DataFrame:
+def blup_table(result: Result) -> pd.DataFrame:
     """BLUPs: group, level, effect, blup, and std_error, the root of the prediction-error variance."""
     parts = []
     named = {c.name: c for c in result.components}
@@ -65,7 +65,8 @@ def blup_table(result: REMLResult) -> pd.DataFrame:
                     "group": c.group,
                     "level": np.repeat(np.asarray(c.levels, dtype=object), k),
                     "effect": np.tile(np.asarray(names, dtype=object), q),
-                    "blup": effects.values.flatten().numpy(force=True),
+                    # Adding zero takes the sign off a zero.
+                    "blup": effects.values.flatten().numpy(force=True) + 0.0,
                     "std_error": variance.sqrt().flatten().numpy(force=True),
                 }
             )

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from openreml_nn.estimation import REMLResult
+from openreml_nn.estimation import Result
 from openreml_nn.estimation.fit import iterate
 from openreml_nn.inference.batched import maximise
 from openreml_nn.inference.likelihood_ratio import likelihood_ratio_test
@@ -22,7 +22,7 @@ from openreml_nn.likelihood.loss import Objective
 __all__ = ["Bootstrap", "bootstrap", "bootstrap_test", "simulate"]
 
 
-def simulate(result: REMLResult, samples: int = 1, seed: int = 0) -> Tensor:
+def simulate(result: Result, samples: int = 1, seed: int = 0) -> Tensor:
     r"""Draw responses :math:`X\hat\beta + \sum_t Z_t b_t + e` from a fit.
 
     Args:
@@ -83,10 +83,10 @@ class Bootstrap:
 
 
 def bootstrap(
-    result: REMLResult,
+    result: Result,
     samples: int = 1000,
     seed: int = 0,
-    statistic: Callable[[REMLResult], Mapping[str, float]] | None = None,
+    statistic: Callable[[Result], Mapping[str, float]] | None = None,
     progress: bool = True,
 ) -> Bootstrap:
     """Fit the model to responses that are simulated from it.
@@ -129,8 +129,8 @@ def bootstrap(
 
 
 def bootstrap_test(
-    small: REMLResult,
-    large: REMLResult,
+    small: Result,
+    large: Result,
     samples: int = 1000,
     seed: int = 0,
     progress: bool = True,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-
-from openreml_nn.estimation import REMLResult
+from openreml_nn.estimation import Component, Result
+from openreml_nn.estimation.summary import singularity
+from openreml_nn.inference.refit import check_result
 
 __all__ = ["diagnose"]
 
 
-def diagnose(result: REMLResult) -> list[str]:
+def diagnose(result: Result) -> list[str]:
     """Sentences on convergence, singularity and what the data cannot tell, each with advice.
 
     Returns:
@@ -20,6 +20,7 @@ def diagnose(result: REMLResult) -> list[str]:
     >>> diagnose(lmm("Reaction ~ Days + (Days | Subject)", sleepstudy()))
     []
     """
+    check_result(result)
     found: list[str] = []
     if not result.converged:
         found.append(
@@ -28,8 +29,8 @@ def diagnose(result: REMLResult) -> list[str]:
             "or rescale covariates of very different size."
         )
     for c in result.components:
-        if c.group in result.singular and c.group != "Residual":
-            found.append(_singular(c.group, c.effects, c.std_dev, c.correlation))
+        if c.singular:
+            found.append(_singular(c))
     if result.indistinct:
         found.append(
             f"The data cannot tell apart {', '.join(result.indistinct)}: other values of them fit "
@@ -56,26 +57,16 @@ def diagnose(result: REMLResult) -> list[str]:
     return found
 
 
-def _singular(
-    group: str, effects: tuple[str, ...], sd: torch.Tensor, correlation: torch.Tensor
-) -> str:
-    largest = float(sd.max())
-    gone = [e for e, s in zip(effects, sd.tolist(), strict=True) if s <= 1e-4 * largest]
-    if not largest or len(gone) == len(effects):
-        what = f"the variance of {group} is zero"
+def _singular(component: Component) -> str:
+    if len(component.vanished) == len(component.effects):
+        group = component.group
         advice = (
             f"rows of one level of {group} are no more alike than others, given all else. Leaving "
             "the term out gives the same fit"
         )
-    elif gone:
-        what = f"the variance of {', '.join(gone)} between levels of {group} is zero"
+    elif component.vanished:
         advice = "leaving the effect out of the term gives the same fit"
     else:
-        at = correlation.tril(-1).abs().flatten().argmax()
-        i, j = divmod(int(at), len(effects))
-        what = (
-            f"some combination of the effects of {group} has no variance; the correlation of "
-            f"{effects[j]} and {effects[i]} is {float(correlation[i, j]):.3f}"
-        )
         advice = "fewer effects, or uncorrelated ones ('||'), describe the data as well"
+    what = singularity(component)
     return f"The fit is singular: {what}. That is an estimate, not a failure: {advice}."

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from scipy import stats
 
-from openreml_nn.estimation import REMLResult
+from openreml_nn.estimation import Result
 from openreml_nn.inference.refit import Refit, source_of
 
 __all__ = ["LikelihoodRatio", "anova", "likelihood_ratio_test"]
@@ -35,7 +35,7 @@ class LikelihoodRatio:
     mixture: dict[int, float]
 
 
-def likelihood_ratio_test(small: REMLResult, large: REMLResult) -> LikelihoodRatio:
+def likelihood_ratio_test(small: Result, large: Result) -> LikelihoodRatio:
     r"""Test of a model against a larger one that contains it.
 
     A variance that is zero under the smaller model lies on the boundary, so that the statistic has
@@ -88,7 +88,7 @@ def likelihood_ratio_test(small: REMLResult, large: REMLResult) -> LikelihoodRat
     return LikelihoodRatio(statistic, df, p, float(stats.chi2.sf(statistic, df)), mixture)
 
 
-def anova(*results: REMLResult, refit: bool = True) -> pd.DataFrame:
+def anova(*results: Result, refit: bool = True) -> pd.DataFrame:
     """Likelihood-ratio tests of models, each against the one with fewer parameters before it.
 
     Args:
@@ -119,11 +119,11 @@ def anova(*results: REMLResult, refit: bool = True) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _size(result: REMLResult) -> int:
+def _size(result: Result) -> int:
     return len(result.fixed.names) + result.num_params
 
 
-def _variances(result: REMLResult) -> int:
+def _variances(result: Result) -> int:
     """Variances of random effects."""
     return sum(len(c.effects) for c in result.components if c.group != "Residual")
 
@@ -132,7 +132,7 @@ def _tail(statistic: float, df: int) -> float:
     return float(stats.chi2.sf(statistic, df)) if df else float(statistic <= 0)
 
 
-def _check_same_data(small: REMLResult, large: REMLResult) -> None:
+def _check_same_data(small: Result, large: Result) -> None:
     y, z = source_of(small).y, source_of(large).y
     if y.shape != z.shape or not torch.equal(y, z.to(y)):
         raise ValueError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,9 +12,13 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from openreml_nn.estimation import REMLResult
-from openreml_nn.inference.degrees import estimates
-from openreml_nn.inference.refit import source_of
+from openreml_nn.checks import check_choice, check_mapping, check_names, check_number
+from openreml_nn.errors import InputError
+from openreml_nn.estimation import Result
+from openreml_nn.inference.contrasts import Inference
+from openreml_nn.inference.degrees import estimates, inference_of
+from openreml_nn.inference.nesting import marginal, nesting_of
+from openreml_nn.inference.refit import check_level, source_of
 
 __all__ = ["MarginalMeans", "emmeans"]
 
@@ -27,18 +30,22 @@ class MarginalMeans:
     """Marginal means, as :func:`emmeans` yields them.
 
     Attributes:
-        table: name, estimate, std_error, df, statistic, p, low, high.
-        L: their contrasts of the fixed effects, (k, p).
+        table: name, estimate, std_error, df, statistic, p, low, high and note: ``"not estimable"``
+            where the data do not say what the mean is (its numbers are NaN), empty elsewhere.
+        L: their contrasts of the fixed effects, (k, p); NaN where they are not estimable.
     """
 
     table: pd.DataFrame
     L: Tensor = field(repr=False)
-    _result: REMLResult = field(repr=False)
-    _ddf: str = field(repr=False)
+    _rows: Tensor = field(repr=False)
+    _result: Result = field(repr=False)
+    _how: Inference = field(repr=False)
     _level: float = field(repr=False)
 
     def pairs(self, adjust: str = "tukey") -> pd.DataFrame:
         """All pairwise differences, in the columns of ``table``.
+
+        A difference may be estimable where the means are not.
 
         Args:
             adjust: p values for many comparisons: ``"tukey"`` (studentised range),
@@ -47,13 +54,12 @@ class MarginalMeans:
         Raises:
             ValueError: if ``adjust`` is unknown.
         """
-        if adjust not in ADJUSTMENTS:
-            raise ValueError(f"`adjust` is {adjust!r}: expected one of {', '.join(ADJUSTMENTS)}")
+        check_choice("adjust", adjust, ADJUSTMENTS)
         names = self.table["name"].tolist()
         which = list(combinations(range(len(names)), 2))
-        L = torch.stack([self.L[i] - self.L[j] for i, j in which])
+        rows = torch.stack([self._rows[i] - self._rows[j] for i, j in which])
         labels = [f"{names[i]} - {names[j]}" for i, j in which]
-        found = estimates(self._result, L, labels, self._ddf, self._level)
+        found = _estimated(self._result, rows, labels, self._how, self._level)[0]
         if adjust == "bonferroni":
             found["p"] = np.minimum(1, found["p"] * len(which))
         elif adjust == "tukey":
@@ -63,7 +69,7 @@ class MarginalMeans:
 
 
 def emmeans(
-    result: REMLResult,
+    result: Result,
     factors: str | Sequence[str],
     at: Mapping[str, float] | None = None,
     ddf: str = "satterthwaite",
@@ -73,6 +79,10 @@ def emmeans(
 
     Predictions without random effects, over a grid of all levels of all factors among the fixed
     effects, with numeric columns at their means; averaged over the other factors with equal weights.
+    A factor is nested in another where each of its levels is met with one level of that, or where
+    the formula says so (``a/b``); it is then averaged within that factor, over the cells that the
+    data have. A mean that needs a cell about which the data say nothing is NaN, whichever level
+    of a factor comes first, and is noted as not estimable.
 
     Args:
         result: a fit by :func:`lmm`.
@@ -82,9 +92,11 @@ def emmeans(
 
     Raises:
         ValueError: if the fit has no formula, or a name is not that of a factor or column.
+        TypeError: if an argument is of another kind.
 
     Reference:
-        Searle, Speed and Milliken, The American Statistician 34 (1980) 216.
+        Searle, Speed and Milliken, The American Statistician 34 (1980) 216; Lenth, emmeans (R
+        package, 2022), on nested factors.
 
     >>> from openreml_nn import lmm
     >>> from openreml_nn.datasets import oats
@@ -95,25 +107,37 @@ def emmeans(
     1   Marvellous    109.79  8.87
     2      Victory     97.62  8.87
     """
-    encoder = source_of(result).encoder
+    source, level = source_of(result), check_level(level)
+    encoder = source.encoder
     if encoder is None:
-        raise ValueError("the fit has no formula: marginal means are for fits by lmm()")
-    factors = [factors] if isinstance(factors, str) else list(factors)
+        raise InputError("`result` has no formula: marginal means are for fits by lmm()")
+    wanted = [factors] if isinstance(factors, str) else check_names("factors", factors)
     used, levels = encoder.fixed.columns, encoder.fixed_levels
-    unknown = [name for name in factors if name not in levels]
-    if unknown or not factors:
-        raise ValueError(f"`factors` are {factors}: expected some of {list(levels)}")
-    means = source_of(result).means
-    numeric = {name: means[name] for name in used if name not in levels}
+    unknown = [name for name in wanted if name not in levels]
+    if unknown or not wanted or len(set(wanted)) < len(wanted):
+        raise InputError(f"`factors` are {wanted}: expected some of {list(levels)}, each once")
+    numeric = {name: source.means[name] for name in used if name not in levels}
+    check_mapping("at", at or {})
     for name, value in (at or {}).items():
-        if name not in numeric:
-            raise ValueError(f"`at` has {name!r}: expected some of {list(numeric)}")
-        numeric[name] = value
+        check_choice("at", name, numeric)
+        numeric[name] = check_number(f"at[{name!r}]", value)
+    how = inference_of(result, ddf)
     grid = pd.DataFrame(list(product(*levels.values())), columns=list(levels))
-    X = encoder.fixed_matrix(grid.assign(**numeric))[:, list(result.fixed.columns)]
-    keys: Any = grid[factors].apply(tuple, axis=1)
-    cells = list(product(*(levels[name] for name in factors)))
-    L = torch.stack([torch.from_numpy(X[(keys == cell).to_numpy()].mean(0)) for cell in cells])
-    names = [", ".join(cell) for cell in cells]
-    table = estimates(result, L, names, ddf, level)
-    return MarginalMeans(table, L, result, ddf, level)
+    X = torch.from_numpy(encoder.fixed_matrix(grid.assign(**numeric)))
+    nesting = nesting_of(source.cells[list(levels)], encoder.fixed)
+    names, rows = marginal(grid, X, wanted, nesting, source.cells)
+    table, L = _estimated(result, rows, names, how, level)
+    return MarginalMeans(table, L, rows, result, how, level)
+
+
+def _estimated(
+    result: Result, rows: Tensor, names: Sequence[str], how: Inference, level: float
+) -> tuple[pd.DataFrame, Tensor]:
+    """Estimates for rows (k, a) of X with all columns, with a note, and what they are of the kept
+    columns; NaN where that is not estimable."""
+    known = result.fixed.estimable(rows)
+    L = rows[:, list(result.fixed.columns)].clone()
+    L[~known] = torch.nan
+    table = estimates(result, L, names, how, level)
+    table["note"] = np.where(known.numpy(force=True), "", "not estimable")
+    return table, L

@@ -13,7 +13,7 @@ from scipy.interpolate import CubicSpline
 from scipy.stats import norm
 from torch import Tensor
 
-from openreml_nn.estimation import REMLResult
+from openreml_nn.estimation import Result
 from openreml_nn.estimation.aireml import Curvature
 from openreml_nn.estimation.fit import iterate
 from openreml_nn.inference.refit import Refit, matrix_entries
@@ -70,7 +70,7 @@ class Profile:
         return pd.DataFrame(rows, columns=["name", "estimate", "low", "high"])
 
 
-def profile(result: REMLResult, names: Sequence[str] | None = None) -> Profile:
+def profile(result: Result, names: Sequence[str] | None = None) -> Profile:
     r"""Profile the likelihood of standard deviations, correlations and fixed effects.
 
     Of the full likelihood, as only that has all of them as parameters: a fit by REML is first made
@@ -94,7 +94,7 @@ Quantity = Callable[[Tensor], Tensor]
 
 
 class _Profiler:
-    def __init__(self, result: REMLResult) -> None:
+    def __init__(self, result: Result) -> None:
         self.refit = Refit(result)
         self.fitted = self.refit.fit("ml")
         self.objective = self.refit.objective(method="ml")

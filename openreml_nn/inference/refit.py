@@ -8,26 +8,51 @@ import warnings
 import torch
 from torch import Tensor
 
-from openreml_nn.estimation import REMLResult, fit_reml
+from openreml_nn.checks import check_instance, check_number
+from openreml_nn.errors import InputError
+from openreml_nn.estimation import Result, fit_reml
 from openreml_nn.estimation.result import Source
 from openreml_nn.likelihood import REMLLoss
 from openreml_nn.likelihood.loss import Objective
 
-__all__ = ["Refit", "matrix_entries", "source_of"]
+__all__ = ["Refit", "check_level", "check_result", "matrix_entries", "source_of"]
 
 
-def source_of(result: REMLResult) -> Source:
+def check_result(result: object, name: str = "result") -> None:
+    """Refuse what is not a fit.
+
+    Raises:
+        TypeError: if it is something else.
+    """
+    check_instance(name, result, Result, "a Result, of lmm() or fit_reml()")
+
+
+def check_level(level: object) -> float:
+    """The level of an interval.
+
+    Raises:
+        TypeError: if it is no number.
+        ValueError: if it is not between 0 and 1.
+    """
+    return check_number("level", level, above=0, below=1)
+
+
+def source_of(result: Result, name: str = "result") -> Source:
     """Data and model of a result.
 
     Raises:
-        ValueError: if its rows were streamed.
+        InputError: if its rows were streamed.
+        TypeError: if it is no result.
     """
+    check_result(result, name)
     if result.source is None:
-        raise ValueError("the result has no data, because its rows were read in chunks: use lmm()")
+        raise InputError(
+            f"`{name}` has no data, because its rows were read in chunks: expected a fit by lmm()"
+        )
     return result.source
 
 
-def matrix_entries(result: REMLResult) -> dict[str, tuple[int, int, int]]:
+def matrix_entries(result: Result) -> dict[str, tuple[int, int, int]]:
     """Names of standard deviations and correlations, each with its component, row and column.
 
     As in lme4: ``sd_Days|Subject``, ``cor_Days.(Intercept)|Subject``, and ``sigma``.
@@ -51,7 +76,7 @@ class Refit:
         result: the fit.
     """
 
-    def __init__(self, result: REMLResult) -> None:
+    def __init__(self, result: Result) -> None:
         self.result = result
         self.source = source = source_of(result)
         self.covariance = copy.deepcopy(source.covariance)
@@ -77,7 +102,7 @@ class Refit:
             self._losses[method] = REMLLoss(self.covariance, method, solver)
         return self._losses[method].objective(y, X, self.source.rows)
 
-    def fit(self, method: str | None = None, y: Tensor | None = None) -> REMLResult:
+    def fit(self, method: str | None = None, y: Tensor | None = None) -> Result:
         """Fit again, from where the parameters are."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -16,7 +16,7 @@ from openreml_nn.covariance.terms import (
     ScaledCovariance,
     Term,
 )
-from openreml_nn.estimation import REMLResult
+from openreml_nn.estimation import Result
 from openreml_nn.estimation.aireml import Curvature
 from openreml_nn.estimation.derivatives import jacobian
 from openreml_nn.inference.refit import Refit
@@ -32,7 +32,7 @@ class R2(NamedTuple):
     conditional: float
 
 
-def r2(result: REMLResult) -> R2:
+def r2(result: Result) -> R2:
     r"""Marginal and conditional :math:`R^2` of a fit, random slopes included.
 
     Raises:
@@ -58,12 +58,13 @@ def r2(result: REMLResult) -> R2:
     )
 
 
-def variance_shares(result: REMLResult) -> pd.DataFrame:
+def variance_shares(result: Result) -> pd.DataFrame:
     r"""Share of each term in the variance of a row, :math:`v_t / \sum_s v_s`.
 
     :math:`v_t` is the mean over the rows of :math:`z_i^\top G_t z_i`: for a random intercept its
     variance, so that the share is the intraclass correlation; for an additive genetic effect the
-    share is the heritability. Standard errors are by the delta method.
+    share is the heritability. Standard errors are by the delta method; that of a variance of zero
+    is NaN.
 
     Returns:
         group, variance, share, std_error; the residual last.
@@ -93,14 +94,16 @@ def variance_shares(result: REMLResult) -> pd.DataFrame:
     with torch.no_grad():
         (value,) = variances(u)
     slope = jacobian(variances, u)[0].mT if len(u) else value.new_zeros(len(value), 0)
-    inner = torch.tensor(
-        [not (v and float(x) == 0) for v, x in zip(at.vanishing, u, strict=True)], dtype=torch.bool
-    )
-    information = curvature.information[inner][:, inner]
-    spread = slope[:, inner] @ torch.linalg.pinv(information, hermitian=True) @ slope[:, inner].mT
+    # A coordinate at zero has neither information nor a slope.
+    scale = curvature.information.diagonal().sqrt()
+    scale = torch.where(scale > 0, scale, 1)
+    information = curvature.information / (scale[:, None] * scale)
+    slope = slope / scale
+    spread = slope @ torch.linalg.pinv(information, hermitian=True, rtol=1e-10) @ slope.mT
     total = value.sum()
     by = (torch.eye(len(value), dtype=value.dtype) - value[:, None] / total) / total
     error = (by @ spread @ by.mT).diagonal().clamp(min=0).sqrt()
+    error = torch.where(value > 0, error, torch.nan)
     groups = [c.group for c in result.components]
     columns = {"variance": value, "share": value / total, "std_error": error}
     table = {name: column.numpy(force=True) for name, column in columns.items()}
@@ -114,7 +117,7 @@ class Heritability(NamedTuple):
     std_error: float
 
 
-def heritability(result: REMLResult, group: str) -> Heritability:
+def heritability(result: Result, group: str) -> Heritability:
     """Share of a genetic effect in the variance, see :func:`variance_shares`.
 
     Args:

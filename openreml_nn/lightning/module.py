@@ -12,13 +12,14 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from openreml_nn.covariance import Matrix
-from openreml_nn.estimation import REMLResult, moment_start
+from openreml_nn.estimation import Result, moment_start
 from openreml_nn.estimation.aireml import AIREML, Curvature
 from openreml_nn.estimation.result import Record
 from openreml_nn.instantiate import build
 from openreml_nn.lightning.data import attached
 from openreml_nn.likelihood import REMLLoss
 from openreml_nn.likelihood.dense import check_method
+from openreml_nn.likelihood.fixed import estimable
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.table import Encoded, Encoder, Learned
@@ -46,7 +47,7 @@ class MixedModelModule(LightningModule):
 
     Attributes:
         covariance: the covariance tree, once there are data.
-        result: the :class:`REMLResult`, after training.
+        result: the :class:`Result`, after training.
         history: a :class:`Record` for each step of this run.
 
     Raises:
@@ -64,6 +65,7 @@ class MixedModelModule(LightningModule):
 
     covariance: Matrix | None
     beta: Tensor
+    aliases: Tensor
 
     def __init__(
         self,
@@ -97,7 +99,7 @@ class MixedModelModule(LightningModule):
         self.covariance = None
         self.loss: REMLLoss | None = None
         self.history: list[Record] = []
-        self.result: REMLResult | None = None
+        self.result: Result | None = None
         self._encoded: Encoded | None = None
         self._data: tuple[Tensor, Tensor] | None = None
 
@@ -126,6 +128,7 @@ class MixedModelModule(LightningModule):
         self.loss.names = encoded.names
         like = encoded.X
         self.register_buffer("beta", like.new_zeros(like.shape[1]))
+        self.register_buffer("aliases", like.new_zeros(like.shape[1], like.shape[1]))
         for design in encoded.random:
             q, k = len(design.levels), len(design.effects)
             self.register_buffer(f"blup_{design.name}", like.new_zeros(q, k))
@@ -178,7 +181,7 @@ class MixedModelModule(LightningModule):
     def _store(self) -> None:
         assert self._encoded is not None and self.loss is not None and self._data is not None
         self._keep(
-            REMLResult.of(
+            Result.of(
                 self._objective(),
                 self.loss.plan,
                 *self._data,
@@ -188,7 +191,7 @@ class MixedModelModule(LightningModule):
             )
         )
 
-    def adopt(self, encoder: Encoder, skeleton: Encoded, result: REMLResult) -> None:
+    def adopt(self, encoder: Encoder, skeleton: Encoded, result: Result) -> None:
         """Take the estimates of a fit that was made elsewhere, such as chunk by chunk.
 
         Args:
@@ -205,11 +208,14 @@ class MixedModelModule(LightningModule):
                 parameter.fill_(stored[name.replace(".", "/")])
         self._keep(result)
 
-    def _keep(self, result: REMLResult) -> None:
+    def _keep(self, result: Result) -> None:
         """Store a result with its BLUEs and BLUPs."""
         self.result = result
         self.beta.zero_()
-        self.beta[list(self.result.fixed.columns)] = self.result.fixed.estimate
+        fixed = result.fixed
+        self.beta[list(fixed.columns)] = fixed.estimate
+        self.aliases.zero_()
+        self.aliases[:, : fixed.aliases.shape[1]] = fixed.aliases
         for effects in self.result.random:
             getattr(self, f"blup_{effects.name}").copy_(effects.values)
             getattr(self, f"variance_{effects.name}").copy_(effects.variances)
@@ -244,9 +250,11 @@ class MixedModelModule(LightningModule):
         Returns:
             ``mean`` :math:`x^\top\hat\beta + \sum_t z_t^\top \hat b_t`, with no
             contribution from levels that were not seen, and
-            ``population_mean`` :math:`x^\top\hat\beta`.
+            ``population_mean`` :math:`x^\top\hat\beta`; NaN where the data do not say what that
+            is, as in a cell of an interaction that they lack.
         """
-        population = batch["x"] @ self.beta
+        x = batch["x"]
+        population = torch.where(estimable(x, self.aliases), x @ self.beta, torch.nan)
         mean = population.clone()
         for name, codes in batch["groups"].items():
             blup = getattr(self, f"blup_{name}")[codes.clamp(min=0)]

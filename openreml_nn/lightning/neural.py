@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from openreml_nn.estimation.aireml import AIREML
 from openreml_nn.estimation.fit import iterate
-from openreml_nn.estimation.result import Estimate, Record, REMLResult
+from openreml_nn.estimation.result import Estimate, Record, Result
 from openreml_nn.instantiate import build
 from openreml_nn.lightning.batches import connected_rows, in_order, whole
 from openreml_nn.lightning.sharing import average_gradients, gather, share
@@ -394,7 +394,7 @@ class NeuralMixedModule(LightningModule):
         loss, y, X = self.model.data(self._outputs(data), data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return REMLResult.of(loss.objective(y, X), loss.plan, y, X).parameters
+            return Result.of(loss.objective(y, X), loss.plan, y, X).parameters
 
     # ------------------------------------------------------------------ checkpoints
 

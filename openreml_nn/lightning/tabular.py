@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from openreml_nn.covariance import Matrix, ScalarMatrix
 from openreml_nn.errors import InputError
-from openreml_nn.estimation.result import REMLResult
+from openreml_nn.estimation.result import Result
 from openreml_nn.instantiate import build
 from openreml_nn.lightning.data import attached
 from openreml_nn.lightning.neural import NeuralMixedModule
@@ -50,7 +50,7 @@ class TabularMixedModule(NeuralMixedModule):
         **options: of :class:`NeuralMixedModule`.
 
     Attributes:
-        result: the :class:`REMLResult` of the covariance at the final mean, after training.
+        result: the :class:`Result` of the covariance at the final mean, after training.
         places: where the training rows are (n, k), with a kernel, after training.
 
     Raises:
@@ -92,7 +92,7 @@ class TabularMixedModule(NeuralMixedModule):
         # What a checkpoint can hold, so that it can be loaded with weights_only.
         self.save_hyperparameters({k: v for k, v in given.items() if _is_plain(v)})
         self.encoder = Encoder(formula, categorical)
-        self.result: REMLResult | None = None
+        self.result: Result | None = None
         self.places: Tensor | None = None
         self._network, self._head, self._solver = network, head, solver
         self._residual_network = residual
@@ -195,7 +195,7 @@ class TabularMixedModule(NeuralMixedModule):
         loss, y, X = self.model.data(self._outputs(data), data)
         names = [f"feature{j}" if j else "(Intercept)" for j in range(X.shape[1])]
         objective = loss.objective(y, X)
-        result = REMLResult.of(objective, loss.plan, y, X, self.history, names, labels)
+        result = Result.of(objective, loss.plan, y, X, self.history, names, labels)
         self.result = replace(result, fitted=data["y"] - result.residuals)
 
     def predict(self, table: pd.DataFrame) -> pd.DataFrame:

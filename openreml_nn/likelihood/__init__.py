@@ -3,6 +3,12 @@
 from openreml_nn.likelihood.dense import restricted_log_likelihood
 from openreml_nn.likelihood.loss import REMLLoss
 from openreml_nn.likelihood.plan import Plan
-from openreml_nn.likelihood.problem import NotPositiveDefiniteError
+from openreml_nn.likelihood.problem import Evaluation, NotPositiveDefiniteError
 
-__all__ = ["NotPositiveDefiniteError", "Plan", "REMLLoss", "restricted_log_likelihood"]
+__all__ = [
+    "Evaluation",
+    "NotPositiveDefiniteError",
+    "Plan",
+    "REMLLoss",
+    "restricted_log_likelihood",
+]

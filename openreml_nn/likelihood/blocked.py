@@ -18,6 +18,7 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -26,7 +27,7 @@ from torch.linalg import solve_triangular
 
 from openreml_nn.covariance.terms import Covariance, DiagonalCovariance, Term
 from openreml_nn.likelihood.cross import Arrangement, System
-from openreml_nn.likelihood.fixed import FixedPart
+from openreml_nn.likelihood.fixed import FixedPart, traced
 from openreml_nn.likelihood.grouped import (
     Crossed,
     GroupedEvaluation,
@@ -34,9 +35,10 @@ from openreml_nn.likelihood.grouped import (
     arranged,
     inner,
 )
-from openreml_nn.likelihood.problem import Evaluation, cholesky
+from openreml_nn.likelihood.problem import Evaluation, RandomEffects, cholesky
 from openreml_nn.likelihood.products import Pattern, Statistics
 from openreml_nn.likelihood.residual import White
+from openreml_nn.likelihood.square_root import SquareRootEvaluation
 
 __all__ = ["BlockedProblem"]
 
@@ -60,6 +62,7 @@ class BlockedProblem(GroupedProblem):
         statistics: Statistics | None = None,
     ) -> None:
         super().__init__(fixed, terms, method)
+        self._has_rows = statistics is None
         products = pattern = None
         if statistics is not None:
             # The rows themselves are not at hand: terms and fixed part are of any rows.
@@ -96,6 +99,14 @@ class BlockedProblem(GroupedProblem):
     def _evaluate(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
         return _BlockedEvaluation(self, terms, matrices)
 
+    def _precise(self, terms: Sequence[Term]) -> Evaluation | None:
+        if not self._has_rows:
+            return None
+        placed = zip(self.terms, terms, strict=True)
+        return SquareRootEvaluation.of(
+            self, [replace(own, covariance=term.covariance) for own, term in placed]
+        )
+
     def recorded(self, matrices: Sequence[Tensor]) -> Tensor:
         # In G itself: a factor of G has no derivative where G is singular.
         split = len(matrices) - len(self._forms)
@@ -114,6 +125,10 @@ class BlockedProblem(GroupedProblem):
         by = self.partition
         M = by.spread(self.multiply(rest, by.collect(E22)))  # G2 E22
         M = M + torch.eye(by.size, dtype=s.dtype, device=s.device)
+        if not traced(M, D):
+            # For symmetric G and A the diagonal of A G bounds that of their product by roots.
+            sizes = [x.detach().diagonal(dim1=1, dim2=2).amax() for x in (D, M) if x.numel()]
+            self.check_rounding(torch.finfo(s.dtype).eps * max(map(float, sizes), default=1.0))
         x = by.collect(torch.linalg.solve(M, by.spread(self.multiply(rest, E2f))))
         F = Eff - E2f.mT @ x
         log_det = white.log_det + self.n * s.log() + _log_det(D).sum() + _log_det(M).sum()
@@ -177,6 +192,14 @@ class _BlockedEvaluation(GroupedEvaluation):
         rows = problem.partition.spread(problem.multiply(self._root2, x, transpose=True))
         return solve_triangular(self._Lc, rows, upper=False)
 
+    def _gain(self) -> Tensor:
+        if not self._problem.q:
+            return self._gain_1
+        reduced = self._E22.diagonal(dim1=1, dim2=2)
+        whole = self._at.A22.diagonal(dim1=1, dim2=2) / self._s
+        gain = (self._M.diagonal(dim1=1, dim2=2) - 1) * (whole / reduced)
+        return torch.maximum(self._gain_1, gain.nan_to_num(0.0, 0.0, 0.0).amax())
+
     def _explained(self, T2: Tensor) -> tuple[Tensor, Tensor]:
         e2 = self._forward_2(T2)
         return inner(e2, e2), inner(self._K[..., :-1], e2)
@@ -193,15 +216,44 @@ class _BlockedEvaluation(GroupedEvaluation):
         problem, s = self._problem, self._s
         A = self._at.A11 / s
         T = torch.eye(problem.k, dtype=s.dtype, device=s.device) - A @ self._P
-        by = problem.partition
-        back = by.collect(solve_triangular(self._Lc.mT, self._K, upper=True))
-        x = problem.multiply(self._root2, back)
+        x, by = self._solved, problem.partition
         Z1f = T @ (self._at.A1f - self._at.W.times(x)) / s  # Z1' V^-1 [Q | y]
         Z2f = self._E2f - by.collect(self._E22 @ by.spread(x))
-        M_inverse = torch.cholesky_inverse(self._Lc)
-        inverse = problem.sandwich(self._root2, M_inverse)
-        B1 = T @ A - T @ self._at.W.quadratic(inverse) @ T.mT / s**2
+        M_inverse, inverse = self._inverses
+        B1 = T @ A - T @ self._quadratic @ T.mT / s**2
         return self._cross(Z1f, Z2f, B1, self._inner_22(M_inverse, inverse))
+
+    @cached_property
+    def _solved(self) -> Tensor:
+        problem = self._problem
+        back = solve_triangular(self._Lc.mT, self._K, upper=True)
+        return problem.multiply(self._root2, problem.partition.collect(back))
+
+    @cached_property
+    def _inverses(self) -> tuple[Tensor, Tensor]:
+        r""":math:`M^{-1}` and :math:`N = \Lambda_2 M^{-1} \Lambda_2^\top`."""
+        inverse = torch.cholesky_inverse(self._Lc)
+        return inverse, self._problem.sandwich(self._root2, inverse)
+
+    @cached_property
+    def _quadratic(self) -> Tensor:
+        r"""Own blocks of :math:`W N W^\top`."""
+        return self._at.W.quadratic(self._inverses[1])
+
+    def _conditional(self) -> tuple[list[Tensor], list[Tensor | None]]:
+        # Sums, where the prior less what is known would be a difference.
+        problem, P = self._problem, self._P
+        whole = P + P @ self._quadratic @ P / self._s**2
+        rest: list[Tensor | None] = []
+        for own, i, grid in zip(
+            problem.own_blocks(self._inverses[1]), problem.layout.rest, problem.grids, strict=True
+        ):
+            if grid is None:
+                k = RandomEffects.width(self._terms[i])
+                by = (len(own) // k, k)
+                own = own.unflatten(1, by).unflatten(0, by).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+            rest.append(own)
+        return problem.split_blocks(whole), rest
 
     def _inner_22(self, M_inverse: Tensor, inverse: Tensor) -> list[Tensor]:
         r""":math:`Z_2^\top V^{-1} Z_2`, E22 less E22 (L2 M^-1 L2') E22, each term's own part."""

@@ -12,7 +12,14 @@ from openreml_nn.covariance.design import IdentityDesign
 from openreml_nn.covariance.terms import DenseCovariance, Term, residual_terms
 from openreml_nn.errors import InputError
 from openreml_nn.likelihood.fixed import FixedPart, check_data, traced
-from openreml_nn.likelihood.problem import Evaluation, Problem, RandomEffects, cholesky
+from openreml_nn.likelihood.problem import (
+    Evaluation,
+    Problem,
+    RandomEffects,
+    cholesky,
+    pivot_loss,
+)
+from openreml_nn.likelihood.square_root import SquareRootEvaluation, within
 
 __all__ = ["DenseProblem", "restricted_log_likelihood"]
 
@@ -78,10 +85,22 @@ class DenseProblem(Problem):
         return [term.covariance.matrix for term in terms]
 
     def recorded(self, matrices: Sequence[Tensor]) -> Tensor:
-        return _DenseEvaluation(self, self._with(matrices)).log_likelihood
+        evaluation = _DenseEvaluation(self, self._with(matrices))
+        self.check_rounding(evaluation.rounding)
+        return evaluation.log_likelihood
 
     def _evaluate(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
         return _DenseEvaluation(self, self._with(matrices))
+
+    def _precise(self, terms: Sequence[Term]) -> Evaluation | None:
+        return SquareRootEvaluation.of(self, self.placed(terms))
+
+    def placed(self, terms: Sequence[Term]) -> list[Term]:
+        """The prepared terms with the covariances of others."""
+        return [
+            replace(own, covariance=term.covariance)
+            for own, term in zip(self.terms, terms, strict=True)
+        ]
 
     def _with(self, matrices: Sequence[Tensor]) -> list[Term]:
         return [
@@ -111,11 +130,13 @@ class _DenseEvaluation(Evaluation):
             2 * self.gamma_factor.diagonal().log().sum(),
             self.y_p_y,
         )
+        if not traced(V):
+            self.rounding = torch.finfo(V.dtype).eps * pivot_loss(V.detach(), L.detach())
 
     def _back(self, x: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(self._L.mT, x, upper=True)
 
-    def _inverse_times_data(self) -> Tensor:
+    def inverse_times_data(self) -> Tensor:
         white_y = self._residual + self._white_Q @ self.gamma
         return self._back(torch.cat([self._white_Q, white_y[:, None]], 1))
 
@@ -134,7 +155,7 @@ class _DenseEvaluation(Evaluation):
         trace = self._projector() if reml else torch.cholesky_inverse(self._L)
         # In place: matrices of this size take longer to write than to compute.
         S = trace.mul_(-0.5).addr_(p_y, p_y, alpha=0.5)
-        return [term.covariance.fold(_within(term, S)) for term in self._terms]
+        return [term.covariance.fold(within(term, S)) for term in self._terms]
 
     def information(self, derivatives: Sequence[Tensor]) -> Tensor:
         p_y = self._p_y()
@@ -150,16 +171,48 @@ class _DenseEvaluation(Evaluation):
         return (white.mT @ white - part.mT @ part) / 2
 
     def random_effects(self) -> list[RandomEffects]:
-        p_y, projector = self._p_y(), self._projector()
-        found = []
         residual = residual_terms(self._terms)
-        for i, term in enumerate(self._terms):
-            if i in residual:
-                continue
+        random = [i for i in range(len(self._terms)) if i not in residual]
+        p_y, found = self._p_y(), []
+        roots = self._spread_roots(random, residual) if random and residual else None
+        projector = self._projector() if roots is None else p_y
+        if roots is None and random:
+            # The prior less what is known: a difference, of which more digits are lost.
+            self._problem.check_rounding(self.rounding**2 / torch.finfo(p_y.dtype).eps)
+        for j, i in enumerate(random):
+            term = self._terms[i]
             u = term.design.t_matmul(p_y[:, None])
             b = term.covariance.multiply(u)[:, 0]
-            found.append(RandomEffects.of(term, b, _within(term, projector)))
+            if roots is None:
+                found.append(RandomEffects.of(term, b, within(term, projector)))
+            else:
+                found.append(RandomEffects.of_roots(term, b, roots[j]))
         return found
+
+    def _spread_roots(self, random: list[int], residual: list[int]) -> list[Tensor] | None:
+        r"""Roots of prediction-error variances :math:`\Lambda M^{-1} \Lambda^\top`, with what the
+        fixed effects add; None where G is not positive semi-definite."""
+        terms, Q = [self._terms[i] for i in random], self._problem.fixed.Q
+        try:
+            roots = [term.covariance.root() for term in terms]
+            L = cholesky(_total([self._terms[i] for i in residual]), "R")
+        except ValueError:
+            return None
+        parts = [
+            g.multiply(term.design.dense(Q).mT, transpose=True).mT
+            for g, term in zip(roots, terms, strict=True)
+        ]
+        W = torch.linalg.solve_triangular(L, torch.cat([*parts, Q], 1), upper=False)
+        W, X = W[:, : W.shape[1] - Q.shape[1]], W[:, W.shape[1] - Q.shape[1] :]
+        M = W.mT @ W
+        M.diagonal().add_(1)
+        Lc = cholesky(M, "V")
+        eye = torch.eye(len(M), dtype=M.dtype, device=M.device)
+        of_X = torch.cholesky_solve(W.mT @ X, Lc)
+        lost = torch.linalg.solve_triangular(self.gamma_factor, of_X.mT, upper=False).mT
+        half = torch.cat([torch.linalg.solve_triangular(Lc.mT, eye, upper=True), lost], 1)
+        sizes = [part.shape[1] for part in parts]
+        return [g.multiply(part) for g, part in zip(roots, half.split(sizes), strict=True)]
 
 
 def _total(terms: Sequence[Term]) -> Tensor:
@@ -174,10 +227,3 @@ def _total(terms: Sequence[Term]) -> Tensor:
     if not nugget:
         return V
     return torch.diagonal_scatter(V, V.diagonal() + torch.stack(nugget).sum())
-
-
-def _within(term: Term, square: Tensor) -> Tensor:
-    """:math:`Z^\\top S Z` for the term's design Z."""
-    if isinstance(term.design, IdentityDesign):
-        return square
-    return term.design.t_matmul(term.design.t_matmul(square).mT)

@@ -9,7 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["FixedPart", "aliased_columns", "check_data", "traced"]
+__all__ = ["FixedPart", "aliased_columns", "check_data", "estimable", "null_space", "traced"]
+
+#: A row this near to the row space of X, beside the sizes of its entries, lies in it.
+_ESTIMABLE = 1e-6
 
 
 def traced(*tensors: Tensor) -> bool:
@@ -71,6 +74,53 @@ def aliased_columns(R: Tensor, tolerance: float = 1e-7) -> list[int]:
     return aliased
 
 
+def null_space(R: Tensor, columns: Sequence[int]) -> Tensor:
+    """The null space of a matrix by its triangular factor.
+
+    Args:
+        R: (a, a) triangular factor of X, or any root of X'X.
+        columns: independent columns of which all others are combinations.
+
+    Returns:
+        (a, d), a column for each other: 1 at its own place, minus what it is of the independent
+        ones at theirs; coefficients that are rounding are zero.
+    """
+    others = [j for j in range(R.shape[1]) if j not in columns]
+    found = R.new_zeros(R.shape[1], len(others))
+    if not others:
+        return found
+    kept, size = list(columns), torch.linalg.vector_norm(R, dim=0)
+    if kept:
+        unit, target = R[:, kept] / size[kept], R[:, others]
+        parts = torch.linalg.lstsq(unit, target, driver="gels").solution
+        parts = torch.where(parts.abs() > 1e-9 * size[others], parts, 0)
+        found[kept] = -parts / size[kept, None]
+    found[others, range(len(others))] = 1
+    return found
+
+
+def estimable(rows: Tensor, aliases: Tensor) -> Tensor:
+    r"""Whether the data say what :math:`x^\top\beta` is, for rows x of a model matrix.
+
+    It is so where x is a combination of rows of X, and so orthogonal to its null space.
+
+    Args:
+        rows: (m, a), aliased columns included.
+        aliases: (a, d) as in :class:`FixedPart`; columns of zeros say nothing.
+
+    Returns:
+        (m,) booleans.
+
+    Reference:
+        Searle, Linear Models (1971), section 5.4.
+
+    >>> estimable(torch.tensor([[1.0, 1.0], [1.0, 0.0]]), torch.tensor([[-1.0], [1.0]]))
+    tensor([ True, False])
+    """
+    N = aliases.to(rows)
+    return ((rows @ N).abs() <= _ESTIMABLE * (rows.abs() @ N.abs())).all(1)
+
+
 @dataclass(frozen=True)
 class FixedPart:
     r"""The likelihood is invariant to :math:`y - Xb` and, up to a constant, to :math:`XT`.
@@ -85,6 +135,8 @@ class FixedPart:
         T: (p, p) upper triangular.
         offset: (p,) the least-squares coefficients b.
         columns: the columns of X that were kept.
+        aliases: (a, d) the null space of X with all its a columns, a column for each that was
+            dropped: 1 at its own place, minus what it is of the kept ones at theirs.
     """
 
     y: Tensor
@@ -92,6 +144,7 @@ class FixedPart:
     T: Tensor
     offset: Tensor
     columns: list[int]
+    aliases: Tensor
 
     @classmethod
     def of(cls, y: Tensor, X: Tensor, names: Sequence[str] | None = None) -> FixedPart:
@@ -100,6 +153,7 @@ class FixedPart:
             Q, R = torch.linalg.qr(X.detach())
         aliased = aliased_columns(R)
         columns = [j for j in range(X.shape[1]) if j not in aliased]
+        aliases = null_space(R, columns)
         if aliased:
             named = [names[j] if names else f"column {j}" for j in aliased]
             warnings.warn(
@@ -116,13 +170,14 @@ class FixedPart:
             offset = T @ (Q.mT @ y.detach())
         if X.requires_grad:
             Q = X @ T
-        return cls(y - X @ offset, Q, T, offset, columns)
+        return cls(y - X @ offset, Q, T, offset, columns, aliases)
 
     @classmethod
     def plain(cls, y: Tensor, X: Tensor) -> FixedPart:
         """As it is: for ``torch.func`` transforms, under which values cannot be looked at."""
         eye = torch.eye(X.shape[1], dtype=X.dtype, device=X.device)
-        return cls(y, X, eye, torch.zeros_like(X[0]), list(range(X.shape[1])))
+        none = X.new_zeros(X.shape[1], 0)
+        return cls(y, X, eye, torch.zeros_like(X[0]), list(range(X.shape[1])), none)
 
     def detach(self) -> FixedPart:
         """The same numbers without their graph."""

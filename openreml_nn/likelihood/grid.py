@@ -31,6 +31,7 @@ from openreml_nn.likelihood.problem import (
     RandomEffects,
     cholesky,
 )
+from openreml_nn.likelihood.square_root import SquareRootEvaluation
 
 __all__ = ["GridProblem", "GridTerms"]
 
@@ -79,6 +80,9 @@ class GridProblem(Problem):
     def _evaluate(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
         return _GridEvaluation(self, terms)
 
+    def _precise(self, terms: Sequence[Term]) -> Evaluation | None:
+        return SquareRootEvaluation.of(self, self._dense.placed(terms))
+
 
 class _GridEvaluation(Evaluation):
     _problem: GridProblem
@@ -106,10 +110,13 @@ class _GridEvaluation(Evaluation):
         ZL = self._white(torch.cat(scaled, 1) if scaled else f[:, :0])
         M = ZL.mT @ ZL
         M.diagonal().add_(1)
-        Lc = cholesky(M, "V")
+        gain = float(M.diagonal().max()) if len(M) else 1.0
+        self.rounding = torch.finfo(f.dtype).eps * max(gain, float(d.max() / d.min()))
+        self._Lc = Lc = cholesky(M, "V")
+        self._nugget = nugget
         white = self._white(f)
         self._H = solve_triangular(Lc, ZL.mT, upper=False).mT  # V^-1 is I - H H' in white rows
-        K = self._H.mT @ white
+        self._K = K = self._H.mT @ white
         F = white.mT @ white - K.mT @ K
         log_det = d.log().sum() + 2 * Lc.diagonal().log().sum()
         self.log_likelihood, self.gamma_factor, half = problem._profile(
@@ -120,6 +127,7 @@ class _GridEvaluation(Evaluation):
         rest = white - self._H @ K
         self._lost = solve_triangular(self.gamma_factor, rest[:, :-1].mT, upper=False).mT
         self._p_y = self._back((rest[:, -1] - rest[:, :-1] @ self.gamma)[:, None])[:, 0]
+        self._rest = rest
 
     # ------------------------------------------------------------------ coordinates
 
@@ -135,6 +143,9 @@ class _GridEvaluation(Evaluation):
         return kronecker(self._Ua, self._Ub, x / self._d.sqrt().reshape(-1, 1))
 
     # ------------------------------------------------------------------ derivatives
+
+    def inverse_times_data(self) -> Tensor:
+        return self._back(self._rest)
 
     def scores(self) -> list[Tensor]:
         problem, places = self._problem, self._problem.places
@@ -191,12 +202,16 @@ class _GridEvaluation(Evaluation):
         term = terms[places.grid]
         values = term.covariance.multiply(self._p_y[:, None])
         known = self._values_a[:, None] * self._values_b
-        kept = known - known**2 / self._d
+        kept = known * self._nugget / self._d
         spread = (self._Ua**2 @ kept @ (self._Ub**2).mT).reshape(-1)
         spread = spread + (term.covariance.multiply(low) ** 2).sum(1)
         found[places.grid] = RandomEffects(term.name, values, spread[:, None, None])
-        for i, Z in zip(places.rest, self._Z, strict=True):
-            white, own = self._white(Z), Z.mT @ low
+        eye = torch.eye(len(self._Lc), dtype=values.dtype, device=values.device)
+        of_X = solve_triangular(self._Lc.mT, self._K[:, :-1], upper=True)
+        lost = solve_triangular(self.gamma_factor, of_X.mT, upper=False).mT
+        half = torch.cat([solve_triangular(self._Lc.mT, eye, upper=True), lost], 1)
+        parts = half.split([Z.shape[1] for Z in self._Z]) if self._Z else ()
+        for i, Z, part in zip(places.rest, self._Z, parts, strict=True):
             b = terms[i].covariance.multiply((Z.mT @ self._p_y)[:, None])[:, 0]
-            found[i] = RandomEffects.of(terms[i], b, white.mT @ white - own @ own.mT)
+            found[i] = RandomEffects.of_roots(terms[i], b, root(terms[i]).multiply(part))
         return [found[i] for i in sorted(found)]

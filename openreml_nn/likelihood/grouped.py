@@ -150,6 +150,7 @@ class GroupedProblem(Problem):
     def __init__(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> None:
         super().__init__(fixed, terms, method)
         self._constant: tuple[System, White] | None = None
+        self.terms = list(terms)
         terms = separated(terms)
         self.layout = layout = Layout.of(terms)
         self.residual = layout.residual
@@ -174,6 +175,16 @@ class GroupedProblem(Problem):
     def matrices(self, terms: Sequence[Term]) -> list[Tensor]:
         random = [terms[i].covariance.matrix for i in self.layout.random]
         return [*self.residual.matrices(terms), *random]
+
+    def by_matrix(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        at = self.residual.at if self.residual.moves else self.residual.at[:1]
+        return [parts[i] for i in (*at, *self.layout.random)]
+
+    def by_term(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        at = self.residual.at if self.residual.moves else self.residual.at[:1]
+        found = dict(zip((*at, *self.layout.random), parts, strict=True))
+        # With one variance the derivative is that of the sum of the residual's terms.
+        return [found.get(i, parts[0][:0]) for i in range(len(self.terms))]
 
     def with_fixed(self, fixed: FixedPart) -> Problem:
         found = super().with_fixed(fixed)
@@ -303,7 +314,7 @@ class GroupedEvaluation(Evaluation):
     """The likelihood at one point by the inverse of the system.
 
     A subclass sets the attributes and implements :meth:`_explained`,
-    :meth:`_times_22` and ``_crossed``.
+    :meth:`_times_22`, ``_crossed`` and ``_solved``.
     """
 
     _problem: GroupedProblem
@@ -329,6 +340,7 @@ class GroupedEvaluation(Evaluation):
         self._root2 = [self._root_of(terms[i]) for i in layout.rest]
 
         D = eye + self._L1.mT @ at.A11 @ self._L1 / s
+        self._gain_1 = D.diagonal(dim1=1, dim2=2).amax() if D.numel() else s.new_ones(())
         self._C = cholesky(D, "V")
         self._half = solve_triangular(self._C, self._L1.mT.expand_as(D), upper=False)
         self._P = self._half.mT @ self._half  # L1 D^-1 L1'
@@ -346,6 +358,11 @@ class GroupedEvaluation(Evaluation):
     @cached_property
     def _crossed(self) -> Crossed:
         r"""What the score, the information and the BLUPs share."""
+        raise NotImplementedError
+
+    @cached_property
+    def _solved(self) -> Tensor:
+        r""":math:`G_2 Z_2^\top V^{-1} f`, (q, p + 1)."""
         raise NotImplementedError
 
     def _explained(self, T2: Tensor) -> tuple[Tensor, Tensor]:
@@ -374,6 +391,15 @@ class GroupedEvaluation(Evaluation):
         )
         self.y_p_y = F[-1, -1] - half @ half
         self.gamma = solve_triangular(self.gamma_factor.mT, half[:, None], upper=True)[:, 0]
+        # What is left of the sums of squares, and how far the random effects exceed the residual.
+        before, after = self._at.Aff.diagonal() / self._s, F.diagonal().clone()
+        after[-1] = self._problem.n + self.y_p_y
+        magnified = [(before / after).max(), self._gain(), self._white.condition]
+        self.rounding = torch.finfo(F.dtype).eps * max(float(x) for x in magnified)
+
+    def _gain(self) -> Tensor:
+        r"""The largest entry on the diagonal of :math:`\Lambda^\top Z^\top R^{-1} Z \Lambda`."""
+        raise NotImplementedError
 
     def scores(self) -> list[Tensor]:
         problem, s, z = self._problem, self._s, self._crossed
@@ -385,10 +411,10 @@ class GroupedEvaluation(Evaluation):
         ]
         found += self._scores_of_rest(reml)
         # The residual's score by V = sum Z G Z' + s I: tr(P V) = n - p and y' P V P y = y' P y.
-        matrices = [g.matrix for g in (*self._first, *self._rest)]
-        inner = sum((2 * (x * m).sum() for x, m in zip(found, matrices, strict=True)), 0 * s)
+        forms = (*self._first, *self._rest)
+        explained = sum((2 * g.inner(x) for g, x in zip(forms, found, strict=True)), 0 * s)
         rank = problem.n - (problem.p if reml else 0)
-        residual = (self.y_p_y - rank - inner) / (2 * s)
+        residual = (self.y_p_y - rank - explained) / (2 * s)
         return [residual.reshape(1, 1), *found]
 
     def _scores_of_rest(self, reml: bool) -> list[Tensor]:
@@ -454,12 +480,10 @@ class GroupedEvaluation(Evaluation):
         """BLUPs of the i-th other term, where its kernel was never formed."""
         raise NotImplementedError
 
-    def _inverse_times_data(self) -> Tensor:
-        problem, z, white = self._problem, self._crossed, self._white
-        eye = torch.eye(problem.k, dtype=self._s.dtype, device=self._s.device)
-        x1 = (problem.joint_blocks(self._first, eye) @ z.Z1f).flatten(0, 1)
-        x2 = problem.multiply(self._rest, z.Z2f)
-        rest = problem._f - problem.row_effects(x1, x2)
+    def inverse_times_data(self) -> Tensor:
+        problem, white = self._problem, self._white
+        b1, b2 = self._effects_of_data
+        rest = problem._f - problem.row_effects(b1.flatten(0, 1), b2)
         return white.back(white.rows(rest)) / self._s
 
     def _moved(self, derivatives: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -475,35 +499,70 @@ class GroupedEvaluation(Evaluation):
             w2 = problem.along(self._rest, derivatives[split:], z.u2).mT
         return w1, w2
 
+    @cached_property
+    def _effects_of_data(self) -> tuple[Tensor, Tensor]:
+        r""":math:`G Z^\top V^{-1} f`, without a difference of large numbers, for the eliminated
+        factor (levels, k, p + 1) and for the others (q, p + 1)."""
+        x = self._solved
+        at = self._at
+        return self._P @ (at.A1f - at.W.times(x)) / self._s, x
+
     def _blups(self) -> tuple[Tensor, Tensor]:
         """G u of the eliminated factor (levels, k) and of the others (q,)."""
+        b1, b2 = self._effects_of_data
+        return (
+            b1[..., -1] - b1[..., :-1] @ self.gamma,
+            b2[:, -1] - b2[:, :-1] @ self.gamma,
+        )
+
+    def _conditional(self) -> tuple[list[Tensor], list[Tensor | None]]:
+        r"""Own blocks of the variance of b given y and the fixed effects, for each eliminated term
+        and for each other term; None where a kernel's has to be estimated."""
         problem, z = self._problem, self._crossed
-        eye = torch.eye(problem.k, dtype=self._s.dtype, device=self._s.device)
-        G1 = problem.joint_blocks(self._first, eye)
-        b1 = (G1 @ z.u1[:, :, None])[:, :, 0]
-        return b1, problem.multiply(self._rest, z.u2[:, None])[:, 0]
+        first = []
+        for g, B, w in zip(self._first, problem.split_blocks(z.B1), problem.widths, strict=True):
+            prior = g.blocks(problem.levels, w)
+            first.append(prior - prior @ B @ prior)
+        rest: list[Tensor | None] = []
+        for g, B, grid in zip(self._rest, z.B2, problem.grids, strict=True):
+            if grid is None or isinstance(g, ScaledCovariance):
+                rest.append(None)
+                continue
+            prior = g.blocks(*grid)
+            rest.append(prior - prior @ B @ prior)
+        return first, rest
 
     def random_effects(self) -> list[RandomEffects]:
-        problem, z = self._problem, self._crossed
-        b1, b2 = self._blups()
-        B1 = problem.split_blocks(z.B1 - z.R1)
+        problem, layout = self._problem, self._problem.layout
+        values = self._blups()
+        of_X = [part[..., :-1] for part in self._effects_of_data]
+        first, rest = self._conditional()
+        # What the fixed effects add: the effects of an orthonormal basis of X.
+        lost = [solve_triangular(self.gamma_factor, part.mT, upper=False).mT for part in of_X]
         found = {}
-        layout = problem.layout
-        for i, g, b, B in zip(
-            layout.eliminated, self._first, b1.split(problem.widths, 1), B1, strict=True
-        ):
-            found[i] = RandomEffects.of_levels(self._terms[i].name, b, g.blocks(*b.shape), B)
-        pieces = zip(layout.rest, b2.split(problem.sizes), z.B2, z.R2, problem.grids, strict=True)
-        for i, b, whole, lost, grid in pieces:
+        at = 0
+        for i, w, spread in zip(layout.eliminated, problem.widths, first, strict=True):
+            added = lost[0][:, at : at + w]
+            found[i] = RandomEffects(
+                self._terms[i].name, values[0][:, at : at + w], spread + added @ added.mT
+            )
+            at += w
+        pieces = zip(
+            layout.rest,
+            values[1].split(problem.sizes),
+            lost[1].split(problem.sizes),
+            rest,
+            problem.grids,
+            strict=True,
+        )
+        for j, (i, b, whole, own, grid) in enumerate(pieces):
             term = self._terms[i]
-            if isinstance(term.covariance, ScaledCovariance) and grid is not None:
-                found[i] = self._effects_of_kernel(len(found) - len(self._first), term, b)
-            elif grid is None:
-                found[i] = RandomEffects.of(term, b, whole - lost)
-            else:
-                prior = term.covariance.blocks(*grid)
-                values = b.unflatten(0, grid)
-                found[i] = RandomEffects.of_levels(term.name, values, prior, whole - lost)
+            if own is None:
+                found[i] = self._effects_of_kernel(j, term, b)
+                continue
+            shape = (-1, RandomEffects.width(term)) if grid is None else grid
+            added = whole.unflatten(0, shape)
+            found[i] = RandomEffects(term.name, b.reshape(shape), own + added @ added.mT)
         return [found[i] for i in sorted(found)]
 
 

@@ -80,6 +80,7 @@ class ListedCross(Cross):
             and the entries (cells, k, k_t).
         shape: (levels, k, q).
         starts: first column of each term.
+        like: of the dtype and device of the entries.
     """
 
     def __init__(
@@ -87,11 +88,12 @@ class ListedCross(Cross):
         cells: Sequence[tuple[Tensor, Tensor, Tensor]],
         shape: tuple[int, int, int],
         starts: Sequence[int],
+        like: Tensor,
     ) -> None:
         self.cells, self.shape = cells, shape
         levels, k, q = shape
-        none = torch.empty(0, dtype=torch.long)
-        rows, columns, values = [none], [none], [torch.empty(0)]
+        none = torch.empty(0, dtype=torch.long, device=like.device)
+        rows, columns, values = [none], [none], [like.new_empty(0)]
         if cells:
             rows, columns, values = [], [], []
         for (a, b, value), start in zip(cells, starts, strict=True):
@@ -157,6 +159,8 @@ class KrylovProblem(GroupedProblem):
         ValueError: if a random term is not a grouping factor with independent levels, or the
             residuals have more than one variance.
     """
+
+    exact = False
 
     def __init__(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> None:
         super().__init__(fixed, terms, method)
@@ -260,7 +264,8 @@ class KrylovProblem(GroupedProblem):
         for u in range(ones, count) if ones else ():
             value = torch.cat([products.zz[t, u] for t in range(ones)], 1)
             cells.append((*between(0, u), value))
-        W = ListedCross(cells, (self.levels, self.k, self.q), self._starts if ones else [])
+        shape = (self.levels, self.k, self.q)
+        W = ListedCross(cells, shape, self._starts if ones else [], self._f)
         self.own = [products.zz[t, t] for t in range(ones, count)]  # (levels_t, k_t, k_t)
         rest = {
             (t - ones, u - ones): (*between(t, u), products.zz[t, u])
@@ -462,7 +467,7 @@ class _KrylovEvaluation(GroupedEvaluation):
         problem, at, s = self._problem, self._at, self._s
         A = at.A11 / s
         T = torch.eye(problem.k, dtype=s.dtype, device=s.device) - A @ self._P
-        x = self._system.back(self._x)
+        x = self._solved
         Z1f = at.A1f / s
         if problem.levels:
             Z1f = T @ (at.A1f - at.W.times(x)) / s
@@ -471,6 +476,17 @@ class _KrylovEvaluation(GroupedEvaluation):
         if problem.levels and problem.q:
             B1 = B1 - T @ self._quadratic() @ T.mT / s**2
         return self._cross(Z1f, Z2f, B1, self._inner_22())
+
+    @cached_property
+    def _solved(self) -> Tensor:
+        return self._system.back(self._x)
+
+    def _gain(self) -> Tensor:
+        gain = self._gain_1
+        for own, half in zip(self._problem.own, self._system.roots, strict=True):
+            squares = (half.mT @ (own / self._s) @ half).diagonal(dim1=1, dim2=2)
+            gain = torch.maximum(gain, squares.amax())
+        return gain
 
     def _quadratic(self) -> Tensor:
         r"""Diagonal blocks of :math:`W N W^\top`, the inverse's own diagonal blocks exactly."""

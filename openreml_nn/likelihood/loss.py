@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from openreml_nn.covariance import Matrix
-from openreml_nn.covariance.design import DenseDesign, IndexedDesign
 from openreml_nn.covariance.matrix import FreeParams
-from openreml_nn.covariance.terms import ScaledCovariance, Term
+from openreml_nn.covariance.terms import Term, private, same_content
 from openreml_nn.likelihood.dense import check_method
 from openreml_nn.likelihood.fixed import FixedPart, check_data, traced
 from openreml_nn.likelihood.plan import Plan, check_solver
@@ -162,6 +161,34 @@ class REMLLoss(nn.Module):
                 value = _LogLikelihood.apply(problem, terms, fixed.y, fixed.Q, *matrices)
         return -value / len(y) if self.reduction == "mean" else -value
 
+    def evaluate(self, y: Tensor, X: Tensor, rows: Tensor | None = None) -> Evaluation:
+        r"""The likelihood of some data at the present parameters, without a fit.
+
+        What the evaluation offers is computed when it is asked for, and has no graph:
+        ``log_likelihood``, a scalar tensor, of all rows whatever the reduction; ``fixed``, with
+        ``estimate`` (p,), ``covariance`` (p, p) and the ``columns`` of X that were kept; and
+        ``random``, for each random term ``name``, BLUPs ``values`` (q, k) and prediction-error
+        variances ``variances`` (q, k, k), in the order of the design's levels.
+
+        Args:
+            y, X, rows: as in calling the loss.
+
+        Raises:
+            NumericalError: if V is not positive definite, or rounding leaves too few digits.
+            TypeError, ValueError: as in calling the loss.
+
+        Reference:
+            Henderson, Biometrics 31 (1975) 423; Robinson, Statistical Science 6 (1991) 15.
+
+        >>> from openreml_nn.covariance import CovariancePropagation, DummyMatrix, ScalarMatrix, Sum
+        >>> z = DummyMatrix(["a", "a", "b", "b"])
+        >>> V = Sum(group=CovariancePropagation(z=z, g=ScalarMatrix(2)), residual=ScalarMatrix(4))
+        >>> found = REMLLoss(V).evaluate(torch.tensor([1.0, 2.0, 4.0, 5.0]), torch.ones(4, 1))
+        >>> found.fixed.estimate, found.random[0].values[:, 0]
+        (tensor([3.]), tensor([-1.0000,  1.0000]))
+        """
+        return self.objective(y, X, rows).evaluate()
+
     def objective(self, y: Tensor, X: Tensor, rows: Tensor | None = None) -> Objective:
         """The likelihood of some data as an optimizer wants it, prepared and not evaluated.
 
@@ -171,10 +198,6 @@ class REMLLoss(nn.Module):
         with torch.no_grad():
             problem = self._prepare(y, X, rows)[0]
         return Objective(self.covariance, problem, rows)
-
-    def _has_seen(self, y: Tensor, X: Tensor) -> bool:
-        """Whether a problem is prepared for these data, unchanged since."""
-        return self._prepared is not None and _unchanged([y, X], self._prepared.data)
 
     def _check_rows(self, y: Tensor, rows: Tensor | None) -> None:
         n = self.covariance.shape[0]
@@ -198,58 +221,62 @@ class REMLLoss(nn.Module):
     ) -> tuple[Problem, list[Term], FixedPart, bool]:
         """The problem for some data, the terms, the data, and whether autograd must record all."""
         wrapped = traced(y, X, *self.covariance.parameters())
-        if not wrapped and not self._has_seen(y, X):
+        kept = None if wrapped else self._prepared
+        same_data = kept is not None and kept.has_seen(y, X)
+        if not wrapped and not same_data:
             check_data(y, X)
         self._check_rows(y, rows)
         terms = self.covariance.terms(rows)
         dtype = torch.promote_types(y.dtype, terms[0].covariance.matrix.dtype)
         dtype = torch.promote_types(dtype, torch.float32)
         terms = [term.to(dtype) for term in terms]
-        constants = [rows, *_constants(terms)]
-        known = not wrapped and self._is_prepared(constants, dtype)
-        if known and self._has_seen(y, X) and not (y.requires_grad or X.requires_grad):
-            assert self._prepared is not None
-            problem = self._prepared.problem
-            self._hear(problem, rows)
-            return problem, terms, problem.fixed, False
-        seen = y, X
-        y, X = y.to(dtype), X.to(dtype)
-        fixed = FixedPart.plain(y, X) if wrapped else FixedPart.of(y, X, self.names)
-        plain = fixed if wrapped else fixed.detach()
-        if known and self._prepared is not None and self._prepared.problem.takes_data:
-            problem = self._prepared.problem.with_fixed(plain)
-        else:
-            self._plan = Plan.of(terms, fixed.Q.shape[1], self.solver, dtype)
-            problem = self._plan.problem(plain, terms, self.method)
-            self._plan = self._plan.measured(problem, terms)
-            if self._plan.solver == "krylov" and self.solver == "auto":
-                warnings.warn(
-                    f"the likelihood is approximate: {self._plan.reason}; "
-                    "solver='blocked' insists on an exact one",
-                    RuntimeWarning,
-                    stacklevel=4,
-                )
-        recorded = wrapped
-        if torch.is_grad_enabled() and not wrapped:
-            moving = y.requires_grad or X.requires_grad
-            recorded = any(t is not None and t.requires_grad for t in constants)
+        constants = [rows, *(tensor for term in terms for tensor in term.constants)]
+        if kept is not None and not kept.is_of(constants, self.method, dtype):
+            kept = None
+        if kept is not None and same_data:
+            self._hear(kept.problem, rows)
+            return kept.problem, terms, kept.problem.fixed, False
+        recording = torch.is_grad_enabled()
+        moving = recording and (y.requires_grad or X.requires_grad)
+        recorded = wrapped or (
+            recording and any(t is not None and t.requires_grad for t in constants)
+        )
+        # What is prepared may be used in training later: no tensor of it is one of inference mode.
+        with torch.inference_mode(False), torch.set_grad_enabled(recording):
+            data = (y, X) if wrapped or moving else (private(y), private(X))
+            y, X = (part.to(dtype) for part in data)
+            fixed = FixedPart.plain(y, X) if wrapped else FixedPart.of(y, X, self.names)
+            plain = fixed if wrapped else fixed.detach()
+            # What is recorded is taken as it is; all else where nobody else can change it.
+            held = terms if recorded else [term.private() for term in terms]
+            if kept is not None and kept.problem.takes_data:
+                problem = kept.problem.with_fixed(plain)
+                copies = kept.constants
+            else:
+                problem = self._planned(plain, held, dtype)
+                copies = [None if rows is None else private(rows)]
+                copies += [tensor for term in held for tensor in term.constants]
             recorded = recorded or (moving and not problem.takes_data)
-            if recorded and moving:
+            if recorded and moving and not wrapped:
                 problem = type(problem)(fixed, terms, self.method)
         if not wrapped:
             self._hear(problem, rows)
-        if recorded:
-            self._prepared = None
-        else:
-            # Kept by identity and version, so that an in-place change is seen.
-            self._prepared = _Prepared(_stamped(seen), _stamped(constants), problem)
+        self._prepared = None if recorded else _Prepared(None if moving else data, copies, problem)
         return problem, terms, fixed, recorded
 
-    def _is_prepared(self, constants: Sequence[Tensor | None], dtype: torch.dtype) -> bool:
-        kept = self._prepared
-        if kept is None or kept.problem.fixed.y.dtype != dtype:
-            return False
-        return kept.problem.method == self.method and _unchanged(constants, kept.constants)
+    def _planned(self, fixed: FixedPart, terms: list[Term], dtype: torch.dtype) -> Problem:
+        """A problem prepared by the solver of least work."""
+        plan = Plan.of(terms, fixed.Q.shape[1], self.solver, dtype)
+        problem = plan.problem(fixed, terms, self.method)
+        self._plan = plan.measured(problem, terms)
+        if plan.solver == "krylov" and self.solver == "auto":
+            warnings.warn(
+                f"the likelihood is approximate: {plan.reason}; "
+                "solver='blocked' insists on an exact one",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+        return problem
 
     def _hear(self, problem: Problem, rows: Tensor | None) -> None:
         heard = _heard.get()
@@ -257,42 +284,35 @@ class REMLLoss(nn.Module):
             heard.append(Objective(self.covariance, problem, rows))
 
 
-def _constants(terms: Sequence[Term]) -> list[Tensor | None]:
-    """What a prepared problem takes from the terms beside their matrices."""
-    found: list[Tensor | None] = []
-    for term in terms:
-        if isinstance(term.design, DenseDesign):
-            found.append(term.design.matrix)
-        elif isinstance(term.design, IndexedDesign):
-            found += [term.design.codes, term.design.values]
-        if isinstance(term.covariance, ScaledCovariance):
-            found.append(term.covariance.kernel.source)
-    return found
-
-
-_Stamped = list[tuple[Tensor | None, int]]
-
-
 @dataclass(frozen=True)
 class _Prepared:
-    """A problem with the data, and the other constants, that it was prepared for."""
+    """A problem with private copies of the data, and of the other constants, that it was
+    prepared for.
 
-    data: _Stamped
-    constants: _Stamped
+    Contents are compared and not identities, because memory also changes through NumPy,
+    through ``.data`` and by loading a state, of which a tensor's version does not tell.
+    """
+
+    data: tuple[Tensor, Tensor] | None
+    constants: list[Tensor | None]
     problem: Problem
 
+    def has_seen(self, y: Tensor, X: Tensor) -> bool:
+        """Whether the data are those that it was prepared for, and have no graph."""
+        if self.data is None or not (isinstance(y, Tensor) and isinstance(X, Tensor)):
+            return False
+        return not (y.requires_grad or X.requires_grad) and _all_same([y, X], self.data)
 
-def _stamped(tensors: Sequence[Tensor | None]) -> _Stamped:
-    """Tensors with their versions, which rise with each change in place."""
-    return [(t, -1 if t is None else t._version) for t in tensors]
+    def is_of(self, constants: Sequence[Tensor | None], method: str, dtype: torch.dtype) -> bool:
+        """Whether it was prepared for the same designs, kernels and rows."""
+        problem = self.problem
+        if problem.fixed.y.dtype != dtype or problem.method != method:
+            return False
+        return _all_same(constants, self.constants)
 
 
-def _unchanged(tensors: Sequence[Tensor | None], kept: _Stamped) -> bool:
-    """Whether they are the same tensors, unchanged since."""
-    return len(tensors) == len(kept) and all(
-        t is old and (t is None or t._version == version)
-        for t, (old, version) in zip(tensors, kept, strict=True)
-    )
+def _all_same(tensors: Sequence[Tensor | None], kept: Sequence[Tensor | None]) -> bool:
+    return len(tensors) == len(kept) and all(map(same_content, tensors, kept))
 
 
 class _LogLikelihood(torch.autograd.Function):

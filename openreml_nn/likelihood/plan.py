@@ -117,6 +117,11 @@ class Plan:
         """The class that carries the plan out."""
         return SOLVERS[self.solver]
 
+    @property
+    def exact(self) -> bool:
+        """Whether its likelihood is computed, and not estimated by Monte Carlo."""
+        return self.problem.exact
+
     def measured(self, problem: Problem, terms: Sequence[Term]) -> Plan:
         """The plan with what a prepared problem found out: which columns have nothing in common."""
         if not isinstance(problem, GroupedProblem) or not problem.q:

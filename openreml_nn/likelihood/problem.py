@@ -4,20 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from math import log, pi
 
 import torch
 from torch import Tensor
 
 from openreml_nn.covariance.design import IndexedDesign
-from openreml_nn.covariance.terms import RepeatedCovariance, ScaledCovariance, Term
+from openreml_nn.covariance.terms import RepeatedCovariance, ScaledCovariance, Term, private
+from openreml_nn.errors import NumericalError
 from openreml_nn.likelihood.fixed import FixedPart
 
-__all__ = ["Evaluation", "NotPositiveDefiniteError", "Problem", "RandomEffects", "cholesky"]
+__all__ = [
+    "Coefficients",
+    "Evaluation",
+    "NotPositiveDefiniteError",
+    "Problem",
+    "RandomEffects",
+    "cholesky",
+    "pivot_loss",
+]
+
+#: Bounds of relative errors: below the first an evaluation is taken as it is, above the second it
+#: is refused.
+_BOUNDS = {torch.float32: (1e-4, 1e-2), torch.float64: (1e-9, 1e-6)}
 
 
-class NotPositiveDefiniteError(ValueError):
+class NotPositiveDefiniteError(NumericalError, ValueError):
     """A matrix that must be positive definite is not; the message says which."""
 
 
@@ -31,6 +45,29 @@ def cholesky(matrix: Tensor, what: str) -> Tensor:
     if bool((info != 0).any()) or not bool(finite):
         raise NotPositiveDefiniteError(f"{what} is not positive definite")
     return factor
+
+
+def pivot_loss(matrix: Tensor, factor: Tensor) -> float:
+    """How many times rounding is magnified in the pivots of a Cholesky factor, at most."""
+    if not factor.numel():
+        return 1.0
+    pivots = factor.diagonal(dim1=-2, dim2=-1) ** 2
+    return float((matrix.diagonal(dim1=-2, dim2=-1) / pivots).max())
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    r"""Generalised least-squares coefficients of the fixed effects.
+
+    Attributes:
+        estimate: (p,) BLUEs :math:`(X^\top V^{-1} X)^{-1} X^\top V^{-1} y`.
+        covariance: (p, p) :math:`(X^\top V^{-1} X)^{-1}`.
+        columns: the p columns of X that were kept.
+    """
+
+    estimate: Tensor
+    covariance: Tensor
+    columns: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -51,15 +88,31 @@ class RandomEffects:
     @classmethod
     def of(cls, term: Term, values: Tensor, z_p_z: Tensor) -> RandomEffects:
         """From :math:`G Z^\\top P y` (q,) and :math:`Z^\\top P Z` (q, q)."""
-        z, g = term.design, term.covariance
-        k = z.effects if isinstance(z, IndexedDesign) else 1
-        if isinstance(g, RepeatedCovariance | ScaledCovariance):
-            k = max(k, g.matrix.shape[0])
+        g, k = term.covariance, cls.width(term)
         G, half = g.whole(len(values)), g.multiply(z_p_z)  # G, G Z' P Z
         levels = (len(values) // k, k)
         prior = G.unflatten(1, levels).unflatten(0, levels).diagonal(dim1=0, dim2=2).movedim(-1, 0)
         lost = half.unflatten(0, levels) @ G.unflatten(0, levels).mT
         return cls(term.name, values.reshape(-1, k), prior - lost)
+
+    @classmethod
+    def of_roots(cls, term: Term, values: Tensor, root: Tensor) -> RandomEffects:
+        """From BLUPs (q,) and a root (q, m) of their prediction-error variance."""
+        by_level = root.unflatten(0, (-1, cls.width(term)))
+        return cls(term.name, values.reshape(by_level.shape[:2]), by_level @ by_level.mT)
+
+    def to(self, dtype: torch.dtype) -> RandomEffects:
+        """The same in another precision."""
+        return RandomEffects(self.name, self.values.to(dtype), self.variances.to(dtype))
+
+    @staticmethod
+    def width(term: Term) -> int:
+        """Effects of each level of a term."""
+        z, g = term.design, term.covariance
+        k = z.effects if isinstance(z, IndexedDesign) else 1
+        if isinstance(g, RepeatedCovariance | ScaledCovariance):
+            k = max(k, g.matrix.shape[0])
+        return k
 
     @classmethod
     def of_levels(cls, name: str, values: Tensor, prior: Tensor, z_p_z: Tensor) -> RandomEffects:
@@ -68,7 +121,7 @@ class RandomEffects:
 
 
 class Evaluation:
-    """The likelihood at one point; what derives from it is computed when asked for.
+    """The likelihood of some data at one point; what derives from it is computed when asked for.
 
     Attributes:
         log_likelihood: the (restricted) log-likelihood, a scalar tensor.
@@ -76,6 +129,8 @@ class Evaluation:
         gamma: (p,) generalised least-squares coefficients of Q.
         gamma_factor: (p, p) Cholesky factor of :math:`Q^\\top V^{-1} Q`.
         error: Monte Carlo standard error of the log-likelihood; 0 where it is exact.
+        rounding: bound of the relative error that rounding leaves in all that derives from it:
+            the precision of the dtype times how often the factorisations magnify it.
     """
 
     log_likelihood: Tensor
@@ -83,7 +138,22 @@ class Evaluation:
     gamma: Tensor
     gamma_factor: Tensor
     error: float = 0.0
+    rounding: float = 0.0
     _problem: Problem
+
+    @cached_property
+    def fixed(self) -> Coefficients:
+        """BLUEs of the fixed effects, with their covariance."""
+        part = self._problem.fixed
+        with torch.inference_mode(False), torch.no_grad():
+            spread = part.T @ torch.cholesky_inverse(self.gamma_factor) @ part.T.mT
+            return Coefficients(part.coefficients(self.gamma), spread, tuple(part.columns))
+
+    @cached_property
+    def random(self) -> tuple[RandomEffects, ...]:
+        """BLUPs of each random term, with prediction-error variances, level by level."""
+        with torch.inference_mode(False), torch.no_grad():
+            return tuple(self.random_effects())
 
     def scores(self) -> list[Tensor]:
         r""":math:`\partial\ell/\partial G_t` for each matrix of the problem, in its shape."""
@@ -95,7 +165,7 @@ class Evaluation:
         :math:`\partial\ell/\partial y = -Py`, and :math:`\partial\ell/\partial Q =
         Py\,\hat\gamma^\top`, less :math:`V^{-1}Q(Q^\top V^{-1}Q)^{-1}` with REML.
         """
-        V_f = self._inverse_times_data()
+        V_f = self.inverse_times_data()
         V_Q, V_y = V_f[:, :-1], V_f[:, -1]
         p_y = V_y - V_Q @ self.gamma
         by_Q = torch.outer(p_y, self.gamma)
@@ -103,7 +173,7 @@ class Evaluation:
             by_Q = by_Q - V_Q @ torch.cholesky_inverse(self.gamma_factor)
         return -p_y, by_Q
 
-    def _inverse_times_data(self) -> Tensor:
+    def inverse_times_data(self) -> Tensor:
         """:math:`V^{-1} [Q | y]`, (n, p + 1)."""
         raise NotImplementedError
 
@@ -138,6 +208,8 @@ class Problem:
 
     #: Whether evaluations have derivatives by the data, and the data can be exchanged.
     takes_data = False
+    #: Whether the likelihood is computed, and not estimated by Monte Carlo.
+    exact = True
 
     def __init__(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> None:
         self.fixed = fixed
@@ -164,19 +236,69 @@ class Problem:
     def _evaluate(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
         raise NotImplementedError
 
+    def by_matrix(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """From something for each term to that for each of :meth:`matrices`."""
+        return list(parts)
+
+    def by_term(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """From derivatives of each of :meth:`matrices` to those for each term."""
+        return list(parts)
+
+    def _precise(self, terms: Sequence[Term]) -> Evaluation | None:
+        """The same by a slower way that keeps more digits; None where there is none."""
+        return None
+
     def evaluate(self, terms: Sequence[Term]) -> Evaluation:
         """The likelihood at these terms, without recording.
 
         The last evaluation is kept, as plain numbers, and given again for
         equal matrices: a loss and the step that follows share one.
+
+        Raises:
+            NumericalError: if V is not positive definite, or rounding leaves too few digits.
         """
-        with torch.no_grad():
-            matrices = [matrix.detach() for matrix in self.matrices(terms)]
+        with torch.inference_mode(False), torch.no_grad():
+            terms = [replace(term, covariance=term.covariance.map(_plain)) for term in terms]
+            matrices = self.matrices(terms)
             if self._last is not None and all(map(torch.equal, self._last[0], matrices)):
                 return self._last[1]
-            evaluation = self._evaluate([term.detach() for term in terms], matrices)
+            evaluation = self._checked(terms, matrices)
             self._last = ([matrix.clone() for matrix in matrices], evaluation)
             return evaluation
+
+    def _checked(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
+        evaluation, failure = None, None
+        good, _ = _BOUNDS[self.fixed.y.dtype]
+        try:
+            evaluation = self._evaluate(terms, matrices)
+            if evaluation.rounding <= good:
+                return evaluation
+        except NotPositiveDefiniteError as error:
+            failure = error
+        better = self._precise(terms)
+        if better is not None and not (evaluation and evaluation.rounding <= better.rounding):
+            evaluation = better
+        if evaluation is None:
+            assert failure is not None
+            raise failure
+        self.check_rounding(evaluation.rounding)
+        return evaluation
+
+    def check_rounding(self, rounding: float) -> None:
+        """Raise unless a bound of the relative error leaves digits enough.
+
+        Raises:
+            NumericalError: if it does not.
+        """
+        dtype = self.fixed.y.dtype
+        if rounding <= _BOUNDS[dtype][1]:
+            return
+        wider = "use float64, or " if dtype == torch.float32 else ""
+        raise NumericalError(
+            f"the likelihood has lost its digits in {dtype}: V is so close to singular, its residual "
+            f"so small beside the other terms, that the relative error may reach {rounding:.1e}; "
+            f"{wider}hold the residual variance further from zero"
+        )
 
     def _profile(
         self, log_det_v: Tensor, xx: Tensor, xy: Tensor, yy: Tensor
@@ -204,3 +326,8 @@ class Problem:
             return -(self.n * log(2 * pi) + log_det_v + y_p_y) / 2
         log_det_x = log_det_x - 2 * self.fixed.log_det
         return -((self.n - self.p) * log(2 * pi) + log_det_v + log_det_x + y_p_y) / 2
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Without a graph, and not of inference mode."""
+    return private(tensor) if tensor.is_inference() else tensor.detach()

@@ -27,7 +27,8 @@ from openreml_nn.covariance.terms import (
     is_scalar,
     residual_terms,
 )
-from openreml_nn.likelihood.problem import NotPositiveDefiniteError, cholesky
+from openreml_nn.likelihood.fixed import traced
+from openreml_nn.likelihood.problem import NotPositiveDefiniteError, cholesky, pivot_loss
 
 __all__ = ["BlockResidual", "Residual", "ScalarResidual", "White"]
 
@@ -37,9 +38,11 @@ class White:
 
     Attributes:
         log_det: :math:`\\log|R|`.
+        condition: how many times rounding is magnified in a factor of R.
     """
 
     log_det: Tensor
+    condition: float = 1.0
 
     def rows(self, x: Tensor) -> Tensor:
         r""":math:`L^{-1} x` for x (n, m)."""
@@ -211,7 +214,7 @@ class BlockResidual(Residual):
 
     def white(self, matrices: Sequence[Tensor]) -> White:
         blocks = [self._blocks(bucket, matrices) for bucket in self._buckets]
-        return _WhiteBlocks(self._buckets, [cholesky(block, "R") for block in blocks])
+        return _WhiteBlocks(self._buckets, blocks)
 
     def _blocks(self, bucket: _Bucket, matrices: Sequence[Tensor]) -> Tensor:
         """Blocks of R, one for each pattern, (patterns, m, m)."""
@@ -239,8 +242,12 @@ class BlockResidual(Residual):
 
 
 class _WhiteBlocks(White):
-    def __init__(self, buckets: Sequence[_Bucket], factors: Sequence[Tensor]) -> None:
+    def __init__(self, buckets: Sequence[_Bucket], blocks: Sequence[Tensor]) -> None:
         self._buckets = buckets
+        factors = [cholesky(block, "R") for block in blocks]
+        if not traced(*blocks):
+            pairs = zip(blocks, factors, strict=True)
+            self.condition = max(pivot_loss(R.detach(), L.detach()) for R, L in pairs)
         self._inverse = []
         total = []
         for bucket, L in zip(buckets, factors, strict=True):

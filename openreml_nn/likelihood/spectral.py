@@ -26,7 +26,7 @@ from openreml_nn.covariance.terms import (
     Term,
     residual_terms,
 )
-from openreml_nn.likelihood.fixed import FixedPart
+from openreml_nn.likelihood.fixed import FixedPart, traced
 from openreml_nn.likelihood.problem import (
     Evaluation,
     NotPositiveDefiniteError,
@@ -98,7 +98,8 @@ class SpectralProblem(Problem):
         f = torch.cat([fixed.Q, fixed.y[:, None]], 1)
         cells = _cells(term.design)
         assert cells is not None
-        by_cell = torch.empty_like(f).index_copy(0, cells.to(f.device), f)
+        self.cells = cells.to(f.device)
+        by_cell = torch.empty_like(f).index_copy(0, self.cells, f)
         self.f = (self.U.mT @ by_cell.reshape(len(K), -1)).reshape(
             len(K), self.t, -1
         )  # (n, t, p+1)
@@ -114,7 +115,9 @@ class SpectralProblem(Problem):
         return g.matrix * torch.eye(self.t, dtype=g.matrix.dtype, device=g.matrix.device)
 
     def recorded(self, matrices: Sequence[Tensor]) -> Tensor:
-        return _SpectralEvaluation(self, [], matrices).log_likelihood
+        evaluation = _SpectralEvaluation(self, [], matrices)
+        self.check_rounding(evaluation.rounding)
+        return evaluation.log_likelihood
 
     def _evaluate(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
         return _SpectralEvaluation(self, terms, matrices)
@@ -129,14 +132,19 @@ class _SpectralEvaluation(Evaluation):
         self, problem: SpectralProblem, terms: Sequence[Term], matrices: Sequence[Tensor]
     ) -> None:
         self._problem, self._terms = problem, terms
-        R, self._sigma = matrices
-        D = R + problem.eigenvalues[:, None, None] * self._sigma  # (n, t, t)
+        self._R, self._sigma = matrices
+        D = self._R + problem.eigenvalues[:, None, None] * self._sigma  # (n, t, t)
         if problem.t == 1:
-            if not torch._C._functorch.is_functorch_wrapped_tensor(D) and not bool((D > 0).all()):
+            if not traced(D) and not bool((D > 0).all()):
                 raise NotPositiveDefiniteError("V is not positive definite")
             self._C = D.sqrt()
         else:
             self._C = cholesky(D, "V")
+        if not traced(D):
+            # Each pivot beside the largest: rounding of the kernel's decomposition is of that size.
+            pivots = self._C.detach().diagonal(dim1=1, dim2=2) ** 2
+            most = D.detach().diagonal(dim1=1, dim2=2).amax(0)
+            self.rounding = torch.finfo(D.dtype).eps * float((most / pivots).max())
         white = self._forward(problem.f)
         self._white_Q, white_y = white[..., :-1], white[..., -1]
         Q, y = self._white_Q.flatten(0, 1), white_y.flatten()
@@ -163,6 +171,12 @@ class _SpectralEvaluation(Evaluation):
         flat = solve_triangular(self.gamma_factor, self._white_Q.flatten(0, 1).mT, upper=False)
         return flat.mT.unflatten(0, self._p_y.shape)
 
+    def inverse_times_data(self) -> Tensor:
+        problem = self._problem
+        back = self._back(self._forward(problem.f))  # (n, t, p + 1)
+        by_cell = (problem.U @ back.flatten(1)).reshape(-1, back.shape[-1])
+        return by_cell[problem.cells]
+
     def scores(self) -> list[Tensor]:
         problem = self._problem
         eye = torch.eye(problem.t, dtype=self._C.dtype, device=self._C.device)
@@ -187,9 +201,10 @@ class _SpectralEvaluation(Evaluation):
         problem, sigma = self._problem, self._sigma
         weight = problem.eigenvalues[:, None, None]  # (n, 1, 1)
         values = problem.U @ (weight * (sigma @ self._p_y[..., None]))[..., 0]
-        # Blocks of G - G P G, with G and P in the coordinates of U.
-        half = self._forward((weight * sigma).expand_as(self._C))
-        kept = weight * sigma - half.mT @ half
+        # Blocks of G - G V^-1 G = G V^-1 R in the coordinates of U.
+        half = self._back(self._forward(self._R.expand_as(self._C)))  # D^-1 R
+        kept = weight * sigma @ half
+        kept = (kept + kept.mT) / 2
         back = weight * (sigma @ self._back(self._projected()))  # (n, t, p)
         shape = (len(problem.U), -1)
         lost = (problem.U @ back.reshape(shape)).reshape(back.shape)

@@ -11,7 +11,7 @@ from openreml_nn.report.plots import (
     shares,
     zeta,
 )
-from openreml_nn.report.run import Run, write_run
+from openreml_nn.report.run import Run, write_plots, write_run, write_tables
 
 __all__ = [
     "Run",
@@ -24,7 +24,9 @@ __all__ = [
     "semivariogram",
     "shares",
     "variance_table",
+    "write_plots",
     "write_report",
     "write_run",
+    "write_tables",
     "zeta",
 ]

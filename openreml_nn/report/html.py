@@ -101,7 +101,8 @@ def _run(folder: Path, name: str) -> dict[str, Any]:
         {"name": path.stem, "data": base64.b64encode(path.read_bytes()).decode()}
         for path in sorted((run / "plots").glob("*.png"))
     ]
-    summary = (run / "summary.txt").read_text(encoding="utf-8")
+    text = run / "summary.txt"
+    summary = text.read_text(encoding="utf-8") if text.is_file() else "(there is no summary.txt)"
     return {"name": run.name if name == "." else name, "summary": summary, "plots": plots}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -9,10 +11,12 @@ from matplotlib.figure import Figure
 from scipy.special import ndtri
 from torch import Tensor
 
-from openreml_nn.estimation.result import REMLResult
-from openreml_nn.estimation.tables import blup_table
+from openreml_nn.checks import check_count, check_instance, check_tensor
+from openreml_nn.covariance.design import IndexedDesign
+from openreml_nn.covariance.terms import DiagonalCovariance, RepeatedCovariance, Term
+from openreml_nn.estimation.result import Result
 from openreml_nn.inference import Profile, variance_shares
-from openreml_nn.inference.refit import Refit
+from openreml_nn.inference.refit import Refit, source_of
 
 __all__ = [
     "caterpillar",
@@ -26,52 +30,87 @@ __all__ = [
 
 #: Levels beyond this many are drawn without their names.
 _NAMED = 60
+#: Levels beyond this many are left out of a caterpillar plot, evenly by rank.
+_LEVELS = 300
 #: Points beyond this many are drawn as a density.
 _POINTS = 20_000
+#: Quantiles beyond this many are left out of a quantile plot, evenly by rank.
+_QUANTILES = 2_000
+#: Numbers that a plot holds of a design without structure.
+_NUMBERS = 10_000_000
 
 
-def caterpillar(result: REMLResult, group: str) -> Figure:
+def caterpillar(result: Result, group: str) -> Figure:
     """BLUPs of a grouping factor with 95% prediction intervals, a panel for each effect.
 
+    Of more than 300 levels, 300 are drawn, the smallest and the largest BLUP of the first effect
+    among them and the others evenly by rank between; the axis says so.
+
     Raises:
+        TypeError: if ``result`` is no result.
         ValueError: if the result has no random effect of that group.
     """
-    table = blup_table(result)
-    table = table[table["group"] == group]
-    if table.empty:
-        raise ValueError(f"`group` is {group!r}: expected one of {_groups(result)}")
-    effects = list(dict.fromkeys(table["effect"]))
-    levels = len(table) // len(effects)
-    named = levels <= _NAMED
-    height = 1.5 + 0.16 * levels if named else 6.0
-    figure = Figure(figsize=(1.5 + 3.2 * len(effects), height), layout="constrained")
-    axes = figure.subplots(1, len(effects), squeeze=False)[0]
+    check_instance("result", result, Result)
+    panels = _panels(result, group)
+    _, levels, first, _ = panels[0]
     # All panels in the order of the first effect, so that a level keeps its line.
-    first = table[table["effect"] == effects[0]].sort_values("blup")
-    order = first["level"].tolist()
-    for axis, effect in zip(axes, effects, strict=True):
-        part = table[table["effect"] == effect].set_index("level").loc[order]
-        at = np.arange(levels)
-        half = 1.96 * part["std_error"]
-        low, high = part["blup"] - half, part["blup"] + half
+    order = np.argsort(first, kind="stable")
+    if len(order) > _LEVELS:
+        order = order[np.linspace(0, len(order) - 1, _LEVELS).round().astype(int)]
+    shown = len(order)
+    named = shown <= _NAMED
+    height = 1.5 + 0.16 * shown if named else 6.0
+    figure = Figure(figsize=(1.5 + 3.2 * len(panels), height), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    at = np.arange(shown)
+    for axis, (effect, _, blup, error) in zip(axes, panels, strict=True):
+        middle, half = blup[order], 1.96 * error[order]
         if named:
-            axis.hlines(at, low, high, color="C0", lw=1, alpha=0.6)
+            axis.hlines(at, middle - half, middle + half, color="C0", lw=1, alpha=0.6)
         else:
+            low, high = middle - half, middle + half
             axis.fill_betweenx(at, low, high, color="C0", lw=0, alpha=0.35, step="mid")
-        axis.plot(part["blup"], at, "o", color="C0", ms=3 if named else 1)
+        axis.plot(middle, at, "o", color="C0", ms=3 if named else 1)
         axis.axvline(0, color="0.5", lw=0.8, ls="--")
         axis.set_title(effect)
-        axis.set_ylim(-1, levels)
+        axis.set_ylim(-1, shown)
         axis.set_yticks(at if named and axis is axes[0] else [])
         if named and axis is axes[0]:
-            axis.set_yticklabels(order, fontsize=7)
-    axes[0].set_ylabel(f"{group} ({levels} levels)")
+            axis.set_yticklabels([levels[i] for i in order], fontsize=7)
+    count = f"{shown} of {len(first)} levels, evenly by rank"
+    axes[0].set_ylabel(f"{group} ({count if shown < len(first) else f'{shown} levels'})")
     figure.supxlabel("BLUP with 95% prediction interval", fontsize=10)
     return figure
 
 
-def convergence(result: REMLResult) -> Figure:
-    """Log-likelihood and transformed covariance parameters at the end of each iteration."""
+def _panels(
+    result: Result, group: str
+) -> list[tuple[str, tuple[str, ...], np.ndarray, np.ndarray]]:
+    """Effect, levels, BLUPs (q,) and their standard errors (q,), for each effect of a factor."""
+    named = {c.name: c for c in result.components}
+    found = []
+    for effects in result.random:
+        c = named[effects.name]
+        if c.group != group:
+            continue
+        k = effects.values.shape[1]
+        names = c.effects if len(c.effects) == k else tuple(map(str, range(k)))
+        variance = effects.variances.diagonal(dim1=1, dim2=2).clamp(min=0)
+        for j, name in enumerate(names):
+            blup = effects.values[:, j].numpy(force=True)
+            found.append((name, c.levels, blup, variance[:, j].sqrt().numpy(force=True)))
+    if not found:
+        raise ValueError(f"`group` is {group!r}: expected one of {_groups(result)}")
+    return found
+
+
+def convergence(result: Result) -> Figure:
+    """Log-likelihood and transformed covariance parameters at the end of each iteration.
+
+    Raises:
+        TypeError: if ``result`` is no result.
+    """
+    check_instance("result", result, Result)
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     step = np.arange(1, result.iterations + 1)
@@ -94,8 +133,13 @@ def convergence(result: REMLResult) -> Figure:
     return figure
 
 
-def residuals(result: REMLResult) -> Figure:
-    """Conditional residuals against fitted values, and their quantiles against normal ones."""
+def residuals(result: Result) -> Figure:
+    """Conditional residuals against fitted values, and their quantiles against normal ones.
+
+    Raises:
+        TypeError: if ``result`` is no result.
+    """
+    check_instance("result", result, Result)
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     x = result.fitted.numpy(force=True)
@@ -106,7 +150,7 @@ def residuals(result: REMLResult) -> Figure:
     left.set_ylabel("residual")
     n = len(y)
     # Blom's plotting positions; of many rows, quantiles do.
-    at = np.linspace(0, n - 1, min(n, _POINTS)).astype(int)
+    at = np.linspace(0, n - 1, min(n, _QUANTILES)).round().astype(int)
     normal = ndtri((at + 1 - 0.375) / (n + 0.25))
     scale = y.std() or 1.0
     right.plot(normal, np.sort(y)[at] / scale, "o", ms=3, alpha=0.6)
@@ -116,8 +160,13 @@ def residuals(result: REMLResult) -> Figure:
     return figure
 
 
-def shares(result: REMLResult) -> Figure:
-    """Share of each term in the variance of a row, with standard errors."""
+def shares(result: Result) -> Figure:
+    """Share of each term in the variance of a row, with standard errors.
+
+    Raises:
+        TypeError: if ``result`` is no result.
+    """
+    check_instance("result", result, Result)
     table = variance_shares(result)[::-1]
     figure = Figure(figsize=(6, 1.2 + 0.4 * len(table)), layout="constrained")
     axis = figure.subplots()
@@ -129,24 +178,32 @@ def shares(result: REMLResult) -> Figure:
     return figure
 
 
-def covariance(result: REMLResult, rows: int = 60) -> Figure:
+def covariance(result: Result, rows: int = 60) -> Figure:
     """The covariance V of the first rows, at the estimates.
 
+    It is had from the designs of these rows alone. Where levels are correlated and many, there
+    are fewer rows than asked for; the axis says how many.
+
+    Args:
+        result: a fit.
+        rows: how many rows, at least 1.
+
     Raises:
-        ValueError: if the rows were streamed.
+        TypeError: if ``result`` is no result or ``rows`` no whole number.
+        ValueError: if the rows were streamed, or ``rows`` is below 1.
     """
+    check_instance("result", result, Result)
+    check_count("rows", rows, 1)
     refit = Refit(result)
-    widest = max(term.design.shape[1] for term in refit.objective().terms())
-    # The rows of all designs are held, n times as many numbers as there are levels.
-    n = min(rows, result.rows, max(1, 10_000_000 // widest))
-    own = refit.source.rows
+    y, own = refit.y, refit.source.rows
+    n = min(rows, result.rows)
     at = torch.arange(n) if own is None else own[:n].cpu()
     with torch.no_grad():
-        terms = refit.covariance.terms(at.to(refit.y.device))
-        V = sum(
-            (t.design.matmul(t.covariance.multiply(t.design.dense(refit.y).mT)) for t in terms),
-            start=refit.y.new_zeros(n, n),
-        ).numpy(force=True)
+        terms = [_own_levels(t.to(y.dtype)) for t in refit.covariance.terms(at.to(y.device))]
+        n = max(1, min([n, *(_NUMBERS // term.design.shape[1] for term in terms)]))
+        first = torch.arange(n, device=y.device)
+        parts = [_dense(term.take(first), y) for term in terms]
+        V = sum(parts, start=y.new_zeros(n, n)).numpy(force=True)
     figure = Figure(figsize=(5.5, 4.6), layout="constrained")
     axis = figure.subplots()
     size = abs(V).max()
@@ -157,8 +214,34 @@ def covariance(result: REMLResult, rows: int = 60) -> Figure:
     return figure
 
 
+def _own_levels(term: Term) -> Term:
+    """The same rows of a term with the levels that they have, if levels are independent."""
+    z, g = term.design, term.covariance
+    if not isinstance(z, IndexedDesign):
+        return term
+    levels, codes = z.codes.unique(return_inverse=True)
+    if isinstance(g, RepeatedCovariance) and (g.levels, len(g.matrix)) == (z.levels, z.effects):
+        g = replace(g, levels=len(levels))
+    elif isinstance(g, DiagonalCovariance):
+        g = g.with_matrix(g.matrix.unflatten(0, (z.levels, z.effects))[levels].flatten())
+    else:
+        return term
+    return replace(term, design=IndexedDesign(codes, z.values, len(levels)), covariance=g)
+
+
+def _dense(term: Term, like: Tensor) -> Tensor:
+    """The covariance of a term's rows (n, n), in the memory of n columns of its effects."""
+    eye = torch.eye(term.design.shape[0], dtype=like.dtype, device=like.device)
+    return term.design.matmul(term.covariance.multiply(term.design.t_matmul(eye)))
+
+
 def zeta(profile: Profile) -> Figure:
-    """Profile zeta of each parameter, straight where a Wald interval would do."""
+    """Profile zeta of each parameter, straight where a Wald interval would do.
+
+    Raises:
+        TypeError: if ``profile`` is no profile.
+    """
+    check_instance("profile", profile, Profile)
     curves = profile.curves
     columns = min(3, len(curves))
     lines = -(-len(curves) // columns)
@@ -180,7 +263,7 @@ def zeta(profile: Profile) -> Figure:
     return figure
 
 
-def semivariogram(result: REMLResult, places: Tensor, bins: int = 15, seed: int = 0) -> Figure:
+def semivariogram(result: Result, places: Tensor, bins: int = 15, seed: int = 0) -> Figure:
     r"""Empirical semivariogram :math:`\gamma(d)`, the mean of :math:`(r_i - r_j)^2 / 2` at distance
     d, of the residuals without random effects and of the conditional ones.
 
@@ -198,10 +281,13 @@ def semivariogram(result: REMLResult, places: Tensor, bins: int = 15, seed: int 
     Reference:
         Matheron, Economic Geology 58 (1963) 1246, eq. 3.
     """
-    if len(places) != result.rows:
-        raise ValueError(f"`places` has {len(places)} rows: expected {result.rows}")
-    refit = Refit(result)
-    marginal = refit.y - refit.X @ result.fixed.estimate
+    check_instance("result", result, Result)
+    check_tensor("places", places, shape=(result.rows, "k"))
+    check_count("bins", bins, 1)
+    check_count("seed", seed)
+    source = source_of(result)
+    X = source.X.detach()[:, list(result.fixed.columns)]
+    marginal = source.y.detach() - X @ result.fixed.estimate
     generator = torch.Generator().manual_seed(seed)
     at = torch.randperm(result.rows, generator=generator)[:2000]
     distance = torch.pdist(places[at].double()).numpy(force=True)
@@ -231,6 +317,6 @@ def _cloud(axis: Axes, x: np.ndarray, y: np.ndarray) -> None:
         axis.plot(x, y, "o", ms=3, alpha=0.6)
 
 
-def _groups(result: REMLResult) -> list[str]:
+def _groups(result: Result) -> list[str]:
     named = {c.name: c.group for c in result.components}
     return list(dict.fromkeys(named[effects.name] for effects in result.random))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from openreml_nn.estimation.result import Component, REMLResult, finite
+from openreml_nn.checks import check_instance
+from openreml_nn.estimation.result import Component, Result, finite
 from openreml_nn.estimation.tables import blup_table, fixed_table, variance_table
 from openreml_nn.files import replacing, write_text
 from openreml_nn.inference import Profile, diagnose
@@ -27,7 +32,7 @@ from openreml_nn.report.plots import (
     zeta,
 )
 
-__all__ = ["Run", "write_run"]
+__all__ = ["Run", "costs_nothing", "write_plots", "write_run", "write_tables"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Run:
         places: where the rows are (n, k), of a spatial model.
     """
 
-    result: REMLResult
+    result: Result
     formula: str
     dropped_rows: int
     optimizer: str
@@ -114,27 +119,82 @@ def _random(c: Component) -> dict[str, Any]:
 
 
 def write_run(run: Run, directory: str | Path) -> Path:
-    """Write ``result.json``, ``summary.txt``, CSV files and the plots.
-
-    ``result.json`` comes last: where it stands, all else is complete.
+    """Write the tables, ``result.json``, ``summary.txt`` and the plots; see :func:`write_tables`
+    and :func:`write_plots`.
 
     Returns:
         The directory, which is made if there is none.
     """
-    folder = Path(directory)
-    (folder / "plots").mkdir(parents=True, exist_ok=True)
-    result = run.result
-    write_text(folder / "summary.txt", run.summary())
-    _write_csv(fixed_table(result), folder / "fixed.csv")
-    _write_csv(variance_table(result), folder / "variance.csv")
-    _write_csv(blup_table(result), folder / "blup.csv")
+    write_tables(run, directory)
+    return write_plots(run, directory)
+
+
+def write_tables(run: Run, directory: str | Path) -> Path:
+    """Write the CSV files, ``summary.txt`` and ``result.json``.
+
+    ``result.json`` comes last: where it stands, all tables are of the same fit. What an earlier
+    run has left in the directory goes first.
+
+    Returns:
+        The directory, which is made if there is none.
+
+    Raises:
+        TypeError: if ``run`` is no :class:`Run`.
+    """
+    check_instance("run", run, Run)
+    folder = _folder(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in (folder / "result.json", *(folder / "plots").glob("*.png")):
+        old.unlink(missing_ok=True)
+    _write_csv(fixed_table(run.result), folder / "fixed.csv")
+    _write_csv(variance_table(run.result), folder / "variance.csv")
+    _write_csv(blup_table(run.result), folder / "blup.csv")
     if run.profile is not None:
         _write_csv(run.profile.intervals(), folder / "profile.csv")
-    for name, figure in _plots(run).items():
-        with replacing(folder / "plots" / f"{name}.png") as temporary:
-            figure.savefig(temporary, dpi=150)
+    with costs_nothing("summary.txt"):
+        write_text(folder / "summary.txt", run.summary())
     write_text(folder / "result.json", json.dumps(run.record(), indent=2, allow_nan=False) + "\n")
     return folder
+
+
+def write_plots(run: Run, directory: str | Path) -> Path:
+    """Draw the result into ``plots``. A plot that fails is left out with a warning.
+
+    Returns:
+        The directory, which is made if there is none.
+
+    Raises:
+        TypeError: if ``run`` is no :class:`Run`.
+    """
+    check_instance("run", run, Run)
+    folder = _folder(directory)
+    for name, draw in _plots(run).items():
+        with costs_nothing(f"plot {name}"):
+            (folder / "plots").mkdir(parents=True, exist_ok=True)
+            figure = draw()
+            with replacing(folder / "plots" / f"{name}.png") as temporary:
+                figure.savefig(temporary, dpi=150)
+    return folder
+
+
+@contextmanager
+def costs_nothing(what: str) -> Iterator[None]:
+    """Make a warning of one line of any error, so that what comes after a fit never costs it."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        kind = type(error).__name__
+        warnings.warn(
+            f"{what} is left out: {f'{kind}: {reason}' if reason else kind}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _folder(directory: str | Path) -> Path:
+    check_instance("directory", directory, (str, os.PathLike), "a path")
+    return Path(directory)
 
 
 def _write_csv(table: pd.DataFrame, path: Path) -> None:
@@ -142,19 +202,21 @@ def _write_csv(table: pd.DataFrame, path: Path) -> None:
         table.to_csv(temporary, index=False)
 
 
-def _plots(run: Run) -> Mapping[str, Figure]:
+def _plots(run: Run) -> Mapping[str, Callable[[], Figure]]:
+    """What to draw, by the names of the files."""
     result = run.result
-    figures = {"convergence": convergence(result)}
+    figures: dict[str, Callable[[], Figure]] = {"convergence": partial(convergence, result)}
     if run.profile is not None:
-        figures["profile"] = zeta(run.profile)
+        figures["profile"] = partial(zeta, run.profile)
     if run.places is not None:
-        figures["semivariogram"] = semivariogram(result, run.places)
+        figures["semivariogram"] = partial(semivariogram, result, run.places)
     if len(result.residuals):
-        figures["residuals"] = residuals(result)
+        figures["residuals"] = partial(residuals, result)
     if result.source is not None:
-        figures["shares"] = shares(result)
-        figures["covariance"] = covariance(result)
+        figures["shares"] = partial(shares, result)
+        figures["covariance"] = partial(covariance, result)
     groups = dict.fromkeys(c.group for c in result.components if c.group != "Residual")
     for group in groups:
-        figures["blup_" + re.sub(r"[^\w.-]", "_", group)] = caterpillar(result, group)
+        name = "blup_" + re.sub(r"[^\w.-]", "_", group)
+        figures[name] = partial(caterpillar, result, group)
     return figures

@@ -24,7 +24,7 @@ from openreml_nn.table.formula import (
 )
 from openreml_nn.table.functions import as_numbers
 from openreml_nn.table.learned import Group, Learned
-from openreml_nn.table.levels import Factor, label, number_key
+from openreml_nn.table.levels import Factor, coded, label, number_key
 from openreml_nn.table.matrix import model_matrix
 from openreml_nn.table.residual import residual_design
 from openreml_nn.table.rows import TableRows
@@ -265,6 +265,14 @@ class Encoder:
             if levels is not None and len(names) == 1 and (made or isinstance(node, Name)):
                 found[names[0]] = levels
         return found
+
+    def cells(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The combinations of levels of the factors of the fixed effects that occur in a table."""
+        found = {
+            name: coded(single(table, name, self.source), levels).labels()
+            for name, levels in self.fixed_levels.items()
+        }
+        return pd.DataFrame(found).drop_duplicates(ignore_index=True)
 
     def columns(self) -> list[str]:
         """The columns that a fit needs."""

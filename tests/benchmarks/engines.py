@@ -10,13 +10,15 @@ from __future__ import annotations
 __all__ = ["SCRIPTS"]
 
 _START = """
-import json, resource, sys, time, warnings
+import json, sys, time, warnings
 path, formula, factors = sys.argv[1], sys.argv[2], sys.argv[3].split(",")
 warnings.simplefilter("ignore")
 import pandas, torch
 torch.set_num_threads(1)
 def memory():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not getrusage, whose peak a process inherits from the one that started it.
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
 def done(log_likelihood, version=""):
     seconds, peak = time.perf_counter() - start, memory()
     print(json.dumps({"seconds": seconds, "log_likelihood": float(log_likelihood),

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from openreml_nn import REMLResult, fit_reml
+from openreml_nn import Result, fit_reml
 from openreml_nn.covariance import KnownMatrix, ScalarMatrix, Sum
 
 
@@ -31,7 +31,7 @@ def _kernel(n: int, seed: int) -> Tensor:
     return markers @ markers.mT / (n + 50)
 
 
-def _fit(kernels: list[Tensor]) -> tuple[float, REMLResult]:
+def _fit(kernels: list[Tensor]) -> tuple[float, Result]:
     n = len(kernels[0])
     generator = torch.Generator().manual_seed(9)
     y = torch.randn(n, generator=generator)

@@ -34,6 +34,11 @@ def test_numbers_are_sorted_by_size():
     assert DummyMatrix([10, 9, 100]).colnames == ["9", "10", "100"]
 
 
+def test_labels_without_given_levels_are_sorted_also_without_lex_order():
+    assert DummyMatrix(["b", "a", "b"], lex_order=False).colnames == ["a", "b"]
+    assert DummyMatrix([10, 9, 10], lex_order=False).colnames == ["9", "10"]
+
+
 @pytest.mark.parametrize("missing", [None, float("nan"), pd.NA, pd.NaT])
 def test_missing_labels_are_refused_with_their_rows(missing):
     with pytest.raises(ValueError, match=r"missing in 2 row\(s\): 1, 3"):

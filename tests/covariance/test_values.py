@@ -155,8 +155,9 @@ def test_value(kind):
     make, formula = VALUES[kind]
     matrix = make().double()
     x = at(matrix.num_free_params)
-    found = matrix(torch.from_numpy(x))
-    np.testing.assert_allclose(found, formula(x), rtol=1e-12, atol=1e-13)
+    for signed in (x, -x):
+        found = matrix(torch.from_numpy(signed))
+        np.testing.assert_allclose(found, formula(signed), rtol=1e-12, atol=1e-13)
 
 
 A = torch.randn(3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

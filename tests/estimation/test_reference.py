@@ -69,17 +69,17 @@ def test_fit_equals_lme4(row):
         method=row["method"],
     )
     assert result.converged
-    expected = row["log_likelihood"]
-    assert result.log_likelihood > expected - 1e-6 * abs(expected)
-    assert result.log_likelihood < expected + 1e-4 * abs(expected)
+    # Where the row stopped short of the optimum, lme4's own refined fit counts.
+    refined = REFINED.get(name) if row["method"] == "reml" else None
+    expected = (refined or row)["log_likelihood"]
+    # lme4's optimizer leaves at most 3e-11, relative, of the likelihood of these rows.
+    assert result.log_likelihood == pytest.approx(expected, rel=1e-10)
     assert bool(result.singular) == row.get("singular", False)
     assert result.rows == row.get("n", result.rows)
 
     sigma2 = row["sigma2"]
     assert result.residual_variance == pytest.approx(sigma2, rel=1e-3)
     components = [c for c in result.components if c.group != "Residual"]
-    # Where the row stopped short of the optimum, lme4's own refined fit counts.
-    refined = REFINED.get(name) if row["method"] == "reml" else None
     for group, effect1, effect2, vcov in _variances(refined or row):
         matching = [c for c in components if _same(c.group, group) and effect1 in c.effects]
         assert len(matching) == 1
@@ -92,8 +92,6 @@ def test_fit_equals_lme4(row):
         else:
             assert found == pytest.approx(vcov, rel=1e-3)
 
-    if refined:
-        assert result.log_likelihood == pytest.approx(refined["log_likelihood"], rel=1e-10)
     for effect in row["fixed"]:
         at = result.fixed.names.index(effect["name"])
         assert float(result.fixed.estimate[at]) == pytest.approx(
@@ -132,5 +130,10 @@ def _same(ours, theirs):
 
 
 def test_insteval_needs_less_than_a_gigabyte():
+    # A peak that the fit's process had from this one would be told as the fit's.
+    held = bytearray(1_200_000_000)
+    held[::4096] = b"1" * len(held[::4096])
     # V would take 43 GB.
-    assert measure(CASES["insteval"], "ours").peak_mb < 1000
+    found = measure(CASES["insteval"], "ours")
+    assert 100 < found.peak_mb < 1000
+    assert 0 < found.grown_mb < 500

@@ -21,7 +21,7 @@ from openreml_nn.covariance import (
     UnconstrainedMatrix,
     UnstructuredMatrix,
 )
-from openreml_nn.estimation import REMLResult
+from openreml_nn.estimation import Result
 from openreml_nn.estimation.aireml import Curvature
 from openreml_nn.likelihood import NotPositiveDefiniteError, cross
 from openreml_nn.likelihood.loss import listen
@@ -94,7 +94,7 @@ def _compare_solvers(m, method, solvers=SOLVERS, second=True, tolerance=1e-9):
             recorded = torch.autograd.grad(again, parameters, create_graph=True)
             bent = torch.autograd.grad(sum(g.sum() for g in recorded), parameters)
         effects = objective.evaluate().random_effects()
-        result = REMLResult.of(objective, REMLLoss(m.covariance, solver=solver).plan, m.y, m.X)
+        result = Result.of(objective, REMLLoss(m.covariance, solver=solver).plan, m.y, m.X)
         found[solver] = {
             "value": value,
             "gradient": torch.cat(gradient),

@@ -1,0 +1,139 @@
+"""Kenward and Roger's correction.
+
+It replaces the covariance of the BLUEs by an estimate that is corrected for the estimation of the
+variances, and scales the F statistic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from openreml_nn.covariance.terms import RepeatedCovariance, Term
+from openreml_nn.errors import InputError
+from openreml_nn.estimation import Result
+from openreml_nn.inference.contrasts import FTest, Inference
+from openreml_nn.inference.refit import Refit
+
+__all__ = ["KenwardRoger"]
+
+#: Rows beyond which Kenward and Roger's dense matrices are refused.
+_MOST_ROWS = 5000
+#: A direction of the scaled information this small is rounding.
+_LEAST = 1e-6
+
+
+@dataclass(frozen=True)
+class KenwardRoger(Inference):
+    """Kenward and Roger's corrected covariance and degrees of freedom.
+
+    Attributes:
+        plain: the covariance without the correction.
+        P: :math:`-X^T V^{-1} V_i V^{-1} X` for each variance parameter, (m, p, p).
+        W: inverse of the expected information of the variance parameters, (m, m).
+
+    Reference:
+        Kenward and Roger, Biometrics 53 (1997) 983; Halekoh and Hojsgaard, Journal of
+        Statistical Software 59(9) (2014).
+    """
+
+    plain: Tensor
+    P: Tensor
+    W: Tensor
+
+    def df(self, contrast: Tensor) -> float:
+        return self._moments(contrast[None])[0]
+
+    def f_test(self, L: Tensor, beta: Tensor) -> FTest:
+        den, scale = self._moments(L)
+        F = scale * self._f(L, beta)
+        return FTest(F, len(L), den, float(stats.f.sf(F, len(L), den)))
+
+    def _moments(self, L: Tensor) -> tuple[float, float]:
+        """Denominator degrees of freedom and scale of F, by its first two moments."""
+        q = len(L)
+        theta = L.mT @ torch.linalg.solve(L @ self.plain @ L.mT, L)
+        inner = theta @ (self.plain @ self.P @ self.plain)  # (m, p, p)
+        traces = inner.diagonal(dim1=1, dim2=2).sum(-1)
+        A1 = float(traces @ self.W @ traces)
+        A2 = float((self.W * torch.einsum("iab,jba->ij", inner, inner)).sum())
+        B = (A1 + 6 * A2) / (2 * q)
+        g = ((q + 1) * A1 - (q + 4) * A2) / ((q + 2) * A2)
+        divisor = 3 * q + 2 * (1 - g)
+        c1, c2, c3 = g / divisor, (q - g) / divisor, (q + 2 - g) / divisor
+        V0, V1, V2 = 1 + c1 * B, 1 - c2 * B, 1 - c3 * B
+        E = 1 - A2 / q
+        rho = (E / V1) ** 2 * V0 / V2 / q if abs(V1) > 1e-10 else V0 / V2 / q
+        den = 4 + (q + 2) / (q * rho - 1)
+        return den, den * E / (den - 2) if abs(den - 2) > 1e-2 else 1.0
+
+    @classmethod
+    def of(cls, result: Result) -> KenwardRoger:
+        """From dense matrices.
+
+        Raises:
+            InputError: if there are too many rows, or a covariance is not linear in variances
+                and covariances.
+        """
+        if result.rows > _MOST_ROWS:
+            raise InputError(
+                f"`ddf` is 'kenward-roger': the correction takes dense matrices of {result.rows} rows, "
+                f"expected at most {_MOST_ROWS}: use ddf='satterthwaite'"
+            )
+        refit = Refit(result)
+        objective = refit.objective()
+        terms = [term.detach() for term in objective.terms()]
+        V, slopes = _linear(terms, refit.covariance.free_param_names, refit.X)
+        inverse = torch.linalg.inv(V)
+        VX = inverse @ refit.X
+        phi = torch.linalg.inv(refit.X.mT @ VX)
+        P = torch.stack([-VX.mT @ G @ VX for G in slopes])
+        projected = [(inverse - VX @ phi @ VX.mT) @ G for G in slopes]
+        information = torch.stack([
+            torch.stack([(a * b.mT).sum() / 2 for b in projected]) for a in projected
+        ])  # fmt: skip
+        unit = information.diagonal().sqrt()
+        factor, info = torch.linalg.cholesky_ex(information / (unit[:, None] * unit))
+        if int(info) or float(factor.diagonal().min()) < _LEAST:
+            raise InputError(
+                "`ddf` is 'kenward-roger', but the data cannot tell the variances of the model "
+                "apart: leave a term out, or use ddf='satterthwaite'"
+            )
+        W = torch.cholesky_inverse(factor) / (unit[:, None] * unit)
+        Q = torch.stack([
+            torch.stack([VX.mT @ a @ inverse @ b @ VX for b in slopes]) for a in slopes
+        ])  # fmt: skip
+        gain = torch.einsum("ij,ijab->ab", W, Q - torch.einsum("iab,bc,jcd->ijad", P, phi, P))
+        corrected = phi + 2 * phi @ gain @ phi
+        return cls(corrected, phi, P, W)
+
+
+def _linear(
+    terms: list[Term], parameters: Sequence[str], like: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """V and its derivatives by variances and covariances, of which it is a linear function."""
+    n = like.shape[0]
+    V = like.new_zeros(n, n)
+    slopes: list[Tensor] = []
+    for term in terms:
+        k = len(term.covariance.matrix)
+        free = sum(name.startswith(f"{term.name}/") for name in parameters)
+        # As many parameters as entries: no entry is a function of others.
+        if not isinstance(term.covariance, RepeatedCovariance) or free != k * (k + 1) // 2:
+            raise InputError(
+                f"`ddf` is 'kenward-roger': the correction is for variances and covariances of "
+                f"independent levels, which term {term.name!r} is not: use ddf='satterthwaite'"
+            )
+        sigma = term.covariance.matrix
+        Z = term.design.dense(like).unflatten(1, (-1, k))  # (n, q, k)
+        for i in range(k):
+            for j in range(i + 1):
+                G = Z[:, :, i] @ Z[:, :, j].mT
+                G = G if i == j else G + G.mT
+                V += sigma[i, j] * G
+                slopes.append(G)
+    return V, slopes

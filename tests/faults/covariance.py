@@ -1,0 +1,216 @@
+"""Faults of covariance matrices, operators and what the likelihood sees of them."""
+
+from tests.faults.fault import Fault
+
+VALUES = "tests/covariance/test_values.py"
+LEAVES = "tests/covariance/test_gradients.py -k 'each_leaf or special_points'"
+PULLBACK = "tests/covariance/test_gradients.py -k 'pullback_equals or manual_grad_equals'"
+STRUCTURES = "tests/covariance/test_structures.py"
+
+AUTOREGRESSIVE = "openreml_nn/covariance/autoregressive.py"
+EXCHANGEABLE = "openreml_nn/covariance/exchangeable.py"
+KERNEL = "openreml_nn/covariance/kernel.py"
+PEDIGREE = "openreml_nn/covariance/pedigree.py"
+PRODUCT = "openreml_nn/covariance/product.py"
+TERMS = "openreml_nn/covariance/terms.py"
+TRANSFORM = "openreml_nn/covariance/transform.py"
+TRIANGULAR = "openreml_nn/covariance/triangular.py"
+
+FAULTS = [
+    Fault(
+        "AR(1) forgets the sign of its correlation",
+        AUTOREGRESSIVE,
+        "return _banded(variance * self._powers(rho))",
+        "return _banded(variance * self._powers(rho.abs()))",
+        VALUES,
+    ),
+    Fault(
+        "the derivative of a power of rho lacks the lag",
+        AUTOREGRESSIVE,
+        "lag * powers[:-1]",
+        "(lag > 0) * powers[:-1]",
+        LEAVES,
+    ),
+    Fault(
+        "the pull-back of a Toeplitz matrix lacks the variance",
+        AUTOREGRESSIVE,
+        "variance * sums[1:]",
+        "sums[1:]",
+        LEAVES,
+    ),
+    Fault(
+        "the pull-back of antedependence is of the next occasion",
+        AUTOREGRESSIVE,
+        "by_rho = (upper[:, :-1] * after).sum(0)",
+        "by_rho = (upper[:, 1:] * after).sum(0)",
+        LEAVES,
+    ),
+    Fault(
+        "compound symmetry is bounded by -1/n",
+        EXCHANGEABLE,
+        "-1 / (n - 1) if n > 1",
+        "-1 / n if n > 1",
+        VALUES,
+    ),
+    Fault(
+        "the pull-back of compound symmetry lacks rho",
+        EXCHANGEABLE,
+        "on + rho * off",
+        "on + off",
+        LEAVES,
+    ),
+    Fault(
+        "Matérn 5/2 has a third in place of a half in its derivative",
+        KERNEL,
+        "2.5: s * s * (1 + s) / 3}",
+        "2.5: s * s * (1 + s) / 2}",
+        LEAVES,
+    ),
+    Fault(
+        "the Gaussian kernel lacks its half",
+        KERNEL,
+        "return torch.exp(-r * r / 2)",
+        "return torch.exp(-r * r)",
+        VALUES,
+    ),
+    Fault(
+        "inbred parents are taken for outbred ones",
+        PEDIGREE,
+        "0.25 * (1 + F[p])",
+        "0.25 * (1 + 0 * F[p])",
+        "tests/covariance/test_pedigree.py",
+    ),
+    Fault(
+        "a pedigree's inverse has sampling variances for weights",
+        PEDIGREE,
+        "weight = 1 / sampling",
+        "weight = sampling",
+        "tests/covariance/test_pedigree.py",
+    ),
+    Fault(
+        "the derivative of exp(2x) lacks its 2",
+        TRANSFORM,
+        "return 2 * torch.exp(2 * x)",
+        "return torch.exp(2 * x)",
+        "tests/covariance/test_transform.py",
+    ),
+    Fault(
+        "a chain takes derivatives at its end",
+        TRANSFORM,
+        "slope = slope * element.grad(x)\n            x = element(x)",
+        "x = element(x)\n            slope = slope * element.grad(x)",
+        "tests/covariance/test_transform.py",
+    ),
+    Fault(
+        "a variance's coordinate is the variance",
+        TRANSFORM,
+        "return u * u",
+        "return u",
+        "tests/covariance/test_transform.py",
+    ),
+    Fault(
+        "an entry off the diagonal is pulled back once",
+        TRIANGULAR,
+        "folded = cotangent + cotangent.triu(1).mT",
+        "folded = cotangent",
+        LEAVES,
+    ),
+    Fault(
+        "the pull-back of a Cholesky factor takes the cotangent for symmetric",
+        TRIANGULAR,
+        "pulled = (cotangent + cotangent.mT) @ self.factor(free_params)",
+        "pulled = 2 * cotangent @ self.factor(free_params)",
+        LEAVES,
+    ),
+    Fault(
+        "the pull-back of a sandwich takes the cotangent for symmetric",
+        "openreml_nn/covariance/propagation.py",
+        "cotangent @ (z @ g.mT) + cotangent.mT @ (z @ g)",
+        "2 * cotangent @ (z @ g)",
+        PULLBACK,
+    ),
+    Fault(
+        "the pull-back of an inverse has the wrong sign",
+        PRODUCT,
+        "return [-(inverse @ cotangent @ inverse)]",
+        "return [inverse @ cotangent @ inverse]",
+        PULLBACK,
+    ),
+    Fault(
+        "the pull-back of a Gram matrix counts one side",
+        PRODUCT,
+        "self._left((cotangent + cotangent.mT) @ self._left(operands[0]))",
+        "self._left(2 * cotangent @ self._left(operands[0]))",
+        PULLBACK,
+    ),
+    Fault(
+        "the pull-back of a product forgets what stands on the left",
+        PRODUCT,
+        "pulled.append(part if left is None else left.mT @ part)",
+        "pulled.append(part if left is None else left @ part)",
+        PULLBACK,
+    ),
+    Fault(
+        "weights multiply the variance",
+        "openreml_nn/covariance/structures.py",
+        "n, weights.rsqrt())",
+        "n, weights.sqrt())",
+        "tests/test_data.py -k weight",
+    ),
+    Fault(
+        "positions within groups are in the order of their appearance",
+        "openreml_nn/covariance/structures.py",
+        '_labels(positions, "positions"), sort=True)',
+        '_labels(positions, "positions"))',
+        STRUCTURES,
+    ),
+    Fault(
+        "labels are in the order of their appearance",
+        "openreml_nn/covariance/dummy.py",
+        "else sorted(c.unique().tolist(), key=lambda value: _sort_key((value,)))",
+        "else c.unique().tolist()",
+        "tests/covariance/test_dummy.py",
+    ),
+    Fault(
+        "the levels of a Kronecker product stand effect by effect",
+        "openreml_nn/covariance/kronecker.py",
+        "row % levels * effects + row // levels",
+        "row // levels + row % levels * levels",
+        "tests/likelihood/test_spectral.py -k kronecker_products_lower",
+    ),
+    Fault(
+        "the derivative of a Kronecker product moves one side",
+        TERMS,
+        "return kronecker(dA, B, x) + kronecker(A, dB, x)",
+        "return kronecker(dA, B, x)",
+        "tests/likelihood/test_grid.py -k grid_equals",
+    ),
+    Fault(
+        "the log-determinant of a kernel is that of its inverse",
+        TERMS,
+        "return -float(np.log(self._factor.U.diagonal()).sum())",
+        "return float(np.log(self._factor.U.diagonal()).sum())",
+        "tests/likelihood/test_krylov.py -k relatives_by_a_sparse_inverse",
+    ),
+    Fault(
+        "a row of no level has the values of the first",
+        "openreml_nn/covariance/design.py",
+        "kept[:, None] if values is None else values * kept[:, None]",
+        "kept[:, None] if values is None else values",
+        "tests/covariance/test_dummy.py",
+    ),
+    Fault(
+        "rows of a diagonal covariance are not taken",
+        TERMS,
+        "DiagonalCovariance(g.matrix[rows])",
+        "DiagonalCovariance(g.matrix[: len(rows)])",
+        STRUCTURES,
+    ),
+    Fault(
+        "a Toeplitz matrix lacks its variance",
+        AUTOREGRESSIVE,
+        "variance, rho = self._natural(free_params)\n        return self._by_lag(variance * rho)",
+        "variance, rho = self._natural(free_params)\n        return self._by_lag(rho)",
+        VALUES,
+    ),
+]

@@ -1,0 +1,262 @@
+"""Faults of the fit, its result and inference from it."""
+
+from tests.faults.fault import Fault
+
+FIT = "tests/estimation/test_fit.py"
+INFERENCE = "tests/inference/test_inference.py"
+COEFFICIENTS = f"{INFERENCE} -k 'coefficients_equal or joint_tests'"
+MEANS = f"{INFERENCE} openreml_nn/inference/means.py -k means"
+
+AIREML = "openreml_nn/estimation/aireml.py"
+RESULT = "openreml_nn/estimation/result.py"
+DEGREES = "openreml_nn/inference/degrees.py"
+RATIO = "openreml_nn/inference/likelihood_ratio.py"
+BOOTSTRAP = "openreml_nn/inference/bootstrap.py"
+
+FAULTS = [
+    Fault(
+        "a step that lowers the likelihood is taken",
+        AIREML,
+        "return reached if reached >= self._least else None",
+        "return reached",
+        f"{FIT} -k 'never_falls or bad_starting'",
+    ),
+    Fault(
+        "a fit does not leave zero where the likelihood rises",
+        AIREML,
+        "escaped = self._escape()",
+        "escaped = None",
+        f"{FIT} -k leaves_zero",
+    ),
+    Fault(
+        "tied parameters move by one likelihood's score",
+        AIREML,
+        "self.score += score",
+        "self.score = score",
+        f"{FIT} -k tied",
+    ),
+    Fault(
+        "the moment start does not follow the response",
+        "openreml_nn/estimation/fit.py",
+        "covariance.moment_start(scale * one)",
+        "covariance.moment_start(one)",
+        FIT,
+    ),
+    Fault(
+        "standard errors are those of the observed information",
+        RESULT,
+        "at, information = self._curvature.at, self._curvature.information",
+        "at, information = self._curvature.at, self._curvature.hessian",
+        FIT,
+    ),
+    Fault(
+        "the standard error of a variance is that of its coordinate",
+        RESULT,
+        "std_error = float(_slope(e.trans.at_coordinate, coordinate) * spread)",
+        "std_error = float(spread)",
+        FIT,
+    ),
+    Fault(
+        "the standard error of a stored value is that of its coordinate",
+        RESULT,
+        "stored_error = float(_slope(e.trans.from_coordinate, coordinate) * spread)",
+        "stored_error = float(spread)",
+        FIT,
+    ),
+    Fault(
+        "the singular threshold is 10,000 times too large",
+        RESULT,
+        "SINGULAR = 1e-4",
+        "SINGULAR = 1.0",
+        FIT,
+    ),
+    Fault(
+        "the singular threshold compares a variance with a deviation",
+        RESULT,
+        "float(least) < SINGULAR**2 * residual",
+        "float(least) < SINGULAR * residual",
+        FIT,
+    ),
+    Fault(
+        "a fit far from its optimum counts as converged",
+        RESULT,
+        "CONVERGED = 1e-3",
+        "CONVERGED = 1e3",
+        f"{FIT} -k too_few",
+    ),
+    Fault(
+        "AIC counts covariance parameters only",
+        RESULT,
+        "return self.deviance + 2 * (len(self.fixed.names) + self.num_params)",
+        "return self.deviance + 2 * self.num_params",
+        f"{FIT} -k criteria",
+    ),
+    Fault(
+        "BIC takes the rows of every effect",
+        RESULT,
+        "log(self.rows) * (len",
+        "log(self.rows - 1) * (len",
+        f"{FIT} -k criteria",
+    ),
+    Fault(
+        "the residual variance is that of the first stratum",
+        RESULT,
+        "return sum(float((c if c.dim() == 1 else c.diagonal()).mean()) for c in found)",
+        "return sum(float((c if c.dim() == 1 else c.diagonal())[0]) for c in found)",
+        FIT,
+    ),
+    Fault(
+        "a component of related levels is that of the first",
+        RESULT,
+        "return blocks.diagonal(dim1=0, dim2=2).mean(-1)",
+        "return blocks.diagonal(dim1=0, dim2=2)[..., 0]",
+        "tests/test_model.py tests/test_tabular.py -k 'prior or mean_over_levels'",
+    ),
+    Fault(
+        "Satterthwaite's joint degrees of freedom are halved",
+        DEGREES,
+        "den = 2 * expected / (expected - len(each))",
+        "den = expected / (expected - len(each))",
+        "tests/inference",
+    ),
+    Fault(
+        "Satterthwaite's joint degrees of freedom are the mean of those of each",
+        DEGREES,
+        "if max(each) - min(each) < 1e-8 * max(each):",
+        "if True:",
+        "tests/inference",
+    ),
+    Fault(
+        "Satterthwaite's degrees of freedom lack their 2",
+        DEGREES,
+        "return float(2 * variance**2 / (g @ self.spread @ g))",
+        "return float(variance**2 / (g @ self.spread @ g))",
+        COEFFICIENTS,
+    ),
+    Fault(
+        "Satterthwaite's degrees of freedom take the average for the observed information",
+        DEGREES,
+        "hessian = -self.derivative(lambda objective: Curvature([objective]).score)[:, self.inner]",
+        "hessian = Curvature([self.objective]).information[self.inner][:, self.inner]",
+        COEFFICIENTS,
+    ),
+    Fault(
+        "Kenward and Roger's correction is added once",
+        DEGREES,
+        "corrected = phi + 2 * phi @ gain @ phi",
+        "corrected = phi + phi @ gain @ phi",
+        COEFFICIENTS,
+    ),
+    Fault(
+        "Kenward and Roger's F is not scaled",
+        DEGREES,
+        "F = scale * self._f(L, beta)",
+        "F = self._f(L, beta)",
+        COEFFICIENTS,
+    ),
+    Fault(
+        "p values of coefficients are one-sided",
+        DEGREES,
+        '"p": 2 * stats.t.sf(abs(statistic), df)',
+        '"p": stats.t.sf(abs(statistic), df)',
+        COEFFICIENTS,
+    ),
+    Fault(
+        "intervals of coefficients have half their error",
+        DEGREES,
+        "stats.t.ppf((1 + level) / 2, df)",
+        "stats.t.ppf(level, df)",
+        f"{INFERENCE} -k 'means_equal or asymptotic_intervals'",
+    ),
+    Fault(
+        "marginal means are of one cell",
+        "openreml_nn/inference/means.py",
+        "to_numpy()].mean(0)",
+        "to_numpy()][0]",
+        "tests/inference -k means",
+    ),
+    Fault(
+        "Tukey's statistic lacks the root of 2",
+        "openreml_nn/inference/means.py",
+        'spread = np.sqrt(2) * found["statistic"].abs()',
+        'spread = found["statistic"].abs()',
+        MEANS,
+    ),
+    Fault(
+        "a boundary variance counts as an ordinary parameter",
+        RATIO,
+        "comb(boundary, j) / 2**boundary",
+        "float(j == boundary)",
+        f"{INFERENCE} -k mixture",
+    ),
+    Fault(
+        "the statistic of a likelihood ratio lacks its 2",
+        RATIO,
+        "max(0.0, 2 * (large.log_likelihood - small.log_likelihood))",
+        "max(0.0, large.log_likelihood - small.log_likelihood)",
+        f"{INFERENCE} -k anova",
+    ),
+    Fault(
+        "models compared by anova keep their restricted likelihood",
+        RATIO,
+        'Refit(r).fit("ml") if refit and',
+        'Refit(r).fit("reml") if refit and',
+        f"{INFERENCE} -k anova",
+    ),
+    Fault(
+        "zeta lacks its 2",
+        "openreml_nn/inference/profile.py",
+        "found = sign * (2 * max(self.best - at(new), 0.0)) ** 0.5",
+        "found = sign * (max(self.best - at(new), 0.0)) ** 0.5",
+        f"{INFERENCE} -k 'profile and penicillin or dense_one'",
+    ),
+    Fault(
+        "a bootstrap test has no sample of its own",
+        BOOTSTRAP,
+        "return (1 + reached) / (1 + samples)",
+        "return reached / samples",
+        f"{INFERENCE} -k test_by_simulation",
+    ),
+    Fault(
+        "the bootstrap's bias has the wrong sign",
+        BOOTSTRAP,
+        "(self.samples.mean() - self.estimate)",
+        "(self.estimate - self.samples.mean())",
+        f"{INFERENCE} -k bootstrap",
+    ),
+    Fault(
+        "simulated responses have the covariance for its root",
+        BOOTSTRAP,
+        "term.covariance.root().multiply(noise)",
+        "term.covariance.multiply(noise)",
+        f"{INFERENCE} -k simulated_responses",
+    ),
+    Fault(
+        "fits in a batch drop the offset of the fixed effects",
+        "openreml_nn/inference/batched.py",
+        "numbers[:, -count:] += offset @ self.fixed.T.mT",
+        "numbers[:, -count:] += 0 * offset @ self.fixed.T.mT",
+        f"{INFERENCE} -k in_a_batch",
+    ),
+    Fault(
+        "the standard error of a share takes the total for known",
+        "openreml_nn/inference/shares.py",
+        "- value[:, None] / total) / total",
+        ") / total",
+        f"{INFERENCE} openreml_nn/inference/shares.py -k shares",
+    ),
+    Fault(
+        "random slopes have the variance of their intercept",
+        "openreml_nn/inference/shares.py",
+        "return (values[:, None] @ block @ values[..., None]).mean()",
+        "return block[:, 0, 0].mean()",
+        f"{INFERENCE} -k 'random_slopes or shares'",
+    ),
+    Fault(
+        "a row's fitted value lacks its random effects",
+        RESULT,
+        "fitted = fitted + term.design.matmul(effects.values.reshape(-1, 1))[:, 0]",
+        "fitted = fitted + 0 * term.design.matmul(effects.values.reshape(-1, 1))[:, 0]",
+        f"{FIT} tests/likelihood/test_loss.py",
+    ),
+]

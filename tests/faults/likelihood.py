@@ -1,0 +1,188 @@
+"""Faults of the likelihood's solvers."""
+
+from tests.faults.fault import Fault
+
+LOSS = "tests/likelihood/test_loss.py"
+DENSE = f"{LOSS} -k 'value_equals or (blocked_equals and auto)'"
+BLOCKED = f"{LOSS} -k 'blocked_equals'"
+SPECTRAL = "tests/likelihood/test_spectral.py -k 'equals_dense or equal_dense'"
+GRID = "tests/likelihood/test_grid.py -k grid_equals"
+KRYLOV = "tests/likelihood/test_krylov.py"
+
+FAULTS = [
+    Fault(
+        "the dense score takes V's inverse for P with REML",
+        "openreml_nn/likelihood/dense.py",
+        "trace = self._projector() if reml else",
+        "trace = self._projector() if not reml else",
+        DENSE,
+    ),
+    Fault(
+        "the dense information forgets the fixed effects",
+        "openreml_nn/likelihood/dense.py",
+        "return (white.mT @ white - part.mT @ part) / 2",
+        "return (white.mT @ white) / 2",
+        DENSE,
+    ),
+    Fault(
+        "dense prediction-error variances forget the fixed effects",
+        "openreml_nn/likelihood/dense.py",
+        "RandomEffects.of(term, b, _within(term, projector))",
+        "RandomEffects.of(term, b, _within(term, torch.cholesky_inverse(self._L)))",
+        DENSE,
+    ),
+    Fault(
+        "the restricted likelihood is that of orthonormal columns",
+        "openreml_nn/likelihood/problem.py",
+        "log_det_x = log_det_x - 2 * self.fixed.log_det",
+        "log_det_x = log_det_x - self.fixed.log_det",
+        DENSE,
+    ),
+    Fault(
+        "the restricted likelihood has log 2 pi for every row",
+        "openreml_nn/likelihood/problem.py",
+        "-((self.n - self.p) * log(2 * pi)",
+        "-(self.n * log(2 * pi)",
+        DENSE,
+    ),
+    Fault(
+        "prediction-error variances lack a factor of the prior",
+        "openreml_nn/likelihood/problem.py",
+        "prior - prior @ z_p_z @ prior)",
+        "prior - prior @ z_p_z)",
+        DENSE,
+    ),
+    Fault(
+        "the derivative by X is that of ML",
+        "openreml_nn/likelihood/problem.py",
+        'if self._problem.method == "reml":\n            by_Q',
+        'if self._problem.method == "ml":\n            by_Q',
+        f"{LOSS} -k gradcheck_in",
+    ),
+    Fault(
+        "a column counts as aliased when a thousandth of it is left",
+        "openreml_nn/likelihood/fixed.py",
+        "tolerance: float = 1e-7",
+        "tolerance: float = 1e-3",
+        LOSS,
+    ),
+    Fault(
+        "coefficients lack the least-squares part",
+        "openreml_nn/likelihood/fixed.py",
+        "return self.T @ gamma + self.offset",
+        "return self.T @ gamma",
+        "tests/estimation/test_fit.py -k 'closed_form or blues'",
+    ),
+    Fault(
+        "blocked prediction-error variances forget the fixed effects",
+        "openreml_nn/likelihood/grouped.py",
+        "problem.split_blocks(z.B1 - z.R1)",
+        "problem.split_blocks(z.B1)",
+        BLOCKED,
+    ),
+    Fault(
+        "the score of the other factors is that of ML",
+        "openreml_nn/likelihood/grouped.py",
+        "S2 = (uu - B + R if reml else uu - B) / 2",
+        "S2 = (uu - B) / 2",
+        BLOCKED,
+    ),
+    Fault(
+        "the information forgets the factor of the scaled rows",
+        "openreml_nn/likelihood/grouped.py",
+        "return (total - inner(e1, e1) - own - e3.mT @ e3) / 2",
+        "return (total - inner(e1, e1) - own) / 2",
+        BLOCKED,
+    ),
+    Fault(
+        "a sparse quadratic form counts its diagonal twice",
+        "openreml_nn/likelihood/cross.py",
+        "return upper + upper.mT - diagonal",
+        "return upper + upper.mT",
+        "tests/likelihood/test_cross.py",
+    ),
+    Fault(
+        "a dense quadratic form counts its diagonal twice",
+        "openreml_nn/likelihood/cross.py",
+        "torch.diag_embed(Q[0].diagonal() / 2)",
+        "torch.diag_embed(Q[0].diagonal() * 0)",
+        "tests/likelihood/test_cross.py",
+    ),
+    Fault(
+        "blocks of residuals count once in the determinant",
+        "openreml_nn/likelihood/residual.py",
+        "2 * (bucket.count * L.diagonal",
+        "2 * (1 * L.diagonal",
+        f"{LOSS} -k 'structured_residuals and sparse'",
+    ),
+    Fault(
+        "weights do not enter the determinant",
+        "openreml_nn/likelihood/residual.py",
+        "self.log_det = 2 * self._v.abs().log().sum()",
+        "self.log_det = 0 * self._v.abs().log().sum()",
+        f"{LOSS} -k 'blocked_equals and auto or structured_residuals and sparse'",
+    ),
+    Fault(
+        "spectral prediction-error variances forget the data",
+        "openreml_nn/likelihood/spectral.py",
+        "kept = weight * sigma - half.mT @ half",
+        "kept = weight * sigma - 0 * half.mT @ half",
+        SPECTRAL,
+    ),
+    Fault(
+        "the spectral score of a kernel lacks the eigenvalues",
+        "openreml_nn/likelihood/spectral.py",
+        "(problem.eigenvalues[:, None, None] * S).sum(0)]",
+        "S.sum(0)]",
+        SPECTRAL,
+    ),
+    Fault(
+        "grid prediction-error variances forget what is estimated",
+        "openreml_nn/likelihood/grid.py",
+        "spread = spread + (term.covariance.multiply(low) ** 2).sum(1)",
+        "spread = spread + 0 * (term.covariance.multiply(low) ** 2).sum(1)",
+        GRID,
+    ),
+    Fault(
+        "the score of a nugget forgets what is estimated",
+        "openreml_nn/likelihood/grid.py",
+        "trace = (1 / self._d).sum() - (low * low).sum()",
+        "trace = (1 / self._d).sum()",
+        GRID,
+    ),
+    Fault(
+        "the control of a kernel's probes has the wrong sign",
+        "openreml_nn/likelihood/krylov.py",
+        "return samples - control.reshape",
+        "return samples + control.reshape",
+        KRYLOV,
+    ),
+    Fault(
+        "the error of an estimated likelihood is that of one probe",
+        "openreml_nn/likelihood/krylov.py",
+        "samples.std() / len(samples) ** 0.5 / 2",
+        "samples.std() / 2",
+        KRYLOV,
+    ),
+    Fault(
+        "krylov prediction-error variances of relatives forget the fixed effects",
+        "openreml_nn/likelihood/krylov.py",
+        "RandomEffects(term.name, b.unflatten(0, grid), spread + lost @ lost.mT)",
+        "RandomEffects(term.name, b.unflatten(0, grid), spread)",
+        KRYLOV,
+    ),
+    Fault(
+        "probes are solved to two digits",
+        "openreml_nn/likelihood/krylov.py",
+        "_PROBE_TOLERANCE = 1e-6",
+        "_PROBE_TOLERANCE = 3e-1",
+        KRYLOV,
+    ),
+    Fault(
+        "products of chunks are joined by the first chunk's places",
+        "openreml_nn/likelihood/products.py",
+        "a, b = places[t][a], places[u][b]",
+        "a, b = places[t][a], places[t][b]",
+        "tests/test_stream.py -k chunks_give",
+    ),
+]

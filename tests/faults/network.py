@@ -1,0 +1,213 @@
+"""Faults of networks with random effects and of their training, and of the metrics."""
+
+from tests.faults.fault import Fault
+
+MODEL = "openreml_nn/model.py"
+NEURAL = "openreml_nn/lightning/neural.py"
+TABULAR = "openreml_nn/lightning/tabular.py"
+MODULE = "openreml_nn/lightning/module.py"
+METRICS = "openreml_nn/metrics.py"
+
+OF_MODEL = "tests/test_model.py -k 'not linear_mixed_model'"
+OF_TRAINING = "tests/test_neural.py"
+
+FAULTS = [
+    Fault(
+        "the variance of gls coefficients is zero",
+        MODEL,
+        'variance = torch.einsum("np,pq,nq->n", X, self.beta_covariance, X)',
+        "variance = torch.zeros_like(population)",
+        OF_MODEL,
+    ),
+    Fault(
+        "a residual network's variance is halved in the exponent",
+        MODEL,
+        'self.residual(batch["x"]).reshape(n).exp()',
+        '(self.residual(batch["x"]).reshape(n) / 2).exp()',
+        OF_MODEL,
+    ),
+    Fault(
+        "a residual network yields log-deviations in the loss",
+        MODEL,
+        '(self.residual(batch["x"]).reshape(n) / 2).exp()',
+        'self.residual(batch["x"]).reshape(n).exp()',
+        OF_MODEL,
+    ),
+    Fault(
+        "the prior of related levels is that of the first",
+        MODEL,
+        "dim2=2).mean(-1)",
+        "dim2=2)[..., 0]",
+        OF_MODEL,
+    ),
+    Fault(
+        "the prior of related levels is that of all of them",
+        MODEL,
+        "blocks = self.g().unflatten(1, (-1, k)).unflatten(0, (-1, k))\n"
+        "        return blocks.diagonal(dim1=0, dim2=2).mean(-1)",
+        "blocks = self.g().unflatten(1, (-1, k)).unflatten(0, (-1, k))\n"
+        "        return blocks.mean((0, 2))",
+        OF_MODEL,
+    ),
+    Fault(
+        "a level that was not seen has the first one's BLUP",
+        MODEL,
+        "torch.where(known, self.blup[at], 0)",
+        "self.blup[at]",
+        OF_MODEL,
+    ),
+    Fault(
+        "a level that was not seen has the first one's variance",
+        MODEL,
+        "torch.where(known[..., None], self.variance[at], self.prior())",
+        "self.variance[at]",
+        OF_MODEL,
+    ),
+    Fault(
+        "a coefficient of a dropped column moves the ones after it",
+        MODEL,
+        "beta[fixed.columns] = fixed.coefficients(evaluation.gamma)",
+        "beta[: len(fixed.columns)] = fixed.coefficients(evaluation.gamma)",
+        OF_MODEL,
+    ),
+    Fault(
+        "head gls is fitted by maximum likelihood",
+        MODEL,
+        'return "reml" if self.head == "gls" else "ml"',
+        'return "ml"',
+        "tests/test_model.py -k 'linear_mixed_model and (sleep or pastes)'",
+    ),
+    Fault(
+        "dropout differs between the two passes in parts",
+        MODEL,
+        "with torch.no_grad(), torch.random.fork_rng(devices):",
+        "with torch.no_grad():",
+        "tests/test_model.py -k parts",
+    ),
+    Fault(
+        "a network is trained on what its random effects explain",
+        NEURAL,
+        'target = data["y"][at] - self._offset[at]',
+        'target = data["y"][at]',
+        f"{OF_TRAINING} -k 'maximum'",
+    ),
+    Fault(
+        "a network ends with the covariance of its last epoch but one",
+        NEURAL,
+        "self.history += iterate(self._objective(data), 50)",
+        "self.history += iterate(self._objective(data), 0)",
+        f"{OF_TRAINING} -k 'every_way and alternating'",
+    ),
+    Fault(
+        "a network's BLUPs are those of its last epoch but one",
+        NEURAL,
+        "self.history += iterate(self._objective(data), 50)\n        self._update(data)",
+        "self.history += iterate(self._objective(data), 50)",
+        OF_TRAINING,
+    ),
+    Fault(
+        "a resumed run goes through the rows in the order of the first epoch",
+        NEURAL,
+        "self.seed * 1_000_003 + self.current_epoch",
+        "self.seed * 1_000_003",
+        f"{OF_TRAINING} -k 'order or resumed'",
+    ),
+    Fault(
+        "a random network's numbers are not resumed",
+        NEURAL,
+        'self._random_numbers = checkpoint["random_numbers"]',
+        "pass",
+        f"{OF_TRAINING} -k resumed",
+    ),
+    Fault(
+        "whole groups are cut",
+        "openreml_nn/lightning/batches.py",
+        "order = place[sets].argsort(stable=True)",
+        "order = torch.randperm(n, generator=generator)",
+        f"{OF_TRAINING} -k cut_none",
+    ),
+    Fault(
+        "the response is not scaled back",
+        TABULAR,
+        "return self.y_center + self.y_scale * found",
+        "return self.y_center + found",
+        "tests/test_tabular.py -k 'truth or checkpoint or units'",
+    ),
+    Fault(
+        "columns are scaled by their variance",
+        TABULAR,
+        "scale = X.std(0, correction=0)",
+        "scale = X.var(0, correction=0)",
+        "tests/test_tabular.py -k 'truth or units'",
+    ),
+    Fault(
+        "a kernel's place is of another level",
+        TABULAR,
+        "by_level.first().to_numpy()",
+        "by_level.first().to_numpy()[::-1].copy()",
+        "tests/test_tabular.py -k 'kernel'",
+    ),
+    Fault(
+        "fitted values of a network lack the mean",
+        TABULAR,
+        'fitted=data["y"] - result.residuals',
+        "fitted=result.fitted",
+        "tests/test_tabular.py -k truth",
+    ),
+    Fault(
+        "every level that is held out loses its rows",
+        "openreml_nn/lightning/data.py",
+        "np.minimum(np.round(self._validation * size), size - 1)",
+        "np.round(self._validation * size)",
+        "tests/test_tabular.py -k held_out",
+    ),
+    Fault(
+        "an unknown level is predicted by the first one's BLUP",
+        MODULE,
+        'torch.where(codes >= 0, (batch["values"][name] * blup).sum(1), 0)',
+        '(batch["values"][name] * blup).sum(1)',
+        "tests/test_lightning.py -k 'checkpoint or predict'",
+    ),
+    Fault(
+        "coefficients of a rank-deficient model move up",
+        MODULE,
+        "self.beta[list(self.result.fixed.columns)] = self.result.fixed.estimate",
+        "self.beta[: len(self.result.fixed.columns)] = self.result.fixed.estimate",
+        "tests/test_lightning.py -k rank",
+    ),
+    Fault(
+        "log density lacks the variance's logarithm",
+        METRICS,
+        "log(2 * pi) + variance.log() +",
+        "log(2 * pi) +",
+        "tests/test_metrics.py -k density",
+    ),
+    Fault(
+        "intervals are one-sided",
+        METRICS,
+        "torch.tensor((1 + level) / 2, dtype",
+        "torch.tensor(level, dtype",
+        "tests/test_metrics.py",
+    ),
+    Fault(
+        "batches of different means have the variance within them",
+        METRICS,
+        "+ (moments[:, 0] * (moments[:, 1] - mean) ** 2).sum()",
+        "",
+        "tests/test_metrics.py -k r2",
+    ),
+    Fault(
+        "the standard error of heritability takes the total for known",
+        METRICS,
+        "slope = -share.repeat(k)",
+        "slope = 0 * share.repeat(k)",
+        "tests/test_metrics.py -k heritability",
+    ),
+    Fault(
+        "the last batch counts as much as a full one",
+        METRICS,
+        "interval_coverage(mean, variance, target, self.level).double() * len(mean)",
+        "interval_coverage(mean, variance, target, self.level).double() * 7",
+        "tests/test_metrics.py -k batches",
+    ),
+]
