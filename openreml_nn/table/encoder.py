@@ -196,8 +196,10 @@ class Encoder:
         for key, (factor, seen) in met.items():
             order = factor.levels if factor.key is None else sorted(factor.levels, key=factor.key)
             levels = [level for level in order if level in seen]
+            node = variables[key]
+            if isinstance(node, Call) and node.function == "relevel" and order[0] not in seen:
+                raise InputError(f"{self.source}: {key!r}: {order[0]!r} is no level of it")
             if len(levels) < 2:
-                node = variables[key]
                 what = f"column {node.name!r}" if isinstance(node, Name) else repr(key)
                 shown = f"one level, {levels[0]!r}" if levels else "no level"
                 raise InputError(f"{self.source}: {what} has {shown}: a factor needs two")

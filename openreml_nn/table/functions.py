@@ -311,7 +311,7 @@ def _contrasted(called: _Called, x: Node, contr: Node | None = None) -> Factor:
 
 def _relevel(called: _Called, x: Node, ref: Node) -> Factor:
     own, first = as_factor(x, called.rows), label(called.constant(ref))
-    levels = sorted(own.levels, key=lambda level: level != first)
+    levels = [first, *(level for level in own.levels if level != first)]
     key = own.key
     if key is None:
         return Factor(own.among(levels), levels)

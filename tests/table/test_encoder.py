@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from openreml_nn import InputError, datasets
+from openreml_nn import InputError, datasets, lmm
 from openreml_nn.table import Encoder, Learned, read_table
 
 TABLE = pd.DataFrame(
@@ -241,3 +241,42 @@ def test_residual_variance_by_stratum_and_by_weight():
 def test_errors_of_residuals(options, message):
     with pytest.raises(InputError, match=re.escape(message)):
         encode("y ~ 1", REPEATED, **options)
+
+
+def ar1_loglik(lags, y, rho):
+    """Of the rows of a group, sigma^2 and the mean at their maxima."""
+    n, times = y.shape
+    inverse = np.linalg.inv(rho**lags)
+    one = np.ones(times)
+    e = y - (y @ inverse @ one).sum() / (n * one @ inverse @ one)
+    s2 = np.einsum("gi,ij,gj->", e, inverse, e) / y.size
+    size = n * np.linalg.slogdet(rho**lags)[1]
+    return -0.5 * (y.size * (np.log(2 * np.pi * s2) + 1) + size)
+
+
+@pytest.mark.parametrize("stored", ["int64", "float64", "category", "Int8", "object", "str"])
+def test_lags_of_ar1_are_differences_of_times(stored):
+    times, rng = np.array([0, 1, 2, 4, 7, 12]), np.random.default_rng(5)
+    lags = np.abs(np.subtract.outer(times, times))
+    y = rng.normal(size=(40, 6)) @ np.linalg.cholesky(4 * 0.8**lags).T
+    t = pd.DataFrame({"y": y.ravel(), "t": np.tile(times, 40), "g": np.repeat(range(40), 6)})
+    found = lmm("y ~ 1", t.astype({"t": stored}), residual="ar1(t | g)", method="ml")
+    best = max(ar1_loglik(lags, y, rho) for rho in np.linspace(0.7, 0.9, 2001))
+    assert found.log_likelihood == pytest.approx(best, abs=1e-6)
+    later = lmm("y ~ 1", t.assign(t=t["t"] + 1900), residual="ar1(t | g)", method="ml")
+    assert later.log_likelihood == pytest.approx(found.log_likelihood, rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        ([0, 1, 2.5, 0, 1, 2], "'t' is 2.5 in row 3: expected whole numbers"),
+        (list("abcabc"), "found 'a' in row 1"),
+        (pd.to_timedelta([1, 2, 3, 1, 2, 3], unit="D"), "holds dates or durations"),
+        ([0, 30000, 60000, 0, 30000, 60000], "all are multiples of 30000: divide by it"),
+    ],
+)
+def test_times_that_have_no_whole_lags_are_refused(times, message):
+    table = pd.DataFrame({"y": np.arange(6.0) ** 2, "t": times, "g": list("aaabbb")})
+    with pytest.raises(InputError, match=message):
+        encode("y ~ 1", table, residual="ar1(t | g)")

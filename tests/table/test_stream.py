@@ -136,7 +136,7 @@ def test_processes_share_the_chunks_and_agree(tmp_path):
             [*command, str(rank), "2", str(tmp_path / "store"), str(path), FORMULAS[1]],
             stdout=subprocess.PIPE,
             text=True,
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
         )
         for rank in range(2)
     ]
