@@ -169,7 +169,7 @@ def _summed(file: TableFile, encoder: Encoder, rows: int, progress: bool) -> _Pa
 def _columns(encoder: Encoder, file: TableFile) -> list[str]:
     """The columns that are read: all of the file where the formula says '.'."""
     needed = list(dict.fromkeys([*encoder.columns(), *encoder.categorical]))
-    return file.columns() if "." in needed else needed
+    return file.columns() if encoder.formula.fixed.is_open else needed
 
 
 def _rank() -> tuple[int, int]:

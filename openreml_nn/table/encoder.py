@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -104,7 +105,11 @@ class Encoder:
             InputError: as :meth:`fit` does.
         """
         self.learned, self.orders = Learned(), {}
-        self._learn_factors(self._rows(part) for part in map(self._part, chunks) if len(part))
+        rest = iter(chunks)
+        for first in rest:
+            self._learn_others(first)
+            parts = map(self._part, chain([first], rest))
+            self._learn_factors(self._rows(part) for part in parts if len(part))
 
     def encode(self, chunk: pd.DataFrame) -> Encoded:
         """Encode a chunk after a survey; the levels of its groups are those that it has.

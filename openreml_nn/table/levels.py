@@ -76,10 +76,10 @@ def coded(column: pd.Series, levels: Sequence[str] | None = None, source: str = 
         ) from None
     _warn_of_rounded(column, uniques, source)
     key: Callable[[str], Any] | None = None
-    is_numeric = pd.api.types.is_numeric_dtype(column.dtype) and not isinstance(
-        column.dtype, pd.CategoricalDtype
+    is_numeric = pd.api.types.is_numeric_dtype(column.dtype) and not (
+        pd.api.types.is_bool_dtype(column.dtype)
     )
-    if levels is None and is_numeric and not pd.api.types.is_bool_dtype(column.dtype):
+    if levels is None and is_numeric:
         order = np.argsort(np.asarray(uniques))
         uniques = uniques[order]
         place = np.empty(len(order) + 1, dtype=np.int64)

@@ -263,9 +263,10 @@ class TableFile:
         separator, names, fields, height = self._header()
         keys = [str(i) for i in range(len(names))]
         stream = self._open()
-        plain = separator != " " and self._dialect.comment is None and fields <= len(names)
-        if not plain or self._suffix[0] == ".txt":
-            stream = cleaned(stream, self._dialect, separator, len(names))
+        # R's write.table gives rows names for which the header has no field.
+        named = self._suffix[0] != ".csv" and fields == len(names) + 1
+        if separator == " " or self._dialect.comment is not None or named:
+            stream = cleaned(stream, self._dialect, separator, named)
             separator, height, encoding = ",", 0, "utf-8"
         else:
             encoding = self._dialect.encoding

@@ -67,8 +67,15 @@ def header_of(stream: BinaryIO, dialect: Dialect) -> tuple[str, list[str], int, 
     return separator, _trimmed(names, separator), len(_trimmed(row, separator)), height
 
 
-def cleaned(stream: BinaryIO, dialect: Dialect, separator: str, names: int) -> BinaryIO:
-    """The rows as plain CSV in UTF-8, without header, comments and names of rows."""
+def cleaned(stream: BinaryIO, dialect: Dialect, separator: str, named: bool) -> BinaryIO:
+    """The rows as plain CSV in UTF-8, without header, comments and names of rows.
+
+    Args:
+        stream: the file.
+        dialect: how it is written.
+        separator: between fields.
+        named: whether each row begins with its name, which the header lacks.
+    """
 
     def records() -> Iterator[bytes]:
         lines = _uncommented(_decoded(stream, dialect), dialect.comment)
@@ -78,7 +85,7 @@ def cleaned(stream: BinaryIO, dialect: Dialect, separator: str, names: int) -> B
         writer = csv.writer(buffer)
         for record in found:
             record = _trimmed(record, separator)
-            writer.writerow(record[1:] if len(record) == names + 1 else record)
+            writer.writerow(record[1:] if named else record)
             if buffer.tell() > 1 << 16:
                 yield buffer.getvalue().encode()
                 buffer.seek(0)
@@ -162,7 +169,7 @@ def kind_of_text(column: pa.ChunkedArray, dialect: Dialect) -> str:
         if _any(values, r"^\s*0\d"):
             return "text"
         if not _any(values, r"[^\d\s+-]"):
-            return "int" if _cast(values, pa.int64()) is not None else "big"
+            return "big" if _cast(_number_like(values), pa.int64()) is None else "int"
         return "float"
     distinct = set(pc.unique(values).drop_null().to_pylist())
     return "bool" if distinct <= {*_TRUE, *_FALSE} else "text"
@@ -232,8 +239,9 @@ def _without(column: pa.ChunkedArray, missing: Sequence[str]) -> pa.ChunkedArray
 
 
 def _number_like(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Without blanks around values, and what stands for a missing value among numbers."""
-    return _without(pc.utf8_trim_whitespace(values), (*MISSING, *AMONG_NUMBERS))
+    """Without blanks and plus signs, and without what is missing among numbers."""
+    trimmed = pc.replace_substring_regex(pc.utf8_trim_whitespace(values), r"^\+([\d.])", r"\1")
+    return _without(trimmed, (*MISSING, *AMONG_NUMBERS))
 
 
 def _pointed(values: pa.ChunkedArray, dialect: Dialect) -> pa.ChunkedArray:

@@ -1,6 +1,5 @@
 """Tables and formulas as tensors, and back to names."""
 
-import gzip
 import re
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 import torch
 
 from openreml_nn import InputError, datasets, lmm
-from openreml_nn.table import Encoder, Learned, read_table
+from openreml_nn.table import Encoder, Learned
 
 TABLE = pd.DataFrame(
     {
@@ -143,42 +142,6 @@ def test_what_was_learned_is_plain(tmp_path):
     other = Encoder("y ~ poly(x, 2) + (x | h)")
     other.learned = Learned.from_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     torch.testing.assert_close(other.transform(TABLE).X, encoder.transform(TABLE).X)
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".csv.gz", ".parquet", ".tsv"])
-def test_files(tmp_path, suffix):
-    path = tmp_path / f"table{suffix}"
-    if suffix == ".parquet":
-        TABLE.to_parquet(path)
-    else:
-        TABLE.to_csv(path, index=False, sep="\t" if suffix == ".tsv" else ",")
-    pd.testing.assert_frame_equal(read_table(path), TABLE, check_dtype=False)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "match"),
-    [
-        ("missing.csv", None, "does not exist"),
-        ("table.xlsx", b"x", "expected a name ending in"),
-        ("empty.csv", b"", "cannot be read"),
-        ("header.csv", b"y,x\n", "has no rows"),
-        ("bytes.csv", bytes(range(128, 256)), "cannot be read"),
-        ("broken.parquet", b"PAR1", "cannot be read"),
-        ("broken.csv.gz", gzip.compress(b"y,x\n1,2\n", mtime=0)[:-9], "cannot be read"),
-    ],
-)
-def test_files_that_cannot_be_read(tmp_path, name, content, match):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=match) as caught:
-        read_table(tmp_path / name)
-    assert "\n" not in str(caught.value)
-    assert name in str(caught.value)
-
-
-def test_a_directory_is_not_a_table(tmp_path):
-    with pytest.raises(InputError, match="is a directory"):
-        read_table(tmp_path)
 
 
 @pytest.mark.parametrize("name", datasets.FORMULAS)
