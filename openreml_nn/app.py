@@ -24,9 +24,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from openreml_nn.errors import InputError
+from openreml_nn.errors import InputError, NumericalError
 from openreml_nn.files import replacing, write_text
-from openreml_nn.likelihood import NotPositiveDefiniteError
 
 if TYPE_CHECKING:
     from openreml_nn.lightning import MixedModelModule, TabularMixedModule
@@ -493,7 +492,7 @@ def _reported(directory: Path | None = None) -> Iterator[None]:
     try:
         yield
         return
-    except (InputError, NotPositiveDefiniteError, HydraException, OmegaConfBaseException) as error:
+    except (InputError, NumericalError, HydraException, OmegaConfBaseException) as error:
         # What Hydra and OmegaConf add below the first lines is for their developers.
         text = re.split(r"\n\s*(?:full_key|Config search path)", str(error))[0]
         message = " ".join(text.split()) or type(error).__name__

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from openreml_nn.likelihood.dense import check_method
+from openreml_nn.checks import check_choice, check_count, check_number, check_tensor, found
 from openreml_nn.likelihood.problem import cholesky
 
 __all__ = [
@@ -45,7 +45,8 @@ def gaussian_negative_log_density(mean: Tensor, variance: Tensor, target: Tensor
         mean, variance, target: (n,).
 
     Raises:
-        ValueError: if shapes differ or a variance is not positive.
+        TypeError: if one is no tensor of real numbers.
+        ValueError: if shapes differ, a number is not finite or a variance not positive.
 
     >>> gaussian_negative_log_density(torch.zeros(2), torch.ones(2), torch.tensor([0.0, 1.0]))
     tensor(1.1689)
@@ -59,10 +60,14 @@ def interval_coverage(
 ) -> Tensor:
     """Share of the targets within the central Gaussian intervals of a level.
 
+    Raises:
+        TypeError, ValueError: as in :func:`gaussian_negative_log_density`, and if the level is not
+            between 0 and 1.
+
     >>> interval_coverage(torch.zeros(2), torch.ones(2), torch.tensor([0.0, 3.0]))
     tensor(0.5000)
     """
-    _check(mean, variance, target)
+    mean, variance, target = _predictions(mean=mean, variance=variance, target=target)
     inside = (target - mean).abs() <= _quantile(level) * variance.sqrt()
     return inside.to(mean.dtype).mean()
 
@@ -70,10 +75,13 @@ def interval_coverage(
 def interval_width(variance: Tensor, level: float = 0.95) -> Tensor:
     """Mean width of the central Gaussian intervals of a level: their sharpness.
 
+    Raises:
+        TypeError, ValueError: as in :func:`interval_coverage`.
+
     >>> interval_width(torch.ones(2))
     tensor(3.9199)
     """
-    _check(variance, variance, variance)
+    (variance,) = _predictions(variance=variance)
     return 2 * _quantile(level) * variance.sqrt().mean()
 
 
@@ -85,7 +93,9 @@ def blup_reliability(variance: Tensor, prior: Tensor | float) -> Tensor:
         prior: the variance component.
 
     Raises:
-        ValueError: if the variance component is not positive.
+        TypeError: if one is no tensor or number.
+        ValueError: if the variance component is not positive, or a prediction-error variance not
+            between 0 and that.
 
     Reference:
         Mrode, Linear Models for the Prediction of Animal Breeding Values (2014), eq. 3.14.
@@ -93,8 +103,19 @@ def blup_reliability(variance: Tensor, prior: Tensor | float) -> Tensor:
     >>> blup_reliability(torch.tensor([0.5, 1.0]), 2.0)
     tensor([0.7500, 0.5000])
     """
-    if not float(prior) > 0:
-        raise ValueError(f"`prior` is {float(prior):.6g}: reliability needs a positive variance")
+    check_tensor("variance", variance, ("q",))
+    if isinstance(prior, Tensor):
+        check_tensor("prior", prior, ())
+        prior = float(prior)
+    prior = check_number("prior", prior, above=0)
+    (variance,) = _floating(variance)
+    rounding = torch.finfo(variance.dtype).eps ** 0.5
+    if bool(((variance < 0) | (variance > prior * (1 + rounding))).any()):
+        worst = variance.min() if bool((variance < 0).any()) else variance.max()
+        raise ValueError(
+            f"`variance` has the entry {float(worst):.6g}: expected prediction-error variances, "
+            f"from 0 to the variance component {prior:.6g}"
+        )
     return 1 - variance / prior
 
 
@@ -107,7 +128,8 @@ def intraclass_correlation(components: Tensor) -> Tensor:
         components: variances (k,), that of the residual among them.
 
     Raises:
-        ValueError: if one is negative or all are zero.
+        TypeError: if they are no tensor of real numbers.
+        ValueError: if one is negative or not finite, or all are zero.
 
     Reference:
         Shrout and Fleiss, Psychological Bulletin 86 (1979) 420.
@@ -115,8 +137,7 @@ def intraclass_correlation(components: Tensor) -> Tensor:
     >>> intraclass_correlation(torch.tensor([1.0, 3.0]))
     tensor([0.2500, 0.7500])
     """
-    if components.dim() != 1 or bool((components < 0).any()) or not bool(components.sum() > 0):
-        raise ValueError(f"`components` is {components.tolist()}: expected variances (k,)")
+    components = _components(components, "k")
     return components / components.sum()
 
 
@@ -132,7 +153,9 @@ def heritability(
         additive: which is the additive genetic one.
 
     Raises:
-        ValueError: if shapes do not fit or a variance is negative.
+        TypeError: if an argument is of another kind.
+        ValueError: if shapes do not fit, a variance is negative, the covariance is not symmetric
+            or there is no such component.
 
     Reference:
         Lynch and Walsh, Genetics and Analysis of Quantitative Traits (1998), appendix 1.
@@ -140,10 +163,11 @@ def heritability(
     >>> heritability(torch.tensor([1.0, 3.0]), torch.diag(torch.tensor([0.16, 0.16])))
     (tensor(0.2500), tensor(0.0791))
     """
-    share = intraclass_correlation(components)[additive]
+    components = _components(components, "k")
     k = len(components)
-    if covariance.shape != (k, k):
-        raise ValueError(f"`covariance` is {tuple(covariance.shape)}: expected {(k, k)}")
+    _check_additive(additive, k)
+    covariance = _covariance(covariance, k).to(components)
+    share = components[additive] / components.sum()
     slope = -share.repeat(k)
     slope[additive] += 1
     slope = slope / components.sum()
@@ -162,7 +186,8 @@ def marginal_r2(population_mean: Tensor, random: Tensor, residual: Tensor) -> Te
         residual: variance of the residual, as ``random``.
 
     Raises:
-        ValueError: if shapes do not fit or a variance is negative.
+        TypeError: if one is no tensor of real numbers.
+        ValueError: if shapes do not fit, a number is not finite or a variance negative.
 
     Reference:
         Nakagawa and Schielzeth, Methods in Ecology and Evolution 4 (2013) 133, eq. 26; Johnson,
@@ -171,9 +196,8 @@ def marginal_r2(population_mean: Tensor, random: Tensor, residual: Tensor) -> Te
     >>> marginal_r2(torch.tensor([0.0, 2.0]), torch.tensor(2.0), torch.tensor(6.0))
     tensor(0.2000)
     """
-    metric = MarginalR2()
-    metric.update(population_mean, random, residual)
-    return metric.compute().to(population_mean.dtype)
+    moments, dtype = _moments(population_mean, random, residual)
+    return _marginal(moments).to(dtype)
 
 
 def conditional_r2(population_mean: Tensor, random: Tensor, residual: Tensor) -> Tensor:
@@ -181,12 +205,14 @@ def conditional_r2(population_mean: Tensor, random: Tensor, residual: Tensor) ->
     :math:`(\sigma_f^2 + \sigma_r^2) / (\sigma_f^2 + \sigma_r^2 + \sigma_e^2)`; see
     :func:`marginal_r2`.
 
+    Raises:
+        TypeError, ValueError: as there.
+
     >>> conditional_r2(torch.tensor([0.0, 2.0]), torch.tensor(2.0), torch.tensor(6.0))
     tensor(0.4000)
     """
-    metric = ConditionalR2()
-    metric.update(population_mean, random, residual)
-    return metric.compute().to(population_mean.dtype)
+    moments, dtype = _moments(population_mean, random, residual)
+    return _conditional(moments).to(dtype)
 
 
 class _Mean(Metric):
@@ -281,12 +307,12 @@ class IntraclassCorrelation(_Mean):
 
     def __init__(self, components: int, **options: object) -> None:
         super().__init__(**options)
-        zero = torch.zeros(components, dtype=torch.float64)
+        zero = torch.zeros(check_count("components", components, 1), dtype=torch.float64)
         self.add_state("total", zero, dist_reduce_fx="sum")
 
     def update(self, components: Tensor) -> None:
         """Take variances (k,) in."""
-        self.total += components.double()
+        self.total += _components(components, len(self.total)).double()
         self.count += 1
 
     def compute(self) -> Tensor:
@@ -307,6 +333,7 @@ class Heritability(_Mean):
 
     def __init__(self, components: int, additive: int = 0, **options: object) -> None:
         super().__init__(**options)
+        _check_additive(additive, check_count("components", components, 1))
         zero = torch.zeros(components, dtype=torch.float64)
         self.additive = additive
         self.add_state("total", zero, dist_reduce_fx="sum")
@@ -314,6 +341,8 @@ class Heritability(_Mean):
 
     def update(self, components: Tensor, covariance: Tensor) -> None:
         """Take variances (k,) and the covariance of their estimates (k, k) in."""
+        k = len(self.total)
+        components, covariance = _components(components, k), _covariance(covariance, k)
         self.total += components.double()
         self.spread += covariance.double()
         self.count += 1
@@ -338,26 +367,31 @@ class _R2(Metric):
 
     def update(self, population_mean: Tensor, random: Tensor, residual: Tensor) -> None:
         """Take a batch in."""
-        mean = population_mean.double()
-        n = len(mean) if mean.dim() == 1 else 0
-        if not n:
-            raise ValueError(
-                f"`population_mean` has shape {tuple(mean.shape)}: expected (n,), not empty"
-            )
-        parts = {"random": random.double(), "residual": residual.double()}
-        for name, part in parts.items():
-            if part.shape not in ((), (n,)) or bool((part < 0).any()):
-                raise ValueError(f"`{name}` must be variances: one number or ({n},)")
-        center = mean.mean()
-        new = [center.new_tensor(n), center, ((mean - center) ** 2).sum()]
-        new += [part.mean() * n for part in parts.values()]
-        self.moments = _merged(torch.stack([self.moments, torch.stack(new)]))
+        new, _ = _moments(population_mean, random, residual)
+        self.moments = _merged(torch.stack([self.moments, new]))
 
-    def _shares(self) -> tuple[Tensor, Tensor, Tensor]:
-        n, _, square, random, residual = _merged(self.moments.reshape(-1, 5))
-        fixed = square / (n - 1)
-        total = fixed + (random + residual) / n
-        return fixed, random / n, total
+
+def _moments(
+    population_mean: Tensor, random: Tensor, residual: Tensor
+) -> tuple[Tensor, torch.dtype]:
+    """Rows, mean and squared deviations of the predictions, and two sums of variances, in double
+    precision, with the precision of the arguments."""
+    check_tensor("population_mean", population_mean, ("n",))
+    n = len(population_mean)
+    if not n:
+        raise ValueError("`population_mean` is empty: expected a prediction for each row")
+    for name, part in (("random", random), ("residual", residual)):
+        check_tensor(name, part)
+        if part.shape not in ((), (n,)) or bool((part < 0).any()):
+            raise ValueError(
+                f"`{name}` is {found(part)}: expected variances, one number or one for each of "
+                f"the {n} rows of `population_mean`, none negative"
+            )
+    mean, dtype = population_mean.double(), _floating(population_mean, random, residual)[0].dtype
+    center = mean.mean()
+    new = [center.new_tensor(n), center, ((mean - center) ** 2).sum()]
+    new += [part.double().to(center.device).mean() * n for part in (random, residual)]
+    return torch.stack(new), dtype
 
 
 def _merged(moments: Tensor) -> Tensor:
@@ -368,13 +402,29 @@ def _merged(moments: Tensor) -> Tensor:
     return torch.stack([n, mean, square, moments[:, 3].sum(), moments[:, 4].sum()])
 
 
+def _shares(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Variances of the fixed part and of the random one, and that of all."""
+    n, _, square, random, residual = _merged(moments.reshape(-1, 5))
+    fixed = square / (n - 1)
+    return fixed, random / n, fixed + (random + residual) / n
+
+
+def _marginal(moments: Tensor) -> Tensor:
+    fixed, _, total = _shares(moments)
+    return fixed / total
+
+
+def _conditional(moments: Tensor) -> Tensor:
+    fixed, random, total = _shares(moments)
+    return (fixed + random) / total
+
+
 class MarginalR2(_R2):
     """:func:`marginal_r2` over batches."""
 
     def compute(self) -> Tensor:
         """The share of what was seen."""
-        fixed, _, total = self._shares()
-        return fixed / total
+        return _marginal(self.moments)
 
 
 class ConditionalR2(_R2):
@@ -382,8 +432,7 @@ class ConditionalR2(_R2):
 
     def compute(self) -> Tensor:
         """The share of what was seen."""
-        fixed, random, total = self._shares()
-        return (fixed + random) / total
+        return _conditional(self.moments)
 
 
 class RestrictedLogLikelihood(Metric):
@@ -407,7 +456,8 @@ class RestrictedLogLikelihood(Metric):
 
     def __init__(self, fixed_effects: int, method: str = "reml", **options: object) -> None:
         super().__init__(**options)
-        check_method(method)
+        check_count("fixed_effects", fixed_effects)
+        check_choice("method", method, ("reml", "ml"))
         self.method = method
         zero = torch.zeros(fixed_effects + 1, fixed_effects + 1, dtype=torch.float64)
         self.add_state("parts", zero.new_zeros(2), dist_reduce_fx="sum")
@@ -415,11 +465,11 @@ class RestrictedLogLikelihood(Metric):
 
     def update(self, y: Tensor, X: Tensor, V: Tensor) -> None:
         """Take a batch in: y (n,), X (n, p) and V (n, n)."""
+        check_tensor("y", y, ("n",))
         n, p = len(y), len(self.cross) - 1
-        if X.shape != (n, p) or V.shape != (n, n):
-            raise ValueError(
-                f"`X` is {tuple(X.shape)} and `V` {tuple(V.shape)}: expected {(n, p)} and {(n, n)}"
-            )
+        check_tensor("X", X, (n, p))
+        check_tensor("V", V, (n, n))
+        _check_symmetric("V", V)
         L = cholesky(V.double(), "V")
         W = torch.linalg.solve_triangular(L, torch.cat([X, y[:, None]], 1).double(), upper=False)
         self.parts += torch.stack([2 * L.diagonal().log().sum(), L.new_tensor(float(n))])
@@ -436,21 +486,67 @@ class RestrictedLogLikelihood(Metric):
         return -(value + 2 * L.diagonal()[:p].log().sum() + (n - p) * log(2 * pi)) / 2
 
 
-def _check(mean: Tensor, variance: Tensor, target: Tensor) -> None:
-    if not mean.shape == variance.shape == target.shape or mean.dim() != 1 or not len(mean):
-        shapes = [tuple(t.shape) for t in (mean, variance, target)]
-        raise ValueError(f"`mean`, `variance`, `target` have shapes {shapes}: expected (n,) each")
+def _predictions(**tensors: Tensor) -> list[Tensor]:
+    """Vectors of one length, variances among them, in one precision."""
+    first, rows = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        check_tensor(name, tensor, ("n",))
+        if not len(tensor):
+            raise ValueError(f"`{name}` is empty: expected a number for each row")
+        if len(tensor) != len(rows):
+            raise ValueError(
+                f"`{name}` has {len(tensor)} rows but `{first}` {len(rows)}: expected as many"
+            )
+    variance = tensors["variance"]
     if not bool((variance > 0).all()):
         raise ValueError(f"`variance` has the entry {float(variance.min()):.6g}: expected above 0")
+    return _floating(*tensors.values())
+
+
+def _floating(*tensors: Tensor) -> list[Tensor]:
+    """Tensors in their common precision, whole numbers in torch's default one."""
+    dtype = tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    if not dtype.is_floating_point:
+        dtype = torch.get_default_dtype()
+    return [tensor.to(dtype) for tensor in tensors]
 
 
 def _density_sums(mean: Tensor, variance: Tensor, target: Tensor) -> tuple[Tensor, int]:
-    _check(mean, variance, target)
+    mean, variance, target = _predictions(mean=mean, variance=variance, target=target)
     terms = log(2 * pi) + variance.log() + (target - mean) ** 2 / variance
     return terms.sum() / 2, len(mean)
 
 
 def _quantile(level: float) -> float:
-    if not 0 < level < 1:
-        raise ValueError(f"`level` is {level}: expected a number between 0 and 1")
+    level = check_number("level", level, above=0, below=1)
     return float(torch.special.ndtri(torch.tensor((1 + level) / 2, dtype=torch.float64)))
+
+
+def _components(components: Tensor, k: int | str) -> Tensor:
+    check_tensor("components", components, (k,))
+    if bool((components < 0).any()) or not bool(components.sum() > 0):
+        raise ValueError(
+            f"`components` is {components.tolist()}: expected variances, none negative and not all "
+            "zero"
+        )
+    return _floating(components)[0]
+
+
+def _covariance(covariance: Tensor, k: int) -> Tensor:
+    check_tensor("covariance", covariance, (k, k))
+    _check_symmetric("covariance", covariance)
+    if bool((covariance.diagonal() < 0).any()):
+        raise ValueError(f"`covariance` is {covariance.tolist()}: expected no negative variance")
+    return covariance
+
+
+def _check_symmetric(name: str, matrix: Tensor) -> None:
+    if not bool(torch.isclose(matrix, matrix.mT, rtol=1e-5, atol=1e-8).all()):
+        raise ValueError(f"`{name}` is not symmetric: expected a covariance matrix")
+
+
+def _check_additive(additive: int, k: int) -> None:
+    if check_count("additive", additive) >= k:
+        raise ValueError(f"`additive` is {additive}: expected one of the components, 0 to {k - 1}")

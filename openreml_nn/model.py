@@ -8,6 +8,7 @@ batch; the loss is the likelihood of :class:`REMLLoss`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ from openreml_nn.covariance import (
     Sum,
     UnstructuredMatrix,
 )
+from openreml_nn.covariance.design import IndexedDesign
+from openreml_nn.joint import Factor, JointErrors
 from openreml_nn.likelihood import REMLLoss
 from openreml_nn.likelihood.loss import Objective
 
@@ -122,13 +125,15 @@ class RandomEffect(nn.Module):
         blocks = self.g().unflatten(1, (-1, k)).unflatten(0, (-1, k))
         return blocks.diagonal(dim1=0, dim2=2).mean(-1)
 
-    def posterior(self, codes: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of z'b for the rows' levels, -1 for one that was not seen."""
+    def contribution(self, codes: Tensor, z: Tensor) -> Tensor:
+        r""":math:`z^\top \hat b` of each row's level (n,), 0 for one that was not seen.
+
+        Args:
+            codes: (n,) levels, -1 for one that was not seen.
+            z: (n, k) values of the effects.
+        """
         known = (codes >= 0)[:, None]
-        at = codes.clamp(min=0)
-        mean = torch.where(known, self.blup[at], 0)
-        spread = torch.where(known[..., None], self.variance[at], self.prior())
-        return (z * mean).sum(1), torch.einsum("nk,nkl,nl->n", z, spread, z)
+        return (z * torch.where(known, self.blup[codes.clamp(min=0)].to(z), 0)).sum(1)
 
     def extra_repr(self) -> str:
         return f"levels={self.levels}, effects={self.effects}"
@@ -192,6 +197,7 @@ class MixedModel(nn.Module):
         self.solver = solver
         self.register_buffer("beta", torch.zeros(0, dtype=torch.float64))
         self.register_buffer("beta_covariance", torch.zeros(0, 0, dtype=torch.float64))
+        self.joint = JointErrors()
         self._kept: tuple[list[Tensor], REMLLoss] | None = None
 
     @property
@@ -408,22 +414,42 @@ class MixedModel(nn.Module):
             output: what the network has yielded for them, if it is known.
         """
         with _eval(self):
-            objective = self.objective(batch, output)
-        evaluation, problem = objective.evaluate(), objective.problem
+            loss, y, X = self.data(self(batch) if output is None else output, batch)
+            objective = loss.objective(y, X)
+        evaluation, fixed = objective.evaluate(), objective.problem.fixed
         for effects in evaluation.random_effects():
             effect = self.effects()[effects.name]
             effect.blup.copy_(effects.values.reshape(effect.blup.shape))
             effect.variance.copy_(effects.variances.reshape(effect.variance.shape))
+        at = torch.tensor(fixed.columns, dtype=torch.long, device=y.device)
+        p = X.shape[1]
+        basis = fixed.y.new_zeros(p, len(at))
+        basis[at] = fixed.T
         if self.head == "gls":
-            fixed = problem.fixed
-            p = max(fixed.columns, default=-1) + 1
-            beta = fixed.y.new_zeros(max(p, len(self.beta)))
-            beta[fixed.columns] = fixed.coefficients(evaluation.gamma)
-            spread = fixed.T @ torch.cholesky_inverse(evaluation.gamma_factor) @ fixed.T.mT
-            covariance = beta.new_zeros(len(beta), len(beta))
-            at = torch.tensor(fixed.columns, device=beta.device)
-            covariance[at[:, None], at] = spread
-            self.beta, self.beta_covariance = beta, covariance
+            beta = fixed.y.new_zeros(p)
+            beta[at] = fixed.coefficients(evaluation.gamma)
+            self.beta = beta
+            self.beta_covariance = (
+                basis @ torch.cholesky_inverse(evaluation.gamma_factor) @ basis.mT
+            )
+        self._update_joint(batch, fixed.Q, basis)
+
+    def _update_joint(self, batch: Batch, Q: Tensor, basis: Tensor) -> None:
+        n, factors = len(Q), []
+        for name, effect in self.effects().items():
+            codes, values = self._group(name, effect, batch, n)
+            G = effect.prior() if effect.is_per_level else effect.g()
+            design = IndexedDesign(codes, values, effect.levels)
+            factors.append(Factor(design, G.to(Q), effect.is_per_level))
+        with _eval(self):
+            variance = self._residual_variance(batch, n).to(Q)
+        self.joint.update(factors, Q, 1 / variance, basis)
+
+    def _residual_variance(self, batch: Batch, n: int) -> Tensor:
+        """Variance of the residual of each row (n,)."""
+        if isinstance(self.residual, Matrix):
+            return self.residual().reshape(1).expand(n)
+        return self.residual(batch["x"]).reshape(n).exp()
 
     def blups(self) -> pd.DataFrame:
         """BLUPs as a table: group, level, effect, blup, and std_error, the root of the
@@ -454,14 +480,17 @@ class MixedModel(nn.Module):
         for name, effect in self.effects().items():
             codes, values = self._group(name, effect, batch, n)
             z = total.new_ones(n, 1) if values is None else values.to(total)
-            total = total + effect.posterior(codes, z)[0]
+            total = total + effect.contribution(codes, z)
         return total
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Prediction:
         """Mean and variance of new observations, for known and for unknown levels.
 
-        BLUPs of different factors count as independent.
+        The variance counts every covariance, of BLUPs of different factors and of coefficients
+        with BLUPs, where beside the widest factor of independent levels there are at most 2,000
+        effects and coefficients. With more, a warning says that it takes them as independent.
+        Before :meth:`update` it is that of the priors.
 
         Raises:
             ValueError: as in :meth:`loss`, or before :meth:`update` with head ``"gls"``.
@@ -475,21 +504,43 @@ class MixedModel(nn.Module):
                     raise ValueError("there are no coefficients yet: call update() with the data")
                 X = output[:, :p].to(self.beta)
                 population = X @ self.beta
-                variance = torch.einsum("np,pq,nq->n", X, self.beta_covariance, X)
             else:
                 population = output.double()
-                variance = torch.zeros_like(population)
-            mean = population.clone()
+                X = population.new_zeros(n, 0)
+            mean, variance = population.clone(), torch.zeros_like(population)
+            designs = []
             for name, effect in self.effects().items():
                 codes, values = self._group(name, effect, batch, n)
                 z = mean.new_ones(n, 1) if values is None else values.to(mean)
-                part, spread = effect.posterior(codes, z)
-                mean, variance = mean + part, variance + spread
-            if isinstance(self.residual, Matrix):
-                variance = variance + self.residual().reshape(())
-            else:
-                variance = variance + self.residual(batch["x"]).reshape(n).exp()
+                mean = mean + effect.contribution(codes, z)
+                unknown = (codes < 0) | ~self.joint.is_known
+                prior = torch.einsum("nk,kl,nl->n", z, effect.prior().to(z), z)
+                variance = variance + torch.where(unknown, prior, 0)
+                known = torch.where(unknown, -1, codes)
+                designs.append(IndexedDesign(known, z, effect.levels))
+            variance = variance + self._error_variance(designs, X)
+            variance = variance + self._residual_variance(batch, n)
         return Prediction(mean, variance, population)
+
+    def _error_variance(self, designs: list[IndexedDesign], X: Tensor) -> Tensor:
+        """Variance of the error of the coefficients and of the BLUPs of known levels (n,)."""
+        if bool(self.joint.is_exact):
+            return self.joint.variance(designs, X).to(X)
+        if bool(self.joint.is_known):
+            warnings.warn(
+                "predictive variances take random effects of different factors, and coefficients, "
+                "as independent: there are too many for their joint covariance",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        found = X.new_zeros(len(X))
+        if self.head == "gls":
+            found = torch.einsum("np,pq,nq->n", X, self.beta_covariance, X)
+        for design, effect in zip(designs, self.effects().values(), strict=True):
+            assert design.values is not None
+            spread = effect.variance[design.codes].to(X)
+            found = found + torch.einsum("nk,nkl,nl->n", design.values, spread, design.values)
+        return found
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # The number of coefficients is known only once there are features.

@@ -1,26 +1,59 @@
 """The console program, each call as typed in a shell."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
+import lightning  # noqa: F401  # for the calls, which are forks
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from hydra.experimental.callback import Callback
 
+import openreml_nn.report  # noqa: F401
 from openreml_nn import datasets
 from openreml_nn.app import main, quoted
 
 PROGRAM = [sys.executable, "-c", "from openreml_nn.app import main; main()"]
 
 
-def call(*arguments, cwd):
+def shell(*arguments, cwd):
+    """The program as a shell starts it."""
     return subprocess.run(
         [*PROGRAM, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300
     )
+
+
+def call(*arguments, cwd):
+    """The program in a fork of this process, which has imported what takes it seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        context = multiprocessing.get_context("fork")
+        process = context.Process(target=_program, args=(arguments, cwd, Path(folder)))
+        process.start()
+        process.join(300)
+        if process.is_alive():
+            process.kill()
+            raise TimeoutError(f"{arguments} ran for 300 seconds")
+        said = {name: (Path(folder) / name).read_text() for name in ("stdout", "stderr")}
+    return SimpleNamespace(returncode=process.exitcode, **said)
+
+
+def _program(arguments, cwd, folder):
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
+        setattr(sys, name, os.fdopen(number, "w"))
+    os.chdir(cwd)
+    sys.argv = ["openreml-nn"]
+    torch.set_default_dtype(torch.float32)
+    warnings.resetwarnings()
+    main(arguments)
 
 
 def runs(folder):
@@ -30,7 +63,7 @@ def runs(folder):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    return folder, call(cwd=folder)
+    return folder, shell(cwd=folder)
 
 
 def test_without_arguments_it_fits_sleepstudy(demo):
@@ -155,11 +188,39 @@ def test_residuals_within_groups_as_typed_in_a_shell(tmp_path):
 
 
 def test_a_sweep(tmp_path):
-    done = call("-m", "seed=1,2", "model.method=reml,ml", "data=pastes", cwd=tmp_path)
+    done = shell("-m", "seed=1,2", "model.method=reml,ml", "data=pastes", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     records = [json.loads((run / "result.json").read_text()) for run in runs(tmp_path)]
     assert [r["model"]["method"] for r in records] == ["reml", "ml", "reml", "ml"]
     assert records[0]["fit"]["log_likelihood"] == records[2]["fit"]["log_likelihood"]
+
+
+class Returned(Callback):
+    """Tells what a job returns, which is what a sweep minimises."""
+
+    def on_job_end(self, config, job_return, **options):
+        Path("returned").write_text(str(job_return.return_value))
+
+
+def test_a_sweep_minimises_the_deviance(tmp_path):
+    target = f"+hydra.callbacks.returned._target_={__name__}.Returned"
+    done = call(target, "logger=none", "hydra.run.dir=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert float((tmp_path / "returned").read_text()) == record["fit"]["deviance"]
+    assert record["fit"]["deviance"] == -2 * record["fit"]["log_likelihood"]
+
+
+def test_the_seed_chooses_the_rows_that_are_held_out(tmp_path):
+    found = []
+    for seed in (1, 2, 1):
+        options = [f"seed={seed}", "data.validation=0.25", "logger=none", "hydra.run.dir=run"]
+        done = call(*options, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        record = json.loads((tmp_path / "run" / "result.json").read_text())
+        assert record["data"]["rows"] == 135
+        found.append(record["fit"]["log_likelihood"])
+    assert found[0] == found[2] != found[1]
 
 
 @pytest.mark.parametrize(
@@ -380,7 +441,7 @@ def test_free_text_is_quoted_for_hydra(argument, expected):
 
 
 def test_help_says_what_to_type_and_lists_the_groups(tmp_path):
-    done = call("--help", cwd=tmp_path)
+    done = shell("--help", cwd=tmp_path)
     assert done.returncode == 0
     for group in ("data", "optimizer", "experiment"):
         assert f"{group}:" in done.stdout

@@ -175,18 +175,11 @@ def test_predictions_for_known_and_unknown_levels_travel_with_the_state(head):
     unknown = torch.full((60,), -1)
     new = {"x": data["x"], "groups": {"user": data["groups"]["user"], "item": unknown}}
     known, partly = model.predict(data), model.predict(new)
-    sigma = {
-        n: float(torch.exp(2 * p.detach())) for n, p in model.named_parameters() if "sigma" in n
-    }
     item = model.random["item"]
     gained = item.blup[data["groups"]["item"], 0]
     torch.testing.assert_close(known.mean - partly.mean, gained)
     torch.testing.assert_close(known.population_mean, partly.population_mean)
-    added = partly.variance - known.variance
-    torch.testing.assert_close(
-        added, sigma["random.item.g.effects.sigma^2"] - item.variance[data["groups"]["item"], 0, 0]
-    )
-    assert bool((added > 0).all())
+    assert bool((partly.variance > known.variance).all())
     other = copy.deepcopy(crossed(head))
     other.load_state_dict(model.state_dict())
     for one, two in zip(other.predict(data), known, strict=True):

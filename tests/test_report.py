@@ -59,7 +59,8 @@ def test_tables(result):
     assert len(blups) == 36
     first = blups[(blups["level"] == "308") & (blups["effect"] == "Days")].iloc[0]
     assert first["blup"] == pytest.approx(9.199, rel=1e-3)
-    assert first["std_error"] > 0
+    variances = result.random[0].variances.diagonal(dim1=1, dim2=2)
+    np.testing.assert_allclose(blups["std_error"], variances.sqrt().reshape(-1).numpy())
 
 
 def test_plots_draw_what_they_claim(result):
@@ -70,6 +71,12 @@ def test_plots_draw_what_they_claim(result):
     blups = blup_table(result)
     expected = blups[blups["effect"] == "(Intercept)"]["blup"]
     np.testing.assert_allclose(np.sort(drawn), np.sort(expected))
+    # Intervals of 95%, in the order of the BLUPs.
+    (lines,) = figure.axes[0].collections
+    first = blups[blups["effect"] == "(Intercept)"].sort_values("blup")
+    ends = np.array([line[:, 0] for line in lines.get_segments()])
+    np.testing.assert_allclose(ends.mean(1), first["blup"])
+    np.testing.assert_allclose(ends[:, 1] - ends[:, 0], 2 * 1.96 * first["std_error"])
     path = convergence(result).axes[0].lines[0].get_ydata()
     assert path[-1] == result.log_likelihood
     points = residuals(result).axes[0].lines[0]
@@ -118,6 +125,20 @@ def test_run_directory(result, tmp_path):
     assert len(pd.read_csv(tmp_path / "run" / "blup.csv")) == 36
 
 
+def test_a_run_that_fails_has_no_result(result, tmp_path, monkeypatch):
+    """``result.json`` stands for all other files, and so comes last."""
+
+    def full(*args, **options):
+        assert not (tmp_path / "result.json").exists()
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_run(Run(result, FORMULA, 0, "AIREML", 0.1), tmp_path)
+    assert (tmp_path / "summary.txt").exists()
+    assert not (tmp_path / "result.json").exists()
+
+
 def test_independent_effects_of_one_factor_are_entries_of_their_own(tmp_path):
     result = lmm("Reaction ~ Days + (Days || Subject)", datasets.sleepstudy())
     record = Run(result, "f", 0, "AIREML", 0.1).record()
@@ -155,9 +176,11 @@ def test_a_semivariogram_of_an_autoregressive_field_rises_to_its_sill():
     for i in range(1, 400):
         z[i] = 0.9 * z[i - 1] + (1 - 0.81) ** 0.5 * torch.randn(1, generator=generator).item()
     table = pd.DataFrame({"y": z.numpy(), "g": np.arange(400) // 10})
-    axis = semivariogram(lmm("y ~ 1 + (1 | g)", table), place, bins=40).axes[0]
+    result = lmm("y ~ 1 + (1 | g)", table)
+    axis = semivariogram(result, place, bins=40).axes[0]
     line = axis.lines[0].get_ydata()
     assert line[0] < 0.5 * line[5:].mean()
+    assert line[5:].mean() == pytest.approx(float(z.var()), rel=0.2)
     with pytest.raises(
         ValueError, match=r"shape \(3, 1\): expected a real tensor of shape \(400, k\)"
     ):

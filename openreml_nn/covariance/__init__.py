@@ -3,6 +3,7 @@
 from openreml_nn.covariance import transform
 from openreml_nn.covariance.autoregressive import AntedependenceMatrix, AR1Matrix, ToeplitzMatrix
 from openreml_nn.covariance.block import Augment, BlockDiagonal, Stack
+from openreml_nn.covariance.compat import simple_param_specs
 from openreml_nn.covariance.dummy import DummyMatrix
 from openreml_nn.covariance.exchangeable import (
     CompoundSymmetricMatrix,
@@ -85,6 +86,7 @@ __all__ = [
     "heterogeneous_ar1",
     "heterogeneous_compound_symmetry",
     "kron",
+    "simple_param_specs",
     "stratified",
     "transform",
     "weighted",

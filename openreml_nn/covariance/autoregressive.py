@@ -105,6 +105,9 @@ class AR1Matrix(Matrix):
         self._set(self.param_names[1], torch.zeros_like(variance[0]))
         return self._set(self.param_names[0], harmonic_mean(variance))
 
+    def start_reach(self, reach: float) -> bool:
+        return self._set(self.param_names[1], torch.tensor(reach))
+
 
 class ToeplitzMatrix(Matrix):
     r"""One covariance for each lag, :math:`V_{ij} = \sigma^2 \rho_{|i-j|}`, zero from lag b on.

@@ -95,7 +95,8 @@ class DummyMatrix(Matrix):
             raise ValueError("no columns are left: the factor has a single level")
         position = np.full(len(combos) + 1, -1, dtype=np.int64)
         position[order] = np.arange(len(order))
-        names, labels = ([sign.join(map(str, combos[i])) for i in order] for sign in ("⋈", ":"))
+        names = ["⋈".join(map(str, combos[i])) for i in order]
+        labels = [":".join(map(str, combos[i])) for i in order]
         if len(set(labels)) < len(labels):
             labels = [repr(combos[i]) for i in order]
         self._build(torch.from_numpy(position[codes]), names, covariates, labels)

@@ -67,11 +67,13 @@ class _DistanceMatrix(Matrix):
         return self._chain_vjp(torch.cat([by_variance, by_length]), free_params)
 
     def moment_start(self, variance: Tensor) -> bool:
-        apart = self.distance[self.distance > 0]
-        if apart.numel():
-            # A third of the typical distance: correlated with the near, not with the far.
-            self._set(self.param_names[1], apart.median().to(variance) / 3)
+        # A third of the typical distance: correlated with the near, not with the far.
+        self.start_reach(1 / 3)
         return self._set(self.param_names[0], harmonic_mean(variance))
+
+    def start_reach(self, reach: float) -> bool:
+        apart = self.distance[self.distance > 0]
+        return apart.numel() > 0 and self._set(self.param_names[1], reach * apart.median())
 
 
 class ExponentialMatrix(_DistanceMatrix):

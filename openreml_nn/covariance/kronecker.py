@@ -23,6 +23,7 @@ from openreml_nn.covariance.terms import (
     ScaledCovariance,
     Term,
     is_scalar,
+    whole_term,
 )
 
 __all__ = ["KroneckerProduct"]
@@ -78,12 +79,13 @@ class KroneckerProduct(Operator):
         parts = []
         for name, operand in self._typed_operands(free_params).items():
             if isinstance(operand, Matrix):
-                found = operand.terms(None, self._sub(name, free_params))
+                own = self._sub(name, free_params)
+                found = operand.terms(None, own)
+                if len(found) != 1 or not isinstance(found[0].design, IdentityDesign):
+                    found = [whole_term(operand(own))]
             else:
-                found = [Term(IdentityDesign(operand.shape[0]), DenseCovariance(operand))]
-            if len(found) != 1 or not isinstance(found[0].design, IdentityDesign):
-                return super().terms(rows, free_params)
-            parts.append(found[0])
+                found = [whole_term(operand)]
+            parts += found
         merged: Term | None = parts[0]
         for part in parts[1:]:
             merged = _merge(merged, part)

@@ -320,16 +320,29 @@ class Matrix(nn.Module):
         """
         return rescale(self, float(harmonic_mean(variance)))
 
+    def start_reach(self, reach: float) -> bool:
+        """Set how far correlation reaches, for a matrix in which it decays with a distance.
+
+        Beside other terms the likelihood of such a matrix may have several
+        optima, and a fit starts from several reaches.
+
+        Args:
+            reach: the correlation of neighbours, or the range as a fraction of
+                the typical distance; between 0 and 1.
+
+        Returns:
+            Whether there is such a parameter, and it is free.
+        """
+        return False
+
     def canonical(self, coordinates: dict[str, float]) -> dict[str, float]:
         """Equivalent coordinates (see :class:`Transform`) that the parameters can hold.
 
         Args:
             coordinates: by local name, those of the free parameters that are
-                being estimated, perhaps negative where the transform vanishes.
+                being estimated, perhaps beyond their bounds.
         """
-        return {
-            name: abs(u) if self._trans[name].vanishes else u for name, u in coordinates.items()
-        }
+        return {name: self._trans[name].fold(u) for name, u in coordinates.items()}
 
     def _set(self, name: str, value: Tensor) -> bool:
         """Set a parameter, if it is free, to what its transform shall yield; whether it is."""

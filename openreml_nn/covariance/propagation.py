@@ -9,14 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance.design import DenseDesign, Design, IdentityDesign
+from openreml_nn.covariance.design import DenseDesign, Design
 from openreml_nn.covariance.dummy import DummyMatrix
+from openreml_nn.covariance.identity import DiagonalMatrix
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.operator import Operator
 from openreml_nn.covariance.start import harmonic_mean
-from openreml_nn.covariance.terms import DenseCovariance, Term, propagate
+from openreml_nn.covariance.terms import Term, propagate, whole_term
 
 __all__ = ["CovariancePropagation"]
+
+#: A sum of more columns than these stays one of its terms: as one matrix it would lose their
+#: structure.
+_MOST_COLUMNS = 256
 
 
 class CovariancePropagation(Operator):
@@ -111,15 +116,23 @@ class CovariancePropagation(Operator):
     def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
         operands = list(self._typed_operands(free_params).items())
         (z_name, z), (g_name, g) = operands
+        if isinstance(z, DiagonalMatrix):
+            # A scale for each row and column is part of the covariance, not a design.
+            return [whole_term(self(free_params)).take(rows)]
         if isinstance(z, DummyMatrix):
             design: Design = z.design
         else:
             design = DenseDesign(z(self._sub(z_name, free_params)) if isinstance(z, Matrix) else z)
         if isinstance(g, Matrix):
             found = g.terms(None, self._sub(g_name, free_params))
+            if len(found) > 1 and g.shape[0] <= _MOST_COLUMNS:
+                # One random effect, whose covariance is a sum.
+                found = [whole_term(g(self._sub(g_name, free_params)))]
         else:
-            found = [Term(IdentityDesign(g.shape[0]), DenseCovariance(g))]
-        return [replace(propagate(design, term), name="").take(rows) for term in found]
+            found = [whole_term(g)]
+        if len(found) == 1:
+            found = [replace(found[0], name="")]
+        return [propagate(design, term).take(rows) for term in found]
 
     def moment_start(self, variance: Tensor) -> bool:
         z, g = self.operands.values()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -57,9 +58,11 @@ class Sum(Operator):
         for name, operand in self._typed_operands(free_params).items():
             if isinstance(operand, Matrix):
                 parts = operand.terms(rows, self._sub(name, free_params))
+                if not any(p.requires_grad for p in operand.parameters()):
+                    parts = [replace(term, known=True) for term in parts]
             else:
                 design = IdentityDesign(operand.shape[0])
-                parts = [Term(design, DenseCovariance(operand)).take(rows)]
+                parts = [Term(design, DenseCovariance(operand), known=True).take(rows)]
             found += [term.within(name) for term in parts]
         return found
 

@@ -38,6 +38,7 @@ __all__ = [
     "residual_terms",
     "root_condition",
     "same_content",
+    "whole_term",
 ]
 
 
@@ -391,11 +392,15 @@ def root_condition(g: Covariance) -> float:
 
 @dataclass(frozen=True)
 class Term:
-    r"""One summand :math:`Z G Z^\top`; ``name`` is the path of its node in the tree."""
+    r"""One summand :math:`Z G Z^\top`; ``name`` is the path of its node in the tree.
+
+    It is ``known`` if no parameter of it is estimated.
+    """
 
     design: Design
     covariance: Covariance
     name: str = ""
+    known: bool = False
 
     @property
     def is_residual(self) -> bool:
@@ -449,6 +454,11 @@ class Term:
         return self.design.matmul(self.covariance.multiply(z.mT))
 
 
+def whole_term(matrix: Tensor) -> Term:
+    """A matrix over the rows, without structure."""
+    return Term(IdentityDesign(matrix.shape[0]), DenseCovariance(matrix))
+
+
 def private(tensor: Tensor) -> Tensor:
     """A copy of the content, outside of any graph and of inference mode."""
     with torch.inference_mode(False), torch.no_grad():
@@ -476,7 +486,9 @@ def residual_terms(terms: Sequence[Term]) -> list[int]:
     These are the terms over the rows themselves whose covariance is a multiple
     of the identity, diagonal, or of independent blocks. Where there is none,
     those whose design gives each row a column of its own take their place,
-    such as the occasions within subjects.
+    such as the occasions within subjects. Where one of all these is known, as
+    error variances from an earlier analysis are, it is the residual, and
+    those that are estimated are effects.
     """
     structured = [
         i
@@ -484,7 +496,11 @@ def residual_terms(terms: Sequence[Term]) -> list[int]:
         if isinstance(term.covariance, DiagonalCovariance | RepeatedCovariance)
     ]
     over_rows = [i for i in structured if isinstance(terms[i].design, IdentityDesign)]
-    return over_rows or [i for i in structured if has_own_columns(terms[i].design)]
+    own_columns = [i for i in structured if has_own_columns(terms[i].design)]
+    known = [i for i in (*over_rows, *own_columns) if terms[i].known]
+    if known and len(known) < len(over_rows) + len(own_columns):
+        return sorted(known)
+    return over_rows or own_columns
 
 
 def has_own_columns(design: Design) -> bool:

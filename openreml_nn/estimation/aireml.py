@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from math import inf, isfinite
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance.matrix import Matrix, Recorded
-from openreml_nn.covariance.params import Entry
-from openreml_nn.estimation.derivatives import hessian_of_sum, jacobian, second_derivative
-from openreml_nn.likelihood.loss import Objective, listen
+from openreml_nn.errors import NumericalError
+from openreml_nn.estimation.coordinates import Coordinates
+from openreml_nn.estimation.curvature import Curvature
+from openreml_nn.likelihood.loss import Heard, Objective, listen
 from openreml_nn.likelihood.problem import NotPositiveDefiniteError
 
-#: A direction counts as flat when its curvature is this small beside the largest.
-FLAT = 1e-6
+__all__ = ["AIREML", "Coordinates", "Curvature", "Past", "Step", "average_information_step"]
 
-__all__ = ["AIREML", "Coordinates", "Curvature", "Step", "average_information_step"]
+
+#: The curvature is learned from steps within this many standard errors, squared.
+_NEAR = 1.0
 
 
 class Step(NamedTuple):
@@ -44,31 +46,32 @@ class Step(NamedTuple):
 class AIREML(torch.optim.Optimizer):
     r"""Safeguarded average-information steps on covariance parameters.
 
-    A step maximises the likelihoods of every :class:`REMLLoss` that its
-    closure evaluates, over those of its parameters that belong to the
-    covariances. It moves in coordinates in which a variance of zero is an
-    ordinary point (the standard deviation for a variance), by
+    A step maximises the likelihoods in the value that its closure returns, or whose backward
+    ran within the closure, each with the weight that it has there, over the parameters that
+    the optimizer was handed. What the closure evaluates beside that, such as a loss on
+    held-out data, does not count. It moves in coordinates in which a variance of zero and a
+    correlation of one are ordinary points, by
 
     .. math::
-        u \leftarrow u + |H|^{-1} g,\qquad
-        H = J^\top \mathcal{I}_{AI} J - \textstyle\sum_t \langle S_t, \partial^2 G_t / \partial u^2\rangle
+        u \leftarrow u + (|H| + \lambda D)^{-1} g
 
-    with g the score, J the derivatives of the covariance matrices, S the
-    scores by their entries and :math:`|H|` the curvature with its eigenvalues
-    made positive. The step is halved until the likelihood does not fall.
-    A variance whose step ends at or below zero is also tried at zero, and
-    leaves zero again where the likelihood rises from there.
+    with g the score, H the :class:`Curvature`, :math:`|H|` the same with its eigenvalues made
+    positive, and :math:`\lambda` zero, or so large that the likelihood does not fall.
+    A coordinate whose step ends at or beyond a boundary is also tried on it, and
+    leaves it again where the likelihood rises from there.
 
     Args:
-        params: parameters, or groups of them.
+        params: parameters, or groups of them. Those of designs and of networks in the
+            covariance are among them; the others that the likelihood depends on are constants.
         tolerance: score norm (in standard errors) that counts as converged.
 
     Attributes:
         last: the last :class:`Step`, None before the first.
 
     Raises:
-        RuntimeError: by :meth:`step`, if the closure evaluates no REMLLoss or
-            none of the parameters belongs to its covariance.
+        RuntimeError: by :meth:`step`, if no REMLLoss is in the value that the closure returns,
+            its value depends on the parameters in another way too, or
+            none of the parameters belongs to a covariance in it.
 
     Reference:
         Gilmour, Thompson and Cullis, Biometrics 51 (1995) 1440; Johnson and
@@ -95,222 +98,227 @@ class AIREML(torch.optim.Optimizer):
         """Evaluate the closure and take one step; returns what the closure returned."""
         if closure is None:
             raise RuntimeError("AIREML needs a closure that evaluates the loss: step(closure)")
-        with torch.enable_grad(), listen() as heard:
-            value = closure()
-        objectives = list({id(o.problem): o for o in heard}.values())
-        if not objectives:
-            raise RuntimeError("the closure evaluated no REMLLoss: AIREML needs its likelihood")
         owned = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        with torch.enable_grad(), listen() as heard, _watched(owned) as gradients:
+            value = closure()
+            weights = _weights(value, heard, owned)
+            if not (isinstance(value, Tensor) and value.requires_grad):
+                _refuse_unexplained(heard, weights, owned, gradients)
+        # A loss to be minimised is a likelihood of negative scale to be maximised.
+        wanted = [(h.objective, -w * h.scale) for h, w in zip(heard, weights, strict=True) if w]
+        if not wanted:
+            raise RuntimeError(
+                "the closure evaluated no REMLLoss that is in the value that it returned: "
+                "AIREML needs its likelihood"
+            )
+        size = max(abs(weight) for _, weight in wanted)
         tolerance = min(group["tolerance"] for group in self.param_groups)
-        self.last = average_information_step(objectives, owned, tolerance)
+        self.last = average_information_step(
+            [objective for objective, _ in wanted],
+            owned,
+            tolerance,
+            [weight / size for _, weight in wanted],
+        )
         return value
 
 
+def _weights(value: Any, heard: Sequence[Heard], owned: Sequence[Tensor]) -> list[float]:
+    """The factor with which each loss is in the value, or was in the backward of the closure."""
+    recorded = isinstance(value, Tensor) and value.requires_grad
+    if recorded:
+        _refuse_other_paths(value, heard, owned)
+    if not recorded or any(h.pulled is not None for h in heard):
+        return [h.pulled or 0.0 for h in heard]
+    if value.numel() != 1:
+        raise RuntimeError(f"the closure returned shape {tuple(value.shape)}: expected a scalar")
+    found = (
+        torch.autograd.grad(value, [h.value for h in heard], retain_graph=True, allow_unused=True)
+        if heard
+        else ()
+    )
+    return [0.0 if part is None else float(part) for part in found]
+
+
+_BESIDE = (
+    "the value that the closure returned depends on parameters of AIREML beside the "
+    "likelihood: a penalty takes an optimizer of torch, such as LBFGS"
+)
+
+
+def _refuse_other_paths(value: Tensor, heard: Sequence[Heard], owned: Sequence[Tensor]) -> None:
+    """Raise if autograd reaches a parameter from the value by a way that avoids the losses."""
+    mine = {id(p) for p in owned}
+    seen: set[Any] = {h.value.grad_fn for h in heard}
+    stack = [value.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if id(getattr(node, "variable", None)) in mine:
+            raise RuntimeError(_BESIDE)
+        stack += [further for further, _ in node.next_functions]
+
+
+@contextmanager
+def _watched(owned: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Gradients of parameters as backward passes find them, before anything is done to them."""
+    gradients = [torch.zeros_like(p) for p in owned]
+
+    def watch(i: int) -> Callable[[Tensor], None]:
+        def see(gradient: Tensor) -> None:
+            gradients[i] = gradients[i] + gradient.detach()
+
+        return see
+
+    handles = [p.register_hook(watch(i)) for i, p in enumerate(owned)]
+    try:
+        yield gradients
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _refuse_unexplained(
+    heard: Sequence[Heard],
+    weights: Sequence[float],
+    owned: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+) -> None:
+    """Raise if the gradients of a backward are not those of the losses in it.
+
+    Where the closure returns a value without a graph, this is what tells of a penalty.
+    """
+    expected = [torch.zeros_like(p) for p in owned]
+    noise = 0.0
+    for h, weight in zip(heard, weights, strict=True):
+        if not weight:
+            continue
+        parts = h.objective.gradient(owned)
+        noise += abs(weight * h.scale) * h.objective.problem.n
+        expected = [e + weight * h.scale * part for e, part in zip(expected, parts, strict=True)]
+    for found, wanted in zip(gradients, expected, strict=True):
+        eps = torch.finfo(found.dtype).eps
+        room = eps**0.5 * (found.abs() + wanted.abs()) + 1e3 * eps * noise
+        if bool(((found - wanted).abs() > room).any()):
+            raise RuntimeError(_BESIDE)
+
+
 def average_information_step(
-    objectives: Sequence[Objective], parameters: Sequence[Tensor], tolerance: float = 1e-6
+    objectives: Sequence[Objective],
+    parameters: Sequence[Tensor] | None = None,
+    tolerance: float = 1e-6,
+    weights: Sequence[float] | None = None,
+    past: Past | None = None,
 ) -> Step:
     """The step of :class:`AIREML` on some likelihoods.
 
     A fit calls this and not the optimizer, because making any
     ``torch.optim.Optimizer`` imports torch's compiler, which takes longer than
     many a fit.
-    """
-    with torch.no_grad():
-        return _Stepper(objectives, parameters).step(tolerance)
-
-
-class Coordinates:
-    """The free parameters of some covariances in the coordinates of estimation.
 
     Args:
-        objectives: likelihoods whose covariances hold the parameters.
-        owned: the parameters to move; all that are free if None.
+        objectives: the likelihoods.
+        parameters: those to move; all that require a gradient if None.
+        tolerance: score norm that counts as converged.
+        weights: what each log-likelihood is multiplied by; 1 by default.
+        past: the steps before this one on the same likelihoods, from which the
+            curvature is learned; None where the data may have moved.
     """
-
-    def __init__(
-        self, objectives: Sequence[Objective], owned: Sequence[Tensor] | None = None
-    ) -> None:
-        wanted = None if owned is None else {id(p) for p in owned}
-        self.entries: list[Entry] = []
-        self._maps: list[tuple[list[Entry], list[int | None]]] = []
-        place: dict[int, int] = {}
-        for objective in objectives:
-            free = list(objective.covariance._layout().free)
-            at: list[int | None] = []
-            for e in free:
-                key = id(e.tensor)
-                if wanted is None or key in wanted:
-                    if key not in place:
-                        place[key] = len(self.entries)
-                        self.entries.append(e)
-                    at.append(place[key])
-                else:
-                    at.append(None)
-            self._maps.append((free, at))
-
-    @property
-    def vanishing(self) -> list[bool]:
-        """Which coordinates end at zero."""
-        return [e.trans.vanishes for e in self.entries]
-
-    def read(self, like: Tensor) -> Tensor:
-        """Present coordinates, on the dtype and device of ``like``."""
-        found = [e.trans.coordinate(e.tensor.detach().to(like)) for e in self.entries]
-        return torch.cat(found) if found else like.new_empty(0)
-
-    def write(self, u: Tensor) -> None:
-        """Set the parameters to coordinates, which are made canonical first."""
-        by_leaf: dict[int, tuple[Matrix, dict[str, float]]] = {}
-        for e, value in zip(self.entries, u.tolist(), strict=True):
-            by_leaf.setdefault(id(e.leaf), (e.leaf, {}))[1][e.local] = value
-        for leaf, values in by_leaf.values():
-            for name, value in leaf.canonical(values).items():
-                parameter = leaf._parameters[name]
-                assert parameter is not None
-                number = torch.tensor([value], dtype=u.dtype, device=u.device)
-                parameter.copy_(leaf._trans[name].from_coordinate(number))
-
-    def natural(self, objective: int, u: Tensor) -> Recorded:
-        """All free parameters of one objective's covariance, transformed, as a function of u."""
-        free, at = self._maps[objective]
-        if not free:
-            return Recorded(u, natural=True)
-        values = [
-            e.trans(e.tensor.detach().to(u)) if i is None else e.trans.at_coordinate(u[i : i + 1])
-            for e, i in zip(free, at, strict=True)
-        ]
-        return Recorded(torch.cat(values), natural=True)
+    with torch.no_grad():
+        return _Stepper(objectives, parameters, weights, past).step(tolerance)
 
 
-class Curvature:
-    r"""Score and curvature of the log-likelihood at the present parameters.
+class Past:
+    """Steps with the changes of the score along them, the last few."""
 
-    Attributes:
-        at: the coordinates, ``u`` their present values.
-        score: :math:`g = \partial\ell/\partial u`.
-        information: average information of u.
-        hessian: the curvature H of :class:`AIREML`.
-        move: the full step :math:`|H|^{-1} g`.
-        norm: :math:`\sqrt{g^\top |H|^{-1} g}`.
-        condition: condition number of H, scaled to have a diagonal near 1.
-        stuck: coordinates at zero from which the likelihood rises.
-        indistinct: names of parameters about which the data say nothing, or nothing
-            but a combination of them.
-    """
+    def __init__(self) -> None:
+        self._at: tuple[Tensor, Tensor] | None = None
+        self._pairs: list[tuple[Tensor, Tensor]] = []
 
-    def __init__(
-        self, objectives: Sequence[Objective], owned: Sequence[Tensor] | None = None
-    ) -> None:
-        self.objectives = objectives
-        self.indistinct: tuple[str, ...] = ()
-        self.at = Coordinates(objectives, owned)
-        self.u = u = self.at.read(objectives[0].problem.fixed.y)
-        self.score = torch.zeros_like(u)
-        self.information = torch.zeros(len(u), len(u), dtype=u.dtype, device=u.device)
-        bend = torch.zeros_like(self.information)
-        if not len(u):
-            self.hessian, self.move = bend, u
-            self.norm, self.condition, self.stuck = 0.0, 1.0, []
-            return
-        for i, objective in enumerate(objectives):
-            evaluation = objective.evaluate()
+    def see(self, curvature: Curvature) -> None:
+        """Keep the present point."""
+        u, score = curvature.u, curvature.score
+        if self._at is not None and len(self._at[0]) == len(u):
+            self._pairs.append((u - self._at[0], self._at[1] - score))
+            del self._pairs[: -len(u) - 2]
+        self._at = u.clone(), score.clone()
 
-            def matrices(x: Tensor, i: int = i) -> tuple[Tensor, ...]:
-                return self.matrices(i, x)
+    def correct(self, hessian: Tensor) -> Tensor:
+        """The curvature with what the steps have shown of it (Broyden, Fletcher, Goldfarb, Shanno).
 
-            score, curve = hessian_of_sum(matrices, evaluation.scores(), u)
-            self.score += score
-            bend += curve
-            self.information += evaluation.information(jacobian(matrices, u))
-        self.hessian = self.information - (bend + bend.mT) / 2
-        size = self.information.diagonal() + bend.diagonal().abs()
-        scale = torch.where(size > 0, size, 1).sqrt()
-        values, vectors = torch.linalg.eigh(self.hessian / (scale[:, None] * scale))
-        size = values.abs()
-        floor = float(size.max()) * torch.finfo(u.dtype).eps * 100
-        inverse = vectors / size.clamp(min=floor)
-        self.move = inverse @ (vectors.mT @ (self.score / scale)) / scale
-        self.norm = float((self.score @ self.move).clamp(min=0).sqrt())
-        self.condition = float(size.max() / size.min())
-        self.indistinct = self._indistinct(values, vectors, scale)
-        self.stuck = [
-            j
-            for j, vanishes in enumerate(self.at.vanishing)
-            if vanishes and float(u[j]) == 0 and float(self.hessian[j, j]) < 0
-        ]
-
-    def _indistinct(self, values: Tensor, vectors: Tensor, scale: Tensor) -> tuple[str, ...]:
-        # A change by a standard deviation or a correlation of 1 that moves the likelihood by
-        # nothing, and directions that are flat beside the steepest.
-        names = [e.name for e in self.at.entries]
-        silent = (self.u != 0) & (self.u**2 * self.hessian.diagonal().abs() < 1e-10)
-        found = {name for name, is_silent in zip(names, silent.tolist(), strict=True) if is_silent}
-        flat = values.abs() < FLAT * values.abs().max()
-        for direction in (vectors[:, flat] / scale[:, None]).T:
-            weight = (direction * self.u).abs()
-            found |= {n for n, w in zip(names, weight, strict=True) if w > 0.1 * weight.max()}
-        return tuple(name for name in names if name in found)
-
-    def matrices(self, i: int, u: Tensor) -> tuple[Tensor, ...]:
-        """Matrices of the i-th problem as a function of the coordinates."""
-        return self.objectives[i].matrices(self.at.natural(i, u))
-
-    def variance_step(self, j: int) -> float:
-        r"""The scoring step of :math:`u_j^2` from zero."""
-        slope = information = 0.0
-        for i, objective in enumerate(self.objectives):
-            evaluation = objective.evaluate()
-
-            def matrices(x: Tensor, i: int = i) -> tuple[Tensor, ...]:
-                return self.matrices(i, x)
-
-            half = [d / 2 for d in second_derivative(matrices, self.u, j)]
-            slope += sum(float((s * d).sum()) for s, d in zip(evaluation.scores(), half))
-            information += float(evaluation.information([d[None] for d in half]))
-        return slope / information
+        Pairs along which the likelihood does not bend downwards say nothing.
+        """
+        for s, y in self._pairs:
+            Bs = hessian @ s
+            along, seen = float(s @ Bs), float(s @ y)
+            if 0 < along < _NEAR and 0.1 * along < seen < 10 * along:
+                hessian = hessian - torch.outer(Bs, Bs) / along + torch.outer(y, y) / seen
+        return hessian
 
 
 class _Stepper:
     """One step: everything that depends on the point it starts from."""
 
-    def __init__(self, objectives: Sequence[Objective], owned: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        objectives: Sequence[Objective],
+        owned: Sequence[Tensor] | None,
+        weights: Sequence[float] | None,
+        past: Past | None,
+    ) -> None:
         self._objectives = objectives
-        self._rows = sum(o.problem.n for o in objectives)
+        self._weights = [1.0] * len(objectives) if weights is None else list(weights)
         self._eps = torch.finfo(objectives[0].problem.fixed.y.dtype).eps
         self._start = self._log_likelihood()
         if not isfinite(self._start):
             raise NotPositiveDefiniteError("V is not positive definite at the starting values")
-        self._curvature = Curvature(objectives, owned)
-        if not self._curvature.at.entries:
+        self._curvature = c = Curvature(objectives, owned, self._weights)
+        if not len(c.at):
             raise RuntimeError("none of AIREML's parameters belongs to a covariance in the loss")
-        # Differences of the likelihood below this are rounding.
-        self._least = self._start - 100 * self._eps * (abs(self._start) + self._rows)
-        # As are those within what an estimated likelihood is known to.
-        self._least -= sum(o.evaluate().error for o in objectives)
+        self._norm = c.norm
+        if past is not None:
+            past.see(c)
+            c.solve(past.correct(c.hessian))
+        # Differences of the likelihood below this are rounding, as are those within what an
+        # estimated likelihood is known to.
+        self._slack = 100 * self._eps * (abs(self._start) + c.rows)
+        self._slack += sum(o.evaluate().error for o in objectives)
 
     def step(self, tolerance: float) -> Step:
         c = self._curvature
         escaped = self._escape()
         if escaped is not None:
-            return Step(escaped, c.norm, 1.0, c.condition, False)
-        # The score norm that rounding of the likelihood lets one see.
-        resolution = max(tolerance, (self._eps * self._rows) ** 0.5)
-        if c.norm < resolution:
-            return Step(self._start, c.norm, 0.0, c.condition, True)
-        length = 1.0
-        for _ in range(60):
-            reached = self._try(length * c.move)
+            return self._step(escaped, 1.0)
+        if self._norm < max(tolerance, c.resolution):
+            settled = self._settle()
+            if settled is not None:
+                return self._step(settled, 1.0)
+            return self._step(self._start, 0.0)
+        damping = 0.0
+        for _ in range(40):
+            move = c.damped(damping)
+            reached = self._try(move)
             if reached is not None:
-                return Step(reached, c.norm, length, c.condition, False)
-            length /= 2
+                if damping == 0:
+                    reached = self._farther(move, reached)
+                return self._step(reached, 1 / (1 + damping))
+            damping = 4 * damping if damping else 0.1
         c.at.write(c.u)
-        return Step(self._start, c.norm, 0.0, c.condition, False)
+        return self._step(self._start, 0.0)
+
+    def _step(self, reached: float, length: float) -> Step:
+        c = self._curvature
+        return Step(reached, self._norm, length, c.condition, length == 0 and c.is_optimum)
 
     def _log_likelihood(self) -> float:
         """At the parameters as they are; minus infinity where it does not exist."""
         try:
-            total = sum(float(o.evaluate().log_likelihood) for o in self._objectives)
-        except NotPositiveDefiniteError:
+            total = sum(
+                w * float(o.evaluate().log_likelihood)
+                for o, w in zip(self._objectives, self._weights, strict=True)
+            )
+        except NumericalError:
             return -inf
         return total if isfinite(total) else -inf
 
@@ -320,39 +328,90 @@ class _Stepper:
 
     def _try(self, move: Tensor) -> float | None:
         """Move unless the likelihood falls; returns the log-likelihood reached."""
-        u = self._curvature.u
-        target = u + move
-        vanishing = torch.tensor(self._curvature.at.vanishing, device=u.device)
-        ends = vanishing & (u > 0) & (target <= 0.1 * u)
+        c = self._curvature
+        u, target = c.u, c.u + move
+        low, high = c.at.ends(u)
+        bound = torch.where(move < 0, low, high)
+        gap = (bound - u).abs()  # to the boundary that the coordinate moves to
+        ends = (gap > 0) & (move.abs() >= 0.9 * gap)
         reached = self._at(target)
-        # What the quadratic promises; a step that keeps half of it, and is not all the way to zero,
-        # needs no better one.
-        promised = float(self._curvature.score @ move - move @ self._curvature.hessian @ move / 2)
-        kept = reached - self._start > promised / 2 and bool((target > 0.02 * u)[ends].all())
-        if not bool(ends.any()) or kept:
-            return reached if reached >= self._least else None
-        # Perhaps it ends at zero, perhaps the step is too long.
-        candidates = [target, torch.where(ends, 0, target), torch.where(ends, u / 2, target)]
-        values = [reached, *(self._at(v) for v in candidates[1:])]
+        # What the quadratic promises; a step that keeps half of it, and is not all the way to
+        # the boundary, needs no better one.
+        promised = float(c.score @ move - move @ c.hessian @ move / 2)
+        inside = bool((move.abs() < 0.98 * gap)[ends].all())
+        least = self._start - self._slack
+        if not bool(ends.any()) or (reached - self._start > promised / 2 and inside):
+            return reached if reached >= least else None
+        # Perhaps it ends at the boundary, perhaps the step is too long.
+        halfway = u + torch.where(move < 0, -gap, gap) / 2
+        candidates = [torch.where(ends, bound, target), target, torch.where(ends, halfway, target)]
+        values = [self._at(candidates[0]), reached, self._at(candidates[2])]
         best = values.index(max(values))
-        if values[best] < self._least:
+        if values[0] >= values[best] - self._slack / 100:
+            best = 0
+        if values[best] < least:
             return None
         if best != len(candidates) - 1:
             self._at(candidates[best])
         return values[best]
 
-    def _escape(self) -> float | None:
-        """Leave zero where the likelihood rises from there, which no gradient shows."""
+    def _farther(self, move: Tensor, reached: float) -> float:
+        """Go on along a step that gained more than it promised, as towards an optimum far away."""
         c = self._curvature
+        promised = float(c.score @ move - move @ c.hessian @ move / 2)
+        if not reached - self._start > 1.2 * promised > self._slack:
+            return reached
+        here = c.at.read(c.u)
+        for _ in range(6):
+            move = 2 * move
+            farther = self._at(c.u + move)
+            if not farther > reached + 0.1 * promised:
+                break
+            here, reached = c.at.read(c.u), farther
+        self._at(here)
+        return reached
+
+    def _settle(self) -> float | None:
+        """Put coordinates within a fraction of a standard error of a boundary onto it.
+
+        What converges towards a boundary would else end near it, at 1e-45 in place of 0.
+        """
+        c = self._curvature
+        low, high = c.at.ends(c.u)
+        bound = torch.where((c.u - low) < (high - c.u), low, high)
+        gap = (bound - c.u).abs()
+        bend = c.hessian.diagonal().abs()
+        near = (gap > 0) & (gap**2 * bend < 1e-3) & ~c.silent
+        for j in near.nonzero()[:, 0].tolist():
+            target = c.u.clone()
+            target[j] = bound[j]
+            reached = self._at(target)
+            if reached >= self._start - self._slack / 100:
+                return reached
+        if bool(near.any()):
+            self._at(c.u)
+        return None
+
+    def _escape(self) -> float | None:
+        """Leave a boundary or a saddle where the likelihood rises from there, which no gradient
+        shows."""
+        c = self._curvature
+        low, _ = c.at.ends(c.u)
         for j in c.stuck:
-            variance = c.variance_step(j)
+            distance = c.boundary_step(j) ** 0.5
             for _ in range(40):
                 target = c.u.clone()
-                target[j] = variance**0.5
+                target[j] += distance if float(low[j]) == float(c.u[j]) else -distance
                 reached = self._at(target)
-                if reached > 2 * self._start - self._least:
+                if reached > self._start + self._slack:
                     return reached
-                variance /= 4
-        if c.stuck:
+                distance /= 2
+        if self._norm < max(1e-3, c.resolution):
+            for direction in c.descents:
+                for length in (1.0, -1.0, 0.1, -0.1):
+                    reached = self._at(c.u + length * direction)
+                    if reached > self._start + self._slack:
+                        return reached
+        if c.stuck or len(c.descents):
             self._at(c.u)
         return None

@@ -6,12 +6,12 @@ first use takes longer than many a fit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["hessian_of_sum", "jacobian", "second_derivative"]
+__all__ = ["hessian_of_sum", "hessian_of_value", "jacobian", "second_derivative"]
 
 Function = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -41,6 +41,28 @@ def hessian_of_sum(function: Function, weights: list[Tensor], u: Tensor) -> tupl
         (slope,) = torch.autograd.grad(total, x, create_graph=True, materialize_grads=True)
         rows = [_grad(part, x) for part in slope]
         return slope.detach(), torch.stack(rows) if rows else u.new_zeros(0, 0)
+
+
+def hessian_of_value(
+    function: Callable[[Tensor], Tensor], u: Tensor, others: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor]:
+    """Gradient (m,) and Hessian (m, m) of a scalar, by u and then by other leaves it depends on."""
+    with torch.enable_grad():
+        x = u.detach().requires_grad_()
+        leaves = [x, *others]
+        slopes = torch.autograd.grad(
+            function(x), leaves, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        slope = torch.cat([part.reshape(-1).to(u) for part in slopes])
+        rows = []
+        for part in slope:
+            found: Sequence[Tensor] = [torch.zeros_like(leaf) for leaf in leaves]
+            if part.requires_grad:
+                found = torch.autograd.grad(
+                    part, leaves, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+            rows.append(torch.cat([f.reshape(-1).to(u) for f in found]).detach())
+        return slope.detach(), torch.stack(rows)
 
 
 def _pulled(function: Function, u: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:

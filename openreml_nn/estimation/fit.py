@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from math import isfinite
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from openreml_nn.covariance import Matrix
+from openreml_nn.covariance.design import Design, IndexedDesign
 from openreml_nn.covariance.terms import (
     Term,
     has_own_columns,
@@ -18,7 +20,8 @@ from openreml_nn.covariance.terms import (
 )
 from openreml_nn.errors import InputError
 from openreml_nn.estimation.aireml import average_information_step
-from openreml_nn.estimation.result import Label, Record, Result
+from openreml_nn.estimation.result import Label, Record, Result, Start
+from openreml_nn.estimation.starts import climb, climb_from_several, has_several_optima
 from openreml_nn.likelihood import REMLLoss
 from openreml_nn.likelihood.blocked import BlockedProblem
 from openreml_nn.likelihood.grouped import separated
@@ -60,17 +63,29 @@ def start_by_moments(objective: Objective, size: float) -> None:
 
 
 def _check_confounded(terms: Sequence[Term]) -> None:
-    """Raise if a random effect of one variance has a level of its own for each row."""
+    """Raise if a random effect of one variance has a level of its own for each row, as the
+    residual has, and both variances are to be estimated."""
     residual = residual_terms(terms)
-    if not any(terms[i].is_residual for i in residual):
+    if not any(terms[i].is_residual and not terms[i].known for i in residual):
         return
     for i, term in enumerate(terms):
-        if i not in residual and is_scalar(term.covariance) and has_own_columns(term.design):
+        if i in residual or term.known or not is_scalar(term.covariance):
+            continue
+        if has_own_columns(term.design) and not _is_weighted(term.design):
             n, q = term.design.shape
             raise InputError(
                 f"term {term.name!r} has {q} levels for {n} rows, one row each: it cannot be told "
                 "from the residual"
             )
+
+
+def _is_weighted(design: Design) -> bool:
+    """Whether the rows of an indexed design differ in the size of their values."""
+    values = design.values if isinstance(design, IndexedDesign) else None
+    if values is None:
+        return False
+    size = values.detach().abs()
+    return bool((size - size[0]).abs().max() > 1e-6 * size.max())
 
 
 def _start_by_krylov(objective: Objective, loss: REMLLoss, y: Tensor, X: Tensor) -> bool:
@@ -146,33 +161,55 @@ def fit_reml(
     ['batch 1.1475', 'Residual 0.0500']
     """
     if start not in ("moments", "current"):
-        raise ValueError(f"`start` is {start!r}: expected 'moments' or 'current'")
+        raise InputError(f"`start` is {start!r}: expected 'moments' or 'current'")
+    check_iterations(max_iterations)
     loss = REMLLoss(covariance, method, solver, reduction="sum")
-    loss.names = names
     if not isinstance(y, Tensor) or not isinstance(X, Tensor):
         raise TypeError("`y` and `X` must be tensors")
+    check_names(names, X)
+    loss.names = names
     y, X = y.detach(), X.detach()
     covariance.to(y)
     objective = loss.objective(y, X, rows)
     _check_confounded(objective.terms())
-    parameters = list(covariance.parameters())
-    free = any(p.requires_grad for p in parameters)
-    if start == "moments" and not (free and _start_by_krylov(objective, loss, y, X)):
+    free = any(p.requires_grad for p in covariance.parameters())
+    others: list[Start] = []
+
+    def begin() -> None:
         moment_start(loss, y, X, rows)
-    history = iterate(objective, max_iterations if free else 0)
-    return checked(Result.of(objective, loss.plan, y, X, history, names, labels))
+
+    if start == "moments" and free and has_several_optima(objective):
+        history, others = climb_from_several(objective, max_iterations, begin)
+    else:
+        if start == "moments" and not (free and _start_by_krylov(objective, loss, y, X)):
+            begin()
+        history = iterate(objective, max_iterations if free else 0)
+    return checked(Result.of(objective, loss.plan, y, X, history, names, labels, others))
+
+
+def check_iterations(max_iterations: object) -> None:
+    """Raise InputError unless it is a positive whole number."""
+    whole = isinstance(max_iterations, Integral) and not isinstance(max_iterations, bool)
+    if not whole or int(max_iterations) < 1:  # type: ignore[call-overload]
+        raise InputError(f"`max_iterations` is {max_iterations!r}: expected a whole number above 0")
+
+
+def check_names(names: object, X: Tensor) -> None:
+    """Raise InputError unless there is one name, a string, for each column of X."""
+    if names is None:
+        return
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise InputError(f"`names` is {names!r}: expected a list of strings, one for each column")
+    wrong = [name for name in names if not isinstance(name, str)]
+    if wrong:
+        raise InputError(f"`names` holds {wrong[0]!r}: expected strings")
+    if X.dim() == 2 and len(names) != X.shape[1]:
+        raise InputError(f"`names` has {len(names)} entries but `X` has {X.shape[1]} columns")
 
 
 def iterate(objective: Objective, most: int) -> list[Record]:
     """Average-information steps until the optimum, or as many as allowed."""
-    parameters = list(objective.covariance.parameters())
-    history: list[Record] = []
-    for _ in range(most):
-        step = average_information_step([objective], parameters)
-        history.append(Record.of(objective.covariance, *step[:3]))
-        if step.converged or step.length == 0:
-            break
-    return history
+    return climb(objective, most)
 
 
 def checked(result: Result) -> Result:

@@ -274,12 +274,16 @@ def _check_value(name: str, value: Tensor, y: Tensor, values: Mapping[str, Tenso
         raise InputError(f"`{name}` has shape {tuple(value.shape)}: expected {wanted}")
     if value.device != y.device:
         raise InputError(f"`{name}` is on {value.device} but `y` on {y.device}: move one of them")
-    if name != "Z" and not traced(value):
-        with torch.no_grad():
-            gap = (value - value.mT).abs().max()
-            # Written so that NaN is an error too.
-            if not bool(gap <= 1e3 * torch.finfo(value.dtype).eps * value.abs().max()):
-                raise InputError(f"`{name}` is not symmetric, or not finite")
+    if traced(value):
+        return
+    with torch.no_grad():
+        if not bool(torch.isfinite(value).all()):
+            raise InputError(f"`{name}` has an entry that is not finite")
+        if name == "Z":
+            return
+        gap = (value - value.mT).abs().max()
+        if bool(gap > 1e3 * torch.finfo(value.dtype).eps * value.abs().max()):
+            raise InputError(f"`{name}` is not symmetric")
 
 
 class _Trees(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import log, nan
 from typing import Any, NamedTuple
@@ -31,10 +31,8 @@ from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import Plan
 from openreml_nn.likelihood.problem import Evaluation, RandomEffects
 
-__all__ = ["Component", "Estimate", "FixedEffects", "Label", "Record", "Result"]
+__all__ = ["Component", "Estimate", "FixedEffects", "Label", "Record", "Result", "Start"]
 
-#: Parameters count as converged this many standard errors from the optimum.
-CONVERGED = 1e-3
 #: A random effect this many residual standard deviations small is none (as in lme4).
 SINGULAR = 1e-4
 
@@ -59,6 +57,7 @@ class Estimate:
         std_error: its standard error.
         untransformed: the value that the module stores.
         untransformed_std_error: its standard error.
+        fixed: whether it was held at its value: fixed, or without a gradient.
     """
 
     name: str
@@ -66,6 +65,7 @@ class Estimate:
     std_error: float
     untransformed: float
     untransformed_std_error: float
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,25 @@ class Record:
 
 
 @dataclass(frozen=True)
+class Start:
+    """Where the fit ended from a start of which the result is not reported.
+
+    Attributes:
+        log_likelihood: at its end.
+        iterations: its steps.
+        converged: whether it ended at an optimum.
+        same: whether that is the optimum of the result.
+        parameters: transformed parameters at its end, by name.
+    """
+
+    log_likelihood: float
+    iterations: int
+    converged: bool
+    same: bool
+    parameters: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Source:
     """What a result was had from, as inference needs it.
 
@@ -224,6 +243,7 @@ class Result:
             combination of their effects has less than 1e-4 residual standard
             deviations.
         indistinct: parameters that the data cannot tell apart, or say nothing about.
+        boundary: parameters at a boundary: a variance of 0, a correlation of ±1.
         score_norm: distance to the optimum in standard errors.
         condition: condition number of the scaled curvature.
         rows: number of rows n.
@@ -237,7 +257,8 @@ class Result:
         residuals: (n,) :math:`y` less that.
         history: record of the iterations.
         plan: the solver's plan.
-        num_params: number of free covariance parameters.
+        num_params: number of estimated parameters of the covariance.
+        starts: where the fit ended from its other starts, if it had any; see :class:`Start`.
         starts: of a fit from several starts, what each of the others ended with.
         source: data and model, for inference; None where rows were streamed.
     """
@@ -246,6 +267,7 @@ class Result:
     converged: bool
     singular: tuple[str, ...]
     indistinct: tuple[str, ...]
+    boundary: tuple[str, ...]
     score_norm: float
     condition: float
     rows: int
@@ -260,7 +282,7 @@ class Result:
     history: tuple[Record, ...]
     plan: Plan
     num_params: int
-    starts: tuple[Any, ...] = ()
+    starts: tuple[Start, ...] = ()
     source: Source | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -315,6 +337,7 @@ class Result:
                 "converged": self.converged,
                 "singular": list(self.singular),
                 "indistinct": list(self.indistinct),
+                "boundary": list(self.boundary),
                 "score_norm": self.score_norm,
                 "condition": self.condition,
                 "rows": self.rows,
@@ -341,6 +364,7 @@ class Result:
                     for c in self.components
                 ],
                 "history": [vars(record) for record in self.history],
+                "starts": [vars(start) for start in self.starts],
             }
         )
 
@@ -354,13 +378,15 @@ class Result:
         history: Sequence[Record] = (),
         names: Sequence[str] | None = None,
         labels: Mapping[str, Label] | None = None,
+        starts: Sequence[Start] = (),
     ) -> Result:
         """The result at the present parameters, however they were found.
 
         Without the rows, ``y`` and ``X``, there are no fitted values.
         """
         with torch.no_grad():
-            return _Builder(objective, labels or {}).build(plan, y, X, history, names)
+            found = _Builder(objective, labels or {}).build(plan, y, X, history, names)
+            return replace(found, starts=tuple(starts))
 
 
 def finite(value: Any) -> Any:
@@ -405,7 +431,8 @@ class _Builder:
         curvature = self._curvature
         return Result(
             method=problem.method,
-            converged=curvature.norm < CONVERGED and not curvature.stuck,
+            # A run that was still moving ended at its limit of iterations.
+            converged=curvature.is_optimum and not (history and history[-1].step > 0),
             singular=tuple(dict.fromkeys(c.group for c in components if c.singular)),
             # Of a variance that is zero the data say nothing more.
             indistinct=tuple(
@@ -413,6 +440,7 @@ class _Builder:
                 for name in curvature.indistinct
                 if not any(name.startswith(f"{term}/") for term in negligible)
             ),
+            boundary=curvature.boundary,
             score_norm=curvature.norm,
             condition=curvature.condition,
             rows=problem.n,
@@ -426,7 +454,7 @@ class _Builder:
             residuals=residuals,
             history=tuple(history),
             plan=plan,
-            num_params=len(curvature.at.entries),
+            num_params=len(curvature.at),
             source=self._source(y, X, names),
         )
 
@@ -457,8 +485,7 @@ class _Builder:
         """Covariance of the coordinates; NaN for those at zero."""
         at, information = self._curvature.at, self._curvature.information
         u = self._curvature.u
-        vanishing = torch.tensor(at.vanishing, device=u.device, dtype=torch.bool)
-        inner = (~(vanishing & (u == 0))).nonzero()[:, 0]
+        inner = (~at.on_boundary(u)).nonzero()[:, 0]
         spread = torch.full_like(information, nan)
         part = information[inner][:, inner]
         scale = part.diagonal().sqrt()
@@ -474,7 +501,7 @@ class _Builder:
             zip(
                 [(id(e.leaf), e.local) for e in at.entries],
                 zip(u, self._spread.diagonal().sqrt(), strict=True),
-                strict=True,
+                strict=False,
             )
         )
         found = []
@@ -486,7 +513,13 @@ class _Builder:
                 coordinate, spread = errors[id(e.leaf), e.local]
                 std_error = float(_slope(e.trans.at_coordinate, coordinate) * spread)
                 stored_error = float(_slope(e.trans.from_coordinate, coordinate) * spread)
-            found.append(Estimate(e.name, value, std_error, stored, stored_error))
+            fixed = not (e.free and e.tensor.requires_grad)
+            found.append(Estimate(e.name, value, std_error, stored, stored_error, fixed))
+        # Weights of designs and networks, as they are.
+        start = len(at.entries)
+        rest = zip(at.names, u.tolist(), self._spread.diagonal().sqrt().tolist(), strict=True)
+        for name, value, error in list(rest)[start:]:
+            found.append(Estimate(name, value, error, value, error))
         return tuple(found)
 
     def _components(self, negligible: Mapping[str, Tensor]) -> list[Component]:

@@ -56,6 +56,15 @@ def tables(result: Result, title: str | None = None) -> list[Table | str]:
     singular = [singularity(c) for c in result.components if c.singular]
     if singular:
         parts.append(f"singular fit: {'; '.join(singular)}")
+    if result.boundary:
+        parts.append(f"at the boundary: {', '.join(result.boundary)}")
+    others = [start for start in result.starts if start.converged and not start.same]
+    if others:
+        best = max(start.log_likelihood for start in others)
+        parts.append(
+            f"the likelihood has more than one optimum: another one is lower by "
+            f"{result.log_likelihood - best:.4f}"
+        )
     if result.indistinct:
         parts.append(f"the data cannot tell apart: {', '.join(result.indistinct)}")
     return parts

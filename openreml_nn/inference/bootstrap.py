@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from openreml_nn.checks import check_count, check_flag, found
 from openreml_nn.estimation import Result
 from openreml_nn.estimation.fit import iterate
 from openreml_nn.inference.batched import maximise
 from openreml_nn.inference.likelihood_ratio import likelihood_ratio_test
-from openreml_nn.inference.refit import Refit, matrix_entries
+from openreml_nn.inference.refit import Refit, check_level, matrix_entries
 from openreml_nn.likelihood.loss import Objective
 
 __all__ = ["Bootstrap", "bootstrap", "bootstrap_test", "simulate"]
@@ -35,9 +36,9 @@ def simulate(result: Result, samples: int = 1, seed: int = 0) -> Tensor:
 
     Raises:
         ValueError: if there is no sample, or the rows were streamed.
+        TypeError: if an argument is of another kind.
     """
-    if samples < 1:
-        raise ValueError(f"`samples` is {samples}: expected at least 1")
+    samples, seed = check_count("samples", samples, 1), check_count("seed", seed)
     refit = Refit(result)
     generator = torch.Generator().manual_seed(seed)
     y = (refit.X @ result.fixed.estimate)[:, None].repeat(1, samples)
@@ -66,9 +67,9 @@ class Bootstrap:
 
         Raises:
             ValueError: if the level is not between 0 and 1.
+            TypeError: if it is no number.
         """
-        if not 0 < level < 1:
-            raise ValueError(f"`level` is {level}: expected a number between 0 and 1")
+        level = check_level(level)
         low, high = (self.samples.quantile(q) for q in ((1 - level) / 2, (1 + level) / 2))
         return pd.DataFrame(
             {
@@ -105,10 +106,14 @@ def bootstrap(
 
     Raises:
         ValueError: if there is no sample, or the rows were streamed.
+        TypeError: if an argument is of another kind.
 
     Reference:
         Efron and Tibshirani, An Introduction to the Bootstrap (1993), section 6.5.
     """
+    check_flag("progress", progress)
+    if statistic is not None and not callable(statistic):
+        raise TypeError(f"`statistic` is {found(statistic)}: expected a function of a Result")
     refit = Refit(result)
     estimate = _numbers(refit, refit.objective()) if statistic is None else dict(statistic(result))
     responses = simulate(result, samples, seed)
@@ -148,6 +153,8 @@ def bootstrap_test(
     Reference:
         Davison and Hinkley, Bootstrap Methods and their Application (1997), eq. 4.11.
     """
+    check_flag("progress", progress)
+    samples, seed = check_count("samples", samples, 1), check_count("seed", seed)
     observed = likelihood_ratio_test(small, large).statistic
     fits = [Refit(small), Refit(large)]
     reached = 0
@@ -179,16 +186,16 @@ def _tracked(parts: tuple[Tensor, ...], progress: bool) -> Iterable[Tensor]:
 
 def _numbers(refit: Refit, objective: Objective) -> dict[str, float]:
     """Standard deviations, correlations and fixed effects at the present parameters."""
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     with torch.no_grad():
         matrices = [term.covariance.shown() for term in objective.terms()]
     for name, (index, i, j) in matrix_entries(refit.result).items():
         matrix = matrices[index]
         scale = float((matrix[i, i] * matrix[j, j]).clamp(min=0).sqrt())
         if i == j:
-            found[name] = scale**0.5
+            numbers[name] = scale**0.5
         else:
-            found[name] = float(matrix[i, j]) / scale if scale else nan
+            numbers[name] = float(matrix[i, j]) / scale if scale else nan
     fixed = objective.problem.fixed
     beta = fixed.coefficients(objective.evaluate().gamma).tolist()
-    return found | dict(zip(refit.result.fixed.names, beta, strict=True))
+    return numbers | dict(zip(refit.result.fixed.names, beta, strict=True))

@@ -9,6 +9,8 @@ import pandas as pd
 import torch
 from scipy import stats
 
+from openreml_nn.checks import check_flag
+from openreml_nn.errors import InputError
 from openreml_nn.estimation import Result
 from openreml_nn.inference.refit import Refit, source_of
 
@@ -24,7 +26,8 @@ class LikelihoodRatio:
         df: parameters by which the models differ.
         p: probability of a larger statistic under the smaller model. Where variances are
             tested, it is under the mixture below.
-        p_naive: the same under :math:`\chi^2` with ``df``, too large for variances.
+        p_naive: the same under :math:`\chi^2` with ``df``, too large for variances; as lme4's
+            anova prints it, and of fits by REML (``refit=False``) lmerTest's ranova.
         mixture: weights of :math:`\chi^2` distributions by their degrees of freedom.
     """
 
@@ -47,7 +50,7 @@ def likelihood_ratio_test(small: Result, large: Result) -> LikelihoodRatio:
         small, large: fits of the same response by the same method.
 
     Raises:
-        ValueError: if the models are not of the same data and method, the larger one has no
+        ValueError: if the models are not of the same data, weights and method, the larger one has no
             more parameters, or they were fitted by REML with different fixed effects.
 
     Reference:
@@ -61,22 +64,24 @@ def likelihood_ratio_test(small: Result, large: Result) -> LikelihoodRatio:
     >>> f"{test.statistic:.2f}", test.df, test.mixture
     ('42.84', 2, {1: 0.5, 2: 0.5})
     """
+    for name, fit in (("small", small), ("large", large)):
+        source_of(fit, name)
     _check_same_data(small, large)
     if small.method != large.method:
-        raise ValueError(
+        raise InputError(
             f"the fits are by {small.method!r} and {large.method!r}: fit both by one method"
         )
     same_x = set(small.fixed.names) == set(large.fixed.names)
     if small.method == "reml" and not same_x:
-        raise ValueError(
+        raise InputError(
             "restricted likelihoods of different fixed effects do not compare: fit both with "
             "method='ml'"
         )
     if not set(small.fixed.names) <= set(large.fixed.names):
-        raise ValueError("the models are not nested: the smaller one has other fixed effects")
+        raise InputError("the models are not nested: the smaller one has other fixed effects")
     df = _size(large) - _size(small)
     if df < 1:
-        raise ValueError(
+        raise InputError(
             f"the models have {_size(small)} and {_size(large)} parameters: the second must have "
             "more"
         )
@@ -93,8 +98,9 @@ def anova(*results: Result, refit: bool = True) -> pd.DataFrame:
 
     Args:
         *results: fits of the same data.
-        refit: whether fits by REML are first made again by maximum likelihood, as they have to be
-            when fixed effects are compared.
+        refit: whether fits by REML are first made again by maximum likelihood, as lme4's anova
+            does and as they have to be when fixed effects are compared. Without it the test is of
+            the restricted likelihoods, as lmerTest's ranova has it.
 
     Returns:
         npar, aic, bic, log_likelihood, deviance, and, beside the smaller model, statistic, df, p
@@ -102,9 +108,13 @@ def anova(*results: Result, refit: bool = True) -> pd.DataFrame:
 
     Raises:
         ValueError: as :func:`likelihood_ratio_test`.
+        TypeError: if an argument is no fit.
     """
+    check_flag("refit", refit)
     if len(results) < 2:
-        raise ValueError(f"`results` are {len(results)}: expected two fits or more")
+        raise InputError(f"`results` are {len(results)}: expected two fits or more, anova(a, b)")
+    for i, result in enumerate(results):
+        source_of(result, f"results[{i}]")
     fits = [Refit(r).fit("ml") if refit and r.method == "reml" else r for r in results]
     fits.sort(key=_size)
     rows: list[dict[str, float]] = []
@@ -135,7 +145,12 @@ def _tail(statistic: float, df: int) -> float:
 def _check_same_data(small: Result, large: Result) -> None:
     y, z = source_of(small).y, source_of(large).y
     if y.shape != z.shape or not torch.equal(y, z.to(y)):
-        raise ValueError(
+        raise InputError(
             f"the fits are of different data, {small.rows} and {large.rows} rows: fit both to "
             "the same rows (missing values may have removed some)"
+        )
+    weights = [getattr(source_of(fit).encoder, "weights", None) for fit in (small, large)]
+    if weights[0] != weights[1]:
+        raise InputError(
+            f"the fits have weights {weights[0]!r} and {weights[1]!r}: fit both with the same"
         )

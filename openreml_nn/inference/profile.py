@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy.interpolate import CubicSpline
 from scipy.stats import norm
 from torch import Tensor
 
+from openreml_nn.checks import check_choice, check_names, check_number
 from openreml_nn.estimation import Result
-from openreml_nn.estimation.aireml import Curvature
-from openreml_nn.estimation.fit import iterate
-from openreml_nn.inference.refit import Refit, matrix_entries
-from openreml_nn.likelihood.problem import NotPositiveDefiniteError
+from openreml_nn.inference.constrained import Ascent, Held, Natural
+from openreml_nn.inference.refit import Refit, matrix_entries, source_of
 
 __all__ = ["Curve", "Profile", "profile"]
 
 #: How far each curve goes, in zeta, and by what steps.
-_REACH, _STEP = 2.8, 0.4
+_REACH, _STEP = 2.9, 0.4
+#: Levels that the curves reach.
+_MOST_LEVEL = 0.995
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,17 @@ class Curve:
     upper: float
 
     def interval(self, level: float) -> tuple[float, float]:
-        """Where the likelihood-ratio test of a level accepts; a bound where it is not left."""
+        """Where the likelihood-ratio test of a level accepts; a bound where it is not left.
+
+        Raises:
+            ValueError: if the level is not between 0 and 0.995, beyond which no curve goes.
+            TypeError: if it is no number.
+        """
+        level = check_number("level", level, above=0, below=_MOST_LEVEL)
         z = float(norm.ppf((1 + level) / 2))
+        if len(self.zeta) < 2:
+            # The likelihood says nothing of it.
+            return self.lower, self.upper
         inverse = CubicSpline(self.zeta, self.values)
         low = float(inverse(-z)) if self.zeta[0] <= -z else self.lower
         high = float(inverse(z)) if self.zeta[-1] >= z else self.upper
@@ -62,10 +70,9 @@ class Profile:
         """Confidence intervals: name, estimate, low, high.
 
         Raises:
-            ValueError: if the level is not between 0 and 0.99, beyond which no curve goes.
+            ValueError: if the level is not between 0 and 0.995, beyond which no curve goes.
+            TypeError: if it is no number.
         """
-        if not 0 < level <= 0.99:
-            raise ValueError(f"`level` is {level}: expected a number between 0 and 0.99")
         rows = [(name, c.estimate, *c.interval(level)) for name, c in self.curves.items()]
         return pd.DataFrame(rows, columns=["name", "estimate", "low", "high"])
 
@@ -75,14 +82,16 @@ def profile(result: Result, names: Sequence[str] | None = None) -> Profile:
 
     Of the full likelihood, as only that has all of them as parameters: a fit by REML is first made
     again by maximum likelihood. Each point maximises the likelihood over all other
-    parameters under the constraint that one has a value, by Newton steps on the Lagrangian.
+    parameters under the constraint that one has a value. A curve ends at the bound of its parameter,
+    a standard deviation of 0 or a correlation of ±1, where the likelihood falls too little before it.
 
     Args:
         result: a fit.
         names: which parameters; all by default.
 
     Raises:
-        ValueError: if a name is unknown.
+        ValueError: if a name is unknown, or the rows were streamed.
+        TypeError: if an argument is of another kind.
 
     Reference:
         Bates, Mächler, Bolker and Walker, Journal of Statistical Software 67(1) (2015), section 5.1.
@@ -90,144 +99,68 @@ def profile(result: Result, names: Sequence[str] | None = None) -> Profile:
     return _Profiler(result).run(names)
 
 
-Quantity = Callable[[Tensor], Tensor]
-
-
 class _Profiler:
     def __init__(self, result: Result) -> None:
+        source_of(result)
         self.refit = Refit(result)
         self.fitted = self.refit.fit("ml")
         self.objective = self.refit.objective(method="ml")
-        curvature = Curvature([self.objective])
-        self.at, self.u = curvature.at, curvature.u
+        self.natural = Natural(self.objective)
         self.best = float(self.objective.evaluate().log_likelihood)
 
     def run(self, names: Sequence[str] | None) -> Profile:
-        quantities = self._quantities()
+        held = self._held()
         fixed = self.fitted.fixed
-        known = [*quantities, *fixed.names]
-        unknown = [name for name in names or () if name not in known]
-        if unknown:
-            raise ValueError(f"`names` has {unknown[0]!r}: expected some of {known}")
+        known = [*held, *fixed.names]
+        wanted = known if names is None else check_names("names", names)
+        for name in wanted:
+            check_choice("names", name, known)
         curves = {}
-        for name in known if names is None else names:
-            self._reset()
-            if name in quantities:
-                curves[name] = self._covariance_curve(name, quantities[name])
+        for name in wanted:
+            if name in held:
+                curves[name] = self._covariance_curve(held[name])
             else:
                 curves[name] = self._fixed_curve(fixed.names.index(name))
         return Profile(curves)
 
-    def _reset(self) -> None:
-        with torch.no_grad():
-            self.at.write(self.u)
-
     # ------------------------------------------------------------------ covariances
 
-    def _quantities(self) -> dict[str, Quantity]:
-        """Standard deviations and correlations as functions of the coordinates."""
-        moving = {}
+    def _held(self) -> dict[str, Held]:
+        """Standard deviations and correlations that the likelihood depends on."""
+        found = {}
         for name, (index, i, j) in matrix_entries(self.fitted).items():
             if i != j and self.fitted.components[index].group == "Residual":
                 continue
-            quantity = self._entry(index, i, j)
-            value, slope, _ = self._slope(quantity, self.u)
-            # A correlation with an effect of no variance does not exist.
-            if value == value and bool((slope != 0).any()):
-                moving[name] = quantity
-        return moving
+            held = self.natural.held(index, i, j)
+            if held is not None:
+                found[name] = held
+        return found
 
-    def _entry(self, index: int, i: int, j: int) -> Quantity:
-        def sd_or_correlation(u: Tensor) -> Tensor:
-            matrix = self.objective.terms(self.at.natural(0, u))[index].covariance.shown()
-            if i == j:
-                return matrix[i, i].sqrt()
-            return matrix[i, j] / (matrix[i, i] * matrix[j, j]).sqrt()
-
-        return sd_or_correlation
-
-    @staticmethod
-    def _slope(quantity: Quantity, u: Tensor) -> tuple[float, Tensor, Tensor]:
-        """Value, gradient and Hessian."""
-        with torch.enable_grad():
-            x = u.detach().clone().requires_grad_()
-            value = quantity(x)
-            if not value.requires_grad:
-                return float(value), torch.zeros_like(u), u.new_zeros(len(u), len(u))
-            (slope,) = torch.autograd.grad(value, x, create_graph=True, materialize_grads=True)
-            bend = torch.stack([
-                torch.autograd.grad(part, x, retain_graph=True, materialize_grads=True)[0]
-                if part.requires_grad
-                else torch.zeros_like(u)
-                for part in slope
-            ])  # fmt: skip
-        return float(value.detach()), slope.detach(), bend.detach()
-
-    def _covariance_curve(self, name: str, quantity: Quantity) -> Curve:
-        value, slope, _ = self._slope(quantity, self.u)
-        spread = torch.linalg.pinv(Curvature([self.objective]).hessian, hermitian=True)
+    def _covariance_curve(self, held: Held) -> Curve:
+        start = self.natural.start
+        spread = Ascent(self.natural, start).spread()
+        _, slope, _ = held.slope(start)
         error = float((slope @ spread @ slope).clamp(min=0).sqrt())
-        if not value:
-            error = self.fitted.residual_variance**0.5 / 10
-        lower, upper = (-1.0, 1.0) if name.startswith("cor_") else (0.0, np.inf)
-        return self._curve(value, error, lambda c: self._constrained(quantity, c), lower, upper)
+        if not 0 < error < held.longest:
+            error = held.longest / 10
+        estimate = held.at(start)
 
-    def _constrained(self, quantity: Quantity, target: float) -> float:
-        """The maximum of the log-likelihood where a quantity has a value."""
-        scale = max(abs(target), 1e-8)
-        for _ in range(60):
-            curvature = Curvature([self.objective])
-            u = curvature.u
-            value, a, bend = self._slope(quantity, u)
-            if not value:
-                # A standard deviation has no slope at zero: on from where it is what is wanted.
-                gone = (u == 0) & torch.tensor(self.at.vanishing, device=u.device)
-                with torch.no_grad():
-                    self.at.write(torch.where(gone & a.isnan(), target, u))
-                continue
-            gap = target - value
-            multiplier = 0.0
-            for _ in range(2):
-                K = curvature.hessian + multiplier * bend
-                size = K.diagonal().abs()
-                unit = torch.where(size > 0, size, 1).sqrt()
-                values, vectors = torch.linalg.eigh(K / (unit[:, None] * unit))
-                values = values.abs().clamp(min=1e-10 * float(values.abs().max()))
-                inverse = (vectors / values) @ vectors.mT / (unit[:, None] * unit)
-                multiplier = float((a @ inverse @ curvature.score - gap) / (a @ inverse @ a))
-            move = inverse @ (curvature.score - multiplier * a)
-            if float(move @ K @ move) < 1e-12 and abs(gap) < 1e-10 * scale:
-                break
-            self._step(u, move, quantity, target, abs(multiplier))
-        else:
-            warnings.warn(
-                f"the maximum of the likelihood where a parameter is {target:.6g} was not found in "
-                "60 steps: its profile is approximate there",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        return float(self.objective.evaluate().log_likelihood)
+        def branch() -> Callable[[float], float]:
+            path = _Path(start, estimate)
 
-    def _step(
-        self, u: Tensor, move: Tensor, quantity: Quantity, target: float, price: float
-    ) -> None:
-        """Move, by less where the likelihood less the price of the gap falls."""
+            def at(t: float) -> float:
+                ascent = Ascent(self.natural, path.ahead(t))
+                found = ascent.hold(held, t)
+                path.add(ascent.v, t)
+                return found
 
-        def merit(x: Tensor) -> float:
-            with torch.no_grad():
-                self.at.write(x)
-                try:
-                    value = float(self.objective.evaluate().log_likelihood)
-                except NotPositiveDefiniteError:
-                    return -np.inf
-                return value - 2 * price * abs(float(quantity(self.at.read(x))) - target)
+            return at
 
-        start = merit(u)
-        length = 1.0
-        for _ in range(12):
-            if merit(u + length * move) >= start - 1e-9 * (1 + abs(start)):
-                return
-            length /= 2
+        low, high = held.bounds
+        points = self._points(estimate, error, branch, low, high)
+        values = {held.value(t): zeta for t, zeta in points.items()}
+        lower, upper = sorted((held.value(low), held.value(high)))
+        return _curve(held.value(estimate), values, lower, upper)
 
     # ------------------------------------------------------------------ fixed effects
 
@@ -236,46 +169,75 @@ class _Profiler:
         others = [i for i in range(refit.X.shape[1]) if i != j]
         estimate, error = float(fixed.estimate[j]), float(fixed.std_error[j])
 
-        def at(value: float) -> float:
-            y = refit.y - value * refit.X[:, j]
-            objective = refit.objective(y, refit.X[:, others], "ml")
-            iterate(objective, 100)
-            return float(objective.evaluate().log_likelihood)
+        def branch() -> Callable[[float], float]:
+            path = _Path(self.natural.start, estimate)
 
-        return self._curve(estimate, error, at, -np.inf, np.inf)
+            def at(value: float) -> float:
+                y = refit.y - value * refit.X[:, j]
+                objective = refit.objective(y, refit.X[:, others], "ml")
+                ascent = Ascent(self.natural.of(objective), path.ahead(value))
+                found = ascent.climb()
+                path.add(ascent.v, value)
+                return found
+
+            return at
+
+        points = self._points(estimate, error, branch, -np.inf, np.inf)
+        return _curve(estimate, points, -np.inf, np.inf)
 
     # ------------------------------------------------------------------ curves
 
-    def _curve(
+    def _points(
         self,
         estimate: float,
         error: float,
-        at: Callable[[float], float],
+        branch: Callable[[], Callable[[float], float]],
         lower: float,
         upper: float,
-    ) -> Curve:
+    ) -> dict[float, float]:
+        """Distances :math:`\\sqrt{2(\\hat\\ell - \\ell_p)}` at values to both sides of an estimate."""
         points = {estimate: 0.0}
         for sign, bound in ((-1, lower), (1, upper)):
             if estimate == bound:
                 continue
-            self._reset()
-            value, zeta, step = estimate, 0.0, _STEP * error
-            # Short of the bound itself, where standard deviations and correlations are no
-            # smooth coordinates.
-            end = bound - sign * 1e-4 * (abs(estimate) if bound == 0 else 1.0)
-            for _ in range(40):
+            at = branch()
+            value, reached, step = estimate, 0.0, _STEP * error
+            for _ in range(60):
                 new = value + sign * step
-                if sign * (new - end) > 0:
-                    new = end
-                found = sign * (2 * max(self.best - at(new), 0.0)) ** 0.5
+                if sign * (new - bound) > -1e-12 * abs(bound):
+                    new = bound
+                found = (2 * max(self.best - at(new), 0.0)) ** 0.5
                 points[new] = found
-                gained = abs(found - zeta)
-                if abs(found) > _REACH or new == end:
+                if found > _REACH or new == bound:
                     break
-                rate = gained / abs(new - value)
-                step = min(_STEP / rate, 3 * step) if rate > 0 else 3 * step
-                value, zeta = new, found
-        at_values = np.array(sorted(points))
-        zetas = np.array([points[v] for v in at_values])
-        kept = np.concatenate([[True], np.diff(np.maximum.accumulate(zetas)) > 0])
-        return Curve(estimate, at_values[kept], zetas[kept], lower, upper)
+                rate = (found - reached) / abs(new - value)
+                step = min(max(_STEP / rate, step / 4), 3 * step) if rate > 0 else 3 * step
+                value, reached = new, found
+        return points
+
+
+class _Path:
+    """The maxima along a curve, the last two."""
+
+    def __init__(self, v: Tensor, t: float) -> None:
+        self._known = [(v, t)]
+
+    def add(self, v: Tensor, t: float) -> None:
+        """Go on."""
+        self._known = [*self._known[-1:], (v, t)]
+
+    def ahead(self, t: float) -> Tensor:
+        """Where the maximum may be next, on a straight line."""
+        v, last = self._known[-1]
+        if len(self._known) < 2:
+            return v
+        before, first = self._known[0]
+        return v + (v - before) * ((t - last) / (last - first))
+
+
+def _curve(estimate: float, points: dict[float, float], lower: float, upper: float) -> Curve:
+    """The curve through distances at values; zeta has the sign of the way from the estimate."""
+    values = np.array(sorted(points))
+    zeta = np.array([points[v] for v in values]) * np.sign(values - estimate)
+    kept = np.concatenate([[True], np.diff(np.maximum.accumulate(zeta)) > 0])
+    return Curve(estimate, values[kept], zeta[kept], lower, upper)

@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from openreml_nn.checks import check_choice, check_instance
 from openreml_nn.covariance.design import IdentityDesign, IndexedDesign
 from openreml_nn.covariance.terms import (
     Covariance,
@@ -16,6 +17,7 @@ from openreml_nn.covariance.terms import (
     ScaledCovariance,
     Term,
 )
+from openreml_nn.errors import InputError
 from openreml_nn.estimation import Result
 from openreml_nn.estimation.aireml import Curvature
 from openreml_nn.estimation.derivatives import jacobian
@@ -127,10 +129,12 @@ def heritability(result: Result, group: str) -> Heritability:
     Raises:
         ValueError: if there is no such group, or several terms of it.
     """
+    check_instance("group", group, str)
     table = variance_shares(result)
+    check_choice("group", group, list(dict.fromkeys(table["group"])))
     found = table[table["group"] == group]
     if len(found) != 1:
-        raise ValueError(f"`group` is {group!r}: expected one of {table['group'].tolist()}")
+        raise InputError(f"`group` is {group!r}, which has {len(found)} terms: expected one")
     return Heritability(float(found["share"].iloc[0]), float(found["std_error"].iloc[0]))
 
 

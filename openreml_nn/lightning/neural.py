@@ -138,7 +138,7 @@ class NeuralMixedModule(LightningModule):
         # Every process computes the covariance's gradients, and the BLUPs, from all rows.
         own = {id(p) for p in model.covariance_parameters()}
         ignored = [name for name, p in self.named_parameters() if id(p) in own]
-        computed = ("model.random.", "model.beta")
+        computed = ("model.random.", "model.beta", "model.joint.")
         ignored += [name for name, _ in self.named_buffers() if name.startswith(computed)]
         self._ddp_params_and_buffers_to_ignore = ignored
 
@@ -329,7 +329,7 @@ class NeuralMixedModule(LightningModule):
             value = loss(y, X)
             if not isinstance(optimizer, AIREML):
                 value.backward()
-            return value.detach()
+            return value
 
         # Precision is the network's: the covariance is estimated in that of the data.
         with torch.autocast(self.device.type, enabled=False):

@@ -35,7 +35,7 @@ from openreml_nn.likelihood.grouped import (
     arranged,
     inner,
 )
-from openreml_nn.likelihood.problem import Evaluation, RandomEffects, cholesky
+from openreml_nn.likelihood.problem import Evaluation, RandomEffects, cholesky, pivot_loss
 from openreml_nn.likelihood.products import Pattern, Statistics
 from openreml_nn.likelihood.residual import White
 from openreml_nn.likelihood.square_root import SquareRootEvaluation
@@ -99,7 +99,7 @@ class BlockedProblem(GroupedProblem):
     def _evaluate(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
         return _BlockedEvaluation(self, terms, matrices)
 
-    def _precise(self, terms: Sequence[Term]) -> Evaluation | None:
+    def precise(self, terms: Sequence[Term]) -> Evaluation | None:
         if not self._has_rows:
             return None
         placed = zip(self.terms, terms, strict=True)
@@ -119,7 +119,7 @@ class BlockedProblem(GroupedProblem):
         D = eye + at.A11 @ G1 / s
         K = torch.linalg.solve(D.mT, G1.mT).mT / s**2  # G1 D^-1 / s^2
         KA = K @ at.A1f
-        E22 = at.A22 / s - at.W.gram(K)
+        E22 = at.A22 / s - at.W.gram(eye.expand_as(K), K)
         E2f = at.A2f / s - at.W.t_times(KA)
         Eff = at.Aff / s - inner(at.A1f, KA)
         by = self.partition
@@ -178,12 +178,13 @@ class _BlockedEvaluation(GroupedEvaluation):
     ) -> None:
         super().__init__(problem, terms, matrices)
         at, s = self._at, self._s
-        self._E22 = at.A22 / s - at.W.gram(self._P / s**2)
+        half = self._half / s
+        self._E22 = at.A22 / s - at.W.gram(half, half)
         self._M = problem.sandwich(self._root2, self._E22, transpose=True)
         self._M.diagonal(dim1=1, dim2=2).add_(1)
         self._Lc = cholesky(self._M, "V")
         self._K = self._forward_2(self._E2f)
-        F = at.Aff / s - inner(at.A1f, self._KA) - inner(self._K, self._K)
+        F = at.Aff / s - inner(self._half_f, self._half_f) - inner(self._K, self._K)
         self._profile(self._log_det + 2 * self._Lc.diagonal(dim1=1, dim2=2).log().sum(), F)
 
     def _forward_2(self, x: Tensor) -> Tensor:
@@ -193,12 +194,14 @@ class _BlockedEvaluation(GroupedEvaluation):
         return solve_triangular(self._Lc, rows, upper=False)
 
     def _gain(self) -> Tensor:
+        lost = self._pivot_loss**0.5
         if not self._problem.q:
-            return self._gain_1
+            return self._gain_1 * lost
+        lost = max(lost, pivot_loss(self._M, self._Lc))
         reduced = self._E22.diagonal(dim1=1, dim2=2)
         whole = self._at.A22.diagonal(dim1=1, dim2=2) / self._s
         gain = (self._M.diagonal(dim1=1, dim2=2) - 1) * (whole / reduced)
-        return torch.maximum(self._gain_1, gain.nan_to_num(0.0, 0.0, 0.0).amax())
+        return torch.maximum(self._gain_1, gain.nan_to_num(0.0, 0.0, 0.0).amax()) * lost
 
     def _explained(self, T2: Tensor) -> tuple[Tensor, Tensor]:
         e2 = self._forward_2(T2)
@@ -215,12 +218,13 @@ class _BlockedEvaluation(GroupedEvaluation):
         r"""What the score, the information and the BLUPs share."""
         problem, s = self._problem, self._s
         A = self._at.A11 / s
-        T = torch.eye(problem.k, dtype=s.dtype, device=s.device) - A @ self._P
         x, by = self._solved, problem.partition
-        Z1f = T @ (self._at.A1f - self._at.W.times(x)) / s  # Z1' V^-1 [Q | y]
+        Z1f = self._reduced(self._at.A1f - self._at.W.times(x)) / s  # Z1' V^-1 [Q | y]
         Z2f = self._E2f - by.collect(self._E22 @ by.spread(x))
         M_inverse, inverse = self._inverses
-        B1 = T @ A - T @ self._quadratic @ T.mT / s**2
+        B1 = self._reduced(A)
+        if problem.q:
+            B1 = B1 - self._reduced(self._reduced(self._quadratic).mT) / s**2
         return self._cross(Z1f, Z2f, B1, self._inner_22(M_inverse, inverse))
 
     @cached_property
@@ -268,9 +272,9 @@ class _BlockedEvaluation(GroupedEvaluation):
             return [part[:, None, None] for part in diagonal.split(problem.sizes)]
         return problem.own_blocks(self._E22 - self._E22 @ inverse @ self._E22)
 
-    def scores(self) -> list[Tensor]:
+    def _scores(self) -> list[Tensor]:
         if not self._problem.residual.moves:
-            return super().scores()
+            return super()._scores()
         with torch.enable_grad():
             matrices = [matrix.detach().requires_grad_() for matrix in self._matrices]
             value = self._problem.recorded(matrices)

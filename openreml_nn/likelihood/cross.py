@@ -68,8 +68,9 @@ class Cross:
         r""":math:`W^\top y` for y (levels, k, m), (q, m)."""
         raise NotImplementedError
 
-    def gram(self, K: Tensor) -> Tensor:
-        r""":math:`\sum_l W_l^\top K_l W_l` for symmetric K (levels, k, k), by groups of columns."""
+    def gram(self, a: Tensor, b: Tensor) -> Tensor:
+        r""":math:`\sum_l (a_l W_l)^\top b_l W_l` for a and b (levels, k, k) with symmetric
+        :math:`a_l^\top b_l`, by groups of columns."""
         raise NotImplementedError
 
     def quadratic(self, Q: Tensor) -> Tensor:
@@ -91,8 +92,9 @@ class DenseCross(Cross):
     def t_times(self, y: Tensor) -> Tensor:
         return self.W.flatten(0, 1).mT @ y.flatten(0, 1)
 
-    def gram(self, K: Tensor) -> Tensor:
-        left, right = self.W.flatten(0, 1).mT, (K @ self.W).flatten(0, 1)
+    def gram(self, a: Tensor, b: Tensor) -> Tensor:
+        right = (b @ self.W).flatten(0, 1)
+        left = right.mT if a is b else (a @ self.W).flatten(0, 1).mT
         # Panel by panel, only down to the diagonal.
         panels = [left[:end] @ right[:, start:end] for start, end in self._panels()]
         q = self.W.shape[2]
@@ -174,18 +176,19 @@ class SparseCross(Cross):
         part = (self.values[:, :, None] * y[self.level]).sum(1)
         return y.new_zeros(self.shape[2], y.shape[2]).index_add(0, self.column, part)
 
-    def gram(self, K: Tensor) -> Tensor:
-        total = self.partition.zeros(K)
+    def gram(self, a: Tensor, b: Tensor) -> Tensor:
+        total = self.partition.zeros(b)
         if self.shape[1] == 1:
-            part = K[:, 0, 0][self._pair_level] * self._product
+            part = (a * b)[:, 0, 0][self._pair_level] * self._product
             # In place where it can be: q * q is the largest of all.
-            traced = torch._C._functorch.is_functorch_wrapped_tensor(K)
+            traced = torch._C._functorch.is_functorch_wrapped_tensor(b)
             add = total.index_add if traced else total.index_add_
             total = add(0, self._target, part)
         else:
-            for a, b, target in self._chunks():
-                left = (self.values[a][:, None, :] @ K[self.level[a]])[:, 0]
-                total = total.index_add(0, target, (left * self.values[b]).sum(1))
+            right = (b[self.level] @ self.values[:, :, None])[..., 0]
+            left = right if a is b else (a[self.level] @ self.values[:, :, None])[..., 0]
+            for one, two, target in self._chunks():
+                total = total.index_add(0, target, (left[one] * right[two]).sum(1))
         # Within a group, positions rise with columns: all pairs are on or above the diagonal.
         upper = self.partition.square(total)
         return upper + upper.triu(1).mT

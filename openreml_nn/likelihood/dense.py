@@ -37,8 +37,9 @@ def restricted_log_likelihood(y: Tensor, X: Tensor, V: Tensor, method: str = "re
 
     Args:
         y: response (n,).
-        X: model matrix of the fixed effects (n, p).
-        V: covariance of y (n, n).
+        X: model matrix of the fixed effects (n, p). Columns that depend on earlier ones are
+            dropped with a warning.
+        V: covariance of y (n, n), symmetric.
         method: ``"reml"`` or ``"ml"``.
 
     Returns:
@@ -46,7 +47,9 @@ def restricted_log_likelihood(y: Tensor, X: Tensor, V: Tensor, method: str = "re
 
     Raises:
         NotPositiveDefiniteError: if V is not positive definite (a ValueError).
-        TypeError, ValueError: if dtypes or shapes do not fit or a value is not finite.
+        NumericalError: if V is so close to singular that rounding leaves too few digits.
+        TypeError, InputError: if dtypes or shapes do not fit, V is not symmetric, or a value is
+            not finite.
 
     Reference:
         Patterson and Thompson, Biometrika 58 (1971); Harville, JASA 72 (1977), eq. 3.2.
@@ -59,11 +62,30 @@ def restricted_log_likelihood(y: Tensor, X: Tensor, V: Tensor, method: str = "re
     wrapped = traced(y, X, V)
     if not wrapped:
         check_data(y, X)
-    if V.shape != (len(y), len(y)):
-        raise ValueError(f"`V` has shape {tuple(V.shape)}: expected {(len(y), len(y))}")
+        _check_covariance(V, y)
     fixed = FixedPart.plain(y, X) if wrapped else FixedPart.of(y, X)
     whole = Term(IdentityDesign(len(y)), DenseCovariance(V))
     return DenseProblem(fixed, [whole], method).recorded([V])
+
+
+def _check_covariance(V: Tensor, y: Tensor) -> None:
+    if not isinstance(V, Tensor) or not V.is_floating_point():
+        got = V.dtype if isinstance(V, Tensor) else type(V).__name__
+        raise TypeError(f"`V` is {got}: expected a floating-point tensor")
+    if V.shape != (len(y), len(y)):
+        raise InputError(f"`V` has shape {tuple(V.shape)}: expected {(len(y), len(y))}")
+    if V.dtype != y.dtype:
+        raise TypeError(f"`V` is {V.dtype} but `y` is {y.dtype}: convert one of them")
+    if V.device != y.device:
+        raise InputError(f"`V` is on {V.device} but `y` on {y.device}: move one of them")
+    given = V.detach()
+    if not bool(torch.isfinite(given).all()):
+        row = int((~torch.isfinite(given)).any(1).nonzero()[0])
+        raise InputError(f"`V` is not finite in row {row}")
+    apart = (given - given.mT).abs()
+    if float(apart.max()) > 1e3 * torch.finfo(V.dtype).eps * float(given.abs().max()):
+        i, j = divmod(int(apart.argmax()), len(y))
+        raise InputError(f"`V` is not symmetric: its entries ({i}, {j}) and ({j}, {i}) differ")
 
 
 def check_method(method: str) -> None:
@@ -92,7 +114,7 @@ class DenseProblem(Problem):
     def _evaluate(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
         return _DenseEvaluation(self, self._with(matrices))
 
-    def _precise(self, terms: Sequence[Term]) -> Evaluation | None:
+    def precise(self, terms: Sequence[Term]) -> Evaluation | None:
         return SquareRootEvaluation.of(self, self.placed(terms))
 
     def placed(self, terms: Sequence[Term]) -> list[Term]:
@@ -149,7 +171,7 @@ class _DenseEvaluation(Evaluation):
         lost = self._back(half.mT)
         return torch.cholesky_inverse(self._L).addmm_(lost, lost.mT, alpha=-1)
 
-    def scores(self) -> list[Tensor]:
+    def _scores(self) -> list[Tensor]:
         p_y = self._p_y()
         reml = self._problem.method == "reml"
         trace = self._projector() if reml else torch.cholesky_inverse(self._L)
@@ -173,31 +195,41 @@ class _DenseEvaluation(Evaluation):
     def random_effects(self) -> list[RandomEffects]:
         residual = residual_terms(self._terms)
         random = [i for i in range(len(self._terms)) if i not in residual]
-        p_y, found = self._p_y(), []
-        roots = self._spread_roots(random, residual) if random and residual else None
-        projector = self._projector() if roots is None else p_y
-        if roots is None and random:
-            # The prior less what is known: a difference, of which more digits are lost.
-            self._problem.check_rounding(self.rounding**2 / torch.finfo(p_y.dtype).eps)
+        p_y, eps = self._p_y(), torch.finfo(self._L.dtype).eps
+        roots, rounding = None, self.rounding**2 / eps
+        if random and residual:
+            roots, gain = self._spread_roots(random, residual)
+            if roots is not None:
+                rounding = eps * gain
+        if random and not self._problem.has_digits(rounding):
+            better = self._problem.precise(self._at_terms)
+            if better is not None and better.rounding < rounding:
+                return better.random_effects()
+            self._problem.check_rounding(rounding)
+        projector = self._projector() if random and roots is None else p_y
+        found = []
         for j, i in enumerate(random):
             term = self._terms[i]
             u = term.design.t_matmul(p_y[:, None])
             b = term.covariance.multiply(u)[:, 0]
             if roots is None:
+                # The prior less what is known: a difference, of which more digits are lost.
                 found.append(RandomEffects.of(term, b, within(term, projector)))
             else:
                 found.append(RandomEffects.of_roots(term, b, roots[j]))
         return found
 
-    def _spread_roots(self, random: list[int], residual: list[int]) -> list[Tensor] | None:
+    def _spread_roots(
+        self, random: list[int], residual: list[int]
+    ) -> tuple[list[Tensor] | None, float]:
         r"""Roots of prediction-error variances :math:`\Lambda M^{-1} \Lambda^\top`, with what the
-        fixed effects add; None where G is not positive semi-definite."""
+        fixed effects add, and the largest entry of M; None where G is not positive semi-definite."""
         terms, Q = [self._terms[i] for i in random], self._problem.fixed.Q
         try:
             roots = [term.covariance.root() for term in terms]
             L = cholesky(_total([self._terms[i] for i in residual]), "R")
         except ValueError:
-            return None
+            return None, 1.0
         parts = [
             g.multiply(term.design.dense(Q).mT, transpose=True).mT
             for g, term in zip(roots, terms, strict=True)
@@ -212,7 +244,8 @@ class _DenseEvaluation(Evaluation):
         lost = torch.linalg.solve_triangular(self.gamma_factor, of_X.mT, upper=False).mT
         half = torch.cat([torch.linalg.solve_triangular(Lc.mT, eye, upper=True), lost], 1)
         sizes = [part.shape[1] for part in parts]
-        return [g.multiply(part) for g, part in zip(roots, half.split(sizes), strict=True)]
+        found = [g.multiply(part) for g, part in zip(roots, half.split(sizes), strict=True)]
+        return found, float(M.diagonal().max())
 
 
 def _total(terms: Sequence[Term]) -> Tensor:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from openreml_nn.errors import InputError
+
 __all__ = ["FixedPart", "aliased_columns", "check_data", "estimable", "null_space", "traced"]
 
 #: A row this near to the row space of X, beside the sizes of its entries, lies in it.
@@ -26,27 +28,29 @@ def check_data(y: Tensor, X: Tensor) -> None:
 
     Raises:
         TypeError: if ``y`` or ``X`` is not a floating-point tensor or the dtypes differ.
-        ValueError: if shapes do not fit, a value is not finite, or n ≤ p.
+        InputError: if shapes or devices do not fit, a value is not finite, or n ≤ p.
     """
     for name, value, dim, shape in (("y", y, 1, "(n,)"), ("X", X, 2, "(n, p)")):
         if not isinstance(value, Tensor) or not value.is_floating_point():
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"`{name}` is {got}: expected a floating-point tensor")
         if value.dim() != dim:
-            raise ValueError(f"`{name}` has shape {tuple(value.shape)}: expected {shape}")
+            raise InputError(f"`{name}` has shape {tuple(value.shape)}: expected {shape}")
     if y.dtype != X.dtype:
         raise TypeError(f"`y` is {y.dtype} but `X` is {X.dtype}: convert one of them")
+    if y.device != X.device:
+        raise InputError(f"`y` is on {y.device} but `X` on {X.device}: move one of them")
     if y.shape[0] != X.shape[0]:
-        raise ValueError(f"`y` has {y.shape[0]} rows but `X` has {X.shape[0]}")
+        raise InputError(f"`y` has {y.shape[0]} rows but `X` has {X.shape[0]}")
     if y.shape[0] <= X.shape[1]:
-        raise ValueError(
+        raise InputError(
             f"there are {y.shape[0]} rows for {X.shape[1]} fixed effects: more rows are needed"
         )
     for name, value in (("y", y), ("X", X)):
         finite = torch.isfinite(value)
         if not bool(finite.all()):
             row = int((~finite).reshape(len(y), -1).any(1).nonzero()[0])
-            raise ValueError(f"`{name}` is not finite in row {row}")
+            raise InputError(f"`{name}` is not finite in row {row}")
 
 
 def aliased_columns(R: Tensor, tolerance: float = 1e-7) -> list[int]:

@@ -80,7 +80,7 @@ class GridProblem(Problem):
     def _evaluate(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
         return _GridEvaluation(self, terms)
 
-    def _precise(self, terms: Sequence[Term]) -> Evaluation | None:
+    def precise(self, terms: Sequence[Term]) -> Evaluation | None:
         return SquareRootEvaluation.of(self, self._dense.placed(terms))
 
 
@@ -147,7 +147,7 @@ class _GridEvaluation(Evaluation):
     def inverse_times_data(self) -> Tensor:
         return self._back(self._rest)
 
-    def scores(self) -> list[Tensor]:
+    def _scores(self) -> list[Tensor]:
         problem, places = self._problem, self._problem.places
         lost = [self._H, self._lost] if problem.method == "reml" else [self._H]
         low = self._back(torch.cat(lost, 1))  # R^-1 less its square is the inner matrix

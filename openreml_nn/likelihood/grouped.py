@@ -28,6 +28,7 @@ from openreml_nn.likelihood.problem import (
     Problem,
     RandomEffects,
     cholesky,
+    pivot_loss,
 )
 from openreml_nn.likelihood.products import Pattern, same_codes
 from openreml_nn.likelihood.residual import Residual, White
@@ -340,11 +341,14 @@ class GroupedEvaluation(Evaluation):
         self._root2 = [self._root_of(terms[i]) for i in layout.rest]
 
         D = eye + self._L1.mT @ at.A11 @ self._L1 / s
-        self._gain_1 = D.diagonal(dim1=1, dim2=2).amax() if D.numel() else s.new_ones(())
         self._C = cholesky(D, "V")
+        self._gain_1 = D.diagonal(dim1=1, dim2=2).amax() if D.numel() else s.new_ones(())
+        self._pivot_loss = pivot_loss(D, self._C)
         self._half = solve_triangular(self._C, self._L1.mT.expand_as(D), upper=False)
         self._P = self._half.mT @ self._half  # L1 D^-1 L1'
-        self._KA = self._P @ at.A1f / s**2
+        # By roots, because P times f is a difference where a level has fewer rows than effects.
+        self._half_f = solve_triangular(self._C, self._L1.mT @ at.A1f, upper=False) / s
+        self._KA = self._half.mT @ self._half_f / s
         self._E2f = at.A2f / s - at.W.t_times(self._KA)
         self._log_det = (
             white.log_det + problem.n * s.log() + 2 * self._C.diagonal(dim1=1, dim2=2).log().sum()
@@ -374,6 +378,26 @@ class GroupedEvaluation(Evaluation):
         r""":math:`Z_2^\top Z_2 x` for x (q, m)."""
         raise NotImplementedError
 
+    def _reduced(self, x: Tensor) -> Tensor:
+        r""":math:`(I + A_{11} G_1 / s)^{-1} x` for x (levels, k, m).
+
+        Not as :math:`I - A_{11} \\Lambda D^{-1} \\Lambda^\top`: where a level has fewer rows than
+        effects that is a difference of large numbers.
+        """
+        if not len(x):
+            return x
+        if self._problem.k == 1:
+            return x / self._C**2
+        return torch.linalg.lu_solve(*self._factors, x)
+
+    @cached_property
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        problem, at = self._problem, self._at
+        eye = torch.eye(problem.k, dtype=self._s.dtype, device=self._s.device)
+        G1 = problem.joint_blocks(self._first, eye)
+        LU, pivots = torch.linalg.lu_factor(eye + at.A11 @ G1 / self._s)
+        return LU, pivots
+
     def _cross(self, Z1f: Tensor, Z2f: Tensor, B1: Tensor, B2: list[Tensor]) -> Crossed:
         r"""From products of :math:`V^{-1}` with :math:`Z` and f to those of P."""
         problem = self._problem
@@ -394,14 +418,14 @@ class GroupedEvaluation(Evaluation):
         # What is left of the sums of squares, and how far the random effects exceed the residual.
         before, after = self._at.Aff.diagonal() / self._s, F.diagonal().clone()
         after[-1] = self._problem.n + self.y_p_y
-        magnified = [(before / after).max(), self._gain(), self._white.condition]
-        self.rounding = torch.finfo(F.dtype).eps * max(float(x) for x in magnified)
+        lost = max(float((before / after).max()), float(self._gain()), self._white.condition)
+        self.rounding = torch.finfo(F.dtype).eps * lost
 
     def _gain(self) -> Tensor:
         r"""The largest entry on the diagonal of :math:`\Lambda^\top Z^\top R^{-1} Z \Lambda`."""
         raise NotImplementedError
 
-    def scores(self) -> list[Tensor]:
+    def _scores(self) -> list[Tensor]:
         problem, s, z = self._problem, self._s, self._crossed
         reml = problem.method == "reml"
         B1 = z.B1 - z.R1 if reml else z.B1
@@ -505,7 +529,8 @@ class GroupedEvaluation(Evaluation):
         factor (levels, k, p + 1) and for the others (q, p + 1)."""
         x = self._solved
         at = self._at
-        return self._P @ (at.A1f - at.W.times(x)) / self._s, x
+        right = self._L1.mT @ (at.A1f - at.W.times(x)) / self._s
+        return self._half.mT @ solve_triangular(self._C, right, upper=False), x
 
     def _blups(self) -> tuple[Tensor, Tensor]:
         """G u of the eliminated factor (levels, k) and of the others (q,)."""

@@ -423,7 +423,7 @@ class _KrylovEvaluation(GroupedEvaluation):
         start = problem.start if problem.start is not None else torch.zeros_like(b)
         self._x, _ = _conjugate_gradients(self._system.times, b, start, _TOLERANCE)
         problem.start = self._x
-        F = at.Aff / s - inner(at.A1f, self._KA) - b.mT @ self._x
+        F = at.Aff / s - inner(self._half_f, self._half_f) - b.mT @ self._x
 
         z = problem.probes
         zero = torch.zeros_like(z)
@@ -465,16 +465,14 @@ class _KrylovEvaluation(GroupedEvaluation):
     @cached_property
     def _crossed(self) -> Crossed:
         problem, at, s = self._problem, self._at, self._s
-        A = at.A11 / s
-        T = torch.eye(problem.k, dtype=s.dtype, device=s.device) - A @ self._P
         x = self._solved
         Z1f = at.A1f / s
         if problem.levels:
-            Z1f = T @ (at.A1f - at.W.times(x)) / s
+            Z1f = self._reduced(at.A1f - at.W.times(x)) / s
         Z2f = self._E2f - self._times_e22(x)
-        B1 = T @ A
+        B1 = self._reduced(at.A11 / s)
         if problem.levels and problem.q:
-            B1 = B1 - T @ self._quadratic() @ T.mT / s**2
+            B1 = B1 - self._reduced(self._reduced(self._quadratic()).mT) / s**2
         return self._cross(Z1f, Z2f, B1, self._inner_22())
 
     @cached_property
@@ -607,6 +605,7 @@ def _conjugate_gradients(
     """
     m = b.shape[1]
     found = x.clone()
+    tolerance = max(tolerance, 20 * torch.finfo(b.dtype).eps)
     if not b.numel():
         return found, torch.ones(m, 1, 1, dtype=b.dtype, device=b.device)
     r = b - times(x) if bool(x.any()) else b.clone()

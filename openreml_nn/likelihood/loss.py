@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from torch import Tensor, nn
 from openreml_nn.covariance import Matrix
 from openreml_nn.covariance.matrix import FreeParams
 from openreml_nn.covariance.terms import Term, private, same_content
+from openreml_nn.errors import InputError
 from openreml_nn.likelihood.dense import check_method
 from openreml_nn.likelihood.fixed import FixedPart, check_data, traced
 from openreml_nn.likelihood.plan import Plan, check_solver
 from openreml_nn.likelihood.problem import Evaluation, Problem
 
-__all__ = ["Objective", "REMLLoss", "listen"]
+__all__ = ["Heard", "Objective", "REMLLoss", "listen"]
 
 
 @dataclass(frozen=True)
@@ -36,28 +38,98 @@ class Objective:
         found = self.covariance.terms(self.rows, free_params)
         return [term.to(self.problem.fixed.y.dtype) for term in found]
 
+    @cached_property
+    def moves(self) -> bool:
+        """Whether designs, or networks within the covariance, move with parameters."""
+        own = {id(e.tensor) for e in self.covariance._layout().entries}
+        if any(p.requires_grad and id(p) not in own for p in self.covariance.parameters()):
+            return True
+        with torch.enable_grad():
+            constants = [t for term in self.covariance.terms(self.rows) for t in term.constants]
+        return any(t is not None and t.requires_grad for t in constants)
+
     def evaluate(self) -> Evaluation:
         """The likelihood at the present parameters."""
         with torch.no_grad():
-            return self.problem.evaluate(self.terms())
+            terms = self.terms()
+            return self._problem_of(terms).evaluate(terms)
+
+    def recorded(self, free_params: FreeParams = None) -> Tensor:
+        """The log-likelihood by plain differentiable operations, designs among them."""
+        terms = self.terms(free_params)
+        problem = self._problem_of(terms)
+        return problem.recorded(problem.matrices(terms))
+
+    def gradient(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Derivatives of the log-likelihood by parameters; zero for what it does not depend on."""
+        scores = None if self.moves else self.evaluate().scores()
+        with torch.enable_grad():
+            if scores is None:
+                value = self.recorded()
+            else:
+                pairs = zip(scores, self.matrices(None), strict=True)
+                value = torch.stack([(s * m).sum() for s, m in pairs]).sum()
+            if not value.requires_grad:
+                return [torch.zeros_like(p) for p in parameters]
+            found = torch.autograd.grad(
+                value, list(parameters), allow_unused=True, materialize_grads=True
+            )
+        return list(found)
+
+    def _problem_of(self, terms: list[Term]) -> Problem:
+        """The problem, prepared anew where its designs may have moved."""
+        if not self.moves:
+            return self.problem
+        return type(self.problem)(self.problem.fixed.detach(), terms, self.problem.method)
 
     def matrices(self, free_params: FreeParams) -> tuple[Tensor, ...]:
         """The problem's matrices as a differentiable function of the parameters."""
         return tuple(self.problem.matrices(self.terms(free_params)))
 
 
-_heard: ContextVar[list[Objective] | None] = ContextVar("_heard", default=None)
+class Heard:
+    """A loss that was evaluated and recorded by autograd, and its likelihood.
+
+    Args:
+        value: the loss, ``scale`` times the log-likelihood.
+        objective: the likelihood.
+        scale: the factor between them.
+
+    Attributes:
+        pulled: the cotangents of the value in the backward passes so far; None without one.
+    """
+
+    def __init__(self, value: Tensor, objective: Objective, scale: float) -> None:
+        self.value, self.objective, self.scale = value, objective, scale
+        self.pulled: float | None = None
+        # The hook belongs to this very value: on a device, backward runs in a thread of its own.
+        self._handle = value.register_hook(self._see)
+
+    def _see(self, cotangent: Tensor) -> None:
+        self.pulled = (self.pulled or 0.0) + float(cotangent)
+
+    def forget(self) -> None:
+        """Stop watching."""
+        self._handle.remove()
+
+
+_heard: ContextVar[list[Heard] | None] = ContextVar("_heard", default=None)
 
 
 @contextmanager
-def listen() -> Iterator[list[Objective]]:
-    """Collect the objectives that are evaluated within the context."""
-    heard: list[Objective] = []
+def listen() -> Iterator[list[Heard]]:
+    """Collect the losses that are evaluated within the context and recorded by autograd.
+
+    Whether any of them is to be optimised is for the listener to find out.
+    """
+    heard: list[Heard] = []
     token = _heard.set(heard)
     try:
         yield heard
     finally:
         _heard.reset(token)
+        for loss in heard:
+            loss.forget()
 
 
 class REMLLoss(nn.Module):
@@ -83,7 +155,8 @@ class REMLLoss(nn.Module):
         names: names of the columns of X, for warnings; None by default.
 
     Raises:
-        ValueError: if an option is unknown or the solver does not fit the covariance.
+        InputError: if an option is unknown; when the loss is called, ValueError if the solver
+            does not fit the covariance.
 
     >>> from openreml_nn.covariance import ScalarMatrix
     >>> loss = REMLLoss(ScalarMatrix(3), reduction="sum")
@@ -105,7 +178,7 @@ class REMLLoss(nn.Module):
         check_method(method)
         check_solver(solver)
         if reduction not in ("mean", "sum"):
-            raise ValueError(f"`reduction` is {reduction!r}: expected 'mean' or 'sum'")
+            raise InputError(f"`reduction` is {reduction!r}: expected 'mean' or 'sum'")
         self.covariance = covariance
         self.method = method
         self.solver = solver
@@ -148,7 +221,9 @@ class REMLLoss(nn.Module):
 
         Raises:
             NotPositiveDefiniteError: if V is not positive definite (a ValueError).
-            TypeError, ValueError: if dtypes, shapes or devices do not fit or a
+            NumericalError: if rounding leaves too few digits: fewer than six in float64, two in
+                float32.
+            TypeError, InputError: if dtypes, shapes or devices do not fit or a
                 value is not finite.
         """
         device = y.device.type if isinstance(y, Tensor) else "cpu"
@@ -159,7 +234,12 @@ class REMLLoss(nn.Module):
                 value = problem.recorded(matrices)
             else:
                 value = _LogLikelihood.apply(problem, terms, fixed.y, fixed.Q, *matrices)
-        return -value / len(y) if self.reduction == "mean" else -value
+            scale = -1 / len(y) if self.reduction == "mean" else -1.0
+            loss = -value / len(y) if self.reduction == "mean" else -value
+            heard = _heard.get()
+            if heard is not None and loss.requires_grad:
+                heard.append(Heard(loss, Objective(self.covariance, problem, rows), scale))
+        return loss
 
     def evaluate(self, y: Tensor, X: Tensor, rows: Tensor | None = None) -> Evaluation:
         r"""The likelihood of some data at the present parameters, without a fit.
@@ -203,16 +283,23 @@ class REMLLoss(nn.Module):
         n = self.covariance.shape[0]
         if rows is None:
             if len(y) != n:
-                raise ValueError(f"`y` has {len(y)} rows but the covariance has {n}: pass `rows`")
-        elif rows.dim() != 1 or len(rows) != len(y) or rows.is_floating_point():
-            raise ValueError(
+                raise InputError(f"`y` has {len(y)} rows but the covariance has {n}: pass `rows`")
+        elif not isinstance(rows, Tensor):
+            raise TypeError(f"`rows` is a {type(rows).__name__}: expected a tensor of integers")
+        elif (
+            rows.dim() != 1
+            or len(rows) != len(y)
+            or rows.is_floating_point()
+            or rows.dtype == torch.bool
+        ):
+            raise InputError(
                 f"`rows` is {rows.dtype} of shape {tuple(rows.shape)}: expected {len(y)} integers"
             )
         elif len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < n):
-            raise ValueError(f"`rows` reaches beyond the {n} rows of the covariance")
+            raise InputError(f"`rows` reaches beyond the {n} rows of the covariance")
         for tensor in self.covariance.parameters():
             if tensor.device != y.device:
-                raise ValueError(
+                raise InputError(
                     f"`y` is on {y.device} but the covariance on {tensor.device}: move one of them"
                 )
 
@@ -234,7 +321,6 @@ class REMLLoss(nn.Module):
         if kept is not None and not kept.is_of(constants, self.method, dtype):
             kept = None
         if kept is not None and same_data:
-            self._hear(kept.problem, rows)
             return kept.problem, terms, kept.problem.fixed, False
         recording = torch.is_grad_enabled()
         moving = recording and (y.requires_grad or X.requires_grad)
@@ -259,8 +345,6 @@ class REMLLoss(nn.Module):
             recorded = recorded or (moving and not problem.takes_data)
             if recorded and moving and not wrapped:
                 problem = type(problem)(fixed, terms, self.method)
-        if not wrapped:
-            self._hear(problem, rows)
         self._prepared = None if recorded else _Prepared(None if moving else data, copies, problem)
         return problem, terms, fixed, recorded
 
@@ -277,11 +361,6 @@ class REMLLoss(nn.Module):
                 stacklevel=5,
             )
         return problem
-
-    def _hear(self, problem: Problem, rows: Tensor | None) -> None:
-        heard = _heard.get()
-        if heard is not None:
-            heard.append(Objective(self.covariance, problem, rows))
 
 
 @dataclass(frozen=True)

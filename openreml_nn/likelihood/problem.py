@@ -140,6 +140,8 @@ class Evaluation:
     error: float = 0.0
     rounding: float = 0.0
     _problem: Problem
+    _at_matrices: list[Tensor]
+    _at_terms: Sequence[Term]
 
     @cached_property
     def fixed(self) -> Coefficients:
@@ -155,8 +157,39 @@ class Evaluation:
         with torch.inference_mode(False), torch.no_grad():
             return tuple(self.random_effects())
 
+    def at(self, terms: Sequence[Term], matrices: list[Tensor]) -> None:
+        """Say where it was evaluated."""
+        self._at_terms, self._at_matrices = terms, matrices
+
+    @cached_property
+    def _checked_scores(self) -> list[Tensor]:
+        """Scores, with digits left for the derivatives by parameters.
+
+        These are sums over entries of each matrix; where it is close to singular they cancel.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            problem, found = self._problem, self._scores()
+            terms = sum(
+                float((x * m).abs().sum()) for x, m in zip(found, self._at_matrices, strict=True)
+            )
+            lost = self.rounding * terms / problem.n
+            if problem.has_digits(lost):
+                return found
+            better = problem.moreprecise(self)
+            if better is not None:
+                return better.scores()
+            problem.check_rounding(lost)
+            return found
+
     def scores(self) -> list[Tensor]:
-        r""":math:`\partial\ell/\partial G_t` for each matrix of the problem, in its shape."""
+        r""":math:`\partial\ell/\partial G_t` for each matrix of the problem, in its shape.
+
+        Raises:
+            NumericalError: if rounding leaves too few digits.
+        """
+        return self._checked_scores
+
+    def _scores(self) -> list[Tensor]:
         raise NotImplementedError
 
     def data_scores(self) -> tuple[Tensor, Tensor]:
@@ -244,7 +277,7 @@ class Problem:
         """From derivatives of each of :meth:`matrices` to those for each term."""
         return list(parts)
 
-    def _precise(self, terms: Sequence[Term]) -> Evaluation | None:
+    def precise(self, terms: Sequence[Term]) -> Evaluation | None:
         """The same by a slower way that keeps more digits; None where there is none."""
         return None
 
@@ -263,19 +296,23 @@ class Problem:
             if self._last is not None and all(map(torch.equal, self._last[0], matrices)):
                 return self._last[1]
             evaluation = self._checked(terms, matrices)
+            evaluation.at(terms, matrices)
             self._last = ([matrix.clone() for matrix in matrices], evaluation)
             return evaluation
 
+    def has_digits(self, rounding: float) -> bool:
+        """Whether a bound of the relative error is as small as it usually is."""
+        return rounding <= _BOUNDS[self.fixed.y.dtype][0]
+
     def _checked(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
         evaluation, failure = None, None
-        good, _ = _BOUNDS[self.fixed.y.dtype]
         try:
             evaluation = self._evaluate(terms, matrices)
-            if evaluation.rounding <= good:
+            if self.has_digits(evaluation.rounding):
                 return evaluation
         except NotPositiveDefiniteError as error:
             failure = error
-        better = self._precise(terms)
+        better = self.precise(terms)
         if better is not None and not (evaluation and evaluation.rounding <= better.rounding):
             evaluation = better
         if evaluation is None:
@@ -283,6 +320,13 @@ class Problem:
             raise failure
         self.check_rounding(evaluation.rounding)
         return evaluation
+
+    def moreprecise(self, evaluation: Evaluation) -> Evaluation | None:
+        """The same with more digits; None where there is no such way, or it was taken already."""
+        better = self.precise(evaluation._at_terms)
+        if better is None or better.rounding >= evaluation.rounding:
+            return None
+        return better
 
     def check_rounding(self, rounding: float) -> None:
         """Raise unless a bound of the relative error leaves digits enough.

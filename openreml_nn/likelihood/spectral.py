@@ -177,7 +177,7 @@ class _SpectralEvaluation(Evaluation):
         by_cell = (problem.U @ back.flatten(1)).reshape(-1, back.shape[-1])
         return by_cell[problem.cells]
 
-    def scores(self) -> list[Tensor]:
+    def _scores(self) -> list[Tensor]:
         problem = self._problem
         eye = torch.eye(problem.t, dtype=self._C.dtype, device=self._C.device)
         half = self._back(eye.expand_as(self._C))  # C^-T

@@ -55,7 +55,9 @@ class SquareRootEvaluation(Evaluation):
         if not residual_terms(terms) or 8.0 * (n + q) * (n + q) * max(n, q) > _MOST_WORK:
             return None
         try:
-            return cls(problem, terms)
+            found = cls(problem, terms)
+            found.at(terms, problem.matrices(terms))
+            return found
         except (NotPositiveDefiniteError, ValueError):
             return None
 
@@ -128,7 +130,7 @@ class SquareRootEvaluation(Evaluation):
         """The root of P, or with ML of the inverse of V."""
         return self._P if self._problem.method == "reml" else self._E
 
-    def scores(self) -> list[Tensor]:
+    def _scores(self) -> list[Tensor]:
         root, found = self._trace_root(), {}
         for i, z in zip(self._random, self._Z, strict=True):
             own, u = root @ z, (self._P @ z).mT @ self._e

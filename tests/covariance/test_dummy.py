@@ -115,3 +115,14 @@ def test_design_from_codes():
     for codes in (torch.tensor([2]), torch.tensor([-2]), torch.tensor([[0]]), torch.tensor([0.0])):
         with pytest.raises(ValueError, match="codes"):
             DummyMatrix.from_codes(codes, 2)
+
+
+@pytest.mark.parametrize("covariates", [None, torch.arange(1.0, 7).reshape(3, 2)])
+def test_a_row_of_no_level_is_a_row_of_zeros(covariates):
+    Z = DummyMatrix.from_codes(torch.tensor([1, -1, 0]), 2, covariates)
+    assert Z()[1].tolist() == [0.0] * Z.shape[1]
+    assert bool((Z()[[0, 2]].abs().sum(1) > 0).all())
+    x = torch.randn(Z.shape[1], 3)
+    torch.testing.assert_close(Z.design.matmul(x), Z().to(x) @ x)
+    y = torch.randn(3, 2)
+    torch.testing.assert_close(Z.design.t_matmul(y), Z().to(y).mT @ y)

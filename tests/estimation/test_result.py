@@ -1,19 +1,25 @@
 """What a result says beside its estimates: standard errors, boundaries, shares of levels."""
 
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from openreml_nn import fit_reml, lmm
+from openreml_nn import REMLLoss, fit_reml, lmm
 from openreml_nn.covariance import (
     CovariancePropagation,
     DummyMatrix,
+    IdentityMatrix,
     KnownMatrix,
+    KroneckerProduct,
     ScalarMatrix,
     Sum,
+    UnstructuredMatrix,
 )
 from openreml_nn.datasets import oats, sleepstudy
+from openreml_nn.estimation.result import Label
 from tests.strategies import kinship
 
 UNBALANCED = oats().drop(index=[0, 4, 8, 19, 32, 49, 50])
@@ -111,3 +117,59 @@ def test_the_variance_shown_of_a_kernel_is_its_factor():
     result = fit_reml(V, torch.randn(n), torch.ones(n, 1))
     factor = result.parameters[0].value
     assert float(result.components[0].covariance) == pytest.approx(factor)
+
+
+def test_the_variance_shown_of_related_levels_is_their_mean():
+    g = [i % 4 for i in range(40)]
+    V = Sum(
+        g=CovariancePropagation(z=DummyMatrix(g), g=UnstructuredMatrix(4)),
+        residual=ScalarMatrix(40),
+    ).double()
+    for name in V.param_names:
+        V.fix(name, float(torch.randn(())) / 2)
+    labels = {"g": Label("g", ("(Intercept)",), tuple("abcd"))}
+    result = fit_reml(V, torch.randn(40), torch.ones(40, 1), start="current", labels=labels)
+    expected = V.operands["g"].operands["g"]().diagonal()
+    assert float(expected.std()) > 0.1
+    assert result.components[0].covariance.tolist() == [[pytest.approx(float(expected.mean()))]]
+
+
+@pytest.mark.parametrize(("gap", "converged"), [(1e-2, False), (1e-5, True)])
+def test_converged_is_a_thousandth_of_a_standard_error(gap, converged):
+    y, X = torch.randn(30), torch.ones(30, 1)
+    V = ScalarMatrix(30).double()
+    best = fit_reml(V, y, X).parameters[0]
+    with torch.no_grad():
+        V.get_parameter("sigma^2").add_(gap * best.untransformed_std_error)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = fit_reml(V, y, X, start="current", max_iterations=0)
+    assert result.converged is converged
+    if not converged:
+        assert result.score_norm == pytest.approx(gap, rel=0.1)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_likelihood_never_falls_from_a_bad_start(seed):
+    generator = torch.Generator().manual_seed(seed)
+    n = 60
+    a, b = torch.randint(0, 6, (2, n), generator=generator)
+    time = torch.randn(n, generator=generator)
+    z = DummyMatrix(a.tolist(), covariates=torch.stack([torch.ones(n), time], 1))
+    V = Sum(
+        a=CovariancePropagation(z=z, g=KroneckerProduct(IdentityMatrix(6), UnstructuredMatrix(2))),
+        b=CovariancePropagation(z=DummyMatrix(b.tolist()), g=ScalarMatrix(6)),
+        residual=ScalarMatrix(n),
+    ).double()
+    y = torch.randn(n, generator=generator) + torch.randn(6, generator=generator)[a]
+    X = torch.stack([torch.ones(n), time], 1)
+    with torch.no_grad():
+        for parameter in V.parameters():
+            parameter.copy_(2 * torch.randn(1, generator=generator))
+    start = -float(REMLLoss(V, reduction="sum")(y, X).detach())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        history = fit_reml(V, y, X, start="current", max_iterations=12).history
+    path = np.array([start, *(record.log_likelihood for record in history)])
+    assert (np.diff(path) >= -1e-9 * abs(path[:-1])).all()
+    assert path[-1] > start

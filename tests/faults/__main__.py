@@ -33,16 +33,16 @@ SHARED = [
     "torch",
     "pandas",
     "scipy.stats",
-    "formulaic",
     "hydra",
     "hypothesis",
     "lightning",
     "matplotlib",
     "pytest",
 ]
-#: A fault that makes the tests run on for ever is noticed, too.
 MOST_SECONDS = 300
-PASSED, FAILED = 0, 1
+#: Of pytest; and of tests that take longer than that, which tells nothing.
+PASSED, FAILED, LATE = 0, 1, 124
+WORDS = {PASSED: "SURVIVED", FAILED: "noticed", LATE: "TOO LATE"}
 
 
 class Outcome(NamedTuple):
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{len(clean)} selections of tests pass without a fault", flush=True)
     survivors = 0
     for fault, found in outcomes(chosen, options.jobs):
-        word = {FAILED: "noticed", PASSED: "SURVIVED"}.get(found.status, f"STATUS {found.status}")
+        word = WORDS.get(found.status, f"STATUS {found.status}")
         print(f"{word:<10}{found.seconds:4.0f} s  {fault.file}: {fault.name}", flush=True)
         if found.status != FAILED:
             survivors += 1
@@ -114,7 +114,7 @@ def outcomes(faults: Sequence[Fault], jobs: int) -> Iterator[tuple[Fault, Outcom
             if process.is_alive():
                 continue
             output = (folder / "output").read_text(encoding="utf-8", errors="replace")
-            status = FAILED if late else int(process.exitcode or 0)
+            status = LATE if late else int(process.exitcode or 0)
             shutil.rmtree(folder, ignore_errors=True)
             running.remove(entry)
             yield fault, Outcome(status, "\n".join(output.splitlines()[-15:]) + "\n", seconds)

@@ -3,6 +3,7 @@
 from tests.faults.fault import Fault
 
 MODEL = "openreml_nn/model.py"
+JOINT = "openreml_nn/joint.py"
 NEURAL = "openreml_nn/lightning/neural.py"
 TABULAR = "openreml_nn/lightning/tabular.py"
 MODULE = "openreml_nn/lightning/module.py"
@@ -15,9 +16,23 @@ FAULTS = [
     Fault(
         "the variance of gls coefficients is zero",
         MODEL,
-        'variance = torch.einsum("np,pq,nq->n", X, self.beta_covariance, X)',
-        "variance = torch.zeros_like(population)",
-        OF_MODEL,
+        'found = torch.einsum("np,pq,nq->n", X, self.beta_covariance, X)',
+        "found = torch.zeros_like(found)",
+        "tests/test_joint.py -k independent",
+    ),
+    Fault(
+        "the variance of a prediction leaves out the covariance of coefficients with BLUPs",
+        JOINT,
+        "cross = -T @ spread",
+        "cross = 0 * T @ spread",
+        "tests/test_joint.py",
+    ),
+    Fault(
+        "the variance of a prediction leaves out the covariance of BLUPs of different factors",
+        JOINT,
+        "by = (z[row] * self.entries[place]).sum(1)",
+        "by = 0 * (z[row] * self.entries[place]).sum(1)",
+        "tests/test_joint.py",
     ),
     Fault(
         "a residual network's variance is halved in the exponent",
@@ -52,22 +67,22 @@ FAULTS = [
     Fault(
         "a level that was not seen has the first one's BLUP",
         MODEL,
-        "torch.where(known, self.blup[at], 0)",
-        "self.blup[at]",
+        "torch.where(known, self.blup[codes.clamp(min=0)].to(z), 0)",
+        "self.blup[codes.clamp(min=0)].to(z)",
         OF_MODEL,
     ),
     Fault(
         "a level that was not seen has the first one's variance",
         MODEL,
-        "torch.where(known[..., None], self.variance[at], self.prior())",
-        "self.variance[at]",
-        OF_MODEL,
+        "known = torch.where(unknown, -1, codes)",
+        "known = codes.clamp(min=0)",
+        "tests/test_joint.py",
     ),
     Fault(
         "a coefficient of a dropped column moves the ones after it",
         MODEL,
-        "beta[fixed.columns] = fixed.coefficients(evaluation.gamma)",
-        "beta[: len(fixed.columns)] = fixed.coefficients(evaluation.gamma)",
+        "beta[at] = fixed.coefficients(evaluation.gamma)",
+        "beta[: len(at)] = fixed.coefficients(evaluation.gamma)",
         OF_MODEL,
     ),
     Fault(

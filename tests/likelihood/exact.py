@@ -149,15 +149,16 @@ class Answer:
 
     log_likelihood: LONG
     gradient: dict[str, LONG]
+    rounding: dict[str, LONG]  # of the gradient
     beta: Array
+    beta_sd: Array
     effects: dict[str, tuple[Array, Array]]  # BLUPs and the whole prediction-error variance
 
 
 def answer(V: c.Matrix, y: torch.Tensor, X: torch.Tensor, method: str) -> Answer:
     """A Sum of residuals and of random terms, which are propagated from ``z`` and ``g``.
 
-    The gradient is that of dense algebra; the rest is by Henderson's equations, where no digits
-    of the residual are lost.
+    By Henderson's equations, where no digits of the residual are lost.
     """
     y, X = long(y), long(X)
     n, p = X.shape
@@ -197,23 +198,39 @@ def answer(V: c.Matrix, y: torch.Tensor, X: torch.Tensor, method: str) -> Answer
         name: (effects[at_term], spread[at_term, at_term])
         for name, at_term in zip(random, ends, strict=True)
     }
-    return Answer(value, gradient(V, y, X, method), effects[:p], found)
-
-
-def gradient(V: c.Matrix, y: Array, X: Array, method: str) -> dict[str, LONG]:
-    """Derivatives of the log-likelihood by each free parameter."""
-    half = triangular_inverse(cholesky(Exact()(V)))
-    basis = half @ X
-    if X.shape[1]:
-        basis = basis @ triangular_inverse(cholesky(basis.T @ basis)).T
-    root = half - basis @ (basis.T @ half)  # P is root' root
-    p_y = root.T @ (root @ y)
-    trace = root if method == "reml" else half
-    found, h = {}, LONG(2) ** -9
+    # Scores by the entries of R and of each G: u u' - Z' P Z, with u = Z' P y = G^-1 b.
+    known = spread
+    if method == "ml":
+        known = np.zeros_like(spread)
+        known[p:, p:] = inverse(C[p:, p:])
+    e = white.T @ left
+    S_R = np.outer(e, e) - white.T @ (np.eye(n, dtype=LONG) - W @ known @ W.T) @ white
+    scores = {}
+    for name, at_term, prior in zip(random, ends, priors, strict=True):
+        G_inverse = prior.T @ prior
+        u = G_inverse @ effects[at_term]
+        own = known[at_term, at_term]
+        scores[name] = np.outer(u, u) - G_inverse + G_inverse @ own @ G_inverse
+    gradient, rounding = {}, {}
     for name, tensor in V.named_parameters():
-        dV = np.zeros_like(half)
-        for k, w in ((1, LONG(45)), (2, LONG(-9)), (3, LONG(1))):
-            up, down = (Exact({id(tensor): s * k * h})(V) for s in (1, -1))
-            dV += w * (up - down) / (60 * h)
-        found[name] = (p_y @ dV @ p_y - (trace * (trace @ dV)).sum()) / 2
+        part = name.split(".")[0]
+        moved = V.operands[part]
+        if part in random:
+            moved = moved.operands["g"]
+        dG = derivative(moved, tensor)
+        gradient[name] = (scores.get(part, S_R) * dG).sum() / 2
+        rounding[name] = LONG(0)
+        if part in random:
+            G = random[part][1]
+            size = np.linalg.cond(G.astype(float)) * 4 * np.finfo(LONG).eps
+            rounding[name] = size * (abs(inverse(G)) * abs(dG)).sum()
+    return Answer(value, gradient, rounding, effects[:p], np.sqrt(np.diagonal(spread)[:p]), found)
+
+
+def derivative(m: c.Matrix, tensor: torch.Tensor) -> Array:
+    """By one untransformed parameter, a difference of sixth order."""
+    h, found = LONG(2) ** -9, LONG(0)
+    for k, w in ((1, LONG(45)), (2, LONG(-9)), (3, LONG(1))):
+        up, down = (Exact({id(tensor): s * k * h})(m) for s in (1, -1))
+        found = found + w * (up - down) / (60 * h)
     return found

@@ -113,3 +113,17 @@ def test_one_group(q):
     x = torch.randn(q, 2)
     torch.testing.assert_close(partition.collect(partition.spread(x)), x)
     assert partition.square(partition.zeros(x)).shape == (1, q, q)
+
+
+@pytest.mark.parametrize("q", [1, 3, 40])
+@pytest.mark.parametrize("k", [1, 2])
+def test_dense_products_are_those_of_the_blocks(q, k):
+    blocks = torch.randn(7, k, q)
+    W = cross.DenseCross(blocks)
+    x, y = torch.randn(q, 3), torch.randn(7, k, 3)
+    torch.testing.assert_close(W.times(x), blocks @ x)
+    torch.testing.assert_close(W.t_times(y), (blocks.mT @ y).sum(0))
+    K, Q = torch.randn(7, k, k), torch.randn(q, q)
+    K, Q = K + K.mT, Q + Q.mT
+    torch.testing.assert_close(W.gram(K)[0], (blocks.mT @ K @ blocks).sum(0))
+    torch.testing.assert_close(W.quadratic(Q[None]), blocks @ Q @ blocks.mT)

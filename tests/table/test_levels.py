@@ -116,6 +116,13 @@ def test_ids_that_differ_as_written_are_different_levels():
     assert found.unseen == {"k": 120}
 
 
+def test_a_spelling_of_two_levels_is_none_of_them():
+    encoder = Encoder("y ~ 1 + (1 | k)")
+    encoder.fit(TABLE.assign(k=np.where(G % 2, "a", "a ")))
+    with pytest.warns(RuntimeWarning, match="of k in 120 of 120 rows"):
+        encoder.transform(TABLE.assign(k=" a"))
+
+
 def test_64_bit_ids_are_exact_beside_a_missing_value(tmp_path):
     ids = [2**53 + i for i in G]
     table = TABLE.assign(k=pd.array([None, *ids[1:]], dtype="Int64"))

@@ -42,6 +42,10 @@ class Transform:
     that point. By default :math:`\varphi = L + u^2` with L the lower end of
     the codomain, so that the coordinate of a variance is the standard
     deviation.
+
+    The coordinate may have boundary points, :attr:`bounds`. The model is even
+    about each, so that a coordinate beyond one stands for its mirror image, as
+    a negative standard deviation for a positive one: see :meth:`fold`.
     """
 
     @property
@@ -64,7 +68,7 @@ class Transform:
         raise NotImplementedError(f"{type(self).__name__} does not implement __call__")
 
     def inverse(self, value: Tensor) -> Tensor:
-        """Unconstrained number :math:`t^{-1}(\varphi)`; infinite at an end of the codomain.
+        r"""Unconstrained number :math:`t^{-1}(\varphi)`; infinite at an end of the codomain.
 
         Raises:
             TypeError: if ``value`` is not a tensor.
@@ -78,15 +82,26 @@ class Transform:
 
     def coordinate(self, x: Tensor) -> Tensor:
         """Coordinate :math:`u(x)` in which estimation steps."""
-        return torch.sqrt(self(x) - self.codomain[0]) if self.vanishes else x
+        return torch.sqrt(self(x) - self.codomain[0]) if self.vanishes else check_tensor(x)
 
     def from_coordinate(self, u: Tensor) -> Tensor:
         """Unconstrained number :math:`x(u)`."""
+        check_tensor(u, "u")
         return self.inverse(self.codomain[0] + u * u) if self.vanishes else u
 
     def at_coordinate(self, u: Tensor) -> Tensor:
         """Value :math:`t(x(u))`, smooth in ``u`` also where ``x(u)`` is infinite."""
+        check_tensor(u, "u")
         return self.codomain[0] + u * u if self.vanishes else self(u)
+
+    @property
+    def bounds(self) -> tuple[float, ...]:
+        """Boundary points of the coordinate."""
+        return (0.0,) if self.vanishes else ()
+
+    def fold(self, u: float) -> float:
+        """The coordinate within its bounds that means the same as ``u``."""
+        return abs(u) if self.vanishes else u
 
     def _arguments(self) -> dict[str, object]:
         """What it was made with; what a constructor derived has an underscore."""

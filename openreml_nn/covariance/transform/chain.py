@@ -16,6 +16,7 @@ from openreml_nn.covariance.transform.base import (
     check_tensor,
     shown,
 )
+from openreml_nn.covariance.transform.elementary import TransformIdentity, TransformScaleShift
 from openreml_nn.errors import InputError
 
 __all__ = ["TransformChain"]
@@ -24,12 +25,13 @@ __all__ = ["TransformChain"]
 class TransformChain(Transform):
     r"""Composition :math:`t(x) = t_m(\dots t_1(x))`; the first in the list acts first.
 
-    Its domain and codomain follow from those of its elements. If the last
-    element vanishes and those before it reach every real number, as in
-    :math:`e^{ax+b}`, the coordinate is that element's; so a chain of one
-    transform is that transform. If another element vanishes, as in
-    :math:`e^x + b`, the chain does, and the coordinate is the square root of
-    what the value has above the lower end of the codomain.
+    Its domain and codomain follow from those of its elements. If one of them
+    has a coordinate of its own, those before it reach every real number and
+    those after it are linear, as in :math:`e^{ax+b}` and :math:`e^x + b`, the
+    coordinate is that element's; so a chain of one transform is that
+    transform. If those after it are not, as in :math:`(e^x)^2`, and the chain
+    vanishes as well, the coordinate is that of any :class:`Transform` that
+    vanishes.
 
     Args:
         chain: a transform or a sequence of transforms.
@@ -59,12 +61,17 @@ class TransformChain(Transform):
         if not self.chain:
             raise InputError("`chain` is empty: expected at least one Transform")
         self._domain = self._codomain = self._taken()
-        # Which element's zero the chain can reach.
-        self._vanishing: int | None = None
+        #: Position of the element whose coordinate the chain has, if there is one.
+        self._kept: int | None = None
+        reached = False
         for i, element in enumerate(self.chain):
-            if element.vanishes and self._codomain == REALS:
-                self._vanishing = i
+            if self._codomain == REALS:
+                reached = reached or element.vanishes
+                if element.bounds and all(_is_linear(e) for e in self.chain[i + 1 :]):
+                    self._kept = i
             self._codomain = _image(element, self._codomain)
+        bounded = isfinite(self._codomain[0]) and self._codomain[1] == inf
+        self._vanishes = reached and bounded
 
     def _taken(self) -> Interval:
         """The numbers that every element can take in its turn."""
@@ -90,13 +97,14 @@ class TransformChain(Transform):
 
     @property
     def vanishes(self) -> bool:
-        bounded = isfinite(self.codomain[0]) and self.codomain[1] == inf
-        return self._last or (self._vanishing is not None and bounded)
+        return self._vanishes if self._kept is None else self.chain[self._kept].vanishes
 
     @property
-    def _last(self) -> bool:
-        """Whether the coordinate is that of the last element."""
-        return self._vanishing == len(self.chain) - 1
+    def bounds(self) -> tuple[float, ...]:
+        return super().bounds if self._kept is None else self.chain[self._kept].bounds
+
+    def fold(self, u: float) -> float:
+        return super().fold(u) if self._kept is None else self.chain[self._kept].fold(u)
 
     def __call__(self, x: Tensor) -> Tensor:
         check_tensor(x)
@@ -122,19 +130,28 @@ class TransformChain(Transform):
         return slope
 
     def coordinate(self, x: Tensor) -> Tensor:
-        if not self._last:
+        if self._kept is None:
             return super().coordinate(x)
-        for element in self.chain[:-1]:
+        for element in self.chain[: self._kept]:
             x = element(x)
-        return self.chain[-1].coordinate(x)
+        return self.chain[self._kept].coordinate(x)
 
     def from_coordinate(self, u: Tensor) -> Tensor:
-        if not self._last:
+        if self._kept is None:
             return super().from_coordinate(u)
-        return self._back(self.chain[-1].from_coordinate(u), len(self.chain) - 1)
+        return self._back(self.chain[self._kept].from_coordinate(u), self._kept)
 
     def at_coordinate(self, u: Tensor) -> Tensor:
-        return self.chain[-1].at_coordinate(u) if self._last else super().at_coordinate(u)
+        if self._kept is None:
+            return super().at_coordinate(u)
+        value = self.chain[self._kept].at_coordinate(u)
+        for element in self.chain[self._kept + 1 :]:
+            value = element(value)
+        return value
+
+
+def _is_linear(element: Transform) -> bool:
+    return isinstance(element, TransformScaleShift | TransformIdentity)
 
 
 def _image(element: Transform, taken: Interval) -> Interval:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import log
+from math import copysign, log, pi, remainder
 
 import torch
 from torch import Tensor
@@ -56,7 +56,9 @@ class _Exponential(Transform):
     _rate: float
 
     def __init__(self, degree: int = 2) -> None:
-        if isinstance(degree, bool) or degree not in (0, 1, 2):
+        if isinstance(degree, bool) or not isinstance(degree, int):
+            raise TypeError(f"`degree` is {degree!r}: expected an int")
+        if degree not in (0, 1, 2):
             raise InputError(f"`degree` is {degree!r}: expected 0, 1 or 2")
         if degree != 2:
             # Only then, so that the usual transform is shown without arguments.
@@ -74,12 +76,15 @@ class _Exponential(Transform):
         return self._log(check_inside(value, self))
 
     def coordinate(self, x: Tensor) -> Tensor:
+        check_tensor(x)
         return torch.exp(self._rate * x / self.degree) if self.degree else x
 
     def from_coordinate(self, u: Tensor) -> Tensor:
+        check_tensor(u, "u")
         return self.degree * self._log(u.abs()) if self.degree else u
 
     def at_coordinate(self, u: Tensor) -> Tensor:
+        check_tensor(u, "u")
         if self.degree == 2:
             return u * u
         return u if self.degree else self(u)
@@ -95,7 +100,8 @@ class TransformExp(_Exponential):
             :math:`x = \log\varphi`.
 
     Raises:
-        InputError: if ``degree`` is another number (a ValueError).
+        TypeError: if ``degree`` is no int.
+        InputError: if it is another number (a ValueError).
 
     >>> TransformExp()(torch.tensor([0.0]))
     tensor([1.])
@@ -249,11 +255,15 @@ class TransformScaleShift(Transform):
 class TransformSigmoid(Transform):
     r""":math:`t(x) = 1 / (1 + e^{-x})`, into :math:`(0, 1)`.
 
+    Estimation steps in the angle u of :math:`t = (1 + \sin u)/2`, in which both
+    ends, such as correlations of ±1, are ordinary points.
+
     >>> TransformSigmoid()(torch.tensor([0.0]))
     tensor([0.5000])
     """
 
     codomain = (0.0, 1.0)
+    bounds = (-pi / 2, pi / 2)
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.sigmoid(check_tensor(x))
@@ -264,3 +274,20 @@ class TransformSigmoid(Transform):
     def grad(self, x: Tensor) -> Tensor:
         value = torch.sigmoid(check_tensor(x))
         return value * (1 - value)
+
+    def coordinate(self, x: Tensor) -> Tensor:
+        # sin u = tanh(x / 2), by what keeps its digits at both ends.
+        return torch.atan(torch.sinh(check_tensor(x) / 2))
+
+    def from_coordinate(self, u: Tensor) -> Tensor:
+        # Of t and of 1 - t, which is small where t is near 1.
+        check_tensor(u, "u")
+        t, rest = torch.sin((pi / 2 + u) / 2), torch.sin((pi / 2 - u) / 2)
+        return 2 * torch.log(t.abs() / rest.abs())
+
+    def at_coordinate(self, u: Tensor) -> Tensor:
+        return torch.sin((pi / 2 + check_tensor(u, "u")) / 2) ** 2
+
+    def fold(self, u: float) -> float:
+        u = remainder(u, 2 * pi)
+        return u if abs(u) <= pi / 2 else copysign(pi, u) - u

@@ -1,0 +1,190 @@
+"""Score and curvature of a likelihood in the coordinates of estimation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from openreml_nn.estimation.coordinates import Coordinates
+from openreml_nn.estimation.derivatives import (
+    hessian_of_sum,
+    hessian_of_value,
+    jacobian,
+    second_derivative,
+)
+from openreml_nn.likelihood.loss import Objective
+
+__all__ = ["Curvature"]
+
+#: Parameters count as converged this many standard errors from the optimum.
+CONVERGED = 1e-3
+#: A direction counts as flat when its curvature is this small beside the largest.
+FLAT = 1e-6
+
+
+class Curvature:
+    r"""Score and curvature of the log-likelihood at the present parameters.
+
+    Where the designs are known, the curvature is the average of the observed and the expected
+    information,
+
+    .. math::
+        H = J^\top \mathcal{I}_{AI} J - \tfrac12\textstyle\sum_t \langle S_t, \partial^2 G_t / \partial u^2\rangle .
+
+    Where a design or a network moves with the parameters, it is the observed information,
+    :math:`-\partial^2\ell / \partial u^2`, by automatic differentiation.
+
+    Args:
+        objectives: likelihoods, whose logarithms add up.
+        owned: the parameters to move; all that require a gradient if None.
+        weights: what each log-likelihood is multiplied by; 1 by default.
+
+    Attributes:
+        at: the coordinates, ``u`` their present values.
+        score: :math:`g = \partial\ell/\partial u`.
+        information: average information of u; the observed where the designs move.
+        hessian: the curvature H.
+        move: the full step :math:`|H|^{-1} g`.
+        norm: :math:`\sqrt{g^\top |H|^{-1} g}`.
+        condition: condition number of H, scaled to have a diagonal near 1.
+        stuck: coordinates at a boundary from which the likelihood rises.
+        boundary: names of parameters at a boundary.
+        indistinct: names of parameters about which the data say nothing, or nothing
+            but a combination of them.
+    """
+
+    def __init__(
+        self,
+        objectives: Sequence[Objective],
+        owned: Sequence[Tensor] | None = None,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        self.objectives = objectives
+        self._weights = [1.0] * len(objectives) if weights is None else list(weights)
+        self.indistinct: tuple[str, ...] = ()
+        self.boundary: tuple[str, ...] = ()
+        self.at = Coordinates(objectives, owned)
+        like = objectives[0].problem.fixed.y
+        self.u = u = self.at.read(like)
+        self.rows = sum(o.problem.n for o in objectives)
+        #: The score norm that rounding of the likelihood lets one see.
+        self.resolution = (torch.finfo(like.dtype).eps * self.rows) ** 0.5
+        self.score = torch.zeros_like(u)
+        self.information = torch.zeros(len(u), len(u), dtype=u.dtype, device=u.device)
+        self.hessian = torch.zeros_like(self.information)
+        self.stuck: list[int] = []
+        if not len(u):
+            self.move, self.norm, self.condition = u, 0.0, 1.0
+            return
+        for i, (objective, weight) in enumerate(zip(objectives, self._weights, strict=True)):
+            add = self._add_moving if objective.moves else self._add
+            add(i, objective, weight)
+        self.solve(self.hessian)
+        at_boundary = self.at.on_boundary(u)
+        self.boundary = tuple(
+            n for n, ends in zip(self.at.names, at_boundary.tolist(), strict=True) if ends
+        )
+        self.indistinct = self._indistinct(at_boundary)
+        slope = self.hessian.diagonal()
+        self.stuck = (at_boundary & (slope < 0) & ~self.silent).nonzero()[:, 0].tolist()
+
+    @property
+    def is_optimum(self) -> bool:
+        """Whether the fit may end here: the one criterion of steps and of results."""
+        return self.norm < max(CONVERGED, self.resolution) and not self.stuck
+
+    def _add(self, i: int, objective: Objective, weight: float) -> None:
+        evaluation = objective.evaluate()
+
+        def matrices(x: Tensor) -> tuple[Tensor, ...]:
+            return self.matrices(i, x)
+
+        score, curve = hessian_of_sum(matrices, evaluation.scores(), self.u)
+        information = evaluation.information(jacobian(matrices, self.u))
+        self.score += weight * score
+        self.information += weight * information
+        self.hessian += weight * (information - (curve + curve.mT) / 4)
+
+    def _add_moving(self, i: int, objective: Objective, weight: float) -> None:
+        """By automatic differentiation of the likelihood itself."""
+        k = len(self.at.entries)
+
+        def value(x: Tensor) -> Tensor:
+            return objective.recorded(self.at.natural(i, x))
+
+        loose = [part.tensor for part in self.at.loose]
+        score, curve = hessian_of_value(value, self.u[:k], loose)
+        observed = -(curve + curve.mT).to(self.u) / 2
+        self.score += weight * score.to(self.u)
+        self.information += weight * observed
+        self.hessian += weight * observed
+
+    @property
+    def silent(self) -> Tensor:
+        """Coordinates about which the data say nothing, whatever their value."""
+        y = self.objectives[0].problem.fixed.y
+        vanishing = torch.tensor(self.at.vanishing, device=self.u.device)
+        # A standard deviation is as large as that of the response, or an angle 1.
+        unit = torch.where(vanishing, y.square().mean(), 1)
+        return self.hessian.diagonal().abs() * unit < 1e-9
+
+    def solve(self, hessian: Tensor) -> None:
+        """Find the step, its norm and the condition for a curvature."""
+        size = self.information.diagonal().abs() + (hessian - self.information).diagonal().abs()
+        self._scale = scale = torch.where(size > 0, size, 1).sqrt()
+        self._values, self._vectors = torch.linalg.eigh(hessian / (scale[:, None] * scale))
+        size = self._values.abs()
+        self.move = self.damped(0.0)
+        self.norm = float((self.score @ self.move).clamp(min=0).sqrt())
+        self.condition = float(size.max() / size.min())
+
+    def damped(self, damping: float) -> Tensor:
+        r"""The step :math:`(|H| + \lambda D)^{-1} g` with D the diagonal of the scales."""
+        size = self._values.abs()
+        floor = float(size.max()) * torch.finfo(size.dtype).eps * 100
+        inverse = self._vectors / (size.clamp(min=floor) + damping)
+        return inverse @ (self._vectors.mT @ (self.score / self._scale)) / self._scale
+
+    @property
+    def descents(self) -> Tensor:
+        """Directions in which the likelihood bends upwards, one a row, in coordinates."""
+        down = self._values < -1e-3
+        return (self._vectors[:, down] / self._scale[:, None]).mT
+
+    def _indistinct(self, at_boundary: Tensor) -> tuple[str, ...]:
+        # A change by a standard deviation or a correlation of 1 that moves the likelihood by
+        # nothing, and directions that are flat beside the steepest.
+        names, u = self.at.names, torch.where(at_boundary, 0, self.u)
+        silent = (u != 0) & (u**2 * self.hessian.diagonal().abs() < 1e-10)
+        found = {name for name, is_silent in zip(names, silent.tolist(), strict=True) if is_silent}
+        flat = self._values.abs() < FLAT * self._values.abs().max()
+        for direction in (self._vectors[:, flat] / self._scale[:, None]).T:
+            weight = (direction * u).abs()
+            if float(weight.max()) > 0:
+                found |= {n for n, w in zip(names, weight, strict=True) if w > 0.1 * weight.max()}
+        return tuple(name for name in names if name in found)
+
+    def matrices(self, i: int, u: Tensor) -> tuple[Tensor, ...]:
+        """Matrices of the i-th problem as a function of the coordinates."""
+        return self.objectives[i].matrices(self.at.natural(i, u))
+
+    def boundary_step(self, j: int) -> float:
+        r"""The scoring step of :math:`(u_j - b)^2` away from the boundary b."""
+        slope = information = 0.0
+        for i, (objective, weight) in enumerate(zip(self.objectives, self._weights, strict=True)):
+            if objective.moves:
+                # The second derivative by u_j is twice the slope by its square.
+                return float(1 / (-self.hessian[j, j]).clamp(min=1e-300))
+            evaluation = objective.evaluate()
+
+            def matrices(x: Tensor, i: int = i) -> tuple[Tensor, ...]:
+                return self.matrices(i, x)
+
+            half = [d / 2 for d in second_derivative(matrices, self.u, j)]
+            slope += weight * sum(
+                float((s * d).sum()) for s, d in zip(evaluation.scores(), half, strict=True)
+            )
+            information += weight * float(evaluation.information([d[None] for d in half]))
+        return slope / information if information > 0 else 1.0

@@ -1,0 +1,150 @@
+"""Several starts, for models whose likelihood may have several optima."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from openreml_nn.covariance import Matrix
+from openreml_nn.estimation.aireml import Past, average_information_step
+from openreml_nn.estimation.curvature import Curvature
+from openreml_nn.estimation.result import Record, Start
+from openreml_nn.likelihood.loss import Objective
+from openreml_nn.likelihood.problem import NotPositiveDefiniteError
+
+__all__ = ["climb", "climb_from_several", "has_several_optima"]
+
+#: How far correlation reaches at each start, see :meth:`Matrix.start_reach`.
+REACHES = (0.7, 0.3, 0.9)
+#: A run that is within this many standard errors of an optimum already found goes there too.
+_CLOSE = 0.3
+
+
+@dataclass
+class _Run:
+    """A run and where it ended; ``twin`` is an earlier run whose optimum it was about to reach."""
+
+    history: list[Record]
+    log_likelihood: float
+    converged: bool
+    curvature: Curvature
+    twin: _Run | None = None
+
+    @property
+    def end(self) -> _Run:
+        return self if self.twin is None else self.twin
+
+
+def has_several_optima(objective: Objective) -> bool:
+    """Whether a correlation that decays with a distance stands beside other estimated terms.
+
+    An autoregressive field beside a nugget is known for it: the likelihood can explain the
+    same data by short correlation of all the variance or by long correlation of a part of it.
+    """
+    if sum(not term.known for term in objective.terms()) < 2:
+        return False
+    reaching = [matrix.start_reach(REACHES[0]) for matrix in _matrices(objective)]
+    return any(reaching)
+
+
+def climb(
+    objective: Objective, most: int, arrived: Callable[[Record], bool] | None = None
+) -> list[Record]:
+    """Average-information steps until the optimum, or as many as allowed.
+
+    Args:
+        objective: the likelihood, at its start.
+        most: so many steps.
+        arrived: says after a step whether the rest of the way is known.
+    """
+    history: list[Record] = []
+    past = Past()
+    for _ in range(most):
+        step = average_information_step([objective], past=past)
+        history.append(Record.of(objective.covariance, *step[:3]))
+        if step.converged or step.length == 0 or (arrived is not None and arrived(history[-1])):
+            break
+    return history
+
+
+def climb_from_several(
+    objective: Objective, most: int, start: Callable[[], None]
+) -> tuple[list[Record], list[Start]]:
+    """Climb from each reach, and leave the parameters at the best end.
+
+    Args:
+        objective: the likelihood.
+        most: steps of each run.
+        start: sets the parameters to where all starts have them, reaches apart.
+
+    Returns:
+        The history of the best run, and where the others ended.
+    """
+    runs: list[_Run] = []
+    failure: NotPositiveDefiniteError | None = None
+    for reach in REACHES:
+        start()
+        for matrix in _matrices(objective):
+            matrix.start_reach(reach)
+        try:
+            runs.append(_run(objective, most, runs))
+        except NotPositiveDefiniteError as error:
+            failure = error
+    if not runs:
+        assert failure is not None
+        raise failure
+    # Equal but for rounding: the first of them.
+    ends = [run for run in runs if run.twin is None]
+    top = max(run.log_likelihood for run in ends)
+    best = next(run for run in ends if run.log_likelihood > top - 1e-7 * (1 + abs(top)))
+    best.curvature.at.write(best.curvature.u)
+    starts = [_start(run, best) for run in runs if run is not best]
+    return best.history, starts
+
+
+def _run(objective: Objective, most: int, others: Sequence[_Run]) -> _Run:
+    found: list[_Run] = []
+
+    def arrived(record: Record) -> bool:
+        found.extend(
+            other
+            for other in others
+            if other.converged
+            and abs(record.log_likelihood - other.log_likelihood) < _CLOSE**2
+            and _distance(other.curvature) < _CLOSE
+        )
+        return bool(found)
+
+    history = climb(objective, most, arrived)
+    with torch.no_grad():
+        curvature = found[0].curvature if found else Curvature([objective])
+    converged = bool(found) or (curvature.is_optimum and not history[-1].step > 0)
+    end = found[0].log_likelihood if found else history[-1].log_likelihood
+    return _Run(history, end, converged, curvature, found[0].end if found else None)
+
+
+def _distance(curvature: Curvature) -> float:
+    """From the present parameters to an optimum, in its standard errors."""
+    u = curvature.at.read(curvature.u)
+    move = u - curvature.u
+    return float((move @ curvature.hessian @ move).clamp(min=0).sqrt())
+
+
+def _start(run: _Run, best: _Run) -> Start:
+    end = run.end
+    same = end is best or (
+        abs(end.log_likelihood - best.log_likelihood) < 1e-3 and _between(end, best) < _CLOSE
+    )
+    values = end.history[-1].parameters
+    return Start(run.log_likelihood, len(run.history), run.converged, same, values)
+
+
+def _between(one: _Run, other: _Run) -> float:
+    move = one.curvature.u - other.curvature.u
+    return float((move @ other.curvature.hessian @ move).clamp(min=0).sqrt())
+
+
+def _matrices(objective: Objective) -> list[Matrix]:
+    return [m for m in objective.covariance.modules() if isinstance(m, Matrix)]

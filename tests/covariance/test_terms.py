@@ -1,0 +1,70 @@
+"""Structured covariances against the matrices that they stand for."""
+
+import pytest
+import torch
+from torch.func import jvp, vjp
+
+from openreml_nn.covariance.terms import (
+    DenseCovariance,
+    DiagonalCovariance,
+    Kernel,
+    KroneckerCovariance,
+    RepeatedCovariance,
+    ScaledCovariance,
+)
+from tests.strategies import kinship
+
+
+def positive(n):
+    half = torch.randn(n, n)
+    return half @ half.mT + torch.eye(n)
+
+
+#: A covariance with its size.
+STRUCTURES = {
+    "scalar": lambda: (RepeatedCovariance(positive(1), 6), 6),
+    "repeated": lambda: (RepeatedCovariance(positive(2), 3), 6),
+    "diagonal": lambda: (DiagonalCovariance(torch.rand(6)), 6),
+    "dense": lambda: (DenseCovariance(positive(6)), 6),
+    "kronecker": lambda: (KroneckerCovariance.of(positive(2), positive(3)), 6),
+    "kernel": lambda: (ScaledCovariance(positive(1), Kernel(kinship(6).double())), 6),
+    "traits of a kernel": lambda: (ScaledCovariance(positive(2), Kernel(kinship(3).double())), 6),
+}
+
+
+@pytest.fixture(params=STRUCTURES)
+def structure(request):
+    return STRUCTURES[request.param]()
+
+
+def test_products_are_those_of_the_matrix(structure):
+    g, q = structure
+    x = torch.randn(q, 4)
+    torch.testing.assert_close(g.multiply(x), g.whole(q) @ x)
+    root = g.root()
+    torch.testing.assert_close(root.multiply(root.multiply(x, transpose=True)), g.whole(q) @ x)
+
+
+def test_derivatives_are_those_of_the_matrix(structure):
+    g, q = structure
+    x, d, cotangent = torch.randn(q, 4), torch.randn_like(g.matrix), torch.randn(q, q)
+
+    def whole(matrix):
+        return g.with_matrix(matrix).whole(q)
+
+    _, moved = jvp(whole, (g.matrix,), (d,))
+    torch.testing.assert_close(g.along(d, x), moved @ x)
+    _, pull = vjp(whole, g.matrix)
+    (expected,) = pull(cotangent)
+    torch.testing.assert_close(g.fold(cotangent), expected)
+
+
+@pytest.mark.parametrize(("name", "levels", "effects"), [("repeated", 3, 2), ("diagonal", 3, 2)])
+def test_blocks_are_those_of_the_matrix(name, levels, effects):
+    g, q = STRUCTURES[name]()
+    four = g.whole(q).reshape(levels, effects, levels, effects)
+    blocks = four.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    torch.testing.assert_close(g.blocks(levels, effects).expand_as(blocks), blocks)
+    cotangent = torch.randn(levels, effects, effects)
+    whole = torch.block_diag(*cotangent)
+    torch.testing.assert_close(g.fold_blocks(cotangent), g.fold(whole))

@@ -1,0 +1,906 @@
+"""Careless calls of all that is public: each wrong argument ends in an error that names it.
+
+A short run, the same each time, is part of the tests. The long one tries every wrong value and
+prints the worst offenders, of one package or of all:
+
+    python -m tests.fuzz.test_public_interface [covariance]
+"""
+
+import contextlib
+import copy
+import importlib
+import inspect
+import io
+import os
+import random
+import re
+import sys
+import tempfile
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import combinations
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import openreml_nn.covariance as cov
+import openreml_nn.covariance.transform as trans
+import openreml_nn.inference as inference
+import openreml_nn.lightning as lightning
+import openreml_nn.metrics as metrics
+import openreml_nn.report as report
+from openreml_nn import (
+    AIREML,
+    MixedModel,
+    RandomEffect,
+    REMLLoss,
+    datasets,
+    fit_reml,
+    fit_stream,
+    lmm,
+    restricted_log_likelihood,
+)
+from openreml_nn.estimation import moment_start
+
+PACKAGES = [
+    "",
+    "covariance",
+    "covariance.transform",
+    "likelihood",
+    "estimation",
+    "inference",
+    "metrics",
+    "lightning",
+    "report",
+    "datasets",
+]
+#: Share of the careless calls that must end in an error that names the argument.
+GOAL = {"": 0.3, "covariance": 0.6, "covariance.transform": 0.05, "estimation": 0.3,
+        "inference": 0.15, "metrics": 0.2, "lightning": 0.2, "report": 0.5, "datasets": 0.1}  # fmt: skip
+
+# ---------------------------------------------------------------------- wrong values
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What an argument takes: ``fits`` tells a value that is right, or may be."""
+
+    fits: Callable[[Any], bool]
+    more: tuple[Any, ...] = ()
+
+    def pool(self) -> list[Any]:
+        return [value for value in (*ANYTHING, *self.more) if not self.fits(value)]
+
+
+def double(*shape, value=0.5):
+    return torch.full(shape, value, dtype=torch.float64)
+
+
+ANYTHING = (
+    None,
+    "nonsense",
+    "",
+    3,
+    -1,
+    0,
+    2.5,
+    float("nan"),
+    float("inf"),
+    True,
+    1j,
+    b"bytes",
+    [1.0, 2.0],
+    ["a", "b"],
+    [],
+    (),
+    {},
+    {"a": 1},
+    np.zeros(3),
+    np.zeros((2, 2)),
+    pd.DataFrame({"a": [1.0]}),
+    double(3),
+    double(0),
+    double(2, 2),
+    double(3, value=float("nan")),
+    torch.arange(3),
+    torch.zeros(3, device="meta"),
+    torch.zeros(3, dtype=torch.complex64),
+    object(),
+    int,
+    nn.Linear(1, 1),
+    cov.ScalarMatrix(7),
+    nn.Parameter(double(1)),
+)
+
+
+def optional(kind: Kind) -> Kind:
+    return Kind(lambda value: value is None or kind.fits(value), kind.more)
+
+
+def count(least=0) -> Kind:
+    def fits(value):
+        return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+
+    return Kind(fits, (least - 1, -100, 3.5))
+
+
+def number(least=-np.inf, most=np.inf) -> Kind:
+    def fits(value):
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        return is_number and bool(np.isfinite(value)) and least < value < most
+
+    return Kind(fits, (-2.0, 1.5))
+
+
+def tensor(*shape, whole=True, floating=True, finite=True) -> Kind:
+    """A tensor of a shape, None for any size; ``whole`` and ``floating`` are the dtypes taken."""
+
+    def fits(value):
+        if not isinstance(value, torch.Tensor) or value.is_meta or value.is_complex():
+            return False
+        if value.dtype == torch.bool or not (floating if value.is_floating_point() else whole):
+            return False
+        sizes = zip(value.shape, shape, strict=False)
+        if value.dim() != len(shape) or any(b is not None and a != b for a, b in sizes):
+            return False
+        return (bool(torch.isfinite(value).all()) and bool(value.numel())) or not finite
+
+    own = [4 if size is None else size for size in shape]
+    return Kind(
+        fits,
+        (
+            double(*own, value=float("nan")),
+            double(*own, value=float("inf")),
+            double(*own, 1),
+            double(*(size + 1 for size in own)),
+            double(*own).tolist(),
+            double(*own).numpy(),
+            torch.zeros(own, dtype=torch.complex128),
+            torch.zeros(own, dtype=torch.bool),
+            torch.zeros(own, device="meta"),
+        ),
+    )
+
+
+def of(*classes) -> Kind:
+    return Kind(lambda value: isinstance(value, classes))
+
+
+never = Kind(lambda value: False)
+flag = of(bool)
+path = of(str)
+text = of(str)
+choice = Kind(lambda value: False, ("ML", "Reml", "auto ", ["reml"]))
+names = Kind(
+    lambda value: (
+        isinstance(value, list | tuple | pd.Index) and all(isinstance(item, str) for item in value)
+    )
+)
+mapping = Kind(lambda value: isinstance(value, dict) and not value, ({1: 2}, {"g": None}))
+module = of(nn.Module)
+#: A formula, a table, a result, a run: no value of the pool is one.
+formula = table = result_kind = never
+
+# ---------------------------------------------------------------------- calls
+
+
+@dataclass
+class Call:
+    """A call that works, and what each of its arguments takes."""
+
+    package: str
+    name: str
+    function: Callable[..., Any]
+    good: dict[str, Any]
+    kinds: dict[str, Kind]
+    #: What a message may call an argument besides its name.
+    words: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+FORMULA = "Reaction ~ Days + (1 | Subject)"
+
+
+@cache
+def result():
+    return lmm(FORMULA, datasets.sleepstudy())
+
+
+@cache
+def large():
+    return lmm("Reaction ~ Days + (Days || Subject)", datasets.sleepstudy())
+
+
+def batch():
+    x = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(12, 2)
+    return {"x": x, "y": x[:, 0] * 2 + 0.1, "groups": {"g": torch.arange(12) % 4}}
+
+
+def network_model(head="ml"):
+    return MixedModel(nn.Linear(2, 1).double(), {"g": RandomEffect(4)}, head=head)
+
+
+def _batch_pool():
+    """Batches with a part that is missing or wrong."""
+    found = [{}, {"x": batch()["x"]}, [batch()], (batch()["x"], batch()["y"])]
+    for key in ("x", "y", "groups"):
+        found.append({k: v for k, v in batch().items() if k != key})
+        for value in (None, "text", [1.0], np.zeros(12), double(3), torch.zeros(12, device="meta")):
+            found.append({**batch(), key: value})
+    x, y, g = batch()["x"], batch()["y"], batch()["groups"]["g"]
+    for groups in (g, {"h": g}, {"g": g.tolist()}, {"g": g.double()}, {"g": g[:5]}, {"g": g + 9}):
+        found.append({**batch(), "groups": groups})
+    nan = torch.full_like(y, float("nan"))
+    found += [{**batch(), "y": wrong} for wrong in (nan, y[:, None], y.long(), y.numpy(), y + 1j)]
+    found += [{**batch(), "x": wrong} for wrong in (x.float(), x.numpy(), x * float("nan"))]
+    found += [{**batch(), "values": wrong} for wrong in (3, [1.0], {"g": double(5, 1)}, {"g": 1})]
+    return tuple(found)
+
+
+BATCH = Kind(lambda value: False, _batch_pool())
+BATCH_WORDS = ("batch", "x", "y", "groups", "group", "values", "'g'")
+OPTIONS = {"method": choice, "solver": choice}
+
+
+def _top() -> list[Call]:
+    one = cov.ScalarMatrix(6).double()
+    data = {"y": double(6), "X": torch.eye(6, 2, dtype=torch.float64)}
+    y_X = {"y": tensor(6, whole=False), "X": tensor(6, None, whole=False)}
+    made = [
+        Call("", "MixedModel", MixedModel, {"mean": nn.Linear(2, 1), "random": {"g": RandomEffect(4)}},
+             {"mean": module, "random": Kind(lambda v: False, ({"g": 4}, [RandomEffect(2)])),
+              "residual": optional(module), "head": choice, "solver": choice}),
+        Call("", "RandomEffect", RandomEffect, {"levels": 4},
+             {"levels": Kind(lambda v: count(1).fits(v) or (names.fits(v) and len(v) > 0)),
+              "covariance": Kind(lambda v: v is None), "features": optional(module),
+              "effects": Kind(lambda v: count(1).fits(v) or (names.fits(v) and len(v) > 0))}),
+        Call("", "REMLLoss", REMLLoss, {"covariance": one},
+             {"covariance": of(cov.Matrix), "reduction": choice, **OPTIONS}),
+        Call("", "REMLLoss.forward", REMLLoss(one), data,
+             {**y_X, "rows": optional(tensor(6, floating=False))}),
+        Call("", "REMLLoss.objective", REMLLoss(one).objective, data,
+             {**y_X, "rows": optional(tensor(6, floating=False))}),
+        Call("", "fit_reml", fit_reml, {"covariance": one, **data},
+             {"covariance": never, **y_X, **OPTIONS, "rows": optional(tensor(6, floating=False)),
+              "start": choice, "max_iterations": count(0),
+              "names": Kind(lambda v: v is None or (names.fits(v) and len(v) == 2)),
+              "labels": optional(mapping)}),
+        Call("", "AIREML", AIREML, {"params": list(one.parameters())},
+             {"params": of(nn.Module, nn.Parameter), "tolerance": number(0)}),
+        Call("", "AIREML.step", AIREML(one.parameters()).step, {"closure": lambda: 0.0},
+             {"closure": Kind(callable)}),
+        Call("", "lmm", lmm, {"formula": FORMULA, "table": datasets.sleepstudy()},
+             {"formula": formula, "table": table, "categorical": names, "residual": optional(never),
+              "weights": optional(never), **OPTIONS, "max_iterations": count(0), "start": choice}),
+        Call("", "fit_stream", fit_stream,
+             {"formula": FORMULA, "path": str(datasets.table_path("sleepstudy")), "progress": False},
+             {"formula": formula, "path": never, "chunk_rows": count(1), "categorical": names,
+              "method": choice, "max_iterations": count(0), "progress": flag}),
+        Call("", "restricted_log_likelihood", restricted_log_likelihood,
+             {**data, "V": torch.eye(6, dtype=torch.float64)},
+             {**y_X, "V": tensor(6, 6, whole=False), "method": choice}),
+        Call("", "REMLResult.summary", result().summary, {}, {"title": optional(text)}),
+        Call("", "REMLResult.to_json", result().to_json, {"path": "r.json"}, {"path": path}),
+    ]  # fmt: skip
+    x = batch()["x"]
+    for head in ("ml", "gls"):
+        model = network_model(head)
+        model.update(batch())
+        output = model(batch())
+        made += [
+            Call("", f"MixedModel.{name} ({head})", getattr(model, name), {"batch": batch()},
+                 {"batch": BATCH}, {"batch": BATCH_WORDS})
+            for name in ("loss", "predict", "update", "random_part", "objective")
+        ]  # fmt: skip
+        made.append(
+            Call("", f"MixedModel.loss_of ({head})", model.loss_of,
+                 {"output": output, "batch": batch()},
+                 {"output": tensor(*output.shape, whole=False), "batch": BATCH},
+                 {"output": ("mean", "network"), "batch": BATCH_WORDS})
+        )  # fmt: skip
+    model = network_model()
+    made += [
+        Call("", "MixedModel.forward", model, {"batch": {"x": x}},
+             {"batch": Kind(lambda v: False, ({"y": x}, {"x": x.numpy()}, {"x": [1]}, {"x": double(3, 7)}))},
+             {"batch": ("x",)}),
+        Call("", "MixedModel.outputs", model.outputs, {"x": x, "rows": 4},
+             {"x": tensor(None, 2, whole=False, finite=False), "rows": count(1)}),
+        Call("", "MixedModel.backward_in_parts", model.backward_in_parts, {"batch": batch(), "rows": 4},
+             {"batch": BATCH, "rows": count(1)}, {"batch": BATCH_WORDS}),
+        Call("", "RandomEffect.contribution", RandomEffect(4).contribution,
+             {"codes": torch.arange(4), "z": double(4, 1)},
+             {"codes": tensor(4, floating=False), "z": tensor(4, 1)}),
+    ]  # fmt: skip
+    return made
+
+
+def _covariance() -> list[Call]:
+    specs = {"param_specs": optional(mapping)}
+    sized = {
+        cov.AR1Matrix: {"n": 3}, cov.AntedependenceMatrix: {"n": 3}, cov.DiagonalMatrix: {"n": 3},
+        cov.CompoundSymmetricMatrix: {"n": 3}, cov.EqualEntryMatrix: {"n": 3},
+        cov.EquicorrelationMatrix: {"n": 3}, cov.ScalarMatrix: {"n": 3}, cov.ToeplitzMatrix: {"n": 3},
+        cov.UnconstrainedMatrix: {"n": 3}, cov.UnstructuredMatrix: {"n": 3},
+        cov.LowerTriangularMatrix: {"n": 3, "m": 2},
+    }  # fmt: skip
+    least = {cov.EquicorrelationMatrix: 2}
+    found = []
+    for made, good in sized.items():
+        kinds = {"n": count(least.get(made, 1)), **specs}
+        if made in (cov.EqualEntryMatrix, cov.ToeplitzMatrix):
+            kinds["m" if made is cov.EqualEntryMatrix else "bands"] = optional(count(0))
+        if made is cov.LowerTriangularMatrix:
+            kinds["m"] = count(1)
+        found.append(Call("covariance", made.__name__, made, good, kinds))
+        found += _of_parameters(made(**good))
+    size = double(3, 3)
+    square = torch.eye(3, dtype=torch.float64)
+    distance = (torch.arange(3.0)[:, None] - torch.arange(3.0)).abs()
+    word = {"distance": ("distances",)}
+    for made in (cov.ExponentialMatrix, cov.GaussianMatrix, cov.MaternMatrix):
+        kinds = {"distance": tensor(None, None, whole=False), **specs}
+        if made is cov.MaternMatrix:
+            kinds["nu"] = Kind(lambda v: v in (0.5, 1.5, 2.5) if isinstance(v, float) else False)
+        found.append(Call("covariance", made.__name__, made, {"distance": distance}, kinds, word))
+    found += _of_parameters(cov.ExponentialMatrix(distance))
+    operand = Kind(lambda v: isinstance(v, cov.Matrix) and v.shape == (3, 3), (size[:, :2], "g"))
+    words = {"operands": ("operand", "op_0", "op_1", "op_2", "positional")}
+    for made in (cov.Sum, cov.BlockDiagonal, cov.KroneckerProduct, cov.HadamardProduct, cov.Product,
+                 cov.Transpose, cov.Inverse, cov.Gram, cov.Augment, cov.Stack,
+                 cov.CovariancePropagation, cov.kron):  # fmt: skip
+        single = made in (cov.Transpose, cov.Inverse, cov.Gram)
+        count_of = 1 if single else 2
+
+        def call(operand, made=made, more=count_of - 1):
+            return made(*[cov.ScalarMatrix(3) for _ in range(more)], operand)
+
+        takes = operand
+        if made in (cov.BlockDiagonal, cov.KroneckerProduct, cov.kron, cov.Augment, cov.Stack):
+            takes = of(cov.Matrix)
+        if single:
+            takes = of(cov.Matrix)
+        # A finite real matrix is an operand too, where its shape fits.
+        fits = _or_matrix(takes, made)
+        found.append(
+            Call("covariance", made.__name__, call, {"operand": cov.ScalarMatrix(3)},
+                 {"operand": fits}, {"operand": (*words["operands"], "`z`", "`g`", made.__name__)})
+        )  # fmt: skip
+    found.append(
+        Call("covariance", "Gram", lambda gram_type: cov.Gram(cov.ScalarMatrix(3), gram_type=gram_type),
+             {"gram_type": "XXt"}, {"gram_type": choice})
+    )  # fmt: skip
+    tree = cov.Sum(cov.AR1Matrix(3), cov.ScalarMatrix(3))
+    found += _of_parameters(tree)
+    found += [
+        Call("covariance", f"Operator.{name}", getattr(tree, name), {"free_params": None},
+             {"free_params": _free_params(tree)}, FREE_WORDS)
+        for name in ("build_operands", "operands_grad")
+    ]  # fmt: skip
+    labels = Kind(lambda v: isinstance(v, list | tuple | np.ndarray | pd.Index) and len(v) > 0)
+    codes = {"codes": torch.tensor([0, 1, 1]), "levels": 2}
+    found += [
+        Call("covariance", "IdentityMatrix", cov.IdentityMatrix, {"n": 3}, {"n": count(1)}),
+        Call("covariance", "KnownMatrix", cov.KnownMatrix, {"matrix": square},
+             {"matrix": tensor(None, None, whole=False), **specs}),
+        Call("covariance", "KnownInverseMatrix", cov.KnownInverseMatrix, {"inverse": square},
+             {"inverse": tensor(None, None, whole=False), **specs}),
+        Call("covariance", "Matrix", cov.Matrix, {"shape": (3, 3), "param_specs": {}},
+             {"shape": Kind(lambda v: v == (3, 3) if isinstance(v, tuple) else False, ((1,), (3, "a"), (-1, 2))),
+              "param_specs": mapping}),
+        Call("covariance", "SimpleMatrix", cov.SimpleMatrix,
+             {"num_free_params": 2, "call": torch.diag},
+             {"num_free_params": count(1), "call": Kind(callable), "manual_grad": optional(Kind(callable)),
+              "default": optional(tensor(2))}),
+        Call("covariance", "Adapter", cov.Adapter,
+             {"adaptee": cov.AR1Matrix(3), "param_specs": {"a": spec()},
+              "param_map": lambda theta: theta.repeat(2)},
+             {"adaptee": of(cov.Matrix), "param_specs": mapping, "param_map": Kind(callable)}),
+        Call("covariance", "DummyMatrix", lambda labels, **more: cov.DummyMatrix(labels, **more),
+             {"labels": ["a", "b", "a"]},
+             {"labels": labels, "levels": optional(Kind(lambda v: isinstance(v, list | tuple))),
+              "lex_order": flag, "drop_first": flag, "drop_empty_cols": flag,
+              "covariates": optional(tensor(3, None))}),
+        Call("covariance", "DummyMatrix.from_codes", cov.DummyMatrix.from_codes, codes,
+             {"codes": tensor(3, floating=False), "levels": Kind(lambda v: count(2).fits(v)),
+              "covariates": optional(tensor(3, None))}),
+        Call("covariance", "Pedigree.of", cov.Pedigree.of,
+             {"animal": ["a", "b", "c"], "sire": [None, None, "a"], "dam": [None, None, "b"]},
+             {"animal": names, "sire": labels, "dam": labels}),
+        Call("covariance", "Pedigree.design",
+             cov.Pedigree.of(["a", "b"], [None, None], [None, None]).design, {"animal": ["a", "b"]},
+             {"animal": Kind(lambda v: isinstance(v, list) and v == ["a", "b"])}),
+        Call("covariance", "ar1_field", cov.ar1_field, {"rows": 3, "columns": 2},
+             {"rows": count(1), "columns": count(1)}),
+        Call("covariance", "factor_analytic", cov.factor_analytic, {"n": 4, "k": 1},
+             {"n": count(2), "k": Kind(lambda v: count(1).fits(v) and v <= 4)}),
+        Call("covariance", "heterogeneous", cov.heterogeneous, {"correlation": cov.EquicorrelationMatrix(3)},
+             {"correlation": of(cov.Matrix)}),
+        Call("covariance", "heterogeneous_ar1", cov.heterogeneous_ar1, {"n": 3}, {"n": count(1)}),
+        Call("covariance", "heterogeneous_compound_symmetry", cov.heterogeneous_compound_symmetry,
+             {"n": 3}, {"n": count(2)}),
+        Call("covariance", "stratified", cov.stratified, {"strata": ["a", "b", "a"]}, {"strata": labels}),
+        Call("covariance", "weighted", cov.weighted, {"weights": double(3)},
+             {"weights": Kind(lambda v: tensor(None).fits(v) and bool((v > 0).all()))}),
+        Call("covariance", "within", cov.within, {"groups": ["a", "a", "b"], "matrix": cov.AR1Matrix(2)},
+             {"groups": labels, "matrix": of(cov.Matrix),
+              "positions": optional(Kind(lambda v: isinstance(v, list | tuple | np.ndarray)))}),
+    ]  # fmt: skip
+    return found
+
+
+def spec():
+    return {"fixed": False, "default": torch.zeros(1), "trans": trans.TransformIdentity()}
+
+
+def _or_matrix(kind: Kind, made) -> Kind:
+    def fits(value):
+        if isinstance(value, cov.Matrix) and made is cov.CovariancePropagation:
+            return value.shape == (3, 3)
+        if isinstance(value, np.ndarray):
+            return True  # may be taken as a tensor
+        is_matrix = isinstance(value, torch.Tensor) and value.dim() == 2 and value.numel()
+        return kind.fits(value) or bool(is_matrix)
+
+    return Kind(fits, kind.more)
+
+
+def _free_params(matrix) -> Kind:
+    k = matrix.num_free_params
+
+    def fits(value):
+        return value is None or tensor(k, whole=False, finite=False).fits(value)
+
+    own = [double(k + 1), double(k, 1), torch.zeros(k, device="meta"), torch.arange(k), [0.0] * k]
+    own += [{"nobody": double(1)}, dict.fromkeys(matrix.free_param_names, 1.0)]
+    return Kind(fits, (*own, dict.fromkeys(matrix.free_param_names, double(3))))
+
+
+FREE_WORDS = dict.fromkeys(("free_params", "theta"), ("free_params", "parameter", "theta"))
+
+
+def _of_parameters(matrix) -> list[Call]:
+    """Methods of a Matrix that take parameters; each call is of its own copy."""
+    kind, n = _free_params(matrix), matrix.shape
+    own = type(matrix).__name__
+    takes = {
+        "forward": {"free_params": kind},
+        "build_params": {"free_params": kind, "include_fixed": flag, "trans": flag, "out_format": choice},
+        "grad": {"free_params": kind},
+        "manual_grad": {"free_params": kind},
+        "auto_grad": {"free_params": kind},
+        "trans_grad": {"free_params": kind},
+        "manual_vjp": {"cotangent": tensor(*n, whole=False, finite=False), "free_params": kind},
+        "map_theta_to_v": {"theta": kind},
+        "map_theta_to_dv": {"theta": kind},
+        "terms": {"rows": optional(Kind(lambda v: isinstance(v, torch.Tensor) and v.dtype == torch.long
+                                        and not v.is_meta and bool((v < n[0]).all()))),
+                  "free_params": kind},
+        "fix": {"name": Kind(lambda v: v in matrix.param_names if isinstance(v, str) else False),
+                "value": optional(number())},
+        "free": {"name": Kind(lambda v: v in matrix.param_names if isinstance(v, str) else False)},
+    }  # fmt: skip
+    if n[0] != n[1]:
+        del takes["terms"]
+    first = matrix.param_names[0]
+    good = {
+        "manual_vjp": {"cotangent": double(*n)},
+        "fix": {"name": first},
+        "free": {"name": first},
+    }
+    good["map_theta_to_v"] = good["map_theta_to_dv"] = {"theta": double(matrix.num_free_params)}
+    words = {**FREE_WORDS, "name": ("parameter",), "value": ("value", first)}
+
+    def method(name):
+        def call(**given):
+            return getattr(copy.deepcopy(matrix), name)(**given)
+
+        return call
+
+    return [
+        Call("covariance", f"{own}.{name}", method(name), good.get(name, {}), kinds, words)
+        for name, kinds in takes.items()
+    ]
+
+
+def _transform() -> list[Call]:
+    value = Kind(
+        lambda v: isinstance(v, torch.Tensor) and not v.is_complex() and v.dtype != torch.bool
+    )
+    made = [trans.TransformIdentity(), trans.TransformExp(), trans.TransformExpPow2(),
+            trans.TransformSigmoid(), trans.TransformPow(2.0), trans.TransformScaleShift(2.0, 1.0),
+            trans.TransformChain([trans.TransformExp()])]  # fmt: skip
+    found = [
+        Call("covariance.transform", "TransformPow", trans.TransformPow, {"factor": 2.0},
+             {"factor": Kind(lambda v: number().fits(v) and v != 0)}),
+        Call("covariance.transform", "TransformScaleShift", trans.TransformScaleShift, {"a": 2.0},
+             {"a": Kind(lambda v: number().fits(v) and v != 0), "b": number()}),
+        Call("covariance.transform", "TransformChain", trans.TransformChain,
+             {"chain": [trans.TransformExp()]}, {"chain": Kind(lambda v: False, ([int], [trans.TransformExp]))}),
+    ]  # fmt: skip
+    for t in made:
+        own = type(t).__name__
+        found += [
+            Call("covariance.transform", f"{own}.__call__", t.__call__, {"x": double(2)}, {"x": value}),
+            Call("covariance.transform", f"{own}.inverse", t.inverse, {"value": double(2)},
+                 {"value": value}),
+            Call("covariance.transform", f"{own}.grad", t.grad, {"x": double(2)}, {"x": value}),
+        ]  # fmt: skip
+    return found
+
+
+def _estimation() -> list[Call]:
+    one = REMLLoss(cov.ScalarMatrix(6).double())
+    good = {"loss": one, "y": double(6), "X": torch.eye(6, 2, dtype=torch.float64)}
+    kinds = {"loss": never, "y": tensor(6, whole=False), "X": tensor(6, None, whole=False)}
+    kinds["rows"] = optional(tensor(6, floating=False))
+    return [Call("estimation", "moment_start", moment_start, good, kinds)]
+
+
+def _inference() -> list[Call]:
+    own = {"result": result()}
+    takes = {"result": result_kind}
+    level = number(0, 1)
+    contrast = Kind(lambda v: isinstance(v, torch.Tensor) and v.shape[-1:] == (2,) and v.dim() == 2)
+    at = optional(mapping)
+    adjust = Kind(lambda v: False, ("bonferoni",))
+    samples = {"samples": count(2), "seed": count(0)}
+    ddf = {"ddf": choice}
+    profiled = inference.profile(result(), ["sigma"])
+    drawn = inference.bootstrap(result(), 2, progress=False)
+    oats = lmm("yield ~ Variety + (1 | Block)", datasets.oats())
+    means = inference.emmeans(oats, "Variety")
+    pairs = {"small": result(), "large": large()}
+    small_large = {"small": result_kind, "large": result_kind}
+    words = {"factors": ("factor",), "results": ("result", "small", "large")}
+    return [
+        Call("inference", "anova", lambda results, **more: inference.anova(results, large(), **more),
+             {"results": result()}, {"results": result_kind, "refit": flag}, words),
+        Call("inference", "bootstrap", inference.bootstrap, {**own, "samples": 2, "progress": False},
+             {**takes, **samples, "statistic": optional(Kind(callable)), "progress": flag}),
+        Call("inference", "bootstrap_test", inference.bootstrap_test,
+             {**pairs, "samples": 2, "progress": False}, {**small_large, **samples, "progress": flag}),
+        Call("inference", "coefficients", inference.coefficients, own, {**takes, **ddf, "level": level}),
+        Call("inference", "diagnose", inference.diagnose, own, takes),
+        Call("inference", "emmeans", inference.emmeans, {"result": oats, "factors": "Variety"},
+             {**takes, "factors": never, "at": at, **ddf, "level": level}, words),
+        Call("inference", "MarginalMeans.pairs", means.pairs, {}, {"adjust": adjust}),
+        Call("inference", "heritability", inference.heritability, {**own, "group": "Subject"},
+             {**takes, "group": never}),
+        Call("inference", "likelihood_ratio_test", inference.likelihood_ratio_test, pairs, small_large),
+        Call("inference", "profile", inference.profile, {**own, "names": ["sigma"]},
+             {**takes, "names": Kind(lambda v: v is None or v in ([], ()) if not isinstance(v, torch.Tensor | np.ndarray | pd.DataFrame) else False)}),
+        Call("inference", "Profile.intervals", profiled.intervals, {}, {"level": level}),
+        Call("inference", "Curve.interval", profiled.curves["sigma"].interval, {"level": 0.9},
+             {"level": level}),
+        Call("inference", "Bootstrap.intervals", drawn.intervals, {}, {"level": level}),
+        Call("inference", "r2", inference.r2, own, takes),
+        Call("inference", "simulate", inference.simulate, own, {**takes, "samples": count(1), "seed": count(0)}),
+        Call("inference", "variance_shares", inference.variance_shares, own, takes),
+        Call("inference", "wald_test", inference.wald_test, {**own, "contrasts": torch.eye(2, dtype=torch.float64)},
+             {**takes, "contrasts": contrast, **ddf}),
+    ]  # fmt: skip
+
+
+def _metrics() -> list[Call]:
+    n = 4
+    row = tensor(n)
+    above = Kind(lambda v: row.fits(v) and bool((v > 0).all()), (-double(n), double(n, value=0.0)))
+    part = Kind(
+        lambda v: (tensor().fits(v) or row.fits(v)) and bool((v >= 0).all()),
+        (-double(n), -double()),
+    )
+    prior = Kind(lambda v: number(0).fits(v) or (tensor().fits(v) and bool(v > 0)))
+    components = Kind(lambda v: tensor(2).fits(v) and bool((v >= 0).all()) and bool(v.sum() > 0),
+                      (-double(2), double(2, value=0.0)))  # fmt: skip
+    level = number(0, 1)
+    three = {"mean": double(n), "variance": double(n), "target": double(n)}
+    takes_three = {"mean": row, "variance": above, "target": row}
+    r2 = {"population_mean": torch.arange(4.0), "random": double(n), "residual": double(n)}
+    takes_r2 = {"population_mean": row, "random": part, "residual": part}
+    h2 = {"components": double(2), "covariance": torch.eye(2, dtype=torch.float64)}
+    symmetric = Kind(lambda v: tensor(2, 2).fits(v) and torch.equal(v, v.mT))
+    takes_h2 = {"components": components, "covariance": symmetric}
+    additive = Kind(lambda v: count(0).fits(v) and v < 2)
+    some = Kind(lambda v: isinstance(v, torch.Tensor) and v.dim() == 1 and above.fits(v[:n]) and len(v) > 0
+                if isinstance(v, torch.Tensor) and not v.is_meta else False)  # fmt: skip
+    pev = Kind(
+        lambda v: tensor(None).fits(v) and bool((v >= 0).all()) and bool((v <= 0.7).all()),
+        (-double(3), double(3, value=7.0)),
+    )
+    data = {"y": double(6), "X": torch.eye(6, 2, dtype=torch.float64), "V": torch.eye(6).double()}
+    takes_data = {"y": tensor(6), "X": tensor(6, 2), "V": tensor(6, 6)}
+    anything = Kind(lambda v: tensor(None).fits(v) and bool((v > 0).all()), (-double(n),))
+    del some
+
+    def call(name, good, kinds):
+        return Call("metrics", name, getattr(metrics, name), good, kinds)
+
+    def update(made, good, kinds, name="update"):
+        def run(**given):
+            return getattr(made(), name)(**given)
+
+        return Call("metrics", f"{type(made()).__name__}.{name}", run, good, kinds)
+
+    return [
+        call("gaussian_negative_log_density", three, takes_three),
+        call("interval_coverage", three, {**takes_three, "level": level}),
+        call("interval_width", {"variance": double(n)}, {"variance": anything, "level": level}),
+        call("blup_reliability", {"variance": double(3), "prior": 0.7}, {"variance": pev, "prior": prior}),
+        call("intraclass_correlation", {"components": double(2)},
+             {"components": Kind(lambda v: tensor(None).fits(v) and bool((v >= 0).all()), (-double(2),))}),
+        call("heritability", h2, {**takes_h2, "additive": additive}),
+        call("marginal_r2", r2, takes_r2),
+        call("conditional_r2", r2, takes_r2),
+        call("IntervalCoverage", {}, {"level": level}),
+        call("IntervalWidth", {}, {"level": level}),
+        call("IntraclassCorrelation", {"components": 2}, {"components": count(1)}),
+        call("Heritability", {"components": 2}, {"components": count(1), "additive": additive}),
+        call("RestrictedLogLikelihood", {"fixed_effects": 2}, {"fixed_effects": count(0), "method": choice}),
+        update(metrics.GaussianNegativeLogDensity, three, takes_three),
+        update(metrics.IntervalCoverage, three, takes_three),
+        update(metrics.IntervalWidth, three, {"variance": above}),
+        update(metrics.BLUPReliability, {"error_variance": double(3), "prior": 0.7},
+               {"error_variance": pev, "prior": prior}),
+        update(lambda: metrics.IntraclassCorrelation(2), {"components": double(2)}, {"components": components}),
+        update(lambda: metrics.Heritability(2), h2, takes_h2),
+        update(metrics.MarginalR2, r2, takes_r2),
+        update(metrics.ConditionalR2, r2, takes_r2),
+        update(lambda: metrics.RestrictedLogLikelihood(2), data, takes_data),
+    ]  # fmt: skip
+
+
+def _lightning() -> list[Call]:
+    config = Kind(
+        lambda v: v is None or callable(v), ({"_target_": "os.system"}, {"_target_": "torch.nope"})
+    )
+    network = Kind(lambda v: isinstance(v, nn.Module), ({"_target_": "os.system"}, {"_target_": 3}))
+    column = optional(never)
+    frame = {"table": datasets.sleepstudy(), "formula": FORMULA}
+    neural = {"optimizer": config, "training": choice, "rows": count(1), "scheduler": config,
+              "covariance_optimizer": config, "clip": optional(number(0)), "seed": count(0)}  # fmt: skip
+    model = network_model()
+
+    def data(**given):
+        made = lightning.MixedModelDataModule(**given)
+        made.setup("fit")
+        return made.predict_dataloader()
+
+    def fitted():
+        return _fitted()
+
+    given = {"validation": 0.2, **frame}
+    return [
+        Call("lightning", "ExportBLUPs", lightning.ExportBLUPs, {"path": "a"}, {"path": path}),
+        Call("lightning", "TraceVariances", lightning.TraceVariances, {"path": "a"}, {"path": path}),
+        Call("lightning", "StopWhenConverged", lightning.StopWhenConverged, {},
+             {"tolerance": number(0), "every_n_epochs": count(1)}),
+        Call("lightning", "MixedModelDataModule", data, given,
+             {"table": table, "formula": formula, "categorical": Kind(lambda v: isinstance(v, tuple | list) and not len(v)),
+              "predict_table": optional(never), "residual": column, "weights": column,
+              "validation": Kind(lambda v: number(-1e-9, 1).fits(v)), "split": choice,
+              "split_by": optional(never), "seed": count(0)}, {"split_by": ("split",)}),
+        Call("lightning", "MixedModelModule", lightning.MixedModelModule, {"formula": FORMULA},
+             {"formula": formula, "categorical": names, **OPTIONS, "optimizer": optional(Kind(callable, ({"_target_": "os.system"},))),
+              "residual": column, "weights": optional(text)}),
+        Call("lightning", "MixedModelModule.predict", fitted().predict, {"table": datasets.sleepstudy()},
+             {"table": table}),
+        Call("lightning", "NeuralMixedModule", lightning.NeuralMixedModule,
+             {"model": model, "data": batch()},
+             {"model": optional(of(MixedModel)), "data": Kind(lambda v: v is None, BATCH.more), **neural},
+             {"data": BATCH_WORDS}),
+        Call("lightning", "NeuralMixedModule.predict_step",
+             lambda batch: lightning.NeuralMixedModule(model).predict_step(batch, 0), {"batch": batch()},
+             {"batch": BATCH}, {"batch": BATCH_WORDS}),
+        Call("lightning", "TabularMixedModule", lightning.TabularMixedModule,
+             {"formula": FORMULA, "network": nn.LazyLinear(2)},
+             {"formula": formula, "network": network, "head": choice, "residual": optional(network),
+              "kernels": Kind(lambda v: v is None or (isinstance(v, dict) and not v), ({"h": {}}, {"Subject": 3})),
+              "categorical": names, "solver": choice, **neural}),
+    ]  # fmt: skip
+
+
+@cache
+def _fitted():
+    from lightning import Trainer
+
+    made = lightning.MixedModelModule(FORMULA)
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_epochs=1, accelerator="cpu", enable_model_summary=False, **options)
+    trainer.fit(made, lightning.MixedModelDataModule(datasets.sleepstudy(), FORMULA))
+    return made
+
+
+def _report() -> list[Call]:
+    own, takes = {"result": result()}, {"result": result_kind}
+    places = {"places": torch.arange(180.0)[:, None]}
+    run = report.Run(result(), FORMULA, 0, "AIREML", 0.1)
+    number_of = optional(of(inference.Profile))
+    return [
+        *(
+            Call("report", name, getattr(report, name), own, takes)
+            for name in ("blup_table", "convergence", "fixed_table", "residuals", "shares", "variance_table")
+        ),
+        Call("report", "caterpillar", report.caterpillar, {**own, "group": "Subject"},
+             {**takes, "group": never}),
+        Call("report", "covariance", report.covariance, own, {**takes, "rows": count(1)}),
+        Call("report", "semivariogram", report.semivariogram, {**own, **places},
+             {**takes, "places": tensor(180, None), "bins": count(1), "seed": count(0)}),
+        Call("report", "zeta", report.zeta, {"profile": inference.profile(result(), ["sigma"])},
+             {"profile": never}),
+        Call("report", "Run", report.Run,
+             {"result": result(), "formula": FORMULA, "dropped_rows": 0, "optimizer": "AIREML", "seconds": 0.1},
+             {**takes, "formula": text, "dropped_rows": count(0), "optimizer": text,
+              "seconds": number(-1e-9), "validation": mapping, "profile": number_of,
+              "places": optional(tensor(180, None))}),
+        *(
+            Call("report", name, getattr(report, name), {"run": run, "directory": "r"},
+                 {"run": never, "directory": path})
+            for name in ("write_run", "write_tables", "write_plots")
+        ),
+        Call("report", "write_report", report.write_report, {"folder": "r", "path": "p.html"},
+             {"folder": never, "path": path}),
+    ]  # fmt: skip
+
+
+def _datasets() -> list[Call]:
+    return [
+        Call("datasets", "table_path", datasets.table_path, {"name": "oats"}, {"name": never}),
+        Call("datasets", "ratings", datasets.ratings, {"rows": 5},
+             {"rows": count(1), "users": count(1), "items": count(1), "seed": count(0)}),
+        Call("datasets", "growth", datasets.growth, {"children": 3},
+             {"children": count(1), "visits": count(1), "seed": count(0)}),
+        Call("datasets", "field", datasets.field, {"plots": 3},
+             {"plots": count(1), "samples": count(1), "seed": count(0)}),
+    ]  # fmt: skip
+
+
+CALLS = {
+    "": _top,
+    "covariance": _covariance,
+    "covariance.transform": _transform,
+    "estimation": _estimation,
+    "inference": _inference,
+    "metrics": _metrics,
+    "lightning": _lightning,
+    "report": _report,
+    "datasets": _datasets,
+}
+
+#: What is public and takes no arguments of a user's own: values that come out, errors, bases.
+EXEMPT = {
+    "Bootstrap", "Component", "Curve", "Estimate", "FTest", "InputError", "LikelihoodRatio",
+    "MarginalMeans", "NotPositiveDefiniteError", "NumericalError", "Operator", "Pedigree", "Plan",
+    "Profile", "ProgressBar", "R2", "REMLResult", "Transform",
+}  # fmt: skip
+
+# ---------------------------------------------------------------------- outcomes
+
+_EXPECTS = re.compile(
+    r"expected|must|needs?\b|\buse\b|only|between|at least|\bis empty|\bis not\b|\bare not\b|"
+    r"does not|has no|have no|cannot|unknown|more are needed|not positive|neither"
+)
+
+
+def outcome(call: Call, arguments: dict[str, Any], wrong: tuple[str, ...]) -> tuple[str, str]:
+    """``accepted``, ``named`` or ``other``, and what was said."""
+    streams = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+    try:
+        with streams[0], streams[1], warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            call.function(**arguments)
+    except (Exception, SystemExit) as error:
+        text = str(error)
+        said = f"{type(error).__name__}: {text[:110]!r}"
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = "openreml_nn" in frames[-1].filename and "tests" not in frames[-1].filename
+        right = isinstance(error, TypeError | ValueError) and not isinstance(error, UnicodeError)
+        names = {word for name in wrong for word in (name, *call.words.get(name, ()))}
+        values = {repr(arguments[name]) for name in wrong} | {
+            str(arguments[name]) for name in wrong
+        }
+        is_named = any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) for word in names)
+        is_shown = any(value and value in text for value in values)
+        if ours and right and (is_named or is_shown) and _EXPECTS.search(text):
+            return "named", said
+        return "other", f"{said} at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno}"
+    return "accepted", "accepted"
+
+
+def careless(call: Call, per: int | None, rng: random.Random):
+    """Calls with one wrong argument, ``per`` for each of its arguments, and with two swapped."""
+    for name, kind in call.kinds.items():
+        pool = kind.pool()
+        for value in pool if per is None else rng.sample(pool, min(per, len(pool))):
+            yield {**call.good, name: value}, (name,)
+    for a, b in combinations(call.good, 2):
+        swapped = {**call.good, a: call.good[b], b: call.good[a]}
+        wrong = [n for n in (a, b) if n in call.kinds and not call.kinds[n].fits(swapped[n])]
+        # A value that is right for one argument is not in the pool of another of its kind.
+        if len(wrong) == 2 and type(call.good[a]) is not type(call.good[b]):
+            yield swapped, (a, b)
+
+
+def survey(package: str, per: int | None = None, seed: int = 0):
+    """Counts of the outcomes, and each call that was not refused by name."""
+    counts: Counter[str] = Counter()
+    offenders = []
+    here = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            for call in CALLS[package]():
+                rng = random.Random(f"{seed} {call.name}")
+                for arguments, wrong in careless(call, per, rng):
+                    kind, said = outcome(call, arguments, wrong)
+                    counts[kind] += 1
+                    if kind != "named":
+                        values = ", ".join(repr(arguments[name]) for name in wrong)
+                        given = " ".join(values.split())[:60]
+                        offenders.append((call.name, ", ".join(wrong), given, said))
+        finally:
+            os.chdir(here)
+    return counts, offenders
+
+
+# ---------------------------------------------------------------------- tests
+
+
+@pytest.mark.parametrize("package", CALLS)
+def test_calls_that_are_right_are_taken(package, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for call in CALLS[package]():
+        if not call.name.endswith("AIREML.step"):
+            with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                call.function(**call.good)
+
+
+@pytest.mark.parametrize("package", CALLS)
+def test_careless_calls_end_in_an_error_that_names_the_argument(package):
+    counts, offenders = survey(package, per=3)
+    total = sum(counts.values())
+    worst = "\n".join("  ".join(offender) for offender in offenders[:20])
+    assert counts["named"] >= GOAL[package] * total, f"{dict(counts)} of {total}\n{worst}"
+
+
+def test_everything_public_is_called():
+    called = {call.name.split(".")[0].split(" ")[0] for make in CALLS.values() for call in make()}
+    missing = []
+    for package in PACKAGES:
+        module = importlib.import_module(f"openreml_nn.{package}".rstrip("."))
+        for name in module.__all__:
+            value = getattr(module, name)
+            if not (inspect.isclass(value) or inspect.isfunction(value)):
+                continue
+            takes_some = inspect.isclass(value) or inspect.signature(value).parameters
+            if name not in called | EXEMPT and takes_some:
+                missing.append(f"{package}.{name}")
+    assert not missing
+
+
+def _main() -> None:
+    for package in sys.argv[1:] or CALLS:
+        counts, offenders = survey(package)
+        total = sum(counts.values())
+        by = Counter((name, argument) for name, argument, *_ in offenders)
+        for (name, argument), _ in by.most_common():
+            own = [o for o in offenders if o[:2] == (name, argument)]
+            print(f"{len(own):4d}  {name} `{argument}`")
+            for *_, given, said in own[:8]:
+                print(f"          {given}  ->  {said}")
+        share = counts["named"] / total
+        print(
+            f"{package or 'openreml_nn'}: {share:.1%} of {total} named, {dict(counts)}", flush=True
+        )
+
+
+if __name__ == "__main__":
+    _main()
