@@ -63,7 +63,11 @@ def residual_design(part: ResidualPart, data: TableRows) -> ResidualDesign:
 
 
 def _times(name: str, data: TableRows) -> tuple[np.ndarray, list[str]]:
-    """Whole times counted from the first: lags are differences of times, not of ranks."""
+    """Whole times counted from the first, in the largest unit that all lags are multiples of.
+
+    Lags are differences of times, not of ranks. In a smaller unit the sign of a correlation whose
+    lags are all even could not be told.
+    """
     column = single(data.table, name, data.source)
     what = f"{data.source}: ar1({name} | …): column {name!r}"
     if kind_of(column, data.source) == "dates":
@@ -77,12 +81,12 @@ def _times(name: str, data: TableRows) -> tuple[np.ndarray, list[str]]:
             f"{what} is {times[bad[0]]:g} in row {data.row(int(bad[0]))}: expected whole numbers, "
             "the differences of which are the lags"
         )
-    first, last = int(times.min()), int(times.max())
-    if last - first >= _LONGEST:
-        steps = np.diff(np.unique(times)).astype(np.int64)
-        unit = int(np.gcd.reduce(steps))
-        hint = f"; all are multiples of {unit}: divide by it" if unit > 1 else ""
+    whole = times.astype(np.int64)
+    first, last = int(whole.min()), int(whole.max())
+    unit = int(np.gcd.reduce(np.diff(np.unique(whole)), initial=0)) or 1
+    if (last - first) // unit >= _LONGEST:
         raise InputError(
-            f"{what} spans {last - first} units: expected at most {_LONGEST}, in longer units{hint}"
+            f"{what} spans {(last - first) // unit} lags: expected at most {_LONGEST}, of longer "
+            "units"
         )
-    return (times - first).astype(np.int64), [str(t) for t in range(first, last + 1)]
+    return (whole - first) // unit, [str(t) for t in range(first, last + 1, unit)]

@@ -58,7 +58,7 @@ FAULTS = [
     Fault(
         "positions of residuals are in the order of their appearance",
         RESIDUAL,
-        "return (times - first).astype(np.int64), [",
+        "return (whole - first) // unit, [",
         "return np.unique(times, return_inverse=True)[1], [",
         "tests/table/test_encoder.py -k ar1",
     ),
