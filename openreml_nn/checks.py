@@ -3,23 +3,32 @@ was expected."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from math import isfinite
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
+
+from openreml_nn.errors import InputError
 
 __all__ = [
     "check_choice",
     "check_count",
     "check_flag",
     "check_instance",
+    "check_labels",
+    "check_maker",
     "check_mapping",
     "check_names",
     "check_number",
+    "check_table",
     "check_tensor",
+    "check_text",
     "found",
 ]
 
@@ -69,12 +78,12 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """Refuse a word that is not one of ``choices``.
 
     Raises:
-        ValueError: if it is not.
+        InputError: if it is not.
     """
     if not isinstance(value, str) or value not in choices:
         words = [repr(choice) for choice in choices]
         last = f" or {words[-1]}" if len(words) > 1 else words[-1]
-        raise ValueError(f"`{name}` is {found(value)}: expected {', '.join(words[:-1])}{last}")
+        raise InputError(f"`{name}` is {found(value)}: expected {', '.join(words[:-1])}{last}")
 
 
 def check_flag(name: str, value: object) -> None:
@@ -92,12 +101,12 @@ def check_count(name: str, value: object, least: int = 0) -> int:
 
     Raises:
         TypeError: if it is no whole number.
-        ValueError: if it is less than ``least``.
+        InputError: if it is less than ``least``.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"`{name}` is {found(value)}: expected a whole number, {least} or more")
     if value < least:
-        raise ValueError(f"`{name}` is {value}: expected a whole number, {least} or more")
+        raise InputError(f"`{name}` is {value}: expected a whole number, {least} or more")
     return int(value)
 
 
@@ -118,7 +127,7 @@ def check_number(
 
     Raises:
         TypeError: if it is no number.
-        ValueError: if it is not finite or out of bounds.
+        InputError: if it is not finite or out of bounds.
     """
     bounds = [
         text
@@ -139,7 +148,7 @@ def check_number(
         or (least is not None and number < least)
     )
     if not isfinite(number) or outside:
-        raise ValueError(f"`{name}` is {found(value)}: expected {expected}")
+        raise InputError(f"`{name}` is {found(value)}: expected {expected}")
     return number
 
 
@@ -153,6 +162,58 @@ def check_names(name: str, value: object) -> list[str]:
     if not is_sequence or not all(isinstance(item, str) for item in value):  # type: ignore[attr-defined]
         raise TypeError(f"`{name}` is {found(value)}: expected a list of names")
     return list(value)  # type: ignore[call-overload]
+
+
+def check_text(name: str, value: object) -> None:
+    """Refuse what is no text, or empty.
+
+    Raises:
+        TypeError: if it is no string.
+        InputError: if it is empty.
+    """
+    check_instance(name, value, str, "text")
+    if not value:
+        raise InputError(f"`{name}` is empty: expected text")
+
+
+def check_table(name: str, value: object) -> None:
+    """Refuse what is neither a data frame nor a path.
+
+    Raises:
+        TypeError: if it is something else.
+    """
+    kinds = (pd.DataFrame, str, os.PathLike)
+    check_instance(name, value, kinds, "a data frame, or the path of a file")
+
+
+def check_maker(name: str, value: object) -> None:
+    """Refuse what is neither a config with ``_target_`` nor a function.
+
+    Raises:
+        TypeError: if it is something else.
+        InputError: if the config has no ``_target_``.
+    """
+    if not callable(value):
+        check_instance(name, value, Mapping, "a config with `_target_`, or a function")
+        assert isinstance(value, Mapping)
+        if not isinstance(value.get("_target_"), str):
+            raise InputError(f"`{name}` is {found(value)}: expected a config with `_target_`")
+
+
+def check_labels(name: str, value: object) -> tuple[str, ...]:
+    """The labels in a sequence, as strings: at least one, none twice.
+
+    Raises:
+        TypeError: if it is no sequence, or a string.
+        InputError: if it is empty, or a label stands in it twice.
+    """
+    text = isinstance(value, str | bytes)
+    if text or not isinstance(value, Sequence | np.ndarray | pd.Index):
+        raise TypeError(f"`{name}` is {found(value)}: expected a whole number, or a list of names")
+    labels = tuple(map(str, value))
+    if not labels or len(set(labels)) < len(labels):
+        raise InputError(f"`{name}` is {found(value)}: expected names, none twice, at least one")
+    return labels
 
 
 def check_mapping(name: str, value: object, kinds: type | None = None) -> None:
@@ -186,7 +247,7 @@ def check_tensor(
 
     Raises:
         TypeError: if it is no tensor, or of another dtype.
-        ValueError: if it has another shape, holds no values (the meta device) or a value that is
+        InputError: if it has another shape, holds no values (the meta device) or a value that is
             not finite.
     """
     expected = f"{_KINDS[kind]} tensor" if kind else "a tensor"
@@ -196,11 +257,11 @@ def check_tensor(
     if not isinstance(value, Tensor) or not _is_of(value.dtype, kind):
         raise TypeError(f"`{name}` is {found(value)}: expected {expected}")
     if shape is not None and not _fits(tuple(value.shape), shape):
-        raise ValueError(f"`{name}` is {found(value)}: expected {expected}")
+        raise InputError(f"`{name}` is {found(value)}: expected {expected}")
     if value.is_meta:
-        raise ValueError(f"`{name}` is {found(value)}, which holds no values: expected {expected}")
+        raise InputError(f"`{name}` is {found(value)}, which holds no values: expected {expected}")
     if finite and value.is_floating_point() and not bool(torch.isfinite(value.detach()).all()):
-        raise ValueError(f"`{name}` holds NaN or infinity: expected finite numbers")
+        raise InputError(f"`{name}` holds NaN or infinity: expected finite numbers")
 
 
 _KINDS = {"real": "a real", "floating": "a floating-point", "integer": "an integer"}

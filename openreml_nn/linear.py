@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from math import isfinite, log
+from math import log
 
 import pandas as pd
 import torch
 
+from openreml_nn.checks import check_count, check_names, check_number, check_table, check_text
 from openreml_nn.covariance import Matrix
 from openreml_nn.errors import InputError
 from openreml_nn.estimation import Result, fit_reml
@@ -63,8 +64,15 @@ def lmm(
     >>> f"{result.log_likelihood:.4f}"
     '-871.8141'
     """
+    check_text("formula", formula)
+    check_table("table", table)
+    check_names("categorical", categorical)
+    for name, value in (("residual", residual), ("weights", weights)):
+        if value is not None:
+            check_text(name, value)
     check_method(method)
     check_solver(solver)
+    check_count("max_iterations", max_iterations)
     _check_variance(residual_variance, residual)
     if chunk_rows is not None:
         if isinstance(table, pd.DataFrame):
@@ -114,10 +122,7 @@ def lmm(
 def _check_variance(variance: float | None, residual: str | None) -> None:
     if variance is None:
         return
-    if isinstance(variance, bool) or not isinstance(variance, int | float):
-        raise TypeError(f"`residual_variance` is a {type(variance).__name__}: expected a number")
-    if not (isfinite(variance) and variance > 0):
-        raise InputError(f"`residual_variance` is {variance}: expected a number above 0")
+    check_number("residual_variance", variance, above=0)
     if residual is not None:
         raise InputError(
             "`residual_variance` is of residuals of one variance: leave out `residual`"

@@ -11,6 +11,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
+from types import NoneType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +20,15 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from openreml_nn.checks import (
+    check_choice,
+    check_count,
+    check_instance,
+    check_labels,
+    check_mapping,
+    check_tensor,
+)
+from openreml_nn.checks import found as described
 from openreml_nn.covariance import (
     CovariancePropagation,
     DummyMatrix,
@@ -29,9 +40,11 @@ from openreml_nn.covariance import (
     UnstructuredMatrix,
 )
 from openreml_nn.covariance.design import IndexedDesign
+from openreml_nn.covariance.params import module_name, operand_name, user_name
 from openreml_nn.joint import Factor, JointErrors
 from openreml_nn.likelihood import REMLLoss
 from openreml_nn.likelihood.loss import Objective
+from openreml_nn.likelihood.plan import check_solver
 
 __all__ = ["MixedModel", "Prediction", "RandomEffect", "take"]
 
@@ -71,7 +84,8 @@ class RandomEffect(nn.Module):
         variance: (levels, k, k) their prediction-error variances.
 
     Raises:
-        ValueError: if the covariance has another shape.
+        TypeError: if an argument is of another kind.
+        ValueError: if the covariance has another shape, or a name stands twice.
 
     >>> RandomEffect(10, effects=2).g.shape
     (20, 20)
@@ -88,14 +102,20 @@ class RandomEffect(nn.Module):
         features: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(effects, int):
-            self.effect_names = (
-                ("(Intercept)",) if effects == 1 else tuple(map(str, range(effects)))
-            )
+        if isinstance(effects, Integral):
+            k = check_count("effects", effects, 1)
+            self.effect_names = ("(Intercept)",) if k == 1 else tuple(map(str, range(k)))
         else:
-            self.effect_names, effects = tuple(effects), len(effects)
-        self.names = None if isinstance(levels, int) else tuple(map(str, levels))
-        self.levels = q = levels if isinstance(levels, int) else len(levels)
+            self.effect_names = check_labels("effects", effects)
+        effects = len(self.effect_names)
+        if isinstance(levels, Integral):
+            self.names, q = None, check_count("levels", levels, 1)
+        else:
+            self.names = check_labels("levels", levels)
+            q = len(self.names)
+        check_instance("covariance", covariance, (Matrix, NoneType), "a Matrix, or None")
+        check_instance("features", features, (nn.Module, NoneType), "a module, or None")
+        self.levels = q
         self.effects = effects
         self.features = features
         if covariance is None:
@@ -125,7 +145,7 @@ class RandomEffect(nn.Module):
         blocks = self.g().unflatten(1, (-1, k)).unflatten(0, (-1, k))
         return blocks.diagonal(dim1=0, dim2=2).mean(-1)
 
-    def contribution(self, codes: Tensor, z: Tensor) -> Tensor:
+    def _contribution(self, codes: Tensor, z: Tensor) -> Tensor:
         r""":math:`z^\top \hat b` of each row's level (n,), 0 for one that was not seen.
 
         Args:
@@ -137,6 +157,38 @@ class RandomEffect(nn.Module):
 
     def extra_repr(self) -> str:
         return f"levels={self.levels}, effects={self.effects}"
+
+
+class _Effects(nn.ModuleDict):
+    """Random effects by the names of their factors, whatever these are.
+
+    :class:`torch.nn.ModuleDict` refuses names with dots and those of its own methods;
+    such a name is percent-encoded in ``state_dict()`` and nowhere else.
+    """
+
+    def __getitem__(self, key: str) -> nn.Module:
+        return super().__getitem__(self._kept(key))
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        super().__setitem__(self._kept(key), module)
+
+    def __delitem__(self, key: str) -> None:
+        super().__delitem__(self._kept(key))
+
+    def __contains__(self, key: str) -> bool:
+        return super().__contains__(self._kept(key))
+
+    def __iter__(self) -> Iterator[str]:
+        return map(user_name, super().__iter__())
+
+    def keys(self) -> Any:
+        return dict.fromkeys(self).keys()
+
+    def items(self) -> Any:
+        return dict(zip(self, self.values(), strict=True)).items()
+
+    def _kept(self, key: str) -> str:
+        return module_name(key, self)
 
 
 class MixedModel(nn.Module):
@@ -160,7 +212,8 @@ class MixedModel(nn.Module):
         solver: see :class:`REMLLoss`.
 
     Raises:
-        ValueError: if ``head`` is unknown, or there is no random effect.
+        TypeError: if an argument is of another kind.
+        ValueError: if an option is unknown, or there is no random effect.
 
     Reference:
         Simchoni and Rosset, Journal of Machine Learning Research 24 (2023), eq. 3.
@@ -186,12 +239,17 @@ class MixedModel(nn.Module):
         solver: str = "auto",
     ) -> None:
         super().__init__()
-        if head not in HEADS:
-            raise ValueError(f"`head` is {head!r}: expected 'ml' or 'gls'")
+        check_instance("mean", mean, nn.Module, "a network, an nn.Module")
+        check_mapping("random", random, RandomEffect)
+        check_instance(
+            "residual", residual, (nn.Module, NoneType), "a Matrix or a network, or None"
+        )
+        check_choice("head", head, HEADS)
+        check_solver(solver)
         if not random:
             raise ValueError("`random` is empty: expected a RandomEffect for each grouping factor")
         self.mean = mean
-        self.random = nn.ModuleDict(random)
+        self.random = _Effects(random)
         self.residual = ScalarMatrix(1).double() if residual is None else residual
         self.head = head
         self.solver = solver
@@ -219,14 +277,30 @@ class MixedModel(nn.Module):
 
     def effects(self) -> dict[str, RandomEffect]:
         """The random effects by name."""
-        return dict(self.random.items())  # type: ignore[arg-type]
+        return dict(self.random.items())
 
     # ------------------------------------------------------------------ likelihood
 
     def forward(self, batch: Batch) -> Tensor:
         """What the network yields: the mean (n,), or features (n, p) with head ``"gls"``."""
-        found = self.mean(batch["x"])
+        x = _part(batch, "x")
+        _check_inputs(x)
+        try:
+            found = self.mean(x)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"`mean` fails for batch['x'], {described(x)}: {reason}; expected what the network "
+                "takes, in its shape, dtype and device"
+            ) from error
+        check_instance("mean(x)", found, Tensor)
         if self.head == "gls":
+            if found.dim() != 2:
+                raise ValueError(
+                    f"`mean` yields {tuple(found.shape)}: expected features (n, p) with head 'gls'"
+                )
             return found
         if found.dim() == 2 and found.shape[1] == 1:
             found = found[:, 0]
@@ -257,6 +331,8 @@ class MixedModel(nn.Module):
     @torch.no_grad()
     def outputs(self, x: Any, rows: int) -> Tensor:
         """What the network yields, ``rows`` at a time, without recording and without dropout."""
+        _check_inputs(x)
+        rows = check_count("rows", rows, 1)
         with _eval(self):
             return torch.cat([self({"x": part}) for part in _split(x, rows)])
 
@@ -295,13 +371,16 @@ class MixedModel(nn.Module):
         Returns:
             The loss.
         """
-        parts = _split(take(batch["x"], own), rows)
+        x, y, rows = _part(batch, "x"), _part(batch, "y"), check_count("rows", rows, 1)
+        _check_inputs(x)
+        check_tensor("y", y, ("n",), "floating", False)
+        parts = _split(take(x, own), rows)
         devices = {t.device for t in self.parameters() if t.is_cuda}
         # Random numbers as before, so that both passes draw the same dropout.
         with torch.no_grad(), torch.random.fork_rng(devices):
             outputs = torch.cat([self({"x": x}) for x in parts])
         outputs.requires_grad_()
-        loss = self.loss_of(gather(outputs, len(batch["y"])), batch)
+        loss = self.loss_of(gather(outputs, len(y)), batch)
         backward(loss)
         assert outputs.grad is not None
         for x, part in zip(parts, outputs.grad.split(rows), strict=True):
@@ -310,10 +389,14 @@ class MixedModel(nn.Module):
 
     def data(self, output: Tensor, batch: Batch) -> tuple[REMLLoss, Tensor, Tensor]:
         """The likelihood of a batch with its y and X, the mean taken off y with head ``"ml"``."""
-        y = batch["y"]
+        y = _part(batch, "y")
+        check_tensor(
+            "output", output, ("n", "p")[: 2 if self.head == "gls" else 1], "floating", False
+        )
         n = len(output)
         if not n:
             raise ValueError("the batch is empty: drop it, or use drop_last=True")
+        check_tensor("y", y, kind="floating", finite=False)
         if y.dim() != 1 or len(y) != n:
             raise ValueError(
                 f"`y` has shape {tuple(y.shape)} but `mean` yields {n} rows: expected ({n},); "
@@ -322,7 +405,7 @@ class MixedModel(nn.Module):
         if not bool(torch.isfinite(output.detach()).all()):
             raise ValueError(
                 "the network's output is not finite: lower the learning rate, clip gradients "
-                "or look for NaN in `x`"
+                "or look for NaN in `x`; expected finite numbers"
             )
         loss = self._loss(batch, n)
         dtype = torch.promote_types(y.dtype, output.dtype)
@@ -348,7 +431,8 @@ class MixedModel(nn.Module):
         parts: dict[str, Matrix] = {}
         for (name, effect), (codes, values) in zip(self.effects().items(), pairs, strict=True):
             z = DummyMatrix.from_codes(codes, effect.levels, values)
-            parts[name] = CovariancePropagation(z=z, g=effect.g)
+            operand = operand_name(name, {"residual"})
+            parts[operand] = CovariancePropagation(z=z, g=effect.g)
         parts["residual"] = self._residual(batch, n)
         loss = REMLLoss(Sum(parts), self.method, self.solver)
         self._kept = (tensors, loss) if fixed else None
@@ -358,19 +442,20 @@ class MixedModel(nn.Module):
         self, name: str, effect: RandomEffect, batch: Batch, n: int
     ) -> tuple[Tensor, Tensor | None]:
         """Codes and values of one random effect."""
-        groups = batch.get("groups", {})
+        groups = _part(batch, "groups")
+        check_mapping("batch['groups']", groups)
         if name not in groups:
             raise ValueError(
                 f"the batch has no group {name!r}: expected batch['groups'][{name!r}] with the "
                 f"level codes; it has {sorted(groups)}"
             )
         codes = groups[name]
-        if codes.shape != (n,) or codes.is_floating_point():
-            raise ValueError(
-                f"group {name!r} is {codes.dtype} of shape {tuple(codes.shape)}: "
-                f"expected {n} integers"
-            )
-        if not (int(codes.min()) >= -1 and int(codes.max()) < effect.levels):
+        check_instance(f"batch['groups'][{name!r}]", codes, Tensor, f"a tensor of {n} integers")
+        if codes.shape != (n,) or codes.is_floating_point() or codes.is_complex() or codes.is_meta:
+            raise ValueError(f"group {name!r} is {described(codes)}: expected {n} integers")
+        if codes.dtype == torch.bool:
+            raise TypeError(f"group {name!r} is {described(codes)}: expected {n} integers")
+        if n and not (int(codes.min()) >= -1 and int(codes.max()) < effect.levels):
             worst = int(codes.max()) if int(codes.max()) >= effect.levels else int(codes.min())
             raise ValueError(
                 f"group {name!r} has the code {worst}: expected 0 to {effect.levels - 1}, or -1 "
@@ -378,17 +463,22 @@ class MixedModel(nn.Module):
             )
         if effect.features is not None:
             return codes, effect.features(batch["x"])
-        values = batch.get("values", {}).get(name)
+        given = batch.get("values", {})
+        check_mapping("batch['values']", given)
+        values = given.get(name)
         if values is None and effect.effects > 1:
             raise ValueError(
                 f"random effect {name!r} has {effect.effects} effects: expected their values as "
                 f"batch['values'][{name!r}], ({n}, {effect.effects})"
             )
-        if values is not None and values.shape != (n, effect.effects):
-            raise ValueError(
-                f"values of {name!r} have shape {tuple(values.shape)}: "
-                f"expected {(n, effect.effects)}"
-            )
+        if values is not None:
+            check_instance(f"batch['values'][{name!r}]", values, Tensor, "a tensor")
+            if values.shape != (n, effect.effects):
+                raise ValueError(
+                    f"values of {name!r} have shape {tuple(values.shape)}: "
+                    f"expected {(n, effect.effects)}"
+                )
+            check_tensor(f"batch['values'][{name!r}]", values)
         return codes, values
 
     def _residual(self, batch: Batch, n: int) -> Matrix:
@@ -418,7 +508,7 @@ class MixedModel(nn.Module):
             objective = loss.objective(y, X)
         evaluation, fixed = objective.evaluate(), objective.problem.fixed
         for effects in evaluation.random_effects():
-            effect = self.effects()[effects.name]
+            effect = self.effects()[user_name(effects.name)]
             effect.blup.copy_(effects.values.reshape(effect.blup.shape))
             effect.variance.copy_(effects.variances.reshape(effect.variance.shape))
         at = torch.tensor(fixed.columns, dtype=torch.long, device=y.device)
@@ -475,12 +565,14 @@ class MixedModel(nn.Module):
 
     def random_part(self, batch: Batch) -> Tensor:
         r""":math:`\sum_t z_t^\top \hat b_t` of each row (n,), zero for unknown levels."""
-        n = len(next(iter(batch["groups"].values())))
+        groups = _part(batch, "groups")
+        check_mapping("batch['groups']", groups, Tensor)
+        n = next((len(codes) for codes in groups.values() if codes.dim()), 0)
         total = self.effects()[next(iter(self.random))].blup.new_zeros(n)
         for name, effect in self.effects().items():
             codes, values = self._group(name, effect, batch, n)
             z = total.new_ones(n, 1) if values is None else values.to(total)
-            total = total + effect.contribution(codes, z)
+            total = total + effect._contribution(codes, z)
         return total
 
     @torch.no_grad()
@@ -512,7 +604,7 @@ class MixedModel(nn.Module):
             for name, effect in self.effects().items():
                 codes, values = self._group(name, effect, batch, n)
                 z = mean.new_ones(n, 1) if values is None else values.to(mean)
-                mean = mean + effect.contribution(codes, z)
+                mean = mean + effect._contribution(codes, z)
                 unknown = (codes < 0) | ~self.joint.is_known
                 prior = torch.einsum("nk,kl,nl->n", z, effect.prior().to(z), z)
                 variance = variance + torch.where(unknown, prior, 0)
@@ -548,6 +640,32 @@ class MixedModel(nn.Module):
             if prefix + name in state_dict:
                 setattr(self, name, torch.empty_like(state_dict[prefix + name]))
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _part(batch: Batch, key: str) -> Any:
+    """A part of a batch that must be there."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"`batch` is {described(batch)}: expected a dict with 'x', 'y' and 'groups'"
+        )
+    if key not in batch:
+        raise ValueError(f"`batch` has no {key!r}: expected it beside {list(map(str, batch))}")
+    return batch[key]
+
+
+def _check_inputs(x: Any) -> None:
+    """Refuse what no network takes; one may have inputs of a class of its own."""
+    if isinstance(x, Mapping | tuple | list) and len(x):
+        for part in x.values() if isinstance(x, Mapping) else x:
+            _check_inputs(part)
+        return
+    kinds = Mapping | tuple | list | np.ndarray | pd.DataFrame | str | bytes | complex | float | int
+    if x is None or isinstance(x, kinds | type):
+        raise TypeError(
+            f"`batch['x']` is {described(x)}: expected a tensor, or a tuple, list or dict of them"
+        )
+    if isinstance(x, Tensor) and x.is_meta:
+        raise ValueError(f"`batch['x']` is {described(x)}, which holds no values: expected some")
 
 
 @contextmanager

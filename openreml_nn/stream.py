@@ -19,6 +19,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, distributed
 
+from openreml_nn.checks import check_count, check_flag, check_instance, check_names, check_text
 from openreml_nn.covariance.design import IndexedDesign
 from openreml_nn.errors import InputError
 from openreml_nn.estimation import Result
@@ -77,7 +78,12 @@ def fit_stream(
     >>> f"{result.log_likelihood:.4f}"
     '-871.8141'
     """
+    check_text("formula", formula)
+    check_instance("path", path, (str, os.PathLike), "the path of a file")
+    check_names("categorical", categorical)
+    check_flag("progress", progress)
     check_method(method)
+    check_count("max_iterations", max_iterations)
     found = accumulate(formula, path, chunk_rows, categorical, progress)
     return found.fit(method, max_iterations)
 
@@ -127,10 +133,7 @@ def accumulate(
     progress: bool = True,
 ) -> Streamed:
     """Read a file chunk by chunk and keep its cross-products; see :func:`fit_stream`."""
-    if isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int):
-        raise TypeError(f"`chunk_rows` is a {type(chunk_rows).__name__}: expected a whole number")
-    if chunk_rows < 1:
-        raise InputError(f"`chunk_rows` is {chunk_rows}: expected at least 1")
+    check_count("chunk_rows", chunk_rows, 1)
     file = path if isinstance(path, TableFile) else TableFile(path)
     encoder = Encoder(formula, categorical, f"file {str(file)!r}")
     _check_formula(encoder.formula)

@@ -1,25 +1,20 @@
 """The console program, each call as typed in a shell."""
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
-import tempfile
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
-import lightning  # noqa: F401  # for the calls, which are forks
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from hydra.experimental.callback import Callback
 
-import openreml_nn.report  # noqa: F401
 from openreml_nn import datasets
 from openreml_nn.app import main, quoted
+from tests.forked import forked
 
 PROGRAM = [sys.executable, "-c", "from openreml_nn.app import main; main()"]
 
@@ -32,28 +27,8 @@ def shell(*arguments, cwd):
 
 
 def call(*arguments, cwd):
-    """The program in a fork of this process, which has imported what takes it seconds."""
-    with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.get_context("fork")
-        process = context.Process(target=_program, args=(arguments, cwd, Path(folder)))
-        process.start()
-        process.join(300)
-        if process.is_alive():
-            process.kill()
-            raise TimeoutError(f"{arguments} ran for 300 seconds")
-        said = {name: (Path(folder) / name).read_text() for name in ("stdout", "stderr")}
-    return SimpleNamespace(returncode=process.exitcode, **said)
-
-
-def _program(arguments, cwd, folder):
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
-        setattr(sys, name, os.fdopen(number, "w"))
-    os.chdir(cwd)
-    sys.argv = ["openreml-nn"]
-    torch.set_default_dtype(torch.float32)
-    warnings.resetwarnings()
-    main(arguments)
+    """The same in a fork of this process."""
+    return forked(lambda: main(arguments), cwd)
 
 
 def runs(folder):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from openreml_nn import covariance
+from tests.forked import served
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -96,15 +97,17 @@ def shell(page):
     return "".join(block for block in found if not re.search(r"^make |\.venv", block, re.MULTILINE))
 
 
-#: The program, with networks that are trained for as long as it takes to see that they are.
+#: The program, with networks that are trained for as long as it takes to see that they are; as
+#: a shell starts it where it stands alone, else in forks of this process.
 PROGRAM = """
-openreml-nn() {
+openreml-nn() {{
     case "$*" in
-        *resume=*) command openreml-nn "$@" trainer.max_epochs=12;;
-        *experiment=neural*) command openreml-nn "$@" trainer.max_epochs=10;;
-        *) command openreml-nn "$@";;
+        ""|*devices=*) command openreml-nn "$@";;
+        *resume=*) {program} "$@" trainer.max_epochs=12;;
+        *experiment=neural*) {program} "$@" trainer.max_epochs=10;;
+        *) {program} "$@";;
     esac
-}
+}}
 """
 
 
@@ -125,14 +128,15 @@ def test_shell_blocks_run(page, tmp_path):
     for name in ("table", "large"):
         table.to_parquet(tmp_path / f"{name}.parquet")
     scripts = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-euc", PROGRAM + shell(page)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "PATH": scripts},
-    )
+    with served(tmp_path) as program:
+        done = subprocess.run(
+            ["bash", "-euc", PROGRAM.format(program=program) + shell(page)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=900,
+            env={**os.environ, "PATH": scripts},
+        )
     assert done.returncode == 0, done.stderr
     assert "written to" in done.stdout
 

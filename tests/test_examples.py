@@ -1,10 +1,12 @@
 """The examples run."""
 
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.forked import forked
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
@@ -20,12 +22,11 @@ SMALL = {
 def test_example(path, tmp_path):
     if "gpytorch" in path.stem:
         pytest.importorskip("gpytorch")
-    done = subprocess.run(
-        [sys.executable, path, *SMALL.get(path.stem, [])],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+
+    def example():
+        sys.argv = [str(path), *SMALL.get(path.stem, [])]
+        runpy.run_path(str(path), run_name="__main__")
+
+    done = forked(example, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

@@ -87,7 +87,7 @@ def test_predictions_of_levels_that_were_not_seen_are_those_of_the_population():
         ({"method": "REML"}, InputError, "`method` is 'REML'"),
         ({"solver": "magic"}, InputError, "`solver` is 'magic'"),
         ({"residual_variance": 0.0}, InputError, "`residual_variance` is 0.0"),
-        ({"residual_variance": "1"}, TypeError, "`residual_variance` is a str"),
+        ({"residual_variance": "1"}, TypeError, "`residual_variance` is"),
         ({"residual_variance": 1, "residual": "cs(Subject)"}, InputError, "leave out `residual`"),
         ({"chunk_rows": 10}, InputError, "in memory already"),
         ({"categorical": ["Weeks"]}, InputError, "no column 'Weeks'"),

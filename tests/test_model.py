@@ -355,3 +355,46 @@ def test_dropout_is_the_same_in_both_passes_of_the_parts():
     full = model.loss(data)
     torch.testing.assert_close(full.detach(), value)
     torch.testing.assert_close(found, gradients(model, full))
+
+
+def careless(**changes):
+    given = batch()
+    given.update(changes)
+    return {key: value for key, value in given.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (lambda: careless(x=None), "`batch` has no 'x': expected it beside"),
+        (lambda: careless(y=None), "`batch` has no 'y'"),
+        (lambda: careless(groups=None), "`batch` has no 'groups'"),
+        (lambda: [batch()], r"`batch` is \[.*: expected a dict with 'x', 'y' and 'groups'"),
+        (lambda: careless(x=batch()["x"].numpy()), "`batch\\['x'\\]` is a ndarray .* expected a tensor"),
+        (lambda: careless(x=batch()["x"].float()), "`mean` fails for batch\\['x'\\], a torch.float32"),
+        (lambda: careless(y=batch()["y"].numpy()), "`y` is a ndarray .* expected a floating-point tensor"),
+        (lambda: careless(y=batch()["y"].long()), "`y` is a torch.int64 .* expected a floating-point"),
+        (lambda: careless(groups=torch.arange(60)), "batch\\['groups'\\]` is a torch.int64 .* expected a dict"),
+        (lambda: careless(groups={"user": [0] * 60}), "batch\\['groups'\\]\\['user'\\]` is .* 60 integers"),
+        (lambda: careless(values=[1.0]), "batch\\['values'\\]` is \\[1.0\\]: expected a dict"),
+        (lambda: careless(x=torch.zeros(60, 3, device="meta")), "on meta, which holds no values"),
+    ],
+)  # fmt: skip
+def test_a_careless_batch_is_refused_by_name(data, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        crossed().loss(data())
+
+
+def test_careless_random_effects_are_refused_by_name():
+    mean = nn.Linear(3, 1)
+    for random, message in [
+        ([RandomEffect(4)], "`random` is .*: expected a dict by names"),
+        ({"g": 4}, "`random\\['g'\\]` is 4: expected a RandomEffect"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            MixedModel(mean, random)
+    for levels in ("abc", torch.zeros(5), 0, -1, True, 2.5, [], ["a", "a"]):
+        with pytest.raises((TypeError, ValueError), match=r"`levels` is .*: expected"):
+            RandomEffect(levels)
+    with pytest.raises(TypeError, match="`mean` is 'network': expected a network"):
+        MixedModel("network", {"g": RandomEffect(4)})

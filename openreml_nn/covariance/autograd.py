@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from openreml_nn.covariance.matrix import Matrix
+    from openreml_nn.covariance.tree import Leaf, Tree
 
 __all__ = ["ClosedForm"]
 
@@ -16,34 +17,40 @@ __all__ = ["ClosedForm"]
 class ClosedForm(torch.autograd.Function):
     r"""Build :math:`V(\theta)` without recording; pull cotangents back in closed form.
 
-    Forward evaluates the matrix with no graph. Backward maps the cotangent
+    Forward evaluates the tree with no graph. Backward maps the cotangent
     :math:`\bar V` to :math:`\bar\theta_i = \langle \bar V, \partial V/\partial\theta_i\rangle`
-    by :meth:`Matrix.pull_back`; forward mode maps a tangent by
-    :meth:`Matrix.push_forward`. Both are ordinary tensor expressions of what
+    by :meth:`Tree.pull_back`; forward mode maps a tangent by
+    :meth:`Tree.push_forward`. Both are ordinary tensor expressions of what
     they are given, so that double backward and ``torch.func`` transforms
-    differentiate through them.
+    differentiate through them. The free parameters come leaf by leaf.
     """
 
     generate_vmap_rule = True
 
+    @classmethod
+    def of(cls, tree: Tree | Leaf, parts: Sequence[Tensor]) -> Tensor:
+        """The value of a tree at free parameters, leaf by leaf."""
+        if torch._C._are_functorch_transforms_active():
+            return cls.apply(tree, *parts)
+        # The same without torch's look at the signature, which takes longer than a small matrix.
+        return super(torch.autograd.Function, cls).apply(tree, *parts)  # type: ignore[misc]
+
     @staticmethod
-    def forward(matrix: Matrix, free_params: Tensor) -> Tensor:
+    def forward(tree: Tree | Leaf, *parts: Tensor) -> Tensor:
         # Forward mode refuses a view, such as a transpose, as the output of a custom function.
-        return matrix.forward(free_params).contiguous()
+        return tree.value(parts, parts[0][:0]).contiguous()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Matrix, Tensor], output: Tensor) -> None:
-        matrix, free_params = inputs
-        ctx.matrix = matrix
-        ctx.save_for_backward(free_params)
-        ctx.save_for_forward(free_params)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        tree, *parts = inputs
+        ctx.tree = tree
+        ctx.save_for_backward(*parts)
+        ctx.save_for_forward(*parts)
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[None, Tensor]:
-        (free_params,) = ctx.saved_tensors
-        return None, ctx.matrix.pull_back(cotangent, free_params)
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.tree.pull_back(cotangent, ctx.saved_tensors)
 
     @staticmethod
-    def jvp(ctx: Any, _: None, tangent: Tensor) -> Tensor:
-        (free_params,) = ctx.saved_tensors
-        return ctx.matrix.push_forward(tangent, free_params)
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Tensor:
+        return ctx.tree.push_forward(tangents, ctx.saved_tensors)

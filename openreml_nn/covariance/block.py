@@ -9,6 +9,7 @@ from torch import Tensor
 
 from openreml_nn.covariance.matrix import Matrix
 from openreml_nn.covariance.operator import Operator
+from openreml_nn.errors import InputError
 
 __all__ = ["Augment", "BlockDiagonal", "Stack"]
 
@@ -16,21 +17,23 @@ __all__ = ["Augment", "BlockDiagonal", "Stack"]
 class _Blocks(Operator):
     """Operands at their places in a larger matrix of zeros."""
 
+    linear = True
+
     def _corners(self, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
         """Row and column of the upper left entry of each operand."""
         raise NotImplementedError
 
-    def combine_vjp(self, cotangent: Tensor, operands: Sequence[Tensor]) -> list[Tensor]:
-        shapes = [tuple(operand.shape) for operand in operands]
-        corners = self._corners(shapes)
+    def combine_vjp(self, cotangent: Tensor, *values: Tensor) -> list[Tensor]:
+        corners = self._corners(self._shapes)
         return [
-            cotangent[i : i + n, j : j + m] for (i, j), (n, m) in zip(corners, shapes, strict=True)
+            cotangent[i : i + n, j : j + m]
+            for (i, j), (n, m) in zip(corners, self._shapes, strict=True)
         ]
 
-    def combine_jvp(self, index: int, tangent: Tensor, operands: Sequence[Tensor]) -> Tensor:
-        i, j = self._corners([tuple(operand.shape) for operand in operands])[index]
+    def combine_jvp(self, index: int, tangent: Tensor, *values: Tensor) -> Tensor:
+        i, j = self._corners(self._shapes)[index]
         rows, columns = self.shape
-        n, m = operands[index].shape
+        n, m = self._shapes[index]
         return torch.nn.functional.pad(tangent, (j, columns - j - m, i, rows - i - n))
 
 
@@ -59,8 +62,8 @@ class BlockDiagonal(_Blocks):
             corners.append((corners[-1][0] + n, corners[-1][1] + m))
         return corners
 
-    def combine(self, operands: Sequence[Tensor]) -> Tensor:
-        return torch.block_diag(*operands)
+    def combine(self, *values: Tensor) -> Tensor:
+        return torch.block_diag(*values)
 
     def moment_start(self, variance: Tensor) -> bool:
         parts = variance.split([operand.shape[0] for operand in self.operands.values()])
@@ -91,14 +94,14 @@ class Augment(_Blocks):
 
     def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         if len({s[0] for s in shapes}) != 1:
-            raise ValueError(f"operands have shapes {list(shapes)}: Augment needs as many rows")
+            raise InputError(f"operands have shapes {list(shapes)}: Augment needs as many rows")
         return shapes[0][0], sum(s[1] for s in shapes)
 
     def _corners(self, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
         return [(0, sum(s[1] for s in shapes[:i])) for i in range(len(shapes))]
 
-    def combine(self, operands: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(operands), 1)
+    def combine(self, *values: Tensor) -> Tensor:
+        return torch.cat(values, 1)
 
 
 class Stack(_Blocks):
@@ -121,11 +124,11 @@ class Stack(_Blocks):
 
     def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         if len({s[1] for s in shapes}) != 1:
-            raise ValueError(f"operands have shapes {list(shapes)}: Stack needs as many columns")
+            raise InputError(f"operands have shapes {list(shapes)}: Stack needs as many columns")
         return sum(s[0] for s in shapes), shapes[0][1]
 
     def _corners(self, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
         return [(sum(s[0] for s in shapes[:i]), 0) for i in range(len(shapes))]
 
-    def combine(self, operands: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(operands), 0)
+    def combine(self, *values: Tensor) -> Tensor:
+        return torch.cat(values, 0)

@@ -55,7 +55,7 @@ class IdentityDesign(Design):
         return x
 
     def take(self, rows: Tensor) -> Design:
-        return IndexedDesign(rows, None, self.shape[1])
+        return IndexedDesign(rows, None, self.shape[1], absent=False)
 
 
 class DenseDesign(Design):
@@ -89,12 +89,16 @@ class IndexedDesign(Design):
         codes: (n,) level of each row, from 0; -1 is a row of zeros.
         values: (n, k) entries, or None for ones with k = 1. May require a gradient.
         levels: number of levels; the shape is (n, levels · k), columns level by level.
+        absent: whether a code is -1, where it is known: nobody then looks at the
+            codes, which would wait for their device.
     """
 
-    def __init__(self, codes: Tensor, values: Tensor | None, levels: int) -> None:
-        absent = codes < 0
-        if bool(absent.any()):
-            kept = (~absent).to(torch.get_default_dtype() if values is None else values.dtype)
+    def __init__(
+        self, codes: Tensor, values: Tensor | None, levels: int, absent: bool | None = None
+    ) -> None:
+        if bool((codes < 0).any()) if absent is None else absent:
+            absent_rows = codes < 0
+            kept = (~absent_rows).to(torch.get_default_dtype() if values is None else values.dtype)
             values = kept[:, None] if values is None else values * kept[:, None]
             codes = codes.clamp(min=0)
         self.codes = codes
@@ -126,7 +130,7 @@ class IndexedDesign(Design):
 
     def take(self, rows: Tensor) -> Design:
         values = None if self.values is None else self.values[rows]
-        return IndexedDesign(self.codes[rows], values, self.levels)
+        return IndexedDesign(self.codes[rows], values, self.levels, absent=False)
 
     @property
     def tensors(self) -> list[Tensor | None]:
@@ -134,4 +138,4 @@ class IndexedDesign(Design):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Design:
         values = None if self.values is None else function(self.values)
-        return IndexedDesign(function(self.codes), values, self.levels)
+        return IndexedDesign(function(self.codes), values, self.levels, absent=False)

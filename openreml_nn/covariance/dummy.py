@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 
 from openreml_nn.covariance.design import IndexedDesign
 from openreml_nn.covariance.matrix import FreeParams, Matrix
+from openreml_nn.covariance.nodes import visible
+from openreml_nn.covariance.params import check_flag, check_size, shown
+from openreml_nn.errors import InputError
 
 __all__ = ["DummyMatrix"]
 
@@ -75,12 +79,18 @@ class DummyMatrix(Matrix):
         drop_empty_cols: bool = False,
         covariates: Tensor | nn.Module | None = None,
     ) -> None:
+        for flag, name in (
+            (lex_order, "lex_order"),
+            (drop_first, "drop_first"),
+            (drop_empty_cols, "drop_empty_cols"),
+        ):
+            check_flag(flag, name)
         columns = [_as_series(label, i) for i, label in enumerate(labels)]
         if not columns or not len(columns[0]):
-            raise ValueError("`labels` are empty: DummyMatrix needs at least one label")
+            raise InputError("`labels` are empty: DummyMatrix needs at least one label")
         n = len(columns[0])
         if any(len(column) != n for column in columns):
-            raise ValueError(
+            raise InputError(
                 f"`labels` have lengths {[len(c) for c in columns]}: expected the same length"
             )
         factors = _factors(columns, levels)
@@ -92,14 +102,14 @@ class DummyMatrix(Matrix):
         if drop_first:
             order = order[1:]
         if not order:
-            raise ValueError("no columns are left: the factor has a single level")
+            raise InputError("no columns are left: the factor has a single level")
         position = np.full(len(combos) + 1, -1, dtype=np.int64)
         position[order] = np.arange(len(order))
         names = ["⋈".join(map(str, combos[i])) for i in order]
-        labels = [":".join(map(str, combos[i])) for i in order]
-        if len(set(labels)) < len(labels):
-            labels = [repr(combos[i]) for i in order]
-        self._build(torch.from_numpy(position[codes]), names, covariates, labels)
+        written = [":".join(map(str, combos[i])) for i in order]
+        if len(set(written)) < len(written):
+            written = [repr(combos[i]) for i in order]
+        self._build(torch.from_numpy(position[codes]), names, covariates, written)
 
     @classmethod
     def from_codes(
@@ -123,13 +133,15 @@ class DummyMatrix(Matrix):
                 [1., 0.],
                 [0., 1.]])
         """
-        names = list(map(str, range(levels))) if isinstance(levels, int) else list(levels)
-        if codes.dim() != 1 or codes.is_floating_point() or not len(codes):
-            raise ValueError(
+        names = _level_names(levels)
+        if not isinstance(codes, Tensor):
+            raise TypeError(f"`codes` is {shown(codes)}: expected a tensor of integers")
+        if codes.dim() != 1 or codes.dtype not in _INTEGERS or not len(codes):
+            raise InputError(
                 f"`codes` is {codes.dtype} of shape {tuple(codes.shape)}: expected (n,) integers"
             )
         if not -1 <= int(codes.min()) <= int(codes.max()) < len(names):
-            raise ValueError(f"`codes` reach beyond the {len(names)} levels")
+            raise InputError(f"`codes` reach beyond the {len(names)} levels")
         made = cls.__new__(cls)
         made._build(codes.long(), names, covariates)
         return made
@@ -147,18 +159,21 @@ class DummyMatrix(Matrix):
                 k = _checked(covariates(), n).shape[1]
         elif covariates is not None:
             covariates = _checked(covariates, n)
+            if visible(covariates) and not bool(torch.isfinite(covariates.detach()).all()):
+                raise InputError("`covariates` has an entry that is not finite")
             k = covariates.shape[1]
         super().__init__((n, len(names) * k), {})
         self._colnames = names
         self._labels = names if labels is None else labels
         self.register_buffer("like", torch.empty(0), persistent=False)
-        self.register_buffer("codes", codes, persistent=False)
+        self.register_data("codes", codes)
+        self._absent = not codes.is_meta and bool((codes < 0).any())
         if isinstance(covariates, nn.Module):
             self.covariates = covariates
         elif isinstance(covariates, nn.Parameter):
             self.register_parameter("covariates", covariates)
         else:
-            self.register_buffer("covariates", covariates, persistent=False)
+            self.register_data("covariates", covariates)
 
     @property
     def colnames(self) -> list[str]:
@@ -175,7 +190,7 @@ class DummyMatrix(Matrix):
     @property
     def design(self) -> IndexedDesign:
         """The design by level codes."""
-        return IndexedDesign(self.codes, self.values(), len(self._colnames))
+        return IndexedDesign(self.codes, self.values(), len(self._colnames), self._absent)
 
     def values(self) -> Tensor | None:
         """Covariates as they are now, (n, k); None for ones."""
@@ -186,8 +201,8 @@ class DummyMatrix(Matrix):
     def forward(self, free_params: FreeParams = None) -> Tensor:
         like = self._flat(free_params)
         design = self.design
-        one_hot = torch.zeros(self.shape[0], design.levels, dtype=like.dtype, device=like.device)
-        one_hot[torch.arange(self.shape[0], device=like.device), design.codes] = 1
+        levels = torch.arange(design.levels, device=like.device)
+        one_hot = (design.codes[:, None] == levels).to(like.dtype)
         if design.values is None:
             return one_hot
         values = design.values.to(like)
@@ -201,25 +216,44 @@ class DummyMatrix(Matrix):
         return {"shape": self.shape}
 
 
-def _checked(covariates: Tensor, n: int) -> Tensor:
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+
+
+def _level_names(levels: Sequence[str] | int) -> list[str]:
+    if isinstance(levels, Integral) and not isinstance(levels, bool):
+        return list(map(str, range(check_size(levels, "levels"))))
+    if isinstance(levels, str | bytes | Mapping | Tensor) or not isinstance(levels, Iterable):
+        raise TypeError(f"`levels` is {shown(levels)}: expected names, or how many there are")
+    names = list(levels)
+    if not names:
+        raise InputError("`levels` is empty: expected at least one name")
+    return names
+
+
+def _checked(covariates: Any, n: int) -> Tensor:
     """Covariates as (n, k)."""
+    if not isinstance(covariates, Tensor) or not covariates.is_floating_point():
+        got = covariates.dtype if isinstance(covariates, Tensor) else shown(covariates)
+        raise TypeError(f"`covariates` is {got}: expected a floating-point tensor or a module")
     if covariates.dim() == 1:
         covariates = covariates[:, None]
     if covariates.dim() != 2 or covariates.shape[0] != n:
-        raise ValueError(f"`covariates` has shape {tuple(covariates.shape)}: expected ({n}, k)")
+        raise InputError(f"`covariates` has shape {tuple(covariates.shape)}: expected ({n}, k)")
     return covariates
 
 
 def _as_series(label: Labels, i: int) -> pd.Series:
-    if isinstance(label, str):
-        raise TypeError(f"labels {i} are the string {label!r}: expected a sequence of labels")
+    if isinstance(label, str | bytes | Mapping | set) or not hasattr(label, "__len__"):
+        raise TypeError(f"labels {i} are {shown(label)}: expected a sequence of labels")
+    if getattr(label, "ndim", 1) != 1:
+        raise InputError(f"labels {i} are {shown(label)}: expected (n,)")
     if isinstance(label, Tensor):
         label = label.detach().cpu().numpy()
     series = pd.Series(label).reset_index(drop=True)
     missing = np.flatnonzero(series.isna().to_numpy())
     if missing.size:
-        shown = ", ".join(map(str, missing[:5])) + (", …" if missing.size > 5 else "")
-        raise ValueError(f"labels {i} are missing in {missing.size} row(s): {shown}")
+        rows = ", ".join(map(str, missing[:5])) + (", …" if missing.size > 5 else "")
+        raise InputError(f"labels {i} are missing in {missing.size} row(s): {rows}")
     return series
 
 
@@ -232,12 +266,15 @@ def _factors(columns: list[pd.Series], levels: Sequence[Any] | None) -> list[lis
             else sorted(c.unique().tolist(), key=lambda value: _sort_key((value,)))
             for c in columns
         ]
+    if isinstance(levels, str | bytes | Mapping | Tensor) or not isinstance(levels, Iterable):
+        raise TypeError(f"`levels` is {shown(levels)}: expected a list for each factor")
+    levels = list(levels)
     nested = [isinstance(level, list | tuple | np.ndarray | pd.Index) for level in levels]
     if len(columns) == 1 and not any(nested):
         return [list(levels)]
     if not all(nested) or len(levels) != len(columns):
-        raise ValueError(
-            f"`levels` is {levels!r}: expected one list of levels for each of {len(columns)} factors"
+        raise InputError(
+            f"`levels` is {shown(levels)}: expected one list of levels for each of {len(columns)} factors"
         )
     return [list(level) for level in levels]
 
@@ -256,7 +293,7 @@ def _interact(
         else:
             index = pd.Index(levels, dtype=object)
             if not index.is_unique:
-                raise ValueError(f"`levels` names {index[index.duplicated()][0]!r} twice")
+                raise InputError(f"`levels` names {index[index.duplicated()][0]!r} twice")
             codes = index.get_indexer(column.astype(object))
         part = np.asarray(codes, dtype=np.int64)
         known &= part >= 0

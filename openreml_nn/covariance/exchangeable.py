@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.matrix import FreeParams, Matrix
-from openreml_nn.covariance.params import free_specs, merge_specs
+from openreml_nn.covariance.params import check_size, free_specs, merge_specs
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.transform import (
     Transform,
@@ -76,8 +76,10 @@ class EqualEntryMatrix(Matrix):
     def __init__(
         self, n: int, m: int | None = None, param_specs: Mapping[str, Any] | None = None
     ) -> None:
+        n = check_size(n, "n")
+        m = n if m is None else check_size(m, "m")
         default = free_specs(["sigma^2"], trans=TransformExpPow2())
-        super().__init__((n, n if m is None else m), merge_specs(default, param_specs))
+        super().__init__((n, m), merge_specs(default, param_specs))
 
     def forward(self, free_params: FreeParams = None) -> Tensor:
         return self.build_params(free_params).expand(self.shape).clone()
@@ -119,6 +121,7 @@ class EquicorrelationMatrix(Matrix):
     """
 
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
+        n = check_size(n, "n")
         super().__init__((n, n), merge_specs(_common_correlation(n), param_specs))
 
     @property
@@ -166,6 +169,7 @@ class CompoundSymmetricMatrix(Matrix):
     """
 
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
+        n = check_size(n, "n")
         default = free_specs(["sigma^2"], trans=TransformExpPow2()) | _common_correlation(n)
         super().__init__((n, n), merge_specs(default, param_specs))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from openreml_nn.covariance.design import IdentityDesign
 from openreml_nn.covariance.matrix import FreeParams, Matrix
-from openreml_nn.covariance.params import free_specs, merge_specs
+from openreml_nn.covariance.params import check_size, free_specs, merge_specs
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.terms import DiagonalCovariance, RepeatedCovariance, Term
 from openreml_nn.covariance.transform import TransformExpPow2
@@ -37,6 +37,7 @@ class IdentityMatrix(Matrix):
     """
 
     def __init__(self, n: int) -> None:
+        n = check_size(n, "n")
         super().__init__((n, n), {})
         # Nothing else would remember a dtype and a device.
         self.register_buffer("like", torch.empty(0), persistent=False)
@@ -47,10 +48,10 @@ class IdentityMatrix(Matrix):
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
         return None, []
 
-    def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
+    def structure(self) -> list[Term]:
         n = self.shape[0]
-        one = _eye(1, self._flat(free_params))
-        return [Term(IdentityDesign(n), RepeatedCovariance(one, n, one)).take(rows)]
+        one = _eye(1, self._flat(None))
+        return [Term(IdentityDesign(n), RepeatedCovariance(one, n, one))]
 
 
 class ScalarMatrix(Matrix):
@@ -75,6 +76,7 @@ class ScalarMatrix(Matrix):
     """
 
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
+        n = check_size(n, "n")
         specs = merge_specs(free_specs(["sigma^2"], trans=TransformExpPow2()), param_specs)
         super().__init__((n, n), specs)
 
@@ -90,10 +92,10 @@ class ScalarMatrix(Matrix):
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
         return self._chain_vjp(cotangent.diagonal().sum().reshape(1), free_params)
 
-    def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
+    def structure(self) -> list[Term]:
         n = self.shape[0]
-        variance = self.build_params(free_params).reshape(1, 1)
-        return [Term(IdentityDesign(n), RepeatedCovariance(variance, n)).take(rows)]
+        variance = self.build_params().reshape(1, 1)
+        return [Term(IdentityDesign(n), RepeatedCovariance(variance, n))]
 
     def moment_start(self, variance: Tensor) -> bool:
         return self._set(self.param_names[0], harmonic_mean(variance))
@@ -121,6 +123,7 @@ class DiagonalMatrix(Matrix):
     """
 
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
+        n = check_size(n, "n")
         names = [f"sigma^2_{i}" for i in range(n)]
         default = free_specs(names, trans=TransformExpPow2())
         super().__init__((n, n), merge_specs(default, param_specs))
@@ -141,9 +144,9 @@ class DiagonalMatrix(Matrix):
         index = torch.tensor(self.free_param_index, device=tangent.device)
         return torch.diag_embed(full.index_add(0, index, tangent * self.trans_grad(free_params)))
 
-    def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
-        variances = self.build_params(free_params)
-        return [Term(IdentityDesign(self.shape[0]), DiagonalCovariance(variances)).take(rows)]
+    def structure(self) -> list[Term]:
+        variances = self.build_params()
+        return [Term(IdentityDesign(self.shape[0]), DiagonalCovariance(variances))]
 
     def moment_start(self, variance: Tensor) -> bool:
         scales = zip(self.param_names, variance, strict=True)

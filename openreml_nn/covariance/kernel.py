@@ -11,12 +11,19 @@ from torch import Tensor
 
 from openreml_nn.covariance.design import IdentityDesign
 from openreml_nn.covariance.matrix import FreeParams, Matrix
-from openreml_nn.covariance.params import free_specs, merge_specs
+from openreml_nn.covariance.params import free_specs, merge_specs, shown
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.terms import Kernel, ScaledCovariance, Term
 from openreml_nn.covariance.transform import TransformExp, TransformExpPow2
+from openreml_nn.errors import InputError
 
-__all__ = ["ExponentialMatrix", "GaussianMatrix", "KnownMatrix", "MaternMatrix"]
+__all__ = [
+    "ExponentialMatrix",
+    "GaussianMatrix",
+    "KnownMatrix",
+    "MaternMatrix",
+    "check_symmetric",
+]
 
 
 class _DistanceMatrix(Matrix):
@@ -25,9 +32,9 @@ class _DistanceMatrix(Matrix):
     distance: Tensor
 
     def __init__(self, distance: Tensor, param_specs: Mapping[str, Any] | None = None) -> None:
-        _check_symmetric("distance", distance)
+        check_symmetric("distance", distance)
         if bool((distance < 0).any()) or bool((distance.diagonal() != 0).any()):
-            raise ValueError(
+            raise InputError(
                 "`distance` has a negative entry or one on the diagonal that is not zero: "
                 "expected distances, such as torch.cdist(x, x, "
                 "compute_mode='donot_use_mm_for_euclid_dist')"
@@ -36,7 +43,7 @@ class _DistanceMatrix(Matrix):
         # A length of zero is no ordinary point.
         default |= free_specs(["lengthscale"], trans=TransformExp(degree=0))
         super().__init__(tuple(distance.shape), merge_specs(default, param_specs))
-        self.register_buffer("distance", distance, persistent=False)
+        self.register_data("distance", distance)
 
     def _correlation(self, r: Tensor) -> Tensor:
         """:math:`c(r)`."""
@@ -186,8 +193,8 @@ class MaternMatrix(_DistanceMatrix):
     def __init__(
         self, distance: Tensor, nu: float = 1.5, param_specs: Mapping[str, Any] | None = None
     ) -> None:
-        if nu not in (0.5, 1.5, 2.5):
-            raise ValueError(f"`nu` is {nu}: expected 0.5, 1.5 or 2.5")
+        if not isinstance(nu, int | float) or nu not in (0.5, 1.5, 2.5):
+            raise InputError(f"`nu` is {shown(nu)}: expected 0.5, 1.5 or 2.5")
         super().__init__(distance, param_specs)
         self.nu = nu
 
@@ -232,10 +239,10 @@ class KnownMatrix(Matrix):
     matrix: Tensor
 
     def __init__(self, matrix: Tensor, param_specs: Mapping[str, Any] | None = None) -> None:
-        _check_symmetric("matrix", matrix)
+        check_symmetric("matrix", matrix)
         default = free_specs(["sigma^2"], trans=TransformExpPow2())
         super().__init__(tuple(matrix.shape), merge_specs(default, param_specs))
-        self.register_buffer("matrix", matrix, persistent=False)
+        self.register_data("matrix", matrix)
 
     def forward(self, free_params: FreeParams = None) -> Tensor:
         variance = self.build_params(free_params)
@@ -248,27 +255,29 @@ class KnownMatrix(Matrix):
         pulled = (cotangent * self.matrix.to(cotangent)).sum().reshape(1)
         return self._chain_vjp(pulled, free_params)
 
-    def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
-        variance = self.build_params(free_params).reshape(1, 1)
+    def structure(self) -> list[Term]:
+        variance = self.build_params().reshape(1, 1)
         known = ScaledCovariance(variance, Kernel(self.matrix))
         whole = Term(IdentityDesign(self.shape[0]), known)
-        return [whole.take(rows)]
+        return [whole]
 
     def moment_start(self, variance: Tensor) -> bool:
         size = self.matrix.diagonal().to(variance).mean()
         return self._set(self.param_names[0], harmonic_mean(variance) / size)
 
 
-def _check_symmetric(name: str, matrix: Tensor) -> None:
+def check_symmetric(name: str, matrix: Tensor) -> None:
     if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
-        got = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
+        got = matrix.dtype if isinstance(matrix, Tensor) else shown(matrix)
         raise TypeError(f"`{name}` is {got}: expected a floating-point tensor")
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
-        raise ValueError(f"`{name}` has shape {tuple(matrix.shape)}: expected (n, n)")
+        raise InputError(f"`{name}` has shape {tuple(matrix.shape)}: expected (n, n)")
+    if not len(matrix):
+        raise InputError(f"`{name}` has shape (0, 0): it is empty")
     if matrix.is_meta:
         return
     if not bool(torch.isfinite(matrix).all()):
-        raise ValueError(f"`{name}` has an entry that is not finite")
+        raise InputError(f"`{name}` has an entry that is not finite")
     scale = float(matrix.abs().max())
     if float((matrix - matrix.mT).abs().max()) > 1e3 * torch.finfo(matrix.dtype).eps * scale:
-        raise ValueError(f"`{name}` is not symmetric")
+        raise InputError(f"`{name}` is not symmetric")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.design import IdentityDesign, IndexedDesign
-from openreml_nn.covariance.matrix import FreeParams, Matrix
+from openreml_nn.covariance.matrix import Matrix
 from openreml_nn.covariance.operator import Operator
 from openreml_nn.covariance.start import give_to_one, harmonic_mean
 from openreml_nn.covariance.terms import (
@@ -53,45 +53,42 @@ class KroneckerProduct(Operator):
     def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         return prod(s[0] for s in shapes), prod(s[1] for s in shapes)
 
-    def combine(self, operands: Sequence[Tensor]) -> Tensor:
-        return reduce(_kron, operands)
+    def combine(self, *values: Tensor) -> Tensor:
+        return reduce(_kron, values)
 
-    def combine_vjp(self, cotangent: Tensor, operands: Sequence[Tensor]) -> list[Tensor]:
+    def combine_vjp(self, cotangent: Tensor, *values: Tensor) -> list[Tensor]:
         # Seen as a tensor of axes (n0, n1, ..., m0, m1, ...) the product is an outer product:
         # the cotangent of one operand contracts all axes but its own with the others.
-        rows = [operand.shape[0] for operand in operands]
-        columns = [operand.shape[1] for operand in operands]
+        rows = [value.shape[0] for value in values]
+        columns = [value.shape[1] for value in values]
         pulled = []
-        for i in range(len(operands)):
+        for i in range(len(values)):
             rest = cotangent.reshape(*rows, *columns)
-            for j in reversed(range(len(operands))):
+            for j in reversed(range(len(values))):
                 if j != i:
                     half = rest.dim() // 2
                     axis = j if j < half else half - 1
-                    rest = torch.tensordot(rest, operands[j], dims=([axis, half + axis], [0, 1]))
+                    rest = torch.tensordot(rest, values[j], dims=([axis, half + axis], [0, 1]))
             pulled.append(rest)
         return pulled
 
-    def combine_jvp(self, index: int, tangent: Tensor, operands: Sequence[Tensor]) -> Tensor:
-        return reduce(_kron, [*operands[:index], tangent, *operands[index + 1 :]])
+    def combine_jvp(self, index: int, tangent: Tensor, *values: Tensor) -> Tensor:
+        return reduce(_kron, [*values[:index], tangent, *values[index + 1 :]])
 
-    def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
+    def structure(self) -> list[Term]:
         parts = []
-        for name, operand in self._typed_operands(free_params).items():
-            if isinstance(operand, Matrix):
-                own = self._sub(name, free_params)
-                found = operand.terms(None, own)
-                if len(found) != 1 or not isinstance(found[0].design, IdentityDesign):
-                    found = [whole_term(operand(own))]
-            else:
-                found = [whole_term(operand)]
+        for name, found in self.lowered().items():
+            if len(found) != 1 or not isinstance(found[0].design, IdentityDesign):
+                operand = self.operands[name]
+                assert isinstance(operand, Matrix)
+                found = [whole_term(operand())]
             parts += found
         merged: Term | None = parts[0]
         for part in parts[1:]:
             merged = _merge(merged, part)
         if merged is None:
-            return super().terms(rows, free_params)
-        return [replace(merged, name="").take(rows)]
+            return super().structure()
+        return [replace(merged, name="")]
 
     def moment_start(self, variance: Tensor) -> bool:
         operands = list(self.operands.values())
@@ -159,4 +156,5 @@ def _small(g: Covariance, size: int) -> Tensor | None:
 def _levels_last(effects: int, levels: int, device: torch.device) -> IndexedDesign:
     """Rows effect by effect, over columns level by level."""
     row = torch.arange(effects * levels, device=device)
-    return IndexedDesign(row % levels * effects + row // levels, None, effects * levels)
+    codes = row % levels * effects + row // levels
+    return IndexedDesign(codes, None, effects * levels, absent=False)

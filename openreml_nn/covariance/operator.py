@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from inspect import signature
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from openreml_nn.covariance.matrix import FreeParams, Matrix, Recorded
-from openreml_nn.covariance.params import Entry, Layout, check_name
+from openreml_nn.covariance.design import IdentityDesign
+from openreml_nn.covariance.matrix import FreeParams, Matrix
+from openreml_nn.covariance.nodes import check_result, is_opaque, visible
+from openreml_nn.covariance.params import check_name, module_name, shown
+from openreml_nn.covariance.terms import DenseCovariance, Term
+from openreml_nn.covariance.tree import Tree
+from openreml_nn.errors import InputError
 
 __all__ = ["Operator"]
 
@@ -19,62 +25,123 @@ class Operator(Matrix):
     r"""A matrix :math:`V = f(A_0, A_1, \dots)` of operand matrices.
 
     Operands are submodules under their names: ``op_0``, ``op_1``, … when
-    positional, otherwise those of the dict or the keyword arguments. Plain
-    tensors are allowed and become buffers. The parameter ``sigma^2`` of
-    operand ``g`` is called ``g/sigma^2``. A module used in two places is one
-    set of parameters, named after its first place.
+    positional, otherwise those of the dict or the keyword arguments. The
+    parameter ``sigma^2`` of operand ``g`` is called ``g/sigma^2``. A module
+    used in two places is one set of parameters, named after its first place.
 
-    A subclass implements :meth:`_infer_shape`, :meth:`combine` and the
-    derivatives :meth:`combine_vjp` and :meth:`combine_jvp`, all on evaluated
-    operands; the chain rule through the tree is written here once.
+    Tensors are operands too: a plain one is a buffer, an ``nn.Parameter`` a
+    parameter of the operator, each under the operand's name. Such a parameter
+    is trained like any other of a module; it is no covariance parameter and
+    has no place in :attr:`param_names`.
+
+    A name that a module uses itself, such as ``type`` or ``shape``, is percent-encoded
+    in ``state_dict()`` and ``named_parameters()``, and nowhere else.
+
+    A subclass writes its formula as :meth:`combine`; that is all it needs. Its
+    shape is then that of the result. With :meth:`combine_vjp` and
+    :meth:`combine_jvp` it also has closed-form derivatives; the chain rule
+    through the tree is written here once.
 
     Raises:
         ValueError: if positional and keyword operands are mixed, their number
             or shapes do not fit, or a name is empty or holds ``/`` or ``.``.
-        TypeError: if an operand is neither a Matrix nor a tensor, or none is
-            a Matrix.
+        TypeError: if an operand is neither a Matrix nor a tensor, none is
+            a Matrix, or ``combine`` does not take one value for each operand.
+
+    >>> from openreml_nn.covariance import ScalarMatrix
+    >>> class Difference(Operator):
+    ...     def combine(self, a, b):
+    ...         return a - b / 2
+    >>> Difference(ScalarMatrix(2), ScalarMatrix(2))().detach()
+    tensor([[0.5000, 0.0000],
+            [0.0000, 0.5000]])
     """
 
     #: How many operands make sense; None where there is no limit.
     least_operands = 1
     most_operands: int | None = None
+    #: Whether the derivatives do not depend on the operands' values, which are then not given.
+    linear = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if args and kwargs:
-            raise ValueError("operands are given by position and by keyword: use one of the two")
+            raise InputError("operands are given by position and by keyword: use one of the two")
         if len(args) == 1 and isinstance(args[0], Mapping):
             operands = dict(args[0])
         else:
             operands = {f"op_{i}": arg for i, arg in enumerate(args)} or kwargs
+        operands = self._ordered(operands)
         self._check_count(len(operands))
-        self._check_operands(operands)
-        shapes = [tuple(operand.shape) for operand in operands.values()]
-        super().__init__(self._infer_shape(shapes), {})
-        self._operand_names = list(operands)
         for name, operand in operands.items():
-            # Not add_module: it refuses names such as "type" or "half", which factors may have.
+            check_name(name, "operand")
+            self._check_operand(name, operand)
+        if not any(isinstance(operand, Matrix) for operand in operands.values()):
+            raise TypeError(f"{type(self).__name__} has no Matrix among its operands")
+        self._check_formula(len(operands))
+        shapes = [tuple(operand.shape) for operand in operands.values()]
+        given = type(self)._infer_shape is not Operator._infer_shape
+        super().__init__(self._infer_shape(shapes) if given else (1, 1), {})
+        if not given:
+            self._shape = None
+        self._shapes = shapes
+        # In a dict of names as a user writes them to names as the module keeps them.
+        self._operand_names: dict[str, str] = {}
+        for name, operand in operands.items():
+            kept = self._operand_names[name] = module_name(name, self)
+            # Not add_module: it would refuse a name that is an instance's attribute.
             if isinstance(operand, Matrix):
-                self._modules[name] = operand
+                self._modules[kept] = operand
+            elif isinstance(operand, nn.Parameter):
+                self._parameters[kept] = operand
             else:
-                self._buffers[name] = operand
+                self._buffers[kept] = operand
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        names = self.__dict__.get("_operand_names") or {}
+        super().__setattr__(names.get(name, name), value)
+
+    def _ordered(self, operands: dict[str, Any]) -> dict[str, Any]:
+        """The operands in the order of :meth:`combine`."""
+        return operands
 
     def _check_count(self, count: int) -> None:
         least, most = self.least_operands, self.most_operands
         if count < least or (most is not None and count > most):
             expected = f"{least}" if least == most else f"at least {least}"
-            raise ValueError(f"got {count} operands: {type(self).__name__} needs {expected}")
+            raise InputError(f"got {count} operands: {type(self).__name__} needs {expected}")
 
-    def _check_operands(self, operands: Mapping[str, Any]) -> None:
-        for name, operand in operands.items():
-            check_name(name, "operand")
-            if not isinstance(operand, Matrix | Tensor):
+    def _check_operand(self, name: str, operand: Any) -> None:
+        if not isinstance(operand, Matrix | Tensor):
+            raise TypeError(
+                f"operand {name!r} is a {type(operand).__name__}: expected a Matrix or a tensor"
+            )
+        if len(operand.shape) != 2:
+            raise InputError(f"operand {name!r} has shape {tuple(operand.shape)}: expected 2-D")
+        if isinstance(operand, Tensor):
+            if not operand.is_floating_point():
                 raise TypeError(
-                    f"operand {name!r} is a {type(operand).__name__}: expected a Matrix or a tensor"
+                    f"operand {name!r} is {operand.dtype}: expected floating-point numbers"
                 )
-            if operand.ndim != 2 if isinstance(operand, Tensor) else len(operand.shape) != 2:
-                raise ValueError(f"operand {name!r} has shape {tuple(operand.shape)}: expected 2-D")
-        if not any(isinstance(operand, Matrix) for operand in operands.values()):
-            raise TypeError(f"{type(self).__name__} has no Matrix among its operands")
+            if visible(operand) and not bool(torch.isfinite(operand.detach()).all()):
+                raise InputError(f"operand {name!r} has an entry that is not finite")
+            if not operand.numel():
+                raise InputError(f"operand {name!r} has shape {tuple(operand.shape)}: it is empty")
+
+    def _check_formula(self, count: int) -> None:
+        cls = type(self)
+        if cls.combine is Operator.combine:
+            if cls.forward is Operator.forward and cls.__call__ is Matrix.__call__:
+                raise TypeError(
+                    f"{cls.__name__} has no formula: an Operator needs combine(*values)"
+                )
+            return
+        try:
+            signature(self.combine).bind(*range(count))
+        except TypeError:
+            raise TypeError(
+                f"{cls.__name__}.combine{signature(self.combine)} does not take the values of its "
+                f"{count} operands one by one: expected combine(self, *values)"
+            ) from None
 
     # ------------------------------------------------------------------ to be implemented
 
@@ -82,162 +149,193 @@ class Operator(Matrix):
         """Shape of the result; raises ValueError where the operands do not fit."""
         raise NotImplementedError
 
-    def combine(self, operands: Sequence[Tensor]) -> Tensor:
-        """The result from evaluated operands."""
+    def combine(self, *values: Tensor) -> Tensor:
+        """The result from the operands' values, in the order of :attr:`operands`."""
         raise NotImplementedError
 
-    def combine_vjp(self, cotangent: Tensor, operands: Sequence[Tensor]) -> list[Tensor]:
-        """Cotangent of each operand."""
+    def combine_vjp(self, cotangent: Tensor, *values: Tensor) -> Sequence[Tensor | None]:
+        """Cotangent of each operand; None where it has no free parameters."""
         raise NotImplementedError
 
-    def combine_jvp(self, index: int, tangent: Tensor, operands: Sequence[Tensor]) -> Tensor:
+    def combine_jvp(self, index: int, tangent: Tensor, *values: Tensor) -> Tensor:
         """Derivative of the result along ``tangent`` of operand ``index`` alone.
 
         Several tangents are stacked in front, (m, …), and so are their results.
         """
         raise NotImplementedError
 
+    def formed_operands(self) -> list[bool]:
+        """For each operand whether its value is formed; None stands for one that is not."""
+        return [True] * len(self._operand_names)
+
     # ------------------------------------------------------------------ evaluation
 
-    def forward(self, free_params: FreeParams = None) -> Tensor:
-        return self.combine(self.build_operands(free_params))
-
-    def build_operands(self, free_params: FreeParams = None) -> list[Tensor]:
-        """Evaluated operands, in the order of :attr:`operands`."""
-        return [
-            operand(self._sub(name, free_params)) if isinstance(operand, Matrix) else operand
-            for name, operand in self._typed_operands(free_params).items()
-        ]
-
-    def _typed_operands(self, free_params: FreeParams) -> dict[str, Matrix | Tensor]:
-        """Operands, tensors among them on the dtype and device of the parameters."""
-        like = self._flat(free_params)
-        return {
-            name: operand if isinstance(operand, Matrix) else operand.to(like)
-            for name, operand in self.operands.items()
-        }
-
-    def _sub(self, name: str, free_params: FreeParams) -> FreeParams:
-        """The part of the free parameters that belongs to operand ``name``."""
-        values = self._flat(free_params)
-        part = values[self._positions(name)]
-        return Recorded(part, free_params.natural) if isinstance(free_params, Recorded) else part
-
-    def _positions(self, name: str) -> slice | np.ndarray:
-        """Where the free parameters of operand ``name`` stand among those of the whole."""
-        return self._layout().positions[name]
-
-    def _layout(self) -> _OperatorLayout:
-        kept = self._layout_kept
-        if not isinstance(kept, _OperatorLayout) or kept.made != Layout.changes:
-            self._layout_kept = kept = _OperatorLayout(self._entries(), self.operands)
-        return kept
-
-    def _entries(self) -> list[Entry]:
-        entries: dict[tuple[int, str], Entry] = {}
-        for name, operand in self.operands.items():
-            if isinstance(operand, Matrix):
-                for e in operand._layout().entries:
-                    entries.setdefault(e.key, e._replace(name=f"{name}/{e.name}"))
-        return list(entries.values())
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if self._shape is None:
+            with torch.no_grad():
+                value = self()
+            check_result(self, value)
+            self._shape = tuple(value.shape)
+        return self._shape
 
     @property
     def operands(self) -> dict[str, Matrix | Tensor]:
         """Operands by name."""
         modules: dict[str, Any] = self._modules
-        buffers: dict[str, Any] = self._buffers
-        return {n: modules[n] if n in modules else buffers[n] for n in self._operand_names}
+        return {
+            name: modules[kept] if kept in modules else self.stored(kept)
+            for name, kept in self._operand_names.items()
+        }
+
+    def checked_operands(self) -> list[Matrix | Tensor]:
+        """Operands as they are now.
+
+        Raises:
+            TypeError: if one has been replaced by something that is no operand.
+            InputError: if one has been replaced by another shape.
+        """
+        modules: dict[str, Any] = self._modules
+        found: list[Matrix | Tensor] = []
+        for (name, kept), shape in zip(self._operand_names.items(), self._shapes, strict=True):
+            operand = modules.get(kept)
+            if operand is None:
+                operand = self.stored(kept)
+            elif not isinstance(operand, Matrix):
+                self._check_operand(name, operand)
+            if operand.shape != shape:
+                raise InputError(
+                    f"operand {name!r} is now {tuple(operand.shape)}: {self._get_name()} was made "
+                    f"of one of shape {shape}"
+                )
+            found.append(operand)
+        return found
+
+    def lowered(self) -> dict[str, list[Term]]:
+        """Terms of each operand, by its name."""
+        like = self._like()
+        found = {}
+        for name, operand in self.operands.items():
+            if isinstance(operand, Matrix):
+                found[name] = operand.terms()
+            else:
+                whole = DenseCovariance(operand.to(like))
+                found[name] = [Term(IdentityDesign(operand.shape[0]), whole)]
+        return found
+
+    def forward(self, free_params: FreeParams = None) -> Tensor:
+        return self.combine(*self._evaluated(free_params, self.formed_operands()))
+
+    def build_operands(self, free_params: FreeParams = None) -> list[Tensor]:
+        """Evaluated operands, in the order of :attr:`operands`."""
+        return self._evaluated(free_params, [True] * len(self._operand_names))
+
+    def _evaluated(self, free_params: FreeParams, formed: Sequence[bool]) -> list[Any]:
+        with nullcontext() if free_params is None else self.given(free_params):
+            like = self._like()
+            found: list[Any] = []
+            for operand, is_formed in zip(self.checked_operands(), formed, strict=True):
+                if isinstance(operand, Tensor):
+                    found.append(operand.to(like))
+                elif not is_formed:
+                    found.append(None)
+                else:
+                    found.append(operand() if operand.num_free_params else operand(like))
+            return found
+
+    def _like(self) -> Tensor:
+        """No parameters, in the precision and on the device of the evaluation."""
+        for leaf in self.leaves().values():
+            if leaf._given is not None:
+                return leaf._given.values[:0]
+        return self._no_params()
+
+    def leaves(self) -> dict[str, Matrix]:
+        found: dict[str, Matrix] = {}
+        seen: set[int] = set()
+        stack: list[tuple[str, Matrix]] = [("", self)]
+        while stack:
+            prefix, node = stack.pop()
+            if id(node) in seen:
+                continue
+            seen.add(id(node))
+            if not isinstance(node, Operator):
+                found[prefix] = node
+                continue
+            for name, operand in reversed(node.operands.items()):
+                if isinstance(operand, Matrix):
+                    stack.append((f"{prefix}{name}/", operand))
+        return found
+
+    def has_closed_form(self) -> bool:
+        cls = type(self)
+        own = (cls.combine_vjp, cls.combine_jvp)
+        standard = Operator.combine_vjp not in own and Operator.combine_jvp not in own
+        return standard or cls.manual_grad is not Operator.manual_grad
 
     # ------------------------------------------------------------------ gradients
 
     def operands_grad(
         self, free_params: FreeParams = None
-    ) -> list[tuple[Tensor | None, list[str]]]:
-        """Jacobian of each operand as by :meth:`Matrix.grad`; ``(None, [])`` for a tensor."""
-        return [
-            operand.grad(self._sub(name, self._flat(free_params)))
-            if isinstance(operand, Matrix)
-            else (None, [])
-            for name, operand in self.operands.items()
-        ]
+    ) -> tuple[list[Tensor | None], list[list[str]]]:
+        """Jacobian of each operand as by :meth:`Matrix.grad`, and the names of its slices.
+
+        Returns:
+            Two lists, with an element for each operand: the Jacobians, None for
+            a tensor or where all is fixed, and the names of their parameters
+            as they are called here.
+        """
+        slices: list[Tensor | None] = []
+        names: list[list[str]] = []
+        with nullcontext() if free_params is None else self.given(free_params):
+            for name, operand in self.operands.items():
+                part, own = operand.grad() if isinstance(operand, Matrix) else (None, [])
+                slices.append(part)
+                names.append([f"{name}/{parameter}" for parameter in own])
+        return slices, names
 
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
-        values = self._flat(free_params)
-        if not values.numel():
+        tree, parts = self._tree(free_params)
+        if tree is None:
+            return self.auto_grad(free_params)
+        if not parts:
             return None, []
-        built = self.build_operands(values)
-        names = list(self.operands)
-        parts = {
-            names[i]: self.combine_jvp(i, part, built)
-            for i, (part, _) in enumerate(self.operands_grad(values))
-            if part is not None
-        }
-        return self._gathered(parts, values), self.free_param_names
+        found = tree.jacobian(parts)
+        n, m = self.shape
+        slices = [
+            found[i] if i in found else part.new_zeros(len(part), n, m)
+            for i, part in zip(tree.leaves, parts, strict=True)
+        ]
+        return torch.cat(slices) if len(slices) > 1 else slices[0], self.free_param_names
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
-        values = self._flat(free_params)
-        pulled = self.combine_vjp(cotangent, self.build_operands(values))
-        parts = {
-            name: operand.pull_back(part, values[self._positions(name)])
-            for (name, operand), part in zip(self.operands.items(), pulled, strict=True)
-            if isinstance(operand, Matrix) and operand.num_free_params
-        }
-        return self._gathered(parts, values)
-
-    def _gathered(self, parts: Mapping[str, Tensor], values: Tensor) -> Tensor:
-        """Put the operands' parts, along their free parameters, in the order of the whole.
-
-        Parameters of a module that stands in several places get their sum.
-        """
+        right = isinstance(cotangent, Tensor) and cotangent.is_floating_point()
+        if not right or tuple(cotangent.shape) != self.shape:
+            raise InputError(
+                f"`cotangent` is {shown(cotangent)}: expected a tensor of {self.shape}"
+            )
+        tree, parts = self._tree(free_params)
+        if tree is None:
+            _, pull, *_ = torch.func.vjp(self._recorded, self._flat(free_params))
+            return pull(cotangent)[0]
         if not parts:
-            return values
-        if self._layout().partitioned:
-            found = list(parts.values())
-            return torch.cat(found) if len(found) > 1 else found[0]
-        shape = next(iter(parts.values())).shape[1:]
-        total = values.new_zeros(values.numel(), *shape)
-        place = torch.arange(values.numel(), device=values.device)
-        for name, part in parts.items():
-            total = total.index_add(0, place[self._positions(name)], part)
-        return total
+            return self._flat(free_params)
+        return torch.cat(tree.pull_back(cotangent, parts))
 
-    def push_forward(self, tangent: Tensor, free_params: Tensor) -> Tensor:
-        built = self.build_operands(free_params)
-        total = None
-        for i, (name, operand) in enumerate(self.operands.items()):
-            if isinstance(operand, Matrix) and operand.num_free_params:
-                where = self._positions(name)
-                sub = operand.push_forward(tangent[where], free_params[where])
-                moved = self.combine_jvp(i, sub, built)
-                total = moved if total is None else total + moved
-        assert total is not None
-        return total
+    def _tree(self, free_params: FreeParams) -> tuple[Tree | None, list[Tensor]]:
+        """The tree with its parameters; no tree where a node in it must be called as a module.
+
+        Raises:
+            NotImplementedError: if the operator's own formula has no derivatives.
+        """
+        kind = type(self)
+        if Operator.combine_vjp is kind.combine_vjp or Operator.combine_jvp is kind.combine_jvp:
+            raise NotImplementedError(f"{kind.__name__} has no combine_vjp and combine_jvp")
+        if is_opaque(self):
+            return None, []
+        tree = Tree(self)
+        return (None, []) if any(tree.opaque) else (tree, tree.parts(free_params))
 
     @property
     def repr_dict(self) -> dict[str, Any]:
         return {"operands": self.operands}
-
-
-class _OperatorLayout(Layout):
-    """A layout that also knows which parameters belong to which operand.
-
-    Attributes:
-        positions: for each operand, where its free parameters stand among
-            those of the whole.
-        partitioned: whether the operands' parameters follow one another
-            without overlap, so that no module stands in two places.
-    """
-
-    def __init__(self, entries: Sequence[Entry], operands: Mapping[str, Matrix | Tensor]) -> None:
-        super().__init__(entries)
-        index = {e.key: i for i, e in enumerate(self.free)}
-        self.positions: dict[str, slice | np.ndarray] = {}
-        count = 0
-        for name, operand in operands.items():
-            free = operand._layout().free if isinstance(operand, Matrix) else ()
-            places = [index[e.key] for e in free]
-            count += len(places)
-            start = places[0] if places else 0
-            run = places == list(range(start, start + len(places)))
-            self.positions[name] = slice(start, start + len(places)) if run else np.array(places)
-        self.partitioned = count == len(self.free)

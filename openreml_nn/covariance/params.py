@@ -1,20 +1,41 @@
-"""The parameters of a tree: their specifications, names, places and transforms."""
+"""Parameters of a matrix: specifications, names, sizes, transforms."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from functools import cached_property
+from math import inf, isfinite
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from openreml_nn.covariance.transform import Transform, TransformIdentity
+from openreml_nn.errors import InputError
 
 if TYPE_CHECKING:
     from openreml_nn.covariance.matrix import Matrix
 
-__all__ = ["Entry", "Layout", "check_name", "check_spec", "free_specs", "merge_specs"]
+__all__ = [
+    "Arrangement",
+    "Entry",
+    "Layout",
+    "Spec",
+    "check_flag",
+    "check_name",
+    "check_size",
+    "check_spec",
+    "check_value",
+    "free_specs",
+    "merge_specs",
+    "module_name",
+    "operand_name",
+    "shown",
+    "user_name",
+]
 
 
 def free_specs(
@@ -51,34 +72,156 @@ def merge_specs(
         return {name: given.get(name, spec) for name, spec in default.items()}
     if len(given) == len(default) and not set(given) & set(default):
         return dict(given)
-    raise ValueError(f"`param_specs` names {list(given)}: expected some of {list(default)}")
+    raise InputError(f"`param_specs` names {list(given)}: expected some of {list(default)}")
 
 
 def check_name(name: object, what: str) -> None:
     """Raise unless ``name`` can be part of a path."""
     if not isinstance(name, str):
-        raise TypeError(f"the {what} name {name!r} is a {type(name).__name__}: expected a string")
+        raise TypeError(f"the {what} name is {shown(name)}: expected a string")
     if not name or "/" in name or "." in name:
-        raise ValueError(f"the {what} name {name!r} is empty or holds '/' or '.'")
+        raise InputError(f"the {what} name {name!r} is empty or holds '/' or '.'")
+
+
+def shown(value: object) -> str:
+    """A value in one line of an error."""
+    if isinstance(value, Tensor | np.ndarray):
+        kind = "tensor" if isinstance(value, Tensor) else "array"
+        return f"a {kind} of shape {tuple(value.shape)}"
+    line = " ".join(repr(value).split())
+    return line if len(line) <= 60 else line[:57] + "..."
+
+
+def check_flag(value: object, name: str) -> bool:
+    """An option that is on or off.
+
+    Raises:
+        TypeError: if it is neither.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"`{name}` is {shown(value)}: expected True or False")
+    return bool(value)
+
+
+def check_size(size: object, name: str, least: int = 1) -> int:
+    """A size as an int; integers of NumPy and of other libraries are sizes too.
+
+    Raises:
+        TypeError: if it is no integer.
+        InputError: if it is less than ``least``.
+    """
+    if isinstance(size, bool | np.bool_) or not isinstance(size, Integral):
+        raise TypeError(f"`{name}` is {shown(size)}: expected an integer")
+    if size < least:
+        expected = "a positive integer" if least == 1 else f"at least {least}"
+        raise InputError(f"`{name}` is {size}: expected {expected}")
+    return int(size)
 
 
 def check_spec(name: str, spec: object) -> None:
     """Raise unless ``spec`` is the specification of a parameter."""
     if not isinstance(spec, Mapping) or set(spec) != {"fixed", "default", "trans"}:
         raise TypeError(
-            f"the specification of {name!r} is {spec!r}: "
+            f"the specification of {name!r} is {shown(spec)}: "
             "expected a dict with exactly 'fixed', 'default' and 'trans'"
         )
     if not isinstance(spec["fixed"], bool):
-        raise TypeError(f"'fixed' of {name!r} is {spec['fixed']!r}: expected a bool")
-    if not isinstance(spec["default"], Tensor):
-        raise TypeError(f"'default' of {name!r} is {spec['default']!r}: expected a tensor")
-    if spec["default"].shape != (1,):
-        raise ValueError(
-            f"'default' of {name!r} has shape {tuple(spec['default'].shape)}: expected (1,)"
-        )
+        raise TypeError(f"'fixed' of {name!r} is {shown(spec['fixed'])}: expected a bool")
+    default = spec["default"]
+    if not isinstance(default, Tensor) or not default.is_floating_point():
+        got = default.dtype if isinstance(default, Tensor) else shown(default)
+        raise TypeError(f"'default' of {name!r} is {got}: expected a floating-point tensor")
+    if default.shape != (1,):
+        raise InputError(f"'default' of {name!r} has shape {tuple(default.shape)}: expected (1,)")
+    if not default.is_meta and bool(default.isnan()):
+        raise InputError(f"'default' of {name!r} is NaN")
     if not isinstance(spec["trans"], Transform):
-        raise TypeError(f"'trans' of {name!r} is {spec['trans']!r}: expected a Transform")
+        raise TypeError(f"'trans' of {name!r} is {shown(spec['trans'])}: expected a Transform")
+
+
+def check_value(name: str, value: object, trans: Transform, natural: bool) -> Tensor:
+    """The untransformed value, (1,), of a number that a parameter is to have.
+
+    Zero is the end of a variance's range and an ordinary variance: it is
+    allowed, untransformed as minus infinity.
+
+    Raises:
+        TypeError: if it is no number, nor a tensor of one.
+        InputError: if it is not finite or the transform does not reach it.
+    """
+    check_flag(natural, "natural")
+    try:
+        number = torch.as_tensor(value, device="cpu").detach().to(torch.float64).reshape(1)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"`value` of {name!r} is {shown(value)}: expected one number") from None
+    plain = float(number)
+    if trans.vanishes and plain == (0 if natural else -inf):
+        return number if not natural else trans.inverse(number)
+    if not isfinite(plain):
+        raise InputError(f"`value` of {name!r} is {plain}: expected a finite number")
+    try:
+        x = trans.inverse(number) if natural else number
+        there = trans(x)
+        reached = torch.isfinite(x) & torch.isfinite(there) & torch.isfinite(trans.inverse(there))
+    except InputError:
+        reached = torch.tensor(False)
+    if not bool(reached):
+        scale = "natural" if natural else "untransformed"
+        raise InputError(
+            f"`value` of {name!r} is {plain:g} on the {scale} scale: outside of the range of {trans}"
+        )
+    return x
+
+
+def module_name(name: str, owner: object) -> str:
+    """The name under which a module keeps the submodule or tensor that a user calls ``name``.
+
+    It is the name itself but where that would hide an attribute of ``owner``
+    (``type``, ``train``, ``shape``) or break a path (a dot): these characters
+    are percent-encoded.
+    """
+    return _encoded(name, "%.", _Attributes(owner))
+
+
+def operand_name(name: str, taken: Container[str] = ()) -> str:
+    """The name of an operand for what a user calls ``name``: without dots and slashes, and none
+    of those that are ``taken``."""
+    return _encoded(name, "%./", taken)
+
+
+def user_name(name: str) -> str:
+    """The name that :func:`module_name` or :func:`operand_name` has encoded."""
+    return unquote(name)
+
+
+class _Attributes:
+    """Names of an object's attributes, those of a module's children not among them."""
+
+    def __init__(self, owner: object) -> None:
+        self._owner = owner
+
+    def __contains__(self, name: object) -> bool:
+        return name in vars(self._owner) or hasattr(type(self._owner), str(name))
+
+
+def _encoded(name: str, characters: str, taken: Container[str]) -> str:
+    found = "".join(f"%{ord(c):02X}" if c in characters else c for c in name)
+    return f"%{ord(found[0]):02X}{found[1:]}" if found in taken else found
+
+
+class Spec(dict[str, Any]):
+    """A specification as it is shown: it cannot be assigned to."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        raise TypeError(
+            f"specifications are read-only, {key!r} too: fix(name, value), free(name) and "
+            "set_value(name, value) change a parameter"
+        )
+
+    __delitem__ = update = pop = setdefault = clear = __setitem__  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[type[Spec], tuple[dict[str, Any]]]:
+        return Spec, (dict(self),)
 
 
 class Entry(NamedTuple):
@@ -89,56 +232,76 @@ class Entry(NamedTuple):
     local: str
 
     @property
-    def key(self) -> tuple[int, str]:
-        """What tells parameters apart, wherever in a tree they are met."""
-        return id(self.leaf), self.local
-
-    @property
     def free(self) -> bool:
+        """Whether it is an ``nn.Parameter`` of its own and not fixed."""
         return self.local in self.leaf._parameters
 
     @property
+    def estimated(self) -> bool:
+        """Whether a fit moves it: it is free, and ``requires_grad_(False)`` has not frozen it."""
+        return self.free and self.tensor.requires_grad
+
+    @property
     def tensor(self) -> Tensor:
-        owner = self.leaf._parameters if self.free else self.leaf._buffers
-        tensor = owner[self.local]
-        assert tensor is not None
-        return tensor
+        """Its untransformed value as it is now, (1,)."""
+        return self.leaf.stored(self.local)
 
     @property
     def trans(self) -> Transform:
+        """Its transform."""
         return self.leaf._trans[self.local]
 
 
 class Layout:
-    """Which parameters a tree has, and in what order.
-
-    A tree keeps its layout, because walking it for every evaluation would
-    take longer than many an evaluation. It holds no tensors, which would
-    belong to the device or the ``torch.func`` transform of their making.
+    """The parameters of a tree in order, as they are found now.
 
     Attributes:
         entries: all parameters, each once.
         free, fixed: the free and the fixed ones among them.
         free_index, fixed_index: their positions.
-        others: where the tree's other tensors stand, filled in when asked for.
+        free_names: names of the free ones.
     """
 
-    #: Grows whenever a parameter of any matrix is fixed or freed; older layouts are outdated.
-    changes = 0
-
     def __init__(self, entries: Sequence[Entry]) -> None:
-        self.made = Layout.changes
         self.entries = tuple(entries)
         self.free_index = [i for i, e in enumerate(self.entries) if e.free]
         self.fixed_index = [i for i, e in enumerate(self.entries) if not e.free]
         self.free = tuple(self.entries[i] for i in self.free_index)
         self.fixed = tuple(self.entries[i] for i in self.fixed_index)
         self.free_names = [e.name for e in self.free]
-        self.of_free = _Transforms([e.trans for e in self.free])
-        self.of_fixed = _Transforms([e.trans for e in self.fixed])
-        # Where each parameter stands in the free ones followed by the fixed ones.
-        self.merged = np.argsort([*self.free_index, *self.fixed_index]) if self.fixed else None
-        self.others: list[tuple[dict[str, Tensor | None], str]] | None = None
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
+
+
+class Arrangement:
+    """How one leaf's free parameters and fixed ones make up all of its parameters.
+
+    It depends on nothing but which of them are free, and is kept with the
+    names of these.
+
+    Attributes:
+        free, fixed: names.
+        free_index: positions of the free ones among all.
+        of_free, of_fixed: their transforms.
+        merged: where each parameter stands in the free ones followed by the
+            fixed ones; None where nothing is fixed.
+    """
+
+    def __init__(self, trans: Mapping[str, Transform], free: tuple[str, ...]) -> None:
+        self.free = free
+        among = set(free)
+        self.fixed = tuple(name for name in trans if name not in among)
+        self.of_free = _Transforms([trans[name] for name in free])
+        self._trans = trans
+        place = {name: i for i, name in enumerate(trans)}
+        order = [place[name] for name in (*free, *self.fixed)]
+        self.merged = np.argsort(order) if self.fixed else None
+        self.free_index = [place[name] for name in free]
+
+    @cached_property
+    def of_fixed(self) -> _Transforms:
+        return _Transforms([self._trans[name] for name in self.fixed])
 
 
 class _Transforms:

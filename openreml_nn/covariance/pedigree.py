@@ -14,11 +14,13 @@ from torch import Tensor
 
 from openreml_nn.covariance.design import IdentityDesign
 from openreml_nn.covariance.dummy import DummyMatrix
+from openreml_nn.covariance.kernel import check_symmetric
 from openreml_nn.covariance.matrix import FreeParams, Matrix
-from openreml_nn.covariance.params import free_specs, merge_specs
+from openreml_nn.covariance.params import free_specs, merge_specs, shown
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.terms import Kernel, ScaledCovariance, Term, same_content
 from openreml_nn.covariance.transform import TransformExpPow2
+from openreml_nn.errors import InputError
 
 __all__ = ["KnownInverseMatrix", "Pedigree"]
 
@@ -58,8 +60,10 @@ class Pedigree:
         >>> found.inbreeding
         tensor([0.0000, 0.0000, 0.0000, 0.2500], dtype=torch.float64)
         """
+        for name, column in (("animal", animal), ("sire", sire), ("dam", dam)):
+            _check_column(name, column)
         if not len(animal) == len(sire) == len(dam):
-            raise ValueError(
+            raise InputError(
                 f"`animal`, `sire` and `dam` have {len(animal)}, {len(sire)} and {len(dam)} "
                 "entries: expected as many"
             )
@@ -69,7 +73,7 @@ class Pedigree:
         sampling = np.array([_mendelian(inbreeding, s, d) for s, d in parents])
         if len(sampling) and sampling.min() < np.finfo(float).eps:
             name = levels[int(sampling.argmin())]
-            raise ValueError(
+            raise InputError(
                 f"the parents of `animal` {name!r} are completely inbred: it has no variance of "
                 "its own, and the relationship matrix has no inverse"
             )
@@ -86,14 +90,24 @@ class Pedigree:
         tensor([[0., 0., 1.],
                 [1., 0., 0.]])
         """
+        _check_column("animal", animal)
         position = {name: i for i, name in enumerate(self.levels)}
         codes = []
         for row, value in enumerate(animal):
             name = _name(value)
             if name not in position:
-                raise ValueError(f"`animal` {value!r} in row {row} is not in the pedigree")
+                raise InputError(f"`animal` {value!r} in row {row} is not in the pedigree")
             codes.append(position[name])
         return DummyMatrix.from_codes(torch.tensor(codes), self.levels)
+
+
+def _check_column(name: str, column: object) -> None:
+    if isinstance(column, str | bytes | Mapping) or not hasattr(column, "__len__"):
+        raise TypeError(f"`{name}` is {shown(column)}: expected a sequence of names")
+    if getattr(column, "ndim", 1) != 1 or isinstance(column, set):
+        raise InputError(f"`{name}` is {shown(column)}: expected a sequence of names")
+    if not len(column):
+        raise InputError(f"`{name}` is empty: expected a name for each row")
 
 
 def _name(value: Any) -> str | None:
@@ -111,9 +125,9 @@ def _ordered(
     known: dict[str, tuple[str | None, str | None]] = {}
     for row, (name, sire, dam) in enumerate(zip(names, sires, dams, strict=True)):
         if name is None:
-            raise ValueError(f"`animal` has no name in row {row}")
+            raise InputError(f"`animal` has no name in row {row}")
         if name in known:
-            raise ValueError(f"`animal` {name!r} stands in two rows, the second is row {row}")
+            raise InputError(f"`animal` {name!r} stands in two rows, the second is row {row}")
         known[name] = (sire, dam)
     for parent in (*sires, *dams):
         if parent is not None:
@@ -136,7 +150,7 @@ def _ordered(
             visiting.add(name)
             for parent in waiting:
                 if parent in visiting:
-                    raise ValueError(f"`animal` {parent!r} is its own ancestor")
+                    raise InputError(f"`animal` {parent!r} is its own ancestor")
             stack += waiting
     parents = np.full((len(position), 2), -1, dtype=np.int64)
     for name, i in position.items():
@@ -235,11 +249,16 @@ class KnownInverseMatrix(Matrix):
     inverse: Tensor
 
     def __init__(self, inverse: Tensor, param_specs: Mapping[str, Any] | None = None) -> None:
-        if inverse.dim() != 2 or inverse.shape[0] != inverse.shape[1]:
-            raise ValueError(f"`inverse` has shape {tuple(inverse.shape)}: expected (n, n)")
+        if not isinstance(inverse, Tensor) or not inverse.is_floating_point():
+            got = inverse.dtype if isinstance(inverse, Tensor) else shown(inverse)
+            raise TypeError(f"`inverse` is {got}: expected a floating-point tensor")
+        if inverse.dim() != 2 or inverse.shape[0] != inverse.shape[1] or not len(inverse):
+            raise InputError(f"`inverse` has shape {tuple(inverse.shape)}: expected (n, n)")
+        if inverse.layout == torch.strided:
+            check_symmetric("inverse", inverse)
         default = free_specs(["sigma^2"], trans=TransformExpPow2())
         super().__init__(tuple(inverse.shape), merge_specs(default, param_specs))
-        self.register_buffer("inverse", inverse, persistent=False)
+        self.register_data("inverse", inverse)
         self._kernel: Kernel | None = None
 
     @property
@@ -263,10 +282,10 @@ class KnownInverseMatrix(Matrix):
         pulled = (cotangent * self._matrix(cotangent)).sum().reshape(1)
         return self._chain_vjp(pulled, free_params)
 
-    def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
-        variance = self.build_params(free_params).reshape(1, 1)
+    def structure(self) -> list[Term]:
+        variance = self.build_params().reshape(1, 1)
         whole = Term(IdentityDesign(self.shape[0]), ScaledCovariance(variance, self.kernel))
-        return [whole.take(rows)]
+        return [whole]
 
     def moment_start(self, variance: Tensor) -> bool:
         return self._set(self.param_names[0], harmonic_mean(variance))

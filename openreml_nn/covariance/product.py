@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import reduce
 from itertools import pairwise
 from typing import Any
@@ -10,8 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openreml_nn.covariance.matrix import Matrix
+from openreml_nn.covariance.nodes import visible
 from openreml_nn.covariance.operator import Operator
+from openreml_nn.covariance.params import shown
 from openreml_nn.covariance.start import give_to_one
+from openreml_nn.covariance.terms import KroneckerCovariance, Term
+from openreml_nn.errors import InputError
 
 __all__ = ["Gram", "HadamardProduct", "Inverse", "Product", "Transpose"]
 
@@ -40,29 +46,29 @@ class Product(Operator):
     def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         for i, (a, b) in enumerate(pairwise(shapes)):
             if a[1] != b[0]:
-                raise ValueError(
+                raise InputError(
                     f"operand {i} has {a[1]} columns but operand {i + 1} has {b[0]} rows: "
                     "Product needs as many"
                 )
         return shapes[0][0], shapes[-1][1]
 
-    def combine(self, operands: Sequence[Tensor]) -> Tensor:
-        return reduce(torch.matmul, operands)
+    def combine(self, *values: Tensor) -> Tensor:
+        return reduce(torch.matmul, values)
 
-    def combine_vjp(self, cotangent: Tensor, operands: Sequence[Tensor]) -> list[Tensor]:
+    def combine_vjp(self, cotangent: Tensor, *values: Tensor) -> list[Tensor]:
         # The cotangent of A_i is L' C R' with L and R the products to its left and right.
         right = [cotangent]
-        for operand in reversed(operands[1:]):
-            right.append(right[-1] @ operand.mT)
+        for value in reversed(values[1:]):
+            right.append(right[-1] @ value.mT)
         pulled = []
         left: Tensor | None = None
-        for operand, part in zip(operands, reversed(right), strict=True):
+        for value, part in zip(values, reversed(right), strict=True):
             pulled.append(part if left is None else left.mT @ part)
-            left = operand if left is None else left @ operand
+            left = value if left is None else left @ value
         return pulled
 
-    def combine_jvp(self, index: int, tangent: Tensor, operands: Sequence[Tensor]) -> Tensor:
-        return reduce(torch.matmul, [*operands[:index], tangent, *operands[index + 1 :]])
+    def combine_jvp(self, index: int, tangent: Tensor, *values: Tensor) -> Tensor:
+        return reduce(torch.matmul, [*values[:index], tangent, *values[index + 1 :]])
 
 
 class HadamardProduct(Operator):
@@ -70,6 +76,9 @@ class HadamardProduct(Operator):
 
     Args:
         *args: two operands or more; or a dict of them, or keyword arguments.
+
+    A tensor of shape (1,), or of no dimension, is a factor of every entry:
+    ``2.0 * V`` and ``V * 2.0`` are such products.
 
     Shape:
         Operands and output: (n, m).
@@ -88,26 +97,44 @@ class HadamardProduct(Operator):
     least_operands = 2
 
     def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-        if len(set(shapes)) != 1:
-            raise ValueError(f"operands have shapes {list(shapes)}: HadamardProduct needs one")
-        return shapes[0]
+        whole = {shape for shape in shapes if len(shape) == 2}
+        if len(whole) != 1:
+            raise InputError(f"operands have shapes {list(shapes)}: HadamardProduct needs one")
+        return whole.pop()
 
-    def combine(self, operands: Sequence[Tensor]) -> Tensor:
-        return reduce(torch.mul, operands)
+    def _check_operand(self, name: str, operand: Any) -> None:
+        if isinstance(operand, Tensor) and operand.shape in ((), (1,)):
+            operand = operand.reshape(1, 1)
+        super()._check_operand(name, operand)
 
-    def combine_vjp(self, cotangent: Tensor, operands: Sequence[Tensor]) -> list[Tensor]:
+    def combine(self, *values: Tensor) -> Tensor:
+        return reduce(torch.mul, values)
+
+    def structure(self) -> list[Term]:
+        # A matrix times numbers has the structure of the matrix.
+        (name, matrix), *others = sorted(
+            self.operands.items(), key=lambda item: len(item[1].shape), reverse=True
+        )
+        if not isinstance(matrix, Matrix) or any(len(other.shape) == 2 for _, other in others):
+            return super().structure()
+        scale = reduce(
+            torch.mul, [other.reshape(1) for _, other in others if isinstance(other, Tensor)]
+        )
+        return [_scaled(term.within(name), scale) for term in matrix.terms()]
+
+    def combine_vjp(self, cotangent: Tensor, *values: Tensor) -> list[Tensor]:
         # No division by an operand, which may have zeros.
-        return [self.combine_jvp(i, cotangent, operands) for i in range(len(operands))]
+        return [self.combine_jvp(i, cotangent, *values) for i in range(len(values))]
 
-    def combine_jvp(self, index: int, tangent: Tensor, operands: Sequence[Tensor]) -> Tensor:
-        return reduce(torch.mul, [*operands[:index], tangent, *operands[index + 1 :]])
+    def combine_jvp(self, index: int, tangent: Tensor, *values: Tensor) -> Tensor:
+        return reduce(torch.mul, [*values[:index], tangent, *values[index + 1 :]])
 
     def moment_start(self, variance: Tensor) -> bool:
         operands = list(self.operands.values())
         known = [operand for operand in operands if isinstance(operand, Tensor)]
         # What the known operands multiply the variance by.
         size = reduce(
-            torch.mul, [t.diagonal().to(variance) for t in known], torch.ones_like(variance)
+            torch.mul, [_diagonal(t).to(variance) for t in known], torch.ones_like(variance)
         )
         share = variance / torch.where(size > 0, size, 1)
         return give_to_one(operands, [share] * len(operands))
@@ -129,17 +156,18 @@ class Transpose(Operator):
     """
 
     most_operands = 1
+    linear = True
 
     def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         return shapes[0][1], shapes[0][0]
 
-    def combine(self, operands: Sequence[Tensor]) -> Tensor:
-        return operands[0].mT
+    def combine(self, *values: Tensor) -> Tensor:
+        return values[0].mT
 
-    def combine_vjp(self, cotangent: Tensor, operands: Sequence[Tensor]) -> list[Tensor]:
+    def combine_vjp(self, cotangent: Tensor, *values: Tensor) -> list[Tensor]:
         return [cotangent.mT]
 
-    def combine_jvp(self, index: int, tangent: Tensor, operands: Sequence[Tensor]) -> Tensor:
+    def combine_jvp(self, index: int, tangent: Tensor, *values: Tensor) -> Tensor:
         return tangent.mT
 
 
@@ -165,8 +193,8 @@ class Gram(Operator):
     most_operands = 1
 
     def __init__(self, *args: Any, gram_type: str = "xtx", **kwargs: Any) -> None:
-        if gram_type not in ("xtx", "xxt"):
-            raise ValueError(f"`gram_type` is {gram_type!r}: expected 'xtx' or 'xxt'")
+        if not isinstance(gram_type, str) or gram_type not in ("xtx", "xxt"):
+            raise InputError(f"`gram_type` is {shown(gram_type)}: expected 'xtx' or 'xxt'")
         self.gram_type = gram_type
         super().__init__(*args, **kwargs)
 
@@ -178,15 +206,15 @@ class Gram(Operator):
         size = shapes[0][0] if self.gram_type == "xxt" else shapes[0][1]
         return size, size
 
-    def combine(self, operands: Sequence[Tensor]) -> Tensor:
-        left = self._left(operands[0])
+    def combine(self, *values: Tensor) -> Tensor:
+        left = self._left(values[0])
         return left @ left.mT
 
-    def combine_vjp(self, cotangent: Tensor, operands: Sequence[Tensor]) -> list[Tensor]:
-        return [self._left((cotangent + cotangent.mT) @ self._left(operands[0]))]
+    def combine_vjp(self, cotangent: Tensor, *values: Tensor) -> list[Tensor]:
+        return [self._left((cotangent + cotangent.mT) @ self._left(values[0]))]
 
-    def combine_jvp(self, index: int, tangent: Tensor, operands: Sequence[Tensor]) -> Tensor:
-        half = self._left(tangent) @ self._left(operands[0]).mT
+    def combine_jvp(self, index: int, tangent: Tensor, *values: Tensor) -> Tensor:
+        half = self._left(tangent) @ self._left(values[0]).mT
         return half + half.mT
 
     @property
@@ -208,7 +236,8 @@ class Inverse(Operator):
 
     Raises:
         ValueError: if the operand is not square; by calling it, if it is not
-            symmetric and positive definite.
+            symmetric and positive definite. On an accelerator, and while tracing, the
+            result is NaN instead, so that no evaluation waits for the device.
 
     >>> from openreml_nn.covariance import ScalarMatrix
     >>> Inverse(ScalarMatrix(2))(torch.tensor([0.5]))
@@ -220,25 +249,43 @@ class Inverse(Operator):
 
     def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         if shapes[0][0] != shapes[0][1]:
-            raise ValueError(f"the operand has shape {shapes[0]}: Inverse needs a square one")
+            raise InputError(f"the operand has shape {shapes[0]}: Inverse needs a square one")
         return shapes[0]
 
-    def combine(self, operands: Sequence[Tensor]) -> Tensor:
-        (a,) = operands
+    def combine(self, *values: Tensor) -> Tensor:
+        (a,) = values
         factor, info = torch.linalg.cholesky_ex(a)
-        if not torch._C._functorch.is_functorch_wrapped_tensor(a):
-            if not torch.allclose(a, a.mT):
-                raise ValueError("the operand of Inverse is not symmetric")
-            if int(info):
-                raise ValueError("the operand of Inverse is not positive definite")
+        symmetric = ((a - a.mT).abs() <= 1e-8 + 1e-5 * a.abs()).all()
         eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
         half = torch.linalg.solve_triangular(factor, eye, upper=False)
-        return half.mT @ half
+        if visible(a):
+            if not bool(symmetric):
+                raise InputError("the operand of Inverse is not symmetric")
+            if int(info):
+                raise InputError("the operand of Inverse is not positive definite")
+            return half.mT @ half
+        # On a device, or while tracing, nobody waits for the answer: what is no inverse is NaN.
+        return torch.where(symmetric & (info == 0), half.mT @ half, torch.nan)
 
-    def combine_vjp(self, cotangent: Tensor, operands: Sequence[Tensor]) -> list[Tensor]:
-        inverse = self.combine(operands)
+    def combine_vjp(self, cotangent: Tensor, *values: Tensor) -> list[Tensor]:
+        inverse = self.combine(*values)
         return [-(inverse @ cotangent @ inverse)]
 
-    def combine_jvp(self, index: int, tangent: Tensor, operands: Sequence[Tensor]) -> Tensor:
-        inverse = self.combine(operands)
+    def combine_jvp(self, index: int, tangent: Tensor, *values: Tensor) -> Tensor:
+        inverse = self.combine(*values)
         return -(inverse @ tangent @ inverse)
+
+
+def _scaled(term: Term, scale: Tensor) -> Term:
+    """The term of a multiple of its covariance."""
+    covariance = term.covariance
+    scale = scale.to(covariance.matrix)
+    if isinstance(covariance, KroneckerCovariance):
+        A, B = covariance.parts()
+        return replace(term, covariance=covariance.of(scale * A, B))
+    return replace(term, covariance=covariance.with_matrix(scale * covariance.matrix))
+
+
+def _diagonal(operand: Tensor) -> Tensor:
+    """The diagonal of a tensor that is an operand; of a number, the number."""
+    return operand.reshape(1) if operand.numel() == 1 else operand.diagonal()

@@ -12,10 +12,12 @@ from torch import Tensor
 from openreml_nn.covariance.design import DenseDesign, Design
 from openreml_nn.covariance.dummy import DummyMatrix
 from openreml_nn.covariance.identity import DiagonalMatrix
-from openreml_nn.covariance.matrix import FreeParams, Matrix
+from openreml_nn.covariance.matrix import Matrix
+from openreml_nn.covariance.nodes import is_opaque
 from openreml_nn.covariance.operator import Operator
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.terms import Term, propagate, whole_term
+from openreml_nn.errors import InputError
 
 __all__ = ["CovariancePropagation"]
 
@@ -61,78 +63,80 @@ class CovariancePropagation(Operator):
 
     least_operands = most_operands = 2
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if len(args) == 2 and not kwargs:
-            kwargs, args = {"z": args[0], "g": args[1]}, ()
-        super().__init__(*args, **kwargs)
+    def _ordered(self, operands: dict[str, Any]) -> dict[str, Any]:
+        # By keyword they may come in either order.
+        return {n: operands[n] for n in ("z", "g")} if set(operands) == {"z", "g"} else operands
 
     def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         (n, q), g = shapes
         if g != (q, q):
-            raise ValueError(
+            raise InputError(
                 f"`z` has {q} columns but `g` is {g[0]} x {g[1]}: "
                 "CovariancePropagation needs Z (n, q) and G (q, q)"
             )
         return n, n
 
-    def _design(self, z: Tensor) -> Design:
-        first = next(iter(self.operands.values()))
-        return first.design if isinstance(first, DummyMatrix) else DenseDesign(z)
+    def formed_operands(self) -> list[bool]:
+        return [self._one_hot() is None, True]
 
-    def forward(self, free_params: FreeParams = None) -> Tensor:
-        return self.combine(self._evaluated(free_params))
+    def _one_hot(self) -> DummyMatrix | None:
+        """Z where it is known by level codes and need not be formed."""
+        z = self._modules.get(next(iter(self._operand_names.values())))
+        known = isinstance(z, DummyMatrix) and type(z).forward is DummyMatrix.forward
+        return z if isinstance(z, DummyMatrix) and known and not is_opaque(z) else None
 
-    def _evaluated(self, free_params: FreeParams) -> list[Tensor]:
-        """Operands, but nothing in the place of a one-hot Z, which is never formed."""
-        built: list[Tensor] = []
-        for name, operand in self._typed_operands(free_params).items():
-            if isinstance(operand, DummyMatrix) and not built:
-                built.append(torch.empty(0))
-            elif isinstance(operand, Matrix):
-                built.append(operand(self._sub(name, free_params)))
-            else:
-                built.append(operand)
-        return built
+    def _design(self, z: Tensor | None) -> Design:
+        if z is not None:
+            return DenseDesign(z)
+        one_hot = self._one_hot()
+        assert one_hot is not None
+        return one_hot.design
 
-    def combine(self, operands: Sequence[Tensor]) -> Tensor:
-        z, g = operands
+    def combine(self, *values: Any) -> Tensor:
+        """The result from Z and G; None for a Z that is known by its level codes."""
+        z, g = values
         return _sandwich(self._design(z), g)
 
-    def combine_vjp(self, cotangent: Tensor, operands: Sequence[Tensor]) -> list[Tensor]:
-        z, g = operands
+    def combine_vjp(self, cotangent: Tensor, *values: Any) -> list[Tensor | None]:
+        z, g = values
         design = self._design(z)
         g_bar = design.t_matmul(design.t_matmul(cotangent).mT).mT
-        if not isinstance(design, DenseDesign):
-            return [z, g_bar]
+        first = next(iter(self.operands.values()))
+        if z is None or not isinstance(first, Matrix) or not first.num_free_params:
+            return [None, g_bar]
         z_bar = cotangent @ (z @ g.mT) + cotangent.mT @ (z @ g)
         return [z_bar, g_bar]
 
-    def combine_jvp(self, index: int, tangent: Tensor, operands: Sequence[Tensor]) -> Tensor:
-        z, g = operands
+    def combine_jvp(self, index: int, tangent: Tensor, *values: Any) -> Tensor:
+        z, g = values
         if index == 1:
             return _sandwich(self._design(z), tangent)
         return tangent @ g @ z.mT + z @ g @ tangent.mT
 
-    def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
-        operands = list(self._typed_operands(free_params).items())
-        (z_name, z), (g_name, g) = operands
+    def structure(self) -> list[Term]:
+        z, g = self.operands.values()
         if isinstance(z, DiagonalMatrix):
             # A scale for each row and column is part of the covariance, not a design.
-            return [whole_term(self(free_params)).take(rows)]
-        if isinstance(z, DummyMatrix):
-            design: Design = z.design
-        else:
-            design = DenseDesign(z(self._sub(z_name, free_params)) if isinstance(z, Matrix) else z)
+            return [whole_term(self())]
+        one_hot = self._one_hot()
+        design = DenseDesign(self.build_design()) if one_hot is None else one_hot.design
         if isinstance(g, Matrix):
-            found = g.terms(None, self._sub(g_name, free_params))
+            found = g.terms()
             if len(found) > 1 and g.shape[0] <= _MOST_COLUMNS:
                 # One random effect, whose covariance is a sum.
-                found = [whole_term(g(self._sub(g_name, free_params)))]
+                found = [whole_term(g())]
         else:
-            found = [whole_term(g)]
+            found = [whole_term(g.to(self._like()))]
         if len(found) == 1:
             found = [replace(found[0], name="")]
-        return [propagate(design, term).take(rows) for term in found]
+        return [propagate(design, term) for term in found]
+
+    def build_design(self) -> Tensor:
+        """Z itself, (n, q)."""
+        z, like = next(iter(self.operands.values())), self._like()
+        if isinstance(z, Tensor):
+            return z.to(like)
+        return z() if z.num_free_params else z(like)
 
     def moment_start(self, variance: Tensor) -> bool:
         z, g = self.operands.values()

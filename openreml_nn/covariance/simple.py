@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance.matrix import FreeParams, Matrix, Recorded
-from openreml_nn.covariance.params import free_specs
+from openreml_nn.covariance.matrix import FreeParams, Matrix
+from openreml_nn.covariance.nodes import is_opaque
+from openreml_nn.covariance.params import check_size, check_spec, free_specs
 from openreml_nn.covariance.transform import TransformIdentity
+from openreml_nn.covariance.tree import Tree
+from openreml_nn.errors import InputError
 
 __all__ = ["Adapter", "SimpleMatrix"]
 
@@ -59,16 +62,19 @@ class SimpleMatrix(Matrix):
     ) -> None:
         if not callable(call):
             raise TypeError(f"`call` is a {type(call).__name__}: expected a function")
-        if num_free_params < 1:
-            raise ValueError(f"`num_free_params` is {num_free_params}: expected at least 1")
+        if manual_grad is not None and not callable(manual_grad):
+            raise TypeError(f"`manual_grad` is a {type(manual_grad).__name__}: expected a function")
+        num_free_params = check_size(num_free_params, "num_free_params")
         specs = free_specs([f"theta_{i}" for i in range(num_free_params)])
         if default is not None:
             specs = {name: {**spec, "default": default} for name, spec in specs.items()}
+            check_spec("theta_0", specs["theta_0"])
         start = torch.cat([spec["default"] for spec in specs.values()])
         with torch.no_grad():
             made = call(start)
         if not isinstance(made, Tensor) or made.dim() != 2:
-            raise ValueError(f"`call` yields {made!r}: expected a 2-D tensor")
+            got = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
+            raise InputError(f"`call` yields {got}: expected a 2-D tensor")
         super().__init__(tuple(made.shape), specs)
         self._call = call
         self._manual = manual_grad
@@ -76,7 +82,7 @@ class SimpleMatrix(Matrix):
     def forward(self, free_params: FreeParams = None) -> Tensor:
         return self._call(self.build_params(free_params))
 
-    def _has_manual(self) -> bool:
+    def has_closed_form(self) -> bool:
         return self._manual is not None
 
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
@@ -90,7 +96,8 @@ class Adapter(Matrix):
     r"""A matrix in other parameters, :math:`V(\theta) = A(f(\theta))`.
 
     Args:
-        adaptee: the matrix A. Its own parameters are not part of the adapter.
+        adaptee: the matrix A. Its free parameters are no part of the adapter,
+            which computes them; its tensors, networks and fixed parameters are.
         param_specs: specifications of :math:`\theta`, with identity transforms.
         param_map: f, from :math:`\theta`, a 1-D tensor (fixed parameters among
             them), to the untransformed free parameters of ``adaptee``.
@@ -118,32 +125,25 @@ class Adapter(Matrix):
     ) -> None:
         if not isinstance(adaptee, Matrix):
             raise TypeError(f"`adaptee` is a {type(adaptee).__name__}: expected a Matrix")
+        if not callable(param_map):
+            raise TypeError(f"`param_map` is a {type(param_map).__name__}: expected a function")
         super().__init__(adaptee.shape, param_specs)
+        if not param_specs:
+            raise InputError("`param_specs` is empty: an Adapter has at least one parameter")
         for name, trans in self.param_trans.items():
             if not isinstance(trans, TransformIdentity):
-                raise ValueError(f"'trans' of {name!r} is {trans!r}: an Adapter needs the identity")
-        # In a tuple, so that the adaptee's parameters are not registered as the adapter's.
-        self._adaptee = (adaptee,)
+                raise InputError(f"'trans' of {name!r} is {trans!r}: an Adapter needs the identity")
+        self.adaptee = _hollow(adaptee, {})
         self.param_map = param_map
-
-    @property
-    def adaptee(self) -> Matrix:
-        """The matrix A."""
-        return self._adaptee[0]
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
-        self.adaptee._apply(fn, recurse)
-        super()._apply(fn, recurse)
-        return self
 
     def _mapped(self, free_params: FreeParams) -> Tensor:
         return self.param_map(self.build_params(free_params, trans=False))
 
     def forward(self, free_params: FreeParams = None) -> Tensor:
-        mapped = self._mapped(free_params)
-        if isinstance(free_params, Recorded):
-            return self.adaptee(Recorded(mapped))
-        return self.adaptee(mapped)
+        return self.adaptee(self._mapped(free_params))
+
+    def has_closed_form(self) -> bool:
+        return not is_opaque(self.adaptee) and Tree(self.adaptee).closed[-1]
 
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
         theta = self._flat(free_params)
@@ -156,12 +156,30 @@ class Adapter(Matrix):
         return torch.tensordot(outer.mT, inner, dims=1), self.free_param_names
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        if not self.has_closed_form():
+            return super().manual_vjp(cotangent, free_params)
         mapped, pull, *_ = torch.func.vjp(self._mapped, self._flat(free_params))
-        return pull(self.adaptee.pull_back(cotangent, mapped))[0]
+        return pull(self.adaptee.manual_vjp(cotangent, mapped))[0]
 
     @property
     def repr_dict(self) -> dict[str, Any]:
         return {"adaptee": self.adaptee, "param_specs": dict(self.param_specs)}
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, adaptee={type(self.adaptee).__name__}"
+
+def _hollow(matrix: Matrix, made: dict[int, Matrix]) -> Matrix:
+    """The same matrix without values of its own for its free parameters.
+
+    Its other tensors and modules are those of the original. A module in two
+    places stays one.
+    """
+    if id(matrix) not in made:
+        found = made[id(matrix)] = matrix.__new__(type(matrix))
+        found.__dict__.update(matrix.__dict__)
+        own = {n: None if n in matrix._trans else p for n, p in matrix._parameters.items()}
+        found.__dict__["_parameters"] = own
+        found.__dict__["_buffers"] = dict(matrix._buffers)
+        found.__dict__["_modules"] = {
+            name: _hollow(module, made) if isinstance(module, Matrix) else module
+            for name, module in matrix._modules.items()
+        }
+    return made[id(matrix)]

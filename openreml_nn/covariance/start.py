@@ -61,7 +61,7 @@ def rescale(matrix: Matrix, variance: float) -> bool:
     Returns:
         Whether the path exists; if not, the parameters stay.
     """
-    everything = matrix._layout().free
+    everything = matrix.parameter_entries().free
     moves = torch.tensor([e.tensor.requires_grad for e in everything], dtype=torch.bool)
     if not bool(moves.any()) or int(moves.sum()) * prod(matrix.shape) > _MOST_NUMBERS:
         return False
@@ -80,7 +80,7 @@ def rescale(matrix: Matrix, variance: float) -> bool:
             path = [variance * torch.eye(len(origin), dtype=x.dtype, device=x.device)]
         for target in path:
             reached, distance = _towards(matrix, x, moves, target, 12 if size > 0 else 1)
-            if size > 0 and not distance < 1e-8:
+            if size > 0 and not distance < torch.finfo(origin.dtype).eps ** 0.5:
                 return False
             x = reached
         for e, value in zip(everything, x, strict=True):

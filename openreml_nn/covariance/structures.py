@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import cos, pi
 
 import numpy as np
@@ -15,12 +16,13 @@ from openreml_nn.covariance.exchangeable import EquicorrelationMatrix
 from openreml_nn.covariance.identity import DiagonalMatrix, IdentityMatrix, ScalarMatrix
 from openreml_nn.covariance.kronecker import KroneckerProduct
 from openreml_nn.covariance.matrix import Matrix
-from openreml_nn.covariance.params import free_specs
+from openreml_nn.covariance.params import check_size, free_specs, shown
 from openreml_nn.covariance.product import Gram
 from openreml_nn.covariance.propagation import CovariancePropagation
 from openreml_nn.covariance.sum import Sum
 from openreml_nn.covariance.transform import TransformExp
 from openreml_nn.covariance.triangular import LowerTriangularMatrix
+from openreml_nn.errors import InputError
 
 __all__ = [
     "ar1_field",
@@ -60,7 +62,7 @@ def heterogeneous(correlation: Matrix) -> CovariancePropagation:
     tensor([[1.0000, 1.0000],
             [1.0000, 4.0000]])
     """
-    n = correlation.shape[0]
+    n = _square(correlation, "correlation").shape[0]
     sd = DiagonalMatrix(
         n, free_specs([f"sigma_{i}" for i in range(n)], trans=TransformExp(degree=1))
     )
@@ -75,7 +77,7 @@ def heterogeneous_compound_symmetry(n: int) -> CovariancePropagation:
     >>> heterogeneous_compound_symmetry(3).num_params
     4
     """
-    return heterogeneous(EquicorrelationMatrix(n))
+    return heterogeneous(EquicorrelationMatrix(check_size(n, "n")))
 
 
 def heterogeneous_ar1(n: int) -> CovariancePropagation:
@@ -107,8 +109,9 @@ def factor_analytic(n: int, k: int) -> Sum:
     >>> factor_analytic(3, 1).param_names[:4]
     ['loadings/x/L_0_0', 'loadings/x/L_1_0', 'loadings/x/L_2_0', 'specific/sigma^2_0']
     """
-    if not 1 <= k <= n:
-        raise ValueError(f"`k` is {k}: expected 1 to {n} factors")
+    n, k = check_size(n, "n"), check_size(k, "k")
+    if k > n:
+        raise InputError(f"`k` is {k}: expected 1 to {n} factors")
     x = LowerTriangularMatrix(n, k)
     with torch.no_grad():
         for name in x.param_names:
@@ -131,6 +134,7 @@ def ar1_field(rows: int, columns: int) -> KroneckerProduct:
     >>> ar1_field(2, 3).free_param_names
     ['row/sigma^2', 'row/rho', 'column/rho']
     """
+    rows, columns = check_size(rows, "rows"), check_size(columns, "columns")
     column = AR1Matrix(columns)
     column.fix("sigma^2", 0.0)
     return KroneckerProduct(row=AR1Matrix(rows), column=column)
@@ -170,16 +174,16 @@ def within(
     else:
         position, _ = pd.factorize(_labels(positions, "positions"), sort=True)
     if len(position) != len(group):
-        raise ValueError(f"`positions` has {len(position)} rows but `groups` {len(group)}")
-    size = matrix.shape[0]
+        raise InputError(f"`positions` has {len(position)} rows but `groups` {len(group)}")
+    size = _square(matrix, "matrix").shape[0]
     if position.max() >= size:
-        raise ValueError(
+        raise InputError(
             f"`matrix` is {size} x {size} but there are {position.max() + 1} positions"
         )
     cell = group * size + position
     if len(np.unique(cell)) < len(cell):
         twice = pd.Series(cell).duplicated().argmax()
-        raise ValueError(f"row {twice}: its group {names[group[twice]]!r} has its position already")
+        raise InputError(f"row {twice}: its group {names[group[twice]]!r} has its position already")
     return in_cells(torch.from_numpy(cell), len(names), matrix)
 
 
@@ -221,17 +225,34 @@ def weighted(weights: Tensor) -> CovariancePropagation:
     tensor([[1.0000, 0.0000],
             [0.0000, 0.2500]])
     """
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        got = weights.dtype if isinstance(weights, Tensor) else shown(weights)
+        raise TypeError(f"`weights` is {got}: expected a floating-point tensor")
+    if weights.dim() != 1 or not len(weights):
+        raise InputError(f"`weights` has shape {tuple(weights.shape)}: expected (n,)")
     n = len(weights)
     good = torch.isfinite(weights) & (weights > 0)
     if not bool(good.all()):
         row = int((~good).nonzero()[0])
-        raise ValueError(f"`weights` is {float(weights[row]):.6g} in row {row}: expected above 0")
+        raise InputError(f"`weights` is {float(weights[row]):.6g} in row {row}: expected above 0")
     z = DummyMatrix.from_codes(torch.arange(n, device=weights.device), n, weights.rsqrt())
     return CovariancePropagation(z=z, g=ScalarMatrix(n))
 
 
+def _square(matrix: object, name: str) -> Matrix:
+    if not isinstance(matrix, Matrix):
+        raise TypeError(f"`{name}` is {shown(matrix)}: expected a Matrix")
+    if matrix.shape[0] != matrix.shape[1]:
+        raise InputError(f"`{name}` is {matrix.shape}: expected a square matrix")
+    return matrix
+
+
 def _labels(labels: Labels, name: str) -> np.ndarray:
+    if isinstance(labels, str | bytes | Mapping | set) or not hasattr(labels, "__len__"):
+        raise TypeError(f"`{name}` is {shown(labels)}: expected a sequence of labels")
+    if getattr(labels, "ndim", 1) != 1 or not len(labels):
+        raise InputError(f"`{name}` is {shown(labels)}: expected (n,) labels")
     found = pd.Series(labels.cpu().numpy() if isinstance(labels, Tensor) else labels)
     if found.isna().any():
-        raise ValueError(f"`{name}` misses a label in row {int(found.isna().argmax())}")
+        raise InputError(f"`{name}` misses a label in row {int(found.isna().argmax())}")
     return found.to_numpy()

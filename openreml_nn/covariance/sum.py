@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from openreml_nn.covariance.design import IdentityDesign
-from openreml_nn.covariance.matrix import FreeParams, Matrix
+from openreml_nn.covariance.matrix import Matrix
 from openreml_nn.covariance.operator import Operator
-from openreml_nn.covariance.terms import DenseCovariance, Term
+from openreml_nn.covariance.terms import Term
+from openreml_nn.errors import InputError
 
 __all__ = ["Sum"]
 
@@ -36,33 +36,33 @@ class Sum(Operator):
             [0., 2.]])
     """
 
+    linear = True
+
     def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         if len(set(shapes)) != 1:
-            raise ValueError(f"operands have shapes {list(shapes)}: Sum needs one shape")
+            raise InputError(f"operands have shapes {list(shapes)}: Sum needs one shape")
         return shapes[0]
 
-    def combine(self, operands: Sequence[Tensor]) -> Tensor:
-        total = operands[0]
-        for operand in operands[1:]:
-            total = total + operand
+    def combine(self, *values: Tensor) -> Tensor:
+        total = values[0]
+        for value in values[1:]:
+            total = total + value
         return total
 
-    def combine_vjp(self, cotangent: Tensor, operands: Sequence[Tensor]) -> list[Tensor]:
-        return [cotangent] * len(operands)
+    def combine_vjp(self, cotangent: Tensor, *values: Tensor) -> list[Tensor]:
+        return [cotangent] * len(values)
 
-    def combine_jvp(self, index: int, tangent: Tensor, operands: Sequence[Tensor]) -> Tensor:
+    def combine_jvp(self, index: int, tangent: Tensor, *values: Tensor) -> Tensor:
         return tangent
 
-    def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
+    def structure(self) -> list[Term]:
         found: list[Term] = []
-        for name, operand in self._typed_operands(free_params).items():
-            if isinstance(operand, Matrix):
-                parts = operand.terms(rows, self._sub(name, free_params))
-                if not any(p.requires_grad for p in operand.parameters()):
-                    parts = [replace(term, known=True) for term in parts]
-            else:
-                design = IdentityDesign(operand.shape[0])
-                parts = [Term(design, DenseCovariance(operand), known=True).take(rows)]
+        operands = self.operands
+        for name, parts in self.lowered().items():
+            operand = operands[name]
+            moving = [operand] if isinstance(operand, Tensor) else operand.parameters()
+            if not any(p.requires_grad for p in moving):
+                parts = [replace(term, known=True) for term in parts]
             found += [term.within(name) for term in parts]
         return found
 

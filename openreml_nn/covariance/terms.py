@@ -138,10 +138,19 @@ class RepeatedCovariance(LinearCovariance):
         return four.diagonal(dim1=0, dim2=2).sum(-1)
 
     def blocks(self, levels: int, effects: int) -> Tensor:
-        return self.matrix[None]
+        k = self.matrix.shape[0]
+        if k == effects:
+            return self.matrix[None]
+        # Several copies within a level, as where all effects have one variance.
+        eye = torch.eye(effects // k, dtype=self.matrix.dtype, device=self.matrix.device)
+        return torch.einsum("ij,ab->iajb", eye, self.matrix).reshape(1, effects, effects)
 
     def fold_blocks(self, cotangent: Tensor) -> Tensor:
-        return cotangent.sum(0)
+        k, effects = self.matrix.shape[0], cotangent.shape[-1]
+        if k == effects:
+            return cotangent.sum(0)
+        four = cotangent.sum(0).reshape(effects // k, k, effects // k, k)
+        return four.diagonal(dim1=0, dim2=2).sum(-1)
 
 
 def is_scalar(g: Covariance) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from openreml_nn.covariance.design import IdentityDesign
 from openreml_nn.covariance.matrix import FreeParams, Matrix
-from openreml_nn.covariance.params import free_specs, merge_specs
+from openreml_nn.covariance.params import check_size, free_specs, merge_specs
 from openreml_nn.covariance.terms import RepeatedCovariance, Term
 from openreml_nn.covariance.transform import TransformExp, TransformExpPow2
 
@@ -75,6 +75,7 @@ class LowerTriangularMatrix(_Entries):
     """
 
     def __init__(self, n: int, m: int, param_specs: Mapping[str, Any] | None = None) -> None:
+        n, m = check_size(n, "n"), check_size(m, "m")
         names = [f"L_{i}_{j}" for i, j in _triangle(n, m)]
         super().__init__((n, m), merge_specs(free_specs(names, default=1.0), param_specs))
 
@@ -114,6 +115,7 @@ class UnconstrainedMatrix(_Entries):
     """
 
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
+        n = check_size(n, "n")
         default: dict[str, Any] = {}
         for i, j in _triangle(n, n):
             trans = TransformExpPow2() if i == j else None
@@ -133,9 +135,9 @@ class UnconstrainedMatrix(_Entries):
         folded = cotangent + cotangent.triu(1).mT
         return self._chain_vjp(folded[self._index(folded)], free_params)
 
-    def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
-        whole = RepeatedCovariance(self(free_params))
-        return [Term(IdentityDesign(self.shape[0]), whole).take(rows)]
+    def structure(self) -> list[Term]:
+        whole = RepeatedCovariance(self())
+        return [Term(IdentityDesign(self.shape[0]), whole)]
 
     def moment_start(self, variance: Tensor) -> bool:
         return self._start(variance)
@@ -171,6 +173,7 @@ class UnstructuredMatrix(_Entries):
     """
 
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
+        n = check_size(n, "n")
         default: dict[str, Any] = {}
         for i, j in _triangle(n, n):
             default |= free_specs([f"L_{i}_{j}"], trans=TransformExp(degree=1) if i == j else None)
@@ -192,10 +195,10 @@ class UnstructuredMatrix(_Entries):
         pulled = (cotangent + cotangent.mT) @ self.factor(free_params)
         return self._chain_vjp(pulled[self._index(pulled)], free_params)
 
-    def terms(self, rows: Tensor | None = None, free_params: FreeParams = None) -> list[Term]:
-        lower = self.factor(free_params)
+    def structure(self) -> list[Term]:
+        lower = self.factor()
         whole = RepeatedCovariance(lower @ lower.mT, 1, lower)
-        return [Term(IdentityDesign(self.shape[0]), whole).take(rows)]
+        return [Term(IdentityDesign(self.shape[0]), whole)]
 
     def moment_start(self, variance: Tensor) -> bool:
         return self._start(variance.sqrt())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from openreml_nn.checks import check_choice
 from openreml_nn.datasets.simulated import field, growth, ratings
 
 __all__ = [
@@ -41,8 +42,7 @@ def table_path(name: str) -> Path:
     Raises:
         ValueError: if there is none of that name.
     """
-    if name not in FORMULAS:
-        raise ValueError(f"data set {name!r}: expected one of {', '.join(FORMULAS)}")
+    check_choice("name", name, FORMULAS)
     return Path(__file__).with_name(f"{name}.csv")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from openreml_nn.checks import check_count
+
 __all__ = ["field", "growth", "ratings"]
 
 
@@ -16,7 +18,13 @@ def ratings(rows: int = 20_000, users: int = 1000, items: int = 200, seed: int =
 
     >>> list(ratings(4, 2, 2).columns)
     ['rating', 'x1', 'x2', 'x3', 'x4', 'user', 'item']
+
+    Raises:
+        TypeError, ValueError: if an argument is no whole number, or too small.
     """
+    for name, value in (("rows", rows), ("users", users), ("items", items)):
+        check_count(name, value, 1)
+    check_count("seed", seed)
     rng = np.random.default_rng(seed)
     x = rng.uniform(-1, 1, (rows, 4))
     user, item = rng.integers(0, users, rows), rng.integers(0, items, rows)
@@ -34,7 +42,13 @@ def growth(children: int = 400, visits: int = 8, seed: int = 1) -> pd.DataFrame:
 
     >>> list(growth(2, 2).columns)
     ['height', 'age', 'years', 'dose', 'child']
+
+    Raises:
+        TypeError, ValueError: if an argument is no whole number, or too small.
     """
+    for name, value in (("children", children), ("visits", visits)):
+        check_count(name, value, 1)
+    check_count("seed", seed)
     rng = np.random.default_rng(seed)
     child = np.arange(children).repeat(visits)
     age = rng.uniform(2, 12, len(child))
@@ -55,7 +69,13 @@ def field(plots: int = 300, samples: int = 4, seed: int = 1) -> pd.DataFrame:
 
     >>> list(field(2, 2).columns)
     ['yield', 'rain', 'nitrogen', 'plot', 'east', 'north']
+
+    Raises:
+        TypeError, ValueError: if an argument is no whole number, or too small.
     """
+    for name, value in (("plots", plots), ("samples", samples)):
+        check_count(name, value, 1)
+    check_count("seed", seed)
     rng = np.random.default_rng(seed)
     place = rng.uniform(0, 1, (plots, 2))
     r = 3**0.5 * np.linalg.norm(place[:, None] - place, axis=2) / 0.2

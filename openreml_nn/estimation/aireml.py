@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import inf, isfinite
 from typing import Any, NamedTuple
@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from openreml_nn.checks import check_number
+from openreml_nn.checks import found as described
 from openreml_nn.errors import NumericalError
 from openreml_nn.estimation.coordinates import Coordinates
 from openreml_nn.estimation.curvature import Curvature
@@ -89,21 +91,31 @@ class AIREML(torch.optim.Optimizer):
     """
 
     def __init__(self, params: Iterable[Any], tolerance: float = 1e-6) -> None:
-        if not tolerance > 0:
-            raise ValueError(f"`tolerance` is {tolerance}: expected a positive number")
+        check_number("tolerance", tolerance, above=0)
+        if not isinstance(params, Iterable) or isinstance(params, Tensor | str | bytes | Mapping):
+            raise TypeError(
+                f"`params` is {described(params)}: expected parameters or groups of them"
+            )
+        params = list(params)
+        if not params or not all(isinstance(p, Tensor | Mapping | tuple) for p in params):
+            raise TypeError(
+                f"`params` is {described(params)}: expected parameters or groups of them"
+            )
         super().__init__(params, {"tolerance": tolerance})
         self.last: Step | None = None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Evaluate the closure and take one step; returns what the closure returned."""
-        if closure is None:
-            raise RuntimeError("AIREML needs a closure that evaluates the loss: step(closure)")
+        if not callable(closure):
+            raise TypeError(
+                f"`closure` is {described(closure)}: expected a function that evaluates the loss"
+            )
         owned = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         with torch.enable_grad(), listen() as heard, _watched(owned) as gradients:
             value = closure()
             weights = _weights(value, heard, owned)
-            if not (isinstance(value, Tensor) and value.requires_grad):
-                _refuse_unexplained(heard, weights, owned, gradients)
+        if not (isinstance(value, Tensor) and value.requires_grad):
+            _refuse_unexplained(heard, weights, owned, gradients)
         # A loss to be minimised is a likelihood of negative scale to be maximised.
         wanted = [(h.objective, -w * h.scale) for h, w in zip(heard, weights, strict=True) if w]
         if not wanted:
@@ -300,8 +312,7 @@ class _Stepper:
             move = c.damped(damping)
             reached = self._try(move)
             if reached is not None:
-                if damping == 0:
-                    reached = self._farther(move, reached)
+                reached = self._farther(move, reached)
                 return self._step(reached, 1 / (1 + damping))
             damping = 4 * damping if damping else 0.1
         c.at.write(c.u)

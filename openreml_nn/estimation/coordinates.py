@@ -70,7 +70,7 @@ class Coordinates:
         place: dict[int, int] = {}
         known: set[int] = set()
         for objective in objectives:
-            free = list(objective.covariance._layout().free)
+            free = list(objective.covariance.parameter_entries().free)
             at: list[int | None] = []
             for e in free:
                 key = id(e.tensor)

@@ -10,6 +10,11 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from openreml_nn.checks import (
+    check_choice,
+    check_instance,
+    check_mapping,
+)
 from openreml_nn.covariance import Matrix
 from openreml_nn.covariance.design import Design, IndexedDesign
 from openreml_nn.covariance.terms import (
@@ -24,6 +29,7 @@ from openreml_nn.estimation.result import Label, Record, Result, Start
 from openreml_nn.estimation.starts import climb, climb_from_several, has_several_optima
 from openreml_nn.likelihood import REMLLoss
 from openreml_nn.likelihood.blocked import BlockedProblem
+from openreml_nn.likelihood.fixed import check_data
 from openreml_nn.likelihood.grouped import separated
 from openreml_nn.likelihood.krylov import KrylovProblem
 from openreml_nn.likelihood.loss import Objective
@@ -44,6 +50,8 @@ def moment_start(loss: REMLLoss, y: Tensor, X: Tensor, rows: Tensor | None = Non
     Raises:
         InputError: if the fixed effects fit the response exactly.
     """
+    check_instance("loss", loss, REMLLoss)
+    check_data(y, X)
     with torch.no_grad():
         size = float(torch.linalg.vector_norm(y.double()))
         start_by_moments(loss.objective(y, X, rows), size)
@@ -160,13 +168,12 @@ def fit_reml(
     >>> [f"{c.group} {c.covariance.item():.4f}" for c in result.components]
     ['batch 1.1475', 'Residual 0.0500']
     """
-    if start not in ("moments", "current"):
-        raise InputError(f"`start` is {start!r}: expected 'moments' or 'current'")
+    check_choice("start", start, ("moments", "current"))
     check_iterations(max_iterations)
     loss = REMLLoss(covariance, method, solver, reduction="sum")
-    if not isinstance(y, Tensor) or not isinstance(X, Tensor):
-        raise TypeError("`y` and `X` must be tensors")
+    check_data(y, X)
     check_names(names, X)
+    check_mapping("labels", {} if labels is None else labels, tuple)
     loss.names = names
     y, X = y.detach(), X.detach()
     covariance.to(y)

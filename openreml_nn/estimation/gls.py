@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from functools import reduce
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from openreml_nn.covariance import Matrix
 from openreml_nn.covariance.matrix import FreeParams
@@ -286,18 +286,6 @@ def _check_value(name: str, value: Tensor, y: Tensor, values: Mapping[str, Tenso
             raise InputError(f"`{name}` is not symmetric")
 
 
-class _Trees(nn.Module):
-    """Several trees that are evaluated with one set of parameters."""
-
-    def __init__(self, trees: Mapping[str, Matrix]) -> None:
-        super().__init__()
-        for name, tree in trees.items():
-            self.add_module(name, tree)
-
-    def forward(self) -> dict[str, Tensor]:
-        return {name: tree() for name, tree in self.named_children()}
-
-
 def _evaluated(matrices: Mapping[str, Tensor | Matrix], theta: FreeParams) -> dict[str, Tensor]:
     """The matrices as tensors, those that are trees at ``theta``."""
     if theta is None:
@@ -314,9 +302,5 @@ def _evaluated(matrices: Mapping[str, Tensor | Matrix], theta: FreeParams) -> di
                 f"`{name}` has parameters that `V` has not, so that `theta` says nothing of "
                 f"them: pass its value, `{name}(…)`"
             )
-    values = V.build_params(theta, include_fixed=False, trans=False, out_format="dict")
-    # Under the modules' names for parameters. What stands in two places is one module, which
-    # functional_call would not restore if it substituted it twice.
-    given = {f"V.{name.replace('/', '.')}": value for name, value in values.items()}
-    found = torch.func.functional_call(_Trees(trees), given, (), tie_weights=False)
-    return {name: found.get(name, m) for name, m in matrices.items()}
+    with V.given(theta):
+        return {name: m() if isinstance(m, Matrix) else m for name, m in matrices.items()}

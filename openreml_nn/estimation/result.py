@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import log, nan
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from openreml_nn.checks import check_instance
 from openreml_nn.covariance import DummyMatrix, Matrix
 from openreml_nn.covariance.design import IndexedDesign
 from openreml_nn.covariance.operator import Operator
@@ -350,10 +352,12 @@ class Result:
         """The model as text, in the order of lme4's summary."""
         from openreml_nn.estimation.summary import summarise
 
+        check_instance("title", title, (str, NoneType), "text, or None")
         return summarise(self, title)
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write all but the BLUPs and fitted values to a JSON file, whole or not at all."""
+        check_instance("path", path, (str, os.PathLike), "a path")
         write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
     def to_dict(self) -> dict[str, Any]:
@@ -539,7 +543,7 @@ class _Builder:
             )
         )
         found = []
-        for e in covariance._layout().entries:
+        for e in covariance.parameter_entries().entries:
             x = e.tensor.detach().to(u)
             value, stored = float(e.trans(x)), float(x)
             std_error = stored_error = nan

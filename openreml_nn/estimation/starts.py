@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from openreml_nn.covariance import Matrix
 from openreml_nn.estimation.aireml import Past, average_information_step
-from openreml_nn.estimation.curvature import Curvature
+from openreml_nn.estimation.curvature import CONVERGED, Curvature
 from openreml_nn.estimation.result import Record, Start
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.problem import NotPositiveDefiniteError
@@ -20,6 +20,10 @@ __all__ = ["climb", "climb_from_several", "has_several_optima"]
 REACHES = (0.7, 0.3, 0.9)
 #: A run that is within this many standard errors of an optimum already found goes there too.
 _CLOSE = 0.3
+
+
+#: A run that gains nothing in so many shortened steps ends.
+_STALLED = 5
 
 
 @dataclass
@@ -66,7 +70,20 @@ def climb(
         history.append(Record.of(objective.covariance, *step[:3]))
         if step.converged or step.length == 0 or (arrived is not None and arrived(history[-1])):
             break
+        if len(history) > _STALLED and _gain(history) < 1e-12:
+            # Rounding is all that moves it: it is as near as the numbers let one see.
+            history[-1] = replace(history[-1], step=0.0)
+            break
+        far = step.score_norm > CONVERGED
+        if far and len(history) > _STALLED and step.length < 1 and _gain(history) < 1e-8:
+            break  # at the edge of where V is positive definite: there is nowhere to go
     return history
+
+
+def _gain(history: Sequence[Record]) -> float:
+    """What the last steps gained of the log-likelihood, relative to its size."""
+    end, start = history[-1].log_likelihood, history[-1 - _STALLED].log_likelihood
+    return (end - start) / (1 + abs(end))
 
 
 def climb_from_several(

@@ -73,10 +73,12 @@ def tables(result: Result, title: str | None = None) -> list[Table | str]:
 def singularity(component: Component) -> str:
     """What is singular about a component, in words."""
     c, k = component, len(component.effects)
-    if len(c.vanished) == k:
+    if c.vanished == ("(Intercept)",) == c.effects:
         return f"the variance of {c.group} is zero"
+    if len(c.vanished) == 1:
+        return f"the variance of {c.vanished[0]} between levels of {c.group} is zero"
     if c.vanished:
-        return f"the variance of {', '.join(c.vanished)} between levels of {c.group} is zero"
+        return f"the variances of {', '.join(c.vanished)} between levels of {c.group} are zero"
     at = int(c.correlation.tril(-1).abs().nan_to_num().argmax())
     i, j = divmod(at, k)
     correlation = (

@@ -7,6 +7,7 @@ from math import nan
 import numpy as np
 import pandas as pd
 
+from openreml_nn.checks import check_instance
 from openreml_nn.estimation.result import Component, Result
 
 __all__ = ["blup_table", "fixed_table", "variance_table"]
@@ -14,6 +15,7 @@ __all__ = ["blup_table", "fixed_table", "variance_table"]
 
 def fixed_table(result: Result) -> pd.DataFrame:
     """BLUEs: name, estimate, std_error, statistic."""
+    check_instance("result", result, Result)
     fixed = result.fixed
     return pd.DataFrame(
         {
@@ -28,6 +30,7 @@ def fixed_table(result: Result) -> pd.DataFrame:
 def variance_table(result: Result) -> pd.DataFrame:
     """Variances, then covariances, of each term: group, effect1, effect2 (empty for a variance),
     covariance, std_error, and std_dev (of a variance) or correlation (of a covariance)."""
+    check_instance("result", result, Result)
     rows: list[tuple[str, str, str, float, float, float, float]] = []
     for c in result.components:
         variance = c.covariance.diagonal() if c.covariance.dim() == 2 else c.covariance
@@ -52,6 +55,7 @@ def _covariances(c: Component) -> list[tuple[str, str, str, float, float, float,
 
 def blup_table(result: Result) -> pd.DataFrame:
     """BLUPs: group, level, effect, blup, and std_error, the root of the prediction-error variance."""
+    check_instance("result", result, Result)
     parts = []
     named = {c.name: c for c in result.components}
     for effects in result.random:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, jacrev, vmap
 
-from openreml_nn.estimation.aireml import Coordinates
+from openreml_nn.estimation.coordinates import Coordinates
 from openreml_nn.inference.refit import Refit, matrix_entries
 from openreml_nn.likelihood.grouped import GroupedProblem
 from openreml_nn.likelihood.loss import Objective
@@ -55,7 +55,7 @@ def maximise(refit: Refit, y: Tensor) -> Maxima:
     objective = refit.objective()
     entries = list(matrix_entries(refit.result).values())
     width = len(entries) + len(refit.result.fixed.names)
-    count, size = y.shape[1], _size(objective.problem)
+    count, size = y.shape[1], 0 if objective.moves else _size(objective.problem)
     chunk = _MOST // size if size else 0
     if chunk < 4:
         nothing = y.new_full((count,), torch.nan)

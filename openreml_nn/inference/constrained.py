@@ -26,8 +26,8 @@ from torch import Tensor
 
 from openreml_nn.covariance.params import Entry
 from openreml_nn.covariance.triangular import UnstructuredMatrix
-from openreml_nn.estimation.aireml import Coordinates
-from openreml_nn.estimation.derivatives import hessian_of_sum, jacobian
+from openreml_nn.estimation.coordinates import Coordinates
+from openreml_nn.estimation.derivatives import hessian_of_sum, hessian_of_value, jacobian
 from openreml_nn.likelihood.grid import GridProblem
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.problem import Evaluation, NotPositiveDefiniteError
@@ -70,7 +70,7 @@ class Held:
         """Value, gradient and Hessian."""
         with torch.no_grad():
             value = float(self.function(v))
-        return value, *hessian(self.function, v)
+        return value, *hessian_of_value(self.function, v)
 
 
 class Natural:
@@ -148,13 +148,16 @@ class Natural:
             terms = self.objective.terms(self.at.natural(0, self.coordinates(v)))
             return self.objective.problem.evaluate(terms)
 
-    def even(self) -> list[tuple[int, float]]:
-        """Coordinates with a point about which the likelihood is even."""
+    def even(self) -> list[tuple[int, float, float]]:
+        """Points about which the likelihood is even: the coordinate, the point, and the sign of the
+        way to where the coordinate is."""
         angles = {j for row in self._rows for j in row[1:]}
-        sizes = {row[0] for row in self._rows}
-        found = [(j, edge) for j in angles for edge in (0.0, pi)]
-        others = enumerate(self.at.entries)
-        return found + [(j, 0.0) for j, e in others if j in sizes or e.trans.vanishes]
+        found = [(j, edge, sign) for j in angles for edge, sign in ((0.0, 1.0), (pi, -1.0))]
+        for j, e in enumerate(self.at.entries):
+            if j not in angles:
+                bounds = e.trans.bounds
+                found += [(j, edge, 1.0 if edge == min(bounds) else -1.0) for edge in bounds]
+        return found
 
     def held(self, index: int, i: int, j: int) -> Held | None:
         """The standard deviation (i = j) or the correlation of effects of a term.
@@ -186,9 +189,9 @@ class Natural:
     def _inner(self, v: Tensor) -> Tensor:
         """A point nearby at which no coordinate is at a boundary."""
         v = v.clone()
-        for j, edge in self.even():
+        for j, edge, sign in self.even():
             if abs(float(v[j]) - edge) < 1e-6:
-                v[j] += 1e-3 if edge == 0 else -1e-3
+                v[j] += sign * 1e-3
         return v
 
     def _leaf_of(self, index: int) -> Entry | None:
@@ -230,7 +233,6 @@ class Ascent:
         self.natural, self.v = natural, v.clone()
         sizes = [e.trans.vanishes for e in natural.at.entries]
         self._is_size = torch.tensor(sizes, device=v.device)
-        self.steps = 0
 
     def climb(self) -> float:
         """Go to the maximum; returns the log-likelihood there."""
@@ -262,17 +264,18 @@ class Ascent:
                     multiplier = float((a @ inverse @ score - gap) / (a @ inverse @ a))
                     move = inverse @ (score - multiplier * a)
                     inverse, K = _positive(curvature + multiplier * bend)
-            self.steps += 1
-            if float(move @ K @ move) < 1e-11 and abs(gap) < 1e-10 * scale:
+            promised = float(move @ K @ move)
+            if promised < 1e-9 and abs(gap) < 1e-10 * scale:
                 break
             self._step(move, held, target, abs(multiplier))
         else:
-            warnings.warn(
-                "the maximum of the likelihood at a point of a profile was not found in 60 steps: it "
-                "is approximate there",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            if promised > 1e-6 or abs(gap) > 1e-6 * scale:
+                warnings.warn(
+                    "the maximum of the likelihood at a point of a profile was not found in 60 "
+                    "steps: it is approximate there",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
         return float(self.natural.evaluate(self.v).log_likelihood)
 
     def spread(self) -> Tensor:
@@ -285,7 +288,7 @@ class Ascent:
         derivatives of its own."""
         problem, matrices = self.natural.objective.problem, self.natural.matrices
         if problem.exact and not isinstance(problem, GridProblem):
-            score, bend = hessian(lambda v: problem.recorded(matrices(v)), self.v)
+            score, bend = hessian_of_value(lambda v: problem.recorded(matrices(v)), self.v)
             return score, -(bend + bend.mT) / 2
         evaluation = self.natural.evaluate(self.v)
         score, bend = hessian_of_sum(matrices, evaluation.scores(), self.v)
@@ -302,11 +305,11 @@ class Ascent:
                 self._is_size & (self.v == 0), 0.1 * start + 1e-3 * self.natural.unit, self.v
             )
         _, curvature = self._curvature()
-        for j, edge in self.natural.even():
+        for j, edge, sign in self.natural.even():
             away = 0.1 / float(curvature[j, j].abs().clamp(min=1e-300)) ** 0.5
             away = min(away, 0.1 * self.natural.unit if bool(self._is_size[j]) else 0.1)
             if abs(float(self.v[j]) - edge) < 1e-3 * away:
-                self.v[j] = edge + (away if edge == 0 else -away)
+                self.v[j] = edge + sign * away
 
     def _step(self, move: Tensor, held: Held | None, target: float, price: float) -> None:
         """Move, by less where the likelihood less the price of the gap falls."""
@@ -331,20 +334,6 @@ class Ascent:
             # A standard deviation below zero would turn the sign of the correlation.
             moved = torch.where(self._is_size, moved.clamp(min=0), moved)
         self.v = moved
-
-
-def hessian(function: Callable[[Tensor], Tensor], v: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient (m,) and Hessian (m, m) of a scalar."""
-    with torch.enable_grad():
-        x = v.detach().clone().requires_grad_()
-        (slope,) = torch.autograd.grad(function(x), x, create_graph=True, materialize_grads=True)
-        rows = [
-            torch.autograd.grad(part, x, retain_graph=True, materialize_grads=True)[0]
-            if part.requires_grad
-            else torch.zeros_like(v)
-            for part in slope
-        ]
-    return slope.detach(), torch.stack(rows).detach()
 
 
 def _positive(curvature: Tensor) -> tuple[Tensor, Tensor]:

@@ -115,6 +115,7 @@ def anova(*results: Result, refit: bool = True) -> pd.DataFrame:
         raise InputError(f"`results` are {len(results)}: expected two fits or more, anova(a, b)")
     for i, result in enumerate(results):
         source_of(result, f"results[{i}]")
+        _check_same_data(results[0], result)
     fits = [Refit(r).fit("ml") if refit and r.method == "reml" else r for r in results]
     fits.sort(key=_size)
     rows: list[dict[str, float]] = []

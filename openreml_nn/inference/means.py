@@ -101,11 +101,11 @@ def emmeans(
     >>> from openreml_nn import lmm
     >>> from openreml_nn.datasets import oats
     >>> result = lmm("yield ~ nitro + Variety + (1 | Block/Variety)", oats())
-    >>> emmeans(result, "Variety").table[["name", "estimate", "df"]].round(2)
-              name  estimate    df
-    0  Golden Rain    104.50  8.87
-    1   Marvellous    109.79  8.87
-    2      Victory     97.62  8.87
+    >>> emmeans(result, "Variety").table[["name", "estimate", "df"]].round(1)
+              name  estimate   df
+    0  Golden Rain     104.5  8.9
+    1   Marvellous     109.8  8.9
+    2      Victory      97.6  8.9
     """
     source, level = source_of(result), check_level(level)
     encoder = source.encoder
@@ -117,10 +117,12 @@ def emmeans(
     if unknown or not wanted or len(set(wanted)) < len(wanted):
         raise InputError(f"`factors` are {wanted}: expected some of {list(levels)}, each once")
     numeric = {name: source.means[name] for name in used if name not in levels}
-    check_mapping("at", at or {})
-    for name, value in (at or {}).items():
-        check_choice("at", name, numeric)
-        numeric[name] = check_number(f"at[{name!r}]", value)
+    if at is not None:
+        check_mapping("at", at)
+        for name, value in at.items():
+            if name not in numeric:
+                raise InputError(f"`at` has {name!r}: expected some of {list(numeric)}")
+            numeric[name] = check_number(f"at[{name!r}]", value)
     how = inference_of(result, ddf)
     grid = pd.DataFrame(list(product(*levels.values())), columns=list(levels))
     X = torch.from_numpy(encoder.fixed_matrix(grid.assign(**numeric)))

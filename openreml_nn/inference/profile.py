@@ -11,7 +11,8 @@ from scipy.interpolate import CubicSpline
 from scipy.stats import norm
 from torch import Tensor
 
-from openreml_nn.checks import check_choice, check_names, check_number
+from openreml_nn.checks import check_names, check_number
+from openreml_nn.errors import InputError
 from openreml_nn.estimation import Result
 from openreml_nn.inference.constrained import Ascent, Held, Natural
 from openreml_nn.inference.refit import Refit, matrix_entries, source_of
@@ -90,7 +91,7 @@ def profile(result: Result, names: Sequence[str] | None = None) -> Profile:
         names: which parameters; all by default.
 
     Raises:
-        ValueError: if a name is unknown, or the rows were streamed.
+        ValueError: if a name is unknown, the rows were streamed, or a design is estimated.
         TypeError: if an argument is of another kind.
 
     Reference:
@@ -105,6 +106,10 @@ class _Profiler:
         self.refit = Refit(result)
         self.fitted = self.refit.fit("ml")
         self.objective = self.refit.objective(method="ml")
+        if self.objective.moves:
+            raise InputError(
+                "`result` has a design that is estimated: profiles are for models of known designs"
+            )
         self.natural = Natural(self.objective)
         self.best = float(self.objective.evaluate().log_likelihood)
 
@@ -114,7 +119,8 @@ class _Profiler:
         known = [*held, *fixed.names]
         wanted = known if names is None else check_names("names", names)
         for name in wanted:
-            check_choice("names", name, known)
+            if name not in known:
+                raise InputError(f"`names` has {name!r}: expected some of {known}")
         curves = {}
         for name in wanted:
             if name in held:

@@ -88,7 +88,7 @@ class Refit:
         """Set the parameters to the estimates."""
         stored = {estimate.name: estimate.untransformed for estimate in self.result.parameters}
         with torch.no_grad():
-            for entry in self.covariance._layout().entries:
+            for entry in self.covariance.parameter_entries().entries:
                 entry.tensor.fill_(stored[entry.name])
 
     def objective(

@@ -22,8 +22,9 @@ from scipy import stats
 from torch import Tensor
 
 from openreml_nn.covariance.transform import TransformIdentity
+from openreml_nn.errors import InputError
 from openreml_nn.estimation import Result
-from openreml_nn.estimation.aireml import Curvature
+from openreml_nn.estimation.curvature import Curvature
 from openreml_nn.estimation.derivatives import jacobian
 from openreml_nn.inference.contrasts import FTest, Inference
 from openreml_nn.inference.refit import Refit
@@ -71,8 +72,17 @@ class Satterthwaite(Inference):
 
     @classmethod
     def of(cls, result: Result) -> Satterthwaite:
-        """From the likelihood around the estimates."""
+        """From the likelihood around the estimates.
+
+        Raises:
+            InputError: if a design, or a network in the covariance, is estimated.
+        """
         objective = Refit(result).objective()
+        if objective.moves:
+            raise InputError(
+                "`ddf` is 'satterthwaite', but a design of the model is estimated: use "
+                "ddf='asymptotic'"
+            )
         curvature = Curvature([objective])
         fixed, factor = objective.problem.fixed, objective.evaluate().gamma_factor
         phi = fixed.T @ torch.cholesky_inverse(factor) @ fixed.T.mT

@@ -19,7 +19,7 @@ from openreml_nn.covariance.terms import (
 )
 from openreml_nn.errors import InputError
 from openreml_nn.estimation import Result
-from openreml_nn.estimation.aireml import Curvature
+from openreml_nn.estimation.curvature import Curvature
 from openreml_nn.estimation.derivatives import jacobian
 from openreml_nn.inference.refit import Refit
 from openreml_nn.metrics import conditional_r2, marginal_r2
@@ -52,7 +52,8 @@ def r2(result: Result) -> R2:
     """
     refit = Refit(result)
     mean = refit.X @ result.fixed.estimate
-    variances = _row_variances(refit.objective().terms())
+    with torch.no_grad():
+        variances = _row_variances(refit.objective().terms())
     *random, residual = variances
     total = sum(random, torch.zeros_like(residual))
     return R2(
@@ -105,7 +106,8 @@ def variance_shares(result: Result) -> pd.DataFrame:
     total = value.sum()
     by = (torch.eye(len(value), dtype=value.dtype) - value[:, None] / total) / total
     error = (by @ spread @ by.mT).diagonal().clamp(min=0).sqrt()
-    error = torch.where(value > 0, error, torch.nan)
+    # Nor has one of which the design is estimated too a standard error by this.
+    error = torch.where((value > 0) & (not objective.moves), error, torch.nan)
     groups = [c.group for c in result.components]
     columns = {"variance": value, "share": value / total, "std_error": error}
     table = {name: column.numpy(force=True) for name, column in columns.items()}

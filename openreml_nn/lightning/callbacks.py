@@ -11,6 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 
+from openreml_nn.checks import check_count, check_instance, check_number
 from openreml_nn.estimation import AIREML
 from openreml_nn.estimation.tables import blup_table
 from openreml_nn.lightning.module import MixedModelModule
@@ -28,6 +29,7 @@ class TraceVariances(Callback):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        check_instance("path", path, (str, os.PathLike), "a path")
         self.path = Path(path)
 
     @rank_zero_only
@@ -48,6 +50,7 @@ class ExportBLUPs(Callback):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        check_instance("path", path, (str, os.PathLike), "a path")
         self.path = Path(path)
 
     @rank_zero_only
@@ -85,15 +88,12 @@ class StopWhenConverged(Callback):
             as an AI-REML step.
 
     Raises:
-        ValueError: if one of them is not positive.
+        TypeError, ValueError: if one of them is no number, or not positive.
     """
 
     def __init__(self, tolerance: float = 1e-4, every_n_epochs: int = 1) -> None:
-        if not tolerance > 0 or every_n_epochs < 1:
-            raise ValueError(
-                f"`tolerance` is {tolerance} and `every_n_epochs` {every_n_epochs}: "
-                "expected positive numbers"
-            )
+        check_number("tolerance", tolerance, above=0)
+        check_count("every_n_epochs", every_n_epochs, 1)
         self.tolerance = tolerance
         self.every_n_epochs = every_n_epochs
 

@@ -12,6 +12,14 @@ import torch
 from lightning import LightningDataModule, LightningModule
 from torch.utils.data import DataLoader
 
+from openreml_nn.checks import (
+    check_choice,
+    check_count,
+    check_names,
+    check_number,
+    check_table,
+    check_text,
+)
 from openreml_nn.errors import InputError
 from openreml_nn.table import Encoded, Encoder, TableFile, read_table
 
@@ -65,10 +73,17 @@ class MixedModelDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 <= validation < 1:
-            raise InputError(f"`validation` is {validation}: expected a share, 0 up to below 1")
-        if split not in ("random", "group", "unseen"):
-            raise InputError(f"`split` is {split!r}: expected 'random', 'group' or 'unseen'")
+        check_table("table", table)
+        check_text("formula", formula)
+        check_names("categorical", categorical)
+        if predict_table is not None:
+            check_table("predict_table", predict_table)
+        for name, value in (("residual", residual), ("weights", weights), ("split_by", split_by)):
+            if value is not None:
+                check_text(name, value)
+        check_number("validation", validation, least=0, below=1)
+        check_choice("split", split, ("random", "group", "unseen"))
+        check_count("seed", seed)
         named = isinstance(table, pd.DataFrame)
         source = "the table" if named else f"file {str(table)!r}"
         self.encoder = Encoder(formula, categorical, source, residual, weights)

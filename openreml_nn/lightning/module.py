@@ -11,6 +11,7 @@ from lightning import LightningModule
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
+from openreml_nn.checks import check_instance, check_maker, check_names, check_text
 from openreml_nn.covariance import Matrix
 from openreml_nn.estimation import Result, moment_start
 from openreml_nn.estimation.aireml import AIREML, Curvature
@@ -78,8 +79,15 @@ class MixedModelModule(LightningModule):
         weights: str | None = None,
     ) -> None:
         super().__init__()
+        check_text("formula", formula)
+        check_names("categorical", categorical)
         check_method(method)
         check_solver(solver)
+        if optimizer is not None:
+            check_maker("optimizer", optimizer)
+        for name, value in (("residual", residual), ("weights", weights)):
+            if value is not None:
+                check_text(name, value)
         plain = dict(optimizer) if isinstance(optimizer, Mapping) else None
         self.save_hyperparameters(
             {
@@ -131,8 +139,8 @@ class MixedModelModule(LightningModule):
         self.register_buffer("aliases", like.new_zeros(like.shape[1], like.shape[1]))
         for design in encoded.random:
             q, k = len(design.levels), len(design.effects)
-            self.register_buffer(f"blup_{design.name}", like.new_zeros(q, k))
-            self.register_buffer(f"variance_{design.name}", like.new_zeros(q, k, k))
+            self.register_buffer(_buffer("blup", design.name), like.new_zeros(q, k))
+            self.register_buffer(_buffer("variance", design.name), like.new_zeros(q, k, k))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         assert self.covariance is not None
@@ -216,9 +224,13 @@ class MixedModelModule(LightningModule):
         self.beta[list(fixed.columns)] = fixed.estimate
         self.aliases.zero_()
         self.aliases[:, : fixed.aliases.shape[1]] = fixed.aliases
-        for effects in self.result.random:
-            getattr(self, f"blup_{effects.name}").copy_(effects.values)
-            getattr(self, f"variance_{effects.name}").copy_(effects.variances)
+        # The terms stand in the order of the designs, whose names may hold what a path may not.
+        assert self._encoded is not None
+        for name, effects in zip(
+            (design.name for design in self._encoded.random), self.result.random, strict=True
+        ):
+            getattr(self, _buffer("blup", name)).copy_(effects.values)
+            getattr(self, _buffer("variance", name)).copy_(effects.variances)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -257,7 +269,7 @@ class MixedModelModule(LightningModule):
         population = torch.where(estimable(x, self.aliases), x @ self.beta, torch.nan)
         mean = population.clone()
         for name, codes in batch["groups"].items():
-            blup = getattr(self, f"blup_{name}")[codes.clamp(min=0)]
+            blup = getattr(self, _buffer("blup", name))[codes.clamp(min=0)]
             mean += torch.where(codes >= 0, (batch["values"][name] * blup).sum(1), 0)
         return {"mean": mean, "population_mean": population}
 
@@ -268,6 +280,7 @@ class MixedModelModule(LightningModule):
             InputError: if a column is missing or a level of a fixed factor is unknown.
             ValueError: if the module was neither fitted nor loaded.
         """
+        check_instance("table", table, pd.DataFrame, "a data frame")
         if self.covariance is None:
             raise ValueError("the module has no estimates: fit it or load a checkpoint")
         encoded = self.encoder.transform(table)
@@ -276,3 +289,8 @@ class MixedModelModule(LightningModule):
             found = self.predict_step(batch, 0)
         columns = {key: value.cpu().numpy() for key, value in found.items()}
         return pd.DataFrame(columns, index=table.index[encoded.rows])
+
+
+def _buffer(what: str, name: str) -> str:
+    """Name of a buffer of a random effect: torch takes no dots, which R's names often have."""
+    return f"{what}_{name.replace('%', '%25').replace('.', '%2E')}"

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from types import NoneType
 from typing import Any
 
 import torch
@@ -15,6 +16,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
+from openreml_nn.checks import (
+    check_choice,
+    check_count,
+    check_instance,
+    check_maker,
+    check_mapping,
+    check_number,
+)
+from openreml_nn.errors import InputError
 from openreml_nn.estimation.aireml import AIREML
 from openreml_nn.estimation.fit import iterate
 from openreml_nn.estimation.result import Estimate, Record, Result
@@ -102,10 +112,22 @@ class NeuralMixedModule(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if training not in TRAINING:
-            raise ValueError(f"`training` is {training!r}: expected one of {', '.join(TRAINING)}")
-        if rows < 1:
-            raise ValueError(f"`rows` is {rows}: expected at least 1")
+        check_instance("model", model, (MixedModel, NoneType), "a MixedModel")
+        if data is not None:
+            check_mapping("data", data)
+            for key in ("x", "y", "groups"):
+                if key not in data:
+                    raise InputError(f"`data` has no {key!r}: expected 'x', 'y' and 'groups'")
+        check_choice("training", training, TRAINING)
+        rows = check_count("rows", rows, 1)
+        makers = {"optimizer": optimizer, "scheduler": scheduler}
+        makers["covariance_optimizer"] = covariance_optimizer
+        for name, make in makers.items():
+            if make is not None:
+                check_maker(name, make)
+        if clip is not None:
+            check_number("clip", clip, above=0)
+        seed = check_count("seed", seed)
         self.training_way = training
         self.rows = rows
         self.clip = clip
@@ -123,8 +145,7 @@ class NeuralMixedModule(LightningModule):
             self._adopt(model)
 
     def _check_head(self, head: str) -> None:
-        if head not in HEADS:
-            raise ValueError(f"`head` is {head!r}: expected 'ml' or 'gls'")
+        check_choice("head", head, HEADS)
         if self.training_way not in ("full", "parts") and head != "ml":
             raise ValueError(
                 f"{self.training_way} training is for head 'ml': head 'gls' takes its coefficients "

@@ -13,12 +13,20 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
+from openreml_nn.checks import (
+    check_instance,
+    check_maker,
+    check_mapping,
+    check_names,
+    check_text,
+)
 from openreml_nn.covariance import Matrix, ScalarMatrix
 from openreml_nn.errors import InputError
 from openreml_nn.estimation.result import Result
 from openreml_nn.instantiate import build
 from openreml_nn.lightning.data import attached
 from openreml_nn.lightning.neural import NeuralMixedModule
+from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.model import MixedModel, RandomEffect
 from openreml_nn.table import Encoded, Encoder, Learned, RandomDesign
 
@@ -78,7 +86,14 @@ class TabularMixedModule(NeuralMixedModule):
         **options: Any,
     ) -> None:
         super().__init__(None, **options)
+        check_text("formula", formula)
+        check_network("network", network)
         self._check_head(head)
+        if residual is not None:
+            check_network("residual", residual)
+        check_mapping("kernels", {} if kernels is None else kernels, Mapping)
+        check_names("categorical", categorical)
+        check_solver(solver)
         given = {
             "formula": formula,
             "network": network,
@@ -206,6 +221,7 @@ class TabularMixedModule(NeuralMixedModule):
             InputError: if a column is missing or a level of a fixed factor is unknown.
             ValueError: if the module was neither fitted nor loaded.
         """
+        check_instance("table", table, pd.DataFrame, "a data frame")
         if not hasattr(self, "model"):
             raise ValueError("the module has no estimates: fit it or load a checkpoint")
         encoded = self.encoder.transform(table)
@@ -234,6 +250,13 @@ class TabularMixedModule(NeuralMixedModule):
             self.encoder.learned = Learned.from_dict(kept["encoder"])
             self._coordinates = kept["coordinates"]
             self._build(self.encoder.skeleton(2, kept["columns"]))
+
+
+def check_network(name: str, network: Network) -> None:
+    """Refuse what is neither a network nor the config of one."""
+    if not isinstance(network, nn.Module):
+        check_maker(name, network)
+        check_instance(name, network, Mapping, "a network, or a config with `_target_`")
 
 
 def _try(network: nn.Module, rows: Tensor, what: str) -> None:

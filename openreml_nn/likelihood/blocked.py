@@ -18,7 +18,6 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -38,7 +37,6 @@ from openreml_nn.likelihood.grouped import (
 from openreml_nn.likelihood.problem import Evaluation, RandomEffects, cholesky, pivot_loss
 from openreml_nn.likelihood.products import Pattern, Statistics
 from openreml_nn.likelihood.residual import White
-from openreml_nn.likelihood.square_root import SquareRootEvaluation
 
 __all__ = ["BlockedProblem"]
 
@@ -100,12 +98,7 @@ class BlockedProblem(GroupedProblem):
         return _BlockedEvaluation(self, terms, matrices)
 
     def precise(self, terms: Sequence[Term]) -> Evaluation | None:
-        if not self._has_rows:
-            return None
-        placed = zip(self.terms, terms, strict=True)
-        return SquareRootEvaluation.of(
-            self, [replace(own, covariance=term.covariance) for own, term in placed]
-        )
+        return super().precise(terms) if self._has_rows else None
 
     def recorded(self, matrices: Sequence[Tensor]) -> Tensor:
         # In G itself: a factor of G has no derivative where G is singular.
@@ -186,6 +179,8 @@ class _BlockedEvaluation(GroupedEvaluation):
         self._K = self._forward_2(self._E2f)
         F = at.Aff / s - inner(self._half_f, self._half_f) - inner(self._K, self._K)
         self._profile(self._log_det + 2 * self._Lc.diagonal(dim1=1, dim2=2).log().sum(), F)
+        # It takes products with Lambda D^-1 Lambda' as they are, and not by roots.
+        self.recorded_rounding = self.rounding * self._pivot_loss**0.5
 
     def _forward_2(self, x: Tensor) -> Tensor:
         """Lc^-1 L2' x for x (q, m), by groups of columns."""
@@ -244,11 +239,11 @@ class _BlockedEvaluation(GroupedEvaluation):
         r"""Own blocks of :math:`W N W^\top`."""
         return self._at.W.quadratic(self._inverses[1])
 
-    def _conditional(self) -> tuple[list[Tensor], list[Tensor | None]]:
+    def _conditional(self) -> tuple[list[Tensor], list[Tensor]]:
         # Sums, where the prior less what is known would be a difference.
         problem, P = self._problem, self._P
         whole = P + P @ self._quadratic @ P / self._s**2
-        rest: list[Tensor | None] = []
+        rest = []
         for own, i, grid in zip(
             problem.own_blocks(self._inverses[1]), problem.layout.rest, problem.grids, strict=True
         ):
@@ -275,6 +270,11 @@ class _BlockedEvaluation(GroupedEvaluation):
     def _scores(self) -> list[Tensor]:
         if not self._problem.residual.moves:
             return super()._scores()
+        if not self._problem.has_digits(self.recorded_rounding):
+            better = self._problem.more_precise(self)
+            if better is not None:
+                return better.scores()
+            self._problem.check_rounding(self.recorded_rounding)
         with torch.enable_grad():
             matrices = [matrix.detach().requires_grad_() for matrix in self._matrices]
             value = self._problem.recorded(matrices)

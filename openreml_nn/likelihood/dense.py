@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from openreml_nn.checks import check_choice
 from openreml_nn.covariance.design import IdentityDesign
 from openreml_nn.covariance.terms import DenseCovariance, Term, residual_terms
 from openreml_nn.errors import InputError
@@ -89,9 +90,8 @@ def _check_covariance(V: Tensor, y: Tensor) -> None:
 
 
 def check_method(method: str) -> None:
-    """Raise ValueError unless ``method`` is known."""
-    if method not in ("reml", "ml"):
-        raise InputError(f"`method` is {method!r}: expected 'reml' or 'ml'")
+    """Raise InputError unless ``method`` is known."""
+    check_choice("method", method, ("reml", "ml"))
 
 
 class DenseProblem(Problem):
@@ -154,6 +154,7 @@ class _DenseEvaluation(Evaluation):
         )
         if not traced(V):
             self.rounding = torch.finfo(V.dtype).eps * pivot_loss(V.detach(), L.detach())
+            self.recorded_rounding = self.rounding
 
     def _back(self, x: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(self._L.mT, x, upper=True)

@@ -37,16 +37,20 @@ def check_data(y: Tensor, X: Tensor) -> None:
         if value.dim() != dim:
             raise InputError(f"`{name}` has shape {tuple(value.shape)}: expected {shape}")
     if y.dtype != X.dtype:
-        raise TypeError(f"`y` is {y.dtype} but `X` is {X.dtype}: convert one of them")
+        raise TypeError(
+            f"`y` is {y.dtype} but `X` is {X.dtype}: expected one dtype, convert one of them"
+        )
     if y.device != X.device:
         raise InputError(f"`y` is on {y.device} but `X` on {X.device}: move one of them")
     if y.shape[0] != X.shape[0]:
-        raise InputError(f"`y` has {y.shape[0]} rows but `X` has {X.shape[0]}")
+        raise InputError(f"`y` has {y.shape[0]} rows but `X` has {X.shape[0]}: expected as many")
     if y.shape[0] <= X.shape[1]:
         raise InputError(
             f"there are {y.shape[0]} rows for {X.shape[1]} fixed effects: more rows are needed"
         )
     for name, value in (("y", y), ("X", X)):
+        if value.is_meta:
+            raise InputError(f"`{name}` is on the meta device: expected a tensor that holds values")
         finite = torch.isfinite(value)
         if not bool(finite.all()):
             row = int((~finite).reshape(len(y), -1).any(1).nonzero()[0])

@@ -21,6 +21,7 @@ from torch.linalg import solve_triangular
 
 from openreml_nn.covariance.design import IdentityDesign
 from openreml_nn.covariance.terms import KroneckerCovariance, Term, kronecker
+from openreml_nn.errors import InputError
 from openreml_nn.likelihood.dense import DenseProblem
 from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.grouped import root
@@ -62,7 +63,7 @@ class GridProblem(Problem):
         super().__init__(fixed, terms, method)
         found = GridTerms.of(terms)
         if found is None:
-            raise ValueError(
+            raise InputError(
                 "the grid solver needs one Kronecker product over the rows, and independent "
                 "errors at most beside it"
             )
@@ -112,6 +113,7 @@ class _GridEvaluation(Evaluation):
         M.diagonal().add_(1)
         gain = float(M.diagonal().max()) if len(M) else 1.0
         self.rounding = torch.finfo(f.dtype).eps * max(gain, float(d.max() / d.min()))
+        self.recorded_rounding = self.rounding
         self._Lc = Lc = cholesky(M, "V")
         self._nugget = nugget
         white = self._white(f)

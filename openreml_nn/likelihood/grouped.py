@@ -32,6 +32,7 @@ from openreml_nn.likelihood.problem import (
 )
 from openreml_nn.likelihood.products import Pattern, same_codes
 from openreml_nn.likelihood.residual import Residual, White
+from openreml_nn.likelihood.square_root import SquareRootEvaluation
 
 __all__ = ["Crossed", "GroupedEvaluation", "GroupedProblem", "Layout", "inner", "root", "separated"]
 
@@ -93,7 +94,7 @@ def _separable(term: Term) -> bool:
     if not isinstance(z, IndexedDesign):
         return False
     if isinstance(g, RepeatedCovariance):
-        return g.levels == z.levels and g.matrix.shape[0] == z.effects
+        return z.effects % g.matrix.shape[0] == 0
     return isinstance(g, DiagonalCovariance)
 
 
@@ -176,6 +177,12 @@ class GroupedProblem(Problem):
     def matrices(self, terms: Sequence[Term]) -> list[Tensor]:
         random = [terms[i].covariance.matrix for i in self.layout.random]
         return [*self.residual.matrices(terms), *random]
+
+    def precise(self, terms: Sequence[Term]) -> Evaluation | None:
+        placed = zip(self.terms, terms, strict=True)
+        return SquareRootEvaluation.of(
+            self, [replace(own, covariance=term.covariance) for own, term in placed]
+        )
 
     def by_matrix(self, parts: Sequence[Tensor]) -> list[Tensor]:
         at = self.residual.at if self.residual.moves else self.residual.at[:1]
@@ -315,7 +322,7 @@ class GroupedEvaluation(Evaluation):
     """The likelihood at one point by the inverse of the system.
 
     A subclass sets the attributes and implements :meth:`_explained`,
-    :meth:`_times_22`, ``_crossed`` and ``_solved``.
+    :meth:`_times_22`, :meth:`_gain`, :meth:`_conditional`, ``_crossed`` and ``_solved``.
     """
 
     _problem: GroupedProblem
@@ -500,10 +507,6 @@ class GroupedEvaluation(Evaluation):
         T1, T2, Tf = problem.row_products(white, F)
         return T1, T2, Tf, F.mT @ F
 
-    def _effects_of_kernel(self, i: int, term: Term, b: Tensor) -> RandomEffects:
-        """BLUPs of the i-th other term, where its kernel was never formed."""
-        raise NotImplementedError
-
     def inverse_times_data(self) -> Tensor:
         problem, white = self._problem, self._white
         b1, b2 = self._effects_of_data
@@ -540,22 +543,10 @@ class GroupedEvaluation(Evaluation):
             b2[:, -1] - b2[:, :-1] @ self.gamma,
         )
 
-    def _conditional(self) -> tuple[list[Tensor], list[Tensor | None]]:
+    def _conditional(self) -> tuple[list[Tensor], list[Tensor]]:
         r"""Own blocks of the variance of b given y and the fixed effects, for each eliminated term
-        and for each other term; None where a kernel's has to be estimated."""
-        problem, z = self._problem, self._crossed
-        first = []
-        for g, B, w in zip(self._first, problem.split_blocks(z.B1), problem.widths, strict=True):
-            prior = g.blocks(problem.levels, w)
-            first.append(prior - prior @ B @ prior)
-        rest: list[Tensor | None] = []
-        for g, B, grid in zip(self._rest, z.B2, problem.grids, strict=True):
-            if grid is None or isinstance(g, ScaledCovariance):
-                rest.append(None)
-                continue
-            prior = g.blocks(*grid)
-            rest.append(prior - prior @ B @ prior)
-        return first, rest
+        and for each other term."""
+        raise NotImplementedError
 
     def random_effects(self) -> list[RandomEffects]:
         problem, layout = self._problem, self._problem.layout
@@ -580,11 +571,8 @@ class GroupedEvaluation(Evaluation):
             problem.grids,
             strict=True,
         )
-        for j, (i, b, whole, own, grid) in enumerate(pieces):
+        for i, b, whole, own, grid in pieces:
             term = self._terms[i]
-            if own is None:
-                found[i] = self._effects_of_kernel(j, term, b)
-                continue
             shape = (-1, RandomEffects.width(term)) if grid is None else grid
             added = whole.unflatten(0, shape)
             found[i] = RandomEffects(term.name, b.reshape(shape), own + added @ added.mT)

@@ -37,6 +37,7 @@ from openreml_nn.covariance.terms import (
     ScaledCovariance,
     Term,
 )
+from openreml_nn.errors import InputError
 from openreml_nn.likelihood.cross import Cross, System, entries_of
 from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.grouped import (
@@ -53,7 +54,6 @@ from openreml_nn.likelihood.problem import (
     Evaluation,
     NotPositiveDefiniteError,
     Problem,
-    RandomEffects,
     cholesky,
 )
 from openreml_nn.likelihood.products import Pattern, Products
@@ -156,7 +156,7 @@ class KrylovProblem(GroupedProblem):
     """The system of the other terms by conjugate gradients.
 
     Raises:
-        ValueError: if a random term is not a grouping factor with independent levels, or the
+        InputError: if a random term is not a grouping factor with independent levels, or the
             residuals have more than one variance.
     """
 
@@ -189,12 +189,12 @@ class KrylovProblem(GroupedProblem):
     def _check(terms: Sequence[Term], layout: Layout) -> None:
         for i in layout.random:
             if _levels_of(terms[i]) is None:
-                raise ValueError(
+                raise InputError(
                     "the krylov solver needs grouping factors with independent levels, or related "
                     f"by a known inverse: term {terms[i].name!r} is none"
                 )
         if layout.residual.moves:
-            raise ValueError("the krylov solver needs residuals of one variance")
+            raise InputError("the krylov solver needs residuals of one variance")
 
     @classmethod
     def fits(cls, terms: Sequence[Term]) -> bool:
@@ -571,18 +571,22 @@ class _KrylovEvaluation(GroupedEvaluation):
         total = ((F @ L @ own).sum(0) + samples.mean(0)) @ torch.linalg.pinv(L)
         return (total + total.mT) / 2
 
-    def _effects_of_kernel(self, i: int, term: Term, b: Tensor) -> RandomEffects:
-        problem, system, z = self._problem, self._system, self._problem.probes
-        grid = self._grids[i]
-        half = system.halves[i]
-        sample = problem.by_levels(self._inverse_z + system.times(z) - 2 * z)[i]
-        mean = sample @ problem.by_levels(z)[i].mT / z.shape[1]
-        eye = torch.eye(half.shape[-1], dtype=half.dtype, device=half.device)
-        spread = half.mT @ (eye + (mean + mean.mT) / 2) @ half
-        # What the fixed effects add: G Z' V^-1 Q times its factor.
-        whole = problem.multiply(self._rest, self._crossed.Y2.mT)
-        lost = problem.by_levels(whole)[i]
-        return RandomEffects(term.name, b.unflatten(0, grid), spread + lost @ lost.mT)
+    def _conditional(self) -> tuple[list[Tensor], list[Tensor]]:
+        problem, z, P = self._problem, self._problem.probes, self._P
+        whole = P
+        if problem.levels and problem.q:
+            whole = P + P @ self._quadratic() @ P / self._s**2
+        # The inverse of the system less its first-order parts, of which the own blocks are known.
+        sample = self._inverse_z + self._system.times(z) - 2 * z
+        rest = []
+        pieces = zip(
+            self._system.halves, problem.by_levels(sample), problem.by_levels(z), strict=True
+        )
+        for half, moved, sign in pieces:
+            mean = moved @ sign.mT / z.shape[1]
+            eye = torch.eye(half.shape[-1], dtype=half.dtype, device=half.device)
+            rest.append(half.mT @ (eye + (mean + mean.mT) / 2) @ half)
+        return problem.split_blocks(whole), rest
 
 
 def _through(kernel: Kernel, x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from openreml_nn.checks import check_choice, check_tensor
 from openreml_nn.covariance import Matrix
 from openreml_nn.covariance.matrix import FreeParams
 from openreml_nn.covariance.terms import Term, private, same_content
@@ -35,13 +36,14 @@ class Objective:
 
     def terms(self, free_params: FreeParams = None) -> list[Term]:
         """The lowered covariance in the precision of the data."""
-        found = self.covariance.terms(self.rows, free_params)
+        with nullcontext() if free_params is None else self.covariance.given(free_params):
+            found = self.covariance.terms(self.rows)
         return [term.to(self.problem.fixed.y.dtype) for term in found]
 
     @cached_property
     def moves(self) -> bool:
         """Whether designs, or networks within the covariance, move with parameters."""
-        own = {id(e.tensor) for e in self.covariance._layout().entries}
+        own = {id(e.tensor) for e in self.covariance.parameter_entries().entries}
         if any(p.requires_grad and id(p) not in own for p in self.covariance.parameters()):
             return True
         with torch.enable_grad():
@@ -177,8 +179,7 @@ class REMLLoss(nn.Module):
             raise TypeError(f"`covariance` is a {type(covariance).__name__}: expected a Matrix")
         check_method(method)
         check_solver(solver)
-        if reduction not in ("mean", "sum"):
-            raise InputError(f"`reduction` is {reduction!r}: expected 'mean' or 'sum'")
+        check_choice("reduction", reduction, ("mean", "sum"))
         self.covariance = covariance
         self.method = method
         self.solver = solver
@@ -284,18 +285,9 @@ class REMLLoss(nn.Module):
         if rows is None:
             if len(y) != n:
                 raise InputError(f"`y` has {len(y)} rows but the covariance has {n}: pass `rows`")
-        elif not isinstance(rows, Tensor):
-            raise TypeError(f"`rows` is a {type(rows).__name__}: expected a tensor of integers")
-        elif (
-            rows.dim() != 1
-            or len(rows) != len(y)
-            or rows.is_floating_point()
-            or rows.dtype == torch.bool
-        ):
-            raise InputError(
-                f"`rows` is {rows.dtype} of shape {tuple(rows.shape)}: expected {len(y)} integers"
-            )
-        elif len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < n):
+            return
+        check_tensor("rows", rows, (len(y),), "integer")
+        if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < n):
             raise InputError(f"`rows` reaches beyond the {n} rows of the covariance")
         for tensor in self.covariance.parameters():
             if tensor.device != y.device:
@@ -417,6 +409,7 @@ class _LogLikelihood(torch.autograd.Function):
         if torch.is_grad_enabled():
             y, Q, *matrices = ctx.saved_tensors
             problem = ctx.problem
+            problem.check_rounding(ctx.evaluation.recorded_rounding)
             if any(needed[:2]):
                 problem = problem.with_fixed(replace(problem.fixed, y=y, Q=Q))
             value = problem.recorded(matrices)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from openreml_nn.checks import check_choice
 from openreml_nn.covariance.design import Design, IndexedDesign
 from openreml_nn.covariance.terms import KroneckerCovariance, Term
-from openreml_nn.errors import InputError
 from openreml_nn.likelihood.blocked import BlockedProblem
 from openreml_nn.likelihood.dense import DenseProblem
 from openreml_nn.likelihood.grid import GridProblem, GridTerms
@@ -36,9 +36,7 @@ MOST_BYTES = 4 * 2**30
 
 def check_solver(solver: str) -> None:
     """Raise unless ``solver`` is one that exists."""
-    if solver != "auto" and solver not in SOLVERS:
-        expected = ", ".join(map(repr, ["auto", *SOLVERS]))
-        raise InputError(f"`solver` is {solver!r}: expected one of {expected}")
+    check_choice("solver", solver, ("auto", *SOLVERS))
 
 
 @dataclass(frozen=True)

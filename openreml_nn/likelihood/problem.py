@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import log, pi
+from math import inf, log, pi
 
 import torch
 from torch import Tensor
@@ -114,11 +114,6 @@ class RandomEffects:
             k = max(k, g.matrix.shape[0])
         return k
 
-    @classmethod
-    def of_levels(cls, name: str, values: Tensor, prior: Tensor, z_p_z: Tensor) -> RandomEffects:
-        """From BLUPs (q, k), G and :math:`Z^\\top P Z` by levels, (q or 1, k, k) and (q, k, k)."""
-        return cls(name, values, prior - prior @ z_p_z @ prior)
-
 
 class Evaluation:
     """The likelihood of some data at one point; what derives from it is computed when asked for.
@@ -131,6 +126,7 @@ class Evaluation:
         error: Monte Carlo standard error of the log-likelihood; 0 where it is exact.
         rounding: bound of the relative error that rounding leaves in all that derives from it:
             the precision of the dtype times how often the factorisations magnify it.
+        recorded_rounding: the same of the plain formula that second derivatives come from.
     """
 
     log_likelihood: Tensor
@@ -139,6 +135,7 @@ class Evaluation:
     gamma_factor: Tensor
     error: float = 0.0
     rounding: float = 0.0
+    recorded_rounding: float = 0.0
     _problem: Problem
     _at_matrices: list[Tensor]
     _at_terms: Sequence[Term]
@@ -172,10 +169,10 @@ class Evaluation:
             terms = sum(
                 float((x * m).abs().sum()) for x, m in zip(found, self._at_matrices, strict=True)
             )
-            lost = self.rounding * terms / problem.n
+            lost = self.rounding * terms / (problem.n + float(self.y_p_y))
             if problem.has_digits(lost):
                 return found
-            better = problem.moreprecise(self)
+            better = problem.more_precise(self)
             if better is not None:
                 return better.scores()
             problem.check_rounding(lost)
@@ -314,6 +311,7 @@ class Problem:
             failure = error
         better = self.precise(terms)
         if better is not None and not (evaluation and evaluation.rounding <= better.rounding):
+            better.recorded_rounding = inf if evaluation is None else evaluation.recorded_rounding
             evaluation = better
         if evaluation is None:
             assert failure is not None
@@ -321,7 +319,7 @@ class Problem:
         self.check_rounding(evaluation.rounding)
         return evaluation
 
-    def moreprecise(self, evaluation: Evaluation) -> Evaluation | None:
+    def more_precise(self, evaluation: Evaluation) -> Evaluation | None:
         """The same with more digits; None where there is no such way, or it was taken already."""
         better = self.precise(evaluation._at_terms)
         if better is None or better.rounding >= evaluation.rounding:

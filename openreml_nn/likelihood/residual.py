@@ -27,6 +27,7 @@ from openreml_nn.covariance.terms import (
     is_scalar,
     residual_terms,
 )
+from openreml_nn.errors import InputError
 from openreml_nn.likelihood.fixed import traced
 from openreml_nn.likelihood.problem import NotPositiveDefiniteError, cholesky, pivot_loss
 
@@ -74,7 +75,7 @@ class Residual:
         moves: whether more than a factor of it depends on parameters.
 
     Raises:
-        ValueError: if there is none of known structure.
+        InputError: if there is none of known structure.
     """
 
     at: list[int]
@@ -88,7 +89,7 @@ class Residual:
         over_rows = [i for i, term in enumerate(terms) if isinstance(term.design, IdentityDesign)]
         odd = [terms[i].name for i in over_rows if i not in at]
         if odd or not at:
-            raise ValueError(
+            raise InputError(
                 "the blocked solver needs residuals that are independent, or within groups: "
                 + (f"term {odd[0]!r} is over the rows and is not" if odd else "there are none")
             )
@@ -193,7 +194,7 @@ class BlockResidual(Residual):
     def __init__(self, at: list[int], parts: Sequence[Term]) -> None:
         self.at = at
         if any(_scale(part) is not None for part in parts):
-            raise ValueError("the blocked solver takes weights with residuals of one variance only")
+            raise InputError("the blocked solver takes weights with residuals of one variance only")
         self._forms = [part.covariance for part in parts]
         places = [_places(part) for part in parts]
         group = _joined([block for block, _ in places])
@@ -293,7 +294,7 @@ def _joined(blocks: Sequence[Tensor]) -> Tensor:
                 found = coarse
                 break
         else:
-            raise ValueError("the blocked solver needs residual blocks that are nested")
+            raise InputError("the blocked solver needs residual blocks that are nested")
     return found
 
 

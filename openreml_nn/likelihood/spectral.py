@@ -26,6 +26,7 @@ from openreml_nn.covariance.terms import (
     Term,
     residual_terms,
 )
+from openreml_nn.errors import InputError
 from openreml_nn.likelihood.fixed import FixedPart, traced
 from openreml_nn.likelihood.problem import (
     Evaluation,
@@ -78,7 +79,7 @@ class SpectralProblem(Problem):
         super().__init__(fixed, terms, method)
         found = spectral_terms(terms)
         if found is None:
-            raise ValueError(
+            raise InputError(
                 "the spectral solver needs one known kernel over the rows and independent errors"
             )
         self.kernel, self.residual = found
@@ -145,6 +146,7 @@ class _SpectralEvaluation(Evaluation):
             pivots = self._C.detach().diagonal(dim1=1, dim2=2) ** 2
             most = D.detach().diagonal(dim1=1, dim2=2).amax(0)
             self.rounding = torch.finfo(D.dtype).eps * float((most / pivots).max())
+            self.recorded_rounding = self.rounding
         white = self._forward(problem.f)
         self._white_Q, white_y = white[..., :-1], white[..., -1]
         Q, y = self._white_Q.flatten(0, 1), white_y.flatten()

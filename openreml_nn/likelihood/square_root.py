@@ -58,7 +58,7 @@ class SquareRootEvaluation(Evaluation):
             found = cls(problem, terms)
             found.at(terms, problem.matrices(terms))
             return found
-        except (NotPositiveDefiniteError, ValueError):
+        except ValueError:  # a G or an R without a root
             return None
 
     def __init__(self, problem: Problem, terms: Sequence[Term]) -> None:
@@ -86,7 +86,7 @@ class SquareRootEvaluation(Evaluation):
         basis, C = torch.linalg.qr(self._E @ self._X)
         sign = C.diagonal().sign()
         basis, C = basis * sign, C * sign[:, None]
-        self._basis, factor = basis, C.mT
+        factor = C.mT
         self._P = self._E - basis @ (basis.mT @ self._E)  # P^1/2
         rest = self._E @ self._y
         gamma = solve_triangular(C, basis.mT @ rest, upper=True)
@@ -99,6 +99,8 @@ class SquareRootEvaluation(Evaluation):
         log_det = 2 * self._L.diagonal().log().sum() + 2 * T.diagonal().abs().log().sum()
         y_p_y = (e * e).sum()
         found = problem._log_likelihood(log_det, 2 * C.diagonal().log().sum(), y_p_y)
+        if not bool(torch.isfinite(found)):
+            raise NotPositiveDefiniteError("X' V^-1 X is not positive definite")
         self.log_likelihood, self.y_p_y = found.to(self._dtype), y_p_y.to(self._dtype)
         self.gamma, self.gamma_factor = gamma[:, 0].to(self._dtype), factor.to(self._dtype)
         own = torch.finfo(torch.float64).eps

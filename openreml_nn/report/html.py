@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import os
 from math import isnan
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from openreml_nn.checks import check_instance
+from openreml_nn.errors import InputError
 from openreml_nn.files import write_text
 from openreml_nn.sweep import best, collect
 
@@ -74,7 +77,12 @@ def write_report(folder: str | Path, path: str | Path) -> int:
 
     Raises:
         InputError: if there is no run.
+        TypeError: if an argument is no path.
     """
+    for name, value in (("folder", folder), ("path", path)):
+        check_instance(name, value, (str, os.PathLike), "a path")
+    if not str(path):
+        raise InputError("`path` is empty: expected the file of the page")
     table = collect(folder)
     found = best(table)
     shown = table.drop(columns=[c for c in table if table[c].nunique() <= 1 and c != "run"])

@@ -10,13 +10,21 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Real
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from openreml_nn.checks import check_instance
+from openreml_nn.checks import (
+    check_count,
+    check_instance,
+    check_mapping,
+    check_number,
+    check_tensor,
+)
 from openreml_nn.estimation.result import Component, Result, finite
 from openreml_nn.estimation.tables import blup_table, fixed_table, variance_table
 from openreml_nn.files import replacing, write_text
@@ -48,6 +56,9 @@ class Run:
         validation: metrics of the rows held out, by name.
         profile: of the likelihood, if it was asked for.
         places: where the rows are (n, k), of a spatial model.
+
+    Raises:
+        TypeError, ValueError: if one is of another kind, or negative.
     """
 
     result: Result
@@ -58,6 +69,17 @@ class Run:
     validation: Mapping[str, float] = field(default_factory=dict)
     profile: Profile | None = None
     places: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_instance("result", self.result, Result)
+        check_instance("formula", self.formula, str)
+        check_count("dropped_rows", self.dropped_rows)
+        check_instance("optimizer", self.optimizer, str)
+        check_number("seconds", self.seconds, least=0)
+        check_mapping("validation", self.validation, Real)
+        check_instance("profile", self.profile, (Profile, NoneType), "a Profile, or None")
+        if self.places is not None:
+            check_tensor("places", self.places, (self.result.rows, "k"))
 
     def summary(self) -> str:
         """The result as text, with what is wrong with it in plain words."""

@@ -68,8 +68,8 @@ def read_table(
     return TableFile(path, **options, missing=missing, comment=comment).read()  # type: ignore[arg-type]
 
 
-class TableFile:
-    """A table in a file, for :func:`lmm` to read in chunks; see :func:`read_table`.
+class TableFile(os.PathLike[str]):
+    """The path of a table together with how it is to be read; see :func:`read_table`.
 
     Raises:
         InputError: if there is no such file, or an option is wrong.
@@ -104,6 +104,9 @@ class TableFile:
         self._dialect = self._checked(Dialect(separator, decimal, encoding, missing, comment))
 
     def __str__(self) -> str:
+        return self._path
+
+    def __fspath__(self) -> str:
         return self._path
 
     def _check_place(self) -> None:

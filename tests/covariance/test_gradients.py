@@ -8,9 +8,19 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from openreml_nn.covariance import (
     AR1Matrix,
+    Augment,
+    BlockDiagonal,
     CovariancePropagation,
     DummyMatrix,
+    Gram,
+    HadamardProduct,
+    Inverse,
+    KroneckerProduct,
+    LowerTriangularMatrix,
+    Product,
+    Stack,
     Sum,
+    Transpose,
     UnstructuredMatrix,
 )
 from openreml_nn.covariance.matrix import Recorded
@@ -19,7 +29,7 @@ from tests.strategies import LEAVES, matrices, points
 
 def closed(matrix):
     """The matrix, within an operator if it has no closed form itself."""
-    return matrix if matrix._has_manual() else Sum(matrix)
+    return matrix if matrix.has_closed_form() else Sum(matrix)
 
 
 @given(st.data())
@@ -213,3 +223,84 @@ def test_autoregression_without_correlation_has_all_derivatives(order):
     expected = torch.zeros(4)
     expected[order] = [1, 1, 2, 6][order]
     torch.testing.assert_close(value(rho).reshape(-1), expected)
+
+
+def curved(kind):
+    """Small trees, one for each operator and closed form."""
+    a, b = AR1Matrix(2), UnstructuredMatrix(2)
+    made = {
+        "sum": lambda: Sum(a, b),
+        "tied": lambda: Sum(a, b, a),
+        "kronecker": lambda: KroneckerProduct(a, b),
+        "one-hot": lambda: CovariancePropagation(z=DummyMatrix(list("aba")), g=b),
+        "dense": lambda: CovariancePropagation(z=torch.randn(3, 2), g=b),
+        "design": lambda: CovariancePropagation(z=LowerTriangularMatrix(3, 2), g=b),
+        "hadamard": lambda: HadamardProduct(a, b),
+        "scaled": lambda: 2.0 * b,
+        "product": lambda: Product(a, b),
+        "transpose": lambda: Transpose(LowerTriangularMatrix(2, 2)),
+        "gram": lambda: Gram(LowerTriangularMatrix(2, 2)),
+        "inverse": lambda: Inverse(b),
+        "block": lambda: BlockDiagonal(a, b),
+        "augment": lambda: Augment(a, b),
+        "stack": lambda: Stack(a, b),
+    }
+    return (made[kind]() if kind in made else LEAVES[kind](3)).double()
+
+
+CURVED = ["sum", "tied", "kronecker", "one-hot", "dense", "design", "hadamard", "scaled"]
+CURVED += ["product", "transpose", "gram", "inverse", "block", "augment", "stack"]
+
+
+@pytest.mark.parametrize("mode", ["default", "manual", "auto"])
+@pytest.mark.parametrize("kind", [*LEAVES, *CURVED])
+def test_second_derivatives_agree_whichever_way(kind, mode):
+    from torch.func import hessian, jacfwd, jacrev
+
+    matrix = curved(kind)
+    if not matrix.num_free_params:
+        return
+    at, weight = 0.3 * torch.randn(matrix.num_free_params), torch.randn(matrix.shape)
+
+    def value(x):
+        return (matrix(x) * weight).sum()
+
+    step, differences = 1e-5, []
+    for i in range(len(at)):
+        move = step * torch.eye(len(at))[i]
+        differences.append((jacrev(value)(at + move) - jacrev(value)(at - move)) / (2 * step))
+    matrix.grad_mode = mode
+    ways = [jacfwd(jacfwd(value)), jacrev(jacrev(value)), jacfwd(jacrev(value))]
+    ways += [jacrev(jacfwd(value)), hessian(value)]
+    for way in ways:
+        torch.testing.assert_close(way(at), torch.stack(differences), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", [*LEAVES, *CURVED])
+def test_the_closed_form_jacobian_is_itself_differentiable(kind):
+    matrix = closed(curved(kind))
+    if not matrix.num_free_params:
+        return
+    at = 0.3 * torch.randn(matrix.num_free_params)
+    weight = torch.randn(matrix.num_free_params, *matrix.shape)
+
+    def contracted(gradient):
+        return torch.func.grad(lambda x: (gradient(x)[0] * weight).sum())(at)
+
+    torch.testing.assert_close(
+        contracted(matrix.manual_grad), contracted(matrix.auto_grad), rtol=1e-9, atol=1e-9
+    )
+
+
+def test_forward_mode_three_deep():
+    matrix = AR1Matrix(2)
+    value = lambda x: matrix(x)[0, 1]  # noqa: E731
+    third = value
+    plain = value
+    for _ in range(3):
+        third = torch.func.jacfwd(third)
+        plain = torch.func.jacrev(plain)
+    at = torch.tensor([0.1, 0.4])
+    torch.testing.assert_close(third(at), plain(at))
+    mixed = torch.func.jacfwd(torch.func.jacrev(torch.func.jacfwd(value)))
+    torch.testing.assert_close(mixed(at), plain(at))

@@ -1,17 +1,22 @@
 """A matrix is a module like any other."""
 
 import copy
+import math
 import pickle
+import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from openreml_nn.covariance import (
+    AR1Matrix,
     CovariancePropagation,
     DiagonalMatrix,
     DummyMatrix,
+    HadamardProduct,
     IdentityMatrix,
     KroneckerProduct,
     Matrix,
@@ -319,3 +324,142 @@ def test_covariates_from_a_module_are_trainable():
     assert not torch.equal(V(), before)
     fixed = DummyMatrix(list("aabbc"), covariates=slope().detach())
     torch.testing.assert_close(z(), fixed())
+
+
+# ---------------------------------------------------------------------- values and arithmetic
+
+
+def test_values_are_set_on_either_scale():
+    V = Sum(a=ScalarMatrix(2), e=ScalarMatrix(2))
+    V.set_value("a/sigma^2", 4.0, natural=True).fix("e/sigma^2", 9.0, natural=True)
+    torch.testing.assert_close(V().detach(), 13 * torch.eye(2))
+    assert V.fixed_param_names == ["e/sigma^2"]
+    V.set_value("e/sigma^2", 0.5)
+    assert V.param_defaults["e/sigma^2"].item() == 0.5
+    V.fix("a/sigma^2", 0.0, natural=True)
+    torch.testing.assert_close(V().detach(), torch.e * torch.eye(2))
+    V.fix("a/sigma^2", torch.tensor(-torch.inf))
+    torch.testing.assert_close(V().detach(), torch.e * torch.eye(2))
+
+
+@pytest.mark.parametrize("change", ["fix", "set_value"])
+@pytest.mark.parametrize(
+    ("name", "value", "natural"),
+    [
+        ("rho", float("nan"), False),
+        ("rho", float("inf"), False),
+        ("rho", -float("inf"), False),
+        ("rho", 1e20, False),
+        ("rho", 1.0, True),
+        ("rho", -1.5, True),
+        ("sigma^2", float("nan"), True),
+        ("sigma^2", float("inf"), False),
+        ("sigma^2", 1e20, False),
+        ("sigma^2", -1e20, False),
+        ("sigma^2", -1.0, True),
+    ],
+)
+def test_values_that_a_transform_does_not_reach_are_refused(change, name, value, natural):
+    V = AR1Matrix(3)
+    before = V().detach()
+    with pytest.raises(ValueError, match=f"`value` of '{re.escape(name)}'"):
+        getattr(V, change)(name, value, natural=natural)
+    torch.testing.assert_close(V().detach(), before, rtol=0, atol=0)
+    assert V.num_fixed_params == 0
+
+
+def test_specifications_cannot_be_assigned_to():
+    V = AR1Matrix(3)
+    with pytest.raises(TypeError, match=r"fix\(name, value\)"):
+        V.param_specs["rho"]["fixed"] = True
+    with pytest.raises(TypeError, match=r"fix\(name, value\)"):
+        V.param_specs["rho"] = {}
+    with pytest.raises(TypeError, match=r"fix\(name, value\)"):
+        V.set_param_specs("rho", fixed=True)
+    assert AR1Matrix(2, V.param_specs).param_names == V.param_names
+
+
+@pytest.mark.parametrize("scale", [2.0, 2, np.float64(2.0), np.int64(2), torch.tensor([2.0])])
+def test_a_number_times_a_matrix(scale):
+    V = model()
+    for scaled in (scale * V, V * scale):
+        torch.testing.assert_close(scaled(), 2 * V())
+        assert scaled.shape == V.shape
+        torch.testing.assert_close(scaled.grad()[0], 2 * V.grad()[0])
+    with pytest.raises(TypeError):
+        V * "2"
+
+
+@pytest.mark.parametrize("scale", [torch.tensor([2.0]), torch.tensor(2.0)])
+def test_a_multiple_has_the_structure_of_the_matrix(scale):
+    V = KroneckerProduct(AR1Matrix(3), AR1Matrix(4))
+    for whole in (model(), V):
+        scaled = HadamardProduct(whole, scale)
+        terms = scaled.terms()
+        assert [type(t.covariance) for t in terms] == [type(t.covariance) for t in whole.terms()]
+        total = sum(term.dense() for term in terms)
+        torch.testing.assert_close(total, 2 * whole())
+
+
+def test_integers_of_numpy_are_sizes():
+    for n in (np.int64(3), np.uint8(3)):
+        for make in (ScalarMatrix, DiagonalMatrix, AR1Matrix, UnstructuredMatrix, IdentityMatrix):
+            assert make(n).shape == (3, 3)
+            assert type(make(n).shape[0]) is int
+
+
+def test_the_jacobian_under_the_name_of_the_original():
+    V = DiagonalMatrix(3)
+    x = torch.tensor([0.0, 0.5, 1.0])
+    torch.testing.assert_close(V.map_theta_to_dv(x), V.manual_grad(x)[0])
+    assert ScalarMatrix(2).fix("sigma^2").map_theta_to_dv() is None
+
+
+def test_operands_grad_is_a_pair_of_lists():
+    V = CovariancePropagation(torch.randn(4, 3), DiagonalMatrix(3))
+    slices, names = V.operands_grad(torch.zeros(3))
+    assert slices[0] is None
+    assert slices[1].shape == (3, 3, 3)
+    assert names == [[], ["op_1/sigma^2_0", "op_1/sigma^2_1", "op_1/sigma^2_2"]]
+
+
+def test_positional_operands_have_numbers_and_keywords_any_order():
+    z, g = DummyMatrix(["a", "b", "c", "a"]), DiagonalMatrix(3)
+    x = torch.tensor([0.0, 0.5, 1.0])
+    V = CovariancePropagation(z, g)
+    assert list(V.operands) == ["op_0", "op_1"]
+    turned = CovariancePropagation(g=g, z=z)
+    assert list(turned.operands) == ["z", "g"]
+    torch.testing.assert_close(turned(x), V(x))
+    jacobian, names = turned.manual_grad(x)
+    assert names == [f"g/sigma^2_{i}" for i in range(3)]
+    expected = torch.zeros(3, 4, 4)
+    for i, rows in enumerate([[0, 3], [1], [2]]):
+        for a in rows:
+            for b in rows:
+                expected[i, a, b] = 2 * math.exp(2 * x[i])
+    torch.testing.assert_close(jacobian, expected)
+
+
+@pytest.mark.parametrize("what", [None, "abc", -1, 2.5, [1], {}, torch.zeros(2, 3), np.zeros(2)])
+@pytest.mark.parametrize("cls", [ScalarMatrix, DiagonalMatrix, AR1Matrix, UnstructuredMatrix])
+def test_sizes_of_the_wrong_kind_are_named(cls, what):
+    with pytest.raises((TypeError, ValueError), match=r"`n` is .*: expected"):
+        cls(what)
+
+
+def test_designs_of_the_wrong_kind_are_named():
+    codes = torch.tensor([0, 1])
+    for build, name in [
+        (lambda: DummyMatrix(list("aabb"), drop_first="no"), "drop_first"),
+        (lambda: DummyMatrix.from_codes(codes, "ab"), "levels"),
+        (lambda: DummyMatrix.from_codes(codes, 0), "levels"),
+        (lambda: DummyMatrix.from_codes([0, 1], 2), "codes"),
+        (lambda: DummyMatrix.from_codes(codes, 2, [1.0, 2.0]), "covariates"),
+        (lambda: DummyMatrix.from_codes(codes, 2, torch.tensor([1.0, torch.nan])), "covariates"),
+        (lambda: Sum(ScalarMatrix(1), torch.tensor([[torch.nan]])), "operand 'op_1'"),
+        (lambda: ScalarMatrix(2).terms([0]), "rows"),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=name) as error:
+            build()
+        assert "\n" not in str(error.value)

@@ -2,11 +2,25 @@
 
 from math import e
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openreml_nn.covariance import CovariancePropagation, DiagonalMatrix, DummyMatrix
+from openreml_nn.covariance import (
+    AR1Matrix,
+    CovariancePropagation,
+    DiagonalMatrix,
+    DummyMatrix,
+    IdentityMatrix,
+    KnownMatrix,
+    KroneckerProduct,
+    ScalarMatrix,
+    Sum,
+    factor_analytic,
+    heterogeneous_ar1,
+)
+from openreml_nn.covariance.terms import RepeatedCovariance
 from tests.strategies import dummies, points, trees
 
 
@@ -40,3 +54,32 @@ def test_one_hot_equals_multiplication(data):
     torch.testing.assert_close(
         V.manual_vjp(weight, at), dense.manual_vjp(weight, at), rtol=1e-12, atol=1e-12
     )
+
+
+@pytest.mark.parametrize(
+    "inner", [lambda: factor_analytic(3, 1), lambda: heterogeneous_ar1(3), lambda: AR1Matrix(3)]
+)
+def test_levels_of_any_small_covariance_stay_independent(inner):
+    z = DummyMatrix.from_codes(torch.arange(8) % 4, 4, torch.randn(8, 3))
+    (term,) = CovariancePropagation(z=z, g=KroneckerProduct(IdentityMatrix(4), inner())).terms()
+    assert isinstance(term.covariance, RepeatedCovariance)
+    assert term.covariance.matrix.shape == (3, 3)
+
+
+@pytest.mark.parametrize("g", [lambda: factor_analytic(4, 2), lambda: heterogeneous_ar1(4)])
+def test_a_random_effect_is_one_term_in_its_own_levels(g):
+    z = DummyMatrix.from_codes(torch.arange(8) % 4, 4)
+    V = CovariancePropagation(z=z, g=g()).double()
+    (term,) = V.terms()
+    assert term.design.codes is z.codes
+    torch.testing.assert_close(term.dense(), V())
+    torch.testing.assert_close(term.covariance.whole(4), V.operands["g"]())
+
+
+def test_a_large_sum_keeps_the_structure_of_its_parts():
+    n = 300
+    V = CovariancePropagation(
+        z=DummyMatrix.from_codes(torch.arange(n), n),
+        g=Sum(kernel=KnownMatrix(torch.eye(n)), own=ScalarMatrix(n)),
+    )
+    assert [term.name for term in V.terms()] == ["kernel", "own"]

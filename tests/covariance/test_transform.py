@@ -8,12 +8,15 @@ import torch
 
 from openreml_nn import InputError, fit_reml
 from openreml_nn.covariance import (
+    AR1Matrix,
     CovariancePropagation,
     DummyMatrix,
     EquicorrelationMatrix,
+    IdentityMatrix,
     MaternMatrix,
     ScalarMatrix,
     Sum,
+    kron,
 )
 from openreml_nn.covariance.transform import (
     Transform,
@@ -31,6 +34,7 @@ from openreml_nn.covariance.transform import (
 INF = math.inf
 REALS, POSITIVE = (-INF, INF), (0.0, INF)
 SHIFT = TransformScaleShift(-2.0, 0.5)
+SHIFT_TO_ONE = TransformScaleShift(2.0, -1.0)
 CORRELATION = TransformChain([TransformSigmoid(), TransformScaleShift(2.0, -1.0)])
 
 
@@ -112,7 +116,10 @@ TRANSFORMS = [
     ),
 ]
 EACH = pytest.mark.parametrize(
-    ("trans", "formula", "domain", "codomain"), TRANSFORMS, ids=lambda t: repr(t)[:60]
+    ("trans", "formula", "domain", "codomain"),
+    TRANSFORMS,
+    # Names that are the same in every process: a function's repr holds its address.
+    ids=[repr(trans) for trans, *_ in TRANSFORMS],
 )
 
 
@@ -366,6 +373,37 @@ def test_estimates_do_not_depend_on_the_transform_of_a_variance(singular):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
         assert float(result.log_likelihood) == pytest.approx(
             float(reference.log_likelihood), abs=1e-8
+        )
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_estimates_do_not_depend_on_the_transform_of_a_correlation(same):
+    q, n = 8, 6
+    torch.manual_seed(0)
+    if same:
+        # A random intercept and nothing else: the best correlation is one.
+        y = torch.randn(q, 1).expand(q, n) + 0.1 * torch.randn(q, n)
+    else:
+        y = torch.randn(q, n).cumsum(1)
+    y, X = y.reshape(-1), torch.ones(q * n, 1)
+
+    def fitted(trans):
+        specs = {"rho": {"fixed": False, "default": torch.zeros(1), "trans": trans}}
+        subject = kron(IdentityMatrix(q), AR1Matrix(n, specs if trans is not None else None))
+        V = Sum(subject=subject, residual=ScalarMatrix(q * n))
+        result = fit_reml(V, y, X)
+        return V.build_params().detach(), result
+
+    expected, reference = fitted(None)
+    assert (expected[1].item() == 1.0) == same
+    for trans in (
+        TransformChain([TransformScaleShift(-1.5, 0.3), TransformSigmoid(), SHIFT_TO_ONE]),
+        TransformChain([TransformSigmoid(), TransformScaleShift(-2.0, 1.0)]),
+    ):
+        found, result = fitted(trans)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+        assert float(result.log_likelihood) == pytest.approx(
+            float(reference.log_likelihood), abs=1e-6
         )
 
 

@@ -282,7 +282,7 @@ def test_specifications_are_matched_by_name():
         (lambda: cov.Gram(cov.ScalarMatrix(2), gram_type="xx"), ValueError, "gram_type"),
         (lambda: cov.Sum(), ValueError, "got 0 operands"),
         (lambda: cov.ScalarMatrix(0), ValueError, "positive"),
-        (lambda: cov.ScalarMatrix(2.5), TypeError, "ints"),
+        (lambda: cov.ScalarMatrix(2.5), TypeError, "integer"),
     ],
 )
 def test_wrong_input_is_refused(make, error, match):

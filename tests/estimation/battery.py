@@ -72,10 +72,8 @@ def make(name: str, build: Callable[..., Callable[[], Matrix]], rng: np.random.G
     n = len(V)
     values, vectors = np.linalg.eigh(V)
     y = vectors @ (np.sqrt(values.clip(0)) * rng.standard_normal(n))
-    if isinstance(p, int):
-        X = np.column_stack([np.ones(n), *rng.standard_normal((p - 1, n))])
-    else:
-        X = p
+    columns = np.ones(n), *rng.standard_normal((p - 1 if isinstance(p, int) else 0, n))
+    X = np.column_stack(columns) if isinstance(p, int) else p
     y = y + X @ rng.standard_normal(X.shape[1])
     return Case(name, lambda: covariance().double(), torch.tensor(y), torch.tensor(X))
 
@@ -83,7 +81,7 @@ def make(name: str, build: Callable[..., Callable[[], Matrix]], rng: np.random.G
 def at(matrix: Matrix, **values: float) -> Matrix:
     """The matrix with natural values of its parameters, by the end of their names."""
     matrix.double()
-    for entry in matrix._layout().entries:
+    for entry in matrix.parameter_entries().entries:
         for end, value in values.items():
             if entry.name.replace("^", "").endswith(end):
                 with torch.no_grad():
@@ -153,7 +151,7 @@ def _within(structure, truth, groups=20, size=4, intercept=False):
         def model(matrix=None):
             R = within(subject, matrix or structure())
             if not intercept:
-                return R if matrix is None else R
+                return R
             z = DummyMatrix(subject)
             return Sum(g=CovariancePropagation(z=z, g=ScalarMatrix(groups)), residual=R)
 
@@ -302,7 +300,15 @@ def _animal_by_trait(rng):
     return model, model().double(), np.eye(2)[np.arange(120) % 2]
 
 
-_ANTE = dict(sigma_0=1.0, sigma_1=1.5, sigma_2=2.0, sigma_3=2.5, rho_0=0.7, rho_1=0.4, rho_2=0.8)
+_ANTE = {
+    "sigma_0": 1.0,
+    "sigma_1": 1.5,
+    "sigma_2": 2.0,
+    "sigma_3": 2.5,
+    "rho_0": 0.7,
+    "rho_1": 0.4,
+    "rho_2": 0.8,
+}
 
 
 def _us(k=4):
@@ -398,12 +404,8 @@ _KINDS = {
         lambda: at(Sum(a=AR1Matrix(50), e=ScalarMatrix(50)), rho=0.8),
     ),
     "common effect": _whole(
-        lambda: (
-            Sum(KroneckerProduct(IdentityMatrix(10), EqualEntryMatrix(5)), e=ScalarMatrix(50))
-            if False
-            else Sum(
-                block=KroneckerProduct(IdentityMatrix(10), EqualEntryMatrix(5)), e=ScalarMatrix(50)
-            )
+        lambda: Sum(
+            block=KroneckerProduct(IdentityMatrix(10), EqualEntryMatrix(5)), e=ScalarMatrix(50)
         )
     ),
     "user kernel": _whole(_user_kernel),

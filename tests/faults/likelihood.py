@@ -27,8 +27,8 @@ FAULTS = [
     Fault(
         "dense prediction-error variances forget the fixed effects",
         "openreml_nn/likelihood/dense.py",
-        "RandomEffects.of(term, b, _within(term, projector))",
-        "RandomEffects.of(term, b, _within(term, torch.cholesky_inverse(self._L)))",
+        "upper=True), lost], 1)",
+        "upper=True), 0 * lost], 1)",
         DENSE,
     ),
     Fault(
@@ -76,8 +76,8 @@ FAULTS = [
     Fault(
         "blocked prediction-error variances forget the fixed effects",
         "openreml_nn/likelihood/grouped.py",
-        "problem.split_blocks(z.B1 - z.R1)",
-        "problem.split_blocks(z.B1)",
+        "values[0][:, at : at + w], spread + added @ added.mT",
+        "values[0][:, at : at + w], spread",
         BLOCKED,
     ),
     Fault(
@@ -125,8 +125,8 @@ FAULTS = [
     Fault(
         "spectral prediction-error variances forget the data",
         "openreml_nn/likelihood/spectral.py",
-        "kept = weight * sigma - half.mT @ half",
-        "kept = weight * sigma - 0 * half.mT @ half",
+        "kept = weight * sigma @ half",
+        "kept = weight * sigma + 0 * half",
         SPECTRAL,
     ),
     Fault(
@@ -155,14 +155,14 @@ FAULTS = [
         "openreml_nn/likelihood/krylov.py",
         "return samples - control.reshape",
         "return samples + control.reshape",
-        f"{KRYLOV} -k 'relatives or pedigree'",
+        "tests/likelihood/test_probes.py",
     ),
     Fault(
         "the error of an estimated likelihood is that of one probe",
         "openreml_nn/likelihood/krylov.py",
         "samples.std() / len(samples) ** 0.5 / 2",
         "samples.std() / 2",
-        f"{KRYLOV} -k accurate",
+        "tests/likelihood/test_probes.py",
     ),
     Fault(
         "krylov prediction-error variances of relatives forget the fixed effects",

@@ -186,8 +186,8 @@ FAULTS = [
     Fault(
         "coefficients of a rank-deficient model move up",
         MODULE,
-        "self.beta[list(self.result.fixed.columns)] = self.result.fixed.estimate",
-        "self.beta[: len(self.result.fixed.columns)] = self.result.fixed.estimate",
+        "self.beta[list(fixed.columns)] = fixed.estimate",
+        "self.beta[: len(fixed.columns)] = fixed.estimate",
         "tests/test_lightning.py -k rank",
     ),
     Fault(

@@ -135,8 +135,8 @@ FAULTS = [
     Fault(
         "a caterpillar's intervals are of one standard error",
         "openreml_nn/report/plots.py",
-        'half = 1.96 * part["std_error"]',
-        'half = part["std_error"]',
+        "middle, half = blup[order], 1.96 * error[order]",
+        "middle, half = blup[order], error[order]",
         "tests/test_report.py -k plots",
     ),
     Fault(

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,10 +20,13 @@ import torch
 from openreml_nn import NumericalError, REMLLoss
 from openreml_nn import covariance as c
 from openreml_nn.covariance.terms import residual_terms
+from openreml_nn.likelihood import krylov
 from openreml_nn.likelihood.grid import GridTerms
 from openreml_nn.likelihood.grouped import Layout, separated
+from openreml_nn.likelihood.krylov import KrylovProblem
 from openreml_nn.likelihood.spectral import spectral_terms
 from tests.likelihood.exact import IS_LONG, LONG, Answer, Exact, answer, cholesky
+from tests.likelihood.test_krylov import every_sign
 from tests.strategies import distances, kinship, pedigree
 
 #: Largest relative errors.
@@ -149,6 +153,23 @@ class Maker:
                     for name in dict(module.named_parameters(recurse=False))
                 )
 
+    def relatives(self, n: int, unit: float) -> tuple[dict[str, c.Matrix], list[str]]:
+        """A kernel over the rows, of one trait or of two."""
+        t = 2 if n % 2 == 0 and self.chance(0.5) else 1
+        K = self.leaf(n // t, self.one_of(["known", "pedigree", "exponential"]))
+        if isinstance(K, c.ExponentialMatrix):
+            K = c.KnownMatrix(K.double()().detach())
+        if t == 2:
+            K.fix("sigma^2", 0.0)
+            K = c.KroneckerProduct(K, c.UnstructuredMatrix(2))
+        log_sd = float(self.rng.uniform(-8, 12))
+        self.set(K, unit + log_sd)
+        codes = torch.from_numpy(self.rng.permutation(n))
+        z = c.DummyMatrix.from_codes(codes, n)
+        return {"t0": c.CovariancePropagation(z=z, g=K)}, [
+            f"kernel {n // t} x {t} at {log_sd:+.1f}"
+        ]
+
     def model(self) -> Model:
         rng = self.rng
         n = int(rng.integers(9, 36))
@@ -171,7 +192,10 @@ class Maker:
             self.set(g, log_sd)
             parts[f"t{i}"] = c.CovariancePropagation(z=z, g=g)
             text.append(f"{_named(g)} of {q + extra} x {k} at {log_sd - unit:+.1f}")
-        if self.chance(0.12):
+        related = self.chance(0.08)
+        if related:
+            parts, text = self.relatives(n, unit)
+        elif self.chance(0.12):
             r = self.one_of([2, 3, 4])
             n_grid = n // r * r
             if n_grid == n:
@@ -180,7 +204,7 @@ class Maker:
                 parts["field"] = field
                 text.append(f"field {r} x {n // r}")
         left = self.residual(n, inner if self.chance(0.5) else np.arange(n) // 3)
-        if "field" in parts:
+        if "field" in parts or related:
             left = {"residual": c.ScalarMatrix(n)}
         for name, matrix in left.items():
             self.set(matrix, unit)
@@ -224,6 +248,12 @@ def solvers(m: Model) -> list[str]:
         found.append("grid")
     if residual_terms(terms) and spectral_terms(terms) is not None:
         found.append("spectral")
+    parts = separated(terms)
+    if "blocked" in found and KrylovProblem.fits(parts):
+        rest = Layout.of(parts).rest
+        # With every pattern of signs it is exact.
+        if sum(parts[i].design.shape[1] for i in rest) <= 6:
+            found.append("krylov")
     return found
 
 
@@ -276,7 +306,8 @@ def examine(seed: int) -> tuple[Model, dict[str, dict[str, float] | str]]:
         found: dict[str, dict[str, float] | str] = {}
         for solver in solvers(m):
             try:
-                found[solver] = errors(m, solver, expected)
+                with mock.patch.multiple(krylov, _signs=every_sign, _PROBE_TOLERANCE=1e-13):
+                    found[solver] = errors(m, solver, expected)
             except NumericalError as error:
                 found[solver] = str(error)
     return m, found

@@ -342,7 +342,7 @@ def test_marginal_means_that_cannot_be():
     result = fitted("oats")
     for call, message in [
         (lambda: emmeans(result, "Block"), "expected some of \\['Variety'\\]"),
-        (lambda: emmeans(result, "Variety", at={"rain": 1.0}), "`at` is 'rain'"),
+        (lambda: emmeans(result, "Variety", at={"rain": 1.0}), "`at` has 'rain'"),
         (lambda: emmeans(result, "Variety").pairs("holm"), "`adjust` is 'holm'"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -421,7 +421,10 @@ def test_a_singular_fit_is_explained():
     b = rng.standard_normal(30)[table["g"]]
     table["y"] = b + 0.5 * b * table["x"] + 0.5 * rng.standard_normal(300)
     together = lmm("y ~ x + (x | g)", table)
-    assert any("the correlation of (Intercept) and x is 1.000" in s for s in diagnose(together))
+    assert any(
+        "the correlation of (Intercept) and x between levels of g is 1.000" in s
+        for s in diagnose(together)
+    )
 
 
 def test_other_troubles_are_explained():

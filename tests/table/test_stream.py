@@ -229,3 +229,9 @@ def test_the_error_of_one_process_ends_all(tmp_path):
     data.to_parquet(path)
     for _, error in on_two_processes(tmp_path, path, "y ~ x + (1 | item)"):
         assert "'x' is inf in row" in error.splitlines()[-1]
+
+
+@pytest.mark.parametrize("method", ["ML", "REML", "nonsense", None, 1])
+def test_a_method_that_does_not_exist_is_refused_before_the_file_is_read(method):
+    with pytest.raises(ValueError, match=r"`method` is .*: expected 'reml' or 'ml'"):
+        fit_stream("y ~ 1 + (1 | g)", "none.csv", method=method)
