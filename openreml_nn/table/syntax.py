@@ -158,6 +158,8 @@ class _Parser:
 
     def whole(self) -> Node:
         node = self._expression(0)
+        if self._is(")"):
+            raise self._error("')' without '('")
         if self._kind() != "end":
             raise self._error(f"{self._shown()} is unexpected")
         return node
@@ -192,6 +194,8 @@ class _Parser:
         return kind == "operator" and text in operators
 
     def _take(self, operator: str) -> None:
+        if operator == ")" and self._kind() == "end":
+            raise self._error("'(' without ')'")
         if not self._is(operator):
             raise self._error(f"{self._shown()} stands where {operator!r} is expected")
         self._at += 1

@@ -150,7 +150,7 @@ def test_bundled_data_sets(name):
     found = encode(datasets.FORMULAS[name], table)
     assert len(found.y) == len(table)
     assert found.dropped_rows == 0
-    with pytest.raises(ValueError, match="expected one of"):
+    with pytest.raises(ValueError, match="`name` is 'nothing'"):
         datasets.table_path("nothing")
 
 

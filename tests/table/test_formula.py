@@ -92,3 +92,26 @@ def test_columns_of_a_part():
         "y ~ log(x) + `a b` + I(`c d` * z) + C(f, contr.treatment('k')) + total.fruits:TRUE.x"
     )
     assert found.fixed.columns == ["x", "a b", "c d", "z", "f", "total.fruits", "TRUE.x"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("y ~ x + (1 | g", "'(' without ')'"),
+        ("y ~ x + 1 | g)", "')' without '('"),
+        ("y ~ x + log(x", "stands where ',' is expected"),
+        ("y ~ x + 1 | g", "a term of its own in parentheses"),
+        ("y ~ x + (1 | g + h)", "for two grouping factors"),
+        ("y ~ x + (. | g)", "fixed effects only"),
+        ("y ~ x ? z", "'? z' is unexpected"),
+        ("y ~ x + 3", "3 is no term, expected 0 or 1"),
+        ("y ~ (x + z)^0.5", "expected a whole power"),
+        ("y ~ x %o% z", "operator '%o%' is not allowed"),
+        ("y ~ x + offset(z):x", "expected offset(x), a term alone"),
+        ("cbind(y, z) ~ x", "'cbind()' is not allowed"),
+    ],
+)
+def test_what_does_not_parse_is_told_where(text, message):
+    with pytest.raises(InputError) as caught:
+        parse_formula(text)
+    assert message in str(caught.value)
