@@ -121,7 +121,8 @@ class Matrix(Parametrized):
             raise InputError(
                 f"`grad_mode` is {self.grad_mode!r}: expected 'default', 'manual' or 'auto'"
             )
-        closed = self.grad_mode == "default" and self.has_closed_form() and not hooked(self)
+        written = type(self).manual_grad is not Matrix.manual_grad and self.has_closed_form()
+        closed = self.grad_mode == "default" and written and not hooked(self)
         if closed or self.grad_mode == "manual":
             return self.manual_grad(free_params)
         return self.auto_grad(free_params)

@@ -22,7 +22,7 @@ __all__ = ["AIREML", "Coordinates", "Curvature", "Past", "Step", "average_inform
 
 
 #: The curvature is learned from steps within this many standard errors, squared.
-_NEAR = 1.0
+_NEAR = 0.01
 
 
 class Step(NamedTuple):
@@ -358,7 +358,7 @@ class _Stepper:
         candidates = [torch.where(ends, bound, target), target, torch.where(ends, halfway, target)]
         values = [self._at(candidates[0]), reached, self._at(candidates[2])]
         best = values.index(max(values))
-        if values[0] >= values[best] - self._slack / 100:
+        if values[0] >= values[best] - self._slack:
             best = 0
         if values[best] < least:
             return None
@@ -397,7 +397,7 @@ class _Stepper:
             target = c.u.clone()
             target[j] = bound[j]
             reached = self._at(target)
-            if reached >= self._start - self._slack / 100:
+            if reached >= self._start - self._slack:
                 return reached
         if bool(near.any()):
             self._at(c.u)

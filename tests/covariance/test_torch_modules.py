@@ -484,6 +484,19 @@ def test_a_matrix_needs_its_formula_only(cls):
     assert kinds <= {type(None), torch.Tensor, nn.Parameter}
 
 
+def test_a_pull_back_alone_is_enough():
+    class Pulled(Natural):
+        def manual_vjp(self, cotangent, free_params=None):
+            return 2 * self.build_params(free_params) * cotangent.diagonal().sum()
+
+    V, x = Pulled(3), torch.tensor([0.2])
+    assert V(x.requires_grad_()).grad_fn.name() == "ClosedFormBackward"
+    slope = 2 * math.exp(0.4) * torch.eye(3)
+    for way in (torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(way(V)(x.detach())[..., 0], slope)
+    torch.testing.assert_close(V.grad(x.detach())[0][0], slope)
+
+
 def test_a_formula_of_the_wrong_shape_is_named():
     class Vector(Matrix):
         def forward(self, free_params=None):

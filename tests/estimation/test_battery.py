@@ -126,8 +126,8 @@ def test_what_ends_at_a_boundary_is_exactly_there():
     assert result.parameters[0].value == 0.0
     # Two occasions of each subject that are equal but for noise: their correlation is 1.
     torch.manual_seed(3)
-    b = torch.randn(40).double().repeat_interleave(6)
-    y = 2 * b + 0.3 * torch.randn(240).double()
+    b = torch.randn(40, dtype=torch.float32).double().repeat_interleave(6)
+    y = 2 * b + 0.3 * torch.randn(240, dtype=torch.float32).double()
     z = DummyMatrix.from_codes(torch.arange(240) // 3, 80)
     g = KroneckerProduct(IdentityMatrix(40), CompoundSymmetricMatrix(2))
     V = Sum(g=CovariancePropagation(z=z, g=g), residual=ScalarMatrix(240)).double()
