@@ -15,7 +15,7 @@ from openreml_nn.estimation import (
     residual,
 )
 from openreml_nn.likelihood import REMLLoss, restricted_log_likelihood
-from openreml_nn.lmm import lmm
+from openreml_nn.linear import lmm
 from openreml_nn.model import MixedModel, RandomEffect
 from openreml_nn.stream import fit_stream
 

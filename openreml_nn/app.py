@@ -29,15 +29,17 @@ from openreml_nn.files import replacing, write_text
 
 if TYPE_CHECKING:
     from openreml_nn.lightning import MixedModelModule, TabularMixedModule
+    from openreml_nn.table import TableFile
 
 __all__ = ["main", "quoted"]
 
 #: Options whose values are free text; Hydra's grammar would trip over brackets and bars.
 _TEXT = re.compile(
-    r"\+{0,2}(model\.formula|model\.residual|data\.formula|data\.path|checkpoint|resume|path|output)"
-    r"=(.*)",
+    r"\+{0,2}(model\.formula|model\.residual|data\.formula|data\.separator|data\.decimal|data\.comment"
+    r"|data\.path|checkpoint|resume|path|output)=(.*)",
     re.DOTALL,
 )
+_CHOICE = re.compile(r"choice\((\s*[\"'].*[\"']\s*)\)", re.DOTALL)
 #: What the disk or the user's rights can do to a run; all else is a fault of ours.
 _DISK = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR}
 
@@ -71,9 +73,12 @@ def quoted(argument: str) -> str:
     "model.formula='y ~ x + (1 | g)'"
     """
     found = _TEXT.fullmatch(argument)
-    if not found or not found[2] or found[2][0] in "'\"" or found[2].startswith("choice("):
+    if found and (choices := _CHOICE.fullmatch(found[2])):
+        # Hydra takes the quotes off what choice() holds, and then fails to parse it.
+        return f"{argument[: found.start(2)]}{choices[1]}"
+    if not found or not found[2] or found[2][0] in "'\"" or found[2] == "null":
         return argument
-    if not found[1].endswith(("formula", "residual")) and _parses(argument):
+    if found[1].endswith(("path", "checkpoint", "resume", "output")) and _parses(argument):
         return argument  # a sweep over files stays one
     text = re.sub(r"(\\*)'", r"\1\1\\'", found[2])
     trailing = len(text) - len(text.rstrip("\\"))
@@ -260,14 +265,13 @@ def _fit_chunks(config: DictConfig, model: MixedModelModule | TabularMixedModule
 
 
 def _predict(config: DictConfig, directory: Path) -> None:
-    from openreml_nn.data import read_table
+    from openreml_nn.table import write_table
 
-    path, checkpoint = str(config.data.path), str(config.checkpoint)
-    model = _load(checkpoint)
-    model.encoder.source = f"file {path!r}"
-    found = model.predict(read_table(path))
-    with replacing(directory / "predictions.csv") as temporary:
-        found.to_csv(temporary, index_label="row")
+    table = _file(config.data)
+    model = _load(str(config.checkpoint))
+    model.encoder.source = f"file {str(table)!r}"
+    found = model.predict(table.read())
+    write_table(found, directory / "predictions.csv", index_label="row")
     print(f"{len(found)} predictions written to {_shown(directory / 'predictions.csv')}")
 
 
@@ -282,11 +286,11 @@ def _configs() -> Path:
 
 
 def _table(config: DictConfig) -> Any:
-    """The path of the table, or a simulated one."""
+    """The file of the table, or a simulated one."""
     from openreml_nn.datasets import SIMULATED, table_path
 
     if config.data.path is not None:
-        return str(config.data.path)
+        return _file(config.data)
     if config.data.name in SIMULATED:
         simulate: Any = SIMULATED[config.data.name]
         return simulate()
@@ -294,6 +298,21 @@ def _table(config: DictConfig) -> Any:
         return str(table_path(config.data.name))
     except ValueError as error:
         raise InputError(str(error)) from None
+
+
+def _file(data: DictConfig) -> TableFile:
+    """The table in a file, read as the options of text say."""
+    from openreml_nn.table import TableFile
+
+    missing = data.missing if OmegaConf.is_list(data.missing) else [data.missing]
+    return TableFile(
+        str(data.path),
+        separator="\t" if data.separator == "\\t" else data.separator,
+        decimal=data.decimal,
+        encoding=data.encoding,
+        missing=[str(mark) for mark in missing if mark is not None],
+        comment=data.comment,
+    )
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -399,6 +418,10 @@ _KINDS: dict[str, _Kind] = {
     "logger": _NODES,
     "data.chunk_rows": _ROWS,
     "data.validation": _SHARE,
+    "data.separator": _NAME,
+    "data.decimal": _TEXT_KIND,
+    "data.encoding": _TEXT_KIND,
+    "data.comment": _NAME,
     "data.split": _TEXT_KIND,
     "data.split_by": _NAME,
     "model.formula": _TEXT_KIND,

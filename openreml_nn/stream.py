@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,6 @@ from torch import Tensor, distributed
 
 from openreml_nn.checks import check_count, check_flag, check_instance, check_names, check_text
 from openreml_nn.covariance.design import IndexedDesign
-from openreml_nn.data import Encoded, Encoder, RandomDesign
 from openreml_nn.errors import InputError
 from openreml_nn.estimation import Result
 from openreml_nn.estimation.fit import checked, iterate, start_by_moments
@@ -33,13 +30,16 @@ from openreml_nn.likelihood.fixed import FixedPart, aliased_columns, null_space
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import Plan
 from openreml_nn.likelihood.products import Statistics
+from openreml_nn.table import Encoded, Encoder, RandomDesign, TableFile
+from openreml_nn.table.encoder import group_key
+from openreml_nn.table.formula import MixedFormula, RandomPart
 
 __all__ = ["Streamed", "accumulate", "fit_stream"]
 
 
 def fit_stream(
     formula: str,
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | TableFile,
     *,
     chunk_rows: int = 1_000_000,
     categorical: Sequence[str] = (),
@@ -55,12 +55,12 @@ def fit_stream(
     ``torch.distributed`` process group every process reads its share of the
     chunks, and all get the same result.
 
-    Columns of text among the fixed effects are read once more beforehand, for
-    their levels.
+    Text is read once more beforehand, for the types of its columns, and so are factors among the
+    effects, for their levels.
 
     Args:
         formula: an lme4-style formula.
-        path: a Parquet file, or a CSV file.
+        path: of a Parquet or CSV file, a folder, or a :class:`TableFile`.
         chunk_rows: rows that are held at a time.
         categorical: numeric columns to be taken as factors.
         method: ``"reml"`` or ``"ml"``.
@@ -112,6 +112,7 @@ class Streamed:
 
     def fit(self, method: str = "reml", max_iterations: int = 200) -> Result:
         """The fit by AI-REML."""
+        check_method(method)
         covariance = self.skeleton.covariance()
         terms = covariance.terms()
         problem = BlockedProblem(self.fixed, terms, method, self.statistics)
@@ -126,85 +127,52 @@ class Streamed:
 
 def accumulate(
     formula: str,
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | TableFile,
     chunk_rows: int = 1_000_000,
     categorical: Sequence[str] = (),
     progress: bool = True,
 ) -> Streamed:
     """Read a file chunk by chunk and keep its cross-products; see :func:`fit_stream`."""
     check_count("chunk_rows", chunk_rows, 1)
-    file = _File(path, chunk_rows)
-    encoder = Encoder(formula, categorical, f"file {str(path)!r}")
-    categories = _fixed_levels(file, encoder)
+    file = path if isinstance(path, TableFile) else TableFile(path)
+    encoder = Encoder(formula, categorical, f"file {str(file)!r}")
+    _check_formula(encoder.formula)
+    found: _Parts | InputError
+    try:
+        found = _summed(file, encoder, chunk_rows, progress)
+    except InputError as error:
+        found = error  # told to all processes, none of which may wait for this one
+    return _joined(_gathered(found)).whole(encoder)
+
+
+def _check_formula(formula: MixedFormula) -> None:
+    if formula.stateful:
+        raise InputError(
+            f"formula {formula.text!r}: {formula.stateful[0]!r} needs all rows at once: write its "
+            "result into a column, or leave out `chunk_rows`"
+        )
+
+
+def _summed(file: TableFile, encoder: Encoder, rows: int, progress: bool) -> _Parts:
+    """What this process keeps of its chunks."""
+    columns = _columns(encoder, file)
+    rank, size = _rank()
+    encoder.survey(file.chunks(rows, columns))
     parts = _Parts()
-    for chunk in file.chunks(_columns(encoder, file), progress):
-        parts.add(encoder, chunk, categories)
-    return parts.whole(encoder, categories)
+    with Progress(disable=not progress or rank > 0, transient=True) as bar:
+        task = bar.add_task(f"reading {file}", total=file.count())
+        for i, chunk in enumerate(file.chunks(rows, columns)):
+            # The first chunk sets the scale, which all processes must have alike.
+            if i % size == rank or parts.scale is None:
+                parts.add(encoder, chunk, i % size == rank)
+            bar.advance(task, len(chunk))
+    return parts
 
 
-# ---------------------------------------------------------------------- reading
-
-
-class _File:
-    """A Parquet or CSV file in chunks, shared among the processes of a group."""
-
-    def __init__(self, path: str | os.PathLike[str], chunk_rows: int) -> None:
-        self.path, self.rows = Path(path), chunk_rows
-        if not self.path.is_file():
-            raise InputError(f"file {str(path)!r} does not exist: expected a CSV or Parquet file")
-        self._parquet = self.path.suffix.lower() == ".parquet"
-        if not self._parquet and ".csv" not in self.path.suffixes[-2:]:
-            raise InputError(f"file {str(path)!r}: only CSV and Parquet files are read in chunks")
-
-    def head(self) -> pd.DataFrame:
-        """The first rows."""
-        return next(self._all(None, 1000), pd.DataFrame())
-
-    def chunks(self, columns: list[str], progress: bool) -> Iterator[pd.DataFrame]:
-        """This process's chunks of some columns."""
-        rank, size = _rank()
-        with Progress(disable=not progress or rank > 0, transient=True) as bar:
-            task = bar.add_task(f"reading {self.path.name}", total=self._total())
-            for i, chunk in enumerate(self._all(columns, self.rows)):
-                if i % size == rank:
-                    yield chunk
-                bar.advance(task, len(chunk))
-
-    def _total(self) -> int | None:
-        if not self._parquet:
-            return None
-        import pyarrow.parquet as pq
-
-        with self._told(), pq.ParquetFile(self.path) as source:
-            return int(source.metadata.num_rows)
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Turn an error of reading into one that names the file."""
-        try:
-            yield
-        except InputError:
-            raise
-        except (OSError, ValueError, pd.errors.ParserError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(f"file {str(self.path)!r} cannot be read: {reason}") from None
-
-    def _all(self, columns: list[str] | None, rows: int) -> Iterator[pd.DataFrame]:
-        if not self._parquet:
-            with self._told():
-                reader = pd.read_csv(self.path, usecols=columns, chunksize=rows)
-            with reader:
-                while True:
-                    with self._told():
-                        chunk = next(reader, None)
-                    if chunk is None:
-                        return
-                    yield chunk
-        import pyarrow.parquet as pq
-
-        with self._told(), pq.ParquetFile(self.path) as source:
-            for batch in source.iter_batches(rows, columns=columns):
-                yield batch.to_pandas()
+def _columns(encoder: Encoder, file: TableFile) -> list[str]:
+    """The columns that are read: all of the file where the formula says '.'."""
+    needed = list(dict.fromkeys([*encoder.columns(), *encoder.categorical]))
+    return file.columns() if encoder.formula.fixed.is_open else needed
 
 
 def _rank() -> tuple[int, int]:
@@ -214,73 +182,46 @@ def _rank() -> tuple[int, int]:
     return 0, 1
 
 
-def _columns(encoder: Encoder, file: _File) -> list[str]:
-    needed = [*encoder.columns(), *encoder.categorical]
-    head = file.head()
-    for column in needed:
-        if column not in head.columns:
-            near = ", ".join(map(str, head.columns[:20]))
-            raise InputError(f"{encoder.source} has no column {column!r}: its columns are {near}")
-    return list(dict.fromkeys(needed))
-
-
-def _fixed_levels(file: _File, encoder: Encoder) -> dict[str, list[str]]:
-    """Levels of the factors among the fixed effects, which all chunks must agree on."""
-    _columns(encoder, file)
-    factors = encoder.fixed_factors(file.head())
-    if not factors:
-        return {}
-    seen: dict[str, pd.Series] = {}
-    for chunk in file._all(factors, file.rows):
-        for name in factors:
-            new = chunk[name].dropna().drop_duplicates()
-            seen[name] = new if name not in seen else pd.concat([seen[name], new]).drop_duplicates()
-    return encoder.levels_of(
-        pd.DataFrame({name: s.reset_index(drop=True) for name, s in seen.items()})
-    )
-
-
 # ---------------------------------------------------------------------- adding up
 
 
 @dataclass
 class _Parts:
-    """The statistics of the chunks so far, with the levels that they have met."""
+    """What a process keeps of its chunks: statistics, with the levels that they have met.
+
+    Attributes:
+        levels: for each random effect its levels, as tuples of the labels of their columns.
+        orders: how the labels of each grouping column are sorted, see :attr:`Encoder.orders`.
+        statistics: cross-products of all terms; None before the first row.
+        scale: how X and y are made well conditioned, see :func:`_conditioned`.
+        encoded: a chunk, for names and designs.
+        dropped: rows that miss a value.
+    """
 
     levels: list[pd.Index] = field(default_factory=list)
+    orders: dict[str, str | dict[str, int]] = field(default_factory=dict)
     statistics: Statistics | None = None
     scale: tuple[Tensor, Tensor] | None = None
     encoded: Encoded | None = None
     dropped: int = 0
-    numeric: dict[str, bool] = field(default_factory=dict)
 
-    def add(self, encoder: Encoder, chunk: pd.DataFrame, categories: dict[str, list[str]]) -> None:
-        """Take a chunk in."""
-        columns = encoder.columns()
-        complete = chunk[columns].notna().all(axis=1).sum()
-        self.dropped += len(chunk) - int(complete)
-        for name in columns:
-            is_number = pd.api.types.is_numeric_dtype(chunk[name])
-            self.numeric[name] = self.numeric.get(name, True) and is_number
-        if not complete:
+    def add(self, encoder: Encoder, chunk: pd.DataFrame, own: bool) -> None:
+        """Take a chunk in; one of another process only sets the scale."""
+        encoded = encoder.encode(chunk)
+        self.dropped += encoded.dropped_rows if own else 0
+        if not len(encoded.X):
             return
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # rows left out are counted, and told of at the end
-            encoded = encoder.fit(chunk, categories)
-        if any(state for key, state in encoder.state["transforms"].items() if key != "response"):
-            raise InputError(
-                f"{encoder.source}: a function such as scale, center or poly needs all rows at "
-                "once: write its result into a column"
-            )
-        self.encoded = encoded
-        assert encoded.y is not None
+        self.encoded, self.orders = encoded, encoder.orders
+        y = encoded.adjusted
         if self.scale is None:
-            self.scale = _shared(_conditioned(encoded.X, encoded.y))
+            self.scale = _conditioned(encoded.X, y)
+        if not own:
+            return
         T, offset = self.scale
-        f = torch.cat([encoded.X @ T, (encoded.y - encoded.X @ offset)[:, None]], 1)
+        f = torch.cat([encoded.X @ T, (y - encoded.X @ offset)[:, None]], 1)
         designs = [IndexedDesign(d.codes, d.values, len(d.levels)) for d in encoded.random]
-        labels = [pd.Index(_keys(encoder, d), dtype=object) for d in encoded.random]
-        self.join(labels, Statistics.of(designs, f))
+        groups = [encoder.learned.groups[group_key(part)] for part in encoder.formula.random]
+        self.join([_index(group.parts) for group in groups], Statistics.of(designs, f))
 
     def join(self, labels: Sequence[pd.Index], other: Statistics) -> None:
         """Add statistics whose levels have these labels."""
@@ -300,15 +241,8 @@ class _Parts:
         kept = self.statistics.relabelled(same, sizes)
         self.statistics = kept + other.relabelled(places, sizes)
 
-    def whole(self, encoder: Encoder, categories: dict[str, list[str]]) -> Streamed:
-        """All processes' parts together, with levels in order."""
-        for i, (labels, statistics, dropped, numeric) in enumerate(_gathered(self)):
-            if i == 0:
-                self.levels, self.statistics, self.dropped = [], None, 0
-            self.dropped += dropped
-            self.numeric = {k: self.numeric.get(k, True) and v for k, v in numeric.items()}
-            if statistics is not None:
-                self.join(labels, statistics)
+    def whole(self, encoder: Encoder) -> Streamed:
+        """The sums over all rows, with levels in order."""
         if self.statistics is None or self.encoded is None or self.scale is None:
             raise InputError(f"{encoder.source}: every row has a missing value")
         if self.dropped:
@@ -319,7 +253,9 @@ class _Parts:
                 stacklevel=4,
             )
         names, y_size = self.encoded.names, self.statistics.products.ff[-1, -1].sqrt()
-        orders = [self._order(index, d) for index, d in zip(self.levels, self.encoded.random)]
+        parts = encoder.formula.random
+        encoder.orders = self.orders
+        orders = [_order(i, encoder, part) for i, part in zip(self.levels, parts, strict=True)]
         places = []
         for order in orders:
             place = torch.empty(len(order), dtype=torch.long)
@@ -328,33 +264,29 @@ class _Parts:
         statistics = self.statistics.relabelled(places, [len(order) for order in orders])
         fixed, statistics = _orthonormal(self.scale, statistics, names)
         levels = [index[order] for index, order in zip(self.levels, orders, strict=True)]
-        designs = _skeletons(self.encoded.random, levels, statistics)
-        rows = len(designs[0].codes) if designs else 1
-        encoder.learn_levels(designs, levels, categories, self.numeric)
+        for part, labels in zip(parts, levels, strict=True):
+            encoder.learn_group(part, list(labels))
+        designs = _skeletons(encoder, self.encoded.random, statistics)
         for design in designs:
-            encoder._check_size(design, statistics.rows)
+            encoder.check_size(design, statistics.rows)
+        rows = len(designs[0].codes) if designs else 1
         X = torch.zeros(rows, len(names), dtype=torch.float64)
         skeleton = Encoded(None, X, names, tuple(designs), np.arange(rows), self.dropped)
         return Streamed(encoder, skeleton, statistics, fixed, names, float(y_size), self.dropped)
 
-    def _order(self, index: pd.Index, design: RandomDesign) -> np.ndarray:
-        """Numbers by size and all else by spelling, factor by factor, as in one table."""
-        numeric = [self.numeric.get(name, False) for name in design.group.split(":")]
 
-        def key(label: tuple[str, ...]) -> tuple[Any, ...]:
-            return tuple(float(x) if n else x for x, n in zip(label, numeric, strict=True))
-
-        return np.array(sorted(range(len(index)), key=lambda i: key(index[i])), dtype=np.int64)
+def _order(index: pd.Index, encoder: Encoder, part: RandomPart) -> np.ndarray:
+    """Column by column in the order that the levels of one table have."""
+    keys = [encoder.sort_key(name) for name in part.factors]
+    sort = [tuple(key(item) for key, item in zip(keys, label, strict=True)) for label in index]
+    return np.array(sorted(range(len(sort)), key=sort.__getitem__), dtype=np.int64)
 
 
-def _keys(encoder: Encoder, design: RandomDesign) -> list[tuple[str, ...]]:
-    """A chunk's levels as tuples of the labels of their factors."""
-    known = encoder.state["groups"][design.group]
-    rest, parts = np.asarray(known["cells"]), []
-    for labels in reversed(known["columns"]):
-        parts.append(np.asarray(labels, dtype=object)[rest % len(labels)])
-        rest = rest // len(labels)
-    return list(zip(*reversed(parts), strict=True))
+def _index(labels: Sequence[tuple[str, ...]]) -> pd.Index:
+    """Tuples as values of one index, also where they have one entry."""
+    values = np.empty(len(labels), dtype=object)
+    values[:] = labels
+    return pd.Index(values, dtype=object, tupleize_cols=False)
 
 
 def _conditioned(X: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -406,18 +338,18 @@ def _orthonormal(
 
 
 def _skeletons(
-    designs: Sequence[RandomDesign], levels: Sequence[pd.Index], statistics: Statistics
+    encoder: Encoder, designs: Sequence[RandomDesign], statistics: Statistics
 ) -> list[RandomDesign]:
     """Designs of few rows with the sizes of all: each effect's value is its root mean square."""
-    rows = max((len(index) for index in levels), default=0) + len(designs)
+    levels = [encoder.learned.groups[group_key(p)].labels for p in encoder.formula.random]
+    rows = max(map(len, levels), default=0) + len(designs)
     groups = list(dict.fromkeys(d.group for d in designs))
     found = []
-    for t, (d, index) in enumerate(zip(designs, levels, strict=True)):
+    for t, (d, labels) in enumerate(zip(designs, levels, strict=True)):
         # Different factors have different codes, whatever their numbers of levels.
-        codes = (torch.arange(rows) + groups.index(d.group)) % len(index)
+        codes = (torch.arange(rows) + groups.index(d.group)) % len(labels)
         square = statistics.products.zz[t, t].diagonal(dim1=1, dim2=2).sum(0) / statistics.rows
         values = square.sqrt().expand(rows, -1).clone()
-        labels = tuple(":".join(parts) for parts in index)
         found.append(RandomDesign(d.name, d.group, d.effects, labels, codes, values))
     return found
 
@@ -425,22 +357,36 @@ def _skeletons(
 # ---------------------------------------------------------------------- processes
 
 
-def _shared(scale: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The first process's, for all."""
-    if _rank()[1] > 1:
-        kept = [scale]
-        distributed.broadcast_object_list(kept, src=0)
-        return kept[0]
-    return scale
-
-
-def _gathered(
-    parts: _Parts,
-) -> list[tuple[list[pd.Index], Statistics | None, int, dict[str, bool]]]:
-    own = (parts.levels, parts.statistics, parts.dropped, parts.numeric)
+def _gathered(own: _Parts | InputError) -> list[_Parts | InputError]:
+    """What each process has."""
     size = _rank()[1]
     if size == 1:
         return [own]
     found: list[Any] = [None] * size
     distributed.all_gather_object(found, own)
     return found
+
+
+def _joined(parts: Sequence[_Parts | InputError]) -> _Parts:
+    """The sum of all processes' parts.
+
+    Raises:
+        InputError: the first that a process met.
+    """
+    for part in parts:
+        if isinstance(part, InputError):
+            raise part
+    total = _Parts()
+    for part in parts:
+        assert isinstance(part, _Parts)
+        total.scale = part.scale or total.scale
+        total.encoded = part.encoded or total.encoded
+        total.dropped += part.dropped
+        for name, order in part.orders.items():
+            kept = total.orders.setdefault(name, order)
+            if isinstance(kept, dict) and isinstance(order, dict):
+                for label in order:
+                    kept.setdefault(label, len(kept))
+        if part.statistics is not None:
+            total.join(part.levels, part.statistics)
+    return total

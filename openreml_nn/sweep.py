@@ -72,15 +72,14 @@ class SweepTable(Callback):
         from rich.console import Console
 
         from openreml_nn.errors import InputError
-        from openreml_nn.files import replacing
+        from openreml_nn.table import write_table
 
         folder = Path(config.hydra.sweep.dir)
         try:
             table = collect(folder)
         except InputError:
             return  # every run has said what is wrong with it
-        with replacing(folder / "sweep.csv") as temporary:
-            table.to_csv(temporary, index=False)
+        write_table(table, folder / "sweep.csv")
         console = Console(soft_wrap=True, highlight=False)
         console.print(table.to_string(index=False))
         if (found := best(table)) is not None:

@@ -72,6 +72,7 @@ def test_what_rounding_and_training_leave_is_allowed():
     assert_same("user 0.48 +- 0.02", "user 0.47 +- 0.02", Path("tour.md"))
 
 
+@pytest.mark.filterwarnings("ignore:.*levels that the fit did not see")
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda page: page.name)
 def test_python_blocks_run_and_print_what_is_shown(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

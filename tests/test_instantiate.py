@@ -16,7 +16,7 @@ from openreml_nn.instantiate import build
         "torch.os.system",
         "torch.utils.data.dataloader.multiprocessing.Process",
         "openreml_nn.files.os.remove",
-        "openreml_nn.data.pd.read_pickle",
+        "openreml_nn.table.encoder.pd.read_pickle",
         "torch.load",
         "torch.nothing",
         3,

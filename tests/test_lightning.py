@@ -10,6 +10,8 @@ from lightning.pytorch.loggers import CSVLogger
 from openreml_nn import InputError, datasets, lmm
 from openreml_nn.lightning import MixedModelDataModule, MixedModelModule, StopWhenConverged
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*levels that the fit did not see")
+
 FORMULA = "Reaction ~ Days + (Days | Subject)"
 ADAM = {"_target_": "torch.optim.Adam", "lr": 0.1}
 LBFGS = {

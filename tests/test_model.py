@@ -8,8 +8,8 @@ from torch import nn
 
 from openreml_nn import MixedModel, RandomEffect, lmm, restricted_log_likelihood
 from openreml_nn.covariance import KnownMatrix, UnstructuredMatrix
-from openreml_nn.data import Encoder
 from openreml_nn.estimation.aireml import average_information_step
+from openreml_nn.table import Encoder
 from tests.estimation.test_reference import CATEGORICAL, ROWS, table_of
 from tests.strategies import kinship
 

@@ -10,6 +10,8 @@ from openreml_nn import InputError, datasets
 from openreml_nn.lightning import MixedModelDataModule, TabularMixedModule
 from tests.test_neural import quiet
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*levels that the fit did not see")
+
 LAYERS = [
     {"_target_": "torch.nn.LazyLinear", "out_features": 16},
     {"_target_": "torch.nn.Tanh"},

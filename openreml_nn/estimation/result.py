@@ -25,6 +25,7 @@ from openreml_nn.covariance.terms import (
     Term,
     residual_terms,
 )
+from openreml_nn.errors import InputError
 from openreml_nn.estimation.aireml import Curvature
 from openreml_nn.estimation.derivatives import jacobian
 from openreml_nn.files import write_text
@@ -217,7 +218,7 @@ class Source:
         rows: rows of the covariance that the data belong to; None for all.
         names: names of the columns of X.
         labels: name of a term to names for the tables.
-        encoder: what made X of a table, an :class:`openreml_nn.data.Encoder`; None without one.
+        encoder: what made X of a table, an :class:`openreml_nn.table.Encoder`; None without one.
         means: means of the table's numeric columns.
         cells: the combinations of levels of the factors of X that the rows have, a data frame;
             None without an encoder.
@@ -313,6 +314,39 @@ class Result:
         weight 1."""
         found = [c.covariance for c in self.components if c.group == "Residual"]
         return sum(float((c if c.dim() == 1 else c.diagonal()).mean()) for c in found)
+
+    def predict(self, table: Any) -> Any:
+        r"""Predictions for a table, on the scale of the formula's left side.
+
+        ``mean`` is :math:`x^\top\hat\beta + \sum_t z_t^\top \hat b_t`, in which levels that were not
+        seen have :math:`\hat b = 0` and are counted in a warning, and ``population_mean`` is
+        :math:`x^\top\hat\beta`; NaN where the data do not say what that is. Both hold the offset.
+
+        Args:
+            table: a data frame with the columns of the formula; the response is not needed.
+
+        Returns:
+            A data frame with the table's index; rows with missing values are left out.
+
+        Raises:
+            InputError: if there is no formula, a column is missing, or a level of a factor of the
+                fixed effects is unknown.
+        """
+        import pandas as pd
+
+        if self.source is None or self.source.encoder is None:
+            raise InputError("`result` has no formula: predictions are for fits by lmm()")
+        encoded = self.source.encoder.transform(table)
+        population = self.fixed.predict(encoded.X)
+        if encoded.offset is not None:
+            population = population + encoded.offset
+        mean = population.clone()
+        blups = {effects.name: effects.values for effects in self.random}
+        for design in encoded.random:
+            known = blups[design.name][design.codes.clamp(min=0)]
+            mean += torch.where(design.codes >= 0, (design.values * known).sum(1), 0)
+        columns = {"mean": mean.numpy(), "population_mean": population.numpy()}
+        return pd.DataFrame(columns, index=table.index[encoded.rows])
 
     def summary(self, title: str | None = None) -> str:
         """The model as text, in the order of lme4's summary."""

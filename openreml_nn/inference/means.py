@@ -15,7 +15,6 @@ from torch import Tensor
 from openreml_nn.checks import check_choice, check_mapping, check_names, check_number
 from openreml_nn.errors import InputError
 from openreml_nn.estimation import Result
-from openreml_nn.formula import columns_of
 from openreml_nn.inference.contrasts import Inference
 from openreml_nn.inference.degrees import estimates, inference_of
 from openreml_nn.inference.nesting import marginal, nesting_of
@@ -113,8 +112,7 @@ def emmeans(
     if encoder is None:
         raise InputError("`result` has no formula: marginal means are for fits by lmm()")
     wanted = [factors] if isinstance(factors, str) else check_names("factors", factors)
-    used = columns_of(encoder.formula.fixed, encoder.formula.text)
-    levels = {k: v for k, v in encoder.state["categories"].items() if k in used}
+    used, levels = encoder.fixed.columns, encoder.fixed_levels
     unknown = [name for name in wanted if name not in levels]
     if unknown or not wanted or len(set(wanted)) < len(wanted):
         raise InputError(f"`factors` are {wanted}: expected some of {list(levels)}, each once")
@@ -128,7 +126,7 @@ def emmeans(
     how = inference_of(result, ddf)
     grid = pd.DataFrame(list(product(*levels.values())), columns=list(levels))
     X = torch.from_numpy(encoder.fixed_matrix(grid.assign(**numeric)))
-    nesting = nesting_of(source.cells[list(levels)], encoder.formula.fixed)
+    nesting = nesting_of(source.cells[list(levels)], encoder.fixed)
     names, rows = marginal(grid, X, wanted, nesting, source.cells)
     table, L = _estimated(result, rows, names, how, level)
     return MarginalMeans(table, L, rows, result, how, level)

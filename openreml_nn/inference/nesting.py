@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import formulaic
 import pandas as pd
 import torch
 from torch import Tensor
 
-from openreml_nn.formula import columns_of
+from openreml_nn.table.formula import Part
+from openreml_nn.table.syntax import names_in
 
 __all__ = ["marginal", "nesting_of"]
 
 Nesting = Mapping[str, Sequence[str]]
 
 
-def nesting_of(cells: pd.DataFrame, formula: str) -> dict[str, list[str]]:
+def nesting_of(cells: pd.DataFrame, fixed: Part) -> dict[str, list[str]]:
     """The factors in which each factor is nested, where there are some.
 
     One is nested in another if each of its levels is met with one level of that, or if it stands in
@@ -24,7 +24,7 @@ def nesting_of(cells: pd.DataFrame, formula: str) -> dict[str, list[str]]:
 
     Args:
         cells: the combinations of levels that the data have, a column for each factor.
-        formula: of the fixed effects.
+        fixed: the fixed effects.
     """
     found: dict[str, list[str]] = {}
     for name in cells.columns:
@@ -34,7 +34,7 @@ def nesting_of(cells: pd.DataFrame, formula: str) -> dict[str, list[str]]:
             together = cells[[name, other]].drop_duplicates()
             if cells[other].nunique() > 1 and len(together) == cells[name].nunique():
                 found.setdefault(name, []).append(other)
-    terms = [set(columns_of(str(t), formula)) & set(cells) for t in formulaic.Formula(formula)]
+    terms = [set(names_in(*term)) & set(cells) for term in fixed.terms]
     for name in cells.columns:
         own = [term for term in terms if name in term]
         if not own or {name} in own:

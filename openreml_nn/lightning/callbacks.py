@@ -14,9 +14,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from openreml_nn.checks import check_count, check_instance, check_number
 from openreml_nn.estimation import AIREML
 from openreml_nn.estimation.tables import blup_table
-from openreml_nn.files import replacing
 from openreml_nn.lightning.module import MixedModelModule
 from openreml_nn.lightning.neural import NeuralMixedModule
+from openreml_nn.table import write_table
 
 __all__ = ["ExportBLUPs", "ProgressBar", "StopWhenConverged", "TraceVariances"]
 
@@ -39,8 +39,7 @@ class TraceVariances(Callback):
             {"log_likelihood": r.log_likelihood, "score_norm": r.score_norm, **r.parameters}
             for r in pl_module.history
         ]
-        with replacing(self.path) as temporary:
-            pd.DataFrame(rows).to_csv(temporary, index_label="step")
+        write_table(pd.DataFrame(rows), self.path, index_label="step")
 
 
 class ExportBLUPs(Callback):
@@ -61,8 +60,7 @@ class ExportBLUPs(Callback):
         else:
             assert isinstance(pl_module, MixedModelModule) and pl_module.result is not None
             table = blup_table(pl_module.result)
-        with replacing(self.path) as temporary:
-            table.to_csv(temporary, index=False)
+        write_table(table, self.path)
 
 
 class ProgressBar(RichProgressBar):

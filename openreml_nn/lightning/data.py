@@ -20,8 +20,8 @@ from openreml_nn.checks import (
     check_table,
     check_text,
 )
-from openreml_nn.data import Encoded, Encoder, read_table
 from openreml_nn.errors import InputError
+from openreml_nn.table import Encoded, Encoder, TableFile, read_table
 
 __all__ = ["MixedModelDataModule"]
 
@@ -103,7 +103,7 @@ class MixedModelDataModule(LightningDataModule):
             out = self._chosen(table)
             self.table = table[~out]
             self.encoded = self.encoder.fit(self.table)
-            self.held_out = self.encoder.transform(table[out])
+            self.held_out = self.encoder.transform(table[out], held_out=True)
         else:
             self.table = table
             self.encoded = self.encoder.fit(table)
@@ -186,6 +186,8 @@ def attached(module: LightningModule, encoder: Encoder) -> MixedModelDataModule:
 
 
 def _frame(table: pd.DataFrame | str | os.PathLike[str]) -> pd.DataFrame:
+    if isinstance(table, TableFile):
+        return table.read()
     return table if isinstance(table, pd.DataFrame) else read_table(table)
 
 

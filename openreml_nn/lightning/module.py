@@ -13,7 +13,6 @@ from torch import Tensor
 
 from openreml_nn.checks import check_instance, check_maker, check_names, check_text
 from openreml_nn.covariance import Matrix
-from openreml_nn.data import Encoded, Encoder
 from openreml_nn.estimation import Result, moment_start
 from openreml_nn.estimation.aireml import AIREML, Curvature
 from openreml_nn.estimation.result import Record
@@ -24,6 +23,7 @@ from openreml_nn.likelihood.dense import check_method
 from openreml_nn.likelihood.fixed import estimable
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import check_solver
+from openreml_nn.table import Encoded, Encoder, Learned
 
 __all__ = ["MixedModelModule"]
 
@@ -242,7 +242,7 @@ class MixedModelModule(LightningModule):
             self._store()
         checkpoint["state_dict"] = self.state_dict()
         checkpoint["mixed_model"] = {
-            "encoder": self.encoder.state,
+            "encoder": self.encoder.learned.to_dict(),
             "rows": self.covariance.shape[0],
             "columns": len(self.beta),
         }
@@ -251,7 +251,7 @@ class MixedModelModule(LightningModule):
         """Build a module of the checkpoint's shapes, if there is none."""
         kept = checkpoint["mixed_model"]
         if self.covariance is None:
-            self.encoder.state = kept["encoder"]
+            self.encoder.learned = Learned.from_dict(kept["encoder"])
             self._build(self.encoder.skeleton(kept["rows"], kept["columns"]))
 
     # ------------------------------------------------------------------ prediction

@@ -21,7 +21,6 @@ from openreml_nn.checks import (
     check_text,
 )
 from openreml_nn.covariance import Matrix, ScalarMatrix
-from openreml_nn.data import Encoded, Encoder, RandomDesign
 from openreml_nn.errors import InputError
 from openreml_nn.estimation.result import Result
 from openreml_nn.instantiate import build
@@ -29,6 +28,7 @@ from openreml_nn.lightning.data import attached
 from openreml_nn.lightning.neural import NeuralMixedModule
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.model import MixedModel, RandomEffect
+from openreml_nn.table import Encoded, Encoder, Learned, RandomDesign
 
 __all__ = ["TabularMixedModule"]
 
@@ -237,7 +237,7 @@ class TabularMixedModule(NeuralMixedModule):
         mean = self.model.mean
         assert isinstance(mean, _Standardised)
         checkpoint["tabular"] = {
-            "encoder": self.encoder.state,
+            "encoder": self.encoder.learned.to_dict(),
             "columns": len(mean.center),
             "coordinates": self._coordinates,
         }
@@ -247,7 +247,7 @@ class TabularMixedModule(NeuralMixedModule):
         super().on_load_checkpoint(checkpoint)
         kept = checkpoint["tabular"]
         if not hasattr(self, "model"):
-            self.encoder.state = kept["encoder"]
+            self.encoder.learned = Learned.from_dict(kept["encoder"])
             self._coordinates = kept["coordinates"]
             self._build(self.encoder.skeleton(2, kept["columns"]))
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -39,6 +38,7 @@ from openreml_nn.report.plots import (
     shares,
     zeta,
 )
+from openreml_nn.table import write_table
 
 __all__ = ["Run", "costs_nothing", "write_plots", "write_run", "write_tables"]
 
@@ -168,11 +168,11 @@ def write_tables(run: Run, directory: str | Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for old in (folder / "result.json", *(folder / "plots").glob("*.png")):
         old.unlink(missing_ok=True)
-    _write_csv(fixed_table(run.result), folder / "fixed.csv")
-    _write_csv(variance_table(run.result), folder / "variance.csv")
-    _write_csv(blup_table(run.result), folder / "blup.csv")
+    write_table(fixed_table(run.result), folder / "fixed.csv")
+    write_table(variance_table(run.result), folder / "variance.csv")
+    write_table(blup_table(run.result), folder / "blup.csv")
     if run.profile is not None:
-        _write_csv(run.profile.intervals(), folder / "profile.csv")
+        write_table(run.profile.intervals(), folder / "profile.csv")
     with costs_nothing("summary.txt"):
         write_text(folder / "summary.txt", run.summary())
     write_text(folder / "result.json", json.dumps(run.record(), indent=2, allow_nan=False) + "\n")
@@ -217,11 +217,6 @@ def costs_nothing(what: str) -> Iterator[None]:
 def _folder(directory: str | Path) -> Path:
     check_instance("directory", directory, (str, os.PathLike), "a path")
     return Path(directory)
-
-
-def _write_csv(table: pd.DataFrame, path: Path) -> None:
-    with replacing(path) as temporary:
-        table.to_csv(temporary, index=False)
 
 
 def _plots(run: Run) -> Mapping[str, Callable[[], Figure]]:

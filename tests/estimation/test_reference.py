@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from openreml_nn import datasets, lmm
-from openreml_nn.data import read_table
+from openreml_nn.table import read_table
 from tests.benchmarks.cases import CASES
 from tests.benchmarks.measure import measure
 

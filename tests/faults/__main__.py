@@ -33,7 +33,6 @@ SHARED = [
     "torch",
     "pandas",
     "scipy.stats",
-    "formulaic",
     "hydra",
     "hypothesis",
     "lightning",

@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 
 from openreml_nn import InputError, lmm
 from openreml_nn.app import main
-from openreml_nn.data import read_table
-from openreml_nn.formula import parse_formula, parse_residual
+from openreml_nn.table import parse_formula, parse_residual, read_table
 
 RNG = np.random.default_rng(0)
 TABLE = pd.DataFrame(

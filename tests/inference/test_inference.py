@@ -10,7 +10,6 @@ import torch
 from scipy import stats
 
 from openreml_nn import datasets, fit_reml, fit_stream, lmm
-from openreml_nn.data import Encoder
 from openreml_nn.datasets import oats, penicillin, sleepstudy, table_path
 from openreml_nn.inference import (
     anova,
@@ -29,6 +28,7 @@ from openreml_nn.inference import (
     wald_test,
 )
 from openreml_nn.inference.refit import Refit
+from openreml_nn.table import Encoder
 
 FILE = Path(__file__).parents[1] / "reference" / "inference.json"
 REFERENCE = json.loads(FILE.read_text(encoding="utf-8"))

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,57 @@ def test_chunks_give_the_fit_of_all_rows(tmp_path, formula, chunk_rows, suffix):
     assert "chunks of rows" in str(found.plan)
 
 
+def awkward(seed):
+    """A table of many storages, with missing values, and levels that come late."""
+    rng = np.random.default_rng(seed)
+    n = 300
+    k = np.sort(rng.integers(0, 20, n))
+    x, b = rng.normal(size=n), rng.random(n) > 0.5
+    y = rng.normal(size=20)[k] + 0.5 * x + rng.normal(size=n)
+    table = pd.DataFrame({"y": y, "x": x, "k": k, "b": b, "w": rng.integers(1, 9, n)})
+    table["zip"] = [f"{i:03d}" if i < 15 else f"x{i:03d}" for i in k]  # a number in early chunks
+    table["id"] = pd.array(2**53 + k, dtype="Int64")
+    table["s"] = k // 5 + 1  # sorted: a chunk has one or two of the four levels
+    table["f"] = np.array(["N/A", "None", "c"])[rng.integers(0, 3, n)]
+    table["day"] = pd.Timestamp("2024-01-01") + pd.to_timedelta(k, unit="D")
+    table["cat"] = pd.Categorical.from_codes(19 - k, [f"c{i}" for i in rng.permutation(20)])
+    table["half"] = pd.array(rng.integers(0, 5, n), dtype="Int16")
+    table["price"] = [Decimal(int(v)) / 4 for v in table["w"]]
+    rows = rng.permutation(n)[:30]
+    for i, name in enumerate(["y", "x", "id", "zip", "f", "half"]):
+        table[name] = table[name].mask(table.index.isin(rows[5 * i : 5 * i + 5]))
+    return table
+
+
+AWKWARD = [
+    "y ~ x + (1 | zip)",
+    "y ~ C(s) * x + (1 | id)",
+    "y ~ f + b + price + (1 | b:k)",
+    "y ~ half + I(w^3) + (x || day)",
+    "log(y + 20) ~ cut(w, c(0, 3, 6, 9)) + (0 + b | cat)",
+    "I(y / 2) ~ factor(half) + relevel(f, ref = 'c') + offset(x / 3) + (1 | s/zip)",
+    "y ~ I(x > 0) + w:half + (1 | k)",
+    "y ~ . - day - cat - id - zip - s + (1 | k)",
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*rows left out")
+@pytest.mark.filterwarnings("ignore:the fixed-effect model matrix is rank deficient")
+@pytest.mark.parametrize("formula", AWKWARD)
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "txt"])
+def test_chunks_are_encoded_as_the_whole_is(tmp_path, formula, suffix):
+    data = awkward(len(formula))
+    path = tmp_path / f"table.{suffix}"
+    if suffix == "parquet":
+        data.to_parquet(path)
+    else:
+        data.to_csv(path, index=False, sep="," if suffix == "csv" else "\t")
+    expected = lmm(formula, path)
+    for chunk_rows in (23, 170):
+        found = fit_stream(formula, path, chunk_rows=chunk_rows, progress=False)
+        same(found, expected)
+
+
 def test_statistics_do_not_depend_on_the_chunks(tmp_path):
     path = tmp_path / "table.parquet"
     table().to_parquet(path)
@@ -114,6 +166,14 @@ def test_files_that_are_none(tmp_path):
         fit_stream("y ~ 1", broken)
     with pytest.raises(InputError, match="`chunk_rows` is 0"):
         fit_stream("y ~ 1", datasets.table_path("oats"), chunk_rows=0)
+    for method in ("ML", "nonsense", None):
+        with pytest.raises(InputError, match="`method` is"):
+            fit_stream("yield ~ nitro", datasets.table_path("oats"), method=method)
+    path = datasets.table_path("oats")
+    with pytest.raises(InputError, match="`weights` is not for chunks"):
+        lmm("yield ~ nitro", path, chunk_rows=9, weights="nitro")
+    with pytest.raises(InputError, match="in memory already"):
+        lmm("yield ~ nitro", datasets.oats(), chunk_rows=9)
 
 
 RANK = """
@@ -127,24 +187,48 @@ dist.destroy_process_group()
 """
 
 
-def test_processes_share_the_chunks_and_agree(tmp_path):
-    path = tmp_path / "table.parquet"
-    table().to_parquet(path)
+def on_two_processes(tmp_path, path, formula):
     command = [sys.executable, "-c", RANK]
     started = [
         subprocess.Popen(
-            [*command, str(rank), "2", str(tmp_path / "store"), str(path), FORMULAS[1]],
+            [*command, str(rank), "2", str(tmp_path / "store"), str(path), formula],
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
         )
         for rank in range(2)
     ]
-    printed = [process.communicate(timeout=120)[0] for process in started]
+    return [process.communicate(timeout=120) for process in started]
+
+
+def test_processes_share_the_chunks_and_agree(tmp_path):
+    path = tmp_path / "table.parquet"
+    table().to_parquet(path)
+    printed = [out for out, _ in on_two_processes(tmp_path, path, FORMULAS[1])]
     assert printed[0] == printed[1]
     value, _ = printed[0].split(" ", 1)
     expected = lmm(FORMULAS[1], table())
     assert float(value) == pytest.approx(expected.log_likelihood, rel=1e-9)
+
+
+def test_a_process_without_a_chunk_takes_part(tmp_path):
+    path = tmp_path / "table.csv"
+    data = table(48)
+    data.to_csv(path, index=False)
+    printed = [out for out, _ in on_two_processes(tmp_path, path, "y ~ x + (1 | item)")]
+    assert printed[0] == printed[1]
+    expected = lmm("y ~ x + (1 | item)", data)
+    assert float(printed[0].split(" ")[0]) == pytest.approx(expected.log_likelihood, rel=1e-9)
+
+
+def test_the_error_of_one_process_ends_all(tmp_path):
+    path = tmp_path / "table.parquet"
+    data = table()
+    data.loc[120, "x"] = np.inf  # in the third chunk, which is the first process's
+    data.to_parquet(path)
+    for _, error in on_two_processes(tmp_path, path, "y ~ x + (1 | item)"):
+        assert "'x' is inf in row" in error.splitlines()[-1]
 
 
 @pytest.mark.parametrize("method", ["ML", "REML", "nonsense", None, 1])

@@ -1,0 +1,137 @@
+"""A linear mixed model from a formula and a table."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from math import log
+
+import pandas as pd
+import torch
+
+from openreml_nn.checks import check_count, check_names, check_number, check_table, check_text
+from openreml_nn.covariance import Matrix
+from openreml_nn.errors import InputError
+from openreml_nn.estimation import Result, fit_reml
+from openreml_nn.likelihood.dense import check_method
+from openreml_nn.likelihood.plan import check_solver
+from openreml_nn.stream import fit_stream
+from openreml_nn.table import Encoder, TableFile
+
+__all__ = ["lmm"]
+
+
+def lmm(
+    formula: str,
+    table: pd.DataFrame | str | os.PathLike[str] | TableFile,
+    *,
+    method: str = "reml",
+    solver: str = "auto",
+    categorical: Sequence[str] = (),
+    weights: str | None = None,
+    residual: str | None = None,
+    residual_variance: float | None = None,
+    chunk_rows: int | None = None,
+    max_iterations: int = 200,
+) -> Result:
+    r"""Fit a linear mixed model to a table by AI-REML.
+
+    What stands on the left of the formula is fitted as it is: with ``log(y) ~ …`` fitted values and
+    predictions are of log(y).
+
+    Args:
+        formula: an lme4-style formula.
+        table: a data frame, the path or URI of a file, or a :class:`TableFile`; rows with missing
+            values are left out with a warning.
+        method: ``"reml"`` or ``"ml"``.
+        solver: see :class:`REMLLoss`.
+        categorical: numeric columns to be taken as factors.
+        weights: column of weights: the residual variance of a row is divided by its weight.
+        residual: correlation of the rows of a group, ``"ar1(time | subject)"``,
+            ``"cs(subject)"`` or ``"us(time | subject)"``, or a variance for each
+            stratum, ``"diag(sex)"``; independent rows of one variance by default.
+        residual_variance: the residual variance where it is known, that of a row of weight 1: with
+            weights :math:`1 / s_i^2` and 1, row i has error variance :math:`s_i^2`.
+        chunk_rows: rows of a file that are held at a time, see :func:`fit_stream`; all by default.
+        max_iterations: after so many the fit stops, with a warning.
+
+    Raises:
+        InputError: if the formula, the table or an option is at fault.
+
+    >>> from openreml_nn.datasets import sleepstudy
+    >>> result = lmm("Reaction ~ Days + (Days | Subject)", sleepstudy())
+    >>> f"{result.log_likelihood:.4f}"
+    '-871.8141'
+    """
+    check_text("formula", formula)
+    check_table("table", table)
+    check_names("categorical", categorical)
+    for name, value in (("residual", residual), ("weights", weights)):
+        if value is not None:
+            check_text(name, value)
+    check_method(method)
+    check_solver(solver)
+    check_count("max_iterations", max_iterations)
+    _check_variance(residual_variance, residual)
+    if chunk_rows is not None:
+        if isinstance(table, pd.DataFrame):
+            raise InputError("`chunk_rows` is for a file: the table is in memory already")
+        others = {"weights": weights, "residual": residual, "residual_variance": residual_variance}
+        given = [name for name, value in others.items() if value is not None]
+        if given or solver != "auto":
+            raise InputError(
+                f"`{(given or ['solver'])[0]}` is not for chunks: leave out `chunk_rows`"
+            )
+        return fit_stream(
+            formula,
+            table,
+            chunk_rows=chunk_rows,
+            categorical=categorical,
+            method=method,
+            max_iterations=max_iterations,
+        )
+    source = "the table" if isinstance(table, pd.DataFrame) else f"file {str(table)!r}"
+    if not isinstance(table, pd.DataFrame):
+        table = (table if isinstance(table, TableFile) else TableFile(table)).read()
+    known = residual_variance is not None
+    encoder = Encoder(formula, categorical, source, residual, weights, known_residual=known)
+    encoded = encoder.fit(table)
+    covariance = encoded.covariance()
+    if residual_variance is not None:
+        _hold(covariance, residual_variance)
+    result = fit_reml(
+        covariance,
+        encoded.adjusted,
+        encoded.X,
+        method=method,
+        solver=solver,
+        max_iterations=max_iterations,
+        names=encoded.names,
+        labels=encoded.labels,
+    )
+    assert result.source is not None
+    cells = encoder.cells(table.iloc[encoded.rows])
+    source_of_result = replace(
+        result.source, encoder=encoder, means=encoder.learned.means, cells=cells
+    )
+    fitted = result.fitted if encoded.offset is None else result.fitted + encoded.offset
+    return replace(result, source=source_of_result, fitted=fitted)
+
+
+def _check_variance(variance: float | None, residual: str | None) -> None:
+    if variance is None:
+        return
+    check_number("residual_variance", variance, above=0)
+    if residual is not None:
+        raise InputError(
+            "`residual_variance` is of residuals of one variance: leave out `residual`"
+        )
+
+
+def _hold(covariance: Matrix, variance: float) -> None:
+    """Fix the residual variance, the last parameter of the tree."""
+    names = [name for name in covariance.param_names if name.startswith("residual/")]
+    (name,) = names
+    with torch.no_grad():
+        covariance.fix(name, 0.5 * log(variance))

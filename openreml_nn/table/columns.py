@@ -1,0 +1,168 @@
+"""The columns of a data frame as numbers, whatever they are stored as."""
+
+from __future__ import annotations
+
+import datetime
+from decimal import Decimal
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from openreml_nn.errors import InputError
+
+__all__ = ["kind_of", "numbers", "row_name", "single", "stray"]
+
+#: What people write where a number is missing.
+MARKS = frozenset(
+    ["", ".", "-", "--", "?", "*", "na", "n/a", "#n/a", "null", "none", "nan", "missing", "<na>"]
+)
+#: Text columns of at least so many distinct numbers are taken for numbers with a slip in them.
+_MANY = 10
+
+
+def single(table: pd.DataFrame, name: str, source: str) -> pd.Series:
+    """The column of this name.
+
+    Raises:
+        InputError: if there is none, or there are several.
+    """
+    if name not in table.columns:
+        near = ", ".join(map(str, table.columns[:20]))
+        raise InputError(f"{source} has no column {name!r}: its columns are {near}")
+    found = table[name]
+    if isinstance(found, pd.DataFrame):
+        raise InputError(
+            f"{source} has {found.shape[1]} columns {name!r}: expected one of each name"
+        )
+    return found
+
+
+def row_name(table: pd.DataFrame, position: int) -> str:
+    """The row as a user counts them, from 1, or its name where rows have names."""
+    label = table.index[position]
+    return str(label + 1) if isinstance(label, int | np.integer) else repr(label)
+
+
+def kind_of(column: pd.Series, source: str) -> str:
+    """What a column holds: ``number``, ``bool``, ``factor`` (labels) or ``dates``.
+
+    Raises:
+        InputError: if it holds lists, records or complex numbers.
+    """
+    dtype = column.dtype
+    if isinstance(dtype, pd.CategoricalDtype):
+        return "factor"
+    if pd.api.types.is_bool_dtype(dtype):
+        return "bool"
+    if pd.api.types.is_complex_dtype(dtype):
+        raise InputError(f"{source}: column {column.name!r} holds complex numbers")
+    if pd.api.types.is_numeric_dtype(dtype):
+        return "number"
+    if pd.api.types.is_datetime64_any_dtype(dtype) or pd.api.types.is_timedelta64_dtype(dtype):
+        return "dates"
+    if isinstance(dtype, pd.ArrowDtype):
+        return _kind_of_arrow(column, dtype, source)
+    if not pd.api.types.is_object_dtype(dtype):
+        return "factor"
+    inferred = pd.api.types.infer_dtype(column, skipna=True)
+    if inferred in ("string", "bytes", "mixed-integer", "empty"):
+        # Only a pass over the values tells lists from a column of text and missing values.
+        return "factor" if inferred != "empty" else "number"
+    if inferred == "boolean":
+        return "bool"
+    values = [v for v in column.array if not _is_missing(v)]
+    nested = next(
+        (v for v in values if isinstance(v, list | tuple | dict | set | np.ndarray)), None
+    )
+    if nested is not None:
+        raise InputError(
+            f"{source}: column {column.name!r} holds a {type(nested).__name__} in each row: "
+            "expected numbers or labels"
+        )
+    if all(isinstance(v, Real | Decimal | np.bool_) for v in values):
+        return "number"
+    dates = datetime.date | datetime.timedelta | np.datetime64 | np.timedelta64
+    return "dates" if all(isinstance(v, dates) for v in values) else "factor"
+
+
+def _kind_of_arrow(column: pd.Series, dtype: pd.ArrowDtype, source: str) -> str:
+    import pyarrow as pa
+
+    kind = dtype.pyarrow_dtype
+    if pa.types.is_nested(kind):
+        raise InputError(
+            f"{source}: column {column.name!r} is of type {kind}: expected numbers or labels"
+        )
+    if pa.types.is_decimal(kind):
+        return "number"
+    return "dates" if pa.types.is_temporal(kind) else "factor"
+
+
+def numbers(column: pd.Series, what: str, table: pd.DataFrame) -> np.ndarray:
+    """The column as float64, NaN where a value is missing; text that spells numbers is read.
+
+    Args:
+        column: of numbers, or of text.
+        what: the column in messages, such as "file 't.csv': column 'x'".
+        table: whose rows they are, for messages.
+
+    Raises:
+        InputError: if a value is no number; it is named with its row.
+    """
+    if pd.api.types.is_complex_dtype(column.dtype):
+        raise InputError(f"{what} holds complex numbers")
+    if pd.api.types.is_numeric_dtype(column.dtype):
+        return np.array(column.to_numpy(dtype=np.float64, na_value=np.nan))
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        levels = pd.Series(column.cat.categories, name=column.name)
+        at = column.cat.codes.to_numpy()
+        known = np.array([_number(v) for v in levels] or [None], dtype=object)
+        values = known[at]
+        values[at < 0] = np.nan
+    else:
+        values = np.array([_number(v) for v in column.array], dtype=object)
+    bad = np.flatnonzero([v is None for v in values])
+    if len(bad):
+        shown = column.iloc[bad[0]]
+        raise InputError(
+            f"{what} is not numeric: found {_shown(shown)} in row {row_name(table, bad[0])}, "
+            "expected numbers"
+        )
+    return values.astype(np.float64)
+
+
+def _shown(value: Any) -> str:
+    """A value as a message shows it: text in quotes, all else as it is written."""
+    return repr(value) if isinstance(value, str) else str(value)
+
+
+def _number(value: Any) -> float | None:
+    """The number that a value is or spells, NaN for a missing one, None for no number."""
+    if _is_missing(value):
+        return float("nan")
+    if isinstance(value, Real | Decimal | np.bool_):
+        return float(value)
+    if isinstance(value, str):
+        try:
+            return float(value) if "_" not in value else None
+        except ValueError:
+            return None
+    return None
+
+
+def _is_missing(value: Any) -> bool:
+    found = pd.isna(value)
+    return bool(found) if isinstance(found, bool | np.bool_) else False
+
+
+def stray(levels: list[str]) -> str | None:
+    """The label that keeps a column of text from being one of numbers; None for true labels."""
+    other = [label for label in levels if _number(label) is None]
+    count = len(levels) - len(other)
+    if not count or not other:
+        return None
+    marks = all(label.strip().lower() in MARKS for label in other)
+    few = count >= _MANY and len(other) * _MANY <= count
+    return other[0] if marks or few else None

@@ -1,0 +1,74 @@
+"""What a formula learned from a table: all that another table, or a checkpoint, needs of the first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from openreml_nn.table.levels import joined, split
+
+__all__ = ["Group", "Learned"]
+
+
+@dataclass
+class Group:
+    """The levels of a grouping factor.
+
+    Attributes:
+        columns: labels of each column that it combines.
+        cells: the combinations that are levels, in order: each the codes of its columns as one
+            number, the last column's fastest.
+    """
+
+    columns: list[list[str]]
+    cells: list[int]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels of the levels, those of a combination joined by ':'."""
+        return joined(np.asarray(self.cells, dtype=np.int64), self.columns)
+
+    @property
+    def parts(self) -> list[tuple[str, ...]]:
+        """The labels of the levels, one for each column."""
+        return split(np.asarray(self.cells, dtype=np.int64), self.columns)
+
+
+@dataclass
+class Learned:
+    """What was learned, in numbers, strings and containers of Python's own.
+
+    Attributes:
+        kinds: what each column of an expression holds, see :func:`kind_of`.
+        factors: levels of each categorical variable among the effects, by its expression.
+        transforms: what each call learned, by its expression, such as a mean.
+        groups: levels of each grouping factor.
+        effects: names of the effects of each random part.
+        names: names of the fixed effects.
+        means: means of the numeric columns of the fixed effects.
+        others: the columns that ``.`` stands for.
+        positions: labels of the residuals' positions or strata.
+    """
+
+    kinds: dict[str, str] = field(default_factory=dict)
+    factors: dict[str, list[str]] = field(default_factory=dict)
+    transforms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    groups: dict[str, Group] = field(default_factory=dict)
+    effects: dict[str, list[str]] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
+    means: dict[str, float] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
+    positions: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as dictionaries and lists, which a checkpoint loads with ``weights_only``."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Learned:
+        """What :meth:`to_dict` made."""
+        groups = {name: Group(**group) for name, group in found["groups"].items()}
+        return cls(**{**found, "groups": groups})

@@ -1,0 +1,99 @@
+"""The model matrix of a sum of terms, with the columns and the names that R gives them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from openreml_nn.table.bases import contrast_matrix
+from openreml_nn.table.formula import Part, Term
+from openreml_nn.table.functions import Basis
+from openreml_nn.table.levels import Factor
+from openreml_nn.table.rows import TableRows
+from openreml_nn.table.syntax import Name, Node
+
+__all__ = ["MOST_COLUMNS", "model_matrix"]
+
+#: A matrix of more columns is refused before it is made.
+MOST_COLUMNS = 100_000
+
+
+def model_matrix(
+    part: Part, rows: TableRows, most: int | None = None
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The model matrix (n, p) and the names of its columns.
+
+    A factor in a term is coded by contrasts where the term without it is in the formula, else by
+    an indicator of each level; without an intercept the first factor has all indicators.
+
+    Args:
+        part: the terms.
+        rows: of the table.
+        most: more columns than this are refused; by default :data:`MOST_COLUMNS`.
+
+    Raises:
+        InputError: if a variable is at fault or the columns are too many.
+    """
+    full = _with_all_levels(part, rows)
+    blocks = [
+        [_block(v, rows, (term, v) in full) for v in term] for term in part.terms
+    ]  # (matrix of the levels or None, columns, names) of each variable of each term
+    sizes = [int(np.prod([len(names) for _, names in block], dtype=np.float64)) for block in blocks]
+    p, limit = sum(sizes), MOST_COLUMNS if most is None else most
+    if p > limit:
+        what = f"{len(rows)} rows for {p} fixed effects: more rows are needed"
+        raise rows.fault(what if most is not None else f"{p} columns, more than {limit}")
+    X = np.empty((len(rows), p))
+    names: list[str] = []
+    for block, size in zip(blocks, sizes, strict=True):
+        at = len(names)
+        X[:, at : at + size], own = _crossed(block, len(rows))
+        names += own
+    return X, tuple(names)
+
+
+_Block = tuple[tuple[np.ndarray, np.ndarray | None], list[str]]
+
+
+def _with_all_levels(part: Part, rows: TableRows) -> set[tuple[Term, Node]]:
+    """The factors in terms that are coded by an indicator of each level."""
+    known = {frozenset(map(str, term)) for term in part.terms}
+    found, first = set(), not part.has_intercept
+    for term in part.terms:
+        for variable in term:
+            if isinstance(rows.variable(variable), Factor):
+                rest = frozenset(map(str, term)) - {str(variable)}
+                if first or (rest and rest not in known):
+                    found.add((term, variable))
+                first = False
+    return found
+
+
+def _block(variable: Node, rows: TableRows, full: bool) -> _Block:
+    """A variable's columns: values, or a matrix with the row of each level and the levels."""
+    value = rows.variable(variable)
+    name = variable.name if isinstance(variable, Name) else str(variable)
+    if isinstance(value, Basis):
+        return (value.values, None), [name + suffix for suffix in value.names]
+    if not isinstance(value, Factor):
+        return (value[:, None], None), [name]
+    if full:
+        matrix, suffixes = np.eye(len(value.levels)), value.levels
+    else:
+        try:
+            matrix, suffixes = contrast_matrix(value.levels, value.contrasts)
+        except ValueError as error:
+            raise rows.fault(f"{name!r}: {error}") from None
+    return (matrix, value.codes), [name + suffix for suffix in suffixes]
+
+
+def _crossed(block: list[_Block], n: int) -> tuple[np.ndarray, list[str]]:
+    """Products of the columns of a term's variables, those of the first variable fastest."""
+    if not block:
+        return np.ones((n, 1)), ["(Intercept)"]
+    (matrix, codes), names = block[0]
+    values = matrix if codes is None else matrix[codes]
+    for (other, at), more in block[1:]:
+        right = other if at is None else other[at]
+        values = (right[:, :, None] * values[:, None, :]).reshape(n, -1)
+        names = [f"{a}:{b}" for b in more for a in names]
+    return values, list(names)

@@ -1,0 +1,183 @@
+"""The rows of a table as an expression sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from openreml_nn.errors import InputError
+from openreml_nn.table.columns import kind_of, numbers, row_name, single, stray
+from openreml_nn.table.functions import Basis, evaluate
+from openreml_nn.table.learned import Learned
+from openreml_nn.table.levels import Factor, coded
+from openreml_nn.table.syntax import Name, Node
+
+__all__ = ["TableRows"]
+
+#: Numbers beyond these have squares that float64 cannot hold.
+_LARGEST, _SMALLEST = 1e150, 1e-150
+
+
+class TableRows:
+    """The complete rows of a table; columns are converted once.
+
+    Args:
+        table: its rows.
+        source: what messages call the table.
+        learned: what was learned so far; kinds of columns and states of calls are added to it.
+        categorical: numeric columns that are factors.
+        formula: what messages show of the formula.
+    """
+
+    def __init__(
+        self,
+        table: pd.DataFrame,
+        source: str,
+        learned: Learned,
+        categorical: Sequence[str],
+        formula: str,
+    ) -> None:
+        self.table, self.source = table, source
+        self._learned, self._categorical, self._formula = learned, categorical, formula
+        self._columns: dict[str, np.ndarray | Factor] = {}
+        self._labels: dict[str, Factor] = {}
+        self._variables: dict[str, np.ndarray | Basis | Factor] = {}
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def fault(self, what: str) -> InputError:
+        """An error of an expression."""
+        return InputError(f"formula {self._formula!r}: {what}")
+
+    def row(self, position: int) -> str:
+        """The row as a user counts them."""
+        return row_name(self.table, position)
+
+    def kind(self, name: str) -> str:
+        """What the column holds: as learned, else as it is now."""
+        if name not in self._learned.kinds:
+            kind = kind_of(single(self.table, name, self.source), self.source)
+            if name in self._categorical and kind != "bool":
+                kind = "factor"
+            self._learned.kinds[name] = kind
+        return self._learned.kinds[name]
+
+    def column(self, name: str) -> np.ndarray | Factor:
+        """The column: float64, booleans, or a factor."""
+        if name not in self._columns:
+            self._columns[name] = self._read(name)
+        return self._columns[name]
+
+    def _read(self, name: str) -> np.ndarray | Factor:
+        kind = self.kind(name)
+        if kind == "number":
+            return self.numbers(name)
+        if kind == "dates":
+            raise InputError(
+                f"{self.source}: column {name!r} holds dates, times or durations: expected "
+                "numbers, such as days since a start, or its name in `categorical`"
+            )
+        if kind == "bool":
+            codes = coded(self.table[name], ["False", "True"], self.source).codes
+            if (codes < 0).any():
+                at = int(np.argmax(codes < 0))
+                raise InputError(
+                    f"{self.source}: column {name!r} is {self.table[name].iloc[at]!r} in row "
+                    f"{self.row(at)}: expected true or false"
+                )
+            return codes == 1
+        return self.labels(name)
+
+    def labels(self, name: str) -> Factor:
+        """The column as a factor, whatever it holds."""
+        if name not in self._labels:
+            self._labels[name] = coded(single(self.table, name, self.source), None, self.source)
+        return self._labels[name]
+
+    def numbers(self, name: str) -> np.ndarray:
+        """The column as float64."""
+        column = single(self.table, name, self.source)
+        return numbers(column, f"{self.source}: column {name!r}", self.table)
+
+    def state(self, call: str) -> dict[str, Any]:
+        """What a call learned."""
+        return self._learned.transforms.setdefault(call, {})
+
+    def variable(self, node: Node) -> np.ndarray | Basis | Factor:
+        """A variable of a term: numbers (n,), columns (n, k) or a factor of the known levels."""
+        key = str(node)
+        if key not in self._variables:
+            with np.errstate(all="ignore"):
+                value = evaluate(node, self)
+            if isinstance(value, np.ndarray) and value.dtype == bool:
+                value = Factor(value.astype(np.int64), ["False", "True"], str)
+            if not isinstance(value, np.ndarray | Basis | Factor):
+                raise self.fault(f"{key!r} is no variable: expected one value a row")
+            if not isinstance(value, Factor):
+                self._check(value, key)
+            self._variables[key] = value
+        value = self._variables[key]
+        levels = self._learned.factors.get(key)
+        if isinstance(value, Factor) and levels is not None and value.levels is not levels:
+            value = Factor(value.among(levels), levels, value.key, value.contrasts)
+            self._variables[key] = value
+        return value
+
+    def check_labels(self, node: Name) -> None:
+        """Refuse a column of text that is one of numbers but for a slip."""
+        name, factor = node.name, self.variable(node)
+        column = self.table[name]
+        told = name in self._categorical or isinstance(column.dtype, pd.CategoricalDtype)
+        if told or not isinstance(factor, Factor) or (found := stray(factor.levels)) is None:
+            return
+        at = int(np.argmax(factor.codes == factor.levels.index(found)))
+        raise InputError(
+            f"{self.source}: column {name!r} is not numeric: found {found!r} in row "
+            f"{self.row(at)} among numbers; say what a missing value looks like when the file is "
+            f"read, `missing=[{found!r}]`, or name the column in `categorical`"
+        )
+
+    def _check(self, value: np.ndarray | Basis, key: str) -> None:
+        """Refuse numbers that are not finite, or whose squares are not."""
+        values = value.values if isinstance(value, Basis) else value
+        size = np.abs(values)
+        if size.size and not size.max() <= _LARGEST:
+            bad = np.argwhere(~(size <= _LARGEST))[0]
+            shown = values[tuple(bad)]
+            wanted = (
+                "a number of at most 1e150, which float64 can square: use other units"
+                if np.isfinite(shown)
+                else "a finite number"
+            )
+            raise InputError(
+                f"{self.source}: {key!r} is {shown:g} in row {self.row(int(bad[0]))}: "
+                f"expected {wanted}"
+            )
+
+    def response(self, node: Node) -> np.ndarray:
+        """The left side of a formula, as numbers (n,)."""
+        key = str(node)
+        if isinstance(node, Name):
+            column = single(self.table, node.name, self.source)
+            what = f"{self.source}: the response {node.name!r}"
+            value: Any = numbers(column, what, self.table)
+        else:
+            with np.errstate(all="ignore"):
+                value = evaluate(node, self)
+        if isinstance(value, np.ndarray) and value.dtype == bool:
+            value = value.astype(np.float64)
+        if isinstance(value, Basis) and value.values.shape[1] == 1:
+            value = value.values[:, 0]
+        if not isinstance(value, np.ndarray):
+            raise self.fault(f"the response {key!r} must be one column of numbers")
+        self._check(value, key)
+        if len(value) and 0 < np.abs(value).max() < _SMALLEST:
+            raise InputError(
+                f"{self.source}: {key!r} is at most {np.abs(value).max():g}, which float64 cannot "
+                "square: use other units"
+            )
+        return value

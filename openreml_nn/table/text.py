@@ -1,0 +1,263 @@
+"""Delimited text as it comes: its dialect, its records, and what kind of values a column holds.
+
+The kind of a column is settled by all its values, so that a chunk of a file has the types of the
+whole. Numbers are rounded correctly, whole numbers are exact to 64 bits, and digits with a leading
+zero stay text.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+__all__ = ["Dialect", "cleaned", "header_of", "joint_kind", "kind_of_text", "typed"]
+
+#: What is always a missing value, as in R; more by the option ``missing``.
+MISSING = ("", "NA")
+#: What is one where all other values of the column are numbers; among text these are labels.
+AMONG_NUMBERS = ("N/A", "n/a", "#N/A", "null", "NULL", "None", "none", "NaN", "nan", "<NA>")
+_TRUE, _FALSE = ("True", "TRUE", "true"), ("False", "FALSE", "false")
+#: So many values are looked at before all are.
+_FIRST = 1000
+_ESCAPED = r"^'('*[=+\-@\t])"
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a file of delimited text is written.
+
+    Attributes:
+        separator: between fields; None goes by the name of the file, and blanks are any number.
+        decimal: mark of decimals, ``.`` or ``,``.
+        encoding: such as ``utf-8`` or ``latin-1``.
+        missing: what stands for a missing value besides an empty field and ``NA``.
+        comment: what begins a comment, up to the end of the line; None for none.
+    """
+
+    separator: str | None = None
+    decimal: str = "."
+    encoding: str = "utf-8"
+    missing: tuple[str, ...] = ()
+    comment: str | None = None
+
+
+def header_of(stream: BinaryIO, dialect: Dialect) -> tuple[str, list[str], int, int]:
+    """Look at the first records.
+
+    Returns:
+        The separator, the names in the header, the fields of the first row, and the lines of the
+        header.
+    """
+    lines = _uncommented(_decoded(stream, dialect), dialect.comment)
+    first = next((line for line in lines if line.strip()), "")
+    separator = dialect.separator
+    if separator is None:
+        separator = "\t" if "\t" in first else " "
+    records = csv.reader(_chain(first, lines), **_style(separator))
+    names = next(records, [])
+    height = records.line_num
+    row = next((record for record in records if record), [])
+    return separator, _trimmed(names, separator), len(_trimmed(row, separator)), height
+
+
+def cleaned(stream: BinaryIO, dialect: Dialect, separator: str, named: bool) -> BinaryIO:
+    """The rows as plain CSV in UTF-8, without header, comments and names of rows.
+
+    Args:
+        stream: the file.
+        dialect: how it is written.
+        separator: between fields.
+        named: whether each row begins with its name, which the header lacks.
+    """
+
+    def records() -> Iterator[bytes]:
+        lines = _uncommented(_decoded(stream, dialect), dialect.comment)
+        found = csv.reader((line for line in lines if line.strip()), **_style(separator))
+        next(found, None)
+        buffer = io.StringIO()
+        writer = csv.writer(buffer)
+        for record in found:
+            record = _trimmed(record, separator)
+            writer.writerow(record[1:] if named else record)
+            if buffer.tell() > 1 << 16:
+                yield buffer.getvalue().encode()
+                buffer.seek(0)
+                buffer.truncate()
+        yield buffer.getvalue().encode()
+
+    return io.BufferedReader(_Pieces(records()), 1 << 16)
+
+
+class _Pieces(io.RawIOBase):
+    """Pieces of bytes as a file."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces, self._rest = pieces, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            piece = next(self._pieces, None)
+            if piece is None:
+                return 0
+            self._rest = piece
+        n = min(len(buffer), len(self._rest))
+        buffer[:n], self._rest = self._rest[:n], self._rest[n:]
+        return n
+
+
+def _decoded(stream: BinaryIO, dialect: Dialect) -> Iterable[str]:
+    encoding = "utf-8-sig" if dialect.encoding.lower() in ("utf-8", "utf8") else dialect.encoding
+    return io.TextIOWrapper(stream, encoding=encoding, newline="")
+
+
+def _uncommented(lines: Iterable[str], comment: str | None) -> Iterator[str]:
+    """Lines without what follows a mark of comment that stands outside of quotes."""
+    for line in lines:
+        if comment is not None and comment in line:
+            at = line.find(comment)
+            while at >= 0 and line.count('"', 0, at) % 2:
+                at = line.find(comment, at + 1)
+            if at >= 0:
+                line = line[:at].rstrip() + "\n"
+                if not line.strip():
+                    continue
+        yield line
+
+
+def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def _style(separator: str) -> dict[str, Any]:
+    return {"delimiter": separator, "skipinitialspace": separator == " "}
+
+
+def _trimmed(record: list[str], separator: str) -> list[str]:
+    """Fields without the empty ones that blanks at the ends of a line make."""
+    if separator == " ":
+        return [field.rstrip() for field in record if field.strip()]
+    return record
+
+
+# ---------------------------------------------------------------------- kinds
+
+
+def kind_of_text(column: pa.ChunkedArray, dialect: Dialect) -> str:
+    """What a column of text holds: ``none``, ``int``, ``big`` (whole numbers beyond 64 bits),
+    ``float``, ``bool`` or ``text``."""
+    if column.type != pa.string():
+        return {"int64": "int", "double": "float", "bool": "bool"}[str(column.type)]
+    if len(column) > _FIRST and kind_of_text(column.slice(0, _FIRST), dialect) == "text":
+        return "text"  # whatever comes later
+    values = _without(column, (*MISSING, *dialect.missing))
+    if values.null_count == len(values):
+        return "none"
+    if _is_number(values, dialect) or _is_number(values := _number_like(values), dialect):
+        if values.null_count == len(values):
+            return "none"
+        if _any(values, r"^\s*0\d"):
+            return "text"
+        if not _any(values, r"[^\d\s+-]"):
+            return "big" if _cast(_number_like(values), pa.int64()) is None else "int"
+        return "float"
+    distinct = set(pc.unique(values).drop_null().to_pylist())
+    return "bool" if distinct <= {*_TRUE, *_FALSE} else "text"
+
+
+def joint_kind(kinds: Iterable[str]) -> str:
+    """The kind of a column from those of its chunks."""
+    found = set(kinds) - {"none"}
+    if len(found) <= 1:
+        return next(iter(found), "none").replace("big", "text")
+    if found <= {"int", "float", "big"}:
+        return "float" if "float" in found else "text"
+    return "text"
+
+
+def typed(column: pa.ChunkedArray, kind: str, dialect: Dialect) -> pa.ChunkedArray:
+    """The values of a column of text as a column of its kind."""
+    if column.type != pa.string():
+        return column  # read as its kind at once
+    values = _without(column, (*MISSING, *dialect.missing))
+    if kind in ("int", "float", "none"):
+        target = pa.int64() if kind == "int" else pa.float64()
+        found = _cast(_pointed(values, dialect), target)
+        if found is None:
+            found = _cast(_pointed(_number_like(values), dialect), target)
+        assert found is not None  # the kind was settled by all values
+        return found
+    if kind == "bool":
+        true = pc.is_in(values, value_set=pa.array(_TRUE))
+        return pc.if_else(pc.is_null(values), pa.scalar(None, pa.bool_()), true)
+    return pc.replace_substring_regex(values, _ESCAPED, r"\1") if _any(values, _ESCAPED) else values
+
+
+def guessed(kind: str) -> pa.DataType:
+    """The type that a column of this kind is read as at once, without its text."""
+    return {"int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}.get(kind, pa.string())
+
+
+def null_values(dialect: Dialect) -> list[str]:
+    """What stands for a missing value in a column of numbers or booleans."""
+    return [*MISSING, *AMONG_NUMBERS, *dialect.missing]
+
+
+def truths() -> tuple[list[str], list[str]]:
+    """How true and false are written."""
+    return list(_TRUE), list(_FALSE)
+
+
+def has_leading_zeros(data: Any, separator: str) -> bool:
+    """Whether some field may be digits with a leading zero, which are no number."""
+    block = 1 << 20
+    for start in range(0, len(data), block):
+        # One byte of the last block and one of the next belong to it.
+        found = np.frombuffer(data, np.uint8)[max(start - 1, 0) : start + block + 1]
+        # A separator, or what ends a line or opens a quote: all of these are below '#'.
+        opens = (found[:-2] == ord(separator)) | (found[:-2] < ord("#"))
+        if (opens & (found[1:-1] == ord("0")) & (found[2:] - ord("0") < 10)).any():
+            return True
+    return False
+
+
+def _without(column: pa.ChunkedArray, missing: Sequence[str]) -> pa.ChunkedArray:
+    found = pc.is_in(column, value_set=pa.array(missing, column.type))
+    if not pc.any(found).as_py():
+        return column
+    return pc.if_else(found, pa.scalar(None, column.type), column)
+
+
+def _number_like(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Without blanks and plus signs, and without what is missing among numbers."""
+    trimmed = pc.replace_substring_regex(pc.utf8_trim_whitespace(values), r"^\+([\d.])", r"\1")
+    return _without(trimmed, (*MISSING, *AMONG_NUMBERS))
+
+
+def _pointed(values: pa.ChunkedArray, dialect: Dialect) -> pa.ChunkedArray:
+    return values if dialect.decimal == "." else pc.replace_substring(values, dialect.decimal, ".")
+
+
+def _is_number(values: pa.ChunkedArray, dialect: Dialect) -> bool:
+    return _cast(_pointed(values, dialect), pa.float64()) is not None
+
+
+def _cast(values: pa.ChunkedArray, target: pa.DataType) -> pa.ChunkedArray | None:
+    try:
+        return pc.cast(values, target)
+    except pa.ArrowInvalid:
+        return None
+
+
+def _any(values: pa.ChunkedArray, pattern: str) -> bool:
+    return bool(pc.any(pc.match_substring_regex(values, pattern)).as_py())

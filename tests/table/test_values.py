@@ -1,0 +1,275 @@
+"""Values of expressions: R's functions, numbers of every storage, the left side."""
+
+from decimal import Decimal
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from openreml_nn import InputError, lmm
+from openreml_nn.table import Encoder, parse_formula
+from openreml_nn.table.bases import contrast_matrix
+
+RNG = np.random.default_rng(0)
+N = 60
+TABLE = pd.DataFrame(
+    {
+        "y": RNG.normal(size=N),
+        "x": RNG.normal(size=N) + 3,
+        "z": RNG.uniform(1, 2, N),
+        "f": np.array(list("abc"))[np.arange(N) % 3],
+        "h": np.array(list("uv"))[np.arange(N) // 3 % 2],
+        "k": np.arange(N) % 4 + 1,
+        "b": np.arange(N) % 4 > 1,
+        "total.fruits": RNG.poisson(9, N) + 1,
+        "my x": RNG.normal(size=N),
+        "g": np.arange(N) % 6,
+    }
+)
+
+
+def column(text, table=TABLE):
+    """The only column of a part."""
+    return Encoder(f"y ~ 0 + {text}").fit(table).X[:, 0].numpy()
+
+
+def names(part, table=TABLE, **options):
+    return Encoder(f"y ~ {part}", **options).fit(table).names
+
+
+x, z = TABLE["x"].to_numpy(), TABLE["z"].to_numpy()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("log(x)", np.log(x)),
+        ("log(x, 2)", np.log2(x)),
+        ("log(x, base = 10)", np.log10(x)),
+        ("I(x^2)", x**2),
+        ("I(x**2)", x**2),
+        ("I(-x^2 + 2 * z / 4)", -(x**2) + z / 2),
+        ("I(2^-1 * x)", x / 2),
+        ("I(x %% 2)", x % 2),
+        ("I(x %/% 2)", x // 2),
+        ("pmax(x, 2 * z, 1)", np.maximum(np.maximum(x, 2 * z), 1)),
+        ("pmin(x, z)", np.minimum(x, z)),
+        ("ifelse(x > 3 & f == 'a', x, 0)", np.where((x > 3) & (TABLE["f"] == "a"), x, 0)),
+        ("ifelse(!(f %in% c('a', 'b')), 1, z)", np.where(TABLE["f"] == "c", 1, z)),
+        ("scale(x)", (x - x.mean()) / x.std(ddof=1)),
+        ("scale(x, scale = FALSE)", x - x.mean()),
+        ("scale(x, center = FALSE)", x / np.sqrt(x @ x / (N - 1))),
+        ("center(x)", x - x.mean()),
+        ("round(x, 1)", np.round(x, 1)),
+        ("log(total.fruits)", np.log(TABLE["total.fruits"])),
+        ("log(`total.fruits`)", np.log(TABLE["total.fruits"])),
+        ("I(`my x` + x)", TABLE["my x"] + x),
+        ("as.numeric(b)", TABLE["b"].astype(float)),
+        ("as.numeric(x > 3)", (x > 3).astype(float)),
+        ("x:z", x * z),
+    ],
+)
+def test_functions_have_the_values_of_r(text, expected):
+    np.testing.assert_allclose(column(text), expected, rtol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        ("f * x", ["(Intercept)", "fb", "fc", "x", "fb:x", "fc:x"]),
+        ("0 + f", ["fa", "fb", "fc"]),
+        ("0 + f + h", ["fa", "fb", "fc", "hv"]),
+        ("f / h", ["(Intercept)", "fb", "fc", "fa:hv", "fb:hv", "fc:hv"]),
+        ("x:f", ["(Intercept)", "x:fa", "x:fb", "x:fc"]),
+        ("x + x:f", ["(Intercept)", "x", "x:fb", "x:fc"]),
+        ("f + h + f:h", ["(Intercept)", "fb", "fc", "hv", "fb:hv", "fc:hv"]),
+        ("(x + z + h)^2 - x:z", ["(Intercept)", "x", "z", "hv", "x:hv", "z:hv"]),
+        ("x:z + x", ["(Intercept)", "x", "x:z"]),
+        ("x + x^2 - 1", ["x"]),
+        ("C(k)", ["(Intercept)", "C(k)2", "C(k)3", "C(k)4"]),
+        ("factor(k) + b", ["(Intercept)", "factor(k)2", "factor(k)3", "factor(k)4", "bTrue"]),
+        ("C(f, contr.sum)", ["(Intercept)", "C(f, contr.sum)1", "C(f, contr.sum)2"]),
+        ("C(f, contr.poly)", ["(Intercept)", "C(f, contr.poly).L", "C(f, contr.poly).Q"]),
+        (
+            "C(f, contr.treatment('b'))",
+            ["(Intercept)", 'C(f, contr.treatment("b"))a', 'C(f, contr.treatment("b"))c'],
+        ),
+        ("relevel(f, ref = 'c')", ["(Intercept)", *(f'relevel(f, ref = "c"){v}' for v in "ab")]),
+        ("cut(k, c(0, 2, 4))", ["(Intercept)", "cut(k, c(0, 2, 4))(2,4]"]),
+        ("cut(k, 3)", ["(Intercept)", "cut(k, 3)(2,3]", "cut(k, 3)(3,4]"]),
+        ("poly(x, 2)", ["(Intercept)", "poly(x, 2)1", "poly(x, 2)2"]),
+        ("I(x > 3)", ["(Intercept)", "I(x > 3)True"]),
+        ("I(x**2)", ["(Intercept)", "I(x^2)"]),
+    ],
+)
+def test_columns_are_those_of_r(part, expected):
+    assert list(names(part)) == expected
+
+
+def test_an_interaction_without_its_margins_is_coded_as_in_r():
+    encoded = Encoder("y ~ f:h").fit(TABLE)
+    assert encoded.names == ("(Intercept)", *(f"f{a}:h{b}" for b in "uv" for a in "abc"))
+    assert encoded.X[:, 1:].sum(1).tolist() == [1.0] * N
+
+
+def test_a_dot_is_every_column_that_is_not_named_elsewhere():
+    table = TABLE[["y", "x", "f", "z", "g", "b"]]
+    encoder = Encoder("log(y + 9) ~ . - z + (0 + b | g)")
+    assert encoder.fit(table).names == ("(Intercept)", "x", "fb", "fc")
+    assert encoder.transform(table.drop(columns=["y", "z"])).names == encoder.fit(table).names
+    with pytest.raises(InputError, match="right side only"):
+        parse_formula(". ~ x")
+
+
+def test_contrasts_are_those_of_r():
+    root = 0.5**0.5
+    expected = {
+        "contr.sum": [[1, 0], [0, 1], [-1, -1]],
+        "contr.helmert": [[-1, -1], [1, -1], [0, 2]],
+        "contr.poly": [[-root, 6**-0.5], [0, -2 * 6**-0.5], [root, 6**-0.5]],
+        "contr.sdif": [[-2 / 3, -1 / 3], [1 / 3, -1 / 3], [1 / 3, 2 / 3]],
+    }
+    for name, matrix in expected.items():
+        np.testing.assert_allclose(contrast_matrix("abc", (name, {}))[0], matrix, atol=1e-15)
+
+
+HEIGHT = pd.DataFrame({"y": RNG.normal(size=15), "height": np.arange(58.0, 73)})
+
+
+def test_splines_are_those_of_r():
+    """The second row of R's bs and ns of women$height with df = 5."""
+    b = Encoder("y ~ 0 + bs(height, df = 5)").fit(HEIGHT).X
+    expected = torch.tensor([4.534439e-01, 5.986395e-02, 1.639942e-03, 0, 0]).double()
+    expected[1] = 5.985787e-02
+    torch.testing.assert_close(b[1], expected, rtol=1e-6, atol=1e-8)
+    n = Encoder("y ~ 0 + ns(height, df = 5)").fit(HEIGHT).X
+    expected = [7.592323e-03, 0, -8.670223e-02, 2.601067e-01, -1.734045e-01]
+    torch.testing.assert_close(n[1], torch.tensor(expected).double(), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("text", ["ns(height, 4)", "bs(height, df = 6)", "poly(height, 3)"])
+def test_bases_go_on_beyond_the_table_of_the_fit(text):
+    """By what was learned: rows alone give what they gave among others, also outside of the range."""
+    encoder = Encoder(f"y ~ {text}")
+    first = encoder.fit(HEIGHT)
+    alone = encoder.transform(HEIGHT.iloc[[4]])
+    torch.testing.assert_close(alone.X, first.X[[4]], rtol=1e-12, atol=1e-13)
+    at = pd.DataFrame({"height": np.array([72.0, 73, 74, 75, 76])})
+    outside = encoder.transform(at).X
+    order = 2 if text.startswith("ns") else 4
+    assert torch.diff(outside, order, dim=0).abs().max() < 1e-9
+    torch.testing.assert_close(outside[0], first.X[-1])
+
+
+def test_states_are_of_the_fit():
+    encoder = Encoder("y ~ scale(x) + cut(z, 3) + ns(x, 3)")
+    whole = encoder.fit(TABLE).X
+    for rows in ([5], [1, 59, 30]):
+        torch.testing.assert_close(encoder.transform(TABLE.iloc[rows]).X, whole[rows])
+
+
+# ---------------------------------------------------------------------- numbers
+
+STORED = {
+    "int8": lambda v: v.astype("int8"),
+    "uint8": lambda v: v.astype("uint8"),
+    "float32": lambda v: v.astype("float32"),
+    "Int16": lambda v: v.astype("Int16"),
+    "decimal": lambda v: pd.Series([Decimal(int(i)) for i in v], dtype=object),
+    "object": lambda v: v.astype(object),
+    "mixed": lambda v: pd.Series([Decimal(int(i)) if i % 2 else float(i) for i in v], dtype=object),
+    "arrow": lambda v: v.astype("int64[pyarrow]"),
+}
+
+
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize(
+    "formula",
+    ["y ~ I(k^2) + (1 | g)", "y ~ k:w + (1 | g)", "I(k^3) ~ x + (1 | g)", "y ~ (0 + k:w | g)"],
+)
+def test_numbers_are_float64_before_anything_is_computed(stored, formula):
+    table = TABLE.assign(k=np.arange(N) % 50 + 60, w=np.arange(N) % 49 + 70)
+    narrow = table.assign(k=STORED[stored](table["k"]), w=STORED[stored](table["w"]))
+    wide = table.astype({"k": float, "w": float})
+    found, expected = (Encoder(formula).fit(t) for t in (narrow, wide))
+    assert found.names == expected.names
+    torch.testing.assert_close(found.X, expected.X)
+    torch.testing.assert_close(found.y, expected.y)
+    torch.testing.assert_close(found.random[0].values, expected.random[0].values)
+
+
+@pytest.mark.parametrize(
+    ("left", "expected"),
+    [
+        ("y - z", TABLE["y"] - z),
+        ("y^2", TABLE["y"] ** 2),
+        ("y / 2", TABLE["y"] / 2),
+        ("log(x) - log(z)", np.log(x) - np.log(z)),
+        ("-y", -TABLE["y"]),
+        ("I(y * 2)", TABLE["y"] * 2),
+        ("y - 1", TABLE["y"] - 1),
+        ("`my x` + `total.fruits`", TABLE["my x"] + TABLE["total.fruits"]),
+        ("b", TABLE["b"].astype(float)),
+    ],
+)
+def test_arithmetic_on_the_left_is_arithmetic(left, expected):
+    np.testing.assert_allclose(Encoder(f"{left} ~ x").fit(TABLE).y, expected, rtol=1e-14)
+
+
+def test_an_offset_is_a_known_part_of_the_mean():
+    with_offset = lmm("y ~ x + offset(2 * z) + (1 | g)", TABLE)
+    without = lmm("I(y - 2 * z) ~ x + (1 | g)", TABLE)
+    assert with_offset.log_likelihood == pytest.approx(without.log_likelihood, rel=1e-12)
+    torch.testing.assert_close(with_offset.residuals, without.residuals)
+    torch.testing.assert_close(with_offset.fitted, without.fitted + 2 * torch.tensor(z))
+
+
+SPOILED = [f"{v:.3f}" for v in x]
+
+
+@pytest.mark.parametrize(
+    ("formula", "table", "message"),
+    [
+        ("y ~ x", TABLE.assign(x=[*SPOILED[:8], "?", *SPOILED[9:]]), r"found '\?' in row 9 among"),
+        ("y ~ k", TABLE.assign(k=np.where(np.arange(N) == 3, ".", "1")), r"found '\.' in row 4"),
+        ("y ~ I(f^2)", TABLE, "'f' is not numeric: found 'a' in row 1"),
+        ("y ~ t", TABLE.assign(t=pd.Timestamp("2024-01-01")), "'t' holds dates"),
+        ("y ~ t", TABLE.assign(t=pd.Timedelta("1D")), "'t' holds dates, times or durations"),
+        ("t ~ x", TABLE.assign(t=pd.Timestamp("2024-01-01")), "the response 't' is not numeric"),
+        ("y ~ t", TABLE.assign(t=[[1]] * N), "'t' holds a list in each row"),
+        ("y ~ t", TABLE.assign(t=[{"a": 1}] * N), "'t' holds a dict in each row"),
+        ("y ~ 1 + (1 | t)", TABLE.assign(t=[[1]] * N), "'t' holds lists"),
+        ("y ~ t", TABLE.assign(t=1j), "complex"),
+        ("y ~ x", pd.concat([TABLE, TABLE[["x"]]], axis=1), "2 columns 'x'"),
+        ("y ~ 1 + (1 | g)", pd.concat([TABLE, TABLE[["g"]]], axis=1), "2 columns 'g'"),
+        ("y ~ 1", pd.concat([TABLE, TABLE[["y"]]], axis=1), "2 columns 'y'"),
+        ("f ~ x", TABLE, "response 'f' is not numeric: found 'a' in row 1"),
+        ("y ~ x", TABLE.assign(y=TABLE["y"] * 1e200), "of at most 1e150"),
+        ("y ~ x", TABLE.assign(y=TABLE["y"] * 1e-200), "cannot square: use other units"),
+        ("y ~ x", TABLE.assign(x=TABLE["x"] * 1e180), "'x' is .* of at most 1e150"),
+        ("y ~ poly(x, 51)", TABLE, "from 1 to 50"),
+        ("y ~ poly(k, 4)", TABLE, "less than the distinct values"),
+        ("y ~ poly(x, dgree = 2)", TABLE, "unexpected keyword"),
+        ("y ~ relevel(f, 'zz')", TABLE, "'zz' is no level of it"),
+        ("y ~ bs(x, knots = c(-9, 99))", TABLE, "must be between"),
+        ("y ~ f > 'a'", TABLE, "labels have no order"),
+        ("y ~ I(9^9^9)", TABLE, "no column"),
+        ("y ~ (" + " + ".join(f"I(x + {i})" for i in range(60)) + ")^9", TABLE, "2000 terms"),
+        ("y ~ " + "(" * 100 + "x" + ")" * 100, TABLE, "levels of nesting"),
+        ("y ~ x" + " + x" * 9000, TABLE, "characters"),
+    ],
+)
+def test_faults_of_values_are_named(formula, table, message):
+    with pytest.raises(InputError, match=message) as caught:
+        Encoder(formula).fit(table)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_text_column_that_is_told_to_be_a_factor_is_one():
+    table = TABLE.assign(x=[*["1", "2", "?"] * 20])
+    with pytest.raises(InputError, match=r"found '\?' in row 3 among numbers"):
+        Encoder("y ~ x").fit(table)
+    assert names("x", table, categorical=["x"]) == ("(Intercept)", "x2", "x?")
+    assert names("x", table.astype({"x": "category"})) == ("(Intercept)", "x2", "x?")
+    assert Encoder("y ~ 1 + (1 | x)").fit(table).random[0].levels == ("1", "2", "?")
