@@ -75,7 +75,7 @@ def climb(
             history[-1] = replace(history[-1], step=0.0)
             break
         far = step.score_norm > CONVERGED
-        if far and len(history) > _STALLED and step.length < 1 and _gain(history) < 1e-8:
+        if far and len(history) > _STALLED and step.length < 0.02 and _gain(history) < 1e-8:
             break  # at the edge of where V is positive definite: there is nowhere to go
     return history
 

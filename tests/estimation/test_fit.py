@@ -232,7 +232,7 @@ def test_optimizer_on_several_likelihoods_with_tied_parameters():
 def test_optimizer_errors():
     V, y, X = balanced()
     loss = REMLLoss(V)
-    with pytest.raises(RuntimeError, match="needs a closure"):
+    with pytest.raises(TypeError, match="`closure` is None"):
         AIREML(loss.parameters()).step()
     with pytest.raises(RuntimeError, match="evaluated no REMLLoss"):
         AIREML(loss.parameters()).step(lambda: None)
@@ -248,7 +248,7 @@ def test_data_that_cannot_be_fitted_are_refused():
         fit_reml(V, 3 * X[:, 0], X)
     with pytest.raises(ValueError, match="start"):
         fit_reml(V, y, X, start="zero")
-    with pytest.raises(TypeError, match="tensors"):
+    with pytest.raises(TypeError, match="`y` is ndarray: expected a floating-point tensor"):
         fit_reml(V, y.numpy(), X)
     W = UnconstrainedMatrix(40).double()
     with torch.no_grad():

@@ -13,7 +13,7 @@ Y, X = torch.tensor([1.0, 2.0, 4.0, 5.0]).double(), torch.ones(4, 1).double()
 def run(closure_of, steps=20):
     V = ScalarMatrix(4).double()
     loss = REMLLoss(V)
-    optimizer = AIREML(loss.parameters())
+    optimizer = AIREML(loss.parameters(), tolerance=1e-8)
     closure = closure_of(V, loss, optimizer)
     for _ in range(steps):
         optimizer.step(closure)
