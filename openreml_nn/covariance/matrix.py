@@ -371,7 +371,7 @@ class Matrix(Parametrized):
         return self(theta)
 
     def map_theta_to_dv(self, theta: FreeParams = None) -> Tensor | None:
-        """The Jacobian at ``theta``, (num_free_params, *shape); None if all is fixed."""
+        """The Jacobian at ``theta``, ``(num_free_params, *shape)``; None if all is fixed."""
         return self.grad(theta)[0]
 
     def set_intermediates(self, params: Tensor, intermediates: Any) -> None:

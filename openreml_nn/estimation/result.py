@@ -262,7 +262,6 @@ class Result:
         plan: the solver's plan.
         num_params: number of estimated parameters of the covariance.
         starts: where the fit ended from its other starts, if it had any; see :class:`Start`.
-        starts: of a fit from several starts, what each of the others ended with.
         source: data and model, for inference; None where rows were streamed.
     """
 
