@@ -816,7 +816,7 @@ CALLS = {
 EXEMPT = {
     "Bootstrap", "Component", "Curve", "Estimate", "Evaluation", "FTest", "InputError", "LikelihoodRatio",
     "MarginalMeans", "NotPositiveDefiniteError", "NumericalError", "Operator", "Pedigree", "Plan",
-    "Profile", "ProgressBar", "R2", "REMLResult", "Result", "Transform",
+    "Profile", "ProgressBar", "R2", "Result", "Transform",
 }  # fmt: skip
 
 # ---------------------------------------------------------------------- outcomes
