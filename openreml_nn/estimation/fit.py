@@ -139,7 +139,10 @@ def fit_reml(
     r"""Fit :math:`y \sim N(X\beta, V(\theta))` by average-information REML.
 
     The covariance is moved to the dtype and device of ``y`` and left with its
-    parameters at the estimates.
+    parameters at the estimates. All that require a gradient are estimated, those of
+    designs and of networks too. Where the likelihood may have several optima, as of
+    correlation that decays with a distance beside other terms, the fit runs from
+    several starts and its result is the best of them.
 
     Args:
         covariance: the covariance V.
