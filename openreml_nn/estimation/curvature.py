@@ -164,7 +164,8 @@ class Curvature:
         # A change by a standard deviation or a correlation of 1 that moves the likelihood by
         # nothing, and directions that are flat beside the steepest.
         names, u = self.at.names, torch.where(at_boundary, 0, self.u)
-        silent = (u != 0) & (u**2 * self.hessian.diagonal().abs() < 1e-10)
+        bend = self.hessian.diagonal().abs()
+        silent = torch.where(u != 0, u**2 * bend < 1e-10, (bend == 0) & ~at_boundary)
         found = {name for name, is_silent in zip(names, silent.tolist(), strict=True) if is_silent}
         flat = self._values.abs() < FLAT * self._values.abs().max()
         for direction in (self._vectors[:, flat] / self._scale[:, None]).T:

@@ -519,10 +519,10 @@ class _Builder:
 
     @cached_property
     def _spread(self) -> Tensor:
-        """Covariance of the coordinates; NaN for those at zero."""
+        """Covariance of the coordinates; NaN for those at a boundary or without information."""
         at, information = self._curvature.at, self._curvature.information
         u = self._curvature.u
-        inner = (~at.on_boundary(u)).nonzero()[:, 0]
+        inner = (~at.on_boundary(u) & (information.diagonal() != 0)).nonzero()[:, 0]
         spread = torch.full_like(information, nan)
         part = information[inner][:, inner]
         scale = part.diagonal().sqrt()

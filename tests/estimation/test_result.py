@@ -17,6 +17,7 @@ from openreml_nn.covariance import (
     ScalarMatrix,
     Sum,
     UnstructuredMatrix,
+    ar1_field,
 )
 from openreml_nn.datasets import oats, sleepstudy
 from openreml_nn.estimation.result import Label, Result
@@ -193,3 +194,19 @@ def test_standard_errors_of_a_correlation_are_those_of_the_average_information()
     error = torch.linalg.inv(working.mT @ P @ working / 2).diagonal().sqrt()
     assert variance.std_error == pytest.approx(float(error[0]), rel=1e-5)
     assert rho.std_error == pytest.approx(float(error[1]), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:the data cannot tell apart")
+@pytest.mark.parametrize("rho", [0.0, 0.5])
+def test_a_parameter_that_the_data_say_nothing_of_is_named_and_has_no_standard_error(rho):
+    # A field of one column: the likelihood is the same at any correlation of its columns.
+    torch.manual_seed(1)
+    y = torch.randn(20, dtype=torch.float64)
+    V = Sum(field=ar1_field(20, 1)).double()
+    V.set_value("field/column/rho", rho, natural=True)
+    result = fit_reml(V, y, torch.ones(20, 1).double(), start="current")
+    (silent,) = [p for p in result.parameters if p.name == "field/column/rho"]
+    assert result.indistinct == ("field/column/rho",)
+    assert np.isnan(silent.std_error)
+    others = [p for p in result.parameters if p is not silent and not p.fixed]
+    assert all(p.std_error > 0 for p in others)
