@@ -13,7 +13,6 @@ KERNEL = "openreml_nn/covariance/kernel.py"
 PEDIGREE = "openreml_nn/covariance/pedigree.py"
 PRODUCT = "openreml_nn/covariance/product.py"
 TERMS = "openreml_nn/covariance/terms.py"
-TRANSFORM = "openreml_nn/covariance/transform.py"
 TRIANGULAR = "openreml_nn/covariance/triangular.py"
 
 FAULTS = [
@@ -139,8 +138,8 @@ FAULTS = [
     Fault(
         "the pull-back of a Gram matrix counts one side",
         PRODUCT,
-        "self._left((cotangent + cotangent.mT) @ self._left(operands[0]))",
-        "self._left(2 * cotangent @ self._left(operands[0]))",
+        "self._left((cotangent + cotangent.mT) @ self._left(values[0]))",
+        "self._left(2 * cotangent @ self._left(values[0]))",
         PULLBACK,
     ),
     Fault(
@@ -155,7 +154,7 @@ FAULTS = [
         "openreml_nn/covariance/structures.py",
         "n, weights.rsqrt())",
         "n, weights.sqrt())",
-        "tests/test_data.py -k weight",
+        "tests/table/test_encoder.py -k weight",
     ),
     Fault(
         "positions within groups are in the order of their appearance",
