@@ -5,6 +5,7 @@ from tests.faults.fault import Fault
 VALUES = "tests/covariance/test_values.py"
 LEAVES = "tests/covariance/test_gradients.py -k 'each_leaf or special_points'"
 PULLBACK = "tests/covariance/test_gradients.py -k 'pullback_equals or manual_grad_equals'"
+PLACES = "tests/covariance/test_gradients.py -k two_places"
 STRUCTURES = "tests/covariance/test_structures.py"
 
 AUTOREGRESSIVE = "openreml_nn/covariance/autoregressive.py"
@@ -268,34 +269,27 @@ FAULTS = [
         TREE,
         "bars[o] = bars[o] + part if o in bars else part",
         "bars[o] = part",
-        PULLBACK,
+        PLACES,
     ),
     Fault(
-        "a leaf under two opaque nodes is pulled back once",
+        "a leaf under two recorded nodes is pulled back once",
         TREE,
         "found[j] = found[j] + pulled if j in found else pulled",
         "found[j] = pulled",
-        "tests/covariance/test_torch_modules.py -k 'hook or adapted or needs'",
+        PLACES,
     ),
     Fault(
         "the Jacobian counts a node under two operators once",
         TREE,
         "mine[j] = mine[j] + part if j in mine else part",
         "mine[j] = part",
-        PULLBACK,
+        PLACES,
     ),
     Fault(
         "a push-forward counts a node under two operators once",
         TREE,
         "moved[i] = moved[i] + part if i in moved else part",
         "moved[i] = part",
-        "tests/covariance/test_gradients.py -k 'second_derivatives_agree or transforms_agree or forward'",
-    ),
-    Fault(
-        "parameters below a node that is called get no gradient",
-        TREE,
-        "(not self.able[i] and node.num_free_params > 0)",
-        "False",
-        "tests/covariance/test_torch_modules.py -k 'hook or adapted'",
+        PLACES,
     ),
 ]
