@@ -184,9 +184,9 @@ def test_digits_are_kept_where_random_effects_dwarf_the_residual(log_ratio, solv
 def test_variances_of_a_covariance_that_is_indefinite_are_its_difference():
     g = Sum(ScalarMatrix(3), torch.full((3, 3), -0.6))  # an eigenvalue is -0.8
     at = torch.arange(N) % 3
-    residual = ScalarMatrix(N).set_value("sigma^2", 5.0)
+    residual = ScalarMatrix(N).set_value("sigma^2", 2.0)
     V = Sum(t=CovariancePropagation(z=DummyMatrix.from_codes(at, 3), g=g), e=residual).double()
-    y, X = torch.randn(N), torch.ones(N, 1)
+    y, X = torch.randn(N), torch.randn(N, 2)
     found = REMLLoss(V, solver="dense").evaluate(y, X).random[0].variances
     inverse, G = torch.linalg.inv(V().detach()), g().detach()
     half = torch.linalg.solve(X.mT @ inverse @ X, X.mT @ inverse)
