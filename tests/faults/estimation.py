@@ -307,13 +307,6 @@ FAULTS = [
         PROFILES,
     ),
     Fault(
-        "angles of a factor's row are those of its first columns",
-        CONSTRAINED,
-        "torch.atan2(left[a + 1], u[row[a]])",
-        "torch.atan2(left[0], u[row[a]])",
-        PROFILES,
-    ),
-    Fault(
         "the information of several likelihoods forgets their weights",
         CURVATURE,
         "self.information += weight * information",
@@ -381,13 +374,6 @@ FAULTS = [
         GLS,
         "    with V.given(theta):\n        return {name: m() if",
         "    with V.given(theta):\n        value = V()\n    if value is not None:\n        return {name: value if m is V else m() if",
-        OF_GLS,
-    ),
-    Fault(
-        "data of float64 are rounded to a covariance's float32",
-        GLS,
-        "reduce(torch.promote_types, [v.dtype for v in (y, *values.values())], torch.float32)",
-        'values["V"].dtype',
         OF_GLS,
     ),
 ]

@@ -12,7 +12,7 @@ from tests.likelihood.models import models
 
 @pytest.mark.parametrize("structured", [False, True])
 @given(st.data(), st.sampled_from(["reml", "ml"]))
-@settings(max_examples=25)
+@settings(max_examples=settings.default.max_examples // 2)
 def test_it_equals_dense_in_all_that_it_says(structured, data, method):
     m = data.draw(models(structured))
     objective = REMLLoss(m.covariance, method, "dense").objective(m.y, m.X)
