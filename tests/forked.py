@@ -11,10 +11,13 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
+from torch import distributed
 
 import openreml_nn.lightning  # what the program imports when it is called
 import openreml_nn.report  # noqa: F401
@@ -32,13 +35,19 @@ sys.exit(int(s.recv(8)))
 """
 
 
+def started(function: Callable[[], object], cwd: Path, streams: list[int]) -> BaseProcess:
+    """A fork that calls a function in a folder; descriptors are its output and errors."""
+    process = CONTEXT.Process(target=_run, args=(function, cwd, streams))
+    process.start()
+    return process
+
+
 def forked(function: Callable[[], object], cwd: Path, timeout: float = 300) -> SimpleNamespace:
     """Call a function in a fork, in a folder; its status and what it printed."""
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / name for name in ("stdout", "stderr")]
         streams = [os.open(path, os.O_WRONLY | os.O_CREAT) for path in paths]
-        process = CONTEXT.Process(target=_run, args=(function, cwd, streams))
-        process.start()
+        process = started(function, cwd, streams)
         process.join(timeout)
         late = process.is_alive()
         if late:
@@ -60,6 +69,23 @@ def _run(function: Callable[[], object], cwd: Path, streams: list[int]) -> None:
     torch.set_default_dtype(torch.float32)
     warnings.resetwarnings()
     function()
+
+
+def ranks(function: Callable[[], object], size: int, folder: Path) -> list[Any]:
+    """What a function returns in each of some forks that know of one another."""
+    torch.multiprocessing.start_processes(
+        _rank, (function, size, folder), nprocs=size, start_method="fork"
+    )
+    return [torch.load(folder / f"{size}-{rank}.pt") for rank in range(size)]
+
+
+def _rank(rank: int, function: Callable[[], object], size: int, folder: Path) -> None:
+    store = f"file://{folder / f'store{size}'}"
+    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+    try:
+        torch.save(function(), folder / f"{size}-{rank}.pt")
+    finally:
+        distributed.destroy_process_group()
 
 
 @contextmanager

@@ -1,13 +1,7 @@
-"""Trains a small model in some processes; the first one writes what came out.
-
-python tests/sharing.py PROCESSES TRAINING HEAD PATH
-"""
-
-import sys
-import warnings
+"""Trains a small model in some processes; the first one writes what came out."""
 
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 from torch import nn
 
 from openreml_nn import MixedModel, RandomEffect
@@ -37,20 +31,26 @@ def train(processes, training, head, path):
         max_epochs=3,
         accelerator="cpu",
         devices=processes,
-        strategy="ddp" if processes > 1 else "auto",
+        strategy="ddp_fork" if processes > 1 else "auto",
+        callbacks=[Written(path)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     trainer.fit(module)
-    if trainer.is_global_zero:
-        found = dict(model.state_dict())
-        found["loss"] = trainer.callback_metrics["train_loss"]
-        found["gradient"] = torch.cat([p.grad.flatten() for p in network.parameters()])
-        torch.save(found, path)
 
 
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    train(int(sys.argv[1]), *sys.argv[2:])
+class Written(Callback):
+    """Writes what came out where it is: gradients do not leave a process."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_fit_end(self, trainer, module):
+        if trainer.is_global_zero:
+            found = dict(module.model.state_dict())
+            found["loss"] = trainer.callback_metrics["train_loss"]
+            weights = module.model.mean.parameters()
+            found["gradient"] = torch.cat([p.grad.flatten() for p in weights])
+            torch.save(found, self.path)

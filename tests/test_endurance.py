@@ -3,8 +3,6 @@
 import errno
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -14,26 +12,23 @@ import pytest
 import torch
 
 from openreml_nn.app import main
+from tests.forked import forked, started
 
-PROGRAM = [sys.executable, "-c", "from openreml_nn.app import main; main()"]
 NEURAL = ["experiment=neural_longitudinal", "trainer.enable_progress_bar=false", "model.width=8"]
 
 
 def test_a_killed_run_leaves_no_half_file_and_is_resumed_to_the_same_end(tmp_path):
     options = [*NEURAL, "trainer.max_epochs=40", "callbacks.checkpoint.every_n_epochs=1"]
-    started = subprocess.Popen(
-        [*PROGRAM, *options, "hydra.run.dir=killed"],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    process = started(lambda: main([*options, "hydra.run.dir=killed"]), tmp_path, [nowhere] * 2)
+    os.close(nowhere)
     kept = tmp_path / "killed" / "checkpoints" / "last.ckpt"
     deadline = time.monotonic() + 120
-    while not kept.is_file() and started.poll() is None and time.monotonic() < deadline:
+    while not kept.is_file() and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.3)
-    started.send_signal(signal.SIGKILL)
-    started.wait()
+    process.kill()
+    process.join()
     assert not (tmp_path / "killed" / "result.json").exists()
     epoch = torch.load(kept, weights_only=True)["epoch"]
     assert epoch < 39
@@ -41,13 +36,7 @@ def test_a_killed_run_leaves_no_half_file_and_is_resumed_to_the_same_end(tmp_pat
         pd.read_csv(path)
 
     def run(folder, *more):
-        done = subprocess.run(
-            [*PROGRAM, *options, f"hydra.run.dir={folder}", *more],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        done = forked(lambda: main([*options, f"hydra.run.dir={folder}", *more]), tmp_path)
         assert done.returncode == 0, done.stderr
         return json.loads((tmp_path / folder / "result.json").read_text())
 

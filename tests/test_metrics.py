@@ -1,14 +1,12 @@
 """Metrics of predictions and of models."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from torch import distributed
 from torchmetrics import MetricCollection
 
 from openreml_nn import metrics, restricted_log_likelihood
+from tests.forked import ranks
 
 
 def predictions(n=500):
@@ -148,51 +146,39 @@ def test_one_collection_takes_what_each_metric_knows():
     assert all(bool(torch.isfinite(value).all()) for value in found.values())
 
 
-PROCESS = """
-import sys, torch, torch.distributed as dist
-from openreml_nn import metrics
-torch.set_default_dtype(torch.float64)
-rank, size, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-torch.manual_seed(0)
-found = [
-    metrics.GaussianNegativeLogDensity(), metrics.IntervalCoverage(), metrics.IntervalWidth(),
-    metrics.BLUPReliability(), metrics.MarginalR2(), metrics.ConditionalR2(),
-    metrics.IntraclassCorrelation(2), metrics.Heritability(2), metrics.RestrictedLogLikelihood(2),
-]
-for step in range(4):
-    n = 3 + step
-    mean, variance, target = torch.randn(n), torch.rand(n) + 0.5, torch.randn(n)
-    root, X = torch.randn(n, n), torch.randn(n, 2)
-    given = [(mean, variance, target)] * 3 + [(variance / 4, 2.0)]
-    given += [(mean, variance, variance)] * 2 + [(variance[:2],), (variance[:2], root[:2] @ root[:2].mT)]
-    given += [(target, X, root @ root.mT + torch.eye(n))]
-    if step % size == rank:
-        for metric, arguments in zip(found, given, strict=True):
-            metric.update(*arguments)
-values = [torch.stack(v) if isinstance(v := metric.compute(), tuple) else v for metric in found]
-print(torch.cat([v.flatten() for v in values]).tolist(), flush=True)
-dist.destroy_process_group()
-"""
-
-
-def printed(size, folder):
-    command = [sys.executable, "-c", PROCESS]
-    started = [
-        subprocess.Popen(
-            [*command, str(rank), str(size), str(folder / f"store{size}")],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parents[1],
-        )
-        for rank in range(size)
+def shared():
+    """What metrics find, of which each process sees every other batch."""
+    rank, size = distributed.get_rank(), distributed.get_world_size()
+    torch.manual_seed(0)
+    found = [
+        metrics.GaussianNegativeLogDensity(),
+        metrics.IntervalCoverage(),
+        metrics.IntervalWidth(),
+        metrics.BLUPReliability(),
+        metrics.MarginalR2(),
+        metrics.ConditionalR2(),
+        metrics.IntraclassCorrelation(2),
+        metrics.Heritability(2),
+        metrics.RestrictedLogLikelihood(2),
     ]
-    return [torch.tensor(eval(p.communicate(timeout=120)[0])) for p in started]
+    for step in range(4):
+        n = 3 + step
+        mean, variance, target = torch.randn(n), torch.rand(n) + 0.5, torch.randn(n)
+        root, X = torch.randn(n, n), torch.randn(n, 2)
+        given = [(mean, variance, target)] * 3 + [(variance / 4, 2.0)]
+        given += [(mean, variance, variance)] * 2
+        given += [(variance[:2],), (variance[:2], root[:2] @ root[:2].mT)]
+        given += [(target, X, root @ root.mT + torch.eye(n))]
+        if step % size == rank:
+            for metric, arguments in zip(found, given, strict=True):
+                metric.update(*arguments)
+    values = [torch.stack(v) if isinstance(v := m.compute(), tuple) else v for m in found]
+    return torch.cat([v.flatten() for v in values])
 
 
 def test_two_processes_find_what_one_does(tmp_path):
-    (one,) = printed(1, tmp_path)
-    for found in printed(2, tmp_path):
+    (one,) = ranks(shared, 1, tmp_path)
+    for found in ranks(shared, 2, tmp_path):
         torch.testing.assert_close(found, one, rtol=1e-10, atol=1e-12)
 
 

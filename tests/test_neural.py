@@ -1,10 +1,5 @@
 """Training a neural mixed model in Lightning."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pandas as pd
 import pytest
 import torch
@@ -18,6 +13,7 @@ from openreml_nn.lightning import ExportBLUPs, NeuralMixedModule, TraceVariances
 from openreml_nn.lightning.batches import connected_rows, whole
 from openreml_nn.model import take
 from tests import sharing
+from tests.forked import forked
 from tests.strategies import kinship
 
 
@@ -147,14 +143,7 @@ def test_options_that_do_not_fit():
 def test_two_processes_give_what_one_does(tmp_path, training, head):
     """Loss, gradients, estimates and BLUPs; with full and ml a network for the residual, too."""
     sharing.train(1, training, head, tmp_path / "1.pt")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.sharing", "2", training, head, tmp_path / "2.pt"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = forked(lambda: sharing.train(2, training, head, tmp_path / "2.pt"), tmp_path)
     assert done.returncode == 0, done.stderr
     one, two = torch.load(tmp_path / "1.pt"), torch.load(tmp_path / "2.pt")
     assert one.keys() == two.keys()

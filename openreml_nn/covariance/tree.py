@@ -295,12 +295,11 @@ class Tree:
         """Whether there are free parameters at or below each node."""
         leaves = set(self.leaves)
         moving: list[bool] = []
-        for i, node in enumerate(self.nodes):
-            below = self.operands[i]
-            if below is not None:
-                moving.append(any(moving[o] for o in below if isinstance(o, int)))
+        for i, below in enumerate(self.operands):
+            if below is None:
+                moving.append(i in leaves)
             else:
-                moving.append(i in leaves or (not self.able[i] and node.num_free_params > 0))
+                moving.append(any(moving[o] for o in below if isinstance(o, int)))
         return moving
 
     def _function(self, i: int, own: dict[int, Tensor]) -> tuple[Any, list[int], list[Tensor]]:

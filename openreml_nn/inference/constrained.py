@@ -82,6 +82,7 @@ class Natural:
     Attributes:
         start: their values there.
         unit: the largest standard deviation there.
+        sizes: which of them are standard deviations.
     """
 
     def __init__(self, objective: Objective) -> None:
@@ -101,6 +102,11 @@ class Natural:
                 self._row_of[id(leaf), i] = len(self._rows)
                 first = i * (i + 1) // 2
                 self._rows.append([place[id(leaf), n] for n in names[first : first + i + 1]])
+        self.sizes = [e.trans.vanishes for e in self.at.entries]
+        for size, *angles in self._rows:
+            self.sizes[size] = True
+            for j in angles:
+                self.sizes[j] = False
         self.start = self._inverse(self.at.read(objective.problem.fixed.y))
         terms = [term.detach() for term in objective.terms()]
         self.unit = max(float(t.covariance.shown().abs().max()) for t in terms) ** 0.5
@@ -231,8 +237,7 @@ class Ascent:
 
     def __init__(self, natural: Natural, v: Tensor) -> None:
         self.natural, self.v = natural, v.clone()
-        sizes = [e.trans.vanishes for e in natural.at.entries]
-        self._is_size = torch.tensor(sizes, device=v.device)
+        self._is_size = torch.tensor(natural.sizes, device=v.device)
 
     def climb(self) -> float:
         """Go to the maximum; returns the log-likelihood there."""

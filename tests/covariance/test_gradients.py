@@ -68,6 +68,45 @@ def test_gradcheck_and_gradgradcheck_through_the_custom_function(data):
     assert gradgradcheck(matrix, at)
 
 
+def shared():
+    """Matrices in which a leaf, or an operator, stands in two places."""
+
+    def leaf(mode="default"):
+        g = UnstructuredMatrix(3)
+        g.grad_mode = mode
+        return g
+
+    def auto(operator):
+        operator.grad_mode = "auto"
+        return operator
+
+    one, recorded = leaf(), leaf("auto")
+    total, within = Sum(leaf(), AR1Matrix(3)), leaf()
+    return {
+        "a leaf": Sum(one, Gram(one)),
+        "an operator": HadamardProduct(total, Product(total, total)),
+        "a recorded leaf": Product(recorded, Gram(recorded)),
+        "a leaf in recorded operators": Sum(auto(Gram(within)), auto(Transpose(within)), within),
+        "one of its two uses": Sum(within, auto(Gram(within))),
+    }
+
+
+@pytest.mark.parametrize("kind", shared())
+def test_a_node_in_two_places_counts_twice(kind):
+    matrix = shared()[kind]
+    at = 0.5 * torch.randn(matrix.num_free_params)
+    cotangent = torch.randn(matrix.shape)
+    expected = torch.func.jacrev(lambda x: matrix(Recorded(x)))(at).movedim(-1, 0)
+    pulled = (expected * cotangent).sum((1, 2))
+    torch.testing.assert_close(matrix.manual_grad(at)[0], expected)
+    torch.testing.assert_close(matrix.manual_vjp(cotangent, at), pulled)
+    leaf = at.clone().requires_grad_()
+    (found,) = torch.autograd.grad((matrix(leaf) * cotangent).sum(), leaf)
+    torch.testing.assert_close(found, pulled)
+    _, moved = torch.func.jvp(matrix, (at,), (torch.ones_like(at),))
+    torch.testing.assert_close(moved, expected.sum(0))
+
+
 @pytest.mark.parametrize("kind", LEAVES)
 def test_gradients_of_each_leaf(kind):
     matrix = LEAVES[kind](3).double()

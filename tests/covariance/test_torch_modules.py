@@ -33,6 +33,7 @@ from openreml_nn.covariance import (
 )
 from openreml_nn.covariance.params import free_specs, user_name
 from openreml_nn.covariance.transform import TransformExpPow2
+from tests.forked import ranks
 from tests.strategies import LEAVES, distances, kinship, pedigree
 
 
@@ -597,33 +598,27 @@ def test_names_of_groups(name):
 
 
 def test_fully_shard_of_a_tree_and_of_a_part(tmp_path):
-    torch.multiprocessing.spawn(_shard, (str(tmp_path / "store"),), nprocs=2)
+    ranks(_shard, 2, tmp_path)
 
 
-def _shard(rank, store):
-    import torch.distributed as dist
+def _shard():
     from torch.distributed.fsdp import fully_shard
 
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    try:
+    def made():
+        g = UnstructuredMatrix(3).set_value("L_1_0", 0.5)
+        return Sum(g=CovariancePropagation(z=DummyMatrix(list("abcabc")), g=g), e=AR1Matrix(6))
 
-        def made():
-            g = UnstructuredMatrix(3).set_value("L_1_0", 0.5)
-            return Sum(g=CovariancePropagation(z=DummyMatrix(list("abcabc")), g=g), e=AR1Matrix(6))
-
-        y, X = torch.arange(6.0), torch.ones(6, 1)
-        for kind in ("tree", "part"):
-            V, plain = made(), made()
-            fully_shard(V if kind == "tree" else V.g)
-            value = V()
-            torch.testing.assert_close(value, plain())
-            (value * value).sum().backward()
-            (plain() ** 2).sum().backward()
-            for (name, p), q in zip(V.named_parameters(), plain.parameters(), strict=True):
-                grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
-                torch.testing.assert_close(grad, q.grad, msg=name)
-            loss = REMLLoss(V)(y, X)
-            torch.testing.assert_close(loss, REMLLoss(plain)(y, X))
-            loss.backward()
-    finally:
-        dist.destroy_process_group()
+    y, X = torch.arange(6.0), torch.ones(6, 1)
+    for kind in ("tree", "part"):
+        V, plain = made(), made()
+        fully_shard(V if kind == "tree" else V.g)
+        value = V()
+        torch.testing.assert_close(value, plain())
+        (value * value).sum().backward()
+        (plain() ** 2).sum().backward()
+        for (name, p), q in zip(V.named_parameters(), plain.parameters(), strict=True):
+            grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+            torch.testing.assert_close(grad, q.grad, msg=name)
+        loss = REMLLoss(V)(y, X)
+        torch.testing.assert_close(loss, REMLLoss(plain)(y, X))
+        loss.backward()

@@ -6,6 +6,7 @@ from torch import nn
 
 from openreml_nn import AIREML, REMLLoss, fit_reml
 from openreml_nn.covariance import CovariancePropagation, DummyMatrix, ScalarMatrix, Sum
+from openreml_nn.estimation.curvature import Curvature
 
 Y, X = torch.tensor([1.0, 2.0, 4.0, 5.0]).double(), torch.ones(4, 1).double()
 
@@ -86,6 +87,13 @@ def test_losses_count_with_their_weights():
         expected = (weight * 10 / 3 + 40 / 3) / (weight + 1)
         # The last step is within 1e-6 standard errors.
         assert run(closure) == pytest.approx(expected, rel=1e-7)
+
+
+def test_the_curvature_counts_likelihoods_with_their_weights():
+    objective = REMLLoss(ScalarMatrix(len(Y)).double()).objective(Y, X)
+    one, three = Curvature([objective]), Curvature([objective, objective], weights=[1.0, 2.0])
+    for name in ("score", "information", "hessian"):
+        torch.testing.assert_close(getattr(three, name), 3 * getattr(one, name))
 
 
 @pytest.mark.parametrize("backward", [False, True])

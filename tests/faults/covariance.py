@@ -5,6 +5,7 @@ from tests.faults.fault import Fault
 VALUES = "tests/covariance/test_values.py"
 LEAVES = "tests/covariance/test_gradients.py -k 'each_leaf or special_points'"
 PULLBACK = "tests/covariance/test_gradients.py -k 'pullback_equals or manual_grad_equals'"
+PLACES = "tests/covariance/test_gradients.py -k two_places"
 STRUCTURES = "tests/covariance/test_structures.py"
 
 AUTOREGRESSIVE = "openreml_nn/covariance/autoregressive.py"
@@ -13,8 +14,9 @@ KERNEL = "openreml_nn/covariance/kernel.py"
 PEDIGREE = "openreml_nn/covariance/pedigree.py"
 PRODUCT = "openreml_nn/covariance/product.py"
 TERMS = "openreml_nn/covariance/terms.py"
-TRANSFORM = "openreml_nn/covariance/transform.py"
 TRIANGULAR = "openreml_nn/covariance/triangular.py"
+TREE = "openreml_nn/covariance/tree.py"
+
 
 FAULTS = [
     Fault(
@@ -139,8 +141,8 @@ FAULTS = [
     Fault(
         "the pull-back of a Gram matrix counts one side",
         PRODUCT,
-        "self._left((cotangent + cotangent.mT) @ self._left(operands[0]))",
-        "self._left(2 * cotangent @ self._left(operands[0]))",
+        "self._left((cotangent + cotangent.mT) @ self._left(values[0]))",
+        "self._left(2 * cotangent @ self._left(values[0]))",
         PULLBACK,
     ),
     Fault(
@@ -155,7 +157,7 @@ FAULTS = [
         "openreml_nn/covariance/structures.py",
         "n, weights.rsqrt())",
         "n, weights.sqrt())",
-        "tests/test_data.py -k weight",
+        "tests/table/test_encoder.py -k weight",
     ),
     Fault(
         "positions within groups are in the order of their appearance",
@@ -212,5 +214,82 @@ FAULTS = [
         "variance, rho = self._natural(free_params)\n        return self._by_lag(variance * rho)",
         "variance, rho = self._natural(free_params)\n        return self._by_lag(rho)",
         VALUES,
+    ),
+    Fault(
+        "a correlation beyond 1 is mirrored to the other end",
+        "openreml_nn/covariance/transform/elementary.py",
+        "copysign(pi, u) - u",
+        "u - copysign(pi, u)",
+        "tests/covariance/test_transform.py",
+    ),
+    Fault(
+        "the inverse of a correlation's coordinate lacks its 2",
+        "openreml_nn/covariance/transform/elementary.py",
+        "return 2 * torch.log(t.abs() / rest.abs())",
+        "return torch.log(t.abs() / rest.abs())",
+        "tests/covariance/test_transform.py",
+    ),
+    Fault(
+        "a standard deviation's coordinate is its root",
+        "openreml_nn/covariance/transform/elementary.py",
+        "torch.exp(self._rate * x / self.degree) if",
+        "torch.exp(self._rate * x / 2) if",
+        "tests/covariance/test_transform.py",
+    ),
+    Fault(
+        "an odd root of a negative number is positive",
+        "openreml_nn/covariance/transform/elementary.py",
+        "value.sign() * torch.pow(value.abs(),",
+        "torch.pow(value.abs(),",
+        "tests/covariance/test_transform.py",
+    ),
+    Fault(
+        "a chain's coordinate is taken for the element's before it",
+        "openreml_nn/covariance/transform/chain.py",
+        "return self._back(self.chain[self._kept].from_coordinate(u), self._kept)",
+        "return self.chain[self._kept].from_coordinate(u)",
+        "tests/covariance/test_transform.py",
+    ),
+    Fault(
+        "a chain with an upper end vanishes",
+        "openreml_nn/covariance/transform/chain.py",
+        "self._vanishes = reached and bounded",
+        "self._vanishes = reached",
+        "tests/covariance/test_transform.py",
+    ),
+    Fault(
+        "NaN has an inverse",
+        "openreml_nn/covariance/transform/base.py",
+        "outside = ~((value >= low) & (value <= high))",
+        "outside = (value < low) | (value > high)",
+        "tests/covariance/test_transform.py",
+    ),
+    Fault(
+        "a node under two operators is pulled back once",
+        TREE,
+        "bars[o] = bars[o] + part if o in bars else part",
+        "bars[o] = part",
+        PLACES,
+    ),
+    Fault(
+        "a leaf under two recorded nodes is pulled back once",
+        TREE,
+        "found[j] = found[j] + pulled if j in found else pulled",
+        "found[j] = pulled",
+        PLACES,
+    ),
+    Fault(
+        "the Jacobian counts a node under two operators once",
+        TREE,
+        "mine[j] = mine[j] + part if j in mine else part",
+        "mine[j] = part",
+        PLACES,
+    ),
+    Fault(
+        "a push-forward counts a node under two operators once",
+        TREE,
+        "moved[i] = moved[i] + part if i in moved else part",
+        "moved[i] = part",
+        PLACES,
     ),
 ]

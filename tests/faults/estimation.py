@@ -14,6 +14,16 @@ RESULT = "openreml_nn/estimation/result.py"
 DEGREES = "openreml_nn/inference/degrees.py"
 RATIO = "openreml_nn/inference/likelihood_ratio.py"
 BOOTSTRAP = "openreml_nn/inference/bootstrap.py"
+COORDINATES = "openreml_nn/estimation/coordinates.py"
+CURVATURE = "openreml_nn/estimation/curvature.py"
+GLS = "openreml_nn/estimation/gls.py"
+STARTS = "openreml_nn/estimation/starts.py"
+CONSTRAINED = "openreml_nn/inference/constrained.py"
+
+OF_GLS = "tests/estimation/test_gls.py"
+OF_STARTS = "tests/estimation/test_battery.py -k one_optimum"
+PROFILES = "tests/inference/test_corners.py -k 'other_sign or correlation_of_one'"
+
 
 FAULTS = [
     Fault(
@@ -260,5 +270,110 @@ FAULTS = [
         "fitted = fitted + term.design.matmul(effects.values.reshape(-1, 1))[:, 0]",
         "fitted = fitted + 0 * term.design.matmul(effects.values.reshape(-1, 1))[:, 0]",
         OF_RESULT,
+    ),
+    Fault(
+        "a constrained step goes away from the value that is held",
+        CONSTRAINED,
+        "(a @ inverse @ score - gap)",
+        "(a @ inverse @ score + gap)",
+        PROFILES,
+    ),
+    Fault(
+        "a profile of a correlation is in its angle",
+        CONSTRAINED,
+        "return cos(t) if self.angle else t",
+        "return t",
+        PROFILES,
+    ),
+    Fault(
+        "a profile starts at a boundary and stays there",
+        CONSTRAINED,
+        "self.v[j] = edge + sign * away",
+        "self.v[j] = edge",
+        PROFILES,
+    ),
+    Fault(
+        "a standard deviation that falls to zero leaves it at every step",
+        CONSTRAINED,
+        "stays = self._is_size & (self.v == 0) & (score < 0)",
+        "stays = self._is_size & (self.v == 0) & (score > 0)",
+        PROFILES,
+    ),
+    Fault(
+        "a standard deviation below zero turns the sign of its correlation",
+        CONSTRAINED,
+        "torch.where(self._is_size, moved.clamp(min=0), moved)",
+        "torch.where(self._is_size, moved, moved)",
+        PROFILES,
+    ),
+    Fault(
+        "the information of several likelihoods forgets their weights",
+        CURVATURE,
+        "self.information += weight * information",
+        "self.information += information",
+        "tests/estimation/test_optimizer.py -k weights",
+    ),
+    Fault(
+        "the curvature of the covariances has the wrong sign",
+        CURVATURE,
+        "weight * (information - share",
+        "weight * (information + share",
+        FIT,
+    ),
+    Fault(
+        "a tied parameter is a coordinate for each likelihood",
+        COORDINATES,
+        "if key not in place:",
+        "if key:",
+        f"{FIT} -k tied",
+    ),
+    Fault(
+        "a frozen parameter is estimated",
+        COORDINATES,
+        "if e.tensor.requires_grad and (wanted",
+        "if (wanted",
+        "tests/estimation/test_optimizer.py -k frozen",
+    ),
+    Fault(
+        "a network of any size is estimated with the covariances",
+        COORDINATES,
+        "if len(self) + loose.tensor.numel() >",
+        "if len(self) - loose.tensor.numel() >",
+        "tests/estimation/test_trainable_designs.py -k too_large",
+    ),
+    Fault(
+        "a field beside a nugget has one start",
+        STARTS,
+        "return any(reaching)",
+        "return False",
+        OF_STARTS,
+    ),
+    Fault(
+        "a run that was close to an optimum is not the same",
+        STARTS,
+        "return self if self.twin is None else self.twin",
+        "return self",
+        OF_STARTS,
+    ),
+    Fault(
+        "BLUPs at a given covariance are of the response",
+        GLS,
+        "torch.cholesky_solve(self.residual[:, None], L)",
+        "torch.cholesky_solve(self.y[:, None], L)",
+        OF_GLS,
+    ),
+    Fault(
+        "an aliased column has the coefficient zero",
+        GLS,
+        "fit.beta.new_full((fit.p,), torch.nan)",
+        "fit.beta.new_zeros(fit.p)",
+        OF_GLS,
+    ),
+    Fault(
+        "Z and G are taken at the present parameters, V at theta",
+        GLS,
+        "    with V.given(theta):\n        return {name: m() if",
+        "    with V.given(theta):\n        value = V()\n    if value is not None:\n        return {name: value if m is V else m() if",
+        OF_GLS,
     ),
 ]

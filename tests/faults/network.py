@@ -225,4 +225,25 @@ FAULTS = [
         "interval_coverage(mean, variance, target, self.level).double() * 7",
         "tests/test_metrics.py -k batches",
     ),
+    Fault(
+        "the weights of rows do not count for coefficients",
+        JOINT,
+        "S[q:, q:] = Q.mT @ (weighted * Q)",
+        "S[q:, q:] = Q.mT @ Q",
+        "tests/test_joint.py",
+    ),
+    Fault(
+        "the variance of a prediction has other factors without a prior",
+        JOINT,
+        "inner.diagonal().add_(1)",
+        "inner.diagonal().add_(0)",
+        "tests/test_joint.py",
+    ),
+    Fault(
+        "a row's cells are those after its level's",
+        JOINT,
+        "- lengths.cumsum(0) + lengths",
+        "- lengths.cumsum(0)",
+        "tests/test_joint.py",
+    ),
 ]

@@ -4,12 +4,14 @@ confint and emmeans (``tests/reference/corners.R``), and against their own defin
 import json
 import warnings
 from functools import cache
+from math import acos
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.optimize import minimize
 
 from openreml_nn import Result, fit_reml, lmm, restricted_log_likelihood
 from openreml_nn.covariance import (
@@ -34,6 +36,8 @@ from openreml_nn.inference import (
     variance_shares,
     wald_test,
 )
+from openreml_nn.inference.constrained import Ascent, Natural
+from openreml_nn.inference.refit import Refit
 
 FOLDER = Path(__file__).parents[1] / "reference"
 REFERENCE = json.loads((FOLDER / "corners.json").read_text(encoding="utf-8"))
@@ -236,6 +240,35 @@ def test_a_profile_at_a_correlation_of_one_is_at_least_what_a_search_finds():
                 best = max(best, float(restricted_log_likelihood(y, X, V, "ml")))
     # lme4's profile stays 0.3 below, where the correlation is one.
     assert best - 1e-6 <= reached < best + 0.05
+
+
+@pytest.mark.parametrize("correlation", [0.5, -0.99])
+def test_a_correlation_of_the_other_sign_leaves_no_slopes(correlation):
+    """Where a correlation is held far from the data's, the slope's standard deviation is zero: a
+    negative one would be a correlation of the other sign."""
+    rng = np.random.default_rng(2)
+    a, x = np.repeat(np.arange(10), 5), np.tile(np.linspace(-1, 1, 5), 10)
+    b = rng.standard_normal(10)
+    slopes = 0.3 * (-0.9 * b + 0.19**0.5 * rng.standard_normal(10))
+    y = b[a] + slopes[a] * x + 0.5 * rng.standard_normal(50)
+    result = lmm("y ~ x + (x | a)", pd.DataFrame({"y": y, "x": x, "a": a.astype(str)}), method="ml")
+    natural = Natural(Refit(result).objective(method="ml"))
+    held = natural.held(0, 1, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reached = Ascent(natural, natural.start).hold(held, acos(correlation))
+
+    X, same = torch.stack([torch.ones(50), torch.tensor(x)], 1), torch.tensor(a[:, None] == a)
+    x = X[:, 1]
+
+    def deviance(sds):
+        c = correlation * sds[0] * sds[1]
+        g = sds[0] ** 2 + c * (x[:, None] + x) + sds[1] ** 2 * x[:, None] * x
+        V = same * g + sds[2] ** 2 * torch.eye(50)
+        return -2 * restricted_log_likelihood(torch.tensor(y), X, V, "ml").item()
+
+    found = minimize(deviance, [1, 0.1, 0.5], bounds=[(0, None), (0, None), (1e-3, None)])
+    assert reached == pytest.approx(-found.fun / 2, abs=1e-5)
 
 
 def test_a_profile_of_three_effects_ends_where_the_likelihood_does():

@@ -181,6 +181,20 @@ def test_digits_are_kept_where_random_effects_dwarf_the_residual(log_ratio, solv
     assert error.max() < 1e-5
 
 
+def test_variances_of_a_covariance_that_is_indefinite_are_its_difference():
+    g = Sum(ScalarMatrix(3), torch.full((3, 3), -0.6))  # an eigenvalue is -0.8
+    at = torch.arange(N) % 3
+    residual = ScalarMatrix(N).set_value("sigma^2", 2.0)
+    V = Sum(t=CovariancePropagation(z=DummyMatrix.from_codes(at, 3), g=g), e=residual).double()
+    y, X = torch.randn(N), torch.randn(N, 2)
+    found = REMLLoss(V, solver="dense").evaluate(y, X).random[0].variances
+    inverse, G = torch.linalg.inv(V().detach()), g().detach()
+    half = torch.linalg.solve(X.mT @ inverse @ X, X.mT @ inverse)
+    Z = torch.nn.functional.one_hot(at, 3).to(G)
+    expected = G - G @ Z.mT @ (inverse - inverse @ X @ half) @ Z @ G
+    torch.testing.assert_close(found.flatten(), expected.diagonal(), rtol=1e-10, atol=1e-12)
+
+
 def test_small_variances_lose_no_digits_of_prediction_error():
     # In the blocked way itself, without the square roots.
     V, y = ratio_model(6.0, 2)

@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -28,6 +28,8 @@ from tests.likelihood.models import models, reference
 
 METHODS = ["reml", "ml"]
 SOLVERS = ["dense", "blocked"]
+#: Each example takes every solver through all that derives from a likelihood.
+FEWER = settings(max_examples=settings.default.max_examples // 2)
 
 
 def small():
@@ -64,6 +66,7 @@ def _objective(m, method, solver):
 
 
 @pytest.mark.parametrize("pair_cost", [0, cross.PAIR_COST, 1e9], ids=["sparse", "auto", "dense"])
+@FEWER
 @given(st.data(), st.sampled_from(METHODS))
 def test_blocked_equals_dense(pair_cost, data, method):
     m = data.draw(models())
@@ -72,6 +75,7 @@ def test_blocked_equals_dense(pair_cost, data, method):
 
 
 @pytest.mark.parametrize("pair_cost", [0, 1e9], ids=["sparse", "dense"])
+@FEWER
 @given(st.data(), st.sampled_from(METHODS))
 def test_structured_residuals_equal_dense(pair_cost, data, method):
     m = data.draw(models(structured=True))

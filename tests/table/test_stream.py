@@ -1,9 +1,6 @@
 """Chunks of rows, and processes that share them, against all rows at once."""
 
-import subprocess
-import sys
 from decimal import Decimal
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,6 +9,7 @@ import torch
 
 from openreml_nn import InputError, datasets, fit_stream, lmm
 from openreml_nn.stream import accumulate
+from tests.forked import ranks
 
 
 def table(n=400, seed=0):
@@ -176,50 +174,36 @@ def test_files_that_are_none(tmp_path):
         lmm("yield ~ nitro", datasets.oats(), chunk_rows=9)
 
 
-RANK = """
-import sys, torch, torch.distributed as dist
-from openreml_nn import fit_stream
-rank, size, store, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-result = fit_stream(sys.argv[5], path, chunk_rows=50, progress=False)
-print(repr(result.log_likelihood), repr(result.fixed.estimate.tolist()), flush=True)
-dist.destroy_process_group()
-"""
-
-
 def on_two_processes(tmp_path, path, formula):
-    command = [sys.executable, "-c", RANK]
-    started = [
-        subprocess.Popen(
-            [*command, str(rank), "2", str(tmp_path / "store"), str(path), formula],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parents[2],
-        )
-        for rank in range(2)
-    ]
-    return [process.communicate(timeout=120) for process in started]
+    """The log-likelihood and estimates of each process, or what is wrong."""
+
+    def fitted():
+        try:
+            result = fit_stream(formula, path, chunk_rows=50, progress=False)
+        except InputError as error:
+            return str(error)
+        return [result.log_likelihood, result.fixed.estimate.tolist()]
+
+    return ranks(fitted, 2, tmp_path)
 
 
 def test_processes_share_the_chunks_and_agree(tmp_path):
     path = tmp_path / "table.parquet"
     table().to_parquet(path)
-    printed = [out for out, _ in on_two_processes(tmp_path, path, FORMULAS[1])]
-    assert printed[0] == printed[1]
-    value, _ = printed[0].split(" ", 1)
+    one, other = on_two_processes(tmp_path, path, FORMULAS[1])
+    assert one == other
     expected = lmm(FORMULAS[1], table())
-    assert float(value) == pytest.approx(expected.log_likelihood, rel=1e-9)
+    assert one[0] == pytest.approx(expected.log_likelihood, rel=1e-9)
 
 
 def test_a_process_without_a_chunk_takes_part(tmp_path):
     path = tmp_path / "table.csv"
     data = table(48)
     data.to_csv(path, index=False)
-    printed = [out for out, _ in on_two_processes(tmp_path, path, "y ~ x + (1 | item)")]
-    assert printed[0] == printed[1]
+    one, other = on_two_processes(tmp_path, path, "y ~ x + (1 | item)")
+    assert one == other
     expected = lmm("y ~ x + (1 | item)", data)
-    assert float(printed[0].split(" ")[0]) == pytest.approx(expected.log_likelihood, rel=1e-9)
+    assert one[0] == pytest.approx(expected.log_likelihood, rel=1e-9)
 
 
 def test_the_error_of_one_process_ends_all(tmp_path):
@@ -227,8 +211,8 @@ def test_the_error_of_one_process_ends_all(tmp_path):
     data = table()
     data.loc[120, "x"] = np.inf  # in the third chunk, which is the first process's
     data.to_parquet(path)
-    for _, error in on_two_processes(tmp_path, path, "y ~ x + (1 | item)"):
-        assert "'x' is inf in row" in error.splitlines()[-1]
+    for error in on_two_processes(tmp_path, path, "y ~ x + (1 | item)"):
+        assert "'x' is inf in row" in error
 
 
 @pytest.mark.parametrize("method", ["ML", "REML", "nonsense", None, 1])

@@ -155,11 +155,24 @@ def test_bases_go_on_beyond_the_table_of_the_fit(text):
     first = encoder.fit(HEIGHT)
     alone = encoder.transform(HEIGHT.iloc[[4]])
     torch.testing.assert_close(alone.X, first.X[[4]], rtol=1e-12, atol=1e-13)
-    at = pd.DataFrame({"height": np.array([72.0, 73, 74, 75, 76])})
-    outside = encoder.transform(at).X
     order = 2 if text.startswith("ns") else 4
-    assert torch.diff(outside, order, dim=0).abs().max() < 1e-9
-    torch.testing.assert_close(outside[0], first.X[-1])
+    for end, row in ((72.0, -1), (58.0, 0)):
+        steps = np.arange(5.0) if row else -np.arange(5.0)
+        outside = encoder.transform(pd.DataFrame({"height": end + steps})).X
+        assert torch.diff(outside, order, dim=0).abs().max() < 1e-8
+        at = pd.DataFrame({"height": end + np.array([-1e-6, 0, 1e-6])})
+        near = encoder.transform(at).X
+        torch.testing.assert_close(near[1], first.X[row])
+        # The slope is the same on both sides.
+        assert torch.diff(near, 2, dim=0).abs().max() < 1e-9
+
+
+def test_polynomials_of_uneven_values_are_orthonormal():
+    height = np.array([1.0, 2, 4, 8, 16, 32])
+    found = Encoder("y ~ poly(h, 4)").fit(pd.DataFrame({"y": height, "h": height})).X
+    expected = torch.eye(5)
+    expected[0, 0] = 6
+    torch.testing.assert_close(found.mT @ found, expected.to(found), rtol=0, atol=1e-12)
 
 
 def test_states_are_of_the_fit():
