@@ -259,12 +259,18 @@ class Past:
     def correct(self, hessian: Tensor) -> Tensor:
         """The curvature with what the steps have shown of it (Broyden, Fletcher, Goldfarb, Shanno).
 
-        Pairs along which the likelihood does not bend downwards say nothing.
+        Pairs along which the likelihood does not bend downwards say nothing, nor do those that
+        differ from the curvature by no more than third derivatives explain, which for a step
+        of s standard errors is a part s of it.
         """
         for s, y in self._pairs:
             Bs = hessian @ s
             along, seen = float(s @ Bs), float(s @ y)
-            if 0 < along < _NEAR and 0.1 * along < seen < 10 * along:
+            if not (0 < along < _NEAR and 0.1 * along < seen < 10 * along):
+                continue
+            size = hessian.diagonal().abs().sqrt()
+            off = float(((y - Bs) / torch.where(size > 0, size, 1)).norm())
+            if off > along:
                 hessian = hessian - torch.outer(Bs, Bs) / along + torch.outer(y, y) / seen
         return hessian
 
@@ -282,9 +288,13 @@ class _Stepper:
         self._objectives = objectives
         self._weights = [1.0] * len(objectives) if weights is None else list(weights)
         self._eps = torch.finfo(objectives[0].problem.fixed.y.dtype).eps
-        self._start = self._log_likelihood()
+        try:
+            self._start = self._total()
+        except NotPositiveDefiniteError as error:
+            text = "V is not positive definite at the starting values"
+            raise NotPositiveDefiniteError(text) from error
         if not isfinite(self._start):
-            raise NotPositiveDefiniteError("V is not positive definite at the starting values")
+            raise NumericalError(f"the log-likelihood at the starting values is {self._start}")
         self._curvature = c = Curvature(objectives, owned, self._weights)
         if not len(c.at):
             raise RuntimeError("none of AIREML's parameters belongs to a covariance in the loss")
@@ -309,7 +319,7 @@ class _Stepper:
             return self._step(self._start, 0.0)
         for move, length in self._moves():
             reached = self._try(move)
-            if reached is not None:
+            if reached is not None and self._has_scores():
                 return self._step(self._farther(move, reached), length)
         c.at.write(c.u)
         return self._step(self._start, 0.0)
@@ -335,13 +345,26 @@ class _Stepper:
     def _log_likelihood(self) -> float:
         """At the parameters as they are; minus infinity where it does not exist."""
         try:
-            total = sum(
-                w * float(o.evaluate().log_likelihood)
-                for o, w in zip(self._objectives, self._weights, strict=True)
-            )
+            total = self._total()
         except NumericalError:
             return -inf
         return total if isfinite(total) else -inf
+
+    def _total(self) -> float:
+        return sum(
+            w * float(o.evaluate().log_likelihood)
+            for o, w in zip(self._objectives, self._weights, strict=True)
+        )
+
+    def _has_scores(self) -> bool:
+        """Whether the next step can start from here: digits are left for the derivatives."""
+        try:
+            for o in self._objectives:
+                if not o.moves:
+                    o.evaluate().scores()
+        except NumericalError:
+            return False
+        return True
 
     def _at(self, u: Tensor) -> float:
         self._curvature.at.write(u)

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from openreml_nn.estimation.coordinates import Coordinates
 from openreml_nn.estimation.derivatives import (
-    hessian_of_sum,
+    expand,
     hessian_of_value,
-    jacobian,
     second_derivative,
 )
 from openreml_nn.likelihood.loss import Objective
@@ -106,9 +105,9 @@ class Curvature:
         def matrices(x: Tensor) -> tuple[Tensor, ...]:
             return self.matrices(i, x)
 
-        score, curve = hessian_of_sum(matrices, evaluation.scores(), self.u)
+        score, curve, slopes = expand(matrices, evaluation.scores(), self.u)
         quadratic = torch.tensor(self.at.quadratic, device=self.u.device)
-        information = evaluation.information(jacobian(matrices, self.u))
+        information = evaluation.information(slopes)
         self.score += weight * score
         self.information += weight * information
         share = torch.where(quadratic[:, None] & quadratic, 1.0, 0.5).to(curve)

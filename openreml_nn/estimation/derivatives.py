@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["hessian_of_sum", "hessian_of_value", "jacobian", "second_derivative"]
+__all__ = ["expand", "hessian_of_value", "jacobian", "second_derivative"]
 
 Function = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -31,16 +31,23 @@ def second_derivative(function: Function, u: Tensor, j: int) -> list[Tensor]:
         return [part[0] for part in _by_weights([bend[j]], weights)]
 
 
-def hessian_of_sum(function: Function, weights: list[Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Gradient (m,) and Hessian (m, m) of :math:`\sum_t \langle w_t, f_t(u)\rangle`."""
+def expand(
+    function: Function, weights: Sequence[Tensor], u: Tensor
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    r"""Gradient (m,) and Hessian (m, m) of :math:`\sum_t \langle w_t, f_t(u)\rangle`, and the
+    :func:`jacobian`, from one record of the function."""
     with torch.enable_grad():
-        x = u.detach().requires_grad_()
-        total = _contracted(function(x), weights)
-        if not total.requires_grad:
-            return torch.zeros_like(u), u.new_zeros(len(u), len(u))
-        (slope,) = torch.autograd.grad(total, x, create_graph=True, materialize_grads=True)
-        rows = [_grad(part, x) for part in slope]
-        return slope.detach(), torch.stack(rows) if rows else u.new_zeros(0, 0)
+        leaves, slope, x = _pulled(function, u, weights)
+        rows = [
+            torch.autograd.grad(part, [x, *leaves], retain_graph=True, materialize_grads=True)
+            if part.requires_grad
+            else [torch.zeros_like(t) for t in (x, *leaves)]
+            for part in slope
+        ]
+        if not rows:
+            return slope.detach(), u.new_zeros(0, 0), [w.new_zeros(0, *w.shape) for w in weights]
+        bend, *parts = [torch.stack(part).detach() for part in zip(*rows, strict=True)]
+        return slope.detach(), bend, parts
 
 
 def hessian_of_value(
@@ -65,11 +72,14 @@ def hessian_of_value(
         return slope.detach(), torch.stack(rows)
 
 
-def _pulled(function: Function, u: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+def _pulled(
+    function: Function, u: Tensor, at: Sequence[Tensor] | None = None
+) -> tuple[list[Tensor], Tensor, Tensor]:
     """Weights, the gradient of the outputs' sum under them, linear in them, and its argument."""
     x = u.detach().requires_grad_()
     outputs = function(x)
-    weights = [torch.zeros_like(out).requires_grad_() for out in outputs]
+    values = [torch.zeros_like(out) for out in outputs] if at is None else at
+    weights = [value.detach().requires_grad_() for value in values]
     (slope,) = torch.autograd.grad(
         _contracted(outputs, weights), x, create_graph=True, materialize_grads=True
     )
@@ -96,10 +106,3 @@ def _by_weights(parts: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
         else w.detach().new_zeros(0, *w.shape)
         for t, w in enumerate(weights)
     ]
-
-
-def _grad(part: Tensor, x: Tensor) -> Tensor:
-    if not part.requires_grad:
-        return torch.zeros_like(x)
-    (found,) = torch.autograd.grad(part, x, retain_graph=True, materialize_grads=True)
-    return found.detach()

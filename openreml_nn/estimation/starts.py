@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from openreml_nn.covariance import Matrix
+from openreml_nn.errors import NumericalError
 from openreml_nn.estimation.aireml import Past, average_information_step
 from openreml_nn.estimation.curvature import CONVERGED, Curvature
 from openreml_nn.estimation.result import Record, Start
 from openreml_nn.likelihood.loss import Objective
-from openreml_nn.likelihood.problem import NotPositiveDefiniteError
 
 __all__ = ["climb", "climb_from_several", "has_several_optima"]
 
@@ -100,14 +100,14 @@ def climb_from_several(
         The history of the best run, and where the others ended.
     """
     runs: list[_Run] = []
-    failure: NotPositiveDefiniteError | None = None
+    failure: NumericalError | None = None
     for reach in REACHES:
         start()
         for matrix in _matrices(objective):
             matrix.start_reach(reach)
         try:
             runs.append(_run(objective, most, runs))
-        except NotPositiveDefiniteError as error:
+        except NumericalError as error:
             failure = error
     if not runs:
         assert failure is not None

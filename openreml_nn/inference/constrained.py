@@ -27,7 +27,7 @@ from torch import Tensor
 from openreml_nn.covariance.params import Entry
 from openreml_nn.covariance.triangular import UnstructuredMatrix
 from openreml_nn.estimation.coordinates import Coordinates
-from openreml_nn.estimation.derivatives import hessian_of_sum, hessian_of_value, jacobian
+from openreml_nn.estimation.derivatives import expand, hessian_of_value
 from openreml_nn.likelihood.grid import GridProblem
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.problem import Evaluation, NotPositiveDefiniteError
@@ -296,8 +296,8 @@ class Ascent:
             score, bend = hessian_of_value(lambda v: problem.recorded(matrices(v)), self.v)
             return score, -(bend + bend.mT) / 2
         evaluation = self.natural.evaluate(self.v)
-        score, bend = hessian_of_sum(matrices, evaluation.scores(), self.v)
-        information = evaluation.information(jacobian(matrices, self.v))
+        score, bend, slopes = expand(matrices, evaluation.scores(), self.v)
+        information = evaluation.information(slopes)
         return score, information - (bend + bend.mT) / 2
 
     def _leave_boundary(self, held: Held | None) -> None:
