@@ -98,7 +98,8 @@ def _found_kind(cls: type[Matrix]) -> Kind:
     from openreml_nn.covariance.operator import Operator
 
     formula = cls.combine if issubclass(cls, Operator) else cls.forward
-    ours = formula.__module__.partition(".")[0] == __name__.partition(".")[0]
+    # A formula that is made by `exec`, as in a documentation test, has no module.
+    ours = (formula.__module__ or "").partition(".")[0] == __name__.partition(".")[0]
     opaque = cls.__call__ is not Matrix.__call__
     if issubclass(cls, Operator):
         opaque = opaque or cls.forward is not Operator.forward

@@ -282,7 +282,7 @@ class _Stepper:
         self._objectives = objectives
         self._weights = [1.0] * len(objectives) if weights is None else list(weights)
         self._eps = torch.finfo(objectives[0].problem.fixed.y.dtype).eps
-        self._start = self._log_likelihood()
+        self._start = self._sum()
         if not isfinite(self._start):
             raise NotPositiveDefiniteError("V is not positive definite at the starting values")
         self._curvature = c = Curvature(objectives, owned, self._weights)
@@ -332,13 +332,17 @@ class _Stepper:
         c = self._curvature
         return Step(reached, self._norm, length, c.condition, length == 0 and c.is_optimum)
 
+    def _sum(self) -> float:
+        """The log-likelihood at the parameters as they are."""
+        return sum(
+            w * float(o.evaluate().log_likelihood)
+            for o, w in zip(self._objectives, self._weights, strict=True)
+        )
+
     def _log_likelihood(self) -> float:
-        """At the parameters as they are; minus infinity where it does not exist."""
+        """The same; minus infinity where it does not exist."""
         try:
-            total = sum(
-                w * float(o.evaluate().log_likelihood)
-                for o, w in zip(self._objectives, self._weights, strict=True)
-            )
+            total = self._sum()
         except NumericalError:
             return -inf
         return total if isfinite(total) else -inf
