@@ -26,7 +26,7 @@ plant = torch.arange(plants).repeat_interleave(8)
 height = 3 * torch.randn(plants).double()
 y = height[plant] * (1 - torch.exp(-1.2 * time)) + 0.3 * torch.randn(80).double()
 
-z = DummyMatrix.from_codes(plant, plants, covariates=Growth(time))
+z = DummyMatrix.from_codes(plant, plants, values=Growth(time))
 V = Sum(
     height=CovariancePropagation(z=z, g=ScalarMatrix(plants)),
     residual=ScalarMatrix(80),

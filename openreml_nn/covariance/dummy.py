@@ -116,14 +116,14 @@ class DummyMatrix(Matrix):
         cls,
         codes: Tensor,
         levels: Sequence[str] | int,
-        covariates: Tensor | nn.Module | None = None,
+        values: Tensor | nn.Module | None = None,
     ) -> DummyMatrix:
         """The design of level codes, as an embedding takes them.
 
         Args:
             codes: (n,) level of each row, from 0; -1 for a row of zeros.
             levels: names of the levels, or how many there are.
-            covariates: as for labels.
+            values: (n,) or (n, k) entries in place of ones, as ``covariates`` for labels.
 
         Raises:
             ValueError: if a code is out of range or ``codes`` is not 1-D.
@@ -143,7 +143,7 @@ class DummyMatrix(Matrix):
         if not -1 <= int(codes.min()) <= int(codes.max()) < len(names):
             raise InputError(f"`codes` reach beyond the {len(names)} levels")
         made = cls.__new__(cls)
-        made._build(codes.long(), names, covariates)
+        made._build(codes.long(), names, values, called="values")
         return made
 
     def _build(
@@ -152,15 +152,16 @@ class DummyMatrix(Matrix):
         names: list[str],
         covariates: Tensor | nn.Module | None,
         labels: list[str] | None = None,
+        called: str = "covariates",
     ) -> None:
         n, k = len(codes), 1
         if isinstance(covariates, nn.Module):
             with torch.no_grad():
-                k = _checked(covariates(), n).shape[1]
+                k = _checked(covariates(), n, called).shape[1]
         elif covariates is not None:
-            covariates = _checked(covariates, n)
+            covariates = _checked(covariates, n, called)
             if visible(covariates) and not bool(torch.isfinite(covariates.detach()).all()):
-                raise InputError("`covariates` has an entry that is not finite")
+                raise InputError(f"`{called}` has an entry that is not finite")
             k = covariates.shape[1]
         super().__init__((n, len(names) * k), {})
         self._colnames = names
@@ -230,15 +231,15 @@ def _level_names(levels: Sequence[str] | int) -> list[str]:
     return names
 
 
-def _checked(covariates: Any, n: int) -> Tensor:
+def _checked(covariates: Any, n: int, called: str = "covariates") -> Tensor:
     """Covariates as (n, k)."""
     if not isinstance(covariates, Tensor) or not covariates.is_floating_point():
         got = covariates.dtype if isinstance(covariates, Tensor) else shown(covariates)
-        raise TypeError(f"`covariates` is {got}: expected a floating-point tensor or a module")
+        raise TypeError(f"`{called}` is {got}: expected a floating-point tensor or a module")
     if covariates.dim() == 1:
         covariates = covariates[:, None]
     if covariates.dim() != 2 or covariates.shape[0] != n:
-        raise InputError(f"`covariates` has shape {tuple(covariates.shape)}: expected ({n}, k)")
+        raise InputError(f"`{called}` has shape {tuple(covariates.shape)}: expected ({n}, k)")
     return covariates
 
 

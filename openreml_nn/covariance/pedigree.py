@@ -39,6 +39,11 @@ class Pedigree:
     inverse: Tensor
     inbreeding: Tensor
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The animals, which are the levels of a random effect."""
+        return self.levels
+
     @classmethod
     def of(cls, animal: Sequence[Any], sire: Sequence[Any], dam: Sequence[Any]) -> Pedigree:
         """From a pedigree table, by Henderson's rules with inbreeding.

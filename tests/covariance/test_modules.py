@@ -455,8 +455,8 @@ def test_designs_of_the_wrong_kind_are_named():
         (lambda: DummyMatrix.from_codes(codes, "ab"), "levels"),
         (lambda: DummyMatrix.from_codes(codes, 0), "levels"),
         (lambda: DummyMatrix.from_codes([0, 1], 2), "codes"),
-        (lambda: DummyMatrix.from_codes(codes, 2, [1.0, 2.0]), "covariates"),
-        (lambda: DummyMatrix.from_codes(codes, 2, torch.tensor([1.0, torch.nan])), "covariates"),
+        (lambda: DummyMatrix.from_codes(codes, 2, [1.0, 2.0]), "`values`"),
+        (lambda: DummyMatrix.from_codes(codes, 2, torch.tensor([1.0, torch.nan])), "`values`"),
         (lambda: Sum(ScalarMatrix(1), torch.tensor([[torch.nan]])), "operand 'op_1'"),
         (lambda: ScalarMatrix(2).terms([0]), "rows"),
     ]:

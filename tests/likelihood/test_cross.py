@@ -51,7 +51,11 @@ def test_sparse_products_equal_dense_ones(seed, k, r, crossed):
     K = torch.randn(12, k, k, generator=generator)
     K = K + K.mT
     gram = (expected.mT @ K @ expected).sum(0)
-    torch.testing.assert_close(_whole(W.gram(K), partition), gram)
+    eye = torch.eye(k).expand_as(K)
+    torch.testing.assert_close(_whole(W.gram(eye, K), partition), gram)
+    half = torch.randn(12, k, k, generator=generator)
+    square = (expected.mT @ half.mT @ half @ expected).sum(0)
+    torch.testing.assert_close(_whole(W.gram(half, half), partition), square)
     Q = torch.randn(partition.q, partition.q, generator=generator)
     Q = (Q + Q.mT) * (partition.group[:, None] == partition.group)
     by_groups = _by_groups(Q, partition)
@@ -125,5 +129,7 @@ def test_dense_products_are_those_of_the_blocks(q, k):
     torch.testing.assert_close(W.t_times(y), (blocks.mT @ y).sum(0))
     K, Q = torch.randn(7, k, k), torch.randn(q, q)
     K, Q = K + K.mT, Q + Q.mT
-    torch.testing.assert_close(W.gram(K)[0], (blocks.mT @ K @ blocks).sum(0))
+    eye = torch.eye(k).expand_as(K)
+    torch.testing.assert_close(W.gram(eye, K)[0], (blocks.mT @ K @ blocks).sum(0))
+    torch.testing.assert_close(W.gram(K, K)[0], (blocks.mT @ K.mT @ K @ blocks).sum(0))
     torch.testing.assert_close(W.quadratic(Q[None]), blocks @ Q @ blocks.mT)
