@@ -72,7 +72,7 @@ def lmm(
             check_text(name, value)
     check_method(method)
     check_solver(solver)
-    check_count("max_iterations", max_iterations)
+    check_count("max_iterations", max_iterations, 1)
     _check_variance(residual_variance, residual)
     if chunk_rows is not None:
         if isinstance(table, pd.DataFrame):

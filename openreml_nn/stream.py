@@ -83,7 +83,7 @@ def fit_stream(
     check_names("categorical", categorical)
     check_flag("progress", progress)
     check_method(method)
-    check_count("max_iterations", max_iterations)
+    check_count("max_iterations", max_iterations, 1)
     found = accumulate(formula, path, chunk_rows, categorical, progress)
     return found.fit(method, max_iterations)
 

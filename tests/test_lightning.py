@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from openreml_nn import InputError, datasets, lmm
 from openreml_nn.lightning import MixedModelDataModule, MixedModelModule, StopWhenConverged
+from openreml_nn.stream import accumulate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*levels that the fit did not see")
 
@@ -159,3 +160,20 @@ def test_mistakes_are_named(tmp_path):
         fitted(tmp_path, {"_target_": "torch.optim.Adam", "speed": 3})
     with pytest.raises(ValueError, match="tolerance"):
         StopWhenConverged(tolerance=0)
+
+
+def test_a_fit_by_chunks_is_adopted_whatever_the_names(tmp_path):
+    formula = "y ~ `x.1` + (`x.1` | `plot.id`)"
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"plot.id": np.arange(60) % 6, "x.1": rng.standard_normal(60)})
+    table["y"] = rng.standard_normal(60) + (1 + table["x.1"]) * table["plot.id"] / 2
+    table.to_csv(tmp_path / "t.csv", index=False)
+    found = accumulate(formula, tmp_path / "t.csv", 20, ["plot.id"], progress=False)
+    result = found.fit()
+    model = MixedModelModule(formula)
+    model.adopt(found.encoder, found.skeleton, result)
+    natural = model.covariance.build_params().tolist()
+    values = dict(zip(model.covariance.param_names, natural, strict=True))
+    assert {p.name: p.value for p in result.parameters} == pytest.approx(values)
+    whole = lmm(formula, table, categorical=["plot.id"])
+    assert result.log_likelihood == pytest.approx(whole.log_likelihood, abs=1e-8)

@@ -56,6 +56,11 @@ class Covariance:
         """The same covariance with ``function`` applied to its tensors."""
         return self.with_matrix(function(self.matrix))
 
+    @property
+    def form(self) -> tuple[object, ...]:
+        """What it is beside its numbers."""
+        return type(self), self.matrix.shape
+
     def shown(self) -> Tensor:
         """What tables show of it."""
         return self.matrix
@@ -208,6 +213,10 @@ class KroneckerCovariance(Covariance):
         """From its two parts."""
         return cls(torch.cat([A.reshape(-1), B.reshape(-1)]), (len(A), len(B)))
 
+    @property
+    def form(self) -> tuple[object, ...]:
+        return *super().form, self.sizes
+
     def parts(self) -> tuple[Tensor, Tensor]:
         """A and B."""
         r, c = self.sizes
@@ -336,6 +345,10 @@ class ScaledCovariance(LinearCovariance):
 
     kernel: Kernel = field(default_factory=lambda: Kernel(torch.empty(0, 0)))
 
+    @property
+    def form(self) -> tuple[object, ...]:
+        return *super().form, self.kernel.inverse is None
+
     def with_matrix(self, matrix: Tensor) -> ScaledCovariance:
         return ScaledCovariance(matrix, self.kernel)
 
@@ -415,6 +428,16 @@ class Term:
     def is_residual(self) -> bool:
         r"""Whether it is :math:`\sigma^2 I` over the rows."""
         return is_scalar(self.covariance) and isinstance(self.design, IdentityDesign)
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        """What the term is beside the numbers that it holds.
+
+        What was prepared for a term serves another one of the same form and the same
+        :attr:`constants`.
+        """
+        design = self.design
+        return self.name, self.known, type(design), design.shape, self.covariance.form
 
     @property
     def constants(self) -> list[Tensor | None]:

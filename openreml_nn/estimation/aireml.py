@@ -113,11 +113,15 @@ class AIREML(torch.optim.Optimizer):
         owned = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         with torch.enable_grad(), listen() as heard, _watched(owned) as gradients:
             value = closure()
-            weights = _weights(value, heard, owned)
+            # To this optimizer a likelihood without a parameter of its own is a constant.
+            mine = [h for h in heard if _shares(h.objective, owned)]
+            weights = _weights(value, mine, owned)
         if not (isinstance(value, Tensor) and value.requires_grad):
-            _refuse_unexplained(heard, weights, owned, gradients)
+            _refuse_unexplained(mine, weights, owned, gradients)
         # A loss to be minimised is a likelihood of negative scale to be maximised.
-        wanted = [(h.objective, -w * h.scale) for h, w in zip(heard, weights, strict=True) if w]
+        wanted = [(h.objective, -w * h.scale) for h, w in zip(mine, weights, strict=True) if w]
+        if heard and not mine:
+            raise RuntimeError("none of AIREML's parameters belongs to a covariance in the loss")
         if not wanted:
             raise RuntimeError(
                 "the closure evaluated no REMLLoss that is in the value that it returned: "
@@ -134,21 +138,27 @@ class AIREML(torch.optim.Optimizer):
         return value
 
 
+def _shares(objective: Objective, owned: Sequence[Tensor]) -> bool:
+    """Whether any of the parameters belongs to the covariance."""
+    mine = {id(p) for p in owned}
+    return any(id(p) in mine for p in objective.covariance.parameters())
+
+
 def _weights(value: Any, heard: Sequence[Heard], owned: Sequence[Tensor]) -> list[float]:
-    """The factor with which each loss is in the value, or was in the backward of the closure."""
-    recorded = isinstance(value, Tensor) and value.requires_grad
-    if recorded:
-        _refuse_other_paths(value, heard, owned)
-    if not recorded or any(h.pulled is not None for h in heard):
-        return [h.pulled or 0.0 for h in heard]
+    """The factor with which each loss is in the value, or was in a backward of the closure."""
+    weights = [h.pulled or 0.0 for h in heard]
+    if not (isinstance(value, Tensor) and value.requires_grad):
+        return weights
+    # What a backward has been through needs no second one, for which its graph may be gone.
+    inside = [i for i in _losses_in(value, heard, owned) if heard[i].pulled is None]
+    if not inside:
+        return weights
     if value.numel() != 1:
         raise RuntimeError(f"the closure returned shape {tuple(value.shape)}: expected a scalar")
-    found = (
-        torch.autograd.grad(value, [h.value for h in heard], retain_graph=True, allow_unused=True)
-        if heard
-        else ()
-    )
-    return [0.0 if part is None else float(part) for part in found]
+    found = torch.autograd.grad(value, [heard[i].value for i in inside], retain_graph=True)
+    for i, part in zip(inside, found, strict=True):
+        weights[i] = float(part)
+    return weights
 
 
 _BESIDE = (
@@ -157,19 +167,29 @@ _BESIDE = (
 )
 
 
-def _refuse_other_paths(value: Tensor, heard: Sequence[Heard], owned: Sequence[Tensor]) -> None:
-    """Raise if autograd reaches a parameter from the value by a way that avoids the losses."""
+def _losses_in(value: Tensor, heard: Sequence[Heard], owned: Sequence[Tensor]) -> list[int]:
+    """Positions of the losses that the value was computed from.
+
+    Raises:
+        RuntimeError: if autograd reaches a parameter from the value by a way that avoids them.
+    """
     mine = {id(p) for p in owned}
-    seen: set[Any] = {h.value.grad_fn for h in heard}
+    losses = {h.value.grad_fn: i for i, h in enumerate(heard)}
+    found: list[int] = []
+    seen: set[Any] = set()
     stack = [value.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
+        if node in losses:
+            found.append(losses[node])
+            continue
         if id(getattr(node, "variable", None)) in mine:
             raise RuntimeError(_BESIDE)
         stack += [further for further, _ in node.next_functions]
+    return found
 
 
 @contextmanager
@@ -343,7 +363,7 @@ class _Stepper:
         return Step(reached, self._norm, length, c.condition, length == 0 and c.is_optimum)
 
     def _log_likelihood(self) -> float:
-        """At the parameters as they are; minus infinity where it does not exist."""
+        """The same; minus infinity where it does not exist."""
         try:
             total = self._total()
         except NumericalError:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from math import isfinite
-from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from openreml_nn.checks import (
     check_choice,
+    check_count,
     check_instance,
     check_mapping,
 )
@@ -172,7 +172,7 @@ def fit_reml(
     ['batch 1.1475', 'Residual 0.0500']
     """
     check_choice("start", start, ("moments", "current"))
-    check_iterations(max_iterations)
+    check_count("max_iterations", max_iterations, 1)
     loss = REMLLoss(covariance, method, solver, reduction="sum")
     check_data(y, X)
     check_names(names, X)
@@ -195,13 +195,6 @@ def fit_reml(
             begin()
         history = iterate(objective, max_iterations if free else 0)
     return checked(Result.of(objective, loss.plan, y, X, history, names, labels, others))
-
-
-def check_iterations(max_iterations: object) -> None:
-    """Raise InputError unless it is a positive whole number."""
-    whole = isinstance(max_iterations, Integral) and not isinstance(max_iterations, bool)
-    if not whole or int(max_iterations) < 1:  # type: ignore[call-overload]
-        raise InputError(f"`max_iterations` is {max_iterations!r}: expected a whole number above 0")
 
 
 def check_names(names: object, X: Tensor) -> None:

@@ -134,8 +134,8 @@ class _Newton:
         tiny = u.abs() < _GONE * self.start.abs()
         found &= ~(tiny & self.vanishing).any(1) & (self.start != 0).all()
         numbers = self.numbers(u, y)
-        count = len(self.fixed.offset)
-        numbers[:, -count:] += offset @ self.fixed.T.mT
+        first = numbers.shape[1] - len(self.fixed.offset)
+        numbers[:, first:] += offset @ self.fixed.T.mT
         return Maxima(found, value, numbers)
 
     def _search(self, u: Tensor, y: Tensor, value: Tensor, at: Tensor, move: Tensor) -> Tensor:

@@ -212,8 +212,8 @@ class MixedModelModule(LightningModule):
         assert self.covariance is not None
         stored = {estimate.name: estimate.untransformed for estimate in result.parameters}
         with torch.no_grad():
-            for name, parameter in self.covariance.named_parameters():
-                parameter.fill_(stored[name.replace(".", "/")])
+            for entry in self.covariance.parameter_entries().free:
+                entry.tensor.fill_(stored[entry.name])
         self._keep(result)
 
     def _keep(self, result: Result) -> None:

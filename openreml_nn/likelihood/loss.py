@@ -310,7 +310,8 @@ class REMLLoss(nn.Module):
         dtype = torch.promote_types(dtype, torch.float32)
         terms = [term.to(dtype) for term in terms]
         constants = [rows, *(tensor for term in terms for tensor in term.constants)]
-        if kept is not None and not kept.is_of(constants, self.method, dtype):
+        forms = [term.form for term in terms]
+        if kept is not None and not kept.is_of(forms, constants, self.method, dtype):
             kept = None
         if kept is not None and same_data:
             return kept.problem, terms, kept.problem.fixed, False
@@ -337,7 +338,9 @@ class REMLLoss(nn.Module):
             recorded = recorded or (moving and not problem.takes_data)
             if recorded and moving and not wrapped:
                 problem = type(problem)(fixed, terms, self.method)
-        self._prepared = None if recorded else _Prepared(None if moving else data, copies, problem)
+        self._prepared = (
+            None if recorded else _Prepared(None if moving else data, forms, copies, problem)
+        )
         return problem, terms, fixed, recorded
 
     def _planned(self, fixed: FixedPart, terms: list[Term], dtype: torch.dtype) -> Problem:
@@ -365,6 +368,7 @@ class _Prepared:
     """
 
     data: tuple[Tensor, Tensor] | None
+    forms: list[tuple[object, ...]]
     constants: list[Tensor | None]
     problem: Problem
 
@@ -374,10 +378,16 @@ class _Prepared:
             return False
         return not (y.requires_grad or X.requires_grad) and _all_same([y, X], self.data)
 
-    def is_of(self, constants: Sequence[Tensor | None], method: str, dtype: torch.dtype) -> bool:
-        """Whether it was prepared for the same designs, kernels and rows."""
+    def is_of(
+        self,
+        forms: Sequence[tuple[object, ...]],
+        constants: Sequence[Tensor | None],
+        method: str,
+        dtype: torch.dtype,
+    ) -> bool:
+        """Whether it was prepared for terms of the same forms, designs, kernels and rows."""
         problem = self.problem
-        if problem.fixed.y.dtype != dtype or problem.method != method:
+        if problem.fixed.y.dtype != dtype or problem.method != method or self.forms != forms:
             return False
         return _all_same(constants, self.constants)
 

@@ -622,3 +622,20 @@ def _shard():
         loss = REMLLoss(V)(y, X)
         torch.testing.assert_close(loss, REMLLoss(plain)(y, X))
         loss.backward()
+
+
+def test_a_formula_without_a_module_is_the_users():
+    # As in a documentation test or a notebook cell that is run by `exec`.
+    text = """
+class Difference(Operator):
+    def _infer_shape(self, shapes):
+        return shapes[0]
+
+    def combine(self, a, b):
+        return a - 0.5 * b
+"""
+    names = {"Operator": Operator, "__name__": None}
+    exec(text, names)
+    tree = names["Difference"](ScalarMatrix(2), ScalarMatrix(2))
+    tree().sum().backward()
+    assert [p.grad.item() for p in tree.parameters()] == [4.0, -2.0]

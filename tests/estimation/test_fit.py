@@ -7,7 +7,7 @@ from math import isnan, log
 import pytest
 import torch
 
-from openreml_nn import AIREML, InputError, REMLLoss, fit_reml, lmm
+from openreml_nn import AIREML, InputError, NumericalError, REMLLoss, fit_reml, lmm
 from openreml_nn.covariance import (
     CovariancePropagation,
     DummyMatrix,
@@ -255,6 +255,16 @@ def test_data_that_cannot_be_fitted_are_refused():
         W._parameters["sigma^2_1_0"].fill_(50.0)
     with pytest.raises(NotPositiveDefiniteError):
         fit_reml(W, y, X, start="current")
+
+
+def test_a_start_without_digits_is_named_so():
+    V, y, X = balanced()
+    with torch.no_grad():
+        for name, p in V.named_parameters():
+            p.fill_(-18.0 if "residual" in name else 20.0)
+    with pytest.raises(NumericalError, match="lost its digits") as raised:
+        fit_reml(V, y, X, start="current", solver="dense")
+    assert not isinstance(raised.value, NotPositiveDefiniteError)
 
 
 @pytest.mark.parametrize("method", ["reml", "ml"])

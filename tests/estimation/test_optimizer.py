@@ -76,6 +76,37 @@ def test_only_the_value_of_the_closure_counts(closure):
     assert run(closure) == pytest.approx(10 / 3, rel=RESOLUTION)
 
 
+def test_a_model_that_is_trained_within_the_closure_does_not_count():
+    other = REMLLoss(ScalarMatrix(4).double())
+    adam = torch.optim.Adam(other.parameters(), lr=0.1)
+
+    def closure_of(V, loss, optimizer):
+        def closure():
+            adam.zero_grad()
+            other(50 * Y, X).backward()
+            adam.step()
+            return loss(Y, X)
+
+        return closure
+
+    assert run(closure_of) == pytest.approx(10 / 3, rel=1e-6)
+
+
+def test_a_loss_that_is_returned_counts_beside_one_whose_backward_ran():
+    # Both responses have the same variance, of which 1 and 9 are the estimates.
+    def closure_of(V, loss, optimizer):
+        other = REMLLoss(V)
+
+        def closure():
+            optimizer.zero_grad()
+            other(3 * Y, X).backward()
+            return loss(Y, X)
+
+        return closure
+
+    assert run(closure_of) == pytest.approx(5 * 10 / 3, rel=1e-6)
+
+
 def test_losses_count_with_their_weights():
     # The maximum of w l(y) + l(2 y), in sigma^2: a mean of 10/3 and 40/3 with these weights.
     for weight in (1.0, 0.25):

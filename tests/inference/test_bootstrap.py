@@ -2,7 +2,11 @@
 
 import numpy as np
 import pandas as pd
+import pytest
 
+from openreml_nn import lmm
+from openreml_nn.datasets import sleepstudy
+from openreml_nn.inference import bootstrap
 from openreml_nn.inference.bootstrap import Bootstrap
 
 
@@ -14,3 +18,16 @@ def test_intervals_bias_and_standard_errors_are_those_of_the_samples():
     np.testing.assert_allclose(found["std_error"], samples.std())
     np.testing.assert_allclose(found["low"], [5.0, 25.0])
     np.testing.assert_allclose(found["high"], [95.0, 95.0**2])
+
+
+def test_a_model_without_fixed_effects_has_a_bootstrap():
+    table = sleepstudy()
+    table["Reaction"] = table["Reaction"] - table["Reaction"].mean()
+    result = lmm("Reaction ~ 0 + (1 | Subject)", table)
+    found = bootstrap(result, 40, progress=False)
+    assert list(found.samples) == list(found.estimate.index)
+    spread = found.samples.std()
+    # The residual's standard deviation has the standard error sigma / sqrt(2 (n - q)).
+    residual = found.estimate.iloc[-1]
+    assert residual == pytest.approx(result.residual_variance**0.5, rel=1e-6)
+    assert spread.iloc[-1] == pytest.approx(residual / (2 * (180 - 18)) ** 0.5, rel=0.4)

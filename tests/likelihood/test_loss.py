@@ -11,9 +11,14 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from openreml_nn import InputError, REMLLoss, restricted_log_likelihood
 from openreml_nn.covariance import (
+    AR1Matrix,
+    CompoundSymmetricMatrix,
     CovariancePropagation,
+    DiagonalMatrix,
     DummyMatrix,
     IdentityMatrix,
+    KnownInverseMatrix,
+    KnownMatrix,
     KroneckerProduct,
     Matrix,
     ScalarMatrix,
@@ -234,6 +239,58 @@ def test_in_place_changes_of_the_data_are_seen():
     y.mul_(2)
     assert loss(y, X).item() != before
     assert loss(y, X).item() == REMLLoss(V)(y, X).item()
+
+
+K = torch.eye(4, dtype=torch.float64) + 0.5
+
+
+@pytest.mark.parametrize("other", [DiagonalMatrix(4), AR1Matrix(4), KnownInverseMatrix(K)])
+@pytest.mark.parametrize("first", [ScalarMatrix(4), KnownMatrix(K)])
+@pytest.mark.parametrize("rows", [None, torch.arange(11, -1, -1)])
+def test_a_replaced_covariance_is_seen(first, other, rows):
+    z = DummyMatrix.from_codes(torch.arange(12) % 4, 4)
+    V = Sum(g=CovariancePropagation(z=z, g=first), e=ScalarMatrix(12)).double()
+    y, X = torch.arange(12.0, dtype=torch.float64).sin(), torch.ones(12, 1, dtype=torch.float64)
+    loss = REMLLoss(V)
+    loss(y, X, rows)
+    V.g.g = copy.deepcopy(other).double()
+    fresh = REMLLoss(copy.deepcopy(V), solver="dense")
+    value, expected = loss(y, X, rows), fresh(y, X, rows)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+    value.backward()
+    expected.backward()
+    for p, q in zip(V.parameters(), fresh.covariance.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [DiagonalMatrix(12), UnstructuredMatrix(12), IdentityMatrix(12), CompoundSymmetricMatrix(12)],
+)
+def test_a_replaced_side_of_a_field_is_seen(other):
+    V = Sum(field=KroneckerProduct(AR1Matrix(12), AR1Matrix(10)), e=ScalarMatrix(120)).double()
+    y = torch.arange(120.0, dtype=torch.float64).sin()
+    X = torch.ones(120, 1, dtype=torch.float64)
+    loss = REMLLoss(V)
+    loss(y, X)
+    assert loss.plan.solver == "grid"
+    V.field.op_0 = copy.deepcopy(other).double()
+    expected = REMLLoss(V, solver="dense")(y, X)
+    torch.testing.assert_close(loss(y, X), expected, rtol=1e-12, atol=0)
+
+
+def test_what_becomes_known_between_two_calls_is_the_residual():
+    V = Sum(g=ScalarMatrix(6), e=DiagonalMatrix(6)).double()
+    y, X = torch.arange(6.0, dtype=torch.float64).sin(), torch.ones(6, 1, dtype=torch.float64)
+    loss = REMLLoss(V)
+    loss(y, X)
+    for i in range(6):
+        V.fix(f"e/sigma^2_{i}", 0.1 * i)
+    expected = REMLLoss(V, solver="dense")(y, X)
+    torch.testing.assert_close(loss(y, X), expected, rtol=1e-12, atol=0)
+    assert [e.name for e in loss.evaluate(y, X).random] == [
+        e.name for e in REMLLoss(V).evaluate(y, X).random
+    ]
 
 
 def test_training_after_an_evaluation_without_recording():

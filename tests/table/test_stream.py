@@ -164,6 +164,8 @@ def test_files_that_are_none(tmp_path):
         fit_stream("y ~ 1", broken)
     with pytest.raises(InputError, match="`chunk_rows` is 0"):
         fit_stream("y ~ 1", datasets.table_path("oats"), chunk_rows=0)
+    with pytest.raises(InputError, match="`max_iterations` is 0: expected a whole number, 1 or"):
+        fit_stream("yield ~ nitro", datasets.table_path("oats"), max_iterations=0)
     for method in ("ML", "nonsense", None):
         with pytest.raises(InputError, match="`method` is"):
             fit_stream("yield ~ nitro", datasets.table_path("oats"), method=method)
