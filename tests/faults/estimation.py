@@ -349,13 +349,6 @@ FAULTS = [
         OF_STARTS,
     ),
     Fault(
-        "a run that was close to an optimum is not the same",
-        STARTS,
-        "return self if self.twin is None else self.twin",
-        "return self",
-        OF_STARTS,
-    ),
-    Fault(
         "BLUPs at a given covariance are of the response",
         GLS,
         "torch.cholesky_solve(self.residual[:, None], L)",
