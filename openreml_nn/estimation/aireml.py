@@ -340,7 +340,7 @@ class _Stepper:
         for move, length in self._moves():
             reached = self._try(move)
             if reached is not None and self._has_scores():
-                return self._step(self._farther(move, reached), length)
+                return self._step(reached, length)
         c.at.write(c.u)
         return self._step(self._start, 0.0)
 
@@ -418,22 +418,6 @@ class _Stepper:
         if best != len(candidates) - 1:
             self._at(candidates[best])
         return values[best]
-
-    def _farther(self, move: Tensor, reached: float) -> float:
-        """Go on along a step that gained more than it promised, as towards an optimum far away."""
-        c = self._curvature
-        promised = float(c.score @ move - move @ c.hessian @ move / 2)
-        if not reached - self._start > 1.2 * promised > self._slack:
-            return reached
-        here = c.at.read(c.u)
-        for _ in range(6):
-            move = 2 * move
-            farther = self._at(c.u + move)
-            if not farther > reached + 0.1 * promised:
-                break
-            here, reached = c.at.read(c.u), farther
-        self._at(here)
-        return reached
 
     def _settle(self) -> float | None:
         """Put coordinates within a fraction of a standard error of a boundary onto it.
