@@ -125,17 +125,17 @@ def test_run_directory(result, tmp_path):
     assert len(pd.read_csv(tmp_path / "run" / "blup.csv")) == 36
 
 
-def test_a_run_that_fails_has_no_result(result, tmp_path, monkeypatch):
-    """``result.json`` stands for all other files, and so comes last."""
+def test_a_run_whose_tables_cannot_be_written_has_no_result(result, tmp_path, monkeypatch):
+    """``result.json`` stands for all tables, and so comes after them."""
 
-    def full(*args, **options):
+    def full(table, path):
         assert not (tmp_path / "result.json").exists()
-        raise OSError("no space left")
+        if path.name == "blup.csv":
+            raise OSError("no space left")
 
-    monkeypatch.setattr(Figure, "savefig", full)
+    monkeypatch.setattr("openreml_nn.report.run.write_table", full)
     with pytest.raises(OSError, match="no space left"):
         write_run(Run(result, FORMULA, 0, "AIREML", 0.1), tmp_path)
-    assert (tmp_path / "summary.txt").exists()
     assert not (tmp_path / "result.json").exists()
 
 

@@ -246,8 +246,8 @@ FAULTS = [
     Fault(
         "fits in a batch drop the offset of the fixed effects",
         "openreml_nn/inference/batched.py",
-        "numbers[:, -count:] += offset @ self.fixed.T.mT",
-        "numbers[:, -count:] += 0 * offset @ self.fixed.T.mT",
+        "numbers[:, first:] += offset @ self.fixed.T.mT",
+        "numbers[:, first:] += 0 * offset @ self.fixed.T.mT",
         f"{INFERENCE} -k in_a_batch",
     ),
     Fault(
