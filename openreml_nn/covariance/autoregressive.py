@@ -97,6 +97,7 @@ class AR1Matrix(Matrix):
         return self._chain_grad(slices, free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        self._check_cotangent(cotangent)
         variance, rho = self.build_params(free_params).split(1)
         powers = self._powers(rho)
         sums = _diagonal_sums(cotangent, self.shape[0])
@@ -171,6 +172,7 @@ class ToeplitzMatrix(Matrix):
         return self._chain_grad(slices, free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        self._check_cotangent(cotangent)
         variance, rho = self._natural(free_params)
         sums = _diagonal_sums(cotangent, self.bands)
         pulled = torch.cat([(sums * rho).sum().reshape(1), variance * sums[1:]])
@@ -248,6 +250,7 @@ class AntedependenceMatrix(Matrix):
         return self._chain_grad(torch.cat(slices), free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        self._check_cotangent(cotangent)
         sigma, upper, R = self._natural(free_params)
         both = cotangent + cotangent.mT
         by_sigma = ((both * R) @ sigma[:, None])[:, 0]

@@ -91,6 +91,7 @@ class EqualEntryMatrix(Matrix):
         return slope.expand(1, *self.shape).clone(), self.free_param_names
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        self._check_cotangent(cotangent)
         return self._chain_vjp(cotangent.sum().reshape(1), free_params)
 
     def moment_start(self, variance: Tensor) -> bool:
@@ -138,6 +139,7 @@ class EquicorrelationMatrix(Matrix):
         return self._chain_grad(_mixed(self.shape[0], one, 0 * one)[None], free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        self._check_cotangent(cotangent)
         off, _ = _off_and_on(cotangent)
         return self._chain_vjp(off.reshape(1), free_params)
 
@@ -189,6 +191,7 @@ class CompoundSymmetricMatrix(Matrix):
         return self._chain_grad(slices, free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        self._check_cotangent(cotangent)
         variance, rho = self.build_params(free_params)
         off, on = _off_and_on(cotangent)
         return self._chain_vjp(torch.stack([on + rho * off, variance * off]), free_params)

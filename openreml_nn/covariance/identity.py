@@ -90,6 +90,7 @@ class ScalarMatrix(Matrix):
         return torch.diag_embed(slope)[None], self.free_param_names
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        self._check_cotangent(cotangent)
         return self._chain_vjp(cotangent.diagonal().sum().reshape(1), free_params)
 
     def structure(self) -> list[Term]:
@@ -137,6 +138,7 @@ class DiagonalMatrix(Matrix):
         return self._spread_grad([diagonal], free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        self._check_cotangent(cotangent)
         return self._chain_vjp(cotangent.diagonal(), free_params)
 
     def push_forward(self, tangent: Tensor, free_params: Tensor) -> Tensor:

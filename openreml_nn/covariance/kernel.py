@@ -68,6 +68,7 @@ class _DistanceMatrix(Matrix):
         return self._chain_grad(slices, free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        self._check_cotangent(cotangent)
         variance, length, r = self._scaled(free_params)
         by_variance = (cotangent * self._correlation(r)).sum().reshape(1)
         by_length = (cotangent * self._fall(r)).sum() * variance / length
@@ -252,6 +253,7 @@ class KnownMatrix(Matrix):
         return self._chain_grad(self.matrix.to(self._flat(free_params))[None], free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        self._check_cotangent(cotangent)
         pulled = (cotangent * self.matrix.to(cotangent)).sum().reshape(1)
         return self._chain_vjp(pulled, free_params)
 

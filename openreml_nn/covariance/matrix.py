@@ -163,10 +163,20 @@ class Matrix(Parametrized):
         Shape:
             Output: ``(num_free_params,)``.
         """
+        self._check_cotangent(cotangent)
         jacobian, _ = self.manual_grad(free_params)
         if jacobian is None:
             return cotangent.new_zeros(0)
         return torch.tensordot(jacobian, cotangent, dims=cotangent.dim())
+
+    def _check_cotangent(self, cotangent: Tensor) -> None:
+        if not isinstance(cotangent, Tensor):
+            raise TypeError(f"`cotangent` is {shown(cotangent)}: expected a tensor")
+        if cotangent.shape != self.shape or not cotangent.is_floating_point():
+            raise InputError(
+                f"`cotangent` is {cotangent.dtype} of shape {tuple(cotangent.shape)}: expected "
+                f"floating-point numbers of shape {self.shape}"
+            )
 
     def push_forward(self, tangent: Tensor, free_params: Tensor) -> Tensor:
         r"""Directional derivative :math:`\dot V = \sum_i \dot\theta_i\,\partial V/\partial\theta_i`."""

@@ -309,6 +309,7 @@ class Operator(Matrix):
         return torch.cat(slices) if len(slices) > 1 else slices[0], self.free_param_names
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        self._check_cotangent(cotangent)
         right = isinstance(cotangent, Tensor) and cotangent.is_floating_point()
         if not right or tuple(cotangent.shape) != self.shape:
             raise InputError(

@@ -284,6 +284,7 @@ class KnownInverseMatrix(Matrix):
         return self._chain_grad(self._matrix(self._flat(free_params))[None], free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        self._check_cotangent(cotangent)
         pulled = (cotangent * self._matrix(cotangent)).sum().reshape(1)
         return self._chain_vjp(pulled, free_params)
 

@@ -156,6 +156,7 @@ class Adapter(Matrix):
         return torch.tensordot(outer.mT, inner, dims=1), self.free_param_names
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        self._check_cotangent(cotangent)
         if not self.has_closed_form():
             return super().manual_vjp(cotangent, free_params)
         mapped, pull, *_ = torch.func.vjp(self._mapped, self._flat(free_params))

@@ -87,6 +87,7 @@ class LowerTriangularMatrix(_Entries):
         return self._spread_grad([rows * self.shape[1] + columns], free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        self._check_cotangent(cotangent)
         return self._chain_vjp(cotangent[self._index(cotangent)], free_params)
 
 
@@ -132,6 +133,7 @@ class UnconstrainedMatrix(_Entries):
         return self._spread_grad([rows * n + columns, columns * n + rows], free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        self._check_cotangent(cotangent)
         folded = cotangent + cotangent.triu(1).mT
         return self._chain_vjp(folded[self._index(folded)], free_params)
 
@@ -192,6 +194,7 @@ class UnstructuredMatrix(_Entries):
         return self._chain_grad(half + half.mT, free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        self._check_cotangent(cotangent)
         pulled = (cotangent + cotangent.mT) @ self.factor(free_params)
         return self._chain_vjp(pulled[self._index(pulled)], free_params)
 

@@ -122,6 +122,8 @@ def check_tensor(x: Tensor, name: str = "x") -> Tensor:
     """What a transform was given, which is a tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"`{name}` is a {type(x).__name__}: expected a tensor")
+    if x.is_complex():
+        raise TypeError(f"`{name}` is {x.dtype}: expected a tensor of real numbers")
     return x
 
 
