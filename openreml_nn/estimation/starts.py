@@ -18,6 +18,8 @@ __all__ = ["climb", "climb_from_several", "has_several_optima"]
 
 #: How far correlation reaches at each start, see :meth:`Matrix.start_reach`.
 REACHES = (0.7, 0.3, 0.9)
+#: Where one matrix's correlation reaches far, and the others' hardly.
+_FAR, _NEAR = 0.9, 0.1
 #: A run that is within this many standard errors of an optimum already found goes there too.
 _CLOSE = 0.3
 
@@ -101,9 +103,9 @@ def climb_from_several(
     """
     runs: list[_Run] = []
     failure: NumericalError | None = None
-    for reach in REACHES:
+    for reaches in _reaches(objective):
         start()
-        for matrix in _matrices(objective):
+        for matrix, reach in reaches:
             matrix.start_reach(reach)
         try:
             runs.append(_run(objective, most, runs))
@@ -161,6 +163,21 @@ def _start(run: _Run, best: _Run) -> Start:
 def _between(one: _Run, other: _Run) -> float:
     move = one.curvature.u - other.curvature.u
     return float((move @ other.curvature.hessian @ move).clamp(min=0).sqrt())
+
+
+def _reaches(objective: Objective) -> list[list[tuple[Matrix, float]]]:
+    """For each start the matrices whose correlation reaches somewhere, and how far.
+
+    All reach as far as each other; of two or more, such as the rows and columns of a field, also
+    one far and the others hardly.
+    """
+    reaching = [m for m in _matrices(objective) if m.start_reach(REACHES[0])]
+    starts = [[(matrix, reach) for matrix in reaching] for reach in REACHES]
+    if len(reaching) > 1:
+        starts += [
+            [(matrix, _FAR if matrix is far else _NEAR) for matrix in reaching] for far in reaching
+        ]
+    return starts
 
 
 def _matrices(objective: Objective) -> list[Matrix]:
