@@ -363,7 +363,7 @@ class _Stepper:
         return Step(reached, self._norm, length, c.condition, length == 0 and c.is_optimum)
 
     def _log_likelihood(self) -> float:
-        """The same; minus infinity where it does not exist."""
+        """The log-likelihood at the parameters as they are; minus infinity where it does not exist."""
         try:
             total = self._total()
         except NumericalError:
@@ -371,6 +371,7 @@ class _Stepper:
         return total if isfinite(total) else -inf
 
     def _total(self) -> float:
+        """The weighted sum of the log-likelihoods; a NumericalError says why there is none."""
         return sum(
             w * float(o.evaluate().log_likelihood)
             for o, w in zip(self._objectives, self._weights, strict=True)

@@ -22,8 +22,6 @@ REACHES = (0.7, 0.3, 0.9)
 _FAR, _NEAR = 0.9, 0.1
 #: A run that is within this many standard errors of an optimum already found goes there too.
 _CLOSE = 0.3
-
-
 #: A run that gains nothing in so many shortened steps ends.
 _STALLED = 5
 
