@@ -1,7 +1,6 @@
 """Linear mixed models as PyTorch modules."""
 
 from openreml_nn import covariance, datasets
-from openreml_nn.errors import InputError, NumericalError
 from openreml_nn.estimation import (
     AIREML,
     Result,
@@ -14,10 +13,11 @@ from openreml_nn.estimation import (
     predict,
     residual,
 )
+from openreml_nn.estimation.stream import fit_stream
 from openreml_nn.likelihood import REMLLoss, restricted_log_likelihood
-from openreml_nn.linear import lmm
 from openreml_nn.model import MixedModel, RandomEffect
-from openreml_nn.stream import fit_stream
+from openreml_nn.model.linear import lmm
+from openreml_nn.support.errors import InputError, NumericalError
 
 __version__ = "0.1.0"
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from openreml_nn.checks import check_choice, check_count, check_number, check_tensor, found
 from openreml_nn.likelihood.problem import cholesky
+from openreml_nn.support.checks import check_choice, check_count, check_number, check_tensor, found
 
 __all__ = [
     "BLUPReliability",

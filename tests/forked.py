@@ -21,7 +21,7 @@ from torch import distributed
 
 import openreml_nn.lightning  # what the program imports when it is called
 import openreml_nn.report  # noqa: F401
-from openreml_nn.app import main
+from openreml_nn.program.main import main
 
 CONTEXT = multiprocessing.get_context("fork")
 

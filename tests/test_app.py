@@ -13,10 +13,10 @@ import pytest
 from hydra.experimental.callback import Callback
 
 from openreml_nn import datasets
-from openreml_nn.app import main, quoted
+from openreml_nn.program.main import main, quoted
 from tests.forked import forked
 
-PROGRAM = [sys.executable, "-c", "from openreml_nn.app import main; main()"]
+PROGRAM = [sys.executable, "-c", "from openreml_nn.program.main import main; main()"]
 
 
 def shell(*arguments, cwd):

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from openreml_nn.app import main
+from openreml_nn.program.main import main
 from tests.forked import forked, started
 
 NEURAL = ["experiment=neural_longitudinal", "trainer.enable_progress_bar=false", "model.width=8"]
@@ -60,7 +60,7 @@ def test_a_disk_that_does_not_take_files_is_one_line_and_status_2(
     def refuse(source, target):
         raise OSError(code, os.strerror(code), str(target))
 
-    monkeypatch.setattr("openreml_nn.files.os.replace", refuse)
+    monkeypatch.setattr("openreml_nn.support.files.os.replace", refuse)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["openreml-nn"])
     with warnings.catch_warnings(), pytest.raises(SystemExit) as caught:

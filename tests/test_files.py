@@ -2,7 +2,7 @@
 
 import pytest
 
-from openreml_nn.files import replacing, write_text
+from openreml_nn.support.files import replacing, write_text
 
 
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):

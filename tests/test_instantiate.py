@@ -3,7 +3,7 @@
 import pytest
 
 from openreml_nn import InputError
-from openreml_nn.instantiate import build
+from openreml_nn.support.instantiate import build
 
 
 @pytest.mark.parametrize(
@@ -15,7 +15,7 @@ from openreml_nn.instantiate import build
         "torch.hub.load",
         "torch.os.system",
         "torch.utils.data.dataloader.multiprocessing.Process",
-        "openreml_nn.files.os.remove",
+        "openreml_nn.support.files.os.remove",
         "openreml_nn.table.encoder.pd.read_pickle",
         "torch.load",
         "torch.nothing",

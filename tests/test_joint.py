@@ -172,13 +172,13 @@ def test_many_levels_are_taken_sparsely_and_rows_in_parts(monkeypatch):
     data = rows(model)
     model.update(data)
     expected = model.predict(data).variance
-    monkeypatch.setattr("openreml_nn.joint._NUMBERS", 50)
+    monkeypatch.setattr("openreml_nn.model.joint._NUMBERS", 50)
     model.update(data)
     torch.testing.assert_close(model.predict(data).variance, expected, rtol=1e-10, atol=0)
 
 
 def test_too_many_effects_for_a_joint_covariance_are_said_to_be_taken_as_independent(monkeypatch):
-    monkeypatch.setattr("openreml_nn.joint.MOST_COLUMNS", 7)
+    monkeypatch.setattr("openreml_nn.model.joint.MOST_COLUMNS", 7)
     model = made("crossed", "ml")
     data = rows(model)
     model.update(data)  # 5 columns beside the first factor's

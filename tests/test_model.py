@@ -202,7 +202,7 @@ def test_a_network_in_single_precision_and_a_likelihood_in_double():
 def test_the_structure_of_the_groups_is_prepared_once():
     from unittest import mock
 
-    from openreml_nn.likelihood.products import Pattern
+    from openreml_nn.likelihood.system.products import Pattern
 
     model, data = crossed(), batch()
     with mock.patch.object(Pattern, "of", wraps=Pattern.of) as prepared:

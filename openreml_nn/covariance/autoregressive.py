@@ -13,7 +13,7 @@ from openreml_nn.covariance.matrix import FreeParams, Matrix, differentiated
 from openreml_nn.covariance.params import check_size, free_specs, merge_specs
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.transform import TransformExp, TransformExpPow2
-from openreml_nn.errors import InputError
+from openreml_nn.support.errors import InputError
 
 __all__ = ["AR1Matrix", "AntedependenceMatrix", "ToeplitzMatrix"]
 

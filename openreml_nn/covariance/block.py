@@ -9,7 +9,7 @@ from torch import Tensor
 
 from openreml_nn.covariance.matrix import Matrix
 from openreml_nn.covariance.operator import Operator
-from openreml_nn.errors import InputError
+from openreml_nn.support.errors import InputError
 
 __all__ = ["Augment", "BlockDiagonal", "Stack"]
 

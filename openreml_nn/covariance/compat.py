@@ -9,7 +9,7 @@ from torch import Tensor
 
 from openreml_nn.covariance.params import free_specs
 from openreml_nn.covariance.transform import Transform
-from openreml_nn.errors import InputError
+from openreml_nn.support.errors import InputError
 
 __all__ = ["simple_param_specs"]
 

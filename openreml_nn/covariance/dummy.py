@@ -13,11 +13,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from openreml_nn.covariance.design import IndexedDesign
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.nodes import visible
 from openreml_nn.covariance.params import check_flag, check_size, shown
-from openreml_nn.errors import InputError
+from openreml_nn.support.errors import InputError
+from openreml_nn.terms.design import IndexedDesign
 
 __all__ = ["DummyMatrix"]
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance.design import IdentityDesign
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.params import check_size, free_specs, merge_specs
 from openreml_nn.covariance.start import harmonic_mean
-from openreml_nn.covariance.terms import DiagonalCovariance, RepeatedCovariance, Term
 from openreml_nn.covariance.transform import TransformExpPow2
+from openreml_nn.terms.covariance import DiagonalCovariance, RepeatedCovariance
+from openreml_nn.terms.design import IdentityDesign
+from openreml_nn.terms.term import Term
 
 __all__ = ["DiagonalMatrix", "IdentityMatrix", "ScalarMatrix"]
 

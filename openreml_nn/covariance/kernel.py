@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance.design import IdentityDesign
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.params import free_specs, merge_specs, shown
 from openreml_nn.covariance.start import harmonic_mean
-from openreml_nn.covariance.terms import Kernel, ScaledCovariance, Term
 from openreml_nn.covariance.transform import TransformExp, TransformExpPow2
-from openreml_nn.errors import InputError
+from openreml_nn.support.errors import InputError
+from openreml_nn.terms.covariance import ScaledCovariance
+from openreml_nn.terms.design import IdentityDesign
+from openreml_nn.terms.kernel import Kernel
+from openreml_nn.terms.term import Term
 
 __all__ = [
     "ExponentialMatrix",

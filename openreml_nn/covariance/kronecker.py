@@ -10,21 +10,20 @@ from math import prod
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance.design import IdentityDesign, IndexedDesign
 from openreml_nn.covariance.matrix import Matrix
 from openreml_nn.covariance.operator import Operator
 from openreml_nn.covariance.start import give_to_one, harmonic_mean
-from openreml_nn.covariance.terms import (
+from openreml_nn.terms.covariance import (
     Covariance,
     DenseCovariance,
     DiagonalCovariance,
     KroneckerCovariance,
     RepeatedCovariance,
     ScaledCovariance,
-    Term,
     is_scalar,
-    whole_term,
 )
+from openreml_nn.terms.design import IdentityDesign, IndexedDesign
+from openreml_nn.terms.term import Term, whole_term
 
 __all__ = ["KroneckerProduct"]
 

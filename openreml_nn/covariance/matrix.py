@@ -15,10 +15,10 @@ from openreml_nn.covariance.parametrized import FreeParams, Parametrized, Record
 from openreml_nn.covariance.params import check_size, shown
 from openreml_nn.covariance.start import harmonic_mean, rescale
 from openreml_nn.covariance.tree import called, evaluate
-from openreml_nn.errors import InputError
+from openreml_nn.support.errors import InputError
 
 if TYPE_CHECKING:
-    from openreml_nn.covariance.terms import Term
+    from openreml_nn.terms.term import Term
 
 __all__ = ["FreeParams", "Matrix", "Recorded", "differentiated"]
 
@@ -270,8 +270,9 @@ class Matrix(Parametrized):
 
     def structure(self) -> list[Term]:
         """The terms of all rows. A matrix that says nothing of its structure is one dense term."""
-        from openreml_nn.covariance.design import IdentityDesign
-        from openreml_nn.covariance.terms import DenseCovariance, Term
+        from openreml_nn.terms.covariance import DenseCovariance
+        from openreml_nn.terms.design import IdentityDesign
+        from openreml_nn.terms.term import Term
 
         if self.shape[0] != self.shape[1]:
             raise InputError(f"{self._get_name()} is {self.shape}: only a square matrix has terms")

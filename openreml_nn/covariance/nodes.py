@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
-from openreml_nn.errors import InputError
+from openreml_nn.support.errors import InputError
 
 if TYPE_CHECKING:
     from openreml_nn.covariance.matrix import Matrix

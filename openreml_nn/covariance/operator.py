@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openreml_nn.covariance.design import IdentityDesign
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.nodes import check_result, is_opaque, visible
 from openreml_nn.covariance.params import check_name, module_name, shown
-from openreml_nn.covariance.terms import DenseCovariance, Term
 from openreml_nn.covariance.tree import Tree
-from openreml_nn.errors import InputError
+from openreml_nn.support.errors import InputError
+from openreml_nn.terms.covariance import DenseCovariance
+from openreml_nn.terms.design import IdentityDesign
+from openreml_nn.terms.term import Term
 
 __all__ = ["Operator"]
 

@@ -21,7 +21,7 @@ from openreml_nn.covariance.params import (
     shown,
 )
 from openreml_nn.covariance.transform import Transform
-from openreml_nn.errors import InputError
+from openreml_nn.support.errors import InputError
 
 if TYPE_CHECKING:
     from openreml_nn.covariance.matrix import Matrix

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.transform import Transform, TransformIdentity
-from openreml_nn.errors import InputError
+from openreml_nn.support.errors import InputError
 
 if TYPE_CHECKING:
     from openreml_nn.covariance.matrix import Matrix

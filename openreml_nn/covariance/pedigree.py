@@ -12,15 +12,17 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance.design import IdentityDesign
 from openreml_nn.covariance.dummy import DummyMatrix
 from openreml_nn.covariance.kernel import check_symmetric
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.params import free_specs, merge_specs, shown
 from openreml_nn.covariance.start import harmonic_mean
-from openreml_nn.covariance.terms import Kernel, ScaledCovariance, Term, same_content
 from openreml_nn.covariance.transform import TransformExpPow2
-from openreml_nn.errors import InputError
+from openreml_nn.support.errors import InputError
+from openreml_nn.terms.covariance import ScaledCovariance
+from openreml_nn.terms.design import IdentityDesign
+from openreml_nn.terms.kernel import Kernel, same_content
+from openreml_nn.terms.term import Term
 
 __all__ = ["KnownInverseMatrix", "Pedigree"]
 

@@ -16,8 +16,9 @@ from openreml_nn.covariance.nodes import visible
 from openreml_nn.covariance.operator import Operator
 from openreml_nn.covariance.params import shown
 from openreml_nn.covariance.start import give_to_one
-from openreml_nn.covariance.terms import KroneckerCovariance, Term
-from openreml_nn.errors import InputError
+from openreml_nn.support.errors import InputError
+from openreml_nn.terms.covariance import KroneckerCovariance
+from openreml_nn.terms.term import Term
 
 __all__ = ["Gram", "HadamardProduct", "Inverse", "Product", "Transpose"]
 

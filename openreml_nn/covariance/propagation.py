@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance.design import DenseDesign, Design
 from openreml_nn.covariance.dummy import DummyMatrix
 from openreml_nn.covariance.identity import DiagonalMatrix
 from openreml_nn.covariance.matrix import Matrix
 from openreml_nn.covariance.nodes import is_opaque
 from openreml_nn.covariance.operator import Operator
 from openreml_nn.covariance.start import harmonic_mean
-from openreml_nn.covariance.terms import Term, propagate, whole_term
-from openreml_nn.errors import InputError
+from openreml_nn.support.errors import InputError
+from openreml_nn.terms.design import DenseDesign, Design
+from openreml_nn.terms.term import Term, propagate, whole_term
 
 __all__ = ["CovariancePropagation"]
 

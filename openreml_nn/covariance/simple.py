@@ -13,7 +13,7 @@ from openreml_nn.covariance.nodes import is_opaque
 from openreml_nn.covariance.params import check_size, check_spec, free_specs
 from openreml_nn.covariance.transform import TransformIdentity
 from openreml_nn.covariance.tree import Tree
-from openreml_nn.errors import InputError
+from openreml_nn.support.errors import InputError
 
 __all__ = ["Adapter", "SimpleMatrix"]
 

@@ -22,7 +22,7 @@ from openreml_nn.covariance.propagation import CovariancePropagation
 from openreml_nn.covariance.sum import Sum
 from openreml_nn.covariance.transform import TransformExp
 from openreml_nn.covariance.triangular import LowerTriangularMatrix
-from openreml_nn.errors import InputError
+from openreml_nn.support.errors import InputError
 
 __all__ = [
     "ar1_field",

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from openreml_nn.covariance.matrix import Matrix
 from openreml_nn.covariance.operator import Operator
-from openreml_nn.covariance.terms import Term
-from openreml_nn.errors import InputError
+from openreml_nn.support.errors import InputError
+from openreml_nn.terms.term import Term
 
 __all__ = ["Sum"]
 

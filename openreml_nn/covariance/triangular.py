@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance.design import IdentityDesign
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.params import check_size, free_specs, merge_specs
-from openreml_nn.covariance.terms import RepeatedCovariance, Term
 from openreml_nn.covariance.transform import TransformExp, TransformExpPow2
+from openreml_nn.terms.covariance import RepeatedCovariance
+from openreml_nn.terms.design import IdentityDesign
+from openreml_nn.terms.term import Term
 
 __all__ = ["LowerTriangularMatrix", "UnconstrainedMatrix", "UnstructuredMatrix"]
 

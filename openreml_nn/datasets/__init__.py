@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from openreml_nn.checks import check_choice
 from openreml_nn.datasets.simulated import field, growth, ratings
+from openreml_nn.support.checks import check_choice
 
 __all__ = [
     "FORMULAS",

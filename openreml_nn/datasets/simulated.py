@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from openreml_nn.checks import check_count
+from openreml_nn.support.checks import check_count
 
 __all__ = ["field", "growth", "ratings"]
 

@@ -11,7 +11,7 @@ from openreml_nn.estimation.gls import (
     predict,
     residual,
 )
-from openreml_nn.estimation.result import Component, Estimate, Result
+from openreml_nn.result.result import Component, Estimate, Result
 
 __all__ = [
     "AIREML",

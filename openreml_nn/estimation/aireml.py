@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from openreml_nn.checks import check_number
-from openreml_nn.checks import found as described
-from openreml_nn.errors import NumericalError
 from openreml_nn.estimation.coordinates import Coordinates
 from openreml_nn.estimation.curvature import Curvature
 from openreml_nn.likelihood.loss import Heard, Objective, listen
 from openreml_nn.likelihood.problem import NotPositiveDefiniteError
+from openreml_nn.support.checks import check_number
+from openreml_nn.support.checks import found as described
+from openreml_nn.support.errors import NumericalError
 
 __all__ = ["AIREML", "Coordinates", "Curvature", "Past", "Step", "average_information_step"]
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from openreml_nn.covariance.matrix import Matrix, Recorded
 from openreml_nn.covariance.params import Entry
 from openreml_nn.covariance.transform import TransformIdentity
-from openreml_nn.errors import InputError
 from openreml_nn.likelihood.loss import Objective
+from openreml_nn.support.errors import InputError
 
 __all__ = ["Coordinates", "Loose"]
 

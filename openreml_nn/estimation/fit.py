@@ -9,30 +9,27 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from openreml_nn.checks import (
+from openreml_nn.covariance import Matrix
+from openreml_nn.estimation.aireml import average_information_step
+from openreml_nn.estimation.outcome import outcome
+from openreml_nn.estimation.starts import climb, climb_from_several, has_several_optima
+from openreml_nn.likelihood import REMLLoss
+from openreml_nn.likelihood.fixed import check_data
+from openreml_nn.likelihood.loss import Objective
+from openreml_nn.likelihood.solvers.blocked import BlockedProblem
+from openreml_nn.likelihood.solvers.krylov import KrylovProblem
+from openreml_nn.likelihood.system.grouped import separated
+from openreml_nn.result.result import Label, Record, Result, Start
+from openreml_nn.support.checks import (
     check_choice,
     check_count,
     check_instance,
     check_mapping,
 )
-from openreml_nn.covariance import Matrix
-from openreml_nn.covariance.design import Design, IndexedDesign
-from openreml_nn.covariance.terms import (
-    Term,
-    has_own_columns,
-    is_scalar,
-    residual_terms,
-)
-from openreml_nn.errors import InputError
-from openreml_nn.estimation.aireml import average_information_step
-from openreml_nn.estimation.result import Label, Record, Result, Start
-from openreml_nn.estimation.starts import climb, climb_from_several, has_several_optima
-from openreml_nn.likelihood import REMLLoss
-from openreml_nn.likelihood.blocked import BlockedProblem
-from openreml_nn.likelihood.fixed import check_data
-from openreml_nn.likelihood.grouped import separated
-from openreml_nn.likelihood.krylov import KrylovProblem
-from openreml_nn.likelihood.loss import Objective
+from openreml_nn.support.errors import InputError
+from openreml_nn.terms.covariance import is_scalar
+from openreml_nn.terms.design import Design, IndexedDesign
+from openreml_nn.terms.term import Term, has_own_columns, residual_terms
 
 __all__ = ["checked", "fit_reml", "iterate", "moment_start", "start_by_moments"]
 
@@ -194,7 +191,7 @@ def fit_reml(
         if start == "moments" and not (free and _start_by_krylov(objective, loss, y, X)):
             begin()
         history = iterate(objective, max_iterations if free else 0)
-    return checked(Result.of(objective, loss.plan, y, X, history, names, labels, others))
+    return checked(outcome(objective, loss.plan, y, X, history, names, labels, others))
 
 
 def check_names(names: object, X: Tensor) -> None:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from openreml_nn.covariance import Matrix
 from openreml_nn.covariance.matrix import FreeParams
-from openreml_nn.errors import InputError
-from openreml_nn.likelihood.dense import restricted_log_likelihood
 from openreml_nn.likelihood.fixed import FixedPart, check_data, traced
 from openreml_nn.likelihood.problem import cholesky
+from openreml_nn.likelihood.solvers.dense import restricted_log_likelihood
+from openreml_nn.support.errors import InputError
 
 __all__ = [
     "blue",

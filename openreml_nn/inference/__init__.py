@@ -1,11 +1,11 @@
 """Inference from a fit: tests, intervals, the bootstrap, marginal means and shares of variance."""
 
-from openreml_nn.inference.bootstrap import Bootstrap, bootstrap, bootstrap_test, simulate
 from openreml_nn.inference.degrees import FTest, coefficients, wald_test
 from openreml_nn.inference.diagnosis import diagnose
 from openreml_nn.inference.likelihood_ratio import LikelihoodRatio, anova, likelihood_ratio_test
 from openreml_nn.inference.means import MarginalMeans, emmeans
-from openreml_nn.inference.profile import Curve, Profile, profile
+from openreml_nn.inference.profiling import Curve, Profile, profile
+from openreml_nn.inference.resampling import Bootstrap, bootstrap, bootstrap_test, simulate
 from openreml_nn.inference.shares import R2, heritability, r2, variance_shares
 
 __all__ = [

@@ -13,9 +13,9 @@ from torch.func import grad, grad_and_value, jacrev, vmap
 
 from openreml_nn.estimation.coordinates import Coordinates
 from openreml_nn.inference.refit import Refit, matrix_entries
-from openreml_nn.likelihood.grouped import GroupedProblem
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.problem import Problem
+from openreml_nn.likelihood.system.grouped import GroupedProblem
 
 __all__ = ["Maxima", "maximise"]
 

@@ -28,9 +28,9 @@ from openreml_nn.covariance.params import Entry
 from openreml_nn.covariance.triangular import UnstructuredMatrix
 from openreml_nn.estimation.coordinates import Coordinates
 from openreml_nn.estimation.derivatives import expand, hessian_of_value
-from openreml_nn.likelihood.grid import GridProblem
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.problem import Evaluation, NotPositiveDefiniteError
+from openreml_nn.likelihood.solvers.grid import GridProblem
 
 __all__ = ["Ascent", "Held", "Natural"]
 

@@ -11,13 +11,13 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from openreml_nn.checks import check_choice, check_names, check_tensor
-from openreml_nn.errors import InputError
 from openreml_nn.estimation import Result
 from openreml_nn.inference.contrasts import Asymptotic, FTest, Inference
 from openreml_nn.inference.kenward_roger import KenwardRoger
 from openreml_nn.inference.refit import check_level, check_result
 from openreml_nn.inference.satterthwaite import Satterthwaite
+from openreml_nn.support.checks import check_choice, check_names, check_tensor
+from openreml_nn.support.errors import InputError
 
 __all__ = ["FTest", "coefficients", "estimates", "inference_of", "wald_test"]
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from openreml_nn.estimation import Component, Result
-from openreml_nn.estimation.summary import singularity
 from openreml_nn.inference.refit import check_result
+from openreml_nn.result.summary import singularity
 
 __all__ = ["diagnose"]
 

@@ -13,11 +13,12 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from openreml_nn.covariance.terms import RepeatedCovariance, Term
-from openreml_nn.errors import InputError
 from openreml_nn.estimation import Result
 from openreml_nn.inference.contrasts import FTest, Inference
 from openreml_nn.inference.refit import Refit
+from openreml_nn.support.errors import InputError
+from openreml_nn.terms.covariance import RepeatedCovariance
+from openreml_nn.terms.term import Term
 
 __all__ = ["KenwardRoger"]
 

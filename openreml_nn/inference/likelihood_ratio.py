@@ -9,10 +9,10 @@ import pandas as pd
 import torch
 from scipy import stats
 
-from openreml_nn.checks import check_flag
-from openreml_nn.errors import InputError
 from openreml_nn.estimation import Result
 from openreml_nn.inference.refit import Refit, source_of
+from openreml_nn.support.checks import check_flag
+from openreml_nn.support.errors import InputError
 
 __all__ = ["LikelihoodRatio", "anova", "likelihood_ratio_test"]
 

@@ -12,13 +12,13 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from openreml_nn.checks import check_choice, check_mapping, check_names, check_number
-from openreml_nn.errors import InputError
 from openreml_nn.estimation import Result
 from openreml_nn.inference.contrasts import Inference
 from openreml_nn.inference.degrees import estimates, inference_of
 from openreml_nn.inference.nesting import marginal, nesting_of
 from openreml_nn.inference.refit import check_level, source_of
+from openreml_nn.support.checks import check_choice, check_mapping, check_names, check_number
+from openreml_nn.support.errors import InputError
 
 __all__ = ["MarginalMeans", "emmeans"]
 

@@ -8,12 +8,12 @@ import warnings
 import torch
 from torch import Tensor
 
-from openreml_nn.checks import check_instance, check_number
-from openreml_nn.errors import InputError
 from openreml_nn.estimation import Result, fit_reml
-from openreml_nn.estimation.result import Source
 from openreml_nn.likelihood import REMLLoss
 from openreml_nn.likelihood.loss import Objective
+from openreml_nn.result.result import Source
+from openreml_nn.support.checks import check_instance, check_number
+from openreml_nn.support.errors import InputError
 
 __all__ = ["Refit", "check_level", "check_result", "matrix_entries", "source_of"]
 

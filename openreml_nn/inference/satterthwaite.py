@@ -22,7 +22,6 @@ from scipy import stats
 from torch import Tensor
 
 from openreml_nn.covariance.transform import TransformIdentity
-from openreml_nn.errors import InputError
 from openreml_nn.estimation import Result
 from openreml_nn.estimation.curvature import Curvature
 from openreml_nn.estimation.derivatives import jacobian
@@ -30,6 +29,7 @@ from openreml_nn.inference.contrasts import FTest, Inference
 from openreml_nn.inference.refit import Refit
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.problem import NotPositiveDefiniteError
+from openreml_nn.support.errors import InputError
 
 __all__ = ["Satterthwaite", "covariance_slopes", "observed_spread"]
 

@@ -8,21 +8,21 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from openreml_nn.checks import check_choice, check_instance
-from openreml_nn.covariance.design import IdentityDesign, IndexedDesign
-from openreml_nn.covariance.terms import (
-    Covariance,
-    DiagonalCovariance,
-    KroneckerCovariance,
-    ScaledCovariance,
-    Term,
-)
-from openreml_nn.errors import InputError
 from openreml_nn.estimation import Result
 from openreml_nn.estimation.curvature import Curvature
 from openreml_nn.estimation.derivatives import jacobian
 from openreml_nn.inference.refit import Refit
 from openreml_nn.metrics import conditional_r2, marginal_r2
+from openreml_nn.support.checks import check_choice, check_instance
+from openreml_nn.support.errors import InputError
+from openreml_nn.terms.covariance import (
+    Covariance,
+    DiagonalCovariance,
+    KroneckerCovariance,
+    ScaledCovariance,
+)
+from openreml_nn.terms.design import IdentityDesign, IndexedDesign
+from openreml_nn.terms.term import Term
 
 __all__ = ["R2", "heritability", "r2", "variance_shares"]
 

@@ -11,11 +11,11 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 
-from openreml_nn.checks import check_count, check_instance, check_number
 from openreml_nn.estimation import AIREML
-from openreml_nn.estimation.tables import blup_table
 from openreml_nn.lightning.module import MixedModelModule
 from openreml_nn.lightning.neural import NeuralMixedModule
+from openreml_nn.result.tables import blup_table
+from openreml_nn.support.checks import check_count, check_instance, check_number
 from openreml_nn.table import write_table
 
 __all__ = ["ExportBLUPs", "ProgressBar", "StopWhenConverged", "TraceVariances"]

@@ -12,7 +12,7 @@ import torch
 from lightning import LightningDataModule, LightningModule
 from torch.utils.data import DataLoader
 
-from openreml_nn.checks import (
+from openreml_nn.support.checks import (
     check_choice,
     check_count,
     check_names,
@@ -20,7 +20,7 @@ from openreml_nn.checks import (
     check_table,
     check_text,
 )
-from openreml_nn.errors import InputError
+from openreml_nn.support.errors import InputError
 from openreml_nn.table import Encoded, Encoder, TableFile, read_table
 
 __all__ = ["MixedModelDataModule"]

@@ -11,18 +11,19 @@ from lightning import LightningModule
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
-from openreml_nn.checks import check_instance, check_maker, check_names, check_text
 from openreml_nn.covariance import Matrix
 from openreml_nn.estimation import Result, moment_start
 from openreml_nn.estimation.aireml import AIREML, Curvature
-from openreml_nn.estimation.result import Record
-from openreml_nn.instantiate import build
+from openreml_nn.estimation.outcome import outcome
 from openreml_nn.lightning.data import attached
 from openreml_nn.likelihood import REMLLoss
-from openreml_nn.likelihood.dense import check_method
 from openreml_nn.likelihood.fixed import estimable
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import check_solver
+from openreml_nn.likelihood.solvers.dense import check_method
+from openreml_nn.result.result import Record
+from openreml_nn.support.checks import check_instance, check_maker, check_names, check_text
+from openreml_nn.support.instantiate import build
 from openreml_nn.table import Encoded, Encoder, Learned
 
 __all__ = ["MixedModelModule"]
@@ -189,7 +190,7 @@ class MixedModelModule(LightningModule):
     def _store(self) -> None:
         assert self._encoded is not None and self.loss is not None and self._data is not None
         self._keep(
-            Result.of(
+            outcome(
                 self._objective(),
                 self.loss.plan,
                 *self._data,

@@ -16,7 +16,16 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from openreml_nn.checks import (
+from openreml_nn.estimation.aireml import AIREML
+from openreml_nn.estimation.fit import iterate
+from openreml_nn.estimation.outcome import outcome
+from openreml_nn.lightning.batches import connected_rows, in_order, whole
+from openreml_nn.lightning.sharing import average_gradients, gather, share
+from openreml_nn.likelihood.loss import Objective
+from openreml_nn.metrics import gaussian_negative_log_density, interval_coverage
+from openreml_nn.model import HEADS, MixedModel, Prediction, take
+from openreml_nn.result.result import Estimate, Record
+from openreml_nn.support.checks import (
     check_choice,
     check_count,
     check_instance,
@@ -24,16 +33,8 @@ from openreml_nn.checks import (
     check_mapping,
     check_number,
 )
-from openreml_nn.errors import InputError
-from openreml_nn.estimation.aireml import AIREML
-from openreml_nn.estimation.fit import iterate
-from openreml_nn.estimation.result import Estimate, Record, Result
-from openreml_nn.instantiate import build
-from openreml_nn.lightning.batches import connected_rows, in_order, whole
-from openreml_nn.lightning.sharing import average_gradients, gather, share
-from openreml_nn.likelihood.loss import Objective
-from openreml_nn.metrics import gaussian_negative_log_density, interval_coverage
-from openreml_nn.model import HEADS, MixedModel, Prediction, take
+from openreml_nn.support.errors import InputError
+from openreml_nn.support.instantiate import build
 
 __all__ = ["NeuralMixedModule"]
 
@@ -415,7 +416,7 @@ class NeuralMixedModule(LightningModule):
         loss, y, X = self.model.data(self._outputs(data), data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return Result.of(loss.objective(y, X), loss.plan, y, X).parameters
+            return outcome(loss.objective(y, X), loss.plan, y, X).parameters
 
     # ------------------------------------------------------------------ checkpoints
 

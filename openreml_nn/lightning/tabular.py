@@ -13,21 +13,22 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
-from openreml_nn.checks import (
+from openreml_nn.covariance import Matrix, ScalarMatrix
+from openreml_nn.estimation.outcome import outcome
+from openreml_nn.lightning.data import attached
+from openreml_nn.lightning.neural import NeuralMixedModule
+from openreml_nn.likelihood.plan import check_solver
+from openreml_nn.model import MixedModel, RandomEffect
+from openreml_nn.result.result import Result
+from openreml_nn.support.checks import (
     check_instance,
     check_maker,
     check_mapping,
     check_names,
     check_text,
 )
-from openreml_nn.covariance import Matrix, ScalarMatrix
-from openreml_nn.errors import InputError
-from openreml_nn.estimation.result import Result
-from openreml_nn.instantiate import build
-from openreml_nn.lightning.data import attached
-from openreml_nn.lightning.neural import NeuralMixedModule
-from openreml_nn.likelihood.plan import check_solver
-from openreml_nn.model import MixedModel, RandomEffect
+from openreml_nn.support.errors import InputError
+from openreml_nn.support.instantiate import build
 from openreml_nn.table import Encoded, Encoder, Learned, RandomDesign
 
 __all__ = ["TabularMixedModule"]
@@ -210,7 +211,7 @@ class TabularMixedModule(NeuralMixedModule):
         loss, y, X = self.model.data(self._outputs(data), data)
         names = [f"feature{j}" if j else "(Intercept)" for j in range(X.shape[1])]
         objective = loss.objective(y, X)
-        result = Result.of(objective, loss.plan, y, X, self.history, names, labels)
+        result = outcome(objective, loss.plan, y, X, self.history, names, labels)
         self.result = replace(result, fitted=data["y"] - result.residuals)
 
     def predict(self, table: pd.DataFrame) -> pd.DataFrame:

@@ -1,9 +1,9 @@
 """The restricted likelihood: dense, or in the space of the random effects."""
 
-from openreml_nn.likelihood.dense import restricted_log_likelihood
 from openreml_nn.likelihood.loss import REMLLoss
 from openreml_nn.likelihood.plan import Plan
 from openreml_nn.likelihood.problem import Evaluation, NotPositiveDefiniteError
+from openreml_nn.likelihood.solvers.dense import restricted_log_likelihood
 
 __all__ = [
     "Evaluation",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from openreml_nn.errors import InputError
+from openreml_nn.support.errors import InputError
 
 __all__ = ["FixedPart", "aliased_columns", "check_data", "estimable", "null_space", "traced"]
 

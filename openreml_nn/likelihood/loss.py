@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openreml_nn.checks import check_choice, check_tensor
 from openreml_nn.covariance import Matrix
 from openreml_nn.covariance.matrix import FreeParams
-from openreml_nn.covariance.terms import Term, private, same_content
-from openreml_nn.errors import InputError
-from openreml_nn.likelihood.dense import check_method
 from openreml_nn.likelihood.fixed import FixedPart, check_data, traced
 from openreml_nn.likelihood.plan import Plan, check_solver
 from openreml_nn.likelihood.problem import Evaluation, Problem
+from openreml_nn.likelihood.solvers.dense import check_method
+from openreml_nn.support.checks import check_choice, check_tensor
+from openreml_nn.support.errors import InputError
+from openreml_nn.terms.kernel import private, same_content
+from openreml_nn.terms.term import Term
 
 __all__ = ["Heard", "Objective", "REMLLoss", "listen"]
 

@@ -7,17 +7,24 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from openreml_nn.checks import check_choice
-from openreml_nn.covariance.design import Design, IndexedDesign
-from openreml_nn.covariance.terms import KroneckerCovariance, Term
-from openreml_nn.likelihood.blocked import BlockedProblem
-from openreml_nn.likelihood.dense import DenseProblem
-from openreml_nn.likelihood.grid import GridProblem, GridTerms
-from openreml_nn.likelihood.grouped import GroupedProblem, Layout, arranged, grid_of, separated
-from openreml_nn.likelihood.krylov import KrylovProblem
-from openreml_nn.likelihood.partition import Partition
 from openreml_nn.likelihood.problem import Problem
-from openreml_nn.likelihood.spectral import SpectralProblem, spectral_terms
+from openreml_nn.likelihood.solvers.blocked import BlockedProblem
+from openreml_nn.likelihood.solvers.dense import DenseProblem
+from openreml_nn.likelihood.solvers.grid import GridProblem, GridTerms
+from openreml_nn.likelihood.solvers.krylov import KrylovProblem
+from openreml_nn.likelihood.solvers.spectral import SpectralProblem, spectral_terms
+from openreml_nn.likelihood.system.grouped import (
+    GroupedProblem,
+    Layout,
+    arranged,
+    grid_of,
+    separated,
+)
+from openreml_nn.likelihood.system.partition import Partition
+from openreml_nn.support.checks import check_choice
+from openreml_nn.terms.covariance import KroneckerCovariance
+from openreml_nn.terms.design import Design, IndexedDesign
+from openreml_nn.terms.term import Term
 
 __all__ = ["Plan", "check_solver"]
 

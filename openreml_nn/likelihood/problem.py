@@ -11,10 +11,12 @@ from math import inf, log, pi
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance.design import IndexedDesign
-from openreml_nn.covariance.terms import RepeatedCovariance, ScaledCovariance, Term, private
-from openreml_nn.errors import NumericalError
 from openreml_nn.likelihood.fixed import FixedPart
+from openreml_nn.support.errors import NumericalError
+from openreml_nn.terms.covariance import RepeatedCovariance, ScaledCovariance
+from openreml_nn.terms.design import IndexedDesign
+from openreml_nn.terms.kernel import private
+from openreml_nn.terms.term import Term
 
 __all__ = [
     "Coefficients",

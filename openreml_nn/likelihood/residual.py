@@ -19,17 +19,12 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
-from openreml_nn.covariance.design import DenseDesign, Design, IdentityDesign, IndexedDesign
-from openreml_nn.covariance.terms import (
-    DiagonalCovariance,
-    RepeatedCovariance,
-    Term,
-    is_scalar,
-    residual_terms,
-)
-from openreml_nn.errors import InputError
 from openreml_nn.likelihood.fixed import traced
 from openreml_nn.likelihood.problem import NotPositiveDefiniteError, cholesky, pivot_loss
+from openreml_nn.support.errors import InputError
+from openreml_nn.terms.covariance import DiagonalCovariance, RepeatedCovariance, is_scalar
+from openreml_nn.terms.design import DenseDesign, Design, IdentityDesign, IndexedDesign
+from openreml_nn.terms.term import Term, residual_terms
 
 __all__ = ["BlockResidual", "Residual", "ScalarResidual", "White"]
 

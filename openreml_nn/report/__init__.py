@@ -1,6 +1,5 @@
 """What a fit leaves behind: tables, plots and the files of a run."""
 
-from openreml_nn.estimation.tables import blup_table, fixed_table, variance_table
 from openreml_nn.report.html import write_report
 from openreml_nn.report.plots import (
     caterpillar,
@@ -12,6 +11,7 @@ from openreml_nn.report.plots import (
     zeta,
 )
 from openreml_nn.report.run import Run, write_plots, write_run, write_tables
+from openreml_nn.result.tables import blup_table, fixed_table, variance_table
 
 __all__ = [
     "Run",

@@ -10,10 +10,10 @@ from typing import Any
 
 import jinja2
 
-from openreml_nn.checks import check_instance
-from openreml_nn.errors import InputError
-from openreml_nn.files import write_text
-from openreml_nn.sweep import best, collect
+from openreml_nn.program.sweep import best, collect
+from openreml_nn.support.checks import check_instance
+from openreml_nn.support.errors import InputError
+from openreml_nn.support.files import write_text
 
 __all__ = ["write_report"]
 

@@ -11,12 +11,13 @@ from matplotlib.figure import Figure
 from scipy.special import ndtri
 from torch import Tensor
 
-from openreml_nn.checks import check_count, check_instance, check_tensor
-from openreml_nn.covariance.design import IndexedDesign
-from openreml_nn.covariance.terms import DiagonalCovariance, RepeatedCovariance, Term
-from openreml_nn.estimation.result import Result
 from openreml_nn.inference import Profile, variance_shares
 from openreml_nn.inference.refit import Refit, source_of
+from openreml_nn.result.result import Result
+from openreml_nn.support.checks import check_count, check_instance, check_tensor
+from openreml_nn.terms.covariance import DiagonalCovariance, RepeatedCovariance
+from openreml_nn.terms.design import IndexedDesign
+from openreml_nn.terms.term import Term
 
 __all__ = [
     "caterpillar",

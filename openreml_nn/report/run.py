@@ -18,16 +18,6 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from openreml_nn.checks import (
-    check_count,
-    check_instance,
-    check_mapping,
-    check_number,
-    check_tensor,
-)
-from openreml_nn.estimation.result import Component, Result, finite
-from openreml_nn.estimation.tables import blup_table, fixed_table, variance_table
-from openreml_nn.files import replacing, write_text
 from openreml_nn.inference import Profile, diagnose
 from openreml_nn.report.plots import (
     caterpillar,
@@ -38,6 +28,16 @@ from openreml_nn.report.plots import (
     shares,
     zeta,
 )
+from openreml_nn.result.result import Component, Result, finite
+from openreml_nn.result.tables import blup_table, fixed_table, variance_table
+from openreml_nn.support.checks import (
+    check_count,
+    check_instance,
+    check_mapping,
+    check_number,
+    check_tensor,
+)
+from openreml_nn.support.files import replacing, write_text
 from openreml_nn.table import write_table
 
 __all__ = ["Run", "costs_nothing", "write_plots", "write_run", "write_tables"]

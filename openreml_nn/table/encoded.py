@@ -24,8 +24,8 @@ from openreml_nn.covariance import (
     weighted,
 )
 from openreml_nn.covariance.structures import in_cells
-from openreml_nn.errors import InputError
-from openreml_nn.estimation.result import Label
+from openreml_nn.result.result import Label
+from openreml_nn.support.errors import InputError
 
 __all__ = ["Encoded", "RandomDesign", "ResidualDesign"]
 

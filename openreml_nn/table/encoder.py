@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from openreml_nn.errors import InputError
+from openreml_nn.support.errors import InputError
 from openreml_nn.table.columns import numbers, single
 from openreml_nn.table.encoded import Encoded, RandomDesign, ResidualDesign
 from openreml_nn.table.formula import (

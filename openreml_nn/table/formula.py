@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from openreml_nn.errors import InputError
+from openreml_nn.support.errors import InputError
 from openreml_nn.table.functions import FUNCTIONS, STATEFUL
 from openreml_nn.table.syntax import (
     Call,

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from openreml_nn.errors import InputError
+from openreml_nn.support.errors import InputError
 from openreml_nn.table import bases
 from openreml_nn.table.levels import Factor, label, number_key
 from openreml_nn.table.syntax import Call, Name, Node, Number, Operation, Text

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import pandas as pd
 
-from openreml_nn.errors import InputError
+from openreml_nn.support.errors import InputError
 from openreml_nn.table.text import (
     Dialect,
     cleaned,

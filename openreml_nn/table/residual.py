@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from openreml_nn.errors import InputError
+from openreml_nn.support.errors import InputError
 from openreml_nn.table.columns import kind_of, numbers, single
 from openreml_nn.table.encoded import ResidualDesign
 from openreml_nn.table.formula import ResidualPart

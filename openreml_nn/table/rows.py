@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from openreml_nn.errors import InputError
+from openreml_nn.support.errors import InputError
 from openreml_nn.table.columns import kind_of, numbers, row_name, single, stray
 from openreml_nn.table.functions import Basis, evaluate
 from openreml_nn.table.learned import Learned

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import pi
 from typing import Any, TypeAlias
 
-from openreml_nn.errors import InputError
+from openreml_nn.support.errors import InputError
 
 __all__ = [
     "Call",

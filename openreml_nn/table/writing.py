@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from openreml_nn.files import replacing
+from openreml_nn.support.files import replacing
 
 __all__ = ["write_table"]
 

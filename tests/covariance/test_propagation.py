@@ -20,7 +20,7 @@ from openreml_nn.covariance import (
     factor_analytic,
     heterogeneous_ar1,
 )
-from openreml_nn.covariance.terms import RepeatedCovariance
+from openreml_nn.terms.covariance import RepeatedCovariance
 from tests.strategies import dummies, points, trees
 
 

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch.func import jvp, vjp
 
-from openreml_nn.covariance.terms import (
+from openreml_nn.terms.covariance import (
     DenseCovariance,
     DiagonalCovariance,
-    Kernel,
     KroneckerCovariance,
     RepeatedCovariance,
     ScaledCovariance,
 )
+from openreml_nn.terms.kernel import Kernel
 from tests.strategies import kinship
 
 

@@ -305,7 +305,7 @@ def test_criteria_follow_the_convention_of_lme4():
 
 
 def test_unused_record_fields_are_nan():
-    from openreml_nn.estimation.result import Record
+    from openreml_nn.result.result import Record
 
     record = Record.of(ScalarMatrix(2), -1.0)
     assert isnan(record.score_norm)

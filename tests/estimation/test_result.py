@@ -20,7 +20,8 @@ from openreml_nn.covariance import (
     ar1_field,
 )
 from openreml_nn.datasets import oats, sleepstudy
-from openreml_nn.estimation.result import Label, Result
+from openreml_nn.estimation.outcome import outcome
+from openreml_nn.result.result import Label
 from tests.strategies import kinship
 
 UNBALANCED = oats().drop(index=[0, 4, 8, 19, 32, 49, 50])
@@ -143,7 +144,7 @@ def test_converged_is_a_thousandth_of_a_standard_error(gap, converged):
     with torch.no_grad():
         V.get_parameter("sigma^2").add_(gap * best.untransformed_std_error)
     loss = REMLLoss(V)
-    result = Result.of(loss.objective(y, X), loss.plan, y, X)
+    result = outcome(loss.objective(y, X), loss.plan, y, X)
     assert result.converged is converged
     if not converged:
         assert result.score_norm == pytest.approx(gap, rel=0.1)

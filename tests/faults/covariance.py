@@ -13,7 +13,7 @@ EXCHANGEABLE = "openreml_nn/covariance/exchangeable.py"
 KERNEL = "openreml_nn/covariance/kernel.py"
 PEDIGREE = "openreml_nn/covariance/pedigree.py"
 PRODUCT = "openreml_nn/covariance/product.py"
-TERMS = "openreml_nn/covariance/terms.py"
+TERMS = "openreml_nn/terms/covariance.py"
 TRIANGULAR = "openreml_nn/covariance/triangular.py"
 TREE = "openreml_nn/covariance/tree.py"
 
@@ -196,7 +196,7 @@ FAULTS = [
     ),
     Fault(
         "a row of no level has the values of the first",
-        "openreml_nn/covariance/design.py",
+        "openreml_nn/terms/design.py",
         "kept[:, None] if values is None else values * kept[:, None]",
         "kept[:, None] if values is None else values",
         "tests/covariance/test_dummy.py",

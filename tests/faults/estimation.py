@@ -10,10 +10,10 @@ JOINT = "tests/inference -k joint"
 MEANS = f"{INFERENCE} openreml_nn/inference/means.py -k means"
 
 AIREML = "openreml_nn/estimation/aireml.py"
-RESULT = "openreml_nn/estimation/result.py"
+RESULT = "openreml_nn/result/result.py"
 DEGREES = "openreml_nn/inference/degrees.py"
 RATIO = "openreml_nn/inference/likelihood_ratio.py"
-BOOTSTRAP = "openreml_nn/inference/bootstrap.py"
+BOOTSTRAP = "openreml_nn/inference/resampling.py"
 COORDINATES = "openreml_nn/estimation/coordinates.py"
 CURVATURE = "openreml_nn/estimation/curvature.py"
 GLS = "openreml_nn/estimation/gls.py"
@@ -217,7 +217,7 @@ FAULTS = [
     ),
     Fault(
         "zeta lacks its 2",
-        "openreml_nn/inference/profile.py",
+        "openreml_nn/inference/profiling.py",
         "found = (2 * max(self.best - at(new), 0.0)) ** 0.5",
         "found = max(self.best - at(new), 0.0) ** 0.5",
         f"{INFERENCE} -k 'profile and penicillin or dense_one'",

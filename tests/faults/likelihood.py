@@ -8,28 +8,28 @@ BLOCKED = f"{LOSS} -k 'blocked_equals'"
 SPECTRAL = "tests/likelihood/test_spectral.py -k 'equals_dense or equal_dense'"
 GRID = "tests/likelihood/test_grid.py -k grid_equals"
 KRYLOV = "tests/likelihood/test_krylov.py"
-ROOTS = "openreml_nn/likelihood/square_root.py"
+ROOTS = "openreml_nn/likelihood/system/square_root.py"
 OF_ROOTS = "tests/likelihood/test_square_root.py"
 
 
 FAULTS = [
     Fault(
         "the dense score takes V's inverse for P with REML",
-        "openreml_nn/likelihood/dense.py",
+        "openreml_nn/likelihood/solvers/dense.py",
         "trace = self._projector() if reml else",
         "trace = self._projector() if not reml else",
         DENSE,
     ),
     Fault(
         "the dense information forgets the fixed effects",
-        "openreml_nn/likelihood/dense.py",
+        "openreml_nn/likelihood/solvers/dense.py",
         "return (white.mT @ white - part.mT @ part) / 2",
         "return (white.mT @ white) / 2",
         DENSE,
     ),
     Fault(
         "dense prediction-error variances forget the fixed effects",
-        "openreml_nn/likelihood/dense.py",
+        "openreml_nn/likelihood/solvers/dense.py",
         "upper=True), lost], 1)",
         "upper=True), 0 * lost], 1)",
         DENSE,
@@ -78,35 +78,35 @@ FAULTS = [
     ),
     Fault(
         "blocked prediction-error variances forget the fixed effects",
-        "openreml_nn/likelihood/grouped.py",
+        "openreml_nn/likelihood/system/grouped.py",
         "values[0][:, at : at + w], spread + added @ added.mT",
         "values[0][:, at : at + w], spread",
         BLOCKED,
     ),
     Fault(
         "the score of the other factors is that of ML",
-        "openreml_nn/likelihood/grouped.py",
+        "openreml_nn/likelihood/system/grouped.py",
         "S2 = (uu - B + R if reml else uu - B) / 2",
         "S2 = (uu - B) / 2",
         BLOCKED,
     ),
     Fault(
         "the information forgets the factor of the scaled rows",
-        "openreml_nn/likelihood/grouped.py",
+        "openreml_nn/likelihood/system/grouped.py",
         "return (total - inner(e1, e1) - own - e3.mT @ e3) / 2",
         "return (total - inner(e1, e1) - own) / 2",
         BLOCKED,
     ),
     Fault(
         "a sparse quadratic form counts its diagonal twice",
-        "openreml_nn/likelihood/cross.py",
+        "openreml_nn/likelihood/system/cross.py",
         "return upper + upper.mT - diagonal",
         "return upper + upper.mT",
         "tests/likelihood/test_cross.py",
     ),
     Fault(
         "a dense quadratic form counts its diagonal twice",
-        "openreml_nn/likelihood/cross.py",
+        "openreml_nn/likelihood/system/cross.py",
         "torch.diag_embed(Q[0].diagonal() / 2)",
         "torch.diag_embed(Q[0].diagonal() * 0)",
         "tests/likelihood/test_cross.py",
@@ -127,63 +127,63 @@ FAULTS = [
     ),
     Fault(
         "spectral prediction-error variances forget the data",
-        "openreml_nn/likelihood/spectral.py",
+        "openreml_nn/likelihood/solvers/spectral.py",
         "kept = weight * sigma @ half",
         "kept = weight * sigma + 0 * half",
         SPECTRAL,
     ),
     Fault(
         "the spectral score of a kernel lacks the eigenvalues",
-        "openreml_nn/likelihood/spectral.py",
+        "openreml_nn/likelihood/solvers/spectral.py",
         "(problem.eigenvalues[:, None, None] * S).sum(0)]",
         "S.sum(0)]",
         SPECTRAL,
     ),
     Fault(
         "grid prediction-error variances forget what is estimated",
-        "openreml_nn/likelihood/grid.py",
+        "openreml_nn/likelihood/solvers/grid.py",
         "spread = spread + (term.covariance.multiply(low) ** 2).sum(1)",
         "spread = spread + 0 * (term.covariance.multiply(low) ** 2).sum(1)",
         GRID,
     ),
     Fault(
         "the score of a nugget forgets what is estimated",
-        "openreml_nn/likelihood/grid.py",
+        "openreml_nn/likelihood/solvers/grid.py",
         "trace = (1 / self._d).sum() - (low * low).sum()",
         "trace = (1 / self._d).sum()",
         GRID,
     ),
     Fault(
         "the control of a kernel's probes has the wrong sign",
-        "openreml_nn/likelihood/krylov.py",
+        "openreml_nn/likelihood/solvers/krylov.py",
         "return samples - control.reshape",
         "return samples + control.reshape",
         "tests/likelihood/test_probes.py",
     ),
     Fault(
         "the error of an estimated likelihood is that of one probe",
-        "openreml_nn/likelihood/krylov.py",
+        "openreml_nn/likelihood/solvers/krylov.py",
         "samples.std() / len(samples) ** 0.5 / 2",
         "samples.std() / 2",
         "tests/likelihood/test_probes.py",
     ),
     Fault(
         "prediction-error variances of relatives forget the fixed effects",
-        "openreml_nn/likelihood/grouped.py",
+        "openreml_nn/likelihood/system/grouped.py",
         "own + added @ added.mT",
         "own",
         f"{KRYLOV} -k relatives_by",
     ),
     Fault(
         "probes are solved to two digits",
-        "openreml_nn/likelihood/krylov.py",
+        "openreml_nn/likelihood/solvers/krylov.py",
         "_PROBE_TOLERANCE = 1e-6",
         "_PROBE_TOLERANCE = 3e-1",
         f"{KRYLOV} -k accurate",
     ),
     Fault(
         "products of chunks are joined by the first chunk's places",
-        "openreml_nn/likelihood/products.py",
+        "openreml_nn/likelihood/system/products.py",
         "a, b = places[t][a], places[u][b]",
         "a, b = places[t][a], places[t][b]",
         "tests/table/test_stream.py -k chunks_give",

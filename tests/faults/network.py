@@ -3,7 +3,7 @@
 from tests.faults.fault import Fault
 
 MODEL = "openreml_nn/model.py"
-JOINT = "openreml_nn/joint.py"
+JOINT = "openreml_nn/model/joint.py"
 NEURAL = "openreml_nn/lightning/neural.py"
 TABULAR = "openreml_nn/lightning/tabular.py"
 MODULE = "openreml_nn/lightning/module.py"

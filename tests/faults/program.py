@@ -9,8 +9,8 @@ MATRIX = "openreml_nn/table/matrix.py"
 RESIDUAL = "openreml_nn/table/residual.py"
 ROWS = "openreml_nn/table/rows.py"
 TEXT = "openreml_nn/table/text.py"
-STREAM = "openreml_nn/stream.py"
-APP = "openreml_nn/app.py"
+STREAM = "openreml_nn/estimation/stream.py"
+APP = "openreml_nn/program/main.py"
 
 FAULTS = [
     Fault(
@@ -127,7 +127,7 @@ FAULTS = [
     ),
     Fault(
         "the best run is the worst",
-        "openreml_nn/sweep.py",
+        "openreml_nn/program/sweep.py",
         "table[by].idxmin()",
         "table[by].idxmax()",
         "tests/test_report.py -k best",
@@ -148,7 +148,7 @@ FAULTS = [
     ),
     Fault(
         "a table of BLUPs has variances for standard errors",
-        "openreml_nn/estimation/tables.py",
+        "openreml_nn/result/tables.py",
         '"std_error": variance.sqrt().flatten()',
         '"std_error": variance.flatten()',
         "tests/test_report.py -k 'tables'",
@@ -163,7 +163,7 @@ FAULTS = [
     ),
     Fault(
         "a file that fails is left half written",
-        "openreml_nn/files.py",
+        "openreml_nn/support/files.py",
         "temporary.unlink(missing_ok=True)",
         "pass",
         "tests/test_files.py",
@@ -192,7 +192,7 @@ FAULTS = [
     ),
     Fault(
         "a config may name any function",
-        "openreml_nn/instantiate.py",
+        "openreml_nn/support/instantiate.py",
         "if not isinstance(found, type) or",
         "if",
         "tests/test_instantiate.py",

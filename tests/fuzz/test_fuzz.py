@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from openreml_nn import InputError, lmm
-from openreml_nn.app import main
+from openreml_nn.program.main import main
 from openreml_nn.table import parse_formula, parse_residual, read_table
 
 RNG = np.random.default_rng(0)

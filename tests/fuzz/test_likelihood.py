@@ -19,12 +19,12 @@ import torch
 
 from openreml_nn import NumericalError, REMLLoss
 from openreml_nn import covariance as c
-from openreml_nn.covariance.terms import residual_terms
 from openreml_nn.likelihood import krylov
-from openreml_nn.likelihood.grid import GridTerms
-from openreml_nn.likelihood.grouped import Layout, separated
-from openreml_nn.likelihood.krylov import KrylovProblem
-from openreml_nn.likelihood.spectral import spectral_terms
+from openreml_nn.likelihood.solvers.grid import GridTerms
+from openreml_nn.likelihood.solvers.krylov import KrylovProblem
+from openreml_nn.likelihood.solvers.spectral import spectral_terms
+from openreml_nn.likelihood.system.grouped import Layout, separated
+from openreml_nn.terms.term import residual_terms
 from tests.likelihood.exact import IS_LONG, LONG, Answer, Exact, answer, cholesky
 from tests.likelihood.test_krylov import every_sign
 from tests.strategies import distances, kinship, pedigree

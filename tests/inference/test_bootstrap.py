@@ -7,7 +7,7 @@ import pytest
 from openreml_nn import lmm
 from openreml_nn.datasets import sleepstudy
 from openreml_nn.inference import bootstrap
-from openreml_nn.inference.bootstrap import Bootstrap
+from openreml_nn.inference.resampling import Bootstrap
 
 
 def test_intervals_bias_and_standard_errors_are_those_of_the_samples():

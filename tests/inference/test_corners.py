@@ -24,7 +24,6 @@ from openreml_nn.covariance import (
     Sum,
 )
 from openreml_nn.datasets import sleepstudy
-from openreml_nn.estimation.tables import blup_table
 from openreml_nn.inference import (
     anova,
     bootstrap,
@@ -38,6 +37,7 @@ from openreml_nn.inference import (
 )
 from openreml_nn.inference.constrained import Ascent, Natural
 from openreml_nn.inference.refit import Refit
+from openreml_nn.result.tables import blup_table
 
 FOLDER = Path(__file__).parents[1] / "reference"
 REFERENCE = json.loads((FOLDER / "corners.json").read_text(encoding="utf-8"))

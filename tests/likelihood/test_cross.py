@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openreml_nn.covariance.design import IndexedDesign
 from openreml_nn.likelihood import cross
-from openreml_nn.likelihood.partition import Partition
-from openreml_nn.likelihood.products import Pattern
+from openreml_nn.likelihood.system.partition import Partition
+from openreml_nn.likelihood.system.products import Pattern
+from openreml_nn.terms.design import IndexedDesign
 
 
 def dense(design):

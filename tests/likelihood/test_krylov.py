@@ -22,10 +22,10 @@ from openreml_nn.covariance import (
     UnstructuredMatrix,
     stratified,
 )
-from openreml_nn.covariance.terms import Kernel
 from openreml_nn.likelihood import krylov, plan
-from openreml_nn.likelihood.grouped import Layout, separated
-from openreml_nn.likelihood.krylov import KrylovProblem
+from openreml_nn.likelihood.solvers.krylov import KrylovProblem
+from openreml_nn.likelihood.system.grouped import Layout, separated
+from openreml_nn.terms.kernel import Kernel
 from tests.likelihood.models import Model, models
 from tests.likelihood.test_loss import METHODS, _compare_solvers
 from tests.strategies import kinship, pedigree

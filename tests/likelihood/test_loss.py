@@ -26,8 +26,8 @@ from openreml_nn.covariance import (
     UnconstrainedMatrix,
     UnstructuredMatrix,
 )
-from openreml_nn.estimation import Result
 from openreml_nn.estimation.aireml import Curvature
+from openreml_nn.estimation.outcome import outcome
 from openreml_nn.likelihood import NotPositiveDefiniteError, cross
 from tests.likelihood.models import models, reference
 
@@ -101,7 +101,7 @@ def _compare_solvers(m, method, solvers=SOLVERS, second=True, tolerance=1e-9):
             recorded = torch.autograd.grad(again, parameters, create_graph=True)
             bent = torch.autograd.grad(sum(g.sum() for g in recorded), parameters)
         effects = objective.evaluate().random_effects()
-        result = Result.of(objective, REMLLoss(m.covariance, solver=solver).plan, m.y, m.X)
+        result = outcome(objective, REMLLoss(m.covariance, solver=solver).plan, m.y, m.X)
         found[solver] = {
             "value": value,
             "gradient": torch.cat(gradient),

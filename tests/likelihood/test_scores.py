@@ -31,8 +31,8 @@ from openreml_nn.covariance import (
     weighted,
     within,
 )
-from openreml_nn.covariance.terms import Covariance, DenseCovariance, KroneckerCovariance
 from openreml_nn.likelihood import krylov
+from openreml_nn.terms.covariance import Covariance, DenseCovariance, KroneckerCovariance
 from tests.likelihood.test_krylov import every_sign
 from tests.strategies import distances, kinship, pedigree
 

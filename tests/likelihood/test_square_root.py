@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from openreml_nn import REMLLoss
-from openreml_nn.likelihood.square_root import SquareRootEvaluation
+from openreml_nn.likelihood.system.square_root import SquareRootEvaluation
 from tests.likelihood.models import models
 
 

@@ -8,7 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from openreml_nn.errors import InputError
+from openreml_nn.support.errors import InputError
 
 __all__ = [
     "POSITIVE",

@@ -17,7 +17,7 @@ from openreml_nn.covariance.transform.base import (
     shown,
 )
 from openreml_nn.covariance.transform.elementary import TransformIdentity, TransformScaleShift
-from openreml_nn.errors import InputError
+from openreml_nn.support.errors import InputError
 
 __all__ = ["TransformChain"]
 

@@ -16,7 +16,7 @@ from openreml_nn.covariance.transform.base import (
     check_tensor,
     finite_number,
 )
-from openreml_nn.errors import InputError
+from openreml_nn.support.errors import InputError
 
 __all__ = [
     "TransformExp",

@@ -24,19 +24,20 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
-from openreml_nn.covariance.terms import Covariance, DiagonalCovariance, Term
-from openreml_nn.likelihood.cross import Arrangement, System
 from openreml_nn.likelihood.fixed import FixedPart, traced
-from openreml_nn.likelihood.grouped import (
+from openreml_nn.likelihood.problem import Evaluation, RandomEffects, cholesky, pivot_loss
+from openreml_nn.likelihood.residual import White
+from openreml_nn.likelihood.system.cross import Arrangement, System
+from openreml_nn.likelihood.system.grouped import (
     Crossed,
     GroupedEvaluation,
     GroupedProblem,
     arranged,
     inner,
 )
-from openreml_nn.likelihood.problem import Evaluation, RandomEffects, cholesky, pivot_loss
-from openreml_nn.likelihood.products import Pattern, Statistics
-from openreml_nn.likelihood.residual import White
+from openreml_nn.likelihood.system.products import Pattern, Statistics
+from openreml_nn.terms.covariance import Covariance, DiagonalCovariance
+from openreml_nn.terms.term import Term
 
 __all__ = ["BlockedProblem"]
 

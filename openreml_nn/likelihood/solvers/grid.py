@@ -19,12 +19,7 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
-from openreml_nn.covariance.design import IdentityDesign
-from openreml_nn.covariance.terms import KroneckerCovariance, Term, kronecker
-from openreml_nn.errors import InputError
-from openreml_nn.likelihood.dense import DenseProblem
 from openreml_nn.likelihood.fixed import FixedPart
-from openreml_nn.likelihood.grouped import root
 from openreml_nn.likelihood.problem import (
     Evaluation,
     NotPositiveDefiniteError,
@@ -32,7 +27,13 @@ from openreml_nn.likelihood.problem import (
     RandomEffects,
     cholesky,
 )
-from openreml_nn.likelihood.square_root import SquareRootEvaluation
+from openreml_nn.likelihood.solvers.dense import DenseProblem
+from openreml_nn.likelihood.system.grouped import root
+from openreml_nn.likelihood.system.square_root import SquareRootEvaluation
+from openreml_nn.support.errors import InputError
+from openreml_nn.terms.covariance import KroneckerCovariance, kronecker
+from openreml_nn.terms.design import IdentityDesign
+from openreml_nn.terms.term import Term
 
 __all__ = ["GridProblem", "GridTerms"]
 

@@ -10,13 +10,19 @@ from math import log
 import pandas as pd
 import torch
 
-from openreml_nn.checks import check_count, check_names, check_number, check_table, check_text
 from openreml_nn.covariance import Matrix
-from openreml_nn.errors import InputError
 from openreml_nn.estimation import Result, fit_reml
-from openreml_nn.likelihood.dense import check_method
+from openreml_nn.estimation.stream import fit_stream
 from openreml_nn.likelihood.plan import check_solver
-from openreml_nn.stream import fit_stream
+from openreml_nn.likelihood.solvers.dense import check_method
+from openreml_nn.support.checks import (
+    check_count,
+    check_names,
+    check_number,
+    check_table,
+    check_text,
+)
+from openreml_nn.support.errors import InputError
 from openreml_nn.table import Encoder, TableFile
 
 __all__ = ["lmm"]

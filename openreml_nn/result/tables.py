@@ -7,8 +7,8 @@ from math import nan
 import numpy as np
 import pandas as pd
 
-from openreml_nn.checks import check_instance
-from openreml_nn.estimation.result import Component, Result
+from openreml_nn.result.result import Component, Result
+from openreml_nn.support.checks import check_instance
 
 __all__ = ["blup_table", "fixed_table", "variance_table"]
 

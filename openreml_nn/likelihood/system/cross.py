@@ -15,9 +15,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance.design import DenseDesign, Design, IndexedDesign
-from openreml_nn.likelihood.partition import Partition
-from openreml_nn.likelihood.products import Pattern, Products
+from openreml_nn.likelihood.system.partition import Partition
+from openreml_nn.likelihood.system.products import Pattern, Products
+from openreml_nn.terms.design import DenseDesign, Design, IndexedDesign
 
 __all__ = [
     "Arrangement",

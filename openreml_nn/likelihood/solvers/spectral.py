@@ -18,15 +18,6 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
-from openreml_nn.covariance.design import Design, IdentityDesign, IndexedDesign
-from openreml_nn.covariance.terms import (
-    Covariance,
-    RepeatedCovariance,
-    ScaledCovariance,
-    Term,
-    residual_terms,
-)
-from openreml_nn.errors import InputError
 from openreml_nn.likelihood.fixed import FixedPart, traced
 from openreml_nn.likelihood.problem import (
     Evaluation,
@@ -35,6 +26,10 @@ from openreml_nn.likelihood.problem import (
     RandomEffects,
     cholesky,
 )
+from openreml_nn.support.errors import InputError
+from openreml_nn.terms.covariance import Covariance, RepeatedCovariance, ScaledCovariance
+from openreml_nn.terms.design import Design, IdentityDesign, IndexedDesign
+from openreml_nn.terms.term import Term, residual_terms
 
 __all__ = ["SpectralProblem", "spectral_terms"]
 

@@ -1,44 +1,27 @@
-r"""Terms: what the likelihood needs to know of a covariance tree.
-
-Lowering turns :math:`V` into :math:`\sum_t Z_t G_t Z_t^\top`; each term pairs
-a design with a structured covariance.
-"""
+r"""Structured covariances :math:`G` of the terms of a covariance tree, held by their entries."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from math import inf
-from typing import Any
 
-import numpy as np
 import torch
-from scipy.sparse import csc_matrix
-from scipy.sparse.linalg import splu
 from torch import Tensor
 
-from openreml_nn.covariance.design import DenseDesign, Design, IdentityDesign, IndexedDesign
+from openreml_nn.terms.kernel import Kernel
 
 __all__ = [
     "Covariance",
     "DenseCovariance",
     "DiagonalCovariance",
-    "Kernel",
     "KroneckerCovariance",
     "LinearCovariance",
     "RepeatedCovariance",
     "ScaledCovariance",
-    "Term",
-    "has_own_columns",
     "is_scalar",
     "kronecker",
-    "private",
-    "propagate",
-    "residual_terms",
     "root_condition",
-    "same_content",
-    "whole_term",
 ]
 
 
@@ -265,76 +248,6 @@ def kronecker(A: Tensor, B: Tensor, x: Tensor) -> Tensor:
     return moved.reshape(len(A) * len(B), -1)
 
 
-class Kernel:
-    """A known symmetric matrix K, given itself or by its sparse inverse.
-
-    What is computed of an inverse is kept, so the kernel holds a copy of that: compare it with
-    :func:`same_content` before the kernel is used again.
-
-    Args:
-        matrix: K, (q, q).
-        inverse: its inverse in place of it, (q, q), sparse or dense.
-
-    Attributes:
-        source: the one that was given.
-        size: q.
-    """
-
-    def __init__(self, matrix: Tensor | None = None, inverse: Tensor | None = None) -> None:
-        self.inverse = None if inverse is None else private(inverse)
-        given = self.inverse if matrix is None else matrix
-        assert given is not None
-        self.source, self.size = given, given.shape[0]
-        self._dense = matrix
-
-    def private(self) -> Kernel:
-        """The same kernel with contents that nobody else can change."""
-        return self if self.inverse is not None else Kernel(private(self.source))
-
-    def dense(self) -> Tensor:
-        """K itself; from its inverse it is computed once.
-
-        Raises:
-            ValueError: if the inverse is not positive definite.
-        """
-        if self._dense is None:
-            assert self.inverse is not None
-            # A constant, outside of any transform: torch 2.6 takes sparse tensors within one for dense.
-            with torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
-                factor, info = torch.linalg.cholesky_ex(self.inverse.to_dense())
-                if int(info):
-                    raise ValueError("`inverse` is not positive definite")
-                self._dense = torch.cholesky_inverse(factor)
-        return self._dense
-
-    def multiply(self, x: Tensor) -> Tensor:
-        """:math:`K x` for x (q, m), by a sparse solve where only the inverse is known."""
-        if self._dense is not None:
-            return self._dense.to(x) @ x
-        solved = self._factor.solve(x.detach().cpu().double().numpy())
-        return torch.from_numpy(solved).to(x)
-
-    def log_det(self) -> float:
-        r""":math:`\log|K|` of a kernel known by its inverse."""
-        return -float(np.log(self._factor.U.diagonal()).sum())
-
-    @cached_property
-    def _factor(self) -> Any:
-        """SuperLU's factor of the inverse, without pivoting."""
-        assert self.inverse is not None
-        sparse = self.inverse.detach().cpu().double().to_sparse_coo().coalesce()
-        index, size = sparse.indices().numpy(), (self.size, self.size)
-        matrix = csc_matrix((sparse.values().numpy(), (index[0], index[1])), shape=size)
-        options = {"SymmetricMode": True}
-        try:
-            factor = splu(matrix, "MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options)
-        except RuntimeError:
-            raise ValueError("`inverse` is singular") from None
-        if not (factor.U.diagonal() > 0).all():
-            raise ValueError("`inverse` is not positive definite")
-        return factor
-
-
 @dataclass(frozen=True)
 class ScaledCovariance(LinearCovariance):
     r""":math:`G = K \otimes \Sigma` with a known kernel K (q, q) and ``matrix`` Σ (t, t).
@@ -410,145 +323,3 @@ def root_condition(g: Covariance) -> float:
     if int(info):
         return inf
     return float((g.matrix.diagonal() / factor.diagonal() ** 2).max())
-
-
-@dataclass(frozen=True)
-class Term:
-    r"""One summand :math:`Z G Z^\top`; ``name`` is the path of its node in the tree.
-
-    It is ``known`` if no parameter of it is estimated.
-    """
-
-    design: Design
-    covariance: Covariance
-    name: str = ""
-    known: bool = False
-
-    @property
-    def is_residual(self) -> bool:
-        r"""Whether it is :math:`\sigma^2 I` over the rows."""
-        return is_scalar(self.covariance) and isinstance(self.design, IdentityDesign)
-
-    @property
-    def form(self) -> tuple[object, ...]:
-        """What the term is beside the numbers that it holds.
-
-        What was prepared for a term serves another one of the same form and the same
-        :attr:`constants`.
-        """
-        design = self.design
-        return self.name, self.known, type(design), design.shape, self.covariance.form
-
-    @property
-    def constants(self) -> list[Tensor | None]:
-        """What the term holds beside the entries of its covariance."""
-        kernel = self.covariance.kernel if isinstance(self.covariance, ScaledCovariance) else None
-        return [*self.design.tensors, None if kernel is None else kernel.source]
-
-    def private(self) -> Term:
-        """The term with constants that nobody else can change."""
-        g = self.covariance
-        if isinstance(g, ScaledCovariance):
-            g = ScaledCovariance(g.matrix, g.kernel.private())
-        return replace(self, design=self.design.map(private), covariance=g)
-
-    def take(self, rows: Tensor | None) -> Term:
-        """The term of some of the rows."""
-        if rows is None:
-            return self
-        g = self.covariance
-        if isinstance(self.design, IdentityDesign) and rows.unique().numel() == rows.numel():
-            # Independent rows stay so: keep them a residual instead of indexing into all n.
-            kept = IdentityDesign(rows.numel())
-            if isinstance(g, DiagonalCovariance):
-                return replace(self, design=kept, covariance=DiagonalCovariance(g.matrix[rows]))
-            if isinstance(g, RepeatedCovariance) and self.is_residual:
-                return replace(self, design=kept, covariance=replace(g, levels=rows.numel()))
-        return replace(self, design=self.design.take(rows))
-
-    def to(self, dtype: torch.dtype) -> Term:
-        """The term with its covariance in another precision."""
-        return replace(self, covariance=self.covariance.map(lambda x: x.to(dtype)))
-
-    def detach(self) -> Term:
-        """The term without the graph of its covariance."""
-        return replace(self, covariance=self.covariance.map(Tensor.detach))
-
-    def within(self, name: str) -> Term:
-        """The term as seen from one node further up."""
-        return replace(self, name=f"{name}/{self.name}" if self.name else name)
-
-    def dense(self) -> Tensor:
-        """The (n, n) summand itself."""
-        if isinstance(self.design, IdentityDesign):
-            return self.covariance.whole(self.design.shape[0])
-        z = self.design.dense(self.covariance.matrix)
-        return self.design.matmul(self.covariance.multiply(z.mT))
-
-
-def whole_term(matrix: Tensor) -> Term:
-    """A matrix over the rows, without structure."""
-    return Term(IdentityDesign(matrix.shape[0]), DenseCovariance(matrix))
-
-
-def private(tensor: Tensor) -> Tensor:
-    """A copy of the content, outside of any graph and of inference mode."""
-    with torch.inference_mode(False), torch.no_grad():
-        return tensor.detach().clone()
-
-
-def same_content(one: Tensor | None, other: Tensor | None) -> bool:
-    """Whether two tensors hold the same numbers in the same form, or both are None."""
-    if one is None or other is None:
-        return one is other
-    forms = [(x.shape, x.dtype, x.device, x.layout) for x in (one, other)]
-    if forms[0] != forms[1]:
-        return False
-    if one.layout == torch.strided:
-        return torch.equal(one, other)
-    parts = [x.detach().to_sparse_coo().coalesce() for x in (one, other)]
-    return torch.equal(parts[0].indices(), parts[1].indices()) and torch.equal(
-        parts[0].values(), parts[1].values()
-    )
-
-
-def residual_terms(terms: Sequence[Term]) -> list[int]:
-    """Positions of the terms that make up the covariance R of the residuals.
-
-    These are the terms over the rows themselves whose covariance is a multiple
-    of the identity, diagonal, or of independent blocks. Where there is none,
-    those whose design gives each row a column of its own take their place,
-    such as the occasions within subjects. Where one of all these is known, as
-    error variances from an earlier analysis are, it is the residual, and
-    those that are estimated are effects.
-    """
-    structured = [
-        i
-        for i, term in enumerate(terms)
-        if isinstance(term.covariance, DiagonalCovariance | RepeatedCovariance)
-    ]
-    over_rows = [i for i in structured if isinstance(terms[i].design, IdentityDesign)]
-    own_columns = [i for i in structured if has_own_columns(terms[i].design)]
-    known = [i for i in (*over_rows, *own_columns) if terms[i].known]
-    if known and len(known) < len(over_rows) + len(own_columns):
-        return sorted(known)
-    return over_rows or own_columns
-
-
-def has_own_columns(design: Design) -> bool:
-    """Whether each row has a column of its own, of an indexed design."""
-    if not isinstance(design, IndexedDesign) or design.effects != 1:
-        return False
-    n, q = design.shape
-    return n <= q and int(torch.bincount(design.codes, minlength=1).max()) == 1
-
-
-def propagate(outer: Design, term: Term) -> Term:
-    """The term of ``outer`` acting on ``term``: its design becomes the product of both."""
-    inner = term.design
-    if isinstance(inner, IdentityDesign):
-        return replace(term, design=outer)
-    if isinstance(outer, IndexedDesign) and outer.values is None:
-        return replace(term, design=inner.take(outer.codes))
-    product = outer.matmul(inner.dense(term.covariance.matrix))
-    return replace(term, design=DenseDesign(product))

@@ -19,20 +19,27 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, distributed
 
-from openreml_nn.checks import check_count, check_flag, check_instance, check_names, check_text
-from openreml_nn.covariance.design import IndexedDesign
-from openreml_nn.errors import InputError
 from openreml_nn.estimation import Result
 from openreml_nn.estimation.fit import checked, iterate, start_by_moments
-from openreml_nn.likelihood.blocked import BlockedProblem
-from openreml_nn.likelihood.dense import check_method
+from openreml_nn.estimation.outcome import outcome
 from openreml_nn.likelihood.fixed import FixedPart, aliased_columns, null_space
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import Plan
-from openreml_nn.likelihood.products import Statistics
+from openreml_nn.likelihood.solvers.blocked import BlockedProblem
+from openreml_nn.likelihood.solvers.dense import check_method
+from openreml_nn.likelihood.system.products import Statistics
+from openreml_nn.support.checks import (
+    check_count,
+    check_flag,
+    check_instance,
+    check_names,
+    check_text,
+)
+from openreml_nn.support.errors import InputError
 from openreml_nn.table import Encoded, Encoder, RandomDesign, TableFile
 from openreml_nn.table.encoder import group_key
 from openreml_nn.table.formula import MixedFormula, RandomPart
+from openreml_nn.terms.design import IndexedDesign
 
 __all__ = ["Streamed", "accumulate", "fit_stream"]
 
@@ -122,7 +129,7 @@ class Streamed:
         start_by_moments(objective, self.size)
         history = iterate(objective, max_iterations)
         labels = self.skeleton.labels
-        return checked(Result.of(objective, plan, None, None, history, self.names, labels))
+        return checked(outcome(objective, plan, None, None, history, self.names, labels))
 
 
 def accumulate(

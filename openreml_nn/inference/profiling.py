@@ -11,11 +11,11 @@ from scipy.interpolate import CubicSpline
 from scipy.stats import norm
 from torch import Tensor
 
-from openreml_nn.checks import check_names, check_number
-from openreml_nn.errors import InputError
 from openreml_nn.estimation import Result
 from openreml_nn.inference.constrained import Ascent, Held, Natural
 from openreml_nn.inference.refit import Refit, matrix_entries, source_of
+from openreml_nn.support.checks import check_names, check_number
+from openreml_nn.support.errors import InputError
 
 __all__ = ["Curve", "Profile", "profile"]
 

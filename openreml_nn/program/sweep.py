@@ -24,7 +24,7 @@ def collect(folder: str | Path) -> Any:
     import pandas as pd
     from omegaconf import OmegaConf
 
-    from openreml_nn.errors import InputError
+    from openreml_nn.support.errors import InputError
 
     rows = []
     for path in sorted(Path(folder).rglob("result.json"), key=_number):
@@ -71,7 +71,7 @@ class SweepTable(Callback):
         """Collect the runs that have a result."""
         from rich.console import Console
 
-        from openreml_nn.errors import InputError
+        from openreml_nn.support.errors import InputError
         from openreml_nn.table import write_table
 
         folder = Path(config.hydra.sweep.dir)

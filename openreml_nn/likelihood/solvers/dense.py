@@ -8,10 +8,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from openreml_nn.checks import check_choice
-from openreml_nn.covariance.design import IdentityDesign
-from openreml_nn.covariance.terms import DenseCovariance, Term, residual_terms
-from openreml_nn.errors import InputError
 from openreml_nn.likelihood.fixed import FixedPart, check_data, traced
 from openreml_nn.likelihood.problem import (
     Evaluation,
@@ -20,7 +16,12 @@ from openreml_nn.likelihood.problem import (
     cholesky,
     pivot_loss,
 )
-from openreml_nn.likelihood.square_root import SquareRootEvaluation, within
+from openreml_nn.likelihood.system.square_root import SquareRootEvaluation, within
+from openreml_nn.support.checks import check_choice
+from openreml_nn.support.errors import InputError
+from openreml_nn.terms.covariance import DenseCovariance
+from openreml_nn.terms.design import IdentityDesign
+from openreml_nn.terms.term import Term, residual_terms
 
 __all__ = ["DenseProblem", "restricted_log_likelihood"]
 

@@ -26,9 +26,9 @@ import torch
 from scipy.sparse import csr_array
 from torch import Tensor, nn
 
-from openreml_nn.covariance.design import IndexedDesign
-from openreml_nn.covariance.terms import DenseCovariance
 from openreml_nn.likelihood.problem import cholesky
+from openreml_nn.terms.covariance import DenseCovariance
+from openreml_nn.terms.design import IndexedDesign
 
 __all__ = ["Factor", "JointErrors"]
 

@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from openreml_nn.checks import check_count, check_flag, found
 from openreml_nn.estimation import Result
 from openreml_nn.estimation.fit import iterate
 from openreml_nn.inference.batched import maximise
 from openreml_nn.inference.likelihood_ratio import likelihood_ratio_test
 from openreml_nn.inference.refit import Refit, check_level, matrix_entries
 from openreml_nn.likelihood.loss import Objective
+from openreml_nn.support.checks import check_count, check_flag, found
 
 __all__ = ["Bootstrap", "bootstrap", "bootstrap_test", "simulate"]
 

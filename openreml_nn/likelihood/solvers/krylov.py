@@ -29,18 +29,16 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
-from openreml_nn.covariance.design import IndexedDesign
-from openreml_nn.covariance.terms import (
-    Covariance,
-    Kernel,
-    RepeatedCovariance,
-    ScaledCovariance,
-    Term,
-)
-from openreml_nn.errors import InputError
-from openreml_nn.likelihood.cross import Cross, System, entries_of
 from openreml_nn.likelihood.fixed import FixedPart
-from openreml_nn.likelihood.grouped import (
+from openreml_nn.likelihood.problem import (
+    Evaluation,
+    NotPositiveDefiniteError,
+    Problem,
+    cholesky,
+)
+from openreml_nn.likelihood.residual import White
+from openreml_nn.likelihood.system.cross import Cross, System, entries_of
+from openreml_nn.likelihood.system.grouped import (
     Crossed,
     GroupedEvaluation,
     GroupedProblem,
@@ -50,14 +48,12 @@ from openreml_nn.likelihood.grouped import (
     root,
     separated,
 )
-from openreml_nn.likelihood.problem import (
-    Evaluation,
-    NotPositiveDefiniteError,
-    Problem,
-    cholesky,
-)
-from openreml_nn.likelihood.products import Pattern, Products
-from openreml_nn.likelihood.residual import White
+from openreml_nn.likelihood.system.products import Pattern, Products
+from openreml_nn.support.errors import InputError
+from openreml_nn.terms.covariance import Covariance, RepeatedCovariance, ScaledCovariance
+from openreml_nn.terms.design import IndexedDesign
+from openreml_nn.terms.kernel import Kernel
+from openreml_nn.terms.term import Term
 
 __all__ = ["PROBES", "KrylovProblem"]
 

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from openreml_nn.errors import InputError
+from openreml_nn.support.errors import InputError
 
 __all__ = [
     "check_choice",

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance.design import DenseDesign, Design, IndexedDesign
+from openreml_nn.terms.design import DenseDesign, Design, IndexedDesign
 
 __all__ = ["Cells", "Pattern", "Products", "Statistics"]
 

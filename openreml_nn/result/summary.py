@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from openreml_nn.estimation.result import Component, Result
+    from openreml_nn.result.result import Component, Result
 
 __all__ = ["singularity", "summarise", "tables"]
 

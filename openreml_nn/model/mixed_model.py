@@ -20,15 +20,6 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from openreml_nn.checks import (
-    check_choice,
-    check_count,
-    check_instance,
-    check_labels,
-    check_mapping,
-    check_tensor,
-)
-from openreml_nn.checks import found as described
 from openreml_nn.covariance import (
     CovariancePropagation,
     DummyMatrix,
@@ -39,12 +30,21 @@ from openreml_nn.covariance import (
     Sum,
     UnstructuredMatrix,
 )
-from openreml_nn.covariance.design import IndexedDesign
 from openreml_nn.covariance.params import module_name, operand_name, user_name
-from openreml_nn.joint import Factor, JointErrors
 from openreml_nn.likelihood import REMLLoss
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import check_solver
+from openreml_nn.model.joint import Factor, JointErrors
+from openreml_nn.support.checks import (
+    check_choice,
+    check_count,
+    check_instance,
+    check_labels,
+    check_mapping,
+    check_tensor,
+)
+from openreml_nn.support.checks import found as described
+from openreml_nn.terms.design import IndexedDesign
 
 __all__ = ["MixedModel", "Prediction", "RandomEffect", "take"]
 

@@ -23,8 +23,6 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
-from openreml_nn.covariance.design import IdentityDesign
-from openreml_nn.covariance.terms import Covariance, Term, residual_terms, root_condition
 from openreml_nn.likelihood.problem import (
     Evaluation,
     NotPositiveDefiniteError,
@@ -33,6 +31,9 @@ from openreml_nn.likelihood.problem import (
     cholesky,
     pivot_loss,
 )
+from openreml_nn.terms.covariance import Covariance, root_condition
+from openreml_nn.terms.design import IdentityDesign
+from openreml_nn.terms.term import Term, residual_terms
 
 __all__ = ["SquareRootEvaluation", "within"]
 

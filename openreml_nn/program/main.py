@@ -24,8 +24,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from openreml_nn.errors import InputError, NumericalError
-from openreml_nn.files import replacing, write_text
+from openreml_nn.support.errors import InputError, NumericalError
+from openreml_nn.support.files import replacing, write_text
 
 if TYPE_CHECKING:
     from openreml_nn.lightning import MixedModelModule, TabularMixedModule
@@ -117,12 +117,12 @@ def _fit(config: DictConfig, directory: Path) -> float:
     import lightning
     from rich.console import Console
 
-    from openreml_nn.estimation.summary import tables
     from openreml_nn.inference import diagnose
-    from openreml_nn.instantiate import build
     from openreml_nn.lightning import MixedModelDataModule
     from openreml_nn.report import Run, write_plots, write_tables
     from openreml_nn.report.run import costs_nothing
+    from openreml_nn.result.summary import tables
+    from openreml_nn.support.instantiate import build
 
     _check_kinds(config)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
@@ -246,8 +246,8 @@ def _neural(config: DictConfig) -> TabularMixedModule:
 
 def _fit_chunks(config: DictConfig, model: MixedModelModule | TabularMixedModule) -> int:
     """Fit a file chunk by chunk, give the module the estimates; returns the rows left out."""
+    from openreml_nn.estimation.stream import accumulate
     from openreml_nn.lightning import MixedModelModule
-    from openreml_nn.stream import accumulate
 
     assert isinstance(model, MixedModelModule)
 
@@ -280,7 +280,7 @@ def _predict(config: DictConfig, directory: Path) -> None:
 
 def _configs() -> Path:
     """The folder of configs: inside the package when installed, else beside it."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
 

@@ -11,16 +11,6 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
-from openreml_nn.covariance.design import DenseDesign, Design, IndexedDesign
-from openreml_nn.covariance.terms import (
-    Covariance,
-    DiagonalCovariance,
-    RepeatedCovariance,
-    ScaledCovariance,
-    Term,
-    residual_terms,
-)
-from openreml_nn.likelihood.cross import Arrangement, System
 from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.problem import (
     Evaluation,
@@ -30,9 +20,18 @@ from openreml_nn.likelihood.problem import (
     cholesky,
     pivot_loss,
 )
-from openreml_nn.likelihood.products import Pattern, same_codes
 from openreml_nn.likelihood.residual import Residual, White
-from openreml_nn.likelihood.square_root import SquareRootEvaluation
+from openreml_nn.likelihood.system.cross import Arrangement, System
+from openreml_nn.likelihood.system.products import Pattern, same_codes
+from openreml_nn.likelihood.system.square_root import SquareRootEvaluation
+from openreml_nn.terms.covariance import (
+    Covariance,
+    DiagonalCovariance,
+    RepeatedCovariance,
+    ScaledCovariance,
+)
+from openreml_nn.terms.design import DenseDesign, Design, IndexedDesign
+from openreml_nn.terms.term import Term, residual_terms
 
 __all__ = ["Crossed", "GroupedEvaluation", "GroupedProblem", "Layout", "inner", "root", "separated"]
 

@@ -1,0 +1,281 @@
+"""What a fit found, from the likelihood at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from math import nan
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openreml_nn.covariance import DummyMatrix
+from openreml_nn.covariance.operator import Operator
+from openreml_nn.estimation.curvature import Curvature
+from openreml_nn.estimation.derivatives import jacobian
+from openreml_nn.likelihood.loss import Objective
+from openreml_nn.likelihood.plan import Plan
+from openreml_nn.likelihood.problem import Evaluation
+from openreml_nn.result import (
+    Component,
+    Estimate,
+    FixedEffects,
+    Label,
+    Record,
+    Result,
+    Source,
+    Start,
+)
+from openreml_nn.terms.covariance import KroneckerCovariance, RepeatedCovariance, ScaledCovariance
+from openreml_nn.terms.design import IndexedDesign
+from openreml_nn.terms.term import Term, residual_terms
+
+__all__ = ["outcome"]
+
+#: A random effect this many residual standard deviations small is none (as in lme4).
+SINGULAR = 1e-4
+
+
+def outcome(
+    objective: Objective,
+    plan: Plan,
+    y: Tensor | None,
+    X: Tensor | None,
+    history: Sequence[Record] = (),
+    names: Sequence[str] | None = None,
+    labels: Mapping[str, Label] | None = None,
+    starts: Sequence[Start] = (),
+) -> Result:
+    """The result at the present parameters, however they were found.
+
+    Without the rows, ``y`` and ``X``, there are no fitted values.
+    """
+    with torch.no_grad():
+        found = _Builder(objective, labels or {}).build(plan, y, X, history, names)
+        return replace(found, starts=tuple(starts))
+
+
+class _Builder:
+    def __init__(self, objective: Objective, labels: Mapping[str, Label]) -> None:
+        self._objective = objective
+        self._labels = labels
+        self._evaluation: Evaluation = objective.evaluate()
+        self._terms = [term.detach() for term in objective.terms()]
+        self._curvature = Curvature([objective])
+
+    def build(
+        self,
+        plan: Plan,
+        y: Tensor | None,
+        X: Tensor | None,
+        history: Sequence[Record],
+        names: Sequence[str] | None,
+    ) -> Result:
+        problem, evaluation = self._objective.problem, self._evaluation
+        fixed = self._fixed(names)
+        dtype = problem.fixed.y.dtype
+        random = evaluation.random_effects()
+        fitted = residuals = fixed.estimate.new_empty(0)
+        if y is not None and X is not None:
+            fitted = X.detach().to(dtype)[:, list(fixed.columns)] @ fixed.estimate
+            for term, effects in zip(self._random_terms, random, strict=True):
+                fitted = fitted + term.design.matmul(effects.values.reshape(-1, 1))[:, 0]
+            residuals = y.detach().to(dtype) - fitted
+        negligible = self._negligible()
+        components = self._components(negligible)
+        curvature = self._curvature
+        return Result(
+            method=problem.method,
+            # A run that was still moving ended at its limit of iterations.
+            converged=curvature.is_optimum and not (history and history[-1].step > 0),
+            singular=tuple(dict.fromkeys(c.group for c in components if c.singular)),
+            # Of a variance that is zero the data say nothing more.
+            indistinct=tuple(
+                name
+                for name in curvature.indistinct
+                if not any(name.startswith(f"{term}/") for term in negligible)
+            ),
+            boundary=curvature.boundary,
+            score_norm=curvature.norm,
+            condition=curvature.condition,
+            rows=problem.n,
+            log_likelihood=float(evaluation.log_likelihood),
+            log_likelihood_error=evaluation.error,
+            fixed=fixed,
+            parameters=self._parameters(),
+            components=tuple(components),
+            random=tuple(random),
+            fitted=fitted,
+            residuals=residuals,
+            history=tuple(history),
+            plan=plan,
+            num_params=len(curvature.at),
+            source=self._source(y, X, names),
+        )
+
+    def _source(
+        self, y: Tensor | None, X: Tensor | None, names: Sequence[str] | None
+    ) -> Source | None:
+        if y is None or X is None:
+            return None
+        objective = self._objective
+        names = tuple(names or [f"X{j}" for j in range(X.shape[1])])
+        return Source(objective.covariance, y, X, objective.rows, names, self._labels)
+
+    @property
+    def _random_terms(self) -> list[Term]:
+        residual = residual_terms(self._terms)
+        return [term for i, term in enumerate(self._terms) if i not in residual]
+
+    def _fixed(self, names: Sequence[str] | None) -> FixedEffects:
+        part, evaluation = self._objective.problem.fixed, self._evaluation
+        spread = part.T @ torch.cholesky_inverse(evaluation.gamma_factor) @ part.T.mT
+        names = names or [f"X{j}" for j in range(max(part.columns, default=-1) + 1)]
+        kept = tuple(names[j] for j in part.columns)
+        estimate = part.coefficients(evaluation.gamma)
+        return FixedEffects(kept, estimate, spread, tuple(part.columns), part.aliases)
+
+    @cached_property
+    def _spread(self) -> Tensor:
+        """Covariance of the coordinates; NaN for those at a boundary or without information."""
+        at, information = self._curvature.at, self._curvature.information
+        u = self._curvature.u
+        inner = (~at.on_boundary(u) & (information.diagonal() != 0)).nonzero()[:, 0]
+        spread = torch.full_like(information, nan)
+        part = information[inner][:, inner]
+        scale = part.diagonal().sqrt()
+        scale = torch.where(scale > 0, scale, 1)
+        inverse = torch.linalg.pinv(part / (scale[:, None] * scale), hermitian=True)
+        spread[inner[:, None], inner] = inverse / (scale[:, None] * scale)
+        return spread
+
+    def _parameters(self) -> tuple[Estimate, ...]:
+        covariance = self._objective.covariance
+        at, u = self._curvature.at, self._curvature.u
+        errors = dict(
+            zip(
+                [(id(e.leaf), e.local) for e in at.entries],
+                zip(u, self._spread.diagonal().sqrt(), strict=True),
+                strict=False,
+            )
+        )
+        found = []
+        for e in covariance.parameter_entries().entries:
+            x = e.tensor.detach().to(u)
+            value, stored = float(e.trans(x)), float(x)
+            std_error = stored_error = nan
+            if (id(e.leaf), e.local) in errors:
+                coordinate, spread = errors[id(e.leaf), e.local]
+                std_error = float(_slope(e.trans.at_coordinate, coordinate) * spread)
+                stored_error = float(_slope(e.trans.from_coordinate, coordinate) * spread)
+            fixed = not (e.free and e.tensor.requires_grad)
+            found.append(Estimate(e.name, value, std_error, stored, stored_error, fixed))
+        # Weights of designs and networks, as they are.
+        start = len(at.entries)
+        rest = zip(at.names, u.tolist(), self._spread.diagonal().sqrt().tolist(), strict=True)
+        for name, value, error in list(rest)[start:]:
+            found.append(Estimate(name, value, error, value, error))
+        return tuple(found)
+
+    def _components(self, negligible: Mapping[str, Tensor]) -> list[Component]:
+        u = self._curvature.u
+        at = self._curvature.at
+
+        def matrices(x: Tensor) -> tuple[Tensor, ...]:
+            terms = self._objective.terms(at.natural(0, x))
+            return tuple(self._shown(term) for term in terms)
+
+        jacobians = jacobian(matrices, u) if len(u) else [None] * len(self._terms)
+        # A coordinate at zero has no standard error, but entries that do not depend on it have.
+        spread = self._spread
+        known = torch.where(spread.isnan(), 0, spread)
+        missing = spread.diagonal().isnan()
+        found = []
+        for term, J in zip(self._terms, jacobians, strict=True):
+            matrix = self._shown(term)
+            error = torch.zeros_like(matrix)
+            if J is not None:
+                error = torch.einsum("i...,ij,j...->...", J, known, J).clamp(min=0).sqrt()
+                lost = (J[missing] != 0).any(0) | (matrix == 0)
+                error = torch.where(lost, nan, error)
+            group, effects, levels = self._label(term)
+            names = tuple(effects), tuple(levels)
+            gone = negligible.get(term.name)
+            vanished = () if gone is None else tuple(e for e, g in zip(names[0], gone) if g)
+            found.append(
+                Component(term.name, group, *names, matrix, error, gone is not None, vanished)
+            )
+        return found
+
+    def _shown(self, term: Term) -> Tensor:
+        """The covariance of the effects of a level, on average where levels have their own."""
+        matrix = term.covariance.shown()
+        if term.name in self._labels and matrix.dim() == 2:
+            k = len(self._labels[term.name].effects)
+            if len(matrix) > k:
+                blocks = matrix.unflatten(1, (-1, k)).unflatten(0, (-1, k))
+                return blocks.diagonal(dim1=0, dim2=2).mean(-1)
+        return matrix
+
+    def _label(self, term: Term) -> Label:
+        if term.name in self._labels:
+            return self._labels[term.name]
+        if any(term is self._terms[i] for i in residual_terms(self._terms)):
+            size = len(term.covariance.matrix)
+            return Label("Residual", [str(i) for i in range(size)] if size > 1 else ("",), ())
+        k = term.covariance.shown().shape[0]
+        effects = ("(Intercept)",) if k == 1 else tuple(f"effect_{i}" for i in range(k))
+        return Label(term.name, effects, self._levels(term, term.design.shape[1] // k))
+
+    def _levels(self, term: Term, count: int) -> tuple[str, ...]:
+        """Names of a term's levels: those of its design's labels, or places."""
+        node: Any = self._objective.covariance
+        for name in filter(None, term.name.split("/")):
+            node = node.operands.get(name) if isinstance(node, Operator) else None
+        if isinstance(node, Operator):
+            for operand in node.operands.values():
+                if isinstance(operand, DummyMatrix) and len(operand.labels) == count:
+                    return tuple(operand.labels)
+        g = term.covariance
+        if isinstance(g, KroneckerCovariance) and g.sizes[0] * g.sizes[1] == count:
+            rows, columns = (range(1, size + 1) for size in g.sizes)
+            return tuple(f"{i}:{j}" for i in rows for j in columns)
+        return tuple(map(str, range(count)))
+
+    def _negligible(self) -> dict[str, Tensor]:
+        """Terms of which some combination of effects is negligible beside the residual, by name,
+        each with which of its effects (k,) are themselves."""
+        residual = 0.0
+        for i in residual_terms(self._terms):
+            matrix = self._terms[i].covariance.matrix
+            residual += float((matrix if matrix.dim() == 1 else matrix.diagonal()).mean())
+        found: dict[str, Tensor] = {}
+        if not residual:
+            return found
+        for term in self._random_terms:
+            matrix = term.covariance.shown()
+            if isinstance(term.covariance, RepeatedCovariance):
+                z = term.design
+                scale = torch.ones_like(matrix.diagonal())
+                values = z.values if isinstance(z, IndexedDesign) else None
+                if values is not None and values.shape[1] == len(scale):
+                    scale = (values.detach().to(scale) ** 2).mean(0).sqrt()
+                scaled = scale[:, None] * matrix * scale
+                variances, least = scaled.diagonal(), torch.linalg.eigvalsh(scaled)[0]
+            elif isinstance(term.covariance, ScaledCovariance):
+                variances, least = matrix.diagonal(), torch.linalg.eigvalsh(matrix)[0]
+            elif matrix.dim() == 1:
+                variances, least = matrix, matrix.min()
+            else:
+                continue
+            if float(least) < SINGULAR**2 * residual:
+                found[term.name] = variances < SINGULAR**2 * residual
+        return found
+
+
+def _slope(function: Any, u: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x = u.detach().clone().requires_grad_()
+        return torch.autograd.grad(function(x).sum(), x)[0].abs()

@@ -1,0 +1,1 @@
+"""A solver each."""

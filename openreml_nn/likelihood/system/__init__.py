@@ -1,0 +1,1 @@
+"""The system of the random effects that the solvers share."""

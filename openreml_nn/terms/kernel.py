@@ -1,0 +1,105 @@
+"""A known matrix between the levels of a factor, and tensors whose contents are compared."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse import csc_matrix
+from scipy.sparse.linalg import splu
+from torch import Tensor
+
+__all__ = ["Kernel", "private", "same_content"]
+
+
+class Kernel:
+    """A known symmetric matrix K, given itself or by its sparse inverse.
+
+    What is computed of an inverse is kept, so the kernel holds a copy of that: compare it with
+    :func:`same_content` before the kernel is used again.
+
+    Args:
+        matrix: K, (q, q).
+        inverse: its inverse in place of it, (q, q), sparse or dense.
+
+    Attributes:
+        source: the one that was given.
+        size: q.
+    """
+
+    def __init__(self, matrix: Tensor | None = None, inverse: Tensor | None = None) -> None:
+        self.inverse = None if inverse is None else private(inverse)
+        given = self.inverse if matrix is None else matrix
+        assert given is not None
+        self.source, self.size = given, given.shape[0]
+        self._dense = matrix
+
+    def private(self) -> Kernel:
+        """The same kernel with contents that nobody else can change."""
+        return self if self.inverse is not None else Kernel(private(self.source))
+
+    def dense(self) -> Tensor:
+        """K itself; from its inverse it is computed once.
+
+        Raises:
+            ValueError: if the inverse is not positive definite.
+        """
+        if self._dense is None:
+            assert self.inverse is not None
+            # A constant, outside of any transform: torch 2.6 takes sparse tensors within one for dense.
+            with torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
+                factor, info = torch.linalg.cholesky_ex(self.inverse.to_dense())
+                if int(info):
+                    raise ValueError("`inverse` is not positive definite")
+                self._dense = torch.cholesky_inverse(factor)
+        return self._dense
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """:math:`K x` for x (q, m), by a sparse solve where only the inverse is known."""
+        if self._dense is not None:
+            return self._dense.to(x) @ x
+        solved = self._factor.solve(x.detach().cpu().double().numpy())
+        return torch.from_numpy(solved).to(x)
+
+    def log_det(self) -> float:
+        r""":math:`\log|K|` of a kernel known by its inverse."""
+        return -float(np.log(self._factor.U.diagonal()).sum())
+
+    @cached_property
+    def _factor(self) -> Any:
+        """SuperLU's factor of the inverse, without pivoting."""
+        assert self.inverse is not None
+        sparse = self.inverse.detach().cpu().double().to_sparse_coo().coalesce()
+        index, size = sparse.indices().numpy(), (self.size, self.size)
+        matrix = csc_matrix((sparse.values().numpy(), (index[0], index[1])), shape=size)
+        options = {"SymmetricMode": True}
+        try:
+            factor = splu(matrix, "MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options)
+        except RuntimeError:
+            raise ValueError("`inverse` is singular") from None
+        if not (factor.U.diagonal() > 0).all():
+            raise ValueError("`inverse` is not positive definite")
+        return factor
+
+
+def private(tensor: Tensor) -> Tensor:
+    """A copy of the content, outside of any graph and of inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        return tensor.detach().clone()
+
+
+def same_content(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two tensors hold the same numbers in the same form, or both are None."""
+    if one is None or other is None:
+        return one is other
+    forms = [(x.shape, x.dtype, x.device, x.layout) for x in (one, other)]
+    if forms[0] != forms[1]:
+        return False
+    if one.layout == torch.strided:
+        return torch.equal(one, other)
+    parts = [x.detach().to_sparse_coo().coalesce() for x in (one, other)]
+    return torch.equal(parts[0].indices(), parts[1].indices()) and torch.equal(
+        parts[0].values(), parts[1].values()
+    )

@@ -1,0 +1,147 @@
+r"""Terms: what the likelihood needs to know of a covariance tree.
+
+Lowering turns :math:`V` into :math:`\sum_t Z_t G_t Z_t^\top`; each term pairs
+a design with a structured covariance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from openreml_nn.terms.covariance import (
+    Covariance,
+    DenseCovariance,
+    DiagonalCovariance,
+    RepeatedCovariance,
+    ScaledCovariance,
+    is_scalar,
+)
+from openreml_nn.terms.design import DenseDesign, Design, IdentityDesign, IndexedDesign
+from openreml_nn.terms.kernel import private
+
+__all__ = ["Term", "has_own_columns", "propagate", "residual_terms", "whole_term"]
+
+
+@dataclass(frozen=True)
+class Term:
+    r"""One summand :math:`Z G Z^\top`; ``name`` is the path of its node in the tree.
+
+    It is ``known`` if no parameter of it is estimated.
+    """
+
+    design: Design
+    covariance: Covariance
+    name: str = ""
+    known: bool = False
+
+    @property
+    def is_residual(self) -> bool:
+        r"""Whether it is :math:`\sigma^2 I` over the rows."""
+        return is_scalar(self.covariance) and isinstance(self.design, IdentityDesign)
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        """What the term is beside the numbers that it holds.
+
+        What was prepared for a term serves another one of the same form and the same
+        :attr:`constants`.
+        """
+        design = self.design
+        return self.name, self.known, type(design), design.shape, self.covariance.form
+
+    @property
+    def constants(self) -> list[Tensor | None]:
+        """What the term holds beside the entries of its covariance."""
+        kernel = self.covariance.kernel if isinstance(self.covariance, ScaledCovariance) else None
+        return [*self.design.tensors, None if kernel is None else kernel.source]
+
+    def private(self) -> Term:
+        """The term with constants that nobody else can change."""
+        g = self.covariance
+        if isinstance(g, ScaledCovariance):
+            g = ScaledCovariance(g.matrix, g.kernel.private())
+        return replace(self, design=self.design.map(private), covariance=g)
+
+    def take(self, rows: Tensor | None) -> Term:
+        """The term of some of the rows."""
+        if rows is None:
+            return self
+        g = self.covariance
+        if isinstance(self.design, IdentityDesign) and rows.unique().numel() == rows.numel():
+            # Independent rows stay so: keep them a residual instead of indexing into all n.
+            kept = IdentityDesign(rows.numel())
+            if isinstance(g, DiagonalCovariance):
+                return replace(self, design=kept, covariance=DiagonalCovariance(g.matrix[rows]))
+            if isinstance(g, RepeatedCovariance) and self.is_residual:
+                return replace(self, design=kept, covariance=replace(g, levels=rows.numel()))
+        return replace(self, design=self.design.take(rows))
+
+    def to(self, dtype: torch.dtype) -> Term:
+        """The term with its covariance in another precision."""
+        return replace(self, covariance=self.covariance.map(lambda x: x.to(dtype)))
+
+    def detach(self) -> Term:
+        """The term without the graph of its covariance."""
+        return replace(self, covariance=self.covariance.map(Tensor.detach))
+
+    def within(self, name: str) -> Term:
+        """The term as seen from one node further up."""
+        return replace(self, name=f"{name}/{self.name}" if self.name else name)
+
+    def dense(self) -> Tensor:
+        """The (n, n) summand itself."""
+        if isinstance(self.design, IdentityDesign):
+            return self.covariance.whole(self.design.shape[0])
+        z = self.design.dense(self.covariance.matrix)
+        return self.design.matmul(self.covariance.multiply(z.mT))
+
+
+def whole_term(matrix: Tensor) -> Term:
+    """A matrix over the rows, without structure."""
+    return Term(IdentityDesign(matrix.shape[0]), DenseCovariance(matrix))
+
+
+def residual_terms(terms: Sequence[Term]) -> list[int]:
+    """Positions of the terms that make up the covariance R of the residuals.
+
+    These are the terms over the rows themselves whose covariance is a multiple
+    of the identity, diagonal, or of independent blocks. Where there is none,
+    those whose design gives each row a column of its own take their place,
+    such as the occasions within subjects. Where one of all these is known, as
+    error variances from an earlier analysis are, it is the residual, and
+    those that are estimated are effects.
+    """
+    structured = [
+        i
+        for i, term in enumerate(terms)
+        if isinstance(term.covariance, DiagonalCovariance | RepeatedCovariance)
+    ]
+    over_rows = [i for i in structured if isinstance(terms[i].design, IdentityDesign)]
+    own_columns = [i for i in structured if has_own_columns(terms[i].design)]
+    known = [i for i in (*over_rows, *own_columns) if terms[i].known]
+    if known and len(known) < len(over_rows) + len(own_columns):
+        return sorted(known)
+    return over_rows or own_columns
+
+
+def has_own_columns(design: Design) -> bool:
+    """Whether each row has a column of its own, of an indexed design."""
+    if not isinstance(design, IndexedDesign) or design.effects != 1:
+        return False
+    n, q = design.shape
+    return n <= q and int(torch.bincount(design.codes, minlength=1).max()) == 1
+
+
+def propagate(outer: Design, term: Term) -> Term:
+    """The term of ``outer`` acting on ``term``: its design becomes the product of both."""
+    inner = term.design
+    if isinstance(inner, IdentityDesign):
+        return replace(term, design=outer)
+    if isinstance(outer, IndexedDesign) and outer.values is None:
+        return replace(term, design=inner.take(outer.codes))
+    product = outer.matmul(inner.dense(term.covariance.matrix))
+    return replace(term, design=DenseDesign(product))
