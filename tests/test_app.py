@@ -352,7 +352,7 @@ FAULTS = {
     ),
     "layer": (
         ["experiment=neural_spatial", "model.network._target_=torch.load"],
-        "'torch.load' is not a class",
+        "'torch.load', which is not a class",
     ),
     "head": (["experiment=neural_spatial", "model.head=map"], "`head` is 'map'"),
     "epochs": (["trainer.max_epochs=0"], "trainer.max_epochs is 0"),

@@ -150,7 +150,7 @@ class MixedModelModule(LightningModule):
         if self._make_optimizer is None:
             return AIREML(parameters)
         if isinstance(self._make_optimizer, Mapping):
-            return build(dict(self._make_optimizer), "optimizer", parameters)
+            return build(dict(self._make_optimizer), "optimizer", torch.optim.Optimizer, parameters)
         return self._make_optimizer(parameters)
 
     # ------------------------------------------------------------------ training

@@ -13,7 +13,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from openreml_nn.estimation.aireml import AIREML
@@ -177,13 +177,15 @@ class NeuralMixedModule(LightningModule):
         found: list[dict[str, Any]] = []
         if parameters := list(self.model.network_parameters()):
             make: Any = self._make_optimizer or torch.optim.Adam
-            optimizer = _made(make, "optimizer", parameters)
+            optimizer = _made(make, "optimizer", Optimizer, parameters)
             found.append({"optimizer": optimizer})
             if self._make_scheduler is not None:
-                found[0]["lr_scheduler"] = _made(self._make_scheduler, "scheduler", optimizer)
+                found[0]["lr_scheduler"] = _made(
+                    self._make_scheduler, "scheduler", LRScheduler, optimizer
+                )
         if covariance:
             make = self._make_covariance_optimizer or AIREML
-            found.append({"optimizer": _made(make, "covariance_optimizer", covariance)})
+            found.append({"optimizer": _made(make, "covariance_optimizer", Optimizer, covariance)})
         return found
 
     def on_fit_start(self) -> None:
@@ -429,5 +431,5 @@ class NeuralMixedModule(LightningModule):
         self._random_numbers = checkpoint["random_numbers"]
 
 
-def _made(make: Any, what: str, *args: Any) -> Any:
-    return build(dict(make), what, *args) if isinstance(make, Mapping) else make(*args)
+def _made(make: Any, what: str, wants: type, *args: Any) -> Any:
+    return build(make, what, wants, *args) if isinstance(make, Mapping) else make(*args)

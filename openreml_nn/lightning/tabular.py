@@ -180,10 +180,9 @@ class TabularMixedModule(NeuralMixedModule):
         return _Standardised(nn.Sequential(features, nn.LazyLinear(1)), X, log(variance))
 
     def _made(self, network: Network, what: str) -> nn.Module:
-        found = build(network, what) if isinstance(network, Mapping) else copy.deepcopy(network)
-        if not isinstance(found, nn.Module):
-            raise InputError(f"config {what!r}: expected a network, got {type(found).__name__}")
-        return found
+        if isinstance(network, Mapping):
+            return build(network, what, nn.Module)
+        return copy.deepcopy(network)
 
     def _effect(self, design: RandomDesign, variance: float) -> RandomEffect:
         q, k = len(design.levels), len(design.effects)
@@ -191,7 +190,7 @@ class TabularMixedModule(NeuralMixedModule):
         if design.group in self._kernels:
             options = {x: v for x, v in self._kernels[design.group].items() if x != "columns"}
             place = self._coordinates[design.group]
-            kernel = build(options, f"kernels.{design.group}", _distances(place))
+            kernel = build(options, f"kernels.{design.group}", Matrix, _distances(place))
         effect = RandomEffect(design.levels, kernel, design.effects)
         effect.g.moment_start(torch.full((q * k,), variance / 2, dtype=torch.float64))
         return effect

@@ -115,6 +115,7 @@ def report(config: DictConfig) -> None:
 
 def _fit(config: DictConfig, directory: Path) -> float:
     import lightning
+    from lightning.pytorch.loggers import Logger
     from rich.console import Console
 
     from openreml_nn.inference import diagnose
@@ -130,7 +131,7 @@ def _fit(config: DictConfig, directory: Path) -> float:
     model = _linear(config) if "method" in config.model else _neural(config)
     start = time.perf_counter()
     if config.data.chunk_rows is not None:
-        trainer = build(config.trainer, "trainer", logger=False)
+        trainer = build(config.trainer, "trainer", lightning.Trainer, logger=False)
         dropped, name = _fit_chunks(config, model), "AIREML"
         trainer.strategy.connect(model)
     else:
@@ -150,12 +151,18 @@ def _fit(config: DictConfig, directory: Path) -> float:
         data.setup("fit")
         bar = config.trainer.get("enable_progress_bar", True)
         callbacks = [
-            build(part, "callbacks")
-            for part in (config.callbacks or {}).values()
+            build(part, f"callbacks.{name}", lightning.Callback)
+            for name, part in (config.callbacks or {}).items()
             if part and (bar or not str(part.get("_target_")).endswith("ProgressBar"))
         ]
-        loggers = [build(part, "logger") for part in (config.logger or {}).values() if part]
-        trainer = build(config.trainer, "trainer", callbacks=callbacks, logger=loggers)
+        loggers = [
+            build(part, f"logger.{name}", Logger)
+            for name, part in (config.logger or {}).items()
+            if part
+        ]
+        trainer = build(
+            config.trainer, "trainer", lightning.Trainer, callbacks=callbacks, logger=loggers
+        )
         start = time.perf_counter()
         trainer.fit(model, data, ckpt_path=_resumed(config), weights_only=True)
         dropped, name = data.encoded.dropped_rows, type(trainer.optimizers[0]).__name__
