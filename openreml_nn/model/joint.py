@@ -27,6 +27,7 @@ from scipy.sparse import csr_array
 from torch import Tensor, nn
 
 from openreml_nn.likelihood.problem import cholesky
+from openreml_nn.likelihood.system.products import Statistics
 from openreml_nn.terms.covariance import DenseCovariance
 from openreml_nn.terms.design import IndexedDesign
 
@@ -157,15 +158,95 @@ class JointErrors(nn.Module):
         self.conditional, self.basis = conditional, basis
         self.is_exact.fill_(True)
 
+    @torch.no_grad()
+    def update_from(
+        self,
+        statistics: Statistics,
+        covariances: Sequence[Tensor],
+        is_per_level: Sequence[bool],
+        unknown: Sequence[int],
+        variance: float,
+    ) -> None:
+        """The same from the rows' cross-products, without coefficients.
+
+        Args:
+            statistics: cross-products of the random effects' designs, in double precision.
+            covariances: G of each effect's level, or of all its levels.
+            is_per_level: whether it is that of a level.
+            unknown: how many levels of each effect, the last ones, no prediction will ask for.
+            variance: the residual's, which the cross-products are not divided by.
+        """
+        self.is_known.fill_(True)
+        self.is_exact.fill_(False)
+        p, device = statistics.products, self.first.device
+        like = p.ff
+        factors = []
+        for (levels, k), G, own in zip(statistics.sizes, covariances, is_per_level, strict=True):
+            none = IndexedDesign(torch.zeros(0).long(), like.new_zeros(0, k), levels, absent=False)
+            factors.append(Factor(none, G.to(like), own))
+        sizes = [factor.size if factor.is_per_level else -1 for factor in factors]
+        first = max(range(len(sizes)), key=sizes.__getitem__) if max(sizes) > 0 else -1
+        at = [i for i in range(len(factors)) if i != first]
+        rest = [factors[i] for i in at]
+        starts = [sum(f.size for f in rest[:i]) for i in range(len(rest))]
+        q = sum(factor.size for factor in rest)
+        if q > MOST_COLUMNS:
+            return
+
+        def cells(t: int, u: int) -> tuple[Tensor, Tensor, Tensor]:
+            a, b = statistics.cells[min(t, u), max(t, u)]
+            value = p.zz[min(t, u), max(t, u)] / variance
+            return (a, b, value) if t <= u else (b, a, value.mT)
+
+        S = like.new_zeros(q, q)
+        for t, start in zip(at, starts, strict=True):
+            for u, other in zip(at, starts, strict=True):
+                a, b, value = cells(t, u)
+                row = start + _effects_of(a, value.shape[1])[:, :, None]
+                column = other + _effects_of(b, value.shape[2])[:, None, :]
+                S[row, column] = value
+        conditional, met = like.new_zeros(0, 0, 0), _Cells.none(like)
+        if first >= 0:
+            levels, k = statistics.sizes[first]
+            level, _, value = cells(first, first)
+            own = like.new_zeros(levels, k, k).index_copy(0, level, value)
+            conditional = _given(own, factors[first].root())
+            parts = []
+            for t, start in zip(at, starts, strict=True):
+                a, b, value = cells(first, t)
+                width = value.shape[2]
+                column = start + _effects_of(b, width)
+                parts.append((a.repeat_interleave(width), column.flatten(), value.mT.flatten(0, 1)))
+            met = _Cells.sorted(levels, q, parts, like, k)
+            moved = met.times(conditional)
+            S = S - met.inner(moved, q)
+            met = moved
+        self._solve(S, rest, starts, q)
+        # Columns of unknown levels stand last, where no design reaches.
+        known = [
+            start + torch.arange(f.size - unknown[i] * statistics.sizes[i][1])
+            for i, f, start in zip(at, rest, starts, strict=True)
+        ]
+        order = torch.cat([*known, torch.zeros(0).long()])
+        gone = torch.ones(q, dtype=torch.bool).index_fill(0, order, False).nonzero()[:, 0]
+        order = torch.cat([order, gone])
+        place = torch.empty_like(order).index_copy(0, order, torch.arange(q))
+        self.covariance = self.covariance[order[:, None], order].to(device)
+        if first >= 0:
+            kept = statistics.sizes[first][0] - unknown[first]
+            conditional, met = conditional[:kept], met.first(kept)
+        self.starts, self.columns = met.starts.to(device), place[met.columns].to(device)
+        self.entries, self.conditional = met.entries.to(device), conditional.to(device)
+        self.basis = like.new_zeros(0, 0).to(device)
+        self.first.fill_(first)
+        self.is_exact.fill_(True)
+
     def _conditional(self, one: Factor, precision: Tensor, like: Tensor) -> Tensor:
         """P of each level: the covariance of its effects, given all others."""
         z, q = one.values(like), one.design.levels
         square = z[:, :, None] * z[:, None, :] * precision[:, None, None]
         own = like.new_zeros(q, *square.shape[1:]).index_add(0, one.design.codes, square)
-        root = one.root().to(like)
-        inner = root.mT @ own @ root + torch.eye(len(root), dtype=like.dtype, device=like.device)
-        half = torch.linalg.solve_triangular(cholesky(inner, "V"), root.mT, upper=False)
-        return half.mT @ half
+        return _given(own, one.root().to(like))
 
     def _solve(self, S: Tensor, rest: Sequence[Factor], starts: Sequence[int], q: int) -> None:
         """C from what the first factor leaves of the equations."""
@@ -233,6 +314,18 @@ class JointErrors(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
+def _given(own: Tensor, root: Tensor) -> Tensor:
+    r""":math:`(Z_l^\top R^{-1} Z_l + G^{-1})^{-1}` of each level, with :math:`G = ΛΛ^\top`."""
+    inner = root.mT @ own @ root + torch.eye(len(root), dtype=own.dtype, device=own.device)
+    half = torch.linalg.solve_triangular(cholesky(inner, "V"), root.mT, upper=False)
+    return half.mT @ half
+
+
+def _effects_of(levels: Tensor, k: int) -> Tensor:
+    """Columns of the k effects of some levels, (cells, k)."""
+    return levels[:, None] * k + torch.arange(k, device=levels.device)
+
+
 def _products(a: Factor, b: Factor, precision: Tensor, like: Tensor) -> Tensor:
     r""":math:`Z_a^\top R^{-1} Z_b` as a matrix (q_a, q_b)."""
     block = a.values(like)[:, :, None] * b.values(like)[:, None, :] * precision[:, None, None]
@@ -295,6 +388,30 @@ class _Cells:
         count = torch.bincount(key // width, minlength=levels) if width else level.new_zeros(levels)
         starts = torch.cat([level.new_zeros(1), count.cumsum(0)])
         return cls(starts, key % width if width else key, torch.cat(entries)[order])
+
+    @classmethod
+    def sorted(
+        cls,
+        levels: int,
+        width: int,
+        parts: Sequence[tuple[Tensor, Tensor, Tensor]],
+        like: Tensor,
+        k: int,
+    ) -> _Cells:
+        """From levels, columns and entries (cells, k) in any order."""
+        none = torch.zeros(0, dtype=torch.long, device=like.device)
+        level = torch.cat([none, *(a for a, _, _ in parts)])
+        column = torch.cat([none, *(b for _, b, _ in parts)])
+        order = (level * max(width, 1) + column).argsort()
+        count = torch.bincount(level, minlength=levels)
+        starts = torch.cat([none.new_zeros(1), count.cumsum(0)])
+        entries = torch.cat([like.new_zeros(0, k), *(value for _, _, value in parts)])
+        return cls(starts, column[order], entries[order])
+
+    def first(self, levels: int) -> _Cells:
+        """Those of the first levels."""
+        count = int(self.starts[levels])
+        return _Cells(self.starts[: levels + 1], self.columns[:count], self.entries[:count])
 
     def levels(self) -> Tensor:
         """Level of each cell."""
