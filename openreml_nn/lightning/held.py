@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from openreml_nn.estimation.outcome import outcome
+from openreml_nn.lightning.table import TableModel
 from openreml_nn.likelihood.loss import Objective, REMLLoss
 from openreml_nn.likelihood.plan import Plan
 from openreml_nn.model import MixedModel
+from openreml_nn.result.result import Record, Result
 from openreml_nn.support.errors import InputError
 
 __all__ = ["Held"]
@@ -78,3 +81,9 @@ class Held:
         assert self._batch is not None and self._output is not None
         with torch.autocast(self._output.device.type, enabled=False):
             self._model.update(self._batch, self._output)
+
+    def result(self, history: Sequence[Record], table: TableModel | None) -> Result:
+        """The result at the present parameters."""
+        _, y, X = self.data
+        names, labels = (None, {}) if table is None else (table.names(X.shape[1]), table.labels)
+        return outcome(self.objective, self.plan, y, X, history, names, labels)

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from lightning import LightningModule
 from lightning.fabric.utilities import move_data_to_device
-from lightning.fabric.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -89,14 +89,14 @@ class MixedModule(LightningModule):
             their number. Without one the mean is linear.
         head: with a network: ``"ml"`` adds a linear layer that makes the mean of the features,
             ``"gls"`` takes them, and a constant, as X. A linear mean is of head ``"gls"``.
-        residual: with a formula: a network, as before, for the log-variance of the residual; one
-            variance by default.
+        residual, weights: with a formula: structure of the residuals and column of weights, as in
+            :func:`lmm`; or a network, as before, for the log-variance of the residual, or a matrix.
         kernels: with a formula: for a grouping factor the config of a covariance between its
             levels by their distance, such as ``{"plot": {"_target_":
             "openreml_nn.covariance.MaternMatrix", "columns": ["east", "north"]}}``, with the
             columns that hold a level's place.
         categorical: with a formula: numeric columns to be taken as factors.
-        solver: with a formula: see :class:`REMLLoss`.
+        method, solver: with a formula: see :class:`MixedModel`.
         rows: rows of the mini-batches that a data module cuts the table into, and those of a part.
         scheduler: of the learning rate, stepped each epoch: a config, or a function from the
             optimizer.
@@ -128,9 +128,11 @@ class MixedModule(LightningModule):
         *,
         network: Network | None = None,
         head: str | None = None,
-        residual: Network | None = None,
+        residual: str | Network | None = None,
+        weights: str | None = None,
         kernels: Mapping[str, Mapping[str, Any]] | None = None,
         categorical: Sequence[str] = (),
+        method: str | None = None,
         solver: str = "auto",
         rows: int = 1024,
         scheduler: MakeScheduler | None = None,
@@ -145,8 +147,9 @@ class MixedModule(LightningModule):
         self.rows, self.seed = check_count("rows", rows, 1), check_count("seed", seed)
         given = {"optimizer": optimizer, "training": training, "scheduler": scheduler}
         given |= {"rows": rows, "seed": seed}
-        of_table = {"network": network, "head": head, "residual": residual, "kernels": kernels}
-        of_table |= {"categorical": list(categorical), "solver": solver}
+        of_table = {"network": network, "head": head, "residual": residual, "weights": weights}
+        of_table |= {"kernels": kernels, "categorical": list(categorical), "method": method}
+        of_table |= {"solver": solver}
         self.table: TableModel | None = None
         if isinstance(model, str):
             self.table = TableModel(model, **of_table)  # type: ignore[arg-type]
@@ -186,9 +189,11 @@ class MixedModule(LightningModule):
         if not self.has_network:
             return
         # Every process computes the covariance, and the BLUPs, from all rows.
-        kept = set(_state(model))
+        networks = _of_networks(model)
         names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
-        self._ddp_params_and_buffers_to_ignore = [f"model.{n}" for n in names if n in kept]
+        self._ddp_params_and_buffers_to_ignore = [
+            f"model.{name}" for name in names if not name.startswith(networks)
+        ]
 
     @property
     def encoder(self) -> Encoder:
@@ -219,7 +224,7 @@ class MixedModule(LightningModule):
         if stage == "fit":
             if self.table is not None:
                 data = attached(self, self.table.encoder)
-                data.divide(self.way.division, self.seed)
+                data.divide(None if self.way.needs_all_rows else self.way.division, self.seed)
                 if not hasattr(self, "model"):
                     self._adopt(self.table.built(data))
             # Without a network AI-REML takes its steps when a batch has been met.
@@ -559,22 +564,29 @@ def _made(make: Any, what: str, wants: type, *args: Any) -> Any:
     return make(*args)
 
 
+def _of_networks(model: MixedModel) -> tuple[str, ...]:
+    """How the names of the networks' parameters and buffers begin."""
+    found = [f"random.{name}.features." for name, _ in model.random.named_children()]
+    found += ["mean."] if isinstance(model.residual, Matrix) else ["mean.", "residual."]
+    return tuple(found)
+
+
 def _state(model: MixedModel) -> dict[str, Tensor]:
     """A copy of what is not the networks': the covariance and what was computed with it."""
-    networks = {f"random.{name}.features." for name, _ in model.random.named_children()}
-    networks |= {"mean."} | (set() if isinstance(model.residual, Matrix) else {"residual."})
+    networks = _of_networks(model)
     return {
         key: value.detach().clone()
         for key, value in model.state_dict().items()
-        if not key.startswith(tuple(networks))
+        if not key.startswith(networks)
     }
 
 
 def _mark(model: MixedModel) -> Tensor:
     """Numbers that change when a parameter or buffer of the networks changes."""
-    kept = set(_state(model))
-    parts = [v for key, v in model.state_dict().items() if key not in kept]
-    found = [x for v in parts for x in (v.double().sum(), v.double().norm())]
+    networks = _of_networks(model)
+    named = (*model.named_parameters(), *model.named_buffers())
+    parts = [value.detach().double() for key, value in named if key.startswith(networks)]
+    found = [x for v in parts for x in (v.sum(), v.norm())]
     return torch.stack(found).cpu() if found else torch.zeros(0)
 
 

@@ -1,23 +1,20 @@
-"""Mini-batches as a loader yields them, and what the random effects see of their rows."""
+"""Mini-batches as a loader yields them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance import Matrix
-from openreml_nn.model import MixedModel
+from openreml_nn.model.batch import Batch
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
 
-__all__ = ["Row", "as_batch", "blamed", "check_response", "random_rows", "residual_variance"]
+__all__ = ["as_batch", "blamed", "check_response"]
 
-Batch = Mapping[str, Any]
 _FORM = "a dict with 'x', 'y' and 'groups', or a tuple (x, y, group)"
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -107,85 +104,3 @@ def check_response(y: Any, n: int) -> None:
             f"`y` is {float(y[row])} in row {row}: a row without a response trains nothing, "
             "leave it out of the training rows"
         )
-
-
-@dataclass(frozen=True)
-class Row:
-    """What one random effect sees of some rows.
-
-    Attributes:
-        codes: (n,) levels, -1 for one that is not known.
-        values: (n, k) of the effects, None for ones.
-    """
-
-    codes: Tensor
-    values: Tensor | None
-
-    def z(self, like: Tensor) -> Tensor:
-        """The values in the dtype of ``like``, ones where there are none (n, k)."""
-        if self.values is None:
-            return like.new_ones(len(self.codes), 1)
-        return self.values.to(like.dtype)
-
-
-def random_rows(model: MixedModel, batch: Batch, n: int) -> dict[str, Row]:
-    """What each random effect sees of a batch of n rows; learned features keep their graph.
-
-    Raises:
-        InputError: if codes or values are missing, or do not fit.
-    """
-    groups, given = batch["groups"], batch.get("values") or {}
-    found = {}
-    for name, effect in model.effects().items():
-        if name not in groups:
-            raise InputError(f"it has no group {name!r} beside {sorted(map(str, groups))}")
-        codes = groups[name]
-        whole = isinstance(codes, Tensor) and codes.dtype in (torch.int64, torch.int32, torch.int16)
-        if not whole or codes.shape != (n,):
-            raise InputError(f"group {name!r} is {described(codes)}: expected {n} integers")
-        low, high = map(int, codes.aminmax()) if n else (0, 0)
-        if low < -1 or high >= effect.levels:
-            raise InputError(
-                f"group {name!r} has the code {low if low < -1 else high}: expected 0 to "
-                f"{effect.levels - 1}, or -1 for a level that is not known"
-            )
-        values = given.get(name) if effect.features is None else effect.features(batch["x"])
-        if values is None and effect.effects > 1:
-            raise InputError(
-                f"random effect {name!r} has {effect.effects} effects: expected their values as "
-                f"batch['values'][{name!r}], ({n}, {effect.effects})"
-            )
-        if values is not None and tuple(values.shape) != (n, effect.effects):
-            raise InputError(
-                f"values of {name!r} have shape {tuple(values.shape)}: expected "
-                f"({n}, {effect.effects})"
-            )
-        found[name] = Row(codes.long(), values)
-    return found
-
-
-def residual_variance(model: MixedModel, batch: Batch, n: int) -> Tensor:
-    r"""Variance of each row's residual, :math:`\sigma_i^2 / w_i`, (n,); of one, (1,).
-
-    Raises:
-        InputError: if the residual's network yields another shape, or a weight is not positive.
-    """
-    if isinstance(model.residual, Matrix):
-        found = model.residual().reshape(1)
-    else:
-        log_variance = model.residual(batch["x"])
-        if log_variance.numel() != n:
-            raise InputError(
-                f"`residual` yields {tuple(log_variance.shape)} for {n} rows: expected a "
-                f"log-variance for each, ({n},) or ({n}, 1)"
-            )
-        wide = torch.promote_types(log_variance.dtype, torch.float32)
-        found = log_variance.reshape(n).to(wide).exp()
-    weights = batch.get("weights")
-    if weights is None:
-        return found
-    if not isinstance(weights, Tensor) or weights.shape != (n,):
-        raise InputError(f"`weights` is {described(weights)}: expected ({n},)")
-    if not bool(((weights > 0) & torch.isfinite(weights)).all()):
-        raise InputError("`weights` has an entry that is not positive: expected positive numbers")
-    return found / weights.to(found)

@@ -16,24 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from openreml_nn.covariance import (
-    CovariancePropagation,
-    DummyMatrix,
-    IdentityMatrix,
-    KroneckerProduct,
-    Matrix,
-    ScalarMatrix,
-    Sum,
-)
+from openreml_nn.covariance import Matrix, ScalarMatrix, Sum
 from openreml_nn.covariance.params import operand_name
-from openreml_nn.lightning.rows import random_rows, residual_variance
+from openreml_nn.estimation.outcome import outcome
 from openreml_nn.lightning.sharing import processes
+from openreml_nn.lightning.table import TableModel
 from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import Plan
 from openreml_nn.likelihood.solvers.blocked import BlockedProblem
 from openreml_nn.likelihood.system.products import Statistics
-from openreml_nn.model import MixedModel, RandomEffect
+from openreml_nn.model import MixedModel, ResidualStructure
+from openreml_nn.model.batch import row_values
+from openreml_nn.model.residual import structure_of
+from openreml_nn.result.joint import Equations
+from openreml_nn.result.result import Record, Result
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.design import IndexedDesign
 
@@ -99,33 +96,39 @@ class Sums:
     _waiting: list[_Waiting] = field(default_factory=list)
     _rows: int = 0
 
+    def __post_init__(self) -> None:
+        residual = self.model.residual
+        correlated = isinstance(residual, Matrix) and residual.shape != (1, 1)
+        if correlated or isinstance(residual, ResidualStructure):
+            raise InputError(
+                "residuals that are correlated within groups need all rows at once: use "
+                "training='full' or 'parts'"
+            )
+
     @torch.no_grad()
     def add(self, batch: Mapping[str, Any], output: Tensor) -> None:
         """Add a batch with what the network has yielded for it."""
         n = len(output)
         y = batch["y"].double()
         response = y - output.detach().to(y)
-        rows = random_rows(self.model, batch, n)
-        root = None
+        offset = row_values(batch, "offset", n)
+        if offset is not None:
+            response = response - offset.to(response)
+        coded = {name: f.coded(name, batch, n) for name, f in self.model.effects().items()}
+        root, log_det = None, y.new_zeros(())
         if not isinstance(self.model.residual, Matrix):
-            variance = residual_variance(self.model, batch, n)
-        elif batch.get("weights") is not None:
-            variance = 1 / batch["weights"].double()
-        else:
-            variance = None
-        log_det = y.new_zeros(())
-        if variance is not None:
-            variance = variance.double()
+            variance = structure_of(self.model.residual).variances(batch, n).double()
             root, log_det = variance.rsqrt(), variance.log().sum()
-            response = response * root
-        values: list[Tensor | None] = []
-        for row in rows.values():
-            z = None if row.values is None and root is None else row.z(y).double()
-            values.append(z if root is None or z is None else z * root[:, None])
-        codes = [row.codes for row in rows.values()]
+        elif (weights := row_values(batch, "weights", n, positive=True)) is not None:
+            root, log_det = weights.double().sqrt(), -weights.double().log().sum()
+        values: list[Tensor | None] = [None if z is None else z.double() for _, z in coded.values()]
+        if root is not None:
+            response, column = response * root, root[:, None]
+            values = [column if z is None else z * column for z in values]
+        codes = [codes for codes, _ in coded.values()]
         if self.whole_groups:
-            for name, row in rows.items():
-                self._meet(name, row.codes.cpu())
+            for name, own in zip(coded, codes, strict=True):
+                self._meet(name, own.cpu())
         self._waiting.append(_Waiting(codes, values, response, log_det))
         self._rows += n
         if self._rows >= _WAITING:
@@ -153,7 +156,7 @@ class Sums:
         parts, self._waiting, self._rows = self._waiting, [], 0
         designs, unknown = [], []
         for t, effect in enumerate(self.model.effects().values()):
-            codes = torch.cat([part.codes[t] for part in parts]).cpu()
+            codes = torch.cat([part.codes[t] for part in parts]).cpu().long()
             absent = (codes < 0).nonzero()[:, 0]
             codes = codes.index_copy(0, absent, effect.levels + torch.arange(len(absent)))
             given = [part.values[t] for part in parts]
@@ -180,8 +183,8 @@ class Sums:
         """The sums of all processes' rows.
 
         Raises:
-            InputError: if there are none, or levels that are correlated have unknown ones beside
-                them.
+            InputError: if there are none, a level is in several batches where it must not be, or
+                levels that are correlated have unknown ones beside them.
         """
         self._fold()
         parts: list[_Total | None] = [self._total]
@@ -198,12 +201,6 @@ class Sums:
         total = there[0]
         for part in there[1:]:
             total = total + part
-        for (name, effect), count in zip(self.model.effects().items(), total.unknown, strict=True):
-            if count and not effect.is_per_level:
-                raise InputError(
-                    f"{count} training rows have no known level of {name!r}, whose levels are "
-                    "correlated: leave the rows out, or give their levels"
-                )
         return Summed(self.model, total.statistics, tuple(total.unknown))
 
 
@@ -233,29 +230,28 @@ class Summed:
         self.objective = Objective(covariance, problem, None)
 
     def _covariance(self) -> Matrix:
-        """The tree for a few rows, with all levels: the sums stand for the others."""
+        """The tree for a few rows, which have all levels: the sums stand for the others."""
         effects = self._model.effects()
         sizes = [size for size, _ in self._statistics.sizes]
         count = max(sizes) + len(sizes)
         grouping = self._groupings()
         parts: dict[str, Matrix] = {}
         for t, (name, effect) in enumerate(effects.items()):
-            # Different factors have different codes, whatever their numbers of levels.
-            codes = (torch.arange(count) + grouping[t]) % sizes[t]
+            # Different factors have different codes, whatever their numbers of levels. Each
+            # unknown level is there once.
+            row = torch.arange(count)
+            codes = torch.where(row < sizes[t], (row + grouping[t]) % sizes[t], 0)
+            codes = torch.where(codes < effect.levels, codes, -1)
             square = self._statistics.products.zz[t, t].diagonal(dim1=1, dim2=2).sum(0)
             values = (square / self._statistics.rows).sqrt().expand(count, -1).clone()
-            z = DummyMatrix.from_codes(codes, sizes[t], values)
-            operand = operand_name(name, {"residual"})
-            parts[operand] = CovariancePropagation(z=z, g=_with_levels(effect, sizes[t]))
+            parts[operand_name(name, {"residual"})] = effect.covariance(name, codes, values)
+        residual: Matrix
         if isinstance(self._model.residual, Matrix):
-            residual: Matrix = KroneckerProduct(
-                rows=IdentityMatrix(count), residual=self._model.residual
-            )
+            residual = structure_of(self._model.residual).covariance({}, count)
         else:
             residual = ScalarMatrix(count).double()
             residual.fix("sigma^2", 0.0)
-        parts["residual"] = residual
-        return Sum(parts)
+        return Sum({**parts, "residual": residual})
 
     def _groupings(self) -> list[int]:
         """For each random effect the first one of the same grouping factor."""
@@ -271,34 +267,29 @@ class Summed:
 
     def update(self) -> None:
         """Store BLUPs and what their variances need in the model."""
-        model = self._model
+        model, statistics = self._model, self._statistics
         evaluation = self.objective.evaluate()
-        for (_, effect), found in zip(
-            model.effects().items(), evaluation.random_effects(), strict=True
-        ):
-            q, k = effect.blup.shape
-            effect.blup.copy_(found.values.reshape(-1, k)[:q])
-            effect.variance.copy_(found.variances.reshape(-1, k, k)[:q])
-        covariances = [
-            e.prior() if e.is_per_level else e.g() for e in model.effects().values()
-        ]
+        none = self.objective.problem.fixed.aliases
+        model.remember(evaluation.random, evaluation.fixed, none)
         variance = 1.0
         if isinstance(model.residual, Matrix):
             variance = float(model.residual())
-        model.joint.update_from(
-            self._statistics,
-            [G.detach().cpu().double() for G in covariances],
-            [e.is_per_level for e in model.effects().values()],
-            self._unknown,
-            variance,
+        *random, _ = self.objective.terms()
+        pattern, products = statistics.ordered(range(len(statistics.sizes)))
+        model.joint.update(
+            [term.detach().covariance for term in random],
+            statistics.sizes,
+            0,
+            lambda: Equations(statistics.sizes, pattern, products.scaled(1 / variance), none),
         )
 
-
-def _with_levels(effect: RandomEffect, levels: int) -> Matrix:
-    """Its G for more levels than are known."""
-    if levels == effect.levels:
-        return effect.g
-    assert isinstance(effect.g, KroneckerProduct)
-    own = effect.g.operands["effects"]
-    assert isinstance(own, Matrix)
-    return KroneckerProduct(levels=IdentityMatrix(levels), effects=own)
+    def result(self, history: Sequence[Record], table: TableModel | None) -> Result:
+        """The result at the present parameters."""
+        labels = {} if table is None else table.labels
+        found = outcome(self.objective, self.plan, None, None, history, [], labels)
+        levels = [effect.levels for effect in self._model.effects().values()]
+        random = tuple(
+            replace(r, values=r.values[:q], variances=r.variances[:q])
+            for r, q in zip(found.random, levels, strict=True)
+        )
+        return replace(found, random=random)

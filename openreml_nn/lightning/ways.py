@@ -17,17 +17,19 @@ from torch.utils.checkpoint import checkpoint
 from openreml_nn.covariance import Matrix
 from openreml_nn.lightning.batches import connected_rows, in_order, whole
 from openreml_nn.lightning.held import Held
-from openreml_nn.lightning.rows import Row, check_response, random_rows, residual_variance
+from openreml_nn.lightning.rows import check_response
 from openreml_nn.lightning.sharing import all_batches, gather, gather_parts, processes, share, total
 from openreml_nn.lightning.sums import Sums
-from openreml_nn.model import MixedModel, RandomEffect, take
+from openreml_nn.model import MixedModel, take
+from openreml_nn.model.batch import Batch, row_values, split
+from openreml_nn.model.residual import structure_of
 from openreml_nn.support.checks import check_choice
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.design import IndexedDesign
 
 __all__ = ["WAYS", "Alternating", "Composite", "Full", "Groups", "Parts", "Way", "way_of"]
 
-Batch = Mapping[str, Any]
+Coded = Mapping[str, tuple[Tensor, Tensor | None]]
 
 
 class Way:
@@ -108,24 +110,36 @@ class Alternating(Way):
 
     def loss(self, model: MixedModel, batch: Batch) -> tuple[Tensor, Tensor]:
         output = self.output(model, batch)
-        n = len(output)
-        check_response(batch["y"], n)
+        check_response(batch["y"], len(output))
         with torch.autocast(output.device.type, enabled=False):
-            e = batch["y"] - output.to(batch["y"].dtype)
-            rows = random_rows(model, batch, n)
-            variance = residual_variance(model, batch, n)
-            square = (e - _random_part(model, rows, e)) ** 2
-            moves = not isinstance(model.residual, Matrix)
-            if moves or any(effect.features is not None for effect in model.effects().values()):
-                square = square + _spread(model, rows).to(square)
-            variance = (variance + _unknown_variance(model, rows, variance)).to(square)
-            if not moves:
+            y, n = batch["y"], len(output)
+            e = y - output.to(y.dtype)
+            offset = row_values(batch, "offset", n)
+            if offset is not None:
+                e = e - offset.to(e)
+            coded = {name: f.coded(name, batch, n) for name, f in model.effects().items()}
+            variance = structure_of(model.residual).variances(batch, n)
+            square = (e - _random_part(model, coded, e)) ** 2
+            if _is_uneven(model):
+                square = square + _spread(model, coded).to(square)
+            else:
                 variance = variance.detach()
+            variance = (variance + _unknown_variance(model, coded, variance)).to(square)
             found = (variance.log() + square / variance).sum() / 2 + n * log(2 * pi) / 2
         return found / total(n, found.device) * processes(), output
 
+    def check(self, model: MixedModel) -> None:
+        super().check(model)
+        Sums(model)
 
-def _random_part(model: MixedModel, rows: Mapping[str, Row], like: Tensor) -> Tensor:
+
+def _is_uneven(model: MixedModel) -> bool:
+    """Whether a network yields the residuals' variances or values of random effects."""
+    effects = model.effects().values()
+    return not isinstance(model.residual, Matrix) or any(e.features is not None for e in effects)
+
+
+def _random_part(model: MixedModel, coded: Coded, like: Tensor) -> Tensor:
     """What the BLUPs explain (n,).
 
     At the optimum intercepts' BLUPs have no mean: it is the network's to learn, which takes it up
@@ -133,46 +147,47 @@ def _random_part(model: MixedModel, rows: Mapping[str, Row], like: Tensor) -> Te
     """
     found = torch.zeros_like(like)
     for name, effect in model.effects().items():
-        row = rows[name]
+        codes, values = coded[name]
         blup = effect.blup
-        if row.values is None and effect.is_per_level:
+        if values is None and effect.is_per_level:
             blup = blup - blup.mean()
-        b = blup.to(like)[row.codes.clamp(min=0)]
-        known = (row.codes >= 0).to(like)
-        part = b[:, 0] if row.values is None else (row.z(like) * b).sum(1)
-        found = found + known * part
+        b = blup.to(like)[codes.clamp(min=0)]
+        part = b[:, 0] if values is None else (values.to(like) * b).sum(1)
+        found = found + torch.where(codes >= 0, part, 0)
     return found
 
 
-def _spread(model: MixedModel, rows: Mapping[str, Row]) -> Tensor:
+def _spread(model: MixedModel, coded: Coded) -> Tensor:
     """Variance of what the BLUPs explain, given the data (n,); zero before there were any."""
     effects = model.effects()
     like = next(iter(effects.values())).blup
-    n = len(next(iter(rows.values())).codes)
+    n = len(next(iter(coded.values()))[0])
     if not bool(model.joint.is_known):
         return like.new_zeros(n)
+    model.joint.settle()
+    designs = [
+        IndexedDesign(codes, like.new_ones(n, 1) if z is None else z.to(like), effects[name].levels)
+        for name, (codes, z) in coded.items()
+    ]
     if bool(model.joint.is_exact):
-        designs = [IndexedDesign(r.codes, r.z(like), effects[name].levels) for name, r in rows.items()]
         return model.joint.variance(designs, like.new_zeros(n, 0))
     found = like.new_zeros(n)
-    for name, effect in effects.items():
-        row = rows[name]
-        z, own = row.z(like), effect.variance[row.codes.clamp(min=0)]
-        found = found + (row.codes >= 0) * torch.einsum("nk,nkl,nl->n", z, own, z)
+    for effect, design in zip(effects.values(), designs, strict=True):
+        z, own = design.values, effect.variance[design.codes]
+        found = found + torch.einsum("nk,nkl,nl->n", z, own, z)
     return found
 
 
-def _unknown_variance(model: MixedModel, rows: Mapping[str, Row], like: Tensor) -> Tensor:
+def _unknown_variance(model: MixedModel, coded: Coded, like: Tensor) -> Tensor:
     """Prior variance of the effects of levels that are not known, (n,) or (1,)."""
     found = torch.zeros_like(like[:1])
     for name, effect in model.effects().items():
-        row = rows[name]
-        unknown = row.codes < 0
+        codes, values = coded[name]
+        unknown = codes < 0
         if bool(unknown.any()):
-            with torch.no_grad():
-                prior = effect.prior()
-            z = row.z(prior)
-            found = found + unknown * torch.einsum("nk,kl,nl->n", z, prior, z)
+            prior = effect.prior().detach()
+            z = prior.new_ones(len(codes), 1) if values is None else values.to(prior)
+            found = found + torch.where(unknown, torch.einsum("nk,kl,nl->n", z, prior, z), 0)
     return found
 
 
@@ -219,8 +234,8 @@ class Groups(Composite):
 
     def check(self, model: MixedModel) -> None:
         super().check(model)
-        effects: dict[str, RandomEffect] = model.effects()
-        if correlated := [name for name, effect in effects.items() if not effect.is_per_level]:
+        effects = model.effects().items()
+        if correlated := [name for name, effect in effects if not effect.is_per_level]:
             raise InputError(
                 f"the levels of {correlated[0]!r} are correlated, so that no mini-batch is "
                 "independent of the others: use training='parts', 'alternating' or 'composite'"
@@ -267,23 +282,13 @@ class Full(Way):
     def rows(self, model: MixedModel) -> Sums | Held:
         return Held(model)
 
-    def division(self, batch: Batch) -> Callable[[torch.Generator], list[Tensor]]:
-        """All rows, in their order."""
-        every = torch.arange(len(batch["y"]), device=batch["y"].device)
-        return lambda generator: [every]
-
 
 class Parts(Full):
     """The same step in the memory of a few rows: the network runs on some rows at a time, and
     again when their gradient comes back."""
 
     def _run(self, model: MixedModel, x: Any) -> Tensor:
-        first = x
-        while not isinstance(first, Tensor):
-            first = next(iter(first.values() if isinstance(first, Mapping) else first))
-        parts = [
-            take(x, slice(i, i + self.row_count)) for i in range(0, len(first), self.row_count)
-        ]
+        parts = split(x, self.row_count)
         return torch.cat(
             [checkpoint(model, {"x": part}, use_reentrant=False) for part in parts]  # type: ignore[misc]
         )

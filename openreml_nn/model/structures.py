@@ -51,6 +51,19 @@ def residual_covariance(encoded: Encoded) -> Matrix:
     return ScalarMatrix(len(encoded.X))
 
 
+def residual_matrix(encoded: Encoded) -> Matrix:
+    """The covariance of the positions within a group of rows, (T, T), or the variance of each row,
+    (1, 1)."""
+    if encoded.residual is None:
+        return ScalarMatrix(1)
+    return {
+        "ar1": AR1Matrix,
+        "cs": CompoundSymmetricMatrix,
+        "us": UnstructuredMatrix,
+        "diag": DiagonalMatrix,
+    }[encoded.residual.kind](len(encoded.residual.positions))
+
+
 def covariance_of(encoded: Encoded) -> Matrix:
     r"""The covariance tree :math:`\sum_t Z_t G_t Z_t^\top + R` of the rows of a table."""
     parts: dict[str, Matrix] = {}
