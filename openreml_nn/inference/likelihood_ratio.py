@@ -150,7 +150,7 @@ def _check_same_data(small: Result, large: Result) -> None:
             f"the fits are of different data, {small.rows} and {large.rows} rows: fit both to "
             "the same rows (missing values may have removed some)"
         )
-    weights = [getattr(source_of(fit).encoder, "weights", None) for fit in (small, large)]
+    weights = [getattr(fit.encoder, "weights", None) for fit in (small, large)]
     if weights[0] != weights[1]:
         raise InputError(
             f"the fits have weights {weights[0]!r} and {weights[1]!r}: fit both with the same"

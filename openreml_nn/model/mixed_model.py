@@ -38,6 +38,7 @@ from openreml_nn.model.random_effect import Effects, RandomEffect
 from openreml_nn.model.residual import ResidualStructure, structure_of
 from openreml_nn.result.joint import Equations, JointErrors
 from openreml_nn.result.prediction import KnownEffect, Prediction, lowered, predicted
+from openreml_nn.result.result import FixedEffects
 from openreml_nn.result.tables import table_of_blups
 from openreml_nn.support.checks import (
     check_choice,
@@ -379,7 +380,7 @@ class MixedModel(nn.Module):
 
     @torch.no_grad()
     def remember(
-        self, random: Sequence[RandomEffects], fixed: Coefficients, aliases: Tensor
+        self, random: Sequence[RandomEffects], fixed: Coefficients | FixedEffects, aliases: Tensor
     ) -> None:
         """Take up BLUPs and coefficients.
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 from torch import Tensor
 
 from openreml_nn.covariance import Matrix
 from openreml_nn.result.joint import JointErrors
-from openreml_nn.support.checks import check_number
+from openreml_nn.support.checks import check_instance, check_number
 from openreml_nn.terms.covariance import (
     Covariance,
     DenseCovariance,
@@ -22,7 +23,15 @@ from openreml_nn.terms.covariance import (
 from openreml_nn.terms.design import IdentityDesign, IndexedDesign
 from openreml_nn.terms.kernel import Kernel
 
-__all__ = ["KnownEffect", "Prediction", "interval", "lowered", "predicted", "prior_of"]
+__all__ = [
+    "KnownEffect",
+    "Prediction",
+    "interval",
+    "lowered",
+    "predict_table",
+    "predicted",
+    "prior_of",
+]
 
 
 class Prediction(NamedTuple):
@@ -124,6 +133,41 @@ def _error_variance(
         own = effect.variances[design.codes].to(X)
         found = found + torch.einsum("nk,nkl,nl->n", design.values, own, design.values)
     return found
+
+
+def predict_table(
+    encoder: Any, model: Any, table: pd.DataFrame, level: float = 0.95
+) -> pd.DataFrame:
+    """Predictions for the rows of a table, with its index; rows with missing values are left out.
+
+    Args:
+        encoder: makes a batch of a table, an :class:`openreml_nn.table.Encoder`.
+        model: predicts for a batch, an :class:`openreml_nn.MixedModel`.
+        table: with the columns of the formula; the response is not needed.
+        level: probability that a new observation is between ``low`` and ``high``.
+
+    Returns:
+        A data frame with the columns ``mean``, ``variance``, ``population_mean``, ``low``, ``high``.
+
+    Raises:
+        InputError: if a column is missing, or a level of a factor of the fixed effects is unknown.
+        TypeError: if ``table`` is no data frame.
+    """
+    check_instance("table", table, pd.DataFrame, "a data frame")
+    check_number("level", level, above=0, below=1)
+    encoded = encoder.transform(table)
+    found = model.predict(_moved(encoded.batch(), model.beta.device))
+    low, high = interval(found.mean, found.variance, level)
+    columns = {**found._asdict(), "low": low, "high": high}
+    values = {name: value.double().numpy(force=True) for name, value in columns.items()}
+    return pd.DataFrame(values, index=table.index[encoded.rows])
+
+
+def _moved(x: Any, device: torch.device) -> Any:
+    """The tensors of a batch on a device."""
+    if isinstance(x, Mapping):
+        return {key: _moved(item, device) for key, item in x.items()}
+    return x.to(device)
 
 
 def interval(mean: Tensor, variance: Tensor, level: float = 0.95) -> tuple[Tensor, Tensor]:
