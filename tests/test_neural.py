@@ -6,10 +6,11 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from openreml_nn import MixedModel, RandomEffect
 from openreml_nn.covariance import KnownMatrix
-from openreml_nn.lightning import ExportBLUPs, NeuralMixedModule, TraceVariances
+from openreml_nn.lightning import ExportBLUPs, MixedModule, TraceVariances, WholeGroups
 from openreml_nn.lightning.batches import connected_rows, whole
 from openreml_nn.model import take
 from tests import sharing
@@ -33,7 +34,19 @@ def module(head="ml", training="alternating", mean=None, **options):
     )
     model = MixedModel(mean, {"g": RandomEffect(20)}, head=head)
     adam = {"_target_": "torch.optim.Adam", "lr": 0.02}
-    return NeuralMixedModule(model, data(), adam, training, **options)
+    return MixedModule(model, adam, training, **options)
+
+
+def loader(way="alternating", rows=None, size=64):
+    """A loader of the rows that suits the way of training."""
+    rows = rows or data()
+    if way in ("full", "parts"):
+        return DataLoader([rows], batch_size=None)
+    tensors = TensorDataset(rows["x"], rows["y"], *rows["groups"].values())
+    if way == "groups":
+        sampler = WholeGroups(rows["groups"], 150)
+        return DataLoader(tensors, batch_sampler=sampler)
+    return DataLoader(tensors, size, shuffle=True)
 
 
 def quiet(epochs, **options):
@@ -42,15 +55,15 @@ def quiet(epochs, **options):
     return Trainer(max_epochs=epochs, **{**off, **options})
 
 
-def train(found, epochs, **options):
+def train(found, epochs, rows=None, **options):
     torch.manual_seed(0)
     trainer = quiet(epochs, **options)
-    trainer.fit(found)
+    trainer.fit(found, loader(type(found.way).__name__.lower()) if rows is None else rows)
     return trainer
 
 
 def variances(found):
-    return [estimate.value for estimate in found.variances()]
+    return [estimate.value for estimate in found.result.parameters]
 
 
 @pytest.mark.parametrize(

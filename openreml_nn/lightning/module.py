@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from types import NoneType
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 import pandas as pd
 import torch
 from lightning import LightningModule
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -33,7 +33,8 @@ from openreml_nn.lightning.table import Network, TableModel
 from openreml_nn.lightning.ways import Way, way_of
 from openreml_nn.metrics import gaussian_negative_log_density, interval_coverage
 from openreml_nn.model import MixedModel, Prediction
-from openreml_nn.result.result import Record, Result
+from openreml_nn.result import Record, Result
+from openreml_nn.result.prediction import predict_table
 from openreml_nn.support.checks import check_count, check_instance, check_maker
 from openreml_nn.support.errors import InputError
 from openreml_nn.support.instantiate import build
@@ -145,14 +146,23 @@ class MixedModule(LightningModule):
                 check_maker(name, make)
         check_instance("training", training, (str, Way, NoneType), "a word, or None")
         self.rows, self.seed = check_count("rows", rows, 1), check_count("seed", seed)
-        given = {"optimizer": optimizer, "training": training, "scheduler": scheduler}
+        given: dict[str, Any] = {
+            "optimizer": optimizer,
+            "training": training,
+            "scheduler": scheduler,
+        }
         given |= {"rows": rows, "seed": seed}
-        of_table = {"network": network, "head": head, "residual": residual, "weights": weights}
+        of_table: dict[str, Any] = {
+            "network": network,
+            "head": head,
+            "residual": residual,
+            "weights": weights,
+        }
         of_table |= {"kernels": kernels, "categorical": list(categorical), "method": method}
         of_table |= {"solver": solver}
         self.table: TableModel | None = None
         if isinstance(model, str):
-            self.table = TableModel(model, **of_table)  # type: ignore[arg-type]
+            self.table = TableModel(model, **of_table)
             given |= {"model": model, **of_table}
             model_head = self.table.head
         else:
@@ -171,6 +181,29 @@ class MixedModule(LightningModule):
         self._forget()
         if isinstance(model, MixedModel):
             self._adopt(model)
+
+    @classmethod
+    def of(cls, result: Result, **options: Any) -> MixedModule:
+        """The module of a linear fit that was made elsewhere, such as by :func:`lmm`: its
+        checkpoint serves predictions.
+
+        Args:
+            result: the fit.
+            **options: the fit's ``residual``, ``weights`` and ``categorical``, where it had them.
+
+        Raises:
+            InputError: if the result has no formula, and so cannot predict.
+        """
+        check_instance("result", result, Result)
+        if result.formula is None or result.model is None:
+            raise InputError("`result` has no formula: expected one of a fit by lmm()")
+        model = copy.deepcopy(result.model)
+        found = cls(result.formula, method=model.method, **options)
+        assert found.table is not None
+        found.table.adopt(result)
+        found._adopt(model)
+        found.result = result
+        return found
 
     def _forget(self) -> None:
         """The state of a fit before its first step."""
@@ -286,11 +319,11 @@ class MixedModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Say how many rows a sampler repeats, and take up the state of a resumed run."""
-        sampler = getattr(self.trainer.train_dataloader, "sampler", None)
-        if isinstance(sampler, DistributedSampler):
+        loader: Any = self.trainer.train_dataloader
+        sampler = getattr(loader, "sampler", None)
+        if isinstance(sampler, DistributedSampler) and loader.batch_size is not None:
             n, size = len(sampler.dataset), sampler.total_size  # type: ignore[arg-type]
-            batched = self.trainer.train_dataloader.batch_size is not None
-            if size > n and batched and self.trainer.is_global_zero:
+            if size > n and self.trainer.is_global_zero:
                 warnings.warn(
                     f"the sampler repeats {size - n} of {n} training rows, so that all processes "
                     "have as many: these count twice",
@@ -399,7 +432,10 @@ class MixedModule(LightningModule):
             self.history += iterate(gathered.objective, _LAST_STEPS)
         gathered.update()
         self._settled = mark, _state(self.model)
-        self.result = gathered.result(self.history, self.table)
+        found = gathered.result(self.history, self.table)
+        name = type(self.trainer.optimizers[0]).__name__ if self.trainer.optimizers else "AIREML"
+        found = replace(found, optimizer=name, model=copy.deepcopy(self.model))
+        self.result = found if self.table is None else self.table.completed(found)
 
     # ------------------------------------------------------------------ the present parameters
 
@@ -412,7 +448,7 @@ class MixedModule(LightningModule):
 
     def _read(self) -> Summed | Held:
         trainer, sums = self.trainer, self.way.rows(self.model)
-        loader = trainer.train_dataloader
+        loader: Any = trainer.train_dataloader
         if isinstance(loader, DataLoader) and loader.persistent_workers:
             # Its own iterator may be at work.
             loader = copy.copy(loader)
@@ -516,23 +552,19 @@ class MixedModule(LightningModule):
         with blamed("prediction", batch_idx):
             return self.model.predict(as_batch(batch, list(self.model.effects()), False))
 
-    def predict(self, table: pd.DataFrame) -> pd.DataFrame:
-        """Mean, variance and population mean for the rows of a table, with its index; rows with
-        missing values are left out.
+    def predict(self, table: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
+        """Predictions for the rows of a table, as :meth:`Result.predict` makes them, at the
+        present parameters.
 
         Raises:
             InputError: if a column is missing, a level of a fixed factor is unknown, or the
                 module, which must be of a formula, was neither fitted nor loaded.
         """
-        check_instance("table", table, pd.DataFrame, "a data frame")
         if self.table is None:
             raise InputError("the module has no formula: predict batches by module.model.predict")
         if not hasattr(self, "model"):
             raise InputError("the module has no estimates: fit it or load a checkpoint")
-        encoded = self.table.encoder.transform(table)
-        found = self.model.predict(move_data_to_device(self.table.batch(encoded), self.device))
-        columns = {name: value.numpy(force=True) for name, value in found._asdict().items()}
-        return pd.DataFrame(columns, index=table.index[encoded.rows])
+        return predict_table(self.table.encoder, self.model, table, level)
 
     # ------------------------------------------------------------------ checkpoints
 

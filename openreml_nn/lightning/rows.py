@@ -48,7 +48,9 @@ def as_batch(batch: Any, names: Sequence[str], has_response: bool = True) -> Bat
         raise InputError(f"it is {described(batch)}: expected {_FORM}")
     for key in ("x", "y", "groups") if has_response else ("x", "groups"):
         if key not in batch:
-            raise InputError(f"it has no {key!r} beside {sorted(map(str, batch))}: expected {_FORM}")
+            raise InputError(
+                f"it has no {key!r} beside {sorted(map(str, batch))}: expected {_FORM}"
+            )
     return {**batch, "groups": _by_name(batch["groups"], names)}
 
 

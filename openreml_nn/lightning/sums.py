@@ -55,9 +55,7 @@ class _Total:
     def __add__(self, other: _Total) -> _Total:
         """Of the rows of both; the unknown levels of the two are different ones."""
         unknown = [a + b for a, b in zip(self.unknown, other.unknown, strict=True)]
-        known = [
-            size - a for (size, _), a in zip(self.statistics.sizes, self.unknown, strict=True)
-        ]
+        known = [size - a for (size, _), a in zip(self.statistics.sizes, self.unknown, strict=True)]
         sizes = [q + m for q, m in zip(known, unknown, strict=True)]
         own, theirs = [], []
         for q, a, b in zip(known, self.unknown, other.unknown, strict=True):

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import log
 from typing import Any
 
 import pandas as pd
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
 from openreml_nn.covariance import Matrix
+from openreml_nn.estimation.fit import moment_start
 from openreml_nn.lightning.data import MixedModelDataModule
-from openreml_nn.likelihood.fixed import check_data
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.likelihood.solvers.dense import check_method
-from openreml_nn.estimation.fit import moment_start
 from openreml_nn.model import HEADS, MixedModel, RandomEffect
 from openreml_nn.model.structures import effect_covariance, labels_of, residual_matrix
-from openreml_nn.result.result import Label
+from openreml_nn.result import Label, Result
 from openreml_nn.support.checks import (
     check_choice,
     check_instance,
@@ -86,6 +87,8 @@ class TableModel:
             network, residual, method, solver
         )  # fmt: skip
         self._names: tuple[str, ...] = ()
+        self._columns = 0
+        self._data: MixedModelDataModule | None = None
         self._kernels = dict(kernels or {})
         self._coordinates: dict[str, Tensor] = {}
         groups = [":".join(part.factors) for part in self.encoder.formula.random]
@@ -98,7 +101,7 @@ class TableModel:
 
     def built(self, data: MixedModelDataModule) -> MixedModel:
         """The model for the data module's table, with a start in the units of its response."""
-        self.encoder, encoded = data.encoder, data.encoded
+        self._data, self.encoder, encoded = data, data.encoder, data.encoded
         for design in encoded.random:
             if design.group in self._kernels:
                 table = data.table.iloc[encoded.rows]
@@ -107,7 +110,7 @@ class TableModel:
         model = self._made(encoded)
         if self._network is None:
             loss, y, X = model.data(model(batch := encoded.batch()), batch)
-            check_data(y, X)
+            loss.names = self._names
             moment_start(loss, y, X)
         return model
 
@@ -127,6 +130,7 @@ class TableModel:
 
     def _made(self, encoded: Encoded) -> MixedModel:
         self.labels, self._names = labels_of(encoded), encoded.names
+        self._columns = len(encoded.names)
         y = encoded.X.new_tensor([0.0, 1.0]) if encoded.y is None else encoded.adjusted
         variance = float(y.var())
         count = max(len(encoded.random), 1)
@@ -174,7 +178,29 @@ class TableModel:
         effect.g.moment_start(torch.full((size,), variance / 2, dtype=torch.float64))
         return effect
 
-    # ------------------------------------------------------------------ names
+    # ------------------------------------------------------------------ results
+
+    def completed(self, result: Result) -> Result:
+        """A result with what the table says: fitted values, names, and how it predicts."""
+        data, source = self._data, result.source
+        assert data is not None
+        encoded = data.encoded
+        fitted = result.model.predict(
+            move_data_to_device(encoded.batch(), result.model.beta.device)
+        )
+        y = fitted.mean.new_tensor(encoded.y)
+        if source is not None:
+            cells = self.encoder.cells(data.table.iloc[encoded.rows])
+            source = replace(source, means=self.encoder.learned.means, cells=cells)
+        return replace(
+            result,
+            fitted=fitted.mean,
+            residuals=y - fitted.mean,
+            formula=self.encoder.formula.text,
+            dropped_rows=encoded.dropped_rows,
+            encoder=self.encoder,
+            source=source,
+        )
 
     def names(self, p: int) -> list[str]:
         """Names of the p columns of X."""
@@ -182,13 +208,17 @@ class TableModel:
             return list(self._names)
         return [f"feature{j}" if j else "(Intercept)" for j in range(p)]
 
+    def adopt(self, result: Result) -> None:
+        """Take what the formula learned in a fit that was made elsewhere."""
+        self.encoder, self._columns = result.encoder, len(result.fixed.aliases)
+
     # ------------------------------------------------------------------ checkpoints
 
     def to_dict(self) -> dict[str, Any]:
         """What the formula learned from the table, for a checkpoint."""
         return {
             "encoder": self.encoder.learned.to_dict(),
-            "columns": len(self._names),
+            "columns": self._columns,
             "coordinates": self._coordinates,
         }
 

@@ -252,7 +252,7 @@ def _joined(batches: list[Batch]) -> Batch:
     if isinstance(first, tuple | list):
         parts = [_joined(list(part)) for part in zip(*batches, strict=True)]
         return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
-    return torch.cat(batches)  # type: ignore[arg-type,return-value]
+    return torch.cat(batches)
 
 
 # ---------------------------------------------------------------------- all rows at once
@@ -289,9 +289,7 @@ class Parts(Full):
 
     def _run(self, model: MixedModel, x: Any) -> Tensor:
         parts = split(x, self.row_count)
-        return torch.cat(
-            [checkpoint(model, {"x": part}, use_reentrant=False) for part in parts]  # type: ignore[misc]
-        )
+        return torch.cat([checkpoint(model, {"x": part}, use_reentrant=False) for part in parts])
 
 
 WAYS: dict[str, type[Way]] = {
