@@ -271,7 +271,7 @@ class Summed:
         model.remember(evaluation.random, evaluation.fixed, none)
         variance = 1.0
         if isinstance(model.residual, Matrix):
-            variance = float(model.residual())
+            variance = float(model.residual().detach())
         *random, _ = self.objective.terms()
         pattern, products = statistics.ordered(range(len(statistics.sizes)))
         model.joint.update(
