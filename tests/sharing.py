@@ -26,7 +26,7 @@ def train(processes, training, head, path, n=204):
     module = MixedModule(model, sgd, training, rows=64)
     batch = {"x": x, "y": y, "groups": {"g": codes}}
     rows = {
-        "alternating": lambda: DataLoader(TensorDataset(x, y, codes), 64 // processes),
+        "alternating": lambda: DataLoader(TensorDataset(x, y, codes), batch_sampler=Every(n)),
         "groups": lambda: WholeGroupsOf(batch, processes),
     }.get(training, lambda: DataLoader([batch], batch_size=None))
     trainer = Trainer(
@@ -34,7 +34,7 @@ def train(processes, training, head, path, n=204):
         accelerator="cpu",
         devices=processes,
         strategy="ddp_fork" if processes > 1 else "auto",
-        use_distributed_sampler=training == "alternating",
+        use_distributed_sampler=False,
         callbacks=[Written(path)],
         logger=False,
         enable_checkpointing=False,
@@ -42,6 +42,21 @@ def train(processes, training, head, path, n=204):
         enable_model_summary=False,
     )
     trainer.fit(module, rows())
+
+
+class Every:
+    """Mini-batches of 64 rows, of which each process has its share, one process all."""
+
+    def __init__(self, n):
+        self.rows = torch.arange(n).split(64)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __iter__(self):
+        known = distributed.is_initialized()
+        rank, size = (distributed.get_rank(), distributed.get_world_size()) if known else (0, 1)
+        return iter([rows[rank::size].tolist() for rows in self.rows])
 
 
 class WholeGroupsOf:

@@ -65,12 +65,17 @@ class WholeGroups(Sampler[list[int]]):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Take the order of an epoch, as Lightning asks for at its start."""
+        """Take the order of an epoch, as for torch's :class:`DistributedSampler`; Lightning calls
+        it."""
         self._epoch = epoch
+
+    @property
+    def sampler(self) -> WholeGroups:
+        """Itself: Lightning tells the epoch to what a batch sampler samples from."""
+        return self
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
-        self._epoch += 1
         for batch in whole(self._sets, self._rows, generator):
             yield batch.tolist()
 

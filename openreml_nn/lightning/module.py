@@ -27,7 +27,7 @@ from openreml_nn.estimation.fit import iterate
 from openreml_nn.lightning.data import attached
 from openreml_nn.lightning.held import Held
 from openreml_nn.lightning.rows import as_batch, blamed
-from openreml_nn.lightning.sharing import check_same
+from openreml_nn.lightning.sharing import check_same, total
 from openreml_nn.lightning.sums import Summed, Sums
 from openreml_nn.lightning.table import Network, TableModel
 from openreml_nn.lightning.ways import Way, way_of
@@ -353,8 +353,9 @@ class MixedModule(LightningModule):
             with torch.set_grad_enabled(self.automatic_optimization and torch.is_grad_enabled()):
                 loss, output = self.way.loss(self.model, batch)
             self._met = batch, output.detach()
-        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(output), on_epoch=True,
-                 on_step=False)  # fmt: skip
+        count = total(len(output), output.device)
+        shown = {"prog_bar": True, "on_step": False, "on_epoch": True, "sync_dist": True}
+        self.log("train_loss", loss.detach(), batch_size=count, **shown)  # type: ignore[arg-type]
         if self.automatic_optimization:
             return loss
         self._keep(batch_idx)
@@ -406,7 +407,8 @@ class MixedModule(LightningModule):
             if self.has_network:
                 self._gathered = None  # of the parameters as each batch met them
         record = self.history[-1]
-        self.log_dict({"log_likelihood": record.log_likelihood, **record.parameters})
+        shown = {"log_likelihood": record.log_likelihood, **record.parameters}
+        self.log_dict(shown, sync_dist=True)
         trainer = self.trainer
         by_epochs = trainer.max_epochs not in (None, -1) and (
             trainer.current_epoch + 1 >= trainer.max_epochs
