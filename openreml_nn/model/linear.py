@@ -14,6 +14,7 @@ from openreml_nn.covariance import Matrix
 from openreml_nn.estimation import Result, fit_reml
 from openreml_nn.estimation.stream import fit_stream
 from openreml_nn.likelihood.plan import check_solver
+from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.support.checks import (
     check_count,
@@ -33,7 +34,7 @@ def lmm(
     table: pd.DataFrame | str | os.PathLike[str] | TableFile,
     *,
     method: str = "reml",
-    solver: str = "auto",
+    solver: str | Solver = "auto",
     categorical: Sequence[str] = (),
     weights: str | None = None,
     residual: str | None = None,
