@@ -189,7 +189,7 @@ FAULTS = [
     ),
     Fault(
         "the log-determinant of a kernel is that of its inverse",
-        TERMS,
+        "openreml_nn/terms/kernel.py",
         "return -float(np.log(self._factor.U.diagonal()).sum())",
         "return float(np.log(self._factor.U.diagonal()).sum())",
         "tests/likelihood/test_krylov.py -k relatives_by_a_sparse_inverse",
@@ -203,7 +203,7 @@ FAULTS = [
     ),
     Fault(
         "rows of a diagonal covariance are not taken",
-        TERMS,
+        "openreml_nn/terms/term.py",
         "DiagonalCovariance(g.matrix[rows])",
         "DiagonalCovariance(g.matrix[: len(rows)])",
         STRUCTURES,
