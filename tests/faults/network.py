@@ -2,7 +2,7 @@
 
 from tests.faults.fault import Fault
 
-MODEL = "openreml_nn/model.py"
+MODEL = "openreml_nn/model/mixed_model.py"
 JOINT = "openreml_nn/model/joint.py"
 NEURAL = "openreml_nn/lightning/neural.py"
 TABULAR = "openreml_nn/lightning/tabular.py"
