@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -115,7 +117,7 @@ class BLUPReliability(Mean):
 
     higher_is_better = True
 
-    def __init__(self, **options: object) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__(**options)
 
     def update(self, error_variance: Tensor, prior: Tensor | float) -> None:
@@ -133,7 +135,7 @@ class IntraclassCorrelation(Mean):
 
     higher_is_better = None
 
-    def __init__(self, components: int, **options: object) -> None:
+    def __init__(self, components: int, **options: Any) -> None:
         super().__init__((check_count("components", components, 1),), **options)
 
     def update(self, components: Tensor) -> None:
@@ -158,7 +160,7 @@ class NarrowSenseHeritability(Mean):
     higher_is_better = None
     spread: Tensor
 
-    def __init__(self, components: int, additive: int = 0, **options: object) -> None:
+    def __init__(self, components: int, additive: int = 0, **options: Any) -> None:
         super().__init__((check_count("components", components, 1),), **options)
         _check_additive(additive, components)
         self.additive = additive

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import log, pi
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ class GaussianNegativeLogDensity(Mean):
 
     higher_is_better = False
 
-    def __init__(self, **options: object) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__(**options)
 
     def update(self, mean: Tensor, variance: Tensor, target: Tensor) -> None:
@@ -99,7 +100,7 @@ class IntervalCoverage(Mean):
 
     higher_is_better = None
 
-    def __init__(self, level: float = 0.95, **options: object) -> None:
+    def __init__(self, level: float = 0.95, **options: Any) -> None:
         super().__init__(**options)
         _quantile(level)
         self.level = level
@@ -119,7 +120,7 @@ class IntervalWidth(Mean):
 
     higher_is_better = False
 
-    def __init__(self, level: float = 0.95, **options: object) -> None:
+    def __init__(self, level: float = 0.95, **options: Any) -> None:
         super().__init__(**options)
         _quantile(level)
         self.level = level

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -23,7 +25,7 @@ class Mean(Metric):
     total: Tensor
     count: Tensor
 
-    def __init__(self, shape: tuple[int, ...] = (), **options: object) -> None:
+    def __init__(self, shape: tuple[int, ...] = (), **options: Any) -> None:
         super().__init__(**options)
         zero = torch.zeros((), dtype=torch.float64)
         self.add_state("total", zero.new_zeros(shape), dist_reduce_fx="sum")
