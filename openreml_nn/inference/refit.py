@@ -15,10 +15,10 @@ from openreml_nn.result.result import Source
 from openreml_nn.support.checks import check_instance, check_number
 from openreml_nn.support.errors import InputError
 
-__all__ = ["Refit", "check_level", "check_result", "matrix_entries", "source_of"]
+__all__ = ["Refit", "check_fit", "check_level", "matrix_entries", "source_of"]
 
 
-def check_result(result: object, name: str = "result") -> None:
+def check_fit(result: object, name: str = "result") -> None:
     """Refuse what is not a fit.
 
     Raises:
@@ -44,7 +44,7 @@ def source_of(result: Result, name: str = "result") -> Source:
         InputError: if its rows were streamed.
         TypeError: if it is no result.
     """
-    check_result(result, name)
+    check_fit(result, name)
     if result.source is None:
         raise InputError(
             f"`{name}` has no data, because its rows were read in chunks: expected a fit by lmm()"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openreml_nn.metrics.sums import Mean, check_symmetric, one_precision
+from openreml_nn.metrics.sums import Mean, check_covariance, one_precision
 from openreml_nn.support.checks import check_count, check_number, check_tensor
 from openreml_nn.support.errors import InputError
 
@@ -192,7 +192,7 @@ def _components(components: Tensor, k: int | str) -> Tensor:
 
 def _covariance(covariance: Tensor, k: int) -> Tensor:
     check_tensor("covariance", covariance, (k, k))
-    check_symmetric("covariance", covariance)
+    check_covariance("covariance", covariance)
     if bool((covariance.diagonal() < 0).any()):
         raise InputError(f"`covariance` is {covariance.tolist()}: expected no negative variance")
     return covariance

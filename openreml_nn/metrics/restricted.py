@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from openreml_nn.likelihood.problem import cholesky
-from openreml_nn.metrics.sums import check_symmetric
+from openreml_nn.metrics.sums import check_covariance
 from openreml_nn.support.checks import check_choice, check_count, check_tensor
 
 __all__ = ["RestrictedLogLikelihood"]
@@ -52,7 +52,7 @@ class RestrictedLogLikelihood(Metric):
         n, p = len(y), len(self.cross) - 1
         check_tensor("X", X, (n, p))
         check_tensor("V", V, (n, n))
-        check_symmetric("V", V)
+        check_covariance("V", V)
         L = cholesky(V.double(), "V")
         W = torch.linalg.solve_triangular(L, torch.cat([X, y[:, None]], 1).double(), upper=False)
         self.parts += torch.stack([2 * L.diagonal().log().sum(), L.new_tensor(float(n))])

@@ -10,7 +10,7 @@ from torchmetrics import Metric
 
 from openreml_nn.support.errors import InputError
 
-__all__ = ["Mean", "check_symmetric", "one_precision"]
+__all__ = ["Mean", "check_covariance", "one_precision"]
 
 
 class Mean(Metric):
@@ -51,7 +51,7 @@ def one_precision(*tensors: Tensor) -> list[Tensor]:
     return [tensor.to(dtype) for tensor in tensors]
 
 
-def check_symmetric(name: str, matrix: Tensor) -> None:
+def check_covariance(name: str, matrix: Tensor) -> None:
     """Refuse a matrix that is not symmetric to five digits.
 
     Raises:
