@@ -277,7 +277,7 @@ def test_a_plot_that_fails_costs_a_line_and_not_the_result(result, tmp_path, mon
     def broken(*_):
         raise MemoryError("cannot allocate\n80 GB")
 
-    monkeypatch.setattr("openreml_nn.report.run.covariance", broken)
+    monkeypatch.setattr("openreml_nn.report.run.covariance_map", broken)
     run = Run(result, FORMULA, 0, "AIREML", 0.1)
     stale = tmp_path / "plots" / "blup_Nobody.png"
     stale.parent.mkdir()
