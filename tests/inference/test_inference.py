@@ -178,7 +178,7 @@ def test_p_values_of_variances_are_uniform_where_the_variance_is_zero():
         (
             lambda: lmm("Reaction ~ Days + (1 | Subject)", sleepstudy().iloc[:170]),
             lambda: slopes("Days"),
-            "170 and 180 rows",
+            "170 rows and `large` 180 rows",
         ),
     ],
 )
