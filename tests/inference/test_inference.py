@@ -190,6 +190,20 @@ def test_models_that_do_not_compare(small, large, message):
 # ---------------------------------------------------------------------- profiles
 
 
+def test_a_profile_that_is_approximate_names_its_parameter(recwarn):
+    profile(slopes("1"), ["sd_(Intercept)|Subject", "Days"], progress=False)
+    assert not recwarn.list
+    with pytest.warns(RuntimeWarning) as warned:
+        profile(slopes("1"), ["sd_(Intercept)|Subject", "sigma"], max_iterations=1)
+    told = [str(w.message) for w in warned]
+    assert len(told) == 2
+    for name, message in zip(["'sd_(Intercept)|Subject'", "'sigma'"], told, strict=True):
+        assert message.startswith(f"the profile of {name} is approximate at ")
+        assert "points, such as" in message
+    with pytest.raises(ValueError, match="`max_iterations` is 0"):
+        profile(slopes("1"), max_iterations=0)
+
+
 @pytest.mark.parametrize("name", ["sleepstudy", "penicillin"])
 def test_profile_intervals_equal_lme4s_confint(name):
     found = profile(fitted(name)).intervals()
