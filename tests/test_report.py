@@ -18,7 +18,6 @@ from openreml_nn.covariance import (
     Sum,
 )
 from openreml_nn.inference import profile, variance_shares
-from openreml_nn.program.sweep import best
 from openreml_nn.report import (
     Run,
     blup_table,
@@ -36,6 +35,7 @@ from openreml_nn.report import (
     write_tables,
     zeta,
 )
+from openreml_nn.report.sweep import best
 
 FORMULA = "Reaction ~ Days + (Days | Subject)"
 

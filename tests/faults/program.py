@@ -127,7 +127,7 @@ FAULTS = [
     ),
     Fault(
         "the best run is the worst",
-        "openreml_nn/program/sweep.py",
+        "openreml_nn/report/sweep.py",
         "table[by].idxmin()",
         "table[by].idxmax()",
         "tests/test_report.py -k best",

@@ -19,7 +19,7 @@ import torch
 
 from openreml_nn import NumericalError, REMLLoss
 from openreml_nn import covariance as c
-from openreml_nn.likelihood import krylov
+from openreml_nn.likelihood.solvers import krylov
 from openreml_nn.likelihood.solvers.grid import GridTerms
 from openreml_nn.likelihood.solvers.krylov import KrylovProblem
 from openreml_nn.likelihood.solvers.spectral import spectral_terms

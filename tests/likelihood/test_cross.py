@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openreml_nn.likelihood import cross
+from openreml_nn.likelihood.system import cross
 from openreml_nn.likelihood.system.partition import Partition
 from openreml_nn.likelihood.system.products import Pattern
 from openreml_nn.terms.design import IndexedDesign

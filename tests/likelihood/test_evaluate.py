@@ -24,7 +24,8 @@ from openreml_nn.covariance import (
     factor_analytic,
     heterogeneous_ar1,
 )
-from openreml_nn.likelihood import Evaluation, NotPositiveDefiniteError, square_root
+from openreml_nn.likelihood import Evaluation, NotPositiveDefiniteError
+from openreml_nn.likelihood.system import square_root
 from tests.likelihood.exact import IS_LONG, LONG, answer, cholesky, long
 from tests.likelihood.test_scores import started
 from tests.strategies import kinship, pedigree

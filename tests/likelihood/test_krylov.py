@@ -22,7 +22,8 @@ from openreml_nn.covariance import (
     UnstructuredMatrix,
     stratified,
 )
-from openreml_nn.likelihood import krylov, plan
+from openreml_nn.likelihood import plan
+from openreml_nn.likelihood.solvers import krylov
 from openreml_nn.likelihood.solvers.krylov import KrylovProblem
 from openreml_nn.likelihood.system.grouped import Layout, separated
 from openreml_nn.terms.kernel import Kernel

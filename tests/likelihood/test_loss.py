@@ -28,7 +28,8 @@ from openreml_nn.covariance import (
 )
 from openreml_nn.estimation.aireml import Curvature
 from openreml_nn.estimation.outcome import outcome
-from openreml_nn.likelihood import NotPositiveDefiniteError, cross
+from openreml_nn.likelihood import NotPositiveDefiniteError
+from openreml_nn.likelihood.system import cross
 from tests.likelihood.models import models, reference
 
 METHODS = ["reml", "ml"]

@@ -6,7 +6,7 @@ import torch
 
 from openreml_nn import REMLLoss
 from openreml_nn.covariance import Pedigree
-from openreml_nn.likelihood import krylov
+from openreml_nn.likelihood.solvers import krylov
 from openreml_nn.likelihood.solvers.krylov import KrylovProblem
 from tests.likelihood import test_krylov
 

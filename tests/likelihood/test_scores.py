@@ -31,7 +31,7 @@ from openreml_nn.covariance import (
     weighted,
     within,
 )
-from openreml_nn.likelihood import krylov
+from openreml_nn.likelihood.solvers import krylov
 from openreml_nn.terms.covariance import Covariance, DenseCovariance, KroneckerCovariance
 from tests.likelihood.test_krylov import every_sign
 from tests.strategies import distances, kinship, pedigree

@@ -21,7 +21,8 @@ from openreml_nn.covariance import (
     Sum,
     UnstructuredMatrix,
 )
-from openreml_nn.likelihood import NotPositiveDefiniteError, cross
+from openreml_nn.likelihood import NotPositiveDefiniteError
+from openreml_nn.likelihood.system import cross
 from tests.likelihood.models import Model
 from tests.likelihood.test_loss import METHODS, _compare_solvers
 from tests.strategies import kinship, pedigree
