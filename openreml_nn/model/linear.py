@@ -13,6 +13,7 @@ from torch import Tensor
 
 from openreml_nn.estimation import Result, fit_reml
 from openreml_nn.likelihood.plan import check_solver
+from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.model.mixed_model import MixedModel
 from openreml_nn.model.stream import fit_stream
@@ -35,7 +36,7 @@ def lmm(
     table: pd.DataFrame | str | os.PathLike[str] | TableFile,
     *,
     method: str = "reml",
-    solver: str = "auto",
+    solver: str | Solver = "auto",
     categorical: Sequence[str] = (),
     weights: str | None = None,
     residual: str | None = None,

@@ -24,6 +24,7 @@ from openreml_nn.likelihood.fixed import estimable
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.likelihood.problem import Coefficients, RandomEffects
+from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.model.batch import (
     Batch,
@@ -114,7 +115,7 @@ class MixedModel(nn.Module):
         family: None = None,
         *,
         method: str | None = None,
-        solver: str = "auto",
+        solver: str | Solver = "auto",
     ) -> None:
         super().__init__()
         check_instance("mean", mean, nn.Module, "a network, an nn.Module")

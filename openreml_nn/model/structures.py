@@ -12,6 +12,7 @@ from openreml_nn.covariance import (
     ScalarMatrix,
     UnstructuredMatrix,
 )
+from openreml_nn.likelihood.solver import Solver
 from openreml_nn.model.mixed_model import MixedModel
 from openreml_nn.model.random_effect import RandomEffect, independent_levels
 from openreml_nn.result.result import Label
@@ -44,7 +45,7 @@ def residual_matrix(encoded: Encoded) -> Matrix:
 def linear_model(
     encoded: Encoded,
     method: str = "reml",
-    solver: str = "auto",
+    solver: str | Solver = "auto",
     residual_variance: float | None = None,
 ) -> MixedModel:
     """The linear mixed model of a table: its x is the model matrix.

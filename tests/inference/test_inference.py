@@ -179,7 +179,7 @@ def test_p_values_of_variances_are_uniform_where_the_variance_is_zero():
         (
             lambda: lmm("Reaction ~ Days + (1 | Subject)", sleepstudy().iloc[:170]),
             lambda: slopes("Days"),
-            "170 and 180 rows",
+            "170 rows and `large` 180 rows",
         ),
     ],
 )
@@ -189,6 +189,20 @@ def test_models_that_do_not_compare(small, large, message):
 
 
 # ---------------------------------------------------------------------- profiles
+
+
+def test_a_profile_that_is_approximate_names_its_parameter(recwarn):
+    profile(slopes("1"), ["sd_(Intercept)|Subject", "Days"], progress=False)
+    assert not recwarn.list
+    with pytest.warns(RuntimeWarning) as warned:
+        profile(slopes("1"), ["sd_(Intercept)|Subject", "sigma"], max_iterations=1)
+    told = [str(w.message) for w in warned]
+    assert len(told) == 2
+    for name, message in zip(["'sd_(Intercept)|Subject'", "'sigma'"], told, strict=True):
+        assert message.startswith(f"the profile of {name} is approximate at ")
+        assert "points, such as" in message
+    with pytest.raises(ValueError, match="`max_iterations` is 0"):
+        profile(slopes("1"), max_iterations=0)
 
 
 @pytest.mark.parametrize("name", ["sleepstudy", "penicillin"])
