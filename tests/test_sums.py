@@ -128,7 +128,7 @@ def test_a_result_of_sums_has_the_numbers_of_all_rows():
 
 
 def test_what_sums_cannot_be():
-    with pytest.raises(InputError, match="correlated within groups.*'full' or 'parts'"):
+    with pytest.raises(InputError, match=r"correlated within groups.*'full' or 'parts'"):
         Sums(model({"user": RandomEffect(9)}, AR1Matrix(4)))
     with pytest.raises(InputError, match="solver 'krylov' needs all rows at once"):
         Sums(model({"user": RandomEffect(9)}, solver="krylov"))
@@ -138,5 +138,5 @@ def test_what_sums_cannot_be():
     data["groups"]["user"][3] = -1
     sums = Sums(related)
     sums.add(data, related(data))
-    with pytest.raises(InputError, match="code -1.*correlated"):
+    with pytest.raises(InputError, match=r"code -1.*correlated"):
         sums.gathered()
