@@ -80,8 +80,8 @@ class Operator(Matrix):
             raise TypeError(f"{type(self).__name__} has no Matrix among its operands")
         self._check_formula(len(operands))
         shapes = [tuple(operand.shape) for operand in operands.values()]
-        given = type(self)._infer_shape is not Operator._infer_shape
-        super().__init__(self._infer_shape(shapes) if given else (1, 1), {})
+        given = type(self).infer_shape is not Operator.infer_shape
+        super().__init__(self.infer_shape(shapes) if given else (1, 1), {})
         if not given:
             self._shape = None
         self._shapes = shapes
@@ -146,7 +146,7 @@ class Operator(Matrix):
 
     # ------------------------------------------------------------------ to be implemented
 
-    def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    def infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         """Shape of the result; raises ValueError where the operands do not fit."""
         raise NotImplementedError
 

@@ -44,7 +44,7 @@ class Product(Operator):
 
     least_operands = 2
 
-    def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    def infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         for i, (a, b) in enumerate(pairwise(shapes)):
             if a[1] != b[0]:
                 raise InputError(
@@ -97,7 +97,7 @@ class HadamardProduct(Operator):
 
     least_operands = 2
 
-    def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    def infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         whole = {shape for shape in shapes if len(shape) == 2}
         if len(whole) != 1:
             raise InputError(f"operands have shapes {list(shapes)}: HadamardProduct needs one")
@@ -159,7 +159,7 @@ class Transpose(Operator):
     most_operands = 1
     linear = True
 
-    def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    def infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         return shapes[0][1], shapes[0][0]
 
     def combine(self, *values: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ class Gram(Operator):
         """X of :math:`X X^\\top`, whichever way it is written."""
         return x if self.gram_type == "xxt" else x.mT
 
-    def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    def infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         size = shapes[0][0] if self.gram_type == "xxt" else shapes[0][1]
         return size, size
 
@@ -248,7 +248,7 @@ class Inverse(Operator):
 
     most_operands = 1
 
-    def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    def infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         if shapes[0][0] != shapes[0][1]:
             raise InputError(f"the operand has shape {shapes[0]}: Inverse needs a square one")
         return shapes[0]

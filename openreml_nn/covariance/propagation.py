@@ -67,7 +67,7 @@ class CovariancePropagation(Operator):
         # By keyword they may come in either order.
         return {n: operands[n] for n in ("z", "g")} if set(operands) == {"z", "g"} else operands
 
-    def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    def infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         (n, q), g = shapes
         if g != (q, q):
             raise InputError(
