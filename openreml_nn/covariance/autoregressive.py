@@ -10,9 +10,10 @@ from torch import Tensor
 
 from openreml_nn.covariance.exchangeable import interval
 from openreml_nn.covariance.matrix import FreeParams, Matrix, differentiated
-from openreml_nn.covariance.params import check_size, free_specs, merge_specs
+from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.transform import TransformExp, TransformExpPow2
+from openreml_nn.support.checks import check_count
 from openreml_nn.support.errors import InputError
 
 __all__ = ["AR1Matrix", "AntedependenceMatrix", "ToeplitzMatrix"]
@@ -64,7 +65,7 @@ class AR1Matrix(Matrix):
     """
 
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
-        n = check_size(n, "n")
+        n = check_count("n", n, 1)
         default = free_specs(["sigma^2"], trans=TransformExpPow2())
         default |= free_specs(["rho"], trans=interval(-1.0, 1.0))
         super().__init__((n, n), merge_specs(default, param_specs))
@@ -145,8 +146,8 @@ class ToeplitzMatrix(Matrix):
     def __init__(
         self, n: int, bands: int | None = None, param_specs: Mapping[str, Any] | None = None
     ) -> None:
-        n = check_size(n, "n")
-        self.bands = n if bands is None else check_size(bands, "bands")
+        n = check_count("n", n, 1)
+        self.bands = n if bands is None else check_count("bands", bands, 1)
         if self.bands > n:
             raise InputError(f"`bands` is {bands}: expected 1 to {n}")
         default = free_specs(["sigma^2"], trans=TransformExpPow2())
@@ -216,7 +217,7 @@ class AntedependenceMatrix(Matrix):
     """
 
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
-        n = check_size(n, "n")
+        n = check_count("n", n, 1)
         default = free_specs([f"sigma_{i}" for i in range(n)], trans=TransformExp(degree=1))
         default |= free_specs([f"rho_{k}" for k in range(n - 1)], trans=interval(-1.0, 1.0))
         super().__init__((n, n), merge_specs(default, param_specs))

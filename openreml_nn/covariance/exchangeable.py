@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.matrix import FreeParams, Matrix
-from openreml_nn.covariance.params import check_size, free_specs, merge_specs
+from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.transform import (
     Transform,
@@ -18,6 +18,7 @@ from openreml_nn.covariance.transform import (
     TransformScaleShift,
     TransformSigmoid,
 )
+from openreml_nn.support.checks import check_count
 
 __all__ = ["CompoundSymmetricMatrix", "EqualEntryMatrix", "EquicorrelationMatrix", "interval"]
 
@@ -76,8 +77,8 @@ class EqualEntryMatrix(Matrix):
     def __init__(
         self, n: int, m: int | None = None, param_specs: Mapping[str, Any] | None = None
     ) -> None:
-        n = check_size(n, "n")
-        m = n if m is None else check_size(m, "m")
+        n = check_count("n", n, 1)
+        m = n if m is None else check_count("m", m, 1)
         default = free_specs(["sigma^2"], trans=TransformExpPow2())
         super().__init__((n, m), merge_specs(default, param_specs))
 
@@ -122,7 +123,7 @@ class EquicorrelationMatrix(Matrix):
     """
 
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
-        n = check_size(n, "n")
+        n = check_count("n", n, 1)
         super().__init__((n, n), merge_specs(_common_correlation(n), param_specs))
 
     @property
@@ -171,7 +172,7 @@ class CompoundSymmetricMatrix(Matrix):
     """
 
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
-        n = check_size(n, "n")
+        n = check_count("n", n, 1)
         default = free_specs(["sigma^2"], trans=TransformExpPow2()) | _common_correlation(n)
         super().__init__((n, n), merge_specs(default, param_specs))
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.matrix import FreeParams, Matrix
-from openreml_nn.covariance.params import check_size, free_specs, merge_specs
+from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.transform import TransformExpPow2
+from openreml_nn.support.checks import check_count
 from openreml_nn.terms.covariance import DiagonalCovariance, RepeatedCovariance
 from openreml_nn.terms.design import IdentityDesign
 from openreml_nn.terms.term import Term
@@ -38,7 +39,7 @@ class IdentityMatrix(Matrix):
     """
 
     def __init__(self, n: int) -> None:
-        n = check_size(n, "n")
+        n = check_count("n", n, 1)
         super().__init__((n, n), {})
         # Nothing else would remember a dtype and a device.
         self.register_buffer("like", torch.empty(0), persistent=False)
@@ -77,7 +78,7 @@ class ScalarMatrix(Matrix):
     """
 
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
-        n = check_size(n, "n")
+        n = check_count("n", n, 1)
         specs = merge_specs(free_specs(["sigma^2"], trans=TransformExpPow2()), param_specs)
         super().__init__((n, n), specs)
 
@@ -125,7 +126,7 @@ class DiagonalMatrix(Matrix):
     """
 
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
-        n = check_size(n, "n")
+        n = check_count("n", n, 1)
         names = [f"sigma^2_{i}" for i in range(n)]
         default = free_specs(names, trans=TransformExpPow2())
         super().__init__((n, n), merge_specs(default, param_specs))

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.matrix import FreeParams, Matrix
-from openreml_nn.covariance.params import free_specs, merge_specs, shown
+from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.transform import TransformExp, TransformExpPow2
+from openreml_nn.support.checks import found
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import ScaledCovariance
 from openreml_nn.terms.design import IdentityDesign
@@ -197,7 +198,7 @@ class MaternMatrix(_DistanceMatrix):
         self, distance: Tensor, nu: float = 1.5, param_specs: Mapping[str, Any] | None = None
     ) -> None:
         if not isinstance(nu, int | float) or nu not in (0.5, 1.5, 2.5):
-            raise InputError(f"`nu` is {shown(nu)}: expected 0.5, 1.5 or 2.5")
+            raise InputError(f"`nu` is {found(nu)}: expected 0.5, 1.5 or 2.5")
         super().__init__(distance, param_specs)
         self.nu = nu
 
@@ -272,7 +273,7 @@ class KnownMatrix(Matrix):
 
 def check_symmetric(name: str, matrix: Tensor) -> None:
     if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
-        got = matrix.dtype if isinstance(matrix, Tensor) else shown(matrix)
+        got = matrix.dtype if isinstance(matrix, Tensor) else found(matrix)
         raise TypeError(f"`{name}` is {got}: expected a floating-point tensor")
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
         raise InputError(f"`{name}` has shape {tuple(matrix.shape)}: expected (n, n)")

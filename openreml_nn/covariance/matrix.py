@@ -12,9 +12,9 @@ from torch import Tensor
 
 from openreml_nn.covariance.nodes import differentiated, hooked, is_opaque
 from openreml_nn.covariance.parametrized import FreeParams, Parametrized, Recorded
-from openreml_nn.covariance.params import check_size, shown
 from openreml_nn.covariance.start import harmonic_mean, rescale
 from openreml_nn.covariance.tree import called, evaluate
+from openreml_nn.support.checks import check_count, found
 from openreml_nn.support.errors import InputError
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ class Matrix(Parametrized):
 
     def _check_cotangent(self, cotangent: Tensor) -> None:
         if not isinstance(cotangent, Tensor):
-            raise TypeError(f"`cotangent` is {shown(cotangent)}: expected a tensor")
+            raise TypeError(f"`cotangent` is {found(cotangent)}: expected a tensor")
         if cotangent.shape != self.shape or not cotangent.is_floating_point():
             raise InputError(
                 f"`cotangent` is {cotangent.dtype} of shape {tuple(cotangent.shape)}: expected "
@@ -262,7 +262,7 @@ class Matrix(Parametrized):
 
     def _check_rows(self, rows: Tensor) -> None:
         if not isinstance(rows, Tensor):
-            raise TypeError(f"`rows` is {shown(rows)}: expected a tensor of integers")
+            raise TypeError(f"`rows` is {found(rows)}: expected a tensor of integers")
         if rows.dim() != 1 or rows.is_floating_point() or rows.is_complex():
             raise InputError(
                 f"`rows` is {rows.dtype} of shape {tuple(rows.shape)}: expected (n,) integers"
@@ -411,5 +411,5 @@ class Matrix(Parametrized):
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
     if not isinstance(shape, Sequence) or isinstance(shape, str | bytes):
-        raise TypeError(f"`shape` is {shown(shape)}: expected a tuple of integers")
-    return tuple(check_size(size, f"shape[{i}]") for i, size in enumerate(shape))
+        raise TypeError(f"`shape` is {found(shape)}: expected a tuple of integers")
+    return tuple(check_count(f"shape[{i}]", size, 1) for i, size in enumerate(shape))

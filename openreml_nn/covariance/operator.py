@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.nodes import check_result, is_opaque, visible
-from openreml_nn.covariance.params import check_name, module_name, shown
+from openreml_nn.covariance.params import check_name, module_name
 from openreml_nn.covariance.tree import Tree
+from openreml_nn.support.checks import found
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import DenseCovariance
 from openreml_nn.terms.design import IdentityDesign
@@ -314,7 +315,7 @@ class Operator(Matrix):
         right = isinstance(cotangent, Tensor) and cotangent.is_floating_point()
         if not right or tuple(cotangent.shape) != self.shape:
             raise InputError(
-                f"`cotangent` is {shown(cotangent)}: expected a tensor of {self.shape}"
+                f"`cotangent` is {found(cotangent)}: expected a tensor of {self.shape}"
             )
         tree, parts = self._tree(free_params)
         if tree is None:

@@ -14,13 +14,12 @@ from openreml_nn.covariance.params import (
     Entry,
     Layout,
     Spec,
-    check_flag,
     check_name,
     check_spec,
     check_value,
-    shown,
 )
 from openreml_nn.covariance.transform import Transform
+from openreml_nn.support.checks import check_flag, found
 from openreml_nn.support.errors import InputError
 
 if TYPE_CHECKING:
@@ -213,7 +212,7 @@ class Parametrized(nn.Module):
         for entry in self._entries() if isinstance(name, str) else ():
             if entry.name == name:
                 return entry
-        raise InputError(f"`name` is {shown(name)}: expected one of {self.param_names}")
+        raise InputError(f"`name` is {found(name)}: expected one of {self.param_names}")
 
     # ------------------------------------------------------------------ values
 
@@ -295,9 +294,9 @@ class Parametrized(nn.Module):
             ValueError: if ``out_format`` is something else, or as in calling the matrix.
         """
         if not isinstance(out_format, str) or out_format not in ("tensor", "dict"):
-            raise InputError(f"`out_format` is {shown(out_format)}: expected 'tensor' or 'dict'")
-        check_flag(include_fixed, "include_fixed")
-        check_flag(trans, "trans")
+            raise InputError(f"`out_format` is {found(out_format)}: expected 'tensor' or 'dict'")
+        check_flag("include_fixed", include_fixed)
+        check_flag("trans", trans)
         if len(leaves := self.leaves()) == 1 and leaves.get("") is self:
             values = self._own_params(free_params, include_fixed, trans)
         else:

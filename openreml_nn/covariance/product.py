@@ -14,8 +14,8 @@ from torch import Tensor
 from openreml_nn.covariance.matrix import Matrix
 from openreml_nn.covariance.nodes import visible
 from openreml_nn.covariance.operator import Operator
-from openreml_nn.covariance.params import shown
 from openreml_nn.covariance.start import give_to_one
+from openreml_nn.support.checks import found
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import KroneckerCovariance
 from openreml_nn.terms.term import Term
@@ -195,7 +195,7 @@ class Gram(Operator):
 
     def __init__(self, *args: Any, gram_type: str = "xtx", **kwargs: Any) -> None:
         if not isinstance(gram_type, str) or gram_type not in ("xtx", "xxt"):
-            raise InputError(f"`gram_type` is {shown(gram_type)}: expected 'xtx' or 'xxt'")
+            raise InputError(f"`gram_type` is {found(gram_type)}: expected 'xtx' or 'xxt'")
         self.gram_type = gram_type
         super().__init__(*args, **kwargs)
 

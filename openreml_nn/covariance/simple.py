@@ -10,9 +10,10 @@ from torch import Tensor
 
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.nodes import is_opaque
-from openreml_nn.covariance.params import check_size, check_spec, free_specs
+from openreml_nn.covariance.params import check_spec, free_specs
 from openreml_nn.covariance.transform import TransformIdentity
 from openreml_nn.covariance.tree import Tree
+from openreml_nn.support.checks import check_count
 from openreml_nn.support.errors import InputError
 
 __all__ = ["Adapter", "SimpleMatrix"]
@@ -64,7 +65,7 @@ class SimpleMatrix(Matrix):
             raise TypeError(f"`call` is a {type(call).__name__}: expected a function")
         if manual_grad is not None and not callable(manual_grad):
             raise TypeError(f"`manual_grad` is a {type(manual_grad).__name__}: expected a function")
-        num_free_params = check_size(num_free_params, "num_free_params")
+        num_free_params = check_count("num_free_params", num_free_params, 1)
         specs = free_specs([f"theta_{i}" for i in range(num_free_params)])
         if default is not None:
             specs = {name: {**spec, "default": default} for name, spec in specs.items()}

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.matrix import FreeParams, Matrix
-from openreml_nn.covariance.params import check_size, free_specs, merge_specs
+from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.transform import TransformExp, TransformExpPow2
+from openreml_nn.support.checks import check_count
 from openreml_nn.terms.covariance import RepeatedCovariance
 from openreml_nn.terms.design import IdentityDesign
 from openreml_nn.terms.term import Term
@@ -76,7 +77,7 @@ class LowerTriangularMatrix(_Entries):
     """
 
     def __init__(self, n: int, m: int, param_specs: Mapping[str, Any] | None = None) -> None:
-        n, m = check_size(n, "n"), check_size(m, "m")
+        n, m = check_count("n", n, 1), check_count("m", m, 1)
         names = [f"L_{i}_{j}" for i, j in _triangle(n, m)]
         super().__init__((n, m), merge_specs(free_specs(names, default=1.0), param_specs))
 
@@ -117,7 +118,7 @@ class UnconstrainedMatrix(_Entries):
     """
 
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
-        n = check_size(n, "n")
+        n = check_count("n", n, 1)
         default: dict[str, Any] = {}
         for i, j in _triangle(n, n):
             trans = TransformExpPow2() if i == j else None
@@ -176,7 +177,7 @@ class UnstructuredMatrix(_Entries):
     """
 
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
-        n = check_size(n, "n")
+        n = check_count("n", n, 1)
         default: dict[str, Any] = {}
         for i, j in _triangle(n, n):
             default |= free_specs([f"L_{i}_{j}"], trans=TransformExp(degree=1) if i == j else None)
