@@ -24,16 +24,16 @@ class _Blocks(Operator):
         raise NotImplementedError
 
     def combine_vjp(self, cotangent: Tensor, *values: Tensor) -> list[Tensor]:
-        corners = self._corners(self._shapes)
+        corners = self._corners(self.operand_shapes)
         return [
             cotangent[i : i + n, j : j + m]
-            for (i, j), (n, m) in zip(corners, self._shapes, strict=True)
+            for (i, j), (n, m) in zip(corners, self.operand_shapes, strict=True)
         ]
 
     def combine_jvp(self, index: int, tangent: Tensor, *values: Tensor) -> Tensor:
-        i, j = self._corners(self._shapes)[index]
+        i, j = self._corners(self.operand_shapes)[index]
         rows, columns = self.shape
-        n, m = self._shapes[index]
+        n, m = self.operand_shapes[index]
         return torch.nn.functional.pad(tangent, (j, columns - j - m, i, rows - i - n))
 
 

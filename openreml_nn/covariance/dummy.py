@@ -200,7 +200,7 @@ class DummyMatrix(Matrix):
         return self.covariates
 
     def forward(self, free_params: FreeParams = None) -> Tensor:
-        like = self._flat(free_params)
+        like = self.flat_params(free_params)
         design = self.design
         levels = torch.arange(design.levels, device=like.device)
         one_hot = (design.codes[:, None] == levels).to(like.dtype)

@@ -92,11 +92,11 @@ class EqualEntryMatrix(Matrix):
         return slope.expand(1, *self.shape).clone(), self.free_param_names
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
-        self._check_cotangent(cotangent)
-        return self._chain_vjp(cotangent.sum().reshape(1), free_params)
+        self.check_cotangent(cotangent)
+        return self.free_vjp(cotangent.sum().reshape(1), free_params)
 
     def moment_start(self, variance: Tensor) -> bool:
-        return self._set(self.param_names[0], harmonic_mean(variance))
+        return self.set_start(self.param_names[0], harmonic_mean(variance))
 
 
 class EquicorrelationMatrix(Matrix):
@@ -137,15 +137,15 @@ class EquicorrelationMatrix(Matrix):
 
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
         one = torch.ones_like(self.build_params(free_params))
-        return self._chain_grad(_mixed(self.shape[0], one, 0 * one)[None], free_params)
+        return self.free_grad(_mixed(self.shape[0], one, 0 * one)[None], free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
-        self._check_cotangent(cotangent)
+        self.check_cotangent(cotangent)
         off, _ = _off_and_on(cotangent)
-        return self._chain_vjp(off.reshape(1), free_params)
+        return self.free_vjp(off.reshape(1), free_params)
 
     def moment_start(self, variance: Tensor) -> bool:
-        self._set(self.param_names[0], torch.zeros_like(variance[0]))
+        self.set_start(self.param_names[0], torch.zeros_like(variance[0]))
         return False
 
 
@@ -189,14 +189,14 @@ class CompoundSymmetricMatrix(Matrix):
         variance, rho = self.build_params(free_params).split(1)
         n, one = self.shape[0], torch.ones_like(variance)
         slices = torch.stack([_mixed(n, rho, one), _mixed(n, variance, 0 * one)])
-        return self._chain_grad(slices, free_params)
+        return self.free_grad(slices, free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
-        self._check_cotangent(cotangent)
+        self.check_cotangent(cotangent)
         variance, rho = self.build_params(free_params)
         off, on = _off_and_on(cotangent)
-        return self._chain_vjp(torch.stack([on + rho * off, variance * off]), free_params)
+        return self.free_vjp(torch.stack([on + rho * off, variance * off]), free_params)
 
     def moment_start(self, variance: Tensor) -> bool:
-        self._set(self.param_names[1], torch.zeros_like(variance[0]))
-        return self._set(self.param_names[0], harmonic_mean(variance))
+        self.set_start(self.param_names[1], torch.zeros_like(variance[0]))
+        return self.set_start(self.param_names[0], harmonic_mean(variance))

@@ -45,14 +45,14 @@ class IdentityMatrix(Matrix):
         self.register_buffer("like", torch.empty(0), persistent=False)
 
     def forward(self, free_params: FreeParams = None) -> Tensor:
-        return _eye(self.shape[0], self._flat(free_params))
+        return _eye(self.shape[0], self.flat_params(free_params))
 
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
         return None, []
 
     def structure(self) -> list[Term]:
         n = self.shape[0]
-        one = _eye(1, self._flat(None))
+        one = _eye(1, self.flat_params(None))
         return [Term(IdentityDesign(n), RepeatedCovariance(one, n, one))]
 
 
@@ -92,8 +92,8 @@ class ScalarMatrix(Matrix):
         return torch.diag_embed(slope)[None], self.free_param_names
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
-        self._check_cotangent(cotangent)
-        return self._chain_vjp(cotangent.diagonal().sum().reshape(1), free_params)
+        self.check_cotangent(cotangent)
+        return self.free_vjp(cotangent.diagonal().sum().reshape(1), free_params)
 
     def structure(self) -> list[Term]:
         n = self.shape[0]
@@ -101,7 +101,7 @@ class ScalarMatrix(Matrix):
         return [Term(IdentityDesign(n), RepeatedCovariance(variance, n))]
 
     def moment_start(self, variance: Tensor) -> bool:
-        return self._set(self.param_names[0], harmonic_mean(variance))
+        return self.set_start(self.param_names[0], harmonic_mean(variance))
 
 
 class DiagonalMatrix(Matrix):
@@ -136,12 +136,12 @@ class DiagonalMatrix(Matrix):
 
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
         n = self.shape[0]
-        diagonal = torch.arange(n, device=self._flat(free_params).device) * (n + 1)
-        return self._spread_grad([diagonal], free_params)
+        diagonal = torch.arange(n, device=self.flat_params(free_params).device) * (n + 1)
+        return self.entries_grad([diagonal], free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
-        self._check_cotangent(cotangent)
-        return self._chain_vjp(cotangent.diagonal(), free_params)
+        self.check_cotangent(cotangent)
+        return self.free_vjp(cotangent.diagonal(), free_params)
 
     def push_forward(self, tangent: Tensor, free_params: Tensor) -> Tensor:
         full = tangent.new_zeros(self.num_params)
@@ -154,5 +154,5 @@ class DiagonalMatrix(Matrix):
 
     def moment_start(self, variance: Tensor) -> bool:
         scales = zip(self.param_names, variance, strict=True)
-        moved = [self._set(name, value) for name, value in scales]
+        moved = [self.set_start(name, value) for name, value in scales]
         return all(moved)

@@ -211,7 +211,7 @@ class Entry(NamedTuple):
     @property
     def trans(self) -> Transform:
         """Its transform."""
-        return self.leaf._trans[self.local]
+        return self.leaf.own_trans[self.local]
 
 
 class Layout:

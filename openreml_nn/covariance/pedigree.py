@@ -284,12 +284,12 @@ class KnownInverseMatrix(Matrix):
         return variance * self._matrix(variance)
 
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
-        return self._chain_grad(self._matrix(self._flat(free_params))[None], free_params)
+        return self.free_grad(self._matrix(self.flat_params(free_params))[None], free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
-        self._check_cotangent(cotangent)
+        self.check_cotangent(cotangent)
         pulled = (cotangent * self._matrix(cotangent)).sum().reshape(1)
-        return self._chain_vjp(pulled, free_params)
+        return self.free_vjp(pulled, free_params)
 
     def structure(self) -> list[Term]:
         variance = self.build_params().reshape(1, 1)
@@ -297,4 +297,4 @@ class KnownInverseMatrix(Matrix):
         return [whole]
 
     def moment_start(self, variance: Tensor) -> bool:
-        return self._set(self.param_names[0], harmonic_mean(variance))
+        return self.set_start(self.param_names[0], harmonic_mean(variance))

@@ -90,7 +90,7 @@ class SimpleMatrix(Matrix):
         if self._manual is None:
             return super().manual_grad(free_params)
         jacobian, _ = self._manual(self.build_params(free_params))
-        return self._chain_grad(jacobian, free_params)
+        return self.free_grad(jacobian, free_params)
 
 
 class Adapter(Matrix):
@@ -147,7 +147,7 @@ class Adapter(Matrix):
         return not is_opaque(self.adaptee) and Tree(self.adaptee).closed[-1]
 
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
-        theta = self._flat(free_params)
+        theta = self.flat_params(free_params)
         if not theta.numel():
             return None, []
         inner, _ = self.adaptee.grad(self._mapped(theta))
@@ -157,10 +157,10 @@ class Adapter(Matrix):
         return torch.tensordot(outer.mT, inner, dims=1), self.free_param_names
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
-        self._check_cotangent(cotangent)
+        self.check_cotangent(cotangent)
         if not self.has_closed_form():
             return super().manual_vjp(cotangent, free_params)
-        mapped, pull, *_ = torch.func.vjp(self._mapped, self._flat(free_params))
+        mapped, pull, *_ = torch.func.vjp(self._mapped, self.flat_params(free_params))
         return pull(self.adaptee.manual_vjp(cotangent, mapped))[0]
 
     @property
@@ -177,7 +177,7 @@ def _hollow(matrix: Matrix, made: dict[int, Matrix]) -> Matrix:
     if id(matrix) not in made:
         found = made[id(matrix)] = matrix.__new__(type(matrix))
         found.__dict__.update(matrix.__dict__)
-        own = {n: None if n in matrix._trans else p for n, p in matrix._parameters.items()}
+        own = {n: None if n in matrix.own_trans else p for n, p in matrix._parameters.items()}
         found.__dict__["_parameters"] = own
         found.__dict__["_buffers"] = dict(matrix._buffers)
         found.__dict__["_modules"] = {

@@ -118,7 +118,7 @@ def factor_analytic(n: int, k: int) -> Sum:
         for name in x.param_names:
             i, j = map(int, name.split("_")[1:])
             # Columns that differ: with equal loadings the factors could not part.
-            x._set(name, torch.tensor(cos(pi * (i + 0.5) * j / n)))
+            x.set_start(name, torch.tensor(cos(pi * (i + 0.5) * j / n)))
     return Sum(loadings=Gram(x=x, gram_type="xxt"), specific=DiagonalMatrix(n))
 
 
