@@ -91,7 +91,7 @@ class EliminatedEvaluation(Evaluation):
     def reduced(self, x: Tensor) -> Tensor:
         r""":math:`(I + A_{11} G_1 / s)^{-1} x` for x (levels, k, m).
 
-        Not as :math:`I - A_{11} \\Lambda D^{-1} \\Lambda^\top`: where a level has fewer rows than
+        Not as :math:`I - A_{11} \Lambda D^{-1} \Lambda^\top`: where a level has fewer rows than
         effects that is a difference of large numbers.
         """
         if not len(x):
