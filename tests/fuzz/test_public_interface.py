@@ -768,7 +768,7 @@ def _report() -> list[Call]:
         ),
         Call("report", "caterpillar", report.caterpillar, {**own, "group": "Subject"},
              {**takes, "group": never}),
-        Call("report", "covariance", report.covariance, own, {**takes, "rows": count(1)}),
+        Call("report", "covariance_map", report.covariance_map, own, {**takes, "rows": count(1)}),
         Call("report", "semivariogram", report.semivariogram, {**own, **places},
              {**takes, "places": tensor(180, None), "bins": count(1), "seed": count(0)}),
         Call("report", "zeta", report.zeta, {"profile": inference.profile(result(), ["sigma"])},
