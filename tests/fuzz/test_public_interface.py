@@ -599,7 +599,9 @@ def _inference() -> list[Call]:
     words = {"factors": ("factor",), "results": ("result", "small", "large")}
     return [
         Call("inference", "anova", lambda results, **more: inference.anova(results, large(), **more),
-             {"results": result()}, {"results": result_kind, "refit": flag}, words),
+             {"results": result()}, {"results": result_kind, "refit": optional(flag)}, words),
+        Call("inference", "anova of one", lambda results, **more: inference.anova(results, **more),
+             {"results": oats}, {"results": result_kind, "type": optional(Kind(lambda v: v in (1, 2, 3) if type(v) is int else False)), **ddf}, words),
         Call("inference", "bootstrap", inference.bootstrap, {**own, "samples": 2, "progress": False},
              {**takes, **samples, "statistic": optional(Kind(callable)), "progress": flag}),
         Call("inference", "bootstrap_test", inference.bootstrap_test,
