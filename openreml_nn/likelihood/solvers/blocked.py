@@ -160,8 +160,9 @@ class BlockedProblem(GroupedProblem):
         self.partition = arrangement.partition
         self._cost = arrangement.cost(self.p + 1)
         self._moving: tuple[Pattern, Arrangement] | None = (pattern, arrangement)
-        if products is not None:
+        if statistics is not None and products is not None:
             white = self.residual.white([torch.ones_like(products.ff[:1, :1])])
+            white.log_det = white.log_det + statistics.log_det
             self._constant, self._moving = (arrangement.place(products), white), None
         elif not self.residual.moves:
             # Then the products are all that is needed, and what leads to them can go.
