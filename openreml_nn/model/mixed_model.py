@@ -433,13 +433,7 @@ class MixedModel(nn.Module):
         """BLUPs as a table: group, level, effect, blup, and std_error, the root of the
         prediction-error variance."""
         return table_of_blups(
-            (
-                name,
-                effect.names or range(effect.levels),
-                effect.effect_names,
-                effect.blup,
-                effect.variance,
-            )
+            (name, effect.names or range(effect.levels), effect.effect_names, *effect.known())
             for name, effect in self.effects().items()
         )
 
@@ -494,7 +488,7 @@ class MixedModel(nn.Module):
             for name, (codes, values) in self._coded(batch, n).items():
                 effect = self.effects()[name]
                 z = population.new_ones(n, 1) if values is None else values
-                known = KnownEffect(codes, z, effect.blup, effect.variance, effect.prior)
+                known = KnownEffect(codes, z, effect.blup, effect.variance, effect.prior_in_basis)
                 effects.append(known)
             residual = structure_of(self.residual).variances(batch, n)
             return predicted(population, X, self.beta_covariance, effects, self.joint, residual)

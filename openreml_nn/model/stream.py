@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
@@ -22,11 +22,13 @@ from rich.progress import Progress
 from torch import Tensor, distributed
 
 from openreml_nn.estimation import Result
+from openreml_nn.estimation.basis import basis_of
 from openreml_nn.estimation.fit import checked, iterate, start_by_moments
 from openreml_nn.estimation.outcome import outcome
 from openreml_nn.likelihood.fixed import FixedPart, aliased_columns, null_space
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import Plan
+from openreml_nn.likelihood.problem import Evaluation
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.blocked import Blocked, BlockedProblem
 from openreml_nn.likelihood.solvers.dense import check_method
@@ -128,6 +130,7 @@ class Streamed:
         names: names of the columns of X.
         size: length of the response.
         dropped_rows: rows left out because of missing values.
+        bases: in which the cross-products of random effects are, by the names of their designs.
     """
 
     encoder: Encoder
@@ -137,6 +140,7 @@ class Streamed:
     names: tuple[str, ...]
     size: float
     dropped_rows: int
+    bases: Mapping[str, Tensor]
 
     def fit(
         self,
@@ -159,6 +163,7 @@ class Streamed:
         free = any(p.requires_grad for p in covariance.parameters())
         history = iterate(objective, max_iterations if free else 0)
         labels = labels_of(self.skeleton)
+        labels |= {name: labels[name]._replace(basis=B) for name, B in self.bases.items()}
         result = outcome(objective, plan, None, None, history, self.names, labels)
         result = replace(
             result,
@@ -166,14 +171,16 @@ class Streamed:
             dropped_rows=self.dropped_rows,
             seconds=perf_counter() - begun,
             encoder=self.encoder,
-            model=self._known(model, result),
+            model=self._known(model, objective.evaluate(), result),
         )
         return checked(result)
 
-    def _known(self, model: MixedModel, result: Result) -> MixedModel:
-        """A copy of the model that predicts."""
-        model = copy.deepcopy(model)
-        model.remember(result.random, result.fixed, result.fixed.aliases)
+    def _known(self, fitted: MixedModel, at: Evaluation, result: Result) -> MixedModel:
+        """A copy of the model that predicts, for values as the table has them."""
+        model = copy.deepcopy(fitted)
+        for name, B in self.bases.items():
+            model.effects()[name].basis = B
+        model.remember(at.random, at.fixed, result.fixed.aliases)
         basis = self.fixed.T.new_zeros(len(result.fixed.aliases), len(self.fixed.T))
         basis[self.fixed.columns] = self.fixed.T
         variance = model.residual().detach().reshape(())
@@ -268,6 +275,7 @@ class _Parts:
         orders: how the labels of each grouping column are sorted, see :attr:`Encoder.orders`.
         statistics: cross-products of all terms; None before the first row.
         scale: how X and y are made well conditioned, see :func:`_conditioned`.
+        bases: those of the random effects' values, see :func:`basis_of`, by the names of designs.
         encoded: a chunk, for names and designs.
         dropped: rows that miss a value.
     """
@@ -276,6 +284,7 @@ class _Parts:
     orders: dict[str, str | dict[str, int]] = field(default_factory=dict)
     statistics: Statistics | None = None
     scale: tuple[Tensor, Tensor] | None = None
+    bases: dict[str, Tensor] = field(default_factory=dict)
     encoded: Encoded | None = None
     dropped: int = 0
 
@@ -289,14 +298,20 @@ class _Parts:
         y = encoded.adjusted
         if self.scale is None:
             self.scale = _conditioned(encoded.X, y)
+            found = {d.name: basis_of(d.values) for d in encoded.random}
+            self.bases = {name: B for name, B in found.items() if B is not None}
         if not own:
             return
         T, offset = self.scale
         f = torch.cat([encoded.X @ T, (y - encoded.X @ offset)[:, None]], 1)
-        designs = [IndexedDesign(d.codes, d.values, len(d.levels)) for d in encoded.random]
+        designs = [self._design(d) for d in encoded.random]
         groups = [encoder.learned.groups[group_key(part)] for part in encoder.formula.random]
-        found = Statistics.of(designs, f, encoded.weights)
-        self.join([_index(group.parts) for group in groups], found)
+        own_sums = Statistics.of(designs, f, encoded.weights)
+        self.join([_index(group.parts) for group in groups], own_sums)
+
+    def _design(self, d: RandomDesign) -> IndexedDesign:
+        values = d.values @ self.bases[d.name] if d.name in self.bases else d.values
+        return IndexedDesign(d.codes, values, len(d.levels))
 
     def join(self, labels: Sequence[pd.Index], other: Statistics) -> None:
         """Add statistics whose levels have these labels."""
@@ -350,7 +365,9 @@ class _Parts:
         skeleton = Encoded(
             None, X, names, tuple(designs), np.arange(rows), self.dropped, weights=weights
         )
-        return Streamed(encoder, skeleton, statistics, fixed, names, float(y_size), self.dropped)
+        return Streamed(
+            encoder, skeleton, statistics, fixed, names, float(y_size), self.dropped, self.bases
+        )
 
 
 def _order(index: pd.Index, encoder: Encoder, part: RandomPart) -> np.ndarray:
@@ -457,7 +474,8 @@ def _joined(parts: Sequence[_Parts | InputError]) -> _Parts:
     total = _Parts()
     for part in parts:
         assert isinstance(part, _Parts)
-        total.scale = part.scale or total.scale
+        if part.scale is not None:
+            total.scale, total.bases = part.scale, part.bases
         total.encoded = part.encoded or total.encoded
         total.dropped += part.dropped
         for name, order in part.orders.items():
