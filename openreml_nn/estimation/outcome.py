@@ -20,9 +20,10 @@ from openreml_nn.estimation.basis import (
 )
 from openreml_nn.estimation.curvature import Curvature
 from openreml_nn.estimation.derivatives import jacobian
+from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import Plan
-from openreml_nn.likelihood.problem import Evaluation, RandomEffects
+from openreml_nn.likelihood.problem import Evaluation
 from openreml_nn.result import (
     Component,
     Estimate,
@@ -33,7 +34,7 @@ from openreml_nn.result import (
     Source,
     Start,
 )
-from openreml_nn.terms.covariance import KroneckerCovariance, RepeatedCovariance, ScaledCovariance
+from openreml_nn.terms.covariance import KroneckerCovariance
 from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.term import Term, residual_terms
 
@@ -306,19 +307,16 @@ class _Builder:
         if not residual:
             return found
         for term in self._random_terms:
-            matrix = term.covariance.shown()
-            if isinstance(term.covariance, RepeatedCovariance):
-                z = term.design
+            g, z, matrix = term.covariance, term.design, term.covariance.shown()
+            if matrix.dim() == 1:
+                variances, least = matrix, matrix.min()
+            elif g.block or g.known_kernel is not None:
                 scale = torch.ones_like(matrix.diagonal())
-                values = z.values if isinstance(z, IndexedDesign) else None
+                values = z.values if isinstance(z, IndexedDesign) and g.block else None
                 if values is not None and values.shape[1] == len(scale):
                     scale = (values.detach().to(scale) ** 2).mean(0).sqrt()
                 scaled = scale[:, None] * matrix * scale
                 variances, least = scaled.diagonal(), torch.linalg.eigvalsh(scaled)[0]
-            elif isinstance(term.covariance, ScaledCovariance):
-                variances, least = matrix.diagonal(), torch.linalg.eigvalsh(matrix)[0]
-            elif matrix.dim() == 1:
-                variances, least = matrix, matrix.min()
             else:
                 continue
             if float(least) < SINGULAR**2 * residual:

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from openreml_nn.covariance import DummyMatrix, Matrix, Operator, ScalarMatrix, Sum
 from openreml_nn.covariance.params import operand_name
 from openreml_nn.likelihood import REMLLoss
+from openreml_nn.likelihood.effects import Coefficients, RandomEffects
 from openreml_nn.likelihood.fixed import estimable
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import check_solver
-from openreml_nn.likelihood.problem import Coefficients, RandomEffects
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.model.batch import (
@@ -37,7 +37,8 @@ from openreml_nn.model.batch import (
 )
 from openreml_nn.model.random_effect import Effects, RandomEffect
 from openreml_nn.model.residual import ResidualStructure, structure_of
-from openreml_nn.result.joint import Equations, JointErrors
+from openreml_nn.result.equations import Equations
+from openreml_nn.result.joint import JointErrors
 from openreml_nn.result.prediction import KnownEffect, Prediction, lowered, predicted
 from openreml_nn.result.result import FixedEffects
 from openreml_nn.result.tables import table_of_blups

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance import Matrix
+from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.fixed import estimable
 from openreml_nn.likelihood.plan import Plan
-from openreml_nn.likelihood.problem import RandomEffects
 from openreml_nn.result.prediction import predict_table
 from openreml_nn.support.checks import check_instance
 from openreml_nn.support.errors import InputError
@@ -373,6 +373,6 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """All but BLUPs and fitted values, by the schema of ``result.json``. Numbers that do not
         exist are None."""
-        from openreml_nn.result.record import record
+        from openreml_nn.result.record import to_record
 
-        return record(self)
+        return to_record(self)

@@ -201,9 +201,9 @@ def test_files_that_are_none(tmp_path):
         with pytest.raises(InputError, match="`method` is"):
             fit_stream("yield ~ nitro", datasets.table_path("oats"), method=method)
     path = datasets.table_path("oats")
-    with pytest.raises(InputError, match=r"`residual` is 'cs.Block.', which needs all rows"):
+    with pytest.raises(InputError, match=r"`residual` is 'cs\(Block\)', which needs all rows"):
         lmm("yield ~ nitro", path, chunk_rows=9, residual="cs(Block)")
-    with pytest.raises(InputError, match="`solver` is 'dense': expected 'auto' or 'blocked'"):
+    with pytest.raises(InputError, match=r"`solver` is 'dense': expected 'auto' or 'blocked'"):
         lmm("yield ~ nitro", path, chunk_rows=9, solver="dense")
     with pytest.raises(InputError, match="in memory already"):
         lmm("yield ~ nitro", datasets.oats(), chunk_rows=9)
