@@ -13,7 +13,8 @@ import pytest
 from hydra.experimental.callback import Callback
 
 from openreml_nn import datasets
-from openreml_nn.program.main import main, quoted
+from openreml_nn.program.main import main
+from openreml_nn.program.options import quoted
 from tests.forked import forked
 
 PROGRAM = [sys.executable, "-c", "from openreml_nn.program.main import main; main()"]

@@ -15,7 +15,6 @@ Reference:
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
@@ -233,10 +232,11 @@ class Ascent:
 
     Attributes:
         v: where it is.
+        missed: whether a maximum was not found in 60 steps.
     """
 
     def __init__(self, natural: Natural, v: Tensor) -> None:
-        self.natural, self.v = natural, v.clone()
+        self.natural, self.v, self.missed = natural, v.clone(), False
         self._is_size = torch.tensor(natural.sizes, device=v.device)
 
     def climb(self) -> float:
@@ -275,12 +275,7 @@ class Ascent:
             self._step(move, held, target, abs(multiplier))
         else:
             if promised > 1e-6 or abs(gap) > 1e-6 * scale:
-                warnings.warn(
-                    "the maximum of the likelihood at a point of a profile was not found in 60 "
-                    "steps: it is approximate there",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+                self.missed = True
         return float(self.natural.evaluate(self.v).log_likelihood)
 
     def spread(self) -> Tensor:

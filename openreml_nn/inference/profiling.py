@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -78,7 +79,11 @@ class Profile:
         return pd.DataFrame(rows, columns=["name", "estimate", "low", "high"])
 
 
-def profile(result: Result, names: Sequence[str] | None = None) -> Profile:
+def profile(
+    result: Result,
+    names: Sequence[str] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Profile:
     r"""Profile the likelihood of standard deviations, correlations and fixed effects.
 
     Of the full likelihood, as only that has all of them as parameters: a fit by REML is first made
@@ -89,6 +94,8 @@ def profile(result: Result, names: Sequence[str] | None = None) -> Profile:
     Args:
         result: a fit.
         names: which parameters; all by default.
+        progress: called before each curve with the name of its parameter, how many curves are
+            done, and how many there will be.
 
     Raises:
         ValueError: if a name is unknown, the rows were streamed, or a design is estimated.
@@ -97,7 +104,7 @@ def profile(result: Result, names: Sequence[str] | None = None) -> Profile:
     Reference:
         Bates, Mächler, Bolker and Walker, Journal of Statistical Software 67(1) (2015), section 5.1.
     """
-    return _Profiler(result).run(names)
+    return _Profiler(result).run(names, progress)
 
 
 class _Profiler:
@@ -111,9 +118,12 @@ class _Profiler:
                 "`result` has a design that is estimated: profiles are for models of known designs"
             )
         self.natural = Natural(self.objective)
+        self._missed = 0
         self.best = float(self.objective.evaluate().log_likelihood)
 
-    def run(self, names: Sequence[str] | None) -> Profile:
+    def run(
+        self, names: Sequence[str] | None, progress: Callable[[str, int, int], None] | None
+    ) -> Profile:
         held = self._held()
         fixed = self.fitted.fixed
         known = [*held, *fixed.names]
@@ -122,11 +132,21 @@ class _Profiler:
             if name not in known:
                 raise InputError(f"`names` has {name!r}: expected some of {known}")
         curves = {}
-        for name in wanted:
+        for done, name in enumerate(wanted):
+            if progress is not None:
+                progress(name, done, len(wanted))
+            self._missed = 0
             if name in held:
                 curves[name] = self._covariance_curve(held[name])
             else:
                 curves[name] = self._fixed_curve(fixed.names.index(name))
+            if self._missed:
+                warnings.warn(
+                    f"the profile of {name} is approximate: the maximum of the likelihood was not "
+                    f"found in 60 steps at {self._missed} of its points",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
         return Profile(curves)
 
     # ------------------------------------------------------------------ covariances
@@ -157,6 +177,7 @@ class _Profiler:
             def at(t: float) -> float:
                 ascent = Ascent(self.natural, path.ahead(t))
                 found = ascent.hold(held, t)
+                self._missed += ascent.missed
                 path.add(ascent.v, t)
                 return found
 
@@ -183,6 +204,7 @@ class _Profiler:
                 objective = refit.objective(y, refit.X[:, others], "ml")
                 ascent = Ascent(self.natural.of(objective), path.ahead(value))
                 found = ascent.climb()
+                self._missed += ascent.missed
                 path.add(ascent.v, value)
                 return found
 

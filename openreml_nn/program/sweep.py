@@ -1,4 +1,4 @@
-"""A table of the runs of a sweep."""
+"""The table of the runs of a sweep."""
 
 from __future__ import annotations
 
@@ -7,61 +7,10 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 
-__all__ = ["SweepTable", "collect"]
+from openreml_nn.support.display import plain_console, visible
+from openreml_nn.support.errors import InputError
 
-#: What is told of each run, where its ``result.json`` has it.
-_FIT = ("converged", "singular", "log_likelihood", "deviance", "aic", "bic", "seconds")
-
-
-def collect(folder: str | Path) -> Any:
-    """A data frame with a row for each run below a folder: what was overridden, and what came out.
-
-    Raises:
-        InputError: if there is no run.
-    """
-    import json
-
-    import pandas as pd
-    from omegaconf import OmegaConf
-
-    from openreml_nn.support.errors import InputError
-
-    rows = []
-    for path in sorted(Path(folder).rglob("result.json"), key=_number):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        overrides = path.parent / ".hydra" / "overrides.yaml"
-        given = list(OmegaConf.load(overrides)) if overrides.is_file() else []
-        options = dict(str(text).lstrip("+").partition("=")[::2] for text in given)
-        row = {"run": str(path.parent.relative_to(folder)), **options}
-        row |= {"formula": result["model"]["formula"], "method": result["model"]["method"]}
-        row["rows"] = result["data"]["rows"]
-        row |= {key: result["fit"][key] for key in _FIT}
-        for part in result["random"]:
-            for effect, entry in zip(part["effects"], part["covariance"], strict=True):
-                at = part["effects"].index(effect)
-                row[f"{part['group']} {effect} variance"] = entry[at]
-        row["residual variance"] = result["residual"]["variance"]
-        rows.append(row | result.get("validation", {}))
-    if not rows:
-        raise InputError(f"folder {str(folder)!r} has no run: expected a result.json below it")
-    return pd.DataFrame(rows)
-
-
-def best(table: Any) -> tuple[str, str] | None:
-    """The best run and by what: log density of the rows held out; else AIC, where the models have
-    one likelihood of the same data (``ml``, or ``reml`` with the same formula); None where nothing
-    compares."""
-    by = "val_negative_log_density"
-    if by not in table:
-        response = table["formula"].str.partition("~")[0].str.strip()
-        if max(table["method"].nunique(), table["rows"].nunique(), response.nunique()) > 1:
-            return None
-        if table["method"].iloc[0] == "reml" and table["formula"].nunique() > 1:
-            return None
-        by = "aic"
-    if table[by].isna().all():
-        return None
-    return str(table.loc[table[by].idxmin(), "run"]), by
+__all__ = ["SweepTable"]
 
 
 class SweepTable(Callback):
@@ -69,9 +18,7 @@ class SweepTable(Callback):
 
     def on_multirun_end(self, config: Any, **kwargs: Any) -> None:
         """Collect the runs that have a result."""
-        from rich.console import Console
-
-        from openreml_nn.support.errors import InputError
+        from openreml_nn.report.runs import best, collect
         from openreml_nn.table import write_table
 
         folder = Path(config.hydra.sweep.dir)
@@ -80,13 +27,12 @@ class SweepTable(Callback):
         except InputError:
             return  # every run has said what is wrong with it
         write_table(table, folder / "sweep.csv")
-        console = Console(soft_wrap=True, highlight=False)
-        console.print(table.to_string(index=False))
+        console = plain_console(soft_wrap=True)
+        console.print(table.map(_seen).rename(columns=_seen).to_string(index=False))
         if (found := best(table)) is not None:
-            console.print(f"best run by {found[1]}: {folder / found[0]}")
-        console.print(f"written to {folder / 'sweep.csv'}")
+            console.print(f"best run by {found[1]}: {visible(folder / found[0])}")
+        console.print(f"written to {visible(folder / 'sweep.csv')}")
 
 
-def _number(path: Path) -> tuple[int, str]:
-    name = path.parent.name
-    return (int(name) if name.isdigit() else -1, str(path))
+def _seen(value: Any) -> Any:
+    return visible(value) if isinstance(value, str) else value

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Real
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from openreml_nn.inference import Profile, diagnose
+from openreml_nn.program.reporting import costs_nothing
 from openreml_nn.report.plots import (
     caterpillar,
     convergence,
@@ -40,7 +37,7 @@ from openreml_nn.support.checks import (
 from openreml_nn.support.files import replacing, write_text
 from openreml_nn.table import write_table
 
-__all__ = ["Run", "costs_nothing", "write_plots", "write_run", "write_tables"]
+__all__ = ["Run", "write_plots", "write_profile", "write_record", "write_tables"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,6 @@ class Run:
         optimizer: class name of the optimizer.
         seconds: wall time of the fit.
         validation: metrics of the rows held out, by name.
-        profile: of the likelihood, if it was asked for.
         places: where the rows are (n, k), of a spatial model.
 
     Raises:
@@ -67,7 +63,6 @@ class Run:
     optimizer: str
     seconds: float
     validation: Mapping[str, float] = field(default_factory=dict)
-    profile: Profile | None = None
     places: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -77,7 +72,6 @@ class Run:
         check_instance("optimizer", self.optimizer, str)
         check_number("seconds", self.seconds, least=0)
         check_mapping("validation", self.validation, Real)
-        check_instance("profile", self.profile, (Profile, NoneType), "a Profile, or None")
         if self.places is not None:
             check_tensor("places", self.places, (self.result.rows, "k"))
 
@@ -140,91 +134,47 @@ def _random(c: Component) -> dict[str, Any]:
     }
 
 
-def write_run(run: Run, directory: str | Path) -> Path:
-    """Write the tables, ``result.json``, ``summary.txt`` and the plots; see :func:`write_tables`
-    and :func:`write_plots`.
-
-    Returns:
-        The directory, which is made if there is none.
-    """
-    write_tables(run, directory)
-    return write_plots(run, directory)
-
-
-def write_tables(run: Run, directory: str | Path) -> Path:
-    """Write the CSV files, ``summary.txt`` and ``result.json``.
-
-    ``result.json`` comes last: where it stands, all tables are of the same fit. What an earlier
-    run has left in the directory goes first.
-
-    Returns:
-        The directory, which is made if there is none.
-
-    Raises:
-        TypeError: if ``run`` is no :class:`Run`.
-    """
-    check_instance("run", run, Run)
-    folder = _folder(directory)
+def write_tables(run: Run, directory: str | Path) -> None:
+    """Write the CSV files and ``summary.txt``; the directory is made if there is none."""
+    folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    for old in (folder / "result.json", *(folder / "plots").glob("*.png")):
-        old.unlink(missing_ok=True)
     write_table(fixed_table(run.result), folder / "fixed.csv")
     write_table(variance_table(run.result), folder / "variance.csv")
     write_table(blup_table(run.result), folder / "blup.csv")
-    if run.profile is not None:
-        write_table(run.profile.intervals(), folder / "profile.csv")
     with costs_nothing("summary.txt"):
         write_text(folder / "summary.txt", run.summary())
-    write_text(folder / "result.json", json.dumps(run.record(), indent=2, allow_nan=False) + "\n")
-    return folder
 
 
-def write_plots(run: Run, directory: str | Path) -> Path:
-    """Draw the result into ``plots``. A plot that fails is left out with a warning.
+def write_profile(profile: Profile, directory: str | Path) -> None:
+    """Write the intervals of a profile likelihood and its plot."""
+    write_table(profile.intervals(), Path(directory) / "profile.csv")
+    _draw(Path(directory), {"profile": partial(zeta, profile)})
 
-    Returns:
-        The directory, which is made if there is none.
 
-    Raises:
-        TypeError: if ``run`` is no :class:`Run`.
-    """
-    check_instance("run", run, Run)
-    folder = _folder(directory)
-    for name, draw in _plots(run).items():
+def write_plots(run: Run, directory: str | Path) -> None:
+    """Draw the result into ``plots``. A plot that fails is left out with a warning."""
+    _draw(Path(directory), _plots(run))
+
+
+def write_record(run: Run, directory: str | Path) -> None:
+    """Write ``result.json``, which says that all else is there and whole."""
+    text = json.dumps(run.record(), indent=2, allow_nan=False) + "\n"
+    write_text(Path(directory) / "result.json", text)
+
+
+def _draw(folder: Path, plots: Mapping[str, Callable[[], Figure]]) -> None:
+    for name, draw in plots.items():
         with costs_nothing(f"plot {name}"):
             (folder / "plots").mkdir(parents=True, exist_ok=True)
             figure = draw()
             with replacing(folder / "plots" / f"{name}.png") as temporary:
                 figure.savefig(temporary, dpi=150)
-    return folder
-
-
-@contextmanager
-def costs_nothing(what: str) -> Iterator[None]:
-    """Make a warning of one line of any error, so that what comes after a fit never costs it."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        kind = type(error).__name__
-        warnings.warn(
-            f"{what} is left out: {f'{kind}: {reason}' if reason else kind}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-
-
-def _folder(directory: str | Path) -> Path:
-    check_instance("directory", directory, (str, os.PathLike), "a path")
-    return Path(directory)
 
 
 def _plots(run: Run) -> Mapping[str, Callable[[], Figure]]:
     """What to draw, by the names of the files."""
     result = run.result
     figures: dict[str, Callable[[], Figure]] = {"convergence": partial(convergence, result)}
-    if run.profile is not None:
-        figures["profile"] = partial(zeta, run.profile)
     if run.places is not None:
         figures["semivariogram"] = partial(semivariogram, result, run.places)
     if len(result.residuals):

@@ -1,0 +1,65 @@
+"""A table of runs, and the best of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+from omegaconf import OmegaConf
+
+from openreml_nn.support.errors import InputError
+
+__all__ = ["best", "collect"]
+
+#: What is told of each run, where its ``result.json`` has it.
+_FIT = ("converged", "singular", "log_likelihood", "deviance", "aic", "bic", "seconds")
+
+
+def collect(folder: str | Path) -> pd.DataFrame:
+    """A data frame with a row for each run below a folder: what was overridden, and what came out.
+
+    Raises:
+        InputError: if there is no run.
+    """
+    rows = []
+    for path in sorted(Path(folder).rglob("result.json"), key=_number):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        overrides = path.parent / ".hydra" / "overrides.yaml"
+        given = list(OmegaConf.load(overrides)) if overrides.is_file() else []
+        options = dict(str(text).lstrip("+").partition("=")[::2] for text in given)
+        row = {"run": str(path.parent.relative_to(folder)), **options}
+        row |= {"formula": result["model"]["formula"], "method": result["model"]["method"]}
+        row["rows"] = result["data"]["rows"]
+        row |= {key: result["fit"][key] for key in _FIT}
+        for part in result["random"]:
+            for effect, entry in zip(part["effects"], part["covariance"], strict=True):
+                at = part["effects"].index(effect)
+                row[f"{part['group']} {effect} variance"] = entry[at]
+        row["residual variance"] = result["residual"]["variance"]
+        rows.append(row | result.get("validation", {}))
+    if not rows:
+        raise InputError(f"folder {str(folder)!r} has no run: expected a result.json below it")
+    return pd.DataFrame(rows)
+
+
+def best(table: pd.DataFrame) -> tuple[str, str] | None:
+    """The best run and by what: log density of the rows held out; else AIC, where the models have
+    one likelihood of the same data (``ml``, or ``reml`` with the same formula); None where nothing
+    compares."""
+    by = "val_negative_log_density"
+    if by not in table:
+        response = table["formula"].str.partition("~")[0].str.strip()
+        if max(table["method"].nunique(), table["rows"].nunique(), response.nunique()) > 1:
+            return None
+        if table["method"].iloc[0] == "reml" and table["formula"].nunique() > 1:
+            return None
+        by = "aic"
+    if table[by].isna().all():
+        return None
+    return str(table.loc[table[by].idxmin(), "run"]), by
+
+
+def _number(path: Path) -> tuple[int, str]:
+    name = path.parent.name
+    return (int(name) if name.isdigit() else -1, str(path))
