@@ -18,9 +18,8 @@ from openreml_nn.covariance import (
     Sum,
 )
 from openreml_nn.inference import profile, variance_shares
-from openreml_nn.program.sweep import best
+from openreml_nn.program.outputs import Run, write_plots, write_record, write_tables
 from openreml_nn.report import (
-    Run,
     blup_table,
     caterpillar,
     convergence,
@@ -30,14 +29,17 @@ from openreml_nn.report import (
     semivariogram,
     shares,
     variance_table,
-    write_plots,
     write_report,
-    write_run,
-    write_tables,
     zeta,
 )
+from openreml_nn.report.runs import best
 
 FORMULA = "Reaction ~ Days + (Days | Subject)"
+
+
+def write_run(run, directory):
+    for write in (write_tables, write_plots, write_record):
+        write(run, directory)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +135,7 @@ def test_a_run_whose_tables_cannot_be_written_has_no_result(result, tmp_path, mo
         if path.name == "blup.csv":
             raise OSError("no space left")
 
-    monkeypatch.setattr("openreml_nn.report.run.write_table", full)
+    monkeypatch.setattr("openreml_nn.program.outputs.write_table", full)
     with pytest.raises(OSError, match="no space left"):
         write_run(Run(result, FORMULA, 0, "AIREML", 0.1), tmp_path)
     assert not (tmp_path / "result.json").exists()
@@ -277,11 +279,8 @@ def test_a_plot_that_fails_costs_a_line_and_not_the_result(result, tmp_path, mon
     def broken(*_):
         raise MemoryError("cannot allocate\n80 GB")
 
-    monkeypatch.setattr("openreml_nn.report.run.covariance", broken)
+    monkeypatch.setattr("openreml_nn.program.outputs.covariance", broken)
     run = Run(result, FORMULA, 0, "AIREML", 0.1)
-    stale = tmp_path / "plots" / "blup_Nobody.png"
-    stale.parent.mkdir()
-    stale.touch()
     said = "^plot covariance is left out: MemoryError: cannot allocate 80 GB$"
     with pytest.warns(RuntimeWarning, match=said):
         write_run(run, tmp_path)
@@ -294,7 +293,7 @@ def test_a_plot_that_fails_costs_a_line_and_not_the_result(result, tmp_path, mon
 def test_results_are_written_before_anything_is_drawn(result, tmp_path):
     run = Run(result, FORMULA, 0, "AIREML", 0.1)
     write_tables(run, tmp_path)
-    names = {"result.json", "summary.txt", "fixed.csv", "variance.csv", "blup.csv"}
+    names = {"summary.txt", "fixed.csv", "variance.csv", "blup.csv"}
     assert {path.name for path in tmp_path.iterdir()} == names
     write_plots(run, tmp_path)
     assert len(list((tmp_path / "plots").glob("*.png"))) == 5

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from openreml_nn.program.outputs import Run
     from openreml_nn.result import Result
 
-__all__ = ["fit_table"]
+__all__ = ["InChunks", "InMemory", "fit_table", "is_first_process", "prepared"]
 
 
 def fit_table(config: DictConfig) -> float:
@@ -45,11 +44,7 @@ def fit_table(config: DictConfig) -> float:
         options = Options(config)
         lightning.seed_everything(options["seed"], workers=True, verbose=False)
         is_profiled = options["profile"]
-        chunks = options["data.chunk_rows"]
-        fit = _InMemory(options) if chunks is None else _InChunks(options)
-        options.check_all_read(
-            "in this run" if chunks is None else f"with data.chunk_rows={chunks}"
-        )
+        fit = prepared(options)
         fit.read()
         directory.begin(config, fit.resumed)
         run = fit.run()
@@ -68,12 +63,24 @@ def fit_table(config: DictConfig) -> float:
     raise AssertionError("unreachable")
 
 
+def prepared(options: Options) -> InMemory | InChunks:
+    """The way to fit that the options choose, which has read them, and has made all but the table.
+
+    Raises:
+        InputError: if an option is wrong, or has no effect.
+    """
+    chunks = options["data.chunk_rows"]
+    fit = InMemory(options) if chunks is None else InChunks(options)
+    options.check_all_read("in this run" if chunks is None else f"with data.chunk_rows={chunks}")
+    return fit
+
+
 def is_first_process() -> bool:
     """Whether this process is the one of its run that writes."""
     return not any(int(os.environ.get(n) or 0) for n in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
-def _write(run: Run, fit: _InMemory | _InChunks, path: Path, is_profiled: bool) -> None:
+def _write(run: Run, fit: InMemory | InChunks, path: Path, is_profiled: bool) -> None:
     """Write and print a run: all files of the fit, then ``result.json``, then what takes long."""
     from openreml_nn.program.outputs import (
         write_plots,
@@ -126,7 +133,7 @@ def _bar(title: str, is_shown: bool) -> Iterator[Any]:
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     console = plain_console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not is_shown) as bar:
+    with Progress(*columns, console=console, disable=not is_shown) as bar:
         task = bar.add_task(title, total=None)
 
         def advance(name: str, done: int, total: int) -> None:
@@ -138,7 +145,7 @@ def _bar(title: str, is_shown: bool) -> Iterator[Any]:
 # ---------------------------------------------------------------------- ways to fit
 
 
-class _InMemory:
+class InMemory:
     """A table that is read whole, and a model trained by Lightning."""
 
     def __init__(self, options: Options) -> None:
@@ -155,7 +162,7 @@ class _InMemory:
         self.resumed = _resumed(options)
         self.has_bar = _has_bar(options)
         self.formula = _formula(options)
-        self.module = _module(options)
+        self.module = _module(options, options.keys("model"))
         structure = {}
         if options["model.network"] is None:
             structure = {"residual": options["model.residual"], "weights": options["model.weights"]}
@@ -214,7 +221,7 @@ class _InMemory:
         self.trainer.save_checkpoint(path, weights_only=False)
 
 
-class _InChunks:
+class InChunks:
     """A file larger than memory, of which only sums are kept, and a linear model."""
 
     resumed = None
@@ -222,14 +229,10 @@ class _InChunks:
     def __init__(self, options: Options) -> None:
         import lightning
 
-        if options["model.solver"] not in ("auto", "blocked"):
-            raise InputError(
-                f"model.solver is {options['model.solver']!r}: data.chunk_rows is for the blocked "
-                "solver"
-            )
+        options.read_if("model.solver", ("auto", "blocked"))
         self.has_bar = _has_bar(options)
         self.formula = _formula(options)
-        self.module = _module(options)
+        self.module = _module(options, ["method"])
         self.table, self.rows = chosen_table(options), options["data.chunk_rows"]
         self.names = _names(options["data.categorical"])
         self.method, self.epochs = options["model.method"], options["trainer.max_epochs"]
@@ -261,18 +264,16 @@ class _InChunks:
 # ---------------------------------------------------------------------- parts of a run
 
 
-def _module(options: Options) -> Any:
-    """The model as a Lightning module, with what the section ``model`` gives it."""
+def _module(options: Options, names: list[str]) -> Any:
+    """The model as a Lightning module, with what some keys of the section ``model`` give it."""
     from openreml_nn.lightning import MixedModelModule, TabularMixedModule
 
     kind: Any = MixedModelModule if options["model.network"] is None else TabularMixedModule
     taken = set(inspect.signature(kind).parameters)
     if kind is TabularMixedModule:
         taken |= {"training", "rows", "scheduler", "clip", "covariance_optimizer"}
-    given = {
-        n: options[f"model.{n}"] for n in options.keys("model") if n in taken and n != "formula"
-    }
-    optimizer = options["optimizer"]
+    given = {n: options[f"model.{n}"] for n in names if n in taken and n != "formula"}
+    optimizer = options["optimizer"] if "solver" in names else None
     if kind is TabularMixedModule:
         given["seed"] = options["seed"]
         if str(optimizer.get("_target_", "")).endswith("AIREML"):
@@ -313,7 +314,7 @@ def _names(columns: Any) -> list[str]:
 
 
 def _has_bar(options: Options) -> bool:
-    return bool(options["trainer.enable_progress_bar"]) and sys.stderr.isatty()
+    return bool(options["trainer.enable_progress_bar"])
 
 
 def _resumed(options: Options) -> str | None:

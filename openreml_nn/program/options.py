@@ -114,6 +114,11 @@ class Options:
         found = OmegaConf.select(self._config, key, throw_on_missing=True)
         return OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
 
+    def read_if(self, key: str, values: Sequence[Any]) -> None:
+        """Count a key as read where its value is what happens anyway."""
+        if OmegaConf.select(self._config, key) in values:
+            self._read.add(key)
+
     def keys(self, section: str) -> list[str]:
         """The keys of a section, which are not read by being asked for."""
         node = OmegaConf.select(self._config, section)
@@ -130,18 +135,20 @@ class Options:
         """Refuse what was given and has no effect.
 
         Raises:
-            InputError: naming the first such key, and what it is.
+            InputError: naming each such key, and what it is.
         """
         used = set(self._read)
         while new := {r for key in self._leaves(used) for r in self._references(key)} - used:
             used |= new
         read = set(self._leaves(used))
+        unread = {}
         for key, value in self._given.items():
             is_read = key in read or any(_within(key, each) for each in _ALWAYS)
-            if is_read or value in ({}, []) or self._default.get(key, ...) == value:
-                continue
-            name = key.removesuffix("._target_")
-            raise InputError(f"{name} is {value!r}, which has no effect {where}: leave it out")
+            if not is_read and value not in ({}, []) and self._default.get(key, ...) != value:
+                unread[key.removesuffix("._target_")] = value
+        if unread:
+            named = ", ".join(f"{key}={value}" for key, value in unread.items())
+            raise InputError(f"no effect {where}: {named}; leave it out")
 
     def _leaves(self, keys: set[str]) -> Iterator[str]:
         """The given keys that are among some, or in a section that is."""
@@ -158,10 +165,10 @@ def _within(key: str, section: str) -> bool:
 def _pristine() -> DictConfig:
     """The config of this run's data and model, without what else the user gave."""
     choices = HydraConfig.get().runtime.choices
-    return hydra.compose(
-        HydraConfig.get().job.config_name,
-        [f"{group}={choices[group]}" for group in ("data", "model") if choices.get(group)],
-    )
+    own, groups = HydraConfig.get().job.config_name, ("data", "model")
+    # A config of the user's own is a thing that was given.
+    name = own if own in ("predict", "report") else "config"
+    return hydra.compose(name, [f"{g}={choices[g]}" for g in groups if choices.get(g)])
 
 
 def flattened(config: DictConfig) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from openreml_nn.support.checks import (
     check_number,
     check_tensor,
 )
+from openreml_nn.support.display import visible
 from openreml_nn.support.files import replacing, write_text
 from openreml_nn.table import write_table
 
@@ -77,7 +78,7 @@ class Run:
 
     def summary(self) -> str:
         """The result as text, with what is wrong with it in plain words."""
-        parts = [self.result.summary(self.formula), *diagnose(self.result)]
+        parts = [self.result.summary(self.formula), *map(visible, diagnose(self.result))]
         return "\n".join(parts).rstrip("\n") + "\n"
 
     def record(self) -> dict[str, Any]:

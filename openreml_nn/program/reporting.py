@@ -25,6 +25,12 @@ __all__ = ["Stopped", "configured", "costs_nothing", "one_line", "reported", "sh
 
 #: What the disk or the user's rights can do to a run; all else is a fault of ours.
 _DISK = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR}
+#: Lightning's loggers of what only it can act on.
+_TALKATIVE = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.fabric.utilities.rank_zero",
+    "lightning.pytorch.trainer.connectors.signal_connector",
+)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -39,7 +45,7 @@ class Stopped(BaseException):
 def configured() -> None:
     """Say only what a user of mixed models can act on, each warning in one line."""
     # Lightning sets the level of its own loggers when it is imported: filtered, not silenced.
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+    for name in _TALKATIVE:
         logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.WARNING)
     warnings.simplefilter("ignore")
     warnings.filterwarnings("default", category=RuntimeWarning)
