@@ -8,7 +8,7 @@ from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from openreml_nn import InputError, datasets, lmm
-from openreml_nn.lightning import MixedModelDataModule, MixedModelModule, StopWhenConverged
+from openreml_nn.lightning import MixedModelDataModule, MixedModule, StopWhenConverged
 from openreml_nn.model.stream import accumulate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*levels that the fit did not see")
@@ -38,7 +38,7 @@ def trainer(tmp_path, epochs=1000, **options):
 
 def fitted(tmp_path, optimizer=None, table=None, formula=FORMULA, **options):
     data = MixedModelDataModule(datasets.sleepstudy() if table is None else table, formula)
-    model = MixedModelModule(formula, optimizer=optimizer)
+    model = MixedModule(formula, optimizer=optimizer)
     run = trainer(tmp_path, **options)
     run.fit(model, data)
     return model, data, run
@@ -81,7 +81,7 @@ def test_a_checkpoint_predicts_without_the_training_data(tmp_path):
     table = datasets.sleepstudy()
     model, _, run = fitted(tmp_path)
     run.save_checkpoint(tmp_path / "model.ckpt")
-    loaded = MixedModelModule.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
+    loaded = MixedModule.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
     found = loaded.predict(table)
     np.testing.assert_allclose(found["mean"], model.result.fitted.numpy(), rtol=1e-10)
     beta = model.result.fixed.estimate.numpy()
@@ -102,7 +102,7 @@ def test_transforms_of_the_training_data_travel_with_the_checkpoint(tmp_path):
     formula = "yield ~ poly(nitro, 2) * Variety + (1 | Block/Variety)"
     model, _, run = fitted(tmp_path, table=table, formula=formula)
     run.save_checkpoint(tmp_path / "model.ckpt")
-    loaded = MixedModelModule.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
+    loaded = MixedModule.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
     part = table.iloc[5:9]
     np.testing.assert_allclose(
         loaded.predict(part)["mean"], model.result.fitted.numpy()[5:9], rtol=1e-9
@@ -119,7 +119,7 @@ def test_resuming_a_checkpoint_ends_where_an_uninterrupted_run_does(tmp_path):
     whole, _, _ = fitted(tmp_path, ADAM, epochs=40, tolerance=1e-12)
     _, data, half = fitted(tmp_path, ADAM, epochs=15, tolerance=1e-12)
     half.save_checkpoint(tmp_path / "half.ckpt")
-    resumed = MixedModelModule(FORMULA, optimizer=ADAM)
+    resumed = MixedModule(FORMULA, optimizer=ADAM)
     trainer(tmp_path, epochs=40, tolerance=1e-12).fit(
         resumed, data, ckpt_path=tmp_path / "half.ckpt", weights_only=True
     )
@@ -147,13 +147,13 @@ def test_tables_from_files_and_frames_agree(tmp_path):
 
 def test_mistakes_are_named(tmp_path):
     data = MixedModelDataModule(datasets.sleepstudy(), FORMULA)
-    other = MixedModelModule("Reaction ~ Days + (1 | Subject)")
+    other = MixedModule("Reaction ~ Days + (1 | Subject)")
     with pytest.raises(ValueError, match="the data module's formula"):
         trainer(tmp_path).fit(other, data)
     with pytest.raises(ValueError, match="has no estimates"):
-        MixedModelModule(FORMULA).predict(datasets.sleepstudy())
+        MixedModule(FORMULA).predict(datasets.sleepstudy())
     with pytest.raises(InputError, match="method"):
-        MixedModelModule(FORMULA, method="map")
+        MixedModule(FORMULA, method="map")
     with pytest.raises(InputError, match="not a class of"):
         fitted(tmp_path, {"_target_": "os.system"})
     with pytest.raises(InputError, match="optimizer"):
@@ -170,7 +170,7 @@ def test_a_fit_by_chunks_is_adopted_whatever_the_names(tmp_path):
     table.to_csv(tmp_path / "t.csv", index=False)
     found = accumulate(formula, tmp_path / "t.csv", 20, ["plot.id"], progress=False)
     result = found.fit()
-    model = MixedModelModule(formula)
+    model = MixedModule(formula)
     model.adopt(found.encoder, found.skeleton, result)
     natural = model.covariance.build_params().tolist()
     values = dict(zip(model.covariance.param_names, natural, strict=True))

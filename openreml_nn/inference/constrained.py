@@ -29,7 +29,6 @@ from openreml_nn.estimation.coordinates import Coordinates
 from openreml_nn.estimation.derivatives import expand, hessian_of_value
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.problem import Evaluation, NotPositiveDefiniteError
-from openreml_nn.likelihood.solvers.grid import GridProblem
 
 __all__ = ["Ascent", "Held", "Natural"]
 
@@ -229,14 +228,16 @@ class Ascent:
     Args:
         natural: the model.
         v: where it starts.
+        max_iterations: steps of an ascent, at most.
 
     Attributes:
         v: where it is.
-        missed: whether a maximum was not found in 60 steps.
+        arrived: whether the last ascent ended at a maximum.
     """
 
-    def __init__(self, natural: Natural, v: Tensor) -> None:
-        self.natural, self.v, self.missed = natural, v.clone(), False
+    def __init__(self, natural: Natural, v: Tensor, max_iterations: int = 60) -> None:
+        self.natural, self.v, self.arrived = natural, v.clone(), True
+        self._max_iterations = max_iterations
         self._is_size = torch.tensor(natural.sizes, device=v.device)
 
     def climb(self) -> float:
@@ -250,7 +251,7 @@ class Ascent:
     def _ascend(self, held: Held | None, target: float) -> float:
         self._leave_boundary(held)
         scale = 1.0 if held is None else max(abs(target), 1e-3 * held.longest)
-        for _ in range(60):
+        for _ in range(self._max_iterations):
             score, curvature = self._curvature()
             if held is not None and held.correlation:
                 # At zero, and the likelihood falls from there: it stays.
@@ -273,9 +274,7 @@ class Ascent:
             if promised < 1e-9 and abs(gap) < 1e-10 * scale:
                 break
             self._step(move, held, target, abs(multiplier))
-        else:
-            if promised > 1e-6 or abs(gap) > 1e-6 * scale:
-                self.missed = True
+        self.arrived = promised < 1e-6 and abs(gap) < 1e-6 * scale
         return float(self.natural.evaluate(self.v).log_likelihood)
 
     def spread(self) -> Tensor:
@@ -287,7 +286,7 @@ class Ascent:
         """Score and observed information; the average information where the solver has no second
         derivatives of its own."""
         problem, matrices = self.natural.objective.problem, self.natural.matrices
-        if problem.exact and not isinstance(problem, GridProblem):
+        if problem.has_second_derivatives:
             score, bend = hessian_of_value(lambda v: problem.recorded(matrices(v)), self.v)
             return score, -(bend + bend.mT) / 2
         evaluation = self.natural.evaluate(self.v)

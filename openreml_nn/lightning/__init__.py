@@ -1,5 +1,6 @@
-"""Training the restricted likelihood in Lightning."""
+"""Training mixed models in Lightning."""
 
+from openreml_nn.lightning.batches import WholeGroups
 from openreml_nn.lightning.callbacks import (
     ExportBLUPs,
     ProgressBar,
@@ -7,17 +8,16 @@ from openreml_nn.lightning.callbacks import (
     TraceVariances,
 )
 from openreml_nn.lightning.data import MixedModelDataModule
-from openreml_nn.lightning.module import MixedModelModule
-from openreml_nn.lightning.neural import NeuralMixedModule
-from openreml_nn.lightning.tabular import TabularMixedModule
+from openreml_nn.lightning.module import MixedModule
+from openreml_nn.lightning.ways import Way
 
 __all__ = [
     "ExportBLUPs",
     "MixedModelDataModule",
-    "MixedModelModule",
-    "NeuralMixedModule",
+    "MixedModule",
     "ProgressBar",
     "StopWhenConverged",
-    "TabularMixedModule",
     "TraceVariances",
+    "Way",
+    "WholeGroups",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,9 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 
-from openreml_nn.estimation import AIREML
-from openreml_nn.lightning.module import MixedModelModule
-from openreml_nn.lightning.neural import NeuralMixedModule
-from openreml_nn.result.tables import blup_table
+from openreml_nn.lightning.module import MixedModule
 from openreml_nn.support.checks import check_count, check_instance, check_number
+from openreml_nn.support.errors import InputError
 from openreml_nn.table import write_table
 
 __all__ = ["ExportBLUPs", "ProgressBar", "StopWhenConverged", "TraceVariances"]
@@ -34,7 +33,7 @@ class TraceVariances(Callback):
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, MixedModelModule | NeuralMixedModule)
+        assert isinstance(pl_module, MixedModule)
         rows = [
             {"log_likelihood": r.log_likelihood, "score_norm": r.score_norm, **r.parameters}
             for r in pl_module.history
@@ -55,12 +54,8 @@ class ExportBLUPs(Callback):
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if isinstance(pl_module, NeuralMixedModule):
-            table = pl_module.model.blups()
-        else:
-            assert isinstance(pl_module, MixedModelModule) and pl_module.result is not None
-            table = blup_table(pl_module.result)
-        write_table(table, self.path)
+        assert isinstance(pl_module, MixedModule)
+        write_table(pl_module.model.blups(), self.path)
 
 
 class ProgressBar(RichProgressBar):
@@ -97,14 +92,21 @@ class StopWhenConverged(Callback):
         self.tolerance = tolerance
         self.every_n_epochs = every_n_epochs
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a network, of whose distance to an optimum the covariance says nothing."""
+        assert isinstance(pl_module, MixedModule)
+        if pl_module.has_network:
+            raise InputError(
+                "StopWhenConverged looks at the covariance, and this module trains a network: use "
+                "EarlyStopping(monitor='val_negative_log_density')"
+            )
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        optimizer = trainer.optimizers[0]
-        if isinstance(optimizer, AIREML):
-            # No step was needed, or none was found.
-            done = optimizer.last is not None and optimizer.last.length == 0
-        elif (trainer.current_epoch + 1) % self.every_n_epochs:
-            return
-        else:
-            assert isinstance(pl_module, MixedModelModule)
+        """Stop if there is no step to take."""
+        assert isinstance(pl_module, MixedModule)
+        done = pl_module.history[-1].step == 0  # no step was needed, or none was found
+        if isnan(pl_module.history[-1].step) and not (
+            (trainer.current_epoch + 1) % self.every_n_epochs
+        ):
             done = pl_module.score_norm() < self.tolerance
         trainer.should_stop = trainer.should_stop or done

@@ -6,8 +6,8 @@ import inspect
 import os
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +23,8 @@ from openreml_nn.support.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import Tensor
 
-    from openreml_nn.inference import Profile
-    from openreml_nn.program.outputs import Run
     from openreml_nn.result import Result
 
 __all__ = ["InChunks", "InMemory", "fit_table", "is_first_process", "prepared"]
@@ -47,20 +46,37 @@ def fit_table(config: DictConfig) -> float:
         fit = prepared(options)
         fit.read()
         directory.begin(config, fit.resumed)
-        run = fit.run()
+        start = time.perf_counter()
+        found = fit.run()
+        result = replace(found.result, seconds=time.perf_counter() - start)
         if not is_first_process():
             fit.save(path / "model.ckpt")  # in which all processes have a part
             return 0.0
-        if not run.result.converged:
+        if not result.converged:
             warnings.warn(
-                f"not converged after {run.result.iterations} iterations: score norm "
-                f"{run.result.score_norm:.3g} standard errors; raise trainer.max_epochs",
+                f"not converged after {result.iterations} iterations: score norm "
+                f"{result.score_norm:.3g} standard errors; raise trainer.max_epochs",
                 RuntimeWarning,
                 stacklevel=1,
             )
-        _write(run, fit, path, is_profiled)
-        return run.validation.get("val_negative_log_density", run.result.deviance)
+        _write(replace(found, result=result), fit, path, is_profiled)
+        return found.validation.get("val_negative_log_density", result.deviance)
     raise AssertionError("unreachable")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What comes out of a fit.
+
+    Attributes:
+        result: the fitted model.
+        validation: metrics of the rows held out, by name.
+        places: where the rows are (n, k), of a spatial model.
+    """
+
+    result: Result
+    validation: Mapping[str, float] = field(default_factory=dict)
+    places: Tensor | None = None
 
 
 def prepared(options: Options) -> InMemory | InChunks:
@@ -80,66 +96,40 @@ def is_first_process() -> bool:
     return not any(int(os.environ.get(n) or 0) for n in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
-def _write(run: Run, fit: InMemory | InChunks, path: Path, is_profiled: bool) -> None:
+def _write(found: Fitted, fit: InMemory | InChunks, path: Path, is_profiled: bool) -> None:
     """Write and print a run: all files of the fit, then ``result.json``, then what takes long."""
-    from openreml_nn.program.outputs import (
-        write_plots,
-        write_profile,
-        write_record,
-        write_tables,
-    )
+    from openreml_nn.inference import profile
+    from openreml_nn.program import outputs
     from openreml_nn.support.files import replacing
 
+    result = found.result
     with replacing(path / "model.ckpt") as temporary:
         fit.save(temporary)
-    write_tables(run, path)
-    write_plots(run, path)
-    write_record(run, path)
+    outputs.write_tables(result, path)
+    outputs.write_plots(result, path, found.places)
+    outputs.write_record(result, path, found.validation)
     console = plain_console()
-    _print(run, console)
+    _print(found, console)
     if is_profiled:
         with costs_nothing("profile"):
-            write_profile(_profiled(run.result, fit.has_bar), path)
-        write_record(run, path)
+            outputs.write_profile(profile(result, progress=fit.has_bar), path)
+        outputs.write_record(result, path, found.validation)
     console.print(f"written to {shown(path)}", soft_wrap=True)
 
 
-def _print(run: Run, console: Console) -> None:
+def _print(found: Fitted, console: Console) -> None:
     from openreml_nn.inference import diagnose
     from openreml_nn.result.summary import tables
 
-    for part in tables(run.result, run.formula):
+    for part in tables(found.result, found.result.formula):
         console.print(part, soft_wrap=isinstance(part, str))
-    for sentence in diagnose(run.result):
+    for sentence in diagnose(found.result):
         console.print(visible(sentence), soft_wrap=True)
-    if run.validation:
+    if found.validation:
         values = ", ".join(
-            f"{name.removeprefix('val_')} {value:.5g}" for name, value in run.validation.items()
+            f"{name.removeprefix('val_')} {value:.5g}" for name, value in found.validation.items()
         )
         console.print(f"held out: {values.replace('_', ' ')}", soft_wrap=True)
-
-
-def _profiled(result: Result, has_bar: bool) -> Profile:
-    from openreml_nn.inference import profile
-
-    with _bar("profile", has_bar) as advance:
-        return profile(result, progress=advance)
-
-
-@contextmanager
-def _bar(title: str, is_shown: bool) -> Iterator[Any]:
-    """A progress bar on standard error; yields a function of what is done, of how many, and what."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
-    console = plain_console(stderr=True)
-    with Progress(*columns, console=console, disable=not is_shown) as bar:
-        task = bar.add_task(title, total=None)
-
-        def advance(name: str, done: int, total: int) -> None:
-            bar.update(task, description=f"{title}: {visible(name)}", completed=done, total=total)
-
-        yield advance
 
 
 # ---------------------------------------------------------------------- ways to fit
@@ -156,25 +146,33 @@ class InMemory:
         from lightning.pytorch.profilers import Profiler
         from lightning.pytorch.strategies import Strategy
 
-        from openreml_nn.lightning import MixedModelDataModule
+        from openreml_nn.lightning import MixedModelDataModule, MixedModule
         from openreml_nn.support.instantiate import build
 
         self.resumed = _resumed(options)
         self.has_bar = _has_bar(options)
-        self.formula = _formula(options)
-        self.module = _module(options, options.keys("model"))
-        structure = {}
-        if options["model.network"] is None:
-            structure = {"residual": options["model.residual"], "weights": options["model.weights"]}
-        share, split = options["data.validation"], {}
+        formula, names = _formula(options), _names(options["data.categorical"])
+        taken = set(inspect.signature(MixedModule).parameters)
+        if not _takes_rows(options):
+            taken.remove("rows")
+        given = {key: options[f"model.{key}"] for key in options.keys("model") if key in taken}
+        self.module = MixedModule(
+            formula,
+            **given,
+            categorical=names,
+            optimizer=options["optimizer"],
+            seed=options["seed"],
+        )
+        residual, share, split = given.get("residual"), options["data.validation"], {}
         if share:
             by = options["data.split_by"]
             split = {"split": options["data.split"], "split_by": None if by is None else str(by)}
         self.data = MixedModelDataModule(
             chosen_table(options),
-            self.formula,
-            _names(options["data.categorical"]),
-            **structure,
+            formula,
+            names,
+            residual=residual if isinstance(residual, str) else None,
+            weights=given.get("weights"),
             validation=share,
             **split,
             seed=options["seed"],
@@ -199,22 +197,17 @@ class InMemory:
         )
 
     def read(self) -> None:
+        """Read the table."""
         self.data.setup("fit")
 
-    def run(self) -> Run:
-        from openreml_nn.program.outputs import Run
-
-        start = time.perf_counter()
+    def run(self) -> Fitted:
         self.trainer.fit(self.module, self.data, ckpt_path=self.resumed, weights_only=True)
+        assert self.module.result is not None and self.module.table is not None
         metrics = self.trainer.callback_metrics
-        return Run(
+        return Fitted(
             self.module.result,
-            self.formula,
-            self.data.encoded.dropped_rows,
-            type(self.trainer.optimizers[0]).__name__,
-            time.perf_counter() - start,
             {name: float(value) for name, value in metrics.items() if name.startswith("val_")},
-            getattr(self.module, "places", None),
+            self.module.table.places,
         )
 
     def save(self, path: Path) -> None:
@@ -227,74 +220,49 @@ class InChunks:
     resumed = None
 
     def __init__(self, options: Options) -> None:
-        import lightning
-
         options.read_if("model.solver", ("auto", "blocked"))
         self.has_bar = _has_bar(options)
-        self.formula = _formula(options)
-        self.module = _module(options, ["method"])
-        self.table, self.rows = chosen_table(options), options["data.chunk_rows"]
-        self.names = _names(options["data.categorical"])
-        self.method, self.epochs = options["model.method"], options["trainer.max_epochs"]
-        self.trainer = lightning.Trainer(
+        self.options = {
+            "formula": _formula(options),
+            "table": chosen_table(options),
+            "chunk_rows": options["data.chunk_rows"],
+            "categorical": _names(options["data.categorical"]),
+            "method": options["model.method"] or "reml",
+            "max_iterations": options["trainer.max_epochs"],
+        }
+
+    def read(self) -> None:
+        """The file is read when it is fitted."""
+
+    def run(self) -> Fitted:
+        from openreml_nn import lmm
+
+        self.result = lmm(**self.options)
+        return Fitted(self.result)
+
+    def save(self, path: Path) -> None:
+        import lightning
+
+        from openreml_nn.lightning import MixedModule
+
+        trainer = lightning.Trainer(
             accelerator="cpu", devices=1, logger=False, enable_model_summary=False,
             enable_checkpointing=False, enable_progress_bar=False,
         )  # fmt: skip
-        self.start = time.perf_counter()
-
-    def read(self) -> None:
-        from openreml_nn.model.stream import accumulate
-
-        self.start = time.perf_counter()
-        self.found = accumulate(self.formula, self.table, self.rows, self.names)
-
-    def run(self) -> Run:
-        from openreml_nn.program.outputs import Run
-
-        result = self.found.fit(self.method, self.epochs)
-        self.module.adopt(self.found.encoder, self.found.skeleton, result)
-        seconds = time.perf_counter() - self.start
-        return Run(result, self.formula, self.found.dropped_rows, "AIREML", seconds)
-
-    def save(self, path: Path) -> None:
-        self.trainer.strategy.connect(self.module)
-        self.trainer.save_checkpoint(path, weights_only=False)
+        module = MixedModule.of(self.result, categorical=self.options["categorical"])
+        trainer.strategy.connect(module)
+        trainer.save_checkpoint(path, weights_only=False)
 
 
 # ---------------------------------------------------------------------- parts of a run
 
 
-def _module(options: Options, names: list[str]) -> Any:
-    """The model as a Lightning module, with what some keys of the section ``model`` give it."""
-    from openreml_nn.lightning import MixedModelModule, TabularMixedModule
-
-    kind: Any = MixedModelModule if options["model.network"] is None else TabularMixedModule
-    taken = set(inspect.signature(kind).parameters)
-    if kind is TabularMixedModule:
-        taken |= {"training", "rows", "scheduler", "clip", "covariance_optimizer"}
-    given = {n: options[f"model.{n}"] for n in names if n in taken and n != "formula"}
-    optimizer = options["optimizer"] if "solver" in names else None
-    if kind is TabularMixedModule:
-        given["seed"] = options["seed"]
-        if str(optimizer.get("_target_", "")).endswith("AIREML"):
-            raise InputError(
-                "optimizer aireml is for the covariance, where it is the default: the network needs "
-                "another, such as optimizer=adam"
-            )
-        if any("StopWhenConverged" in str(part) for part in (options["callbacks"] or {}).values()):
-            raise InputError(
-                "callbacks=default stops linear models: use callbacks=neural, or experiment=neural, "
-                "which chooses all that a network needs"
-            )
-    try:
-        return kind(
-            _formula(options),
-            categorical=_names(options["data.categorical"]),
-            optimizer=optimizer,
-            **given,
-        )
-    except ValueError as error:
-        raise InputError(str(error)) from error
+def _takes_rows(options: Options) -> bool:
+    """Whether the way of training divides the rows."""
+    training = options["model.training"]
+    if training is None:
+        return options["model.network"] is not None and options["model.head"] != "gls"
+    return training != "full"
 
 
 def _formula(options: Options) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -13,6 +13,9 @@ from openreml_nn.program.reporting import one_line, reported, shown
 from openreml_nn.program.rundir import RunDirectory
 from openreml_nn.program.tables import table_file
 from openreml_nn.support.errors import InputError
+
+if TYPE_CHECKING:
+    from openreml_nn.lightning import MixedModule
 
 __all__ = ["predict_table"]
 
@@ -33,17 +36,13 @@ def predict_table(config: DictConfig) -> None:
         print(f"{len(found)} predictions written to {shown(path / 'predictions.csv')}")
 
 
-def _loaded(checkpoint: str) -> Any:
-    import torch
-
-    from openreml_nn.lightning import MixedModelModule, TabularMixedModule
+def _loaded(checkpoint: str) -> MixedModule:
+    from openreml_nn.lightning import MixedModule
 
     if not Path(checkpoint).is_file():
         raise InputError(f"checkpoint {checkpoint!r} does not exist: expected the file of a run")
     try:
-        kept = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        kind: Any = TabularMixedModule if "tabular" in kept else MixedModelModule
-        return kind.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
+        return MixedModule.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = one_line(str(error).partition("\n")[0]) or type(error).__name__
         raise InputError(f"checkpoint {checkpoint!r} cannot be loaded: {reason}") from error

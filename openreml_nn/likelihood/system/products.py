@@ -110,6 +110,11 @@ class Products:
     zf: list[Tensor]
     ff: Tensor
 
+    def scaled(self, factor: float) -> Products:
+        """Times a factor."""
+        zz = {pair: factor * value for pair, value in self.zz.items()}
+        return Products(zz, [factor * value for value in self.zf], factor * self.ff)
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -120,12 +125,15 @@ class Statistics:
         cells: levels that meet, for each pair of designs t ≤ u: (cells,) of t and of u.
         products: their cross-products.
         rows: number of rows.
+        log_det: :math:`\\log|R|` of rows that were divided by a root of R, up to its one
+            variance.
     """
 
     sizes: list[tuple[int, int]]
     cells: dict[tuple[int, int], tuple[Tensor, Tensor]]
     products: Products
     rows: int
+    log_det: float = 0.0
 
     @classmethod
     def of(cls, designs: Sequence[IndexedDesign], f: Tensor) -> Statistics:
@@ -155,7 +163,7 @@ class Statistics:
             zf.append(whole.reshape(size * k, -1))
         products = Products(zz, zf, self.products.ff)
         sizes = [(size, k) for size, (_, k) in zip(levels, self.sizes, strict=True)]
-        return Statistics(sizes, cells, products, self.rows)
+        return Statistics(sizes, cells, products, self.rows, self.log_det)
 
     def __add__(self, other: Statistics) -> Statistics:
         """Of the rows of both, where the levels of each design are the same."""
@@ -170,13 +178,14 @@ class Statistics:
             cells[t, u] = (cell // size, cell % size)
         zf = [x + y for x, y in zip(self.products.zf, other.products.zf, strict=True)]
         products = Products(zz, zf, self.products.ff + other.products.ff)
-        return Statistics(self.sizes, cells, products, self.rows + other.rows)
+        rows, log_det = self.rows + other.rows, self.log_det + other.log_det
+        return Statistics(self.sizes, cells, products, rows, log_det)
 
     def mapped(self, M: Tensor) -> Statistics:
         """With the columns :math:`f M` in the place of f."""
         p = self.products
         products = Products(p.zz, [part @ M for part in p.zf], M.mT @ p.ff @ M)
-        return Statistics(self.sizes, self.cells, products, self.rows)
+        return Statistics(self.sizes, self.cells, products, self.rows, self.log_det)
 
     def ordered(self, order: Sequence[int]) -> tuple[Pattern, Products]:
         """Pattern and products of the designs in another order."""
