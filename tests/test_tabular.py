@@ -51,7 +51,7 @@ def test_a_checkpoint_needs_neither_table_nor_model(name, tmp_path):
     new.loc[5:, group] = "never seen"
     expected, found = module.predict(new), again.predict(new)
     pd.testing.assert_frame_equal(found, expected)
-    assert list(found.columns) == ["mean", "variance", "population_mean"]
+    assert list(found.columns) == ["mean", "variance", "population_mean", "low", "high"]
     assert float(found["variance"][5:].min()) > 0
 
 
@@ -129,7 +129,7 @@ def test_errors_name_what_is_wrong():
         fitted(formula, moved, 1, kernels=MATERN)
     with pytest.raises(InputError, match="has no random effect"):
         fitted("yield ~ rain", table, 1)
-    for target, message in [("os.system", "not a class"), ("torch.Size", "got Size")]:
+    for target, message in [("os.system", "not a class"), ("torch.Size", "not a class")]:
         with pytest.raises(InputError, match=message):
             quiet(1).fit(
                 MixedModule(formula, network={"_target_": target}),

@@ -236,6 +236,11 @@ class MixedModule(LightningModule):
         return self.table.encoder
 
     @property
+    def places(self) -> Tensor | None:
+        """Where the training rows of a table are (n, k), with a kernel; None without one."""
+        return None if self.table is None else self.table.places
+
+    @property
     def lr(self) -> float:
         """The learning rate in the config of the optimizer, which a tuner may set."""
         make = self._make_optimizer
@@ -373,6 +378,9 @@ class MixedModule(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Add the batch to the sums of the epoch."""
         self._keep(batch_idx)
+        if self.automatic_optimization and not self.has_network and self.trainer.is_last_batch:
+            assert self._sums is not None
+            self._step(self._sums.gathered())
 
     def _keep(self, batch_idx: int) -> None:
         if self._met is None:
@@ -402,10 +410,9 @@ class MixedModule(LightningModule):
         """Move the covariance by the sums of the epoch; in the last one end the fit, so that its
         checkpoint is that of the end."""
         assert self._sums is not None
-        if self.automatic_optimization:
+        if self.has_network:
             self._step(self._sums.gathered())
-            if self.has_network:
-                self._gathered = None  # of the parameters as each batch met them
+            self._gathered = None  # of the parameters as each batch met them
         record = self.history[-1]
         shown = {"log_likelihood": record.log_likelihood, **record.parameters}
         self.log_dict(shown, sync_dist=True)

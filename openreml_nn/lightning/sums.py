@@ -23,8 +23,8 @@ from openreml_nn.lightning.sharing import processes
 from openreml_nn.lightning.table import TableModel
 from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.loss import Objective
-from openreml_nn.likelihood.plan import Plan
-from openreml_nn.likelihood.solvers.blocked import BlockedProblem
+from openreml_nn.likelihood.plan import Plan, check_solver
+from openreml_nn.likelihood.solvers.blocked import Blocked, BlockedProblem
 from openreml_nn.likelihood.system.products import Statistics
 from openreml_nn.model import MixedModel, ResidualStructure
 from openreml_nn.model.batch import row_values
@@ -101,6 +101,12 @@ class Sums:
             raise InputError(
                 "residuals that are correlated within groups need all rows at once: use "
                 "training='full' or 'parts'"
+            )
+        name = check_solver(self.model.solver).name
+        if name not in ("auto", "blocked"):
+            raise InputError(
+                f"solver {name!r} needs all rows at once: use training='full' or 'parts', or leave "
+                "it out, for sums by level are solved by 'blocked'"
             )
 
     @torch.no_grad()
@@ -222,8 +228,9 @@ class Summed:
         none = torch.zeros(0, dtype=torch.float64)
         square = none.reshape(0, 0)
         fixed = FixedPart(none, square, square, none, [], square)
-        problem = BlockedProblem(fixed, terms, model.method, statistics)
-        plan = Plan.of(terms, 0, "blocked", torch.float64).measured(problem, terms)
+        solver = Blocked()
+        problem = BlockedProblem(fixed, terms, model.method, solver, statistics)
+        plan = Plan.of(terms, 0, solver, torch.float64).measured(problem)
         self.plan = replace(plan, rows=problem.n, reason="sums by level of mini-batches")
         self.objective = Objective(covariance, problem, None)
 
