@@ -429,6 +429,13 @@ class MixedModule(LightningModule):
         if self._sums is not None:
             self._finish()
 
+    def on_fit_end(self) -> None:
+        """The result of a run that had ended before it was resumed."""
+        if self._sums is None and self.trainer.ckpt_path is not None:
+            gathered = self._present(_mark(self.model))
+            gathered.update()
+            self._conclude(gathered)
+
     def _finish(self) -> None:
         mark = _mark(self.model)
         if self._training_state is not None:
@@ -441,6 +448,9 @@ class MixedModule(LightningModule):
             self.history += iterate(gathered.objective, _LAST_STEPS)
         gathered.update()
         self._settled = mark, _state(self.model)
+        self._conclude(gathered)
+
+    def _conclude(self, gathered: Summed | Held) -> None:
         found = gathered.result(self.history, self.table)
         name = type(self.trainer.optimizers[0]).__name__ if self.trainer.optimizers else "AIREML"
         found = replace(found, optimizer=name, model=copy.deepcopy(self.model))

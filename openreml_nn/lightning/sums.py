@@ -36,9 +36,6 @@ from openreml_nn.terms.design import IndexedDesign
 
 __all__ = ["Sums"]
 
-#: Rows whose codes and residuals wait to be added up; a sum then costs little beside them.
-_WAITING = 50_000
-
 
 @dataclass
 class _Total:
@@ -85,10 +82,13 @@ class Sums:
     Args:
         model: the model whose random effects and residual they are for.
         whole_groups: whether a level must be met in one batch only.
+        waiting: rows whose codes and residuals wait to be added up; a sum then costs little beside
+            them.
     """
 
     model: MixedModel
     whole_groups: bool = False
+    waiting: int = 50_000
     _met: dict[str, Tensor] = field(default_factory=dict)
     _total: _Total | None = None
     _waiting: list[_Waiting] = field(default_factory=list)
@@ -135,7 +135,7 @@ class Sums:
                 self._meet(name, own.cpu())
         self._waiting.append(_Waiting(codes, values, response, log_det))
         self._rows += n
-        if self._rows >= _WAITING:
+        if self._rows >= self.waiting:
             self._fold()
 
     def _meet(self, name: str, codes: Tensor) -> None:
