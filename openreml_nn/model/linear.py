@@ -86,18 +86,16 @@ def lmm(
     if chunk_rows is not None:
         if isinstance(table, pd.DataFrame):
             raise InputError("`chunk_rows` is for a file: the table is in memory already")
-        others = {"weights": weights, "residual": residual, "residual_variance": residual_variance}
-        given = [name for name, value in others.items() if value is not None]
-        if given or solver != "auto":
-            raise InputError(
-                f"`{(given or ['solver'])[0]}` is not for chunks: leave out `chunk_rows`"
-            )
         return fit_stream(
             formula,
             table,
             chunk_rows=chunk_rows,
-            categorical=categorical,
             method=method,
+            solver=solver,
+            categorical=categorical,
+            weights=weights,
+            residual=residual,
+            residual_variance=residual_variance,
             max_iterations=max_iterations,
         )
     source = "the table" if isinstance(table, pd.DataFrame) else f"file {str(table)!r}"

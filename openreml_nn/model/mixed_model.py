@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from openreml_nn.covariance import DummyMatrix, Matrix, Operator, ScalarMatrix, Sum
 from openreml_nn.covariance.params import operand_name
 from openreml_nn.likelihood import REMLLoss
+from openreml_nn.likelihood.effects import Coefficients, RandomEffects
 from openreml_nn.likelihood.fixed import estimable
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import check_solver
-from openreml_nn.likelihood.problem import Coefficients, RandomEffects
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.model.batch import (
@@ -317,7 +317,7 @@ class MixedModel(nn.Module):
         r"""The covariance :math:`V = \sum_t Z_t G_t Z_t^\top + R` of the rows of a batch, a tree
         with this model's parameters.
 
-        Its operands are the random effects by name and ``residual``.
+        Its operands are the random effects by name and, after them, ``residual``.
 
         Raises:
             TypeError, InputError: as :meth:`loss`.
@@ -333,8 +333,7 @@ class MixedModel(nn.Module):
         for name, effect in self.effects().items():
             operand = operand_name(name, {"residual"})
             parts[operand] = effect.covariance(name, *coded[name])
-        parts["residual"] = structure_of(self.residual).covariance(batch, n)
-        return Sum(parts)
+        return Sum(parts | structure_of(self.residual).operands(batch, n))
 
     def _loss(self, batch: Batch, n: int) -> REMLLoss:
         """The likelihood for the batch's rows, the last one where theirs are the same."""
@@ -392,6 +391,8 @@ class MixedModel(nn.Module):
         """
         effects = {operand_name(name, {"residual"}): e for name, e in self.effects().items()}
         for found in random:
+            if found.name not in effects:
+                continue  # of the rows' own errors
             effect = effects[found.name]
             q, k = effect.blup.shape
             # Rows of no known level had levels of their own, which come after the others.
@@ -415,10 +416,11 @@ class MixedModel(nn.Module):
             r: number of coefficients.
         """
         assert isinstance(covariance, Sum)
-        *random, residual = covariance.operands.values()
-        assert isinstance(residual, Matrix)
-        terms = [term.detach() for term in residual.terms()]
-        pairs = [node.operands.values() for node in random if isinstance(node, Operator)]
+        parts = list(covariance.operands.values())
+        residual = [part for part in parts[len(self.random) :] if isinstance(part, Matrix)]
+        terms = [term.detach() for part in residual for term in part.terms()]
+        random = [part for part in parts[: len(self.random)] if isinstance(part, Operator)]
+        pairs = [part.operands.values() for part in random]
         designs = [z.design for z, _ in pairs if isinstance(z, DummyMatrix)]
         self.joint.update(
             [lowered(g).map(Tensor.detach) for _, g in pairs if isinstance(g, Matrix)],

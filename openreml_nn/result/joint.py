@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from openreml_nn.likelihood.problem import cholesky
 from openreml_nn.likelihood.residual import Residual
-from openreml_nn.likelihood.system.products import Pattern, Products
+from openreml_nn.likelihood.system.products import Pattern, Products, Statistics
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import Covariance, RepeatedCovariance
 from openreml_nn.terms.design import DenseDesign, Design, IndexedDesign
@@ -77,6 +77,14 @@ class Equations:
         pattern = Pattern.of(white[0])
         sizes = [(design.levels, design.effects) for design in designs]
         return cls(sizes, pattern, pattern.products(*white), basis)
+
+    @classmethod
+    def of_statistics(cls, statistics: Statistics, variance: Tensor, basis: Tensor) -> Equations:
+        """Those of cross-products of rows of one residual variance, that of a weight of 1."""
+        pattern, found = statistics.ordered(range(len(statistics.sizes)))
+        zz = {pair: value / variance for pair, value in found.zz.items()}
+        zf = [part / variance for part in found.zf]
+        return cls(statistics.sizes, pattern, Products(zz, zf, found.ff / variance), basis)
 
     def between(self, t: int, u: int) -> tuple[Tensor, Tensor, Tensor]:
         """Level of t, column of u and entry (cells, k_t) of each product of the two."""
@@ -351,7 +359,8 @@ class JointErrors(nn.Module):
         return self.__dict__
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        self._pending = None
+        if prefix + "covariance" in state_dict:
+            self._pending = None
         # The sizes are known only once there were data.
         names = ("offsets", "conditional", "starts", "columns", "entries", "covariance", "basis")
         for name in names:

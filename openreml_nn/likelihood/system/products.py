@@ -125,8 +125,7 @@ class Statistics:
         cells: levels that meet, for each pair of designs t ≤ u: (cells,) of t and of u.
         products: their cross-products.
         rows: number of rows.
-        log_det: :math:`\\log|R|` of rows that were divided by a root of R, up to its one
-            variance.
+        log_det: :math:`\\log|R|` of the rows at a residual variance of 1, by which they were weighted.
     """
 
     sizes: list[tuple[int, int]]
@@ -136,15 +135,25 @@ class Statistics:
     log_det: float = 0.0
 
     @classmethod
-    def of(cls, designs: Sequence[IndexedDesign], f: Tensor) -> Statistics:
-        """Those of some rows."""
+    def of(
+        cls, designs: Sequence[IndexedDesign], f: Tensor, weights: Tensor | None = None
+    ) -> Statistics:
+        """Those of some rows, each weighted by its weight (n,), if there are weights."""
+        log_det = 0.0
+        if weights is not None:
+            half = weights.sqrt()[:, None]
+            f, log_det = half * f, -float(weights.log().sum())
+            designs = [
+                IndexedDesign(d.codes, half * values_of(d, f), d.levels, absent=False)
+                for d in designs
+            ]
         pattern = Pattern.of(designs)
         cells = {}
         for pair, found in pattern.cells.items():
             assert found is not None
             cells[pair] = (found.a, found.b)
         sizes = [(design.levels, design.effects) for design in designs]
-        return cls(sizes, cells, pattern.products(designs, f), len(f))
+        return cls(sizes, cells, pattern.products(designs, f), len(f), log_det)
 
     def relabelled(self, places: Sequence[Tensor], levels: Sequence[int]) -> Statistics:
         """With level i of design t as level ``places[t][i]`` of ``levels[t]``."""
