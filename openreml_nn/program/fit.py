@@ -224,20 +224,22 @@ class InChunks:
         self.has_bar = _has_bar(options)
         self.options = {
             "formula": _formula(options),
-            "table": chosen_table(options),
+            "path": chosen_table(options),
             "chunk_rows": options["data.chunk_rows"],
             "categorical": _names(options["data.categorical"]),
+            "weights": options["model.weights"],
             "method": options["model.method"] or "reml",
             "max_iterations": options["trainer.max_epochs"],
+            "progress": self.has_bar,
         }
 
     def read(self) -> None:
         """The file is read when it is fitted."""
 
     def run(self) -> Fitted:
-        from openreml_nn import lmm
+        from openreml_nn import fit_stream
 
-        self.result = lmm(**self.options)
+        self.result = fit_stream(**self.options)
         return Fitted(self.result)
 
     def save(self, path: Path) -> None:
@@ -249,7 +251,8 @@ class InChunks:
             accelerator="cpu", devices=1, logger=False, enable_model_summary=False,
             enable_checkpointing=False, enable_progress_bar=False,
         )  # fmt: skip
-        module = MixedModule.of(self.result, categorical=self.options["categorical"])
+        given = {name: self.options[name] for name in ("categorical", "weights")}
+        module = MixedModule.of(self.result, **given)
         trainer.strategy.connect(module)
         trainer.save_checkpoint(path, weights_only=False)
 

@@ -39,7 +39,6 @@ NEURAL = ["experiment=neural_longitudinal", "trainer.max_epochs=1", "model.width
         ([*CHUNKS, "data.validation=0.5"], ["data.validation=0.5"]),
         ([*CHUNKS, "resume=nothing.ckpt"], ["resume=nothing.ckpt"]),
         ([*CHUNKS, "model.residual=cs(Subject)"], ["model.residual=cs(Subject)"]),
-        ([*CHUNKS, "model.weights=Days"], ["model.weights=Days"]),
         ([*CHUNKS, "callbacks=neural"], ["callbacks.trace", "callbacks.checkpoint"]),
         ([*CHUNKS, "trainer.devices=2"], ["trainer.devices=2"]),
         (
