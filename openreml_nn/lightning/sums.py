@@ -250,12 +250,10 @@ class Summed:
             square = self._statistics.products.zz[t, t].diagonal(dim1=1, dim2=2).sum(0)
             values = (square / self._statistics.rows).sqrt().expand(count, -1).clone()
             parts[operand_name(name, {"residual"})] = effect.covariance(name, codes, values)
-        residual: Matrix
         if isinstance(self._model.residual, Matrix):
-            residual = structure_of(self._model.residual).covariance({}, count)
-        else:
-            residual = ScalarMatrix(count).double()
-            residual.fix("sigma^2", 0.0)
+            return Sum(parts | structure_of(self._model.residual).operands({}, count))
+        residual = ScalarMatrix(count).double()
+        residual.fix("sigma^2", 0.0)
         return Sum({**parts, "residual": residual})
 
     def _groupings(self) -> list[int]:
