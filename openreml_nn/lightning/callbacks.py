@@ -18,7 +18,7 @@ from openreml_nn.estimation.aireml import AIREML
 from openreml_nn.lightning.held import Held
 from openreml_nn.lightning.module import MixedModule
 from openreml_nn.lightning.reading import mark, read
-from openreml_nn.lightning.sums import Sums
+from openreml_nn.lightning.sums import LevelSums
 from openreml_nn.model import MixedModel
 from openreml_nn.support.checks import check_count, check_instance, check_number, check_text
 from openreml_nn.support.errors import InputError
@@ -139,7 +139,7 @@ class UpdateBLUPs(Callback):
         model = self._model
         if model is None or (self._at is not None and torch.equal(self._at, mark(model))):
             return
-        store = Held(model) if model.head == "gls" else Sums(model)
+        store = Held(model) if model.head == "gls" else LevelSums(model)
         with torch.inference_mode(False), torch.enable_grad():
             gathered = read(trainer, model, store, lambda model, batch: model(batch))
             if self._aireml is not None:

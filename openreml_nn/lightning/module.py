@@ -24,7 +24,7 @@ from openreml_nn.lightning.held import Held
 from openreml_nn.lightning.reading import mark, of_networks, read, state
 from openreml_nn.lightning.rows import as_batch, blamed
 from openreml_nn.lightning.sharing import check_same, total
-from openreml_nn.lightning.sums import Summed, Sums
+from openreml_nn.lightning.sums import LevelSums, Summed
 from openreml_nn.lightning.table import Network, TableModel
 from openreml_nn.lightning.ways import Way, way_of
 from openreml_nn.metrics import gaussian_negative_log_density, interval_coverage
@@ -203,7 +203,7 @@ class MixedModule(LightningModule):
 
     def _forget(self) -> None:
         """The state of a fit before its first step."""
-        self._sums: Sums | Held | None = None
+        self._sums: LevelSums | Held | None = None
         self._met: tuple[Mapping[str, Any], Tensor] | None = None
         self._gathered: tuple[Tensor, Summed | Held] | None = None
         self._settled: tuple[Tensor, dict[str, Tensor]] | None = None

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from openreml_nn.lightning.held import Held
 from openreml_nn.lightning.rows import as_batch, blamed
-from openreml_nn.lightning.sums import Summed, Sums
+from openreml_nn.lightning.sums import LevelSums, Summed
 from openreml_nn.model import MixedModel
 from openreml_nn.model.batch import Batch
 
@@ -26,7 +26,7 @@ __all__ = ["mark", "of_networks", "read", "state"]
 def read(
     trainer: Trainer,
     model: MixedModel,
-    store: Sums | Held,
+    store: LevelSums | Held,
     output: Callable[[MixedModel, Batch], Tensor],
 ) -> Summed | Held:
     """What is kept of the training rows at the present parameters.
