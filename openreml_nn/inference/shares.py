@@ -15,12 +15,8 @@ from openreml_nn.inference.refit import Refit
 from openreml_nn.metrics import conditional_r2, marginal_r2
 from openreml_nn.support.checks import check_choice, check_instance
 from openreml_nn.support.errors import InputError
-from openreml_nn.terms.covariance import (
-    Covariance,
-    DiagonalCovariance,
-    KroneckerCovariance,
-    ScaledCovariance,
-)
+from openreml_nn.terms.base import Covariance
+from openreml_nn.terms.covariance import DiagonalCovariance, KroneckerCovariance, ScaledCovariance
 from openreml_nn.terms.design import IdentityDesign, IndexedDesign
 from openreml_nn.terms.term import Term
 

@@ -161,8 +161,8 @@ class REMLLoss(nn.Module):
         names: names of the columns of X, for warnings; None by default.
 
     Raises:
-        InputError: if an option is unknown; when the loss is called, ValueError if the solver
-            does not fit the covariance.
+        InputError: if an option is unknown, or, when the loss is called, the solver does not fit
+            the covariance.
 
     >>> from openreml_nn.covariance import ScalarMatrix
     >>> loss = REMLLoss(ScalarMatrix(3), reduction="sum")
@@ -260,7 +260,7 @@ class REMLLoss(nn.Module):
 
         Raises:
             NumericalError: if V is not positive definite, or rounding leaves too few digits.
-            TypeError, ValueError: as in calling the loss.
+            TypeError, InputError: as in calling the loss.
 
         Reference:
             Henderson, Biometrics 31 (1975) 423; Robinson, Statistical Science 6 (1991) 15.
@@ -278,7 +278,7 @@ class REMLLoss(nn.Module):
         """The likelihood of some data as an optimizer wants it, prepared and not evaluated.
 
         Raises:
-            TypeError, ValueError: as in calling the loss.
+            TypeError, InputError: as in calling the loss.
         """
         with torch.no_grad():
             problem = self._prepare(y, X, rows)[0]
@@ -315,7 +315,7 @@ class REMLLoss(nn.Module):
         terms = [term.to(dtype) for term in terms]
         constants = [rows, *(tensor for term in terms for tensor in term.constants)]
         forms = [term.form for term in terms]
-        if kept is not None and not kept.is_of(forms, constants, self.method, dtype):
+        if kept is not None and not kept.is_of(forms, constants, (self.method, self.solver), dtype):
             kept = None
         if kept is not None and same_data:
             return kept.problem, terms, kept.problem.fixed, False
@@ -343,7 +343,11 @@ class REMLLoss(nn.Module):
             if recorded and moving and not wrapped:
                 problem = problem.anew(fixed, terms)
         self._prepared = (
-            None if recorded else _Prepared(None if moving else data, forms, copies, problem)
+            None
+            if recorded
+            else _Prepared(
+                None if moving else data, forms, copies, (self.method, self.solver), problem
+            )
         )
         return problem, terms, fixed, recorded
 
@@ -374,6 +378,7 @@ class _Prepared:
     data: tuple[Tensor, Tensor] | None
     forms: list[tuple[object, ...]]
     constants: list[Tensor | None]
+    options: tuple[object, ...]
     problem: Problem
 
     def has_seen(self, y: Tensor, X: Tensor) -> bool:
@@ -386,12 +391,13 @@ class _Prepared:
         self,
         forms: Sequence[tuple[object, ...]],
         constants: Sequence[Tensor | None],
-        method: str,
+        options: tuple[object, ...],
         dtype: torch.dtype,
     ) -> bool:
-        """Whether it was prepared for terms of the same forms, designs, kernels and rows."""
+        """Whether it was prepared for terms of the same forms, designs, kernels and rows, by the
+        same method and solver."""
         problem = self.problem
-        if problem.fixed.y.dtype != dtype or problem.method != method or self.forms != forms:
+        if problem.fixed.y.dtype != dtype or self.options != options or self.forms != forms:
             return False
         return _all_same(constants, self.constants)
 

@@ -30,7 +30,8 @@ from openreml_nn.likelihood.problem import (
     cholesky,
 )
 from openreml_nn.likelihood.solver import Solver
-from openreml_nn.terms.covariance import Covariance, RepeatedCovariance
+from openreml_nn.terms.base import Covariance
+from openreml_nn.terms.covariance import RepeatedCovariance
 from openreml_nn.terms.design import Design, IdentityDesign, IndexedDesign
 from openreml_nn.terms.term import Term, residual_terms
 
