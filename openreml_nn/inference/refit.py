@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -22,6 +23,9 @@ from openreml_nn.support.errors import InputError
 __all__ = ["Refit", "check_fit", "check_level", "matrix_entries", "source_of", "tracked"]
 
 T = TypeVar("T")
+
+#: Columns that are solved for at a time.
+_COLUMNS = 256
 
 
 def check_fit(result: object, name: str = "result") -> None:
@@ -129,3 +133,28 @@ class Refit:
                 names=self.result.fixed.names,
                 labels=self.source.labels,
             )
+
+    def solve(self, columns: Tensor) -> Tensor:
+        r""":math:`V^{-1} B` of some columns B (n, m), by the solver of the fit.
+
+        Columns of a model matrix come with it, so they take the place of X, a few at a time.
+        """
+        found = []
+        for part in columns.to(self.y).split(max(1, min(_COLUMNS, len(self.y) // 2)), 1):
+            Q, R = torch.linalg.qr(part)
+            objective = self.objective(X=Q, method="ml")
+            fixed = objective.problem.fixed
+            solved = objective.evaluate().inverse_times_data()[:, :-1]
+            found.append(solved @ (fixed.Q.mT @ Q) @ R)
+        return torch.cat(found, 1) if found else columns.to(self.y)
+
+    def project(self, columns: Tensor) -> Tensor:
+        r""":math:`PB = V^{-1}B - V^{-1}X(X^\top V^{-1}X)^{-1}X^\top V^{-1}B` of columns (n, m)."""
+        V_X = self._solved_x
+        inner = torch.linalg.solve(self.X.mT @ V_X, V_X.mT @ columns.to(self.y))
+        return self.solve(columns) - V_X @ inner
+
+    @cached_property
+    def _solved_x(self) -> Tensor:
+        """V^-1 X at the estimates."""
+        return self.solve(self.X)

@@ -17,13 +17,14 @@ from openreml_nn.covariance import Matrix
 from openreml_nn.covariance.matrix import FreeParams
 from openreml_nn.likelihood.fixed import FixedPart, check_data, traced
 from openreml_nn.likelihood.plan import Auto, Plan, check_solver
+from openreml_nn.likelihood.prepared import Prepared
 from openreml_nn.likelihood.problem import Evaluation, Problem
 from openreml_nn.likelihood.recorded import LogLikelihood
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.support.checks import check_choice, check_tensor
 from openreml_nn.support.errors import InputError
-from openreml_nn.terms.kernel import private, same_content
+from openreml_nn.terms.kernel import private
 from openreml_nn.terms.term import Term
 
 __all__ = ["Heard", "Objective", "REMLLoss", "listen"]
@@ -190,7 +191,7 @@ class REMLLoss(nn.Module):
         self.reduction = reduction
         self.names: Sequence[str] | None = None
         self._plan: Plan | None = None
-        self._prepared: _Prepared | None = None
+        self._prepared: Prepared | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # What is prepared for some data can be had again; a copy need not carry it.
@@ -345,7 +346,7 @@ class REMLLoss(nn.Module):
         self._prepared = (
             None
             if recorded
-            else _Prepared(
+            else Prepared(
                 None if moving else data, forms, copies, (self.method, self.solver), problem
             )
         )
@@ -364,43 +365,3 @@ class REMLLoss(nn.Module):
                 stacklevel=5,
             )
         return problem
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A problem with private copies of the data, and of the other constants, that it was
-    prepared for.
-
-    Contents are compared and not identities, because memory also changes through NumPy,
-    through ``.data`` and by loading a state, of which a tensor's version does not tell.
-    """
-
-    data: tuple[Tensor, Tensor] | None
-    forms: list[tuple[object, ...]]
-    constants: list[Tensor | None]
-    options: tuple[object, ...]
-    problem: Problem
-
-    def has_seen(self, y: Tensor, X: Tensor) -> bool:
-        """Whether the data are those that it was prepared for, and have no graph."""
-        if self.data is None or not (isinstance(y, Tensor) and isinstance(X, Tensor)):
-            return False
-        return not (y.requires_grad or X.requires_grad) and _all_same([y, X], self.data)
-
-    def is_of(
-        self,
-        forms: Sequence[tuple[object, ...]],
-        constants: Sequence[Tensor | None],
-        options: tuple[object, ...],
-        dtype: torch.dtype,
-    ) -> bool:
-        """Whether it was prepared for terms of the same forms, designs, kernels and rows, by the
-        same method and solver."""
-        problem = self.problem
-        if problem.fixed.y.dtype != dtype or self.options != options or self.forms != forms:
-            return False
-        return _all_same(constants, self.constants)
-
-
-def _all_same(tensors: Sequence[Tensor | None], kept: Sequence[Tensor | None]) -> bool:
-    return len(tensors) == len(kept) and all(map(same_content, tensors, kept))

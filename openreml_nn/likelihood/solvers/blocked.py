@@ -162,8 +162,9 @@ class BlockedProblem(GroupedProblem):
         self.partition = placement.partition
         self._cost = placement.cost(self.p + 1)
         self._moving: tuple[Pattern, Placement] | None = (pattern, placement)
-        if products is not None:
+        if statistics is not None and products is not None:
             white = self.residual.white([torch.ones_like(products.ff[:1, :1])])
+            white.log_det = white.log_det + statistics.log_det
             self.constant, self._moving = (placement.place(products), white), None
         elif not self.residual.moves:
             # Then the products are all that is needed, and what leads to them can go.
