@@ -28,7 +28,7 @@ from openreml_nn.report.plots import (
     shares,
     zeta,
 )
-from openreml_nn.result.record import record
+from openreml_nn.result.record import to_record
 from openreml_nn.result.result import Result
 from openreml_nn.result.tables import blup_table, fixed_table, variance_table
 from openreml_nn.support.checks import (
@@ -96,7 +96,7 @@ class Run:
             optimizer=self.optimizer,
             seconds=self.seconds,
         )
-        return record(result, self.validation)
+        return to_record(result, self.validation)
 
 
 def write_run(run: Run, directory: str | Path) -> Path:
