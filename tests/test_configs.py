@@ -19,6 +19,6 @@ def test_every_option_composes(option):
 
 
 def test_the_installed_package_finds_the_configs():
-    from openreml_nn.program.main import _configs
+    from openreml_nn.program.main import config_folder
 
-    assert (_configs() / "config.yaml").is_file()
+    assert (config_folder() / "config.yaml").is_file()
