@@ -118,17 +118,22 @@ class Refit:
             self._losses[method] = REMLLoss(self.covariance, method, solver)
         return self._losses[method].objective(y, X, self.source.rows)
 
-    def fit(self, method: str | None = None, y: Tensor | None = None) -> Result:
-        """Fit again, from where the parameters are."""
+    def fit(
+        self, method: str | None = None, y: Tensor | None = None, keep: Tensor | None = None
+    ) -> Result:
+        """Fit again, from where the parameters are, to all rows or to those kept."""
+        y, X, rows = self.y if y is None else y, self.X, self.source.rows
+        if keep is not None:
+            y, X, rows = y[keep], X[keep], keep if rows is None else rows[keep]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return fit_reml(
                 self.covariance,
-                self.y if y is None else y,
-                self.X,
+                y,
+                X,
                 method=method or self.result.method,
                 solver=self.result.plan.solver,
-                rows=self.source.rows,
+                rows=rows,
                 start="current",
                 names=self.result.fixed.names,
                 labels=self.source.labels,
