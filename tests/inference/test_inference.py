@@ -321,7 +321,7 @@ def test_a_test_by_simulation():
     fits = [lmm("y ~ 1", table), lmm("y ~ 1 + (1 | g)", table)]
     p = bootstrap_test(*fits, 99, progress=False)
     assert p == pytest.approx(likelihood_ratio_test(*fits).p, abs=0.15)
-    with pytest.raises(ValueError, match="`samples` is 0"):
+    with pytest.raises(ValueError, match="`n` is 0"):
         simulate(fits[0], 0)
     with pytest.raises(ValueError, match="`level` is 2"):
         bootstrap(fits[0], 1, progress=False).intervals(2)
