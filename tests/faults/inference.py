@@ -47,8 +47,8 @@ FAULTS = [
     Fault(
         "a contrast of three variables has its rows in another order than its columns",
         HYPOTHESES,
-        "wanted = [names.index(name) for name in reversed(order)]",
-        "wanted = [names.index(name) for name in order]",
+        "grid.permute(*rest, *wanted, len(names))",
+        "grid.permute(*range(len(names)), len(names))",
         OF_TYPES,
     ),
     Fault(
