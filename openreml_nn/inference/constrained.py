@@ -29,7 +29,6 @@ from openreml_nn.estimation.coordinates import Coordinates
 from openreml_nn.estimation.derivatives import expand, hessian_of_value
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.problem import Evaluation, NotPositiveDefiniteError
-from openreml_nn.likelihood.solvers.grid import GridProblem
 
 __all__ = ["Ascent", "Held", "Natural"]
 
@@ -287,7 +286,7 @@ class Ascent:
         """Score and observed information; the average information where the solver has no second
         derivatives of its own."""
         problem, matrices = self.natural.objective.problem, self.natural.matrices
-        if problem.exact and not isinstance(problem, GridProblem):
+        if problem.has_second_derivatives:
             score, bend = hessian_of_value(lambda v: problem.recorded(matrices(v)), self.v)
             return score, -(bend + bend.mT) / 2
         evaluation = self.natural.evaluate(self.v)

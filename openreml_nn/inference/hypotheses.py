@@ -30,10 +30,10 @@ def term_contrasts(result: Result, kind: int) -> dict[str, Tensor]:
         InputError: if there is no formula, or means that type 3 compares are not estimable.
     """
     source = source_of(result)
-    if source.encoder is None:
+    if result.encoder is None:
         raise InputError("`result` has no formula: tests of its terms are for fits by lmm()")
     rows = source.cells.iloc[:1] if len(source.cells) else source.cells.reindex([0])
-    terms = source.encoder.fixed_codings(rows.assign(**source.means))
+    terms = result.encoder.fixed_codings(rows.assign(**source.means))
     return TYPES[kind](result, source.X.detach().to(result.fixed.covariance), terms)
 
 

@@ -114,7 +114,7 @@ class Refit:
         y, X = self.y if y is None else y, self.X if X is None else X
         method = method or self.result.method
         if method not in self._losses:
-            solver = self.result.plan.solver
+            solver = self.result.plan.choice
             self._losses[method] = REMLLoss(self.covariance, method, solver)
         return self._losses[method].objective(y, X, self.source.rows)
 
@@ -132,7 +132,7 @@ class Refit:
                 y,
                 X,
                 method=method or self.result.method,
-                solver=self.result.plan.solver,
+                solver=self.result.plan.choice,
                 rows=rows,
                 start="current",
                 names=self.result.fixed.names,
