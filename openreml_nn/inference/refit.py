@@ -62,6 +62,11 @@ def source_of(result: Result, name: str = "result") -> Source:
     return result.source
 
 
+def family_of(result: Result) -> str | None:
+    """The family of the response of a generalised model; None of a linear one."""
+    return getattr(result, "family", None)
+
+
 def matrix_entries(result: Result) -> dict[str, tuple[int, int, int]]:
     """Names of standard deviations and correlations, each with its component, row and column.
 
@@ -90,9 +95,19 @@ class Refit:
 
     Args:
         result: the fit.
+
+    Raises:
+        InputError: if its rows were streamed, or its response is not Gaussian.
+        TypeError: if it is no result.
     """
 
     def __init__(self, result: Result) -> None:
+        family = family_of(result)
+        if family is not None:
+            raise InputError(
+                f"`result` has a response of the family {family!r}: expected a fit by lmm() or "
+                "fit_reml(), to whose Gaussian response the model could be fitted again"
+            )
         self.result = result
         self.source = source = source_of(result)
         self.covariance = copy.deepcopy(source.covariance)
