@@ -20,7 +20,15 @@ from openreml_nn.result.result import Source
 from openreml_nn.support.checks import check_instance, check_number
 from openreml_nn.support.errors import InputError
 
-__all__ = ["Refit", "check_fit", "check_level", "matrix_entries", "source_of", "tracked"]
+__all__ = [
+    "Refit",
+    "check_fit",
+    "check_level",
+    "family_of",
+    "matrix_entries",
+    "source_of",
+    "tracked",
+]
 
 T = TypeVar("T")
 
