@@ -199,7 +199,7 @@ class _SparseEvaluation(Evaluation):
         self._half = self._factor.half(self._each(at.Zf, "lifted", transpose=True))
         F = at.ff - self._half.T @ self._half
         found, factor, white = problem._profile(
-            torch.tensor(log_det), *map(torch.tensor, (F[:-1, :-1], F[:-1, -1], F[-1, -1]))
+            *map(torch.as_tensor, (np.asarray(log_det), F[:-1, :-1], F[:-1, -1], F[-1, -1]))
         )
         dtype = problem.fixed.y.dtype
         y_p_y = float(F[-1, -1] - white @ white)
