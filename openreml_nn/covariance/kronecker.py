@@ -49,7 +49,7 @@ class KroneckerProduct(Operator):
             [0., 1.]])
     """
 
-    def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    def infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         return prod(s[0] for s in shapes), prod(s[1] for s in shapes)
 
     def combine(self, *values: Tensor) -> Tensor:

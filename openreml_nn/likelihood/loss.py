@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,7 @@ from openreml_nn.covariance.matrix import FreeParams
 from openreml_nn.likelihood.fixed import FixedPart, check_data, traced
 from openreml_nn.likelihood.plan import Auto, Plan, check_solver
 from openreml_nn.likelihood.problem import Evaluation, Problem
+from openreml_nn.likelihood.recorded import LogLikelihood
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.support.checks import check_choice, check_tensor
@@ -237,7 +238,7 @@ class REMLLoss(nn.Module):
             if recorded:
                 value = problem.recorded(matrices)
             else:
-                value = _LogLikelihood.apply(problem, terms, fixed.y, fixed.Q, *matrices)
+                value = LogLikelihood.apply(problem, terms, fixed.y, fixed.Q, *matrices)
             scale = -1 / len(y) if self.reduction == "mean" else -1.0
             loss = -value / len(y) if self.reduction == "mean" else -value
             heard = _heard.get()
@@ -397,45 +398,3 @@ class _Prepared:
 
 def _all_same(tensors: Sequence[Tensor | None], kept: Sequence[Tensor | None]) -> bool:
     return len(tensors) == len(kept) and all(map(same_content, tensors, kept))
-
-
-class _LogLikelihood(torch.autograd.Function):
-    """The log-likelihood of a prepared problem with its closed-form score.
-
-    Under ``create_graph`` the score itself is recorded, through the plain
-    formula of the likelihood.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, problem: Problem, terms: list[Term], y: Tensor, Q: Tensor, *matrices: Tensor
-    ) -> Tensor:
-        ctx.problem = problem
-        ctx.evaluation = problem.evaluate(terms)
-        ctx.save_for_backward(y, Q, *matrices)
-        return ctx.evaluation.log_likelihood.clone()
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[2:]
-        found: list[Tensor | None] = [None] * len(needed)
-        if torch.is_grad_enabled():
-            y, Q, *matrices = ctx.saved_tensors
-            problem = ctx.problem
-            problem.check_rounding(ctx.evaluation.recorded_rounding)
-            if any(needed[:2]):
-                problem = problem.with_fixed(replace(problem.fixed, y=y, Q=Q))
-            value = problem.recorded(matrices)
-            wanted = [t for t, need in zip((y, Q, *matrices), needed, strict=True) if need]
-            parts = iter(torch.autograd.grad(value, wanted, create_graph=True))
-            found = [next(parts) if need else None for need in needed]
-        else:
-            if any(needed[:2]):
-                found[:2] = ctx.evaluation.data_scores()
-            if any(needed[2:]):
-                found[2:] = ctx.evaluation.scores()
-        scaled = [
-            part * cotangent if need and part is not None else None
-            for part, need in zip(found, needed, strict=True)
-        ]
-        return (None, None, *scaled)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance import Matrix
+from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.fixed import estimable
 from openreml_nn.likelihood.plan import Plan
-from openreml_nn.likelihood.problem import RandomEffects
 from openreml_nn.support.checks import check_instance
 from openreml_nn.support.errors import InputError
 from openreml_nn.support.files import write_text

@@ -22,7 +22,7 @@ from openreml_nn.covariance import (
     stratified,
 )
 from openreml_nn.likelihood import Auto, Krylov
-from openreml_nn.likelihood.system.grouped import Layout, separated
+from openreml_nn.likelihood.system.roles import Roles, separated
 from openreml_nn.terms.kernel import Kernel
 from tests.likelihood.models import Model, models
 from tests.likelihood.test_loss import METHODS, _compare_solvers
@@ -62,7 +62,7 @@ def test_with_every_sign_it_equals_dense(data, method):
     m = data.draw(models())
     terms = separated(m.covariance.terms())
     assume(Krylov().obstacle(terms) is None)
-    assume(sum(terms[i].design.shape[1] for i in Layout.of(terms).rest) <= 8)
+    assume(sum(terms[i].design.shape[1] for i in Roles.of(terms).rest) <= 8)
     _compare_solvers(m, method, ("dense", EVERY_SIGN), second=False, tolerance=1e-8)
 
 
