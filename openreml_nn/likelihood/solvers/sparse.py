@@ -21,9 +21,9 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,13 +31,13 @@ from scipy.linalg import solve_triangular
 from scipy.sparse import csc_matrix
 from torch import Tensor
 
+from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.problem import (
     Cost,
     Evaluation,
     NotPositiveDefiniteError,
     Problem,
-    RandomEffects,
 )
 from openreml_nn.likelihood.residual import Residual
 from openreml_nn.likelihood.solver import Solver
@@ -55,8 +55,6 @@ __all__ = ["Sparse", "SparseProblem"]
 _OVERHEAD = 3e7
 #: With fewer columns beside the largest term's than these, others cost little.
 _FEW = 500
-#: Second derivatives come from V itself, which may hold so many bytes.
-_MOST_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -67,41 +65,50 @@ class Sparse(Solver):
         ordering: gives an order of elimination (q,) for a symmetric pattern (q, q), a SciPy matrix;
             nested dissection by default. The order changes what is computed in no way but in
             rounding, time and memory.
-        memory: bytes that a factor and its inverse may hold; more are refused.
+        memory: bytes that a factor and its inverse may hold, or V where second derivatives need it;
+            more are refused.
     """
 
     name: ClassVar[str] = "sparse"
     ordering: Callable[[csc_matrix], np.ndarray] | None = None
     memory: float = 16 * 2**30
 
+    #: The last analysis, for the problem that follows a forecast.
+    _analysed: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
     def forecast(self, terms: Sequence[Term], p: int, dtype: torch.dtype) -> Cost | None:
         if self.obstacle(terms) is not None:
             return None
-        terms = over_levels(terms)
-        random = SparseTerm.of_all(terms, Residual.of(terms).at)
+        moved = over_levels(terms)
+        residual = Residual.of(moved)
+        random = SparseTerm.of_all(moved, residual.at)
         sizes = [own.part.columns for own in random]
-        names = ", ".join(repr(own.part.name) for own in random)
-        q, n = sum(sizes), terms[0].design.shape[0]
-        if not any(own.part.prior is not None and own.part.levels >= _FEW for own in random) and (
-            q - max(sizes, default=0) < _FEW
-        ):
-            work, entries = float(q) ** 3, float(q) ** 2  # an upper bound
-        else:
-            equations = self.equations(random, Residual.of(terms))
-            work, entries = equations.symbolic.operations, equations.symbolic.entries
-        work = 3 * work + 8.0 * entries * (p + 2) + 4.0 * n * (p + 1) + _OVERHEAD
-        held = 8.0 * (2 * entries + (n + 4 * q) * (p + 1))
-        steps = (f"{names}: sparse, {q} columns, {entries:.3g} entries of the factor",)
-        reason = "what meets is sparse"
-        return Cost(work, held, True, reason, (*steps, f"fixed effects: dense, {p} x {p}"))
+        q, n = sum(sizes), moved[0].design.shape[0]
+        related = any(own.part.prior is not None and own.part.levels >= _FEW for own in random)
+        if not related and q - max(sizes, default=0) < _FEW:
+            # Other solvers take so little that a bound will do.
+            names = ", ".join(repr(own.part.name) for own in random)
+            work = float(q) ** 3 + 8.0 * q * q * (p + 2) + 4.0 * n * (p + 1) + _OVERHEAD
+            steps = (f"{names}: sparse, {q} columns",)
+            return Cost(work, 16.0 * q * q, True, "what meets is sparse", steps)
+        equations = self._equations(random, residual)
+        self._analysed.update(terms=terms, equations=equations)
+        return cost_of(equations, n, p)
 
-    def equations(self, random: Sequence[SparseTerm], residual: Residual) -> Equations:
-        """The pattern of the equations, analysed.
+    def analysis(self, terms: Sequence[Term]) -> tuple[list[SparseTerm], Residual, Equations]:
+        """The random terms, the residual, and the equations, analysed.
 
         Raises:
-            InputError: if its factor would hold more than ``memory``.
+            InputError: if their factor would hold more than ``memory``.
         """
-        found = Equations([own.part for own in random], Rows.pattern(residual), self.ordering)
+        known: Equations | None = None
+        if self._analysed.get("terms") is terms:
+            known = self._analysed["equations"]
+        self._analysed.clear()
+        moved = over_levels(terms)
+        residual = Residual.of(moved)
+        random = SparseTerm.of_all(moved, residual.at)
+        found = self._equations(random, residual) if known is None else known
         held = 16.0 * found.symbolic.entries
         if held > self.memory:
             raise InputError(
@@ -109,7 +116,11 @@ class Sparse(Solver):
                 f"{found.size} columns, and may hold {self.memory / 2**30:.3g}: "
                 "solver='krylov' is approximate and holds little, `Sparse(memory=...)` allows more"
             )
-        return found
+        return random, residual, found
+
+    def _equations(self, random: Sequence[SparseTerm], residual: Residual) -> Equations:
+        parts = [own.part for own in random]
+        return Equations(parts, Rows.pattern(residual), self.ordering)
 
     def problem(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> Problem:
         return SparseProblem(fixed, terms, method, self)
@@ -120,6 +131,20 @@ class Sparse(Solver):
         except InputError as error:
             return str(error).replace("blocked", "sparse")
         return None
+
+
+def cost_of(equations: Equations, n: int, p: int) -> Cost:
+    """What an evaluation with its scores takes, of n rows and p fixed effects."""
+    symbolic = equations.symbolic
+    entries = float(symbolic.entries)
+    work = 3 * symbolic.operations + 8.0 * entries * (p + 2) + 4.0 * n * (p + 1) + _OVERHEAD
+    held = 8.0 * (2 * entries + (n + 4 * equations.size) * (p + 1))
+    names = ", ".join(repr(part.name) for part in equations.parts)
+    steps = (
+        f"{names}: sparse, {equations.size} columns, {entries:.3g} entries of the factor",
+        f"fixed effects: dense, {p} x {p}",
+    )
+    return Cost(work, held, True, "what meets is sparse", steps)
 
 
 class SparseProblem(Problem):
@@ -140,10 +165,7 @@ class SparseProblem(Problem):
         self.solver = Sparse() if solver is None else solver
         self.solver.check(terms)
         self._dense = DenseProblem(fixed, terms, method)
-        terms = over_levels(terms)
-        residual = Residual.of(terms)
-        self.random = SparseTerm.of_all(terms, residual.at)
-        self.equations = self.solver.equations(self.random, residual)
+        self.random, residual, self.equations = self.solver.analysis(terms)
         self.rows = Rows(self.equations, residual, fixed)
 
     def anew(self, fixed: FixedPart, terms: Sequence[Term]) -> Problem:
@@ -156,19 +178,22 @@ class SparseProblem(Problem):
         found._dense = DenseProblem(fixed, self._dense.terms, self.method)
         return found
 
+    def cost(self) -> Cost:
+        return cost_of(self.equations, self.n, self.p)
+
     def matrices(self, terms: Sequence[Term]) -> list[Tensor]:
         return self._dense.matrices(terms)
 
     def recorded(self, matrices: Sequence[Tensor]) -> Tensor:
-        held = 24.0 * self.n**2
-        if held > _MOST_BYTES:
+        held = 80.0 * self.n**2  # V, and what autograd keeps of it
+        if held > self.solver.memory:
             raise InputError(
                 f"derivatives of this kind come from V itself, and of {self.n} rows that would "
                 f"hold {held / 2**30:.3g} GiB: the sparse solver has none for so many"
             )
         return self._dense.recorded(matrices)
 
-    def _evaluate(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
+    def evaluate_unchecked(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
         return _SparseEvaluation(self, terms)
 
     def precise(self, terms: Sequence[Term]) -> Evaluation | None:
@@ -176,10 +201,10 @@ class SparseProblem(Problem):
 
 
 class _SparseEvaluation(Evaluation):
-    _problem: SparseProblem
+    problem: SparseProblem
 
     def __init__(self, problem: SparseProblem, terms: Sequence[Term]) -> None:
-        self._problem, self._terms = problem, terms
+        self.problem, self._terms = problem, terms
         self._at = at = problem.rows.at([terms[i].covariance.matrix for i in problem.rows.terms])
         equations = problem.equations
         largest = equations.largest(at.blocks)
@@ -191,14 +216,15 @@ class _SparseEvaluation(Evaluation):
             cross.transform(data, roots[cross.one].lifted, roots[cross.other].lifted)
             for cross, data in zip(equations.crosses, at.blocks, strict=True)
         ]
+        prior = equations.log_det_prior
         try:
             self._factor = equations.factor(self._moved)
-            log_det = at.log_det + self._factor.log_det - equations.log_det_prior
         except NumericalError:
             raise NotPositiveDefiniteError("V is not positive definite") from None
+        log_det = at.log_det + self._factor.log_det - prior
         self._half = self._factor.half(self._each(at.Zf, "lifted", transpose=True))
         F = at.ff - self._half.T @ self._half
-        found, factor, white = problem._profile(
+        found, factor, white = problem.profile(
             *map(torch.as_tensor, (np.asarray(log_det), F[:-1, :-1], F[:-1, -1], F[-1, -1]))
         )
         dtype = problem.fixed.y.dtype
@@ -224,7 +250,7 @@ class _SparseEvaluation(Evaluation):
 
     def _each(self, x: np.ndarray, which: str, transpose: bool = False) -> np.ndarray:
         r""":math:`\Lambda x`, or :math:`\Lambda^\top x`, for x (q, m)."""
-        parts = self._problem.equations.split(x)
+        parts = self.problem.equations.split(x)
         found = [
             root.times(getattr(root, which), part, transpose)
             for root, part in zip(self._roots, parts, strict=True)
@@ -248,13 +274,13 @@ class _SparseEvaluation(Evaluation):
 
     def _effects(self, u: np.ndarray, which: str) -> np.ndarray:
         """Effects of the columns of Z, of u (q, m)."""
-        parts = self._problem.equations.split(self._each(u, which))
-        own = self._problem.random
+        parts = self.problem.equations.split(self._each(u, which))
+        own = self.problem.random
         found = [x.part.to_effects(part) for x, part in zip(own, parts, strict=True)]
         return np.concatenate(found) if found else u
 
     def _to(self, x: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(x)).to(self._problem.fixed.y)
+        return torch.from_numpy(np.ascontiguousarray(x)).to(self.problem.fixed.y)
 
     def inverse_times_data(self) -> Tensor:
         return self._to(self._at.rest(self._effects(self._u, "lifted")))
@@ -265,7 +291,7 @@ class _SparseEvaluation(Evaluation):
     def _pulled(self) -> list[np.ndarray]:
         r"""For each term twice :math:`\Lambda^\top S \Lambda` with S its score, summed over levels
         (1, k, k), or (levels, 1, 1) where each level has a variance of its own."""
-        problem = self._problem
+        problem = self.problem
         own = problem.random
         traces = problem.equations.traces(
             self._factor.inverse, self._moved, [x.by_level for x in own]
@@ -285,8 +311,8 @@ class _SparseEvaluation(Evaluation):
             found.append(total - trace)
         return found
 
-    def _scores(self) -> list[Tensor]:
-        problem, found = self._problem, {}
+    def scores_unchecked(self) -> list[Tensor]:
+        problem, found = self.problem, {}
         for x, root, pulled in zip(problem.random, self._roots, self._pulled, strict=True):
             found[x.at] = x.fold(self._terms[x.at], root.unpull(pulled) / 2).to(problem.fixed.y)
         for i, score in zip(problem.rows.terms, self._scores_of_rows(), strict=True):
@@ -294,7 +320,7 @@ class _SparseEvaluation(Evaluation):
         return [found[i] for i in sorted(found)]
 
     def _scores_of_rows(self) -> list[Tensor]:
-        problem, at = self._problem, self._at
+        problem, at = self.problem, self._at
         reml = problem.method == "reml"
         if at.scale is not None:
             # By V = sum Z G Z' + s R: tr(P V) = n - p and y' P V P y = y' P y.
@@ -312,7 +338,7 @@ class _SparseEvaluation(Evaluation):
         return [score.to(problem.fixed.y) for score in found]
 
     def information(self, derivatives: Sequence[Tensor]) -> Tensor:
-        problem, at = self._problem, self._at
+        problem, at = self.problem, self._at
         u = problem.equations.split(self._u_y)
         m = len(derivatives[0])
         moved = [
@@ -339,7 +365,7 @@ class _SparseEvaluation(Evaluation):
         return self._to((total - e.T @ e - part.T @ part) / 2)
 
     def random_effects(self) -> list[RandomEffects]:
-        problem = self._problem
+        problem = self.problem
         values = problem.equations.split(self._effects(self._u_y, "root"))
         lost = problem.equations.split(self._effects(self._u_X, "root"))
         found = []

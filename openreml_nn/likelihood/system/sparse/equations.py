@@ -7,7 +7,7 @@ of :math:`Z^\top R^{-1} Z` and Q wherever the parameters are, zero among them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,8 +16,12 @@ from scipy.sparse import bmat, bsr_matrix, coo_matrix, csc_matrix, csr_matrix, e
 
 from openreml_nn.likelihood.system.sparse.factor import Factor
 from openreml_nn.likelihood.system.sparse.symbolic import Symbolic
+from openreml_nn.support.errors import NumericalError
 
 __all__ = ["Cross", "Equations", "Part"]
+
+#: A matrix whose pivots have lost so many digits has none left.
+_SINGULAR = 1e13
 
 
 @dataclass(frozen=True)
@@ -244,11 +248,35 @@ class Equations:
         r""":math:`\log|Q|` of all parts.
 
         Raises:
-            NumericalError: if one of them is not positive definite.
+            NumericalError: if one of them is not positive definite, by name.
         """
         if all(part.prior is None for part in self.parts):
             return 0.0
-        return self.factor([np.zeros(cross.place.shape) for cross in self.crosses]).log_det
+        found = self._prior_factor(range(len(self.parts)))
+        if found is None:
+            for i, part in enumerate(self.parts):
+                if self._prior_factor([i]) is None:
+                    raise NumericalError(
+                        f"the inverse of the kernel of {part.name!r} is not positive definite, so "
+                        "that there is no kernel: expected one that is, as of a pedigree"
+                    )
+        assert found is not None
+        return found.log_det
+
+    def _prior_factor(self, known: Iterable[int]) -> Factor | None:
+        """The factor of the precisions of some parts, the identity for others; None where it is
+        singular to working precision."""
+        values = np.zeros(self.symbolic.entries)
+        values[self._diagonal] = 1.0
+        for i in known:
+            values[self._diagonal[self.start[i] : self.start[i + 1]]] = 0.0
+            _, _, entries, place = self._priors[i]
+            values[place] += entries[:, None]
+        try:
+            found = Factor(self.symbolic, values)
+        except NumericalError:
+            return None
+        return found if found.loss < _SINGULAR else None
 
     def times(self, blocks: Sequence[np.ndarray], x: np.ndarray) -> np.ndarray:
         """:math:`A x` for the symmetric A of such blocks, x (size, m)."""

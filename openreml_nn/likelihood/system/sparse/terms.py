@@ -10,8 +10,8 @@ import torch
 from scipy.sparse import coo_matrix, csc_matrix, csr_matrix, eye
 from torch import Tensor
 
-from openreml_nn.likelihood.problem import RandomEffects
-from openreml_nn.likelihood.system.grouped import root as root_of
+from openreml_nn.likelihood.effects import RandomEffects
+from openreml_nn.likelihood.system.elimination import root as root_of
 from openreml_nn.likelihood.system.sparse.equations import Equations, Part
 from openreml_nn.terms.covariance import (
     Covariance,
