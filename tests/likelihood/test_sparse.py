@@ -360,7 +360,7 @@ def test_a_singular_precision_is_refused_by_name():
         walk=CovariancePropagation(z, KnownInverseMatrix(path)), residual=ScalarMatrix(2 * n)
     ).double()
     y = torch.linspace(0, 1, 2 * n, dtype=torch.float64)
-    with pytest.raises(NumericalError, match="'walk'.*not positive definite"):
+    with pytest.raises(NumericalError, match=r"'walk'.*not positive definite"):
         REMLLoss(V, solver="sparse")(y, torch.ones(2 * n, 1).double())
 
 

@@ -44,7 +44,12 @@ from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import DenseProblem
 from openreml_nn.likelihood.system.sparse.equations import Equations
 from openreml_nn.likelihood.system.sparse.rows import Rows
-from openreml_nn.likelihood.system.sparse.terms import SparseTerm, over_levels
+from openreml_nn.likelihood.system.sparse.terms import (
+    SparseTerm,
+    are_nested,
+    known_inverse,
+    over_levels,
+)
 from openreml_nn.likelihood.system.square_root import SquareRootEvaluation
 from openreml_nn.support.errors import InputError, NumericalError
 from openreml_nn.terms.term import Term
@@ -81,16 +86,13 @@ class Sparse(Solver):
             return None
         moved = over_levels(terms)
         residual = Residual.of(moved)
-        random = SparseTerm.of_all(moved, residual.at)
-        sizes = [own.part.columns for own in random]
-        q, n = sum(sizes), moved[0].design.shape[0]
-        related = any(own.part.prior is not None and own.part.levels >= _FEW for own in random)
-        if not related and q - max(sizes, default=0) < _FEW:
+        n = moved[0].design.shape[0]
+        if not _promising([term for i, term in enumerate(moved) if i not in residual.at]):
             # Other solvers take so little that a bound will do.
-            names = ", ".join(repr(own.part.name) for own in random)
-            work = float(q) ** 3 + 8.0 * q * q * (p + 2) + 4.0 * n * (p + 1) + _OVERHEAD
-            steps = (f"{names}: sparse, {q} columns",)
-            return Cost(work, 16.0 * q * q, True, "what meets is sparse", steps)
+            q = float(sum(x.design.shape[1] for i, x in enumerate(moved) if i not in residual.at))
+            work = q**3 + 8.0 * q * q * (p + 2) + 4.0 * n * (p + 1) + _OVERHEAD
+            return Cost(work, 16.0 * q * q, True, "what meets is sparse", (f"{q:.0f} columns",))
+        random = SparseTerm.of_all(moved, residual.at)
         equations = self._equations(random, residual)
         self._analysed.update(terms=terms, equations=equations)
         return cost_of(equations, n, p)
@@ -131,6 +133,15 @@ class Sparse(Solver):
         except InputError as error:
             return str(error).replace("blocked", "sparse")
         return None
+
+
+def _promising(terms: Sequence[Term]) -> bool:
+    """Whether there may be so much to gain that the pattern is worth an analysis."""
+    inverses = [known_inverse(term) is not None for term in terms]
+    if any(x and term.design.shape[1] >= _FEW for x, term in zip(inverses, terms, strict=True)):
+        return True
+    sizes = [term.design.shape[1] for term in terms]
+    return sum(sizes) - max(sizes, default=0) >= _FEW and not are_nested(terms)
 
 
 def cost_of(equations: Equations, n: int, p: int) -> Cost:

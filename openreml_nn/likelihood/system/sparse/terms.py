@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -21,10 +22,9 @@ from openreml_nn.terms.covariance import (
     ScaledCovariance,
 )
 from openreml_nn.terms.design import DenseDesign, Design, IdentityDesign, IndexedDesign
-from openreml_nn.terms.kernel import Kernel
 from openreml_nn.terms.term import Term, residual_terms
 
-__all__ = ["Root", "SparseTerm", "over_levels"]
+__all__ = ["Root", "SparseTerm", "are_nested", "known_inverse", "over_levels"]
 
 #: What a direction of no variance adds to the system in place of zero: far below its rounding.
 _NOTHING = 1e-22
@@ -43,6 +43,26 @@ def _indexed(term: Term) -> Term:
     n, device = term.design.shape[0], term.covariance.matrix.device
     codes = torch.arange(n, device=device)
     return replace(term, design=IndexedDesign(codes, None, n, absent=False))
+
+
+def known_inverse(term: Term) -> Tensor | None:
+    """The inverse of a term's kernel, where it is known by that."""
+    g = term.covariance
+    return g.kernel.inverse if isinstance(g, ScaledCovariance) else None
+
+
+def are_nested(terms: Sequence[Term]) -> bool:
+    """Whether each factor's levels are within those of the next, from the finest to the coarsest."""
+    designs = [term.design for term in terms]
+    factors = [design for design in designs if isinstance(design, IndexedDesign)]
+    if len(factors) < len(designs):
+        return False
+    codes = [x.codes for x in sorted(factors, key=lambda x: -x.levels)]
+    for fine, coarse in itertools.pairwise(codes):
+        first = torch.zeros(int(fine.max()) + 1, dtype=coarse.dtype).to(coarse)
+        if not bool((first.scatter(0, fine, coarse)[fine] == coarse).all()):
+            return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -71,10 +91,12 @@ class SparseTerm:
         """One of them."""
         g, prior, basis = term.covariance, None, None
         if isinstance(g, ScaledCovariance):
-            if g.kernel.inverse is not None:
-                prior = _sparse(g.kernel.inverse)
+            inverse = known_inverse(term)
+            if inverse is not None:
+                prior = _sparse(inverse)
             else:
-                basis = _kernel_root(g.kernel)
+                K = g.kernel.dense().detach().cpu().double()
+                basis = root_of(replace(term, covariance=DenseCovariance(K))).matrix.numpy()
         by_level = isinstance(g, DiagonalCovariance)
         whole = not isinstance(g, RepeatedCovariance | DiagonalCovariance | ScaledCovariance)
         effects = 1 if by_level else term.design.shape[1] if whole else len(g.matrix)
@@ -218,8 +240,3 @@ def _sparse(inverse: Tensor) -> csc_matrix:
     found = inverse.detach().cpu().double().to_sparse_coo().coalesce()
     row, column = found.indices().numpy()
     return coo_matrix((found.values().numpy(), (row, column)), tuple(inverse.shape)).tocsc()
-
-
-def _kernel_root(kernel: Kernel) -> np.ndarray:
-    K = kernel.dense().detach().cpu().double()
-    return DenseCovariance(K).root().matrix.numpy()
