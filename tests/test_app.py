@@ -340,8 +340,14 @@ FAULTS = {
     ),
     "solver": (["model.solver=magic"], "`solver` is 'magic'"),
     "data set": (["data.name=iris"], "'iris'"),
-    "optimizer of a network": (["model=neural", "data=growth"], "such as optimizer=adam"),
-    "callbacks of a network": (["model=neural", "optimizer=adam"], "experiment=neural, which"),
+    "optimizer of a network": (
+        ["model=neural", "data=growth"],
+        "needs another, such as torch.optim.Adam",
+    ),
+    "callbacks of a network": (
+        ["model=neural", "optimizer=adam"],
+        "StopWhenConverged looks at the covariance",
+    ),
     "training": (
         ["experiment=neural_spatial", "model.training=magic"],
         "`training` is 'magic'",

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 from openreml_nn.likelihood.problem import cholesky
 from openreml_nn.result.equations import Equations
-from openreml_nn.terms.covariance import Covariance, RepeatedCovariance
+from openreml_nn.terms.base import Covariance
+from openreml_nn.terms.covariance import RepeatedCovariance
 from openreml_nn.terms.design import IndexedDesign
 
 __all__ = ["JointErrors"]
