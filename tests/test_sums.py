@@ -1,4 +1,4 @@
-"""Sums by level of mini-batches give what all rows at once give."""
+"""LevelSums by level of mini-batches give what all rows at once give."""
 
 import copy
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from openreml_nn import InputError, MixedModel, RandomEffect
 from openreml_nn.covariance import AR1Matrix, KnownMatrix
-from openreml_nn.lightning.sums import Sums
+from openreml_nn.lightning.sums import LevelSums
 from openreml_nn.model import take
 from tests.strategies import kinship
 
@@ -80,7 +80,7 @@ def test_likelihood_blups_and_variances_equal_those_of_all_rows(name):
     make, data = CASES[name][0], CASES[name][1]()
     one = make()
     other = copy.deepcopy(one)
-    sums = Sums(one)
+    sums = LevelSums(one)
     for at in torch.randperm(120).split(17):
         part = take(data, at)
         sums.add(part, one(part))
@@ -107,7 +107,7 @@ def test_likelihood_blups_and_variances_equal_those_of_all_rows(name):
 
 def test_many_small_sums_are_one_sum():
     data, one = unknown(), model(crossed())
-    whole, parts = Sums(one), Sums(one, waiting=1)
+    whole, parts = LevelSums(one), LevelSums(one, waiting=1)
     whole.add(data, one(data))
     for at in torch.arange(120).split(13):
         part = take(data, at)
@@ -118,7 +118,7 @@ def test_many_small_sums_are_one_sum():
 
 def test_a_result_of_sums_has_the_numbers_of_all_rows():
     data, one = unknown(), model(crossed())
-    sums = Sums(one)
+    sums = LevelSums(one)
     sums.add(data, one(data))
     result = sums.gathered().result([], None)
     assert [r.values.shape for r in result.random] == [(9, 1), (5, 1), (3, 1)]
@@ -128,15 +128,15 @@ def test_a_result_of_sums_has_the_numbers_of_all_rows():
 
 
 def test_what_sums_cannot_be():
-    with pytest.raises(InputError, match="correlated within groups.*'full' or 'parts'"):
-        Sums(model({"user": RandomEffect(9)}, AR1Matrix(4)))
+    with pytest.raises(InputError, match=r"correlated within groups.*'full' or 'parts'"):
+        LevelSums(model({"user": RandomEffect(9)}, AR1Matrix(4)))
     with pytest.raises(InputError, match="solver 'krylov' needs all rows at once"):
-        Sums(model({"user": RandomEffect(9)}, solver="krylov"))
+        LevelSums(model({"user": RandomEffect(9)}, solver="krylov"))
     with pytest.raises(InputError, match="yielded no rows"):
-        Sums(model({"user": RandomEffect(9)})).gathered()
+        LevelSums(model({"user": RandomEffect(9)})).gathered()
     related, data = CASES["kernel"][0](), rows()
     data["groups"]["user"][3] = -1
-    sums = Sums(related)
+    sums = LevelSums(related)
     sums.add(data, related(data))
-    with pytest.raises(InputError, match="code -1.*correlated"):
+    with pytest.raises(InputError, match=r"code -1.*correlated"):
         sums.gathered()

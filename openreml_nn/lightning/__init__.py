@@ -6,6 +6,7 @@ from openreml_nn.lightning.callbacks import (
     ProgressBar,
     StopWhenConverged,
     TraceVariances,
+    UpdateBLUPs,
 )
 from openreml_nn.lightning.data import MixedModelDataModule
 from openreml_nn.lightning.module import MixedModule
@@ -18,6 +19,7 @@ __all__ = [
     "ProgressBar",
     "StopWhenConverged",
     "TraceVariances",
+    "UpdateBLUPs",
     "Way",
     "WholeGroups",
 ]

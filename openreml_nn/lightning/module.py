@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from types import NoneType
 from typing import Any
 
 import pandas as pd
 import torch
 from lightning import LightningModule
-from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from openreml_nn.covariance import Matrix
 from openreml_nn.estimation.aireml import AIREML, Curvature
 from openreml_nn.estimation.fit import iterate
 from openreml_nn.lightning.data import attached
 from openreml_nn.lightning.held import Held
+from openreml_nn.lightning.reading import mark, of_networks, read, state
 from openreml_nn.lightning.rows import as_batch, blamed
 from openreml_nn.lightning.sharing import check_same, total
-from openreml_nn.lightning.sums import Summed, Sums
+from openreml_nn.lightning.sums import LevelSums, Summed
 from openreml_nn.lightning.table import Network, TableModel
 from openreml_nn.lightning.ways import Way, way_of
 from openreml_nn.metrics import gaussian_negative_log_density, interval_coverage
@@ -207,7 +203,7 @@ class MixedModule(LightningModule):
 
     def _forget(self) -> None:
         """The state of a fit before its first step."""
-        self._sums: Sums | Held | None = None
+        self._sums: LevelSums | Held | None = None
         self._met: tuple[Mapping[str, Any], Tensor] | None = None
         self._gathered: tuple[Tensor, Summed | Held] | None = None
         self._settled: tuple[Tensor, dict[str, Tensor]] | None = None
@@ -222,7 +218,7 @@ class MixedModule(LightningModule):
         if not self.has_network:
             return
         # Every process computes the covariance, and the BLUPs, from all rows.
-        networks = _of_networks(model)
+        networks = of_networks(model)
         names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
         self._ddp_params_and_buffers_to_ignore = [
             f"model.{name}" for name in names if not name.startswith(networks)
@@ -392,7 +388,7 @@ class MixedModule(LightningModule):
 
     def _step(self, gathered: Summed | Held) -> None:
         """Move the covariance, and the BLUPs where training needs them."""
-        self._gathered = _mark(self.model), gathered
+        self._gathered = mark(self.model), gathered
         objective = gathered.objective
         if self._aireml is not None:
             optimizer: Any = self._aireml if self.has_network else self.optimizers()
@@ -432,22 +428,22 @@ class MixedModule(LightningModule):
     def on_fit_end(self) -> None:
         """The result of a run that had ended before it was resumed."""
         if self._sums is None and self.trainer.ckpt_path is not None:
-            gathered = self._present(_mark(self.model))
+            gathered = self._present(mark(self.model))
             gathered.update()
             self._conclude(gathered)
 
     def _finish(self) -> None:
-        mark = _mark(self.model)
+        at = mark(self.model)
         if self._training_state is not None:
-            if self._settled is not None and torch.equal(self._settled[0], mark):
+            if self._settled is not None and torch.equal(self._settled[0], at):
                 return
             self._load(self._training_state)
-        self._training_state = _state(self.model)
-        gathered = self._present(mark)
+        self._training_state = state(self.model)
+        gathered = self._present(at)
         if self._aireml is not None and self.has_network:
             self.history += iterate(gathered.objective, _LAST_STEPS)
         gathered.update()
-        self._settled = mark, _state(self.model)
+        self._settled = at, state(self.model)
         self._conclude(gathered)
 
     def _conclude(self, gathered: Summed | Held) -> None:
@@ -458,48 +454,30 @@ class MixedModule(LightningModule):
 
     # ------------------------------------------------------------------ the present parameters
 
-    def _present(self, mark: Tensor) -> Summed | Held:
+    def _present(self, at: Tensor) -> Summed | Held:
         """What is kept of all rows at the present parameters, by a pass without gradients unless
         it is known."""
-        if self._gathered is None or not torch.equal(self._gathered[0], mark):
-            self._gathered = mark, self._read()
+        if self._gathered is None or not torch.equal(self._gathered[0], at):
+            self._gathered = (
+                at,
+                read(self.trainer, self.model, self.way.rows(self.model), self.way.output),
+            )
         return self._gathered[1]
-
-    def _read(self) -> Summed | Held:
-        trainer, sums = self.trainer, self.way.rows(self.model)
-        loader: Any = trainer.train_dataloader
-        if isinstance(loader, DataLoader) and loader.persistent_workers:
-            # Its own iterator may be at work.
-            loader = copy.copy(loader)
-            loader._iterator = None
-        most = trainer.num_training_batches
-        limit = None if most == float("inf") else int(most)
-        with isolate_rng(), torch.no_grad(), _evaluating(self):
-            for i, batch in enumerate(islice(loader, limit)):
-                batch = trainer.precision_plugin.convert_input(batch)
-                batch = self._on_before_batch_transfer(batch, dataloader_idx=0)
-                batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-                with blamed("training", i):
-                    batch = as_batch(batch, list(self.model.effects()))
-                    with trainer.precision_plugin.forward_context():
-                        output = self.way.output(self.model, batch)
-                    sums.add(batch, output)
-        return sums.gathered()
 
     def _settled_state(self) -> dict[str, Tensor]:
         """Covariance and BLUPs of all rows at the present parameters of the network."""
-        mark = _mark(self.model)
-        if self._settled is not None and torch.equal(self._settled[0], mark):
+        at = mark(self.model)
+        if self._settled is not None and torch.equal(self._settled[0], at):
             return self._settled[1]
-        before = _state(self.model)
+        before = state(self.model)
         try:
             # What follows must not be tensors of inference mode, in which validation may run.
             with torch.inference_mode(False), torch.enable_grad():
-                gathered = self._present(mark)
+                gathered = self._present(at)
                 if self._aireml is not None and self.has_network:
                     self._aireml.step(lambda: gathered.objective)
                 gathered.update()
-                self._settled = mark, _state(self.model)
+                self._settled = at, state(self.model)
         finally:
             self._load(before)
         return self._settled[1]
@@ -525,7 +503,7 @@ class MixedModule(LightningModule):
             return
         settled = self._settled_state()
         if self._training_state is None:
-            self._training_state = _state(self.model)
+            self._training_state = state(self.model)
         self._load(settled)
 
     def on_validation_end(self) -> None:
@@ -594,7 +572,7 @@ class MixedModule(LightningModule):
         if self._sums is not None:
             settled = self._settled_state()
             checkpoint["state_dict"] |= {f"model.{k}": v for k, v in settled.items()}
-            checkpoint["training_state"] = self._training_state or _state(self.model)
+            checkpoint["training_state"] = self._training_state or state(self.model)
         checkpoint["random_numbers"] = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             checkpoint["random_numbers"]["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -613,44 +591,6 @@ def _made(make: Any, what: str, wants: type, *args: Any) -> Any:
     if isinstance(make, Mapping):
         return build(dict(make), what, wants, *args)
     return make(*args)
-
-
-def _of_networks(model: MixedModel) -> tuple[str, ...]:
-    """How the names of the networks' parameters and buffers begin."""
-    found = [f"random.{name}.features." for name, _ in model.random.named_children()]
-    found += ["mean."] if isinstance(model.residual, Matrix) else ["mean.", "residual."]
-    return tuple(found)
-
-
-def _state(model: MixedModel) -> dict[str, Tensor]:
-    """A copy of what is not the networks': the covariance and what was computed with it."""
-    networks = _of_networks(model)
-    return {
-        key: value.detach().clone()
-        for key, value in model.state_dict().items()
-        if not key.startswith(networks)
-    }
-
-
-def _mark(model: MixedModel) -> Tensor:
-    """Numbers that change when a parameter or buffer of the networks changes."""
-    networks = _of_networks(model)
-    named = (*model.named_parameters(), *model.named_buffers())
-    parts = [value.detach().double() for key, value in named if key.startswith(networks)]
-    found = [x for v in parts for x in (v.sum(), v.norm())]
-    return torch.stack(found).cpu() if found else torch.zeros(0)
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Without dropout and the like, for a while; each part is then as it was."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def _is_plain(value: Any) -> bool:

@@ -29,17 +29,17 @@ from openreml_nn.likelihood.system.products import Statistics
 from openreml_nn.model import MixedModel, ResidualStructure
 from openreml_nn.model.batch import row_values
 from openreml_nn.model.residual import structure_of
-from openreml_nn.result.joint import Equations
+from openreml_nn.result.equations import Equations
 from openreml_nn.result.result import Record, Result
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.design import IndexedDesign
 
-__all__ = ["Sums"]
+__all__ = ["LevelSums"]
 
 
 @dataclass
 class _Total:
-    """Sums of some rows.
+    """LevelSums of some rows.
 
     Attributes:
         statistics: cross-products of the designs and of :math:`y - f`.
@@ -70,12 +70,12 @@ class _Waiting:
     codes: list[Tensor]
     values: list[Tensor | None]
     response: Tensor
-    log_det: Tensor
+    weights: Tensor | None
 
 
 @dataclass
-class Sums:
-    """Sums by level over the rows that were added; head ``"ml"``.
+class LevelSums:
+    """LevelSums by level over the rows that were added; head ``"ml"``.
 
     A code of -1 is a level of its own each time. All is kept in double precision, on the CPU.
 
@@ -119,21 +119,17 @@ class Sums:
         if offset is not None:
             response = response - offset.to(response)
         coded = {name: f.coded(name, batch, n) for name, f in self.model.effects().items()}
-        root, log_det = None, y.new_zeros(())
-        if not isinstance(self.model.residual, Matrix):
-            variance = structure_of(self.model.residual).variances(batch, n).double()
-            root, log_det = variance.rsqrt(), variance.log().sum()
-        elif (weights := row_values(batch, "weights", n, positive=True)) is not None:
-            root, log_det = weights.double().sqrt(), -weights.double().log().sum()
-        values: list[Tensor | None] = [None if z is None else z.double() for _, z in coded.values()]
-        if root is not None:
-            response, column = response * root, root[:, None]
-            values = [column if z is None else z * column for z in values]
+        if isinstance(self.model.residual, Matrix):
+            weights = row_values(batch, "weights", n, positive=True)
+        else:
+            weights = 1 / structure_of(self.model.residual).variances(batch, n)
+        weights = None if weights is None else weights.double()
+        values = [None if z is None else z.double() for _, z in coded.values()]
         codes = [codes for codes, _ in coded.values()]
         if self.whole_groups:
             for name, own in zip(coded, codes, strict=True):
                 self._meet(name, own.cpu())
-        self._waiting.append(_Waiting(codes, values, response, log_det))
+        self._waiting.append(_Waiting(codes, values, response, weights))
         self._rows += n
         if self._rows >= self.waiting:
             self._fold()
@@ -163,22 +159,13 @@ class Sums:
             codes = torch.cat([part.codes[t] for part in parts]).cpu().long()
             absent = (codes < 0).nonzero()[:, 0]
             codes = codes.index_copy(0, absent, effect.levels + torch.arange(len(absent)))
-            given = [part.values[t] for part in parts]
-            values = None
-            if any(v is not None for v in given):
-                like = parts[0].response
-                values = torch.cat(
-                    [
-                        like.new_ones(len(part.response), 1) if v is None else v
-                        for v, part in zip(given, parts, strict=True)
-                    ]
-                ).cpu()
+            values = _joined([part.values[t] for part in parts], parts)
             levels = effect.levels + len(absent)
             designs.append(IndexedDesign(codes, values, levels, absent=False))
             unknown.append(len(absent))
         response = torch.cat([part.response for part in parts]).cpu()[:, None]
-        log_det = float(torch.stack([part.log_det for part in parts]).sum())
-        more = _Total(replace(Statistics.of(designs, response), log_det=log_det), unknown)
+        weights = _joined([part.weights for part in parts], parts)
+        more = _Total(Statistics.of(designs, response, weights), unknown)
         self._total = more if self._total is None else self._total + more
 
     # ------------------------------------------------------------------ the likelihood
@@ -206,6 +193,17 @@ class Sums:
         for part in there[1:]:
             total = total + part
         return Summed(self.model, total.statistics, tuple(total.unknown))
+
+
+def _joined(given: Sequence[Tensor | None], parts: Sequence[_Waiting]) -> Tensor | None:
+    """What the parts have, one after the other, ones where one has none; None if none has any."""
+    there = [value for value in given if value is not None]
+    if not there:
+        return None
+    shape = there[0].shape[1:]
+    pairs = zip(given, parts, strict=True)
+    found = [p.response.new_ones(len(p.response), *shape) if v is None else v for v, p in pairs]
+    return torch.cat(found).cpu()
 
 
 class Summed:
@@ -274,16 +272,15 @@ class Summed:
         evaluation = self.objective.evaluate()
         none = self.objective.problem.fixed.aliases
         model.remember(evaluation.random, evaluation.fixed, none)
-        variance = 1.0
+        variance = none.new_ones(())
         if isinstance(model.residual, Matrix):
-            variance = float(model.residual().detach())
+            variance = model.residual().detach().to(none).reshape(())
         *random, _ = self.objective.terms()
-        pattern, products = statistics.ordered(range(len(statistics.sizes)))
         model.joint.update(
             [term.detach().covariance for term in random],
             statistics.sizes,
             0,
-            lambda: Equations(statistics.sizes, pattern, products.scaled(1 / variance), none),
+            lambda: Equations.of_statistics(statistics, variance, none),
         )
 
     def result(self, history: Sequence[Record], table: TableModel | None) -> Result:

@@ -19,7 +19,7 @@ from openreml_nn.lightning.batches import connected_rows, in_order, whole
 from openreml_nn.lightning.held import Held
 from openreml_nn.lightning.rows import check_response
 from openreml_nn.lightning.sharing import all_batches, gather, gather_parts, processes, share, total
-from openreml_nn.lightning.sums import Sums
+from openreml_nn.lightning.sums import LevelSums
 from openreml_nn.model import MixedModel, take
 from openreml_nn.model.batch import Batch, row_values, split
 from openreml_nn.model.residual import structure_of
@@ -63,9 +63,9 @@ class Way:
         """What the network yields for the batch."""
         return model(batch)
 
-    def rows(self, model: MixedModel) -> Sums | Held:
+    def rows(self, model: MixedModel) -> LevelSums | Held:
         """An empty store for what is kept of an epoch's batches."""
-        return Sums(model)
+        return LevelSums(model)
 
     def division(self, batch: Batch) -> Callable[[torch.Generator], list[Tensor]]:
         """How epochs divide a table into mini-batches: a function that draws their rows."""
@@ -130,7 +130,7 @@ class Alternating(Way):
 
     def check(self, model: MixedModel) -> None:
         super().check(model)
-        Sums(model)
+        LevelSums(model)
 
 
 def _is_uneven(model: MixedModel) -> bool:
@@ -185,7 +185,7 @@ def _unknown_variance(model: MixedModel, coded: Coded, like: Tensor) -> Tensor:
         codes, values = coded[name]
         unknown = codes < 0
         if bool(unknown.any()):
-            prior = effect.prior().detach()
+            prior = effect.prior_in_basis().detach()
             z = prior.new_ones(len(codes), 1) if values is None else values.to(prior)
             found = found + torch.where(unknown, torch.einsum("nk,kl,nl->n", z, prior, z), 0)
     return found
@@ -220,8 +220,8 @@ class Groups(Composite):
     :class:`~openreml_nn.lightning.WholeGroups` is a batch sampler that cuts none.
     """
 
-    def rows(self, model: MixedModel) -> Sums | Held:
-        return Sums(model, whole_groups=True)
+    def rows(self, model: MixedModel) -> LevelSums | Held:
+        return LevelSums(model, whole_groups=True)
 
     def division(self, batch: Batch) -> Callable[[torch.Generator], list[Tensor]]:
         sets = connected_rows(batch["groups"])
@@ -279,7 +279,7 @@ class Full(Way):
     def _run(self, model: MixedModel, x: Any) -> Tensor:
         return model({"x": x})
 
-    def rows(self, model: MixedModel) -> Sums | Held:
+    def rows(self, model: MixedModel) -> LevelSums | Held:
         return Held(model)
 
 

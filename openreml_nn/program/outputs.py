@@ -23,7 +23,7 @@ from openreml_nn.report.plots import (
     zeta,
 )
 from openreml_nn.result import Result
-from openreml_nn.result.record import record
+from openreml_nn.result.record import to_record
 from openreml_nn.result.tables import blup_table, fixed_table, variance_table
 from openreml_nn.support.display import visible
 from openreml_nn.support.files import replacing, write_text
@@ -73,7 +73,7 @@ def write_record(result: Result, directory: str | Path, validation: Mapping[str,
         directory: of the run.
         validation: metrics of the rows held out, by name.
     """
-    text = json.dumps(record(result, validation), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(to_record(result, validation), indent=2, allow_nan=False) + "\n"
     write_text(Path(directory) / "result.json", text)
 
 

@@ -110,11 +110,6 @@ class Products:
     zf: list[Tensor]
     ff: Tensor
 
-    def scaled(self, factor: float) -> Products:
-        """Times a factor."""
-        zz = {pair: factor * value for pair, value in self.zz.items()}
-        return Products(zz, [factor * value for value in self.zf], factor * self.ff)
-
 
 @dataclass(frozen=True)
 class Statistics:
