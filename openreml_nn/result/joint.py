@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 from openreml_nn.likelihood.problem import cholesky
 from openreml_nn.result.equations import Equations
-from openreml_nn.terms.covariance import Covariance, RepeatedCovariance
+from openreml_nn.terms.base import Covariance
+from openreml_nn.terms.covariance import RepeatedCovariance
 from openreml_nn.terms.design import IndexedDesign
 
 __all__ = ["JointErrors"]
@@ -47,6 +48,7 @@ class JointErrors(nn.Module):
         is_known: whether there were data.
         is_exact: whether the parts below were computed from them.
         first: which factor is eliminated first, -1 for none.
+        offsets: the first column of each other factor in ``covariance``.
         conditional: :math:`P` (levels, k, k) of that factor.
         starts, columns, entries: :math:`M` (levels · k, m) by the columns that each level meets.
         covariance: :math:`C` (m, m) of the other factors' effects and the coefficients.
@@ -57,6 +59,7 @@ class JointErrors(nn.Module):
     is_known: Tensor
     is_exact: Tensor
     first: Tensor
+    offsets: Tensor
     conditional: Tensor
     starts: Tensor
     columns: Tensor
@@ -72,6 +75,7 @@ class JointErrors(nn.Module):
         self.register_buffer("is_known", torch.tensor(False))
         self.register_buffer("is_exact", torch.tensor(False))
         self.register_buffer("first", torch.tensor(-1))
+        self.register_buffer("offsets", torch.zeros(0, dtype=torch.long))
         self.register_buffer("conditional", none.reshape(0, 0, 0))
         self.register_buffer("starts", torch.zeros(1, dtype=torch.long))
         self.register_buffer("columns", torch.zeros(0, dtype=torch.long))
@@ -146,6 +150,10 @@ class JointErrors(nn.Module):
         self._solve(S, [roots[t] for t in rest], [widths[t] for t in rest])
         self.starts, self.columns, self.entries = cells.starts, cells.columns, cells.entries
         self.first.fill_(first)
+        # Levels that no prediction asks for, as of rows of no known one, have columns too.
+        place = dict(zip(rest, starts, strict=True))
+        offsets = torch.tensor([place.get(t, 0) for t in range(len(free))], dtype=torch.long)
+        self.offsets = offsets.to(like.device)
         self.conditional, self.basis = conditional, equations.basis
         self.is_exact.fill_(True)
 
@@ -189,7 +197,6 @@ class JointErrors(nn.Module):
     def _some(self, designs: Sequence[IndexedDesign], X: Tensor) -> Tensor:
         C, first, n = self.covariance, int(self.first), len(X)
         w = C.new_zeros(n, len(C))
-        start = 0
         rows = torch.arange(n, device=X.device)
         found = C.new_zeros(n)
         for i, design in enumerate(designs):
@@ -197,8 +204,7 @@ class JointErrors(nn.Module):
             k = torch.arange(design.effects, device=X.device)
             at = design.codes[:, None] * design.effects + k
             if i != first:
-                w[rows[:, None], start + at] += z
-                start += design.shape[1]
+                w[rows[:, None], self.offsets[i] + at] += z
                 continue
             codes = design.codes
             found = torch.einsum("nk,nkl,nl->n", z, self.conditional[codes], z)
@@ -230,7 +236,8 @@ class JointErrors(nn.Module):
         if prefix + "covariance" in state_dict:
             self._pending = None
         # The sizes are known only once there were data.
-        for name in ("conditional", "starts", "columns", "entries", "covariance", "basis"):
+        names = ("offsets", "conditional", "starts", "columns", "entries", "covariance", "basis")
+        for name in names:
             if prefix + name in state_dict:
                 own = getattr(self, name)
                 setattr(self, name, torch.empty_like(state_dict[prefix + name], device=own.device))

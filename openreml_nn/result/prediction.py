@@ -14,12 +14,8 @@ from torch import Tensor
 from openreml_nn.covariance import Matrix
 from openreml_nn.result.joint import JointErrors
 from openreml_nn.support.checks import check_instance, check_number
-from openreml_nn.terms.covariance import (
-    Covariance,
-    DenseCovariance,
-    RepeatedCovariance,
-    ScaledCovariance,
-)
+from openreml_nn.terms.base import Covariance
+from openreml_nn.terms.covariance import DenseCovariance, RepeatedCovariance, ScaledCovariance
 from openreml_nn.terms.design import IdentityDesign, IndexedDesign
 from openreml_nn.terms.kernel import Kernel
 
