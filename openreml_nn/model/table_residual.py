@@ -26,7 +26,7 @@ from openreml_nn.support.errors import InputError
 from openreml_nn.table import ResidualDesign, Stratum
 from openreml_nn.table.structure import VARYING
 
-__all__ = ["TableResidual", "residual_of"]
+__all__ = ["TableResidual", "residual_of", "start_residual"]
 
 
 def residual_of(design: ResidualDesign | None) -> Matrix | TableResidual:
@@ -37,6 +37,20 @@ def residual_of(design: ResidualDesign | None) -> Matrix | TableResidual:
     if design.is_plain:
         return _matrix(design.strata[0])
     return TableResidual(design)
+
+
+def start_residual(residual: Matrix | TableResidual, variance: float) -> None:
+    """Set the parameters of a residual to a start at which each row has this variance."""
+    if isinstance(residual, TableResidual):
+        parts: list[nn.Module | None] = [*residual.matrices, residual.variance]
+        if residual.units is not None:
+            variance = variance / 2
+            parts.append(residual.units)
+    else:
+        parts = [residual]
+    for matrix in parts:
+        if isinstance(matrix, Matrix):
+            matrix.moment_start(torch.full((matrix.shape[0],), variance, dtype=torch.float64))
 
 
 class TableResidual(nn.Module, ResidualStructure):
