@@ -118,14 +118,13 @@ class Alternating(Way):
             if offset is not None:
                 e = e - offset.to(e)
             coded = {name: f.coded(name, batch, n) for name, f in model.effects().items()}
-            variance = structure_of(model.residual).variances(batch, n)
-            square = (e - _random_part(model, coded, e)) ** 2
-            if _is_uneven(model):
-                square = square + _spread(model, coded).to(square)
-            else:
-                variance = variance.detach()
-            variance = (variance + _unknown_variance(model, coded, variance)).to(square)
-            found = (variance.log() + square / variance).sum() / 2 + n * log(2 * pi) / 2
+            e = e - _random_part(model, coded, e)
+            uneven = _is_uneven(model)
+            with torch.set_grad_enabled(uneven and torch.is_grad_enabled()):
+                variance = structure_of(model.residual).variances(batch, n)
+                variance = (variance + _unknown_variance(model, coded, variance)).to(e)
+            square = e**2 + _spread(model, coded).to(e) if uneven else e**2
+            found = ((square / variance).sum() + variance.log().sum() + n * log(2 * pi)) / 2
         return found / total(n, found.device) * processes(), output
 
     def check(self, model: MixedModel) -> None:
@@ -149,11 +148,12 @@ def _random_part(model: MixedModel, coded: Coded, like: Tensor) -> Tensor:
     for name, effect in model.effects().items():
         codes, values = coded[name]
         blup = effect.blup
-        if values is None and effect.is_per_level:
-            blup = blup - blup.mean()
-        b = blup.to(like)[codes.clamp(min=0)]
-        part = b[:, 0] if values is None else (values.to(like) * b).sum(1)
-        found = found + torch.where(codes >= 0, part, 0)
+        b = blup[codes.clamp(min=0)]
+        if values is None:
+            part = b[:, 0] - blup.mean() if effect.is_per_level else b[:, 0]
+        else:
+            part = (values.to(like) * b.to(like)).sum(1)
+        found = found + torch.where(codes >= 0, part.to(like), 0)
     return found
 
 

@@ -106,22 +106,22 @@ FAULTS = [
     Fault(
         "a network is trained on what its random effects explain",
         WAYS,
-        "square = (e - _random_part(model, coded, e)) ** 2",
-        "square = e**2",
+        "e = e - _random_part(model, coded, e)",
+        "pass",
         "tests/test_training.py -k 'weights_count'",
     ),
     Fault(
         "a network for the residual does not hear of the BLUPs' variance",
         WAYS,
-        "square = square + _spread(model, coded).to(square)",
-        "pass",
+        "square = e**2 + _spread(model, coded).to(e) if uneven else e**2",
+        "square = e**2",
         "tests/test_training.py -k 'fisher'",
     ),
     Fault(
         "a row of no known level weighs as much as the others",
         WAYS,
-        "variance = (variance + _unknown_variance(model, coded, variance)).to(square)",
-        "variance = variance.to(square)",
+        "variance = (variance + _unknown_variance(model, coded, variance)).to(e)",
+        "variance = variance.to(e)",
         "tests/test_training.py -k 'fisher'",
     ),
     Fault(
