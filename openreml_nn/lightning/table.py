@@ -18,8 +18,9 @@ from openreml_nn.estimation.fit import moment_start
 from openreml_nn.lightning.data import MixedModelDataModule
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.likelihood.solvers.dense import check_method
-from openreml_nn.model import HEADS, MixedModel, RandomEffect
-from openreml_nn.model.structures import effect_covariance, labels_of, residual_matrix
+from openreml_nn.model import HEADS, MixedModel, RandomEffect, ResidualStructure
+from openreml_nn.model.structures import effect_covariance, labels_of
+from openreml_nn.model.table_residual import residual_of, start_residual
 from openreml_nn.result import Label, Result
 from openreml_nn.support.checks import (
     check_choice,
@@ -144,7 +145,7 @@ class TableModel:
             solver=self._solver,
         )
         for what, network in (("network", model.mean), ("residual", model.residual)):
-            if not isinstance(network, Matrix):
+            if not isinstance(network, Matrix | ResidualStructure):
                 _try(network, encoded.X[:2], what)
         return model
 
@@ -161,9 +162,9 @@ class TableModel:
         if isinstance(given, Matrix):
             return copy.deepcopy(given)
         if given is None or isinstance(given, str):
-            matrix = residual_matrix(encoded).double()
-            matrix.moment_start(X.new_full((len(matrix()),), variance))
-            return matrix
+            residual = residual_of(encoded.residual).double()
+            start_residual(residual, variance)
+            return residual
         layers = nn.Sequential(_network(given, "residual"), nn.LazyLinear(1))
         return _Standardised(layers, X, log(variance))
 
