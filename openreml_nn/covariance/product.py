@@ -17,7 +17,6 @@ from openreml_nn.covariance.operator import Operator
 from openreml_nn.covariance.start import give_to_one
 from openreml_nn.support.checks import found
 from openreml_nn.support.errors import InputError
-from openreml_nn.terms.covariance import KroneckerCovariance
 from openreml_nn.terms.term import Term
 
 __all__ = ["Gram", "HadamardProduct", "Inverse", "Product", "Transpose"]
@@ -280,11 +279,7 @@ class Inverse(Operator):
 def _scaled(term: Term, scale: Tensor) -> Term:
     """The term of a multiple of its covariance."""
     covariance = term.covariance
-    scale = scale.to(covariance.matrix)
-    if isinstance(covariance, KroneckerCovariance):
-        A, B = covariance.parts()
-        return replace(term, covariance=covariance.of(scale * A, B))
-    return replace(term, covariance=covariance.with_matrix(scale * covariance.matrix))
+    return replace(term, covariance=covariance.times(scale.to(covariance.matrix)))
 
 
 def _diagonal(operand: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from openreml_nn.lightning.data import attached
 from openreml_nn.lightning.neural import NeuralMixedModule
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.model import MixedModel, RandomEffect
+from openreml_nn.model.structures import labels_of
 from openreml_nn.result.result import Result
 from openreml_nn.support.checks import (
     check_instance,
@@ -163,7 +164,11 @@ class TabularMixedModule(NeuralMixedModule):
             layers = nn.Sequential(features, nn.LazyLinear(1))
             mean = _Standardised(layers, encoded.X, center, scale)
         model = MixedModel(
-            mean, random, self._residual(encoded.X, variance / 2), self._head, self._solver
+            mean,
+            random,
+            self._residual(encoded.X, variance / 2),
+            self._head,
+            solver=self._solver,
         )
         for what, network in (("network", model.mean), ("residual", model.residual)):
             if not isinstance(network, Matrix):
@@ -204,7 +209,7 @@ class TabularMixedModule(NeuralMixedModule):
         if data is None:
             return
         encoded = attached(self, self.encoder).encoded
-        labels = encoded.labels
+        labels = labels_of(encoded)
         for design in encoded.random:
             if design.group in self._coordinates:
                 self.places = self._coordinates[design.group][design.codes]

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from openreml_nn.terms.covariance import RepeatedCovariance, ScaledCovariance
-from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.term import Term
 
 __all__ = ["Coefficients", "RandomEffects"]
@@ -47,7 +45,7 @@ class RandomEffects:
     @classmethod
     def of(cls, term: Term, values: Tensor, z_p_z: Tensor) -> RandomEffects:
         """From :math:`G Z^\\top P y` (q,) and :math:`Z^\\top P Z` (q, q)."""
-        g, k = term.covariance, cls.width(term)
+        g, k = term.covariance, term.effects
         G, half = g.whole(len(values)), g.multiply(z_p_z)  # G, G Z' P Z
         levels = (len(values) // k, k)
         prior = G.unflatten(1, levels).unflatten(0, levels).diagonal(dim1=0, dim2=2).movedim(-1, 0)
@@ -57,18 +55,9 @@ class RandomEffects:
     @classmethod
     def of_roots(cls, term: Term, values: Tensor, root: Tensor) -> RandomEffects:
         """From BLUPs (q,) and a root (q, m) of their prediction-error variance."""
-        by_level = root.unflatten(0, (-1, cls.width(term)))
+        by_level = root.unflatten(0, (-1, term.effects))
         return cls(term.name, values.reshape(by_level.shape[:2]), by_level @ by_level.mT)
 
     def to(self, dtype: torch.dtype) -> RandomEffects:
         """The same in another precision."""
         return RandomEffects(self.name, self.values.to(dtype), self.variances.to(dtype))
-
-    @staticmethod
-    def width(term: Term) -> int:
-        """Effects of each level of a term."""
-        z, g = term.design, term.covariance
-        k = z.effects if isinstance(z, IndexedDesign) else 1
-        if isinstance(g, RepeatedCovariance | ScaledCovariance):
-            k = max(k, g.matrix.shape[0])
-        return k

@@ -9,22 +9,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from openreml_nn.covariance import (
-    AR1Matrix,
-    CompoundSymmetricMatrix,
-    CovariancePropagation,
-    DiagonalMatrix,
-    DummyMatrix,
-    IdentityMatrix,
-    KroneckerProduct,
-    Matrix,
-    ScalarMatrix,
-    Sum,
-    UnstructuredMatrix,
-    weighted,
-)
-from openreml_nn.covariance.structures import in_cells
-from openreml_nn.result.result import Label
 from openreml_nn.support.errors import InputError
 
 __all__ = ["Encoded", "RandomDesign", "ResidualDesign"]
@@ -72,17 +56,6 @@ class ResidualDesign:
     groups: int
     positions: tuple[str, ...]
 
-    def covariance(self) -> Matrix:
-        """The covariance of the rows."""
-        size = len(self.positions)
-        matrix: Matrix = {
-            "ar1": AR1Matrix,
-            "cs": CompoundSymmetricMatrix,
-            "us": UnstructuredMatrix,
-            "diag": DiagonalMatrix,
-        }[self.kind](size)
-        return in_cells(self.codes, self.groups, matrix)
-
 
 @dataclass(frozen=True)
 class Encoded:
@@ -112,42 +85,19 @@ class Encoded:
     offset: Tensor | None = None
     unseen: Mapping[str, int] = field(default_factory=dict)
 
-    def covariance(self) -> Matrix:
-        r"""The covariance tree :math:`\sum_t Z_t (I \otimes \Sigma_t) Z_t^\top + R`."""
-        parts: dict[str, Matrix] = {}
-        for design in self.random:
-            q = len(design.levels)
-            k = len(design.effects)
-            values = None if design.is_intercept else design.values
-            parts[design.name] = CovariancePropagation(
-                z=DummyMatrix.from_codes(design.codes, design.levels, values),
-                g=ScalarMatrix(q)
-                if k == 1
-                else KroneckerProduct(levels=IdentityMatrix(q), effects=UnstructuredMatrix(k)),
-            )
-        if self.residual is not None:
-            parts["residual"] = self.residual.covariance()
-        elif self.weights is not None:
-            parts["residual"] = weighted(self.weights)
-        else:
-            parts["residual"] = ScalarMatrix(len(self.X))
-        return Sum(parts).to(self.X.dtype)
-
     def batch(self) -> dict[str, Any]:
-        """The table as a batch of :class:`MixedModel`: ``x`` the model matrix, ``y``, and for
-        each random effect its codes in ``groups`` and its values in ``values``.
-
-        Raises:
-            InputError: if there is an offset, which a batch has no place for.
+        """The table as a batch of :class:`MixedModel`: ``x`` the model matrix, for each random
+        effect its codes in ``groups`` and, but for intercepts, its values in ``values``; and what
+        there is of ``y``, ``weights``, ``offset``, and the cells of the rows in ``residual``.
         """
-        if self.offset is not None:
-            raise InputError("offset() is for lmm(): subtract it from the response here")
         found = {
             "x": self.X,
             "groups": {d.name: d.codes for d in self.random},
-            "values": {d.name: d.values for d in self.random},
+            "values": {d.name: d.values for d in self.random if not d.is_intercept},
         }
-        return found if self.y is None else {"y": self.y, **found}
+        cells = None if self.residual is None else self.residual.codes
+        parts = {"y": self.y, "weights": self.weights, "offset": self.offset, "residual": cells}
+        return found | {name: part for name, part in parts.items() if part is not None}
 
     @property
     def adjusted(self) -> Tensor:
@@ -155,11 +105,3 @@ class Encoded:
         if self.y is None:
             raise InputError("the table has no response")
         return self.y if self.offset is None else self.y - self.offset
-
-    @property
-    def labels(self) -> dict[str, Label]:
-        """Names for the tables of :func:`fit_reml`, by operand."""
-        found = {d.name: Label(d.group, d.effects, d.levels) for d in self.random}
-        if self.residual is not None:
-            found["residual"] = Label("Residual", self.residual.positions, ())
-        return found

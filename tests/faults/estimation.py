@@ -211,7 +211,7 @@ FAULTS = [
     ),
     Fault(
         "models compared by anova keep their restricted likelihood",
-        RATIO,
+        "openreml_nn/inference/tables.py",
         'Refit(r).fit("ml") if refit and',
         'Refit(r).fit("reml") if refit and',
         f"{INFERENCE} -k anova",

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
-from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.fixed import FixedPart, traced
 from openreml_nn.likelihood.problem import Cost, Evaluation, Problem, cholesky, pivot_loss
 from openreml_nn.likelihood.residual import White
@@ -40,7 +39,7 @@ from openreml_nn.likelihood.system.products import Pattern, Statistics
 from openreml_nn.likelihood.system.roles import Roles, grid_of, separated, steps_of
 from openreml_nn.support.checks import check_number
 from openreml_nn.support.errors import InputError
-from openreml_nn.terms.covariance import Covariance, DiagonalCovariance
+from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.design import Design, IndexedDesign
 from openreml_nn.terms.term import Term
 
@@ -163,8 +162,9 @@ class BlockedProblem(GroupedProblem):
         self.partition = placement.partition
         self._cost = placement.cost(self.p + 1)
         self._moving: tuple[Pattern, Placement] | None = (pattern, placement)
-        if products is not None:
+        if statistics is not None and products is not None:
             white = self.residual.white([torch.ones_like(products.ff[:1, :1])])
+            white.log_det = white.log_det + statistics.log_det
             self.constant, self._moving = (placement.place(products), white), None
         elif not self.residual.moves:
             # Then the products are all that is needed, and what leads to them can go.
@@ -237,8 +237,7 @@ class BlockedProblem(GroupedProblem):
     ) -> Tensor:
         """:math:`\\Lambda S \\Lambda^\\top` (or transposed) for symmetric S by groups of columns."""
         by = self.partition
-        # A root of one entry is a multiple of the identity.
-        if all(isinstance(root, DiagonalCovariance) or len(root.matrix) == 1 for root in roots):
+        if all(root.is_diagonal for root in roots):
             scale = by.spread(self.multiply(roots, square.new_ones(self.q, 1)))
             return square * scale * scale.mT
         half = by.spread(self.multiply(roots, by.collect(square), transpose))
@@ -344,7 +343,7 @@ class _BlockedEvaluation(GroupedEvaluation):
             problem.own_blocks(self._inverses[1]), problem.roles.rest, problem.grids, strict=True
         ):
             if grid is None:
-                k = RandomEffects.width(self.terms[i])
+                k = self.terms[i].effects
                 by = (len(own) // k, k)
                 own = own.unflatten(1, by).unflatten(0, by).diagonal(dim1=0, dim2=2).movedim(-1, 0)
             rest.append(own)

@@ -37,14 +37,13 @@ from openreml_nn.likelihood.system.evaluation import Crossed, GroupedEvaluation
 from openreml_nn.likelihood.system.listed import (
     ListedCross,
     ListedProblem,
-    kernel_of,
     levels_of,
 )
 from openreml_nn.likelihood.system.roles import Roles, separated, steps_of
 from openreml_nn.likelihood.system.scaled import ScaledSystem, block_times
 from openreml_nn.support.checks import check_count, check_number
 from openreml_nn.support.errors import InputError
-from openreml_nn.terms.covariance import Covariance, RepeatedCovariance, ScaledCovariance
+from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.kernel import Kernel
 from openreml_nn.terms.term import Term
 
@@ -91,7 +90,7 @@ class Krylov(Solver):
         terms = separated(terms)
         roles = Roles.of(terms)
         n, q = terms[0].design.shape[0], sum(terms[i].design.shape[1] for i in roles.random)
-        count = self.count(any(kernel_of(terms[i]) is not None for i in roles.rest))
+        count = self.count(any(terms[i].covariance.known_kernel is not None for i in roles.rest))
         # No more levels meet than there are rows.
         work, held = 4.0 * n * (count + p + 1), 8.0 * (n + (count + p + 1) * q)
         steps = steps_of(terms, roles, p)
@@ -243,10 +242,7 @@ class _KrylovEvaluation(GroupedEvaluation):
     @staticmethod
     def root_of(term: Term) -> Covariance:
         """Of a kernel's term that of its effects: the kernel enters by its inverse."""
-        if isinstance(term.covariance, ScaledCovariance):
-            alone = RepeatedCovariance(term.covariance.matrix, term.covariance.kernel.size)
-            return root(replace(term, covariance=alone))
-        return root(term)
+        return root(replace(term, covariance=term.covariance.without_kernel()))
 
     def _times_e22(self, x: Tensor) -> Tensor:
         W = self.system.W

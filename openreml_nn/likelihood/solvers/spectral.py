@@ -30,7 +30,8 @@ from openreml_nn.likelihood.problem import (
     cholesky,
 )
 from openreml_nn.likelihood.solver import Solver
-from openreml_nn.terms.covariance import Covariance, RepeatedCovariance, ScaledCovariance
+from openreml_nn.terms.base import Covariance
+from openreml_nn.terms.covariance import RepeatedCovariance
 from openreml_nn.terms.design import Design, IdentityDesign, IndexedDesign
 from openreml_nn.terms.term import Term, residual_terms
 
@@ -69,10 +70,10 @@ def _parts(terms: Sequence[Term]) -> tuple[int, list[int]] | None:
     if len(kernel) != 1 or not residual:
         return None
     g, z = terms[kernel[0]].covariance, terms[kernel[0]].design
-    if not isinstance(g, ScaledCovariance):
+    if g.known_kernel is None:
         return None
-    t, cells = len(g.matrix), _cells(z)
-    if cells is None or len(cells) != g.kernel.size * t:
+    t, cells = g.width, _cells(z)
+    if cells is None or len(cells) != g.known_kernel.size * t:
         return None
     for i in residual:
         r = terms[i].covariance
@@ -106,9 +107,9 @@ class SpectralProblem(Problem):
         self.kernel, self.residual = found
         term = terms[self.kernel]
         g = term.covariance
-        assert isinstance(g, ScaledCovariance)
-        self.t = len(g.matrix)
-        K = g.kernel.dense().to(fixed.y)
+        assert g.known_kernel is not None
+        self.t = g.width
+        K = g.known_kernel.dense().to(fixed.y)
         self.eigenvalues, self.U = torch.linalg.eigh(K)
         least, most = float(self.eigenvalues[0]), float(self.eigenvalues[-1])
         if least < -len(K) * torch.finfo(K.dtype).eps * max(most, 0.0):

@@ -211,7 +211,7 @@ class GroupedEvaluation(EliminatedEvaluation):
         )
         for i, b, whole, own, grid in pieces:
             term = self.terms[i]
-            shape = (-1, RandomEffects.width(term)) if grid is None else grid
+            shape = (-1, term.effects) if grid is None else grid
             added = whole.unflatten(0, shape)
             found[i] = RandomEffects(term.name, b.reshape(shape), own + added @ added.mT)
         return [found[i] for i in sorted(found)]

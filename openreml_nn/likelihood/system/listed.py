@@ -15,22 +15,16 @@ from openreml_nn.likelihood.system.grouped import GroupedProblem
 from openreml_nn.likelihood.system.placement import System
 from openreml_nn.likelihood.system.products import Pattern, Products
 from openreml_nn.likelihood.system.roles import grid_of, separated
-from openreml_nn.terms.covariance import ScaledCovariance
 from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.kernel import Kernel
 from openreml_nn.terms.term import Term
 
-__all__ = ["ListedCross", "ListedProblem", "kernel_of", "levels_of"]
-
-
-def kernel_of(term: Term) -> Kernel | None:
-    g = term.covariance
-    return g.kernel if isinstance(g, ScaledCovariance) else None
+__all__ = ["ListedCross", "ListedProblem", "levels_of"]
 
 
 def levels_of(term: Term) -> tuple[int, int] | None:
     """Levels and effects of a term with independent levels, or a kernel known by its inverse."""
-    z, kernel = term.design, kernel_of(term)
+    z, kernel = term.design, term.covariance.known_kernel
     if kernel is None:
         return grid_of(term)
     if kernel.inverse is None or not isinstance(z, IndexedDesign):
@@ -98,7 +92,7 @@ class ListedProblem(GroupedProblem):
         super().__init__(fixed, terms, method)
         terms = separated(terms)
         self.grids = [levels_of(terms[i]) for i in self.roles.rest]
-        self.kernels = [kernel_of(terms[i]) for i in self.roles.rest]
+        self.kernels = [terms[i].covariance.known_kernel for i in self.roles.rest]
         self.log_det_kernels = 0.0
         for kernel, grid in zip(self.kernels, self.grids, strict=True):
             if kernel is not None:

@@ -10,11 +10,6 @@ import torch
 from openreml_nn.likelihood.residual import Residual
 from openreml_nn.likelihood.system.partition import Partition
 from openreml_nn.likelihood.system.products import same_codes
-from openreml_nn.terms.covariance import (
-    DiagonalCovariance,
-    RepeatedCovariance,
-    ScaledCovariance,
-)
 from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.term import Term, residual_terms
 
@@ -44,7 +39,7 @@ class Roles:
         """Give each term its role.
 
         Raises:
-            ValueError: if the residuals are neither independent nor within groups.
+            InputError: if the residuals are neither independent nor within groups.
         """
         residual = Residual.of(terms)
         random = [i for i in range(len(terms)) if i not in residual.at]
@@ -110,9 +105,7 @@ def _separable(term: Term) -> bool:
     z, g = term.design, term.covariance
     if not isinstance(z, IndexedDesign):
         return False
-    if isinstance(g, RepeatedCovariance):
-        return z.effects % g.matrix.shape[0] == 0
-    return isinstance(g, DiagonalCovariance)
+    return g.block > 0 and z.effects % g.block == 0
 
 
 def separated(terms: Sequence[Term]) -> list[Term]:
@@ -127,15 +120,10 @@ def separated(terms: Sequence[Term]) -> list[Term]:
 
 
 def _by_levels(term: Term) -> Term:
-    z, g = term.design, term.covariance
-    if not isinstance(z, IndexedDesign):
+    z, k = term.design, term.covariance.width
+    if not isinstance(z, IndexedDesign) or z.effects != 1 or not 1 < k <= _MOST_EFFECTS:
         return term
-    if not isinstance(g, RepeatedCovariance | ScaledCovariance):
-        return term
-    k = g.matrix.shape[0]
-    if z.effects != 1 or not 1 < k <= _MOST_EFFECTS:
-        return term
-    values = torch.nn.functional.one_hot(z.codes % k, k).to(g.matrix.dtype)
+    values = torch.nn.functional.one_hot(z.codes % k, k).to(term.covariance.matrix.dtype)
     if z.values is not None:
         values = values * z.values
     return replace(term, design=IndexedDesign(z.codes // k, values, z.levels // k))

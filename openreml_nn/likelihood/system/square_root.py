@@ -31,7 +31,8 @@ from openreml_nn.likelihood.problem import (
     cholesky,
     pivot_loss,
 )
-from openreml_nn.terms.covariance import Covariance, root_condition
+from openreml_nn.support.errors import NumericalError
+from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.design import IdentityDesign
 from openreml_nn.terms.term import Term, residual_terms
 
@@ -59,7 +60,7 @@ class SquareRootEvaluation(Evaluation):
             found = cls(problem, terms)
             found.at(terms, problem.matrices(terms))
             return found
-        except ValueError:  # a G or an R without a root
+        except NumericalError:  # a G or an R without a root
             return None
 
     def __init__(self, problem: Problem, terms: Sequence[Term]) -> None:
@@ -105,7 +106,7 @@ class SquareRootEvaluation(Evaluation):
         self.log_likelihood, self.y_p_y = found.to(self._dtype), y_p_y.to(self._dtype)
         self.gamma, self.gamma_factor = gamma[:, 0].to(self._dtype), factor.to(self._dtype)
         own = torch.finfo(torch.float64).eps
-        roots_lose = max((root_condition(terms[i].covariance) for i in self._random), default=1.0)
+        roots_lose = max((terms[i].covariance.root_condition() for i in self._random), default=1.0)
         size = float((self._y * self._y).sum() / (n + y_p_y))
         spread = max(gain, size, 1.0)
         self.rounding = own * (spread**0.5 + pivot_loss(R, self._L) + min(roots_lose, spread))
