@@ -37,7 +37,8 @@ from openreml_nn.model.batch import (
 )
 from openreml_nn.model.random_effect import Effects, RandomEffect
 from openreml_nn.model.residual import ResidualStructure, structure_of
-from openreml_nn.result.joint import Equations, JointErrors
+from openreml_nn.result.equations import Equations
+from openreml_nn.result.joint import JointErrors
 from openreml_nn.result.prediction import KnownEffect, Prediction, lowered, predicted
 from openreml_nn.result.result import FixedEffects
 from openreml_nn.result.tables import table_of_blups
@@ -433,13 +434,7 @@ class MixedModel(nn.Module):
         """BLUPs as a table: group, level, effect, blup, and std_error, the root of the
         prediction-error variance."""
         return table_of_blups(
-            (
-                name,
-                effect.names or range(effect.levels),
-                effect.effect_names,
-                effect.blup,
-                effect.variance,
-            )
+            (name, effect.names or range(effect.levels), effect.effect_names, *effect.known())
             for name, effect in self.effects().items()
         )
 
@@ -494,7 +489,7 @@ class MixedModel(nn.Module):
             for name, (codes, values) in self._coded(batch, n).items():
                 effect = self.effects()[name]
                 z = population.new_ones(n, 1) if values is None else values
-                known = KnownEffect(codes, z, effect.blup, effect.variance, effect.prior)
+                known = KnownEffect(codes, z, effect.blup, effect.variance, effect.prior_in_basis)
                 effects.append(known)
             residual = structure_of(self.residual).variances(batch, n)
             return predicted(population, X, self.beta_covariance, effects, self.joint, residual)

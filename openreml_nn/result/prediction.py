@@ -14,20 +14,16 @@ from torch import Tensor
 from openreml_nn.covariance import Matrix
 from openreml_nn.result.joint import JointErrors
 from openreml_nn.support.checks import check_instance, check_number
-from openreml_nn.terms.covariance import (
-    Covariance,
-    DenseCovariance,
-    RepeatedCovariance,
-    ScaledCovariance,
-)
+from openreml_nn.terms.base import Covariance
+from openreml_nn.terms.covariance import DenseCovariance, RepeatedCovariance, ScaledCovariance
 from openreml_nn.terms.design import IdentityDesign, IndexedDesign
 from openreml_nn.terms.kernel import Kernel
 
 __all__ = [
     "KnownEffect",
     "Prediction",
-    "interval",
     "lowered",
+    "normal_interval",
     "predict_table",
     "predicted",
     "prior_of",
@@ -157,7 +153,7 @@ def predict_table(
     check_number("level", level, above=0, below=1)
     encoded = encoder.transform(table)
     found = model.predict(_moved(encoded.batch(), model.beta.device))
-    low, high = interval(found.mean, found.variance, level)
+    low, high = normal_interval(found.mean, found.variance, level)
     columns = {**found._asdict(), "low": low, "high": high}
     values = {name: value.double().numpy(force=True) for name, value in columns.items()}
     return pd.DataFrame(values, index=table.index[encoded.rows])
@@ -170,7 +166,7 @@ def _moved(x: Any, device: torch.device) -> Any:
     return x.to(device)
 
 
-def interval(mean: Tensor, variance: Tensor, level: float = 0.95) -> tuple[Tensor, Tensor]:
+def normal_interval(mean: Tensor, variance: Tensor, level: float = 0.95) -> tuple[Tensor, Tensor]:
     r"""The interval :math:`\mu \pm z_{(1 + level)/2}\,\sigma` of normal observations.
 
     Args:
@@ -184,7 +180,7 @@ def interval(mean: Tensor, variance: Tensor, level: float = 0.95) -> tuple[Tenso
     Raises:
         InputError: if the level is not between 0 and 1.
 
-    >>> low, high = interval(torch.zeros(1), torch.ones(1))
+    >>> low, high = normal_interval(torch.zeros(1), torch.ones(1))
     >>> f"{float(low):.3f} {float(high):.3f}"
     '-1.960 1.960'
     """

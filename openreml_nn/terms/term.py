@@ -12,10 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from openreml_nn.terms.covariance import (
-    Covariance,
-    DenseCovariance,
-)
+from openreml_nn.terms.base import Covariance
+from openreml_nn.terms.covariance import DenseCovariance
 from openreml_nn.terms.design import DenseDesign, Design, IdentityDesign, IndexedDesign
 from openreml_nn.terms.kernel import private
 

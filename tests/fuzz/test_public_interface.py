@@ -766,8 +766,6 @@ def _fitted():
 def _report() -> list[Call]:
     own, takes = {"result": result()}, {"result": result_kind}
     places = {"places": torch.arange(180.0)[:, None]}
-    run = report.Run(result(), FORMULA, 0, "AIREML", 0.1)
-    number_of = optional(of(inference.Profile))
     return [
         *(
             Call("report", name, getattr(report, name), own, takes)
@@ -780,16 +778,6 @@ def _report() -> list[Call]:
              {**takes, "places": tensor(180, None), "bins": count(1), "seed": count(0)}),
         Call("report", "zeta", report.zeta, {"profile": inference.profile(result(), ["sigma"])},
              {"profile": never}),
-        Call("report", "Run", report.Run,
-             {"result": result(), "formula": FORMULA, "dropped_rows": 0, "optimizer": "AIREML", "seconds": 0.1},
-             {**takes, "formula": text, "dropped_rows": count(0), "optimizer": text,
-              "seconds": number(-1e-9), "validation": mapping, "profile": number_of,
-              "places": optional(tensor(180, None))}),
-        *(
-            Call("report", name, getattr(report, name), {"run": run, "directory": "r"},
-                 {"run": never, "directory": path})
-            for name in ("write_run", "write_tables", "write_plots")
-        ),
         Call("report", "write_report", report.write_report, {"folder": "r", "path": "p.html"},
              {"folder": never, "path": path}),
     ]  # fmt: skip

@@ -39,7 +39,7 @@ from openreml_nn.likelihood.system.products import Pattern, Statistics
 from openreml_nn.likelihood.system.roles import Roles, grid_of, separated, steps_of
 from openreml_nn.support.checks import check_number
 from openreml_nn.support.errors import InputError
-from openreml_nn.terms.covariance import Covariance
+from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.design import Design, IndexedDesign
 from openreml_nn.terms.term import Term
 

@@ -43,7 +43,7 @@ from openreml_nn.likelihood.system.roles import Roles, separated, steps_of
 from openreml_nn.likelihood.system.scaled import ScaledSystem, block_times
 from openreml_nn.support.checks import check_count, check_number
 from openreml_nn.support.errors import InputError
-from openreml_nn.terms.covariance import Covariance
+from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.kernel import Kernel
 from openreml_nn.terms.term import Term
 

@@ -18,7 +18,8 @@ from openreml_nn.likelihood.problem import (
 from openreml_nn.likelihood.residual import White
 from openreml_nn.likelihood.system.grouped import GroupedProblem
 from openreml_nn.likelihood.system.placement import System
-from openreml_nn.terms.covariance import Covariance
+from openreml_nn.support.errors import NumericalError
+from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.term import Term
 
 __all__ = ["EliminatedEvaluation", "inner", "root"]
@@ -129,7 +130,7 @@ class EliminatedEvaluation(Evaluation):
 def root(term: Term) -> Covariance:
     try:
         return term.covariance.root()
-    except ValueError as error:
+    except NumericalError as error:
         raise NotPositiveDefiniteError(
             f"the covariance of {term.name!r} is not positive semi-definite: {error}"
         ) from None

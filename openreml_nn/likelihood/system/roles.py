@@ -39,7 +39,7 @@ class Roles:
         """Give each term its role.
 
         Raises:
-            ValueError: if the residuals are neither independent nor within groups.
+            InputError: if the residuals are neither independent nor within groups.
         """
         residual = Residual.of(terms)
         random = [i for i in range(len(terms)) if i not in residual.at]
