@@ -11,11 +11,10 @@ import torch
 from scipy.sparse import coo_matrix, csc_matrix, csr_matrix, eye
 from torch import Tensor
 
-from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.system.elimination import root as root_of
 from openreml_nn.likelihood.system.sparse.equations import Equations, Part
+from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import (
-    Covariance,
     DenseCovariance,
     DiagonalCovariance,
     RepeatedCovariance,
@@ -101,7 +100,7 @@ class SparseTerm:
         whole = not isinstance(g, RepeatedCovariance | DiagonalCovariance | ScaledCovariance)
         effects = 1 if by_level else term.design.shape[1] if whole else len(g.matrix)
         Z = _matrix(term.design)
-        part = Part(term.name, Z, effects, RandomEffects.width(term), prior, basis)
+        part = Part(term.name, Z, effects, term.effects, prior, basis)
         return cls(at, part, by_level, whole)
 
     def form(self, g: Covariance) -> Covariance:
