@@ -1,5 +1,6 @@
 """The restricted likelihood: dense, or in the space of the random effects."""
 
+from openreml_nn.likelihood.laplace import LaplaceEvaluation, LaplaceLoss
 from openreml_nn.likelihood.loss import REMLLoss
 from openreml_nn.likelihood.plan import Plan
 from openreml_nn.likelihood.problem import Evaluation, NotPositiveDefiniteError
@@ -7,6 +8,8 @@ from openreml_nn.likelihood.solvers.dense import restricted_log_likelihood
 
 __all__ = [
     "Evaluation",
+    "LaplaceEvaluation",
+    "LaplaceLoss",
     "NotPositiveDefiniteError",
     "Plan",
     "REMLLoss",

@@ -33,7 +33,17 @@ from openreml_nn.terms.covariance import (
 from openreml_nn.terms.design import DenseDesign, Design, IndexedDesign
 from openreml_nn.terms.term import Term, residual_terms
 
-__all__ = ["Crossed", "GroupedEvaluation", "GroupedProblem", "Layout", "inner", "root", "separated"]
+__all__ = [
+    "Crossed",
+    "GroupedEvaluation",
+    "GroupedProblem",
+    "Layout",
+    "by_levels",
+    "grid_of",
+    "inner",
+    "root",
+    "separated",
+]
 
 #: A covariance of more effects than these within a level is taken as dense.
 _MOST_EFFECTS = 64
@@ -105,10 +115,11 @@ def separated(terms: Sequence[Term]) -> list[Term]:
     effects of each level.
     """
     residual = residual_terms(terms)
-    return [term if i in residual else _by_levels(term) for i, term in enumerate(terms)]
+    return [term if i in residual else by_levels(term) for i, term in enumerate(terms)]
 
 
-def _by_levels(term: Term) -> Term:
+def by_levels(term: Term) -> Term:
+    """The term with a column for each of the effects of a level, where its levels are independent."""
     z, g = term.design, term.covariance
     if not isinstance(z, IndexedDesign):
         return term
