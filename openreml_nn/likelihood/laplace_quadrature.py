@@ -36,8 +36,6 @@ __all__ = ["by_quadrature", "check_quadrature"]
 
 #: Effects of a level that are integrated at most.
 _MOST_EFFECTS = 3
-#: Rows times nodes that are held at a time.
-_CHUNK = 2**22
 
 
 def check_quadrature(layout: Layout, points: int) -> None:
@@ -64,6 +62,7 @@ def by_quadrature(
     designs: Sequence[Design],
     covariances: Sequence[Covariance],
     points: int,
+    held: int = 2**22,
 ) -> Tensor:
     """The negative log-likelihood, differentiable once in what has a graph.
 
@@ -72,6 +71,7 @@ def by_quadrature(
         rows: the data with their graph.
         designs, covariances: of the terms, in the layout's order, with their graph.
         points: nodes for each effect of a level.
+        held: rows times nodes that are worked on at a time.
     """
     layout, family = mode.layout, rows.family
     levels, k = layout.levels, layout.k
@@ -112,7 +112,7 @@ def by_quadrature(
         total = density.new_zeros(levels, m).index_add(0, codes, density)
         return total - (at * at).sum(1) / 2 + (own * own).sum(0) / 2
 
-    width = max(1, _CHUNK // max(1, len(rows.eta)))
+    width = max(1, held // max(1, len(rows.eta)))
     recording = torch.is_grad_enabled()
     found = []
     for own in nodes.split(width, 1):

@@ -14,6 +14,9 @@ from openreml_nn.covariance import (
 from openreml_nn.covariance.matrix import Recorded
 from openreml_nn.families import Binomial, Gaussian, NegativeBinomial, Ordinal, Poisson
 from openreml_nn.likelihood import LaplaceLoss
+from openreml_nn.likelihood.laplace_mode import Rows, find_mode
+from openreml_nn.likelihood.laplace_quadrature import by_quadrature
+from openreml_nn.likelihood.laplace_system import Layout
 from openreml_nn.support.errors import InputError
 from tests.likelihood.test_laplace import N, codes, difference, grouped, intercepts, normal, slopes
 
@@ -59,7 +62,7 @@ def test_many_points_are_the_integral(name):
 def test_two_effects_of_a_level_are_integrated_together():
     covariance = slopes(3, 2)
     family, eta = Poisson(), ETA
-    found = LaplaceLoss(covariance, family, quadrature=15)(COUNTS, eta).item()
+    found = LaplaceLoss(covariance, family, quadrature=25)(COUNTS, eta).item()
     side = torch.linspace(-8, 8, 321)
     nodes = torch.cartesian_prod(side, side).mT
     weights = torch.exp(-(nodes * nodes).sum(0) / 2) / (2 * pi) * 0.05**2
@@ -118,12 +121,17 @@ def test_the_slope_at_a_variance_of_zero_is_the_limit():
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
-def test_nodes_in_parts_are_the_same(monkeypatch):
+def test_nodes_in_parts_are_the_same():
     covariance, found = slopes(6, 2), []
-    for size in (2**22, 5 * N):
-        monkeypatch.setattr("openreml_nn.likelihood.laplace_quadrature._CHUNK", size)
-        value = LaplaceLoss(covariance, Binomial(), quadrature=5)(BINARY, ETA)
-        found.append([value.detach(), *torch.autograd.grad(value, list(covariance.parameters()))])
+    parameters = list(covariance.parameters())
+    rows = Rows(Binomial(), BINARY, ETA, ETA.new_zeros(N, 0))
+    terms = covariance.terms()
+    layout = Layout([term.detach() for term in terms])
+    mode = find_mode(rows, layout, terms)
+    for held in (2**22, 5 * N):
+        covariances = [term.covariance for term in terms]
+        value = by_quadrature(mode, rows, layout.designs, covariances, 5, held)
+        found.append([value.detach(), *torch.autograd.grad(value, parameters, retain_graph=True)])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
 
