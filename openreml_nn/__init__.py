@@ -13,10 +13,10 @@ from openreml_nn.estimation import (
     predict,
     residual,
 )
-from openreml_nn.estimation.stream import fit_stream
 from openreml_nn.likelihood import REMLLoss, restricted_log_likelihood
 from openreml_nn.model import MixedModel, RandomEffect
 from openreml_nn.model.linear import lmm
+from openreml_nn.model.stream import fit_stream
 from openreml_nn.support.errors import InputError, NumericalError
 
 __version__ = "0.1.0"

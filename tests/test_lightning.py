@@ -8,8 +8,8 @@ from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from openreml_nn import InputError, datasets, lmm
-from openreml_nn.estimation.stream import accumulate
 from openreml_nn.lightning import MixedModelDataModule, MixedModelModule, StopWhenConverged
+from openreml_nn.model.stream import accumulate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*levels that the fit did not see")
 

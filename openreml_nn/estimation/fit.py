@@ -16,9 +16,8 @@ from openreml_nn.estimation.starts import climb, climb_from_several, has_several
 from openreml_nn.likelihood import REMLLoss
 from openreml_nn.likelihood.fixed import check_data
 from openreml_nn.likelihood.loss import Objective
-from openreml_nn.likelihood.solvers.blocked import BlockedProblem
-from openreml_nn.likelihood.solvers.krylov import KrylovProblem
-from openreml_nn.likelihood.system.grouped import separated
+from openreml_nn.likelihood.solver import Solver
+from openreml_nn.likelihood.solvers.krylov import Krylov
 from openreml_nn.result.result import Label, Record, Result, Start
 from openreml_nn.support.checks import (
     check_choice,
@@ -102,13 +101,14 @@ def _start_by_krylov(objective: Objective, loss: REMLLoss, y: Tensor, X: Tensor)
     Returns:
         Whether that was worth it, and done.
     """
-    problem = objective.problem
-    terms = separated(objective.terms())
-    if not isinstance(problem, BlockedProblem) or not KrylovProblem.fits(terms):
+    problem, krylov = objective.problem, Krylov()
+    exact = problem.cost()
+    if exact is None or not exact.exact:
         return False
-    if problem.cost()[0] < _WORTH * KrylovProblem.work(problem.n, problem.p):
+    cost = krylov.forecast(objective.terms(), problem.p, problem.fixed.y.dtype)
+    if cost is None or exact.operations < _WORTH * cost.operations:
         return False
-    rough = REMLLoss(loss.covariance, loss.method, "krylov")
+    rough = REMLLoss(loss.covariance, loss.method, krylov)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the loss itself warns of what there is to warn of
         approximate = rough.objective(y, X, objective.rows)
@@ -126,7 +126,7 @@ def fit_reml(
     X: Tensor,
     *,
     method: str = "reml",
-    solver: str = "auto",
+    solver: str | Solver = "auto",
     rows: Tensor | None = None,
     start: str = "moments",
     max_iterations: int = 200,

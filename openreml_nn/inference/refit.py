@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from openreml_nn.estimation import Result, fit_reml
@@ -15,10 +19,12 @@ from openreml_nn.result.result import Source
 from openreml_nn.support.checks import check_instance, check_number
 from openreml_nn.support.errors import InputError
 
-__all__ = ["Refit", "check_level", "check_result", "matrix_entries", "source_of"]
+__all__ = ["Refit", "check_fit", "check_level", "matrix_entries", "source_of", "tracked"]
+
+T = TypeVar("T")
 
 
-def check_result(result: object, name: str = "result") -> None:
+def check_fit(result: object, name: str = "result") -> None:
     """Refuse what is not a fit.
 
     Raises:
@@ -44,7 +50,7 @@ def source_of(result: Result, name: str = "result") -> Source:
         InputError: if its rows were streamed.
         TypeError: if it is no result.
     """
-    check_result(result, name)
+    check_fit(result, name)
     if result.source is None:
         raise InputError(
             f"`{name}` has no data, because its rows were read in chunks: expected a fit by lmm()"
@@ -67,6 +73,12 @@ def matrix_entries(result: Result) -> dict[str, tuple[int, int, int]]:
             for j in range(i):
                 found[f"cor_{effect}.{c.effects[j]}|{c.group}"] = (index, i, j)
     return found
+
+
+def tracked(parts: Sequence[T], what: str, progress: bool) -> Iterable[T]:
+    """The parts one after another, with a bar on stderr if one is wanted."""
+    console = Console(stderr=True)
+    return track(parts, what, disable=not progress, transient=True, console=console)
 
 
 class Refit:
@@ -98,7 +110,7 @@ class Refit:
         y, X = self.y if y is None else y, self.X if X is None else X
         method = method or self.result.method
         if method not in self._losses:
-            solver = self.result.plan.solver
+            solver = self.result.plan.choice
             self._losses[method] = REMLLoss(self.covariance, method, solver)
         return self._losses[method].objective(y, X, self.source.rows)
 
@@ -111,7 +123,7 @@ class Refit:
                 self.y if y is None else y,
                 self.X,
                 method=method or self.result.method,
-                solver=self.result.plan.solver,
+                solver=self.result.plan.choice,
                 rows=self.source.rows,
                 start="current",
                 names=self.result.fixed.names,

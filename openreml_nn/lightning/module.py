@@ -21,6 +21,7 @@ from openreml_nn.likelihood.fixed import estimable
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.likelihood.solvers.dense import check_method
+from openreml_nn.model.structures import covariance_of, labels_of
 from openreml_nn.result.result import Record
 from openreml_nn.support.checks import check_instance, check_maker, check_names, check_text
 from openreml_nn.support.instantiate import build
@@ -130,7 +131,7 @@ class MixedModelModule(LightningModule):
     def _build(self, encoded: Encoded) -> None:
         kept = None if self.covariance is None else self.covariance.state_dict()
         self._encoded = encoded
-        self.covariance = encoded.covariance()
+        self.covariance = covariance_of(encoded)
         if kept is not None:
             self.covariance.load_state_dict(kept)
         self.loss = REMLLoss(self.covariance, self.method, self.solver)
@@ -196,7 +197,7 @@ class MixedModelModule(LightningModule):
                 *self._data,
                 self.history,
                 self._encoded.names,
-                self._encoded.labels,
+                labels_of(self._encoded),
             )
         )
 

@@ -19,6 +19,7 @@ from openreml_nn.lightning.data import attached
 from openreml_nn.lightning.neural import NeuralMixedModule
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.model import MixedModel, RandomEffect
+from openreml_nn.model.structures import labels_of
 from openreml_nn.result.result import Result
 from openreml_nn.support.checks import (
     check_instance,
@@ -204,7 +205,7 @@ class TabularMixedModule(NeuralMixedModule):
         if data is None:
             return
         encoded = attached(self, self.encoder).encoded
-        labels = encoded.labels
+        labels = labels_of(encoded)
         for design in encoded.random:
             if design.group in self._coordinates:
                 self.places = self._coordinates[design.group][design.codes]

@@ -15,7 +15,10 @@ from openreml_nn.likelihood.fixed import traced
 from openreml_nn.likelihood.laplace_mode import Mode, Rows, find_mode, recorded
 from openreml_nn.likelihood.laplace_quadrature import by_quadrature, check_quadrature
 from openreml_nn.likelihood.laplace_system import Layout, effects_of
+from openreml_nn.likelihood.plan import Auto, check_solver
 from openreml_nn.likelihood.problem import RandomEffects
+from openreml_nn.likelihood.solver import Solver
+from openreml_nn.likelihood.solvers import Blocked, Dense
 from openreml_nn.support.checks import check_choice, check_count, check_instance, check_tensor
 from openreml_nn.support.errors import InputError, NumericalError
 from openreml_nn.terms.covariance import RepeatedCovariance
@@ -66,7 +69,7 @@ class LaplaceLoss(nn.Module):
         quadrature: points of adaptive Gauss-Hermite quadrature for each effect of a level; 1 is
             Laplace's approximation.
         solver: ``"blocked"`` eliminates the factor with most levels first, ``"dense"`` takes all
-            random effects together, and ``"auto"`` is the first.
+            random effects together, and ``"auto"`` is the first; or such a solver with its options.
 
     Raises:
         TypeError, InputError: if an argument is of another kind or an option unknown.
@@ -89,13 +92,12 @@ class LaplaceLoss(nn.Module):
         family: Family,
         method: str = "ml",
         quadrature: int = 1,
-        solver: str = "auto",
+        solver: str | Solver = "auto",
     ) -> None:
         super().__init__()
         check_instance("covariance", covariance, Matrix)
         check_instance("family", family, Family)
         check_choice("method", method, ("ml", "reml"))
-        check_choice("solver", solver, ("auto", "blocked", "dense"))
         quadrature = check_count("quadrature", quadrature, 1)
         if quadrature > 1 and method == "reml":
             raise InputError(
@@ -105,7 +107,7 @@ class LaplaceLoss(nn.Module):
         self.family = family
         self.method = method
         self.quadrature = quadrature
-        self.solver = solver
+        self.solver = _checked(solver)
         self._kept: _Kept | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -113,7 +115,7 @@ class LaplaceLoss(nn.Module):
         return {**self.__dict__, "_kept": None}
 
     def extra_repr(self) -> str:
-        return f"method={self.method!r}, quadrature={self.quadrature}, solver={self.solver!r}"
+        return f"method={self.method!r}, quadrature={self.quadrature}, solver={self.solver.name!r}"
 
     def forward(
         self, y: Tensor, eta: Tensor, X: Tensor | None = None, rows: Tensor | None = None
@@ -213,7 +215,7 @@ class LaplaceLoss(nn.Module):
         if kept is None or not kept.is_of(forms, constants):
             with torch.inference_mode(False), torch.no_grad():
                 held = [term.private().detach() for term in task.terms]
-                layout = Layout(held, eliminate=self.solver != "dense")
+                layout = Layout(held, getattr(self.solver, "pair_cost", None))
                 if self.quadrature > 1:
                     check_quadrature(layout, self.quadrature)
                 copies = [tensor for term in held for tensor in term.constants]
@@ -338,6 +340,19 @@ class LaplaceLoss(nn.Module):
                 if mine is not None and (matrix.dim() == 1 or len(matrix) == 1):
                     found[i] = torch.where(matrix > 0, mine, part)
         return value.detach(), found
+
+
+def _checked(solver: str | Solver) -> Solver:
+    """The solver of a name, or the one that was given, if it takes weights that move."""
+    found = check_solver(solver)
+    if isinstance(found, Auto):
+        return Blocked()
+    if not isinstance(found, Blocked | Dense):
+        raise InputError(
+            f"`solver` is {found.name!r}, which is for Gaussian responses: expected 'auto', "
+            "'blocked' or 'dense'"
+        )
+    return found
 
 
 def _constants(terms: Sequence[Term]) -> list[Tensor]:

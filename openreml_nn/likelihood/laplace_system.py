@@ -36,7 +36,8 @@ class Layout:
 
     Args:
         terms: the random terms, at least one.
-        eliminate: whether a factor is eliminated first; else the system is one dense matrix.
+        pair_cost: see :class:`Blocked`; None where no factor is eliminated and the system is one
+            dense matrix.
 
     Attributes:
         order: positions of the terms, those eliminated first.
@@ -46,10 +47,10 @@ class Layout:
         q: columns of the other terms.
     """
 
-    def __init__(self, terms: Sequence[Term], eliminate: bool = True) -> None:
+    def __init__(self, terms: Sequence[Term], pair_cost: float | None) -> None:
         effects = [RandomEffects.width(term) for term in terms]
         terms = [by_levels(_indexed(term)) for term in terms]
-        grids = [grid_of(term) if eliminate else None for term in terms]
+        grids = [None if pair_cost is None else grid_of(term) for term in terms]
         factors: list[list[int]] = []
         for i, grid in enumerate(grids):
             for factor in factors if grid is not None else ():
@@ -77,7 +78,12 @@ class Layout:
         count = len(self.order)
         linked = [grid is None for grid in self.grids]
         self.arrangement = Arrangement(
-            self.designs, self.pattern, range(self.split), range(self.split, count), linked
+            self.designs,
+            self.pattern,
+            range(self.split),
+            range(self.split, count),
+            linked,
+            pair_cost or 0.0,
         )
         self.partition = self.arrangement.partition
 

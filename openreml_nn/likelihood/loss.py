@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from openreml_nn.covariance import Matrix
 from openreml_nn.covariance.matrix import FreeParams
 from openreml_nn.likelihood.fixed import FixedPart, check_data, traced
-from openreml_nn.likelihood.plan import Plan, check_solver
+from openreml_nn.likelihood.plan import Auto, Plan, check_solver
 from openreml_nn.likelihood.problem import Evaluation, Problem
+from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.support.checks import check_choice, check_tensor
 from openreml_nn.support.errors import InputError
@@ -83,7 +84,7 @@ class Objective:
         """The problem, prepared anew where its designs may have moved."""
         if not self.moves:
             return self.problem
-        return type(self.problem)(self.problem.fixed.detach(), terms, self.problem.method)
+        return self.problem.anew(self.problem.fixed.detach(), terms)
 
     def matrices(self, free_params: FreeParams) -> tuple[Tensor, ...]:
         """The problem's matrices as a differentiable function of the parameters."""
@@ -151,7 +152,8 @@ class REMLLoss(nn.Module):
             by one eigendecomposition), ``"grid"`` (a Kronecker product over a complete
             grid, such as a field of plots, by two small ones), or ``"auto"``, which takes the exact one with
             least work, and the approximate one, with a warning, where that would hold
-            more than 4 GiB; :attr:`plan` says which and why.
+            more than 4 GiB; or a solver with its options, such as
+            ``Krylov(probes=100)`` or ``Auto(memory=2**34)``. :attr:`plan` says which and why.
         reduction: ``"mean"`` divides by the number of rows, ``"sum"`` does not.
 
     Attributes:
@@ -172,7 +174,7 @@ class REMLLoss(nn.Module):
         self,
         covariance: Matrix,
         method: str = "reml",
-        solver: str = "auto",
+        solver: str | Solver = "auto",
         reduction: str = "mean",
     ) -> None:
         super().__init__()
@@ -338,7 +340,7 @@ class REMLLoss(nn.Module):
                 copies += [tensor for term in held for tensor in term.constants]
             recorded = recorded or (moving and not problem.takes_data)
             if recorded and moving and not wrapped:
-                problem = type(problem)(fixed, terms, self.method)
+                problem = problem.anew(fixed, terms)
         self._prepared = (
             None if recorded else _Prepared(None if moving else data, forms, copies, problem)
         )
@@ -347,9 +349,9 @@ class REMLLoss(nn.Module):
     def _planned(self, fixed: FixedPart, terms: list[Term], dtype: torch.dtype) -> Problem:
         """A problem prepared by the solver of least work."""
         plan = Plan.of(terms, fixed.Q.shape[1], self.solver, dtype)
-        problem = plan.problem(fixed, terms, self.method)
-        self._plan = plan.measured(problem, terms)
-        if plan.solver == "krylov" and self.solver == "auto":
+        problem = plan.choice.problem(fixed, terms, self.method)
+        self._plan = plan.measured(problem)
+        if not plan.exact and isinstance(check_solver(self.solver), Auto):
             warnings.warn(
                 f"the likelihood is approximate: {plan.reason}; "
                 "solver='blocked' insists on an exact one",

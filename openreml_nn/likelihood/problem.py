@@ -20,6 +20,7 @@ from openreml_nn.terms.term import Term
 
 __all__ = [
     "Coefficients",
+    "Cost",
     "Evaluation",
     "NotPositiveDefiniteError",
     "Problem",
@@ -55,6 +56,25 @@ def pivot_loss(matrix: Tensor, factor: Tensor) -> float:
         return 1.0
     pivots = factor.diagonal(dim1=-2, dim2=-1) ** 2
     return float((matrix.diagonal(dim1=-2, dim2=-1) / pivots).max())
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an evaluation of the likelihood takes.
+
+    Attributes:
+        operations: floating-point operations.
+        bytes: bytes that are held meanwhile.
+        exact: whether the likelihood is computed, and not estimated by Monte Carlo.
+        reason: what the solver makes use of, in a few words.
+        steps: what is eliminated or decomposed, in order, with sizes.
+    """
+
+    operations: float
+    bytes: float
+    exact: bool
+    reason: str
+    steps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -240,8 +260,9 @@ class Problem:
 
     #: Whether evaluations have derivatives by the data, and the data can be exchanged.
     takes_data = False
-    #: Whether the likelihood is computed, and not estimated by Monte Carlo.
-    exact = True
+    #: Whether :meth:`recorded` takes about as long as an evaluation, so that second derivatives
+    #: are to be had from it.
+    has_second_derivatives = True
 
     def __init__(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> None:
         self.fixed = fixed
@@ -252,6 +273,14 @@ class Problem:
     def matrices(self, terms: Sequence[Term]) -> list[Tensor]:
         """The matrices on which the likelihood depends, from terms of the same designs."""
         raise NotImplementedError
+
+    def anew(self, fixed: FixedPart, terms: Sequence[Term]) -> Problem:
+        """A problem of other designs, or of data with a graph, prepared in the same way."""
+        return type(self)(fixed, terms, self.method)
+
+    def cost(self) -> Cost | None:
+        """What an evaluation takes, where preparing the data has shown it; None otherwise."""
+        return None
 
     def with_fixed(self, fixed: FixedPart) -> Problem:
         """The same designs with other data: what depends on designs alone is kept."""

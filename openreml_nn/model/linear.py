@@ -12,9 +12,11 @@ import torch
 
 from openreml_nn.covariance import Matrix
 from openreml_nn.estimation import Result, fit_reml
-from openreml_nn.estimation.stream import fit_stream
 from openreml_nn.likelihood.plan import check_solver
+from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import check_method
+from openreml_nn.model.stream import fit_stream
+from openreml_nn.model.structures import covariance_of, labels_of
 from openreml_nn.support.checks import (
     check_count,
     check_names,
@@ -33,7 +35,7 @@ def lmm(
     table: pd.DataFrame | str | os.PathLike[str] | TableFile,
     *,
     method: str = "reml",
-    solver: str = "auto",
+    solver: str | Solver = "auto",
     categorical: Sequence[str] = (),
     weights: str | None = None,
     residual: str | None = None,
@@ -103,7 +105,7 @@ def lmm(
     known = residual_variance is not None
     encoder = Encoder(formula, categorical, source, residual, weights, known_residual=known)
     encoded = encoder.fit(table)
-    covariance = encoded.covariance()
+    covariance = covariance_of(encoded)
     if residual_variance is not None:
         _hold(covariance, residual_variance)
     result = fit_reml(
@@ -114,7 +116,7 @@ def lmm(
         solver=solver,
         max_iterations=max_iterations,
         names=encoded.names,
-        labels=encoded.labels,
+        labels=labels_of(encoded),
     )
     assert result.source is not None
     cells = encoder.cells(table.iloc[encoded.rows])

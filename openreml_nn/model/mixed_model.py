@@ -34,6 +34,7 @@ from openreml_nn.covariance.params import module_name, operand_name, user_name
 from openreml_nn.likelihood import REMLLoss
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import check_solver
+from openreml_nn.likelihood.solver import Solver
 from openreml_nn.model.joint import Factor, JointErrors
 from openreml_nn.support.checks import (
     check_choice,
@@ -236,7 +237,7 @@ class MixedModel(nn.Module):
         random: Mapping[str, RandomEffect],
         residual: Matrix | nn.Module | None = None,
         head: str = "ml",
-        solver: str = "auto",
+        solver: str | Solver = "auto",
     ) -> None:
         super().__init__()
         check_instance("mean", mean, nn.Module, "a network, an nn.Module")

@@ -246,8 +246,8 @@ def _neural(config: DictConfig) -> TabularMixedModule:
 
 def _fit_chunks(config: DictConfig, model: MixedModelModule | TabularMixedModule) -> int:
     """Fit a file chunk by chunk, give the module the estimates; returns the rows left out."""
-    from openreml_nn.estimation.stream import accumulate
     from openreml_nn.lightning import MixedModelModule
+    from openreml_nn.model.stream import accumulate
 
     assert isinstance(model, MixedModelModule)
 

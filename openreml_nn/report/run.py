@@ -22,7 +22,7 @@ from openreml_nn.inference import Profile, diagnose
 from openreml_nn.report.plots import (
     caterpillar,
     convergence,
-    covariance,
+    covariance_map,
     residuals,
     semivariogram,
     shares,
@@ -231,7 +231,7 @@ def _plots(run: Run) -> Mapping[str, Callable[[], Figure]]:
         figures["residuals"] = partial(residuals, result)
     if result.source is not None:
         figures["shares"] = partial(shares, result)
-        figures["covariance"] = partial(covariance, result)
+        figures["covariance"] = partial(covariance_map, result)
     groups = dict.fromkeys(c.group for c in result.components if c.group != "Residual")
     for group in groups:
         name = "blup_" + re.sub(r"[^\w.-]", "_", group)

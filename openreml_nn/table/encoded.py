@@ -9,22 +9,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from openreml_nn.covariance import (
-    AR1Matrix,
-    CompoundSymmetricMatrix,
-    CovariancePropagation,
-    DiagonalMatrix,
-    DummyMatrix,
-    IdentityMatrix,
-    KroneckerProduct,
-    Matrix,
-    ScalarMatrix,
-    Sum,
-    UnstructuredMatrix,
-    weighted,
-)
-from openreml_nn.covariance.structures import in_cells
-from openreml_nn.result.result import Label
 from openreml_nn.support.errors import InputError
 
 __all__ = ["Encoded", "RandomDesign", "ResidualDesign"]
@@ -72,17 +56,6 @@ class ResidualDesign:
     groups: int
     positions: tuple[str, ...]
 
-    def covariance(self) -> Matrix:
-        """The covariance of the rows."""
-        size = len(self.positions)
-        matrix: Matrix = {
-            "ar1": AR1Matrix,
-            "cs": CompoundSymmetricMatrix,
-            "us": UnstructuredMatrix,
-            "diag": DiagonalMatrix,
-        }[self.kind](size)
-        return in_cells(self.codes, self.groups, matrix)
-
 
 @dataclass(frozen=True)
 class Encoded:
@@ -112,27 +85,6 @@ class Encoded:
     offset: Tensor | None = None
     unseen: Mapping[str, int] = field(default_factory=dict)
 
-    def covariance(self) -> Matrix:
-        r"""The covariance tree :math:`\sum_t Z_t (I \otimes \Sigma_t) Z_t^\top + R`."""
-        parts: dict[str, Matrix] = {}
-        for design in self.random:
-            q = len(design.levels)
-            k = len(design.effects)
-            values = None if design.is_intercept else design.values
-            parts[design.name] = CovariancePropagation(
-                z=DummyMatrix.from_codes(design.codes, design.levels, values),
-                g=ScalarMatrix(q)
-                if k == 1
-                else KroneckerProduct(levels=IdentityMatrix(q), effects=UnstructuredMatrix(k)),
-            )
-        if self.residual is not None:
-            parts["residual"] = self.residual.covariance()
-        elif self.weights is not None:
-            parts["residual"] = weighted(self.weights)
-        else:
-            parts["residual"] = ScalarMatrix(len(self.X))
-        return Sum(parts).to(self.X.dtype)
-
     def batch(self) -> dict[str, Any]:
         """The table as a batch of :class:`MixedModel`: ``x`` the model matrix, ``y``, and for
         each random effect its codes in ``groups`` and its values in ``values``.
@@ -155,11 +107,3 @@ class Encoded:
         if self.y is None:
             raise InputError("the table has no response")
         return self.y if self.offset is None else self.y - self.offset
-
-    @property
-    def labels(self) -> dict[str, Label]:
-        """Names for the tables of :func:`fit_reml`, by operand."""
-        found = {d.name: Label(d.group, d.effects, d.levels) for d in self.random}
-        if self.residual is not None:
-            found["residual"] = Label("Residual", self.residual.positions, ())
-        return found

@@ -177,8 +177,8 @@ FAULTS = [
     Fault(
         "probes are solved to two digits",
         "openreml_nn/likelihood/solvers/krylov.py",
-        "_PROBE_TOLERANCE = 1e-6",
-        "_PROBE_TOLERANCE = 3e-1",
+        "probe_tolerance: float = 1e-6",
+        "probe_tolerance: float = 3e-1",
         f"{KRYLOV} -k accurate",
     ),
     Fault(

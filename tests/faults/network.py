@@ -7,7 +7,9 @@ JOINT = "openreml_nn/model/joint.py"
 NEURAL = "openreml_nn/lightning/neural.py"
 TABULAR = "openreml_nn/lightning/tabular.py"
 MODULE = "openreml_nn/lightning/module.py"
-METRICS = "openreml_nn/metrics.py"
+METRICS = "openreml_nn/metrics/predictions.py"
+EXPLAINED = "openreml_nn/metrics/explained.py"
+COMPONENTS = "openreml_nn/metrics/components.py"
 
 OF_MODEL = "tests/test_model.py -k 'not linear_mixed_model'"
 OF_TRAINING = "tests/test_neural.py"
@@ -206,14 +208,14 @@ FAULTS = [
     ),
     Fault(
         "batches of different means have the variance within them",
-        METRICS,
+        EXPLAINED,
         "+ (moments[:, 0] * (moments[:, 1] - mean) ** 2).sum()",
         "",
         "tests/test_metrics.py -k r2",
     ),
     Fault(
         "the standard error of heritability takes the total for known",
-        METRICS,
+        COMPONENTS,
         "slope = -share.repeat(k)",
         "slope = 0 * share.repeat(k)",
         "tests/test_metrics.py -k heritability",
@@ -221,8 +223,8 @@ FAULTS = [
     Fault(
         "the last batch counts as much as a full one",
         METRICS,
-        "interval_coverage(mean, variance, target, self.level).double() * len(mean)",
-        "interval_coverage(mean, variance, target, self.level).double() * 7",
+        "self.add(_sum_of_covered(mean, variance, target, self.level), len(mean))",
+        "self.add(interval_coverage(mean, variance, target, self.level), 1)",
         "tests/test_metrics.py -k batches",
     ),
     Fault(

@@ -9,7 +9,7 @@ MATRIX = "openreml_nn/table/matrix.py"
 RESIDUAL = "openreml_nn/table/residual.py"
 ROWS = "openreml_nn/table/rows.py"
 TEXT = "openreml_nn/table/text.py"
-STREAM = "openreml_nn/estimation/stream.py"
+STREAM = "openreml_nn/model/stream.py"
 APP = "openreml_nn/program/main.py"
 
 FAULTS = [

@@ -499,14 +499,6 @@ def test_without_refitting_anova_is_ranova():
     assert anova(*fits).iloc[1]["statistic"] == pytest.approx(42.139, abs=1e-3)
 
 
-def test_fits_with_other_weights_do_not_compare():
-    table = sleepstudy().assign(w=np.linspace(0.5, 2, 180))
-    plain = lmm("Reaction ~ Days", table)
-    weighted = lmm("Reaction ~ Days + (1 | Subject)", table, weights="w")
-    with pytest.raises(ValueError, match="weights None and 'w'"):
-        anova(plain, weighted)
-
-
 # ---------------------------------------------------------------------- careless calls
 
 

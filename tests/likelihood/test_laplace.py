@@ -34,7 +34,7 @@ from openreml_nn.families import (
     StudentT,
     Tweedie,
 )
-from openreml_nn.likelihood import LaplaceLoss, REMLLoss
+from openreml_nn.likelihood import Blocked, LaplaceLoss, REMLLoss
 from openreml_nn.support.errors import InputError, NumericalError
 from tests.strategies import distances
 
@@ -188,7 +188,7 @@ CASES = [(tree, "logit") for tree in TREES] + [("crossed slopes", family) for fa
 CASES += [("slopes", "negative_binomial"), ("rows", "poisson"), ("kernel", "beta")]
 
 
-@pytest.mark.parametrize("solver", ["auto", "dense"])
+@pytest.mark.parametrize("solver", [Blocked(pair_cost=0), "dense"])
 @pytest.mark.parametrize(("tree", "family"), CASES)
 def test_the_value_is_that_of_the_dense_formula(tree, family, solver):
     covariance, own, y, eta = setting(tree, family)
@@ -419,7 +419,9 @@ def test_what_cannot_be_done_is_refused():
     covariance, own, y, eta = setting("intercepts", "logit")
     with pytest.raises(InputError, match=r"`method` is 'map': expected 'ml' or 'reml'"):
         LaplaceLoss(covariance, own, "map")
-    with pytest.raises(InputError, match=r"`solver` is 'krylov': expected"):
+    with pytest.raises(
+        InputError, match=r"`solver` is 'krylov', which is for Gaussian responses: expected"
+    ):
         LaplaceLoss(covariance, own, solver="krylov")
     with pytest.raises(InputError, match=r"`quadrature` is 5 but `method` is 'reml'"):
         LaplaceLoss(covariance, own, "reml", quadrature=5)

@@ -126,7 +126,7 @@ def test_nodes_in_parts_are_the_same():
     parameters = list(covariance.parameters())
     rows = Rows(Binomial(), BINARY, ETA, ETA.new_zeros(N, 0))
     terms = covariance.terms()
-    layout = Layout([term.detach() for term in terms])
+    layout = Layout([term.detach() for term in terms], 1000.0)
     mode = find_mode(rows, layout, terms)
     for held in (2**22, 5 * N):
         covariances = [term.covariance for term in terms]

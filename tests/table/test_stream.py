@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from openreml_nn import InputError, datasets, fit_stream, lmm
-from openreml_nn.estimation.stream import accumulate
+from openreml_nn.model.stream import accumulate
 from tests.forked import ranks
 
 

@@ -18,28 +18,110 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
 from openreml_nn.likelihood.fixed import FixedPart, traced
-from openreml_nn.likelihood.problem import Evaluation, RandomEffects, cholesky, pivot_loss
+from openreml_nn.likelihood.problem import (
+    Cost,
+    Evaluation,
+    Problem,
+    RandomEffects,
+    cholesky,
+    pivot_loss,
+)
 from openreml_nn.likelihood.residual import White
+from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.system.cross import Arrangement, System
 from openreml_nn.likelihood.system.grouped import (
     Crossed,
     GroupedEvaluation,
     GroupedProblem,
+    Layout,
     arranged,
+    grid_of,
     inner,
+    separated,
+    steps_of,
 )
+from openreml_nn.likelihood.system.partition import Partition
 from openreml_nn.likelihood.system.products import Pattern, Statistics
+from openreml_nn.support.checks import check_number
+from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import Covariance, DiagonalCovariance
+from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.term import Term
 
-__all__ = ["BlockedProblem"]
+__all__ = ["Blocked", "BlockedProblem"]
+
+#: Where more bytes than these could be held, it is looked at which levels meet.
+_LARGE = 2**28
+_REASON = "in the space of the random effects"
+
+
+@dataclass(frozen=True)
+class Blocked(Solver):
+    """The system of the random effects, the largest factor eliminated level by level.
+
+    Args:
+        pair_cost: what a pair of columns that meet in a level costs, in operations of a dense
+            product: it is far from the others in memory, while a dense product runs at full
+            speed. With 0 pairs are listed wherever they can be.
+
+    Raises:
+        TypeError, InputError: if it is no number, or negative.
+    """
+
+    name: ClassVar[str] = "blocked"
+    pair_cost: float = 1000.0
+
+    def __post_init__(self) -> None:
+        check_number("pair_cost", self.pair_cost, least=0)
+
+    def forecast(self, terms: Sequence[Term], p: int, dtype: torch.dtype) -> Cost | None:
+        if self.obstacle(terms) is not None:
+            return None
+        terms = separated(terms)
+        layout = Layout.of(terms)
+        levels, k = layout.sizes(terms)
+        q = sum(terms[i].design.shape[1] for i in layout.rest)
+        r = q + p + 1
+        work = 2.0 * levels * k * (k * k + k * r) + levels * k * r**2 + q**3 / 3 + r**3 / 3
+        held = 2.0 * levels * k * r + 2 * levels * k * k + 3 * r * r
+        if layout.residual.moves:
+            n, m = terms[0].design.shape[0], layout.residual.size
+            designs = [terms[i].design for i in layout.rest]
+            mixed = [
+                design.shape[1]
+                for design in designs
+                if isinstance(design, IndexedDesign) and not layout.residual.is_within(design.codes)
+            ]
+            columns = k + sum(mixed) + p + 1
+            work += 4.0 * n * (m + k) * columns
+            held += 4.0 * n * columns
+        held *= dtype.itemsize
+        if held > _LARGE:
+            designs = [terms[i].design for i in layout.random]
+            grids = [grid_of(terms[i]) for i in layout.rest]
+            _, arrangement = arranged(designs, layout, grids, self.pair_cost)
+            held = min(held, dtype.itemsize * arrangement.cost(p + 1)[1])
+        steps = steps_of(terms, layout, p, Partition.of_one(q, torch.device("cpu")))
+        return Cost(max(work, 1.0), held, True, _REASON, steps)
+
+    def problem(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> Problem:
+        return BlockedProblem(fixed, terms, method, self)
+
+    def obstacle(self, terms: Sequence[Term]) -> str | None:
+        try:
+            Layout.of(separated(terms))
+        except InputError as error:
+            return str(error)
+        return None
 
 
 class BlockedProblem(GroupedProblem):
@@ -49,6 +131,7 @@ class BlockedProblem(GroupedProblem):
 
     Args:
         fixed, terms, method: see :class:`Problem`.
+        solver: with its options.
         statistics: cross-products of the random terms, in their order, and of f, for rows that
             are not at hand; the residual has one variance.
     """
@@ -58,9 +141,11 @@ class BlockedProblem(GroupedProblem):
         fixed: FixedPart,
         terms: Sequence[Term],
         method: str,
+        solver: Blocked,
         statistics: Statistics | None = None,
     ) -> None:
         super().__init__(fixed, terms, method)
+        self.solver = solver
         self._has_rows = statistics is None
         products = pattern = None
         if statistics is not None:
@@ -69,7 +154,9 @@ class BlockedProblem(GroupedProblem):
             random = sorted(self.layout.random)
             order = [random.index(i) for i in self.layout.random]
             pattern, products = statistics.ordered(order)
-        pattern, arrangement = arranged(self._designs, self.layout, self.grids, pattern)
+        pattern, arrangement = arranged(
+            self._designs, self.layout, self.grids, solver.pair_cost, pattern
+        )
         self.partition = arrangement.partition
         self._cost = arrangement.cost(self.p + 1)
         self._moving: tuple[Pattern, Arrangement] | None = (pattern, arrangement)
@@ -80,6 +167,9 @@ class BlockedProblem(GroupedProblem):
             # Then the products are all that is needed, and what leads to them can go.
             self._constant = self._system([torch.ones_like(self._f[:1, :1])])
             self._moving = None
+
+    def anew(self, fixed: FixedPart, terms: Sequence[Term]) -> Problem:
+        return BlockedProblem(fixed, terms, self.method, self.solver)
 
     def system(self, residual: Sequence[Tensor]) -> tuple[System, White, Tensor]:
         """The system of white rows, R without a scalar residual's variance, and that variance."""
@@ -128,14 +218,16 @@ class BlockedProblem(GroupedProblem):
         log_det = white.log_det + self.n * s.log() + _log_det(D).sum() + _log_det(M).sum()
         return self._profile(log_det, F[:-1, :-1], F[:-1, -1], F[-1, -1])[0]
 
-    def cost(self) -> tuple[float, float]:
-        """Operations of an evaluation with its scores, and bytes held for it."""
+    def cost(self) -> Cost | None:
+        if not self.q:
+            return None
         work, entries = self._cost
         if self.residual.moves:
             r = self.p + 1
             work += 4.0 * self.n * (self.residual.size + self.k + r) * (self.k + r)
             entries += 4.0 * self.n * (self.residual.size + self.k + r)
-        return work, self._f.itemsize * entries
+        steps = steps_of(separated(self.terms), self.layout, self.p, self.partition)
+        return Cost(work, self._f.itemsize * entries, True, _REASON, steps)
 
     def sandwich(
         self, roots: Sequence[Covariance], square: Tensor, transpose: bool = False

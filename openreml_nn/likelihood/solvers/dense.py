@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from openreml_nn.likelihood.fixed import FixedPart, check_data, traced
 from openreml_nn.likelihood.problem import (
+    Cost,
     Evaluation,
     Problem,
     RandomEffects,
     cholesky,
     pivot_loss,
 )
+from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.system.square_root import SquareRootEvaluation, within
 from openreml_nn.support.checks import check_choice
 from openreml_nn.support.errors import InputError
@@ -23,7 +26,7 @@ from openreml_nn.terms.covariance import DenseCovariance
 from openreml_nn.terms.design import IdentityDesign
 from openreml_nn.terms.term import Term, residual_terms
 
-__all__ = ["DenseProblem", "restricted_log_likelihood"]
+__all__ = ["Dense", "DenseProblem", "check_method", "restricted_log_likelihood"]
 
 
 def restricted_log_likelihood(y: Tensor, X: Tensor, V: Tensor, method: str = "reml") -> Tensor:
@@ -93,6 +96,22 @@ def _check_covariance(V: Tensor, y: Tensor) -> None:
 def check_method(method: str) -> None:
     """Raise InputError unless ``method`` is known."""
     check_choice("method", method, ("reml", "ml"))
+
+
+@dataclass(frozen=True)
+class Dense(Solver):
+    """A Cholesky factor of V (n, n): for small data, and for any V."""
+
+    name: ClassVar[str] = "dense"
+
+    def forecast(self, terms: Sequence[Term], p: int, dtype: torch.dtype) -> Cost:
+        n = terms[0].design.shape[0]
+        work = n**3 / 3 + 2 * n**2 * (p + 1)
+        steps = (f"Cholesky factor of V, {n} x {n}",)
+        return Cost(work, 3.0 * dtype.itemsize * n**2, True, "V as a whole", steps)
+
+    def problem(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> Problem:
+        return DenseProblem(fixed, terms, method)
 
 
 class DenseProblem(Problem):

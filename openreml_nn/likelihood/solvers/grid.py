@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,21 +22,58 @@ from torch.linalg import solve_triangular
 
 from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.problem import (
+    Cost,
     Evaluation,
     NotPositiveDefiniteError,
     Problem,
     RandomEffects,
     cholesky,
 )
+from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import DenseProblem
 from openreml_nn.likelihood.system.grouped import root
 from openreml_nn.likelihood.system.square_root import SquareRootEvaluation
-from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import KroneckerCovariance, kronecker
 from openreml_nn.terms.design import IdentityDesign
 from openreml_nn.terms.term import Term
 
-__all__ = ["GridProblem", "GridTerms"]
+__all__ = ["Grid", "GridProblem"]
+
+
+@dataclass(frozen=True)
+class Grid(Solver):
+    """Two small eigendecompositions: for a Kronecker product over a complete grid of rows."""
+
+    name: ClassVar[str] = "grid"
+
+    def forecast(self, terms: Sequence[Term], p: int, dtype: torch.dtype) -> Cost | None:
+        places = GridTerms.of(terms)
+        if places is None:
+            return None
+        g = terms[places.grid].covariance
+        assert isinstance(g, KroneckerCovariance)
+        (r, c), n = g.sizes, terms[0].design.shape[0]
+        q = sum(terms[i].design.shape[1] for i in places.rest)
+        steps = [f"eigendecompositions of {r} x {r} and {c} x {c}"]
+        if places.rest:
+            names = ", ".join(repr(terms[i].name) for i in places.rest)
+            steps.append(f"{names}: dense, {q} x {q}")
+        steps.append(f"fixed effects: dense, {p} x {p}")
+        columns = q + p + 1
+        work = 10.0 * (r**3 + c**3) + 8.0 * n * (r + c) * columns + 4.0 * n * columns**2
+        held = 4.0 * dtype.itemsize * n * columns
+        return Cost(work, held, True, "a complete grid: decomposed by its sides", tuple(steps))
+
+    def problem(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> Problem:
+        return GridProblem(fixed, terms, method)
+
+    def obstacle(self, terms: Sequence[Term]) -> str | None:
+        if GridTerms.of(terms) is not None:
+            return None
+        return (
+            "the grid solver needs one Kronecker product over the rows, and independent "
+            "errors at most beside it"
+        )
 
 
 @dataclass(frozen=True)
@@ -60,14 +98,13 @@ class GridTerms:
 class GridProblem(Problem):
     """Depends on the matrix of each term, as the dense solver does."""
 
+    has_second_derivatives = False  # recorded() is that of the dense solver
+
     def __init__(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> None:
         super().__init__(fixed, terms, method)
+        Grid().check(terms)
         found = GridTerms.of(terms)
-        if found is None:
-            raise InputError(
-                "the grid solver needs one Kronecker product over the rows, and independent "
-                "errors at most beside it"
-            )
+        assert found is not None
         self.places = found
         self._dense = DenseProblem(fixed, terms, method)
         self.f = torch.cat([fixed.Q, fixed.y[:, None]], 1)

@@ -7,7 +7,7 @@ with it, and their coefficients give Lanczos quadrature for its log-determinant.
 
 What is exact (to the tolerance of the solves): BLUEs, BLUPs, the generalised
 residual sum of squares, the average information. What is estimated by
-``PROBES`` random signs z, fixed once for all evaluations: the log-determinant
+random signs z, fixed once for all evaluations: the log-determinant
 and traces of :math:`\hat M^{-1}`. Their first-order parts, known to be zero, are
 taken off each sample, so that only second-order noise is left.
 
@@ -21,9 +21,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import nan
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,12 +32,14 @@ from torch.linalg import solve_triangular
 
 from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.problem import (
+    Cost,
     Evaluation,
     NotPositiveDefiniteError,
     Problem,
     cholesky,
 )
-from openreml_nn.likelihood.residual import White
+from openreml_nn.likelihood.residual import Residual, White
+from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.system.cross import Cross, System, entries_of
 from openreml_nn.likelihood.system.grouped import (
     Crossed,
@@ -47,25 +50,95 @@ from openreml_nn.likelihood.system.grouped import (
     inner,
     root,
     separated,
+    steps_of,
 )
 from openreml_nn.likelihood.system.products import Pattern, Products
+from openreml_nn.support.checks import check_count, check_number
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import Covariance, RepeatedCovariance, ScaledCovariance
 from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.kernel import Kernel
 from openreml_nn.terms.term import Term
 
-__all__ = ["PROBES", "KrylovProblem"]
+__all__ = ["Krylov", "KrylovProblem"]
 
-#: Random signs, which share the work of one sparse product.
-PROBES = 24
-#: More of them where levels are related: relatives differ less from each other than the system
-#: from its diagonal.
-KERNEL_PROBES = 192
-#: Relative residuals at which the solves for data, and for probes, end.
-_TOLERANCE = 1e-11
-_PROBE_TOLERANCE = 1e-6
 _MOST_STEPS = 1000
+#: Steps of conjugate gradients in a forecast.
+_STEPS = 30
+_REASON = "by products alone"
+
+
+@dataclass(frozen=True)
+class Krylov(Solver):
+    """Conjugate gradients and random signs: for crossed factors that are too large otherwise.
+
+    Args:
+        probes: random signs, which share the work of one sparse product. Where there are as many
+            as patterns of signs, each of these is taken once, and the likelihood is exact. By
+            default 24, and 192 where levels are related: relatives differ less from each other
+            than the system from its diagonal.
+        tolerance: relative residual at which the solves for data end.
+        probe_tolerance: that at which the solves for probes end.
+        seed: of the random signs, which are the same at all evaluations.
+
+    Raises:
+        TypeError, InputError: if an option is no number of its kind.
+    """
+
+    name: ClassVar[str] = "krylov"
+    probes: int | None = None
+    tolerance: float = 1e-11
+    probe_tolerance: float = 1e-6
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.probes is not None:
+            check_count("probes", self.probes, 1)
+        check_number("tolerance", self.tolerance, above=0, below=1)
+        check_number("probe_tolerance", self.probe_tolerance, above=0, below=1)
+        check_count("seed", self.seed)
+
+    def forecast(self, terms: Sequence[Term], p: int, dtype: torch.dtype) -> Cost | None:
+        if self.obstacle(terms) is not None:
+            return None
+        terms = separated(terms)
+        layout = Layout.of(terms)
+        n, q = terms[0].design.shape[0], sum(terms[i].design.shape[1] for i in layout.random)
+        count = self.count(any(_kernel_of(terms[i]) is not None for i in layout.rest))
+        # No more levels meet than there are rows.
+        work, held = 4.0 * n * (count + p + 1), 8.0 * (n + (count + p + 1) * q)
+        steps = steps_of(terms, layout, p)
+        return Cost(_STEPS * work, dtype.itemsize * held, False, _REASON, steps)
+
+    def problem(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> Problem:
+        return KrylovProblem(fixed, terms, method, self)
+
+    def obstacle(self, terms: Sequence[Term]) -> str | None:
+        terms = separated(terms)
+        try:
+            residual = Residual.of(terms)
+        except InputError as error:
+            return str(error)
+        for i, term in enumerate(terms):
+            if i not in residual.at and _levels_of(term) is None:
+                return (
+                    "the krylov solver needs grouping factors with independent levels, or related "
+                    f"by a known inverse: term {term.name!r} is none"
+                )
+        return "the krylov solver needs residuals of one variance" if residual.moves else None
+
+    def count(self, related: bool) -> int:
+        """How many random signs are taken, where levels are related or not."""
+        return self.probes or (192 if related else 24)
+
+    def signs(self, q: int, related: bool) -> Tensor:
+        """The random signs (q, count)."""
+        count = self.count(related)
+        if _is_every(q, count):
+            bits = torch.arange(2**q)[None, :] >> torch.arange(q)[:, None]
+            return 2 * (bits & 1) - 1
+        generator = torch.Generator().manual_seed(self.seed)
+        return 2 * torch.randint(0, 2, (q, count), generator=generator) - 1
 
 
 class ListedCross(Cross):
@@ -119,10 +192,9 @@ def _diagonal(prior: Tensor | None, like: Tensor) -> Tensor:
     return found.values()[on][:, None]
 
 
-def _signs(q: int, count: int) -> Tensor:
-    """Random signs (q, count), always the same."""
-    generator = torch.Generator().manual_seed(0)
-    return 2 * torch.randint(0, 2, (q, count), generator=generator) - 1
+def _is_every(q: int, count: int) -> bool:
+    """Whether so many signs are as many as there are patterns of q, 2^q."""
+    return count.bit_length() > q
 
 
 def _sparse(index: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -156,12 +228,15 @@ class KrylovProblem(GroupedProblem):
             residuals have more than one variance.
     """
 
-    exact = False
+    has_second_derivatives = False
 
-    def __init__(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> None:
+    def __init__(
+        self, fixed: FixedPart, terms: Sequence[Term], method: str, solver: Krylov
+    ) -> None:
+        solver.check(terms)
         super().__init__(fixed, terms, method)
+        self.solver = solver
         terms = separated(terms)
-        self._check(terms, self.layout)
         # A kernel is known by its inverse: its levels count as a grid, and no block is formed.
         self.grids = [_levels_of(terms[i]) for i in self.layout.rest]
         self.kernels = [_kernel_of(terms[i]) for i in self.layout.rest]
@@ -178,28 +253,11 @@ class KrylovProblem(GroupedProblem):
         products = pattern.products(designs, white.rows(self._f))
         self._constant = self._place(pattern, products), white
         related = any(kernel is not None for kernel in self.kernels)
-        self.probes = _signs(self.q, KERNEL_PROBES if related else PROBES).to(self._f)
+        self.probes = solver.signs(self.q, related).to(self._f)
         self.start: Tensor | None = None  # the last solution for the data
 
-    @staticmethod
-    def _check(terms: Sequence[Term], layout: Layout) -> None:
-        for i in layout.random:
-            if _levels_of(terms[i]) is None:
-                raise InputError(
-                    "the krylov solver needs grouping factors with independent levels, or related "
-                    f"by a known inverse: term {terms[i].name!r} is none"
-                )
-        if layout.residual.moves:
-            raise InputError("the krylov solver needs residuals of one variance")
-
-    @classmethod
-    def fits(cls, terms: Sequence[Term]) -> bool:
-        """Whether separated terms are such that it can be used."""
-        try:
-            cls._check(terms, Layout.of(terms))
-        except ValueError:
-            return False
-        return True
+    def anew(self, fixed: FixedPart, terms: Sequence[Term]) -> Problem:
+        return KrylovProblem(fixed, terms, self.method, self.solver)
 
     def with_fixed(self, fixed: FixedPart) -> Problem:
         found = super().with_fixed(fixed)
@@ -221,17 +279,12 @@ class KrylovProblem(GroupedProblem):
             "use solver='blocked'"
         )
 
-    def cost(self) -> tuple[float, float]:
-        """Operations of an evaluation of 30 steps, and bytes held for it."""
+    def cost(self) -> Cost | None:
+        found = self.solver.forecast(self.terms, self.p, self._f.dtype)
+        assert found is not None and self._constant is not None
         columns = self.probes.shape[1] + self.p + 1
-        assert self._constant is not None
         held = self._constant[0].W.entries + 8.0 * columns * (self.q + self.levels * self.k)
-        return self.work(self.n, self.p), self._f.itemsize * held
-
-    @staticmethod
-    def work(n: int, p: int) -> float:
-        """At most so many operations: no more levels meet than there are rows."""
-        return 120.0 * n * (PROBES + p + 1)
+        return replace(found, bytes=self._f.itemsize * held)
 
     def _place(self, pattern: Pattern, products: Products) -> System:
         ones, r = len(self.widths), self._f.shape[1]
@@ -307,7 +360,9 @@ class KrylovProblem(GroupedProblem):
         none = [block.new_zeros(block.shape) for block in self.own]
         alone = _Scaled(self, torch.zeros_like, none, none)
         z = self.probes
-        _, T = _conjugate_gradients(alone.times, z, torch.zeros_like(z), _PROBE_TOLERANCE)
+        _, T = _conjugate_gradients(
+            alone.times, z, torch.zeros_like(z), self.solver.probe_tolerance
+        )
         return _log_samples(T, self.q) + alone.log_det + self.log_det_kernels
 
     def controlled(self, samples: Tensor) -> Tensor:
@@ -417,19 +472,22 @@ class _KrylovEvaluation(GroupedEvaluation):
         self._system = _Scaled(problem, self._times_e22, own, roots)
         self._b = b = self._system.to(self._E2f)
         start = problem.start if problem.start is not None else torch.zeros_like(b)
-        self._x, _ = _conjugate_gradients(self._system.times, b, start, _TOLERANCE)
+        self._x, _ = _conjugate_gradients(self._system.times, b, start, problem.solver.tolerance)
         problem.start = self._x
         F = at.Aff / s - inner(self._half_f, self._half_f) - b.mT @ self._x
 
         z = problem.probes
         zero = torch.zeros_like(z)
-        self._inverse_z, T = _conjugate_gradients(self._system.times, z, zero, _PROBE_TOLERANCE)
+        self._inverse_z, T = _conjugate_gradients(
+            self._system.times, z, zero, problem.solver.probe_tolerance
+        )
         samples = _log_samples(T, problem.q)
         log_det = self._log_det + self._system.log_det + problem.log_det_kernels
         if problem.q:
             samples = problem.controlled(samples)
             log_det = log_det + samples.mean()
-            self.error = float(samples.std() / len(samples) ** 0.5 / 2)
+            if not _is_every(problem.q, len(samples)):
+                self.error = float(samples.std() / len(samples) ** 0.5 / 2)
         self._profile(log_det, F)
 
     @staticmethod
@@ -450,7 +508,7 @@ class _KrylovEvaluation(GroupedEvaluation):
     def _explained(self, T2: Tensor) -> tuple[Tensor, Tensor]:
         right = self._system.to(T2)
         zero = torch.zeros_like(right)
-        x, _ = _conjugate_gradients(self._system.times, right, zero, _TOLERANCE)
+        x, _ = _conjugate_gradients(self._system.times, right, zero, self._problem.solver.tolerance)
         return right.mT @ x, self._b[:, :-1].mT @ x
 
     def _times_22(self, x: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,21 +22,45 @@ from torch.linalg import solve_triangular
 
 from openreml_nn.likelihood.fixed import FixedPart, traced
 from openreml_nn.likelihood.problem import (
+    Cost,
     Evaluation,
     NotPositiveDefiniteError,
     Problem,
     RandomEffects,
     cholesky,
 )
-from openreml_nn.support.errors import InputError
+from openreml_nn.likelihood.solver import Solver
 from openreml_nn.terms.covariance import Covariance, RepeatedCovariance, ScaledCovariance
 from openreml_nn.terms.design import Design, IdentityDesign, IndexedDesign
 from openreml_nn.terms.term import Term, residual_terms
 
-__all__ = ["SpectralProblem", "spectral_terms"]
+__all__ = ["Spectral", "SpectralProblem"]
 
 
-def spectral_terms(terms: Sequence[Term]) -> tuple[int, list[int]] | None:
+@dataclass(frozen=True)
+class Spectral(Solver):
+    """One eigendecomposition: for a known kernel over the rows, and independent errors."""
+
+    name: ClassVar[str] = "spectral"
+
+    def forecast(self, terms: Sequence[Term], p: int, dtype: torch.dtype) -> Cost | None:
+        if _parts(terms) is None:
+            return None
+        n = terms[0].design.shape[0]
+        steps = (f"eigendecomposition of the kernel, {n} x {n}, once",)
+        held = dtype.itemsize * 2.0 * n**2
+        return Cost(2.0 * n * (p + 1) ** 2, held, True, "one known kernel: decomposed once", steps)
+
+    def problem(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> Problem:
+        return SpectralProblem(fixed, terms, method)
+
+    def obstacle(self, terms: Sequence[Term]) -> str | None:
+        if _parts(terms) is not None:
+            return None
+        return "the spectral solver needs one known kernel over the rows and independent errors"
+
+
+def _parts(terms: Sequence[Term]) -> tuple[int, list[int]] | None:
     """Positions of the kernel's term and of the residual's terms, None if there are others."""
     residual = residual_terms(terms)
     kernel = [i for i in range(len(terms)) if i not in residual]
@@ -72,11 +98,9 @@ class SpectralProblem(Problem):
 
     def __init__(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> None:
         super().__init__(fixed, terms, method)
-        found = spectral_terms(terms)
-        if found is None:
-            raise InputError(
-                "the spectral solver needs one known kernel over the rows and independent errors"
-            )
+        Spectral().check(terms)
+        found = _parts(terms)
+        assert found is not None
         self.kernel, self.residual = found
         term = terms[self.kernel]
         g = term.covariance

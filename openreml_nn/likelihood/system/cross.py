@@ -31,9 +31,6 @@ __all__ = [
 
 #: Pairs of entries that are worked on at a time, to bound memory.
 _CHUNK = 2**21
-#: A pair costs about as much as so many entries of a dense product: it is far from the others in
-#: memory, while a dense product runs at full speed.
-PAIR_COST = 1000
 #: More pairs than these would take more than 1.5 GB.
 _MOST_PAIRS = 2**26
 #: Columns that a symmetric dense product is split into, so that half of it need not be computed.
@@ -244,6 +241,7 @@ class Arrangement:
         one: positions of the eliminated terms, of one grouping factor.
         two: positions of the others.
         linked: for each of those, whether its columns belong together whatever the data.
+        pair_cost: of a pair of entries that meet, in operations of a dense product.
 
     Attributes:
         levels, k: levels of the eliminated factor, and effects of each.
@@ -259,6 +257,7 @@ class Arrangement:
         one: Sequence[int],
         two: Sequence[int],
         linked: Sequence[bool],
+        pair_cost: float,
     ) -> None:
         device = _device(designs)
         self._one, self._two, self._pattern = list(one), list(two), pattern
@@ -274,7 +273,7 @@ class Arrangement:
         self._order: Tensor | None = None
         self._targets: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         if self.levels and two and all(self._designs[t].indexed for t in two):
-            self._arrange_sparse(linked, device)
+            self._arrange_sparse(linked, pair_cost, device)
 
     @property
     def is_sparse(self) -> bool:
@@ -298,14 +297,16 @@ class Arrangement:
         shape = (self.levels, self.k, self.q)
         return SparsePattern(self._level, self._column, shape, self.partition)
 
-    def _arrange_sparse(self, linked: Sequence[bool], device: torch.device) -> None:
+    def _arrange_sparse(
+        self, linked: Sequence[bool], pair_cost: float, device: torch.device
+    ) -> None:
         """By non-zeros, if that is less work."""
         places = [self._columns(i) for i in range(len(self._two))]
         level = torch.cat([a for a, _ in places])
         column = torch.cat([b for _, b in places])
         count = torch.bincount(level, minlength=self.levels).double()
         pairs = float((count * (count + 1) / 2).sum())
-        if PAIR_COST * pairs > float(self.levels) * self.q**2 or pairs > _MOST_PAIRS:
+        if pair_cost * pairs > float(self.levels) * self.q**2 or pairs > _MOST_PAIRS:
             return
         cell, self._order = (level * self.q + column).sort()
         level, column = cell // self.q, cell % self.q

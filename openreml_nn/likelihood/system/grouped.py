@@ -22,6 +22,7 @@ from openreml_nn.likelihood.problem import (
 )
 from openreml_nn.likelihood.residual import Residual, White
 from openreml_nn.likelihood.system.cross import Arrangement, System
+from openreml_nn.likelihood.system.partition import Partition
 from openreml_nn.likelihood.system.products import Pattern, same_codes
 from openreml_nn.likelihood.system.square_root import SquareRootEvaluation
 from openreml_nn.terms.covariance import (
@@ -43,6 +44,7 @@ __all__ = [
     "inner",
     "root",
     "separated",
+    "steps_of",
 ]
 
 #: A covariance of more effects than these within a level is taken as dense.
@@ -96,6 +98,39 @@ class Layout:
         """The random terms, those eliminated first."""
         return [*self.eliminated, *self.rest]
 
+    def sizes(self, terms: Sequence[Term]) -> tuple[int, int]:
+        """Levels of the eliminated factor and effects of each, (0, 1) if there is none."""
+        if not self.eliminated:
+            return 0, 1
+        levels = getattr(terms[self.eliminated[0]].design, "levels", 1)
+        return levels, sum(terms[i].design.shape[1] for i in self.eliminated) // levels
+
+
+def steps_of(
+    terms: Sequence[Term], layout: Layout, p: int, groups: Partition | None = None
+) -> tuple[str, ...]:
+    """What is eliminated, in order; ``groups`` are those of the other terms' columns, None where
+    they are not factorised."""
+    steps = []
+    if layout.residual.moves:
+        block = f"{layout.residual.size} x {layout.residual.size}"
+        steps.append(f"residuals: blocks of at most {block}, anew at each evaluation")
+    if layout.eliminated:
+        levels, k = layout.sizes(terms)
+        names = " and ".join(repr(terms[i].name) for i in layout.eliminated)
+        steps.append(f"{names}: {levels} blocks of {k} x {k}")
+    if layout.rest:
+        q = sum(terms[i].design.shape[1] for i in layout.rest)
+        names = ", ".join(repr(terms[i].name) for i in layout.rest)
+        if groups is None:
+            steps.append(f"{names}: conjugate gradients, {q} columns")
+        elif groups.whole:
+            steps.append(f"{names}: dense, {q} x {q}")
+        else:
+            size = f"{groups.size} x {groups.size}"
+            steps.append(f"{names}: {groups.count} groups of at most {size}")
+    return (*steps, f"fixed effects: dense, {p} x {p}")
+
 
 def _separable(term: Term) -> bool:
     """Whether levels are independent, so that the term is block diagonal by level."""
@@ -138,6 +173,7 @@ def arranged(
     designs: Sequence[Design],
     layout: Layout,
     grids: Sequence[tuple[int, int] | None],
+    pair_cost: float,
     pattern: Pattern | None = None,
 ) -> tuple[Pattern, Arrangement]:
     """Which levels of the random terms meet, and where their products stand in the system."""
@@ -145,7 +181,8 @@ def arranged(
         pattern = Pattern.of(designs)
     split, count = len(layout.eliminated), len(designs)
     linked = [grid is None for grid in grids]
-    return pattern, Arrangement(designs, pattern, range(split), range(split, count), linked)
+    two = range(split, count)
+    return pattern, Arrangement(designs, pattern, range(split), two, linked, pair_cost)
 
 
 class GroupedProblem(Problem):
@@ -216,10 +253,6 @@ class GroupedProblem(Problem):
 
     def system(self, residual: Sequence[Tensor]) -> tuple[System, White, Tensor]:
         """The system of white rows, R without a scalar residual's variance, and that variance."""
-        raise NotImplementedError
-
-    def cost(self) -> tuple[float, float]:
-        """Operations of an evaluation with its scores, and bytes held for it."""
         raise NotImplementedError
 
     # ------------------------------------------------------------------ helpers
@@ -398,7 +431,7 @@ class GroupedEvaluation(Evaluation):
     def _reduced(self, x: Tensor) -> Tensor:
         r""":math:`(I + A_{11} G_1 / s)^{-1} x` for x (levels, k, m).
 
-        Not as :math:`I - A_{11} \\Lambda D^{-1} \\Lambda^\top`: where a level has fewer rows than
+        Not as :math:`I - A_{11} \Lambda D^{-1} \Lambda^\top`: where a level has fewer rows than
         effects that is a difference of large numbers.
         """
         if not len(x):

@@ -25,9 +25,10 @@ from openreml_nn.estimation.outcome import outcome
 from openreml_nn.likelihood.fixed import FixedPart, aliased_columns, null_space
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import Plan
-from openreml_nn.likelihood.solvers.blocked import BlockedProblem
+from openreml_nn.likelihood.solvers.blocked import Blocked, BlockedProblem
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.likelihood.system.products import Statistics
+from openreml_nn.model.structures import covariance_of, labels_of
 from openreml_nn.support.checks import (
     check_count,
     check_flag,
@@ -120,15 +121,16 @@ class Streamed:
     def fit(self, method: str = "reml", max_iterations: int = 200) -> Result:
         """The fit by AI-REML."""
         check_method(method)
-        covariance = self.skeleton.covariance()
+        covariance = covariance_of(self.skeleton)
         terms = covariance.terms()
-        problem = BlockedProblem(self.fixed, terms, method, self.statistics)
-        plan = Plan.of(terms, problem.p, "blocked", torch.float64).measured(problem, terms)
+        solver = Blocked()
+        problem = BlockedProblem(self.fixed, terms, method, solver, self.statistics)
+        plan = Plan.of(terms, problem.p, solver, torch.float64).measured(problem)
         plan = replace(plan, rows=problem.n, reason="cross-products of chunks of rows")
         objective = Objective(covariance, problem, None)
         start_by_moments(objective, self.size)
         history = iterate(objective, max_iterations)
-        labels = self.skeleton.labels
+        labels = labels_of(self.skeleton)
         return checked(outcome(objective, plan, None, None, history, self.names, labels))
 
 
