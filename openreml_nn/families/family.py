@@ -110,10 +110,10 @@ class Family(Parametrized):
         """Set one of its own parameters, if it is free, to what its transform shall yield."""
         self._set(name, value)
 
-    def shown(self) -> dict[str, Tensor]:
-        """Its parameters as tables show them, on the natural scale, by name."""
-        with torch.no_grad():
-            return {name: self.natural(name, self.stored(name)) for name in self._trans}
+    def quantities(self, like: Tensor) -> dict[str, Tensor]:
+        """Its parameters as tables show them, on the natural scale, by name, (1,) each: a
+        differentiable function of what it stores."""
+        return {name: self.natural(name, like) for name in self._trans}
 
     def extra_repr(self) -> str:
         return f"link={self.link!r}"

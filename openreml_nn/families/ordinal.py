@@ -123,10 +123,9 @@ class Ordinal(Family):
             self.set_natural(f"gap_{j}", gap)
         return torch.zeros_like(y)
 
-    def shown(self) -> dict[str, Tensor]:
-        """The thresholds, named as in R by the categories at their sides."""
-        edges = self.thresholds.split(1)
-        return {f"{j}|{j + 1}": edge for j, edge in enumerate(edges)}
+    def quantities(self, like: Tensor) -> dict[str, Tensor]:
+        """The thresholds, named as in R by the categories at their sides, from 1."""
+        return {f"{j}|{j + 1}": edge for j, edge in enumerate(self.ordered(like).split(1), 1)}
 
     def _ends(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
         """The thresholds at both sides of each response, infinite at the ends."""

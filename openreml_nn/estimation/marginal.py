@@ -1,0 +1,511 @@
+r"""Maximum of the marginal likelihood of responses that are not Gaussian.
+
+Coefficients, covariance parameters and the family's own are estimated together by quasi-Newton steps
+on exact gradients. The first curvature, and that of which standard errors come, are differences of
+gradients.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite, nan
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from openreml_nn.covariance import Matrix
+from openreml_nn.estimation.coordinates import Coordinates
+from openreml_nn.estimation.derivatives import jacobian
+from openreml_nn.likelihood import LaplaceLoss
+from openreml_nn.likelihood.fixed import FixedPart
+from openreml_nn.likelihood.laplace import LaplaceEvaluation
+from openreml_nn.likelihood.loss import Objective
+from openreml_nn.result import (
+    Component,
+    Estimate,
+    FixedEffects,
+    Label,
+    Record,
+    Result,
+    Source,
+)
+from openreml_nn.support.errors import InputError, NumericalError
+from openreml_nn.terms.term import Term
+
+__all__ = ["fit_laplace"]
+
+#: A fit has converged this many standard errors from the optimum.
+CONVERGED = 1e-4
+#: A standard deviation of the linear predictor below this is none.
+_VANISHED = 1e-4
+#: Step of the differences of gradients: of coordinates, and of coefficients in standard errors.
+_STEP = 1e-4
+
+
+def fit_laplace(
+    loss: LaplaceLoss,
+    y: Tensor,
+    X: Tensor,
+    offset: Tensor | None = None,
+    *,
+    max_iterations: int = 200,
+    names: Sequence[str] | None = None,
+    labels: Mapping[str, Label] | None = None,
+) -> Result:
+    r"""Fit a generalised linear mixed model.
+
+    Args:
+        loss: the marginal likelihood, whose covariance and family hold the parameters.
+        y: the responses.
+        X: model matrix of the fixed effects (n, p), maybe without columns.
+        offset: (n,) known part of the linear predictor.
+        max_iterations: after so many steps the fit stops, with a warning.
+        names: of the columns of X.
+        labels: name of a term to names for the tables.
+
+    Returns:
+        The result; ``fixed`` and ``random`` are coefficients and modes, ``parameters`` those of the
+        covariance, ``family_parameters`` those of the family.
+
+    Raises:
+        NumericalError: if the data are separated.
+        InputError: if the data do not fit.
+    """
+    loss.family.check(y)
+    names = [f"X{j}" for j in range(X.shape[1])] if names is None else list(names)
+    loss.covariance.to(X)
+    loss.family.to(X)
+    fit = _Fit(loss, y, X, torch.zeros_like(X[:, 0]) if offset is None else offset, names)
+    fit.start()
+    converged = fit.climb(max_iterations)
+    result = _outcome(fit, names, labels or {}, converged)
+    if not converged:
+        warnings.warn(
+            f"the fit did not converge in {len(fit.history)} iterations: score norm "
+            f"{result.score_norm:.3g} standard errors, expected below {CONVERGED}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return result
+
+
+@dataclass(frozen=True)
+class _Holder:
+    """What coordinates are of."""
+
+    covariance: Matrix
+
+
+class _Fit:
+    """The parameters as one vector x: coefficients of orthonormal columns of X (with ML), coordinates
+    of the covariance, and what the family stores."""
+
+    def __init__(
+        self, loss: LaplaceLoss, y: Tensor, X: Tensor, offset: Tensor, names: Sequence[str]
+    ) -> None:
+        self.loss, self.y, self.X, self.offset = loss, y, X, offset
+        # Columns of unit mean square, so that a coefficient is in units of the predictor.
+        part = FixedPart.of(torch.zeros_like(X[:, 0]), X, names)
+        self.fixed, self.size = part, len(X) ** 0.5
+        self.Q, self.T = part.Q * self.size, part.T * self.size
+        objective = cast(Objective, _Holder(loss.covariance))
+        self.at = Coordinates([objective])
+        if self.at.loose:
+            raise InputError(
+                f"parameter {self.at.loose[0].name!r} is no covariance parameter: train it by "
+                "LaplaceLoss and an optimizer of torch, or freeze it by requires_grad_(False)"
+            )
+        self.own = [p for p in loss.family.parameters() if p.requires_grad]
+        self.p = self.Q.shape[1] if loss.method == "ml" else 0
+        self.m = len(self.at)
+        self.history: list[Record] = []
+        self.x = X.new_zeros(0)
+        self.value, self.slope = nan, self.x
+        self.hessian = X.new_zeros(0, 0)
+
+    # ------------------------------------------------------------------ the function
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Coefficients, coordinates and the family's."""
+        gamma, u, phi = x.split([self.p, self.m, len(x) - self.p - self.m])
+        return gamma, u, phi
+
+    def write(self, x: Tensor) -> None:
+        """Set the parameters of the family to those of x."""
+        at = 0
+        with torch.no_grad():
+            for parameter in self.own:
+                part = self.split(x)[2][at : at + parameter.numel()]
+                parameter.copy_(part.reshape(parameter.shape))
+                at += parameter.numel()
+
+    def predictor(self, gamma: Tensor) -> Tensor:
+        """The known part of the linear predictor."""
+        return self.offset + self.Q @ gamma if self.p else self.offset
+
+    def evaluate(self, x: Tensor) -> tuple[float, Tensor]:
+        """The negative log-likelihood and its gradient."""
+        self.write(x)
+        gamma, u, _ = (part.detach().requires_grad_() for part in self.split(x))
+        with torch.enable_grad(), self.loss.covariance.given(self.at.natural(0, u)):
+            X = None if self.loss.method == "ml" else self.Q
+            value = self.loss(self.y, self.predictor(gamma), X)
+            parts = torch.autograd.grad(
+                value, [gamma, u, *self.own], allow_unused=True, materialize_grads=True
+            )
+        return float(value.detach()), torch.cat([part.reshape(-1) for part in parts])
+
+    def found(self, x: Tensor) -> LaplaceEvaluation:
+        """What the likelihood says at x."""
+        self.write(x)
+        gamma, u, _ = self.split(x)
+        with torch.no_grad(), self.loss.covariance.given(self.at.natural(0, u)):
+            X = None if self.loss.method == "ml" else self.Q
+            return self.loss.evaluate(self.y, self.predictor(gamma), X)
+
+    # ------------------------------------------------------------------ the way
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Begin at penalised quasi-likelihood for variances of the order of the data's."""
+        loss = self.loss
+        near = loss.family.start(self.y).to(self.Q) - self.offset
+        rest = near - self.Q @ (self.Q.mT @ near) / len(self.X)
+        spread = rest.var() if len(rest) > 1 else rest.new_ones(())
+        spread = torch.where(spread > 1e-8 * near.square().mean() + 1e-30, spread, 1.0)
+        loss.covariance.moment_start((spread / 2).expand(len(self.X)))
+        bordered = LaplaceLoss(loss.covariance, loss.family, "reml", solver=loss.solver)
+        if self.Q.shape[1]:
+            found = bordered.evaluate(self.y, self.offset, self.Q)
+            gamma, spread = found.coefficients, found.coefficient_covariance
+        else:
+            gamma, spread = near.new_zeros(0), near.new_zeros(0, 0)
+        u = self.at.read(near)
+        phi = [p.detach().reshape(-1).to(near) for p in self.own]
+        self.x = torch.cat([gamma[: self.p], u, *phi])
+        self.value, self.slope = self.evaluate(self.x)
+        self.hessian = near.new_zeros(len(self.x), len(self.x))
+        if self.p:
+            self.hessian[: self.p, : self.p] = torch.linalg.inv(spread)
+        others = range(self.p, len(self.x))
+        for j, column in zip(others, self._differences(others), strict=True):
+            self.hessian[j], self.hessian[:, j] = column, column
+        if len(others) > 1:
+            corner = self.hessian[self.p :, self.p :]
+            self.hessian[self.p :, self.p :] = (corner + corner.mT) / 2
+
+    def _differences(self, places: range) -> list[Tensor]:
+        """Columns of the curvature by one-sided differences."""
+        found = []
+        for j in places:
+            moved = self.x.clone()
+            step = _STEP * (1 + float(moved[j].abs()))
+            moved[j] += step
+            found.append((self.evaluate(moved)[1] - self.slope) / step)
+        return found
+
+    def climb(self, most: int) -> bool:
+        """Steps to the optimum; whether it was reached."""
+        for _ in range(most):
+            direction, norm = self._direction()
+            if norm < CONVERGED:
+                return True
+            accepted = self._search(direction, norm)
+            self._record(norm, accepted)
+            if not accepted:
+                # Without a way up the curvature is at fault: by differences, once more.
+                self.hessian = self.curvature()
+                direction, norm = self._direction()
+                if norm < CONVERGED or not self._search(direction, norm):
+                    return norm < 10 * CONVERGED
+        return self._direction()[1] < CONVERGED
+
+    def _direction(self) -> tuple[Tensor, float]:
+        """The step by the curvature made positive, and its length in standard errors."""
+        scale = self.hessian.diagonal().abs().clamp(min=1e-10).sqrt()
+        values, vectors = torch.linalg.eigh(self.hessian / (scale[:, None] * scale))
+        values = values.abs().clamp(min=1e-8)
+        g = vectors.mT @ (self.slope / scale)
+        return -(vectors @ (g / values)) / scale, float((g * g / values).sum().sqrt())
+
+    def _search(self, direction: Tensor, norm: float) -> float:
+        """A step of a part of the direction that lowers the loss; 0 if there is none."""
+        # No parameter moves by more than a unit of its scale at a time.
+        part = 1.0 / max(1.0, float((direction.abs() / (1 + self.x.abs())).max()) / 2)
+        expected = float(self.slope @ direction)
+        slack = 1e-13 * (1 + abs(self.value))
+        for _ in range(30):
+            x = self.x + part * direction
+            try:
+                value, slope = self.evaluate(x)
+            except NumericalError:
+                value, slope = nan, self.slope
+            if isfinite(value) and value <= self.value + 1e-4 * part * expected + slack:
+                self._update(x - self.x, slope - self.slope)
+                self.x, self.value, self.slope = x, value, slope
+                return part
+            part /= 2
+        self.evaluate(self.x)
+        return 0.0
+
+    def _update(self, s: Tensor, d: Tensor) -> None:
+        """BFGS, damped so that the curvature stays positive along the step (Powell 1978)."""
+        Hs = self.hessian @ s
+        along, bend = float(s @ Hs), float(s @ d)
+        if along <= 0:
+            if bend > 0:
+                self.hessian = self.hessian + torch.outer(d, d) / bend
+            return
+        if bend < 0.2 * along:
+            weight = 0.8 * along / (along - bend)
+            d = weight * d + (1 - weight) * Hs
+            bend = float(s @ d)
+        self.hessian = self.hessian + torch.outer(d, d) / bend - torch.outer(Hs, Hs) / along
+
+    def _record(self, norm: float, accepted: float) -> None:
+        gamma, u, _ = self.split(self.x)
+        with torch.no_grad(), self.loss.covariance.given(self.at.natural(0, u)):
+            values = self.loss.covariance.build_params(out_format="dict")
+            own = self.loss.family.quantities(u)
+        found = {name: float(value) for name, value in {**values, **own}.items()}
+        self.history.append(Record(-self.value, norm, accepted, found))
+
+    def curvature(self) -> Tensor:
+        """The observed information by central differences of gradients."""
+        return self._central()[0]
+
+    def _central(self) -> tuple[Tensor, Tensor]:
+        """That, and the derivatives of the coefficients by x where X is integrated, (p, len(x))."""
+        rows, moves = [], []
+        integrated = self.loss.method == "reml" and self.Q.shape[1] > 0
+        scale = self.hessian.diagonal().abs().clamp(min=1e-6).rsqrt()
+        for j in range(len(self.x)):
+            step = float(_STEP * torch.clamp(scale[j], 1e-3, 1.0) * (1 + self.x[j].abs()))
+            sides, coefficients = [], []
+            for sign in (1, -1):
+                moved = self.x.clone()
+                moved[j] += sign * step
+                sides.append(self.evaluate(moved)[1])
+                if integrated:
+                    coefficients.append(self.found(moved).coefficients)
+            rows.append((sides[0] - sides[1]) / (2 * step))
+            if integrated:
+                moves.append((coefficients[0] - coefficients[1]) / (2 * step))
+        self.evaluate(self.x)
+        count = len(self.x)
+        H = torch.stack(rows) if rows else self.x.new_zeros(0, 0)
+        J = torch.stack(moves, 1) if moves else self.x.new_zeros(self.Q.shape[1], count)
+        return (H + H.mT) / 2, J
+
+    def settle(self) -> tuple[Tensor, Tensor, list[int]]:
+        """Take negligible standard deviations as zero; curvature, moves, and what is inside."""
+        vanishing = torch.tensor(self.at.vanishing, dtype=torch.bool)
+        u = self.x[self.p : self.p + self.m]
+        small = [j for j in range(self.m) if bool(vanishing[j]) and float(u[j].abs()) < 1e-3]
+        for j in small:
+            x = self.x.clone()
+            x[self.p + j] = 0
+            value, slope = self.evaluate(x)
+            if value <= self.value + 1e-6:
+                self.x, self.value, self.slope = x, value, slope
+        self.x[self.p : self.p + self.m] = torch.where(vanishing, u.abs(), u)
+        self.value, self.slope = self.evaluate(self.x)
+        H, J = self._central()
+        self.hessian = H
+        self.at.write(self.x[self.p : self.p + self.m])
+        ends = self.at.on_boundary(self.x[self.p : self.p + self.m])
+        gone = {self.p + j for j in range(self.m) if bool(ends[j])}
+        return H, J, [j for j in range(len(self.x)) if j not in gone]
+
+
+def _outcome(
+    fit: _Fit, names: Sequence[str], labels: Mapping[str, Label], converged: bool
+) -> Result:
+    """The result at the end of the steps."""
+    loss, part, p, m = fit.loss, fit.fixed, fit.p, fit.m
+    H, J, inner = fit.settle()
+    with torch.no_grad():
+        spread = _inverse(H, inner, fit)
+        found = fit.found(fit.x)
+        gamma = fit.x[:p] if loss.method == "ml" else found.coefficients
+        if loss.method == "ml":
+            covariance = spread[:p, :p]
+        else:
+            known = spread.nan_to_num()
+            covariance = found.coefficient_covariance + J @ known @ J.mT
+        kept = tuple(names[j] for j in part.columns)
+        fixed = FixedEffects(
+            kept, fit.T @ gamma, fit.T @ covariance @ fit.T.mT, tuple(part.columns), part.aliases
+        )
+        u, of_u = fit.x[p : p + m], spread[p : p + m, p : p + m]
+        components = _components(fit, labels, u, of_u)
+        predictor = found.predictor
+        fitted = loss.family.mean(predictor)
+        y = fit.y if fit.y.dim() == 1 else fit.y[:, 0] / fit.y.sum(1)
+        slope, inside = fit.slope[inner], spread[inner][:, inner]
+        boundary = tuple(fit.at.names[j] for j in range(m) if p + j not in inner)
+        return Result(
+            method=loss.method,
+            converged=converged,
+            singular=tuple(dict.fromkeys(c.group for c in components if c.singular)),
+            indistinct=(),
+            boundary=boundary,
+            score_norm=float((slope @ inside @ slope).clamp(min=0).sqrt()),
+            condition=_condition(H[inner][:, inner]),
+            rows=len(fit.X),
+            log_likelihood=-fit.value,
+            log_likelihood_error=0.0,
+            fixed=fixed,
+            parameters=_parameters(fit, u, of_u),
+            components=components,
+            random=found.random,
+            fitted=fitted,
+            residuals=y.to(fitted) - fitted,
+            history=tuple(fit.history),
+            plan=loss.plan(len(fit.X), fit.Q.shape[1]),
+            num_params=m + sum(x.numel() for x in fit.own),
+            source=Source(loss.covariance, fit.y, fit.X, None, tuple(names), labels),
+            family=loss.family.name or type(loss.family).__name__,
+            link=loss.family.link,
+            quadrature=loss.quadrature,
+            family_parameters=_family_parameters(fit, spread[p + m :, p + m :]),
+        )
+
+
+def _inverse(H: Tensor, inner: Sequence[int], fit: _Fit) -> Tensor:
+    """The covariance of the estimates; NaN for what is at a boundary."""
+    found = torch.full_like(H, nan)
+    at = torch.tensor(inner, dtype=torch.long)
+    if not len(at):
+        return found
+    part = H[at][:, at]
+    scale = part.diagonal().abs().clamp(min=1e-300).sqrt()
+    unit = part / (scale[:, None] * scale)
+    values = torch.linalg.eigvalsh(unit)
+    if not bool(values[0] > 1e-9):
+        if fit.p and bool((part.diagonal()[: fit.p] < 1e-6 * len(fit.X)).any()):
+            raise NumericalError(_SEPARATED)
+        inverse = torch.linalg.pinv(unit, hermitian=True)
+    else:
+        inverse = torch.linalg.inv(unit)
+    found[at[:, None], at] = inverse / (scale[:, None] * scale)
+    return found
+
+
+_SEPARATED = (
+    "the data are separated: a combination of the fixed effects tells responses apart without "
+    "error, so that its coefficient has no finite estimate"
+)
+
+
+def _condition(H: Tensor) -> float:
+    if not len(H):
+        return 1.0
+    scale = H.diagonal().abs().clamp(min=1e-300).sqrt()
+    values = torch.linalg.eigvalsh(H / (scale[:, None] * scale)).abs()
+    return float(values.max() / values.min())
+
+
+def _parameters(fit: _Fit, u: Tensor, spread: Tensor) -> tuple[Estimate, ...]:
+    """Covariance parameters on both scales."""
+    place = {(id(e.leaf), e.local): j for j, e in enumerate(fit.at.entries)}
+    found = []
+    for e in fit.loss.covariance.parameter_entries().entries:
+        x = e.tensor.detach().to(u)
+        value, stored = float(e.trans(x)), float(x)
+        j = place.get((id(e.leaf), e.local))
+        error = stored_error = nan
+        if j is not None:
+            own = u[j : j + 1]
+            sd = float(spread[j, j].clamp(min=0).sqrt())
+            (slope,) = jacobian(lambda v, e=e: (e.trans.at_coordinate(v),), own)  # type: ignore[misc]
+            (back,) = jacobian(lambda v, e=e: (e.trans.from_coordinate(v),), own)  # type: ignore[misc]
+            error, stored_error = float(slope.abs()) * sd, float(back.abs()) * sd
+        found.append(Estimate(e.name, value, error, stored, stored_error, j is None))
+    return tuple(found)
+
+
+def _family_parameters(fit: _Fit, spread: Tensor) -> tuple[Estimate, ...]:
+    """The family's parameters, with standard errors by the delta method."""
+    family, own = fit.loss.family, fit.own
+    like = fit.x
+    with torch.enable_grad():
+        quantities = family.quantities(like)
+        found = []
+        for name, value in quantities.items():
+            error = nan
+            if value.requires_grad:
+                parts = torch.autograd.grad(
+                    value.sum(), own, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+                g = torch.cat([part.reshape(-1) for part in parts]).to(spread)
+                error = float((g @ spread @ g).clamp(min=0).sqrt())
+            stored = float(value.detach())
+            raw = family.param_names
+            if name in raw:
+                stored = float(family.stored(name).detach())
+            found.append(Estimate(name, float(value.detach()), error, stored, nan, isfinite(error) is False))
+    return tuple(found)
+
+
+def _components(
+    fit: _Fit, labels: Mapping[str, Label], u: Tensor, spread: Tensor
+) -> tuple[Component, ...]:
+    """The covariance of each term, with standard errors of its entries."""
+
+    def terms(x: Tensor) -> list[Term]:
+        with fit.loss.covariance.given(fit.at.natural(0, x)):
+            return fit.loss.covariance.terms()
+
+    def matrices(x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_shown(term, labels) for term in terms(x))
+
+    here = [term.detach() for term in terms(u)]
+    with torch.enable_grad():
+        jacobians = jacobian(matrices, u) if len(u) else [None] * len(here)
+    known, missing = spread.nan_to_num(), spread.diagonal().isnan()
+    found = []
+    for term, J in zip(here, jacobians, strict=True):
+        matrix = _shown(term, labels)
+        error = torch.zeros_like(matrix)
+        if J is not None:
+            error = torch.einsum("i...,ij,j...->...", J, known, J).clamp(min=0).sqrt()
+            lost = (J[missing] != 0).any(0) | (matrix == 0)
+            error = torch.where(lost, nan, error)
+        label = labels.get(term.name) or _label(term, matrix)
+        variances = matrix if matrix.dim() == 1 else matrix.diagonal()
+        least = variances.min() if matrix.dim() == 1 else torch.linalg.eigvalsh(matrix)[0]
+        gone = variances < _VANISHED**2
+        found.append(
+            Component(
+                term.name,
+                label.group,
+                tuple(label.effects),
+                tuple(label.levels),
+                matrix,
+                error,
+                bool(least < _VANISHED**2),
+                tuple(e for e, g in zip(label.effects, gone.tolist(), strict=False) if g),
+            )
+        )
+    return tuple(found)
+
+
+def _shown(term: Term, labels: Mapping[str, Label]) -> Tensor:
+    """The covariance of the effects of a level, on average where levels have their own."""
+    matrix = term.covariance.shown()
+    if term.name in labels and matrix.dim() == 2:
+        k = len(labels[term.name].effects)
+        if len(matrix) > k:
+            blocks = matrix.unflatten(1, (-1, k)).unflatten(0, (-1, k))
+            return blocks.diagonal(dim1=0, dim2=2).mean(-1)
+    return matrix
+
+
+def _label(term: Term, matrix: Tensor) -> Label:
+    k = len(matrix)
+    effects = ("(Intercept)",) if k == 1 else tuple(f"effect_{i}" for i in range(k))
+    return Label(term.name, effects, tuple(map(str, range(term.design.shape[1] // k))))
