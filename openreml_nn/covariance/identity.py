@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -101,6 +102,17 @@ class ScalarMatrix(Matrix):
 
     def moment_start(self, variance: Tensor) -> bool:
         return self._set(self.param_names[0], harmonic_mean(variance))
+
+    def of_size(self, n: int) -> ScalarMatrix:
+        """The same variance for n rows: both have one parameter, free or fixed.
+
+        >>> one = ScalarMatrix(1)
+        >>> one.of_size(3).get_parameter("sigma^2") is one.get_parameter("sigma^2")
+        True
+        """
+        found = copy.copy(self)
+        found._shape = (check_size(n, "n"),) * 2
+        return found
 
 
 class DiagonalMatrix(Matrix):

@@ -130,12 +130,11 @@ class _Builder:
         return [term for i, term in enumerate(self._terms) if i not in residual]
 
     def _fixed(self, names: Sequence[str] | None) -> FixedEffects:
-        part, evaluation = self._objective.problem.fixed, self._evaluation
-        spread = part.T @ torch.cholesky_inverse(evaluation.gamma_factor) @ part.T.mT
-        names = names or [f"X{j}" for j in range(max(part.columns, default=-1) + 1)]
-        kept = tuple(names[j] for j in part.columns)
-        estimate = part.coefficients(evaluation.gamma)
-        return FixedEffects(kept, estimate, spread, tuple(part.columns), part.aliases)
+        found = self._evaluation.fixed
+        names = names or [f"X{j}" for j in range(max(found.columns, default=-1) + 1)]
+        kept = tuple(names[j] for j in found.columns)
+        aliases = self._objective.problem.fixed.aliases
+        return FixedEffects(kept, found.estimate, found.covariance, found.columns, aliases)
 
     @cached_property
     def _spread(self) -> Tensor:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from math import log
 
 import pandas as pd
 import torch
+from torch import Tensor
 
-from openreml_nn.covariance import Matrix
 from openreml_nn.estimation import Result, fit_reml
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import check_method
+from openreml_nn.model.mixed_model import MixedModel
 from openreml_nn.model.stream import fit_stream
-from openreml_nn.model.structures import covariance_of, labels_of
+from openreml_nn.model.structures import labels_of, linear_model
 from openreml_nn.support.checks import (
     check_count,
     check_names,
@@ -27,7 +28,7 @@ from openreml_nn.support.checks import (
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import Encoder, TableFile
 
-__all__ = ["lmm"]
+__all__ = ["lmm", "with_model"]
 
 
 def lmm(
@@ -105,11 +106,9 @@ def lmm(
     known = residual_variance is not None
     encoder = Encoder(formula, categorical, source, residual, weights, known_residual=known)
     encoded = encoder.fit(table)
-    covariance = covariance_of(encoded)
-    if residual_variance is not None:
-        _hold(covariance, residual_variance)
+    model = linear_model(encoded, method, solver, residual_variance)
     result = fit_reml(
-        covariance,
+        model.covariance(encoded.batch()),
         encoded.adjusted,
         encoded.X,
         method=method,
@@ -120,11 +119,37 @@ def lmm(
     )
     assert result.source is not None
     cells = encoder.cells(table.iloc[encoded.rows])
-    source_of_result = replace(
-        result.source, encoder=encoder, means=encoder.learned.means, cells=cells
+    return replace(
+        with_model(result, model),
+        source=replace(result.source, means=encoder.learned.means, cells=cells),
+        fitted=result.fitted if encoded.offset is None else result.fitted + encoded.offset,
+        formula=formula,
+        dropped_rows=encoded.dropped_rows,
+        encoder=encoder,
     )
-    fitted = result.fitted if encoded.offset is None else result.fitted + encoded.offset
-    return replace(result, source=source_of_result, fitted=fitted)
+
+
+def with_model(result: Result, model: MixedModel) -> Result:
+    """A result with a copy of its model, which predicts.
+
+    Args:
+        result: of a fit of the model's covariance.
+        model: with its parameters at the estimates.
+    """
+    source, model = result.source, copy.deepcopy(model)
+    assert source is not None
+    model.remember(result.random, result.fixed, result.fixed.aliases)
+    X, columns = source.X, list(result.fixed.columns)
+    model.remember_errors(source.covariance, lambda: _orthonormal(X, columns), len(columns))
+    return replace(result, model=model)
+
+
+def _orthonormal(X: Tensor, columns: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Some columns of X in an orthonormal basis, and the basis (p, r)."""
+    Q, R = torch.linalg.qr(X[:, columns])
+    basis = X.new_zeros(X.shape[1], len(columns))
+    basis[columns] = torch.linalg.solve_triangular(R, torch.eye(len(R)).to(R), upper=True)
+    return Q, basis
 
 
 def _check_variance(variance: float | None, residual: str | None) -> None:
@@ -135,11 +160,3 @@ def _check_variance(variance: float | None, residual: str | None) -> None:
         raise InputError(
             "`residual_variance` is of residuals of one variance: leave out `residual`"
         )
-
-
-def _hold(covariance: Matrix, variance: float) -> None:
-    """Fix the residual variance, the last parameter of the tree."""
-    names = [name for name in covariance.param_names if name.startswith("residual/")]
-    (name,) = names
-    with torch.no_grad():
-        covariance.fix(name, 0.5 * log(variance))

@@ -28,7 +28,7 @@ from openreml_nn.likelihood.plan import Plan
 from openreml_nn.likelihood.solvers.blocked import Blocked, BlockedProblem
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.likelihood.system.products import Statistics
-from openreml_nn.model.structures import covariance_of, labels_of
+from openreml_nn.model.structures import labels_of, linear_model
 from openreml_nn.support.checks import (
     check_count,
     check_flag,
@@ -121,7 +121,7 @@ class Streamed:
     def fit(self, method: str = "reml", max_iterations: int = 200) -> Result:
         """The fit by AI-REML."""
         check_method(method)
-        covariance = covariance_of(self.skeleton)
+        covariance = linear_model(self.skeleton).covariance(self.skeleton.batch())
         terms = covariance.terms()
         solver = Blocked()
         problem = BlockedProblem(self.fixed, terms, method, solver, self.statistics)

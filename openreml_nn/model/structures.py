@@ -1,26 +1,24 @@
-"""The covariance of the rows that a formula and a table say, as a tree of matrices."""
+"""The model that a formula and a table say: matrices for its random effects and residuals."""
 
 from __future__ import annotations
+
+from torch import nn
 
 from openreml_nn.covariance import (
     AR1Matrix,
     CompoundSymmetricMatrix,
-    CovariancePropagation,
     DiagonalMatrix,
-    DummyMatrix,
-    IdentityMatrix,
-    KroneckerProduct,
     Matrix,
     ScalarMatrix,
-    Sum,
     UnstructuredMatrix,
-    weighted,
 )
-from openreml_nn.covariance.structures import in_cells
+from openreml_nn.likelihood.solver import Solver
+from openreml_nn.model.mixed_model import MixedModel
+from openreml_nn.model.random_effect import RandomEffect, independent_levels
 from openreml_nn.result.result import Label
 from openreml_nn.table import Encoded, RandomDesign
 
-__all__ = ["covariance_of", "effect_covariance", "labels_of", "residual_covariance"]
+__all__ = ["effect_covariance", "labels_of", "linear_model", "residual_matrix"]
 
 
 def effect_covariance(design: RandomDesign) -> Matrix:
@@ -28,40 +26,45 @@ def effect_covariance(design: RandomDesign) -> Matrix:
 
     One effect has :math:`\sigma^2 I`, several have :math:`I \otimes \Sigma`.
     """
-    q, k = len(design.levels), len(design.effects)
-    if k == 1:
-        return ScalarMatrix(q)
-    return KroneckerProduct(levels=IdentityMatrix(q), effects=UnstructuredMatrix(k))
+    return independent_levels(len(design.levels), len(design.effects))
 
 
-def residual_covariance(encoded: Encoded) -> Matrix:
-    """The covariance R of the residuals, (n, n)."""
-    if encoded.residual is not None:
-        design = encoded.residual
-        size = len(design.positions)
-        matrix: Matrix = {
-            "ar1": AR1Matrix,
-            "cs": CompoundSymmetricMatrix,
-            "us": UnstructuredMatrix,
-            "diag": DiagonalMatrix,
-        }[design.kind](size)
-        return in_cells(design.codes, design.groups, matrix)
-    if encoded.weights is not None:
-        return weighted(encoded.weights)
-    return ScalarMatrix(len(encoded.X))
+def residual_matrix(encoded: Encoded) -> Matrix:
+    """The covariance of the positions within a group of rows, (T, T), or the variance of each row,
+    (1, 1)."""
+    if encoded.residual is None:
+        return ScalarMatrix(1)
+    return {
+        "ar1": AR1Matrix,
+        "cs": CompoundSymmetricMatrix,
+        "us": UnstructuredMatrix,
+        "diag": DiagonalMatrix,
+    }[encoded.residual.kind](len(encoded.residual.positions))
 
 
-def covariance_of(encoded: Encoded) -> Matrix:
-    r"""The covariance tree :math:`\sum_t Z_t G_t Z_t^\top + R` of the rows of a table."""
-    parts: dict[str, Matrix] = {}
-    for design in encoded.random:
-        values = None if design.is_intercept else design.values
-        parts[design.name] = CovariancePropagation(
-            z=DummyMatrix.from_codes(design.codes, design.levels, values),
-            g=effect_covariance(design),
-        )
-    parts["residual"] = residual_covariance(encoded)
-    return Sum(parts).to(encoded.X.dtype)
+def linear_model(
+    encoded: Encoded,
+    method: str = "reml",
+    solver: str | Solver = "auto",
+    residual_variance: float | None = None,
+) -> MixedModel:
+    """The linear mixed model of a table: its x is the model matrix.
+
+    Args:
+        encoded: the table.
+        method, solver: see :class:`MixedModel`.
+        residual_variance: at which the residual variance is held, of a row of weight 1; it is
+            estimated by default.
+    """
+    random = {
+        d.name: RandomEffect(d.levels, effect_covariance(d), d.effects) for d in encoded.random
+    }
+    residual = residual_matrix(encoded)
+    model = MixedModel(nn.Identity(), random, residual, "gls", method=method, solver=solver)
+    model.to(encoded.X.dtype)
+    if residual_variance is not None:
+        residual.fix("sigma^2", residual_variance, natural=True)
+    return model
 
 
 def labels_of(encoded: Encoded) -> dict[str, Label]:

@@ -86,20 +86,18 @@ class Encoded:
     unseen: Mapping[str, int] = field(default_factory=dict)
 
     def batch(self) -> dict[str, Any]:
-        """The table as a batch of :class:`MixedModel`: ``x`` the model matrix, ``y``, and for
-        each random effect its codes in ``groups`` and its values in ``values``.
-
-        Raises:
-            InputError: if there is an offset, which a batch has no place for.
+        """The table as a batch of :class:`MixedModel`: ``x`` the model matrix, for each random
+        effect its codes in ``groups`` and, but for intercepts, its values in ``values``; and what
+        there is of ``y``, ``weights``, ``offset``, and the cells of the rows in ``residual``.
         """
-        if self.offset is not None:
-            raise InputError("offset() is for lmm(): subtract it from the response here")
         found = {
             "x": self.X,
             "groups": {d.name: d.codes for d in self.random},
-            "values": {d.name: d.values for d in self.random},
+            "values": {d.name: d.values for d in self.random if not d.is_intercept},
         }
-        return found if self.y is None else {"y": self.y, **found}
+        cells = None if self.residual is None else self.residual.codes
+        parts = {"y": self.y, "weights": self.weights, "offset": self.offset, "residual": cells}
+        return found | {name: part for name, part in parts.items() if part is not None}
 
     @property
     def adjusted(self) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 import torch
@@ -13,7 +15,7 @@ from openreml_nn.table.formula import ResidualPart
 from openreml_nn.table.levels import joined
 from openreml_nn.table.rows import TableRows
 
-__all__ = ["residual_design"]
+__all__ = ["residual_design", "residual_positions"]
 
 #: Whole times may span so many units; a correlation matrix has a row for each.
 _LONGEST = 5000
@@ -60,6 +62,23 @@ def residual_design(part: ResidualPart, data: TableRows) -> ResidualDesign:
         )
     codes = torch.from_numpy(cell)
     return ResidualDesign(part.kind, codes, int(group.max()) + 1, tuple(positions))
+
+
+def residual_positions(
+    part: ResidualPart, data: TableRows, positions: Sequence[str]
+) -> ResidualDesign | None:
+    """Position of each row of another table among those of the fit, -1 for one that it had not.
+
+    None where the variance is that of every position, or the table has not the columns.
+    """
+    names = part.group if part.kind == "diag" else [part.position]
+    if part.kind not in ("us", "diag") or any(n is None or n not in data.table for n in names):
+        return None
+    factors = [data.labels(name) for name in names if name is not None]
+    labels = [":".join(row) for row in zip(*(f.labels() for f in factors), strict=True)]
+    at = {label: i for i, label in enumerate(positions)}
+    codes = torch.tensor([at.get(label, -1) for label in labels], dtype=torch.long)
+    return ResidualDesign(part.kind, codes, 1, tuple(positions))
 
 
 def _times(name: str, data: TableRows) -> tuple[np.ndarray, list[str]]:

@@ -387,7 +387,7 @@ def test_what_can_be_estimated_does_not_depend_on_the_order_of_levels(gap):
 
 def test_rows_that_cannot_be_estimated_have_no_prediction(gap):
     grid = pd.DataFrame([(a, b) for a in "pq" for b in "uvw"], columns=["a", "b"])
-    rows = torch.tensor(gap.source.encoder.fixed_matrix(grid))
+    rows = torch.tensor(gap.encoder.fixed_matrix(grid))
     known = gap.fixed.estimable(rows)
     assert known.tolist() == [True] * 5 + [False]
     found = gap.fixed.predict(rows)

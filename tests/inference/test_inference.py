@@ -28,7 +28,7 @@ from openreml_nn.inference import (
     wald_test,
 )
 from openreml_nn.inference.refit import Refit
-from openreml_nn.model.structures import covariance_of
+from openreml_nn.model.structures import linear_model
 from openreml_nn.table import Encoder
 
 FILE = Path(__file__).parents[1] / "reference" / "inference.json"
@@ -236,7 +236,7 @@ def test_a_profile_of_a_standard_deviation_holds_it_and_maximises_all_else():
     best = fitted("penicillin", method="ml").log_likelihood
     encoded = Encoder(FORMULAS["penicillin"]).fit(penicillin())
     for at in (1, len(curve.values) - 2):
-        V = covariance_of(encoded)
+        V = linear_model(encoded).covariance(encoded.batch())
         V.operands["plate"].operands["g"].fix("sigma^2", float(np.log(curve.values[at])))
         held = fit_reml(V, encoded.y, encoded.X, method="ml")
         expected = (2 * (best - held.log_likelihood)) ** 0.5
