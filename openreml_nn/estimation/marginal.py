@@ -120,6 +120,9 @@ class _Fit:
             )
         self.own = [p for p in loss.family.parameters() if p.requires_grad]
         self.p = self.Q.shape[1] if loss.method == "ml" else 0
+        # REML integrates over coefficients of X, not over those of the orthonormal columns.
+        volume = self.T.diagonal().abs().log().sum() if loss.method == "reml" else 0.0
+        self.jacobian = float(volume)
         self.m = len(self.at)
         self.history: list[Record] = []
         self.x = X.new_zeros(0)
@@ -266,12 +269,12 @@ class _Fit:
         self.hessian = self.hessian + torch.outer(d, d) / bend - torch.outer(Hs, Hs) / along
 
     def _record(self, norm: float, accepted: float) -> None:
-        gamma, u, _ = self.split(self.x)
+        u = self.split(self.x)[1]
         with torch.no_grad(), self.loss.covariance.given(self.at.natural(0, u)):
             values = self.loss.covariance.build_params(out_format="dict")
             own = self.loss.family.quantities(u)
         found = {name: float(value) for name, value in {**values, **own}.items()}
-        self.history.append(Record(-self.value, norm, accepted, found))
+        self.history.append(Record(-self.value + self.jacobian, norm, accepted, found))
 
     def curvature(self) -> Tensor:
         """The observed information by central differences of gradients."""
@@ -356,7 +359,7 @@ def _outcome(
             score_norm=float((slope @ inside @ slope).clamp(min=0).sqrt()),
             condition=_condition(H[inner][:, inner]),
             rows=len(fit.X),
-            log_likelihood=-fit.value,
+            log_likelihood=-fit.value + fit.jacobian,
             log_likelihood_error=0.0,
             fixed=fixed,
             parameters=_parameters(fit, u, of_u),
@@ -447,7 +450,9 @@ def _family_parameters(fit: _Fit, spread: Tensor) -> tuple[Estimate, ...]:
             raw = family.param_names
             if name in raw:
                 stored = float(family.stored(name).detach())
-            found.append(Estimate(name, float(value.detach()), error, stored, nan, isfinite(error) is False))
+            found.append(
+                Estimate(name, float(value.detach()), error, stored, nan, isfinite(error) is False)
+            )
     return tuple(found)
 
 

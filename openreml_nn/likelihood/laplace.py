@@ -15,13 +15,14 @@ from openreml_nn.likelihood.fixed import traced
 from openreml_nn.likelihood.laplace_mode import Mode, Rows, find_mode, recorded
 from openreml_nn.likelihood.laplace_quadrature import by_quadrature, check_quadrature
 from openreml_nn.likelihood.laplace_system import Layout, effects_of
-from openreml_nn.likelihood.plan import Auto, check_solver
-from openreml_nn.likelihood.problem import RandomEffects
+from openreml_nn.likelihood.plan import Auto, Plan, check_solver
+from openreml_nn.likelihood.problem import Cost, RandomEffects
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers import Blocked, Dense
 from openreml_nn.support.checks import check_choice, check_count, check_instance, check_tensor
 from openreml_nn.support.errors import InputError, NumericalError
-from openreml_nn.terms.covariance import RepeatedCovariance
+from openreml_nn.terms.covariance import DiagonalCovariance, RepeatedCovariance
+from openreml_nn.terms.design import IdentityDesign
 from openreml_nn.terms.kernel import private, same_content
 from openreml_nn.terms.term import Term
 
@@ -40,6 +41,8 @@ class LaplaceEvaluation:
         coefficients: (p,) coefficients of X; none without X.
         coefficient_covariance: (p, p) their covariance at these parameters.
         predictor: (n,) the linear predictor at the mode.
+        residual: independent errors of the rows with the information of the responses there: what
+            a linear mixed model of the same modes and variances has for its residual.
         random: modes of the random effects of each term with their conditional variances, the
             coefficients of X held.
     """
@@ -48,6 +51,7 @@ class LaplaceEvaluation:
     coefficients: Tensor
     coefficient_covariance: Tensor
     predictor: Tensor
+    residual: Term
     random: tuple[RandomEffects, ...]
 
 
@@ -166,7 +170,29 @@ class LaplaceLoss(nn.Module):
             p = task.rows.X.shape[1]
             spread = bordered.factor.fixed_covariance() if p else value.new_zeros(0, 0)
             beta = mode.beta if self.method == "reml" else task.beta
-            return LaplaceEvaluation(-value, beta, spread, mode.a, tuple(random))
+            information = mode.weights.clamp(min=torch.finfo(mode.weights.dtype).tiny ** 0.5)
+            errors = Term(IdentityDesign(len(mode.a)), DiagonalCovariance(1 / information))
+            return LaplaceEvaluation(-value, beta, spread, mode.a, errors, tuple(random))
+
+    def plan(self, rows: int, fixed_effects: int) -> Plan:
+        """What an evaluation takes.
+
+        Args:
+            rows: number of rows.
+            fixed_effects: number of columns of X.
+        """
+        with torch.no_grad():
+            terms = [term.detach() for term in self.covariance.terms()]
+            layout = Layout(terms, getattr(self.solver, "pair_cost", None))
+        work, entries = layout.arrangement.cost(fixed_effects)
+        work += 4.0 * rows * (layout.k + len(layout.designs)) ** 2
+        steps = [f"{layout.levels} blocks of {layout.k} x {layout.k}"] if layout.levels else []
+        if layout.q:
+            by = layout.partition
+            size = f"{by.size} x {by.size}"
+            steps.append(f"{layout.q} columns: {max(by.count, 1)} groups of at most {size}")
+        cost = Cost(work, 8.0 * entries, True, "in the space of the random effects", tuple(steps))
+        return Plan(self.solver, "the weights of the rows move", rows, fixed_effects, cost)
 
     # ------------------------------------------------------------------ data
 

@@ -27,8 +27,9 @@ from openreml_nn.support.checks import (
 )
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import Encoder, TableFile
+from openreml_nn.terms.term import Term
 
-__all__ = ["lmm", "with_model"]
+__all__ = ["lmm", "read_table_of", "with_model"]
 
 
 def lmm(
@@ -100,9 +101,7 @@ def lmm(
             method=method,
             max_iterations=max_iterations,
         )
-    source = "the table" if isinstance(table, pd.DataFrame) else f"file {str(table)!r}"
-    if not isinstance(table, pd.DataFrame):
-        table = (table if isinstance(table, TableFile) else TableFile(table)).read()
+    table, source = read_table_of(table)
     known = residual_variance is not None
     encoder = Encoder(formula, categorical, source, residual, weights, known_residual=known)
     encoded = encoder.fit(table)
@@ -129,18 +128,31 @@ def lmm(
     )
 
 
-def with_model(result: Result, model: MixedModel) -> Result:
+def read_table_of(
+    table: pd.DataFrame | str | os.PathLike[str] | TableFile,
+) -> tuple[pd.DataFrame, str]:
+    """A table in memory, and what messages call it."""
+    if isinstance(table, pd.DataFrame):
+        return table, "the table"
+    file = table if isinstance(table, TableFile) else TableFile(table)
+    return file.read(), f"file {str(table)!r}"
+
+
+def with_model(result: Result, model: MixedModel, residual: Term | None = None) -> Result:
     """A result with a copy of its model, which predicts.
 
     Args:
         result: of a fit of the model's covariance.
         model: with its parameters at the estimates.
+        residual: what stands for the residual where a family has its place.
     """
     source, model = result.source, copy.deepcopy(model)
     assert source is not None
     model.remember(result.random, result.fixed, result.fixed.aliases)
     X, columns = source.X, list(result.fixed.columns)
-    model.remember_errors(source.covariance, lambda: _orthonormal(X, columns), len(columns))
+    model.remember_errors(
+        source.covariance, lambda: _orthonormal(X, columns), len(columns), residual
+    )
     return replace(result, model=model)
 
 

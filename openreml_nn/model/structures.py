@@ -12,6 +12,7 @@ from openreml_nn.covariance import (
     ScalarMatrix,
     UnstructuredMatrix,
 )
+from openreml_nn.families import Family
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.model.mixed_model import MixedModel
 from openreml_nn.model.random_effect import RandomEffect, independent_levels
@@ -47,6 +48,8 @@ def linear_model(
     method: str = "reml",
     solver: str | Solver = "auto",
     residual_variance: float | None = None,
+    family: Family | None = None,
+    quadrature: int = 1,
 ) -> MixedModel:
     """The linear mixed model of a table: its x is the model matrix.
 
@@ -55,14 +58,25 @@ def linear_model(
         method, solver: see :class:`MixedModel`.
         residual_variance: at which the residual variance is held, of a row of weight 1; it is
             estimated by default.
+        family: of the response, which has the residual's place; Gaussian by default.
+        quadrature: see :class:`LaplaceLoss`.
     """
     random = {
         d.name: RandomEffect(d.levels, effect_covariance(d), d.effects) for d in encoded.random
     }
-    residual = residual_matrix(encoded)
-    model = MixedModel(nn.Identity(), random, residual, "gls", method=method, solver=solver)
+    residual = residual_matrix(encoded) if family is None else None
+    model = MixedModel(
+        nn.Identity(),
+        random,
+        residual,
+        "gls",
+        family,
+        method=method,
+        solver=solver,
+        quadrature=quadrature,
+    )
     model.to(encoded.X.dtype)
-    if residual_variance is not None:
+    if residual is not None and residual_variance is not None:
         residual.fix("sigma^2", residual_variance, natural=True)
     return model
 

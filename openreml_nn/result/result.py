@@ -254,6 +254,9 @@ class Result:
         encoder: what made X of a table, an :class:`openreml_nn.table.Encoder`; None without one.
         model: the :class:`openreml_nn.MixedModel` at the estimates, which predicts; None without
             a formula.
+        family, link: of the response.
+        quadrature: points of the quadrature over random effects; 1 is Laplace's approximation.
+        family_parameters: those of a family that is not that of a linear mixed model.
     """
 
     method: str
@@ -283,6 +286,10 @@ class Result:
     seconds: float = field(default=nan, compare=False)
     encoder: Any = field(default=None, repr=False, compare=False)
     model: Any = field(default=None, repr=False, compare=False)
+    family: str = "gaussian"
+    link: str = "identity"
+    quadrature: int = 1
+    family_parameters: tuple[Estimate, ...] = ()
 
     @property
     def iterations(self) -> int:
