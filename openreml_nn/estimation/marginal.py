@@ -193,12 +193,20 @@ class _Fit:
         self.hessian = near.new_zeros(len(self.x), len(self.x))
         if self.p:
             self.hessian[: self.p, : self.p] = torch.linalg.inv(spread)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """The curvature by all but the coefficients, anew by differences, and made positive."""
+        H = self.hessian.clone()
         others = range(self.p, len(self.x))
         for j, column in zip(others, self._differences(others), strict=True):
-            self.hessian[j], self.hessian[:, j] = column, column
-        if len(others) > 1:
-            corner = self.hessian[self.p :, self.p :]
-            self.hessian[self.p :, self.p :] = (corner + corner.mT) / 2
+            H[j], H[:, j] = column, column
+        corner = H[self.p :, self.p :].clone()
+        H[self.p :, self.p :] = (corner + corner.mT) / 2
+        scale = H.diagonal().abs().clamp(min=1e-10).sqrt()
+        values, vectors = torch.linalg.eigh(H / (scale[:, None] * scale))
+        positive = (vectors * values.abs().clamp(min=1e-6)) @ vectors.mT
+        self.hessian = positive * (scale[:, None] * scale)
 
     def _differences(self, places: range) -> list[Tensor]:
         """Columns of the curvature by one-sided differences."""
@@ -212,18 +220,21 @@ class _Fit:
 
     def climb(self, most: int) -> bool:
         """Steps to the optimum; whether it was reached."""
-        for _ in range(most):
+        # A curvature that is only updated is far from its own where it changes its sign.
+        period = max(4, len(self.x) - self.p)
+        for step in range(1, most + 1):
             direction, norm = self._direction()
             if norm < CONVERGED:
                 return True
             accepted = self._search(direction, norm)
             self._record(norm, accepted)
             if not accepted:
-                # Without a way up the curvature is at fault: by differences, once more.
                 self.hessian = self.curvature()
                 direction, norm = self._direction()
                 if norm < CONVERGED or not self._search(direction, norm):
                     return norm < 10 * CONVERGED
+            elif step % period == 0:
+                self._refresh()
         return self._direction()[1] < CONVERGED
 
     def _direction(self) -> tuple[Tensor, float]:
