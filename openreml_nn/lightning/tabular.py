@@ -171,7 +171,7 @@ class TabularMixedModule(NeuralMixedModule):
             solver=self._solver,
         )
         for what, network in (("network", model.mean), ("residual", model.residual)):
-            if not isinstance(network, Matrix):
+            if network is not None and not isinstance(network, Matrix):
                 _try(network, encoded.X[:2], what)
         self._adopt(model)
 
