@@ -42,6 +42,9 @@ class Binomial(Family):
         self.link = link
 
     def log_density(self, y: Tensor, eta: Tensor) -> Tensor:
+        if y.dim() == 1 and self.link != "cloglog":
+            # Of one trial the density is the probability of what came about.
+            return _LINKS[self.link].logs((2 * y.to(eta.dtype) - 1) * eta)[0]
         s, f, constant = _parts(y, eta)
         yes, no = _LINKS[self.link].logs(eta)
         # A density without failures holds none of their logarithm, which may be infinite.
@@ -49,6 +52,10 @@ class Binomial(Family):
         return found if constant is None else found + constant
 
     def derivatives(self, y: Tensor, eta: Tensor) -> Derivatives:
+        if y.dim() == 1 and self.link != "cloglog":
+            sign = 2 * y.to(eta.dtype) - 1
+            first, second, third = _LINKS[self.link].slopes(sign * eta)
+            return sign * first, second, sign * third
         s, f, _ = _parts(y, eta)
         return _LINKS[self.link].derivatives(s, f, eta)
 
@@ -97,6 +104,11 @@ class _Link:
         raise NotImplementedError
 
     @staticmethod
+    def slopes(eta: Tensor) -> Derivatives:
+        r"""Derivatives of :math:`\log p`."""
+        raise NotImplementedError
+
+    @staticmethod
     def derivatives(s: Tensor, f: Tensor, eta: Tensor) -> Derivatives:
         r"""Derivatives of :math:`s \log p + f \log(1 - p)`."""
         raise NotImplementedError
@@ -118,6 +130,12 @@ class _Logit(_Link):
         return torch.nn.functional.logsigmoid(eta), torch.nn.functional.logsigmoid(-eta)
 
     @staticmethod
+    def slopes(eta: Tensor) -> Derivatives:
+        p, q = torch.sigmoid(eta), torch.sigmoid(-eta)
+        second = -(p * q)
+        return q, second, second * (q - p)
+
+    @staticmethod
     def derivatives(s: Tensor, f: Tensor, eta: Tensor) -> Derivatives:
         p, q = torch.sigmoid(eta), torch.sigmoid(-eta)
         v = -(s + f) * p * q
@@ -136,6 +154,10 @@ class _Probit(_Link):
     @staticmethod
     def logs(eta: Tensor) -> tuple[Tensor, Tensor]:
         return log_ndtr(eta), log_ndtr(-eta)
+
+    @staticmethod
+    def slopes(eta: Tensor) -> Derivatives:
+        return mills(eta)
 
     @staticmethod
     def derivatives(s: Tensor, f: Tensor, eta: Tensor) -> Derivatives:

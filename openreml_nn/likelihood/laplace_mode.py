@@ -44,6 +44,8 @@ __all__ = ["Mode", "Rows", "find_mode", "recorded"]
 #: Newton steps to the mode, at most; each may be halved.
 _MOST_STEPS = 200
 _MOST_HALVINGS = 40
+#: The squared length of a step that needs no look at the density.
+_SAFE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,7 @@ def find_mode(
         u = roots.times(dual[:, None], True)
     beta = like.new_zeros(rows.X.shape[1]) if beta is None else beta
     family, tolerance = rows.family, _tolerance(like.dtype)
+    density: Tensor | None
     a, density = _predictor(rows, layout, roots, u, beta)
     if not bool(torch.isfinite(density)) and dual is not None:
         u = torch.zeros_like(u)
@@ -216,15 +219,23 @@ def find_mode(
         # Rounding leaves a floor, below which steps get no smaller.
         stalled = gain < 1e3 * tolerance**0.5 and gain > before / 4
         if true and (gain <= tolerance or stalled):
-            _refuse_separated(rows, layout.rows(roots.times(move)) + rows.X @ move_X)
+            _refuse_separated(layout.rows(roots.times(move)) + rows.X @ move_X)
+            density = _density(rows, a) if density is None else density
             return Mode(
                 rows, layout, prior, roots, factor, u[:, 0], beta, a, density, first, weights,
                 third, step,
             )  # fmt: skip
+        if true and gain < _SAFE and gain < before:
+            # So near a mode Newton's step is not questioned.
+            u, beta = u - move, beta - move_X[:, 0]
+            a, density = _linear(rows, layout, roots, u, beta), None
+        else:
+            if density is None:
+                density = _density(rows, a)
+            u, beta, a, density = _searched(
+                rows, layout, roots, (u, beta, density), (move, move_X[:, 0]), gain
+            )
         before = gain
-        u, beta, a, density = _searched(
-            rows, layout, roots, (u, beta, density), (move, move_X[:, 0]), gain
-        )
     raise NumericalError(
         f"the mode of the random effects was not found in {_MOST_STEPS} steps: the last was "
         f"{gain**0.5:.3g} long; the responses may be separated, or the variances too large"
@@ -257,14 +268,22 @@ def _searched(
     )
 
 
+def _linear(rows: Rows, layout: Layout, roots: Prior, u: Tensor, beta: Tensor) -> Tensor:
+    """The linear predictor."""
+    a = rows.eta + layout.rows(roots.times(u))[:, 0]
+    return a + rows.X @ beta if len(beta) else a
+
+
+def _density(rows: Rows, a: Tensor) -> Tensor:
+    """The log-density of all rows."""
+    return rows.family.log_density(rows.y, a).sum().detach()
+
+
 def _predictor(
     rows: Rows, layout: Layout, roots: Prior, u: Tensor, beta: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The linear predictor and the log-density of all rows."""
-    a = rows.eta + layout.rows(roots.times(u))[:, 0]
-    if len(beta):
-        a = a + rows.X @ beta
-    return a, rows.family.log_density(rows.y, a).sum().detach()
+    a = _linear(rows, layout, roots, u, beta)
+    return a, _density(rows, a)
 
 
 def _tolerance(dtype: torch.dtype) -> float:
@@ -272,7 +291,7 @@ def _tolerance(dtype: torch.dtype) -> float:
     return float((1e3 * torch.finfo(dtype).eps) ** 2) if dtype == torch.float64 else 1e-10
 
 
-def _refuse_separated(rows: Rows, move: Tensor) -> None:
+def _refuse_separated(move: Tensor) -> None:
     """Raise where a step that gains nothing still moves the predictor: it has no end."""
     farthest = int(move.abs().argmax())
     if float(move.abs().max()) > 0.01:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
-from openreml_nn.likelihood.problem import RandomEffects, cholesky
+from openreml_nn.likelihood.problem import NotPositiveDefiniteError, RandomEffects, cholesky
 from openreml_nn.likelihood.system.cross import Arrangement, System
 from openreml_nn.likelihood.system.grouped import by_levels, grid_of, inner, root
 from openreml_nn.likelihood.system.products import Pattern, Products, same_codes
@@ -108,12 +108,12 @@ class Layout:
 
     def split_flat(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """From flat effects (size, m) to (levels, k, m) and (q, m)."""
-        one, two = x.split([self.levels * self.k, self.q])
+        one, two = x[: self.levels * self.k], x[self.levels * self.k :]
         return one.reshape(self.levels, self.k, x.shape[1]), two
 
     def joined(self, one: Tensor, two: Tensor) -> Tensor:
         """From (levels, k, m) and (q, m) to flat effects."""
-        return torch.cat([one.flatten(0, 1), two])
+        return torch.cat([one.flatten(0, 1), two]) if self.q else one.flatten(0, 1)
 
     def by_term(self, x: Tensor) -> list[Tensor]:
         """Effects (size, m) of each term, in order."""
@@ -189,7 +189,7 @@ class Prior:
         one, two = self.layout.split_flat(x)
         if self.first:
             blocks = self.blocks(x)
-            one = (blocks.mT if transpose else blocks) @ one
+            one = _times(blocks.mT if transpose else blocks, one)
         return self.layout.joined(one, self.times_rest(two, transpose))
 
     def times_rest(self, x: Tensor, transpose: bool = False) -> Tensor:
@@ -213,7 +213,12 @@ def products_of(layout: Layout, designs: Sequence[Design], weights: Tensor, X: T
         one, two = scaled[t], designs[u]
         if cells is not None:
             assert isinstance(one, IndexedDesign) and isinstance(two, IndexedDesign)
-            zz[t, u] = cells.sum(one, two, weights)
+            if t == u and two.values is None:
+                # Intercepts: the weights of each level, added up.
+                total = weights.new_zeros(two.levels).index_add(0, two.codes, weights)
+                zz[t, u] = total[:, None, None]
+            else:
+                zz[t, u] = cells.sum(one, two, weights)
         elif isinstance(two, DenseDesign):
             zz[t, u] = one.t_matmul(two.matrix.to(weights))
         else:
@@ -239,15 +244,17 @@ class Factor:
         self._at, self._roots, self.layout = at, roots, roots.layout
         L = self._L = roots.blocks(at.A11)
         eye = torch.eye(self.layout.k, dtype=L.dtype, device=L.device)
-        D = eye + L.mT @ at.A11 @ L
+        D = eye + _times(_times(L.mT, at.A11), L)
         what = "the curvature of the random effects at the mode"
-        self._C = cholesky(D, what)
-        half = solve_triangular(self._C, L.mT.expand_as(D), upper=False)
+        self._C = _cholesky(D, what)
+        half = _forward(self._C, L.mT.expand_as(D))
         self._half = half
-        self._E22 = at.A22 - at.W.gram(half, half)
-        M = roots.sandwich(self._E22)
-        M.diagonal(dim1=1, dim2=2).add_(1)
-        self._Lc = cholesky(M, what)
+        self._E22, self._Lc = at.A22, at.A22
+        if self.layout.q:
+            self._E22 = at.A22 - at.W.gram(half, half)
+            M = roots.sandwich(self._E22)
+            M.diagonal(dim1=1, dim2=2).add_(1)
+            self._Lc = cholesky(M, what)
         self._of_X, self._S = None, None
         if at.Aff.numel():
             self._of_X = roots.times(self.layout.joined(at.A1f, at.A2f), True)  # Lambda' Z' W X
@@ -271,12 +278,12 @@ class Factor:
     def _solve(self, g: Tensor) -> Tensor:
         layout, W, by = self.layout, self._at.W, self.layout.partition
         one, two = layout.split_flat(g)
-        one = solve_triangular(self._C, one, upper=False)
+        one = _forward(self._C, one)
         if layout.q:
             two = two - self._roots.times_rest(W.t_times(self._half.mT @ one), True)
             two = by.collect(torch.cholesky_solve(by.spread(two), self._Lc))
             one = one - self._half @ W.times(self._roots.times_rest(two))
-        return layout.joined(solve_triangular(self._C.mT, one, upper=True), two)
+        return layout.joined(_backward(self._C, one), two)
 
     def fixed_covariance(self) -> Tensor:
         """The inverse of the border's Schur complement, (p, p)."""
@@ -344,6 +351,29 @@ def effects_of(
     for i, values, variances in parts:
         found[i] = RandomEffects(terms[i].name, values.reshape(variances.shape[:2]), variances)
     return [found[i] for i in sorted(found)]
+
+
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """Products of blocks; of one entry they are numbers."""
+    return a * b if a.shape[-2:] == (1, 1) else a @ b
+
+
+def _cholesky(D: Tensor, what: str) -> Tensor:
+    if D.shape[-1] != 1:
+        return cholesky(D, what)
+    if not bool((D > 0).all()):
+        raise NotPositiveDefiniteError(f"{what} is not positive definite")
+    return D.sqrt()
+
+
+def _forward(C: Tensor, x: Tensor) -> Tensor:
+    """:math:`C^{-1} x` for lower triangular blocks."""
+    return x / C if C.shape[-1] == 1 else solve_triangular(C, x, upper=False)
+
+
+def _backward(C: Tensor, x: Tensor) -> Tensor:
+    r""":math:`C^{-\top} x` for lower triangular blocks."""
+    return x / C if C.shape[-1] == 1 else solve_triangular(C.mT, x, upper=True)
 
 
 def _indexed(term: Term) -> Term:
