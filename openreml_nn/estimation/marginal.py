@@ -36,6 +36,9 @@ __all__ = ["MarginalFit", "fit_laplace"]
 CONVERGED = 1e-4
 #: Step of the differences of gradients: of coordinates, and of coefficients in standard errors.
 _STEP = 1e-4
+#: With more rows than these, differences are one-sided, over this part of a standard error.
+_MANY_ROWS = 20_000
+_PART = 1e-3
 
 
 def fit_laplace(
@@ -47,7 +50,7 @@ def fit_laplace(
     max_iterations: int = 200,
     names: Sequence[str] | None = None,
     labels: Mapping[str, Label] | None = None,
-) -> Result:
+) -> tuple[Result, LaplaceEvaluation]:
     r"""Fit a generalised linear mixed model.
 
     Args:
@@ -60,8 +63,8 @@ def fit_laplace(
         labels: name of a term to names for the tables.
 
     Returns:
-        The result; ``fixed`` and ``random`` are coefficients and modes, ``parameters`` those of the
-        covariance, ``family_parameters`` those of the family.
+        The result and the likelihood there. Of the result ``fixed`` and ``random`` are coefficients
+        and modes, ``parameters`` those of the covariance, ``family_parameters`` those of the family.
 
     Raises:
         NumericalError: if the data are separated.
@@ -74,7 +77,7 @@ def fit_laplace(
     fit = MarginalFit(loss, y, X, torch.zeros_like(X[:, 0]) if offset is None else offset, names)
     fit.start()
     converged = fit.climb(max_iterations)
-    result = marginal_outcome(fit, names, labels or {}, converged)
+    result, found = marginal_outcome(fit, names, labels or {}, converged)
     if not converged:
         warnings.warn(
             f"the fit did not converge in {len(fit.history)} iterations: score norm "
@@ -82,7 +85,7 @@ def fit_laplace(
             RuntimeWarning,
             stacklevel=3,
         )
-    return result
+    return result, found
 
 
 @dataclass(frozen=True)
@@ -285,23 +288,33 @@ class MarginalFit:
         return self._central()[0]
 
     def _central(self) -> tuple[Tensor, Tensor]:
-        """That, and the derivatives of the coefficients by x where X is integrated, (p, len(x))."""
+        """That, and the derivatives of the coefficients by x where X is integrated, (p, len(x)).
+
+        Steps are a part of a standard error, over which the curvature of many rows hardly moves:
+        then differences to one side do.
+        """
         rows, moves = [], []
         integrated = self.loss.method == "reml" and self.Q.shape[1] > 0
+        one_sided = len(self.X) > _MANY_ROWS
+        here = self.found(self.x).coefficients if integrated and one_sided else self.x[:0]
         scale = self.hessian.diagonal().abs().clamp(min=1e-6).rsqrt()
         for j in range(len(self.x)):
-            step = float(_STEP * torch.clamp(scale[j], 1e-3, 1.0) * (1 + self.x[j].abs()))
+            step = float(_PART * scale[j]) if one_sided else float(_STEP * scale[j].clamp(1e-3, 1))
+            step *= 1 if one_sided else 1 + float(self.x[j].abs())
             sides, coefficients = [], []
-            for sign in (1, -1):
+            for sign in (1,) if one_sided else (1, -1):
                 moved = self.x.clone()
                 moved[j] += sign * step
                 sides.append(self.evaluate(moved)[1])
                 if integrated:
                     coefficients.append(self.found(moved).coefficients)
-            rows.append((sides[0] - sides[1]) / (2 * step))
-            if integrated:
-                moves.append((coefficients[0] - coefficients[1]) / (2 * step))
-        self.evaluate(self.x)
+            if one_sided:
+                rows.append((sides[0] - self.slope) / step)
+                moves += [(x - here) / step for x in coefficients]
+            else:
+                rows.append((sides[0] - sides[1]) / (2 * step))
+                moves += [(coefficients[0] - coefficients[1]) / (2 * step)] if integrated else []
+        self.write(self.x)
         count = len(self.x)
         H = torch.stack(rows) if rows else self.x.new_zeros(0, 0)
         J = torch.stack(moves, 1) if moves else self.x.new_zeros(self.Q.shape[1], count)
@@ -318,12 +331,15 @@ class MarginalFit:
             value, slope = self.evaluate(x)
             if value <= self.value + 1e-6:
                 self.x, self.value, self.slope = x, value, slope
-        u = self.x[self.p : self.p + self.m].clone()
-        self.x[self.p : self.p + self.m] = torch.where(vanishing, u.abs(), u)
-        self.value, self.slope = self.evaluate(self.x)
+        # In their canonical signs, of which the likelihood does not depend.
+        own = slice(self.p, self.p + self.m)
+        self.at.write(self.x[own])
+        canonical = self.at.read(self.x)
+        if not torch.allclose(canonical, self.x[own], rtol=1e-12, atol=0):
+            self.x[own] = canonical
+            self.value, self.slope = self.evaluate(self.x)
         H, J = self._central()
         self.hessian = H
-        self.at.write(self.x[self.p : self.p + self.m])
-        ends = self.at.on_boundary(self.x[self.p : self.p + self.m])
+        ends = self.at.on_boundary(self.x[own])
         gone = {self.p + j for j in range(self.m) if bool(ends[j])}
         return H, J, [j for j in range(len(self.x)) if j not in gone]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from openreml_nn.estimation.derivatives import jacobian
 from openreml_nn.families import Family
+from openreml_nn.likelihood.laplace import LaplaceEvaluation
 from openreml_nn.result import (
     Component,
     Estimate,
@@ -33,8 +34,8 @@ _VANISHED = 1e-4
 
 def marginal_outcome(
     fit: MarginalFit, names: Sequence[str], labels: Mapping[str, Label], converged: bool
-) -> Result:
-    """The result at the end of the steps."""
+) -> tuple[Result, LaplaceEvaluation]:
+    """The result at the end of the steps, and the likelihood there."""
     loss, part, p, m = fit.loss, fit.fixed, fit.p, fit.m
     H, J, inner = fit.settle()
     with torch.no_grad():
@@ -60,7 +61,7 @@ def marginal_outcome(
             residuals = y.to(fitted) - fitted
         slope, inside = fit.slope[inner], spread[inner][:, inner]
         boundary = tuple(fit.at.names[j] for j in range(m) if p + j not in inner)
-        return Result(
+        result = Result(
             method=loss.method,
             converged=converged,
             singular=tuple(dict.fromkeys(c.group for c in components if c.singular)),
@@ -86,6 +87,7 @@ def marginal_outcome(
             quadrature=loss.quadrature,
             family_parameters=_family_parameters(fit, spread[p + m :, p + m :]),
         )
+        return result, found
 
 
 def _inverse(H: Tensor, inner: Sequence[int], fit: MarginalFit) -> Tensor:

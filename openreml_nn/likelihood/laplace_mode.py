@@ -44,8 +44,8 @@ __all__ = ["Mode", "Rows", "find_mode", "recorded"]
 #: Newton steps to the mode, at most; each may be halved.
 _MOST_STEPS = 200
 _MOST_HALVINGS = 40
-#: The squared length of a step that needs no look at the density.
-_SAFE = 1e-4
+#: A step whose squared length is this small for each effect needs no look at the density.
+_SAFE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -225,9 +225,9 @@ def find_mode(
                 rows, layout, prior, roots, factor, u[:, 0], beta, a, density, first, weights,
                 third, step,
             )  # fmt: skip
-        if true and gain < _SAFE and gain < before:
+        if true and gain < before and float((g * move).max()) < _SAFE and not len(beta):
             # So near a mode Newton's step is not questioned.
-            u, beta = u - move, beta - move_X[:, 0]
+            u = u - move
             a, density = _linear(rows, layout, roots, u, beta), None
         else:
             if density is None:

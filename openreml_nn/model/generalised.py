@@ -118,7 +118,7 @@ def glmm(
     own = own.to(X.dtype)
     model = linear_model(encoded, method, solver, None, own, quadrature)
     loss = LaplaceLoss(model.covariance(encoded.batch()), own, method, quadrature, solver)
-    result = fit_laplace(
+    result, found = fit_laplace(
         loss,
         y,
         X,
@@ -141,10 +141,7 @@ def glmm(
         encoder=encoder,
         seconds=time.perf_counter() - began,
     )
-    eta = X[:, [j - first for j in result.fixed.columns]] @ result.fixed.estimate
-    eta = eta if encoded.offset is None else eta + encoded.offset
-    at = LaplaceLoss(loss.covariance, own, solver=solver).evaluate(y, eta)
-    return with_model(result, model, at.residual)
+    return with_model(result, model, found.residual)
 
 
 def _shifted(fixed: FixedEffects, first: int) -> FixedEffects:
