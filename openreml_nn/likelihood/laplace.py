@@ -14,7 +14,7 @@ from openreml_nn.families.family import Family
 from openreml_nn.likelihood.fixed import traced
 from openreml_nn.likelihood.laplace_mode import Mode, Rows, find_mode, recorded
 from openreml_nn.likelihood.laplace_quadrature import by_quadrature, check_quadrature
-from openreml_nn.likelihood.laplace_system import Layout, effects_of
+from openreml_nn.likelihood.laplace_system import Factor, Layout, effects_of
 from openreml_nn.likelihood.plan import Auto, Plan, check_solver
 from openreml_nn.likelihood.problem import Cost, RandomEffects
 from openreml_nn.likelihood.solver import Solver
@@ -256,12 +256,20 @@ class LaplaceLoss(nn.Module):
         assert kept is not None
         data = task.rows
         plain = Rows(data.family, data.y, data.eta.detach(), data.X.detach())
-        bordered = find_mode(plain, layout, task.terms, kept.dual_of(plain), kept.beta_of(plain))
+        bordered = find_mode(
+            plain,
+            layout,
+            task.terms,
+            kept.dual_of(plain),
+            kept.beta_of(plain),
+            kept.factor_of(plain),
+        )
         if self.method == "reml" or not plain.X.shape[1]:
             mode = bordered
         else:
             mode = self._profiled(task, plain, bordered)
         kept.dual = private(mode.dual)
+        kept.factor = mode.factor if mode is bordered and layout.q else None
         kept.beta = private(task.beta if len(task.beta) else mode.beta)
         return mode
 
@@ -425,6 +433,11 @@ class _Kept:
         self._forms, self._constants, self.layout = forms, constants, layout
         self.dual: Tensor | None = None
         self.beta: Tensor | None = None
+        self.factor: Factor | None = None
+
+    def factor_of(self, rows: Rows) -> Factor | None:
+        """The last factor, for data of this precision and as many columns."""
+        return self.factor if self.beta_of(rows) is not None else None
 
     def is_of(self, forms: list[Any], constants: Sequence[Tensor | None]) -> bool:
         """Whether other terms have the same designs."""

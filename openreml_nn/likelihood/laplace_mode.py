@@ -111,10 +111,17 @@ class Mode:
             matrices = [form.matrix.detach().requires_grad_() for form in forms]
             held = [form.with_matrix(m) for form, m in zip(forms, matrices, strict=True)]
             at = products_of(layout, layout.designs, weights, self.rows.X)
-            value = log_det(at, Prior(layout, held))
+            bordered = bool(self.rows.X.shape[1]) or not layout.q
+            value = (log_det if bordered else self.factor.log_det)(at, Prior(layout, held))
             half, *parts = torch.autograd.grad(
                 value, [weights, *matrices], allow_unused=True, materialize_grads=True
             )
+        if not bordered:
+            rest = self.factor.of_rest(prior)
+            parts[layout.split :] = [
+                part + own.reshape(part.shape)
+                for part, own in zip(parts[layout.split :], rest, strict=True)
+            ]
         t = -self.third * half
         right = self.roots.times(layout.t_rows(t[:, None]), True)
         s, s_X = self.factor.solve(right, self.rows.X.mT @ t[:, None])
@@ -168,6 +175,7 @@ def find_mode(
     terms: Sequence[Term],
     dual: Tensor | None = None,
     beta: Tensor | None = None,
+    factor: Factor | None = None,
 ) -> Mode:
     r"""Newton's steps, halved on the penalised density, to the mode of u and :math:`\beta`.
 
@@ -177,6 +185,7 @@ def find_mode(
         terms: the random terms.
         dual: where to start, :math:`u = \Lambda^\top e`; zero by default.
         beta: where the coefficients start; zero by default.
+        factor: of the system near by, with which steps begin; made anew by default.
 
     Raises:
         NumericalError: if there is no mode, or none is found.
@@ -197,35 +206,29 @@ def find_mode(
         raise NumericalError(
             "the density of the responses is not finite at the start: `eta` is too far from them"
         )
-    before = float("inf")
+    before = gain = float("inf")
     for step in range(_MOST_STEPS):
         first, second, third = (x.detach() for x in family.derivatives(rows.y, a))
-        weights = -second
         g = u - roots.times(layout.t_rows(first[:, None]), True)
         g_X = -rows.X.mT @ first[:, None]
-        at = products_of(layout, layout.designs, weights, rows.X)
-        try:
-            factor, true = Factor(at, roots), True
-        except NotPositiveDefiniteError:
-            # Away from the mode a density need not be concave: without the rows where it is not.
-            if not bool((weights < 0).any()):
-                raise
-            held = products_of(layout, layout.designs, weights.clamp(min=0), rows.X)
-            factor, true = Factor(held, roots), False
-        move, move_X = factor.solve(g, g_X)
-        gain = float((g * move).sum() + (g_X * move_X).sum())
-        if not gain >= 0 or gain == float("inf"):
-            raise NumericalError(f"the step to the mode of the random effects is {gain:.3g} long")
+        true = False
+        if factor is None or not layout.q:
+            factor, true = _factor(rows, layout, roots, -second)
+        move, move_X, gain = _step(factor, g, g_X)
+        # An earlier factor will do for a step as long as steps get shorter fast.
+        if not true and (gain <= tolerance or gain > before / 20 or (step == 0 and gain > 1)):
+            factor, true = _factor(rows, layout, roots, -second)
+            move, move_X, gain = _step(factor, g, g_X)
         # Rounding leaves a floor, below which steps get no smaller.
         stalled = gain < 1e3 * tolerance**0.5 and gain > before / 4
         if true and (gain <= tolerance or stalled):
             _refuse_separated(layout.rows(roots.times(move)) + rows.X @ move_X)
             density = _density(rows, a) if density is None else density
             return Mode(
-                rows, layout, prior, roots, factor, u[:, 0], beta, a, density, first, weights,
+                rows, layout, prior, roots, factor, u[:, 0], beta, a, density, first, -second,
                 third, step,
             )  # fmt: skip
-        if true and gain < before and float((g * move).max()) < _SAFE and not len(beta):
+        if gain < before and float((g * move).max()) < _SAFE and not len(beta):
             # So near a mode Newton's step is not questioned.
             u = u - move
             a, density = _linear(rows, layout, roots, u, beta), None
@@ -240,6 +243,29 @@ def find_mode(
         f"the mode of the random effects was not found in {_MOST_STEPS} steps: the last was "
         f"{gain**0.5:.3g} long; the responses may be separated, or the variances too large"
     )
+
+
+def _factor(rows: Rows, layout: Layout, roots: Prior, weights: Tensor) -> tuple[Factor, bool]:
+    """The system's factor under weights, and whether they are the true ones.
+
+    Away from the mode a density need not be concave: then it is without the rows where it is not.
+    """
+    try:
+        return Factor(products_of(layout, layout.designs, weights, rows.X), roots), True
+    except NotPositiveDefiniteError:
+        if not bool((weights < 0).any()):
+            raise
+    held = products_of(layout, layout.designs, weights.clamp(min=0), rows.X)
+    return Factor(held, roots), False
+
+
+def _step(factor: Factor, g: Tensor, g_X: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Newton's step and its squared length."""
+    move, move_X = factor.solve(g, g_X)
+    gain = float((g * move).sum() + (g_X * move_X).sum())
+    if not gain >= 0 or gain == float("inf"):
+        raise NumericalError(f"the step to the mode of the random effects is {gain:.3g} long")
+    return move, move_X, gain
 
 
 def _searched(

@@ -256,6 +256,7 @@ class Factor:
             M.diagonal(dim1=1, dim2=2).add_(1)
             self._Lc = cholesky(M, what)
         self._of_X, self._S = None, None
+        self._inverse: tuple[Tensor, Tensor] | None = None
         if at.Aff.numel():
             self._of_X = roots.times(self.layout.joined(at.A1f, at.A2f), True)  # Lambda' Z' W X
             self._solved = self._solve(self._of_X)
@@ -290,13 +291,56 @@ class Factor:
         assert self._S is not None
         return torch.cholesky_inverse(self._S)
 
+    def _inverses(self) -> tuple[Tensor, Tensor]:
+        r""":math:`M^{-1}` and :math:`N = \Lambda_2 M^{-1}\Lambda_2^\top`, by groups of columns."""
+        if self._inverse is None:
+            by, roots = self.layout.partition, self._roots
+            inverse = torch.cholesky_inverse(self._Lc)
+            half = by.spread(roots.times_rest(by.collect(inverse)))
+            self._inverse = inverse, by.spread(roots.times_rest(by.collect(half.mT)))
+        return self._inverse
+
+    def log_det(self, at: System, prior: Prior) -> Tensor:
+        r"""A function with the value's derivatives by the products and by the eliminated factor's
+        covariances: those of :math:`\tfrac12\log|D| + \tfrac12\langle N, E\rangle`, where E is the
+        other terms' system, at which N is held."""
+        D, K = _reduced(at, prior)
+        value = D.log().sum() if D.shape[-1] == 1 else torch.linalg.slogdet(D).logabsdet.sum()
+        eye = torch.eye(self.layout.k, dtype=D.dtype, device=D.device)
+        E22 = at.A22 - at.W.gram(eye.expand_as(K), K)
+        return (value + (self._inverses()[1] * E22).sum()) / 2
+
+    def of_rest(self, prior: Prior) -> list[Tensor]:
+        r"""Derivatives of the value by the other terms' covariances,
+        :math:`\tfrac12(E - E N E)` in each term's own part."""
+        layout, by, E = self.layout, self.layout.partition, self._E22
+        inverse, N = self._inverses()
+        columns = [(start, size) for start, size in zip(_starts(layout.sizes), layout.sizes)]
+        plain = all(grid is not None and grid[1] == 1 for grid in layout.grids)
+        one = self._roots.times_rest(E.new_ones(layout.q, 1))[:, 0] if plain else E[:0, 0, 0]
+        if plain and bool((by.diagonal(E) * one**2 > 1e-4).all()):
+            # Of one effect a level: no product of large matrices where no digits are lost.
+            diagonal = (1 - by.diagonal(inverse)) / one**2
+            squares = [diagonal[start : start + size, None, None] for start, size in columns]
+        else:
+            whole = E - E @ N @ E
+            squares = []
+            for (start, size), grid in zip(columns, layout.grids, strict=True):
+                if grid is not None:
+                    squares.append(by.own(whole, start, *grid))
+                    continue
+                place = torch.arange(start, start + size, device=E.device)
+                squares.append(whole.reshape(-1)[by.index(place[:, None], place)])
+        return [
+            form.fold(square / 2) if grid is None else form.fold_blocks(square / 2)
+            for form, square, grid in zip(prior.rest, squares, layout.grids, strict=True)
+        ]
+
     def variances(self) -> list[Tensor]:
         r"""Blocks of :math:`\Lambda H^{-1}\Lambda^\top` by levels, (q, k, k) for each term in the
         layout's order, the coefficients of X held."""
         layout, by = self.layout, self.layout.partition
-        inverse = torch.cholesky_inverse(self._Lc)
-        half = by.spread(self._roots.times_rest(by.collect(inverse)))
-        N = by.spread(self._roots.times_rest(by.collect(half.mT)))
+        N = self._inverses()[1]
         P = self._half.mT @ self._half
         whole = P + P @ self._at.W.quadratic(N) @ P if layout.q else P
         found, start = [], 0
@@ -321,13 +365,8 @@ def log_det(at: System, prior: Prior) -> Tensor:
     layout = prior.layout
     by = layout.partition
     eye = torch.eye(layout.k, dtype=at.A11.dtype, device=at.A11.device)
-    G1 = prior.blocks(at.A11)
-    D = eye + at.A11 @ G1
-    if layout.k == 1:
-        K, value = G1 / D, D.log().sum()
-    else:
-        K = torch.linalg.solve(D.mT, G1.mT.expand_as(D)).mT  # G1 D^-1
-        value = torch.linalg.slogdet(D).logabsdet.sum()
+    D, K = _reduced(at, prior)
+    value = D.log().sum() if layout.k == 1 else torch.linalg.slogdet(D).logabsdet.sum()
     KA = K @ at.A1f
     E2f = at.A2f
     Eff = at.Aff - inner(at.A1f, KA)
@@ -340,6 +379,20 @@ def log_det(at: System, prior: Prior) -> Tensor:
         x = by.collect(torch.linalg.solve(M, by.spread(prior.times_rest(E2f))))
         Eff = Eff - E2f.mT @ x
     return value / 2 + torch.linalg.slogdet(Eff).logabsdet / 2
+
+
+def _reduced(at: System, prior: Prior) -> tuple[Tensor, Tensor]:
+    r""":math:`D = I + A_{11} G_1` and :math:`G_1 D^{-1}`, level by level."""
+    G1 = prior.blocks(at.A11)
+    eye = torch.eye(prior.layout.k, dtype=G1.dtype, device=G1.device)
+    D = eye + _times(at.A11, G1)
+    if prior.layout.k == 1:
+        return D, G1 / D
+    return D, torch.linalg.solve(D.mT, G1.mT.expand_as(D)).mT
+
+
+def _starts(sizes: Sequence[int]) -> list[int]:
+    return [sum(sizes[:i]) for i in range(len(sizes))]
 
 
 def effects_of(
