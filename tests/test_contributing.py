@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from openreml_nn.likelihood.plan import SOLVERS
-from openreml_nn.likelihood.problem import Problem
+import openreml_nn.likelihood
+from openreml_nn.likelihood.solvers import SOLVERS
 
 ROOT = Path(__file__).parents[1]
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -35,22 +35,47 @@ def refusing(cls):
 
 
 def test_every_interface_is_listed():
-    assert len(ROWS) == 8
+    assert len(ROWS) == 9
+
+
+def base_class(base):
+    module, _, name = base.rpartition(".")
+    return getattr(importlib.import_module(f"openreml_nn.{module}"), name)
+
+
+def leaves(cls):
+    """Subclasses of the package that have none of their own there."""
+    below = [sub for sub in cls.__subclasses__() if sub.__module__.startswith("openreml_nn.")]
+    return [leaf for sub in below for leaf in leaves(sub)] if below else [cls]
 
 
 @pytest.mark.parametrize("base", ROWS)
 def test_what_a_subclass_must_supply_is_listed(base):
-    module, _, name = base.rpartition(".")
-    cls = getattr(importlib.import_module(f"openreml_nn.{module}"), name)
+    cls = base_class(base)
     needed, offered = ROWS[base]
     assert set(needed) <= refusing(cls) <= set(needed) | set(offered)
     assert all(hasattr(cls, method) for method in offered)
+    private = re.compile("_[^_]")
+    assert not [name for name in (*needed, *offered) if private.match(name)]
 
 
-def test_every_solver_supplies_it():
-    needed, _ = ROWS["likelihood.problem.Problem"]
-    for solver in SOLVERS.values():
-        assert all(getattr(solver, name) is not getattr(Problem, name) for name in needed)
+@pytest.mark.parametrize("base", ROWS)
+def test_every_subclass_supplies_it(base):
+    cls = base_class(base)
+    found = [leaf for leaf in leaves(cls) if leaf is not cls]
+    assert found
+    for leaf in found:
+        missing = [name for name in ROWS[base][0] if getattr(leaf, name) is getattr(cls, name)]
+        assert not missing, leaf
+
+
+def test_a_solver_is_one_file_and_its_name():
+    folder = ROOT / "openreml_nn" / "likelihood" / "solvers"
+    assert {path.stem for path in folder.glob("[a-z]*.py")} == set(SOLVERS)
+    for name, solver in SOLVERS.items():
+        assert solver.__module__ == f"openreml_nn.likelihood.solvers.{name}"
+        assert solver.name == name
+        assert solver.__name__ in openreml_nn.likelihood.__all__
 
 
 def house():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from openreml_nn import InputError, datasets
-from openreml_nn.lightning import MixedModelDataModule, TabularMixedModule
+from openreml_nn.lightning import MixedModelDataModule, MixedModule
 from tests.test_neural import quiet
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*levels that the fit did not see")
@@ -24,7 +24,7 @@ MATERN = {"plot": {"_target_": "openreml_nn.covariance.MaternMatrix", "columns":
 def fitted(formula, table, epochs=20, split="random", **options):
     data = MixedModelDataModule(table, formula, validation=0.2, split=split)
     adam = {"_target_": "torch.optim.Adam", "lr": 0.01}
-    module = TabularMixedModule(formula, NETWORK, optimizer=adam, rows=256, **options)
+    module = MixedModule(formula, network=NETWORK, optimizer=adam, rows=256, **options)
     trainer = quiet(epochs)
     trainer.fit(module, data)
     return module, trainer, data
@@ -44,14 +44,14 @@ def test_a_checkpoint_needs_neither_table_nor_model(name, tmp_path):
     formula, table, options = CASES[name]
     module, trainer, _ = fitted(formula, table, 3, **options)
     trainer.save_checkpoint(tmp_path / "m.ckpt")
-    again = TabularMixedModule.load_from_checkpoint(tmp_path / "m.ckpt", weights_only=True)
+    again = MixedModule.load_from_checkpoint(tmp_path / "m.ckpt", weights_only=True)
     new = table.iloc[:10].copy()
     group = formula.split("| ")[1].split(")")[0]
     new[group] = new[group].astype(str)
     new.loc[5:, group] = "never seen"
     expected, found = module.predict(new), again.predict(new)
     pd.testing.assert_frame_equal(found, expected)
-    assert list(found.columns) == ["mean", "variance", "population_mean"]
+    assert list(found.columns) == ["mean", "variance", "population_mean", "low", "high"]
     assert float(found["variance"][5:].min()) > 0
 
 
@@ -110,7 +110,7 @@ def test_units_do_not_matter(head):
 def test_a_network_may_be_a_module():
     formula, table, _ = CASES["crossed"]
     data = MixedModelDataModule(table, formula)
-    module = TabularMixedModule(formula, nn.Sequential(nn.LazyLinear(8), nn.ReLU()))
+    module = MixedModule(formula, network=nn.Sequential(nn.LazyLinear(8), nn.ReLU()))
     quiet(1).fit(module, data)
     assert "network" not in module.hparams
     assert len(module.predict(table)) == len(table)
@@ -119,7 +119,7 @@ def test_a_network_may_be_a_module():
 def test_errors_name_what_is_wrong():
     formula, table, _ = CASES["field"]
     with pytest.raises(InputError, match="kernel of 'site': the groups are \\['plot'\\]"):
-        TabularMixedModule(formula, NETWORK, kernels={"site": {}})
+        MixedModule(formula, network=NETWORK, kernels={"site": {}})
     for columns, message in [([], "expected columns"), (["west"], "\\['west'\\]")]:
         kernels = {"plot": {**MATERN["plot"], "columns": columns}}
         with pytest.raises(InputError, match=message):
@@ -129,20 +129,20 @@ def test_errors_name_what_is_wrong():
         fitted(formula, moved, 1, kernels=MATERN)
     with pytest.raises(InputError, match="has no random effect"):
         fitted("yield ~ rain", table, 1)
-    for target, message in [("os.system", "not a class"), ("torch.Size", "got Size")]:
+    for target, message in [("os.system", "not a class"), ("torch.Size", "not a class")]:
         with pytest.raises(InputError, match=message):
             quiet(1).fit(
-                TabularMixedModule(formula, {"_target_": target}),
+                MixedModule(formula, network={"_target_": target}),
                 MixedModelDataModule(table, formula),
             )
     wrong = {"_target_": "torch.nn.Linear", "in_features": 99, "out_features": 2}
     with pytest.raises(InputError, match="'network' fails for 3 columns: mat1 and mat2"):
-        quiet(1).fit(TabularMixedModule(formula, wrong), MixedModelDataModule(table, formula))
+        quiet(1).fit(MixedModule(formula, network=wrong), MixedModelDataModule(table, formula))
     with pytest.raises(ValueError, match="no estimates"):
-        TabularMixedModule(formula, NETWORK).predict(table)
+        MixedModule(formula, network=NETWORK).predict(table)
     other = MixedModelDataModule(table, "yield ~ rain + (1 | plot)")
     with pytest.raises(ValueError, match="the data module's formula"):
-        quiet(1).fit(TabularMixedModule(formula, NETWORK), other)
+        quiet(1).fit(MixedModule(formula, network=NETWORK), other)
 
 
 # ---------------------------------------------------------------------- rows held out

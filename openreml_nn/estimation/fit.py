@@ -28,7 +28,6 @@ from openreml_nn.support.checks import (
     check_mapping,
 )
 from openreml_nn.support.errors import InputError
-from openreml_nn.terms.covariance import is_scalar
 from openreml_nn.terms.design import Design, IndexedDesign
 from openreml_nn.terms.term import Term, has_own_columns, residual_terms
 
@@ -75,7 +74,7 @@ def _check_confounded(terms: Sequence[Term]) -> None:
     if not any(terms[i].is_residual and not terms[i].known for i in residual):
         return
     for i, term in enumerate(terms):
-        if i in residual or term.known or not is_scalar(term.covariance):
+        if i in residual or term.known or not term.covariance.is_scalar:
             continue
         if has_own_columns(term.design) and not _is_weighted(term.design):
             n, q = term.design.shape

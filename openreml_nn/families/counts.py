@@ -96,7 +96,7 @@ class NegativeBinomial(_Count):
         return mu + mu * mu / self.natural("theta", eta)
 
     def start(self, y: Tensor) -> Tensor:
-        self.set_natural("theta", 2 / self._excess(y))
+        self.set_start("theta", 2 / self._excess(y))
         return super().start(y)
 
 
@@ -128,5 +128,5 @@ class NegativeBinomial1(_Count):
         return eta.exp() * (1 + self.natural("phi", eta))
 
     def start(self, y: Tensor) -> Tensor:
-        self.set_natural("phi", (self._excess(y) * y.mean() / 2).clamp(min=0.05))
+        self.set_start("phi", (self._excess(y) * y.mean() / 2).clamp(min=0.05))
         return super().start(y)

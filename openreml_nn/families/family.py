@@ -104,16 +104,12 @@ class Family(Parametrized):
 
     def natural(self, name: str, like: Tensor) -> Tensor:
         """One of its own parameters, transformed, (1,), on the dtype and device of ``like``."""
-        return self._trans[name](self.stored(name).to(like))
-
-    def set_natural(self, name: str, value: Tensor) -> None:
-        """Set one of its own parameters, if it is free, to what its transform shall yield."""
-        self._set(name, value)
+        return self.own_trans[name](self.stored(name).to(like))
 
     def quantities(self, like: Tensor) -> dict[str, Tensor]:
         """Its parameters as tables show them, on the natural scale, by name, (1,) each: a
         differentiable function of what it stores."""
-        return {name: self.natural(name, like) for name in self._trans}
+        return {name: self.natural(name, like) for name in self.own_trans}
 
     def extra_repr(self) -> str:
         return f"link={self.link!r}"

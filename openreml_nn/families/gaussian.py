@@ -49,7 +49,7 @@ class Gaussian(Family):
 
     def start(self, y: Tensor) -> Tensor:
         spread = y.var() if len(y) > 1 else y.new_ones(())
-        self.set_natural("sigma^2", torch.where(spread > 0, spread, torch.ones_like(spread)) / 2)
+        self.set_start("sigma^2", torch.where(spread > 0, spread, torch.ones_like(spread)) / 2)
         return y.clone()
 
 
@@ -103,5 +103,5 @@ class StudentT(Family):
     def start(self, y: Tensor) -> Tensor:
         middle = y.median()
         spread = (1.4826 * (y - middle).abs().median()) ** 2
-        self.set_natural("sigma^2", torch.where(spread > 0, spread, torch.ones_like(spread)) / 2)
+        self.set_start("sigma^2", torch.where(spread > 0, spread, torch.ones_like(spread)) / 2)
         return y.clone()

@@ -65,7 +65,7 @@ class Ordinal(Family):
 
     def ordered(self, like: Tensor) -> Tensor:
         """The thresholds as a differentiable function of the parameters, (levels − 1,)."""
-        return torch.cat([self.natural(name, like) for name in self._trans]).cumsum(0)
+        return torch.cat([self.natural(name, like) for name in self.own_trans]).cumsum(0)
 
     def log_density(self, y: Tensor, eta: Tensor) -> Tensor:
         low, high = self._ends(y, eta)
@@ -118,9 +118,9 @@ class Ordinal(Family):
     def start(self, y: Tensor) -> Tensor:
         counts = torch.bincount(y.long(), minlength=self.levels).to(y) + 0.5
         edges = torch.logit((counts.cumsum(0) / counts.sum())[:-1])
-        self.set_natural("threshold_1", edges[0])
+        self.set_start("threshold_1", edges[0])
         for j, gap in enumerate(edges.diff(), 2):
-            self.set_natural(f"gap_{j}", gap)
+            self.set_start(f"gap_{j}", gap)
         return torch.zeros_like(y)
 
     def quantities(self, like: Tensor) -> dict[str, Tensor]:

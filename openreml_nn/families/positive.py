@@ -70,7 +70,7 @@ class Gamma(Family):
 
     def start(self, y: Tensor) -> Tensor:
         spread = y.log().var() if len(y) > 1 else y.new_ones(())
-        self.set_natural("phi", (spread / 2).clamp(min=1e-6))
+        self.set_start("phi", (spread / 2).clamp(min=1e-6))
         return y.log()
 
 
@@ -134,7 +134,7 @@ class Tweedie(Family):
     def start(self, y: Tensor) -> Tensor:
         mean = y.mean().clamp(min=1e-8)
         spread = y.var() if len(y) > 1 else mean
-        self.set_natural("phi", (spread / mean**1.5 / 2).clamp(min=1e-6))
+        self.set_start("phi", (spread / mean**1.5 / 2).clamp(min=1e-6))
         return ((y + mean) / 2).log()
 
     def _series(self, y: Tensor, phi: Tensor, p: Tensor) -> Tensor:

@@ -72,5 +72,5 @@ class Beta(Family):
     def start(self, y: Tensor) -> Tensor:
         mean = y.mean()
         spread = y.var() if len(y) > 1 else mean * (1 - mean) / 2
-        self.set_natural("phi", (2 * mean * (1 - mean) / spread.clamp(min=1e-8)).clamp(1.0, 1e4))
+        self.set_start("phi", (2 * mean * (1 - mean) / spread.clamp(min=1e-8)).clamp(1.0, 1e4))
         return torch.logit(y)

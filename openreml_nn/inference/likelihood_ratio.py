@@ -5,19 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import comb
 
-import pandas as pd
 import torch
 from scipy import stats
 from torch import Tensor
 
 from openreml_nn.estimation import Result
-from openreml_nn.inference.refit import Refit, source_of
-from openreml_nn.support.checks import check_flag
+from openreml_nn.inference.refit import Refit, family_of, source_of
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.design import Design, IdentityDesign, IndexedDesign
 from openreml_nn.terms.term import residual_terms
 
-__all__ = ["LikelihoodRatio", "anova", "likelihood_ratio_test"]
+__all__ = ["LikelihoodRatio", "check_same_data", "likelihood_ratio_test", "parameters_of"]
 
 
 @dataclass(frozen=True)
@@ -71,16 +69,16 @@ def likelihood_ratio_test(small: Result, large: Result) -> LikelihoodRatio:
     """
     for name, fit in (("small", small), ("large", large)):
         source_of(fit, name)
-    _check_same_data(("small", "large"), (small, large))
+    check_same_data(("small", "large"), (small, large))
     if small.method != large.method:
         raise InputError(
             f"the fits are by {small.method!r} and {large.method!r}: fit both by one method"
         )
     _check_nested(small, large)
-    df = _size(large) - _size(small)
+    df = parameters_of(large) - parameters_of(small)
     if df < 1:
         raise InputError(
-            f"the models have {_size(small)} and {_size(large)} parameters: the second must have "
+            f"the models have {parameters_of(small)} and {parameters_of(large)} parameters: the second must have "
             "more"
         )
     statistic = max(0.0, 2 * (large.log_likelihood - small.log_likelihood))
@@ -91,44 +89,8 @@ def likelihood_ratio_test(small: Result, large: Result) -> LikelihoodRatio:
     return LikelihoodRatio(statistic, df, p, float(stats.chi2.sf(statistic, df)), mixture)
 
 
-def anova(*results: Result, refit: bool = True) -> pd.DataFrame:
-    """Likelihood-ratio tests of models, each against the one with fewer parameters before it.
-
-    Args:
-        *results: fits of the same data.
-        refit: whether fits by REML are first made again by maximum likelihood, as lme4's anova
-            does and as they have to be when fixed effects are compared. Without it the test is of
-            the restricted likelihoods, as lmerTest's ranova has it.
-
-    Returns:
-        npar, aic, bic, log_likelihood, deviance, and, beside the smaller model, statistic, df, p
-        and p_naive; see :class:`LikelihoodRatio`.
-
-    Raises:
-        InputError: as :func:`likelihood_ratio_test`, or if there are fewer than two fits.
-        TypeError: if an argument is no fit.
-    """
-    check_flag("refit", refit)
-    if len(results) < 2:
-        raise InputError(f"`results` are {len(results)}: expected two fits or more, anova(a, b)")
-    for i, result in enumerate(results):
-        source_of(result, f"results[{i}]")
-        _check_same_data(("results[0]", f"results[{i}]"), (results[0], result))
-    fits = [Refit(r).fit("ml") if refit and r.method == "reml" else r for r in results]
-    fits.sort(key=_size)
-    rows: list[dict[str, float]] = []
-    for i, fit in enumerate(fits):
-        row: dict[str, float] = {"npar": _size(fit), "aic": fit.aic, "bic": fit.bic}
-        row |= {"log_likelihood": fit.log_likelihood, "deviance": fit.deviance}
-        if i:
-            test = likelihood_ratio_test(fits[i - 1], fit)
-            row |= {"statistic": test.statistic, "df": test.df, "p": test.p}
-            row["p_naive"] = test.p_naive
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def _size(result: Result) -> int:
+def parameters_of(result: Result) -> int:
+    """Number of estimated parameters."""
     return len(result.fixed.names) + result.num_params
 
 
@@ -141,7 +103,7 @@ def _tail(statistic: float, df: int) -> float:
     return float(stats.chi2.sf(statistic, df)) if df else float(statistic <= 0)
 
 
-def _check_same_data(names: tuple[str, str], fits: tuple[Result, Result]) -> None:
+def check_same_data(names: tuple[str, str], fits: tuple[Result, Result]) -> None:
     """Refuse fits of other rows, responses or weights, in which likelihoods do not compare."""
     a, b = names
     (y, z) = (source_of(fit).y.detach() for fit in fits)
@@ -150,12 +112,23 @@ def _check_same_data(names: tuple[str, str], fits: tuple[Result, Result]) -> Non
             f"`{a}` has {len(y)} rows and `{b}` {len(z)} rows: expected fits of the same rows "
             "(missing values may have removed some)"
         )
-    if not torch.equal(y, z.to(y)):
-        row = int((y != z.to(y)).nonzero()[0])
+    if y.shape != z.shape or not torch.equal(y, z.to(y)):
+        told = ""
+        if y.shape == z.shape:
+            at = tuple((y != z.to(y)).nonzero()[0].tolist())
+            told = f", {float(y[at]):.6g} and {float(z[at]):.6g} in row {at[0]}"
         raise InputError(
-            f"`{a}` and `{b}` have other responses, {float(y[row]):.6g} and {float(z[row]):.6g} in "
-            f"row {row}: expected fits of the same data (one response, one offset, one order)"
+            f"`{a}` and `{b}` have other responses{told}: expected fits of the same data (one "
+            "response, one offset, one order)"
         )
+    families = [family_of(fit) for fit in fits]
+    if families[0] != families[1]:
+        raise InputError(
+            f"`{a}` is of the family {families[0] or 'gaussian'!r} and `{b}` of "
+            f"{families[1] or 'gaussian'!r}: expected fits of one family"
+        )
+    if families[0] is not None:
+        return
     one, other = (_weights(fit) for fit in fits)
     ratio = one / other.to(one)
     row = int((ratio / ratio[0] - 1).abs().argmax())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -19,9 +20,20 @@ from openreml_nn.result.result import Source
 from openreml_nn.support.checks import check_instance, check_number
 from openreml_nn.support.errors import InputError
 
-__all__ = ["Refit", "check_fit", "check_level", "matrix_entries", "source_of", "tracked"]
+__all__ = [
+    "Refit",
+    "check_fit",
+    "check_level",
+    "family_of",
+    "matrix_entries",
+    "source_of",
+    "tracked",
+]
 
 T = TypeVar("T")
+
+#: Columns that are solved for at a time.
+_COLUMNS = 256
 
 
 def check_fit(result: object, name: str = "result") -> None:
@@ -58,6 +70,11 @@ def source_of(result: Result, name: str = "result") -> Source:
     return result.source
 
 
+def family_of(result: Result) -> str | None:
+    """The family of the response of a generalised model; None of a linear one."""
+    return getattr(result, "family", None)
+
+
 def matrix_entries(result: Result) -> dict[str, tuple[int, int, int]]:
     """Names of standard deviations and correlations, each with its component, row and column.
 
@@ -86,9 +103,19 @@ class Refit:
 
     Args:
         result: the fit.
+
+    Raises:
+        InputError: if its rows were streamed, or its response is not Gaussian.
+        TypeError: if it is no result.
     """
 
     def __init__(self, result: Result) -> None:
+        family = family_of(result)
+        if family is not None:
+            raise InputError(
+                f"`result` has a response of the family {family!r}: expected a fit by lmm() or "
+                "fit_reml(), to whose Gaussian response the model could be fitted again"
+            )
         self.result = result
         self.source = source = source_of(result)
         self.covariance = copy.deepcopy(source.covariance)
@@ -114,18 +141,48 @@ class Refit:
             self._losses[method] = REMLLoss(self.covariance, method, solver)
         return self._losses[method].objective(y, X, self.source.rows)
 
-    def fit(self, method: str | None = None, y: Tensor | None = None) -> Result:
-        """Fit again, from where the parameters are."""
+    def fit(
+        self, method: str | None = None, y: Tensor | None = None, keep: Tensor | None = None
+    ) -> Result:
+        """Fit again, from where the parameters are, to all rows or to those kept."""
+        y, X, rows = self.y if y is None else y, self.X, self.source.rows
+        if keep is not None:
+            y, X, rows = y[keep], X[keep], keep if rows is None else rows[keep]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return fit_reml(
                 self.covariance,
-                self.y if y is None else y,
-                self.X,
+                y,
+                X,
                 method=method or self.result.method,
                 solver=self.result.plan.choice,
-                rows=self.source.rows,
+                rows=rows,
                 start="current",
                 names=self.result.fixed.names,
                 labels=self.source.labels,
             )
+
+    def solve(self, columns: Tensor) -> Tensor:
+        r""":math:`V^{-1} B` of some columns B (n, m), by the solver of the fit.
+
+        Columns of a model matrix come with it, so they take the place of X, a few at a time.
+        """
+        found = []
+        for part in columns.to(self.y).split(max(1, min(_COLUMNS, len(self.y) // 2)), 1):
+            Q, R = torch.linalg.qr(part)
+            objective = self.objective(X=Q, method="ml")
+            fixed = objective.problem.fixed
+            solved = objective.evaluate().inverse_times_data()[:, :-1]
+            found.append(solved @ (fixed.Q.mT @ Q) @ R)
+        return torch.cat(found, 1) if found else columns.to(self.y)
+
+    def project(self, columns: Tensor) -> Tensor:
+        r""":math:`PB = V^{-1}B - V^{-1}X(X^\top V^{-1}X)^{-1}X^\top V^{-1}B` of columns (n, m)."""
+        V_X = self._solved_x
+        inner = torch.linalg.solve(self.X.mT @ V_X, V_X.mT @ columns.to(self.y))
+        return self.solve(columns) - V_X @ inner
+
+    @cached_property
+    def _solved_x(self) -> Tensor:
+        """V^-1 X at the estimates."""
+        return self.solve(self.X)

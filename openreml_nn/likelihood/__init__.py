@@ -5,7 +5,7 @@ from openreml_nn.likelihood.loss import REMLLoss
 from openreml_nn.likelihood.plan import Auto, Plan
 from openreml_nn.likelihood.problem import Cost, Evaluation, NotPositiveDefiniteError
 from openreml_nn.likelihood.solver import Solver
-from openreml_nn.likelihood.solvers import Blocked, Dense, Grid, Krylov, Spectral
+from openreml_nn.likelihood.solvers import Blocked, Dense, Grid, Krylov, Sparse, Spectral
 from openreml_nn.likelihood.solvers.dense import restricted_log_likelihood
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Plan",
     "REMLLoss",
     "Solver",
+    "Sparse",
     "Spectral",
     "restricted_log_likelihood",
 ]

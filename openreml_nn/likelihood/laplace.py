@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from openreml_nn.covariance import Matrix
 from openreml_nn.families.family import Family
+from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.fixed import traced
 from openreml_nn.likelihood.laplace_mode import Mode, Rows, find_mode, recorded
 from openreml_nn.likelihood.laplace_quadrature import by_quadrature, check_quadrature
 from openreml_nn.likelihood.laplace_system import Factor, Layout, effects_of
 from openreml_nn.likelihood.plan import Auto, Plan, check_solver
-from openreml_nn.likelihood.problem import Cost, RandomEffects
+from openreml_nn.likelihood.problem import Cost
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers import Blocked, Dense
 from openreml_nn.support.checks import check_choice, check_count, check_instance, check_tensor
@@ -184,7 +185,7 @@ class LaplaceLoss(nn.Module):
         with torch.no_grad():
             terms = [term.detach() for term in self.covariance.terms()]
             layout = Layout(terms, getattr(self.solver, "pair_cost", None))
-        work, entries = layout.arrangement.cost(fixed_effects)
+        work, entries = layout.placement.cost(fixed_effects)
         work += 4.0 * rows * (layout.k + len(layout.designs)) ** 2
         steps = [f"{layout.levels} blocks of {layout.k} x {layout.k}"] if layout.levels else []
         if layout.q:

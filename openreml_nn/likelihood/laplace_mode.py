@@ -35,7 +35,7 @@ from openreml_nn.families.family import Family
 from openreml_nn.likelihood.laplace_system import Factor, Layout, Prior, log_det, products_of
 from openreml_nn.likelihood.problem import NotPositiveDefiniteError
 from openreml_nn.support.errors import NumericalError
-from openreml_nn.terms.covariance import Covariance
+from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.design import Design
 from openreml_nn.terms.term import Term
 

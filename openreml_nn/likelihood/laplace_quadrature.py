@@ -29,7 +29,8 @@ from openreml_nn.likelihood.laplace_mode import Mode, Rows
 from openreml_nn.likelihood.laplace_system import Layout, Prior, products_of
 from openreml_nn.likelihood.problem import cholesky
 from openreml_nn.support.errors import InputError
-from openreml_nn.terms.covariance import Covariance, RepeatedCovariance
+from openreml_nn.terms.base import Covariance
+from openreml_nn.terms.covariance import RepeatedCovariance
 from openreml_nn.terms.design import Design, IndexedDesign
 
 __all__ = ["by_quadrature", "check_quadrature"]

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
-from openreml_nn.likelihood.problem import NotPositiveDefiniteError, RandomEffects, cholesky
-from openreml_nn.likelihood.system.cross import Arrangement, System
-from openreml_nn.likelihood.system.grouped import by_levels, grid_of, inner, root
+from openreml_nn.likelihood.effects import RandomEffects
+from openreml_nn.likelihood.problem import NotPositiveDefiniteError, cholesky
+from openreml_nn.likelihood.system.elimination import inner, root
+from openreml_nn.likelihood.system.placement import Placement, System
 from openreml_nn.likelihood.system.products import Pattern, Products, same_codes
-from openreml_nn.terms.covariance import Covariance
+from openreml_nn.likelihood.system.roles import by_levels, grid_of
+from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.design import DenseDesign, Design, IdentityDesign, IndexedDesign
 from openreml_nn.terms.term import Term
 
@@ -48,7 +50,7 @@ class Layout:
     """
 
     def __init__(self, terms: Sequence[Term], pair_cost: float | None) -> None:
-        effects = [RandomEffects.width(term) for term in terms]
+        effects = [term.effects for term in terms]
         terms = [by_levels(_indexed(term)) for term in terms]
         grids = [None if pair_cost is None else grid_of(term) for term in terms]
         factors: list[list[int]] = []
@@ -77,7 +79,7 @@ class Layout:
         self.pattern = Pattern.of(self.designs)
         count = len(self.order)
         linked = [grid is None for grid in self.grids]
-        self.arrangement = Arrangement(
+        self.placement = Placement(
             self.designs,
             self.pattern,
             range(self.split),
@@ -85,7 +87,7 @@ class Layout:
             linked,
             pair_cost or 0.0,
         )
-        self.partition = self.arrangement.partition
+        self.partition = self.placement.partition
 
     def _levels(self) -> int:
         first = self.designs[0] if self.split else None
@@ -196,13 +198,17 @@ class Prior:
         """The other terms' part times (q, m)."""
         pieces = zip(self.rest, x.split(self.layout.sizes), strict=True)
         found = [part.multiply(piece, transpose) for part, piece in pieces]
-        return torch.cat(found) if found else x
+        return torch.cat(found) if len(found) > 1 else found[0] if found else x
 
-    def sandwich(self, square: Tensor) -> Tensor:
-        r""":math:`\Lambda^\top S \Lambda` of the other terms, for symmetric S by groups of columns."""
+    def sandwich(self, square: Tensor, transpose: bool = False) -> Tensor:
+        r""":math:`\Lambda^\top S \Lambda` of the other terms, or with the transposes, for symmetric S by
+        groups of columns."""
         by = self.layout.partition
-        half = by.spread(self.times_rest(by.collect(square), True))
-        return by.spread(self.times_rest(by.collect(half.mT), True))
+        if all(root.is_scalar for root in self.rest):
+            scale = by.spread(self.times_rest(square.new_ones(self.layout.q, 1)))
+            return square * scale * scale.mT
+        half = by.spread(self.times_rest(by.collect(square), not transpose))
+        return by.spread(self.times_rest(by.collect(half.mT), not transpose))
 
 
 def products_of(layout: Layout, designs: Sequence[Design], weights: Tensor, X: Tensor) -> System:
@@ -226,7 +232,7 @@ def products_of(layout: Layout, designs: Sequence[Design], weights: Tensor, X: T
             zz[t, u] = two.t_matmul(one.matrix.to(weights)).mT
     weighted = weights[:, None] * X
     products = Products(zz, [design.t_matmul(weighted) for design in designs], X.mT @ weighted)
-    return layout.arrangement.place(products)
+    return layout.placement.place(products)
 
 
 class Factor:
@@ -294,10 +300,8 @@ class Factor:
     def _inverses(self) -> tuple[Tensor, Tensor]:
         r""":math:`M^{-1}` and :math:`N = \Lambda_2 M^{-1}\Lambda_2^\top`, by groups of columns."""
         if self._inverse is None:
-            by, roots = self.layout.partition, self._roots
             inverse = torch.cholesky_inverse(self._Lc)
-            half = by.spread(roots.times_rest(by.collect(inverse)))
-            self._inverse = inverse, by.spread(roots.times_rest(by.collect(half.mT)))
+            self._inverse = inverse, self._roots.sandwich(inverse, transpose=True)
         return self._inverse
 
     def log_det(self, at: System, prior: Prior) -> Tensor:

@@ -12,7 +12,7 @@ from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.problem import Cost, Problem
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers import SOLVERS
-from openreml_nn.support.checks import check_choice, check_instance
+from openreml_nn.support.checks import check_choice, check_instance, check_number
 from openreml_nn.terms.term import Term
 
 __all__ = ["Auto", "Plan", "check_solver"]
@@ -28,10 +28,16 @@ class Auto(Solver):
 
     Args:
         memory: bytes that an exact solver may hold.
+
+    Raises:
+        TypeError, InputError: if that is no number above 0.
     """
 
     name: ClassVar[str] = "auto"
     memory: float = 4 * 2**30
+
+    def __post_init__(self) -> None:
+        check_number("memory", self.memory, above=0)
 
     def choose(self, terms: Sequence[Term], p: int, dtype: torch.dtype) -> tuple[Solver, Cost, str]:
         """The solver, its cost, and why it is taken."""

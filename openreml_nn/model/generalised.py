@@ -116,7 +116,7 @@ def glmm(
     first = int(own.name == "ordinal" and encoded.names[:1] == ("(Intercept)",))
     X = encoded.X[:, first:]
     own = own.to(X.dtype)
-    model = linear_model(encoded, method, solver, None, own, quadrature)
+    model = linear_model(encoded, method, solver, family=own, quadrature=quadrature)
     loss = LaplaceLoss(model.covariance(encoded.batch()), own, method, quadrature, solver)
     result, found = fit_laplace(
         loss,
@@ -141,7 +141,7 @@ def glmm(
         encoder=encoder,
         seconds=time.perf_counter() - began,
     )
-    return with_model(result, model, found.residual)
+    return with_model(result, model, encoded.batch(), found.residual)
 
 
 def _shifted(fixed: FixedEffects, first: int) -> FixedEffects:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pandas as pd
 import torch
 from torch import Tensor
 
+from openreml_nn.covariance import Matrix
 from openreml_nn.estimation import Result, fit_reml
+from openreml_nn.estimation.basis import basis_of
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import check_method
+from openreml_nn.model.batch import Batch
 from openreml_nn.model.mixed_model import MixedModel
 from openreml_nn.model.stream import fit_stream
 from openreml_nn.model.structures import labels_of, linear_model
+from openreml_nn.result.result import Label
 from openreml_nn.support.checks import (
     check_count,
     check_names,
@@ -87,39 +91,43 @@ def lmm(
     if chunk_rows is not None:
         if isinstance(table, pd.DataFrame):
             raise InputError("`chunk_rows` is for a file: the table is in memory already")
-        others = {"weights": weights, "residual": residual, "residual_variance": residual_variance}
-        given = [name for name, value in others.items() if value is not None]
-        if given or solver != "auto":
-            raise InputError(
-                f"`{(given or ['solver'])[0]}` is not for chunks: leave out `chunk_rows`"
-            )
         return fit_stream(
             formula,
             table,
             chunk_rows=chunk_rows,
-            categorical=categorical,
             method=method,
+            solver=solver,
+            categorical=categorical,
+            weights=weights,
+            residual=residual,
+            residual_variance=residual_variance,
             max_iterations=max_iterations,
         )
     table, source = read_table_of(table)
     known = residual_variance is not None
     encoder = Encoder(formula, categorical, source, residual, weights, known_residual=known)
     encoded = encoder.fit(table)
-    model = linear_model(encoded, method, solver, residual_variance)
+    bases = {d.name: B for d in encoded.random if (B := basis_of(d.values)) is not None}
+    model = linear_model(encoded, method, solver, residual_variance, bases)
+    labels, batch = labels_of(encoded), encoded.batch()
     result = fit_reml(
-        model.covariance(encoded.batch()),
+        model.covariance(batch),
         encoded.adjusted,
         encoded.X,
         method=method,
         solver=solver,
         max_iterations=max_iterations,
         names=encoded.names,
-        labels=labels_of(encoded),
+        labels=labels | {name: labels[name]._replace(basis=B) for name, B in bases.items()},
     )
+    result = with_model(result, model, batch)
+    if bases:
+        plain = linear_model(encoded, method, solver, residual_variance)
+        result = _in_user_basis(result, plain.covariance(batch), labels)
     assert result.source is not None
     cells = encoder.cells(table.iloc[encoded.rows])
     return replace(
-        with_model(result, model),
+        result,
         source=replace(result.source, means=encoder.learned.means, cells=cells),
         fitted=result.fitted if encoded.offset is None else result.fitted + encoded.offset,
         formula=formula,
@@ -138,16 +146,32 @@ def read_table_of(
     return file.read(), f"file {str(table)!r}"
 
 
-def with_model(result: Result, model: MixedModel, residual: Term | None = None) -> Result:
+def _in_user_basis(result: Result, covariance: Matrix, labels: Mapping[str, Label]) -> Result:
+    """A result whose source has the covariance of the user's values of random slopes."""
+    stored = {estimate.name: estimate.untransformed for estimate in result.parameters}
+    with torch.no_grad():
+        for entry in covariance.parameter_entries().entries:
+            entry.tensor.fill_(stored[entry.name])
+    assert result.source is not None
+    return replace(result, source=replace(result.source, covariance=covariance, labels=labels))
+
+
+def with_model(
+    result: Result, model: MixedModel, batch: Batch, residual: Term | None = None
+) -> Result:
     """A result with a copy of its model, which predicts.
 
     Args:
         result: of a fit of the model's covariance.
         model: with its parameters at the estimates.
+        batch: the rows.
         residual: what stands for the residual where a family has its place.
     """
     source, model = result.source, copy.deepcopy(model)
     assert source is not None
+    if any(label.basis is not None for label in source.labels.values()):
+        model.update(batch)  # the result has the effects in another basis
+        return replace(result, model=model)
     model.remember(result.random, result.fixed, result.fixed.aliases)
     X, columns = source.X, list(result.fixed.columns)
     model.remember_errors(

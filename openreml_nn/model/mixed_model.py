@@ -22,10 +22,10 @@ from openreml_nn.covariance import DummyMatrix, Matrix, Operator, ScalarMatrix, 
 from openreml_nn.covariance.params import operand_name
 from openreml_nn.families import Family
 from openreml_nn.likelihood import LaplaceLoss, REMLLoss
+from openreml_nn.likelihood.effects import Coefficients, RandomEffects
 from openreml_nn.likelihood.fixed import estimable
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import check_solver
-from openreml_nn.likelihood.problem import Coefficients, RandomEffects
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.model.batch import (
@@ -39,12 +39,13 @@ from openreml_nn.model.batch import (
 )
 from openreml_nn.model.random_effect import Effects, RandomEffect
 from openreml_nn.model.residual import ResidualStructure, structure_of
-from openreml_nn.result.joint import Equations, JointErrors
+from openreml_nn.result.equations import Equations
+from openreml_nn.result.joint import JointErrors
 from openreml_nn.result.prediction import (
     KnownEffect,
     Prediction,
-    interval,
     lowered,
+    normal_interval,
     on_response,
     predicted,
 )
@@ -156,12 +157,11 @@ class MixedModel(nn.Module):
             )
         self.mean = mean
         self.random = Effects(random)
-        self.family = family
         self.quadrature = quadrature
-        if residual is None and family is None:
-            residual = ScalarMatrix(1).double()
+        if residual is None:
+            residual = ScalarMatrix(1).double() if family is None else family
         self.residual = residual
-        if residual is not None:
+        if family is None:
             structure_of(residual)
         self.head = head
         self.method = method
@@ -176,6 +176,11 @@ class MixedModel(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # What was prepared for some rows can be had again; a copy need not carry it.
         return {**self.__dict__, "_kept": None}
+
+    @property
+    def family(self) -> Family | None:
+        """The family of the response, which has the residual's place; None for a Gaussian one."""
+        return self.residual if isinstance(self.residual, Family) else None
 
     def covariance_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the covariance: what :class:`AIREML` is for."""
@@ -371,7 +376,8 @@ class MixedModel(nn.Module):
         r"""The covariance :math:`V = \sum_t Z_t G_t Z_t^\top + R` of the rows of a batch, a tree
         with this model's parameters.
 
-        Its operands are the random effects by name and ``residual``, which with a family is none.
+        Its operands are the random effects by name and, after them, ``residual``, which with a family
+        is none.
 
         Raises:
             TypeError, InputError: as :meth:`loss`.
@@ -387,9 +393,9 @@ class MixedModel(nn.Module):
         for name, effect in self.effects().items():
             operand = operand_name(name, {"residual"})
             parts[operand] = effect.covariance(name, *coded[name])
-        if self.residual is not None:
-            parts["residual"] = structure_of(self.residual).covariance(batch, n)
-        return Sum(parts)
+        if self.family is not None:
+            return Sum(parts)
+        return Sum(parts | structure_of(self.residual).operands(batch, n))
 
     def _loss(self, batch: Batch, n: int) -> REMLLoss | LaplaceLoss:
         """The likelihood for the batch's rows, the last one where theirs are the same."""
@@ -402,7 +408,7 @@ class MixedModel(nn.Module):
             self.method,
             self.solver,
         ]
-        modules += [self.family, self.quadrature]
+        modules += [self.quadrature]
         rows = [t for pair in coded.values() for t in pair]
         rows += [batch.get("weights"), batch.get("residual")]
         moves = any(t is not None and t.requires_grad for t in rows)
@@ -420,7 +426,7 @@ class MixedModel(nn.Module):
             loss = REMLLoss(tree, self.method, self.solver)
         else:
             loss = LaplaceLoss(tree, self.family, self.method, self.quadrature, self.solver)
-        fixed = not moves and isinstance(self.residual, Matrix | NoneType)
+        fixed = not moves and isinstance(self.residual, Matrix | Family)
         self._kept = _Kept(modules, rows, loss) if fixed else None
         return loss
 
@@ -473,6 +479,8 @@ class MixedModel(nn.Module):
         """
         effects = {operand_name(name, {"residual"}): e for name, e in self.effects().items()}
         for found in random:
+            if found.name not in effects:
+                continue  # of the rows' own errors
             effect = effects[found.name]
             q, k = effect.blup.shape
             # Rows of no known level had levels of their own, which come after the others.
@@ -501,13 +509,13 @@ class MixedModel(nn.Module):
             residual: what stands for the residual where a family has its place.
         """
         assert isinstance(covariance, Sum)
-        random = list(covariance.operands.values())
-        terms = [residual] if residual is not None else []
-        if residual is None:
-            own = random.pop()
-            assert isinstance(own, Matrix)
-            terms = [term.detach() for term in own.terms()]
-        pairs = [node.operands.values() for node in random if isinstance(node, Operator)]
+        parts = list(covariance.operands.values())
+        own = [part for part in parts[len(self.random) :] if isinstance(part, Matrix)]
+        terms = [term.detach() for part in own for term in part.terms()]
+        if residual is not None:
+            terms = [residual]
+        random = [part for part in parts[: len(self.random)] if isinstance(part, Operator)]
+        pairs = [part.operands.values() for part in random]
         designs = [z.design for z, _ in pairs if isinstance(z, DummyMatrix)]
         self.joint.update(
             [lowered(g).map(Tensor.detach) for _, g in pairs if isinstance(g, Matrix)],
@@ -520,13 +528,7 @@ class MixedModel(nn.Module):
         """BLUPs as a table: group, level, effect, blup, and std_error, the root of the
         prediction-error variance."""
         return table_of_blups(
-            (
-                name,
-                effect.names or range(effect.levels),
-                effect.effect_names,
-                effect.blup,
-                effect.variance,
-            )
+            (name, effect.names or range(effect.levels), effect.effect_names, *effect.known())
             for name, effect in self.effects().items()
         )
 
@@ -594,15 +596,15 @@ class MixedModel(nn.Module):
             for name, (codes, values) in self._coded(batch, n).items():
                 effect = self.effects()[name]
                 z = population.new_ones(n, 1) if values is None else values
-                known = KnownEffect(codes, z, effect.blup, effect.variance, effect.prior)
+                known = KnownEffect(codes, z, effect.blup, effect.variance, effect.prior_in_basis)
                 effects.append(known)
             residual = population.new_zeros(n)
-            if self.residual is not None:
+            if self.family is None:
                 residual = structure_of(self.residual).variances(batch, n)
             found = predicted(population, X, self.beta_covariance, effects, self.joint, residual)
             if self.family is not None:
                 return on_response(self.family, found, effects, level)
-            return found, *interval(found.mean, found.variance, level)
+            return found, *normal_interval(found.mean, found.variance, level)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # The number of coefficients is known only once there are features.

@@ -24,8 +24,9 @@ __all__ = ["ResidualStructure", "structure_of"]
 class ResidualStructure:
     """What a model's residual makes of a batch; a module of one's own supplies both methods."""
 
-    def covariance(self, batch: Batch, n: int) -> Matrix:
-        """The covariance R of the residuals of n rows, (n, n)."""
+    def operands(self, batch: Batch, n: int) -> dict[str, Matrix]:
+        """The covariance R of the residuals of n rows as a sum of (n, n) matrices, each by the
+        name of its operand in the model's tree."""
         raise NotImplementedError
 
     def variances(self, batch: Batch, n: int) -> Tensor:
@@ -59,7 +60,7 @@ class _OneVariance(ResidualStructure):
     def __init__(self, matrix: Matrix) -> None:
         self.matrix = matrix
 
-    def covariance(self, batch: Batch, n: int) -> Matrix:
+    def operands(self, batch: Batch, n: int) -> dict[str, Matrix]:
         one, weights = self.matrix, row_values(batch, "weights", n, positive=True)
         # A subclass, or one whose parameter is computed, is taken as it is.
         rows = (
@@ -68,9 +69,10 @@ class _OneVariance(ResidualStructure):
             else KroneckerProduct(rows=IdentityMatrix(n), residual=one)
         )
         if weights is None:
-            return rows
+            return {"residual": rows}
         codes = torch.arange(n, device=weights.device)
-        return CovariancePropagation(z=DummyMatrix.from_codes(codes, n, weights.rsqrt()), g=rows)
+        z = DummyMatrix.from_codes(codes, n, weights.rsqrt())
+        return {"residual": CovariancePropagation(z=z, g=rows)}
 
     def variances(self, batch: Batch, n: int) -> Tensor:
         return _weighted(self.matrix().reshape(1).expand(n), batch, n)
@@ -86,7 +88,7 @@ class _WithinGroups(ResidualStructure):
     def __init__(self, matrix: Matrix) -> None:
         self.matrix = matrix
 
-    def covariance(self, batch: Batch, n: int) -> Matrix:
+    def operands(self, batch: Batch, n: int) -> dict[str, Matrix]:
         size = self.matrix.shape[0]
         cells = part(batch, "residual")
         check_tensor("batch['residual']", cells, (n,), "integer")
@@ -106,9 +108,9 @@ class _WithinGroups(ResidualStructure):
         rows = in_cells(cells, groups, self.matrix)
         weights = row_values(batch, "weights", n, positive=True)
         if weights is None:
-            return rows
+            return {"residual": rows}
         z = DummyMatrix.from_codes(cells, groups * size, weights.rsqrt())
-        return CovariancePropagation(z=z, g=rows.operands["g"])
+        return {"residual": CovariancePropagation(z=z, g=rows.operands["g"])}
 
     def variances(self, batch: Batch, n: int) -> Tensor:
         by_position = self.matrix().diagonal()
@@ -126,7 +128,7 @@ class _ByNetwork(ResidualStructure):
     def __init__(self, network: nn.Module) -> None:
         self.network = network
 
-    def covariance(self, batch: Batch, n: int) -> Matrix:
+    def operands(self, batch: Batch, n: int) -> dict[str, Matrix]:
         scale = (self.network(batch["x"]).reshape(n) / 2).exp()
         weights = row_values(batch, "weights", n, positive=True)
         if weights is not None:
@@ -134,7 +136,8 @@ class _ByNetwork(ResidualStructure):
         unit = ScalarMatrix(n).to(scale.dtype)
         unit.fix("sigma^2", 0.0)
         codes = torch.arange(n, device=scale.device)
-        return CovariancePropagation(z=DummyMatrix.from_codes(codes, n, scale), g=unit)
+        z = DummyMatrix.from_codes(codes, n, scale)
+        return {"residual": CovariancePropagation(z=z, g=unit)}
 
     def variances(self, batch: Batch, n: int) -> Tensor:
         return _weighted(self.network(batch["x"]).reshape(n).exp(), batch, n)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
+
+from torch import Tensor, nn
 
 from openreml_nn.covariance import (
     AR1Matrix,
@@ -48,6 +50,7 @@ def linear_model(
     method: str = "reml",
     solver: str | Solver = "auto",
     residual_variance: float | None = None,
+    bases: Mapping[str, Tensor] | None = None,
     family: Family | None = None,
     quadrature: int = 1,
 ) -> MixedModel:
@@ -58,11 +61,14 @@ def linear_model(
         method, solver: see :class:`MixedModel`.
         residual_variance: at which the residual variance is held, of a row of weight 1; it is
             estimated by default.
+        bases: of random effects, see :class:`RandomEffect`, by the names of their designs.
         family: of the response, which has the residual's place; Gaussian by default.
         quadrature: see :class:`LaplaceLoss`.
     """
+    bases = bases or {}
     random = {
-        d.name: RandomEffect(d.levels, effect_covariance(d), d.effects) for d in encoded.random
+        d.name: RandomEffect(d.levels, effect_covariance(d), d.effects, basis=bases.get(d.name))
+        for d in encoded.random
     }
     residual = residual_matrix(encoded) if family is None else None
     model = MixedModel(

@@ -16,20 +16,16 @@ from openreml_nn.covariance import Matrix
 from openreml_nn.families import Family
 from openreml_nn.result.joint import JointErrors
 from openreml_nn.support.checks import check_instance, check_number
-from openreml_nn.terms.covariance import (
-    Covariance,
-    DenseCovariance,
-    RepeatedCovariance,
-    ScaledCovariance,
-)
+from openreml_nn.terms.base import Covariance
+from openreml_nn.terms.covariance import DenseCovariance, RepeatedCovariance, ScaledCovariance
 from openreml_nn.terms.design import IdentityDesign, IndexedDesign
 from openreml_nn.terms.kernel import Kernel
 
 __all__ = [
     "KnownEffect",
     "Prediction",
-    "interval",
     "lowered",
+    "normal_interval",
     "on_response",
     "predict_table",
     "predicted",
@@ -175,7 +171,7 @@ def _moved(x: Any, device: torch.device) -> Any:
     return x.to(device)
 
 
-def interval(mean: Tensor, variance: Tensor, level: float = 0.95) -> tuple[Tensor, Tensor]:
+def normal_interval(mean: Tensor, variance: Tensor, level: float = 0.95) -> tuple[Tensor, Tensor]:
     r"""The interval :math:`\mu \pm z_{(1 + level)/2}\,\sigma` of normal observations.
 
     Args:
@@ -189,7 +185,7 @@ def interval(mean: Tensor, variance: Tensor, level: float = 0.95) -> tuple[Tenso
     Raises:
         InputError: if the level is not between 0 and 1.
 
-    >>> low, high = interval(torch.zeros(1), torch.ones(1))
+    >>> low, high = normal_interval(torch.zeros(1), torch.ones(1))
     >>> f"{float(low):.3f} {float(high):.3f}"
     '-1.960 1.960'
     """
@@ -225,7 +221,7 @@ def on_response(
     mean, square = _expected(family, found.mean, found.variance)
     variance = square - mean * mean
     population, _ = _expected(family, found.population_mean, prior)
-    low, high = (family.mean(end) for end in interval(found.mean, found.variance, level))
+    low, high = (family.mean(end) for end in normal_interval(found.mean, found.variance, level))
     return Prediction(mean, variance.clamp(min=0), population), low, high
 
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from openreml_nn.result.result import Component, Result
 
-__all__ = ["record"]
+__all__ = ["to_record"]
 
 
-def record(result: Result, validation: Mapping[str, float] | None = None) -> dict[str, Any]:
+def to_record(result: Result, validation: Mapping[str, float] | None = None) -> dict[str, Any]:
     """What ``result.json`` holds (schema 1). Numbers that do not exist are None.
 
     Beside the keys of the schema, ``details`` has what else is known of the fit: parameters with

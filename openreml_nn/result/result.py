@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance import Matrix
+from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.fixed import estimable
 from openreml_nn.likelihood.plan import Plan
-from openreml_nn.likelihood.problem import RandomEffects
 from openreml_nn.result.prediction import predict_table
 from openreml_nn.support.checks import check_instance
 from openreml_nn.support.errors import InputError
@@ -27,11 +27,20 @@ __all__ = ["Component", "Estimate", "FixedEffects", "Label", "Record", "Result",
 
 
 class Label(NamedTuple):
-    """Names for the tables: of a term's grouping factor, its effects and its levels."""
+    """Names for the tables: of a term's grouping factor, its effects and its levels.
+
+    Attributes:
+        group: the grouping factor as written.
+        effects: of a level.
+        levels: of the factor.
+        basis: B (k, k) where the term holds :math:`z^\\top B` for the values z of the effects, see
+            :mod:`openreml_nn.estimation.basis`; a result is of the effects of z.
+    """
 
     group: str
     effects: Sequence[str]
     levels: Sequence[str]
+    basis: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -374,6 +383,6 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """All but BLUPs and fitted values, by the schema of ``result.json``. Numbers that do not
         exist are None."""
-        from openreml_nn.result.record import record
+        from openreml_nn.result.record import to_record
 
-        return record(self)
+        return to_record(self)

@@ -26,7 +26,7 @@ from openreml_nn.table.formula import (
 from openreml_nn.table.functions import as_numbers
 from openreml_nn.table.learned import Group, Learned
 from openreml_nn.table.levels import Factor, coded, label, number_key
-from openreml_nn.table.matrix import model_matrix
+from openreml_nn.table.matrix import Coding, codings, model_matrix
 from openreml_nn.table.residual import residual_design, residual_positions
 from openreml_nn.table.rows import TableRows
 from openreml_nn.table.syntax import Call, Name, Node, names_in
@@ -257,6 +257,10 @@ class Encoder:
         data = self._rows(table)
         self._check_known(data, [self.fixed])
         return model_matrix(self.fixed, data)[0]
+
+    def fixed_codings(self, table: pd.DataFrame) -> list[list[Coding]]:
+        """How the variables of each term of the fixed effects are coded, see :func:`codings`."""
+        return codings(self.fixed, self._rows(table))
 
     @property
     def fixed(self) -> Part:

@@ -1,96 +1,25 @@
-r"""Structured covariances :math:`G` of the terms of a covariance tree, held by their entries."""
+r"""The kinds of structured covariances :math:`G`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import inf
 
 import torch
 from torch import Tensor
 
+from openreml_nn.support.errors import NumericalError
+from openreml_nn.terms.base import Covariance, LinearCovariance, condition, square_root
 from openreml_nn.terms.kernel import Kernel
 
 __all__ = [
-    "Covariance",
     "DenseCovariance",
     "DiagonalCovariance",
     "KroneckerCovariance",
-    "LinearCovariance",
     "RepeatedCovariance",
     "ScaledCovariance",
-    "is_scalar",
     "kronecker",
-    "root_condition",
 ]
-
-
-@dataclass(frozen=True)
-class Covariance:
-    r"""A structured square matrix :math:`G`, held as the entries in ``matrix``."""
-
-    matrix: Tensor
-
-    def with_matrix(self, matrix: Tensor) -> Covariance:
-        """The same structure with other entries."""
-        return type(self)(matrix)
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Covariance:
-        """The same covariance with ``function`` applied to its tensors."""
-        return self.with_matrix(function(self.matrix))
-
-    @property
-    def form(self) -> tuple[object, ...]:
-        """What it is beside its numbers."""
-        return type(self), self.matrix.shape
-
-    def shown(self) -> Tensor:
-        """What tables show of it."""
-        return self.matrix
-
-    def multiply(self, x: Tensor, transpose: bool = False) -> Tensor:
-        """:math:`G x`, or :math:`G^\\top x`, for ``x`` of shape (q, m)."""
-        raise NotImplementedError
-
-    def along(self, derivative: Tensor, x: Tensor) -> Tensor:
-        """The derivative of G, by that of its entries, times ``x`` (q, m)."""
-        return self.with_matrix(derivative).multiply(x)
-
-    def whole(self, size: int) -> Tensor:
-        """G itself, (q, q)."""
-        eye = torch.eye(size, dtype=self.matrix.dtype, device=self.matrix.device)
-        return self.multiply(eye)
-
-    def root(self) -> Covariance:
-        r"""Some :math:`\Lambda` of the same structure with :math:`G = \Lambda\Lambda^\top`.
-
-        Raises:
-            ValueError: if G is not positive semi-definite.
-        """
-        raise NotImplementedError
-
-    def fold(self, cotangent: Tensor) -> Tensor:
-        """From a cotangent of all of G, (q, q), to that of ``matrix``."""
-        raise NotImplementedError
-
-    def inner(self, folded: Tensor) -> Tensor:
-        r""":math:`\langle S, G\rangle = \sum_{ij} S_{ij} G_{ij}` from :meth:`fold` of S."""
-        raise NotImplementedError
-
-    def blocks(self, levels: int, effects: int) -> Tensor:
-        """Diagonal blocks of G level by level, (levels or 1, effects, effects)."""
-        raise NotImplementedError
-
-    def fold_blocks(self, cotangent: Tensor) -> Tensor:
-        """From a cotangent of :meth:`blocks`, (levels, k, k), to that of ``matrix``."""
-        raise NotImplementedError
-
-
-class LinearCovariance(Covariance):
-    """A covariance that is linear in its entries."""
-
-    def inner(self, folded: Tensor) -> Tensor:
-        return (folded * self.matrix).sum()
 
 
 @dataclass(frozen=True)
@@ -102,6 +31,33 @@ class RepeatedCovariance(LinearCovariance):
 
     levels: int = 1
     factor: Tensor | None = None
+
+    @property
+    def block(self) -> int:
+        return self.matrix.shape[0]
+
+    width = block
+
+    @property
+    def is_scalar(self) -> bool:
+        return self.matrix.shape[0] == 1
+
+    is_diagonal = is_scalar
+
+    @property
+    def is_solid(self) -> bool:
+        return self.levels == 1
+
+    def take(self, rows: Tensor) -> Covariance | None:
+        if not self.is_scalar:
+            return None
+        return RepeatedCovariance(self.matrix, len(rows), self.factor)
+
+    def places(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        return codes // self.block, codes % self.block
+
+    def among(self, at: Tensor, joint: Tensor) -> Tensor:
+        return joint * self.matrix[at[..., :, None], at[..., None, :]]
 
     def with_matrix(self, matrix: Tensor) -> RepeatedCovariance:
         return RepeatedCovariance(matrix, self.levels)
@@ -117,8 +73,11 @@ class RepeatedCovariance(LinearCovariance):
         return (matrix @ x.reshape(self.levels, matrix.shape[0], -1)).reshape(x.shape)
 
     def root(self) -> RepeatedCovariance:
-        factor = _root(self.matrix) if self.factor is None else self.factor
+        factor = square_root(self.matrix) if self.factor is None else self.factor
         return RepeatedCovariance(factor, self.levels)
+
+    def root_condition(self) -> float:
+        return 1.0 if self.factor is not None or self.is_scalar else condition(self.matrix)
 
     def fold(self, cotangent: Tensor) -> Tensor:
         k = self.matrix.shape[0]
@@ -141,22 +100,37 @@ class RepeatedCovariance(LinearCovariance):
         return four.diagonal(dim1=0, dim2=2).sum(-1)
 
 
-def is_scalar(g: Covariance) -> bool:
-    """Whether it is known to be a multiple of the identity."""
-    return isinstance(g, RepeatedCovariance) and len(g.matrix) == 1
-
-
 @dataclass(frozen=True)
 class DiagonalCovariance(LinearCovariance):
     r""":math:`G = \mathrm{diag}(v)` with ``matrix`` the variances (q,)."""
+
+    @property
+    def block(self) -> int:
+        return 1
+
+    @property
+    def is_diagonal(self) -> bool:
+        return True
+
+    def take(self, rows: Tensor) -> Covariance | None:
+        return DiagonalCovariance(self.matrix[rows])
+
+    def places(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.arange(len(codes), device=codes.device), codes
+
+    def among(self, at: Tensor, joint: Tensor) -> Tensor:
+        return torch.diag_embed(self.matrix[at])
 
     def multiply(self, x: Tensor, transpose: bool = False) -> Tensor:
         return self.matrix[:, None] * x
 
     def root(self) -> DiagonalCovariance:
         if bool((self.matrix < 0).any()):
-            raise ValueError("a variance is negative")
+            raise NumericalError("a variance is negative")
         return DiagonalCovariance(self.matrix.sqrt())
+
+    def root_condition(self) -> float:
+        return 1.0
 
     def fold(self, cotangent: Tensor) -> Tensor:
         return cotangent.diagonal()
@@ -172,6 +146,14 @@ class DiagonalCovariance(LinearCovariance):
 class DenseCovariance(LinearCovariance):
     """A covariance without structure, ``matrix`` (q, q)."""
 
+    @property
+    def is_diagonal(self) -> bool:
+        return len(self.matrix) == 1
+
+    @property
+    def is_solid(self) -> bool:
+        return True
+
     def multiply(self, x: Tensor, transpose: bool = False) -> Tensor:
         return (self.matrix.mT if transpose else self.matrix) @ x
 
@@ -179,7 +161,7 @@ class DenseCovariance(LinearCovariance):
         return self.matrix
 
     def root(self) -> DenseCovariance:
-        return DenseCovariance(_root(self.matrix))
+        return DenseCovariance(square_root(self.matrix))
 
     def fold(self, cotangent: Tensor) -> Tensor:
         return cotangent
@@ -209,6 +191,10 @@ class KroneckerCovariance(Covariance):
     def with_matrix(self, matrix: Tensor) -> KroneckerCovariance:
         return KroneckerCovariance(matrix, self.sizes)
 
+    def times(self, scale: Tensor) -> KroneckerCovariance:
+        A, B = self.parts()
+        return self.of(scale * A, B)
+
     def shown(self) -> Tensor:
         A, B = self.parts()
         return (A.diagonal().mean() * B.diagonal().mean()).reshape(1, 1)
@@ -227,7 +213,11 @@ class KroneckerCovariance(Covariance):
 
     def root(self) -> KroneckerCovariance:
         A, B = self.parts()
-        return self.of(_root(A), _root(B))
+        return self.of(square_root(A), square_root(B))
+
+    def root_condition(self) -> float:
+        A, B = self.parts()
+        return condition(A) * condition(B)
 
     def fold(self, cotangent: Tensor) -> Tensor:
         (A, B), (r, c) = self.parts(), self.sizes
@@ -262,6 +252,24 @@ class ScaledCovariance(LinearCovariance):
     def form(self) -> tuple[object, ...]:
         return *super().form, self.kernel.inverse is None
 
+    @property
+    def constants(self) -> list[Tensor | None]:
+        return [self.kernel.source]
+
+    def private(self) -> Covariance:
+        return ScaledCovariance(self.matrix, self.kernel.private())
+
+    @property
+    def width(self) -> int:
+        return self.matrix.shape[0]
+
+    @property
+    def known_kernel(self) -> Kernel | None:
+        return self.kernel
+
+    def without_kernel(self) -> Covariance:
+        return RepeatedCovariance(self.matrix, self.kernel.size)
+
     def with_matrix(self, matrix: Tensor) -> ScaledCovariance:
         return ScaledCovariance(matrix, self.kernel)
 
@@ -285,7 +293,10 @@ class ScaledCovariance(LinearCovariance):
         return torch.einsum("ij,ab->iajb", K, self.matrix).reshape(q * t, q * t)
 
     def root(self) -> Covariance:
-        return DenseCovariance(_root(self.whole(self.kernel.size * self.matrix.shape[0])))
+        return DenseCovariance(square_root(self.whole(self.kernel.size * self.matrix.shape[0])))
+
+    def root_condition(self) -> float:
+        return condition(self.whole(self.kernel.size * self.matrix.shape[0]))
 
     def fold(self, cotangent: Tensor) -> Tensor:
         t, q = self.matrix.shape[0], self.kernel.size
@@ -294,32 +305,3 @@ class ScaledCovariance(LinearCovariance):
             # A product without a matrix of its own to hold it.
             return (cotangent.reshape(-1) @ K.reshape(-1)).reshape(1, 1)
         return torch.einsum("ij,iajb->ab", K, cotangent.reshape(q, t, q, t))
-
-
-def _root(matrix: Tensor) -> Tensor:
-    """A square root of a positive semi-definite matrix: Cholesky's, else the symmetric one."""
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    if not int(info):
-        return factor
-    values, vectors = torch.linalg.eigh(matrix)
-    rounding = matrix.shape[0] * torch.finfo(matrix.dtype).eps * values.abs().max()
-    if not bool(values[0] >= -rounding):
-        raise ValueError(f"its smallest eigenvalue is {float(values[0]):.6g}")
-    return vectors * values.clamp(min=0).sqrt()
-
-
-def root_condition(g: Covariance) -> float:
-    """How many times rounding is magnified in :meth:`Covariance.root`; 1 where it is exact."""
-    if isinstance(g, DiagonalCovariance) or not bool(g.matrix.any()):
-        return 1.0
-    if isinstance(g, RepeatedCovariance) and (g.factor is not None or len(g.matrix) == 1):
-        return 1.0
-    if isinstance(g, KroneckerCovariance):
-        parts = [root_condition(DenseCovariance(part)) for part in g.parts()]
-        return parts[0] * parts[1]
-    if isinstance(g, ScaledCovariance):
-        return root_condition(DenseCovariance(g.whole(g.kernel.size * len(g.matrix))))
-    factor, info = torch.linalg.cholesky_ex(g.matrix)
-    if int(info):
-        return inf
-    return float((g.matrix.diagonal() / factor.diagonal() ** 2).max())

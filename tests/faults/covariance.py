@@ -205,9 +205,9 @@ FAULTS = [
     ),
     Fault(
         "rows of a diagonal covariance are not taken",
-        TERM,
-        "DiagonalCovariance(g.matrix[rows])",
-        "DiagonalCovariance(g.matrix[: len(rows)])",
+        "openreml_nn/terms/covariance.py",
+        "DiagonalCovariance(self.matrix[rows])",
+        "DiagonalCovariance(self.matrix[: len(rows)])",
         STRUCTURES,
     ),
     Fault(

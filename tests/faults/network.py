@@ -229,7 +229,7 @@ FAULTS = [
     ),
     Fault(
         "the weights of rows do not count for coefficients",
-        JOINT,
+        "openreml_nn/result/equations.py",
         "return [_times(white.design(d), scale, Q) for d in designs], scale * white.rows(Q)",
         "return [_times(white.design(d), scale, Q) for d in designs], white.rows(Q)",
         "tests/test_joint.py",

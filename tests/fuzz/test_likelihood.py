@@ -20,7 +20,7 @@ from openreml_nn import NumericalError, REMLLoss
 from openreml_nn import covariance as c
 from openreml_nn.likelihood import Krylov
 from openreml_nn.likelihood.solvers import SOLVERS
-from openreml_nn.likelihood.system.grouped import Layout, separated
+from openreml_nn.likelihood.system.roles import Roles, separated
 from tests.likelihood.exact import IS_LONG, LONG, Answer, Exact, answer, cholesky
 from tests.likelihood.test_krylov import EVERY_SIGN
 from tests.strategies import distances, kinship, pedigree
@@ -238,7 +238,7 @@ def solvers(m: Model) -> list[str]:
     if Krylov.name in found:
         parts = separated(terms)
         # With every pattern of signs it is exact.
-        if sum(parts[i].design.shape[1] for i in Layout.of(parts).rest) > 6:
+        if sum(parts[i].design.shape[1] for i in Roles.of(parts).rest) > 6:
             found.remove(Krylov.name)
     return ["auto", *found]
 

@@ -599,7 +599,9 @@ def _inference() -> list[Call]:
     words = {"factors": ("factor",), "results": ("result", "small", "large")}
     return [
         Call("inference", "anova", lambda results, **more: inference.anova(results, large(), **more),
-             {"results": result()}, {"results": result_kind, "refit": flag}, words),
+             {"results": result()}, {"results": result_kind, "refit": optional(flag)}, words),
+        Call("inference", "anova of one", lambda results, **more: inference.anova(results, **more),
+             {"results": oats}, {"results": result_kind, "type": optional(Kind(lambda v: v in (1, 2, 3) if type(v) is int else False)), **ddf}, words),
         Call("inference", "bootstrap", inference.bootstrap, {**own, "samples": 2, "progress": False},
              {**takes, **samples, "statistic": optional(Kind(callable)), "progress": flag}),
         Call("inference", "bootstrap_test", inference.bootstrap_test,
@@ -610,7 +612,13 @@ def _inference() -> list[Call]:
              {**takes, "factors": never, "at": at, **ddf, "level": level}, words),
         Call("inference", "MarginalMeans.pairs", means.pairs, {}, {"adjust": adjust}),
         Call("inference", "heritability", inference.heritability, {**own, "group": "Subject"},
-             {**takes, "group": never}),
+             {**takes, "group": never, "method": choice}),
+        Call("inference", "reliability", inference.reliability, own, {**takes, "group": optional(never)}),
+        Call("inference", "influence", inference.influence, {**own, "by": "Subject", "progress": False},
+             {**takes, "by": Kind(lambda v: v is None or (not isinstance(v, str) and hasattr(v, "__len__") and len(v) == 180)),
+              "refit": flag, "progress": flag}),
+        Call("inference", "scan", inference.scan, {**own, "markers": np.eye(180)[:, :2]},
+             {**takes, "markers": Kind(lambda v: isinstance(v, torch.Tensor | np.ndarray) and v.shape[:1] == (180,) and v.ndim == 2)}),
         Call("inference", "likelihood_ratio_test", inference.likelihood_ratio_test, pairs, small_large),
         Call("inference", "profile", inference.profile, {**own, "names": ["sigma"], "progress": False},
              {**takes, "max_iterations": count(1), "progress": flag, "names": Kind(lambda v: v is None or v in ([], ()) if not isinstance(v, torch.Tensor | np.ndarray | pd.DataFrame) else False)}),
@@ -619,7 +627,7 @@ def _inference() -> list[Call]:
              {"level": level}),
         Call("inference", "Bootstrap.intervals", drawn.intervals, {}, {"level": level}),
         Call("inference", "r2", inference.r2, own, takes),
-        Call("inference", "simulate", inference.simulate, own, {**takes, "samples": count(1), "seed": count(0)}),
+        Call("inference", "simulate", inference.simulate, own, {**takes, "n": count(1), "seed": count(0)}),
         Call("inference", "variance_shares", inference.variance_shares, own, takes),
         Call("inference", "wald_test", inference.wald_test, {**own, "contrasts": torch.eye(2, dtype=torch.float64)},
              {**takes, "contrasts": contrast, **ddf}),
@@ -758,8 +766,6 @@ def _fitted():
 def _report() -> list[Call]:
     own, takes = {"result": result()}, {"result": result_kind}
     places = {"places": torch.arange(180.0)[:, None]}
-    run = report.Run(result(), FORMULA, 0, "AIREML", 0.1)
-    number_of = optional(of(inference.Profile))
     return [
         *(
             Call("report", name, getattr(report, name), own, takes)
@@ -767,21 +773,11 @@ def _report() -> list[Call]:
         ),
         Call("report", "caterpillar", report.caterpillar, {**own, "group": "Subject"},
              {**takes, "group": never}),
-        Call("report", "covariance", report.covariance, own, {**takes, "rows": count(1)}),
+        Call("report", "covariance_map", report.covariance_map, own, {**takes, "rows": count(1)}),
         Call("report", "semivariogram", report.semivariogram, {**own, **places},
              {**takes, "places": tensor(180, None), "bins": count(1), "seed": count(0)}),
         Call("report", "zeta", report.zeta, {"profile": inference.profile(result(), ["sigma"])},
              {"profile": never}),
-        Call("report", "Run", report.Run,
-             {"result": result(), "formula": FORMULA, "dropped_rows": 0, "optimizer": "AIREML", "seconds": 0.1},
-             {**takes, "formula": text, "dropped_rows": count(0), "optimizer": text,
-              "seconds": number(-1e-9), "validation": mapping, "profile": number_of,
-              "places": optional(tensor(180, None))}),
-        *(
-            Call("report", name, getattr(report, name), {"run": run, "directory": "r"},
-                 {"run": never, "directory": path})
-            for name in ("write_run", "write_tables", "write_plots")
-        ),
         Call("report", "write_report", report.write_report, {"folder": "r", "path": "p.html"},
              {"folder": never, "path": path}),
     ]  # fmt: skip

@@ -22,7 +22,7 @@ from openreml_nn.covariance import (
     stratified,
 )
 from openreml_nn.likelihood import Auto, Krylov
-from openreml_nn.likelihood.system.grouped import Layout, separated
+from openreml_nn.likelihood.system.roles import Roles, separated
 from openreml_nn.terms.kernel import Kernel
 from tests.likelihood.models import Model, models
 from tests.likelihood.test_loss import METHODS, _compare_solvers
@@ -62,7 +62,7 @@ def test_with_every_sign_it_equals_dense(data, method):
     m = data.draw(models())
     terms = separated(m.covariance.terms())
     assume(Krylov().obstacle(terms) is None)
-    assume(sum(terms[i].design.shape[1] for i in Layout.of(terms).rest) <= 8)
+    assume(sum(terms[i].design.shape[1] for i in Roles.of(terms).rest) <= 8)
     _compare_solvers(m, method, ("dense", EVERY_SIGN), second=False, tolerance=1e-8)
 
 
@@ -199,7 +199,7 @@ def test_the_inverse_of_a_large_pedigree_is_never_made_dense():
         mock.patch.object(Kernel, "dense", side_effect=AssertionError),
         pytest.warns(RuntimeWarning, match="approximate"),
     ):
-        assert fit_reml(m.covariance, m.y, m.X, solver=Auto(memory=2**22)).converged
+        assert fit_reml(m.covariance, m.y, m.X, solver=Auto(memory=2**10)).converged
 
 
 def test_a_variance_of_zero_is_an_ordinary_point_for_relatives():

@@ -20,18 +20,18 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
+from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.problem import (
     Cost,
     Evaluation,
     NotPositiveDefiniteError,
     Problem,
-    RandomEffects,
     cholesky,
 )
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import DenseProblem
-from openreml_nn.likelihood.system.grouped import root
+from openreml_nn.likelihood.system.elimination import root
 from openreml_nn.likelihood.system.square_root import SquareRootEvaluation
 from openreml_nn.terms.covariance import KroneckerCovariance, kronecker
 from openreml_nn.terms.design import IdentityDesign
@@ -116,7 +116,7 @@ class GridProblem(Problem):
         # Decompositions have no derivative where eigenvalues meet, as without correlation.
         return self._dense.recorded(matrices)
 
-    def _evaluate(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
+    def evaluate_unchecked(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
         return _GridEvaluation(self, terms)
 
     def precise(self, terms: Sequence[Term]) -> Evaluation | None:
@@ -124,10 +124,10 @@ class GridProblem(Problem):
 
 
 class _GridEvaluation(Evaluation):
-    _problem: GridProblem
+    problem: GridProblem
 
     def __init__(self, problem: GridProblem, terms: Sequence[Term]) -> None:
-        self._problem, self._terms = problem, terms
+        self.problem, self._terms = problem, terms
         places, f = problem.places, problem.f
         g = terms[places.grid].covariance
         assert isinstance(g, KroneckerCovariance)
@@ -159,7 +159,7 @@ class _GridEvaluation(Evaluation):
         self._K = K = self._H.mT @ white
         F = white.mT @ white - K.mT @ K
         log_det = d.log().sum() + 2 * Lc.diagonal().log().sum()
-        self.log_likelihood, self.gamma_factor, half = problem._profile(
+        self.log_likelihood, self.gamma_factor, half = problem.profile(
             log_det, F[:-1, :-1], F[:-1, -1], F[-1, -1]
         )
         self.y_p_y = F[-1, -1] - half @ half
@@ -187,8 +187,8 @@ class _GridEvaluation(Evaluation):
     def inverse_times_data(self) -> Tensor:
         return self._back(self._rest)
 
-    def _scores(self) -> list[Tensor]:
-        problem, places = self._problem, self._problem.places
+    def scores_unchecked(self) -> list[Tensor]:
+        problem, places = self.problem, self.problem.places
         lost = [self._H, self._lost] if problem.method == "reml" else [self._H]
         low = self._back(torch.cat(lost, 1))  # R^-1 less its square is the inner matrix
         found: dict[int, Tensor] = {places.grid: self._score_of_grid(low)}
@@ -218,7 +218,7 @@ class _GridEvaluation(Evaluation):
         return torch.cat(parts)
 
     def information(self, derivatives: Sequence[Tensor]) -> Tensor:
-        places, y = self._problem.places, self._p_y
+        places, y = self.problem.places, self._p_y
         working = y.new_zeros(len(y), len(derivatives[0]))
         g = self._terms[places.grid].covariance
         assert isinstance(g, KroneckerCovariance)
@@ -236,7 +236,7 @@ class _GridEvaluation(Evaluation):
         return (white.mT @ white - own.mT @ own - lost.mT @ lost) / 2
 
     def random_effects(self) -> list[RandomEffects]:
-        places, terms = self._problem.places, self._terms
+        places, terms = self.problem.places, self._terms
         low = self._back(torch.cat([self._H, self._lost], 1))
         found = {}
         term = terms[places.grid]
