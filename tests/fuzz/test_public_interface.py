@@ -732,7 +732,7 @@ def _lightning() -> list[Call]:
         Call("lightning", "ExportBLUPs", lightning.ExportBLUPs, {"path": "a"}, {"path": path}),
         Call("lightning", "TraceVariances", lightning.TraceVariances, {"path": "a"}, {"path": path}),
         Call("lightning", "StopWhenConverged", lightning.StopWhenConverged, {},
-             {"tolerance": number(0), "every_n_epochs": count(1)}),
+             {"tolerance": optional(number(0)), "every_n_epochs": optional(count(1))}),
         Call("lightning", "MixedModelDataModule", data, given,
              {"table": table, "formula": formula, "categorical": Kind(lambda v: isinstance(v, tuple | list) and not len(v)),
               "predict_table": optional(never), "residual": column, "weights": column,
