@@ -106,9 +106,16 @@ FAULTS = [
     Fault(
         "a network is trained on what its random effects explain",
         WAYS,
-        "e = e - _random_part(model, coded, e)",
+        "e = e - self._explained(model, coded, e)",
         "pass",
         "tests/test_training.py -k 'weights_count'",
+    ),
+    Fault(
+        "what a network cannot yield is left to it for good",
+        WAYS,
+        "part = torch.where(kept & (before != 0), part / 2, (2 * part).clamp(max=1))",
+        "part = torch.ones_like(part)",
+        "tests/test_training.py -k 'cannot_yield_stays'",
     ),
     Fault(
         "a network for the residual does not hear of the BLUPs' variance",
