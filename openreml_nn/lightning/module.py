@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openreml_nn.lightning.data import attached
+from openreml_nn.lightning.data import MixedModelDataModule, attached
 from openreml_nn.lightning.estimates import Estimates
 from openreml_nn.lightning.evaluation import Evaluated
 from openreml_nn.lightning.held import Held
@@ -226,11 +226,13 @@ class MixedModule(Evaluated):
     def setup(self, stage: str) -> None:
         """Build the model of a formula from the data module's table."""
         if stage == "fit":
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             if self.table is not None:
                 data = attached(self, self.table.encoder)
-                data.divide(None if self.way.needs_all_rows else self.way.division, self.seed)
                 if not hasattr(self, "model"):
                     self._adopt(self.table.built(data))
+            if isinstance(data, MixedModelDataModule):
+                data.divide(None if self.way.needs_all_rows else self.way.division, self.seed)
             # Without a network AI-REML takes its steps when a batch has been met.
             self.automatic_optimization = self.has_network or not is_aireml(self._make_optimizer)
 
