@@ -6,21 +6,21 @@ import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance import Matrix
+from openreml_nn.covariance import Matrix, Pedigree
 from openreml_nn.estimation import Result, fit_reml
-from openreml_nn.estimation.basis import basis_of
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.model.batch import Batch
 from openreml_nn.model.mixed_model import MixedModel
 from openreml_nn.model.stream import fit_stream
-from openreml_nn.model.structures import labels_of, linear_model
+from openreml_nn.model.structures import bases_of, labels_of, linear_model, relations_of
 from openreml_nn.result.result import Label
 from openreml_nn.support.checks import (
     check_count,
@@ -31,8 +31,9 @@ from openreml_nn.support.checks import (
 )
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import Encoder, TableFile
+from openreml_nn.terms.term import Term
 
-__all__ = ["lmm", "with_model"]
+__all__ = ["lmm", "read_table_of", "with_model"]
 
 
 def lmm(
@@ -45,6 +46,8 @@ def lmm(
     weights: str | None = None,
     residual: str | None = None,
     residual_variance: float | None = None,
+    pedigree: pd.DataFrame | Pedigree | str | os.PathLike[str] | None = None,
+    kernels: Mapping[str, Any] | None = None,
     chunk_rows: int | None = None,
     max_iterations: int = 200,
 ) -> Result:
@@ -61,11 +64,14 @@ def lmm(
         solver: see :class:`REMLLoss`.
         categorical: numeric columns to be taken as factors.
         weights: column of weights: the residual variance of a row is divided by its weight.
-        residual: correlation of the rows of a group, ``"ar1(time | subject)"``,
-            ``"cs(subject)"`` or ``"us(time | subject)"``, or a variance for each
-            stratum, ``"diag(sex)"``; independent rows of one variance by default.
+        residual: covariance of the rows of a group, such as ``"ar1(time | subject)"``, of a field,
+            ``"ar1(row):ar1(col)"``, or a variance for each stratum, ``"diag(sex)"``; see
+            :func:`parse_residual`. Independent rows of one variance by default.
         residual_variance: the residual variance where it is known, that of a row of weight 1: with
             weights :math:`1 / s_i^2` and 1, row i has error variance :math:`s_i^2`.
+        pedigree: for ``ped(animal)`` in the formula: a table animal, sire, dam, or its path.
+        kernels: for ``vm(level, K)`` in the formula: each matrix, with the names of the levels, or
+            its path, by its name; ``vm(level, K, inverse = TRUE)`` takes the inverse.
         chunk_rows: rows of a file that are held at a time, see :func:`fit_stream`; all by default.
         max_iterations: after so many the fit stops, with a warning.
 
@@ -102,13 +108,12 @@ def lmm(
             residual_variance=residual_variance,
             max_iterations=max_iterations,
         )
-    source = "the table" if isinstance(table, pd.DataFrame) else f"file {str(table)!r}"
-    if not isinstance(table, pd.DataFrame):
-        table = (table if isinstance(table, TableFile) else TableFile(table)).read()
+    table, source = read_table_of(table)
     known = residual_variance is not None
-    encoder = Encoder(formula, categorical, source, residual, weights, known_residual=known)
+    relations = relations_of(pedigree, kernels)
+    encoder = Encoder(formula, categorical, source, residual, weights, known, relations)
     encoded = encoder.fit(table)
-    bases = {d.name: B for d in encoded.random if (B := basis_of(d.values)) is not None}
+    bases = bases_of(encoded.random)
     model = linear_model(encoded, method, solver, residual_variance, bases)
     labels, batch = labels_of(encoded), encoded.batch()
     result = fit_reml(
@@ -137,6 +142,16 @@ def lmm(
     )
 
 
+def read_table_of(
+    table: pd.DataFrame | str | os.PathLike[str] | TableFile,
+) -> tuple[pd.DataFrame, str]:
+    """A table in memory, and what messages call it."""
+    if isinstance(table, pd.DataFrame):
+        return table, "the table"
+    file = table if isinstance(table, TableFile) else TableFile(table)
+    return file.read(), f"file {str(table)!r}"
+
+
 def _in_user_basis(result: Result, covariance: Matrix, labels: Mapping[str, Label]) -> Result:
     """A result whose source has the covariance of the user's values of random slopes."""
     stored = {estimate.name: estimate.untransformed for estimate in result.parameters}
@@ -147,13 +162,16 @@ def _in_user_basis(result: Result, covariance: Matrix, labels: Mapping[str, Labe
     return replace(result, source=replace(result.source, covariance=covariance, labels=labels))
 
 
-def with_model(result: Result, model: MixedModel, batch: Batch) -> Result:
+def with_model(
+    result: Result, model: MixedModel, batch: Batch, residual: Term | None = None
+) -> Result:
     """A result with a copy of its model, which predicts.
 
     Args:
         result: of a fit of the model's covariance.
         model: with its parameters at the estimates.
         batch: the rows.
+        residual: what stands for the residual where a family has its place.
     """
     source, model = result.source, copy.deepcopy(model)
     assert source is not None
@@ -162,7 +180,9 @@ def with_model(result: Result, model: MixedModel, batch: Batch) -> Result:
         return replace(result, model=model)
     model.remember(result.random, result.fixed, result.fixed.aliases)
     X, columns = source.X, list(result.fixed.columns)
-    model.remember_errors(source.covariance, lambda: _orthonormal(X, columns), len(columns))
+    model.remember_errors(
+        source.covariance, lambda: _orthonormal(X, columns), len(columns), residual
+    )
     return replace(result, model=model)
 
 

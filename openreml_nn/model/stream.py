@@ -199,6 +199,11 @@ def accumulate(
 
 
 def _check_formula(formula: MixedFormula) -> None:
+    for part in formula.random:
+        if part.grouping.relation is not None or part.structure.name != "us":
+            raise InputError(
+                f"formula {formula.text!r}: {part} is not for chunks: leave out `chunk_rows`"
+            )
     if formula.stateful:
         raise InputError(
             f"formula {formula.text!r}: {formula.stateful[0]!r} needs all rows at once: write its "

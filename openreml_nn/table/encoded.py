@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from openreml_nn.support.errors import InputError
+from openreml_nn.table.relation import Known, Places
+from openreml_nn.table.structure import KERNELS, Structure
 
-__all__ = ["Encoded", "RandomDesign", "ResidualDesign"]
+__all__ = ["Encoded", "Positions", "RandomDesign", "ResidualDesign", "Stratum"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,10 @@ class RandomDesign:
         levels: labels of its levels.
         codes: (n,) level of each row; -1 for a level that was not seen.
         values: (n, k) values of the effects.
+        structure: the covariance among the effects of a level.
+        places: whole numbers (k,) whose differences are the lags of the effects, from 0, where the
+            structure asks for them.
+        relation: how the levels are related; None for independent ones.
     """
 
     name: str
@@ -33,6 +41,9 @@ class RandomDesign:
     levels: tuple[str, ...]
     codes: Tensor
     values: Tensor
+    structure: Structure = field(default_factory=lambda: Structure("us"))
+    places: tuple[int, ...] | None = None
+    relation: Known | Places | None = None
 
     @property
     def is_intercept(self) -> bool:
@@ -41,20 +52,128 @@ class RandomDesign:
 
 
 @dataclass(frozen=True)
+class Positions:
+    """The positions within a group of rows.
+
+    Attributes:
+        structure: the covariance among them.
+        name: their columns.
+        labels: of the T positions.
+        places: (T, d) coordinates, or (T, 1) whole numbers from 0 whose differences are the lags,
+            where the structure asks for them.
+    """
+
+    structure: Structure
+    name: str
+    labels: tuple[str, ...]
+    places: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """Rows whose residuals have parameters of their own.
+
+    Attributes:
+        name: label of the stratum; empty where there is one only.
+        rows: (m,) the rows.
+        codes: (m,) cell of each: its group, times the number of positions, plus its position.
+        groups: number of groups; None is one group without a factor for it.
+        positions: sides of the product of structures, the last one's positions fastest.
+    """
+
+    name: str
+    rows: Tensor
+    codes: Tensor
+    groups: int | None
+    positions: tuple[Positions, ...]
+
+
+@dataclass(frozen=True)
 class ResidualDesign:
     """The structure of the residuals.
 
     Attributes:
-        kind: ``ar1``, ``cs``, ``us`` or ``diag``.
-        codes: (n,) cell of each row: its group, times the number of positions, plus its position.
-        groups: number of groups.
-        positions: labels of the positions; with ``ar1`` all whole times from the first to the last.
+        strata: one or more; none where the variance depends on a covariate only.
+        variance: how the variance depends on a covariate, ``power`` or ``exp``.
+        covariate: (n,) values of that.
+        nugget: whether independent errors stand beside.
+        text: as written.
     """
 
-    kind: str
-    codes: Tensor
-    groups: int
-    positions: tuple[str, ...]
+    strata: tuple[Stratum, ...]
+    variance: str | None = None
+    covariate: Tensor | None = None
+    nugget: bool = False
+    text: str = ""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether rows of a group are correlated by their positions, and that is all."""
+        one = len(self.strata) == 1 and len(self.strata[0].positions) == 1
+        return one and self.strata[0].groups is not None and not self.nugget
+
+    @property
+    def places(self) -> Tensor:
+        """What a batch holds of the rows: the cell of each (n,), where that is all; else its stratum
+        and cell (n, 2), or the covariate of its variance (n,)."""
+        if self.covariate is not None:
+            return self.covariate
+        if self.is_plain:
+            return self.strata[0].codes
+        found = torch.zeros(sum(len(s.rows) for s in self.strata), 2, dtype=torch.long)
+        for i, stratum in enumerate(self.strata):
+            found[stratum.rows, 0], found[stratum.rows, 1] = i, stratum.codes
+        return found
+
+    @property
+    def positions(self) -> tuple[str, ...]:
+        """Labels of what tables show: the positions of one structure that differ."""
+        if len(self.strata) == 1 and len(self.strata[0].positions) == 1:
+            (found,) = self.strata[0].positions
+            if found.structure.name not in (*KERNELS, "car1", "arma"):
+                return found.labels
+        return ("",)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its shape without the rows, in numbers, strings and containers of Python's own."""
+        strata = []
+        for stratum in self.strata:
+            sides = []
+            for p in stratum.positions:
+                places = None if p.places is None else p.places.tolist()
+                options = dict(p.structure.options)
+                sides.append([p.structure.name, options, p.name, list(p.labels), places])
+            strata.append([stratum.name, stratum.groups is not None, sides])
+        return {
+            "strata": strata,
+            "variance": self.variance,
+            "nugget": self.nugget,
+            "text": self.text,
+        }
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any], rows: int) -> ResidualDesign:
+        """A structure of that shape for some rows without content."""
+        strata = []
+        parts = torch.arange(rows).tensor_split(max(len(found["strata"]), 1))
+        for (name, has_groups, sides), own in zip(found["strata"], parts, strict=False):
+            positions = tuple(
+                Positions(
+                    Structure(structure, options),
+                    column,
+                    tuple(labels),
+                    None if places is None else torch.tensor(places),
+                )
+                for structure, options, column, labels, places in sides
+            )
+            cells = prod(len(side.labels) for side in positions)
+            at = torch.arange(len(own))
+            groups = len(own) if has_groups else None
+            codes = at * cells if has_groups else at % cells
+            strata.append(Stratum(name, own, codes, groups, positions))
+        variance = found["variance"]
+        covariate = None if variance is None else torch.arange(1, rows + 1).double()
+        return cls(tuple(strata), variance, covariate, found["nugget"], found["text"])
 
 
 @dataclass(frozen=True)
@@ -72,6 +191,8 @@ class Encoded:
         weights: (n,) weights of the rows; None for equal ones.
         offset: (n,) known part of the mean; None without one.
         unseen: rows of a level that was not seen, by grouping factor.
+        places: of rows to predict among the residuals of the fit, as a batch holds them, see
+            :attr:`ResidualDesign.places`; -1 for one that is not known.
     """
 
     y: Tensor | None
@@ -84,6 +205,7 @@ class Encoded:
     weights: Tensor | None = None
     offset: Tensor | None = None
     unseen: Mapping[str, int] = field(default_factory=dict)
+    places: Tensor | None = None
 
     def batch(self) -> dict[str, Any]:
         """The table as a batch of :class:`MixedModel`: ``x`` the model matrix, for each random
@@ -95,8 +217,8 @@ class Encoded:
             "groups": {d.name: d.codes for d in self.random},
             "values": {d.name: d.values for d in self.random if not d.is_intercept},
         }
-        cells = None if self.residual is None else self.residual.codes
-        parts = {"y": self.y, "weights": self.weights, "offset": self.offset, "residual": cells}
+        places = self.places if self.residual is None else self.residual.places
+        parts = {"y": self.y, "weights": self.weights, "offset": self.offset, "residual": places}
         return found | {name: part for name, part in parts.items() if part is not None}
 
     @property

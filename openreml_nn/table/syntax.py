@@ -21,7 +21,10 @@ __all__ = [
     "Number",
     "Operation",
     "Text",
+    "is_call",
+    "is_operation",
     "names_in",
+    "operands_of",
     "parse",
     "plain",
     "walk",
@@ -145,6 +148,22 @@ def names_in(*nodes: Node) -> list[str]:
     """The columns that nodes use, each once, in order of appearance."""
     found = (part.name for node in nodes for part in walk(node) if isinstance(part, Name))
     return list(dict.fromkeys(found))
+
+
+def is_operation(node: Node, *operators: str) -> bool:
+    """Whether the node is one of these operators."""
+    return isinstance(node, Operation) and node.operator in operators
+
+
+def is_call(node: Node, *functions: str) -> bool:
+    """Whether the node calls one of these functions."""
+    return isinstance(node, Call) and node.function in functions
+
+
+def operands_of(node: Node) -> tuple[Node, ...]:
+    """The operands of an operation."""
+    assert isinstance(node, Operation)
+    return node.operands
 
 
 class _Parser:
