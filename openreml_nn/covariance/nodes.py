@@ -24,10 +24,10 @@ __all__ = [
     "hooked",
     "is_able",
     "is_opaque",
+    "is_readable",
     "kind_of",
     "leaf_value",
     "lent",
-    "visible",
 ]
 
 
@@ -46,7 +46,7 @@ def hooked(node: Matrix) -> bool:
     )
 
 
-def visible(tensor: Tensor) -> bool:
+def is_readable(tensor: Tensor) -> bool:
     """Whether its numbers can be looked at: not while tracing, nor where one would wait for a
     device."""
     return (

@@ -56,8 +56,6 @@ from openreml_nn.terms.term import Term
 
 __all__ = ["Sparse", "SparseProblem"]
 
-#: Operations that take as long as what an evaluation does beside them, at least.
-_OVERHEAD = 3e7
 #: With fewer columns beside the largest term's than these, others cost little.
 _FEW = 500
 
@@ -75,6 +73,8 @@ class Sparse(Solver):
     """
 
     name: ClassVar[str] = "sparse"
+    #: What takes as long as all that an evaluation does beside its factor.
+    least: ClassVar[float] = 3e7
     ordering: Callable[[csc_matrix], np.ndarray] | None = None
     memory: float = 16 * 2**30
 
@@ -90,7 +90,7 @@ class Sparse(Solver):
         if not _promising([term for i, term in enumerate(moved) if i not in residual.at]):
             # Other solvers take so little that a bound will do.
             q = float(sum(x.design.shape[1] for i, x in enumerate(moved) if i not in residual.at))
-            work = q**3 + 8.0 * q * q * (p + 2) + 4.0 * n * (p + 1) + _OVERHEAD
+            work = q**3 + 8.0 * q * q * (p + 2) + 4.0 * n * (p + 1) + Sparse.least
             return Cost(work, 16.0 * q * q, True, "what meets is sparse", (f"{q:.0f} columns",))
         random = SparseTerm.of_all(moved, residual.at)
         equations = self._equations(random, residual)
@@ -148,7 +148,7 @@ def cost_of(equations: Equations, n: int, p: int) -> Cost:
     """What an evaluation with its scores takes, of n rows and p fixed effects."""
     symbolic = equations.symbolic
     entries = float(symbolic.entries)
-    work = 3 * symbolic.operations + 8.0 * entries * (p + 2) + 4.0 * n * (p + 1) + _OVERHEAD
+    work = 3 * symbolic.operations + 8.0 * entries * (p + 2) + 4.0 * n * (p + 1) + Sparse.least
     held = 8.0 * (2 * entries + (n + 4 * equations.size) * (p + 1))
     names = ", ".join(repr(part.name) for part in equations.parts)
     steps = (
