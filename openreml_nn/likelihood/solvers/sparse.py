@@ -47,6 +47,7 @@ from openreml_nn.likelihood.system.sparse.rows import Rows
 from openreml_nn.likelihood.system.sparse.terms import (
     SparseTerm,
     are_nested,
+    is_dense,
     known_inverse,
     over_levels,
 )
@@ -87,9 +88,10 @@ class Sparse(Solver):
         moved = over_levels(terms)
         residual = Residual.of(moved)
         n = moved[0].design.shape[0]
-        if not _promising([term for i, term in enumerate(moved) if i not in residual.at]):
-            # Other solvers take so little that a bound will do.
-            q = float(sum(x.design.shape[1] for i, x in enumerate(moved) if i not in residual.at))
+        effects = [term for i, term in enumerate(moved) if i not in residual.at]
+        if not _promising(effects) or _held_dense(effects) > self.memory:
+            # Other solvers take so little, or this one so much, that a bound will do.
+            q = float(sum(term.design.shape[1] for term in effects))
             work = q**3 + 8.0 * q * q * (p + 2) + 4.0 * n * (p + 1) + Sparse.least
             return Cost(work, 16.0 * q * q, True, "what meets is sparse", (f"{q:.0f} columns",))
         random = SparseTerm.of_all(moved, residual.at)
@@ -109,16 +111,20 @@ class Sparse(Solver):
         self._analysed.clear()
         moved = over_levels(terms)
         residual = Residual.of(moved)
+        effects = [term for i, term in enumerate(moved) if i not in residual.at]
+        self._check_memory(_held_dense(effects), sum(x.design.shape[1] for x in effects))
         random = SparseTerm.of_all(moved, residual.at)
         found = self._equations(random, residual) if known is None else known
-        held = 16.0 * found.symbolic.entries
+        self._check_memory(16.0 * found.symbolic.entries, found.size)
+        return random, residual, found
+
+    def _check_memory(self, held: float, columns: int) -> None:
         if held > self.memory:
             raise InputError(
-                f"the sparse solver would hold {held / 2**30:.3g} GiB for a factor of "
-                f"{found.size} columns, and may hold {self.memory / 2**30:.3g}: "
-                "solver='krylov' is approximate and holds little, `Sparse(memory=...)` allows more"
+                f"the sparse solver would hold {held / 2**30:.3g} GiB for a factor of {columns} "
+                f"columns, and may hold {self.memory / 2**30:.3g}: solver='krylov' is approximate "
+                "and holds little, `Sparse(memory=...)` allows more"
             )
-        return random, residual, found
 
     def _equations(self, random: Sequence[SparseTerm], residual: Residual) -> Equations:
         parts = [own.part for own in random]
@@ -137,11 +143,16 @@ class Sparse(Solver):
 
 def _promising(terms: Sequence[Term]) -> bool:
     """Whether there may be so much to gain that the pattern is worth an analysis."""
-    inverses = [known_inverse(term) is not None for term in terms]
-    if any(x and term.design.shape[1] >= _FEW for x, term in zip(inverses, terms, strict=True)):
+    large = [term for term in terms if term.design.shape[1] >= _FEW]
+    if any(x.covariance.is_chained or known_inverse(x) is not None for x in large):
         return True
     sizes = [term.design.shape[1] for term in terms]
     return sum(sizes) - max(sizes, default=0) >= _FEW and not are_nested(terms)
+
+
+def _held_dense(terms: Sequence[Term]) -> float:
+    """Bytes of the blocks of terms in which every column meets every other."""
+    return 48.0 * sum(x.design.shape[1] for x in terms if is_dense(x)) ** 2
 
 
 def cost_of(equations: Equations, n: int, p: int) -> Cost:
@@ -227,9 +238,11 @@ class _SparseEvaluation(Evaluation):
             cross.transform(data, roots[cross.one].lifted, roots[cross.other].lifted)
             for cross, data in zip(equations.crosses, at.blocks, strict=True)
         ]
-        prior = equations.log_det_prior
+        points = [own.at_point(terms[own.at]) for own in problem.random]
+        self._parts = [part for part, _, _ in points]
+        prior = equations.log_det_prior + sum(log_det for _, _, log_det in points)
         try:
-            self._factor = equations.factor(self._moved)
+            self._factor = equations.factor(self._moved, [entries for _, entries, _ in points])
         except NumericalError:
             raise NotPositiveDefiniteError("V is not positive definite") from None
         log_det = at.log_det + self._factor.log_det - prior
@@ -299,6 +312,13 @@ class _SparseEvaluation(Evaluation):
     # ------------------------------------------------------------------ derivatives
 
     @cached_property
+    def _squared(self) -> np.ndarray:
+        """What the score holds the squares of: BLUPs of u, with REML a root of their rest too."""
+        if self.problem.method == "ml":
+            return self._u_y
+        return np.concatenate([self._u_y, self._u_X], 1)
+
+    @cached_property
     def _pulled(self) -> list[np.ndarray]:
         r"""For each term twice :math:`\Lambda^\top S \Lambda` with S its score, summed over levels
         (1, k, k), or (levels, 1, 1) where each level has a variance of its own."""
@@ -307,11 +327,10 @@ class _SparseEvaluation(Evaluation):
         traces = problem.equations.traces(
             self._factor.inverse, self._moved, [x.by_level for x in own]
         )
-        columns = [self._u_y, self._u_X] if problem.method == "reml" else [self._u_y]
-        u = problem.equations.split(np.concatenate(columns, 1))
+        u = problem.equations.split(self._squared)
         found = []
-        for x, trace, part in zip(own, traces, u, strict=True):
-            other = x.part.times_prior(part)
+        for x, now, trace, part in zip(own, self._parts, traces, u, strict=True):
+            other = now.times_prior(part)
             if x.by_level:
                 total = (part * other).sum(1)[:, None, None]
             else:
@@ -324,10 +343,16 @@ class _SparseEvaluation(Evaluation):
 
     def scores_unchecked(self) -> list[Tensor]:
         problem, found = self.problem, {}
-        for x, root, pulled in zip(problem.random, self._roots, self._pulled, strict=True):
-            found[x.at] = x.fold(self._terms[x.at], root.unpull(pulled) / 2).to(problem.fixed.y)
-        for i, score in zip(problem.rows.terms, self._scores_of_rows(), strict=True):
-            found[i] = score
+        squared = problem.equations.split(self._squared)
+        for i, (x, root) in enumerate(zip(problem.random, self._roots, strict=True)):
+            term, score = self._terms[x.at], root.unpull(self._pulled[i]) / 2
+            if x.chain is None:
+                by_entries = x.fold(term, score)
+            else:
+                own = problem.equations.within_prior(self._factor.inverse, i)
+                by_entries = x.score_of_chain(term, score, own, squared[i])
+            found[x.at] = by_entries.to(problem.fixed.y)
+        found |= dict(zip(problem.rows.terms, self._scores_of_rows(), strict=True))
         return [found[i] for i in sorted(found)]
 
     def _scores_of_rows(self) -> list[Tensor]:
@@ -352,10 +377,11 @@ class _SparseEvaluation(Evaluation):
         problem, at = self.problem, self._at
         u = problem.equations.split(self._u_y)
         m = len(derivatives[0])
-        moved = [
-            x.along(self._terms[x.at], derivatives[x.at], root.unlift(part))
-            for x, root, part in zip(problem.random, self._roots, u, strict=True)
-        ]
+        moved = []
+        for x, now, root, part in zip(problem.random, self._parts, self._roots, u, strict=True):
+            # The kernel is within Q, but a chain's is within G: there it is taken off.
+            effects = part if x.chain is None else now.times_prior(part)
+            moved.append(x.along(self._terms[x.at], derivatives[x.at], root.unlift(effects)))
         c = np.concatenate(moved) if moved else np.zeros((0, m))
         own = [derivatives[i] for i in problem.rows.terms]
         if at.scale is not None:
