@@ -21,10 +21,10 @@ __all__ = [
     "check_result",
     "differentiated",
     "functorch",
+    "has_values",
     "hooked",
     "is_able",
     "is_opaque",
-    "is_readable",
     "kind_of",
     "leaf_value",
     "lent",
@@ -46,7 +46,7 @@ def hooked(node: Matrix) -> bool:
     )
 
 
-def is_readable(tensor: Tensor) -> bool:
+def has_values(tensor: Tensor) -> bool:
     """Whether its numbers can be looked at: not while tracing, nor where one would wait for a
     device."""
     return (

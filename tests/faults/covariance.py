@@ -80,8 +80,8 @@ FAULTS = [
     Fault(
         "inbred parents are taken for outbred ones",
         PEDIGREE,
-        "variance[i] -= 0.25 * (1 + F[parent])",
-        "variance[i] -= 0.25 * (1 + 0 * F[parent])",
+        "0.25 * (1 + F[parents])",
+        "0.25 * (1 + 0 * F[parents])",
         "tests/covariance/test_pedigree.py",
     ),
     Fault(

@@ -14,6 +14,7 @@ from openreml_nn.covariance.transform.base import (
     Transform,
     check_inside,
     check_tensor,
+    interval_text,
 )
 from openreml_nn.covariance.transform.elementary import TransformIdentity, TransformScaleShift
 from openreml_nn.support.errors import InputError
