@@ -19,6 +19,7 @@ PACKAGE = Path(__file__).parents[1] / "openreml_nn"
 #: Files of more than 400 lines, and why.
 LONG_FILES = {
     "estimation/aireml.py": "direction, safeguard and stopping rule are to be parted",
+    "lightning/module.py": "Lightning's hooks, one by one",
     "model/mixed_model.py": "the model, its random effects and predictions are to be parted",
     "table/encoder.py": "what was learned and its use are to be parted",
     "table/functions.py": "functions of R, one after another",
