@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from openreml_nn import InputError, MixedModel, RandomEffect
 from openreml_nn.lightning import MixedModelDataModule, MixedModule, UpdateBLUPs
+from openreml_nn.lightning.ways import Alternating
 from tests.forked import forked
 from tests.test_neural import quiet
 
@@ -232,8 +233,29 @@ def test_learned_slopes_are_trained():
     assert float(found.residual()) < 0.3
 
 
+@pytest.mark.parametrize("unknown", [False, True], ids=["known", "some unknown"])
+def test_a_step_goes_down_the_likelihood_by_fishers_identity(unknown):
+    """With the BLUPs at hand the alternating loss has the gradient of the likelihood."""
+    torch.manual_seed(0)
+    groups = {"a": G.clone(), "b": (7 * G + torch.arange(N)) % 5}
+    if unknown:
+        groups["a"][::9] = groups["b"][4::7] = -1
+    weights = 0.5 + torch.rand(N).double()
+    batch = {"x": X.double(), "y": Y.double(), "groups": groups, "weights": weights}
+    random = {
+        "a": RandomEffect(Q, effects=2, features=nn.Linear(2, 2).double()),
+        "b": RandomEffect(5, effects=2, features=nn.Linear(2, 2).double()),
+    }
+    found = MixedModel(nn.Linear(2, 1).double(), random, nn.Linear(2, 1).double())
+    found.update(batch)
+    parameters = list(found.network_parameters())
+    own = torch.autograd.grad(Alternating().loss(found, batch)[0], parameters)
+    exact = torch.autograd.grad(found.loss(batch), parameters)
+    torch.testing.assert_close(own, exact, rtol=1e-8, atol=1e-11)
+
+
 def test_weights_count():
-    """A row of weight 3 is three rows of weight 1 that met the same noise."""
+    """Least squares with weights ends at the weighted likelihood's maximum."""
     torch.manual_seed(0)
     weights = torch.rand(N) + 0.5
     y = (Y + 0.5 * torch.randn(N) / weights.sqrt()).double()

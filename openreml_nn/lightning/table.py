@@ -34,7 +34,7 @@ from openreml_nn.support.errors import InputError
 from openreml_nn.support.instantiate import build
 from openreml_nn.table import Encoded, Encoder, Learned, RandomDesign
 
-__all__ = ["Network", "TableModel"]
+__all__ = ["Network", "TableModel", "is_plain"]
 
 Network = Mapping[str, Any] | nn.Module
 
@@ -289,3 +289,12 @@ class _WithConstant(nn.Module):
 def _distances(place: Tensor) -> Tensor:
     # The faster way, by a matrix product, puts rounding on the diagonal.
     return torch.cdist(place, place, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is made of Python's own numbers, strings and containers."""
+    if isinstance(value, Mapping):
+        return all(is_plain(v) for v in value.values())
+    if isinstance(value, list | tuple):
+        return all(is_plain(v) for v in value)
+    return value is None or isinstance(value, str | int | float)

@@ -709,8 +709,14 @@ def _lightning() -> list[Call]:
     network = Kind(lambda v: isinstance(v, nn.Module), ({"_target_": "os.system"}, {"_target_": 3}))
     column = optional(never)
     frame = {"table": datasets.sleepstudy(), "formula": FORMULA}
-    neural = {"optimizer": config, "training": choice, "rows": count(1), "scheduler": config,
-              "covariance_optimizer": config, "clip": optional(number(0)), "seed": count(0)}  # fmt: skip
+    way = Kind(lambda v: v is None or choice.fits(v), choice.more)
+    trained = {
+        "optimizer": config,
+        "training": way,
+        "rows": count(1),
+        "scheduler": config,
+        "seed": count(0),
+    }
     model = network_model()
 
     def data(**given):
@@ -732,23 +738,24 @@ def _lightning() -> list[Call]:
               "predict_table": optional(never), "residual": column, "weights": column,
               "validation": Kind(lambda v: number(-1e-9, 1).fits(v)), "split": choice,
               "split_by": optional(never), "seed": count(0)}, {"split_by": ("split",)}),
-        Call("lightning", "MixedModelModule", lightning.MixedModelModule, {"formula": FORMULA},
-             {"formula": formula, "categorical": names, **OPTIONS, "optimizer": optional(Kind(callable, ({"_target_": "os.system"},))),
-              "residual": column, "weights": optional(text)}),
-        Call("lightning", "MixedModelModule.predict", fitted().predict, {"table": datasets.sleepstudy()},
-             {"table": table}),
-        Call("lightning", "NeuralMixedModule", lightning.NeuralMixedModule,
-             {"model": model, "data": batch()},
-             {"model": optional(of(MixedModel)), "data": Kind(lambda v: v is None, BATCH.more), **neural},
-             {"data": BATCH_WORDS}),
-        Call("lightning", "NeuralMixedModule.predict_step",
-             lambda batch: lightning.NeuralMixedModule(model).predict_step(batch, 0), {"batch": batch()},
-             {"batch": reads("x", "groups")}, {"batch": BATCH_WORDS}),
-        Call("lightning", "TabularMixedModule", lightning.TabularMixedModule,
-             {"formula": FORMULA, "network": nn.LazyLinear(2)},
-             {"formula": formula, "network": network, "head": choice, "residual": optional(network),
+        Call("lightning", "MixedModule", lightning.MixedModule, {"model": model},
+             {"model": of(MixedModel), **trained}),
+        Call("lightning", "MixedModule", lightning.MixedModule,
+             {"model": FORMULA, "network": nn.LazyLinear(2)},
+             {"model": formula, "network": optional(network), "head": Kind(lambda v: v is None or choice.fits(v), choice.more),
+              "residual": column, "weights": optional(text), "method": optional(choice),
               "kernels": Kind(lambda v: v is None or (isinstance(v, dict) and not v), ({"h": {}}, {"Subject": 3})),
-              "categorical": names, "solver": choice, **neural}),
+              "categorical": names, "solver": OPTIONS["solver"], **trained}),
+        Call("lightning", "MixedModule.of", lightning.MixedModule.of, {"result": result()}, {"result": result_kind}),
+        Call("lightning", "MixedModule.predict", fitted().predict, {"table": datasets.sleepstudy()},
+             {"table": table}),
+        Call("lightning", "MixedModule.predict_step",
+             lambda batch: lightning.MixedModule(model).predict_step(batch, 0), {"batch": batch()},
+             {"batch": reads("x", "groups")}, {"batch": BATCH_WORDS}),
+        Call("lightning", "UpdateBLUPs", lightning.UpdateBLUPs, {}, {"model": optional(text)}),
+        Call("lightning", "WholeGroups", lightning.WholeGroups, {"groups": {"g": torch.arange(6)}, "rows": 2},
+             {"groups": Kind(lambda v: isinstance(v, dict) and all(isinstance(x, torch.Tensor) for x in v.values()), ({"g": [0, 1]},)),
+              "rows": count(1), "seed": count(0)}),
     ]  # fmt: skip
 
 
@@ -756,7 +763,7 @@ def _lightning() -> list[Call]:
 def _fitted():
     from lightning import Trainer
 
-    made = lightning.MixedModelModule(FORMULA)
+    made = lightning.MixedModule(FORMULA)
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(max_epochs=1, accelerator="cpu", enable_model_summary=False, **options)
     trainer.fit(made, lightning.MixedModelDataModule(datasets.sleepstudy(), FORMULA))
