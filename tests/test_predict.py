@@ -1,6 +1,8 @@
 """Predictions for a table: variances against a dense formula, and by every way that there is."""
 
+import copy
 import json
+import pickle
 
 import numpy as np
 import pandas as pd
@@ -54,6 +56,7 @@ MODELS = {
     "cs within the factor": ("y ~ x + (x | g)", {"residual": "cs(g)"}, []),
     "us alone": ("y ~ x", {"residual": "us(time | g)"}, ["time"]),
     "no random effect": ("y ~ x * s", {}, []),
+    "no coefficients": ("y ~ 0 + (x | g)", {}, []),
     "a kernel": ("y ~ x + (1 | vm(g, K)) + (1 | h)", {"kernels": {"K": KERNEL}}, []),
     "relatives": ("y ~ x + (1 | ped(g))", {"pedigree": PEDIGREE}, []),
     "a variance for each effect": ("y ~ x + diag(0 + s | g)", {}, []),
@@ -213,6 +216,14 @@ def test_a_result_keeps_its_predictions_when_its_covariance_is_moved():
         for parameter in result.source.covariance.parameters():
             parameter.add_(1)
     pd.testing.assert_frame_equal(result.predict(table()), expected)
+
+
+def test_a_result_that_was_pickled_or_copied_predicts():
+    result = fitted("crossed")
+    again = pickle.loads(pickle.dumps(result))  # before anything was predicted
+    expected = result.predict(table())
+    pd.testing.assert_frame_equal(again.predict(table()), expected)
+    pd.testing.assert_frame_equal(copy.deepcopy(result).predict(table()), expected)
 
 
 def test_predictions_of_no_rows_and_of_what_is_no_table():
