@@ -8,9 +8,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
-from openreml_nn.likelihood.plan import SOLVERS
-from openreml_nn.likelihood.problem import Problem
+import openreml_nn.likelihood
+from openreml_nn.likelihood.solvers import SOLVERS
 
 ROOT = Path(__file__).parents[1]
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -35,22 +36,89 @@ def refusing(cls):
 
 
 def test_every_interface_is_listed():
-    assert len(ROWS) == 7
+    assert len(ROWS) == 8
+
+
+def base_class(base):
+    module, _, name = base.rpartition(".")
+    return getattr(importlib.import_module(f"openreml_nn.{module}"), name)
+
+
+def leaves(cls):
+    """Subclasses of the package that have none of their own there."""
+    below = [sub for sub in cls.__subclasses__() if sub.__module__.startswith("openreml_nn.")]
+    return [leaf for sub in below for leaf in leaves(sub)] if below else [cls]
 
 
 @pytest.mark.parametrize("base", ROWS)
 def test_what_a_subclass_must_supply_is_listed(base):
-    module, _, name = base.rpartition(".")
-    cls = getattr(importlib.import_module(f"openreml_nn.{module}"), name)
+    cls = base_class(base)
     needed, offered = ROWS[base]
     assert set(needed) <= refusing(cls) <= set(needed) | set(offered)
     assert all(hasattr(cls, method) for method in offered)
+    private = re.compile("_[^_]")
+    assert not [name for name in (*needed, *offered) if private.match(name)]
 
 
-def test_every_solver_supplies_it():
-    needed, _ = ROWS["likelihood.problem.Problem"]
-    for solver in SOLVERS.values():
-        assert all(getattr(solver, name) is not getattr(Problem, name) for name in needed)
+@pytest.mark.parametrize("base", ROWS)
+def test_every_subclass_supplies_it(base):
+    cls = base_class(base)
+    found = [leaf for leaf in leaves(cls) if leaf is not cls]
+    assert found
+    for leaf in found:
+        missing = [name for name in ROWS[base][0] if getattr(leaf, name) is getattr(cls, name)]
+        assert not missing, leaf
+
+
+def test_a_solver_is_one_file_and_its_name():
+    folder = ROOT / "openreml_nn" / "likelihood" / "solvers"
+    assert {path.stem for path in folder.glob("[a-z]*.py")} == set(SOLVERS)
+    for name, solver in SOLVERS.items():
+        assert solver.__module__ == f"openreml_nn.likelihood.solvers.{name}"
+        assert solver.name == name
+        assert solver.__name__ in openreml_nn.likelihood.__all__
+
+
+#: Names with an underscore by which torch and named tuples are to be used.
+THEIRS = {
+    *dir(torch.nn.Module()),
+    *dir(torch.nn.modules.module),
+    *dir(torch.autograd.forward_ad),
+    "_replace",
+}
+
+
+def private_names(tree):
+    """Names with an underscore that a file uses, of attributes and imports, and those it has."""
+    used, own = set(), set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(attr=name, ctx=ast.Load()) if base_name(node) != "torch":
+                used.add(name)
+            case ast.Attribute(attr=name) | ast.Name(id=name, ctx=ast.Store()):
+                own.add(name)
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.arg(arg=name):
+                own.add(name)
+            case ast.ImportFrom(names=names):
+                used |= {alias.name for alias in names}
+    return {name for name in used - own - THEIRS if re.match("_[^_]", name)}
+
+
+def base_name(node):
+    while isinstance(node, ast.Attribute | ast.Call | ast.Subscript):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return getattr(node, "id", None)
+
+
+#: Rooms in which a name with an underscore is used in its own file only.
+TIDY = ["support", "terms", "covariance", "likelihood"]
+
+
+@pytest.mark.parametrize("room", TIDY)
+def test_what_has_an_underscore_is_used_in_its_own_file(room):
+    for path in (ROOT / "openreml_nn" / room).rglob("*.py"):
+        found = private_names(ast.parse(path.read_text(encoding="utf-8")))
+        assert not found, path
 
 
 def house():

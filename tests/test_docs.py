@@ -1,5 +1,6 @@
 """The Python of the README and of the documentation runs as it stands."""
 
+import ast
 import os
 import re
 import subprocess
@@ -167,3 +168,59 @@ def test_the_summary_shown_is_the_programs():
     # The last line tells the score norm, which is rounding.
     for line in lines[:-2]:
         assert line.rstrip() in README
+
+
+def formulas(text):
+    """What a page or a docstring has for LaTeX: roles, blocks that are set off, dollars in pages."""
+    found = re.findall(r"(?::math:|\{math\})`([^`]*)`", text)
+    found += re.findall(r"```\{math\}\n(.*?)```|\$\$(.*?)\$\$", text, re.DOTALL)
+    found += re.findall(r"^( *)\.\. math::(.*\n(?:\1 +.*\n|\n)*)", text + "\n", re.MULTILINE)
+    return ["".join(parts) for parts in found]
+
+
+def wrong_in(formula):
+    """What LaTeX would not take as it was meant; empty where nothing is."""
+    if re.search(r"[\x00-\x09\x0b-\x1f]", formula):
+        return "a backslash and a letter were read as a control character"
+    if re.search(r"\\\\[A-Za-z]", formula):
+        return "two backslashes end the line, and the letters after them are letters"
+    depth = 0
+    for brace in re.findall(r"(?<!\\)[{}]", formula):
+        depth += 1 if brace == "{" else -1
+        if depth < 0:
+            break
+    if depth:
+        return "braces do not match"
+    if len(re.findall(r"\\left\b", formula)) != len(re.findall(r"\\right\b", formula)):
+        return "\\left without \\right"
+    return ""
+
+
+@pytest.mark.parametrize(
+    "formula", ["Z^\\\\top", "\thetaZ", "x_{i", "}{", "\\left( x", "\x0crac{1}{2}"]
+)
+def test_a_formula_that_latex_does_not_take_is_seen(formula):
+    assert wrong_in(formulas(f":math:`{formula}`")[0])
+    assert wrong_in(formulas(f"Text {{math}}`{formula}` text")[0])
+    assert wrong_in(formulas(f"Text\n\n.. math:: a\n    {formula}\n\nText")[0])
+
+
+def test_a_formula_as_it_should_be_is_taken():
+    assert not wrong_in(r"\tfrac12\left[\log|V| + y^\top P y\right], \{a\} \\ b")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_formulas_of_pages_are_as_latex_takes_them(page):
+    for formula in formulas(page.read_text(encoding="utf-8")):
+        assert not wrong_in(formula), formula
+
+
+def test_formulas_of_docstrings_are_as_latex_takes_them():
+    seen = 0
+    for path in (ROOT / "openreml_nn").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                for formula in formulas(ast.get_docstring(node) or ""):
+                    assert not wrong_in(formula), f"{path}: {formula!r}"
+                    seen += 1
+    assert seen > 300

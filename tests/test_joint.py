@@ -6,6 +6,7 @@ from torch import nn
 
 from openreml_nn import MixedModel, RandomEffect
 from openreml_nn.covariance import ExponentialMatrix, UnstructuredMatrix
+from openreml_nn.result.joint import JointErrors
 
 
 class Features(nn.Module):
@@ -167,23 +168,24 @@ class Scaled(nn.Module):
         return features * torch.tensor([1e-6, 1.0, 1e6], dtype=torch.float64)
 
 
-def test_many_levels_are_taken_sparsely_and_rows_in_parts(monkeypatch):
+def test_many_levels_are_taken_sparsely_and_rows_in_parts():
     model = made("slopes")
     data = rows(model)
     model.update(data)
     expected = model.predict(data).variance
-    monkeypatch.setattr("openreml_nn.model.joint._NUMBERS", 50)
+    model.joint = JointErrors(most_numbers=50)
     model.update(data)
     torch.testing.assert_close(model.predict(data).variance, expected, rtol=1e-10, atol=0)
 
 
-def test_too_many_effects_for_a_joint_covariance_are_said_to_be_taken_as_independent(monkeypatch):
-    monkeypatch.setattr("openreml_nn.model.joint.MOST_COLUMNS", 7)
+def test_too_many_effects_for_a_joint_covariance_are_said_to_be_taken_as_independent():
     model = made("crossed", "ml")
+    model.joint = JointErrors(most_columns=7)
     data = rows(model)
     model.update(data)  # 5 columns beside the first factor's
     torch.testing.assert_close(model.predict(data).variance, henderson(model, data, data))
     model = made("crossed", "gls")
+    model.joint = JointErrors(most_columns=7)
     model.update(data)  # 5 and 3 coefficients
     with pytest.warns(RuntimeWarning, match="as independent: there are too many"):
         found = model.predict(data).variance

@@ -5,7 +5,7 @@ import torch
 from torch import distributed
 from torchmetrics import MetricCollection
 
-from openreml_nn import metrics, restricted_log_likelihood
+from openreml_nn import InputError, metrics, restricted_log_likelihood
 from tests.forked import ranks
 
 
@@ -80,11 +80,11 @@ SPREAD = torch.tensor([[0.04, -0.01, 0.0], [-0.01, 0.02, 0.001], [0.0, 0.001, 0.
 def test_intraclass_correlation_and_heritability():
     found = metrics.intraclass_correlation(COMPONENTS)
     torch.testing.assert_close(found, COMPONENTS / 1.75)
-    share, error = metrics.heritability(COMPONENTS, SPREAD)
+    share, error = metrics.narrow_sense_heritability(COMPONENTS, SPREAD)
     slope = torch.func.grad(lambda v: v[0] / v.sum())(COMPONENTS)
     torch.testing.assert_close(share, found[0])
     torch.testing.assert_close(error, (slope @ SPREAD @ slope).sqrt())
-    module = metrics.Heritability(3)
+    module = metrics.NarrowSenseHeritability(3)
     for scale in (0.5, 1.5):
         module.update(scale * COMPONENTS, SPREAD)
     torch.testing.assert_close(module.compute(), (share.double(), error.double()))
@@ -158,7 +158,7 @@ def shared():
         metrics.MarginalR2(),
         metrics.ConditionalR2(),
         metrics.IntraclassCorrelation(2),
-        metrics.Heritability(2),
+        metrics.NarrowSenseHeritability(2),
         metrics.RestrictedLogLikelihood(2),
     ]
     for step in range(4):
@@ -186,7 +186,10 @@ def test_two_processes_find_what_one_does(tmp_path):
     ("call", "message"),
     [
         (lambda: metrics.intraclass_correlation(-COMPONENTS), "expected variances"),
-        (lambda: metrics.heritability(COMPONENTS, SPREAD[:2]), r"expected .* \(3, 3\)"),
+        (
+            lambda: metrics.narrow_sense_heritability(COMPONENTS, SPREAD[:2]),
+            r"expected .* \(3, 3\)",
+        ),
         (lambda: metrics.marginal_r2(torch.ones(2), torch.ones(3), torch.ones(2)), "`random`"),
         (
             lambda: metrics.marginal_r2(torch.ones(0), torch.ones(()), torch.ones(())),
@@ -216,9 +219,9 @@ def test_whole_numbers_have_the_r2_of_the_same_numbers_with_a_point():
 def test_function_and_module_refuse_a_component_that_is_not_there(additive):
     components, covariance = torch.tensor([1.0, 2.0]), torch.eye(2)
     with pytest.raises((TypeError, ValueError), match=f"`additive` is {additive}: expected"):
-        metrics.heritability(components, covariance, additive)
+        metrics.narrow_sense_heritability(components, covariance, additive)
     with pytest.raises((TypeError, ValueError), match=f"`additive` is {additive}: expected"):
-        metrics.Heritability(2, additive)
+        metrics.NarrowSenseHeritability(2, additive)
 
 
 def test_what_is_not_finite_or_no_variance_is_refused_by_functions_and_modules():
@@ -237,4 +240,32 @@ def test_what_is_not_finite_or_no_variance_is_refused_by_functions_and_modules()
         with pytest.raises(ValueError, match=f"entry {wrong[0]:g}: expected prediction-error"):
             metrics.blup_reliability(torch.tensor(wrong), 2.0)
     with pytest.raises(ValueError, match="`covariance` is not symmetric"):
-        metrics.heritability(one[:2], torch.tensor([[1.0, 0.0], [0.5, 1.0]]))
+        metrics.narrow_sense_heritability(one[:2], torch.tensor([[1.0, 0.0], [0.5, 1.0]]))
+
+
+def test_a_share_of_no_variance_or_of_one_row_is_refused():
+    one, none = torch.ones(()), torch.zeros(())
+    module = metrics.MarginalR2()
+    module.update(torch.ones(1), one, one)
+    for call in (module.compute, lambda: metrics.conditional_r2(torch.ones(1), one, one)):
+        with pytest.raises(InputError, match="`population_mean` has 1 rows in all: a variance"):
+            call()
+    with pytest.raises(InputError, match="there is no variance to explain"):
+        metrics.marginal_r2(torch.ones(3), none, none)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
+def test_functions_and_modules_agree_in_every_precision(dtype):
+    mean, variance = torch.arange(1, 9).to(dtype), torch.arange(2, 10).to(dtype)
+    target = mean.flip(0)
+    for function, module, given in (
+        (metrics.gaussian_negative_log_density, metrics.GaussianNegativeLogDensity(), 3),
+        (metrics.interval_coverage, metrics.IntervalCoverage(), 3),
+        (metrics.interval_width, metrics.IntervalWidth(), 1),
+    ):
+        found = function(*(mean, variance, target) if given == 3 else (variance,))
+        wanted = dtype if dtype.is_floating_point else torch.get_default_dtype()
+        assert found.dtype == wanted
+        for part in torch.arange(8).split(3):
+            module.update(mean[part], variance[part], target[part])
+        torch.testing.assert_close(module.compute(), found.double())

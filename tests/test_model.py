@@ -1,13 +1,20 @@
 """Neural mixed models against dense formulas, lme4's fits and themselves."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
 from openreml_nn import MixedModel, RandomEffect, lmm, restricted_log_likelihood
-from openreml_nn.covariance import KnownMatrix, UnstructuredMatrix
+from openreml_nn.covariance import (
+    AR1Matrix,
+    DiagonalMatrix,
+    KnownMatrix,
+    ScalarMatrix,
+    UnstructuredMatrix,
+)
 from openreml_nn.estimation.aireml import average_information_step
 from openreml_nn.table import Encoder
 from tests.estimation.test_reference import CATEGORICAL, ROWS, table_of
@@ -184,6 +191,133 @@ def test_predictions_for_known_and_unknown_levels_travel_with_the_state(head):
     other.load_state_dict(model.state_dict())
     for one, two in zip(other.predict(data), known, strict=True):
         torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("name", ["ml", "gls", "learned slopes", "variance by a network"])
+def test_rows_of_no_known_level_have_levels_of_their_own(name):
+    """Their variance is that of the effects too, and nothing is learned of other rows from them."""
+    model, data = MODELS[name](), batch()
+    user = data["groups"]["user"].clone()
+    user[::4] = -1
+    data["groups"]["user"] = user
+    own = user.clone()
+    own[::4] = 7 + torch.arange(15)
+    V = model.covariance(data)().detach()
+    other = copy.deepcopy(model)
+    effect = model.random["user"]
+    other.random["user"] = RandomEffect(22, effects=effect.effects, features=effect.features)
+    with torch.no_grad():
+        for p, q in zip(other.random["user"].g.parameters(), effect.g.parameters(), strict=True):
+            p.copy_(q)
+    wide = {**data, "groups": {**data["groups"], "user": own}}
+    torch.testing.assert_close(other.covariance(wide)().detach(), V)
+    torch.testing.assert_close(other.loss(wide), model.loss(data))
+    model.update(data)
+    other.update(wide)
+    torch.testing.assert_close(effect.blup, other.random["user"].blup[:7])
+    torch.testing.assert_close(effect.variance, other.random["user"].variance[:7])
+    new = {"x": data["x"], "groups": {**data["groups"], "user": user.abs()}}
+    for found, expected in zip(model.predict(new), other.predict(new), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_row_of_no_known_level_among_related_ones_is_refused():
+    data = batch()
+    data["groups"]["user"][3] = -1
+    with pytest.raises(ValueError, match=r"group 'user' has the code -1.* levels are correlated"):
+        related().loss(data)
+
+
+RESIDUALS = {
+    "ar1": lambda: AR1Matrix(3).double(),
+    "strata": lambda: DiagonalMatrix(3).double(),
+    "one": lambda: None,
+    "a network": lambda: nn.Linear(3, 1).double(),
+    "a sum": lambda: (ScalarMatrix(1) + ScalarMatrix(1)).double(),
+}
+
+
+@pytest.mark.parametrize("name", RESIDUALS)
+@pytest.mark.parametrize("parts", [(), ("weights", "offset")])
+def test_residuals_within_groups_weights_and_offsets_are_those_of_the_dense_formula(name, parts):
+    torch.manual_seed(2)
+    data = batch()
+    cells = torch.arange(60)
+    data |= {"residual": cells} if name in ("ar1", "strata") else {}
+    given = {"weights": torch.rand(60) + 0.3, "offset": torch.randn(60)}
+    data |= {key: given[key] for key in parts}
+    model = MixedModel(network(4), {"user": RandomEffect(7)}, RESIDUALS[name](), "gls", method="ml")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn(p.shape))
+    residual = model.residual
+    if name in ("ar1", "strata"):
+        R = torch.block_diag(*[residual()] * 20)
+    elif name == "a network":
+        R = torch.diag(residual(data["x"])[:, 0].exp())
+    else:
+        R = residual().reshape(()) * torch.eye(60)
+    if parts:
+        half = given["weights"].rsqrt()
+        R = half[:, None] * R * half
+    Z = nn.functional.one_hot(data["groups"]["user"], 7).double()
+    V = model.random["user"].prior().reshape(()) * (Z @ Z.mT) + R
+    torch.testing.assert_close(model.covariance(data)(), V)
+    y = data["y"] - given["offset"] if parts else data["y"]
+    value = -restricted_log_likelihood(y, model(data), V, "ml") / 60
+    torch.testing.assert_close(model.loss(data), value, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        gradients(model, model.loss(data)), gradients(model, value), rtol=1e-8, atol=1e-10
+    )
+
+
+def test_methods_follow_heads():
+    assert crossed("gls").method == "reml"
+    assert crossed().method == "ml"
+    assert crossed("gls", method="ml").method == "ml"
+    with pytest.raises(ValueError, match="`method` is 'reml' with head 'ml': expected 'ml'"):
+        crossed(method="reml")
+    with pytest.raises(ValueError, match="`method` is 'REML'"):
+        crossed("gls", method="REML")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": torch.zeros(60)}, r"`batch\['weights'\]` is 0 in row 0: expected above 0"),
+        ({"weights": torch.ones(59)}, r"`batch\['weights'\]` is .*: expected a floating-point"),
+        ({"offset": torch.full((60,), torch.nan)}, r"`batch\['offset'\]` holds NaN"),
+        ({"residual": torch.zeros(60).long()}, r"the cell 0 in 60 rows: expected another one"),
+        ({"residual": -torch.ones(60).long()}, r"is -1 in row 0: expected the row's cell"),
+        ({}, "`batch` has no 'residual'"),
+    ],
+)
+def test_parts_of_a_batch_that_are_wrong_are_named(change, message):
+    data = {**batch(), "residual": torch.arange(60), **change}
+    if not change:
+        del data["residual"]
+    model = MixedModel(network(), {"user": RandomEffect(7)}, AR1Matrix(3).double())
+    with pytest.raises(ValueError, match=message):
+        model.loss(data)
+
+
+def test_the_same_rows_in_other_tensors_are_prepared_once_and_changed_ones_anew():
+    from unittest import mock
+
+    from openreml_nn.likelihood.system.products import Pattern
+
+    model, data = crossed(), batch()
+    with mock.patch.object(Pattern, "of", wraps=Pattern.of) as prepared:
+        model.loss(data)
+        model.loss(copy.deepcopy(data))
+        assert prepared.call_count == 1
+        data["groups"]["user"][0] = (data["groups"]["user"][0] + 1) % 7  # in place
+        changed = model.loss(data)
+        assert prepared.call_count == 2
+    torch.testing.assert_close(changed, dense(model, data))
+    model.residual = ScalarMatrix(1).double()
+    torch.testing.assert_close(model.loss(data), dense(model, data))
+    assert pickle.loads(pickle.dumps(model)).loss(data) == model.loss(data)
 
 
 def test_a_network_in_single_precision_and_a_likelihood_in_double():

@@ -262,7 +262,7 @@ def test_blups_and_the_path_of_the_variances_are_written(tmp_path):
     train(found, 3, callbacks=callbacks)
     trace = pd.read_csv(tmp_path / "trace.csv")
     assert len(trace) == len(found.history) > 3
-    assert trace["residual/residual/sigma^2"].iloc[-1] == pytest.approx(variances(found)[1])
+    assert trace["residual/sigma^2"].iloc[-1] == pytest.approx(variances(found)[1])
     blups = pd.read_csv(tmp_path / "blup.csv")
     torch.testing.assert_close(
         torch.tensor(blups["blup"].to_numpy()), found.model.random["g"].blup[:, 0]

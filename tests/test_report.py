@@ -18,13 +18,12 @@ from openreml_nn.covariance import (
     Sum,
 )
 from openreml_nn.inference import profile, variance_shares
-from openreml_nn.program.sweep import best
 from openreml_nn.report import (
     Run,
     blup_table,
     caterpillar,
     convergence,
-    covariance,
+    covariance_map,
     fixed_table,
     residuals,
     semivariogram,
@@ -36,6 +35,7 @@ from openreml_nn.report import (
     write_tables,
     zeta,
 )
+from openreml_nn.report.sweep import best
 
 FORMULA = "Reaction ~ Days + (Days | Subject)"
 
@@ -162,7 +162,7 @@ def test_plots_show_what_they_say(result):
     bars = shares(result).axes[0].patches
     table = variance_shares(result)
     assert [bar.get_width() for bar in bars] == pytest.approx(table["share"][::-1].tolist())
-    image = covariance(result, 20).axes[0].images[0].get_array()
+    image = covariance_map(result, 20).axes[0].images[0].get_array()
     V = result.source.covariance().detach().numpy()[:20, :20]
     np.testing.assert_allclose(image, V, rtol=1e-10)
     figure = zeta(profile(result, ["sigma", "Days"]))
@@ -240,7 +240,7 @@ def test_a_plot_is_bounded_by_what_it_shows():
     expected = found.random[0].values[[level[value] for value in drawn], 1]
     np.testing.assert_array_equal(figure.axes[1].lines[0].get_xdata(), expected)
     # 30,000 x 30,000 numbers would be 7 GB; the rows have at most 60 levels.
-    image = covariance(found).axes[0].images[0].get_array()
+    image = covariance_map(found).axes[0].images[0].get_array()
     G, s2 = found.components[0].covariance.numpy(), found.residual_variance
     z = np.stack([np.ones(60), x[:60]], 1)
     V = (z @ G @ z.T) * (g[:60, None] == g[:60]) + s2 * np.eye(60)
@@ -265,10 +265,10 @@ def test_the_rows_of_a_covariance_plot_may_have_correlated_levels(monkeypatch):
     with pytest.warns(RuntimeWarning, match="did not converge"):
         found = fit_reml(V, y, torch.ones(40, 1, dtype=torch.float64), max_iterations=3)
     expected = V().detach().numpy()
-    image = covariance(found, 30).axes[0].images[0].get_array()
+    image = covariance_map(found, 30).axes[0].images[0].get_array()
     np.testing.assert_allclose(image, expected[:30, :30], rtol=1e-10)
     monkeypatch.setattr("openreml_nn.report.plots._NUMBERS", 300)
-    figure = covariance(found, 30)
+    figure = covariance_map(found, 30)
     assert figure.axes[0].get_xlabel() == "row (the first 10 of 40)"
     np.testing.assert_allclose(figure.axes[0].images[0].get_array(), expected[:10, :10], rtol=1e-10)
 
@@ -277,7 +277,7 @@ def test_a_plot_that_fails_costs_a_line_and_not_the_result(result, tmp_path, mon
     def broken(*_):
         raise MemoryError("cannot allocate\n80 GB")
 
-    monkeypatch.setattr("openreml_nn.report.run.covariance", broken)
+    monkeypatch.setattr("openreml_nn.report.run.covariance_map", broken)
     run = Run(result, FORMULA, 0, "AIREML", 0.1)
     stale = tmp_path / "plots" / "blup_Nobody.png"
     stale.parent.mkdir()

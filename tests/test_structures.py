@@ -10,7 +10,7 @@ import torch
 from openreml_nn import InputError, REMLLoss, lmm, restricted_log_likelihood
 from openreml_nn.covariance import Pedigree
 from openreml_nn.datasets import table_path
-from openreml_nn.model.structures import covariance_of, labels_of, relations_of
+from openreml_nn.model.structures import labels_of, linear_model, relations_of
 from openreml_nn.report import blup_table
 from openreml_nn.table import Encoder, Learned, parse_formula, parse_residual
 
@@ -98,6 +98,10 @@ def at_random(V, seed=3):
         for parameter in V.parameters():
             parameter.copy_(torch.tensor(rng.uniform(-0.4, 0.4, parameter.shape)))
         return V.build_params(include_fixed=False).numpy()
+
+
+def covariance_of(encoded):
+    return linear_model(encoded).covariance(encoded.batch())
 
 
 def encoded_by(formula, table=TABLE, **options):

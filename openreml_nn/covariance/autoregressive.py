@@ -10,9 +10,10 @@ from torch import Tensor
 
 from openreml_nn.covariance.exchangeable import interval
 from openreml_nn.covariance.matrix import FreeParams, Matrix, differentiated
-from openreml_nn.covariance.params import check_size, free_specs, merge_specs
+from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.transform import TransformExp, TransformExpPow2
+from openreml_nn.support.checks import check_count
 from openreml_nn.support.errors import InputError
 
 __all__ = ["AR1Matrix", "AntedependenceMatrix", "ToeplitzMatrix"]
@@ -64,7 +65,7 @@ class AR1Matrix(Matrix):
     """
 
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
-        n = check_size(n, "n")
+        n = check_count("n", n, 1)
         default = free_specs(["sigma^2"], trans=TransformExpPow2())
         default |= free_specs(["rho"], trans=interval(-1.0, 1.0))
         super().__init__((n, n), merge_specs(default, param_specs))
@@ -94,22 +95,22 @@ class AR1Matrix(Matrix):
         variance, rho = self.build_params(free_params).split(1)
         powers = self._powers(rho)
         slices = _banded(torch.stack([powers, variance * self._slopes(powers)]))
-        return self._chain_grad(slices, free_params)
+        return self.free_grad(slices, free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
-        self._check_cotangent(cotangent)
+        self.check_cotangent(cotangent)
         variance, rho = self.build_params(free_params).split(1)
         powers = self._powers(rho)
         sums = _diagonal_sums(cotangent, self.shape[0])
         pulled = torch.stack([sums @ powers, sums @ (variance * self._slopes(powers))])
-        return self._chain_vjp(pulled, free_params)
+        return self.free_vjp(pulled, free_params)
 
     def moment_start(self, variance: Tensor) -> bool:
-        self._set(self.param_names[1], torch.zeros_like(variance[0]))
-        return self._set(self.param_names[0], harmonic_mean(variance))
+        self.set_start(self.param_names[1], torch.zeros_like(variance[0]))
+        return self.set_start(self.param_names[0], harmonic_mean(variance))
 
     def start_reach(self, reach: float) -> bool:
-        return self._set(self.param_names[1], torch.tensor(reach))
+        return self.set_start(self.param_names[1], torch.tensor(reach))
 
 
 class ToeplitzMatrix(Matrix):
@@ -145,8 +146,8 @@ class ToeplitzMatrix(Matrix):
     def __init__(
         self, n: int, bands: int | None = None, param_specs: Mapping[str, Any] | None = None
     ) -> None:
-        n = check_size(n, "n")
-        self.bands = n if bands is None else check_size(bands, "bands")
+        n = check_count("n", n, 1)
+        self.bands = n if bands is None else check_count("bands", bands, 1)
         if self.bands > n:
             raise InputError(f"`bands` is {bands}: expected 1 to {n}")
         default = free_specs(["sigma^2"], trans=TransformExpPow2())
@@ -169,19 +170,19 @@ class ToeplitzMatrix(Matrix):
         variance, rho = self._natural(free_params)
         unit = torch.eye(self.bands, dtype=rho.dtype, device=rho.device)[1:]
         slices = self._by_lag(torch.cat([rho[None], variance * unit]))
-        return self._chain_grad(slices, free_params)
+        return self.free_grad(slices, free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
-        self._check_cotangent(cotangent)
+        self.check_cotangent(cotangent)
         variance, rho = self._natural(free_params)
         sums = _diagonal_sums(cotangent, self.bands)
         pulled = torch.cat([(sums * rho).sum().reshape(1), variance * sums[1:]])
-        return self._chain_vjp(pulled, free_params)
+        return self.free_vjp(pulled, free_params)
 
     def moment_start(self, variance: Tensor) -> bool:
         for name in self.param_names[1:]:
-            self._set(name, torch.zeros_like(variance[0]))
-        return self._set(self.param_names[0], harmonic_mean(variance))
+            self.set_start(name, torch.zeros_like(variance[0]))
+        return self.set_start(self.param_names[0], harmonic_mean(variance))
 
 
 class AntedependenceMatrix(Matrix):
@@ -216,7 +217,7 @@ class AntedependenceMatrix(Matrix):
     """
 
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
-        n = check_size(n, "n")
+        n = check_count("n", n, 1)
         default = free_specs([f"sigma_{i}" for i in range(n)], trans=TransformExp(degree=1))
         default |= free_specs([f"rho_{k}" for k in range(n - 1)], trans=interval(-1.0, 1.0))
         super().__init__((n, n), merge_specs(default, param_specs))
@@ -247,10 +248,10 @@ class AntedependenceMatrix(Matrix):
             left = torch.where(torch.arange(n, device=sigma.device) <= k, upper[:, k], 0.0)
             part = torch.outer(sigma * left, sigma * upper[k + 1])
             slices.append((part + part.mT)[None])
-        return self._chain_grad(torch.cat(slices), free_params)
+        return self.free_grad(torch.cat(slices), free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
-        self._check_cotangent(cotangent)
+        self.check_cotangent(cotangent)
         sigma, upper, R = self._natural(free_params)
         both = cotangent + cotangent.mT
         by_sigma = ((both * R) @ sigma[:, None])[:, 0]
@@ -258,12 +259,12 @@ class AntedependenceMatrix(Matrix):
         C = sigma[:, None] * both * sigma
         after = (upper[1:] @ C.mT).mT  # (i, k): sum over j > k of C_ij R_(k+1)j
         by_rho = (upper[:, :-1] * after).sum(0)
-        return self._chain_vjp(torch.cat([by_sigma, by_rho]), free_params)
+        return self.free_vjp(torch.cat([by_sigma, by_rho]), free_params)
 
     def moment_start(self, variance: Tensor) -> bool:
         n = self.shape[0]
         for name in self.param_names[n:]:
-            self._set(name, torch.zeros_like(variance[0]))
+            self.set_start(name, torch.zeros_like(variance[0]))
         scales = zip(self.param_names[:n], variance.sqrt(), strict=True)
-        moved = [self._set(name, value) for name, value in scales]
+        moved = [self.set_start(name, value) for name, value in scales]
         return all(moved)

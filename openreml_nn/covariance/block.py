@@ -24,16 +24,16 @@ class _Blocks(Operator):
         raise NotImplementedError
 
     def combine_vjp(self, cotangent: Tensor, *values: Tensor) -> list[Tensor]:
-        corners = self._corners(self._shapes)
+        corners = self._corners(self.operand_shapes)
         return [
             cotangent[i : i + n, j : j + m]
-            for (i, j), (n, m) in zip(corners, self._shapes, strict=True)
+            for (i, j), (n, m) in zip(corners, self.operand_shapes, strict=True)
         ]
 
     def combine_jvp(self, index: int, tangent: Tensor, *values: Tensor) -> Tensor:
-        i, j = self._corners(self._shapes)[index]
+        i, j = self._corners(self.operand_shapes)[index]
         rows, columns = self.shape
-        n, m = self._shapes[index]
+        n, m = self.operand_shapes[index]
         return torch.nn.functional.pad(tangent, (j, columns - j - m, i, rows - i - n))
 
 
@@ -53,7 +53,7 @@ class BlockDiagonal(_Blocks):
             [0.0000, 0.0000, 2.7183]])
     """
 
-    def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    def infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         return sum(s[0] for s in shapes), sum(s[1] for s in shapes)
 
     def _corners(self, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
@@ -92,7 +92,7 @@ class Augment(_Blocks):
     tensor([[1., 1., 0.]])
     """
 
-    def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    def infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         if len({s[0] for s in shapes}) != 1:
             raise InputError(f"operands have shapes {list(shapes)}: Augment needs as many rows")
         return shapes[0][0], sum(s[1] for s in shapes)
@@ -122,7 +122,7 @@ class Stack(_Blocks):
             [0., 0.]])
     """
 
-    def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    def infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         if len({s[1] for s in shapes}) != 1:
             raise InputError(f"operands have shapes {list(shapes)}: Stack needs as many columns")
         return sum(s[0] for s in shapes), shapes[0][1]

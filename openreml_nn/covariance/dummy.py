@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.nodes import visible
-from openreml_nn.covariance.params import check_flag, check_size, shown
+from openreml_nn.support.checks import check_count, check_flag, found
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.design import IndexedDesign
 
@@ -84,7 +84,7 @@ class DummyMatrix(Matrix):
             (drop_first, "drop_first"),
             (drop_empty_cols, "drop_empty_cols"),
         ):
-            check_flag(flag, name)
+            check_flag(name, flag)
         columns = [_as_series(label, i) for i, label in enumerate(labels)]
         if not columns or not len(columns[0]):
             raise InputError("`labels` are empty: DummyMatrix needs at least one label")
@@ -135,7 +135,7 @@ class DummyMatrix(Matrix):
         """
         names = _level_names(levels)
         if not isinstance(codes, Tensor):
-            raise TypeError(f"`codes` is {shown(codes)}: expected a tensor of integers")
+            raise TypeError(f"`codes` is {found(codes)}: expected a tensor of integers")
         if codes.dim() != 1 or codes.dtype not in _INTEGERS or not len(codes):
             raise InputError(
                 f"`codes` is {codes.dtype} of shape {tuple(codes.shape)}: expected (n,) integers"
@@ -200,7 +200,7 @@ class DummyMatrix(Matrix):
         return self.covariates
 
     def forward(self, free_params: FreeParams = None) -> Tensor:
-        like = self._flat(free_params)
+        like = self.flat_params(free_params)
         design = self.design
         levels = torch.arange(design.levels, device=like.device)
         one_hot = (design.codes[:, None] == levels).to(like.dtype)
@@ -222,9 +222,9 @@ _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
 def _level_names(levels: Sequence[str] | int) -> list[str]:
     if isinstance(levels, Integral) and not isinstance(levels, bool):
-        return list(map(str, range(check_size(levels, "levels"))))
+        return list(map(str, range(check_count("levels", levels, 1))))
     if isinstance(levels, str | bytes | Mapping | Tensor) or not isinstance(levels, Iterable):
-        raise TypeError(f"`levels` is {shown(levels)}: expected names, or how many there are")
+        raise TypeError(f"`levels` is {found(levels)}: expected names, or how many there are")
     names = list(levels)
     if not names:
         raise InputError("`levels` is empty: expected at least one name")
@@ -234,7 +234,7 @@ def _level_names(levels: Sequence[str] | int) -> list[str]:
 def _checked(covariates: Any, n: int, called: str = "covariates") -> Tensor:
     """Covariates as (n, k)."""
     if not isinstance(covariates, Tensor) or not covariates.is_floating_point():
-        got = covariates.dtype if isinstance(covariates, Tensor) else shown(covariates)
+        got = covariates.dtype if isinstance(covariates, Tensor) else found(covariates)
         raise TypeError(f"`{called}` is {got}: expected a floating-point tensor or a module")
     if covariates.dim() == 1:
         covariates = covariates[:, None]
@@ -245,9 +245,9 @@ def _checked(covariates: Any, n: int, called: str = "covariates") -> Tensor:
 
 def _as_series(label: Labels, i: int) -> pd.Series:
     if isinstance(label, str | bytes | Mapping | set) or not hasattr(label, "__len__"):
-        raise TypeError(f"labels {i} are {shown(label)}: expected a sequence of labels")
+        raise TypeError(f"labels {i} are {found(label)}: expected a sequence of labels")
     if getattr(label, "ndim", 1) != 1:
-        raise InputError(f"labels {i} are {shown(label)}: expected (n,)")
+        raise InputError(f"labels {i} are {found(label)}: expected (n,)")
     if isinstance(label, Tensor):
         label = label.detach().cpu().numpy()
     series = pd.Series(label).reset_index(drop=True)
@@ -268,14 +268,14 @@ def _factors(columns: list[pd.Series], levels: Sequence[Any] | None) -> list[lis
             for c in columns
         ]
     if isinstance(levels, str | bytes | Mapping | Tensor) or not isinstance(levels, Iterable):
-        raise TypeError(f"`levels` is {shown(levels)}: expected a list for each factor")
+        raise TypeError(f"`levels` is {found(levels)}: expected a list for each factor")
     levels = list(levels)
     nested = [isinstance(level, list | tuple | np.ndarray | pd.Index) for level in levels]
     if len(columns) == 1 and not any(nested):
         return [list(levels)]
     if not all(nested) or len(levels) != len(columns):
         raise InputError(
-            f"`levels` is {shown(levels)}: expected one list of levels for each of {len(columns)} factors"
+            f"`levels` is {found(levels)}: expected one list of levels for each of {len(columns)} factors"
         )
     return [list(level) for level in levels]
 

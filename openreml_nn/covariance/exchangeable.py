@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.matrix import FreeParams, Matrix
-from openreml_nn.covariance.params import check_size, free_specs, merge_specs
+from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.transform import (
     Transform,
@@ -18,6 +18,7 @@ from openreml_nn.covariance.transform import (
     TransformScaleShift,
     TransformSigmoid,
 )
+from openreml_nn.support.checks import check_count
 
 __all__ = ["CompoundSymmetricMatrix", "EqualEntryMatrix", "EquicorrelationMatrix", "interval"]
 
@@ -76,8 +77,8 @@ class EqualEntryMatrix(Matrix):
     def __init__(
         self, n: int, m: int | None = None, param_specs: Mapping[str, Any] | None = None
     ) -> None:
-        n = check_size(n, "n")
-        m = n if m is None else check_size(m, "m")
+        n = check_count("n", n, 1)
+        m = n if m is None else check_count("m", m, 1)
         default = free_specs(["sigma^2"], trans=TransformExpPow2())
         super().__init__((n, m), merge_specs(default, param_specs))
 
@@ -91,11 +92,11 @@ class EqualEntryMatrix(Matrix):
         return slope.expand(1, *self.shape).clone(), self.free_param_names
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
-        self._check_cotangent(cotangent)
-        return self._chain_vjp(cotangent.sum().reshape(1), free_params)
+        self.check_cotangent(cotangent)
+        return self.free_vjp(cotangent.sum().reshape(1), free_params)
 
     def moment_start(self, variance: Tensor) -> bool:
-        return self._set(self.param_names[0], harmonic_mean(variance))
+        return self.set_start(self.param_names[0], harmonic_mean(variance))
 
 
 class EquicorrelationMatrix(Matrix):
@@ -122,7 +123,7 @@ class EquicorrelationMatrix(Matrix):
     """
 
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
-        n = check_size(n, "n")
+        n = check_count("n", n, 1)
         super().__init__((n, n), merge_specs(_common_correlation(n), param_specs))
 
     @property
@@ -136,15 +137,15 @@ class EquicorrelationMatrix(Matrix):
 
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
         one = torch.ones_like(self.build_params(free_params))
-        return self._chain_grad(_mixed(self.shape[0], one, 0 * one)[None], free_params)
+        return self.free_grad(_mixed(self.shape[0], one, 0 * one)[None], free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
-        self._check_cotangent(cotangent)
+        self.check_cotangent(cotangent)
         off, _ = _off_and_on(cotangent)
-        return self._chain_vjp(off.reshape(1), free_params)
+        return self.free_vjp(off.reshape(1), free_params)
 
     def moment_start(self, variance: Tensor) -> bool:
-        self._set(self.param_names[0], torch.zeros_like(variance[0]))
+        self.set_start(self.param_names[0], torch.zeros_like(variance[0]))
         return False
 
 
@@ -171,7 +172,7 @@ class CompoundSymmetricMatrix(Matrix):
     """
 
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
-        n = check_size(n, "n")
+        n = check_count("n", n, 1)
         default = free_specs(["sigma^2"], trans=TransformExpPow2()) | _common_correlation(n)
         super().__init__((n, n), merge_specs(default, param_specs))
 
@@ -188,14 +189,14 @@ class CompoundSymmetricMatrix(Matrix):
         variance, rho = self.build_params(free_params).split(1)
         n, one = self.shape[0], torch.ones_like(variance)
         slices = torch.stack([_mixed(n, rho, one), _mixed(n, variance, 0 * one)])
-        return self._chain_grad(slices, free_params)
+        return self.free_grad(slices, free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
-        self._check_cotangent(cotangent)
+        self.check_cotangent(cotangent)
         variance, rho = self.build_params(free_params)
         off, on = _off_and_on(cotangent)
-        return self._chain_vjp(torch.stack([on + rho * off, variance * off]), free_params)
+        return self.free_vjp(torch.stack([on + rho * off, variance * off]), free_params)
 
     def moment_start(self, variance: Tensor) -> bool:
-        self._set(self.param_names[1], torch.zeros_like(variance[0]))
-        return self._set(self.param_names[0], harmonic_mean(variance))
+        self.set_start(self.param_names[1], torch.zeros_like(variance[0]))
+        return self.set_start(self.param_names[0], harmonic_mean(variance))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.matrix import FreeParams, Matrix
-from openreml_nn.covariance.params import check_size, free_specs, merge_specs
+from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.transform import TransformExpPow2
+from openreml_nn.support.checks import check_count
 from openreml_nn.terms.covariance import DiagonalCovariance, RepeatedCovariance
 from openreml_nn.terms.design import IdentityDesign
 from openreml_nn.terms.term import Term
@@ -38,20 +40,20 @@ class IdentityMatrix(Matrix):
     """
 
     def __init__(self, n: int) -> None:
-        n = check_size(n, "n")
+        n = check_count("n", n, 1)
         super().__init__((n, n), {})
         # Nothing else would remember a dtype and a device.
         self.register_buffer("like", torch.empty(0), persistent=False)
 
     def forward(self, free_params: FreeParams = None) -> Tensor:
-        return _eye(self.shape[0], self._flat(free_params))
+        return _eye(self.shape[0], self.flat_params(free_params))
 
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
         return None, []
 
     def structure(self) -> list[Term]:
         n = self.shape[0]
-        one = _eye(1, self._flat(None))
+        one = _eye(1, self.flat_params(None))
         return [Term(IdentityDesign(n), RepeatedCovariance(one, n, one))]
 
 
@@ -77,7 +79,7 @@ class ScalarMatrix(Matrix):
     """
 
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
-        n = check_size(n, "n")
+        n = check_count("n", n, 1)
         specs = merge_specs(free_specs(["sigma^2"], trans=TransformExpPow2()), param_specs)
         super().__init__((n, n), specs)
 
@@ -91,8 +93,8 @@ class ScalarMatrix(Matrix):
         return torch.diag_embed(slope)[None], self.free_param_names
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
-        self._check_cotangent(cotangent)
-        return self._chain_vjp(cotangent.diagonal().sum().reshape(1), free_params)
+        self.check_cotangent(cotangent)
+        return self.free_vjp(cotangent.diagonal().sum().reshape(1), free_params)
 
     def structure(self) -> list[Term]:
         n = self.shape[0]
@@ -100,7 +102,18 @@ class ScalarMatrix(Matrix):
         return [Term(IdentityDesign(n), RepeatedCovariance(variance, n))]
 
     def moment_start(self, variance: Tensor) -> bool:
-        return self._set(self.param_names[0], harmonic_mean(variance))
+        return self.set_start(self.param_names[0], harmonic_mean(variance))
+
+    def of_size(self, n: int) -> ScalarMatrix:
+        """The same variance for n rows: both have one parameter, free or fixed.
+
+        >>> one = ScalarMatrix(1)
+        >>> one.of_size(3).get_parameter("sigma^2") is one.get_parameter("sigma^2")
+        True
+        """
+        found = copy.copy(self)
+        found.known_shape = (check_count("n", n, 1),) * 2
+        return found
 
 
 class DiagonalMatrix(Matrix):
@@ -125,7 +138,7 @@ class DiagonalMatrix(Matrix):
     """
 
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
-        n = check_size(n, "n")
+        n = check_count("n", n, 1)
         names = [f"sigma^2_{i}" for i in range(n)]
         default = free_specs(names, trans=TransformExpPow2())
         super().__init__((n, n), merge_specs(default, param_specs))
@@ -135,12 +148,12 @@ class DiagonalMatrix(Matrix):
 
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
         n = self.shape[0]
-        diagonal = torch.arange(n, device=self._flat(free_params).device) * (n + 1)
-        return self._spread_grad([diagonal], free_params)
+        diagonal = torch.arange(n, device=self.flat_params(free_params).device) * (n + 1)
+        return self.entries_grad([diagonal], free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
-        self._check_cotangent(cotangent)
-        return self._chain_vjp(cotangent.diagonal(), free_params)
+        self.check_cotangent(cotangent)
+        return self.free_vjp(cotangent.diagonal(), free_params)
 
     def push_forward(self, tangent: Tensor, free_params: Tensor) -> Tensor:
         full = tangent.new_zeros(self.num_params)
@@ -153,5 +166,5 @@ class DiagonalMatrix(Matrix):
 
     def moment_start(self, variance: Tensor) -> bool:
         scales = zip(self.param_names, variance, strict=True)
-        moved = [self._set(name, value) for name, value in scales]
+        moved = [self.set_start(name, value) for name, value in scales]
         return all(moved)

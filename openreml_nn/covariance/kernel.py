@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.matrix import FreeParams, Matrix
-from openreml_nn.covariance.params import free_specs, merge_specs, shown
+from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.transform import TransformExp, TransformExpPow2
+from openreml_nn.support.checks import found
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import ScaledCovariance
 from openreml_nn.terms.design import IdentityDesign
@@ -69,23 +70,23 @@ class _DistanceMatrix(Matrix):
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
         variance, length, r = self._scaled(free_params)
         slices = torch.stack([self._correlation(r), variance * self._fall(r) / length])
-        return self._chain_grad(slices, free_params)
+        return self.free_grad(slices, free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
-        self._check_cotangent(cotangent)
+        self.check_cotangent(cotangent)
         variance, length, r = self._scaled(free_params)
         by_variance = (cotangent * self._correlation(r)).sum().reshape(1)
         by_length = (cotangent * self._fall(r)).sum() * variance / length
-        return self._chain_vjp(torch.cat([by_variance, by_length]), free_params)
+        return self.free_vjp(torch.cat([by_variance, by_length]), free_params)
 
     def moment_start(self, variance: Tensor) -> bool:
         # A third of the typical distance: correlated with the near, not with the far.
         self.start_reach(1 / 3)
-        return self._set(self.param_names[0], harmonic_mean(variance))
+        return self.set_start(self.param_names[0], harmonic_mean(variance))
 
     def start_reach(self, reach: float) -> bool:
         apart = self.distance[self.distance > 0]
-        return apart.numel() > 0 and self._set(self.param_names[1], reach * apart.median())
+        return apart.numel() > 0 and self.set_start(self.param_names[1], reach * apart.median())
 
 
 class ExponentialMatrix(_DistanceMatrix):
@@ -199,7 +200,7 @@ class MaternMatrix(_DistanceMatrix):
         self, distance: Tensor, nu: float = 1.5, param_specs: Mapping[str, Any] | None = None
     ) -> None:
         if not isinstance(nu, int | float) or nu not in (0.5, 1.5, 2.5):
-            raise InputError(f"`nu` is {shown(nu)}: expected 0.5, 1.5 or 2.5")
+            raise InputError(f"`nu` is {found(nu)}: expected 0.5, 1.5 or 2.5")
         super().__init__(distance, param_specs)
         self.nu = nu
 
@@ -299,12 +300,12 @@ class KnownMatrix(Matrix):
         return variance * self.matrix.to(variance)
 
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
-        return self._chain_grad(self.matrix.to(self._flat(free_params))[None], free_params)
+        return self.free_grad(self.matrix.to(self.flat_params(free_params))[None], free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
-        self._check_cotangent(cotangent)
+        self.check_cotangent(cotangent)
         pulled = (cotangent * self.matrix.to(cotangent)).sum().reshape(1)
-        return self._chain_vjp(pulled, free_params)
+        return self.free_vjp(pulled, free_params)
 
     def structure(self) -> list[Term]:
         variance = self.build_params().reshape(1, 1)
@@ -314,12 +315,12 @@ class KnownMatrix(Matrix):
 
     def moment_start(self, variance: Tensor) -> bool:
         size = self.matrix.diagonal().to(variance).mean()
-        return self._set(self.param_names[0], harmonic_mean(variance) / size)
+        return self.set_start(self.param_names[0], harmonic_mean(variance) / size)
 
 
 def check_symmetric(name: str, matrix: Tensor) -> None:
     if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
-        got = matrix.dtype if isinstance(matrix, Tensor) else shown(matrix)
+        got = matrix.dtype if isinstance(matrix, Tensor) else found(matrix)
         raise TypeError(f"`{name}` is {got}: expected a floating-point tensor")
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
         raise InputError(f"`{name}` has shape {tuple(matrix.shape)}: expected (n, n)")

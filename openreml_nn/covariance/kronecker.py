@@ -15,12 +15,9 @@ from openreml_nn.covariance.operator import Operator
 from openreml_nn.covariance.start import give_to_one, harmonic_mean
 from openreml_nn.terms.covariance import (
     Covariance,
-    DenseCovariance,
     DiagonalCovariance,
     KroneckerCovariance,
     RepeatedCovariance,
-    ScaledCovariance,
-    is_scalar,
 )
 from openreml_nn.terms.design import IdentityDesign, IndexedDesign
 from openreml_nn.terms.term import Term, whole_term
@@ -49,7 +46,7 @@ class KroneckerProduct(Operator):
             [0., 1.]])
     """
 
-    def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    def infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         return prod(s[0] for s in shapes), prod(s[1] for s in shapes)
 
     def combine(self, *values: Tensor) -> Tensor:
@@ -112,21 +109,19 @@ def _merge(outer: Term | None, inner: Term) -> Term | None:
     a, b = outer.covariance, inner.covariance
     q, k = outer.design.shape[0], inner.design.shape[0]
     design = IdentityDesign(q * k)
-    if isinstance(b, ScaledCovariance):
+    if b.known_kernel is not None:
         small = _small(a, q)
-        if len(b.matrix) > 1:
+        if b.width > 1:
             return None
         if small is not None:
-            return Term(
-                _levels_last(q, k, small.device), ScaledCovariance(b.matrix * small, b.kernel)
-            )
-        return Term(design, RepeatedCovariance(a.matrix * b.whole(k), q)) if is_scalar(a) else None
-    if isinstance(a, ScaledCovariance):
+            return Term(_levels_last(q, k, small.device), b.with_matrix(b.matrix * small))
+        return Term(design, RepeatedCovariance(a.matrix * b.whole(k), q)) if a.is_scalar else None
+    if a.known_kernel is not None:
         small = _small(b, k)
-        if small is None or len(a.matrix) > 1:
+        if small is None or a.width > 1:
             return None
-        return Term(design, ScaledCovariance(a.matrix * small, a.kernel))
-    if is_scalar(a):
+        return Term(design, a.with_matrix(a.matrix * small))
+    if a.is_scalar:
         if isinstance(b, RepeatedCovariance):
             known = getattr(a, "factor", None) is not None and b.factor is not None
             factor = a.factor * b.factor if known else None  # type: ignore[attr-defined]
@@ -135,16 +130,11 @@ def _merge(outer: Term | None, inner: Term) -> Term | None:
             return Term(design, DiagonalCovariance((a.matrix[0] * b.matrix).repeat(q)))
         return Term(design, RepeatedCovariance(a.matrix * b.whole(k), q))
     small = _small(a, q)
-    if is_scalar(b) and small is not None:
+    if b.is_scalar and small is not None:
         return Term(_levels_last(q, k, small.device), RepeatedCovariance(b.matrix * small, k))
-    if _is_solid(a) and _is_solid(b):
+    if a.is_solid and b.is_solid:
         return Term(design, KroneckerCovariance.of(a.matrix, b.matrix))
     return None
-
-
-def _is_solid(g: Covariance) -> bool:
-    """Whether its entries are those of one matrix without structure."""
-    return isinstance(g, DenseCovariance) or (isinstance(g, RepeatedCovariance) and g.levels == 1)
 
 
 def _small(g: Covariance, size: int) -> Tensor | None:

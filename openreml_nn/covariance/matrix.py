@@ -12,9 +12,9 @@ from torch import Tensor
 
 from openreml_nn.covariance.nodes import differentiated, hooked, is_opaque
 from openreml_nn.covariance.parametrized import FreeParams, Parametrized, Recorded
-from openreml_nn.covariance.params import check_size, shown
 from openreml_nn.covariance.start import harmonic_mean, rescale
 from openreml_nn.covariance.tree import called, evaluate
+from openreml_nn.support.checks import check_count, found
 from openreml_nn.support.errors import InputError
 
 if TYPE_CHECKING:
@@ -64,22 +64,22 @@ class Matrix(Parametrized):
             default is not of shape (1,).
     """
 
-    _shape: tuple[int, ...] | None
+    known_shape: tuple[int, ...] | None
 
     #: A number of NumPy times a matrix is what the matrix says, not an array.
     __array_ufunc__ = None
 
     def __init__(self, shape: Sequence[int], param_specs: Mapping[str, Mapping[str, Any]]) -> None:
         super().__init__(param_specs)
-        self._shape = _checked_shape(shape)
+        self.known_shape = _checked_shape(shape)
         self.grad_mode = "default"
         self._intermediates: tuple[Tensor, Any] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the matrix."""
-        assert self._shape is not None
-        return self._shape
+        assert self.known_shape is not None
+        return self.known_shape
 
     # ------------------------------------------------------------------ evaluation
 
@@ -141,13 +141,13 @@ class Matrix(Parametrized):
 
     def auto_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
         """The same Jacobian by reverse-mode automatic differentiation of :meth:`forward`."""
-        values = self._flat(free_params)
+        values = self.flat_params(free_params)
         if not values.numel():
             return None, []
-        jacobian = torch.func.jacrev(self._recorded)(values)
+        jacobian = torch.func.jacrev(self.recorded_value)(values)
         return jacobian.movedim(-1, 0), self.free_param_names
 
-    def _recorded(self, values: Tensor) -> Tensor:
+    def recorded_value(self, values: Tensor) -> Tensor:
         """The matrix by plain autograd."""
         return self(values) if is_opaque(self) else evaluate(self, values, plain=True)
 
@@ -163,15 +163,15 @@ class Matrix(Parametrized):
         Shape:
             Output: ``(num_free_params,)``.
         """
-        self._check_cotangent(cotangent)
+        self.check_cotangent(cotangent)
         jacobian, _ = self.manual_grad(free_params)
         if jacobian is None:
             return cotangent.new_zeros(0)
         return torch.tensordot(jacobian, cotangent, dims=cotangent.dim())
 
-    def _check_cotangent(self, cotangent: Tensor) -> None:
+    def check_cotangent(self, cotangent: Tensor) -> None:
         if not isinstance(cotangent, Tensor):
-            raise TypeError(f"`cotangent` is {shown(cotangent)}: expected a tensor")
+            raise TypeError(f"`cotangent` is {found(cotangent)}: expected a tensor")
         if cotangent.shape != self.shape or not cotangent.is_floating_point():
             raise InputError(
                 f"`cotangent` is {cotangent.dtype} of shape {tuple(cotangent.shape)}: expected "
@@ -187,9 +187,9 @@ class Matrix(Parametrized):
 
     def trans_grad(self, free_params: FreeParams = None) -> Tensor:
         """Derivative of each free parameter's transform, shape ``(num_free_params,)``."""
-        return self._arranged("grad", self._flat(free_params))
+        return self.transformed_by("grad", self.flat_params(free_params))
 
-    def _chain_grad(
+    def free_grad(
         self, jacobian: Tensor, free_params: FreeParams
     ) -> tuple[Tensor | None, list[str]]:
         """From the Jacobian in all transformed parameters to that in the free ones."""
@@ -200,7 +200,7 @@ class Matrix(Parametrized):
         kept = jacobian[arrangement.free_index] if arrangement.fixed else jacobian
         return kept * slope.reshape(-1, *[1] * (kept.dim() - 1)), self.free_param_names
 
-    def _spread_grad(
+    def entries_grad(
         self, places: Sequence[Tensor], free_params: FreeParams
     ) -> tuple[Tensor | None, list[str]]:
         """The Jacobian of entries that are each one parameter's value.
@@ -223,7 +223,7 @@ class Matrix(Parametrized):
             flat = add(1, index, slopes[:, None])
         return flat.reshape(-1, *self.shape), self.free_param_names
 
-    def _chain_vjp(self, cotangent: Tensor, free_params: FreeParams) -> Tensor:
+    def free_vjp(self, cotangent: Tensor, free_params: FreeParams) -> Tensor:
         """From cotangents of all transformed parameters to those of the free ones."""
         arrangement = self.arrangement()
         if arrangement.fixed:
@@ -262,7 +262,7 @@ class Matrix(Parametrized):
 
     def _check_rows(self, rows: Tensor) -> None:
         if not isinstance(rows, Tensor):
-            raise TypeError(f"`rows` is {shown(rows)}: expected a tensor of integers")
+            raise TypeError(f"`rows` is {found(rows)}: expected a tensor of integers")
         if rows.dim() != 1 or rows.is_floating_point() or rows.is_complex():
             raise InputError(
                 f"`rows` is {rows.dtype} of shape {tuple(rows.shape)}: expected (n,) integers"
@@ -314,7 +314,7 @@ class Matrix(Parametrized):
             coordinates: by local name, those of the free parameters that are
                 being estimated, perhaps beyond their bounds.
         """
-        return {name: self._trans[name].fold(u) for name, u in coordinates.items()}
+        return {name: self.own_trans[name].fold(u) for name, u in coordinates.items()}
 
     @property
     def repr_dict(self) -> dict[str, Any]:
@@ -336,7 +336,7 @@ class Matrix(Parametrized):
         from openreml_nn.covariance.product import HadamardProduct
 
         if isinstance(other, Real) and not isinstance(other, bool | np.bool_):
-            like = self._reference()
+            like = self.reference()
             other = torch.tensor([float(other)], dtype=like.dtype, device=like.device)
         return self._operate(HadamardProduct, other)
 
@@ -411,5 +411,5 @@ class Matrix(Parametrized):
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
     if not isinstance(shape, Sequence) or isinstance(shape, str | bytes):
-        raise TypeError(f"`shape` is {shown(shape)}: expected a tuple of integers")
-    return tuple(check_size(size, f"shape[{i}]") for i, size in enumerate(shape))
+        raise TypeError(f"`shape` is {found(shape)}: expected a tuple of integers")
+    return tuple(check_count(f"shape[{i}]", size, 1) for i, size in enumerate(shape))

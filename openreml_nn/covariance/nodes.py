@@ -140,8 +140,10 @@ def check_result(node: Matrix, value: Any) -> None:
     name = node._get_name()
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} yields a {type(value).__name__}: expected a tensor")
-    expected = "a matrix" if node._shape is None else f"{node._shape}"
-    if value.dim() != 2 or (node._shape is not None and tuple(value.shape) != node._shape):
+    expected = "a matrix" if node.known_shape is None else f"{node.known_shape}"
+    if value.dim() != 2 or (
+        node.known_shape is not None and tuple(value.shape) != node.known_shape
+    ):
         raise InputError(f"{name} yields {tuple(value.shape)}: expected {expected}")
 
 
@@ -158,21 +160,21 @@ def leaf_value(node: Matrix, part: Tensor | None) -> Tensor:
 @contextmanager
 def lent(node: Matrix, values: Tensor) -> Iterator[None]:
     """Let a user's formula find ``values`` where else it finds its parameters."""
-    before, given = node._parameters, node._given
+    before, given = node._parameters, node.stand_in
     names = node.arrangement().free
     try:
         if names:
             node.__dict__["_parameters"] = {**before, **dict(zip(names, values.split(1)))}
         if given is not None:
-            node.__dict__["_given"] = given._replace(untransformed=values)
+            node.__dict__["stand_in"] = given._replace(untransformed=values)
         yield
     finally:
-        node.__dict__["_parameters"], node.__dict__["_given"] = before, given
+        node.__dict__["_parameters"], node.__dict__["stand_in"] = before, given
 
 
 def _foreign(node: Matrix) -> bool:
     """Whether a derivative by another tensor than the node's free parameters is wanted."""
-    trans = node._trans
+    trans = node.own_trans
     for store in (node._parameters, node._buffers):
         if not store:
             continue

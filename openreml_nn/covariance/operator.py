@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.nodes import check_result, is_opaque, visible
-from openreml_nn.covariance.params import check_name, module_name, shown
+from openreml_nn.covariance.params import check_name, module_name
 from openreml_nn.covariance.tree import Tree
+from openreml_nn.support.checks import found
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import DenseCovariance
 from openreml_nn.terms.design import IdentityDesign
@@ -80,15 +81,15 @@ class Operator(Matrix):
             raise TypeError(f"{type(self).__name__} has no Matrix among its operands")
         self._check_formula(len(operands))
         shapes = [tuple(operand.shape) for operand in operands.values()]
-        given = type(self)._infer_shape is not Operator._infer_shape
-        super().__init__(self._infer_shape(shapes) if given else (1, 1), {})
+        given = type(self).infer_shape is not Operator.infer_shape
+        super().__init__(self.infer_shape(shapes) if given else (1, 1), {})
         if not given:
-            self._shape = None
-        self._shapes = shapes
+            self.known_shape = None
+        self.operand_shapes = shapes
         # In a dict of names as a user writes them to names as the module keeps them.
-        self._operand_names: dict[str, str] = {}
+        self.operand_keys: dict[str, str] = {}
         for name, operand in operands.items():
-            kept = self._operand_names[name] = module_name(name, self)
+            kept = self.operand_keys[name] = module_name(name, self)
             # Not add_module: it would refuse a name that is an instance's attribute.
             if isinstance(operand, Matrix):
                 self._modules[kept] = operand
@@ -98,7 +99,7 @@ class Operator(Matrix):
                 self._buffers[kept] = operand
 
     def __setattr__(self, name: str, value: Any) -> None:
-        names = self.__dict__.get("_operand_names") or {}
+        names = self.__dict__.get("operand_keys") or {}
         super().__setattr__(names.get(name, name), value)
 
     def _ordered(self, operands: dict[str, Any]) -> dict[str, Any]:
@@ -146,7 +147,7 @@ class Operator(Matrix):
 
     # ------------------------------------------------------------------ to be implemented
 
-    def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    def infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         """Shape of the result; raises ValueError where the operands do not fit."""
         raise NotImplementedError
 
@@ -167,18 +168,18 @@ class Operator(Matrix):
 
     def formed_operands(self) -> list[bool]:
         """For each operand whether its value is formed; None stands for one that is not."""
-        return [True] * len(self._operand_names)
+        return [True] * len(self.operand_keys)
 
     # ------------------------------------------------------------------ evaluation
 
     @property
     def shape(self) -> tuple[int, ...]:
-        if self._shape is None:
+        if self.known_shape is None:
             with torch.no_grad():
                 value = self()
             check_result(self, value)
-            self._shape = tuple(value.shape)
-        return self._shape
+            self.known_shape = tuple(value.shape)
+        return self.known_shape
 
     @property
     def operands(self) -> dict[str, Matrix | Tensor]:
@@ -186,7 +187,7 @@ class Operator(Matrix):
         modules: dict[str, Any] = self._modules
         return {
             name: modules[kept] if kept in modules else self.stored(kept)
-            for name, kept in self._operand_names.items()
+            for name, kept in self.operand_keys.items()
         }
 
     def checked_operands(self) -> list[Matrix | Tensor]:
@@ -198,7 +199,7 @@ class Operator(Matrix):
         """
         modules: dict[str, Any] = self._modules
         found: list[Matrix | Tensor] = []
-        for (name, kept), shape in zip(self._operand_names.items(), self._shapes, strict=True):
+        for (name, kept), shape in zip(self.operand_keys.items(), self.operand_shapes, strict=True):
             operand = modules.get(kept)
             if operand is None:
                 operand = self.stored(kept)
@@ -214,7 +215,7 @@ class Operator(Matrix):
 
     def lowered(self) -> dict[str, list[Term]]:
         """Terms of each operand, by its name."""
-        like = self._like()
+        like = self.like()
         found = {}
         for name, operand in self.operands.items():
             if isinstance(operand, Matrix):
@@ -229,11 +230,11 @@ class Operator(Matrix):
 
     def build_operands(self, free_params: FreeParams = None) -> list[Tensor]:
         """Evaluated operands, in the order of :attr:`operands`."""
-        return self._evaluated(free_params, [True] * len(self._operand_names))
+        return self._evaluated(free_params, [True] * len(self.operand_keys))
 
     def _evaluated(self, free_params: FreeParams, formed: Sequence[bool]) -> list[Any]:
         with nullcontext() if free_params is None else self.given(free_params):
-            like = self._like()
+            like = self.like()
             found: list[Any] = []
             for operand, is_formed in zip(self.checked_operands(), formed, strict=True):
                 if isinstance(operand, Tensor):
@@ -244,12 +245,12 @@ class Operator(Matrix):
                     found.append(operand() if operand.num_free_params else operand(like))
             return found
 
-    def _like(self) -> Tensor:
+    def like(self) -> Tensor:
         """No parameters, in the precision and on the device of the evaluation."""
         for leaf in self.leaves().values():
-            if leaf._given is not None:
-                return leaf._given.values[:0]
-        return self._no_params()
+            if leaf.stand_in is not None:
+                return leaf.stand_in.values[:0]
+        return self.no_params()
 
     def leaves(self) -> dict[str, Matrix]:
         found: dict[str, Matrix] = {}
@@ -310,18 +311,18 @@ class Operator(Matrix):
         return torch.cat(slices) if len(slices) > 1 else slices[0], self.free_param_names
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
-        self._check_cotangent(cotangent)
+        self.check_cotangent(cotangent)
         right = isinstance(cotangent, Tensor) and cotangent.is_floating_point()
         if not right or tuple(cotangent.shape) != self.shape:
             raise InputError(
-                f"`cotangent` is {shown(cotangent)}: expected a tensor of {self.shape}"
+                f"`cotangent` is {found(cotangent)}: expected a tensor of {self.shape}"
             )
         tree, parts = self._tree(free_params)
         if tree is None:
-            _, pull, *_ = torch.func.vjp(self._recorded, self._flat(free_params))
+            _, pull, *_ = torch.func.vjp(self.recorded_value, self.flat_params(free_params))
             return pull(cotangent)[0]
         if not parts:
-            return self._flat(free_params)
+            return self.flat_params(free_params)
         return torch.cat(tree.pull_back(cotangent, parts))
 
     def _tree(self, free_params: FreeParams) -> tuple[Tree | None, list[Tensor]]:

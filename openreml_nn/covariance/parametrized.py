@@ -14,13 +14,12 @@ from openreml_nn.covariance.params import (
     Entry,
     Layout,
     Spec,
-    check_flag,
     check_name,
     check_spec,
     check_value,
-    shown,
 )
 from openreml_nn.covariance.transform import Transform
+from openreml_nn.support.checks import check_flag, found
 from openreml_nn.support.errors import InputError
 
 if TYPE_CHECKING:
@@ -67,11 +66,11 @@ class Parametrized(nn.Module):
     """
 
     #: Values that stand in for the free parameters while a call lasts; see :meth:`given`.
-    _given: Given | None = None
+    stand_in: Given | None = None
 
     def __init__(self, param_specs: Mapping[str, Mapping[str, Any]]) -> None:
         super().__init__()
-        self._trans: dict[str, Transform] = {}
+        self.own_trans: dict[str, Transform] = {}
         self._arrangement_kept: tuple[tuple[str, ...], Arrangement] | None = None
         if not isinstance(param_specs, Mapping):
             raise TypeError(f"`param_specs` is a {type(param_specs).__name__}: expected a dict")
@@ -85,7 +84,7 @@ class Parametrized(nn.Module):
                 self._buffers[name] = value
             else:
                 self._parameters[name] = nn.Parameter(value)
-            self._trans[name] = spec["trans"]
+            self.own_trans[name] = spec["trans"]
 
     # ------------------------------------------------------------------ one leaf
 
@@ -110,8 +109,8 @@ class Parametrized(nn.Module):
         own = tuple(self._parameters)
         kept = self._arrangement_kept
         if kept is None or kept[0] != own:
-            free = tuple([name for name in self._trans if name in self._parameters])
-            kept = self.__dict__["_arrangement_kept"] = (own, Arrangement(self._trans, free))
+            free = tuple([name for name in self.own_trans if name in self._parameters])
+            kept = self.__dict__["_arrangement_kept"] = (own, Arrangement(self.own_trans, free))
         return kept[1]
 
     def own_values(self) -> Tensor | None:
@@ -128,15 +127,15 @@ class Parametrized(nn.Module):
 
     def free_values(self) -> Tensor:
         """The leaf's free parameters, untransformed, or what stands in for them, 1-D."""
-        given = self._given
+        given = self.stand_in
         if given is None:
             own = self.own_values()
-            return self._no_params() if own is None else own
+            return self.no_params() if own is None else own
         if given.untransformed is not None:
             return given.untransformed
-        return self._arranged("inverse", given.values) if given.natural else given.values
+        return self.transformed_by("inverse", given.values) if given.natural else given.values
 
-    def _arranged(self, method: str, values: Tensor) -> Tensor:
+    def transformed_by(self, method: str, values: Tensor) -> Tensor:
         return self.arrangement().of_free.apply(method, values)
 
     def register_data(self, name: str, tensor: Tensor | None) -> None:
@@ -181,23 +180,23 @@ class Parametrized(nn.Module):
         """Let values stand in for the free parameters within the context."""
         natural = isinstance(free_params, Recorded) and free_params.natural
         leaves = list(self.leaves().values())
-        before = [leaf._given for leaf in leaves]
-        values = self._flat(free_params)
+        before = [leaf.stand_in for leaf in leaves]
+        values = self.flat_params(free_params)
         sizes = [len(leaf.arrangement().free) for leaf in leaves]
         try:
             for leaf, part in zip(leaves, values.split(sizes), strict=True):
-                leaf.__dict__["_given"] = Given(part, natural)
+                leaf.__dict__["stand_in"] = Given(part, natural)
             yield
         finally:
             for leaf, old in zip(leaves, before, strict=True):
-                leaf.__dict__["_given"] = old
+                leaf.__dict__["stand_in"] = old
 
     def _entries(self) -> list[Entry]:
         """All parameters, each once, in the order of :attr:`param_names`."""
         return [
             Entry(prefix + name, leaf, name)
             for prefix, leaf in self.leaves().items()
-            for name in leaf._trans
+            for name in leaf.own_trans
         ]
 
     def parameter_entries(self) -> Layout:
@@ -213,21 +212,21 @@ class Parametrized(nn.Module):
         for entry in self._entries() if isinstance(name, str) else ():
             if entry.name == name:
                 return entry
-        raise InputError(f"`name` is {shown(name)}: expected one of {self.param_names}")
+        raise InputError(f"`name` is {found(name)}: expected one of {self.param_names}")
 
     # ------------------------------------------------------------------ values
 
-    def _flat(self, free_params: FreeParams) -> Tensor:
+    def flat_params(self, free_params: FreeParams) -> Tensor:
         """Free parameters as a checked 1-D tensor in the order of :attr:`free_param_names`."""
         if isinstance(free_params, Recorded):
             return free_params.values
         leaves = self.leaves().values()
         if free_params is None:
-            own = [leaf for leaf in leaves if leaf.arrangement().free or leaf._given is not None]
+            own = [leaf for leaf in leaves if leaf.arrangement().free or leaf.stand_in is not None]
             parts = [leaf.free_values() for leaf in own]
             if len(parts) == 1:
                 return parts[0]
-            return torch.cat(parts) if parts else self._no_params()
+            return torch.cat(parts) if parts else self.no_params()
         if isinstance(free_params, Tensor):
             count = sum(len(leaf.arrangement().free) for leaf in leaves)
             if free_params.dim() != 1 or free_params.shape[0] != count:
@@ -262,13 +261,13 @@ class Parametrized(nn.Module):
                 raise InputError(
                     f"`free_params[{name!r}]` has shape {tuple(value.shape)}: expected (1,)"
                 )
-        return torch.cat([free_params[n].reshape(1) for n in names]) if names else self._no_params()
+        return torch.cat([free_params[n].reshape(1) for n in names]) if names else self.no_params()
 
-    def _no_params(self) -> Tensor:
-        like = self._reference()
+    def no_params(self) -> Tensor:
+        like = self.reference()
         return torch.empty(0, dtype=like.dtype, device=like.device)
 
-    def _reference(self) -> Tensor:
+    def reference(self) -> Tensor:
         """A tensor whose dtype and device an evaluation without free parameters follows."""
         for tensor in (*self.parameters(), *self.buffers()):
             if tensor.is_floating_point():
@@ -295,16 +294,16 @@ class Parametrized(nn.Module):
             ValueError: if ``out_format`` is something else, or as in calling the matrix.
         """
         if not isinstance(out_format, str) or out_format not in ("tensor", "dict"):
-            raise InputError(f"`out_format` is {shown(out_format)}: expected 'tensor' or 'dict'")
-        check_flag(include_fixed, "include_fixed")
-        check_flag(trans, "trans")
+            raise InputError(f"`out_format` is {found(out_format)}: expected 'tensor' or 'dict'")
+        check_flag("include_fixed", include_fixed)
+        check_flag("trans", trans)
         if len(leaves := self.leaves()) == 1 and leaves.get("") is self:
             values = self._own_params(free_params, include_fixed, trans)
         else:
             with nullcontext() if free_params is None else self.given(free_params):
                 parts = [leaf._own_params(None, include_fixed, trans) for leaf in leaves.values()]
             parts = [part for part in parts if part.numel()]
-            values = torch.cat(parts) if parts else self._no_params()
+            values = torch.cat(parts) if parts else self.no_params()
         if out_format == "tensor":
             return values
         names = self.param_names if include_fixed else self.free_param_names
@@ -312,7 +311,7 @@ class Parametrized(nn.Module):
 
     def _own_params(self, free_params: FreeParams, include_fixed: bool, trans: bool) -> Tensor:
         """:meth:`build_params` of a leaf."""
-        arrangement, given = self.arrangement(), self._given
+        arrangement, given = self.arrangement(), self.stand_in
         if isinstance(free_params, Recorded):
             with self.given(free_params):
                 return self._own_params(None, include_fixed, trans)
@@ -320,7 +319,7 @@ class Parametrized(nn.Module):
         if stand_in and trans and given is not None and given.natural:
             values = given.values
         else:
-            values = self._flat(free_params)
+            values = self.flat_params(free_params)
             if trans:
                 values = arrangement.of_free.apply("__call__", values)
         if include_fixed and arrangement.merged is not None:
@@ -409,13 +408,13 @@ class Parametrized(nn.Module):
             "set_value(name, value) change a parameter"
         )
 
-    def _set(self, name: str, value: Tensor) -> bool:
+    def set_start(self, name: str, value: Tensor) -> bool:
         """Set a parameter, if a fit may move it, to what its transform shall yield; whether it may."""
         parameter = self._parameters.get(name)
         if parameter is None or not parameter.requires_grad:
             return False
         with torch.no_grad():
-            parameter.copy_(self._trans[name].inverse(value.detach().reshape(1)))
+            parameter.copy_(self.own_trans[name].inverse(value.detach().reshape(1)))
         return True
 
     # ------------------------------------------------------------------ lists
@@ -432,7 +431,7 @@ class Parametrized(nn.Module):
     @property
     def param_names(self) -> list[str]:
         """Names of all parameters."""
-        return [prefix + name for prefix, leaf in self.leaves().items() for name in leaf._trans]
+        return [prefix + name for prefix, leaf in self.leaves().items() for name in leaf.own_trans]
 
     @property
     def free_param_names(self) -> list[str]:
@@ -457,7 +456,7 @@ class Parametrized(nn.Module):
     @property
     def num_params(self) -> int:
         """Number of parameters."""
-        return sum(len(leaf._trans) for leaf in self.leaves().values())
+        return sum(len(leaf.own_trans) for leaf in self.leaves().values())
 
     @property
     def num_free_params(self) -> int:

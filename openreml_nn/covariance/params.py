@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import cached_property
 from math import inf, isfinite
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.transform import Transform, TransformIdentity
+from openreml_nn.support.checks import check_flag, found
 from openreml_nn.support.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,16 +24,13 @@ __all__ = [
     "Entry",
     "Layout",
     "Spec",
-    "check_flag",
     "check_name",
-    "check_size",
     "check_spec",
     "check_value",
     "free_specs",
     "merge_specs",
     "module_name",
     "operand_name",
-    "shown",
     "user_name",
 ]
 
@@ -78,65 +75,30 @@ def merge_specs(
 def check_name(name: object, what: str) -> None:
     """Raise unless ``name`` can be part of a path."""
     if not isinstance(name, str):
-        raise TypeError(f"the {what} name is {shown(name)}: expected a string")
+        raise TypeError(f"the {what} name is {found(name)}: expected a string")
     if not name or "/" in name or "." in name:
         raise InputError(f"the {what} name {name!r} is empty or holds '/' or '.'")
-
-
-def shown(value: object) -> str:
-    """A value in one line of an error."""
-    if isinstance(value, Tensor | np.ndarray):
-        kind = "tensor" if isinstance(value, Tensor) else "array"
-        return f"a {kind} of shape {tuple(value.shape)}"
-    line = " ".join(repr(value).split())
-    return line if len(line) <= 60 else line[:57] + "..."
-
-
-def check_flag(value: object, name: str) -> bool:
-    """An option that is on or off.
-
-    Raises:
-        TypeError: if it is neither.
-    """
-    if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"`{name}` is {shown(value)}: expected True or False")
-    return bool(value)
-
-
-def check_size(size: object, name: str, least: int = 1) -> int:
-    """A size as an int; integers of NumPy and of other libraries are sizes too.
-
-    Raises:
-        TypeError: if it is no integer.
-        InputError: if it is less than ``least``.
-    """
-    if isinstance(size, bool | np.bool_) or not isinstance(size, Integral):
-        raise TypeError(f"`{name}` is {shown(size)}: expected an integer")
-    if size < least:
-        expected = "a positive integer" if least == 1 else f"at least {least}"
-        raise InputError(f"`{name}` is {size}: expected {expected}")
-    return int(size)
 
 
 def check_spec(name: str, spec: object) -> None:
     """Raise unless ``spec`` is the specification of a parameter."""
     if not isinstance(spec, Mapping) or set(spec) != {"fixed", "default", "trans"}:
         raise TypeError(
-            f"the specification of {name!r} is {shown(spec)}: "
+            f"the specification of {name!r} is {found(spec)}: "
             "expected a dict with exactly 'fixed', 'default' and 'trans'"
         )
     if not isinstance(spec["fixed"], bool):
-        raise TypeError(f"'fixed' of {name!r} is {shown(spec['fixed'])}: expected a bool")
+        raise TypeError(f"'fixed' of {name!r} is {found(spec['fixed'])}: expected a bool")
     default = spec["default"]
     if not isinstance(default, Tensor) or not default.is_floating_point():
-        got = default.dtype if isinstance(default, Tensor) else shown(default)
+        got = default.dtype if isinstance(default, Tensor) else found(default)
         raise TypeError(f"'default' of {name!r} is {got}: expected a floating-point tensor")
     if default.shape != (1,):
         raise InputError(f"'default' of {name!r} has shape {tuple(default.shape)}: expected (1,)")
     if not default.is_meta and bool(default.isnan()):
         raise InputError(f"'default' of {name!r} is NaN")
     if not isinstance(spec["trans"], Transform):
-        raise TypeError(f"'trans' of {name!r} is {shown(spec['trans'])}: expected a Transform")
+        raise TypeError(f"'trans' of {name!r} is {found(spec['trans'])}: expected a Transform")
 
 
 def check_value(name: str, value: object, trans: Transform, natural: bool) -> Tensor:
@@ -149,11 +111,11 @@ def check_value(name: str, value: object, trans: Transform, natural: bool) -> Te
         TypeError: if it is no number, nor a tensor of one.
         InputError: if it is not finite or the transform does not reach it.
     """
-    check_flag(natural, "natural")
+    check_flag("natural", natural)
     try:
         number = torch.as_tensor(value, device="cpu").detach().to(torch.float64).reshape(1)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"`value` of {name!r} is {shown(value)}: expected one number") from None
+        raise TypeError(f"`value` of {name!r} is {found(value)}: expected one number") from None
     plain = float(number)
     if trans.vanishes and plain == (0 if natural else -inf):
         return number if not natural else trans.inverse(number)
@@ -249,7 +211,7 @@ class Entry(NamedTuple):
     @property
     def trans(self) -> Transform:
         """Its transform."""
-        return self.leaf._trans[self.local]
+        return self.leaf.own_trans[self.local]
 
 
 class Layout:

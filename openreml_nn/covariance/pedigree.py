@@ -15,9 +15,10 @@ from torch import Tensor
 from openreml_nn.covariance.dummy import DummyMatrix
 from openreml_nn.covariance.kernel import check_symmetric
 from openreml_nn.covariance.matrix import FreeParams, Matrix
-from openreml_nn.covariance.params import free_specs, merge_specs, shown
+from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.transform import TransformExpPow2
+from openreml_nn.support.checks import found
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import ScaledCovariance
 from openreml_nn.terms.design import IdentityDesign
@@ -110,9 +111,9 @@ class Pedigree:
 
 def _check_column(name: str, column: object) -> None:
     if isinstance(column, str | bytes | Mapping) or not hasattr(column, "__len__"):
-        raise TypeError(f"`{name}` is {shown(column)}: expected a sequence of names")
+        raise TypeError(f"`{name}` is {found(column)}: expected a sequence of names")
     if getattr(column, "ndim", 1) != 1 or isinstance(column, set):
-        raise InputError(f"`{name}` is {shown(column)}: expected a sequence of names")
+        raise InputError(f"`{name}` is {found(column)}: expected a sequence of names")
     if not len(column):
         raise InputError(f"`{name}` is empty: expected a name for each row")
 
@@ -257,7 +258,7 @@ class KnownInverseMatrix(Matrix):
 
     def __init__(self, inverse: Tensor, param_specs: Mapping[str, Any] | None = None) -> None:
         if not isinstance(inverse, Tensor) or not inverse.is_floating_point():
-            got = inverse.dtype if isinstance(inverse, Tensor) else shown(inverse)
+            got = inverse.dtype if isinstance(inverse, Tensor) else found(inverse)
             raise TypeError(f"`inverse` is {got}: expected a floating-point tensor")
         if inverse.dim() != 2 or inverse.shape[0] != inverse.shape[1] or not len(inverse):
             raise InputError(f"`inverse` has shape {tuple(inverse.shape)}: expected (n, n)")
@@ -283,12 +284,12 @@ class KnownInverseMatrix(Matrix):
         return variance * self._matrix(variance)
 
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
-        return self._chain_grad(self._matrix(self._flat(free_params))[None], free_params)
+        return self.free_grad(self._matrix(self.flat_params(free_params))[None], free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
-        self._check_cotangent(cotangent)
+        self.check_cotangent(cotangent)
         pulled = (cotangent * self._matrix(cotangent)).sum().reshape(1)
-        return self._chain_vjp(pulled, free_params)
+        return self.free_vjp(pulled, free_params)
 
     def structure(self) -> list[Term]:
         variance = self.build_params().reshape(1, 1)
@@ -296,4 +297,4 @@ class KnownInverseMatrix(Matrix):
         return [whole]
 
     def moment_start(self, variance: Tensor) -> bool:
-        return self._set(self.param_names[0], harmonic_mean(variance))
+        return self.set_start(self.param_names[0], harmonic_mean(variance))

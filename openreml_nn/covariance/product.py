@@ -14,10 +14,9 @@ from torch import Tensor
 from openreml_nn.covariance.matrix import Matrix
 from openreml_nn.covariance.nodes import visible
 from openreml_nn.covariance.operator import Operator
-from openreml_nn.covariance.params import shown
 from openreml_nn.covariance.start import give_to_one
+from openreml_nn.support.checks import found
 from openreml_nn.support.errors import InputError
-from openreml_nn.terms.covariance import KroneckerCovariance
 from openreml_nn.terms.term import Term
 
 __all__ = ["Gram", "HadamardProduct", "Inverse", "Product", "Transpose"]
@@ -44,7 +43,7 @@ class Product(Operator):
 
     least_operands = 2
 
-    def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    def infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         for i, (a, b) in enumerate(pairwise(shapes)):
             if a[1] != b[0]:
                 raise InputError(
@@ -97,7 +96,7 @@ class HadamardProduct(Operator):
 
     least_operands = 2
 
-    def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    def infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         whole = {shape for shape in shapes if len(shape) == 2}
         if len(whole) != 1:
             raise InputError(f"operands have shapes {list(shapes)}: HadamardProduct needs one")
@@ -159,7 +158,7 @@ class Transpose(Operator):
     most_operands = 1
     linear = True
 
-    def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    def infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         return shapes[0][1], shapes[0][0]
 
     def combine(self, *values: Tensor) -> Tensor:
@@ -195,7 +194,7 @@ class Gram(Operator):
 
     def __init__(self, *args: Any, gram_type: str = "xtx", **kwargs: Any) -> None:
         if not isinstance(gram_type, str) or gram_type not in ("xtx", "xxt"):
-            raise InputError(f"`gram_type` is {shown(gram_type)}: expected 'xtx' or 'xxt'")
+            raise InputError(f"`gram_type` is {found(gram_type)}: expected 'xtx' or 'xxt'")
         self.gram_type = gram_type
         super().__init__(*args, **kwargs)
 
@@ -203,7 +202,7 @@ class Gram(Operator):
         """X of :math:`X X^\\top`, whichever way it is written."""
         return x if self.gram_type == "xxt" else x.mT
 
-    def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    def infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         size = shapes[0][0] if self.gram_type == "xxt" else shapes[0][1]
         return size, size
 
@@ -248,7 +247,7 @@ class Inverse(Operator):
 
     most_operands = 1
 
-    def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    def infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         if shapes[0][0] != shapes[0][1]:
             raise InputError(f"the operand has shape {shapes[0]}: Inverse needs a square one")
         return shapes[0]
@@ -280,11 +279,7 @@ class Inverse(Operator):
 def _scaled(term: Term, scale: Tensor) -> Term:
     """The term of a multiple of its covariance."""
     covariance = term.covariance
-    scale = scale.to(covariance.matrix)
-    if isinstance(covariance, KroneckerCovariance):
-        A, B = covariance.parts()
-        return replace(term, covariance=covariance.of(scale * A, B))
-    return replace(term, covariance=covariance.with_matrix(scale * covariance.matrix))
+    return replace(term, covariance=covariance.times(scale.to(covariance.matrix)))
 
 
 def _diagonal(operand: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class CovariancePropagation(Operator):
         # By keyword they may come in either order.
         return {n: operands[n] for n in ("z", "g")} if set(operands) == {"z", "g"} else operands
 
-    def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    def infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         (n, q), g = shapes
         if g != (q, q):
             raise InputError(
@@ -81,7 +81,7 @@ class CovariancePropagation(Operator):
 
     def _one_hot(self) -> DummyMatrix | None:
         """Z where it is known by level codes and need not be formed."""
-        z = self._modules.get(next(iter(self._operand_names.values())))
+        z = self._modules.get(next(iter(self.operand_keys.values())))
         known = isinstance(z, DummyMatrix) and type(z).forward is DummyMatrix.forward
         return z if isinstance(z, DummyMatrix) and known and not is_opaque(z) else None
 
@@ -126,14 +126,14 @@ class CovariancePropagation(Operator):
                 # One random effect, whose covariance is a sum.
                 found = [whole_term(g())]
         else:
-            found = [whole_term(g.to(self._like()))]
+            found = [whole_term(g.to(self.like()))]
         if len(found) == 1:
             found = [replace(found[0], name="")]
         return [propagate(design, term) for term in found]
 
     def build_design(self) -> Tensor:
         """Z itself, (n, q)."""
-        z, like = next(iter(self.operands.values())), self._like()
+        z, like = next(iter(self.operands.values())), self.like()
         if isinstance(z, Tensor):
             return z.to(like)
         return z() if z.num_free_params else z(like)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.nodes import is_opaque
-from openreml_nn.covariance.params import check_size, check_spec, free_specs
+from openreml_nn.covariance.params import check_spec, free_specs
 from openreml_nn.covariance.transform import TransformIdentity
 from openreml_nn.covariance.tree import Tree
+from openreml_nn.support.checks import check_count
 from openreml_nn.support.errors import InputError
 
 __all__ = ["Adapter", "SimpleMatrix"]
@@ -64,7 +65,7 @@ class SimpleMatrix(Matrix):
             raise TypeError(f"`call` is a {type(call).__name__}: expected a function")
         if manual_grad is not None and not callable(manual_grad):
             raise TypeError(f"`manual_grad` is a {type(manual_grad).__name__}: expected a function")
-        num_free_params = check_size(num_free_params, "num_free_params")
+        num_free_params = check_count("num_free_params", num_free_params, 1)
         specs = free_specs([f"theta_{i}" for i in range(num_free_params)])
         if default is not None:
             specs = {name: {**spec, "default": default} for name, spec in specs.items()}
@@ -89,7 +90,7 @@ class SimpleMatrix(Matrix):
         if self._manual is None:
             return super().manual_grad(free_params)
         jacobian, _ = self._manual(self.build_params(free_params))
-        return self._chain_grad(jacobian, free_params)
+        return self.free_grad(jacobian, free_params)
 
 
 class Adapter(Matrix):
@@ -146,7 +147,7 @@ class Adapter(Matrix):
         return not is_opaque(self.adaptee) and Tree(self.adaptee).closed[-1]
 
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
-        theta = self._flat(free_params)
+        theta = self.flat_params(free_params)
         if not theta.numel():
             return None, []
         inner, _ = self.adaptee.grad(self._mapped(theta))
@@ -156,10 +157,10 @@ class Adapter(Matrix):
         return torch.tensordot(outer.mT, inner, dims=1), self.free_param_names
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
-        self._check_cotangent(cotangent)
+        self.check_cotangent(cotangent)
         if not self.has_closed_form():
             return super().manual_vjp(cotangent, free_params)
-        mapped, pull, *_ = torch.func.vjp(self._mapped, self._flat(free_params))
+        mapped, pull, *_ = torch.func.vjp(self._mapped, self.flat_params(free_params))
         return pull(self.adaptee.manual_vjp(cotangent, mapped))[0]
 
     @property
@@ -176,7 +177,7 @@ def _hollow(matrix: Matrix, made: dict[int, Matrix]) -> Matrix:
     if id(matrix) not in made:
         found = made[id(matrix)] = matrix.__new__(type(matrix))
         found.__dict__.update(matrix.__dict__)
-        own = {n: None if n in matrix._trans else p for n, p in matrix._parameters.items()}
+        own = {n: None if n in matrix.own_trans else p for n, p in matrix._parameters.items()}
         found.__dict__["_parameters"] = own
         found.__dict__["_buffers"] = dict(matrix._buffers)
         found.__dict__["_modules"] = {

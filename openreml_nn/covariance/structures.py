@@ -16,12 +16,13 @@ from openreml_nn.covariance.exchangeable import EquicorrelationMatrix
 from openreml_nn.covariance.identity import DiagonalMatrix, IdentityMatrix, ScalarMatrix
 from openreml_nn.covariance.kronecker import KroneckerProduct
 from openreml_nn.covariance.matrix import Matrix
-from openreml_nn.covariance.params import check_size, free_specs, shown
+from openreml_nn.covariance.params import free_specs
 from openreml_nn.covariance.product import Gram
 from openreml_nn.covariance.propagation import CovariancePropagation
 from openreml_nn.covariance.sum import Sum
 from openreml_nn.covariance.transform import TransformExp
 from openreml_nn.covariance.triangular import LowerTriangularMatrix
+from openreml_nn.support.checks import check_count, found
 from openreml_nn.support.errors import InputError
 
 __all__ = [
@@ -77,7 +78,7 @@ def heterogeneous_compound_symmetry(n: int) -> CovariancePropagation:
     >>> heterogeneous_compound_symmetry(3).num_params
     4
     """
-    return heterogeneous(EquicorrelationMatrix(check_size(n, "n")))
+    return heterogeneous(EquicorrelationMatrix(check_count("n", n, 1)))
 
 
 def heterogeneous_ar1(n: int) -> CovariancePropagation:
@@ -109,7 +110,7 @@ def factor_analytic(n: int, k: int) -> Sum:
     >>> factor_analytic(3, 1).param_names[:4]
     ['loadings/x/L_0_0', 'loadings/x/L_1_0', 'loadings/x/L_2_0', 'specific/sigma^2_0']
     """
-    n, k = check_size(n, "n"), check_size(k, "k")
+    n, k = check_count("n", n, 1), check_count("k", k, 1)
     if k > n:
         raise InputError(f"`k` is {k}: expected 1 to {n} factors")
     x = LowerTriangularMatrix(n, k)
@@ -117,7 +118,7 @@ def factor_analytic(n: int, k: int) -> Sum:
         for name in x.param_names:
             i, j = map(int, name.split("_")[1:])
             # Columns that differ: with equal loadings the factors could not part.
-            x._set(name, torch.tensor(cos(pi * (i + 0.5) * j / n)))
+            x.set_start(name, torch.tensor(cos(pi * (i + 0.5) * j / n)))
     return Sum(loadings=Gram(x=x, gram_type="xxt"), specific=DiagonalMatrix(n))
 
 
@@ -134,7 +135,7 @@ def ar1_field(rows: int, columns: int) -> KroneckerProduct:
     >>> ar1_field(2, 3).free_param_names
     ['row/sigma^2', 'row/rho', 'column/rho']
     """
-    rows, columns = check_size(rows, "rows"), check_size(columns, "columns")
+    rows, columns = check_count("rows", rows, 1), check_count("columns", columns, 1)
     column = AR1Matrix(columns)
     column.fix("sigma^2", 0.0)
     return KroneckerProduct(row=AR1Matrix(rows), column=column)
@@ -226,7 +227,7 @@ def weighted(weights: Tensor) -> CovariancePropagation:
             [0.0000, 0.2500]])
     """
     if not isinstance(weights, Tensor) or not weights.is_floating_point():
-        got = weights.dtype if isinstance(weights, Tensor) else shown(weights)
+        got = weights.dtype if isinstance(weights, Tensor) else found(weights)
         raise TypeError(f"`weights` is {got}: expected a floating-point tensor")
     if weights.dim() != 1 or not len(weights):
         raise InputError(f"`weights` has shape {tuple(weights.shape)}: expected (n,)")
@@ -241,7 +242,7 @@ def weighted(weights: Tensor) -> CovariancePropagation:
 
 def _square(matrix: object, name: str) -> Matrix:
     if not isinstance(matrix, Matrix):
-        raise TypeError(f"`{name}` is {shown(matrix)}: expected a Matrix")
+        raise TypeError(f"`{name}` is {found(matrix)}: expected a Matrix")
     if matrix.shape[0] != matrix.shape[1]:
         raise InputError(f"`{name}` is {matrix.shape}: expected a square matrix")
     return matrix
@@ -249,10 +250,10 @@ def _square(matrix: object, name: str) -> Matrix:
 
 def _labels(labels: Labels, name: str) -> np.ndarray:
     if isinstance(labels, str | bytes | Mapping | set) or not hasattr(labels, "__len__"):
-        raise TypeError(f"`{name}` is {shown(labels)}: expected a sequence of labels")
+        raise TypeError(f"`{name}` is {found(labels)}: expected a sequence of labels")
     if getattr(labels, "ndim", 1) != 1 or not len(labels):
-        raise InputError(f"`{name}` is {shown(labels)}: expected (n,) labels")
-    found = pd.Series(labels.cpu().numpy() if isinstance(labels, Tensor) else labels)
-    if found.isna().any():
-        raise InputError(f"`{name}` misses a label in row {int(found.isna().argmax())}")
-    return found.to_numpy()
+        raise InputError(f"`{name}` is {found(labels)}: expected (n,) labels")
+    column = pd.Series(labels.cpu().numpy() if isinstance(labels, Tensor) else labels)
+    if column.isna().any():
+        raise InputError(f"`{name}` misses a label in row {int(column.isna().argmax())}")
+    return column.to_numpy()

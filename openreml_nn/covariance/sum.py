@@ -38,7 +38,7 @@ class Sum(Operator):
 
     linear = True
 
-    def _infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    def infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         if len(set(shapes)) != 1:
             raise InputError(f"operands have shapes {list(shapes)}: Sum needs one shape")
         return shapes[0]

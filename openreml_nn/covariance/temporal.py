@@ -11,9 +11,10 @@ from torch import Tensor
 from openreml_nn.covariance.exchangeable import interval
 from openreml_nn.covariance.kernel import check_symmetric
 from openreml_nn.covariance.matrix import FreeParams, Matrix
-from openreml_nn.covariance.params import check_size, free_specs, merge_specs
+from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.transform import TransformExpPow2, TransformSigmoid
+from openreml_nn.support.checks import check_count
 from openreml_nn.support.errors import InputError
 
 __all__ = ["ARMAMatrix", "ContinuousAR1Matrix"]
@@ -73,17 +74,17 @@ class ContinuousAR1Matrix(Matrix):
         variance, rho = self.build_params(free_params).split(1)
         d = self.distance.to(rho)
         R = torch.exp(rho.log() * d)
-        return self._chain_grad(torch.stack([R, variance * d * R / rho]), free_params)
+        return self.free_grad(torch.stack([R, variance * d * R / rho]), free_params)
 
     def moment_start(self, variance: Tensor) -> bool:
         self.start_reach(1 / 3)
-        return self._set(self.param_names[0], harmonic_mean(variance))
+        return self.set_start(self.param_names[0], harmonic_mean(variance))
 
     def start_reach(self, reach: float) -> bool:
         apart = self.distance[self.distance > 0]
         if not apart.numel():
             return False
-        return self._set(self.param_names[1], torch.exp(-1 / (reach * apart.median())))
+        return self.set_start(self.param_names[1], torch.exp(-1 / (reach * apart.median())))
 
 
 class ARMAMatrix(Matrix):
@@ -118,7 +119,7 @@ class ARMAMatrix(Matrix):
     """
 
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
-        n = check_size(n, "n")
+        n = check_count("n", n, 1)
         default = free_specs(["sigma^2"], trans=TransformExpPow2())
         default |= free_specs(["phi", "theta"], trans=interval(-1.0, 1.0))
         super().__init__((n, n), merge_specs(default, param_specs))
@@ -159,12 +160,12 @@ class ARMAMatrix(Matrix):
             variance * self._banded(torch.cat([zero, by_phi * powers + gamma * rising])),
             variance * self._banded(torch.cat([zero, by_theta * powers])),
         ]
-        return self._chain_grad(torch.stack(slices), free_params)
+        return self.free_grad(torch.stack(slices), free_params)
 
     def moment_start(self, variance: Tensor) -> bool:
         for name in self.param_names[1:]:
-            self._set(name, torch.zeros_like(variance[0]))
-        return self._set(self.param_names[0], harmonic_mean(variance))
+            self.set_start(name, torch.zeros_like(variance[0]))
+        return self.set_start(self.param_names[0], harmonic_mean(variance))
 
     def start_reach(self, reach: float) -> bool:
-        return self._set(self.param_names[1], torch.tensor(reach))
+        return self.set_start(self.param_names[1], torch.tensor(reach))

@@ -96,8 +96,8 @@ class Tree:
             elif not opaque:
                 if node.arrangement().free:
                     self.leaves.append(len(self.nodes))
-                if node._given is not None and node._given.natural:
-                    self.natural = node._given
+                if node.stand_in is not None and node.stand_in.natural:
+                    self.natural = node.stand_in
             able = derivatives and not opaque and is_able(node)
             closed = able and all(self.closed[i] for i in found or () if isinstance(i, int))
             place[id(node)] = len(self.nodes)
@@ -119,7 +119,7 @@ class Tree:
                 widest = torch.cat([part[:1] for part in parts]).dtype
                 parts = [part.to(widest) for part in parts]
             return parts
-        values = self.root._flat(free_params)
+        values = self.root.flat_params(free_params)
         if len(own) == 1:
             return [values]
         return list(values.split([len(node.arrangement().free) for node in own])) if own else []
@@ -369,7 +369,7 @@ def evaluate(root: Matrix, free_params: FreeParams = None, plain: bool = False) 
         return _evaluated_leaf(root, free_params, closing)
     tree = Tree(root, closing)
     if free_params is not None and any(tree.opaque):
-        with root.given(root._flat(free_params)):
+        with root.given(root.flat_params(free_params)):
             return evaluate(root, None, plain)
     if tree.natural is not None:
         return tree.value([None] * len(tree.leaves), tree.natural.values[:0])
@@ -377,16 +377,16 @@ def evaluate(root: Matrix, free_params: FreeParams = None, plain: bool = False) 
     if isinstance(free_params, Tensor):
         like = free_params.detach()[:0]
     else:
-        like = parts[0].detach()[:0] if parts else root._flat(free_params)
+        like = parts[0].detach()[:0] if parts else root.flat_params(free_params)
     closing = closing and differentiated(*parts) and not _nested_forward()
     return tree.value(parts, like, closing)
 
 
 def _evaluated_leaf(node: Matrix, free_params: FreeParams, closing: bool) -> Tensor:
-    given = node._given
+    given = node.stand_in
     if given is not None and given.natural and free_params is None:
         return leaf_value(node, None)
-    values = node.free_values() if free_params is None else node._flat(free_params)
+    values = node.free_values() if free_params is None else node.flat_params(free_params)
     closing = closing and values.numel() > 0 and differentiated(values) and is_able(node)
     if closing and not _nested_forward():
         return ClosedForm.of(Leaf(node), [values])
@@ -396,12 +396,12 @@ def _evaluated_leaf(node: Matrix, free_params: FreeParams, closing: bool) -> Ten
 def called(node: Matrix, free_params: FreeParams, call: Any) -> Tensor:
     """The value of an opaque node by ``call``, which is that of ``nn.Module``."""
     if free_params is not None:
-        flat = free_params if isinstance(free_params, Recorded) else node._flat(free_params)
+        flat = free_params if isinstance(free_params, Recorded) else node.flat_params(free_params)
         with node.given(flat):
             if isinstance(free_params, Recorded):
                 return called(node, None, call)
             return call(free_params)
-    if node._given is None or kind_of(node).operator:
+    if node.stand_in is None or kind_of(node).operator:
         return call()
     values = node.free_values()
     with lent(node, values):

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.matrix import FreeParams, Matrix
-from openreml_nn.covariance.params import check_size, free_specs, merge_specs
+from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.transform import TransformExp, TransformExpPow2
+from openreml_nn.support.checks import check_count
 from openreml_nn.terms.covariance import RepeatedCovariance
 from openreml_nn.terms.design import IdentityDesign
 from openreml_nn.terms.term import Term
@@ -41,13 +42,13 @@ class _Entries(Matrix):
     def _start(self, diagonal: Tensor) -> bool:
         done = []
         for (i, j), name in zip(_triangle(*self.shape), self.param_names, strict=True):
-            moved = self._set(name, diagonal[i] if i == j else torch.zeros_like(diagonal[i]))
+            moved = self.set_start(name, diagonal[i] if i == j else torch.zeros_like(diagonal[i]))
             done.append(moved or i != j)
         return all(done)
 
     def _unit(self, free_params: FreeParams) -> Tensor:
         """Derivatives of the placed matrix by each entry, (num_params, n, m)."""
-        like = self._flat(free_params)
+        like = self.flat_params(free_params)
         return self._place(torch.eye(self.num_params, dtype=like.dtype, device=like.device))
 
 
@@ -76,7 +77,7 @@ class LowerTriangularMatrix(_Entries):
     """
 
     def __init__(self, n: int, m: int, param_specs: Mapping[str, Any] | None = None) -> None:
-        n, m = check_size(n, "n"), check_size(m, "m")
+        n, m = check_count("n", n, 1), check_count("m", m, 1)
         names = [f"L_{i}_{j}" for i, j in _triangle(n, m)]
         super().__init__((n, m), merge_specs(free_specs(names, default=1.0), param_specs))
 
@@ -84,12 +85,12 @@ class LowerTriangularMatrix(_Entries):
         return self._place(self.build_params(free_params))
 
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
-        rows, columns = self._index(self._flat(free_params))
-        return self._spread_grad([rows * self.shape[1] + columns], free_params)
+        rows, columns = self._index(self.flat_params(free_params))
+        return self.entries_grad([rows * self.shape[1] + columns], free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
-        self._check_cotangent(cotangent)
-        return self._chain_vjp(cotangent[self._index(cotangent)], free_params)
+        self.check_cotangent(cotangent)
+        return self.free_vjp(cotangent[self._index(cotangent)], free_params)
 
 
 class UnconstrainedMatrix(_Entries):
@@ -117,7 +118,7 @@ class UnconstrainedMatrix(_Entries):
     """
 
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
-        n = check_size(n, "n")
+        n = check_count("n", n, 1)
         default: dict[str, Any] = {}
         for i, j in _triangle(n, n):
             trans = TransformExpPow2() if i == j else None
@@ -129,14 +130,14 @@ class UnconstrainedMatrix(_Entries):
         return lower + lower.tril(-1).mT
 
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
-        rows, columns = self._index(self._flat(free_params))
+        rows, columns = self._index(self.flat_params(free_params))
         n = self.shape[0]
-        return self._spread_grad([rows * n + columns, columns * n + rows], free_params)
+        return self.entries_grad([rows * n + columns, columns * n + rows], free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
-        self._check_cotangent(cotangent)
+        self.check_cotangent(cotangent)
         folded = cotangent + cotangent.triu(1).mT
-        return self._chain_vjp(folded[self._index(folded)], free_params)
+        return self.free_vjp(folded[self._index(folded)], free_params)
 
     def structure(self) -> list[Term]:
         whole = RepeatedCovariance(self())
@@ -176,7 +177,7 @@ class UnstructuredMatrix(_Entries):
     """
 
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
-        n = check_size(n, "n")
+        n = check_count("n", n, 1)
         default: dict[str, Any] = {}
         for i, j in _triangle(n, n):
             default |= free_specs([f"L_{i}_{j}"], trans=TransformExp(degree=1) if i == j else None)
@@ -192,12 +193,12 @@ class UnstructuredMatrix(_Entries):
 
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
         half = self._unit(free_params) @ self.factor(free_params).mT
-        return self._chain_grad(half + half.mT, free_params)
+        return self.free_grad(half + half.mT, free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
-        self._check_cotangent(cotangent)
+        self.check_cotangent(cotangent)
         pulled = (cotangent + cotangent.mT) @ self.factor(free_params)
-        return self._chain_vjp(pulled[self._index(pulled)], free_params)
+        return self.free_vjp(pulled[self._index(pulled)], free_params)
 
     def structure(self) -> list[Term]:
         lower = self.factor()

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.matrix import FreeParams, Matrix
-from openreml_nn.covariance.params import free_specs, merge_specs, shown
+from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.transform import TransformExpPow2, TransformIdentity
+from openreml_nn.support.checks import found
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import DiagonalCovariance
 from openreml_nn.terms.design import IdentityDesign
@@ -60,7 +61,7 @@ class VarianceFunction(Matrix):
         if kind not in ("power", "exp"):
             raise InputError(f"`kind` is {kind!r}: expected 'power' or 'exp'")
         if not isinstance(covariate, Tensor) or not covariate.is_floating_point():
-            raise TypeError(f"`covariate` is {shown(covariate)}: expected a floating-point tensor")
+            raise TypeError(f"`covariate` is {found(covariate)}: expected a floating-point tensor")
         if covariate.dim() != 1 or not len(covariate):
             raise InputError(f"`covariate` has shape {tuple(covariate.shape)}: expected (n,)")
         logarithm = covariate.abs().log() if kind == "power" else covariate
@@ -71,6 +72,17 @@ class VarianceFunction(Matrix):
         default |= free_specs(["delta"], trans=TransformIdentity())
         super().__init__((len(covariate),) * 2, merge_specs(default, param_specs))
         self.register_data("logarithm", logarithm)
+        self.kind = kind
+
+    def at(self, covariate: Tensor) -> VarianceFunction:
+        """The same function, with these parameters, of other values of the covariate (n,)."""
+        made = VarianceFunction(covariate.to(self.logarithm), self.kind)
+        for name in self.param_names:
+            if name in self.fixed_param_names:
+                made.fix(name, self.get_buffer(name))
+            else:
+                made.register_parameter(name, self.get_parameter(name))
+        return made
 
     def _variances(self, free_params: FreeParams) -> Tensor:
         variance, delta = self.build_params(free_params).split(1)
@@ -80,11 +92,11 @@ class VarianceFunction(Matrix):
         return torch.diag(self._variances(free_params))
 
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
-        return self._chain_grad(torch.diag_embed(self._slopes(free_params)), free_params)
+        return self.free_grad(torch.diag_embed(self._slopes(free_params)), free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
-        self._check_cotangent(cotangent)
-        return self._chain_vjp(self._slopes(free_params) @ cotangent.diagonal(), free_params)
+        self.check_cotangent(cotangent)
+        return self.free_vjp(self._slopes(free_params) @ cotangent.diagonal(), free_params)
 
     def _slopes(self, free_params: FreeParams) -> Tensor:
         """Derivatives of the variances by each parameter, (2, n)."""
@@ -97,5 +109,5 @@ class VarianceFunction(Matrix):
         return [Term(IdentityDesign(self.shape[0]), DiagonalCovariance(self._variances(None)))]
 
     def moment_start(self, variance: Tensor) -> bool:
-        self._set(self.param_names[1], torch.zeros_like(variance[0]))
-        return self._set(self.param_names[0], harmonic_mean(variance))
+        self.set_start(self.param_names[1], torch.zeros_like(variance[0]))
+        return self.set_start(self.param_names[0], harmonic_mean(variance))

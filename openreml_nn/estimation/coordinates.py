@@ -150,7 +150,7 @@ class Coordinates:
                     parameter = leaf._parameters[name]
                     assert parameter is not None
                     number = torch.tensor([value], dtype=u.dtype, device=u.device)
-                    parameter.copy_(leaf._trans[name].from_coordinate(number))
+                    parameter.copy_(leaf.own_trans[name].from_coordinate(number))
             at = len(self.entries)
             for loose in self.loose:
                 size = loose.tensor.numel()

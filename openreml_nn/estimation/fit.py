@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import isfinite
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -16,9 +18,8 @@ from openreml_nn.estimation.starts import climb, climb_from_several, has_several
 from openreml_nn.likelihood import REMLLoss
 from openreml_nn.likelihood.fixed import check_data
 from openreml_nn.likelihood.loss import Objective
-from openreml_nn.likelihood.solvers.blocked import BlockedProblem
-from openreml_nn.likelihood.solvers.krylov import KrylovProblem
-from openreml_nn.likelihood.system.grouped import separated
+from openreml_nn.likelihood.solver import Solver
+from openreml_nn.likelihood.solvers.krylov import Krylov
 from openreml_nn.result.result import Label, Record, Result, Start
 from openreml_nn.support.checks import (
     check_choice,
@@ -27,7 +28,6 @@ from openreml_nn.support.checks import (
     check_mapping,
 )
 from openreml_nn.support.errors import InputError
-from openreml_nn.terms.covariance import is_scalar
 from openreml_nn.terms.design import Design, IndexedDesign
 from openreml_nn.terms.term import Term, has_own_columns, residual_terms
 
@@ -74,7 +74,7 @@ def _check_confounded(terms: Sequence[Term]) -> None:
     if not any(terms[i].is_residual and not terms[i].known for i in residual):
         return
     for i, term in enumerate(terms):
-        if i in residual or term.known or not is_scalar(term.covariance):
+        if i in residual or term.known or not term.covariance.is_scalar:
             continue
         if has_own_columns(term.design) and not _is_weighted(term.design):
             n, q = term.design.shape
@@ -102,13 +102,14 @@ def _start_by_krylov(objective: Objective, loss: REMLLoss, y: Tensor, X: Tensor)
     Returns:
         Whether that was worth it, and done.
     """
-    problem = objective.problem
-    terms = separated(objective.terms())
-    if not isinstance(problem, BlockedProblem) or not KrylovProblem.fits(terms):
+    problem, krylov = objective.problem, Krylov()
+    exact = problem.cost()
+    if exact is None or not exact.exact:
         return False
-    if problem.cost()[0] < _WORTH * KrylovProblem.work(problem.n, problem.p):
+    cost = krylov.forecast(objective.terms(), problem.p, problem.fixed.y.dtype)
+    if cost is None or exact.operations < _WORTH * cost.operations:
         return False
-    rough = REMLLoss(loss.covariance, loss.method, "krylov")
+    rough = REMLLoss(loss.covariance, loss.method, krylov)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the loss itself warns of what there is to warn of
         approximate = rough.objective(y, X, objective.rows)
@@ -126,7 +127,7 @@ def fit_reml(
     X: Tensor,
     *,
     method: str = "reml",
-    solver: str = "auto",
+    solver: str | Solver = "auto",
     rows: Tensor | None = None,
     start: str = "moments",
     max_iterations: int = 200,
@@ -168,6 +169,7 @@ def fit_reml(
     >>> [f"{c.group} {c.covariance.item():.4f}" for c in result.components]
     ['batch 1.1475', 'Residual 0.0500']
     """
+    begun = perf_counter()
     check_choice("start", start, ("moments", "current"))
     check_count("max_iterations", max_iterations, 1)
     loss = REMLLoss(covariance, method, solver, reduction="sum")
@@ -191,7 +193,8 @@ def fit_reml(
         if start == "moments" and not (free and _start_by_krylov(objective, loss, y, X)):
             begin()
         history = iterate(objective, max_iterations if free else 0)
-    return checked(outcome(objective, loss.plan, y, X, history, names, labels, others))
+    result = outcome(objective, loss.plan, y, X, history, names, labels, others)
+    return checked(replace(result, seconds=perf_counter() - begun))
 
 
 def check_names(names: object, X: Tensor) -> None:

@@ -28,7 +28,7 @@ from openreml_nn.result import (
     Source,
     Start,
 )
-from openreml_nn.terms.covariance import KroneckerCovariance, RepeatedCovariance, ScaledCovariance
+from openreml_nn.terms.covariance import KroneckerCovariance
 from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.term import Term, residual_terms
 
@@ -140,12 +140,11 @@ class _Builder:
         return [term for i, term in enumerate(self._terms) if i not in self._residual]
 
     def _fixed(self, names: Sequence[str] | None) -> FixedEffects:
-        part, evaluation = self._objective.problem.fixed, self._evaluation
-        spread = part.T @ torch.cholesky_inverse(evaluation.gamma_factor) @ part.T.mT
-        names = names or [f"X{j}" for j in range(max(part.columns, default=-1) + 1)]
-        kept = tuple(names[j] for j in part.columns)
-        estimate = part.coefficients(evaluation.gamma)
-        return FixedEffects(kept, estimate, spread, tuple(part.columns), part.aliases)
+        found = self._evaluation.fixed
+        names = names or [f"X{j}" for j in range(max(found.columns, default=-1) + 1)]
+        kept = tuple(names[j] for j in found.columns)
+        aliases = self._objective.problem.fixed.aliases
+        return FixedEffects(kept, found.estimate, found.covariance, found.columns, aliases)
 
     @cached_property
     def _spread(self) -> Tensor:
@@ -270,19 +269,16 @@ class _Builder:
         if not residual:
             return found
         for term in self._random_terms:
-            matrix = term.covariance.shown()
-            if isinstance(term.covariance, RepeatedCovariance):
-                z = term.design
+            g, z, matrix = term.covariance, term.design, term.covariance.shown()
+            if matrix.dim() == 1:
+                variances, least = matrix, matrix.min()
+            elif g.block or g.known_kernel is not None:
                 scale = torch.ones_like(matrix.diagonal())
-                values = z.values if isinstance(z, IndexedDesign) else None
+                values = z.values if isinstance(z, IndexedDesign) and g.block else None
                 if values is not None and values.shape[1] == len(scale):
                     scale = (values.detach().to(scale) ** 2).mean(0).sqrt()
                 scaled = scale[:, None] * matrix * scale
                 variances, least = scaled.diagonal(), torch.linalg.eigvalsh(scaled)[0]
-            elif isinstance(term.covariance, ScaledCovariance):
-                variances, least = matrix.diagonal(), torch.linalg.eigvalsh(matrix)[0]
-            elif matrix.dim() == 1:
-                variances, least = matrix, matrix.min()
             else:
                 continue
             if float(least) < SINGULAR**2 * residual:

@@ -2,17 +2,20 @@
 
 from openreml_nn.inference.degrees import FTest, coefficients, wald_test
 from openreml_nn.inference.diagnosis import diagnose
-from openreml_nn.inference.likelihood_ratio import LikelihoodRatio, anova, likelihood_ratio_test
+from openreml_nn.inference.genetic import Heritability, heritability, reliability
+from openreml_nn.inference.likelihood_ratio import LikelihoodRatio, likelihood_ratio_test
 from openreml_nn.inference.means import MarginalMeans, emmeans
 from openreml_nn.inference.profiling import Curve, Profile, profile
 from openreml_nn.inference.resampling import Bootstrap, bootstrap, bootstrap_test, simulate
-from openreml_nn.inference.shares import R2, heritability, r2, variance_shares
+from openreml_nn.inference.shares import R2, r2, variance_shares
+from openreml_nn.inference.tables import anova
 
 __all__ = [
     "R2",
     "Bootstrap",
     "Curve",
     "FTest",
+    "Heritability",
     "LikelihoodRatio",
     "MarginalMeans",
     "Profile",
@@ -26,6 +29,7 @@ __all__ = [
     "likelihood_ratio_test",
     "profile",
     "r2",
+    "reliability",
     "simulate",
     "variance_shares",
     "wald_test",

@@ -15,7 +15,6 @@ Reference:
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
@@ -30,7 +29,6 @@ from openreml_nn.estimation.coordinates import Coordinates
 from openreml_nn.estimation.derivatives import expand, hessian_of_value
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.problem import Evaluation, NotPositiveDefiniteError
-from openreml_nn.likelihood.solvers.grid import GridProblem
 
 __all__ = ["Ascent", "Held", "Natural"]
 
@@ -230,13 +228,16 @@ class Ascent:
     Args:
         natural: the model.
         v: where it starts.
+        max_iterations: steps of an ascent, at most.
 
     Attributes:
         v: where it is.
+        arrived: whether the last ascent ended at a maximum.
     """
 
-    def __init__(self, natural: Natural, v: Tensor) -> None:
-        self.natural, self.v = natural, v.clone()
+    def __init__(self, natural: Natural, v: Tensor, max_iterations: int = 60) -> None:
+        self.natural, self.v, self.arrived = natural, v.clone(), True
+        self._max_iterations = max_iterations
         self._is_size = torch.tensor(natural.sizes, device=v.device)
 
     def climb(self) -> float:
@@ -250,7 +251,7 @@ class Ascent:
     def _ascend(self, held: Held | None, target: float) -> float:
         self._leave_boundary(held)
         scale = 1.0 if held is None else max(abs(target), 1e-3 * held.longest)
-        for _ in range(60):
+        for _ in range(self._max_iterations):
             score, curvature = self._curvature()
             if held is not None and held.correlation:
                 # At zero, and the likelihood falls from there: it stays.
@@ -273,14 +274,7 @@ class Ascent:
             if promised < 1e-9 and abs(gap) < 1e-10 * scale:
                 break
             self._step(move, held, target, abs(multiplier))
-        else:
-            if promised > 1e-6 or abs(gap) > 1e-6 * scale:
-                warnings.warn(
-                    "the maximum of the likelihood at a point of a profile was not found in 60 "
-                    "steps: it is approximate there",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+        self.arrived = promised < 1e-6 and abs(gap) < 1e-6 * scale
         return float(self.natural.evaluate(self.v).log_likelihood)
 
     def spread(self) -> Tensor:
@@ -292,7 +286,7 @@ class Ascent:
         """Score and observed information; the average information where the solver has no second
         derivatives of its own."""
         problem, matrices = self.natural.objective.problem, self.natural.matrices
-        if problem.exact and not isinstance(problem, GridProblem):
+        if problem.has_second_derivatives:
             score, bend = hessian_of_value(lambda v: problem.recorded(matrices(v)), self.v)
             return score, -(bend + bend.mT) / 2
         evaluation = self.natural.evaluate(self.v)

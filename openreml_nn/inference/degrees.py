@@ -14,7 +14,7 @@ from torch import Tensor
 from openreml_nn.estimation import Result
 from openreml_nn.inference.contrasts import Asymptotic, FTest, Inference
 from openreml_nn.inference.kenward_roger import KenwardRoger
-from openreml_nn.inference.refit import check_level, check_result
+from openreml_nn.inference.refit import check_fit, check_level
 from openreml_nn.inference.satterthwaite import Satterthwaite
 from openreml_nn.support.checks import check_choice, check_names, check_tensor
 from openreml_nn.support.errors import InputError
@@ -90,7 +90,7 @@ def coefficients(result: Result, ddf: str = "satterthwaite", level: float = 0.95
     0  (Intercept)  17.0
     1         Days  17.0
     """
-    check_result(result)
+    check_fit(result)
     level = check_level(level)
     L = torch.eye(len(result.fixed.names), dtype=torch.float64)
     return estimates(result, L, result.fixed.names, inference_of(result, ddf), level)
@@ -117,7 +117,7 @@ def wald_test(
     >>> f"F({test.num_df}, {test.den_df:.1f}) = {test.statistic:.3f}, p = {test.p:.3f}"
     'F(2, 10.0) = 1.485, p = 0.272'
     """
-    check_result(result)
+    check_fit(result)
     names = list(result.fixed.names)
     if isinstance(contrasts, Tensor):
         check_tensor("contrasts", contrasts, ("q", len(names)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from openreml_nn.estimation import Component, Result
-from openreml_nn.inference.refit import check_result
+from openreml_nn.inference.refit import check_fit
 from openreml_nn.result.summary import singularity
 
 __all__ = ["diagnose"]
@@ -20,7 +20,7 @@ def diagnose(result: Result) -> list[str]:
     >>> diagnose(lmm("Reaction ~ Days + (Days | Subject)", sleepstudy()))
     []
     """
-    check_result(result)
+    check_fit(result)
     found: list[str] = []
     if not result.converged:
         found.append(

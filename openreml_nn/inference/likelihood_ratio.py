@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import comb
 
-import pandas as pd
 import torch
 from scipy import stats
+from torch import Tensor
 
 from openreml_nn.estimation import Result
 from openreml_nn.inference.refit import Refit, source_of
-from openreml_nn.support.checks import check_flag
 from openreml_nn.support.errors import InputError
+from openreml_nn.terms.design import Design, IdentityDesign, IndexedDesign
+from openreml_nn.terms.term import residual_terms
 
-__all__ = ["LikelihoodRatio", "anova", "likelihood_ratio_test"]
+__all__ = ["LikelihoodRatio", "check_same_data", "likelihood_ratio_test", "parameters_of"]
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,10 @@ def likelihood_ratio_test(small: Result, large: Result) -> LikelihoodRatio:
         small, large: fits of the same response by the same method.
 
     Raises:
-        ValueError: if the models are not of the same data, weights and method, the larger one has no
-            more parameters, or they were fitted by REML with different fixed effects.
+        InputError: if the fits are not of the same rows, responses, weights and method, the
+            larger one has no more parameters, its fixed effects do not contain those of the
+            smaller one, or the fits are by REML and their fixed effects differ.
+        TypeError: if an argument is no fit.
 
     Reference:
         Self and Liang, Journal of the American Statistical Association 82 (1987) 605; Stram and
@@ -66,23 +69,16 @@ def likelihood_ratio_test(small: Result, large: Result) -> LikelihoodRatio:
     """
     for name, fit in (("small", small), ("large", large)):
         source_of(fit, name)
-    _check_same_data(small, large)
+    check_same_data(("small", "large"), (small, large))
     if small.method != large.method:
         raise InputError(
             f"the fits are by {small.method!r} and {large.method!r}: fit both by one method"
         )
-    same_x = set(small.fixed.names) == set(large.fixed.names)
-    if small.method == "reml" and not same_x:
-        raise InputError(
-            "restricted likelihoods of different fixed effects do not compare: fit both with "
-            "method='ml'"
-        )
-    if not set(small.fixed.names) <= set(large.fixed.names):
-        raise InputError("the models are not nested: the smaller one has other fixed effects")
-    df = _size(large) - _size(small)
+    _check_nested(small, large)
+    df = parameters_of(large) - parameters_of(small)
     if df < 1:
         raise InputError(
-            f"the models have {_size(small)} and {_size(large)} parameters: the second must have "
+            f"the models have {parameters_of(small)} and {parameters_of(large)} parameters: the second must have "
             "more"
         )
     statistic = max(0.0, 2 * (large.log_likelihood - small.log_likelihood))
@@ -93,44 +89,8 @@ def likelihood_ratio_test(small: Result, large: Result) -> LikelihoodRatio:
     return LikelihoodRatio(statistic, df, p, float(stats.chi2.sf(statistic, df)), mixture)
 
 
-def anova(*results: Result, refit: bool = True) -> pd.DataFrame:
-    """Likelihood-ratio tests of models, each against the one with fewer parameters before it.
-
-    Args:
-        *results: fits of the same data.
-        refit: whether fits by REML are first made again by maximum likelihood, as lme4's anova
-            does and as they have to be when fixed effects are compared. Without it the test is of
-            the restricted likelihoods, as lmerTest's ranova has it.
-
-    Returns:
-        npar, aic, bic, log_likelihood, deviance, and, beside the smaller model, statistic, df, p
-        and p_naive; see :class:`LikelihoodRatio`.
-
-    Raises:
-        ValueError: as :func:`likelihood_ratio_test`.
-        TypeError: if an argument is no fit.
-    """
-    check_flag("refit", refit)
-    if len(results) < 2:
-        raise InputError(f"`results` are {len(results)}: expected two fits or more, anova(a, b)")
-    for i, result in enumerate(results):
-        source_of(result, f"results[{i}]")
-        _check_same_data(results[0], result)
-    fits = [Refit(r).fit("ml") if refit and r.method == "reml" else r for r in results]
-    fits.sort(key=_size)
-    rows: list[dict[str, float]] = []
-    for i, fit in enumerate(fits):
-        row: dict[str, float] = {"npar": _size(fit), "aic": fit.aic, "bic": fit.bic}
-        row |= {"log_likelihood": fit.log_likelihood, "deviance": fit.deviance}
-        if i:
-            test = likelihood_ratio_test(fits[i - 1], fit)
-            row |= {"statistic": test.statistic, "df": test.df, "p": test.p}
-            row["p_naive"] = test.p_naive
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def _size(result: Result) -> int:
+def parameters_of(result: Result) -> int:
+    """Number of estimated parameters."""
     return len(result.fixed.names) + result.num_params
 
 
@@ -143,15 +103,80 @@ def _tail(statistic: float, df: int) -> float:
     return float(stats.chi2.sf(statistic, df)) if df else float(statistic <= 0)
 
 
-def _check_same_data(small: Result, large: Result) -> None:
-    y, z = source_of(small).y, source_of(large).y
-    if y.shape != z.shape or not torch.equal(y, z.to(y)):
+def check_same_data(names: tuple[str, str], fits: tuple[Result, Result]) -> None:
+    """Refuse fits of other rows, responses or weights, in which likelihoods do not compare."""
+    a, b = names
+    (y, z) = (source_of(fit).y.detach() for fit in fits)
+    if len(y) != len(z):
         raise InputError(
-            f"the fits are of different data, {small.rows} and {large.rows} rows: fit both to "
-            "the same rows (missing values may have removed some)"
+            f"`{a}` has {len(y)} rows and `{b}` {len(z)} rows: expected fits of the same rows "
+            "(missing values may have removed some)"
         )
-    weights = [getattr(source_of(fit).encoder, "weights", None) for fit in (small, large)]
-    if weights[0] != weights[1]:
+    if not torch.equal(y, z.to(y)):
+        row = int((y != z.to(y)).nonzero()[0])
         raise InputError(
-            f"the fits have weights {weights[0]!r} and {weights[1]!r}: fit both with the same"
+            f"`{a}` and `{b}` have other responses, {float(y[row]):.6g} and {float(z[row]):.6g} in "
+            f"row {row}: expected fits of the same data (one response, one offset, one order)"
+        )
+    one, other = (_weights(fit) for fit in fits)
+    ratio = one / other.to(one)
+    row = int((ratio / ratio[0] - 1).abs().argmax())
+    if abs(float(ratio[row] / ratio[0]) - 1) > 1e-8:
+        raise InputError(
+            f"`{a}` and `{b}` have other weights, in row {row} {float(one[row] / one[0]):.6g} and "
+            f"{float(other[row] / other[0]):.6g} times that of row 0: expected fits with the same"
+        )
+
+
+def _weights(result: Result) -> Tensor:
+    """Known weights of the rows (n,), of which only the ratios mean anything."""
+    with torch.no_grad():
+        terms = Refit(result).objective().terms()
+    residual = [terms[i].design for i in residual_terms(terms)]
+    y = source_of(result).y.detach()
+    total = sum((_squares(design, y) for design in residual), torch.zeros_like(y))
+    return torch.ones_like(y) if bool((total <= 0).any()) else len(residual) / total
+
+
+def _squares(design: Design, like: Tensor) -> Tensor:
+    """Sums of squares of the rows of a design (n,)."""
+    if isinstance(design, IdentityDesign):
+        return torch.ones_like(like)
+    if isinstance(design, IndexedDesign):
+        values = design.values
+        return torch.ones_like(like) if values is None else values.detach().to(like).square().sum(1)
+    return design.dense(like).square().sum(1)
+
+
+def _check_nested(small: Result, large: Result) -> None:
+    """Refuse fixed effects of the smaller model that are not among those of the larger one.
+
+    Raises:
+        InputError: if they are not.
+    """
+    X, W = (
+        source_of(fit).X.detach()[:, list(fit.fixed.columns)].double() for fit in (small, large)
+    )
+    both = [name for name in small.fixed.names if name in large.fixed.names]
+    for name in both:
+        pair = X[:, small.fixed.names.index(name)], W[:, large.fixed.names.index(name)].to(X)
+        if not torch.allclose(*pair, rtol=1e-9, atol=0) and set(large.fixed.names) == set(both):
+            raise InputError(
+                f"`small` and `large` have other values of the fixed effect {name!r}: expected fits "
+                "of the same data"
+            )
+    same = len(both) == len(small.fixed.names) == len(large.fixed.names)
+    if small.method == "reml" and not same:
+        raise InputError(
+            "restricted likelihoods of different fixed effects do not compare: fit both with "
+            "method='ml'"
+        )
+    size = torch.linalg.vector_norm(X, dim=0)
+    Q = torch.linalg.qr(W).Q
+    left = torch.linalg.vector_norm(X - Q @ (Q.mT @ X), dim=0)
+    outside = [n for n, a, b in zip(small.fixed.names, left, size, strict=True) if a > 1e-7 * b]
+    if outside:
+        raise InputError(
+            f"the models are not nested: the smaller one has other fixed effects, {outside[0]!r} is "
+            "none of the larger one nor a combination of them"
         )

@@ -108,7 +108,7 @@ def emmeans(
     2      Victory      97.6  8.9
     """
     source, level = source_of(result), check_level(level)
-    encoder = source.encoder
+    encoder = result.encoder
     if encoder is None:
         raise InputError("`result` has no formula: marginal means are for fits by lmm()")
     wanted = [factors] if isinstance(factors, str) else check_names("factors", factors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,14 +14,16 @@ from torch import Tensor
 
 from openreml_nn.estimation import Result
 from openreml_nn.inference.constrained import Ascent, Held, Natural
-from openreml_nn.inference.refit import Refit, matrix_entries, source_of
-from openreml_nn.support.checks import check_names, check_number
+from openreml_nn.inference.refit import Refit, matrix_entries, source_of, tracked
+from openreml_nn.support.checks import check_count, check_flag, check_names, check_number
 from openreml_nn.support.errors import InputError
 
 __all__ = ["Curve", "Profile", "profile"]
 
 #: How far each curve goes, in zeta, and by what steps.
 _REACH, _STEP = 2.9, 0.4
+#: A log-likelihood this much higher than the fit's is another maximum.
+_HIGHER = 1e-3
 #: Levels that the curves reach.
 _MOST_LEVEL = 0.995
 
@@ -78,7 +81,12 @@ class Profile:
         return pd.DataFrame(rows, columns=["name", "estimate", "low", "high"])
 
 
-def profile(result: Result, names: Sequence[str] | None = None) -> Profile:
+def profile(
+    result: Result,
+    names: Sequence[str] | None = None,
+    max_iterations: int = 60,
+    progress: bool = True,
+) -> Profile:
     r"""Profile the likelihood of standard deviations, correlations and fixed effects.
 
     Of the full likelihood, as only that has all of them as parameters: a fit by REML is first made
@@ -89,20 +97,29 @@ def profile(result: Result, names: Sequence[str] | None = None) -> Profile:
     Args:
         result: a fit.
         names: which parameters; all by default.
+        max_iterations: steps to the maximum at each point, at most.
+        progress: whether a bar shows on stderr.
+
+    Warns:
+        RuntimeWarning: that names the parameter where a point of its curve is not a maximum, or is
+            higher than the fit itself.
 
     Raises:
-        ValueError: if a name is unknown, the rows were streamed, or a design is estimated.
+        InputError: if a name is unknown, the rows were streamed, or a design is estimated.
         TypeError: if an argument is of another kind.
 
     Reference:
         Bates, Mächler, Bolker and Walker, Journal of Statistical Software 67(1) (2015), section 5.1.
     """
-    return _Profiler(result).run(names)
+    check_flag("progress", progress)
+    max_iterations = check_count("max_iterations", max_iterations, 1)
+    return _Profiler(result, max_iterations).run(names, progress)
 
 
 class _Profiler:
-    def __init__(self, result: Result) -> None:
+    def __init__(self, result: Result, max_iterations: int) -> None:
         source_of(result)
+        self.max_iterations = max_iterations
         self.refit = Refit(result)
         self.fitted = self.refit.fit("ml")
         self.objective = self.refit.objective(method="ml")
@@ -112,8 +129,11 @@ class _Profiler:
             )
         self.natural = Natural(self.objective)
         self.best = float(self.objective.evaluate().log_likelihood)
+        #: Values at which the maximum was missed, and by how much the fit was surpassed, of a curve.
+        self.missed: list[float] = []
+        self.highest = 0.0
 
-    def run(self, names: Sequence[str] | None) -> Profile:
+    def run(self, names: Sequence[str] | None, progress: bool) -> Profile:
         held = self._held()
         fixed = self.fitted.fixed
         known = [*held, *fixed.names]
@@ -122,12 +142,40 @@ class _Profiler:
             if name not in known:
                 raise InputError(f"`names` has {name!r}: expected some of {known}")
         curves = {}
-        for name in wanted:
+        for name in tracked(wanted, "profile", progress):
+            self.missed, self.highest = [], 0.0
             if name in held:
                 curves[name] = self._covariance_curve(held[name])
             else:
                 curves[name] = self._fixed_curve(fixed.names.index(name))
+            self._warn(name, len(curves[name].values))
         return Profile(curves)
+
+    def _warn(self, name: str, points: int) -> None:
+        """Say what is not as it should be with the curve of a parameter."""
+        if self.missed:
+            warnings.warn(
+                f"the profile of {name!r} is approximate at {len(self.missed)} of its {points} "
+                f"points, such as {self.missed[0]:.6g}: the maximum over the other parameters was "
+                f"not found in {self.max_iterations} steps",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        if self.highest > _HIGHER:
+            warnings.warn(
+                f"the profile of {name!r} rises above the fit by {self.highest:.3g}: the fit is not at "
+                "the maximum of its likelihood, and intervals are too narrow; fit again from another "
+                "start",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+    def _seen(self, ascent: Ascent, value: float, log_likelihood: float) -> float:
+        """The log-likelihood at a point, of which is kept whether it is one of the maximum."""
+        if not ascent.arrived:
+            self.missed.append(value)
+        self.highest = max(self.highest, log_likelihood - self.best)
+        return log_likelihood
 
     # ------------------------------------------------------------------ covariances
 
@@ -155,10 +203,10 @@ class _Profiler:
             path = _Path(start, estimate)
 
             def at(t: float) -> float:
-                ascent = Ascent(self.natural, path.ahead(t))
+                ascent = Ascent(self.natural, path.ahead(t), self.max_iterations)
                 found = ascent.hold(held, t)
                 path.add(ascent.v, t)
-                return found
+                return self._seen(ascent, held.value(t), found)
 
             return at
 
@@ -181,10 +229,10 @@ class _Profiler:
             def at(value: float) -> float:
                 y = refit.y - value * refit.X[:, j]
                 objective = refit.objective(y, refit.X[:, others], "ml")
-                ascent = Ascent(self.natural.of(objective), path.ahead(value))
+                ascent = Ascent(self.natural.of(objective), path.ahead(value), self.max_iterations)
                 found = ascent.climb()
                 path.add(ascent.v, value)
-                return found
+                return self._seen(ascent, value, found)
 
             return at
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import TypeVar
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from openreml_nn.estimation import Result, fit_reml
@@ -15,10 +20,15 @@ from openreml_nn.result.result import Source
 from openreml_nn.support.checks import check_instance, check_number
 from openreml_nn.support.errors import InputError
 
-__all__ = ["Refit", "check_level", "check_result", "matrix_entries", "source_of"]
+__all__ = ["Refit", "check_fit", "check_level", "matrix_entries", "source_of", "tracked"]
+
+T = TypeVar("T")
+
+#: Columns that are solved for at a time.
+_COLUMNS = 256
 
 
-def check_result(result: object, name: str = "result") -> None:
+def check_fit(result: object, name: str = "result") -> None:
     """Refuse what is not a fit.
 
     Raises:
@@ -44,7 +54,7 @@ def source_of(result: Result, name: str = "result") -> Source:
         InputError: if its rows were streamed.
         TypeError: if it is no result.
     """
-    check_result(result, name)
+    check_fit(result, name)
     if result.source is None:
         raise InputError(
             f"`{name}` has no data, because its rows were read in chunks: expected a fit by lmm()"
@@ -67,6 +77,12 @@ def matrix_entries(result: Result) -> dict[str, tuple[int, int, int]]:
             for j in range(i):
                 found[f"cor_{effect}.{c.effects[j]}|{c.group}"] = (index, i, j)
     return found
+
+
+def tracked(parts: Sequence[T], what: str, progress: bool) -> Iterable[T]:
+    """The parts one after another, with a bar on stderr if one is wanted."""
+    console = Console(stderr=True)
+    return track(parts, what, disable=not progress, transient=True, console=console)
 
 
 class Refit:
@@ -98,7 +114,7 @@ class Refit:
         y, X = self.y if y is None else y, self.X if X is None else X
         method = method or self.result.method
         if method not in self._losses:
-            solver = self.result.plan.solver
+            solver = self.result.plan.choice
             self._losses[method] = REMLLoss(self.covariance, method, solver)
         return self._losses[method].objective(y, X, self.source.rows)
 
@@ -111,9 +127,34 @@ class Refit:
                 self.y if y is None else y,
                 self.X,
                 method=method or self.result.method,
-                solver=self.result.plan.solver,
+                solver=self.result.plan.choice,
                 rows=self.source.rows,
                 start="current",
                 names=self.result.fixed.names,
                 labels=self.source.labels,
             )
+
+    def solve(self, columns: Tensor) -> Tensor:
+        r""":math:`V^{-1} B` of some columns B (n, m), by the solver of the fit.
+
+        Columns of a model matrix come with it, so they take the place of X, a few at a time.
+        """
+        found = []
+        for part in columns.to(self.y).split(max(1, min(_COLUMNS, len(self.y) // 2)), 1):
+            Q, R = torch.linalg.qr(part)
+            objective = self.objective(X=Q, method="ml")
+            fixed = objective.problem.fixed
+            solved = objective.evaluate().inverse_times_data()[:, :-1]
+            found.append(solved @ (fixed.Q.mT @ Q) @ R)
+        return torch.cat(found, 1) if found else columns.to(self.y)
+
+    def project(self, columns: Tensor) -> Tensor:
+        r""":math:`PB = V^{-1}B - V^{-1}X(X^\top V^{-1}X)^{-1}X^\top V^{-1}B` of columns (n, m)."""
+        V_X = self._solved_x
+        inner = torch.linalg.solve(self.X.mT @ V_X, V_X.mT @ columns.to(self.y))
+        return self.solve(columns) - V_X @ inner
+
+    @cached_property
+    def _solved_x(self) -> Tensor:
+        """V^-1 X at the estimates."""
+        return self.solve(self.X)

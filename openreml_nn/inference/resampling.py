@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import nan
 
 import pandas as pd
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from openreml_nn.estimation import Result
 from openreml_nn.estimation.fit import iterate
 from openreml_nn.inference.batched import maximise
 from openreml_nn.inference.likelihood_ratio import likelihood_ratio_test
-from openreml_nn.inference.refit import Refit, check_level, matrix_entries
+from openreml_nn.inference.refit import Refit, check_level, matrix_entries, tracked
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.support.checks import check_count, check_flag, found
 
@@ -119,7 +117,7 @@ def bootstrap(
     responses = simulate(result, samples, seed)
     maxima = None if statistic is not None else maximise(refit, responses)
     rows = []
-    for b, y in enumerate(_tracked(responses.unbind(1), progress)):
+    for b, y in enumerate(tracked(responses.unbind(1), "bootstrap", progress)):
         if maxima is not None and bool(maxima.found[b]):
             rows.append(dict(zip(estimate, maxima.numbers[b].tolist(), strict=True)))
             continue
@@ -160,7 +158,7 @@ def bootstrap_test(
     reached = 0
     responses = simulate(small, samples, seed)
     maxima = [maximise(fit, responses) for fit in fits]
-    for b, y in enumerate(_tracked(responses.unbind(1), progress)):
+    for b, y in enumerate(tracked(responses.unbind(1), "bootstrap", progress)):
         value = []
         for fit, many in zip(fits, maxima, strict=True):
             if bool(many.found[b]):
@@ -172,16 +170,6 @@ def bootstrap_test(
             value.append(float(objective.evaluate().log_likelihood))
         reached += 2 * (value[1] - value[0]) >= observed
     return (1 + reached) / (1 + samples)
-
-
-def _tracked(parts: tuple[Tensor, ...], progress: bool) -> Iterable[Tensor]:
-    return track(
-        parts,
-        "bootstrap",
-        disable=not progress,
-        transient=True,
-        console=Console(stderr=True),
-    )
 
 
 def _numbers(refit: Refit, objective: Objective) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Shares of variance: R², intraclass correlation, heritability."""
+"""Shares of variance: R² and intraclass correlations."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from openreml_nn.estimation.curvature import Curvature
 from openreml_nn.estimation.derivatives import jacobian
 from openreml_nn.inference.refit import Refit
 from openreml_nn.metrics import conditional_r2, marginal_r2
-from openreml_nn.support.checks import check_choice, check_instance
-from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import (
     Covariance,
     DiagonalCovariance,
@@ -24,7 +22,7 @@ from openreml_nn.terms.covariance import (
 from openreml_nn.terms.design import IdentityDesign, IndexedDesign
 from openreml_nn.terms.term import Term
 
-__all__ = ["R2", "heritability", "r2", "variance_shares"]
+__all__ = ["R2", "r2", "variance_shares"]
 
 
 class R2(NamedTuple):
@@ -112,32 +110,6 @@ def variance_shares(result: Result) -> pd.DataFrame:
     columns = {"variance": value, "share": value / total, "std_error": error}
     table = {name: column.numpy(force=True) for name, column in columns.items()}
     return pd.DataFrame({"group": groups, **table})
-
-
-class Heritability(NamedTuple):
-    """Heritability and its standard error."""
-
-    estimate: float
-    std_error: float
-
-
-def heritability(result: Result, group: str) -> Heritability:
-    """Share of a genetic effect in the variance, see :func:`variance_shares`.
-
-    Args:
-        result: a fit.
-        group: the grouping factor of the genetic effect.
-
-    Raises:
-        ValueError: if there is no such group, or several terms of it.
-    """
-    check_instance("group", group, str)
-    table = variance_shares(result)
-    check_choice("group", group, list(dict.fromkeys(table["group"])))
-    found = table[table["group"] == group]
-    if len(found) != 1:
-        raise InputError(f"`group` is {group!r}, which has {len(found)} terms: expected one")
-    return Heritability(float(found["share"].iloc[0]), float(found["std_error"].iloc[0]))
 
 
 def _row_variances(terms: list[Term]) -> list[Tensor]:

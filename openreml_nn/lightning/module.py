@@ -21,9 +21,10 @@ from openreml_nn.likelihood.fixed import estimable
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.likelihood.solvers.dense import check_method
-from openreml_nn.model.structures import covariance_of, labels_of
+from openreml_nn.model.structures import labels_of, linear_model
 from openreml_nn.result.result import Record
 from openreml_nn.support.checks import check_instance, check_maker, check_names, check_text
+from openreml_nn.support.errors import InputError
 from openreml_nn.support.instantiate import build
 from openreml_nn.table import Encoded, Encoder, Learned
 
@@ -122,6 +123,8 @@ class MixedModelModule(LightningModule):
         data = attached(self, self.encoder)
         self.encoder = data.encoder
         encoded: Encoded = data.encoded
+        if encoded.offset is not None:
+            raise InputError("offset() is for lmm(): subtract it from the response here")
         fresh = self.covariance is None
         self._build(encoded)
         if fresh:
@@ -131,7 +134,7 @@ class MixedModelModule(LightningModule):
     def _build(self, encoded: Encoded) -> None:
         kept = None if self.covariance is None else self.covariance.state_dict()
         self._encoded = encoded
-        self.covariance = covariance_of(encoded)
+        self.covariance = linear_model(encoded).covariance(encoded.batch())
         if kept is not None:
             self.covariance.load_state_dict(kept)
         self.loss = REMLLoss(self.covariance, self.method, self.solver)
@@ -272,7 +275,7 @@ class MixedModelModule(LightningModule):
         mean = population.clone()
         for name, codes in batch["groups"].items():
             blup = getattr(self, _buffer("blup", name))[codes.clamp(min=0)]
-            mean += torch.where(codes >= 0, (batch["values"][name] * blup).sum(1), 0)
+            mean += torch.where(codes >= 0, (batch["values"].get(name, 1) * blup).sum(1), 0)
         return {"mean": mean, "population_mean": population}
 
     def predict(self, table: pd.DataFrame) -> pd.DataFrame:

@@ -164,7 +164,11 @@ class TabularMixedModule(NeuralMixedModule):
             layers = nn.Sequential(features, nn.LazyLinear(1))
             mean = _Standardised(layers, encoded.X, center, scale)
         model = MixedModel(
-            mean, random, self._residual(encoded.X, variance / 2), self._head, self._solver
+            mean,
+            random,
+            self._residual(encoded.X, variance / 2),
+            self._head,
+            solver=self._solver,
         )
         for what, network in (("network", model.mean), ("residual", model.residual)):
             if not isinstance(network, Matrix):

@@ -1,14 +1,24 @@
 """The restricted likelihood: dense, or in the space of the random effects."""
 
 from openreml_nn.likelihood.loss import REMLLoss
-from openreml_nn.likelihood.plan import Plan
-from openreml_nn.likelihood.problem import Evaluation, NotPositiveDefiniteError
+from openreml_nn.likelihood.plan import Auto, Plan
+from openreml_nn.likelihood.problem import Cost, Evaluation, NotPositiveDefiniteError
+from openreml_nn.likelihood.solver import Solver
+from openreml_nn.likelihood.solvers import Blocked, Dense, Grid, Krylov, Spectral
 from openreml_nn.likelihood.solvers.dense import restricted_log_likelihood
 
 __all__ = [
+    "Auto",
+    "Blocked",
+    "Cost",
+    "Dense",
     "Evaluation",
+    "Grid",
+    "Krylov",
     "NotPositiveDefiniteError",
     "Plan",
     "REMLLoss",
+    "Solver",
+    "Spectral",
     "restricted_log_likelihood",
 ]

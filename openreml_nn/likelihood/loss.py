@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from openreml_nn.covariance import Matrix
 from openreml_nn.covariance.matrix import FreeParams
 from openreml_nn.likelihood.fixed import FixedPart, check_data, traced
-from openreml_nn.likelihood.plan import Plan, check_solver
+from openreml_nn.likelihood.plan import Auto, Plan, check_solver
 from openreml_nn.likelihood.problem import Evaluation, Problem
+from openreml_nn.likelihood.recorded import LogLikelihood
+from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.support.checks import check_choice, check_tensor
 from openreml_nn.support.errors import InputError
@@ -83,7 +85,7 @@ class Objective:
         """The problem, prepared anew where its designs may have moved."""
         if not self.moves:
             return self.problem
-        return type(self.problem)(self.problem.fixed.detach(), terms, self.problem.method)
+        return self.problem.anew(self.problem.fixed.detach(), terms)
 
     def matrices(self, free_params: FreeParams) -> tuple[Tensor, ...]:
         """The problem's matrices as a differentiable function of the parameters."""
@@ -151,7 +153,8 @@ class REMLLoss(nn.Module):
             by one eigendecomposition), ``"grid"`` (a Kronecker product over a complete
             grid, such as a field of plots, by two small ones), or ``"auto"``, which takes the exact one with
             least work, and the approximate one, with a warning, where that would hold
-            more than 4 GiB; :attr:`plan` says which and why.
+            more than 4 GiB; or a solver with its options, such as
+            ``Krylov(probes=100)`` or ``Auto(memory=2**34)``. :attr:`plan` says which and why.
         reduction: ``"mean"`` divides by the number of rows, ``"sum"`` does not.
 
     Attributes:
@@ -172,7 +175,7 @@ class REMLLoss(nn.Module):
         self,
         covariance: Matrix,
         method: str = "reml",
-        solver: str = "auto",
+        solver: str | Solver = "auto",
         reduction: str = "mean",
     ) -> None:
         super().__init__()
@@ -235,7 +238,7 @@ class REMLLoss(nn.Module):
             if recorded:
                 value = problem.recorded(matrices)
             else:
-                value = _LogLikelihood.apply(problem, terms, fixed.y, fixed.Q, *matrices)
+                value = LogLikelihood.apply(problem, terms, fixed.y, fixed.Q, *matrices)
             scale = -1 / len(y) if self.reduction == "mean" else -1.0
             loss = -value / len(y) if self.reduction == "mean" else -value
             heard = _heard.get()
@@ -338,7 +341,7 @@ class REMLLoss(nn.Module):
                 copies += [tensor for term in held for tensor in term.constants]
             recorded = recorded or (moving and not problem.takes_data)
             if recorded and moving and not wrapped:
-                problem = type(problem)(fixed, terms, self.method)
+                problem = problem.anew(fixed, terms)
         self._prepared = (
             None if recorded else _Prepared(None if moving else data, forms, copies, problem)
         )
@@ -347,9 +350,9 @@ class REMLLoss(nn.Module):
     def _planned(self, fixed: FixedPart, terms: list[Term], dtype: torch.dtype) -> Problem:
         """A problem prepared by the solver of least work."""
         plan = Plan.of(terms, fixed.Q.shape[1], self.solver, dtype)
-        problem = plan.problem(fixed, terms, self.method)
-        self._plan = plan.measured(problem, terms)
-        if plan.solver == "krylov" and self.solver == "auto":
+        problem = plan.choice.problem(fixed, terms, self.method)
+        self._plan = plan.measured(problem)
+        if not plan.exact and isinstance(check_solver(self.solver), Auto):
             warnings.warn(
                 f"the likelihood is approximate: {plan.reason}; "
                 "solver='blocked' insists on an exact one",
@@ -395,45 +398,3 @@ class _Prepared:
 
 def _all_same(tensors: Sequence[Tensor | None], kept: Sequence[Tensor | None]) -> bool:
     return len(tensors) == len(kept) and all(map(same_content, tensors, kept))
-
-
-class _LogLikelihood(torch.autograd.Function):
-    """The log-likelihood of a prepared problem with its closed-form score.
-
-    Under ``create_graph`` the score itself is recorded, through the plain
-    formula of the likelihood.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, problem: Problem, terms: list[Term], y: Tensor, Q: Tensor, *matrices: Tensor
-    ) -> Tensor:
-        ctx.problem = problem
-        ctx.evaluation = problem.evaluate(terms)
-        ctx.save_for_backward(y, Q, *matrices)
-        return ctx.evaluation.log_likelihood.clone()
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[2:]
-        found: list[Tensor | None] = [None] * len(needed)
-        if torch.is_grad_enabled():
-            y, Q, *matrices = ctx.saved_tensors
-            problem = ctx.problem
-            problem.check_rounding(ctx.evaluation.recorded_rounding)
-            if any(needed[:2]):
-                problem = problem.with_fixed(replace(problem.fixed, y=y, Q=Q))
-            value = problem.recorded(matrices)
-            wanted = [t for t, need in zip((y, Q, *matrices), needed, strict=True) if need]
-            parts = iter(torch.autograd.grad(value, wanted, create_graph=True))
-            found = [next(parts) if need else None for need in needed]
-        else:
-            if any(needed[:2]):
-                found[:2] = ctx.evaluation.data_scores()
-            if any(needed[2:]):
-                found[2:] = ctx.evaluation.scores()
-        scaled = [
-            part * cotangent if need and part is not None else None
-            for part, need in zip(found, needed, strict=True)
-        ]
-        return (None, None, *scaled)

@@ -11,19 +11,17 @@ from math import inf, log, pi
 import torch
 from torch import Tensor
 
+from openreml_nn.likelihood.effects import Coefficients, RandomEffects
 from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.support.errors import NumericalError
-from openreml_nn.terms.covariance import RepeatedCovariance, ScaledCovariance
-from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.kernel import private
 from openreml_nn.terms.term import Term
 
 __all__ = [
-    "Coefficients",
+    "Cost",
     "Evaluation",
     "NotPositiveDefiniteError",
     "Problem",
-    "RandomEffects",
     "cholesky",
     "pivot_loss",
 ]
@@ -58,63 +56,22 @@ def pivot_loss(matrix: Tensor, factor: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class Coefficients:
-    r"""Generalised least-squares coefficients of the fixed effects.
+class Cost:
+    """What an evaluation of the likelihood takes.
 
     Attributes:
-        estimate: (p,) BLUEs :math:`(X^\top V^{-1} X)^{-1} X^\top V^{-1} y`.
-        covariance: (p, p) :math:`(X^\top V^{-1} X)^{-1}`.
-        columns: the p columns of X that were kept.
+        operations: floating-point operations.
+        bytes: bytes that are held meanwhile.
+        exact: whether the likelihood is computed, and not estimated by Monte Carlo.
+        reason: what the solver makes use of, in a few words.
+        steps: what is eliminated or decomposed, in order, with sizes.
     """
 
-    estimate: Tensor
-    covariance: Tensor
-    columns: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class RandomEffects:
-    r"""BLUPs of one term.
-
-    Attributes:
-        name: path of the term in the tree.
-        values: (q, k) BLUPs :math:`G Z^\top P y`.
-        variances: (q, k, k) prediction-error variances, the diagonal blocks
-            of :math:`G - G Z^\top P Z G`.
-    """
-
-    name: str
-    values: Tensor
-    variances: Tensor
-
-    @classmethod
-    def of(cls, term: Term, values: Tensor, z_p_z: Tensor) -> RandomEffects:
-        """From :math:`G Z^\\top P y` (q,) and :math:`Z^\\top P Z` (q, q)."""
-        g, k = term.covariance, cls.width(term)
-        G, half = g.whole(len(values)), g.multiply(z_p_z)  # G, G Z' P Z
-        levels = (len(values) // k, k)
-        prior = G.unflatten(1, levels).unflatten(0, levels).diagonal(dim1=0, dim2=2).movedim(-1, 0)
-        lost = half.unflatten(0, levels) @ G.unflatten(0, levels).mT
-        return cls(term.name, values.reshape(-1, k), prior - lost)
-
-    @classmethod
-    def of_roots(cls, term: Term, values: Tensor, root: Tensor) -> RandomEffects:
-        """From BLUPs (q,) and a root (q, m) of their prediction-error variance."""
-        by_level = root.unflatten(0, (-1, cls.width(term)))
-        return cls(term.name, values.reshape(by_level.shape[:2]), by_level @ by_level.mT)
-
-    def to(self, dtype: torch.dtype) -> RandomEffects:
-        """The same in another precision."""
-        return RandomEffects(self.name, self.values.to(dtype), self.variances.to(dtype))
-
-    @staticmethod
-    def width(term: Term) -> int:
-        """Effects of each level of a term."""
-        z, g = term.design, term.covariance
-        k = z.effects if isinstance(z, IndexedDesign) else 1
-        if isinstance(g, RepeatedCovariance | ScaledCovariance):
-            k = max(k, g.matrix.shape[0])
-        return k
+    operations: float
+    bytes: float
+    exact: bool
+    reason: str
+    steps: tuple[str, ...] = ()
 
 
 class Evaluation:
@@ -129,6 +86,8 @@ class Evaluation:
         rounding: bound of the relative error that rounding leaves in all that derives from it:
             the precision of the dtype times how often the factorisations magnify it.
         recorded_rounding: the same of the plain formula that second derivatives come from.
+        problem: the problem that it is an evaluation of.
+        at_terms, at_matrices: where it was evaluated, as :meth:`at` has it.
     """
 
     log_likelihood: Tensor
@@ -138,14 +97,14 @@ class Evaluation:
     error: float = 0.0
     rounding: float = 0.0
     recorded_rounding: float = 0.0
-    _problem: Problem
-    _at_matrices: list[Tensor]
-    _at_terms: Sequence[Term]
+    problem: Problem
+    at_matrices: list[Tensor]
+    at_terms: Sequence[Term]
 
     @cached_property
     def fixed(self) -> Coefficients:
         """BLUEs of the fixed effects, with their covariance."""
-        part = self._problem.fixed
+        part = self.problem.fixed
         with torch.inference_mode(False), torch.no_grad():
             spread = part.T @ torch.cholesky_inverse(self.gamma_factor) @ part.T.mT
             return Coefficients(part.coefficients(self.gamma), spread, tuple(part.columns))
@@ -158,7 +117,7 @@ class Evaluation:
 
     def at(self, terms: Sequence[Term], matrices: list[Tensor]) -> None:
         """Say where it was evaluated."""
-        self._at_terms, self._at_matrices = terms, matrices
+        self.at_terms, self.at_matrices = terms, matrices
 
     @cached_property
     def _checked_scores(self) -> list[Tensor]:
@@ -167,9 +126,9 @@ class Evaluation:
         These are sums over entries of each matrix; where it is close to singular they cancel.
         """
         with torch.inference_mode(False), torch.no_grad():
-            problem, found = self._problem, self._scores()
+            problem, found = self.problem, self.scores_unchecked()
             terms = sum(
-                float((x * m).abs().sum()) for x, m in zip(found, self._at_matrices, strict=True)
+                float((x * m).abs().sum()) for x, m in zip(found, self.at_matrices, strict=True)
             )
             lost = self.rounding * terms / (problem.n + float(self.y_p_y))
             if problem.has_digits(lost):
@@ -188,7 +147,8 @@ class Evaluation:
         """
         return self._checked_scores
 
-    def _scores(self) -> list[Tensor]:
+    def scores_unchecked(self) -> list[Tensor]:
+        """:meth:`scores`, whatever digits are lost in sums over them."""
         raise NotImplementedError
 
     def data_scores(self) -> tuple[Tensor, Tensor]:
@@ -201,7 +161,7 @@ class Evaluation:
         V_Q, V_y = V_f[:, :-1], V_f[:, -1]
         p_y = V_y - V_Q @ self.gamma
         by_Q = torch.outer(p_y, self.gamma)
-        if self._problem.method == "reml":
+        if self.problem.method == "reml":
             by_Q = by_Q - V_Q @ torch.cholesky_inverse(self.gamma_factor)
         return -p_y, by_Q
 
@@ -240,8 +200,9 @@ class Problem:
 
     #: Whether evaluations have derivatives by the data, and the data can be exchanged.
     takes_data = False
-    #: Whether the likelihood is computed, and not estimated by Monte Carlo.
-    exact = True
+    #: Whether :meth:`recorded` takes about as long as an evaluation, so that second derivatives
+    #: are to be had from it.
+    has_second_derivatives = True
 
     def __init__(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> None:
         self.fixed = fixed
@@ -252,6 +213,14 @@ class Problem:
     def matrices(self, terms: Sequence[Term]) -> list[Tensor]:
         """The matrices on which the likelihood depends, from terms of the same designs."""
         raise NotImplementedError
+
+    def anew(self, fixed: FixedPart, terms: Sequence[Term]) -> Problem:
+        """A problem of other designs, or of data with a graph, prepared in the same way."""
+        return type(self)(fixed, terms, self.method)
+
+    def cost(self) -> Cost | None:
+        """What an evaluation takes, where preparing the data has shown it; None otherwise."""
+        return None
 
     def with_fixed(self, fixed: FixedPart) -> Problem:
         """The same designs with other data: what depends on designs alone is kept."""
@@ -265,7 +234,20 @@ class Problem:
         """The log-likelihood by plain differentiable operations."""
         raise NotImplementedError
 
-    def _evaluate(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
+    def evaluate_unchecked(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
+        """The likelihood at these terms, whatever digits it has lost.
+
+        Args:
+            terms: of the same designs, without a graph.
+            matrices: those of :meth:`matrices` at these terms.
+
+        Returns:
+            An evaluation that has set ``problem``, ``log_likelihood``, ``y_p_y``, ``gamma``,
+            ``gamma_factor``, ``rounding`` and ``recorded_rounding``.
+
+        Raises:
+            NotPositiveDefiniteError: if V is not positive definite.
+        """
         raise NotImplementedError
 
     def by_matrix(self, parts: Sequence[Tensor]) -> list[Tensor]:
@@ -306,7 +288,7 @@ class Problem:
     def _checked(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
         evaluation, failure = None, None
         try:
-            evaluation = self._evaluate(terms, matrices)
+            evaluation = self.evaluate_unchecked(terms, matrices)
             if self.has_digits(evaluation.rounding):
                 return evaluation
         except NotPositiveDefiniteError as error:
@@ -323,7 +305,7 @@ class Problem:
 
     def more_precise(self, evaluation: Evaluation) -> Evaluation | None:
         """The same with more digits; None where there is no such way, or it was taken already."""
-        better = self.precise(evaluation._at_terms)
+        better = self.precise(evaluation.at_terms)
         if better is None or better.rounding >= evaluation.rounding:
             return None
         return better
@@ -344,7 +326,7 @@ class Problem:
             f"{wider}hold the residual variance further from zero"
         )
 
-    def _profile(
+    def profile(
         self, log_det_v: Tensor, xx: Tensor, xy: Tensor, yy: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         r"""Profile the fixed effects out.
@@ -362,9 +344,9 @@ class Problem:
         factor = cholesky(xx, "X' V^-1 X")
         white = torch.linalg.solve_triangular(factor, xy[:, None], upper=False)[:, 0]
         log_det_x = 2 * factor.diagonal().log().sum()
-        return self._log_likelihood(log_det_v, log_det_x, yy - white @ white), factor, white
+        return self.assemble(log_det_v, log_det_x, yy - white @ white), factor, white
 
-    def _log_likelihood(self, log_det_v: Tensor, log_det_x: Tensor, y_p_y: Tensor) -> Tensor:
+    def assemble(self, log_det_v: Tensor, log_det_x: Tensor, y_p_y: Tensor) -> Tensor:
         """Assemble the log-likelihood of the original response and model matrix."""
         if self.method == "ml":
             return -(self.n * log(2 * pi) + log_det_v + y_p_y) / 2

@@ -22,7 +22,6 @@ from torch.linalg import solve_triangular
 from openreml_nn.likelihood.fixed import traced
 from openreml_nn.likelihood.problem import NotPositiveDefiniteError, cholesky, pivot_loss
 from openreml_nn.support.errors import InputError
-from openreml_nn.terms.covariance import DiagonalCovariance, RepeatedCovariance, is_scalar
 from openreml_nn.terms.design import DenseDesign, Design, IdentityDesign, IndexedDesign
 from openreml_nn.terms.term import Term, residual_terms
 
@@ -91,7 +90,7 @@ class Residual:
         parts = [terms[i] for i in at]
         # The same known weights, or none, by the identity of their tensor.
         weights = {None if v is None else v.data_ptr() for v in map(_scale, parts)}
-        if all(is_scalar(term.covariance) for term in parts) and len(weights) == 1:
+        if all(term.covariance.is_scalar for term in parts) and len(weights) == 1:
             return ScalarResidual(at, parts)
         return BlockResidual(at, parts)
 
@@ -218,10 +217,7 @@ class BlockResidual(Residual):
         for form, matrix, at, joint in zip(
             self._forms, matrices, bucket.positions, bucket.joint, strict=True
         ):
-            if isinstance(form, DiagonalCovariance):
-                parts.append(torch.diag_embed(matrix[at]))
-            else:
-                parts.append(joint * matrix[at[:, :, None], at[:, None, :]])
+            parts.append(form.with_matrix(matrix).among(at, joint))
         return torch.stack(parts).sum(0)
 
     def along(self, derivatives: Sequence[Tensor], x: Tensor) -> Tensor:
@@ -273,10 +269,7 @@ def _places(part: Term) -> tuple[Tensor, Tensor]:
     z, g = part.design, part.covariance
     n = z.shape[0]
     codes = z.codes if isinstance(z, IndexedDesign) else torch.arange(n, device=g.matrix.device)
-    if isinstance(g, RepeatedCovariance):
-        k = g.matrix.shape[0]
-        return codes // k, codes % k
-    return torch.arange(n, device=codes.device), codes
+    return g.places(codes)
 
 
 def _joined(blocks: Sequence[Tensor]) -> Tensor:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import log
 from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
 
-from openreml_nn.covariance import Matrix, Pedigree
+from openreml_nn.covariance import Pedigree
 from openreml_nn.estimation import Result, fit_reml
 from openreml_nn.likelihood.plan import check_solver
+from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import check_method
+from openreml_nn.model.mixed_model import MixedModel
 from openreml_nn.model.stream import fit_stream
-from openreml_nn.model.structures import covariance_of, labels_of, relations_of
+from openreml_nn.model.structures import labels_of, linear_model, relations_of
 from openreml_nn.support.checks import (
     check_count,
     check_names,
@@ -27,7 +30,7 @@ from openreml_nn.support.checks import (
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import Encoder, TableFile
 
-__all__ = ["lmm"]
+__all__ = ["lmm", "with_model"]
 
 
 def lmm(
@@ -35,7 +38,7 @@ def lmm(
     table: pd.DataFrame | str | os.PathLike[str] | TableFile,
     *,
     method: str = "reml",
-    solver: str = "auto",
+    solver: str | Solver = "auto",
     categorical: Sequence[str] = (),
     weights: str | None = None,
     residual: str | None = None,
@@ -58,9 +61,9 @@ def lmm(
         solver: see :class:`REMLLoss`.
         categorical: numeric columns to be taken as factors.
         weights: column of weights: the residual variance of a row is divided by its weight.
-        residual: covariance of the rows of a group, such as ``"ar1(time | subject)"``, of a field,
-            ``"ar1(row):ar1(col)"``, or a variance for each stratum, ``"diag(sex)"``; see
-            :func:`parse_residual`. Independent rows of one variance by default.
+        residual: correlation of the rows of a group, ``"ar1(time | subject)"``,
+            ``"cs(subject)"`` or ``"us(time | subject)"``, or a variance for each
+            stratum, ``"diag(sex)"``; independent rows of one variance by default.
         residual_variance: the residual variance where it is known, that of a row of weight 1: with
             weights :math:`1 / s_i^2` and 1, row i has error variance :math:`s_i^2`.
         pedigree: for ``ped(animal)`` in the formula: a table animal, sire, dam, or its path.
@@ -90,24 +93,19 @@ def lmm(
     if chunk_rows is not None:
         if isinstance(table, pd.DataFrame):
             raise InputError("`chunk_rows` is for a file: the table is in memory already")
-        others = {
-            "weights": weights,
-            "residual": residual,
-            "residual_variance": residual_variance,
-            "pedigree": pedigree,
-            "kernels": kernels,
-        }
-        given = [name for name, value in others.items() if value is not None]
-        if given or solver != "auto":
-            raise InputError(
-                f"`{(given or ['solver'])[0]}` is not for chunks: leave out `chunk_rows`"
-            )
+        if pedigree is not None or kernels is not None:
+            name = "kernels" if pedigree is None else "pedigree"
+            raise InputError(f"`{name}` is not for chunks: leave out `chunk_rows`")
         return fit_stream(
             formula,
             table,
             chunk_rows=chunk_rows,
-            categorical=categorical,
             method=method,
+            solver=solver,
+            categorical=categorical,
+            weights=weights,
+            residual=residual,
+            residual_variance=residual_variance,
             max_iterations=max_iterations,
         )
     source = "the table" if isinstance(table, pd.DataFrame) else f"file {str(table)!r}"
@@ -117,11 +115,9 @@ def lmm(
     relations = relations_of(pedigree, kernels)
     encoder = Encoder(formula, categorical, source, residual, weights, known, relations)
     encoded = encoder.fit(table)
-    covariance = covariance_of(encoded)
-    if residual_variance is not None:
-        _hold(covariance, residual_variance)
+    model = linear_model(encoded, method, solver, residual_variance)
     result = fit_reml(
-        covariance,
+        model.covariance(encoded.batch()),
         encoded.adjusted,
         encoded.X,
         method=method,
@@ -132,11 +128,37 @@ def lmm(
     )
     assert result.source is not None
     cells = encoder.cells(table.iloc[encoded.rows])
-    source_of_result = replace(
-        result.source, encoder=encoder, means=encoder.learned.means, cells=cells
+    return replace(
+        with_model(result, model),
+        source=replace(result.source, means=encoder.learned.means, cells=cells),
+        fitted=result.fitted if encoded.offset is None else result.fitted + encoded.offset,
+        formula=formula,
+        dropped_rows=encoded.dropped_rows,
+        encoder=encoder,
     )
-    fitted = result.fitted if encoded.offset is None else result.fitted + encoded.offset
-    return replace(result, source=source_of_result, fitted=fitted)
+
+
+def with_model(result: Result, model: MixedModel) -> Result:
+    """A result with a copy of its model, which predicts.
+
+    Args:
+        result: of a fit of the model's covariance.
+        model: with its parameters at the estimates.
+    """
+    source, model = result.source, copy.deepcopy(model)
+    assert source is not None
+    model.remember(result.random, result.fixed, result.fixed.aliases)
+    X, columns = source.X, list(result.fixed.columns)
+    model.remember_errors(source.covariance, lambda: _orthonormal(X, columns), len(columns))
+    return replace(result, model=model)
+
+
+def _orthonormal(X: Tensor, columns: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Some columns of X in an orthonormal basis, and the basis (p, r)."""
+    Q, R = torch.linalg.qr(X[:, columns])
+    basis = X.new_zeros(X.shape[1], len(columns))
+    basis[columns] = torch.linalg.solve_triangular(R, torch.eye(len(R)).to(R), upper=True)
+    return Q, basis
 
 
 def _check_variance(variance: float | None, residual: str | None) -> None:
@@ -147,11 +169,3 @@ def _check_variance(variance: float | None, residual: str | None) -> None:
         raise InputError(
             "`residual_variance` is of residuals of one variance: leave out `residual`"
         )
-
-
-def _hold(covariance: Matrix, variance: float) -> None:
-    """Fix the residual variance, the last parameter of the tree."""
-    names = [name for name in covariance.param_names if name.startswith("residual/")]
-    (name,) = names
-    with torch.no_grad():
-        covariance.fix(name, 0.5 * log(variance))

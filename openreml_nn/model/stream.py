@@ -7,10 +7,12 @@ of a ``torch.distributed`` group, each of which reads its share of the chunks.
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -25,10 +27,14 @@ from openreml_nn.estimation.outcome import outcome
 from openreml_nn.likelihood.fixed import FixedPart, aliased_columns, null_space
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import Plan
-from openreml_nn.likelihood.solvers.blocked import BlockedProblem
+from openreml_nn.likelihood.solver import Solver
+from openreml_nn.likelihood.solvers.blocked import Blocked, BlockedProblem
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.likelihood.system.products import Statistics
-from openreml_nn.model.structures import covariance_of, labels_of
+from openreml_nn.model.mixed_model import MixedModel
+from openreml_nn.model.structures import labels_of, linear_model
+from openreml_nn.result.joint import Equations
+from openreml_nn.result.prediction import lowered
 from openreml_nn.support.checks import (
     check_count,
     check_flag,
@@ -50,16 +56,20 @@ def fit_stream(
     path: str | os.PathLike[str] | TableFile,
     *,
     chunk_rows: int = 1_000_000,
-    categorical: Sequence[str] = (),
     method: str = "reml",
+    solver: str | Solver = "auto",
+    categorical: Sequence[str] = (),
+    weights: str | None = None,
+    residual: str | None = None,
+    residual_variance: float | None = None,
     max_iterations: int = 200,
     progress: bool = True,
 ) -> Result:
     r"""Fit a linear mixed model to a file, chunk by chunk.
 
     Memory holds a chunk, and what does not grow with the rows: the levels of
-    the grouping factors and which of them meet. The estimates are those of
-    :func:`lmm`; there are no fitted values. Under an initialised
+    the grouping factors and which of them meet. The options are those of :func:`lmm`, and so are
+    estimates and predictions; there are no fitted values. Under an initialised
     ``torch.distributed`` process group every process reads its share of the
     chunks, and all get the same result.
 
@@ -70,14 +80,14 @@ def fit_stream(
         formula: an lme4-style formula.
         path: of a Parquet or CSV file, a folder, or a :class:`TableFile`.
         chunk_rows: rows that are held at a time.
-        categorical: numeric columns to be taken as factors.
-        method: ``"reml"`` or ``"ml"``.
-        max_iterations: after so many the fit stops, with a warning.
+        method, categorical, weights, residual_variance, max_iterations: see :func:`lmm`.
+        solver: ``"auto"`` or ``"blocked"``, which is the same here.
+        residual: None; residuals of another structure are not for chunks.
         progress: whether a bar shows on stderr how far the file is read.
 
     Raises:
-        InputError: if the formula or the file is at fault, or a function such
-            as ``scale`` needs all rows at once.
+        InputError: if the formula or the file is at fault, an option is not for chunks, or a
+            function such as ``scale`` needs all rows at once.
 
     >>> from openreml_nn.datasets import table_path
     >>> path = table_path("sleepstudy")
@@ -92,8 +102,18 @@ def fit_stream(
     check_flag("progress", progress)
     check_method(method)
     check_count("max_iterations", max_iterations, 1)
-    found = accumulate(formula, path, chunk_rows, categorical, progress)
-    return found.fit(method, max_iterations)
+    if residual is not None:
+        raise InputError(
+            f"`residual` is {residual!r}, which needs all rows at once: leave out `chunk_rows`"
+        )
+    if solver not in ("auto", "blocked", Blocked()):
+        raise InputError(
+            f"`solver` is {solver!r}: expected 'auto' or 'blocked', because chunks leave "
+            "cross-products alone; or leave out `chunk_rows`"
+        )
+    known = residual_variance is not None
+    found = accumulate(formula, path, chunk_rows, categorical, progress, weights, known)
+    return found.fit(method, max_iterations, residual_variance)
 
 
 @dataclass
@@ -118,19 +138,52 @@ class Streamed:
     size: float
     dropped_rows: int
 
-    def fit(self, method: str = "reml", max_iterations: int = 200) -> Result:
-        """The fit by AI-REML."""
+    def fit(
+        self,
+        method: str = "reml",
+        max_iterations: int = 200,
+        residual_variance: float | None = None,
+    ) -> Result:
+        """The fit by AI-REML; see :func:`lmm`."""
+        begun = perf_counter()
         check_method(method)
-        covariance = covariance_of(self.skeleton)
+        model = linear_model(self.skeleton, method, residual_variance=residual_variance)
+        covariance = model.covariance(self.skeleton.batch())
         terms = covariance.terms()
-        problem = BlockedProblem(self.fixed, terms, method, self.statistics)
-        plan = Plan.of(terms, problem.p, "blocked", torch.float64).measured(problem, terms)
+        solver = Blocked()
+        problem = BlockedProblem(self.fixed, terms, method, solver, self.statistics)
+        plan = Plan.of(terms, problem.p, solver, torch.float64).measured(problem)
         plan = replace(plan, rows=problem.n, reason="cross-products of chunks of rows")
         objective = Objective(covariance, problem, None)
         start_by_moments(objective, self.size)
-        history = iterate(objective, max_iterations)
+        free = any(p.requires_grad for p in covariance.parameters())
+        history = iterate(objective, max_iterations if free else 0)
         labels = labels_of(self.skeleton)
-        return checked(outcome(objective, plan, None, None, history, self.names, labels))
+        result = outcome(objective, plan, None, None, history, self.names, labels)
+        result = replace(
+            result,
+            formula=self.encoder.formula.text,
+            dropped_rows=self.dropped_rows,
+            seconds=perf_counter() - begun,
+            encoder=self.encoder,
+            model=self._known(model, result),
+        )
+        return checked(result)
+
+    def _known(self, model: MixedModel, result: Result) -> MixedModel:
+        """A copy of the model that predicts."""
+        model = copy.deepcopy(model)
+        model.remember(result.random, result.fixed, result.fixed.aliases)
+        basis = self.fixed.T.new_zeros(len(result.fixed.aliases), len(self.fixed.T))
+        basis[self.fixed.columns] = self.fixed.T
+        variance = model.residual().detach().reshape(())
+        model.joint.update(
+            [lowered(effect.g).map(Tensor.detach) for effect in model.effects().values()],
+            self.statistics.sizes,
+            len(self.fixed.T),
+            lambda: Equations.of_statistics(self.statistics, variance, basis),
+        )
+        return model
 
 
 def accumulate(
@@ -139,11 +192,24 @@ def accumulate(
     chunk_rows: int = 1_000_000,
     categorical: Sequence[str] = (),
     progress: bool = True,
+    weights: str | None = None,
+    known_residual: bool = False,
 ) -> Streamed:
-    """Read a file chunk by chunk and keep its cross-products; see :func:`fit_stream`."""
+    """Read a file chunk by chunk and keep its cross-products; see :func:`fit_stream`.
+
+    Args:
+        formula, path, chunk_rows, categorical, progress, weights: see there.
+        known_residual: whether the residual variance is known, see :class:`Encoder`.
+    """
     check_count("chunk_rows", chunk_rows, 1)
     file = path if isinstance(path, TableFile) else TableFile(path)
-    encoder = Encoder(formula, categorical, f"file {str(file)!r}")
+    encoder = Encoder(
+        formula,
+        categorical,
+        f"file {str(file)!r}",
+        weights=weights,
+        known_residual=known_residual,
+    )
     _check_formula(encoder.formula)
     found: _Parts | InputError
     try:
@@ -234,7 +300,8 @@ class _Parts:
         f = torch.cat([encoded.X @ T, (y - encoded.X @ offset)[:, None]], 1)
         designs = [IndexedDesign(d.codes, d.values, len(d.levels)) for d in encoded.random]
         groups = [encoder.learned.groups[group_key(part)] for part in encoder.formula.random]
-        self.join([_index(group.parts) for group in groups], Statistics.of(designs, f))
+        found = Statistics.of(designs, f, encoded.weights)
+        self.join([_index(group.parts) for group in groups], found)
 
     def join(self, labels: Sequence[pd.Index], other: Statistics) -> None:
         """Add statistics whose levels have these labels."""
@@ -284,7 +351,10 @@ class _Parts:
             encoder.check_size(design, statistics.rows)
         rows = len(designs[0].codes) if designs else 1
         X = torch.zeros(rows, len(names), dtype=torch.float64)
-        skeleton = Encoded(None, X, names, tuple(designs), np.arange(rows), self.dropped)
+        weights = None if encoder.weights is None else torch.ones(rows, dtype=torch.float64)
+        skeleton = Encoded(
+            None, X, names, tuple(designs), np.arange(rows), self.dropped, weights=weights
+        )
         return Streamed(encoder, skeleton, statistics, fixed, names, float(y_size), self.dropped)
 
 

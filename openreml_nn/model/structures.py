@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping
 from itertools import product
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from openreml_nn.covariance import (
     AntedependenceMatrix,
     AR1Matrix,
     ARMAMatrix,
-    BlockDiagonal,
     CompoundSymmetricMatrix,
     ContinuousAR1Matrix,
     CovariancePropagation,
@@ -33,15 +31,17 @@ from openreml_nn.covariance import (
     Pedigree,
     ScalarMatrix,
     SphericalMatrix,
-    Sum,
     ToeplitzMatrix,
     UnstructuredMatrix,
-    VarianceFunction,
     factor_analytic,
     heterogeneous,
     heterogeneous_compound_symmetry,
-    weighted,
 )
+from openreml_nn.covariance.params import operand_name
+from openreml_nn.likelihood.solver import Solver
+from openreml_nn.model.mixed_model import MixedModel
+from openreml_nn.model.random_effect import RandomEffect, independent_levels
+from openreml_nn.model.structured_residual import ByCovariate, ByStratum, WithUnits
 from openreml_nn.result.result import Label
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import (
@@ -55,14 +55,9 @@ from openreml_nn.table import (
     read_kernel,
     read_table,
 )
+from openreml_nn.table.structure import VARYING
 
-__all__ = [
-    "covariance_of",
-    "effect_covariance",
-    "labels_of",
-    "relations_of",
-    "residual_covariance",
-]
+__all__ = ["effect_covariance", "labels_of", "linear_model", "relations_of", "residual_of"]
 
 
 def relations_of(
@@ -133,6 +128,8 @@ def effect_covariance(design: RandomDesign) -> Matrix:
     q, k = len(design.levels), len(design.effects)
     if design.relation is None and (k == 1 or (q == 1 and design.structure.name == "idv")):
         return ScalarMatrix(q * k)
+    if design.relation is None and design.structure.name == "us":
+        return independent_levels(q, k)
     levels = IdentityMatrix(q) if design.relation is None else _among_levels(design.relation)
     if k == 1:
         return levels
@@ -183,8 +180,6 @@ _OTHER: dict[str, Callable[[int], Matrix]] = {
     "homcs": CompoundSymmetricMatrix,
     "ante": AntedependenceMatrix,
 }
-#: Structures with a variance for each position.
-_VARYING = ("us", "diag", "hetar1", "hettoep", "ante")
 
 
 def _by_name(structure: Structure, k: int, places: Tensor | None) -> Matrix:
@@ -217,100 +212,83 @@ def _distances(coordinates: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- residuals
 
 
-def residual_covariance(encoded: Encoded) -> Matrix:
-    """The covariance R of the residuals, (n, n), without a nugget."""
-    design, weights = encoded.residual, encoded.weights
-    n = len(encoded.X)
+def residual_of(encoded: Encoded) -> Matrix | nn.Module:
+    """The residual of a model of the table, see :class:`MixedModel`: the variance of each row,
+    (1, 1); the covariance of the positions within a group, (T, T); or a module for several of
+    these, variances that depend on a covariate, or a nugget."""
+    design = encoded.residual
     if design is None:
-        return ScalarMatrix(n) if weights is None else weighted(weights)
-    scale = None if weights is None else weights.rsqrt()
+        return ScalarMatrix(1)
     if design.variance is not None:
-        assert design.covariate is not None
-        matrix: Matrix = VarianceFunction(design.covariate, design.variance)
-        if scale is None:
-            return matrix
-        z = DummyMatrix.from_codes(torch.arange(n), n, scale)
-        return CovariancePropagation(z=z, g=matrix)
-    if len(design.strata) == 1:
-        (stratum,) = design.strata
-        size, matrix = _within(stratum)
-        z = DummyMatrix.from_codes(stratum.codes, size, scale)
-        return CovariancePropagation(z=z, g=matrix)
-    blocks: dict[str, Matrix] = {}
-    for stratum in design.strata:
-        size, matrix = _within(stratum)
-        z = DummyMatrix.from_codes(stratum.codes, size)
-        blocks[_operand(stratum.name, blocks)] = CovariancePropagation(z=z, g=matrix)
-    rows = torch.cat([stratum.rows for stratum in design.strata])
-    at = torch.empty_like(rows)
-    at[rows] = torch.arange(n)
-    return CovariancePropagation(z=DummyMatrix.from_codes(at, n, scale), g=BlockDiagonal(blocks))
+        return ByCovariate(design.variance)
+    found: nn.Module = _within(design.strata[0])
+    if len(design.strata) > 1:
+        found = ByStratum({stratum.name: _within(stratum) for stratum in design.strata})
+    return WithUnits(found) if design.nugget else found
 
 
-def _within(stratum: Stratum) -> tuple[int, Matrix]:
-    """How many cells there are, and their covariance."""
+def _within(stratum: Stratum) -> Matrix:
+    """The covariance of the positions within a group."""
     sides: dict[str, Matrix] = {}
     for positions in stratum.positions:
-        sides[_operand(positions.name, sides)] = _by_name(
+        sides[operand_name(positions.name or "position", sides)] = _by_name(
             positions.structure, len(positions.labels), positions.places
         )
-    scaled = [p.structure.name in _VARYING for p in stratum.positions]
-    if sum(scaled) > 1:
+    if len(sides) == 1:
+        return next(iter(sides.values()))
+    varying = [p.structure.name in VARYING for p in stratum.positions]
+    if sum(varying) > 1:
         raise InputError(
             "a product of residual structures has a variance for each position on one side only: "
             f"found {' and '.join(p.structure.name for p in stratum.positions)}"
         )
     for i, matrix in enumerate(sides.values()):
-        if i != (scaled.index(True) if any(scaled) else 0):
+        if i != (varying.index(True) if any(varying) else 0):
             _hold_scale(matrix)
-    matrix = KroneckerProduct(sides) if len(sides) > 1 else next(iter(sides.values()))
-    size = matrix.shape[0]
-    if stratum.groups is None:
-        return size, matrix
-    groups = IdentityMatrix(stratum.groups)
-    return size * stratum.groups, KroneckerProduct(groups=groups, matrix=matrix)
+    return KroneckerProduct(sides)
 
 
-def _operand(label: str, taken: Mapping[str, Any]) -> str:
-    """A name of an operand, without '/' and '.', that is not taken yet."""
-    base = re.sub(r"[/.]", "_", label) or "position"
-    found, i = base, 1
-    while found in taken:
-        found, i = f"{base}_{i}", i + 1
-    return found
-
-
-# ---------------------------------------------------------------------- the tree
+# ---------------------------------------------------------------------- the model
 
 
 def _cells(design: ResidualDesign) -> tuple[str, ...]:
     """Labels of the cells of correlated residuals, in their order: positions joined by ':'."""
+    sizes = [stratum.size for stratum in design.strata]
     found = []
     for stratum in design.strata:
-        sides = [positions.labels for positions in stratum.positions]
-        if stratum.groups is not None:
-            sides.insert(0, tuple(map(str, range(stratum.groups))))
-        cells = [":".join(cell) for cell in product(*sides)]
-        if len(design.strata) > 1:  # there the rows have a column each
-            cells = [f"{stratum.name}:{cells[code]}" for code in stratum.codes.tolist()]
-        found += cells
-    return tuple(found)
+        prefix = f"{stratum.name}:" if stratum.name else ""
+        cells = product(*(side.labels for side in stratum.positions))
+        found += [prefix + ":".join(cell) for cell in cells]
+    if len(sizes) > 1:  # there the rows have a column each, stratum by stratum
+        return tuple(found[code] for code in design.cells.sort().values.tolist())
+    groups = int(design.cells.max()) // sizes[0] + 1
+    return tuple(f"{i + 1}:{cell}" if groups > 1 else cell for i in range(groups) for cell in found)
 
 
-def covariance_of(encoded: Encoded) -> Matrix:
-    r"""The covariance tree :math:`\sum_t Z_t G_t Z_t^\top + R` of the rows of a table."""
-    parts: dict[str, Matrix] = {}
-    for design in encoded.random:
-        values = None if design.is_intercept else design.values
-        parts[design.name] = CovariancePropagation(
-            z=DummyMatrix.from_codes(design.codes, design.levels, values),
-            g=effect_covariance(design),
-        )
-    parts["residual"] = residual_covariance(encoded)
-    if encoded.residual is not None and encoded.residual.nugget:
-        n, weights = len(encoded.X), encoded.weights
-        parts["units"] = ScalarMatrix(n) if weights is None else weighted(weights)
-    return Sum(parts).to(encoded.X.dtype)
+def linear_model(
+    encoded: Encoded,
+    method: str = "reml",
+    solver: str | Solver = "auto",
+    residual_variance: float | None = None,
+) -> MixedModel:
+    """The linear mixed model of a table: its x is the model matrix.
+
+    Args:
+        encoded: the table.
+        method, solver: see :class:`MixedModel`.
+        residual_variance: at which the residual variance is held, of a row of weight 1; it is
+            estimated by default.
+    """
+    random = {
+        d.name: RandomEffect(d.levels, effect_covariance(d), d.effects) for d in encoded.random
+    }
+    residual = residual_of(encoded)
+    model = MixedModel(nn.Identity(), random, residual, "gls", method=method, solver=solver)
+    model.to(encoded.X.dtype)
+    if residual_variance is not None:
+        assert isinstance(residual, ScalarMatrix)
+        residual.fix("sigma^2", residual_variance, natural=True)
+    return model
 
 
 def labels_of(encoded: Encoded) -> dict[str, Label]:
@@ -318,9 +296,9 @@ def labels_of(encoded: Encoded) -> dict[str, Label]:
     found = {d.name: Label(d.group, d.effects, d.levels) for d in encoded.random}
     if encoded.residual is not None:
         found["residual"] = Label("Residual", encoded.residual.positions, ())
-    if encoded.residual is not None and encoded.residual.nugget:
-        # The independent errors are the residual, and what is correlated is an effect of the rows.
-        cells = _cells(encoded.residual)
-        found["residual"] = Label(encoded.residual.text, ("(Intercept)",), cells)
-        found["units"] = Label("Residual", ("",), ())
+        if encoded.residual.nugget:
+            # The independent errors are the residual, and what is correlated an effect of the rows.
+            cells = _cells(encoded.residual)
+            found["residual"] = Label(encoded.residual.text, ("(Intercept)",), cells)
+            found["units"] = Label("Residual", ("",), ())
     return found

@@ -4,7 +4,7 @@ from openreml_nn.report.html import write_report
 from openreml_nn.report.plots import (
     caterpillar,
     convergence,
-    covariance,
+    covariance_map,
     residuals,
     semivariogram,
     shares,
@@ -18,7 +18,7 @@ __all__ = [
     "blup_table",
     "caterpillar",
     "convergence",
-    "covariance",
+    "covariance_map",
     "fixed_table",
     "residuals",
     "semivariogram",

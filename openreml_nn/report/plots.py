@@ -22,7 +22,7 @@ from openreml_nn.terms.term import Term
 __all__ = [
     "caterpillar",
     "convergence",
-    "covariance",
+    "covariance_map",
     "residuals",
     "semivariogram",
     "shares",
@@ -179,7 +179,7 @@ def shares(result: Result) -> Figure:
     return figure
 
 
-def covariance(result: Result, rows: int = 60) -> Figure:
+def covariance_map(result: Result, rows: int = 60) -> Figure:
     """The covariance V of the first rows, at the estimates.
 
     It is had from the designs of these rows alone. Where levels are correlated and many, there

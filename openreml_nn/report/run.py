@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -22,13 +22,14 @@ from openreml_nn.inference import Profile, diagnose
 from openreml_nn.report.plots import (
     caterpillar,
     convergence,
-    covariance,
+    covariance_map,
     residuals,
     semivariogram,
     shares,
     zeta,
 )
-from openreml_nn.result.result import Component, Result, finite
+from openreml_nn.result.record import record
+from openreml_nn.result.result import Result
 from openreml_nn.result.tables import blup_table, fixed_table, variance_table
 from openreml_nn.support.checks import (
     check_count,
@@ -88,56 +89,14 @@ class Run:
 
     def record(self) -> dict[str, Any]:
         """What ``result.json`` holds (schema 1); numbers that do not exist are None."""
-        result = self.result
-        random = [c for c in result.components if c.group != "Residual"]
-        found = {p.name: p.value for p in result.parameters}
-        return finite(
-            {
-                "schema": 1,
-                "model": {"formula": self.formula, "method": result.method},
-                "data": {
-                    "rows": result.rows,
-                    "dropped_rows": self.dropped_rows,
-                    "fixed_effects": len(result.fixed.names),
-                    "groups": {c.group: len(c.levels) for c in random},
-                },
-                "fit": {
-                    "converged": result.converged,
-                    "singular": bool(result.singular),
-                    "iterations": result.iterations,
-                    "optimizer": self.optimizer,
-                    "solver": result.plan.solver,
-                    "seconds": self.seconds,
-                    "log_likelihood": result.log_likelihood,
-                    "deviance": result.deviance,
-                    "aic": result.aic,
-                    "bic": result.bic,
-                    "score_norm": result.score_norm,
-                },
-                "fixed": fixed_table(result).to_dict("records"),
-                "random": [_random(c) for c in random],
-                "residual": {
-                    "variance": result.residual_variance,
-                    "parameters": {
-                        name.rpartition("/")[2]: value
-                        for name, value in found.items()
-                        if name.startswith("residual/")
-                    },
-                },
-                **({"validation": dict(self.validation)} if self.validation else {}),
-            }
+        result = replace(
+            self.result,
+            formula=self.formula,
+            dropped_rows=self.dropped_rows,
+            optimizer=self.optimizer,
+            seconds=self.seconds,
         )
-
-
-def _random(c: Component) -> dict[str, Any]:
-    return {
-        "group": c.group,
-        "effects": list(c.effects),
-        "levels": len(c.levels),
-        "covariance": c.covariance.tolist(),
-        "std_dev": c.std_dev.tolist(),
-        "correlation": c.correlation.tolist(),
-    }
+        return record(result, self.validation)
 
 
 def write_run(run: Run, directory: str | Path) -> Path:
@@ -231,7 +190,7 @@ def _plots(run: Run) -> Mapping[str, Callable[[], Figure]]:
         figures["residuals"] = partial(residuals, result)
     if result.source is not None:
         figures["shares"] = partial(shares, result)
-        figures["covariance"] = partial(covariance, result)
+        figures["covariance"] = partial(covariance_map, result)
     groups = dict.fromkeys(c.group for c in result.components if c.group != "Residual")
     for group in groups:
         name = "blup_" + re.sub(r"[^\w.-]", "_", group)

@@ -10,13 +10,15 @@ from math import log, nan
 from types import NoneType
 from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 from torch import Tensor
 
 from openreml_nn.covariance import Matrix
+from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.fixed import estimable
 from openreml_nn.likelihood.plan import Plan
-from openreml_nn.likelihood.problem import RandomEffects
+from openreml_nn.result.prediction import predict_table
 from openreml_nn.support.checks import check_instance
 from openreml_nn.support.errors import InputError
 from openreml_nn.support.files import write_text
@@ -202,10 +204,9 @@ class Source:
         rows: rows of the covariance that the data belong to; None for all.
         names: names of the columns of X.
         labels: name of a term to names for the tables.
-        encoder: what made X of a table, an :class:`openreml_nn.table.Encoder`; None without one.
         means: means of the table's numeric columns.
         cells: the combinations of levels of the factors of X that the rows have, a data frame;
-            None without an encoder.
+            None without a formula.
     """
 
     covariance: Matrix
@@ -214,7 +215,6 @@ class Source:
     rows: Tensor | None
     names: tuple[str, ...]
     labels: Mapping[str, Label]
-    encoder: Any = None
     means: Mapping[str, float] = field(default_factory=dict)
     cells: Any = None
 
@@ -247,6 +247,13 @@ class Result:
         num_params: number of estimated parameters of the covariance.
         starts: where the fit ended from its other starts, if it had any; see :class:`Start`.
         source: data and model, for inference; None where rows were streamed.
+        formula: what was fitted, as it was written; None without one.
+        dropped_rows: rows of the table left out because of missing values.
+        optimizer: class name of the optimizer.
+        seconds: wall time of the fit.
+        encoder: what made X of a table, an :class:`openreml_nn.table.Encoder`; None without one.
+        model: the :class:`openreml_nn.MixedModel` at the estimates, which predicts; None without
+            a formula.
     """
 
     method: str
@@ -270,6 +277,12 @@ class Result:
     num_params: int
     starts: tuple[Start, ...] = ()
     source: Source | None = field(default=None, repr=False, compare=False)
+    formula: str | None = None
+    dropped_rows: int = 0
+    optimizer: str = "AIREML"
+    seconds: float = field(default=nan, compare=False)
+    encoder: Any = field(default=None, repr=False, compare=False)
+    model: Any = field(default=None, repr=False, compare=False)
 
     @property
     def iterations(self) -> int:
@@ -298,104 +311,59 @@ class Result:
         found = [c.covariance for c in self.components if c.group == "Residual"]
         return sum(float((c if c.dim() == 1 else c.diagonal()).mean()) for c in found)
 
-    def predict(self, table: Any) -> Any:
-        r"""Predictions for a table, on the scale of the formula's left side.
+    def predict(self, table: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
+        r"""Predictions of new observations for a table, on the scale of the formula's left side.
 
         ``mean`` is :math:`x^\top\hat\beta + \sum_t z_t^\top \hat b_t`, in which levels that were not
         seen have :math:`\hat b = 0` and are counted in a warning, and ``population_mean`` is
         :math:`x^\top\hat\beta`; NaN where the data do not say what that is. Both hold the offset.
 
+        ``variance`` is that of :math:`y - \hat y`: the error variance of ``mean``, in which all
+        covariances of coefficients and BLUPs count and a level that was not seen has
+        :math:`z^\top G z`, and the residual's. That of a row is divided by its weight where the table
+        has the weights' column, and is that of its position or stratum where it has its columns, else
+        the mean. The residual of a new observation is independent of those of the data. Covariance
+        parameters count as known. Beyond 2,000 effects beside the widest factor's, random effects of
+        different factors count as independent, with a warning.
+
         Args:
             table: a data frame with the columns of the formula; the response is not needed.
+            level: probability that a new observation is between ``low`` and ``high``.
 
         Returns:
-            A data frame with the table's index; rows with missing values are left out.
+            A data frame with the table's index and the columns ``mean``, ``variance``,
+            ``population_mean``, ``low`` and ``high``; rows with missing values are left out.
 
         Raises:
             InputError: if there is no formula, a column is missing, or a level of a factor of the
                 fixed effects is unknown.
-        """
-        import pandas as pd
 
-        if self.source is None or self.source.encoder is None:
+        Reference:
+            Henderson, Biometrics 31 (1975) 423.
+        """
+        if self.encoder is None or self.model is None:
             raise InputError("`result` has no formula: predictions are for fits by lmm()")
-        encoded = self.source.encoder.transform(table)
-        population = self.fixed.predict(encoded.X)
-        if encoded.offset is not None:
-            population = population + encoded.offset
-        mean = population.clone()
-        blups = {effects.name: effects.values for effects in self.random}
-        for design in encoded.random:
-            known = blups[design.name][design.codes.clamp(min=0)]
-            mean += torch.where(design.codes >= 0, (design.values * known).sum(1), 0)
-        columns = {"mean": mean.numpy(), "population_mean": population.numpy()}
-        return pd.DataFrame(columns, index=table.index[encoded.rows])
+        return predict_table(self.encoder, self.model, table, level)
 
     def summary(self, title: str | None = None) -> str:
-        """The model as text, in the order of lme4's summary."""
+        """The model as text, in the order of lme4's summary.
+
+        Args:
+            title: what stands for the formula; the result's own by default.
+        """
         from openreml_nn.result.summary import summarise
 
         check_instance("title", title, (str, NoneType), "text, or None")
         return summarise(self, title)
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write all but the BLUPs and fitted values to a JSON file, whole or not at all."""
+        """Write :meth:`to_dict` to a JSON file, whole or not at all."""
         check_instance("path", path, (str, os.PathLike), "a path")
-        write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
+        write_text(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
 
     def to_dict(self) -> dict[str, Any]:
-        """What :meth:`to_json` writes. Numbers that do not exist are None."""
-        fixed = zip(
-            self.fixed.names,
-            self.fixed.estimate.tolist(),
-            self.fixed.std_error.tolist(),
-            self.fixed.statistic.tolist(),
-            strict=True,
-        )
-        return finite(
-            {
-                "method": self.method,
-                "converged": self.converged,
-                "singular": list(self.singular),
-                "indistinct": list(self.indistinct),
-                "boundary": list(self.boundary),
-                "score_norm": self.score_norm,
-                "condition": self.condition,
-                "rows": self.rows,
-                "log_likelihood": self.log_likelihood,
-                "log_likelihood_error": self.log_likelihood_error,
-                "deviance": self.deviance,
-                "aic": self.aic,
-                "bic": self.bic,
-                "solver": self.plan.solver,
-                "exact": self.plan.exact,
-                "fixed": [
-                    {"name": n, "estimate": b, "std_error": s, "statistic": t}
-                    for n, b, s, t in fixed
-                ],
-                "parameters": [vars(estimate) for estimate in self.parameters],
-                "components": [
-                    {
-                        "group": c.group,
-                        "effects": list(c.effects),
-                        "levels": len(c.levels),
-                        "covariance": c.covariance.tolist(),
-                        "std_error": c.std_error.tolist(),
-                    }
-                    for c in self.components
-                ],
-                "history": [vars(record) for record in self.history],
-                "starts": [vars(start) for start in self.starts],
-            }
-        )
+        """All but BLUPs and fitted values, by the schema of ``result.json``. Numbers that do not
+        exist are None."""
+        from openreml_nn.result.record import record
 
-
-def finite(value: Any) -> Any:
-    """The same structure with None for numbers that JSON cannot hold."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return None
-    return value
+        return record(self)

@@ -31,6 +31,7 @@ def tables(result: Result, title: str | None = None) -> list[Table | str]:
     by = {"reml": "REML", "ml": "maximum likelihood"}[result.method]
     criterion = {"reml": "REML criterion", "ml": "deviance"}[result.method]
     parts: list[Table | str] = [f"Linear mixed model fit by {by}"]
+    title = title or result.formula
     if title:
         parts.append(f"Formula: {title}")
     parts.append(

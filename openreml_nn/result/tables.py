@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from math import nan
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
 from openreml_nn.result.result import Component, Result
 from openreml_nn.support.checks import check_instance
 
-__all__ = ["blup_table", "fixed_table", "variance_table"]
+__all__ = ["blup_table", "fixed_table", "table_of_blups", "variance_table"]
 
 
 def fixed_table(result: Result) -> pd.DataFrame:
@@ -56,25 +58,36 @@ def _covariances(c: Component) -> list[tuple[str, str, str, float, float, float,
 def blup_table(result: Result) -> pd.DataFrame:
     """BLUPs: group, level, effect, blup, and std_error, the root of the prediction-error variance."""
     check_instance("result", result, Result)
-    parts = []
     named = {c.name: c for c in result.components}
+    rows = []
     for effects in result.random:
-        c = named[effects.name]
-        q, k = effects.values.shape
+        c, k = named[effects.name], effects.values.shape[1]
         names = c.effects if len(c.effects) == k else tuple(map(str, range(k)))
-        variance = effects.variances.diagonal(dim1=1, dim2=2).clamp(min=0)
-        parts.append(
-            pd.DataFrame(
-                {
-                    "group": c.group,
-                    "level": np.repeat(np.asarray(c.levels, dtype=object), k),
-                    "effect": np.tile(np.asarray(names, dtype=object), q),
-                    # Adding zero takes the sign off a zero.
-                    "blup": effects.values.flatten().numpy(force=True) + 0.0,
-                    "std_error": variance.sqrt().flatten().numpy(force=True),
-                }
-            )
-        )
-    if not parts:
-        return pd.DataFrame(columns=["group", "level", "effect", "blup", "std_error"])
-    return pd.concat(parts, ignore_index=True)
+        rows.append((c.group, c.levels, names, effects.values, effects.variances))
+    return table_of_blups(rows)
+
+
+_Blups = tuple[str, Sequence[object], Sequence[str], Tensor, Tensor]
+
+
+def table_of_blups(effects: Iterable[_Blups]) -> pd.DataFrame:
+    """The table of :func:`blup_table` from what it is made of.
+
+    Args:
+        effects: of each random effect its group, the names of its q levels and of its k effects,
+            BLUPs (q, k) and their prediction-error variances (q, k, k).
+    """
+    parts = [pd.DataFrame(columns=["group", "level", "effect", "blup", "std_error"])]
+    for group, levels, names, values, variances in effects:
+        q, k = values.shape
+        spread = variances.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+        columns = {
+            "group": group,
+            "level": np.repeat(np.asarray(levels, dtype=object), k),
+            "effect": np.tile(np.asarray(names, dtype=object), q),
+            # Adding zero takes the sign off a zero.
+            "blup": values.flatten().numpy(force=True) + 0.0,
+            "std_error": spread.flatten().numpy(force=True),
+        }
+        parts.append(pd.DataFrame(columns))
+    return pd.concat(parts[1:], ignore_index=True) if parts[1:] else parts[0]

@@ -86,14 +86,15 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
         raise InputError(f"`{name}` is {found(value)}: expected {', '.join(words[:-1])}{last}")
 
 
-def check_flag(name: str, value: object) -> None:
-    """Refuse anything but True and False.
+def check_flag(name: str, value: object) -> bool:
+    """The True or False that was given, Python's or NumPy's.
 
     Raises:
         TypeError: if it is something else.
     """
-    if not isinstance(value, bool):
+    if not isinstance(value, bool | np.bool_):
         raise TypeError(f"`{name}` is {found(value)}: expected True or False")
+    return bool(value)
 
 
 def check_count(name: str, value: object, least: int = 0) -> int:

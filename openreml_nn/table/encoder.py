@@ -26,9 +26,9 @@ from openreml_nn.table.groups import (
 )
 from openreml_nn.table.learned import Group, Learned
 from openreml_nn.table.levels import Factor, coded, label, number_key
-from openreml_nn.table.matrix import model_matrix
+from openreml_nn.table.matrix import Coding, codings, model_matrix
 from openreml_nn.table.relation import Known
-from openreml_nn.table.residual import residual_design
+from openreml_nn.table.residual import residual_design, residual_positions
 from openreml_nn.table.rows import TableRows
 from openreml_nn.table.structure import parse_residual
 from openreml_nn.table.syntax import Call, Name, Node, names_in
@@ -227,7 +227,8 @@ class Encoder:
     def transform(self, table: pd.DataFrame, held_out: bool = False) -> Encoded:
         """Encode another table; groups' unknown levels get the code -1, and are counted.
 
-        The response is encoded where the table has it in all rows.
+        The response is encoded where the table has it in all rows. So are weights where it has
+        their column, and positions of the residuals where their variances differ and it has theirs.
 
         Args:
             table: with the columns of the effects and groups.
@@ -238,7 +239,10 @@ class Encoder:
             InputError: if a column is missing, or a level of the fixed effects unknown.
         """
         response = names_in(self.formula.response)
-        kept, rows, dropped = self._complete(table, self._columns(response=held_out))
+        columns = self._columns(response=held_out)
+        if not held_out and self.weights is not None and self.weights in table:
+            columns.append(self.weights)
+        kept, rows, dropped = self._complete(table, columns)
         data = self._rows(kept)
         if held_out:
             known = self._known(data)
@@ -260,6 +264,10 @@ class Encoder:
         data = self._rows(table)
         self._check_known(data, [self.fixed])
         return model_matrix(self.fixed, data)[0]
+
+    def fixed_codings(self, table: pd.DataFrame) -> list[list[Coding]]:
+        """How the variables of each term of the fixed effects are coded, see :func:`codings`."""
+        return codings(self.fixed, self._rows(table))
 
     @property
     def fixed(self) -> Part:
@@ -404,6 +412,8 @@ class Encoder:
         if fitting and self.residual is not None:
             residual = residual_design(self.residual, data)
             self.learned.residual = residual.to_dict()
+        elif self.residual is not None:
+            residual = residual_positions(self.residual, data, self.learned.residual)
         return Encoded(
             None if y is None else torch.from_numpy(np.array(y)),
             torch.from_numpy(X),
@@ -412,7 +422,7 @@ class Encoder:
             rows,
             dropped,
             residual,
-            self._weights(data) if fitting else None,
+            self._weights(data),
             self._offset(data),
             {d.group: count for d in random if (count := int((d.codes < 0).sum()))},
         )
@@ -428,7 +438,7 @@ class Encoder:
         return torch.from_numpy(total)
 
     def _weights(self, data: TableRows) -> Tensor | None:
-        if self.weights is None:
+        if self.weights is None or self.weights not in data.table.columns:
             return None
         what = f"{self.source}: the weight {self.weights!r}"
         found = numbers(single(data.table, self.weights, self.source), what, data.table)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from openreml_nn.table.algebra import Part, Term
@@ -11,7 +13,7 @@ from openreml_nn.table.levels import Factor
 from openreml_nn.table.rows import TableRows
 from openreml_nn.table.syntax import Name, Node
 
-__all__ = ["MOST_COLUMNS", "model_matrix"]
+__all__ = ["MOST_COLUMNS", "Coding", "codings", "model_matrix"]
 
 #: A matrix of more columns is refused before it is made.
 MOST_COLUMNS = 100_000
@@ -49,6 +51,41 @@ def model_matrix(
         X[:, at : at + size], own = _crossed(block, len(rows))
         names += own
     return X, tuple(names)
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How a variable of a term is coded.
+
+    Attributes:
+        variable: the variable, as written.
+        columns: how many columns it has.
+        levels: (levels, columns) the row of each level of a factor; None for numbers.
+        is_full: whether there is an indicator of each level.
+    """
+
+    variable: str
+    columns: int
+    levels: np.ndarray | None = None
+    is_full: bool = False
+
+
+def codings(part: Part, rows: TableRows) -> list[list[Coding]]:
+    """How the variables of each term are coded in the columns of :func:`model_matrix`.
+
+    The columns of a term are the products of those of its variables, those of the first fastest.
+    """
+    full = _with_all_levels(part, rows)
+    found = []
+    for term in part.terms:
+        own = []
+        for variable in term:
+            is_full = (term, variable) in full
+            (matrix, codes), names = _block(variable, rows, is_full)
+            levels = None if codes is None else matrix
+            own.append(Coding(str(variable), len(names), levels, is_full))
+        found.append(own)
+    return found
 
 
 _Block = tuple[tuple[np.ndarray, np.ndarray | None], list[str]]

@@ -24,6 +24,7 @@ __all__ = [
     "ORDERED",
     "RELATIONS",
     "VARIANCES",
+    "VARYING",
     "ResidualFactor",
     "ResidualPart",
     "Structure",
@@ -38,6 +39,8 @@ KERNELS = ("exponential", "gaussian", "matern", "spherical")
 ORDERED = ("ar1", "hetar1", "toep", "hettoep", "ante")
 #: Structures among the effects of a level.
 EFFECTS = ("us", "diag", "idv", "cs", "homcs", *ORDERED, "fa")
+#: Structures with a variance for each effect or position; ``cs`` of effects is another.
+VARYING = ("us", "diag", "hetar1", "hettoep", "ante")
 #: Structures among the levels of a group.
 RELATIONS = ("ped", "vm", *KERNELS, "spline")
 #: Variances of residuals that depend on a covariate.

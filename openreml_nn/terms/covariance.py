@@ -19,9 +19,7 @@ __all__ = [
     "LinearCovariance",
     "RepeatedCovariance",
     "ScaledCovariance",
-    "is_scalar",
     "kronecker",
-    "root_condition",
 ]
 
 
@@ -39,10 +37,61 @@ class Covariance:
         """The same covariance with ``function`` applied to its tensors."""
         return self.with_matrix(function(self.matrix))
 
+    def times(self, scale: Tensor) -> Covariance:
+        """A multiple of it, of the same structure."""
+        return self.with_matrix(scale * self.matrix)
+
     @property
     def form(self) -> tuple[object, ...]:
         """What it is beside its numbers."""
         return type(self), self.matrix.shape
+
+    @property
+    def constants(self) -> list[Tensor | None]:
+        """What it holds beside its entries."""
+        return []
+
+    def private(self) -> Covariance:
+        """The same covariance with constants that nobody else can change."""
+        return self
+
+    @property
+    def block(self) -> int:
+        """Size of the independent blocks along its diagonal; 0 where there are none."""
+        return 0
+
+    @property
+    def width(self) -> int:
+        """Effects of a level that share ``matrix``; 1 where it says nothing of effects."""
+        return 1
+
+    @property
+    def is_scalar(self) -> bool:
+        """Whether it is known to be a multiple of the identity."""
+        return False
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether it is known to be diagonal."""
+        return False
+
+    @property
+    def is_solid(self) -> bool:
+        """Whether it is ``matrix`` itself, (q, q)."""
+        return False
+
+    @property
+    def known_kernel(self) -> Kernel | None:
+        """The known matrix between levels; None where these are independent, or all is estimated."""
+        return None
+
+    def without_kernel(self) -> Covariance:
+        """The same covariance with independent levels in place of those of :attr:`known_kernel`."""
+        return self
+
+    def take(self, rows: Tensor) -> Covariance | None:
+        """That of distinct rows, where it keeps its structure; None where it does not."""
+        return None
 
     def shown(self) -> Tensor:
         """What tables show of it."""
@@ -69,6 +118,10 @@ class Covariance:
         """
         raise NotImplementedError
 
+    def root_condition(self) -> float:
+        """How many times rounding is magnified in :meth:`root`; 1 where it is exact."""
+        return _condition(self.matrix)
+
     def fold(self, cotangent: Tensor) -> Tensor:
         """From a cotangent of all of G, (q, q), to that of ``matrix``."""
         raise NotImplementedError
@@ -83,6 +136,22 @@ class Covariance:
 
     def fold_blocks(self, cotangent: Tensor) -> Tensor:
         """From a cotangent of :meth:`blocks`, (levels, k, k), to that of ``matrix``."""
+        raise NotImplementedError
+
+    def places(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """For columns of G, (n,), which of its independent blocks, and the position there."""
+        raise NotImplementedError
+
+    def among(self, at: Tensor, joint: Tensor) -> Tensor:
+        """Entries of G among m rows.
+
+        Args:
+            at: (…, m) positions of :meth:`places`.
+            joint: (…, m, m) whether two rows are of one block.
+
+        Shape:
+            Output: (…, m, m).
+        """
         raise NotImplementedError
 
 
@@ -103,6 +172,33 @@ class RepeatedCovariance(LinearCovariance):
     levels: int = 1
     factor: Tensor | None = None
 
+    @property
+    def block(self) -> int:
+        return self.matrix.shape[0]
+
+    width = block
+
+    @property
+    def is_scalar(self) -> bool:
+        return self.matrix.shape[0] == 1
+
+    is_diagonal = is_scalar
+
+    @property
+    def is_solid(self) -> bool:
+        return self.levels == 1
+
+    def take(self, rows: Tensor) -> Covariance | None:
+        if not self.is_scalar:
+            return None
+        return RepeatedCovariance(self.matrix, len(rows), self.factor)
+
+    def places(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        return codes // self.block, codes % self.block
+
+    def among(self, at: Tensor, joint: Tensor) -> Tensor:
+        return joint * self.matrix[at[..., :, None], at[..., None, :]]
+
     def with_matrix(self, matrix: Tensor) -> RepeatedCovariance:
         return RepeatedCovariance(matrix, self.levels)
 
@@ -119,6 +215,9 @@ class RepeatedCovariance(LinearCovariance):
     def root(self) -> RepeatedCovariance:
         factor = _root(self.matrix) if self.factor is None else self.factor
         return RepeatedCovariance(factor, self.levels)
+
+    def root_condition(self) -> float:
+        return 1.0 if self.factor is not None or self.is_scalar else _condition(self.matrix)
 
     def fold(self, cotangent: Tensor) -> Tensor:
         k = self.matrix.shape[0]
@@ -141,14 +240,26 @@ class RepeatedCovariance(LinearCovariance):
         return four.diagonal(dim1=0, dim2=2).sum(-1)
 
 
-def is_scalar(g: Covariance) -> bool:
-    """Whether it is known to be a multiple of the identity."""
-    return isinstance(g, RepeatedCovariance) and len(g.matrix) == 1
-
-
 @dataclass(frozen=True)
 class DiagonalCovariance(LinearCovariance):
     r""":math:`G = \mathrm{diag}(v)` with ``matrix`` the variances (q,)."""
+
+    @property
+    def block(self) -> int:
+        return 1
+
+    @property
+    def is_diagonal(self) -> bool:
+        return True
+
+    def take(self, rows: Tensor) -> Covariance | None:
+        return DiagonalCovariance(self.matrix[rows])
+
+    def places(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.arange(len(codes), device=codes.device), codes
+
+    def among(self, at: Tensor, joint: Tensor) -> Tensor:
+        return torch.diag_embed(self.matrix[at])
 
     def multiply(self, x: Tensor, transpose: bool = False) -> Tensor:
         return self.matrix[:, None] * x
@@ -157,6 +268,9 @@ class DiagonalCovariance(LinearCovariance):
         if bool((self.matrix < 0).any()):
             raise ValueError("a variance is negative")
         return DiagonalCovariance(self.matrix.sqrt())
+
+    def root_condition(self) -> float:
+        return 1.0
 
     def fold(self, cotangent: Tensor) -> Tensor:
         return cotangent.diagonal()
@@ -171,6 +285,14 @@ class DiagonalCovariance(LinearCovariance):
 @dataclass(frozen=True)
 class DenseCovariance(LinearCovariance):
     """A covariance without structure, ``matrix`` (q, q)."""
+
+    @property
+    def is_diagonal(self) -> bool:
+        return len(self.matrix) == 1
+
+    @property
+    def is_solid(self) -> bool:
+        return True
 
     def multiply(self, x: Tensor, transpose: bool = False) -> Tensor:
         return (self.matrix.mT if transpose else self.matrix) @ x
@@ -209,6 +331,10 @@ class KroneckerCovariance(Covariance):
     def with_matrix(self, matrix: Tensor) -> KroneckerCovariance:
         return KroneckerCovariance(matrix, self.sizes)
 
+    def times(self, scale: Tensor) -> KroneckerCovariance:
+        A, B = self.parts()
+        return self.of(scale * A, B)
+
     def shown(self) -> Tensor:
         A, B = self.parts()
         return (A.diagonal().mean() * B.diagonal().mean()).reshape(1, 1)
@@ -228,6 +354,10 @@ class KroneckerCovariance(Covariance):
     def root(self) -> KroneckerCovariance:
         A, B = self.parts()
         return self.of(_root(A), _root(B))
+
+    def root_condition(self) -> float:
+        A, B = self.parts()
+        return _condition(A) * _condition(B)
 
     def fold(self, cotangent: Tensor) -> Tensor:
         (A, B), (r, c) = self.parts(), self.sizes
@@ -262,6 +392,24 @@ class ScaledCovariance(LinearCovariance):
     def form(self) -> tuple[object, ...]:
         return *super().form, self.kernel.inverse is None
 
+    @property
+    def constants(self) -> list[Tensor | None]:
+        return [self.kernel.source]
+
+    def private(self) -> Covariance:
+        return ScaledCovariance(self.matrix, self.kernel.private())
+
+    @property
+    def width(self) -> int:
+        return self.matrix.shape[0]
+
+    @property
+    def known_kernel(self) -> Kernel | None:
+        return self.kernel
+
+    def without_kernel(self) -> Covariance:
+        return RepeatedCovariance(self.matrix, self.kernel.size)
+
     def with_matrix(self, matrix: Tensor) -> ScaledCovariance:
         return ScaledCovariance(matrix, self.kernel)
 
@@ -287,6 +435,9 @@ class ScaledCovariance(LinearCovariance):
     def root(self) -> Covariance:
         return DenseCovariance(_root(self.whole(self.kernel.size * self.matrix.shape[0])))
 
+    def root_condition(self) -> float:
+        return _condition(self.whole(self.kernel.size * self.matrix.shape[0]))
+
     def fold(self, cotangent: Tensor) -> Tensor:
         t, q = self.matrix.shape[0], self.kernel.size
         K = self.kernel.dense().to(cotangent)
@@ -308,18 +459,11 @@ def _root(matrix: Tensor) -> Tensor:
     return vectors * values.clamp(min=0).sqrt()
 
 
-def root_condition(g: Covariance) -> float:
-    """How many times rounding is magnified in :meth:`Covariance.root`; 1 where it is exact."""
-    if isinstance(g, DiagonalCovariance) or not bool(g.matrix.any()):
+def _condition(matrix: Tensor) -> float:
+    """How many times rounding is magnified in the root of a positive semi-definite matrix."""
+    if not bool(matrix.any()):
         return 1.0
-    if isinstance(g, RepeatedCovariance) and (g.factor is not None or len(g.matrix) == 1):
-        return 1.0
-    if isinstance(g, KroneckerCovariance):
-        parts = [root_condition(DenseCovariance(part)) for part in g.parts()]
-        return parts[0] * parts[1]
-    if isinstance(g, ScaledCovariance):
-        return root_condition(DenseCovariance(g.whole(g.kernel.size * len(g.matrix))))
-    factor, info = torch.linalg.cholesky_ex(g.matrix)
+    factor, info = torch.linalg.cholesky_ex(matrix)
     if int(info):
         return inf
-    return float((g.matrix.diagonal() / factor.diagonal() ** 2).max())
+    return float((matrix.diagonal() / factor.diagonal() ** 2).max())

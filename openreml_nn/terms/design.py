@@ -14,6 +14,8 @@ class Design:
     r"""A design :math:`Z` of shape (n, q), known by its products."""
 
     shape: tuple[int, int]
+    #: Columns of each level.
+    effects = 1
 
     def matmul(self, x: Tensor) -> Tensor:
         r""":math:`Z x` for ``x`` of shape (q, m)."""

@@ -15,10 +15,6 @@ from torch import Tensor
 from openreml_nn.terms.covariance import (
     Covariance,
     DenseCovariance,
-    DiagonalCovariance,
-    RepeatedCovariance,
-    ScaledCovariance,
-    is_scalar,
 )
 from openreml_nn.terms.design import DenseDesign, Design, IdentityDesign, IndexedDesign
 from openreml_nn.terms.kernel import private
@@ -41,7 +37,12 @@ class Term:
     @property
     def is_residual(self) -> bool:
         r"""Whether it is :math:`\sigma^2 I` over the rows."""
-        return is_scalar(self.covariance) and isinstance(self.design, IdentityDesign)
+        return self.covariance.is_scalar and isinstance(self.design, IdentityDesign)
+
+    @property
+    def effects(self) -> int:
+        """Effects of each level."""
+        return max(self.design.effects, self.covariance.width)
 
     @property
     def form(self) -> tuple[object, ...]:
@@ -56,28 +57,21 @@ class Term:
     @property
     def constants(self) -> list[Tensor | None]:
         """What the term holds beside the entries of its covariance."""
-        kernel = self.covariance.kernel if isinstance(self.covariance, ScaledCovariance) else None
-        return [*self.design.tensors, None if kernel is None else kernel.source]
+        return [*self.design.tensors, *self.covariance.constants]
 
     def private(self) -> Term:
         """The term with constants that nobody else can change."""
-        g = self.covariance
-        if isinstance(g, ScaledCovariance):
-            g = ScaledCovariance(g.matrix, g.kernel.private())
-        return replace(self, design=self.design.map(private), covariance=g)
+        return replace(self, design=self.design.map(private), covariance=self.covariance.private())
 
     def take(self, rows: Tensor | None) -> Term:
         """The term of some of the rows."""
         if rows is None:
             return self
-        g = self.covariance
         if isinstance(self.design, IdentityDesign) and rows.unique().numel() == rows.numel():
             # Independent rows stay so: keep them a residual instead of indexing into all n.
-            kept = IdentityDesign(rows.numel())
-            if isinstance(g, DiagonalCovariance):
-                return replace(self, design=kept, covariance=DiagonalCovariance(g.matrix[rows]))
-            if isinstance(g, RepeatedCovariance) and self.is_residual:
-                return replace(self, design=kept, covariance=replace(g, levels=rows.numel()))
+            kept = self.covariance.take(rows)
+            if kept is not None:
+                return replace(self, design=IdentityDesign(len(rows)), covariance=kept)
         return replace(self, design=self.design.take(rows))
 
     def to(self, dtype: torch.dtype) -> Term:
@@ -115,11 +109,7 @@ def residual_terms(terms: Sequence[Term]) -> list[int]:
     error variances from an earlier analysis are, it is the residual, and
     those that are estimated are effects.
     """
-    structured = [
-        i
-        for i, term in enumerate(terms)
-        if isinstance(term.covariance, DiagonalCovariance | RepeatedCovariance)
-    ]
+    structured = [i for i, term in enumerate(terms) if term.covariance.block]
     over_rows = [i for i in structured if isinstance(terms[i].design, IdentityDesign)]
     own_columns = [i for i in structured if has_own_columns(terms[i].design)]
     known = [i for i in (*over_rows, *own_columns) if terms[i].known]

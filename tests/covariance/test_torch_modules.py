@@ -628,7 +628,7 @@ def test_a_formula_without_a_module_is_the_users():
     # As in a documentation test or a notebook cell that is run by `exec`.
     text = """
 class Difference(Operator):
-    def _infer_shape(self, shapes):
+    def infer_shape(self, shapes):
         return shapes[0]
 
     def combine(self, a, b):

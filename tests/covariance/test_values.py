@@ -281,8 +281,8 @@ def test_specifications_are_matched_by_name():
         (lambda: cov.Inverse(cov.LowerTriangularMatrix(2, 2))(), ValueError, "not symmetric"),
         (lambda: cov.Gram(cov.ScalarMatrix(2), gram_type="xx"), ValueError, "gram_type"),
         (lambda: cov.Sum(), ValueError, "got 0 operands"),
-        (lambda: cov.ScalarMatrix(0), ValueError, "positive"),
-        (lambda: cov.ScalarMatrix(2.5), TypeError, "integer"),
+        (lambda: cov.ScalarMatrix(0), ValueError, "1 or more"),
+        (lambda: cov.ScalarMatrix(2.5), TypeError, "whole number"),
     ],
 )
 def test_wrong_input_is_refused(make, error, match):

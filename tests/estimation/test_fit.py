@@ -1,6 +1,5 @@
 """AI-REML, fit_reml and what they return."""
 
-import json
 from itertools import pairwise
 from math import isnan, log
 
@@ -282,16 +281,6 @@ def test_cuda_equals_cpu(device):
     found = fit_reml(V, y.to(device), X.to(device))
     assert found.log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-10)
     assert found.fixed.estimate.device.type == device
-
-
-def test_result_as_json(tmp_path):
-    result = lmm(FORMULA, sleepstudy())
-    result.to_json(tmp_path / "fit.json")
-    record = json.loads((tmp_path / "fit.json").read_text())
-    assert record["log_likelihood"] == result.log_likelihood
-    assert record["fixed"][1]["name"] == "Days"
-    assert [c["group"] for c in record["components"]] == ["Subject", "Residual"]
-    assert list(tmp_path.iterdir()) == [tmp_path / "fit.json"]
 
 
 def test_criteria_follow_the_convention_of_lme4():

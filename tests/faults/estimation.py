@@ -11,6 +11,7 @@ MEANS = f"{INFERENCE} openreml_nn/inference/means.py -k means"
 
 AIREML = "openreml_nn/estimation/aireml.py"
 RESULT = "openreml_nn/result/result.py"
+OUTCOME = "openreml_nn/estimation/outcome.py"
 DEGREES = "openreml_nn/inference/degrees.py"
 RATIO = "openreml_nn/inference/likelihood_ratio.py"
 BOOTSTRAP = "openreml_nn/inference/resampling.py"
@@ -56,35 +57,35 @@ FAULTS = [
     ),
     Fault(
         "standard errors are those of the observed information",
-        RESULT,
+        OUTCOME,
         "at, information = self._curvature.at, self._curvature.information",
         "at, information = self._curvature.at, self._curvature.hessian",
         OF_RESULT,
     ),
     Fault(
         "the standard error of a variance is that of its coordinate",
-        RESULT,
+        OUTCOME,
         "std_error = float(_slope(e.trans.at_coordinate, coordinate) * spread)",
         "std_error = float(spread)",
         OF_RESULT,
     ),
     Fault(
         "the standard error of a stored value is that of its coordinate",
-        RESULT,
+        OUTCOME,
         "stored_error = float(_slope(e.trans.from_coordinate, coordinate) * spread)",
         "stored_error = float(spread)",
         OF_RESULT,
     ),
     Fault(
         "the singular threshold is 10,000 times too large",
-        RESULT,
+        OUTCOME,
         "SINGULAR = 1e-4",
         "SINGULAR = 1.0",
         OF_RESULT,
     ),
     Fault(
         "the singular threshold compares a variance with a deviation",
-        RESULT,
+        OUTCOME,
         "float(least) < SINGULAR**2 * residual",
         "float(least) < SINGULAR * residual",
         OF_RESULT,
@@ -119,7 +120,7 @@ FAULTS = [
     ),
     Fault(
         "a component of related levels is that of the first",
-        RESULT,
+        OUTCOME,
         "return blocks.diagonal(dim1=0, dim2=2).mean(-1)",
         "return blocks.diagonal(dim1=0, dim2=2)[..., 0]",
         OF_RESULT,
@@ -210,7 +211,7 @@ FAULTS = [
     ),
     Fault(
         "models compared by anova keep their restricted likelihood",
-        RATIO,
+        "openreml_nn/inference/tables.py",
         'Refit(r).fit("ml") if refit and',
         'Refit(r).fit("reml") if refit and',
         f"{INFERENCE} -k anova",
@@ -266,7 +267,7 @@ FAULTS = [
     ),
     Fault(
         "a row's fitted value lacks its random effects",
-        RESULT,
+        OUTCOME,
         "fitted = fitted + term.design.matmul(effects.values.reshape(-1, 1))[:, 0]",
         "fitted = fitted + 0 * term.design.matmul(effects.values.reshape(-1, 1))[:, 0]",
         OF_RESULT,

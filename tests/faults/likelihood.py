@@ -50,7 +50,7 @@ FAULTS = [
     ),
     Fault(
         "prediction-error variances lack a factor of the prior",
-        "openreml_nn/likelihood/problem.py",
+        "openreml_nn/likelihood/effects.py",
         "g.whole(len(values)), g.multiply(z_p_z)",
         "g.whole(len(values)), z_p_z",
         "tests/likelihood/test_evaluate.py -k indefinite",
@@ -58,8 +58,8 @@ FAULTS = [
     Fault(
         "the derivative by X is that of ML",
         "openreml_nn/likelihood/problem.py",
-        'if self._problem.method == "reml":\n            by_Q',
-        'if self._problem.method == "ml":\n            by_Q',
+        'if self.problem.method == "reml":\n            by_Q',
+        'if self.problem.method == "ml":\n            by_Q',
         f"{LOSS} -k gradcheck_in",
     ),
     Fault(
@@ -78,21 +78,21 @@ FAULTS = [
     ),
     Fault(
         "blocked prediction-error variances forget the fixed effects",
-        "openreml_nn/likelihood/system/grouped.py",
+        "openreml_nn/likelihood/system/evaluation.py",
         "values[0][:, at : at + w], spread + added @ added.mT",
         "values[0][:, at : at + w], spread",
         BLOCKED,
     ),
     Fault(
         "the score of the other factors is that of ML",
-        "openreml_nn/likelihood/system/grouped.py",
+        "openreml_nn/likelihood/system/evaluation.py",
         "S2 = (uu - B + R if reml else uu - B) / 2",
         "S2 = (uu - B) / 2",
         BLOCKED,
     ),
     Fault(
         "the information forgets the factor of the scaled rows",
-        "openreml_nn/likelihood/system/grouped.py",
+        "openreml_nn/likelihood/system/evaluation.py",
         "return (total - inner(e1, e1) - own - e3.mT @ e3) / 2",
         "return (total - inner(e1, e1) - own) / 2",
         BLOCKED,
@@ -169,7 +169,7 @@ FAULTS = [
     ),
     Fault(
         "prediction-error variances of relatives forget the fixed effects",
-        "openreml_nn/likelihood/system/grouped.py",
+        "openreml_nn/likelihood/system/evaluation.py",
         "own + added @ added.mT",
         "own",
         f"{KRYLOV} -k relatives_by",
@@ -177,8 +177,8 @@ FAULTS = [
     Fault(
         "probes are solved to two digits",
         "openreml_nn/likelihood/solvers/krylov.py",
-        "_PROBE_TOLERANCE = 1e-6",
-        "_PROBE_TOLERANCE = 3e-1",
+        "probe_tolerance: float = 1e-6",
+        "probe_tolerance: float = 3e-1",
         f"{KRYLOV} -k accurate",
     ),
     Fault(
@@ -191,7 +191,7 @@ FAULTS = [
     Fault(
         "the trace by square roots is that of ML",
         ROOTS,
-        'return self._P if self._problem.method == "reml" else self._E',
+        'return self._P if self.problem.method == "reml" else self._E',
         "return self._E",
         OF_ROOTS,
     ),

@@ -2,12 +2,16 @@
 
 from tests.faults.fault import Fault
 
-MODEL = "openreml_nn/model.py"
-JOINT = "openreml_nn/model/joint.py"
+MODEL = "openreml_nn/model/mixed_model.py"
+RESIDUAL = "openreml_nn/model/residual.py"
+PREDICTION = "openreml_nn/result/prediction.py"
+JOINT = "openreml_nn/result/joint.py"
 NEURAL = "openreml_nn/lightning/neural.py"
 TABULAR = "openreml_nn/lightning/tabular.py"
 MODULE = "openreml_nn/lightning/module.py"
-METRICS = "openreml_nn/metrics.py"
+METRICS = "openreml_nn/metrics/predictions.py"
+EXPLAINED = "openreml_nn/metrics/explained.py"
+COMPONENTS = "openreml_nn/metrics/components.py"
 
 OF_MODEL = "tests/test_model.py -k 'not linear_mixed_model'"
 OF_TRAINING = "tests/test_neural.py"
@@ -15,9 +19,9 @@ OF_TRAINING = "tests/test_neural.py"
 FAULTS = [
     Fault(
         "the variance of gls coefficients is zero",
-        MODEL,
-        'found = torch.einsum("np,pq,nq->n", X, self.beta_covariance, X)',
-        "found = torch.zeros_like(found)",
+        PREDICTION,
+        'found = torch.einsum("np,pq,nq->n", X, spread.to(X), X)',
+        "found = X.new_zeros(len(X))",
         "tests/test_joint.py -k independent",
     ),
     Fault(
@@ -36,60 +40,58 @@ FAULTS = [
     ),
     Fault(
         "a residual network's variance is halved in the exponent",
-        MODEL,
-        'self.residual(batch["x"]).reshape(n).exp()',
-        '(self.residual(batch["x"]).reshape(n) / 2).exp()',
+        RESIDUAL,
+        'self.network(batch["x"]).reshape(n).exp()',
+        '(self.network(batch["x"]).reshape(n) / 2).exp()',
         OF_MODEL,
     ),
     Fault(
         "a residual network yields log-deviations in the loss",
-        MODEL,
-        '(self.residual(batch["x"]).reshape(n) / 2).exp()',
-        'self.residual(batch["x"]).reshape(n).exp()',
+        RESIDUAL,
+        '(self.network(batch["x"]).reshape(n) / 2).exp()',
+        'self.network(batch["x"]).reshape(n).exp()',
         OF_MODEL,
     ),
     Fault(
         "the prior of related levels is that of the first",
-        MODEL,
+        PREDICTION,
         "dim2=2).mean(-1)",
         "dim2=2)[..., 0]",
         OF_MODEL,
     ),
     Fault(
         "the prior of related levels is that of all of them",
-        MODEL,
-        "blocks = self.g().unflatten(1, (-1, k)).unflatten(0, (-1, k))\n"
-        "        return blocks.diagonal(dim1=0, dim2=2).mean(-1)",
-        "blocks = self.g().unflatten(1, (-1, k)).unflatten(0, (-1, k))\n"
-        "        return blocks.mean((0, 2))",
+        PREDICTION,
+        "return blocks.unflatten(0, (levels, effects)).diagonal(dim1=0, dim2=2).mean(-1)",
+        "return blocks.unflatten(0, (levels, effects)).mean((0, 2))",
         OF_MODEL,
     ),
     Fault(
         "a level that was not seen has the first one's BLUP",
-        MODEL,
-        "torch.where(known, self.blup[codes.clamp(min=0)].to(z), 0)",
-        "self.blup[codes.clamp(min=0)].to(z)",
+        PREDICTION,
+        "torch.where(known, effect.values[effect.codes.clamp(min=0)].to(z), 0)",
+        "effect.values[effect.codes.clamp(min=0)].to(z)",
         OF_MODEL,
     ),
     Fault(
         "a level that was not seen has the first one's variance",
-        MODEL,
-        "known = torch.where(unknown, -1, codes)",
-        "known = codes.clamp(min=0)",
+        PREDICTION,
+        "IndexedDesign(torch.where(unseen, -1, effect.codes), z, levels)",
+        "IndexedDesign(effect.codes.clamp(min=0), z, levels)",
         "tests/test_joint.py",
     ),
     Fault(
         "a coefficient of a dropped column moves the ones after it",
         MODEL,
-        "beta[at] = fixed.coefficients(evaluation.gamma)",
-        "beta[: len(at)] = fixed.coefficients(evaluation.gamma)",
+        "index_copy(0, at, fixed.estimate.to(aliases))",
+        "index_copy(0, torch.arange(len(at)), fixed.estimate.to(aliases))",
         OF_MODEL,
     ),
     Fault(
         "head gls is fitted by maximum likelihood",
         MODEL,
-        'return "reml" if self.head == "gls" else "ml"',
-        'return "ml"',
+        'method = "reml" if head == "gls" else "ml"',
+        'method = "ml"',
         "tests/test_model.py -k 'linear_mixed_model and (sleep or pastes)'",
     ),
     Fault(
@@ -179,8 +181,8 @@ FAULTS = [
     Fault(
         "an unknown level is predicted by the first one's BLUP",
         MODULE,
-        'torch.where(codes >= 0, (batch["values"][name] * blup).sum(1), 0)',
-        '(batch["values"][name] * blup).sum(1)',
+        'torch.where(codes >= 0, (batch["values"].get(name, 1) * blup).sum(1), 0)',
+        '(batch["values"].get(name, 1) * blup).sum(1)',
         "tests/test_lightning.py -k 'checkpoint or predict'",
     ),
     Fault(
@@ -206,14 +208,14 @@ FAULTS = [
     ),
     Fault(
         "batches of different means have the variance within them",
-        METRICS,
+        EXPLAINED,
         "+ (moments[:, 0] * (moments[:, 1] - mean) ** 2).sum()",
         "",
         "tests/test_metrics.py -k r2",
     ),
     Fault(
         "the standard error of heritability takes the total for known",
-        METRICS,
+        COMPONENTS,
         "slope = -share.repeat(k)",
         "slope = 0 * share.repeat(k)",
         "tests/test_metrics.py -k heritability",
@@ -221,22 +223,22 @@ FAULTS = [
     Fault(
         "the last batch counts as much as a full one",
         METRICS,
-        "interval_coverage(mean, variance, target, self.level).double() * len(mean)",
-        "interval_coverage(mean, variance, target, self.level).double() * 7",
+        "self.add(_sum_of_covered(mean, variance, target, self.level), len(mean))",
+        "self.add(interval_coverage(mean, variance, target, self.level), 1)",
         "tests/test_metrics.py -k batches",
     ),
     Fault(
         "the weights of rows do not count for coefficients",
         JOINT,
-        "S[q:, q:] = Q.mT @ (weighted * Q)",
-        "S[q:, q:] = Q.mT @ Q",
+        "return [_times(white.design(d), scale, Q) for d in designs], scale * white.rows(Q)",
+        "return [_times(white.design(d), scale, Q) for d in designs], white.rows(Q)",
         "tests/test_joint.py",
     ),
     Fault(
         "the variance of a prediction has other factors without a prior",
         JOINT,
-        "inner.diagonal().add_(1)",
-        "inner.diagonal().add_(0)",
+        "inner = inner + torch.eye(q, dtype=S.dtype, device=S.device)",
+        "inner = inner + 0.1 * torch.eye(q, dtype=S.dtype, device=S.device)",
         "tests/test_joint.py",
     ),
     Fault(
@@ -245,5 +247,33 @@ FAULTS = [
         "- lengths.cumsum(0) + lengths",
         "- lengths.cumsum(0)",
         "tests/test_joint.py",
+    ),
+    Fault(
+        "a row of no known level has no random effect in the likelihood",
+        "openreml_nn/model/random_effect.py",
+        "if len(unknown):",
+        "if False:",
+        "tests/test_model.py -k no_known_level",
+    ),
+    Fault(
+        "weights multiply the residual variance of a new observation",
+        RESIDUAL,
+        "variances / weights.to(variances)",
+        "variances * weights.to(variances)",
+        "tests/test_predict.py -k dense_formula",
+    ),
+    Fault(
+        "an offset is not in the predictions",
+        MODEL,
+        "population = population + offset.to(population)",
+        "population = population + 0 * offset.to(population)",
+        "tests/test_predict.py -k dense_formula",
+    ),
+    Fault(
+        "the interval has half of the error probability on each side of it",
+        PREDICTION,
+        "torch.tensor((1 + level) / 2",
+        "torch.tensor(level",
+        "tests/test_predict.py -k dense_formula",
     ),
 ]

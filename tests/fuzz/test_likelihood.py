@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,14 +18,11 @@ import torch
 
 from openreml_nn import NumericalError, REMLLoss
 from openreml_nn import covariance as c
-from openreml_nn.likelihood import krylov
-from openreml_nn.likelihood.solvers.grid import GridTerms
-from openreml_nn.likelihood.solvers.krylov import KrylovProblem
-from openreml_nn.likelihood.solvers.spectral import spectral_terms
-from openreml_nn.likelihood.system.grouped import Layout, separated
-from openreml_nn.terms.term import residual_terms
+from openreml_nn.likelihood import Krylov
+from openreml_nn.likelihood.solvers import SOLVERS
+from openreml_nn.likelihood.system.roles import Roles, separated
 from tests.likelihood.exact import IS_LONG, LONG, Answer, Exact, answer, cholesky
-from tests.likelihood.test_krylov import every_sign
+from tests.likelihood.test_krylov import EVERY_SIGN
 from tests.strategies import distances, kinship, pedigree
 
 #: Largest relative errors.
@@ -238,23 +234,13 @@ def _named(g: c.Matrix) -> str:
 def solvers(m: Model) -> list[str]:
     """Those that fit."""
     terms = m.V.terms()
-    found = ["auto", "dense"]
-    try:
-        Layout.of(separated(terms))
-        found.append("blocked")
-    except ValueError:
-        pass
-    if GridTerms.of(terms) is not None:
-        found.append("grid")
-    if residual_terms(terms) and spectral_terms(terms) is not None:
-        found.append("spectral")
-    parts = separated(terms)
-    if "blocked" in found and KrylovProblem.fits(parts):
-        rest = Layout.of(parts).rest
+    found = [name for name, solver in SOLVERS.items() if solver().obstacle(terms) is None]
+    if Krylov.name in found:
+        parts = separated(terms)
         # With every pattern of signs it is exact.
-        if sum(parts[i].design.shape[1] for i in rest) <= 6:
-            found.append("krylov")
-    return found
+        if sum(parts[i].design.shape[1] for i in Roles.of(parts).rest) > 6:
+            found.remove(Krylov.name)
+    return ["auto", *found]
 
 
 def errors(m: Model, solver: str, expected: Answer) -> dict[str, float]:
@@ -306,8 +292,8 @@ def examine(seed: int) -> tuple[Model, dict[str, dict[str, float] | str]]:
         found: dict[str, dict[str, float] | str] = {}
         for solver in solvers(m):
             try:
-                with mock.patch.multiple(krylov, _signs=every_sign, _PROBE_TOLERANCE=1e-13):
-                    found[solver] = errors(m, solver, expected)
+                made = EVERY_SIGN if solver == Krylov.name else solver
+                found[solver] = errors(m, made, expected)
             except NumericalError as error:
                 found[solver] = str(error)
     return m, found

@@ -28,7 +28,7 @@ from openreml_nn.inference import (
     wald_test,
 )
 from openreml_nn.inference.refit import Refit
-from openreml_nn.model.structures import covariance_of
+from openreml_nn.model.structures import linear_model
 from openreml_nn.table import Encoder
 
 FILE = Path(__file__).parents[1] / "reference" / "inference.json"
@@ -179,7 +179,7 @@ def test_p_values_of_variances_are_uniform_where_the_variance_is_zero():
         (
             lambda: lmm("Reaction ~ Days + (1 | Subject)", sleepstudy().iloc[:170]),
             lambda: slopes("Days"),
-            "170 and 180 rows",
+            "170 rows and `large` 180 rows",
         ),
     ],
 )
@@ -189,6 +189,20 @@ def test_models_that_do_not_compare(small, large, message):
 
 
 # ---------------------------------------------------------------------- profiles
+
+
+def test_a_profile_that_is_approximate_names_its_parameter(recwarn):
+    profile(slopes("1"), ["sd_(Intercept)|Subject", "Days"], progress=False)
+    assert not recwarn.list
+    with pytest.warns(RuntimeWarning) as warned:
+        profile(slopes("1"), ["sd_(Intercept)|Subject", "sigma"], max_iterations=1)
+    told = [str(w.message) for w in warned]
+    assert len(told) == 2
+    for name, message in zip(["'sd_(Intercept)|Subject'", "'sigma'"], told, strict=True):
+        assert message.startswith(f"the profile of {name} is approximate at ")
+        assert "points, such as" in message
+    with pytest.raises(ValueError, match="`max_iterations` is 0"):
+        profile(slopes("1"), max_iterations=0)
 
 
 @pytest.mark.parametrize("name", ["sleepstudy", "penicillin"])
@@ -222,7 +236,7 @@ def test_a_profile_of_a_standard_deviation_holds_it_and_maximises_all_else():
     best = fitted("penicillin", method="ml").log_likelihood
     encoded = Encoder(FORMULAS["penicillin"]).fit(penicillin())
     for at in (1, len(curve.values) - 2):
-        V = covariance_of(encoded)
+        V = linear_model(encoded).covariance(encoded.batch())
         V.operands["plate"].operands["g"].fix("sigma^2", float(np.log(curve.values[at])))
         held = fit_reml(V, encoded.y, encoded.X, method="ml")
         expected = (2 * (best - held.log_likelihood)) ** 0.5

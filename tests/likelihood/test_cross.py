@@ -1,14 +1,13 @@
 """Cross-products by their non-zeros against dense ones, and groups of columns."""
 
-from unittest import mock
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openreml_nn.likelihood import cross
+from openreml_nn.likelihood.system import cross
 from openreml_nn.likelihood.system.partition import Partition
+from openreml_nn.likelihood.system.placement import Placement
 from openreml_nn.likelihood.system.products import Pattern
 from openreml_nn.terms.design import IndexedDesign
 
@@ -74,8 +73,7 @@ def test_sparse_products_equal_dense_ones(seed, k, r, crossed):
 def _forced(one, two, linked, like):
     designs = [one, *two]
     pattern = Pattern.of(designs)
-    with mock.patch.object(cross, "PAIR_COST", 0):
-        at = cross.Arrangement(designs, pattern, [0], [1, 2], linked)
+    at = Placement(designs, pattern, [0], [1, 2], linked, pair_cost=0)
     system = at.place(pattern.products(designs, like))
     return system.W, system.A22, at.partition
 

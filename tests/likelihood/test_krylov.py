@@ -1,6 +1,5 @@
 """The Krylov solver: exact where every sign is a probe, and as accurate as it says where not."""
 
-import itertools
 from unittest import mock
 
 import pytest
@@ -22,9 +21,8 @@ from openreml_nn.covariance import (
     UnstructuredMatrix,
     stratified,
 )
-from openreml_nn.likelihood import krylov, plan
-from openreml_nn.likelihood.solvers.krylov import KrylovProblem
-from openreml_nn.likelihood.system.grouped import Layout, separated
+from openreml_nn.likelihood import Auto, Krylov
+from openreml_nn.likelihood.system.roles import Roles, separated
 from openreml_nn.terms.kernel import Kernel
 from tests.likelihood.models import Model, models
 from tests.likelihood.test_loss import METHODS, _compare_solvers
@@ -55,21 +53,17 @@ def crossed(n=3000, users=300, items=60, slopes=False, seed=0):
     return V, y, torch.stack([torch.ones(n), x], 1)
 
 
-def every_sign(q, _):
-    """All 2^q patterns, over which a random sign's expectation is the mean."""
-    if not q:
-        return torch.zeros(0, 1)
-    return torch.tensor(list(itertools.product([-1, 1], repeat=q))).reshape(-1, q).mT
+#: All 2^q patterns, over which a random sign's expectation is the mean.
+EVERY_SIGN = Krylov(probes=2**9, probe_tolerance=1e-13)
 
 
 @given(st.data(), st.sampled_from(METHODS))
 def test_with_every_sign_it_equals_dense(data, method):
     m = data.draw(models())
     terms = separated(m.covariance.terms())
-    assume(KrylovProblem.fits(terms))
-    assume(sum(terms[i].design.shape[1] for i in Layout.of(terms).rest) <= 8)
-    with mock.patch.multiple(krylov, _signs=every_sign, _PROBE_TOLERANCE=1e-13):
-        _compare_solvers(m, method, ("dense", "krylov"), second=False, tolerance=1e-8)
+    assume(Krylov().obstacle(terms) is None)
+    assume(sum(terms[i].design.shape[1] for i in Roles.of(terms).rest) <= 8)
+    _compare_solvers(m, method, ("dense", EVERY_SIGN), second=False, tolerance=1e-8)
 
 
 @pytest.mark.parametrize("slopes", [False, True])
@@ -125,11 +119,8 @@ def test_the_same_point_gives_the_same_number():
 def test_auto_takes_it_with_a_warning_only_where_exact_solvers_would_not_fit():
     V, y, X = crossed()
     assert REMLLoss(V).objective(y, X).problem.__class__.__name__ == "BlockedProblem"
-    loss = REMLLoss(V)
-    with (
-        mock.patch.object(plan, "MOST_BYTES", 1000),
-        pytest.warns(RuntimeWarning, match="approximate: exact solvers would need"),
-    ):
+    loss = REMLLoss(V, solver=Auto(memory=1000))
+    with pytest.warns(RuntimeWarning, match="approximate: exact solvers would need"):
         loss(y, X)
     assert loss.plan.solver == "krylov"
     assert "'item': conjugate gradients, 60 columns" in str(loss.plan)
@@ -192,8 +183,7 @@ def related(n, q, traits, seed, crossed=True):
 @given(st.integers(0, 1000), st.sampled_from(METHODS))
 def test_relatives_by_a_sparse_inverse_equal_dense(crossed, traits, q, seed, method):
     m = related(20, q, traits, seed, crossed)
-    with mock.patch.multiple(krylov, _signs=every_sign, _PROBE_TOLERANCE=1e-13):
-        _compare_solvers(m, method, ("dense", "krylov"), second=False, tolerance=1e-8)
+    _compare_solvers(m, method, ("dense", EVERY_SIGN), second=False, tolerance=1e-8)
 
 
 def test_the_inverse_of_a_large_pedigree_is_never_made_dense():
@@ -206,18 +196,16 @@ def test_the_inverse_of_a_large_pedigree_is_never_made_dense():
     with mock.patch(f"{__name__}.pedigree", return_value=found):
         m = related(1400, len(found.levels), 1, 0)
     with (
-        mock.patch.object(plan, "MOST_BYTES", 2**22),
         mock.patch.object(Kernel, "dense", side_effect=AssertionError),
         pytest.warns(RuntimeWarning, match="approximate"),
     ):
-        assert fit_reml(m.covariance, m.y, m.X).converged
+        assert fit_reml(m.covariance, m.y, m.X, solver=Auto(memory=2**22)).converged
 
 
 def test_a_variance_of_zero_is_an_ordinary_point_for_relatives():
     m = related(30, 8, 1, 0)
     m.covariance.fix("animal/g/sigma^2", -float("inf"))
-    with mock.patch.multiple(krylov, _signs=every_sign, _PROBE_TOLERANCE=1e-13):
-        value = REMLLoss(m.covariance, solver="krylov")(m.y, m.X)
-        value.backward()
+    value = REMLLoss(m.covariance, solver=EVERY_SIGN)(m.y, m.X)
+    value.backward()
     torch.testing.assert_close(value, REMLLoss(m.covariance, solver="dense")(m.y, m.X))
     assert all(torch.isfinite(p.grad).all() for p in m.covariance.parameters())

@@ -1,7 +1,6 @@
 """The likelihood against a dense reference, and the solvers against each other."""
 
 import copy
-from unittest import mock
 
 import pytest
 import torch
@@ -28,7 +27,7 @@ from openreml_nn.covariance import (
 )
 from openreml_nn.estimation.aireml import Curvature
 from openreml_nn.estimation.outcome import outcome
-from openreml_nn.likelihood import NotPositiveDefiniteError, cross
+from openreml_nn.likelihood import Blocked, NotPositiveDefiniteError
 from tests.likelihood.models import models, reference
 
 METHODS = ["reml", "ml"]
@@ -70,13 +69,16 @@ def _objective(m, method, solver):
     return loss.objective(m.y, m.X), loss(m.y, m.X)
 
 
-@pytest.mark.parametrize("pair_cost", [0, cross.PAIR_COST, 1e9], ids=["sparse", "auto", "dense"])
+@pytest.mark.parametrize(
+    "blocked",
+    [Blocked(pair_cost=0), Blocked(), Blocked(pair_cost=1e9)],
+    ids=["sparse", "auto", "dense"],
+)
 @FEWER
 @given(st.data(), st.sampled_from(METHODS))
-def test_blocked_equals_dense(pair_cost, data, method):
+def test_blocked_equals_dense(blocked, data, method):
     m = data.draw(models())
-    with mock.patch.object(cross, "PAIR_COST", pair_cost):
-        _compare_solvers(m, method)
+    _compare_solvers(m, method, ("dense", blocked))
 
 
 @pytest.mark.parametrize("pair_cost", [0, 1e9], ids=["sparse", "dense"])
@@ -84,8 +86,7 @@ def test_blocked_equals_dense(pair_cost, data, method):
 @given(st.data(), st.sampled_from(METHODS))
 def test_structured_residuals_equal_dense(pair_cost, data, method):
     m = data.draw(models(structured=True))
-    with mock.patch.object(cross, "PAIR_COST", pair_cost):
-        _compare_solvers(m, method)
+    _compare_solvers(m, method, ("dense", Blocked(pair_cost=pair_cost)))
 
 
 def _compare_solvers(m, method, solvers=SOLVERS, second=True, tolerance=1e-9):
@@ -341,7 +342,7 @@ def test_plan_says_what_was_chosen_and_why():
     for part in ("solver", "'subject': 5 blocks of 2 x 2", "'item': dense, 3 x 3", "20 rows"):
         assert part in text
     assert loss.plan.solver == "blocked"
-    assert loss.plan.work > 0
+    assert loss.plan.cost.operations > 0
     assert REMLLoss(V, solver="dense").plan.solver == "dense"
 
 
@@ -363,8 +364,8 @@ def test_plan_says_that_nested_factors_fall_apart():
     many = REMLLoss(Sum({**parts, "residual": ScalarMatrix(n)}).double())
     q = sum(len(set(labels)) for labels in ([i // 5 for i in inner], [i // 20 for i in inner]))
     many(torch.randn(n), torch.randn(n, q))
-    assert many.plan.order[-1] == f"fixed effects: dense, {q} x {q}"
-    assert many.plan.order[1] == "'middle', 'outer': 30 groups of at most 5 x 5"
+    assert many.plan.cost.steps[-1] == f"fixed effects: dense, {q} x {q}"
+    assert many.plan.cost.steps[1] == "'middle', 'outer': 30 groups of at most 5 x 5"
 
 
 class Own(Matrix):

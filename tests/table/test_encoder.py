@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from openreml_nn import InputError, datasets, lmm
-from openreml_nn.model.structures import covariance_of
+from openreml_nn.model.structures import linear_model
 from openreml_nn.table import Encoder, Learned
 
 TABLE = pd.DataFrame(
@@ -168,7 +168,9 @@ REPEATED = pd.DataFrame(
 
 def test_residuals_within_groups():
     found = encode("y ~ 1", REPEATED, residual="ar1(t | g)")
-    V = covariance_of(found)(torch.tensor([0.0, torch.log(torch.tensor(3.0))]))  # rho 0.5
+    V = linear_model(found).covariance(found.batch())(
+        torch.tensor([0.0, torch.log(torch.tensor(3.0))])
+    )  # rho 0.5
     assert found.residual.positions == ("1", "2", "3")
     torch.testing.assert_close(V[0], torch.tensor([1, 0.5, 0.25, 0, 0, 0]))
     torch.testing.assert_close(V[3], torch.tensor([0, 0, 0, 1, 0.25, 0]))
@@ -179,13 +181,15 @@ def test_residuals_within_groups():
 def test_residual_variance_by_stratum_and_by_weight():
     strata = encode("y ~ 1", REPEATED, residual="diag(s)")
     assert strata.residual.positions == ("u", "v")
-    V = covariance_of(strata)(torch.log(torch.tensor([1.0, 2.0])))
+    V = linear_model(strata).covariance(strata.batch())(torch.log(torch.tensor([1.0, 2.0])))
     torch.testing.assert_close(V, torch.diag(torch.tensor([1.0, 4, 1, 4, 1, 4])))
     cells = encode("y ~ 1", REPEATED, residual="diag(s:g)")
     assert cells.residual.positions == ("u:a", "u:b", "v:a", "v:b", "v:c")
     weights = encode("y ~ 1", REPEATED, weights="w")
     expected = torch.diag(1 / torch.tensor(REPEATED["w"].to_numpy()))
-    torch.testing.assert_close(covariance_of(weights)(torch.zeros(1)), expected)
+    torch.testing.assert_close(
+        linear_model(weights).covariance(weights.batch())(torch.zeros(1)), expected
+    )
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,37 @@ def test_chunks_are_encoded_as_the_whole_is(tmp_path, formula, suffix):
         same(found, expected)
 
 
+OPTIONS = [
+    ("y ~ x + (1 | user) + (1 | item)", {"weights": "w"}),
+    ("y ~ x + (x | item) + (1 | user)", {"weights": "w", "method": "ml"}),
+    ("y ~ x + (1 | own)", {"weights": "w", "residual_variance": 0.3}),
+    ("y ~ f + offset(x / 100) + (1 | user) + (1 | item)", {"residual_variance": 0.2}),
+    ("y ~ x + offset(w) + (x || site)", {"weights": "w", "categorical": ["f"]}),
+    ("y ~ x * f", {"weights": "w"}),
+]
+
+
+@pytest.mark.parametrize(("formula", "options"), OPTIONS)
+@pytest.mark.parametrize("chunk_rows", [37, 1000])
+def test_options_mean_the_same_in_chunks_and_so_do_predictions(
+    tmp_path, formula, options, chunk_rows
+):
+    rng = np.random.default_rng(4)
+    data = table().assign(w=rng.uniform(0.2, 3, 400).round(3), own=np.arange(400))
+    path = tmp_path / "table.parquet"
+    data.to_parquet(path)
+    found = lmm(formula, path, chunk_rows=chunk_rows, **options)
+    expected = lmm(formula, data, **options)
+    same(found, expected)
+    assert found.residual_variance == pytest.approx(expected.residual_variance, rel=1e-5)
+    new = data.assign(w=rng.uniform(0.2, 3, 400))
+    one, other = found.predict(new), expected.predict(new)
+    for column in one:
+        np.testing.assert_allclose(one[column], other[column], rtol=1e-5)
+    assert found.formula == formula
+    assert found.source is None
+
+
 def test_statistics_do_not_depend_on_the_chunks(tmp_path):
     path = tmp_path / "table.parquet"
     table().to_parquet(path)
@@ -170,8 +201,10 @@ def test_files_that_are_none(tmp_path):
         with pytest.raises(InputError, match="`method` is"):
             fit_stream("yield ~ nitro", datasets.table_path("oats"), method=method)
     path = datasets.table_path("oats")
-    with pytest.raises(InputError, match="`weights` is not for chunks"):
-        lmm("yield ~ nitro", path, chunk_rows=9, weights="nitro")
+    with pytest.raises(InputError, match=r"`residual` is 'cs\(Block\)', which needs all rows"):
+        lmm("yield ~ nitro", path, chunk_rows=9, residual="cs(Block)")
+    with pytest.raises(InputError, match=r"`solver` is 'dense': expected 'auto' or 'blocked'"):
+        lmm("yield ~ nitro", path, chunk_rows=9, solver="dense")
     with pytest.raises(InputError, match="in memory already"):
         lmm("yield ~ nitro", datasets.oats(), chunk_rows=9)
 

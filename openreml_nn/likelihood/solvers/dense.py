@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.fixed import FixedPart, check_data, traced
-from openreml_nn.likelihood.problem import (
-    Evaluation,
-    Problem,
-    RandomEffects,
-    cholesky,
-    pivot_loss,
-)
+from openreml_nn.likelihood.problem import Cost, Evaluation, Problem, cholesky, pivot_loss
+from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.system.square_root import SquareRootEvaluation, within
 from openreml_nn.support.checks import check_choice
 from openreml_nn.support.errors import InputError
@@ -23,7 +20,7 @@ from openreml_nn.terms.covariance import DenseCovariance
 from openreml_nn.terms.design import IdentityDesign
 from openreml_nn.terms.term import Term, residual_terms
 
-__all__ = ["DenseProblem", "restricted_log_likelihood"]
+__all__ = ["Dense", "DenseProblem", "check_method", "restricted_log_likelihood"]
 
 
 def restricted_log_likelihood(y: Tensor, X: Tensor, V: Tensor, method: str = "reml") -> Tensor:
@@ -95,6 +92,22 @@ def check_method(method: str) -> None:
     check_choice("method", method, ("reml", "ml"))
 
 
+@dataclass(frozen=True)
+class Dense(Solver):
+    """A Cholesky factor of V (n, n): for small data, and for any V."""
+
+    name: ClassVar[str] = "dense"
+
+    def forecast(self, terms: Sequence[Term], p: int, dtype: torch.dtype) -> Cost:
+        n = terms[0].design.shape[0]
+        work = n**3 / 3 + 2 * n**2 * (p + 1)
+        steps = (f"Cholesky factor of V, {n} x {n}",)
+        return Cost(work, 3.0 * dtype.itemsize * n**2, True, "V as a whole", steps)
+
+    def problem(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> Problem:
+        return DenseProblem(fixed, terms, method)
+
+
 class DenseProblem(Problem):
     """Depends on the matrix of each term; V is their sum."""
 
@@ -112,7 +125,7 @@ class DenseProblem(Problem):
         self.check_rounding(evaluation.rounding)
         return evaluation.log_likelihood
 
-    def _evaluate(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
+    def evaluate_unchecked(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
         return _DenseEvaluation(self, self._with(matrices))
 
     def precise(self, terms: Sequence[Term]) -> Evaluation | None:
@@ -134,7 +147,7 @@ class DenseProblem(Problem):
 
 class _DenseEvaluation(Evaluation):
     def __init__(self, problem: DenseProblem, terms: Sequence[Term]) -> None:
-        self._problem = problem
+        self.problem = problem
         self._terms = terms
         V = _total(terms)
         y, Q = problem.fixed.y, problem.fixed.Q
@@ -148,7 +161,7 @@ class _DenseEvaluation(Evaluation):
         self.gamma = torch.linalg.solve_triangular(self.gamma_factor.mT, half, upper=True)[:, 0]
         self._residual = white_y - self._white_Q @ self.gamma  # L^-1 (y - Q gamma)
         self.y_p_y = self._residual @ self._residual
-        self.log_likelihood = problem._log_likelihood(
+        self.log_likelihood = problem.assemble(
             2 * L.diagonal().log().sum(),
             2 * self.gamma_factor.diagonal().log().sum(),
             self.y_p_y,
@@ -173,9 +186,9 @@ class _DenseEvaluation(Evaluation):
         lost = self._back(half.mT)
         return torch.cholesky_inverse(self._L).addmm_(lost, lost.mT, alpha=-1)
 
-    def _scores(self) -> list[Tensor]:
+    def scores_unchecked(self) -> list[Tensor]:
         p_y = self._p_y()
-        reml = self._problem.method == "reml"
+        reml = self.problem.method == "reml"
         trace = self._projector() if reml else torch.cholesky_inverse(self._L)
         # In place: matrices of this size take longer to write than to compute.
         S = trace.mul_(-0.5).addr_(p_y, p_y, alpha=0.5)
@@ -203,11 +216,11 @@ class _DenseEvaluation(Evaluation):
             roots, gain = self._spread_roots(random, residual)
             if roots is not None:
                 rounding = eps * gain
-        if random and not self._problem.has_digits(rounding):
-            better = self._problem.precise(self._at_terms)
+        if random and not self.problem.has_digits(rounding):
+            better = self.problem.precise(self.at_terms)
             if better is not None and better.rounding < rounding:
                 return better.random_effects()
-            self._problem.check_rounding(rounding)
+            self.problem.check_rounding(rounding)
         projector = self._projector() if random and roots is None else p_y
         found = []
         for j, i in enumerate(random):
@@ -226,7 +239,7 @@ class _DenseEvaluation(Evaluation):
     ) -> tuple[list[Tensor] | None, float]:
         r"""Roots of prediction-error variances :math:`\Lambda M^{-1} \Lambda^\top`, with what the
         fixed effects add, and the largest entry of M; None where G is not positive semi-definite."""
-        terms, Q = [self._terms[i] for i in random], self._problem.fixed.Q
+        terms, Q = [self._terms[i] for i in random], self.problem.fixed.Q
         try:
             roots = [term.covariance.root() for term in terms]
             L = cholesky(_total([self._terms[i] for i in residual]), "R")

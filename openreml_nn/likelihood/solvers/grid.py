@@ -14,28 +14,66 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
+from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.problem import (
+    Cost,
     Evaluation,
     NotPositiveDefiniteError,
     Problem,
-    RandomEffects,
     cholesky,
 )
+from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import DenseProblem
-from openreml_nn.likelihood.system.grouped import root
+from openreml_nn.likelihood.system.elimination import root
 from openreml_nn.likelihood.system.square_root import SquareRootEvaluation
-from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import KroneckerCovariance, kronecker
 from openreml_nn.terms.design import IdentityDesign
 from openreml_nn.terms.term import Term
 
-__all__ = ["GridProblem", "GridTerms"]
+__all__ = ["Grid", "GridProblem"]
+
+
+@dataclass(frozen=True)
+class Grid(Solver):
+    """Two small eigendecompositions: for a Kronecker product over a complete grid of rows."""
+
+    name: ClassVar[str] = "grid"
+
+    def forecast(self, terms: Sequence[Term], p: int, dtype: torch.dtype) -> Cost | None:
+        places = GridTerms.of(terms)
+        if places is None:
+            return None
+        g = terms[places.grid].covariance
+        assert isinstance(g, KroneckerCovariance)
+        (r, c), n = g.sizes, terms[0].design.shape[0]
+        q = sum(terms[i].design.shape[1] for i in places.rest)
+        steps = [f"eigendecompositions of {r} x {r} and {c} x {c}"]
+        if places.rest:
+            names = ", ".join(repr(terms[i].name) for i in places.rest)
+            steps.append(f"{names}: dense, {q} x {q}")
+        steps.append(f"fixed effects: dense, {p} x {p}")
+        columns = q + p + 1
+        work = 10.0 * (r**3 + c**3) + 8.0 * n * (r + c) * columns + 4.0 * n * columns**2
+        held = 4.0 * dtype.itemsize * n * columns
+        return Cost(work, held, True, "a complete grid: decomposed by its sides", tuple(steps))
+
+    def problem(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> Problem:
+        return GridProblem(fixed, terms, method)
+
+    def obstacle(self, terms: Sequence[Term]) -> str | None:
+        if GridTerms.of(terms) is not None:
+            return None
+        return (
+            "the grid solver needs one Kronecker product over the rows, and independent "
+            "errors at most beside it"
+        )
 
 
 @dataclass(frozen=True)
@@ -60,14 +98,13 @@ class GridTerms:
 class GridProblem(Problem):
     """Depends on the matrix of each term, as the dense solver does."""
 
+    has_second_derivatives = False  # recorded() is that of the dense solver
+
     def __init__(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> None:
         super().__init__(fixed, terms, method)
+        Grid().check(terms)
         found = GridTerms.of(terms)
-        if found is None:
-            raise InputError(
-                "the grid solver needs one Kronecker product over the rows, and independent "
-                "errors at most beside it"
-            )
+        assert found is not None
         self.places = found
         self._dense = DenseProblem(fixed, terms, method)
         self.f = torch.cat([fixed.Q, fixed.y[:, None]], 1)
@@ -79,7 +116,7 @@ class GridProblem(Problem):
         # Decompositions have no derivative where eigenvalues meet, as without correlation.
         return self._dense.recorded(matrices)
 
-    def _evaluate(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
+    def evaluate_unchecked(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
         return _GridEvaluation(self, terms)
 
     def precise(self, terms: Sequence[Term]) -> Evaluation | None:
@@ -87,10 +124,10 @@ class GridProblem(Problem):
 
 
 class _GridEvaluation(Evaluation):
-    _problem: GridProblem
+    problem: GridProblem
 
     def __init__(self, problem: GridProblem, terms: Sequence[Term]) -> None:
-        self._problem, self._terms = problem, terms
+        self.problem, self._terms = problem, terms
         places, f = problem.places, problem.f
         g = terms[places.grid].covariance
         assert isinstance(g, KroneckerCovariance)
@@ -122,7 +159,7 @@ class _GridEvaluation(Evaluation):
         self._K = K = self._H.mT @ white
         F = white.mT @ white - K.mT @ K
         log_det = d.log().sum() + 2 * Lc.diagonal().log().sum()
-        self.log_likelihood, self.gamma_factor, half = problem._profile(
+        self.log_likelihood, self.gamma_factor, half = problem.profile(
             log_det, F[:-1, :-1], F[:-1, -1], F[-1, -1]
         )
         self.y_p_y = F[-1, -1] - half @ half
@@ -150,8 +187,8 @@ class _GridEvaluation(Evaluation):
     def inverse_times_data(self) -> Tensor:
         return self._back(self._rest)
 
-    def _scores(self) -> list[Tensor]:
-        problem, places = self._problem, self._problem.places
+    def scores_unchecked(self) -> list[Tensor]:
+        problem, places = self.problem, self.problem.places
         lost = [self._H, self._lost] if problem.method == "reml" else [self._H]
         low = self._back(torch.cat(lost, 1))  # R^-1 less its square is the inner matrix
         found: dict[int, Tensor] = {places.grid: self._score_of_grid(low)}
@@ -181,7 +218,7 @@ class _GridEvaluation(Evaluation):
         return torch.cat(parts)
 
     def information(self, derivatives: Sequence[Tensor]) -> Tensor:
-        places, y = self._problem.places, self._p_y
+        places, y = self.problem.places, self._p_y
         working = y.new_zeros(len(y), len(derivatives[0]))
         g = self._terms[places.grid].covariance
         assert isinstance(g, KroneckerCovariance)
@@ -199,7 +236,7 @@ class _GridEvaluation(Evaluation):
         return (white.mT @ white - own.mT @ own - lost.mT @ lost) / 2
 
     def random_effects(self) -> list[RandomEffects]:
-        places, terms = self._problem.places, self._terms
+        places, terms = self.problem.places, self._terms
         low = self._back(torch.cat([self._H, self._lost], 1))
         found = {}
         term = terms[places.grid]

@@ -7,7 +7,7 @@ with it, and their coefficients give Lanczos quadrature for its log-determinant.
 
 What is exact (to the tolerance of the solves): BLUEs, BLUPs, the generalised
 residual sum of squares, the average information. What is estimated by
-``PROBES`` random signs z, fixed once for all evaluations: the log-determinant
+random signs z, fixed once for all evaluations: the log-determinant
 and traces of :math:`\hat M^{-1}`. Their first-order parts, known to be zero, are
 taken off each sample, so that only second-order noise is left.
 
@@ -19,136 +19,120 @@ Reference:
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from math import nan
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.linalg import solve_triangular
 
 from openreml_nn.likelihood.fixed import FixedPart
-from openreml_nn.likelihood.problem import (
-    Evaluation,
-    NotPositiveDefiniteError,
-    Problem,
-    cholesky,
+from openreml_nn.likelihood.problem import Cost, Evaluation, Problem
+from openreml_nn.likelihood.residual import Residual
+from openreml_nn.likelihood.solver import Solver
+from openreml_nn.likelihood.system.conjugate import conjugate_gradients, log_samples
+from openreml_nn.likelihood.system.elimination import inner, root
+from openreml_nn.likelihood.system.evaluation import Crossed, GroupedEvaluation
+from openreml_nn.likelihood.system.listed import (
+    ListedCross,
+    ListedProblem,
+    levels_of,
 )
-from openreml_nn.likelihood.residual import White
-from openreml_nn.likelihood.system.cross import Cross, System, entries_of
-from openreml_nn.likelihood.system.grouped import (
-    Crossed,
-    GroupedEvaluation,
-    GroupedProblem,
-    Layout,
-    grid_of,
-    inner,
-    root,
-    separated,
-)
-from openreml_nn.likelihood.system.products import Pattern, Products
+from openreml_nn.likelihood.system.roles import Roles, separated, steps_of
+from openreml_nn.likelihood.system.scaled import ScaledSystem, block_times
+from openreml_nn.support.checks import check_count, check_number
 from openreml_nn.support.errors import InputError
-from openreml_nn.terms.covariance import Covariance, RepeatedCovariance, ScaledCovariance
-from openreml_nn.terms.design import IndexedDesign
+from openreml_nn.terms.covariance import Covariance
 from openreml_nn.terms.kernel import Kernel
 from openreml_nn.terms.term import Term
 
-__all__ = ["PROBES", "KrylovProblem"]
+__all__ = ["Krylov", "KrylovProblem"]
 
-#: Random signs, which share the work of one sparse product.
-PROBES = 24
-#: More of them where levels are related: relatives differ less from each other than the system
-#: from its diagonal.
-KERNEL_PROBES = 192
-#: Relative residuals at which the solves for data, and for probes, end.
-_TOLERANCE = 1e-11
-_PROBE_TOLERANCE = 1e-6
-_MOST_STEPS = 1000
+#: Steps of conjugate gradients in a forecast.
+_STEPS = 30
+_REASON = "by products alone"
 
 
-class ListedCross(Cross):
-    """W by its non-zeros, for products with vectors only.
+@dataclass(frozen=True)
+class Krylov(Solver):
+    """Conjugate gradients and random signs: for crossed factors that are too large otherwise.
 
     Args:
-        cells: for each other term the levels that meet, of the eliminated factor and of the term,
-            and the entries (cells, k, k_t).
-        shape: (levels, k, q).
-        starts: first column of each term.
-        like: of the dtype and device of the entries.
+        probes: random signs, which share the work of one sparse product. Where there are as many
+            as patterns of signs, each of these is taken once, and the likelihood is exact. By
+            default 24, and 192 where levels are related: relatives differ less from each other
+            than the system from its diagonal.
+        tolerance: relative residual at which the solves for data end.
+        probe_tolerance: that at which the solves for probes end.
+        seed: of the random signs, which are the same at all evaluations.
+
+    Raises:
+        TypeError, InputError: if an option is no number of its kind.
     """
 
-    def __init__(
-        self,
-        cells: Sequence[tuple[Tensor, Tensor, Tensor]],
-        shape: tuple[int, int, int],
-        starts: Sequence[int],
-        like: Tensor,
-    ) -> None:
-        self.cells, self.shape = cells, shape
-        levels, k, q = shape
-        none = torch.empty(0, dtype=torch.long, device=like.device)
-        rows, columns, values = [none], [none], [like.new_empty(0)]
-        if cells:
-            rows, columns, values = [], [], []
-        for (a, b, value), start in zip(cells, starts, strict=True):
-            row, column = entries_of(a, b, (k, value.shape[2]))
-            rows.append(row)
-            columns.append(start + column)
-            values.append(value.reshape(-1))
-        index = torch.stack([torch.cat(rows), torch.cat(columns)])
-        self._forward = _sparse(index, torch.cat(values), (levels * k, q))
-        self._backward = _sparse(index.flip(0), torch.cat(values), (q, levels * k))
-        self.entries = 4.0 * index.shape[1]
-        self.work = 2.0 * index.shape[1]
+    name: ClassVar[str] = "krylov"
+    probes: int | None = None
+    tolerance: float = 1e-11
+    probe_tolerance: float = 1e-6
+    seed: int = 0
 
-    def times(self, x: Tensor) -> Tensor:
-        return (self._forward @ x).unflatten(0, self.shape[:2])
+    def __post_init__(self) -> None:
+        if self.probes is not None:
+            check_count("probes", self.probes, 1)
+        check_number("tolerance", self.tolerance, above=0, below=1)
+        check_number("probe_tolerance", self.probe_tolerance, above=0, below=1)
+        check_count("seed", self.seed)
 
-    def t_times(self, y: Tensor) -> Tensor:
-        return self._backward @ y.flatten(0, 1)
+    def forecast(self, terms: Sequence[Term], p: int, dtype: torch.dtype) -> Cost | None:
+        if self.obstacle(terms) is not None:
+            return None
+        terms = separated(terms)
+        roles = Roles.of(terms)
+        n, q = terms[0].design.shape[0], sum(terms[i].design.shape[1] for i in roles.random)
+        count = self.count(any(terms[i].covariance.known_kernel is not None for i in roles.rest))
+        # No more levels meet than there are rows.
+        work, held = 4.0 * n * (count + p + 1), 8.0 * (n + (count + p + 1) * q)
+        steps = steps_of(terms, roles, p)
+        return Cost(_STEPS * work, dtype.itemsize * held, False, _REASON, steps)
 
+    def problem(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> Problem:
+        return KrylovProblem(fixed, terms, method, self)
 
-def _diagonal(prior: Tensor | None, like: Tensor) -> Tensor:
-    """Diagonal of a sparse matrix as (q, 1), of the identity as (1, 1)."""
-    if prior is None:
-        return like.new_ones(1, 1)
-    found = prior.to_sparse_coo().coalesce()
-    on = found.indices()[0] == found.indices()[1]
-    return found.values()[on][:, None]
+    def obstacle(self, terms: Sequence[Term]) -> str | None:
+        terms = separated(terms)
+        try:
+            residual = Residual.of(terms)
+        except InputError as error:
+            return str(error)
+        for i, term in enumerate(terms):
+            if i not in residual.at and levels_of(term) is None:
+                return (
+                    "the krylov solver needs grouping factors with independent levels, or related "
+                    f"by a known inverse: term {term.name!r} is none"
+                )
+        return "the krylov solver needs residuals of one variance" if residual.moves else None
 
+    def count(self, related: bool) -> int:
+        """How many random signs are taken, where levels are related or not."""
+        return self.probes or (192 if related else 24)
 
-def _signs(q: int, count: int) -> Tensor:
-    """Random signs (q, count), always the same."""
-    generator = torch.Generator().manual_seed(0)
-    return 2 * torch.randint(0, 2, (q, count), generator=generator) - 1
-
-
-def _sparse(index: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    found = torch.sparse_coo_tensor(index, values, shape, check_invariants=False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR", UserWarning)  # torch calls them beta
-        return found.coalesce().to_sparse_csr()
-
-
-def _kernel_of(term: Term) -> Kernel | None:
-    g = term.covariance
-    return g.kernel if isinstance(g, ScaledCovariance) else None
+    def signs(self, q: int, related: bool) -> Tensor:
+        """The random signs (q, count)."""
+        count = self.count(related)
+        if _is_every(q, count):
+            bits = torch.arange(2**q)[None, :] >> torch.arange(q)[:, None]
+            return 2 * (bits & 1) - 1
+        generator = torch.Generator().manual_seed(self.seed)
+        return 2 * torch.randint(0, 2, (q, count), generator=generator) - 1
 
 
-def _levels_of(term: Term) -> tuple[int, int] | None:
-    """Levels and effects of a term with independent levels, or a kernel known by its inverse."""
-    z, kernel = term.design, _kernel_of(term)
-    if kernel is None:
-        return grid_of(term)
-    if kernel.inverse is None or not isinstance(z, IndexedDesign):
-        return None
-    k = len(term.covariance.matrix)
-    return (z.levels, z.effects) if z.effects == k and z.levels == kernel.size else None
+def _is_every(q: int, count: int) -> bool:
+    """Whether so many signs are as many as there are patterns of q, 2^q."""
+    return count.bit_length() > q
 
 
-class KrylovProblem(GroupedProblem):
+class KrylovProblem(ListedProblem):
     """The system of the other terms by conjugate gradients.
 
     Raises:
@@ -156,50 +140,20 @@ class KrylovProblem(GroupedProblem):
             residuals have more than one variance.
     """
 
-    exact = False
+    has_second_derivatives = False
 
-    def __init__(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> None:
+    def __init__(
+        self, fixed: FixedPart, terms: Sequence[Term], method: str, solver: Krylov
+    ) -> None:
+        solver.check(terms)
         super().__init__(fixed, terms, method)
-        terms = separated(terms)
-        self._check(terms, self.layout)
-        # A kernel is known by its inverse: its levels count as a grid, and no block is formed.
-        self.grids = [_levels_of(terms[i]) for i in self.layout.rest]
-        self.kernels = [_kernel_of(terms[i]) for i in self.layout.rest]
-        self.log_det_kernels = 0.0
-        for kernel, grid in zip(self.kernels, self.grids, strict=True):
-            if kernel is not None:
-                assert grid is not None
-                self.log_det_kernels += grid[1] * kernel.log_det()
-        self.priors = [self._prior(kernel) for kernel in self.kernels]
-        self.kernel_diagonals = [_diagonal(prior, self._f) for prior in self.priors]
-        white = self.residual.white([torch.ones_like(self._f[:1, :1])])
-        designs = [white.design(design) for design in self._designs]
-        pattern = Pattern.of(designs)
-        products = pattern.products(designs, white.rows(self._f))
-        self._constant = self._place(pattern, products), white
+        self.solver = solver
         related = any(kernel is not None for kernel in self.kernels)
-        self.probes = _signs(self.q, KERNEL_PROBES if related else PROBES).to(self._f)
+        self.probes = solver.signs(self.q, related).to(self.f)
         self.start: Tensor | None = None  # the last solution for the data
 
-    @staticmethod
-    def _check(terms: Sequence[Term], layout: Layout) -> None:
-        for i in layout.random:
-            if _levels_of(terms[i]) is None:
-                raise InputError(
-                    "the krylov solver needs grouping factors with independent levels, or related "
-                    f"by a known inverse: term {terms[i].name!r} is none"
-                )
-        if layout.residual.moves:
-            raise InputError("the krylov solver needs residuals of one variance")
-
-    @classmethod
-    def fits(cls, terms: Sequence[Term]) -> bool:
-        """Whether separated terms are such that it can be used."""
-        try:
-            cls._check(terms, Layout.of(terms))
-        except ValueError:
-            return False
-        return True
+    def anew(self, fixed: FixedPart, terms: Sequence[Term]) -> Problem:
+        return KrylovProblem(fixed, terms, self.method, self.solver)
 
     def with_fixed(self, fixed: FixedPart) -> Problem:
         found = super().with_fixed(fixed)
@@ -208,11 +162,7 @@ class KrylovProblem(GroupedProblem):
             found.start = None
         return found
 
-    def system(self, residual: Sequence[Tensor]) -> tuple[System, White, Tensor]:
-        assert self._constant is not None
-        return (*self._constant, residual[0].reshape(()))
-
-    def _evaluate(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
+    def evaluate_unchecked(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
         return _KrylovEvaluation(self, terms, matrices)
 
     def recorded(self, matrices: Sequence[Tensor]) -> Tensor:
@@ -221,82 +171,12 @@ class KrylovProblem(GroupedProblem):
             "use solver='blocked'"
         )
 
-    def cost(self) -> tuple[float, float]:
-        """Operations of an evaluation of 30 steps, and bytes held for it."""
+    def cost(self) -> Cost | None:
+        found = self.solver.forecast(self.terms, self.p, self.f.dtype)
+        assert found is not None and self.constant is not None
         columns = self.probes.shape[1] + self.p + 1
-        assert self._constant is not None
-        held = self._constant[0].W.entries + 8.0 * columns * (self.q + self.levels * self.k)
-        return self.work(self.n, self.p), self._f.itemsize * held
-
-    @staticmethod
-    def work(n: int, p: int) -> float:
-        """At most so many operations: no more levels meet than there are rows."""
-        return 120.0 * n * (PROBES + p + 1)
-
-    def _place(self, pattern: Pattern, products: Products) -> System:
-        ones, r = len(self.widths), self._f.shape[1]
-        count = len(self._designs)
-
-        def between(t: int, u: int) -> tuple[Tensor, Tensor]:
-            cells = pattern.cells[t, u]
-            assert cells is not None
-            return cells.a, cells.b
-
-        rows = [
-            torch.cat(
-                [
-                    products.zz[min(t, u), max(t, u)].transpose(1, 2)
-                    if t > u
-                    else products.zz[t, u]
-                    for u in range(ones)
-                ],
-                2,
-            )
-            for t in range(ones)
-        ]
-        A11 = torch.cat(rows, 1) if ones else self._f.new_zeros(0, 0, 0)
-        self._starts = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
-        cells = []
-        for u in range(ones, count) if ones else ():
-            value = torch.cat([products.zz[t, u] for t in range(ones)], 1)
-            cells.append((*between(0, u), value))
-        shape = (self.levels, self.k, self.q)
-        W = ListedCross(cells, shape, self._starts if ones else [], self._f)
-        self.own = [products.zz[t, t] for t in range(ones, count)]  # (levels_t, k_t, k_t)
-        rest = {
-            (t - ones, u - ones): (*between(t, u), products.zz[t, u])
-            for t in range(ones, count)
-            for u in range(t, count)
-        }
-        self._square = self._sparse_square(rest)
-        zf = products.zf
-        first = [zf[t].unflatten(0, (self.levels, w)) for t, w in enumerate(self.widths)]
-        A1f = torch.cat(first, 1) if first else self._f.new_zeros(0, 0, r)
-        A2f = torch.cat(zf[ones:]) if zf[ones:] else self._f.new_zeros(0, r)
-        return System(A11, W, A1f, self._f.new_zeros(0), A2f, products.ff)
-
-    def _sparse_square(self, cells: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-        """:math:`Z_2^\\top Z_2`, sparse (q, q)."""
-        index, values = [], []
-        for (t, u), (a, b, value) in cells.items():
-            row, column = entries_of(a, b, (value.shape[1], value.shape[2]))
-            row, column = self._starts[t] + row, self._starts[u] + column
-            index.append(torch.stack([row, column]))
-            values.append(value.reshape(-1))
-            if t != u:
-                index.append(torch.stack([column, row]))
-                values.append(value.reshape(-1))
-        if not index:
-            return self._f.new_zeros(0, 0)
-        return _sparse(torch.cat(index, 1), torch.cat(values), (self.q, self.q))
-
-    def _prior(self, kernel: Kernel | None) -> Tensor | None:
-        """The inverse of a kernel, sparse."""
-        if kernel is None:
-            return None
-        assert kernel.inverse is not None
-        found = kernel.inverse.to(self._f).to_sparse_coo().coalesce()
-        return _sparse(found.indices(), found.values(), (kernel.size, kernel.size))
+        held = self.constant[0].W.entries + 8.0 * columns * (self.q + self.levels * self.k)
+        return replace(found, bytes=self.f.itemsize * held)
 
     @cached_property
     def _control(self) -> Tensor | None:
@@ -305,10 +185,10 @@ class KrylovProblem(GroupedProblem):
         if not any(kernel is not None for kernel in self.kernels):
             return None
         none = [block.new_zeros(block.shape) for block in self.own]
-        alone = _Scaled(self, torch.zeros_like, none, none)
+        alone = ScaledSystem(self, torch.zeros_like, none, none)
         z = self.probes
-        _, T = _conjugate_gradients(alone.times, z, torch.zeros_like(z), _PROBE_TOLERANCE)
-        return _log_samples(T, self.q) + alone.log_det + self.log_det_kernels
+        _, T = conjugate_gradients(alone.times, z, torch.zeros_like(z), self.solver.probe_tolerance)
+        return log_samples(T, self.q) + alone.log_det + self.log_det_kernels
 
     def controlled(self, samples: Tensor) -> Tensor:
         """Samples (probes, …) less what goes with the errors that are known."""
@@ -319,179 +199,103 @@ class KrylovProblem(GroupedProblem):
         slope = torch.tensordot(centred, samples, dims=([0], [0])) / (centred @ centred)
         return samples - control.reshape(-1, *[1] * (samples.dim() - 1)) * slope
 
-    def times_22(self, x: Tensor) -> Tensor:
-        """:math:`Z_2^\\top Z_2 x`."""
-        return self._square @ x
-
-    def by_levels(self, x: Tensor) -> list[Tensor]:
-        """From (q, m) to each other term's (levels, k, m)."""
-        grids = [grid for grid in self.grids if grid is not None]
-        pieces = zip(x.split(self.sizes), grids, strict=True) if self.sizes else ()
-        return [piece.unflatten(0, grid) for piece, grid in pieces]
-
-    def flat(self, parts: Sequence[Tensor], like: Tensor) -> Tensor:
-        """Back from :meth:`by_levels`."""
-        return torch.cat([part.flatten(0, 1) for part in parts]) if parts else like
-
-
-class _Scaled:
-    r"""The system :math:`B + \Lambda^\top E_{22} \Lambda`, scaled by its own diagonal blocks
-    :math:`C C^\top` to :math:`\hat M`; B is the identity, or the inverse of a kernel.
-
-    Args:
-        times: :math:`E_{22} x`.
-        own: own blocks of :math:`E_{22}`, (levels, k, k) for each term.
-        roots: blocks of :math:`\Lambda`, (levels or 1, k, k) for each term.
-    """
-
-    def __init__(
-        self,
-        problem: KrylovProblem,
-        times: Callable[[Tensor], Tensor],
-        own: Sequence[Tensor],
-        roots: Sequence[Tensor],
-    ) -> None:
-        self._problem, self._times_e22, self.roots = problem, times, roots
-        blocks = [L.mT @ block @ L for L, block in zip(roots, own, strict=True)]
-        for block, kernel in zip(blocks, problem.kernel_diagonals, strict=True):
-            block.diagonal(dim1=1, dim2=2).add_(kernel)
-        factors = [cholesky(block, "V") for block in blocks]
-        self.log_det = 2 * sum(C.diagonal(dim1=1, dim2=2).log().sum() for C in factors)
-        # C^-1 and C^-1 Lambda', which moves effects to the system, for each term (levels, k, k).
-        self.inverses = [_inverse(C) for C in factors]
-        self.halves = [C @ L.mT for C, L in zip(self.inverses, roots, strict=True)]
-
-    def to(self, x: Tensor) -> Tensor:
-        r""":math:`C^{-1} \Lambda^\top x`, from random effects to the system."""
-        return self._each(self.halves, x)
-
-    def back(self, x: Tensor) -> Tensor:
-        r""":math:`\Lambda C^{-\top} x`, from the system to random effects."""
-        return self._each([block.mT for block in self.halves], x)
-
-    def _each(self, blocks: Sequence[Tensor], x: Tensor) -> Tensor:
-        parts = zip(blocks, self._problem.by_levels(x), strict=True)
-        return self._problem.flat([_times(block, part) for block, part in parts], x)
-
-    def times(self, x: Tensor) -> Tensor:
-        r""":math:`\hat M x`."""
-        parts = []
-        pieces = zip(self.inverses, self._problem.priors, self._problem.by_levels(x), strict=True)
-        for inverse, prior, part in pieces:
-            half = _times(inverse.mT, part)
-            if prior is not None:
-                half = (prior @ half.flatten(1)).reshape(half.shape)
-            parts.append(_times(inverse, half))
-        return self._problem.flat(parts, x) + self.to(self._times_e22(self.back(x)))
-
-
-def _inverse(C: Tensor) -> Tensor:
-    """Inverses of small triangles."""
-    eye = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
-    return solve_triangular(C, eye.expand_as(C), upper=False)
-
-
-def _times(block: Tensor, x: Tensor) -> Tensor:
-    """Block by block; products of single numbers are far faster as such."""
-    return block * x if block.shape[-1] == 1 else block @ x
-
 
 class _KrylovEvaluation(GroupedEvaluation):
-    _problem: KrylovProblem
+    problem: KrylovProblem
 
     def __init__(
         self, problem: KrylovProblem, terms: Sequence[Term], matrices: Sequence[Tensor]
     ) -> None:
         super().__init__(problem, terms, matrices)
-        at, s, W = self._at, self._s, self._at.W
+        at, s, W = self.system, self.s, self.system.W
         assert isinstance(W, ListedCross)
-        self._Kd = self._P / s**2
+        self._Kd = self.N1 / s**2
         self._own = own = [block / s for block in problem.own]
         if problem.levels:
             for i, (a, b, value) in enumerate(W.cells):
                 K = self._Kd[a] if len(self._Kd) > 1 else self._Kd
                 own[i] = own[i].index_add(0, b, -(value.mT @ K @ value))
         grids = [grid for grid in problem.grids if grid is not None]
-        roots = [root.blocks(*grid) for root, grid in zip(self._root2, grids, strict=True)]
+        roots = [root.blocks(*grid) for root, grid in zip(self.root2, grids, strict=True)]
         self._grids = grids
-        self._system = _Scaled(problem, self._times_e22, own, roots)
-        self._b = b = self._system.to(self._E2f)
+        self._scaled = ScaledSystem(problem, self._times_e22, own, roots)
+        self._b = b = self._scaled.to(self.E2f)
         start = problem.start if problem.start is not None else torch.zeros_like(b)
-        self._x, _ = _conjugate_gradients(self._system.times, b, start, _TOLERANCE)
+        self._x, _ = conjugate_gradients(self._scaled.times, b, start, problem.solver.tolerance)
         problem.start = self._x
-        F = at.Aff / s - inner(self._half_f, self._half_f) - b.mT @ self._x
+        F = at.Aff / s - inner(self.half_f, self.half_f) - b.mT @ self._x
 
         z = problem.probes
         zero = torch.zeros_like(z)
-        self._inverse_z, T = _conjugate_gradients(self._system.times, z, zero, _PROBE_TOLERANCE)
-        samples = _log_samples(T, problem.q)
-        log_det = self._log_det + self._system.log_det + problem.log_det_kernels
+        self._inverse_z, T = conjugate_gradients(
+            self._scaled.times, z, zero, problem.solver.probe_tolerance
+        )
+        samples = log_samples(T, problem.q)
+        log_det = self.log_det + self._scaled.log_det + problem.log_det_kernels
         if problem.q:
             samples = problem.controlled(samples)
             log_det = log_det + samples.mean()
-            self.error = float(samples.std() / len(samples) ** 0.5 / 2)
-        self._profile(log_det, F)
+            if not _is_every(problem.q, len(samples)):
+                self.error = float(samples.std() / len(samples) ** 0.5 / 2)
+        self.profile(log_det, F)
 
     @staticmethod
-    def _root_of(term: Term) -> Covariance:
+    def root_of(term: Term) -> Covariance:
         """Of a kernel's term that of its effects: the kernel enters by its inverse."""
-        if isinstance(term.covariance, ScaledCovariance):
-            alone = RepeatedCovariance(term.covariance.matrix, term.covariance.kernel.size)
-            return root(replace(term, covariance=alone))
-        return root(term)
+        return root(replace(term, covariance=term.covariance.without_kernel()))
 
     def _times_e22(self, x: Tensor) -> Tensor:
-        W = self._at.W
-        found = self._problem.times_22(x) / self._s
-        if self._problem.levels:
+        W = self.system.W
+        found = self.problem.times_22(x) / self.s
+        if self.problem.levels:
             found = found - W.t_times(self._Kd @ W.times(x))
         return found
 
-    def _explained(self, T2: Tensor) -> tuple[Tensor, Tensor]:
-        right = self._system.to(T2)
+    def explained(self, T2: Tensor) -> tuple[Tensor, Tensor]:
+        right = self._scaled.to(T2)
         zero = torch.zeros_like(right)
-        x, _ = _conjugate_gradients(self._system.times, right, zero, _TOLERANCE)
+        x, _ = conjugate_gradients(self._scaled.times, right, zero, self.problem.solver.tolerance)
         return right.mT @ x, self._b[:, :-1].mT @ x
 
-    def _times_22(self, x: Tensor) -> Tensor:
-        return self._problem.times_22(x)
+    def times_22(self, x: Tensor) -> Tensor:
+        return self.problem.times_22(x)
 
     # ------------------------------------------------------------------ Z' P y and Z' P Z
 
     @cached_property
-    def _crossed(self) -> Crossed:
-        problem, at, s = self._problem, self._at, self._s
-        x = self._solved
+    def crossed(self) -> Crossed:
+        problem, at, s = self.problem, self.system, self.s
+        x = self.solved
         Z1f = at.A1f / s
         if problem.levels:
-            Z1f = self._reduced(at.A1f - at.W.times(x)) / s
-        Z2f = self._E2f - self._times_e22(x)
-        B1 = self._reduced(at.A11 / s)
+            Z1f = self.reduced(at.A1f - at.W.times(x)) / s
+        Z2f = self.E2f - self._times_e22(x)
+        B1 = self.reduced(at.A11 / s)
         if problem.levels and problem.q:
-            B1 = B1 - self._reduced(self._reduced(self._quadratic()).mT) / s**2
-        return self._cross(Z1f, Z2f, B1, self._inner_22())
+            B1 = B1 - self.reduced(self.reduced(self._quadratic()).mT) / s**2
+        return self.cross(Z1f, Z2f, B1, self._inner_22())
 
     @cached_property
-    def _solved(self) -> Tensor:
-        return self._system.back(self._x)
+    def solved(self) -> Tensor:
+        return self._scaled.back(self._x)
 
-    def _gain(self) -> Tensor:
-        gain = self._gain_1
-        for own, half in zip(self._problem.own, self._system.roots, strict=True):
-            squares = (half.mT @ (own / self._s) @ half).diagonal(dim1=1, dim2=2)
+    def gain(self) -> Tensor:
+        gain = self.gain_1
+        for own, half in zip(self.problem.own, self._scaled.roots, strict=True):
+            squares = (half.mT @ (own / self.s) @ half).diagonal(dim1=1, dim2=2)
             gain = torch.maximum(gain, squares.amax())
         return gain
 
     def _quadratic(self) -> Tensor:
         r"""Diagonal blocks of :math:`W N W^\top`, the inverse's own diagonal blocks exactly."""
-        problem, W = self._problem, self._at.W
+        problem, W = self.problem, self.system.W
         assert isinstance(W, ListedCross)
-        found = self._P.new_zeros(problem.levels, problem.k, problem.k)
-        for (a, b, value), half in zip(W.cells, self._system.halves, strict=True):
+        found = self.N1.new_zeros(problem.levels, problem.k, problem.k)
+        for (a, b, value), half in zip(W.cells, self._scaled.halves, strict=True):
             part = value @ half.mT[b]
             found = found.index_add(0, a, part @ part.mT)
-        left = W.times(self._system.back(self._inverse_z - problem.probes))
-        right = W.times(self._system.back(problem.probes))
+        left = W.times(self._scaled.back(self._inverse_z - problem.probes))
+        right = W.times(self._scaled.back(problem.probes))
         noisy = left @ right.mT / problem.probes.shape[1]
         return found + (noisy + noisy.mT) / 2
 
@@ -505,7 +309,7 @@ class _KrylovEvaluation(GroupedEvaluation):
         of which the first part is exact and the second has no own blocks. No root is
         inverted, and no large numbers are subtracted.
         """
-        problem, z, system = self._problem, self._problem.probes, self._system
+        problem, z, system = self.problem, self.problem.probes, self._scaled
         right, left = system.back(z), system.back(self._inverse_z)
         parts = (right, left, self._times_e22(right), self._times_e22(left))
         found = []
@@ -528,11 +332,11 @@ class _KrylovEvaluation(GroupedEvaluation):
 
     # ------------------------------------------------------------------ kernels
 
-    def _scores_of_rest(self, reml: bool) -> list[Tensor]:
-        problem, z = self._problem, self._crossed
+    def scores_of_rest(self, reml: bool) -> list[Tensor]:
+        problem, z = self.problem, self.crossed
         found = []
         u, Y = problem.by_levels(z.u2[:, None]), problem.by_levels(z.Y2.mT)
-        pieces = zip(self._rest, problem.kernels, u, Y, z.B2, z.R2, strict=True)
+        pieces = zip(self.rest, problem.kernels, u, Y, z.B2, z.R2, strict=True)
         for i, (g, kernel, own, lost, B, R) in enumerate(pieces):
             if kernel is None:
                 S2 = (own @ own.mT - B + R if reml else own @ own.mT - B) / 2
@@ -549,7 +353,7 @@ class _KrylovEvaluation(GroupedEvaluation):
         the own blocks of :math:`E_{22} \Lambda M^{-1} \Lambda^{-1}`, of which the part of
         :math:`\hat M`'s own blocks is exact.
         """
-        problem, system, z = self._problem, self._system, self._problem.probes
+        problem, system, z = self.problem, self._scaled, self.problem.probes
         L, F = system.roots[i][0], self._own[i]
         half = system.inverses[i]
         own = half.mT @ half
@@ -562,21 +366,21 @@ class _KrylovEvaluation(GroupedEvaluation):
         moved = part(self._times_e22(system.back(self._inverse_z - z)))
         # Less its first-order part, which has no own blocks.
         moved = moved + F @ part(system.back(system.times(z) - z))
-        sign = _times(half.mT, part(z))
+        sign = block_times(half.mT, part(z))
         samples = problem.controlled(torch.einsum("lam,lbm->mab", moved, sign))
         total = ((F @ L @ own).sum(0) + samples.mean(0)) @ torch.linalg.pinv(L)
         return (total + total.mT) / 2
 
-    def _conditional(self) -> tuple[list[Tensor], list[Tensor]]:
-        problem, z, P = self._problem, self._problem.probes, self._P
+    def conditional(self) -> tuple[list[Tensor], list[Tensor]]:
+        problem, z, P = self.problem, self.problem.probes, self.N1
         whole = P
         if problem.levels and problem.q:
-            whole = P + P @ self._quadratic() @ P / self._s**2
+            whole = P + P @ self._quadratic() @ P / self.s**2
         # The inverse of the system less its first-order parts, of which the own blocks are known.
-        sample = self._inverse_z + self._system.times(z) - 2 * z
+        sample = self._inverse_z + self._scaled.times(z) - 2 * z
         rest = []
         pieces = zip(
-            self._system.halves, problem.by_levels(sample), problem.by_levels(z), strict=True
+            self._scaled.halves, problem.by_levels(sample), problem.by_levels(z), strict=True
         )
         for half, moved, sign in pieces:
             mean = moved @ sign.mT / z.shape[1]
@@ -589,82 +393,3 @@ def _through(kernel: Kernel, x: Tensor) -> Tensor:
     r""":math:`\sum_{ij} K_{ij} x_i x_j^\top` for x (q, t, m), (t, t)."""
     moved = kernel.multiply(x.flatten(1)).reshape(x.shape)
     return torch.einsum("iam,ibm->ab", x, moved)
-
-
-def _conjugate_gradients(
-    times: Callable[[Tensor], Tensor], b: Tensor, x: Tensor, tolerance: float
-) -> tuple[Tensor, Tensor]:
-    """Solve for each column of b (q, m), from x on.
-
-    Returns:
-        The solution, and the Lanczos matrix of each column, (m, steps, steps), padded with ones
-        on its diagonal.
-
-    Raises:
-        NotPositiveDefiniteError: if the residual is not below the tolerance in 1,000 steps.
-    """
-    m = b.shape[1]
-    found = x.clone()
-    tolerance = max(tolerance, 20 * torch.finfo(b.dtype).eps)
-    if not b.numel():
-        return found, torch.ones(m, 1, 1, dtype=b.dtype, device=b.device)
-    r = b - times(x) if bool(x.any()) else b.clone()
-    goal = tolerance * torch.linalg.vector_norm(b, dim=0)
-    squares = (r * r).sum(0)
-    # What is worked on are the columns that have not converged.
-    active = (squares.sqrt() > goal).nonzero()[:, 0]
-    x, r, squares, goal = found[:, active], r[:, active], squares[active], goal[active]
-    p = r.clone()
-    alphas: list[Tensor] = []
-    betas: list[Tensor] = []
-    for _ in range(_MOST_STEPS):
-        if not len(active):
-            return found, _lanczos(alphas, betas, b)
-        Mp = times(p)
-        alpha = squares / (p * Mp).sum(0)
-        x.addcmul_(p, alpha)
-        r.addcmul_(Mp, alpha, value=-1)
-        new = (r * r).sum(0)
-        beta, squares = new / squares, new
-        p.mul_(beta).add_(r)
-        alphas.append(_spread(alpha, active, m))
-        betas.append(_spread(beta, active, m))
-        going = new.sqrt() > goal
-        if not bool(going.all()):
-            found[:, active] = x
-            kept = going.nonzero()[:, 0]
-            active, x, r, p = active[kept], x[:, kept], r[:, kept], p[:, kept]
-            squares, goal = squares[kept], goal[kept]
-    raise NotPositiveDefiniteError(
-        "V is not positive definite to working precision: "
-        f"conjugate gradients did not converge in {_MOST_STEPS} steps"
-    )
-
-
-def _log_samples(T: Tensor, q: int) -> Tensor:
-    r""":math:`z^\top (\log \hat M - E) z` for each probe from its Lanczos matrix (m, steps, steps).
-
-    The first-order part :math:`z^\top E z`, which is taken off, has the expectation zero.
-    """
-    values, vectors = torch.linalg.eigh(T)
-    weights = vectors[:, 0, :] ** 2
-    return q * ((weights * values.log()).sum(1) - (T[:, 0, 0] - 1))
-
-
-def _spread(values: Tensor, active: Tensor, m: int) -> Tensor:
-    """Values of the active columns among all m, NaN for the others."""
-    return values.new_full((m,), nan).index_copy(0, active, values)
-
-
-def _lanczos(alphas: list[Tensor], betas: list[Tensor], like: Tensor) -> Tensor:
-    """Tridiagonal matrices (m, steps, steps) from the coefficients of conjugate gradients."""
-    if not alphas:
-        return torch.ones(like.shape[1], 1, 1, dtype=like.dtype, device=like.device)
-    a, b = torch.stack(alphas, 1), torch.stack(betas, 1)  # (m, steps)
-    diagonal = 1 / a
-    diagonal[:, 1:] += b[:, :-1] / a[:, :-1]
-    # Past the last step of a column there is nothing, and nothing to couple to.
-    over = a[:, 1:].isnan()
-    off = torch.where(over, 0.0, b[:, :-1].sqrt() / a[:, :-1])
-    diagonal[:, 1:] = torch.where(over, 1.0, diagonal[:, 1:])
-    return torch.diag_embed(diagonal) + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)

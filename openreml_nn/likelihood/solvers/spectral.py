@@ -13,38 +13,64 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
+from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.fixed import FixedPart, traced
 from openreml_nn.likelihood.problem import (
+    Cost,
     Evaluation,
     NotPositiveDefiniteError,
     Problem,
-    RandomEffects,
     cholesky,
 )
-from openreml_nn.support.errors import InputError
-from openreml_nn.terms.covariance import Covariance, RepeatedCovariance, ScaledCovariance
+from openreml_nn.likelihood.solver import Solver
+from openreml_nn.terms.covariance import Covariance, RepeatedCovariance
 from openreml_nn.terms.design import Design, IdentityDesign, IndexedDesign
 from openreml_nn.terms.term import Term, residual_terms
 
-__all__ = ["SpectralProblem", "spectral_terms"]
+__all__ = ["Spectral", "SpectralProblem"]
 
 
-def spectral_terms(terms: Sequence[Term]) -> tuple[int, list[int]] | None:
+@dataclass(frozen=True)
+class Spectral(Solver):
+    """One eigendecomposition: for a known kernel over the rows, and independent errors."""
+
+    name: ClassVar[str] = "spectral"
+
+    def forecast(self, terms: Sequence[Term], p: int, dtype: torch.dtype) -> Cost | None:
+        if _parts(terms) is None:
+            return None
+        n = terms[0].design.shape[0]
+        steps = (f"eigendecomposition of the kernel, {n} x {n}, once",)
+        held = dtype.itemsize * 2.0 * n**2
+        return Cost(2.0 * n * (p + 1) ** 2, held, True, "one known kernel: decomposed once", steps)
+
+    def problem(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> Problem:
+        return SpectralProblem(fixed, terms, method)
+
+    def obstacle(self, terms: Sequence[Term]) -> str | None:
+        if _parts(terms) is not None:
+            return None
+        return "the spectral solver needs one known kernel over the rows and independent errors"
+
+
+def _parts(terms: Sequence[Term]) -> tuple[int, list[int]] | None:
     """Positions of the kernel's term and of the residual's terms, None if there are others."""
     residual = residual_terms(terms)
     kernel = [i for i in range(len(terms)) if i not in residual]
     if len(kernel) != 1 or not residual:
         return None
     g, z = terms[kernel[0]].covariance, terms[kernel[0]].design
-    if not isinstance(g, ScaledCovariance):
+    if g.known_kernel is None:
         return None
-    t, cells = len(g.matrix), _cells(z)
-    if cells is None or len(cells) != g.kernel.size * t:
+    t, cells = g.width, _cells(z)
+    if cells is None or len(cells) != g.known_kernel.size * t:
         return None
     for i in residual:
         r = terms[i].covariance
@@ -72,17 +98,15 @@ class SpectralProblem(Problem):
 
     def __init__(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> None:
         super().__init__(fixed, terms, method)
-        found = spectral_terms(terms)
-        if found is None:
-            raise InputError(
-                "the spectral solver needs one known kernel over the rows and independent errors"
-            )
+        Spectral().check(terms)
+        found = _parts(terms)
+        assert found is not None
         self.kernel, self.residual = found
         term = terms[self.kernel]
         g = term.covariance
-        assert isinstance(g, ScaledCovariance)
-        self.t = len(g.matrix)
-        K = g.kernel.dense().to(fixed.y)
+        assert g.known_kernel is not None
+        self.t = g.width
+        K = g.known_kernel.dense().to(fixed.y)
         self.eigenvalues, self.U = torch.linalg.eigh(K)
         least, most = float(self.eigenvalues[0]), float(self.eigenvalues[-1])
         if least < -len(K) * torch.finfo(K.dtype).eps * max(most, 0.0):
@@ -115,19 +139,19 @@ class SpectralProblem(Problem):
         self.check_rounding(evaluation.rounding)
         return evaluation.log_likelihood
 
-    def _evaluate(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
+    def evaluate_unchecked(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
         return _SpectralEvaluation(self, terms, matrices)
 
 
 class _SpectralEvaluation(Evaluation):
     """With blocks D = λ Σ + R of factors C, everything is in rows :math:`C^{-1} x`."""
 
-    _problem: SpectralProblem
+    problem: SpectralProblem
 
     def __init__(
         self, problem: SpectralProblem, terms: Sequence[Term], matrices: Sequence[Tensor]
     ) -> None:
-        self._problem, self._terms = problem, terms
+        self.problem, self._terms = problem, terms
         self._R, self._sigma = matrices
         D = self._R + problem.eigenvalues[:, None, None] * self._sigma  # (n, t, t)
         if problem.t == 1:
@@ -146,7 +170,7 @@ class _SpectralEvaluation(Evaluation):
         self._white_Q, white_y = white[..., :-1], white[..., -1]
         Q, y = self._white_Q.flatten(0, 1), white_y.flatten()
         log_det = 2 * self._C.diagonal(dim1=1, dim2=2).log().sum()
-        self.log_likelihood, self.gamma_factor, half = problem._profile(
+        self.log_likelihood, self.gamma_factor, half = problem.profile(
             log_det, Q.mT @ Q, Q.mT @ y, y @ y
         )
         self.gamma = solve_triangular(self.gamma_factor.mT, half[:, None], upper=True)[:, 0]
@@ -156,10 +180,10 @@ class _SpectralEvaluation(Evaluation):
 
     def _forward(self, x: Tensor) -> Tensor:
         """C^-1 x for x (n, t, m)."""
-        return x / self._C if self._problem.t == 1 else solve_triangular(self._C, x, upper=False)
+        return x / self._C if self.problem.t == 1 else solve_triangular(self._C, x, upper=False)
 
     def _back(self, x: Tensor) -> Tensor:
-        if self._problem.t == 1:
+        if self.problem.t == 1:
             return x / self._C
         return solve_triangular(self._C.mT, x, upper=True)
 
@@ -169,13 +193,13 @@ class _SpectralEvaluation(Evaluation):
         return flat.mT.unflatten(0, self._p_y.shape)
 
     def inverse_times_data(self) -> Tensor:
-        problem = self._problem
+        problem = self.problem
         back = self._back(self._forward(problem.f))  # (n, t, p + 1)
         by_cell = (problem.U @ back.flatten(1)).reshape(-1, back.shape[-1])
         return by_cell[problem.cells]
 
-    def _scores(self) -> list[Tensor]:
-        problem = self._problem
+    def scores_unchecked(self) -> list[Tensor]:
+        problem = self.problem
         eye = torch.eye(problem.t, dtype=self._C.dtype, device=self._C.device)
         half = self._back(eye.expand_as(self._C))  # C^-T
         inner = half @ half.mT
@@ -188,14 +212,14 @@ class _SpectralEvaluation(Evaluation):
     def information(self, derivatives: Sequence[Tensor]) -> Tensor:
         residual, kernel = derivatives  # (m, t, t)
         moved = torch.einsum("mab,nb->nam", residual, self._p_y)
-        weighted = self._problem.eigenvalues[:, None] * self._p_y
+        weighted = self.problem.eigenvalues[:, None] * self._p_y
         moved = moved + torch.einsum("mab,nb->nam", kernel, weighted)
         white = self._forward(moved).flatten(0, 1)
         part = self._projected().flatten(0, 1).mT @ white
         return (white.mT @ white - part.mT @ part) / 2
 
     def random_effects(self) -> list[RandomEffects]:
-        problem, sigma = self._problem, self._sigma
+        problem, sigma = self.problem, self._sigma
         weight = problem.eigenvalues[:, None, None]  # (n, 1, 1)
         values = problem.U @ (weight * (sigma @ self._p_y[..., None]))[..., 0]
         # Blocks of G - G V^-1 G = G V^-1 R in the coordinates of U.

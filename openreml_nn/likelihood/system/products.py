@@ -120,23 +120,35 @@ class Statistics:
         cells: levels that meet, for each pair of designs t ≤ u: (cells,) of t and of u.
         products: their cross-products.
         rows: number of rows.
+        log_det: :math:`\\log|R|` of the rows at a residual variance of 1, by which they were weighted.
     """
 
     sizes: list[tuple[int, int]]
     cells: dict[tuple[int, int], tuple[Tensor, Tensor]]
     products: Products
     rows: int
+    log_det: float = 0.0
 
     @classmethod
-    def of(cls, designs: Sequence[IndexedDesign], f: Tensor) -> Statistics:
-        """Those of some rows."""
+    def of(
+        cls, designs: Sequence[IndexedDesign], f: Tensor, weights: Tensor | None = None
+    ) -> Statistics:
+        """Those of some rows, each weighted by its weight (n,), if there are weights."""
+        log_det = 0.0
+        if weights is not None:
+            half = weights.sqrt()[:, None]
+            f, log_det = half * f, -float(weights.log().sum())
+            designs = [
+                IndexedDesign(d.codes, half * values_of(d, f), d.levels, absent=False)
+                for d in designs
+            ]
         pattern = Pattern.of(designs)
         cells = {}
         for pair, found in pattern.cells.items():
             assert found is not None
             cells[pair] = (found.a, found.b)
         sizes = [(design.levels, design.effects) for design in designs]
-        return cls(sizes, cells, pattern.products(designs, f), len(f))
+        return cls(sizes, cells, pattern.products(designs, f), len(f), log_det)
 
     def relabelled(self, places: Sequence[Tensor], levels: Sequence[int]) -> Statistics:
         """With level i of design t as level ``places[t][i]`` of ``levels[t]``."""
@@ -155,7 +167,7 @@ class Statistics:
             zf.append(whole.reshape(size * k, -1))
         products = Products(zz, zf, self.products.ff)
         sizes = [(size, k) for size, (_, k) in zip(levels, self.sizes, strict=True)]
-        return Statistics(sizes, cells, products, self.rows)
+        return Statistics(sizes, cells, products, self.rows, self.log_det)
 
     def __add__(self, other: Statistics) -> Statistics:
         """Of the rows of both, where the levels of each design are the same."""
@@ -170,13 +182,14 @@ class Statistics:
             cells[t, u] = (cell // size, cell % size)
         zf = [x + y for x, y in zip(self.products.zf, other.products.zf, strict=True)]
         products = Products(zz, zf, self.products.ff + other.products.ff)
-        return Statistics(self.sizes, cells, products, self.rows + other.rows)
+        rows, log_det = self.rows + other.rows, self.log_det + other.log_det
+        return Statistics(self.sizes, cells, products, rows, log_det)
 
     def mapped(self, M: Tensor) -> Statistics:
         """With the columns :math:`f M` in the place of f."""
         p = self.products
         products = Products(p.zz, [part @ M for part in p.zf], M.mT @ p.ff @ M)
-        return Statistics(self.sizes, self.cells, products, self.rows)
+        return Statistics(self.sizes, self.cells, products, self.rows, self.log_det)
 
     def ordered(self, order: Sequence[int]) -> tuple[Pattern, Products]:
         """Pattern and products of the designs in another order."""

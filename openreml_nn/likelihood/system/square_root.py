@@ -23,15 +23,15 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
+from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.problem import (
     Evaluation,
     NotPositiveDefiniteError,
     Problem,
-    RandomEffects,
     cholesky,
     pivot_loss,
 )
-from openreml_nn.terms.covariance import Covariance, root_condition
+from openreml_nn.terms.covariance import Covariance
 from openreml_nn.terms.design import IdentityDesign
 from openreml_nn.terms.term import Term, residual_terms
 
@@ -63,7 +63,7 @@ class SquareRootEvaluation(Evaluation):
             return None
 
     def __init__(self, problem: Problem, terms: Sequence[Term]) -> None:
-        self._problem, self._dtype = problem, problem.fixed.y.dtype
+        self.problem, self._dtype = problem, problem.fixed.y.dtype
         self._terms = terms = [term.to(torch.float64) for term in terms]
         y, X = problem.fixed.y.double(), problem.fixed.Q.double()
         self._n = n = len(y)
@@ -99,13 +99,13 @@ class SquareRootEvaluation(Evaluation):
         self._lost = [solve_triangular(factor, x.mT, upper=False).mT for x in of_X]
         log_det = 2 * self._L.diagonal().log().sum() + 2 * T.diagonal().abs().log().sum()
         y_p_y = (e * e).sum()
-        found = problem._log_likelihood(log_det, 2 * C.diagonal().log().sum(), y_p_y)
+        found = problem.assemble(log_det, 2 * C.diagonal().log().sum(), y_p_y)
         if not bool(torch.isfinite(found)):
             raise NotPositiveDefiniteError("X' V^-1 X is not positive definite")
         self.log_likelihood, self.y_p_y = found.to(self._dtype), y_p_y.to(self._dtype)
         self.gamma, self.gamma_factor = gamma[:, 0].to(self._dtype), factor.to(self._dtype)
         own = torch.finfo(torch.float64).eps
-        roots_lose = max((root_condition(terms[i].covariance) for i in self._random), default=1.0)
+        roots_lose = max((terms[i].covariance.root_condition() for i in self._random), default=1.0)
         size = float((self._y * self._y).sum() / (n + y_p_y))
         spread = max(gain, size, 1.0)
         self.rounding = own * (spread**0.5 + pivot_loss(R, self._L) + min(roots_lose, spread))
@@ -131,9 +131,9 @@ class SquareRootEvaluation(Evaluation):
 
     def _trace_root(self) -> Tensor:
         """The root of P, or with ML of the inverse of V."""
-        return self._P if self._problem.method == "reml" else self._E
+        return self._P if self.problem.method == "reml" else self._E
 
-    def _scores(self) -> list[Tensor]:
+    def scores_unchecked(self) -> list[Tensor]:
         root, found = self._trace_root(), {}
         for i, z in zip(self._random, self._Z, strict=True):
             own, u = root @ z, (self._P @ z).mT @ self._e
@@ -144,14 +144,14 @@ class SquareRootEvaluation(Evaluation):
         for i in self._residual:
             found[i] = self._terms[i].covariance.fold(within(self._terms[i], S))
         by_term = [found[i].to(self._dtype) for i in range(len(self._terms))]
-        return self._problem.by_matrix(by_term)
+        return self.problem.by_matrix(by_term)
 
     def information(self, derivatives: Sequence[Tensor]) -> Tensor:
         p_y = self._back(self._P.mT @ self._e)
         working = p_y.new_zeros(self._n, len(derivatives[0]))
         us = {i: (self._P @ z).mT @ self._e for i, z in zip(self._random, self._Z, strict=True)}
         for i, (term, dG) in enumerate(
-            zip(self._terms, self._problem.by_term(derivatives), strict=True)
+            zip(self._terms, self.problem.by_term(derivatives), strict=True)
         ):
             u = us[i] if i in us else term.design.t_matmul(p_y)
             moved = [term.covariance.along(d.double(), u) for d in dG]

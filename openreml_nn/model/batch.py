@@ -1,0 +1,170 @@
+"""Batches of a mixed model: what each part must be, and some of their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from openreml_nn.support.checks import check_instance, check_mapping, check_tensor
+from openreml_nn.support.checks import found as described
+from openreml_nn.support.errors import InputError
+
+__all__ = [
+    "Batch",
+    "check_inputs",
+    "level_codes",
+    "level_values",
+    "part",
+    "row_values",
+    "rows_of",
+    "split",
+    "take",
+]
+
+Batch = Mapping[str, Any]
+
+
+def part(batch: Batch, key: str) -> Any:
+    """A part of a batch that must be there.
+
+    Raises:
+        InputError: if it is not.
+        TypeError: if the batch is no dict.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"`batch` is {described(batch)}: expected a dict with 'x', 'y' and 'groups'"
+        )
+    if key not in batch:
+        raise InputError(f"`batch` has no {key!r}: expected it beside {list(map(str, batch))}")
+    return batch[key]
+
+
+def check_inputs(x: Any) -> None:
+    """Refuse what no network takes; one may have inputs of a class of its own.
+
+    Raises:
+        TypeError: if it is no tensor, and no tuple, list or dict of them.
+        InputError: if a tensor holds no values.
+    """
+    if isinstance(x, Mapping | tuple | list) and len(x):
+        for item in x.values() if isinstance(x, Mapping) else x:
+            check_inputs(item)
+        return
+    kinds = Mapping | tuple | list | np.ndarray | pd.DataFrame | str | bytes | complex | float | int
+    if x is None or isinstance(x, kinds | type):
+        raise TypeError(
+            f"`batch['x']` is {described(x)}: expected a tensor, or a tuple, list or dict of them"
+        )
+    if isinstance(x, Tensor) and x.is_meta:
+        raise InputError(f"`batch['x']` is {described(x)}, which holds no values: expected some")
+
+
+def rows_of(batch: Batch) -> int:
+    """How many rows a batch has, by what it holds of each.
+
+    Raises:
+        InputError: if it holds nothing of that kind.
+    """
+    groups = part(batch, "groups")
+    check_mapping("batch['groups']", groups, Tensor)
+    known = [batch.get(key) for key in ("y", "residual", "weights", "offset", "x")]
+    for x in (*groups.values(), *known):
+        if isinstance(x, Tensor) and x.dim():
+            return len(x)
+    raise InputError("the batch has nothing of rows: expected 'y', or codes in 'groups'")
+
+
+def row_values(batch: Batch, key: str, n: int, positive: bool = False) -> Tensor | None:
+    """A number for each row (n,) that a batch may have, such as ``offset``; None without it.
+
+    Raises:
+        TypeError: if it is no tensor of floating-point numbers.
+        InputError: if its shape is another, or a number is not finite, or not positive where it
+            must be.
+    """
+    found = batch.get(key)
+    if found is None:
+        return None
+    name = f"batch['{key}']"
+    check_tensor(name, found, (n,), "floating")
+    if positive and n and not bool((found > 0).all()):
+        row = int((found <= 0).nonzero()[0])
+        raise InputError(f"`{name}` is {float(found[row]):g} in row {row}: expected above 0")
+    return found
+
+
+def level_codes(batch: Batch, name: str, levels: int, n: int) -> Tensor:
+    """Level of each row (n,) of a random effect, -1 where it is not known.
+
+    Raises:
+        TypeError, InputError: if they are not there, not n integers, or out of range.
+    """
+    groups = part(batch, "groups")
+    check_mapping("batch['groups']", groups)
+    if name not in groups:
+        raise InputError(
+            f"the batch has no group {name!r}: expected batch['groups'][{name!r}] with the "
+            f"level codes; it has {sorted(groups)}"
+        )
+    codes = groups[name]
+    check_instance(f"batch['groups'][{name!r}]", codes, Tensor, f"a tensor of {n} integers")
+    if codes.shape != (n,) or codes.is_floating_point() or codes.is_complex() or codes.is_meta:
+        raise InputError(f"group {name!r} is {described(codes)}: expected {n} integers")
+    if codes.dtype == torch.bool:
+        raise TypeError(f"group {name!r} is {described(codes)}: expected {n} integers")
+    if n:
+        least, most = (int(x) for x in codes.aminmax())
+        if least < -1 or most >= levels:
+            raise InputError(
+                f"group {name!r} has the code {most if most >= levels else least}: expected 0 to "
+                f"{levels - 1}, or -1 for a level that is not known"
+            )
+    return codes
+
+
+def level_values(batch: Batch, name: str, effects: int, n: int) -> Tensor | None:
+    """Values of the effects of a random effect (n, k); None for an intercept.
+
+    Raises:
+        TypeError, InputError: if they are not there, or of another shape or kind.
+    """
+    given = batch.get("values", {})
+    check_mapping("batch['values']", given)
+    values = given.get(name)
+    if values is None:
+        if effects > 1:
+            raise InputError(
+                f"random effect {name!r} has {effects} effects: expected their values as "
+                f"batch['values'][{name!r}], ({n}, {effects})"
+            )
+        return None
+    check_instance(f"batch['values'][{name!r}]", values, Tensor, "a tensor")
+    if values.shape != (n, effects):
+        raise InputError(
+            f"values of {name!r} have shape {tuple(values.shape)}: expected {(n, effects)}"
+        )
+    check_tensor(f"batch['values'][{name!r}]", values)
+    return values
+
+
+def take(x: Any, rows: slice | Tensor) -> Any:
+    """Some rows of a tensor, or of each in a tuple, list or dict."""
+    if isinstance(x, Mapping):
+        return {key: take(value, rows) for key, value in x.items()}
+    if isinstance(x, tuple | list):
+        return type(x)(take(value, rows) for value in x)
+    return x[rows]
+
+
+def split(x: Any, rows: int) -> list[Any]:
+    """Some rows at a time."""
+    first = x
+    while not isinstance(first, Tensor):
+        first = next(iter(first.values() if isinstance(first, Mapping) else first))
+    return [take(x, slice(i, i + rows)) for i in range(0, max(len(first), 1), rows)]

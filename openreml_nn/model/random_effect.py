@@ -1,0 +1,201 @@
+"""The random effects of one grouping factor, as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from numbers import Integral
+from types import NoneType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from openreml_nn.covariance import (
+    CovariancePropagation,
+    DummyMatrix,
+    IdentityMatrix,
+    KroneckerProduct,
+    Matrix,
+    ScalarMatrix,
+    UnstructuredMatrix,
+)
+from openreml_nn.covariance.params import module_name, user_name
+from openreml_nn.model.batch import Batch, level_codes, level_values, part
+from openreml_nn.result.prediction import lowered, prior_of
+from openreml_nn.support.checks import check_count, check_instance, check_labels
+from openreml_nn.support.errors import InputError
+from openreml_nn.terms.covariance import RepeatedCovariance
+
+__all__ = ["Effects", "RandomEffect", "independent_levels"]
+
+
+def independent_levels(levels: int, effects: int) -> Matrix:
+    r"""The covariance of the effects of independent levels where nothing else is said.
+
+    One effect has :math:`\sigma^2 I` and several have :math:`I \otimes \Sigma`, Σ any covariance.
+    """
+    if effects == 1:
+        return ScalarMatrix(levels)
+    return KroneckerProduct(levels=IdentityMatrix(levels), effects=UnstructuredMatrix(effects))
+
+
+class RandomEffect(nn.Module):
+    r"""The random effects of one grouping factor, :math:`b \sim N(0, G)`.
+
+    Args:
+        levels: how many levels there are, or their names.
+        covariance: of the effects of a level, (k, k), independent between
+            levels; or of all levels, (levels · k, levels · k), such as a kernel. By
+            default one variance, or an unstructured matrix for several effects.
+        effects: k, how many effects each level has, or their names.
+        features: a module that yields the effects' values (n, k) from ``x``: random
+            slopes in learned features.
+
+    Attributes:
+        g: the covariance G of all levels.
+        blup: (levels, k) BLUPs, after :meth:`MixedModel.update`.
+        variance: (levels, k, k) their prediction-error variances.
+
+    Raises:
+        TypeError: if an argument is of another kind.
+        InputError: if the covariance has another shape, or a name stands twice.
+
+    >>> RandomEffect(10, effects=2).g.shape
+    (20, 20)
+    """
+
+    blup: Tensor
+    variance: Tensor
+
+    def __init__(
+        self,
+        levels: int | Sequence[str],
+        covariance: Matrix | None = None,
+        effects: int | Sequence[str] = 1,
+        features: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(effects, Integral):
+            k = check_count("effects", effects, 1)
+            self.effect_names = ("(Intercept)",) if k == 1 else tuple(map(str, range(k)))
+        else:
+            self.effect_names = check_labels("effects", effects)
+            k = len(self.effect_names)
+        if isinstance(levels, Integral):
+            self.names, q = None, check_count("levels", levels, 1)
+        else:
+            self.names = check_labels("levels", levels)
+            q = len(self.names)
+        check_instance("covariance", covariance, (Matrix, NoneType), "a Matrix, or None")
+        check_instance("features", features, (nn.Module, NoneType), "a module, or None")
+        self.levels = q
+        self.effects = k
+        self.features = features
+        if covariance is None:
+            self.g = independent_levels(q, k).double()
+        elif covariance.shape == (q * k, q * k):
+            self.g = covariance
+        elif covariance.shape == (k, k):
+            self.g = KroneckerProduct(levels=IdentityMatrix(q), effects=covariance)
+        else:
+            raise InputError(
+                f"`covariance` is {covariance.shape}: expected {(k, k)} for the "
+                f"effects of a level, or {(q * k, q * k)} for all levels"
+            )
+        like = next(self.g.parameters(), torch.zeros(1, dtype=torch.float64))
+        self.register_buffer("blup", like.new_zeros(q, k))
+        self.register_buffer("variance", like.new_zeros(q, k, k))
+
+    @property
+    def is_per_level(self) -> bool:
+        """Whether levels are independent and have one covariance."""
+        return isinstance(lowered(self.g), RepeatedCovariance)
+
+    def prior(self) -> Tensor:
+        """Covariance of the effects of a level that was not seen, (k, k): where levels differ,
+        their mean."""
+        return prior_of(lowered(self.g), self.levels, self.effects)
+
+    def coded(self, name: str, batch: Batch, n: int) -> tuple[Tensor, Tensor | None]:
+        """Level of each row of a batch (n,), and values of the effects (n, k), None for ones.
+
+        Raises:
+            TypeError, InputError: if the batch has them not as they must be.
+        """
+        codes = level_codes(batch, name, self.levels, n)
+        if self.features is not None:
+            return codes, self.features(part(batch, "x"))
+        return codes, level_values(batch, name, self.effects, n)
+
+    def covariance(self, name: str, codes: Tensor, values: Tensor | None) -> CovariancePropagation:
+        r""":math:`Z G Z^\top` of some rows. A row of no known level has one of its own.
+
+        Raises:
+            InputError: if there is such a row and levels are correlated.
+        """
+        g, levels = self.g, self.levels
+        unknown = (codes < 0).nonzero()[:, 0]
+        if len(unknown):
+            levels += len(unknown)
+            g = self._of_levels(name, levels)
+            own = torch.arange(self.levels, levels, device=codes.device, dtype=codes.dtype)
+            codes = codes.index_copy(0, unknown, own)
+        return CovariancePropagation(z=DummyMatrix.from_codes(codes, levels, values), g=g)
+
+    def _of_levels(self, name: str, levels: int) -> Matrix:
+        """G for another number of levels, with the same parameters."""
+        if type(self.g) is ScalarMatrix:
+            return self.g.of_size(levels * self.effects)
+        if isinstance(self.g, KroneckerProduct) and list(self.g.operands) == ["levels", "effects"]:
+            one, own = self.g.operands.values()
+            if isinstance(one, IdentityMatrix) and isinstance(own, Matrix):
+                return KroneckerProduct(levels=IdentityMatrix(levels), effects=own)
+        raise InputError(
+            f"group {name!r} has the code -1, a level that is not known, in rows of the likelihood: "
+            "expected known levels, because its levels are correlated"
+        )
+
+    def contribution(self, codes: Tensor, z: Tensor) -> Tensor:
+        r""":math:`z^\top \hat b` of each row's level (n,), 0 for one that was not seen.
+
+        Args:
+            codes: (n,) levels, -1 for one that was not seen.
+            z: (n, k) values of the effects.
+        """
+        known = (codes >= 0)[:, None]
+        return (z * torch.where(known, self.blup[codes.clamp(min=0)].to(z), 0)).sum(1)
+
+    def extra_repr(self) -> str:
+        return f"levels={self.levels}, effects={self.effects}"
+
+
+class Effects(nn.ModuleDict):
+    """Random effects by the names of their factors, whatever these are.
+
+    :class:`torch.nn.ModuleDict` refuses names with dots and those of its own methods;
+    such a name is percent-encoded in ``state_dict()`` and nowhere else.
+    """
+
+    def __getitem__(self, key: str) -> nn.Module:
+        return super().__getitem__(self._kept(key))
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        super().__setitem__(self._kept(key), module)
+
+    def __delitem__(self, key: str) -> None:
+        super().__delitem__(self._kept(key))
+
+    def __contains__(self, key: str) -> bool:
+        return super().__contains__(self._kept(key))
+
+    def __iter__(self) -> Iterator[str]:
+        return map(user_name, super().__iter__())
+
+    def keys(self) -> Any:
+        return dict.fromkeys(self).keys()
+
+    def items(self) -> Any:
+        return dict(zip(self, self.values(), strict=True)).items()
+
+    def _kept(self, key: str) -> str:
+        return module_name(key, self)

@@ -1,0 +1,148 @@
+"""The residuals of the rows of a batch: their covariance, and the variance of a new one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from openreml_nn.covariance import (
+    CovariancePropagation,
+    DummyMatrix,
+    IdentityMatrix,
+    KroneckerProduct,
+    Matrix,
+    ScalarMatrix,
+)
+from openreml_nn.covariance.structures import in_cells
+from openreml_nn.model.batch import Batch, part, row_values
+from openreml_nn.support.checks import check_instance, check_tensor
+from openreml_nn.support.errors import InputError
+
+__all__ = ["ResidualStructure", "structure_of"]
+
+
+class ResidualStructure:
+    """What a model's residual makes of a batch; a module of one's own supplies both methods."""
+
+    def operands(self, batch: Batch, n: int) -> dict[str, Matrix]:
+        """The covariance R of the residuals of n rows as a sum of (n, n) matrices, each by the
+        name of its operand in the model's tree."""
+        raise NotImplementedError
+
+    def variances(self, batch: Batch, n: int) -> Tensor:
+        """Variance of the residual of a new observation of each row, (n,)."""
+        raise NotImplementedError
+
+
+def structure_of(residual: nn.Module) -> ResidualStructure:
+    """How the residual of a model is understood, by its kind.
+
+    A :class:`Matrix` of one entry is the variance of each row, a larger one the covariance of the
+    positions within a group; any other module yields log-variances from ``x``.
+
+    Raises:
+        TypeError: if it is no module.
+        InputError: if a matrix is not square.
+    """
+    check_instance("residual", residual, nn.Module, "a Matrix or a network, or None")
+    if isinstance(residual, ResidualStructure):
+        return residual
+    if not isinstance(residual, Matrix):
+        return _ByNetwork(residual)
+    if residual.shape[0] != residual.shape[1]:
+        raise InputError(f"`residual` is {residual.shape}: expected a square matrix")
+    return _OneVariance(residual) if residual.shape == (1, 1) else _WithinGroups(residual)
+
+
+class _OneVariance(ResidualStructure):
+    r"""Independent rows of variance :math:`\sigma^2 / w_i`."""
+
+    def __init__(self, matrix: Matrix) -> None:
+        self.matrix = matrix
+
+    def operands(self, batch: Batch, n: int) -> dict[str, Matrix]:
+        one, weights = self.matrix, row_values(batch, "weights", n, positive=True)
+        # A subclass, or one whose parameter is computed, is taken as it is.
+        rows = (
+            one.of_size(n)
+            if type(one) is ScalarMatrix
+            else KroneckerProduct(rows=IdentityMatrix(n), residual=one)
+        )
+        if weights is None:
+            return {"residual": rows}
+        codes = torch.arange(n, device=weights.device)
+        z = DummyMatrix.from_codes(codes, n, weights.rsqrt())
+        return {"residual": CovariancePropagation(z=z, g=rows)}
+
+    def variances(self, batch: Batch, n: int) -> Tensor:
+        return _weighted(self.matrix().reshape(1).expand(n), batch, n)
+
+
+class _WithinGroups(ResidualStructure):
+    """Rows of a group are correlated by their positions, rows of different groups independent.
+
+    ``batch["residual"]`` holds the cell of each row: its group, times the number of positions, plus
+    its position; -1 in prediction for a position that is not known, which has the mean variance.
+    """
+
+    def __init__(self, matrix: Matrix) -> None:
+        self.matrix = matrix
+
+    def operands(self, batch: Batch, n: int) -> dict[str, Matrix]:
+        size = self.matrix.shape[0]
+        cells = part(batch, "residual")
+        check_tensor("batch['residual']", cells, (n,), "integer")
+        if n and int(cells.min()) < 0:
+            raise InputError(
+                f"`batch['residual']` is {int(cells.min())} in row {int(cells.argmin())}: expected "
+                f"the row's cell, its group times {size} plus its position"
+            )
+        used, count = torch.unique(cells, return_counts=True)
+        if len(used) < n:
+            raise InputError(
+                f"`batch['residual']` has the cell {int(used[count.argmax()])} in "
+                f"{int(count.max())} rows: expected another one for each row, because rows of a "
+                "group have a position each"
+            )
+        groups = int(cells.max()) // size + 1
+        rows = in_cells(cells, groups, self.matrix)
+        weights = row_values(batch, "weights", n, positive=True)
+        if weights is None:
+            return {"residual": rows}
+        z = DummyMatrix.from_codes(cells, groups * size, weights.rsqrt())
+        return {"residual": CovariancePropagation(z=z, g=rows.operands["g"])}
+
+    def variances(self, batch: Batch, n: int) -> Tensor:
+        by_position = self.matrix().diagonal()
+        cells = batch.get("residual")
+        if cells is None:
+            return _weighted(by_position.mean().expand(n), batch, n)
+        check_tensor("batch['residual']", cells, (n,), "integer")
+        own = by_position[cells.clamp(min=0) % len(by_position)]
+        return _weighted(torch.where(cells < 0, by_position.mean(), own), batch, n)
+
+
+class _ByNetwork(ResidualStructure):
+    r"""Independent rows of variance :math:`e^{f(x_i)} / w_i`."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def operands(self, batch: Batch, n: int) -> dict[str, Matrix]:
+        scale = (self.network(batch["x"]).reshape(n) / 2).exp()
+        weights = row_values(batch, "weights", n, positive=True)
+        if weights is not None:
+            scale = scale * weights.rsqrt()
+        unit = ScalarMatrix(n).to(scale.dtype)
+        unit.fix("sigma^2", 0.0)
+        codes = torch.arange(n, device=scale.device)
+        z = DummyMatrix.from_codes(codes, n, scale)
+        return {"residual": CovariancePropagation(z=z, g=unit)}
+
+    def variances(self, batch: Batch, n: int) -> Tensor:
+        return _weighted(self.network(batch["x"]).reshape(n).exp(), batch, n)
+
+
+def _weighted(variances: Tensor, batch: Batch, n: int) -> Tensor:
+    weights = row_values(batch, "weights", n, positive=True)
+    return variances if weights is None else variances / weights.to(variances)

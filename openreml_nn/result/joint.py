@@ -1,0 +1,456 @@
+r"""The joint error covariance of coefficients and BLUPs, by Henderson's mixed-model equations.
+
+For :math:`y = X\beta + Z_1 b_1 + Z_2 b_2 + e` the covariance of the errors of
+:math:`(\hat b_1, \hat b_2, \hat\beta)` is the inverse of
+
+.. math:: \begin{pmatrix} Z_1^\top R^{-1} Z_1 + G_1^{-1} & A_{12} \\ A_{21} & A_{22} \end{pmatrix}
+
+in which 2 stands for :math:`b_2` and :math:`\beta` together. With independent levels of the first
+factor its part is block diagonal, :math:`P_i` of each level, and the rest follows from the
+covariance C of the second part and :math:`M = P A_{12}`: the error of :math:`z_1^\top\hat b_1 +
+w_2^\top(\hat b_2, \hat\beta)` has the variance
+
+.. math:: z_1^\top P_i z_1 + (w_2 - M_i^\top z_1)^\top C (w_2 - M_i^\top z_1).
+
+Of the rows nothing is needed but their cross-products with :math:`R^{-1}`, the :class:`Equations`.
+
+Reference:
+    Henderson, Biometrics 31 (1975) 423, section 3; Robinson, Statistical Science 6 (1991) 15.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from scipy.sparse import csr_array
+from torch import Tensor, nn
+
+from openreml_nn.likelihood.problem import cholesky
+from openreml_nn.likelihood.residual import Residual
+from openreml_nn.likelihood.system.products import Pattern, Products, Statistics
+from openreml_nn.support.errors import InputError
+from openreml_nn.terms.covariance import Covariance, RepeatedCovariance
+from openreml_nn.terms.design import DenseDesign, Design, IndexedDesign
+from openreml_nn.terms.term import Term
+
+__all__ = ["Equations", "JointErrors"]
+
+#: A covariance of the residuals without blocks is not formed for more rows.
+_MOST_ROWS = 5_000
+
+
+@dataclass(frozen=True)
+class Equations:
+    r"""What the equations hold of the rows: cross-products with :math:`R^{-1}`.
+
+    Attributes:
+        sizes: levels and effects of each random term.
+        pattern: which levels of two terms meet.
+        products: cross-products of the terms, and of Q.
+        basis: (p, r) :math:`Q = X \cdot` ``basis``, whose columns are orthonormal, X with all its
+            columns.
+    """
+
+    sizes: Sequence[tuple[int, int]]
+    pattern: Pattern
+    products: Products
+    basis: Tensor
+
+    @classmethod
+    def of(
+        cls, designs: Sequence[IndexedDesign], residual: Sequence[Term], Q: Tensor, basis: Tensor
+    ) -> Equations | None:
+        """Those of some rows; None for residuals that are correlated over more than 5,000 rows in
+        no known blocks.
+
+        Args:
+            designs: of each random term.
+            residual: the terms of the residuals.
+            Q, basis: X in an orthonormal basis (n, r), and the basis (p, r).
+        """
+        white = _whitened(designs, residual, Q)
+        if white is None:
+            return None
+        pattern = Pattern.of(white[0])
+        sizes = [(design.levels, design.effects) for design in designs]
+        return cls(sizes, pattern, pattern.products(*white), basis)
+
+    @classmethod
+    def of_statistics(cls, statistics: Statistics, variance: Tensor, basis: Tensor) -> Equations:
+        """Those of cross-products of rows of one residual variance, that of a weight of 1."""
+        pattern, found = statistics.ordered(range(len(statistics.sizes)))
+        zz = {pair: value / variance for pair, value in found.zz.items()}
+        zf = [part / variance for part in found.zf]
+        return cls(statistics.sizes, pattern, Products(zz, zf, found.ff / variance), basis)
+
+    def between(self, t: int, u: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Level of t, column of u and entry (cells, k_t) of each product of the two."""
+        if t > u:
+            (q, k), (levels, width) = self.sizes[u], self.sizes[t]
+        else:
+            (q, k), (levels, width) = self.sizes[t], self.sizes[u]
+        pair = (min(t, u), max(t, u))
+        cells, value = self.pattern.cells[pair], self.products.zz[pair]
+        if cells is None:
+            one = torch.arange(q * levels, device=value.device)
+            a, b = one // levels, one % levels
+            value = value.reshape(q, k, levels, width).movedim(1, 2).flatten(0, 1)
+        else:
+            a, b = cells.a, cells.b
+        if t > u:
+            a, b, value, width = b, a, value.mT, k
+        effect = torch.arange(width, device=value.device)
+        column = (b[:, None] * width + effect).flatten()
+        level = a[:, None].expand(-1, width).flatten()
+        return level, column, value.mT.flatten(0, 1)
+
+    def dense(self, t: int, u: int) -> Tensor:
+        r""":math:`Z_t^\top R^{-1} Z_u` as a matrix."""
+        (q, k), (levels, width) = self.sizes[t], self.sizes[u]
+        level, column, entries = self.between(t, u)
+        found = entries.new_zeros(q, levels * width, k)
+        found[level, column] = entries
+        return found.movedim(1, 2).flatten(0, 1)
+
+    def own(self, t: int) -> Tensor:
+        """The blocks of a term's levels, (levels, k, k)."""
+        cells, value = self.pattern.cells[t, t], self.products.zz[t, t]
+        assert cells is not None
+        q, k = self.sizes[t]
+        found = value.new_zeros(q, k, k)
+        found[cells.a] = value
+        return found
+
+    def is_blocked(self, t: int) -> bool:
+        """Whether no two levels of a term have a product."""
+        return self.pattern.cells[t, t] is not None
+
+
+def _whitened(
+    designs: Sequence[IndexedDesign], residual: Sequence[Term], Q: Tensor
+) -> tuple[list[Design], Tensor] | None:
+    """Designs and Q of rows that R makes independent and of variance 1."""
+    terms = [term.to(Q.dtype) for term in residual]
+    try:
+        R = Residual.of(terms)
+    except InputError:
+        return None if len(Q) > _MOST_ROWS else _whitened_densely(designs, terms, Q)
+    matrices = R.matrices(terms)
+    if R.moves:
+        white = R.white(matrices)
+        within = [d if R.is_within(d.codes) else DenseDesign(d.dense(Q)) for d in designs]
+        return [white.design(design) for design in within], white.rows(Q)
+    scale = matrices[0].reshape(()).rsqrt()
+    white = R.white([torch.ones_like(matrices[0])])
+    return [_times(white.design(d), scale, Q) for d in designs], scale * white.rows(Q)
+
+
+def _times(design: Design, scale: Tensor, like: Tensor) -> Design:
+    assert isinstance(design, IndexedDesign)
+    values = like.new_ones(design.shape[0], 1) if design.values is None else design.values
+    return IndexedDesign(design.codes, scale * values.to(like), design.levels, absent=False)
+
+
+def _whitened_densely(
+    designs: Sequence[IndexedDesign], terms: Sequence[Term], Q: Tensor
+) -> tuple[list[Design], Tensor]:
+    L = cholesky(torch.stack([term.dense() for term in terms]).sum(0), "R")
+    rows = [torch.linalg.solve_triangular(L, d.dense(Q), upper=False) for d in designs]
+    found: list[Design] = [DenseDesign(row) for row in rows]
+    return found, torch.linalg.solve_triangular(L, Q, upper=False)
+
+
+class JointErrors(nn.Module):
+    """What the variance of a prediction needs; its buffers travel with the checkpoint.
+
+    Args:
+        most_columns: more than these beside the first factor's are not held, their square at once.
+        most_numbers: so many are held at a time for the rows that are asked for.
+
+    Attributes:
+        is_known: whether there were data.
+        is_exact: whether the parts below were computed from them.
+        first: which factor is eliminated first, -1 for none.
+        conditional: :math:`P` (levels, k, k) of that factor.
+        starts, columns, entries: :math:`M` (levels · k, m) by the columns that each level meets.
+        covariance: :math:`C` (m, m) of the other factors' effects and the coefficients.
+        basis: (p, r) what the r coefficients in ``covariance`` are for: columns of
+            :math:`X \\cdot` ``basis`` are orthonormal.
+    """
+
+    is_known: Tensor
+    is_exact: Tensor
+    first: Tensor
+    conditional: Tensor
+    starts: Tensor
+    columns: Tensor
+    entries: Tensor
+    covariance: Tensor
+    basis: Tensor
+
+    def __init__(self, most_columns: int = 2_000, most_numbers: int = 10_000_000) -> None:
+        super().__init__()
+        self.most_columns, self.most_numbers = most_columns, most_numbers
+        none = torch.zeros(0, dtype=torch.float64)
+        self._pending: tuple[Sequence[Covariance], Callable[[], Equations | None]] | None = None
+        self.register_buffer("is_known", torch.tensor(False))
+        self.register_buffer("is_exact", torch.tensor(False))
+        self.register_buffer("first", torch.tensor(-1))
+        self.register_buffer("conditional", none.reshape(0, 0, 0))
+        self.register_buffer("starts", torch.zeros(1, dtype=torch.long))
+        self.register_buffer("columns", torch.zeros(0, dtype=torch.long))
+        self.register_buffer("entries", none.reshape(0, 0))
+        self.register_buffer("covariance", none.reshape(0, 0))
+        self.register_buffer("basis", none.reshape(0, 0))
+
+    @torch.no_grad()
+    def update(
+        self,
+        covariances: Sequence[Covariance],
+        sizes: Sequence[tuple[int, int]],
+        r: int,
+        equations: Callable[[], Equations | None],
+    ) -> None:
+        """Take up the rows of a fit. The parts are computed when one is asked for.
+
+        Args:
+            covariances: of each random term.
+            sizes: levels and effects of each.
+            r: number of coefficients.
+            equations: yields those of the rows, or None where they cannot be had; it is not called
+                where they would have more than ``most_columns`` columns beside those of the first
+                factor, the widest of independent levels.
+        """
+        widths = [levels * k for levels, k in sizes]
+        free = [w for w, g in zip(widths, covariances, strict=True) if _is_free(g)]
+        self.is_known.fill_(True)
+        self.is_exact.fill_(False)
+        too_many = sum(widths) - max(free, default=0) + r > self.most_columns
+        self._pending = None if too_many else (covariances, equations)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Compute the parts, if they are not yet."""
+        if self._pending is None:
+            return
+        (covariances, given), self._pending = self._pending, None
+        equations = given()
+        if equations is None:
+            return
+        widths = [levels * k for levels, k in equations.sizes]
+        like, r = equations.products.ff, equations.basis.shape[1]
+        free = [
+            width if _is_free(g) and equations.is_blocked(t) else 0
+            for t, (width, g) in enumerate(zip(widths, covariances, strict=True))
+        ]
+        first = max(range(len(free)), key=free.__getitem__) if max(free, default=0) else -1
+        rest = [t for t in range(len(free)) if t != first]
+        q = sum(widths[t] for t in rest)
+        if q + r > self.most_columns:
+            return
+        roots = [g.map(lambda x: x.to(like)).root() for g in covariances]
+        starts = [sum(widths[t] for t in rest[:i]) for i in range(len(rest))]
+        S = like.new_zeros(q + r, q + r)
+        for i, (t, start) in enumerate(zip(rest, starts, strict=True)):
+            at = slice(start, start + widths[t])
+            S[at, q:] = equations.products.zf[t][:, :r]
+            for u, other in zip(rest[i:], starts[i:], strict=True):
+                S[at, other : other + widths[u]] = equations.dense(t, u)
+        S[q:, q:] = like[:r, :r]
+        upper = S.triu(1)
+        S = upper + upper.mT + torch.diag(S.diagonal())
+        conditional, cells = like.new_zeros(0, 0, 0), _Cells.none(like)
+        if first >= 0:
+            levels, k = equations.sizes[first]
+            conditional = _conditional(roots[first].blocks(levels, k), equations.own(first))
+            cells = _Cells.of(equations, first, rest)
+            moved = cells.times(conditional)
+            S = S - cells.inner(moved, q + r, self.most_numbers)
+            cells = moved
+        self._solve(S, [roots[t] for t in rest], [widths[t] for t in rest])
+        self.starts, self.columns, self.entries = cells.starts, cells.columns, cells.entries
+        self.first.fill_(first)
+        self.conditional, self.basis = conditional, equations.basis
+        self.is_exact.fill_(True)
+
+    def _solve(self, S: Tensor, roots: Sequence[Covariance], widths: Sequence[int]) -> None:
+        """C from what the first factor leaves of the equations."""
+        q = sum(widths)
+
+        def by_root(x: Tensor, transpose: bool) -> Tensor:
+            parts = zip(roots, x.split(list(widths)), strict=True)
+            return torch.cat([root.multiply(part, transpose) for root, part in parts])
+
+        inner = S[:q, :q]
+        for _ in range(2 if q else 0):
+            inner = by_root(inner.mT, True)
+        inner = inner + torch.eye(q, dtype=S.dtype, device=S.device)
+        L = cholesky((inner + inner.mT) / 2, "V")
+        back = torch.linalg.solve_triangular(L.mT, torch.eye(q).to(S), upper=True)
+        half = by_root(back, False) if q else back
+        N = half @ half.mT
+        T = N @ S[:q, q:]
+        spread = torch.cholesky_inverse(cholesky(S[q:, q:] - S[:q, q:].mT @ T, "X' V^-1 X"))
+        cross = -T @ spread
+        top = torch.cat([N - cross @ T.mT, cross], 1)
+        self.covariance = torch.cat([top, torch.cat([cross.mT, spread], 1)])
+
+    def variance(self, designs: Sequence[IndexedDesign], X: Tensor) -> Tensor:
+        """Variance of the error of :math:`x^\\top\\hat\\beta + z^\\top\\hat b` of some rows (n,).
+
+        Args:
+            designs: of each random effect; a level that is not known is a row of zeros.
+            X: (n, p), with p = 0 where there are no coefficients.
+        """
+        n, m = len(X), len(self.covariance)
+        step = max(1, self.most_numbers // max(m, 1))
+        parts = [
+            self._some([d.take(at) for d in designs], X[at])  # type: ignore[misc]
+            for at in torch.arange(n, device=X.device).split(step)
+        ]
+        return torch.cat(parts) if parts else X.new_zeros(0)
+
+    def _some(self, designs: Sequence[IndexedDesign], X: Tensor) -> Tensor:
+        C, first, n = self.covariance, int(self.first), len(X)
+        w = C.new_zeros(n, len(C))
+        start = 0
+        rows = torch.arange(n, device=X.device)
+        found = C.new_zeros(n)
+        for i, design in enumerate(designs):
+            z = C.new_ones(n, 1) if design.values is None else design.values.to(C)
+            k = torch.arange(design.effects, device=X.device)
+            at = design.codes[:, None] * design.effects + k
+            if i != first:
+                w[rows[:, None], start + at] += z
+                start += design.shape[1]
+                continue
+            codes = design.codes
+            found = torch.einsum("nk,nkl,nl->n", z, self.conditional[codes], z)
+            # The cells of each row's level, one after the other.
+            lengths = (self.starts[1:] - self.starts[:-1])[codes]
+            row = rows.repeat_interleave(lengths)
+            offset = self.starts[:-1][codes] - lengths.cumsum(0) + lengths
+            place = torch.arange(len(row), device=X.device) + offset[row]
+            by = (z[row] * self.entries[place]).sum(1)
+            w.index_put_((row, self.columns[place]), -by, accumulate=True)
+        w[:, len(C) - self.basis.shape[1] :] += X.to(C) @ self.basis
+        return found + ((w @ C) * w).sum(1)
+
+    # Whoever looks at the buffers, or moves them, gets those of the last update.
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self.settle()
+        return super()._apply(*args, **kwargs)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.settle()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.settle()
+        return self.__dict__
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if prefix + "covariance" in state_dict:
+            self._pending = None
+        # The sizes are known only once there were data.
+        for name in ("conditional", "starts", "columns", "entries", "covariance", "basis"):
+            if prefix + name in state_dict:
+                own = getattr(self, name)
+                setattr(self, name, torch.empty_like(state_dict[prefix + name], device=own.device))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _is_free(g: Covariance) -> bool:
+    """Whether levels are known to be independent."""
+    return isinstance(g, RepeatedCovariance)
+
+
+def _conditional(root: Tensor, own: Tensor) -> Tensor:
+    """P of each level (levels, k, k): the covariance of its effects, given all others.
+
+    Args:
+        root: of the covariance of each level, or of all.
+        own: products with R^-1 of each level's columns.
+    """
+    k = own.shape[-1]
+    inner = root.mT @ own @ root + torch.eye(k, dtype=own.dtype, device=own.device)
+    L = cholesky(inner, "V")
+    half = torch.linalg.solve_triangular(L, root.mT.expand_as(L), upper=False)
+    return half.mT @ half
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """The levels of the first factor with the columns of the rest that they meet.
+
+    Attributes:
+        starts: (levels + 1,) where the cells of each level start.
+        columns: (cells,) column of each.
+        entries: (cells, k) products of the level's k effects with the column.
+    """
+
+    starts: Tensor
+    columns: Tensor
+    entries: Tensor
+
+    @classmethod
+    def none(cls, like: Tensor) -> _Cells:
+        whole = torch.zeros(1, dtype=torch.long, device=like.device)
+        return cls(whole, whole[:0], like.new_zeros(0, 0))
+
+    @classmethod
+    def of(cls, equations: Equations, first: int, rest: Sequence[int]) -> _Cells:
+        r""":math:`Z_1^\top R^{-1} [Z_2 | Q]`."""
+        (levels, k), r = equations.sizes[first], equations.basis.shape[1]
+        products = equations.products
+        start = sum(levels * k for levels, k in (equations.sizes[u] for u in rest))
+        width = start + r
+        # Each level meets all columns of Q.
+        level = torch.arange(levels, device=products.ff.device)
+        keys = [(level[:, None] * width + start + torch.arange(r, device=level.device)).flatten()]
+        entries = [products.zf[first][:, :r].unflatten(0, (levels, k)).mT.flatten(0, 1)]
+        start = 0
+        for u in rest:
+            own, column, values = equations.between(first, u)
+            keys.append(own * width + start + column)
+            entries.append(values)
+            start += equations.sizes[u][0] * equations.sizes[u][1]
+        order = torch.cat(keys).argsort()
+        key = torch.cat(keys)[order]
+        count = torch.bincount(key // width, minlength=levels) if width else level.new_zeros(levels)
+        starts = torch.cat([level.new_zeros(1), count.cumsum(0)])
+        return cls(starts, key % width if width else key, torch.cat(entries)[order])
+
+    def levels(self) -> Tensor:
+        """Level of each cell."""
+        lengths = self.starts[1:] - self.starts[:-1]
+        return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+
+    def times(self, P: Tensor) -> _Cells:
+        """Each level's entries times its block of P."""
+        moved = (P[self.levels()] @ self.entries[:, :, None])[:, :, 0]
+        return _Cells(self.starts, self.columns, moved)
+
+    def inner(self, other: _Cells, width: int, most_numbers: int) -> Tensor:
+        """The product of the transpose with another of the same cells, (width, width)."""
+        levels, k = len(self.starts) - 1, self.entries.shape[1]
+        if levels * k * width <= most_numbers:
+            a, b = (x.entries.new_zeros(levels, width, k) for x in (self, other))
+            at = (self.levels(), self.columns)
+            a[at], b[at] = self.entries, other.entries
+            return a.movedim(1, -1).flatten(0, 1).mT @ b.movedim(1, -1).flatten(0, 1)
+        left, right = (x.sparse(width) for x in (self, other))
+        return torch.as_tensor((left.T @ right).toarray()).to(self.entries)
+
+    def sparse(self, width: int) -> csr_array:
+        """As a matrix (levels · k, width)."""
+        level, k = self.levels()[:, None], self.entries.shape[1]
+        row = level * k + torch.arange(k, device=level.device)
+        column = self.columns[:, None].expand(row.shape)
+        at = tuple(x.flatten().numpy(force=True) for x in (row, column))
+        shape = ((len(self.starts) - 1) * k, width)
+        return csr_array((self.entries.flatten().numpy(force=True), at), shape=shape)

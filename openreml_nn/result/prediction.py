@@ -1,0 +1,231 @@
+"""Predictions of new observations and their variances, from what is known of a model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from openreml_nn.covariance import Matrix
+from openreml_nn.result.joint import JointErrors
+from openreml_nn.support.checks import check_instance, check_number
+from openreml_nn.terms.covariance import (
+    Covariance,
+    DenseCovariance,
+    RepeatedCovariance,
+    ScaledCovariance,
+)
+from openreml_nn.terms.design import IdentityDesign, IndexedDesign
+from openreml_nn.terms.kernel import Kernel
+
+__all__ = [
+    "KnownEffect",
+    "Prediction",
+    "interval",
+    "lowered",
+    "predict_table",
+    "predicted",
+    "prior_of",
+]
+
+
+class Prediction(NamedTuple):
+    """Predictions of some rows, (n,) each.
+
+    Attributes:
+        mean: with the random effects of the levels that are known.
+        variance: of a new observation: of the random effects given the data, of
+            the coefficients (head ``"gls"``), and of the residual, which is independent of those of
+            the data.
+        population_mean: without random effects.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    population_mean: Tensor
+
+
+@dataclass(frozen=True)
+class KnownEffect:
+    """The rows of one random effect, and what is known of it.
+
+    Attributes:
+        codes: (n,) level of each row, -1 for one that was not seen.
+        z: (n, k) values of the effects.
+        values: (q, k) BLUPs.
+        variances: (q, k, k) their prediction-error variances.
+        prior: yields the covariance (k, k) of the effects of a level that was not seen.
+    """
+
+    codes: Tensor
+    z: Tensor
+    values: Tensor
+    variances: Tensor
+    prior: Callable[[], Tensor]
+
+
+def predicted(
+    population: Tensor,
+    X: Tensor,
+    spread: Tensor,
+    effects: Sequence[KnownEffect],
+    errors: JointErrors,
+    residual: Tensor,
+) -> Prediction:
+    r"""Mean and variance of new observations.
+
+    The error of :math:`x^\top\hat\beta + \sum_t z_t^\top \hat b_t` has the variance that the joint
+    covariance of coefficients and BLUPs gives it; a level that was not seen adds :math:`z^\top G z`, and
+    the residual its own variance. Before there were data, every level is one that was not seen.
+
+    Args:
+        population: (n,) the mean without random effects.
+        X: (n, p) rows of the model matrix; p = 0 where there are no coefficients.
+        spread: (p, p) covariance of the coefficients.
+        effects: of each random effect.
+        errors: the joint covariance.
+        residual: (n,) variances of the residuals.
+    """
+    mean, variance = population, residual.to(population)
+    designs = []
+    for effect in effects:
+        z = effect.z.to(mean)
+        known = (effect.codes >= 0)[:, None]
+        b = torch.where(known, effect.values[effect.codes.clamp(min=0)].to(z), 0)
+        mean = mean + (z * b).sum(1)
+        unseen = (effect.codes < 0) | ~errors.is_known
+        if bool(unseen.any()):
+            prior = torch.einsum("nk,kl,nl->n", z, effect.prior().to(z), z)
+            variance = variance + torch.where(unseen, prior, 0)
+        levels = len(effect.values)
+        designs.append(IndexedDesign(torch.where(unseen, -1, effect.codes), z, levels))
+    return Prediction(
+        mean, variance + _error_variance(designs, X, spread, effects, errors), population
+    )
+
+
+def _error_variance(
+    designs: Sequence[IndexedDesign],
+    X: Tensor,
+    spread: Tensor,
+    effects: Sequence[KnownEffect],
+    errors: JointErrors,
+) -> Tensor:
+    """Variance of the error of the coefficients and of the BLUPs of known levels (n,)."""
+    errors.settle()
+    if bool(errors.is_exact):
+        return errors.variance(designs, X).to(X)
+    if bool(errors.is_known):
+        warnings.warn(
+            "predictive variances take random effects of different factors, and coefficients, "
+            "as independent: there are too many for their joint covariance",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    found = torch.einsum("np,pq,nq->n", X, spread.to(X), X)
+    for design, effect in zip(designs, effects, strict=True):
+        assert design.values is not None
+        own = effect.variances[design.codes].to(X)
+        found = found + torch.einsum("nk,nkl,nl->n", design.values, own, design.values)
+    return found
+
+
+def predict_table(
+    encoder: Any, model: Any, table: pd.DataFrame, level: float = 0.95
+) -> pd.DataFrame:
+    """Predictions for the rows of a table, with its index; rows with missing values are left out.
+
+    Args:
+        encoder: makes a batch of a table, an :class:`openreml_nn.table.Encoder`.
+        model: predicts for a batch, an :class:`openreml_nn.MixedModel`.
+        table: with the columns of the formula; the response is not needed.
+        level: probability that a new observation is between ``low`` and ``high``.
+
+    Returns:
+        A data frame with the columns ``mean``, ``variance``, ``population_mean``, ``low``, ``high``.
+
+    Raises:
+        InputError: if a column is missing, or a level of a factor of the fixed effects is unknown.
+        TypeError: if ``table`` is no data frame.
+    """
+    check_instance("table", table, pd.DataFrame, "a data frame")
+    check_number("level", level, above=0, below=1)
+    encoded = encoder.transform(table)
+    found = model.predict(_moved(encoded.batch(), model.beta.device))
+    low, high = interval(found.mean, found.variance, level)
+    columns = {**found._asdict(), "low": low, "high": high}
+    values = {name: value.double().numpy(force=True) for name, value in columns.items()}
+    return pd.DataFrame(values, index=table.index[encoded.rows])
+
+
+def _moved(x: Any, device: torch.device) -> Any:
+    """The tensors of a batch on a device."""
+    if isinstance(x, Mapping):
+        return {key: _moved(item, device) for key, item in x.items()}
+    return x.to(device)
+
+
+def interval(mean: Tensor, variance: Tensor, level: float = 0.95) -> tuple[Tensor, Tensor]:
+    r"""The interval :math:`\mu \pm z_{(1 + level)/2}\,\sigma` of normal observations.
+
+    Args:
+        mean: (n,).
+        variance: (n,).
+        level: probability that an observation is within it.
+
+    Returns:
+        Its lower and upper ends, (n,) each.
+
+    Raises:
+        InputError: if the level is not between 0 and 1.
+
+    >>> low, high = interval(torch.zeros(1), torch.ones(1))
+    >>> f"{float(low):.3f} {float(high):.3f}"
+    '-1.960 1.960'
+    """
+    check_number("level", level, above=0, below=1)
+    quantile = torch.special.ndtri(torch.tensor((1 + level) / 2, dtype=torch.float64))
+    half = quantile.to(mean) * variance.sqrt()
+    return mean - half, mean + half
+
+
+def lowered(g: Matrix) -> Covariance:
+    """The covariance of all levels by its structure, in the order of its columns."""
+    terms = g.terms()
+    if len(terms) == 1 and isinstance(terms[0].design, IdentityDesign):
+        return terms[0].covariance
+    return DenseCovariance(g())
+
+
+def prior_of(g: Covariance, levels: int, effects: int) -> Tensor:
+    """Covariance of the effects of a level that was not seen, (k, k): where levels differ, the mean
+    of their own.
+
+    Args:
+        g: of all levels.
+        levels: q.
+        effects: k.
+    """
+    if isinstance(g, RepeatedCovariance):
+        return g.blocks(levels, effects)[0]
+    if isinstance(g, ScaledCovariance) and len(g.matrix) == effects:
+        return _mean_diagonal(g.kernel).to(g.matrix) * g.matrix
+    blocks = g.whole(levels * effects).unflatten(1, (levels, effects))
+    return blocks.unflatten(0, (levels, effects)).diagonal(dim1=0, dim2=2).mean(-1)
+
+
+def _mean_diagonal(kernel: Kernel) -> Tensor:
+    """That of K, which may be too large to be held where its inverse is sparse."""
+    if kernel.inverse is None:
+        return kernel.dense().diagonal().mean()
+    total = torch.zeros((), dtype=torch.float64)
+    for some in torch.arange(kernel.size).split(512):
+        unit = torch.zeros(kernel.size, len(some), dtype=torch.float64)
+        unit[some, torch.arange(len(some))] = 1
+        total += kernel.multiply(unit)[some].diagonal().sum()
+    return total / kernel.size

@@ -1,0 +1,101 @@
+"""A result as what JSON holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from openreml_nn.result.result import Component, Result
+
+__all__ = ["record"]
+
+
+def record(result: Result, validation: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """What ``result.json`` holds (schema 1). Numbers that do not exist are None.
+
+    Beside the keys of the schema, ``details`` has what else is known of the fit: parameters with
+    standard errors, how the optimizer came there and from where else it started.
+
+    Args:
+        result: the fit.
+        validation: metrics of rows that were held out, by name.
+    """
+    random = [c for c in result.components if c.group != "Residual"]
+    return _finite(
+        {
+            "schema": 1,
+            "model": {"formula": result.formula, "method": result.method},
+            "data": {
+                "rows": result.rows,
+                "dropped_rows": result.dropped_rows,
+                "fixed_effects": len(result.fixed.names),
+                "groups": {c.group: len(c.levels) for c in random},
+            },
+            "fit": {
+                "converged": result.converged,
+                "singular": bool(result.singular),
+                "iterations": result.iterations,
+                "optimizer": result.optimizer,
+                "solver": result.plan.solver,
+                "seconds": result.seconds,
+                "log_likelihood": result.log_likelihood,
+                "deviance": result.deviance,
+                "aic": result.aic,
+                "bic": result.bic,
+                "score_norm": result.score_norm,
+            },
+            "fixed": _fixed(result),
+            "random": [_random(c) for c in random],
+            "residual": {
+                "variance": result.residual_variance,
+                "parameters": {
+                    p.name.rpartition("/")[2]: p.value
+                    for p in result.parameters
+                    if p.name.startswith("residual/")
+                },
+            },
+            "details": {
+                "exact": result.plan.exact,
+                "log_likelihood_error": result.log_likelihood_error,
+                "condition": result.condition,
+                "singular": list(result.singular),
+                "boundary": list(result.boundary),
+                "indistinct": list(result.indistinct),
+                "parameters": [vars(estimate) for estimate in result.parameters],
+                "std_errors": {c.name: c.std_error.tolist() for c in result.components},
+                "history": [vars(step) for step in result.history],
+                "starts": [vars(start) for start in result.starts],
+            },
+            **({"validation": dict(validation)} if validation else {}),
+        }
+    )
+
+
+def _fixed(result: Result) -> list[dict[str, Any]]:
+    fixed = result.fixed
+    columns = (x.tolist() for x in (fixed.estimate, fixed.std_error, fixed.statistic))
+    keys = ("name", "estimate", "std_error", "statistic")
+    return [dict(zip(keys, row, strict=True)) for row in zip(fixed.names, *columns, strict=True)]
+
+
+def _random(c: Component) -> dict[str, Any]:
+    return {
+        "group": c.group,
+        "effects": list(c.effects),
+        "levels": len(c.levels),
+        "covariance": c.covariance.tolist(),
+        "std_dev": c.std_dev.tolist(),
+        "correlation": c.correlation.tolist(),
+    }
+
+
+def _finite(value: Any) -> Any:
+    """The same structure with None for numbers that JSON cannot hold."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return None
+    return value

@@ -1,0 +1,298 @@
+"""What holds for the whole package: one name for one thing, nothing private from elsewhere, files
+of one subject, no import cycle.
+
+Each list of exceptions gives a reason, and is to become shorter.
+"""
+
+import ast
+import importlib
+from collections import defaultdict
+from functools import cache
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+PACKAGE = Path(__file__).parents[1] / "openreml_nn"
+
+#: Files of more than 400 lines, and why.
+LONG_FILES = {
+    "covariance/matrix.py": "what torch does to a module, for the base class of all matrices",
+    "covariance/parametrized.py": "parameters by name: values, specifications and derivatives",
+    "covariance/tree.py": "values and closed-form derivatives of a tree belong together",
+    "estimation/aireml.py": "direction, safeguard and stopping rule are to be parted",
+    "lightning/neural.py": "ways of training are to have files of their own",
+    "likelihood/loss.py": "the objective is to be parted from the loss",
+    "likelihood/solvers/krylov.py": "probes, preconditioner and quadrature are to be parted",
+    "likelihood/system/cross.py": "cross-products of every pair of kinds of designs",
+    "likelihood/system/grouped.py": "elimination level by level, there and back",
+    "model/mixed_model.py": "the model, its random effects and predictions are to be parted",
+    "program/main.py": "commands are to be parted",
+    "result/result.py": "the result's parts are to have a file of their own",
+    "table/encoder.py": "what was learned and its use are to be parted",
+    "table/formula.py": "the two sides of a formula are to be parted",
+    "table/functions.py": "functions of R, one after another",
+    "table/reading.py": "formats of files are to be parted",
+}
+#: Classes of more than 200 lines, and why.
+LONG_CLASSES = {
+    "covariance/matrix.py: Matrix": "the contract of a matrix, most of it documentation",
+    "covariance/operator.py: Operator": "the contract of an operator, most of it documentation",
+    "covariance/parametrized.py: Parametrized": "the contract of parameters by name",
+    "covariance/tree.py: Tree": "values and derivatives go through one order of nodes",
+    "estimation/outcome.py: _Builder": "every part of a result, from one evaluation",
+    "lightning/module.py: MixedModelModule": "to be one module with the others",
+    "lightning/neural.py: NeuralMixedModule": "to be one module with the others",
+    "lightning/tabular.py: TabularMixedModule": "to be one module with the others",
+    "likelihood/loss.py: REMLLoss": "the contract of the loss, most of it documentation",
+    "likelihood/system/grouped.py: GroupedEvaluation": "to be parted",
+    "model/mixed_model.py: MixedModel": "to be parted",
+    "table/encoder.py: Encoder": "to be parted",
+    "table/reading.py: TableFile": "to be parted",
+}
+#: Names that are offered by two modules for two things, neither of them public, and why.
+TWO_THINGS = {
+    "Arrangement": "one of the two is to have another name",
+    "Factor": "the factor of a matrix, and the levels of a column",
+    "Layout": "one of the two is to have another name",
+    "check_flag": "one of the two is to go",
+    "check_tensor": "one of the two is to go",
+    "evaluate": "a tree of matrices, and a function in a formula",
+    "kind_of": "of a matrix, and of a column",
+    "shown": "one of the two is to go",
+    "within": "a matrix within groups, and its square root",
+}
+#: Modules with the name of a function in them, and why.
+NAMED_LIKE_A_FUNCTION = {
+    "estimation/outcome.py": "the function is to have another name",
+    "program/main.py": "the function that the console script runs",
+}
+#: Private names that are used in another file, and why.
+PRIVATE = {
+    **dict.fromkeys(
+        [
+            "covariance/nodes.py: _given", "covariance/nodes.py: _shape",
+            "covariance/nodes.py: _trans", "covariance/operator.py: _given",
+            "covariance/simple.py: _trans", "covariance/structures.py: _set",
+            "covariance/tree.py: _flat", "covariance/tree.py: _given",
+            "estimation/coordinates.py: _trans",
+        ],
+        "a node's inside, which attributes of a user's subclass must not meet",
+    ),
+    **dict.fromkeys(
+        [
+            "likelihood/solvers/dense.py: _log_likelihood",
+            "likelihood/solvers/grid.py: _profile", "likelihood/solvers/spectral.py: _profile",
+            "likelihood/system/square_root.py: _log_likelihood",
+        ],
+        "a solver's evaluation and its problem are to offer it by a public name",
+    ),
+}  # fmt: skip
+MODULE = nn.Module()
+
+
+@cache
+def files():
+    """Path of each file in the package, with its syntax tree and its text."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        found[path.relative_to(PACKAGE).as_posix()] = ast.parse(text), text
+    return found
+
+
+def dotted(file):
+    """Name of the module of a file."""
+    parts = ["openreml_nn", *Path(file).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def modules():
+    """Modules by name, without those that run when they are imported."""
+    names = {dotted(file) for file in files() if not file.endswith("__main__.py")}
+    return {name: importlib.import_module(name) for name in sorted(names)}
+
+
+def meanings(packages_only):
+    """What each name in an ``__all__`` stands for, by the module that lists it."""
+    found = defaultdict(dict)
+    for module, value in modules().items():
+        if hasattr(value, "__path__") or not packages_only:
+            for name in getattr(value, "__all__", ()):
+                found[name][module] = getattr(value, name)
+    return found
+
+
+def test_a_public_name_means_one_thing():
+    for name, by in meanings(packages_only=True).items():
+        assert len({id(value) for value in by.values()}) == 1, f"{name}: {sorted(by)}"
+
+
+def test_a_name_that_modules_offer_means_one_thing():
+    for name, by in meanings(packages_only=False).items():
+        if name not in TWO_THINGS:
+            assert len({id(value) for value in by.values()}) == 1, f"{name}: {sorted(by)}"
+
+
+def test_what_all_lists_is_there_once():
+    for module, value in modules().items():
+        listed = list(getattr(value, "__all__", ()))
+        assert len(set(listed)) == len(listed), module
+        assert all(hasattr(value, name) for name in listed), module
+
+
+def test_no_module_has_the_name_of_a_function_in_it_or_of_what_its_package_exports():
+    for file, (tree, _) in files().items():
+        path = Path(file)
+        own = path.stem
+        if own in ("__init__", "__main__") or file in NAMED_LIKE_A_FUNCTION:
+            continue
+        defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+        package = modules()[dotted(file).rpartition(".")[0]]
+        exported = set(getattr(package, "__all__", ()))
+        module = modules()[dotted(file)]
+        assert own not in defined, file
+        assert own not in exported or getattr(package, own) is module, file
+
+
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__")
+
+
+def private_names(tree):
+    """Private names that a file makes itself: functions, classes, variables, attributes."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.id if isinstance(node, ast.Name) else node.attr)
+        elif isinstance(node, ast.arg):
+            found.add(node.arg)
+    return {name for name in found if is_private(name)}
+
+
+def foreign_private_names(trees):
+    """Uses, by file, of private names that another file makes.
+
+    What a class inherits, it may use of itself.
+    """
+    made = {file: private_names(tree) for file, tree in trees.items()}
+    anywhere = set().union(*made.values())
+    found = []
+    for file, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                if (node.module or "").startswith("openreml_nn"):
+                    found += [
+                        f"{file}: {alias.name}" for alias in node.names if is_private(alias.name)
+                    ]
+            elif isinstance(node, ast.Attribute) and is_private(node.attr):
+                inherited = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+                inherited |= ast.unparse(node.value) in ("super()", "torch")
+                torchs = hasattr(MODULE, node.attr)
+                if node.attr in anywhere - made[file] and not (inherited or torchs):
+                    found.append(f"{file}: {node.attr}")
+    return found
+
+
+def test_no_file_uses_a_private_name_of_another():
+    found = foreign_private_names({file: tree for file, (tree, _) in files().items()})
+    assert set(found) <= set(PRIVATE)
+
+
+def test_a_private_name_of_another_file_is_seen():
+    one = ast.parse("class A:\n    def _b(self):\n        return self._b\n\n_c = 1")
+    for use, seen in (
+        ("from openreml_nn.one import _c", 1),
+        ("x = a._b()", 1),
+        ("from openreml_nn.one import c\nx._replace(a=1)", 0),
+        ("class B(A):\n    def d(self):\n        return self._b", 0),
+    ):
+        assert len(foreign_private_names({"one.py": one, "two.py": ast.parse(use)})) == seen, use
+
+
+def test_files_and_classes_have_one_subject():
+    """Not more than 400 lines a file and 200 a class, but for those listed."""
+    for file, (tree, text) in files().items():
+        lines = len(text.splitlines())
+        assert lines <= 400 or file in LONG_FILES, f"{file} has {lines} lines"
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef):
+                lines = node.end_lineno - node.lineno + 1
+                name = f"{file}: {node.name}"
+                assert lines <= 200 or name in LONG_CLASSES, f"{name} has {lines} lines"
+
+
+def imports(tree):
+    """Modules that are imported when a module is, with the names taken from each."""
+    waiting = list(tree.body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module, [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, []) for alias in node.names)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test):
+            waiting += node.body + node.orelse
+        elif isinstance(node, ast.Try):
+            waiting += node.body + node.orelse + node.finalbody
+        elif isinstance(node, ast.ClassDef | ast.With):
+            waiting += node.body
+
+
+def needs(trees):
+    """Modules that each module needs when it is imported.
+
+    A module in a package needs the package's ``__init__`` first, but for the packages that it is in
+    itself.
+    """
+    found = {}
+    for name, tree in trees.items():
+        wanted = set()
+        for module, names in imports(tree):
+            taken = [f"{module}.{n}" for n in names if f"{module}.{n}" in trees]
+            # From a package that one is in, a module is taken, not what `__init__` makes of it.
+            if not (len(taken) == len(names) > 0 and name.startswith(f"{module}.")):
+                taken.append(module)
+            for target in taken:
+                parts = target.split(".")
+                wanted |= {".".join(parts[: i + 1]) for i in range(len(parts))} - {name}
+                # Those it is in are being imported already.
+                wanted -= {p for p in wanted if name.startswith(f"{p}.") and p != target}
+        found[name] = wanted & set(trees)
+    return found
+
+
+def cycle(graph):
+    """Some modules that need each other in a circle; none where there are none."""
+    left = dict(graph)
+    while free := [name for name, wanted in left.items() if not wanted & set(left)]:
+        for name in free:
+            del left[name]
+    if not left:
+        return []
+    name, path = next(iter(left)), []
+    while name not in path:
+        path.append(name)
+        name = next(iter(sorted(left[name] & set(left))))
+    return path[path.index(name) :]
+
+
+def test_no_module_needs_itself():
+    graph = needs({dotted(file): tree for file, (tree, _) in files().items()})
+    assert cycle(graph) == []
+
+
+@pytest.mark.parametrize(
+    ("texts", "found"),
+    [
+        ({"p": "", "p.a": "from p.b import x", "p.b": "from p.a import y"}, {"p.a", "p.b"}),
+        ({"p": "from p.a import x", "p.a": "from p import x"}, {"p", "p.a"}),
+        ({"p": "from p.a import x", "p.a": "from p import b", "p.b": ""}, set()),
+        ({"p": "", "p.a": "from p.b import x", "p.b": "def f():\n    import p.a"}, set()),
+    ],
+)
+def test_a_cycle_is_seen(texts, found):
+    assert set(cycle(needs({name: ast.parse(text) for name, text in texts.items()}))) == found

@@ -1,0 +1,220 @@
+"""Predictions for a table: variances against a dense formula, and by every way that there is."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from openreml_nn import InputError, lmm
+from openreml_nn.datasets import oats, sleepstudy
+from openreml_nn.model.structures import linear_model
+
+
+def table(n=90, seed=0):
+    rng = np.random.default_rng(seed)
+    t = pd.DataFrame({"x": rng.standard_normal(n), "w": rng.uniform(0.3, 3, n)})
+    t["g"] = [f"g{i}" for i in np.arange(n) // 6]
+    t["h"] = rng.integers(0, 5, n)
+    t["time"] = np.arange(n) % 6
+    t["s"] = np.where(rng.random(n) < 0.4, "u", "v")
+    b, c = 0.8 * rng.standard_normal((n // 6, 2)), 0.5 * rng.standard_normal(5)
+    at = np.arange(n) // 6
+    e = rng.standard_normal(n) * np.where(t["s"] == "u", 1.5, 0.7) / np.sqrt(t["w"])
+    t["y"] = 2 + t["x"] + b[at, 0] + b[at, 1] * t["x"] + c[t["h"]] + 0.6 * e
+    return t
+
+
+MODELS = {
+    "crossed": ("y ~ x + (x | g) + (1 | h)", {}),
+    "ml": ("y ~ x + (x | g) + (1 | h)", {"method": "ml"}),
+    "two terms of a factor": ("y ~ x + (x || g) + (1 | h)", {}),
+    "nested": ("y ~ x + (1 | h/s)", {}),
+    "one": ("y ~ x + s + (1 | g)", {}),
+    "an offset": ("y ~ 1 + offset(2 * x) + (1 | g) + (1 | h)", {}),
+    "weights": ("y ~ x + (x | g) + (1 | h)", {"weights": "w"}),
+    "a known residual": ("y ~ x + (1 | g)", {"weights": "w", "residual_variance": 0.5}),
+    "strata": ("y ~ x + (1 | g) + (1 | h)", {"residual": "diag(s)"}),
+    "ar1": ("y ~ x + (1 | h)", {"residual": "ar1(time | g)"}),
+    "cs within the factor": ("y ~ x + (x | g)", {"residual": "cs(g)"}),
+    "us alone": ("y ~ x", {"residual": "us(time | g)"}),
+    "no random effect": ("y ~ x * s", {}),
+}
+
+
+def fitted(name):
+    formula, options = MODELS[name]
+    with np.errstate(all="ignore"):
+        return lmm(formula, table(), **options)
+
+
+def new_rows():
+    """Pairs of levels that have no row in the data, and levels that are not known."""
+    t = table(60, seed=3)
+    t["g"] = [f"g{i % 15}" for i in range(60)]
+    t.loc[:4, "g"] = "new"
+    t.loc[3:9, "h"] = 77
+    return t.drop(columns="y")
+
+
+def kriging(result, new):
+    r"""Mean and variance of new observations with all of V written out.
+
+    :math:`\operatorname{var}(z'b - c'V^{-1}y \dots)`: the error of the best linear unbiased
+    predictor, with c the covariance of the new effects with y.
+    """
+    source, model = result.source, result.model
+    with torch.no_grad():
+        V = source.covariance()
+        blocks, R = list(source.covariance.operands.values())[:-1], model.residual()
+        old = [p.operands["z"]() for p in blocks]
+        G = [p.operands["g"]() for p in blocks]
+    encoded = result.encoder.transform(new)
+    n, X, X0 = len(encoded.X), source.X, encoded.X
+    c, prior = X.new_zeros(len(X), n), X.new_zeros(n)
+    for d, Z, g in zip(encoded.random, old, G, strict=True):
+        q, k = len(d.levels), len(d.effects)
+        hot = torch.nn.functional.one_hot(d.codes.clamp(min=0), q) * (d.codes >= 0)[:, None]
+        z = (hot[:, :, None] * d.values[:, None, :]).flatten(1)
+        c += Z @ g @ z.mT
+        block = torch.einsum("nk,kl,nl->n", d.values, g[:k, :k], d.values)
+        prior += torch.where(d.codes < 0, block, torch.einsum("ni,ij,nj->n", z, g, z))
+    Vi = torch.linalg.inv(V)
+    M = torch.linalg.inv(X.mT @ Vi @ X)
+    b = M @ X.mT @ Vi @ source.y
+    u = X0 - c.mT @ Vi @ X
+    mean = X0 @ b + c.mT @ Vi @ (source.y - X @ b)
+    variance = prior - (c * (Vi @ c)).sum(0) + ((u @ M) * u).sum(1)
+    own = R.diagonal().mean().expand(n)
+    if result.encoder.residual is not None and result.encoder.residual.kind in ("us", "diag"):
+        positions = [str(p) for p in result.encoder.learned.positions]
+        column = "time" if "time" in str(result.encoder.residual) else "s"
+        own = R.diagonal()[[positions.index(str(v)) for v in new[column]]]
+    if result.encoder.weights:
+        own = own / torch.tensor(new["w"].to_numpy())
+    offset = 0 if encoded.offset is None else encoded.offset
+    return mean + offset, variance + own, X0 @ b + offset
+
+
+@pytest.mark.filterwarnings("ignore:.*levels that the fit did not see")
+@pytest.mark.parametrize("name", MODELS)
+def test_predictions_are_those_of_the_dense_formula(name):
+    result, new = fitted(name), new_rows()
+    found = result.predict(new)
+    mean, variance, population = kriging(result, new)
+    for column, expected in (
+        ("mean", mean),
+        ("variance", variance),
+        ("population_mean", population),
+    ):
+        own = torch.tensor(found[column].to_numpy())
+        torch.testing.assert_close(own, expected, rtol=1e-8, atol=1e-8)
+    half = 1.959963984540054 * np.sqrt(found["variance"])
+    np.testing.assert_allclose(found["high"], found["mean"] + half, rtol=1e-12)
+    np.testing.assert_allclose(found["low"], found["mean"] - half, rtol=1e-12)
+    assert list(found) == ["mean", "variance", "population_mean", "low", "high"]
+
+
+@pytest.mark.filterwarnings("ignore:.*levels that the fit did not see")
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_of_the_rows_predicts_the_same_as_the_result(name):
+    result, new = fitted(name), new_rows()
+    expected = result.predict(new)
+    encoded = result.encoder.fit(table())
+    model = linear_model(encoded, result.method)
+    model.load_state_dict(result.model.state_dict())
+    batch = encoded.batch()
+    value = -float(model.loss(batch).detach()) * result.rows
+    assert value == pytest.approx(result.log_likelihood, rel=1e-12)
+    model.update(batch)
+    found = model.predict(result.encoder.transform(new).batch())
+    for column, own in found._asdict().items():
+        other = torch.tensor(expected[column].to_numpy())
+        torch.testing.assert_close(own, other, rtol=1e-8, atol=1e-10)
+
+
+def test_the_level_of_the_interval():
+    result = fitted("one")
+    narrow, wide = (result.predict(table(), level=p) for p in (0.5, 0.99))
+    assert (narrow["high"] < wide["high"]).all()
+    for level in (0, 1, 95):
+        with pytest.raises(InputError, match="`level` is"):
+            result.predict(table(), level=level)
+
+
+def test_a_table_without_weights_or_strata_has_the_variance_of_weight_one_and_the_mean():
+    weighted = fitted("weights")
+    new = new_rows().query("g != 'new' and h != 77")
+    plain = weighted.predict(new.drop(columns="w"))
+    one = weighted.predict(new.assign(w=1.0))
+    pd.testing.assert_frame_equal(plain, one)
+    strata = fitted("strata")
+    u, v, mean = (
+        strata.predict(t)["variance"].to_numpy()
+        for t in (new.assign(s="u"), new.assign(s="v"), new.drop(columns="s"))
+    )
+    np.testing.assert_allclose(mean, (u + v) / 2, rtol=1e-12)
+    assert (u > v).all()
+
+
+def test_rows_of_which_the_data_say_nothing_are_nan():
+    t = table().assign(f=lambda t: t["s"] + (t["h"] > 2).map(str))
+    t = t[t["f"] != "uTrue"]
+    with pytest.warns(RuntimeWarning, match="rank deficient"):
+        result = lmm("y ~ s * I(h > 2) + (1 | g)", t)
+    found = result.predict(table())
+    empty = (table()["s"] == "u") & (table()["h"] > 2)
+    assert found["mean"].isna().tolist() == empty.tolist()
+
+
+def test_a_result_keeps_its_predictions_when_its_covariance_is_moved():
+    result = fitted("crossed")
+    expected = result.predict(table())
+    result = fitted("crossed")
+    with torch.no_grad():
+        for parameter in result.source.covariance.parameters():
+            parameter.add_(1)
+    pd.testing.assert_frame_equal(result.predict(table()), expected)
+
+
+def test_predictions_of_no_rows_and_of_what_is_no_table():
+    result = fitted("one")
+    assert list(result.predict(table()[:0])) == [
+        "mean",
+        "variance",
+        "population_mean",
+        "low",
+        "high",
+    ]
+    with pytest.raises(TypeError, match="`table` is"):
+        result.predict("table.csv")
+
+
+def test_the_json_of_a_result_has_the_schema(tmp_path):
+    result = lmm("yield ~ nitro + (1 | Block/Variety)", oats())
+    result.to_json(tmp_path / "result.json")
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found["schema"] == 1
+    assert found["model"] == {"formula": "yield ~ nitro + (1 | Block/Variety)", "method": "reml"}
+    assert found["data"] == {
+        "rows": 72,
+        "dropped_rows": 0,
+        "fixed_effects": 2,
+        "groups": {"Block": 6, "Block:Variety": 18},
+    }
+    assert found["fit"]["log_likelihood"] == result.log_likelihood
+    assert found["fit"]["optimizer"] == "AIREML"
+    assert found["fit"]["seconds"] > 0
+    assert [term["group"] for term in found["random"]] == ["Block", "Block:Variety"]
+    assert found["random"][0]["std_dev"] == result.components[0].std_dev.tolist()
+    assert found["residual"]["variance"] == result.residual_variance
+    assert found["residual"]["parameters"] == {"sigma^2": result.residual_variance}
+    assert len(found["details"]["history"]) == found["fit"]["iterations"]
+
+
+def test_slopes_predict_beyond_the_data():
+    result = lmm("Reaction ~ Days + (Days | Subject)", sleepstudy())
+    far = pd.DataFrame({"Days": [9.0, 30.0], "Subject": ["308", "308"]})
+    found = result.predict(far)["variance"]
+    assert found[1] > 3 * found[0]
