@@ -40,6 +40,10 @@ MODELS = {
     "cs within the factor": ("y ~ x + (x | g)", {"residual": "cs(g)"}),
     "us alone": ("y ~ x", {"residual": "us(time | g)"}),
     "no random effect": ("y ~ x * s", {}),
+    "hetar1": ("y ~ x", {"residual": "hetar1(time | g)"}),
+    "diagonal": ("y ~ x + diag(1 + x | g) + (1 | h)", {}),
+    "a kernel": ("y ~ x + (1 | matern(h)) + (1 | g)", {}),
+    "a spline": ("y ~ x + (1 | spline(x)) + (1 | h)", {}),
 }
 
 
@@ -87,9 +91,11 @@ def kriging(result, new):
     mean = X0 @ b + c.mT @ Vi @ (source.y - X @ b)
     variance = prior - (c * (Vi @ c)).sum(0) + ((u @ M) * u).sum(1)
     own = R.diagonal().mean().expand(n)
-    if result.encoder.residual is not None and result.encoder.residual.kind in ("us", "diag"):
-        positions = [str(p) for p in result.encoder.learned.positions]
-        column = "time" if "time" in str(result.encoder.residual) else "s"
+    said = result.encoder.residual
+    if said is not None and said.text.startswith(("us", "diag", "hetar1")):
+        ((_, (side,)),) = result.encoder.learned.residual["strata"]
+        positions = side[3]
+        column = "time" if "time" in said.text else "s"
         own = R.diagonal()[[positions.index(str(v)) for v in new[column]]]
     if result.encoder.weights:
         own = own / torch.tensor(new["w"].to_numpy())
