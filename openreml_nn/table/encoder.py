@@ -16,8 +16,8 @@ from openreml_nn.support.errors import InputError
 from openreml_nn.table.algebra import Part
 from openreml_nn.table.columns import numbers, single
 from openreml_nn.table.encoded import Encoded, RandomDesign, ResidualDesign
+from openreml_nn.table.expressions import as_numbers
 from openreml_nn.table.formula import MixedFormula, RandomPart, parse_formula
-from openreml_nn.table.functions import as_numbers
 from openreml_nn.table.groups import (
     check_relations,
     ordered_effects,
