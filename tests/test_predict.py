@@ -66,6 +66,7 @@ MODELS = {
     "strata of ar1": ("y ~ x + (1 | h)", {"residual": "diag(half):ar1(g0):ar1(time)"}, ["half"]),
     "a variance for each time": ("y ~ x + (1 | h)", {"residual": "hetar1(time | g)"}, ["time"]),
     "ar1 with weights": ("y ~ x", {"residual": "ar1(time | g)", "weights": "w"}, []),
+    "matern": ("y ~ x + (1 | matern(h)) + (1 | g)", {}, []),
     "a power": ("y ~ x + (1 | g)", {"residual": "power(w)"}, ["w"]),
 }
 
