@@ -267,3 +267,17 @@ def test_slopes_predict_beyond_the_data():
     far = pd.DataFrame({"Days": [9.0, 30.0], "Subject": ["308", "308"]})
     found = result.predict(far)["variance"]
     assert found[1] > 3 * found[0]
+
+
+@pytest.mark.parametrize("name", ["crossed", "weights", "strata", "a kernel", "a nugget"])
+@pytest.mark.filterwarnings("ignore:.*levels that the fit did not see")
+def test_units_of_the_response_and_the_order_of_rows_do_not_matter(name):
+    formula, options, _ = MODELS[name]
+    new = new_rows()
+    expected = fitted(name).predict(new)
+    moved = table().assign(y=lambda t: 1e3 * t["y"]).sample(frac=1, random_state=2)
+    found = lmm(formula, moved, **options).predict(new.iloc[::-1]).iloc[::-1]
+    assert found.index.equals(expected.index)
+    for column in expected:
+        scale = 1e6 if column == "variance" else 1e3
+        np.testing.assert_allclose(found[column] / scale, expected[column], rtol=1e-5, atol=1e-6)
