@@ -19,7 +19,6 @@ PACKAGE = Path(__file__).parents[1] / "openreml_nn"
 #: Files of more than 400 lines, and why.
 LONG_FILES = {
     "estimation/aireml.py": "direction, safeguard and stopping rule are to be parted",
-    "lightning/module.py": "the hooks of Lightning in one place, half of it documentation",
     "likelihood/laplace.py": "the loss and what it prepares are to be parted",
     "model/mixed_model.py": "the model, its random effects and predictions are to be parted",
     "program/main.py": "commands are to be parted",

@@ -51,13 +51,12 @@ from openreml_nn.likelihood.system.sparse.terms import (
     over_levels,
 )
 from openreml_nn.likelihood.system.square_root import SquareRootEvaluation
+from openreml_nn.support.checks import check_number, found
 from openreml_nn.support.errors import InputError, NumericalError
 from openreml_nn.terms.term import Term
 
 __all__ = ["Sparse", "SparseProblem"]
 
-#: Operations that take as long as what an evaluation does beside them, at least.
-_OVERHEAD = 3e7
 #: With fewer columns beside the largest term's than these, others cost little.
 _FEW = 500
 
@@ -72,14 +71,24 @@ class Sparse(Solver):
             rounding, time and memory.
         memory: bytes that a factor and its inverse may hold, or V where second derivatives need it;
             more are refused.
+
+    Raises:
+        TypeError, InputError: if an option is not of its kind.
     """
 
     name: ClassVar[str] = "sparse"
+    #: What takes as long as all that an evaluation does beside its factor.
+    least: ClassVar[float] = 3e7
     ordering: Callable[[csc_matrix], np.ndarray] | None = None
     memory: float = 16 * 2**30
 
     #: The last analysis, for the problem that follows a forecast.
     _analysed: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_number("memory", self.memory, above=0)
+        if self.ordering is not None and not callable(self.ordering):
+            raise TypeError(f"`ordering` is {found(self.ordering)}: expected a function")
 
     def forecast(self, terms: Sequence[Term], p: int, dtype: torch.dtype) -> Cost | None:
         if self.obstacle(terms) is not None:
@@ -90,7 +99,7 @@ class Sparse(Solver):
         if not _promising([term for i, term in enumerate(moved) if i not in residual.at]):
             # Other solvers take so little that a bound will do.
             q = float(sum(x.design.shape[1] for i, x in enumerate(moved) if i not in residual.at))
-            work = q**3 + 8.0 * q * q * (p + 2) + 4.0 * n * (p + 1) + _OVERHEAD
+            work = q**3 + 8.0 * q * q * (p + 2) + 4.0 * n * (p + 1) + Sparse.least
             return Cost(work, 16.0 * q * q, True, "what meets is sparse", (f"{q:.0f} columns",))
         random = SparseTerm.of_all(moved, residual.at)
         equations = self._equations(random, residual)
@@ -148,7 +157,7 @@ def cost_of(equations: Equations, n: int, p: int) -> Cost:
     """What an evaluation with its scores takes, of n rows and p fixed effects."""
     symbolic = equations.symbolic
     entries = float(symbolic.entries)
-    work = 3 * symbolic.operations + 8.0 * entries * (p + 2) + 4.0 * n * (p + 1) + _OVERHEAD
+    work = 3 * symbolic.operations + 8.0 * entries * (p + 2) + 4.0 * n * (p + 1) + Sparse.least
     held = 8.0 * (2 * entries + (n + 4 * equations.size) * (p + 1))
     names = ", ".join(repr(part.name) for part in equations.parts)
     steps = (
