@@ -7,14 +7,14 @@ import pandas as pd
 from lightning import Trainer
 
 from openreml_nn.datasets import sleepstudy
-from openreml_nn.lightning import MixedModelDataModule, MixedModelModule, StopWhenConverged
+from openreml_nn.lightning import MixedModelDataModule, MixedModule, StopWhenConverged
 
 FORMULA = "Reaction ~ Days + (Days | Subject)"
 
 
 def main() -> None:
     data = MixedModelDataModule(sleepstudy(), FORMULA)
-    model = MixedModelModule(FORMULA, optimizer={"_target_": "torch.optim.Adam", "lr": 0.1})
+    model = MixedModule(FORMULA, optimizer={"_target_": "torch.optim.Adam", "lr": 0.1})
     trainer = Trainer(
         max_epochs=1000,
         accelerator="cpu",
@@ -30,7 +30,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.ckpt"
         trainer.save_checkpoint(path)
-        loaded = MixedModelModule.load_from_checkpoint(path, weights_only=True)
+        loaded = MixedModule.load_from_checkpoint(path, weights_only=True)
     new = pd.DataFrame({"Days": [10, 10], "Subject": ["308", "a new one"]})
     print(loaded.predict(new))
 

@@ -59,6 +59,11 @@ def forked(function: Callable[[], object], cwd: Path, timeout: float = 300) -> S
     return SimpleNamespace(returncode=process.exitcode, stdout=stdout, stderr=stderr)
 
 
+def program(*arguments: str, cwd: Path) -> SimpleNamespace:
+    """The console program, called in a fork in a folder."""
+    return forked(lambda: main(arguments), cwd)
+
+
 def _run(function: Callable[[], object], cwd: Path, streams: list[int]) -> None:
     for name, number, stream in zip(("stdout", "stderr"), (1, 2), streams, strict=True):
         os.dup2(stream, number)

@@ -2,43 +2,81 @@
 
 import torch
 from lightning import Callback, Trainer
-from torch import nn
+from torch import distributed, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from openreml_nn import MixedModel, RandomEffect
-from openreml_nn.lightning import NeuralMixedModule
+from openreml_nn.lightning import MixedModule, WholeGroups
+from openreml_nn.model import take
 
 
-def train(processes, training, head, path):
+def train(processes, training, head, path, n=204):
     torch.set_default_dtype(torch.float64)
     generator = torch.Generator().manual_seed(0)
-    n, q = 203, 12  # no multiple of the processes
+    q = 12
     x = torch.randn(n, 2, generator=generator)
     codes = torch.randint(0, q, (n,), generator=generator)
     b = torch.randn(q, generator=generator)[codes]
     y = x[:, 0].sin() + b + 0.5 * torch.randn(n, generator=generator)
     torch.manual_seed(1)
     network = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1 if head == "ml" else 3))
-    spread = nn.Linear(2, 1) if training == "full" and head == "ml" else None
+    spread = nn.Linear(2, 1) if training in ("full", "alternating") and head == "ml" else None
     model = MixedModel(network, {"g": RandomEffect(q)}, residual=spread, head=head)
-    module = NeuralMixedModule(
-        model,
-        {"x": x, "y": y, "groups": {"g": codes}},
-        {"_target_": "torch.optim.SGD", "lr": 0.05},
-        training,
-        rows=64,
-    )
+    sgd = {"_target_": "torch.optim.SGD", "lr": 0.05}
+    module = MixedModule(model, sgd, training, rows=64)
+    batch = {"x": x, "y": y, "groups": {"g": codes}}
+    rows = {
+        "alternating": lambda: DataLoader(TensorDataset(x, y, codes), batch_sampler=Every(n)),
+        "groups": lambda: WholeGroupsOf(batch, processes),
+    }.get(training, lambda: DataLoader([batch], batch_size=None))
     trainer = Trainer(
         max_epochs=3,
         accelerator="cpu",
         devices=processes,
         strategy="ddp_fork" if processes > 1 else "auto",
+        use_distributed_sampler=False,
         callbacks=[Written(path)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module)
+    trainer.fit(module, rows())
+
+
+class Every:
+    """Mini-batches of 64 rows, of which each process has its share, one process all."""
+
+    def __init__(self, n):
+        self.rows = torch.arange(n).split(64)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __iter__(self):
+        known = distributed.is_initialized()
+        rank, size = (distributed.get_rank(), distributed.get_world_size()) if known else (0, 1)
+        return iter([rows[rank::size].tolist() for rows in self.rows])
+
+
+class WholeGroupsOf:
+    """Mini-batches of whole groups, of which each of two processes has every other group."""
+
+    def __init__(self, batch, processes):
+        self.batch, self.processes = batch, processes
+        self.sampler = WholeGroups(batch["groups"], 64)
+
+    def __len__(self):
+        return len(self.sampler)
+
+    def __iter__(self):
+        self.sampler.set_epoch(0)
+        for rows in self.sampler:
+            part = take(self.batch, torch.tensor(rows))
+            if self.processes > 1:
+                own = part["groups"]["g"] % 2 == distributed.get_rank()
+                part = take(part, own.nonzero()[:, 0])
+            yield part
 
 
 class Written(Callback):

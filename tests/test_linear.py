@@ -5,8 +5,9 @@ import pandas as pd
 import pytest
 import torch
 
-from openreml_nn import InputError, lmm
+from openreml_nn import InputError, REMLLoss, fit_reml, lmm
 from openreml_nn.datasets import oats, sleepstudy
+from openreml_nn.model.structures import linear_model
 from openreml_nn.table import Encoder
 
 OPTIONS = {
@@ -36,7 +37,7 @@ def test_positions_of_residuals_are_sorted_by_size():
     table = pd.DataFrame({"y": np.arange(6.0), "g": [1, 1, 1, 2, 2, 2], "t": [10, 9, 8, 9, 8, 10]})
     residual = Encoder("y ~ 1", residual="ar1(t | g)").fit(table).residual
     assert residual.positions == ("8", "9", "10")
-    assert residual.cells.tolist() == [2, 1, 0, 4, 3, 5]
+    assert residual.strata[0].codes.tolist() == [2, 1, 0, 4, 3, 5]
 
 
 def test_a_combination_that_was_not_seen_is_no_level_though_its_parts_were():
@@ -76,6 +77,69 @@ def test_predictions_of_levels_that_were_not_seen_are_those_of_the_population():
     assert found.loc[1003, "mean"] == found.loc[1003, "population_mean"]
     b = result.fixed.estimate.numpy()
     np.testing.assert_allclose(found["population_mean"], b[0] + b[1] * table["Days"].dropna())
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e2, 1e5])
+@pytest.mark.parametrize("method", ["reml", "ml"])
+@pytest.mark.parametrize("chunk_rows", [None, 50])
+def test_slopes_on_covariates_far_from_zero_are_those_of_near_ones(
+    tmp_path, shift, method, chunk_rows
+):
+    """The likelihood, predictions and variances of slopes are the same; intercepts move along."""
+    near, far = sleepstudy(), sleepstudy().assign(Days=lambda t: t["Days"] + shift)
+    path = tmp_path / "far.parquet"
+    far.to_parquet(path)
+    formula = "Reaction ~ Days + (Days | Subject)"
+    expected = lmm(formula, near, method=method)
+    found = lmm(formula, path if chunk_rows else far, method=method, chunk_rows=chunk_rows)
+    assert found.converged
+    assert not found.indistinct
+    assert found.log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-10)
+    one, other = found.predict(far), expected.predict(near)
+    for column in one:
+        np.testing.assert_allclose(one[column], other[column], rtol=1e-7)
+    (a, _), (b, _) = found.components, expected.components
+    assert float(a.covariance[1, 1]) == pytest.approx(float(b.covariance[1, 1]), rel=1e-6)
+    assert float(a.std_error[1, 1]) == pytest.approx(float(b.std_error[1, 1]), rel=1e-5)
+    # Of the user's scale: the variance at 0 is that of the line far outside of the data.
+    C = torch.tensor([[1.0, -shift], [0.0, 1.0]], dtype=torch.float64)
+    torch.testing.assert_close(a.covariance, C @ b.covariance @ C.mT, rtol=1e-5, atol=1e-3)
+    L = torch.zeros(2, 2, dtype=torch.float64)
+    for parameter in found.parameters[:3]:
+        i, j = map(int, parameter.name.split("_")[1:])
+        L[i, j] = parameter.value
+        assert found.history[-1].parameters[parameter.name] == pytest.approx(
+            parameter.value, rel=1e-6
+        )
+    torch.testing.assert_close(L @ L.mT, a.covariance, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        found.random[0].values, expected.random[0].values @ C.mT, rtol=1e-6, atol=1e-6
+    )
+
+
+def test_what_is_estimated_in_another_basis_has_the_standard_errors_of_the_users():
+    """Those at a shift at which both ways converge, found by either."""
+    table = sleepstudy().assign(Days=lambda t: t["Days"] + 60)
+    encoded = (encoder := Encoder("Reaction ~ Days + (Days | Subject)")).fit(table)
+    plain = fit_reml(
+        linear_model(encoded).covariance(encoded.batch()),
+        encoded.y,
+        encoded.X,
+        names=encoded.names,
+    )
+    found = lmm(encoder.formula.text, table)
+    assert found.model.random["Subject"].basis[0, 1] != 0
+    for one, other in zip(found.parameters, plain.parameters, strict=True):
+        assert one.name == other.name
+        assert one.value == pytest.approx(other.value, rel=1e-6)
+        assert one.std_error == pytest.approx(other.std_error, rel=1e-5)
+        assert one.untransformed == pytest.approx(other.untransformed, rel=1e-6)
+        assert one.untransformed_std_error == pytest.approx(other.untransformed_std_error, rel=1e-5)
+    for one, other in zip(found.random, plain.random, strict=True):
+        torch.testing.assert_close(one.values, other.values, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(one.variances, other.variances, rtol=1e-6, atol=1e-6)
+    value = REMLLoss(found.source.covariance, reduction="sum")(encoded.y, encoded.X)
+    assert -float(value.detach()) == pytest.approx(found.log_likelihood, rel=1e-12)
 
 
 @pytest.mark.parametrize(

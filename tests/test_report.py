@@ -18,8 +18,8 @@ from openreml_nn.covariance import (
     Sum,
 )
 from openreml_nn.inference import profile, variance_shares
+from openreml_nn.program.outputs import write_plots, write_record, write_tables
 from openreml_nn.report import (
-    Run,
     blup_table,
     caterpillar,
     convergence,
@@ -29,15 +29,18 @@ from openreml_nn.report import (
     semivariogram,
     shares,
     variance_table,
-    write_plots,
     write_report,
-    write_run,
-    write_tables,
     zeta,
 )
-from openreml_nn.report.sweep import best
+from openreml_nn.report.runs import best
 
 FORMULA = "Reaction ~ Days + (Days | Subject)"
+
+
+def write_run(result, directory, validation=None):
+    write_tables(result, directory)
+    write_plots(result, directory)
+    write_record(result, directory, validation or {})
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +89,7 @@ def test_plots_draw_what_they_claim(result):
 
 
 def test_run_directory(result, tmp_path):
-    run = Run(result, FORMULA, dropped_rows=0, optimizer="AIREML", seconds=0.5)
-    write_run(run, tmp_path / "run")
+    write_run(result, tmp_path / "run")
     files = {str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*.*")}
     assert files == {
         "result.json",
@@ -133,15 +135,15 @@ def test_a_run_whose_tables_cannot_be_written_has_no_result(result, tmp_path, mo
         if path.name == "blup.csv":
             raise OSError("no space left")
 
-    monkeypatch.setattr("openreml_nn.report.run.write_table", full)
+    monkeypatch.setattr("openreml_nn.program.outputs.write_table", full)
     with pytest.raises(OSError, match="no space left"):
-        write_run(Run(result, FORMULA, 0, "AIREML", 0.1), tmp_path)
+        write_run(result, tmp_path)
     assert not (tmp_path / "result.json").exists()
 
 
 def test_independent_effects_of_one_factor_are_entries_of_their_own(tmp_path):
     result = lmm("Reaction ~ Days + (Days || Subject)", datasets.sleepstudy())
-    record = Run(result, "f", 0, "AIREML", 0.1).record()
+    record = result.to_dict()
     assert [(r["group"], r["effects"]) for r in record["random"]] == [
         ("Subject", ["(Intercept)"]),
         ("Subject", ["Days"]),
@@ -189,7 +191,7 @@ def test_a_semivariogram_of_an_autoregressive_field_rises_to_its_sill():
 
 def test_a_report_is_one_page_that_needs_no_other_file(result, tmp_path):
     for name in ("a", "b"):
-        write_run(Run(result, FORMULA, 0, "AIREML", 0.1, {"val_mse": 1.0}), tmp_path / name)
+        write_run(result, tmp_path / name, {"val_mse": 1.0})
     assert write_report(tmp_path, tmp_path / "report.html") == 2
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 2 * len(list((tmp_path / "a/plots").iterdir()))
@@ -204,7 +206,7 @@ def test_what_is_wrong_is_written_in_words(tmp_path):
     table = pd.DataFrame({"y": np.random.default_rng(0).standard_normal(60)})
     table["g"] = np.arange(60) // 20
     found = lmm("y ~ 1 + (1 | g)", table)
-    write_run(Run(found, "y ~ 1 + (1 | g)", 0, "AIREML", 0.1), tmp_path)
+    write_run(found, tmp_path)
     said = (tmp_path / "summary.txt").read_text(encoding="utf-8")
     assert "g has 3 levels" in said
 
@@ -277,14 +279,10 @@ def test_a_plot_that_fails_costs_a_line_and_not_the_result(result, tmp_path, mon
     def broken(*_):
         raise MemoryError("cannot allocate\n80 GB")
 
-    monkeypatch.setattr("openreml_nn.report.run.covariance_map", broken)
-    run = Run(result, FORMULA, 0, "AIREML", 0.1)
-    stale = tmp_path / "plots" / "blup_Nobody.png"
-    stale.parent.mkdir()
-    stale.touch()
+    monkeypatch.setattr("openreml_nn.program.outputs.covariance_map", broken)
     said = "^plot covariance is left out: MemoryError: cannot allocate 80 GB$"
     with pytest.warns(RuntimeWarning, match=said):
-        write_run(run, tmp_path)
+        write_run(result, tmp_path)
     assert json.loads((tmp_path / "result.json").read_text())["data"]["rows"] == 180
     assert {path.stem for path in (tmp_path / "plots").iterdir()} == {
         "blup_Subject", "convergence", "residuals", "shares"
@@ -292,9 +290,8 @@ def test_a_plot_that_fails_costs_a_line_and_not_the_result(result, tmp_path, mon
 
 
 def test_results_are_written_before_anything_is_drawn(result, tmp_path):
-    run = Run(result, FORMULA, 0, "AIREML", 0.1)
-    write_tables(run, tmp_path)
-    names = {"result.json", "summary.txt", "fixed.csv", "variance.csv", "blup.csv"}
+    write_tables(result, tmp_path)
+    names = {"summary.txt", "fixed.csv", "variance.csv", "blup.csv"}
     assert {path.name for path in tmp_path.iterdir()} == names
-    write_plots(run, tmp_path)
+    write_plots(result, tmp_path)
     assert len(list((tmp_path / "plots").glob("*.png"))) == 5

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from openreml_nn import InputError, datasets
-from openreml_nn.lightning import MixedModelDataModule, TabularMixedModule
+from openreml_nn import InputError, datasets, lmm
+from openreml_nn.lightning import MixedModelDataModule, MixedModule
 from tests.test_neural import quiet
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*levels that the fit did not see")
@@ -24,7 +24,7 @@ MATERN = {"plot": {"_target_": "openreml_nn.covariance.MaternMatrix", "columns":
 def fitted(formula, table, epochs=20, split="random", **options):
     data = MixedModelDataModule(table, formula, validation=0.2, split=split)
     adam = {"_target_": "torch.optim.Adam", "lr": 0.01}
-    module = TabularMixedModule(formula, NETWORK, optimizer=adam, rows=256, **options)
+    module = MixedModule(formula, network=NETWORK, optimizer=adam, rows=256, **options)
     trainer = quiet(epochs)
     trainer.fit(module, data)
     return module, trainer, data
@@ -44,14 +44,14 @@ def test_a_checkpoint_needs_neither_table_nor_model(name, tmp_path):
     formula, table, options = CASES[name]
     module, trainer, _ = fitted(formula, table, 3, **options)
     trainer.save_checkpoint(tmp_path / "m.ckpt")
-    again = TabularMixedModule.load_from_checkpoint(tmp_path / "m.ckpt", weights_only=True)
+    again = MixedModule.load_from_checkpoint(tmp_path / "m.ckpt", weights_only=True)
     new = table.iloc[:10].copy()
     group = formula.split("| ")[1].split(")")[0]
     new[group] = new[group].astype(str)
     new.loc[5:, group] = "never seen"
     expected, found = module.predict(new), again.predict(new)
     pd.testing.assert_frame_equal(found, expected)
-    assert list(found.columns) == ["mean", "variance", "population_mean"]
+    assert list(found.columns) == ["mean", "variance", "population_mean", "low", "high"]
     assert float(found["variance"][5:].min()) > 0
 
 
@@ -110,7 +110,7 @@ def test_units_do_not_matter(head):
 def test_a_network_may_be_a_module():
     formula, table, _ = CASES["crossed"]
     data = MixedModelDataModule(table, formula)
-    module = TabularMixedModule(formula, nn.Sequential(nn.LazyLinear(8), nn.ReLU()))
+    module = MixedModule(formula, network=nn.Sequential(nn.LazyLinear(8), nn.ReLU()))
     quiet(1).fit(module, data)
     assert "network" not in module.hparams
     assert len(module.predict(table)) == len(table)
@@ -119,7 +119,7 @@ def test_a_network_may_be_a_module():
 def test_errors_name_what_is_wrong():
     formula, table, _ = CASES["field"]
     with pytest.raises(InputError, match="kernel of 'site': the groups are \\['plot'\\]"):
-        TabularMixedModule(formula, NETWORK, kernels={"site": {}})
+        MixedModule(formula, network=NETWORK, kernels={"site": {}})
     for columns, message in [([], "expected columns"), (["west"], "\\['west'\\]")]:
         kernels = {"plot": {**MATERN["plot"], "columns": columns}}
         with pytest.raises(InputError, match=message):
@@ -129,20 +129,20 @@ def test_errors_name_what_is_wrong():
         fitted(formula, moved, 1, kernels=MATERN)
     with pytest.raises(InputError, match="has no random effect"):
         fitted("yield ~ rain", table, 1)
-    for target, message in [("os.system", "not a class"), ("torch.Size", "got Size")]:
+    for target, message in [("os.system", "not a class"), ("torch.Size", "not a class")]:
         with pytest.raises(InputError, match=message):
             quiet(1).fit(
-                TabularMixedModule(formula, {"_target_": target}),
+                MixedModule(formula, network={"_target_": target}),
                 MixedModelDataModule(table, formula),
             )
     wrong = {"_target_": "torch.nn.Linear", "in_features": 99, "out_features": 2}
     with pytest.raises(InputError, match="'network' fails for 3 columns: mat1 and mat2"):
-        quiet(1).fit(TabularMixedModule(formula, wrong), MixedModelDataModule(table, formula))
+        quiet(1).fit(MixedModule(formula, network=wrong), MixedModelDataModule(table, formula))
     with pytest.raises(ValueError, match="no estimates"):
-        TabularMixedModule(formula, NETWORK).predict(table)
+        MixedModule(formula, network=NETWORK).predict(table)
     other = MixedModelDataModule(table, "yield ~ rain + (1 | plot)")
     with pytest.raises(ValueError, match="the data module's formula"):
-        quiet(1).fit(TabularMixedModule(formula, NETWORK), other)
+        quiet(1).fit(MixedModule(formula, network=NETWORK), other)
 
 
 # ---------------------------------------------------------------------- rows held out
@@ -202,3 +202,52 @@ def test_a_split_by_another_column():
 def test_splits_that_cannot_be(options, message):
     with pytest.raises(InputError, match=message):
         module_with(**options)
+
+
+def test_every_epoch_has_an_order_of_its_own_and_every_seed():
+    table, formula = datasets.growth(40), "height ~ age + (1 | child)"
+
+    def seen(seed):
+        data = MixedModelDataModule(table, formula)
+        module = MixedModule(formula, network=NETWORK, rows=100, seed=seed)
+        trainer = quiet(1)
+        trainer.fit(module, data)
+        loader, found = data.train_dataloader(), []
+        for epoch in range(2):
+            trainer.fit_loop.epoch_progress.current.processed = epoch
+            trainer.fit_loop.epoch_progress.current.completed = epoch
+            found.append(torch.cat([batch["y"] for batch in loader]))
+        return found
+
+    first, second = seen(0)
+    assert not torch.equal(first, second)
+    assert torch.equal(first.sort().values, second.sort().values)
+    assert torch.equal(first, seen(0)[0])
+    assert not torch.equal(first, seen(1)[0])
+
+
+@pytest.mark.parametrize("network", [None, NETWORK], ids=["linear", "network"])
+@pytest.mark.parametrize(
+    "options", [{"residual": "diag(dose)"}, {"weights": "w"}, {"residual": "ar1(visit | child)"}]
+)
+def test_residuals_and_weights_are_the_same_options_for_both(network, options):
+    """A network trains on them, and a linear mean has lmm's likelihood and predictions."""
+    table = datasets.growth(30)
+    table["w"] = 1 + np.arange(len(table)) % 3
+    table["visit"] = table.groupby("child").cumcount()
+    formula = "height ~ age + (1 | child)"
+    data = MixedModelDataModule(table, formula, **options)
+    lbfgs = {"_target_": "torch.optim.LBFGS", "line_search_fn": "strong_wolfe"}
+    module = MixedModule(formula, lbfgs if network else None, "full", network=network, **options)
+    quiet(30 if network is None else 3).fit(module, data)
+    expected = lmm(formula, table, **options)
+    found = module.predict(table)
+    assert (found["variance"] > 0).all()
+    if network is None:
+        assert module.result.log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-9)
+        np.testing.assert_allclose(found, expected.predict(table), rtol=1e-4)
+        pd.testing.assert_frame_equal(module.result.predict(table), found)
+    else:
+        loss, y, X = module.model.data(module.model(data.encoded.batch()), data.encoded.batch())
+        own = -float(loss(y, X)) * len(y)
+        assert module.result.log_likelihood == pytest.approx(own, rel=1e-9)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance.exchangeable import interval
+from openreml_nn.covariance.exchangeable import within_bounds
 from openreml_nn.covariance.matrix import FreeParams, Matrix, differentiated
 from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.start import harmonic_mean
@@ -67,7 +67,7 @@ class AR1Matrix(Matrix):
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
         n = check_count("n", n, 1)
         default = free_specs(["sigma^2"], trans=TransformExpPow2())
-        default |= free_specs(["rho"], trans=interval(-1.0, 1.0))
+        default |= free_specs(["rho"], trans=within_bounds(-1.0, 1.0))
         super().__init__((n, n), merge_specs(default, param_specs))
 
     def _powers(self, rho: Tensor) -> Tensor:
@@ -151,7 +151,9 @@ class ToeplitzMatrix(Matrix):
         if self.bands > n:
             raise InputError(f"`bands` is {bands}: expected 1 to {n}")
         default = free_specs(["sigma^2"], trans=TransformExpPow2())
-        default |= free_specs([f"rho_{i}" for i in range(1, self.bands)], trans=interval(-1.0, 1.0))
+        default |= free_specs(
+            [f"rho_{i}" for i in range(1, self.bands)], trans=within_bounds(-1.0, 1.0)
+        )
         super().__init__((n, n), merge_specs(default, param_specs))
 
     def _by_lag(self, values: Tensor) -> Tensor:
@@ -219,7 +221,7 @@ class AntedependenceMatrix(Matrix):
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
         n = check_count("n", n, 1)
         default = free_specs([f"sigma_{i}" for i in range(n)], trans=TransformExp(degree=1))
-        default |= free_specs([f"rho_{k}" for k in range(n - 1)], trans=interval(-1.0, 1.0))
+        default |= free_specs([f"rho_{k}" for k in range(n - 1)], trans=within_bounds(-1.0, 1.0))
         super().__init__((n, n), merge_specs(default, param_specs))
 
     def _natural(self, free_params: FreeParams) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,13 +5,43 @@ from __future__ import annotations
 from numbers import Integral
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from openreml_nn.covariance.params import free_specs
 from openreml_nn.covariance.transform import Transform
 from openreml_nn.support.errors import InputError
 
-__all__ = ["simple_param_specs"]
+__all__ = ["Intermediates", "simple_param_specs"]
+
+
+class Intermediates:
+    """By-products of an evaluation that a matrix may keep."""
+
+    _intermediates: tuple[Tensor, Any] | None = None
+
+    def set_intermediates(self, params: Tensor, intermediates: Any) -> None:
+        """Keep a by-product of an evaluation, to be had again at exactly these parameters.
+
+        Nothing is kept while autograd records or a ``torch.func`` transform
+        runs: a kept graph would be freed by the first backward.
+        """
+        traced = torch._C._functorch.is_functorch_wrapped_tensor(params)
+        if traced or (params.requires_grad and torch.is_grad_enabled()) or not params.numel():
+            return
+        self._intermediates = (params.detach().clone(), intermediates)
+
+    def get_intermediates(self, params: Tensor) -> Any:
+        """What :meth:`set_intermediates` kept at these parameters, dtype and device, or None."""
+        if self._intermediates is None or torch._C._functorch.is_functorch_wrapped_tensor(params):
+            return None
+        key, kept = self._intermediates
+        same = key.dtype == params.dtype and key.device == params.device
+        return kept if same and torch.equal(key, params.detach()) else None
+
+    def reset_intermediates(self) -> None:
+        """Forget what :meth:`set_intermediates` kept."""
+        self._intermediates = None
 
 
 def simple_param_specs(

@@ -20,10 +20,10 @@ from openreml_nn.covariance.transform import (
 )
 from openreml_nn.support.checks import check_count
 
-__all__ = ["CompoundSymmetricMatrix", "EqualEntryMatrix", "EquicorrelationMatrix", "interval"]
+__all__ = ["CompoundSymmetricMatrix", "EqualEntryMatrix", "EquicorrelationMatrix", "within_bounds"]
 
 
-def interval(low: float, high: float) -> Transform:
+def within_bounds(low: float, high: float) -> Transform:
     """A sigmoid scaled to ``(low, high)``."""
     return TransformChain([TransformSigmoid(), TransformScaleShift(high - low, low)])
 
@@ -34,7 +34,7 @@ def _least_correlation(n: int) -> float:
 
 
 def _common_correlation(n: int) -> dict[str, dict[str, Any]]:
-    return free_specs(["rho"], trans=interval(_least_correlation(n), 1.0))
+    return free_specs(["rho"], trans=within_bounds(_least_correlation(n), 1.0))
 
 
 def _off_and_on(cotangent: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,12 +13,8 @@ from torch import Tensor
 from openreml_nn.covariance.matrix import Matrix
 from openreml_nn.covariance.operator import Operator
 from openreml_nn.covariance.start import give_to_one, harmonic_mean
-from openreml_nn.terms.covariance import (
-    Covariance,
-    DiagonalCovariance,
-    KroneckerCovariance,
-    RepeatedCovariance,
-)
+from openreml_nn.terms.base import Covariance
+from openreml_nn.terms.covariance import DiagonalCovariance, KroneckerCovariance, RepeatedCovariance
 from openreml_nn.terms.design import IdentityDesign, IndexedDesign
 from openreml_nn.terms.term import Term, whole_term
 

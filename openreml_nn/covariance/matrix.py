@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openreml_nn.covariance.calls import called, evaluate
+from openreml_nn.covariance.compat import Intermediates
 from openreml_nn.covariance.nodes import differentiated, hooked, is_opaque
 from openreml_nn.covariance.parametrized import FreeParams, Parametrized, Recorded
 from openreml_nn.covariance.start import harmonic_mean, rescale
-from openreml_nn.covariance.tree import called, evaluate
 from openreml_nn.support.checks import check_count, found
 from openreml_nn.support.errors import InputError
 
@@ -31,7 +32,7 @@ _TOO_DEEP = (
 _MOST_BYTES = 2**31
 
 
-class Matrix(Parametrized):
+class Matrix(Intermediates, Parametrized):
     r"""A matrix :math:`V(\theta)` as a module.
 
     A subclass passes its shape and parameter specifications to the
@@ -73,7 +74,6 @@ class Matrix(Parametrized):
         super().__init__(param_specs)
         self.known_shape = _checked_shape(shape)
         self.grad_mode = "default"
-        self._intermediates: tuple[Tensor, Any] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -384,29 +384,6 @@ class Matrix(Parametrized):
     def map_theta_to_dv(self, theta: FreeParams = None) -> Tensor | None:
         """The Jacobian at ``theta``, ``(num_free_params, *shape)``; None if all is fixed."""
         return self.grad(theta)[0]
-
-    def set_intermediates(self, params: Tensor, intermediates: Any) -> None:
-        """Keep a by-product of an evaluation, to be had again at exactly these parameters.
-
-        Nothing is kept while autograd records or a ``torch.func`` transform
-        runs: a kept graph would be freed by the first backward.
-        """
-        traced = torch._C._functorch.is_functorch_wrapped_tensor(params)
-        if traced or (params.requires_grad and torch.is_grad_enabled()) or not params.numel():
-            return
-        self._intermediates = (params.detach().clone(), intermediates)
-
-    def get_intermediates(self, params: Tensor) -> Any:
-        """What :meth:`set_intermediates` kept at these parameters, dtype and device, or None."""
-        if self._intermediates is None or torch._C._functorch.is_functorch_wrapped_tensor(params):
-            return None
-        key, kept = self._intermediates
-        same = key.dtype == params.dtype and key.device == params.device
-        return kept if same and torch.equal(key, params.detach()) else None
-
-    def reset_intermediates(self) -> None:
-        """Forget what :meth:`set_intermediates` kept."""
-        self._intermediates = None
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance.exchangeable import interval
+from openreml_nn.covariance.exchangeable import within_bounds
 from openreml_nn.covariance.kernel import check_symmetric
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.params import free_specs, merge_specs
@@ -121,7 +121,7 @@ class ARMAMatrix(Matrix):
     def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
         n = check_count("n", n, 1)
         default = free_specs(["sigma^2"], trans=TransformExpPow2())
-        default |= free_specs(["phi", "theta"], trans=interval(-1.0, 1.0))
+        default |= free_specs(["phi", "theta"], trans=within_bounds(-1.0, 1.0))
         super().__init__((n, n), merge_specs(default, param_specs))
 
     def forward(self, free_params: FreeParams = None) -> Tensor:

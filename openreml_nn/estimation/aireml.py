@@ -105,7 +105,11 @@ class AIREML(torch.optim.Optimizer):
         self.last: Step | None = None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Evaluate the closure and take one step; returns what the closure returned."""
+        """Evaluate the closure and take one step; returns what the closure returned.
+
+        The closure may also return an :class:`Objective`, a likelihood that is prepared and that
+        nothing need evaluate first.
+        """
         if not callable(closure):
             raise TypeError(
                 f"`closure` is {described(closure)}: expected a function that evaluates the loss"
@@ -113,6 +117,10 @@ class AIREML(torch.optim.Optimizer):
         owned = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         with torch.enable_grad(), listen() as heard, _watched(owned) as gradients:
             value = closure()
+            if isinstance(value, Objective):
+                tolerance = min(group["tolerance"] for group in self.param_groups)
+                self.last = average_information_step([value], owned, tolerance)
+                return value
             # To this optimizer a likelihood without a parameter of its own is a constant.
             mine = [h for h in heard if _shares(h.objective, owned)]
             weights = _weights(value, mine, owned)

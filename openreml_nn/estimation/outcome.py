@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from math import nan
+from math import inf, log, nan
 from typing import Any
 
 import torch
@@ -13,6 +13,11 @@ from torch import Tensor
 
 from openreml_nn.covariance import DummyMatrix
 from openreml_nn.covariance.operator import Operator
+from openreml_nn.estimation.basis import (
+    factor_in_user_basis,
+    factor_names,
+    history_in_user_basis,
+)
 from openreml_nn.estimation.curvature import Curvature
 from openreml_nn.estimation.derivatives import jacobian
 from openreml_nn.likelihood.effects import RandomEffects
@@ -62,6 +67,7 @@ class _Builder:
     def __init__(self, objective: Objective, labels: Mapping[str, Label]) -> None:
         self._objective = objective
         self._labels = labels
+        self._bases = {name: x.basis for name, x in labels.items() if x.basis is not None}
         self._evaluation: Evaluation = objective.evaluate()
         self._terms = [term.detach() for term in objective.terms()]
         self._curvature = Curvature([objective])
@@ -86,6 +92,12 @@ class _Builder:
             for term, effects in zip(self._random_terms, random, strict=True):
                 fitted = fitted + term.design.matmul(effects.values.reshape(-1, 1))[:, 0]
             residuals = y.detach().to(dtype) - fitted
+        random = [self._in_user_basis(effects) for effects in random]
+        if self._bases:
+            history = [
+                replace(step, parameters=history_in_user_basis(step.parameters, self._bases))
+                for step in history
+            ]
         negligible = self._negligible()
         components = self._components(negligible)
         curvature = self._curvature
@@ -200,7 +212,45 @@ class _Builder:
         rest = zip(at.names, u.tolist(), self._spread.diagonal().sqrt().tolist(), strict=True)
         for name, value, error in list(rest)[start:]:
             found.append(Estimate(name, value, error, value, error))
-        return tuple(found)
+        moved = self._moved({estimate.name: estimate for estimate in found})
+        return tuple(moved.get(estimate.name, estimate) for estimate in found)
+
+    def _moved(self, found: Mapping[str, Estimate]) -> dict[str, Estimate]:
+        """The factors of terms that were estimated in another basis than the user's."""
+        if not self._bases:
+            return {}
+        u, at = self._curvature.u, self._curvature.at
+        names = {term: factor_names(found, term) for term in self._bases}
+
+        def factors(x: Tensor) -> tuple[Tensor, ...]:
+            terms = {term.name: term for term in self._objective.terms(at.natural(0, x))}
+            parts = []
+            for name, entries in names.items():
+                L = factor_in_user_basis(terms[name].covariance.root().matrix, self._bases[name])
+                i, j = zip(*entries.values(), strict=True)
+                parts.append(L[list(i), list(j)])
+            return tuple(parts)
+
+        values = factors(u)
+        jacobians = jacobian(factors, u) if len(u) else [u.new_zeros(0, len(v)) for v in values]
+        moved = {}
+        for entries, value, J in zip(names.values(), values, jacobians, strict=True):
+            errors = torch.einsum("mi,mn,ni->i", J, self._spread, J).clamp(min=0).sqrt()
+            for (name, (i, j)), x, error in zip(
+                entries.items(), value.tolist(), errors.tolist(), strict=True
+            ):
+                stored, slope = (log(x) if x > 0 else -inf, x) if i == j else (x, 1.0)
+                stored_error = error / slope if slope > 0 else nan
+                moved[name] = Estimate(name, x, error, stored, stored_error, found[name].fixed)
+        return moved
+
+    def _in_user_basis(self, effects: RandomEffects) -> RandomEffects:
+        if effects.name not in self._bases:
+            return effects
+        B = self._bases[effects.name]
+        return replace(
+            effects, values=effects.values @ B.mT, variances=B @ effects.variances @ B.mT
+        )
 
     def _components(self, negligible: Mapping[str, Tensor]) -> list[Component]:
         u = self._curvature.u
@@ -223,7 +273,7 @@ class _Builder:
                 error = torch.einsum("i...,ij,j...->...", J, known, J).clamp(min=0).sqrt()
                 lost = (J[missing] != 0).any(0) | (matrix == 0)
                 error = torch.where(lost, nan, error)
-            group, effects, levels = self._label(term)
+            group, effects, levels, _ = self._label(term)
             names = tuple(effects), tuple(levels)
             gone = negligible.get(term.name)
             vanished = () if gone is None else tuple(e for e, g in zip(names[0], gone) if g)
@@ -235,6 +285,8 @@ class _Builder:
     def _shown(self, term: Term) -> Tensor:
         """The covariance of the effects of a level, on average where levels have their own."""
         matrix = term.covariance.shown()
+        if term.name in self._bases:
+            return self._bases[term.name] @ matrix @ self._bases[term.name].mT
         k = len(self._labels[term.name].effects) if term.name in self._labels else 0
         if k == 1 and matrix.dim() == 1:  # a variance for each row
             return matrix.mean().reshape(1, 1)

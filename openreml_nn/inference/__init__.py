@@ -1,12 +1,14 @@
 """Inference from a fit: tests, intervals, the bootstrap, marginal means and shares of variance."""
 
 from openreml_nn.inference.degrees import FTest, coefficients, wald_test
+from openreml_nn.inference.deletion import influence
 from openreml_nn.inference.diagnosis import diagnose
 from openreml_nn.inference.genetic import Heritability, heritability, reliability
 from openreml_nn.inference.likelihood_ratio import LikelihoodRatio, likelihood_ratio_test
 from openreml_nn.inference.means import MarginalMeans, emmeans
 from openreml_nn.inference.profiling import Curve, Profile, profile
 from openreml_nn.inference.resampling import Bootstrap, bootstrap, bootstrap_test, simulate
+from openreml_nn.inference.scanning import scan
 from openreml_nn.inference.shares import R2, r2, variance_shares
 from openreml_nn.inference.tables import anova
 
@@ -26,10 +28,12 @@ __all__ = [
     "diagnose",
     "emmeans",
     "heritability",
+    "influence",
     "likelihood_ratio_test",
     "profile",
     "r2",
     "reliability",
+    "scan",
     "simulate",
     "variance_shares",
     "wald_test",

@@ -14,7 +14,7 @@ from torch import Tensor
 from openreml_nn.estimation import Result
 from openreml_nn.inference.contrasts import Asymptotic, FTest, Inference
 from openreml_nn.inference.kenward_roger import KenwardRoger
-from openreml_nn.inference.refit import check_fit, check_level
+from openreml_nn.inference.refit import check_fit, check_level, family_of
 from openreml_nn.inference.satterthwaite import Satterthwaite
 from openreml_nn.support.checks import check_choice, check_names, check_tensor
 from openreml_nn.support.errors import InputError
@@ -31,6 +31,12 @@ METHODS = {
 def inference_of(result: Result, ddf: str) -> Inference:
     """The chosen way of testing."""
     check_choice("ddf", ddf, METHODS)
+    family = family_of(result)
+    if family is not None and ddf != "asymptotic":
+        raise InputError(
+            f"`ddf` is {ddf!r} and the response of the family {family!r}: its tests are asymptotic, "
+            "expected ddf='asymptotic'"
+        )
     if ddf == "kenward-roger" and result.method != "reml":
         raise InputError(
             f"`ddf` is 'kenward-roger' and the fit by {result.method!r}: Kenward and Roger's "

@@ -1,4 +1,4 @@
-r"""Hypotheses of the terms of a formula: contrasts L of which :math:`L\\beta = 0` says that a term has
+r"""Hypotheses of the terms of a formula: contrasts L of which :math:`L\beta = 0` says that a term has
 no effect.
 """
 

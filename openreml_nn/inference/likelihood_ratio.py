@@ -10,7 +10,7 @@ from scipy import stats
 from torch import Tensor
 
 from openreml_nn.estimation import Result
-from openreml_nn.inference.refit import Refit, source_of
+from openreml_nn.inference.refit import Refit, family_of, source_of
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.design import Design, IdentityDesign, IndexedDesign
 from openreml_nn.terms.term import residual_terms
@@ -112,12 +112,23 @@ def check_same_data(names: tuple[str, str], fits: tuple[Result, Result]) -> None
             f"`{a}` has {len(y)} rows and `{b}` {len(z)} rows: expected fits of the same rows "
             "(missing values may have removed some)"
         )
-    if not torch.equal(y, z.to(y)):
-        row = int((y != z.to(y)).nonzero()[0])
+    if y.shape != z.shape or not torch.equal(y, z.to(y)):
+        told = ""
+        if y.shape == z.shape:
+            at = tuple((y != z.to(y)).nonzero()[0].tolist())
+            told = f", {float(y[at]):.6g} and {float(z[at]):.6g} in row {at[0]}"
         raise InputError(
-            f"`{a}` and `{b}` have other responses, {float(y[row]):.6g} and {float(z[row]):.6g} in "
-            f"row {row}: expected fits of the same data (one response, one offset, one order)"
+            f"`{a}` and `{b}` have other responses{told}: expected fits of the same data (one "
+            "response, one offset, one order)"
         )
+    families = [family_of(fit) for fit in fits]
+    if families[0] != families[1]:
+        raise InputError(
+            f"`{a}` is of the family {families[0] or 'gaussian'!r} and `{b}` of "
+            f"{families[1] or 'gaussian'!r}: expected fits of one family"
+        )
+    if families[0] is not None:
+        return
     one, other = (_weights(fit) for fit in fits)
     ratio = one / other.to(one)
     row = int((ratio / ratio[0] - 1).abs().argmax())

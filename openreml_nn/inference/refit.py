@@ -20,7 +20,15 @@ from openreml_nn.result.result import Source
 from openreml_nn.support.checks import check_instance, check_number
 from openreml_nn.support.errors import InputError
 
-__all__ = ["Refit", "check_fit", "check_level", "matrix_entries", "source_of", "tracked"]
+__all__ = [
+    "Refit",
+    "check_fit",
+    "check_level",
+    "family_of",
+    "matrix_entries",
+    "source_of",
+    "tracked",
+]
 
 T = TypeVar("T")
 
@@ -62,6 +70,11 @@ def source_of(result: Result, name: str = "result") -> Source:
     return result.source
 
 
+def family_of(result: Result) -> str | None:
+    """The family of the response of a generalised model; None of a linear one."""
+    return getattr(result, "family", None)
+
+
 def matrix_entries(result: Result) -> dict[str, tuple[int, int, int]]:
     """Names of standard deviations and correlations, each with its component, row and column.
 
@@ -90,9 +103,19 @@ class Refit:
 
     Args:
         result: the fit.
+
+    Raises:
+        InputError: if its rows were streamed, or its response is not Gaussian.
+        TypeError: if it is no result.
     """
 
     def __init__(self, result: Result) -> None:
+        family = family_of(result)
+        if family is not None:
+            raise InputError(
+                f"`result` has a response of the family {family!r}: expected a fit by lmm() or "
+                "fit_reml(), to whose Gaussian response the model could be fitted again"
+            )
         self.result = result
         self.source = source = source_of(result)
         self.covariance = copy.deepcopy(source.covariance)
@@ -118,17 +141,22 @@ class Refit:
             self._losses[method] = REMLLoss(self.covariance, method, solver)
         return self._losses[method].objective(y, X, self.source.rows)
 
-    def fit(self, method: str | None = None, y: Tensor | None = None) -> Result:
-        """Fit again, from where the parameters are."""
+    def fit(
+        self, method: str | None = None, y: Tensor | None = None, keep: Tensor | None = None
+    ) -> Result:
+        """Fit again, from where the parameters are, to all rows or to those kept."""
+        y, X, rows = self.y if y is None else y, self.X, self.source.rows
+        if keep is not None:
+            y, X, rows = y[keep], X[keep], keep if rows is None else rows[keep]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return fit_reml(
                 self.covariance,
-                self.y if y is None else y,
-                self.X,
+                y,
+                X,
                 method=method or self.result.method,
                 solver=self.result.plan.choice,
-                rows=self.source.rows,
+                rows=rows,
                 start="current",
                 names=self.result.fixed.names,
                 labels=self.source.labels,

@@ -21,25 +21,37 @@ from openreml_nn.support.checks import check_count, check_flag, found
 __all__ = ["Bootstrap", "bootstrap", "bootstrap_test", "simulate"]
 
 
-def simulate(result: Result, samples: int = 1, seed: int = 0) -> Tensor:
-    r"""Draw responses :math:`X\hat\beta + \sum_t Z_t b_t + e` from a fit.
+def simulate(result: Result, n: int = 1, seed: int = 0) -> Tensor:
+    r"""Draw responses :math:`X\hat\beta + \sum_t Z_t b_t + e` from a fit, its offset added.
 
     Args:
         result: a fit.
-        samples: how many responses.
+        n: how many responses.
         seed: of the random numbers.
 
     Returns:
-        (n, samples), random effects drawn anew for each.
+        (rows, n), random effects drawn anew for each.
 
     Raises:
-        ValueError: if there is no sample, or the rows were streamed.
+        InputError: if ``n`` is below 1, or the rows were streamed.
         TypeError: if an argument is of another kind.
+
+    >>> from openreml_nn import lmm
+    >>> from openreml_nn.datasets import sleepstudy
+    >>> simulate(lmm("Reaction ~ Days + (Days | Subject)", sleepstudy()), 3).shape
+    torch.Size([180, 3])
     """
-    samples, seed = check_count("samples", samples, 1), check_count("seed", seed)
+    n, seed = check_count("n", n, 1), check_count("seed", seed)
     refit = Refit(result)
+    # What the rows have beside the response that was fitted.
+    offset = result.fitted + result.residuals - refit.y
+    return _drawn(refit, n, seed) + offset[:, None]
+
+
+def _drawn(refit: Refit, samples: int, seed: int) -> Tensor:
+    """Responses less the offset, as a fit has them, (n, samples)."""
     generator = torch.Generator().manual_seed(seed)
-    y = (refit.X @ result.fixed.estimate)[:, None].repeat(1, samples)
+    y = (refit.X @ refit.result.fixed.estimate)[:, None].repeat(1, samples)
     with torch.no_grad():
         for term in refit.objective().terms():
             q = term.design.shape[1]
@@ -114,7 +126,8 @@ def bootstrap(
         raise TypeError(f"`statistic` is {found(statistic)}: expected a function of a Result")
     refit = Refit(result)
     estimate = _numbers(refit, refit.objective()) if statistic is None else dict(statistic(result))
-    responses = simulate(result, samples, seed)
+    samples, seed = check_count("samples", samples, 1), check_count("seed", seed)
+    responses = _drawn(refit, samples, seed)
     maxima = None if statistic is not None else maximise(refit, responses)
     rows = []
     for b, y in enumerate(tracked(responses.unbind(1), "bootstrap", progress)):
@@ -156,7 +169,7 @@ def bootstrap_test(
     observed = likelihood_ratio_test(small, large).statistic
     fits = [Refit(small), Refit(large)]
     reached = 0
-    responses = simulate(small, samples, seed)
+    responses = _drawn(fits[0], samples, seed)
     maxima = [maximise(fit, responses) for fit in fits]
     for b, y in enumerate(tracked(responses.unbind(1), "bootstrap", progress)):
         value = []

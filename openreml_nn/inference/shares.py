@@ -13,12 +13,8 @@ from openreml_nn.estimation.curvature import Curvature
 from openreml_nn.estimation.derivatives import jacobian
 from openreml_nn.inference.refit import Refit
 from openreml_nn.metrics import conditional_r2, marginal_r2
-from openreml_nn.terms.covariance import (
-    Covariance,
-    DiagonalCovariance,
-    KroneckerCovariance,
-    ScaledCovariance,
-)
+from openreml_nn.terms.base import Covariance
+from openreml_nn.terms.covariance import DiagonalCovariance, KroneckerCovariance, ScaledCovariance
 from openreml_nn.terms.design import IdentityDesign, IndexedDesign
 from openreml_nn.terms.term import Term
 

@@ -12,7 +12,7 @@ from openreml_nn.inference.likelihood_ratio import (
     likelihood_ratio_test,
     parameters_of,
 )
-from openreml_nn.inference.refit import Refit, source_of
+from openreml_nn.inference.refit import Refit, family_of, source_of
 from openreml_nn.support.checks import check_count, check_flag
 from openreml_nn.support.errors import InputError
 
@@ -39,7 +39,8 @@ def anova(
     Args:
         *results: one fit by :func:`lmm`, or fits of the same data.
         type: of one fit, 1, 2 or 3.
-        ddf: of one fit, as in :func:`coefficients`; ``"satterthwaite"`` by default.
+        ddf: of one fit, as in :func:`coefficients`; ``"satterthwaite"`` by default, and
+            ``"asymptotic"`` where the response is not Gaussian.
         refit: of several, whether fits by REML are first made again by maximum likelihood, as
             lme4's anova does and as they have to be when fixed effects are compared; True by
             default. Without it the test is of the restricted likelihoods, as in lmerTest's ranova.
@@ -76,7 +77,9 @@ def anova(
         if refit is not None:
             raise InputError("`refit` is for several fits: one fit is tested term by term")
         kind = 3 if type is None else check_count("type", type, 1)
-        return _of_terms(results[0], kind, "satterthwaite" if ddf is None else ddf)
+        if ddf is None:
+            ddf = "satterthwaite" if family_of(results[0]) is None else "asymptotic"
+        return _of_terms(results[0], kind, ddf)
     for name, value in (("type", type), ("ddf", ddf)):
         if value is not None:
             raise InputError(f"`{name}` is for one fit: several are compared by their likelihoods")

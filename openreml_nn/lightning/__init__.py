@@ -1,23 +1,25 @@
-"""Training the restricted likelihood in Lightning."""
+"""Training mixed models in Lightning."""
 
+from openreml_nn.lightning.batches import WholeGroups
 from openreml_nn.lightning.callbacks import (
     ExportBLUPs,
     ProgressBar,
     StopWhenConverged,
     TraceVariances,
+    UpdateBLUPs,
 )
 from openreml_nn.lightning.data import MixedModelDataModule
-from openreml_nn.lightning.module import MixedModelModule
-from openreml_nn.lightning.neural import NeuralMixedModule
-from openreml_nn.lightning.tabular import TabularMixedModule
+from openreml_nn.lightning.module import MixedModule
+from openreml_nn.lightning.ways import Way
 
 __all__ = [
     "ExportBLUPs",
     "MixedModelDataModule",
-    "MixedModelModule",
-    "NeuralMixedModule",
+    "MixedModule",
     "ProgressBar",
     "StopWhenConverged",
-    "TabularMixedModule",
     "TraceVariances",
+    "UpdateBLUPs",
+    "Way",
+    "WholeGroups",
 ]

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
+from torch.utils.data import Sampler
 
-__all__ = ["connected_rows", "in_order", "whole"]
+from openreml_nn.support.checks import check_count, check_mapping
+
+__all__ = ["WholeGroups", "connected_rows", "in_order", "whole"]
 
 
 def connected_rows(groups: Mapping[str, Tensor]) -> Tensor:
     """Number of the set of rows (n,) that each row belongs to: rows that share a level of any
-    factor, directly or through others, are in one set.
+    factor, directly or through others, are in one set. A code of -1 is shared by none.
 
     >>> connected_rows({"a": torch.tensor([0, 0, 1, 2]), "b": torch.tensor([0, 1, 1, 2])})
     tensor([0, 0, 0, 1])
     """
-    first, *others = [codes.cpu().numpy() for codes in groups.values()]
+    first, *others = [_own_codes(codes).cpu().numpy() for codes in groups.values()]
     sizes = [int(codes.max()) + 1 for codes in (first, *others)]
     starts = np.cumsum([0, *sizes])
     total = int(starts[-1])
@@ -31,6 +34,53 @@ def connected_rows(groups: Mapping[str, Tensor]) -> Tensor:
     _, label = connected_components(graph, directed=False)
     found = torch.from_numpy(label[first].astype(np.int64)).unique(return_inverse=True)[1]
     return found.to(next(iter(groups.values())).device)
+
+
+def _own_codes(codes: Tensor) -> Tensor:
+    """With a code of its own in the place of each -1."""
+    absent = (codes < 0).nonzero()[:, 0]
+    start = int(codes.max()) + 1 if len(codes) else 0
+    return codes.index_copy(0, absent, start + torch.arange(len(absent)).to(codes))
+
+
+class WholeGroups(Sampler[list[int]]):
+    """Batches of about ``rows`` rows that cut no group: a ``batch_sampler`` for
+    ``training="groups"``. Each epoch has an order of its own.
+
+    Args:
+        groups: codes (n,) of each grouping factor, by name.
+        rows: rows of a batch.
+        seed: of the order.
+
+    >>> sampler = WholeGroups({"g": torch.tensor([0, 1, 0, 1, 2, 2])}, rows=2)
+    >>> sorted(sorted(batch) for batch in sampler)
+    [[0, 2], [1, 3], [4, 5]]
+    """
+
+    def __init__(self, groups: Mapping[str, Tensor], rows: int, seed: int = 0) -> None:
+        check_mapping("groups", groups, Tensor)
+        self._sets = connected_rows(groups)
+        self._rows = check_count("rows", rows, 1)
+        self._seed = check_count("seed", seed)
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the order of an epoch, as for torch's :class:`DistributedSampler`; Lightning calls
+        it."""
+        self._epoch = epoch
+
+    @property
+    def sampler(self) -> WholeGroups:
+        """Itself: Lightning tells the epoch to what a batch sampler samples from."""
+        return self
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
+        for batch in whole(self._sets, self._rows, generator):
+            yield batch.tolist()
+
+    def __len__(self) -> int:
+        return len(whole(self._sets, self._rows, torch.Generator().manual_seed(self._seed)))
 
 
 def whole(sets: Tensor, rows: int, generator: torch.Generator) -> list[Tensor]:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import os
+from math import isnan
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
-from openreml_nn.estimation import AIREML
-from openreml_nn.lightning.module import MixedModelModule
-from openreml_nn.lightning.neural import NeuralMixedModule
-from openreml_nn.result.tables import blup_table
-from openreml_nn.support.checks import check_count, check_instance, check_number
+from openreml_nn.estimation.aireml import AIREML
+from openreml_nn.lightning.held import Held
+from openreml_nn.lightning.module import MixedModule
+from openreml_nn.lightning.reading import mark, read
+from openreml_nn.lightning.sums import LevelSums
+from openreml_nn.model import MixedModel
+from openreml_nn.support.checks import check_count, check_instance, check_number, check_text
+from openreml_nn.support.errors import InputError
 from openreml_nn.table import write_table
 
-__all__ = ["ExportBLUPs", "ProgressBar", "StopWhenConverged", "TraceVariances"]
+__all__ = ["ExportBLUPs", "ProgressBar", "StopWhenConverged", "TraceVariances", "UpdateBLUPs"]
 
 
 class TraceVariances(Callback):
@@ -34,7 +40,7 @@ class TraceVariances(Callback):
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, MixedModelModule | NeuralMixedModule)
+        assert isinstance(pl_module, MixedModule)
         rows = [
             {"log_likelihood": r.log_likelihood, "score_norm": r.score_norm, **r.parameters}
             for r in pl_module.history
@@ -55,12 +61,8 @@ class ExportBLUPs(Callback):
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if isinstance(pl_module, NeuralMixedModule):
-            table = pl_module.model.blups()
-        else:
-            assert isinstance(pl_module, MixedModelModule) and pl_module.result is not None
-            table = blup_table(pl_module.result)
-        write_table(table, self.path)
+        assert isinstance(pl_module, MixedModule)
+        write_table(pl_module.model.blups(), self.path)
 
 
 class ProgressBar(RichProgressBar):
@@ -73,6 +75,98 @@ class ProgressBar(RichProgressBar):
         shown = super().get_metrics(*args)
         shown.pop("v_num", None)
         return shown
+
+
+class UpdateBLUPs(Callback):
+    """Keep a :class:`MixedModel` within any LightningModule up to date.
+
+    The module has the model as an attribute and its loss in ``training_step``; its batches are
+    those of :class:`MixedModule`. Once an epoch, before its validation, before a checkpoint and at
+    the end of the fit a pass over the training rows without gradients moves the covariance by an
+    AI-REML step, unless one of the module's optimizers has its parameters, and stores the BLUPs.
+
+    Args:
+        model: name of the attribute; by default the module has one MixedModel.
+
+    Raises:
+        InputError: when fitting begins, if there is no such model, or more than one without a
+            name.
+
+    Example::
+
+        class Mine(LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.mixed = MixedModel(network, {"user": RandomEffect(1000)})
+
+            def training_step(self, batch, batch_idx):
+                return self.mixed.loss(batch)
+
+            def configure_optimizers(self):
+                return torch.optim.Adam(self.mixed.network_parameters(), lr=0.01)
+
+        Trainer(callbacks=[UpdateBLUPs()]).fit(Mine(), loader)
+    """
+
+    def __init__(self, model: str | None = None) -> None:
+        if model is not None:
+            check_text("model", model)
+        self.name = model
+        self._model: MixedModel | None = None
+        self._at: Tensor | None = None
+        self._aireml: AIREML | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the model."""
+        found = {
+            name: part for name, part in pl_module.named_modules() if isinstance(part, MixedModel)
+        }
+        if self.name is not None:
+            found = {name: part for name, part in found.items() if name == self.name}
+        if len(found) != 1:
+            what = "a MixedModel" if self.name is None else f"a MixedModel {self.name!r}"
+            raise InputError(
+                f"{type(pl_module).__name__} has {len(found)} of {what}: expected one; with "
+                "several `model` names it"
+            )
+        (self._model,) = found.values()
+        free = [p for p in self._model.covariance_parameters() if p.requires_grad]
+        taken = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]}
+        self._aireml = AIREML(free) if free and not any(id(p) in taken for p in free) else None
+        self._at = None
+
+    def _update(self, trainer: Trainer) -> None:
+        model = self._model
+        if model is None or (self._at is not None and torch.equal(self._at, mark(model))):
+            return
+        store = Held(model) if model.head == "gls" else LevelSums(model)
+        with torch.inference_mode(False), torch.enable_grad():
+            gathered = read(trainer, model, store, lambda model, batch: model(batch))
+            if self._aireml is not None:
+                self._aireml.step(lambda: gathered.objective)
+            gathered.update()
+        self._at = mark(model)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before a validation within the fit."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._update(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """At the end of an epoch, before its checkpoint."""
+        self._update(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """At the end of the fit."""
+        self._update(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Before a checkpoint within an epoch."""
+        if self._model is not None:
+            self._update(trainer)
+            checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
 
 
 class StopWhenConverged(Callback):
@@ -97,14 +191,21 @@ class StopWhenConverged(Callback):
         self.tolerance = tolerance
         self.every_n_epochs = every_n_epochs
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a network, of whose distance to an optimum the covariance says nothing."""
+        assert isinstance(pl_module, MixedModule)
+        if pl_module.has_network:
+            raise InputError(
+                "StopWhenConverged looks at the covariance, and this module trains a network: use "
+                "EarlyStopping(monitor='val_negative_log_density')"
+            )
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        optimizer = trainer.optimizers[0]
-        if isinstance(optimizer, AIREML):
-            # No step was needed, or none was found.
-            done = optimizer.last is not None and optimizer.last.length == 0
-        elif (trainer.current_epoch + 1) % self.every_n_epochs:
-            return
-        else:
-            assert isinstance(pl_module, MixedModelModule)
+        """Stop if there is no step to take."""
+        assert isinstance(pl_module, MixedModule)
+        done = pl_module.history[-1].step == 0  # no step was needed, or none was found
+        if isnan(pl_module.history[-1].step) and not (
+            (trainer.current_epoch + 1) % self.every_n_epochs
+        ):
             done = pl_module.score_norm() < self.tolerance
         trainer.should_stop = trainer.should_stop or done

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from lightning import LightningDataModule, LightningModule
+from torch import Tensor
 from torch.utils.data import DataLoader
 
+from openreml_nn.lightning.sharing import share
+from openreml_nn.model import take
+from openreml_nn.model.batch import Batch
 from openreml_nn.support.checks import (
     check_choice,
     check_count,
@@ -23,14 +27,16 @@ from openreml_nn.support.checks import (
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import Encoded, Encoder, TableFile, read_table
 
-__all__ = ["MixedModelDataModule"]
+__all__ = ["MixedModelDataModule", "attached"]
+
+Division = Callable[[Batch], Callable[[torch.Generator], list[Tensor]]]
 
 
 class MixedModelDataModule(LightningDataModule):
-    """A table, encoded by a formula, as one batch.
+    """A table, encoded by a formula, for a :class:`MixedModule`.
 
-    The restricted likelihood does not fall apart into rows, so an epoch is
-    one step on all of them.
+    The likelihood of correlated rows does not fall apart into rows, so a fit takes them as one
+    batch, unless the module's way of training divides them.
 
     Args:
         table: a data frame, or the path of a CSV or Parquet file.
@@ -91,6 +97,8 @@ class MixedModelDataModule(LightningDataModule):
         self._predict_table = predict_table
         self._validation, self._split, self._split_by = validation, split, split_by
         self._seed = seed
+        self._division: Division | None = None
+        self._order_seed = 0
         self._moved: tuple[Any, torch.device, Any] | None = None
 
     def setup(self, stage: str | None = None) -> None:
@@ -148,9 +156,24 @@ class MixedModelDataModule(LightningDataModule):
             self._moved = (batch, device, moved)
         return self._moved[2]
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """One batch of all training rows, see :meth:`Encoded.batch`."""
-        return _whole(self.encoded.batch())
+    def divide(self, division: Division | None, seed: int) -> None:
+        """Divide the training rows into mini-batches.
+
+        Args:
+            division: makes of a batch a function that draws an epoch's mini-batches, lists of
+                rows; None for all rows at once.
+            seed: of their order, beside the number of the epoch, so that a resumed run takes
+                that of an uninterrupted one.
+        """
+        self._division, self._order_seed = division, seed
+
+    def train_dataloader(self) -> Any:
+        """Batches of the training rows, see :meth:`Encoded.batch`."""
+        batch = self.encoded.batch()
+        if self._division is None:
+            return _whole(batch)
+        draw = self._division(batch)
+        return _Epochs(batch, draw, self._order_seed, lambda: self.trainer.current_epoch)  # type: ignore[union-attr]
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """One batch of the rows that are held out, if there are any."""
@@ -164,24 +187,47 @@ class MixedModelDataModule(LightningDataModule):
         return _whole(encoded.batch())
 
 
+class _Epochs:
+    """Mini-batches of a table, in another order each epoch; processes share the rows of each."""
+
+    def __init__(
+        self,
+        batch: Batch,
+        draw: Callable[[torch.Generator], list[Tensor]],
+        seed: int,
+        epoch: Callable[[], int],
+    ) -> None:
+        self._batch, self._draw, self._seed, self._epoch = batch, draw, seed, epoch
+
+    def _rows(self, epoch: int) -> list[Tensor]:
+        return self._draw(torch.Generator().manual_seed(self._seed * 1_000_003 + epoch))
+
+    def __iter__(self) -> Iterator[Batch]:
+        for rows in self._rows(self._epoch()):
+            yield take(self._batch, rows[share()])
+
+    def __len__(self) -> int:
+        return len(self._rows(0))
+
+
 def attached(module: LightningModule, encoder: Encoder) -> MixedModelDataModule:
     """The data module that a module is fitted with.
 
     Raises:
-        ValueError: if it is of another kind, or was made with another formula or structure.
+        InputError: if it is of another kind, or was made with another formula or structure.
     """
     data = module.trainer.datamodule  # type: ignore[attr-defined]
     if not isinstance(data, MixedModelDataModule):
-        raise ValueError(f"{type(module).__name__} trains with a MixedModelDataModule")
+        raise InputError(f"{type(module).__name__} trains with a MixedModelDataModule")
     if data.encoder.formula != encoder.formula:
-        raise ValueError(
+        raise InputError(
             f"the data module's formula is {data.encoder.formula.text!r} but the model's "
             f"{encoder.formula.text!r}"
         )
-    for name in ("residual", "weights"):
+    for name in ("residual", "weights", "categorical"):
         own, given = getattr(encoder, name), getattr(data.encoder, name)
         if own != given:
-            raise ValueError(f"the data module's `{name}` is {given!r} but the model's {own!r}")
+            raise InputError(f"the data module's `{name}` is {given!r} but the model's {own!r}")
     return data
 
 

@@ -1,301 +1,425 @@
-"""The linear mixed model as a Lightning module."""
+"""A mixed model as a Lightning module."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import NoneType
 from typing import Any
 
 import pandas as pd
 import torch
-from lightning import LightningModule
-from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
-from openreml_nn.covariance import Matrix
-from openreml_nn.estimation import Result, moment_start
-from openreml_nn.estimation.aireml import AIREML, Curvature
-from openreml_nn.estimation.outcome import outcome
 from openreml_nn.lightning.data import attached
-from openreml_nn.likelihood import REMLLoss
-from openreml_nn.likelihood.fixed import estimable
-from openreml_nn.likelihood.loss import Objective
-from openreml_nn.likelihood.plan import check_solver
-from openreml_nn.likelihood.solvers.dense import check_method
-from openreml_nn.model.structures import labels_of, linear_model
-from openreml_nn.result.result import Record
-from openreml_nn.support.checks import check_instance, check_maker, check_names, check_text
+from openreml_nn.lightning.estimates import Estimates
+from openreml_nn.lightning.evaluation import Evaluated
+from openreml_nn.lightning.held import Held
+from openreml_nn.lightning.optimizers import (
+    MakeOptimizer,
+    MakeScheduler,
+    is_aireml,
+    optimizers_of,
+    refuse_gradient_options,
+    scheduled,
+)
+from openreml_nn.lightning.reading import of_networks
+from openreml_nn.lightning.rows import as_batch, blamed
+from openreml_nn.lightning.sharing import check_same, total, warn_of_repeats
+from openreml_nn.lightning.sums import Summed
+from openreml_nn.lightning.table import Network, TableModel, is_plain
+from openreml_nn.lightning.ways import Way, way_of
+from openreml_nn.model import MixedModel
+from openreml_nn.model.batch import Batch
+from openreml_nn.result import Record, Result
+from openreml_nn.result.prediction import predict_table
+from openreml_nn.support.checks import check_count, check_instance, check_maker
 from openreml_nn.support.errors import InputError
-from openreml_nn.support.instantiate import build
-from openreml_nn.table import Encoded, Encoder, Learned
+from openreml_nn.table import Encoder
 
-__all__ = ["MixedModelModule"]
+__all__ = ["MixedModule"]
+
+#: AI-REML steps that bring the covariance to its optimum at the end of a fit.
+_LAST_STEPS = 50
 
 
-class MixedModelModule(LightningModule):
-    r"""A linear mixed model trained by its restricted likelihood.
+class MixedModule(Evaluated):
+    r"""Trains a mixed model: any optimizer for the network, AI-REML for the covariance.
 
-    The covariance tree is built from the data module when fitting begins,
-    with a start that follows the units of the data. BLUEs and BLUPs are
-    stored in buffers and travel with the checkpoint, together with what the
-    formula learned from the table, so that a loaded module predicts for new
-    tables without the training data.
+    ``trainer.fit(module, train_loader, val_loader)`` takes any loader of mini-batches: dicts with
+    ``x``, ``y``, ``groups`` and perhaps ``values`` and ``weights``, or tuples (x, y, group). Each
+    epoch reads it anew. What an epoch keeps of the rows are sums by level, and at its end come an
+    AI-REML step of the covariance and the BLUPs, from all of its rows:
+
+    =============== ==================================================================
+    ``training``    a step of the network
+    =============== ==================================================================
+    ``alternating`` weighted least squares on :math:`y - Z\hat b` of a mini-batch
+    ``composite``   the likelihood of a mini-batch of any rows, which cuts groups
+    ``groups``      that of a mini-batch that cuts no group: they add up to that of all rows
+    ``full``        the likelihood of all rows, which one batch holds
+    ``parts``       the same, the network run on ``rows`` at a time
+    =============== ==================================================================
+
+    Within training the sums are of residuals as each batch met them. Before a validation, before
+    a checkpoint and at the end a pass without gradients sums those of the present parameters, and
+    what is validated, saved and kept is the covariance after an AI-REML step from them (at the
+    end: at its optimum) and its BLUPs. Validations and checkpoints leave training as it would be
+    without them.
+
+    Under a distributed strategy loss, gradients and estimates are those of one process with the
+    rows of all.
 
     Args:
-        formula: an lme4-style formula.
-        categorical: numeric columns to be taken as factors.
-        method: ``"reml"`` or ``"ml"``.
-        solver: see :class:`REMLLoss`.
-        residual, weights: structure of the residuals and column of weights, as in :func:`lmm`.
-        optimizer: a config such as ``{"_target_": "torch.optim.Adam", "lr": 0.1}``,
-            or a function from parameters to an optimizer; AI-REML by default.
+        model: a :class:`MixedModel`, or an lme4-style formula; with that, training is on a
+            :class:`MixedModelDataModule`, from whose table the model is built when fitting
+            begins, and from its checkpoint when that is loaded.
+        optimizer: of the network: a config such as ``{"_target_": "torch.optim.Adam", "lr":
+            0.01}``, or a function from parameters to an optimizer; Adam by default. Without a
+            network it is the covariance's, by default AI-REML, a step an epoch.
+        training: see above; by default ``"alternating"`` for head ``"ml"``, ``"full"`` for
+            ``"gls"``.
+        network: with a formula: config of the network, or the network, that takes the columns of
+            its fixed part, standardised, and yields features; see :class:`torch.nn.LazyLinear` for
+            their number. Without one the mean is linear.
+        head: with a network: ``"ml"`` adds a linear layer that makes the mean of the features,
+            ``"gls"`` takes them, and a constant, as X. A linear mean is of head ``"gls"``.
+        residual, weights: with a formula: structure of the residuals and column of weights, as in
+            :func:`lmm`; or a network, as before, for the log-variance of the residual, or a matrix.
+        kernels: with a formula: for a grouping factor the config of a covariance between its
+            levels by their distance, such as ``{"plot": {"_target_":
+            "openreml_nn.covariance.MaternMatrix", "columns": ["east", "north"]}}``, with the
+            columns that hold a level's place.
+        categorical: with a formula: numeric columns to be taken as factors.
+        method, solver: with a formula: see :class:`MixedModel`.
+        rows: rows of the mini-batches that a data module cuts the table into, and those of a part.
+        scheduler: of the learning rate, stepped each epoch: a config, or a function from the
+            optimizer.
+        seed: of the order of a table's rows.
 
     Attributes:
-        covariance: the covariance tree, once there are data.
-        result: the :class:`Result`, after training.
-        history: a :class:`Record` for each step of this run.
+        model: the :class:`MixedModel`.
+        result: the :class:`Result`, after a fit.
 
     Raises:
-        InputError: if the formula does not parse, an option is unknown or the optimizer
-            cannot be made.
+        InputError: if an option is unknown or does not fit the others; when fitting, if a batch
+            is at fault, by its number.
 
     Example::
 
-        data = MixedModelDataModule(sleepstudy(), "Reaction ~ Days + (Days | Subject)")
-        model = MixedModelModule("Reaction ~ Days + (Days | Subject)")
-        trainer = Trainer(max_epochs=100, callbacks=[StopWhenConverged()])
-        trainer.fit(model, data)
-        print(model.result.summary())
+        module = MixedModule(MixedModel(network, {"user": RandomEffect(1000)}))
+        Trainer(max_epochs=20).fit(module, DataLoader(TensorDataset(x, y, user), 256, shuffle=True))
+        module.model.predict({"x": x, "groups": {"user": user}})
     """
-
-    covariance: Matrix | None
-    beta: Tensor
-    aliases: Tensor
 
     def __init__(
         self,
-        formula: str,
-        categorical: Sequence[str] = (),
-        method: str = "reml",
-        solver: str = "auto",
-        optimizer: Mapping[str, Any] | Callable[[Any], torch.optim.Optimizer] | None = None,
-        residual: str | None = None,
+        model: MixedModel | str,
+        optimizer: MakeOptimizer | None = None,
+        training: str | Way | None = None,
+        *,
+        network: Network | None = None,
+        head: str | None = None,
+        residual: str | Network | None = None,
         weights: str | None = None,
+        kernels: Mapping[str, Mapping[str, Any]] | None = None,
+        categorical: Sequence[str] = (),
+        method: str | None = None,
+        solver: str = "auto",
+        rows: int = 1024,
+        scheduler: MakeScheduler | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
-        check_text("formula", formula)
-        check_names("categorical", categorical)
-        check_method(method)
-        check_solver(solver)
-        if optimizer is not None:
-            check_maker("optimizer", optimizer)
-        for name, value in (("residual", residual), ("weights", weights)):
-            if value is not None:
-                check_text(name, value)
-        plain = dict(optimizer) if isinstance(optimizer, Mapping) else None
-        self.save_hyperparameters(
-            {
-                "formula": formula,
-                "categorical": list(categorical),
-                "method": method,
-                "solver": solver,
-                "optimizer": plain,
-                "residual": residual,
-                "weights": weights,
-            }
-        )
-        self._make_optimizer = optimizer
-        self.encoder = Encoder(formula, categorical, residual=residual, weights=weights)
-        self.method = method
-        self.solver = solver
-        self.covariance = None
-        self.loss: REMLLoss | None = None
-        self.history: list[Record] = []
+        check_instance("model", model, (MixedModel, str), "a MixedModel, or a formula")
+        for name, make in (("optimizer", optimizer), ("scheduler", scheduler)):
+            if make is not None:
+                check_maker(name, make)
+        check_instance("training", training, (str, Way, NoneType), "a word, or None")
+        self.rows, self.seed = check_count("rows", rows, 1), check_count("seed", seed)
+        given = {
+            "optimizer": optimizer,
+            "training": training,
+            "rows": rows,
+            "scheduler": scheduler,
+            "seed": seed,
+        }
+        of_table: dict[str, Any] = {
+            "network": network, "head": head, "residual": residual, "weights": weights, "kernels": kernels,
+            "categorical": list(categorical), "method": method, "solver": solver,
+        }  # fmt: skip
+        self.table: TableModel | None = None
+        if isinstance(model, str):
+            self.table = TableModel(model, **of_table)
+            given |= {"model": model, **of_table}
+            model_head = self.table.head
+        else:
+            for name, value in of_table.items():
+                if value not in (None, [], "auto"):
+                    raise InputError(f"`{name}` is for a formula: the model has its own")
+            model_head = model.head
+        # What a checkpoint can hold, so that it can be loaded with weights_only.
+        self.save_hyperparameters({k: v for k, v in given.items() if is_plain(v)})
+        self.way = way_of(training, model_head, self.rows)
         self.result: Result | None = None
-        self._encoded: Encoded | None = None
-        self._data: tuple[Tensor, Tensor] | None = None
+        self._make_optimizer, self._make_scheduler = optimizer, scheduler
+        self._random_numbers: dict[str, Tensor] = {}
+        self._resumed_state: dict[str, Tensor] | None = None
+        self._met: tuple[Batch, Tensor] | None = None
+        self._estimates: Estimates | None = None
+        if isinstance(model, MixedModel):
+            self._adopt(model)
 
-    # ------------------------------------------------------------------ building
+    @classmethod
+    def of(cls, result: Result, **options: Any) -> MixedModule:
+        """The module of a linear fit that was made elsewhere, such as by :func:`lmm`: its
+        checkpoint serves predictions.
+
+        Args:
+            result: the fit.
+            **options: the fit's ``residual``, ``weights`` and ``categorical``, where it had them.
+
+        Raises:
+            InputError: if the result has no formula, and so cannot predict.
+        """
+        check_instance("result", result, Result)
+        if result.formula is None or result.model is None:
+            raise InputError("`result` has no formula: expected one of a fit by lmm()")
+        model = copy.deepcopy(result.model)
+        found = cls(result.formula, method=model.method, **options)
+        assert found.table is not None
+        found.table.adopt(result)
+        found._adopt(model)
+        found.result = result
+        return found
+
+    def _adopt(self, model: MixedModel) -> None:
+        """Take the model in, once it fits the way of training."""
+        self.way.check(model)
+        self.model = model
+        trained = [p for p in model.network_parameters() if p.requires_grad]
+        self.has_network = bool(trained)
+        if not self.has_network:
+            return
+        # Every process computes the covariance, and the BLUPs, from all rows.
+        networks = of_networks(model)
+        names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+        self._ddp_params_and_buffers_to_ignore = [
+            f"model.{name}" for name in names if not name.startswith(networks)
+        ]
+
+    @property
+    def encoder(self) -> Encoder:
+        """What the formula makes of a table."""
+        if self.table is None:
+            raise AttributeError("a module of a model has no encoder")
+        return self.table.encoder
+
+    @property
+    def places(self) -> Tensor | None:
+        """Where the training rows of a table are (n, k), with a kernel; None without one."""
+        return None if self.table is None else self.table.places
+
+    @property
+    def lr(self) -> float:
+        """The learning rate in the config of the optimizer, which a tuner may set."""
+        make = self._make_optimizer
+        if make is not None and not isinstance(make, Mapping):
+            raise AttributeError("the optimizer is a function, whose learning rate is its own")
+        return float((make or {}).get("lr", 1e-3))
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        make = self._make_optimizer or {"_target_": "torch.optim.Adam"}
+        if not isinstance(make, Mapping):
+            raise AttributeError("the optimizer is a function, whose learning rate is its own")
+        self._make_optimizer = {**make, "lr": value}
+
+    # ------------------------------------------------------------------ set-up
 
     def setup(self, stage: str) -> None:
-        """Build the covariance from the data module's table."""
-        if stage != "fit":
-            return
-        data = attached(self, self.encoder)
-        self.encoder = data.encoder
-        encoded: Encoded = data.encoded
-        if encoded.offset is not None:
-            raise InputError("offset() is for lmm(): subtract it from the response here")
-        fresh = self.covariance is None
-        self._build(encoded)
-        if fresh:
-            assert self.loss is not None and encoded.y is not None
-            moment_start(self.loss, encoded.y, encoded.X)
+        """Build the model of a formula from the data module's table."""
+        if stage == "fit":
+            if self.table is not None:
+                data = attached(self, self.table.encoder)
+                data.divide(None if self.way.needs_all_rows else self.way.division, self.seed)
+                if not hasattr(self, "model"):
+                    self._adopt(self.table.built(data))
+            # Without a network AI-REML takes its steps when a batch has been met.
+            self.automatic_optimization = self.has_network or not is_aireml(self._make_optimizer)
 
-    def _build(self, encoded: Encoded) -> None:
-        kept = None if self.covariance is None else self.covariance.state_dict()
-        self._encoded = encoded
-        self.covariance = linear_model(encoded).covariance(encoded.batch())
-        if kept is not None:
-            self.covariance.load_state_dict(kept)
-        self.loss = REMLLoss(self.covariance, self.method, self.solver)
-        self.loss.names = encoded.names
-        like = encoded.X
-        self.register_buffer("beta", like.new_zeros(like.shape[1]))
-        self.register_buffer("aliases", like.new_zeros(like.shape[1], like.shape[1]))
-        for design in encoded.random:
-            q, k = len(design.levels), len(design.effects)
-            self.register_buffer(_buffer("blup", design.name), like.new_zeros(q, k))
-            self.register_buffer(_buffer("variance", design.name), like.new_zeros(q, k, k))
+    def configure_optimizers(self) -> Any:
+        """The optimizer of the network, or without one that of the covariance."""
+        made, self._aireml = optimizers_of(self.model, self._make_optimizer)
+        if made is None:
+            return []
+        return [made] if self._make_scheduler is None else scheduled(made, self._make_scheduler)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        assert self.covariance is not None
-        parameters = list(self.covariance.parameters())
-        if self._make_optimizer is None:
-            return AIREML(parameters)
-        if isinstance(self._make_optimizer, Mapping):
-            return build(dict(self._make_optimizer), "optimizer", parameters)
-        return self._make_optimizer(parameters)
+    def on_fit_start(self) -> None:
+        """Begin anew, or where a resumed run was."""
+        trainer = self.trainer
+        self._estimates = None
+        if not self.automatic_optimization:
+            refuse_gradient_options(trainer)
+        if trainer.ckpt_path is None:
+            self._random_numbers, self._resumed_state = {}, None
+        if "cpu" in self._random_numbers:
+            torch.set_rng_state(self._random_numbers["cpu"].cpu())
+        if "cuda" in self._random_numbers and self.device.type == "cuda":
+            torch.cuda.set_rng_state(self._random_numbers["cuda"].cpu(), self.device)
+
+    def on_train_start(self) -> None:
+        """Say how many rows a sampler repeats, and take up the state of a resumed run."""
+        warn_of_repeats(self.trainer)
+        self._met, self._checked = None, False
+        self._estimates = Estimates(self.trainer, self.model, self.way, self.has_network)
+        self._known.aireml = self._aireml
+        if self._resumed_state is not None:
+            self._known.load(self._resumed_state)
+            self._resumed_state = None
 
     # ------------------------------------------------------------------ training
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The negative (restricted) log-likelihood, divided by the number of rows."""
-        assert self.loss is not None
-        self._data = (batch["y"], batch["x"])
-        loss = self.loss(batch["y"], batch["x"])
-        size = len(batch["y"])
-        self.log("train_loss", loss, True, on_step=False, on_epoch=True, batch_size=size)
-        return loss
+    def on_train_epoch_start(self) -> None:
+        """Forget the rows of the epoch before."""
+        self._known.begin_epoch()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """The loss of a batch by the way of training."""
+        with blamed("training", batch_idx):
+            batch = as_batch(batch, list(self.model.effects()))
+            if self.way.needs_all_rows and not self._checked:
+                check_same(batch)
+                self._checked = True
+            with torch.set_grad_enabled(self.automatic_optimization and torch.is_grad_enabled()):
+                loss, output = self.way.loss(self.model, batch)
+            self._met = batch, output.detach()
+        count = total(len(output), output.device)
+        shown = {"prog_bar": True, "on_step": False, "on_epoch": True, "sync_dist": True}
+        self.log("train_loss", loss.detach(), batch_size=count, **shown)  # type: ignore[arg-type]
+        if self.automatic_optimization:
+            return loss
+        self._keep(batch_idx)
+        if self.trainer.is_last_batch:
+            self._known.step(self.optimizers() if self._aireml is not None else None)
+        return None
+
+    def on_after_backward(self) -> None:
+        """Drop the covariance's gradients, which no optimizer asks for."""
+        if self.has_network:
+            for parameter in self.model.covariance_parameters():
+                parameter.grad = None
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Add the batch to the sums of the epoch."""
+        self._keep(batch_idx)
+        if self.automatic_optimization and not self.has_network and self.trainer.is_last_batch:
+            self._known.step()
+
+    def _keep(self, batch_idx: int) -> None:
+        if self._met is None:
+            return
+        assert self._known.rows is not None
+        with blamed("training", batch_idx):
+            self._known.rows.add(*self._met)
+        self._met = None
 
     def on_train_epoch_end(self) -> None:
-        """Record and log the variance components."""
-        assert self.covariance is not None
-        value = float(self._objective().evaluate().log_likelihood)
-        optimizer = self.trainer.optimizers[0]
-        step = optimizer.last[1:3] if isinstance(optimizer, AIREML) and optimizer.last else ()
-        record = Record.of(self.covariance, value, *step)
-        self.history.append(record)
-        self.log_dict({"log_likelihood": value, **record.parameters})
+        """Move the covariance by the sums of the epoch; in the last one end the fit, so that its
+        checkpoint is that of the end."""
+        if self.has_network:
+            self._known.step()
+        record = self.history[-1]
+        shown = {"log_likelihood": record.log_likelihood, **record.parameters}
+        self.log_dict(shown, sync_dist=True)
+        trainer = self.trainer
+        by_epochs = trainer.max_epochs not in (None, -1) and (
+            trainer.current_epoch + 1 >= trainer.max_epochs
+        )
+        by_steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+        if by_epochs or by_steps or trainer.should_stop:
+            self._known.finish(_LAST_STEPS, self._conclude)
 
     def on_train_end(self) -> None:
-        """Compute the result and store BLUEs and BLUPs."""
-        self._store()
+        """Bring the covariance to its optimum for the final mean, and store BLUPs and result."""
+        self._known.finish(_LAST_STEPS, self._conclude)
+
+    def on_fit_end(self) -> None:
+        """The result of a run that had ended before it was resumed."""
+        if self._estimates is None and self.trainer.ckpt_path is not None:
+            self._estimates = Estimates(self.trainer, self.model, self.way, self.has_network)
+            self._known.finish(0, self._conclude)
+
+    def _conclude(self, gathered: Summed | Held) -> None:
+        found = gathered.result(self.history, self.table)
+        name = type(self.trainer.optimizers[0]).__name__ if self.trainer.optimizers else "AIREML"
+        found = replace(found, optimizer=name, model=copy.deepcopy(self.model))
+        self.result = found if self.table is None else self.table.completed(found)
+
+    @property
+    def _known(self) -> Estimates:
+        assert self._estimates is not None
+        return self._estimates
+
+    @property
+    def history(self) -> list[Record]:
+        """A :class:`Record` for each step of the covariance in the last fit."""
+        return [] if self._estimates is None else self._estimates.history
 
     def score_norm(self) -> float:
-        """Distance to the optimum in standard errors of the parameters."""
-        with torch.no_grad():
-            curvature = Curvature([self._objective()])
-        return float("inf") if curvature.stuck else curvature.norm
+        """Distance of the covariance to its optimum in standard errors of the parameters."""
+        return self._known.score_norm()
 
-    def _objective(self) -> Objective:
-        assert self.loss is not None and self._data is not None
-        return self.loss.objective(*self._data)
+    # ------------------------------------------------------------------ evaluation
 
-    def _store(self) -> None:
-        assert self._encoded is not None and self.loss is not None and self._data is not None
-        self._keep(
-            outcome(
-                self._objective(),
-                self.loss.plan,
-                *self._data,
-                self.history,
-                self._encoded.names,
-                labels_of(self._encoded),
-            )
-        )
+    def on_validation_start(self) -> None:
+        """During a fit: validate what the rows say at the present parameters."""
+        if self._is_within_fit() and not self.trainer.sanity_checking:
+            self._known.show()
 
-    def adopt(self, encoder: Encoder, skeleton: Encoded, result: Result) -> None:
-        """Take the estimates of a fit that was made elsewhere, such as chunk by chunk.
+    def on_validation_end(self) -> None:
+        """Go on as without the validation."""
+        if self._is_within_fit():
+            self._known.resume()
 
-        Args:
-            encoder: what the formula learned.
-            skeleton: designs of the sizes of the fit.
-            result: the fit.
+    def _is_within_fit(self) -> bool:
+        fitting = self.trainer.state.fn == "fit"
+        return fitting and self._estimates is not None and self._estimates.rows is not None
+
+    def predict(self, table: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
+        """Predictions for the rows of a table, as :meth:`Result.predict` makes them, at the
+        present parameters.
+
+        Raises:
+            InputError: if a column is missing, a level of a fixed factor is unknown, or the
+                module, which must be of a formula, was neither fitted nor loaded.
         """
-        self.encoder = encoder
-        self._build(skeleton)
-        assert self.covariance is not None
-        stored = {estimate.name: estimate.untransformed for estimate in result.parameters}
-        with torch.no_grad():
-            for entry in self.covariance.parameter_entries().free:
-                entry.tensor.fill_(stored[entry.name])
-        self._keep(result)
-
-    def _keep(self, result: Result) -> None:
-        """Store a result with its BLUEs and BLUPs."""
-        self.result = result
-        self.beta.zero_()
-        fixed = result.fixed
-        self.beta[list(fixed.columns)] = fixed.estimate
-        self.aliases.zero_()
-        self.aliases[:, : fixed.aliases.shape[1]] = fixed.aliases
-        # The terms stand in the order of the designs, whose names may hold what a path may not.
-        assert self._encoded is not None
-        for name, effects in zip(
-            (design.name for design in self._encoded.random), self.result.random, strict=True
-        ):
-            getattr(self, _buffer("blup", name)).copy_(effects.values)
-            getattr(self, _buffer("variance", name)).copy_(effects.variances)
+        if self.table is None:
+            raise InputError("the module has no formula: predict batches by module.model.predict")
+        if not hasattr(self, "model"):
+            raise InputError("the module has no estimates: fit it or load a checkpoint")
+        return predict_table(self.table.encoder, self.model, table, level)
 
     # ------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the formula learned, and BLUPs at the present parameters."""
-        if self.covariance is None:
+        """Save what the rows say at the present parameters, and where training stands."""
+        if not hasattr(self, "model"):
             return
-        if self._data is not None:
-            self._store()
-        checkpoint["state_dict"] = self.state_dict()
-        checkpoint["mixed_model"] = {
-            "encoder": self.encoder.learned.to_dict(),
-            "rows": self.covariance.shape[0],
-            "columns": len(self.beta),
-        }
+        if self._estimates is not None and self._estimates.rows is not None:
+            settled = self._estimates.settled()
+            checkpoint["state_dict"] |= {f"model.{k}": v for k, v in settled.items()}
+            checkpoint["training_state"] = self._estimates.training()
+        checkpoint["random_numbers"] = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            checkpoint["random_numbers"]["cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.table is not None:
+            checkpoint["table"] = self.table.to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Build a module of the checkpoint's shapes, if there is none."""
-        kept = checkpoint["mixed_model"]
-        if self.covariance is None:
-            self.encoder.learned = Learned.from_dict(kept["encoder"])
-            self._build(self.encoder.skeleton(kept["rows"], kept["columns"]))
-
-    # ------------------------------------------------------------------ prediction
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        r"""Predictions for encoded rows.
-
-        Returns:
-            ``mean`` :math:`x^\top\hat\beta + \sum_t z_t^\top \hat b_t`, with no
-            contribution from levels that were not seen, and
-            ``population_mean`` :math:`x^\top\hat\beta`; NaN where the data do not say what that
-            is, as in a cell of an interaction that they lack.
-        """
-        x = batch["x"]
-        population = torch.where(estimable(x, self.aliases), x @ self.beta, torch.nan)
-        mean = population.clone()
-        for name, codes in batch["groups"].items():
-            blup = getattr(self, _buffer("blup", name))[codes.clamp(min=0)]
-            mean += torch.where(codes >= 0, (batch["values"].get(name, 1) * blup).sum(1), 0)
-        return {"mean": mean, "population_mean": population}
-
-    def predict(self, table: pd.DataFrame) -> pd.DataFrame:
-        """Predictions for a table, with its index; rows with missing values are left out.
-
-        Raises:
-            InputError: if a column is missing or a level of a fixed factor is unknown.
-            ValueError: if the module was neither fitted nor loaded.
-        """
-        check_instance("table", table, pd.DataFrame, "a data frame")
-        if self.covariance is None:
-            raise ValueError("the module has no estimates: fit it or load a checkpoint")
-        encoded = self.encoder.transform(table)
-        batch = move_data_to_device(encoded.batch(), self.device)
-        with torch.no_grad():
-            found = self.predict_step(batch, 0)
-        columns = {key: value.cpu().numpy() for key, value in found.items()}
-        return pd.DataFrame(columns, index=table.index[encoded.rows])
-
-
-def _buffer(what: str, name: str) -> str:
-    """Name of a buffer of a random effect: torch takes no dots, which R's names often have."""
-    return f"{what}_{name.replace('%', '%25').replace('.', '%2E')}"
+        """Build the model of a formula, if there is none."""
+        self._random_numbers = checkpoint.get("random_numbers", {})
+        self._resumed_state = checkpoint.get("training_state")
+        if self.table is not None and not hasattr(self, "model"):
+            self._adopt(self.table.from_dict(checkpoint["table"]))

@@ -1,10 +1,11 @@
 """The restricted likelihood: dense, or in the space of the random effects."""
 
+from openreml_nn.likelihood.laplace import LaplaceEvaluation, LaplaceLoss
 from openreml_nn.likelihood.loss import REMLLoss
 from openreml_nn.likelihood.plan import Auto, Plan
 from openreml_nn.likelihood.problem import Cost, Evaluation, NotPositiveDefiniteError
 from openreml_nn.likelihood.solver import Solver
-from openreml_nn.likelihood.solvers import Blocked, Dense, Grid, Krylov, Spectral
+from openreml_nn.likelihood.solvers import Blocked, Dense, Grid, Krylov, Sparse, Spectral
 from openreml_nn.likelihood.solvers.dense import restricted_log_likelihood
 
 __all__ = [
@@ -15,10 +16,13 @@ __all__ = [
     "Evaluation",
     "Grid",
     "Krylov",
+    "LaplaceEvaluation",
+    "LaplaceLoss",
     "NotPositiveDefiniteError",
     "Plan",
     "REMLLoss",
     "Solver",
+    "Sparse",
     "Spectral",
     "restricted_log_likelihood",
 ]

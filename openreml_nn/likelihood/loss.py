@@ -17,13 +17,14 @@ from openreml_nn.covariance import Matrix
 from openreml_nn.covariance.matrix import FreeParams
 from openreml_nn.likelihood.fixed import FixedPart, check_data, traced
 from openreml_nn.likelihood.plan import Auto, Plan, check_solver
+from openreml_nn.likelihood.prepared import Prepared
 from openreml_nn.likelihood.problem import Evaluation, Problem
 from openreml_nn.likelihood.recorded import LogLikelihood
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.support.checks import check_choice, check_tensor
 from openreml_nn.support.errors import InputError
-from openreml_nn.terms.kernel import private, same_content
+from openreml_nn.terms.kernel import private
 from openreml_nn.terms.term import Term
 
 __all__ = ["Heard", "Objective", "REMLLoss", "listen"]
@@ -161,8 +162,8 @@ class REMLLoss(nn.Module):
         names: names of the columns of X, for warnings; None by default.
 
     Raises:
-        InputError: if an option is unknown; when the loss is called, ValueError if the solver
-            does not fit the covariance.
+        InputError: if an option is unknown, or, when the loss is called, the solver does not fit
+            the covariance.
 
     >>> from openreml_nn.covariance import ScalarMatrix
     >>> loss = REMLLoss(ScalarMatrix(3), reduction="sum")
@@ -190,7 +191,7 @@ class REMLLoss(nn.Module):
         self.reduction = reduction
         self.names: Sequence[str] | None = None
         self._plan: Plan | None = None
-        self._prepared: _Prepared | None = None
+        self._prepared: Prepared | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # What is prepared for some data can be had again; a copy need not carry it.
@@ -260,7 +261,7 @@ class REMLLoss(nn.Module):
 
         Raises:
             NumericalError: if V is not positive definite, or rounding leaves too few digits.
-            TypeError, ValueError: as in calling the loss.
+            TypeError, InputError: as in calling the loss.
 
         Reference:
             Henderson, Biometrics 31 (1975) 423; Robinson, Statistical Science 6 (1991) 15.
@@ -278,7 +279,7 @@ class REMLLoss(nn.Module):
         """The likelihood of some data as an optimizer wants it, prepared and not evaluated.
 
         Raises:
-            TypeError, ValueError: as in calling the loss.
+            TypeError, InputError: as in calling the loss.
         """
         with torch.no_grad():
             problem = self._prepare(y, X, rows)[0]
@@ -315,7 +316,7 @@ class REMLLoss(nn.Module):
         terms = [term.to(dtype) for term in terms]
         constants = [rows, *(tensor for term in terms for tensor in term.constants)]
         forms = [term.form for term in terms]
-        if kept is not None and not kept.is_of(forms, constants, self.method, dtype):
+        if kept is not None and not kept.is_of(forms, constants, (self.method, self.solver), dtype):
             kept = None
         if kept is not None and same_data:
             return kept.problem, terms, kept.problem.fixed, False
@@ -343,7 +344,11 @@ class REMLLoss(nn.Module):
             if recorded and moving and not wrapped:
                 problem = problem.anew(fixed, terms)
         self._prepared = (
-            None if recorded else _Prepared(None if moving else data, forms, copies, problem)
+            None
+            if recorded
+            else Prepared(
+                None if moving else data, forms, copies, (self.method, self.solver), problem
+            )
         )
         return problem, terms, fixed, recorded
 
@@ -360,41 +365,3 @@ class REMLLoss(nn.Module):
                 stacklevel=5,
             )
         return problem
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A problem with private copies of the data, and of the other constants, that it was
-    prepared for.
-
-    Contents are compared and not identities, because memory also changes through NumPy,
-    through ``.data`` and by loading a state, of which a tensor's version does not tell.
-    """
-
-    data: tuple[Tensor, Tensor] | None
-    forms: list[tuple[object, ...]]
-    constants: list[Tensor | None]
-    problem: Problem
-
-    def has_seen(self, y: Tensor, X: Tensor) -> bool:
-        """Whether the data are those that it was prepared for, and have no graph."""
-        if self.data is None or not (isinstance(y, Tensor) and isinstance(X, Tensor)):
-            return False
-        return not (y.requires_grad or X.requires_grad) and _all_same([y, X], self.data)
-
-    def is_of(
-        self,
-        forms: Sequence[tuple[object, ...]],
-        constants: Sequence[Tensor | None],
-        method: str,
-        dtype: torch.dtype,
-    ) -> bool:
-        """Whether it was prepared for terms of the same forms, designs, kernels and rows."""
-        problem = self.problem
-        if problem.fixed.y.dtype != dtype or problem.method != method or self.forms != forms:
-            return False
-        return _all_same(constants, self.constants)
-
-
-def _all_same(tensors: Sequence[Tensor | None], kept: Sequence[Tensor | None]) -> bool:
-    return len(tensors) == len(kept) and all(map(same_content, tensors, kept))

@@ -12,7 +12,7 @@ from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.problem import Cost, Problem
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers import SOLVERS
-from openreml_nn.support.checks import check_choice, check_instance
+from openreml_nn.support.checks import check_choice, check_instance, check_number
 from openreml_nn.terms.term import Term
 
 __all__ = ["Auto", "Plan", "check_solver"]
@@ -28,23 +28,30 @@ class Auto(Solver):
 
     Args:
         memory: bytes that an exact solver may hold.
+
+    Raises:
+        TypeError, InputError: if that is no number above 0.
     """
 
     name: ClassVar[str] = "auto"
     memory: float = 4 * 2**30
 
+    def __post_init__(self) -> None:
+        check_number("memory", self.memory, above=0)
+
     def choose(self, terms: Sequence[Term], p: int, dtype: torch.dtype) -> tuple[Solver, Cost, str]:
         """The solver, its cost, and why it is taken."""
         solvers = [make() for make in SOLVERS.values()]
-        known = [(solver, solver.forecast(terms, p, dtype)) for solver in solvers]
-        costs = [(solver, cost) for solver, cost in known if cost is not None]
-        exact = sorted((x for x in costs if x[1].exact), key=lambda x: x[1].operations)
-        small = [x for x in exact if x[1].bytes <= self.memory]
+        known = [(solver, solver.forecast(terms, p, dtype)) for solver in solvers if solver.exact]
+        exact = [(solver, cost) for solver, cost in known if cost is not None]
+        exact.sort(key=lambda found: found[1].operations)
+        small = [found for found in exact if found[1].bytes <= self.memory]
         if not small:
-            for solver, cost in costs:
-                if not cost.exact:
-                    least = min(other.bytes for _, other in exact)
-                    return solver, cost, f"exact solvers would need {least / 2**30:.3g} GiB"
+            least = min(cost.bytes for _, cost in exact)
+            for solver in solvers:
+                rough = None if solver.exact else solver.forecast(terms, p, dtype)
+                if rough is not None:
+                    return solver, rough, f"exact solvers would need {least / 2**30:.3g} GiB"
         (solver, cost), *others = small or exact
         if others:
             ratio = others[0][1].operations / max(cost.operations, 1.0)

@@ -181,7 +181,11 @@ class _Bucket:
 
 
 class BlockResidual(Residual):
-    """R with blocks within groups of rows; ``matrices`` are those of its parts."""
+    """R with blocks within groups of rows; ``matrices`` are those of its parts.
+
+    Attributes:
+        group: (n,) group of each row, from 0.
+    """
 
     moves = True
 
@@ -193,7 +197,7 @@ class BlockResidual(Residual):
         places = [_places(part) for part in parts]
         group = _joined([block for block, _ in places])
         self.n = len(group)
-        self._group = group
+        self.group = group
         order = torch.argsort(group, stable=True)
         size = torch.bincount(group)
         self.size = int(size.max())
@@ -230,7 +234,7 @@ class BlockResidual(Residual):
         return found.mT
 
     def is_within(self, codes: Tensor) -> bool:
-        return _nests(self._group, codes)
+        return _nests(self.group, codes)
 
 
 class _WhiteBlocks(White):

@@ -26,9 +26,12 @@ class Solver:
 
     Attributes:
         name: what it is called.
+        exact: whether its likelihood is computed, and not estimated by Monte Carlo; the plan asks
+            the others for a forecast only where no exact one fits.
     """
 
     name: ClassVar[str]
+    exact: ClassVar[bool] = True
 
     def forecast(self, terms: Sequence[Term], p: int, dtype: torch.dtype) -> Cost | None:
         """What an evaluation would take; None where the solver does not fit the terms.

@@ -158,7 +158,8 @@ def take(x: Any, rows: slice | Tensor) -> Any:
     if isinstance(x, Mapping):
         return {key: take(value, rows) for key, value in x.items()}
     if isinstance(x, tuple | list):
-        return type(x)(take(value, rows) for value in x)
+        parts = [take(value, rows) for value in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
     return x[rows]
 
 

@@ -12,14 +12,16 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance import Pedigree
+from openreml_nn.covariance import Matrix, Pedigree
 from openreml_nn.estimation import Result, fit_reml
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import check_method
+from openreml_nn.model.batch import Batch
 from openreml_nn.model.mixed_model import MixedModel
 from openreml_nn.model.stream import fit_stream
-from openreml_nn.model.structures import labels_of, linear_model, relations_of
+from openreml_nn.model.structures import bases_of, labels_of, linear_model, relations_of
+from openreml_nn.result.result import Label
 from openreml_nn.support.checks import (
     check_count,
     check_names,
@@ -29,8 +31,9 @@ from openreml_nn.support.checks import (
 )
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import Encoder, TableFile
+from openreml_nn.terms.term import Term
 
-__all__ = ["lmm", "with_model"]
+__all__ = ["lmm", "read_table_of", "with_model"]
 
 
 def lmm(
@@ -61,9 +64,9 @@ def lmm(
         solver: see :class:`REMLLoss`.
         categorical: numeric columns to be taken as factors.
         weights: column of weights: the residual variance of a row is divided by its weight.
-        residual: correlation of the rows of a group, ``"ar1(time | subject)"``,
-            ``"cs(subject)"`` or ``"us(time | subject)"``, or a variance for each
-            stratum, ``"diag(sex)"``; independent rows of one variance by default.
+        residual: covariance of the rows of a group, such as ``"ar1(time | subject)"``, of a field,
+            ``"ar1(row):ar1(col)"``, or a variance for each stratum, ``"diag(sex)"``; see
+            :func:`parse_residual`. Independent rows of one variance by default.
         residual_variance: the residual variance where it is known, that of a row of weight 1: with
             weights :math:`1 / s_i^2` and 1, row i has error variance :math:`s_i^2`.
         pedigree: for ``ped(animal)`` in the formula: a table animal, sire, dam, or its path.
@@ -93,9 +96,6 @@ def lmm(
     if chunk_rows is not None:
         if isinstance(table, pd.DataFrame):
             raise InputError("`chunk_rows` is for a file: the table is in memory already")
-        if pedigree is not None or kernels is not None:
-            name = "kernels" if pedigree is None else "pedigree"
-            raise InputError(f"`{name}` is not for chunks: leave out `chunk_rows`")
         return fit_stream(
             formula,
             table,
@@ -108,28 +108,32 @@ def lmm(
             residual_variance=residual_variance,
             max_iterations=max_iterations,
         )
-    source = "the table" if isinstance(table, pd.DataFrame) else f"file {str(table)!r}"
-    if not isinstance(table, pd.DataFrame):
-        table = (table if isinstance(table, TableFile) else TableFile(table)).read()
+    table, source = read_table_of(table)
     known = residual_variance is not None
     relations = relations_of(pedigree, kernels)
     encoder = Encoder(formula, categorical, source, residual, weights, known, relations)
     encoded = encoder.fit(table)
-    model = linear_model(encoded, method, solver, residual_variance)
+    bases = bases_of(encoded.random)
+    model = linear_model(encoded, method, solver, residual_variance, bases)
+    labels, batch = labels_of(encoded), encoded.batch()
     result = fit_reml(
-        model.covariance(encoded.batch()),
+        model.covariance(batch),
         encoded.adjusted,
         encoded.X,
         method=method,
         solver=solver,
         max_iterations=max_iterations,
         names=encoded.names,
-        labels=labels_of(encoded),
+        labels=labels | {name: labels[name]._replace(basis=B) for name, B in bases.items()},
     )
+    result = with_model(result, model, batch)
+    if bases:
+        plain = linear_model(encoded, method, solver, residual_variance)
+        result = _in_user_basis(result, plain.covariance(batch), labels)
     assert result.source is not None
     cells = encoder.cells(table.iloc[encoded.rows])
     return replace(
-        with_model(result, model),
+        result,
         source=replace(result.source, means=encoder.learned.means, cells=cells),
         fitted=result.fitted if encoded.offset is None else result.fitted + encoded.offset,
         formula=formula,
@@ -138,18 +142,47 @@ def lmm(
     )
 
 
-def with_model(result: Result, model: MixedModel) -> Result:
+def read_table_of(
+    table: pd.DataFrame | str | os.PathLike[str] | TableFile,
+) -> tuple[pd.DataFrame, str]:
+    """A table in memory, and what messages call it."""
+    if isinstance(table, pd.DataFrame):
+        return table, "the table"
+    file = table if isinstance(table, TableFile) else TableFile(table)
+    return file.read(), f"file {str(table)!r}"
+
+
+def _in_user_basis(result: Result, covariance: Matrix, labels: Mapping[str, Label]) -> Result:
+    """A result whose source has the covariance of the user's values of random slopes."""
+    stored = {estimate.name: estimate.untransformed for estimate in result.parameters}
+    with torch.no_grad():
+        for entry in covariance.parameter_entries().entries:
+            entry.tensor.fill_(stored[entry.name])
+    assert result.source is not None
+    return replace(result, source=replace(result.source, covariance=covariance, labels=labels))
+
+
+def with_model(
+    result: Result, model: MixedModel, batch: Batch, residual: Term | None = None
+) -> Result:
     """A result with a copy of its model, which predicts.
 
     Args:
         result: of a fit of the model's covariance.
         model: with its parameters at the estimates.
+        batch: the rows.
+        residual: what stands for the residual where a family has its place.
     """
     source, model = result.source, copy.deepcopy(model)
     assert source is not None
+    if any(label.basis is not None for label in source.labels.values()):
+        model.update(batch)  # the result has the effects in another basis
+        return replace(result, model=model)
     model.remember(result.random, result.fixed, result.fixed.aliases)
     X, columns = source.X, list(result.fixed.columns)
-    model.remember_errors(source.covariance, lambda: _orthonormal(X, columns), len(columns))
+    model.remember_errors(
+        source.covariance, lambda: _orthonormal(X, columns), len(columns), residual
+    )
     return replace(result, model=model)
 
 

@@ -50,11 +50,14 @@ class RandomEffect(nn.Module):
         effects: k, how many effects each level has, or their names.
         features: a module that yields the effects' values (n, k) from ``x``: random
             slopes in learned features.
+        basis: B (k, k), for effects that are better conditioned as those of :math:`z^\\top B` than as
+            those of the values z; then ``g``, ``blup`` and ``variance`` are of these.
 
     Attributes:
         g: the covariance G of all levels.
         blup: (levels, k) BLUPs, after :meth:`MixedModel.update`.
         variance: (levels, k, k) their prediction-error variances.
+        basis: B, the identity by default.
 
     Raises:
         TypeError: if an argument is of another kind.
@@ -66,6 +69,7 @@ class RandomEffect(nn.Module):
 
     blup: Tensor
     variance: Tensor
+    basis: Tensor
 
     def __init__(
         self,
@@ -73,6 +77,7 @@ class RandomEffect(nn.Module):
         covariance: Matrix | None = None,
         effects: int | Sequence[str] = 1,
         features: nn.Module | None = None,
+        basis: Tensor | None = None,
     ) -> None:
         super().__init__()
         if isinstance(effects, Integral):
@@ -105,6 +110,7 @@ class RandomEffect(nn.Module):
         like = next(self.g.parameters(), torch.zeros(1, dtype=torch.float64))
         self.register_buffer("blup", like.new_zeros(q, k))
         self.register_buffer("variance", like.new_zeros(q, k, k))
+        self.register_buffer("basis", torch.eye(k).to(like) if basis is None else basis)
 
     @property
     def is_per_level(self) -> bool:
@@ -114,7 +120,15 @@ class RandomEffect(nn.Module):
     def prior(self) -> Tensor:
         """Covariance of the effects of a level that was not seen, (k, k): where levels differ,
         their mean."""
+        return self.basis @ self.prior_in_basis() @ self.basis.mT
+
+    def prior_in_basis(self) -> Tensor:
+        """The same of the effects in their basis."""
         return prior_of(lowered(self.g), self.levels, self.effects)
+
+    def known(self) -> tuple[Tensor, Tensor]:
+        """BLUPs (levels, k) of the effects of z, and their prediction-error variances."""
+        return self.blup @ self.basis.mT, self.basis @ self.variance @ self.basis.mT
 
     def coded(self, name: str, batch: Batch, n: int) -> tuple[Tensor, Tensor | None]:
         """Level of each row of a batch (n,), and values of the effects (n, k), None for ones.
@@ -125,7 +139,10 @@ class RandomEffect(nn.Module):
         codes = level_codes(batch, name, self.levels, n)
         if self.features is not None:
             return codes, self.features(part(batch, "x"))
-        return codes, level_values(batch, name, self.effects, n)
+        values = level_values(batch, name, self.effects, n)
+        if values is None or self.effects == 1:
+            return codes, values
+        return codes, values @ self.basis.to(values)
 
     def covariance(self, name: str, codes: Tensor, values: Tensor | None) -> CovariancePropagation:
         r""":math:`Z G Z^\top` of some rows. A row of no known level has one of its own.

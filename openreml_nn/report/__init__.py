@@ -1,4 +1,4 @@
-"""What a fit leaves behind: tables, plots and the files of a run."""
+"""Plots of a fit, and one page for many runs."""
 
 from openreml_nn.report.html import write_report
 from openreml_nn.report.plots import (
@@ -10,11 +10,9 @@ from openreml_nn.report.plots import (
     shares,
     zeta,
 )
-from openreml_nn.report.run import Run, write_plots, write_run, write_tables
 from openreml_nn.result.tables import blup_table, fixed_table, variance_table
 
 __all__ = [
-    "Run",
     "blup_table",
     "caterpillar",
     "convergence",
@@ -24,9 +22,6 @@ __all__ = [
     "semivariogram",
     "shares",
     "variance_table",
-    "write_plots",
     "write_report",
-    "write_run",
-    "write_tables",
     "zeta",
 ]

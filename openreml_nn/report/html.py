@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from openreml_nn.report.sweep import best, collect
+from openreml_nn.report.runs import best, collect
 from openreml_nn.support.checks import check_instance
 from openreml_nn.support.errors import InputError
 from openreml_nn.support.files import write_text

@@ -29,138 +29,12 @@ from scipy.sparse import csr_array
 from torch import Tensor, nn
 
 from openreml_nn.likelihood.problem import cholesky
-from openreml_nn.likelihood.residual import Residual
-from openreml_nn.likelihood.system.products import Pattern, Products, Statistics
-from openreml_nn.support.errors import InputError
-from openreml_nn.terms.covariance import Covariance, RepeatedCovariance
-from openreml_nn.terms.design import DenseDesign, Design, IndexedDesign
-from openreml_nn.terms.term import Term
+from openreml_nn.result.equations import Equations
+from openreml_nn.terms.base import Covariance
+from openreml_nn.terms.covariance import RepeatedCovariance
+from openreml_nn.terms.design import IndexedDesign
 
-__all__ = ["Equations", "JointErrors"]
-
-#: A covariance of the residuals without blocks is not formed for more rows.
-_MOST_ROWS = 5_000
-
-
-@dataclass(frozen=True)
-class Equations:
-    r"""What the equations hold of the rows: cross-products with :math:`R^{-1}`.
-
-    Attributes:
-        sizes: levels and effects of each random term.
-        pattern: which levels of two terms meet.
-        products: cross-products of the terms, and of Q.
-        basis: (p, r) :math:`Q = X \cdot` ``basis``, whose columns are orthonormal, X with all its
-            columns.
-    """
-
-    sizes: Sequence[tuple[int, int]]
-    pattern: Pattern
-    products: Products
-    basis: Tensor
-
-    @classmethod
-    def of(
-        cls, designs: Sequence[IndexedDesign], residual: Sequence[Term], Q: Tensor, basis: Tensor
-    ) -> Equations | None:
-        """Those of some rows; None for residuals that are correlated over more than 5,000 rows in
-        no known blocks.
-
-        Args:
-            designs: of each random term.
-            residual: the terms of the residuals.
-            Q, basis: X in an orthonormal basis (n, r), and the basis (p, r).
-        """
-        white = _whitened(designs, residual, Q)
-        if white is None:
-            return None
-        pattern = Pattern.of(white[0])
-        sizes = [(design.levels, design.effects) for design in designs]
-        return cls(sizes, pattern, pattern.products(*white), basis)
-
-    @classmethod
-    def of_statistics(cls, statistics: Statistics, variance: Tensor, basis: Tensor) -> Equations:
-        """Those of cross-products of rows of one residual variance, that of a weight of 1."""
-        pattern, found = statistics.ordered(range(len(statistics.sizes)))
-        zz = {pair: value / variance for pair, value in found.zz.items()}
-        zf = [part / variance for part in found.zf]
-        return cls(statistics.sizes, pattern, Products(zz, zf, found.ff / variance), basis)
-
-    def between(self, t: int, u: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Level of t, column of u and entry (cells, k_t) of each product of the two."""
-        if t > u:
-            (q, k), (levels, width) = self.sizes[u], self.sizes[t]
-        else:
-            (q, k), (levels, width) = self.sizes[t], self.sizes[u]
-        pair = (min(t, u), max(t, u))
-        cells, value = self.pattern.cells[pair], self.products.zz[pair]
-        if cells is None:
-            one = torch.arange(q * levels, device=value.device)
-            a, b = one // levels, one % levels
-            value = value.reshape(q, k, levels, width).movedim(1, 2).flatten(0, 1)
-        else:
-            a, b = cells.a, cells.b
-        if t > u:
-            a, b, value, width = b, a, value.mT, k
-        effect = torch.arange(width, device=value.device)
-        column = (b[:, None] * width + effect).flatten()
-        level = a[:, None].expand(-1, width).flatten()
-        return level, column, value.mT.flatten(0, 1)
-
-    def dense(self, t: int, u: int) -> Tensor:
-        r""":math:`Z_t^\top R^{-1} Z_u` as a matrix."""
-        (q, k), (levels, width) = self.sizes[t], self.sizes[u]
-        level, column, entries = self.between(t, u)
-        found = entries.new_zeros(q, levels * width, k)
-        found[level, column] = entries
-        return found.movedim(1, 2).flatten(0, 1)
-
-    def own(self, t: int) -> Tensor:
-        """The blocks of a term's levels, (levels, k, k)."""
-        cells, value = self.pattern.cells[t, t], self.products.zz[t, t]
-        assert cells is not None
-        q, k = self.sizes[t]
-        found = value.new_zeros(q, k, k)
-        found[cells.a] = value
-        return found
-
-    def is_blocked(self, t: int) -> bool:
-        """Whether no two levels of a term have a product."""
-        return self.pattern.cells[t, t] is not None
-
-
-def _whitened(
-    designs: Sequence[IndexedDesign], residual: Sequence[Term], Q: Tensor
-) -> tuple[list[Design], Tensor] | None:
-    """Designs and Q of rows that R makes independent and of variance 1."""
-    terms = [term.to(Q.dtype) for term in residual]
-    try:
-        R = Residual.of(terms)
-    except InputError:
-        return None if len(Q) > _MOST_ROWS else _whitened_densely(designs, terms, Q)
-    matrices = R.matrices(terms)
-    if R.moves:
-        white = R.white(matrices)
-        within = [d if R.is_within(d.codes) else DenseDesign(d.dense(Q)) for d in designs]
-        return [white.design(design) for design in within], white.rows(Q)
-    scale = matrices[0].reshape(()).rsqrt()
-    white = R.white([torch.ones_like(matrices[0])])
-    return [_times(white.design(d), scale, Q) for d in designs], scale * white.rows(Q)
-
-
-def _times(design: Design, scale: Tensor, like: Tensor) -> Design:
-    assert isinstance(design, IndexedDesign)
-    values = like.new_ones(design.shape[0], 1) if design.values is None else design.values
-    return IndexedDesign(design.codes, scale * values.to(like), design.levels, absent=False)
-
-
-def _whitened_densely(
-    designs: Sequence[IndexedDesign], terms: Sequence[Term], Q: Tensor
-) -> tuple[list[Design], Tensor]:
-    L = cholesky(torch.stack([term.dense() for term in terms]).sum(0), "R")
-    rows = [torch.linalg.solve_triangular(L, d.dense(Q), upper=False) for d in designs]
-    found: list[Design] = [DenseDesign(row) for row in rows]
-    return found, torch.linalg.solve_triangular(L, Q, upper=False)
+__all__ = ["JointErrors"]
 
 
 class JointErrors(nn.Module):
@@ -174,6 +48,7 @@ class JointErrors(nn.Module):
         is_known: whether there were data.
         is_exact: whether the parts below were computed from them.
         first: which factor is eliminated first, -1 for none.
+        offsets: the first column of each other factor in ``covariance``.
         conditional: :math:`P` (levels, k, k) of that factor.
         starts, columns, entries: :math:`M` (levels · k, m) by the columns that each level meets.
         covariance: :math:`C` (m, m) of the other factors' effects and the coefficients.
@@ -184,6 +59,7 @@ class JointErrors(nn.Module):
     is_known: Tensor
     is_exact: Tensor
     first: Tensor
+    offsets: Tensor
     conditional: Tensor
     starts: Tensor
     columns: Tensor
@@ -199,6 +75,7 @@ class JointErrors(nn.Module):
         self.register_buffer("is_known", torch.tensor(False))
         self.register_buffer("is_exact", torch.tensor(False))
         self.register_buffer("first", torch.tensor(-1))
+        self.register_buffer("offsets", torch.zeros(0, dtype=torch.long))
         self.register_buffer("conditional", none.reshape(0, 0, 0))
         self.register_buffer("starts", torch.zeros(1, dtype=torch.long))
         self.register_buffer("columns", torch.zeros(0, dtype=torch.long))
@@ -273,6 +150,10 @@ class JointErrors(nn.Module):
         self._solve(S, [roots[t] for t in rest], [widths[t] for t in rest])
         self.starts, self.columns, self.entries = cells.starts, cells.columns, cells.entries
         self.first.fill_(first)
+        # Levels that no prediction asks for, as of rows of no known one, have columns too.
+        place = dict(zip(rest, starts, strict=True))
+        offsets = torch.tensor([place.get(t, 0) for t in range(len(free))], dtype=torch.long)
+        self.offsets = offsets.to(like.device)
         self.conditional, self.basis = conditional, equations.basis
         self.is_exact.fill_(True)
 
@@ -316,7 +197,6 @@ class JointErrors(nn.Module):
     def _some(self, designs: Sequence[IndexedDesign], X: Tensor) -> Tensor:
         C, first, n = self.covariance, int(self.first), len(X)
         w = C.new_zeros(n, len(C))
-        start = 0
         rows = torch.arange(n, device=X.device)
         found = C.new_zeros(n)
         for i, design in enumerate(designs):
@@ -324,8 +204,7 @@ class JointErrors(nn.Module):
             k = torch.arange(design.effects, device=X.device)
             at = design.codes[:, None] * design.effects + k
             if i != first:
-                w[rows[:, None], start + at] += z
-                start += design.shape[1]
+                w[rows[:, None], self.offsets[i] + at] += z
                 continue
             codes = design.codes
             found = torch.einsum("nk,nkl,nl->n", z, self.conditional[codes], z)
@@ -357,7 +236,8 @@ class JointErrors(nn.Module):
         if prefix + "covariance" in state_dict:
             self._pending = None
         # The sizes are known only once there were data.
-        for name in ("conditional", "starts", "columns", "entries", "covariance", "basis"):
+        names = ("offsets", "conditional", "starts", "columns", "entries", "covariance", "basis")
+        for name in names:
             if prefix + name in state_dict:
                 own = getattr(self, name)
                 setattr(self, name, torch.empty_like(state_dict[prefix + name], device=own.device))

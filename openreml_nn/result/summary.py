@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
+
+from openreml_nn.support.display import plain_console, visible
 
 if TYPE_CHECKING:
     from openreml_nn.result.result import Component, Result
@@ -20,30 +21,37 @@ __all__ = ["singularity", "summarise", "tables"]
 def summarise(result: Result, title: str | None = None) -> str:
     """The tables of :func:`tables` as plain text, 100 columns wide."""
     stream = io.StringIO()
-    console = Console(file=stream, width=100, color_system=None)
+    console = plain_console(file=stream, width=100, color_system=None)
     for part in tables(result, title):
         console.print(part)
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
 
 
 def tables(result: Result, title: str | None = None) -> list[Table | str]:
-    """Headline, random effects, fixed effects and notes, for a rich console."""
+    """Headline, random effects, fixed effects and notes, for a console that reads no markup."""
     by = {"reml": "REML", "ml": "maximum likelihood"}[result.method]
     criterion = {"reml": "REML criterion", "ml": "deviance"}[result.method]
     parts: list[Table | str] = [f"Linear mixed model fit by {by}"]
+    if result.family is not None:
+        points = result.quadrature
+        way = f"quadrature of {points} points" if points > 1 else "Laplace"
+        parts = [f"Generalised linear mixed model fit by {by} ({way})"]
+        parts.append(f"Family: {result.family} ({result.link})")
     title = title or result.formula
     if title:
-        parts.append(f"Formula: {title}")
+        parts.append(f"Formula: {visible(title)}")
     parts.append(
         f"{criterion} {result.deviance:.4f}   log-likelihood {result.log_likelihood:.4f}   "
         f"AIC {result.aic:.2f}   BIC {result.bic:.2f}\n"
     )
     parts.append(_random(result))
     groups = {c.group: len(c.levels) for c in result.components if c.group != "Residual"}
-    counts = "".join(f", {group} {levels}" for group, levels in groups.items())
+    counts = "".join(f", {visible(group)} {levels}" for group, levels in groups.items())
     parts.append(f"Rows {result.rows}; levels{counts[1:]}\n" if groups else f"Rows {result.rows}\n")
     if result.fixed.names:
         parts.append(_fixed(result))
+    if result.family_parameters:
+        parts.append(_family(result))
     state = "converged" if result.converged else "NOT converged"
     parts.append(
         f"{state} in {result.iterations} iterations, score norm {result.score_norm:.1e} "
@@ -56,9 +64,9 @@ def tables(result: Result, title: str | None = None) -> list[Table | str]:
         )
     singular = [singularity(c) for c in result.components if c.singular]
     if singular:
-        parts.append(f"singular fit: {'; '.join(singular)}")
+        parts.append(visible(f"singular fit: {'; '.join(singular)}"))
     if result.boundary:
-        parts.append(f"at the boundary: {', '.join(result.boundary)}")
+        parts.append(visible(f"at the boundary: {', '.join(result.boundary)}"))
     others = [start for start in result.starts if start.converged and not start.same]
     if others:
         best = max(start.log_likelihood for start in others)
@@ -67,7 +75,7 @@ def tables(result: Result, title: str | None = None) -> list[Table | str]:
             f"{result.log_likelihood - best:.4f}"
         )
     if result.indistinct:
-        parts.append(f"the data cannot tell apart: {', '.join(result.indistinct)}")
+        parts.append(visible(f"the data cannot tell apart: {', '.join(result.indistinct)}"))
     return parts
 
 
@@ -113,7 +121,7 @@ def _random(result: Result) -> Table:
     table.columns[1].justify = "left"
     for component in result.components:
         for row in _component(component, len(correlations)):
-            table.add_row(*row)
+            table.add_row(*map(visible, row))
     return table
 
 
@@ -146,10 +154,19 @@ def _component(c: Component, width: int, most: int = 12) -> list[list[str]]:
     return rows
 
 
+def _family(result: Result) -> Table:
+    title = "Thresholds" if result.family == "ordinal" else "Family"
+    table = _table(title, "", "Estimate", "Std. error")
+    for e in result.family_parameters:
+        table.add_row(e.name, _number(e.value), _number(e.std_error))
+    return table
+
+
 def _fixed(result: Result) -> Table:
-    table = _table("Fixed effects", "", "Estimate", "Std. error", "t value")
+    statistic = "t value" if result.family is None else "z value"
+    table = _table("Fixed effects", "", "Estimate", "Std. error", statistic)
     fixed = result.fixed
     rows = zip(fixed.names, fixed.estimate, fixed.std_error, fixed.statistic, strict=True)
     for name, *numbers in rows:
-        table.add_row(name, *(_number(float(x)) for x in numbers))
+        table.add_row(visible(name), *(_number(float(x)) for x in numbers))
     return table

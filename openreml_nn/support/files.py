@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replacing", "write_text"]
+__all__ = ["is_temporary", "replacing", "write_text"]
 
 
 @contextmanager
@@ -21,6 +22,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file has a name of :func:`replacing`, left by a process that was killed."""
+    return bool(re.fullmatch(r"\..+\.\d+(\.\w+)?", path.name)) and path.is_file()
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

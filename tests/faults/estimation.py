@@ -370,4 +370,25 @@ FAULTS = [
         "    with V.given(theta):\n        value = V()\n    if value is not None:\n        return {name: value if m is V else m() if",
         OF_GLS,
     ),
+    Fault(
+        "standard errors of slopes far from zero are of the basis of the fit",
+        "openreml_nn/estimation/outcome.py",
+        "moved = self._moved({estimate.name: estimate for estimate in found})",
+        "moved: dict[str, Estimate] = {}",
+        "tests/test_linear.py -k 'slopes or basis'",
+    ),
+    Fault(
+        "BLUPs of slopes far from zero are of the basis of the fit",
+        "openreml_nn/estimation/outcome.py",
+        "random = [self._in_user_basis(effects) for effects in random]",
+        "random = list(random)",
+        "tests/test_linear.py -k 'slopes or basis'",
+    ),
+    Fault(
+        "weights do not count in the log-likelihood of a stream",
+        "openreml_nn/likelihood/solvers/blocked.py",
+        "white.log_det = white.log_det + statistics.log_det",
+        "white.log_det = white.log_det + 0 * statistics.log_det",
+        "tests/table/test_stream.py -k options",
+    ),
 ]

@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.faults import covariance, estimation, likelihood, network, program
+from tests.faults import covariance, estimation, inference, likelihood, network, program
 from tests.faults.fault import ROOT, Fault
 
 __all__ = ["FAULTS", "outdated"]
 
 FAULTS: list[Fault] = [
     fault
-    for room in (covariance, likelihood, estimation, network, program)
+    for room in (covariance, likelihood, estimation, inference, network, program)
     for fault in room.FAULTS
 ]
 

@@ -12,7 +12,7 @@ RESIDUAL = "openreml_nn/table/residual.py"
 ROWS = "openreml_nn/table/rows.py"
 TEXT = "openreml_nn/table/text.py"
 STREAM = "openreml_nn/model/stream.py"
-APP = "openreml_nn/program/main.py"
+FIT = "openreml_nn/program/fit.py"
 
 FAULTS = [
     Fault(
@@ -108,14 +108,14 @@ FAULTS = [
     ),
     Fault(
         "streamed rows that miss a value are not counted",
-        STREAM,
+        "openreml_nn/model/sums.py",
         "self.dropped += encoded.dropped_rows if own else 0",
         "self.dropped += 0",
         "tests/table/test_stream.py -k miss",
     ),
     Fault(
         "the streamed response is not taken off its fit",
-        STREAM,
+        "openreml_nn/model/sums.py",
         "M[kept, :-1], M[kept, -1], M[-1, -1] = inner, -b, 1.0",
         "M[kept, :-1], M[kept, -1], M[-1, -1] = inner, b, 1.0",
         "tests/table/test_stream.py -k chunks_give",
@@ -129,7 +129,7 @@ FAULTS = [
     ),
     Fault(
         "the best run is the worst",
-        "openreml_nn/report/sweep.py",
+        "openreml_nn/report/runs.py",
         "table[by].idxmin()",
         "table[by].idxmax()",
         "tests/test_report.py -k best",
@@ -157,11 +157,10 @@ FAULTS = [
     ),
     Fault(
         "the result comes before the files that it vouches for",
-        "openreml_nn/report/run.py",
-        'write_text(folder / "summary.txt", run.summary())',
-        'write_text(folder / "result.json", "{}")\n'
-        '    write_text(folder / "summary.txt", run.summary())',
-        "tests/test_report.py -k fails",
+        "openreml_nn/program/fit.py",
+        "    outputs.write_tables(result, path)\n",
+        "    outputs.write_record(result, path, {})\n    outputs.write_tables(result, path)\n",
+        "tests/program/test_rundir.py -k signal",
     ),
     Fault(
         "a file that fails is left half written",
@@ -172,31 +171,58 @@ FAULTS = [
     ),
     Fault(
         "a fault of the input ends with status 1",
-        APP,
-        'print(f"error: {message}", file=sys.stderr)\n    sys.exit(2)',
-        'print(f"error: {message}", file=sys.stderr)\n    sys.exit(1)',
+        "openreml_nn/program/reporting.py",
+        "    status = 2\n",
+        "    status = 1\n",
         "tests/test_app.py -k one_line",
     ),
     Fault(
         "a sweep minimises the log-likelihood",
-        APP,
-        'validation.get("val_negative_log_density", model.result.deviance)',
-        'validation.get("val_negative_log_density", -model.result.deviance)',
+        FIT,
+        'get("val_negative_log_density", result.deviance)',
+        'get("val_negative_log_density", -result.deviance)',
         "tests/test_app.py -k minimises",
     ),
     Fault(
         "rows that are held out do not depend on the seed",
-        APP,
-        "split_by=None if config.data.split_by is None else str(config.data.split_by),\n"
-        "            seed=config.seed,",
-        "split_by=None if config.data.split_by is None else str(config.data.split_by),",
+        FIT,
+        '            **split,\n            seed=options["seed"],',
+        "            **split,",
         "tests/test_app.py -k the_seed_chooses",
     ),
     Fault(
-        "a config may name any function",
+        "an option that a run does not read is dropped",
+        "openreml_nn/program/options.py",
+        "        if unread:",
+        "        if unread and not where:",
+        "tests/program/test_options.py -k no_effect",
+    ),
+    Fault(
+        "what an earlier run left stays",
+        "openreml_nn/program/rundir.py",
+        "        elif kept is None or path.resolve() != kept:",
+        "        elif kept is not None and path.resolve() != kept:",
+        "tests/program/test_rundir.py -k earlier",
+    ),
+    Fault(
+        "two runs may share a directory",
+        "openreml_nn/program/rundir.py",
+        "fcntl.LOCK_EX | fcntl.LOCK_NB",
+        "fcntl.LOCK_SH | fcntl.LOCK_NB",
+        "tests/program/test_rundir.py -k at_once",
+    ),
+    Fault(
+        "values of the environment are written",
+        "openreml_nn/program/rundir.py",
+        "if OmegaConf.is_missing(parent, name) or is_secret(key):",
+        "if OmegaConf.is_missing(parent, name):",
+        "tests/program/test_rundir.py -k environment",
+    ),
+    Fault(
+        "a config may name a class of another place",
         "openreml_nn/support/instantiate.py",
-        "if not isinstance(found, type) or",
-        "if",
+        "isinstance(found, type) and kind in found.__mro__ and",
+        "isinstance(found, type) and",
         "tests/test_instantiate.py",
     ),
     Fault(

@@ -614,6 +614,11 @@ def _inference() -> list[Call]:
         Call("inference", "heritability", inference.heritability, {**own, "group": "Subject"},
              {**takes, "group": never, "method": choice}),
         Call("inference", "reliability", inference.reliability, own, {**takes, "group": optional(never)}),
+        Call("inference", "influence", inference.influence, {**own, "by": "Subject", "progress": False},
+             {**takes, "by": Kind(lambda v: v is None or (not isinstance(v, str) and hasattr(v, "__len__") and len(v) == 180)),
+              "refit": flag, "progress": flag}),
+        Call("inference", "scan", inference.scan, {**own, "markers": np.eye(180)[:, :2]},
+             {**takes, "markers": Kind(lambda v: isinstance(v, torch.Tensor | np.ndarray) and v.shape[:1] == (180,) and v.ndim == 2)}),
         Call("inference", "likelihood_ratio_test", inference.likelihood_ratio_test, pairs, small_large),
         Call("inference", "profile", inference.profile, {**own, "names": ["sigma"], "progress": False},
              {**takes, "max_iterations": count(1), "progress": flag, "names": Kind(lambda v: v is None or v in ([], ()) if not isinstance(v, torch.Tensor | np.ndarray | pd.DataFrame) else False)}),
@@ -622,7 +627,7 @@ def _inference() -> list[Call]:
              {"level": level}),
         Call("inference", "Bootstrap.intervals", drawn.intervals, {}, {"level": level}),
         Call("inference", "r2", inference.r2, own, takes),
-        Call("inference", "simulate", inference.simulate, own, {**takes, "samples": count(1), "seed": count(0)}),
+        Call("inference", "simulate", inference.simulate, own, {**takes, "n": count(1), "seed": count(0)}),
         Call("inference", "variance_shares", inference.variance_shares, own, takes),
         Call("inference", "wald_test", inference.wald_test, {**own, "contrasts": torch.eye(2, dtype=torch.float64)},
              {**takes, "contrasts": contrast, **ddf}),
@@ -704,8 +709,14 @@ def _lightning() -> list[Call]:
     network = Kind(lambda v: isinstance(v, nn.Module), ({"_target_": "os.system"}, {"_target_": 3}))
     column = optional(never)
     frame = {"table": datasets.sleepstudy(), "formula": FORMULA}
-    neural = {"optimizer": config, "training": choice, "rows": count(1), "scheduler": config,
-              "covariance_optimizer": config, "clip": optional(number(0)), "seed": count(0)}  # fmt: skip
+    way = Kind(lambda v: v is None or choice.fits(v), choice.more)
+    trained = {
+        "optimizer": config,
+        "training": way,
+        "rows": count(1),
+        "scheduler": config,
+        "seed": count(0),
+    }
     model = network_model()
 
     def data(**given):
@@ -727,23 +738,24 @@ def _lightning() -> list[Call]:
               "predict_table": optional(never), "residual": column, "weights": column,
               "validation": Kind(lambda v: number(-1e-9, 1).fits(v)), "split": choice,
               "split_by": optional(never), "seed": count(0)}, {"split_by": ("split",)}),
-        Call("lightning", "MixedModelModule", lightning.MixedModelModule, {"formula": FORMULA},
-             {"formula": formula, "categorical": names, **OPTIONS, "optimizer": optional(Kind(callable, ({"_target_": "os.system"},))),
-              "residual": column, "weights": optional(text)}),
-        Call("lightning", "MixedModelModule.predict", fitted().predict, {"table": datasets.sleepstudy()},
-             {"table": table}),
-        Call("lightning", "NeuralMixedModule", lightning.NeuralMixedModule,
-             {"model": model, "data": batch()},
-             {"model": optional(of(MixedModel)), "data": Kind(lambda v: v is None, BATCH.more), **neural},
-             {"data": BATCH_WORDS}),
-        Call("lightning", "NeuralMixedModule.predict_step",
-             lambda batch: lightning.NeuralMixedModule(model).predict_step(batch, 0), {"batch": batch()},
-             {"batch": reads("x", "groups")}, {"batch": BATCH_WORDS}),
-        Call("lightning", "TabularMixedModule", lightning.TabularMixedModule,
-             {"formula": FORMULA, "network": nn.LazyLinear(2)},
-             {"formula": formula, "network": network, "head": choice, "residual": optional(network),
+        Call("lightning", "MixedModule", lightning.MixedModule, {"model": model},
+             {"model": of(MixedModel), **trained}),
+        Call("lightning", "MixedModule", lightning.MixedModule,
+             {"model": FORMULA, "network": nn.LazyLinear(2)},
+             {"model": formula, "network": optional(network), "head": Kind(lambda v: v is None or choice.fits(v), choice.more),
+              "residual": column, "weights": optional(text), "method": optional(choice),
               "kernels": Kind(lambda v: v is None or (isinstance(v, dict) and not v), ({"h": {}}, {"Subject": 3})),
-              "categorical": names, "solver": choice, **neural}),
+              "categorical": names, "solver": OPTIONS["solver"], **trained}),
+        Call("lightning", "MixedModule.of", lightning.MixedModule.of, {"result": result()}, {"result": result_kind}),
+        Call("lightning", "MixedModule.predict", fitted().predict, {"table": datasets.sleepstudy()},
+             {"table": table}),
+        Call("lightning", "MixedModule.predict_step",
+             lambda batch: lightning.MixedModule(model).predict_step(batch, 0), {"batch": batch()},
+             {"batch": reads("x", "groups")}, {"batch": BATCH_WORDS}),
+        Call("lightning", "UpdateBLUPs", lightning.UpdateBLUPs, {}, {"model": optional(text)}),
+        Call("lightning", "WholeGroups", lightning.WholeGroups, {"groups": {"g": torch.arange(6)}, "rows": 2},
+             {"groups": Kind(lambda v: isinstance(v, dict) and all(isinstance(x, torch.Tensor) for x in v.values()), ({"g": [0, 1]},)),
+              "rows": count(1), "seed": count(0)}),
     ]  # fmt: skip
 
 
@@ -751,7 +763,7 @@ def _lightning() -> list[Call]:
 def _fitted():
     from lightning import Trainer
 
-    made = lightning.MixedModelModule(FORMULA)
+    made = lightning.MixedModule(FORMULA)
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(max_epochs=1, accelerator="cpu", enable_model_summary=False, **options)
     trainer.fit(made, lightning.MixedModelDataModule(datasets.sleepstudy(), FORMULA))
@@ -761,8 +773,6 @@ def _fitted():
 def _report() -> list[Call]:
     own, takes = {"result": result()}, {"result": result_kind}
     places = {"places": torch.arange(180.0)[:, None]}
-    run = report.Run(result(), FORMULA, 0, "AIREML", 0.1)
-    number_of = optional(of(inference.Profile))
     return [
         *(
             Call("report", name, getattr(report, name), own, takes)
@@ -775,16 +785,6 @@ def _report() -> list[Call]:
              {**takes, "places": tensor(180, None), "bins": count(1), "seed": count(0)}),
         Call("report", "zeta", report.zeta, {"profile": inference.profile(result(), ["sigma"])},
              {"profile": never}),
-        Call("report", "Run", report.Run,
-             {"result": result(), "formula": FORMULA, "dropped_rows": 0, "optimizer": "AIREML", "seconds": 0.1},
-             {**takes, "formula": text, "dropped_rows": count(0), "optimizer": text,
-              "seconds": number(-1e-9), "validation": mapping, "profile": number_of,
-              "places": optional(tensor(180, None))}),
-        *(
-            Call("report", name, getattr(report, name), {"run": run, "directory": "r"},
-                 {"run": never, "directory": path})
-            for name in ("write_run", "write_tables", "write_plots")
-        ),
         Call("report", "write_report", report.write_report, {"folder": "r", "path": "p.html"},
              {"folder": never, "path": path}),
     ]  # fmt: skip

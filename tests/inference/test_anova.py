@@ -60,6 +60,7 @@ def test_a_table_by_kenward_and_roger_equals_lmertest():
     [
         ("dose * Variety * w", "C(dose, contr.sum) * C(Variety, contr.helmert) * w"),
         ("dose * Variety * w", "w * Variety * dose"),
+        ("dose * Variety * w", "(dose + Variety + w)^2 + Variety:w:dose"),
         ("nitro * Variety", "I(10 * nitro) * Variety"),
     ],
 )

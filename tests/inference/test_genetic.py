@@ -16,6 +16,7 @@ from openreml_nn.covariance import (
 from openreml_nn.datasets import john_alpha, penicillin, sleepstudy, table_path
 from openreml_nn.inference import bootstrap, heritability, reliability, variance_shares
 from openreml_nn.inference.refit import Refit
+from tests.inference.dense import covariance, projection
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +44,11 @@ def animals():
 
 
 def dense(result, which):
-    """G and the covariance C of the errors of BLUPs, with V by its formula."""
-    source = result.source
-    terms = [t.detach() for t in source.covariance.terms(source.rows)]
-    V = sum(t.dense() for t in terms)
-    X = source.X[:, list(result.fixed.columns)]
-    W = torch.linalg.inv(V)
-    P = W - W @ X @ torch.linalg.inv(X.mT @ W @ X) @ X.mT @ W
-    z, g = terms[which].design, terms[which].covariance
-    G, Z = g.whole(z.shape[1]), z.dense(V)
-    return G, G - G @ Z.mT @ P @ Z @ G, P
+    """G of a term and the covariance C of the errors of its BLUPs."""
+    term = result.source.covariance.terms(result.source.rows)[which].detach()
+    P = projection(result)
+    G, Z = term.covariance.whole(term.design.shape[1]), term.design.dense(P)
+    return G, G - G @ Z.mT @ P @ Z @ G
 
 
 def test_cullis_heritability_of_a_trial_is_the_published_one(trial):
@@ -64,7 +60,7 @@ def test_cullis_heritability_of_a_trial_is_the_published_one(trial):
 def test_heritabilities_follow_from_dense_matrices(fit, request):
     result = request.getfixturevalue(fit)
     group = {"trial": "gen", "animals": "animal"}[fit]
-    G, C, _ = dense(result, 0)
+    G, C = dense(result, 0)
     m = len(G)
     pairs = [(i, j) for i in range(m) for j in range(i)]
 
@@ -109,7 +105,7 @@ def test_reliability_follows_from_dense_matrices(solver):
         found = reliability(result)
         expected = []
         for which, effects in enumerate(result.random):
-            G, C, _ = dense(result, which)
+            G, C = dense(result, which)
             k = effects.values.shape[1]
             share = (1 - C.diagonal() / G.diagonal()).reshape(-1, k)
             expected += share.mT.flatten().tolist()
@@ -120,7 +116,7 @@ def test_reliability_follows_from_dense_matrices(solver):
 
 
 def test_reliability_counts_inbreeding(animals):
-    G, C, _ = dense(animals, 0)
+    G, C = dense(animals, 0)
     assert float(G.diagonal().max() / G.diagonal().min()) > 1.2
     np.testing.assert_allclose(
         reliability(animals, "animal")["reliability"], 1 - C.diagonal() / G.diagonal(), rtol=1e-8
@@ -138,8 +134,7 @@ def test_a_refit_solves_by_any_solver(trial, animals):
         B[:, 3] = B[:, 1] - 2 * B[:, 2]
         B[:, 5] = 0
         refit = Refit(result)
-        V = sum(t.detach().dense() for t in refit.objective().terms())
-        P = dense(result, 0)[2]
+        V, P = covariance(result), projection(result)
         torch.testing.assert_close(refit.solve(B), torch.linalg.solve(V, B), rtol=1e-8, atol=1e-8)
         torch.testing.assert_close(refit.project(B), P @ B, rtol=1e-8, atol=1e-8)
 

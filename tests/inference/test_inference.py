@@ -275,6 +275,23 @@ def test_simulated_responses_have_the_covariance_of_the_model():
     assert not torch.equal(y[:, 0], simulate(result, 1, seed=1)[:, 0])
 
 
+def test_simulated_responses_have_the_offset_that_a_fit_leaves_out():
+    table = sleepstudy().assign(z=np.linspace(0, 500, 180))
+    formula = "Reaction ~ Days + offset(z) + (1 | Subject)"
+    with_offset = lmm(formula, table)
+    without = lmm("I(Reaction - z) ~ Days + (1 | Subject)", table)
+    drawn = simulate(with_offset, 2, seed=3)
+    expected = simulate(without, 2, seed=3) + torch.tensor(table["z"].to_numpy())[:, None]
+    torch.testing.assert_close(drawn, expected, rtol=1e-6, atol=1e-4)
+    again = lmm(formula, table.assign(Reaction=drawn[:, 0].numpy()))
+    assert float(again.fixed.estimate[1]) == pytest.approx(
+        float(with_offset.fixed.estimate[1]), rel=1
+    )
+    numbers = bootstrap(with_offset, 3, progress=False).samples
+    other = bootstrap(without, 3, progress=False).samples
+    np.testing.assert_allclose(numbers, other, rtol=1e-4)
+
+
 def test_the_bootstrap_agrees_with_standard_errors():
     result = fitted("penicillin")
     found = bootstrap(result, 200, progress=False).intervals().set_index("name")
@@ -305,7 +322,7 @@ def test_a_test_by_simulation():
     fits = [lmm("y ~ 1", table), lmm("y ~ 1 + (1 | g)", table)]
     p = bootstrap_test(*fits, 99, progress=False)
     assert p == pytest.approx(likelihood_ratio_test(*fits).p, abs=0.15)
-    with pytest.raises(ValueError, match="`samples` is 0"):
+    with pytest.raises(ValueError, match="`n` is 0"):
         simulate(fits[0], 0)
     with pytest.raises(ValueError, match="`level` is 2"):
         bootstrap(fits[0], 1, progress=False).intervals(2)

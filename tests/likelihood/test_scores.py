@@ -29,7 +29,8 @@ from openreml_nn.covariance import (
     weighted,
     within,
 )
-from openreml_nn.terms.covariance import Covariance, DenseCovariance, KroneckerCovariance
+from openreml_nn.terms.base import Covariance
+from openreml_nn.terms.covariance import DenseCovariance, KroneckerCovariance
 from tests.likelihood.test_krylov import EVERY_SIGN
 from tests.strategies import distances, kinship, pedigree
 

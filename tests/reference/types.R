@@ -23,8 +23,8 @@ tables <- lapply(fits, function(m) lapply(c(I = 1, II = 2, III = 3), function(ty
 kr <- as.data.frame(anova(fits$slopes, type = 3, ddf = "Kenward-Roger"))
 # Deletion of subjects with the variances estimated again, and leverages.
 class_of <- lme4::lmer(Reaction ~ Days + (Days | Subject), some, control = tight)
-deleted <- influence(class_of, "Subject", start = NULL, control = tight)
-beta <- deleted$`fixed.effects[-case]`
+deleted <- influence(class_of, "Subject")
+beta <- deleted$`fixed.effects[-Subject]`
 cat(toJSON(list(
   versions = list(lme4 = as.character(packageVersion("lme4")), lmerTest = as.character(packageVersion("lmerTest"))),
   tables = tables,

@@ -10,7 +10,7 @@ from lightning import Trainer
 
 from openreml_nn import InputError, lmm
 from openreml_nn.inference import emmeans
-from openreml_nn.lightning import MixedModelDataModule, MixedModelModule, StopWhenConverged
+from openreml_nn.lightning import MixedModelDataModule, MixedModule, StopWhenConverged
 from openreml_nn.table import Encoder, Learned, read_table
 
 N = 120
@@ -30,7 +30,7 @@ QUIET = {
 
 
 def served(formula, table, **options):
-    module = MixedModelModule(formula, **options)
+    module = MixedModule(formula, **options)
     trainer = Trainer(max_epochs=100, callbacks=[StopWhenConverged()], **QUIET)
     trainer.fit(module, MixedModelDataModule(table, formula, **options))
     return module

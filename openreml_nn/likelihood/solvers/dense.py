@@ -15,7 +15,7 @@ from openreml_nn.likelihood.problem import Cost, Evaluation, Problem, cholesky, 
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.system.square_root import SquareRootEvaluation, within
 from openreml_nn.support.checks import check_choice
-from openreml_nn.support.errors import InputError
+from openreml_nn.support.errors import InputError, NumericalError
 from openreml_nn.terms.covariance import DenseCovariance
 from openreml_nn.terms.design import IdentityDesign
 from openreml_nn.terms.term import Term, residual_terms
@@ -243,7 +243,7 @@ class _DenseEvaluation(Evaluation):
         try:
             roots = [term.covariance.root() for term in terms]
             L = cholesky(_total([self._terms[i] for i in residual]), "R")
-        except ValueError:
+        except NumericalError:
             return None, 1.0
         parts = [
             g.multiply(term.design.dense(Q).mT, transpose=True).mT

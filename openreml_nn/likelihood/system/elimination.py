@@ -18,7 +18,8 @@ from openreml_nn.likelihood.problem import (
 from openreml_nn.likelihood.residual import White
 from openreml_nn.likelihood.system.grouped import GroupedProblem
 from openreml_nn.likelihood.system.placement import System
-from openreml_nn.terms.covariance import Covariance
+from openreml_nn.support.errors import NumericalError
+from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.term import Term
 
 __all__ = ["EliminatedEvaluation", "inner", "root"]
@@ -77,8 +78,9 @@ class EliminatedEvaluation(Evaluation):
         self.N1 = self.half.mT @ self.half  # L1 D^-1 L1'
         # By roots, because P times f is a difference where a level has fewer rows than effects.
         self.half_f = solve_triangular(self.C, self.L1.mT @ at.A1f, upper=False) / s
-        KA = self.half.mT @ self.half_f / s
-        self.E2f = at.A2f / s - at.W.t_times(KA)
+        self.E2f = at.A2f
+        if problem.q:
+            self.E2f = at.A2f / s - at.W.t_times(self.half.mT @ self.half_f / s)
         self.log_det = (
             white.log_det + problem.n * s.log() + 2 * self.C.diagonal(dim1=1, dim2=2).log().sum()
         )
@@ -129,7 +131,7 @@ class EliminatedEvaluation(Evaluation):
 def root(term: Term) -> Covariance:
     try:
         return term.covariance.root()
-    except ValueError as error:
+    except NumericalError as error:
         raise NotPositiveDefiniteError(
             f"the covariance of {term.name!r} is not positive semi-definite: {error}"
         ) from None

@@ -14,7 +14,7 @@ from openreml_nn.likelihood.residual import White
 from openreml_nn.likelihood.system.placement import System
 from openreml_nn.likelihood.system.roles import Roles, grid_of, separated
 from openreml_nn.likelihood.system.square_root import SquareRootEvaluation
-from openreml_nn.terms.covariance import Covariance
+from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.design import DenseDesign, Design, IndexedDesign
 from openreml_nn.terms.term import Term
 

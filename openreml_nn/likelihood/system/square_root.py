@@ -31,7 +31,8 @@ from openreml_nn.likelihood.problem import (
     cholesky,
     pivot_loss,
 )
-from openreml_nn.terms.covariance import Covariance
+from openreml_nn.support.errors import NumericalError
+from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.design import IdentityDesign
 from openreml_nn.terms.term import Term, residual_terms
 
@@ -59,7 +60,7 @@ class SquareRootEvaluation(Evaluation):
             found = cls(problem, terms)
             found.at(terms, problem.matrices(terms))
             return found
-        except ValueError:  # a G or an R without a root
+        except NumericalError:  # a G or an R without a root
             return None
 
     def __init__(self, problem: Problem, terms: Sequence[Term]) -> None:

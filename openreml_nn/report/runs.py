@@ -1,31 +1,27 @@
-"""A table of the runs of a sweep."""
+"""A table of runs, and the best of them."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
 
-from hydra.experimental.callback import Callback
+import pandas as pd
+from omegaconf import OmegaConf
 
-__all__ = ["SweepTable", "collect"]
+from openreml_nn.support.errors import InputError
+
+__all__ = ["best", "collect"]
 
 #: What is told of each run, where its ``result.json`` has it.
 _FIT = ("converged", "singular", "log_likelihood", "deviance", "aic", "bic", "seconds")
 
 
-def collect(folder: str | Path) -> Any:
+def collect(folder: str | Path) -> pd.DataFrame:
     """A data frame with a row for each run below a folder: what was overridden, and what came out.
 
     Raises:
         InputError: if there is no run.
     """
-    import json
-
-    import pandas as pd
-    from omegaconf import OmegaConf
-
-    from openreml_nn.support.errors import InputError
-
     rows = []
     for path in sorted(Path(folder).rglob("result.json"), key=_number):
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -47,7 +43,7 @@ def collect(folder: str | Path) -> Any:
     return pd.DataFrame(rows)
 
 
-def best(table: Any) -> tuple[str, str] | None:
+def best(table: pd.DataFrame) -> tuple[str, str] | None:
     """The best run and by what: log density of the rows held out; else AIC, where the models have
     one likelihood of the same data (``ml``, or ``reml`` with the same formula); None where nothing
     compares."""
@@ -62,29 +58,6 @@ def best(table: Any) -> tuple[str, str] | None:
     if table[by].isna().all():
         return None
     return str(table.loc[table[by].idxmin(), "run"]), by
-
-
-class SweepTable(Callback):
-    """Writes ``sweep.csv`` when a sweep ends, prints it, and names the best run."""
-
-    def on_multirun_end(self, config: Any, **kwargs: Any) -> None:
-        """Collect the runs that have a result."""
-        from rich.console import Console
-
-        from openreml_nn.support.errors import InputError
-        from openreml_nn.table import write_table
-
-        folder = Path(config.hydra.sweep.dir)
-        try:
-            table = collect(folder)
-        except InputError:
-            return  # every run has said what is wrong with it
-        write_table(table, folder / "sweep.csv")
-        console = Console(soft_wrap=True, highlight=False)
-        console.print(table.to_string(index=False))
-        if (found := best(table)) is not None:
-            console.print(f"best run by {found[1]}: {folder / found[0]}")
-        console.print(f"written to {folder / 'sweep.csv'}")
 
 
 def _number(path: Path) -> tuple[int, str]:

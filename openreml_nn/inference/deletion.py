@@ -1,0 +1,256 @@
+r"""What a fit owes to single rows or groups of rows, by leaving them out.
+
+To leave rows I out is to give each of them a fixed effect of its own, a column of E. At the
+variances of the fit then, with :math:`\Phi = (X^\top V^{-1}X)^{-1}` and
+:math:`S = E^\top P E`,
+
+.. math:: \hat\beta - \hat\beta_{(I)} = \Phi X^\top V^{-1} E\, S^{-1} E^\top P y, \qquad
+    \Phi_{(I)} = \Phi + \Phi X^\top V^{-1} E\, S^{-1} E^\top V^{-1} X \Phi .
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from openreml_nn.estimation import Result
+from openreml_nn.inference.refit import Refit, tracked
+from openreml_nn.support.checks import check_flag, found
+from openreml_nn.support.errors import InputError, NumericalError
+from openreml_nn.terms.design import IndexedDesign
+from openreml_nn.terms.term import residual_terms
+
+__all__ = ["influence"]
+
+#: Rows beyond which the columns of P of all rows take too long.
+_MOST_ROWS = 20_000
+#: Columns of P that are held at a time.
+_COLUMNS = 256
+#: The rest of the rows does not determine the coefficients where S is this near to singular.
+_SINGULAR = 1e-10
+
+
+def influence(
+    result: Result,
+    by: str | Sequence[object] | None = None,
+    refit: bool = False,
+    progress: bool = True,
+) -> pd.DataFrame:
+    r"""How much a fit owes to each row, or to each group of rows.
+
+    With I the rows of a case, :math:`\hat\beta_{(I)}` and :math:`\Phi_{(I)}` the coefficients and
+    their covariance without them, and :math:`\hat\beta, \Phi` those of all p coefficients:
+
+    - ``cook``: :math:`(\hat\beta - \hat\beta_{(I)})^\top \Phi^{-1} (\hat\beta - \hat\beta_{(I)}) / p`;
+    - ``mdffits``: the same with :math:`\Phi_{(I)}` in place of :math:`\Phi`;
+    - ``covtrace``: :math:`|\operatorname{tr}(\Phi^{-1}\Phi_{(I)}) - p|`; ``covratio``:
+      :math:`|\Phi_{(I)}| / |\Phi|`;
+    - ``leverage``: :math:`\sum_{i \in I} \partial\hat y_i / \partial y_i` of the fitted values, random
+      effects included; NaN where the model has no residual;
+    - ``dfbeta_…``: each entry of :math:`\hat\beta - \hat\beta_{(I)}`.
+
+    They are NaN, but for the leverage, where the other rows do not determine all coefficients.
+
+    Args:
+        result: a fit.
+        by: the cases: a grouping factor of the model, or a label for each row; each row by default.
+        refit: whether the variances are estimated again without each case; else they are held.
+        progress: whether a bar shows on stderr while models are fitted again.
+
+    Returns:
+        case, rows, cook, mdffits, covtrace, covratio, leverage, and a ``dfbeta_…`` for each fixed
+        effect.
+
+    Raises:
+        InputError: if there is no such group, the labels are not as many as rows, the model has no
+            fixed effects, there are more than 20,000 rows, or the rows were streamed.
+        TypeError: if an argument is of another kind.
+
+    Reference:
+        Demidenko and Stukel, Statistics in Medicine 24 (2005) 893; Loy and Hofmann, Journal of
+        Statistical Software 56(5) (2014), section 4.
+
+    >>> from openreml_nn import lmm
+    >>> from openreml_nn.datasets import sleepstudy
+    >>> result = lmm("Reaction ~ Days + (Days | Subject)", sleepstudy())
+    >>> influence(result, "Subject")[["case", "cook"]].nlargest(2, "cook").round(3)
+      case   cook
+    1  309  0.149
+    8  335  0.129
+    """
+    check_flag("refit", refit)
+    check_flag("progress", progress)
+    own = Refit(result)
+    if not result.fixed.names:
+        raise InputError("`result` has no fixed effects: expected some, whose change is told")
+    if result.rows > _MOST_ROWS:
+        raise InputError(
+            f"`result` has {result.rows} rows: columns of P are formed of each of them, expected at "
+            f"most {_MOST_ROWS}"
+        )
+    cases, codes = _cases(own, by)
+    with torch.no_grad():
+        deletion = _Deletion.of(own, codes, len(cases))
+    if refit:
+        parts = tracked(range(len(cases)), "influence", progress)
+        rows = [_refitted(own, codes, case) for case in parts]
+    else:
+        rows = [deletion.without(case) for case in range(len(cases))]
+    names = ["cook", "mdffits", "covtrace", "covratio"]
+    numbers = [_compared(result, *(row or ())) for row in rows]
+    table = pd.DataFrame([part for part, _ in numbers], columns=names)
+    table.insert(0, "case", cases)
+    table.insert(1, "rows", torch.bincount(codes, minlength=len(cases)).numpy(force=True))
+    table["leverage"] = deletion.leverage.numpy(force=True)
+    for j, name in enumerate(result.fixed.names):
+        table[f"dfbeta_{name}"] = [float(change[j]) for _, change in numbers]
+    return table
+
+
+@dataclass(frozen=True)
+class _Deletion:
+    """What the deletion of a case needs.
+
+    Attributes:
+        rows: rows of each case.
+        blocks: S of each case.
+        p_y: P y (n,).
+        moves: :math:`V^{-1} X \\Phi` (n, p).
+        covariance: :math:`\\Phi` (p, p).
+        leverage: of each case.
+    """
+
+    rows: list[Tensor]
+    blocks: list[Tensor]
+    p_y: Tensor
+    moves: Tensor
+    covariance: Tensor
+    leverage: Tensor
+
+    @classmethod
+    def of(cls, refit: Refit, codes: Tensor, cases: int) -> _Deletion:
+        """For all cases, from the columns of P."""
+        y, n = refit.y, len(refit.y)
+        terms = [term.detach() for term in refit.objective().terms()]
+        residual = [terms[i] for i in residual_terms(terms)]
+        order = torch.argsort(codes, stable=True)
+        rows = list(order.split(torch.bincount(codes, minlength=cases).tolist()))
+        leverage = y.new_full((n,), torch.nan)
+        P_own = []
+        for part in _packed(rows, _COLUMNS):
+            at = torch.cat([rows[i] for i in part])
+            unit = y.new_zeros(n, len(at))
+            unit[at, torch.arange(len(at), device=y.device)] = 1
+            P = refit.project(unit)
+            start = 0
+            for i in part:
+                P_own.append(P[rows[i], start : start + len(rows[i])])
+                start += len(rows[i])
+            if residual:
+                # The residuals are R P y.
+                left = sum(
+                    (
+                        t.design.matmul(t.covariance.multiply(t.design.t_matmul(P)))
+                        for t in residual
+                    ),
+                    torch.zeros_like(P),
+                )
+                leverage[at] = 1 - left[at, torch.arange(len(at), device=y.device)]
+        V_X = refit.solve(refit.X)
+        phi = torch.linalg.inv(refit.X.mT @ V_X)
+        by_case = y.new_zeros(cases).index_add(0, codes, leverage)
+        return cls(rows, P_own, refit.project(y[:, None])[:, 0], V_X @ phi, phi, by_case)
+
+    def without(self, case: int) -> tuple[Tensor, Tensor] | None:
+        """How coefficients change and what their covariance is without a case; None where the other
+        rows do not determine them."""
+        at, S = self.rows[case], self.blocks[case]
+        values, vectors = torch.linalg.eigh((S + S.mT) / 2)
+        if not len(at) or float(values[0]) <= _SINGULAR * float(values[-1]):
+            return None
+        inverse = (vectors / values) @ vectors.mT
+        toward = self.moves[at].mT @ inverse  # (p, rows of the case)
+        return toward @ self.p_y[at], self.covariance + toward @ self.moves[at]
+
+
+def _cases(refit: Refit, by: str | Sequence[object] | None) -> tuple[list[object], Tensor]:
+    """Labels of the cases, and the case of each row (n,)."""
+    n, device = len(refit.y), refit.y.device
+    if by is None:
+        return list(range(n)), torch.arange(n, device=device)
+    if isinstance(by, str):
+        return _cases_of_group(refit, by)
+    if not isinstance(by, Sequence | np.ndarray | pd.Series | pd.Index):
+        raise TypeError(f"`by` is {found(by)}: expected a grouping factor, or a label for each row")
+    if len(by) != n:
+        raise InputError(f"`by` has {len(by)} labels: expected one for each of the {n} rows")
+    codes, labels = pd.factorize(np.asarray(by), sort=False)
+    if (codes < 0).any():
+        raise InputError(f"`by` has no label in row {int((codes < 0).argmax())}: expected one")
+    return list(labels), torch.from_numpy(codes).to(device)
+
+
+def _cases_of_group(refit: Refit, by: str) -> tuple[list[object], Tensor]:
+    groups = {c.group: c for c in refit.result.components if c.group != "Residual"}
+    if by not in groups:
+        raise InputError(f"`by` is {by!r}: expected one of {list(groups)}, or a label for each row")
+    with torch.no_grad():
+        terms = {term.name: term for term in refit.objective().terms()}
+    design = terms[groups[by].name].design
+    if not isinstance(design, IndexedDesign):
+        raise InputError(
+            f"`by` is {by!r}, of which a row has no one level: pass a label for each row"
+        )
+    seen, codes = design.codes.unique(return_inverse=True)
+    if int(seen[0]) < 0:
+        raise InputError(
+            f"`by` is {by!r}, of which some rows have no level: pass a label for each row"
+        )
+    return [groups[by].levels[i] for i in seen.tolist()], codes
+
+
+def _packed(rows: Sequence[Tensor], most: int) -> list[list[int]]:
+    """Cases in order, together as many as have so many rows, or one that has more."""
+    parts: list[list[int]] = []
+    size = most + 1
+    for i, own in enumerate(rows):
+        if size + len(own) > most:
+            parts.append([])
+            size = 0
+        parts[-1].append(i)
+        size += len(own)
+    return parts
+
+
+def _refitted(refit: Refit, codes: Tensor, case: int) -> tuple[Tensor, Tensor] | None:
+    """Change and covariance of the coefficients where all is estimated again."""
+    refit.reset()
+    try:
+        without = refit.fit(keep=(codes != case).nonzero()[:, 0])
+    except (InputError, NumericalError):
+        return None
+    fixed, own = without.fixed, refit.result.fixed
+    if fixed.names != own.names:
+        return None
+    return own.estimate - fixed.estimate, fixed.covariance
+
+
+def _compared(
+    result: Result, change: Tensor | None = None, covariance: Tensor | None = None
+) -> tuple[list[float], Tensor]:
+    phi = result.fixed.covariance
+    p = len(phi)
+    if change is None or covariance is None:
+        return [torch.nan] * 4, phi.new_full((p,), torch.nan)
+    ratio = torch.linalg.solve(phi, covariance)
+    return [
+        float(change @ torch.linalg.solve(phi, change)) / p,
+        float(change @ torch.linalg.solve(covariance, change)) / p,
+        abs(float(ratio.diagonal().sum()) - p),
+        float(torch.linalg.det(ratio)),
+    ], change

@@ -1,0 +1,100 @@
+"""A pass over the training rows without gradients."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from openreml_nn.lightning.held import Held
+from openreml_nn.lightning.rows import as_batch, blamed
+from openreml_nn.lightning.sums import LevelSums, Summed
+from openreml_nn.model import MixedModel
+from openreml_nn.model.batch import Batch
+
+__all__ = ["mark", "of_networks", "read", "state"]
+
+
+def read(
+    trainer: Trainer,
+    model: MixedModel,
+    store: LevelSums | Held,
+    output: Callable[[MixedModel, Batch], Tensor],
+) -> Summed | Held:
+    """What is kept of the training rows at the present parameters.
+
+    The loader is read from its start, as many batches as an epoch has, with the random numbers
+    that it would have next: neither they nor an iterator that is at work move on.
+
+    Args:
+        trainer: whose training loader is read.
+        model: the model, in evaluation mode for the pass.
+        store: an empty one, for what is kept.
+        output: what the network yields for a batch.
+    """
+    loader: Any = trainer.train_dataloader
+    if isinstance(loader, DataLoader) and loader.persistent_workers:
+        loader = copy.copy(loader)
+        loader._iterator = None
+    most = trainer.num_training_batches
+    limit = None if most == float("inf") else int(most)
+    plugin, names = trainer.precision_plugin, list(model.effects())
+    with isolate_rng(), torch.no_grad(), _evaluating(model):
+        for i, batch in enumerate(islice(loader, limit)):
+            batch = plugin.convert_input(batch)
+            batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+            with blamed("training", i):
+                batch = as_batch(batch, names)
+                with plugin.forward_context():
+                    found = output(model, batch)
+                store.add(batch, found)
+    return store.gathered()
+
+
+def of_networks(model: MixedModel) -> tuple[str, ...]:
+    """How the names of the networks' parameters and buffers begin."""
+    found = [f"random.{name}.features." for name, _ in model.random.named_children()]
+    own = {id(p) for p in model.covariance_parameters()}
+    residual = list(model.residual.parameters())
+    is_network = bool(residual) and not any(id(p) in own for p in residual)
+    return (*found, "mean.", *(["residual."] if is_network else []))
+
+
+def state(model: MixedModel) -> dict[str, Tensor]:
+    """A copy of what is not the networks': the covariance and what was computed with it."""
+    networks = of_networks(model)
+    return {
+        key: value.detach().clone()
+        for key, value in model.state_dict().items()
+        if not key.startswith(networks)
+    }
+
+
+def mark(model: MixedModel) -> Tensor:
+    """Numbers that change when a parameter or buffer of the networks changes."""
+    networks = of_networks(model)
+    named: Mapping[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    parts = [value.detach().double() for key, value in named.items() if key.startswith(networks)]
+    found = [x for v in parts for x in (v.sum(), v.norm())]
+    return torch.stack(found).cpu() if found else torch.zeros(0)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Without dropout and the like, for a while; each part is then as it was."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

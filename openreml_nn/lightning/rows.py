@@ -1,0 +1,108 @@
+"""Mini-batches as a loader yields them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openreml_nn.model.batch import Batch
+from openreml_nn.support.checks import found as described
+from openreml_nn.support.errors import InputError
+
+__all__ = ["as_batch", "blamed", "check_response"]
+
+_FORM = "a dict with 'x', 'y' and 'groups', or a tuple (x, y, group)"
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def as_batch(batch: Any, names: Sequence[str], has_response: bool = True) -> Batch:
+    """A batch of :class:`MixedModel` from what a loader yields.
+
+    Args:
+        batch: a dict, or a tuple or list (x, y, group); to predict also (x, group). ``group``
+            is a dict, a tensor (n,) of one factor's codes, or (n, k) with a column for each
+            factor in the order of ``names``.
+        names: the model's grouping factors.
+        has_response: whether there must be y.
+
+    Raises:
+        InputError: if it has another form.
+
+    >>> x, y, g = torch.zeros(3, 2), torch.zeros(3), torch.tensor([[0, 1], [0, 2], [1, 0]])
+    >>> as_batch((x, y, g), ["user", "item"])["groups"]["item"]
+    tensor([1, 2, 0])
+    """
+    fields = getattr(batch, "_fields", ())
+    if isinstance(batch, tuple) and {"x", "groups"} <= set(fields):
+        batch = dict(zip(fields, batch, strict=True))
+    if isinstance(batch, tuple | list):
+        keys = {3: ("x", "y", "groups"), 2: ("x", "groups")}.get(len(batch))
+        if keys is None or (has_response and len(batch) == 2):
+            raise InputError(f"it is a {type(batch).__name__} of {len(batch)}: expected {_FORM}")
+        batch = dict(zip(keys, batch, strict=True))
+    if not isinstance(batch, Mapping):
+        raise InputError(f"it is {described(batch)}: expected {_FORM}")
+    for key in ("x", "y", "groups") if has_response else ("x", "groups"):
+        if key not in batch:
+            raise InputError(
+                f"it has no {key!r} beside {sorted(map(str, batch))}: expected {_FORM}"
+            )
+    return {**batch, "groups": _by_name(batch["groups"], names)}
+
+
+def _by_name(groups: Any, names: Sequence[str]) -> Mapping[str, Any]:
+    if isinstance(groups, Mapping):
+        return groups
+    if not isinstance(groups, Tensor):
+        raise InputError(
+            f"its groups are {described(groups)}: expected a dict by factor, or a tensor of codes"
+        )
+    if groups.dim() == 1 and len(names) == 1:
+        return {names[0]: groups}
+    if groups.dim() == 2 and groups.shape[1] == len(names):
+        return dict(zip(names, groups.unbind(1), strict=True))
+    wanted = "(n,)" if len(names) == 1 else f"(n, {len(names)}), a column for each of {names}"
+    raise InputError(f"its groups have shape {tuple(groups.shape)}: expected {wanted}, or a dict")
+
+
+@contextmanager
+def blamed(stage: str, index: int) -> Iterator[None]:
+    """Name the batch in an error of its input.
+
+    Raises:
+        InputError: in the place of any ValueError or TypeError.
+    """
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{stage} batch {index}: {error}") from error
+
+
+def check_response(y: Any, n: int) -> None:
+    """Refuse a response that cannot train n rows.
+
+    Raises:
+        InputError: if it is no tensor (n,) of floating-point numbers in single precision or
+            better, or not finite.
+    """
+    if not isinstance(y, Tensor) or not y.is_floating_point():
+        raise InputError(f"`y` is {described(y)}: expected a floating-point tensor ({n},)")
+    if y.dtype in _HALF:
+        raise InputError(
+            f"`y` is {y.dtype}, which rounds it to three digits: use precision='bf16-mixed' or "
+            "'16-mixed', which leave the response as it is"
+        )
+    if y.shape != (n,):
+        column = "; a column is made a vector by y[:, 0]" if y.dim() == 2 else ""
+        raise InputError(f"`y` has shape {tuple(y.shape)}: expected ({n},){column}")
+    finite = torch.isfinite(y)
+    if not bool(finite.all()):
+        row = int((~finite).nonzero()[0])
+        raise InputError(
+            f"`y` is {float(y[row])} in row {row}: a row without a response trains nothing, "
+            "leave it out of the training rows"
+        )

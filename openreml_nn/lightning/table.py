@@ -1,0 +1,300 @@
+"""The model that a formula and options make of a table, and what a checkpoint keeps of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import log
+from typing import Any
+
+import pandas as pd
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor, nn
+
+from openreml_nn.covariance import Matrix
+from openreml_nn.estimation.fit import moment_start
+from openreml_nn.lightning.data import MixedModelDataModule
+from openreml_nn.likelihood.plan import check_solver
+from openreml_nn.likelihood.solvers.dense import check_method
+from openreml_nn.model import HEADS, MixedModel, RandomEffect, ResidualStructure
+from openreml_nn.model.structures import effect_covariance, labels_of
+from openreml_nn.model.table_residual import residual_of, start_residual
+from openreml_nn.result import Label, Result
+from openreml_nn.support.checks import (
+    check_choice,
+    check_instance,
+    check_maker,
+    check_mapping,
+    check_names,
+    check_text,
+)
+from openreml_nn.support.errors import InputError
+from openreml_nn.support.instantiate import build
+from openreml_nn.table import Encoded, Encoder, Learned, RandomDesign
+
+__all__ = ["Network", "TableModel", "is_plain"]
+
+Network = Mapping[str, Any] | nn.Module
+
+
+class TableModel:
+    """A formula with the options of :class:`MixedModule`.
+
+    Attributes:
+        encoder: what the formula makes of a table.
+        head: of the model.
+        places: where the training rows are (n, k), with a kernel; None without one.
+        labels: names of levels and effects by random effect.
+
+    Raises:
+        InputError: if the formula or an option is at fault.
+    """
+
+    def __init__(
+        self,
+        formula: str,
+        network: Network | None = None,
+        head: str | None = None,
+        residual: str | Network | None = None,
+        weights: str | None = None,
+        kernels: Mapping[str, Mapping[str, Any]] | None = None,
+        categorical: Sequence[str] = (),
+        method: str | None = None,
+        solver: str = "auto",
+    ) -> None:
+        check_text("formula", formula)
+        check_names("categorical", categorical)
+        if network is not None:
+            check_network("network", network)
+        self.head = head or ("gls" if network is None else "ml")
+        check_choice("head", self.head, HEADS)
+        if network is None and self.head == "ml":
+            raise InputError("`head` is 'ml' without a `network`: a linear mean is of head 'gls'")
+        if weights is not None:
+            check_text("weights", weights)
+        if residual is not None and not isinstance(residual, str):
+            check_network("residual", residual)
+        if method is not None:
+            check_method(method)
+        check_mapping("kernels", {} if kernels is None else kernels, Mapping)
+        check_solver(solver)
+        text = residual if isinstance(residual, str) else None
+        self.encoder = Encoder(formula, categorical, residual=text, weights=weights)
+        self.labels: dict[str, Label] = {}
+        self.places: Tensor | None = None
+        self._network, self._residual, self._method, self._solver = (
+            network, residual, method, solver
+        )  # fmt: skip
+        self._names: tuple[str, ...] = ()
+        self._columns = 0
+        self._data: MixedModelDataModule | None = None
+        self._kernels = dict(kernels or {})
+        self._coordinates: dict[str, Tensor] = {}
+        groups = [":".join(part.factors) for part in self.encoder.formula.random]
+        if unknown := [group for group in self._kernels if group not in groups]:
+            raise InputError(f"kernel of {unknown[0]!r}: the groups are {groups}")
+        if not groups and network is not None:
+            raise InputError(f"formula {formula!r} has no random effect")
+
+    # ------------------------------------------------------------------ building
+
+    def built(self, data: MixedModelDataModule) -> MixedModel:
+        """The model for the data module's table, with a start in the units of its response."""
+        self._data, self.encoder, encoded = data, data.encoder, data.encoded
+        for design in encoded.random:
+            if design.group in self._kernels:
+                table = data.table.iloc[encoded.rows]
+                self._coordinates[design.group] = self._levels_at(design, table)
+                self.places = self._coordinates[design.group][design.codes]
+        model = self._made(encoded)
+        if self._network is None:
+            loss, y, X = model.data(model(batch := encoded.batch()), batch)
+            loss.names = self._names
+            moment_start(loss, y, X)
+        return model
+
+    def _levels_at(self, design: RandomDesign, table: pd.DataFrame) -> Tensor:
+        """Where each level is."""
+        columns = list(self._kernels[design.group].get("columns", ()))
+        missing = [column for column in columns if column not in table.columns]
+        if missing or not columns:
+            raise InputError(
+                f"kernel of {design.group!r}: `columns` are {columns}: expected columns of the "
+                "table with the places of its levels"
+            )
+        by_level = table[columns].groupby(design.codes.numpy())
+        if bool((by_level.nunique(dropna=False) > 1).any(axis=None)):
+            raise InputError(f"kernel of {design.group!r}: a level has rows at several places")
+        return torch.tensor(by_level.first().to_numpy(), dtype=torch.float64)
+
+    def _made(self, encoded: Encoded) -> MixedModel:
+        self.labels, self._names = labels_of(encoded), encoded.names
+        self._columns = len(encoded.names)
+        y = encoded.X.new_tensor([0.0, 1.0]) if encoded.y is None else encoded.adjusted
+        variance = float(y.var())
+        count = max(len(encoded.random), 1)
+        random = {d.name: self._effect(d, variance / count) for d in encoded.random}
+        model = MixedModel(
+            self._mean(encoded.X, float(y.mean()), variance**0.5),
+            random,
+            self._residual_of(encoded, variance / 2),
+            self.head,
+            method=self._method,
+            solver=self._solver,
+        )
+        for what, network in (("network", model.mean), ("residual", model.residual)):
+            if not isinstance(network, Matrix | ResidualStructure):
+                _try(network, encoded.X[:2], what)
+        return model
+
+    def _mean(self, X: Tensor, center: float, scale: float) -> nn.Module:
+        if self._network is None:
+            return nn.Identity()
+        features = _network(self._network, "network")
+        if self.head == "gls":
+            return _Standardised(nn.Sequential(features, _WithConstant()), X)
+        return _Standardised(nn.Sequential(features, nn.LazyLinear(1)), X, center, scale)
+
+    def _residual_of(self, encoded: Encoded, variance: float) -> Matrix | nn.Module:
+        X, given = encoded.X, self._residual
+        if isinstance(given, Matrix):
+            return copy.deepcopy(given)
+        if given is None or isinstance(given, str):
+            residual = residual_of(encoded.residual).double()
+            start_residual(residual, variance)
+            return residual
+        layers = nn.Sequential(_network(given, "residual"), nn.LazyLinear(1))
+        return _Standardised(layers, X, log(variance))
+
+    def _effect(self, design: RandomDesign, variance: float) -> RandomEffect:
+        matrix = effect_covariance(design)
+        if design.group in self._kernels:
+            options = {x: v for x, v in self._kernels[design.group].items() if x != "columns"}
+            place = self._coordinates[design.group]
+            matrix = build(options, f"kernels.{design.group}", Matrix, _distances(place))
+        effect = RandomEffect(design.levels, matrix.double(), design.effects)
+        size = len(design.levels) * len(design.effects)
+        effect.g.moment_start(torch.full((size,), variance / 2, dtype=torch.float64))
+        return effect
+
+    # ------------------------------------------------------------------ results
+
+    def completed(self, result: Result) -> Result:
+        """A result with what the table says: fitted values, names, and how it predicts."""
+        data, source = self._data, result.source
+        assert data is not None
+        encoded = data.encoded
+        fitted = result.model.predict(
+            move_data_to_device(encoded.batch(), result.model.beta.device)
+        )
+        y = fitted.mean.new_tensor(encoded.y)
+        if source is not None:
+            cells = self.encoder.cells(data.table.iloc[encoded.rows])
+            source = replace(source, means=self.encoder.learned.means, cells=cells)
+        return replace(
+            result,
+            fitted=fitted.mean,
+            residuals=y - fitted.mean,
+            formula=self.encoder.formula.text,
+            dropped_rows=encoded.dropped_rows,
+            encoder=self.encoder,
+            source=source,
+        )
+
+    def names(self, p: int) -> list[str]:
+        """Names of the p columns of X."""
+        if self._network is None:
+            return list(self._names)
+        return [f"feature{j}" if j else "(Intercept)" for j in range(p)]
+
+    def adopt(self, result: Result) -> None:
+        """Take what the formula learned in a fit that was made elsewhere."""
+        self.encoder, self._columns = result.encoder, len(result.fixed.aliases)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the formula learned from the table, for a checkpoint."""
+        return {
+            "encoder": self.encoder.learned.to_dict(),
+            "columns": self._columns,
+            "coordinates": self._coordinates,
+        }
+
+    def from_dict(self, kept: Mapping[str, Any]) -> MixedModel:
+        """A model of a checkpoint's shapes."""
+        self.encoder.learned = Learned.from_dict(kept["encoder"])
+        self._coordinates = kept["coordinates"]
+        return self._made(self.encoder.skeleton(2, kept["columns"]))
+
+
+def check_network(name: str, network: Network) -> None:
+    """Refuse what is neither a network nor the config of one."""
+    if not isinstance(network, nn.Module):
+        check_maker(name, network)
+        check_instance(name, network, Mapping, "a network, or a config with `_target_`")
+
+
+def _network(network: Network, what: str) -> nn.Module:
+    if isinstance(network, Mapping):
+        return build(network, what, nn.Module)
+    return copy.deepcopy(network)
+
+
+def _try(network: nn.Module, rows: Tensor, what: str) -> None:
+    """Run a network on some rows: lazy layers learn their sizes, and others are checked."""
+    try:
+        with torch.no_grad():
+            network(rows)
+    except (TypeError, RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{what!r} fails for {rows.shape[1]} columns: {reason}") from error
+
+
+class _Standardised(nn.Module):
+    """A network in units of the training rows: of its input, and of what it yields."""
+
+    center: Tensor
+    scale: Tensor
+    y_center: Tensor
+    y_scale: Tensor
+
+    def __init__(
+        self, network: nn.Module, X: Tensor, y_center: float = 0.0, y_scale: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.network = network
+        scale = X.std(0, correction=0)
+        self.register_buffer("center", X.mean(0))
+        self.register_buffer("scale", torch.where(scale > 0, scale, 1))
+        self.register_buffer("y_center", X.new_tensor(y_center))
+        self.register_buffer("y_scale", X.new_tensor(y_scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = next((p.dtype for p in self.network.parameters()), x.dtype)
+        found = self.network(((x - self.center) / self.scale).to(dtype))
+        # The network may run in half precision, which has too few digits for units.
+        return self.y_center + self.y_scale * found.to(self.y_scale.dtype)
+
+
+class _WithConstant(nn.Module):
+    """A constant before the features."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.cat([torch.ones_like(features[:, :1]), features], 1)
+
+
+def _distances(place: Tensor) -> Tensor:
+    # The faster way, by a matrix product, puts rounding on the diagonal.
+    return torch.cdist(place, place, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is made of Python's own numbers, strings and containers."""
+    if isinstance(value, Mapping):
+        return all(is_plain(v) for v in value.values())
+    if isinstance(value, list | tuple):
+        return all(is_plain(v) for v in value)
+    return value is None or isinstance(value, str | int | float)

@@ -1,0 +1,320 @@
+r"""Ways of training the network of a :class:`MixedModel`.
+
+A way says what a step of the network's optimizer goes down, :meth:`Way.loss`, and what is kept of
+an epoch's batches, from which the covariance and the BLUPs follow at its end, :meth:`Way.rows`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import log, pi
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from openreml_nn.covariance import Matrix
+from openreml_nn.lightning.batches import connected_rows, in_order, whole
+from openreml_nn.lightning.held import Held
+from openreml_nn.lightning.rows import check_response
+from openreml_nn.lightning.sharing import all_batches, gather, gather_parts, processes, share, total
+from openreml_nn.lightning.sums import LevelSums
+from openreml_nn.model import MixedModel, take
+from openreml_nn.model.batch import Batch, row_values, split
+from openreml_nn.model.residual import structure_of
+from openreml_nn.support.checks import check_choice
+from openreml_nn.support.errors import InputError
+from openreml_nn.terms.design import IndexedDesign
+
+__all__ = ["WAYS", "Alternating", "Composite", "Full", "Groups", "Parts", "Way", "way_of"]
+
+Coded = Mapping[str, tuple[Tensor, Tensor | None]]
+
+
+class Way:
+    """A way of training; a subclass supplies :meth:`loss`.
+
+    Attributes:
+        heads: heads of the models that it trains.
+        needs_blups: whether the loss of an epoch takes the BLUPs of the one before.
+        needs_all_rows: whether a batch must hold all rows, the same on all processes.
+
+    Args:
+        rows: rows that the network sees at a time, where that is the way's to choose.
+    """
+
+    heads: tuple[str, ...] = ("ml",)
+    needs_blups = False
+    needs_all_rows = False
+
+    def __init__(self, rows: int = 1024) -> None:
+        self.row_count = rows
+
+    def loss(self, model: MixedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, divided by its rows, and what the network has yielded.
+
+        Under a distributed strategy its gradients, averaged over the processes, are those of the
+        rows of all.
+        """
+        raise NotImplementedError
+
+    def output(self, model: MixedModel, batch: Batch) -> Tensor:
+        """What the network yields for the batch."""
+        return model(batch)
+
+    def rows(self, model: MixedModel) -> LevelSums | Held:
+        """An empty store for what is kept of an epoch's batches."""
+        return LevelSums(model)
+
+    def division(self, batch: Batch) -> Callable[[torch.Generator], list[Tensor]]:
+        """How epochs divide a table into mini-batches: a function that draws their rows."""
+        n = len(batch["y"])
+        return lambda generator: in_order(n, self.row_count, generator, batch["y"].device)
+
+    def check(self, model: MixedModel) -> None:
+        """Refuse a model that the way does not train.
+
+        Raises:
+            InputError: if it is of another head, has a family, or its levels are correlated where
+                they must not be.
+        """
+        if model.family is not None:
+            raise InputError(
+                f"`model` has the family {type(model.family).__name__}: expected a Gaussian response; "
+                "minimise model.loss(batch) of all rows, or of whole groups, and then call update()"
+            )
+        if model.head not in self.heads:
+            name = type(self).__name__.lower()
+            raise InputError(
+                f"{name} training is for head {self.heads[0]!r}: head {model.head!r} takes its "
+                "coefficients from all rows, by training='full' or 'parts'"
+            )
+
+
+# ---------------------------------------------------------------------- batches of any rows
+
+
+class Alternating(Way):
+    r"""Mini-batches of least squares on what the BLUPs leave, then the BLUPs.
+
+    Henderson's equations: the likelihood's maximum over the mean is that of
+
+    .. math:: -\tfrac12\Bigl[\lVert y - f(x) - Zb \rVert^2_{R^{-1}} + b^\top G^{-1} b\Bigr]
+
+    over the mean and b together, and the step of the network is one on its first part with b at
+    the BLUPs. Where a network yields R or the values of Z, :math:`\mathrm{tr}\,R^{-1} Z P Z^\top`
+    and :math:`\log|R|` belong to it, with P the BLUPs' prediction-error covariance: then its
+    gradient is the likelihood's (Fisher's identity; the step is one of an EM algorithm).
+
+    Reference:
+        Henderson, Biometrics 31 (1975) 423, eq. 2; Dempster, Laird and Rubin, JRSS B 39 (1977) 1.
+    """
+
+    needs_blups = True
+
+    def loss(self, model: MixedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+        output = self.output(model, batch)
+        check_response(batch["y"], len(output))
+        with torch.autocast(output.device.type, enabled=False):
+            y, n = batch["y"], len(output)
+            e = y - output.to(y.dtype)
+            offset = row_values(batch, "offset", n)
+            if offset is not None:
+                e = e - offset.to(e)
+            coded = {name: f.coded(name, batch, n) for name, f in model.effects().items()}
+            variance = structure_of(model.residual).variances(batch, n)
+            square = (e - _random_part(model, coded, e)) ** 2
+            if _is_uneven(model):
+                square = square + _spread(model, coded).to(square)
+            else:
+                variance = variance.detach()
+            variance = (variance + _unknown_variance(model, coded, variance)).to(square)
+            found = (variance.log() + square / variance).sum() / 2 + n * log(2 * pi) / 2
+        return found / total(n, found.device) * processes(), output
+
+    def check(self, model: MixedModel) -> None:
+        super().check(model)
+        LevelSums(model)
+
+
+def _is_uneven(model: MixedModel) -> bool:
+    """Whether a network yields the residuals' variances or values of random effects."""
+    effects = model.effects().values()
+    return not isinstance(model.residual, Matrix) or any(e.features is not None for e in effects)
+
+
+def _random_part(model: MixedModel, coded: Coded, like: Tensor) -> Tensor:
+    """What the BLUPs explain (n,).
+
+    At the optimum intercepts' BLUPs have no mean: it is the network's to learn, which takes it up
+    far faster from here than from under a penalty.
+    """
+    found = torch.zeros_like(like)
+    for name, effect in model.effects().items():
+        codes, values = coded[name]
+        blup = effect.blup
+        if values is None and effect.is_per_level:
+            blup = blup - blup.mean()
+        b = blup.to(like)[codes.clamp(min=0)]
+        part = b[:, 0] if values is None else (values.to(like) * b).sum(1)
+        found = found + torch.where(codes >= 0, part, 0)
+    return found
+
+
+def _spread(model: MixedModel, coded: Coded) -> Tensor:
+    """Variance of what the BLUPs explain, given the data (n,); zero before there were any."""
+    effects = model.effects()
+    like = next(iter(effects.values())).blup
+    n = len(next(iter(coded.values()))[0])
+    if not bool(model.joint.is_known):
+        return like.new_zeros(n)
+    model.joint.settle()
+    designs = [
+        IndexedDesign(codes, like.new_ones(n, 1) if z is None else z.to(like), effects[name].levels)
+        for name, (codes, z) in coded.items()
+    ]
+    if bool(model.joint.is_exact):
+        return model.joint.variance(designs, like.new_zeros(n, 0))
+    found = like.new_zeros(n)
+    for effect, design in zip(effects.values(), designs, strict=True):
+        z, own = design.values, effect.variance[design.codes]
+        found = found + torch.einsum("nk,nkl,nl->n", z, own, z)
+    return found
+
+
+def _unknown_variance(model: MixedModel, coded: Coded, like: Tensor) -> Tensor:
+    """Prior variance of the effects of levels that are not known, (n,) or (1,)."""
+    found = torch.zeros_like(like[:1])
+    for name, effect in model.effects().items():
+        codes, values = coded[name]
+        unknown = codes < 0
+        if bool(unknown.any()):
+            prior = effect.prior_in_basis().detach()
+            z = prior.new_ones(len(codes), 1) if values is None else values.to(prior)
+            found = found + torch.where(unknown, torch.einsum("nk,kl,nl->n", z, prior, z), 0)
+    return found
+
+
+class Composite(Way):
+    """Mini-batches of any rows, each with its own likelihood: a composite likelihood, which cuts
+    groups.
+
+    Reference:
+        Varin, Reid and Firth, Statistica Sinica 21 (2011) 5.
+    """
+
+    def loss(self, model: MixedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+        output = self.output(model, batch)
+        check_response(batch["y"], len(output))
+        joined = _joined(all_batches(batch, output.device))
+        for name, codes in joined["groups"].items():
+            if len(codes) > 1 and bool((codes == codes[0]).all()):
+                raise InputError(
+                    f"it has one level of {name!r} in {len(codes)} rows, whose variance cannot "
+                    "be told from the mean: take larger batches"
+                )
+        with torch.autocast(output.device.type, enabled=False):
+            return model.loss_of(gather_parts(output), joined), output
+
+
+class Groups(Composite):
+    """Mini-batches that cut no group: their likelihoods add up to that of all rows.
+
+    A loader whose batches cut a group is refused at the end of its epoch;
+    :class:`~openreml_nn.lightning.WholeGroups` is a batch sampler that cuts none.
+    """
+
+    def rows(self, model: MixedModel) -> LevelSums | Held:
+        return LevelSums(model, whole_groups=True)
+
+    def division(self, batch: Batch) -> Callable[[torch.Generator], list[Tensor]]:
+        sets = connected_rows(batch["groups"])
+        if int(sets.max()) == 0:
+            raise InputError(
+                "all rows hang together through their groups, which training='groups' cannot "
+                "divide: use 'parts', 'alternating' or 'composite'"
+            )
+        return lambda generator: whole(sets, self.row_count, generator)
+
+    def check(self, model: MixedModel) -> None:
+        super().check(model)
+        effects = model.effects().items()
+        if correlated := [name for name, effect in effects if not effect.is_per_level]:
+            raise InputError(
+                f"the levels of {correlated[0]!r} are correlated, so that no mini-batch is "
+                "independent of the others: use training='parts', 'alternating' or 'composite'"
+            )
+
+
+def _joined(batches: list[Batch]) -> Batch:
+    """The rows of all batches, one after the other."""
+    first = batches[0]
+    if len(batches) == 1:
+        return first
+    if isinstance(first, Mapping):
+        return {key: _joined([batch[key] for batch in batches]) for key in first}
+    if isinstance(first, tuple | list):
+        parts = [_joined(list(part)) for part in zip(*batches, strict=True)]
+        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+    return torch.cat(batches)
+
+
+# ---------------------------------------------------------------------- all rows at once
+
+
+class Full(Way):
+    """One step on the likelihood of all rows, which one batch holds.
+
+    Under a distributed strategy all processes hold them, and each runs the network on its share.
+    """
+
+    heads = ("ml", "gls")
+    needs_all_rows = True
+
+    def loss(self, model: MixedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+        output = self.output(model, batch)
+        check_response(batch["y"], len(output))
+        with torch.autocast(output.device.type, enabled=False):
+            return model.loss_of(output, batch), output
+
+    def output(self, model: MixedModel, batch: Batch) -> Tensor:
+        return gather(self._run(model, take(batch["x"], share())), len(batch["y"]))
+
+    def _run(self, model: MixedModel, x: Any) -> Tensor:
+        return model({"x": x})
+
+    def rows(self, model: MixedModel) -> LevelSums | Held:
+        return Held(model)
+
+
+class Parts(Full):
+    """The same step in the memory of a few rows: the network runs on some rows at a time, and
+    again when their gradient comes back."""
+
+    def _run(self, model: MixedModel, x: Any) -> Tensor:
+        parts = split(x, self.row_count)
+        return torch.cat([checkpoint(model, {"x": part}, use_reentrant=False) for part in parts])
+
+
+WAYS: dict[str, type[Way]] = {
+    "alternating": Alternating,
+    "full": Full,
+    "parts": Parts,
+    "groups": Groups,
+    "composite": Composite,
+}
+
+
+def way_of(training: str | Way | None, head: str, rows: int) -> Way:
+    """A way by its name; None is ``"full"`` for head ``"gls"``, else ``"alternating"``.
+
+    Raises:
+        InputError: if there is none of this name.
+    """
+    if isinstance(training, Way):
+        return training
+    if training is None:
+        training = "full" if head == "gls" else "alternating"
+    check_choice("training", training, tuple(WAYS))
+    return WAYS[training](rows)

@@ -1,0 +1,1 @@
+"""Sparse symmetric positive-definite matrices: ordering, Cholesky factor, selected inverse."""

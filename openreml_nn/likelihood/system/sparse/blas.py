@@ -1,0 +1,100 @@
+"""BLAS and LAPACK, as SciPy brings them, for compiled code.
+
+Their addresses are arguments of the compiled functions and not constants of them, so that what
+numba compiled once can be kept on disk for the next process.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import get_cython_function_address, intrinsic
+
+__all__ = ["ROUTINES", "gemm", "potrf", "potri", "symm", "trsm"]
+
+_NAMES = (
+    ("scipy.linalg.cython_blas", "dgemm"),
+    ("scipy.linalg.cython_blas", "dtrsm"),
+    ("scipy.linalg.cython_blas", "dsymm"),
+    ("scipy.linalg.cython_lapack", "dpotrf"),
+    ("scipy.linalg.cython_lapack", "dpotri"),
+)
+#: Addresses of the routines, in the order of the names above.
+ROUTINES = np.array([get_cython_function_address(*name) for name in _NAMES], dtype=np.int64)
+
+
+@intrinsic
+def _call(context: Any, address: Any, arguments: Any) -> Any:
+    """Call a routine without a result at an address; every argument is the address of a value."""
+    signature = types.void(address, arguments)
+
+    def build(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        words = cgutils.unpack_tuple(builder, values[1])
+        word = words[0].type
+        kind = cgutils.ir.FunctionType(cgutils.ir.VoidType(), [word] * len(words))
+        builder.call(builder.inttoptr(values[0], kind.as_pointer()), words)
+        return context.get_dummy_value()
+
+    return signature, build
+
+
+@njit(cache=True)
+def gemm(routines, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
+    """C = alpha op(A) op(B) + beta C, by columns; a, b and c are addresses."""
+    i = np.array([m, n, k, lda, ldb, ldc], dtype=np.int32)
+    x = np.array([alpha, beta])
+    t = np.array([ta, tb], dtype=np.uint8)
+    pi, px, pt = i.ctypes.data, x.ctypes.data, t.ctypes.data
+    _call(
+        routines[0],
+        (pt, pt + 1, pi, pi + 4, pi + 8, px, a, pi + 12, b, pi + 16, px + 8, c, pi + 20),
+    )
+    return i[0] + x[0] + t[0]  # what is pointed at lives until here
+
+
+@njit(cache=True)
+def trsm(routines, trans, m, n, a, lda, b, ldb):
+    """B = op(A)^-1 B for an upper triangle A (m, m), by columns."""
+    i = np.array([m, n, lda, ldb], dtype=np.int32)
+    x = np.ones(1)
+    t = np.array([76, 85, trans, 78], dtype=np.uint8)  # L, U, ., N
+    pi, px, pt = i.ctypes.data, x.ctypes.data, t.ctypes.data
+    _call(routines[1], (pt, pt + 1, pt + 2, pt + 3, pi, pi + 4, px, a, pi + 8, b, pi + 12))
+    return i[0] + x[0] + t[0]
+
+
+@njit(cache=True)
+def symm(routines, m, n, alpha, a, lda, b, ldb, c, ldc):
+    """C = alpha B A for symmetric A (n, n), its upper triangle by columns, and B (m, n)."""
+    i = np.array([m, n, lda, ldb, ldc], dtype=np.int32)
+    x = np.array([alpha, 0.0])
+    t = np.array([82, 85], dtype=np.uint8)  # R, U
+    pi, px, pt = i.ctypes.data, x.ctypes.data, t.ctypes.data
+    _call(
+        routines[2],
+        (pt, pt + 1, pi, pi + 4, px, a, pi + 8, b, pi + 12, px + 8, c, pi + 16),
+    )
+    return i[0] + x[0] + t[0]
+
+
+@njit(cache=True)
+def potrf(routines, n, a, lda):
+    """Upper Cholesky factor in place, by columns; 0, or the pivot that is not positive."""
+    i = np.array([n, lda, 0], dtype=np.int32)
+    t = np.array([85], dtype=np.uint8)
+    pi, pt = i.ctypes.data, t.ctypes.data
+    _call(routines[3], (pt, pi, a, pi + 4, pi + 8))
+    return i[2] + 0 * t[0]
+
+
+@njit(cache=True)
+def potri(routines, n, a, lda):
+    """Upper triangle of the inverse from an upper Cholesky factor, in place."""
+    i = np.array([n, lda, 0], dtype=np.int32)
+    t = np.array([85], dtype=np.uint8)
+    pi, pt = i.ctypes.data, t.ctypes.data
+    _call(routines[4], (pt, pi, a, pi + 4, pi + 8))
+    return i[2] + 0 * t[0]

@@ -1,0 +1,373 @@
+r"""The mixed-model equations :math:`M = \Lambda^\top Z^\top R^{-1} Z \Lambda + Q` as a sparse matrix.
+
+The effects of a term are :math:`b = \Lambda u` with the precision Q of u known: the identity, or the
+inverse of a kernel for each of its effects. Λ is block diagonal by levels, so that M has the pattern
+of :math:`Z^\top R^{-1} Z` and Q wherever the parameters are, zero among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from scipy.sparse import bmat, bsr_matrix, coo_matrix, csc_matrix, csr_matrix, eye, kron
+
+from openreml_nn.likelihood.system.sparse.factor import Factor
+from openreml_nn.likelihood.system.sparse.symbolic import Symbolic
+from openreml_nn.support.errors import NumericalError
+
+__all__ = ["Cross", "Equations", "Part"]
+
+#: A matrix whose pivots have lost so many digits has none left.
+_SINGULAR = 1e13
+
+
+@dataclass(frozen=True)
+class Part:
+    r"""One random term.
+
+    Attributes:
+        name: of the term.
+        design: Z, (n, levels * effects), columns level by level.
+        effects: k, the size of the blocks of Λ.
+        width: effects of a level that belong together, whose joint variance is wanted.
+        prior: the inverse of the kernel between levels, (levels, levels), or None for the identity.
+        basis: C, (levels, levels), with :math:`Z C` in the place of Z, or None for the identity.
+    """
+
+    name: str
+    design: csr_matrix
+    effects: int
+    width: int
+    prior: csc_matrix | None = None
+    basis: np.ndarray | None = None
+
+    @property
+    def columns(self) -> int:
+        """Columns of the equations."""
+        return int(self.design.shape[1])
+
+    @property
+    def levels(self) -> int:
+        """Blocks of Λ."""
+        return self.columns // self.effects
+
+    def times_prior(self, x: np.ndarray) -> np.ndarray:
+        """:math:`Q x` for x (columns, m)."""
+        if self.prior is None:
+            return x
+        return (self.prior @ x.reshape(self.levels, self.effects * x.shape[1])).reshape(x.shape)
+
+    def to_effects(self, x: np.ndarray) -> np.ndarray:
+        """:math:`C x` for x (columns, m)."""
+        if self.basis is None:
+            return x
+        return (self.basis @ x.reshape(self.levels, self.effects * x.shape[1])).reshape(x.shape)
+
+    def from_effects(self, x: np.ndarray) -> np.ndarray:
+        """:math:`C^\\top x` for x (columns, m)."""
+        if self.basis is None:
+            return x
+        return (self.basis.T @ x.reshape(self.levels, self.effects * x.shape[1])).reshape(x.shape)
+
+
+@dataclass(frozen=True)
+class Cross:
+    """Where two parts meet: blocks of a matrix between their columns.
+
+    Attributes:
+        one, other: the parts, the first not after the second.
+        row, column: (b,) levels of each block, row by row.
+        start: (levels + 1,) where the blocks of a row begin.
+        shape: the blocks', (k of one, k of other).
+        place: (b, k, k) where their entries stand in the factor's values.
+        kept: (b, k, k) which of them assemble the matrix: of a symmetric pair only one.
+    """
+
+    one: int
+    other: int
+    row: np.ndarray
+    column: np.ndarray
+    start: np.ndarray
+    shape: tuple[int, int]
+    place: np.ndarray
+    kept: np.ndarray
+
+    def transform(self, data: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """:math:`L^\\top B R` for each block B, with L and R for each level or one for all."""
+        if self.shape == (1, 1):
+            factor = left[:, 0, 0] if len(left) == 1 else left[self.row, 0, 0]
+            factor = factor * (right[:, 0, 0] if len(right) == 1 else right[self.column, 0, 0])
+            return data * factor[:, None, None]
+        left = left if len(left) == 1 else left[self.row]
+        right = right if len(right) == 1 else right[self.column]
+        return left.transpose(0, 2, 1) @ data @ right
+
+    def matrix(self, data: np.ndarray, columns: int) -> bsr_matrix:
+        """The blocks as a matrix with so many columns."""
+        size = ((len(self.start) - 1) * self.shape[0], columns)
+        return bsr_matrix((data, self.column, self.start), size)
+
+
+class Equations:
+    """The pattern of M for some terms, analysed once.
+
+    Args:
+        parts: the random terms.
+        rows: pattern of the precision of the rows, (n, n), or None for a diagonal one.
+        order: gives an order of elimination for a pattern; nested dissection by default.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        rows: csr_matrix | None = None,
+        order: Callable[[csc_matrix], np.ndarray] | None = None,
+    ) -> None:
+        self.parts = list(parts)
+        self.start = np.concatenate([[0], np.cumsum([part.columns for part in parts])]).astype(int)
+        designs = [_ones(part.design) for part in self.parts]
+        found = []
+        for i, one in enumerate(self.parts):
+            for j in range(i, len(self.parts)):
+                other = self.parts[j]
+                right = designs[j] if rows is None else _ones(rows) @ designs[j]
+                A = (designs[i].T @ right).tocsr()
+                if i == j:
+                    A = (
+                        A
+                        + _blocks_of(one.columns, one.width)
+                        + _blocks_of(one.columns, one.effects)
+                    )
+                if one.basis is not None or other.basis is not None:
+                    A = csr_matrix(np.ones(A.shape))
+                if A.nnz:
+                    blocks = bsr_matrix(A, blocksize=(one.effects, other.effects))
+                    blocks.sort_indices()
+                    found.append((i, j, blocks))
+        self.symbolic = self._analysed(found, order)
+        self.crosses = [self._placed(*each) for each in found]
+        self._diagonal = self.symbolic.where(*2 * (np.arange(self.size),))
+        self._priors = [self._placed_prior(i) for i in range(len(self.parts))]
+
+    @property
+    def size(self) -> int:
+        """Columns of all parts."""
+        return int(self.start[-1])
+
+    def split(self, x: np.ndarray) -> list[np.ndarray]:
+        """What of x (size, m) belongs to each part."""
+        return [x[a:b] for a, b in zip(self.start[:-1], self.start[1:], strict=True)]
+
+    def _analysed(
+        self,
+        blocks: Sequence[tuple[int, int, bsr_matrix]],
+        order: Callable[[csc_matrix], np.ndarray] | None,
+    ) -> Symbolic:
+        row, column = [np.arange(self.size)], [np.arange(self.size)]
+        for i, j, A in blocks:
+            whole = bsr_matrix(
+                (np.ones(A.data.shape, np.int8), A.indices, A.indptr), A.shape
+            ).tocoo()
+            row.append(whole.row + self.start[i])
+            column.append(whole.col + self.start[j])
+        for i, part in enumerate(self.parts):
+            if part.prior is not None:
+                whole = kron(part.prior, eye(part.effects), format="coo")
+                row.append(whole.row + self.start[i])
+                column.append(whole.col + self.start[i])
+        r, c = np.concatenate(row), np.concatenate(column)
+        both = np.concatenate([r, c]), np.concatenate([c, r])
+        pattern = coo_matrix((np.ones(len(both[0]), np.int8), both), (self.size, self.size)).tocsc()
+        return Symbolic.of(pattern, None if order is None else order(pattern))
+
+    def _placed(self, i: int, j: int, A: bsr_matrix) -> Cross:
+        level, (k, m) = np.repeat(np.arange(len(A.indptr) - 1), np.diff(A.indptr)), A.blocksize
+        row = self.start[i] + level[:, None, None] * k + np.arange(k)[:, None]
+        column = self.start[j] + A.indices[:, None, None].astype(np.int64) * m + np.arange(m)
+        row, column = (
+            np.ascontiguousarray(x).reshape(-1) for x in np.broadcast_arrays(row, column)
+        )
+        shape = (len(level), k, m)
+        place = self.symbolic.where(row, column).reshape(shape)
+        kept = np.ones(shape, bool) if i != j else (row >= column).reshape(shape)
+        column_level = A.indices.astype(np.int64)
+        return Cross(i, j, level, column_level, A.indptr, (k, m), place, kept)
+
+    def _placed_prior(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Rows, columns (blocks), values and places (b, k) of the lower triangle of a prior."""
+        part = self.parts[i]
+        if part.prior is None:
+            at = np.arange(part.columns)
+            return at, at, np.ones(part.columns), self._diagonal[self.start[i] + at][:, None]
+        Q, k = part.prior.tocoo(), part.effects
+        low = Q.row >= Q.col
+        row, column = Q.row[low].astype(np.int64), Q.col[low].astype(np.int64)
+        at = self.start[i] + np.stack([row, column])[:, :, None] * k + np.arange(k)
+        place = self.symbolic.where(at[0].reshape(-1), at[1].reshape(-1)).reshape(-1, k)
+        return row, column, Q.data[low], place
+
+    # ------------------------------------------------------------------ numbers
+
+    def products(self, precision: csr_matrix) -> list[np.ndarray]:
+        """Blocks of :math:`Z^\\top R^{-1} Z` in the order of ``crosses``, by the rows' precision."""
+        return [self._product(cross, precision) for cross in self.crosses]
+
+    def _product(self, cross: Cross, precision: csr_matrix) -> np.ndarray:
+        one, other = self.parts[cross.one], self.parts[cross.other]
+        A = (one.design.T @ (precision @ other.design)).tocsr()
+        (k, m), data = cross.shape, np.zeros(cross.place.shape)
+        if one.basis is not None or other.basis is not None:
+            dense = one.from_effects(other.from_effects(A.toarray().T).T)
+            four = dense.reshape(one.levels, k, other.levels, m)
+            return np.ascontiguousarray(four[cross.row, :, cross.column])
+        A = A.tocoo()
+        key = A.row.astype(np.int64) // k * other.levels + A.col // m
+        known = cross.row * other.levels + cross.column
+        at = key if len(known) == one.levels * other.levels else np.searchsorted(known, key)
+        data[at, A.row % k, A.col % m] = A.data
+        return data
+
+    def factor(self, moved: Sequence[np.ndarray]) -> Factor:
+        r"""The factor of M from the blocks of :math:`\Lambda^\top Z^\top R^{-1} Z \Lambda`.
+
+        Raises:
+            NumericalError: if M is not positive definite.
+        """
+        values = np.zeros(self.symbolic.entries)
+        for cross, data in zip(self.crosses, moved, strict=True):
+            values[cross.place[cross.kept]] += data[cross.kept]
+        for _, _, entries, place in self._priors:
+            values[place] += entries[:, None]
+        return Factor(self.symbolic, values)
+
+    @cached_property
+    def log_det_prior(self) -> float:
+        r""":math:`\log|Q|` of all parts.
+
+        Raises:
+            NumericalError: if one of them is not positive definite, by name.
+        """
+        if all(part.prior is None for part in self.parts):
+            return 0.0
+        found = self._prior_factor(range(len(self.parts)))
+        if found is None:
+            for i, part in enumerate(self.parts):
+                if self._prior_factor([i]) is None:
+                    raise NumericalError(
+                        f"the inverse of the kernel of {part.name!r} is not positive definite, so "
+                        "that there is no kernel: expected one that is, as of a pedigree"
+                    )
+        assert found is not None
+        return found.log_det
+
+    def _prior_factor(self, known: Iterable[int]) -> Factor | None:
+        """The factor of the precisions of some parts, the identity for others; None where it is
+        singular to working precision."""
+        values = np.zeros(self.symbolic.entries)
+        values[self._diagonal] = 1.0
+        for i in known:
+            values[self._diagonal[self.start[i] : self.start[i + 1]]] = 0.0
+            _, _, entries, place = self._priors[i]
+            values[place] += entries[:, None]
+        try:
+            found = Factor(self.symbolic, values)
+        except NumericalError:
+            return None
+        return found if found.loss < _SINGULAR else None
+
+    def times(self, blocks: Sequence[np.ndarray], x: np.ndarray) -> np.ndarray:
+        """:math:`A x` for the symmetric A of such blocks, x (size, m)."""
+        found = np.zeros_like(x)
+        for cross, data in zip(self.crosses, blocks, strict=True):
+            a, b = (slice(*self.start[i : i + 2]) for i in (cross.one, cross.other))
+            A = cross.matrix(data, b.stop - b.start)
+            found[a] += A @ x[b]
+            if cross.one != cross.other:
+                found[b] += A.T @ x[a]
+        return found
+
+    def traces(
+        self, inverse: np.ndarray, moved: Sequence[np.ndarray], by_level: Sequence[bool]
+    ) -> list[np.ndarray]:
+        r"""Sums over a part's levels of the blocks of :math:`M^{-1}\Lambda^\top Z^\top R^{-1} Z\Lambda`.
+
+        Args:
+            inverse: of the factor.
+            moved: as in :meth:`factor`.
+            by_level: for each part, whether its levels are left apart (k = 1 only).
+
+        Returns:
+            For each part (k, k), or (levels, 1, 1).
+        """
+        found = [
+            np.zeros((part.levels if apart else 1, part.effects, part.effects))
+            for part, apart in zip(self.parts, by_level, strict=True)
+        ]
+        for cross, data in zip(self.crosses, moved, strict=True):
+            Z = inverse[cross.place]
+            sides = [(cross.one, cross.row, "bij,bkj->ik")]
+            if cross.one != cross.other:
+                sides.append((cross.other, cross.column, "bji,bjk->ik"))
+            for part, level, rule in sides:
+                if by_level[part]:
+                    total = (Z * data).sum((1, 2))
+                    found[part][:, 0, 0] += np.bincount(level, total, self.parts[part].levels)
+                elif Z.shape[1:] == (1, 1):
+                    found[part][0] += np.vdot(Z, data)
+                else:
+                    found[part][0] += np.einsum(rule, Z, data, optimize=True)
+        return found
+
+    def largest(self, blocks: Sequence[np.ndarray]) -> list[float]:
+        """The largest entry on the diagonal of each part's own blocks."""
+        found = [0.0] * len(self.parts)
+        for cross, data in zip(self.crosses, blocks, strict=True):
+            if cross.one == cross.other:
+                own = data[cross.row == cross.column].diagonal(axis1=1, axis2=2)
+                found[cross.one] = float(own.max(initial=0.0))
+        return found
+
+    def inverse_of_effects(self, inverse: np.ndarray, roots: Sequence[np.ndarray]) -> csr_matrix:
+        r""":math:`C \Lambda M^{-1} \Lambda^\top C^\top` where effects meet in a row, (size, size).
+
+        Args:
+            inverse: of the factor.
+            roots: Λ of each part, (levels or 1, k, k).
+        """
+        parts: list[list[csr_matrix | None]] = [[None] * len(self.parts) for _ in self.parts]
+        for cross in self.crosses:
+            left, right = (roots[i].transpose(0, 2, 1) for i in (cross.one, cross.other))
+            data = cross.transform(inverse[cross.place], left, right)
+            A = cross.matrix(data, self.parts[cross.other].columns).tocsr()
+            one, other = self.parts[cross.one], self.parts[cross.other]
+            if one.basis is not None or other.basis is not None:
+                A = csr_matrix(one.to_effects(other.to_effects(A.toarray().T).T))
+            parts[cross.one][cross.other] = A
+            parts[cross.other][cross.one] = A.T.tocsr()
+        for i, part in enumerate(self.parts):
+            if parts[i][i] is None:
+                parts[i][i] = csr_matrix((part.columns, part.columns))
+        if not self.parts:
+            return csr_matrix((0, 0))
+        found = bmat(parts, format="csr")
+        found.sort_indices()
+        return found
+
+    def own(self, inverse: np.ndarray, i: int, w: int) -> np.ndarray:
+        r"""Blocks of :math:`M^{-1}` of a part's columns, (columns / w, w, w)."""
+        part = self.parts[i]
+        at = self.start[i] + np.arange(part.columns).reshape(-1, w)
+        row, column = np.broadcast_arrays(at[:, :, None], at[:, None, :])
+        place = self.symbolic.where(row.reshape(-1), column.reshape(-1))
+        return inverse[place].reshape(-1, w, w)
+
+
+def _ones(matrix: csr_matrix) -> csr_matrix:
+    return csr_matrix((np.ones(matrix.nnz), matrix.indices, matrix.indptr), matrix.shape)
+
+
+def _blocks_of(size: int, width: int) -> csr_matrix:
+    return csr_matrix(kron(eye(size // width), np.ones((width, width))))

@@ -1,0 +1,357 @@
+r"""The Cholesky factor of a sparse matrix by supernodes, solves with it, and its selected inverse.
+
+The factor is computed from left to right: a supernode takes the products of those before it that
+reach into its columns. The entries of :math:`A^{-1}` within the pattern of L follow from right to
+left by :math:`Z_{RS} = -Z_{RR} L_{RS} L_{SS}^{-1}` and
+:math:`Z_{SS} = (L_{SS} L_{SS}^\top)^{-1} - L_{SS}^{-\top} L_{RS}^\top Z_{RS}`.
+
+Reference:
+    Ng and Peyton, SIAM Journal on Scientific Computing 14 (1993) 1034; Takahashi, Fagan and Chin,
+    8th PICA Conference (1973); Campbell and Davis, technical report TR-95-021 (University of
+    Florida, 1995).
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+from numba import njit
+
+from openreml_nn.likelihood.system.sparse.blas import ROUTINES, gemm, potrf, potri, symm, trsm
+from openreml_nn.likelihood.system.sparse.symbolic import Symbolic
+from openreml_nn.support.errors import NumericalError
+
+__all__ = ["Factor"]
+
+_N, _T = 78, 84  # the characters N and T
+#: Blocks with fewer columns are multiplied in loops: a call would take longer.
+_NARROW = 4
+
+
+class Factor:
+    r""":math:`P A P^\top = L L^\top` of one matrix.
+
+    Args:
+        symbolic: its pattern.
+        values: the entries of A where :meth:`Symbolic.where` says, zeros elsewhere; taken over and
+            overwritten.
+
+    Attributes:
+        log_det: :math:`\log|A|`.
+        loss: how many times rounding is magnified in the pivots, at most.
+
+    Raises:
+        NumericalError: if A is not positive definite.
+    """
+
+    def __init__(self, symbolic: Symbolic, values: np.ndarray) -> None:
+        self.symbolic = s = symbolic
+        self.values = values
+        diagonal = values[self._diagonal]
+        failed = _factor(
+            ROUTINES,
+            s.first,
+            s.of_column,
+            s.row_start,
+            s.rows,
+            s.value_start,
+            values,
+            np.empty(s.work),
+        )
+        pivots = values[self._diagonal]
+        if failed >= 0 or not np.isfinite(pivots).all():
+            raise NumericalError("the matrix is not positive definite")
+        self.log_det = 2.0 * float(np.log(pivots).sum())
+        self.loss = float((diagonal / pivots**2).max(initial=1.0))
+
+    @property
+    def _diagonal(self) -> np.ndarray:
+        s = self.symbolic
+        width = np.diff(s.first)[s.of_column]
+        local = np.arange(s.size) - s.first[s.of_column]
+        return s.value_start[s.of_column] + local * (width + 1)
+
+    def half(self, x: np.ndarray) -> np.ndarray:
+        r""":math:`L^{-1} P x` for x (n, m)."""
+        found = np.ascontiguousarray(x[self.symbolic.order], dtype=np.float64)
+        self._run(found, False)
+        return found
+
+    def back(self, x: np.ndarray) -> np.ndarray:
+        r""":math:`P^\top L^{-\top} x` for x (n, m)."""
+        found = np.array(x, dtype=np.float64, order="C")
+        self._run(found, True)
+        return found[self.symbolic.place]
+
+    def solve(self, x: np.ndarray) -> np.ndarray:
+        r""":math:`A^{-1} x` for x (n, m)."""
+        return self.back(self.half(x))
+
+    def _run(self, x: np.ndarray, backwards: bool) -> None:
+        s = self.symbolic
+        if not x.size:
+            return
+        run = _backward if backwards else _forward
+        run(ROUTINES, s.first, s.row_start, s.rows, s.value_start, self.values, x)
+
+    @cached_property
+    def inverse(self) -> np.ndarray:
+        """Entries of the inverse of A in the pattern of L, where :meth:`Symbolic.where` says."""
+        s = self.symbolic
+        below = np.diff(s.row_start) - np.diff(s.first)
+        room = int(below.max(initial=0))
+        found = np.empty_like(self.values)
+        _selected(
+            ROUTINES,
+            s.first,
+            s.of_column,
+            s.row_start,
+            s.rows,
+            s.value_start,
+            self.values,
+            found,
+            np.empty(max(room * room, 1)),
+            np.empty(max(int((below * np.diff(s.first)).max(initial=1)), 1)),
+        )
+        return found
+
+
+@njit(cache=True)
+def _factor(routines, first, of_column, row_start, rows, value_start, values, work):
+    """The factor in place; -1, or the supernode that has no positive pivot."""
+    count = len(first) - 1
+    head = np.full(count, -1, np.int64)
+    link = np.full(count, -1, np.int64)
+    reached = np.zeros(count, np.int64)
+    local = np.zeros(len(of_column), np.int64)
+    base, room = values.ctypes.data, work.ctypes.data
+    for s in range(count):
+        lo, hi = first[s], first[s + 1]
+        w, begin, end = hi - lo, row_start[s], row_start[s + 1]
+        own = value_start[s]
+        d = head[s]
+        if d != -1:
+            for p in range(begin, end):
+                local[rows[p]] = p - begin
+        while d != -1:
+            following = link[d]
+            wd, start_d, end_d = first[d + 1] - first[d], row_start[d], row_start[d + 1]
+            k1 = reached[d]
+            k2 = k1
+            while k2 < end_d and rows[k2] < hi:
+                k2 += 1
+            high, wide = end_d - k1, k2 - k1
+            source = value_start[d] + (k1 - start_d) * wd
+            if wd <= _NARROW:
+                for i in range(high):
+                    target = own + local[rows[k1 + i]] * w - lo
+                    for k in range(wd):
+                        x = values[source + i * wd + k]
+                        if x != 0.0:
+                            for j in range(min(i + 1, wide)):
+                                values[target + rows[k1 + j]] -= x * values[source + j * wd + k]
+            else:
+                at = base + 8 * source
+                gemm(routines, _T, _N, wide, high, wd, 1.0, at, wd, at, wd, 0.0, room, wide)
+                for i in range(high):
+                    target = own + local[rows[k1 + i]] * w - lo
+                    for j in range(min(i + 1, wide)):
+                        values[target + rows[k1 + j]] -= work[i * wide + j]
+            reached[d] = k2
+            if k2 < end_d:
+                above = of_column[rows[k2]]
+                link[d] = head[above]
+                head[above] = d
+            d = following
+        below = end - begin - w
+        if w == 1:
+            pivot = values[own]
+            if not pivot > 0.0:
+                return s
+            root = np.sqrt(pivot)
+            values[own] = root
+            for p in range(own + 1, own + 1 + below):
+                values[p] /= root
+        else:
+            if potrf(routines, w, base + 8 * own, w) != 0:
+                return s
+            for i in range(w):
+                for j in range(i + 1, w):
+                    values[own + i * w + j] = 0.0
+            if below:
+                trsm(routines, _T, w, below, base + 8 * own, w, base + 8 * (own + w * w), w)
+        if below:
+            reached[s] = begin + w
+            above = of_column[rows[begin + w]]
+            link[s] = head[above]
+            head[above] = s
+    return -1 + 0 * int(work[0] != work[0])
+
+
+@njit(cache=True)
+def _forward(routines, first, row_start, rows, value_start, values, x):
+    m = x.shape[1]
+    most = 1
+    for s in range(len(first) - 1):
+        most = max(most, row_start[s + 1] - row_start[s] - first[s + 1] + first[s])
+    work = np.empty((most, m))
+    base, at_x, room = values.ctypes.data, x.ctypes.data, work.ctypes.data
+    for s in range(len(first) - 1):
+        lo, w = first[s], first[s + 1] - first[s]
+        begin, below = row_start[s] + w, row_start[s + 1] - row_start[s] - w
+        own = value_start[s]
+        if w <= _NARROW:
+            for k in range(w):
+                root = values[own + k * w + k]
+                for c in range(m):
+                    x[lo + k, c] /= root
+                for i in range(k + 1, w):
+                    a = values[own + i * w + k]
+                    for c in range(m):
+                        x[lo + i, c] -= a * x[lo + k, c]
+            for i in range(below):
+                row = rows[begin + i]
+                for k in range(w):
+                    a = values[own + (w + i) * w + k]
+                    if a != 0.0:
+                        for c in range(m):
+                            x[row, c] -= a * x[lo + k, c]
+            continue
+        # Rows of x by columns are (m, w): X L^-T from the right is L^-1 X.
+        for k in range(w):
+            for j in range(k):
+                a = values[own + k * w + j]
+                for c in range(m):
+                    x[lo + k, c] -= a * x[lo + j, c]
+            root = values[own + k * w + k]
+            for c in range(m):
+                x[lo + k, c] /= root
+        if below:
+            gemm(
+                routines, _N, _N, m, below, w, 1.0, at_x + 8 * lo * m, m,
+                base + 8 * (own + w * w), w, 0.0, room, m,
+            )  # fmt: skip
+            for i in range(below):
+                row = rows[begin + i]
+                for c in range(m):
+                    x[row, c] -= work[i, c]
+    return work[0, 0]
+
+
+@njit(cache=True)
+def _backward(routines, first, row_start, rows, value_start, values, x):
+    m = x.shape[1]
+    most = 1
+    for s in range(len(first) - 1):
+        most = max(most, row_start[s + 1] - row_start[s] - first[s + 1] + first[s])
+    work = np.empty((most, m))
+    base, at_x, room = values.ctypes.data, x.ctypes.data, work.ctypes.data
+    for s in range(len(first) - 2, -1, -1):
+        lo, w = first[s], first[s + 1] - first[s]
+        begin, below = row_start[s] + w, row_start[s + 1] - row_start[s] - w
+        own = value_start[s]
+        if w <= _NARROW:
+            for i in range(below):
+                row = rows[begin + i]
+                for k in range(w):
+                    a = values[own + (w + i) * w + k]
+                    if a != 0.0:
+                        for c in range(m):
+                            x[lo + k, c] -= a * x[row, c]
+        elif below:
+            for i in range(below):
+                row = rows[begin + i]
+                for c in range(m):
+                    work[i, c] = x[row, c]
+            gemm(
+                routines, _N, _T, m, w, below, -1.0, room, m,
+                base + 8 * (own + w * w), w, 1.0, at_x + 8 * lo * m, m,
+            )  # fmt: skip
+        for k in range(w - 1, -1, -1):
+            root = values[own + k * w + k]
+            for c in range(m):
+                x[lo + k, c] /= root
+            for j in range(k):
+                a = values[own + k * w + j]
+                for c in range(m):
+                    x[lo + j, c] -= a * x[lo + k, c]
+    return work[0, 0]
+
+
+@njit(cache=True)
+def _selected(
+    routines, first, of_column, row_start, rows, value_start, values, found, square, half
+):
+    base, at, room, at_half = (
+        values.ctypes.data,
+        found.ctypes.data,
+        square.ctypes.data,
+        half.ctypes.data,
+    )
+    where = np.empty(len(of_column), np.int64)
+    for s in range(len(first) - 2, -1, -1):
+        w = first[s + 1] - first[s]
+        begin, end = row_start[s] + w, row_start[s + 1]
+        r, own = end - begin, value_start[s]
+        for p in range(w * w):
+            found[own + p] = values[own + p]
+        if w == 1:
+            found[own] = 1.0 / (values[own] * values[own])
+        else:
+            potri(routines, w, at + 8 * own, w)
+            for i in range(w):
+                for j in range(i):
+                    found[own + j * w + i] = found[own + i * w + j]
+        if r == 0:
+            continue
+        # Y' = L_SS^-T L_RS', by columns (w, r).
+        for p in range(w * r):
+            half[p] = values[own + w * w + p]
+        if w == 1:
+            for p in range(r):
+                half[p] /= values[own]
+        else:
+            trsm(routines, _N, w, r, base + 8 * own, w, at_half, w)
+        # The lower triangle of Z_RR, row by row.
+        j1 = 0
+        while j1 < r:
+            b = of_column[rows[begin + j1]]
+            lo, hi = first[b], first[b + 1]
+            wb, begin_b, end_b = hi - lo, row_start[b], row_start[b + 1]
+            j2 = j1
+            while j2 < r and rows[begin + j2] < hi:
+                j2 += 1
+            for i in range(j1, j2):
+                where[i] = rows[begin + i] - lo
+            p = begin_b + wb
+            if end_b - p == r - j2:
+                for i in range(j2, r):
+                    where[i] = wb + i - j2
+            else:
+                for i in range(j2, r):
+                    row = rows[begin + i]
+                    step = 1
+                    while p + step < end_b and rows[p + step] <= row:
+                        p += step
+                        step *= 2
+                    while rows[p] != row:
+                        if p + step < end_b and rows[p + step] <= row:
+                            p += step
+                        elif step > 1:
+                            step //= 2
+                        else:
+                            p += 1
+                    where[i] = p - begin_b
+            source = value_start[b] - lo
+            for i in range(j1, r):
+                line = source + where[i] * wb
+                for j in range(j1, min(i + 1, j2)):
+                    square[i * r + j] = found[line + rows[begin + j]]
+            j1 = j2
+        symm(routines, w, r, -1.0, room, r, at_half, w, at + 8 * (own + w * w), w)
+        gemm(
+            routines, _N, _T, w, w, r, -1.0, at_half, w,
+            at + 8 * (own + w * w), w, 1.0, at + 8 * own, w,
+        )  # fmt: skip
+    return half[0] + square[0]

@@ -1,0 +1,316 @@
+r"""What of a sparse Cholesky factor depends on the pattern alone.
+
+Columns whose patterns below are (nearly) the same stand together as a supernode, a dense block of
+rows, so that nearly all operations are products of dense matrices.
+
+Reference:
+    Davis, Direct Methods for Sparse Linear Systems (2006), chapter 4; Ashcraft and Grimes, ACM
+    Transactions on Mathematical Software 15 (1989) 291, for merging supernodes; Karypis and Kumar,
+    SIAM Journal on Scientific Computing 20 (1998) 359, for the ordering.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pymetis
+from numba import njit
+from scipy.sparse import csc_matrix
+
+__all__ = ["Symbolic", "fill_reducing"]
+
+
+def fill_reducing(pattern: csc_matrix) -> np.ndarray:
+    """An order of elimination by nested dissection, (n,): which column is the k-th pivot.
+
+    Args:
+        pattern: a symmetric pattern (n, n), both triangles.
+    """
+    n = pattern.shape[0]
+    graph = pattern.tocoo()
+    off = graph.row != graph.col
+    if not off.any():
+        return np.arange(n)
+    edges = csc_matrix((np.ones(off.sum(), np.int8), (graph.row[off], graph.col[off])), (n, n))
+    adjacency = pymetis.CSRAdjacency(edges.indptr, edges.indices)
+    return np.asarray(pymetis.nested_dissection(adjacency)[0], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Symbolic:
+    r"""The pattern of the factor :math:`P A P^\top = L L^\top`.
+
+    Attributes:
+        order: (n,) which row of A is the k-th of the permuted matrix.
+        place: (n,) its inverse.
+        first: (s + 1,) first column of each supernode.
+        of_column: (n,) supernode of each column.
+        row_start: (s + 1,) where a supernode's rows begin in ``rows``.
+        rows: rows of each supernode, ascending, its own columns first.
+        value_start: (s + 1,) where a supernode's block, (rows, columns) row by row, begins.
+        operations: floating-point operations of a factorisation.
+        work: entries of the largest update.
+    """
+
+    order: np.ndarray
+    place: np.ndarray
+    first: np.ndarray
+    of_column: np.ndarray
+    row_start: np.ndarray
+    rows: np.ndarray
+    value_start: np.ndarray
+    operations: float
+    work: int
+
+    @property
+    def size(self) -> int:
+        """Rows of the matrix, n."""
+        return len(self.order)
+
+    @property
+    def entries(self) -> int:
+        """Numbers that the factor holds, zeros of its blocks among them."""
+        return int(self.value_start[-1])
+
+    @classmethod
+    def of(cls, pattern: csc_matrix, order: np.ndarray | None = None) -> Symbolic:
+        """From a symmetric pattern, both triangles with the diagonal.
+
+        Args:
+            pattern: (n, n).
+            order: an order of elimination, (n,); nested dissection by default.
+        """
+        n = pattern.shape[0]
+        if order is None:
+            order = fill_reducing(pattern)
+        start, index = pattern.indptr.astype(np.int64), pattern.indices.astype(np.int64)
+        parent = _tree(n, start, index, order, _inverted(order))
+        post = _postorder(parent)
+        order = np.ascontiguousarray(order[post])
+        place = _inverted(order)
+        parent = _relabelled(parent, post)
+        count = _counts(n, start, index, order, place, parent)
+        first = _supernodes(parent, count)
+        of_column = np.repeat(np.arange(len(first) - 1), np.diff(first))
+        row_start, rows = _rows(start, index, order, place, parent, first, of_column)
+        height, width = np.diff(row_start), np.diff(first)
+        value_start = np.concatenate([[0], np.cumsum(height * width)])
+        h, w = height.astype(float), width.astype(float)
+        below = h - w
+        operations = float((w**3 / 3 + w * w * below + w * below * (below + 1)).sum())
+        work = _largest_update(first, of_column, row_start, rows)
+        return cls(order, place, first, of_column, row_start, rows, value_start, operations, work)
+
+    def where(self, row: np.ndarray, column: np.ndarray) -> np.ndarray:
+        """Where entries of A stand in the factor's values; -1 where they are not in its pattern.
+
+        Args:
+            row, column: (m,) rows and columns of A, in either triangle.
+        """
+        a, b = self.place[row], self.place[column]
+        low, high = np.maximum(a, b), np.minimum(a, b)
+        return _where(
+            low, high, self.first, self.of_column, self.row_start, self.rows, self.value_start
+        )
+
+
+def _inverted(order: np.ndarray) -> np.ndarray:
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    return place
+
+
+@njit(cache=True)
+def _tree(n, start, index, order, place):
+    """Elimination tree with compressed paths."""
+    parent = np.full(n, -1, np.int64)
+    ancestor = np.full(n, -1, np.int64)
+    for k in range(n):
+        column = order[k]
+        for p in range(start[column], start[column + 1]):
+            i = place[index[p]]
+            while i != -1 and i < k:
+                following = ancestor[i]
+                ancestor[i] = k
+                if following == -1:
+                    parent[i] = k
+                i = following
+    return parent
+
+
+@njit(cache=True)
+def _postorder(parent):
+    n = len(parent)
+    head = np.full(n, -1, np.int64)
+    following = np.full(n, -1, np.int64)
+    post = np.empty(n, np.int64)
+    stack = np.empty(n, np.int64)
+    for j in range(n - 1, -1, -1):
+        if parent[j] >= 0:
+            following[j] = head[parent[j]]
+            head[parent[j]] = j
+    k = 0
+    for root in range(n):
+        if parent[root] >= 0:
+            continue
+        top = 0
+        stack[0] = root
+        while top >= 0:
+            child = head[stack[top]]
+            if child == -1:
+                post[k] = stack[top]
+                k += 1
+                top -= 1
+            else:
+                head[stack[top]] = following[child]
+                top += 1
+                stack[top] = child
+    return post
+
+
+def _relabelled(parent: np.ndarray, post: np.ndarray) -> np.ndarray:
+    new = _inverted(post)
+    found = parent[post]
+    return np.where(found < 0, -1, new[found])
+
+
+@njit(cache=True)
+def _counts(n, start, index, order, place, parent):
+    """Entries of each column of L, walking each row's subtree once."""
+    count = np.ones(n, np.int64)
+    mark = np.full(n, -1, np.int64)
+    for k in range(n):
+        mark[k] = k
+        column = order[k]
+        for p in range(start[column], start[column + 1]):
+            i = place[index[p]]
+            while i < k and mark[i] != k:
+                count[i] += 1
+                mark[i] = k
+                i = parent[i]
+    return count
+
+
+@njit(cache=True)
+def _supernodes(parent, count):
+    """First columns of supernodes: fundamental ones, merged where that adds few zeros."""
+    n = len(parent)
+    first = np.empty(n + 1, np.int64)
+    s = 0
+    for j in range(n):
+        if j == 0 or parent[j - 1] != j or count[j - 1] != count[j] + 1:
+            first[s] = j
+            s += 1
+    first[s] = n
+    # A supernode and the one after it, if that is its parent: one block with explicit zeros.
+    kept = np.empty(s + 1, np.int64)
+    zeros = np.zeros(s + 1)
+    t = 0
+    for b in range(s):
+        kept[t] = first[b]
+        zeros[t] = 0.0
+        t += 1
+        while t > 1:
+            lo, mid, hi = kept[t - 2], kept[t - 1], first[b + 1]
+            if parent[mid - 1] != mid:
+                break
+            w1, w2 = mid - lo, hi - mid
+            r1 = count[lo] - w1  # rows below the first block, all within the second's
+            r2 = count[mid]
+            more = zeros[t - 2] + zeros[t - 1] + w1 * (r2 - r1)
+            w = w1 + w2
+            total = w * (w + 1) / 2 + w * (r2 - w2)
+            if not (
+                more == 0.0
+                or (w <= 4 and more <= 0.8 * total)
+                or (w <= 16 and more <= 0.3 * total)
+                or (w <= 48 and more <= 0.1 * total)
+                or more <= 0.05 * total
+            ):
+                break
+            zeros[t - 2] = more
+            count[lo] = w1 + r2
+            t -= 1
+    kept[t] = n
+    return kept[: t + 1].copy()
+
+
+@njit(cache=True)
+def _rows(start, index, order, place, parent, first, of_column):
+    """Rows of each supernode."""
+    n, s = len(order), len(first) - 1
+    row_start = np.zeros(s + 1, np.int64)
+    room = np.empty(max(4 * n, 16), np.int64)
+    mark = np.full(n, -1, np.int64)
+    head = np.full(s, -1, np.int64)
+    following = np.full(s, -1, np.int64)
+    used = 0
+    for b in range(s):
+        lo, hi = first[b], first[b + 1]
+        if used + n - lo > len(room):
+            larger = np.empty(max(2 * len(room), used + n - lo), np.int64)
+            larger[:used] = room[:used]
+            room = larger
+        begin = used
+        for j in range(lo, hi):
+            room[used] = j
+            used += 1
+            mark[j] = b
+        for j in range(lo, hi):
+            column = order[j]
+            for p in range(start[column], start[column + 1]):
+                i = place[index[p]]
+                if i >= hi and mark[i] != b:
+                    mark[i] = b
+                    room[used] = i
+                    used += 1
+        child = head[b]
+        while child != -1:
+            width = first[child + 1] - first[child]
+            for p in range(row_start[child] + width, row_start[child + 1]):
+                i = room[p]
+                if mark[i] != b:
+                    mark[i] = b
+                    room[used] = i
+                    used += 1
+            child = following[child]
+        below = begin + hi - lo
+        room[below:used] = np.sort(room[below:used])
+        row_start[b + 1] = used
+        if used > below:
+            above = of_column[room[below]]
+            following[b] = head[above]
+            head[above] = b
+    return row_start, room[:used].copy()
+
+
+@njit(cache=True)
+def _largest_update(first, of_column, row_start, rows):
+    most = 1
+    for b in range(len(first) - 1):
+        end = row_start[b + 1]
+        p = row_start[b] + first[b + 1] - first[b]
+        while p < end:
+            q = p
+            limit = first[of_column[rows[p]] + 1]
+            while q < end and rows[q] < limit:
+                q += 1
+            most = max(most, (end - p) * (q - p))
+            p = q
+    return most
+
+
+@njit(cache=True)
+def _where(low, high, first, of_column, row_start, rows, value_start):
+    found = np.empty(len(low), np.int64)
+    for e in range(len(low)):
+        b = of_column[high[e]]
+        begin, end = row_start[b], row_start[b + 1]
+        p = begin + np.searchsorted(rows[begin:end], low[e])
+        if p == end or rows[p] != low[e]:
+            found[e] = -1
+        else:
+            width = first[b + 1] - first[b]
+            found[e] = value_start[b] + (p - begin) * width + high[e] - first[b]
+    return found

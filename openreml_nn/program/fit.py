@@ -1,0 +1,307 @@
+"""``openreml-nn``: fit a model to a table, and leave a run."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from openreml_nn.program.options import Options
+from openreml_nn.program.reporting import costs_nothing, reported, shown
+from openreml_nn.program.rundir import RunDirectory
+from openreml_nn.program.tables import chosen_table
+from openreml_nn.support.display import plain_console, visible
+from openreml_nn.support.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import Tensor
+
+    from openreml_nn.result import Result
+
+__all__ = ["InChunks", "InMemory", "fit_table", "is_first_process", "prepared"]
+
+
+def fit_table(config: DictConfig) -> float:
+    """Fit a model to a table and write the run's directory.
+
+    Returns:
+        What a sweep minimises: the negative log density of the rows held out, or the deviance.
+    """
+    path = Path(HydraConfig.get().runtime.output_dir)
+    with reported(_advice(config)), RunDirectory(path, is_first_process()) as directory:
+        import lightning
+
+        options = Options(config)
+        lightning.seed_everything(options["seed"], workers=True, verbose=False)
+        is_profiled = options["profile"]
+        fit = prepared(options)
+        fit.read()
+        directory.begin(config, fit.resumed)
+        start = time.perf_counter()
+        found = fit.run()
+        result = replace(found.result, seconds=time.perf_counter() - start)
+        if not is_first_process():
+            fit.save(path / "model.ckpt")  # in which all processes have a part
+            return 0.0
+        if not result.converged:
+            warnings.warn(
+                f"not converged after {result.iterations} iterations: score norm "
+                f"{result.score_norm:.3g} standard errors; raise trainer.max_epochs",
+                RuntimeWarning,
+                stacklevel=1,
+            )
+        _write(replace(found, result=result), fit, path, is_profiled)
+        return found.validation.get("val_negative_log_density", result.deviance)
+    raise AssertionError("unreachable")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What comes out of a fit.
+
+    Attributes:
+        result: the fitted model.
+        validation: metrics of the rows held out, by name.
+        places: where the rows are (n, k), of a spatial model.
+    """
+
+    result: Result
+    validation: Mapping[str, float] = field(default_factory=dict)
+    places: Tensor | None = None
+
+
+def prepared(options: Options) -> InMemory | InChunks:
+    """The way to fit that the options choose, which has read them, and has made all but the table.
+
+    Raises:
+        InputError: if an option is wrong, or has no effect.
+    """
+    chunks = options["data.chunk_rows"]
+    fit = InMemory(options) if chunks is None else InChunks(options)
+    options.check_all_read("in this run" if chunks is None else f"with data.chunk_rows={chunks}")
+    return fit
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one of its run that writes."""
+    return not any(int(os.environ.get(n) or 0) for n in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
+def _write(found: Fitted, fit: InMemory | InChunks, path: Path, is_profiled: bool) -> None:
+    """Write and print a run: all files of the fit, then ``result.json``, then what takes long."""
+    from openreml_nn.inference import profile
+    from openreml_nn.program import outputs
+    from openreml_nn.support.files import replacing
+
+    result = found.result
+    with replacing(path / "model.ckpt") as temporary:
+        fit.save(temporary)
+    outputs.write_tables(result, path)
+    outputs.write_plots(result, path, found.places)
+    outputs.write_record(result, path, found.validation)
+    console = plain_console()
+    _print(found, console)
+    if is_profiled:
+        with costs_nothing("profile"):
+            outputs.write_profile(profile(result, progress=fit.has_bar), path)
+        outputs.write_record(result, path, found.validation)
+    console.print(f"written to {shown(path)}", soft_wrap=True)
+
+
+def _print(found: Fitted, console: Console) -> None:
+    from openreml_nn.inference import diagnose
+    from openreml_nn.result.summary import tables
+
+    for part in tables(found.result, found.result.formula):
+        console.print(part, soft_wrap=isinstance(part, str))
+    for sentence in diagnose(found.result):
+        console.print(visible(sentence), soft_wrap=True)
+    if found.validation:
+        values = ", ".join(
+            f"{name.removeprefix('val_')} {value:.5g}" for name, value in found.validation.items()
+        )
+        console.print(f"held out: {values.replace('_', ' ')}", soft_wrap=True)
+
+
+# ---------------------------------------------------------------------- ways to fit
+
+
+class InMemory:
+    """A table that is read whole, and a model trained by Lightning."""
+
+    def __init__(self, options: Options) -> None:
+        import lightning
+        from lightning.fabric.plugins import ClusterEnvironment
+        from lightning.pytorch.loggers import Logger
+        from lightning.pytorch.plugins import Precision
+        from lightning.pytorch.profilers import Profiler
+        from lightning.pytorch.strategies import Strategy
+
+        from openreml_nn.lightning import MixedModelDataModule, MixedModule
+        from openreml_nn.support.instantiate import build
+
+        self.resumed = _resumed(options)
+        self.has_bar = _has_bar(options)
+        formula, names = _formula(options), _names(options["data.categorical"])
+        taken = set(inspect.signature(MixedModule).parameters)
+        if not _takes_rows(options):
+            taken.remove("rows")
+        given = {key: options[f"model.{key}"] for key in options.keys("model") if key in taken}
+        self.module = MixedModule(
+            formula,
+            **given,
+            categorical=names,
+            optimizer=options["optimizer"],
+            seed=options["seed"],
+        )
+        residual, share, split = given.get("residual"), options["data.validation"], {}
+        if share:
+            by = options["data.split_by"]
+            split = {"split": options["data.split"], "split_by": None if by is None else str(by)}
+        self.data = MixedModelDataModule(
+            chosen_table(options),
+            formula,
+            names,
+            residual=residual if isinstance(residual, str) else None,
+            weights=given.get("weights"),
+            validation=share,
+            **split,
+            seed=options["seed"],
+        )
+        callbacks = [
+            build(part, f"callbacks.{name}", lightning.Callback)
+            for name, part in (options["callbacks"] or {}).items()
+            if part and (self.has_bar or not str(part["_target_"]).endswith("ProgressBar"))
+        ]
+        loggers = [
+            build(part, f"logger.{name}", Logger)
+            for name, part in (options["logger"] or {}).items()
+            if part
+        ]
+        self.trainer = build(
+            options["trainer"],
+            "trainer",
+            lightning.Trainer,
+            nested=(Strategy, Precision, Profiler, ClusterEnvironment),
+            callbacks=callbacks,
+            logger=loggers,
+        )
+
+    def read(self) -> None:
+        """Read the table."""
+        self.data.setup("fit")
+
+    def run(self) -> Fitted:
+        self.trainer.fit(self.module, self.data, ckpt_path=self.resumed, weights_only=True)
+        assert self.module.result is not None and self.module.table is not None
+        validation: Mapping[str, float] = {}
+        if self.data.held_out is not None:
+            # The model that is kept, which the last epoch's validation came before.
+            (validation,) = self.trainer.validate(self.module, self.data, verbose=False)
+        return Fitted(self.module.result, validation, self.module.table.places)
+
+    def save(self, path: Path) -> None:
+        self.trainer.save_checkpoint(path, weights_only=False)
+
+
+class InChunks:
+    """A file larger than memory, of which only sums are kept, and a linear model."""
+
+    resumed = None
+
+    def __init__(self, options: Options) -> None:
+        options.read_if("model.solver", ("auto", "blocked"))
+        self.has_bar = _has_bar(options)
+        self.options = {
+            "formula": _formula(options),
+            "path": chosen_table(options),
+            "chunk_rows": options["data.chunk_rows"],
+            "categorical": _names(options["data.categorical"]),
+            "weights": options["model.weights"],
+            "method": options["model.method"] or "reml",
+            "max_iterations": options["trainer.max_epochs"],
+            "progress": self.has_bar,
+        }
+
+    def read(self) -> None:
+        """The file is read when it is fitted."""
+
+    def run(self) -> Fitted:
+        from openreml_nn import fit_stream
+
+        self.result = fit_stream(**self.options)
+        return Fitted(self.result)
+
+    def save(self, path: Path) -> None:
+        import lightning
+
+        from openreml_nn.lightning import MixedModule
+
+        trainer = lightning.Trainer(
+            accelerator="cpu", devices=1, logger=False, enable_model_summary=False,
+            enable_checkpointing=False, enable_progress_bar=False,
+        )  # fmt: skip
+        given = {name: self.options[name] for name in ("categorical", "weights")}
+        module = MixedModule.of(self.result, **given)
+        trainer.strategy.connect(module)
+        trainer.save_checkpoint(path, weights_only=False)
+
+
+# ---------------------------------------------------------------------- parts of a run
+
+
+def _takes_rows(options: Options) -> bool:
+    """Whether the way of training divides the rows."""
+    training = options["model.training"]
+    if training is None:
+        return options["model.network"] is not None and options["model.head"] != "gls"
+    return training != "full"
+
+
+def _formula(options: Options) -> str:
+    bundled = options["data.name"] is not None and options["data.path"] is not None
+    if bundled and not options.is_given("model.formula"):
+        raise InputError(
+            f"model.formula is not given for file {str(options['data.path'])!r}: "
+            "expected one such as model.formula='y ~ x + (1 | group)'"
+        )
+    return str(options["model.formula"])
+
+
+def _names(columns: Any) -> list[str]:
+    return [
+        str(column) for column in ([columns] if isinstance(columns, str | int) else columns or ())
+    ]
+
+
+def _has_bar(options: Options) -> bool:
+    return bool(options["trainer.enable_progress_bar"])
+
+
+def _resumed(options: Options) -> str | None:
+    """The checkpoint to go on from."""
+    path = options["resume"]
+    if path is None:
+        return None
+    if not Path(str(path)).is_file():
+        raise InputError(f"resume {str(path)!r} does not exist: expected a checkpoint")
+    return str(path)
+
+
+def _advice(config: DictConfig) -> str:
+    """What to do where memory does not suffice."""
+    chunks = OmegaConf.select(config, "data.chunk_rows")
+    if chunks is not None:
+        return f"a smaller data.chunk_rows than {chunks} holds fewer rows at a time"
+    if OmegaConf.select(config, "model.network") is not None:
+        return "model.training=parts with a smaller model.rows runs the network on fewer rows"
+    return "data.chunk_rows=100000 reads a file a part at a time"

@@ -1,0 +1,103 @@
+"""The files of a run, each written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from openreml_nn.inference import Profile, diagnose
+from openreml_nn.program.reporting import costs_nothing
+from openreml_nn.report.plots import (
+    caterpillar,
+    convergence,
+    covariance_map,
+    residuals,
+    semivariogram,
+    shares,
+    zeta,
+)
+from openreml_nn.result import Result
+from openreml_nn.result.record import to_record
+from openreml_nn.result.tables import blup_table, fixed_table, variance_table
+from openreml_nn.support.display import visible
+from openreml_nn.support.files import replacing, write_text
+from openreml_nn.table import write_table
+
+__all__ = ["summary", "write_plots", "write_profile", "write_record", "write_tables"]
+
+
+def summary(result: Result) -> str:
+    """The result as text, with what is wrong with it in plain words."""
+    return "\n".join([result.summary(), *map(visible, diagnose(result))]).rstrip("\n") + "\n"
+
+
+def write_tables(result: Result, directory: str | Path) -> None:
+    """Write the CSV files and ``summary.txt``; the directory is made if there is none."""
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_table(fixed_table(result), folder / "fixed.csv")
+    write_table(variance_table(result), folder / "variance.csv")
+    write_table(blup_table(result), folder / "blup.csv")
+    with costs_nothing("summary.txt"):
+        write_text(folder / "summary.txt", summary(result))
+
+
+def write_plots(result: Result, directory: str | Path, places: Tensor | None = None) -> None:
+    """Draw the result into ``plots``. A plot that fails is left out with a warning.
+
+    Args:
+        result: a fit.
+        directory: of the run.
+        places: where the rows are (n, k), of a spatial model.
+    """
+    _draw(Path(directory), _plots(result, places))
+
+
+def write_profile(profile: Profile, directory: str | Path) -> None:
+    """Write the intervals of a profile likelihood and its plot."""
+    write_table(profile.intervals(), Path(directory) / "profile.csv")
+    _draw(Path(directory), {"profile": partial(zeta, profile)})
+
+
+def write_record(result: Result, directory: str | Path, validation: Mapping[str, float]) -> None:
+    """Write ``result.json``, which says that all else is there and whole.
+
+    Args:
+        result: a fit.
+        directory: of the run.
+        validation: metrics of the rows held out, by name.
+    """
+    text = json.dumps(to_record(result, validation), indent=2, allow_nan=False) + "\n"
+    write_text(Path(directory) / "result.json", text)
+
+
+def _draw(folder: Path, plots: Mapping[str, Callable[[], Figure]]) -> None:
+    for name, draw in plots.items():
+        with costs_nothing(f"plot {name}"):
+            (folder / "plots").mkdir(parents=True, exist_ok=True)
+            figure = draw()
+            with replacing(folder / "plots" / f"{name}.png") as temporary:
+                figure.savefig(temporary, dpi=150)
+
+
+def _plots(result: Result, places: Tensor | None) -> Mapping[str, Callable[[], Figure]]:
+    """What to draw, by the names of the files."""
+    figures: dict[str, Callable[[], Figure]] = {"convergence": partial(convergence, result)}
+    if places is not None:
+        figures["semivariogram"] = partial(semivariogram, result, places)
+    if len(result.residuals):
+        figures["residuals"] = partial(residuals, result)
+    if result.source is not None:
+        figures["shares"] = partial(shares, result)
+        figures["covariance"] = partial(covariance_map, result)
+    groups = dict.fromkeys(c.group for c in result.components if c.group != "Residual")
+    for group in groups:
+        name = "blup_" + re.sub(r"[^\w.-]", "_", group)
+        figures[name] = partial(caterpillar, result, group)
+    return figures

@@ -1,0 +1,27 @@
+"""Text of users on a screen: shown as it is written, and never obeyed."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from rich.console import Console
+
+__all__ = ["plain_console", "visible"]
+
+#: What a terminal obeys (escapes, line ends) or turns around (directions of writing).
+_OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: object) -> str:
+    r"""Text whose control characters are spelled out, such as ``\x1b`` for an escape.
+
+    >>> visible("a\x1b[31m b\n")
+    'a\\x1b[31m b\\n'
+    """
+    return _OBEYED.sub(lambda found: ascii(found[0])[1:-1], str(text))
+
+
+def plain_console(**options: Any) -> Console:
+    """A rich console for which brackets and colons are characters, not markup or pictures."""
+    return Console(markup=False, emoji=False, highlight=False, **options)

@@ -1,0 +1,191 @@
+"""Relatives and crossed factors by the sparse solver: ``python -m tests.benchmarks.sparse [name ...]``.
+
+Each row runs in a process of its own on one core. Seconds are those of the processor: of a
+factorisation with its selected inverse, and of a whole fit from tensors (or from a table in a file)
+to estimates with standard errors and predictions. What numba compiles once on a machine is compiled
+before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from openreml_nn import REMLLoss, Result, fit_reml, lmm
+from openreml_nn.covariance import (
+    CovariancePropagation,
+    IdentityMatrix,
+    KnownInverseMatrix,
+    KroneckerProduct,
+    Pedigree,
+    ScalarMatrix,
+    Sum,
+    UnstructuredMatrix,
+)
+from openreml_nn.likelihood import Sparse
+from openreml_nn.likelihood.solvers.sparse import SparseProblem
+from tests.benchmarks.cases import CASES
+from tests.benchmarks.measure import ONE_CORE
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one benchmark took.
+
+    Attributes:
+        name: which.
+        pedigree: seconds for the inverse of the relationship matrix, 0 where there is none.
+        evaluation: seconds of one factorisation with its selected inverse.
+        fit: seconds of a whole fit.
+        steps: of the fit.
+        solver: the fit's.
+        log_likelihood: at its end.
+        peak_mb: memory of the process.
+    """
+
+    name: str
+    pedigree: float
+    evaluation: float
+    fit: float
+    steps: int
+    solver: str
+    log_likelihood: float
+    peak_mb: float
+
+
+def relatives(n: int, fixed: int, traits: int) -> tuple[Sum, torch.Tensor, torch.Tensor, float]:
+    """A pedigree of ten generations, 2% of each sires; each animal has a record of each trait."""
+    rng = np.random.default_rng(1)
+    size = n // 10
+    parents = np.full((n, 2), -1)
+    for i in range(size, n):
+        base = (i // size - 1) * size
+        parents[i] = base + rng.integers(max(2, size // 50)), base + rng.integers(size)
+    u = rng.standard_normal((n, traits))
+    for i in range(size, n):
+        u[i] = u[parents[i]].mean(0) + u[i] / 2**0.5
+    names = [f"a{i}" for i in range(n)]
+    sires, dams = ([None if p < 0 else names[p] for p in side] for side in parents.T)
+    start = time.process_time()
+    found = Pedigree.of(names, sires, dams)
+    taken = time.process_time() - start
+    records = np.repeat(np.arange(n), traits)
+    trait = np.tile(np.arange(traits), n)
+    values = None if traits == 1 else torch.eye(traits, dtype=torch.float64)[trait]
+    z = found.design([names[i] for i in records])
+    if values is not None:
+        codes = z.codes
+        z = type(z).from_codes(codes, n, values)
+    K = KnownInverseMatrix(found.inverse)
+    if traits > 1:
+        K.fix("sigma^2", 0.0)
+    g = K if traits == 1 else KroneckerProduct(K, UnstructuredMatrix(traits))
+    rows = n * traits
+    R = (
+        ScalarMatrix(n)
+        if traits == 1
+        else KroneckerProduct(IdentityMatrix(n), UnstructuredMatrix(traits))
+    )
+    y = 0.7 * u[records, trait] + rng.standard_normal(rows)
+    X = torch.zeros(rows, fixed * traits, dtype=torch.float64)
+    X[torch.arange(rows), torch.from_numpy(rng.integers(fixed, size=rows) * traits + trait)] = 1
+    V = Sum(animal=CovariancePropagation(z, g), residual=R).double()
+    return V, torch.from_numpy(y), X, taken
+
+
+RELATIVES = {
+    "pedigree-4641": (4_641, 166, 1),
+    "pedigree-20000": (20_000, 1, 1),
+    "pedigree-100000": (100_000, 1, 1),
+    "two-traits-20000": (20_000, 1, 2),
+}
+TABLES = ("insteval", "crossed", "ratings")
+
+
+def of_relatives(name: str) -> Row:
+    V, y, X, taken = relatives(*RELATIVES[name])
+    evaluation = _evaluation(V, y, X)
+    start = time.process_time()
+    result = fit_reml(V, y, X)
+    return _row(name, taken, evaluation, time.process_time() - start, result)
+
+
+def of_table(name: str) -> Row:
+    case = CASES[name]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "table.parquet"
+        case.write(path)
+        start = time.process_time()
+        result = lmm(case.formula, path, categorical=case.factors)
+        fit = time.process_time() - start
+        return _row(name, 0.0, float("nan"), fit, result)
+
+
+def _evaluation(V: Sum, y: torch.Tensor, X: torch.Tensor) -> float:
+    objective = REMLLoss(V, solver=Sparse()).objective(y, X)
+    problem = objective.problem
+    assert isinstance(problem, SparseProblem)
+    start = time.process_time()
+    objective.evaluate().scores()
+    return time.process_time() - start
+
+
+def _row(name: str, taken: float, evaluation: float, fit: float, result: Result) -> Row:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    steps, solver = result.iterations, result.plan.solver
+    return Row(name, taken, evaluation, fit, steps, solver, result.log_likelihood, peak)
+
+
+def run(name: str) -> None:
+    """One row, in this process."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    V, y, X, _ = relatives(200, 2, 2)
+    fit_reml(V, y, X, solver="sparse")  # all is compiled, or read from where it is kept
+    found = of_relatives(name) if name in RELATIVES else of_table(name)
+    print(json.dumps(asdict(found)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.sparse", description=__doc__)
+    parser.add_argument(
+        "names", nargs="*", choices=[*RELATIVES, *TABLES, []], help="all by default"
+    )
+    parser.add_argument("--here", action="store_true", help="one row, in this process, as JSON")
+    options = parser.parse_args()
+    if options.here:
+        run(options.names[0])
+        return
+    print(f"{'':18} pedigree  evaluation      fit  steps  solver     log-likelihood  peak MB")
+    for name in options.names or [*RELATIVES, *TABLES]:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.benchmarks.sparse", name, "--here"],
+            env={**os.environ, **ONE_CORE},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            print(f"{name:18} failed: {done.stderr.strip().splitlines()[-1]}")
+            continue
+        row = Row(**json.loads(done.stdout.strip().splitlines()[-1]))
+        print(
+            f"{name:18} {row.pedigree:7.2f}s {row.evaluation:10.3f}s {row.fit:7.2f}s {row.steps:6} "
+            f" {row.solver:9} {row.log_likelihood:15.4f} {row.peak_mb:8.0f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

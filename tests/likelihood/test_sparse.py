@@ -1,0 +1,371 @@
+"""The sparse solver against dense algebra, whatever meets whatever."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.sparse import csc_matrix, random_array, tril
+
+from openreml_nn import InputError, NumericalError, REMLLoss, fit_reml
+from openreml_nn.covariance import (
+    CovariancePropagation,
+    DummyMatrix,
+    ExponentialMatrix,
+    IdentityMatrix,
+    KnownInverseMatrix,
+    KnownMatrix,
+    KroneckerProduct,
+    Matrix,
+    Pedigree,
+    ScalarMatrix,
+    Sum,
+    UnstructuredMatrix,
+    stratified,
+    weighted,
+    within,
+)
+from openreml_nn.likelihood import Evaluation, Plan, Sparse
+from openreml_nn.likelihood.system.sparse.factor import Factor
+from openreml_nn.likelihood.system.sparse.symbolic import Symbolic
+from tests.likelihood.models import models
+from tests.strategies import distances, kinship, pedigree
+
+
+def natural(pattern: csc_matrix) -> np.ndarray:
+    return np.arange(pattern.shape[0])
+
+
+def backwards(pattern: csc_matrix) -> np.ndarray:
+    return np.arange(pattern.shape[0])[::-1].copy()
+
+
+def shuffled(pattern: csc_matrix) -> np.ndarray:
+    return np.random.default_rng(1).permutation(pattern.shape[0])
+
+
+ORDERS = [None, natural, backwards, shuffled]
+
+
+# ---------------------------------------------------------------------- the factor
+
+
+def positive_definite(n: int, density: float, seed: int) -> csc_matrix:
+    rng = np.random.default_rng(seed)
+    B = csc_matrix(random_array((n, n), density=density, rng=rng))
+    return csc_matrix(B @ B.T + csc_matrix(np.eye(n)))
+
+
+def factored(A: csc_matrix, order: Callable[[csc_matrix], np.ndarray] | None) -> Factor:
+    symbolic = Symbolic.of(A, None if order is None else order(A))
+    low = tril(A).tocoo()
+    values = np.zeros(symbolic.entries)
+    values[symbolic.where(low.row.astype(np.int64), low.col.astype(np.int64))] = low.data
+    return Factor(symbolic, values)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from([1, 2, 5, 30, 120]),
+    st.sampled_from([0.0, 0.01, 0.05, 0.3]),
+    st.integers(0, 50),
+    st.sampled_from(ORDERS),
+)
+def test_factor_solves_and_inverts_within_its_pattern(n, density, seed, order):
+    A = positive_definite(n, density, seed)
+    found, dense = factored(A, order), A.toarray()
+    assert found.log_det == pytest.approx(np.linalg.slogdet(dense)[1], rel=1e-12, abs=1e-12)
+    x = np.random.default_rng(seed).standard_normal((n, 7))
+    np.testing.assert_allclose(found.solve(x), np.linalg.solve(dense, x), rtol=0, atol=1e-11)
+    half = found.half(x)
+    np.testing.assert_allclose(half.T @ half, x.T @ np.linalg.solve(dense, x), atol=1e-10)
+    low = tril(A).tocoo()
+    place = found.symbolic.where(low.row.astype(np.int64), low.col.astype(np.int64))
+    np.testing.assert_allclose(
+        found.inverse[place], np.linalg.inv(dense)[low.row, low.col], rtol=0, atol=1e-12
+    )
+
+
+def test_every_entry_of_the_pattern_of_the_factor_is_of_the_inverse():
+    # A grid: its supernodes are of all widths.
+    n = 14
+    path = np.diag(np.full(n, 4.0)) - np.eye(n, k=1) - np.eye(n, k=-1)
+    A = csc_matrix(np.kron(path, np.eye(n)) + np.kron(np.eye(n), path) - 3.9 * np.eye(n * n))
+    found = factored(A, None)
+    inverse = np.linalg.inv(A.toarray())
+    row, column = (x.reshape(-1) for x in np.indices(A.shape))
+    place = found.symbolic.where(row, column)
+    inside = place >= 0
+    assert inside.sum() > A.nnz
+    np.testing.assert_allclose(
+        found.inverse[place[inside]], inverse[row[inside], column[inside]], rtol=1e-10
+    )
+
+
+def test_matrix_without_a_positive_pivot_is_refused():
+    A = csc_matrix(np.array([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 1.0]]))
+    with pytest.raises(NumericalError, match="not positive definite"):
+        factored(A, natural)
+
+
+# ---------------------------------------------------------------------- the likelihood
+
+
+def evaluated(
+    V: Matrix, y: torch.Tensor, X: torch.Tensor, method: str, solver: str | Sparse
+) -> tuple[Evaluation, list[torch.Tensor], list[torch.Tensor]]:
+    """An evaluation, its scores, and directions for its information."""
+    objective = REMLLoss(V, method, solver).objective(y, X)
+    found = objective.evaluate()
+    generator = torch.Generator().manual_seed(0)
+    directions = []
+    for matrix in objective.matrices(None):
+        d = torch.randn(3, *matrix.shape, generator=generator, dtype=matrix.dtype)
+        directions.append(d + d.mT if d.dim() == 3 and d.shape[1] == d.shape[2] else d)
+    return found, found.scores(), directions
+
+
+def assert_equal(
+    V: Matrix,
+    y: torch.Tensor,
+    X: torch.Tensor,
+    method: str = "reml",
+    solver: str | Sparse = "sparse",
+    tolerance: float = 1e-9,
+) -> None:
+    dense, expected, directions = evaluated(V, y, X, method, "dense")
+    sparse, scores, _ = evaluated(V, y, X, method, solver)
+
+    def close(one: torch.Tensor, other: torch.Tensor) -> None:
+        size = max(float(other.abs().max()), 1e-3) if other.numel() else 1.0
+        torch.testing.assert_close(one, other, rtol=0, atol=tolerance * size)
+
+    close(sparse.log_likelihood, dense.log_likelihood)
+    close(sparse.fixed.estimate, dense.fixed.estimate)
+    close(sparse.fixed.covariance, dense.fixed.covariance)
+    for one, other in zip(scores, expected, strict=True):
+        close(one, other)
+    close(sparse.information(directions), dense.information(directions))
+    for one, other in zip(sparse.data_scores(), dense.data_scores(), strict=True):
+        close(one, other)
+    assert [x.name for x in sparse.random] == [x.name for x in dense.random]
+    for one, other in zip(sparse.random, dense.random, strict=True):
+        close(one.values, other.values)
+        close(one.variances, other.variances)
+
+
+@settings(max_examples=30, deadline=None)
+@given(models(structured=True), st.sampled_from(["reml", "ml"]))
+def test_any_mix_of_terms_and_residuals_equals_dense(model, method):
+    if Sparse().obstacle(model.covariance.terms()) is None:
+        assert_equal(model.covariance, model.y, model.X, method)
+
+
+@st.composite
+def related(draw) -> tuple[Matrix, torch.Tensor, torch.Tensor]:
+    """Relatives and other kernels, one or several effects a level, crossed with a factor."""
+    rng = np.random.default_rng(draw(st.integers(0, 10_000)))
+    n, q = int(rng.integers(12, 30)), int(rng.integers(3, 12))
+    k = draw(st.sampled_from([1, 1, 2, 3]))
+    kind = draw(st.sampled_from(["pedigree", "dense inverse", "kernel", "distances"]))
+    K: Matrix = {
+        "pedigree": lambda: KnownInverseMatrix(pedigree(q).inverse),
+        "dense inverse": lambda: KnownInverseMatrix(torch.linalg.inv(kinship(q))),
+        "kernel": lambda: KnownMatrix(kinship(q)),
+        "distances": lambda: ExponentialMatrix(distances(q)),
+    }[kind]()
+    if k > 1:
+        K.fix("sigma^2", 0.0)
+        K = KroneckerProduct(K, UnstructuredMatrix(k))
+    values = torch.from_numpy(rng.standard_normal((n, k))) if k > 1 else None
+    z = DummyMatrix.from_codes(torch.from_numpy(rng.integers(0, q, n)), q, values)
+    other = DummyMatrix.from_codes(torch.from_numpy(rng.integers(0, 4, n)), 4)
+    group = (np.arange(n) // 3).tolist()
+    residual: Matrix = draw(
+        st.sampled_from(
+            [
+                ScalarMatrix(n),
+                weighted(torch.from_numpy(rng.uniform(0.5, 2, n))),
+                stratified(rng.integers(0, 3, n).tolist()),
+                within(group, UnstructuredMatrix(3)),
+            ]
+        )
+    )
+    V = Sum(
+        relatives=CovariancePropagation(z, K),
+        factor=CovariancePropagation(other, ScalarMatrix(4)),
+        residual=residual,
+    ).double()
+    with torch.no_grad():
+        for parameter in V.parameters():
+            parameter.copy_(torch.from_numpy(0.5 * rng.standard_normal(1)))
+    X = torch.from_numpy(np.column_stack([np.ones(n), rng.standard_normal(n)]))
+    return V, torch.from_numpy(rng.standard_normal(n)), X
+
+
+@settings(max_examples=30, deadline=None)
+@given(related(), st.sampled_from(["reml", "ml"]), st.sampled_from(ORDERS))
+def test_relatives_equal_dense_in_any_order_of_elimination(model, method, order):
+    assert_equal(*model, method, Sparse(ordering=order))
+
+
+def animals(n: int, seed: int = 0) -> tuple[Sum, torch.Tensor, torch.Tensor]:
+    """A pedigree of ten generations with a record each."""
+    rng = np.random.default_rng(seed)
+    size = n // 10
+    names = [f"a{i}" for i in range(n)]
+    sires: list[str | None] = [None] * size
+    dams: list[str | None] = [None] * size
+    for i in range(size, n):
+        base = (i // size - 1) * size
+        sires.append(names[base + int(rng.integers(max(2, size // 10)))])
+        dams.append(names[base + int(rng.integers(size))])
+    found = Pedigree.of(names, sires, dams)
+    V = Sum(
+        animal=CovariancePropagation(found.design(names), KnownInverseMatrix(found.inverse)),
+        residual=ScalarMatrix(n),
+    ).double()
+    y = torch.from_numpy(rng.standard_normal(n))
+    return V, y, torch.ones(n, 1, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("log_sd", [-200.0, -12.0, -5.0, 0.0, 3.0])
+def test_a_variance_near_zero_is_an_ordinary_point(log_sd):
+    V, y, X = animals(60)
+    V.set_value("animal/op_1/sigma^2", log_sd)
+    assert_equal(V, y, X)
+
+
+def test_a_variance_of_exactly_zero_is_an_ordinary_point():
+    V, y, X = animals(60)
+    V.set_value("animal/op_1/sigma^2", 0.0, natural=True)
+    assert_equal(V, y, X)
+
+
+def test_a_singular_covariance_of_effects_is_an_ordinary_point():
+    rng = np.random.default_rng(0)
+    codes, values = torch.from_numpy(rng.integers(0, 6, 40)), rng.standard_normal((40, 2))
+    z = DummyMatrix.from_codes(codes, 6, torch.from_numpy(values))
+    loadings = torch.tensor([[1.0, 0.0], [0.7, 0.0]])
+    flat = CovariancePropagation(loadings, UnstructuredMatrix(2))
+    V = Sum(
+        slopes=CovariancePropagation(z, KroneckerProduct(IdentityMatrix(6), flat)),
+        residual=ScalarMatrix(40),
+    ).double()
+    assert_equal(V, torch.from_numpy(rng.standard_normal(40)), torch.ones(40, 1).double())
+
+
+def test_relatives_over_the_rows_themselves():
+    V, y, X = animals(40)
+    pedigree_of_rows = V.operands["animal"].operands["op_1"]
+    assert isinstance(pedigree_of_rows, KnownInverseMatrix)
+    over_rows = Sum(
+        animal=KnownInverseMatrix(pedigree_of_rows.inverse), residual=ScalarMatrix(40)
+    ).double()
+    assert_equal(over_rows, y, X)
+
+
+def test_float32_has_the_digits_of_float32():
+    V, y, X = animals(60)
+    exact = REMLLoss(V, solver="dense", reduction="sum").evaluate(y, X)
+    found = REMLLoss(V.float(), solver="sparse", reduction="sum").evaluate(y.float(), X.float())
+    assert found.log_likelihood.dtype == torch.float32
+    assert float(found.log_likelihood) == pytest.approx(float(exact.log_likelihood), rel=1e-6)
+    for one, other in zip(found.random, exact.random, strict=True):
+        torch.testing.assert_close(one.values.double(), other.values, rtol=0, atol=1e-5)
+        torch.testing.assert_close(one.variances.double(), other.variances, rtol=0, atol=1e-5)
+
+
+def test_second_derivatives_equal_those_of_dense():
+    V, y, X = animals(40)
+    found = {}
+    for solver in ("dense", "sparse"):
+        loss, parameters = REMLLoss(V, solver=solver), list(V.parameters())
+        first = torch.autograd.grad(loss(y, X), parameters, create_graph=True)
+        found[solver] = torch.stack(
+            [torch.cat(torch.autograd.grad(g, parameters, retain_graph=True)) for g in first]
+        )
+    torch.testing.assert_close(found["sparse"], found["dense"], rtol=1e-9, atol=1e-12)
+
+
+def test_second_derivatives_of_too_many_rows_are_refused():
+    V, y, X = animals(60)
+    value = REMLLoss(V, solver=Sparse(memory=2e5))(y, X)
+    with pytest.raises(InputError, match="V itself, and of 60 rows"):
+        torch.autograd.grad(value, list(V.parameters()), create_graph=True)
+
+
+def test_other_data_of_the_same_designs():
+    V, y, X = animals(60)
+    loss = REMLLoss(V, solver="sparse")
+    loss(y, X)
+    y = y.flip(0).requires_grad_()
+    value = loss(y, X)
+    value.backward()
+    again = y.detach().clone().requires_grad_()
+    expected = REMLLoss(V, solver="dense")(again, X)
+    expected.backward()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-10)
+    torch.testing.assert_close(y.grad, again.grad, rtol=1e-9, atol=1e-12)
+
+
+# ---------------------------------------------------------------------- the plan
+
+
+def test_the_plan_takes_it_for_relatives():
+    V, y, X = animals(1000)
+    loss = REMLLoss(V)
+    loss.objective(y, X)
+    assert loss.plan.solver == "sparse"
+    assert loss.plan.exact
+
+
+def test_a_fit_of_relatives_equals_that_of_the_spectral_solver():
+    V, y, X = animals(300)
+    found = fit_reml(V, y, X, solver="sparse")
+    expected = fit_reml(V, y, X, solver="spectral")
+    assert found.converged
+    assert found.log_likelihood == pytest.approx(expected.log_likelihood, abs=1e-8)
+    for one, other in zip(found.parameters, expected.parameters, strict=True):
+        assert one.value == pytest.approx(other.value, rel=1e-5, abs=1e-6)
+
+
+def test_the_plan_leaves_one_factor_to_the_blocked_solver():
+    rng = np.random.default_rng(0)
+    z = DummyMatrix.from_codes(torch.from_numpy(rng.integers(0, 900, 3000)), 900)
+    V = Sum(g=CovariancePropagation(z, ScalarMatrix(900)), residual=ScalarMatrix(3000)).double()
+    assert Plan.of(V.terms(), 1, "auto", torch.float64).solver == "blocked"
+
+
+# ---------------------------------------------------------------------- what cannot be done
+
+
+def test_a_factor_beyond_memory_is_refused_before_it_is_made():
+    V, y, X = animals(60)
+    with pytest.raises(InputError, match=r"sparse solver would hold .* GiB for a factor of 60"):
+        REMLLoss(V, solver=Sparse(memory=1e3))(y, X)
+
+
+def test_a_singular_precision_is_refused_by_name():
+    n = 12
+    path = torch.eye(n, dtype=torch.float64) * 2
+    path -= torch.diag(torch.ones(n - 1), 1) + torch.diag(torch.ones(n - 1), -1)
+    path[0, 0] = path[-1, -1] = 1  # a random walk's: its rows sum to zero
+    z = DummyMatrix.from_codes(torch.arange(2 * n) % n, n)
+    V = Sum(
+        walk=CovariancePropagation(z, KnownInverseMatrix(path)), residual=ScalarMatrix(2 * n)
+    ).double()
+    y = torch.linspace(0, 1, 2 * n, dtype=torch.float64)
+    with pytest.raises(NumericalError, match=r"'walk'.*not positive definite"):
+        REMLLoss(V, solver="sparse")(y, torch.ones(2 * n, 1).double())
+
+
+def test_a_covariance_over_the_rows_without_a_residual_is_refused():
+    V = KnownInverseMatrix(pedigree(8).inverse).double()
+    y = torch.linspace(0, 1, 8, dtype=torch.float64)
+    with pytest.raises(InputError, match="sparse solver needs"):
+        REMLLoss(V, solver="sparse")(y, torch.ones(8, 1).double())

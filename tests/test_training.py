@@ -1,0 +1,548 @@
+"""Training as Lightning's users train: any loader, any option of the Trainer, any checkpoint."""
+
+import os
+import warnings
+from collections import namedtuple
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from lightning import LightningModule
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.tuner import Tuner
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from openreml_nn import InputError, MixedModel, RandomEffect
+from openreml_nn.lightning import MixedModelDataModule, MixedModule, UpdateBLUPs
+from openreml_nn.lightning.ways import Alternating
+from tests.forked import forked
+from tests.test_neural import quiet
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def single():
+    """Networks in single precision, as most are."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    yield
+    torch.set_default_dtype(before)
+
+
+N, Q = 400, 20
+generator = torch.Generator().manual_seed(0)
+X, G = torch.randn(N, 2, generator=generator), torch.randint(0, Q, (N,), generator=generator)
+B = torch.randn(Q, generator=generator)
+Y = X[:, 0] + B[G] + 0.5 * torch.randn(N, generator=generator)
+WHOLE = {"x": X, "y": Y, "groups": {"g": G}}
+DICTS = [{"x": X[i], "y": Y[i], "groups": {"g": G[i]}} for i in range(N)]
+ADAM = {"_target_": "torch.optim.Adam", "lr": 0.02}
+Named = namedtuple("Named", "x y groups")
+
+
+def tuples(size=64, **options):
+    return DataLoader(TensorDataset(X, Y, G), size, **options)
+
+
+def held_out():
+    return DataLoader(TensorDataset(X[:100], Y[:100], G[:100]), 32)
+
+
+def model(norm=False):
+    torch.manual_seed(0)
+    layers = [nn.Linear(2, 8), *([nn.BatchNorm1d(8)] if norm else []), nn.Tanh(), nn.Linear(8, 1)]
+    return MixedModel(nn.Sequential(*layers), {"g": RandomEffect(Q)})
+
+
+def module(**options):
+    return MixedModule(model(), ADAM, **options)
+
+
+def fit(loader=None, val=None, found=None, epochs=2, **options):
+    found = found or module()
+    torch.manual_seed(0)
+    trainer = quiet(epochs, **options)
+    trainer.fit(found, tuples() if loader is None else loader, val)
+    return trainer, found
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(DICTS)
+
+
+class Keyed(Dataset):
+    """Two factors as columns, in the order of the model's."""
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, i):
+        return X[i], Y[i], torch.stack([G[i], G[i] % 3])
+
+
+# ---------------------------------------------------------------------- loaders
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        lambda: DataLoader(DICTS, 64),
+        lambda: tuples(),
+        lambda: DataLoader([Named(X[i], Y[i], G[i]) for i in range(N)], 64),
+        lambda: DataLoader(Stream(), 64),
+        lambda: tuples(num_workers=1, persistent_workers=True),
+    ],
+    ids=["dicts", "tuples", "named tuples", "stream", "workers"],
+)
+def test_loaders_of_the_same_rows_give_the_same_fit(loader):
+    one, other = fit()[1], fit(loader())[1]
+    for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_columns_are_the_factors_in_the_order_of_the_model():
+    random = {"a": RandomEffect(Q), "b": RandomEffect(3)}
+    found = MixedModule(MixedModel(nn.Linear(2, 1), random), ADAM)
+    fit(DataLoader(Keyed(), 64), found=found)
+    other = MixedModel(found.model.mean, {"a": RandomEffect(Q), "b": RandomEffect(3)})
+    other.load_state_dict(found.model.state_dict())
+    other.update({"x": X, "y": Y, "groups": {"a": G, "b": G % 3}})
+    torch.testing.assert_close(other.random["a"].blup, found.model.random["a"].blup)
+
+
+def test_inputs_of_any_form():
+    class Lengths(nn.Module):
+        def forward(self, x):
+            padded, length = x
+            return padded.sum(1) / length
+
+    padded = [(X[i], torch.tensor(2.0)) for i in range(N)]
+    rows = [{"x": padded[i], "y": Y[i], "groups": {"g": G[i]}} for i in range(N)]
+    found = MixedModule(MixedModel(Lengths(), {"g": RandomEffect(Q)}), training="alternating")
+    fit(DataLoader(rows, 64), found=found)
+    assert float(found.model.random["g"].blup.std()) > 0.3
+
+
+def test_every_epoch_reads_the_loader_anew():
+    seen = set()
+
+    class Net(nn.Linear):
+        def forward(self, x):
+            if self.training and torch.is_grad_enabled():
+                seen.update(round(float(v), 6) for v in x[:, 0])
+            return super().forward(x)
+
+    class Augmented(Dataset):
+        def __len__(self):
+            return 60
+
+        def __getitem__(self, i):
+            return X[i] + torch.randn(2), Y[i], G[i]
+
+    found = MixedModule(MixedModel(Net(2, 1), {"g": RandomEffect(Q)}), ADAM)
+    fit(DataLoader(Augmented(), 20), found=found, epochs=5)
+    assert len(seen) > 290
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (
+            {**WHOLE, "y": Y.clone().index_fill_(0, torch.tensor(7), torch.nan)},
+            "`y` is nan in row 7",
+        ),
+        ({**WHOLE, "y": Y[:-1]}, r"`y` has shape \(399,\): expected \(400,\)"),
+        ({**WHOLE, "y": Y[:, None]}, r"`y` has shape \(400, 1\).*y\[:, 0\]"),
+        ({**WHOLE, "groups": {"g": G[:-1]}}, "group 'g'.*expected 400 integers"),
+        ({**WHOLE, "groups": {"g": G + 1}}, "code 20: expected 0 to 19"),
+        ({**WHOLE, "groups": G.float()}, "expected 400 integers"),
+        ({**WHOLE, "groups": G[:, None].expand(-1, 2)}, r"groups have shape \(400, 2\)"),
+        ({"x": X, "y": Y}, "has no 'groups'"),
+        ((X, Y), r"list of 2: expected a dict.*\(x, y, group\)"),
+        ({**WHOLE, "x": X[:, :1]}, "`mean` fails"),
+        ({**WHOLE, "y": Y.half()}, "float16, which rounds it"),
+        ({**WHOLE, "weights": torch.zeros(N)}, "weights.*expected above 0"),
+    ],
+)
+def test_a_batch_at_fault_is_named(batch, message):
+    good = DataLoader([WHOLE, batch], batch_size=None)
+    with pytest.raises(InputError, match=f"^training batch 1: .*{message}"):
+        fit(good)
+
+
+def test_a_code_of_no_level_is_a_level_of_its_own():
+    torch.manual_seed(0)
+    n, q = 6000, 300
+    g, b = torch.randint(0, q, (n,)), 2 * torch.randn(q)
+    known = torch.rand(n) < 0.7
+    y = torch.where(known, b[g], 2 * torch.randn(n)) + torch.randn(n)
+    rows = TensorDataset(torch.zeros(n, 1), y, torch.where(known, g, -1))
+    found = MixedModule(MixedModel(nn.Linear(1, 1), {"g": RandomEffect(q)}), ADAM)
+    fit(DataLoader(rows, 1000), found=found, epochs=3)
+    sigma2_b, sigma2_e = (p.value for p in found.result.parameters)
+    assert sigma2_b == pytest.approx(4, rel=0.2)
+    assert sigma2_e == pytest.approx(1, rel=0.1)
+
+
+# ---------------------------------------------------------------------- what is trained
+
+
+def test_a_network_for_the_residual_is_trained():
+    torch.manual_seed(0)
+    n, q = 4000, 100
+    x, g = torch.rand(n, 1), torch.randint(0, q, (n,))
+    y = torch.randn(q)[g] + torch.exp(-1 + 2 * x[:, 0]) * torch.randn(n)
+    spread = nn.Linear(1, 1)
+    found = MixedModel(nn.Linear(1, 1), {"g": RandomEffect(q)}, residual=spread)
+    fast = {"_target_": "torch.optim.Adam", "lr": 0.1}
+    fit(DataLoader(TensorDataset(x, y, g), 256), found=MixedModule(found, fast), epochs=12)
+    low, high = spread(torch.tensor([[0.0], [1.0]])).flatten().tolist()
+    assert low == pytest.approx(-2, abs=0.3)
+    assert high == pytest.approx(2, abs=0.3)
+    p = found.predict({"x": x, "groups": {"g": g}})
+    inside = (y - p.mean).abs() < 1.96 * p.variance.sqrt()
+    for part in (x[:, 0] < 0.2, x[:, 0] > 0.8):
+        assert float(inside[part].double().mean()) == pytest.approx(0.95, abs=0.03)
+
+
+def test_learned_slopes_are_trained():
+    torch.manual_seed(0)
+    n, q = 4000, 100
+    x, g = torch.randn(n, 3), torch.randint(0, q, (n,))
+    y = x[:, 0] + 2 * torch.sin(2 * x[:, 1]) * torch.randn(q)[g] + 0.3 * torch.randn(n)
+    features = nn.Sequential(nn.Linear(3, 32), nn.Tanh(), nn.Linear(32, 1))
+    found = MixedModel(nn.Linear(3, 1), {"g": RandomEffect(q, features=features)})
+    fit(
+        DataLoader(TensorDataset(x, y, g), 64, shuffle=True),
+        found=MixedModule(found, ADAM),
+        epochs=12,
+    )
+    p = found.predict({"x": x, "groups": {"g": g}})
+    assert float(((p.mean - y) ** 2).mean()) < 0.25  # 2.2 with slopes that are not learned
+    assert float(found.residual()) < 0.3
+
+
+@pytest.mark.parametrize("unknown", [False, True], ids=["known", "some unknown"])
+def test_a_step_goes_down_the_likelihood_by_fishers_identity(unknown):
+    """With the BLUPs at hand the alternating loss has the gradient of the likelihood."""
+    torch.manual_seed(0)
+    groups = {"a": G.clone(), "b": (7 * G + torch.arange(N)) % 5}
+    if unknown:
+        groups["a"][::9] = groups["b"][4::7] = -1
+    weights = 0.5 + torch.rand(N).double()
+    batch = {"x": X.double(), "y": Y.double(), "groups": groups, "weights": weights}
+    random = {
+        "a": RandomEffect(Q, effects=2, features=nn.Linear(2, 2).double()),
+        "b": RandomEffect(5, effects=2, features=nn.Linear(2, 2).double()),
+    }
+    found = MixedModel(nn.Linear(2, 1).double(), random, nn.Linear(2, 1).double())
+    found.update(batch)
+    parameters = list(found.network_parameters())
+    own = torch.autograd.grad(Alternating().loss(found, batch)[0], parameters)
+    exact = torch.autograd.grad(found.loss(batch), parameters)
+    torch.testing.assert_close(own, exact, rtol=1e-8, atol=1e-11)
+
+
+def test_weights_count():
+    """Least squares with weights ends at the weighted likelihood's maximum."""
+    torch.manual_seed(0)
+    weights = torch.rand(N) + 0.5
+    y = (Y + 0.5 * torch.randn(N) / weights.sqrt()).double()
+    batch = {"x": X.double(), "y": y, "groups": {"g": G}, "weights": weights.double()}
+    found = MixedModel(nn.Linear(2, 1).double(), {"g": RandomEffect(Q)})
+    fast = {"_target_": "torch.optim.LBFGS", "line_search_fn": "strong_wolfe"}
+    fit(DataLoader([batch], batch_size=None), found=MixedModule(found, fast), epochs=60)
+    design = torch.cat([X.double(), torch.ones(N, 1).double()], 1)
+    linear = MixedModel(nn.Identity(), {"g": RandomEffect(Q)}, head="gls", method="ml")
+    objective = linear.objective({**batch, "x": design})
+    from openreml_nn.estimation.fit import iterate
+
+    iterate(objective, 50)
+    best = float(objective.evaluate().log_likelihood)
+    reached = float(found.objective(batch).evaluate().log_likelihood)
+    assert reached == pytest.approx(best, rel=1e-4)
+
+
+# ---------------------------------------------------------------------- the Trainer's options
+
+
+class Norms(Callback):
+    """Norms of the network's gradient, as its steps took it."""
+
+    def __init__(self):
+        self.norms = []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        parts = [p.grad.norm() for p in pl_module.model.network_parameters()]
+        self.norms.append(float(torch.stack(parts).norm()))
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"gradient_clip_val": 1e-3}, 14),
+        ({"accumulate_grad_batches": 2}, 8),
+        ({"max_epochs": -1, "max_steps": 9}, 9),
+        ({"limit_train_batches": 3}, 6),
+        ({"limit_train_batches": 0.5}, 6),
+        ({"overfit_batches": 2}, 4),
+        ({"fast_dev_run": True}, 1),
+        ({"detect_anomaly": True}, 14),
+        ({"inference_mode": False}, 14),
+        ({"val_check_interval": 0.25}, 14),
+        ({"check_val_every_n_epoch": 2}, 14),
+        ({"num_sanity_val_steps": 0}, 14),
+        ({"precision": "bf16-mixed"}, 14),
+        ({"precision": "64-true"}, 14),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else None,
+)
+def test_options_of_the_trainer(options, steps):
+    watch = Norms()
+    found = module()
+    trainer = quiet(**{"epochs": options.pop("max_epochs", 2), **options, "callbacks": [watch]})
+    trainer.fit(found, tuples(), held_out())
+    assert trainer.global_step == steps  # those of the network alone
+    if "gradient_clip_val" in options:
+        assert max(watch.norms) == pytest.approx(1e-3, rel=1e-3)
+    logged = trainer.callback_metrics
+    assert {"train_loss", "val_mse", "val_negative_log_density", "val_coverage"} <= set(logged)
+    assert float(found.model.random["g"].variance.max()) < float(found.model.random["g"].prior())
+    assert found.result.rows == {"limit_train_batches": 192, "overfit_batches": 128}.get(
+        next(iter(options)), 64 if "fast_dev_run" in options else N
+    )
+
+
+def test_early_stopping_and_the_best_checkpoint(tmp_path):
+    best = ModelCheckpoint(tmp_path, "best", monitor="val_negative_log_density")
+    callbacks = [EarlyStopping("val_mse", patience=1), best]
+    trainer, _ = fit(val=held_out(), epochs=40, callbacks=callbacks, enable_checkpointing=True)
+    assert trainer.current_epoch < 40
+    again = MixedModule.load_from_checkpoint(best.best_model_path, model=model(), weights_only=True)
+    (found,) = quiet(1).validate(again, held_out(), verbose=False)
+    assert found["val_negative_log_density"] == pytest.approx(
+        float(best.best_model_score), rel=1e-5
+    )
+
+
+def test_learning_rates_are_seen(tmp_path):
+    schedule = {"_target_": "torch.optim.lr_scheduler.StepLR", "step_size": 1, "gamma": 0.5}
+    logger = CSVLogger(tmp_path, name="a", version="b")
+    fit(
+        found=module(scheduler=schedule), logger=logger, callbacks=[LearningRateMonitor()], epochs=3
+    )
+    logged = pd.read_csv(tmp_path / "a" / "b" / "metrics.csv")["lr-Adam"].dropna()
+    np.testing.assert_allclose(logged, [0.02, 0.01, 0.005])
+
+
+def test_averaged_weights_have_their_own_blups():
+    swa = StochasticWeightAveraging(1e-2, swa_epoch_start=2)
+    found = MixedModule(model(norm=True), ADAM)
+    fit(found=found, epochs=6, callbacks=[swa])
+    blup = found.model.random["g"].blup.clone()
+    found.model.update(WHOLE)
+    torch.testing.assert_close(blup, found.model.random["g"].blup, rtol=1e-5, atol=1e-6)
+
+
+def test_the_learning_rate_is_found(tmp_path):
+    found = module()
+    trainer = quiet(2, default_root_dir=tmp_path)
+    before = found.state_dict()["model.mean.0.weight"].clone()
+    search = Tuner(trainer).lr_find(found, tuples(), num_training=20)
+    assert found.lr == search.suggestion() != 0.02
+    torch.testing.assert_close(found.model.mean[0].weight.detach(), before)
+    trainer.fit(found, tuples())
+    assert trainer.optimizers[0].param_groups[0]["lr"] == found.lr
+
+
+def test_half_precision_of_the_response_is_refused():
+    with pytest.raises(InputError, match=r"training batch 0: `y` is torch.bfloat16.*bf16-mixed"):
+        fit(precision="bf16-true")
+
+
+def test_test_and_predict():
+    trainer, found = fit()
+    (tested,) = trainer.test(found, tuples(), verbose=False)
+    p = found.model.predict(WHOLE)
+    assert tested["test_mse"] == pytest.approx(float(((p.mean - Y) ** 2).mean()), rel=1e-5)
+    parts = trainer.predict(found, DataLoader(TensorDataset(X, G), 64))
+    torch.testing.assert_close(torch.cat([part.mean for part in parts]), p.mean)
+
+
+def test_before_anything_was_learned_the_variance_is_the_priors():
+    found = module()
+    (tested,) = quiet(1).test(found, tuples(), verbose=False)
+    assert np.isfinite(tested["test_negative_log_density"])
+    variance = found.model.predict({"x": X[:2], "groups": {"g": torch.tensor([0, -1])}}).variance
+    torch.testing.assert_close(variance, torch.full((2,), 2.0).double())
+
+
+def test_rows_without_a_response_are_left_out_of_metrics():
+    _, found = fit()
+    hole = Y.clone()
+    hole[::3] = torch.nan
+    (some,) = quiet(1).validate(found, DataLoader(TensorDataset(X, hole, G), N), verbose=False)
+    p = found.model.predict(WHOLE)
+    error = ((p.mean - Y) ** 2)[~hole.isnan()].mean()
+    assert some["val_mse"] == pytest.approx(float(error), rel=1e-6)
+
+
+def test_validations_and_checkpoints_leave_training_as_it_is(tmp_path):
+    plain = fit(epochs=3)[1]
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1)
+    options = {"val_check_interval": 0.3, "enable_checkpointing": True, "callbacks": [saver]}
+    watched = fit(val=held_out(), epochs=3, **options)[1]
+    for (name, a), b in zip(plain.state_dict().items(), watched.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0, msg=name)
+
+
+# ---------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("way", ["alternating", "composite", "full", "parts"])
+def test_every_checkpoint_predicts(tmp_path, way):
+    loader = DataLoader([WHOLE], batch_size=None) if way in ("full", "parts") else tuples()
+    saver = ModelCheckpoint(tmp_path, "{epoch}-{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer, found = fit(
+        loader, found=module(training=way), enable_checkpointing=True, callbacks=[saver]
+    )
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    for path in tmp_path.glob("*.ckpt"):
+        again = MixedModule.load_from_checkpoint(path, model=model(), weights_only=True).model
+        p = again.predict(WHOLE)
+        again.update(WHOLE)
+        expected = again.predict(WHOLE)
+        torch.testing.assert_close(p.mean, expected.mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(p.variance, expected.variance, rtol=1e-5, atol=1e-6)
+    kept = MixedModule.load_from_checkpoint(
+        tmp_path / "last.ckpt", model=model(), weights_only=True
+    )
+    torch.testing.assert_close(kept.model.predict(WHOLE).mean, found.model.predict(WHOLE).mean)
+
+
+def test_a_run_that_had_ended_has_its_result_when_resumed(tmp_path):
+    trainer, found = fit()
+    trainer.save_checkpoint(tmp_path / "m.ckpt")
+    again = module()
+    quiet(2).fit(again, tuples(), ckpt_path=tmp_path / "m.ckpt", weights_only=True)
+    assert again.result.log_likelihood == pytest.approx(found.result.log_likelihood, rel=1e-10)
+    torch.testing.assert_close(again.model.random["g"].blup, found.model.random["g"].blup)
+
+
+def test_half_precision_keeps_the_digits_of_a_response_far_from_zero():
+    rng = np.random.default_rng(0)
+    n, formula = 3000, "y ~ x + (1 | g)"
+    x, g = rng.random(n), rng.integers(0, 60, n)
+    y = 1000 + np.sin(6 * x) + rng.standard_normal(60)[g] + 0.5 * rng.standard_normal(n)
+    table = pd.DataFrame({"y": y, "x": x, "g": g.astype(str)})
+    layers = nn.Sequential(nn.LazyLinear(16), nn.Tanh())
+    found = MixedModule(formula, ADAM, network=layers, rows=256)
+    data = MixedModelDataModule(table, formula, validation=0.2)
+    trainer = quiet(12, precision="bf16-mixed")
+    trainer.fit(found, data)
+    variance = [c.covariance.item() for c in found.result.components]
+    assert variance[0] == pytest.approx(1, rel=0.5)
+    assert variance[1] == pytest.approx(0.25, rel=0.15)
+    assert float(trainer.callback_metrics["val_mse"]) < 0.35
+
+
+# ---------------------------------------------------------------------- processes
+
+
+def test_processes_that_hold_other_rows_are_refused(tmp_path):
+    def run():
+        class Other(Dataset):
+            def __len__(self):
+                return 1
+
+            def __getitem__(self, i):
+                at = slice(None, None, -1 if torch.distributed.get_rank() else None)
+                at = torch.arange(N).flip(0) if torch.distributed.get_rank() else torch.arange(N)
+                return {"x": X[at], "y": Y[at], "groups": {"g": G[at]}}
+
+        trainer = quiet(1, devices=2, strategy="ddp_fork")
+        trainer.fit(module(training="full"), DataLoader(Other(), batch_size=None))
+
+    done = forked(run, tmp_path)
+    assert done.returncode != 0
+    assert (
+        "the processes hold other rows, or the same in another order (`x` differs)" in done.stderr
+    )
+
+
+def test_rows_that_a_sampler_repeats_are_counted(tmp_path):
+    def run():
+        warnings.simplefilter("default")
+        warnings.showwarning = lambda message, *_: os.write(2, f"{message}\n".encode())
+        rows = TensorDataset(X[:399], Y[:399], G[:399])
+        quiet(1, devices=2, strategy="ddp_fork").fit(module(), DataLoader(rows, 50))
+
+    done = forked(run, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("the sampler repeats 1 of 399 training rows") == 1
+
+
+# ---------------------------------------------------------------------- someone else's module
+
+
+class Mine(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.mixed = model()
+
+    def training_step(self, batch, batch_idx):
+        x, y, g = batch
+        return self.mixed.loss({"x": x, "y": y, "groups": {"g": g}})
+
+    def validation_step(self, batch, batch_idx):
+        x, y, g = batch
+        found = self.mixed.predict({"x": x, "groups": {"g": g}})
+        self.log("mse", ((found.mean - y) ** 2).mean())
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.mixed.network_parameters(), lr=0.02)
+
+
+def test_three_lines_in_someone_elses_module(tmp_path):
+    mine = Mine()
+    trainer = quiet(
+        10, callbacks=[UpdateBLUPs()], enable_checkpointing=True, default_root_dir=tmp_path
+    )
+    trainer.fit(mine, tuples(shuffle=True), held_out())
+    assert float(trainer.callback_metrics["mse"]) < 0.5
+    assert float(mine.mixed.residual()) == pytest.approx(0.25, rel=0.4)
+    state = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)["state_dict"]
+    again = Mine()
+    again.load_state_dict(state)
+    torch.testing.assert_close(again.mixed.predict(WHOLE).mean, mine.mixed.predict(WHOLE).mean)
+    blup = mine.mixed.random["g"].blup.clone()
+    mine.mixed.update(WHOLE)
+    torch.testing.assert_close(blup, mine.mixed.random["g"].blup, rtol=1e-5, atol=1e-6)
+
+
+def test_an_optimizer_that_has_the_covariance_keeps_it():
+    class All(Mine):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    mine = All()
+    quiet(2, callbacks=[UpdateBLUPs("mixed")]).fit(mine, tuples())
+    assert float(mine.mixed.residual()) == 1
+    assert float(mine.mixed.random["g"].blup.std()) > 0
+
+
+def test_a_model_that_is_not_there_is_named():
+    with pytest.raises(InputError, match="Mine has 0 of a MixedModel 'other'"):
+        quiet(1, callbacks=[UpdateBLUPs("other")]).fit(Mine(), tuples())
