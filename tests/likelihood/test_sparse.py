@@ -445,3 +445,9 @@ def test_a_covariance_over_the_rows_without_a_residual_is_refused():
     y = torch.linspace(0, 1, 8, dtype=torch.float64)
     with pytest.raises(InputError, match="sparse solver needs"):
         REMLLoss(V, solver="sparse")(y, torch.ones(8, 1).double())
+
+
+def test_an_ordering_that_is_none_is_refused():
+    V, y, X = animals(60)
+    with pytest.raises(InputError, match="no order of 60 columns"):
+        REMLLoss(V, solver=Sparse(ordering=lambda pattern: np.zeros(60, int)))(y, X)

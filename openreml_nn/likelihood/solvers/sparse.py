@@ -50,6 +50,7 @@ from openreml_nn.likelihood.system.sparse.terms import (
     over_levels,
 )
 from openreml_nn.likelihood.system.square_root import SquareRootEvaluation
+from openreml_nn.support.checks import check_number, found
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.term import Term
 
@@ -69,6 +70,9 @@ class Sparse(Solver):
             rounding, time and memory.
         memory: bytes that a factor and its inverse may hold, or V where second derivatives need it;
             more are refused.
+
+    Raises:
+        TypeError, InputError: if an option is not of its kind.
     """
 
     name: ClassVar[str] = "sparse"
@@ -79,6 +83,11 @@ class Sparse(Solver):
 
     #: The last analysis, for the problem that follows a forecast.
     _analysed: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_number("memory", self.memory, above=0)
+        if self.ordering is not None and not callable(self.ordering):
+            raise TypeError(f"`ordering` is {found(self.ordering)}: expected a function")
 
     def forecast(self, terms: Sequence[Term], p: int, dtype: torch.dtype) -> Cost | None:
         if self.obstacle(terms) is not None:
