@@ -86,6 +86,30 @@ def test_definitions_agree_for_unrelated_levels_and_an_intercept():
     assert np.isnan(cullis.std_error)
 
 
+def test_genetic_effects_of_a_formula_are_those_of_a_tree():
+    """A pedigree, a relationship matrix and a residual by formula have the same definitions."""
+    names = [f"a{i}" for i in range(20)]
+    parents = [(None, None) if i < 6 else (names[i % 5], names[i - 1]) for i in range(20)]
+    table = pd.DataFrame(parents, columns=["sire", "dam"]).assign(animal=names)
+    rng = np.random.default_rng(3)
+    at = rng.integers(0, 20, 120)
+    y = 2 * rng.standard_normal(20)[at] + rng.standard_normal(120)
+    data = pd.DataFrame({"y": y, "animal": np.array(names)[at], "x": rng.standard_normal(120)})
+    result = lmm("y ~ x + (1 | ped(animal))", data, pedigree=table[["animal", "sire", "dam"]])
+    relationship = torch.linalg.inv(
+        Pedigree.of(names, *zip(*parents, strict=True)).inverse.to_dense()
+    )
+    frame = pd.DataFrame(relationship.numpy(), index=names, columns=names)
+    other = lmm("y ~ x + (1 | vm(animal, A))", data, kernels={"A": frame})
+    for method in ("plain", "cullis", "generalised"):
+        found, expected = (float(heritability(r, "animal", method)) for r in (result, other))
+        assert found == pytest.approx(expected, rel=1e-5)
+    one, two = (reliability(r).set_index("level")["reliability"] for r in (result, other))
+    np.testing.assert_allclose(one, two.loc[one.index], rtol=1e-5)
+    G, C = dense(result, 0)
+    np.testing.assert_allclose(one, 1 - C.diagonal() / G.diagonal(), rtol=1e-7)
+
+
 def test_one_group_needs_no_name_and_a_variance_of_zero_is_no_heritability():
     table = pd.DataFrame({"y": np.tile([1.0, 2.0, 3.0, 4.0], 5), "g": np.repeat(range(5), 4)})
     result = lmm("y ~ 1 + (1 | g)", table)
@@ -163,6 +187,7 @@ def test_what_has_no_heritability_is_refused(trial):
         (lambda: heritability(split, "Subject"), "which has 2 terms: expected one"),
         (lambda: heritability(streamed), "read in chunks"),
         (lambda: reliability(streamed), "read in chunks"),
+        (lambda: reliability(lmm("yield ~ gen", john_alpha())), "`result` has no random effects"),
         (lambda: reliability(trial, "block"), "`group` is 'block': expected 'gen' or 'rep:block'"),
     ):
         with pytest.raises(InputError, match=message):
