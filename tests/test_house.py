@@ -18,7 +18,6 @@ PACKAGE = Path(__file__).parents[1] / "openreml_nn"
 
 #: Files of more than 400 lines, and why.
 LONG_FILES = {
-    "estimation/aireml.py": "direction, safeguard and stopping rule are to be parted",
     "likelihood/laplace.py": "the loss and what it prepares are to be parted",
     "likelihood/laplace_system.py": "the system and its products are to be parted",
     "lightning/module.py": "Lightning's hooks, one by one",
