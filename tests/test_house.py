@@ -32,6 +32,7 @@ LONG_CLASSES = {
     "estimation/outcome.py: _Builder": "every part of a result, from one evaluation",
     "estimation/marginal.py: MarginalFit": "one Newton iteration with what it keeps",
     "lightning/module.py: MixedModule": "Lightning's hooks, one by one",
+    "likelihood/laplace.py: LaplaceLoss": "to be parted",
     "likelihood/loss.py: REMLLoss": "the contract of the loss, most of it documentation",
     "likelihood/system/sparse/equations.py: Equations": "to be parted",
     "model/mixed_model.py: MixedModel": "to be parted",

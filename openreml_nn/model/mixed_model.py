@@ -357,6 +357,11 @@ class MixedModel(nn.Module):
         predictor, and X with head ``"gls"``."""
         assert self.family is not None
         y, n = part(batch, "y"), len(output)
+        if batch.get("weights") is not None:
+            raise InputError(
+                f"`weights` is {described(batch['weights'])} beside a family: expected none, as they "
+                "divide the residual variance of a Gaussian response"
+            )
         if not n:
             raise InputError("the batch is empty: drop it, or use drop_last=True")
         if not bool(torch.isfinite(output.detach()).all()):
