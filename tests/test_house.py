@@ -24,8 +24,6 @@ LONG_FILES = {
     "lightning/module.py": "Lightning's hooks, one by one",
     "model/mixed_model.py": "the model, its random effects and predictions are to be parted",
     "table/encoder.py": "what was learned and its use are to be parted",
-    "table/functions.py": "functions of R, one after another",
-    "table/reading.py": "formats of files are to be parted",
 }
 #: Classes of more than 200 lines, and why.
 LONG_CLASSES = {

@@ -47,12 +47,12 @@ def glmm(
     quadrature: int = 1,
     solver: str | Solver = "auto",
     categorical: Sequence[str] = (),
+    pedigree: pd.DataFrame | Pedigree | str | os.PathLike[str] | None = None,
+    kernels: Mapping[str, Any] | None = None,
     weights: str | None = None,
     residual: str | None = None,
     residual_variance: float | None = None,
     chunk_rows: int | None = None,
-    pedigree: pd.DataFrame | Pedigree | str | os.PathLike[str] | None = None,
-    kernels: Mapping[str, Any] | None = None,
     max_iterations: int = 200,
 ) -> Result:
     r"""Fit a generalised linear mixed model to a table.
@@ -78,9 +78,9 @@ def glmm(
             Laplace's approximation.
         solver: see :class:`LaplaceLoss`.
         categorical: numeric columns to be taken as factors.
+        pedigree, kernels: relations of levels that the formula names, see :func:`lmm`.
         weights, residual, residual_variance, chunk_rows: of :func:`lmm`; refused here, as the
             residual belongs to the family.
-        pedigree, kernels: relations of levels that the formula names, see :func:`lmm`.
         max_iterations: after so many steps the fit stops, with a warning.
 
     Raises:
