@@ -19,7 +19,8 @@ PACKAGE = Path(__file__).parents[1] / "openreml_nn"
 #: Files of more than 400 lines, and why.
 LONG_FILES = {
     "estimation/aireml.py": "direction, safeguard and stopping rule are to be parted",
-    "lightning/module.py": "Lightning's hooks, one by one",
+    "lightning/module.py": "the hooks of Lightning in one place, half of it documentation",
+    "likelihood/laplace.py": "the loss and what it prepares are to be parted",
     "model/mixed_model.py": "the model, its random effects and predictions are to be parted",
     "table/encoder.py": "what was learned and its use are to be parted",
     "table/functions.py": "functions of R, one after another",
@@ -31,7 +32,9 @@ LONG_CLASSES = {
     "covariance/operator.py: Operator": "the contract of an operator, most of it documentation",
     "covariance/tree.py: Tree": "values and derivatives go through one order of nodes",
     "estimation/outcome.py: _Builder": "every part of a result, from one evaluation",
-    "lightning/module.py: MixedModule": "Lightning's hooks, one by one",
+    "estimation/marginal.py: MarginalFit": "one Newton iteration with what it keeps",
+    "lightning/module.py: MixedModule": "the hooks of Lightning in one place, half of it documentation",
+    "likelihood/laplace.py: LaplaceLoss": "the loss and what it prepares are to be parted",
     "likelihood/loss.py: REMLLoss": "the contract of the loss, most of it documentation",
     "likelihood/system/sparse/equations.py: Equations": "to be parted",
     "model/mixed_model.py: MixedModel": "to be parted",

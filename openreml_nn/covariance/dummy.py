@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from openreml_nn.covariance.matrix import FreeParams, Matrix
-from openreml_nn.covariance.nodes import visible
+from openreml_nn.covariance.nodes import has_values
 from openreml_nn.support.checks import check_count, check_flag, found
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.design import IndexedDesign
@@ -161,7 +161,7 @@ class DummyMatrix(Matrix):
                 k = _checked(covariates(), n, called).shape[1]
         elif covariates is not None:
             covariates = _checked(covariates, n, called)
-            if visible(covariates) and not bool(torch.isfinite(covariates.detach()).all()):
+            if has_values(covariates) and not bool(torch.isfinite(covariates.detach()).all()):
                 raise InputError(f"`{called}` has an entry that is not finite")
             k = covariates.shape[1]
         levels = names if isinstance(names, int) else len(names)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from openreml_nn.covariance.matrix import FreeParams, Matrix
-from openreml_nn.covariance.nodes import check_result, is_opaque, kind_of, visible
+from openreml_nn.covariance.nodes import check_result, has_values, is_opaque, kind_of
 from openreml_nn.covariance.params import check_name, module_name
 from openreml_nn.covariance.tree import Tree
 from openreml_nn.support.checks import found
@@ -125,7 +125,7 @@ class Operator(Matrix):
                 raise TypeError(
                     f"operand {name!r} is {operand.dtype}: expected floating-point numbers"
                 )
-            if visible(operand) and not bool(torch.isfinite(operand.detach()).all()):
+            if has_values(operand) and not bool(torch.isfinite(operand.detach()).all()):
                 raise InputError(f"operand {name!r} has an entry that is not finite")
             if not operand.numel():
                 raise InputError(f"operand {name!r} has shape {tuple(operand.shape)}: it is empty")

@@ -20,7 +20,7 @@ from openreml_nn.lightning.optimizers import (
     MakeOptimizer,
     MakeScheduler,
     is_aireml,
-    optimizers,
+    optimizers_of,
     refuse_gradient_options,
     scheduled,
 )
@@ -251,7 +251,7 @@ class MixedModule(Evaluated):
 
     def configure_optimizers(self) -> Any:
         """The optimizer of the network, or without one that of the covariance."""
-        made, self._aireml = optimizers(self.model, self._make_optimizer)
+        made, self._aireml = optimizers_of(self.model, self._make_optimizer)
         if made is None:
             return []
         return [made] if self._make_scheduler is None else scheduled(made, self._make_scheduler)

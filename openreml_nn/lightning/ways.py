@@ -76,9 +76,14 @@ class Way:
         """Refuse a model that the way does not train.
 
         Raises:
-            InputError: if it is of another head, or its levels are correlated where they must
-                not be.
+            InputError: if it is of another head, has a family, or its levels are correlated where
+                they must not be.
         """
+        if model.family is not None:
+            raise InputError(
+                f"`model` has the family {type(model.family).__name__}: expected a Gaussian response; "
+                "minimise model.loss(batch) of all rows, or of whole groups, and then call update()"
+            )
         if model.head not in self.heads:
             name = type(self).__name__.lower()
             raise InputError(

@@ -92,7 +92,7 @@ FAULTS = [
     Fault(
         "head gls is fitted by maximum likelihood",
         MODEL,
-        'method = "reml" if head == "gls" else "ml"',
+        'method = "reml" if head == "gls" and family is None else "ml"',
         'method = "ml"',
         "tests/test_model.py -k 'linear_mixed_model and (sleep or pastes)'",
     ),
