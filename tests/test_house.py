@@ -21,6 +21,7 @@ LONG_FILES = {
     "estimation/aireml.py": "direction, safeguard and stopping rule are to be parted",
     "lightning/module.py": "the hooks of Lightning in one place, half of it documentation",
     "likelihood/laplace.py": "the loss and what it prepares are to be parted",
+    "likelihood/laplace_system.py": "the blocks and their solves are to be parted",
     "model/mixed_model.py": "the model, its random effects and predictions are to be parted",
     "table/encoder.py": "what was learned and its use are to be parted",
     "table/functions.py": "functions of R, one after another",
