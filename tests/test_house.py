@@ -19,12 +19,10 @@ PACKAGE = Path(__file__).parents[1] / "openreml_nn"
 #: Files of more than 400 lines, and why.
 LONG_FILES = {
     "estimation/aireml.py": "direction, safeguard and stopping rule are to be parted",
-    "lightning/module.py": "the hooks of Lightning in one place, half of it documentation",
     "likelihood/laplace.py": "the loss and what it prepares are to be parted",
     "likelihood/laplace_system.py": "the blocks and their solves are to be parted",
     "model/mixed_model.py": "the model, its random effects and predictions are to be parted",
     "table/encoder.py": "what was learned and its use are to be parted",
-    "table/functions.py": "functions of R, one after another",
     "table/reading.py": "formats of files are to be parted",
 }
 #: Classes of more than 200 lines, and why.
@@ -34,8 +32,8 @@ LONG_CLASSES = {
     "covariance/tree.py: Tree": "values and derivatives go through one order of nodes",
     "estimation/outcome.py: _Builder": "every part of a result, from one evaluation",
     "estimation/marginal.py: MarginalFit": "one Newton iteration with what it keeps",
-    "lightning/module.py: MixedModule": "the hooks of Lightning in one place, half of it documentation",
-    "likelihood/laplace.py: LaplaceLoss": "the loss and what it prepares are to be parted",
+    "lightning/module.py: MixedModule": "Lightning's hooks, one by one",
+    "likelihood/laplace.py: LaplaceLoss": "to be parted",
     "likelihood/loss.py: REMLLoss": "the contract of the loss, most of it documentation",
     "likelihood/system/sparse/equations.py: Equations": "to be parted",
     "model/mixed_model.py: MixedModel": "to be parted",

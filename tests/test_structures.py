@@ -15,10 +15,6 @@ from openreml_nn.report import blup_table
 from openreml_nn.table import Encoder, Learned, parse_formula, parse_residual
 
 
-def covariance_of(encoded):
-    return linear_model(encoded).covariance(encoded.batch())
-
-
 def made(seed=0):
     rng = np.random.default_rng(seed)
     cells = [(g, t) for g in range(9) for t in (1, 2, 4, 5)]
@@ -102,6 +98,10 @@ def at_random(V, seed=3):
         for parameter in V.parameters():
             parameter.copy_(torch.tensor(rng.uniform(-0.4, 0.4, parameter.shape)))
         return V.build_params(include_fixed=False).numpy()
+
+
+def covariance_of(encoded):
+    return linear_model(encoded).covariance(encoded.batch())
 
 
 def encoded_by(formula, table=TABLE, **options):
@@ -521,3 +521,20 @@ def test_levels_and_places_that_the_fit_did_not_see():
     known.fit(TABLE)
     found = known.transform(pd.DataFrame({"x": [0.0], "g": ["other"]}))
     assert found.random[0].codes.tolist() == [NAMES.index("other")]
+
+
+def test_a_field_with_a_nugget_has_an_effect_of_each_place():
+    """The BLUP of a place, by the dense formula."""
+    found = lmm("y ~ 1", FIELD, residual="ar1(row):ar1(col) + units")
+    (effects,) = found.random
+    v = {p.name.rsplit("/", 2)[-2] + p.name[-4:]: p.value for p in found.parameters}
+    row, col = FIELD["row"].to_numpy(), FIELD["col"].to_numpy() / 2
+    C = v["rowma^2"] * ar1(v["row/rho"], row) * ar1(v["col/rho"], col)
+    V = C + v["unitsma^2"] * np.eye(12)
+    rest = FIELD["y"].to_numpy() - float(found.fixed.estimate[0])
+    table = blup_table(found).set_index("level")["blup"]
+    places = [f"{r}:{c}" for r, c in zip(FIELD["row"], FIELD["col"], strict=True)]
+    np.testing.assert_allclose(table.loc[places], C @ np.linalg.solve(V, rest), atol=1e-8)
+    assert effects.variances.shape == (15, 1, 1)
+    assert found.components[-1].group == "Residual"
+    assert found.residual_variance == pytest.approx(v["unitsma^2"])

@@ -27,7 +27,7 @@ from openreml_nn.support.checks import (
     check_instance,
     check_mapping,
 )
-from openreml_nn.support.errors import InputError
+from openreml_nn.support.errors import InputError, NumericalError
 from openreml_nn.terms.design import Design, IndexedDesign
 from openreml_nn.terms.term import Term, has_own_columns, residual_terms
 
@@ -232,5 +232,5 @@ def checked(result: Result) -> Result:
             stacklevel=3,
         )
     if not isfinite(result.log_likelihood):
-        raise ValueError("the log-likelihood is not finite")
+        raise NumericalError("the log-likelihood is not finite: rescale the response")
     return result

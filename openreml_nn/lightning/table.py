@@ -19,8 +19,8 @@ from openreml_nn.lightning.data import MixedModelDataModule
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.model import HEADS, MixedModel, RandomEffect, ResidualStructure
-from openreml_nn.model.structures import effect_covariance, labels_of
-from openreml_nn.model.table_residual import residual_of, start_residual
+from openreml_nn.model.structured_residual import start_residual
+from openreml_nn.model.structures import effect_covariance, labels_of, residual_of
 from openreml_nn.result import Label, Result
 from openreml_nn.support.checks import (
     check_choice,
@@ -162,7 +162,7 @@ class TableModel:
         if isinstance(given, Matrix):
             return copy.deepcopy(given)
         if given is None or isinstance(given, str):
-            residual = residual_of(encoded.residual).double()
+            residual = residual_of(encoded).double()
             start_residual(residual, variance)
             return residual
         layers = nn.Sequential(_network(given, "residual"), nn.LazyLinear(1))
@@ -221,10 +221,20 @@ class TableModel:
             "encoder": self.encoder.learned.to_dict(),
             "columns": self._columns,
             "coordinates": self._coordinates,
+            "has_network": self._network is not None,
         }
 
     def from_dict(self, kept: Mapping[str, Any]) -> MixedModel:
-        """A model of a checkpoint's shapes."""
+        """A model of a checkpoint's shapes.
+
+        Raises:
+            InputError: if the checkpoint is of a network that it does not hold.
+        """
+        if kept["has_network"] and self._network is None:
+            raise InputError(
+                "the checkpoint is of a network that was given as a module, which it does not hold: "
+                "pass `network` and, where it was one too, `residual` to load_from_checkpoint()"
+            )
         self.encoder.learned = Learned.from_dict(kept["encoder"])
         self._coordinates = kept["coordinates"]
         return self._made(self.encoder.skeleton(2, kept["columns"]))

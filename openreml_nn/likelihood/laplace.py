@@ -167,7 +167,7 @@ class LaplaceLoss(nn.Module):
             random = effects_of(task.terms, mode.layout, mode.effects, mode.factor)
             bordered = mode
             if not len(mode.beta) and task.rows.X.shape[1]:
-                bordered = find_mode(task.rows, mode.layout, task.terms, mode.dual, task.beta)
+                bordered = find_mode(task.rows, mode.layout, task.terms, mode.u, task.beta)
             p = task.rows.X.shape[1]
             spread = bordered.factor.fixed_covariance() if p else value.new_zeros(0, 0)
             beta = mode.beta if self.method == "reml" else task.beta
@@ -261,7 +261,7 @@ class LaplaceLoss(nn.Module):
             plain,
             layout,
             task.terms,
-            kept.dual_of(plain),
+            kept.start_of(plain),
             kept.beta_of(plain),
             kept.factor_of(plain),
         )
@@ -269,7 +269,7 @@ class LaplaceLoss(nn.Module):
             mode = bordered
         else:
             mode = self._profiled(task, plain, bordered)
-        kept.dual = private(mode.dual)
+        kept.start = private(mode.u)
         kept.factor = mode.factor if mode is bordered and layout.q else None
         kept.beta = private(task.beta if len(task.beta) else mode.beta)
         return mode
@@ -277,12 +277,12 @@ class LaplaceLoss(nn.Module):
     def _profiled(self, task: _Task, plain: Rows, bordered: Mode) -> Mode:
         """The mode at the coefficients of maximum likelihood, which the task then holds."""
         beta, S = bordered.beta, bordered.factor.fixed_covariance()
-        X, dual = plain.X, bordered.dual
+        X, start = plain.X, bordered.u
         none = replace(plain, X=plain.X[:, :0])
         before = float("inf")
         for _ in range(_MOST_STEPS):
             rows = replace(none, eta=plain.eta + X @ beta)
-            mode = find_mode(rows, bordered.layout, task.terms, dual)
+            mode = find_mode(rows, bordered.layout, task.terms, start)
             slope = X.mT @ self._predictor_slope(task, mode)
             move = S @ slope
             gain = float(move @ slope)
@@ -290,7 +290,7 @@ class LaplaceLoss(nn.Module):
             if gain <= floor or (gain < floor**0.5 and gain > before / 4):
                 task.beta = beta
                 return mode
-            before, beta, dual = gain, beta - move, mode.dual
+            before, beta, start = gain, beta - move, mode.u
         raise NumericalError(
             f"the coefficients of X were not found in {_MOST_STEPS} steps: the last was "
             f"{gain**0.5:.3g} standard errors long"
@@ -432,7 +432,7 @@ class _Kept:
 
     def __init__(self, forms: list[Any], constants: list[Tensor | None], layout: Stacked) -> None:
         self._forms, self._constants, self.layout = forms, constants, layout
-        self.dual: Tensor | None = None
+        self.start: Tensor | None = None
         self.beta: Tensor | None = None
         self.factor: Factor | None = None
 
@@ -448,14 +448,14 @@ class _Kept:
             and all(map(same_content, self._constants, constants))
         )
 
-    def dual_of(self, rows: Rows) -> Tensor | None:
+    def start_of(self, rows: Rows) -> Tensor | None:
         """The last mode, for data of this precision."""
-        return self.dual if self.dual is not None and self.dual.dtype == rows.eta.dtype else None
+        return self.start if self.start is not None and self.start.dtype == rows.eta.dtype else None
 
     def beta_of(self, rows: Rows) -> Tensor | None:
         """The last coefficients, for as many columns."""
         same = self.beta is not None and self.beta.shape[0] == rows.X.shape[1]
-        return self.beta if same and self.dual_of(rows) is not None else None
+        return self.beta if same and self.start_of(rows) is not None else None
 
 
 class _Value(torch.autograd.Function):

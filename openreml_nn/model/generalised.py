@@ -19,7 +19,14 @@ from openreml_nn.likelihood.solver import Solver
 from openreml_nn.model.linear import read_table_of, with_model
 from openreml_nn.model.structures import labels_of, linear_model
 from openreml_nn.result import FixedEffects, Result
-from openreml_nn.support.checks import check_choice, check_count, check_names, check_text
+from openreml_nn.support.checks import (
+    check_choice,
+    check_count,
+    check_names,
+    check_table,
+    check_text,
+)
+from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import Encoder, TableFile
 
@@ -38,6 +45,10 @@ def glmm(
     quadrature: int = 1,
     solver: str | Solver = "auto",
     categorical: Sequence[str] = (),
+    weights: str | None = None,
+    residual: str | None = None,
+    residual_variance: float | None = None,
+    chunk_rows: int | None = None,
     max_iterations: int = 200,
 ) -> Result:
     r"""Fit a generalised linear mixed model to a table.
@@ -63,6 +74,8 @@ def glmm(
             Laplace's approximation.
         solver: see :class:`LaplaceLoss`.
         categorical: numeric columns to be taken as factors.
+        weights, residual, residual_variance, chunk_rows: of :func:`lmm`; refused here, as the
+            residual belongs to the family.
         max_iterations: after so many steps the fit stops, with a warning.
 
     Raises:
@@ -81,9 +94,17 @@ def glmm(
     """
     began = time.perf_counter()
     check_text("formula", formula)
+    check_table("table", table)
     check_names("categorical", categorical)
     check_choice("method", method, ("ml", "reml"))
     check_count("max_iterations", max_iterations, 1)
+    options = {"weights": weights, "residual": residual, "residual_variance": residual_variance}
+    for option, value in {**options, "chunk_rows": chunk_rows}.items():
+        if value is not None:
+            raise InputError(
+                f"`{option}` is {described(value)}: expected None, as it is for Gaussian responses, by "
+                "lmm()"
+            )
     named_family(family, link)  # refused before the table is read
     table, source = read_table_of(table)
     left, right = _sides(formula)

@@ -16,8 +16,8 @@ from openreml_nn.support.errors import InputError
 from openreml_nn.table.algebra import Part
 from openreml_nn.table.columns import numbers, single
 from openreml_nn.table.encoded import Encoded, RandomDesign, ResidualDesign
+from openreml_nn.table.expressions import as_numbers
 from openreml_nn.table.formula import MixedFormula, RandomPart, parse_formula
-from openreml_nn.table.functions import as_numbers
 from openreml_nn.table.groups import (
     check_relations,
     ordered_effects,
@@ -28,7 +28,7 @@ from openreml_nn.table.learned import Group, Learned
 from openreml_nn.table.levels import Factor, coded, label, number_key
 from openreml_nn.table.matrix import Coding, codings, model_matrix
 from openreml_nn.table.relation import Known
-from openreml_nn.table.residual import residual_design, residual_places
+from openreml_nn.table.residual import residual_design, residual_positions
 from openreml_nn.table.rows import TableRows
 from openreml_nn.table.structure import parse_residual
 from openreml_nn.table.syntax import Call, Name, Node, names_in
@@ -412,9 +412,8 @@ class Encoder:
         if fitting and self.residual is not None:
             residual = residual_design(self.residual, data)
             self.learned.residual = residual.to_dict()
-        places = None
-        if not fitting and self.residual is not None:
-            places = residual_places(self.residual, self.learned.residual, data)
+        elif self.residual is not None:
+            residual = residual_positions(self.residual, data, self.learned.residual)
         return Encoded(
             None if y is None else torch.from_numpy(np.array(y)),
             torch.from_numpy(X),
@@ -426,7 +425,6 @@ class Encoder:
             self._weights(data),
             self._offset(data),
             {d.group: count for d in random if (count := int((d.codes < 0).sum()))},
-            places,
         )
 
     def _offset(self, data: TableRows) -> Tensor | None:

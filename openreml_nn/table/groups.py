@@ -25,6 +25,9 @@ from openreml_nn.table.rows import TableRows
 from openreml_nn.table.structure import KERNELS, ORDERED, Structure
 from openreml_nn.table.syntax import Call, Name, Number, Operation
 
+#: A spline of more coefficients than these is refused before it is made.
+_MOST_COEFFICIENTS = 2000
+
 __all__ = ["check_relations", "ordered_effects", "random_designs", "skeletons"]
 
 
@@ -285,8 +288,15 @@ def _numeric(name: str, data: TableRows) -> Factor:
 
 def _splines(grouping: Grouping, data: TableRows) -> tuple[np.ndarray, tuple[str, ...]]:
     """The columns of a spline without its straight line, or of a product of two columns."""
-    found = np.ones((len(data), 1))
     assert grouping.relation is not None
+    segments = int(grouping.relation.options["segments"])
+    size = (segments + 1) ** sum(grouping.bent)
+    if size > _MOST_COEFFICIENTS:
+        raise data.fault(
+            f"{grouping.key} of {segments} segments has {size} coefficients: expected at most "
+            f"{_MOST_COEFFICIENTS}, by fewer segments"
+        )
+    found = np.ones((len(data), 1))
     for name, bent in zip(grouping.columns, grouping.bent, strict=True):
         column = single(data.table, name, data.source)
         x = numbers(column, f"{data.source}: column {name!r}", data.table)
@@ -300,7 +310,7 @@ def _splines(grouping: Grouping, data: TableRows) -> tuple[np.ndarray, tuple[str
             state.update(low=float(x.min()), high=float(x.max()))
         low, high = state["low"], state["high"]
         if bent:
-            part = penalised_spline(x, low, high, int(grouping.relation.options["segments"]))
+            part = penalised_spline(x, low, high, segments)
         else:
             part = ((x - (low + high) / 2) / ((high - low) / 2))[:, None]
         found = (found[:, :, None] * part[:, None, :]).reshape(len(data), -1)

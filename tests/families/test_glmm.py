@@ -188,7 +188,7 @@ def test_a_variance_of_zero_is_said_to_be():
     alone = (
         -Poisson()
         .log_density(
-            torch.from_numpy(table.y.to_numpy()).double(), result.fixed.estimate.expand(600)
+            torch.tensor(table.y.to_numpy(copy=True)).double(), result.fixed.estimate.expand(600)
         )
         .sum()
     )
@@ -291,6 +291,27 @@ def test_what_cannot_be_fitted_is_refused(formula, family, change, message):
     )
     with pytest.raises(InputError, match=message):
         glmm(formula, table.assign(**change), family=family)
+
+
+@pytest.mark.parametrize("option", ["weights", "residual", "chunk_rows", "residual_variance"])
+def test_options_of_gaussian_responses_are_refused(option):
+    with pytest.raises(InputError, match=f"`{option}` is .*expected None"):
+        glmm("y ~ 1 + (1 | subject)", data("epil"), family="poisson", **{option: "V4"})
+
+
+def test_inference_that_needs_no_gaussian_response(counts):
+    from openreml_nn.inference import anova, bootstrap, coefficients, likelihood_ratio_test
+
+    found = coefficients(counts, ddf="asymptotic")
+    torch.testing.assert_close(
+        torch.tensor(found.std_error.to_numpy(copy=True)), counts.fixed.std_error
+    )
+    small = glmm("count ~ 1 + (1 | site)", data("salamanders"), family="negative_binomial")
+    ratio = likelihood_ratio_test(small, counts)
+    assert ratio.statistic == pytest.approx(2 * (counts.log_likelihood - small.log_likelihood))
+    assert anova(counts).name.tolist() == ["mined"]
+    with pytest.raises(InputError, match="negative_binomial"):
+        bootstrap(counts, 2, progress=False)
 
 
 def test_separated_data_are_named():

@@ -12,13 +12,14 @@ from scipy.sparse import coo_matrix, csc_matrix, csr_matrix, eye
 from torch import Tensor
 
 from openreml_nn.likelihood.system.elimination import root as root_of
+from openreml_nn.likelihood.system.sparse.chains import Chain
 from openreml_nn.likelihood.system.sparse.equations import Equations, Part
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import DenseCovariance
 from openreml_nn.terms.design import DenseDesign, Design, IdentityDesign, IndexedDesign
 from openreml_nn.terms.term import Term, residual_terms
 
-__all__ = ["Root", "SparseTerm", "are_nested", "known_inverse", "over_levels"]
+__all__ = ["Root", "SparseTerm", "are_nested", "is_dense", "known_inverse", "over_levels"]
 
 #: What a direction of no variance adds to the system in place of zero: far below its rounding.
 _NOTHING = 1e-22
@@ -45,6 +46,16 @@ def known_inverse(term: Term) -> Tensor | None:
     return None if kernel is None else kernel.inverse
 
 
+def is_dense(term: Term) -> bool:
+    """Whether all columns of a term meet."""
+    g = term.covariance
+    if g.is_chained:
+        return False
+    if g.known_kernel is not None:
+        return g.known_kernel.inverse is None
+    return not g.block or isinstance(term.design, DenseDesign)
+
+
 def are_nested(terms: Sequence[Term]) -> bool:
     """Whether each factor's levels are within those of the next, from the finest to the coarsest."""
     designs = [term.design for term in terms]
@@ -68,12 +79,14 @@ class SparseTerm:
         part: its columns of the equations.
         by_level: whether each level has a variance of its own.
         whole: whether its covariance has no independent levels.
+        chain: its pattern where its inverse is sparse, and moves with parameters.
     """
 
     at: int
     part: Part
     by_level: bool
     whole: bool
+    chain: Chain | None = None
 
     @classmethod
     def of_all(cls, terms: Sequence[Term], residual: Sequence[int]) -> list[SparseTerm]:
@@ -84,6 +97,11 @@ class SparseTerm:
     def of(cls, term: Term, at: int) -> SparseTerm:
         """One of them."""
         g, prior, basis = term.covariance, None, None
+        if g.is_chained:
+            chain = Chain(g)
+            Z = _matrix(term.design)
+            part = Part(term.name, Z, 1, term.effects, chain.pattern, None, moves=True)
+            return cls(at, part, False, False, chain)
         form, kernel = g.without_kernel(), g.known_kernel
         if kernel is not None and kernel.inverse is not None:
             prior = _sparse(kernel.inverse)
@@ -102,10 +120,29 @@ class SparseTerm:
             term: the term.
             largest: the largest entry on the diagonal of :math:`Z^\top R^{-1} Z`.
         """
+        least = _NOTHING / max(largest, 1e-290)
+        if self.chain is not None:
+            root = float(self.chain.at(_form(term)).variance) ** 0.5
+            return Root.of(self.part, np.full((1, 1, 1), root), least)
         form = root_of(replace(term, covariance=term.covariance.without_kernel()))
         k, levels = self.part.effects, self.part.levels
         blocks = form.whole(k)[None] if self.whole else form.blocks(levels, k)
-        return Root.of(self.part, blocks.double().numpy(), _NOTHING / max(largest, 1e-290))
+        return Root.of(self.part, blocks.double().numpy(), least)
+
+    def at_point(self, term: Term) -> tuple[Part, np.ndarray | None, float]:
+        """The part with its prior at the parameters, what of that moves, and its log-determinant."""
+        if self.chain is None:
+            return self.part, None, 0.0
+        found = self.chain.at(_form(term))
+        entries = found.entries.numpy()
+        return replace(self.part, prior=self.chain.matrix(entries)), entries, float(found.log_det)
+
+    def score_of_chain(
+        self, term: Term, variance: np.ndarray, inverse: np.ndarray, u: np.ndarray
+    ) -> Tensor:
+        """See :meth:`Chain.score`."""
+        assert self.chain is not None
+        return self.chain.score(_form(term), float(variance.reshape(())), inverse, u)
 
     def fold(self, term: Term, score: np.ndarray) -> Tensor:
         """From a derivative by the blocks of G to that by the entries that G holds."""
