@@ -231,7 +231,8 @@ def test_networks_with_random_effects(tmp_path, name):
     done = call("predict", f"checkpoint={run}/model.ckpt", "data.path=new.csv", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.rglob("predictions.csv")
-    assert list(pd.read_csv(path).columns) == ["row", "mean", "variance", "population_mean"]
+    columns = ["row", "mean", "variance", "population_mean", "low", "high"]
+    assert list(pd.read_csv(path).columns) == columns
 
 
 def test_a_sweep_of_a_network_has_a_table_and_a_best_run(tmp_path):

@@ -1,6 +1,8 @@
 """Predictions for a table: variances against a dense formula, and by every way that there is."""
 
+import copy
 import json
+import pickle
 
 import numpy as np
 import pandas as pd
@@ -18,6 +20,8 @@ def table(n=90, seed=0):
     t["g"] = [f"g{i}" for i in np.arange(n) // 6]
     t["h"] = rng.integers(0, 5, n)
     t["time"] = np.arange(n) % 6
+    t["g0"] = np.arange(n) // 6
+    t["half"] = np.where(t["g0"] < 7, "a", "b")
     t["s"] = np.where(rng.random(n) < 0.4, "u", "v")
     b, c = 0.8 * rng.standard_normal((n // 6, 2)), 0.5 * rng.standard_normal(5)
     at = np.arange(n) // 6
@@ -26,27 +30,51 @@ def table(n=90, seed=0):
     return t
 
 
+ROOT = np.random.default_rng(5).normal(size=(15, 15))
+NAMES = [f"g{i}" for i in reversed(range(15))]
+KERNEL = pd.DataFrame(ROOT @ ROOT.T / 9 + np.eye(15), index=NAMES, columns=NAMES)
+PEDIGREE = pd.DataFrame(
+    {
+        "animal": [f"g{i}" for i in range(15)],
+        "sire": [None, None, *(f"g{i // 2}" for i in range(13))],
+        "dam": [None, None, *(None if i < 6 else "g4" for i in range(13))],
+    }
+)
+
+#: Formula, options, and the columns on which the variance of a residual depends.
 MODELS = {
-    "crossed": ("y ~ x + (x | g) + (1 | h)", {}),
-    "ml": ("y ~ x + (x | g) + (1 | h)", {"method": "ml"}),
-    "two terms of a factor": ("y ~ x + (x || g) + (1 | h)", {}),
-    "nested": ("y ~ x + (1 | h/s)", {}),
-    "one": ("y ~ x + s + (1 | g)", {}),
-    "an offset": ("y ~ 1 + offset(2 * x) + (1 | g) + (1 | h)", {}),
-    "weights": ("y ~ x + (x | g) + (1 | h)", {"weights": "w"}),
-    "a known residual": ("y ~ x + (1 | g)", {"weights": "w", "residual_variance": 0.5}),
-    "strata": ("y ~ x + (1 | g) + (1 | h)", {"residual": "diag(s)"}),
-    "ar1": ("y ~ x + (1 | h)", {"residual": "ar1(time | g)"}),
-    "cs within the factor": ("y ~ x + (x | g)", {"residual": "cs(g)"}),
-    "us alone": ("y ~ x", {"residual": "us(time | g)"}),
-    "no random effect": ("y ~ x * s", {}),
+    "crossed": ("y ~ x + (x | g) + (1 | h)", {}, []),
+    "ml": ("y ~ x + (x | g) + (1 | h)", {"method": "ml"}, []),
+    "two terms of a factor": ("y ~ x + (x || g) + (1 | h)", {}, []),
+    "nested": ("y ~ x + (1 | h/s)", {}, []),
+    "one": ("y ~ x + s + (1 | g)", {}, []),
+    "an offset": ("y ~ 1 + offset(2 * x) + (1 | g) + (1 | h)", {}, []),
+    "weights": ("y ~ x + (x | g) + (1 | h)", {"weights": "w"}, []),
+    "a known residual": ("y ~ x + (1 | g)", {"weights": "w", "residual_variance": 0.5}, []),
+    "strata": ("y ~ x + (1 | g) + (1 | h)", {"residual": "diag(s)"}, ["s"]),
+    "ar1": ("y ~ x + (1 | h)", {"residual": "ar1(time | g)"}, []),
+    "cs within the factor": ("y ~ x + (x | g)", {"residual": "cs(g)"}, []),
+    "us alone": ("y ~ x", {"residual": "us(time | g)"}, ["time"]),
+    "no random effect": ("y ~ x * s", {}, []),
+    "no coefficients": ("y ~ 0 + (x | g)", {}, []),
+    "a kernel": ("y ~ x + (1 | vm(g, K)) + (1 | h)", {"kernels": {"K": KERNEL}}, []),
+    "relatives": ("y ~ x + (1 | ped(g))", {"pedigree": PEDIGREE}, []),
+    "a variance for each effect": ("y ~ x + diag(0 + s | g)", {}, []),
+    "a spline": ("y ~ (1 | spline(x)) + (1 | g)", {}, []),
+    "a field": ("y ~ x + (1 | h)", {"residual": "ar1(g0):ar1(time)"}, []),
+    "a nugget": ("y ~ x + (1 | h)", {"residual": "ar1(time | g) + units"}, []),
+    "strata of ar1": ("y ~ x + (1 | h)", {"residual": "diag(half):ar1(g0):ar1(time)"}, ["half"]),
+    "a variance for each time": ("y ~ x + (1 | h)", {"residual": "hetar1(time | g)"}, ["time"]),
+    "ar1 with weights": ("y ~ x", {"residual": "ar1(time | g)", "weights": "w"}, []),
+    "matern": ("y ~ x + (1 | matern(h)) + (1 | g)", {}, []),
+    "a power": ("y ~ x + (1 | g)", {"residual": "power(w)"}, ["w"]),
 }
 
 
 def fitted(name):
-    formula, options = MODELS[name]
+    formula, options, _ = MODELS[name]
     with np.errstate(all="ignore"):
-        return lmm(formula, table(), **options)
+        return lmm(formula, table(), **options, max_iterations=40)
 
 
 def new_rows():
@@ -55,10 +83,12 @@ def new_rows():
     t["g"] = [f"g{i % 15}" for i in range(60)]
     t.loc[:4, "g"] = "new"
     t.loc[3:9, "h"] = 77
+    old = table()
+    t["w"] = old["w"].sample(60, random_state=1).to_numpy()
     return t.drop(columns="y")
 
 
-def kriging(result, new):
+def kriging(result, new, columns):
     r"""Mean and variance of new observations with all of V written out.
 
     :math:`\operatorname{var}(z'b - c'V^{-1}y \dots)`: the error of the best linear unbiased
@@ -67,7 +97,9 @@ def kriging(result, new):
     source, model = result.source, result.model
     with torch.no_grad():
         V = source.covariance()
-        blocks, R = list(source.covariance.operands.values())[:-1], model.residual()
+        parts = list(source.covariance.operands.values())
+        blocks = parts[: len(model.random)]
+        R = sum(part() for part in parts[len(blocks) :]).diagonal()
         old = [p.operands["z"]() for p in blocks]
         G = [p.operands["g"]() for p in blocks]
     encoded = result.encoder.transform(new)
@@ -78,7 +110,8 @@ def kriging(result, new):
         hot = torch.nn.functional.one_hot(d.codes.clamp(min=0), q) * (d.codes >= 0)[:, None]
         z = (hot[:, :, None] * d.values[:, None, :]).flatten(1)
         c += Z @ g @ z.mT
-        block = torch.einsum("nk,kl,nl->n", d.values, g[:k, :k], d.values)
+        mean = torch.stack([g[i : i + k, i : i + k] for i in range(0, q * k, k)]).mean(0)
+        block = torch.einsum("nk,kl,nl->n", d.values, mean, d.values)
         prior += torch.where(d.codes < 0, block, torch.einsum("ni,ij,nj->n", z, g, z))
     Vi = torch.linalg.inv(V)
     M = torch.linalg.inv(X.mT @ Vi @ X)
@@ -86,23 +119,29 @@ def kriging(result, new):
     u = X0 - c.mT @ Vi @ X
     mean = X0 @ b + c.mT @ Vi @ (source.y - X @ b)
     variance = prior - (c * (Vi @ c)).sum(0) + ((u @ M) * u).sum(1)
-    own = R.diagonal().mean().expand(n)
-    if result.encoder.residual is not None and result.encoder.residual.kind in ("us", "diag"):
-        positions = [str(p) for p in result.encoder.learned.positions]
-        column = "time" if "time" in str(result.encoder.residual) else "s"
-        own = R.diagonal()[[positions.index(str(v)) for v in new[column]]]
-    if result.encoder.weights:
-        own = own / torch.tensor(new["w"].to_numpy())
+    # That of a row of the data of the same stratum, position or covariate.
+    weighted = result.encoder.weights is not None
+    old = table().assign(R=R.numpy() * (table()["w"] if weighted else 1), one=0)
+    by = old.groupby(columns or ["one"])["R"]
+    assert (by.std().fillna(0) < 1e-12 * by.mean()).all()
+    keys = [
+        tuple(row) if len(columns) > 1 else row[0]
+        for row in new.assign(one=0)[columns or ["one"]].to_numpy()
+    ]
+    own = torch.tensor(by.mean().loc[keys].to_numpy())
+    own = own / torch.tensor(new["w"].to_numpy()) if weighted else own
     offset = 0 if encoded.offset is None else encoded.offset
     return mean + offset, variance + own, X0 @ b + offset
 
 
 @pytest.mark.filterwarnings("ignore:.*levels that the fit did not see")
+@pytest.mark.filterwarnings("ignore:the fit did not converge")
+@pytest.mark.filterwarnings("ignore:the data cannot tell apart")
 @pytest.mark.parametrize("name", MODELS)
 def test_predictions_are_those_of_the_dense_formula(name):
     result, new = fitted(name), new_rows()
     found = result.predict(new)
-    mean, variance, population = kriging(result, new)
+    mean, variance, population = kriging(result, new, MODELS[name][2])
     for column, expected in (
         ("mean", mean),
         ("variance", variance),
@@ -117,6 +156,8 @@ def test_predictions_are_those_of_the_dense_formula(name):
 
 
 @pytest.mark.filterwarnings("ignore:.*levels that the fit did not see")
+@pytest.mark.filterwarnings("ignore:the fit did not converge")
+@pytest.mark.filterwarnings("ignore:the data cannot tell apart")
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_of_the_rows_predicts_the_same_as_the_result(name):
     result, new = fitted(name), new_rows()
@@ -178,6 +219,14 @@ def test_a_result_keeps_its_predictions_when_its_covariance_is_moved():
     pd.testing.assert_frame_equal(result.predict(table()), expected)
 
 
+def test_a_result_that_was_pickled_or_copied_predicts():
+    result = fitted("crossed")
+    again = pickle.loads(pickle.dumps(result))  # before anything was predicted
+    expected = result.predict(table())
+    pd.testing.assert_frame_equal(again.predict(table()), expected)
+    pd.testing.assert_frame_equal(copy.deepcopy(result).predict(table()), expected)
+
+
 def test_predictions_of_no_rows_and_of_what_is_no_table():
     result = fitted("one")
     assert list(result.predict(table()[:0])) == [
@@ -218,3 +267,17 @@ def test_slopes_predict_beyond_the_data():
     far = pd.DataFrame({"Days": [9.0, 30.0], "Subject": ["308", "308"]})
     found = result.predict(far)["variance"]
     assert found[1] > 3 * found[0]
+
+
+@pytest.mark.parametrize("name", ["crossed", "weights", "strata", "a kernel", "a nugget"])
+@pytest.mark.filterwarnings("ignore:.*levels that the fit did not see")
+def test_units_of_the_response_and_the_order_of_rows_do_not_matter(name):
+    formula, options, _ = MODELS[name]
+    new = new_rows()
+    expected = fitted(name).predict(new)
+    moved = table().assign(y=lambda t: 1e3 * t["y"]).sample(frac=1, random_state=2)
+    found = lmm(formula, moved, **options).predict(new.iloc[::-1]).iloc[::-1]
+    assert found.index.equals(expected.index)
+    for column in expected:
+        scale = 1e6 if column == "variance" else 1e3
+        np.testing.assert_allclose(found[column] / scale, expected[column], rtol=1e-5, atol=1e-6)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from openreml_nn import InputError, datasets
+from openreml_nn import InputError, datasets, lmm
 from openreml_nn.lightning import MixedModelDataModule, MixedModule
 from tests.test_neural import quiet
 
@@ -107,13 +107,20 @@ def test_units_do_not_matter(head):
     np.testing.assert_allclose(same["variance"], 100**2 * expected["variance"], rtol=1e-3)
 
 
-def test_a_network_may_be_a_module():
+def test_a_network_may_be_a_module(tmp_path):
     formula, table, _ = CASES["crossed"]
     data = MixedModelDataModule(table, formula)
     module = MixedModule(formula, network=nn.Sequential(nn.LazyLinear(8), nn.ReLU()))
-    quiet(1).fit(module, data)
+    trainer = quiet(1)
+    trainer.fit(module, data)
     assert "network" not in module.hparams
     assert len(module.predict(table)) == len(table)
+    trainer.save_checkpoint(tmp_path / "m.ckpt")
+    with pytest.raises(InputError, match=r"a network that was given as a module.*pass `network`"):
+        MixedModule.load_from_checkpoint(tmp_path / "m.ckpt", weights_only=True)
+    layers = nn.Sequential(nn.LazyLinear(8), nn.ReLU())
+    again = MixedModule.load_from_checkpoint(tmp_path / "m.ckpt", network=layers, weights_only=True)
+    pd.testing.assert_frame_equal(again.predict(table), module.predict(table))
 
 
 def test_errors_name_what_is_wrong():
@@ -202,3 +209,52 @@ def test_a_split_by_another_column():
 def test_splits_that_cannot_be(options, message):
     with pytest.raises(InputError, match=message):
         module_with(**options)
+
+
+def test_every_epoch_has_an_order_of_its_own_and_every_seed():
+    table, formula = datasets.growth(40), "height ~ age + (1 | child)"
+
+    def seen(seed):
+        data = MixedModelDataModule(table, formula)
+        module = MixedModule(formula, network=NETWORK, rows=100, seed=seed)
+        trainer = quiet(1)
+        trainer.fit(module, data)
+        loader, found = data.train_dataloader(), []
+        for epoch in range(2):
+            trainer.fit_loop.epoch_progress.current.processed = epoch
+            trainer.fit_loop.epoch_progress.current.completed = epoch
+            found.append(torch.cat([batch["y"] for batch in loader]))
+        return found
+
+    first, second = seen(0)
+    assert not torch.equal(first, second)
+    assert torch.equal(first.sort().values, second.sort().values)
+    assert torch.equal(first, seen(0)[0])
+    assert not torch.equal(first, seen(1)[0])
+
+
+@pytest.mark.parametrize("network", [None, NETWORK], ids=["linear", "network"])
+@pytest.mark.parametrize(
+    "options", [{"residual": "diag(dose)"}, {"weights": "w"}, {"residual": "ar1(visit | child)"}]
+)
+def test_residuals_and_weights_are_the_same_options_for_both(network, options):
+    """A network trains on them, and a linear mean has lmm's likelihood and predictions."""
+    table = datasets.growth(30)
+    table["w"] = 1 + np.arange(len(table)) % 3
+    table["visit"] = table.groupby("child").cumcount()
+    formula = "height ~ age + (1 | child)"
+    data = MixedModelDataModule(table, formula, **options)
+    lbfgs = {"_target_": "torch.optim.LBFGS", "line_search_fn": "strong_wolfe"}
+    module = MixedModule(formula, lbfgs if network else None, "full", network=network, **options)
+    quiet(30 if network is None else 3).fit(module, data)
+    expected = lmm(formula, table, **options)
+    found = module.predict(table)
+    assert (found["variance"] > 0).all()
+    if network is None:
+        assert module.result.log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-9)
+        np.testing.assert_allclose(found, expected.predict(table), rtol=1e-4)
+        pd.testing.assert_frame_equal(module.result.predict(table), found)
+    else:
+        loss, y, X = module.model.data(module.model(data.encoded.batch()), data.encoded.batch())
+        own = -float(loss(y, X)) * len(y)
+        assert module.result.log_likelihood == pytest.approx(own, rel=1e-9)

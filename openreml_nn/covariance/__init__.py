@@ -16,6 +16,7 @@ from openreml_nn.covariance.kernel import (
     GaussianMatrix,
     KnownMatrix,
     MaternMatrix,
+    SphericalMatrix,
 )
 from openreml_nn.covariance.kronecker import KroneckerProduct
 from openreml_nn.covariance.matrix import Matrix
@@ -39,19 +40,23 @@ from openreml_nn.covariance.structures import (
     within,
 )
 from openreml_nn.covariance.sum import Sum
+from openreml_nn.covariance.temporal import ARMAMatrix, ContinuousAR1Matrix
 from openreml_nn.covariance.triangular import (
     LowerTriangularMatrix,
     UnconstrainedMatrix,
     UnstructuredMatrix,
 )
+from openreml_nn.covariance.variance import VarianceFunction
 
 __all__ = [
     "AR1Matrix",
+    "ARMAMatrix",
     "Adapter",
     "AntedependenceMatrix",
     "Augment",
     "BlockDiagonal",
     "CompoundSymmetricMatrix",
+    "ContinuousAR1Matrix",
     "CovariancePropagation",
     "DiagonalMatrix",
     "DummyMatrix",
@@ -74,12 +79,14 @@ __all__ = [
     "Product",
     "ScalarMatrix",
     "SimpleMatrix",
+    "SphericalMatrix",
     "Stack",
     "Sum",
     "ToeplitzMatrix",
     "Transpose",
     "UnconstrainedMatrix",
     "UnstructuredMatrix",
+    "VarianceFunction",
     "ar1_field",
     "factor_analytic",
     "heterogeneous",

@@ -25,6 +25,7 @@ __all__ = [
     "GaussianMatrix",
     "KnownMatrix",
     "MaternMatrix",
+    "SphericalMatrix",
     "check_symmetric",
 ]
 
@@ -59,7 +60,8 @@ class _DistanceMatrix(Matrix):
     def _scaled(self, free_params: FreeParams) -> tuple[Tensor, Tensor, Tensor]:
         """Variance, length and the distances in lengths."""
         variance, length = self.build_params(free_params).split(1)
-        return variance, length, self.distance.to(length) / length
+        # Far beyond where correlations are zero; a length near zero would make it infinite.
+        return variance, length, (self.distance.to(length) / length).clamp(max=1e4)
 
     def forward(self, free_params: FreeParams = None) -> Tensor:
         variance, _, r = self._scaled(free_params)
@@ -214,6 +216,51 @@ class MaternMatrix(_DistanceMatrix):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, nu={self.nu}"
+
+
+class SphericalMatrix(_DistanceMatrix):
+    r"""Spherical covariance :math:`V_{ij} = \sigma^2 (1 - \tfrac32 r + \tfrac12 r^3)` for
+    :math:`r = d_{ij}/\ell < 1`, zero beyond.
+
+    =============== ============== =======
+    parameter       transform      default
+    =============== ============== =======
+    ``sigma^2``     :math:`e^{2x}` 0
+    ``lengthscale`` :math:`e^x`    0
+    =============== ============== =======
+
+    It is a covariance in up to three dimensions; ``lengthscale`` is the range.
+
+    Args:
+        distance: (n, n) distances, such as
+            ``torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")``.
+        param_specs: specifications that replace the ones above.
+
+    Shape:
+        Output: (n, n).
+
+    Raises:
+        ValueError: as in :class:`ExponentialMatrix`.
+
+    Reference:
+        Cressie, Statistics for Spatial Data (1993), section 2.3.1.
+
+    >>> SphericalMatrix(torch.tensor([[0.0, 0.5], [0.5, 0.0]]))(torch.zeros(2))
+    tensor([[1.0000, 0.3125],
+            [0.3125, 1.0000]])
+    """
+
+    def _correlation(self, r: Tensor) -> Tensor:
+        inner = r.clamp(max=1)
+        return 1 - 1.5 * inner + 0.5 * inner**3
+
+    def _fall(self, r: Tensor) -> Tensor:
+        inner = r.clamp(max=1)
+        return 1.5 * (inner - inner**3)
+
+    def start_reach(self, reach: float) -> bool:
+        # The correlation ends at the range: begin with one that most pairs are within.
+        return super().start_reach(3 * reach)
 
 
 class KnownMatrix(Matrix):

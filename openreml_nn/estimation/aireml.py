@@ -386,7 +386,11 @@ class _Stepper:
         )
 
     def _has_scores(self) -> bool:
-        """Whether the next step can start from here: digits are left for the derivatives."""
+        """Whether the next step can start from here: digits are left for the derivatives, and
+        no parameter is infinite, as a length of which the data know only that it is long."""
+        natural = (e.trans(e.tensor.detach()) for e in self._curvature.at.entries)
+        if not all(bool(torch.isfinite(value).all()) for value in natural):
+            return False
         try:
             for o in self._objectives:
                 if not o.moves:

@@ -27,14 +27,14 @@ from openreml_nn.support.checks import (
     check_instance,
     check_mapping,
 )
-from openreml_nn.support.errors import InputError
+from openreml_nn.support.errors import InputError, NumericalError
 from openreml_nn.terms.design import Design, IndexedDesign
 from openreml_nn.terms.term import Term, has_own_columns, residual_terms
 
 __all__ = ["checked", "fit_reml", "iterate", "moment_start", "start_by_moments"]
 
 #: An exact evaluation is put off when it takes this many times the work of an approximate one.
-_WORTH = 15.0
+_WORTH = 10.0
 _ROUGH_STEPS = 30
 
 
@@ -232,5 +232,5 @@ def checked(result: Result) -> Result:
             stacklevel=3,
         )
     if not isfinite(result.log_likelihood):
-        raise ValueError("the log-likelihood is not finite")
+        raise NumericalError("the log-likelihood is not finite: rescale the response")
     return result

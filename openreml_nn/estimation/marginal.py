@@ -18,7 +18,7 @@ from torch import Tensor
 
 from openreml_nn.covariance import Matrix
 from openreml_nn.estimation.coordinates import Coordinates
-from openreml_nn.estimation.marginal_outcome import marginal_outcome
+from openreml_nn.estimation.marginal_result import marginal_outcome
 from openreml_nn.likelihood import LaplaceLoss
 from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.laplace import LaplaceEvaluation

@@ -83,7 +83,9 @@ class _Builder:
         problem, evaluation = self._objective.problem, self._evaluation
         fixed = self._fixed(names)
         dtype = problem.fixed.y.dtype
-        random = evaluation.random_effects()
+        names_of_effects = {term.name for term in self._random_terms}
+        every = evaluation.random_effects()
+        random = [self._by_level(e) for e in every if e.name in names_of_effects]
         fitted = residuals = fixed.estimate.new_empty(0)
         if y is not None and X is not None:
             fitted = X.detach().to(dtype)[:, list(fixed.columns)] @ fixed.estimate
@@ -137,10 +139,31 @@ class _Builder:
         names = tuple(names or [f"X{j}" for j in range(X.shape[1])])
         return Source(objective.covariance, y, X, objective.rows, names, self._labels)
 
+    @cached_property
+    def _residual(self) -> list[int]:
+        """Positions of the residuals' terms: those that are labelled so, else those of that form."""
+        labelled = [
+            i
+            for i, term in enumerate(self._terms)
+            if term.name in self._labels and self._labels[term.name].group == "Residual"
+        ]
+        return labelled or residual_terms(self._terms)
+
+    def _by_level(self, found: RandomEffects) -> RandomEffects:
+        """BLUPs level by level, as they are labelled, also where all levels are one block."""
+        label = self._labels.get(found.name)
+        if label is None or len(label.effects) == found.values.shape[1]:
+            return found
+        k, (q, m) = len(label.effects), found.values.shape
+        if len(label.levels) * k != q * m or m % k:
+            return found
+        blocks = found.variances.unflatten(2, (-1, k)).unflatten(1, (-1, k))  # (q, m / k, k, ...)
+        own = blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1).flatten(0, 1)
+        return RandomEffects(found.name, found.values.reshape(-1, k), own)
+
     @property
     def _random_terms(self) -> list[Term]:
-        residual = residual_terms(self._terms)
-        return [term for i, term in enumerate(self._terms) if i not in residual]
+        return [term for i, term in enumerate(self._terms) if i not in self._residual]
 
     def _fixed(self, names: Sequence[str] | None) -> FixedEffects:
         found = self._evaluation.fixed
@@ -264,8 +287,13 @@ class _Builder:
         matrix = term.covariance.shown()
         if term.name in self._bases:
             return self._bases[term.name] @ matrix @ self._bases[term.name].mT
-        if term.name in self._labels and matrix.dim() == 2:
-            k = len(self._labels[term.name].effects)
+        k = len(self._labels[term.name].effects) if term.name in self._labels else 0
+        if k == 1 and matrix.dim() == 1:  # a variance for each row
+            return matrix.mean().reshape(1, 1)
+        if k and matrix.dim() == 2:
+            if len(matrix) < k:  # all effects have one variance
+                eye = torch.eye(k // len(matrix), dtype=matrix.dtype, device=matrix.device)
+                return torch.kron(eye, matrix)
             if len(matrix) > k:
                 blocks = matrix.unflatten(1, (-1, k)).unflatten(0, (-1, k))
                 return blocks.diagonal(dim1=0, dim2=2).mean(-1)
@@ -274,7 +302,7 @@ class _Builder:
     def _label(self, term: Term) -> Label:
         if term.name in self._labels:
             return self._labels[term.name]
-        if any(term is self._terms[i] for i in residual_terms(self._terms)):
+        if any(term is self._terms[i] for i in self._residual):
             size = len(term.covariance.matrix)
             return Label("Residual", [str(i) for i in range(size)] if size > 1 else ("",), ())
         k = term.covariance.shown().shape[0]
@@ -300,8 +328,8 @@ class _Builder:
         """Terms of which some combination of effects is negligible beside the residual, by name,
         each with which of its effects (k,) are themselves."""
         residual = 0.0
-        for i in residual_terms(self._terms):
-            matrix = self._terms[i].covariance.matrix
+        for i in self._residual:
+            matrix = self._terms[i].covariance.shown()
             residual += float((matrix if matrix.dim() == 1 else matrix.diagonal()).mean())
         found: dict[str, Tensor] = {}
         if not residual:

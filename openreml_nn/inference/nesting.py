@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from openreml_nn.table.formula import Part
+from openreml_nn.table.algebra import Part
 from openreml_nn.table.syntax import names_in
 
 __all__ = ["marginal", "nesting_of"]

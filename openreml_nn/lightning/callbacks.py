@@ -177,17 +177,20 @@ class StopWhenConverged(Callback):
     AI-REML knows it and stops by its own tolerance.
 
     Args:
-        tolerance: score norm that counts as converged.
-        every_n_epochs: how often it is looked at. A look costs about as much
-            as an AI-REML step.
+        tolerance: score norm that counts as converged, 1e-4 by default.
+        every_n_epochs: how often it is looked at, each epoch by default. A look costs about as
+            much as an AI-REML step.
 
     Raises:
-        TypeError, ValueError: if one of them is no number, or not positive.
+        TypeError, InputError: if one of them is no number, or not positive; in training, if it
+            is given for AI-REML, or a network is trained.
     """
 
-    def __init__(self, tolerance: float = 1e-4, every_n_epochs: int = 1) -> None:
-        check_number("tolerance", tolerance, above=0)
-        check_count("every_n_epochs", every_n_epochs, 1)
+    def __init__(self, tolerance: float | None = None, every_n_epochs: int | None = None) -> None:
+        if tolerance is not None:
+            check_number("tolerance", tolerance, above=0)
+        if every_n_epochs is not None:
+            check_count("every_n_epochs", every_n_epochs, 1)
         self.tolerance = tolerance
         self.every_n_epochs = every_n_epochs
 
@@ -200,12 +203,21 @@ class StopWhenConverged(Callback):
                 "EarlyStopping(monitor='val_negative_log_density')"
             )
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse for AI-REML what it does not ask for."""
+        given = {"tolerance": self.tolerance, "every_n_epochs": self.every_n_epochs}
+        if isinstance(trainer.optimizers[0], AIREML) and any(v is not None for v in given.values()):
+            raise InputError(
+                f"StopWhenConverged({', '.join(f'{k}={v}' for k, v in given.items() if v)}) has no "
+                "effect on AI-REML: expected AIREML(tolerance=…), optimizer.tolerance in the program"
+            )
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop if there is no step to take."""
         assert isinstance(pl_module, MixedModule)
         done = pl_module.history[-1].step == 0  # no step was needed, or none was found
         if isnan(pl_module.history[-1].step) and not (
-            (trainer.current_epoch + 1) % self.every_n_epochs
+            (trainer.current_epoch + 1) % (self.every_n_epochs or 1)
         ):
-            done = pl_module.score_norm() < self.tolerance
+            done = pl_module.score_norm() < (self.tolerance or 1e-4)
         trainer.should_stop = trainer.should_stop or done

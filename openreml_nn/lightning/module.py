@@ -3,49 +3,45 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import NoneType
 from typing import Any
 
-import pandas as pd
 import torch
-from lightning import LightningModule
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torch.utils.data.distributed import DistributedSampler
 
-from openreml_nn.estimation.aireml import AIREML, Curvature
-from openreml_nn.estimation.fit import iterate
-from openreml_nn.lightning.data import attached
+from openreml_nn.lightning.data import MixedModelDataModule, attached
+from openreml_nn.lightning.estimates import Estimates
+from openreml_nn.lightning.evaluation import Evaluated
 from openreml_nn.lightning.held import Held
-from openreml_nn.lightning.reading import mark, of_networks, read, state
+from openreml_nn.lightning.optimizers import (
+    MakeOptimizer,
+    MakeScheduler,
+    is_aireml,
+    optimizers_of,
+    refuse_gradient_options,
+    scheduled,
+)
+from openreml_nn.lightning.reading import of_networks
 from openreml_nn.lightning.rows import as_batch, blamed
-from openreml_nn.lightning.sharing import check_same, total
-from openreml_nn.lightning.sums import LevelSums, Summed
-from openreml_nn.lightning.table import Network, TableModel
+from openreml_nn.lightning.sharing import check_same, total, warn_of_repeats
+from openreml_nn.lightning.sums import Summed
+from openreml_nn.lightning.table import Network, TableModel, is_plain
 from openreml_nn.lightning.ways import Way, way_of
-from openreml_nn.metrics import gaussian_negative_log_density, interval_coverage
-from openreml_nn.model import MixedModel, Prediction
+from openreml_nn.model import MixedModel
+from openreml_nn.model.batch import Batch
 from openreml_nn.result import Record, Result
-from openreml_nn.result.prediction import predict_table
 from openreml_nn.support.checks import check_count, check_instance, check_maker
 from openreml_nn.support.errors import InputError
-from openreml_nn.support.instantiate import build
-from openreml_nn.table import Encoder
 
 __all__ = ["MixedModule"]
-
-MakeOptimizer = Mapping[str, Any] | Callable[[Iterable[Tensor]], Optimizer]
-MakeScheduler = Mapping[str, Any] | Callable[[Optimizer], Any]
 
 #: AI-REML steps that bring the covariance to its optimum at the end of a fit.
 _LAST_STEPS = 50
 
 
-class MixedModule(LightningModule):
+class MixedModule(Evaluated):
     r"""Trains a mixed model: any optimizer for the network, AI-REML for the covariance.
 
     ``trainer.fit(module, train_loader, val_loader)`` takes any loader of mini-batches: dicts with
@@ -102,7 +98,6 @@ class MixedModule(LightningModule):
     Attributes:
         model: the :class:`MixedModel`.
         result: the :class:`Result`, after a fit.
-        history: a :class:`Record` for each step of the covariance.
 
     Raises:
         InputError: if an option is unknown or does not fit the others; when fitting, if a batch
@@ -114,8 +109,6 @@ class MixedModule(LightningModule):
         Trainer(max_epochs=20).fit(module, DataLoader(TensorDataset(x, y, user), 256, shuffle=True))
         module.model.predict({"x": x, "groups": {"user": user}})
     """
-
-    model: MixedModel
 
     def __init__(
         self,
@@ -142,21 +135,18 @@ class MixedModule(LightningModule):
                 check_maker(name, make)
         check_instance("training", training, (str, Way, NoneType), "a word, or None")
         self.rows, self.seed = check_count("rows", rows, 1), check_count("seed", seed)
-        given: dict[str, Any] = {
+        given = {
             "optimizer": optimizer,
             "training": training,
+            "rows": rows,
             "scheduler": scheduler,
+            "seed": seed,
         }
-        given |= {"rows": rows, "seed": seed}
         of_table: dict[str, Any] = {
-            "network": network,
-            "head": head,
-            "residual": residual,
-            "weights": weights,
-        }
-        of_table |= {"kernels": kernels, "categorical": list(categorical), "method": method}
-        of_table |= {"solver": solver}
-        self.table: TableModel | None = None
+            "network": network, "head": head, "residual": residual, "weights": weights, "kernels": kernels,
+            "categorical": list(categorical), "method": method, "solver": solver,
+        }  # fmt: skip
+        self.table = None
         if isinstance(model, str):
             self.table = TableModel(model, **of_table)
             given |= {"model": model, **of_table}
@@ -167,14 +157,14 @@ class MixedModule(LightningModule):
                     raise InputError(f"`{name}` is for a formula: the model has its own")
             model_head = model.head
         # What a checkpoint can hold, so that it can be loaded with weights_only.
-        self.save_hyperparameters({k: v for k, v in given.items() if _is_plain(v)})
+        self.save_hyperparameters({k: v for k, v in given.items() if is_plain(v)})
         self.way = way_of(training, model_head, self.rows)
         self.result: Result | None = None
-        self.history: list[Record] = []
         self._make_optimizer, self._make_scheduler = optimizer, scheduler
         self._random_numbers: dict[str, Tensor] = {}
         self._resumed_state: dict[str, Tensor] | None = None
-        self._forget()
+        self._met: tuple[Batch, Tensor] | None = None
+        self._estimates: Estimates | None = None
         if isinstance(model, MixedModel):
             self._adopt(model)
 
@@ -201,14 +191,6 @@ class MixedModule(LightningModule):
         found.result = result
         return found
 
-    def _forget(self) -> None:
-        """The state of a fit before its first step."""
-        self._sums: LevelSums | Held | None = None
-        self._met: tuple[Mapping[str, Any], Tensor] | None = None
-        self._gathered: tuple[Tensor, Summed | Held] | None = None
-        self._settled: tuple[Tensor, dict[str, Tensor]] | None = None
-        self._training_state: dict[str, Tensor] | None = None
-
     def _adopt(self, model: MixedModel) -> None:
         """Take the model in, once it fits the way of training."""
         self.way.check(model)
@@ -223,18 +205,6 @@ class MixedModule(LightningModule):
         self._ddp_params_and_buffers_to_ignore = [
             f"model.{name}" for name in names if not name.startswith(networks)
         ]
-
-    @property
-    def encoder(self) -> Encoder:
-        """What the formula makes of a table."""
-        if self.table is None:
-            raise AttributeError("a module of a model has no encoder")
-        return self.table.encoder
-
-    @property
-    def places(self) -> Tensor | None:
-        """Where the training rows of a table are (n, k), with a kernel; None without one."""
-        return None if self.table is None else self.table.places
 
     @property
     def lr(self) -> float:
@@ -256,63 +226,31 @@ class MixedModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Build the model of a formula from the data module's table."""
         if stage == "fit":
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             if self.table is not None:
                 data = attached(self, self.table.encoder)
-                data.divide(None if self.way.needs_all_rows else self.way.division, self.seed)
                 if not hasattr(self, "model"):
                     self._adopt(self.table.built(data))
+            if isinstance(data, MixedModelDataModule):
+                data.divide(None if self.way.needs_all_rows else self.way.division, self.seed)
             # Without a network AI-REML takes its steps when a batch has been met.
-            self.automatic_optimization = self.has_network or not self._is_by_aireml()
-
-    def _is_by_aireml(self) -> bool:
-        make = self._make_optimizer
-        if isinstance(make, Mapping):
-            return str(make.get("_target_")).endswith("AIREML")
-        return make is None or make is AIREML
+            self.automatic_optimization = self.has_network or not is_aireml(self._make_optimizer)
 
     def configure_optimizers(self) -> Any:
         """The optimizer of the network, or without one that of the covariance."""
-        covariance = [p for p in self.model.covariance_parameters() if p.requires_grad]
-        network = [p for p in self.model.network_parameters() if p.requires_grad]
-        self._aireml = AIREML(covariance) if covariance else None
-        if not (network or covariance):
+        made, self._aireml = optimizers_of(self.model, self._make_optimizer)
+        if made is None:
             return []
-        make: Any = self._make_optimizer or (torch.optim.Adam if network else AIREML)
-        made = _made(make, "optimizer", Optimizer, network or covariance)
-        if isinstance(made, AIREML):
-            if network:
-                raise InputError(
-                    "`optimizer` is AIREML, which is for the covariance, where it is the default: "
-                    "the network needs another, such as torch.optim.Adam"
-                )
-            self._aireml = made
-            # LearningRateMonitor asks every optimizer for it: that of a full step.
-            made.param_groups[0].setdefault("lr", 1.0)
-        elif not network:
-            self._aireml = None
-        if self._make_scheduler is None:
-            return [made]
-        if isinstance(made, AIREML):
-            raise InputError("`scheduler` has no effect on AIREML, which has no learning rate")
-        scheduler = _made(self._make_scheduler, "scheduler", LRScheduler, made)
-        config = {"scheduler": scheduler}
-        if isinstance(scheduler, ReduceLROnPlateau):
-            config["monitor"] = "train_loss"
-        return {"optimizer": made, "lr_scheduler": config}
+        return [made] if self._make_scheduler is None else scheduled(made, self._make_scheduler)
 
     def on_fit_start(self) -> None:
         """Begin anew, or where a resumed run was."""
-        self._forget()
-        self._checked = False
         trainer = self.trainer
+        self._estimates = None
         if not self.automatic_optimization:
-            for name in ("gradient_clip_val", "accumulate_grad_batches"):
-                if getattr(trainer, name) not in (None, 0, 1):
-                    raise InputError(
-                        f"Trainer({name}=…) has no effect: no network is trained by gradients"
-                    )
+            refuse_gradient_options(trainer)
         if trainer.ckpt_path is None:
-            self.history, self._random_numbers, self._resumed_state = [], {}, None
+            self._random_numbers, self._resumed_state = {}, None
         if "cpu" in self._random_numbers:
             torch.set_rng_state(self._random_numbers["cpu"].cpu())
         if "cuda" in self._random_numbers and self.device.type == "cuda":
@@ -320,29 +258,19 @@ class MixedModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Say how many rows a sampler repeats, and take up the state of a resumed run."""
-        loader: Any = self.trainer.train_dataloader
-        sampler = getattr(loader, "sampler", None)
-        if isinstance(sampler, DistributedSampler) and loader.batch_size is not None:
-            n, size = len(sampler.dataset), sampler.total_size  # type: ignore[arg-type]
-            if size > n and self.trainer.is_global_zero:
-                warnings.warn(
-                    f"the sampler repeats {size - n} of {n} training rows, so that all processes "
-                    "have as many: these count twice",
-                    RuntimeWarning,
-                    stacklevel=1,
-                )
+        warn_of_repeats(self.trainer)
+        self._met, self._checked = None, False
+        self._estimates = Estimates(self.trainer, self.model, self.way, self.has_network)
+        self._known.aireml = self._aireml
         if self._resumed_state is not None:
-            self._load(self._resumed_state)
+            self._known.load(self._resumed_state)
             self._resumed_state = None
 
     # ------------------------------------------------------------------ training
 
     def on_train_epoch_start(self) -> None:
         """Forget the rows of the epoch before."""
-        if self._training_state is not None:  # the fit was thought to be over
-            self._load(self._training_state)
-            self._training_state = None
-        self._sums = self.way.rows(self.model)
+        self._known.begin_epoch()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """The loss of a batch by the way of training."""
@@ -361,8 +289,7 @@ class MixedModule(LightningModule):
             return loss
         self._keep(batch_idx)
         if self.trainer.is_last_batch:
-            assert self._sums is not None
-            self._step(self._sums.gathered())
+            self._known.step(self.optimizers() if self._aireml is not None else None)
         return None
 
     def on_after_backward(self) -> None:
@@ -375,40 +302,21 @@ class MixedModule(LightningModule):
         """Add the batch to the sums of the epoch."""
         self._keep(batch_idx)
         if self.automatic_optimization and not self.has_network and self.trainer.is_last_batch:
-            assert self._sums is not None
-            self._step(self._sums.gathered())
+            self._known.step()
 
     def _keep(self, batch_idx: int) -> None:
         if self._met is None:
             return
-        assert self._sums is not None
+        assert self._known.rows is not None
         with blamed("training", batch_idx):
-            self._sums.add(*self._met)
+            self._known.rows.add(*self._met)
         self._met = None
-
-    def _step(self, gathered: Summed | Held) -> None:
-        """Move the covariance, and the BLUPs where training needs them."""
-        self._gathered = mark(self.model), gathered
-        objective = gathered.objective
-        if self._aireml is not None:
-            optimizer: Any = self._aireml if self.has_network else self.optimizers()
-            optimizer.step(lambda: objective)
-            last = self._aireml.last
-            assert last is not None
-            self.history.append(Record.of(objective.covariance, *last[:3]))
-        else:
-            value = float(objective.evaluate().log_likelihood)
-            self.history.append(Record.of(objective.covariance, value))
-        if self.way.needs_blups:
-            gathered.update()
 
     def on_train_epoch_end(self) -> None:
         """Move the covariance by the sums of the epoch; in the last one end the fit, so that its
         checkpoint is that of the end."""
-        assert self._sums is not None
         if self.has_network:
-            self._step(self._sums.gathered())
-            self._gathered = None  # of the parameters as each batch met them
+            self._known.step()
         record = self.history[-1]
         shown = {"log_likelihood": record.log_likelihood, **record.parameters}
         self.log_dict(shown, sync_dist=True)
@@ -418,33 +326,17 @@ class MixedModule(LightningModule):
         )
         by_steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
         if by_epochs or by_steps or trainer.should_stop:
-            self._finish()
+            self._known.finish(_LAST_STEPS, self._conclude)
 
     def on_train_end(self) -> None:
         """Bring the covariance to its optimum for the final mean, and store BLUPs and result."""
-        if self._sums is not None:
-            self._finish()
+        self._known.finish(_LAST_STEPS, self._conclude)
 
     def on_fit_end(self) -> None:
         """The result of a run that had ended before it was resumed."""
-        if self._sums is None and self.trainer.ckpt_path is not None:
-            gathered = self._present(mark(self.model))
-            gathered.update()
-            self._conclude(gathered)
-
-    def _finish(self) -> None:
-        at = mark(self.model)
-        if self._training_state is not None:
-            if self._settled is not None and torch.equal(self._settled[0], at):
-                return
-            self._load(self._training_state)
-        self._training_state = state(self.model)
-        gathered = self._present(at)
-        if self._aireml is not None and self.has_network:
-            self.history += iterate(gathered.objective, _LAST_STEPS)
-        gathered.update()
-        self._settled = at, state(self.model)
-        self._conclude(gathered)
+        if self._estimates is None and self.trainer.ckpt_path is not None:
+            self._estimates = Estimates(self.trainer, self.model, self.way, self.has_network)
+            self._known.finish(0, self._conclude)
 
     def _conclude(self, gathered: Summed | Held) -> None:
         found = gathered.result(self.history, self.table)
@@ -452,116 +344,35 @@ class MixedModule(LightningModule):
         found = replace(found, optimizer=name, model=copy.deepcopy(self.model))
         self.result = found if self.table is None else self.table.completed(found)
 
-    # ------------------------------------------------------------------ the present parameters
+    @property
+    def _known(self) -> Estimates:
+        assert self._estimates is not None
+        return self._estimates
 
-    def _present(self, at: Tensor) -> Summed | Held:
-        """What is kept of all rows at the present parameters, by a pass without gradients unless
-        it is known."""
-        if self._gathered is None or not torch.equal(self._gathered[0], at):
-            self._gathered = (
-                at,
-                read(self.trainer, self.model, self.way.rows(self.model), self.way.output),
-            )
-        return self._gathered[1]
-
-    def _settled_state(self) -> dict[str, Tensor]:
-        """Covariance and BLUPs of all rows at the present parameters of the network."""
-        at = mark(self.model)
-        if self._settled is not None and torch.equal(self._settled[0], at):
-            return self._settled[1]
-        before = state(self.model)
-        try:
-            # What follows must not be tensors of inference mode, in which validation may run.
-            with torch.inference_mode(False), torch.enable_grad():
-                gathered = self._present(at)
-                if self._aireml is not None and self.has_network:
-                    self._aireml.step(lambda: gathered.objective)
-                gathered.update()
-                self._settled = at, state(self.model)
-        finally:
-            self._load(before)
-        return self._settled[1]
-
-    def _load(self, state: Mapping[str, Tensor]) -> None:
-        with torch.inference_mode(False):
-            self.model.load_state_dict(dict(state), strict=False)
+    @property
+    def history(self) -> list[Record]:
+        """A :class:`Record` for each step of the covariance in the last fit."""
+        return [] if self._estimates is None else self._estimates.history
 
     def score_norm(self) -> float:
         """Distance of the covariance to its optimum in standard errors of the parameters."""
-        if self._gathered is None:
-            return float("inf")
-        with torch.no_grad():
-            curvature = Curvature([self._gathered[1].objective])
-        return float("inf") if curvature.stuck else curvature.norm
+        return self._known.score_norm()
 
     # ------------------------------------------------------------------ evaluation
 
     def on_validation_start(self) -> None:
         """During a fit: validate what the rows say at the present parameters."""
-        trainer = self.trainer
-        if trainer.state.fn != "fit" or trainer.sanity_checking or self._sums is None:
-            return
-        settled = self._settled_state()
-        if self._training_state is None:
-            self._training_state = state(self.model)
-        self._load(settled)
+        if self._is_within_fit() and not self.trainer.sanity_checking:
+            self._known.show()
 
     def on_validation_end(self) -> None:
         """Go on as without the validation."""
-        if self.trainer.state.fn == "fit" and self._training_state is not None:
-            self._load(self._training_state)
-            self._training_state = None
+        if self._is_within_fit():
+            self._known.resume()
 
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Mean squared error, negative log density and coverage of 95% intervals."""
-        self._evaluate(batch, batch_idx, "validation")
-
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """The same of test rows."""
-        self._evaluate(batch, batch_idx, "test")
-
-    def _evaluate(self, batch: Any, batch_idx: int, stage: str) -> None:
-        with blamed(stage, batch_idx):
-            batch = as_batch(batch, list(self.model.effects()))
-            if self.trainer.sanity_checking:
-                self.model(batch)  # there are no coefficients and BLUPs yet
-                return
-            found = self.model.predict(batch)
-            y = batch["y"].to(found.mean)
-            if y.shape != found.mean.shape:
-                raise InputError(f"`y` has shape {tuple(y.shape)}: expected ({len(found.mean)},)")
-        # A row without a response, or of which the fit cannot tell, has a prediction at most.
-        there = torch.isfinite(y) & torch.isfinite(found.mean)
-        if not bool(there.any()):
-            return
-        mean, variance, y = found.mean[there], found.variance[there], y[there]
-        values = {
-            "mse": ((mean - y) ** 2).mean(),
-            "negative_log_density": gaussian_negative_log_density(mean, variance, y),
-            "coverage": interval_coverage(mean, variance, y),
-        }
-        prefix = "val" if stage == "validation" else "test"
-        named = {f"{prefix}_{key}": value for key, value in values.items()}
-        self.log_dict(named, batch_size=len(y), sync_dist=True)
-
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Prediction:
-        """Predictions of a batch."""
-        with blamed("prediction", batch_idx):
-            return self.model.predict(as_batch(batch, list(self.model.effects()), False))
-
-    def predict(self, table: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
-        """Predictions for the rows of a table, as :meth:`Result.predict` makes them, at the
-        present parameters.
-
-        Raises:
-            InputError: if a column is missing, a level of a fixed factor is unknown, or the
-                module, which must be of a formula, was neither fitted nor loaded.
-        """
-        if self.table is None:
-            raise InputError("the module has no formula: predict batches by module.model.predict")
-        if not hasattr(self, "model"):
-            raise InputError("the module has no estimates: fit it or load a checkpoint")
-        return predict_table(self.table.encoder, self.model, table, level)
+    def _is_within_fit(self) -> bool:
+        fitting = self.trainer.state.fn == "fit"
+        return fitting and self._estimates is not None and self._estimates.rows is not None
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -569,10 +380,10 @@ class MixedModule(LightningModule):
         """Save what the rows say at the present parameters, and where training stands."""
         if not hasattr(self, "model"):
             return
-        if self._sums is not None:
-            settled = self._settled_state()
+        if self._estimates is not None and self._estimates.rows is not None:
+            settled = self._estimates.settled()
             checkpoint["state_dict"] |= {f"model.{k}": v for k, v in settled.items()}
-            checkpoint["training_state"] = self._training_state or state(self.model)
+            checkpoint["training_state"] = self._estimates.training()
         checkpoint["random_numbers"] = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             checkpoint["random_numbers"]["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -585,18 +396,3 @@ class MixedModule(LightningModule):
         self._resumed_state = checkpoint.get("training_state")
         if self.table is not None and not hasattr(self, "model"):
             self._adopt(self.table.from_dict(checkpoint["table"]))
-
-
-def _made(make: Any, what: str, wants: type, *args: Any) -> Any:
-    if isinstance(make, Mapping):
-        return build(dict(make), what, wants, *args)
-    return make(*args)
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value is made of Python's own numbers, strings and containers."""
-    if isinstance(value, Mapping):
-        return all(_is_plain(v) for v in value.values())
-    if isinstance(value, list | tuple):
-        return all(_is_plain(v) for v in value)
-    return value is None or isinstance(value, str | int | float)

@@ -9,17 +9,29 @@ the rows of all.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning import Trainer
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, distributed
 from torch.utils._pytree import tree_flatten
+from torch.utils.data.distributed import DistributedSampler
 
 from openreml_nn.support.errors import InputError
 
-__all__ = ["all_batches", "check_same", "gather", "gather_parts", "processes", "share", "total"]
+__all__ = [
+    "all_batches",
+    "check_same",
+    "gather",
+    "gather_parts",
+    "processes",
+    "share",
+    "total",
+    "warn_of_repeats",
+]
 
 
 def _rank() -> tuple[int, int]:
@@ -108,6 +120,22 @@ def check_same(batch: Mapping[str, Any]) -> None:
                 "this way of training needs the same rows in the same order on each; was the "
                 "table shuffled or split without a seed?"
             )
+
+
+def warn_of_repeats(trainer: Trainer) -> None:
+    """Say how many rows a sampler repeats so that all processes have as many."""
+    loader: Any = trainer.train_dataloader
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, DistributedSampler) or loader.batch_size is None:
+        return
+    n, size = len(sampler.dataset), sampler.total_size  # type: ignore[arg-type]
+    if size > n and trainer.is_global_zero:
+        warnings.warn(
+            f"the sampler repeats {size - n} of {n} training rows, so that all processes have as "
+            "many: these count twice",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _checksum(value: Any) -> str:

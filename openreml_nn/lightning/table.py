@@ -18,8 +18,9 @@ from openreml_nn.estimation.fit import moment_start
 from openreml_nn.lightning.data import MixedModelDataModule
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.likelihood.solvers.dense import check_method
-from openreml_nn.model import HEADS, MixedModel, RandomEffect
-from openreml_nn.model.structures import effect_covariance, labels_of, residual_matrix
+from openreml_nn.model import HEADS, MixedModel, RandomEffect, ResidualStructure
+from openreml_nn.model.structured_residual import start_residual
+from openreml_nn.model.structures import effect_covariance, labels_of, residual_of
 from openreml_nn.result import Label, Result
 from openreml_nn.support.checks import (
     check_choice,
@@ -33,7 +34,7 @@ from openreml_nn.support.errors import InputError
 from openreml_nn.support.instantiate import build
 from openreml_nn.table import Encoded, Encoder, Learned, RandomDesign
 
-__all__ = ["Network", "TableModel"]
+__all__ = ["Network", "TableModel", "is_plain"]
 
 Network = Mapping[str, Any] | nn.Module
 
@@ -144,7 +145,7 @@ class TableModel:
             solver=self._solver,
         )
         for what, network in (("network", model.mean), ("residual", model.residual)):
-            if not isinstance(network, Matrix):
+            if not isinstance(network, Matrix | ResidualStructure):
                 _try(network, encoded.X[:2], what)
         return model
 
@@ -161,9 +162,9 @@ class TableModel:
         if isinstance(given, Matrix):
             return copy.deepcopy(given)
         if given is None or isinstance(given, str):
-            matrix = residual_matrix(encoded).double()
-            matrix.moment_start(X.new_full((len(matrix()),), variance))
-            return matrix
+            residual = residual_of(encoded).double()
+            start_residual(residual, variance)
+            return residual
         layers = nn.Sequential(_network(given, "residual"), nn.LazyLinear(1))
         return _Standardised(layers, X, log(variance))
 
@@ -220,10 +221,20 @@ class TableModel:
             "encoder": self.encoder.learned.to_dict(),
             "columns": self._columns,
             "coordinates": self._coordinates,
+            "has_network": self._network is not None,
         }
 
     def from_dict(self, kept: Mapping[str, Any]) -> MixedModel:
-        """A model of a checkpoint's shapes."""
+        """A model of a checkpoint's shapes.
+
+        Raises:
+            InputError: if the checkpoint is of a network that it does not hold.
+        """
+        if kept["has_network"] and self._network is None:
+            raise InputError(
+                "the checkpoint is of a network that was given as a module, which it does not hold: "
+                "pass `network` and, where it was one too, `residual` to load_from_checkpoint()"
+            )
         self.encoder.learned = Learned.from_dict(kept["encoder"])
         self._coordinates = kept["coordinates"]
         return self._made(self.encoder.skeleton(2, kept["columns"]))
@@ -288,3 +299,12 @@ class _WithConstant(nn.Module):
 def _distances(place: Tensor) -> Tensor:
     # The faster way, by a matrix product, puts rounding on the diagonal.
     return torch.cdist(place, place, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is made of Python's own numbers, strings and containers."""
+    if isinstance(value, Mapping):
+        return all(is_plain(v) for v in value.values())
+    if isinstance(value, list | tuple):
+        return all(is_plain(v) for v in value)
+    return value is None or isinstance(value, str | int | float)

@@ -13,7 +13,7 @@ from openreml_nn.covariance import Matrix
 from openreml_nn.families.family import Family
 from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.fixed import traced
-from openreml_nn.likelihood.laplace_layout import Layout
+from openreml_nn.likelihood.laplace_layout import Stacked
 from openreml_nn.likelihood.laplace_mode import Mode, Rows, find_mode, recorded
 from openreml_nn.likelihood.laplace_quadrature import by_quadrature, check_quadrature
 from openreml_nn.likelihood.laplace_system import effects_of
@@ -190,7 +190,7 @@ class LaplaceLoss(nn.Module):
         rows, p = self._size or (self.covariance.shape[0], 0)
         with torch.no_grad():
             terms = [term.detach() for term in self.covariance.terms()]
-            layout = Layout(terms, getattr(self.solver, "pair_cost", None))
+            layout = Stacked(terms, getattr(self.solver, "pair_cost", None))
         work, entries = layout.placement.cost(p)
         work += 4.0 * rows * (layout.k + len(layout.designs)) ** 2
         steps = [f"{layout.levels} blocks of {layout.k} x {layout.k}"] if layout.levels else []
@@ -241,7 +241,7 @@ class LaplaceLoss(nn.Module):
         data = Rows(self.family, y.detach().to(dtype), eta.to(dtype), X.to(dtype))
         return Task(data, terms)
 
-    def _layout(self, task: Task) -> Layout:
+    def _layout(self, task: Task) -> Stacked:
         """Where the effects stand; the last is taken again for the same designs."""
         forms = [term.form for term in task.terms]
         constants = [tensor for term in task.terms for tensor in term.constants]
@@ -249,7 +249,7 @@ class LaplaceLoss(nn.Module):
         if kept is None or not kept.is_of(forms, constants):
             with torch.inference_mode(False), torch.no_grad():
                 held = [term.private().detach() for term in task.terms]
-                layout = Layout(held, getattr(self.solver, "pair_cost", None))
+                layout = Stacked(held, getattr(self.solver, "pair_cost", None))
                 if self.quadrature > 1:
                     check_quadrature(layout, self.quadrature)
                 copies = [tensor for term in held for tensor in term.constants]

@@ -16,10 +16,10 @@ from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.design import Design, IdentityDesign, IndexedDesign
 from openreml_nn.terms.term import Term
 
-__all__ = ["Layout", "Prior", "times_blocks"]
+__all__ = ["Prior", "Stacked", "times_blocks"]
 
 
-class Layout:
+class Stacked:
     r"""The designs of the random terms and where their effects stand.
 
     A vector of effects is flat: first those of the eliminated factor, level by level, then those of
@@ -138,13 +138,13 @@ class Prior:
         covariances: of the terms, in the layout's order.
     """
 
-    def __init__(self, layout: Layout, covariances: Sequence[Covariance]) -> None:
+    def __init__(self, layout: Stacked, covariances: Sequence[Covariance]) -> None:
         self.layout = layout
         self.first = list(covariances[: layout.split])
         self.rest = list(covariances[layout.split :])
 
     @classmethod
-    def of(cls, layout: Layout, terms: Sequence[Term]) -> Prior:
+    def of(cls, layout: Stacked, terms: Sequence[Term]) -> Prior:
         """That of terms, without their graph."""
         return cls(layout, [terms[i].detach().covariance for i in layout.order])
 

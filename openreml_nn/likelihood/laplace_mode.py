@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.families.family import Family
-from openreml_nn.likelihood.laplace_layout import Layout, Prior
+from openreml_nn.likelihood.laplace_layout import Prior, Stacked
 from openreml_nn.likelihood.laplace_system import Factor, log_det, products_of
 from openreml_nn.likelihood.problem import NotPositiveDefiniteError
 from openreml_nn.support.errors import NumericalError
@@ -72,7 +72,7 @@ class Mode:
     """
 
     rows: Rows
-    layout: Layout
+    layout: Stacked
     prior: Prior
     roots: Prior
     factor: Factor
@@ -172,7 +172,7 @@ class Mode:
 
 def find_mode(
     rows: Rows,
-    layout: Layout,
+    layout: Stacked,
     terms: Sequence[Term],
     start: Tensor | None = None,
     beta: Tensor | None = None,
@@ -202,7 +202,7 @@ def find_mode(
 
 def _newton(
     rows: Rows,
-    layout: Layout,
+    layout: Stacked,
     terms: Sequence[Term],
     start: Tensor,
     beta: Tensor | None,
@@ -258,7 +258,7 @@ def _newton(
     )
 
 
-def _factor(rows: Rows, layout: Layout, roots: Prior, weights: Tensor) -> tuple[Factor, bool]:
+def _factor(rows: Rows, layout: Stacked, roots: Prior, weights: Tensor) -> tuple[Factor, bool]:
     """The system's factor under weights, and whether they are the true ones.
 
     Away from the mode a density need not be concave: then it is without the rows where it is not.
@@ -283,7 +283,7 @@ def _step(factor: Factor, g: Tensor, g_X: Tensor) -> tuple[Tensor, Tensor, float
 
 def _searched(
     rows: Rows,
-    layout: Layout,
+    layout: Stacked,
     roots: Prior,
     at: tuple[Tensor, Tensor, Tensor],
     move: tuple[Tensor, Tensor],
@@ -307,7 +307,7 @@ def _searched(
     )
 
 
-def _linear(rows: Rows, layout: Layout, roots: Prior, u: Tensor, beta: Tensor) -> Tensor:
+def _linear(rows: Rows, layout: Stacked, roots: Prior, u: Tensor, beta: Tensor) -> Tensor:
     """The linear predictor."""
     a = rows.eta + layout.rows(roots.times(u))[:, 0]
     return a + rows.X @ beta if len(beta) else a
@@ -319,7 +319,7 @@ def _density(rows: Rows, a: Tensor) -> Tensor:
 
 
 def _predictor(
-    rows: Rows, layout: Layout, roots: Prior, u: Tensor, beta: Tensor
+    rows: Rows, layout: Stacked, roots: Prior, u: Tensor, beta: Tensor
 ) -> tuple[Tensor, Tensor]:
     a = _linear(rows, layout, roots, u, beta)
     return a, _density(rows, a)

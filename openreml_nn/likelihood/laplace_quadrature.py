@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.linalg import solve_triangular
 from torch.utils.checkpoint import checkpoint
 
-from openreml_nn.likelihood.laplace_layout import Layout, Prior
+from openreml_nn.likelihood.laplace_layout import Prior, Stacked
 from openreml_nn.likelihood.laplace_mode import Mode, Rows
 from openreml_nn.likelihood.laplace_system import products_of
 from openreml_nn.likelihood.problem import cholesky
@@ -40,7 +40,7 @@ __all__ = ["by_quadrature", "check_quadrature"]
 _MOST_EFFECTS = 3
 
 
-def check_quadrature(layout: Layout, points: int) -> None:
+def check_quadrature(layout: Stacked, points: int) -> None:
     """Refuse terms over which there is no quadrature.
 
     Raises:
@@ -135,7 +135,7 @@ def _grid(points: int, k: int, like: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(nodes).to(like), torch.from_numpy(weights).to(like)
 
 
-def _roots(layout: Layout, covariances: Sequence[Covariance], mode: Mode) -> Tensor:
+def _roots(layout: Stacked, covariances: Sequence[Covariance], mode: Mode) -> Tensor:
     r"""Blocks of :math:`\Lambda`, with a graph.
 
     A standard deviation of zero has none: its derivative is that of Laplace's approximation.

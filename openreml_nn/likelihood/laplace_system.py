@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.linalg import solve_triangular
 
 from openreml_nn.likelihood.effects import RandomEffects
-from openreml_nn.likelihood.laplace_layout import Layout, Prior, times_blocks
+from openreml_nn.likelihood.laplace_layout import Prior, Stacked, times_blocks
 from openreml_nn.likelihood.problem import NotPositiveDefiniteError, cholesky
 from openreml_nn.likelihood.system.elimination import inner
 from openreml_nn.likelihood.system.placement import System
@@ -28,7 +28,7 @@ from openreml_nn.terms.term import Term
 __all__ = ["Factor", "effects_of", "log_det", "products_of"]
 
 
-def products_of(layout: Layout, designs: Sequence[Design], weights: Tensor, X: Tensor) -> System:
+def products_of(layout: Stacked, designs: Sequence[Design], weights: Tensor, X: Tensor) -> System:
     r"""The products of :math:`[Z \,|\, X]` with themselves under weights, in their places."""
     scaled = [_scaled(design, weights) for design in designs]
     zz = {}
@@ -217,7 +217,7 @@ def _starts(sizes: Sequence[int]) -> list[int]:
 
 
 def effects_of(
-    terms: Sequence[Term], layout: Layout, b: Tensor, factor: Factor
+    terms: Sequence[Term], layout: Stacked, b: Tensor, factor: Factor
 ) -> list[RandomEffects]:
     """The modes of the effects of each term with their conditional variances, in the terms' order."""
     found = {}

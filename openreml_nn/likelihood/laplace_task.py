@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from openreml_nn.likelihood.laplace_layout import Layout
+from openreml_nn.likelihood.laplace_layout import Stacked
 from openreml_nn.likelihood.laplace_mode import Rows
 from openreml_nn.likelihood.laplace_system import Factor
 from openreml_nn.terms.covariance import RepeatedCovariance
@@ -58,7 +58,7 @@ class Task:
 class Kept:
     """Where the effects of some designs stand, and where their last mode was: a start for the next."""
 
-    def __init__(self, forms: list[Any], constants: list[Tensor | None], layout: Layout) -> None:
+    def __init__(self, forms: list[Any], constants: list[Tensor | None], layout: Stacked) -> None:
         self._forms, self._constants, self.layout = forms, constants, layout
         self.start: Tensor | None = None
         self.beta: Tensor | None = None

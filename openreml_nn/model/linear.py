@@ -6,21 +6,21 @@ import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance import Matrix
+from openreml_nn.covariance import Matrix, Pedigree
 from openreml_nn.estimation import Result, fit_reml
-from openreml_nn.estimation.basis import basis_of
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.model.batch import Batch
 from openreml_nn.model.mixed_model import MixedModel
 from openreml_nn.model.stream import fit_stream
-from openreml_nn.model.structures import labels_of, linear_model
+from openreml_nn.model.structures import bases_of, labels_of, linear_model, relations_of
 from openreml_nn.result.result import Label
 from openreml_nn.support.checks import (
     check_count,
@@ -46,6 +46,8 @@ def lmm(
     weights: str | None = None,
     residual: str | None = None,
     residual_variance: float | None = None,
+    pedigree: pd.DataFrame | Pedigree | str | os.PathLike[str] | None = None,
+    kernels: Mapping[str, Any] | None = None,
     chunk_rows: int | None = None,
     max_iterations: int = 200,
 ) -> Result:
@@ -67,6 +69,9 @@ def lmm(
             stratum, ``"diag(sex)"``; independent rows of one variance by default.
         residual_variance: the residual variance where it is known, that of a row of weight 1: with
             weights :math:`1 / s_i^2` and 1, row i has error variance :math:`s_i^2`.
+        pedigree: for ``ped(animal)`` in the formula: a table animal, sire, dam, or its path.
+        kernels: for ``vm(level, K)`` in the formula: each matrix, with the names of the levels, or
+            its path, by its name; ``vm(level, K, inverse = TRUE)`` takes the inverse.
         chunk_rows: rows of a file that are held at a time, see :func:`fit_stream`; all by default.
         max_iterations: after so many the fit stops, with a warning.
 
@@ -91,6 +96,9 @@ def lmm(
     if chunk_rows is not None:
         if isinstance(table, pd.DataFrame):
             raise InputError("`chunk_rows` is for a file: the table is in memory already")
+        if pedigree is not None or kernels is not None:
+            name = "kernels" if pedigree is None else "pedigree"
+            raise InputError(f"`{name}` is not for chunks: leave out `chunk_rows`")
         return fit_stream(
             formula,
             table,
@@ -105,9 +113,10 @@ def lmm(
         )
     table, source = read_table_of(table)
     known = residual_variance is not None
-    encoder = Encoder(formula, categorical, source, residual, weights, known_residual=known)
+    relations = relations_of(pedigree, kernels)
+    encoder = Encoder(formula, categorical, source, residual, weights, known, relations)
     encoded = encoder.fit(table)
-    bases = {d.name: B for d in encoded.random if (B := basis_of(d.values)) is not None}
+    bases = bases_of(encoded.random)
     model = linear_model(encoded, method, solver, residual_variance, bases)
     labels, batch = labels_of(encoded), encoded.batch()
     result = fit_reml(

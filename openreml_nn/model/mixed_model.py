@@ -584,10 +584,9 @@ class MixedModel(nn.Module):
             output = self(batch)
             n = len(output)
             if self.head == "gls":
-                p = len(self.beta)
-                if not p:
+                if not bool(self.joint.is_known):
                     raise InputError("there are no coefficients yet: call update() with the data")
-                X = output[:, :p].to(self.beta)
+                X = output[:, : len(self.beta)].to(self.beta)
                 population = X @ self.beta
                 if not any(True for _ in self.mean.parameters()):
                     population = torch.where(estimable(X, self.aliases), population, torch.nan)

@@ -22,7 +22,7 @@ from openreml_nn.covariance import (
 from openreml_nn.covariance.params import module_name, user_name
 from openreml_nn.model.batch import Batch, level_codes, level_values, part
 from openreml_nn.result.prediction import lowered, prior_of
-from openreml_nn.support.checks import check_count, check_instance, check_labels
+from openreml_nn.support.checks import check_count, check_instance, check_labels, check_tensor
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import RepeatedCovariance
 
@@ -93,6 +93,8 @@ class RandomEffect(nn.Module):
             q = len(self.names)
         check_instance("covariance", covariance, (Matrix, NoneType), "a Matrix, or None")
         check_instance("features", features, (nn.Module, NoneType), "a module, or None")
+        if basis is not None:
+            check_tensor("basis", basis, (k, k), "floating")
         self.levels = q
         self.effects = k
         self.features = features

@@ -37,6 +37,7 @@ from openreml_nn.support.checks import (
     check_flag,
     check_instance,
     check_names,
+    check_number,
     check_text,
 )
 from openreml_nn.support.errors import InputError
@@ -107,6 +108,8 @@ def fit_stream(
             "cross-products alone; or leave out `chunk_rows`"
         )
     known = residual_variance is not None
+    if known:
+        check_number("residual_variance", residual_variance, above=0)
     found = accumulate(formula, path, chunk_rows, categorical, progress, weights, known)
     return found.fit(method, max_iterations, residual_variance)
 
@@ -199,6 +202,11 @@ def accumulate(
 
 
 def _check_formula(formula: MixedFormula) -> None:
+    for part in formula.random:
+        if part.grouping.relation is not None or part.structure.name != "us":
+            raise InputError(
+                f"formula {formula.text!r}: {part} is not for chunks: leave out `chunk_rows`"
+            )
     if formula.stateful:
         raise InputError(
             f"formula {formula.text!r}: {formula.stateful[0]!r} needs all rows at once: write its "

@@ -11,9 +11,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from openreml_nn.estimation.basis import basis_of
 from openreml_nn.likelihood.fixed import FixedPart, aliased_columns, null_space
 from openreml_nn.likelihood.system.products import Statistics
+from openreml_nn.model.structures import bases_of
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import Encoded, Encoder, RandomDesign
 from openreml_nn.table.encoder import group_key
@@ -80,8 +80,7 @@ class Parts:
         y = encoded.adjusted
         if self.scale is None:
             self.scale = _conditioned(encoded.X, y)
-            found = {d.name: basis_of(d.values) for d in encoded.random}
-            self.bases = {name: B for name, B in found.items() if B is not None}
+            self.bases = bases_of(encoded.random)
         if not own:
             return
         T, offset = self.scale

@@ -203,12 +203,11 @@ class InMemory:
     def run(self) -> Fitted:
         self.trainer.fit(self.module, self.data, ckpt_path=self.resumed, weights_only=True)
         assert self.module.result is not None and self.module.table is not None
-        metrics = self.trainer.callback_metrics
-        return Fitted(
-            self.module.result,
-            {name: float(value) for name, value in metrics.items() if name.startswith("val_")},
-            self.module.table.places,
-        )
+        validation: Mapping[str, float] = {}
+        if self.data.held_out is not None:
+            # The model that is kept, which the last epoch's validation came before.
+            (validation,) = self.trainer.validate(self.module, self.data, verbose=False)
+        return Fitted(self.module.result, validation, self.module.table.places)
 
     def save(self, path: Path) -> None:
         self.trainer.save_checkpoint(path, weights_only=False)

@@ -15,6 +15,8 @@ from openreml_nn.inference import Profile, variance_shares
 from openreml_nn.inference.refit import Refit, source_of
 from openreml_nn.result.result import Result
 from openreml_nn.support.checks import check_count, check_instance, check_tensor
+from openreml_nn.support.display import visible
+from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import DiagonalCovariance, RepeatedCovariance
 from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.term import Term
@@ -49,7 +51,7 @@ def caterpillar(result: Result, group: str) -> Figure:
 
     Raises:
         TypeError: if ``result`` is no result.
-        ValueError: if the result has no random effect of that group.
+        InputError: if the result has no random effect of that group.
     """
     check_instance("result", result, Result)
     panels = _panels(result, group)
@@ -73,13 +75,13 @@ def caterpillar(result: Result, group: str) -> Figure:
             axis.fill_betweenx(at, low, high, color="C0", lw=0, alpha=0.35, step="mid")
         axis.plot(middle, at, "o", color="C0", ms=3 if named else 1)
         axis.axvline(0, color="0.5", lw=0.8, ls="--")
-        axis.set_title(effect)
+        axis.set_title(_text(effect))
         axis.set_ylim(-1, shown)
         axis.set_yticks(at if named and axis is axes[0] else [])
         if named and axis is axes[0]:
-            axis.set_yticklabels([levels[i] for i in order], fontsize=7)
+            axis.set_yticklabels([_text(levels[i]) for i in order], fontsize=7)
     count = f"{shown} of {len(first)} levels, evenly by rank"
-    axes[0].set_ylabel(f"{group} ({count if shown < len(first) else f'{shown} levels'})")
+    axes[0].set_ylabel(f"{_text(group)} ({count if shown < len(first) else f'{shown} levels'})")
     figure.supxlabel("BLUP with 95% prediction interval", fontsize=10)
     return figure
 
@@ -101,7 +103,7 @@ def _panels(
             blup = effects.values[:, j].numpy(force=True)
             found.append((name, c.levels, blup, variance[:, j].sqrt().numpy(force=True)))
     if not found:
-        raise ValueError(f"`group` is {group!r}: expected one of {_groups(result)}")
+        raise InputError(f"`group` is {group!r}: expected one of {_groups(result)}")
     return found
 
 
@@ -124,7 +126,7 @@ def convergence(result: Result) -> Figure:
     for name in names[:12]:
         path = np.array([record.parameters[name] for record in result.history])
         scale = abs(path[-1]) or 1.0
-        right.plot(step, path / scale, marker=marker, ms=3, label=name)
+        right.plot(step, path / scale, marker=marker, ms=3, label=_text(name))
     right.set_ylabel("parameter / |its last value|")
     if names:
         right.legend(fontsize=7)
@@ -173,7 +175,7 @@ def shares(result: Result) -> Figure:
     axis = figure.subplots()
     at = np.arange(len(table))
     axis.barh(at, table["share"], xerr=table["std_error"].fillna(0), color="C0", alpha=0.7)
-    axis.set_yticks(at, table["group"])
+    axis.set_yticks(at, [_text(group) for group in table["group"]])
     axis.set_xlim(0, 1)
     axis.set_xlabel("share of the variance, with its standard error")
     return figure
@@ -256,7 +258,7 @@ def zeta(profile: Profile) -> Figure:
             z = float(ndtri((1 + level) / 2))
             axis.plot([low, low], [-z, 0], color="C1", lw=0.8)
             axis.plot([high, high], [0, z], color="C1", lw=0.8)
-        axis.set_title(name, fontsize=9)
+        axis.set_title(_text(name), fontsize=9)
         axis.set_ylim(-3.2, 3.2)
     for axis in axes[len(curves) :]:
         axis.set_axis_off()
@@ -316,6 +318,11 @@ def _cloud(axis: Axes, x: np.ndarray, y: np.ndarray) -> None:
         axis.hexbin(x, y, gridsize=80, bins="log", cmap="Blues", mincnt=1)
     else:
         axis.plot(x, y, "o", ms=3, alpha=0.6)
+
+
+def _text(name: object) -> str:
+    """A name as it is written: dollar signs are no formula."""
+    return visible(name).replace("$", r"\$")
 
 
 def _groups(result: Result) -> list[str]:

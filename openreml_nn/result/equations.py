@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from openreml_nn.likelihood.problem import cholesky
-from openreml_nn.likelihood.residual import Residual
+from openreml_nn.likelihood.residual import BlockResidual, Residual
 from openreml_nn.likelihood.system.products import Pattern, Products, Statistics
 from openreml_nn.support.errors import InputError
+from openreml_nn.terms.covariance import DiagonalCovariance, RepeatedCovariance
 from openreml_nn.terms.design import DenseDesign, Design, IndexedDesign
 from openreml_nn.terms.term import Term
 
@@ -114,7 +115,7 @@ def _whitened(
     """Designs and Q of rows that R makes independent and of variance 1."""
     terms = [term.to(Q.dtype) for term in residual]
     try:
-        R = Residual.of(terms)
+        R = _blocks(terms)
     except InputError:
         return None if len(Q) > _MOST_ROWS else _whitened_densely(designs, terms, Q)
     matrices = R.matrices(terms)
@@ -125,6 +126,21 @@ def _whitened(
     scale = matrices[0].reshape(()).rsqrt()
     white = R.white([torch.ones_like(matrices[0])])
     return [_times(white.design(d), scale, Q) for d in designs], scale * white.rows(Q)
+
+
+def _blocks(terms: Sequence[Term]) -> Residual:
+    """R of all the terms, by blocks of rows.
+
+    Raises:
+        InputError: if it has none.
+    """
+    R = Residual.of(terms)
+    if len(R.at) == len(terms):
+        return R
+    # Beside independent errors what is correlated within groups counts as an effect, elsewhere.
+    if all(isinstance(t.covariance, DiagonalCovariance | RepeatedCovariance) for t in terms):
+        return BlockResidual(list(range(len(terms))), terms)
+    raise InputError("the residuals have no blocks that are known")
 
 
 def _times(design: Design, scale: Tensor, like: Tensor) -> Design:

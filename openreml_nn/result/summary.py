@@ -112,7 +112,8 @@ def _number(value: float) -> str:
 
 
 def _random(result: Result) -> Table:
-    widest = max((len(c.effects) for c in result.components if c.covariance.dim() == 2), default=1)
+    square = [c for c in result.components if c.covariance.dim() == 2 and not _is_uniform(c)]
+    widest = max((len(c.effects) for c in square), default=1)
     correlations = ["Corr"] + [""] * (widest - 2) if widest > 1 else []
     table = _table(
         "Random effects", "Group", "Effect", "Variance", "Std. error", "Std. dev.", *correlations
@@ -124,7 +125,20 @@ def _random(result: Result) -> Table:
     return table
 
 
+def _is_uniform(c: Component) -> bool:
+    """Whether many independent effects have one variance, as the coefficients of a spline do."""
+    if c.covariance.dim() != 2 or len(c.effects) < 2:
+        return False
+    return bool(
+        (c.covariance == c.covariance[0, 0] * torch.eye(len(c.effects)).to(c.covariance)).all()
+    )
+
+
 def _component(c: Component, width: int, most: int = 12) -> list[list[str]]:
+    if _is_uniform(c):
+        common = (c.covariance[0, 0], c.std_error[0, 0], c.std_dev[0])
+        shown = [_number(float(x)) for x in common]
+        return [[c.group, f"{len(c.effects)} of one variance", *shown, *[""] * width]]
     square = c.covariance.dim() == 2
     variance = c.covariance.diagonal() if square else c.covariance
     error = c.std_error.diagonal() if square else c.std_error

@@ -15,6 +15,7 @@ __all__ = [
     "even_breaks",
     "intervals",
     "natural_spline",
+    "penalised_spline",
     "polynomial",
 ]
 
@@ -29,8 +30,8 @@ def _treatment(levels: Sequence[str], base: Any = None) -> tuple[np.ndarray, lis
             raise ValueError(f"base {base!r} is no level: expected one of {list(levels)[:10]}")
         at = list(levels).index(base)
     elif base is not None:
-        at = int(base) - 1
-        if not 0 <= at < len(levels):
+        at = int(base) - 1 if 1 <= base <= len(levels) else -1
+        if at < 0:
             raise ValueError(f"base {base:g}: expected 1 to {len(levels)}")
     keep = [i for i in range(len(levels)) if i != at]
     return np.eye(len(levels))[:, keep], [levels[i] for i in keep]
@@ -192,16 +193,37 @@ def natural_spline(
     known = state["knots"]
     low, high = known[0], known[-1]
     first = 0 if intercept else 1
-    inside = np.clip(x, low, high)
-    basis = _spline(inside, known, 3)
-    # A straight line from the boundary on.
-    slope = _spline(np.array([low, high]), known, 3, 1)
-    basis += np.outer(np.minimum(x - low, 0), slope[0]) + np.outer(
-        np.maximum(x - high, 0), slope[1]
-    )
+    basis = _straight_beyond(x, known, low, high)
     curvature = _spline(np.array([low, high]), known, 3, 2)[:, first:]
     Q, _ = np.linalg.qr(curvature.T, mode="complete")
     return (basis[:, first:] @ Q)[:, 2:]
+
+
+def penalised_spline(x: np.ndarray, low: float, high: float, segments: int) -> np.ndarray:
+    r"""Columns (n, segments + 1) whose coefficients of one variance make a P-spline.
+
+    :math:`Z = B D^\top (D D^\top)^{-1}` for cubic B-splines B over equal segments and second
+    differences D, so that :math:`Z Z^\top = B (D^\top D)^+ B^\top`. Straight lines, which D does not
+    see, are left to the fixed effects. Beyond ``low`` and ``high`` the columns are straight lines.
+
+    Reference:
+        Eilers and Marx, Statistical Science 11 (1996) 89; as a mixed model, Currie and Durban,
+        Statistical Modelling 2 (2002) 333.
+    """
+    h = (high - low) / segments
+    knots = low + h * np.arange(-3, segments + 4)
+    B = _straight_beyond(x, knots.tolist(), low, high)
+    D = np.diff(np.eye(segments + 3), 2, axis=0)
+    return np.asarray(B @ np.linalg.solve(D @ D.T, D).T)
+
+
+def _straight_beyond(x: np.ndarray, knots: Sequence[float], low: float, high: float) -> np.ndarray:
+    """Cubic B-splines that go on as straight lines below ``low`` and above ``high``."""
+    basis = _spline(np.clip(x, low, high), knots, 3)
+    slope = _spline(np.array([low, high]), knots, 3, 1)
+    basis += np.outer(np.minimum(x - low, 0), slope[0])
+    basis += np.outer(np.maximum(x - high, 0), slope[1])
+    return basis
 
 
 def _learn_knots(

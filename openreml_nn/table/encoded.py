@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from openreml_nn.support.errors import InputError
+from openreml_nn.table.relation import Known, Places
+from openreml_nn.table.structure import KERNELS, Structure
 
-__all__ = ["Encoded", "RandomDesign", "ResidualDesign"]
+__all__ = ["Encoded", "Positions", "RandomDesign", "ResidualDesign", "Stratum"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,10 @@ class RandomDesign:
         levels: labels of its levels.
         codes: (n,) level of each row; -1 for a level that was not seen.
         values: (n, k) values of the effects.
+        structure: the covariance among the effects of a level.
+        places: whole numbers (k,) whose differences are the lags of the effects, from 0, where the
+            structure asks for them.
+        relation: how the levels are related; None for independent ones.
     """
 
     name: str
@@ -33,6 +41,9 @@ class RandomDesign:
     levels: tuple[str, ...]
     codes: Tensor
     values: Tensor
+    structure: Structure = field(default_factory=lambda: Structure("us"))
+    places: tuple[int, ...] | None = None
+    relation: Known | Places | None = None
 
     @property
     def is_intercept(self) -> bool:
@@ -41,20 +52,106 @@ class RandomDesign:
 
 
 @dataclass(frozen=True)
+class Positions:
+    """The positions within a group of rows.
+
+    Attributes:
+        structure: the covariance among them.
+        name: their columns.
+        labels: of the T positions.
+        places: (T, d) coordinates, or (T, 1) whole numbers from 0 whose differences are the lags,
+            where the structure asks for them.
+    """
+
+    structure: Structure
+    name: str
+    labels: tuple[str, ...]
+    places: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """Rows whose residuals have parameters of their own.
+
+    Attributes:
+        name: label of the stratum; empty where there is one only.
+        positions: sides of the product of structures, the last one's positions fastest.
+    """
+
+    name: str
+    positions: tuple[Positions, ...]
+
+    @property
+    def size(self) -> int:
+        """The number of positions within a group."""
+        return prod(len(side.labels) for side in self.positions)
+
+
+@dataclass(frozen=True)
 class ResidualDesign:
     """The structure of the residuals.
 
     Attributes:
-        kind: ``ar1``, ``cs``, ``us`` or ``diag``.
-        codes: (n,) cell of each row: its group, times the number of positions, plus its position.
-        groups: number of groups.
-        positions: labels of the positions; with ``ar1`` all whole times from the first to the last.
+        strata: one or more; none where the variance depends on a covariate only.
+        cells: (n,) cell of each row. In one stratum: its group, times the number of positions, plus
+            its position. In several, which have one group each: the positions of those before its
+            own, plus its position.
+        text: as written, without the nugget.
+        variance: how the variance depends on a covariate, ``power`` or ``exp``.
+        covariate: (n,) values of that.
+        nugget: whether independent errors stand beside.
     """
 
-    kind: str
-    codes: Tensor
-    groups: int
-    positions: tuple[str, ...]
+    strata: tuple[Stratum, ...]
+    cells: Tensor
+    text: str = ""
+    variance: str | None = None
+    covariate: Tensor | None = None
+    nugget: bool = False
+
+    @property
+    def positions(self) -> tuple[str, ...]:
+        """Labels of what tables show: the positions of one structure that differ."""
+        if len(self.strata) == 1 and len(self.strata[0].positions) == 1:
+            (found,) = self.strata[0].positions
+            if found.structure.name not in (*KERNELS, "car1", "arma"):
+                return found.labels
+        return ("",)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its shape without the rows, in numbers, strings and containers of Python's own."""
+        strata = []
+        for stratum in self.strata:
+            sides = []
+            for p in stratum.positions:
+                places = None if p.places is None else p.places.tolist()
+                options = dict(p.structure.options)
+                sides.append([p.structure.name, options, p.name, list(p.labels), places])
+            strata.append([stratum.name, sides])
+        shape = {"text": self.text, "variance": self.variance, "nugget": self.nugget}
+        return {"strata": strata, **shape}
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any], rows: int) -> ResidualDesign:
+        """A structure of that shape for some rows without content, of different cells."""
+        strata = []
+        for name, sides in found["strata"]:
+            positions = tuple(
+                Positions(
+                    Structure(structure, options),
+                    column,
+                    tuple(labels),
+                    None if places is None else torch.tensor(places),
+                )
+                for structure, options, column, labels, places in sides
+            )
+            strata.append(Stratum(name, positions))
+        cells = torch.arange(rows)
+        if len(strata) == 1:
+            cells = cells * strata[0].size
+        variance = found["variance"]
+        covariate = None if variance is None else torch.arange(1, rows + 1).double()
+        return cls(tuple(strata), cells, found["text"], variance, covariate, found["nugget"])
 
 
 @dataclass(frozen=True)
@@ -88,14 +185,18 @@ class Encoded:
     def batch(self) -> dict[str, Any]:
         """The table as a batch of :class:`MixedModel`: ``x`` the model matrix, for each random
         effect its codes in ``groups`` and, but for intercepts, its values in ``values``; and what
-        there is of ``y``, ``weights``, ``offset``, and the cells of the rows in ``residual``.
+        there is of ``y``, ``weights``, ``offset``, and, in ``residual``, the cells of the rows, or
+        the covariate of their variance.
         """
         found = {
             "x": self.X,
             "groups": {d.name: d.codes for d in self.random},
             "values": {d.name: d.values for d in self.random if not d.is_intercept},
         }
-        cells = None if self.residual is None else self.residual.codes
+        residual = self.residual
+        cells = None
+        if residual is not None:
+            cells = residual.cells if residual.covariate is None else residual.covariate
         parts = {"y": self.y, "weights": self.weights, "offset": self.offset, "residual": cells}
         return found | {name: part for name, part in parts.items() if part is not None}
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -14,21 +13,24 @@ import torch
 from torch import Tensor
 
 from openreml_nn.support.errors import InputError
+from openreml_nn.table.algebra import Part
 from openreml_nn.table.columns import numbers, single
 from openreml_nn.table.encoded import Encoded, RandomDesign, ResidualDesign
-from openreml_nn.table.formula import (
-    MixedFormula,
-    Part,
-    RandomPart,
-    parse_formula,
-    parse_residual,
+from openreml_nn.table.expressions import as_numbers
+from openreml_nn.table.formula import MixedFormula, RandomPart, parse_formula
+from openreml_nn.table.groups import (
+    check_relations,
+    ordered_effects,
+    random_designs,
+    skeletons,
 )
-from openreml_nn.table.functions import as_numbers
 from openreml_nn.table.learned import Group, Learned
 from openreml_nn.table.levels import Factor, coded, label, number_key
 from openreml_nn.table.matrix import Coding, codings, model_matrix
+from openreml_nn.table.relation import Known
 from openreml_nn.table.residual import residual_design, residual_positions
 from openreml_nn.table.rows import TableRows
+from openreml_nn.table.structure import parse_residual
 from openreml_nn.table.syntax import Call, Name, Node, names_in
 
 __all__ = ["Encoder", "group_key"]
@@ -45,6 +47,8 @@ class Encoder:
         weights: column of weights: the residual variance of a row is divided by its weight.
         known_residual: whether the residual variance is known, so that a random effect may have
             as many levels as there are rows.
+        relations: the known matrices between levels: ``ped`` that of a pedigree, all others by the
+            name that ``vm`` gives them.
 
     Attributes:
         learned: what was learned from the table of the fit, a :class:`Learned`.
@@ -63,6 +67,7 @@ class Encoder:
         residual: str | None = None,
         weights: str | None = None,
         known_residual: bool = False,
+        relations: Mapping[str, Known] | None = None,
     ) -> None:
         self.formula: MixedFormula = parse_formula(formula)
         self.categorical = (categorical,) if isinstance(categorical, str) else tuple(categorical)
@@ -70,8 +75,8 @@ class Encoder:
         self.residual = None if residual is None else parse_residual(residual)
         self.weights = weights
         self.known_residual = known_residual
-        if residual is not None and weights is not None:
-            raise InputError("`weights` are for residuals of one variance: leave out `residual`")
+        self.relations = dict(relations or {})
+        check_relations(self.formula.random, self.relations)
         self.learned = Learned()
         self.orders: dict[str, str | dict[str, int]] = {}
 
@@ -177,11 +182,13 @@ class Encoder:
 
     def _learn_factors(self, tables: Iterable[TableRows]) -> None:
         """The levels that occur of the categorical variables among the effects."""
-        parts = (self.fixed, *(part.effects for part in self.formula.random))
-        variables = {str(v): v for part in parts for term in part.terms for v in term}
+        variables: dict[str, Node] = {}
         met: dict[str, tuple[Factor, set[str]]] = {}
         first = True
         for data in tables:
+            if first:
+                parts = (self.fixed, *(part.effects for part in self._parts(data)))
+                variables = {str(v): v for part in parts for term in part.terms for v in term}
             for key, node in (variables if first else {k: variables[k] for k in met}).items():
                 value = data.variable(node)
                 if not isinstance(value, Factor):
@@ -295,22 +302,14 @@ class Encoder:
 
     def skeleton(self, rows: int, columns: int) -> Encoded:
         """Data of the learned shapes without content, to build a module before it is loaded."""
-        designs = []
-        for name, part in self._operands():
-            effects = tuple(self.learned.effects[_effects_key(part)])
-            levels = self.learned.groups[group_key(part)].labels
-            codes = torch.arange(rows) % len(levels)
-            values = torch.ones(rows, len(effects), dtype=torch.float64)
-            designs.append(RandomDesign(name, part.group, effects, levels, codes, values))
+        random = skeletons(self.formula.random, rows, self.learned, self.relations)
         residual = None
         if self.residual is not None:
-            positions = tuple(self.learned.positions)
-            codes = torch.arange(rows) * len(positions)
-            residual = ResidualDesign(self.residual.kind, codes, rows, positions)
+            residual = ResidualDesign.from_dict(self.learned.residual, rows)
         weights = None if self.weights is None else torch.ones(rows, dtype=torch.float64)
         X = torch.zeros(rows, columns, dtype=torch.float64)
         names = tuple(map(str, range(columns)))
-        return Encoded(None, X, names, tuple(designs), np.arange(rows), 0, residual, weights)
+        return Encoded(None, X, names, random, np.arange(rows), 0, residual, weights)
 
     # ------------------------------------------------------------------ rows
 
@@ -367,7 +366,7 @@ class Encoder:
     def _known(self, data: TableRows) -> np.ndarray:
         """Rows whose levels of the factors among the effects are known."""
         known = np.ones(len(data), dtype=bool)
-        for part in (self.fixed, *(part.effects for part in self.formula.random)):
+        for part in (self.fixed, *(part.effects for part in self._parts(data))):
             for node in part.variables:
                 value = data.variable(node)
                 if isinstance(value, Factor):
@@ -403,17 +402,18 @@ class Encoder:
         response: bool = True,
         fitting: bool = False,
     ) -> Encoded:
-        self._check_known(data, [self.fixed, *(part.effects for part in self.formula.random)])
+        parts = self._parts(data)
+        self._check_known(data, [self.fixed, *(part.effects for part in parts)])
         y = data.response(self.formula.response) if response else None
         X, names = model_matrix(self.fixed, data, most)
         self.learned.names = list(names)
-        random = self._random(data)
+        random = random_designs(parts, data, self.learned, self.relations)
         residual = None
         if fitting and self.residual is not None:
             residual = residual_design(self.residual, data)
-            self.learned.positions = list(residual.positions)
+            self.learned.residual = residual.to_dict()
         elif self.residual is not None:
-            residual = residual_positions(self.residual, data, self.learned.positions)
+            residual = residual_positions(self.residual, data, self.learned.residual)
         return Encoded(
             None if y is None else torch.from_numpy(np.array(y)),
             torch.from_numpy(X),
@@ -452,57 +452,9 @@ class Encoder:
 
     # ------------------------------------------------------------------ groups
 
-    def _operands(self) -> list[tuple[str, RandomPart]]:
-        """Each random part with a unique operand name, without '/' and '.'."""
-        found = []
-        used = {"residual": 1}
-        for part in self.formula.random:
-            base = re.sub(r"[/.]", "_", part.group)
-            name = f"{base}_{used[base]}" if base in used else base
-            used[base] = used.get(base, 0) + 1
-            found.append((name, part))
-        return found
-
-    def _random(self, data: TableRows) -> tuple[RandomDesign, ...]:
-        designs: list[RandomDesign] = []
-        grouped: dict[str, tuple[Tensor, tuple[str, ...]]] = {}
-        for name, part in self._operands():
-            key = group_key(part)
-            if key not in grouped:
-                grouped[key] = self._codes(part, data)
-            codes, levels = grouped[key]
-            values, effects = model_matrix(part.effects, data)
-            if not effects:
-                text = self.formula.text
-                raise InputError(f"formula {text!r}: ({part.effects} | {part.group}) has no effect")
-            self.learned.effects[_effects_key(part)] = list(effects)
-            z = torch.from_numpy(values)
-            designs.append(RandomDesign(name, part.group, effects, levels, codes, z))
-        return tuple(designs)
-
-    def _codes(self, part: RandomPart, data: TableRows) -> tuple[Tensor, tuple[str, ...]]:
-        """Level of each row; only combinations that occur are levels."""
-        known = self.learned.groups.get(group_key(part))
-        factors = [data.labels(name) for name in part.factors]
-        columns = [f.levels for f in factors] if known is None else known.columns
-        cell = np.zeros(len(data), dtype=np.int64)
-        seen = np.ones(len(data), dtype=bool)
-        for factor, levels in zip(factors, columns, strict=True):
-            code = factor.codes if known is None else factor.among(levels)
-            seen &= code >= 0
-            cell = cell * len(levels) + code
-        if len(columns) == 1:
-            if known is None:
-                known = Group(columns, list(range(len(columns[0]))))
-                self.learned.groups[group_key(part)] = known
-            return torch.from_numpy(cell), known.labels
-        if known is None:
-            known = Group(columns, np.unique(cell).tolist())
-            self.learned.groups[group_key(part)] = known
-        cells = np.asarray(known.cells, dtype=np.int64)
-        at = np.searchsorted(cells, cell).clip(max=len(cells) - 1)
-        codes = np.where(seen & (cells[at] == cell), at, -1)
-        return torch.from_numpy(codes), known.labels
+    def _parts(self, data: TableRows) -> list[RandomPart]:
+        """The random parts, with factors in place of numbers where a structure asks for them."""
+        return [ordered_effects(part, data) for part in self.formula.random]
 
     def _one_level(self, group: str) -> InputError:
         return InputError(
@@ -511,6 +463,8 @@ class Encoder:
 
     def check_size(self, design: RandomDesign, n: int) -> None:
         """Raise if a random effect has one level, or as many effects as there are rows."""
+        if design.relation is not None or (design.structure.name, len(design.levels)) == ("idv", 1):
+            return  # relations tell levels from the residual; a spline has one level
         if len(design.levels) < 2:
             raise self._one_level(design.group)
         size = len(design.levels) * len(design.effects)
@@ -523,8 +477,4 @@ class Encoder:
 
 def group_key(part: RandomPart) -> str:
     """The group by its columns, in backticks where they need them."""
-    return ":".join(str(Name(name)) for name in part.factors)
-
-
-def _effects_key(part: RandomPart) -> str:
-    return f"{part.effects} | {group_key(part)}"
+    return part.grouping.key

@@ -46,11 +46,12 @@ class Learned:
         factors: levels of each categorical variable among the effects, by its expression.
         transforms: what each call learned, by its expression, such as a mean.
         groups: levels of each grouping factor.
-        effects: names of the effects of each random part.
+        effects: names of the effects of each random part, by its operand.
         names: names of the fixed effects.
         means: means of the numeric columns of the fixed effects.
         others: the columns that ``.`` stands for.
-        positions: labels of the residuals' positions or strata.
+        places: places of the effects of each random part, where its structure asks for them.
+        residual: the shape of the residuals' structure, see :meth:`ResidualDesign.to_dict`.
     """
 
     kinds: dict[str, str] = field(default_factory=dict)
@@ -61,7 +62,8 @@ class Learned:
     names: list[str] = field(default_factory=list)
     means: dict[str, float] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
-    positions: list[str] = field(default_factory=list)
+    places: dict[str, list[int]] = field(default_factory=dict)
+    residual: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The same as dictionaries and lists, which a checkpoint loads with ``weights_only``."""

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from openreml_nn.table.algebra import Part, Term
 from openreml_nn.table.bases import contrast_matrix
-from openreml_nn.table.formula import Part, Term
-from openreml_nn.table.functions import Basis
+from openreml_nn.table.expressions import Basis
 from openreml_nn.table.levels import Factor
 from openreml_nn.table.rows import TableRows
 from openreml_nn.table.syntax import Name, Node

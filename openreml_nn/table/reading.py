@@ -32,7 +32,7 @@ __all__ = ["TableFile", "read_table"]
 _SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": None}
 _COMPRESSED = (".gz", ".bz2", ".zst", ".lz4", ".xz", ".zip")
 #: Bytes that are parsed at a time.
-_BLOCK = 1 << 24
+_BLOCK = 1 << 20
 #: Bytes of the first rows, by which the types of columns are guessed.
 _HEAD = 1 << 17
 
@@ -300,6 +300,8 @@ class TableFile(os.PathLike[str]):
         with stream:
             data = stream.read()
         texts = {key: pa.string() for key in read.column_names}
+        if b'"' not in data:
+            parse.newlines_in_values = False  # blocks can then be parsed at once
         if not has_leading_zeros(data, parse.delimiter):
             end = bytes(data[:_HEAD]).rfind(b"\n") + 1 if len(data) > _HEAD else 0
             if end and data[:end].count(b'"') % 2 == 0:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from openreml_nn.support.errors import InputError
 from openreml_nn.table.columns import kind_of, numbers, single
-from openreml_nn.table.encoded import ResidualDesign
-from openreml_nn.table.formula import ResidualPart
+from openreml_nn.table.encoded import Positions, ResidualDesign, Stratum
+from openreml_nn.table.lags import check_lags, whole_lags
 from openreml_nn.table.levels import joined
 from openreml_nn.table.rows import TableRows
+from openreml_nn.table.structure import KERNELS, VARYING, ResidualFactor, ResidualPart, Structure
 
 __all__ = ["residual_design", "residual_positions"]
 
-#: Whole times may span so many units; a correlation matrix has a row for each.
-_LONGEST = 5000
+#: Structures whose lags are differences of whole times.
+_LAGGED = ("ar1", "hetar1", "toep", "hettoep", "arma")
 
 
 def residual_design(part: ResidualPart, data: TableRows) -> ResidualDesign:
@@ -26,86 +30,187 @@ def residual_design(part: ResidualPart, data: TableRows) -> ResidualDesign:
 
     Raises:
         InputError: if a group has a position twice, there is one position only, or the times of
-            ``ar1`` are no whole numbers.
+            lags are no whole numbers.
     """
-    factors = [data.labels(name) for name in part.group]
-    group = np.zeros(len(data), dtype=np.int64)
-    for factor in factors:
-        group = group * len(factor.levels) + factor.codes
-    if part.kind == "diag":
-        cells, position = np.unique(group, return_inverse=True)
-        positions = list(joined(cells, [factor.levels for factor in factors]))
-        group = np.arange(len(data))
-    else:
-        group = pd.factorize(group)[0]
-        if part.position is None:
-            position = pd.Series(group).groupby(group).cumcount().to_numpy()
-            positions = [str(i + 1) for i in range(int(position.max()) + 1)]
-        elif part.kind == "ar1":
-            position, positions = _times(part.position, data)
-        else:
-            times = data.labels(part.position)
-            position, positions = times.codes, times.levels
-    if len(positions) < 2:
-        raise InputError(
-            f"{data.source}: the residuals' {part.position or ':'.join(part.group)!r} has one "
-            "level in each group: a structure needs two"
-        )
-    cell = group * len(positions) + position
-    twice = pd.Series(cell).duplicated().to_numpy()
-    if twice.any():
-        row = int(np.argmax(twice))
-        raise InputError(
-            f"{data.source}: row {data.row(row)} has the position {positions[position[row]]!r} of "
-            f"{part.position!r} that its group has already: residuals within a group need a "
-            "position each"
-        )
-    codes = torch.from_numpy(cell)
-    return ResidualDesign(part.kind, codes, int(group.max()) + 1, tuple(positions))
+    n, text = len(data), part.text
+    if part.variance is not None:
+        kind, name = part.variance
+        if part.factors or part.strata:
+            raise InputError(
+                f"{data.source}: residual {text!r}: {kind}() beside another structure is not "
+                f"supported: expected {kind}({name}) alone"
+            )
+        return ResidualDesign((), torch.arange(n), text, kind, _covariate(kind, name, data))
+    if not part.factors:  # variances by stratum, rows independent
+        codes, labels = _cells(part.strata, data)
+        if len(labels) < 2:
+            raise _one_level(part, data)
+        found = torch.from_numpy(np.arange(n) * len(labels) + codes)
+        positions = Positions(Structure("diag"), ":".join(part.strata), labels)
+        return ResidualDesign((Stratum("", (positions,)),), found, text)
+    if not part.strata:
+        group = _cells(part.group, data)[0] if part.group else np.zeros(n, dtype=np.int64)
+        cells, stratum = _stratum(part, data, "", np.arange(n), group)
+        return ResidualDesign((stratum,), torch.from_numpy(cells), text, nugget=part.nugget)
+    codes, labels = _cells(part.strata, data)
+    every, total, strata = np.zeros(n, dtype=np.int64), 0, []
+    for i, label in enumerate(labels):
+        rows = np.flatnonzero(codes == i)
+        cells, stratum = _stratum(part, data, label, rows, np.zeros(n, dtype=np.int64))
+        every[rows] = total + cells
+        total += stratum.size
+        strata.append(stratum)
+    return ResidualDesign(tuple(strata), torch.from_numpy(every), text, nugget=part.nugget)
 
 
 def residual_positions(
-    part: ResidualPart, data: TableRows, positions: Sequence[str]
+    part: ResidualPart, data: TableRows, learned: Mapping[str, Any]
 ) -> ResidualDesign | None:
-    """Position of each row of another table among those of the fit, -1 for one that it had not.
+    """What the residual variances of another table's rows depend on, by the shape of the fit's.
 
-    None where the variance is that of every position, or the table has not the columns.
+    Cells are those of the fit, -1 for a position or stratum that it had not. None where the
+    variance is that of every position, or the table has not the columns.
     """
-    names = part.group if part.kind == "diag" else [part.position]
-    if part.kind not in ("us", "diag") or any(n is None or n not in data.table for n in names):
+    found = ResidualDesign.from_dict(learned, 1)
+    if part.variance is not None:
+        kind, name = part.variance
+        if name not in data.table:
+            return None
+        return replace(found, covariate=_covariate(kind, name, data, fitting=False))
+    if len(found.strata) > 1:
+        starts = np.cumsum([0, *(stratum.size for stratum in found.strata)]).tolist()
+        at = {stratum.name: start for stratum, start in zip(found.strata, starts, strict=False)}
+        names = part.strata
+    else:
+        (stratum,) = found.strata
+        side = stratum.positions[0]
+        if len(stratum.positions) > 1 or side.structure.name not in VARYING:
+            return None
+        at = {label: i for i, label in enumerate(side.labels)}
+        names = part.factors[0].positions if part.factors else part.strata
+    if not names or any(name not in data.table for name in names):
         return None
-    factors = [data.labels(name) for name in names if name is not None]
-    labels = [":".join(row) for row in zip(*(f.labels() for f in factors), strict=True)]
-    at = {label: i for i, label in enumerate(positions)}
-    codes = torch.tensor([at.get(label, -1) for label in labels], dtype=torch.long)
-    return ResidualDesign(part.kind, codes, 1, tuple(positions))
+    factors = [data.labels(name) for name in names]
+    labels = [":".join(map(str, row)) for row in zip(*(f.labels() for f in factors), strict=True)]
+    cells = torch.tensor([at.get(label, -1) for label in labels], dtype=torch.long)
+    return replace(found, cells=cells)
 
 
-def _times(name: str, data: TableRows) -> tuple[np.ndarray, list[str]]:
-    """Whole times counted from the first, in the largest unit that all lags are multiples of.
+def _one_level(part: ResidualPart, data: TableRows) -> InputError:
+    names = [name for factor in part.factors for name in factor.positions] or part.group
+    return InputError(
+        f"{data.source}: the residuals' {':'.join(names or part.strata)!r} has one level in each "
+        "group: a structure needs two"
+    )
 
-    Lags are differences of times, not of ranks. In a smaller unit the sign of a correlation whose
-    lags are all even could not be told.
-    """
+
+def _cells(columns: Sequence[str], data: TableRows) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Which combination of levels each row has, and the labels of those that occur."""
+    factors = [data.labels(name) for name in columns]
+    cell = np.zeros(len(data), dtype=np.int64)
+    for factor in factors:
+        cell = cell * len(factor.levels) + factor.codes
+    cells, codes = np.unique(cell, return_inverse=True)
+    return codes, joined(cells, [factor.levels for factor in factors])
+
+
+def _stratum(
+    part: ResidualPart, data: TableRows, name: str, rows: np.ndarray, group: np.ndarray
+) -> tuple[np.ndarray, Stratum]:
+    """The cells of some rows, and the positions of each side of the product."""
+    block = pd.factorize(group[rows])[0].astype(np.int64)
+    cell, sides = block, []
+    for factor in part.factors:
+        at, positions = _positions(factor, data, rows, block)
+        cell = cell * len(positions.labels) + at
+        sides.append(positions)
+    if all(len(side.labels) < 2 for side in sides):
+        raise _one_level(part, data)
+    twice = pd.Series(cell).duplicated().to_numpy()
+    if twice.any() and not part.nugget:  # which tells rows at one place apart
+        row, shown, rest = int(np.argmax(twice)), [], int(cell[np.argmax(twice)])
+        for side in reversed(sides):
+            rest, i = divmod(rest, len(side.labels))
+            shown.append(side.labels[i])
+        raise InputError(
+            f"{data.source}: row {data.row(int(rows[row]))} has the position "
+            f"{':'.join(reversed(shown))!r} of {':'.join(s.name for s in sides)!r} that its group "
+            "has already: residuals within a group need a position each"
+        )
+    return cell, Stratum(name, tuple(sides))
+
+
+def _positions(
+    factor: ResidualFactor, data: TableRows, rows: np.ndarray, block: np.ndarray
+) -> tuple[np.ndarray, Positions]:
+    """Position of each of some rows, and the positions that there are."""
+    structure, name = factor.structure, ":".join(factor.positions)
+    if not factor.positions:
+        at = pd.Series(block).groupby(block).cumcount().to_numpy()
+        if structure.name in (*KERNELS, "car1"):
+            raise InputError(f"{data.source}: {structure.name}() of residuals needs coordinates")
+        size = int(at.max(initial=0)) + 1
+        places = torch.arange(size)[:, None]
+        return at, Positions(structure, name, tuple(str(i + 1) for i in range(size)), places)
+    if structure.name in (*KERNELS, "car1"):
+        values = np.stack([_times(structure, c, data)[rows] for c in factor.positions], 1)
+        distinct, at = np.unique(values, axis=0, return_inverse=True)
+        labels = tuple(":".join(f"{x:.15g}" for x in place) for place in distinct.tolist())
+        return at.reshape(-1), Positions(structure, name, labels, torch.from_numpy(distinct))
+    if structure.name not in _LAGGED:
+        codes, labels = _cells(factor.positions, data)
+        known, at = np.unique(codes[rows], return_inverse=True)
+        return at, Positions(structure, name, tuple(labels[i] for i in known))
+    if len(factor.positions) > 1:
+        raise InputError(
+            f"{data.source}: {structure.name}({name} | …): expected one column of times"
+        )
+    return _lagged(structure, name, data, rows)
+
+
+def _lagged(
+    structure: Structure, name: str, data: TableRows, rows: np.ndarray
+) -> tuple[np.ndarray, Positions]:
+    times = _times(structure, name, data)
+    what = f"{data.source}: {structure.name}({name} | …): column {name!r}"
+    lags = whole_lags(times[rows], what, lambda i: f"row {data.row(int(rows[i]))}")
+    if structure.name in ("toep", "hettoep"):
+        check_lags(lags, what)
+    first, size = times[rows].min(), int(lags.max()) + 1
+    later = np.argmax(lags > 0)
+    unit = int((times[rows][later] - first) // lags[later]) if size > 1 else 1
+    if structure.name not in VARYING:  # which has a variance for each, and so those that occur
+        labels = tuple(str(int(first) + unit * i) for i in range(size))
+        return lags, Positions(structure, name, labels, torch.arange(size)[:, None])
+    distinct, at = np.unique(lags, return_inverse=True)
+    labels = tuple(str(int(first) + unit * i) for i in distinct.tolist())
+    return at, Positions(structure, name, labels, torch.from_numpy(distinct)[:, None])
+
+
+def _times(structure: Structure, name: str, data: TableRows) -> np.ndarray:
+    """A column of times or coordinates."""
     column = single(data.table, name, data.source)
-    what = f"{data.source}: ar1({name} | …): column {name!r}"
+    what = f"{data.source}: {structure.name}({name} | …): column {name!r}"
     if kind_of(column, data.source) == "dates":
         raise InputError(
-            f"{what} holds dates or durations: expected whole numbers, such as days since a start"
+            f"{what} holds dates or durations: expected numbers, such as days since a start"
         )
     times = numbers(column, what, data.table)
-    bad = np.flatnonzero(times != np.round(times))
+    bad = np.flatnonzero(~np.isfinite(times))
     if len(bad):
-        raise InputError(
-            f"{what} is {times[bad[0]]:g} in row {data.row(int(bad[0]))}: expected whole numbers, "
-            "the differences of which are the lags"
-        )
-    whole = times.astype(np.int64)
-    first, last = int(whole.min()), int(whole.max())
-    unit = int(np.gcd.reduce(np.diff(np.unique(whole)), initial=0)) or 1
-    if (last - first) // unit >= _LONGEST:
-        raise InputError(
-            f"{what} spans {(last - first) // unit} lags: expected at most {_LONGEST}, of longer "
-            "units"
-        )
-    return (whole - first) // unit, [str(t) for t in range(first, last + 1, unit)]
+        raise InputError(f"{what} is {times[bad[0]]:g} in row {data.row(int(bad[0]))}")
+    return times + 0.0
+
+
+def _covariate(kind: str, name: str, data: TableRows, fitting: bool = True) -> Tensor:
+    """Values on which the variance depends."""
+    what = f"{data.source}: {kind}({name}) of the residuals: column {name!r}"
+    values = numbers(single(data.table, name, data.source), what, data.table)
+    good = np.isfinite(values) & ((values != 0) | (kind != "power"))
+    if not good.all():
+        row = int(np.argmin(good))
+        wanted = "a number other than zero" if kind == "power" else "a finite number"
+        raise InputError(f"{what} is {values[row]:g} in row {data.row(row)}: expected {wanted}")
+    if fitting and (np.abs(values) == np.abs(values[0])).all():
+        raise InputError(f"{what} has one value: a variance that depends on it needs two")
+    return torch.from_numpy(values)

@@ -21,14 +21,17 @@ __all__ = [
     "Number",
     "Operation",
     "Text",
+    "is_call",
+    "is_operation",
     "names_in",
+    "operands_of",
     "parse",
     "plain",
     "walk",
 ]
 
 #: Limits that no formula of a person meets; text beyond them is refused before it costs anything.
-LONGEST, DEEPEST = 20_000, 60
+LONGEST, DEEPEST, MOST_OPERATORS = 20_000, 60, 600
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,22 @@ def names_in(*nodes: Node) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def is_operation(node: Node, *operators: str) -> bool:
+    """Whether the node is one of these operators."""
+    return isinstance(node, Operation) and node.operator in operators
+
+
+def is_call(node: Node, *functions: str) -> bool:
+    """Whether the node calls one of these functions."""
+    return isinstance(node, Call) and node.function in functions
+
+
+def operands_of(node: Node) -> tuple[Node, ...]:
+    """The operands of an operation."""
+    assert isinstance(node, Operation)
+    return node.operands
+
+
 class _Parser:
     """Precedence climbing over the tokens of a text."""
 
@@ -205,6 +224,7 @@ class _Parser:
         if self._depth > DEEPEST:
             raise self._error(f"more than {DEEPEST} levels of nesting")
         left = self._prefix()
+        count = 0
         while self._kind() == "operator":
             operator = self._tokens[self._at][1]
             operator = "^" if operator == "**" else operator
@@ -214,6 +234,9 @@ class _Parser:
             if operator.startswith("%") and operator not in _SPECIALS:
                 raise self._error(f"operator {operator!r} is not allowed")
             self._at += 1
+            count += 1
+            if count > MOST_OPERATORS:
+                raise self._error(f"more than {MOST_OPERATORS} operators in a row")
             # A power binds to the right, and a sign may follow it.
             right = self._expression(_SIGN if operator == "^" else power + 1)
             left = Operation(operator, (left, right))

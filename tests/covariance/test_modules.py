@@ -276,7 +276,10 @@ def test_the_default_dtype_is_followed(kind, dtype):
 
 
 #: Leaves that are built from tensors, which are data and not on the meta device.
-FROM_DATA = ("exponential", "gaussian", "known", "known inverse", "matern")
+FROM_DATA = (
+    "continuous ar1", "exponential", "gaussian", "known", "known inverse", "matern", "power",
+    "spherical",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", [k for k in LEAVES if not k.startswith(FROM_DATA)])

@@ -195,14 +195,13 @@ def test_residual_variance_by_stratum_and_by_weight():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"residual": "arma(t | g)"}, "expected 'ar1"),
+        ({"residual": "garch(t | g)"}, "garch() is unknown: expected one of us(…), cs(…)"),
         ({"residual": "ar1(t | )"}, "a column is missing"),
         ({"residual": "diag(t | g)"}, "takes a stratum only"),
         ({"residual": "ar1(missing | g)"}, "no column 'missing'"),
         ({"residual": "us(s | g)"}, "row 3 has the position 'u' of 's'"),
         ({"residual": "ar1(s | g)"}, "column 's' is not numeric: found 'u' in row 1"),
         ({"residual": "cs(t:g)"}, "one level in each group"),
-        ({"residual": "cs(g)", "weights": "w"}, "leave out `residual`"),
         ({"weights": "g"}, "the weight 'g' is not numeric: found 'a' in row 1"),
     ],
 )

@@ -1,0 +1,165 @@
+"""The covariance and the BLUPs during a fit, beside the network that is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from lightning import Trainer
+from torch import Tensor
+
+from openreml_nn.estimation.aireml import AIREML, Curvature
+from openreml_nn.estimation.fit import iterate
+from openreml_nn.lightning.held import Held
+from openreml_nn.lightning.reading import mark, read, state
+from openreml_nn.lightning.sums import LevelSums, Summed
+from openreml_nn.lightning.ways import Way
+from openreml_nn.model import MixedModel
+from openreml_nn.result import Record
+
+__all__ = ["Estimates"]
+
+#: How the names of the memory of a way of training begin, beside those of the model's state.
+_WAY = "way/"
+
+
+class Estimates:
+    """What a fit knows of the rows, and where the covariance stands.
+
+    Within training the covariance moves by what each epoch has kept of its batches. What is
+    validated and saved is another state: after a pass over the rows at the present parameters of
+    the network, an AI-REML step and the BLUPs. Training goes on from where it was.
+
+    Args:
+        trainer: of the fit.
+        model: whose covariance and BLUPs they are.
+        way: of training.
+        has_network: whether a network is trained. Without one there is nothing to read anew.
+
+    Attributes:
+        aireml: moves the covariance; None where its parameters are another optimizer's, or fixed.
+        history: a :class:`Record` for each step of the covariance.
+        rows: what is kept of this epoch's batches; None before the first epoch.
+    """
+
+    def __init__(self, trainer: Trainer, model: MixedModel, way: Way, has_network: bool) -> None:
+        self._trainer, self._model, self._way = trainer, model, way
+        self._has_network = has_network
+        self.aireml: AIREML | None = None
+        self.history: list[Record] = []
+        self.rows: LevelSums | Held | None = None
+        # Each with the mark of the network's parameters that it belongs to.
+        self._gathered: tuple[Tensor, Summed | Held] | None = None
+        self._settled: tuple[Tensor, dict[str, Tensor]] | None = None
+        self._training: dict[str, Tensor] | None = None
+
+    # ------------------------------------------------------------------ training
+
+    def begin_epoch(self) -> None:
+        """Forget the rows of the epoch before."""
+        self.resume()  # if the fit was thought to be over
+        self._way.begin_epoch(self._model)
+        self.rows = self._way.rows(self._model)
+
+    def step(self, optimizer: Any = None) -> None:
+        """Move the covariance by the rows of the epoch, and the BLUPs where training needs them.
+
+        Args:
+            optimizer: takes the step in the place of :attr:`aireml`, which it wraps.
+        """
+        assert self.rows is not None
+        gathered = self.rows.gathered()
+        objective = gathered.objective
+        if self.aireml is not None:
+            (optimizer or self.aireml).step(lambda: objective)
+            assert self.aireml.last is not None
+            self.history.append(Record.of(objective.covariance, *self.aireml.last[:3]))
+        else:
+            value = float(objective.evaluate().log_likelihood)
+            self.history.append(Record.of(objective.covariance, value))
+        if self._way.needs_blups:
+            gathered.update()
+        # With a network they are of its parameters as each batch met them.
+        self._gathered = None if self._has_network else (mark(self._model), gathered)
+
+    def score_norm(self) -> float:
+        """Distance of the covariance to its optimum in standard errors of the parameters."""
+        if self._gathered is None:
+            return float("inf")
+        with torch.no_grad():
+            curvature = Curvature([self._gathered[1].objective])
+        return float("inf") if curvature.stuck else curvature.norm
+
+    # ------------------------------------------------------------------ the present parameters
+
+    def _present(self, at: Tensor) -> Summed | Held:
+        """What is kept of all rows at the present parameters of the network."""
+        if self._gathered is None or not torch.equal(self._gathered[0], at):
+            empty = self._way.rows(self._model)
+            found = read(self._trainer, self._model, empty, self._way.output)
+            self._gathered = at, found
+        return self._gathered[1]
+
+    def settled(self) -> dict[str, Tensor]:
+        """The state of covariance and BLUPs that is validated and saved."""
+        at = mark(self._model)
+        if self._settled is not None and torch.equal(self._settled[0], at):
+            return self._settled[1]
+        before = state(self._model)
+        try:
+            # What follows must not be tensors of inference mode, in which validation may run.
+            with torch.inference_mode(False), torch.enable_grad():
+                gathered = self._present(at)
+                if self.aireml is not None and self._has_network:
+                    self.aireml.step(lambda: gathered.objective)
+                gathered.update()
+                self._settled = at, state(self._model)
+        finally:
+            self.load(before)
+        return self._settled[1]
+
+    def training(self) -> dict[str, Tensor]:
+        """The state that training goes on from, the memory of its way included."""
+        own = state(self._model) if self._training is None else self._training
+        return {**own, **{_WAY + key: value for key, value in self._way.memory().items()}}
+
+    def show(self) -> None:
+        """Give the model the state that is validated, until :meth:`resume`."""
+        settled = self.settled()
+        self._training = state(self._model) if self._training is None else self._training
+        self.load(settled)
+
+    def resume(self) -> None:
+        """Give the model the state of training again."""
+        if self._training is not None:
+            self.load(self._training)
+            self._training = None
+
+    def load(self, given: Mapping[str, Tensor]) -> None:
+        """Take up a state."""
+        own = {key: value for key, value in given.items() if not key.startswith(_WAY)}
+        with torch.inference_mode(False):
+            self._model.load_state_dict(own, strict=False)
+        memory = {key.removeprefix(_WAY): given[key] for key in given if key not in own}
+        self._way.remember(memory)
+
+    def finish(self, most: int, conclude: Callable[[Summed | Held], None]) -> None:
+        """Bring the covariance to its optimum for the present mean, with its BLUPs; once.
+
+        Args:
+            most: steps.
+            conclude: what is then done with what is kept of the rows.
+        """
+        at = mark(self._model)
+        if self._training is not None:
+            if self._settled is not None and torch.equal(self._settled[0], at):
+                return
+            self.resume()
+        self._training = state(self._model)
+        gathered = self._present(at)
+        if self.aireml is not None and self._has_network:
+            self.history += iterate(gathered.objective, most)
+        gathered.update()
+        self._settled = at, state(self._model)
+        conclude(gathered)

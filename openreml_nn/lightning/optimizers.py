@@ -1,0 +1,94 @@
+"""Optimizers and schedulers from configs or functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from lightning import Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from openreml_nn.estimation.aireml import AIREML
+from openreml_nn.model import MixedModel
+from openreml_nn.support.errors import InputError
+from openreml_nn.support.instantiate import build
+
+__all__ = [
+    "MakeOptimizer",
+    "MakeScheduler",
+    "is_aireml",
+    "optimizers_of",
+    "refuse_gradient_options",
+    "scheduled",
+]
+
+MakeOptimizer = Mapping[str, Any] | Callable[[Iterable[Tensor]], Optimizer]
+MakeScheduler = Mapping[str, Any] | Callable[[Optimizer], Any]
+
+
+def is_aireml(make: MakeOptimizer | None) -> bool:
+    """Whether a model without a network moves by AI-REML, as by default."""
+    if isinstance(make, Mapping):
+        return str(make.get("_target_")).endswith("AIREML")
+    return make is None or make is AIREML
+
+
+def optimizers_of(
+    model: MixedModel, make: MakeOptimizer | None
+) -> tuple[Optimizer | None, AIREML | None]:
+    """The optimizer of the network, or without one that of the covariance; and AI-REML for the
+    covariance, None where it is another optimizer's.
+
+    Raises:
+        InputError: if AI-REML is to train a network.
+    """
+    covariance = [p for p in model.covariance_parameters() if p.requires_grad]
+    network = [p for p in model.network_parameters() if p.requires_grad]
+    if not (network or covariance):
+        return None, None
+    default = torch.optim.Adam if network else AIREML
+    made = _made(make or default, "optimizer", Optimizer, network or covariance)
+    if not isinstance(made, AIREML):
+        return made, AIREML(covariance) if network and covariance else None
+    if network:
+        raise InputError(
+            "`optimizer` is AIREML, which is for the covariance, where it is the default: the "
+            "network needs another, such as torch.optim.Adam"
+        )
+    # LearningRateMonitor asks every optimizer for it: that of a full step.
+    made.param_groups[0].setdefault("lr", 1.0)
+    return made, made
+
+
+def scheduled(optimizer: Optimizer, make: MakeScheduler) -> dict[str, Any]:
+    """An optimizer with its scheduler, as Lightning takes them.
+
+    Raises:
+        InputError: if the optimizer is AI-REML.
+    """
+    if isinstance(optimizer, AIREML):
+        raise InputError("`scheduler` has no effect on AIREML, which has no learning rate")
+    found: dict[str, Any] = {"scheduler": _made(make, "scheduler", LRScheduler, optimizer)}
+    if isinstance(found["scheduler"], ReduceLROnPlateau):
+        found["monitor"] = "train_loss"
+    return {"optimizer": optimizer, "lr_scheduler": found}
+
+
+def refuse_gradient_options(trainer: Trainer) -> None:
+    """Refuse the Trainer's options of gradients where nothing is trained by them.
+
+    Raises:
+        InputError: if there is one.
+    """
+    for name in ("gradient_clip_val", "accumulate_grad_batches"):
+        if getattr(trainer, name) not in (None, 0, 1):
+            raise InputError(f"Trainer({name}=…) has no effect: no network is trained by gradients")
+
+
+def _made(make: Any, what: str, wants: type, *args: Any) -> Any:
+    if isinstance(make, Mapping):
+        return build(dict(make), what, wants, *args)
+    return make(*args)

@@ -1,0 +1,317 @@
+"""The random effects of a table: the level of each row, and the values of the effects there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from openreml_nn.support.errors import InputError
+from openreml_nn.table.algebra import Part
+from openreml_nn.table.bases import penalised_spline
+from openreml_nn.table.columns import numbers, single
+from openreml_nn.table.encoded import RandomDesign
+from openreml_nn.table.formula import Grouping, RandomPart
+from openreml_nn.table.lags import check_lags, whole_lags
+from openreml_nn.table.learned import Group, Learned
+from openreml_nn.table.levels import Factor, coded
+from openreml_nn.table.matrix import model_matrix
+from openreml_nn.table.relation import Known, Places
+from openreml_nn.table.rows import TableRows
+from openreml_nn.table.structure import KERNELS, ORDERED, Structure
+from openreml_nn.table.syntax import Call, Name, Number, Operation
+
+#: A spline of more coefficients than these is refused before it is made.
+_MOST_COEFFICIENTS = 2000
+
+__all__ = ["check_relations", "ordered_effects", "random_designs", "skeletons"]
+
+
+def _operands(parts: Sequence[RandomPart]) -> list[tuple[str, RandomPart]]:
+    """Each random part with a unique operand name, without '/' and '.'."""
+    found = []
+    used = {"residual": 1, "units": 1}
+    for part in parts:
+        base = re.sub(r"[/.]", "_", part.grouping.operand)
+        name = f"{base}_{used[base]}" if base in used else base
+        used[base] = used.get(base, 0) + 1
+        found.append((name, part))
+    return found
+
+
+def check_relations(parts: Sequence[RandomPart], relations: Mapping[str, Known]) -> None:
+    """Compare the known matrices with those that a formula names.
+
+    Raises:
+        InputError: if one is missing, or has no place in the formula.
+    """
+    needed = {_needed(part.grouping): part for part in parts if _needed(part.grouping)}
+    for name, part in needed.items():
+        if name not in relations:
+            how = "`pedigree`" if name == "ped" else f"a matrix {name!r} in `kernels`"
+            raise InputError(f"{part.grouping.key} needs {how}: there is none")
+    for name in relations:
+        if name not in needed:
+            what = "`pedigree`" if name == "ped" else f"`kernels` has {name!r}, which"
+            use = "(1 | ped(animal))" if name == "ped" else f"(1 | vm(level, {name}))"
+            raise InputError(f"{what} is not in the formula: expected {use} there")
+
+
+def _needed(grouping: Grouping) -> str | None:
+    if grouping.relation is None or grouping.relation.name not in ("ped", "vm"):
+        return None
+    return grouping.kernel or "ped"
+
+
+def ordered_effects(part: RandomPart, data: TableRows) -> RandomPart:
+    """The part where a column of numbers is a factor, as structures in an order take it."""
+    if part.structure.name not in (*ORDERED, "fa"):
+        return part
+    (column, *rest) = part.effects.variables or (Number(1.0),)
+    if rest or not isinstance(column, Name):
+        return part
+    if data.kind(column.name) not in ("number", "dates"):
+        return part
+    factor = Call("factor", ((None, column),))
+    effects = Part(Operation("+", (Number(0.0), factor)), part.effects.formula)
+    return RandomPart(effects, part.grouping, part.structure)
+
+
+def random_designs(
+    parts: Sequence[RandomPart],
+    data: TableRows,
+    learned: Learned,
+    relations: Mapping[str, Known],
+) -> tuple[RandomDesign, ...]:
+    """The designs of the random parts for the rows of a table; what is new is learned."""
+    designs: list[RandomDesign] = []
+    grouped: dict[str, tuple[Tensor, tuple[str, ...], Known | Places | None]] = {}
+    for name, part in _operands(parts):
+        grouping = part.grouping
+        if grouping.key not in grouped:
+            grouped[grouping.key] = _levels(grouping, data, learned, relations)
+        codes, levels, relation = grouped[grouping.key]
+        if grouping.bent:
+            values, effects = _splines(grouping, data)
+            learned.effects[name] = list(effects)
+            z, idv = torch.from_numpy(values), Structure("idv")
+            designs.append(RandomDesign(name, part.group, effects, levels, codes, z, idv))
+            continue
+        values, effects = model_matrix(part.effects, data)
+        if not effects:
+            raise data.fault(f"{part} has no effect")
+        learned.effects[name] = list(effects)
+        places = _places(part, data, effects)
+        if places is not None:
+            learned.places[name] = list(places)
+        _check_structure(part, effects, data)
+        z = torch.from_numpy(values)
+        designs.append(
+            RandomDesign(
+                name, part.group, effects, levels, codes, z, part.structure, places, relation
+            )
+        )
+    return tuple(designs)
+
+
+def skeletons(
+    parts: Sequence[RandomPart], rows: int, learned: Learned, relations: Mapping[str, Known]
+) -> tuple[RandomDesign, ...]:
+    """The designs of random parts with the learned shapes, without the rows of a table."""
+    found = []
+    for name, part in _operands(parts):
+        grouping = part.grouping
+        effects = tuple(learned.effects[name])
+        levels = learned.groups[grouping.key].labels
+        codes = torch.arange(rows) % len(levels)
+        values = torch.ones(rows, len(effects), dtype=torch.float64)
+        structure = Structure("idv") if grouping.bent else part.structure
+        places = tuple(learned.places[name]) if name in learned.places else None
+        relation = _relation(grouping, learned, relations)
+        found.append(
+            RandomDesign(
+                name, part.group, effects, levels, codes, values, structure, places, relation
+            )
+        )
+    return tuple(found)
+
+
+# ---------------------------------------------------------------------- effects
+
+
+def _check_structure(part: RandomPart, effects: Sequence[str], data: TableRows) -> None:
+    """Refuse a structure that has no meaning for so many effects."""
+    name, k = part.structure.name, len(effects)
+    if k == 1 and name not in ("us", "diag", "idv"):
+        raise data.fault(f"{part} has one effect, {effects[0]!r}: {name}() needs two or more")
+    if name == "fa":
+        order = int(part.structure.options["factors"])
+        if order >= k:
+            raise data.fault(
+                f"{part} has {order} factors for {k} effects: expected at most {k - 1}"
+            )
+
+
+def _places(part: RandomPart, data: TableRows, effects: Sequence[str]) -> tuple[int, ...] | None:
+    """Whole numbers whose differences are the lags of the effects, for structures by lags."""
+    name = part.structure.name
+    if name not in ORDERED:
+        return None
+    variables = part.effects.variables
+    value = data.variable(variables[0]) if len(variables) == 1 else None
+    if not isinstance(value, Factor) or len(value.levels) != len(effects):
+        raise data.fault(
+            f"{part}: {name}() is among the levels of one factor in order: expected "
+            f"{name}(0 + time | group)"
+        )
+    if name == "ante":
+        return None
+    try:
+        times = np.array([float(level) for level in value.levels])
+    except ValueError:
+        return tuple(range(len(effects)))  # labels without numbers, in their order
+    what = f"{data.source}: {part}: the levels of {str(variables[0])!r}"
+    places = whole_lags(times, what, lambda i: f"{value.levels[i]!r}")
+    if name in ("toep", "hettoep"):
+        check_lags(places, what)
+    return tuple(places.tolist())
+
+
+# ---------------------------------------------------------------------- levels
+
+
+def _levels(
+    grouping: Grouping, data: TableRows, learned: Learned, relations: Mapping[str, Known]
+) -> tuple[Tensor, tuple[str, ...], Known | Places | None]:
+    """Level of each row, the levels, and how they are related."""
+    if grouping.bent:
+        learned.groups.setdefault(grouping.key, Group([[grouping.key]], [0]))
+        return torch.zeros(len(data), dtype=torch.int64), (grouping.key,), None
+    if grouping.relation is None:
+        factors = [data.labels(name) for name in grouping.columns]
+        codes, levels = _codes(grouping, factors, learned)
+        return codes, levels, None
+    if grouping.relation.name in KERNELS:
+        factors = [_numeric(name, data) for name in grouping.columns]
+        codes, levels = _codes(grouping, factors, learned)
+        return codes, levels, _relation(grouping, learned, relations)
+    return _known(grouping, data, learned, relations)
+
+
+def _relation(
+    grouping: Grouping, learned: Learned, relations: Mapping[str, Known]
+) -> Known | Places | None:
+    """How the learned levels of a group are related."""
+    relation, levels = grouping.relation, learned.groups[grouping.key]
+    if relation is None or grouping.bent:
+        return None
+    if relation.name in KERNELS:
+        coordinates = [[float(x) for x in part] for part in levels.parts]
+        return Places(relation, torch.tensor(coordinates, dtype=torch.float64))
+    found = relations[grouping.kernel or "ped"]
+    is_inverse = found.is_inverse or bool(relation.options.get("inverse"))
+    return Known(tuple(levels.labels), found.matrix, is_inverse)
+
+
+def _known(
+    grouping: Grouping, data: TableRows, learned: Learned, relations: Mapping[str, Known]
+) -> tuple[Tensor, tuple[str, ...], Known | Places | None]:
+    """Level of each row among those of a known matrix."""
+    (column,) = grouping.columns
+    found, factor = relations[grouping.kernel or "ped"], data.labels(column)
+    fitting = grouping.key not in learned.groups
+    if fitting:
+        size, names = found.matrix.shape[0], found.names or tuple(factor.levels)
+        if len(names) != size:
+            raise InputError(
+                f"kernel {grouping.kernel!r} is {size} x {size} without names, but column "
+                f"{column!r} has {len(names)} levels: expected a data frame with the names"
+            )
+        learned.groups[grouping.key] = Group([list(names)], list(range(size)))
+    levels = learned.groups[grouping.key].columns[0]
+    codes = factor.among(levels)
+    if fitting and (codes < 0).any():
+        at = int(np.argmax(codes < 0))
+        where = "the pedigree" if grouping.kernel is None else f"kernel {grouping.kernel!r}"
+        raise InputError(
+            f"{data.source}: column {column!r} has the level {factor.labels()[at]!r} in row "
+            f"{data.row(at)}, which {where} has not"
+        )
+    return torch.from_numpy(codes), tuple(levels), _relation(grouping, learned, relations)
+
+
+def _codes(
+    grouping: Grouping, factors: Sequence[Factor], learned: Learned
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Level of each row; only combinations that occur are levels."""
+    known = learned.groups.get(grouping.key)
+    columns = [f.levels for f in factors] if known is None else known.columns
+    cell = np.zeros(len(factors[0].codes), dtype=np.int64)
+    seen = np.ones(len(cell), dtype=bool)
+    for factor, levels in zip(factors, columns, strict=True):
+        code = factor.codes if known is None else factor.among(levels)
+        seen &= code >= 0
+        cell = cell * len(levels) + code
+    if len(columns) == 1:
+        if known is None:
+            known = Group(columns, list(range(len(columns[0]))))
+            learned.groups[grouping.key] = known
+        return torch.from_numpy(cell), known.labels
+    if known is None:
+        known = Group(columns, np.unique(cell).tolist())
+        learned.groups[grouping.key] = known
+    cells = np.asarray(known.cells, dtype=np.int64)
+    at = np.searchsorted(cells, cell).clip(max=len(cells) - 1)
+    codes = np.where(seen & (cells[at] == cell), at, -1)
+    return torch.from_numpy(codes), known.labels
+
+
+def _numeric(name: str, data: TableRows) -> Factor:
+    """A column of coordinates as a factor, its levels in the spelling of float64."""
+    column = single(data.table, name, data.source)
+    values = numbers(column, f"{data.source}: column {name!r}", data.table)
+    bad = np.flatnonzero(~np.isfinite(values))
+    if len(bad):
+        raise InputError(
+            f"{data.source}: the coordinate {name!r} is {values[bad[0]]:g} in row "
+            f"{data.row(int(bad[0]))}: expected a finite number"
+        )
+    return coded(pd.Series(values + 0.0, name=name), None, data.source)
+
+
+# ---------------------------------------------------------------------- splines
+
+
+def _splines(grouping: Grouping, data: TableRows) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The columns of a spline without its straight line, or of a product of two columns."""
+    assert grouping.relation is not None
+    segments = int(grouping.relation.options["segments"])
+    size = (segments + 1) ** sum(grouping.bent)
+    if size > _MOST_COEFFICIENTS:
+        raise data.fault(
+            f"{grouping.key} of {segments} segments has {size} coefficients: expected at most "
+            f"{_MOST_COEFFICIENTS}, by fewer segments"
+        )
+    found = np.ones((len(data), 1))
+    for name, bent in zip(grouping.columns, grouping.bent, strict=True):
+        column = single(data.table, name, data.source)
+        x = numbers(column, f"{data.source}: column {name!r}", data.table)
+        state = data.state(f"spline({Name(name)})")
+        if not state:
+            if not len(np.unique(x)) > 2:
+                raise InputError(
+                    f"{data.source}: column {name!r} has {len(np.unique(x))} values: a spline "
+                    "needs three"
+                )
+            state.update(low=float(x.min()), high=float(x.max()))
+        low, high = state["low"], state["high"]
+        if bent:
+            part = penalised_spline(x, low, high, segments)
+        else:
+            part = ((x - (low + high) / 2) / ((high - low) / 2))[:, None]
+        found = (found[:, :, None] * part[:, None, :]).reshape(len(data), -1)
+    return found, tuple(f"{grouping.key}{j}" for j in range(1, found.shape[1] + 1))
