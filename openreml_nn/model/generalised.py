@@ -47,8 +47,6 @@ def glmm(
     quadrature: int = 1,
     solver: str | Solver = "auto",
     categorical: Sequence[str] = (),
-    pedigree: pd.DataFrame | Pedigree | str | os.PathLike[str] | None = None,
-    kernels: Mapping[str, Any] | None = None,
     weights: str | None = None,
     residual: str | None = None,
     residual_variance: float | None = None,
@@ -83,7 +81,6 @@ def glmm(
         pedigree, kernels: relations of levels that the formula names, see :func:`lmm`.
         weights, residual, residual_variance, chunk_rows: of :func:`lmm`; refused here, as the
             residual belongs to the family.
-        pedigree, kernels: known matrices between levels, see :func:`lmm`.
         max_iterations: after so many steps the fit stops, with a warning.
 
     Raises:
