@@ -15,9 +15,10 @@ import pandas as pd
 import torch
 from lightning import Trainer
 from torch import nn
+from torch.utils.data import DataLoader
 
 from openreml_nn import MixedModel, RandomEffect
-from openreml_nn.lightning import NeuralMixedModule
+from openreml_nn.lightning import MixedModule
 
 SEEDS = int(sys.argv[1]) if len(sys.argv) > 1 else 50
 
@@ -45,7 +46,7 @@ def fit(head: str, seed: int) -> list[float]:
     model = MixedModel(mean, {"g": RandomEffect(q)}, head=head)
     lbfgs = {"_target_": "torch.optim.LBFGS", "max_iter": 20, "line_search_fn": "strong_wolfe"}
     data = {"x": x, "y": y, "groups": {"g": group}}
-    module = NeuralMixedModule(model, data, lbfgs, training="full")
+    module = MixedModule(model, lbfgs, "full")
     Trainer(
         max_epochs=40,
         accelerator="cpu",
@@ -53,8 +54,8 @@ def fit(head: str, seed: int) -> list[float]:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-    ).fit(module)
-    return [estimate.value for estimate in module.variances()]
+    ).fit(module, DataLoader([data], batch_size=None))
+    return [estimate.value for estimate in module.result.parameters]
 
 
 def main() -> None:

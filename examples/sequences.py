@@ -3,9 +3,10 @@
 import torch
 from lightning import Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from openreml_nn import MixedModel, RandomEffect
-from openreml_nn.lightning import NeuralMixedModule
+from openreml_nn.lightning import MixedModule
 
 torch.manual_seed(1)
 patients, visits, length = 100, 12, 20
@@ -29,13 +30,12 @@ class Recurrent(nn.Module):
 
 
 model = MixedModel(Recurrent(), {"patient": RandomEffect(patients, effects=2)})
-batch = {
-    "x": signal,
-    "y": y,
-    "groups": {"patient": patient},
-    "values": {"patient": torch.stack([torch.ones(n), dose], 1)},
-}
-module = NeuralMixedModule(model, batch, {"_target_": "torch.optim.Adam", "lr": 0.01}, rows=100)
+slopes = torch.stack([torch.ones(n), dose], 1)
+rows = [
+    {"x": signal[i], "y": y[i], "groups": {"patient": patient[i]}, "values": {"patient": slopes[i]}}
+    for i in range(n)
+]
+module = MixedModule(model, {"_target_": "torch.optim.Adam", "lr": 0.01})
 trainer = Trainer(
     max_epochs=20,
     accelerator="cpu",
@@ -44,7 +44,7 @@ trainer = Trainer(
     enable_progress_bar=False,
     enable_model_summary=False,
 )
-trainer.fit(module)
+trainer.fit(module, DataLoader(rows, batch_size=100, shuffle=True))
 
 print("covariance of the patients' intercepts and slopes (0.36 the slopes' variance, 1 the other)")
 print(model.random["patient"].prior().detach())

@@ -1,6 +1,6 @@
 """Linear mixed models as PyTorch modules."""
 
-from openreml_nn import covariance, datasets
+from openreml_nn import covariance, datasets, families
 from openreml_nn.estimation import (
     AIREML,
     Result,
@@ -13,8 +13,9 @@ from openreml_nn.estimation import (
     predict,
     residual,
 )
-from openreml_nn.likelihood import REMLLoss, restricted_log_likelihood
+from openreml_nn.likelihood import LaplaceLoss, REMLLoss, restricted_log_likelihood
 from openreml_nn.model import MixedModel, RandomEffect
+from openreml_nn.model.generalised import glmm
 from openreml_nn.model.linear import lmm
 from openreml_nn.model.stream import fit_stream
 from openreml_nn.support.errors import InputError, NumericalError
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AIREML",
     "InputError",
+    "LaplaceLoss",
     "MixedModel",
     "NumericalError",
     "REMLLoss",
@@ -33,8 +35,10 @@ __all__ = [
     "blup",
     "covariance",
     "datasets",
+    "families",
     "fit_reml",
     "fit_stream",
+    "glmm",
     "lmm",
     "loglik",
     "marginal_predict",

@@ -19,12 +19,10 @@ PACKAGE = Path(__file__).parents[1] / "openreml_nn"
 #: Files of more than 400 lines, and why.
 LONG_FILES = {
     "estimation/aireml.py": "direction, safeguard and stopping rule are to be parted",
-    "lightning/neural.py": "ways of training are to have files of their own",
+    "likelihood/laplace.py": "the loss and what it prepares are to be parted",
+    "lightning/module.py": "Lightning's hooks, one by one",
     "model/mixed_model.py": "the model, its random effects and predictions are to be parted",
-    "program/main.py": "commands are to be parted",
-    "result/result.py": "the result's parts are to have a file of their own",
     "table/encoder.py": "what was learned and its use are to be parted",
-    "table/formula.py": "the two sides of a formula are to be parted",
     "table/functions.py": "functions of R, one after another",
     "table/reading.py": "formats of files are to be parted",
 }
@@ -34,24 +32,36 @@ LONG_CLASSES = {
     "covariance/operator.py: Operator": "the contract of an operator, most of it documentation",
     "covariance/tree.py: Tree": "values and derivatives go through one order of nodes",
     "estimation/outcome.py: _Builder": "every part of a result, from one evaluation",
-    "lightning/module.py: MixedModelModule": "to be one module with the others",
-    "lightning/neural.py: NeuralMixedModule": "to be one module with the others",
-    "lightning/tabular.py: TabularMixedModule": "to be one module with the others",
+    "estimation/marginal.py: MarginalFit": "one Newton iteration with what it keeps",
+    "lightning/module.py: MixedModule": "Lightning's hooks, one by one",
     "likelihood/loss.py: REMLLoss": "the contract of the loss, most of it documentation",
+    "likelihood/system/sparse/equations.py: Equations": "to be parted",
     "model/mixed_model.py: MixedModel": "to be parted",
+    "result/joint.py: JointErrors": "to be parted",
     "table/encoder.py: Encoder": "to be parted",
     "table/reading.py: TableFile": "to be parted",
 }
 #: Names that are offered by two modules for two things, neither of them public, and why.
 TWO_THINGS = {
+    "Cross": "of two solvers' systems",
+    "Equations": "of the sparse solver, and of predictions",
     "Factor": "the factor of a matrix, and the levels of a column",
+    "Part": "of the sparse solver's equations, and of a formula",
+    "Parts": "a way of training, and parts of sums over chunks",
+    "Rows": "of the sparse solver's design, and of a table",
+    "Term": "of a formula, and of a covariance",
     "check_tensor": "one of the two is to go",
     "evaluate": "a tree of matrices, and a function in a formula",
     "kind_of": "of a matrix, and of a column",
+    "predict_table": "the command, and what it calls",
+    "shown": "one of the two is to have another name",
+    "structure_of": "of a model's residual, and of a formula",
+    "visible": "of a tensor, and of text",
     "within": "a matrix within groups, and its square root",
 }
 #: Modules with the name of a function in them, and why.
 NAMED_LIKE_A_FUNCTION = {
+    "lightning/optimizers.py": "the function is to have another name",
     "estimation/outcome.py": "the function is to have another name",
     "program/main.py": "the function that the console script runs",
 }

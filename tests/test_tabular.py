@@ -107,13 +107,20 @@ def test_units_do_not_matter(head):
     np.testing.assert_allclose(same["variance"], 100**2 * expected["variance"], rtol=1e-3)
 
 
-def test_a_network_may_be_a_module():
+def test_a_network_may_be_a_module(tmp_path):
     formula, table, _ = CASES["crossed"]
     data = MixedModelDataModule(table, formula)
     module = MixedModule(formula, network=nn.Sequential(nn.LazyLinear(8), nn.ReLU()))
-    quiet(1).fit(module, data)
+    trainer = quiet(1)
+    trainer.fit(module, data)
     assert "network" not in module.hparams
     assert len(module.predict(table)) == len(table)
+    trainer.save_checkpoint(tmp_path / "m.ckpt")
+    with pytest.raises(InputError, match=r"a network that was given as a module.*pass `network`"):
+        MixedModule.load_from_checkpoint(tmp_path / "m.ckpt", weights_only=True)
+    layers = nn.Sequential(nn.LazyLinear(8), nn.ReLU())
+    again = MixedModule.load_from_checkpoint(tmp_path / "m.ckpt", network=layers, weights_only=True)
+    pd.testing.assert_frame_equal(again.predict(table), module.predict(table))
 
 
 def test_errors_name_what_is_wrong():

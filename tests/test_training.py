@@ -19,11 +19,20 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    TensorDataset,
+)
 
-from openreml_nn import InputError, MixedModel, RandomEffect
+from openreml_nn import InputError, MixedModel, RandomEffect, lmm
+from openreml_nn.estimation.fit import iterate
 from openreml_nn.lightning import MixedModelDataModule, MixedModule, UpdateBLUPs
 from openreml_nn.lightning.ways import Alternating
+from openreml_nn.model import take
 from tests.forked import forked
 from tests.test_neural import quiet
 
@@ -181,6 +190,15 @@ def test_a_batch_at_fault_is_named(batch, message):
         fit(good)
 
 
+def test_networks_of_the_wrong_shape_are_named():
+    wide = MixedModel(nn.Linear(2, 1), {"g": RandomEffect(Q)}, residual=nn.Linear(2, 3))
+    with pytest.raises(InputError, match=r"training batch 0: `residual` yields .*log-variance"):
+        fit(found=MixedModule(wide))
+    slopes = RandomEffect(Q, effects=2, features=nn.Linear(2, 3))
+    with pytest.raises(InputError, match=r"training batch 0: `features of 'g'`.*64, 2"):
+        fit(found=MixedModule(MixedModel(nn.Linear(2, 1), {"g": slopes})))
+
+
 def test_a_code_of_no_level_is_a_level_of_its_own():
     torch.manual_seed(0)
     n, q = 6000, 300
@@ -254,6 +272,92 @@ def test_a_step_goes_down_the_likelihood_by_fishers_identity(unknown):
     torch.testing.assert_close(own, exact, rtol=1e-8, atol=1e-11)
 
 
+def _linear(case):
+    """A formula, its table, and the mixed model with a linear network for its mean."""
+    rng = np.random.default_rng(1)
+    n = 1500
+    t = pd.DataFrame({"x": rng.standard_normal(n), "a": rng.integers(0, 30, n)})
+    t["b"], t["w"] = rng.integers(0, 20, n), rng.uniform(0.5, 2, n)
+    u, v = rng.standard_normal(30)[t.a], rng.standard_normal(30)[t.a]
+    t["y"] = 2 + t.x + u + 0.5 * rng.standard_normal(n) / np.sqrt(t.w if case == "weights" else 1)
+    if case == "slopes":
+        t["y"] += v * t.x
+    if case == "crossed":
+        t["y"] += rng.standard_normal(20)[t.b]
+    effects = {"a": RandomEffect(30, effects=2 if case == "slopes" else 1)}
+    if case == "crossed":
+        effects["b"] = RandomEffect(20)
+    x = torch.tensor(t[["x"]].to_numpy())
+    groups = {name: torch.tensor(t[name].to_numpy()) for name in effects}
+    batch = {"x": x, "y": torch.tensor(t.y.to_numpy()), "groups": groups}
+    if case == "slopes":
+        batch["values"] = {"a": torch.cat([torch.ones_like(x), x], 1)}
+    if case == "weights":
+        batch["weights"] = torch.tensor(t.w.to_numpy())
+    formula = {"slopes": "y ~ x + (x | a)", "crossed": "y ~ x + (1 | a) + (1 | b)"}
+    return formula.get(case, "y ~ x + (1 | a)"), t, effects, batch
+
+
+class Rows(Dataset):
+    def __init__(self, batch):
+        self.batch = batch
+
+    def __len__(self):
+        return len(self.batch["y"])
+
+    def __getitem__(self, rows):
+        return take(self.batch, torch.tensor(rows))
+
+
+@pytest.mark.parametrize("case", ["intercepts", "slopes", "crossed", "weights"])
+def test_a_linear_mean_ends_at_the_likelihood_of_lmm(case):
+    formula, table, effects, batch = _linear(case)
+    weights = {"weights": "w"} if case == "weights" else {}
+    expected = lmm(formula, table, method="ml", categorical=["a", "b"], **weights)
+    rows = Rows(batch)
+    sampler = BatchSampler(RandomSampler(rows), 100, drop_last=False)
+    decay = {"_target_": "torch.optim.lr_scheduler.CosineAnnealingLR", "T_max": 20}
+    adam = {"_target_": "torch.optim.Adam", "lr": 0.1}
+    found = MixedModule(MixedModel(nn.Linear(1, 1).double(), effects), adam, scheduler=decay)
+    fit(DataLoader(rows, sampler=sampler, batch_size=None), found=found, epochs=20)
+    assert found.result.log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-4)
+    for one, other in zip(found.result.components, expected.components, strict=True):
+        torch.testing.assert_close(one.covariance, other.covariance, rtol=0.02, atol=0.01)
+
+
+def test_what_a_network_cannot_yield_stays_with_the_blups():
+    """Without a constant in the network the BLUPs keep their mean, as the likelihood wants it."""
+    batch = {"x": X.double(), "y": 1 + Y.double(), "groups": {"g": G}}
+    network = nn.Linear(2, 1, bias=False).double()
+    decay = {"_target_": "torch.optim.lr_scheduler.CosineAnnealingLR", "T_max": 30}
+    found = MixedModule(MixedModel(network, {"g": RandomEffect(Q)}), ADAM, scheduler=decay)
+    order = BatchSampler(RandomSampler(Rows(batch)), 50, drop_last=False)
+    fit(DataLoader(Rows(batch), sampler=order, batch_size=None), found=found, epochs=30)
+    linear = MixedModel(nn.Identity(), {"g": RandomEffect(Q)}, head="gls", method="ml")
+    objective = linear.objective(batch)
+    iterate(objective, 50)
+    best = float(objective.evaluate().log_likelihood)
+    assert found.result.log_likelihood == pytest.approx(best, rel=1e-4)
+    assert float(found.model.random["g"].blup.mean()) > 0.5
+
+
+def test_a_network_for_the_residual_of_a_table_is_trained():
+    rng = np.random.default_rng(0)
+    n, formula = 3000, "y ~ x + (1 | g)"
+    x, g = rng.random(n), rng.integers(0, 60, n)
+    y = rng.standard_normal(60)[g] + np.exp(-1 + 2 * x) * rng.standard_normal(n)
+    table = pd.DataFrame({"y": y, "x": x, "g": g.astype(str)})
+    layers = nn.Sequential(nn.LazyLinear(8), nn.Tanh())
+    found = MixedModule(formula, ADAM, network=layers, residual=layers, rows=256)
+    quiet(15).fit(found, MixedModelDataModule(table, formula, validation=0.2))
+    predicted = found.predict(table)
+    error = (table.y - predicted["mean"]).abs() / np.sqrt(predicted["variance"])
+    for low, high, true in ((0, 0.2, 0.45), (0.8, 1, 2.23)):
+        at = (x >= low) & (x < high)
+        assert np.sqrt(predicted["variance"][at]).mean() == pytest.approx(true, rel=0.2)
+        assert (error[at] < 1.96).mean() == pytest.approx(0.95, abs=0.04)
+
+
 def test_weights_count():
     """Least squares with weights ends at the weighted likelihood's maximum."""
     torch.manual_seed(0)
@@ -266,8 +370,6 @@ def test_weights_count():
     design = torch.cat([X.double(), torch.ones(N, 1).double()], 1)
     linear = MixedModel(nn.Identity(), {"g": RandomEffect(Q)}, head="gls", method="ml")
     objective = linear.objective({**batch, "x": design})
-    from openreml_nn.estimation.fit import iterate
-
     iterate(objective, 50)
     best = float(objective.evaluate().log_likelihood)
     reached = float(found.objective(batch).evaluate().log_likelihood)
@@ -369,6 +471,12 @@ def test_the_learning_rate_is_found(tmp_path):
 def test_half_precision_of_the_response_is_refused():
     with pytest.raises(InputError, match=r"training batch 0: `y` is torch.bfloat16.*bf16-mixed"):
         fit(precision="bf16-true")
+
+
+def test_a_network_in_half_precision_cannot_yield_a_response_far_from_zero():
+    far = DataLoader(TensorDataset(X, Y + 1000, G), 64)
+    with pytest.raises(InputError, match=r"batch 0: the network yields torch.bfloat16.*subtract"):
+        fit(far, precision="bf16-mixed")
 
 
 def test_test_and_predict():
@@ -480,6 +588,25 @@ def test_processes_that_hold_other_rows_are_refused(tmp_path):
     assert (
         "the processes hold other rows, or the same in another order (`x` differs)" in done.stderr
     )
+
+
+def test_processes_with_other_tables_are_refused(tmp_path):
+    def run():
+        table = pd.DataFrame({"y": Y.numpy(), "x": X[:, 0].numpy(), "g": G.numpy().astype(str)})
+
+        class Shuffled(MixedModelDataModule):
+            def setup(self, stage=None):
+                super().setup(stage)
+                if torch.distributed.get_rank():
+                    self.table = self.table.sample(frac=1, random_state=1)
+                    self.encoded = self.encoder.fit(self.table)
+
+        found = MixedModule("y ~ x + (1 | g)", network=nn.LazyLinear(2), rows=64)
+        quiet(1, devices=2, strategy="ddp_fork").fit(found, Shuffled(table, "y ~ x + (1 | g)"))
+
+    done = forked(run, tmp_path)
+    assert done.returncode != 0
+    assert "the processes hold other rows, or the same in another order" in done.stderr
 
 
 def test_rows_that_a_sampler_repeats_are_counted(tmp_path):

@@ -15,6 +15,9 @@ from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.transform import TransformExp, TransformExpPow2
 from openreml_nn.support.checks import check_count
 from openreml_nn.support.errors import InputError
+from openreml_nn.terms.covariance import DenseCovariance
+from openreml_nn.terms.design import IdentityDesign
+from openreml_nn.terms.term import Term
 
 __all__ = ["AR1Matrix", "AntedependenceMatrix", "ToeplitzMatrix"]
 
@@ -104,6 +107,9 @@ class AR1Matrix(Matrix):
         sums = _diagonal_sums(cotangent, self.shape[0])
         pulled = torch.stack([sums @ powers, sums @ (variance * self._slopes(powers))])
         return self.free_vjp(pulled, free_params)
+
+    def structure(self) -> list[Term]:
+        return [Term(IdentityDesign(self.shape[0]), DenseCovariance(self(), chained=True))]
 
     def moment_start(self, variance: Tensor) -> bool:
         self.set_start(self.param_names[1], torch.zeros_like(variance[0]))

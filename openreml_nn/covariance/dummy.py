@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from openreml_nn.covariance.matrix import FreeParams, Matrix
-from openreml_nn.covariance.nodes import visible
+from openreml_nn.covariance.nodes import has_values
 from openreml_nn.support.checks import check_count, check_flag, found
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.design import IndexedDesign
@@ -134,14 +134,15 @@ class DummyMatrix(Matrix):
                 [0., 1.]])
         """
         names = _level_names(levels)
+        count = names if isinstance(names, int) else len(names)
         if not isinstance(codes, Tensor):
             raise TypeError(f"`codes` is {found(codes)}: expected a tensor of integers")
         if codes.dim() != 1 or codes.dtype not in _INTEGERS or not len(codes):
             raise InputError(
                 f"`codes` is {codes.dtype} of shape {tuple(codes.shape)}: expected (n,) integers"
             )
-        if not -1 <= int(codes.min()) <= int(codes.max()) < len(names):
-            raise InputError(f"`codes` reach beyond the {len(names)} levels")
+        if not -1 <= int(codes.min()) <= int(codes.max()) < count:
+            raise InputError(f"`codes` reach beyond the {count} levels")
         made = cls.__new__(cls)
         made._build(codes.long(), names, values, called="values")
         return made
@@ -149,7 +150,7 @@ class DummyMatrix(Matrix):
     def _build(
         self,
         codes: Tensor,
-        names: list[str],
+        names: list[str] | int,
         covariates: Tensor | nn.Module | None,
         labels: list[str] | None = None,
         called: str = "covariates",
@@ -160,12 +161,14 @@ class DummyMatrix(Matrix):
                 k = _checked(covariates(), n, called).shape[1]
         elif covariates is not None:
             covariates = _checked(covariates, n, called)
-            if visible(covariates) and not bool(torch.isfinite(covariates.detach()).all()):
+            if has_values(covariates) and not bool(torch.isfinite(covariates.detach()).all()):
                 raise InputError(f"`{called}` has an entry that is not finite")
             k = covariates.shape[1]
-        super().__init__((n, len(names) * k), {})
-        self._colnames = names
-        self._labels = names if labels is None else labels
+        levels = names if isinstance(names, int) else len(names)
+        super().__init__((n, levels * k), {})
+        self._levels = levels
+        self._colnames = None if isinstance(names, int) else names
+        self._labels = labels
         self.register_buffer("like", torch.empty(0), persistent=False)
         self.register_data("codes", codes)
         self._absent = not codes.is_meta and bool((codes < 0).any())
@@ -180,18 +183,20 @@ class DummyMatrix(Matrix):
     def colnames(self) -> list[str]:
         """Names of the levels in the order of the columns, those of several factors joined by
         ``⋈``."""
+        if self._colnames is None:
+            self._colnames = list(map(str, range(self._levels)))
         return self._colnames
 
     @property
     def labels(self) -> list[str]:
         """The same for tables, joined by ``:`` as in a formula; as tuples where that makes two
         alike."""
-        return self._labels
+        return self.colnames if self._labels is None else self._labels
 
     @property
     def design(self) -> IndexedDesign:
         """The design by level codes."""
-        return IndexedDesign(self.codes, self.values(), len(self._colnames), self._absent)
+        return IndexedDesign(self.codes, self.values(), self._levels, self._absent)
 
     def values(self) -> Tensor | None:
         """Covariates as they are now, (n, k); None for ones."""
@@ -220,9 +225,10 @@ class DummyMatrix(Matrix):
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
 
-def _level_names(levels: Sequence[str] | int) -> list[str]:
+def _level_names(levels: Sequence[str] | int) -> list[str] | int:
+    """Names of levels, or their number where they are called by that."""
     if isinstance(levels, Integral) and not isinstance(levels, bool):
-        return list(map(str, range(check_count("levels", levels, 1))))
+        return check_count("levels", levels, 1)
     if isinstance(levels, str | bytes | Mapping | Tensor) or not isinstance(levels, Iterable):
         raise TypeError(f"`levels` is {found(levels)}: expected names, or how many there are")
     names = list(levels)

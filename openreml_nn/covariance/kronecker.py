@@ -129,7 +129,8 @@ def _merge(outer: Term | None, inner: Term) -> Term | None:
     if b.is_scalar and small is not None:
         return Term(_levels_last(q, k, small.device), RepeatedCovariance(b.matrix * small, k))
     if a.is_solid and b.is_solid:
-        return Term(design, KroneckerCovariance.of(a.matrix, b.matrix))
+        chained = a.is_chained and b.is_chained
+        return Term(design, KroneckerCovariance.of(a.matrix, b.matrix, chained))
     return None
 
 

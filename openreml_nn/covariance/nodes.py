@@ -21,13 +21,13 @@ __all__ = [
     "check_result",
     "differentiated",
     "functorch",
+    "has_values",
     "hooked",
     "is_able",
     "is_opaque",
     "kind_of",
     "leaf_value",
     "lent",
-    "visible",
 ]
 
 
@@ -46,7 +46,7 @@ def hooked(node: Matrix) -> bool:
     )
 
 
-def visible(tensor: Tensor) -> bool:
+def has_values(tensor: Tensor) -> bool:
     """Whether its numbers can be looked at: not while tracing, nor where one would wait for a
     device."""
     return (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from openreml_nn.covariance.matrix import FreeParams, Matrix
-from openreml_nn.covariance.nodes import check_result, is_opaque, visible
+from openreml_nn.covariance.nodes import check_result, has_values, is_opaque, kind_of
 from openreml_nn.covariance.params import check_name, module_name
 from openreml_nn.covariance.tree import Tree
 from openreml_nn.support.checks import found
@@ -124,7 +125,7 @@ class Operator(Matrix):
                 raise TypeError(
                     f"operand {name!r} is {operand.dtype}: expected floating-point numbers"
                 )
-            if visible(operand) and not bool(torch.isfinite(operand.detach()).all()):
+            if has_values(operand) and not bool(torch.isfinite(operand.detach()).all()):
                 raise InputError(f"operand {name!r} has an entry that is not finite")
             if not operand.numel():
                 raise InputError(f"operand {name!r} has shape {tuple(operand.shape)}: it is empty")
@@ -138,7 +139,10 @@ class Operator(Matrix):
                 )
             return
         try:
-            signature(self.combine).bind(*range(count))
+            if kind_of(self).ours:
+                _bind(cls.combine, count)
+            else:
+                signature(self.combine).bind(*range(count))
         except TypeError:
             raise TypeError(
                 f"{cls.__name__}.combine{signature(self.combine)} does not take the values of its "
@@ -215,13 +219,12 @@ class Operator(Matrix):
 
     def lowered(self) -> dict[str, list[Term]]:
         """Terms of each operand, by its name."""
-        like = self.like()
         found = {}
         for name, operand in self.operands.items():
             if isinstance(operand, Matrix):
                 found[name] = operand.terms()
             else:
-                whole = DenseCovariance(operand.to(like))
+                whole = DenseCovariance(operand.to(self.no_values()))
                 found[name] = [Term(IdentityDesign(operand.shape[0]), whole)]
         return found
 
@@ -234,7 +237,7 @@ class Operator(Matrix):
 
     def _evaluated(self, free_params: FreeParams, formed: Sequence[bool]) -> list[Any]:
         with nullcontext() if free_params is None else self.given(free_params):
-            like = self.like()
+            like = self.no_values()
             found: list[Any] = []
             for operand, is_formed in zip(self.checked_operands(), formed, strict=True):
                 if isinstance(operand, Tensor):
@@ -245,7 +248,7 @@ class Operator(Matrix):
                     found.append(operand() if operand.num_free_params else operand(like))
             return found
 
-    def like(self) -> Tensor:
+    def no_values(self) -> Tensor:
         """No parameters, in the precision and on the device of the evaluation."""
         for leaf in self.leaves().values():
             if leaf.stand_in is not None:
@@ -342,3 +345,9 @@ class Operator(Matrix):
     @property
     def repr_dict(self) -> dict[str, Any]:
         return {"operands": self.operands}
+
+
+@cache
+def _bind(combine: Any, count: int) -> None:
+    """Raise TypeError unless a formula of the package takes so many values."""
+    signature(combine).bind(None, *range(count))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
@@ -21,7 +21,25 @@ from openreml_nn.support.errors import InputError
 if TYPE_CHECKING:
     from openreml_nn.covariance.matrix import Matrix
 
-__all__ = ["Owner"]
+__all__ = ["Owner", "tensors_of"]
+
+
+def tensors_of(module: nn.Module, store: str) -> Iterator[Tensor]:
+    """Tensors of a module and of all below it, as ``parameters()`` and ``buffers()`` yield them.
+
+    One that stands in two places comes twice: nobody remembers those that were seen, which takes
+    most of the time where a tree is small.
+
+    Args:
+        store: ``"_parameters"`` or ``"_buffers"``.
+    """
+    stack = [module]
+    while stack:
+        node = stack.pop()
+        for tensor in node.__dict__[store].values():
+            if tensor is not None:
+                yield tensor
+        stack.extend(reversed([child for child in node._modules.values() if child is not None]))
 
 
 class Owner(nn.Module):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.named import Named
+from openreml_nn.covariance.owner import tensors_of
 from openreml_nn.support.checks import check_flag, found
 from openreml_nn.support.errors import InputError
 
@@ -137,9 +138,10 @@ class Parametrized(Named):
 
     def reference(self) -> Tensor:
         """A tensor whose dtype and device an evaluation without free parameters follows."""
-        for tensor in (*self.parameters(), *self.buffers()):
-            if tensor.is_floating_point():
-                return tensor
+        for store in ("_parameters", "_buffers"):
+            for tensor in tensors_of(self, store):
+                if tensor.is_floating_point():
+                    return tensor
         return torch.empty(0)
 
     def build_params(

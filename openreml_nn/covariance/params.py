@@ -113,7 +113,9 @@ def check_value(name: str, value: object, trans: Transform, natural: bool) -> Te
     """
     check_flag("natural", natural)
     try:
-        number = torch.as_tensor(value, device="cpu").detach().to(torch.float64).reshape(1)
+        # A number of Python has all its digits, whatever the default dtype.
+        kept = value.dtype if isinstance(value, Tensor) else torch.float64
+        number = torch.as_tensor(value, dtype=kept, device="cpu").detach().double().reshape(1)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"`value` of {name!r} is {found(value)}: expected one number") from None
     plain = float(number)

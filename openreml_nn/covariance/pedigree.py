@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from numba import njit
 from torch import Tensor
 
 from openreml_nn.covariance.dummy import DummyMatrix
@@ -55,8 +57,11 @@ class Pedigree:
         founder. Missing values, 0 and empty strings are unknown parents.
 
         Raises:
-            ValueError: if the lengths differ, an animal stands in two rows, has
+            InputError: if the lengths differ, an animal stands in two rows, has
                 no name, is its own ancestor, or has completely inbred parents.
+
+        Warns:
+            UserWarning: of an animal that is a sire and a dam, as plants may be.
 
         Reference:
             Henderson, Biometrics 32 (1976) 69; inbreeding by Meuwissen and
@@ -76,9 +81,10 @@ class Pedigree:
                 "entries: expected as many"
             )
         names, sires, dams = (list(map(_name, column)) for column in (animal, sire, dam))
+        _check_sexes(sires, dams)
         levels, parents = _ordered(names, sires, dams)
         inbreeding = _inbreeding(parents)
-        sampling = np.array([_mendelian(inbreeding, s, d) for s, d in parents])
+        sampling = _mendelian(parents, inbreeding)
         if len(sampling) and sampling.min() < np.finfo(float).eps:
             name = levels[int(sampling.argmin())]
             raise InputError(
@@ -126,6 +132,20 @@ def _name(value: Any) -> str | None:
     return None if str(value) in ("", "0") else str(value)
 
 
+def _check_sexes(sires: list[str | None], dams: list[str | None]) -> None:
+    """Warn of the first animal of two sexes, unless the pedigree is one of plants that self."""
+    fathers = {name: row for row, name in reversed(list(enumerate(sires))) if name is not None}
+    of_both = [(row, name) for row, name in enumerate(dams) if name in fathers]
+    if of_both and not any(s is not None and s == d for s, d in zip(sires, dams, strict=True)):
+        row, name = of_both[0]
+        warnings.warn(
+            f"{name!r} is a `sire` in row {fathers[name]} and a `dam` in row {row}: "
+            "expected one sex of an animal; correct the pedigree unless it is of plants",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
 def _ordered(
     names: list[str | None], sires: list[str | None], dams: list[str | None]
 ) -> tuple[list[str], np.ndarray]:
@@ -168,39 +188,48 @@ def _ordered(
     return list(position), parents
 
 
-def _inbreeding(parents: np.ndarray) -> np.ndarray:
-    """By tracing each animal's ancestors from the youngest to the oldest."""
+@njit(cache=True)
+def _inbreeding(parents):  # type: ignore[no-untyped-def]
+    """By tracing each animal's ancestors from the youngest to the oldest.
+
+    Args:
+        parents: (n, 2) positions of the parents, before that of the animal; -1 if unknown.
+    """
     n = len(parents)
-    pairs = [tuple(sorted(pair)) for pair in parents.tolist()]
-    F = np.zeros(n)
-    variance = np.ones(n)  # of the Mendelian sampling
-    of_pair: dict[tuple[int, ...], float] = {}
-    for i, (s, d) in enumerate(pairs):
-        variance[i] = _mendelian(F, s, d)
-        if s < 0:
+    F, variance, weight = np.zeros(n), np.ones(n), np.zeros(n)
+    for i in range(n):
+        queue = [0]  # of what type it is
+        queue.clear()
+        for parent in parents[i]:
+            if parent >= 0:
+                variance[i] -= 0.25 * (1 + F[parent])
+                if weight[parent] == 0:
+                    heappush(queue, -parent)
+                weight[parent] += 0.5
+        if min(parents[i]) < 0:
+            for parent in parents[i]:
+                if parent >= 0:
+                    weight[parent] = 0
             continue  # an unknown parent: not inbred
-        if (s, d) not in of_pair:
-            total, weight, queue = 0.0, {s: 0.5, d: 0.5 if s != d else 1.0}, list[int]()
-            for parent in weight:
-                heappush(queue, -parent)
-            while queue:
-                j = -heappop(queue)
-                w = weight.pop(j)
-                total += w * w * variance[j]
-                for parent in pairs[j]:
-                    if parent >= 0:
-                        if parent not in weight:
-                            heappush(queue, -parent)
-                        weight[parent] = weight.get(parent, 0.0) + w / 2
-            # The path of the animal itself contributes its own sampling variance.
-            of_pair[s, d] = total + variance[i] - 1
-        F[i] = of_pair[s, d]
+        total = 0.0
+        while len(queue) > 0:
+            j = -heappop(queue)
+            w = weight[j]
+            weight[j] = 0
+            total += w * w * variance[j]
+            for parent in parents[j]:
+                if parent >= 0:
+                    if weight[parent] == 0:
+                        heappush(queue, -parent)
+                    weight[parent] += w / 2
+        # The path of the animal itself contributes its own sampling variance.
+        F[i] = total + variance[i] - 1
     return F
 
 
-def _mendelian(F: np.ndarray, s: int, d: int) -> float:
-    """Mendelian sampling variance: 1, 3/4 or 1/2 less a quarter of the parents' inbreeding."""
-    return 1.0 - sum(0.25 * (1 + F[p]) for p in (s, d) if p >= 0)
+def _mendelian(parents: np.ndarray, F: np.ndarray) -> np.ndarray:
+    """Mendelian sampling variances: 1, 3/4 or 1/2 less a quarter of the parents' inbreeding."""
+    return 1.0 - np.where(parents >= 0, 0.25 * (1 + F[parents]), 0.0).sum(1)
 
 
 def _henderson(parents: np.ndarray, sampling: np.ndarray) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.matrix import Matrix
-from openreml_nn.covariance.nodes import visible
+from openreml_nn.covariance.nodes import has_values
 from openreml_nn.covariance.operator import Operator
 from openreml_nn.covariance.start import give_to_one
 from openreml_nn.support.checks import found
@@ -258,7 +258,7 @@ class Inverse(Operator):
         symmetric = ((a - a.mT).abs() <= 1e-8 + 1e-5 * a.abs()).all()
         eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
         half = torch.linalg.solve_triangular(factor, eye, upper=False)
-        if visible(a):
+        if has_values(a):
             if not bool(symmetric):
                 raise InputError("the operand of Inverse is not symmetric")
             if int(info):

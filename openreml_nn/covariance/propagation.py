@@ -126,14 +126,14 @@ class CovariancePropagation(Operator):
                 # One random effect, whose covariance is a sum.
                 found = [whole_term(g())]
         else:
-            found = [whole_term(g.to(self.like()))]
+            found = [whole_term(g.to(self.no_values()))]
         if len(found) == 1:
             found = [replace(found[0], name="")]
         return [propagate(design, term) for term in found]
 
     def build_design(self) -> Tensor:
         """Z itself, (n, q)."""
-        z, like = next(iter(self.operands.values())), self.like()
+        z, like = next(iter(self.operands.values())), self.no_values()
         if isinstance(z, Tensor):
             return z.to(like)
         return z() if z.num_free_params else z(like)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from openreml_nn.covariance.matrix import Matrix
 from openreml_nn.covariance.operator import Operator
+from openreml_nn.covariance.owner import tensors_of
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.term import Term
 
@@ -60,8 +61,11 @@ class Sum(Operator):
         operands = self.operands
         for name, parts in self.lowered().items():
             operand = operands[name]
-            moving = [operand] if isinstance(operand, Tensor) else operand.parameters()
-            if not any(p.requires_grad for p in moving):
+            if isinstance(operand, Tensor):
+                moves = operand.requires_grad
+            else:
+                moves = any(p.requires_grad for p in tensors_of(operand, "_parameters"))
+            if not moves:
                 parts = [replace(term, known=True) for term in parts]
             found += [term.within(name) for term in parts]
         return found

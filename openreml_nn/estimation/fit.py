@@ -34,7 +34,7 @@ from openreml_nn.terms.term import Term, has_own_columns, residual_terms
 __all__ = ["checked", "fit_reml", "iterate", "moment_start", "start_by_moments"]
 
 #: An exact evaluation is put off when it takes this many times the work of an approximate one.
-_WORTH = 15.0
+_WORTH = 10.0
 _ROUGH_STEPS = 30
 
 

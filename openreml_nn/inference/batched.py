@@ -70,8 +70,7 @@ def maximise(refit: Refit, y: Tensor) -> Maxima:
 
 def _size(problem: Problem) -> int:
     """Numbers that one likelihood holds; 0 if it cannot be batched."""
-    recorded = type(problem).recorded is not Problem.recorded
-    if not isinstance(problem, GroupedProblem) or not recorded:
+    if not isinstance(problem, GroupedProblem) or not problem.has_second_derivatives:
         return 0
     return problem.n * (problem.p + 2) + problem.levels * problem.k**2 + problem.q**2
 

@@ -30,11 +30,11 @@ from openreml_nn.estimation.derivatives import expand, hessian_of_value
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.problem import Evaluation, NotPositiveDefiniteError
 
-__all__ = ["Ascent", "Held", "Natural"]
+__all__ = ["Ascent", "Natural", "Quantity"]
 
 
 @dataclass(frozen=True)
-class Held:
+class Quantity:
     """A quantity that is held at a value.
 
     Attributes:
@@ -163,7 +163,7 @@ class Natural:
                 found += [(j, edge, 1.0 if edge == min(bounds) else -1.0) for edge in bounds]
         return found
 
-    def held(self, index: int, i: int, j: int) -> Held | None:
+    def held(self, index: int, i: int, j: int) -> Quantity | None:
         """The standard deviation (i = j) or the correlation of effects of a term.
 
         None where the likelihood does not depend on it, or it does not exist.
@@ -171,10 +171,10 @@ class Natural:
         entry = self._leaf_of(index)
         if entry is not None and i == j:
             at = self._rows[self._row_of[id(entry.leaf), i]][0]
-            return Held(lambda v: v[at], (0.0, inf), self.unit)
+            return Quantity(lambda v: v[at], (0.0, inf), self.unit)
         if entry is not None and j == 0:
             at = self._rows[self._row_of[id(entry.leaf), i]][1]
-            return Held(lambda v: v[at], (0.0, pi), 1.0, True, True)
+            return Quantity(lambda v: v[at], (0.0, pi), 1.0, True, True)
 
         def entry_of(v: Tensor) -> Tensor:
             recorded = self.at.natural(0, self.coordinates(v))
@@ -186,7 +186,7 @@ class Natural:
 
         bounds, longest = ((0.0, inf), self.unit) if i == j else ((-1.0, 1.0), 1.0)
         own = self._own_scale(index) if i == j else None
-        held = Held(entry_of if own is None else (lambda v: v[own]), bounds, longest)
+        held = Quantity(entry_of if own is None else (lambda v: v[own]), bounds, longest)
         value, slope, _ = held.slope(self._inner(self.start))
         return held if value == value and bool((slope != 0).any()) else None
 
@@ -244,11 +244,11 @@ class Ascent:
         """Go to the maximum; returns the log-likelihood there."""
         return self._ascend(None, 0.0)
 
-    def hold(self, held: Held, target: float) -> float:
+    def hold(self, held: Quantity, target: float) -> float:
         """Go to the maximum where a quantity has a value; returns the log-likelihood there."""
         return self._ascend(held, target)
 
-    def _ascend(self, held: Held | None, target: float) -> float:
+    def _ascend(self, held: Quantity | None, target: float) -> float:
         self._leave_boundary(held)
         scale = 1.0 if held is None else max(abs(target), 1e-3 * held.longest)
         for _ in range(self._max_iterations):
@@ -294,7 +294,7 @@ class Ascent:
         information = evaluation.information(slopes)
         return score, information - (bend + bend.mT) / 2
 
-    def _leave_boundary(self, held: Held | None) -> None:
+    def _leave_boundary(self, held: Quantity | None) -> None:
         """Move off points about which the likelihood is even: no gradient shows whether it rises
         from there, and Newton's method returns in a few steps where it does not."""
         if held is not None and held.correlation:
@@ -310,7 +310,7 @@ class Ascent:
             if abs(float(self.v[j]) - edge) < 1e-3 * away:
                 self.v[j] = edge + sign * away
 
-    def _step(self, move: Tensor, held: Held | None, target: float, price: float) -> None:
+    def _step(self, move: Tensor, held: Quantity | None, target: float, price: float) -> None:
         """Move, by less where the likelihood less the price of the gap falls."""
 
         def merit(v: Tensor) -> float:

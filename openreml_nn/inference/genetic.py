@@ -114,7 +114,7 @@ def reliability(result: Result, group: str | None = None) -> pd.DataFrame:
         group, effect, level, blup, std_error (of its error), reliability, accuracy.
 
     Raises:
-        InputError: if there is no such group, or the rows were streamed.
+        InputError: if there is no such group, no random effect, or the rows were streamed.
         TypeError: if an argument is of another kind.
 
     Reference:
@@ -129,6 +129,8 @@ def reliability(result: Result, group: str | None = None) -> pd.DataFrame:
     1     B -1.0105       0.8305
     """
     source_of(result)
+    if not result.random:
+        raise InputError("`result` has no random effects, and so no BLUPs")
     groups = [c.group for c in result.components if c.group != "Residual"]
     if group is not None:
         check_instance("group", group, str)
@@ -154,7 +156,7 @@ def reliability(result: Result, group: str | None = None) -> pd.DataFrame:
             numbers = {name: column.numpy(force=True) for name, column in columns.items()}
             labels = {"group": component.group, "effect": effect, "level": list(component.levels)}
             tables.append(pd.DataFrame({**labels, **numbers}))
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    return pd.concat(tables, ignore_index=True)
 
 
 def _component(result: Result, group: str | None) -> Component:

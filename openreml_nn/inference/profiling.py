@@ -13,7 +13,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 from openreml_nn.estimation import Result
-from openreml_nn.inference.constrained import Ascent, Held, Natural
+from openreml_nn.inference.constrained import Ascent, Natural, Quantity
 from openreml_nn.inference.refit import Refit, matrix_entries, source_of, tracked
 from openreml_nn.support.checks import check_count, check_flag, check_names, check_number
 from openreml_nn.support.errors import InputError
@@ -179,7 +179,7 @@ class _Profiler:
 
     # ------------------------------------------------------------------ covariances
 
-    def _held(self) -> dict[str, Held]:
+    def _held(self) -> dict[str, Quantity]:
         """Standard deviations and correlations that the likelihood depends on."""
         found = {}
         for name, (index, i, j) in matrix_entries(self.fitted).items():
@@ -190,7 +190,7 @@ class _Profiler:
                 found[name] = held
         return found
 
-    def _covariance_curve(self, held: Held) -> Curve:
+    def _covariance_curve(self, held: Quantity) -> Curve:
         start = self.natural.start
         spread = Ascent(self.natural, start).spread()
         _, slope, _ = held.slope(start)

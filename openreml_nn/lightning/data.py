@@ -13,7 +13,7 @@ from lightning import LightningDataModule, LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from openreml_nn.lightning.sharing import share
+from openreml_nn.lightning.sharing import check_same, share
 from openreml_nn.model import take
 from openreml_nn.model.batch import Batch
 from openreml_nn.support.checks import (
@@ -168,10 +168,15 @@ class MixedModelDataModule(LightningDataModule):
         self._division, self._order_seed = division, seed
 
     def train_dataloader(self) -> Any:
-        """Batches of the training rows, see :meth:`Encoded.batch`."""
+        """Batches of the training rows, see :meth:`Encoded.batch`.
+
+        Raises:
+            InputError: if the processes of a distributed fit hold other tables.
+        """
         batch = self.encoded.batch()
         if self._division is None:
             return _whole(batch)
+        check_same(batch)
         draw = self._division(batch)
         return _Epochs(batch, draw, self._order_seed, lambda: self.trainer.current_epoch)  # type: ignore[union-attr]
 

@@ -20,6 +20,9 @@ from openreml_nn.result import Record
 
 __all__ = ["Estimates"]
 
+#: How the names of the memory of a way of training begin, beside those of the model's state.
+_WAY = "way/"
+
 
 class Estimates:
     """What a fit knows of the rows, and where the covariance stands.
@@ -56,6 +59,7 @@ class Estimates:
     def begin_epoch(self) -> None:
         """Forget the rows of the epoch before."""
         self.resume()  # if the fit was thought to be over
+        self._way.begin_epoch(self._model)
         self.rows = self._way.rows(self._model)
 
     def step(self, optimizer: Any = None) -> None:
@@ -116,13 +120,14 @@ class Estimates:
         return self._settled[1]
 
     def training(self) -> dict[str, Tensor]:
-        """The state that training goes on from."""
-        return state(self._model) if self._training is None else self._training
+        """The state that training goes on from, the memory of its way included."""
+        own = state(self._model) if self._training is None else self._training
+        return {**own, **{_WAY + key: value for key, value in self._way.memory().items()}}
 
     def show(self) -> None:
         """Give the model the state that is validated, until :meth:`resume`."""
         settled = self.settled()
-        self._training = self.training()
+        self._training = state(self._model) if self._training is None else self._training
         self.load(settled)
 
     def resume(self) -> None:
@@ -133,8 +138,11 @@ class Estimates:
 
     def load(self, given: Mapping[str, Tensor]) -> None:
         """Take up a state."""
+        own = {key: value for key, value in given.items() if not key.startswith(_WAY)}
         with torch.inference_mode(False):
-            self._model.load_state_dict(dict(given), strict=False)
+            self._model.load_state_dict(own, strict=False)
+        memory = {key.removeprefix(_WAY): given[key] for key in given if key not in own}
+        self._way.remember(memory)
 
     def finish(self, most: int, conclude: Callable[[Summed | Held], None]) -> None:
         """Bring the covariance to its optimum for the present mean, with its BLUPs; once.

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
+import pandas as pd
 import torch
 from lightning import LightningModule
+from torch import Tensor
 
 from openreml_nn.lightning.rows import as_batch, blamed
+from openreml_nn.lightning.table import TableModel
 from openreml_nn.metrics import gaussian_negative_log_density, interval_coverage
 from openreml_nn.model import MixedModel, Prediction
+from openreml_nn.result.prediction import predict_table
 from openreml_nn.support.errors import InputError
+from openreml_nn.table import Encoder
 
 __all__ = ["Evaluated"]
 
 
 class Evaluated(LightningModule):
-    """A module that validates, tests and predicts by its ``model``."""
+    """A module that validates, tests and predicts by its ``model``.
+
+    Attributes:
+        model: the model.
+        table: what a formula makes of a table; None for a module of a model.
+    """
 
     model: MixedModel
+    table: TableModel | None
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Mean squared error, negative log density and coverage of 95% intervals."""
@@ -54,3 +65,29 @@ class Evaluated(LightningModule):
         """Predictions of a batch."""
         with blamed("prediction", batch_idx):
             return self.model.predict(as_batch(batch, list(self.model.effects()), False))
+
+    def predict(self, table: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
+        """Predictions for the rows of a table, as :meth:`Result.predict` makes them, at the
+        present parameters.
+
+        Raises:
+            InputError: if a column is missing, a level of a fixed factor is unknown, or the
+                module, which must be of a formula, was neither fitted nor loaded.
+        """
+        if self.table is None:
+            raise InputError("the module has no formula: predict batches by module.model.predict")
+        if not hasattr(self, "model"):
+            raise InputError("the module has no estimates: fit it or load a checkpoint")
+        return predict_table(self.table.encoder, self.model, table, level)
+
+    @property
+    def encoder(self) -> Encoder:
+        """What the formula makes of a table."""
+        if self.table is None:
+            raise AttributeError("a module of a model has no encoder")
+        return self.table.encoder
+
+    @property
+    def places(self) -> Tensor | None:
+        """Where the training rows of a table are (n, k), with a kernel; None without one."""
+        return None if self.table is None else self.table.places

@@ -8,11 +8,10 @@ from dataclasses import replace
 from types import NoneType
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 
-from openreml_nn.lightning.data import attached
+from openreml_nn.lightning.data import MixedModelDataModule, attached
 from openreml_nn.lightning.estimates import Estimates
 from openreml_nn.lightning.evaluation import Evaluated
 from openreml_nn.lightning.held import Held
@@ -20,7 +19,7 @@ from openreml_nn.lightning.optimizers import (
     MakeOptimizer,
     MakeScheduler,
     is_aireml,
-    optimizers,
+    optimizers_of,
     refuse_gradient_options,
     scheduled,
 )
@@ -33,10 +32,8 @@ from openreml_nn.lightning.ways import Way, way_of
 from openreml_nn.model import MixedModel
 from openreml_nn.model.batch import Batch
 from openreml_nn.result import Record, Result
-from openreml_nn.result.prediction import predict_table
 from openreml_nn.support.checks import check_count, check_instance, check_maker
 from openreml_nn.support.errors import InputError
-from openreml_nn.table import Encoder
 
 __all__ = ["MixedModule"]
 
@@ -149,7 +146,7 @@ class MixedModule(Evaluated):
             "network": network, "head": head, "residual": residual, "weights": weights, "kernels": kernels,
             "categorical": list(categorical), "method": method, "solver": solver,
         }  # fmt: skip
-        self.table: TableModel | None = None
+        self.table = None
         if isinstance(model, str):
             self.table = TableModel(model, **of_table)
             given |= {"model": model, **of_table}
@@ -210,18 +207,6 @@ class MixedModule(Evaluated):
         ]
 
     @property
-    def encoder(self) -> Encoder:
-        """What the formula makes of a table."""
-        if self.table is None:
-            raise AttributeError("a module of a model has no encoder")
-        return self.table.encoder
-
-    @property
-    def places(self) -> Tensor | None:
-        """Where the training rows of a table are (n, k), with a kernel; None without one."""
-        return None if self.table is None else self.table.places
-
-    @property
     def lr(self) -> float:
         """The learning rate in the config of the optimizer, which a tuner may set."""
         make = self._make_optimizer
@@ -241,17 +226,19 @@ class MixedModule(Evaluated):
     def setup(self, stage: str) -> None:
         """Build the model of a formula from the data module's table."""
         if stage == "fit":
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             if self.table is not None:
                 data = attached(self, self.table.encoder)
-                data.divide(None if self.way.needs_all_rows else self.way.division, self.seed)
                 if not hasattr(self, "model"):
                     self._adopt(self.table.built(data))
+            if isinstance(data, MixedModelDataModule):
+                data.divide(None if self.way.needs_all_rows else self.way.division, self.seed)
             # Without a network AI-REML takes its steps when a batch has been met.
             self.automatic_optimization = self.has_network or not is_aireml(self._make_optimizer)
 
     def configure_optimizers(self) -> Any:
         """The optimizer of the network, or without one that of the covariance."""
-        made, self._aireml = optimizers(self.model, self._make_optimizer)
+        made, self._aireml = optimizers_of(self.model, self._make_optimizer)
         if made is None:
             return []
         return [made] if self._make_scheduler is None else scheduled(made, self._make_scheduler)
@@ -389,20 +376,6 @@ class MixedModule(Evaluated):
     def _is_within_fit(self) -> bool:
         fitting = self.trainer.state.fn == "fit"
         return fitting and self._estimates is not None and self._estimates.rows is not None
-
-    def predict(self, table: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
-        """Predictions for the rows of a table, as :meth:`Result.predict` makes them, at the
-        present parameters.
-
-        Raises:
-            InputError: if a column is missing, a level of a fixed factor is unknown, or the
-                module, which must be of a formula, was neither fitted nor loaded.
-        """
-        if self.table is None:
-            raise InputError("the module has no formula: predict batches by module.model.predict")
-        if not hasattr(self, "model"):
-            raise InputError("the module has no estimates: fit it or load a checkpoint")
-        return predict_table(self.table.encoder, self.model, table, level)
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -20,7 +20,7 @@ __all__ = [
     "MakeOptimizer",
     "MakeScheduler",
     "is_aireml",
-    "optimizers",
+    "optimizers_of",
     "refuse_gradient_options",
     "scheduled",
 ]
@@ -36,7 +36,7 @@ def is_aireml(make: MakeOptimizer | None) -> bool:
     return make is None or make is AIREML
 
 
-def optimizers(
+def optimizers_of(
     model: MixedModel, make: MakeOptimizer | None
 ) -> tuple[Optimizer | None, AIREML | None]:
     """The optimizer of the network, or without one that of the covariance; and AI-REML for the

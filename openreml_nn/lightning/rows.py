@@ -82,13 +82,15 @@ def blamed(stage: str, index: int) -> Iterator[None]:
         raise InputError(f"{stage} batch {index}: {error}") from error
 
 
-def check_response(y: Any, n: int) -> None:
-    """Refuse a response that cannot train n rows.
+def check_response(y: Any, output: Tensor) -> None:
+    """Refuse a response that cannot train the rows of a network's output.
 
     Raises:
         InputError: if it is no tensor (n,) of floating-point numbers in single precision or
-            better, or not finite.
+            better, or not finite, or so far from zero that a network in half precision cannot
+            yield it.
     """
+    n = len(output)
     if not isinstance(y, Tensor) or not y.is_floating_point():
         raise InputError(f"`y` is {described(y)}: expected a floating-point tensor ({n},)")
     if y.dtype in _HALF:
@@ -106,3 +108,11 @@ def check_response(y: Any, n: int) -> None:
             f"`y` is {float(y[row])} in row {row}: a row without a response trains nothing, "
             "leave it out of the training rows"
         )
+    if output.dtype in _HALF and n > 1:
+        rounding, spread = float(y.abs().mean()) * torch.finfo(output.dtype).eps, float(y.std())
+        if rounding > spread / 2:
+            raise InputError(
+                f"the network yields {output.dtype}, which at the size of `y` is rounded by "
+                f"{rounding:.2g}, and the standard deviation of `y` is {spread:.2g}: subtract its "
+                "mean from `y`, or use precision='32-true'"
+            )

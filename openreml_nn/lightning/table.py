@@ -221,10 +221,20 @@ class TableModel:
             "encoder": self.encoder.learned.to_dict(),
             "columns": self._columns,
             "coordinates": self._coordinates,
+            "has_network": self._network is not None,
         }
 
     def from_dict(self, kept: Mapping[str, Any]) -> MixedModel:
-        """A model of a checkpoint's shapes."""
+        """A model of a checkpoint's shapes.
+
+        Raises:
+            InputError: if the checkpoint is of a network that it does not hold.
+        """
+        if kept["has_network"] and self._network is None:
+            raise InputError(
+                "the checkpoint is of a network that was given as a module, which it does not hold: "
+                "pass `network` and, where it was one too, `residual` to load_from_checkpoint()"
+            )
         self.encoder.learned = Learned.from_dict(kept["encoder"])
         self._coordinates = kept["coordinates"]
         return self._made(self.encoder.skeleton(2, kept["columns"]))

@@ -51,6 +51,16 @@ class Way:
     def __init__(self, rows: int = 1024) -> None:
         self.row_count = rows
 
+    def begin_epoch(self, model: MixedModel) -> None:
+        """See where the model stands before the first step of an epoch."""
+
+    def memory(self) -> dict[str, Tensor]:
+        """What the way keeps from one epoch to the next, for a run that is resumed."""
+        return {}
+
+    def remember(self, memory: Mapping[str, Tensor]) -> None:
+        """Take up a memory."""
+
     def loss(self, model: MixedModel, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss of a batch, divided by its rows, and what the network has yielded.
 
@@ -76,9 +86,14 @@ class Way:
         """Refuse a model that the way does not train.
 
         Raises:
-            InputError: if it is of another head, or its levels are correlated where they must
-                not be.
+            InputError: if it is of another head, has a family, or its levels are correlated where
+                they must not be.
         """
+        if model.family is not None:
+            raise InputError(
+                f"`model` has the family {type(model.family).__name__}: expected a Gaussian response; "
+                "minimise model.loss(batch) of all rows, or of whole groups, and then call update()"
+            )
         if model.head not in self.heads:
             name = type(self).__name__.lower()
             raise InputError(
@@ -102,15 +117,48 @@ class Alternating(Way):
     and :math:`\log|R|` belong to it, with P the BLUPs' prediction-error covariance: then its
     gradient is the likelihood's (Fisher's identity; the step is one of an EM algorithm).
 
+    At the optimum the BLUPs have no mean over the levels, where the network can yield what that
+    would explain. Taking turns, network and BLUPs would hand it over slowly, by the part that the
+    BLUPs are shrunken. So the network is given all of the mean; and less of it, half as much each
+    epoch, where after an epoch the BLUPs still have it: the network cannot yield it then.
+
     Reference:
         Henderson, Biometrics 31 (1975) 423, eq. 2; Dempster, Laird and Rubin, JRSS B 39 (1977) 1.
     """
 
     needs_blups = True
 
+    def __init__(self, rows: int = 1024) -> None:
+        super().__init__(rows)
+        # Of each random effect the mean over its levels (k,), and the part that is given over.
+        self._means: dict[str, Tensor] = {}
+        self._parts: dict[str, Tensor] = {}
+
+    def begin_epoch(self, model: MixedModel) -> None:
+        for name, effect in model.effects().items():
+            if not effect.is_per_level:
+                continue
+            mean = effect.blup.mean(0)
+            before = self._means.get(name, torch.zeros_like(mean)).to(mean)
+            part = self._parts.get(name, torch.ones_like(mean)).to(mean)
+            # A constant is what most networks can yield, be it slowly.
+            still = 0.999 if effect.effect_names == ("(Intercept)",) else 0.95
+            kept = mean * before > still * before**2
+            part = torch.where(kept & (before != 0), part / 2, (2 * part).clamp(max=1))
+            self._means[name], self._parts[name] = mean, part
+
+    def memory(self) -> dict[str, Tensor]:
+        kept = (("means", self._means), ("parts", self._parts))
+        return {f"{what}/{name}": value for what, by in kept for name, value in by.items()}
+
+    def remember(self, memory: Mapping[str, Tensor]) -> None:
+        for key, value in memory.items():
+            what, _, name = key.partition("/")
+            {"means": self._means, "parts": self._parts}[what][name] = value
+
     def loss(self, model: MixedModel, batch: Batch) -> tuple[Tensor, Tensor]:
         output = self.output(model, batch)
-        check_response(batch["y"], len(output))
+        check_response(batch["y"], output)
         with torch.autocast(output.device.type, enabled=False):
             y, n = batch["y"], len(output)
             e = y - output.to(y.dtype)
@@ -118,15 +166,26 @@ class Alternating(Way):
             if offset is not None:
                 e = e - offset.to(e)
             coded = {name: f.coded(name, batch, n) for name, f in model.effects().items()}
-            variance = structure_of(model.residual).variances(batch, n)
-            square = (e - _random_part(model, coded, e)) ** 2
-            if _is_uneven(model):
-                square = square + _spread(model, coded).to(square)
-            else:
-                variance = variance.detach()
-            variance = (variance + _unknown_variance(model, coded, variance)).to(square)
-            found = (variance.log() + square / variance).sum() / 2 + n * log(2 * pi) / 2
+            e = e - self._explained(model, coded, e)
+            uneven = _is_uneven(model)
+            with torch.set_grad_enabled(uneven and torch.is_grad_enabled()):
+                variance = structure_of(model.residual).variances(batch, n)
+                variance = (variance + _unknown_variance(model, coded, variance)).to(e)
+            square = e**2 + _spread(model, coded).to(e) if uneven else e**2
+            found = ((square / variance).sum() + variance.log().sum() + n * log(2 * pi)) / 2
         return found / total(n, found.device) * processes(), output
+
+    def _explained(self, model: MixedModel, coded: Coded, like: Tensor) -> Tensor:
+        """What the BLUPs explain, less what is the network's to learn (n,)."""
+        found = torch.zeros_like(like)
+        for name, effect in model.effects().items():
+            codes, values = coded[name]
+            b = effect.blup[codes.clamp(min=0)]
+            if name in self._means:
+                b = b - self._parts[name].to(b) * self._means[name].to(b)
+            part = b[:, 0] if values is None else (values.to(b) * b).sum(1)
+            found = found + torch.where(codes >= 0, part.to(like), 0)
+        return found
 
     def check(self, model: MixedModel) -> None:
         super().check(model)
@@ -137,24 +196,6 @@ def _is_uneven(model: MixedModel) -> bool:
     """Whether a network yields the residuals' variances or values of random effects."""
     effects = model.effects().values()
     return not isinstance(model.residual, Matrix) or any(e.features is not None for e in effects)
-
-
-def _random_part(model: MixedModel, coded: Coded, like: Tensor) -> Tensor:
-    """What the BLUPs explain (n,).
-
-    At the optimum intercepts' BLUPs have no mean: it is the network's to learn, which takes it up
-    far faster from here than from under a penalty.
-    """
-    found = torch.zeros_like(like)
-    for name, effect in model.effects().items():
-        codes, values = coded[name]
-        blup = effect.blup
-        if values is None and effect.is_per_level:
-            blup = blup - blup.mean()
-        b = blup.to(like)[codes.clamp(min=0)]
-        part = b[:, 0] if values is None else (values.to(like) * b).sum(1)
-        found = found + torch.where(codes >= 0, part, 0)
-    return found
 
 
 def _spread(model: MixedModel, coded: Coded) -> Tensor:
@@ -201,7 +242,7 @@ class Composite(Way):
 
     def loss(self, model: MixedModel, batch: Batch) -> tuple[Tensor, Tensor]:
         output = self.output(model, batch)
-        check_response(batch["y"], len(output))
+        check_response(batch["y"], output)
         joined = _joined(all_batches(batch, output.device))
         for name, codes in joined["groups"].items():
             if len(codes) > 1 and bool((codes == codes[0]).all()):
@@ -269,7 +310,7 @@ class Full(Way):
 
     def loss(self, model: MixedModel, batch: Batch) -> tuple[Tensor, Tensor]:
         output = self.output(model, batch)
-        check_response(batch["y"], len(output))
+        check_response(batch["y"], output)
         with torch.autocast(output.device.type, enabled=False):
             return model.loss_of(output, batch), output
 

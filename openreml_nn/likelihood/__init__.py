@@ -1,5 +1,6 @@
 """The restricted likelihood: dense, or in the space of the random effects."""
 
+from openreml_nn.likelihood.laplace import LaplaceEvaluation, LaplaceLoss
 from openreml_nn.likelihood.loss import REMLLoss
 from openreml_nn.likelihood.plan import Auto, Plan
 from openreml_nn.likelihood.problem import Cost, Evaluation, NotPositiveDefiniteError
@@ -15,6 +16,8 @@ __all__ = [
     "Evaluation",
     "Grid",
     "Krylov",
+    "LaplaceEvaluation",
+    "LaplaceLoss",
     "NotPositiveDefiniteError",
     "Plan",
     "REMLLoss",

@@ -19,6 +19,8 @@ _ESTIMABLE = 1e-6
 
 def traced(*tensors: Tensor) -> bool:
     """Whether a ``torch.func`` transform runs on one of them."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     return any(isinstance(t, Tensor) and wrapped(t) for t in tensors)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from typing import ClassVar
 
 import torch
@@ -42,15 +43,23 @@ class Auto(Solver):
     def choose(self, terms: Sequence[Term], p: int, dtype: torch.dtype) -> tuple[Solver, Cost, str]:
         """The solver, its cost, and why it is taken."""
         solvers = [make() for make in SOLVERS.values()]
-        known = [(solver, solver.forecast(terms, p, dtype)) for solver in solvers]
-        costs = [(solver, cost) for solver, cost in known if cost is not None]
-        exact = sorted((x for x in costs if x[1].exact), key=lambda x: x[1].operations)
-        small = [x for x in exact if x[1].bytes <= self.memory]
+        known: list[tuple[Solver, Cost | None]] = []
+        least = inf
+        for solver in solvers:
+            if solver.exact and solver.least < least:
+                found = solver.forecast(terms, p, dtype)
+                known.append((solver, found))
+                if found is not None and found.bytes <= self.memory:
+                    least = min(least, found.operations)
+        exact = [(solver, cost) for solver, cost in known if cost is not None]
+        exact.sort(key=lambda found: found[1].operations)
+        small = [found for found in exact if found[1].bytes <= self.memory]
         if not small:
-            for solver, cost in costs:
-                if not cost.exact:
-                    least = min(other.bytes for _, other in exact)
-                    return solver, cost, f"exact solvers would need {least / 2**30:.3g} GiB"
+            held = min(cost.bytes for _, cost in exact)
+            for solver in solvers:
+                rough = None if solver.exact else solver.forecast(terms, p, dtype)
+                if rough is not None:
+                    return solver, rough, f"exact solvers would need {held / 2**30:.3g} GiB"
         (solver, cost), *others = small or exact
         if others:
             ratio = others[0][1].operations / max(cost.operations, 1.0)

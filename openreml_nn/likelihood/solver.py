@@ -26,9 +26,15 @@ class Solver:
 
     Attributes:
         name: what it is called.
+        exact: whether its likelihood is computed, and not estimated by Monte Carlo; the plan asks
+            the others for a forecast only where no exact one fits.
+        least: operations that an evaluation takes whatever the terms; the plan asks for no forecast
+            where another solver takes fewer.
     """
 
     name: ClassVar[str]
+    exact: ClassVar[bool] = True
+    least: ClassVar[float] = 0.0
 
     def forecast(self, terms: Sequence[Term], p: int, dtype: torch.dtype) -> Cost | None:
         """What an evaluation would take; None where the solver does not fit the terms.

@@ -31,8 +31,9 @@ from openreml_nn.support.checks import (
 )
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import Encoder, TableFile
+from openreml_nn.terms.term import Term
 
-__all__ = ["lmm", "with_model"]
+__all__ = ["lmm", "read_table_of", "with_model"]
 
 
 def lmm(
@@ -107,9 +108,7 @@ def lmm(
             residual_variance=residual_variance,
             max_iterations=max_iterations,
         )
-    source = "the table" if isinstance(table, pd.DataFrame) else f"file {str(table)!r}"
-    if not isinstance(table, pd.DataFrame):
-        table = (table if isinstance(table, TableFile) else TableFile(table)).read()
+    table, source = read_table_of(table)
     known = residual_variance is not None
     relations = relations_of(pedigree, kernels)
     encoder = Encoder(formula, categorical, source, residual, weights, known, relations)
@@ -143,6 +142,16 @@ def lmm(
     )
 
 
+def read_table_of(
+    table: pd.DataFrame | str | os.PathLike[str] | TableFile,
+) -> tuple[pd.DataFrame, str]:
+    """A table in memory, and what messages call it."""
+    if isinstance(table, pd.DataFrame):
+        return table, "the table"
+    file = table if isinstance(table, TableFile) else TableFile(table)
+    return file.read(), f"file {str(table)!r}"
+
+
 def _in_user_basis(result: Result, covariance: Matrix, labels: Mapping[str, Label]) -> Result:
     """A result whose source has the covariance of the user's values of random slopes."""
     stored = {estimate.name: estimate.untransformed for estimate in result.parameters}
@@ -153,13 +162,16 @@ def _in_user_basis(result: Result, covariance: Matrix, labels: Mapping[str, Labe
     return replace(result, source=replace(result.source, covariance=covariance, labels=labels))
 
 
-def with_model(result: Result, model: MixedModel, batch: Batch) -> Result:
+def with_model(
+    result: Result, model: MixedModel, batch: Batch, residual: Term | None = None
+) -> Result:
     """A result with a copy of its model, which predicts.
 
     Args:
         result: of a fit of the model's covariance.
         model: with its parameters at the estimates.
         batch: the rows.
+        residual: what stands for the residual where a family has its place.
     """
     source, model = result.source, copy.deepcopy(model)
     assert source is not None
@@ -168,7 +180,9 @@ def with_model(result: Result, model: MixedModel, batch: Batch) -> Result:
         return replace(result, model=model)
     model.remember(result.random, result.fixed, result.fixed.aliases)
     X, columns = source.X, list(result.fixed.columns)
-    model.remember_errors(source.covariance, lambda: _orthonormal(X, columns), len(columns))
+    model.remember_errors(
+        source.covariance, lambda: _orthonormal(X, columns), len(columns), residual
+    )
     return replace(result, model=model)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 import pandas as pd
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 from openreml_nn.covariance import DummyMatrix, Matrix, Operator, ScalarMatrix, Sum
 from openreml_nn.covariance.params import operand_name
-from openreml_nn.likelihood import REMLLoss
+from openreml_nn.families import Family
+from openreml_nn.likelihood import LaplaceLoss, REMLLoss
 from openreml_nn.likelihood.effects import Coefficients, RandomEffects
 from openreml_nn.likelihood.fixed import estimable
 from openreml_nn.likelihood.loss import Objective
@@ -39,7 +41,14 @@ from openreml_nn.model.random_effect import Effects, RandomEffect
 from openreml_nn.model.residual import ResidualStructure, structure_of
 from openreml_nn.result.equations import Equations
 from openreml_nn.result.joint import JointErrors
-from openreml_nn.result.prediction import KnownEffect, Prediction, lowered, predicted
+from openreml_nn.result.prediction import (
+    KnownEffect,
+    Prediction,
+    lowered,
+    normal_interval,
+    on_response,
+    predicted,
+)
 from openreml_nn.result.result import FixedEffects
 from openreml_nn.result.tables import table_of_blups
 from openreml_nn.support.checks import (
@@ -52,6 +61,7 @@ from openreml_nn.support.checks import (
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.kernel import private, same_content
+from openreml_nn.terms.term import Term
 
 __all__ = ["HEADS", "MixedModel"]
 
@@ -81,11 +91,13 @@ class MixedModel(nn.Module):
             or (n, 1) of each row from ``x``. One variance by default.
         head: ``"ml"``: the network is the mean. ``"gls"``: the features are X, whose coefficients are
             profiled out by generalised least squares.
-        family: of the response; Gaussian by default.
+        family: of the response given the linear predictor, which then is what the network and the
+            random effects yield; it has the residual's place. Gaussian by default.
         method: ``"reml"``, the restricted likelihood, or ``"ml"``, the full one; by default the
             first with head ``"gls"`` and the second with head ``"ml"``, which has no coefficients
-            to correct for.
-        solver: see :class:`REMLLoss`.
+            to correct for, and with a family.
+        solver: see :class:`REMLLoss`, with a family :class:`LaplaceLoss`.
+        quadrature: see :class:`LaplaceLoss`.
 
     Raises:
         TypeError: if an argument is of another kind.
@@ -113,19 +125,25 @@ class MixedModel(nn.Module):
         random: Mapping[str, RandomEffect],
         residual: Matrix | nn.Module | None = None,
         head: str = "ml",
-        family: None = None,
+        family: Family | None = None,
         *,
         method: str | None = None,
         solver: str | Solver = "auto",
+        quadrature: int = 1,
     ) -> None:
         super().__init__()
         check_instance("mean", mean, nn.Module, "a network, an nn.Module")
         check_mapping("random", random, RandomEffect)
         check_choice("head", head, HEADS)
-        if family is not None:
-            raise InputError(f"`family` is {described(family)}: expected None, a Gaussian response")
+        check_instance("family", family, (Family, NoneType), "a Family, or None")
+        if family is not None and residual is not None:
+            raise InputError(
+                f"`residual` is {described(residual)} beside a family, which has its own: leave it out"
+            )
+        if family is None and quadrature != 1:
+            raise InputError(f"`quadrature` is {quadrature} without a family: leave it out")
         if method is None:
-            method = "reml" if head == "gls" else "ml"
+            method = "reml" if head == "gls" and family is None else "ml"
         check_method(method)
         if head == "ml" and method == "reml":
             raise InputError(
@@ -133,14 +151,18 @@ class MixedModel(nn.Module):
                 "coefficients, which head 'gls' has"
             )
         check_solver(solver)
-        if not random and residual is None and head == "ml":
+        if not random and residual is None and (head == "ml" or family is not None):
             raise InputError(
                 "`random` is empty: expected a RandomEffect for each grouping factor, or head 'gls'"
             )
         self.mean = mean
         self.random = Effects(random)
-        self.residual = ScalarMatrix(1).double() if residual is None else residual
-        structure_of(self.residual)
+        self.quadrature = quadrature
+        if residual is None:
+            residual = ScalarMatrix(1).double() if family is None else family
+        self.residual = residual
+        if family is None:
+            structure_of(residual)
         self.head = head
         self.method = method
         self.solver = solver
@@ -154,6 +176,11 @@ class MixedModel(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # What was prepared for some rows can be had again; a copy need not carry it.
         return {**self.__dict__, "_kept": None}
+
+    @property
+    def family(self) -> Family | None:
+        """The family of the response, which has the residual's place; None for a Gaussian one."""
+        return self.residual if isinstance(self.residual, Family) else None
 
     def covariance_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the covariance: what :class:`AIREML` is for."""
@@ -217,6 +244,9 @@ class MixedModel(nn.Module):
 
     def loss_of(self, output: Tensor, batch: Batch) -> Tensor:
         """The same for what the network has yielded."""
+        if self.family is not None:
+            marginal, y, eta, X = self.marginal(output, batch)
+            return marginal(y, eta, X) / len(eta)
         loss, y, X = self.data(output, batch)
         return loss(y, X)
 
@@ -281,6 +311,11 @@ class MixedModel(nn.Module):
 
     def data(self, output: Tensor, batch: Batch) -> tuple[REMLLoss, Tensor, Tensor]:
         """The likelihood of a batch with its y and X, the mean taken off y with head ``"ml"``."""
+        if self.family is not None:
+            raise InputError(
+                "`family` is not Gaussian: the likelihood is that of marginal(), and no "
+                "average-information steps are taken on it"
+            )
         y = part(batch, "y")
         check_tensor(
             "output", output, ("n", "p")[: 2 if self.head == "gls" else 1], "floating", False
@@ -306,6 +341,7 @@ class MixedModel(nn.Module):
                 f"y.to({dtype}), or the network less"
             )
         loss = self._loss(batch, n)
+        assert isinstance(loss, REMLLoss)
         offset = row_values(batch, "offset", n)
         y, output = y.to(dtype), output.to(dtype)
         if offset is not None:
@@ -314,11 +350,34 @@ class MixedModel(nn.Module):
             return loss, y, output
         return loss, y - output, output.new_zeros(n, 0)
 
+    def marginal(
+        self, output: Tensor, batch: Batch
+    ) -> tuple[LaplaceLoss, Tensor, Tensor, Tensor | None]:
+        """The likelihood of a batch by the family, with what it takes: y, the known part of the linear
+        predictor, and X with head ``"gls"``."""
+        assert self.family is not None
+        y, n = part(batch, "y"), len(output)
+        if not n:
+            raise InputError("the batch is empty: drop it, or use drop_last=True")
+        if not bool(torch.isfinite(output.detach()).all()):
+            raise InputError(
+                "the network's output is not finite: lower the learning rate, clip gradients "
+                "or look for NaN in `x`; expected finite numbers"
+            )
+        loss = self._loss(batch, n)
+        assert isinstance(loss, LaplaceLoss)
+        offset = row_values(batch, "offset", n)
+        known = output.new_zeros(n) if offset is None else offset.to(output)
+        if self.head == "gls":
+            return loss, y, known, output
+        return loss, y, known + output, None
+
     def covariance(self, batch: Batch) -> Matrix:
         r"""The covariance :math:`V = \sum_t Z_t G_t Z_t^\top + R` of the rows of a batch, a tree
         with this model's parameters.
 
-        Its operands are the random effects by name and, after them, ``residual``.
+        Its operands are the random effects by name and, after them, ``residual``, which with a family
+        is none.
 
         Raises:
             TypeError, InputError: as :meth:`loss`.
@@ -334,13 +393,22 @@ class MixedModel(nn.Module):
         for name, effect in self.effects().items():
             operand = operand_name(name, {"residual"})
             parts[operand] = effect.covariance(name, *coded[name])
+        if self.family is not None:
+            return Sum(parts)
         return Sum(parts | structure_of(self.residual).operands(batch, n))
 
-    def _loss(self, batch: Batch, n: int) -> REMLLoss:
+    def _loss(self, batch: Batch, n: int) -> REMLLoss | LaplaceLoss:
         """The likelihood for the batch's rows, the last one where theirs are the same."""
         coded = self._coded(batch, n)
         own = [effect.g for effect in self.effects().values()]
-        modules = [*own, self.residual, *map(type, (*own, self.residual)), self.method, self.solver]
+        modules: list[object] = [
+            *own,
+            self.residual,
+            *map(type, (*own, self.residual)),
+            self.method,
+            self.solver,
+        ]
+        modules += [self.quadrature]
         rows = [t for pair in coded.values() for t in pair]
         rows += [batch.get("weights"), batch.get("residual")]
         moves = any(t is not None and t.requires_grad for t in rows)
@@ -352,8 +420,13 @@ class MixedModel(nn.Module):
             rows = [None if t is None else private(t) for t in rows]
             pairs = iter(rows)
             coded = {name: (next(pairs), next(pairs)) for name in coded}  # type: ignore[misc]
-        loss = REMLLoss(self._tree(batch, coded, n), self.method, self.solver)
-        fixed = not moves and isinstance(self.residual, Matrix)
+        tree = self._tree(batch, coded, n)
+        loss: REMLLoss | LaplaceLoss
+        if self.family is None:
+            loss = REMLLoss(tree, self.method, self.solver)
+        else:
+            loss = LaplaceLoss(tree, self.family, self.method, self.quadrature, self.solver)
+        fixed = not moves and isinstance(self.residual, Matrix | Family)
         self._kept = _Kept(modules, rows, loss) if fixed else None
         return loss
 
@@ -371,13 +444,27 @@ class MixedModel(nn.Module):
             output: what the network has yielded for them, if it is known.
         """
         with evaluating(self):
-            loss, y, X = self.data(self(batch) if output is None else output, batch)
+            output = self(batch) if output is None else output
+            if self.family is not None:
+                self._update_marginal(*self.marginal(output, batch))
+                return
+            loss, y, X = self.data(output, batch)
             objective = loss.objective(y, X)
         evaluation, fixed = objective.evaluate(), objective.problem.fixed
         self.remember(evaluation.random, evaluation.fixed, fixed.aliases)
         basis = fixed.T.new_zeros(len(fixed.aliases), len(fixed.T))
         basis[fixed.columns] = fixed.T
         self.remember_errors(loss.covariance, lambda: (fixed.Q, basis), len(fixed.T))
+
+    def _update_marginal(self, loss: LaplaceLoss, y: Tensor, eta: Tensor, X: Tensor | None) -> None:
+        """The same with a family: modes and their conditional variances."""
+        found = loss.evaluate(y, eta, X)
+        p = 0 if X is None else X.shape[1]
+        fixed = Coefficients(found.coefficients, found.coefficient_covariance, tuple(range(p)))
+        self.remember(found.random, fixed, found.coefficients.new_zeros(p, 0))
+        basis = torch.eye(p).to(found.coefficients)
+        features = found.predictor.new_zeros(len(y), 0) if X is None else X.to(basis)
+        self.remember_errors(loss.covariance, lambda: (features, basis), p, found.residual)
 
     @torch.no_grad()
     def remember(
@@ -407,7 +494,11 @@ class MixedModel(nn.Module):
 
     @torch.no_grad()
     def remember_errors(
-        self, covariance: Matrix, fixed: Callable[[], tuple[Tensor, Tensor]], r: int
+        self,
+        covariance: Matrix,
+        fixed: Callable[[], tuple[Tensor, Tensor]],
+        r: int,
+        residual: Term | None = None,
     ) -> None:
         """Take up what the variances of predictions need, which is computed when one is asked for.
 
@@ -415,11 +506,14 @@ class MixedModel(nn.Module):
             covariance: of the rows, as :meth:`covariance` makes it.
             fixed: yields X in an orthonormal basis, Q (n, r), and the basis (p, r).
             r: number of coefficients.
+            residual: what stands for the residual where a family has its place.
         """
         assert isinstance(covariance, Sum)
         parts = list(covariance.operands.values())
-        residual = [part for part in parts[len(self.random) :] if isinstance(part, Matrix)]
-        terms = [term.detach() for part in residual for term in part.terms()]
+        own = [part for part in parts[len(self.random) :] if isinstance(part, Matrix)]
+        terms = [term.detach() for part in own for term in part.terms()]
+        if residual is not None:
+            terms = [residual]
         random = [part for part in parts[: len(self.random)] if isinstance(part, Operator)]
         pairs = [part.operands.values() for part in random]
         designs = [z.design for z, _ in pairs if isinstance(z, DummyMatrix)]
@@ -462,11 +556,24 @@ class MixedModel(nn.Module):
         effects and coefficients. With more, a warning says that it takes them as independent. The
         residual of a new observation is independent of those of the data; its variance is divided
         by the row's weight where the batch has weights. Before :meth:`update` the variance is that
-        of the priors. Where x is a model matrix, of a mean without parameters, the mean is NaN for a
+        of the priors. With a family all is on the scale of the response: means are expectations over the
+        random effects, given the data or, of the population, without them. Where x is a model matrix, of a mean without parameters, the mean is NaN for a
         row whose expectation the data do not say.
 
         Raises:
             TypeError, InputError: as in :meth:`loss`, or before :meth:`update` with head ``"gls"``.
+        """
+        return self.interval(batch)[0]
+
+    @torch.no_grad()
+    def interval(self, batch: Batch, level: float = 0.95) -> tuple[Prediction, Tensor, Tensor]:
+        """Predictions with the lower and the upper end of an interval for each row, (n,) each.
+
+        For a Gaussian response it holds a new observation with the probability ``level``; with a
+        family, the mean of new observations of the row.
+
+        Raises:
+            TypeError, InputError: as in :meth:`predict`, or if the level is not between 0 and 1.
         """
         with evaluating(self):
             output = self(batch)
@@ -491,8 +598,13 @@ class MixedModel(nn.Module):
                 z = population.new_ones(n, 1) if values is None else values
                 known = KnownEffect(codes, z, effect.blup, effect.variance, effect.prior_in_basis)
                 effects.append(known)
-            residual = structure_of(self.residual).variances(batch, n)
-            return predicted(population, X, self.beta_covariance, effects, self.joint, residual)
+            residual = population.new_zeros(n)
+            if self.family is None:
+                residual = structure_of(self.residual).variances(batch, n)
+            found = predicted(population, X, self.beta_covariance, effects, self.joint, residual)
+            if self.family is not None:
+                return on_response(self.family, found, effects, level)
+            return found, *normal_interval(found.mean, found.variance, level)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # The number of coefficients is known only once there are features.
@@ -508,7 +620,7 @@ class _Kept:
 
     modules: Sequence[object]
     rows: Sequence[Tensor | None]
-    loss: REMLLoss
+    loss: REMLLoss | LaplaceLoss
 
     def is_of(self, modules: Sequence[object], rows: Sequence[Tensor | None]) -> bool:
         """Whether it was made of these modules and of rows of the same content."""

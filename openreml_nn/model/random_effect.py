@@ -22,7 +22,7 @@ from openreml_nn.covariance import (
 from openreml_nn.covariance.params import module_name, user_name
 from openreml_nn.model.batch import Batch, level_codes, level_values, part
 from openreml_nn.result.prediction import lowered, prior_of
-from openreml_nn.support.checks import check_count, check_instance, check_labels
+from openreml_nn.support.checks import check_count, check_instance, check_labels, check_tensor
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import RepeatedCovariance
 
@@ -138,7 +138,9 @@ class RandomEffect(nn.Module):
         """
         codes = level_codes(batch, name, self.levels, n)
         if self.features is not None:
-            return codes, self.features(part(batch, "x"))
+            values = self.features(part(batch, "x"))
+            check_tensor(f"features of {name!r}", values, (n, self.effects), "floating", False)
+            return codes, values
         values = level_values(batch, name, self.effects, n)
         if values is None or self.effects == 1:
             return codes, values

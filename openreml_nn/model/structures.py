@@ -23,6 +23,7 @@ from openreml_nn.covariance import (
     heterogeneous_compound_symmetry,
 )
 from openreml_nn.estimation.basis import basis_of
+from openreml_nn.families import Family
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.model.mixed_model import MixedModel
 from openreml_nn.model.named import MATRICES, distances, hold_scale, named_matrix
@@ -167,6 +168,8 @@ def linear_model(
     solver: str | Solver = "auto",
     residual_variance: float | None = None,
     bases: Mapping[str, Tensor] | None = None,
+    family: Family | None = None,
+    quadrature: int = 1,
 ) -> MixedModel:
     """The linear mixed model of a table: its x is the model matrix.
 
@@ -176,17 +179,28 @@ def linear_model(
         residual_variance: at which the residual variance is held, of a row of weight 1; it is
             estimated by default.
         bases: of random effects, see :class:`RandomEffect`, by the names of their designs.
+        family: of the response, which has the residual's place; Gaussian by default.
+        quadrature: see :class:`LaplaceLoss`.
     """
     bases = bases or {}
     random = {
         d.name: RandomEffect(d.levels, effect_covariance(d), d.effects, basis=bases.get(d.name))
         for d in encoded.random
     }
-    residual = residual_of(encoded.residual)
-    if residual_variance is not None:
+    residual = residual_of(encoded.residual) if family is None else None
+    if residual is not None and residual_variance is not None:
         assert isinstance(residual, ScalarMatrix)
         residual.double().fix("sigma^2", residual_variance, natural=True)
-    model = MixedModel(nn.Identity(), random, residual, "gls", method=method, solver=solver)
+    model = MixedModel(
+        nn.Identity(),
+        random,
+        residual,
+        "gls",
+        family,
+        method=method,
+        solver=solver,
+        quadrature=quadrature,
+    )
     return model.to(encoded.X.dtype)
 
 

@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
 from openreml_nn.covariance import Matrix
+from openreml_nn.families import Family
 from openreml_nn.result.joint import JointErrors
 from openreml_nn.support.checks import check_instance, check_number
 from openreml_nn.terms.base import Covariance
@@ -24,10 +26,14 @@ __all__ = [
     "Prediction",
     "lowered",
     "normal_interval",
+    "on_response",
     "predict_table",
     "predicted",
     "prior_of",
 ]
+
+#: Points of quadrature over a linear predictor.
+_NODES = 41
 
 
 class Prediction(NamedTuple):
@@ -140,7 +146,7 @@ def predict_table(
         encoder: makes a batch of a table, an :class:`openreml_nn.table.Encoder`.
         model: predicts for a batch, an :class:`openreml_nn.MixedModel`.
         table: with the columns of the formula; the response is not needed.
-        level: probability that a new observation is between ``low`` and ``high``.
+        level: of ``low`` and ``high``, see :meth:`openreml_nn.MixedModel.interval`.
 
     Returns:
         A data frame with the columns ``mean``, ``variance``, ``population_mean``, ``low``, ``high``.
@@ -152,8 +158,7 @@ def predict_table(
     check_instance("table", table, pd.DataFrame, "a data frame")
     check_number("level", level, above=0, below=1)
     encoded = encoder.transform(table)
-    found = model.predict(_moved(encoded.batch(), model.beta.device))
-    low, high = normal_interval(found.mean, found.variance, level)
+    found, low, high = model.interval(_moved(encoded.batch(), model.beta.device), level)
     columns = {**found._asdict(), "low": low, "high": high}
     values = {name: value.double().numpy(force=True) for name, value in columns.items()}
     return pd.DataFrame(values, index=table.index[encoded.rows])
@@ -188,6 +193,50 @@ def normal_interval(mean: Tensor, variance: Tensor, level: float = 0.95) -> tupl
     quantile = torch.special.ndtri(torch.tensor((1 + level) / 2, dtype=torch.float64))
     half = quantile.to(mean) * variance.sqrt()
     return mean - half, mean + half
+
+
+def on_response(
+    family: Family, found: Prediction, effects: Sequence[KnownEffect], level: float
+) -> tuple[Prediction, Tensor, Tensor]:
+    r"""Predictions of the linear predictor on the scale of the response.
+
+    With :math:`a \sim N(\hat\eta, v)` the mean is :math:`E\,\mu(a)`, and the variance of a new
+    observation :math:`E\,V(a) + \mathrm{var}\,\mu(a)`, by Gauss-Hermite quadrature. The
+    population's mean is :math:`E\,\mu(a)` for random effects of their prior.
+
+    Args:
+        family: of the response.
+        found: of the linear predictor.
+        effects: of each random effect.
+        level: probability that the mean of a row is within the interval.
+
+    Returns:
+        The predictions, and the lower and upper ends of intervals for the mean of a row.
+    """
+    check_number("level", level, above=0, below=1)
+    prior = torch.zeros_like(found.variance)
+    for effect in effects:
+        z = effect.z.to(prior)
+        prior = prior + torch.einsum("nk,kl,nl->n", z, effect.prior().to(z), z)
+    mean, square = _expected(family, found.mean, found.variance)
+    variance = square - mean * mean
+    population, _ = _expected(family, found.population_mean, prior)
+    low, high = (family.mean(end) for end in normal_interval(found.mean, found.variance, level))
+    return Prediction(mean, variance.clamp(min=0), population), low, high
+
+
+def _expected(family: Family, eta: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """The expectation of the response and of its square for a normal predictor."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(_NODES)
+    weights = weights / weights.sum()
+    spread = variance.clamp(min=0).sqrt()
+    mean, square = torch.zeros_like(eta), torch.zeros_like(eta)
+    for node, weight in zip(nodes.tolist(), weights.tolist(), strict=True):
+        a = eta + node * spread
+        own = family.mean(a)
+        mean = mean + weight * own
+        square = square + weight * (family.variance(a) + own * own)
+    return mean, square
 
 
 def lowered(g: Matrix) -> Covariance:

@@ -25,7 +25,7 @@ def to_record(result: Result, validation: Mapping[str, float] | None = None) -> 
     return _finite(
         {
             "schema": 1,
-            "model": {"formula": result.formula, "method": result.method},
+            "model": {"formula": result.formula, "method": result.method, **_family(result)},
             "data": {
                 "rows": result.rows,
                 "dropped_rows": result.dropped_rows,
@@ -47,6 +47,11 @@ def to_record(result: Result, validation: Mapping[str, float] | None = None) -> 
             },
             "fixed": _fixed(result),
             "random": [_random(c) for c in random],
+            **(
+                {"family_parameters": {e.name: e.value for e in result.family_parameters}}
+                if result.family is not None
+                else {}
+            ),
             "residual": {
                 "variance": result.residual_variance,
                 "parameters": {
@@ -70,6 +75,13 @@ def to_record(result: Result, validation: Mapping[str, float] | None = None) -> 
             **({"validation": dict(validation)} if validation else {}),
         }
     )
+
+
+def _family(result: Result) -> dict[str, Any]:
+    """What a response that is not Gaussian adds to the model."""
+    if result.family is None:
+        return {}
+    return {"family": result.family, "link": result.link, "quadrature": result.quadrature}
 
 
 def _fixed(result: Result) -> list[dict[str, Any]]:

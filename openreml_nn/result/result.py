@@ -230,7 +230,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Result:
-    r"""A fitted linear mixed model.
+    r"""A fitted mixed model, linear or generalised.
 
     Attributes:
         method: ``"reml"`` or ``"ml"``.
@@ -263,6 +263,9 @@ class Result:
         encoder: what made X of a table, an :class:`openreml_nn.table.Encoder`; None without one.
         model: the :class:`openreml_nn.MixedModel` at the estimates, which predicts; None without
             a formula.
+        family, link: of the response of a generalised linear mixed model; None for a linear one.
+        quadrature: its points of quadrature over the random effects; 1 is Laplace's approximation.
+        family_parameters: its family's parameters, or thresholds.
     """
 
     method: str
@@ -292,6 +295,10 @@ class Result:
     seconds: float = field(default=nan, compare=False)
     encoder: Any = field(default=None, repr=False, compare=False)
     model: Any = field(default=None, repr=False, compare=False)
+    family: str | None = None
+    link: str | None = None
+    quadrature: int = 1
+    family_parameters: tuple[Estimate, ...] = ()
 
     @property
     def iterations(self) -> int:
@@ -316,7 +323,10 @@ class Result:
     @property
     def residual_variance(self) -> float:
         """Variance of the residual, on average over its strata or positions; that of a row of
-        weight 1."""
+        weight 1; NaN for a response that is not Gaussian."""
+        if self.family is not None:
+            own = {e.name: e.value for e in self.family_parameters}
+            return own["sigma^2"] if self.family == "gaussian" else nan
         found = [c.covariance for c in self.components if c.group == "Residual"]
         return sum(float((c if c.dim() == 1 else c.diagonal()).mean()) for c in found)
 

@@ -32,6 +32,11 @@ def tables(result: Result, title: str | None = None) -> list[Table | str]:
     by = {"reml": "REML", "ml": "maximum likelihood"}[result.method]
     criterion = {"reml": "REML criterion", "ml": "deviance"}[result.method]
     parts: list[Table | str] = [f"Linear mixed model fit by {by}"]
+    if result.family is not None:
+        points = result.quadrature
+        way = f"quadrature of {points} points" if points > 1 else "Laplace"
+        parts = [f"Generalised linear mixed model fit by {by} ({way})"]
+        parts.append(f"Family: {result.family} ({result.link})")
     title = title or result.formula
     if title:
         parts.append(f"Formula: {visible(title)}")
@@ -45,6 +50,8 @@ def tables(result: Result, title: str | None = None) -> list[Table | str]:
     parts.append(f"Rows {result.rows}; levels{counts[1:]}\n" if groups else f"Rows {result.rows}\n")
     if result.fixed.names:
         parts.append(_fixed(result))
+    if result.family_parameters:
+        parts.append(_family(result))
     state = "converged" if result.converged else "NOT converged"
     parts.append(
         f"{state} in {result.iterations} iterations, score norm {result.score_norm:.1e} "
@@ -147,8 +154,17 @@ def _component(c: Component, width: int, most: int = 12) -> list[list[str]]:
     return rows
 
 
+def _family(result: Result) -> Table:
+    title = "Thresholds" if result.family == "ordinal" else "Family"
+    table = _table(title, "", "Estimate", "Std. error")
+    for e in result.family_parameters:
+        table.add_row(e.name, _number(e.value), _number(e.std_error))
+    return table
+
+
 def _fixed(result: Result) -> Table:
-    table = _table("Fixed effects", "", "Estimate", "Std. error", "t value")
+    statistic = "t value" if result.family is None else "z value"
+    table = _table("Fixed effects", "", "Estimate", "Std. error", statistic)
     fixed = result.fixed
     rows = zip(fixed.names, fixed.estimate, fixed.std_error, fixed.statistic, strict=True)
     for name, *numbers in rows:

@@ -73,6 +73,11 @@ class Covariance:
         return False
 
     @property
+    def is_chained(self) -> bool:
+        """Whether its inverse, or that of each side of it, is known to be tridiagonal."""
+        return False
+
+    @property
     def known_kernel(self) -> Kernel | None:
         """The known matrix between levels; None where these are independent, or all is estimated."""
         return None

@@ -144,7 +144,24 @@ class DiagonalCovariance(LinearCovariance):
 
 @dataclass(frozen=True)
 class DenseCovariance(LinearCovariance):
-    """A covariance without structure, ``matrix`` (q, q)."""
+    """A covariance without structure, ``matrix`` (q, q).
+
+    It is ``chained`` where its inverse is tridiagonal whatever the parameters, as an
+    autoregression's is.
+    """
+
+    chained: bool = False
+
+    def with_matrix(self, matrix: Tensor) -> DenseCovariance:
+        return DenseCovariance(matrix, self.chained)
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        return *super().form, self.chained
+
+    @property
+    def is_chained(self) -> bool:
+        return self.chained
 
     @property
     def is_diagonal(self) -> bool:
@@ -172,15 +189,20 @@ class KroneckerCovariance(Covariance):
     r""":math:`G = A \otimes B`, ``matrix`` the entries of A (r, r) and then those of B (c, c)."""
 
     sizes: tuple[int, int] = (1, 1)
+    chained: bool = False
 
     @classmethod
-    def of(cls, A: Tensor, B: Tensor) -> KroneckerCovariance:
-        """From its two parts."""
-        return cls(torch.cat([A.reshape(-1), B.reshape(-1)]), (len(A), len(B)))
+    def of(cls, A: Tensor, B: Tensor, chained: bool = False) -> KroneckerCovariance:
+        """From its two parts; it is ``chained`` where both their inverses are tridiagonal."""
+        return cls(torch.cat([A.reshape(-1), B.reshape(-1)]), (len(A), len(B)), chained)
 
     @property
     def form(self) -> tuple[object, ...]:
-        return *super().form, self.sizes
+        return *super().form, self.sizes, self.chained
+
+    @property
+    def is_chained(self) -> bool:
+        return self.chained
 
     def parts(self) -> tuple[Tensor, Tensor]:
         """A and B."""
@@ -189,11 +211,11 @@ class KroneckerCovariance(Covariance):
         return A.reshape(r, r), B.reshape(c, c)
 
     def with_matrix(self, matrix: Tensor) -> KroneckerCovariance:
-        return KroneckerCovariance(matrix, self.sizes)
+        return KroneckerCovariance(matrix, self.sizes, self.chained)
 
     def times(self, scale: Tensor) -> KroneckerCovariance:
         A, B = self.parts()
-        return self.of(scale * A, B)
+        return self.of(scale * A, B, self.chained)
 
     def shown(self) -> Tensor:
         A, B = self.parts()

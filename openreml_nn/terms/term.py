@@ -109,6 +109,8 @@ def residual_terms(terms: Sequence[Term]) -> list[int]:
     """
     structured = [i for i, term in enumerate(terms) if term.covariance.block]
     over_rows = [i for i in structured if isinstance(terms[i].design, IdentityDesign)]
+    if over_rows and not any(terms[i].known for i in structured):
+        return over_rows
     own_columns = [i for i in structured if has_own_columns(terms[i].design)]
     known = [i for i in (*over_rows, *own_columns) if terms[i].known]
     if known and len(known) < len(over_rows) + len(own_columns):

@@ -1,4 +1,4 @@
-"""Relatives and crossed factors by the sparse solver: ``python -m tests.benchmarks.sparse [name ...]``.
+"""Relatives, fields and crossed factors by the sparse solver: ``python -m tests.benchmarks.sparse [name ...]``.
 
 Each row runs in a process of its own on one core. Seconds are those of the processor: of a
 factorisation with its selected inverse, and of a whole fit from tensors (or from a table in a file)
@@ -26,6 +26,7 @@ import torch
 from openreml_nn import REMLLoss, Result, fit_reml, lmm
 from openreml_nn.covariance import (
     CovariancePropagation,
+    DummyMatrix,
     IdentityMatrix,
     KnownInverseMatrix,
     KroneckerProduct,
@@ -33,6 +34,7 @@ from openreml_nn.covariance import (
     ScalarMatrix,
     Sum,
     UnstructuredMatrix,
+    ar1_field,
 )
 from openreml_nn.likelihood import Sparse
 from openreml_nn.likelihood.solvers.sparse import SparseProblem
@@ -111,6 +113,7 @@ RELATIVES = {
     "pedigree-100000": (100_000, 1, 1),
     "two-traits-20000": (20_000, 1, 2),
 }
+FIELDS = {"field-100x200": (100, 200)}
 TABLES = ("insteval", "crossed", "ratings")
 
 
@@ -120,6 +123,29 @@ def of_relatives(name: str) -> Row:
     start = time.process_time()
     result = fit_reml(V, y, X)
     return _row(name, taken, evaluation, time.process_time() - start, result)
+
+
+def of_field(name: str) -> Row:
+    """AR(1) by AR(1) and a nugget, of a field of plots of which one in twenty is missing."""
+    rows, columns = FIELDS[name]
+    rng = np.random.default_rng(1)
+    sides = [np.linalg.cholesky(rho ** _lags(n)) for n, rho in ((rows, 0.8), (columns, 0.6))]
+    plots = sides[0] @ rng.standard_normal((rows, columns)) @ sides[1].T
+    kept = np.sort(rng.permutation(rows * columns)[: rows * columns * 19 // 20])
+    y = torch.from_numpy(plots.reshape(-1)[kept] + 0.7 * rng.standard_normal(len(kept)))
+    z = DummyMatrix.from_codes(torch.from_numpy(kept), rows * columns)
+    V = Sum(
+        field=CovariancePropagation(z, ar1_field(rows, columns)), nugget=ScalarMatrix(len(kept))
+    ).double()
+    X = torch.ones(len(kept), 1, dtype=torch.float64)
+    evaluation = _evaluation(V, y, X)
+    start = time.process_time()
+    result = fit_reml(V, y, X)
+    return _row(name, 0.0, evaluation, time.process_time() - start, result)
+
+
+def _lags(n: int) -> np.ndarray:
+    return np.abs(np.subtract.outer(np.arange(n), np.arange(n)))
 
 
 def of_table(name: str) -> Row:
@@ -154,14 +180,15 @@ def run(name: str) -> None:
     warnings.simplefilter("ignore")
     V, y, X, _ = relatives(200, 2, 2)
     fit_reml(V, y, X, solver="sparse")  # all is compiled, or read from where it is kept
-    found = of_relatives(name) if name in RELATIVES else of_table(name)
+    of = of_relatives if name in RELATIVES else of_field if name in FIELDS else of_table
+    found = of(name)
     print(json.dumps(asdict(found)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.sparse", description=__doc__)
     parser.add_argument(
-        "names", nargs="*", choices=[*RELATIVES, *TABLES, []], help="all by default"
+        "names", nargs="*", choices=[*RELATIVES, *FIELDS, *TABLES, []], help="all by default"
     )
     parser.add_argument("--here", action="store_true", help="one row, in this process, as JSON")
     options = parser.parse_args()
@@ -169,7 +196,7 @@ def main() -> None:
         run(options.names[0])
         return
     print(f"{'':18} pedigree  evaluation      fit  steps  solver     log-likelihood  peak MB")
-    for name in options.names or [*RELATIVES, *TABLES]:
+    for name in options.names or [*RELATIVES, *FIELDS, *TABLES]:
         done = subprocess.run(
             [sys.executable, "-m", "tests.benchmarks.sparse", name, "--here"],
             env={**os.environ, **ONE_CORE},

@@ -466,3 +466,13 @@ def test_designs_of_the_wrong_kind_are_named():
         with pytest.raises((TypeError, ValueError), match=name) as error:
             build()
         assert "\n" not in str(error.value)
+
+
+def test_a_value_that_is_set_has_all_its_digits_whatever_the_default_dtype():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        matrix = ScalarMatrix(1).double().set_value("sigma^2", 2.3, natural=True)
+    finally:
+        torch.set_default_dtype(before)
+    assert matrix().item() == pytest.approx(2.3, rel=1e-15)

@@ -1,5 +1,7 @@
 """The inverse relationship matrix against the tabular method."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -89,3 +91,15 @@ def test_a_design_has_the_order_of_the_pedigree():
     assert [pedigree.levels[i] for i in Z.argmax(1)] == rows
     with pytest.raises(ValueError, match="'b' in row 1 is not in the pedigree"):
         pedigree.design(["a1", "b"])
+
+
+def test_an_animal_of_two_sexes_is_named_in_a_warning():
+    with pytest.warns(UserWarning, match="'a' is a `sire` in row 0 and a `dam` in row 1"):
+        Pedigree.of(["c", "d"], ["a", "c"], ["b", "a"])
+
+
+def test_plants_that_self_are_of_both_sexes():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = Pedigree.of(["b", "c"], ["a", "b"], ["a", "a"])
+    assert found.inbreeding.tolist() == [0.0, 0.5, 0.5]

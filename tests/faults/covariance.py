@@ -80,8 +80,8 @@ FAULTS = [
     Fault(
         "inbred parents are taken for outbred ones",
         PEDIGREE,
-        "0.25 * (1 + F[p])",
-        "0.25 * (1 + 0 * F[p])",
+        "np.where(parents >= 0, 0.25 * (1 + F[parents]), 0.0)",
+        "np.where(parents >= 0, 0.25 * (1 + 0 * F[parents]), 0.0)",
         "tests/covariance/test_pedigree.py",
     ),
     Fault(

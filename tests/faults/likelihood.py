@@ -7,6 +7,7 @@ DENSE = f"{LOSS} -k 'value_equals or (blocked_equals and auto)'"
 BLOCKED = f"{LOSS} -k 'blocked_equals'"
 SPECTRAL = "tests/likelihood/test_spectral.py -k 'equals_dense or equal_dense'"
 GRID = "tests/likelihood/test_grid.py -k grid_equals"
+SPARSE = "tests/likelihood/test_sparse.py -k 'equals_dense or equal_dense'"
 KRYLOV = "tests/likelihood/test_krylov.py"
 ROOTS = "openreml_nn/likelihood/system/square_root.py"
 OF_ROOTS = "tests/likelihood/test_square_root.py"
@@ -236,5 +237,33 @@ FAULTS = [
         "S = (p_y @ p_y.mT - back @ back.mT) / 2",
         "S = p_y @ p_y.mT - back @ back.mT",
         OF_ROOTS,
+    ),
+    Fault(
+        "the selected inverse has a wrong sign beside its diagonal",
+        "openreml_nn/likelihood/system/sparse/factor.py",
+        "symm(routines, w, r, -1.0,",
+        "symm(routines, w, r, 1.0,",
+        "tests/likelihood/test_sparse.py -k 'solves_and_inverts'",
+    ),
+    Fault(
+        "the sparse likelihood forgets the kernels' determinants",
+        "openreml_nn/likelihood/system/sparse/evaluation.py",
+        "self._factor.log_det - prior",
+        "self._factor.log_det - 0 * prior",
+        SPARSE,
+    ),
+    Fault(
+        "the sparse score is that of ML",
+        "openreml_nn/likelihood/system/sparse/evaluation.py",
+        'if self.problem.method == "ml":',
+        "if True:",
+        SPARSE,
+    ),
+    Fault(
+        "a chain's score counts what stands off the diagonal once",
+        "openreml_nn/likelihood/system/sparse/chains.py",
+        "np.where(self.row > self.column, 1.0, 0.5)",
+        "np.where(self.row > self.column, 0.5, 0.5)",
+        SPARSE,
     ),
 ]

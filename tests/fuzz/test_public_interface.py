@@ -37,6 +37,7 @@ import openreml_nn.covariance.transform as trans
 import openreml_nn.estimation as estimation
 import openreml_nn.inference as inference
 import openreml_nn.lightning as lightning
+import openreml_nn.likelihood as likelihood
 import openreml_nn.metrics as metrics
 import openreml_nn.report as report
 from openreml_nn import (
@@ -57,6 +58,7 @@ PACKAGES = [
     "covariance",
     "covariance.transform",
     "likelihood",
+    "likelihood",
     "estimation",
     "inference",
     "metrics",
@@ -65,7 +67,7 @@ PACKAGES = [
     "datasets",
 ]
 #: Share of the careless calls that must end in an error that names the argument.
-GOAL = {"": 0.95, "covariance": 0.95, "covariance.transform": 0.95, "estimation": 0.95,
+GOAL = {"": 0.95, "covariance": 0.95, "covariance.transform": 0.95, "likelihood": 0.95, "estimation": 0.95,
         "inference": 0.95, "metrics": 0.95, "lightning": 0.95, "report": 0.95, "datasets": 0.95}  # fmt: skip
 
 # ---------------------------------------------------------------------- wrong values
@@ -557,6 +559,20 @@ def _transform() -> list[Call]:
     return found
 
 
+def _likelihood() -> list[Call]:
+    share = number(0, 1)
+    return [
+        Call("likelihood", "Auto", likelihood.Auto, {"memory": 1e9}, {"memory": number(0)}),
+        Call("likelihood", "Blocked", likelihood.Blocked, {"pair_cost": 10.0},
+             {"pair_cost": Kind(lambda v: number(-1).fits(v) and v >= 0)}),
+        Call("likelihood", "Krylov", likelihood.Krylov,
+             {"probes": 5, "tolerance": 1e-8, "probe_tolerance": 1e-4, "seed": 3},
+             {"probes": optional(count(1)), "tolerance": share, "probe_tolerance": share,
+              "seed": count()}),
+        Call("likelihood", "Sparse", likelihood.Sparse, {"memory": 1e9}, {"memory": number(0)}),
+    ]  # fmt: skip
+
+
 def _estimation() -> list[Call]:
     one = REMLLoss(cov.ScalarMatrix(6).double())
     good = {"loss": one, "y": double(6), "X": torch.eye(6, 2, dtype=torch.float64)}
@@ -806,6 +822,7 @@ CALLS = {
     "": _top,
     "covariance": _covariance,
     "covariance.transform": _transform,
+    "likelihood": _likelihood,
     "estimation": _estimation,
     "inference": _inference,
     "metrics": _metrics,
@@ -816,7 +833,7 @@ CALLS = {
 
 #: What is public and takes no arguments of a user's own: values that come out, errors, bases.
 EXEMPT = {
-    "Bootstrap", "Component", "Curve", "Estimate", "Evaluation", "FTest", "InputError", "LikelihoodRatio",
+    "Bootstrap", "Component", "Cost", "Curve", "Dense", "Grid", "Solver", "Spectral", "Estimate", "Evaluation", "FTest", "InputError", "LikelihoodRatio",
     "MarginalMeans", "NotPositiveDefiniteError", "NumericalError", "Operator", "Pedigree", "Plan",
     "Profile", "ProgressBar", "R2", "Result", "Transform",
 }  # fmt: skip

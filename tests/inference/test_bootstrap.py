@@ -6,7 +6,7 @@ import pytest
 
 from openreml_nn import lmm
 from openreml_nn.datasets import sleepstudy
-from openreml_nn.inference import bootstrap
+from openreml_nn.inference import bootstrap, bootstrap_test
 from openreml_nn.inference.resampling import Bootstrap
 
 
@@ -31,3 +31,14 @@ def test_a_model_without_fixed_effects_has_a_bootstrap():
     residual = found.estimate.iloc[-1]
     assert residual == pytest.approx(result.residual_variance**0.5, rel=1e-6)
     assert spread.iloc[-1] == pytest.approx(residual / (2 * (180 - 18)) ** 0.5, rel=0.4)
+
+
+@pytest.mark.parametrize("solver", ["krylov", "dense"])
+def test_a_bootstrap_by_any_solver_is_that_of_the_blocked_one(solver):
+    one, other = (
+        lmm("Reaction ~ Days + (1 | Subject)", sleepstudy(), solver=s) for s in (solver, "blocked")
+    )
+    found, expected = (bootstrap(r, 3, progress=False).samples for r in (one, other))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    small = lmm("Reaction ~ Days", sleepstudy())
+    assert bootstrap_test(small, one, 3, progress=False) == 1 / 4

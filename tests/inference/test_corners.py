@@ -517,7 +517,7 @@ def test_without_refitting_anova_is_ranova():
         (lambda r: bootstrap(r, -1), "`samples`"),
         (lambda r: bootstrap(r, 2, seed=1.5), "`seed`"),
         (lambda r: bootstrap(r, 2, statistic=3), "`statistic`"),
-        (lambda r: anova([r, r]), "`results` are 1"),
+        (lambda r: anova([r, r]), r"`results\[0\]` is \[Result"),
         (lambda r: anova(r, SETS), r"`results\[1\]`"),
         (lambda r: anova(r, r, refit="no"), "`refit`"),
         (lambda r: emmeans(r, 3), "`factors`"),

@@ -16,6 +16,7 @@ from openreml_nn.covariance import (
 from openreml_nn.datasets import john_alpha, penicillin, sleepstudy, table_path
 from openreml_nn.inference import bootstrap, heritability, reliability, variance_shares
 from openreml_nn.inference.refit import Refit
+from tests.inference.dense import covariance, projection
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +44,11 @@ def animals():
 
 
 def dense(result, which):
-    """G and the covariance C of the errors of BLUPs, with V by its formula."""
-    source = result.source
-    terms = [t.detach() for t in source.covariance.terms(source.rows)]
-    V = sum(t.dense() for t in terms)
-    X = source.X[:, list(result.fixed.columns)]
-    W = torch.linalg.inv(V)
-    P = W - W @ X @ torch.linalg.inv(X.mT @ W @ X) @ X.mT @ W
-    z, g = terms[which].design, terms[which].covariance
-    G, Z = g.whole(z.shape[1]), z.dense(V)
-    return G, G - G @ Z.mT @ P @ Z @ G, P
+    """G of a term and the covariance C of the errors of its BLUPs."""
+    term = result.source.covariance.terms(result.source.rows)[which].detach()
+    P = projection(result)
+    G, Z = term.covariance.whole(term.design.shape[1]), term.design.dense(P)
+    return G, G - G @ Z.mT @ P @ Z @ G
 
 
 def test_cullis_heritability_of_a_trial_is_the_published_one(trial):
@@ -64,7 +60,7 @@ def test_cullis_heritability_of_a_trial_is_the_published_one(trial):
 def test_heritabilities_follow_from_dense_matrices(fit, request):
     result = request.getfixturevalue(fit)
     group = {"trial": "gen", "animals": "animal"}[fit]
-    G, C, _ = dense(result, 0)
+    G, C = dense(result, 0)
     m = len(G)
     pairs = [(i, j) for i in range(m) for j in range(i)]
 
@@ -90,6 +86,30 @@ def test_definitions_agree_for_unrelated_levels_and_an_intercept():
     assert np.isnan(cullis.std_error)
 
 
+def test_genetic_effects_of_a_formula_are_those_of_a_tree():
+    """A pedigree, a relationship matrix and a residual by formula have the same definitions."""
+    names = [f"a{i}" for i in range(20)]
+    parents = [(None, None) if i < 6 else (names[i % 5], names[i - 1]) for i in range(20)]
+    table = pd.DataFrame(parents, columns=["sire", "dam"]).assign(animal=names)
+    rng = np.random.default_rng(3)
+    at = rng.integers(0, 20, 120)
+    y = 2 * rng.standard_normal(20)[at] + rng.standard_normal(120)
+    data = pd.DataFrame({"y": y, "animal": np.array(names)[at], "x": rng.standard_normal(120)})
+    result = lmm("y ~ x + (1 | ped(animal))", data, pedigree=table[["animal", "sire", "dam"]])
+    relationship = torch.linalg.inv(
+        Pedigree.of(names, *zip(*parents, strict=True)).inverse.to_dense()
+    )
+    frame = pd.DataFrame(relationship.numpy(), index=names, columns=names)
+    other = lmm("y ~ x + (1 | vm(animal, A))", data, kernels={"A": frame})
+    for method in ("plain", "cullis", "generalised"):
+        found, expected = (float(heritability(r, "animal", method)) for r in (result, other))
+        assert found == pytest.approx(expected, rel=1e-5)
+    one, two = (reliability(r).set_index("level")["reliability"] for r in (result, other))
+    np.testing.assert_allclose(one, two.loc[one.index], rtol=1e-5)
+    G, C = dense(result, 0)
+    np.testing.assert_allclose(one, 1 - C.diagonal() / G.diagonal(), rtol=1e-7)
+
+
 def test_one_group_needs_no_name_and_a_variance_of_zero_is_no_heritability():
     table = pd.DataFrame({"y": np.tile([1.0, 2.0, 3.0, 4.0], 5), "g": np.repeat(range(5), 4)})
     result = lmm("y ~ 1 + (1 | g)", table)
@@ -109,7 +129,7 @@ def test_reliability_follows_from_dense_matrices(solver):
         found = reliability(result)
         expected = []
         for which, effects in enumerate(result.random):
-            G, C, _ = dense(result, which)
+            G, C = dense(result, which)
             k = effects.values.shape[1]
             share = (1 - C.diagonal() / G.diagonal()).reshape(-1, k)
             expected += share.mT.flatten().tolist()
@@ -120,7 +140,7 @@ def test_reliability_follows_from_dense_matrices(solver):
 
 
 def test_reliability_counts_inbreeding(animals):
-    G, C, _ = dense(animals, 0)
+    G, C = dense(animals, 0)
     assert float(G.diagonal().max() / G.diagonal().min()) > 1.2
     np.testing.assert_allclose(
         reliability(animals, "animal")["reliability"], 1 - C.diagonal() / G.diagonal(), rtol=1e-8
@@ -138,8 +158,7 @@ def test_a_refit_solves_by_any_solver(trial, animals):
         B[:, 3] = B[:, 1] - 2 * B[:, 2]
         B[:, 5] = 0
         refit = Refit(result)
-        V = sum(t.detach().dense() for t in refit.objective().terms())
-        P = dense(result, 0)[2]
+        V, P = covariance(result), projection(result)
         torch.testing.assert_close(refit.solve(B), torch.linalg.solve(V, B), rtol=1e-8, atol=1e-8)
         torch.testing.assert_close(refit.project(B), P @ B, rtol=1e-8, atol=1e-8)
 
@@ -168,6 +187,7 @@ def test_what_has_no_heritability_is_refused(trial):
         (lambda: heritability(split, "Subject"), "which has 2 terms: expected one"),
         (lambda: heritability(streamed), "read in chunks"),
         (lambda: reliability(streamed), "read in chunks"),
+        (lambda: reliability(lmm("yield ~ gen", john_alpha())), "`result` has no random effects"),
         (lambda: reliability(trial, "block"), "`group` is 'block': expected 'gen' or 'rep:block'"),
     ):
         with pytest.raises(InputError, match=message):

@@ -11,6 +11,7 @@ from openreml_nn import InputError, fit_reml, fit_stream, lmm
 from openreml_nn.covariance import ScalarMatrix
 from openreml_nn.datasets import oats, penicillin, sleepstudy, table_path
 from openreml_nn.inference import influence
+from tests.inference.dense import covariance, generalised, projection
 
 FILE = Path(__file__).parents[1] / "reference" / "types.json"
 REFERENCE = json.loads(FILE.read_text(encoding="utf-8"))
@@ -31,15 +32,6 @@ def result(request):
     return lmm(f"Reaction ~ Days + {random}", SOME, **options)
 
 
-def without(result, keep):
-    """Coefficients and their covariance from some of the rows, at the same V."""
-    V = sum(t.detach().dense() for t in result.source.covariance.terms(None))[keep][:, keep]
-    X, y = result.source.X[keep], result.source.y[keep]
-    W = torch.linalg.solve(V, X)
-    phi = torch.linalg.inv(X.mT @ W)
-    return phi @ W.mT @ y, phi
-
-
 @pytest.mark.parametrize("by", [None, "Subject", "labels"])
 def test_deletion_is_estimation_from_the_other_rows(result, by):
     subjects = SOME["Subject"].astype(int).to_numpy()
@@ -49,7 +41,8 @@ def test_deletion_is_estimation_from_the_other_rows(result, by):
     cases = found.index if by is not None else found.index[::20]
     for i in cases:
         keep = torch.tensor(labels.astype(str) != str(found["case"][i]))
-        beta, phi = without(result, keep)
+        X, y = result.source.X[keep], result.source.y[keep]
+        beta, phi = generalised(y, X, covariance(result)[keep][:, keep])
         change = result.fixed.estimate - beta
         own = result.fixed.covariance
         np.testing.assert_allclose(
@@ -69,11 +62,8 @@ def test_deletion_is_estimation_from_the_other_rows(result, by):
 
 def test_leverage_is_the_slope_of_fitted_values(result):
     """At the same V the fitted values are linear in y: row by row of their matrix."""
-    terms = [t.detach() for t in result.source.covariance.terms(None)]
-    V, R, X = sum(t.dense() for t in terms), terms[-1].dense(), result.source.X
-    W = torch.linalg.inv(V)
-    P = W - W @ X @ torch.linalg.inv(X.mT @ W @ X) @ X.mT @ W
-    hat = torch.eye(len(V)).double() - R @ P
+    R = result.source.covariance.terms(None)[-1].detach().dense()
+    hat = torch.eye(len(R)).double() - R @ projection(result)
     np.testing.assert_allclose(hat @ result.source.y, result.fitted, rtol=1e-8)
     found = influence(result)["leverage"]
     np.testing.assert_allclose(found, hat.diagonal(), rtol=1e-7)

@@ -9,6 +9,7 @@ from scipy import stats
 from openreml_nn import InputError, fit_stream, lmm
 from openreml_nn.datasets import oats, sleepstudy, table_path
 from openreml_nn.inference import scan, wald_test
+from tests.inference.dense import covariance, generalised
 
 RNG = np.random.default_rng(0)
 
@@ -22,12 +23,10 @@ def result(request):
 
 def gls(result, marker):
     """Estimate, standard error and t of the last column of [X | marker], the scale estimated."""
-    V = sum(t.detach().dense() for t in result.source.covariance.terms(None))
+    V, y = covariance(result), result.source.y
     X = torch.cat([result.source.X, torch.as_tensor(marker)[:, None].double()], 1)
-    y, (n, p) = result.source.y, X.shape
-    W = torch.linalg.solve(V, X)
-    phi = torch.linalg.inv(X.mT @ W)
-    beta = phi @ W.mT @ y
+    n, p = X.shape
+    beta, phi = generalised(y, X, V)
     rest = y - X @ beta
     scale = rest @ torch.linalg.solve(V, rest) / (n - p)
     error = (scale * phi[-1, -1]).sqrt()

@@ -17,7 +17,17 @@ from openreml_nn.covariance import (
     ar1_field,
     stratified,
 )
-from openreml_nn.likelihood import Auto, Blocked, Cost, Dense, Grid, Krylov, Solver, Spectral
+from openreml_nn.likelihood import (
+    Auto,
+    Blocked,
+    Cost,
+    Dense,
+    Grid,
+    Krylov,
+    Solver,
+    Sparse,
+    Spectral,
+)
 from openreml_nn.likelihood.plan import Plan, check_solver
 from openreml_nn.likelihood.solvers import SOLVERS
 from tests.strategies import kinship
@@ -37,6 +47,7 @@ FITS = {
     "blocked": (grouped, lambda: ar1_field(4, 6)),
     "spectral": (lambda: Sum(a=KnownMatrix(kinship(N)), residual=ScalarMatrix(N)), grouped),
     "grid": (lambda: Sum(a=ar1_field(4, 6), residual=ScalarMatrix(N)), grouped),
+    "sparse": (grouped, lambda: ar1_field(4, 6)),
     "krylov": (grouped, lambda: grouped(stratified([i % 2 for i in range(N)]))),
 }
 
@@ -156,6 +167,7 @@ def test_solvers_are_values(solver):
         (lambda: Krylov(seed=-1), InputError, "`seed` is -1"),
         (lambda: Blocked(pair_cost=-1), InputError, "`pair_cost` is -1"),
         (lambda: Auto(memory=0), InputError, "`memory` is 0"),
+        (lambda: Sparse(memory=-1), InputError, "`memory` is -1"),
         (lambda: check_solver("fast"), InputError, "`solver` is 'fast': expected 'auto', "),
         (lambda: check_solver(Spectral), TypeError, "`solver` is the class Spectral"),
     ],

@@ -13,6 +13,7 @@ from scipy.sparse import csc_matrix, random_array, tril
 
 from openreml_nn import InputError, NumericalError, REMLLoss, fit_reml
 from openreml_nn.covariance import (
+    AR1Matrix,
     CovariancePropagation,
     DummyMatrix,
     ExponentialMatrix,
@@ -25,6 +26,7 @@ from openreml_nn.covariance import (
     ScalarMatrix,
     Sum,
     UnstructuredMatrix,
+    ar1_field,
     stratified,
     weighted,
     within,
@@ -257,6 +259,51 @@ def test_a_singular_covariance_of_effects_is_an_ordinary_point():
         residual=ScalarMatrix(40),
     ).double()
     assert_equal(V, torch.from_numpy(rng.standard_normal(40)), torch.ones(40, 1).double())
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from([(1, 6), (6, 1), (4, 5), (3, 8)]),
+    st.booleans(),
+    st.integers(0, 1000),
+    st.sampled_from(["reml", "ml"]),
+)
+def test_an_autoregressive_field_with_missing_plots_equals_dense(sizes, several, seed, method):
+    rng = np.random.default_rng(seed)
+    q = sizes[0] * sizes[1]
+    rows = np.sort(rng.permutation(np.repeat(np.arange(q), 2 if several else 1))[: q + 3])
+    n = len(rows)
+    field = AR1Matrix(q) if 1 in sizes else ar1_field(*sizes)
+    block = DummyMatrix.from_codes(torch.from_numpy(rng.integers(0, 3, n)), 3)
+    V = Sum(
+        field=CovariancePropagation(DummyMatrix.from_codes(torch.from_numpy(rows), q), field),
+        block=CovariancePropagation(block, ScalarMatrix(3)),
+        nugget=ScalarMatrix(n),
+    ).double()
+    with torch.no_grad():
+        for parameter in V.parameters():
+            parameter.copy_(torch.from_numpy(0.7 * rng.standard_normal(1)))
+    y, X = torch.from_numpy(rng.standard_normal(n)), torch.ones(n, 1, dtype=torch.float64)
+    dense, expected, directions = evaluated(V, y, X, method, "dense")
+    sparse, scores, _ = evaluated(V, y, X, method, "sparse")
+    assert float(sparse.log_likelihood) == pytest.approx(float(dense.log_likelihood), rel=1e-10)
+    # A chain's score is by the entries that its inverse depends on: by parameters it is the same.
+    found = {}
+    for solver, by_entries in (("dense", expected), ("sparse", scores)):
+        objective = REMLLoss(V, method, solver).objective(y, X)
+        matrices = objective.matrices(None)
+        value = sum((s * m).sum() for s, m in zip(by_entries, matrices, strict=True))
+        parameters = list(V.parameters())
+        found[solver] = torch.cat(torch.autograd.grad(value, parameters, retain_graph=True))
+    for one, other in (
+        (found["sparse"], found["dense"]),
+        (sparse.information(directions), dense.information(directions)),
+    ):
+        size = max(1.0, float(other.abs().max()))
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-9 * size)
+    for one, other in zip(sparse.random, dense.random, strict=True):
+        torch.testing.assert_close(one.values, other.values, rtol=0, atol=1e-9)
+        torch.testing.assert_close(one.variances, other.variances, rtol=0, atol=1e-9)
 
 
 def test_relatives_over_the_rows_themselves():

@@ -18,7 +18,7 @@ __all__ = [
     "check_inside",
     "check_tensor",
     "finite_number",
-    "shown",
+    "interval_text",
 ]
 
 #: The ends of an open interval.
@@ -137,7 +137,7 @@ def check_inside(value: Tensor, trans: Transform) -> Tensor:
     if bool(outside.any()):
         found = float(value[outside].flatten()[0])
         raise InputError(
-            f"`value` is {found:.6g}: {trans!r} yields numbers in {shown(trans.codomain)}"
+            f"`value` is {found:.6g}: {trans!r} yields numbers in {interval_text(trans.codomain)}"
         )
     return value
 
@@ -151,7 +151,7 @@ def finite_number(name: str, value: float) -> float:
     return float(value)
 
 
-def shown(interval: Interval) -> str:
+def interval_text(interval: Interval) -> str:
     """An interval as messages have it."""
     low, high = (end + 0.0 for end in interval)  # no minus zero
     return f"({low:.6g}, {high:.6g})"

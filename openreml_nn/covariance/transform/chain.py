@@ -14,7 +14,7 @@ from openreml_nn.covariance.transform.base import (
     Transform,
     check_inside,
     check_tensor,
-    shown,
+    interval_text,
 )
 from openreml_nn.covariance.transform.elementary import TransformIdentity, TransformScaleShift
 from openreml_nn.support.errors import InputError
@@ -81,8 +81,8 @@ class TransformChain(Transform):
             common = max(low, taken[0]), min(high, taken[1])
             if common[0] >= common[1]:
                 raise InputError(
-                    f"`chain` holds {element!r}, which yields numbers in {shown((low, high))}, "
-                    f"before one that takes those in {shown(taken)}"
+                    f"`chain` holds {element!r}, which yields numbers in {interval_text((low, high))}, "
+                    f"before one that takes those in {interval_text(taken)}"
                 )
             taken = _preimage(element, common)
         return taken

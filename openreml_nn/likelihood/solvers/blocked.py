@@ -70,10 +70,11 @@ class Blocked(Solver):
         check_number("pair_cost", self.pair_cost, least=0)
 
     def forecast(self, terms: Sequence[Term], p: int, dtype: torch.dtype) -> Cost | None:
-        if self.obstacle(terms) is not None:
-            return None
         terms = separated(terms)
-        roles = Roles.of(terms)
+        try:
+            roles = Roles.of(terms)
+        except InputError:
+            return None
         levels, k = roles.sizes(terms)
         q = sum(terms[i].design.shape[1] for i in roles.rest)
         r = q + p + 1
@@ -266,14 +267,17 @@ class _BlockedEvaluation(GroupedEvaluation):
     ) -> None:
         super().__init__(problem, terms, matrices)
         at, s = self.system, self.s
-        half = self.half / s
-        self._E22 = at.A22 / s - at.W.gram(half, half)
-        self._M = problem.sandwich(self.root2, self._E22, transpose=True)
-        self._M.diagonal(dim1=1, dim2=2).add_(1)
-        self._Lc = cholesky(self._M, "V")
-        self._K = self._forward_2(self.E2f)
-        F = at.Aff / s - inner(self.half_f, self.half_f) - inner(self._K, self._K)
-        self.profile(self.log_det + 2 * self._Lc.diagonal(dim1=1, dim2=2).log().sum(), F)
+        F, log_det = at.Aff / s - inner(self.half_f, self.half_f), self.log_det
+        if problem.q:
+            half = self.half / s
+            self._E22 = at.A22 / s - at.W.gram(half, half)
+            self._M = problem.sandwich(self.root2, self._E22, transpose=True)
+            self._M.diagonal(dim1=1, dim2=2).add_(1)
+            self._Lc = cholesky(self._M, "V")
+            self._K = self._forward_2(self.E2f)
+            F = F - inner(self._K, self._K)
+            log_det = log_det + 2 * self._Lc.diagonal(dim1=1, dim2=2).log().sum()
+        self.profile(log_det, F)
         # It takes products with Lambda D^-1 Lambda' as they are, and not by roots.
         self.recorded_rounding = self.rounding * self.pivot_loss**0.5
 
@@ -294,6 +298,9 @@ class _BlockedEvaluation(GroupedEvaluation):
         return torch.maximum(self.gain_1, gain.nan_to_num(0.0, 0.0, 0.0).amax()) * lost
 
     def explained(self, T2: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.problem.q:
+            m = T2.shape[1]
+            return T2.new_zeros(m, m), T2.new_zeros(self.problem.p, m)
         e2 = self._forward_2(T2)
         return inner(e2, e2), inner(self._K[..., :-1], e2)
 
@@ -308,18 +315,21 @@ class _BlockedEvaluation(GroupedEvaluation):
         r"""What the score, the information and the BLUPs share."""
         problem, s = self.problem, self.s
         A = self.system.A11 / s
+        if not problem.q:
+            Z1f = self.reduced(self.system.A1f) / s
+            return self.cross(Z1f, self.E2f, self.reduced(A), [])
         x, by = self.solved, problem.partition
         Z1f = self.reduced(self.system.A1f - self.system.W.times(x)) / s  # Z1' V^-1 [Q | y]
         Z2f = self.E2f - by.collect(self._E22 @ by.spread(x))
         M_inverse, inverse = self._inverses
-        B1 = self.reduced(A)
-        if problem.q:
-            B1 = B1 - self.reduced(self.reduced(self._quadratic).mT) / s**2
+        B1 = self.reduced(A) - self.reduced(self.reduced(self._quadratic).mT) / s**2
         return self.cross(Z1f, Z2f, B1, self._inner_22(M_inverse, inverse))
 
     @cached_property
     def solved(self) -> Tensor:
         problem = self.problem
+        if not problem.q:
+            return self.E2f
         back = solve_triangular(self._Lc.mT, self._K, upper=True)
         return problem.multiply(self.root2, problem.partition.collect(back))
 
@@ -337,6 +347,8 @@ class _BlockedEvaluation(GroupedEvaluation):
     def conditional(self) -> tuple[list[Tensor], list[Tensor]]:
         # Sums, where the prior less what is known would be a difference.
         problem, P = self.problem, self.N1
+        if not problem.q:
+            return problem.split_blocks(P), []
         whole = P + P @ self._quadratic @ P / self.s**2
         rest = []
         for own, i, grid in zip(

@@ -72,6 +72,7 @@ class Krylov(Solver):
     """
 
     name: ClassVar[str] = "krylov"
+    exact: ClassVar[bool] = False
     probes: int | None = None
     tolerance: float = 1e-11
     probe_tolerance: float = 1e-6
@@ -94,7 +95,7 @@ class Krylov(Solver):
         # No more levels meet than there are rows.
         work, held = 4.0 * n * (count + p + 1), 8.0 * (n + (count + p + 1) * q)
         steps = steps_of(terms, roles, p)
-        return Cost(_STEPS * work, dtype.itemsize * held, False, _REASON, steps)
+        return Cost(_STEPS * work, dtype.itemsize * held, self.exact, _REASON, steps)
 
     def problem(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> Problem:
         return KrylovProblem(fixed, terms, method, self)

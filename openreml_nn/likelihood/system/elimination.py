@@ -78,8 +78,9 @@ class EliminatedEvaluation(Evaluation):
         self.N1 = self.half.mT @ self.half  # L1 D^-1 L1'
         # By roots, because P times f is a difference where a level has fewer rows than effects.
         self.half_f = solve_triangular(self.C, self.L1.mT @ at.A1f, upper=False) / s
-        KA = self.half.mT @ self.half_f / s
-        self.E2f = at.A2f / s - at.W.t_times(KA)
+        self.E2f = at.A2f
+        if problem.q:
+            self.E2f = at.A2f / s - at.W.t_times(self.half.mT @ self.half_f / s)
         self.log_det = (
             white.log_det + problem.n * s.log() + 2 * self.C.diagonal(dim1=1, dim2=2).log().sum()
         )

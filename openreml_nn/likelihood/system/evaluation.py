@@ -170,7 +170,8 @@ class GroupedEvaluation(EliminatedEvaluation):
         factor (levels, k, p + 1) and for the others (q, p + 1)."""
         x = self.solved
         at = self.system
-        right = self.L1.mT @ (at.A1f - at.W.times(x)) / self.s
+        left = at.A1f - at.W.times(x) if self.problem.q else at.A1f
+        right = self.L1.mT @ left / self.s
         return self.half.mT @ solve_triangular(self.C, right, upper=False), x
 
     def _blups(self) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,11 @@ class Partition:
     @classmethod
     def of_one(cls, q: int, device: torch.device) -> Partition:
         """All columns together."""
-        return cls(torch.zeros(q, dtype=torch.long, device=device))
+        found = cls.__new__(cls)
+        found.q, found.count, found.size, found.whole = q, min(q, 1), q, True
+        found.group = torch.zeros(q, dtype=torch.long, device=device)
+        found.position = found._place = torch.arange(q, device=device)
+        return found
 
     @classmethod
     def of(cls, q: int, edges: list[tuple[Tensor, Tensor]], device: torch.device) -> Partition:

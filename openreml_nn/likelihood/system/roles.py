@@ -13,7 +13,7 @@ from openreml_nn.likelihood.system.products import same_codes
 from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.term import Term, residual_terms
 
-__all__ = ["Roles", "grid_of", "separated", "steps_of"]
+__all__ = ["Roles", "by_levels", "grid_of", "separated", "steps_of"]
 
 #: A covariance of more effects than these within a level is taken as dense.
 _MOST_EFFECTS = 64
@@ -116,10 +116,11 @@ def separated(terms: Sequence[Term]) -> list[Term]:
     effects of each level.
     """
     residual = residual_terms(terms)
-    return [term if i in residual else _by_levels(term) for i, term in enumerate(terms)]
+    return [term if i in residual else by_levels(term) for i, term in enumerate(terms)]
 
 
-def _by_levels(term: Term) -> Term:
+def by_levels(term: Term) -> Term:
+    """The term with a column for each of the effects of a level, where its levels are independent."""
     z, k = term.design, term.covariance.width
     if not isinstance(z, IndexedDesign) or z.effects != 1 or not 1 < k <= _MOST_EFFECTS:
         return term

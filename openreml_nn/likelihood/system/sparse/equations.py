@@ -34,6 +34,7 @@ class Part:
         effects: k, the size of the blocks of Λ.
         width: effects of a level that belong together, whose joint variance is wanted.
         prior: the inverse of the kernel between levels, (levels, levels), or None for the identity.
+        moves: whether only the pattern of the prior is known, and its numbers move with parameters.
         basis: C, (levels, levels), with :math:`Z C` in the place of Z, or None for the identity.
     """
 
@@ -43,6 +44,7 @@ class Part:
     width: int
     prior: csc_matrix | None = None
     basis: np.ndarray | None = None
+    moves: bool = False
 
     @property
     def columns(self) -> int:
@@ -230,8 +232,14 @@ class Equations:
         data[at, A.row % k, A.col % m] = A.data
         return data
 
-    def factor(self, moved: Sequence[np.ndarray]) -> Factor:
+    def factor(
+        self, moved: Sequence[np.ndarray], priors: Sequence[np.ndarray | None] = ()
+    ) -> Factor:
         r"""The factor of M from the blocks of :math:`\Lambda^\top Z^\top R^{-1} Z \Lambda`.
+
+        Args:
+            moved: the blocks, in the order of ``crosses``.
+            priors: for each part the entries of the lower triangle of a prior that moves.
 
         Raises:
             NumericalError: if M is not positive definite.
@@ -239,26 +247,32 @@ class Equations:
         values = np.zeros(self.symbolic.entries)
         for cross, data in zip(self.crosses, moved, strict=True):
             values[cross.place[cross.kept]] += data[cross.kept]
-        for _, _, entries, place in self._priors:
-            values[place] += entries[:, None]
+        own = priors or [None] * len(self.parts)
+        for (_, _, known, place), given in zip(self._priors, own, strict=True):
+            values[place] += (known if given is None else given)[:, None]
         return Factor(self.symbolic, values)
+
+    def within_prior(self, inverse: np.ndarray, i: int) -> np.ndarray:
+        """Entries of the inverse in the lower triangle of a part's prior, with one effect a level."""
+        return inverse[self._priors[i][3][:, 0]]
 
     @cached_property
     def log_det_prior(self) -> float:
-        r""":math:`\log|Q|` of all parts.
+        r""":math:`\log|Q|` of all parts but those whose prior moves.
 
         Raises:
             NumericalError: if one of them is not positive definite, by name.
         """
-        if all(part.prior is None for part in self.parts):
+        known = [i for i, x in enumerate(self.parts) if x.prior is not None and not x.moves]
+        if not known:
             return 0.0
-        found = self._prior_factor(range(len(self.parts)))
+        found = self._prior_factor(known)
         if found is None:
-            for i, part in enumerate(self.parts):
+            for i in known:
                 if self._prior_factor([i]) is None:
                     raise NumericalError(
-                        f"the inverse of the kernel of {part.name!r} is not positive definite, so "
-                        "that there is no kernel: expected one that is, as of a pedigree"
+                        f"the inverse of the kernel of {self.parts[i].name!r} is not positive "
+                        "definite, so that there is no kernel: expected one that is, as of a pedigree"
                     )
         assert found is not None
         return found.log_det

@@ -12,18 +12,14 @@ from scipy.sparse import coo_matrix, csc_matrix, csr_matrix, eye
 from torch import Tensor
 
 from openreml_nn.likelihood.system.elimination import root as root_of
+from openreml_nn.likelihood.system.sparse.chains import Chain
 from openreml_nn.likelihood.system.sparse.equations import Equations, Part
 from openreml_nn.terms.base import Covariance
-from openreml_nn.terms.covariance import (
-    DenseCovariance,
-    DiagonalCovariance,
-    RepeatedCovariance,
-    ScaledCovariance,
-)
+from openreml_nn.terms.covariance import DenseCovariance
 from openreml_nn.terms.design import DenseDesign, Design, IdentityDesign, IndexedDesign
 from openreml_nn.terms.term import Term, residual_terms
 
-__all__ = ["Root", "SparseTerm", "are_nested", "known_inverse", "over_levels"]
+__all__ = ["Root", "SparseTerm", "are_nested", "is_dense", "known_inverse", "over_levels"]
 
 #: What a direction of no variance adds to the system in place of zero: far below its rounding.
 _NOTHING = 1e-22
@@ -46,8 +42,18 @@ def _indexed(term: Term) -> Term:
 
 def known_inverse(term: Term) -> Tensor | None:
     """The inverse of a term's kernel, where it is known by that."""
+    kernel = term.covariance.known_kernel
+    return None if kernel is None else kernel.inverse
+
+
+def is_dense(term: Term) -> bool:
+    """Whether all columns of a term meet."""
     g = term.covariance
-    return g.kernel.inverse if isinstance(g, ScaledCovariance) else None
+    if g.is_chained:
+        return False
+    if g.known_kernel is not None:
+        return g.known_kernel.inverse is None
+    return not g.block or isinstance(term.design, DenseDesign)
 
 
 def are_nested(terms: Sequence[Term]) -> bool:
@@ -73,12 +79,14 @@ class SparseTerm:
         part: its columns of the equations.
         by_level: whether each level has a variance of its own.
         whole: whether its covariance has no independent levels.
+        chain: its pattern where its inverse is sparse, and moves with parameters.
     """
 
     at: int
     part: Part
     by_level: bool
     whole: bool
+    chain: Chain | None = None
 
     @classmethod
     def of_all(cls, terms: Sequence[Term], residual: Sequence[int]) -> list[SparseTerm]:
@@ -89,25 +97,21 @@ class SparseTerm:
     def of(cls, term: Term, at: int) -> SparseTerm:
         """One of them."""
         g, prior, basis = term.covariance, None, None
-        if isinstance(g, ScaledCovariance):
-            inverse = known_inverse(term)
-            if inverse is not None:
-                prior = _sparse(inverse)
-            else:
-                K = g.kernel.dense().detach().cpu().double()
-                basis = root_of(replace(term, covariance=DenseCovariance(K))).matrix.numpy()
-        by_level = isinstance(g, DiagonalCovariance)
-        whole = not isinstance(g, RepeatedCovariance | DiagonalCovariance | ScaledCovariance)
-        effects = 1 if by_level else term.design.shape[1] if whole else len(g.matrix)
-        Z = _matrix(term.design)
-        part = Part(term.name, Z, effects, term.effects, prior, basis)
-        return cls(at, part, by_level, whole)
-
-    def form(self, g: Covariance) -> Covariance:
-        """G without a kernel, which the equations hold."""
-        if isinstance(g, ScaledCovariance):
-            return RepeatedCovariance(g.matrix, self.part.levels)
-        return g
+        if g.is_chained:
+            chain = Chain(g)
+            Z = _matrix(term.design)
+            part = Part(term.name, Z, 1, term.effects, chain.pattern, None, moves=True)
+            return cls(at, part, False, False, chain)
+        form, kernel = g.without_kernel(), g.known_kernel
+        if kernel is not None and kernel.inverse is not None:
+            prior = _sparse(kernel.inverse)
+        elif kernel is not None:
+            K = kernel.dense().detach().cpu().double()
+            basis = root_of(replace(term, covariance=DenseCovariance(K))).matrix.numpy()
+        effects = form.block or term.design.shape[1]
+        by_level = form.block == 1 and not form.is_scalar
+        part = Part(term.name, _matrix(term.design), effects, term.effects, prior, basis)
+        return cls(at, part, by_level, not form.block)
 
     def roots(self, term: Term, largest: float) -> Root:
         r"""Roots of the covariance of a term of this form.
@@ -116,19 +120,38 @@ class SparseTerm:
             term: the term.
             largest: the largest entry on the diagonal of :math:`Z^\top R^{-1} Z`.
         """
-        form = root_of(replace(term, covariance=self.form(term.covariance)))
+        least = _NOTHING / max(largest, 1e-290)
+        if self.chain is not None:
+            root = float(self.chain.at(_form(term)).variance) ** 0.5
+            return Root.of(self.part, np.full((1, 1, 1), root), least)
+        form = root_of(replace(term, covariance=term.covariance.without_kernel()))
         k, levels = self.part.effects, self.part.levels
         blocks = form.whole(k)[None] if self.whole else form.blocks(levels, k)
-        return Root.of(self.part, blocks.double().numpy(), _NOTHING / max(largest, 1e-290))
+        return Root.of(self.part, blocks.double().numpy(), least)
+
+    def at_point(self, term: Term) -> tuple[Part, np.ndarray | None, float]:
+        """The part with its prior at the parameters, what of that moves, and its log-determinant."""
+        if self.chain is None:
+            return self.part, None, 0.0
+        found = self.chain.at(_form(term))
+        entries = found.entries.numpy()
+        return replace(self.part, prior=self.chain.matrix(entries)), entries, float(found.log_det)
+
+    def score_of_chain(
+        self, term: Term, variance: np.ndarray, inverse: np.ndarray, u: np.ndarray
+    ) -> Tensor:
+        """See :meth:`Chain.score`."""
+        assert self.chain is not None
+        return self.chain.score(_form(term), float(variance.reshape(())), inverse, u)
 
     def fold(self, term: Term, score: np.ndarray) -> Tensor:
         """From a derivative by the blocks of G to that by the entries that G holds."""
-        form, S = self.form(term.covariance).map(Tensor.double), torch.from_numpy(score)
+        form, S = _form(term), torch.from_numpy(score)
         return form.fold(S[0]) if self.whole else form.fold_blocks(S)
 
     def along(self, term: Term, derivatives: Tensor, u: np.ndarray) -> np.ndarray:
         """Derivatives of G without its kernel, by those (m, *shape) of its entries, times u (q, 1)."""
-        form, x = self.form(term.covariance).map(Tensor.double), torch.from_numpy(u)
+        form, x = _form(term), torch.from_numpy(u)
         return np.concatenate([form.along(d, x).numpy() for d in derivatives.double()], 1)
 
 
@@ -214,6 +237,10 @@ class Root:
 
     def _all(self, x: np.ndarray) -> np.ndarray:
         return self.part.to_effects(self.times(self.root, x))
+
+
+def _form(term: Term) -> Covariance:
+    return term.covariance.without_kernel().map(Tensor.double)
 
 
 def _matrix(design: Design) -> csr_matrix:

@@ -1,0 +1,124 @@
+"""What the likelihood needs to know of a response: its log-density in the linear predictor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openreml_nn.covariance.parametrized import Parametrized
+from openreml_nn.support.errors import InputError
+
+__all__ = ["Family", "refuse_rows"]
+
+
+class Family(Parametrized):
+    r"""The distribution :math:`p(y \mid \eta, \varphi)` of a response given its linear predictor.
+
+    A subclass writes :meth:`log_density` and has a model: derivatives are then had by automatic
+    differentiation. With :meth:`derivatives` they are in closed form; with :meth:`mean` and
+    :meth:`variance` it predicts; with :meth:`check` it refuses responses that it cannot have, and
+    with :meth:`start` a fit begins near the data.
+
+    Its own parameters :math:`\varphi` have names, transforms and bounds as those of a matrix have:
+    each free one is an ``nn.Parameter`` of shape (1,) under its own name, untransformed.
+
+    Args:
+        param_specs: maps a parameter's name to ``{"fixed": bool, "default": tensor of shape (1,),
+            "trans": Transform}``; no parameters by default.
+
+    Attributes:
+        name: its name in ``family=``.
+        link: name of the link :math:`g(\mu) = \eta`.
+
+    >>> class Laplace(Family):
+    ...     def log_density(self, y, eta):
+    ...         return -(y - eta).abs() - torch.log(torch.tensor(2.0))
+    >>> Laplace().log_density(torch.zeros(1), torch.zeros(1))
+    tensor([-0.6931])
+    """
+
+    name: str = ""
+    link: str = "identity"
+
+    def __init__(self, param_specs: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        super().__init__({} if param_specs is None else param_specs)
+
+    def log_density(self, y: Tensor, eta: Tensor) -> Tensor:
+        r""":math:`\log p(y_i \mid \eta_i)` for each row, all constants included, (n,).
+
+        Args:
+            y: the responses, (n,), or (n, 2) successes and failures of a binomial family.
+            eta: (n,) linear predictor.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not implement log_density")
+
+    def derivatives(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        r"""The first three derivatives of :meth:`log_density` in each row's :math:`\eta_i`, (n,).
+
+        While autograd records they are differentiable in y, :math:`\eta` and the parameters.
+        """
+        recording = torch.is_grad_enabled()
+        with torch.enable_grad():
+            x = eta if recording and eta.requires_grad else eta.detach().requires_grad_()
+            slope, found = self.log_density(y, x).sum(), []
+            for _ in range(3):
+                (part,) = (
+                    torch.autograd.grad(slope, x, create_graph=True, materialize_grads=True)
+                    if slope.requires_grad
+                    else (torch.zeros_like(x),)
+                )
+                found.append(part)
+                slope = part.sum()
+        first, second, third = found if recording else (part.detach() for part in found)
+        return first, second, third
+
+    def mean(self, eta: Tensor) -> Tensor:
+        r""":math:`E(y \mid \eta)`, on the scale of the response."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement mean")
+
+    def variance(self, eta: Tensor) -> Tensor:
+        r""":math:`\mathrm{var}(y \mid \eta)`."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement variance")
+
+    def check(self, y: Tensor, what: str = "`y`") -> None:
+        """Refuse responses that the family cannot have.
+
+        Args:
+            y: the responses.
+            what: what messages call them.
+
+        Raises:
+            InputError: if a response is out of range; the message names the first such row.
+        """
+        if y.dim() != 1:
+            raise InputError(f"{what} has shape {tuple(y.shape)}: expected (n,)")
+        refuse_rows(y, ~torch.isfinite(y), what, "finite numbers")
+
+    def start(self, y: Tensor) -> Tensor:
+        """Set the free parameters to a rough start and return a linear predictor near the data,
+        (n,)."""
+        return torch.zeros_like(y)
+
+    def natural(self, name: str, like: Tensor) -> Tensor:
+        """One of its own parameters, transformed, (1,), on the dtype and device of ``like``."""
+        return self.own_trans[name](self.stored(name).to(like))
+
+    def quantities(self, like: Tensor) -> dict[str, Tensor]:
+        """Its parameters as tables show them, on the natural scale, by name, (1,) each: a
+        differentiable function of what it stores."""
+        return {name: self.natural(name, like) for name in self.own_trans}
+
+    def extra_repr(self) -> str:
+        return f"link={self.link!r}"
+
+
+def refuse_rows(y: Tensor, bad: Tensor, what: str, expected: str) -> None:
+    """Raise an InputError that names the first bad row, if there is one."""
+    if bool(bad.any()):
+        row = int(bad.reshape(len(y), -1).any(1).nonzero()[0])
+        value = y[row].tolist()
+        shown = f"{value:.6g}" if isinstance(value, float) else str(value)
+        raise InputError(f"{what} is {shown} in row {row}: expected {expected}")

@@ -1,0 +1,135 @@
+"""Ordered categories."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from openreml_nn.covariance.params import free_specs
+from openreml_nn.covariance.transform import TransformExp
+from openreml_nn.families.family import Family, refuse_rows
+from openreml_nn.families.special import log1mexp, log_ndtr, softplus
+from openreml_nn.support.checks import check_choice, check_count
+
+__all__ = ["Ordinal"]
+
+
+class Ordinal(Family):
+    r"""Ordered categories by a cumulative link: :math:`P(y \le j) = F(\tau_j - \eta)`.
+
+    The response is a category, 0 to ``levels`` − 1. The linear predictor has no intercept: the
+    thresholds take its place.
+
+    ============= ================================== =============
+    Parameter     Transform                          Default
+    ============= ================================== =============
+    threshold_1   x, the first threshold             0
+    gap_j         exp(x), threshold j less the one   1
+                  before it
+    ============= ================================== =============
+
+    Args:
+        levels: number of categories, two or more.
+        link: ``"logit"`` (proportional odds) or ``"probit"``.
+
+    Raises:
+        TypeError, InputError: if ``levels`` is no such number or the link is another.
+
+    Reference:
+        McCullagh, JRSS B 42 (1980) 109.
+
+    >>> Ordinal(3).thresholds
+    tensor([0., 1.])
+    """
+
+    name = "ordinal"
+
+    def __init__(self, levels: int, link: str = "logit") -> None:
+        count = check_count("levels", levels, 2)
+        check_choice("link", link, ("logit", "probit"))
+        gaps = [f"gap_{j}" for j in range(2, count)]
+        super().__init__(
+            {
+                **free_specs(["threshold_1"], 0.0),
+                **free_specs(gaps, 0.0, TransformExp(degree=0)),
+            }
+        )
+        self.levels = count
+        self.link = link
+
+    @property
+    def thresholds(self) -> Tensor:
+        """The thresholds, ascending, (levels − 1,)."""
+        with torch.no_grad():
+            return self.ordered(self.stored("threshold_1"))
+
+    def ordered(self, like: Tensor) -> Tensor:
+        """The thresholds as a differentiable function of the parameters, (levels − 1,)."""
+        return torch.cat([self.natural(name, like) for name in self.own_trans]).cumsum(0)
+
+    def log_density(self, y: Tensor, eta: Tensor) -> Tensor:
+        low, high = self._ends(y, eta)
+        first, last = torch.isinf(low), torch.isinf(high)
+        a, b = torch.where(first, 0 * low, low), torch.where(last, 0 * high, high)
+        width = torch.where(first | last, torch.ones_like(a), b - a)
+        a, b = torch.where(first, 0 * eta, a - eta), torch.where(last, 0 * eta, b - eta)
+        if self.link == "logit":
+            below = torch.where(last, 0 * eta, -softplus(-b))
+            above = torch.where(first, 0 * eta, -softplus(a))
+            return below + above + torch.where(first | last, 0 * eta, log1mexp(width))
+        # Both ends in the lower tail, where the difference keeps its digits.
+        mirrored = a + b > 0
+        lower, upper = torch.where(mirrored, -b, a), torch.where(mirrored, -a, b)
+        inner = log_ndtr(upper) + log1mexp(
+            torch.where(first | last, torch.ones_like(a), log_ndtr(upper) - log_ndtr(lower))
+        )
+        return torch.where(first, log_ndtr(b), torch.where(last, log_ndtr(-a), inner))
+
+    def derivatives(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.link != "logit":
+            return super().derivatives(y, eta)
+        low, high = self._ends(y, eta)
+        a, b = torch.sigmoid(low - eta), torch.sigmoid(high - eta)
+        one_a, one_b = torch.sigmoid(eta - low), torch.sigmoid(eta - high)
+        v, w = a * one_a, b * one_b
+        return a - one_b, -v - w, v * (one_a - a) + w * (one_b - b)
+
+    def probabilities(self, eta: Tensor) -> Tensor:
+        """The probability of each category, (n, levels)."""
+        edges = self.ordered(eta)[None, :] - eta[:, None]
+        below = torch.sigmoid(edges) if self.link == "logit" else torch.special.ndtr(edges)
+        ends = below.new_zeros(len(eta), 1), below.new_ones(len(eta), 1)
+        return torch.cat([ends[0], below, ends[1]], 1).diff(dim=1)
+
+    def mean(self, eta: Tensor) -> Tensor:
+        """The mean of the category's number."""
+        return self.probabilities(eta) @ torch.arange(self.levels).to(eta)
+
+    def variance(self, eta: Tensor) -> Tensor:
+        number = torch.arange(self.levels).to(eta)
+        p = self.probabilities(eta)
+        return p @ number**2 - (p @ number) ** 2
+
+    def check(self, y: Tensor, what: str = "`y`") -> None:
+        super().check(y, what)
+        last = self.levels - 1
+        refuse_rows(y, (y < 0) | (y > last) | (y != y.round()), what, f"a category, 0 to {last}")
+
+    def start(self, y: Tensor) -> Tensor:
+        counts = torch.bincount(y.long(), minlength=self.levels).to(y) + 0.5
+        edges = torch.logit((counts.cumsum(0) / counts.sum())[:-1])
+        self.set_start("threshold_1", edges[0])
+        for j, gap in enumerate(edges.diff(), 2):
+            self.set_start(f"gap_{j}", gap)
+        return torch.zeros_like(y)
+
+    def quantities(self, like: Tensor) -> dict[str, Tensor]:
+        """The thresholds, named as in R by the categories at their sides, from 1."""
+        return {f"{j}|{j + 1}": edge for j, edge in enumerate(self.ordered(like).split(1), 1)}
+
+    def _ends(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
+        """The thresholds at both sides of each response, infinite at the ends."""
+        edges = self.ordered(eta)
+        far = edges.new_full((1,), torch.inf)
+        whole = torch.cat([-far, edges, far])
+        return whole[y.long()], whole[y.long() + 1]

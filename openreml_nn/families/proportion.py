@@ -1,0 +1,76 @@
+"""Continuous proportions."""
+
+from __future__ import annotations
+
+from math import log
+
+import torch
+from torch import Tensor
+
+from openreml_nn.covariance.params import free_specs
+from openreml_nn.covariance.transform import TransformExp
+from openreml_nn.families.family import Family, refuse_rows
+from openreml_nn.support.checks import check_choice
+
+__all__ = ["Beta"]
+
+
+class Beta(Family):
+    r"""A beta distribution of mean :math:`\mu`, :math:`\mathrm{logit}\,\mu = \eta`, and variance
+    :math:`\mu(1 - \mu)/(1 + \varphi)`.
+
+    ========== ============= =========
+    Parameter  Transform     Default
+    ========== ============= =========
+    phi        exp(x)        10
+    ========== ============= =========
+
+    Args:
+        link: ``"logit"``.
+
+    Raises:
+        InputError: if the link is another.
+
+    Reference:
+        Ferrari and Cribari-Neto, Journal of Applied Statistics 31 (2004) 799.
+    """
+
+    name = "beta"
+    link = "logit"
+
+    def __init__(self, link: str = "logit") -> None:
+        check_choice("link", link, ("logit",))
+        super().__init__(free_specs(["phi"], log(10.0), TransformExp(degree=0)))
+
+    def log_density(self, y: Tensor, eta: Tensor) -> Tensor:
+        phi = self.natural("phi", eta)
+        a, b = phi * torch.sigmoid(eta), phi * torch.sigmoid(-eta)
+        constant = torch.lgamma(phi) - torch.lgamma(a) - torch.lgamma(b)
+        return constant + (a - 1) * y.log() + (b - 1) * torch.log1p(-y)
+
+    def derivatives(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        phi = self.natural("phi", eta)
+        p, q = torch.sigmoid(eta), torch.sigmoid(-eta)
+        a, b, v = phi * p, phi * q, p * q
+        # Derivatives in the mean, and then of the mean by the chain rule.
+        c1 = phi * (torch.digamma(b) - torch.digamma(a) + y.log() - torch.log1p(-y))
+        c2 = -(phi**2) * (torch.polygamma(1, a) + torch.polygamma(1, b))
+        c3 = -(phi**3) * (torch.polygamma(2, a) - torch.polygamma(2, b))
+        bend, twist = v * (q - p), v * (1 - 6 * v)
+        return c1 * v, c2 * v * v + c1 * bend, c3 * v**3 + 3 * c2 * v * bend + c1 * twist
+
+    def mean(self, eta: Tensor) -> Tensor:
+        return torch.sigmoid(eta)
+
+    def variance(self, eta: Tensor) -> Tensor:
+        return torch.sigmoid(eta) * torch.sigmoid(-eta) / (1 + self.natural("phi", eta))
+
+    def check(self, y: Tensor, what: str = "`y`") -> None:
+        super().check(y, what)
+        refuse_rows(y, (y <= 0) | (y >= 1), what, "numbers between 0 and 1, both excluded")
+
+    def start(self, y: Tensor) -> Tensor:
+        mean = y.mean()
+        spread = y.var() if len(y) > 1 else mean * (1 - mean) / 2
+        self.set_start("phi", (2 * mean * (1 - mean) / spread.clamp(min=1e-8)).clamp(1.0, 1e4))
+        return torch.logit(y)

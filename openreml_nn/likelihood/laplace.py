@@ -1,0 +1,494 @@
+"""The marginal likelihood of responses that are not Gaussian, as a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from openreml_nn.covariance import Matrix
+from openreml_nn.families.family import Family
+from openreml_nn.likelihood.effects import RandomEffects
+from openreml_nn.likelihood.fixed import traced
+from openreml_nn.likelihood.laplace_mode import Mode, Rows, find_mode, recorded
+from openreml_nn.likelihood.laplace_quadrature import by_quadrature, check_quadrature
+from openreml_nn.likelihood.laplace_system import Factor, Stacked, effects_of
+from openreml_nn.likelihood.plan import Auto, Plan, check_solver
+from openreml_nn.likelihood.problem import Cost
+from openreml_nn.likelihood.solver import Solver
+from openreml_nn.likelihood.solvers import Blocked, Dense
+from openreml_nn.support.checks import check_choice, check_count, check_instance, check_tensor
+from openreml_nn.support.errors import InputError, NumericalError
+from openreml_nn.terms.covariance import DiagonalCovariance, RepeatedCovariance
+from openreml_nn.terms.design import IdentityDesign
+from openreml_nn.terms.kernel import private, same_content
+from openreml_nn.terms.term import Term
+
+__all__ = ["LaplaceEvaluation", "LaplaceLoss"]
+
+#: Steps to the coefficients of X by maximum likelihood, at most.
+_MOST_STEPS = 100
+
+
+@dataclass(frozen=True)
+class LaplaceEvaluation:
+    """The likelihood of some data at given parameters.
+
+    Attributes:
+        log_likelihood: the marginal log-likelihood, a scalar tensor.
+        coefficients: (p,) coefficients of X; none without X.
+        coefficient_covariance: (p, p) their covariance at these parameters.
+        predictor: (n,) the linear predictor at the mode.
+        residual: independent errors of the rows with the information of the responses there: what
+            a linear mixed model of the same modes and variances has for its residual.
+        random: modes of the random effects of each term with their conditional variances, the
+            coefficients of X held.
+    """
+
+    log_likelihood: Tensor
+    coefficients: Tensor
+    coefficient_covariance: Tensor
+    predictor: Tensor
+    residual: Term
+    random: tuple[RandomEffects, ...]
+
+
+class LaplaceLoss(nn.Module):
+    r"""Negative marginal log-likelihood of :math:`y_i \sim p(y_i \mid a_i)`,
+    :math:`a = \eta + X\beta + Zb`, :math:`b \sim N(0, G(\theta))`.
+
+    The random effects are integrated by Laplace's approximation at their mode, or, for one grouping
+    factor, by adaptive Gauss-Hermite quadrature. All constants are counted. For Gaussian responses it
+    is the exact likelihood.
+
+    Args:
+        covariance: the covariance of the random part of the predictor: random terms only, as the
+            residual belongs to the family. An identity term is an effect of each observation.
+        family: of the responses; its parameters are estimated with those of the covariance.
+        method: ``"ml"``, in which the coefficients of X, if it is given, are those of maximum
+            likelihood; ``"reml"`` integrates them with the random effects by Laplace's
+            approximation.
+        quadrature: points of adaptive Gauss-Hermite quadrature for each effect of a level; 1 is
+            Laplace's approximation.
+        solver: ``"blocked"`` eliminates the factor with most levels first, ``"dense"`` takes all
+            random effects together, and ``"auto"`` is the first; or such a solver with its options.
+
+    Raises:
+        TypeError, InputError: if an argument is of another kind or an option unknown.
+
+    Reference:
+        Kristensen et al., Journal of Statistical Software 70(5) (2016); Pinheiro and Chao,
+        J. Comput. Graph. Stat. 15 (2006) 58.
+
+    >>> from openreml_nn.covariance import CovariancePropagation, DummyMatrix, ScalarMatrix
+    >>> from openreml_nn.families import Binomial
+    >>> Z = DummyMatrix(["a", "a", "b", "b"])
+    >>> loss = LaplaceLoss(CovariancePropagation(z=Z, g=ScalarMatrix(2)), Binomial())
+    >>> loss(torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.zeros(4))
+    tensor(2.8247, grad_fn=<_ValueBackward>)
+    """
+
+    def __init__(
+        self,
+        covariance: Matrix,
+        family: Family,
+        method: str = "ml",
+        quadrature: int = 1,
+        solver: str | Solver = "auto",
+    ) -> None:
+        super().__init__()
+        check_instance("covariance", covariance, Matrix)
+        check_instance("family", family, Family)
+        check_choice("method", method, ("ml", "reml"))
+        quadrature = check_count("quadrature", quadrature, 1)
+        if quadrature > 1 and method == "reml":
+            raise InputError(
+                f"`quadrature` is {quadrature} but `method` is 'reml': expected 1, or method 'ml'"
+            )
+        self.covariance = covariance
+        self.family = family
+        self.method = method
+        self.quadrature = quadrature
+        self.solver = _checked(solver)
+        self._kept: _Kept | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Where the last mode was can be found again; a copy need not carry it.
+        return {**self.__dict__, "_kept": None}
+
+    def extra_repr(self) -> str:
+        return f"method={self.method!r}, quadrature={self.quadrature}, solver={self.solver.name!r}"
+
+    def forward(
+        self, y: Tensor, eta: Tensor, X: Tensor | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """The loss, summed over the rows.
+
+        Args:
+            y: the responses, (n,), or (n, 2) successes and failures of a binomial family.
+            eta: (n,) known part of the linear predictor, such as a network's output.
+            X: model matrix of fixed effects (n, p); none by default.
+            rows: the n rows of the covariance that the data belong to; all, in order, by default.
+
+        Returns:
+            A scalar, differentiable once in the parameters of covariance and family, eta, X, y
+            where its family is continuous, and a trainable Z.
+
+        Raises:
+            NumericalError: if the mode is not found, or the data are separated.
+            TypeError, InputError: if dtypes, shapes or devices do not fit, or a response is not one
+                of the family.
+        """
+        task = self._task(y, eta, X, rows)
+        terms = task.terms
+        inputs = [task.rows.eta, task.rows.X, y, *[t.covariance.matrix for t in terms]]
+        inputs += [*_factors(terms), *_constants(terms), *self.family.parameters()]
+        recording = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        return _Value.apply(lambda: self._evaluate(task, recording, inputs), *inputs)
+
+    def evaluate(
+        self, y: Tensor, eta: Tensor, X: Tensor | None = None, rows: Tensor | None = None
+    ) -> LaplaceEvaluation:
+        """The likelihood of some data at the present parameters, with the modes of the effects.
+
+        Args:
+            y, eta, X, rows: as in calling the loss.
+
+        Raises:
+            NumericalError, TypeError, InputError: as in calling the loss.
+        """
+        with torch.no_grad():
+            task = self._task(y, eta, X, rows)
+            mode = self._mode(task)
+            value = self._value(task, mode)
+            random = effects_of(task.terms, mode.layout, mode.effects, mode.factor)
+            bordered = mode
+            if not len(mode.beta) and task.rows.X.shape[1]:
+                bordered = find_mode(task.rows, mode.layout, task.terms, mode.dual, task.beta)
+            p = task.rows.X.shape[1]
+            spread = bordered.factor.fixed_covariance() if p else value.new_zeros(0, 0)
+            beta = mode.beta if self.method == "reml" else task.beta
+            information = mode.weights.clamp(min=torch.finfo(mode.weights.dtype).tiny ** 0.5)
+            errors = Term(IdentityDesign(len(mode.a)), DiagonalCovariance(1 / information))
+            return LaplaceEvaluation(-value, beta, spread, mode.a, errors, tuple(random))
+
+    def plan(self, rows: int, fixed_effects: int) -> Plan:
+        """What an evaluation takes.
+
+        Args:
+            rows: number of rows.
+            fixed_effects: number of columns of X.
+        """
+        with torch.no_grad():
+            terms = [term.detach() for term in self.covariance.terms()]
+            layout = Stacked(terms, getattr(self.solver, "pair_cost", None))
+        work, entries = layout.placement.cost(fixed_effects)
+        work += 4.0 * rows * (layout.k + len(layout.designs)) ** 2
+        steps = [f"{layout.levels} blocks of {layout.k} x {layout.k}"] if layout.levels else []
+        if layout.q:
+            by = layout.partition
+            size = f"{by.size} x {by.size}"
+            steps.append(f"{layout.q} columns: {max(by.count, 1)} groups of at most {size}")
+        cost = Cost(work, 8.0 * entries, True, "in the space of the random effects", tuple(steps))
+        return Plan(self.solver, "the weights of the rows move", rows, fixed_effects, cost)
+
+    # ------------------------------------------------------------------ data
+
+    def _task(self, y: Tensor, eta: Tensor, X: Tensor | None, rows: Tensor | None) -> _Task:
+        check_tensor("y", y, None, "real")
+        check_tensor("eta", eta, ("n",), "floating")
+        if traced(y, eta, *self.covariance.parameters()):
+            raise InputError(
+                "torch.func transforms do not go through LaplaceLoss: call backward, or "
+                "torch.autograd.grad"
+            )
+        n = len(eta)
+        if len(y) != n:
+            raise InputError(f"`y` has {len(y)} rows but `eta` has {n}: expected as many")
+        if X is not None:
+            check_tensor("X", X, (n, "p"), "floating")
+        elif self.method == "reml":
+            raise InputError("`X` is None: method 'reml' integrates the coefficients of X")
+        for name, tensor in (("y", y), ("X", X)):
+            if tensor is not None and tensor.device != eta.device:
+                raise InputError(f"`{name}` is on {tensor.device} but `eta` on {eta.device}")
+        if rows is None and n != self.covariance.shape[0]:
+            raise InputError(
+                f"`eta` has {n} rows but the covariance has {self.covariance.shape[0]}: pass `rows`"
+            )
+        if rows is not None:
+            check_tensor("rows", rows, (n,), "integer")
+            if n and not (int(rows.min()) >= 0 and int(rows.max()) < self.covariance.shape[0]):
+                raise InputError(
+                    f"`rows` reaches beyond the {self.covariance.shape[0]} rows of the covariance"
+                )
+        self.family.check(y.detach())
+        terms = self.covariance.terms(rows)
+        dtype = torch.promote_types(eta.dtype, terms[0].covariance.matrix.dtype)
+        dtype = torch.promote_types(dtype, torch.float32)
+        terms = [term.to(dtype) for term in terms]
+        X = eta.new_zeros(n, 0) if X is None else X
+        data = Rows(self.family, y.detach().to(dtype), eta.to(dtype), X.to(dtype))
+        return _Task(data, terms)
+
+    def _layout(self, task: _Task) -> Stacked:
+        """Where the effects stand; the last is taken again for the same designs."""
+        forms = [term.form for term in task.terms]
+        constants = [tensor for term in task.terms for tensor in term.constants]
+        kept = self._kept
+        if kept is None or not kept.is_of(forms, constants):
+            with torch.inference_mode(False), torch.no_grad():
+                held = [term.private().detach() for term in task.terms]
+                layout = Stacked(held, getattr(self.solver, "pair_cost", None))
+                if self.quadrature > 1:
+                    check_quadrature(layout, self.quadrature)
+                copies = [tensor for term in held for tensor in term.constants]
+                kept = self._kept = _Kept(forms, copies, layout)
+        return kept.layout
+
+    # ------------------------------------------------------------------ evaluation
+
+    def _mode(self, task: _Task) -> Mode:
+        layout = self._layout(task)
+        kept = self._kept
+        assert kept is not None
+        data = task.rows
+        plain = Rows(data.family, data.y, data.eta.detach(), data.X.detach())
+        bordered = find_mode(
+            plain,
+            layout,
+            task.terms,
+            kept.dual_of(plain),
+            kept.beta_of(plain),
+            kept.factor_of(plain),
+        )
+        if self.method == "reml" or not plain.X.shape[1]:
+            mode = bordered
+        else:
+            mode = self._profiled(task, plain, bordered)
+        kept.dual = private(mode.dual)
+        kept.factor = mode.factor if mode is bordered and layout.q else None
+        kept.beta = private(task.beta if len(task.beta) else mode.beta)
+        return mode
+
+    def _profiled(self, task: _Task, plain: Rows, bordered: Mode) -> Mode:
+        """The mode at the coefficients of maximum likelihood, which the task then holds."""
+        beta, S = bordered.beta, bordered.factor.fixed_covariance()
+        X, dual = plain.X, bordered.dual
+        none = replace(plain, X=plain.X[:, :0])
+        before = float("inf")
+        for _ in range(_MOST_STEPS):
+            rows = replace(none, eta=plain.eta + X @ beta)
+            mode = find_mode(rows, bordered.layout, task.terms, dual)
+            slope = X.mT @ self._predictor_slope(task, mode)
+            move = S @ slope
+            gain = float(move @ slope)
+            floor = 1e-20 if X.dtype == torch.float64 else 1e-8
+            if gain <= floor or (gain < floor**0.5 and gain > before / 4):
+                task.beta = beta
+                return mode
+            before, beta, dual = gain, beta - move, mode.dual
+        raise NumericalError(
+            f"the coefficients of X were not found in {_MOST_STEPS} steps: the last was "
+            f"{gain**0.5:.3g} standard errors long"
+        )
+
+    def _predictor_slope(self, task: _Task, mode: Mode) -> Tensor:
+        if self.quadrature == 1:
+            return mode.of_predictor()
+        eta = mode.rows.eta.detach().requires_grad_()
+        rows = replace(mode.rows, eta=eta)
+        with torch.enable_grad():
+            covariances = [task.terms[i].detach().covariance for i in mode.layout.order]
+            value = by_quadrature(mode, rows, mode.layout.designs, covariances, self.quadrature)
+            return torch.autograd.grad(value, eta)[0]
+
+    def _value(self, task: _Task, mode: Mode) -> Tensor:
+        if self.quadrature == 1:
+            return mode.value
+        covariances = [task.terms[i].detach().covariance for i in mode.layout.order]
+        return by_quadrature(mode, mode.rows, mode.layout.designs, covariances, self.quadrature)
+
+    def _evaluate(
+        self, task: _Task, recording: bool, inputs: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The value and its derivatives by the inputs, None for those that require none."""
+        data, terms = task.rows, task.terms
+        with torch.no_grad():
+            mode = self._mode(task)
+            if not recording:
+                return self._value(task, mode), [None] * len(inputs)
+            constants = _constants(terms)
+            wanted = [x.requires_grad for x in inputs]
+            moves = any(t.requires_grad for t in constants)
+            reml_X = data.X.requires_grad and self.method == "reml"
+            if self.quadrature > 1 or moves or reml_X:
+                return self._by_recording(task, mode, inputs)
+            y = inputs[2]
+            of_family = mode.of_family(y, [x for x in self.family.parameters() if x.requires_grad])
+            of_eta = mode.of_predictor()
+            of_X = of_eta[:, None] * task.beta if len(task.beta) else None
+            found: list[Tensor | None] = [of_eta, of_X, None, *mode.of_matrices()]
+            found += [None] * (len(_factors(terms)) + len(constants))
+            own = iter(of_family)
+            found[2] = next(own) if y.requires_grad else None
+            found += [next(own) if x.requires_grad else None for x in self.family.parameters()]
+            return mode.value, [g if w else None for g, w in zip(found, wanted, strict=True)]
+
+    def _by_recording(
+        self, task: _Task, mode: Mode, inputs: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        data, y = task.rows, inputs[2]
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() if x.requires_grad else x for x in inputs]
+            eta, X, own_y, *rest = leaves
+            own = iter(rest)
+            matrices = [next(own) for _ in task.terms]
+            factors = [next(own) for _ in _factors(task.terms)]
+            terms = _with(task.terms, matrices, iter(factors), own)
+            parameters = list(self.family.parameters())
+            # The family's own parameters are leaves already.
+            leaves[len(leaves) - len(parameters) :] = parameters
+            rows = Rows(data.family, own_y.to(eta) if y.requires_grad else data.y, eta, X)
+            if self.method == "ml" and X.shape[1]:
+                rows = replace(rows, eta=eta + X @ task.beta, X=X[:, :0])
+            designs = mode.layout.of_designs(terms)
+            covariances = [terms[i].covariance for i in mode.layout.order]
+            if self.quadrature == 1:
+                value = recorded(mode, rows, designs, covariances)
+            else:
+                value = by_quadrature(mode, rows, designs, covariances, self.quadrature)
+            wanted = [i for i, x in enumerate(inputs) if x.requires_grad]
+            parts = torch.autograd.grad(
+                value, [leaves[i] for i in wanted], allow_unused=True, materialize_grads=True
+            )
+        found: list[Tensor | None] = [None] * len(inputs)
+        for i, part in zip(wanted, parts, strict=True):
+            found[i] = part
+        if self.quadrature > 1:
+            # The derivative by a variance of zero, whose root has none: both ways share the limit.
+            for i, (matrix, part) in enumerate(zip(matrices, mode.of_matrices(), strict=True), 3):
+                mine = found[i]
+                if mine is not None and (matrix.dim() == 1 or len(matrix) == 1):
+                    found[i] = torch.where(matrix > 0, mine, part)
+        return value.detach(), found
+
+
+def _checked(solver: str | Solver) -> Solver:
+    """The solver of a name, or the one that was given, if it takes weights that move."""
+    found = check_solver(solver)
+    if isinstance(found, Auto):
+        return Blocked()
+    if not isinstance(found, Blocked | Dense):
+        raise InputError(
+            f"`solver` is {found.name!r}, which is for Gaussian responses: expected 'auto', "
+            "'blocked' or 'dense'"
+        )
+    return found
+
+
+def _constants(terms: Sequence[Term]) -> list[Tensor]:
+    """What designs and kernels hold."""
+    return [t for term in terms for t in term.constants if t is not None]
+
+
+def _factors(terms: Sequence[Term]) -> list[Tensor]:
+    """The factors of covariances that are held by one."""
+    forms = (term.covariance for term in terms)
+    return [g.factor for g in forms if isinstance(g, RepeatedCovariance) and g.factor is not None]
+
+
+def _with(
+    terms: Sequence[Term],
+    matrices: Sequence[Tensor],
+    factors: Iterator[Tensor],
+    constants: Iterator[Tensor],
+) -> list[Term]:
+    """The terms with other tensors in the places of their own."""
+    found = []
+    for term, matrix in zip(terms, matrices, strict=True):
+        form = term.covariance.with_matrix(matrix)
+        if isinstance(term.covariance, RepeatedCovariance) and term.covariance.factor is not None:
+            form = RepeatedCovariance(matrix, term.covariance.levels, next(factors))
+        place = {id(t): next(constants) for t in term.constants if t is not None}
+        design = term.design.map(lambda t, place=place: place[id(t)])  # type: ignore[misc]
+        found.append(replace(term, design=design, covariance=form))
+    return found
+
+
+class _Task:
+    """The data of a call with their terms, and the coefficients of X once they are known."""
+
+    def __init__(self, rows: Rows, terms: list[Term]) -> None:
+        self.rows, self.terms = rows, terms
+        self.beta = rows.eta.detach().new_zeros(0)
+
+
+class _Kept:
+    """Where the effects of some designs stand, and where their last mode was: a start for the next."""
+
+    def __init__(self, forms: list[Any], constants: list[Tensor | None], layout: Stacked) -> None:
+        self._forms, self._constants, self.layout = forms, constants, layout
+        self.dual: Tensor | None = None
+        self.beta: Tensor | None = None
+        self.factor: Factor | None = None
+
+    def factor_of(self, rows: Rows) -> Factor | None:
+        """The last factor, for data of this precision and as many columns."""
+        return self.factor if self.beta_of(rows) is not None else None
+
+    def is_of(self, forms: list[Any], constants: Sequence[Tensor | None]) -> bool:
+        """Whether other terms have the same designs."""
+        return (
+            forms == self._forms
+            and len(constants) == len(self._constants)
+            and all(map(same_content, self._constants, constants))
+        )
+
+    def dual_of(self, rows: Rows) -> Tensor | None:
+        """The last mode, for data of this precision."""
+        return self.dual if self.dual is not None and self.dual.dtype == rows.eta.dtype else None
+
+    def beta_of(self, rows: Rows) -> Tensor | None:
+        """The last coefficients, for as many columns."""
+        same = self.beta is not None and self.beta.shape[0] == rows.X.shape[1]
+        return self.beta if same and self.dual_of(rows) is not None else None
+
+
+class _Value(torch.autograd.Function):
+    """A value whose derivatives were computed with it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        compute: Callable[[], tuple[Tensor, list[Tensor | None]]],
+        *inputs: Tensor,
+    ) -> Tensor:
+        value, ctx.found = compute()
+        ctx.save_for_backward(*inputs)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        found = [None if g is None else cotangent.to(g) * g for g in ctx.found]
+        if torch.is_grad_enabled():
+            found = [None if g is None else _Once.apply(g, *ctx.saved_tensors) for g in found]
+        return None, *found
+
+
+class _Once(torch.autograd.Function):
+    """A derivative that has none itself."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *inputs: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        raise NotImplementedError(
+            "LaplaceLoss is differentiable once: take differences of its gradients for second "
+            "derivatives"
+        )

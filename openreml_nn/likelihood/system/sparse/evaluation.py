@@ -1,0 +1,221 @@
+"""What follows from the sparse equations at one point: derivatives, predictions, their variances."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from scipy.linalg import solve_triangular
+from torch import Tensor
+
+from openreml_nn.likelihood.effects import RandomEffects
+from openreml_nn.likelihood.problem import (
+    Evaluation,
+    NotPositiveDefiniteError,
+)
+from openreml_nn.support.errors import NumericalError
+from openreml_nn.terms.term import Term
+
+if TYPE_CHECKING:
+    from openreml_nn.likelihood.solvers.sparse import SparseProblem
+
+__all__ = ["SparseEvaluation"]
+
+
+class SparseEvaluation(Evaluation):
+    """The likelihood at one point, by the factor of the equations and its selected inverse."""
+
+    problem: SparseProblem
+
+    def __init__(self, problem: SparseProblem, terms: Sequence[Term]) -> None:
+        self.problem, self._terms = problem, terms
+        self._at = at = problem.rows.at([terms[i].covariance.matrix for i in problem.rows.terms])
+        equations = problem.equations
+        largest = equations.largest(at.blocks)
+        self._roots = roots = [
+            own.roots(terms[own.at], size)
+            for own, size in zip(problem.random, largest, strict=True)
+        ]
+        self._moved = [
+            cross.transform(data, roots[cross.one].lifted, roots[cross.other].lifted)
+            for cross, data in zip(equations.crosses, at.blocks, strict=True)
+        ]
+        points = [own.at_point(terms[own.at]) for own in problem.random]
+        self._parts = [part for part, _, _ in points]
+        prior = equations.log_det_prior + sum(log_det for _, _, log_det in points)
+        try:
+            self._factor = equations.factor(self._moved, [entries for _, entries, _ in points])
+        except NumericalError:
+            raise NotPositiveDefiniteError("V is not positive definite") from None
+        log_det = at.log_det + self._factor.log_det - prior
+        self._half = self._factor.half(self._each(at.Zf, "lifted", transpose=True))
+        F = at.ff - self._half.T @ self._half
+        found, factor, white = problem.profile(
+            *map(torch.as_tensor, (np.asarray(log_det), F[:-1, :-1], F[:-1, -1], F[-1, -1]))
+        )
+        dtype = problem.fixed.y.dtype
+        y_p_y = float(F[-1, -1] - white @ white)
+        self._C = C = factor.numpy()
+        self._gamma = gamma = solve_triangular(C, white.numpy(), lower=True, trans=1)
+        like = problem.fixed.y
+        self.log_likelihood, self.y_p_y = found.to(like), like.new_tensor(y_p_y)
+        self.gamma, self.gamma_factor = torch.from_numpy(gamma).to(like), factor.to(like)
+        self._y_p_y = y_p_y
+        # What is left of the sums of squares, and how far the random effects exceed the residual.
+        after = F.diagonal().copy()
+        after[-1] = problem.n + y_p_y
+        gain = max(equations.largest(self._moved), default=0.0)
+        lost = max(float((at.ff.diagonal() / after).max()), max(gain, 1.0), at.condition)
+        lost = max(lost, self._factor.loss**0.5 * max(gain, 1.0))
+        self.rounding = torch.finfo(torch.float64).eps * lost
+        if dtype != torch.float64:
+            self.rounding += torch.finfo(dtype).eps * max(gain, 1.0) ** 0.5
+        self.recorded_rounding = self.rounding
+
+    # ------------------------------------------------------------------ helpers
+
+    def _each(self, x: np.ndarray, which: str, transpose: bool = False) -> np.ndarray:
+        r""":math:`\Lambda x`, or :math:`\Lambda^\top x`, for x (q, m)."""
+        parts = self.problem.equations.split(x)
+        found = [
+            root.times(getattr(root, which), part, transpose)
+            for root, part in zip(self._roots, parts, strict=True)
+        ]
+        return np.concatenate(found) if found else x
+
+    @cached_property
+    def _u(self) -> np.ndarray:
+        r""":math:`M^{-1}\Lambda^\top Z^\top R^{-1} f`, (q, p + 1)."""
+        return self._factor.back(self._half)
+
+    @cached_property
+    def _u_y(self) -> np.ndarray:
+        """BLUPs of u, (q, 1)."""
+        return self._u[:, -1:] - self._u[:, :-1] @ self._gamma[:, None]
+
+    @cached_property
+    def _u_X(self) -> np.ndarray:
+        """A root of what the fixed effects add to the variance of u, (q, p)."""
+        return solve_triangular(self._C, self._u[:, :-1].T, lower=True).T
+
+    def _effects(self, u: np.ndarray, which: str) -> np.ndarray:
+        """Effects of the columns of Z, of u (q, m)."""
+        parts = self.problem.equations.split(self._each(u, which))
+        own = self.problem.random
+        found = [x.part.to_effects(part) for x, part in zip(own, parts, strict=True)]
+        return np.concatenate(found) if found else u
+
+    def _to(self, x: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(x)).to(self.problem.fixed.y)
+
+    def inverse_times_data(self) -> Tensor:
+        return self._to(self._at.rest(self._effects(self._u, "lifted")))
+
+    # ------------------------------------------------------------------ derivatives
+
+    @cached_property
+    def _squared(self) -> np.ndarray:
+        """What the score holds the squares of: BLUPs of u, with REML a root of their rest too."""
+        if self.problem.method == "ml":
+            return self._u_y
+        return np.concatenate([self._u_y, self._u_X], 1)
+
+    @cached_property
+    def _pulled(self) -> list[np.ndarray]:
+        r"""For each term twice :math:`\Lambda^\top S \Lambda` with S its score, summed over levels
+        (1, k, k), or (levels, 1, 1) where each level has a variance of its own."""
+        problem = self.problem
+        own = problem.random
+        traces = problem.equations.traces(
+            self._factor.inverse, self._moved, [x.by_level for x in own]
+        )
+        u = problem.equations.split(self._squared)
+        found = []
+        for x, now, trace, part in zip(own, self._parts, traces, u, strict=True):
+            other = now.times_prior(part)
+            if x.by_level:
+                total = (part * other).sum(1)[:, None, None]
+            else:
+                k = x.part.effects
+                shape = (x.part.levels, k, part.shape[1])
+                one, two = (y.reshape(shape).transpose(1, 0, 2) for y in (part, other))
+                total = (one.reshape(k, -1) @ two.reshape(k, -1).T)[None]
+            found.append(total - trace)
+        return found
+
+    def scores_unchecked(self) -> list[Tensor]:
+        problem, found = self.problem, {}
+        squared = problem.equations.split(self._squared)
+        for i, (x, root) in enumerate(zip(problem.random, self._roots, strict=True)):
+            term, score = self._terms[x.at], root.unpull(self._pulled[i]) / 2
+            if x.chain is None:
+                by_entries = x.fold(term, score)
+            else:
+                own = problem.equations.within_prior(self._factor.inverse, i)
+                by_entries = x.score_of_chain(term, score, own, squared[i])
+            found[x.at] = by_entries.to(problem.fixed.y)
+        found |= dict(zip(problem.rows.terms, self._scores_of_rows(), strict=True))
+        return [found[i] for i in sorted(found)]
+
+    def _scores_of_rows(self) -> list[Tensor]:
+        problem, at = self.problem, self._at
+        reml = problem.method == "reml"
+        if at.scale is not None:
+            # By V = sum Z G Z' + s R: tr(P V) = n - p and y' P V P y = y' P y.
+            explained = sum(float(np.trace(x, axis1=1, axis2=2).sum()) for x in self._pulled)
+            rank = problem.n - (problem.p if reml else 0)
+            score = (self._y_p_y - rank - explained) / (2 * at.scale)
+            return [self._to(np.full((1, 1), score)) for _ in problem.rows.terms]
+        roots = [root.lifted for root in self._roots]
+        rest = at.rest(self._effects(self._u, "lifted"))
+        p_y = rest[:, -1] - rest[:, :-1] @ self._gamma
+        lost = solve_triangular(self._C, rest[:, :-1].T, lower=True).T
+        columns = lost if reml else lost[:, :0]
+        inner = problem.equations.inverse_of_effects(self._factor.inverse, roots)
+        found = problem.rows.scores(at, inner, p_y, columns)
+        return [score.to(problem.fixed.y) for score in found]
+
+    def information(self, derivatives: Sequence[Tensor]) -> Tensor:
+        problem, at = self.problem, self._at
+        u = problem.equations.split(self._u_y)
+        m = len(derivatives[0])
+        moved = []
+        for x, now, root, part in zip(problem.random, self._parts, self._roots, u, strict=True):
+            # The kernel is within Q, but a chain's is within G: there it is taken off.
+            effects = part if x.chain is None else now.times_prior(part)
+            moved.append(x.along(self._terms[x.at], derivatives[x.at], root.unlift(effects)))
+        c = np.concatenate(moved) if moved else np.zeros((0, m))
+        own = [derivatives[i] for i in problem.rows.terms]
+        if at.scale is not None:
+            # Working variates are combinations of the columns of Z and f: they cost nothing in n.
+            ds = sum(d.reshape(m).double().numpy() for d in own) / at.scale
+            c = c - self._each(self._u_y, "lifted") * ds
+            Cf = np.zeros((problem.p + 1, m))
+            Cf[-1] = ds
+            T = problem.equations.times(at.blocks, c) + at.Zf @ Cf
+            Tf = at.Zf.T @ c + at.ff @ Cf
+            total = c.T @ T + Cf.T @ Tf
+        else:
+            rest = at.rest(self._effects(self._u, "lifted"))
+            p_y = rest[:, -1] - rest[:, :-1] @ self._gamma
+            T, Tf, total = problem.rows.working(at, c, own, p_y)
+        e = self._factor.half(self._each(T, "lifted", transpose=True))
+        part = solve_triangular(self._C, Tf[:-1] - self._half[:, :-1].T @ e, lower=True)
+        return self._to((total - e.T @ e - part.T @ part) / 2)
+
+    def random_effects(self) -> list[RandomEffects]:
+        problem = self.problem
+        values = problem.equations.split(self._effects(self._u_y, "root"))
+        lost = problem.equations.split(self._effects(self._u_X, "root"))
+        found = []
+        for i, (x, root) in enumerate(zip(problem.random, self._roots, strict=True)):
+            w = x.part.width
+            spread = root.variances(problem.equations, self._factor.inverse, i)
+            added = lost[i].reshape(len(lost[i]) // w, w, problem.p)
+            spread = spread + added @ added.transpose(0, 2, 1)
+            name = self._terms[x.at].name
+            found.append(RandomEffects(name, self._to(values[i].reshape(-1, w)), self._to(spread)))
+        return found
