@@ -20,11 +20,10 @@ PACKAGE = Path(__file__).parents[1] / "openreml_nn"
 LONG_FILES = {
     "estimation/aireml.py": "direction, safeguard and stopping rule are to be parted",
     "likelihood/laplace.py": "the loss and what it prepares are to be parted",
+    "likelihood/laplace_system.py": "the system and its products are to be parted",
     "lightning/module.py": "Lightning's hooks, one by one",
     "model/mixed_model.py": "the model, its random effects and predictions are to be parted",
     "table/encoder.py": "what was learned and its use are to be parted",
-    "table/functions.py": "functions of R, one after another",
-    "table/reading.py": "formats of files are to be parted",
 }
 #: Classes of more than 200 lines, and why.
 LONG_CLASSES = {
@@ -34,6 +33,7 @@ LONG_CLASSES = {
     "estimation/outcome.py: _Builder": "every part of a result, from one evaluation",
     "estimation/marginal.py: MarginalFit": "one Newton iteration with what it keeps",
     "lightning/module.py: MixedModule": "Lightning's hooks, one by one",
+    "likelihood/laplace.py: LaplaceLoss": "to be parted",
     "likelihood/loss.py: REMLLoss": "the contract of the loss, most of it documentation",
     "likelihood/system/sparse/equations.py: Equations": "to be parted",
     "model/mixed_model.py: MixedModel": "to be parted",

@@ -37,7 +37,7 @@ def test_positions_of_residuals_are_sorted_by_size():
     table = pd.DataFrame({"y": np.arange(6.0), "g": [1, 1, 1, 2, 2, 2], "t": [10, 9, 8, 9, 8, 10]})
     residual = Encoder("y ~ 1", residual="ar1(t | g)").fit(table).residual
     assert residual.positions == ("8", "9", "10")
-    assert residual.strata[0].codes.tolist() == [2, 1, 0, 4, 3, 5]
+    assert residual.cells.tolist() == [2, 1, 0, 4, 3, 5]
 
 
 def test_a_combination_that_was_not_seen_is_no_level_though_its_parts_were():

@@ -1,6 +1,8 @@
 """Predictions for a table: variances against a dense formula, and by every way that there is."""
 
+import copy
 import json
+import pickle
 
 import numpy as np
 import pandas as pd
@@ -54,6 +56,7 @@ MODELS = {
     "cs within the factor": ("y ~ x + (x | g)", {"residual": "cs(g)"}, []),
     "us alone": ("y ~ x", {"residual": "us(time | g)"}, ["time"]),
     "no random effect": ("y ~ x * s", {}, []),
+    "no coefficients": ("y ~ 0 + (x | g)", {}, []),
     "a kernel": ("y ~ x + (1 | vm(g, K)) + (1 | h)", {"kernels": {"K": KERNEL}}, []),
     "relatives": ("y ~ x + (1 | ped(g))", {"pedigree": PEDIGREE}, []),
     "a variance for each effect": ("y ~ x + diag(0 + s | g)", {}, []),
@@ -63,6 +66,7 @@ MODELS = {
     "strata of ar1": ("y ~ x + (1 | h)", {"residual": "diag(half):ar1(g0):ar1(time)"}, ["half"]),
     "a variance for each time": ("y ~ x + (1 | h)", {"residual": "hetar1(time | g)"}, ["time"]),
     "ar1 with weights": ("y ~ x", {"residual": "ar1(time | g)", "weights": "w"}, []),
+    "matern": ("y ~ x + (1 | matern(h)) + (1 | g)", {}, []),
     "a power": ("y ~ x + (1 | g)", {"residual": "power(w)"}, ["w"]),
 }
 
@@ -215,6 +219,14 @@ def test_a_result_keeps_its_predictions_when_its_covariance_is_moved():
     pd.testing.assert_frame_equal(result.predict(table()), expected)
 
 
+def test_a_result_that_was_pickled_or_copied_predicts():
+    result = fitted("crossed")
+    again = pickle.loads(pickle.dumps(result))  # before anything was predicted
+    expected = result.predict(table())
+    pd.testing.assert_frame_equal(again.predict(table()), expected)
+    pd.testing.assert_frame_equal(copy.deepcopy(result).predict(table()), expected)
+
+
 def test_predictions_of_no_rows_and_of_what_is_no_table():
     result = fitted("one")
     assert list(result.predict(table()[:0])) == [
@@ -255,3 +267,17 @@ def test_slopes_predict_beyond_the_data():
     far = pd.DataFrame({"Days": [9.0, 30.0], "Subject": ["308", "308"]})
     found = result.predict(far)["variance"]
     assert found[1] > 3 * found[0]
+
+
+@pytest.mark.parametrize("name", ["crossed", "weights", "strata", "a kernel", "a nugget"])
+@pytest.mark.filterwarnings("ignore:.*levels that the fit did not see")
+def test_units_of_the_response_and_the_order_of_rows_do_not_matter(name):
+    formula, options, _ = MODELS[name]
+    new = new_rows()
+    expected = fitted(name).predict(new)
+    moved = table().assign(y=lambda t: 1e3 * t["y"]).sample(frac=1, random_state=2)
+    found = lmm(formula, moved, **options).predict(new.iloc[::-1]).iloc[::-1]
+    assert found.index.equals(expected.index)
+    for column in expected:
+        scale = 1e6 if column == "variance" else 1e3
+        np.testing.assert_allclose(found[column] / scale, expected[column], rtol=1e-5, atol=1e-6)

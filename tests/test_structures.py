@@ -6,17 +6,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from lightning import Trainer
 
-from openreml_nn import InputError, REMLLoss, lmm, restricted_log_likelihood
+from openreml_nn import InputError, REMLLoss, glmm, lmm, restricted_log_likelihood
 from openreml_nn.covariance import Pedigree
 from openreml_nn.datasets import table_path
+from openreml_nn.lightning import MixedModelDataModule, MixedModule
 from openreml_nn.model.structures import labels_of, linear_model, relations_of
 from openreml_nn.report import blup_table
 from openreml_nn.table import Encoder, Learned, parse_formula, parse_residual
-
-
-def covariance_of(encoded):
-    return linear_model(encoded).covariance(encoded.batch())
 
 
 def made(seed=0):
@@ -102,6 +100,10 @@ def at_random(V, seed=3):
         for parameter in V.parameters():
             parameter.copy_(torch.tensor(rng.uniform(-0.4, 0.4, parameter.shape)))
         return V.build_params(include_fixed=False).numpy()
+
+
+def covariance_of(encoded):
+    return linear_model(encoded).covariance(encoded.batch())
 
 
 def encoded_by(formula, table=TABLE, **options):
@@ -521,3 +523,52 @@ def test_levels_and_places_that_the_fit_did_not_see():
     known.fit(TABLE)
     found = known.transform(pd.DataFrame({"x": [0.0], "g": ["other"]}))
     assert found.random[0].codes.tolist() == [NAMES.index("other")]
+
+
+def test_a_field_with_a_nugget_has_an_effect_of_each_place():
+    """The BLUP of a place, by the dense formula."""
+    found = lmm("y ~ 1", FIELD, residual="ar1(row):ar1(col) + units")
+    (effects,) = found.random
+    v = {p.name.rsplit("/", 2)[-2] + p.name[-4:]: p.value for p in found.parameters}
+    row, col = FIELD["row"].to_numpy(), FIELD["col"].to_numpy() / 2
+    C = v["rowma^2"] * ar1(v["row/rho"], row) * ar1(v["col/rho"], col)
+    V = C + v["unitsma^2"] * np.eye(12)
+    rest = FIELD["y"].to_numpy() - float(found.fixed.estimate[0])
+    table = blup_table(found).set_index("level")["blup"]
+    places = [f"{r}:{c}" for r, c in zip(FIELD["row"], FIELD["col"], strict=True)]
+    np.testing.assert_allclose(table.loc[places], C @ np.linalg.solve(V, rest), atol=1e-8)
+    assert effects.variances.shape == (15, 1, 1)
+    assert found.components[-1].group == "Residual"
+    assert found.residual_variance == pytest.approx(v["unitsma^2"])
+
+
+@pytest.mark.parametrize(
+    ("formula", "options"),
+    [
+        ("y ~ x + (1 | ped(g))", {"pedigree": PEDIGREE}),
+        ("y ~ x + (1 | vm(g, K))", {"kernels": {"K": KERNEL}}),
+    ],
+)
+def test_a_module_fits_predicts_and_is_loaded_as_lmm_does(formula, options, tmp_path):
+    fit = lmm(formula, TABLE, **options)
+    module = MixedModule(formula)
+    data = MixedModelDataModule(TABLE, formula, **options)
+    trainer = Trainer(
+        max_epochs=60, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, data)
+    assert module.result.log_likelihood == pytest.approx(fit.log_likelihood, abs=1e-6)
+    trainer.save_checkpoint(tmp_path / "model.ckpt", weights_only=False)
+    loaded = MixedModule.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
+    found, expected = loaded.predict(TABLE.head()), fit.predict(TABLE.head())
+    np.testing.assert_allclose(found.to_numpy(), expected.to_numpy(), atol=1e-4)
+
+
+def test_a_generalised_model_takes_structures():
+    """With a kernel that is the identity, the levels are independent."""
+    table = TABLE.assign(high=TABLE["y"] > 0)
+    identity = pd.DataFrame(np.eye(9), *[sorted(table["g"].unique())] * 2)
+    one = glmm("high ~ x + (1 | g)", table, family="binomial")
+    other = glmm("high ~ x + (1 | vm(g, K))", table, family="binomial", kernels={"K": identity})
+    assert other.log_likelihood == pytest.approx(one.log_likelihood, abs=1e-8)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from numba import njit
 from torch import Tensor
 
 from openreml_nn.covariance.dummy import DummyMatrix
@@ -21,6 +20,7 @@ from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.transform import TransformExpPow2
 from openreml_nn.support.checks import found
+from openreml_nn.support.compiled import compiled
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import ScaledCovariance
 from openreml_nn.terms.design import IdentityDesign
@@ -188,7 +188,7 @@ def _ordered(
     return list(position), parents
 
 
-@njit(cache=True)
+@compiled
 def _inbreeding(parents):  # type: ignore[no-untyped-def]
     """By tracing each animal's ancestors from the youngest to the oldest.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,23 +60,29 @@ class VarianceFunction(Matrix):
     ) -> None:
         if kind not in ("power", "exp"):
             raise InputError(f"`kind` is {kind!r}: expected 'power' or 'exp'")
-        logarithm = _logarithm(covariate, kind)
+        if not isinstance(covariate, Tensor) or not covariate.is_floating_point():
+            raise TypeError(f"`covariate` is {found(covariate)}: expected a floating-point tensor")
+        if covariate.dim() != 1 or not len(covariate):
+            raise InputError(f"`covariate` has shape {tuple(covariate.shape)}: expected (n,)")
+        logarithm = covariate.abs().log() if kind == "power" else covariate
+        if not covariate.is_meta and not bool(torch.isfinite(logarithm).all()):
+            row = int((~torch.isfinite(logarithm)).nonzero()[0])
+            raise InputError(f"`covariate` is {float(covariate[row]):g} in row {row}")
         default = free_specs(["sigma^2"], trans=TransformExpPow2())
         default |= free_specs(["delta"], trans=TransformIdentity())
         super().__init__((len(covariate),) * 2, merge_specs(default, param_specs))
-        self.kind = kind
         self.register_data("logarithm", logarithm)
+        self.kind = kind
 
-    def of_covariate(self, covariate: Tensor) -> VarianceFunction:
-        """The same function of other values: both have the same parameters.
-
-        Raises:
-            InputError: if a value is not finite or, for a power, zero.
-        """
-        rows = copy.copy(self)
-        rows._buffers = {**self._buffers, "logarithm": _logarithm(covariate, self.kind)}
-        rows.known_shape = (len(covariate),) * 2
-        return rows
+    def at(self, covariate: Tensor) -> VarianceFunction:
+        """The same function, with these parameters, of other values of the covariate (n,)."""
+        made = VarianceFunction(covariate.to(self.logarithm), self.kind)
+        for name in self.param_names:
+            if name in self.fixed_param_names:
+                made.fix(name, self.get_buffer(name))
+            else:
+                made.register_parameter(name, self.get_parameter(name))
+        return made
 
     def _variances(self, free_params: FreeParams) -> Tensor:
         variance, delta = self.build_params(free_params).split(1)
@@ -106,16 +111,3 @@ class VarianceFunction(Matrix):
     def moment_start(self, variance: Tensor) -> bool:
         self.set_start(self.param_names[1], torch.zeros_like(variance[0]))
         return self.set_start(self.param_names[0], harmonic_mean(variance))
-
-
-def _logarithm(covariate: Tensor, kind: str) -> Tensor:
-    """What the variance is an exponential function of, (n,)."""
-    if not isinstance(covariate, Tensor) or not covariate.is_floating_point():
-        raise TypeError(f"`covariate` is {found(covariate)}: expected a floating-point tensor")
-    if covariate.dim() != 1 or not len(covariate):
-        raise InputError(f"`covariate` has shape {tuple(covariate.shape)}: expected (n,)")
-    logarithm = covariate.abs().log() if kind == "power" else covariate
-    if not covariate.is_meta and not bool(torch.isfinite(logarithm).all()):
-        row = int((~torch.isfinite(logarithm)).nonzero()[0])
-        raise InputError(f"`covariate` is {float(covariate[row]):g} in row {row}")
-    return logarithm

@@ -84,7 +84,8 @@ class _Builder:
         fixed = self._fixed(names)
         dtype = problem.fixed.y.dtype
         names_of_effects = {term.name for term in self._random_terms}
-        random = [e for e in evaluation.random_effects() if e.name in names_of_effects]
+        every = evaluation.random_effects()
+        random = [self._by_level(e) for e in every if e.name in names_of_effects]
         fitted = residuals = fixed.estimate.new_empty(0)
         if y is not None and X is not None:
             fitted = X.detach().to(dtype)[:, list(fixed.columns)] @ fixed.estimate
@@ -147,6 +148,18 @@ class _Builder:
             if term.name in self._labels and self._labels[term.name].group == "Residual"
         ]
         return labelled or residual_terms(self._terms)
+
+    def _by_level(self, found: RandomEffects) -> RandomEffects:
+        """BLUPs level by level, as they are labelled, also where all levels are one block."""
+        label = self._labels.get(found.name)
+        if label is None or len(label.effects) == found.values.shape[1]:
+            return found
+        k, (q, m) = len(label.effects), found.values.shape
+        if len(label.levels) * k != q * m or m % k:
+            return found
+        blocks = found.variances.unflatten(2, (-1, k)).unflatten(1, (-1, k))  # (q, m / k, k, ...)
+        own = blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1).flatten(0, 1)
+        return RandomEffects(found.name, found.values.reshape(-1, k), own)
 
     @property
     def _random_terms(self) -> list[Term]:

@@ -19,8 +19,8 @@ from openreml_nn.lightning.data import MixedModelDataModule
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.model import HEADS, MixedModel, RandomEffect, ResidualStructure
-from openreml_nn.model.structures import effect_covariance, labels_of
-from openreml_nn.model.table_residual import residual_of, start_residual
+from openreml_nn.model.structured_residual import start_residual
+from openreml_nn.model.structures import effect_covariance, labels_of, residual_of
 from openreml_nn.result import Label, Result
 from openreml_nn.support.checks import (
     check_choice,
@@ -162,7 +162,7 @@ class TableModel:
         if isinstance(given, Matrix):
             return copy.deepcopy(given)
         if given is None or isinstance(given, str):
-            residual = residual_of(encoded.residual).double()
+            residual = residual_of(encoded).double()
             start_residual(residual, variance)
             return residual
         layers = nn.Sequential(_network(given, "residual"), nn.LazyLinear(1))

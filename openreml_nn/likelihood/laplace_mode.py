@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 from openreml_nn.families.family import Family
-from openreml_nn.likelihood.laplace_system import Factor, Prior, Stacked, log_det, products_of
+from openreml_nn.likelihood.laplace_layout import Prior, Stacked
+from openreml_nn.likelihood.laplace_system import Factor, log_det, products_of
 from openreml_nn.likelihood.problem import NotPositiveDefiniteError
 from openreml_nn.support.errors import NumericalError
 from openreml_nn.terms.base import Covariance
@@ -173,7 +174,7 @@ def find_mode(
     rows: Rows,
     layout: Stacked,
     terms: Sequence[Term],
-    dual: Tensor | None = None,
+    start: Tensor | None = None,
     beta: Tensor | None = None,
     factor: Factor | None = None,
 ) -> Mode:
@@ -183,25 +184,37 @@ def find_mode(
         rows: the data; what is computed has no graph.
         layout: where the effects stand.
         terms: the random terms.
-        dual: where to start, :math:`u = \Lambda^\top e`; zero by default.
+        start: where u starts, such as an earlier mode; zero by default.
         beta: where the coefficients start; zero by default.
         factor: of the system near by, with which steps begin; made anew by default.
 
     Raises:
         NumericalError: if there is no mode, or none is found.
     """
+    if start is not None:
+        try:
+            return _newton(rows, layout, terms, start, beta, factor)
+        except NumericalError:
+            # An earlier mode may be too far away; from zero it is found, or an error says why not.
+            pass
+    return _newton(rows, layout, terms, rows.eta.new_zeros(layout.size), None, None)
+
+
+def _newton(
+    rows: Rows,
+    layout: Stacked,
+    terms: Sequence[Term],
+    start: Tensor,
+    beta: Tensor | None,
+    factor: Factor | None,
+) -> Mode:
     prior, like = Prior.of(layout, terms), rows.eta
     roots = prior.roots(terms)
-    u = like.new_zeros(layout.size, 1)
-    if dual is not None:
-        u = roots.times(dual[:, None], True)
+    u = start[:, None]
     beta = like.new_zeros(rows.X.shape[1]) if beta is None else beta
     family, tolerance = rows.family, _tolerance(like.dtype)
     density: Tensor | None
     a, density = _predictor(rows, layout, roots, u, beta)
-    if not bool(torch.isfinite(density)) and dual is not None:
-        u = torch.zeros_like(u)
-        a, density = _predictor(rows, layout, roots, u, beta)
     if not bool(torch.isfinite(density)):
         raise NumericalError(
             "the density of the responses is not finite at the start: `eta` is too far from them"

@@ -64,9 +64,9 @@ def lmm(
         solver: see :class:`REMLLoss`.
         categorical: numeric columns to be taken as factors.
         weights: column of weights: the residual variance of a row is divided by its weight.
-        residual: covariance of the rows of a group, such as ``"ar1(time | subject)"``, of a field,
-            ``"ar1(row):ar1(col)"``, or a variance for each stratum, ``"diag(sex)"``; see
-            :func:`parse_residual`. Independent rows of one variance by default.
+        residual: correlation of the rows of a group, ``"ar1(time | subject)"``,
+            ``"cs(subject)"`` or ``"us(time | subject)"``, or a variance for each
+            stratum, ``"diag(sex)"``; independent rows of one variance by default.
         residual_variance: the residual variance where it is known, that of a row of weight 1: with
             weights :math:`1 / s_i^2` and 1, row i has error variance :math:`s_i^2`.
         pedigree: for ``ped(animal)`` in the formula: a table animal, sire, dam, or its path.
@@ -96,6 +96,9 @@ def lmm(
     if chunk_rows is not None:
         if isinstance(table, pd.DataFrame):
             raise InputError("`chunk_rows` is for a file: the table is in memory already")
+        if pedigree is not None or kernels is not None:
+            name = "kernels" if pedigree is None else "pedigree"
+            raise InputError(f"`{name}` is not for chunks: leave out `chunk_rows`")
         return fit_stream(
             formula,
             table,

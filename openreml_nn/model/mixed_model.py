@@ -357,6 +357,11 @@ class MixedModel(nn.Module):
         predictor, and X with head ``"gls"``."""
         assert self.family is not None
         y, n = part(batch, "y"), len(output)
+        if batch.get("weights") is not None:
+            raise InputError(
+                f"`weights` is {described(batch['weights'])} beside a family: expected none, as they "
+                "divide the residual variance of a Gaussian response"
+            )
         if not n:
             raise InputError("the batch is empty: drop it, or use drop_last=True")
         if not bool(torch.isfinite(output.detach()).all()):
@@ -579,10 +584,9 @@ class MixedModel(nn.Module):
             output = self(batch)
             n = len(output)
             if self.head == "gls":
-                p = len(self.beta)
-                if not p:
+                if not bool(self.joint.is_known):
                     raise InputError("there are no coefficients yet: call update() with the data")
-                X = output[:, :p].to(self.beta)
+                X = output[:, : len(self.beta)].to(self.beta)
                 population = X @ self.beta
                 if not any(True for _ in self.mean.parameters()):
                     population = torch.where(estimable(X, self.aliases), population, torch.nan)

@@ -93,6 +93,8 @@ class RandomEffect(nn.Module):
             q = len(self.names)
         check_instance("covariance", covariance, (Matrix, NoneType), "a Matrix, or None")
         check_instance("features", features, (nn.Module, NoneType), "a module, or None")
+        if basis is not None:
+            check_tensor("basis", basis, (k, k), "floating")
         self.levels = q
         self.effects = k
         self.features = features

@@ -37,6 +37,7 @@ from openreml_nn.support.checks import (
     check_flag,
     check_instance,
     check_names,
+    check_number,
     check_text,
 )
 from openreml_nn.support.errors import InputError
@@ -107,6 +108,8 @@ def fit_stream(
             "cross-products alone; or leave out `chunk_rows`"
         )
     known = residual_variance is not None
+    if known:
+        check_number("residual_variance", residual_variance, above=0)
     found = accumulate(formula, path, chunk_rows, categorical, progress, weights, known)
     return found.fit(method, max_iterations, residual_variance)
 

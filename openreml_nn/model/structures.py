@@ -1,9 +1,9 @@
-"""The model that a formula and a table say: matrices for its random effects and residuals."""
+"""The covariance of the rows that a formula and a table say, as a tree of matrices."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -12,23 +12,38 @@ import torch
 from torch import Tensor, nn
 
 from openreml_nn.covariance import (
+    AntedependenceMatrix,
+    AR1Matrix,
+    ARMAMatrix,
+    CompoundSymmetricMatrix,
+    ContinuousAR1Matrix,
+    CovariancePropagation,
+    DiagonalMatrix,
+    DummyMatrix,
+    ExponentialMatrix,
+    GaussianMatrix,
     IdentityMatrix,
     KnownInverseMatrix,
     KnownMatrix,
     KroneckerProduct,
+    MaternMatrix,
     Matrix,
     Pedigree,
     ScalarMatrix,
+    SphericalMatrix,
+    ToeplitzMatrix,
+    UnstructuredMatrix,
     factor_analytic,
+    heterogeneous,
     heterogeneous_compound_symmetry,
 )
+from openreml_nn.covariance.params import operand_name
 from openreml_nn.estimation.basis import basis_of
 from openreml_nn.families import Family
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.model.mixed_model import MixedModel
-from openreml_nn.model.named import MATRICES, distances, hold_scale, named_matrix
-from openreml_nn.model.random_effect import RandomEffect
-from openreml_nn.model.table_residual import residual_of
+from openreml_nn.model.random_effect import RandomEffect, independent_levels
+from openreml_nn.model.structured_residual import ByCovariate, ByStratum, WithUnits
 from openreml_nn.result.result import Label
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import (
@@ -37,11 +52,21 @@ from openreml_nn.table import (
     Places,
     RandomDesign,
     ResidualDesign,
+    Stratum,
+    Structure,
     read_kernel,
     read_table,
 )
+from openreml_nn.table.structure import VARYING
 
-__all__ = ["bases_of", "effect_covariance", "labels_of", "linear_model", "relations_of"]
+__all__ = [
+    "bases_of",
+    "effect_covariance",
+    "labels_of",
+    "linear_model",
+    "relations_of",
+    "residual_of",
+]
 
 
 def relations_of(
@@ -112,18 +137,20 @@ def effect_covariance(design: RandomDesign) -> Matrix:
     q, k = len(design.levels), len(design.effects)
     if design.relation is None and (k == 1 or (q == 1 and design.structure.name == "idv")):
         return ScalarMatrix(q * k)
+    if design.relation is None and design.structure.name == "us":
+        return independent_levels(q, k)
     levels = IdentityMatrix(q) if design.relation is None else _among_levels(design.relation)
     if k == 1:
         return levels
     if design.relation is not None:
-        hold_scale(levels)
+        _hold_scale(levels)
     return KroneckerProduct(levels=levels, effects=_among_effects(design))
 
 
 def _among_levels(relation: Known | Places) -> Matrix:
     if isinstance(relation, Places):
-        return MATRICES[relation.structure.name](
-            distances(relation.coordinates), **relation.structure.options
+        return _KERNELS[relation.structure.name](
+            _distances(relation.coordinates), **relation.structure.options
         )
     if relation.is_inverse:
         return KnownInverseMatrix(relation.matrix)
@@ -137,21 +164,114 @@ def _among_effects(design: RandomDesign) -> Matrix:
     if name == "cs":
         return heterogeneous_compound_symmetry(k)
     lags = None if design.places is None else torch.tensor(design.places)
-    return named_matrix(design.structure, k, lags)
+    return _by_name(design.structure, k, lags)
+
+
+_KERNELS: dict[str, Callable[..., Matrix]] = {
+    "exponential": ExponentialMatrix,
+    "gaussian": GaussianMatrix,
+    "matern": MaternMatrix,
+    "spherical": SphericalMatrix,
+    "car1": ContinuousAR1Matrix,
+}
+_LAGGED: dict[str, Callable[[int], Matrix]] = {
+    "ar1": AR1Matrix,
+    "hetar1": AR1Matrix,
+    "toep": ToeplitzMatrix,
+    "hettoep": ToeplitzMatrix,
+    "arma": ARMAMatrix,
+}
+_OTHER: dict[str, Callable[[int], Matrix]] = {
+    "us": UnstructuredMatrix,
+    "diag": DiagonalMatrix,
+    "idv": ScalarMatrix,
+    "cs": CompoundSymmetricMatrix,
+    "homcs": CompoundSymmetricMatrix,
+    "ante": AntedependenceMatrix,
+}
+
+
+def _by_name(structure: Structure, k: int, places: Tensor | None) -> Matrix:
+    """A structure of k positions; the lags of those in time are differences of their places."""
+    if structure.name in _KERNELS:
+        assert places is not None
+        return _KERNELS[structure.name](_distances(places.double()), **structure.options)
+    if structure.name not in _LAGGED:
+        return _OTHER[structure.name](k)
+    at = torch.arange(k) if places is None else places.reshape(-1)
+    size = int(at.max()) + 1
+    matrix = _LAGGED[structure.name](size)
+    if structure.name.startswith("het"):
+        _hold_scale(matrix)
+    if size > k:
+        matrix = CovariancePropagation(z=DummyMatrix.from_codes(at, size), g=matrix)
+    return heterogeneous(matrix) if structure.name.startswith("het") else matrix
+
+
+def _hold_scale(matrix: Matrix) -> None:
+    """Hold the variance at one, where another matrix has the scale."""
+    with torch.no_grad():
+        matrix.fix("sigma^2", 0.0)
+
+
+def _distances(coordinates: Tensor) -> Tensor:
+    return torch.cdist(coordinates, coordinates, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+# ---------------------------------------------------------------------- residuals
+
+
+def residual_of(encoded: Encoded) -> Matrix | nn.Module:
+    """The residual of a model of the table, see :class:`MixedModel`: the variance of each row,
+    (1, 1); the covariance of the positions within a group, (T, T); or a module for several of
+    these, variances that depend on a covariate, or a nugget."""
+    design = encoded.residual
+    if design is None:
+        return ScalarMatrix(1)
+    if design.variance is not None:
+        return ByCovariate(design.variance)
+    found: nn.Module = _within(design.strata[0])
+    if len(design.strata) > 1:
+        found = ByStratum({stratum.name: _within(stratum) for stratum in design.strata})
+    return WithUnits(found) if design.nugget else found
+
+
+def _within(stratum: Stratum) -> Matrix:
+    """The covariance of the positions within a group."""
+    sides: dict[str, Matrix] = {}
+    for positions in stratum.positions:
+        sides[operand_name(positions.name or "position", sides)] = _by_name(
+            positions.structure, len(positions.labels), positions.places
+        )
+    if len(sides) == 1:
+        return next(iter(sides.values()))
+    varying = [p.structure.name in VARYING for p in stratum.positions]
+    if sum(varying) > 1:
+        raise InputError(
+            "a product of residual structures has a variance for each position on one side only: "
+            f"found {' and '.join(p.structure.name for p in stratum.positions)}"
+        )
+    for i, matrix in enumerate(sides.values()):
+        if i != (varying.index(True) if any(varying) else 0):
+            _hold_scale(matrix)
+    return KroneckerProduct(sides)
+
+
+# ---------------------------------------------------------------------- the model
 
 
 def _cells(design: ResidualDesign) -> tuple[str, ...]:
     """Labels of the cells of correlated residuals, in their order: positions joined by ':'."""
+    sizes = [stratum.size for stratum in design.strata]
     found = []
     for stratum in design.strata:
-        sides = [positions.labels for positions in stratum.positions]
-        if stratum.groups is not None:
-            sides.insert(0, tuple(map(str, range(stratum.groups))))
-        cells = [":".join(cell) for cell in product(*sides)]
-        if len(design.strata) > 1:  # there the rows have a column each
-            cells = [f"{stratum.name}:{cells[code]}" for code in stratum.codes.tolist()]
-        found += cells
-    return tuple(found)
+        prefix = f"{stratum.name}:" if stratum.name else ""
+        cells = product(*(side.labels for side in stratum.positions))
+        found += [prefix + ":".join(cell) for cell in cells]
+    if len(sizes) > 1:  # there the rows have a column each, stratum by stratum
+        return tuple(found[code] for code in design.cells.sort().values.tolist())
+    groups = int(design.cells.max()) // sizes[0] + 1
+    return tuple(f"{i + 1}:{cell}" if groups > 1 else cell for i in range(groups) for cell in found)
 
 
 def bases_of(designs: Sequence[RandomDesign]) -> dict[str, Tensor]:
@@ -187,7 +307,7 @@ def linear_model(
         d.name: RandomEffect(d.levels, effect_covariance(d), d.effects, basis=bases.get(d.name))
         for d in encoded.random
     }
-    residual = residual_of(encoded.residual) if family is None else None
+    residual = residual_of(encoded) if family is None else None
     if residual is not None and residual_variance is not None:
         assert isinstance(residual, ScalarMatrix)
         residual.double().fix("sigma^2", residual_variance, natural=True)
@@ -209,9 +329,9 @@ def labels_of(encoded: Encoded) -> dict[str, Label]:
     found = {d.name: Label(d.group, d.effects, d.levels) for d in encoded.random}
     if encoded.residual is not None:
         found["residual"] = Label("Residual", encoded.residual.positions, ())
-    if encoded.residual is not None and encoded.residual.nugget:
-        # The independent errors are the residual, and what is correlated is an effect of the rows.
-        cells = _cells(encoded.residual)
-        found["residual"] = Label(encoded.residual.text, ("(Intercept)",), cells)
-        found["units"] = Label("Residual", ("",), ())
+        if encoded.residual.nugget:
+            # The independent errors are the residual, and what is correlated an effect of the rows.
+            cells = _cells(encoded.residual)
+            found["residual"] = Label(encoded.residual.text, ("(Intercept)",), cells)
+            found["units"] = Label("Residual", ("",), ())
     return found

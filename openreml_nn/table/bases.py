@@ -30,8 +30,8 @@ def _treatment(levels: Sequence[str], base: Any = None) -> tuple[np.ndarray, lis
             raise ValueError(f"base {base!r} is no level: expected one of {list(levels)[:10]}")
         at = list(levels).index(base)
     elif base is not None:
-        at = int(base) - 1
-        if not 0 <= at < len(levels):
+        at = int(base) - 1 if 1 <= base <= len(levels) else -1
+        if at < 0:
             raise ValueError(f"base {base:g}: expected 1 to {len(levels)}")
     keep = [i for i in range(len(levels)) if i != at]
     return np.eye(len(levels))[:, keep], [levels[i] for i in keep]

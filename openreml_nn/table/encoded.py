@@ -75,17 +75,16 @@ class Stratum:
 
     Attributes:
         name: label of the stratum; empty where there is one only.
-        rows: (m,) the rows.
-        codes: (m,) cell of each: its group, times the number of positions, plus its position.
-        groups: number of groups; None is one group without a factor for it.
         positions: sides of the product of structures, the last one's positions fastest.
     """
 
     name: str
-    rows: Tensor
-    codes: Tensor
-    groups: int | None
     positions: tuple[Positions, ...]
+
+    @property
+    def size(self) -> int:
+        """The number of positions within a group."""
+        return prod(len(side.labels) for side in self.positions)
 
 
 @dataclass(frozen=True)
@@ -94,36 +93,21 @@ class ResidualDesign:
 
     Attributes:
         strata: one or more; none where the variance depends on a covariate only.
+        cells: (n,) cell of each row. In one stratum: its group, times the number of positions, plus
+            its position. In several, which have one group each: the positions of those before its
+            own, plus its position.
+        text: as written, without the nugget.
         variance: how the variance depends on a covariate, ``power`` or ``exp``.
         covariate: (n,) values of that.
         nugget: whether independent errors stand beside.
-        text: as written.
     """
 
     strata: tuple[Stratum, ...]
+    cells: Tensor
+    text: str = ""
     variance: str | None = None
     covariate: Tensor | None = None
     nugget: bool = False
-    text: str = ""
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether rows of a group are correlated by their positions, and that is all."""
-        one = len(self.strata) == 1 and len(self.strata[0].positions) == 1
-        return one and self.strata[0].groups is not None and not self.nugget
-
-    @property
-    def places(self) -> Tensor:
-        """What a batch holds of the rows: the cell of each (n,), where that is all; else its stratum
-        and cell (n, 2), or the covariate of its variance (n,)."""
-        if self.covariate is not None:
-            return self.covariate
-        if self.is_plain:
-            return self.strata[0].codes
-        found = torch.zeros(sum(len(s.rows) for s in self.strata), 2, dtype=torch.long)
-        for i, stratum in enumerate(self.strata):
-            found[stratum.rows, 0], found[stratum.rows, 1] = i, stratum.codes
-        return found
 
     @property
     def positions(self) -> tuple[str, ...]:
@@ -143,20 +127,15 @@ class ResidualDesign:
                 places = None if p.places is None else p.places.tolist()
                 options = dict(p.structure.options)
                 sides.append([p.structure.name, options, p.name, list(p.labels), places])
-            strata.append([stratum.name, stratum.groups is not None, sides])
-        return {
-            "strata": strata,
-            "variance": self.variance,
-            "nugget": self.nugget,
-            "text": self.text,
-        }
+            strata.append([stratum.name, sides])
+        shape = {"text": self.text, "variance": self.variance, "nugget": self.nugget}
+        return {"strata": strata, **shape}
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any], rows: int) -> ResidualDesign:
-        """A structure of that shape for some rows without content."""
+        """A structure of that shape for some rows without content, of different cells."""
         strata = []
-        parts = torch.arange(rows).tensor_split(max(len(found["strata"]), 1))
-        for (name, has_groups, sides), own in zip(found["strata"], parts, strict=False):
+        for name, sides in found["strata"]:
             positions = tuple(
                 Positions(
                     Structure(structure, options),
@@ -166,14 +145,13 @@ class ResidualDesign:
                 )
                 for structure, options, column, labels, places in sides
             )
-            cells = prod(len(side.labels) for side in positions)
-            at = torch.arange(len(own))
-            groups = len(own) if has_groups else None
-            codes = at * cells if has_groups else at % cells
-            strata.append(Stratum(name, own, codes, groups, positions))
+            strata.append(Stratum(name, positions))
+        cells = torch.arange(rows)
+        if len(strata) == 1:
+            cells = cells * strata[0].size
         variance = found["variance"]
         covariate = None if variance is None else torch.arange(1, rows + 1).double()
-        return cls(tuple(strata), variance, covariate, found["nugget"], found["text"])
+        return cls(tuple(strata), cells, found["text"], variance, covariate, found["nugget"])
 
 
 @dataclass(frozen=True)
@@ -191,8 +169,6 @@ class Encoded:
         weights: (n,) weights of the rows; None for equal ones.
         offset: (n,) known part of the mean; None without one.
         unseen: rows of a level that was not seen, by grouping factor.
-        places: of rows to predict among the residuals of the fit, as a batch holds them, see
-            :attr:`ResidualDesign.places`; -1 for one that is not known.
     """
 
     y: Tensor | None
@@ -205,20 +181,23 @@ class Encoded:
     weights: Tensor | None = None
     offset: Tensor | None = None
     unseen: Mapping[str, int] = field(default_factory=dict)
-    places: Tensor | None = None
 
     def batch(self) -> dict[str, Any]:
         """The table as a batch of :class:`MixedModel`: ``x`` the model matrix, for each random
         effect its codes in ``groups`` and, but for intercepts, its values in ``values``; and what
-        there is of ``y``, ``weights``, ``offset``, and the cells of the rows in ``residual``.
+        there is of ``y``, ``weights``, ``offset``, and, in ``residual``, the cells of the rows, or
+        the covariate of their variance.
         """
         found = {
             "x": self.X,
             "groups": {d.name: d.codes for d in self.random},
             "values": {d.name: d.values for d in self.random if not d.is_intercept},
         }
-        places = self.places if self.residual is None else self.residual.places
-        parts = {"y": self.y, "weights": self.weights, "offset": self.offset, "residual": places}
+        residual = self.residual
+        cells = None
+        if residual is not None:
+            cells = residual.cells if residual.covariate is None else residual.covariate
+        parts = {"y": self.y, "weights": self.weights, "offset": self.offset, "residual": cells}
         return found | {name: part for name, part in parts.items() if part is not None}
 
     @property

@@ -16,8 +16,8 @@ from openreml_nn.support.errors import InputError
 from openreml_nn.table.algebra import Part
 from openreml_nn.table.columns import numbers, single
 from openreml_nn.table.encoded import Encoded, RandomDesign, ResidualDesign
+from openreml_nn.table.expressions import as_numbers
 from openreml_nn.table.formula import MixedFormula, RandomPart, parse_formula
-from openreml_nn.table.functions import as_numbers
 from openreml_nn.table.groups import (
     check_relations,
     ordered_effects,
@@ -28,7 +28,7 @@ from openreml_nn.table.learned import Group, Learned
 from openreml_nn.table.levels import Factor, coded, label, number_key
 from openreml_nn.table.matrix import Coding, codings, model_matrix
 from openreml_nn.table.relation import Known
-from openreml_nn.table.residual import residual_design, residual_places
+from openreml_nn.table.residual import residual_design, residual_positions
 from openreml_nn.table.rows import TableRows
 from openreml_nn.table.structure import parse_residual
 from openreml_nn.table.syntax import Call, Name, Node, names_in
@@ -76,7 +76,6 @@ class Encoder:
         self.weights = weights
         self.known_residual = known_residual
         self.relations = dict(relations or {})
-        check_relations(self.formula.random, self.relations)
         self.learned = Learned()
         self.orders: dict[str, str | dict[str, int]] = {}
 
@@ -93,6 +92,7 @@ class Encoder:
                 has one level, or no row is left.
         """
         self.learned = Learned()
+        self._learn_relations()
         self._learn_others(table)
         kept, rows, dropped = self._complete(table, self.columns())
         data = self._rows(kept)
@@ -110,6 +110,7 @@ class Encoder:
             InputError: as :meth:`fit` does.
         """
         self.learned, self.orders = Learned(), {}
+        self._learn_relations()
         rest = iter(chunks)
         for first in rest:
             self._learn_others(first)
@@ -172,6 +173,12 @@ class Encoder:
         for name in columns:
             single(chunk, name, self.source)
         return chunk[chunk[columns].notna().all(axis=1)]
+
+    def _learn_relations(self) -> None:
+        """The known matrices between levels, which a checkpoint needs as well."""
+        check_relations(self.formula.random, self.relations)
+        for name, known in self.relations.items():
+            self.learned.relations[name] = [known.matrix, known.is_inverse]
 
     def _learn_others(self, table: pd.DataFrame) -> None:
         """The columns that '.' stands for: those that the formula does not name elsewhere."""
@@ -302,7 +309,7 @@ class Encoder:
 
     def skeleton(self, rows: int, columns: int) -> Encoded:
         """Data of the learned shapes without content, to build a module before it is loaded."""
-        random = skeletons(self.formula.random, rows, self.learned, self.relations)
+        random = skeletons(self.formula.random, rows, self.learned)
         residual = None
         if self.residual is not None:
             residual = ResidualDesign.from_dict(self.learned.residual, rows)
@@ -412,9 +419,8 @@ class Encoder:
         if fitting and self.residual is not None:
             residual = residual_design(self.residual, data)
             self.learned.residual = residual.to_dict()
-        places = None
-        if not fitting and self.residual is not None:
-            places = residual_places(self.residual, self.learned.residual, data)
+        elif self.residual is not None:
+            residual = residual_positions(self.residual, data, self.learned.residual)
         return Encoded(
             None if y is None else torch.from_numpy(np.array(y)),
             torch.from_numpy(X),
@@ -426,7 +432,6 @@ class Encoder:
             self._weights(data),
             self._offset(data),
             {d.group: count for d in random if (count := int((d.codes < 0).sum()))},
-            places,
         )
 
     def _offset(self, data: TableRows) -> Tensor | None:

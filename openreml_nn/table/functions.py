@@ -1,4 +1,4 @@
-"""What a formula may call, and the value of an expression for the rows of a table.
+"""What a formula may call.
 
 Every function here is R's of the same name. Those whose value in one row depends on all rows
 (``scale``, ``poly``, splines, ``cut`` into a number of intervals) keep what they learned from the
@@ -7,243 +7,49 @@ table of the fit in a state of plain numbers.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from openreml_nn.support.errors import InputError
 from openreml_nn.table import bases
-from openreml_nn.table.levels import Factor, label, number_key
-from openreml_nn.table.syntax import Call, Name, Node, Number, Operation, Text
+from openreml_nn.table.expressions import (
+    Basis,
+    Called,
+    as_factor,
+    evaluate,
+    factor_of,
+    truth_of,
+)
+from openreml_nn.table.levels import Factor, label
+from openreml_nn.table.syntax import Call, Node, Text
 
-__all__ = ["FUNCTIONS", "STATEFUL", "Basis", "Rows", "as_factor", "as_numbers", "evaluate"]
-
-
-@dataclass(frozen=True)
-class Basis:
-    """Several columns that one variable stands for.
-
-    Attributes:
-        values: (n, k).
-        names: what each adds to the variable's name.
-    """
-
-    values: np.ndarray
-    names: tuple[str, ...]
-
-
-class Rows(Protocol):
-    """The rows of a table for which expressions are evaluated."""
-
-    def __len__(self) -> int: ...
-
-    def column(self, name: str) -> np.ndarray | Factor:
-        """The column: float64, booleans, or a factor."""
-
-    def labels(self, name: str) -> Factor:
-        """The column as a factor, whatever it holds."""
-
-    def numbers(self, name: str) -> np.ndarray:
-        """The column as float64.
-
-        Raises:
-            InputError: if a value is no number.
-        """
-
-    def state(self, call: str) -> dict[str, Any]:
-        """What a call learned, to be filled in by the first evaluation."""
-
-    def fault(self, what: str) -> InputError:
-        """An error of an expression."""
-
-
-def evaluate(node: Node, rows: Rows) -> Any:
-    """The value of an expression: numbers (n,), booleans (n,), a factor, a basis, or a constant.
-
-    Raises:
-        InputError: if an operand is of the wrong kind, or a value is no number.
-    """
-    if isinstance(node, Name):
-        return rows.column(node.name)
-    if isinstance(node, Number | Text):
-        return node.value
-    if isinstance(node, Call):
-        return _called(node, rows)
-    return _operated(node, rows)
-
-
-def as_numbers(node: Node, rows: Rows) -> Any:
-    """The value of an expression as numbers, or a number.
-
-    Raises:
-        InputError: if it has none.
-    """
-    value = rows.column(node.name) if isinstance(node, Name) else evaluate(node, rows)
-    if isinstance(value, Factor):
-        if isinstance(node, Name):
-            return rows.numbers(node.name)
-        raise rows.fault(f"{str(node)!r} has labels: expected numbers")
-    if isinstance(value, Basis):
-        if value.values.shape[1] == 1:
-            return value.values[:, 0]
-        raise rows.fault(f"{str(node)!r} has {value.values.shape[1]} columns: expected one")
-    if isinstance(value, str | list):
-        raise rows.fault(f"{str(node)!r} is no number")
-    return value.astype(np.float64) if isinstance(value, np.ndarray) else float(value)
-
-
-def as_factor(node: Node, rows: Rows) -> Factor:
-    """The value of an expression as a factor, numbers by their spelling."""
-    if isinstance(node, Name):
-        return rows.labels(node.name)
-    return factor_of(evaluate(node, rows), node, rows)
-
-
-def factor_of(value: Any, node: Node, rows: Rows) -> Factor:
-    """Labels of numbers and booleans; a factor stays itself."""
-    if isinstance(value, Factor):
-        return value
-    if not isinstance(value, np.ndarray):
-        raise rows.fault(f"{str(node)!r} is no variable: expected one value a row")
-    values, inverse = np.unique(value, return_inverse=True)
-    return Factor(inverse, [label(v) for v in values], number_key)
-
-
-# ---------------------------------------------------------------------- operators
-
-_ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
-    "+": np.add, "-": np.subtract, "*": np.multiply, "/": np.divide, "^": np.power,
-    "%%": np.mod, "%/%": np.floor_divide,
-}  # fmt: skip
-_COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
-    "==": np.equal, "!=": np.not_equal, "<": np.less, "<=": np.less_equal, ">": np.greater,
-    ">=": np.greater_equal,
-}  # fmt: skip
-_LOGICAL: dict[str, Callable[[Any, Any], Any]] = {
-    "&": np.logical_and, "&&": np.logical_and, "|": np.logical_or, "||": np.logical_or,
-}  # fmt: skip
-
-
-def _operated(node: Operation, rows: Rows) -> Any:
-    operator, operands = node.operator, node.operands
-    if operator == "(":
-        return evaluate(operands[0], rows)
-    if operator == "!":
-        return ~_truth(operands[0], rows)
-    if operator in _LOGICAL:
-        return _LOGICAL[operator](*(_truth(operand, rows) for operand in operands))
-    if operator in _COMPARISONS:
-        return _compared(node, rows)
-    if operator == "%in%":
-        own = as_factor(operands[0], rows)
-        sought = evaluate(operands[1], rows)
-        among = {label(item) for item in (sought if isinstance(sought, list) else [sought])}
-        return np.append([level in among for level in own.levels], False)[own.codes]
-    if operator not in _ARITHMETIC:
-        raise rows.fault(f"operator {operator!r} has no place in {str(node)!r}")
-    values = [as_numbers(operand, rows) for operand in operands]
-    if len(values) == 1:
-        return -values[0] if operator == "-" else values[0]
-    return _ARITHMETIC[operator](*(np.asarray(value, dtype=np.float64) for value in values))
-
-
-def _truth(node: Node, rows: Rows) -> Any:
-    return np.asarray(as_numbers(node, rows)) != 0
-
-
-def _compared(node: Operation, rows: Rows) -> Any:
-    values = [evaluate(operand, rows) for operand in node.operands]
-    if not any(isinstance(value, Factor | str) for value in values):
-        return _COMPARISONS[node.operator](*(as_numbers(o, rows) for o in node.operands))
-    if node.operator not in ("==", "!="):
-        raise rows.fault(f"{str(node)!r}: labels have no order, expected '==' or '!='")
-    sides = []
-    for operand, value in zip(node.operands, values, strict=True):
-        constant = isinstance(value, str | float)
-        sides.append(label(value) if constant else factor_of(value, operand, rows).labels())
-    return np.asarray(_COMPARISONS[node.operator](*sides), dtype=bool)
-
-
-# ---------------------------------------------------------------------- functions
-
-
-def _called(node: Call, rows: Rows) -> Any:
-    function = FUNCTIONS[node.function]
-    positional = [argument for key, argument in node.arguments if key is None]
-    named = {key.replace(".", "_"): argument for key, argument in node.arguments if key}
-    own = inspect.signature(function)
-    try:
-        bound = own.bind(_Called(node, rows), *positional, **named)
-    except TypeError as error:
-        raise rows.fault(f"{str(node)!r}: {error}") from None
-    return function(*bound.args, **bound.kwargs)
-
-
-@dataclass(frozen=True)
-class _Called:
-    """A call, to the function that it calls: its arguments come as nodes."""
-
-    node: Call
-    rows: Rows
-
-    def numbers(self, argument: Node) -> np.ndarray:
-        """(n,) values."""
-        value = as_numbers(argument, self.rows)
-        return value if isinstance(value, np.ndarray) else np.full(len(self.rows), value)
-
-    def constant(self, argument: Node | None, default: Any = None) -> Any:
-        """A number, text, or list of them, that is the same for all rows."""
-        if argument is None:
-            return default
-        value = evaluate(argument, self.rows)
-        if isinstance(value, np.ndarray | np.generic) and value.ndim == 0:
-            value = float(value)
-        if isinstance(value, np.ndarray | Factor | Basis):
-            raise self.fault(f"{str(argument)!r} has a value a row: expected a constant")
-        return value
-
-    def count(self, argument: Node | None, name: str, most: int) -> int | None:
-        """A whole number, 1 or more."""
-        value = self.constant(argument)
-        if value is None:
-            return None
-        if isinstance(value, str | list) or value != int(value) or not 1 <= value <= most:
-            raise self.fault(f"`{name}` is {argument}: expected a whole number from 1 to {most}")
-        return int(value)
-
-    def fault(self, what: str) -> InputError:
-        return self.rows.fault(f"{str(self.node)!r}: {what}")
-
-    @property
-    def state(self) -> dict[str, Any]:
-        return self.rows.state(str(self.node))
+__all__ = ["FUNCTIONS", "STATEFUL"]
 
 
 def _elementwise(function: Callable[[Any], Any]) -> Callable[..., Any]:
-    def call(called: _Called, x: Node) -> Any:
+    def call(called: Called, x: Node) -> Any:
         return function(called.numbers(x))
 
     return call
 
 
-def _log(called: _Called, x: Node, base: Node | None = None) -> Any:
+def _log(called: Called, x: Node, base: Node | None = None) -> Any:
     value = np.log(called.numbers(x))
     return value if base is None else value / np.log(called.constant(base))
 
 
-def _round(called: _Called, x: Node, digits: Node | None = None) -> Any:
-    return np.round(called.numbers(x), int(called.constant(digits, 0)))
+def _round(called: Called, x: Node, digits: Node | None = None) -> Any:
+    places = 0 if digits is None else called.whole(digits, "digits", -300, 300)
+    return np.round(called.numbers(x), places)
 
 
-def _identity(called: _Called, x: Node) -> Any:
+def _identity(called: Called, x: Node) -> Any:
     value = evaluate(x, called.rows)
     return value if isinstance(value, Basis | Factor | np.ndarray) else called.numbers(x)
 
 
-def _list(called: _Called, *items: Node) -> list[Any]:
+def _list(called: Called, *items: Node) -> list[Any]:
     found: list[Any] = []
     for item in items:
         value = called.constant(item)
@@ -251,12 +57,12 @@ def _list(called: _Called, *items: Node) -> list[Any]:
     return found
 
 
-def _as_numeric(called: _Called, x: Node) -> Any:
+def _as_numeric(called: Called, x: Node) -> Any:
     return called.numbers(x)
 
 
 def _extreme(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
-    def call(called: _Called, x: Node, *more: Node) -> Any:
+    def call(called: Called, x: Node, *more: Node) -> Any:
         found = called.numbers(x)
         for other in more:
             found = function(found, called.numbers(other))
@@ -265,8 +71,8 @@ def _extreme(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     return call
 
 
-def _ifelse(called: _Called, test: Node, yes: Node, no: Node) -> Any:
-    chosen = np.broadcast_to(_truth(test, called.rows), len(called.rows))
+def _ifelse(called: Called, test: Node, yes: Node, no: Node) -> Any:
+    chosen = np.broadcast_to(truth_of(test, called.rows), len(called.rows))
     sides = [evaluate(side, called.rows) for side in (yes, no)]
     if not any(isinstance(side, Factor | str) for side in sides):
         return np.where(chosen, called.numbers(yes), called.numbers(no))
@@ -283,7 +89,7 @@ def _ifelse(called: _Called, test: Node, yes: Node, no: Node) -> Any:
 # ---------------------------------------------------------------------- factors
 
 
-def _factor(called: _Called, x: Node, levels: Node | None = None) -> Factor:
+def _factor(called: Called, x: Node, levels: Node | None = None) -> Factor:
     own = as_factor(x, called.rows)
     if levels is None:
         return own
@@ -294,7 +100,7 @@ def _factor(called: _Called, x: Node, levels: Node | None = None) -> Factor:
     return Factor(own.among(order), order)
 
 
-def _contrasted(called: _Called, x: Node, contr: Node | None = None) -> Factor:
+def _contrasted(called: Called, x: Node, contr: Node | None = None) -> Factor:
     own = as_factor(x, called.rows)
     if contr is None:
         return own
@@ -309,7 +115,20 @@ def _contrasted(called: _Called, x: Node, contr: Node | None = None) -> Factor:
     return Factor(own.codes, own.levels, own.key, (contr.function, options))
 
 
-def _relevel(called: _Called, x: Node, ref: Node) -> Factor:
+def _dummy(called: Called, x: Node, levels: Node) -> Any:
+    """Indicators of some levels, as lme4's function of this name has them."""
+    own, given = as_factor(x, called.rows), called.constant(levels)
+    chosen = [label(item) for item in (given if isinstance(given, list) else [given])]
+    if not called.state:
+        lacking = [level for level in chosen if level not in own.levels]
+        if lacking:
+            raise called.fault(f"{lacking[0]!r} is no level: expected one of {own.levels[:10]}")
+        called.state["levels"] = chosen
+    values = (own.labels()[:, None] == np.array(chosen, dtype=object)).astype(np.float64)
+    return values[:, 0] if len(chosen) == 1 else Basis(values, tuple(chosen))
+
+
+def _relevel(called: Called, x: Node, ref: Node) -> Factor:
     own, first = as_factor(x, called.rows), label(called.constant(ref))
     levels = [first, *(level for level in own.levels if level != first)]
     key = own.key
@@ -320,7 +139,7 @@ def _relevel(called: _Called, x: Node, ref: Node) -> Factor:
 
 
 def _cut(
-    called: _Called,
+    called: Called,
     x: Node,
     breaks: Node,
     labels: Node | None = None,
@@ -346,7 +165,7 @@ def _cut(
         codes = np.where(values == edges[0 if closed_right else -1], 0, codes)
         codes = np.where(not closed_right and values == edges[-1], len(edges) - 2, codes)
     codes = np.where((codes < 0) | (codes > len(edges) - 2), -1, codes)
-    digits = int(called.constant(dig_lab, 3))
+    digits = called.count(dig_lab, "dig.lab", 22) or 3
     names = called.constant(labels) or bases.intervals(edges, digits, closed_right, lowest)
     if len(names) != len(edges) - 1:
         raise called.fault(f"{len(names)} `labels` for {len(edges) - 1} intervals")
@@ -357,7 +176,7 @@ def _cut(
 
 
 def _scale(
-    called: _Called, x: Node, center: Node | None = None, scale: Node | None = None
+    called: Called, x: Node, center: Node | None = None, scale: Node | None = None
 ) -> np.ndarray:
     values, state = called.numbers(x), called.state
     if not state:
@@ -367,20 +186,20 @@ def _scale(
             rest = values - state["center"]
             state["scale"] = float(np.sqrt(rest @ rest / max(len(values) - 1, 1)))
         else:
-            state["scale"] = float(given[1]) or 1.0
+            state["scale"] = 1.0 if given[1] is False else float(given[1])
     if state["scale"] == 0:
-        raise called.fault("all values are equal: they have no scale")
+        raise called.fault("the scale is zero: all values are equal, or it is given so")
     return (values - state["center"]) / state["scale"]
 
 
-def _center(called: _Called, x: Node) -> np.ndarray:
+def _center(called: Called, x: Node) -> np.ndarray:
     values, state = called.numbers(x), called.state
     if not state:
         state["center"] = float(np.mean(values))
     return values - state["center"]
 
 
-def _poly(called: _Called, x: Node, degree: Node | None = None, raw: Node | None = None) -> Basis:
+def _poly(called: Called, x: Node, degree: Node | None = None, raw: Node | None = None) -> Basis:
     k = called.count(degree, "degree", 50) or 1
     names = tuple(str(j) for j in range(1, k + 1))
     if called.constant(raw, False):
@@ -392,7 +211,7 @@ def _splines(
     function: Callable[..., np.ndarray], default_degree: int | None
 ) -> Callable[..., Basis]:
     def call(
-        called: _Called,
+        called: Called,
         x: Node,
         df: Node | None = None,
         knots: Node | None = None,
@@ -416,18 +235,18 @@ def _splines(
     return call
 
 
-def _told(called: _Called, function: Callable[..., np.ndarray], *args: Any, **kw: Any) -> Any:
+def _told(called: Called, function: Callable[..., np.ndarray], *args: Any, **kw: Any) -> Any:
     try:
         return function(*args, **kw)
     except ValueError as error:
         raise called.fault(str(error)) from None
 
 
-def _offset(called: _Called, x: Node) -> Any:
+def _offset(called: Called, x: Node) -> Any:
     raise called.fault("offset() is a term of the fixed effects")
 
 
-def _contrasts(called: _Called, *options: Node) -> Any:
+def _contrasts(called: Called, *options: Node) -> Any:
     raise called.fault("contrasts are the second argument of C()")
 
 
@@ -441,7 +260,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "floor": _elementwise(np.floor), "ceiling": _elementwise(np.ceil), "sign": _elementwise(np.sign),
     "round": _round, "pmax": _extreme(np.maximum), "pmin": _extreme(np.minimum),
     "ifelse": _ifelse, "as.numeric": _as_numeric,
-    "C": _contrasted, "factor": _factor, "as.factor": _factor, "relevel": _relevel, "cut": _cut,
+    "C": _contrasted, "dummy": _dummy, "factor": _factor, "as.factor": _factor, "relevel": _relevel, "cut": _cut,
     "scale": _scale, "center": _center, "poly": _poly,
     "bs": _splines(bases.b_spline, 3), "ns": _splines(bases.natural_spline, None),
     **dict.fromkeys(bases.CONTRASTS, _contrasts),

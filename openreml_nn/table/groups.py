@@ -25,6 +25,9 @@ from openreml_nn.table.rows import TableRows
 from openreml_nn.table.structure import KERNELS, ORDERED, Structure
 from openreml_nn.table.syntax import Call, Name, Number, Operation
 
+#: A spline of more coefficients than these is refused before it is made.
+_MOST_COEFFICIENTS = 2000
+
 __all__ = ["check_relations", "ordered_effects", "random_designs", "skeletons"]
 
 
@@ -115,9 +118,7 @@ def random_designs(
     return tuple(designs)
 
 
-def skeletons(
-    parts: Sequence[RandomPart], rows: int, learned: Learned, relations: Mapping[str, Known]
-) -> tuple[RandomDesign, ...]:
+def skeletons(parts: Sequence[RandomPart], rows: int, learned: Learned) -> tuple[RandomDesign, ...]:
     """The designs of random parts with the learned shapes, without the rows of a table."""
     found = []
     for name, part in _operands(parts):
@@ -128,7 +129,7 @@ def skeletons(
         values = torch.ones(rows, len(effects), dtype=torch.float64)
         structure = Structure("idv") if grouping.bent else part.structure
         places = tuple(learned.places[name]) if name in learned.places else None
-        relation = _relation(grouping, learned, relations)
+        relation = _relation(grouping, learned)
         found.append(
             RandomDesign(
                 name, part.group, effects, levels, codes, values, structure, places, relation
@@ -195,13 +196,11 @@ def _levels(
     if grouping.relation.name in KERNELS:
         factors = [_numeric(name, data) for name in grouping.columns]
         codes, levels = _codes(grouping, factors, learned)
-        return codes, levels, _relation(grouping, learned, relations)
+        return codes, levels, _relation(grouping, learned)
     return _known(grouping, data, learned, relations)
 
 
-def _relation(
-    grouping: Grouping, learned: Learned, relations: Mapping[str, Known]
-) -> Known | Places | None:
+def _relation(grouping: Grouping, learned: Learned) -> Known | Places | None:
     """How the learned levels of a group are related."""
     relation, levels = grouping.relation, learned.groups[grouping.key]
     if relation is None or grouping.bent:
@@ -209,9 +208,9 @@ def _relation(
     if relation.name in KERNELS:
         coordinates = [[float(x) for x in part] for part in levels.parts]
         return Places(relation, torch.tensor(coordinates, dtype=torch.float64))
-    found = relations[grouping.kernel or "ped"]
-    is_inverse = found.is_inverse or bool(relation.options.get("inverse"))
-    return Known(tuple(levels.labels), found.matrix, is_inverse)
+    matrix, is_inverse = learned.relations[grouping.kernel or "ped"]
+    is_inverse = is_inverse or bool(relation.options.get("inverse"))
+    return Known(tuple(levels.labels), matrix, is_inverse)
 
 
 def _known(
@@ -219,10 +218,10 @@ def _known(
 ) -> tuple[Tensor, tuple[str, ...], Known | Places | None]:
     """Level of each row among those of a known matrix."""
     (column,) = grouping.columns
-    found, factor = relations[grouping.kernel or "ped"], data.labels(column)
-    fitting = grouping.key not in learned.groups
+    factor, fitting = data.labels(column), grouping.key not in learned.groups
     if fitting:
-        size, names = found.matrix.shape[0], found.names or tuple(factor.levels)
+        known = relations[grouping.kernel or "ped"]
+        size, names = known.matrix.shape[0], known.names or tuple(factor.levels)
         if len(names) != size:
             raise InputError(
                 f"kernel {grouping.kernel!r} is {size} x {size} without names, but column "
@@ -238,7 +237,7 @@ def _known(
             f"{data.source}: column {column!r} has the level {factor.labels()[at]!r} in row "
             f"{data.row(at)}, which {where} has not"
         )
-    return torch.from_numpy(codes), tuple(levels), _relation(grouping, learned, relations)
+    return torch.from_numpy(codes), tuple(levels), _relation(grouping, learned)
 
 
 def _codes(
@@ -285,8 +284,15 @@ def _numeric(name: str, data: TableRows) -> Factor:
 
 def _splines(grouping: Grouping, data: TableRows) -> tuple[np.ndarray, tuple[str, ...]]:
     """The columns of a spline without its straight line, or of a product of two columns."""
-    found = np.ones((len(data), 1))
     assert grouping.relation is not None
+    segments = int(grouping.relation.options["segments"])
+    size = (segments + 1) ** sum(grouping.bent)
+    if size > _MOST_COEFFICIENTS:
+        raise data.fault(
+            f"{grouping.key} of {segments} segments has {size} coefficients: expected at most "
+            f"{_MOST_COEFFICIENTS}, by fewer segments"
+        )
+    found = np.ones((len(data), 1))
     for name, bent in zip(grouping.columns, grouping.bent, strict=True):
         column = single(data.table, name, data.source)
         x = numbers(column, f"{data.source}: column {name!r}", data.table)
@@ -300,7 +306,7 @@ def _splines(grouping: Grouping, data: TableRows) -> tuple[np.ndarray, tuple[str
             state.update(low=float(x.min()), high=float(x.max()))
         low, high = state["low"], state["high"]
         if bent:
-            part = penalised_spline(x, low, high, int(grouping.relation.options["segments"]))
+            part = penalised_spline(x, low, high, segments)
         else:
             part = ((x - (low + high) / 2) / ((high - low) / 2))[:, None]
         found = (found[:, :, None] * part[:, None, :]).reshape(len(data), -1)

@@ -8,7 +8,7 @@ import numpy as np
 
 from openreml_nn.table.algebra import Part, Term
 from openreml_nn.table.bases import contrast_matrix
-from openreml_nn.table.functions import Basis
+from openreml_nn.table.expressions import Basis
 from openreml_nn.table.levels import Factor
 from openreml_nn.table.rows import TableRows
 from openreml_nn.table.syntax import Name, Node

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,10 @@ from openreml_nn.table.levels import joined
 from openreml_nn.table.rows import TableRows
 from openreml_nn.table.structure import KERNELS, VARYING, ResidualFactor, ResidualPart, Structure
 
-__all__ = ["residual_design", "residual_places"]
+__all__ = ["residual_design", "residual_positions"]
 
 #: Structures whose lags are differences of whole times.
 _LAGGED = ("ar1", "hetar1", "toep", "hettoep", "arma")
-#: Those of them that have a variance for each position, and so only positions that occur.
-_VARYING = ("hetar1", "hettoep")
 
 
 def residual_design(part: ResidualPart, data: TableRows) -> ResidualDesign:
@@ -33,94 +32,68 @@ def residual_design(part: ResidualPart, data: TableRows) -> ResidualDesign:
         InputError: if a group has a position twice, there is one position only, or the times of
             lags are no whole numbers.
     """
-    n = len(data)
+    n, text = len(data), part.text
     if part.variance is not None:
         kind, name = part.variance
         if part.factors or part.strata:
             raise InputError(
-                f"{data.source}: residual {part.text!r}: {kind}() beside another structure is not "
+                f"{data.source}: residual {text!r}: {kind}() beside another structure is not "
                 f"supported: expected {kind}({name}) alone"
             )
-        return ResidualDesign((), kind, _covariate(kind, name, data), text=part.text)
+        return ResidualDesign((), torch.arange(n), text, kind, _covariate(kind, name, data))
     if not part.factors:  # variances by stratum, rows independent
         codes, labels = _cells(part.strata, data)
         if len(labels) < 2:
             raise _one_level(part, data)
-        cell = torch.from_numpy(np.arange(n) * len(labels) + codes)
+        found = torch.from_numpy(np.arange(n) * len(labels) + codes)
         positions = Positions(Structure("diag"), ":".join(part.strata), labels)
-        return ResidualDesign(
-            (Stratum("", torch.arange(n), cell, n, (positions,)),), text=part.text
-        )
-    group = _cells(part.group, data)[0] if part.group else None
+        return ResidualDesign((Stratum("", (positions,)),), found, text)
     if not part.strata:
-        whole = _stratum(part, data, "", np.arange(n), group)
-        return ResidualDesign((whole,), nugget=part.nugget, text=part.text)
+        group = _cells(part.group, data)[0] if part.group else np.zeros(n, dtype=np.int64)
+        cells, stratum = _stratum(part, data, "", np.arange(n), group)
+        return ResidualDesign((stratum,), torch.from_numpy(cells), text, nugget=part.nugget)
     codes, labels = _cells(part.strata, data)
-    strata = [
-        _stratum(part, data, label, np.flatnonzero(codes == i), group)
-        for i, label in enumerate(labels)
-    ]
-    return ResidualDesign(tuple(strata), nugget=part.nugget, text=part.text)
+    every, total, strata = np.zeros(n, dtype=np.int64), 0, []
+    for i, label in enumerate(labels):
+        rows = np.flatnonzero(codes == i)
+        cells, stratum = _stratum(part, data, label, rows, np.zeros(n, dtype=np.int64))
+        every[rows] = total + cells
+        total += stratum.size
+        strata.append(stratum)
+    return ResidualDesign(tuple(strata), torch.from_numpy(every), text, nugget=part.nugget)
 
 
-def residual_places(
-    part: ResidualPart, learned: Mapping[str, Any], data: TableRows
-) -> Tensor | None:
-    """Where the rows of another table are among the residuals of the fit, as far as their variance
-    depends on it; see :attr:`ResidualDesign.places`.
+def residual_positions(
+    part: ResidualPart, data: TableRows, learned: Mapping[str, Any]
+) -> ResidualDesign | None:
+    """What the residual variances of another table's rows depend on, by the shape of the fit's.
 
-    Args:
-        part: as parsed.
-        learned: what :meth:`ResidualDesign.to_dict` made of the fit.
-        data: the other table; where it has not a column, what depends on it is -1, not known.
-
-    Returns:
-        None where the covariate of a variance is not there.
+    Cells are those of the fit, -1 for a position or stratum that it had not. None where the
+    variance is that of every position, or the table has not the columns.
     """
-    n = len(data)
+    found = ResidualDesign.from_dict(learned, 1)
     if part.variance is not None:
         kind, name = part.variance
-        what = f"{data.source}: {kind}({name}) of the residuals: column {name!r}"
         if name not in data.table:
             return None
-        return torch.from_numpy(numbers(single(data.table, name, data.source), what, data.table))
-    strata = learned["strata"]
-    if not part.factors:
-        return torch.from_numpy(_known(part.strata, strata[0][2][0][3], data))
-    stratum = np.zeros(n, dtype=np.int64)
-    if part.strata:
-        stratum = _known(part.strata, [name for name, _, _ in strata], data)
-    cell = np.full(n, -1, dtype=np.int64)
-    for i, (_, _, sides) in enumerate(strata):
-        own, stride = np.zeros(n, dtype=np.int64), 1
-        for factor, (structure, _, _, labels, _) in reversed(
-            list(zip(part.factors, sides, strict=True))
-        ):
-            if structure in VARYING:
-                lagged = structure in _LAGGED
-                own = stride * _known(factor.positions, labels, data, lagged)
-            stride *= len(labels)
-        cell = np.where(stratum == i, np.where(own < 0, -1, own), cell)
-    if len(strata) == len(part.factors) == 1 and part.group and not part.nugget:
-        return torch.from_numpy(cell)
-    return torch.from_numpy(np.stack([stratum, cell], 1))
-
-
-def _known(
-    columns: Sequence[str], labels: Sequence[str], data: TableRows, are_times: bool = False
-) -> np.ndarray:
-    """Which of some labels each row has, -1 for none of them."""
-    if not columns or any(name not in data.table for name in columns):
-        return np.full(len(data), -1, dtype=np.int64)
-    if are_times:
-        what = f"{data.source}: column {columns[0]!r}"
-        times = numbers(single(data.table, columns[0], data.source), what, data.table)
-        rows = [f"{time:.15g}" for time in times]
+        return replace(found, covariate=_covariate(kind, name, data, fitting=False))
+    if len(found.strata) > 1:
+        starts = np.cumsum([0, *(stratum.size for stratum in found.strata)]).tolist()
+        at = {stratum.name: start for stratum, start in zip(found.strata, starts, strict=False)}
+        names = part.strata
     else:
-        found = zip(*(data.labels(name).labels() for name in columns), strict=True)
-        rows = [":".join(map(str, row)) for row in found]
-    at = {label: i for i, label in enumerate(labels)}
-    return np.array([at.get(row, -1) for row in rows], dtype=np.int64)
+        (stratum,) = found.strata
+        side = stratum.positions[0]
+        if len(stratum.positions) > 1 or side.structure.name not in VARYING:
+            return None
+        at = {label: i for i, label in enumerate(side.labels)}
+        names = part.factors[0].positions if part.factors else part.strata
+    if not names or any(name not in data.table for name in names):
+        return None
+    factors = [data.labels(name) for name in names]
+    labels = [":".join(map(str, row)) for row in zip(*(f.labels() for f in factors), strict=True)]
+    cells = torch.tensor([at.get(label, -1) for label in labels], dtype=torch.long)
+    return replace(found, cells=cells)
 
 
 def _one_level(part: ResidualPart, data: TableRows) -> InputError:
@@ -142,12 +115,10 @@ def _cells(columns: Sequence[str], data: TableRows) -> tuple[np.ndarray, tuple[s
 
 
 def _stratum(
-    part: ResidualPart, data: TableRows, name: str, rows: np.ndarray, group: np.ndarray | None
-) -> Stratum:
+    part: ResidualPart, data: TableRows, name: str, rows: np.ndarray, group: np.ndarray
+) -> tuple[np.ndarray, Stratum]:
     """The cells of some rows, and the positions of each side of the product."""
-    block = np.zeros(len(rows), dtype=np.int64)
-    if group is not None:
-        block = pd.factorize(group[rows])[0]
+    block = pd.factorize(group[rows])[0].astype(np.int64)
     cell, sides = block, []
     for factor in part.factors:
         at, positions = _positions(factor, data, rows, block)
@@ -166,9 +137,7 @@ def _stratum(
             f"{':'.join(reversed(shown))!r} of {':'.join(s.name for s in sides)!r} that its group "
             "has already: residuals within a group need a position each"
         )
-    groups = None if group is None else int(block.max()) + 1
-    index = torch.from_numpy(np.ascontiguousarray(rows))
-    return Stratum(name, index, torch.from_numpy(cell), groups, tuple(sides))
+    return cell, Stratum(name, tuple(sides))
 
 
 def _positions(
@@ -210,7 +179,7 @@ def _lagged(
     first, size = times[rows].min(), int(lags.max()) + 1
     later = np.argmax(lags > 0)
     unit = int((times[rows][later] - first) // lags[later]) if size > 1 else 1
-    if structure.name not in _VARYING:
+    if structure.name not in VARYING:  # which has a variance for each, and so those that occur
         labels = tuple(str(int(first) + unit * i) for i in range(size))
         return lags, Positions(structure, name, labels, torch.arange(size)[:, None])
     distinct, at = np.unique(lags, return_inverse=True)
@@ -233,7 +202,7 @@ def _times(structure: Structure, name: str, data: TableRows) -> np.ndarray:
     return times + 0.0
 
 
-def _covariate(kind: str, name: str, data: TableRows) -> Tensor:
+def _covariate(kind: str, name: str, data: TableRows, fitting: bool = True) -> Tensor:
     """Values on which the variance depends."""
     what = f"{data.source}: {kind}({name}) of the residuals: column {name!r}"
     values = numbers(single(data.table, name, data.source), what, data.table)
@@ -242,6 +211,6 @@ def _covariate(kind: str, name: str, data: TableRows) -> Tensor:
         row = int(np.argmin(good))
         wanted = "a number other than zero" if kind == "power" else "a finite number"
         raise InputError(f"{what} is {values[row]:g} in row {data.row(row)}: expected {wanted}")
-    if (np.abs(values) == np.abs(values[0])).all():
+    if fitting and (np.abs(values) == np.abs(values[0])).all():
         raise InputError(f"{what} has one value: a variance that depends on it needs two")
     return torch.from_numpy(values)

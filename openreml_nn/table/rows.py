@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,8 @@ import pandas as pd
 
 from openreml_nn.support.errors import InputError
 from openreml_nn.table.columns import kind_of, numbers, row_name, single, stray
-from openreml_nn.table.functions import Basis, evaluate
+from openreml_nn.table.expressions import Basis, evaluate
+from openreml_nn.table.functions import FUNCTIONS
 from openreml_nn.table.learned import Learned
 from openreml_nn.table.levels import Factor, coded
 from openreml_nn.table.syntax import Name, Node
@@ -48,6 +49,11 @@ class TableRows:
 
     def __len__(self) -> int:
         return len(self.table)
+
+    @property
+    def functions(self) -> Mapping[str, Callable[..., Any]]:
+        """What a formula may call."""
+        return FUNCTIONS
 
     def fault(self, what: str) -> InputError:
         """An error of an expression."""

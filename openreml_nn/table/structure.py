@@ -41,6 +41,8 @@ VARYING = ("us", "diag", "hetar1", "hettoep", "ante")
 ORDERED = ("ar1", "hetar1", "toep", "hettoep", "ante")
 #: Structures among the effects of a level.
 EFFECTS = ("us", "diag", "idv", "cs", "homcs", *ORDERED, "fa")
+#: Structures with a variance for each effect or position; ``cs`` of effects is another.
+VARYING = ("us", "diag", "hetar1", "hettoep", "ante")
 #: Structures among the levels of a group.
 RELATIONS = ("ped", "vm", *KERNELS, "spline")
 #: Variances of residuals that depend on a covariate.

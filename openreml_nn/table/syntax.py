@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 #: Limits that no formula of a person meets; text beyond them is refused before it costs anything.
-LONGEST, DEEPEST = 20_000, 60
+LONGEST, DEEPEST, MOST_OPERATORS = 20_000, 60, 600
 
 
 @dataclass(frozen=True)
@@ -224,6 +224,7 @@ class _Parser:
         if self._depth > DEEPEST:
             raise self._error(f"more than {DEEPEST} levels of nesting")
         left = self._prefix()
+        count = 0
         while self._kind() == "operator":
             operator = self._tokens[self._at][1]
             operator = "^" if operator == "**" else operator
@@ -233,6 +234,9 @@ class _Parser:
             if operator.startswith("%") and operator not in _SPECIALS:
                 raise self._error(f"operator {operator!r} is not allowed")
             self._at += 1
+            count += 1
+            if count > MOST_OPERATORS:
+                raise self._error(f"more than {MOST_OPERATORS} operators in a row")
             # A power binds to the right, and a sign may follow it.
             right = self._expression(_SIGN if operator == "^" else power + 1)
             left = Operation(operator, (left, right))

@@ -163,14 +163,17 @@ def kind_of_text(column: pa.ChunkedArray, dialect: Dialect) -> str:
     values = _without(column, (*MISSING, *dialect.missing))
     if values.null_count == len(values):
         return "none"
+    if _cast(values, pa.int64()) is not None:
+        return "text" if _has_leading_zero(values) else "int"
     if _is_number(values, dialect) or _is_number(values := _number_like(values), dialect):
         if values.null_count == len(values):
             return "none"
-        if _any(values, r"^\s*0\d"):
+        if _has_leading_zero(values):
             return "text"
-        if not _any(values, r"[^\d\s+-]"):
-            return "big" if _cast(_number_like(values), pa.int64()) is None else "int"
-        return "float"
+        mark = r"[^\d\s+-]"
+        if _any(values.slice(0, _FIRST), mark) or _any(values, mark):
+            return "float"
+        return "big" if _cast(_number_like(values), pa.int64()) is None else "int"
     distinct = set(pc.unique(values).drop_null().to_pylist())
     return "bool" if distinct <= {*_TRUE, *_FALSE} else "text"
 
@@ -200,7 +203,9 @@ def typed(column: pa.ChunkedArray, kind: str, dialect: Dialect) -> pa.ChunkedArr
     if kind == "bool":
         true = pc.is_in(values, value_set=pa.array(_TRUE))
         return pc.if_else(pc.is_null(values), pa.scalar(None, pa.bool_()), true)
-    return pc.replace_substring_regex(values, _ESCAPED, r"\1") if _any(values, _ESCAPED) else values
+    if pc.any(pc.starts_with(values, "'")).as_py():
+        return pc.replace_substring_regex(values, _ESCAPED, r"\1")
+    return values
 
 
 def guessed(kind: str) -> pa.DataType:
@@ -246,6 +251,14 @@ def _number_like(values: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def _pointed(values: pa.ChunkedArray, dialect: Dialect) -> pa.ChunkedArray:
     return values if dialect.decimal == "." else pc.replace_substring(values, dialect.decimal, ".")
+
+
+def _has_leading_zero(values: pa.ChunkedArray) -> bool:
+    """Whether a value is digits with a leading zero."""
+    may = pc.or_(
+        pc.starts_with(values, "0"), pc.less_equal(values, "!")
+    )  # a blank comes before '!'
+    return bool(pc.any(may).as_py()) and _any(values.filter(may), r"^\s*0\d")
 
 
 def _is_number(values: pa.ChunkedArray, dialect: Dialect) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from openreml_nn import InputError, MixedModel, NumericalError, RandomEffect, glmm, lmm
+from openreml_nn.covariance import Pedigree
 from openreml_nn.datasets import sleepstudy
 from openreml_nn.families import Binomial, Family, Gaussian, NegativeBinomial, Poisson
 
@@ -177,6 +178,36 @@ def test_gaussian_fits_follow_the_units(scale):
     )
 
 
+@pytest.mark.parametrize(("scale", "shift"), [(1e-3, 0), (1e3, 0), (1, 50)])
+def test_units_of_a_slope_change_nothing(scale, shift):
+    rng = np.random.default_rng(0)
+    x, g = rng.normal(size=800), rng.integers(0, 40, 800)
+    b = rng.normal(size=(40, 2)) @ np.array([[0.7, 0.2], [0, 0.4]])
+    table = pd.DataFrame({"y": rng.poisson(np.exp(0.3 + 0.5 * x + b[g, 0] + b[g, 1] * x)), "g": g})
+    one = glmm("y ~ x + (x | g)", table.assign(x=x), family="poisson")
+    other = glmm("y ~ x + (x | g)", table.assign(x=scale * x + shift), family="poisson")
+    assert other.converged
+    assert other.log_likelihood == pytest.approx(one.log_likelihood, rel=1e-9)
+    slopes = [r.components[0].covariance[1, 1].item() for r in (one, other)]
+    assert slopes[1] * scale**2 == pytest.approx(slopes[0], rel=1e-3)
+
+
+def test_a_pedigree_and_its_matrix_are_one_model():
+    n, rng = 30, np.random.default_rng(1)
+    names = [f"a{i}" for i in range(n)]
+    parents = [(None, None)] * 10 + [(f"a{i % 5}", f"a{5 + i % 5}") for i in range(n - 10)]
+    pedigree = pd.DataFrame(parents, columns=["sire", "dam"])
+    pedigree.insert(0, "animal", names)
+    table = pd.DataFrame({"animal": names * 8, "y": rng.binomial(1, 0.4, 8 * n)})
+    one = glmm("y ~ 1 + (1 | ped(animal))", table, family="binomial", pedigree=pedigree)
+    own = Pedigree.of(names, *zip(*parents, strict=True))
+    A = torch.linalg.inv(own.inverse.to_dense())
+    K = pd.DataFrame(A.numpy(), index=own.names, columns=own.names)
+    other = glmm("y ~ 1 + (1 | vm(animal, A))", table, family="binomial", kernels={"A": K})
+    assert one.log_likelihood == pytest.approx(other.log_likelihood, rel=1e-8)
+    torch.testing.assert_close(one.fixed.estimate, other.fixed.estimate, rtol=1e-4, atol=1e-5)
+
+
 def test_a_variance_of_zero_is_said_to_be():
     rng = np.random.default_rng(3)
     table = pd.DataFrame({"g": np.repeat(np.arange(20), 30).astype(str), "y": rng.poisson(3, 600)})
@@ -188,7 +219,7 @@ def test_a_variance_of_zero_is_said_to_be():
     alone = (
         -Poisson()
         .log_density(
-            torch.from_numpy(table.y.to_numpy()).double(), result.fixed.estimate.expand(600)
+            torch.tensor(table.y.to_numpy(copy=True)).double(), result.fixed.estimate.expand(600)
         )
         .sum()
     )
@@ -291,6 +322,27 @@ def test_what_cannot_be_fitted_is_refused(formula, family, change, message):
     )
     with pytest.raises(InputError, match=message):
         glmm(formula, table.assign(**change), family=family)
+
+
+@pytest.mark.parametrize("option", ["weights", "residual", "chunk_rows", "residual_variance"])
+def test_options_of_gaussian_responses_are_refused(option):
+    with pytest.raises(InputError, match=f"`{option}` is .*expected None"):
+        glmm("y ~ 1 + (1 | subject)", data("epil"), family="poisson", **{option: "V4"})
+
+
+def test_inference_that_needs_no_gaussian_response(counts):
+    from openreml_nn.inference import anova, bootstrap, coefficients, likelihood_ratio_test
+
+    found = coefficients(counts, ddf="asymptotic")
+    torch.testing.assert_close(
+        torch.tensor(found.std_error.to_numpy(copy=True)), counts.fixed.std_error
+    )
+    small = glmm("count ~ 1 + (1 | site)", data("salamanders"), family="negative_binomial")
+    ratio = likelihood_ratio_test(small, counts)
+    assert ratio.statistic == pytest.approx(2 * (counts.log_likelihood - small.log_likelihood))
+    assert anova(counts).name.tolist() == ["mined"]
+    with pytest.raises(InputError, match="negative_binomial"):
+        bootstrap(counts, 2, progress=False)
 
 
 def test_separated_data_are_named():

@@ -188,8 +188,11 @@ CASES = [(tree, "logit") for tree in TREES] + [("crossed slopes", family) for fa
 CASES += [("slopes", "negative_binomial"), ("rows", "poisson"), ("kernel", "beta")]
 
 
-@pytest.mark.parametrize("solver", [Blocked(pair_cost=0), "dense"])
-@pytest.mark.parametrize(("tree", "family"), CASES)
+SOLVED = [(tree, family, Blocked(pair_cost=0)) for tree, family in CASES]
+SOLVED += [(tree, "logit", solver) for tree in TREES for solver in ("dense", "auto")]
+
+
+@pytest.mark.parametrize(("tree", "family", "solver"), SOLVED)
 def test_the_value_is_that_of_the_dense_formula(tree, family, solver):
     covariance, own, y, eta = setting(tree, family)
     loss = LaplaceLoss(covariance, own, solver=solver)
@@ -204,8 +207,11 @@ def test_the_value_is_that_of_the_dense_formula(tree, family, solver):
     assert restricted(y, eta, X).item() == pytest.approx(expected.item(), rel=1e-10)
 
 
-@pytest.mark.parametrize("method", ["ml", "reml"])
-@pytest.mark.parametrize(("tree", "family"), CASES)
+BOTH = [(*case, "ml") for case in CASES]
+BOTH += [("crossed", "logit", "reml"), ("slopes", "beta", "reml"), ("kernel", "poisson", "reml")]
+
+
+@pytest.mark.parametrize(("tree", "family", "method"), BOTH)
 def test_gradients_are_those_of_finite_differences(tree, family, method):
     covariance, own, y, eta = setting(tree, family)
     X = normal(N, 1, seed=11) if method == "reml" else None

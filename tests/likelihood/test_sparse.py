@@ -327,8 +327,22 @@ def test_float32_has_the_digits_of_float32():
         torch.testing.assert_close(one.variances.double(), other.variances, rtol=0, atol=1e-5)
 
 
-def test_second_derivatives_equal_those_of_dense():
-    V, y, X = animals(40)
+def crossed() -> tuple[Sum, torch.Tensor, torch.Tensor]:
+    rng = np.random.default_rng(0)
+    values = torch.from_numpy(rng.standard_normal((60, 2)))
+    a = DummyMatrix.from_codes(torch.from_numpy(rng.integers(0, 9, 60)), 9, values)
+    b = DummyMatrix.from_codes(torch.from_numpy(rng.integers(0, 7, 60)), 7)
+    V = Sum(
+        slopes=CovariancePropagation(a, KroneckerProduct(IdentityMatrix(9), UnstructuredMatrix(2))),
+        other=CovariancePropagation(b, ScalarMatrix(7)),
+        residual=ScalarMatrix(60),
+    ).double()
+    return V, torch.from_numpy(rng.standard_normal(60)), torch.ones(60, 1, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("model", [lambda: animals(40), crossed])
+def test_second_derivatives_equal_those_of_dense(model):
+    V, y, X = model()
     found = {}
     for solver in ("dense", "sparse"):
         loss, parameters = REMLLoss(V, solver=solver), list(V.parameters())
@@ -342,8 +356,23 @@ def test_second_derivatives_equal_those_of_dense():
 def test_second_derivatives_of_too_many_rows_are_refused():
     V, y, X = animals(60)
     value = REMLLoss(V, solver=Sparse(memory=2e5))(y, X)
-    with pytest.raises(InputError, match="V itself, and of 60 rows"):
+    with pytest.raises(InputError, match=r"dense matrices .* of 60 rows"):
         torch.autograd.grad(value, list(V.parameters()), create_graph=True)
+
+
+def test_a_trained_design_has_the_gradient_of_dense():
+    rng = np.random.default_rng(0)
+    Z = torch.nn.Parameter(torch.from_numpy(rng.standard_normal((30, 3))))
+    V = Sum(
+        load=CovariancePropagation(z=Z, g=UnstructuredMatrix(3)), residual=ScalarMatrix(30)
+    ).double()
+    y, X = torch.from_numpy(rng.standard_normal(30)), torch.ones(30, 1, dtype=torch.float64)
+    found = {}
+    for solver in ("dense", "sparse"):
+        loss = REMLLoss(V, solver=solver)(y, X)
+        found[solver] = torch.autograd.grad(loss, list(V.parameters()))
+    for one, other in zip(found["sparse"], found["dense"], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
 def test_other_data_of_the_same_designs():
@@ -416,3 +445,9 @@ def test_a_covariance_over_the_rows_without_a_residual_is_refused():
     y = torch.linspace(0, 1, 8, dtype=torch.float64)
     with pytest.raises(InputError, match="sparse solver needs"):
         REMLLoss(V, solver="sparse")(y, torch.ones(8, 1).double())
+
+
+def test_an_ordering_that_is_none_is_refused():
+    V, y, X = animals(60)
+    with pytest.raises(InputError, match="no order of 60 columns"):
+        REMLLoss(V, solver=Sparse(ordering=lambda pattern: np.zeros(60, int)))(y, X)

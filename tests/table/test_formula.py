@@ -1,9 +1,13 @@
 """lme4's notation, taken apart."""
 
+import re
+
+import numpy as np
+import pandas as pd
 import pytest
 
 from openreml_nn import InputError
-from openreml_nn.table import parse_formula
+from openreml_nn.table import Encoder, parse_formula
 
 
 @pytest.mark.parametrize(
@@ -115,3 +119,39 @@ def test_what_does_not_parse_is_told_where(text, message):
     with pytest.raises(InputError) as caught:
         parse_formula(text)
     assert message in str(caught.value)
+
+
+LARGE = pd.DataFrame({"y": np.arange(20.0) ** 2, "x": np.linspace(1, 2, 20), "g": list("abcd") * 5})
+
+
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        ("poly(x, 10**9)", "`degree` is 10^9: expected a whole number from 1 to 50"),
+        ("poly(x, 0 / 0)", "`degree` is 0 / 0: expected a whole number from 1 to 50"),
+        ("bs(x, df = 1e9)", "`df` is 1000000000: expected a whole number from 1 to 500"),
+        ("cut(x, 1e9)", "`breaks` is 1000000000: expected a whole number from 1 to 1000"),
+        ("cut(x, 3, dig.lab = 1e9)", "`dig.lab` is 1000000000: expected a whole number from"),
+        ("round(x, 1e300)", "`digits` is 1e+300: expected a whole number from -300 to 300"),
+        ("round(x, 2.5)", "`digits` is 2.5: expected a whole number"),
+        ("scale(x, scale = 0)", "the scale is zero"),
+        ("I(x**1e308)", "is inf in row 2: expected a finite number"),
+        ("I(9**9**9 * x)", "is inf in row 1: expected a finite number"),
+        ("I(" * 70 + "x" + ")" * 70, "more than 60 levels of nesting"),
+        ("x + " * 601 + "x", "more than 600 operators in a row"),
+        ("I(" + "x + " * 601 + "x)", "more than 600 operators in a row"),
+        ("*".join(f"v{i}" for i in range(12)), "has more than 2000 terms when multiplied out"),
+        ("(" + "+".join("abcdefghijkl") + ")^6", "has more than 2000 terms"),
+        ("factor(x):factor(y):factor(g)", "20 rows for 1601 fixed effects"),
+        ("C(g, contr.treatment(base = 1e300))", "base 1e+300: expected 1 to 4"),
+        ("(1 | spline(x, y, segments = 200))", "has 40401 coefficients: expected at most 2000"),
+    ],
+)
+def test_what_would_cost_too_much_is_refused_before_it_does(term, message):
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        Encoder(f"y ~ {term}").fit(LARGE)
+    assert "\n" not in str(caught.value)
+
+
+def test_long_sums_are_taken():
+    assert len(parse_formula("y ~ " + " + ".join(f"x{i}" for i in range(590))).fixed.terms) == 591

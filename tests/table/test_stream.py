@@ -205,6 +205,8 @@ def test_files_that_are_none(tmp_path):
         lmm("yield ~ nitro", path, chunk_rows=9, residual="cs(Block)")
     with pytest.raises(InputError, match=r"`solver` is 'dense': expected 'auto' or 'blocked'"):
         lmm("yield ~ nitro", path, chunk_rows=9, solver="dense")
+    with pytest.raises(InputError, match="`residual_variance` is -1"):
+        fit_stream("yield ~ nitro", path, residual_variance=-1)
     with pytest.raises(InputError, match="in memory already"):
         lmm("yield ~ nitro", datasets.oats(), chunk_rows=9)
 

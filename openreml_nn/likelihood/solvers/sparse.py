@@ -21,7 +21,7 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -37,7 +37,8 @@ from openreml_nn.likelihood.problem import (
 )
 from openreml_nn.likelihood.residual import Residual
 from openreml_nn.likelihood.solver import Solver
-from openreml_nn.likelihood.solvers.dense import DenseProblem
+from openreml_nn.likelihood.solvers.blocked import Blocked
+from openreml_nn.likelihood.solvers.dense import Dense, DenseProblem
 from openreml_nn.likelihood.system.sparse.equations import Equations
 from openreml_nn.likelihood.system.sparse.evaluation import SparseEvaluation
 from openreml_nn.likelihood.system.sparse.rows import Rows
@@ -184,7 +185,7 @@ class SparseProblem(Problem):
     """
 
     takes_data = True
-    has_second_derivatives = False  # recorded() is that of the dense solver
+    has_second_derivatives = False  # recorded() takes far longer than an evaluation
 
     def __init__(
         self, fixed: FixedPart, terms: Sequence[Term], method: str, solver: Sparse | None = None
@@ -193,8 +194,32 @@ class SparseProblem(Problem):
         self.solver = Sparse() if solver is None else solver
         self.solver.check(terms)
         self._dense = DenseProblem(fixed, terms, method)
-        self.random, residual, self.equations = self.solver.analysis(terms)
-        self.rows = Rows(self.equations, residual, fixed)
+        self._system: tuple[list[SparseTerm], Equations, Rows] | None = None
+        self._plain: Problem | None = None
+
+    @property
+    def system(self) -> tuple[list[SparseTerm], Equations, Rows]:
+        """The random terms, the equations and the rows, analysed when they are first asked for: a
+        likelihood that is recorded needs none of them."""
+        if self._system is None:
+            random, residual, equations = self.solver.analysis(self._dense.terms)
+            self._system = random, equations, Rows(equations, residual, self.fixed)
+        return self._system
+
+    @property
+    def random(self) -> list[SparseTerm]:
+        """The random terms."""
+        return self.system[0]
+
+    @property
+    def equations(self) -> Equations:
+        """The pattern of the equations."""
+        return self.system[1]
+
+    @property
+    def rows(self) -> Rows:
+        """Products over the rows."""
+        return self.system[2]
 
     def anew(self, fixed: FixedPart, terms: Sequence[Term]) -> Problem:
         return SparseProblem(fixed, terms, self.method, self.solver)
@@ -202,8 +227,11 @@ class SparseProblem(Problem):
     def with_fixed(self, fixed: FixedPart) -> Problem:
         found = super().with_fixed(fixed)
         assert isinstance(found, SparseProblem)
-        found.rows = self.rows.with_fixed(fixed)
         found._dense = DenseProblem(fixed, self._dense.terms, self.method)
+        found._plain = None
+        if self._system is not None:
+            random, equations, rows = self._system
+            found._system = random, equations, rows.with_fixed(fixed)
         return found
 
     def cost(self) -> Cost:
@@ -213,13 +241,30 @@ class SparseProblem(Problem):
         return self._dense.matrices(terms)
 
     def recorded(self, matrices: Sequence[Tensor]) -> Tensor:
-        held = 80.0 * self.n**2  # V, and what autograd keeps of it
+        terms = [
+            replace(term, covariance=term.covariance.with_matrix(matrix))
+            for term, matrix in zip(self._dense.terms, matrices, strict=True)
+        ]
+        if self._plain is None:
+            self._plain = self._recording(terms)
+        return self._plain.recorded(self._plain.matrices(terms))
+
+    def _recording(self, terms: Sequence[Term]) -> Problem:
+        """The problem of the plain formula that holds least: by blocks of effects, or by V."""
+        related = any(term.covariance.known_kernel is not None for term in terms)
+        problems: list[tuple[float, Solver]] = []
+        for solver in (Dense(),) if related else (Blocked(), Dense()):
+            cost = solver.forecast(terms, self.p, self.fixed.y.dtype)
+            if cost is not None:
+                problems.append((10.0 * cost.bytes, solver))  # what autograd keeps of it
+        held, least = min(problems, key=lambda found: found[0])
         if held > self.solver.memory:
             raise InputError(
-                f"derivatives of this kind come from V itself, and of {self.n} rows that would "
-                f"hold {held / 2**30:.3g} GiB: the sparse solver has none for so many"
+                "derivatives of this kind, second ones and those by designs, come from dense "
+                f"matrices that would hold {held / 2**30:.3g} GiB of {self.n} rows, and may hold "
+                f"{self.solver.memory / 2**30:.3g}: `Sparse(memory=...)` allows more"
             )
-        return self._dense.recorded(matrices)
+        return least.problem(self.fixed, self._dense.terms, self.method)
 
     def evaluate_unchecked(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
         return SparseEvaluation(self, terms)

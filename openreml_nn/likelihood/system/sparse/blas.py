@@ -9,9 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import get_cython_function_address, intrinsic
+
+from openreml_nn.support.compiled import compiled
 
 __all__ = ["ROUTINES", "gemm", "potrf", "potri", "symm", "trsm"]
 
@@ -41,7 +43,7 @@ def _call(context: Any, address: Any, arguments: Any) -> Any:
     return signature, build
 
 
-@njit(cache=True)
+@compiled
 def gemm(routines, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
     """C = alpha op(A) op(B) + beta C, by columns; a, b and c are addresses."""
     i = np.array([m, n, k, lda, ldb, ldc], dtype=np.int32)
@@ -55,7 +57,7 @@ def gemm(routines, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
     return i[0] + x[0] + t[0]  # what is pointed at lives until here
 
 
-@njit(cache=True)
+@compiled
 def trsm(routines, trans, m, n, a, lda, b, ldb):
     """B = op(A)^-1 B for an upper triangle A (m, m), by columns."""
     i = np.array([m, n, lda, ldb], dtype=np.int32)
@@ -66,7 +68,7 @@ def trsm(routines, trans, m, n, a, lda, b, ldb):
     return i[0] + x[0] + t[0]
 
 
-@njit(cache=True)
+@compiled
 def symm(routines, m, n, alpha, a, lda, b, ldb, c, ldc):
     """C = alpha B A for symmetric A (n, n), its upper triangle by columns, and B (m, n)."""
     i = np.array([m, n, lda, ldb, ldc], dtype=np.int32)
@@ -80,7 +82,7 @@ def symm(routines, m, n, alpha, a, lda, b, ldb, c, ldc):
     return i[0] + x[0] + t[0]
 
 
-@njit(cache=True)
+@compiled
 def potrf(routines, n, a, lda):
     """Upper Cholesky factor in place, by columns; 0, or the pivot that is not positive."""
     i = np.array([n, lda, 0], dtype=np.int32)
@@ -90,7 +92,7 @@ def potrf(routines, n, a, lda):
     return i[2] + 0 * t[0]
 
 
-@njit(cache=True)
+@compiled
 def potri(routines, n, a, lda):
     """Upper triangle of the inverse from an upper Cholesky factor, in place."""
     i = np.array([n, lda, 0], dtype=np.int32)

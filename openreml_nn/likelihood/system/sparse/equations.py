@@ -16,7 +16,7 @@ from scipy.sparse import bmat, bsr_matrix, coo_matrix, csc_matrix, csr_matrix, e
 
 from openreml_nn.likelihood.system.sparse.factor import Factor
 from openreml_nn.likelihood.system.sparse.symbolic import Symbolic
-from openreml_nn.support.errors import NumericalError
+from openreml_nn.support.errors import InputError, NumericalError
 
 __all__ = ["Cross", "Equations", "Part"]
 
@@ -183,7 +183,15 @@ class Equations:
         r, c = np.concatenate(row), np.concatenate(column)
         both = np.concatenate([r, c]), np.concatenate([c, r])
         pattern = coo_matrix((np.ones(len(both[0]), np.int8), both), (self.size, self.size)).tocsc()
-        return Symbolic.of(pattern, None if order is None else order(pattern))
+        if order is None:
+            return Symbolic.of(pattern)
+        given = np.asarray(order(pattern))
+        if given.shape != (self.size,) or not (np.sort(given) == np.arange(self.size)).all():
+            raise InputError(
+                f"`ordering` gives {given.shape} numbers that are no order of {self.size} columns: "
+                f"expected each of 0 to {self.size - 1} once"
+            )
+        return Symbolic.of(pattern, given.astype(np.int64))
 
     def _placed(self, i: int, j: int, A: bsr_matrix) -> Cross:
         level, (k, m) = np.repeat(np.arange(len(A.indptr) - 1), np.diff(A.indptr)), A.blocksize

@@ -16,10 +16,10 @@ from __future__ import annotations
 from functools import cached_property
 
 import numpy as np
-from numba import njit
 
 from openreml_nn.likelihood.system.sparse.blas import ROUTINES, gemm, potrf, potri, symm, trsm
 from openreml_nn.likelihood.system.sparse.symbolic import Symbolic
+from openreml_nn.support.compiled import compiled
 from openreml_nn.support.errors import NumericalError
 
 __all__ = ["Factor"]
@@ -117,7 +117,7 @@ class Factor:
         return found
 
 
-@njit(cache=True)
+@compiled
 def _factor(routines, first, of_column, row_start, rows, value_start, values, work):
     """The factor in place; -1, or the supernode that has no positive pivot."""
     count = len(first) - 1
@@ -189,7 +189,7 @@ def _factor(routines, first, of_column, row_start, rows, value_start, values, wo
     return -1 + 0 * int(work[0] != work[0])
 
 
-@njit(cache=True)
+@compiled
 def _forward(routines, first, row_start, rows, value_start, values, x):
     m = x.shape[1]
     most = 1
@@ -239,7 +239,7 @@ def _forward(routines, first, row_start, rows, value_start, values, x):
     return work[0, 0]
 
 
-@njit(cache=True)
+@compiled
 def _backward(routines, first, row_start, rows, value_start, values, x):
     m = x.shape[1]
     most = 1
@@ -279,7 +279,7 @@ def _backward(routines, first, row_start, rows, value_start, values, x):
     return work[0, 0]
 
 
-@njit(cache=True)
+@compiled
 def _selected(
     routines, first, of_column, row_start, rows, value_start, values, found, square, half
 ):

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numba import njit
 from scipy.sparse import csr_matrix, hstack
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.problem import NotPositiveDefiniteError
 from openreml_nn.likelihood.residual import BlockResidual, Residual
 from openreml_nn.likelihood.system.sparse.equations import Equations
+from openreml_nn.support.compiled import compiled
 
 __all__ = ["Rows", "RowsAt"]
 
@@ -252,7 +252,7 @@ def _by_members(member: np.ndarray, values: np.ndarray) -> csr_matrix:
     return csr_matrix((values[known], member[known], start), (n, n))
 
 
-@njit(cache=True)
+@compiled
 def _quadratic(start, index, value, start_c, index_c, value_c, member):
     """Entries of Z C Z' of rows of one group, (n, m); C is sorted by columns."""
     n, m = member.shape

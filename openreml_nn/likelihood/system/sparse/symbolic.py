@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pymetis
-from numba import njit
 from scipy.sparse import csc_matrix
+
+from openreml_nn.support.compiled import compiled
 
 __all__ = ["Symbolic", "fill_reducing"]
 
@@ -121,7 +122,7 @@ def _inverted(order: np.ndarray) -> np.ndarray:
     return place
 
 
-@njit(cache=True)
+@compiled
 def _tree(n, start, index, order, place):
     """Elimination tree with compressed paths."""
     parent = np.full(n, -1, np.int64)
@@ -139,7 +140,7 @@ def _tree(n, start, index, order, place):
     return parent
 
 
-@njit(cache=True)
+@compiled
 def _postorder(parent):
     n = len(parent)
     head = np.full(n, -1, np.int64)
@@ -175,7 +176,7 @@ def _relabelled(parent: np.ndarray, post: np.ndarray) -> np.ndarray:
     return np.where(found < 0, -1, new[found])
 
 
-@njit(cache=True)
+@compiled
 def _counts(n, start, index, order, place, parent):
     """Entries of each column of L, walking each row's subtree once."""
     count = np.ones(n, np.int64)
@@ -192,7 +193,7 @@ def _counts(n, start, index, order, place, parent):
     return count
 
 
-@njit(cache=True)
+@compiled
 def _supernodes(parent, count):
     """First columns of supernodes: fundamental ones, merged where that adds few zeros."""
     n = len(parent)
@@ -236,7 +237,7 @@ def _supernodes(parent, count):
     return kept[: t + 1].copy()
 
 
-@njit(cache=True)
+@compiled
 def _rows(start, index, order, place, parent, first, of_column):
     """Rows of each supernode."""
     n, s = len(order), len(first) - 1
@@ -285,7 +286,7 @@ def _rows(start, index, order, place, parent, first, of_column):
     return row_start, room[:used].copy()
 
 
-@njit(cache=True)
+@compiled
 def _largest_update(first, of_column, row_start, rows):
     most = 1
     for b in range(len(first) - 1):
@@ -301,7 +302,7 @@ def _largest_update(first, of_column, row_start, rows):
     return most
 
 
-@njit(cache=True)
+@compiled
 def _where(low, high, first, of_column, row_start, rows, value_start):
     found = np.empty(len(low), np.int64)
     for e in range(len(low)):

@@ -1,0 +1,177 @@
+"""Residuals of which the structure is more than one matrix: strata, covariates, a nugget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from openreml_nn.covariance import (
+    BlockDiagonal,
+    CovariancePropagation,
+    DummyMatrix,
+    IdentityMatrix,
+    KroneckerProduct,
+    Matrix,
+    ScalarMatrix,
+    VarianceFunction,
+)
+from openreml_nn.covariance.params import operand_name
+from openreml_nn.model.batch import Batch, part, row_values
+from openreml_nn.model.residual import ResidualStructure, structure_of
+from openreml_nn.support.checks import check_tensor
+from openreml_nn.support.errors import InputError
+
+__all__ = ["ByCovariate", "ByStratum", "WithUnits", "start_residual"]
+
+
+class ByStratum(nn.Module, ResidualStructure):
+    """Rows of a stratum are correlated by their positions, with parameters of its own.
+
+    ``batch["residual"]`` holds the cell of each row: the number of positions of the strata before
+    its own, plus its position; -1 in prediction for a stratum that is not known, which has the mean
+    variance.
+
+    Args:
+        matrices: the covariance of the positions of each stratum, by its name.
+    """
+
+    def __init__(self, matrices: Mapping[str, Matrix]) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        for name in matrices:
+            self.names.append(operand_name(name, self.names))
+        self.matrices = nn.ModuleList(matrices.values())
+
+    def operands(self, batch: Batch, n: int) -> dict[str, Matrix]:
+        cells = part(batch, "residual")
+        check_tensor("batch['residual']", cells, (n,), "integer")
+        ends = torch.tensor([_size(m) for m in self.matrices], device=cells.device).cumsum(0)
+        if n and not 0 <= int(cells.min()) <= int(cells.max()) < int(ends[-1]):
+            raise InputError(
+                f"`batch['residual']` reaches from {int(cells.min())} to {int(cells.max())}: "
+                f"expected cells from 0 to {int(ends[-1]) - 1}"
+            )
+        own = torch.bucketize(cells, ends, right=True)
+        blocks: dict[str, Matrix] = {}
+        rows, start = [], 0
+        for i, (name, matrix) in enumerate(zip(self.names, self.matrices, strict=True)):
+            assert isinstance(matrix, Matrix)
+            inside = (own == i).nonzero()[:, 0]
+            if len(inside):
+                z = DummyMatrix.from_codes(cells[inside] - start, _size(matrix))
+                blocks[name] = CovariancePropagation(z=z, g=matrix)
+                rows.append(inside)
+            start = int(ends[i])
+        order = torch.cat(rows)
+        at = torch.empty_like(order)
+        at[order] = torch.arange(n, device=order.device)
+        weights = row_values(batch, "weights", n, positive=True)
+        scale = None if weights is None else weights.rsqrt()
+        z = DummyMatrix.from_codes(at, n, scale)
+        return {"residual": CovariancePropagation(z=z, g=BlockDiagonal(blocks))}
+
+    def variances(self, batch: Batch, n: int) -> Tensor:
+        known = torch.cat([matrix().diagonal() for matrix in self.matrices])
+        return _divided(_of_cells(known, batch, n), batch, n)
+
+
+class ByCovariate(nn.Module, ResidualStructure):
+    """Independent rows whose variance is a function of a covariate, (n,), which
+    ``batch["residual"]`` holds; see :class:`VarianceFunction`.
+
+    Args:
+        kind: ``"power"`` or ``"exp"``.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.function = VarianceFunction(torch.ones(1, dtype=torch.float64), kind)
+
+    def _at(self, batch: Batch, n: int) -> VarianceFunction:
+        covariate = row_values(batch, "residual", n)
+        if covariate is None:
+            raise InputError(
+                "the residual variance depends on a covariate, which is missing: expected its "
+                "column, batch['residual']"
+            )
+        return self.function.at(covariate)
+
+    def operands(self, batch: Batch, n: int) -> dict[str, Matrix]:
+        rows, weights = self._at(batch, n), row_values(batch, "weights", n, positive=True)
+        if weights is None:
+            return {"residual": rows}
+        codes = torch.arange(n, device=weights.device)
+        z = DummyMatrix.from_codes(codes, n, weights.rsqrt())
+        return {"residual": CovariancePropagation(z=z, g=rows)}
+
+    def variances(self, batch: Batch, n: int) -> Tensor:
+        return _divided(self._at(batch, n)().diagonal(), batch, n)
+
+
+class WithUnits(nn.Module, ResidualStructure):
+    """Correlated residuals beside independent ones of one variance, the nugget.
+
+    Args:
+        correlated: a (T, T) matrix, or another structure, see :func:`structure_of`.
+    """
+
+    def __init__(self, correlated: nn.Module) -> None:
+        super().__init__()
+        self.correlated = correlated
+        self.units = ScalarMatrix(1)
+
+    def operands(self, batch: Batch, n: int) -> dict[str, Matrix]:
+        units = structure_of(self.units).operands(batch, n)["residual"]
+        if not isinstance(self.correlated, Matrix):
+            return {**structure_of(self.correlated).operands(batch, n), "units": units}
+        # Unlike without a nugget, several rows may stand at one place.
+        cells, weights = part(batch, "residual"), row_values(batch, "weights", n, positive=True)
+        check_tensor("batch['residual']", cells, (n,), "integer")
+        groups = int(cells.max()) // _size(self.correlated) + 1
+        scale = None if weights is None else weights.rsqrt()
+        z = DummyMatrix.from_codes(cells, groups * _size(self.correlated), scale)
+        g = KroneckerProduct(groups=IdentityMatrix(groups), matrix=self.correlated)
+        return {"residual": CovariancePropagation(z=z, g=g), "units": units}
+
+    def variances(self, batch: Batch, n: int) -> Tensor:
+        structures = (structure_of(self.correlated), structure_of(self.units))
+        found = [structure.variances(batch, n) for structure in structures]
+        return found[0] + found[1]
+
+
+def start_residual(residual: nn.Module, variance: float) -> None:
+    """Set the parameters of a residual to a start at which each row has this variance."""
+    parts: list[nn.Module] = [residual]
+    if isinstance(residual, WithUnits):
+        for part_of in (residual.correlated, residual.units):
+            start_residual(part_of, variance / 2)
+        return
+    if isinstance(residual, ByStratum):
+        parts = list(residual.matrices)
+    elif isinstance(residual, ByCovariate):
+        parts = [residual.function]
+    for matrix in parts:
+        if isinstance(matrix, Matrix):
+            matrix.moment_start(torch.full((matrix.shape[0],), variance, dtype=torch.float64))
+
+
+def _size(matrix: nn.Module) -> int:
+    """The number of rows of a matrix."""
+    assert isinstance(matrix, Matrix)
+    return matrix.shape[0]
+
+
+def _of_cells(known: Tensor, batch: Batch, n: int) -> Tensor:
+    """The variance of each row's cell; the mean for one that is not known."""
+    cells = batch.get("residual")
+    if cells is None:
+        return known.mean().expand(n)
+    check_tensor("batch['residual']", cells, (n,), "integer")
+    return torch.where(cells < 0, known.mean(), known[cells.clamp(min=0) % len(known)])
+
+
+def _divided(variances: Tensor, batch: Batch, n: int) -> Tensor:
+    weights = row_values(batch, "weights", n, positive=True)
+    return variances if weights is None else variances / weights.to(variances)
