@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from hydra.experimental.callback import Callback
 
-from openreml_nn import datasets
+from openreml_nn import datasets, lmm
 from openreml_nn.program.main import main
 from tests.forked import forked
 
@@ -444,3 +444,26 @@ def test_a_profile_is_a_file_of_the_run(tmp_path):
     table = pd.read_csv(run / "profile.csv")
     assert table["name"].tolist()[-1] == "(Intercept)"
     assert (run / "plots" / "profile.png").is_file()
+
+
+@pytest.mark.parametrize("kind", ["pedigree", "kernel"])
+def test_relations_of_levels_come_from_files(kind, tmp_path):
+    rng = np.random.default_rng(0)
+    names = [f"a{i}" for i in range(12)]
+    table = pd.DataFrame({"animal": rng.choice(names, 60), "y": rng.normal(size=60)})
+    table.to_csv(tmp_path / "t.csv", index=False)
+    parents = {"animal": names, "sire": [None] * 4 + names[:8], "dam": [None] * 6 + names[:6]}
+    pd.DataFrame(parents).to_csv(tmp_path / "p.csv", index=False)
+    kernel = pd.DataFrame(np.eye(12) + 0.3 * (np.arange(12) % 2), names, names)
+    kernel = (kernel + kernel.T) / 2
+    kernel.to_csv(tmp_path / "k.csv")
+    formula, key, options = {
+        "pedigree": ("y ~ (1 | ped(animal))", "pedigree=p.csv", {"pedigree": tmp_path / "p.csv"}),
+        "kernel": ("y ~ (1 | vm(animal, K))", "kernels.K=k.csv", {"kernels": {"K": kernel}}),
+    }[kind]
+    done = call("data.path=t.csv", f"model.formula={formula}", f"model.{key}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((runs(tmp_path)[0] / "result.json").read_text())
+    assert found["random"][0]["group"] == "animal"
+    expected = lmm(formula, table, **options).log_likelihood
+    assert found["fit"]["log_likelihood"] == pytest.approx(expected, abs=1e-6)

@@ -87,7 +87,7 @@ def test_python_blocks_run_and_print_what_is_shown(page, tmp_path, monkeypatch, 
         everything += printed
         if shown:
             assert_same(printed, shown, page)
-    assert "torch" in namespace
+    assert len(namespace) > 1  # beside the builtins
     if page.name == "README.md":
         assert "REML criterion 1743.6283" in everything
         assert "solver   blocked" in everything

@@ -20,11 +20,10 @@ PACKAGE = Path(__file__).parents[1] / "openreml_nn"
 LONG_FILES = {
     "estimation/aireml.py": "direction, safeguard and stopping rule are to be parted",
     "likelihood/laplace.py": "the loss and what it prepares are to be parted",
+    "likelihood/laplace_system.py": "the system and its products are to be parted",
     "lightning/module.py": "Lightning's hooks, one by one",
     "model/mixed_model.py": "the model, its random effects and predictions are to be parted",
     "table/encoder.py": "what was learned and its use are to be parted",
-    "table/functions.py": "functions of R, one after another",
-    "table/reading.py": "formats of files are to be parted",
 }
 #: Classes of more than 200 lines, and why.
 LONG_CLASSES = {

@@ -271,6 +271,30 @@ def test_residuals_within_groups_weights_and_offsets_are_those_of_the_dense_form
     )
 
 
+@pytest.mark.parametrize("effects", [1, 2])
+def test_a_few_rows_of_many_levels_have_the_dense_gradient(effects):
+    torch.manual_seed(3)
+    data = batch(20, 3000, 500)
+    values = torch.stack([torch.ones(20), torch.randn(20)], 1)[:, :effects].double()
+    random = {"user": RandomEffect(3000, effects=effects), "item": RandomEffect(500)}
+    model = MixedModel(network(), random)
+    data["values"] = {"user": values} if effects > 1 else {}
+    loss, _, _ = model.data(model(data), data)
+    assert loss(*model.data(model(data), data)[1:]).isfinite()
+    assert loss.plan.solver == "dense"
+    found = gradients(model, model.loss(data))
+    # As if there were no other levels than those that the rows have.
+    few = {}
+    for name, codes in data["groups"].items():
+        few[name], codes = (
+            RandomEffect(20, effects=random[name].effects),
+            codes.unique(return_inverse=True)[1],
+        )
+        data["groups"][name] = codes
+    other = MixedModel(model.mean, few)
+    torch.testing.assert_close(gradients(other, other.loss(data)), found, rtol=1e-9, atol=1e-12)
+
+
 def test_methods_follow_heads():
     assert crossed("gls").method == "reml"
     assert crossed().method == "ml"

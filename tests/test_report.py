@@ -223,6 +223,14 @@ def test_the_best_run_of_a_sweep():
     assert best(table.assign(val_negative_log_density=[1.0, 2.0]))[0] == "a"
 
 
+def test_a_result_of_something_else_is_named(result, tmp_path):
+    write_run(result, tmp_path / "a")
+    for text in ("{", "[]", '{"model": {}}'):
+        (tmp_path / "result.json").write_text(text)
+        with pytest.raises(InputError, match=r"result.json' is not the result of a run"):
+            write_report(tmp_path, tmp_path / "page.html")
+
+
 def test_a_plot_is_bounded_by_what_it_shows():
     rng = np.random.default_rng(0)
     g = rng.permutation(np.repeat(np.arange(30_000), 3))

@@ -6,10 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from lightning import Trainer
 
-from openreml_nn import InputError, REMLLoss, lmm, restricted_log_likelihood
+from openreml_nn import InputError, REMLLoss, glmm, lmm, restricted_log_likelihood
 from openreml_nn.covariance import Pedigree
 from openreml_nn.datasets import table_path
+from openreml_nn.lightning import MixedModelDataModule, MixedModule
 from openreml_nn.model.structures import labels_of, linear_model, relations_of
 from openreml_nn.report import blup_table
 from openreml_nn.table import Encoder, Learned, parse_formula, parse_residual
@@ -538,3 +540,35 @@ def test_a_field_with_a_nugget_has_an_effect_of_each_place():
     assert effects.variances.shape == (15, 1, 1)
     assert found.components[-1].group == "Residual"
     assert found.residual_variance == pytest.approx(v["unitsma^2"])
+
+
+@pytest.mark.parametrize(
+    ("formula", "options"),
+    [
+        ("y ~ x + (1 | ped(g))", {"pedigree": PEDIGREE}),
+        ("y ~ x + (1 | vm(g, K))", {"kernels": {"K": KERNEL}}),
+    ],
+)
+def test_a_module_fits_predicts_and_is_loaded_as_lmm_does(formula, options, tmp_path):
+    fit = lmm(formula, TABLE, **options)
+    module = MixedModule(formula)
+    data = MixedModelDataModule(TABLE, formula, **options)
+    trainer = Trainer(
+        max_epochs=60, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, data)
+    assert module.result.log_likelihood == pytest.approx(fit.log_likelihood, abs=1e-6)
+    trainer.save_checkpoint(tmp_path / "model.ckpt", weights_only=False)
+    loaded = MixedModule.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
+    found, expected = loaded.predict(TABLE.head()), fit.predict(TABLE.head())
+    np.testing.assert_allclose(found.to_numpy(), expected.to_numpy(), atol=1e-4)
+
+
+def test_a_generalised_model_takes_structures():
+    """With a kernel that is the identity, the levels are independent."""
+    table = TABLE.assign(high=TABLE["y"] > 0)
+    identity = pd.DataFrame(np.eye(9), *[sorted(table["g"].unique())] * 2)
+    one = glmm("high ~ x + (1 | g)", table, family="binomial")
+    other = glmm("high ~ x + (1 | vm(g, K))", table, family="binomial", kernels={"K": identity})
+    assert other.log_likelihood == pytest.approx(one.log_likelihood, abs=1e-8)

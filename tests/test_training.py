@@ -190,6 +190,15 @@ def test_a_batch_at_fault_is_named(batch, message):
         fit(good)
 
 
+def test_networks_of_the_wrong_shape_are_named():
+    wide = MixedModel(nn.Linear(2, 1), {"g": RandomEffect(Q)}, residual=nn.Linear(2, 3))
+    with pytest.raises(InputError, match=r"training batch 0: `residual` yields .*log-variance"):
+        fit(found=MixedModule(wide))
+    slopes = RandomEffect(Q, effects=2, features=nn.Linear(2, 3))
+    with pytest.raises(InputError, match=r"training batch 0: `features of 'g'`.*64, 2"):
+        fit(found=MixedModule(MixedModel(nn.Linear(2, 1), {"g": slopes})))
+
+
 def test_a_code_of_no_level_is_a_level_of_its_own():
     torch.manual_seed(0)
     n, q = 6000, 300
@@ -579,6 +588,25 @@ def test_processes_that_hold_other_rows_are_refused(tmp_path):
     assert (
         "the processes hold other rows, or the same in another order (`x` differs)" in done.stderr
     )
+
+
+def test_processes_with_other_tables_are_refused(tmp_path):
+    def run():
+        table = pd.DataFrame({"y": Y.numpy(), "x": X[:, 0].numpy(), "g": G.numpy().astype(str)})
+
+        class Shuffled(MixedModelDataModule):
+            def setup(self, stage=None):
+                super().setup(stage)
+                if torch.distributed.get_rank():
+                    self.table = self.table.sample(frac=1, random_state=1)
+                    self.encoded = self.encoder.fit(self.table)
+
+        found = MixedModule("y ~ x + (1 | g)", network=nn.LazyLinear(2), rows=64)
+        quiet(1, devices=2, strategy="ddp_fork").fit(found, Shuffled(table, "y ~ x + (1 | g)"))
+
+    done = forked(run, tmp_path)
+    assert done.returncode != 0
+    assert "the processes hold other rows, or the same in another order" in done.stderr
 
 
 def test_rows_that_a_sampler_repeats_are_counted(tmp_path):

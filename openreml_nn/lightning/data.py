@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,11 @@ from lightning import LightningDataModule, LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from openreml_nn.lightning.sharing import share
+from openreml_nn.covariance import Pedigree
+from openreml_nn.lightning.sharing import check_same, share
 from openreml_nn.model import take
 from openreml_nn.model.batch import Batch
+from openreml_nn.model.structures import relations_of
 from openreml_nn.support.checks import (
     check_choice,
     check_count,
@@ -50,6 +52,7 @@ class MixedModelDataModule(LightningDataModule):
             share of its levels, which training then does not know.
         split_by: columns, ``a`` or ``a:b``; the first grouping factor by default.
         seed: of the split.
+        pedigree, kernels: relations of levels that the formula names, as in :func:`lmm`.
 
     Attributes:
         encoder: what the formula makes of a table.
@@ -77,6 +80,8 @@ class MixedModelDataModule(LightningDataModule):
         split: str = "random",
         split_by: str | None = None,
         seed: int = 0,
+        pedigree: pd.DataFrame | Pedigree | str | os.PathLike[str] | None = None,
+        kernels: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         check_table("table", table)
@@ -92,7 +97,8 @@ class MixedModelDataModule(LightningDataModule):
         check_count("seed", seed)
         named = isinstance(table, pd.DataFrame)
         source = "the table" if named else f"file {str(table)!r}"
-        self.encoder = Encoder(formula, categorical, source, residual, weights)
+        relations = relations_of(pedigree, kernels)
+        self.encoder = Encoder(formula, categorical, source, residual, weights, relations=relations)
         self._table = table
         self._predict_table = predict_table
         self._validation, self._split, self._split_by = validation, split, split_by
@@ -168,10 +174,15 @@ class MixedModelDataModule(LightningDataModule):
         self._division, self._order_seed = division, seed
 
     def train_dataloader(self) -> Any:
-        """Batches of the training rows, see :meth:`Encoded.batch`."""
+        """Batches of the training rows, see :meth:`Encoded.batch`.
+
+        Raises:
+            InputError: if the processes of a distributed fit hold other tables.
+        """
         batch = self.encoded.batch()
         if self._division is None:
             return _whole(batch)
+        check_same(batch)
         draw = self._division(batch)
         return _Epochs(batch, draw, self._order_seed, lambda: self.trainer.current_epoch)  # type: ignore[union-attr]
 

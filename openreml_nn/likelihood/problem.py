@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.likelihood.effects import Coefficients, RandomEffects
-from openreml_nn.likelihood.fixed import FixedPart
+from openreml_nn.likelihood.fixed import FixedPart, traced
 from openreml_nn.support.errors import NumericalError
 from openreml_nn.terms.kernel import private
 from openreml_nn.terms.term import Term
@@ -37,6 +37,11 @@ class NotPositiveDefiniteError(NumericalError, ValueError):
 
 def cholesky(matrix: Tensor, what: str) -> Tensor:
     """Cholesky factor; raises an error that names the matrix. Nothing is added to it."""
+    if matrix.shape[-1] == 1 and not traced(matrix):
+        # Single numbers, which may be many, are far faster as such.
+        if not bool(((matrix > 0) & (matrix < inf)).all()):
+            raise NotPositiveDefiniteError(f"{what} is not positive definite")
+        return matrix.sqrt()
     factor, info = torch.linalg.cholesky_ex(matrix)
     if torch._C._functorch.is_functorch_wrapped_tensor(matrix):
         return factor

@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 
+from openreml_nn.covariance import Pedigree
 from openreml_nn.estimation.marginal import fit_laplace
 from openreml_nn.families import Family, named_family
 from openreml_nn.likelihood import LaplaceLoss
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.model.linear import read_table_of, with_model
-from openreml_nn.model.structures import labels_of, linear_model
+from openreml_nn.model.structures import labels_of, linear_model, relations_of
 from openreml_nn.result import FixedEffects, Result
 from openreml_nn.support.checks import (
     check_choice,
@@ -48,6 +50,8 @@ def glmm(
     weights: str | None = None,
     residual: str | None = None,
     residual_variance: float | None = None,
+    pedigree: pd.DataFrame | Pedigree | str | os.PathLike[str] | None = None,
+    kernels: Mapping[str, Any] | None = None,
     chunk_rows: int | None = None,
     max_iterations: int = 200,
 ) -> Result:
@@ -74,6 +78,7 @@ def glmm(
             Laplace's approximation.
         solver: see :class:`LaplaceLoss`.
         categorical: numeric columns to be taken as factors.
+        pedigree, kernels: relations of levels that the formula names, see :func:`lmm`.
         weights, residual, residual_variance, chunk_rows: of :func:`lmm`; refused here, as the
             residual belongs to the family.
         max_iterations: after so many steps the fit stops, with a warning.
@@ -122,7 +127,11 @@ def glmm(
     else:
         table, labels = _categories(table, left, name)
         forms = [formula]
-    encoders = [Encoder(text, categorical, source, known_residual=True) for text in forms]
+    relations = relations_of(pedigree, kernels)
+    encoders = [
+        Encoder(text, categorical, source, known_residual=True, relations=relations)
+        for text in forms
+    ]
     encoder = encoders[0]
     encoded = encoder.fit(table)
     assert encoded.y is not None

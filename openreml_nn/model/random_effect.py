@@ -140,7 +140,9 @@ class RandomEffect(nn.Module):
         """
         codes = level_codes(batch, name, self.levels, n)
         if self.features is not None:
-            return codes, self.features(part(batch, "x"))
+            values = self.features(part(batch, "x"))
+            check_tensor(f"features of {name!r}", values, (n, self.effects), "floating", False)
+            return codes, values
         values = level_values(batch, name, self.effects, n)
         if values is None or self.effects == 1:
             return codes, values

@@ -16,6 +16,7 @@ from openreml_nn.covariance import (
 from openreml_nn.covariance.structures import in_cells
 from openreml_nn.model.batch import Batch, part, row_values
 from openreml_nn.support.checks import check_instance, check_tensor
+from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
 
 __all__ = ["ResidualStructure", "structure_of"]
@@ -129,7 +130,7 @@ class _ByNetwork(ResidualStructure):
         self.network = network
 
     def operands(self, batch: Batch, n: int) -> dict[str, Matrix]:
-        scale = (self.network(batch["x"]).reshape(n) / 2).exp()
+        scale = (self._log_variance(batch, n) / 2).exp()
         weights = row_values(batch, "weights", n, positive=True)
         if weights is not None:
             scale = scale * weights.rsqrt()
@@ -140,7 +141,16 @@ class _ByNetwork(ResidualStructure):
         return {"residual": CovariancePropagation(z=z, g=unit)}
 
     def variances(self, batch: Batch, n: int) -> Tensor:
-        return _weighted(self.network(batch["x"]).reshape(n).exp(), batch, n)
+        return _weighted(self._log_variance(batch, n).exp(), batch, n)
+
+    def _log_variance(self, batch: Batch, n: int) -> Tensor:
+        found = self.network(part(batch, "x"))
+        if not isinstance(found, Tensor) or found.shape not in ((n,), (n, 1)):
+            raise InputError(
+                f"`residual` yields {described(found)} for {n} rows: expected the log-variance of "
+                "each, (n,) or (n, 1)"
+            )
+        return found.reshape(n)
 
 
 def _weighted(variances: Tensor, batch: Batch, n: int) -> Tensor:

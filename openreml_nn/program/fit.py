@@ -156,6 +156,10 @@ class InMemory:
         if not _takes_rows(options):
             taken.remove("rows")
         given = {key: options[f"model.{key}"] for key in options.keys("model") if key in taken}
+        # A config is a covariance by places; a path is that of a known matrix, of the table's part.
+        kernels = given.get("kernels") or {}
+        given["kernels"] = {k: v for k, v in kernels.items() if not isinstance(v, str)}
+        known = {k: v for k, v in kernels.items() if isinstance(v, str)}
         self.module = MixedModule(
             formula,
             **given,
@@ -173,6 +177,8 @@ class InMemory:
             names,
             residual=residual if isinstance(residual, str) else None,
             weights=given.get("weights"),
+            pedigree=options["model.pedigree"],
+            kernels=known,
             validation=share,
             **split,
             seed=options["seed"],

@@ -20,7 +20,7 @@ __all__ = ["Options", "check_typed", "flattened", "quoted", "references"]
 #: Options whose values are free text; Hydra's grammar would trip over brackets and bars.
 _TEXT = re.compile(
     r"\+{0,2}(model\.formula|model\.residual|data\.formula|data\.separator|data\.decimal|data\.comment"
-    r"|data\.path|checkpoint|resume|path|output)=(.*)",
+    r"|data\.path|checkpoint|resume|path|output|model\.pedigree|model\.kernels\.\w+)=(.*)",
     re.DOTALL,
 )
 _CHOICE = re.compile(r"choice\((\s*[\"'].*[\"']\s*)\)", re.DOTALL)
@@ -44,13 +44,16 @@ def quoted(argument: str) -> str:
     >>> quoted("model.formula=y ~ x + (1 | g)")
     "model.formula='y ~ x + (1 | g)'"
     """
+    if argument.startswith("model.kernels."):
+        argument = f"++{argument}"  # a name of the user's own, which no config has
     found = _TEXT.fullmatch(argument)
     if found and (choices := _CHOICE.fullmatch(found[2])):
         # Hydra takes the quotes off what choice() holds, and then fails to parse it.
         return f"{argument[: found.start(2)]}{choices[1]}"
     if not found or not found[2] or found[2][0] in "'\"" or found[2] == "null":
         return argument
-    is_path = found[1].endswith(("path", "checkpoint", "resume", "output"))
+    is_path = found[1].endswith(("path", "checkpoint", "resume", "output", "pedigree"))
+    is_path = is_path or found[1].startswith("model.kernels.")
     if (is_path or found[2][0] == "{") and _parses(argument):
         return argument  # a sweep over files stays one, and a config of a network
     text = re.sub(r"(\\*)'", r"\1\1\\'", found[2])
@@ -257,6 +260,7 @@ _KINDS: dict[str, _Kind] = {
     "model.head": _TEXT_KIND,
     "model.network": _NODE,
     "model.kernels": _SECTION,
+    "model.pedigree": _NAME,
     "model.training": _TEXT_OR_NONE,
     "model.rows": _COUNT,
     "model.scheduler": _NODE_OR_NONE,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from omegaconf import OmegaConf
@@ -20,27 +21,35 @@ def collect(folder: str | Path) -> pd.DataFrame:
     """A data frame with a row for each run below a folder: what was overridden, and what came out.
 
     Raises:
-        InputError: if there is no run.
+        InputError: if there is no run, or a ``result.json`` is of something else.
     """
     rows = []
     for path in sorted(Path(folder).rglob("result.json"), key=_number):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        overrides = path.parent / ".hydra" / "overrides.yaml"
-        given = list(OmegaConf.load(overrides)) if overrides.is_file() else []
-        options = dict(str(text).lstrip("+").partition("=")[::2] for text in given)
-        row = {"run": str(path.parent.relative_to(folder)), **options}
-        row |= {"formula": result["model"]["formula"], "method": result["model"]["method"]}
-        row["rows"] = result["data"]["rows"]
-        row |= {key: result["fit"][key] for key in _FIT}
-        for part in result["random"]:
-            for effect, entry in zip(part["effects"], part["covariance"], strict=True):
-                at = part["effects"].index(effect)
-                row[f"{part['group']} {effect} variance"] = entry[at]
-        row["residual variance"] = result["residual"]["variance"]
-        rows.append(row | result.get("validation", {}))
+        try:
+            rows.append(_row(path, Path(folder)))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"file {str(path)!r} is not the result of a run ({type(error).__name__}: {error})"
+            ) from error
     if not rows:
         raise InputError(f"folder {str(folder)!r} has no run: expected a result.json below it")
     return pd.DataFrame(rows)
+
+
+def _row(path: Path, folder: Path) -> dict[str, Any]:
+    result = json.loads(path.read_text(encoding="utf-8"))
+    overrides = path.parent / ".hydra" / "overrides.yaml"
+    given = list(OmegaConf.load(overrides)) if overrides.is_file() else []
+    options = dict(str(text).lstrip("+").partition("=")[::2] for text in given)
+    row = {"run": str(path.parent.relative_to(folder)), **options}
+    row |= {"formula": result["model"]["formula"], "method": result["model"]["method"]}
+    row["rows"] = result["data"]["rows"]
+    row |= {key: result["fit"][key] for key in _FIT}
+    for part in result["random"]:
+        for j, (effect, entry) in enumerate(zip(part["effects"], part["covariance"], strict=True)):
+            row[f"{part['group']} {effect} variance"] = entry[j]
+    row["residual variance"] = result["residual"]["variance"]
+    return row | result.get("validation", {})
 
 
 def best(table: pd.DataFrame) -> tuple[str, str] | None:

@@ -76,7 +76,6 @@ class Encoder:
         self.weights = weights
         self.known_residual = known_residual
         self.relations = dict(relations or {})
-        check_relations(self.formula.random, self.relations)
         self.learned = Learned()
         self.orders: dict[str, str | dict[str, int]] = {}
 
@@ -93,6 +92,7 @@ class Encoder:
                 has one level, or no row is left.
         """
         self.learned = Learned()
+        self._learn_relations()
         self._learn_others(table)
         kept, rows, dropped = self._complete(table, self.columns())
         data = self._rows(kept)
@@ -110,6 +110,7 @@ class Encoder:
             InputError: as :meth:`fit` does.
         """
         self.learned, self.orders = Learned(), {}
+        self._learn_relations()
         rest = iter(chunks)
         for first in rest:
             self._learn_others(first)
@@ -172,6 +173,12 @@ class Encoder:
         for name in columns:
             single(chunk, name, self.source)
         return chunk[chunk[columns].notna().all(axis=1)]
+
+    def _learn_relations(self) -> None:
+        """The known matrices between levels, which a checkpoint needs as well."""
+        check_relations(self.formula.random, self.relations)
+        for name, known in self.relations.items():
+            self.learned.relations[name] = [known.matrix, known.is_inverse]
 
     def _learn_others(self, table: pd.DataFrame) -> None:
         """The columns that '.' stands for: those that the formula does not name elsewhere."""
@@ -302,7 +309,7 @@ class Encoder:
 
     def skeleton(self, rows: int, columns: int) -> Encoded:
         """Data of the learned shapes without content, to build a module before it is loaded."""
-        random = skeletons(self.formula.random, rows, self.learned, self.relations)
+        random = skeletons(self.formula.random, rows, self.learned)
         residual = None
         if self.residual is not None:
             residual = ResidualDesign.from_dict(self.learned.residual, rows)

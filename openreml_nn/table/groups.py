@@ -118,9 +118,7 @@ def random_designs(
     return tuple(designs)
 
 
-def skeletons(
-    parts: Sequence[RandomPart], rows: int, learned: Learned, relations: Mapping[str, Known]
-) -> tuple[RandomDesign, ...]:
+def skeletons(parts: Sequence[RandomPart], rows: int, learned: Learned) -> tuple[RandomDesign, ...]:
     """The designs of random parts with the learned shapes, without the rows of a table."""
     found = []
     for name, part in _operands(parts):
@@ -131,7 +129,7 @@ def skeletons(
         values = torch.ones(rows, len(effects), dtype=torch.float64)
         structure = Structure("idv") if grouping.bent else part.structure
         places = tuple(learned.places[name]) if name in learned.places else None
-        relation = _relation(grouping, learned, relations)
+        relation = _relation(grouping, learned)
         found.append(
             RandomDesign(
                 name, part.group, effects, levels, codes, values, structure, places, relation
@@ -198,13 +196,11 @@ def _levels(
     if grouping.relation.name in KERNELS:
         factors = [_numeric(name, data) for name in grouping.columns]
         codes, levels = _codes(grouping, factors, learned)
-        return codes, levels, _relation(grouping, learned, relations)
+        return codes, levels, _relation(grouping, learned)
     return _known(grouping, data, learned, relations)
 
 
-def _relation(
-    grouping: Grouping, learned: Learned, relations: Mapping[str, Known]
-) -> Known | Places | None:
+def _relation(grouping: Grouping, learned: Learned) -> Known | Places | None:
     """How the learned levels of a group are related."""
     relation, levels = grouping.relation, learned.groups[grouping.key]
     if relation is None or grouping.bent:
@@ -212,9 +208,9 @@ def _relation(
     if relation.name in KERNELS:
         coordinates = [[float(x) for x in part] for part in levels.parts]
         return Places(relation, torch.tensor(coordinates, dtype=torch.float64))
-    found = relations[grouping.kernel or "ped"]
-    is_inverse = found.is_inverse or bool(relation.options.get("inverse"))
-    return Known(tuple(levels.labels), found.matrix, is_inverse)
+    matrix, is_inverse = learned.relations[grouping.kernel or "ped"]
+    is_inverse = is_inverse or bool(relation.options.get("inverse"))
+    return Known(tuple(levels.labels), matrix, is_inverse)
 
 
 def _known(
@@ -222,10 +218,10 @@ def _known(
 ) -> tuple[Tensor, tuple[str, ...], Known | Places | None]:
     """Level of each row among those of a known matrix."""
     (column,) = grouping.columns
-    found, factor = relations[grouping.kernel or "ped"], data.labels(column)
-    fitting = grouping.key not in learned.groups
+    factor, fitting = data.labels(column), grouping.key not in learned.groups
     if fitting:
-        size, names = found.matrix.shape[0], found.names or tuple(factor.levels)
+        known = relations[grouping.kernel or "ped"]
+        size, names = known.matrix.shape[0], known.names or tuple(factor.levels)
         if len(names) != size:
             raise InputError(
                 f"kernel {grouping.kernel!r} is {size} x {size} without names, but column "
@@ -241,7 +237,7 @@ def _known(
             f"{data.source}: column {column!r} has the level {factor.labels()[at]!r} in row "
             f"{data.row(at)}, which {where} has not"
         )
-    return torch.from_numpy(codes), tuple(levels), _relation(grouping, learned, relations)
+    return torch.from_numpy(codes), tuple(levels), _relation(grouping, learned)
 
 
 def _codes(

@@ -39,7 +39,7 @@ class Group:
 
 @dataclass
 class Learned:
-    """What was learned, in numbers, strings and containers of Python's own.
+    """What was learned, in numbers, strings, tensors and containers of Python's own.
 
     Attributes:
         kinds: what each column of an expression holds, see :func:`kind_of`.
@@ -51,6 +51,8 @@ class Learned:
         means: means of the numeric columns of the fixed effects.
         others: the columns that ``.`` stands for.
         places: places of the effects of each random part, where its structure asks for them.
+        relations: known matrices between levels by the names that the formula has for them, each
+            with whether it is the inverse.
         residual: the shape of the residuals' structure, see :meth:`ResidualDesign.to_dict`.
     """
 
@@ -63,6 +65,7 @@ class Learned:
     means: dict[str, float] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
     places: dict[str, list[int]] = field(default_factory=dict)
+    relations: dict[str, list[Any]] = field(default_factory=dict)
     residual: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:

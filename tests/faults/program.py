@@ -249,8 +249,8 @@ FAULTS = [
     Fault(
         "digits with a leading zero are a number",
         TEXT,
-        'if _any(values, r"^\\s*0\\d"):',
-        'if _any(values, r"^\\s*0\\d") and not values:',
+        'return "text" if _has_leading_zero(values) else "int"',
+        'return "int"',
         "tests/table/test_reading.py -k kinds",
     ),
     Fault(

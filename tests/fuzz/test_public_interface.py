@@ -312,7 +312,7 @@ def _top() -> list[Call]:
         Call("", "lmm", lmm, {"formula": FORMULA, "table": datasets.sleepstudy()},
              {"formula": formula, "table": table, "categorical": names, "residual": optional(never),
               "weights": optional(never), "residual_variance": optional(number(1e-9)), **OPTIONS,
-              "max_iterations": count(1), "start": choice}),
+              "max_iterations": count(1)}),
         Call("", "glmm", glmm, {"formula": SLOW, "table": slow(), "family": "binomial"},
              {"formula": formula, "table": table, "categorical": names, "family": choice,
               "link": optional(choice), "quadrature": count(1), **OPTIONS, "max_iterations": count(1)}),

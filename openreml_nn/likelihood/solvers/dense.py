@@ -16,8 +16,8 @@ from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.system.square_root import SquareRootEvaluation, within
 from openreml_nn.support.checks import check_choice
 from openreml_nn.support.errors import InputError, NumericalError
-from openreml_nn.terms.covariance import DenseCovariance
-from openreml_nn.terms.design import IdentityDesign
+from openreml_nn.terms.covariance import DenseCovariance, RepeatedCovariance
+from openreml_nn.terms.design import IdentityDesign, IndexedDesign
 from openreml_nn.terms.term import Term, residual_terms
 
 __all__ = ["Dense", "DenseProblem", "check_method", "restricted_log_likelihood"]
@@ -192,7 +192,7 @@ class _DenseEvaluation(Evaluation):
         trace = self._projector() if reml else torch.cholesky_inverse(self._L)
         # In place: matrices of this size take longer to write than to compute.
         S = trace.mul_(-0.5).addr_(p_y, p_y, alpha=0.5)
-        return [term.covariance.fold(within(term, S)) for term in self._terms]
+        return [_score(term, S) for term in self._terms]
 
     def information(self, derivatives: Sequence[Tensor]) -> Tensor:
         p_y = self._p_y()
@@ -275,3 +275,16 @@ def _total(terms: Sequence[Term]) -> Tensor:
     if not nugget:
         return V
     return torch.diagonal_scatter(V, V.diagonal() + torch.stack(nugget).sum())
+
+
+def _score(term: Term, S: Tensor) -> Tensor:
+    """A cotangent of V, (n, n), as one of the entries of G."""
+    z, g = term.design, term.covariance
+    if isinstance(z, IndexedDesign) and isinstance(g, RepeatedCovariance) and z.levels > len(S):
+        # A few rows of many levels: those that they have not would be blocks of zeros.
+        codes = z.codes.unique(return_inverse=True)[1]
+        levels = int(codes.max()) + 1
+        z = IndexedDesign(codes, z.values, levels, absent=False)
+        g = RepeatedCovariance(g.matrix, levels * z.effects // len(g.matrix))
+        term = replace(term, design=z, covariance=g)
+    return g.fold(within(term, S))

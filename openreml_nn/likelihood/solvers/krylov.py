@@ -31,6 +31,7 @@ from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.problem import Cost, Evaluation, Problem
 from openreml_nn.likelihood.residual import Residual
 from openreml_nn.likelihood.solver import Solver
+from openreml_nn.likelihood.system.blocks import block_times
 from openreml_nn.likelihood.system.conjugate import conjugate_gradients, log_samples
 from openreml_nn.likelihood.system.elimination import inner, root
 from openreml_nn.likelihood.system.evaluation import Crossed, GroupedEvaluation
@@ -40,7 +41,7 @@ from openreml_nn.likelihood.system.listed import (
     levels_of,
 )
 from openreml_nn.likelihood.system.roles import Roles, separated, steps_of
-from openreml_nn.likelihood.system.scaled import ScaledSystem, block_times
+from openreml_nn.likelihood.system.scaled import ScaledSystem
 from openreml_nn.support.checks import check_count, check_number
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.base import Covariance

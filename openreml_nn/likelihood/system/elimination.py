@@ -16,6 +16,7 @@ from openreml_nn.likelihood.problem import (
     pivot_loss,
 )
 from openreml_nn.likelihood.residual import White
+from openreml_nn.likelihood.system.blocks import block_solve, block_times
 from openreml_nn.likelihood.system.grouped import GroupedProblem
 from openreml_nn.likelihood.system.placement import System
 from openreml_nn.support.errors import NumericalError
@@ -70,17 +71,17 @@ class EliminatedEvaluation(Evaluation):
         self.L1 = problem.joint_blocks([root(terms[i]) for i in roles.eliminated], eye)
         self.root2 = [self.root_of(terms[i]) for i in roles.rest]
 
-        D = eye + self.L1.mT @ at.A11 @ self.L1 / s
+        D = eye + block_times(block_times(self.L1.mT, at.A11), self.L1) / s
         self.C = cholesky(D, "V")
         self.gain_1 = D.diagonal(dim1=1, dim2=2).amax() if D.numel() else s.new_ones(())
         self.pivot_loss = pivot_loss(D, self.C)
-        self.half = solve_triangular(self.C, self.L1.mT.expand_as(D), upper=False)
-        self.N1 = self.half.mT @ self.half  # L1 D^-1 L1'
+        self.half = block_solve(self.C, self.L1.mT.expand_as(D))
+        self.N1 = block_times(self.half.mT, self.half)  # L1 D^-1 L1'
         # By roots, because P times f is a difference where a level has fewer rows than effects.
-        self.half_f = solve_triangular(self.C, self.L1.mT @ at.A1f, upper=False) / s
+        self.half_f = block_solve(self.C, block_times(self.L1.mT, at.A1f)) / s
         self.E2f = at.A2f
         if problem.q:
-            self.E2f = at.A2f / s - at.W.t_times(self.half.mT @ self.half_f / s)
+            self.E2f = at.A2f / s - at.W.t_times(block_times(self.half.mT, self.half_f) / s)
         self.log_det = (
             white.log_det + problem.n * s.log() + 2 * self.C.diagonal(dim1=1, dim2=2).log().sum()
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.linalg import solve_triangular
 
 from openreml_nn.likelihood.effects import RandomEffects
+from openreml_nn.likelihood.system.blocks import block_solve, block_times
 from openreml_nn.likelihood.system.elimination import EliminatedEvaluation, inner
 
 __all__ = ["Crossed", "GroupedEvaluation"]
@@ -99,8 +100,8 @@ class GroupedEvaluation(EliminatedEvaluation):
         problem = self.problem
         found = self._variates_of_rows if problem.residual.moves else self._variates
         T1, T2, Tf, total = found(derivatives)
-        e1 = self.half @ T1
-        back = self.half.mT @ e1 / self.s
+        e1 = block_times(self.half, T1)
+        back = block_times(self.half.mT, e1) / self.s
         T2 = T2 - self.system.W.t_times(back)
         Tf = Tf - inner(self.system.A1f, back)
         own, with_fixed = self.explained(T2)
@@ -171,8 +172,8 @@ class GroupedEvaluation(EliminatedEvaluation):
         x = self.solved
         at = self.system
         left = at.A1f - at.W.times(x) if self.problem.q else at.A1f
-        right = self.L1.mT @ left / self.s
-        return self.half.mT @ solve_triangular(self.C, right, upper=False), x
+        right = block_solve(self.C, block_times(self.L1.mT, left) / self.s)
+        return block_times(self.half.mT, right), x
 
     def _blups(self) -> tuple[Tensor, Tensor]:
         """G u of the eliminated factor (levels, k) and of the others (q,)."""

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.linalg import solve_triangular
 
 from openreml_nn.likelihood.problem import cholesky
+from openreml_nn.likelihood.system.blocks import block_times
 from openreml_nn.likelihood.system.listed import ListedProblem
 
-__all__ = ["ScaledSystem", "block_times"]
+__all__ = ["ScaledSystem"]
 
 
 class ScaledSystem:
@@ -69,8 +70,3 @@ def _inverse(C: Tensor) -> Tensor:
     """Inverses of small triangles."""
     eye = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
     return solve_triangular(C, eye.expand_as(C), upper=False)
-
-
-def block_times(block: Tensor, x: Tensor) -> Tensor:
-    """Block by block; products of single numbers are far faster as such."""
-    return block * x if block.shape[-1] == 1 else block @ x
