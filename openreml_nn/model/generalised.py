@@ -47,8 +47,6 @@ def glmm(
     quadrature: int = 1,
     solver: str | Solver = "auto",
     categorical: Sequence[str] = (),
-    pedigree: pd.DataFrame | Pedigree | str | os.PathLike[str] | None = None,
-    kernels: Mapping[str, Any] | None = None,
     weights: str | None = None,
     residual: str | None = None,
     residual_variance: float | None = None,
@@ -80,7 +78,6 @@ def glmm(
             Laplace's approximation.
         solver: see :class:`LaplaceLoss`.
         categorical: numeric columns to be taken as factors.
-        pedigree, kernels: relations of levels that the formula names, see :func:`lmm`.
         weights, residual, residual_variance, chunk_rows: of :func:`lmm`; refused here, as the
             residual belongs to the family.
         pedigree, kernels: known matrices between levels, see :func:`lmm`.
