@@ -80,7 +80,6 @@ def glmm(
         categorical: numeric columns to be taken as factors.
         weights, residual, residual_variance, chunk_rows: of :func:`lmm`; refused here, as the
             residual belongs to the family.
-        pedigree, kernels: known matrices between levels, see :func:`lmm`.
         max_iterations: after so many steps the fit stops, with a warning.
 
     Raises:
