@@ -10,7 +10,7 @@ from openreml_nn.lightning import MixedModule, WholeGroups
 from openreml_nn.model import take
 
 
-def train(processes, training, head, path, n=204):
+def train(processes, training, head, path, n=203):
     torch.set_default_dtype(torch.float64)
     generator = torch.Generator().manual_seed(0)
     q = 12
@@ -45,7 +45,7 @@ def train(processes, training, head, path, n=204):
 
 
 class Every:
-    """Mini-batches of 64 rows, of which each process has its share, one process all."""
+    """Mini-batches of 64 rows, of which each process has its share, not always as many."""
 
     def __init__(self, n):
         self.rows = torch.arange(n).split(64)

@@ -22,8 +22,6 @@ LONG_FILES = {
     "likelihood/laplace_system.py": "the system and its products are to be parted",
     "lightning/module.py": "Lightning's hooks, one by one",
     "table/encoder.py": "what was learned and its use are to be parted",
-    "table/functions.py": "functions of R, one after another",
-    "table/reading.py": "formats of files are to be parted",
 }
 #: Classes of more than 200 lines, and why.
 LONG_CLASSES = {

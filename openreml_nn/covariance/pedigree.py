@@ -20,7 +20,7 @@ from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.transform import TransformExpPow2
 from openreml_nn.support.checks import found
-from openreml_nn.support.compiled import compiled
+from openreml_nn.support.compilation import compiled
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import ScaledCovariance
 from openreml_nn.terms.design import IdentityDesign

@@ -32,8 +32,10 @@ from openreml_nn.support.errors import InputError, NumericalError
 
 __all__ = ["MarginalFit", "fit_laplace"]
 
-#: A fit has converged this many standard errors from the optimum.
-CONVERGED = 1e-4
+#: Steps are taken until they are this long, in standard errors,
+_AIM = 1e-4
+#: and a fit has converged this far from the optimum, where rounding lets it come no nearer.
+CONVERGED = 1e-3
 #: Step of the differences of gradients: of coordinates, and of coefficients in standard errors.
 _STEP = 1e-4
 #: With more rows than these, differences are one-sided, over this part of a standard error.
@@ -220,15 +222,18 @@ class MarginalFit:
         period = max(4, len(self.x) - self.p)
         for step in range(1, most + 1):
             direction, norm = self._direction()
-            if norm < CONVERGED:
+            if norm < _AIM:
                 return True
+            before = self.value
             accepted = self._search(direction, norm)
             self._record(norm, accepted)
             if not accepted:
                 self.hessian = self.curvature()
                 direction, norm = self._direction()
-                if norm < CONVERGED or not self._search(direction, norm):
-                    return norm < 10 * CONVERGED
+                if norm < _AIM or not self._search(direction, norm):
+                    return norm < CONVERGED
+            elif norm < CONVERGED and before - self.value < 1e-12 * (1 + abs(before)):
+                return True
             elif step % period == 0:
                 self._refresh()
         return self._direction()[1] < CONVERGED

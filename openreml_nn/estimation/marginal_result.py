@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import nan
 from typing import TYPE_CHECKING
 
@@ -79,7 +80,7 @@ def marginal_outcome(
             fitted=fitted,
             residuals=residuals,
             history=tuple(fit.history),
-            plan=loss.plan(len(fit.X), fit.Q.shape[1]),
+            plan=replace(loss.plan, fixed_effects=fit.Q.shape[1]),
             num_params=m + sum(x.numel() for x in fit.own),
             source=Source(loss.covariance, fit.y, fit.X, None, tuple(names), labels),
             family=loss.family.name or type(loss.family).__name__,

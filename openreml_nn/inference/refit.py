@@ -72,7 +72,7 @@ def source_of(result: Result, name: str = "result") -> Source:
 
 def family_of(result: Result) -> str | None:
     """The family of the response of a generalised model; None of a linear one."""
-    return getattr(result, "family", None)
+    return result.family
 
 
 def matrix_entries(result: Result) -> dict[str, tuple[int, int, int]]:

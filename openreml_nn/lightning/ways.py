@@ -141,7 +141,9 @@ class Alternating(Way):
             mean = effect.blup.mean(0)
             before = self._means.get(name, torch.zeros_like(mean)).to(mean)
             part = self._parts.get(name, torch.ones_like(mean)).to(mean)
-            kept = mean * before > 0.95 * before**2
+            # A constant is what most networks can yield, be it slowly.
+            still = 0.999 if effect.effect_names == ("(Intercept)",) else 0.95
+            kept = mean * before > still * before**2
             part = torch.where(kept & (before != 0), part / 2, (2 * part).clamp(max=1))
             self._means[name], self._parts[name] = mean, part
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,18 +13,26 @@ from openreml_nn.covariance import Matrix
 from openreml_nn.families.family import Family
 from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.fixed import traced
+from openreml_nn.likelihood.laplace_layout import Stacked
 from openreml_nn.likelihood.laplace_mode import Mode, Rows, find_mode, recorded
 from openreml_nn.likelihood.laplace_quadrature import by_quadrature, check_quadrature
-from openreml_nn.likelihood.laplace_system import Factor, Stacked, effects_of
+from openreml_nn.likelihood.laplace_system import effects_of
+from openreml_nn.likelihood.laplace_task import (
+    Kept,
+    Task,
+    constants_of,
+    factors_of,
+    with_tensors,
+)
 from openreml_nn.likelihood.plan import Auto, Plan, check_solver
 from openreml_nn.likelihood.problem import Cost
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers import Blocked, Dense
 from openreml_nn.support.checks import check_choice, check_count, check_instance, check_tensor
 from openreml_nn.support.errors import InputError, NumericalError
-from openreml_nn.terms.covariance import DiagonalCovariance, RepeatedCovariance
+from openreml_nn.terms.covariance import DiagonalCovariance
 from openreml_nn.terms.design import IdentityDesign
-from openreml_nn.terms.kernel import private, same_content
+from openreml_nn.terms.kernel import private
 from openreml_nn.terms.term import Term
 
 __all__ = ["LaplaceEvaluation", "LaplaceLoss"]
@@ -113,7 +121,8 @@ class LaplaceLoss(nn.Module):
         self.method = method
         self.quadrature = quadrature
         self.solver = _checked(solver)
-        self._kept: _Kept | None = None
+        self._kept: Kept | None = None
+        self._size: tuple[int, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Where the last mode was can be found again; a copy need not carry it.
@@ -145,7 +154,7 @@ class LaplaceLoss(nn.Module):
         task = self._task(y, eta, X, rows)
         terms = task.terms
         inputs = [task.rows.eta, task.rows.X, y, *[t.covariance.matrix for t in terms]]
-        inputs += [*_factors(terms), *_constants(terms), *self.family.parameters()]
+        inputs += [*factors_of(terms), *constants_of(terms), *self.family.parameters()]
         recording = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
         return _Value.apply(lambda: self._evaluate(task, recording, inputs), *inputs)
 
@@ -175,17 +184,14 @@ class LaplaceLoss(nn.Module):
             errors = Term(IdentityDesign(len(mode.a)), DiagonalCovariance(1 / information))
             return LaplaceEvaluation(-value, beta, spread, mode.a, errors, tuple(random))
 
-    def plan(self, rows: int, fixed_effects: int) -> Plan:
-        """What an evaluation takes.
-
-        Args:
-            rows: number of rows.
-            fixed_effects: number of columns of X.
-        """
+    @property
+    def plan(self) -> Plan:
+        """The plan of the last call; before the first, what it would be without X."""
+        rows, p = self._size or (self.covariance.shape[0], 0)
         with torch.no_grad():
             terms = [term.detach() for term in self.covariance.terms()]
             layout = Stacked(terms, getattr(self.solver, "pair_cost", None))
-        work, entries = layout.placement.cost(fixed_effects)
+        work, entries = layout.placement.cost(p)
         work += 4.0 * rows * (layout.k + len(layout.designs)) ** 2
         steps = [f"{layout.levels} blocks of {layout.k} x {layout.k}"] if layout.levels else []
         if layout.q:
@@ -193,11 +199,11 @@ class LaplaceLoss(nn.Module):
             size = f"{by.size} x {by.size}"
             steps.append(f"{layout.q} columns: {max(by.count, 1)} groups of at most {size}")
         cost = Cost(work, 8.0 * entries, True, "in the space of the random effects", tuple(steps))
-        return Plan(self.solver, "the weights of the rows move", rows, fixed_effects, cost)
+        return Plan(self.solver, "the weights of the rows move", rows, p, cost)
 
     # ------------------------------------------------------------------ data
 
-    def _task(self, y: Tensor, eta: Tensor, X: Tensor | None, rows: Tensor | None) -> _Task:
+    def _task(self, y: Tensor, eta: Tensor, X: Tensor | None, rows: Tensor | None) -> Task:
         check_tensor("y", y, None, "real")
         check_tensor("eta", eta, ("n",), "floating")
         if traced(y, eta, *self.covariance.parameters()):
@@ -231,10 +237,11 @@ class LaplaceLoss(nn.Module):
         dtype = torch.promote_types(dtype, torch.float32)
         terms = [term.to(dtype) for term in terms]
         X = eta.new_zeros(n, 0) if X is None else X
+        self._size = (n, X.shape[1])
         data = Rows(self.family, y.detach().to(dtype), eta.to(dtype), X.to(dtype))
-        return _Task(data, terms)
+        return Task(data, terms)
 
-    def _layout(self, task: _Task) -> Stacked:
+    def _layout(self, task: Task) -> Stacked:
         """Where the effects stand; the last is taken again for the same designs."""
         forms = [term.form for term in task.terms]
         constants = [tensor for term in task.terms for tensor in term.constants]
@@ -246,12 +253,12 @@ class LaplaceLoss(nn.Module):
                 if self.quadrature > 1:
                     check_quadrature(layout, self.quadrature)
                 copies = [tensor for term in held for tensor in term.constants]
-                kept = self._kept = _Kept(forms, copies, layout)
+                kept = self._kept = Kept(forms, copies, layout)
         return kept.layout
 
     # ------------------------------------------------------------------ evaluation
 
-    def _mode(self, task: _Task) -> Mode:
+    def _mode(self, task: Task) -> Mode:
         layout = self._layout(task)
         kept = self._kept
         assert kept is not None
@@ -274,7 +281,7 @@ class LaplaceLoss(nn.Module):
         kept.beta = private(task.beta if len(task.beta) else mode.beta)
         return mode
 
-    def _profiled(self, task: _Task, plain: Rows, bordered: Mode) -> Mode:
+    def _profiled(self, task: Task, plain: Rows, bordered: Mode) -> Mode:
         """The mode at the coefficients of maximum likelihood, which the task then holds."""
         beta, S = bordered.beta, bordered.factor.fixed_covariance()
         X, start = plain.X, bordered.u
@@ -296,7 +303,7 @@ class LaplaceLoss(nn.Module):
             f"{gain**0.5:.3g} standard errors long"
         )
 
-    def _predictor_slope(self, task: _Task, mode: Mode) -> Tensor:
+    def _predictor_slope(self, task: Task, mode: Mode) -> Tensor:
         if self.quadrature == 1:
             return mode.of_predictor()
         eta = mode.rows.eta.detach().requires_grad_()
@@ -306,14 +313,14 @@ class LaplaceLoss(nn.Module):
             value = by_quadrature(mode, rows, mode.layout.designs, covariances, self.quadrature)
             return torch.autograd.grad(value, eta)[0]
 
-    def _value(self, task: _Task, mode: Mode) -> Tensor:
+    def _value(self, task: Task, mode: Mode) -> Tensor:
         if self.quadrature == 1:
             return mode.value
         covariances = [task.terms[i].detach().covariance for i in mode.layout.order]
         return by_quadrature(mode, mode.rows, mode.layout.designs, covariances, self.quadrature)
 
     def _evaluate(
-        self, task: _Task, recording: bool, inputs: Sequence[Tensor]
+        self, task: Task, recording: bool, inputs: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor | None]]:
         """The value and its derivatives by the inputs, None for those that require none."""
         data, terms = task.rows, task.terms
@@ -321,7 +328,7 @@ class LaplaceLoss(nn.Module):
             mode = self._mode(task)
             if not recording:
                 return self._value(task, mode), [None] * len(inputs)
-            constants = _constants(terms)
+            constants = constants_of(terms)
             wanted = [x.requires_grad for x in inputs]
             moves = any(t.requires_grad for t in constants)
             reml_X = data.X.requires_grad and self.method == "reml"
@@ -332,14 +339,14 @@ class LaplaceLoss(nn.Module):
             of_eta = mode.of_predictor()
             of_X = of_eta[:, None] * task.beta if len(task.beta) else None
             found: list[Tensor | None] = [of_eta, of_X, None, *mode.of_matrices()]
-            found += [None] * (len(_factors(terms)) + len(constants))
+            found += [None] * (len(factors_of(terms)) + len(constants))
             own = iter(of_family)
             found[2] = next(own) if y.requires_grad else None
             found += [next(own) if x.requires_grad else None for x in self.family.parameters()]
             return mode.value, [g if w else None for g, w in zip(found, wanted, strict=True)]
 
     def _by_recording(
-        self, task: _Task, mode: Mode, inputs: Sequence[Tensor]
+        self, task: Task, mode: Mode, inputs: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor | None]]:
         data, y = task.rows, inputs[2]
         with torch.enable_grad():
@@ -347,8 +354,8 @@ class LaplaceLoss(nn.Module):
             eta, X, own_y, *rest = leaves
             own = iter(rest)
             matrices = [next(own) for _ in task.terms]
-            factors = [next(own) for _ in _factors(task.terms)]
-            terms = _with(task.terms, matrices, iter(factors), own)
+            factors = [next(own) for _ in factors_of(task.terms)]
+            terms = with_tensors(task.terms, matrices, iter(factors), own)
             parameters = list(self.family.parameters())
             # The family's own parameters are leaves already.
             leaves[len(leaves) - len(parameters) :] = parameters
@@ -388,74 +395,6 @@ def _checked(solver: str | Solver) -> Solver:
             "'blocked' or 'dense'"
         )
     return found
-
-
-def _constants(terms: Sequence[Term]) -> list[Tensor]:
-    """What designs and kernels hold."""
-    return [t for term in terms for t in term.constants if t is not None]
-
-
-def _factors(terms: Sequence[Term]) -> list[Tensor]:
-    """The factors of covariances that are held by one."""
-    forms = (term.covariance for term in terms)
-    return [g.factor for g in forms if isinstance(g, RepeatedCovariance) and g.factor is not None]
-
-
-def _with(
-    terms: Sequence[Term],
-    matrices: Sequence[Tensor],
-    factors: Iterator[Tensor],
-    constants: Iterator[Tensor],
-) -> list[Term]:
-    """The terms with other tensors in the places of their own."""
-    found = []
-    for term, matrix in zip(terms, matrices, strict=True):
-        form = term.covariance.with_matrix(matrix)
-        if isinstance(term.covariance, RepeatedCovariance) and term.covariance.factor is not None:
-            form = RepeatedCovariance(matrix, term.covariance.levels, next(factors))
-        place = {id(t): next(constants) for t in term.constants if t is not None}
-        design = term.design.map(lambda t, place=place: place[id(t)])  # type: ignore[misc]
-        found.append(replace(term, design=design, covariance=form))
-    return found
-
-
-class _Task:
-    """The data of a call with their terms, and the coefficients of X once they are known."""
-
-    def __init__(self, rows: Rows, terms: list[Term]) -> None:
-        self.rows, self.terms = rows, terms
-        self.beta = rows.eta.detach().new_zeros(0)
-
-
-class _Kept:
-    """Where the effects of some designs stand, and where their last mode was: a start for the next."""
-
-    def __init__(self, forms: list[Any], constants: list[Tensor | None], layout: Stacked) -> None:
-        self._forms, self._constants, self.layout = forms, constants, layout
-        self.start: Tensor | None = None
-        self.beta: Tensor | None = None
-        self.factor: Factor | None = None
-
-    def factor_of(self, rows: Rows) -> Factor | None:
-        """The last factor, for data of this precision and as many columns."""
-        return self.factor if self.beta_of(rows) is not None else None
-
-    def is_of(self, forms: list[Any], constants: Sequence[Tensor | None]) -> bool:
-        """Whether other terms have the same designs."""
-        return (
-            forms == self._forms
-            and len(constants) == len(self._constants)
-            and all(map(same_content, self._constants, constants))
-        )
-
-    def start_of(self, rows: Rows) -> Tensor | None:
-        """The last mode, for data of this precision."""
-        return self.start if self.start is not None and self.start.dtype == rows.eta.dtype else None
-
-    def beta_of(self, rows: Rows) -> Tensor | None:
-        """The last coefficients, for as many columns."""
-        same = self.beta is not None and self.beta.shape[0] == rows.X.shape[1]
-        return self.beta if same and self.start_of(rows) is not None else None
 
 
 class _Value(torch.autograd.Function):

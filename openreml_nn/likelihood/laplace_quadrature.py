@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.linalg import solve_triangular
 from torch.utils.checkpoint import checkpoint
 
+from openreml_nn.likelihood.laplace_layout import Prior, Stacked
 from openreml_nn.likelihood.laplace_mode import Mode, Rows
-from openreml_nn.likelihood.laplace_system import Prior, Stacked, products_of
+from openreml_nn.likelihood.laplace_system import products_of
 from openreml_nn.likelihood.problem import cholesky
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.base import Covariance

@@ -50,9 +50,9 @@ def glmm(
     weights: str | None = None,
     residual: str | None = None,
     residual_variance: float | None = None,
-    chunk_rows: int | None = None,
     pedigree: pd.DataFrame | Pedigree | str | os.PathLike[str] | None = None,
     kernels: Mapping[str, Any] | None = None,
+    chunk_rows: int | None = None,
     max_iterations: int = 200,
 ) -> Result:
     r"""Fit a generalised linear mixed model to a table.
@@ -80,7 +80,6 @@ def glmm(
         categorical: numeric columns to be taken as factors.
         weights, residual, residual_variance, chunk_rows: of :func:`lmm`; refused here, as the
             residual belongs to the family.
-        pedigree, kernels: relations of levels that the formula names, see :func:`lmm`.
         max_iterations: after so many steps the fit stops, with a warning.
 
     Raises:

@@ -115,6 +115,19 @@ def _contrasted(called: Called, x: Node, contr: Node | None = None) -> Factor:
     return Factor(own.codes, own.levels, own.key, (contr.function, options))
 
 
+def _dummy(called: Called, x: Node, levels: Node) -> Any:
+    """Indicators of some levels, as lme4's function of this name has them."""
+    own, given = as_factor(x, called.rows), called.constant(levels)
+    chosen = [label(item) for item in (given if isinstance(given, list) else [given])]
+    if not called.state:
+        lacking = [level for level in chosen if level not in own.levels]
+        if lacking:
+            raise called.fault(f"{lacking[0]!r} is no level: expected one of {own.levels[:10]}")
+        called.state["levels"] = chosen
+    values = (own.labels()[:, None] == np.array(chosen, dtype=object)).astype(np.float64)
+    return values[:, 0] if len(chosen) == 1 else Basis(values, tuple(chosen))
+
+
 def _relevel(called: Called, x: Node, ref: Node) -> Factor:
     own, first = as_factor(x, called.rows), label(called.constant(ref))
     levels = [first, *(level for level in own.levels if level != first)]
@@ -247,7 +260,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "floor": _elementwise(np.floor), "ceiling": _elementwise(np.ceil), "sign": _elementwise(np.sign),
     "round": _round, "pmax": _extreme(np.maximum), "pmin": _extreme(np.minimum),
     "ifelse": _ifelse, "as.numeric": _as_numeric,
-    "C": _contrasted, "factor": _factor, "as.factor": _factor, "relevel": _relevel, "cut": _cut,
+    "C": _contrasted, "dummy": _dummy, "factor": _factor, "as.factor": _factor, "relevel": _relevel, "cut": _cut,
     "scale": _scale, "center": _center, "poly": _poly,
     "bs": _splines(bases.b_spline, 3), "ns": _splines(bases.natural_spline, None),
     **dict.fromkeys(bases.CONTRASTS, _contrasts),

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import pandas as pd
 
 from openreml_nn.support.errors import InputError
+from openreml_nn.table.frames import frame_of, regrouped
 from openreml_nn.table.text import (
     Dialect,
     cleaned,
@@ -160,7 +161,7 @@ class TableFile(os.PathLike[str]):
                 kinds = [joint_kind([kind_of_text(c, self._dialect)]) for c in table.columns]
                 found = self._framed(table, kinds, self._text_names())
             else:
-                found = _frame_of(self._dataset().to_table())
+                found = frame_of(self._dataset().to_table())
         if not len(found) or not len(found.columns):
             raise InputError(f"file {self._path!r} has no rows")
         return found
@@ -188,10 +189,10 @@ class TableFile(os.PathLike[str]):
                 yield from self._text_chunks(rows, [names.index(c) for c in columns], columns)
                 return
             dataset = self._dataset()
-            for batch in _regrouped(
+            for batch in regrouped(
                 dataset.to_batches(columns=list(columns), batch_size=rows), rows
             ):
-                yield _frame_of(batch)
+                yield frame_of(batch)
 
     def count(self) -> int | None:
         """The number of rows, where the file says it."""
@@ -329,7 +330,7 @@ class TableFile(os.PathLike[str]):
         with stream:
             include = [str(i) for i in positions]
             conversion = self._conversion(dict.fromkeys(include, pa.string()), include)
-            yield from _regrouped(csv.open_csv(stream, read, parse, conversion), rows)
+            yield from regrouped(csv.open_csv(stream, read, parse, conversion), rows)
 
     def _kinds(self, positions: Sequence[int]) -> list[str]:
         """The kind of each column, from all rows; remembered, as the file is read twice."""
@@ -348,7 +349,7 @@ class TableFile(os.PathLike[str]):
 
         columns = [typed(c, k, self._dialect) for c, k in zip(table.columns, kinds, strict=True)]
         keys = [str(i) for i in range(len(columns))]
-        found = _frame_of(pa.table(dict(zip(keys, columns, strict=True))))
+        found = frame_of(pa.table(dict(zip(keys, columns, strict=True))))
         found.columns = list(names)
         return found
 
@@ -357,51 +358,3 @@ def _buffer(data: Any) -> Any:
     import pyarrow as pa
 
     return pa.BufferReader(data)
-
-
-def _regrouped(batches: Any, rows: int) -> Iterator[Any]:
-    """Tables of so many rows each from batches of any number."""
-    import pyarrow as pa
-
-    kept: list[Any] = []
-    count = 0
-    for batch in batches:
-        while count + batch.num_rows >= rows:
-            take = rows - count
-            yield pa.Table.from_batches([*kept, batch.slice(0, take)])
-            batch, kept, count = batch.slice(take), [], 0
-        if batch.num_rows:
-            kept.append(batch)
-            count += batch.num_rows
-    if kept:
-        yield pa.Table.from_batches(kept)
-
-
-def _frame_of(table: Any) -> pd.DataFrame:
-    """A data frame that keeps whole numbers exact where values are missing, and decimals numbers."""
-    import pyarrow as pa
-
-    for i, column in enumerate(table.columns):
-        kind = column.type
-        if pa.types.is_decimal(kind) and (kind.scale > 0 or kind.precision <= 18):
-            target = pa.float64() if kind.scale > 0 else pa.int64()
-            field = table.schema.field(i).with_type(target)
-            table = table.set_column(i, field, column.cast(target))
-    exact = {
-        column.type
-        for column in table.columns
-        if column.null_count
-        and (pa.types.is_integer(column.type) or pa.types.is_boolean(column.type))
-    }
-    frame = table.to_pandas(
-        types_mapper=lambda kind: _NULLABLE[str(kind)] if kind in exact else None
-    )
-    frame.columns = [str(column) for column in frame.columns]
-    return frame
-
-
-_NULLABLE: dict[str, Any] = {
-    "bool": pd.BooleanDtype(),
-    **{f"int{b}": getattr(pd, f"Int{b}Dtype")() for b in (8, 16, 32, 64)},
-    **{f"uint{b}": getattr(pd, f"UInt{b}Dtype")() for b in (8, 16, 32, 64)},
-}

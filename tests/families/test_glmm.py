@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from openreml_nn import InputError, MixedModel, NumericalError, RandomEffect, glmm, lmm
+from openreml_nn.covariance import Pedigree
 from openreml_nn.datasets import sleepstudy
 from openreml_nn.families import Binomial, Family, Gaussian, NegativeBinomial, Poisson
 
@@ -175,6 +176,36 @@ def test_gaussian_fits_follow_the_units(scale):
         rtol=1e-2,
         atol=1e-2 * scale**2,
     )
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(1e-3, 0), (1e3, 0), (1, 50)])
+def test_units_of_a_slope_change_nothing(scale, shift):
+    rng = np.random.default_rng(0)
+    x, g = rng.normal(size=800), rng.integers(0, 40, 800)
+    b = rng.normal(size=(40, 2)) @ np.array([[0.7, 0.2], [0, 0.4]])
+    table = pd.DataFrame({"y": rng.poisson(np.exp(0.3 + 0.5 * x + b[g, 0] + b[g, 1] * x)), "g": g})
+    one = glmm("y ~ x + (x | g)", table.assign(x=x), family="poisson")
+    other = glmm("y ~ x + (x | g)", table.assign(x=scale * x + shift), family="poisson")
+    assert other.converged
+    assert other.log_likelihood == pytest.approx(one.log_likelihood, rel=1e-9)
+    slopes = [r.components[0].covariance[1, 1].item() for r in (one, other)]
+    assert slopes[1] * scale**2 == pytest.approx(slopes[0], rel=1e-3)
+
+
+def test_a_pedigree_and_its_matrix_are_one_model():
+    n, rng = 30, np.random.default_rng(1)
+    names = [f"a{i}" for i in range(n)]
+    parents = [(None, None)] * 10 + [(f"a{i % 5}", f"a{5 + i % 5}") for i in range(n - 10)]
+    pedigree = pd.DataFrame(parents, columns=["sire", "dam"])
+    pedigree.insert(0, "animal", names)
+    table = pd.DataFrame({"animal": names * 8, "y": rng.binomial(1, 0.4, 8 * n)})
+    one = glmm("y ~ 1 + (1 | ped(animal))", table, family="binomial", pedigree=pedigree)
+    own = Pedigree.of(names, *zip(*parents, strict=True))
+    A = torch.linalg.inv(own.inverse.to_dense())
+    K = pd.DataFrame(A.numpy(), index=own.names, columns=own.names)
+    other = glmm("y ~ 1 + (1 | vm(animal, A))", table, family="binomial", kernels={"A": K})
+    assert one.log_likelihood == pytest.approx(other.log_likelihood, rel=1e-8)
+    torch.testing.assert_close(one.fixed.estimate, other.fixed.estimate, rtol=1e-4, atol=1e-5)
 
 
 def test_a_variance_of_zero_is_said_to_be():

@@ -45,15 +45,15 @@ FAULTS = [
     Fault(
         "a residual network's variance is halved in the exponent",
         RESIDUAL,
-        'self.network(batch["x"]).reshape(n).exp()',
-        '(self.network(batch["x"]).reshape(n) / 2).exp()',
+        "self._log_variance(batch, n).exp()",
+        "(self._log_variance(batch, n) / 2).exp()",
         OF_MODEL,
     ),
     Fault(
         "a residual network yields log-deviations in the loss",
         RESIDUAL,
-        '(self.network(batch["x"]).reshape(n) / 2).exp()',
-        'self.network(batch["x"]).reshape(n).exp()',
+        "(self._log_variance(batch, n) / 2).exp()",
+        "self._log_variance(batch, n).exp()",
         OF_MODEL,
     ),
     Fault(

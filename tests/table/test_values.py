@@ -286,3 +286,14 @@ def test_a_text_column_that_is_told_to_be_a_factor_is_one():
     assert names("x", table, categorical=["x"]) == ("(Intercept)", "x2", "x?")
     assert names("x", table.astype({"x": "category"})) == ("(Intercept)", "x2", "x?")
     assert Encoder("y ~ 1 + (1 | x)").fit(table).random[0].levels == ("1", "2", "?")
+
+
+def test_dummies_are_indicators_of_levels():
+    table = pd.DataFrame({"y": np.arange(6.0), "f": list("abcabc"), "g": list("uuvvww")})
+    encoder = Encoder('y ~ 1 + (0 + dummy(f, "b") | g)')
+    assert encoder.fit(table).random[0].values[:, 0].tolist() == [0, 1, 0, 0, 1, 0]
+    assert encoder.transform(table.iloc[:1]).random[0].values.tolist() == [[0.0]]
+    both = Encoder('y ~ 0 + dummy(f, c("a", "c"))').fit(table)
+    assert both.X.tolist()[:3] == [[1, 0], [0, 0], [0, 1]]
+    with pytest.raises(InputError, match="'z' is no level: expected one of"):
+        Encoder('y ~ dummy(f, "z")').fit(table)

@@ -13,7 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import get_cython_function_address, intrinsic
 
-from openreml_nn.support.compiled import compiled
+from openreml_nn.support.compilation import compiled
 
 __all__ = ["ROUTINES", "gemm", "potrf", "potri", "symm", "trsm"]
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from openreml_nn.likelihood.system.sparse.blas import ROUTINES, gemm, potrf, potri, symm, trsm
 from openreml_nn.likelihood.system.sparse.symbolic import Symbolic
-from openreml_nn.support.compiled import compiled
+from openreml_nn.support.compilation import compiled
 from openreml_nn.support.errors import NumericalError
 
 __all__ = ["Factor"]

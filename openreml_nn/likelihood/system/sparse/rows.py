@@ -15,7 +15,7 @@ from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.problem import NotPositiveDefiniteError
 from openreml_nn.likelihood.residual import BlockResidual, Residual
 from openreml_nn.likelihood.system.sparse.equations import Equations
-from openreml_nn.support.compiled import compiled
+from openreml_nn.support.compilation import compiled
 
 __all__ = ["Rows", "RowsAt"]
 

@@ -17,7 +17,7 @@ import numpy as np
 import pymetis
 from scipy.sparse import csc_matrix
 
-from openreml_nn.support.compiled import compiled
+from openreml_nn.support.compilation import compiled
 
 __all__ = ["Symbolic", "fill_reducing"]
 
