@@ -17,10 +17,10 @@ from openreml_nn.model.random_effect import Coded, RandomEffect, coded_effects
 from openreml_nn.model.residual import structure_of
 from openreml_nn.terms.kernel import private, same_content
 
-__all__ = ["LastLikelihood", "Options", "covariance_of"]
+__all__ = ["LastLikelihood", "LikelihoodOptions", "covariance_of"]
 
 
-class Options(NamedTuple):
+class LikelihoodOptions(NamedTuple):
     """How a likelihood is computed, see :class:`MixedModel`."""
 
     method: str
@@ -64,7 +64,7 @@ class LastLikelihood:
         self,
         effects: Mapping[str, RandomEffect],
         residual: nn.Module,
-        options: Options,
+        options: LikelihoodOptions,
         batch: Batch,
         n: int,
     ) -> REMLLoss | LaplaceLoss:

@@ -23,7 +23,7 @@ from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.model.batch import Batch, check_inputs, part, rows_of, take
-from openreml_nn.model.likelihoods import LastLikelihood, Options, covariance_of
+from openreml_nn.model.likelihoods import LastLikelihood, LikelihoodOptions, covariance_of
 from openreml_nn.model.means import evaluating, gradient_in_parts, mean_of, outputs_in_parts
 from openreml_nn.model.predictor import Predictor
 from openreml_nn.model.random_effect import RandomEffect, coded_effects
@@ -230,7 +230,7 @@ class MixedModel(Predictor):
         return covariance_of(effects, self.residual, batch, coded_effects(effects, batch, n), n)
 
     def _likelihood(self, batch: Batch, n: int) -> REMLLoss | LaplaceLoss:
-        options = Options(self.method, self.solver, self.quadrature)
+        options = LikelihoodOptions(self.method, self.solver, self.quadrature)
         return self._last.of(self.effects(), self.residual, options, batch, n)
 
     @torch.no_grad()
