@@ -237,13 +237,22 @@ class MixedModel(nn.Module):
         that cuts groups is a composite likelihood.
 
         Raises:
-            ValueError: if the batch is empty, a group is missing, a code is out of range,
+            TypeError: if a part of the batch is of another kind.
+            InputError: if the batch is empty, a group is missing, a code is out of range,
                 shapes do not fit or the network yields NaN: the message says what to do.
         """
         return self.loss_of(self(batch), batch)
 
     def loss_of(self, output: Tensor, batch: Batch) -> Tensor:
-        """The same for what the network has yielded."""
+        """The loss of a batch, see :meth:`loss`, for what the network has yielded for it.
+
+        Args:
+            output: what the model yields for the batch: the mean (n,), or features (n, p).
+            batch: the rows.
+
+        Raises:
+            TypeError, InputError: as :meth:`loss`.
+        """
         if self.family is not None:
             marginal, y, eta, X = self.marginal(output, batch)
             return marginal(y, eta, X) / len(eta)
@@ -447,6 +456,10 @@ class MixedModel(nn.Module):
         Args:
             batch: the data.
             output: what the network has yielded for them, if it is known.
+
+        Raises:
+            TypeError, InputError: as :meth:`loss`.
+            NumericalError: if the covariance is not positive definite.
         """
         with evaluating(self):
             output = self(batch) if output is None else output
@@ -462,7 +475,7 @@ class MixedModel(nn.Module):
         self.remember_errors(loss.covariance, lambda: (fixed.Q, basis), len(fixed.T))
 
     def _update_marginal(self, loss: LaplaceLoss, y: Tensor, eta: Tensor, X: Tensor | None) -> None:
-        """The same with a family: modes and their conditional variances."""
+        """Take up the modes of the random effects by a family, and their conditional variances."""
         found = loss.evaluate(y, eta, X)
         p = 0 if X is None else X.shape[1]
         fixed = Coefficients(found.coefficients, found.coefficient_covariance, tuple(range(p)))
@@ -562,8 +575,9 @@ class MixedModel(nn.Module):
         residual of a new observation is independent of those of the data; its variance is divided
         by the row's weight where the batch has weights. Before :meth:`update` the variance is that
         of the priors. With a family all is on the scale of the response: means are expectations over the
-        random effects, given the data or, of the population, without them. Where x is a model matrix, of a mean without parameters, the mean is NaN for a
-        row whose expectation the data do not say.
+        random effects, given the data or, of the population, without them. Where x is a model
+        matrix, of a mean without parameters, the mean is NaN for a row whose expectation the data
+        do not say.
 
         Raises:
             TypeError, InputError: as in :meth:`loss`, or before :meth:`update` with head ``"gls"``.

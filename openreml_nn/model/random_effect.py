@@ -125,7 +125,7 @@ class RandomEffect(nn.Module):
         return self.basis @ self.prior_in_basis() @ self.basis.mT
 
     def prior_in_basis(self) -> Tensor:
-        """The same of the effects in their basis."""
+        """Covariance (k, k) of the effects of a level that was not seen, in their basis; see :meth:`prior`."""
         return prior_of(lowered(self.g), self.levels, self.effects)
 
     def known(self) -> tuple[Tensor, Tensor]:
