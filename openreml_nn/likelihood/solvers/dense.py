@@ -281,10 +281,16 @@ def _score(term: Term, S: Tensor) -> Tensor:
     """A cotangent of V, (n, n), as one of the entries of G."""
     z, g = term.design, term.covariance
     if isinstance(z, IndexedDesign) and isinstance(g, RepeatedCovariance) and z.levels > len(S):
-        # A few rows of many levels: those that they have not would be blocks of zeros.
-        codes = z.codes.unique(return_inverse=True)[1]
-        levels = int(codes.max()) + 1
+        # A few rows of many levels: those that they have not would be blocks of zeros. Levels that
+        # share a block of G, as the cells of a level do, stay together.
+        k = len(g.matrix)
+        if k % z.effects and z.effects % k:
+            return g.fold(within(term, S))
+        together = max(k // z.effects, 1)
+        block = (z.codes // together).unique(return_inverse=True)[1]
+        levels = (int(block.max()) + 1) * together
+        codes = block * together + z.codes % together
         z = IndexedDesign(codes, z.values, levels, absent=False)
-        g = RepeatedCovariance(g.matrix, levels * z.effects // len(g.matrix))
+        g = RepeatedCovariance(g.matrix, levels * z.effects // k)
         term = replace(term, design=z, covariance=g)
     return g.fold(within(term, S))
