@@ -75,7 +75,7 @@ class MixedModule(Evaluated):
         optimizer: of the network: a config such as ``{"_target_": "torch.optim.Adam", "lr":
             0.01}``, or a function from parameters to an optimizer; Adam by default. Without a
             network it is the covariance's, by default AI-REML, a step an epoch.
-        training: see above; by default ``"alternating"`` for head ``"ml"``, ``"full"`` for
+        training: see above, or a :class:`Way`; by default ``"alternating"`` for head ``"ml"``, ``"full"`` for
             ``"gls"``.
         network: with a formula: config of the network, or the network, that takes the columns of
             its fixed part, standardised, and yields features; see :class:`torch.nn.LazyLinear` for
