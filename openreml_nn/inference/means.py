@@ -52,7 +52,7 @@ class MarginalMeans:
                 ``"bonferroni"`` or ``"none"``. Intervals are not adjusted.
 
         Raises:
-            ValueError: if ``adjust`` is unknown.
+            InputError: if ``adjust`` is unknown.
         """
         check_choice("adjust", adjust, ADJUSTMENTS)
         names = self.table["name"].tolist()
@@ -91,7 +91,7 @@ def emmeans(
         ddf, level: as in :func:`coefficients`.
 
     Raises:
-        ValueError: if the fit has no formula, or a name is not that of a factor or column.
+        InputError: if the fit has no formula, or a name is not that of a factor or column.
         TypeError: if an argument is of another kind.
 
     Reference:

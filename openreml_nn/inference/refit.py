@@ -50,7 +50,7 @@ def check_level(level: object) -> float:
 
     Raises:
         TypeError: if it is no number.
-        ValueError: if it is not between 0 and 1.
+        InputError: if it is not between 0 and 1.
     """
     return check_number("level", level, above=0, below=1)
 

@@ -50,7 +50,7 @@ class RandomEffect(nn.Module):
         effects: k, how many effects each level has, or their names.
         features: a module that yields the effects' values (n, k) from ``x``: random
             slopes in learned features.
-        basis: B (k, k), for effects that are better conditioned as those of :math:`z^\\top B` than as
+        basis: B (k, k), for effects that are better conditioned as those of :math:`z^\top B` than as
             those of the values z; then ``g``, ``blup`` and ``variance`` are of these.
 
     Attributes:

@@ -19,7 +19,7 @@ from openreml_nn.support.checks import check_instance, check_tensor
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
 
-__all__ = ["ResidualStructure", "divided", "of_cells", "structure_of", "weighted"]
+__all__ = ["ResidualStructure", "divided", "of_cells", "structure_of", "with_weights"]
 
 
 class ResidualStructure:
@@ -69,7 +69,7 @@ class _OneVariance(ResidualStructure):
             if type(one) is ScalarMatrix
             else KroneckerProduct(rows=IdentityMatrix(n), residual=one)
         )
-        return {"residual": weighted(rows, batch, n)}
+        return {"residual": with_weights(rows, batch, n)}
 
     def variances(self, batch: Batch, n: int) -> Tensor:
         return divided(self.matrix().reshape(1).expand(n), batch, n)
@@ -143,7 +143,7 @@ class _ByNetwork(ResidualStructure):
         return found.reshape(n)
 
 
-def weighted(rows: Matrix, batch: Batch, n: int) -> Matrix:
+def with_weights(rows: Matrix, batch: Batch, n: int) -> Matrix:
     r"""The covariance :math:`W^{-1/2} R W^{-1/2}` of n rows with the batch's weights, R without any."""
     weights = row_values(batch, "weights", n, positive=True)
     if weights is None:

@@ -24,7 +24,7 @@ from openreml_nn.model.residual import (
     divided,
     of_cells,
     structure_of,
-    weighted,
+    with_weights,
 )
 from openreml_nn.support.checks import check_tensor
 from openreml_nn.support.errors import InputError
@@ -105,7 +105,7 @@ class ByCovariate(nn.Module, ResidualStructure):
         return self.function.at(covariate)
 
     def operands(self, batch: Batch, n: int) -> dict[str, Matrix]:
-        return {"residual": weighted(self._at(batch, n), batch, n)}
+        return {"residual": with_weights(self._at(batch, n), batch, n)}
 
     def variances(self, batch: Batch, n: int) -> Tensor:
         return divided(self._at(batch, n)().diagonal(), batch, n)
