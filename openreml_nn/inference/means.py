@@ -115,7 +115,10 @@ def emmeans(
     used, levels = encoder.fixed.columns, encoder.fixed_levels
     unknown = [name for name in wanted if name not in levels]
     if unknown or not wanted or len(set(wanted)) < len(wanted):
-        raise InputError(f"`factors` are {wanted}: expected some of {list(levels)}, each once")
+        known = (
+            f"some of {list(levels)}, each once" if levels else "a fit with a factor in its formula"
+        )
+        raise InputError(f"`factors` are {wanted}: expected {known}")
     numeric = {name: source.means[name] for name in used if name not in levels}
     if at is not None:
         check_mapping("at", at)
