@@ -61,7 +61,7 @@ class Matrix(Intermediates, Parametrized):
 
     Raises:
         TypeError: if ``shape`` or ``param_specs`` has the wrong type.
-        ValueError: if a size is not positive, a name is not allowed or a
+        InputError: if a size is not positive, a name is not allowed or a
             default is not of shape (1,).
     """
 
@@ -95,7 +95,7 @@ class Matrix(Intermediates, Parametrized):
 
         Raises:
             TypeError: if ``free_params`` is neither a tensor nor a dict.
-            ValueError: if it has the wrong number of dimensions, length or names.
+            InputError: if it has the wrong number of dimensions, length or names.
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement forward")
 

@@ -46,7 +46,7 @@ class Operator(Matrix):
     through the tree is written here once.
 
     Raises:
-        ValueError: if positional and keyword operands are mixed, their number
+        InputError: if positional and keyword operands are mixed, their number
             or shapes do not fit, or a name is empty or holds ``/`` or ``.``.
         TypeError: if an operand is neither a Matrix nor a tensor, none is
             a Matrix, or ``combine`` does not take one value for each operand.
@@ -152,7 +152,7 @@ class Operator(Matrix):
     # ------------------------------------------------------------------ to be implemented
 
     def infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-        """Shape of the result; raises ValueError where the operands do not fit."""
+        """Shape of the result; raises InputError where the operands do not fit."""
         raise NotImplementedError
 
     def combine(self, *values: Tensor) -> Tensor:

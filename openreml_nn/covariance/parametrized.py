@@ -161,7 +161,7 @@ class Parametrized(Named):
             out_format: ``"tensor"`` or ``"dict"`` (name to tensor of shape (1,)).
 
         Raises:
-            ValueError: if ``out_format`` is something else, or as in calling the matrix.
+            InputError: if ``out_format`` is something else, or as in calling the matrix.
         """
         if not isinstance(out_format, str) or out_format not in ("tensor", "dict"):
             raise InputError(f"`out_format` is {found(out_format)}: expected 'tensor' or 'dict'")

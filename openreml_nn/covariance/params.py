@@ -59,7 +59,7 @@ def merge_specs(
 
     Raises:
         TypeError: if they are not a dict.
-        ValueError: if only some of the names are known.
+        InputError: if only some of the names are known.
     """
     if given is None:
         return dict(default)

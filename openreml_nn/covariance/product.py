@@ -32,7 +32,7 @@ class Product(Operator):
         Operands (n₀, n₁), (n₁, n₂), …; output (n₀, last).
 
     Raises:
-        ValueError: if neighbours do not fit.
+        InputError: if neighbours do not fit.
 
     >>> from openreml_nn.covariance import LowerTriangularMatrix
     >>> V = Product(LowerTriangularMatrix(2, 2), torch.eye(2))
@@ -84,7 +84,7 @@ class HadamardProduct(Operator):
         Operands and output: (n, m).
 
     Raises:
-        ValueError: if the shapes differ.
+        InputError: if the shapes differ.
 
     >>> from openreml_nn.covariance import EqualEntryMatrix
     >>> HadamardProduct(EqualEntryMatrix(2), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))(
@@ -182,7 +182,7 @@ class Gram(Operator):
         Operand (n, m); output (m, m) for ``"xtx"``, (n, n) for ``"xxt"``.
 
     Raises:
-        ValueError: if ``gram_type`` is something else.
+        InputError: if ``gram_type`` is something else.
 
     >>> from openreml_nn.covariance import LowerTriangularMatrix
     >>> Gram(LowerTriangularMatrix(2, 2), gram_type="xxt")(torch.tensor([1.0, 2.0, 3.0]))
@@ -235,7 +235,7 @@ class Inverse(Operator):
         Operand and output: (n, n).
 
     Raises:
-        ValueError: if the operand is not square; by calling it, if it is not
+        InputError: if the operand is not square; by calling it, if it is not
             symmetric and positive definite. On an accelerator, and while tracing, the
             result is NaN instead, so that no evaluation waits for the device.
 

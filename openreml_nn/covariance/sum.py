@@ -26,7 +26,7 @@ class Sum(Operator):
         Operands and output: (n, m).
 
     Raises:
-        ValueError: if the shapes differ (nothing is broadcast).
+        InputError: if the shapes differ (nothing is broadcast).
 
     >>> from openreml_nn.covariance import IdentityMatrix, ScalarMatrix
     >>> V = Sum(group=ScalarMatrix(2), residual=IdentityMatrix(2))

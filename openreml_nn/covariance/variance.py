@@ -40,7 +40,7 @@ class VarianceFunction(Matrix):
         Output: (n, n).
 
     Raises:
-        ValueError: if ``kind`` is another word, or a value is not finite or, for a power, zero.
+        InputError: if ``kind`` is another word, or a value is not finite or, for a power, zero.
 
     Reference:
         Pinheiro and Bates, Mixed-Effects Models in S and S-PLUS (2000), section 5.2.1.

@@ -159,7 +159,7 @@ def fit_reml(
         InputError: if a random effect is confounded with the residual, or the fixed effects
             fit the response exactly.
         NotPositiveDefiniteError: if V is not positive definite at the start (a ValueError).
-        TypeError, ValueError: if the data do not fit, or an option is unknown.
+        TypeError, InputError: if the data do not fit, or an option is unknown.
 
     >>> from openreml_nn.covariance import *
     >>> batch = DummyMatrix(["a", "a", "b", "b", "c", "c"])

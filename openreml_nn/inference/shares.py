@@ -32,7 +32,7 @@ def r2(result: Result) -> R2:
     r"""Marginal and conditional :math:`R^2` of a fit, random slopes included.
 
     Raises:
-        ValueError: if the rows were streamed.
+        InputError: if the rows were streamed.
 
     Reference:
         Nakagawa and Schielzeth, Methods in Ecology and Evolution 4 (2013) 133, eqs. 26 and 30;
@@ -67,7 +67,7 @@ def variance_shares(result: Result) -> pd.DataFrame:
         group, variance, share, std_error; the residual last.
 
     Raises:
-        ValueError: if the rows were streamed.
+        InputError: if the rows were streamed.
 
     Reference:
         Lynch and Walsh, Genetics and Analysis of Quantitative Traits (1998), appendix 1.

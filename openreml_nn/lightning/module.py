@@ -75,17 +75,19 @@ class MixedModule(Evaluated):
         optimizer: of the network: a config such as ``{"_target_": "torch.optim.Adam", "lr":
             0.01}``, or a function from parameters to an optimizer; Adam by default. Without a
             network it is the covariance's, by default AI-REML, a step an epoch.
-        training: see above; by default ``"alternating"`` for head ``"ml"``, ``"full"`` for
+        training: see above, or a :class:`Way`; by default ``"alternating"`` for head ``"ml"``, ``"full"`` for
             ``"gls"``.
         network: with a formula: config of the network, or the network, that takes the columns of
             its fixed part, standardised, and yields features; see :class:`torch.nn.LazyLinear` for
             their number. Without one the mean is linear.
         head: with a network: ``"ml"`` adds a linear layer that makes the mean of the features,
             ``"gls"`` takes them, and a constant, as X. A linear mean is of head ``"gls"``.
-        residual, weights: with a formula: structure of the residuals and column of weights, as in
-            :func:`lmm`; or a network, as before, for the log-variance of the residual, or a matrix.
+        residual: with a formula: structure of the residuals, as in :func:`lmm`; or a network, or its
+            config, whose features of the fixed part's columns make the log-variance of each row; or
+            a matrix, see :class:`MixedModel`.
+        weights: with a formula: column of weights, as in :func:`lmm`.
         kernels: with a formula: for a grouping factor the config of a covariance between its
-            levels by their distance, such as ``{"plot": {"_target_":
+            levels by their distance (the known matrices of :func:`lmm` are said to the data module), such as ``{"plot": {"_target_":
             "openreml_nn.covariance.MaternMatrix", "columns": ["east", "north"]}}``, with the
             columns that hold a level's place.
         categorical: with a formula: numeric columns to be taken as factors.

@@ -189,7 +189,8 @@ class TableModel:
         fitted = result.model.predict(
             move_data_to_device(encoded.batch(), result.model.beta.device)
         )
-        y = fitted.mean.new_tensor(encoded.y)
+        assert encoded.y is not None
+        y = encoded.y.to(fitted.mean)
         if source is not None:
             cells = self.encoder.cells(data.table.iloc[encoded.rows])
             source = replace(source, means=self.encoder.learned.means, cells=cells)

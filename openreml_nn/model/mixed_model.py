@@ -132,13 +132,13 @@ class MixedModel(Predictor):
         that cuts groups is a composite likelihood.
 
         Raises:
-            ValueError: if the batch is empty, a group is missing, a code is out of range,
+            TypeError, InputError: if the batch is empty, a group is missing, a code is out of range,
                 shapes do not fit or the network yields NaN: the message says what to do.
         """
         return self.loss_of(self(batch), batch)
 
     def loss_of(self, output: Tensor, batch: Batch) -> Tensor:
-        """The same for what the network has yielded."""
+        """The loss of a batch, see :meth:`loss`, for what the network has yielded for it."""
         if self.family is not None:
             marginal, y, eta, X = self.marginal(output, batch)
             return marginal(y, eta, X) / len(eta)
@@ -237,12 +237,14 @@ class MixedModel(Predictor):
     def update(self, batch: Batch, output: Tensor | None = None) -> None:
         """Compute BLUPs and their variances from all rows at the present parameters.
 
-        They are stored in buffers and travel with the checkpoint. With head ``"gls"`` so
-        do the coefficients.
+        They are stored in buffers and travel with the checkpoint, with ``"gls"`` coefficients too.
 
         Args:
             batch: the data.
             output: what the network has yielded for them, if it is known.
+
+        Raises:
+            TypeError, InputError, NumericalError: as :meth:`loss`.
         """
         with evaluating(self):
             output = self(batch) if output is None else output

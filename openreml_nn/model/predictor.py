@@ -182,9 +182,9 @@ class Predictor(nn.Module):
         effects and coefficients. With more, a warning says that it takes them as independent. The
         residual of a new observation is independent of those of the data; its variance is divided
         by the row's weight where the batch has weights. Before :meth:`update` the variance is that
-        of the priors. With a family all is on the scale of the response: means are expectations over the
-        random effects, given the data or, of the population, without them. Where x is a model matrix, of a mean without parameters, the mean is NaN for a
-        row whose expectation the data do not say.
+        of the priors. With a family all is on the scale of the response: means are expectations
+        over the random effects, given the data or, of the population, without them. Of a mean
+        without parameters a row has NaN where the data do not say its expectation.
 
         Raises:
             TypeError, InputError: as in :meth:`loss`, or before :meth:`update` with head ``"gls"``.

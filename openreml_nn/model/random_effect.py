@@ -53,7 +53,7 @@ class RandomEffect(nn.Module):
         effects: k, how many effects each level has, or their names.
         features: a module that yields the effects' values (n, k) from ``x``: random
             slopes in learned features.
-        basis: B (k, k), for effects that are better conditioned as those of :math:`z^\\top B` than as
+        basis: B (k, k), for effects that are better conditioned as those of :math:`z^\top B` than as
             those of the values z; then ``g``, ``blup`` and ``variance`` are of these.
 
     Attributes:
@@ -128,7 +128,7 @@ class RandomEffect(nn.Module):
         return self.basis @ self.prior_in_basis() @ self.basis.mT
 
     def prior_in_basis(self) -> Tensor:
-        """The same of the effects in their basis."""
+        """Covariance (k, k) of the effects of a level that was not seen, in their basis; see :meth:`prior`."""
         return prior_of(lowered(self.g), self.levels, self.effects)
 
     def known(self) -> tuple[Tensor, Tensor]:

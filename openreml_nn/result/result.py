@@ -361,7 +361,10 @@ class Result:
             Henderson, Biometrics 31 (1975) 423.
         """
         if self.encoder is None or self.model is None:
-            raise InputError("`result` has no formula: predictions are for fits by lmm()")
+            raise InputError(
+                "`result` has no formula, so that a table says nothing to it: expected a fit of a "
+                "formula; a model without one predicts by MixedModel.predict(batch)"
+            )
         return predict_table(self.encoder, self.model, table, level)
 
     def summary(self, title: str | None = None) -> str:
