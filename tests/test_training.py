@@ -100,6 +100,16 @@ class Keyed(Dataset):
         return X[i], Y[i], torch.stack([G[i], G[i] % 3])
 
 
+class Empty(IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
+class NoRows(IterableDataset):
+    def __iter__(self):
+        return iter([(X[:0], Y[:0], G[:0])])
+
+
 # ---------------------------------------------------------------------- loaders
 
 
@@ -162,6 +172,15 @@ def test_every_epoch_reads_the_loader_anew():
     found = MixedModule(MixedModel(Net(2, 1), {"g": RandomEffect(Q)}), ADAM)
     fit(DataLoader(Augmented(), 20), found=found, epochs=5)
     assert len(seen) > 290
+
+
+@pytest.mark.parametrize("head", ["ml", "gls"])
+@pytest.mark.parametrize("data", [[], Empty(), NoRows()], ids=["empty", "stream", "no rows"])
+def test_a_fit_without_rows_is_refused(data, head):
+    mean = nn.Identity() if head == "gls" else nn.Linear(2, 1)
+    found = MixedModule(MixedModel(mean, {"g": RandomEffect(Q)}, head=head))
+    with pytest.raises(InputError, match=r"the training loader yielded no rows|the batch is empty"):
+        fit(DataLoader(data, batch_size=None if isinstance(data, NoRows) else 4), found=found)
 
 
 @pytest.mark.parametrize(
