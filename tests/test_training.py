@@ -559,6 +559,13 @@ def test_every_checkpoint_predicts(tmp_path, way):
     torch.testing.assert_close(kept.model.predict(WHOLE).mean, found.model.predict(WHOLE).mean)
 
 
+def test_a_checkpoint_from_within_an_epoch_is_not_resumed(tmp_path):
+    saved = ModelCheckpoint(tmp_path, "within", every_n_train_steps=2)
+    quiet(1, callbacks=[saved], enable_checkpointing=True).fit(module(), tuples())
+    with pytest.raises(InputError, match="the checkpoint was saved within an epoch"):
+        quiet(2).fit(module(), tuples(), ckpt_path=saved.best_model_path, weights_only=True)
+
+
 def test_a_run_that_had_ended_has_its_result_when_resumed(tmp_path):
     trainer, found = fit()
     trainer.save_checkpoint(tmp_path / "m.ckpt")

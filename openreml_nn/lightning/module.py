@@ -274,6 +274,11 @@ class MixedModule(Evaluated):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """The loss of a batch by the way of training."""
+        if self._known.rows is None:
+            raise InputError(
+                "the checkpoint was saved within an epoch, and does not hold the rows that it had "
+                "met: resume from one of an epoch's end"
+            )
         with blamed("training", batch_idx):
             batch = as_batch(batch, list(self.model.effects()))
             if self.way.needs_all_rows and not self._checked:
