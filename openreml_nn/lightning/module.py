@@ -288,8 +288,11 @@ class MixedModule(Evaluated):
                 loss, output = self.way.loss(self.model, batch)
             self._met = batch, output.detach()
         count = total(len(output), output.device)
-        shown = {"prog_bar": True, "on_step": False, "on_epoch": True, "sync_dist": True}
-        self.log("train_loss", loss.detach(), batch_size=count, **shown)  # type: ignore[arg-type]
+        # Reduced here and not when it is shown: a progress bar, which only the first process has,
+        # would wait for the others.
+        mean = self.trainer.strategy.reduce(loss.detach(), reduce_op="mean")
+        shown = {"prog_bar": True, "on_step": False, "on_epoch": True}
+        self.log("train_loss", mean, batch_size=count, **shown)  # type: ignore[arg-type]
         if self.automatic_optimization:
             return loss
         self._keep(batch_idx)

@@ -78,7 +78,6 @@ def glmm(
             Laplace's approximation.
         solver: see :class:`LaplaceLoss`.
         categorical: numeric columns to be taken as factors.
-        pedigree, kernels: relations of levels that the formula names, see :func:`lmm`.
         weights, residual, residual_variance, chunk_rows: of :func:`lmm`; refused here, as the
             residual belongs to the family.
         max_iterations: after so many steps the fit stops, with a warning.

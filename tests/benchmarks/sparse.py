@@ -49,7 +49,7 @@ class Row:
     Attributes:
         name: which.
         pedigree: seconds for the inverse of the relationship matrix, 0 where there is none.
-        evaluation: seconds of one factorisation with its selected inverse.
+        evaluation: seconds of one factorisation with its selected inverse, 0 where not measured.
         fit: seconds of a whole fit.
         steps: of the fit.
         solver: the fit's.
@@ -156,7 +156,7 @@ def of_table(name: str) -> Row:
         start = time.process_time()
         result = lmm(case.formula, path, categorical=case.factors)
         fit = time.process_time() - start
-        return _row(name, 0.0, float("nan"), fit, result)
+        return _row(name, 0.0, 0.0, fit, result)
 
 
 def _evaluation(V: Sum, y: torch.Tensor, X: torch.Tensor) -> float:

@@ -29,6 +29,7 @@ from openreml_nn.covariance import (
     weighted,
     within,
 )
+from openreml_nn.likelihood import restricted_log_likelihood
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import DenseCovariance, KroneckerCovariance
 from tests.likelihood.test_krylov import EVERY_SIGN
@@ -226,3 +227,23 @@ def test_a_fit_with_the_random_part_held_finds_the_residual():
         assert result.converged
         found.append((result.log_likelihood, result.residual_variance))
     assert found[0] == pytest.approx(found[1], rel=1e-7)
+
+
+def test_the_dense_score_of_a_few_cells_of_many_levels():
+    # Cells of a level share a block of G: rows of one are not rows of another.
+    codes = torch.tensor([0, 1, 5, 6, 9])  # 10 levels of 2 occasions, a column for each cell
+    V = Sum(
+        cells=CovariancePropagation(
+            DummyMatrix.from_codes(codes, 20),
+            KroneckerProduct(IdentityMatrix(10), UnstructuredMatrix(2)),
+        ),
+        residual=ScalarMatrix(5),
+    ).double()
+    with torch.no_grad():
+        for i, parameter in enumerate(V.parameters()):
+            parameter.fill_(0.3 * i - 0.4)
+    y, X = torch.tensor([1.0, 3.0, 2.0, 5.0, 4.0]).double(), torch.ones(5, 1).double()
+    parameters = list(V.parameters())
+    found = torch.autograd.grad(REMLLoss(V, solver="dense", reduction="sum")(y, X), parameters)
+    expected = torch.autograd.grad(-restricted_log_likelihood(y, X, V()), parameters)
+    torch.testing.assert_close(torch.cat(found), torch.cat(expected), rtol=1e-10, atol=1e-12)

@@ -281,11 +281,16 @@ def _score(term: Term, S: Tensor) -> Tensor:
     """A cotangent of V, (n, n), as one of the entries of G."""
     z, g = term.design, term.covariance
     if isinstance(z, IndexedDesign) and isinstance(g, RepeatedCovariance) and z.levels > len(S):
-        # A few rows of many levels: the blocks of G that have none would be blocks of zeros.
-        size = max(1, len(g.matrix) // z.effects)  # levels of a block
-        blocks = (z.codes // size).unique(return_inverse=True)[1]
-        levels = (int(blocks.max()) + 1) * size
-        z = IndexedDesign(blocks * size + z.codes % size, z.values, levels, absent=False)
-        g = RepeatedCovariance(g.matrix, levels * z.effects // len(g.matrix))
+        # A few rows of many levels: those that they have not would be blocks of zeros. Levels that
+        # share a block of G, as the cells of a level do, stay together.
+        k = len(g.matrix)
+        if k % z.effects and z.effects % k:
+            return g.fold(within(term, S))
+        together = max(k // z.effects, 1)
+        block = (z.codes // together).unique(return_inverse=True)[1]
+        levels = (int(block.max()) + 1) * together
+        codes = block * together + z.codes % together
+        z = IndexedDesign(codes, z.values, levels, absent=False)
+        g = RepeatedCovariance(g.matrix, levels * z.effects // k)
         term = replace(term, design=z, covariance=g)
     return g.fold(within(term, S))
