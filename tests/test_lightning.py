@@ -183,3 +183,17 @@ def test_a_fit_made_elsewhere_is_served_by_a_checkpoint(tmp_path, name):
     trainer.save_checkpoint(tmp_path / "m.ckpt")
     loaded = MixedModule.load_from_checkpoint(tmp_path / "m.ckpt", weights_only=True)
     pd.testing.assert_frame_equal(loaded.predict(table), result.predict(table))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"gradient_clip_val": 0.5}, {"gradient_clip_val": 1.0}, {"accumulate_grad_batches": 2}],
+)
+def test_options_of_gradients_are_refused_without_any(tmp_path, options):
+    (name, value), *_ = options.items()
+    data = MixedModelDataModule(datasets.sleepstudy(), FORMULA)
+    run = Trainer(
+        max_epochs=1, logger=False, default_root_dir=tmp_path, accelerator="cpu", **options
+    )
+    with pytest.raises(InputError, match=rf"Trainer\({name}={value}\) has no effect"):
+        run.fit(MixedModule(FORMULA), data)

@@ -82,7 +82,9 @@ def marginal_outcome(
             history=tuple(fit.history),
             plan=replace(loss.plan, fixed_effects=fit.Q.shape[1]),
             num_params=m + sum(x.numel() for x in fit.own),
-            source=Source(loss.covariance, fit.y, fit.X, None, tuple(names), labels),
+            source=Source(
+                loss.covariance, fit.y, fit.X, None, tuple(names), labels, offset=fit.offset
+            ),
             family=loss.family.name or type(loss.family).__name__,
             link=loss.family.link,
             quadrature=loss.quadrature,

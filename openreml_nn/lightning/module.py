@@ -276,6 +276,11 @@ class MixedModule(Evaluated):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """The loss of a batch by the way of training."""
+        if self._known.rows is None:
+            raise InputError(
+                "the checkpoint was saved within an epoch, and does not hold the rows that it had "
+                "met: resume from one of an epoch's end"
+            )
         with blamed("training", batch_idx):
             batch = as_batch(batch, list(self.model.effects()))
             if self.way.needs_all_rows and not self._checked:
@@ -320,7 +325,7 @@ class MixedModule(Evaluated):
     def on_train_epoch_end(self) -> None:
         """Move the covariance by the sums of the epoch; in the last one end the fit, so that its
         checkpoint is that of the end."""
-        if self.has_network:
+        if self.has_network or not self.history:
             self._known.step()
         record = self.history[-1]
         shown = {"log_likelihood": record.log_likelihood, **record.parameters}
@@ -338,7 +343,13 @@ class MixedModule(Evaluated):
         self._known.finish(_LAST_STEPS, self._conclude)
 
     def on_fit_end(self) -> None:
-        """The result of a run that had ended before it was resumed."""
+        """The result of a run that had ended before it was resumed.
+
+        Raises:
+            InputError: if there was no batch to train with.
+        """
+        if self.trainer.num_training_batches == 0:
+            raise InputError("the training loader yielded no rows: expected some")
         if self._estimates is None and self.trainer.ckpt_path is not None:
             self._estimates = Estimates(self.trainer, self.model, self.way, self.has_network)
             self._known.finish(0, self._conclude)

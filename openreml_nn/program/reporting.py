@@ -24,7 +24,10 @@ from openreml_nn.support.errors import InputError, NumericalError
 __all__ = ["Stopped", "configured", "costs_nothing", "one_line", "reported", "shown", "stoppable"]
 
 #: What the disk or the user's rights can do to a run; all else is a fault of ours.
-_DISK = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR}
+_DISK = {
+    errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT,
+    errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG,
+}  # fmt: skip
 #: Lightning's loggers of what only it can act on.
 _TALKATIVE = (
     "lightning.pytorch.utilities.rank_zero",

@@ -21,7 +21,7 @@ from openreml_nn.likelihood.plan import Plan
 from openreml_nn.result.prediction import predict_table
 from openreml_nn.support.checks import check_instance
 from openreml_nn.support.errors import InputError
-from openreml_nn.support.files import write_text
+from openreml_nn.support.files import check_writable, write_text
 
 __all__ = ["Component", "Estimate", "FixedEffects", "Label", "Record", "Result", "Start"]
 
@@ -216,6 +216,8 @@ class Source:
         means: means of the table's numeric columns.
         cells: the combinations of levels of the factors of X that the rows have, a data frame;
             None without a formula.
+        offset: (n,) known part of the linear predictor of a response that is not Gaussian, from
+            which it cannot be taken; None if there is none.
     """
 
     covariance: Matrix
@@ -226,6 +228,7 @@ class Source:
     labels: Mapping[str, Label]
     means: Mapping[str, float] = field(default_factory=dict)
     cells: Any = None
+    offset: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -379,8 +382,13 @@ class Result:
         return summarise(self, title)
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write :meth:`to_dict` to a JSON file, whole or not at all."""
+        """Write :meth:`to_dict` to a JSON file, whole or not at all.
+
+        Raises:
+            InputError: if there can be no file of that name.
+        """
         check_instance("path", path, (str, os.PathLike), "a path")
+        check_writable("path", path)
         write_text(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
 
     def to_dict(self) -> dict[str, Any]:

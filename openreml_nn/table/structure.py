@@ -113,6 +113,9 @@ class ResidualPart:
     variance: tuple[str, str] | None = None
     nugget: bool = False
 
+    def __str__(self) -> str:
+        return f"{self.text} + units" if self.nugget else self.text
+
     @property
     def columns(self) -> list[str]:
         """The columns that it uses."""
