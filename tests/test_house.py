@@ -31,7 +31,7 @@ LONG_CLASSES = {
     "covariance/operator.py: Operator": "the contract of an operator, most of it documentation",
     "covariance/tree.py: Tree": "values and derivatives go through one order of nodes",
     "estimation/outcome.py: _Builder": "every part of a result, from one evaluation",
-    "estimation/marginal.py: MarginalFit": "one Newton iteration with what it keeps",
+    "estimation/marginal_steps.py: MarginalFit": "one Newton iteration with what it keeps",
     "lightning/module.py: MixedModule": "Lightning's hooks, one by one",
     "likelihood/laplace.py: LaplaceLoss": "to be parted",
     "likelihood/loss.py: REMLLoss": "the contract of the loss, most of it documentation",
