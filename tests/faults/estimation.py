@@ -10,7 +10,7 @@ JOINT = "tests/inference -k joint"
 MEANS = f"{INFERENCE} openreml_nn/inference/means.py -k means"
 
 AIREML = "openreml_nn/estimation/aireml.py"
-RESULT = "openreml_nn/result/result.py"
+RESULT = "openreml_nn/result/values.py"
 OUTCOME = "openreml_nn/estimation/outcome.py"
 DEGREES = "openreml_nn/inference/degrees.py"
 RATIO = "openreml_nn/inference/likelihood_ratio.py"
