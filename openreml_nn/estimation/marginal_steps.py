@@ -19,7 +19,7 @@ from openreml_nn.likelihood.loss import Objective
 from openreml_nn.result import Record
 from openreml_nn.support.errors import InputError, NumericalError
 
-__all__ = ["CONVERGED", "MarginalFit"]
+__all__ = ["MarginalFit"]
 
 #: Steps are taken until they are this long, in standard errors,
 _AIM = 1e-4
