@@ -18,11 +18,9 @@ PACKAGE = Path(__file__).parents[1] / "openreml_nn"
 
 #: Files of more than 400 lines, and why.
 LONG_FILES = {
-    "estimation/aireml.py": "direction, safeguard and stopping rule are to be parted",
     "likelihood/laplace.py": "the loss and what it prepares are to be parted",
     "likelihood/laplace_system.py": "the system and its products are to be parted",
     "lightning/module.py": "Lightning's hooks, one by one",
-    "model/mixed_model.py": "the model, its random effects and predictions are to be parted",
     "table/encoder.py": "what was learned and its use are to be parted",
 }
 #: Classes of more than 200 lines, and why.
@@ -36,7 +34,6 @@ LONG_CLASSES = {
     "likelihood/laplace.py: LaplaceLoss": "to be parted",
     "likelihood/loss.py: REMLLoss": "the contract of the loss, most of it documentation",
     "likelihood/system/sparse/equations.py: Equations": "to be parted",
-    "model/mixed_model.py: MixedModel": "to be parted",
     "result/joint.py: JointErrors": "to be parted",
     "table/encoder.py: Encoder": "to be parted",
     "table/reading.py: TableFile": "to be parted",
