@@ -8,8 +8,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from openreml_nn.covariance.owner import Owner
-from openreml_nn.covariance.params import Entry, Spec, check_value
+from openreml_nn.covariance.owner import Entry, Owner
+from openreml_nn.covariance.params import Spec, check_value
 from openreml_nn.covariance.transform import Transform
 from openreml_nn.support.checks import found
 from openreml_nn.support.errors import InputError

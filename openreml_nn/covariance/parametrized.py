@@ -56,6 +56,9 @@ class Parametrized(Named):
 
     stand_in: Given | None = None
 
+    def leaves(self) -> Mapping[str, Parametrized]:
+        return {"": self}
+
     def free_values(self) -> Tensor:
         """The leaf's free parameters, untransformed, or what stands in for them, 1-D."""
         given = self.stand_in

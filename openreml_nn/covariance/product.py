@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance.matrix import Matrix
+from openreml_nn.covariance.matrix import Matrix, written
 from openreml_nn.covariance.nodes import has_values
 from openreml_nn.covariance.operator import Operator
 from openreml_nn.covariance.start import give_to_one
@@ -22,6 +22,7 @@ from openreml_nn.terms.term import Term
 __all__ = ["Gram", "HadamardProduct", "Inverse", "Product", "Transpose"]
 
 
+@written("@")
 class Product(Operator):
     r"""Matrix product :math:`V = A_0 A_1 \cdots`.
 
@@ -71,6 +72,7 @@ class Product(Operator):
         return reduce(torch.matmul, [*values[:index], tangent, *values[index + 1 :]])
 
 
+@written("*")
 class HadamardProduct(Operator):
     r"""Entrywise product :math:`V = A_0 \odot A_1 \odot \cdots`.
 
@@ -140,6 +142,7 @@ class HadamardProduct(Operator):
         return give_to_one(operands, [share] * len(operands))
 
 
+@written(".T")
 class Transpose(Operator):
     r"""Transpose :math:`V = A^\top`.
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import nan
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from openreml_nn.estimation.derivatives import jacobian
+from openreml_nn.estimation.marginal_steps import MarginalFit
 from openreml_nn.families import Family
 from openreml_nn.likelihood.laplace import LaplaceEvaluation
 from openreml_nn.result import (
@@ -23,9 +23,6 @@ from openreml_nn.result import (
 )
 from openreml_nn.support.errors import NumericalError
 from openreml_nn.terms.term import Term
-
-if TYPE_CHECKING:
-    from openreml_nn.estimation.marginal import MarginalFit
 
 __all__ = ["marginal_outcome"]
 

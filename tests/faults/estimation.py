@@ -11,7 +11,7 @@ MEANS = f"{INFERENCE} openreml_nn/inference/means.py -k means"
 
 STEP = "openreml_nn/estimation/step.py"
 SAFEGUARD = "openreml_nn/estimation/safeguard.py"
-RESULT = "openreml_nn/result/result.py"
+RESULT = "openreml_nn/result/values.py"
 OUTCOME = "openreml_nn/estimation/outcome.py"
 DEGREES = "openreml_nn/inference/degrees.py"
 RATIO = "openreml_nn/inference/likelihood_ratio.py"
