@@ -42,11 +42,14 @@ def test_the_exit_status_says_whose_fault_it_is(capsys, error, status, said):
 
 
 def test_what_fails_while_a_stopped_run_is_cleaned_up_is_not_the_cause(capsys):
-    with pytest.raises(SystemExit) as caught, reported():
+    def stopped():
         try:
             raise Stopped(15)
         finally:
             raise OSError("Writer is closed")
+
+    with pytest.raises(SystemExit) as caught, reported():
+        stopped()
     assert caught.value.code == 143
     assert capsys.readouterr().err == "error: stopped by SIGTERM\n"
 
