@@ -83,6 +83,7 @@ def marginal_outcome(
             plan=replace(loss.plan, fixed_effects=fit.Q.shape[1]),
             num_params=m + sum(x.numel() for x in fit.own),
             source=Source(loss.covariance, fit.y, fit.X, None, tuple(names), labels),
+            optimizer="BFGS",
             family=loss.family.name or type(loss.family).__name__,
             link=loss.family.link,
             quadrature=loss.quadrature,

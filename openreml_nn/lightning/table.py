@@ -15,24 +15,28 @@ from torch import Tensor, nn
 
 from openreml_nn.covariance import Matrix
 from openreml_nn.estimation.fit import moment_start
+from openreml_nn.families import Family, named_family
 from openreml_nn.lightning.data import MixedModelDataModule
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.model import HEADS, MixedModel, RandomEffect, ResidualStructure
+from openreml_nn.model.response import EncodedResponse
 from openreml_nn.model.structured_residual import start_residual
 from openreml_nn.model.structures import effect_covariance, labels_of, residual_of
 from openreml_nn.result import Label, Result
 from openreml_nn.support.checks import (
     check_choice,
+    check_count,
     check_instance,
     check_maker,
     check_mapping,
     check_names,
     check_text,
+    found,
 )
 from openreml_nn.support.errors import InputError
 from openreml_nn.support.instantiate import build
-from openreml_nn.table import Encoded, Encoder, Learned, RandomDesign
+from openreml_nn.table import Encoded, Learned, RandomDesign
 
 __all__ = ["Network", "TableModel", "is_plain"]
 
@@ -63,6 +67,9 @@ class TableModel:
         categorical: Sequence[str] = (),
         method: str | None = None,
         solver: str = "auto",
+        family: str | Family | None = None,
+        link: str | None = None,
+        quadrature: int = 1,
     ) -> None:
         check_text("formula", formula)
         check_names("categorical", categorical)
@@ -81,7 +88,12 @@ class TableModel:
         check_mapping("kernels", {} if kernels is None else kernels, Mapping)
         check_solver(solver)
         text = residual if isinstance(residual, str) else None
-        self.encoder = Encoder(formula, categorical, residual=text, weights=weights)
+        self._check_family(family, link, quadrature, residual, weights)
+        self._family, self._link, self._quadrature = family, link, quadrature
+        self._categories = 2
+        self.encoder = EncodedResponse(
+            formula, family, categorical, residual=text, weights=weights
+        ).encoder
         self.labels: dict[str, Label] = {}
         self.places: Tensor | None = None
         self._network, self._residual, self._method, self._solver = (
@@ -98,6 +110,33 @@ class TableModel:
         if not groups and network is not None:
             raise InputError(f"formula {formula!r} has no random effect")
 
+    @staticmethod
+    def _check_family(
+        family: str | Family | None,
+        link: str | None,
+        quadrature: int,
+        residual: object,
+        weights: object,
+    ) -> None:
+        check_count("quadrature", quadrature, 1)
+        if family is not None:
+            named_family(family, link)
+            for name, value in (("residual", residual), ("weights", weights)):
+                if value:
+                    raise InputError(
+                        f"`{name}` is {found(value)} beside `family`: expected None, as it is for "
+                        "Gaussian responses"
+                    )
+        elif link is not None:
+            raise InputError(f"`link` is {link!r} without a `family`: expected None")
+        elif quadrature != 1:
+            raise InputError(f"`quadrature` is {quadrature} without a `family`: expected 1")
+
+    @property
+    def family_name(self) -> str | None:
+        """Name of the family of the response; None for a Gaussian one."""
+        return self._family.name if isinstance(self._family, Family) else self._family
+
     # ------------------------------------------------------------------ building
 
     def built(self, data: MixedModelDataModule) -> MixedModel:
@@ -108,8 +147,9 @@ class TableModel:
                 table = data.table.iloc[encoded.rows]
                 self._coordinates[design.group] = self._levels_at(design, table)
                 self.places = self._coordinates[design.group][design.codes]
+        self._categories = max(2, len(data.response.levels))
         model = self._made(encoded)
-        if self._network is None:
+        if self._network is None and self._family is None:
             loss, y, X = model.data(model(batch := encoded.batch()), batch)
             loss.names = self._names
             moment_start(loss, y, X)
@@ -132,6 +172,8 @@ class TableModel:
     def _made(self, encoded: Encoded) -> MixedModel:
         self.labels, self._names = labels_of(encoded), encoded.names
         self._columns = len(encoded.names)
+        if self._family is not None:
+            return self._made_of_family(encoded, self._family)
         y = encoded.X.new_tensor([0.0, 1.0]) if encoded.y is None else encoded.adjusted
         variance = float(y.var())
         count = max(len(encoded.random), 1)
@@ -149,7 +191,27 @@ class TableModel:
                 _try(network, encoded.X[:2], what)
         return model
 
-    def _mean(self, X: Tensor, center: float, scale: float) -> nn.Module:
+    def _made_of_family(self, encoded: Encoded, given: str | Family) -> MixedModel:
+        own = copy.deepcopy(named_family(given, self._link, self._categories)).double()
+        near = encoded.X.new_tensor([0.0, 1.0])
+        if encoded.y is not None:
+            near = own.start(encoded.y)
+            near = near if encoded.offset is None else near - encoded.offset
+        # Without a spread of its own, as of an ordinal response, the link's is near one.
+        spread = float(near.var()) if float(near.var()) > 1e-8 else 1.0
+        model = MixedModel(
+            self._mean(encoded.X, float(near.mean())),
+            {d.name: self._effect(d, spread / len(encoded.random)) for d in encoded.random},
+            head=self.head,
+            family=own,
+            method=self._method,
+            solver=self._solver,
+            quadrature=self._quadrature,
+        )
+        _try(model.mean, encoded.X[:2], "network")
+        return model
+
+    def _mean(self, X: Tensor, center: float, scale: float = 1.0) -> nn.Module:
         if self._network is None:
             return nn.Identity()
         features = _network(self._network, "network")
@@ -185,18 +247,17 @@ class TableModel:
         """A result with what the table says: fitted values, names, and how it predicts."""
         data, source = self._data, result.source
         assert data is not None
-        encoded = data.encoded
-        fitted = result.model.predict(
-            move_data_to_device(encoded.batch(), result.model.beta.device)
-        )
-        y = fitted.mean.new_tensor(encoded.y)
+        encoded, rows = data.encoded, {}
+        if self._family is None:
+            batch = move_data_to_device(encoded.batch(), result.model.beta.device)
+            fitted = result.model.predict(batch).mean
+            rows = {"fitted": fitted, "residuals": fitted.new_tensor(encoded.y) - fitted}
         if source is not None:
             cells = self.encoder.cells(data.table.iloc[encoded.rows])
             source = replace(source, means=self.encoder.learned.means, cells=cells)
         return replace(
             result,
-            fitted=fitted.mean,
-            residuals=y - fitted.mean,
+            **rows,
             formula=self.encoder.formula.text,
             dropped_rows=encoded.dropped_rows,
             encoder=self.encoder,
@@ -222,6 +283,8 @@ class TableModel:
             "columns": self._columns,
             "coordinates": self._coordinates,
             "has_network": self._network is not None,
+            "has_family": self._family is not None,
+            "categories": self._categories,
         }
 
     def from_dict(self, kept: Mapping[str, Any]) -> MixedModel:
@@ -235,6 +298,12 @@ class TableModel:
                 "the checkpoint is of a network that was given as a module, which it does not hold: "
                 "pass `network` and, where it was one too, `residual` to load_from_checkpoint()"
             )
+        if kept["has_family"] and self._family is None:
+            raise InputError(
+                "the checkpoint is of a family that was given as a module, which it does not hold: "
+                "pass `family` to load_from_checkpoint()"
+            )
+        self._categories = kept["categories"]
         self.encoder.learned = Learned.from_dict(kept["encoder"])
         self._coordinates = kept["coordinates"]
         return self._made(self.encoder.skeleton(2, kept["columns"]))

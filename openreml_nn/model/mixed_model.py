@@ -44,6 +44,7 @@ from openreml_nn.result.joint import JointErrors
 from openreml_nn.result.prediction import (
     KnownEffect,
     Prediction,
+    log_predictive,
     lowered,
     normal_interval,
     on_response,
@@ -580,6 +581,31 @@ class MixedModel(nn.Module):
         Raises:
             TypeError, InputError: as in :meth:`predict`, or if the level is not between 0 and 1.
         """
+        found, effects = self._predictor(batch)
+        if self.family is not None:
+            return on_response(self.family, found, effects, level)
+        return found, *normal_interval(found.mean, found.variance, level)
+
+    @torch.no_grad()
+    def log_density(self, batch: Batch) -> Tensor:
+        r"""Logarithm of the predictive density of each row's response (n,), at the parameters'
+        estimates: Gaussian with the mean and variance of :meth:`predict`; with a family
+        :math:`E\,p(y \mid a)` over the predictor a.
+
+        Raises:
+            TypeError, InputError: as in :meth:`predict`, or if ``y`` does not fit.
+        """
+        found, _ = self._predictor(batch)
+        y = part(batch, "y").to(found.mean)
+        if len(y) != len(found.mean):
+            raise InputError(f"`y` has {len(y)} rows but `mean` yields {len(found.mean)}")
+        if self.family is not None:
+            self.family.check(y)
+            return log_predictive(self.family, y, found)
+        return -((2 * torch.pi * found.variance).log() + (y - found.mean) ** 2 / found.variance) / 2
+
+    def _predictor(self, batch: Batch) -> tuple[Prediction, list[KnownEffect]]:
+        """Predictions of the response, or of its linear predictor, and what is known of effects."""
         with evaluating(self):
             output = self(batch)
             n = len(output)
@@ -606,9 +632,7 @@ class MixedModel(nn.Module):
             if self.family is None:
                 residual = structure_of(self.residual).variances(batch, n)
             found = predicted(population, X, self.beta_covariance, effects, self.joint, residual)
-            if self.family is not None:
-                return on_response(self.family, found, effects, level)
-            return found, *normal_interval(found.mean, found.variance, level)
+            return found, effects
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # The number of coefficients is known only once there are features.

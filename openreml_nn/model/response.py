@@ -62,8 +62,8 @@ class EncodedResponse:
             one, two = _arguments(both.group(1), formula)
             # Rows that miss either are left out of both.
             forms = [f"I(({a}) + 0 * ({b}))~{right}" for a, b in ((one, two), (two, one))]
-        known = {"known_residual": True} if self.family is not None else {}
-        encoders = [Encoder(text, categorical, source, **known, **options) for text in forms]
+        options = {"known_residual": self.family is not None, **options}
+        encoders = [Encoder(text, categorical, source, **options) for text in forms]
         self.encoder = encoders[0]
         self._failures = encoders[1] if len(encoders) > 1 else None
 
