@@ -76,7 +76,7 @@ def fit_laplace(
     names = [f"X{j}" for j in range(X.shape[1])] if names is None else list(names)
     loss.covariance.to(X)
     loss.family.to(X)
-    fit = MarginalFit(loss, y, X, torch.zeros_like(X[:, 0]) if offset is None else offset, names)
+    fit = MarginalFit(loss, y, X, X.new_zeros(len(X)) if offset is None else offset, names)
     fit.start()
     converged = fit.climb(max_iterations)
     result, found = marginal_outcome(fit, names, labels or {}, converged)
@@ -106,7 +106,7 @@ class MarginalFit:
     ) -> None:
         self.loss, self.y, self.X, self.offset = loss, y, X, offset
         # Columns of unit mean square, so that a coefficient is in units of the predictor.
-        part = FixedPart.of(torch.zeros_like(X[:, 0]), X, names)
+        part = FixedPart.of(X.new_zeros(len(X)), X, names)
         self.fixed, self.size = part, len(X) ** 0.5
         self.Q, self.T = part.Q * self.size, part.T * self.size
         objective = cast(Objective, _Holder(loss.covariance))

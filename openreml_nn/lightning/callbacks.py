@@ -217,12 +217,15 @@ class StopWhenConverged(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse for AI-REML what it does not ask for."""
         given = {"tolerance": self.tolerance, "every_n_epochs": self.every_n_epochs}
-        steps = not trainer.optimizers or isinstance(trainer.optimizers[0], AIREML)
-        if steps and any(v is not None for v in given.values()):
-            raise InputError(
-                f"StopWhenConverged({', '.join(f'{k}={v}' for k, v in given.items() if v)}) has no "
-                "effect on AI-REML, nor with a family: expected AIREML(tolerance=…), optimizer.tolerance in the program"
-            )
+        said = f"StopWhenConverged({', '.join(f'{k}={v}' for k, v in given.items() if v)})"
+        if any(v is not None for v in given.values()):
+            if not trainer.optimizers:
+                raise InputError(f"{said} has no effect on a fit with a family: leave them out")
+            if isinstance(trainer.optimizers[0], AIREML):
+                raise InputError(
+                    f"{said} has no effect on AI-REML: expected AIREML(tolerance=…), "
+                    "optimizer.tolerance in the program"
+                )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop if there is no step to take."""

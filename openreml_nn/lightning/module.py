@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openreml_nn.families import Family
+from openreml_nn.families import FAMILIES, Family
 from openreml_nn.lightning.data import MixedModelDataModule, attached
 from openreml_nn.lightning.estimates import Estimates, MarginalEstimates
 from openreml_nn.lightning.evaluation import Evaluated
@@ -179,7 +179,7 @@ class MixedModule(Evaluated):
 
     @classmethod
     def of(cls, result: Result, **options: Any) -> MixedModule:
-        """The module of a linear fit that was made elsewhere, such as by :func:`lmm`: its
+        """The module of a fit that was made elsewhere, by :func:`lmm` or :func:`glmm`: its
         checkpoint serves predictions.
 
         Args:
@@ -193,6 +193,10 @@ class MixedModule(Evaluated):
         if result.formula is None or result.model is None:
             raise InputError("`result` has no formula: expected one of a fit by lmm()")
         model = copy.deepcopy(result.model)
+        if result.family is not None:
+            named = result.family in FAMILIES
+            options["family"] = result.family if named else model.family
+            options["link"], options["quadrature"] = result.link, result.quadrature
         found = cls(result.formula, method=model.method, **options)
         assert found.table is not None
         found.table.adopt(result)

@@ -13,10 +13,11 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
-from openreml_nn.covariance import Matrix
+from openreml_nn.covariance import Matrix, ScalarMatrix
 from openreml_nn.estimation.fit import moment_start
-from openreml_nn.families import Family, named_family
+from openreml_nn.families import Family, Ordinal, named_family
 from openreml_nn.lightning.data import MixedModelDataModule
+from openreml_nn.likelihood import LaplaceLoss
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.model import HEADS, MixedModel, RandomEffect, ResidualStructure
@@ -88,7 +89,7 @@ class TableModel:
         check_mapping("kernels", {} if kernels is None else kernels, Mapping)
         check_solver(solver)
         text = residual if isinstance(residual, str) else None
-        self._check_family(family, link, quadrature, residual, weights)
+        self._check_family(family, link, quadrature, residual, weights, method, solver)
         self._family, self._link, self._quadrature = family, link, quadrature
         self._categories = 2
         self.encoder = EncodedResponse(
@@ -117,10 +118,13 @@ class TableModel:
         quadrature: int,
         residual: object,
         weights: object,
+        method: str | None,
+        solver: str,
     ) -> None:
         check_count("quadrature", quadrature, 1)
         if family is not None:
-            named_family(family, link)
+            own = named_family(family, link)
+            LaplaceLoss(ScalarMatrix(1), own, method or "ml", quadrature, solver)  # refuses these
             for name, value in (("residual", residual), ("weights", weights)):
                 if value:
                     raise InputError(
@@ -273,6 +277,8 @@ class TableModel:
     def adopt(self, result: Result) -> None:
         """Take what the formula learned in a fit that was made elsewhere."""
         self.encoder, self._columns = result.encoder, len(result.fixed.aliases)
+        family = None if result.model is None else result.model.family
+        self._categories = family.levels if isinstance(family, Ordinal) else 2
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -152,6 +152,8 @@ class MixedModel(nn.Module):
                 "coefficients, which head 'gls' has"
             )
         check_solver(solver)
+        if family is not None:
+            LaplaceLoss(ScalarMatrix(1), family, method, quadrature, solver)  # refuses its options
         if not random and residual is None and (head == "ml" or family is not None):
             raise InputError(
                 "`random` is empty: expected a RandomEffect for each grouping factor, or head 'gls'"
