@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openreml_nn.lightning.rows import joined
+from openreml_nn.lightning.rows import concatenated
 from openreml_nn.lightning.sharing import all_batches
 from openreml_nn.lightning.table import TableModel
 from openreml_nn.model import MixedModel
@@ -63,9 +63,9 @@ class Marginal:
         if self._whole_groups:
             for i, part in enumerate(self._parts):
                 part["batch"] = torch.full_like(part["output"], i, dtype=torch.long)
-        own = joined(self._parts)
+        own = concatenated(self._parts)
         if not self._all_rows:
-            own = joined(all_batches(own, own["output"].device))
+            own = concatenated(all_batches(own, own["output"].device))
         if self._whole_groups:
             _refuse_cut(own["groups"], own.pop("batch"))
         found = Marginal(self.model, self._all_rows)

@@ -255,7 +255,7 @@ class MixedModule(Evaluated):
         if stage == "fit":
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             if self.table is not None:
-                data = attached(self, self.table.encoder, self.table.family_name)
+                data = attached(self, self.table.encoder, self.table.response.name)
                 if not hasattr(self, "model"):
                     self._adopt(self.table.built(data))
             if isinstance(data, MixedModelDataModule):

@@ -18,7 +18,7 @@ from openreml_nn.covariance import Matrix
 from openreml_nn.lightning.batches import connected_rows, in_order, whole
 from openreml_nn.lightning.held import Held
 from openreml_nn.lightning.marginal import Marginal
-from openreml_nn.lightning.rows import check_response, joined
+from openreml_nn.lightning.rows import check_response, concatenated
 from openreml_nn.lightning.sharing import all_batches, gather, gather_parts, processes, share, total
 from openreml_nn.lightning.sums import LevelSums
 from openreml_nn.model import MixedModel, take
@@ -249,7 +249,7 @@ class Composite(Way):
     def loss(self, model: MixedModel, batch: Batch) -> tuple[Tensor, Tensor]:
         output = self.output(model, batch)
         _check_response(model, batch["y"], output)
-        rows = joined(all_batches(batch, output.device))
+        rows = concatenated(all_batches(batch, output.device))
         for name, codes in rows["groups"].items():
             if len(codes) > 1 and bool((codes == codes[0]).all()):
                 raise InputError(
