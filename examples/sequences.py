@@ -48,7 +48,7 @@ trainer.fit(module, DataLoader(rows, batch_size=100, shuffle=True))
 
 print("covariance of the patients' intercepts and slopes (0.36 the slopes' variance, 1 the other)")
 print(model.random["patient"].prior().detach())
-print(f"variance of the residual {float(model.residual()):.3f} (0.09)")
+print(f"variance of the residual {model.residual().item():.3f} (0.09)")
 new = {"x": signal[:2], "groups": {"patient": torch.tensor([0, -1])}}
 new["values"] = {"patient": torch.tensor([[1.0, 0.5], [1.0, 0.5]])}
 print("variance of a prediction, patient known and not known:", model.predict(new).variance)

@@ -25,5 +25,5 @@ trainer.fit(module, data)
 
 print(module.result.summary(formula))
 print({name: round(float(v), 3) for name, v in trainer.callback_metrics.items() if "val" in name})
-print(module.predict(table.head(3)))  # mean, variance, and the mean without random effects
+print(module.predict(table.head(3)))  # mean, variance, population_mean, low, high
 print(module.model.blups().nlargest(3, "blup"))

@@ -2,6 +2,7 @@
 
 import pytest
 
+from openreml_nn import InputError, datasets, lmm
 from openreml_nn.support.files import replacing, write_text
 
 
@@ -26,3 +27,11 @@ def test_the_suffix_of_the_temporary_file_is_that_of_the_target(tmp_path):
         assert temporary.suffix == ".png"
         temporary.write_bytes(b"x")
     assert (tmp_path / "plot.png").read_bytes() == b"x"
+
+
+def test_a_result_goes_where_a_file_can_be(tmp_path):
+    result = lmm("Reaction ~ Days + (1 | Subject)", datasets.sleepstudy())
+    with pytest.raises(InputError, match=r"`path` is .*: the folder '.*none' does not exist"):
+        result.to_json(tmp_path / "none" / "x.json")
+    with pytest.raises(InputError, match=r"`path` is .*, a folder: expected the name of a file"):
+        result.to_json(tmp_path)

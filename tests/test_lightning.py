@@ -144,11 +144,20 @@ def test_tables_from_files_and_frames_agree(tmp_path):
     assert one.result.log_likelihood == other.result.log_likelihood
 
 
+def test_a_formula_spaced_otherwise_is_the_same(tmp_path):
+    table, spaced = datasets.sleepstudy(), "Reaction~Days+(1|Subject)"
+    module, same = MixedModule("Reaction ~ Days + (1 | Subject)"), lmm(spaced, table)
+    trainer(tmp_path).fit(module, MixedModelDataModule(table, spaced))
+    assert module.result.log_likelihood == pytest.approx(same.log_likelihood, abs=1e-8)
+
+
 def test_mistakes_are_named(tmp_path):
     data = MixedModelDataModule(datasets.sleepstudy(), FORMULA)
     other = MixedModule("Reaction ~ Days + (1 | Subject)")
     with pytest.raises(ValueError, match="the data module's formula"):
         trainer(tmp_path).fit(other, data)
+    with pytest.raises(InputError, match="was given a loader: expected a MixedModelDataModule"):
+        trainer(tmp_path).fit(other, [{}])
     with pytest.raises(ValueError, match="has no estimates"):
         MixedModule(FORMULA).predict(datasets.sleepstudy())
     with pytest.raises(InputError, match="method"):
@@ -174,3 +183,17 @@ def test_a_fit_made_elsewhere_is_served_by_a_checkpoint(tmp_path, name):
     trainer.save_checkpoint(tmp_path / "m.ckpt")
     loaded = MixedModule.load_from_checkpoint(tmp_path / "m.ckpt", weights_only=True)
     pd.testing.assert_frame_equal(loaded.predict(table), result.predict(table))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"gradient_clip_val": 0.5}, {"gradient_clip_val": 1.0}, {"accumulate_grad_batches": 2}],
+)
+def test_options_of_gradients_are_refused_without_any(tmp_path, options):
+    (name, value), *_ = options.items()
+    data = MixedModelDataModule(datasets.sleepstudy(), FORMULA)
+    run = Trainer(
+        max_epochs=1, logger=False, default_root_dir=tmp_path, accelerator="cpu", **options
+    )
+    with pytest.raises(InputError, match=rf"Trainer\({name}={value}\) has no effect"):
+        run.fit(MixedModule(FORMULA), data)

@@ -100,6 +100,16 @@ class Keyed(Dataset):
         return X[i], Y[i], torch.stack([G[i], G[i] % 3])
 
 
+class Empty(IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
+class NoRows(IterableDataset):
+    def __iter__(self):
+        return iter([(X[:0], Y[:0], G[:0])])
+
+
 # ---------------------------------------------------------------------- loaders
 
 
@@ -162,6 +172,15 @@ def test_every_epoch_reads_the_loader_anew():
     found = MixedModule(MixedModel(Net(2, 1), {"g": RandomEffect(Q)}), ADAM)
     fit(DataLoader(Augmented(), 20), found=found, epochs=5)
     assert len(seen) > 290
+
+
+@pytest.mark.parametrize("head", ["ml", "gls"])
+@pytest.mark.parametrize("data", [[], Empty(), NoRows()], ids=["empty", "stream", "no rows"])
+def test_a_fit_without_rows_is_refused(data, head):
+    mean = nn.Identity() if head == "gls" else nn.Linear(2, 1)
+    found = MixedModule(MixedModel(mean, {"g": RandomEffect(Q)}, head=head))
+    with pytest.raises(InputError, match=r"the training loader yielded no rows|the batch is empty"):
+        fit(DataLoader(data, batch_size=None if isinstance(data, NoRows) else 4), found=found)
 
 
 @pytest.mark.parametrize(
@@ -538,6 +557,13 @@ def test_every_checkpoint_predicts(tmp_path, way):
         tmp_path / "last.ckpt", model=model(), weights_only=True
     )
     torch.testing.assert_close(kept.model.predict(WHOLE).mean, found.model.predict(WHOLE).mean)
+
+
+def test_a_checkpoint_from_within_an_epoch_is_not_resumed(tmp_path):
+    saved = ModelCheckpoint(tmp_path, "within", every_n_train_steps=2)
+    quiet(1, callbacks=[saved], enable_checkpointing=True).fit(module(), tuples())
+    with pytest.raises(InputError, match="the checkpoint was saved within an epoch"):
+        quiet(2).fit(module(), tuples(), ckpt_path=saved.best_model_path, weights_only=True)
 
 
 def test_a_run_that_had_ended_has_its_result_when_resumed(tmp_path):

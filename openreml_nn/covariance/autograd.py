@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from openreml_nn.covariance.tree import Leaf, Tree
-
 __all__ = ["ClosedForm"]
+
+
+class _Function(Protocol):
+    """A function of free parameters that come leaf by leaf, with its derivatives."""
+
+    def value(self, parts: Sequence[Tensor], like: Tensor) -> Tensor: ...
+
+    def pull_back(self, cotangent: Tensor, parts: Sequence[Tensor]) -> list[Tensor]: ...
+
+    def push_forward(
+        self, tangents: Sequence[Tensor | None], parts: Sequence[Tensor]
+    ) -> Tensor: ...
 
 
 class ClosedForm(torch.autograd.Function):
@@ -28,7 +37,7 @@ class ClosedForm(torch.autograd.Function):
     generate_vmap_rule = True
 
     @classmethod
-    def of(cls, tree: Tree | Leaf, parts: Sequence[Tensor]) -> Tensor:
+    def of(cls, tree: _Function, parts: Sequence[Tensor]) -> Tensor:
         """The value of a tree at free parameters, leaf by leaf."""
         if torch._C._are_functorch_transforms_active():
             return cls.apply(tree, *parts)
@@ -36,7 +45,7 @@ class ClosedForm(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(tree, *parts)  # type: ignore[misc]
 
     @staticmethod
-    def forward(tree: Tree | Leaf, *parts: Tensor) -> Tensor:
+    def forward(tree: _Function, *parts: Tensor) -> Tensor:
         # Forward mode refuses a view, such as a transpose, as the output of a custom function.
         return tree.value(parts, parts[0][:0]).contiguous()
 

@@ -141,7 +141,7 @@ class ToeplitzMatrix(Matrix):
         Output: (n, n).
 
     Raises:
-        ValueError: if ``bands`` is not between 1 and n.
+        InputError: if ``bands`` is not between 1 and n.
 
     >>> ToeplitzMatrix(3, bands=2)(torch.tensor([0.0, 1.0986123]))
     tensor([[1.0000, 0.5000, 0.0000],

@@ -85,7 +85,7 @@ class Augment(_Blocks):
         Operands (n, mᵢ); output (n, ∑ mᵢ).
 
     Raises:
-        ValueError: if the numbers of rows differ.
+        InputError: if the numbers of rows differ.
 
     >>> from openreml_nn.covariance import EqualEntryMatrix
     >>> Augment(EqualEntryMatrix(1, 2), torch.zeros(1, 1))(torch.tensor([0.0]))
@@ -114,7 +114,7 @@ class Stack(_Blocks):
         Operands (nᵢ, m); output (∑ nᵢ, m).
 
     Raises:
-        ValueError: if the numbers of columns differ.
+        InputError: if the numbers of columns differ.
 
     >>> from openreml_nn.covariance import EqualEntryMatrix
     >>> Stack(EqualEntryMatrix(1, 2), torch.zeros(1, 2))(torch.tensor([0.0]))

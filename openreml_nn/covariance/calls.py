@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 from openreml_nn.covariance.autograd import ClosedForm
 from openreml_nn.covariance.nodes import (
+    TreeNode,
     differentiated,
     functorch,
     is_able,
@@ -20,13 +21,10 @@ from openreml_nn.covariance.nodes import (
 from openreml_nn.covariance.parametrized import FreeParams, Recorded
 from openreml_nn.covariance.tree import Leaf, Tree
 
-if TYPE_CHECKING:
-    from openreml_nn.covariance.matrix import Matrix
-
 __all__ = ["called", "evaluate"]
 
 
-def evaluate(root: Matrix, free_params: FreeParams = None, plain: bool = False) -> Tensor:
+def evaluate(root: TreeNode, free_params: FreeParams = None, plain: bool = False) -> Tensor:
     """The value of a matrix, with closed-form gradients where there are some.
 
     Args:
@@ -56,7 +54,7 @@ def evaluate(root: Matrix, free_params: FreeParams = None, plain: bool = False) 
     return tree.value(parts, like, closing)
 
 
-def _evaluated_leaf(node: Matrix, free_params: FreeParams, closing: bool) -> Tensor:
+def _evaluated_leaf(node: TreeNode, free_params: FreeParams, closing: bool) -> Tensor:
     given = node.stand_in
     if given is not None and given.natural and free_params is None:
         return leaf_value(node, None)
@@ -67,7 +65,7 @@ def _evaluated_leaf(node: Matrix, free_params: FreeParams, closing: bool) -> Ten
     return leaf_value(node, values)
 
 
-def called(node: Matrix, free_params: FreeParams, call: Any) -> Tensor:
+def called(node: TreeNode, free_params: FreeParams, call: Any) -> Tensor:
     """The value of an opaque node by ``call``, which is that of ``nn.Module``."""
     if free_params is not None:
         flat = free_params if isinstance(free_params, Recorded) else node.flat_params(free_params)

@@ -57,7 +57,7 @@ class DummyMatrix(Matrix):
         Output: (n, number of levels), or (n, number of levels · k) with covariates.
 
     Raises:
-        ValueError: if there are no labels, lengths differ, labels are missing
+        InputError: if there are no labels, lengths differ, labels are missing
             (the rows are named), or ``levels`` or ``covariates`` do not fit.
         TypeError: if labels are a single string.
 
@@ -126,7 +126,7 @@ class DummyMatrix(Matrix):
             values: (n,) or (n, k) entries in place of ones, as ``covariates`` for labels.
 
         Raises:
-            ValueError: if a code is out of range or ``codes`` is not 1-D.
+            InputError: if a code is out of range or ``codes`` is not 1-D.
 
         >>> DummyMatrix.from_codes(torch.tensor([1, 0, 1]), 2)()
         tensor([[0., 1.],

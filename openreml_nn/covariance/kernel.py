@@ -108,7 +108,7 @@ class ExponentialMatrix(_DistanceMatrix):
         Output: (n, n).
 
     Raises:
-        ValueError: if ``distance`` is not symmetric with zeros on its diagonal
+        InputError: if ``distance`` is not symmetric with zeros on its diagonal
             and no negative entry.
 
     Reference:
@@ -146,7 +146,7 @@ class GaussianMatrix(_DistanceMatrix):
         Output: (n, n).
 
     Raises:
-        ValueError: as in :class:`ExponentialMatrix`.
+        InputError: as in :class:`ExponentialMatrix`.
 
     Reference:
         Rasmussen and Williams, Gaussian Processes for Machine Learning (2006), eq. 4.9.
@@ -186,7 +186,7 @@ class MaternMatrix(_DistanceMatrix):
         Output: (n, n).
 
     Raises:
-        ValueError: as in :class:`ExponentialMatrix`, or if ``nu`` is another number.
+        InputError: as in :class:`ExponentialMatrix`, or if ``nu`` is another number.
 
     Reference:
         Rasmussen and Williams, Gaussian Processes for Machine Learning (2006), eq. 4.17.
@@ -240,7 +240,7 @@ class SphericalMatrix(_DistanceMatrix):
         Output: (n, n).
 
     Raises:
-        ValueError: as in :class:`ExponentialMatrix`.
+        InputError: as in :class:`ExponentialMatrix`.
 
     Reference:
         Cressie, Statistics for Spatial Data (1993), section 2.3.1.
@@ -280,7 +280,7 @@ class KnownMatrix(Matrix):
         Output: (n, n).
 
     Raises:
-        ValueError: if ``matrix`` is not square, symmetric and finite.
+        InputError: if ``matrix`` is not square, symmetric and finite.
 
     >>> KnownMatrix(torch.tensor([[1.0, 0.5], [0.5, 1.0]]))(torch.tensor([0.5]))
     tensor([[2.7183, 1.3591],

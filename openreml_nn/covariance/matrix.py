@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,16 +12,16 @@ from torch import Tensor
 
 from openreml_nn.covariance.calls import called, evaluate
 from openreml_nn.covariance.compat import Intermediates
-from openreml_nn.covariance.nodes import differentiated, hooked, is_opaque
-from openreml_nn.covariance.parametrized import FreeParams, Parametrized, Recorded
+from openreml_nn.covariance.nodes import Kind, TreeNode, differentiated, hooked, is_opaque, is_ours
+from openreml_nn.covariance.parametrized import FreeParams, Recorded
 from openreml_nn.covariance.start import harmonic_mean, rescale
 from openreml_nn.support.checks import check_count, found
 from openreml_nn.support.errors import InputError
+from openreml_nn.terms.covariance import DenseCovariance
+from openreml_nn.terms.design import IdentityDesign
+from openreml_nn.terms.term import Term
 
-if TYPE_CHECKING:
-    from openreml_nn.terms.term import Term
-
-__all__ = ["FreeParams", "Matrix", "Recorded", "differentiated"]
+__all__ = ["FreeParams", "Matrix", "Recorded", "differentiated", "written"]
 
 _TOO_DEEP = (
     "the tree is too deep to be {}: join nested sums, which are one Sum of many operands, or raise "
@@ -32,7 +32,22 @@ _TOO_DEEP = (
 _MOST_BYTES = 2**31
 
 
-class Matrix(Intermediates, Parametrized):
+#: The operator that each sign between matrices makes, written beside the operator's class.
+_WRITTEN: dict[str, type[Any]] = {}
+_Made = TypeVar("_Made", bound="Matrix")
+
+
+def written(sign: str) -> Callable[[type[_Made]], type[_Made]]:
+    """Decorates the class of operators that ``+``, ``*``, ``@`` or ``.T`` makes of matrices."""
+
+    def keep(operator: type[_Made]) -> type[_Made]:
+        _WRITTEN[sign] = operator
+        return operator
+
+    return keep
+
+
+class Matrix(Intermediates, TreeNode):
     r"""A matrix :math:`V(\theta)` as a module.
 
     A subclass passes its shape and parameter specifications to the
@@ -61,11 +76,9 @@ class Matrix(Intermediates, Parametrized):
 
     Raises:
         TypeError: if ``shape`` or ``param_specs`` has the wrong type.
-        ValueError: if a size is not positive, a name is not allowed or a
+        InputError: if a size is not positive, a name is not allowed or a
             default is not of shape (1,).
     """
-
-    known_shape: tuple[int, ...] | None
 
     #: A number of NumPy times a matrix is what the matrix says, not an array.
     __array_ufunc__ = None
@@ -95,7 +108,7 @@ class Matrix(Intermediates, Parametrized):
 
         Raises:
             TypeError: if ``free_params`` is neither a tensor nor a dict.
-            ValueError: if it has the wrong number of dimensions, length or names.
+            InputError: if it has the wrong number of dimensions, length or names.
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement forward")
 
@@ -107,6 +120,11 @@ class Matrix(Intermediates, Parametrized):
             return called(self, free_params, super().__call__)
         except RecursionError:
             raise InputError(_TOO_DEEP.format("called with hooks")) from None
+
+    @classmethod
+    def node_kind(cls) -> Kind:
+        opaque = cls.__call__ is not Matrix.__call__
+        return Kind(operator=False, opaque=opaque, ours=is_ours(cls.forward), closed=True)
 
     def has_closed_form(self) -> bool:
         """Whether the class has a gradient in closed form."""
@@ -270,10 +288,6 @@ class Matrix(Intermediates, Parametrized):
 
     def structure(self) -> list[Term]:
         """The terms of all rows. A matrix that says nothing of its structure is one dense term."""
-        from openreml_nn.terms.covariance import DenseCovariance
-        from openreml_nn.terms.design import IdentityDesign
-        from openreml_nn.terms.term import Term
-
         if self.shape[0] != self.shape[1]:
             raise InputError(f"{self._get_name()} is {self.shape}: only a square matrix has terms")
         return [Term(IdentityDesign(self.shape[0]), DenseCovariance(self()))]
@@ -307,15 +321,6 @@ class Matrix(Intermediates, Parametrized):
         """
         return False
 
-    def canonical(self, coordinates: dict[str, float]) -> dict[str, float]:
-        """Equivalent coordinates (see :class:`Transform`) that the parameters can hold.
-
-        Args:
-            coordinates: by local name, those of the free parameters that are
-                being estimated, perhaps beyond their bounds.
-        """
-        return {name: self.own_trans[name].fold(u) for name, u in coordinates.items()}
-
     @property
     def repr_dict(self) -> dict[str, Any]:
         """What the string representation shows."""
@@ -328,22 +333,16 @@ class Matrix(Intermediates, Parametrized):
     # ------------------------------------------------------------------ operators
 
     def __add__(self, other: Matrix | Tensor) -> Matrix:
-        from openreml_nn.covariance.sum import Sum
-
-        return self._operate(Sum, other)
+        return self._operate("+", other)
 
     def __mul__(self, other: Matrix | Tensor | float) -> Matrix:
-        from openreml_nn.covariance.product import HadamardProduct
-
         if isinstance(other, Real) and not isinstance(other, bool | np.bool_):
             like = self.reference()
             other = torch.tensor([float(other)], dtype=like.dtype, device=like.device)
-        return self._operate(HadamardProduct, other)
+        return self._operate("*", other)
 
     def __matmul__(self, other: Matrix | Tensor) -> Matrix:
-        from openreml_nn.covariance.product import Product
-
-        return self._operate(Product, other)
+        return self._operate("@", other)
 
     def __radd__(self, other: Tensor) -> Matrix:
         # Sums and entrywise products commute.
@@ -353,19 +352,16 @@ class Matrix(Intermediates, Parametrized):
         return self * other
 
     def __rmatmul__(self, other: Tensor) -> Matrix:
-        from openreml_nn.covariance.product import Product
-
-        return Product(other, self) if isinstance(other, Tensor) else NotImplemented
+        return _WRITTEN["@"](other, self) if isinstance(other, Tensor) else NotImplemented
 
     @property
     def T(self) -> Matrix:
         """Its transpose."""
-        from openreml_nn.covariance.product import Transpose
+        return _WRITTEN[".T"](self)
 
-        return Transpose(self)
-
-    def _operate(self, operator: Any, other: Any) -> Any:
+    def _operate(self, sign: str, other: Any) -> Any:
         """``self op other``; a chain ``A op B op C`` is one operator of three operands."""
+        operator = _WRITTEN[sign]
         if not isinstance(other, Matrix | Tensor):
             return NotImplemented
         operands: list[Matrix | Tensor] = [self]

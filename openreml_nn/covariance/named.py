@@ -8,8 +8,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from openreml_nn.covariance.owner import Owner
-from openreml_nn.covariance.params import Entry, Spec, check_value
+from openreml_nn.covariance.owner import Entry, Owner
+from openreml_nn.covariance.params import Spec, check_value
 from openreml_nn.covariance.transform import Transform
 from openreml_nn.support.checks import found
 from openreml_nn.support.errors import InputError
@@ -38,7 +38,7 @@ class Named(Owner):
 
         Raises:
             TypeError: if ``value`` is no number.
-            ValueError: if there is no such parameter, or ``value`` is not finite or
+            InputError: if there is no such parameter, or ``value`` is not finite or
                 not in the range of the transform.
 
         >>> from openreml_nn.covariance import ScalarMatrix
@@ -74,7 +74,7 @@ class Named(Owner):
             natural: whether ``value`` is on the natural scale.
 
         Raises:
-            TypeError, ValueError: as in :meth:`fix`.
+            TypeError, InputError: as in :meth:`fix`.
 
         >>> from openreml_nn.covariance import ScalarMatrix
         >>> ScalarMatrix(1).set_value("sigma^2", 4.0, natural=True)().detach()

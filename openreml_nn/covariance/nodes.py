@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
+from openreml_nn.covariance.parametrized import FreeParams, Parametrized
 from openreml_nn.support.errors import InputError
-
-if TYPE_CHECKING:
-    from openreml_nn.covariance.matrix import Matrix
 
 __all__ = [
     "Kind",
+    "TreeNode",
     "check_result",
     "differentiated",
     "functorch",
@@ -25,13 +24,78 @@ __all__ = [
     "hooked",
     "is_able",
     "is_opaque",
+    "is_ours",
     "kind_of",
     "leaf_value",
     "lent",
 ]
 
 
-def hooked(node: Matrix) -> bool:
+class Kind(NamedTuple):
+    """What a class of nodes says of itself.
+
+    Attributes:
+        operator: whether it has operands.
+        opaque: whether it is evaluated by calling it: it has a ``__call__``, or as
+            an operator a ``forward``, of its own.
+        ours: whether its formula is of this package: it reads parameters by
+            ``build_params`` only, and what it yields need not be checked.
+        closed: whether it has derivatives in closed form (of a leaf, an instance says).
+    """
+
+    operator: bool
+    opaque: bool
+    ours: bool
+    closed: bool
+
+
+class TreeNode(Parametrized):
+    """What a tree asks of each of its nodes; :class:`openreml_nn.covariance.Matrix` documents it.
+
+    Attributes:
+        grad_mode: ``"default"``, ``"manual"`` or ``"auto"``.
+        known_shape: the shape, or None where only an evaluation tells.
+    """
+
+    grad_mode: str
+    known_shape: tuple[int, ...] | None
+
+    @classmethod
+    def node_kind(cls) -> Kind:
+        """What the class says of itself."""
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the matrix."""
+        raise NotImplementedError
+
+    def forward(self, free_params: FreeParams = None) -> Tensor:
+        """The matrix, recorded by plain autograd."""
+        raise NotImplementedError
+
+    def has_closed_form(self) -> bool:
+        """Whether the class has a gradient in closed form."""
+        raise NotImplementedError
+
+    def grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
+        """The Jacobian, and the names of its slices."""
+        raise NotImplementedError
+
+    def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        """From the matrix's cotangent to that of its free parameters."""
+        raise NotImplementedError
+
+    def push_forward(self, tangent: Tensor, free_params: Tensor) -> Tensor:
+        """The derivative along a tangent of the free parameters."""
+        raise NotImplementedError
+
+    def moment_start(self, variance: Tensor) -> bool:
+        """Set a start with that variance; whether there is a free scale."""
+        raise NotImplementedError
+
+
+def hooked(node: TreeNode) -> bool:
     """Whether calling the node does more than its formula: hooks, or ``compile()``."""
     return bool(
         node._forward_hooks
@@ -66,47 +130,19 @@ def differentiated(*values: Tensor) -> bool:
     )
 
 
-class Kind(NamedTuple):
-    """What a class of nodes says of itself.
-
-    Attributes:
-        operator: whether it has operands.
-        opaque: whether it is evaluated by calling it: it has a ``__call__``, or as
-            an operator a ``forward``, of its own.
-        ours: whether its formula is of this package: it reads parameters by
-            ``build_params`` only, and what it yields need not be checked.
-        closed: whether it has derivatives in closed form (of a leaf, an instance says).
-    """
-
-    operator: bool
-    opaque: bool
-    ours: bool
-    closed: bool
-
-
 #: What was found of each class.
-_KINDS: dict[type[Matrix], Kind] = {}
+_KINDS: dict[type[TreeNode], Kind] = {}
 
 
-def kind_of(node: Matrix) -> Kind:
+def kind_of(node: TreeNode) -> Kind:
     cls = type(node)
-    return _KINDS.get(cls) or _KINDS.setdefault(cls, _found_kind(cls))
+    return _KINDS.get(cls) or _KINDS.setdefault(cls, cls.node_kind())
 
 
-def _found_kind(cls: type[Matrix]) -> Kind:
-    from openreml_nn.covariance.matrix import Matrix
-    from openreml_nn.covariance.operator import Operator
-
-    formula = cls.combine if issubclass(cls, Operator) else cls.forward
+def is_ours(formula: Any) -> bool:
+    """Whether a formula is written in this package."""
     # A function that exec() made has no module.
-    ours = (formula.__module__ or "").partition(".")[0] == __name__.partition(".")[0]
-    opaque = cls.__call__ is not Matrix.__call__
-    if issubclass(cls, Operator):
-        opaque = opaque or cls.forward is not Operator.forward
-        parts = (cls.combine_vjp, cls.combine_jvp)
-        closed = Operator.combine_vjp not in parts and Operator.combine_jvp not in parts
-        return Kind(True, opaque, ours, closed)
-    return Kind(False, opaque, ours, True)
+    return (formula.__module__ or "").partition(".")[0] == __name__.partition(".")[0]
 
 
 def functorch() -> bool:
@@ -114,12 +150,12 @@ def functorch() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def is_opaque(node: Matrix) -> bool:
+def is_opaque(node: TreeNode) -> bool:
     """Whether the node is evaluated by calling it as a module."""
     return kind_of(node).opaque or "forward" in node.__dict__ or hooked(node)
 
 
-def is_able(node: Matrix) -> bool:
+def is_able(node: TreeNode) -> bool:
     """Whether the node's own derivative is to be its closed form."""
     if node.grad_mode not in ("default", "manual", "auto"):
         raise InputError(
@@ -130,7 +166,7 @@ def is_able(node: Matrix) -> bool:
     return able and node.grad_mode != "auto" and not _foreign(node)
 
 
-def check_result(node: Matrix, value: Any) -> None:
+def check_result(node: TreeNode, value: Any) -> None:
     """Raise unless a user's formula yields a matrix of the node's shape.
 
     Raises:
@@ -147,7 +183,7 @@ def check_result(node: Matrix, value: Any) -> None:
         raise InputError(f"{name} yields {tuple(value.shape)}: expected {expected}")
 
 
-def leaf_value(node: Matrix, part: Tensor | None) -> Tensor:
+def leaf_value(node: TreeNode, part: Tensor | None) -> Tensor:
     if kind_of(node).ours:
         return node.forward(part)
     values = node.free_values() if part is None else part
@@ -158,7 +194,7 @@ def leaf_value(node: Matrix, part: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def lent(node: Matrix, values: Tensor) -> Iterator[None]:
+def lent(node: TreeNode, values: Tensor) -> Iterator[None]:
     """Let a user's formula find ``values`` where else it finds its parameters."""
     before, given = node._parameters, node.stand_in
     names = node.arrangement().free
@@ -172,7 +208,7 @@ def lent(node: Matrix, values: Tensor) -> Iterator[None]:
         node.__dict__["_parameters"], node.__dict__["stand_in"] = before, given
 
 
-def _foreign(node: Matrix) -> bool:
+def _foreign(node: TreeNode) -> bool:
     """Whether a derivative by another tensor than the node's free parameters is wanted."""
     trans = node.own_trans
     for store in (node._parameters, node._buffers):

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from openreml_nn.covariance.matrix import FreeParams, Matrix
-from openreml_nn.covariance.nodes import check_result, has_values, is_opaque, kind_of
+from openreml_nn.covariance.nodes import (
+    Kind,
+    check_result,
+    has_values,
+    is_opaque,
+    is_ours,
+    kind_of,
+)
 from openreml_nn.covariance.params import check_name, module_name
 from openreml_nn.covariance.tree import Tree
 from openreml_nn.support.checks import found
@@ -46,7 +53,7 @@ class Operator(Matrix):
     through the tree is written here once.
 
     Raises:
-        ValueError: if positional and keyword operands are mixed, their number
+        InputError: if positional and keyword operands are mixed, their number
             or shapes do not fit, or a name is empty or holds ``/`` or ``.``.
         TypeError: if an operand is neither a Matrix nor a tensor, none is
             a Matrix, or ``combine`` does not take one value for each operand.
@@ -152,7 +159,7 @@ class Operator(Matrix):
     # ------------------------------------------------------------------ to be implemented
 
     def infer_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-        """Shape of the result; raises ValueError where the operands do not fit."""
+        """Shape of the result; raises InputError where the operands do not fit."""
         raise NotImplementedError
 
     def combine(self, *values: Tensor) -> Tensor:
@@ -271,6 +278,13 @@ class Operator(Matrix):
                 if isinstance(operand, Matrix):
                     stack.append((f"{prefix}{name}/", operand))
         return found
+
+    @classmethod
+    def node_kind(cls) -> Kind:
+        opaque = cls.__call__ is not Matrix.__call__ or cls.forward is not Operator.forward
+        own = (cls.combine_vjp, cls.combine_jvp)
+        closed = Operator.combine_vjp not in own and Operator.combine_jvp not in own
+        return Kind(operator=True, opaque=opaque, ours=is_ours(cls.combine), closed=closed)
 
     def has_closed_form(self) -> bool:
         cls = type(self)

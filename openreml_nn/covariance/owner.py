@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Self, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from openreml_nn.covariance.params import (
     Arrangement,
-    Entry,
-    Layout,
     check_name,
     check_spec,
 )
 from openreml_nn.covariance.transform import Transform
 from openreml_nn.support.errors import InputError
 
-if TYPE_CHECKING:
-    from openreml_nn.covariance.matrix import Matrix
-
-__all__ = ["Owner", "tensors_of"]
+__all__ = ["Entry", "Layout", "Owner", "tensors_of"]
 
 
 def tensors_of(module: nn.Module, store: str) -> Iterator[Tensor]:
@@ -40,6 +35,56 @@ def tensors_of(module: nn.Module, store: str) -> Iterator[Tensor]:
             if tensor is not None:
                 yield tensor
         stack.extend(reversed([child for child in node._modules.values() if child is not None]))
+
+
+class Entry(NamedTuple):
+    """One parameter of a tree: its full name, the leaf that owns it, its name there."""
+
+    name: str
+    leaf: Owner
+    local: str
+
+    @property
+    def free(self) -> bool:
+        """Whether it is an ``nn.Parameter`` of its own and not fixed."""
+        return self.local in self.leaf._parameters
+
+    @property
+    def estimated(self) -> bool:
+        """Whether a fit moves it: it is free, and ``requires_grad_(False)`` has not frozen it."""
+        return self.free and self.tensor.requires_grad
+
+    @property
+    def tensor(self) -> Tensor:
+        """Its untransformed value as it is now, (1,)."""
+        return self.leaf.stored(self.local)
+
+    @property
+    def trans(self) -> Transform:
+        """Its transform."""
+        return self.leaf.own_trans[self.local]
+
+
+class Layout:
+    """The parameters of a tree in order, as they are found now.
+
+    Attributes:
+        entries: all parameters, each once.
+        free, fixed: the free and the fixed ones among them.
+        free_index, fixed_index: their positions.
+        free_names: names of the free ones.
+    """
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.entries = tuple(entries)
+        self.free_index = [i for i, e in enumerate(self.entries) if e.free]
+        self.fixed_index = [i for i, e in enumerate(self.entries) if not e.free]
+        self.free = tuple(self.entries[i] for i in self.free_index)
+        self.fixed = tuple(self.entries[i] for i in self.fixed_index)
+        self.free_names = [e.name for e in self.free]
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
 
 
 class Owner(nn.Module):
@@ -141,11 +186,20 @@ class Owner(nn.Module):
                 self._buffers[name], data[name] = tensor.to(moved.device, moved.dtype), None
         return self
 
+    def canonical(self, coordinates: dict[str, float]) -> dict[str, float]:
+        """Equivalent coordinates (see :class:`Transform`) that the parameters can hold.
+
+        Args:
+            coordinates: by local name, those of the free parameters that are
+                being estimated, perhaps beyond their bounds.
+        """
+        return {name: self.own_trans[name].fold(u) for name, u in coordinates.items()}
+
     # ------------------------------------------------------------------ the tree
 
-    def leaves(self) -> dict[str, Matrix]:
+    def leaves(self) -> Mapping[str, Owner]:
         """Leaves below this module, each once, by the prefix of their parameters' names."""
-        return {"": cast("Matrix", self)}
+        return {"": self}
 
     def entries(self) -> list[Entry]:
         """All parameters, each once, in the order of :attr:`param_names`."""

@@ -56,6 +56,9 @@ class Parametrized(Named):
 
     stand_in: Given | None = None
 
+    def leaves(self) -> Mapping[str, Parametrized]:
+        return {"": self}
+
     def free_values(self) -> Tensor:
         """The leaf's free parameters, untransformed, or what stands in for them, 1-D."""
         given = self.stand_in
@@ -161,7 +164,7 @@ class Parametrized(Named):
             out_format: ``"tensor"`` or ``"dict"`` (name to tensor of shape (1,)).
 
         Raises:
-            ValueError: if ``out_format`` is something else, or as in calling the matrix.
+            InputError: if ``out_format`` is something else, or as in calling the matrix.
         """
         if not isinstance(out_format, str) or out_format not in ("tensor", "dict"):
             raise InputError(f"`out_format` is {found(out_format)}: expected 'tensor' or 'dict'")

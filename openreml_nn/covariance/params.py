@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import cached_property
 from math import inf, isfinite
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
@@ -16,13 +16,8 @@ from openreml_nn.covariance.transform import Transform, TransformIdentity
 from openreml_nn.support.checks import check_flag, found
 from openreml_nn.support.errors import InputError
 
-if TYPE_CHECKING:
-    from openreml_nn.covariance.matrix import Matrix
-
 __all__ = [
     "Arrangement",
-    "Entry",
-    "Layout",
     "Spec",
     "check_name",
     "check_spec",
@@ -59,7 +54,7 @@ def merge_specs(
 
     Raises:
         TypeError: if they are not a dict.
-        ValueError: if only some of the names are known.
+        InputError: if only some of the names are known.
     """
     if given is None:
         return dict(default)
@@ -186,56 +181,6 @@ class Spec(dict[str, Any]):
 
     def __reduce__(self) -> tuple[type[Spec], tuple[dict[str, Any]]]:
         return Spec, (dict(self),)
-
-
-class Entry(NamedTuple):
-    """One parameter of a tree: its full name, the leaf that owns it, its name there."""
-
-    name: str
-    leaf: Matrix
-    local: str
-
-    @property
-    def free(self) -> bool:
-        """Whether it is an ``nn.Parameter`` of its own and not fixed."""
-        return self.local in self.leaf._parameters
-
-    @property
-    def estimated(self) -> bool:
-        """Whether a fit moves it: it is free, and ``requires_grad_(False)`` has not frozen it."""
-        return self.free and self.tensor.requires_grad
-
-    @property
-    def tensor(self) -> Tensor:
-        """Its untransformed value as it is now, (1,)."""
-        return self.leaf.stored(self.local)
-
-    @property
-    def trans(self) -> Transform:
-        """Its transform."""
-        return self.leaf.own_trans[self.local]
-
-
-class Layout:
-    """The parameters of a tree in order, as they are found now.
-
-    Attributes:
-        entries: all parameters, each once.
-        free, fixed: the free and the fixed ones among them.
-        free_index, fixed_index: their positions.
-        free_names: names of the free ones.
-    """
-
-    def __init__(self, entries: Sequence[Entry]) -> None:
-        self.entries = tuple(entries)
-        self.free_index = [i for i, e in enumerate(self.entries) if e.free]
-        self.fixed_index = [i for i, e in enumerate(self.entries) if not e.free]
-        self.free = tuple(self.entries[i] for i in self.free_index)
-        self.fixed = tuple(self.entries[i] for i in self.fixed_index)
-        self.free_names = [e.name for e in self.free]
-
-    def __iter__(self) -> Iterator[Entry]:
-        return iter(self.entries)
 
 
 class Arrangement:

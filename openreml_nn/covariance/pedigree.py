@@ -98,7 +98,7 @@ class Pedigree:
         """The design of records of animals, with columns in the order of ``levels``.
 
         Raises:
-            ValueError: if an animal is not in the pedigree.
+            InputError: if an animal is not in the pedigree.
 
         >>> Pedigree.of(["c"], ["b"], ["a"]).design(["c", "b"])()
         tensor([[0., 0., 1.],
@@ -273,7 +273,7 @@ class KnownInverseMatrix(Matrix):
         Output: (n, n).
 
     Raises:
-        ValueError: if ``inverse`` is not square; by calling the matrix, if it
+        InputError: if ``inverse`` is not square; by calling the matrix, if it
             is not positive definite.
 
     >>> pedigree = Pedigree.of(["c"], ["a"], ["b"])

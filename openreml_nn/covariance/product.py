@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance.matrix import Matrix
+from openreml_nn.covariance.matrix import Matrix, written
 from openreml_nn.covariance.nodes import has_values
 from openreml_nn.covariance.operator import Operator
 from openreml_nn.covariance.start import give_to_one
@@ -22,6 +22,7 @@ from openreml_nn.terms.term import Term
 __all__ = ["Gram", "HadamardProduct", "Inverse", "Product", "Transpose"]
 
 
+@written("@")
 class Product(Operator):
     r"""Matrix product :math:`V = A_0 A_1 \cdots`.
 
@@ -32,7 +33,7 @@ class Product(Operator):
         Operands (n₀, n₁), (n₁, n₂), …; output (n₀, last).
 
     Raises:
-        ValueError: if neighbours do not fit.
+        InputError: if neighbours do not fit.
 
     >>> from openreml_nn.covariance import LowerTriangularMatrix
     >>> V = Product(LowerTriangularMatrix(2, 2), torch.eye(2))
@@ -71,6 +72,7 @@ class Product(Operator):
         return reduce(torch.matmul, [*values[:index], tangent, *values[index + 1 :]])
 
 
+@written("*")
 class HadamardProduct(Operator):
     r"""Entrywise product :math:`V = A_0 \odot A_1 \odot \cdots`.
 
@@ -84,7 +86,7 @@ class HadamardProduct(Operator):
         Operands and output: (n, m).
 
     Raises:
-        ValueError: if the shapes differ.
+        InputError: if the shapes differ.
 
     >>> from openreml_nn.covariance import EqualEntryMatrix
     >>> HadamardProduct(EqualEntryMatrix(2), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))(
@@ -140,6 +142,7 @@ class HadamardProduct(Operator):
         return give_to_one(operands, [share] * len(operands))
 
 
+@written(".T")
 class Transpose(Operator):
     r"""Transpose :math:`V = A^\top`.
 
@@ -182,7 +185,7 @@ class Gram(Operator):
         Operand (n, m); output (m, m) for ``"xtx"``, (n, n) for ``"xxt"``.
 
     Raises:
-        ValueError: if ``gram_type`` is something else.
+        InputError: if ``gram_type`` is something else.
 
     >>> from openreml_nn.covariance import LowerTriangularMatrix
     >>> Gram(LowerTriangularMatrix(2, 2), gram_type="xxt")(torch.tensor([1.0, 2.0, 3.0]))
@@ -235,7 +238,7 @@ class Inverse(Operator):
         Operand and output: (n, n).
 
     Raises:
-        ValueError: if the operand is not square; by calling it, if it is not
+        InputError: if the operand is not square; by calling it, if it is not
             symmetric and positive definite. On an accelerator, and while tracing, the
             result is NaN instead, so that no evaluation waits for the device.
 

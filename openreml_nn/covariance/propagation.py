@@ -46,7 +46,7 @@ class CovariancePropagation(Operator):
         Output: (n, n).
 
     Raises:
-        ValueError: if the shapes do not fit.
+        InputError: if the shapes do not fit.
 
     Reference:
         Searle, Casella and McCulloch, Variance Components (1992), eq. 6.2.

@@ -43,7 +43,7 @@ class SimpleMatrix(Matrix):
 
     Raises:
         TypeError: if ``call`` is not callable.
-        ValueError: if ``num_free_params`` is not positive or ``call`` does not
+        InputError: if ``num_free_params`` is not positive or ``call`` does not
             yield a 2-D tensor.
 
     >>> V = SimpleMatrix(2, torch.diag, default=torch.tensor([1.0]))
@@ -107,7 +107,7 @@ class Adapter(Matrix):
         Output: that of ``adaptee``.
 
     Raises:
-        ValueError: if a transform is not the identity.
+        InputError: if a transform is not the identity.
         TypeError: if ``adaptee`` is no Matrix.
 
     >>> from openreml_nn.covariance import DiagonalMatrix

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import log, prod
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from openreml_nn.covariance.matrix import Matrix
+from openreml_nn.covariance.nodes import TreeNode
 
 __all__ = ["give_to_one", "harmonic_mean", "rescale"]
 
@@ -29,7 +27,7 @@ def harmonic_mean(variance: Tensor, dim: list[int] | None = None) -> Tensor:
     return 1 / (1 / variance).mean(dim)
 
 
-def give_to_one(operands: Sequence[Matrix | Tensor], shares: Sequence[Tensor]) -> bool:
+def give_to_one(operands: Sequence[TreeNode | Tensor], shares: Sequence[Tensor]) -> bool:
     """Start the operands of a product: one takes the variance, the others keep the scale 1.
 
     Args:
@@ -39,17 +37,15 @@ def give_to_one(operands: Sequence[Matrix | Tensor], shares: Sequence[Tensor]) -
     Returns:
         Whether one of them has a free scale, and so could.
     """
-    from openreml_nn.covariance.matrix import Matrix
-
     taken = False
     for operand, share in reversed(list(zip(operands, shares, strict=True))):
-        if isinstance(operand, Matrix) and operand.num_free_params:
+        if isinstance(operand, TreeNode) and operand.num_free_params:
             took = operand.moment_start(torch.ones_like(share) if taken else share)
             taken = taken or took is not False
     return taken
 
 
-def rescale(matrix: Matrix, variance: float) -> bool:
+def rescale(matrix: TreeNode, variance: float) -> bool:
     r"""Multiply a matrix by a number, so that its diagonal is ``variance`` on average.
 
     Whichever of its free parameters can do so move: on the path
@@ -90,7 +86,7 @@ def rescale(matrix: Matrix, variance: float) -> bool:
 
 
 def _towards(
-    matrix: Matrix, x: Tensor, moves: Tensor, target: Tensor, most: int
+    matrix: TreeNode, x: Tensor, moves: Tensor, target: Tensor, most: int
 ) -> tuple[Tensor, float]:
     """Gauss-Newton steps from x to where the matrix is nearest to the target; how near."""
     size = torch.linalg.vector_norm(target)

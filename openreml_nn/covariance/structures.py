@@ -56,6 +56,9 @@ def heterogeneous(correlation: Matrix) -> CovariancePropagation:
     Args:
         correlation: R, (n, n), with ones on its diagonal.
 
+    Raises:
+        TypeError, InputError: if it is no Matrix, or not square.
+
     >>> V = heterogeneous(EquicorrelationMatrix(2))
     >>> V.param_names
     ['sd/sigma_0', 'sd/sigma_1', 'correlation/rho']
@@ -75,6 +78,9 @@ def heterogeneous_compound_symmetry(n: int) -> CovariancePropagation:
 
     Parameters: ``sd/sigma_i``, ``correlation/rho``.
 
+    Raises:
+        TypeError, InputError: if ``n`` is no whole number, or less than 1.
+
     >>> heterogeneous_compound_symmetry(3).num_params
     4
     """
@@ -85,6 +91,9 @@ def heterogeneous_ar1(n: int) -> CovariancePropagation:
     r"""Heterogeneous AR(1), :math:`V_{ij} = \sigma_i \sigma_j \rho^{|i-j|}`.
 
     Parameters: ``sd/sigma_i``, ``correlation/rho``.
+
+    Raises:
+        TypeError, InputError: if ``n`` is no whole number, or less than 1.
 
     >>> heterogeneous_ar1(3).free_param_names
     ['sd/sigma_0', 'sd/sigma_1', 'sd/sigma_2', 'correlation/rho']
@@ -101,8 +110,12 @@ def factor_analytic(n: int, k: int) -> Sum:
     signs, and :math:`\Psi` diagonal. Parameters: ``loadings/x/L_i_j``
     (identity), ``specific/sigma^2_i`` (:math:`e^{2x}`).
 
+    Args:
+        n: size.
+        k: how many factors.
+
     Raises:
-        ValueError: if k is not between 1 and n.
+        InputError: if k is not between 1 and n.
 
     Reference:
         Smith, Cullis and Thompson, Biometrics 57 (2001) 1138, eq. 6.
@@ -127,6 +140,13 @@ def ar1_field(rows: int, columns: int) -> KroneckerProduct:
 
     For plots in the order of rows, and of columns within a row. Parameters:
     ``row/sigma^2``, ``row/rho``, ``column/rho``.
+
+    Args:
+        rows: how many rows of plots.
+        columns: how many plots in a row.
+
+    Raises:
+        TypeError, InputError: if one of them is no whole number, or less than 1.
 
     Reference:
         Gilmour, Cullis and Verbyla, Journal of Agricultural, Biological and
@@ -158,7 +178,7 @@ def within(
             within their group.
 
     Raises:
-        ValueError: if there are more positions than M has rows, or a group has
+        InputError: if there are more positions than M has rows, or a group has
             a position twice.
 
     Reference:
@@ -204,6 +224,9 @@ def stratified(strata: Labels) -> CovariancePropagation:
     Args:
         strata: label of the stratum of each row, (n,).
 
+    Raises:
+        TypeError, InputError: if they are no labels.
+
     >>> stratified(["f", "m", "f"]).param_names
     ['g/matrix/sigma^2_0', 'g/matrix/sigma^2_1']
     """
@@ -220,7 +243,7 @@ def weighted(weights: Tensor) -> CovariancePropagation:
         weights: w, (n,), positive.
 
     Raises:
-        ValueError: if a weight is not positive and finite.
+        InputError: if a weight is not positive and finite.
 
     >>> weighted(torch.tensor([1.0, 4.0]))(torch.tensor([0.0]))
     tensor([[1.0000, 0.0000],

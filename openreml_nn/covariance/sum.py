@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from openreml_nn.covariance.matrix import Matrix
+from openreml_nn.covariance.matrix import Matrix, written
 from openreml_nn.covariance.operator import Operator
 from openreml_nn.covariance.owner import tensors_of
 from openreml_nn.support.errors import InputError
@@ -16,6 +16,7 @@ from openreml_nn.terms.term import Term
 __all__ = ["Sum"]
 
 
+@written("+")
 class Sum(Operator):
     r"""Sum :math:`V = A_0 + A_1 + \dots` of matrices of one shape.
 
@@ -26,7 +27,7 @@ class Sum(Operator):
         Operands and output: (n, m).
 
     Raises:
-        ValueError: if the shapes differ (nothing is broadcast).
+        InputError: if the shapes differ (nothing is broadcast).
 
     >>> from openreml_nn.covariance import IdentityMatrix, ScalarMatrix
     >>> V = Sum(group=ScalarMatrix(2), residual=IdentityMatrix(2))

@@ -41,7 +41,7 @@ class ContinuousAR1Matrix(Matrix):
         Output: (n, n).
 
     Raises:
-        ValueError: if ``distance`` is not symmetric with zeros on its diagonal and no negative
+        InputError: if ``distance`` is not symmetric with zeros on its diagonal and no negative
             entry.
 
     Reference:

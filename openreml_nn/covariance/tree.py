@@ -10,13 +10,14 @@ in whatever depth they stand.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from openreml_nn.covariance.autograd import ClosedForm
 from openreml_nn.covariance.nodes import (
+    TreeNode,
     check_result,
     is_able,
     is_opaque,
@@ -25,15 +26,27 @@ from openreml_nn.covariance.nodes import (
 )
 from openreml_nn.covariance.parametrized import FreeParams, Given
 
-if TYPE_CHECKING:
-    from openreml_nn.covariance.matrix import Matrix
-    from openreml_nn.covariance.operator import Operator
-
 __all__ = ["Leaf", "Tree"]
 
 
-def _operator(node: Matrix) -> Operator:
-    return cast("Operator", node)
+class _Operator(Protocol):
+    """What a tree asks of a node with operands; ``Operator`` documents it."""
+
+    linear: bool
+
+    def checked_operands(self) -> Sequence[TreeNode | Tensor]: ...
+
+    def formed_operands(self) -> list[bool]: ...
+
+    def combine(self, *values: Tensor) -> Tensor: ...
+
+    def combine_vjp(self, cotangent: Tensor, *values: Tensor) -> Sequence[Tensor | None]: ...
+
+    def combine_jvp(self, index: int, tangent: Tensor, *values: Tensor) -> Tensor: ...
+
+
+def _operator(node: TreeNode) -> _Operator:
+    return cast("_Operator", node)
 
 
 class Tree:
@@ -55,9 +68,9 @@ class Tree:
         natural: what stands in for a leaf's parameters, where that is natural values.
     """
 
-    def __init__(self, root: Matrix, derivatives: bool = True) -> None:
+    def __init__(self, root: TreeNode, derivatives: bool = True) -> None:
         self.root = root
-        self.nodes: list[Matrix] = []
+        self.nodes: list[TreeNode] = []
         self.operands: list[list[int | Tensor] | None] = []
         self.formed: list[list[bool]] = []
         self.leaves: list[int] = []
@@ -66,7 +79,7 @@ class Tree:
         self.opaque: list[bool] = []
         self.natural: Given | None = None
         place: dict[int, int] = {}
-        stack: list[tuple[Matrix, list[Any] | None]] = [(root, None)]
+        stack: list[tuple[TreeNode, list[Any] | None]] = [(root, None)]
         while stack:
             node, below = stack.pop()
             if id(node) in place:
@@ -172,7 +185,7 @@ class Tree:
         ]
 
     @staticmethod
-    def _called(node: Matrix, like: Tensor) -> Tensor:
+    def _called(node: TreeNode, like: Tensor) -> Tensor:
         value = node()
         if value.dtype != like.dtype and not node.num_free_params:
             value = value.to(like)
@@ -323,7 +336,7 @@ class Leaf:
 
     __slots__ = ("node",)
 
-    def __init__(self, node: Matrix) -> None:
+    def __init__(self, node: TreeNode) -> None:
         self.node = node
 
     def value(self, parts: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class VarianceFunction(Matrix):
         Output: (n, n).
 
     Raises:
-        ValueError: if ``kind`` is another word, or a value is not finite or, for a power, zero.
+        InputError: if ``kind`` is another word, or a value is not finite or, for a power, zero.
 
     Reference:
         Pinheiro and Bates, Mixed-Effects Models in S and S-PLUS (2000), section 5.2.1.
@@ -67,7 +67,10 @@ class VarianceFunction(Matrix):
         logarithm = covariate.abs().log() if kind == "power" else covariate
         if not covariate.is_meta and not bool(torch.isfinite(logarithm).all()):
             row = int((~torch.isfinite(logarithm)).nonzero()[0])
-            raise InputError(f"`covariate` is {float(covariate[row]):g} in row {row}")
+            wanted = "a finite number" + (" other than zero" if kind == "power" else "")
+            raise InputError(
+                f"`covariate` is {float(covariate[row]):g} in row {row}: expected {wanted}"
+            )
         default = free_specs(["sigma^2"], trans=TransformExpPow2())
         default |= free_specs(["delta"], trans=TransformIdentity())
         super().__init__((len(covariate),) * 2, merge_specs(default, param_specs))

@@ -40,7 +40,7 @@ def table_path(name: str) -> Path:
     """File of a data set.
 
     Raises:
-        ValueError: if there is none of that name.
+        InputError: if there is none of that name.
     """
     check_choice("name", name, FORMULAS)
     return Path(__file__).with_name(f"{name}.csv")

@@ -20,7 +20,7 @@ def ratings(rows: int = 20_000, users: int = 1000, items: int = 200, seed: int =
     ['rating', 'x1', 'x2', 'x3', 'x4', 'user', 'item']
 
     Raises:
-        TypeError, ValueError: if an argument is no whole number, or too small.
+        TypeError, InputError: if an argument is no whole number, or too small.
     """
     for name, value in (("rows", rows), ("users", users), ("items", items)):
         check_count(name, value, 1)
@@ -44,7 +44,7 @@ def growth(children: int = 400, visits: int = 8, seed: int = 1) -> pd.DataFrame:
     ['height', 'age', 'years', 'dose', 'child']
 
     Raises:
-        TypeError, ValueError: if an argument is no whole number, or too small.
+        TypeError, InputError: if an argument is no whole number, or too small.
     """
     for name, value in (("children", children), ("visits", visits)):
         check_count(name, value, 1)
@@ -71,7 +71,7 @@ def field(plots: int = 300, samples: int = 4, seed: int = 1) -> pd.DataFrame:
     ['yield', 'rain', 'nitrogen', 'plot', 'east', 'north']
 
     Raises:
-        TypeError, ValueError: if an argument is no whole number, or too small.
+        TypeError, InputError: if an argument is no whole number, or too small.
     """
     for name, value in (("plots", plots), ("samples", samples)):
         check_count(name, value, 1)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance.matrix import Matrix, Recorded
-from openreml_nn.covariance.params import Entry
+from openreml_nn.covariance.matrix import Recorded
+from openreml_nn.covariance.owner import Entry, Owner
 from openreml_nn.covariance.transform import TransformIdentity
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.support.errors import InputError
@@ -141,7 +141,7 @@ class Coordinates:
 
     def write(self, u: Tensor) -> None:
         """Set the parameters to coordinates, which are made canonical first."""
-        by_leaf: dict[int, tuple[Matrix, dict[str, float]]] = {}
+        by_leaf: dict[int, tuple[Owner, dict[str, float]]] = {}
         for e, value in zip(self.entries, u.tolist(), strict=False):
             by_leaf.setdefault(id(e.leaf), (e.leaf, {}))[1][e.local] = value
         with torch.no_grad():

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance import Matrix
-from openreml_nn.estimation.aireml import average_information_step
 from openreml_nn.estimation.outcome import outcome
 from openreml_nn.estimation.starts import climb, climb_from_several, has_several_optima
+from openreml_nn.estimation.step import average_information_step
 from openreml_nn.likelihood import REMLLoss
 from openreml_nn.likelihood.fixed import check_data
 from openreml_nn.likelihood.loss import Objective
@@ -159,7 +159,7 @@ def fit_reml(
         InputError: if a random effect is confounded with the residual, or the fixed effects
             fit the response exactly.
         NotPositiveDefiniteError: if V is not positive definite at the start (a ValueError).
-        TypeError, ValueError: if the data do not fit, or an option is unknown.
+        TypeError, InputError: if the data do not fit, or an option is unknown.
 
     >>> from openreml_nn.covariance import *
     >>> batch = DummyMatrix(["a", "a", "b", "b", "c", "c"])

@@ -54,7 +54,7 @@ def blue(y: Tensor, X: Tensor, V: Tensor | Matrix, theta: FreeParams = None) -> 
         NotPositiveDefiniteError: if V is not positive definite (a ValueError).
         InputError: if shapes do not fit, V is not symmetric, or ``theta`` is
             given for a tensor (a ValueError).
-        TypeError, ValueError: if y or X is not what it should be, as in
+        TypeError, InputError: if y or X is not what it should be, as in
             :class:`~openreml_nn.REMLLoss`.
 
     Reference:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import nan
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from openreml_nn.estimation.derivatives import jacobian
+from openreml_nn.estimation.marginal_steps import MarginalFit
 from openreml_nn.families import Family
 from openreml_nn.likelihood.laplace import LaplaceEvaluation
 from openreml_nn.result import (
@@ -23,9 +23,6 @@ from openreml_nn.result import (
 )
 from openreml_nn.support.errors import NumericalError
 from openreml_nn.terms.term import Term
-
-if TYPE_CHECKING:
-    from openreml_nn.estimation.marginal import MarginalFit
 
 __all__ = ["marginal_outcome"]
 
@@ -82,7 +79,9 @@ def marginal_outcome(
             history=tuple(fit.history),
             plan=replace(loss.plan, fixed_effects=fit.Q.shape[1]),
             num_params=m + sum(x.numel() for x in fit.own),
-            source=Source(loss.covariance, fit.y, fit.X, None, tuple(names), labels),
+            source=Source(
+                loss.covariance, fit.y, fit.X, None, tuple(names), labels, offset=fit.offset
+            ),
             optimizer="BFGS",
             family=loss.family.name or type(loss.family).__name__,
             link=loss.family.link,

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from openreml_nn.covariance import Matrix
-from openreml_nn.estimation.aireml import Past, average_information_step
 from openreml_nn.estimation.curvature import CONVERGED, Curvature
+from openreml_nn.estimation.past import Past
+from openreml_nn.estimation.step import average_information_step
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.result.result import Record, Start
 from openreml_nn.support.errors import NumericalError

@@ -23,7 +23,7 @@ from math import cos, inf, pi
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance.params import Entry
+from openreml_nn.covariance.owner import Entry
 from openreml_nn.covariance.triangular import UnstructuredMatrix
 from openreml_nn.estimation.coordinates import Coordinates
 from openreml_nn.estimation.derivatives import expand, hessian_of_value
@@ -91,10 +91,10 @@ class Natural:
         self._row_of: dict[tuple[int, int], int] = {}
         place = {(id(e.leaf), e.local): j for j, e in enumerate(self.at.entries)}
         for leaf in {id(e.leaf): e.leaf for e in self.at.entries}.values():
+            if not isinstance(leaf, UnstructuredMatrix):
+                continue
             names = leaf.param_names
-            if not isinstance(leaf, UnstructuredMatrix) or any(
-                (id(leaf), name) not in place for name in names
-            ):
+            if any((id(leaf), name) not in place for name in names):
                 continue
             for i in range(leaf.shape[0]):
                 self._row_of[id(leaf), i] = len(self._rows)

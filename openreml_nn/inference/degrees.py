@@ -85,7 +85,7 @@ def coefficients(result: Result, ddf: str = "satterthwaite", level: float = 0.95
         name, estimate, std_error, df, statistic, p, low, high.
 
     Raises:
-        ValueError: if an option is unknown or the correction does not fit the model.
+        InputError: if an option is unknown or the correction does not fit the model.
         TypeError: if an argument is of another kind.
 
     >>> from openreml_nn import lmm
@@ -113,7 +113,7 @@ def wald_test(
         ddf: as in :func:`coefficients`.
 
     Raises:
-        ValueError: if a name is unknown or L has another shape or rank.
+        InputError: if a name is unknown or L has another shape or rank.
         TypeError: if an argument is of another kind.
 
     >>> from openreml_nn import lmm

@@ -15,6 +15,9 @@ def diagnose(result: Result) -> list[str]:
     Returns:
         An empty list if nothing is wrong.
 
+    Raises:
+        TypeError: if ``result`` is no result.
+
     >>> from openreml_nn import lmm
     >>> from openreml_nn.datasets import sleepstudy
     >>> diagnose(lmm("Reaction ~ Days + (Days | Subject)", sleepstudy()))

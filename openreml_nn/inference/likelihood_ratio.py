@@ -121,6 +121,13 @@ def check_same_data(names: tuple[str, str], fits: tuple[Result, Result]) -> None
             f"`{a}` and `{b}` have other responses{told}: expected fits of the same data (one "
             "response, one offset, one order)"
         )
+    offsets = [_offset(fit) for fit in fits]
+    if not torch.equal(offsets[0], offsets[1].to(offsets[0])):
+        row = int((offsets[0] != offsets[1].to(offsets[0])).nonzero()[0])
+        raise InputError(
+            f"`{a}` and `{b}` have other offsets, {float(offsets[0][row]):.6g} and "
+            f"{float(offsets[1][row]):.6g} in row {row}: expected fits of the same data"
+        )
     families = [family_of(fit) for fit in fits]
     if families[0] != families[1]:
         raise InputError(
@@ -137,6 +144,13 @@ def check_same_data(names: tuple[str, str], fits: tuple[Result, Result]) -> None
             f"`{a}` and `{b}` have other weights, in row {row} {float(one[row] / one[0]):.6g} and "
             f"{float(other[row] / other[0]):.6g} times that of row 0: expected fits with the same"
         )
+
+
+def _offset(result: Result) -> Tensor:
+    """The offset of the linear predictor (n,); that of a Gaussian response is taken from it."""
+    source = source_of(result)
+    X = source.X.detach()
+    return X.new_zeros(len(X)) if source.offset is None else source.offset.detach()
 
 
 def _weights(result: Result) -> Tensor:

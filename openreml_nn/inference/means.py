@@ -52,7 +52,7 @@ class MarginalMeans:
                 ``"bonferroni"`` or ``"none"``. Intervals are not adjusted.
 
         Raises:
-            ValueError: if ``adjust`` is unknown.
+            InputError: if ``adjust`` is unknown.
         """
         check_choice("adjust", adjust, ADJUSTMENTS)
         names = self.table["name"].tolist()
@@ -91,7 +91,7 @@ def emmeans(
         ddf, level: as in :func:`coefficients`.
 
     Raises:
-        ValueError: if the fit has no formula, or a name is not that of a factor or column.
+        InputError: if the fit has no formula, or a name is not that of a factor or column.
         TypeError: if an argument is of another kind.
 
     Reference:
@@ -115,7 +115,10 @@ def emmeans(
     used, levels = encoder.fixed.columns, encoder.fixed_levels
     unknown = [name for name in wanted if name not in levels]
     if unknown or not wanted or len(set(wanted)) < len(wanted):
-        raise InputError(f"`factors` are {wanted}: expected some of {list(levels)}, each once")
+        known = (
+            f"some of {list(levels)}, each once" if levels else "a fit with a factor in its formula"
+        )
+        raise InputError(f"`factors` are {wanted}: expected {known}")
     numeric = {name: source.means[name] for name in used if name not in levels}
     if at is not None:
         check_mapping("at", at)

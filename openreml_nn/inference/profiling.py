@@ -49,7 +49,7 @@ class Curve:
         """Where the likelihood-ratio test of a level accepts; a bound where it is not left.
 
         Raises:
-            ValueError: if the level is not between 0 and 0.995, beyond which no curve goes.
+            InputError: if the level is not between 0 and 0.995, beyond which no curve goes.
             TypeError: if it is no number.
         """
         level = check_number("level", level, above=0, below=_MOST_LEVEL)
@@ -74,7 +74,7 @@ class Profile:
         """Confidence intervals: name, estimate, low, high.
 
         Raises:
-            ValueError: if the level is not between 0 and 0.995, beyond which no curve goes.
+            InputError: if the level is not between 0 and 0.995, beyond which no curve goes.
             TypeError: if it is no number.
         """
         rows = [(name, c.estimate, *c.interval(level)) for name, c in self.curves.items()]

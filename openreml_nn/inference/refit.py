@@ -50,7 +50,7 @@ def check_level(level: object) -> float:
 
     Raises:
         TypeError: if it is no number.
-        ValueError: if it is not between 0 and 1.
+        InputError: if it is not between 0 and 1.
     """
     return check_number("level", level, above=0, below=1)
 
@@ -71,7 +71,12 @@ def source_of(result: Result, name: str = "result") -> Source:
 
 
 def family_of(result: Result) -> str | None:
-    """The family of the response of a generalised model; None of a linear one."""
+    """The family of the response of a generalised model; None of a linear one.
+
+    Raises:
+        TypeError: if it is no result.
+    """
+    check_fit(result)
     return result.family
 
 

@@ -76,7 +76,7 @@ class Bootstrap:
         """Percentile intervals: name, estimate, bias, std_error, low, high.
 
         Raises:
-            ValueError: if the level is not between 0 and 1.
+            InputError: if the level is not between 0 and 1.
             TypeError: if it is no number.
         """
         level = check_level(level)
@@ -115,7 +115,7 @@ def bootstrap(
         progress: whether a bar shows on stderr.
 
     Raises:
-        ValueError: if there is no sample, or the rows were streamed.
+        InputError: if there is no sample, or the rows were streamed.
         TypeError: if an argument is of another kind.
 
     Reference:
@@ -160,6 +160,10 @@ def bootstrap_test(
         samples: how many responses.
         seed: of the random numbers.
         progress: whether a bar shows on stderr.
+
+    Raises:
+        TypeError, InputError: as in :func:`likelihood_ratio_test`, or if ``samples`` or ``seed`` is no
+            whole number.
 
     Reference:
         Davison and Hinkley, Bootstrap Methods and their Application (1997), eq. 4.11.

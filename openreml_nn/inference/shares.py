@@ -13,6 +13,7 @@ from openreml_nn.estimation.curvature import Curvature
 from openreml_nn.estimation.derivatives import jacobian
 from openreml_nn.inference.refit import Refit
 from openreml_nn.metrics import conditional_r2, marginal_r2
+from openreml_nn.result import Component
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import DiagonalCovariance, KroneckerCovariance, ScaledCovariance
 from openreml_nn.terms.design import IdentityDesign, IndexedDesign
@@ -31,8 +32,10 @@ class R2(NamedTuple):
 def r2(result: Result) -> R2:
     r"""Marginal and conditional :math:`R^2` of a fit, random slopes included.
 
+    Correlated residuals, such as a field beside independent errors, are residual variance.
+
     Raises:
-        ValueError: if the rows were streamed.
+        InputError: if the rows were streamed.
 
     Reference:
         Nakagawa and Schielzeth, Methods in Ecology and Evolution 4 (2013) 133, eqs. 26 and 30;
@@ -48,8 +51,10 @@ def r2(result: Result) -> R2:
     mean = refit.X @ result.fixed.estimate
     with torch.no_grad():
         variances = _row_variances(refit.objective().terms())
-    *random, residual = variances
-    total = sum(random, torch.zeros_like(residual))
+    zero = mean.new_zeros(())
+    is_residual = [_is_residual(result, component) for component in result.components]
+    residual = sum((v for v, of in zip(variances, is_residual, strict=True) if of), zero)
+    total = sum((v for v, of in zip(variances, is_residual, strict=True) if not of), zero)
     return R2(
         float(marginal_r2(mean, total, residual)), float(conditional_r2(mean, total, residual))
     )
@@ -67,7 +72,7 @@ def variance_shares(result: Result) -> pd.DataFrame:
         group, variance, share, std_error; the residual last.
 
     Raises:
-        ValueError: if the rows were streamed.
+        InputError: if the rows were streamed.
 
     Reference:
         Lynch and Walsh, Genetics and Analysis of Quantitative Traits (1998), appendix 1.
@@ -106,6 +111,12 @@ def variance_shares(result: Result) -> pd.DataFrame:
     columns = {"variance": value, "share": value / total, "std_error": error}
     table = {name: column.numpy(force=True) for name, column in columns.items()}
     return pd.DataFrame({"group": groups, **table})
+
+
+def _is_residual(result: Result, component: Component) -> bool:
+    """Whether a term is of the residual, as a field is beside which stand independent errors."""
+    is_field = result.model is not None and component.name == "residual"
+    return component.group == "Residual" or is_field
 
 
 def _row_variances(terms: list[Term]) -> list[Tensor]:

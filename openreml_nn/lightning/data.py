@@ -28,6 +28,7 @@ from openreml_nn.support.checks import (
     check_table,
     check_text,
 )
+from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import Encoded, Encoder, TableFile, read_table
 
@@ -244,7 +245,10 @@ def attached(
     """
     data = module.trainer.datamodule  # type: ignore[attr-defined]
     if not isinstance(data, MixedModelDataModule):
-        raise InputError(f"{type(module).__name__} trains with a MixedModelDataModule")
+        raise InputError(
+            f"the trainer was given {'a loader' if data is None else described(data)}: expected a "
+            f"MixedModelDataModule, with which a {type(module).__name__} of a formula trains"
+        )
     if data.encoder.formula != encoder.formula:
         raise InputError(
             f"the data module's formula is {data.encoder.formula.text!r} but the model's "

@@ -48,7 +48,7 @@ class Evaluated(LightningModule):
         self._evaluate(batch, batch_idx, "validation", "val")
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """The same of test rows."""
+        """Log the metrics of a batch of test rows, ``test_`` for ``val_``."""
         self._evaluate(batch, batch_idx, "test", "test")
 
     def _evaluate(self, batch: Any, batch_idx: int, stage: str, prefix: str) -> None:

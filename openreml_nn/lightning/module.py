@@ -77,20 +77,22 @@ class MixedModule(Evaluated):
         optimizer: of the network: a config such as ``{"_target_": "torch.optim.Adam", "lr":
             0.01}``, or a function from parameters to an optimizer; Adam by default. Without a
             network it is the covariance's, by default AI-REML, a step an epoch.
-        training: see above; by default ``"alternating"`` for head ``"ml"``, ``"full"`` for
-            ``"gls"`` and for families, which alternating training does not take.
+        training: see above, or a :class:`Way`; by default ``"alternating"`` for head ``"ml"``, ``"full"``
+            for ``"gls"`` and for families, which alternating training does not take.
         network: with a formula: config of the network, or the network, that takes the columns of
             its fixed part, standardised, and yields features; see :class:`torch.nn.LazyLinear` for
             their number. Without one the mean is linear.
         head: with a network: ``"ml"`` adds a linear layer that makes the mean of the features,
             ``"gls"`` takes them, and a constant, as X. A linear mean is of head ``"gls"``.
-        residual, weights: with a formula: structure of the residuals and column of weights, as in
-            :func:`lmm`; or a network, as before, for the log-variance of the residual, or a matrix.
+        residual: with a formula: structure of the residuals, as in :func:`lmm`; or a network, or its
+            config, whose features of the fixed part's columns make the log-variance of each row; or
+            a matrix, see :class:`MixedModel`.
+        weights: with a formula: column of weights, as in :func:`lmm`.
         family, link, quadrature: with a formula: of the response, as in :func:`glmm`. With a family
             all parameters are trained by the marginal likelihood of a batch, by default of all rows;
             without a network the fit is that of :func:`glmm`, by ``Trainer(max_epochs)`` steps at most.
         kernels: with a formula: for a grouping factor the config of a covariance between its
-            levels by their distance, such as ``{"plot": {"_target_":
+            levels by their distance (the known matrices of :func:`lmm` are said to the data module), such as ``{"plot": {"_target_":
             "openreml_nn.covariance.MaternMatrix", "columns": ["east", "north"]}}``, with the
             columns that hold a level's place.
         categorical: with a formula: numeric columns to be taken as factors.
@@ -304,6 +306,11 @@ class MixedModule(Evaluated):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """The loss of a batch by the way of training."""
+        if self._known.rows is None:
+            raise InputError(
+                "the checkpoint was saved within an epoch, and does not hold the rows that it had "
+                "met: resume from one of an epoch's end"
+            )
         with blamed("training", batch_idx):
             batch = as_batch(batch, list(self.model.effects()))
             if self.way.needs_all_rows and not self._checked:
@@ -348,7 +355,7 @@ class MixedModule(Evaluated):
     def on_train_epoch_end(self) -> None:
         """Move the covariance by the sums of the epoch; in the last one end the fit, so that its
         checkpoint is that of the end."""
-        if self.has_network:
+        if self.has_network or not self.history:
             self._known.step()
         record = self.history[-1]
         shown = {"log_likelihood": record.log_likelihood, **record.parameters}
@@ -366,7 +373,13 @@ class MixedModule(Evaluated):
         self._known.finish(_LAST_STEPS, self._conclude)
 
     def on_fit_end(self) -> None:
-        """The result of a run that had ended before it was resumed."""
+        """The result of a run that had ended before it was resumed.
+
+        Raises:
+            InputError: if there was no batch to train with.
+        """
+        if self.trainer.num_training_batches == 0:
+            raise InputError("the training loader yielded no rows: expected some")
         if self._estimates is None and self.trainer.ckpt_path is not None:
             self._estimates = self._begun()
             self._known.finish(0, self._conclude)

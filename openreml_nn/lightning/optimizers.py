@@ -92,9 +92,12 @@ def refuse_gradient_options(trainer: Trainer) -> None:
     Raises:
         InputError: if there is one.
     """
-    for name in ("gradient_clip_val", "accumulate_grad_batches"):
-        if getattr(trainer, name) not in (None, 0, 1):
-            raise InputError(f"Trainer({name}=…) has no effect: no network is trained by gradients")
+    for name, without in (("gradient_clip_val", 0), ("accumulate_grad_batches", 1)):
+        value = getattr(trainer, name)
+        if value not in (None, without):
+            raise InputError(
+                f"Trainer({name}={value}) has no effect: no network is trained by gradients"
+            )
 
 
 def _made(make: Any, what: str, wants: type, *args: Any) -> Any:

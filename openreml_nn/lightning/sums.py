@@ -154,6 +154,9 @@ class LevelSums:
         if not self._waiting:
             return
         parts, self._waiting, self._rows = self._waiting, [], 0
+        parts = [part for part in parts if len(part.response)]
+        if not parts:
+            return
         designs, unknown = [], []
         for t, effect in enumerate(self.model.effects().values()):
             codes = torch.cat([part.codes[t] for part in parts]).cpu().long()

@@ -183,7 +183,8 @@ class TableModel:
         if self.response.family is None:
             batch = move_data_to_device(encoded.batch(), result.model.beta.device)
             fitted = result.model.predict(batch).mean
-            rows = {"fitted": fitted, "residuals": fitted.new_tensor(encoded.y) - fitted}
+            assert encoded.y is not None
+            rows = {"fitted": fitted, "residuals": encoded.y.to(fitted) - fitted}
         if source is not None:
             cells = self.encoder.cells(data.table.iloc[encoded.rows])
             source = replace(source, means=self.encoder.learned.means, cells=cells)

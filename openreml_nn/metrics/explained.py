@@ -45,8 +45,11 @@ def conditional_r2(population_mean: Tensor, random: Tensor, residual: Tensor) ->
     :math:`(\sigma_f^2 + \sigma_r^2) / (\sigma_f^2 + \sigma_r^2 + \sigma_e^2)`; see
     :func:`marginal_r2`.
 
+    Args:
+        population_mean, random, residual: as in :func:`marginal_r2`.
+
     Raises:
-        TypeError, InputError: as there.
+        TypeError, InputError: as in :func:`marginal_r2`.
 
     >>> conditional_r2(torch.tensor([0.0, 2.0]), torch.tensor(2.0), torch.tensor(6.0))
     tensor(0.4000)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from types import NoneType
 from typing import Any
@@ -21,12 +21,15 @@ from openreml_nn.covariance import (
 )
 from openreml_nn.covariance.params import module_name, user_name
 from openreml_nn.model.batch import Batch, level_codes, level_values, part
-from openreml_nn.result.prediction import lowered, prior_of
+from openreml_nn.result.prediction import KnownEffect, lowered, prior_of
 from openreml_nn.support.checks import check_count, check_instance, check_labels, check_tensor
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import RepeatedCovariance
 
-__all__ = ["Effects", "RandomEffect", "independent_levels"]
+__all__ = ["Coded", "Effects", "RandomEffect", "coded_effects", "independent_levels"]
+
+#: Level codes (n,) of the rows and values (n, k) of the effects, by the names of random effects.
+Coded = Mapping[str, tuple[Tensor, Tensor | None]]
 
 
 def independent_levels(levels: int, effects: int) -> Matrix:
@@ -50,7 +53,7 @@ class RandomEffect(nn.Module):
         effects: k, how many effects each level has, or their names.
         features: a module that yields the effects' values (n, k) from ``x``: random
             slopes in learned features.
-        basis: B (k, k), for effects that are better conditioned as those of :math:`z^\\top B` than as
+        basis: B (k, k), for effects that are better conditioned as those of :math:`z^\top B` than as
             those of the values z; then ``g``, ``blup`` and ``variance`` are of these.
 
     Attributes:
@@ -125,7 +128,7 @@ class RandomEffect(nn.Module):
         return self.basis @ self.prior_in_basis() @ self.basis.mT
 
     def prior_in_basis(self) -> Tensor:
-        """The same of the effects in their basis."""
+        """Covariance (k, k) of the effects of a level that was not seen, in their basis; see :meth:`prior`."""
         return prior_of(lowered(self.g), self.levels, self.effects)
 
     def known(self) -> tuple[Tensor, Tensor]:
@@ -176,6 +179,15 @@ class RandomEffect(nn.Module):
             "expected known levels, because its levels are correlated"
         )
 
+    def of_rows(self, codes: Tensor, z: Tensor) -> KnownEffect:
+        """What is known of the effects of some rows.
+
+        Args:
+            codes: (n,) levels, -1 for one that was not seen.
+            z: (n, k) values of the effects in their basis.
+        """
+        return KnownEffect(codes, z, self.blup, self.variance, self.prior_in_basis)
+
     def contribution(self, codes: Tensor, z: Tensor) -> Tensor:
         r""":math:`z^\top \hat b` of each row's level (n,), 0 for one that was not seen.
 
@@ -220,3 +232,12 @@ class Effects(nn.ModuleDict):
 
     def _kept(self, key: str) -> str:
         return module_name(key, self)
+
+
+def coded_effects(effects: Mapping[str, RandomEffect], batch: Batch, n: int) -> Coded:
+    """Codes and values of each random effect in a batch of n rows.
+
+    Raises:
+        TypeError, InputError: as :meth:`RandomEffect.coded`.
+    """
+    return {name: effect.coded(name, batch, n) for name, effect in effects.items()}

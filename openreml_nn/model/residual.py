@@ -19,7 +19,7 @@ from openreml_nn.support.checks import check_instance, check_tensor
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
 
-__all__ = ["ResidualStructure", "structure_of"]
+__all__ = ["ResidualStructure", "divided", "of_cells", "structure_of", "with_weights"]
 
 
 class ResidualStructure:
@@ -62,21 +62,17 @@ class _OneVariance(ResidualStructure):
         self.matrix = matrix
 
     def operands(self, batch: Batch, n: int) -> dict[str, Matrix]:
-        one, weights = self.matrix, row_values(batch, "weights", n, positive=True)
+        one = self.matrix
         # A subclass, or one whose parameter is computed, is taken as it is.
         rows = (
             one.of_size(n)
             if type(one) is ScalarMatrix
             else KroneckerProduct(rows=IdentityMatrix(n), residual=one)
         )
-        if weights is None:
-            return {"residual": rows}
-        codes = torch.arange(n, device=weights.device)
-        z = DummyMatrix.from_codes(codes, n, weights.rsqrt())
-        return {"residual": CovariancePropagation(z=z, g=rows)}
+        return {"residual": with_weights(rows, batch, n)}
 
     def variances(self, batch: Batch, n: int) -> Tensor:
-        return _weighted(self.matrix().reshape(1).expand(n), batch, n)
+        return divided(self.matrix().reshape(1).expand(n), batch, n)
 
 
 class _WithinGroups(ResidualStructure):
@@ -114,13 +110,7 @@ class _WithinGroups(ResidualStructure):
         return {"residual": CovariancePropagation(z=z, g=rows.operands["g"])}
 
     def variances(self, batch: Batch, n: int) -> Tensor:
-        by_position = self.matrix().diagonal()
-        cells = batch.get("residual")
-        if cells is None:
-            return _weighted(by_position.mean().expand(n), batch, n)
-        check_tensor("batch['residual']", cells, (n,), "integer")
-        own = by_position[cells.clamp(min=0) % len(by_position)]
-        return _weighted(torch.where(cells < 0, by_position.mean(), own), batch, n)
+        return divided(of_cells(self.matrix().diagonal(), batch, n), batch, n)
 
 
 class _ByNetwork(ResidualStructure):
@@ -141,7 +131,7 @@ class _ByNetwork(ResidualStructure):
         return {"residual": CovariancePropagation(z=z, g=unit)}
 
     def variances(self, batch: Batch, n: int) -> Tensor:
-        return _weighted(self._log_variance(batch, n).exp(), batch, n)
+        return divided(self._log_variance(batch, n).exp(), batch, n)
 
     def _log_variance(self, batch: Batch, n: int) -> Tensor:
         found = self.network(part(batch, "x"))
@@ -153,6 +143,34 @@ class _ByNetwork(ResidualStructure):
         return found.reshape(n)
 
 
-def _weighted(variances: Tensor, batch: Batch, n: int) -> Tensor:
+def with_weights(rows: Matrix, batch: Batch, n: int) -> Matrix:
+    r"""The covariance :math:`W^{-1/2} R W^{-1/2}` of n rows with the batch's weights, R without any."""
+    weights = row_values(batch, "weights", n, positive=True)
+    if weights is None:
+        return rows
+    codes = torch.arange(n, device=weights.device)
+    z = DummyMatrix.from_codes(codes, n, weights.rsqrt())
+    return CovariancePropagation(z=z, g=rows)
+
+
+def of_cells(known: Tensor, batch: Batch, n: int) -> Tensor:
+    """The variance of each row's position, (n,), the mean for one that is not known.
+
+    Args:
+        known: variances of the positions (T,); a cell is a number of whole groups of T, plus its
+            position.
+        batch: the rows, with their cells in ``batch["residual"]``, -1 for one that is not known;
+            without cells no position is known.
+        n: how many rows.
+    """
+    cells = batch.get("residual")
+    if cells is None:
+        return known.mean().expand(n)
+    check_tensor("batch['residual']", cells, (n,), "integer")
+    return torch.where(cells < 0, known.mean(), known[cells.clamp(min=0) % len(known)])
+
+
+def divided(variances: Tensor, batch: Batch, n: int) -> Tensor:
+    """Variances of n rows (n,), each divided by the row's weight where the batch has weights."""
     weights = row_values(batch, "weights", n, positive=True)
     return variances if weights is None else variances / weights.to(variances)

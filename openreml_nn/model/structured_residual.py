@@ -19,7 +19,13 @@ from openreml_nn.covariance import (
 )
 from openreml_nn.covariance.params import operand_name
 from openreml_nn.model.batch import Batch, part, row_values
-from openreml_nn.model.residual import ResidualStructure, structure_of
+from openreml_nn.model.residual import (
+    ResidualStructure,
+    divided,
+    of_cells,
+    structure_of,
+    with_weights,
+)
 from openreml_nn.support.checks import check_tensor
 from openreml_nn.support.errors import InputError
 
@@ -74,7 +80,7 @@ class ByStratum(nn.Module, ResidualStructure):
 
     def variances(self, batch: Batch, n: int) -> Tensor:
         known = torch.cat([matrix().diagonal() for matrix in self.matrices])
-        return _divided(_of_cells(known, batch, n), batch, n)
+        return divided(of_cells(known, batch, n), batch, n)
 
 
 class ByCovariate(nn.Module, ResidualStructure):
@@ -99,15 +105,10 @@ class ByCovariate(nn.Module, ResidualStructure):
         return self.function.at(covariate)
 
     def operands(self, batch: Batch, n: int) -> dict[str, Matrix]:
-        rows, weights = self._at(batch, n), row_values(batch, "weights", n, positive=True)
-        if weights is None:
-            return {"residual": rows}
-        codes = torch.arange(n, device=weights.device)
-        z = DummyMatrix.from_codes(codes, n, weights.rsqrt())
-        return {"residual": CovariancePropagation(z=z, g=rows)}
+        return {"residual": with_weights(self._at(batch, n), batch, n)}
 
     def variances(self, batch: Batch, n: int) -> Tensor:
-        return _divided(self._at(batch, n)().diagonal(), batch, n)
+        return divided(self._at(batch, n)().diagonal(), batch, n)
 
 
 class WithUnits(nn.Module, ResidualStructure):
@@ -161,17 +162,3 @@ def _size(matrix: nn.Module) -> int:
     """The number of rows of a matrix."""
     assert isinstance(matrix, Matrix)
     return matrix.shape[0]
-
-
-def _of_cells(known: Tensor, batch: Batch, n: int) -> Tensor:
-    """The variance of each row's cell; the mean for one that is not known."""
-    cells = batch.get("residual")
-    if cells is None:
-        return known.mean().expand(n)
-    check_tensor("batch['residual']", cells, (n,), "integer")
-    return torch.where(cells < 0, known.mean(), known[cells.clamp(min=0) % len(known)])
-
-
-def _divided(variances: Tensor, batch: Batch, n: int) -> Tensor:
-    weights = row_values(batch, "weights", n, positive=True)
-    return variances if weights is None else variances / weights.to(variances)

@@ -54,7 +54,7 @@ class Parts:
 
     Attributes:
         levels: for each random effect its levels, as tuples of the labels of their columns.
-        orders: how the labels of each grouping column are sorted, see :attr:`Encoder.orders`.
+        orders: how the labels of each grouping column are sorted.
         statistics: cross-products of all terms; None before the first row.
         scale: how X and y are made well conditioned, see :func:`_conditioned`.
         bases: those of the random effects' values, see :func:`basis_of`, by the names of designs.

@@ -24,7 +24,10 @@ from openreml_nn.support.errors import InputError, NumericalError
 __all__ = ["Stopped", "configured", "costs_nothing", "one_line", "reported", "shown", "stoppable"]
 
 #: What the disk or the user's rights can do to a run; all else is a fault of ours.
-_DISK = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR}
+_DISK = {
+    errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT,
+    errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG,
+}  # fmt: skip
 #: Lightning's loggers of what only it can act on.
 _TALKATIVE = (
     "lightning.pytorch.utilities.rank_zero",
@@ -86,8 +89,14 @@ def reported(advice: str = "") -> Iterator[None]:
     """
     status = 2
     try:
-        yield
-        return
+        try:
+            yield
+            return
+        except Exception as error:
+            # What cleans up after a stop, such as a logger that is closed twice, may fail in turn.
+            if (stopped := _stop_behind(error)) is None:
+                raise
+            raise stopped from None
     except (InputError, NumericalError, HydraException, OmegaConfBaseException) as error:
         # What Hydra and OmegaConf add below the first lines is for their developers.
         message = re.split(r"\n\s*(?:full_key|Config search path)", str(error))[0]
@@ -137,6 +146,13 @@ def shown(path: Path) -> str:
     """A path as seen from where the program was called."""
     here = Path.cwd()
     return visible(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def _stop_behind(error: BaseException | None) -> Stopped | None:
+    """The stop during whose handling an error arose."""
+    while error is not None and not isinstance(error, Stopped):
+        error = error.__context__
+    return error
 
 
 def _is_of_memory(error: Exception) -> bool:

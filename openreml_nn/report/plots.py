@@ -49,6 +49,10 @@ def caterpillar(result: Result, group: str) -> Figure:
     Of more than 300 levels, 300 are drawn, the smallest and the largest BLUP of the first effect
     among them and the others evenly by rank between; the axis says so.
 
+    Args:
+        result: of a fit with random effects.
+        group: the grouping factor, as the formula has it.
+
     Raises:
         TypeError: if ``result`` is no result.
         InputError: if the result has no random effect of that group.
@@ -193,7 +197,7 @@ def covariance_map(result: Result, rows: int = 60) -> Figure:
 
     Raises:
         TypeError: if ``result`` is no result or ``rows`` no whole number.
-        ValueError: if the rows were streamed, or ``rows`` is below 1.
+        InputError: if the rows were streamed, or ``rows`` is below 1.
     """
     check_instance("result", result, Result)
     check_count("rows", rows, 1)
@@ -279,7 +283,7 @@ def semivariogram(result: Result, places: Tensor, bins: int = 15, seed: int = 0)
         seed: of the rows that are taken where there are more than 2,000.
 
     Raises:
-        ValueError: if ``places`` has another number of rows, or the rows were streamed.
+        InputError: if ``places`` has another number of rows, or the rows were streamed.
 
     Reference:
         Matheron, Economic Geology 58 (1963) 1246, eq. 3.

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from openreml_nn.result.result import Component, Result
+from openreml_nn.result.parts import Component
+from openreml_nn.result.values import FitValues
 
 __all__ = ["to_record"]
 
 
-def to_record(result: Result, validation: Mapping[str, float] | None = None) -> dict[str, Any]:
+def to_record(result: FitValues, validation: Mapping[str, float] | None = None) -> dict[str, Any]:
     """What ``result.json`` holds (schema 1). Numbers that do not exist are None.
 
     Beside the keys of the schema, ``details`` has what else is known of the fit: parameters with
@@ -77,14 +77,14 @@ def to_record(result: Result, validation: Mapping[str, float] | None = None) -> 
     )
 
 
-def _family(result: Result) -> dict[str, Any]:
+def _family(result: FitValues) -> dict[str, Any]:
     """What a response that is not Gaussian adds to the model."""
     if result.family is None:
         return {}
     return {"family": result.family, "link": result.link, "quadrature": result.quadrature}
 
 
-def _fixed(result: Result) -> list[dict[str, Any]]:
+def _fixed(result: FitValues) -> list[dict[str, Any]]:
     fixed = result.fixed
     columns = (x.tolist() for x in (fixed.estimate, fixed.std_error, fixed.statistic))
     keys = ("name", "estimate", "std_error", "statistic")

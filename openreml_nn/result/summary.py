@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import io
 from math import isnan
-from typing import TYPE_CHECKING
 
 import torch
 from rich import box
 from rich.table import Table
 
+from openreml_nn.result.parts import Component
+from openreml_nn.result.values import FitValues
 from openreml_nn.support.display import plain_console, visible
-
-if TYPE_CHECKING:
-    from openreml_nn.result.result import Component, Result
 
 __all__ = ["singularity", "summarise", "tables"]
 
 
-def summarise(result: Result, title: str | None = None) -> str:
+def summarise(result: FitValues, title: str | None = None) -> str:
     """The tables of :func:`tables` as plain text, 100 columns wide."""
     stream = io.StringIO()
     console = plain_console(file=stream, width=100, color_system=None)
@@ -27,7 +25,7 @@ def summarise(result: Result, title: str | None = None) -> str:
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
 
 
-def tables(result: Result, title: str | None = None) -> list[Table | str]:
+def tables(result: FitValues, title: str | None = None) -> list[Table | str]:
     """Headline, random effects, fixed effects and notes, for a console that reads no markup."""
     by = {"reml": "REML", "ml": "maximum likelihood"}[result.method]
     criterion = {"reml": "REML criterion", "ml": "deviance"}[result.method]
@@ -111,7 +109,7 @@ def _number(value: float) -> str:
     return "" if isnan(value) else f"{value + 0.0:.5g}"
 
 
-def _random(result: Result) -> Table:
+def _random(result: FitValues) -> Table:
     square = [c for c in result.components if c.covariance.dim() == 2 and not _is_uniform(c)]
     widest = max((len(c.effects) for c in square), default=1)
     correlations = ["Corr"] + [""] * (widest - 2) if widest > 1 else []
@@ -154,7 +152,7 @@ def _component(c: Component, width: int, most: int = 12) -> list[list[str]]:
     return rows
 
 
-def _family(result: Result) -> Table:
+def _family(result: FitValues) -> Table:
     title = "Thresholds" if result.family == "ordinal" else "Family"
     table = _table(title, "", "Estimate", "Std. error")
     for e in result.family_parameters:
@@ -162,7 +160,7 @@ def _family(result: Result) -> Table:
     return table
 
 
-def _fixed(result: Result) -> Table:
+def _fixed(result: FitValues) -> Table:
     statistic = "t value" if result.family is None else "z value"
     table = _table("Fixed effects", "", "Estimate", "Std. error", statistic)
     fixed = result.fixed

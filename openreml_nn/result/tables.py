@@ -16,7 +16,11 @@ __all__ = ["blup_table", "fixed_table", "table_of_blups", "variance_table"]
 
 
 def fixed_table(result: Result) -> pd.DataFrame:
-    """BLUEs: name, estimate, std_error, statistic."""
+    """BLUEs: name, estimate, std_error, statistic.
+
+    Raises:
+        TypeError: if ``result`` is no result.
+    """
     check_instance("result", result, Result)
     fixed = result.fixed
     return pd.DataFrame(
@@ -31,7 +35,11 @@ def fixed_table(result: Result) -> pd.DataFrame:
 
 def variance_table(result: Result) -> pd.DataFrame:
     """Variances, then covariances, of each term: group, effect1, effect2 (empty for a variance),
-    covariance, std_error, and std_dev (of a variance) or correlation (of a covariance)."""
+    covariance, std_error, and std_dev (of a variance) or correlation (of a covariance).
+
+    Raises:
+        TypeError: if ``result`` is no result.
+    """
     check_instance("result", result, Result)
     rows: list[tuple[str, str, str, float, float, float, float]] = []
     for c in result.components:
@@ -56,7 +64,11 @@ def _covariances(c: Component) -> list[tuple[str, str, str, float, float, float,
 
 
 def blup_table(result: Result) -> pd.DataFrame:
-    """BLUPs: group, level, effect, blup, and std_error, the root of the prediction-error variance."""
+    """BLUPs: group, level, effect, blup, and std_error, the root of the prediction-error variance.
+
+    Raises:
+        TypeError: if ``result`` is no result.
+    """
     check_instance("result", result, Result)
     named = {c.name: c for c in result.components}
     rows = []

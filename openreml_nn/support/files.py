@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["is_temporary", "replacing", "write_text"]
+from openreml_nn.support.errors import InputError
+
+__all__ = ["check_writable", "is_temporary", "replacing", "write_text"]
 
 
 @contextmanager
@@ -22,6 +24,26 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(name: str, path: str | os.PathLike[str]) -> None:
+    """Refuse a path at which there can be no file, before anything is computed for it.
+
+    Args:
+        name: of the argument.
+        path: of the file.
+
+    Raises:
+        InputError: if it is a folder, or its folder is missing or takes no files.
+    """
+    target = Path(path)
+    folder = target.parent
+    if target.is_dir():
+        raise InputError(f"`{name}` is {str(target)!r}, a folder: expected the name of a file")
+    if not folder.is_dir():
+        raise InputError(f"`{name}` is {str(target)!r}: the folder {str(folder)!r} does not exist")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"`{name}` is {str(target)!r}: no file can be written to its folder")
 
 
 def is_temporary(path: Path) -> bool:

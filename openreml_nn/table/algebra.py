@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from openreml_nn.support.errors import InputError
@@ -41,7 +41,7 @@ class Part:
     """
 
     node: Node
-    formula: str
+    formula: str = field(compare=False)
     others: tuple[str, ...] = ()
 
     def __str__(self) -> str:

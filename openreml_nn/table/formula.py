@@ -104,7 +104,7 @@ class RandomPart:
 
 @dataclass(frozen=True)
 class MixedFormula:
-    """A formula taken apart.
+    """A formula taken apart; two are equal if they say the same, however they are spaced.
 
     Attributes:
         text: as written.
@@ -113,7 +113,7 @@ class MixedFormula:
         random: random effects, ``a/b`` and ``||`` already expanded.
     """
 
-    text: str
+    text: str = field(compare=False)
     response: Node
     fixed: Part
     random: tuple[RandomPart, ...]

@@ -35,8 +35,6 @@ __all__ = [
 
 #: Kernels of numeric columns, as the group of random effects or within the groups of residuals.
 KERNELS = ("exponential", "gaussian", "matern", "spherical")
-#: Structures with a variance for each position.
-VARYING = ("us", "diag", "hetar1", "hettoep", "ante")
 #: Structures to which the order of the effects or positions matters.
 ORDERED = ("ar1", "hetar1", "toep", "hettoep", "ante")
 #: Structures among the effects of a level.
@@ -114,6 +112,9 @@ class ResidualPart:
     strata: tuple[str, ...] = ()
     variance: tuple[str, str] | None = None
     nugget: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.text} + units" if self.nugget else self.text
 
     @property
     def columns(self) -> list[str]:

@@ -17,7 +17,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-__all__ = ["Dialect", "cleaned", "header_of", "joint_kind", "kind_of_text", "typed"]
+__all__ = [
+    "Dialect",
+    "cleaned",
+    "has_leading_zeros",
+    "header_of",
+    "joint_kind",
+    "kind_of_text",
+    "typed",
+]
 
 #: What is always a missing value, as in R; more by the option ``missing``.
 MISSING = ("", "NA")

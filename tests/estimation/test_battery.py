@@ -19,7 +19,7 @@ from openreml_nn.covariance import (
     ar1_field,
     weighted,
 )
-from openreml_nn.covariance.exchangeable import interval
+from openreml_nn.covariance.exchangeable import within_bounds
 from openreml_nn.estimation.curvature import Curvature
 from openreml_nn.estimation.fit import moment_start
 from tests.estimation.battery import battery
@@ -240,7 +240,7 @@ def test_careless_options_are_refused_by_name(option, value, message):
 
 @pytest.mark.parametrize("low", [-1.0, -1 / 3])
 def test_the_angle_of_a_correlation(low):
-    trans = interval(low, 1.0)
+    trans = within_bounds(low, 1.0)
     x = torch.tensor([-40.0, -3.0, 0.0, 0.7, 40.0, math.inf, -math.inf]).double()
     u = trans.coordinate(x)
     torch.testing.assert_close(trans.at_coordinate(u), trans(x))

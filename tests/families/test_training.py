@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -16,6 +16,7 @@ from openreml_nn.lightning import (
     MixedModelDataModule,
     MixedModule,
     StopWhenConverged,
+    UpdateBLUPs,
     WholeGroups,
 )
 from tests.forked import program
@@ -270,3 +271,28 @@ def test_ways_and_batches_that_do_not_fit_are_refused():
             MixedModelDataModule(TABLE, "yes ~ x + (1 | g)", family="binomial"),
             callbacks=[StopWhenConverged(0.1)],
         )
+
+
+def test_a_callback_keeps_modes_up_to_date_in_a_module_of_ones_own():
+    class Mine(LightningModule):
+        def __init__(self, own):
+            super().__init__()
+            self.mixed, self.own = model(), own
+
+        def training_step(self, batch, batch_idx):
+            return self.mixed.loss(batch)
+
+        def configure_optimizers(self):
+            parameters = self.mixed.network_parameters() if self.own else self.mixed.parameters()
+            return torch.optim.Adam(parameters, 0.01)
+
+    batch = tensors()
+    loader = DataLoader([batch], batch_size=None)
+    mine = Mine(False)
+    trained(mine, (loader,), 2, callbacks=[UpdateBLUPs()])
+    found = mine.mixed.random["g"].blup.clone()
+    mine.mixed.update(batch)
+    torch.testing.assert_close(found, mine.mixed.random["g"].blup)
+    assert float(found.abs().max()) > 0.1
+    with pytest.raises(InputError, match="no optimizer has the covariance's parameters"):
+        trained(Mine(True), (loader,), 1, callbacks=[UpdateBLUPs()])

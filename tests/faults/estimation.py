@@ -9,8 +9,9 @@ COEFFICIENTS = f"{INFERENCE} -k 'coefficients_equal or joint_tests'"
 JOINT = "tests/inference -k joint"
 MEANS = f"{INFERENCE} openreml_nn/inference/means.py -k means"
 
-AIREML = "openreml_nn/estimation/aireml.py"
-RESULT = "openreml_nn/result/result.py"
+STEP = "openreml_nn/estimation/step.py"
+SAFEGUARD = "openreml_nn/estimation/safeguard.py"
+RESULT = "openreml_nn/result/values.py"
 OUTCOME = "openreml_nn/estimation/outcome.py"
 DEGREES = "openreml_nn/inference/degrees.py"
 RATIO = "openreml_nn/inference/likelihood_ratio.py"
@@ -29,15 +30,15 @@ PROFILES = "tests/inference/test_corners.py -k 'other_sign or correlation_of_one
 FAULTS = [
     Fault(
         "a step that lowers the likelihood is taken",
-        AIREML,
+        SAFEGUARD,
         "return reached if reached >= least else None",
         "return reached",
         "tests/estimation/test_result.py -k never",
     ),
     Fault(
         "a fit does not leave zero where the likelihood rises",
-        AIREML,
-        "escaped = self._escape()",
+        STEP,
+        "escaped = guard.escape(is_flat=norm < max(1e-3, c.resolution))",
         "escaped = None",
         f"{FIT} -k leaves_zero",
     ),

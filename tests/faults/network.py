@@ -3,6 +3,8 @@
 from tests.faults.fault import Fault
 
 MODEL = "openreml_nn/model/mixed_model.py"
+MEANS = "openreml_nn/model/means.py"
+PREDICTOR = "openreml_nn/model/predictor.py"
 RESIDUAL = "openreml_nn/model/residual.py"
 PREDICTION = "openreml_nn/result/prediction.py"
 JOINT = "openreml_nn/result/joint.py"
@@ -84,7 +86,7 @@ FAULTS = [
     ),
     Fault(
         "a coefficient of a dropped column moves the ones after it",
-        MODEL,
+        PREDICTOR,
         "index_copy(0, at, fixed.estimate.to(aliases))",
         "index_copy(0, torch.arange(len(at)), fixed.estimate.to(aliases))",
         OF_MODEL,
@@ -98,7 +100,7 @@ FAULTS = [
     ),
     Fault(
         "dropout differs between the two passes in parts",
-        MODEL,
+        MEANS,
         "with torch.no_grad(), torch.random.fork_rng(devices):",
         "with torch.no_grad():",
         "tests/test_model.py -k parts",
@@ -308,7 +310,7 @@ FAULTS = [
     ),
     Fault(
         "an offset is not in the predictions",
-        MODEL,
+        PREDICTOR,
         "population = population + offset.to(population)",
         "population = population + 0 * offset.to(population)",
         "tests/test_predict.py -k dense_formula",

@@ -375,7 +375,7 @@ def _covariance() -> list[Call]:
         cov.CompoundSymmetricMatrix: {"n": 3}, cov.EqualEntryMatrix: {"n": 3},
         cov.EquicorrelationMatrix: {"n": 3}, cov.ScalarMatrix: {"n": 3}, cov.ToeplitzMatrix: {"n": 3},
         cov.UnconstrainedMatrix: {"n": 3}, cov.UnstructuredMatrix: {"n": 3},
-        cov.LowerTriangularMatrix: {"n": 3, "m": 2},
+        cov.LowerTriangularMatrix: {"n": 3, "m": 2}, cov.ARMAMatrix: {"n": 3},
     }  # fmt: skip
     least = {cov.EquicorrelationMatrix: 2}
     found = []
@@ -391,12 +391,18 @@ def _covariance() -> list[Call]:
     square = torch.eye(3, dtype=torch.float64)
     distance = (torch.arange(3.0)[:, None] - torch.arange(3.0)).abs()
     word = {"distance": ("distances",)}
-    for made in (cov.ExponentialMatrix, cov.GaussianMatrix, cov.MaternMatrix):
+    for made in (cov.ExponentialMatrix, cov.GaussianMatrix, cov.MaternMatrix, cov.SphericalMatrix,
+                 cov.ContinuousAR1Matrix):  # fmt: skip
         kinds = {"distance": tensor(None, None, whole=False), **specs}
         if made is cov.MaternMatrix:
             kinds["nu"] = Kind(lambda v: v in (0.5, 1.5, 2.5) if isinstance(v, float) else False)
         found.append(Call("covariance", made.__name__, made, {"distance": distance}, kinds, word))
     found += _of_parameters(cov.ExponentialMatrix(distance))
+    found.append(
+        Call("covariance", "VarianceFunction", cov.VarianceFunction,
+             {"covariate": torch.tensor([1.0, 2.0])},
+             {"covariate": tensor(None, whole=False), "kind": choice, **specs})
+    )  # fmt: skip
     operand = Kind(lambda v: isinstance(v, cov.Matrix) and v.shape == (3, 3), (size[:, :2], "g"))
     words = {"operands": ("operand", "op_0", "op_1", "op_2", "positional")}
     for made in (cov.Sum, cov.BlockDiagonal, cov.KroneckerProduct, cov.HadamardProduct, cov.Product,
@@ -814,6 +820,14 @@ def _fitted():
     return made
 
 
+@cache
+def _run() -> tempfile.TemporaryDirectory:
+    """The folder of a run."""
+    folder = tempfile.TemporaryDirectory()
+    result().to_json(os.path.join(folder.name, "result.json"))
+    return folder
+
+
 def _report() -> list[Call]:
     own, takes = {"result": result()}, {"result": result_kind}
     places = {"places": torch.arange(180.0)[:, None]}
@@ -829,7 +843,7 @@ def _report() -> list[Call]:
              {**takes, "places": tensor(180, None), "bins": count(1), "seed": count(0)}),
         Call("report", "zeta", report.zeta, {"profile": inference.profile(result(), ["sigma"])},
              {"profile": never}),
-        Call("report", "write_report", report.write_report, {"folder": "r", "path": "p.html"},
+        Call("report", "write_report", report.write_report, {"folder": _run().name, "path": "p.html"},
              {"folder": never, "path": path}),
     ]  # fmt: skip
 
@@ -878,7 +892,7 @@ CALLS = {
 EXEMPT = {
     "Bootstrap", "Component", "Cost", "Curve", "Dense", "Grid", "Solver", "Spectral", "Estimate", "Evaluation", "FTest", "Family", "LaplaceEvaluation", "InputError", "LikelihoodRatio",
     "MarginalMeans", "NotPositiveDefiniteError", "NumericalError", "Operator", "Pedigree", "Plan",
-    "Profile", "ProgressBar", "R2", "Result", "Transform",
+    "Profile", "ProgressBar", "R2", "Result", "Transform", "Heritability", "Way",
 }  # fmt: skip
 
 # ---------------------------------------------------------------------- outcomes

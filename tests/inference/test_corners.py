@@ -529,3 +529,15 @@ def test_without_refitting_anova_is_ranova():
 def test_wrong_arguments_are_named(call, argument):
     with pytest.raises((ValueError, TypeError), match=argument):
         call(fitted(0, "y ~ x + (x | a)"))
+
+
+def test_a_field_beside_independent_errors_is_residual_variance():
+    rng = np.random.default_rng(0)
+    row, col = (x.ravel() for x in np.meshgrid(range(6), range(6), indexing="ij"))
+    table = pd.DataFrame({"row": row, "col": col, "g": rng.integers(0, 6, 36).astype(str)})
+    lags = 0.7 ** abs(np.subtract.outer(range(6), range(6)))
+    field = np.linalg.cholesky(np.kron(lags, lags)) @ rng.normal(size=36)
+    table["y"] = 2 * field + rng.normal(size=6)[table["g"].astype(int)] + rng.normal(size=36)
+    result = lmm("y ~ 1 + (1 | g)", table, residual="ar1(row):ar1(col) + units")
+    g, field, units = (float(c.covariance.mean()) for c in result.components)
+    assert r2(result).conditional == pytest.approx(g / (g + field + units), rel=1e-9)

@@ -57,6 +57,13 @@ def test_likelihood_ratios_are_of_one_family(fits):
         likelihood_ratio_test(fits[0], linear)
 
 
+def test_likelihood_ratios_are_of_one_offset(fits):
+    table = TABLE.assign(z=1 + TABLE.index % 3)
+    other = glmm("y ~ x + offset(log(z)) + (1 | g)", table, family="poisson")
+    with pytest.raises(InputError, match=r"other offsets, 0 and 0.693147 in row 1"):
+        likelihood_ratio_test(fits[0], other)
+
+
 @pytest.mark.parametrize("call", [bootstrap, influence, profile, r2, simulate, variance_shares])
 def test_what_takes_a_gaussian_response_says_so(fits, call):
     with pytest.raises(InputError, match="`result` has a response of the family 'poisson'"):

@@ -70,7 +70,16 @@ RESIDUALS = {
     "weights": lambda: weighted(torch.rand(N) + 0.1),
     "strata": lambda: stratified([i % 3 for i in range(N)]),
     "correlated": lambda: within([i // 6 for i in range(N)], AR1Matrix(6)),
+    "cells of strata": lambda: cells([2 * i + i // 5 % 2 for i in range(N)], DiagonalMatrix(2)),
+    "missing cells": lambda: cells([4 * (i // 2) + 3 * (i % 2) for i in range(N)], AR1Matrix(4)),
 }
+
+
+def cells(codes, matrix):
+    """R of rows that are some of the positions of groups of as many as the matrix has."""
+    groups = max(codes) // matrix.shape[0] + 1
+    z = DummyMatrix.from_codes(torch.tensor(codes), groups * matrix.shape[0])
+    return CovariancePropagation(z=z, g=KroneckerProduct(IdentityMatrix(groups), matrix))
 
 
 def tree(structure, residual="one", crossed=True):

@@ -66,6 +66,11 @@ def test_what_has_no_effect_is_refused_by_name(tmp_path, monkeypatch, arguments,
         assert name in str(caught.value)
 
 
+@pytest.mark.parametrize("training", ["full", "parts", "null"])
+def test_a_linear_model_is_told_how_it_is_trained(training):
+    prepared(options_of(f"model.training={training}"))
+
+
 def test_the_program_refuses_them_in_one_line(tmp_path):
     done = program(*CHUNKS, "resume=none.ckpt", "hydra.run.dir=run", cwd=tmp_path)
     assert done.returncode == 2

@@ -41,6 +41,19 @@ def test_the_exit_status_says_whose_fault_it_is(capsys, error, status, said):
     assert capsys.readouterr().err == said
 
 
+def test_what_fails_while_a_stopped_run_is_cleaned_up_is_not_the_cause(capsys):
+    def stopped():
+        try:
+            raise Stopped(15)
+        finally:
+            raise OSError("Writer is closed")
+
+    with pytest.raises(SystemExit) as caught, reported():
+        stopped()
+    assert caught.value.code == 143
+    assert capsys.readouterr().err == "error: stopped by SIGTERM\n"
+
+
 @pytest.mark.parametrize("error", [ValueError("x"), TypeError("x"), KeyError("x"), OSError(5, "x")])
 def test_a_fault_of_ours_stays_one(error):
     with pytest.raises(type(error)), reported():

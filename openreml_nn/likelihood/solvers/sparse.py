@@ -40,7 +40,7 @@ from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.blocked import Blocked
 from openreml_nn.likelihood.solvers.dense import Dense, DenseProblem
 from openreml_nn.likelihood.system.sparse.equations import Equations
-from openreml_nn.likelihood.system.sparse.evaluation import SparseEvaluation
+from openreml_nn.likelihood.system.sparse.evaluation import SparseEvaluation, SparseSystem
 from openreml_nn.likelihood.system.sparse.rows import Rows
 from openreml_nn.likelihood.system.sparse.terms import (
     SparseTerm,
@@ -194,32 +194,18 @@ class SparseProblem(Problem):
         self.solver = Sparse() if solver is None else solver
         self.solver.check(terms)
         self._dense = DenseProblem(fixed, terms, method)
-        self._system: tuple[list[SparseTerm], Equations, Rows] | None = None
+        self._system: SparseSystem | None = None
         self._plain: Problem | None = None
 
     @property
-    def system(self) -> tuple[list[SparseTerm], Equations, Rows]:
+    def system(self) -> SparseSystem:
         """The random terms, the equations and the rows, analysed when they are first asked for: a
         likelihood that is recorded needs none of them."""
         if self._system is None:
             random, residual, equations = self.solver.analysis(self._dense.terms)
-            self._system = random, equations, Rows(equations, residual, self.fixed)
+            rows = Rows(equations, residual, self.fixed)
+            self._system = SparseSystem(random, equations, rows)
         return self._system
-
-    @property
-    def random(self) -> list[SparseTerm]:
-        """The random terms."""
-        return self.system[0]
-
-    @property
-    def equations(self) -> Equations:
-        """The pattern of the equations."""
-        return self.system[1]
-
-    @property
-    def rows(self) -> Rows:
-        """Products over the rows."""
-        return self.system[2]
 
     def anew(self, fixed: FixedPart, terms: Sequence[Term]) -> Problem:
         return SparseProblem(fixed, terms, self.method, self.solver)
@@ -230,12 +216,11 @@ class SparseProblem(Problem):
         found._dense = DenseProblem(fixed, self._dense.terms, self.method)
         found._plain = None
         if self._system is not None:
-            random, equations, rows = self._system
-            found._system = random, equations, rows.with_fixed(fixed)
+            found._system = self._system._replace(rows=self._system.rows.with_fixed(fixed))
         return found
 
     def cost(self) -> Cost:
-        return cost_of(self.equations, self.n, self.p)
+        return cost_of(self.system.equations, self.n, self.p)
 
     def matrices(self, terms: Sequence[Term]) -> list[Tensor]:
         return self._dense.matrices(terms)
@@ -267,7 +252,7 @@ class SparseProblem(Problem):
         return least.problem(self.fixed, self._dense.terms, self.method)
 
     def evaluate_unchecked(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
-        return SparseEvaluation(self, terms)
+        return SparseEvaluation(self, self.system, terms)
 
     def precise(self, terms: Sequence[Term]) -> Evaluation | None:
         return SquareRootEvaluation.of(self, self._dense.placed(terms))

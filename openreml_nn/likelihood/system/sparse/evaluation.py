@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,35 +15,53 @@ from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.problem import (
     Evaluation,
     NotPositiveDefiniteError,
+    Problem,
 )
+from openreml_nn.likelihood.system.sparse.equations import Equations
+from openreml_nn.likelihood.system.sparse.rows import Rows
+from openreml_nn.likelihood.system.sparse.terms import SparseTerm
 from openreml_nn.support.errors import NumericalError
 from openreml_nn.terms.term import Term
 
-if TYPE_CHECKING:
-    from openreml_nn.likelihood.solvers.sparse import SparseProblem
+__all__ = ["SparseEvaluation", "SparseSystem"]
 
-__all__ = ["SparseEvaluation"]
+
+class SparseSystem(NamedTuple):
+    """What is known of the data before any point.
+
+    Attributes:
+        random: the random terms.
+        equations: the pattern of the equations.
+        rows: products over the rows.
+    """
+
+    random: list[SparseTerm]
+    equations: Equations
+    rows: Rows
 
 
 class SparseEvaluation(Evaluation):
-    """The likelihood at one point, by the factor of the equations and its selected inverse."""
+    """The likelihood at one point, by the factor of the equations and its selected inverse.
 
-    problem: SparseProblem
+    Args:
+        problem: the data.
+        system: the random terms, the equations and the rows of that problem.
+        terms: of the point.
+    """
 
-    def __init__(self, problem: SparseProblem, terms: Sequence[Term]) -> None:
-        self.problem, self._terms = problem, terms
-        self._at = at = problem.rows.at([terms[i].covariance.matrix for i in problem.rows.terms])
-        equations = problem.equations
+    def __init__(self, problem: Problem, system: SparseSystem, terms: Sequence[Term]) -> None:
+        self.problem, self.system, self._terms = problem, system, terms
+        self._at = at = system.rows.at([terms[i].covariance.matrix for i in system.rows.terms])
+        equations = system.equations
         largest = equations.largest(at.blocks)
         self._roots = roots = [
-            own.roots(terms[own.at], size)
-            for own, size in zip(problem.random, largest, strict=True)
+            own.roots(terms[own.at], size) for own, size in zip(system.random, largest, strict=True)
         ]
         self._moved = [
             cross.transform(data, roots[cross.one].lifted, roots[cross.other].lifted)
             for cross, data in zip(equations.crosses, at.blocks, strict=True)
         ]
-        points = [own.at_point(terms[own.at]) for own in problem.random]
+        points = [own.at_point(terms[own.at]) for own in system.random]
         self._parts = [part for part, _, _ in points]
         prior = equations.log_det_prior + sum(log_det for _, _, log_det in points)
         try:
@@ -79,7 +97,7 @@ class SparseEvaluation(Evaluation):
 
     def _each(self, x: np.ndarray, which: str, transpose: bool = False) -> np.ndarray:
         r""":math:`\Lambda x`, or :math:`\Lambda^\top x`, for x (q, m)."""
-        parts = self.problem.equations.split(x)
+        parts = self.system.equations.split(x)
         found = [
             root.times(getattr(root, which), part, transpose)
             for root, part in zip(self._roots, parts, strict=True)
@@ -103,8 +121,8 @@ class SparseEvaluation(Evaluation):
 
     def _effects(self, u: np.ndarray, which: str) -> np.ndarray:
         """Effects of the columns of Z, of u (q, m)."""
-        parts = self.problem.equations.split(self._each(u, which))
-        own = self.problem.random
+        parts = self.system.equations.split(self._each(u, which))
+        own = self.system.random
         found = [x.part.to_effects(part) for x, part in zip(own, parts, strict=True)]
         return np.concatenate(found) if found else u
 
@@ -127,12 +145,11 @@ class SparseEvaluation(Evaluation):
     def _pulled(self) -> list[np.ndarray]:
         r"""For each term twice :math:`\Lambda^\top S \Lambda` with S its score, summed over levels
         (1, k, k), or (levels, 1, 1) where each level has a variance of its own."""
-        problem = self.problem
-        own = problem.random
-        traces = problem.equations.traces(
+        own = self.system.random
+        traces = self.system.equations.traces(
             self._factor.inverse, self._moved, [x.by_level for x in own]
         )
-        u = problem.equations.split(self._squared)
+        u = self.system.equations.split(self._squared)
         found = []
         for x, now, trace, part in zip(own, self._parts, traces, u, strict=True):
             other = now.times_prior(part)
@@ -148,16 +165,16 @@ class SparseEvaluation(Evaluation):
 
     def scores_unchecked(self) -> list[Tensor]:
         problem, found = self.problem, {}
-        squared = problem.equations.split(self._squared)
-        for i, (x, root) in enumerate(zip(problem.random, self._roots, strict=True)):
+        squared = self.system.equations.split(self._squared)
+        for i, (x, root) in enumerate(zip(self.system.random, self._roots, strict=True)):
             term, score = self._terms[x.at], root.unpull(self._pulled[i]) / 2
             if x.chain is None:
                 by_entries = x.fold(term, score)
             else:
-                own = problem.equations.within_prior(self._factor.inverse, i)
+                own = self.system.equations.within_prior(self._factor.inverse, i)
                 by_entries = x.score_of_chain(term, score, own, squared[i])
             found[x.at] = by_entries.to(problem.fixed.y)
-        found |= dict(zip(problem.rows.terms, self._scores_of_rows(), strict=True))
+        found |= dict(zip(self.system.rows.terms, self._scores_of_rows(), strict=True))
         return [found[i] for i in sorted(found)]
 
     def _scores_of_rows(self) -> list[Tensor]:
@@ -168,52 +185,52 @@ class SparseEvaluation(Evaluation):
             explained = sum(float(np.trace(x, axis1=1, axis2=2).sum()) for x in self._pulled)
             rank = problem.n - (problem.p if reml else 0)
             score = (self._y_p_y - rank - explained) / (2 * at.scale)
-            return [self._to(np.full((1, 1), score)) for _ in problem.rows.terms]
+            return [self._to(np.full((1, 1), score)) for _ in self.system.rows.terms]
         roots = [root.lifted for root in self._roots]
         rest = at.rest(self._effects(self._u, "lifted"))
         p_y = rest[:, -1] - rest[:, :-1] @ self._gamma
         lost = solve_triangular(self._C, rest[:, :-1].T, lower=True).T
         columns = lost if reml else lost[:, :0]
-        inner = problem.equations.inverse_of_effects(self._factor.inverse, roots)
-        found = problem.rows.scores(at, inner, p_y, columns)
+        inner = self.system.equations.inverse_of_effects(self._factor.inverse, roots)
+        found = self.system.rows.scores(at, inner, p_y, columns)
         return [score.to(problem.fixed.y) for score in found]
 
     def information(self, derivatives: Sequence[Tensor]) -> Tensor:
         problem, at = self.problem, self._at
-        u = problem.equations.split(self._u_y)
+        u = self.system.equations.split(self._u_y)
         m = len(derivatives[0])
         moved = []
-        for x, now, root, part in zip(problem.random, self._parts, self._roots, u, strict=True):
+        for x, now, root, part in zip(self.system.random, self._parts, self._roots, u, strict=True):
             # The kernel is within Q, but a chain's is within G: there it is taken off.
             effects = part if x.chain is None else now.times_prior(part)
             moved.append(x.along(self._terms[x.at], derivatives[x.at], root.unlift(effects)))
         c = np.concatenate(moved) if moved else np.zeros((0, m))
-        own = [derivatives[i] for i in problem.rows.terms]
+        own = [derivatives[i] for i in self.system.rows.terms]
         if at.scale is not None:
             # Working variates are combinations of the columns of Z and f: they cost nothing in n.
             ds = sum(d.reshape(m).double().numpy() for d in own) / at.scale
             c = c - self._each(self._u_y, "lifted") * ds
             Cf = np.zeros((problem.p + 1, m))
             Cf[-1] = ds
-            T = problem.equations.times(at.blocks, c) + at.Zf @ Cf
+            T = self.system.equations.times(at.blocks, c) + at.Zf @ Cf
             Tf = at.Zf.T @ c + at.ff @ Cf
             total = c.T @ T + Cf.T @ Tf
         else:
             rest = at.rest(self._effects(self._u, "lifted"))
             p_y = rest[:, -1] - rest[:, :-1] @ self._gamma
-            T, Tf, total = problem.rows.working(at, c, own, p_y)
+            T, Tf, total = self.system.rows.working(at, c, own, p_y)
         e = self._factor.half(self._each(T, "lifted", transpose=True))
         part = solve_triangular(self._C, Tf[:-1] - self._half[:, :-1].T @ e, lower=True)
         return self._to((total - e.T @ e - part.T @ part) / 2)
 
     def random_effects(self) -> list[RandomEffects]:
         problem = self.problem
-        values = problem.equations.split(self._effects(self._u_y, "root"))
-        lost = problem.equations.split(self._effects(self._u_X, "root"))
+        values = self.system.equations.split(self._effects(self._u_y, "root"))
+        lost = self.system.equations.split(self._effects(self._u_X, "root"))
         found = []
-        for i, (x, root) in enumerate(zip(problem.random, self._roots, strict=True)):
+        for i, (x, root) in enumerate(zip(self.system.random, self._roots, strict=True)):
             w = x.part.width
-            spread = root.variances(problem.equations, self._factor.inverse, i)
+            spread = root.variances(self.system.equations, self._factor.inverse, i)
             added = lost[i].reshape(len(lost[i]) // w, w, problem.p)
             spread = spread + added @ added.transpose(0, 2, 1)
             name = self._terms[x.at].name

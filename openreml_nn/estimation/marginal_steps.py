@@ -1,0 +1,292 @@
+"""Quasi-Newton steps on a marginal likelihood, with differences of gradients as its curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite, nan
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from openreml_nn.covariance import Matrix
+from openreml_nn.estimation.coordinates import Coordinates
+from openreml_nn.likelihood import LaplaceLoss
+from openreml_nn.likelihood.fixed import FixedPart
+from openreml_nn.likelihood.laplace import LaplaceEvaluation
+from openreml_nn.likelihood.loss import Objective
+from openreml_nn.result import Record
+from openreml_nn.support.errors import InputError, NumericalError
+
+__all__ = ["MarginalFit"]
+
+#: Steps are taken until they are this long, in standard errors,
+_AIM = 1e-4
+#: and a fit has converged this far from the optimum, where rounding lets it come no nearer.
+CONVERGED = 1e-3
+#: Step of the differences of gradients: of coordinates, and of coefficients in standard errors.
+_STEP = 1e-4
+#: With more rows than these, differences are one-sided, over this part of a standard error.
+_MANY_ROWS = 20_000
+_PART = 1e-3
+
+
+@dataclass(frozen=True)
+class _Holder:
+    """What coordinates are of."""
+
+    covariance: Matrix
+
+
+class MarginalFit:
+    """The parameters as one vector x: coefficients of orthonormal columns of X (with ML), coordinates
+    of the covariance, and what the family stores."""
+
+    def __init__(
+        self, loss: LaplaceLoss, y: Tensor, X: Tensor, offset: Tensor, names: Sequence[str]
+    ) -> None:
+        self.loss, self.y, self.X, self.offset = loss, y, X, offset
+        # Columns of unit mean square, so that a coefficient is in units of the predictor.
+        part = FixedPart.of(X.new_zeros(len(X)), X, names)
+        self.fixed, self.size = part, len(X) ** 0.5
+        self.Q, self.T = part.Q * self.size, part.T * self.size
+        objective = cast(Objective, _Holder(loss.covariance))
+        self.at = Coordinates([objective])
+        if self.at.loose:
+            raise InputError(
+                f"parameter {self.at.loose[0].name!r} is no covariance parameter: train it by "
+                "LaplaceLoss and an optimizer of torch, or freeze it by requires_grad_(False)"
+            )
+        self.own = [p for p in loss.family.parameters() if p.requires_grad]
+        self.p = self.Q.shape[1] if loss.method == "ml" else 0
+        # REML integrates over coefficients of X, not over those of the orthonormal columns.
+        volume = self.T.diagonal().abs().log().sum() if loss.method == "reml" else 0.0
+        self.jacobian = float(volume)
+        self.m = len(self.at)
+        self.history: list[Record] = []
+        self.x = X.new_zeros(0)
+        self.value, self.slope = nan, self.x
+        self.hessian = X.new_zeros(0, 0)
+
+    # ------------------------------------------------------------------ the function
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Coefficients, coordinates and the family's."""
+        gamma, u, phi = x.split([self.p, self.m, len(x) - self.p - self.m])
+        return gamma, u, phi
+
+    def write(self, x: Tensor) -> None:
+        """Set the parameters of the family to those of x."""
+        at = 0
+        with torch.no_grad():
+            for parameter in self.own:
+                part = self.split(x)[2][at : at + parameter.numel()]
+                parameter.copy_(part.reshape(parameter.shape))
+                at += parameter.numel()
+
+    def predictor(self, gamma: Tensor) -> Tensor:
+        """The known part of the linear predictor."""
+        return self.offset + self.Q @ gamma if self.p else self.offset
+
+    def evaluate(self, x: Tensor) -> tuple[float, Tensor]:
+        """The negative log-likelihood and its gradient."""
+        self.write(x)
+        gamma, u, _ = (part.detach().requires_grad_() for part in self.split(x))
+        with torch.enable_grad(), self.loss.covariance.given(self.at.natural(0, u)):
+            X = None if self.loss.method == "ml" else self.Q
+            value = self.loss(self.y, self.predictor(gamma), X)
+            parts = torch.autograd.grad(
+                value, [gamma, u, *self.own], allow_unused=True, materialize_grads=True
+            )
+        return float(value.detach()), torch.cat([part.reshape(-1) for part in parts])
+
+    def found(self, x: Tensor) -> LaplaceEvaluation:
+        """What the likelihood says at x."""
+        self.write(x)
+        gamma, u, _ = self.split(x)
+        with torch.no_grad(), self.loss.covariance.given(self.at.natural(0, u)):
+            X = None if self.loss.method == "ml" else self.Q
+            return self.loss.evaluate(self.y, self.predictor(gamma), X)
+
+    # ------------------------------------------------------------------ the way
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Begin at penalised quasi-likelihood for variances of the order of the data's."""
+        loss = self.loss
+        near = loss.family.start(self.y).to(self.Q) - self.offset
+        rest = near - self.Q @ (self.Q.mT @ near) / len(self.X)
+        spread = rest.var() if len(rest) > 1 else rest.new_ones(())
+        spread = torch.where(spread > 1e-8 * near.square().mean() + 1e-30, spread, 1.0)
+        loss.covariance.moment_start((spread / 2).expand(len(self.X)))
+        bordered = LaplaceLoss(loss.covariance, loss.family, "reml", solver=loss.solver)
+        if self.Q.shape[1]:
+            found = bordered.evaluate(self.y, self.offset, self.Q)
+            gamma, spread = found.coefficients, found.coefficient_covariance
+        else:
+            gamma, spread = near.new_zeros(0), near.new_zeros(0, 0)
+        u = self.at.read(near)
+        phi = [p.detach().reshape(-1).to(near) for p in self.own]
+        self.x = torch.cat([gamma[: self.p], u, *phi])
+        self.value, self.slope = self.evaluate(self.x)
+        self.hessian = near.new_zeros(len(self.x), len(self.x))
+        if self.p:
+            self.hessian[: self.p, : self.p] = torch.linalg.inv(spread)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """The curvature by all but the coefficients, anew by differences, and made positive."""
+        H = self.hessian.clone()
+        others = range(self.p, len(self.x))
+        for j, column in zip(others, self._differences(others), strict=True):
+            H[j], H[:, j] = column, column
+        corner = H[self.p :, self.p :].clone()
+        H[self.p :, self.p :] = (corner + corner.mT) / 2
+        scale = H.diagonal().abs().clamp(min=1e-10).sqrt()
+        values, vectors = torch.linalg.eigh(H / (scale[:, None] * scale))
+        positive = (vectors * values.abs().clamp(min=1e-6)) @ vectors.mT
+        self.hessian = positive * (scale[:, None] * scale)
+
+    def _differences(self, places: range) -> list[Tensor]:
+        """Columns of the curvature by one-sided differences."""
+        found = []
+        for j in places:
+            moved = self.x.clone()
+            step = _STEP * (1 + float(moved[j].abs()))
+            moved[j] += step
+            found.append((self.evaluate(moved)[1] - self.slope) / step)
+        return found
+
+    def climb(self, most: int) -> bool:
+        """Steps to the optimum; whether it was reached."""
+        # A curvature that is only updated is far from its own where it changes its sign.
+        period = max(4, len(self.x) - self.p)
+        for step in range(1, most + 1):
+            direction, norm = self._direction()
+            if norm < _AIM:
+                return True
+            before = self.value
+            accepted = self._search(direction, norm)
+            self._record(norm, accepted)
+            if not accepted:
+                self.hessian = self.curvature()
+                direction, norm = self._direction()
+                if norm < _AIM or not self._search(direction, norm):
+                    return norm < CONVERGED
+            elif norm < CONVERGED and before - self.value < 1e-12 * (1 + abs(before)):
+                return True
+            elif step % period == 0:
+                self._refresh()
+        return self._direction()[1] < CONVERGED
+
+    def _direction(self) -> tuple[Tensor, float]:
+        """The step by the curvature made positive, and its length in standard errors."""
+        scale = self.hessian.diagonal().abs().clamp(min=1e-10).sqrt()
+        values, vectors = torch.linalg.eigh(self.hessian / (scale[:, None] * scale))
+        values = values.abs().clamp(min=1e-8)
+        g = vectors.mT @ (self.slope / scale)
+        return -(vectors @ (g / values)) / scale, float((g * g / values).sum().sqrt())
+
+    def _search(self, direction: Tensor, norm: float) -> float:
+        """A step of a part of the direction that lowers the loss; 0 if there is none."""
+        # No parameter moves by more than a unit of its scale at a time.
+        part = 1.0 / max(1.0, float((direction.abs() / (1 + self.x.abs())).max()) / 2)
+        expected = float(self.slope @ direction)
+        slack = 1e-13 * (1 + abs(self.value))
+        for _ in range(30):
+            x = self.x + part * direction
+            try:
+                value, slope = self.evaluate(x)
+            except NumericalError:
+                value, slope = nan, self.slope
+            if isfinite(value) and value <= self.value + 1e-4 * part * expected + slack:
+                self._update(x - self.x, slope - self.slope)
+                self.x, self.value, self.slope = x, value, slope
+                return part
+            part /= 2
+        self.evaluate(self.x)
+        return 0.0
+
+    def _update(self, s: Tensor, d: Tensor) -> None:
+        """BFGS, damped so that the curvature stays positive along the step (Powell 1978)."""
+        Hs = self.hessian @ s
+        along, bend = float(s @ Hs), float(s @ d)
+        if along <= 0:
+            if bend > 0:
+                self.hessian = self.hessian + torch.outer(d, d) / bend
+            return
+        if bend < 0.2 * along:
+            weight = 0.8 * along / (along - bend)
+            d = weight * d + (1 - weight) * Hs
+            bend = float(s @ d)
+        self.hessian = self.hessian + torch.outer(d, d) / bend - torch.outer(Hs, Hs) / along
+
+    def _record(self, norm: float, accepted: float) -> None:
+        u = self.split(self.x)[1]
+        with torch.no_grad(), self.loss.covariance.given(self.at.natural(0, u)):
+            values = self.loss.covariance.build_params(out_format="dict")
+            own = self.loss.family.quantities(u)
+        found = {name: float(value) for name, value in {**values, **own}.items()}
+        self.history.append(Record(-self.value + self.jacobian, norm, accepted, found))
+
+    def curvature(self) -> Tensor:
+        """The observed information by central differences of gradients."""
+        return self._central()[0]
+
+    def _central(self) -> tuple[Tensor, Tensor]:
+        """That, and the derivatives of the coefficients by x where X is integrated, (p, len(x)).
+
+        Steps are a part of a standard error, over which the curvature of many rows hardly moves:
+        then differences to one side do.
+        """
+        rows, moves = [], []
+        integrated = self.loss.method == "reml" and self.Q.shape[1] > 0
+        one_sided = len(self.X) > _MANY_ROWS
+        here = self.found(self.x).coefficients if integrated and one_sided else self.x[:0]
+        scale = self.hessian.diagonal().abs().clamp(min=1e-6).rsqrt()
+        for j in range(len(self.x)):
+            step = float(_PART * scale[j]) if one_sided else float(_STEP * scale[j].clamp(1e-3, 1))
+            step *= 1 if one_sided else 1 + float(self.x[j].abs())
+            sides, coefficients = [], []
+            for sign in (1,) if one_sided else (1, -1):
+                moved = self.x.clone()
+                moved[j] += sign * step
+                sides.append(self.evaluate(moved)[1])
+                if integrated:
+                    coefficients.append(self.found(moved).coefficients)
+            if one_sided:
+                rows.append((sides[0] - self.slope) / step)
+                moves += [(x - here) / step for x in coefficients]
+            else:
+                rows.append((sides[0] - sides[1]) / (2 * step))
+                moves += [(coefficients[0] - coefficients[1]) / (2 * step)] if integrated else []
+        self.write(self.x)
+        count = len(self.x)
+        H = torch.stack(rows) if rows else self.x.new_zeros(0, 0)
+        J = torch.stack(moves, 1) if moves else self.x.new_zeros(self.Q.shape[1], count)
+        return (H + H.mT) / 2, J
+
+    def settle(self) -> tuple[Tensor, Tensor, list[int]]:
+        """Take negligible standard deviations as zero; curvature, moves, and what is inside."""
+        vanishing = torch.tensor(self.at.vanishing, dtype=torch.bool)
+        u = self.x[self.p : self.p + self.m]
+        small = [j for j in range(self.m) if bool(vanishing[j]) and float(u[j].abs()) < 1e-3]
+        for j in small:
+            x = self.x.clone()
+            x[self.p + j] = 0
+            value, slope = self.evaluate(x)
+            if value <= self.value + 1e-6:
+                self.x, self.value, self.slope = x, value, slope
+        # In their canonical signs, of which the likelihood does not depend.
+        own = slice(self.p, self.p + self.m)
+        self.at.write(self.x[own])
+        canonical = self.at.read(self.x)
+        if not torch.allclose(canonical, self.x[own], rtol=1e-12, atol=0):
+            self.x[own] = canonical
+            self.value, self.slope = self.evaluate(self.x)
+        H, J = self._central()
+        self.hessian = H
+        ends = self.at.on_boundary(self.x[own])
+        gone = {self.p + j for j in range(self.m) if bool(ends[j])}
+        return H, J, [j for j in range(len(self.x)) if j not in gone]

@@ -1,0 +1,107 @@
+"""The covariance and the likelihood of some rows, kept for when the next rows are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from openreml_nn.covariance import Matrix, Sum
+from openreml_nn.covariance.params import operand_name
+from openreml_nn.families import Family
+from openreml_nn.likelihood import LaplaceLoss, REMLLoss
+from openreml_nn.likelihood.solver import Solver
+from openreml_nn.model.batch import Batch
+from openreml_nn.model.random_effect import Coded, RandomEffect, coded_effects
+from openreml_nn.model.residual import structure_of
+from openreml_nn.terms.kernel import private, same_content
+
+__all__ = ["LastLikelihood", "LikelihoodOptions", "covariance_of"]
+
+
+class LikelihoodOptions(NamedTuple):
+    """How a likelihood is computed, see :class:`MixedModel`."""
+
+    method: str
+    solver: str | Solver
+    quadrature: int
+
+
+def covariance_of(
+    effects: Mapping[str, RandomEffect], residual: nn.Module, batch: Batch, coded: Coded, n: int
+) -> Sum:
+    """The tree of the covariance of n rows, see :meth:`MixedModel.covariance`.
+
+    Args:
+        effects: random effects by name.
+        residual: of a row, as :func:`structure_of` takes it, or a family.
+        batch: has what the residual takes.
+        coded: codes and values of each random effect.
+        n: number of rows.
+    """
+    parts: dict[str, Matrix] = {}
+    for name, effect in effects.items():
+        parts[operand_name(name, {"residual"})] = effect.covariance(name, *coded[name])
+    if isinstance(residual, Family):
+        return Sum(parts)
+    return Sum(parts | structure_of(residual).operands(batch, n))
+
+
+class LastLikelihood:
+    """The likelihood of the last batch, with what it was made of."""
+
+    def __init__(self) -> None:
+        self._modules: Sequence[object] = ()
+        self._rows: Sequence[Tensor | None] = ()
+        self._loss: REMLLoss | LaplaceLoss | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What was prepared for some rows can be had again; a copy need not carry it.
+        return LastLikelihood, ()
+
+    def of(
+        self,
+        effects: Mapping[str, RandomEffect],
+        residual: nn.Module,
+        options: LikelihoodOptions,
+        batch: Batch,
+        n: int,
+    ) -> REMLLoss | LaplaceLoss:
+        """The likelihood for n rows of a batch, the last one where theirs are the same.
+
+        Args:
+            effects, residual: as :func:`covariance_of` takes them.
+            options: of the likelihood.
+            batch, n: the rows.
+        """
+        coded = coded_effects(effects, batch, n)
+        own = [*(effect.g for effect in effects.values()), residual]
+        modules = [*own, *map(type, own), *options]
+        rows = [t for pair in coded.values() for t in pair]
+        rows += [batch.get("weights"), batch.get("residual")]
+        moves = any(t is not None and t.requires_grad for t in rows)
+        if self._loss is not None and not moves and self._is_of(modules, rows):
+            return self._loss
+        if not moves:
+            # Copies, which nobody else can change.
+            rows = [None if t is None else private(t) for t in rows]
+            pairs = iter(rows)
+            coded = {name: (next(pairs), next(pairs)) for name in coded}  # type: ignore[misc]
+        tree = covariance_of(effects, residual, batch, coded, n)
+        loss: REMLLoss | LaplaceLoss
+        if isinstance(residual, Family):
+            method, solver, quadrature = options
+            loss = LaplaceLoss(tree, residual, method, quadrature, solver)
+        else:
+            loss = REMLLoss(tree, options.method, options.solver)
+        is_kept = not moves and isinstance(residual, Matrix | Family)
+        self._modules, self._rows, self._loss = (modules, rows, loss) if is_kept else ((), (), None)
+        return loss
+
+    def _is_of(self, modules: Sequence[object], rows: Sequence[Tensor | None]) -> bool:
+        """Whether it was made of these modules and of rows of the same content."""
+        if len(rows) != len(self._rows) or len(modules) != len(self._modules):
+            return False
+        same = all(a is b or a == b for a, b in zip(modules, self._modules, strict=True))
+        return same and all(map(same_content, rows, self._rows))

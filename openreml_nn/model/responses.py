@@ -1,0 +1,104 @@
+"""Gaussian responses and those of a family: what a likelihood takes of a batch, and what it yields."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from openreml_nn.likelihood import LaplaceLoss, REMLLoss
+from openreml_nn.likelihood.effects import Coefficients
+from openreml_nn.model.batch import Batch, part, row_values
+from openreml_nn.model.predictor import Predictor
+from openreml_nn.support.checks import check_tensor
+from openreml_nn.support.checks import found as described
+from openreml_nn.support.errors import InputError
+
+__all__ = ["of_family", "of_gaussian", "remember_family", "remember_gaussian"]
+
+
+def of_gaussian(output: Tensor, batch: Batch, head: str) -> tuple[Tensor, Tensor]:
+    """y (n,) without the offset, and X (n, p); with head ``"ml"`` y without the mean, and no X.
+
+    Raises:
+        TypeError: if a part is no tensor of floating-point numbers.
+        InputError: if a part is missing, shapes or precisions do not fit, or a number is not finite.
+    """
+    y = part(batch, "y")
+    check_tensor("output", output, ("n", "p")[: 2 if head == "gls" else 1], "floating", False)
+    n = len(output)
+    _check_rows(n)
+    check_tensor("y", y, kind="floating", finite=False)
+    if y.dim() != 1 or len(y) != n:
+        raise InputError(
+            f"`y` has shape {tuple(y.shape)} but `mean` yields {n} rows: expected ({n},); "
+            "a column is made a vector by y[:, 0]"
+        )
+    _check_finite(output)
+    dtype = torch.promote_types(y.dtype, output.dtype)
+    if dtype != y.dtype:
+        raise InputError(
+            f"`y` is {y.dtype} but `mean` yields {output.dtype}: make y as precise, by "
+            f"y.to({dtype}), or the network less"
+        )
+    offset = row_values(batch, "offset", n)
+    y, output = y.to(dtype), output.to(dtype)
+    if offset is not None:
+        y = y - offset.to(y)
+    if head == "gls":
+        return y, output
+    return y - output, output.new_zeros(n, 0)
+
+
+def of_family(output: Tensor, batch: Batch, head: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y, the known part of the linear predictor (n,), and X (n, p) with head ``"gls"``.
+
+    Raises:
+        InputError: if a part is missing or has weights, or a number is not finite.
+    """
+    y, n = part(batch, "y"), len(output)
+    if batch.get("weights") is not None:
+        raise InputError(
+            f"`weights` is {described(batch['weights'])} beside a family: expected none, as they "
+            "divide the residual variance of a Gaussian response"
+        )
+    _check_rows(n)
+    _check_finite(output)
+    offset = row_values(batch, "offset", n)
+    known = output.new_zeros(n) if offset is None else offset.to(output)
+    return (y, known, output) if head == "gls" else (y, known + output, None)
+
+
+def remember_gaussian(model: Predictor, loss: REMLLoss, y: Tensor, X: Tensor) -> None:
+    """BLUPs and coefficients at the present parameters, with their variances."""
+    objective = loss.objective(y, X)
+    evaluation, fixed = objective.evaluate(), objective.problem.fixed
+    model.remember(evaluation.random, evaluation.fixed, fixed.aliases)
+    basis = fixed.T.new_zeros(len(fixed.aliases), len(fixed.T))
+    basis[fixed.columns] = fixed.T
+    model.remember_errors(loss.covariance, lambda: (fixed.Q, basis), len(fixed.T))
+
+
+def remember_family(
+    model: Predictor, loss: LaplaceLoss, y: Tensor, known: Tensor, X: Tensor | None
+) -> None:
+    """Modes and coefficients at the present parameters, with their conditional variances."""
+    found = loss.evaluate(y, known, X)
+    p = 0 if X is None else X.shape[1]
+    fixed = Coefficients(found.coefficients, found.coefficient_covariance, tuple(range(p)))
+    model.remember(found.random, fixed, found.coefficients.new_zeros(p, 0))
+    basis = torch.eye(p).to(found.coefficients)
+    features = found.predictor.new_zeros(len(y), 0) if X is None else X.to(basis)
+    model.remember_errors(loss.covariance, lambda: (features, basis), p, found.residual)
+
+
+def _check_rows(n: int) -> None:
+    if not n:
+        raise InputError("the batch is empty: drop it, or use drop_last=True")
+
+
+def _check_finite(output: Tensor) -> None:
+    if not bool(torch.isfinite(output.detach()).all()):
+        raise InputError(
+            "the network's output is not finite: lower the learning rate, clip gradients "
+            "or look for NaN in `x`; expected finite numbers"
+        )
