@@ -6,6 +6,14 @@ from torch import distributed
 from torchmetrics import MetricCollection
 
 from openreml_nn import InputError, metrics, restricted_log_likelihood
+from openreml_nn.families import (
+    Binomial,
+    Gamma,
+    Gaussian,
+    NegativeBinomial,
+    NegativeBinomial1,
+    Poisson,
+)
 from tests.forked import ranks
 
 
@@ -269,3 +277,79 @@ def test_functions_and_modules_agree_in_every_precision(dtype):
         for part in torch.arange(8).split(3):
             module.update(mean[part], variance[part], target[part])
         torch.testing.assert_close(module.compute(), found.double())
+
+
+def probabilities(n=400):
+    mean = torch.rand(n, dtype=torch.float64)
+    return mean, (torch.rand(n) < mean).double()
+
+
+def test_binary_metrics_equal_their_definitions():
+    mean, target = probabilities()
+    bernoulli = torch.distributions.Bernoulli(mean)
+    close = torch.testing.assert_close
+    close(metrics.log_loss(mean, target), -bernoulli.log_prob(target).mean())
+    close(metrics.brier_score(mean, target), ((mean - target) ** 2).mean())
+    yes, no = mean[target == 1], mean[target == 0]
+    close(metrics.auc(mean, target), (yes[:, None] > no).double().mean())
+    bins = (mean * 10).floor().long()
+    gaps = [(mean - target)[bins == b].sum().abs() for b in range(10)]
+    close(metrics.calibration_error(mean, target, 10), sum(gaps) / len(mean))
+    close(metrics.mean_deviance(mean, target, Binomial()), 2 * metrics.log_loss(mean, target))
+    assert torch.isnan(metrics.auc(mean, torch.ones_like(mean)))
+    # Certain and right costs nothing, certain and wrong all.
+    assert metrics.log_loss(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0])) == 0
+    assert metrics.log_loss(torch.tensor([0.0]), torch.tensor([1.0])) == torch.inf
+
+
+@pytest.mark.parametrize(
+    "family", [Gaussian(), Binomial(), Poisson(), NegativeBinomial(), NegativeBinomial1(), Gamma()]
+)
+def test_unit_deviance_is_the_integral_of_its_score(family):
+    y = torch.tensor([0.0, 1.0, 1.0] if family.name == "binomial" else [1.0, 2.0, 7.0])
+    y, mean = y.double(), torch.tensor([0.3, 0.6, 0.9], dtype=torch.float64).requires_grad_()
+    eta = torch.logit(mean) if family.name == "binomial" else mean.log()
+    variance = family.variance(mean if family.name == "gaussian" else eta)
+    for name, of in {"gamma": "phi", "gaussian": "sigma^2"}.items():
+        variance = variance / (family.natural(of, mean) if family.name == name else 1)
+    if family.name == "negative_binomial_1":
+        variance = variance / (1 + family.natural("phi", mean))
+    (slope,) = torch.autograd.grad(family.deviance(y, mean).sum(), mean)
+    torch.testing.assert_close(slope, -2 * (y - mean) / variance)
+    best = family.deviance(y, y)
+    torch.testing.assert_close(best, torch.zeros_like(best))
+
+
+def test_modules_of_families_over_batches_equal_functions_over_all_rows():
+    mean, target = probabilities()
+    made = [metrics.LogLoss(), metrics.BrierScore(), metrics.AUC(), metrics.CalibrationError(7)]
+    made.append(metrics.MeanDeviance(Binomial()))
+    collection = MetricCollection(made)
+    for part in torch.arange(400).split(37):
+        collection.update(mean[part], target[part])
+    found = collection.compute()
+    expected = {
+        "LogLoss": metrics.log_loss(mean, target),
+        "BrierScore": metrics.brier_score(mean, target),
+        "AUC": metrics.auc(mean, target),
+        "CalibrationError": metrics.calibration_error(mean, target, 7),
+        "MeanDeviance": metrics.mean_deviance(mean, target, Binomial()),
+    }
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].double(), value.double())
+
+
+@pytest.mark.parametrize(
+    ("mean", "target", "message"),
+    [
+        ([0.5, 1.5], [0.0, 1.0], "`mean` has the entry 1.5"),
+        ([0.5, 0.5], [0.0, 2.0], "`target` has the entry 2"),
+        ([0.5], [0.0, 1.0], "`target` has 2 rows but `mean` 1"),
+        ([], [], "`mean` is empty"),
+    ],
+)
+def test_wrong_probabilities_are_refused(mean, target, message):
+    for metric in (metrics.log_loss, metrics.brier_score, metrics.auc, metrics.calibration_error):
+        with pytest.raises(InputError, match=message):
+            metric(torch.tensor(mean), torch.tensor(target))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from openreml_nn.estimation.marginal_result import marginal_outcome
@@ -55,7 +54,7 @@ def fit_laplace(
     names = [f"X{j}" for j in range(X.shape[1])] if names is None else list(names)
     loss.covariance.to(X)
     loss.family.to(X)
-    fit = MarginalFit(loss, y, X, torch.zeros_like(X[:, 0]) if offset is None else offset, names)
+    fit = MarginalFit(loss, y, X, X.new_zeros(len(X)) if offset is None else offset, names)
     fit.start()
     converged = fit.climb(max_iterations)
     result, found = marginal_outcome(fit, names, labels or {}, converged)

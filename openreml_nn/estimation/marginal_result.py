@@ -82,6 +82,7 @@ def marginal_outcome(
             source=Source(
                 loss.covariance, fit.y, fit.X, None, tuple(names), labels, offset=fit.offset
             ),
+            optimizer="BFGS",
             family=loss.family.name or type(loss.family).__name__,
             link=loss.family.link,
             quadrature=loss.quadrature,

@@ -48,7 +48,7 @@ class MarginalFit:
     ) -> None:
         self.loss, self.y, self.X, self.offset = loss, y, X, offset
         # Columns of unit mean square, so that a coefficient is in units of the predictor.
-        part = FixedPart.of(torch.zeros_like(X[:, 0]), X, names)
+        part = FixedPart.of(X.new_zeros(len(X)), X, names)
         self.fixed, self.size = part, len(X) ** 0.5
         self.Q, self.T = part.Q * self.size, part.T * self.size
         objective = cast(Objective, _Holder(loss.covariance))

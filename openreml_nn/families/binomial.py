@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.families.family import Family, refuse_rows
-from openreml_nn.families.special import log1mexp, log_ndtr, mills
+from openreml_nn.families.special import log1mexp, log_ndtr, mills, xlogy_ratio
 from openreml_nn.support.checks import check_choice
 from openreml_nn.support.errors import InputError
 
@@ -67,6 +67,11 @@ class Binomial(Family):
         """The variance of one trial."""
         p = self.mean(eta)
         return p * (1 - p)
+
+    def deviance(self, y: Tensor, mean: Tensor) -> Tensor:
+        s, f, _ = _parts(y, mean)
+        n = s + f
+        return 2 * (xlogy_ratio(s, n * mean) + xlogy_ratio(f, n * (1 - mean)))
 
     def check(self, y: Tensor, what: str = "`y`") -> None:
         if y.dim() == 1:

@@ -8,7 +8,7 @@ from torch import Tensor
 from openreml_nn.covariance.params import free_specs
 from openreml_nn.covariance.transform import TransformExp
 from openreml_nn.families.family import Family, refuse_rows
-from openreml_nn.families.special import log_rising, softplus
+from openreml_nn.families.special import log_rising, softplus, xlogy_ratio
 
 __all__ = ["NegativeBinomial", "NegativeBinomial1", "Poisson"]
 
@@ -20,6 +20,9 @@ class _Count(Family):
 
     def mean(self, eta: Tensor) -> Tensor:
         return eta.exp()
+
+    def deviance(self, y: Tensor, mean: Tensor) -> Tensor:
+        return 2 * (xlogy_ratio(y, mean) - (y - mean))
 
     def check(self, y: Tensor, what: str = "`y`") -> None:
         super().check(y, what)
@@ -94,6 +97,11 @@ class NegativeBinomial(_Count):
     def variance(self, eta: Tensor) -> Tensor:
         mu = eta.exp()
         return mu + mu * mu / self.natural("theta", eta)
+
+    def deviance(self, y: Tensor, mean: Tensor) -> Tensor:
+        r"""At the family's own :math:`\theta`."""
+        theta = self.natural("theta", mean)
+        return 2 * (xlogy_ratio(y, mean) - xlogy_ratio(y + theta, mean + theta))
 
     def start(self, y: Tensor) -> Tensor:
         self.set_start("theta", 2 / self._excess(y))

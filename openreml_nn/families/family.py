@@ -19,7 +19,7 @@ class Family(Parametrized):
 
     A subclass writes :meth:`log_density` and has a model: derivatives are then had by automatic
     differentiation. With :meth:`derivatives` they are in closed form; with :meth:`mean` and
-    :meth:`variance` it predicts; with :meth:`check` it refuses responses that it cannot have, and
+    :meth:`variance` it predicts; with :meth:`deviance` predictions are judged by it; with :meth:`check` it refuses responses that it cannot have, and
     with :meth:`start` a fit begins near the data.
 
     Its own parameters :math:`\varphi` have names, transforms and bounds as those of a matrix have:
@@ -82,6 +82,16 @@ class Family(Parametrized):
     def variance(self, eta: Tensor) -> Tensor:
         r""":math:`\mathrm{var}(y \mid \eta)`."""
         raise NotImplementedError(f"{type(self).__name__} does not implement variance")
+
+    def deviance(self, y: Tensor, mean: Tensor) -> Tensor:
+        r"""The unit deviance :math:`2\int_\mu^y (y - t) / V(t)\,dt` of each row (n,), 0 at best,
+        with V the variance function without its dispersion; the likelihood's in an exponential family.
+
+        Args:
+            y: the responses.
+            mean: (n,) their means :math:`\mu`, on the scale of the response.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not implement deviance")
 
     def check(self, y: Tensor, what: str = "`y`") -> None:
         """Refuse responses that the family cannot have.

@@ -47,6 +47,9 @@ class Gaussian(Family):
     def variance(self, eta: Tensor) -> Tensor:
         return self.natural("sigma^2", eta).expand_as(eta)
 
+    def deviance(self, y: Tensor, mean: Tensor) -> Tensor:
+        return (y - mean) ** 2
+
     def start(self, y: Tensor) -> Tensor:
         spread = y.var() if len(y) > 1 else y.new_ones(())
         self.set_start("sigma^2", torch.where(spread > 0, spread, torch.ones_like(spread)) / 2)

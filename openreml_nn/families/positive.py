@@ -64,6 +64,10 @@ class Gamma(Family):
     def variance(self, eta: Tensor) -> Tensor:
         return self.natural("phi", eta) * (2 * eta).exp()
 
+    def deviance(self, y: Tensor, mean: Tensor) -> Tensor:
+        ratio = y / mean
+        return 2 * (ratio - 1 - ratio.log())
+
     def check(self, y: Tensor, what: str = "`y`") -> None:
         super().check(y, what)
         refuse_rows(y, y <= 0, what, "positive numbers")

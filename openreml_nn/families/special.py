@@ -7,7 +7,7 @@ from math import log, pi, sqrt
 import torch
 from torch import Tensor
 
-__all__ = ["log1mexp", "log_ndtr", "log_rising", "mills", "softplus"]
+__all__ = ["log1mexp", "log_ndtr", "log_rising", "mills", "softplus", "xlogy_ratio"]
 
 #: From here on Stirling's series has all digits of float64.
 _LARGE = 50.0
@@ -44,6 +44,11 @@ def log_rising(y: Tensor, s: Tensor) -> Tensor:
     top = big + y
     rest = (top - 0.5) * torch.log1p(y / big) - y + y * big.log()
     return torch.where(large, rest + _stirling(top) - _stirling(big), direct)
+
+
+def xlogy_ratio(y: Tensor, mean: Tensor) -> Tensor:
+    r""":math:`y\log(y/\mu)`, 0 where y is."""
+    return torch.xlogy(y, y) - torch.xlogy(y, mean)
 
 
 def _stirling(z: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from openreml_nn.estimation.aireml import AIREML
 from openreml_nn.lightning.held import Held
+from openreml_nn.lightning.marginal import Marginal
 from openreml_nn.lightning.module import MixedModule
 from openreml_nn.lightning.reading import mark, read
 from openreml_nn.lightning.sums import LevelSums
@@ -132,14 +133,24 @@ class UpdateBLUPs(Callback):
         (self._model,) = found.values()
         free = [p for p in self._model.covariance_parameters() if p.requires_grad]
         taken = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]}
-        self._aireml = AIREML(free) if free and not any(id(p) in taken for p in free) else None
+        untrained = bool(free) and not any(id(p) in taken for p in free)
+        if untrained and self._model.family is not None:
+            raise InputError(
+                "no optimizer has the covariance's parameters, which with a family take no AI-REML "
+                "steps: hand it all of model.parameters()"
+            )
+        self._aireml = AIREML(free) if untrained else None
         self._at = None
 
     def _update(self, trainer: Trainer) -> None:
         model = self._model
         if model is None or (self._at is not None and torch.equal(self._at, mark(model))):
             return
-        store = Held(model) if model.head == "gls" else LevelSums(model)
+        store: Held | LevelSums | Marginal = LevelSums(model)
+        if model.family is not None:
+            store = Marginal(model)
+        elif model.head == "gls":
+            store = Held(model)
         with torch.inference_mode(False), torch.enable_grad():
             gathered = read(trainer, model, store, lambda model, batch: model(batch))
             if self._aireml is not None:
@@ -206,11 +217,15 @@ class StopWhenConverged(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse for AI-REML what it does not ask for."""
         given = {"tolerance": self.tolerance, "every_n_epochs": self.every_n_epochs}
-        if isinstance(trainer.optimizers[0], AIREML) and any(v is not None for v in given.values()):
-            raise InputError(
-                f"StopWhenConverged({', '.join(f'{k}={v}' for k, v in given.items() if v)}) has no "
-                "effect on AI-REML: expected AIREML(tolerance=…), optimizer.tolerance in the program"
-            )
+        said = f"StopWhenConverged({', '.join(f'{k}={v}' for k, v in given.items() if v)})"
+        if any(v is not None for v in given.values()):
+            if not trainer.optimizers:
+                raise InputError(f"{said} has no effect on a fit with a family: leave them out")
+            if isinstance(trainer.optimizers[0], AIREML):
+                raise InputError(
+                    f"{said} has no effect on AI-REML: expected AIREML(tolerance=…), "
+                    "optimizer.tolerance in the program"
+                )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop if there is no step to take."""

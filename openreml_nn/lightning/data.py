@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from openreml_nn.covariance import Pedigree
+from openreml_nn.families import Family
 from openreml_nn.lightning.sharing import check_same, share
 from openreml_nn.model import take
 from openreml_nn.model.batch import Batch
+from openreml_nn.model.response import EncodedResponse
 from openreml_nn.model.structures import relations_of
 from openreml_nn.support.checks import (
     check_choice,
@@ -54,9 +56,12 @@ class MixedModelDataModule(LightningDataModule):
         split_by: columns, ``a`` or ``a:b``; the first grouping factor by default.
         seed: of the split.
         pedigree, kernels: relations of levels that the formula names, as in :func:`lmm`.
+        family: of the response, or its name, by which categories and ``cbind(successes, failures)``
+            are read, as in :func:`glmm`.
 
     Attributes:
         encoder: what the formula makes of a table.
+        response: the same with the response as the family takes it.
         table: the training rows, after :meth:`setup`.
         encoded: the same encoded.
         held_out: the validation rows encoded, None if there are none.
@@ -83,6 +88,7 @@ class MixedModelDataModule(LightningDataModule):
         seed: int = 0,
         pedigree: pd.DataFrame | Pedigree | str | os.PathLike[str] | None = None,
         kernels: Mapping[str, Any] | None = None,
+        family: str | Family | None = None,
     ) -> None:
         super().__init__()
         check_table("table", table)
@@ -99,7 +105,16 @@ class MixedModelDataModule(LightningDataModule):
         named = isinstance(table, pd.DataFrame)
         source = "the table" if named else f"file {str(table)!r}"
         relations = relations_of(pedigree, kernels)
-        self.encoder = Encoder(formula, categorical, source, residual, weights, relations=relations)
+        self.response = EncodedResponse(
+            formula,
+            family,
+            categorical,
+            source,
+            residual=residual,
+            weights=weights,
+            relations=relations,
+        )
+        self.encoder = self.response.encoder
         self._table = table
         self._predict_table = predict_table
         self._validation, self._split, self._split_by = validation, split, split_by
@@ -116,12 +131,10 @@ class MixedModelDataModule(LightningDataModule):
         self.held_out = None
         if self._validation:
             out = self._chosen(table)
-            self.table = table[~out]
-            self.encoded = self.encoder.fit(self.table)
-            self.held_out = self.encoder.transform(table[out], held_out=True)
+            self.encoded, self.table = self.response.fit(table[~out])
+            self.held_out = self.response.held_out(table[out])
         else:
-            self.table = table
-            self.encoded = self.encoder.fit(table)
+            self.encoded, self.table = self.response.fit(table)
 
     def _chosen(self, table: pd.DataFrame) -> np.ndarray:
         """Which rows are held out."""
@@ -222,7 +235,9 @@ class _Epochs:
         return len(self._rows(0))
 
 
-def attached(module: LightningModule, encoder: Encoder) -> MixedModelDataModule:
+def attached(
+    module: LightningModule, encoder: Encoder, family: str | None = None
+) -> MixedModelDataModule:
     """The data module that a module is fitted with.
 
     Raises:
@@ -238,6 +253,10 @@ def attached(module: LightningModule, encoder: Encoder) -> MixedModelDataModule:
         raise InputError(
             f"the data module's formula is {data.encoder.formula.text!r} but the model's "
             f"{encoder.formula.text!r}"
+        )
+    if data.response.family != family:
+        raise InputError(
+            f"the data module's `family` is {data.response.family!r} but the model's {family!r}"
         )
     for name in ("residual", "weights", "categorical"):
         own, given = getattr(encoder, name), getattr(data.encoder, name)

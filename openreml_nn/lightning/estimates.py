@@ -12,13 +12,15 @@ from torch import Tensor
 from openreml_nn.estimation.aireml import AIREML, Curvature
 from openreml_nn.estimation.fit import iterate
 from openreml_nn.lightning.held import Held
+from openreml_nn.lightning.marginal import Marginal
 from openreml_nn.lightning.reading import mark, read, state
-from openreml_nn.lightning.sums import LevelSums, Summed
+from openreml_nn.lightning.sums import LevelSums
+from openreml_nn.lightning.table import TableModel
 from openreml_nn.lightning.ways import Way
 from openreml_nn.model import MixedModel
-from openreml_nn.result import Record
+from openreml_nn.result import Record, Result
 
-__all__ = ["Estimates"]
+__all__ = ["Estimates", "MarginalEstimates"]
 
 #: How the names of the memory of a way of training begin, beside those of the model's state.
 _WAY = "way/"
@@ -48,9 +50,9 @@ class Estimates:
         self._has_network = has_network
         self.aireml: AIREML | None = None
         self.history: list[Record] = []
-        self.rows: LevelSums | Held | None = None
+        self.rows: LevelSums | Held | Marginal | None = None
         # Each with the mark of the network's parameters that it belongs to.
-        self._gathered: tuple[Tensor, Summed | Held] | None = None
+        self._gathered: tuple[Tensor, Any] | None = None
         self._settled: tuple[Tensor, dict[str, Tensor]] | None = None
         self._training: dict[str, Tensor] | None = None
 
@@ -69,7 +71,7 @@ class Estimates:
             optimizer: takes the step in the place of :attr:`aireml`, which it wraps.
         """
         assert self.rows is not None
-        gathered = self.rows.gathered()
+        gathered: Any = self.rows.gathered()
         objective = gathered.objective
         if self.aireml is not None:
             (optimizer or self.aireml).step(lambda: objective)
@@ -93,7 +95,7 @@ class Estimates:
 
     # ------------------------------------------------------------------ the present parameters
 
-    def _present(self, at: Tensor) -> Summed | Held:
+    def _present(self, at: Tensor) -> Any:
         """What is kept of all rows at the present parameters of the network."""
         if self._gathered is None or not torch.equal(self._gathered[0], at):
             empty = self._way.rows(self._model)
@@ -144,7 +146,7 @@ class Estimates:
         memory = {key.removeprefix(_WAY): given[key] for key in given if key not in own}
         self._way.remember(memory)
 
-    def finish(self, most: int, conclude: Callable[[Summed | Held], None]) -> None:
+    def finish(self, most: int, conclude: Callable[[Any], None]) -> None:
         """Bring the covariance to its optimum for the present mean, with its BLUPs; once.
 
         Args:
@@ -158,8 +160,61 @@ class Estimates:
             self.resume()
         self._training = state(self._model)
         gathered = self._present(at)
+        self.optimise(gathered, most)
+        gathered.update()
+        self._settled = mark(self._model), state(self._model)
+        conclude(gathered)
+
+    def optimise(self, gathered: Any, most: int) -> None:
+        """Bring what is not the network's to its optimum, by so many steps at most."""
         if self.aireml is not None and self._has_network:
             self.history += iterate(gathered.objective, most)
-        gathered.update()
-        self._settled = at, state(self._model)
-        conclude(gathered)
+
+
+class MarginalEstimates(Estimates):
+    """Where a model with a family stands.
+
+    With a network all parameters are the optimizer's, and at the end what is not the network's is
+    brought to its optimum. Without one the first epoch fits the model, as :func:`glmm` does.
+
+    Args:
+        trainer, model, way, has_network: see :class:`Estimates`.
+        table: of a model of a formula.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        model: MixedModel,
+        way: Way,
+        has_network: bool,
+        table: TableModel | None,
+    ) -> None:
+        super().__init__(trainer, model, way, has_network)
+        self._table = table
+
+    def step(self, optimizer: Any = None) -> None:
+        """Say where the likelihood stands; without a network fit the model."""
+        assert self.rows is not None
+        gathered: Any = self.rows.gathered()
+        if self._has_network:
+            self.history.append(gathered.record())
+            self._gathered = None
+            return
+        self.history += self._fitted(gathered).history
+        self._gathered = mark(self._model), gathered
+        self._trainer.should_stop = True
+
+    def score_norm(self) -> float:
+        """Distance to the optimum in standard errors, where the model was fitted."""
+        fitted = None if self._gathered is None else getattr(self._gathered[1], "fitted", None)
+        return float("inf") if fitted is None else fitted.score_norm
+
+    def optimise(self, gathered: Any, most: int) -> None:
+        if gathered.fitted is None:
+            self.history += self._fitted(gathered).history
+
+    def _fitted(self, gathered: Marginal) -> Result:
+        most = self._trainer.max_epochs
+        steps = most if most is not None and most > 0 and not self._has_network else 200
+        return gathered.fit(self._table, steps)

@@ -7,12 +7,22 @@ from typing import Any
 import pandas as pd
 import torch
 from lightning import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
+from openreml_nn.families import Binomial, Family
 from openreml_nn.lightning.rows import as_batch, blamed
 from openreml_nn.lightning.table import TableModel
-from openreml_nn.metrics import gaussian_negative_log_density, interval_coverage
+from openreml_nn.metrics import (
+    AUC,
+    CalibrationError,
+    brier_score,
+    gaussian_negative_log_density,
+    interval_coverage,
+    log_loss,
+    mean_deviance,
+)
 from openreml_nn.model import MixedModel, Prediction
+from openreml_nn.model.batch import Batch
 from openreml_nn.result.prediction import predict_table
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import Encoder
@@ -32,7 +42,9 @@ class Evaluated(LightningModule):
     table: TableModel | None
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Mean squared error, negative log density and coverage of 95% intervals."""
+        """Mean squared error, negative log density and coverage of 95% intervals; with a family
+        also deviance, and of binary rows log loss, area under the curve, Brier score and calibration
+        error."""
         self._evaluate(batch, batch_idx, "validation", "val")
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -46,6 +58,9 @@ class Evaluated(LightningModule):
                 self.model(batch)  # there are no coefficients and BLUPs yet
                 return
             found = self.model.predict(batch)
+            if self.model.family is not None:
+                self._evaluate_family(self.model.family, batch, found, prefix)
+                return
             y = batch["y"].to(found.mean)
             if y.shape != found.mean.shape:
                 raise InputError(f"`y` has shape {tuple(y.shape)}: expected ({len(found.mean)},)")
@@ -60,6 +75,46 @@ class Evaluated(LightningModule):
             f"{prefix}_coverage": interval_coverage(mean, variance, y),
         }
         self.log_dict(values, batch_size=len(y), sync_dist=True)
+
+    def measure(self, family: Family | None) -> None:
+        """Prepare the metrics that are no means over rows."""
+        self.curves = nn.ModuleDict()
+        if isinstance(family, Binomial):
+            for prefix in ("val", "test"):
+                self.curves[f"{prefix}_auc"] = AUC()
+                self.curves[f"{prefix}_calibration_error"] = CalibrationError()
+
+    def _evaluate_family(
+        self, family: Family, batch: Batch, found: Prediction, prefix: str
+    ) -> None:
+        """Metrics on the scale of the response: those of its mean, its predictive density, and, of
+        binary rows, those of probabilities."""
+        given = batch["y"].to(found.mean)
+        y = given if given.dim() == 1 else given[:, 0] / given.sum(1)
+        if y.shape != found.mean.shape:
+            raise InputError(f"`y` has shape {tuple(given.shape)}: expected ({len(found.mean)},)")
+        there = torch.isfinite(y) & torch.isfinite(found.mean)
+        if not bool(there.any()):
+            return
+        mean, target = found.mean[there], given[there]
+        # A row without a response may have any, as it is not looked at.
+        known = there if given.dim() == 1 else there[:, None]
+        density = self.model.log_density({**batch, "y": torch.where(known, given, target[0])})
+        values = {
+            "mse": ((mean - y[there]) ** 2).mean(),
+            "negative_log_density": -density[there].mean(),
+        }
+        if type(family).deviance is not Family.deviance:
+            values["deviance"] = mean_deviance(mean, target, family)
+        if isinstance(family, Binomial) and target.dim() == 1:
+            values["log_loss"] = log_loss(mean, target)
+            values["brier"] = brier_score(mean, target)
+            for name in ("auc", "calibration_error"):
+                metric: Any = self.curves[f"{prefix}_{name}"]
+                metric.update(mean, target)
+                self.log(f"{prefix}_{name}", metric, on_step=False, on_epoch=True)
+        named = {f"{prefix}_{name}": value for name, value in values.items()}
+        self.log_dict(named, batch_size=len(mean), sync_dist=True)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Prediction:
         """Predictions of a batch."""

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openreml_nn.families import FAMILIES, Family
 from openreml_nn.lightning.data import MixedModelDataModule, attached
-from openreml_nn.lightning.estimates import Estimates
+from openreml_nn.lightning.estimates import Estimates, MarginalEstimates
 from openreml_nn.lightning.evaluation import Evaluated
 from openreml_nn.lightning.held import Held
+from openreml_nn.lightning.marginal import Marginal
 from openreml_nn.lightning.optimizers import (
     MakeOptimizer,
     MakeScheduler,
@@ -75,8 +77,8 @@ class MixedModule(Evaluated):
         optimizer: of the network: a config such as ``{"_target_": "torch.optim.Adam", "lr":
             0.01}``, or a function from parameters to an optimizer; Adam by default. Without a
             network it is the covariance's, by default AI-REML, a step an epoch.
-        training: see above, or a :class:`Way`; by default ``"alternating"`` for head ``"ml"``, ``"full"`` for
-            ``"gls"``.
+        training: see above, or a :class:`Way`; by default ``"alternating"`` for head ``"ml"``, ``"full"``
+            for ``"gls"`` and for families, which alternating training does not take.
         network: with a formula: config of the network, or the network, that takes the columns of
             its fixed part, standardised, and yields features; see :class:`torch.nn.LazyLinear` for
             their number. Without one the mean is linear.
@@ -86,6 +88,9 @@ class MixedModule(Evaluated):
             config, whose features of the fixed part's columns make the log-variance of each row; or
             a matrix, see :class:`MixedModel`.
         weights: with a formula: column of weights, as in :func:`lmm`.
+        family, link, quadrature: with a formula: of the response, as in :func:`glmm`. With a family
+            all parameters are trained by the marginal likelihood of a batch, by default of all rows;
+            without a network the fit is that of :func:`glmm`, by ``Trainer(max_epochs)`` steps at most.
         kernels: with a formula: for a grouping factor the config of a covariance between its
             levels by their distance (the known matrices of :func:`lmm` are said to the data module), such as ``{"plot": {"_target_":
             "openreml_nn.covariance.MaternMatrix", "columns": ["east", "north"]}}``, with the
@@ -126,6 +131,9 @@ class MixedModule(Evaluated):
         categorical: Sequence[str] = (),
         method: str | None = None,
         solver: str = "auto",
+        family: str | Family | None = None,
+        link: str | None = None,
+        quadrature: int = 1,
         rows: int = 1024,
         scheduler: MakeScheduler | None = None,
         seed: int = 0,
@@ -147,20 +155,21 @@ class MixedModule(Evaluated):
         of_table: dict[str, Any] = {
             "network": network, "head": head, "residual": residual, "weights": weights, "kernels": kernels,
             "categorical": list(categorical), "method": method, "solver": solver,
+            "family": family, "link": link, "quadrature": quadrature,
         }  # fmt: skip
         self.table = None
         if isinstance(model, str):
             self.table = TableModel(model, **of_table)
             given |= {"model": model, **of_table}
-            model_head = self.table.head
+            head, has_family = self.table.head, family is not None
         else:
             for name, value in of_table.items():
-                if value not in (None, [], "auto"):
+                if value not in (None, [], "auto", 1):
                     raise InputError(f"`{name}` is for a formula: the model has its own")
-            model_head = model.head
+            head, has_family = model.head, model.family is not None
         # What a checkpoint can hold, so that it can be loaded with weights_only.
         self.save_hyperparameters({k: v for k, v in given.items() if is_plain(v)})
-        self.way = way_of(training, model_head, self.rows)
+        self.way = way_of(training, head, self.rows, has_family)
         self.result: Result | None = None
         self._make_optimizer, self._make_scheduler = optimizer, scheduler
         self._random_numbers: dict[str, Tensor] = {}
@@ -172,7 +181,7 @@ class MixedModule(Evaluated):
 
     @classmethod
     def of(cls, result: Result, **options: Any) -> MixedModule:
-        """The module of a linear fit that was made elsewhere, such as by :func:`lmm`: its
+        """The module of a fit that was made elsewhere, by :func:`lmm` or :func:`glmm`: its
         checkpoint serves predictions.
 
         Args:
@@ -186,6 +195,10 @@ class MixedModule(Evaluated):
         if result.formula is None or result.model is None:
             raise InputError("`result` has no formula: expected one of a fit by lmm()")
         model = copy.deepcopy(result.model)
+        if result.family is not None:
+            named = result.family in FAMILIES
+            options["family"] = result.family if named else model.family
+            options["link"], options["quadrature"] = result.link, result.quadrature
         found = cls(result.formula, method=model.method, **options)
         assert found.table is not None
         found.table.adopt(result)
@@ -197,13 +210,27 @@ class MixedModule(Evaluated):
         """Take the model in, once it fits the way of training."""
         self.way.check(model)
         self.model = model
-        trained = [p for p in model.network_parameters() if p.requires_grad]
+        own = set() if model.family is None else {id(p) for p in model.family.parameters()}
+        trained = [p for p in model.network_parameters() if p.requires_grad and id(p) not in own]
         self.has_network = bool(trained)
+        self.measure(model.family)
         if not self.has_network:
+            if model.family is not None and not (
+                self._make_optimizer is None and self._make_scheduler is None
+            ):
+                raise InputError(
+                    "`optimizer` and `scheduler` have no effect on a family without a network, "
+                    "which quasi-Newton steps fit: leave them out"
+                )
             return
         # Every process computes the covariance, and the BLUPs, from all rows.
         networks = of_networks(model)
-        names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+        # With a family the covariance's parameters are the optimizer's, like the network's.
+        named = [
+            *(model.named_parameters() if model.family is None else ()),
+            *model.named_buffers(),
+        ]
+        names = [name for name, _ in named]
         self._ddp_params_and_buffers_to_ignore = [
             f"model.{name}" for name in names if not name.startswith(networks)
         ]
@@ -230,7 +257,7 @@ class MixedModule(Evaluated):
         if stage == "fit":
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             if self.table is not None:
-                data = attached(self, self.table.encoder)
+                data = attached(self, self.table.encoder, self.table.response.name)
                 if not hasattr(self, "model"):
                     self._adopt(self.table.built(data))
             if isinstance(data, MixedModelDataModule):
@@ -240,6 +267,9 @@ class MixedModule(Evaluated):
 
     def configure_optimizers(self) -> Any:
         """The optimizer of the network, or without one that of the covariance."""
+        self._aireml = None
+        if self.model.family is not None and not self.has_network:
+            return []  # it is fitted, see MarginalEstimates
         made, self._aireml = optimizers_of(self.model, self._make_optimizer)
         if made is None:
             return []
@@ -262,7 +292,7 @@ class MixedModule(Evaluated):
         """Say how many rows a sampler repeats, and take up the state of a resumed run."""
         warn_of_repeats(self.trainer)
         self._met, self._checked = None, False
-        self._estimates = Estimates(self.trainer, self.model, self.way, self.has_network)
+        self._estimates = self._begun()
         self._known.aireml = self._aireml
         if self._resumed_state is not None:
             self._known.load(self._resumed_state)
@@ -304,7 +334,7 @@ class MixedModule(Evaluated):
 
     def on_after_backward(self) -> None:
         """Drop the covariance's gradients, which no optimizer asks for."""
-        if self.has_network:
+        if self.has_network and self.model.family is None:
             for parameter in self.model.covariance_parameters():
                 parameter.grad = None
 
@@ -351,13 +381,22 @@ class MixedModule(Evaluated):
         if self.trainer.num_training_batches == 0:
             raise InputError("the training loader yielded no rows: expected some")
         if self._estimates is None and self.trainer.ckpt_path is not None:
-            self._estimates = Estimates(self.trainer, self.model, self.way, self.has_network)
+            self._estimates = self._begun()
             self._known.finish(0, self._conclude)
 
-    def _conclude(self, gathered: Summed | Held) -> None:
+    def _begun(self) -> Estimates:
+        given = self.trainer, self.model, self.way, self.has_network
+        return (
+            Estimates(*given)
+            if self.model.family is None
+            else MarginalEstimates(*given, self.table)
+        )
+
+    def _conclude(self, gathered: Summed | Held | Marginal) -> None:
         found = gathered.result(self.history, self.table)
-        name = type(self.trainer.optimizers[0]).__name__ if self.trainer.optimizers else "AIREML"
-        found = replace(found, optimizer=name, model=copy.deepcopy(self.model))
+        if self.trainer.optimizers:
+            found = replace(found, optimizer=type(self.trainer.optimizers[0]).__name__)
+        found = replace(found, model=copy.deepcopy(self.model))
         self.result = found if self.table is None else self.table.completed(found)
 
     @property

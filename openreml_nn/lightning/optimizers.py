@@ -49,6 +49,15 @@ def optimizers_of(
     network = [p for p in model.network_parameters() if p.requires_grad]
     if not (network or covariance):
         return None, None
+    if model.family is not None:
+        # The gradients of all are exact, and there are no average-information steps.
+        made = _made(make or torch.optim.Adam, "optimizer", Optimizer, [*network, *covariance])
+        if isinstance(made, AIREML):
+            raise InputError(
+                "`optimizer` is AIREML, which is for Gaussian responses: expected another, such as "
+                "torch.optim.Adam"
+            )
+        return made, None
     default = torch.optim.Adam if network else AIREML
     made = _made(make or default, "optimizer", Optimizer, network or covariance)
     if not isinstance(made, AIREML):

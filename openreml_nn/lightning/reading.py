@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from openreml_nn.lightning.held import Held
+from openreml_nn.lightning.marginal import Marginal
 from openreml_nn.lightning.rows import as_batch, blamed
-from openreml_nn.lightning.sums import LevelSums, Summed
+from openreml_nn.lightning.sums import LevelSums
 from openreml_nn.model import MixedModel
 from openreml_nn.model.batch import Batch
 
@@ -26,9 +27,9 @@ __all__ = ["mark", "of_networks", "read", "state"]
 def read(
     trainer: Trainer,
     model: MixedModel,
-    store: LevelSums | Held,
+    store: LevelSums | Held | Marginal,
     output: Callable[[MixedModel, Batch], Tensor],
-) -> Summed | Held:
+) -> Any:
     """What is kept of the training rows at the present parameters.
 
     The loader is read from its start, as many batches as an epoch has, with the random numbers
@@ -65,7 +66,7 @@ def of_networks(model: MixedModel) -> tuple[str, ...]:
     found = [f"random.{name}.features." for name, _ in model.random.named_children()]
     own = {id(p) for p in model.covariance_parameters()}
     residual = list(model.residual.parameters())
-    is_network = bool(residual) and not any(id(p) in own for p in residual)
+    is_network = bool(residual) and model.family is None and not any(id(p) in own for p in residual)
     return (*found, "mean.", *(["residual."] if is_network else []))
 
 
@@ -80,12 +81,16 @@ def state(model: MixedModel) -> dict[str, Tensor]:
 
 
 def mark(model: MixedModel) -> Tensor:
-    """Numbers that change when a parameter or buffer of the networks changes."""
+    """Numbers that change when a parameter or buffer of the networks changes; with a family, any
+    parameter, as all are the optimizer's."""
     networks = of_networks(model)
-    named: Mapping[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    parts = [value.detach().double() for key, value in named.items() if key.startswith(networks)]
-    found = [x for v in parts for x in (v.sum(), v.norm())]
-    return torch.stack(found).cpu() if found else torch.zeros(0)
+    parameters = dict(model.named_parameters())
+    named: Mapping[str, Tensor] = {**parameters, **dict(model.named_buffers())}
+    trained = set(parameters) if model.family is not None else set()
+    found = {k: v for k, v in named.items() if k in trained or k.startswith(networks)}
+    parts = [value.detach().double() for value in found.values()]
+    sums = [x for v in parts for x in (v.sum(), v.norm())]
+    return torch.stack(sums).cpu() if sums else torch.zeros(0)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from openreml_nn.model.batch import Batch
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
 
-__all__ = ["as_batch", "blamed", "check_response"]
+__all__ = ["as_batch", "blamed", "check_response", "concatenated"]
 
 _FORM = "a dict with 'x', 'y' and 'groups', or a tuple (x, y, group)"
 _HALF = (torch.float16, torch.bfloat16)
@@ -116,3 +116,16 @@ def check_response(y: Any, output: Tensor) -> None:
                 f"{rounding:.2g}, and the standard deviation of `y` is {spread:.2g}: subtract its "
                 "mean from `y`, or use precision='32-true'"
             )
+
+
+def concatenated(batches: list[Any]) -> Any:
+    """The rows of all batches, one after the other."""
+    first = batches[0]
+    if len(batches) == 1:
+        return first
+    if isinstance(first, Mapping):
+        return {key: concatenated([batch[key] for batch in batches]) for key in first}
+    if isinstance(first, tuple | list):
+        parts = [concatenated(list(part)) for part in zip(*batches, strict=True)]
+        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+    return torch.cat(batches)

@@ -15,10 +15,13 @@ from torch import Tensor, nn
 
 from openreml_nn.covariance import Matrix
 from openreml_nn.estimation.fit import moment_start
+from openreml_nn.families import Family, Ordinal
 from openreml_nn.lightning.data import MixedModelDataModule
+from openreml_nn.lightning.family import FamilyOptions
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.model import HEADS, MixedModel, RandomEffect, ResidualStructure
+from openreml_nn.model.response import EncodedResponse
 from openreml_nn.model.structured_residual import start_residual
 from openreml_nn.model.structures import effect_covariance, labels_of, residual_of
 from openreml_nn.result import Label, Result
@@ -32,7 +35,7 @@ from openreml_nn.support.checks import (
 )
 from openreml_nn.support.errors import InputError
 from openreml_nn.support.instantiate import build
-from openreml_nn.table import Encoded, Encoder, Learned, RandomDesign
+from openreml_nn.table import Encoded, Learned, RandomDesign
 
 __all__ = ["Network", "TableModel", "is_plain"]
 
@@ -45,6 +48,7 @@ class TableModel:
     Attributes:
         encoder: what the formula makes of a table.
         head: of the model.
+        response: the family of the response.
         places: where the training rows are (n, k), with a kernel; None without one.
         labels: names of levels and effects by random effect.
 
@@ -63,6 +67,9 @@ class TableModel:
         categorical: Sequence[str] = (),
         method: str | None = None,
         solver: str = "auto",
+        family: str | Family | None = None,
+        link: str | None = None,
+        quadrature: int = 1,
     ) -> None:
         check_text("formula", formula)
         check_names("categorical", categorical)
@@ -72,16 +79,14 @@ class TableModel:
         check_choice("head", self.head, HEADS)
         if network is None and self.head == "ml":
             raise InputError("`head` is 'ml' without a `network`: a linear mean is of head 'gls'")
-        if weights is not None:
-            check_text("weights", weights)
-        if residual is not None and not isinstance(residual, str):
-            check_network("residual", residual)
-        if method is not None:
-            check_method(method)
-        check_mapping("kernels", {} if kernels is None else kernels, Mapping)
-        check_solver(solver)
+        _check_options(residual, weights, method, solver, kernels)
         text = residual if isinstance(residual, str) else None
-        self.encoder = Encoder(formula, categorical, residual=text, weights=weights)
+        self.response = FamilyOptions(family, link, quadrature)
+        self.response.check(residual, weights, method, solver)
+        self._categories = 2
+        self.encoder = EncodedResponse(
+            formula, family, categorical, residual=text, weights=weights
+        ).encoder
         self.labels: dict[str, Label] = {}
         self.places: Tensor | None = None
         self._network, self._residual, self._method, self._solver = (
@@ -106,40 +111,30 @@ class TableModel:
         for design in encoded.random:
             if design.group in self._kernels:
                 table = data.table.iloc[encoded.rows]
-                self._coordinates[design.group] = self._levels_at(design, table)
+                columns = list(self._kernels[design.group].get("columns", ()))
+                self._coordinates[design.group] = _levels_at(design, table, columns)
                 self.places = self._coordinates[design.group][design.codes]
+        self._categories = max(2, len(data.response.levels))
         model = self._made(encoded)
-        if self._network is None:
+        if self._network is None and self.response.family is None:
             loss, y, X = model.data(model(batch := encoded.batch()), batch)
             loss.names = self._names
             moment_start(loss, y, X)
         return model
 
-    def _levels_at(self, design: RandomDesign, table: pd.DataFrame) -> Tensor:
-        """Where each level is."""
-        columns = list(self._kernels[design.group].get("columns", ()))
-        missing = [column for column in columns if column not in table.columns]
-        if missing or not columns:
-            raise InputError(
-                f"kernel of {design.group!r}: `columns` are {columns}: expected columns of the "
-                "table with the places of its levels"
-            )
-        by_level = table[columns].groupby(design.codes.numpy())
-        if bool((by_level.nunique(dropna=False) > 1).any(axis=None)):
-            raise InputError(f"kernel of {design.group!r}: a level has rows at several places")
-        return torch.tensor(by_level.first().to_numpy(), dtype=torch.float64)
-
     def _made(self, encoded: Encoded) -> MixedModel:
         self.labels, self._names = labels_of(encoded), encoded.names
         self._columns = len(encoded.names)
+        if self.response.family is not None:
+            return self._made_of_family(encoded)
         y = encoded.X.new_tensor([0.0, 1.0]) if encoded.y is None else encoded.adjusted
         variance = float(y.var())
         count = max(len(encoded.random), 1)
-        random = {d.name: self._effect(d, variance / count) for d in encoded.random}
+        random = self._effects(encoded, variance / count)
         model = MixedModel(
             self._mean(encoded.X, float(y.mean()), variance**0.5),
             random,
-            self._residual_of(encoded, variance / 2),
+            _residual(encoded, self._residual, variance / 2),
             self.head,
             method=self._method,
             solver=self._solver,
@@ -149,7 +144,21 @@ class TableModel:
                 _try(network, encoded.X[:2], what)
         return model
 
-    def _mean(self, X: Tensor, center: float, scale: float) -> nn.Module:
+    def _made_of_family(self, encoded: Encoded) -> MixedModel:
+        own, center, variance = self.response.start(encoded, self._categories)
+        model = MixedModel(
+            self._mean(encoded.X, center),
+            self._effects(encoded, variance / len(encoded.random)),
+            head=self.head,
+            family=own,
+            method=self._method,
+            solver=self._solver,
+            quadrature=self.response.quadrature,
+        )
+        _try(model.mean, encoded.X[:2], "network")
+        return model
+
+    def _mean(self, X: Tensor, center: float, scale: float = 1.0) -> nn.Module:
         if self._network is None:
             return nn.Identity()
         features = _network(self._network, "network")
@@ -157,27 +166,12 @@ class TableModel:
             return _Standardised(nn.Sequential(features, _WithConstant()), X)
         return _Standardised(nn.Sequential(features, nn.LazyLinear(1)), X, center, scale)
 
-    def _residual_of(self, encoded: Encoded, variance: float) -> Matrix | nn.Module:
-        X, given = encoded.X, self._residual
-        if isinstance(given, Matrix):
-            return copy.deepcopy(given)
-        if given is None or isinstance(given, str):
-            residual = residual_of(encoded).double()
-            start_residual(residual, variance)
-            return residual
-        layers = nn.Sequential(_network(given, "residual"), nn.LazyLinear(1))
-        return _Standardised(layers, X, log(variance))
-
-    def _effect(self, design: RandomDesign, variance: float) -> RandomEffect:
-        matrix = effect_covariance(design)
-        if design.group in self._kernels:
-            options = {x: v for x, v in self._kernels[design.group].items() if x != "columns"}
-            place = self._coordinates[design.group]
-            matrix = build(options, f"kernels.{design.group}", Matrix, _distances(place))
-        effect = RandomEffect(design.levels, matrix.double(), design.effects)
-        size = len(design.levels) * len(design.effects)
-        effect.g.moment_start(torch.full((size,), variance / 2, dtype=torch.float64))
-        return effect
+    def _effects(self, encoded: Encoded, variance: float) -> dict[str, RandomEffect]:
+        kernels, places = self._kernels, self._coordinates
+        return {
+            d.name: _effect(d, variance, kernels.get(d.group), places.get(d.group))
+            for d in encoded.random
+        }
 
     # ------------------------------------------------------------------ results
 
@@ -185,19 +179,18 @@ class TableModel:
         """A result with what the table says: fitted values, names, and how it predicts."""
         data, source = self._data, result.source
         assert data is not None
-        encoded = data.encoded
-        fitted = result.model.predict(
-            move_data_to_device(encoded.batch(), result.model.beta.device)
-        )
-        assert encoded.y is not None
-        y = encoded.y.to(fitted.mean)
+        encoded, rows = data.encoded, {}
+        if self.response.family is None:
+            batch = move_data_to_device(encoded.batch(), result.model.beta.device)
+            fitted = result.model.predict(batch).mean
+            assert encoded.y is not None
+            rows = {"fitted": fitted, "residuals": encoded.y.to(fitted) - fitted}
         if source is not None:
             cells = self.encoder.cells(data.table.iloc[encoded.rows])
             source = replace(source, means=self.encoder.learned.means, cells=cells)
         return replace(
             result,
-            fitted=fitted.mean,
-            residuals=y - fitted.mean,
+            **rows,
             formula=self.encoder.formula.text,
             dropped_rows=encoded.dropped_rows,
             encoder=self.encoder,
@@ -213,6 +206,8 @@ class TableModel:
     def adopt(self, result: Result) -> None:
         """Take what the formula learned in a fit that was made elsewhere."""
         self.encoder, self._columns = result.encoder, len(result.fixed.aliases)
+        family = None if result.model is None else result.model.family
+        self._categories = family.levels if isinstance(family, Ordinal) else 2
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -223,6 +218,8 @@ class TableModel:
             "columns": self._columns,
             "coordinates": self._coordinates,
             "has_network": self._network is not None,
+            "has_family": self.response.family is not None,
+            "categories": self._categories,
         }
 
     def from_dict(self, kept: Mapping[str, Any]) -> MixedModel:
@@ -236,9 +233,71 @@ class TableModel:
                 "the checkpoint is of a network that was given as a module, which it does not hold: "
                 "pass `network` and, where it was one too, `residual` to load_from_checkpoint()"
             )
+        if kept["has_family"] and self.response.family is None:
+            raise InputError(
+                "the checkpoint is of a family that was given as a module, which it does not hold: "
+                "pass `family` to load_from_checkpoint()"
+            )
+        self._categories = kept["categories"]
         self.encoder.learned = Learned.from_dict(kept["encoder"])
         self._coordinates = kept["coordinates"]
         return self._made(self.encoder.skeleton(2, kept["columns"]))
+
+
+def _levels_at(design: RandomDesign, table: pd.DataFrame, columns: Sequence[str]) -> Tensor:
+    """Where each level is."""
+    missing = [column for column in columns if column not in table.columns]
+    if missing or not columns:
+        raise InputError(
+            f"kernel of {design.group!r}: `columns` are {columns}: expected columns of the "
+            "table with the places of its levels"
+        )
+    by_level = table[columns].groupby(design.codes.numpy())
+    if bool((by_level.nunique(dropna=False) > 1).any(axis=None)):
+        raise InputError(f"kernel of {design.group!r}: a level has rows at several places")
+    return torch.tensor(by_level.first().to_numpy(), dtype=torch.float64)
+
+
+def _residual(encoded: Encoded, given: str | Network | None, variance: float) -> Matrix | nn.Module:
+    X = encoded.X
+    if isinstance(given, Matrix):
+        return copy.deepcopy(given)
+    if given is None or isinstance(given, str):
+        residual = residual_of(encoded).double()
+        start_residual(residual, variance)
+        return residual
+    layers = nn.Sequential(_network(given, "residual"), nn.LazyLinear(1))
+    return _Standardised(layers, X, log(variance))
+
+
+def _effect(
+    design: RandomDesign, variance: float, kernel: Mapping[str, Any] | None, place: Tensor | None
+) -> RandomEffect:
+    matrix = effect_covariance(design)
+    if kernel is not None and place is not None:
+        options = {x: v for x, v in kernel.items() if x != "columns"}
+        matrix = build(options, f"kernels.{design.group}", Matrix, _distances(place))
+    effect = RandomEffect(design.levels, matrix.double(), design.effects)
+    size = len(design.levels) * len(design.effects)
+    effect.g.moment_start(torch.full((size,), variance / 2, dtype=torch.float64))
+    return effect
+
+
+def _check_options(
+    residual: str | Network | None,
+    weights: str | None,
+    method: str | None,
+    solver: str,
+    kernels: object,
+) -> None:
+    if weights is not None:
+        check_text("weights", weights)
+    if residual is not None and not isinstance(residual, str):
+        check_network("residual", residual)
+    if method is not None:
+        check_method(method)
+    check_mapping("kernels", {} if kernels is None else kernels, Mapping)
+    check_solver(solver)
 
 
 def check_network(name: str, network: Network) -> None:

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from openreml_nn.covariance import Matrix
 from openreml_nn.lightning.batches import connected_rows, in_order, whole
 from openreml_nn.lightning.held import Held
-from openreml_nn.lightning.rows import check_response
+from openreml_nn.lightning.marginal import Marginal
+from openreml_nn.lightning.rows import check_response, concatenated
 from openreml_nn.lightning.sharing import all_batches, gather, gather_parts, processes, share, total
 from openreml_nn.lightning.sums import LevelSums
 from openreml_nn.model import MixedModel, take
@@ -39,6 +40,8 @@ class Way:
         heads: heads of the models that it trains.
         needs_blups: whether the loss of an epoch takes the BLUPs of the one before.
         needs_all_rows: whether a batch must hold all rows, the same on all processes.
+        takes_families: whether it trains models of responses that are not Gaussian, by the marginal
+            likelihood of a batch.
 
     Args:
         rows: rows that the network sees at a time, where that is the way's to choose.
@@ -47,6 +50,7 @@ class Way:
     heads: tuple[str, ...] = ("ml",)
     needs_blups = False
     needs_all_rows = False
+    takes_families = True
 
     def __init__(self, rows: int = 1024) -> None:
         self.row_count = rows
@@ -73,9 +77,9 @@ class Way:
         """What the network yields for the batch."""
         return model(batch)
 
-    def rows(self, model: MixedModel) -> LevelSums | Held:
+    def rows(self, model: MixedModel) -> LevelSums | Held | Marginal:
         """An empty store for what is kept of an epoch's batches."""
-        return LevelSums(model)
+        return LevelSums(model) if model.family is None else Marginal(model)
 
     def division(self, batch: Batch) -> Callable[[torch.Generator], list[Tensor]]:
         """How epochs divide a table into mini-batches: a function that draws their rows."""
@@ -86,13 +90,14 @@ class Way:
         """Refuse a model that the way does not train.
 
         Raises:
-            InputError: if it is of another head, has a family, or its levels are correlated where
+            InputError: if it is of another head, or has a family that the way does not train, or its levels are correlated where
                 they must not be.
         """
-        if model.family is not None:
+        if model.family is not None and not self.takes_families:
             raise InputError(
-                f"`model` has the family {type(model.family).__name__}: expected a Gaussian response; "
-                "minimise model.loss(batch) of all rows, or of whole groups, and then call update()"
+                f"`model` has the family {type(model.family).__name__}, which "
+                f"{type(self).__name__.lower()} training does not train: expected training='full', "
+                "'parts', 'groups' or 'composite'"
             )
         if model.head not in self.heads:
             name = type(self).__name__.lower()
@@ -127,6 +132,7 @@ class Alternating(Way):
     """
 
     needs_blups = True
+    takes_families = False
 
     def __init__(self, rows: int = 1024) -> None:
         super().__init__(rows)
@@ -242,16 +248,16 @@ class Composite(Way):
 
     def loss(self, model: MixedModel, batch: Batch) -> tuple[Tensor, Tensor]:
         output = self.output(model, batch)
-        check_response(batch["y"], output)
-        joined = _joined(all_batches(batch, output.device))
-        for name, codes in joined["groups"].items():
+        _check_response(model, batch["y"], output)
+        rows = concatenated(all_batches(batch, output.device))
+        for name, codes in rows["groups"].items():
             if len(codes) > 1 and bool((codes == codes[0]).all()):
                 raise InputError(
                     f"it has one level of {name!r} in {len(codes)} rows, whose variance cannot "
                     "be told from the mean: take larger batches"
                 )
         with torch.autocast(output.device.type, enabled=False):
-            return model.loss_of(gather_parts(output), joined), output
+            return model.loss_of(gather_parts(output), rows), output
 
 
 class Groups(Composite):
@@ -261,7 +267,9 @@ class Groups(Composite):
     :class:`~openreml_nn.lightning.WholeGroups` is a batch sampler that cuts none.
     """
 
-    def rows(self, model: MixedModel) -> LevelSums | Held:
+    def rows(self, model: MixedModel) -> LevelSums | Held | Marginal:
+        if model.family is not None:
+            return Marginal(model, whole_groups=True)
         return LevelSums(model, whole_groups=True)
 
     def division(self, batch: Batch) -> Callable[[torch.Generator], list[Tensor]]:
@@ -283,17 +291,10 @@ class Groups(Composite):
             )
 
 
-def _joined(batches: list[Batch]) -> Batch:
-    """The rows of all batches, one after the other."""
-    first = batches[0]
-    if len(batches) == 1:
-        return first
-    if isinstance(first, Mapping):
-        return {key: _joined([batch[key] for batch in batches]) for key in first}
-    if isinstance(first, tuple | list):
-        parts = [_joined(list(part)) for part in zip(*batches, strict=True)]
-        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
-    return torch.cat(batches)
+def _check_response(model: MixedModel, y: Any, output: Tensor) -> None:
+    """Refuse a response that cannot train; with a family, its likelihood does."""
+    if model.family is None:
+        check_response(y, output)
 
 
 # ---------------------------------------------------------------------- all rows at once
@@ -310,7 +311,7 @@ class Full(Way):
 
     def loss(self, model: MixedModel, batch: Batch) -> tuple[Tensor, Tensor]:
         output = self.output(model, batch)
-        check_response(batch["y"], output)
+        _check_response(model, batch["y"], output)
         with torch.autocast(output.device.type, enabled=False):
             return model.loss_of(output, batch), output
 
@@ -320,8 +321,8 @@ class Full(Way):
     def _run(self, model: MixedModel, x: Any) -> Tensor:
         return model({"x": x})
 
-    def rows(self, model: MixedModel) -> LevelSums | Held:
-        return Held(model)
+    def rows(self, model: MixedModel) -> LevelSums | Held | Marginal:
+        return Held(model) if model.family is None else Marginal(model, all_rows=True)
 
 
 class Parts(Full):
@@ -342,8 +343,9 @@ WAYS: dict[str, type[Way]] = {
 }
 
 
-def way_of(training: str | Way | None, head: str, rows: int) -> Way:
-    """A way by its name; None is ``"full"`` for head ``"gls"``, else ``"alternating"``.
+def way_of(training: str | Way | None, head: str, rows: int, has_family: bool = False) -> Way:
+    """A way by its name; None is ``"full"`` for head ``"gls"`` and for families, else
+    ``"alternating"``.
 
     Raises:
         InputError: if there is none of this name.
@@ -351,6 +353,6 @@ def way_of(training: str | Way | None, head: str, rows: int) -> Way:
     if isinstance(training, Way):
         return training
     if training is None:
-        training = "full" if head == "gls" else "alternating"
+        training = "full" if head == "gls" or has_family else "alternating"
     check_choice("training", training, tuple(WAYS))
     return WAYS[training](rows)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,11 +15,13 @@ from torch import Tensor
 from openreml_nn.covariance import Pedigree
 from openreml_nn.estimation.marginal import fit_laplace
 from openreml_nn.families import Family, named_family
-from openreml_nn.likelihood import LaplaceLoss
 from openreml_nn.likelihood.solver import Solver
+from openreml_nn.model.batch import Batch
 from openreml_nn.model.linear import read_table_of, with_model
+from openreml_nn.model.mixed_model import MixedModel
+from openreml_nn.model.response import EncodedResponse
 from openreml_nn.model.structures import labels_of, linear_model, relations_of
-from openreml_nn.result import FixedEffects, Result
+from openreml_nn.result import FixedEffects, Label, Result
 from openreml_nn.support.checks import (
     check_choice,
     check_count,
@@ -30,11 +31,9 @@ from openreml_nn.support.checks import (
 )
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
-from openreml_nn.table import Encoder, TableFile
+from openreml_nn.table import TableFile
 
-__all__ = ["glmm"]
-
-_CBIND = re.compile(r"^\s*cbind\s*\((.*)\)\s*$", re.DOTALL)
+__all__ = ["fit_family", "glmm"]
 
 
 def glmm(
@@ -111,66 +110,79 @@ def glmm(
             )
     named_family(family, link)  # refused before the table is read
     table, source = read_table_of(table)
-    left, right = _sides(formula)
-    both = _CBIND.match(left)
-    if both is not None and not (family == "binomial" or getattr(family, "name", "") == "binomial"):
-        raise InputError(
-            f"formula {formula!r}: cbind(successes, failures) is for family 'binomial'"
-        )
-    name = family if isinstance(family, str) else family.name
-    labels: tuple[str, ...] = ()
-    if both is not None:
-        one, two = _arguments(both.group(1), formula)
-        # Rows that miss either are left out of both.
-        forms = [f"I(({a}) + 0 * ({b}))~{right}" for a, b in ((one, two), (two, one))]
-    else:
-        table, labels = _categories(table, left, name)
-        forms = [formula]
     relations = relations_of(pedigree, kernels)
-    encoders = [
-        Encoder(text, categorical, source, known_residual=True, relations=relations)
-        for text in forms
-    ]
-    encoder = encoders[0]
-    encoded = encoder.fit(table)
-    assert encoded.y is not None
-    y = encoded.y
-    if both is not None:
-        failures = encoders[1].fit(table).y
-        assert failures is not None
-        y = torch.stack([y, failures], 1)
-    own = named_family(family, link, max(2, len(labels)))
-    _check_response(own, y, left.strip(), source)
-    # The thresholds of an ordinal response take the intercept's place.
-    first = int(own.name == "ordinal" and encoded.names[:1] == ("(Intercept)",))
-    X = encoded.X[:, first:]
-    own = own.to(X.dtype)
+    response = EncodedResponse(formula, family, categorical, source, relations=relations)
+    encoded, table = response.fit(table)
+    own = named_family(family, link, max(2, len(response.levels))).to(encoded.X.dtype)
     model = linear_model(encoded, method, solver, family=own, quadrature=quadrature)
-    loss = LaplaceLoss(model.covariance(encoded.batch()), own, method, quadrature, solver)
-    result, found = fit_laplace(
-        loss,
-        y,
-        X,
-        encoded.offset,
-        max_iterations=max_iterations,
-        names=encoded.names[first:],
+    result = fit_family(
+        model,
+        encoded.batch(),
+        names=encoded.names,
         labels=labels_of(encoded),
+        max_iterations=max_iterations,
     )
     assert result.source is not None
+    encoder = response.encoder
     cells = encoder.cells(table.iloc[encoded.rows])
-    source_of_result = replace(
-        result.source, X=encoded.X, means=encoder.learned.means, cells=cells, names=encoded.names
-    )
-    result = replace(
+    return replace(
         result,
-        fixed=_shifted(result.fixed, first),
-        source=source_of_result,
+        source=replace(result.source, means=encoder.learned.means, cells=cells),
         formula=formula,
         dropped_rows=encoded.dropped_rows,
         encoder=encoder,
         seconds=time.perf_counter() - began,
     )
-    return with_model(result, model, encoded.batch(), found.residual)
+
+
+def fit_family(
+    model: MixedModel,
+    batch: Batch,
+    output: Tensor | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    labels: Mapping[str, Label] | None = None,
+    max_iterations: int = 200,
+) -> Result:
+    """Fit all but the network of a model with a family: coefficients, covariance and the family's
+    parameters, which the model takes up.
+
+    Args:
+        model: whose covariance is fitted.
+        batch: the rows.
+        output: what the network has yielded for them, if it is known: the model matrix with head
+            ``"gls"``, the mean with head ``"ml"``.
+        names: of the columns of the model matrix.
+        labels: see :func:`fit_reml`.
+        max_iterations: after so many steps the fit stops, with a warning.
+
+    Raises:
+        NumericalError, InputError: as :func:`glmm` does.
+    """
+    with torch.no_grad():
+        output = (model(batch) if output is None else output).double()
+    loss, y, offset, X = model.marginal(output, batch)
+    if X is None:
+        X = output.new_zeros(len(output), 0)
+    names = [f"X{j}" for j in range(X.shape[1])] if names is None else list(names)
+    # The thresholds of an ordinal response take the intercept's place.
+    first = int(loss.family.name == "ordinal" and names[:1] == ["(Intercept)"])
+    result, found = fit_laplace(
+        loss,
+        y,
+        X[:, first:],
+        offset,
+        max_iterations=max_iterations,
+        names=names[first:],
+        labels=labels or {},
+    )
+    assert result.source is not None
+    result = replace(
+        result,
+        fixed=_shifted(result.fixed, first),
+        source=replace(result.source, X=X, names=tuple(names)),
+    )
+    return with_model(result, model, batch, found.residual)
 
 
 def _shifted(fixed: FixedEffects, first: int) -> FixedEffects:
@@ -178,64 +190,3 @@ def _shifted(fixed: FixedEffects, first: int) -> FixedEffects:
     before = fixed.aliases.new_zeros(first, fixed.aliases.shape[1])
     columns = tuple(j + first for j in fixed.columns)
     return replace(fixed, columns=columns, aliases=torch.cat([before, fixed.aliases]))
-
-
-def _sides(formula: str) -> tuple[str, str]:
-    left, tilde, right = formula.partition("~")
-    if not tilde or not left.strip():
-        raise InputError(f"formula {formula!r}: expected a response, '~' and effects")
-    return left, right
-
-
-def _arguments(text: str, formula: str) -> tuple[str, str]:
-    """The two arguments of cbind()."""
-    depth, at = 0, []
-    for i, letter in enumerate(text):
-        depth += (letter in "([") - (letter in ")]")
-        if letter == "," and not depth:
-            at.append(i)
-    if len(at) != 1:
-        raise InputError(
-            f"formula {formula!r}: cbind() has {len(at) + 1} arguments: expected two, successes and "
-            "failures"
-        )
-    return text[: at[0]], text[at[0] + 1 :]
-
-
-def _categories(
-    table: pd.DataFrame, left: str, family: str
-) -> tuple[pd.DataFrame, tuple[str, ...]]:
-    """The table with a response of categories as their numbers, and the categories."""
-    name = left.strip().strip("`")
-    if name not in table.columns or family not in ("binomial", "ordinal"):
-        return table, ()
-    column = table[name]
-    is_number = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
-    if family == "binomial" and (is_number or pd.api.types.is_bool_dtype(column)):
-        return table, ()
-    if isinstance(column.dtype, pd.CategoricalDtype):
-        levels = [level for level in column.cat.categories if (column == level).any()]
-    else:
-        levels = sorted(column.dropna().unique())
-    if family == "binomial" and len(levels) != 2:
-        raise InputError(
-            f"the response {name!r} has {len(levels)} categories, {levels[:5]}: expected two for "
-            "family 'binomial'"
-        )
-    if family == "ordinal" and len(levels) < 2:
-        raise InputError(f"the response {name!r} has one category: expected two or more")
-    codes = column.map({level: i for i, level in enumerate(levels)}).astype(float)
-    return table.assign(**{name: codes}), tuple(map(str, levels))
-
-
-def _check_response(family: Family, y: Tensor, left: str, source: str) -> None:
-    family.check(y, f"{source}: the response {left!r}")
-    if family.name == "binomial":
-        total = y if y.dim() == 1 else y[:, 0] / y.sum(1)
-        if bool((total == total[0]).all()) and float(total[0]) in (0.0, 1.0):
-            raise InputError(
-                f"{source}: the response {left!r} is {int(total[0])} in every row: expected both "
-                "successes and failures"
-            )
-    elif bool((y == y[0]).all()):
-        raise InputError(f"{source}: the response {left!r} is {float(y[0]):.6g} in every row")

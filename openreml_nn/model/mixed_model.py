@@ -289,3 +289,5 @@ def _check_options(
             "coefficients, which head 'gls' has"
         )
     check_solver(solver)
+    if family is not None:
+        LaplaceLoss(ScalarMatrix(1), family, method, quadrature, solver)  # refuses its options

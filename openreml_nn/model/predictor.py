@@ -14,14 +14,16 @@ from openreml_nn.covariance.params import operand_name
 from openreml_nn.families import Family
 from openreml_nn.likelihood.effects import Coefficients, RandomEffects
 from openreml_nn.likelihood.fixed import estimable
-from openreml_nn.model.batch import Batch, row_values, rows_of
+from openreml_nn.model.batch import Batch, part, row_values, rows_of
 from openreml_nn.model.means import evaluating
 from openreml_nn.model.random_effect import Effects, RandomEffect, coded_effects
 from openreml_nn.model.residual import ResidualStructure, structure_of
 from openreml_nn.result.equations import Equations
 from openreml_nn.result.joint import JointErrors
 from openreml_nn.result.prediction import (
+    KnownEffect,
     Prediction,
+    log_predictive,
     lowered,
     normal_interval,
     on_response,
@@ -201,33 +203,28 @@ class Predictor(nn.Module):
         Raises:
             TypeError, InputError: as in :meth:`predict`, or if the level is not between 0 and 1.
         """
-        with evaluating(self):
-            output = self(batch)
-            n = len(output)
-            if self.head == "gls":
-                if not bool(self.joint.is_known):
-                    raise InputError("there are no coefficients yet: call update() with the data")
-                X = output[:, : len(self.beta)].to(self.beta)
-                population = X @ self.beta
-                if not any(True for _ in self.mean.parameters()):
-                    population = torch.where(estimable(X, self.aliases), population, torch.nan)
-            else:
-                population = output.double()
-                X = population.new_zeros(n, 0)
-            offset = row_values(batch, "offset", n)
-            if offset is not None:
-                population = population + offset.to(population)
-            effects = []
-            for name, (codes, values) in coded_effects(self.effects(), batch, n).items():
-                z = population.new_ones(n, 1) if values is None else values
-                effects.append(self.effects()[name].of_rows(codes, z))
-            residual = population.new_zeros(n)
-            if self.family is None:
-                residual = structure_of(self.residual).variances(batch, n)
-            found = predicted(population, X, self.beta_covariance, effects, self.joint, residual)
-            if self.family is not None:
-                return on_response(self.family, found, effects, level)
-            return found, *normal_interval(found.mean, found.variance, level)
+        found, effects = _linear_predictor(self, batch)
+        if self.family is not None:
+            return on_response(self.family, found, effects, level)
+        return found, *normal_interval(found.mean, found.variance, level)
+
+    @torch.no_grad()
+    def log_density(self, batch: Batch) -> Tensor:
+        r"""Logarithm of the predictive density of each row's response (n,), at the parameters'
+        estimates: Gaussian with the mean and variance of :meth:`predict`; with a family
+        :math:`E\,p(y \mid a)` over the predictor a.
+
+        Raises:
+            TypeError, InputError: as in :meth:`predict`, or if ``y`` does not fit.
+        """
+        found, _ = _linear_predictor(self, batch)
+        y = part(batch, "y").to(found.mean)
+        if len(y) != len(found.mean):
+            raise InputError(f"`y` has {len(y)} rows but `mean` yields {len(found.mean)}")
+        if self.family is not None:
+            self.family.check(y)
+            return log_predictive(self.family, y, found)
+        return -((2 * torch.pi * found.variance).log() + (y - found.mean) ** 2 / found.variance) / 2
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # The number of coefficients is known only once there are features.
@@ -235,3 +232,32 @@ class Predictor(nn.Module):
             if prefix + name in state_dict:
                 setattr(self, name, torch.empty_like(state_dict[prefix + name]))
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _linear_predictor(model: Predictor, batch: Batch) -> tuple[Prediction, list[KnownEffect]]:
+    """Predictions of the response, or of its linear predictor, and what is known of effects."""
+    with evaluating(model):
+        output = model(batch)
+        n = len(output)
+        if model.head == "gls":
+            if not bool(model.joint.is_known):
+                raise InputError("there are no coefficients yet: call update() with the data")
+            X = output[:, : len(model.beta)].to(model.beta)
+            population = X @ model.beta
+            if not any(True for _ in model.mean.parameters()):
+                population = torch.where(estimable(X, model.aliases), population, torch.nan)
+        else:
+            population = output.double()
+            X = population.new_zeros(n, 0)
+        offset = row_values(batch, "offset", n)
+        if offset is not None:
+            population = population + offset.to(population)
+        effects = []
+        for name, (codes, values) in coded_effects(model.effects(), batch, n).items():
+            z = population.new_ones(n, 1) if values is None else values
+            effects.append(model.effects()[name].of_rows(codes, z))
+        residual = population.new_zeros(n)
+        if model.family is None:
+            residual = structure_of(model.residual).variances(batch, n)
+        found = predicted(population, X, model.beta_covariance, effects, model.joint, residual)
+        return found, effects

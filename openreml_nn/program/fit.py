@@ -160,13 +160,9 @@ class InMemory:
         kernels = given.get("kernels") or {}
         given["kernels"] = {k: v for k, v in kernels.items() if not isinstance(v, str)}
         known = {k: v for k, v in kernels.items() if isinstance(v, str)}
-        self.module = MixedModule(
-            formula,
-            **given,
-            categorical=names,
-            optimizer=options["optimizer"],
-            seed=options["seed"],
-        )
+        if given.get("family") is None or given.get("network") is not None:
+            given["optimizer"] = options["optimizer"]  # a family alone is fitted without
+        self.module = MixedModule(formula, **given, categorical=names, seed=options["seed"])
         residual, share, split = given.get("residual"), options["data.validation"], {}
         if share:
             by = options["data.split_by"]
@@ -179,6 +175,7 @@ class InMemory:
             weights=given.get("weights"),
             pedigree=options["model.pedigree"],
             kernels=known,
+            family=given.get("family"),
             validation=share,
             **split,
             seed=options["seed"],
@@ -269,7 +266,8 @@ def _takes_rows(options: Options) -> bool:
     """Whether the way of training divides the rows."""
     training = options["model.training"]
     if training is None:
-        return options["model.network"] is not None and options["model.head"] != "gls"
+        is_full = options["model.head"] == "gls" or options["model.family"] is not None
+        return options["model.network"] is not None and not is_full
     return training != "full"
 
 

@@ -93,7 +93,7 @@ def _plots(result: Result, places: Tensor | None) -> Mapping[str, Callable[[], F
         figures["semivariogram"] = partial(semivariogram, result, places)
     if len(result.residuals):
         figures["residuals"] = partial(residuals, result)
-    if result.source is not None:
+    if result.source is not None and result.family is None:  # they are of Gaussian responses
         figures["shares"] = partial(shares, result)
         figures["covariance"] = partial(covariance_map, result)
     groups = dict.fromkeys(c.group for c in result.components if c.group != "Residual")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import log
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from openreml_nn.terms.kernel import Kernel
 __all__ = [
     "KnownEffect",
     "Prediction",
+    "log_predictive",
     "lowered",
     "normal_interval",
     "on_response",
@@ -225,13 +227,34 @@ def on_response(
     return Prediction(mean, variance.clamp(min=0), population), low, high
 
 
+def log_predictive(family: Family, y: Tensor, found: Prediction) -> Tensor:
+    r""":math:`\log E\,p(y_i \mid a_i)` with :math:`a_i \sim N(\hat\eta_i, v_i)`, (n,), by Gauss-Hermite
+    quadrature.
+
+    Args:
+        family: of the response.
+        y: the responses.
+        found: predictions of the linear predictor.
+    """
+    spread = found.variance.clamp(min=0).sqrt()
+    parts = [
+        log(weight) + family.log_density(y, found.mean + node * spread)
+        for node, weight in _hermite()
+    ]
+    return torch.logsumexp(torch.stack(parts), 0)
+
+
+def _hermite() -> Iterator[tuple[float, float]]:
+    """Nodes and weights of the expectation over a standard normal variable."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(_NODES)
+    return zip(nodes.tolist(), (weights / weights.sum()).tolist(), strict=True)
+
+
 def _expected(family: Family, eta: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     """The expectation of the response and of its square for a normal predictor."""
-    nodes, weights = np.polynomial.hermite_e.hermegauss(_NODES)
-    weights = weights / weights.sum()
     spread = variance.clamp(min=0).sqrt()
     mean, square = torch.zeros_like(eta), torch.zeros_like(eta)
-    for node, weight in zip(nodes.tolist(), weights.tolist(), strict=True):
+    for node, weight in _hermite():
         a = eta + node * spread
         own = family.mean(a)
         mean = mean + weight * own

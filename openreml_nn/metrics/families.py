@@ -1,0 +1,258 @@
+"""Metrics of predicted probabilities and means of responses that are not Gaussian."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics.classification import BinaryAUROC
+from torchmetrics.functional.classification import binary_auroc
+
+from openreml_nn.families import Family
+from openreml_nn.metrics.sums import Mean, one_precision
+from openreml_nn.support.checks import check_count, check_instance, check_tensor
+from openreml_nn.support.errors import InputError
+
+__all__ = [
+    "AUC",
+    "BrierScore",
+    "CalibrationError",
+    "LogLoss",
+    "MeanDeviance",
+    "auc",
+    "brier_score",
+    "calibration_error",
+    "log_loss",
+    "mean_deviance",
+]
+
+
+def log_loss(mean: Tensor, target: Tensor) -> Tensor:
+    r"""Mean of :math:`-y_i\log p_i - (1 - y_i)\log(1 - p_i)`.
+
+    Args:
+        mean: (n,) probabilities p.
+        target: (n,) of 0 and 1.
+
+    Raises:
+        TypeError: if one is no tensor of real numbers.
+        InputError: if shapes differ, a probability is not within [0, 1] or a target not 0 or 1.
+
+    >>> log_loss(torch.tensor([0.5, 0.5]), torch.tensor([0.0, 1.0]))
+    tensor(0.6931)
+    """
+    return _sum_of_log_losses(mean, target) / len(mean)
+
+
+def brier_score(mean: Tensor, target: Tensor) -> Tensor:
+    r"""Mean of :math:`(p_i - y_i)^2`.
+
+    Args:
+        mean, target: as in :func:`log_loss`.
+
+    Raises:
+        TypeError, InputError: as in :func:`log_loss`.
+
+    Reference:
+        Brier, Monthly Weather Review 78 (1950) 1.
+
+    >>> brier_score(torch.tensor([0.5, 1.0]), torch.tensor([0.0, 1.0]))
+    tensor(0.1250)
+    """
+    return _sum_of_squares(mean, target) / len(mean)
+
+
+def auc(mean: Tensor, target: Tensor) -> Tensor:
+    """The area under the receiver operating characteristic: the probability that a success has a
+    higher prediction than a failure, ties counting half. NaN where there is one class only.
+
+    Args:
+        mean, target: as in :func:`log_loss`.
+
+    Raises:
+        TypeError, InputError: as in :func:`log_loss`.
+
+    >>> auc(torch.tensor([0.1, 0.4, 0.35, 0.8]), torch.tensor([0.0, 0.0, 1.0, 1.0]))
+    tensor(0.7500)
+    """
+    mean, target = _probabilities(mean, target)
+    if bool((target == target[0]).all()):
+        return mean.new_tensor(torch.nan)
+    return binary_auroc(mean, target.long(), validate_args=False)
+
+
+def calibration_error(mean: Tensor, target: Tensor, bins: int = 15) -> Tensor:
+    r"""The expected calibration error :math:`\sum_b \tfrac{n_b}{n}|\bar p_b - \bar y_b|` over bins of
+    equal width.
+
+    Args:
+        mean, target: as in :func:`log_loss`.
+        bins: number of bins of [0, 1].
+
+    Raises:
+        TypeError, InputError: as in :func:`log_loss`, or if ``bins`` is no positive whole number.
+
+    Reference:
+        Naeini, Cooper and Hauskrecht, AAAI (2015) 2901.
+
+    >>> calibration_error(torch.tensor([0.2, 0.2, 0.9]), torch.tensor([0.0, 1.0, 1.0]))
+    tensor(0.2333)
+    """
+    return _sums_of_bins(mean, target, bins).abs().sum() / len(mean)
+
+
+def mean_deviance(mean: Tensor, target: Tensor, family: Family) -> Tensor:
+    """Mean of the unit deviances of a family, see :meth:`Family.deviance`.
+
+    Args:
+        mean: (n,) means of the responses.
+        target: (n,) the responses, or (n, 2) successes and failures.
+        family: of the responses.
+
+    Raises:
+        TypeError: if an argument is of another kind.
+        InputError: if shapes do not fit, or the family cannot have a response.
+
+    >>> from openreml_nn.families import Poisson
+    >>> mean_deviance(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 2.0]), Poisson())
+    tensor(1.)
+    """
+    return _sum_of_deviances(mean, target, family) / len(mean)
+
+
+class LogLoss(Mean):
+    """:func:`log_loss` over batches."""
+
+    higher_is_better = False
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+
+    def update(self, mean: Tensor, target: Tensor) -> None:
+        """Take a batch in."""
+        self.add(_sum_of_log_losses(mean, target), len(mean))
+
+
+class BrierScore(Mean):
+    """:func:`brier_score` over batches."""
+
+    higher_is_better = False
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+
+    def update(self, mean: Tensor, target: Tensor) -> None:
+        """Take a batch in."""
+        self.add(_sum_of_squares(mean, target), len(mean))
+
+
+class AUC(BinaryAUROC):
+    """:func:`auc` over batches, of which all predictions are kept."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(validate_args=False, **options)
+
+    def update(self, mean: Tensor, target: Tensor) -> None:
+        """Take a batch in."""
+        mean, target = _probabilities(mean, target)
+        super().update(mean, target.long())
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        """The area over what was seen."""
+        target = torch.cat(list(self.target)) if isinstance(self.target, list) else self.target
+        if bool((target == target[0]).all()):
+            return torch.tensor(torch.nan, device=target.device)
+        return BinaryAUROC.compute(self)
+
+
+class CalibrationError(Mean):
+    """:func:`calibration_error` over batches.
+
+    Args:
+        bins: number of bins of [0, 1].
+        **options: of ``torchmetrics.Metric``.
+    """
+
+    higher_is_better = False
+
+    def __init__(self, bins: int = 15, **options: Any) -> None:
+        self.bins = check_count("bins", bins, 1)
+        super().__init__((bins,), **options)
+
+    def update(self, mean: Tensor, target: Tensor) -> None:
+        """Take a batch in."""
+        self.add(_sums_of_bins(mean, target, self.bins), len(mean))
+
+    def compute(self) -> Tensor:
+        """The error over what was seen."""
+        return super().compute().abs().sum()
+
+
+class MeanDeviance(Mean):
+    """:func:`mean_deviance` over batches.
+
+    Args:
+        family: of the responses.
+        **options: of ``torchmetrics.Metric``.
+    """
+
+    higher_is_better = False
+
+    def __init__(self, family: Family, **options: Any) -> None:
+        super().__init__(**options)
+        check_instance("family", family, Family)
+        self.family = family
+
+    def update(self, mean: Tensor, target: Tensor) -> None:
+        """Take a batch in."""
+        self.add(_sum_of_deviances(mean, target, self.family), len(mean))
+
+
+def _sum_of_log_losses(mean: Tensor, target: Tensor) -> Tensor:
+    mean, target = _probabilities(mean, target)
+    return -(torch.xlogy(target, mean) + torch.special.xlog1py(1 - target, -mean)).sum()
+
+
+def _sum_of_squares(mean: Tensor, target: Tensor) -> Tensor:
+    mean, target = _probabilities(mean, target)
+    return ((mean - target) ** 2).sum()
+
+
+def _sums_of_bins(mean: Tensor, target: Tensor, bins: int) -> Tensor:
+    """The sum of p - y in each bin (bins,)."""
+    bins = check_count("bins", bins, 1)
+    mean, target = _probabilities(mean, target)
+    at = (mean * bins).long().clamp(max=bins - 1)
+    return mean.new_zeros(bins).index_add_(0, at, mean - target)
+
+
+def _sum_of_deviances(mean: Tensor, target: Tensor, family: Family) -> Tensor:
+    check_instance("family", family, Family)
+    check_tensor("mean", mean, ("n",))
+    if len(target) != len(mean):
+        raise InputError(
+            f"`target` has {len(target)} rows but `mean` {len(mean)}: expected as many"
+        )
+    family.check(target, "`target`")
+    mean, target = one_precision(mean, target)
+    return family.deviance(target, mean).sum()
+
+
+def _probabilities(mean: Tensor, target: Tensor) -> list[Tensor]:
+    """Probabilities and outcomes of one length, in one precision."""
+    for name, tensor in (("mean", mean), ("target", target)):
+        check_tensor(name, tensor, ("n",))
+        if not len(tensor):
+            raise InputError(f"`{name}` is empty: expected a number for each row")
+    if len(target) != len(mean):
+        raise InputError(
+            f"`target` has {len(target)} rows but `mean` {len(mean)}: expected as many"
+        )
+    if not bool(((mean >= 0) & (mean <= 1)).all()):
+        worst = mean[(mean < 0) | (mean > 1)][0]
+        raise InputError(f"`mean` has the entry {float(worst):.6g}: expected probabilities, 0 to 1")
+    if not bool(((target == 0) | (target == 1)).all()):
+        worst = target[(target != 0) & (target != 1)][0]
+        raise InputError(f"`target` has the entry {float(worst):.6g}: expected 0 or 1")
+    return one_precision(mean, target)

@@ -1,0 +1,169 @@
+"""The response of a table as its family takes it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+import torch
+
+from openreml_nn.families import Family, named_family
+from openreml_nn.support.errors import InputError
+from openreml_nn.table import Encoded, Encoder
+
+__all__ = ["EncodedResponse"]
+
+_CBIND = re.compile(r"^\s*cbind\s*\((.*)\)\s*$", re.DOTALL)
+
+
+class EncodedResponse:
+    """A formula with the responses of a family: categories become their numbers, and
+    ``cbind(successes, failures)`` two columns.
+
+    Args:
+        formula: an lme4-style formula.
+        family: of the response, or its name; None for a Gaussian one, by the encoder alone.
+        categorical, source: see :class:`Encoder`.
+        **options: see :class:`Encoder`.
+
+    Attributes:
+        encoder: what the formula makes of a table.
+        levels: the categories of the response that the fit has met, in their order; none for
+            numbers.
+
+    Raises:
+        InputError: if the formula does not parse, or is not for the family.
+    """
+
+    def __init__(
+        self,
+        formula: str,
+        family: str | Family | None,
+        categorical: Sequence[str] = (),
+        source: str = "the table",
+        **options: Any,
+    ) -> None:
+        self._given = family
+        self.family = family.name if isinstance(family, Family) else family
+        self.levels: tuple[str, ...] = ()
+        self._codes: Mapping[Any, int] | None = None
+        left, right = _sides(formula)
+        self._name = left.strip()
+        both = None if self.family is None else _CBIND.match(left)
+        forms = [formula]
+        if both is not None:
+            if self.family != "binomial":
+                raise InputError(
+                    f"formula {formula!r}: cbind(successes, failures) is for family 'binomial'"
+                )
+            one, two = _arguments(both.group(1), formula)
+            # Rows that miss either are left out of both.
+            forms = [f"I(({a}) + 0 * ({b}))~{right}" for a, b in ((one, two), (two, one))]
+        options = {"known_residual": self.family is not None, **options}
+        encoders = [Encoder(text, categorical, source, **options) for text in forms]
+        self.encoder = encoders[0]
+        self._failures = encoders[1] if len(encoders) > 1 else None
+
+    def fit(self, table: pd.DataFrame) -> tuple[Encoded, pd.DataFrame]:
+        """Learn from a table and encode it; also the table with the numbers of its categories.
+
+        Raises:
+            InputError: as :meth:`Encoder.fit` does, or if the family cannot have a response.
+        """
+        table = self._learned(table)
+        found = self.encoder.fit(table)
+        if self._failures is not None:
+            found = _with_failures(found, self._failures.fit(table))
+        self._check(found)
+        return found, table
+
+    def held_out(self, table: pd.DataFrame) -> Encoded:
+        """Encode rows that were held out, by what was learned.
+
+        Raises:
+            InputError: as :meth:`Encoder.transform` does.
+        """
+        table = self._numbered(table)
+        found = self.encoder.transform(table, held_out=True)
+        if self._failures is not None:
+            found = _with_failures(found, self._failures.transform(table, held_out=True))
+        return found
+
+    def _learned(self, table: pd.DataFrame) -> pd.DataFrame:
+        self._codes, self.levels = None, ()
+        name = self._name.strip("`")
+        if name not in table.columns or self.family not in ("binomial", "ordinal"):
+            return table
+        column = table[name]
+        is_bool = pd.api.types.is_bool_dtype(column)
+        if self.family == "binomial" and (is_bool or pd.api.types.is_numeric_dtype(column)):
+            return table
+        if isinstance(column.dtype, pd.CategoricalDtype):
+            levels = [level for level in column.cat.categories if (column == level).any()]
+        else:
+            levels = sorted(column.dropna().unique())
+        if self.family == "binomial" and len(levels) != 2:
+            raise InputError(
+                f"the response {name!r} has {len(levels)} categories, {levels[:5]}: expected two "
+                "for family 'binomial'"
+            )
+        if self.family == "ordinal" and len(levels) < 2:
+            raise InputError(f"the response {name!r} has one category: expected two or more")
+        self._codes = {level: i for i, level in enumerate(levels)}
+        self.levels = tuple(map(str, levels))
+        return self._numbered(table)
+
+    def _numbered(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The table with a response of categories as their numbers."""
+        name = self._name.strip("`")
+        if self._codes is None or name not in table.columns:
+            return table
+        return table.assign(**{name: table[name].map(self._codes).astype(float)})
+
+    def _check(self, encoded: Encoded) -> None:
+        if self._given is None:
+            return
+        y, left, source = encoded.y, self._name, self.encoder.source
+        assert y is not None
+        own = named_family(self._given, None, max(2, len(self.levels)))
+        own.check(y, f"{source}: the response {left!r}")
+        if self.family == "binomial":
+            total = y if y.dim() == 1 else y[:, 0] / y.sum(1)
+            if bool((total == total[0]).all()) and float(total[0]) in (0.0, 1.0):
+                raise InputError(
+                    f"{source}: the response {left!r} is {int(total[0])} in every row: expected "
+                    "both successes and failures"
+                )
+        elif bool((y == y[0]).all()):
+            raise InputError(f"{source}: the response {left!r} is {float(y[0]):.6g} in every row")
+
+
+def _with_failures(successes: Encoded, failures: Encoded) -> Encoded:
+    if successes.y is None or failures.y is None:
+        return successes
+    return replace(successes, y=torch.stack([successes.y, failures.y], 1))
+
+
+def _sides(formula: str) -> tuple[str, str]:
+    left, tilde, right = formula.partition("~")
+    if not tilde or not left.strip():
+        raise InputError(f"formula {formula!r}: expected a response, '~' and effects")
+    return left, right
+
+
+def _arguments(text: str, formula: str) -> tuple[str, str]:
+    """The two arguments of cbind()."""
+    depth, at = 0, []
+    for i, letter in enumerate(text):
+        depth += (letter in "([") - (letter in ")]")
+        if letter == "," and not depth:
+            at.append(i)
+    if len(at) != 1:
+        raise InputError(
+            f"formula {formula!r}: cbind() has {len(at) + 1} arguments: expected two, successes and "
+            "failures"
+        )
+    return text[: at[0]], text[at[0] + 1 :]
