@@ -18,7 +18,6 @@ PACKAGE = Path(__file__).parents[1] / "openreml_nn"
 
 #: Files of more than 400 lines, and why.
 LONG_FILES = {
-    "likelihood/laplace.py": "the loss and what it prepares are to be parted",
     "likelihood/laplace_system.py": "the system and its products are to be parted",
     "lightning/module.py": "Lightning's hooks, one by one",
     "table/encoder.py": "what was learned and its use are to be parted",
@@ -31,7 +30,6 @@ LONG_CLASSES = {
     "estimation/outcome.py: _Builder": "every part of a result, from one evaluation",
     "estimation/marginal_steps.py: MarginalFit": "one Newton iteration with what it keeps",
     "lightning/module.py: MixedModule": "Lightning's hooks, one by one",
-    "likelihood/laplace.py: LaplaceLoss": "to be parted",
     "likelihood/loss.py: REMLLoss": "the contract of the loss, most of it documentation",
     "likelihood/system/sparse/equations.py: Equations": "to be parted",
     "result/joint.py: JointErrors": "to be parted",
