@@ -13,8 +13,8 @@ from openreml_nn.covariance import Matrix
 from openreml_nn.families.family import Family
 from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.fixed import traced
+from openreml_nn.likelihood.laplace_integral import Integral
 from openreml_nn.likelihood.laplace_layout import Stacked
-from openreml_nn.likelihood.laplace_marginal import Marginal
 from openreml_nn.likelihood.laplace_mode import Rows, find_mode
 from openreml_nn.likelihood.laplace_quadrature import check_quadrature
 from openreml_nn.likelihood.laplace_system import effects_of
@@ -153,7 +153,7 @@ class LaplaceLoss(nn.Module):
         inputs += [*factors_of(terms), *constants_of(terms), *self.family.parameters()]
         recording = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
         return _Value.apply(
-            lambda: self._marginal(task).with_derivatives(recording, inputs), *inputs
+            lambda: self._integral(task).with_derivatives(recording, inputs), *inputs
         )
 
     def evaluate(
@@ -169,9 +169,9 @@ class LaplaceLoss(nn.Module):
         """
         with torch.no_grad():
             task = self._task(y, eta, X, rows)
-            marginal = self._marginal(task)
-            mode = marginal.mode()
-            value = marginal.value(mode)
+            integral = self._integral(task)
+            mode = integral.mode()
+            value = integral.value(mode)
             random = effects_of(task.terms, mode.layout, mode.effects, mode.factor)
             bordered = mode
             if not len(mode.beta) and task.rows.X.shape[1]:
@@ -240,7 +240,7 @@ class LaplaceLoss(nn.Module):
         data = Rows(self.family, y.detach().to(dtype), eta.to(dtype), X.to(dtype))
         return Task(data, terms)
 
-    def _marginal(self, task: Task) -> Marginal:
+    def _integral(self, task: Task) -> Integral:
         """The likelihood of some data; where effects stand is taken again for the same designs."""
         forms = [term.form for term in task.terms]
         constants = [tensor for term in task.terms for tensor in term.constants]
@@ -253,7 +253,7 @@ class LaplaceLoss(nn.Module):
                     check_quadrature(layout, self.quadrature)
                 copies = [tensor for term in held for tensor in term.constants]
                 kept = self._kept = Kept(forms, copies, layout)
-        return Marginal(task, kept, self.method, self.quadrature)
+        return Integral(task, kept, self.method, self.quadrature)
 
 
 def _checked(solver: str | Solver) -> Solver:

@@ -20,13 +20,13 @@ from openreml_nn.likelihood.laplace_task import (
 from openreml_nn.support.errors import NumericalError
 from openreml_nn.terms.kernel import private
 
-__all__ = ["Marginal"]
+__all__ = ["Integral"]
 
 #: Steps to the coefficients of X by maximum likelihood, at most.
 _MOST_STEPS = 100
 
 
-class Marginal:
+class Integral:
     """The negative marginal log-likelihood of the data of a call.
 
     Args:
