@@ -30,7 +30,6 @@ LONG_CLASSES = {
     "lightning/module.py: MixedModule": "Lightning's hooks, one by one",
     "likelihood/loss.py: REMLLoss": "the contract of the loss, most of it documentation",
     "likelihood/system/sparse/equations.py: Equations": "one pattern, and what is read and written at its places",
-    "table/reading.py: TableFile": "one path, whose options and errors every way of reading has",
 }
 #: Names that are offered by two modules for two things, neither of them public, and why.
 TWO_THINGS = {

@@ -15,27 +15,13 @@ import pandas as pd
 
 from openreml_nn.support.errors import InputError
 from openreml_nn.table.frames import frame_of, regrouped
-from openreml_nn.table.text import (
-    Dialect,
-    cleaned,
-    guessed,
-    has_leading_zeros,
-    header_of,
-    joint_kind,
-    kind_of_text,
-    null_values,
-    truths,
-    typed,
-)
+from openreml_nn.table.parsing import TextTable
+from openreml_nn.table.text import Dialect
 
 __all__ = ["TableFile", "read_table"]
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": None}
 _COMPRESSED = (".gz", ".bz2", ".zst", ".lz4", ".xz", ".zip")
-#: Bytes that are parsed at a time.
-_BLOCK = 1 << 20
-#: Bytes of the first rows, by which the types of columns are guessed.
-_HEAD = 1 << 17
 
 
 def read_table(
@@ -102,7 +88,8 @@ class TableFile(os.PathLike[str]):
                 f"file {self._path!r}: expected a name ending in .csv, .csv.gz or .parquet"
             )
         missing = (missing,) if isinstance(missing, str) else tuple(map(str, missing or ()))
-        self._dialect = self._checked(Dialect(separator, decimal, encoding, missing, comment))
+        dialect = self._checked(Dialect(separator, decimal, encoding, missing, comment))
+        self._text = TextTable(self._open, dialect, self._suffix[0] != ".csv")
 
     def __str__(self) -> str:
         return self._path
@@ -147,7 +134,7 @@ class TableFile(os.PathLike[str]):
             InputError: if the file is broken.
         """
         with self._told():
-            return self._text_names() if self._is_text else list(self._dataset().schema.names)
+            return self._text.names() if self._is_text else list(self._dataset().schema.names)
 
     def read(self) -> pd.DataFrame:
         """The whole table.
@@ -156,12 +143,7 @@ class TableFile(os.PathLike[str]):
             InputError: if the file is broken or has no rows.
         """
         with self._told():
-            if self._is_text:
-                table = self._parsed()
-                kinds = [joint_kind([kind_of_text(c, self._dialect)]) for c in table.columns]
-                found = self._framed(table, kinds, self._text_names())
-            else:
-                found = frame_of(self._dataset().to_table())
+            found = self._text.read() if self._is_text else frame_of(self._dataset().to_table())
         if not len(found) or not len(found.columns):
             raise InputError(f"file {self._path!r} has no rows")
         return found
@@ -186,7 +168,7 @@ class TableFile(os.PathLike[str]):
                 )
         with self._told():
             if self._is_text:
-                yield from self._text_chunks(rows, [names.index(c) for c in columns], columns)
+                yield from self._text.chunks(rows, [names.index(c) for c in columns], columns)
                 return
             dataset = self._dataset()
             for batch in regrouped(
@@ -233,8 +215,6 @@ class TableFile(os.PathLike[str]):
         options = {"partitioning": "hive"} if self._folder or self._remote else {}
         return pyarrow.dataset.dataset(self._path, format="parquet", **options)
 
-    # ------------------------------------------------------------------ text
-
     def _open(self) -> BinaryIO:
         import pyarrow as pa
         from pyarrow import fs
@@ -248,113 +228,3 @@ class TableFile(os.PathLike[str]):
             system, place = fs.FileSystem.from_uri(self._path)
             return system.open_input_stream(place)
         return pa.input_stream(self._path, compression="detect")
-
-    def _header(self) -> tuple[str, list[str], int, int]:
-        with self._open() as stream:
-            return header_of(stream, self._dialect)
-
-    def _text_names(self) -> list[str]:
-        names = [name.strip() for name in self._header()[1]]
-        unescape = [
-            n[1:] if n.startswith("'") and n.lstrip("'")[:1] in [*"=+-@\t"] else n for n in names
-        ]
-        return [name or f"Unnamed: {i}" for i, name in enumerate(unescape)]
-
-    def _source(self) -> tuple[BinaryIO, Any, Any]:
-        """The rows, with how they are to be read and parsed."""
-        from pyarrow import csv
-
-        separator, names, fields, height = self._header()
-        keys = [str(i) for i in range(len(names))]
-        stream = self._open()
-        # R's write.table gives rows names for which the header has no field.
-        named = self._suffix[0] != ".csv" and fields == len(names) + 1
-        if separator == " " or self._dialect.comment is not None or named:
-            stream = cleaned(stream, self._dialect, separator, named)
-            separator, height, encoding = ",", 0, "utf-8"
-        else:
-            encoding = self._dialect.encoding
-        read = csv.ReadOptions(
-            column_names=keys, skip_rows=height, encoding=encoding, block_size=_BLOCK
-        )
-        return stream, read, csv.ParseOptions(delimiter=separator, newlines_in_values=True)
-
-    def _conversion(self, types: dict[str, Any], include: Sequence[str] | None = None) -> Any:
-        from pyarrow import csv
-
-        true, false = truths()
-        return csv.ConvertOptions(
-            column_types=types,
-            include_columns=include,
-            null_values=null_values(self._dialect),
-            true_values=true,
-            false_values=false,
-            decimal_point=self._dialect.decimal,
-        )
-
-    def _parsed(self) -> Any:
-        """All columns: as text, or as what the first rows hold where that suits all rows."""
-        import pyarrow as pa
-        from pyarrow import csv
-
-        stream, read, parse = self._source()
-        with stream:
-            data = stream.read()
-        texts = {key: pa.string() for key in read.column_names}
-        if b'"' not in data:
-            parse.newlines_in_values = False  # blocks can then be parsed at once
-        if not has_leading_zeros(data, parse.delimiter):
-            end = bytes(data[:_HEAD]).rfind(b"\n") + 1 if len(data) > _HEAD else 0
-            if end and data[:end].count(b'"') % 2 == 0:
-                head = csv.read_csv(_buffer(data[:end]), read, parse, self._conversion(texts))
-                kinds = [kind_of_text(c, self._dialect) for c in head.columns]
-                types = dict(zip(texts, map(guessed, kinds), strict=True))
-                try:
-                    return csv.read_csv(_buffer(data), read, parse, self._conversion(types))
-                except pa.ArrowInvalid:
-                    pass  # a later row is of another kind, or broken, which the next line tells
-        return csv.read_csv(_buffer(data), read, parse, self._conversion(texts))
-
-    def _text_chunks(
-        self, rows: int, positions: Sequence[int], columns: Sequence[str]
-    ) -> Iterator[pd.DataFrame]:
-        kinds = self._kinds(positions)
-        for table in self._batches(rows, positions):
-            yield self._framed(table, kinds, columns)
-
-    def _batches(self, rows: int, positions: Sequence[int]) -> Iterator[Any]:
-        import pyarrow as pa
-        from pyarrow import csv
-
-        stream, read, parse = self._source()
-        with stream:
-            include = [str(i) for i in positions]
-            conversion = self._conversion(dict.fromkeys(include, pa.string()), include)
-            yield from regrouped(csv.open_csv(stream, read, parse, conversion), rows)
-
-    def _kinds(self, positions: Sequence[int]) -> list[str]:
-        """The kind of each column, from all rows; remembered, as the file is read twice."""
-        known: dict[int, str] = self.__dict__.setdefault("_known", {})
-        missing = [position for position in positions if position not in known]
-        if missing:
-            found: list[set[str]] = [set() for _ in missing]
-            for table in self._batches(200_000, missing):
-                for kinds, column in zip(found, table.columns, strict=True):
-                    kinds.add(kind_of_text(column, self._dialect))
-            known.update(zip(missing, map(joint_kind, found), strict=True))
-        return [known[position] for position in positions]
-
-    def _framed(self, table: Any, kinds: Sequence[str], names: Sequence[str]) -> pd.DataFrame:
-        import pyarrow as pa
-
-        columns = [typed(c, k, self._dialect) for c, k in zip(table.columns, kinds, strict=True)]
-        keys = [str(i) for i in range(len(columns))]
-        found = frame_of(pa.table(dict(zip(keys, columns, strict=True))))
-        found.columns = list(names)
-        return found
-
-
-def _buffer(data: Any) -> Any:
-    import pyarrow as pa
-
-    return pa.BufferReader(data)
