@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,32 +13,28 @@ from openreml_nn.covariance import Matrix
 from openreml_nn.families.family import Family
 from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.fixed import traced
+from openreml_nn.likelihood.laplace_integral import Integral
 from openreml_nn.likelihood.laplace_layout import Stacked
-from openreml_nn.likelihood.laplace_mode import Mode, Rows, find_mode, recorded
-from openreml_nn.likelihood.laplace_quadrature import by_quadrature, check_quadrature
+from openreml_nn.likelihood.laplace_mode import Rows, find_mode
+from openreml_nn.likelihood.laplace_quadrature import check_quadrature
 from openreml_nn.likelihood.laplace_system import effects_of
 from openreml_nn.likelihood.laplace_task import (
     Kept,
     Task,
     constants_of,
     factors_of,
-    with_tensors,
 )
 from openreml_nn.likelihood.plan import Auto, Plan, check_solver
 from openreml_nn.likelihood.problem import Cost
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers import Blocked, Dense
 from openreml_nn.support.checks import check_choice, check_count, check_instance, check_tensor
-from openreml_nn.support.errors import InputError, NumericalError
+from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import DiagonalCovariance
 from openreml_nn.terms.design import IdentityDesign
-from openreml_nn.terms.kernel import private
 from openreml_nn.terms.term import Term
 
 __all__ = ["LaplaceEvaluation", "LaplaceLoss"]
-
-#: Steps to the coefficients of X by maximum likelihood, at most.
-_MOST_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -156,7 +152,9 @@ class LaplaceLoss(nn.Module):
         inputs = [task.rows.eta, task.rows.X, y, *[t.covariance.matrix for t in terms]]
         inputs += [*factors_of(terms), *constants_of(terms), *self.family.parameters()]
         recording = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-        return _Value.apply(lambda: self._evaluate(task, recording, inputs), *inputs)
+        return _Value.apply(
+            lambda: self._integral(task).with_derivatives(recording, inputs), *inputs
+        )
 
     def evaluate(
         self, y: Tensor, eta: Tensor, X: Tensor | None = None, rows: Tensor | None = None
@@ -171,8 +169,9 @@ class LaplaceLoss(nn.Module):
         """
         with torch.no_grad():
             task = self._task(y, eta, X, rows)
-            mode = self._mode(task)
-            value = self._value(task, mode)
+            integral = self._integral(task)
+            mode = integral.mode()
+            value = integral.value(mode)
             random = effects_of(task.terms, mode.layout, mode.effects, mode.factor)
             bordered = mode
             if not len(mode.beta) and task.rows.X.shape[1]:
@@ -241,8 +240,8 @@ class LaplaceLoss(nn.Module):
         data = Rows(self.family, y.detach().to(dtype), eta.to(dtype), X.to(dtype))
         return Task(data, terms)
 
-    def _layout(self, task: Task) -> Stacked:
-        """Where the effects stand; the last is taken again for the same designs."""
+    def _integral(self, task: Task) -> Integral:
+        """The likelihood of some data; where effects stand is taken again for the same designs."""
         forms = [term.form for term in task.terms]
         constants = [tensor for term in task.terms for tensor in term.constants]
         kept = self._kept
@@ -254,134 +253,7 @@ class LaplaceLoss(nn.Module):
                     check_quadrature(layout, self.quadrature)
                 copies = [tensor for term in held for tensor in term.constants]
                 kept = self._kept = Kept(forms, copies, layout)
-        return kept.layout
-
-    # ------------------------------------------------------------------ evaluation
-
-    def _mode(self, task: Task) -> Mode:
-        layout = self._layout(task)
-        kept = self._kept
-        assert kept is not None
-        data = task.rows
-        plain = Rows(data.family, data.y, data.eta.detach(), data.X.detach())
-        bordered = find_mode(
-            plain,
-            layout,
-            task.terms,
-            kept.start_of(plain),
-            kept.beta_of(plain),
-            kept.factor_of(plain),
-        )
-        if self.method == "reml" or not plain.X.shape[1]:
-            mode = bordered
-        else:
-            mode = self._profiled(task, plain, bordered)
-        kept.start = private(mode.u)
-        kept.factor = mode.factor if mode is bordered and layout.q else None
-        kept.beta = private(task.beta if len(task.beta) else mode.beta)
-        return mode
-
-    def _profiled(self, task: Task, plain: Rows, bordered: Mode) -> Mode:
-        """The mode at the coefficients of maximum likelihood, which the task then holds."""
-        beta, S = bordered.beta, bordered.factor.fixed_covariance()
-        X, start = plain.X, bordered.u
-        none = replace(plain, X=plain.X[:, :0])
-        before = float("inf")
-        for _ in range(_MOST_STEPS):
-            rows = replace(none, eta=plain.eta + X @ beta)
-            mode = find_mode(rows, bordered.layout, task.terms, start)
-            slope = X.mT @ self._predictor_slope(task, mode)
-            move = S @ slope
-            gain = float(move @ slope)
-            floor = 1e-20 if X.dtype == torch.float64 else 1e-8
-            if gain <= floor or (gain < floor**0.5 and gain > before / 4):
-                task.beta = beta
-                return mode
-            before, beta, start = gain, beta - move, mode.u
-        raise NumericalError(
-            f"the coefficients of X were not found in {_MOST_STEPS} steps: the last was "
-            f"{gain**0.5:.3g} standard errors long"
-        )
-
-    def _predictor_slope(self, task: Task, mode: Mode) -> Tensor:
-        if self.quadrature == 1:
-            return mode.of_predictor()
-        eta = mode.rows.eta.detach().requires_grad_()
-        rows = replace(mode.rows, eta=eta)
-        with torch.enable_grad():
-            covariances = [task.terms[i].detach().covariance for i in mode.layout.order]
-            value = by_quadrature(mode, rows, mode.layout.designs, covariances, self.quadrature)
-            return torch.autograd.grad(value, eta)[0]
-
-    def _value(self, task: Task, mode: Mode) -> Tensor:
-        if self.quadrature == 1:
-            return mode.value
-        covariances = [task.terms[i].detach().covariance for i in mode.layout.order]
-        return by_quadrature(mode, mode.rows, mode.layout.designs, covariances, self.quadrature)
-
-    def _evaluate(
-        self, task: Task, recording: bool, inputs: Sequence[Tensor]
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """The value and its derivatives by the inputs, None for those that require none."""
-        data, terms = task.rows, task.terms
-        with torch.no_grad():
-            mode = self._mode(task)
-            if not recording:
-                return self._value(task, mode), [None] * len(inputs)
-            constants = constants_of(terms)
-            wanted = [x.requires_grad for x in inputs]
-            moves = any(t.requires_grad for t in constants)
-            reml_X = data.X.requires_grad and self.method == "reml"
-            if self.quadrature > 1 or moves or reml_X:
-                return self._by_recording(task, mode, inputs)
-            y = inputs[2]
-            of_family = mode.of_family(y, [x for x in self.family.parameters() if x.requires_grad])
-            of_eta = mode.of_predictor()
-            of_X = of_eta[:, None] * task.beta if len(task.beta) else None
-            found: list[Tensor | None] = [of_eta, of_X, None, *mode.of_matrices()]
-            found += [None] * (len(factors_of(terms)) + len(constants))
-            own = iter(of_family)
-            found[2] = next(own) if y.requires_grad else None
-            found += [next(own) if x.requires_grad else None for x in self.family.parameters()]
-            return mode.value, [g if w else None for g, w in zip(found, wanted, strict=True)]
-
-    def _by_recording(
-        self, task: Task, mode: Mode, inputs: Sequence[Tensor]
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        data, y = task.rows, inputs[2]
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() if x.requires_grad else x for x in inputs]
-            eta, X, own_y, *rest = leaves
-            own = iter(rest)
-            matrices = [next(own) for _ in task.terms]
-            factors = [next(own) for _ in factors_of(task.terms)]
-            terms = with_tensors(task.terms, matrices, iter(factors), own)
-            parameters = list(self.family.parameters())
-            # The family's own parameters are leaves already.
-            leaves[len(leaves) - len(parameters) :] = parameters
-            rows = Rows(data.family, own_y.to(eta) if y.requires_grad else data.y, eta, X)
-            if self.method == "ml" and X.shape[1]:
-                rows = replace(rows, eta=eta + X @ task.beta, X=X[:, :0])
-            designs = mode.layout.of_designs(terms)
-            covariances = [terms[i].covariance for i in mode.layout.order]
-            if self.quadrature == 1:
-                value = recorded(mode, rows, designs, covariances)
-            else:
-                value = by_quadrature(mode, rows, designs, covariances, self.quadrature)
-            wanted = [i for i, x in enumerate(inputs) if x.requires_grad]
-            parts = torch.autograd.grad(
-                value, [leaves[i] for i in wanted], allow_unused=True, materialize_grads=True
-            )
-        found: list[Tensor | None] = [None] * len(inputs)
-        for i, part in zip(wanted, parts, strict=True):
-            found[i] = part
-        if self.quadrature > 1:
-            # The derivative by a variance of zero, whose root has none: both ways share the limit.
-            for i, (matrix, part) in enumerate(zip(matrices, mode.of_matrices(), strict=True), 3):
-                mine = found[i]
-                if mine is not None and (matrix.dim() == 1 or len(matrix) == 1):
-                    found[i] = torch.where(matrix > 0, mine, part)
-        return value.detach(), found
+        return Integral(task, kept, self.method, self.quadrature)
 
 
 def _checked(solver: str | Solver) -> Solver:

@@ -147,7 +147,7 @@ class JointErrors(nn.Module):
             moved = cells.times(conditional)
             S = S - cells.inner(moved, q + r, self.most_numbers)
             cells = moved
-        self._solve(S, [roots[t] for t in rest], [widths[t] for t in rest])
+        self.covariance = _left(S, [roots[t] for t in rest], [widths[t] for t in rest])
         self.starts, self.columns, self.entries = cells.starts, cells.columns, cells.entries
         self.first.fill_(first)
         # Levels that no prediction asks for, as of rows of no known one, have columns too.
@@ -156,28 +156,6 @@ class JointErrors(nn.Module):
         self.offsets = offsets.to(like.device)
         self.conditional, self.basis = conditional, equations.basis
         self.is_exact.fill_(True)
-
-    def _solve(self, S: Tensor, roots: Sequence[Covariance], widths: Sequence[int]) -> None:
-        """C from what the first factor leaves of the equations."""
-        q = sum(widths)
-
-        def by_root(x: Tensor, transpose: bool) -> Tensor:
-            parts = zip(roots, x.split(list(widths)), strict=True)
-            return torch.cat([root.multiply(part, transpose) for root, part in parts])
-
-        inner = S[:q, :q]
-        for _ in range(2 if q else 0):
-            inner = by_root(inner.mT, True)
-        inner = inner + torch.eye(q, dtype=S.dtype, device=S.device)
-        L = cholesky((inner + inner.mT) / 2, "V")
-        back = torch.linalg.solve_triangular(L.mT, torch.eye(q).to(S), upper=True)
-        half = by_root(back, False) if q else back
-        N = half @ half.mT
-        T = N @ S[:q, q:]
-        spread = torch.cholesky_inverse(cholesky(S[q:, q:] - S[:q, q:].mT @ T, "X' V^-1 X"))
-        cross = -T @ spread
-        top = torch.cat([N - cross @ T.mT, cross], 1)
-        self.covariance = torch.cat([top, torch.cat([cross.mT, spread], 1)])
 
     def variance(self, designs: Sequence[IndexedDesign], X: Tensor) -> Tensor:
         """Variance of the error of :math:`x^\\top\\hat\\beta + z^\\top\\hat b` of some rows (n,).
@@ -247,6 +225,29 @@ class JointErrors(nn.Module):
 def _is_free(g: Covariance) -> bool:
     """Whether levels are known to be independent."""
     return isinstance(g, RepeatedCovariance)
+
+
+def _left(S: Tensor, roots: Sequence[Covariance], widths: Sequence[int]) -> Tensor:
+    """C from what the first factor leaves of the equations."""
+    q = sum(widths)
+
+    def by_root(x: Tensor, transpose: bool) -> Tensor:
+        parts = zip(roots, x.split(list(widths)), strict=True)
+        return torch.cat([root.multiply(part, transpose) for root, part in parts])
+
+    inner = S[:q, :q]
+    for _ in range(2 if q else 0):
+        inner = by_root(inner.mT, True)
+    inner = inner + torch.eye(q, dtype=S.dtype, device=S.device)
+    L = cholesky((inner + inner.mT) / 2, "V")
+    back = torch.linalg.solve_triangular(L.mT, torch.eye(q).to(S), upper=True)
+    half = by_root(back, False) if q else back
+    N = half @ half.mT
+    T = N @ S[:q, q:]
+    spread = torch.cholesky_inverse(cholesky(S[q:, q:] - S[:q, q:].mT @ T, "X' V^-1 X"))
+    cross = -T @ spread
+    top = torch.cat([N - cross @ T.mT, cross], 1)
+    return torch.cat([top, torch.cat([cross.mT, spread], 1)])
 
 
 def _conditional(root: Tensor, own: Tensor) -> Tensor:

@@ -1,22 +1,25 @@
-"""The rows of a table as an expression sees them."""
+"""The complete rows of a table, and what is read of them."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from torch import Tensor
 
 from openreml_nn.support.errors import InputError
 from openreml_nn.table.columns import kind_of, numbers, row_name, single, stray
-from openreml_nn.table.expressions import Basis, evaluate
+from openreml_nn.table.expressions import Basis, as_numbers, evaluate
 from openreml_nn.table.functions import FUNCTIONS
 from openreml_nn.table.learned import Learned
 from openreml_nn.table.levels import Factor, coded
 from openreml_nn.table.syntax import Name, Node
 
-__all__ = ["TableRows"]
+__all__ = ["TableRows", "complete", "offset_of", "weights_of"]
 
 #: Numbers beyond these have squares that float64 cannot hold.
 _LARGEST, _SMALLEST = 1e150, 1e-150
@@ -187,3 +190,50 @@ class TableRows:
                 "square: use other units"
             )
         return value
+
+
+def complete(
+    table: pd.DataFrame, columns: Sequence[str], categorical: Sequence[str], source: str
+) -> tuple[pd.DataFrame, np.ndarray, int]:
+    """Rows without missing values, where they stood, and how many are left out."""
+    if not isinstance(table, pd.DataFrame):
+        raise TypeError(f"{source} is a {type(table).__name__}: expected a data frame")
+    for name in (*columns, *(c for c in categorical if c not in columns)):
+        single(table, name, source)
+    present = table[list(columns)].notna().all(axis=1).to_numpy()
+    rows = np.flatnonzero(present)
+    dropped = len(table) - len(rows)
+    if not len(rows) and len(table):
+        emptiest = table[list(columns)].isna().sum().idxmax()
+        raise InputError(f"{source}: every row has a missing value, most in column {emptiest!r}")
+    if dropped:
+        what = f"{source}: {dropped} of {len(table)} rows left out, which miss a value"
+        warnings.warn(what, RuntimeWarning, stacklevel=3)
+    return (table.iloc[rows] if dropped else table), rows, dropped
+
+
+def offset_of(data: TableRows, expressions: Sequence[Node]) -> Tensor | None:
+    """The sum of the offsets of a formula, (n,); None where it has none."""
+    if not expressions:
+        return None
+    with np.errstate(all="ignore"):
+        total = np.zeros(len(data)) + sum(as_numbers(o, data) for o in expressions)
+    bad = np.flatnonzero(~np.isfinite(total))
+    if len(bad):
+        raise data.fault(f"the offset is {total[bad[0]]:g} in row {data.row(int(bad[0]))}")
+    return torch.from_numpy(total)
+
+
+def weights_of(data: TableRows, name: str | None) -> Tensor | None:
+    """The column of weights, (n,); None where there is no such column."""
+    if name is None or name not in data.table.columns:
+        return None
+    what = f"{data.source}: the weight {name!r}"
+    found = numbers(single(data.table, name, data.source), what, data.table)
+    bad = np.flatnonzero(~(np.isfinite(found) & (found > 0)))
+    if len(bad):
+        raise InputError(
+            f"{what} is {found[bad[0]]:g} in row {data.row(int(bad[0]))}: expected a positive "
+            "number"
+        )
+    return torch.from_numpy(found)

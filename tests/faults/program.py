@@ -38,7 +38,7 @@ FAULTS = [
     ),
     Fault(
         "a missing value in any column drops a row",
-        ENCODER,
+        ROWS,
         "present = table[list(columns)].notna()",
         "present = table.notna()",
         "tests/table/test_encoder.py -k missing",
@@ -87,7 +87,7 @@ FAULTS = [
     ),
     Fault(
         "weights are taken by their rank among the rows",
-        ENCODER,
+        ROWS,
         "return torch.from_numpy(found)",
         "return torch.from_numpy(found[::-1].copy())",
         "tests/table/test_encoder.py -k weight",

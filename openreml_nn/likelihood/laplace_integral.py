@@ -1,0 +1,165 @@
+"""The marginal likelihood of the data of one call: its mode, its value, its derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from openreml_nn.likelihood.laplace_mode import Mode, Rows, find_mode, recorded
+from openreml_nn.likelihood.laplace_quadrature import by_quadrature
+from openreml_nn.likelihood.laplace_task import (
+    Kept,
+    Task,
+    constants_of,
+    factors_of,
+    with_tensors,
+)
+from openreml_nn.support.errors import NumericalError
+from openreml_nn.terms.kernel import private
+
+__all__ = ["Integral"]
+
+#: Steps to the coefficients of X by maximum likelihood, at most.
+_MOST_STEPS = 100
+
+
+class Integral:
+    """The negative marginal log-likelihood of the data of a call.
+
+    Args:
+        task: the data with their terms; it is given the coefficients of X by maximum likelihood.
+        kept: where the effects stand, and where the search begins.
+        method: ``"ml"`` or ``"reml"``.
+        quadrature: points for each effect of a level; 1 is Laplace's approximation.
+    """
+
+    def __init__(self, task: Task, kept: Kept, method: str, quadrature: int) -> None:
+        self._task, self._kept = task, kept
+        self._method, self._quadrature = method, quadrature
+
+    def mode(self) -> Mode:
+        """The mode of the random effects, where the search of the next call then begins."""
+        kept, layout, data = self._kept, self._kept.layout, self._task.rows
+        plain = Rows(data.family, data.y, data.eta.detach(), data.X.detach())
+        bordered = find_mode(
+            plain,
+            layout,
+            self._task.terms,
+            kept.start_of(plain),
+            kept.beta_of(plain),
+            kept.factor_of(plain),
+        )
+        if self._method == "reml" or not plain.X.shape[1]:
+            mode = bordered
+        else:
+            mode = self._profiled(plain, bordered)
+        kept.start = private(mode.u)
+        kept.factor = mode.factor if mode is bordered and layout.q else None
+        kept.beta = private(self._task.beta if len(self._task.beta) else mode.beta)
+        return mode
+
+    def _profiled(self, plain: Rows, bordered: Mode) -> Mode:
+        """The mode at the coefficients of maximum likelihood, which the task then holds."""
+        beta, S = bordered.beta, bordered.factor.fixed_covariance()
+        X, start = plain.X, bordered.u
+        none = replace(plain, X=plain.X[:, :0])
+        before = float("inf")
+        for _ in range(_MOST_STEPS):
+            rows = replace(none, eta=plain.eta + X @ beta)
+            mode = find_mode(rows, bordered.layout, self._task.terms, start)
+            slope = X.mT @ self._predictor_slope(mode)
+            move = S @ slope
+            gain = float(move @ slope)
+            floor = 1e-20 if X.dtype == torch.float64 else 1e-8
+            if gain <= floor or (gain < floor**0.5 and gain > before / 4):
+                self._task.beta = beta
+                return mode
+            before, beta, start = gain, beta - move, mode.u
+        raise NumericalError(
+            f"the coefficients of X were not found in {_MOST_STEPS} steps: the last was "
+            f"{gain**0.5:.3g} standard errors long"
+        )
+
+    def _predictor_slope(self, mode: Mode) -> Tensor:
+        if self._quadrature == 1:
+            return mode.of_predictor()
+        eta = mode.rows.eta.detach().requires_grad_()
+        rows = replace(mode.rows, eta=eta)
+        with torch.enable_grad():
+            covariances = [self._task.terms[i].detach().covariance for i in mode.layout.order]
+            value = by_quadrature(mode, rows, mode.layout.designs, covariances, self._quadrature)
+            return torch.autograd.grad(value, eta)[0]
+
+    def value(self, mode: Mode) -> Tensor:
+        """The negative log-likelihood at a mode."""
+        if self._quadrature == 1:
+            return mode.value
+        covariances = [self._task.terms[i].detach().covariance for i in mode.layout.order]
+        return by_quadrature(mode, mode.rows, mode.layout.designs, covariances, self._quadrature)
+
+    def with_derivatives(
+        self, recording: bool, inputs: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The value and its derivatives by the inputs, None for those that require none."""
+        data, terms = self._task.rows, self._task.terms
+        with torch.no_grad():
+            mode = self.mode()
+            if not recording:
+                return self.value(mode), [None] * len(inputs)
+            constants = constants_of(terms)
+            wanted = [x.requires_grad for x in inputs]
+            moves = any(t.requires_grad for t in constants)
+            reml_X = data.X.requires_grad and self._method == "reml"
+            if self._quadrature > 1 or moves or reml_X:
+                return self._by_recording(mode, inputs)
+            y = inputs[2]
+            of_family = mode.of_family(y, [x for x in data.family.parameters() if x.requires_grad])
+            of_eta = mode.of_predictor()
+            of_X = of_eta[:, None] * self._task.beta if len(self._task.beta) else None
+            found: list[Tensor | None] = [of_eta, of_X, None, *mode.of_matrices()]
+            found += [None] * (len(factors_of(terms)) + len(constants))
+            own = iter(of_family)
+            found[2] = next(own) if y.requires_grad else None
+            found += [next(own) if x.requires_grad else None for x in data.family.parameters()]
+            return mode.value, [g if w else None for g, w in zip(found, wanted, strict=True)]
+
+    def _by_recording(
+        self, mode: Mode, inputs: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        data, y = self._task.rows, inputs[2]
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() if x.requires_grad else x for x in inputs]
+            eta, X, own_y, *rest = leaves
+            own = iter(rest)
+            matrices = [next(own) for _ in self._task.terms]
+            factors = [next(own) for _ in factors_of(self._task.terms)]
+            terms = with_tensors(self._task.terms, matrices, iter(factors), own)
+            parameters = list(data.family.parameters())
+            # The family's own parameters are leaves already.
+            leaves[len(leaves) - len(parameters) :] = parameters
+            rows = Rows(data.family, own_y.to(eta) if y.requires_grad else data.y, eta, X)
+            if self._method == "ml" and X.shape[1]:
+                rows = replace(rows, eta=eta + X @ self._task.beta, X=X[:, :0])
+            designs = mode.layout.of_designs(terms)
+            covariances = [terms[i].covariance for i in mode.layout.order]
+            if self._quadrature == 1:
+                value = recorded(mode, rows, designs, covariances)
+            else:
+                value = by_quadrature(mode, rows, designs, covariances, self._quadrature)
+            wanted = [i for i, x in enumerate(inputs) if x.requires_grad]
+            parts = torch.autograd.grad(
+                value, [leaves[i] for i in wanted], allow_unused=True, materialize_grads=True
+            )
+        found: list[Tensor | None] = [None] * len(inputs)
+        for i, part in zip(wanted, parts, strict=True):
+            found[i] = part
+        if self._quadrature > 1:
+            # The derivative by a variance of zero, whose root has none: both ways share the limit.
+            for i, (matrix, part) in enumerate(zip(matrices, mode.of_matrices(), strict=True), 3):
+                mine = found[i]
+                if mine is not None and (matrix.dim() == 1 or len(matrix) == 1):
+                    found[i] = torch.where(matrix > 0, mine, part)
+        return value.detach(), found
