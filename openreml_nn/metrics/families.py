@@ -230,9 +230,10 @@ def _sums_of_bins(mean: Tensor, target: Tensor, bins: int) -> Tensor:
 def _sum_of_deviances(mean: Tensor, target: Tensor, family: Family) -> Tensor:
     check_instance("family", family, Family)
     check_tensor("mean", mean, ("n",))
-    if len(target) != len(mean):
+    check_instance("target", target, Tensor, "a tensor")
+    if target.dim() == 0 or len(target) != len(mean):
         raise InputError(
-            f"`target` has {len(target)} rows but `mean` {len(mean)}: expected as many"
+            f"`target` is {tuple(target.shape)} but `mean` has {len(mean)} rows: expected as many"
         )
     family.check(target, "`target`")
     mean, target = one_precision(mean, target)
@@ -247,7 +248,7 @@ def _probabilities(mean: Tensor, target: Tensor) -> list[Tensor]:
             raise InputError(f"`{name}` is empty: expected a number for each row")
     if len(target) != len(mean):
         raise InputError(
-            f"`target` has {len(target)} rows but `mean` {len(mean)}: expected as many"
+            f"`target` is {tuple(target.shape)} but `mean` has {len(mean)} rows: expected as many"
         )
     if not bool(((mean >= 0) & (mean <= 1)).all()):
         worst = mean[(mean < 0) | (mean > 1)][0]

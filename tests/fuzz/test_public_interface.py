@@ -698,6 +698,24 @@ def _metrics() -> list[Call]:
     level = number(0, 1)
     three = {"mean": double(n), "variance": double(n), "target": double(n)}
     takes_three = {"mean": row, "variance": above, "target": row}
+    chance = Kind(
+        lambda v: row.fits(v) and bool(((v >= 0) & (v <= 1)).all()), (2 * double(n), -double(n))
+    )
+    success = Kind(
+        lambda v: row.fits(v) and bool(((v == 0) | (v == 1)).all()),
+        (-double(n), double(n, value=0.5)),
+    )
+    two = {"mean": double(n, value=0.5), "target": torch.arange(n) % 2}
+    takes_two = {"mean": chance, "target": success}
+    bins = {"bins": count(1)}
+    poisson = {"family": families.Poisson()}
+    counts = {"mean": double(n), "target": torch.arange(float(n))}
+    whole = Kind(
+        lambda v: row.fits(v) and bool((v >= 0).all()) and bool((v == v.round()).all()),
+        (-double(n), double(n, value=0.5)),
+    )
+    takes_counts = {"mean": above, "target": whole}
+    of_family = {"family": of(families.Family)}
     r2 = {"population_mean": torch.arange(4.0), "random": double(n), "residual": double(n)}
     takes_r2 = {"population_mean": row, "random": part, "residual": part}
     h2 = {"components": double(2), "covariance": torch.eye(2, dtype=torch.float64)}
@@ -734,6 +752,13 @@ def _metrics() -> list[Call]:
         call("narrow_sense_heritability", h2, {**takes_h2, "additive": additive}),
         call("marginal_r2", r2, takes_r2),
         call("conditional_r2", r2, takes_r2),
+        *(call(name, two, takes_two) for name in ("log_loss", "brier_score", "auc")),
+        call("calibration_error", two, {**takes_two, **bins}),
+        call("mean_deviance", {**counts, **poisson}, {**takes_counts, **of_family}),
+        call("CalibrationError", {}, bins),
+        call("MeanDeviance", poisson, of_family),
+        *(update(made, two, takes_two) for made in (metrics.LogLoss, metrics.BrierScore, metrics.AUC, metrics.CalibrationError)),
+        update(lambda: metrics.MeanDeviance(families.Poisson()), counts, takes_counts),
         call("IntervalCoverage", {}, {"level": level}),
         call("IntervalWidth", {}, {"level": level}),
         call("IntraclassCorrelation", {"components": 2}, {"components": count(1)}),
