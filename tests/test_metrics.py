@@ -345,7 +345,7 @@ def test_modules_of_families_over_batches_equal_functions_over_all_rows():
     [
         ([0.5, 1.5], [0.0, 1.0], "`mean` has the entry 1.5"),
         ([0.5, 0.5], [0.0, 2.0], "`target` has the entry 2"),
-        ([0.5], [0.0, 1.0], "`target` has 2 rows but `mean` 1"),
+        ([0.5], [0.0, 1.0], "`target` is .2,. but `mean` has 1 rows"),
         ([], [], "`mean` is empty"),
     ],
 )
