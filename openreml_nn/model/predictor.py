@@ -160,11 +160,6 @@ class Predictor(nn.Module):
             for name, effect in self.effects().items()
         )
 
-    def intercepts(self) -> list[RandomEffect]:
-        """Random effects that are independent intercepts."""
-        effects = self.effects().values()
-        return [e for e in effects if e.effects == 1 and e.features is None and e.is_per_level]
-
     def random_part(self, batch: Batch) -> Tensor:
         r""":math:`\sum_t z_t^\top \hat b_t` of each row (n,), zero for unknown levels."""
         n = rows_of(batch)
