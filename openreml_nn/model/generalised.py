@@ -39,11 +39,11 @@ __all__ = ["fit_family", "glmm"]
 def glmm(
     formula: str,
     table: pd.DataFrame | str | os.PathLike[str] | TableFile,
-    *,
-    family: str | Family,
+    family: str | Family = "binomial",
     link: str | None = None,
     method: str = "ml",
     quadrature: int = 1,
+    *,
     solver: str | Solver = "auto",
     categorical: Sequence[str] = (),
     weights: str | None = None,
