@@ -91,10 +91,6 @@ class MixedModule(Evaluated):
         family, link, quadrature: with a formula: of the response, as in :func:`glmm`. With a family
             all parameters are trained by the marginal likelihood of a batch, by default of all rows;
             without a network the fit is that of :func:`glmm`, by ``Trainer(max_epochs)`` steps at most.
-        kernels: with a formula: for a grouping factor the config of a covariance between its
-            levels by their distance (the known matrices of :func:`lmm` are said to the data module), such as ``{"plot": {"_target_":
-            "openreml_nn.covariance.MaternMatrix", "columns": ["east", "north"]}}``, with the
-            columns that hold a level's place.
         categorical: with a formula: numeric columns to be taken as factors.
         method, solver: with a formula: see :class:`MixedModel`.
         rows: rows of the mini-batches that a data module cuts the table into, and those of a part.
@@ -127,7 +123,6 @@ class MixedModule(Evaluated):
         head: str | None = None,
         residual: str | Network | None = None,
         weights: str | None = None,
-        kernels: Mapping[str, Mapping[str, Any]] | None = None,
         categorical: Sequence[str] = (),
         method: str | None = None,
         solver: str = "auto",
@@ -153,7 +148,7 @@ class MixedModule(Evaluated):
             "seed": seed,
         }
         of_table: dict[str, Any] = {
-            "network": network, "head": head, "residual": residual, "weights": weights, "kernels": kernels,
+            "network": network, "head": head, "residual": residual, "weights": weights,
             "categorical": list(categorical), "method": method, "solver": solver,
             "family": family, "link": link, "quadrature": quadrature,
         }  # fmt: skip

@@ -8,7 +8,6 @@ from dataclasses import replace
 from math import log
 from typing import Any
 
-import pandas as pd
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
@@ -29,13 +28,12 @@ from openreml_nn.support.checks import (
     check_choice,
     check_instance,
     check_maker,
-    check_mapping,
     check_names,
     check_text,
 )
 from openreml_nn.support.errors import InputError
 from openreml_nn.support.instantiate import build
-from openreml_nn.table import Encoded, Learned, RandomDesign
+from openreml_nn.table import Encoded, Learned, Places, RandomDesign
 
 __all__ = ["Network", "TableModel", "is_plain"]
 
@@ -49,7 +47,7 @@ class TableModel:
         encoder: what the formula makes of a table.
         head: of the model.
         response: the family of the response.
-        places: where the training rows are (n, k), with a kernel; None without one.
+        places: where the training rows are (n, k), of levels at places; None without such.
         labels: names of levels and effects by random effect.
 
     Raises:
@@ -63,7 +61,6 @@ class TableModel:
         head: str | None = None,
         residual: str | Network | None = None,
         weights: str | None = None,
-        kernels: Mapping[str, Mapping[str, Any]] | None = None,
         categorical: Sequence[str] = (),
         method: str | None = None,
         solver: str = "auto",
@@ -79,7 +76,7 @@ class TableModel:
         check_choice("head", self.head, HEADS)
         if network is None and self.head == "ml":
             raise InputError("`head` is 'ml' without a `network`: a linear mean is of head 'gls'")
-        _check_options(residual, weights, method, solver, kernels)
+        _check_options(residual, weights, method, solver)
         text = residual if isinstance(residual, str) else None
         self.response = FamilyOptions(family, link, quadrature)
         self.response.check(residual, weights, method, solver)
@@ -95,12 +92,7 @@ class TableModel:
         self._names: tuple[str, ...] = ()
         self._columns = 0
         self._data: MixedModelDataModule | None = None
-        self._kernels = dict(kernels or {})
-        self._coordinates: dict[str, Tensor] = {}
-        groups = [":".join(part.factors) for part in self.encoder.formula.random]
-        if unknown := [group for group in self._kernels if group not in groups]:
-            raise InputError(f"kernel of {unknown[0]!r}: the groups are {groups}")
-        if not groups and network is not None:
+        if not self.encoder.formula.random and network is not None:
             raise InputError(f"formula {formula!r} has no random effect")
 
     # ------------------------------------------------------------------ building
@@ -109,11 +101,8 @@ class TableModel:
         """The model for the data module's table, with a start in the units of its response."""
         self._data, self.encoder, encoded = data, data.encoder, data.encoded
         for design in encoded.random:
-            if design.group in self._kernels:
-                table = data.table.iloc[encoded.rows]
-                columns = list(self._kernels[design.group].get("columns", ()))
-                self._coordinates[design.group] = _levels_at(design, table, columns)
-                self.places = self._coordinates[design.group][design.codes]
+            if isinstance(design.relation, Places):
+                self.places = design.relation.coordinates[design.codes]
         self._categories = max(2, len(data.response.levels))
         model = self._made(encoded)
         if self._network is None and self.response.family is None:
@@ -167,11 +156,7 @@ class TableModel:
         return _Standardised(nn.Sequential(features, nn.LazyLinear(1)), X, center, scale)
 
     def _effects(self, encoded: Encoded, variance: float) -> dict[str, RandomEffect]:
-        kernels, places = self._kernels, self._coordinates
-        return {
-            d.name: _effect(d, variance, kernels.get(d.group), places.get(d.group))
-            for d in encoded.random
-        }
+        return {d.name: _effect(d, variance) for d in encoded.random}
 
     # ------------------------------------------------------------------ results
 
@@ -216,7 +201,6 @@ class TableModel:
         return {
             "encoder": self.encoder.learned.to_dict(),
             "columns": self._columns,
-            "coordinates": self._coordinates,
             "has_network": self._network is not None,
             "has_family": self.response.family is not None,
             "categories": self._categories,
@@ -240,22 +224,7 @@ class TableModel:
             )
         self._categories = kept["categories"]
         self.encoder.learned = Learned.from_dict(kept["encoder"])
-        self._coordinates = kept["coordinates"]
         return self._made(self.encoder.skeleton(2, kept["columns"]))
-
-
-def _levels_at(design: RandomDesign, table: pd.DataFrame, columns: Sequence[str]) -> Tensor:
-    """Where each level is."""
-    missing = [column for column in columns if column not in table.columns]
-    if missing or not columns:
-        raise InputError(
-            f"kernel of {design.group!r}: `columns` are {columns}: expected columns of the "
-            "table with the places of its levels"
-        )
-    by_level = table[columns].groupby(design.codes.numpy())
-    if bool((by_level.nunique(dropna=False) > 1).any(axis=None)):
-        raise InputError(f"kernel of {design.group!r}: a level has rows at several places")
-    return torch.tensor(by_level.first().to_numpy(), dtype=torch.float64)
 
 
 def _residual(encoded: Encoded, given: str | Network | None, variance: float) -> Matrix | nn.Module:
@@ -270,14 +239,8 @@ def _residual(encoded: Encoded, given: str | Network | None, variance: float) ->
     return _Standardised(layers, X, log(variance))
 
 
-def _effect(
-    design: RandomDesign, variance: float, kernel: Mapping[str, Any] | None, place: Tensor | None
-) -> RandomEffect:
-    matrix = effect_covariance(design)
-    if kernel is not None and place is not None:
-        options = {x: v for x, v in kernel.items() if x != "columns"}
-        matrix = build(options, f"kernels.{design.group}", Matrix, _distances(place))
-    effect = RandomEffect(design.levels, matrix.double(), design.effects)
+def _effect(design: RandomDesign, variance: float) -> RandomEffect:
+    effect = RandomEffect(design.levels, effect_covariance(design).double(), design.effects)
     size = len(design.levels) * len(design.effects)
     effect.g.moment_start(torch.full((size,), variance / 2, dtype=torch.float64))
     return effect
@@ -288,7 +251,6 @@ def _check_options(
     weights: str | None,
     method: str | None,
     solver: str,
-    kernels: object,
 ) -> None:
     if weights is not None:
         check_text("weights", weights)
@@ -296,7 +258,6 @@ def _check_options(
         check_network("residual", residual)
     if method is not None:
         check_method(method)
-    check_mapping("kernels", {} if kernels is None else kernels, Mapping)
     check_solver(solver)
 
 
@@ -354,11 +315,6 @@ class _WithConstant(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return torch.cat([torch.ones_like(features[:, :1]), features], 1)
-
-
-def _distances(place: Tensor) -> Tensor:
-    # The faster way, by a matrix product, puts rounding on the diagonal.
-    return torch.cdist(place, place, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def is_plain(value: Any) -> bool:
