@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openreml_nn.estimation.basis import history_in_user_basis
 from openreml_nn.families import FAMILIES, Family
 from openreml_nn.lightning.data import MixedModelDataModule, attached
 from openreml_nn.lightning.estimates import Estimates, MarginalEstimates
@@ -388,7 +389,7 @@ class MixedModule(Evaluated):
         )
 
     def _conclude(self, gathered: Summed | Held | Marginal) -> None:
-        found = gathered.result(self.history, self.table)
+        found = gathered.result(self._known.history, self.table)
         if self.trainer.optimizers:
             found = replace(found, optimizer=type(self.trainer.optimizers[0]).__name__)
         found = replace(found, model=copy.deepcopy(self.model))
@@ -402,7 +403,11 @@ class MixedModule(Evaluated):
     @property
     def history(self) -> list[Record]:
         """A :class:`Record` for each step of the covariance in the last fit."""
-        return [] if self._estimates is None else self._estimates.history
+        steps = [] if self._estimates is None else self._estimates.history
+        bases = {} if self.table is None else self.table.bases
+        if not bases:
+            return steps
+        return [replace(s, parameters=history_in_user_basis(s.parameters, bases)) for s in steps]
 
     def score_norm(self) -> float:
         """Distance of the covariance to its optimum in standard errors of the parameters."""

@@ -20,9 +20,10 @@ from openreml_nn.lightning.family import FamilyOptions
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.model import HEADS, MixedModel, RandomEffect, ResidualStructure
+from openreml_nn.model.linear import in_user_basis
 from openreml_nn.model.response import EncodedResponse
 from openreml_nn.model.structured_residual import start_residual
-from openreml_nn.model.structures import effect_covariance, labels_of, residual_of
+from openreml_nn.model.structures import bases_of, effect_covariance, labels_of, residual_of
 from openreml_nn.result import Label, Result
 from openreml_nn.support.checks import (
     check_choice,
@@ -49,6 +50,7 @@ class TableModel:
         response: the family of the response.
         places: where the training rows are (n, k), of levels at places; None without such.
         labels: names of levels and effects by random effect.
+        bases: in which random slopes are better conditioned, by random effect.
 
     Raises:
         InputError: if the formula or an option is at fault.
@@ -85,6 +87,7 @@ class TableModel:
             formula, family, categorical, residual=text, weights=weights
         ).encoder
         self.labels: dict[str, Label] = {}
+        self.bases: dict[str, Tensor] = {}
         self.places: Tensor | None = None
         self._network, self._residual, self._method, self._solver = (
             network, residual, method, solver
@@ -100,6 +103,8 @@ class TableModel:
     def built(self, data: MixedModelDataModule) -> MixedModel:
         """The model for the data module's table, with a start in the units of its response."""
         self._data, self.encoder, encoded = data, data.encoder, data.encoded
+        if self.response.family is None:
+            self.bases = bases_of(encoded.random)
         for design in encoded.random:
             if isinstance(design.relation, Places):
                 self.places = design.relation.coordinates[design.codes]
@@ -112,7 +117,7 @@ class TableModel:
         return model
 
     def _made(self, encoded: Encoded) -> MixedModel:
-        self.labels, self._names = labels_of(encoded), encoded.names
+        self.labels, self._names = _labels(encoded, self.bases), encoded.names
         self._columns = len(encoded.names)
         if self.response.family is not None:
             return self._made_of_family(encoded)
@@ -156,7 +161,7 @@ class TableModel:
         return _Standardised(nn.Sequential(features, nn.LazyLinear(1)), X, center, scale)
 
     def _effects(self, encoded: Encoded, variance: float) -> dict[str, RandomEffect]:
-        return {d.name: _effect(d, variance) for d in encoded.random}
+        return {d.name: _effect(d, variance, self.bases.get(d.name)) for d in encoded.random}
 
     # ------------------------------------------------------------------ results
 
@@ -170,6 +175,9 @@ class TableModel:
             fitted = result.model.predict(batch).mean
             assert encoded.y is not None
             rows = {"fitted": fitted, "residuals": encoded.y.to(fitted) - fitted}
+            if source is not None and self.bases:
+                result = in_user_basis(result, result.model, batch, labels_of(encoded))
+                source = result.source
         if source is not None:
             cells = self.encoder.cells(data.table.iloc[encoded.rows])
             source = replace(source, means=self.encoder.learned.means, cells=cells)
@@ -191,8 +199,10 @@ class TableModel:
     def adopt(self, result: Result) -> None:
         """Take what the formula learned in a fit that was made elsewhere."""
         self.encoder, self._columns = result.encoder, len(result.fixed.aliases)
-        family = None if result.model is None else result.model.family
+        assert result.model is not None
+        family = result.model.family
         self._categories = family.levels if isinstance(family, Ordinal) else 2
+        self.bases = _bases_in(result.model)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -201,6 +211,7 @@ class TableModel:
         return {
             "encoder": self.encoder.learned.to_dict(),
             "columns": self._columns,
+            "bases": self.bases,
             "has_network": self._network is not None,
             "has_family": self.response.family is not None,
             "categories": self._categories,
@@ -224,7 +235,19 @@ class TableModel:
             )
         self._categories = kept["categories"]
         self.encoder.learned = Learned.from_dict(kept["encoder"])
+        self.bases = dict(kept["bases"])
         return self._made(self.encoder.skeleton(2, kept["columns"]))
+
+
+def _labels(encoded: Encoded, bases: Mapping[str, Tensor]) -> dict[str, Label]:
+    labels = labels_of(encoded)
+    return labels | {name: labels[name]._replace(basis=B) for name, B in bases.items()}
+
+
+def _bases_in(model: MixedModel) -> dict[str, Tensor]:
+    """The bases of random effects but the identity, in which most are."""
+    found = {name: effect.basis for name, effect in model.effects().items()}
+    return {name: B for name, B in found.items() if not torch.equal(B, torch.eye(len(B)).to(B))}
 
 
 def _residual(encoded: Encoded, given: str | Network | None, variance: float) -> Matrix | nn.Module:
@@ -239,8 +262,9 @@ def _residual(encoded: Encoded, given: str | Network | None, variance: float) ->
     return _Standardised(layers, X, log(variance))
 
 
-def _effect(design: RandomDesign, variance: float) -> RandomEffect:
-    effect = RandomEffect(design.levels, effect_covariance(design).double(), design.effects)
+def _effect(design: RandomDesign, variance: float, basis: Tensor | None) -> RandomEffect:
+    matrix = effect_covariance(design).double()
+    effect = RandomEffect(design.levels, matrix, design.effects, basis=basis)
     size = len(design.levels) * len(design.effects)
     effect.g.moment_start(torch.full((size,), variance / 2, dtype=torch.float64))
     return effect
