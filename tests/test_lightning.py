@@ -1,5 +1,7 @@
 """The model in Lightning: training, checkpoints, prediction."""
 
+import copy
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,7 +10,12 @@ from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from openreml_nn import InputError, datasets, lmm
-from openreml_nn.lightning import MixedModelDataModule, MixedModule, StopWhenConverged
+from openreml_nn.lightning import (
+    MixedModelDataModule,
+    MixedModule,
+    StopWhenConverged,
+    TraceVariances,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*levels that the fit did not see")
 
@@ -149,6 +156,68 @@ def test_a_formula_spaced_otherwise_is_the_same(tmp_path):
     module, same = MixedModule("Reaction ~ Days + (1 | Subject)"), lmm(spaced, table)
     trainer(tmp_path).fit(module, MixedModelDataModule(table, spaced))
     assert module.result.log_likelihood == pytest.approx(same.log_likelihood, abs=1e-8)
+
+
+@pytest.mark.parametrize("shift", [0, 1e3, 1e5, 1e6])
+def test_slopes_on_far_off_covariates_are_those_of_lmm(tmp_path, shift):
+    """Likelihood, predictions, components and the path; those of a checkpoint too."""
+    table = datasets.sleepstudy().assign(Days=lambda t: t["Days"] + shift)
+    expected = lmm(FORMULA, table)
+    model, _, run = fitted(tmp_path, table=table)
+    found = model.result
+    assert found.converged
+    assert found.log_likelihood == pytest.approx(-871.8141359979, abs=1e-7)
+    assert found.log_likelihood == pytest.approx(expected.log_likelihood, abs=1e-8)
+    for one, other in zip(found.components, expected.components, strict=True):
+        torch.testing.assert_close(one.covariance, other.covariance, rtol=1e-5, atol=1e-5)
+    for one, other in zip(found.parameters, expected.parameters, strict=True):
+        assert one.name == other.name
+        assert one.value == pytest.approx(other.value, rel=1e-5)
+        assert one.std_error == pytest.approx(other.std_error, rel=1e-4)
+    assert model.history[-1].parameters == pytest.approx(
+        {p.name: p.value for p in found.parameters}, rel=1e-5
+    )
+    assert model.history[-1].parameters == found.history[-1].parameters
+    covariances = [r.source.covariance() for r in (found, expected)]
+    torch.testing.assert_close(*covariances, rtol=1e-6, atol=1e-2 if shift > 1e5 else 1e-4)
+    tables = [model.predict(table), found.predict(table), expected.predict(table)]
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    for given in ({}, {"model": FORMULA}, {"model": copy.deepcopy(model.model)}):
+        again = MixedModule.load_from_checkpoint(
+            tmp_path / "model.ckpt", weights_only=True, **given
+        )
+        assert torch.equal(again.model.random["Subject"].basis, model.model.random["Subject"].basis)
+        if again.table is not None:
+            tables.append(again.predict(table))
+            assert again.table.bases.keys() == model.table.bases.keys()
+    for other in tables[:-1]:
+        np.testing.assert_allclose(tables[-1], other, rtol=1e-6)
+    trace = TraceVariances(tmp_path / "trace.csv")
+    trace.on_fit_end(run, model)
+    last = pd.read_csv(tmp_path / "trace.csv").iloc[-1]
+    assert last["Subject/g/effects/L_1_1"] == pytest.approx(found.parameters[2].value, rel=1e-5)
+
+
+@pytest.mark.parametrize("training", ["alternating", "full"])
+def test_a_network_with_slopes_on_far_off_covariates(training):
+    """Another origin of the slopes' covariate is the same model, trained alike."""
+    found = []
+    for shift in (1e3, 1e6):
+        table = datasets.growth(60).assign(years=lambda t, c=shift: t["years"] + c)
+        formula = "height ~ age + dose + (years | child)"
+        torch.manual_seed(1)
+        layers = {"_target_": "torch.nn.LazyLinear", "out_features": 8}
+        adam = {"_target_": "torch.optim.Adam", "lr": 0.01}
+        module = MixedModule(formula, adam, training, network=layers)
+        options = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+        run = Trainer(max_epochs=20, accelerator="cpu", enable_progress_bar=False, **options)
+        run.fit(module, MixedModelDataModule(table, formula))
+        found.append((module.result, module.predict(table)))
+    (one, near), (other, far) = found
+    assert other.log_likelihood == pytest.approx(one.log_likelihood, rel=1e-6)
+    np.testing.assert_allclose(far["mean"], near["mean"], rtol=1e-4)
+    slope = [r.components[0].covariance[1, 1].item() for r in (one, other)]
+    assert slope[1] == pytest.approx(slope[0], rel=1e-4)
 
 
 def test_mistakes_are_named(tmp_path):

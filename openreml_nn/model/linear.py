@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance import Matrix, Pedigree
+from openreml_nn.covariance import Pedigree
 from openreml_nn.estimation import Result, fit_reml
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.likelihood.solver import Solver
@@ -33,7 +33,7 @@ from openreml_nn.support.errors import InputError
 from openreml_nn.table import Encoder, TableFile
 from openreml_nn.terms.term import Term
 
-__all__ = ["lmm", "read_table_of", "with_model"]
+__all__ = ["in_user_basis", "lmm", "read_table_of", "with_model"]
 
 
 def lmm(
@@ -131,8 +131,7 @@ def lmm(
     )
     result = with_model(result, model, batch)
     if bases:
-        plain = linear_model(encoded, method, solver, residual_variance)
-        result = _in_user_basis(result, plain.covariance(batch), labels)
+        result = in_user_basis(result, model, batch, labels)
     assert result.source is not None
     cells = encoder.cells(table.iloc[encoded.rows])
     return replace(
@@ -155,8 +154,22 @@ def read_table_of(
     return file.read(), f"file {str(table)!r}"
 
 
-def _in_user_basis(result: Result, covariance: Matrix, labels: Mapping[str, Label]) -> Result:
-    """A result whose source has the covariance of the user's values of random slopes."""
+def in_user_basis(
+    result: Result, model: MixedModel, batch: Batch, labels: Mapping[str, Label]
+) -> Result:
+    """A result whose source has the covariance of the user's values of random slopes.
+
+    Args:
+        result: of a fit with random effects in bases of their own, see :class:`RandomEffect`; its
+            parameters are in the user's.
+        model: that was fitted.
+        batch: the rows.
+        labels: names of levels and effects, without bases.
+    """
+    plain = copy.deepcopy(model)
+    for effect in plain.effects().values():
+        effect.basis = torch.eye(effect.effects).to(effect.basis)
+    covariance = plain.covariance(batch)
     stored = {estimate.name: estimate.untransformed for estimate in result.parameters}
     with torch.no_grad():
         for entry in covariance.parameter_entries().entries:

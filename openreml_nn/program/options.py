@@ -231,7 +231,11 @@ _STRUCTURE: _Kind = (
     lambda v: v is None or isinstance(v, str) or _is_node(v),
     "a structure such as ar1(time | group), a config with _target_, or null",
 )
-_SECTION: _Kind = (lambda v: v is None or OmegaConf.is_dict(v), "a config, or null")
+_PATHS: _Kind = (
+    lambda v: v is None or (OmegaConf.is_dict(v) and all(isinstance(p, str) for p in v.values())),
+    "paths of known matrices by name; a covariance by distance stands in the formula, such as "
+    "(1 | matern(east, north))",
+)
 #: What options must be that reach no class of ours through ``_target_``, which checks its own.
 _KINDS: dict[str, _Kind] = {
     "seed": _SEED,
@@ -262,7 +266,7 @@ _KINDS: dict[str, _Kind] = {
     "model.weights": _NAME,
     "model.head": _TEXT_KIND,
     "model.network": _NODE,
-    "model.kernels": _SECTION,
+    "model.kernels": _PATHS,
     "model.pedigree": _NAME,
     "model.training": _TEXT_OR_NONE,
     "model.rows": _COUNT,

@@ -819,7 +819,6 @@ def _lightning() -> list[Call]:
              {"model": FORMULA, "network": nn.LazyLinear(2)},
              {"model": formula, "network": optional(network), "head": Kind(lambda v: v is None or choice.fits(v), choice.more),
               "residual": column, "weights": optional(text), "method": optional(choice),
-              "kernels": Kind(lambda v: v is None or (isinstance(v, dict) and not v), ({"h": {}}, {"Subject": 3})),
               "categorical": names, "solver": OPTIONS["solver"], **trained}),
         Call("lightning", "MixedModule.of", lightning.MixedModule.of, {"result": result()}, {"result": result_kind}),
         Call("lightning", "MixedModule.predict", fitted().predict, {"table": datasets.sleepstudy()},
