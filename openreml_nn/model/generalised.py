@@ -163,7 +163,7 @@ def fit_family(
         output = (model(batch) if output is None else output).double()
     loss, y, offset, X = model.marginal(output, batch)
     if X is None:
-        X = output.new_zeros(len(output), 0)
+        X = output.new_zeros(len(offset), 0)
     names = [f"X{j}" for j in range(X.shape[1])] if names is None else list(names)
     # The thresholds of an ordinal response take the intercept's place.
     first = int(loss.family.name == "ordinal" and names[:1] == ["(Intercept)"])
