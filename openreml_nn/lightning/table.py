@@ -110,7 +110,7 @@ class TableModel:
         self._data, self.encoder, encoded = data, data.encoder, data.encoded
         for design in encoded.random:
             if design.group in self._kernels:
-                table = data.table.iloc[encoded.rows]
+                table = encoded.kept(data.table)
                 columns = list(self._kernels[design.group].get("columns", ()))
                 self._coordinates[design.group] = _levels_at(design, table, columns)
                 self.places = self._coordinates[design.group][design.codes]
@@ -186,7 +186,7 @@ class TableModel:
             assert encoded.y is not None
             rows = {"fitted": fitted, "residuals": encoded.y.to(fitted) - fitted}
         if source is not None:
-            cells = self.encoder.cells(data.table.iloc[encoded.rows])
+            cells = self.encoder.cells(encoded.kept(data.table))
             source = replace(source, means=self.encoder.learned.means, cells=cells)
         return replace(
             result,
