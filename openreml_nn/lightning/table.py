@@ -179,7 +179,7 @@ class TableModel:
                 result = in_user_basis(result, result.model, batch, labels_of(encoded))
                 source = result.source
         if source is not None:
-            cells = self.encoder.cells(data.table.iloc[encoded.rows])
+            cells = self.encoder.cells(encoded.kept(data.table))
             source = replace(source, means=self.encoder.learned.means, cells=cells)
         return replace(
             result,

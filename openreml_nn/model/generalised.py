@@ -124,7 +124,7 @@ def glmm(
     )
     assert result.source is not None
     encoder = response.encoder
-    cells = encoder.cells(table.iloc[encoded.rows])
+    cells = encoder.cells(encoded.kept(table))
     return replace(
         result,
         source=replace(result.source, means=encoder.learned.means, cells=cells),

@@ -31,6 +31,7 @@ from openreml_nn.support.checks import (
 )
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import Encoder, TableFile
+from openreml_nn.table.traits import RESIDUAL
 from openreml_nn.terms.term import Term
 
 __all__ = ["in_user_basis", "lmm", "read_table_of", "with_model"]
@@ -115,6 +116,8 @@ def lmm(
     known = residual_variance is not None
     relations = relations_of(pedigree, kernels)
     encoder = Encoder(formula, categorical, source, residual, weights, known, relations)
+    if encoder.formula.traits:
+        _check_variance(residual_variance, RESIDUAL)
     encoded = encoder.fit(table)
     bases = bases_of(encoded.random)
     model = linear_model(encoded, method, solver, residual_variance, bases)
@@ -133,7 +136,7 @@ def lmm(
     if bases:
         result = in_user_basis(result, model, batch, labels)
     assert result.source is not None
-    cells = encoder.cells(table.iloc[encoded.rows])
+    cells = encoder.cells(encoded.kept(table))
     return replace(
         result,
         source=replace(result.source, means=encoder.learned.means, cells=cells),

@@ -58,7 +58,8 @@ class Result(FitValues):
 
         Returns:
             A data frame with the table's index and the columns ``mean``, ``variance``,
-            ``population_mean``, ``low`` and ``high``; rows with missing values are left out.
+            ``population_mean``, ``low`` and ``high``; rows with missing values are left out. For
+            ``cbind(y1, y2)`` each row has one row for every response, named in a column ``trait``.
 
         Raises:
             InputError: if there is no formula, a column is missing, or a level of a factor of the
