@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
+from omegaconf import OmegaConf
 
 from openreml_nn import InputError, datasets, lmm
 from openreml_nn.lightning import (
@@ -15,6 +16,8 @@ from openreml_nn.lightning import (
     MixedModule,
     StopWhenConverged,
     TraceVariances,
+    WholeCSVLogger,
+    WholeTensorBoardLogger,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*levels that the fit did not see")
@@ -81,6 +84,59 @@ def test_metrics_are_logged(tmp_path):
     logged = pd.read_csv(tmp_path / "logs" / "csv" / "metrics.csv")
     assert {"train_loss", "log_likelihood", "residual/sigma^2"} <= set(logged.columns)
     assert logged["log_likelihood"].max() == pytest.approx(-871.81414, rel=1e-6)
+
+
+class Unprintable:
+    def __str__(self):
+        raise OSError(28, "No space left on device")
+
+
+def test_metrics_are_written_whole(tmp_path):
+    """Whenever it is looked at a table reads, also when columns come late or a write fails."""
+    logger = WholeCSVLogger(tmp_path, name="logs", version="csv")
+    path = tmp_path / "logs" / "csv" / "metrics.csv"
+    counts = []
+    for step in range(100):
+        late = {"late": 1.0} if step > 50 else {}
+        logger.log_metrics({"loss": 1.0 / (step + 1), **late}, step)
+        logger.save()
+        found = pd.read_csv(path)
+        assert found["step"].tolist() == list(range(len(found)))
+        counts.append(len(found))
+    assert counts[:5] == [1, 2, 3, 4, 5]
+    assert all(10 * count > 9 * step for step, count in enumerate(counts))
+    assert len(set(counts)) < 50
+    logger.log_metrics({"loss": Unprintable()}, 100)
+    before = path.read_bytes()
+    with pytest.raises(OSError, match="No space left"):
+        logger.finalize("failed")
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == ["metrics.csv"]
+    logger = WholeCSVLogger(tmp_path, name="logs", version="new")
+    for step in range(57):
+        logger.log_metrics({"loss": 1.0}, step)
+        logger.save()
+    logger.finalize("success")
+    assert len(pd.read_csv(path.parents[1] / "new" / "metrics.csv")) == 57
+
+
+def test_options_are_logged_whole(tmp_path):
+    loggers = [
+        WholeCSVLogger(tmp_path, name="logs", version="csv"),
+        WholeTensorBoardLogger(tmp_path, name="logs", version="tensorboard"),
+    ]
+    fitted(tmp_path, logger=loggers)
+    for logger in loggers:
+        options = OmegaConf.load(f"{logger.log_dir}/hparams.yaml")
+        assert options["model"] == FORMULA
+    table = pd.read_csv(tmp_path / "logs" / "csv" / "metrics.csv")
+    assert table["log_likelihood"].max() == pytest.approx(-871.81414, rel=1e-6)
+    left = {p.name for p in (tmp_path / "logs").rglob("*") if p.is_file()}
+    assert {name.partition("events.")[1] or name for name in left} == {
+        "metrics.csv",
+        "hparams.yaml",
+        "events.",
+    }
 
 
 def test_a_checkpoint_predicts_without_the_training_data(tmp_path):

@@ -827,6 +827,8 @@ def _lightning() -> list[Call]:
              lambda batch: lightning.MixedModule(model).predict_step(batch, 0), {"batch": batch()},
              {"batch": reads("x", "groups")}, {"batch": BATCH_WORDS}),
         Call("lightning", "UpdateBLUPs", lightning.UpdateBLUPs, {}, {"model": optional(text)}),
+        Call("lightning", "WholeCSVLogger", lightning.WholeCSVLogger, {"save_dir": "a"}, {}),
+        Call("lightning", "WholeTensorBoardLogger", lightning.WholeTensorBoardLogger, {"save_dir": "a"}, {}),
         Call("lightning", "WholeGroups", lightning.WholeGroups, {"groups": {"g": torch.arange(6)}, "rows": 2},
              {"groups": Kind(lambda v: isinstance(v, dict) and all(isinstance(x, torch.Tensor) for x in v.values()), ({"g": [0, 1]},)),
               "rows": count(1), "seed": count(0)}),
