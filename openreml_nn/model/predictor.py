@@ -14,7 +14,7 @@ from openreml_nn.covariance.params import operand_name
 from openreml_nn.families import Family
 from openreml_nn.likelihood.effects import Coefficients, RandomEffects
 from openreml_nn.likelihood.fixed import estimable
-from openreml_nn.model.batch import Batch, part, responding, row_values, rows_of
+from openreml_nn.model.batch import Batch, part, responding, row_values
 from openreml_nn.model.means import evaluating
 from openreml_nn.model.random_effect import Effects, RandomEffect, coded_effects
 from openreml_nn.model.residual import ResidualStructure, structure_of
@@ -159,16 +159,6 @@ class Predictor(nn.Module):
             (name, effect.names or range(effect.levels), effect.effect_names, *effect.known())
             for name, effect in self.effects().items()
         )
-
-    def random_part(self, batch: Batch) -> Tensor:
-        r""":math:`\sum_t z_t^\top \hat b_t` of each row (n,), zero for unknown levels."""
-        n = rows_of(batch)
-        total = self.joint.covariance.new_zeros(n)
-        for name, (codes, values) in coded_effects(self.effects(), batch, n).items():
-            effect = self.effects()[name]
-            z = total.new_ones(n, 1) if values is None else values
-            total = total + effect.contribution(codes, z.to(effect.blup))
-        return total
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Prediction:

@@ -30,7 +30,7 @@ def to_record(result: FitValues, validation: Mapping[str, float] | None = None) 
                 "rows": result.rows,
                 "dropped_rows": result.dropped_rows,
                 "fixed_effects": len(result.fixed.names),
-                "groups": {c.group: len(c.levels) for c in random},
+                "groups": result.groups,
             },
             "fit": {
                 "converged": result.converged,

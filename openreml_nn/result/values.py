@@ -93,6 +93,11 @@ class FitValues:
         return len(self.history)
 
     @property
+    def groups(self) -> dict[str, int]:
+        """The number of levels of each grouping factor."""
+        return {c.group: len(c.levels) for c in self.components if c.group != "Residual"}
+
+    @property
     def deviance(self) -> float:
         r""":math:`-2\ell`, for REML also called the REML criterion."""
         return -2 * self.log_likelihood
