@@ -261,8 +261,8 @@ class Equations:
         return Factor(self.symbolic, values)
 
     def within_prior(self, inverse: np.ndarray, i: int) -> np.ndarray:
-        """Entries of the inverse in the lower triangle of a part's prior, with one effect a level."""
-        return inverse[self._priors[i][3][:, 0]]
+        """Entries of the inverse in the lower triangle of a part's prior, summed over effects."""
+        return np.asarray(inverse[self._priors[i][3]].sum(1))
 
     @cached_property
     def log_det_prior(self) -> float:
