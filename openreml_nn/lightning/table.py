@@ -21,6 +21,7 @@ from openreml_nn.lightning.family import FamilyOptions
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.model import HEADS, MixedModel, RandomEffect, ResidualStructure
+from openreml_nn.model.constraints import Constraint, Limits
 from openreml_nn.model.response import EncodedResponse
 from openreml_nn.model.structured_residual import start_residual
 from openreml_nn.model.structures import effect_covariance, labels_of, residual_of
@@ -70,6 +71,8 @@ class TableModel:
         family: str | Family | None = None,
         link: str | None = None,
         quadrature: int = 1,
+        constraints: Mapping[str, Constraint] | None = None,
+        starts: Mapping[str, float] | None = None,
     ) -> None:
         check_text("formula", formula)
         check_names("categorical", categorical)
@@ -92,6 +95,7 @@ class TableModel:
         self._network, self._residual, self._method, self._solver = (
             network, residual, method, solver
         )  # fmt: skip
+        self._limits = Limits(constraints, starts)
         self._names: tuple[str, ...] = ()
         self._columns = 0
         self._data: MixedModelDataModule | None = None
@@ -120,6 +124,7 @@ class TableModel:
             loss, y, X = model.data(model(batch := encoded.batch()), batch)
             loss.names = self._names
             moment_start(loss, y, X)
+        self._limits.begin(model, encoded.batch())
         return model
 
     def _made(self, encoded: Encoded) -> MixedModel:
@@ -132,7 +137,7 @@ class TableModel:
         count = max(len(encoded.random), 1)
         random = self._effects(encoded, variance / count)
         model = MixedModel(
-            self._mean(encoded.X, float(y.mean()), variance**0.5),
+            _mean(self._network, self.head, encoded.X, float(y.mean()), variance**0.5),
             random,
             _residual(encoded, self._residual, variance / 2),
             self.head,
@@ -142,12 +147,12 @@ class TableModel:
         for what, network in (("network", model.mean), ("residual", model.residual)):
             if not isinstance(network, Matrix | ResidualStructure):
                 _try(network, encoded.X[:2], what)
-        return model
+        return self._limits.applied(model, encoded.batch())
 
     def _made_of_family(self, encoded: Encoded) -> MixedModel:
         own, center, variance = self.response.start(encoded, self._categories)
         model = MixedModel(
-            self._mean(encoded.X, center),
+            _mean(self._network, self.head, encoded.X, center),
             self._effects(encoded, variance / len(encoded.random)),
             head=self.head,
             family=own,
@@ -156,15 +161,7 @@ class TableModel:
             quadrature=self.response.quadrature,
         )
         _try(model.mean, encoded.X[:2], "network")
-        return model
-
-    def _mean(self, X: Tensor, center: float, scale: float = 1.0) -> nn.Module:
-        if self._network is None:
-            return nn.Identity()
-        features = _network(self._network, "network")
-        if self.head == "gls":
-            return _Standardised(nn.Sequential(features, _WithConstant()), X)
-        return _Standardised(nn.Sequential(features, nn.LazyLinear(1)), X, center, scale)
+        return self._limits.applied(model, encoded.batch())
 
     def _effects(self, encoded: Encoded, variance: float) -> dict[str, RandomEffect]:
         kernels, places = self._kernels, self._coordinates
@@ -195,6 +192,7 @@ class TableModel:
             dropped_rows=encoded.dropped_rows,
             encoder=self.encoder,
             source=source,
+            constraints=self._limits.held,
         )
 
     def names(self, p: int) -> list[str]:
@@ -242,6 +240,17 @@ class TableModel:
         self.encoder.learned = Learned.from_dict(kept["encoder"])
         self._coordinates = kept["coordinates"]
         return self._made(self.encoder.skeleton(2, kept["columns"]))
+
+
+def _mean(
+    network: Network | None, head: str, X: Tensor, center: float, scale: float = 1.0
+) -> nn.Module:
+    if network is None:
+        return nn.Identity()
+    features = _network(network, "network")
+    if head == "gls":
+        return _Standardised(nn.Sequential(features, _WithConstant()), X)
+    return _Standardised(nn.Sequential(features, nn.LazyLinear(1)), X, center, scale)
 
 
 def _levels_at(design: RandomDesign, table: pd.DataFrame, columns: Sequence[str]) -> Tensor:
