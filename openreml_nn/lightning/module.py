@@ -34,6 +34,7 @@ from openreml_nn.lightning.table import Network, TableModel, is_plain
 from openreml_nn.lightning.ways import Way, way_of
 from openreml_nn.model import MixedModel
 from openreml_nn.model.batch import Batch
+from openreml_nn.model.constraints import Constraint
 from openreml_nn.result import Record, Result
 from openreml_nn.support.checks import check_count, check_instance, check_maker
 from openreml_nn.support.errors import InputError
@@ -93,6 +94,7 @@ class MixedModule(Evaluated):
             all parameters are trained by the marginal likelihood of a batch, by default of all rows;
             without a network the fit is that of :func:`glmm`, by ``Trainer(max_epochs)`` steps at most.
         categorical: with a formula: numeric columns to be taken as factors.
+        constraints, starts: with a formula: of covariance parameters, as in :func:`lmm`.
         method, solver: with a formula: see :class:`MixedModel`.
         rows: rows of the mini-batches that a data module cuts the table into, and those of a part.
         scheduler: of the learning rate, stepped each epoch: a config, or a function from the
@@ -130,6 +132,8 @@ class MixedModule(Evaluated):
         family: str | Family | None = None,
         link: str | None = None,
         quadrature: int = 1,
+        constraints: Mapping[str, Constraint] | None = None,
+        starts: Mapping[str, float] | None = None,
         rows: int = 1024,
         scheduler: MakeScheduler | None = None,
         seed: int = 0,
@@ -152,6 +156,7 @@ class MixedModule(Evaluated):
             "network": network, "head": head, "residual": residual, "weights": weights,
             "categorical": list(categorical), "method": method, "solver": solver,
             "family": family, "link": link, "quadrature": quadrature,
+            "constraints": constraints, "starts": starts,
         }  # fmt: skip
         self.table = None
         if isinstance(model, str):
