@@ -207,6 +207,82 @@ def test_tables_from_files_and_frames_agree(tmp_path):
     assert one.result.log_likelihood == other.result.log_likelihood
 
 
+SAID = {
+    "residual": {"residual": "ar1(visit | child)"},
+    "weights": {"weights": "w"},
+    "categorical": {"categorical": ["visit"]},
+}
+
+
+def visits():
+    table = datasets.growth(30)
+    table["w"] = 1 + np.arange(len(table)) % 3
+    table["visit"] = table.groupby("child").cumcount()
+    return table
+
+
+@pytest.mark.parametrize("said", SAID)
+def test_what_a_formula_takes_is_said_once(tmp_path, said):
+    table, options = visits(), SAID[said]
+    formula = (
+        "height ~ age + visit + (1 | child)"
+        if said == "categorical"
+        else "height ~ age + (1 | child)"
+    )
+    expected = lmm(formula, table, **options)
+    module, data = MixedModule(formula, **options), MixedModelDataModule(table)
+    trainer(tmp_path).fit(module, data)
+    assert module.result.log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-9)
+    np.testing.assert_allclose(module.predict(table), expected.predict(table), rtol=1e-5)
+    # Said to both it must be the same; a data module that was read for something else is read anew.
+    for more in (options, {}):
+        again, data = MixedModule(formula, **options), MixedModelDataModule(table, formula, **more)
+        data.setup()
+        trainer(tmp_path).fit(again, data)
+        assert again.result.log_likelihood == module.result.log_likelihood
+    with pytest.raises(InputError, match=rf"the data module's `{said}` is .* but the model's"):
+        trainer(tmp_path).fit(MixedModule(formula), MixedModelDataModule(table, **options))
+
+
+def test_a_data_module_without_a_formula_needs_a_module_of_one(tmp_path):
+    data = MixedModelDataModule(datasets.sleepstudy())
+    with pytest.raises(
+        InputError, match="`formula` is None: expected a formula, or a Trainer that"
+    ):
+        data.setup()
+
+
+def test_other_rows_are_encoded_by_what_the_model_has_learned(tmp_path):
+    """The levels of a table to predict are those of the fit, whatever the table has."""
+    table = datasets.sleepstudy()
+    model, _, run = fitted(tmp_path)
+    run.save_checkpoint(tmp_path / "m.ckpt")
+    loaded = MixedModule.load_from_checkpoint(tmp_path / "m.ckpt", weights_only=True)
+    new = table.iloc[60:100]
+    for module in (model, loaded):
+        data = MixedModelDataModule(new)
+        for _ in range(2):
+            (found,) = trainer(tmp_path).predict(module, data)
+            np.testing.assert_allclose(found.mean, model.predict(new)["mean"])
+        held = MixedModelDataModule(new, validation=0.5, split="unseen")
+        (metrics,) = trainer(tmp_path).validate(module, held, verbose=False)
+        own = held.table.index
+        out = model.predict(new.drop(own))["mean"] - new.drop(own)["Reaction"]
+        assert metrics["val_mse"] == pytest.approx((out**2).mean(), rel=1e-6)
+
+
+def test_a_loaded_module_is_fitted_to_the_same_table_alone(tmp_path):
+    table = datasets.sleepstudy()
+    model, _, run = fitted(tmp_path)
+    run.save_checkpoint(tmp_path / "m.ckpt")
+    loaded = MixedModule.load_from_checkpoint(tmp_path / "m.ckpt", weights_only=True)
+    with pytest.raises(InputError, match="has the model of another table: fit a new MixedModule"):
+        trainer(tmp_path).fit(loaded, MixedModelDataModule(table.iloc[10:]))
+    trainer(tmp_path).fit(loaded, MixedModelDataModule(table.copy()))
+    assert loaded.result.log_likelihood == pytest.approx(model.result.log_likelihood, rel=1e-9)
+    pd.testing.assert_frame_equal(loaded.result.predict(table), loaded.predict(table))
+
+
 def test_a_formula_spaced_otherwise_is_the_same(tmp_path):
     table, spaced = datasets.sleepstudy(), "Reaction~Days+(1|Subject)"
     module, same = MixedModule("Reaction ~ Days + (1 | Subject)"), lmm(spaced, table)

@@ -8,6 +8,7 @@ from torch import nn
 
 from openreml_nn import InputError, datasets, lmm
 from openreml_nn.lightning import MixedModelDataModule, MixedModule
+from openreml_nn.lightning.split import Split
 from tests.test_neural import quiet
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*levels that the fit did not see")
@@ -177,8 +178,7 @@ def test_the_same_share_of_each_level_is_held_out():
     assert len(data.encoded.random[0].levels) == 40
     # However large the share, training keeps a row of each level.
     table = datasets.growth(40)
-    large = MixedModelDataModule(table, "height ~ (1 | child)", validation=0.99, split="group")
-    out = large._chosen(table)
+    out = Split(0.99, "group").held_out(table, ["child"], "the table")
     assert table.child[~out].value_counts().tolist() == [1] * 40
 
 

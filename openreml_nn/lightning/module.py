@@ -258,8 +258,10 @@ class MixedModule(Evaluated):
         if stage == "fit":
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             if self.table is not None:
-                data = attached(self, self.table.encoder, self.table.response.name)
-                if not hasattr(self, "model"):
+                data = attached(self)
+                if hasattr(self, "model"):
+                    self.table.attach(data)
+                else:
                     self._adopt(self.table.built(data))
             if isinstance(data, MixedModelDataModule):
                 data.divide(None if self.way.needs_all_rows else self.way.division, self.seed)

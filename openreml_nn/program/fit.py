@@ -159,19 +159,14 @@ class InMemory:
         if given.get("family") is None or given.get("network") is not None:
             given["optimizer"] = options["optimizer"]  # a family alone is fitted without
         self.module = MixedModule(formula, **given, categorical=names, seed=options["seed"])
-        residual, share, split = given.get("residual"), options["data.validation"], {}
+        share, split = options["data.validation"], {}
         if share:
             by = options["data.split_by"]
             split = {"split": options["data.split"], "split_by": None if by is None else str(by)}
         self.data = MixedModelDataModule(
             chosen_table(options),
-            formula,
-            names,
-            residual=residual if isinstance(residual, str) else None,
-            weights=given.get("weights"),
             pedigree=options["model.pedigree"],
             kernels=options["model.kernels"],
-            family=given.get("family"),
             validation=share,
             **split,
             seed=options["seed"],
@@ -197,6 +192,8 @@ class InMemory:
 
     def read(self) -> None:
         """Read the table."""
+        assert self.module.formula_options is not None
+        self.data.complete(self.module.formula_options)
         self.data.setup("fit")
 
     def run(self) -> Fitted:

@@ -233,9 +233,9 @@ FAULTS = [
     ),
     Fault(
         "every level that is held out loses its rows",
-        "openreml_nn/lightning/data.py",
-        "np.minimum(np.round(self._validation * size), size - 1)",
-        "np.round(self._validation * size)",
+        "openreml_nn/lightning/split.py",
+        "np.minimum(np.round(self.validation * size), size - 1)",
+        "np.round(self.validation * size)",
         "tests/test_tabular.py -k held_out",
     ),
     Fault(
