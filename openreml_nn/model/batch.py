@@ -21,6 +21,7 @@ __all__ = [
     "check_inputs",
     "check_outputs",
     "level_codes",
+    "level_places",
     "level_values",
     "part",
     "responding",
@@ -34,7 +35,7 @@ __all__ = [
 Batch = Mapping[str, Any]
 
 #: What a batch holds of each row.
-_OF_ROWS = ("x", "y", "groups", "values", "weights", "offset", "residual")
+_OF_ROWS = ("x", "y", "groups", "values", "weights", "offset", "residual", "places")
 
 
 def part(batch: Batch, key: str) -> Any:
@@ -275,6 +276,26 @@ def level_values(batch: Batch, name: str, effects: int, n: int) -> Tensor | None
     check_tensor(f"batch['values'][{name!r}]", values, finite=False)
     check_finite(f"batch['values'][{name!r}]", values)
     return values
+
+
+def level_places(batch: Batch, name: str, places: Tensor | None, n: int) -> Tensor | None:
+    """Coordinates of the rows (n, d) of a random effect whose levels are at places; None where the
+    batch has none.
+
+    Raises:
+        TypeError, InputError: if they are of another shape or kind, or the levels have none.
+    """
+    given = batch.get("places", {})
+    check_mapping("batch['places']", given)
+    found = given.get(name)
+    if found is None:
+        return None
+    what = f"batch['places'][{name!r}]"
+    if places is None:
+        raise InputError(f"`{what}` is {described(found)}: expected none, as levels have no places")
+    check_tensor(what, found, (n, places.shape[1]), "real", False)
+    check_finite(what, found)
+    return found
 
 
 def take(x: Any, rows: slice | Tensor) -> Any:
