@@ -16,6 +16,7 @@ from openreml_nn.families import FAMILIES, Family
 from openreml_nn.lightning.data import MixedModelDataModule, attached
 from openreml_nn.lightning.estimates import Estimates, MarginalEstimates
 from openreml_nn.lightning.evaluation import Evaluated
+from openreml_nn.lightning.family import as_asked
 from openreml_nn.lightning.held import Held
 from openreml_nn.lightning.marginal import Marginal
 from openreml_nn.lightning.optimizers import (
@@ -145,6 +146,7 @@ class MixedModule(Evaluated):
                 check_maker(name, make)
         check_instance("training", training, (str, Way, NoneType), "a word, or None")
         self.rows, self.seed = check_count("rows", rows, 1), check_count("seed", seed)
+        family, link = as_asked(family, link)
         given = {
             "optimizer": optimizer,
             "training": training,
