@@ -27,13 +27,14 @@ from openreml_nn.lightning.optimizers import (
     scheduled,
 )
 from openreml_nn.lightning.reading import of_networks
-from openreml_nn.lightning.rows import as_batch, blamed
+from openreml_nn.lightning.rows import Responses, as_batch, blamed, row_count
 from openreml_nn.lightning.sharing import check_same, total, warn_of_repeats
 from openreml_nn.lightning.sums import Summed
 from openreml_nn.lightning.table import Network, TableModel, is_plain
 from openreml_nn.lightning.ways import Way, way_of
 from openreml_nn.model import MixedModel
 from openreml_nn.model.batch import Batch
+from openreml_nn.model.constraints import Constraint
 from openreml_nn.result import Record, Result
 from openreml_nn.support.checks import check_count, check_instance, check_maker
 from openreml_nn.support.errors import InputError
@@ -93,6 +94,7 @@ class MixedModule(Evaluated):
             all parameters are trained by the marginal likelihood of a batch, by default of all rows;
             without a network the fit is that of :func:`glmm`, by ``Trainer(max_epochs)`` steps at most.
         categorical: with a formula: numeric columns to be taken as factors.
+        constraints, starts: with a formula: of covariance parameters, as in :func:`lmm`.
         method, solver: with a formula: see :class:`MixedModel`.
         rows: rows of the mini-batches that a data module cuts the table into, and those of a part.
         scheduler: of the learning rate, stepped each epoch: a config, or a function from the
@@ -130,6 +132,8 @@ class MixedModule(Evaluated):
         family: str | Family | None = None,
         link: str | None = None,
         quadrature: int = 1,
+        constraints: Mapping[str, Constraint] | None = None,
+        starts: Mapping[str, float] | None = None,
         rows: int = 1024,
         scheduler: MakeScheduler | None = None,
         seed: int = 0,
@@ -152,6 +156,7 @@ class MixedModule(Evaluated):
             "network": network, "head": head, "residual": residual, "weights": weights,
             "categorical": list(categorical), "method": method, "solver": solver,
             "family": family, "link": link, "quadrature": quadrature,
+            "constraints": constraints, "starts": starts,
         }  # fmt: skip
         self.table = None
         if isinstance(model, str):
@@ -290,6 +295,7 @@ class MixedModule(Evaluated):
         """Say how many rows a sampler repeats, and take up the state of a resumed run."""
         warn_of_repeats(self.trainer)
         self._met, self._checked = None, False
+        self._responses = Responses(not self.way.needs_all_rows)
         self._estimates = self._begun()
         self._known.aireml = self._aireml
         if self._resumed_state is not None:
@@ -314,21 +320,27 @@ class MixedModule(Evaluated):
             if self.way.needs_all_rows and not self._checked:
                 check_same(batch)
                 self._checked = True
-            with torch.set_grad_enabled(self.automatic_optimization and torch.is_grad_enabled()):
-                loss, output = self.way.loss(self.model, batch)
-            self._met = batch, output.detach()
-        count = total(len(output), output.device)
-        # Reduced here and not when it is shown: a progress bar, which only the first process has,
-        # would wait for the others.
-        mean = self.trainer.strategy.reduce(loss.detach(), reduce_op="mean")
-        shown = {"prog_bar": True, "on_step": False, "on_epoch": True}
-        self.log("train_loss", mean, batch_size=count, **shown)  # type: ignore[arg-type]
+            batch = self._responses.of(batch)
+            count = total(row_count(batch["y"]), self.device)
+            loss = self._loss(batch) if count else None
+        if loss is not None:
+            # Reduced here and not when it is shown: a progress bar, which only the first process
+            # has, would wait for the others.
+            mean = self.trainer.strategy.reduce(loss.detach(), reduce_op="mean")
+            shown = {"prog_bar": True, "on_step": False, "on_epoch": True}
+            self.log("train_loss", mean, batch_size=count, **shown)  # type: ignore[arg-type]
         if self.automatic_optimization:
             return loss
         self._keep(batch_idx)
         if self.trainer.is_last_batch:
             self._known.step(self.optimizers() if self._aireml is not None else None)
         return None
+
+    def _loss(self, batch: Batch) -> Tensor:
+        with torch.set_grad_enabled(self.automatic_optimization and torch.is_grad_enabled()):
+            loss, output = self.way.loss(self.model, batch)
+        self._met = batch, output.detach()
+        return loss
 
     def on_after_backward(self) -> None:
         """Drop the covariance's gradients, which no optimizer asks for."""
@@ -353,6 +365,7 @@ class MixedModule(Evaluated):
     def on_train_epoch_end(self) -> None:
         """Move the covariance by the sums of the epoch; in the last one end the fit, so that its
         checkpoint is that of the end."""
+        self._responses.tell(self.trainer.is_global_zero, self.device)
         if self.has_network or not self.history:
             self._known.step()
         record = self.history[-1]

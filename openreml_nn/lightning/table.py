@@ -22,6 +22,7 @@ from openreml_nn.lightning.sharing import checksum
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.model import HEADS, MixedModel, RandomEffect, ResidualStructure
+from openreml_nn.model.constraints import Constraint, Limits
 from openreml_nn.model.linear import in_user_basis
 from openreml_nn.model.structured_residual import start_residual
 from openreml_nn.model.structures import bases_of, effect_covariance, labels_of, residual_of
@@ -71,6 +72,8 @@ class TableModel:
         family: str | Family | None = None,
         link: str | None = None,
         quadrature: int = 1,
+        constraints: Mapping[str, Constraint] | None = None,
+        starts: Mapping[str, float] | None = None,
     ) -> None:
         check_text("formula", formula)
         check_names("categorical", categorical)
@@ -89,6 +92,7 @@ class TableModel:
         self._network, self._residual, self._method, self._solver = (
             network, residual, method, solver
         )  # fmt: skip
+        self._limits = Limits(constraints, starts)
         self._names: tuple[str, ...] = ()
         self._columns = 0
         self._data: MixedModelDataModule | None = None
@@ -100,7 +104,7 @@ class TableModel:
     def built(self, data: MixedModelDataModule) -> MixedModel:
         """The model for the data module's table, with a start in the units of its response."""
         self._data, self.encoder, encoded = data, data.encoder, data.encoded
-        if self.response.family is None:
+        if self.response.family is None and not self._limits:  # those are of the user's effects
             self.bases = bases_of(encoded.random)
         for design in encoded.random:
             if isinstance(design.relation, Places):
@@ -111,6 +115,7 @@ class TableModel:
             loss, y, X = model.data(model(batch := encoded.batch()), batch)
             loss.names = self._names
             moment_start(loss, y, X)
+        self._limits.begin(model, encoded.batch())
         return model
 
     def attach(self, data: MixedModelDataModule) -> None:
@@ -136,7 +141,7 @@ class TableModel:
         count = max(len(encoded.random), 1)
         random = self._effects(encoded, variance / count)
         model = MixedModel(
-            self._mean(encoded.X, float(y.mean()), variance**0.5),
+            _mean(self._network, self.head, encoded.X, float(y.mean()), variance**0.5),
             random,
             _residual(encoded, self._residual, variance / 2),
             self.head,
@@ -145,12 +150,12 @@ class TableModel:
         )
         _try(model.mean, encoded.X[:2], "network")
         _try(model.residual, encoded.X[:2], "residual")
-        return model
+        return self._limits.applied(model, encoded.batch())
 
     def _made_of_family(self, encoded: Encoded) -> MixedModel:
         own, center, variance = self.response.start(encoded, self._categories)
         model = MixedModel(
-            self._mean(encoded.X, center),
+            _mean(self._network, self.head, encoded.X, center),
             self._effects(encoded, variance / len(encoded.random)),
             head=self.head,
             family=own,
@@ -159,15 +164,7 @@ class TableModel:
             quadrature=self.response.quadrature,
         )
         _try(model.mean, encoded.X[:2], "network")
-        return model
-
-    def _mean(self, X: Tensor, center: float, scale: float = 1.0) -> nn.Module:
-        if self._network is None:
-            return nn.Identity()
-        features = _network(self._network, "network")
-        if self.head == "gls":
-            return _Standardised(nn.Sequential(features, _WithConstant()), X)
-        return _Standardised(nn.Sequential(features, nn.LazyLinear(1)), X, center, scale)
+        return self._limits.applied(model, encoded.batch())
 
     def _effects(self, encoded: Encoded, variance: float) -> dict[str, RandomEffect]:
         return {d.name: _effect(d, variance, self.bases.get(d.name)) for d in encoded.random}
@@ -188,7 +185,7 @@ class TableModel:
                 result = in_user_basis(result, result.model, batch, labels_of(encoded))
                 source = result.source
         if source is not None:
-            cells = self.encoder.cells(data.table.iloc[encoded.rows])
+            cells = self.encoder.cells(encoded.kept(data.table))
             source = replace(source, means=self.encoder.learned.means, cells=cells)
         return replace(
             result,
@@ -197,6 +194,7 @@ class TableModel:
             dropped_rows=encoded.dropped_rows,
             encoder=self.encoder,
             source=source,
+            constraints=self._limits.held,
         )
 
     def names(self, p: int) -> list[str]:
@@ -248,6 +246,17 @@ def _bases_in(model: MixedModel) -> dict[str, Tensor]:
     """The bases of random effects but the identity, in which most are."""
     found = {name: effect.basis for name, effect in model.effects().items()}
     return {name: B for name, B in found.items() if not torch.equal(B, torch.eye(len(B)).to(B))}
+
+
+def _mean(
+    network: Network | None, head: str, X: Tensor, center: float, scale: float = 1.0
+) -> nn.Module:
+    if network is None:
+        return nn.Identity()
+    features = _network(network, "network")
+    if head == "gls":
+        return _Standardised(nn.Sequential(features, _WithConstant()), X)
+    return _Standardised(nn.Sequential(features, nn.LazyLinear(1)), X, center, scale)
 
 
 def _residual(encoded: Encoded, given: str | Network | None, variance: float) -> Matrix | nn.Module:

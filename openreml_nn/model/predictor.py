@@ -14,7 +14,7 @@ from openreml_nn.covariance.params import operand_name
 from openreml_nn.families import Family
 from openreml_nn.likelihood.effects import Coefficients, RandomEffects
 from openreml_nn.likelihood.fixed import estimable
-from openreml_nn.model.batch import Batch, part, row_values, rows_of
+from openreml_nn.model.batch import Batch, part, responding, row_values
 from openreml_nn.model.means import evaluating
 from openreml_nn.model.random_effect import Effects, RandomEffect, coded_effects
 from openreml_nn.model.residual import ResidualStructure, structure_of
@@ -160,16 +160,6 @@ class Predictor(nn.Module):
             for name, effect in self.effects().items()
         )
 
-    def random_part(self, batch: Batch) -> Tensor:
-        r""":math:`\sum_t z_t^\top \hat b_t` of each row (n,), zero for unknown levels."""
-        n = rows_of(batch)
-        total = self.joint.covariance.new_zeros(n)
-        for name, (codes, values) in coded_effects(self.effects(), batch, n).items():
-            effect = self.effects()[name]
-            z = total.new_ones(n, 1) if values is None else values
-            total = total + effect.contribution(codes, z.to(effect.blup))
-        return total
-
     @torch.no_grad()
     def predict(self, batch: Batch) -> Prediction:
         """Mean and variance of new observations, for known and for unknown levels.
@@ -207,7 +197,7 @@ class Predictor(nn.Module):
     def log_density(self, batch: Batch) -> Tensor:
         r"""Logarithm of the predictive density of each row's response (n,), at the parameters'
         estimates: Gaussian with the mean and variance of :meth:`predict`; with a family
-        :math:`E\,p(y \mid a)` over the predictor a.
+        :math:`E\,p(y \mid a)` over the predictor a. A row without a response, NaN in ``y``, has NaN.
 
         Raises:
             TypeError, InputError: as in :meth:`predict`, or if ``y`` does not fit.
@@ -217,8 +207,13 @@ class Predictor(nn.Module):
         if len(y) != len(found.mean):
             raise InputError(f"`y` has {len(y)} rows but `mean` yields {len(found.mean)}")
         if self.family is not None:
-            self.family.check(y)
-            return log_predictive(self.family, y, found)
+            own, rows = responding({"y": y})
+            self.family.check(own["y"])
+            if rows is None:
+                return log_predictive(self.family, y, found)
+            there = Prediction(*(value[rows] for value in found))
+            density = log_predictive(self.family, own["y"], there)
+            return torch.full_like(found.mean, torch.nan).index_copy(0, rows, density)
         return -((2 * torch.pi * found.variance).log() + (y - found.mean) ** 2 / found.variance) / 2
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

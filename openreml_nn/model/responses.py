@@ -7,7 +7,7 @@ from torch import Tensor
 
 from openreml_nn.likelihood import LaplaceLoss, REMLLoss
 from openreml_nn.likelihood.effects import Coefficients
-from openreml_nn.model.batch import Batch, part, row_values
+from openreml_nn.model.batch import Batch, check_outputs, part, row_values
 from openreml_nn.model.predictor import Predictor
 from openreml_nn.support.checks import check_tensor
 from openreml_nn.support.checks import found as described
@@ -33,7 +33,7 @@ def of_gaussian(output: Tensor, batch: Batch, head: str) -> tuple[Tensor, Tensor
             f"`y` has shape {tuple(y.shape)} but `mean` yields {n} rows: expected ({n},); "
             "a column is made a vector by y[:, 0]"
         )
-    _check_finite(output)
+    check_outputs(output, batch)
     dtype = torch.promote_types(y.dtype, output.dtype)
     if dtype != y.dtype:
         raise InputError(
@@ -62,7 +62,7 @@ def of_family(output: Tensor, batch: Batch, head: str) -> tuple[Tensor, Tensor, 
             "divide the residual variance of a Gaussian response"
         )
     _check_rows(n)
-    _check_finite(output)
+    check_outputs(output, batch)
     offset = row_values(batch, "offset", n)
     known = output.new_zeros(n) if offset is None else offset.to(output)
     return (y, known, output) if head == "gls" else (y, known + output, None)
@@ -94,11 +94,3 @@ def remember_family(
 def _check_rows(n: int) -> None:
     if not n:
         raise InputError("the batch is empty: drop it, or use drop_last=True")
-
-
-def _check_finite(output: Tensor) -> None:
-    if not bool(torch.isfinite(output.detach()).all()):
-        raise InputError(
-            "the network's output is not finite: lower the learning rate, clip gradients "
-            "or look for NaN in `x`; expected finite numbers"
-        )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from openreml_nn.program.options import Options
+from openreml_nn.program.options import Options, by_parameter
 from openreml_nn.program.reporting import costs_nothing, reported, shown
 from openreml_nn.program.rundir import RunDirectory
 from openreml_nn.program.tables import chosen_table
@@ -36,7 +36,7 @@ def fit_table(config: DictConfig) -> float:
     Returns:
         What a sweep minimises: the negative log density of the rows held out, or the deviance.
     """
-    path = Path(HydraConfig.get().runtime.output_dir)
+    path, config = Path(HydraConfig.get().runtime.output_dir), by_parameter(config)
     with reported(_advice(config)), RunDirectory(path, is_first_process()) as directory:
         import lightning
 

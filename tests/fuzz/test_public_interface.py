@@ -346,8 +346,7 @@ def _top() -> list[Call]:
             Call("", f"MixedModel.{name} ({head})", getattr(model, name), {"batch": batch()},
                  {"batch": reads(*keys)}, {"batch": BATCH_WORDS})
             for name, keys in (("loss", ("x", "y", "groups")), ("predict", ("x", "groups")),
-                               ("update", ("x", "y", "groups")), ("random_part", ("groups",)),
-                               ("objective", ("x", "y", "groups")))
+                               ("update", ("x", "y", "groups")), ("objective", ("x", "y", "groups")))
         ]  # fmt: skip
         made.append(
             Call("", f"MixedModel.loss_of ({head})", model.loss_of,
