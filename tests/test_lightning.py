@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
@@ -410,6 +411,17 @@ def test_a_key_that_nothing_reads_is_refused_wherever_a_batch_enters(call):
             CALLS[call](model, {**batch, "values": {"h": torch.ones(24, 1)}})
     # One key is for what is the user's own.
     CALLS[call](model, {**batch, "extra": {"index": torch.arange(24), "name": ["a"] * 24}})
+
+
+@pytest.mark.parametrize("averaging", [EMAWeightAveraging, WeightAveraging])
+def test_averages_of_whole_modules_are_refused(averaging):
+    batch, model = rows_and_model()
+    with pytest.raises(
+        InputError, match=rf"Trainer\(callbacks=\[{averaging.__name__}\]\) averages"
+    ):
+        bare(2, [averaging()]).fit(MixedModule(model), loader(batch))
+    with pytest.raises(InputError, match="expected StochasticWeightAveraging"):
+        bare(2, [UpdateBLUPs(), averaging()]).fit(Own(model), loader(batch))
 
 
 def test_what_a_batch_carries_along_reaches_the_users_hooks():
