@@ -407,7 +407,7 @@ def test_a_key_that_nothing_reads_is_refused_wherever_a_batch_enters(call):
     with pytest.raises(InputError, match=r"`batch` has 'index', 'weight': expected no other keys"):
         CALLS[call](model, {**batch, "weight": batch["y"].exp(), "index": torch.arange(24)})
     if call not in ("gradient in parts", "validation", "prediction"):
-        with pytest.raises(InputError, match=r"batch\['values'\] has 'h': the random effects are"):
+        with pytest.raises(InputError, match=r"batch\['values'\] has 'h': the effects are"):
             CALLS[call](model, {**batch, "values": {"h": torch.ones(24, 1)}})
     # One key is for what is the user's own.
     CALLS[call](model, {**batch, "extra": {"index": torch.arange(24), "name": ["a"] * 24}})

@@ -24,6 +24,7 @@ __all__ = [
     "check_outputs",
     "check_values",
     "level_codes",
+    "level_places",
     "level_values",
     "part",
     "responding",
@@ -37,7 +38,7 @@ __all__ = [
 Batch = Mapping[str, Any]
 
 #: What a batch holds of each row.
-_OF_ROWS = ("x", "y", "groups", "values", "weights", "offset", "residual")
+_OF_ROWS = ("x", "y", "groups", "values", "weights", "offset", "residual", "places")
 #: What a batch may hold, see :class:`MixedModel`.
 KEYS = (*_OF_ROWS, "extra")
 _KNOWN = frozenset(KEYS)
@@ -273,17 +274,18 @@ def level_codes(batch: Batch, name: str, levels: int, n: int) -> Tensor:
 
 
 def check_values(batch: Batch, names: Collection[str]) -> None:
-    """Refuse values of effects of another name than the random effects have.
+    """Refuse values of effects, or places of levels, of another name than the random effects have.
 
     Raises:
-        TypeError: if ``values`` is no dict.
+        TypeError: if one of these is no dict.
         InputError: naming it.
     """
-    given = batch.get("values", {})
-    check_mapping("batch['values']", given)
-    for name in given:
-        if name not in names:
-            raise InputError(f"batch['values'] has {name!r}: the random effects are {list(names)}")
+    for key in ("values", "places"):
+        given = batch.get(key, {})
+        check_mapping(f"batch['{key}']", given)
+        for name in given:
+            if name not in names:
+                raise InputError(f"batch['{key}'] has {name!r}: the effects are {list(names)}")
 
 
 def level_values(batch: Batch, name: str, effects: int, n: int) -> Tensor | None:
@@ -310,6 +312,26 @@ def level_values(batch: Batch, name: str, effects: int, n: int) -> Tensor | None
     check_tensor(f"batch['values'][{name!r}]", values, finite=False)
     check_finite(f"batch['values'][{name!r}]", values)
     return values
+
+
+def level_places(batch: Batch, name: str, places: Tensor | None, n: int) -> Tensor | None:
+    """Coordinates of the rows (n, d) of a random effect whose levels are at places; None where the
+    batch has none.
+
+    Raises:
+        TypeError, InputError: if they are of another shape or kind, or the levels have none.
+    """
+    given = batch.get("places", {})
+    check_mapping("batch['places']", given)
+    found = given.get(name)
+    if found is None:
+        return None
+    what = f"batch['places'][{name!r}]"
+    if places is None:
+        raise InputError(f"`{what}` is {described(found)}: expected none, as levels have no places")
+    check_tensor(what, found, (n, places.shape[1]), "real", False)
+    check_finite(what, found)
+    return found
 
 
 def take(x: Any, rows: slice | Tensor) -> Any:

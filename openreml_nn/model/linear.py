@@ -24,6 +24,7 @@ from openreml_nn.model.constraints import Constraint, Limits
 from openreml_nn.model.mixed_model import MixedModel
 from openreml_nn.model.stream import fit_stream
 from openreml_nn.model.structures import bases_of, labels_of, linear_model, relations_of
+from openreml_nn.result.equations import FixedBasis
 from openreml_nn.result.result import Label
 from openreml_nn.support.checks import (
     check_count,
@@ -232,18 +233,22 @@ def with_model(
         return replace(result, model=model)
     model.remember(result.random, result.fixed, result.fixed.aliases)
     X, columns = source.X, list(result.fixed.columns)
+    y = source.y if residual is None else None
     model.remember_errors(
-        source.covariance, lambda: _orthonormal(X, columns), len(columns), residual
+        source.covariance, lambda: _orthonormal(y, X, columns), len(columns), residual
     )
     return replace(result, model=model)
 
 
-def _orthonormal(X: Tensor, columns: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Some columns of X in an orthonormal basis, and the basis (p, r)."""
+def _orthonormal(y: Tensor | None, X: Tensor, columns: Sequence[int]) -> tuple[Tensor, FixedBasis]:
+    """Some columns of X in an orthonormal basis, and what they leave of y; with the basis."""
     Q, R = torch.linalg.qr(X[:, columns])
-    basis = X.new_zeros(X.shape[1], len(columns))
+    basis, offset = X.new_zeros(X.shape[1], len(columns)), X.new_zeros(X.shape[1])
     basis[columns] = torch.linalg.solve_triangular(R, torch.eye(len(R)).to(R), upper=True)
-    return Q, basis
+    if y is None:
+        return Q, FixedBasis(basis, offset)
+    offset = basis @ (Q.mT @ y)
+    return torch.cat([Q, (y - X @ offset)[:, None]], 1), FixedBasis(basis, offset)
 
 
 def _check_variance(variance: float | None, residual: str | None) -> None:

@@ -9,6 +9,7 @@ from openreml_nn.likelihood import LaplaceLoss, REMLLoss
 from openreml_nn.likelihood.effects import Coefficients
 from openreml_nn.model.batch import Batch, check_outputs, part, row_values
 from openreml_nn.model.predictor import Predictor
+from openreml_nn.result.equations import FixedBasis
 from openreml_nn.support.checks import check_tensor
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
@@ -73,9 +74,11 @@ def remember_gaussian(model: Predictor, loss: REMLLoss, y: Tensor, X: Tensor) ->
     objective = loss.objective(y, X)
     evaluation, fixed = objective.evaluate(), objective.problem.fixed
     model.remember(evaluation.random, evaluation.fixed, fixed.aliases)
-    basis = fixed.T.new_zeros(len(fixed.aliases), len(fixed.T))
-    basis[fixed.columns] = fixed.T
-    model.remember_errors(loss.covariance, lambda: (fixed.Q, basis), len(fixed.T))
+    model.remember_errors(
+        loss.covariance,
+        lambda: (torch.cat([fixed.Q, fixed.y[:, None]], 1), FixedBasis.of(fixed)),
+        len(fixed.T),
+    )
 
 
 def remember_family(
@@ -86,8 +89,8 @@ def remember_family(
     p = 0 if X is None else X.shape[1]
     fixed = Coefficients(found.coefficients, found.coefficient_covariance, tuple(range(p)))
     model.remember(found.random, fixed, found.coefficients.new_zeros(p, 0))
-    basis = torch.eye(p).to(found.coefficients)
-    features = found.predictor.new_zeros(len(y), 0) if X is None else X.to(basis)
+    basis = FixedBasis(torch.eye(p).to(found.coefficients), found.coefficients.new_zeros(p))
+    features = found.predictor.new_zeros(len(y), 0) if X is None else X.to(basis.offset)
     model.remember_errors(loss.covariance, lambda: (features, basis), p, found.residual)
 
 

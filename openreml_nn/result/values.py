@@ -37,13 +37,15 @@ class FitValues:
         parameters: covariance parameters.
         components: covariance of each term, the residual last where there is one.
         random: BLUPs with prediction-error variances.
-        fitted: (n,) :math:`X\hat\beta + \sum_t Z_t \hat b_t`; empty where rows were streamed.
+        fitted: (n,) :math:`X\hat\beta + \sum_t Z_t \hat b_t`; empty where rows were streamed
+            or came later.
         residuals: (n,) :math:`y` less that.
         history: record of the iterations.
         plan: the solver's plan.
         num_params: number of estimated parameters of the covariance.
         starts: where the fit ended from its other starts, if it had any; see :class:`Start`.
-        source: data and model, for inference; None where rows were streamed.
+        source: data and model, for inference; None where rows were streamed or
+            came later.
         formula: what was fitted, as it was written; None without one.
         dropped_rows: rows of the table left out because of missing values.
         optimizer: class name of the optimizer.

@@ -334,6 +334,8 @@ def _top() -> list[Call]:
              {**y_X, "V": tensor(6, 6, whole=False), "method": choice}),
         Call("", "Result.predict", result().predict, {"table": datasets.sleepstudy()},
              {"table": of(pd.DataFrame), "level": number(1e-9, 1 - 1e-9)}),
+        Call("", "Result.update", result().update, {"table": datasets.sleepstudy()},
+             {"table": of(pd.DataFrame)}),
         Call("", "Result.summary", result().summary, {}, {"title": optional(text)}),
         Call("", "Result.to_json", result().to_json, {"path": "r.json"}, {"path": path}),
     ]  # fmt: skip
@@ -346,7 +348,8 @@ def _top() -> list[Call]:
             Call("", f"MixedModel.{name} ({head})", getattr(model, name), {"batch": batch()},
                  {"batch": reads(*keys)}, {"batch": BATCH_WORDS})
             for name, keys in (("loss", ("x", "y", "groups")), ("predict", ("x", "groups")),
-                               ("update", ("x", "y", "groups")), ("objective", ("x", "y", "groups")))
+                               ("update", ("x", "y", "groups")), ("add", ("x", "y", "groups")),
+                               ("objective", ("x", "y", "groups")))
         ]  # fmt: skip
         made.append(
             Call("", f"MixedModel.loss_of ({head})", model.loss_of,
