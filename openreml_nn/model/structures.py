@@ -62,6 +62,7 @@ from openreml_nn.table.structure import VARYING
 __all__ = [
     "bases_of",
     "effect_covariance",
+    "effect_of",
     "labels_of",
     "linear_model",
     "relations_of",
@@ -282,6 +283,13 @@ def bases_of(designs: Sequence[RandomDesign]) -> dict[str, Tensor]:
     return {name: B for name, B in found.items() if B is not None}
 
 
+def effect_of(design: RandomDesign, basis: Tensor | None = None) -> RandomEffect:
+    """The random effect of a design, in a basis of its own if one is given."""
+    at = design.relation.coordinates if isinstance(design.relation, Places) else None
+    matrix = effect_covariance(design)
+    return RandomEffect(design.levels, matrix, design.effects, basis=basis, places=at)
+
+
 def linear_model(
     encoded: Encoded,
     method: str = "reml",
@@ -303,16 +311,7 @@ def linear_model(
         quadrature: see :class:`LaplaceLoss`.
     """
     bases = bases or {}
-    random = {
-        d.name: RandomEffect(
-            d.levels,
-            effect_covariance(d),
-            d.effects,
-            basis=bases.get(d.name),
-            places=d.relation.coordinates if isinstance(d.relation, Places) else None,
-        )
-        for d in encoded.random
-    }
+    random = {d.name: effect_of(d, bases.get(d.name)) for d in encoded.random}
     residual = residual_of(encoded) if family is None else None
     if residual is not None and residual_variance is not None:
         assert isinstance(residual, ScalarMatrix)
