@@ -24,6 +24,7 @@ from openreml_nn.lightning.optimizers import (
     MakeScheduler,
     is_aireml,
     optimizers_of,
+    refuse_averaging,
     refuse_gradient_options,
     scheduled,
 )
@@ -258,6 +259,7 @@ class MixedModule(Evaluated):
     def setup(self, stage: str) -> None:
         """Build the model of a formula from the data module's table."""
         if stage == "fit":
+            refuse_averaging(self.trainer)
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             if self.table is not None:
                 data = attached(self)
