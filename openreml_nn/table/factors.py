@@ -44,7 +44,7 @@ def occurring(
             factor, seen = met.get(key, (value, set()))
             levels = list(dict.fromkeys([*factor.levels, *value.levels]))
             seen |= {level for level, n in zip(value.levels, used, strict=True) if n}
-            met[key] = (Factor(value.codes, levels, value.key), seen)
+            met[key] = (Factor(value.codes, levels, factor.key), seen)
             if (value.codes < 0).any():
                 _refuse(data, node, value)
             if isinstance(node, Name):
