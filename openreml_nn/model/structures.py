@@ -304,7 +304,13 @@ def linear_model(
     """
     bases = bases or {}
     random = {
-        d.name: RandomEffect(d.levels, effect_covariance(d), d.effects, basis=bases.get(d.name))
+        d.name: RandomEffect(
+            d.levels,
+            effect_covariance(d),
+            d.effects,
+            basis=bases.get(d.name),
+            places=d.relation.coordinates if isinstance(d.relation, Places) else None,
+        )
         for d in encoded.random
     }
     residual = residual_of(encoded) if family is None else None
