@@ -91,6 +91,7 @@ AWKWARD = [
     "log(y + 20) ~ cut(w, c(0, 3, 6, 9)) + (0 + b | cat)",
     "I(y / 2) ~ factor(half) + relevel(f, ref = 'c') + offset(x / 3) + (1 | s/zip)",
     "y ~ I(x > 0) + w:half + (1 | k)",
+    "y ~ x + dummy(s, c(2, 4)) + (0 + dummy(f, 'c') | k)",
     "y ~ . - day - cat - id - zip - s + (1 | k)",
 ]
 
