@@ -4,6 +4,13 @@ from openreml_nn.covariance import transform
 from openreml_nn.covariance.autoregressive import AntedependenceMatrix, AR1Matrix, ToeplitzMatrix
 from openreml_nn.covariance.block import Augment, BlockDiagonal, Stack
 from openreml_nn.covariance.compat import simple_param_specs
+from openreml_nn.covariance.correlation import (
+    Correlation,
+    ExponentialCorrelation,
+    GaussianCorrelation,
+    MaternCorrelation,
+    SphericalCorrelation,
+)
 from openreml_nn.covariance.dummy import DummyMatrix
 from openreml_nn.covariance.exchangeable import (
     CompoundSymmetricMatrix,
@@ -47,6 +54,7 @@ from openreml_nn.covariance.triangular import (
     UnstructuredMatrix,
 )
 from openreml_nn.covariance.variance import VarianceFunction
+from openreml_nn.covariance.vecchia import VecchiaMatrix
 
 __all__ = [
     "AR1Matrix",
@@ -57,12 +65,15 @@ __all__ = [
     "BlockDiagonal",
     "CompoundSymmetricMatrix",
     "ContinuousAR1Matrix",
+    "Correlation",
     "CovariancePropagation",
     "DiagonalMatrix",
     "DummyMatrix",
     "EqualEntryMatrix",
     "EquicorrelationMatrix",
+    "ExponentialCorrelation",
     "ExponentialMatrix",
+    "GaussianCorrelation",
     "GaussianMatrix",
     "Gram",
     "HadamardProduct",
@@ -72,6 +83,7 @@ __all__ = [
     "KnownMatrix",
     "KroneckerProduct",
     "LowerTriangularMatrix",
+    "MaternCorrelation",
     "MaternMatrix",
     "Matrix",
     "Operator",
@@ -79,6 +91,7 @@ __all__ = [
     "Product",
     "ScalarMatrix",
     "SimpleMatrix",
+    "SphericalCorrelation",
     "SphericalMatrix",
     "Stack",
     "Sum",
@@ -87,6 +100,7 @@ __all__ = [
     "UnconstrainedMatrix",
     "UnstructuredMatrix",
     "VarianceFunction",
+    "VecchiaMatrix",
     "ar1_field",
     "factor_analytic",
     "heterogeneous",

@@ -191,7 +191,7 @@ class _Builder:
         at, u = self._curvature.at, self._curvature.u
         errors = dict(
             zip(
-                [(id(e.leaf), e.local) for e in at.entries],
+                [id(e.tensor) for e in at.entries],  # which several leaves may share
                 zip(u, self._spread.diagonal().sqrt(), strict=True),
                 strict=False,
             )
@@ -201,8 +201,8 @@ class _Builder:
             x = e.tensor.detach().to(u)
             value, stored = float(e.trans(x)), float(x)
             std_error = stored_error = nan
-            if (id(e.leaf), e.local) in errors:
-                coordinate, spread = errors[id(e.leaf), e.local]
+            if id(e.tensor) in errors:
+                coordinate, spread = errors[id(e.tensor)]
                 std_error = float(_slope(e.trans.at_coordinate, coordinate) * spread)
                 stored_error = float(_slope(e.trans.from_coordinate, coordinate) * spread)
             fixed = not (e.free and e.tensor.requires_grad)

@@ -144,5 +144,5 @@ class Evaluated(LightningModule):
 
     @property
     def places(self) -> Tensor | None:
-        """Where the training rows of a table are (n, k), with a kernel; None without one."""
+        """Where the training rows of a table are (n, k), of levels at places; None without such."""
         return None if self.table is None else self.table.places

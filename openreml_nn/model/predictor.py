@@ -10,7 +10,7 @@ from torch import Tensor
 
 from openreml_nn.likelihood.fixed import estimable
 from openreml_nn.model.adding import added
-from openreml_nn.model.batch import Batch, part, responding, row_values, rows_of
+from openreml_nn.model.batch import Batch, part, responding, row_values
 from openreml_nn.model.means import evaluating
 from openreml_nn.model.posterior import Posterior
 from openreml_nn.model.random_effect import coded_effects, known_effect
@@ -63,17 +63,6 @@ class Predictor(Posterior):
             (name, effect.names or range(effect.levels), effect.effect_names, *effect.known())
             for name, effect in self.effects().items()
         )
-
-    def random_part(self, batch: Batch) -> Tensor:
-        r""":math:`\sum_t z_t^\top \hat b_t` of each row (n,), zero for unknown levels."""
-        n = rows_of(batch)
-        total = self.joint.covariance.new_zeros(n)
-        for name, (codes, values) in coded_effects(self.effects(), batch, n).items():
-            effect = self.effects()[name]
-            z = total.new_ones(n, 1) if values is None else values
-            b = torch.where((codes >= 0)[:, None], effect.blup[codes.clamp(min=0)], 0)
-            total = total + (z.to(b) * b).sum(1)
-        return total
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Prediction:

@@ -89,7 +89,7 @@ def _draw(folder: Path, plots: Mapping[str, Callable[[], Figure]]) -> None:
 def _plots(result: Result, places: Tensor | None) -> Mapping[str, Callable[[], Figure]]:
     """What to draw, by the names of the files."""
     figures: dict[str, Callable[[], Figure]] = {"convergence": partial(convergence, result)}
-    if places is not None:
+    if places is not None and result.source is not None:
         figures["semivariogram"] = partial(semivariogram, result, places)
     if len(result.residuals):
         figures["residuals"] = partial(residuals, result)

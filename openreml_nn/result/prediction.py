@@ -165,7 +165,8 @@ def predict_table(
         level: of ``low`` and ``high``, see :meth:`openreml_nn.MixedModel.interval`.
 
     Returns:
-        A data frame with the columns ``mean``, ``variance``, ``population_mean``, ``low``, ``high``.
+        A data frame with the columns ``mean``, ``variance``, ``population_mean``, ``low``, ``high``,
+        for several responses ``trait`` before them and a row for each response.
 
     Raises:
         InputError: if a column is missing, or a level of a factor of the fixed effects is unknown.
@@ -177,7 +178,8 @@ def predict_table(
     found, low, high = model.interval(moved(encoded.batch(), model.beta.device), level)
     columns = {**found._asdict(), "low": low, "high": high}
     values = {name: value.double().numpy(force=True) for name, value in columns.items()}
-    return pd.DataFrame(values, index=table.index[encoded.rows])
+    trait = {} if encoded.trait is None else {"trait": encoded.trait}
+    return pd.DataFrame(trait | values, index=table.index[encoded.rows])
 
 
 def moved(x: Any, device: torch.device) -> Any:

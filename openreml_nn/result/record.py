@@ -25,12 +25,17 @@ def to_record(result: FitValues, validation: Mapping[str, float] | None = None) 
     return _finite(
         {
             "schema": 1,
-            "model": {"formula": result.formula, "method": result.method, **_family(result)},
+            "model": {
+                "formula": result.formula,
+                "method": result.method,
+                **_family(result),
+                **({"constraints": dict(result.constraints)} if result.constraints else {}),
+            },
             "data": {
                 "rows": result.rows,
                 "dropped_rows": result.dropped_rows,
                 "fixed_effects": len(result.fixed.names),
-                "groups": {c.group: len(c.levels) for c in random},
+                "groups": result.groups,
             },
             "fit": {
                 "converged": result.converged,

@@ -31,12 +31,17 @@ from openreml_nn.support.files import check_writable, write_text
 __all__ = ["Component", "Estimate", "FixedEffects", "Label", "Record", "Result", "Source", "Start"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result(FitValues):
     """A fitted mixed model, linear or generalised, with predictions, text and JSON.
 
     Its attributes are those of :class:`openreml_nn.result.values.FitValues`.
     """
+
+    def __repr__(self) -> str:
+        """The fit in a line: what was fitted to what, and how well."""
+        names = ("formula", "method", "log_likelihood", "rows", "groups", "converged")
+        return f"Result({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     def predict(self, table: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
         r"""Predictions of new observations for a table, on the scale of the formula's left side.
@@ -59,7 +64,8 @@ class Result(FitValues):
 
         Returns:
             A data frame with the table's index and the columns ``mean``, ``variance``,
-            ``population_mean``, ``low`` and ``high``; rows with missing values are left out.
+            ``population_mean``, ``low`` and ``high``; rows with missing values are left out. For
+            ``cbind(y1, y2)`` each row has one row for every response, named in a column ``trait``.
 
         Raises:
             InputError: if there is no formula, a column is missing, or a level of a factor of the

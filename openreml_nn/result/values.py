@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import log, nan
 from typing import Any
@@ -55,6 +56,8 @@ class FitValues:
         family, link: of the response of a generalised linear mixed model; None for a linear one.
         quadrature: its points of quadrature over the random effects; 1 is Laplace's approximation.
         family_parameters: its family's parameters, or thresholds.
+        constraints: what a user held (a value), bounded (a pair of ends) or tied (the name of another)
+            of the parameters, by their names.
     """
 
     method: str
@@ -88,11 +91,17 @@ class FitValues:
     link: str | None = None
     quadrature: int = 1
     family_parameters: tuple[Estimate, ...] = ()
+    constraints: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def iterations(self) -> int:
         """Number of iterations of the reported run, from its own start."""
         return len(self.history)
+
+    @property
+    def groups(self) -> dict[str, int]:
+        """The number of levels of each grouping factor."""
+        return {c.group: len(c.levels) for c in self.components if c.group != "Residual"}
 
     @property
     def deviance(self) -> float:

@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -170,12 +171,13 @@ class Encoded:
         X: model matrix of the fixed effects (n, p).
         names: names of its columns.
         random: designs of the random effects.
-        rows: positions of the kept rows in the table.
+        rows: positions of the kept rows in the table, a row for each of its responses.
         dropped_rows: rows left out because of missing values.
         residual: structure of the residuals; None for one variance.
         weights: (n,) weights of the rows; None for equal ones.
         offset: (n,) known part of the mean; None without one.
         unseen: rows of a level that was not seen, by grouping factor.
+        trait: (n,) name of the response of each row; None where there is one.
     """
 
     y: Tensor | None
@@ -188,6 +190,13 @@ class Encoded:
     weights: Tensor | None = None
     offset: Tensor | None = None
     unseen: Mapping[str, int] = field(default_factory=dict)
+    trait: np.ndarray | None = None
+
+    def kept(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The kept rows of the table that was encoded, with the column ``trait`` where there are
+        several responses."""
+        found = table.iloc[self.rows]
+        return found if self.trait is None else found.assign(trait=self.trait)
 
     def batch(self) -> dict[str, Any]:
         """The table as a batch of :class:`MixedModel`: ``x`` the model matrix, for each random

@@ -225,11 +225,11 @@ FAULTS = [
         "tests/test_tabular.py -k 'truth or units'",
     ),
     Fault(
-        "a kernel's place is of another level",
+        "a row's place is that of another level",
         TABLE,
-        "by_level.first().to_numpy()",
-        "by_level.first().to_numpy()[::-1].copy()",
-        "tests/test_tabular.py -k 'kernel'",
+        "design.relation.coordinates[design.codes]",
+        "design.relation.coordinates.flip(0)[design.codes]",
+        "tests/test_tabular.py -k 'field'",
     ),
     Fault(
         "every level that is held out loses its rows",

@@ -16,7 +16,7 @@ from scipy.sparse import bmat, bsr_matrix, coo_matrix, csc_matrix, csr_matrix, e
 
 from openreml_nn.likelihood.system.sparse.factor import Factor
 from openreml_nn.likelihood.system.sparse.symbolic import Symbolic
-from openreml_nn.support.errors import InputError, NumericalError
+from openreml_nn.support.errors import InputError, NotPositiveDefiniteError
 
 __all__ = ["Cross", "Equations", "Part"]
 
@@ -250,7 +250,7 @@ class Equations:
             priors: for each part the entries of the lower triangle of a prior that moves.
 
         Raises:
-            NumericalError: if M is not positive definite.
+            NotPositiveDefiniteError: if M is not positive definite.
         """
         values = np.zeros(self.symbolic.entries)
         for cross, data in zip(self.crosses, moved, strict=True):
@@ -261,15 +261,15 @@ class Equations:
         return Factor(self.symbolic, values)
 
     def within_prior(self, inverse: np.ndarray, i: int) -> np.ndarray:
-        """Entries of the inverse in the lower triangle of a part's prior, with one effect a level."""
-        return inverse[self._priors[i][3][:, 0]]
+        """Entries of the inverse in the lower triangle of a part's prior, summed over effects."""
+        return np.asarray(inverse[self._priors[i][3]].sum(1))
 
     @cached_property
     def log_det_prior(self) -> float:
         r""":math:`\log|Q|` of all parts but those whose prior moves.
 
         Raises:
-            NumericalError: if one of them is not positive definite, by name.
+            NotPositiveDefiniteError: if one of them is not positive definite, by name.
         """
         known = [i for i, x in enumerate(self.parts) if x.prior is not None and not x.moves]
         if not known:
@@ -278,7 +278,7 @@ class Equations:
         if found is None:
             for i in known:
                 if self._prior_factor([i]) is None:
-                    raise NumericalError(
+                    raise NotPositiveDefiniteError(
                         f"the inverse of the kernel of {self.parts[i].name!r} is not positive "
                         "definite, so that there is no kernel: expected one that is, as of a pedigree"
                     )
@@ -296,7 +296,7 @@ class Equations:
             values[place] += entries[:, None]
         try:
             found = Factor(self.symbolic, values)
-        except NumericalError:
+        except NotPositiveDefiniteError:
             return None
         return found if found.loss < _SINGULAR else None
 
