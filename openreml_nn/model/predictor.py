@@ -95,6 +95,8 @@ class Predictor(Posterior):
         found, effects = _linear_predictor(self, batch)
         if self.family is not None:
             return on_response(self.family, found, effects, level)
+        if self.responses > 1:
+            found = Prediction(*(value.unflatten(0, (-1, self.responses)) for value in found))
         return found, *normal_interval(found.mean, found.variance, level)
 
     @torch.no_grad()
@@ -125,6 +127,9 @@ def _linear_predictor(model: Predictor, batch: Batch) -> tuple[Prediction, list[
     """Predictions of the response, or of its linear predictor, and what is known of effects."""
     with evaluating(model):
         output = model(batch)
+        if model.responses > 1:
+            batch = {key: value for key, value in batch.items() if key != "y"}
+        batch, output = model.single(batch, output, is_data=False)
         n = len(output)
         if model.head == "gls":
             if not bool(model.joint.is_known):

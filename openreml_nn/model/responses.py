@@ -32,7 +32,7 @@ def of_gaussian(output: Tensor, batch: Batch, head: str) -> tuple[Tensor, Tensor
     if y.dim() != 1 or len(y) != n:
         raise InputError(
             f"`y` has shape {tuple(y.shape)} but `mean` yields {n} rows: expected ({n},); "
-            "a column is made a vector by y[:, 0]"
+            "a column is made a vector by y[:, 0], and several are for a model with responses="
         )
     check_outputs(output, batch)
     dtype = torch.promote_types(y.dtype, output.dtype)
