@@ -24,6 +24,7 @@ __all__ = [
     "level_places",
     "level_values",
     "part",
+    "refuse_weights",
     "responding",
     "row_values",
     "rows_of",
@@ -234,6 +235,19 @@ def row_values(batch: Batch, key: str, n: int, positive: bool = False) -> Tensor
         row = int((found <= 0).nonzero()[0])
         raise InputError(f"`{name}` is {float(found[row]):g} in row {row}: expected above 0")
     return found
+
+
+def refuse_weights(batch: Batch) -> None:
+    """Refuse weights of rows whose response has a family.
+
+    Raises:
+        InputError: if the batch has some.
+    """
+    if batch.get("weights") is not None:
+        raise InputError(
+            f"`batch['weights']` is {described(batch['weights'])} beside a family: expected none, as "
+            "weights divide the residual variance of a Gaussian response"
+        )
 
 
 def level_codes(batch: Batch, name: str, levels: int, n: int) -> Tensor:
