@@ -141,6 +141,12 @@ def test_several_responses_are_rows_of_one(kind, head, missing):
     for own, other in zip(wide.predict(new), wanted, strict=True):
         assert own.shape == (9, T)
         torch.testing.assert_close(own, other.reshape(9, T), rtol=1e-9, atol=1e-10)
+    whole = with_values(rows(missing), kind)
+    density = wide.log_density(whole)
+    assert torch.equal(density.isnan(), whole["y"].isnan())
+    own = density.reshape(-1)[~density.isnan().reshape(-1)]
+    expected = long.log_density(stacked(whole, kind))
+    torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.filterwarnings("ignore:.*rows have no response")

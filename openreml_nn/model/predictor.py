@@ -25,6 +25,7 @@ from openreml_nn.result.prediction import (
     predicted,
 )
 from openreml_nn.result.tables import table_of_blups
+from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
 
 __all__ = ["Predictor"]
@@ -96,7 +97,7 @@ class Predictor(Posterior):
         if self.family is not None:
             return on_response(self.family, found, effects, level)
         if self.responses > 1:
-            found = Prediction(*(value.unflatten(0, (-1, self.responses)) for value in found))
+            found = self._by_row(found)
         return found, *normal_interval(found.mean, found.variance, level)
 
     @torch.no_grad()
@@ -110,8 +111,12 @@ class Predictor(Posterior):
         """
         found, _ = _linear_predictor(self, batch)
         y = part(batch, "y").to(found.mean)
-        if len(y) != len(found.mean):
-            raise InputError(f"`y` has {len(y)} rows but `mean` yields {len(found.mean)}")
+        if self.responses > 1:
+            found = self._by_row(found)
+        if len(y) != len(found.mean) or (self.family is None and y.shape != found.mean.shape):
+            raise InputError(
+                f"`batch['y']` is {described(y)}: expected {tuple(found.mean.shape)}, as predictions are"
+            )
         if self.family is not None:
             own, rows = responding({"y": y})
             self.family.check(own["y"])
@@ -121,6 +126,10 @@ class Predictor(Posterior):
             density = log_predictive(self.family, own["y"], there)
             return torch.full_like(found.mean, torch.nan).index_copy(0, rows, density)
         return -((2 * torch.pi * found.variance).log() + (y - found.mean) ** 2 / found.variance) / 2
+
+    def _by_row(self, found: Prediction) -> Prediction:
+        """Predictions of several responses, (n, t) each."""
+        return Prediction(*(value.unflatten(0, (-1, self.responses)) for value in found))
 
 
 def _linear_predictor(model: Predictor, batch: Batch) -> tuple[Prediction, list[KnownEffect]]:

@@ -308,10 +308,10 @@ def known_effect(
         batch: the rows, with coordinates in ``batch["places"]`` where the effect has them.
     """
     known = KnownEffect(codes, z, effect.blup, effect.variance, effect.prior_in_basis)
-    at = level_places(batch, name, effect.places, len(codes))
-    rows, kernel = (codes < 0).nonzero()[:, 0], kernel_of(effect.g)
-    if at is None or kernel is None or effect.places is None or not len(rows):
+    at, kernel = level_places(batch, name, effect.places, len(codes)), kernel_of(effect.g)
+    if at is None or kernel is None or effect.places is None:
         return known
+    rows = (codes < 0).nonzero()[:, 0]
     own, mode = at[rows].to(effect.places), "donot_use_mm_for_euclid_dist"
     distance = torch.cdist(own, effect.places, compute_mode=mode)
     return replace(known, kriging=Kriging.of(rows, kernel(), kernel.between(distance)))
