@@ -299,7 +299,7 @@ class MixedModule(Evaluated):
         """Say how many rows a sampler repeats, and take up the state of a resumed run."""
         warn_of_repeats(self.trainer)
         self._met, self._checked = None, False
-        self._responses = Responses(not self.way.needs_all_rows)
+        self._responses = Responses(not self.way.needs_all_rows, self.model.responses > 1)
         self._estimates = self._begun()
         self._known.aireml = self._aireml
         if self._resumed_state is not None:

@@ -41,7 +41,7 @@ _NODES = 41
 
 
 class Prediction(NamedTuple):
-    """Predictions of some rows, (n,) each.
+    """Predictions of some rows, (n,) each; of several responses (n, t).
 
     Attributes:
         mean: with the random effects of the levels that are known.
