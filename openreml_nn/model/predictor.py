@@ -200,7 +200,9 @@ class Predictor(nn.Module):
         """
         found, effects = _linear_predictor(self, batch)
         if self.family is not None:
-            return on_response(self.family, found, effects, level)
+            low, high = normal_interval(found.mean, found.variance, level)
+            found = on_response(self.family, found, effects)
+            return found, self.family.mean(low), self.family.mean(high)
         return found, *normal_interval(found.mean, found.variance, level)
 
     @torch.no_grad()
