@@ -27,6 +27,7 @@ from openreml_nn.terms.kernel import Kernel
 from openreml_nn.terms.term import Term
 
 __all__ = [
+    "DistanceMatrix",
     "ExponentialMatrix",
     "GaussianMatrix",
     "KnownMatrix",
@@ -36,8 +37,8 @@ __all__ = [
 ]
 
 
-class _DistanceMatrix(Matrix):
-    """Base of :math:`V_{ij} = \\sigma^2 c(d_{ij} / \\ell)`."""
+class DistanceMatrix(Matrix):
+    """A kernel of distances, :math:`V_{ij} = \\sigma^2 c(d_{ij} / \\ell)`."""
 
     correlation: Correlation
     distance: Tensor
@@ -66,6 +67,11 @@ class _DistanceMatrix(Matrix):
         variance, _, r = self._scaled(free_params)
         return variance * self.correlation.value(r)
 
+    def between(self, distance: Tensor) -> Tensor:
+        """Covariance between places at other distances, at the present parameters."""
+        variance, length = self.build_params().split(1)
+        return variance * self.correlation.value((distance.to(length) / length).clamp(max=1e4))
+
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
         variance, length, r = self._scaled(free_params)
         slices = torch.stack(
@@ -90,7 +96,7 @@ class _DistanceMatrix(Matrix):
         return apart.numel() > 0 and self.set_start(self.param_names[1], reach * apart.median())
 
 
-class ExponentialMatrix(_DistanceMatrix):
+class ExponentialMatrix(DistanceMatrix):
     r"""Exponential covariance :math:`V_{ij} = \sigma^2 e^{-d_{ij}/\ell}`.
 
     =============== ============== =======
@@ -123,7 +129,7 @@ class ExponentialMatrix(_DistanceMatrix):
     correlation = ExponentialCorrelation()
 
 
-class GaussianMatrix(_DistanceMatrix):
+class GaussianMatrix(DistanceMatrix):
     r"""Gaussian (squared-exponential) covariance
     :math:`V_{ij} = \sigma^2 e^{-d_{ij}^2/(2\ell^2)}`.
 
@@ -156,7 +162,7 @@ class GaussianMatrix(_DistanceMatrix):
     correlation = GaussianCorrelation()
 
 
-class MaternMatrix(_DistanceMatrix):
+class MaternMatrix(DistanceMatrix):
     r"""Matérn covariance of smoothness ν = ½, 3/2 or 5/2.
 
     With :math:`s = \sqrt{2\nu}\, d_{ij}/\ell` the correlation is
@@ -200,7 +206,7 @@ class MaternMatrix(_DistanceMatrix):
         return f"{super().extra_repr()}, nu={self.nu}"
 
 
-class SphericalMatrix(_DistanceMatrix):
+class SphericalMatrix(DistanceMatrix):
     r"""Spherical covariance :math:`V_{ij} = \sigma^2 (1 - \tfrac32 r + \tfrac12 r^3)` for
     :math:`r = d_{ij}/\ell < 1`, zero beyond.
 

@@ -275,8 +275,8 @@ class KnownInverseMatrix(Matrix):
         Output: (n, n).
 
     Raises:
-        InputError: if ``inverse`` is not square, or not zero on ``null``; by calling the matrix, if
-            it is not positive definite.
+        InputError: if ``inverse`` is not square, dense and not symmetric, or not zero on ``null``.
+        NotPositiveDefiniteError: by calling the matrix, if ``inverse`` is not positive definite.
 
     >>> pedigree = Pedigree.of(["c"], ["a"], ["b"])
     >>> KnownInverseMatrix(pedigree.inverse)(torch.tensor([0.0])).round(decimals=4).abs()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from openreml_nn.program.options import Options
+from openreml_nn.program.options import Options, by_parameter
 from openreml_nn.program.reporting import costs_nothing, reported, shown
 from openreml_nn.program.rundir import RunDirectory
 from openreml_nn.program.tables import chosen_table
@@ -36,7 +36,7 @@ def fit_table(config: DictConfig) -> float:
     Returns:
         What a sweep minimises: the negative log density of the rows held out, or the deviance.
     """
-    path = Path(HydraConfig.get().runtime.output_dir)
+    path, config = Path(HydraConfig.get().runtime.output_dir), by_parameter(config)
     with reported(_advice(config)), RunDirectory(path, is_first_process()) as directory:
         import lightning
 
@@ -156,26 +156,17 @@ class InMemory:
         if not _takes_rows(options):
             taken.remove("rows")
         given = {key: options[f"model.{key}"] for key in options.keys("model") if key in taken}
-        # A config is a covariance by places; a path is that of a known matrix, of the table's part.
-        kernels = given.get("kernels") or {}
-        given["kernels"] = {k: v for k, v in kernels.items() if not isinstance(v, str)}
-        known = {k: v for k, v in kernels.items() if isinstance(v, str)}
         if given.get("family") is None or given.get("network") is not None:
             given["optimizer"] = options["optimizer"]  # a family alone is fitted without
         self.module = MixedModule(formula, **given, categorical=names, seed=options["seed"])
-        residual, share, split = given.get("residual"), options["data.validation"], {}
+        share, split = options["data.validation"], {}
         if share:
             by = options["data.split_by"]
             split = {"split": options["data.split"], "split_by": None if by is None else str(by)}
         self.data = MixedModelDataModule(
             chosen_table(options),
-            formula,
-            names,
-            residual=residual if isinstance(residual, str) else None,
-            weights=given.get("weights"),
             pedigree=options["model.pedigree"],
-            kernels=known,
-            family=given.get("family"),
+            kernels=options["model.kernels"],
             validation=share,
             **split,
             seed=options["seed"],
@@ -201,6 +192,8 @@ class InMemory:
 
     def read(self) -> None:
         """Read the table."""
+        assert self.module.formula_options is not None
+        self.data.complete(self.module.formula_options)
         self.data.setup("fit")
 
     def run(self) -> Fitted:

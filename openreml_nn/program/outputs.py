@@ -89,14 +89,14 @@ def _draw(folder: Path, plots: Mapping[str, Callable[[], Figure]]) -> None:
 def _plots(result: Result, places: Tensor | None) -> Mapping[str, Callable[[], Figure]]:
     """What to draw, by the names of the files."""
     figures: dict[str, Callable[[], Figure]] = {"convergence": partial(convergence, result)}
-    if places is not None:
+    if places is not None and result.source is not None:
         figures["semivariogram"] = partial(semivariogram, result, places)
     if len(result.residuals):
         figures["residuals"] = partial(residuals, result)
     if result.source is not None and result.family is None:  # they are of Gaussian responses
         figures["shares"] = partial(shares, result)
         figures["covariance"] = partial(covariance_map, result)
-    groups = dict.fromkeys(c.group for c in result.components if c.group != "Residual")
+    groups = dict.fromkeys(c.group for c in result.components if not c.is_residual)
     for group in groups:
         name = "blup_" + re.sub(r"[^\w.-]", "_", group)
         figures[name] = partial(caterpillar, result, group)

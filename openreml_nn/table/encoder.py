@@ -19,7 +19,8 @@ from openreml_nn.table.groups import check_relations
 from openreml_nn.table.learned import Group, Learned
 from openreml_nn.table.levels import label, number_key
 from openreml_nn.table.relation import Known
-from openreml_nn.table.rows import TableRows, complete
+from openreml_nn.table.rows import TableRows
+from openreml_nn.table.traits import complete_rows
 
 __all__ = ["Encoder", "group_key"]
 
@@ -74,7 +75,9 @@ class Encoder(Encoding):
         self.learned = Learned()
         self._learn_relations()
         self._learn_others(table)
-        kept, rows, dropped = complete(table, self.columns(), self.categorical, self.source)
+        kept, rows, dropped = complete_rows(
+            table, self.columns(), self.categorical, self.source, self.formula.traits
+        )
         data = self._rows(kept)
         self.learned.factors.update(occurring([data], self._effects))
         encoded = self._encoded(data, rows, dropped, len(kept) - 1, fitting=True)
@@ -89,6 +92,11 @@ class Encoder(Encoding):
         Raises:
             InputError: as :meth:`fit` does.
         """
+        if self.formula.traits:
+            raise InputError(
+                f"formula {self.formula.text!r}: cbind() is not for a table in chunks: expected one "
+                "with a row for each response"
+            )
         self.learned, self.orders = Learned(), {}
         self._learn_relations()
         rest = iter(chunks)

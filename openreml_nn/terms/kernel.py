@@ -12,7 +12,7 @@ from scipy.sparse import csc_matrix
 from scipy.sparse.linalg import splu
 from torch import Tensor
 
-from openreml_nn.support.errors import InputError
+from openreml_nn.support.errors import NotPositiveDefiniteError
 
 __all__ = ["Kernel", "private", "same_content"]
 
@@ -54,7 +54,7 @@ class Kernel:
         """K itself; from its inverse it is computed once.
 
         Raises:
-            InputError: if the inverse is not positive definite.
+            NotPositiveDefiniteError: if the inverse is not positive definite.
         """
         if self._dense is None:
             assert self.inverse is not None
@@ -66,7 +66,7 @@ class Kernel:
                     inverse = inverse + scale * N @ N.mT
                 factor, info = torch.linalg.cholesky_ex(inverse)
                 if int(info):
-                    raise InputError("`inverse` is not positive definite")
+                    raise NotPositiveDefiniteError("`inverse` is not positive definite")
                 found = torch.cholesky_inverse(factor)
                 self._dense = found if N is None else found - N @ N.mT / scale
         return self._dense
@@ -106,9 +106,9 @@ class Kernel:
         try:
             factor = splu(matrix, "MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options)
         except RuntimeError:
-            raise InputError("`inverse` is singular") from None
+            raise NotPositiveDefiniteError("`inverse` is singular") from None
         if not (factor.U.diagonal() > 0).all():
-            raise InputError("`inverse` is not positive definite")
+            raise NotPositiveDefiniteError("`inverse` is not positive definite")
         return factor
 
 

@@ -18,7 +18,7 @@ from openreml_nn.likelihood.system.sparse.bordered import Bordered, Factored
 from openreml_nn.likelihood.system.sparse.factor import Factor
 from openreml_nn.likelihood.system.sparse.part import Part
 from openreml_nn.likelihood.system.sparse.symbolic import Symbolic
-from openreml_nn.support.errors import InputError, NumericalError
+from openreml_nn.support.errors import InputError, NotPositiveDefiniteError
 
 __all__ = ["Cross", "Equations"]
 
@@ -201,7 +201,7 @@ class Equations:
             priors: for each part the entries of the lower triangle of a prior that moves.
 
         Raises:
-            NumericalError: if M is not positive definite.
+            NotPositiveDefiniteError: if M is not positive definite.
         """
         values = np.zeros(self.symbolic.entries)
         for cross, data in zip(self.crosses, moved, strict=True):
@@ -243,7 +243,7 @@ class Equations:
         r""":math:`\log|Q|` of all parts but those whose prior moves.
 
         Raises:
-            NumericalError: if one of them is not positive definite, by name.
+            NotPositiveDefiniteError: if one of them is not positive definite, by name.
         """
         known = [i for i, x in enumerate(self.parts) if x.prior is not None and not x.moves]
         if not known:
@@ -252,7 +252,7 @@ class Equations:
         if found is None:
             for i in known:
                 if self._prior_factor([i]) is None:
-                    raise NumericalError(
+                    raise NotPositiveDefiniteError(
                         f"the inverse of the kernel of {self.parts[i].name!r} is not positive "
                         "definite, so that there is no kernel: expected one that is, as of a pedigree"
                     )
@@ -270,7 +270,7 @@ class Equations:
             values[place] += entries[:, None]
         try:
             found = self._within(values, known)
-        except NumericalError:
+        except NotPositiveDefiniteError:
             return None
         return found if found.loss < _SINGULAR else None
 

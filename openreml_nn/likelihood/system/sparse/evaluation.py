@@ -12,15 +12,11 @@ from scipy.linalg import solve_triangular
 from torch import Tensor
 
 from openreml_nn.likelihood.effects import RandomEffects
-from openreml_nn.likelihood.problem import (
-    Evaluation,
-    NotPositiveDefiniteError,
-    Problem,
-)
+from openreml_nn.likelihood.problem import Evaluation, Problem
 from openreml_nn.likelihood.system.sparse.equations import Equations
 from openreml_nn.likelihood.system.sparse.rows import Rows
 from openreml_nn.likelihood.system.sparse.terms import SparseTerm
-from openreml_nn.support.errors import NumericalError
+from openreml_nn.support.errors import NotPositiveDefiniteError
 from openreml_nn.terms.term import Term
 
 __all__ = ["SparseEvaluation", "SparseSystem"]
@@ -65,7 +61,7 @@ class SparseEvaluation(Evaluation):
         prior = equations.log_det_prior + sum(point.log_det for point in points)
         try:
             self._factor = equations.factor(self._moved, [point.entries for point in points])
-        except NumericalError:
+        except NotPositiveDefiniteError:
             raise NotPositiveDefiniteError("V is not positive definite") from None
         log_det = at.log_det + self._factor.log_det - prior
         self._half = self._factor.half(self._each(at.Zf, "lifted", transpose=True))

@@ -15,10 +15,9 @@ import torch
 from scipy.sparse import csc_matrix
 from torch import Tensor
 
-from openreml_nn.likelihood.problem import NotPositiveDefiniteError
 from openreml_nn.likelihood.system.sparse.factor import Factor
 from openreml_nn.likelihood.system.sparse.symbolic import Symbolic
-from openreml_nn.support.errors import NumericalError
+from openreml_nn.support.errors import NotPositiveDefiniteError, NumericalError
 from openreml_nn.terms.precision import Precision, PrecisionCovariance
 
 __all__ = ["Moving", "MovingAt"]
