@@ -1,9 +1,15 @@
 """Covariance matrices and operators as modules."""
 
 from openreml_nn.covariance import transform
-from openreml_nn.covariance.autoregressive import AntedependenceMatrix, AR1Matrix, ToeplitzMatrix
+from openreml_nn.covariance.autoregressive import (
+    AntedependenceMatrix,
+    AR1Matrix,
+    StationaryMatrix,
+    ToeplitzMatrix,
+)
 from openreml_nn.covariance.block import Augment, BlockDiagonal, Stack
 from openreml_nn.covariance.compat import simple_param_specs
+from openreml_nn.covariance.decaying import LinearMatrix, RationalQuadraticMatrix
 from openreml_nn.covariance.dummy import DummyMatrix
 from openreml_nn.covariance.exchangeable import (
     CompoundSymmetricMatrix,
@@ -71,16 +77,19 @@ __all__ = [
     "KnownInverseMatrix",
     "KnownMatrix",
     "KroneckerProduct",
+    "LinearMatrix",
     "LowerTriangularMatrix",
     "MaternMatrix",
     "Matrix",
     "Operator",
     "Pedigree",
     "Product",
+    "RationalQuadraticMatrix",
     "ScalarMatrix",
     "SimpleMatrix",
     "SphericalMatrix",
     "Stack",
+    "StationaryMatrix",
     "Sum",
     "ToeplitzMatrix",
     "Transpose",

@@ -21,6 +21,7 @@ from openreml_nn.terms.kernel import Kernel
 from openreml_nn.terms.term import Term
 
 __all__ = [
+    "DistanceMatrix",
     "ExponentialMatrix",
     "GaussianMatrix",
     "KnownMatrix",
@@ -30,8 +31,9 @@ __all__ = [
 ]
 
 
-class _DistanceMatrix(Matrix):
-    """Base of :math:`V_{ij} = \\sigma^2 c(d_{ij} / \\ell)`."""
+class DistanceMatrix(Matrix):
+    """Base of :math:`V_{ij} = \\sigma^2 c(d_{ij} / \\ell)`; a kernel supplies ``correlation`` and
+    ``fall``."""
 
     distance: Tensor
 
@@ -49,11 +51,11 @@ class _DistanceMatrix(Matrix):
         super().__init__(tuple(distance.shape), merge_specs(default, param_specs))
         self.register_data("distance", distance)
 
-    def _correlation(self, r: Tensor) -> Tensor:
+    def correlation(self, r: Tensor) -> Tensor:
         """:math:`c(r)`."""
         raise NotImplementedError
 
-    def _fall(self, r: Tensor) -> Tensor:
+    def fall(self, r: Tensor) -> Tensor:
         """:math:`-r c'(r)`."""
         raise NotImplementedError
 
@@ -65,18 +67,18 @@ class _DistanceMatrix(Matrix):
 
     def forward(self, free_params: FreeParams = None) -> Tensor:
         variance, _, r = self._scaled(free_params)
-        return variance * self._correlation(r)
+        return variance * self.correlation(r)
 
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
         variance, length, r = self._scaled(free_params)
-        slices = torch.stack([self._correlation(r), variance * self._fall(r) / length])
+        slices = torch.stack([self.correlation(r), variance * self.fall(r) / length])
         return self.free_grad(slices, free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
         self.check_cotangent(cotangent)
         variance, length, r = self._scaled(free_params)
-        by_variance = (cotangent * self._correlation(r)).sum().reshape(1)
-        by_length = (cotangent * self._fall(r)).sum() * variance / length
+        by_variance = (cotangent * self.correlation(r)).sum().reshape(1)
+        by_length = (cotangent * self.fall(r)).sum() * variance / length
         return self.free_vjp(torch.cat([by_variance, by_length]), free_params)
 
     def moment_start(self, variance: Tensor) -> bool:
@@ -89,7 +91,7 @@ class _DistanceMatrix(Matrix):
         return apart.numel() > 0 and self.set_start(self.param_names[1], reach * apart.median())
 
 
-class ExponentialMatrix(_DistanceMatrix):
+class ExponentialMatrix(DistanceMatrix):
     r"""Exponential covariance :math:`V_{ij} = \sigma^2 e^{-d_{ij}/\ell}`.
 
     =============== ============== =======
@@ -119,14 +121,14 @@ class ExponentialMatrix(_DistanceMatrix):
             [0.3679, 1.0000]])
     """
 
-    def _correlation(self, r: Tensor) -> Tensor:
+    def correlation(self, r: Tensor) -> Tensor:
         return torch.exp(-r)
 
-    def _fall(self, r: Tensor) -> Tensor:
+    def fall(self, r: Tensor) -> Tensor:
         return r * torch.exp(-r)
 
 
-class GaussianMatrix(_DistanceMatrix):
+class GaussianMatrix(DistanceMatrix):
     r"""Gaussian (squared-exponential) covariance
     :math:`V_{ij} = \sigma^2 e^{-d_{ij}^2/(2\ell^2)}`.
 
@@ -156,14 +158,14 @@ class GaussianMatrix(_DistanceMatrix):
             [0.6065, 1.0000]])
     """
 
-    def _correlation(self, r: Tensor) -> Tensor:
+    def correlation(self, r: Tensor) -> Tensor:
         return torch.exp(-r * r / 2)
 
-    def _fall(self, r: Tensor) -> Tensor:
+    def fall(self, r: Tensor) -> Tensor:
         return r * r * torch.exp(-r * r / 2)
 
 
-class MaternMatrix(_DistanceMatrix):
+class MaternMatrix(DistanceMatrix):
     r"""Matérn covariance of smoothness ν = ½, 3/2 or 5/2.
 
     With :math:`s = \sqrt{2\nu}\, d_{ij}/\ell` the correlation is
@@ -204,12 +206,12 @@ class MaternMatrix(_DistanceMatrix):
         super().__init__(distance, param_specs)
         self.nu = nu
 
-    def _correlation(self, r: Tensor) -> Tensor:
+    def correlation(self, r: Tensor) -> Tensor:
         s = sqrt(2 * self.nu) * r
         polynomial = {0.5: s * 0 + 1, 1.5: 1 + s, 2.5: 1 + s + s * s / 3}[self.nu]
         return polynomial * torch.exp(-s)
 
-    def _fall(self, r: Tensor) -> Tensor:
+    def fall(self, r: Tensor) -> Tensor:
         s = sqrt(2 * self.nu) * r
         polynomial = {0.5: s, 1.5: s * s, 2.5: s * s * (1 + s) / 3}[self.nu]
         return polynomial * torch.exp(-s)
@@ -218,7 +220,7 @@ class MaternMatrix(_DistanceMatrix):
         return f"{super().extra_repr()}, nu={self.nu}"
 
 
-class SphericalMatrix(_DistanceMatrix):
+class SphericalMatrix(DistanceMatrix):
     r"""Spherical covariance :math:`V_{ij} = \sigma^2 (1 - \tfrac32 r + \tfrac12 r^3)` for
     :math:`r = d_{ij}/\ell < 1`, zero beyond.
 
@@ -250,11 +252,11 @@ class SphericalMatrix(_DistanceMatrix):
             [0.3125, 1.0000]])
     """
 
-    def _correlation(self, r: Tensor) -> Tensor:
+    def correlation(self, r: Tensor) -> Tensor:
         inner = r.clamp(max=1)
         return 1 - 1.5 * inner + 0.5 * inner**3
 
-    def _fall(self, r: Tensor) -> Tensor:
+    def fall(self, r: Tensor) -> Tensor:
         inner = r.clamp(max=1)
         return 1.5 * (inner - inner**3)
 
