@@ -368,8 +368,8 @@ FAULTS = {
     "scheduler": (["experiment=neural_spatial", "model.scheduler=1"], "expected a config"),
     "split": (["experiment=neural_spatial", "data.split=even"], "`split` is 'even'"),
     "kernel": (
-        ["experiment=neural_spatial", "model.kernels.plot.columns=[west]"],
-        "['west']",
+        ["experiment=neural_spatial", "model.kernels.plot.columns=[east, north]"],
+        "a covariance by distance stands in the formula, such as (1 | matern(east, north))",
     ),
     "group": (["optimizer=magic"], "optimizer/magic"),
     "key": (["data.pth=x"], "data.pth"),

@@ -184,3 +184,13 @@ def test_a_known_residual_variance_is_held(rows):
     variance = float(found.components[0].covariance)
     assert found.log_likelihood == pytest.approx(reml(variance), rel=1e-12)
     assert reml(variance) > max(reml(variance * 1.001), reml(variance / 1.001))
+
+
+def test_a_known_residual_variance_takes_a_response_without_error():
+    table = pd.DataFrame({"x": np.arange(9.0) ** 2, "y": 3 + np.arange(9.0) ** 2})
+    with pytest.raises(InputError, match="fit `y` exactly"):
+        lmm("y ~ x", table)
+    found = lmm("y ~ x", table, residual_variance=0.25)
+    assert found.fixed.estimate.tolist() == pytest.approx([3, 1], rel=1e-12)
+    X = np.stack([np.ones(9), table.x], 1)
+    np.testing.assert_allclose(found.fixed.covariance, 0.25 * np.linalg.inv(X.T @ X), rtol=1e-10)

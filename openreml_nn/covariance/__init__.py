@@ -9,13 +9,26 @@ from openreml_nn.covariance.autoregressive import (
 )
 from openreml_nn.covariance.block import Augment, BlockDiagonal, Stack
 from openreml_nn.covariance.compat import simple_param_specs
-from openreml_nn.covariance.decaying import LinearMatrix, RationalQuadraticMatrix
+from openreml_nn.covariance.correlation import (
+    Correlation,
+    ExponentialCorrelation,
+    GaussianCorrelation,
+    MaternCorrelation,
+    SphericalCorrelation,
+)
+from openreml_nn.covariance.decaying import (
+    LinearCorrelation,
+    LinearMatrix,
+    RationalQuadraticCorrelation,
+    RationalQuadraticMatrix,
+)
 from openreml_nn.covariance.dummy import DummyMatrix
 from openreml_nn.covariance.exchangeable import (
     CompoundSymmetricMatrix,
     EqualEntryMatrix,
     EquicorrelationMatrix,
 )
+from openreml_nn.covariance.graph import CARMatrix, ICARMatrix, RandomWalkMatrix
 from openreml_nn.covariance.identity import DiagonalMatrix, IdentityMatrix, ScalarMatrix
 from openreml_nn.covariance.kernel import (
     ExponentialMatrix,
@@ -53,6 +66,7 @@ from openreml_nn.covariance.triangular import (
     UnstructuredMatrix,
 )
 from openreml_nn.covariance.variance import VarianceFunction
+from openreml_nn.covariance.vecchia import VecchiaMatrix
 
 __all__ = [
     "AR1Matrix",
@@ -61,32 +75,42 @@ __all__ = [
     "AntedependenceMatrix",
     "Augment",
     "BlockDiagonal",
+    "CARMatrix",
     "CompoundSymmetricMatrix",
     "ContinuousAR1Matrix",
+    "Correlation",
     "CovariancePropagation",
     "DiagonalMatrix",
     "DummyMatrix",
     "EqualEntryMatrix",
     "EquicorrelationMatrix",
+    "ExponentialCorrelation",
     "ExponentialMatrix",
+    "GaussianCorrelation",
     "GaussianMatrix",
     "Gram",
     "HadamardProduct",
+    "ICARMatrix",
     "IdentityMatrix",
     "Inverse",
     "KnownInverseMatrix",
     "KnownMatrix",
     "KroneckerProduct",
+    "LinearCorrelation",
     "LinearMatrix",
     "LowerTriangularMatrix",
+    "MaternCorrelation",
     "MaternMatrix",
     "Matrix",
     "Operator",
     "Pedigree",
     "Product",
+    "RandomWalkMatrix",
+    "RationalQuadraticCorrelation",
     "RationalQuadraticMatrix",
     "ScalarMatrix",
     "SimpleMatrix",
+    "SphericalCorrelation",
     "SphericalMatrix",
     "Stack",
     "StationaryMatrix",
@@ -96,6 +120,7 @@ __all__ = [
     "UnconstrainedMatrix",
     "UnstructuredMatrix",
     "VarianceFunction",
+    "VecchiaMatrix",
     "ar1_field",
     "factor_analytic",
     "heterogeneous",

@@ -2,11 +2,59 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
+from openreml_nn.covariance.correlation import Correlation
 from openreml_nn.covariance.kernel import DistanceMatrix
 
-__all__ = ["LinearMatrix", "RationalQuadraticMatrix"]
+__all__ = [
+    "LinearCorrelation",
+    "LinearMatrix",
+    "RationalQuadraticCorrelation",
+    "RationalQuadraticMatrix",
+]
+
+
+@dataclass(frozen=True)
+class LinearCorrelation(Correlation):
+    r""":math:`1 - r` for r < 1, zero beyond.
+
+    It is a correlation in one dimension only.
+
+    >>> LinearCorrelation().value(torch.tensor([0.0, 0.25, 2.0]))
+    tensor([1.0000, 0.7500, 0.0000])
+    """
+
+    def value(self, r: Tensor) -> Tensor:
+        return 1 - r.clamp(max=1)
+
+    def slope(self, r: Tensor) -> Tensor:
+        return torch.where(r < 1, r, 0.0)
+
+    def bend(self, r: Tensor) -> Tensor:
+        return -self.slope(r)
+
+
+@dataclass(frozen=True)
+class RationalQuadraticCorrelation(Correlation):
+    r""":math:`1 / (1 + r^2)`.
+
+    >>> RationalQuadraticCorrelation().value(torch.tensor([0.0, 1.0]))
+    tensor([1.0000, 0.5000])
+    """
+
+    def value(self, r: Tensor) -> Tensor:
+        return 1 / (1 + r * r)
+
+    def slope(self, r: Tensor) -> Tensor:
+        return 2 * r * r / (1 + r * r) ** 2
+
+    def bend(self, r: Tensor) -> Tensor:
+        square = r * r
+        return 4 * square * (square - 1) / (1 + square) ** 3
 
 
 class LinearMatrix(DistanceMatrix):
@@ -35,17 +83,12 @@ class LinearMatrix(DistanceMatrix):
     Reference:
         Pinheiro and Bates, Mixed-Effects Models in S and S-PLUS (2000), section 5.3.2.
 
-    >>> import torch
     >>> LinearMatrix(torch.tensor([[0.0, 0.25], [0.25, 0.0]]))(torch.zeros(2))
     tensor([[1.0000, 0.7500],
             [0.7500, 1.0000]])
     """
 
-    def correlation(self, r: Tensor) -> Tensor:
-        return 1 - r.clamp(max=1)
-
-    def fall(self, r: Tensor) -> Tensor:
-        return r * (r < 1)
+    correlation = LinearCorrelation()
 
     def start_reach(self, reach: float) -> bool:
         # The correlation ends at the range: begin with one that most pairs are within.
@@ -76,14 +119,9 @@ class RationalQuadraticMatrix(DistanceMatrix):
     Reference:
         Pinheiro and Bates, Mixed-Effects Models in S and S-PLUS (2000), section 5.3.2.
 
-    >>> import torch
     >>> RationalQuadraticMatrix(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))(torch.zeros(2))
     tensor([[1.0000, 0.5000],
             [0.5000, 1.0000]])
     """
 
-    def correlation(self, r: Tensor) -> Tensor:
-        return 1 / (1 + r * r)
-
-    def fall(self, r: Tensor) -> Tensor:
-        return 2 * r * r / (1 + r * r) ** 2
+    correlation = RationalQuadraticCorrelation()

@@ -29,7 +29,8 @@ from openreml_nn.covariance.triangular import UnstructuredMatrix
 from openreml_nn.estimation.coordinates import Coordinates
 from openreml_nn.estimation.derivatives import expand, hessian_of_value
 from openreml_nn.likelihood.loss import Objective
-from openreml_nn.likelihood.problem import Evaluation, NotPositiveDefiniteError
+from openreml_nn.likelihood.problem import Evaluation
+from openreml_nn.support.errors import NotPositiveDefiniteError
 
 __all__ = ["Ascent", "Natural", "Quantity"]
 

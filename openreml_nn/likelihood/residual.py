@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.linalg import solve_triangular
 
 from openreml_nn.likelihood.fixed import traced
-from openreml_nn.likelihood.problem import NotPositiveDefiniteError, cholesky, pivot_loss
-from openreml_nn.support.errors import InputError
+from openreml_nn.likelihood.problem import cholesky, pivot_loss
+from openreml_nn.support.errors import InputError, NotPositiveDefiniteError
 from openreml_nn.terms.design import DenseDesign, Design, IdentityDesign, IndexedDesign
 from openreml_nn.terms.term import Term, residual_terms
 

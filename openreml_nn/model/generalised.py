@@ -40,11 +40,11 @@ __all__ = ["fit_family", "glmm"]
 def glmm(
     formula: str,
     table: pd.DataFrame | str | os.PathLike[str] | TableFile,
-    *,
-    family: str | Family,
+    family: str | Family = "binomial",
     link: str | None = None,
     method: str = "ml",
     quadrature: int = 1,
+    *,
     solver: str | Solver = "auto",
     categorical: Sequence[str] = (),
     weights: str | None = None,
@@ -168,7 +168,7 @@ def fit_family(
         output = (model(batch) if output is None else output).double()
     loss, y, offset, X = model.marginal(output, batch)
     if X is None:
-        X = output.new_zeros(len(output), 0)
+        X = output.new_zeros(len(offset), 0)
     names = [f"X{j}" for j in range(X.shape[1])] if names is None else list(names)
     # The thresholds of an ordinal response take the intercept's place.
     first = int(loss.family.name == "ordinal" and names[:1] == ["(Intercept)"])

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance import Matrix, Pedigree
+from openreml_nn.covariance import Pedigree
 from openreml_nn.estimation import Result, fit_reml
 from openreml_nn.estimation.fit import moment_start
 from openreml_nn.likelihood import REMLLoss
@@ -24,6 +24,7 @@ from openreml_nn.model.constraints import Constraint, Limits
 from openreml_nn.model.mixed_model import MixedModel
 from openreml_nn.model.stream import fit_stream
 from openreml_nn.model.structures import bases_of, labels_of, linear_model, relations_of
+from openreml_nn.result.equations import FixedBasis
 from openreml_nn.result.result import Label
 from openreml_nn.support.checks import (
     check_count,
@@ -34,10 +35,10 @@ from openreml_nn.support.checks import (
 )
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import Encoder, TableFile
-from openreml_nn.table.traits import RESIDUAL
+from openreml_nn.table.traits import WITHIN_UNIT
 from openreml_nn.terms.term import Term
 
-__all__ = ["lmm", "read_table_of", "with_model"]
+__all__ = ["in_user_basis", "lmm", "read_table_of", "with_model"]
 
 
 def lmm(
@@ -132,7 +133,7 @@ def lmm(
     relations = relations_of(pedigree, kernels)
     encoder = Encoder(formula, categorical, source, residual, weights, known, relations)
     if encoder.formula.traits:
-        _check_variance(residual_variance, RESIDUAL)
+        _check_variance(residual_variance, WITHIN_UNIT)
     encoded = encoder.fit(table)
     # Names are of parameters in the user's basis.
     bases = {} if limits else bases_of(encoded.random)
@@ -155,8 +156,7 @@ def lmm(
     )
     result = with_model(result, model, batch)
     if bases:
-        plain = linear_model(encoded, method, solver, residual_variance)
-        result = _in_user_basis(result, plain.covariance(batch), labels)
+        result = in_user_basis(result, model, batch, labels)
     assert result.source is not None
     cells = encoder.cells(encoded.kept(table))
     return replace(
@@ -180,8 +180,22 @@ def read_table_of(
     return file.read(), f"file {str(table)!r}"
 
 
-def _in_user_basis(result: Result, covariance: Matrix, labels: Mapping[str, Label]) -> Result:
-    """A result whose source has the covariance of the user's values of random slopes."""
+def in_user_basis(
+    result: Result, model: MixedModel, batch: Batch, labels: Mapping[str, Label]
+) -> Result:
+    """A result whose source has the covariance of the user's values of random slopes.
+
+    Args:
+        result: of a fit with random effects in bases of their own, see :class:`RandomEffect`; its
+            parameters are in the user's.
+        model: that was fitted.
+        batch: the rows.
+        labels: names of levels and effects, without bases.
+    """
+    plain = copy.deepcopy(model)
+    for effect in plain.effects().values():
+        effect.basis = torch.eye(effect.effects).to(effect.basis)
+    covariance = plain.covariance(batch)
     stored = {estimate.name: estimate.untransformed for estimate in result.parameters}
     with torch.no_grad():
         for entry in covariance.parameter_entries().entries:
@@ -208,18 +222,22 @@ def with_model(
         return replace(result, model=model)
     model.remember(result.random, result.fixed, result.fixed.aliases)
     X, columns = source.X, list(result.fixed.columns)
+    y = source.y if residual is None else None
     model.remember_errors(
-        source.covariance, lambda: _orthonormal(X, columns), len(columns), residual
+        source.covariance, lambda: _orthonormal(y, X, columns), len(columns), residual
     )
     return replace(result, model=model)
 
 
-def _orthonormal(X: Tensor, columns: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Some columns of X in an orthonormal basis, and the basis (p, r)."""
+def _orthonormal(y: Tensor | None, X: Tensor, columns: Sequence[int]) -> tuple[Tensor, FixedBasis]:
+    """Some columns of X in an orthonormal basis, and what they leave of y; with the basis."""
     Q, R = torch.linalg.qr(X[:, columns])
-    basis = X.new_zeros(X.shape[1], len(columns))
+    basis, offset = X.new_zeros(X.shape[1], len(columns)), X.new_zeros(X.shape[1])
     basis[columns] = torch.linalg.solve_triangular(R, torch.eye(len(R)).to(R), upper=True)
-    return Q, basis
+    if y is None:
+        return Q, FixedBasis(basis, offset)
+    offset = basis @ (Q.mT @ y)
+    return torch.cat([Q, (y - X @ offset)[:, None]], 1), FixedBasis(basis, offset)
 
 
 def _check_variance(variance: float | None, residual: str | None) -> None:

@@ -22,7 +22,7 @@ from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import check_method
-from openreml_nn.model.batch import Batch, check_inputs, part, rows_of, take
+from openreml_nn.model.batch import Batch, check_inputs, part, rows_of, take, with_responses
 from openreml_nn.model.likelihoods import LastLikelihood, LikelihoodOptions, covariance_of
 from openreml_nn.model.means import evaluating, gradient_in_parts, mean_of, outputs_in_parts
 from openreml_nn.model.predictor import Predictor
@@ -55,7 +55,8 @@ Marginal = tuple[LaplaceLoss, Tensor, Tensor, Tensor | None]
 class MixedModel(Predictor):
     r"""A mixed model: a linear mean or any network, with random effects.
 
-    A batch is a dict: ``x``, what the mean takes; ``y`` (n,); ``groups``, a
+    A batch is a dict: ``x``, what the mean takes; ``y`` (n,), NaN for a row without a response, which
+    adds nothing to the likelihood and is counted in a warning; ``groups``, a
     dict from the name of each random effect to the level codes (n,), -1 for an
     unknown level, which in the likelihood is a level of its own each time; and, where they are
     needed, ``values``, a dict to the values (n, k) of effects other than intercepts; ``weights``
@@ -128,13 +129,14 @@ class MixedModel(Predictor):
     def loss(self, batch: Batch) -> Tensor:
         """Negative (restricted) log-likelihood of the batch, divided by its rows.
 
-        A batch of whole groups is a part of the likelihood of independent groups; one
-        that cuts groups is a composite likelihood.
+        A batch of whole groups is a part of the likelihood of independent groups; one that cuts
+        groups is a composite likelihood. Rows without a response are not in it.
 
         Raises:
-            TypeError, InputError: if the batch is empty, a group is missing, a code is out of range,
-                shapes do not fit or the network yields NaN: the message says what to do.
+            TypeError, InputError: if a part of the batch is missing, of another shape, out of range
+                or not finite, or the network yields NaN: the message says where, and what to do.
         """
+        batch, _ = with_responses(batch)
         return self.loss_of(self(batch), batch)
 
     def loss_of(self, output: Tensor, batch: Batch) -> Tensor:
@@ -150,12 +152,9 @@ class MixedModel(Predictor):
         return outputs_in_parts(self, x, rows)
 
     def objective(self, batch: Batch, output: Tensor | None = None) -> Objective:
-        """The likelihood in the covariance parameters alone, for an optimizer.
-
-        Args:
-            batch: the data.
-            output: what the network has yielded for them, if it is known.
-        """
+        """The likelihood in the covariance parameters alone, for an optimizer; ``output`` is what the
+        network has yielded for the batch, if it is known."""
+        batch, output = with_responses(batch, output)
         with torch.no_grad():
             loss, y, X = self.data(self(batch) if output is None else output, batch)
             return loss.objective(y, X)
@@ -170,9 +169,8 @@ class MixedModel(Predictor):
     ) -> Tensor:
         """Accumulate the exact gradient of the loss in the memory of a few rows.
 
-        A first pass without recording yields the network's output for all rows, the
-        likelihood its derivative by each of them, and a second pass, ``rows`` at a time,
-        takes it back through the network.
+        A first pass without recording yields the network's output for all rows, the likelihood its
+        derivative by each, and a second pass, ``rows`` at a time, takes it back through the network.
 
         Args:
             batch: the data.
@@ -184,7 +182,9 @@ class MixedModel(Predictor):
         Returns:
             The loss.
         """
-        x, y, rows = part(batch, "x"), part(batch, "y"), check_count("rows", rows, 1)
+        rows = check_count("rows", rows, 1)
+        batch, _ = with_responses(batch)
+        x, y = part(batch, "x"), part(batch, "y")
         check_inputs(x)
         check_tensor("y", y, ("n",), "floating", False)
         return gradient_in_parts(
@@ -203,16 +203,18 @@ class MixedModel(Predictor):
                 "`family` is not Gaussian: the likelihood is that of marginal(), and no "
                 "average-information steps are taken on it"
             )
+        batch, output = with_responses(batch, output)
         y, X = of_gaussian(output, batch, self.head)
-        loss = self._likelihood(batch, len(output))
+        loss = self._likelihood(batch, len(y))
         assert isinstance(loss, REMLLoss)
         return loss, y, X
 
     def marginal(self, output: Tensor, batch: Batch) -> Marginal:
         """The likelihood of a batch by the family, with what it takes: y, the known part of the linear
         predictor, and X with head ``"gls"``."""
+        batch, output = with_responses(batch, output)
         y, known, X = of_family(output, batch, self.head)
-        loss = self._likelihood(batch, len(output))
+        loss = self._likelihood(batch, len(y))
         assert isinstance(loss, LaplaceLoss)
         return loss, y, known, X
 
@@ -220,8 +222,7 @@ class MixedModel(Predictor):
         r"""The covariance :math:`V = \sum_t Z_t G_t Z_t^\top + R` of the rows of a batch, a tree
         with this model's parameters.
 
-        Its operands are the random effects by name and, after them, ``residual``, which with a family
-        is none.
+        Its operands are the random effects by name and then, without a family, ``residual``.
 
         Raises:
             TypeError, InputError: as :meth:`loss`.
@@ -237,15 +238,13 @@ class MixedModel(Predictor):
     def update(self, batch: Batch, output: Tensor | None = None) -> None:
         """Compute BLUPs and their variances from all rows at the present parameters.
 
-        They are stored in buffers and travel with the checkpoint, with ``"gls"`` coefficients too.
-
-        Args:
-            batch: the data.
-            output: what the network has yielded for them, if it is known.
+        They are stored in buffers and travel with the checkpoint, with ``"gls"`` coefficients too;
+        ``output`` is what the network has yielded for the rows, if it is known.
 
         Raises:
             TypeError, InputError, NumericalError: as :meth:`loss`.
         """
+        batch, output = with_responses(batch, output)
         with evaluating(self):
             output = self(batch) if output is None else output
             if self.family is None:

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from openreml_nn.likelihood import LaplaceLoss, REMLLoss
 from openreml_nn.likelihood.effects import Coefficients
-from openreml_nn.model.batch import Batch, part, row_values
+from openreml_nn.model.batch import Batch, check_outputs, part, row_values
 from openreml_nn.model.predictor import Predictor
+from openreml_nn.result.equations import FixedBasis
 from openreml_nn.support.checks import check_tensor
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
@@ -33,7 +34,7 @@ def of_gaussian(output: Tensor, batch: Batch, head: str) -> tuple[Tensor, Tensor
             f"`y` has shape {tuple(y.shape)} but `mean` yields {n} rows: expected ({n},); "
             "a column is made a vector by y[:, 0]"
         )
-    _check_finite(output)
+    check_outputs(output, batch)
     dtype = torch.promote_types(y.dtype, output.dtype)
     if dtype != y.dtype:
         raise InputError(
@@ -62,7 +63,7 @@ def of_family(output: Tensor, batch: Batch, head: str) -> tuple[Tensor, Tensor, 
             "divide the residual variance of a Gaussian response"
         )
     _check_rows(n)
-    _check_finite(output)
+    check_outputs(output, batch)
     offset = row_values(batch, "offset", n)
     known = output.new_zeros(n) if offset is None else offset.to(output)
     return (y, known, output) if head == "gls" else (y, known + output, None)
@@ -73,9 +74,11 @@ def remember_gaussian(model: Predictor, loss: REMLLoss, y: Tensor, X: Tensor) ->
     objective = loss.objective(y, X)
     evaluation, fixed = objective.evaluate(), objective.problem.fixed
     model.remember(evaluation.random, evaluation.fixed, fixed.aliases)
-    basis = fixed.T.new_zeros(len(fixed.aliases), len(fixed.T))
-    basis[fixed.columns] = fixed.T
-    model.remember_errors(loss.covariance, lambda: (fixed.Q, basis), len(fixed.T))
+    model.remember_errors(
+        loss.covariance,
+        lambda: (torch.cat([fixed.Q, fixed.y[:, None]], 1), FixedBasis.of(fixed)),
+        len(fixed.T),
+    )
 
 
 def remember_family(
@@ -86,19 +89,11 @@ def remember_family(
     p = 0 if X is None else X.shape[1]
     fixed = Coefficients(found.coefficients, found.coefficient_covariance, tuple(range(p)))
     model.remember(found.random, fixed, found.coefficients.new_zeros(p, 0))
-    basis = torch.eye(p).to(found.coefficients)
-    features = found.predictor.new_zeros(len(y), 0) if X is None else X.to(basis)
+    basis = FixedBasis(torch.eye(p).to(found.coefficients), found.coefficients.new_zeros(p))
+    features = found.predictor.new_zeros(len(y), 0) if X is None else X.to(basis.offset)
     model.remember_errors(loss.covariance, lambda: (features, basis), p, found.residual)
 
 
 def _check_rows(n: int) -> None:
     if not n:
         raise InputError("the batch is empty: drop it, or use drop_last=True")
-
-
-def _check_finite(output: Tensor) -> None:
-    if not bool(torch.isfinite(output.detach()).all()):
-        raise InputError(
-            "the network's output is not finite: lower the learning rate, clip gradients "
-            "or look for NaN in `x`; expected finite numbers"
-        )

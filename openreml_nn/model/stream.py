@@ -30,7 +30,7 @@ from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.model.mixed_model import MixedModel
 from openreml_nn.model.structures import labels_of, linear_model
 from openreml_nn.model.sums import Parts, Sums
-from openreml_nn.result.equations import Equations
+from openreml_nn.result.equations import Equations, FixedBasis
 from openreml_nn.result.prediction import lowered
 from openreml_nn.support.checks import (
     check_count,
@@ -156,14 +156,12 @@ class Streamed(Sums):
         for name, B in self.bases.items():
             model.effects()[name].basis = B
         model.remember(at.random, at.fixed, result.fixed.aliases)
-        basis = self.fixed.T.new_zeros(len(result.fixed.aliases), len(self.fixed.T))
-        basis[self.fixed.columns] = self.fixed.T
         variance = model.residual().detach().reshape(())
-        model.joint.update(
+        model.remember_equations(
             [lowered(effect.g).map(Tensor.detach) for effect in model.effects().values()],
             self.statistics.sizes,
             len(self.fixed.T),
-            lambda: Equations.of_statistics(self.statistics, variance, basis),
+            lambda: Equations.of_statistics(self.statistics, variance, FixedBasis.of(self.fixed)),
         )
         return model
 

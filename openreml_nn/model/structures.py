@@ -46,7 +46,7 @@ from openreml_nn.likelihood.solver import Solver
 from openreml_nn.model.mixed_model import MixedModel
 from openreml_nn.model.random_effect import RandomEffect, independent_levels
 from openreml_nn.model.structured_residual import ByCovariate, ByStratum, WithUnits
-from openreml_nn.result.result import Label
+from openreml_nn.result.parts import RESIDUAL, Label
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import (
     Encoded,
@@ -308,7 +308,13 @@ def linear_model(
     """
     bases = bases or {}
     random = {
-        d.name: RandomEffect(d.levels, effect_covariance(d), d.effects, basis=bases.get(d.name))
+        d.name: RandomEffect(
+            d.levels,
+            effect_covariance(d),
+            d.effects,
+            basis=bases.get(d.name),
+            places=d.relation.coordinates if isinstance(d.relation, Places) else None,
+        )
         for d in encoded.random
     }
     residual = residual_of(encoded) if family is None else None
@@ -332,10 +338,10 @@ def labels_of(encoded: Encoded) -> dict[str, Label]:
     """Names for the tables of :func:`fit_reml`, by operand of the tree."""
     found = {d.name: Label(d.group, d.effects, d.levels) for d in encoded.random}
     if encoded.residual is not None:
-        found["residual"] = Label("Residual", encoded.residual.positions, ())
+        found["residual"] = Label(RESIDUAL, encoded.residual.positions, ())
         if encoded.residual.nugget:
             # The independent errors are the residual, and what is correlated an effect of the rows.
             cells = _cells(encoded.residual)
             found["residual"] = Label(encoded.residual.text, ("(Intercept)",), cells)
-            found["units"] = Label("Residual", ("",), ())
+            found["units"] = Label(RESIDUAL, ("",), ())
     return found

@@ -258,11 +258,20 @@ _STRUCTURE: _Kind = (
     lambda v: v is None or isinstance(v, str) or _is_node(v),
     "a structure such as ar1(time | group), a config with _target_, or null",
 )
-_SECTION: _Kind = (lambda v: v is None or OmegaConf.is_dict(v), "a config, or null")
+_PATHS: _Kind = (
+    lambda v: v is None or (OmegaConf.is_dict(v) and all(isinstance(p, str) for p in v.values())),
+    "paths of known matrices by name; a covariance by distance stands in the formula, such as "
+    "(1 | matern(east, north))",
+)
+_BY_PARAMETER: _Kind = (
+    lambda v: v is None or OmegaConf.is_dict(v),
+    "values by names of parameters, or null",
+)
 #: What options must be that reach no class of ours through ``_target_``, which checks its own.
 _KINDS: dict[str, _Kind] = {
     "seed": _SEED,
     "profile": _FLAG_KIND,
+    "heritability": _NAME,
     "resume": _NAME,
     "trainer": _NODE,
     "trainer.max_epochs": _COUNT,
@@ -289,10 +298,10 @@ _KINDS: dict[str, _Kind] = {
     "model.weights": _NAME,
     "model.head": _TEXT_KIND,
     "model.network": _NODE,
-    "model.kernels": _SECTION,
+    "model.kernels": _PATHS,
     "model.pedigree": _NAME,
-    "model.constraints": _SECTION,
-    "model.starts": _SECTION,
+    "model.constraints": _BY_PARAMETER,
+    "model.starts": _BY_PARAMETER,
     "model.training": _TEXT_OR_NONE,
     "model.rows": _COUNT,
     "model.scheduler": _NODE_OR_NONE,

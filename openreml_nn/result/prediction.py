@@ -16,6 +16,7 @@ from torch import Tensor
 from openreml_nn.covariance import Matrix
 from openreml_nn.families import Family
 from openreml_nn.result.joint import JointErrors
+from openreml_nn.result.places import Kriging, PlacedDesign
 from openreml_nn.support.checks import check_instance, check_number
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import DenseCovariance, RepeatedCovariance, ScaledCovariance
@@ -27,6 +28,7 @@ __all__ = [
     "Prediction",
     "log_predictive",
     "lowered",
+    "moved",
     "normal_interval",
     "on_response",
     "predict_table",
@@ -64,6 +66,8 @@ class KnownEffect:
         values: (q, k) BLUPs.
         variances: (q, k, k) their prediction-error variances.
         prior: yields the covariance (k, k) of the effects of a level that was not seen.
+        kriging: rows of levels that were not seen, at places among those of the levels; None for
+            none.
     """
 
     codes: Tensor
@@ -71,6 +75,7 @@ class KnownEffect:
     values: Tensor
     variances: Tensor
     prior: Callable[[], Tensor]
+    kriging: Kriging | None = None
 
 
 def predicted(
@@ -85,7 +90,9 @@ def predicted(
 
     The error of :math:`x^\top\hat\beta + \sum_t z_t^\top \hat b_t` has the variance that the joint
     covariance of coefficients and BLUPs gives it; a level that was not seen adds :math:`z^\top G z`, and
-    the residual its own variance. Before there were data, every level is one that was not seen.
+    the residual its own variance. A place among those of the levels adds what the levels leave of
+    that; where the joint covariance is not at hand, all of it. Before there were data, every level is
+    one that was not seen.
 
     Args:
         population: (n,) the mean without random effects.
@@ -96,32 +103,38 @@ def predicted(
         residual: (n,) variances of the residuals.
     """
     mean, variance = population, residual.to(population)
-    designs = []
+    designs: list[IndexedDesign | PlacedDesign] = []
+    errors.settle()
     for effect in effects:
         z = effect.z.to(mean)
         known = (effect.codes >= 0)[:, None]
         b = torch.where(known, effect.values[effect.codes.clamp(min=0)].to(z), 0)
+        part = torch.ones_like(mean)  # of the prior variance, that is not of known levels
+        if (kriging := effect.kriging) is not None and bool(errors.is_known):
+            b[kriging.rows] = kriging.weights.to(z) @ effect.values.to(z)
+            if bool(errors.is_exact):
+                part[kriging.rows] = kriging.left.to(z)
         mean = mean + (z * b).sum(1)
         unseen = (effect.codes < 0) | ~errors.is_known
         if bool(unseen.any()):
             prior = torch.einsum("nk,kl,nl->n", z, effect.prior().to(z), z)
-            variance = variance + torch.where(unseen, prior, 0)
+            variance = variance + torch.where(unseen, part * prior, 0)
         levels = len(effect.values)
-        designs.append(IndexedDesign(torch.where(unseen, -1, effect.codes), z, levels))
+        design = IndexedDesign(torch.where(unseen, -1, effect.codes), z, levels)
+        designs.append(design if kriging is None else PlacedDesign(design, kriging, z))
     return Prediction(
         mean, variance + _error_variance(designs, X, spread, effects, errors), population
     )
 
 
 def _error_variance(
-    designs: Sequence[IndexedDesign],
+    designs: Sequence[IndexedDesign | PlacedDesign],
     X: Tensor,
     spread: Tensor,
     effects: Sequence[KnownEffect],
     errors: JointErrors,
 ) -> Tensor:
     """Variance of the error of the coefficients and of the BLUPs of known levels (n,)."""
-    errors.settle()
     if bool(errors.is_exact):
         return errors.variance(designs, X).to(X)
     if bool(errors.is_known):
@@ -132,7 +145,8 @@ def _error_variance(
             stacklevel=4,
         )
     found = torch.einsum("np,pq,nq->n", X, spread.to(X), X)
-    for design, effect in zip(designs, effects, strict=True):
+    for each, effect in zip(designs, effects, strict=True):
+        design = each.levels if isinstance(each, PlacedDesign) else each
         assert design.values is not None
         own = effect.variances[design.codes].to(X)
         found = found + torch.einsum("nk,nkl,nl->n", design.values, own, design.values)
@@ -161,17 +175,17 @@ def predict_table(
     check_instance("table", table, pd.DataFrame, "a data frame")
     check_number("level", level, above=0, below=1)
     encoded = encoder.transform(table)
-    found, low, high = model.interval(_moved(encoded.batch(), model.beta.device), level)
+    found, low, high = model.interval(moved(encoded.batch(), model.beta.device), level)
     columns = {**found._asdict(), "low": low, "high": high}
     values = {name: value.double().numpy(force=True) for name, value in columns.items()}
     trait = {} if encoded.trait is None else {"trait": encoded.trait}
     return pd.DataFrame(trait | values, index=table.index[encoded.rows])
 
 
-def _moved(x: Any, device: torch.device) -> Any:
+def moved(x: Any, device: torch.device) -> Any:
     """The tensors of a batch on a device."""
     if isinstance(x, Mapping):
-        return {key: _moved(item, device) for key, item in x.items()}
+        return {key: moved(item, device) for key, item in x.items()}
     return x.to(device)
 
 

@@ -45,9 +45,8 @@ def tables(result: FitValues, title: str | None = None) -> list[Table | str]:
         f"AIC {result.aic:.2f}   BIC {result.bic:.2f}\n"
     )
     parts.append(_random(result))
-    groups = {c.group: len(c.levels) for c in result.components if c.group != "Residual"}
-    counts = "".join(f", {visible(group)} {levels}" for group, levels in groups.items())
-    parts.append(f"Rows {result.rows}; levels{counts[1:]}\n" if groups else f"Rows {result.rows}\n")
+    counts = "".join(f", {visible(group)} {levels}" for group, levels in result.groups.items())
+    parts.append(f"Rows {result.rows}" + (f"; levels{counts[1:]}" if counts else "") + "\n")
     if result.fixed.names:
         parts.append(_fixed(result))
     if result.family_parameters:

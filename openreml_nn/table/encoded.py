@@ -34,6 +34,7 @@ class RandomDesign:
         places: whole numbers (k,) whose differences are the lags of the effects, from 0, where the
             structure asks for them.
         relation: how the levels are related; None for independent ones.
+        coordinates: (n, d) places of the rows, for levels at places.
     """
 
     name: str
@@ -45,6 +46,12 @@ class RandomDesign:
     structure: Structure = field(default_factory=lambda: Structure("us"))
     places: tuple[int, ...] | None = None
     relation: Known | Places | None = None
+    coordinates: Tensor | None = None
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether there are rows at places that no level has."""
+        return self.coordinates is not None and bool((self.codes < 0).any())
 
     @property
     def is_intercept(self) -> bool:
@@ -195,13 +202,16 @@ class Encoded:
         """The table as a batch of :class:`MixedModel`: ``x`` the model matrix, for each random
         effect its codes in ``groups`` and, but for intercepts, its values in ``values``; and what
         there is of ``y``, ``weights``, ``offset``, and, in ``residual``, the cells of the rows, or
-        the covariate of their variance.
+        the covariate of their variance; in ``places`` where the rows are, if some are at places that
+        no level has.
         """
-        found = {
+        found: dict[str, Any] = {
             "x": self.X,
             "groups": {d.name: d.codes for d in self.random},
             "values": {d.name: d.values for d in self.random if not d.is_intercept},
         }
+        if placed := {d.name: d.coordinates for d in self.random if d.is_placed}:
+            found["places"] = placed
         residual = self.residual
         cells = None
         if residual is not None:

@@ -334,6 +334,8 @@ def _top() -> list[Call]:
              {**y_X, "V": tensor(6, 6, whole=False), "method": choice}),
         Call("", "Result.predict", result().predict, {"table": datasets.sleepstudy()},
              {"table": of(pd.DataFrame), "level": number(1e-9, 1 - 1e-9)}),
+        Call("", "Result.update", result().update, {"table": datasets.sleepstudy()},
+             {"table": of(pd.DataFrame)}),
         Call("", "Result.summary", result().summary, {}, {"title": optional(text)}),
         Call("", "Result.to_json", result().to_json, {"path": "r.json"}, {"path": path}),
     ]  # fmt: skip
@@ -346,7 +348,7 @@ def _top() -> list[Call]:
             Call("", f"MixedModel.{name} ({head})", getattr(model, name), {"batch": batch()},
                  {"batch": reads(*keys)}, {"batch": BATCH_WORDS})
             for name, keys in (("loss", ("x", "y", "groups")), ("predict", ("x", "groups")),
-                               ("update", ("x", "y", "groups")), ("random_part", ("groups",)),
+                               ("update", ("x", "y", "groups")), ("add", ("x", "y", "groups")),
                                ("objective", ("x", "y", "groups")))
         ]  # fmt: skip
         made.append(
@@ -821,7 +823,6 @@ def _lightning() -> list[Call]:
              {"model": FORMULA, "network": nn.LazyLinear(2)},
              {"model": formula, "network": optional(network), "head": Kind(lambda v: v is None or choice.fits(v), choice.more),
               "residual": column, "weights": optional(text), "method": optional(choice),
-              "kernels": Kind(lambda v: v is None or (isinstance(v, dict) and not v), ({"h": {}}, {"Subject": 3})),
               "categorical": names, "solver": OPTIONS["solver"], **trained}),
         Call("lightning", "MixedModule.of", lightning.MixedModule.of, {"result": result()}, {"result": result_kind}),
         Call("lightning", "MixedModule.predict", fitted().predict, {"table": datasets.sleepstudy()},
@@ -830,6 +831,8 @@ def _lightning() -> list[Call]:
              lambda batch: lightning.MixedModule(model).predict_step(batch, 0), {"batch": batch()},
              {"batch": reads("x", "groups")}, {"batch": BATCH_WORDS}),
         Call("lightning", "UpdateBLUPs", lightning.UpdateBLUPs, {}, {"model": optional(text)}),
+        Call("lightning", "WholeCSVLogger", lightning.WholeCSVLogger, {"save_dir": "a"}, {}),
+        Call("lightning", "WholeTensorBoardLogger", lightning.WholeTensorBoardLogger, {"save_dir": "a"}, {}),
         Call("lightning", "WholeGroups", lightning.WholeGroups, {"groups": {"g": torch.arange(6)}, "rows": 2},
              {"groups": Kind(lambda v: isinstance(v, dict) and all(isinstance(x, torch.Tensor) for x in v.values()), ({"g": [0, 1]},)),
               "rows": count(1), "seed": count(0)}),

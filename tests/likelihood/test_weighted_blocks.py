@@ -8,9 +8,7 @@ from openreml_nn.datasets import sleepstudy
 from openreml_nn.model.structures import linear_model
 from openreml_nn.table import Encoder
 
-SLEEP = (
-    sleepstudy().sample(frac=1, random_state=2).iloc[:120].assign(w=lambda t: 1 + t["Days"] % 3)
-)
+SLEEP = sleepstudy().sample(frac=1, random_state=2).iloc[:120].assign(w=lambda t: 1 + t["Days"] % 3)
 RESIDUALS = [
     "ar1(Days | Subject)", "us(Days | Subject)", "diag(Days)", "cs(Subject)",
     "ar1(Days | Subject) + units",

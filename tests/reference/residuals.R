@@ -8,6 +8,11 @@ for (name in c("Ovary", "BodyWeight", "Dialyzer")) {
   for (f in names(d)) if (is.factor(d[[f]])) d[[f]] <- as.character(d[[f]])
   write.csv(d, paste0(tolower(name), ".csv"), row.names = FALSE)
 }
+# The wheat trial of the Nebraska Intrastate Nursery in rows and columns of plots, which are 4.3 m long
+# and 1.2 m wide.
+wheat <- with(as.data.frame(Wheat2), data.frame(
+  gen = variety, rep = Block, yield = yield, col = round(longitude / 1.2), row = round(latitude / 4.3)))
+write.csv(wheat, "wheat2.csv", row.names = FALSE, quote = FALSE)
 Ovary <- transform(as.data.frame(Ovary), s = sin(2 * pi * Time), c = cos(2 * pi * Time))
 Ovary$step <- ave(Ovary$Time, Ovary$Mare, FUN = seq_along)
 BodyWeight <- as.data.frame(BodyWeight)
