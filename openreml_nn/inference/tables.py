@@ -12,7 +12,7 @@ from openreml_nn.inference.likelihood_ratio import (
     likelihood_ratio_test,
     parameters_of,
 )
-from openreml_nn.inference.refit import Refit, family_of, source_of
+from openreml_nn.inference.refit import Refit, source_of
 from openreml_nn.support.checks import check_count, check_flag
 from openreml_nn.support.errors import InputError
 
@@ -77,8 +77,6 @@ def anova(
         if refit is not None:
             raise InputError("`refit` is for several fits: one fit is tested term by term")
         kind = 3 if type is None else check_count("type", type, 1)
-        if ddf is None:
-            ddf = "satterthwaite" if family_of(results[0]) is None else "asymptotic"
         return _of_terms(results[0], kind, ddf)
     for name, value in (("type", type), ("ddf", ddf)):
         if value is not None:
@@ -88,7 +86,7 @@ def anova(
     return _of_fits(results, refit is not False)
 
 
-def _of_terms(result: Result, kind: int, ddf: str) -> pd.DataFrame:
+def _of_terms(result: Result, kind: int, ddf: str | None) -> pd.DataFrame:
     if kind not in TYPES:
         raise InputError(f"`type` is {kind}: expected 1, 2 or 3")
     how = inference_of(result, ddf)

@@ -219,9 +219,9 @@ FAULTS = [
     ),
     Fault(
         "zeta lacks its 2",
-        "openreml_nn/inference/profiling.py",
-        "found = (2 * max(self.best - at(new), 0.0)) ** 0.5",
-        "found = max(self.best - at(new), 0.0) ** 0.5",
+        "openreml_nn/inference/curves.py",
+        "found = (2 * max(best - at(new), 0.0)) ** 0.5",
+        "found = max(best - at(new), 0.0) ** 0.5",
         f"{INFERENCE} -k 'profile and penicillin or dense_one'",
     ),
     Fault(
