@@ -261,7 +261,7 @@ FAULTS = [
     ),
     Fault(
         "random slopes have the variance of their intercept",
-        "openreml_nn/inference/shares.py",
+        "openreml_nn/inference/row_variance.py",
         "return (values[:, None] @ block @ values[..., None]).mean()",
         "return block[:, 0, 0].mean()",
         f"{INFERENCE} -k 'random_slopes or shares'",
