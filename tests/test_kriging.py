@@ -72,7 +72,7 @@ def dense(model, data, new, values=None, new_values=None):
             sigma = torch.eye(1).double()
             if effect.effects > 1:
                 sigma = effect.g.operands["effects"]()
-            at, to = data["at"], new["at"]
+            at, to = data["extra"], new["extra"]
             same, cross = kernel.between(distance(at, at)), kernel.between(distance(at, to))
             prior = prior + kernel().diagonal().mean() * ((z0 @ sigma) * z0).sum(1)
         if effect.places is None:
@@ -100,7 +100,7 @@ def batches(result):
     found = []
     for rows in (t, new):
         batch = encoder.transform(rows).batch()
-        found.append({**batch, "at": torch.tensor(rows[places].to_numpy())})
+        found.append({**batch, "extra": torch.tensor(rows[places].to_numpy())})
     return found
 
 
@@ -139,12 +139,12 @@ def model_of(head="gls", k=1, levels=30, family=None, random=None):
     model = MixedModel(mean, effects, head=head, family=family)
     n = 80
     codes = torch.randint(0, levels, (n,))
-    data = {"x": torch.randn(n, 2).double(), "y": torch.randn(n).double(), "at": at[codes]}
+    data = {"x": torch.randn(n, 2).double(), "y": torch.randn(n).double(), "extra": at[codes]}
     data["groups"] = {"plot": codes, "g": torch.randint(0, 5, (n,))}
     data["values"] = {"plot": torch.randn(n, k).double()} if k > 1 else {}
     new_at = torch.rand(7, 2).double()
     new_at[6] = at[3]
-    new = {"x": torch.randn(7, 2).double(), "at": new_at, "places": {"plot": new_at}}
+    new = {"x": torch.randn(7, 2).double(), "extra": new_at, "places": {"plot": new_at}}
     new["groups"] = {"plot": torch.full((7,), -1), "g": torch.tensor([0, 1, 2, 3, -1, -1, 0])}
     new["values"] = {"plot": torch.randn(7, k).double()} if k > 1 else {}
     return model, data, new
@@ -189,7 +189,7 @@ def test_a_family_is_kriged_on_its_own_scale():
     model.update(data)
     found = model.predict(new)
     plot = model.random["plot"]
-    K, c = plot.g(), plot.g.between(distance(new["at"], plot.places))
+    K, c = plot.g(), plot.g.between(distance(new["extra"], plot.places))
     eta = model(new) + c @ torch.linalg.solve(K, plot.blup[:, 0])
     joint = model.joint.covariance
     a = torch.linalg.solve(K, c.mT).mT
@@ -217,14 +217,14 @@ def test_a_smooth_kernel_of_near_places_is_kriged_too():
         {"t": RandomEffect(40, GaussianMatrix(distance(at, at)).double(), places=at)},
     )
     y = (3 * at[:, 0]).sin()
-    data = {"x": at, "y": y, "groups": {"t": torch.arange(40)}, "at": at}
+    data = {"x": at, "y": y, "groups": {"t": torch.arange(40)}, "extra": at}
     with torch.no_grad():
         model.residual.get_parameter("sigma^2").fill_(-4.0)
     model.update(data)
     new_at = torch.tensor([[0.013], [0.5], [0.987], [1.1]]).double()
     new = {
         "x": new_at,
-        "at": new_at,
+        "extra": new_at,
         "places": {"t": new_at},
         "groups": {"t": torch.full((4,), -1)},
     }

@@ -8,6 +8,7 @@ from torch import nn
 
 from openreml_nn import InputError, datasets, lmm
 from openreml_nn.lightning import MixedModelDataModule, MixedModule
+from openreml_nn.lightning.split import Split
 from tests.test_neural import quiet
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*levels that the fit did not see")
@@ -177,8 +178,7 @@ def test_the_same_share_of_each_level_is_held_out():
     assert len(data.encoded.random[0].levels) == 40
     # However large the share, training keeps a row of each level.
     table = datasets.growth(40)
-    large = MixedModelDataModule(table, "height ~ (1 | child)", validation=0.99, split="group")
-    out = large._chosen(table)
+    out = Split(0.99, "group").held_out(table, ["child"], "the table")
     assert table.child[~out].value_counts().tolist() == [1] * 40
 
 
@@ -255,3 +255,16 @@ def test_residuals_and_weights_are_the_same_options_for_both(network, options):
         loss, y, X = module.model.data(module.model(data.encoded.batch()), data.encoded.batch())
         own = -float(loss(y, X)) * len(y)
         assert module.result.log_likelihood == pytest.approx(own, rel=1e-9)
+
+
+def test_a_gaussian_family_by_name_is_the_linear_model():
+    """REML by default and no approximation, as if no family had been named."""
+    found = []
+    for options in ({}, {"family": "gaussian"}, {"family": "gaussian", "link": "identity"}):
+        module = MixedModule("Reaction ~ Days + (Days | Subject)", **options)
+        data = MixedModelDataModule(datasets.sleepstudy(), family=options.get("family"))
+        quiet(50).fit(module, datamodule=data)
+        found.append(module.result)
+    assert {r.method for r in found} == {"reml"}
+    assert {r.log_likelihood for r in found} == {found[0].log_likelihood}
+    assert all(r.family is None for r in found)

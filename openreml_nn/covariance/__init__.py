@@ -17,6 +17,7 @@ from openreml_nn.covariance.exchangeable import (
     EqualEntryMatrix,
     EquicorrelationMatrix,
 )
+from openreml_nn.covariance.graph import CARMatrix, ICARMatrix, RandomWalkMatrix
 from openreml_nn.covariance.identity import DiagonalMatrix, IdentityMatrix, ScalarMatrix
 from openreml_nn.covariance.kernel import (
     ExponentialMatrix,
@@ -63,6 +64,7 @@ __all__ = [
     "AntedependenceMatrix",
     "Augment",
     "BlockDiagonal",
+    "CARMatrix",
     "CompoundSymmetricMatrix",
     "ContinuousAR1Matrix",
     "Correlation",
@@ -77,6 +79,7 @@ __all__ = [
     "GaussianMatrix",
     "Gram",
     "HadamardProduct",
+    "ICARMatrix",
     "IdentityMatrix",
     "Inverse",
     "KnownInverseMatrix",
@@ -89,6 +92,7 @@ __all__ = [
     "Operator",
     "Pedigree",
     "Product",
+    "RandomWalkMatrix",
     "ScalarMatrix",
     "SimpleMatrix",
     "SphericalCorrelation",

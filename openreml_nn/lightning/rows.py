@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.lightning.sharing import total
-from openreml_nn.model.batch import Batch, responding
+from openreml_nn.model.batch import Batch, check_keys, check_values, responding
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
 
@@ -28,6 +28,7 @@ def as_batch(batch: Any, names: Sequence[str], has_response: bool = True) -> Bat
         batch: a dict, or a tuple or list (x, y, group); to predict also (x, group). ``group``
             is a dict, a tensor (n,) of one factor's codes, or (n, k) with a column for each
             factor in the order of ``names``.
+            What it carries under ``extra`` is not the model's, and left out.
         names: the model's grouping factors.
         has_response: whether there must be y.
 
@@ -53,7 +54,10 @@ def as_batch(batch: Any, names: Sequence[str], has_response: bool = True) -> Bat
             raise InputError(
                 f"it has no {key!r} beside {sorted(map(str, batch))}: expected {_FORM}"
             )
-    return {**batch, "groups": _by_name(batch["groups"], names)}
+    check_keys(batch)
+    check_values(batch, names)
+    found = {key: value for key, value in batch.items() if key != "extra"}
+    return {**found, "groups": _by_name(batch["groups"], names)}
 
 
 def _by_name(groups: Any, names: Sequence[str]) -> Mapping[str, Any]:

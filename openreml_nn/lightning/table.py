@@ -17,14 +17,15 @@ from openreml_nn.estimation.fit import moment_start
 from openreml_nn.families import Family, Ordinal
 from openreml_nn.lightning.data import MixedModelDataModule
 from openreml_nn.lightning.family import FamilyOptions
+from openreml_nn.lightning.formula import FormulaOptions
+from openreml_nn.lightning.sharing import checksum
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.model import HEADS, MixedModel, RandomEffect, ResidualStructure
 from openreml_nn.model.constraints import Constraint, Limits
 from openreml_nn.model.linear import in_user_basis
-from openreml_nn.model.response import EncodedResponse
 from openreml_nn.model.structured_residual import start_residual
-from openreml_nn.model.structures import bases_of, effect_covariance, labels_of, residual_of
+from openreml_nn.model.structures import bases_of, labels_of, random_effect_of, residual_of
 from openreml_nn.result import Label, Result
 from openreml_nn.support.checks import (
     check_choice,
@@ -46,6 +47,7 @@ class TableModel:
     """A formula with the options of :class:`MixedModule`.
 
     Attributes:
+        options: the formula, and how a table is read for it.
         encoder: what the formula makes of a table.
         head: of the model.
         response: the family of the response.
@@ -75,20 +77,15 @@ class TableModel:
     ) -> None:
         check_text("formula", formula)
         check_names("categorical", categorical)
-        if network is not None:
-            check_network("network", network)
         self.head = head or ("gls" if network is None else "ml")
-        check_choice("head", self.head, HEADS)
-        if network is None and self.head == "ml":
-            raise InputError("`head` is 'ml' without a `network`: a linear mean is of head 'gls'")
+        _check_mean(network, self.head)
         _check_options(residual, weights, method, solver)
         text = residual if isinstance(residual, str) else None
         self.response = FamilyOptions(family, link, quadrature)
         self.response.check(residual, weights, method, solver)
         self._categories = 2
-        self.encoder = EncodedResponse(
-            formula, family, categorical, residual=text, weights=weights
-        ).encoder
+        self.options = FormulaOptions(formula, family, tuple(categorical), text, weights)
+        self.encoder = self.options.response().encoder
         self.labels: dict[str, Label] = {}
         self.bases: dict[str, Tensor] = {}
         self.places: Tensor | None = None
@@ -121,6 +118,19 @@ class TableModel:
         self._limits.begin(model, encoded.batch())
         return model
 
+    def attach(self, data: MixedModelDataModule) -> None:
+        """Take the table of a model that was fitted or loaded.
+
+        Raises:
+            InputError: if it is not the one that the model was built from.
+        """
+        own, other = (checksum(e.learned.to_dict()) for e in (self.encoder, data.encoder))
+        if own != other:
+            raise InputError(
+                "the module has the model of another table: fit a new MixedModule of the formula"
+            )
+        self._data, self.encoder = data, data.encoder
+
     def _made(self, encoded: Encoded) -> MixedModel:
         self.labels, self._names = _labels(encoded, self.bases), encoded.names
         self._columns = len(encoded.names)
@@ -138,9 +148,8 @@ class TableModel:
             method=self._method,
             solver=self._solver,
         )
-        for what, network in (("network", model.mean), ("residual", model.residual)):
-            if not isinstance(network, Matrix | ResidualStructure):
-                _try(network, encoded.X[:2], what)
+        _try(model.mean, encoded.X[:2], "network")
+        _try(model.residual, encoded.X[:2], "residual")
         return self._limits.applied(model, encoded.batch())
 
     def _made_of_family(self, encoded: Encoded) -> MixedModel:
@@ -221,16 +230,7 @@ class TableModel:
         Raises:
             InputError: if the checkpoint is of a network that it does not hold.
         """
-        if kept["has_network"] and self._network is None:
-            raise InputError(
-                "the checkpoint is of a network that was given as a module, which it does not hold: "
-                "pass `network` and, where it was one too, `residual` to load_from_checkpoint()"
-            )
-        if kept["has_family"] and self.response.family is None:
-            raise InputError(
-                "the checkpoint is of a family that was given as a module, which it does not hold: "
-                "pass `family` to load_from_checkpoint()"
-            )
+        _check_parts(kept, self._network, self.response.family)
         self._categories = kept["categories"]
         self.encoder.learned = Learned.from_dict(kept["encoder"])
         self.bases = dict(kept["bases"])
@@ -272,11 +272,18 @@ def _residual(encoded: Encoded, given: str | Network | None, variance: float) ->
 
 
 def _effect(design: RandomDesign, variance: float, basis: Tensor | None) -> RandomEffect:
-    matrix = effect_covariance(design).double()
-    effect = RandomEffect(design.levels, matrix, design.effects, basis=basis)
+    effect = random_effect_of(design, basis).double()
     size = len(design.levels) * len(design.effects)
     effect.g.moment_start(torch.full((size,), variance / 2, dtype=torch.float64))
     return effect
+
+
+def _check_mean(network: Network | None, head: str) -> None:
+    if network is not None:
+        check_network("network", network)
+    check_choice("head", head, HEADS)
+    if network is None and head == "ml":
+        raise InputError("`head` is 'ml' without a `network`: a linear mean is of head 'gls'")
 
 
 def _check_options(
@@ -294,6 +301,22 @@ def _check_options(
     check_solver(solver)
 
 
+def _check_parts(
+    kept: Mapping[str, Any], network: Network | None, family: str | Family | None
+) -> None:
+    """Refuse a checkpoint of what it does not hold and was not given."""
+    if kept["has_network"] and network is None:
+        raise InputError(
+            "the checkpoint is of a network that was given as a module, which it does not hold: "
+            "pass `network` and, where it was one too, `residual` to load_from_checkpoint()"
+        )
+    if kept["has_family"] and family is None:
+        raise InputError(
+            "the checkpoint is of a family that was given as a module, which it does not hold: "
+            "pass `family` to load_from_checkpoint()"
+        )
+
+
 def check_network(name: str, network: Network) -> None:
     """Refuse what is neither a network nor the config of one."""
     if not isinstance(network, nn.Module):
@@ -309,6 +332,8 @@ def _network(network: Network, what: str) -> nn.Module:
 
 def _try(network: nn.Module, rows: Tensor, what: str) -> None:
     """Run a network on some rows: lazy layers learn their sizes, and others are checked."""
+    if isinstance(network, Matrix | ResidualStructure):
+        return
     try:
         with torch.no_grad():
             network(rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, overload
 
 import numpy as np
@@ -16,10 +16,13 @@ from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
 
 __all__ = [
+    "KEYS",
     "Batch",
     "check_finite",
     "check_inputs",
+    "check_keys",
     "check_outputs",
+    "check_values",
     "level_codes",
     "level_places",
     "level_values",
@@ -37,6 +40,23 @@ Batch = Mapping[str, Any]
 
 #: What a batch holds of each row.
 _OF_ROWS = ("x", "y", "groups", "values", "weights", "offset", "residual", "places")
+#: What a batch may hold, see :class:`MixedModel`.
+KEYS = (*_OF_ROWS, "extra")
+_KNOWN = frozenset(KEYS)
+
+
+def check_keys(batch: Batch) -> None:
+    """Refuse a key that nothing reads, such as one that is misspelt.
+
+    Raises:
+        InputError: naming it.
+    """
+    if not batch.keys() <= _KNOWN:
+        unknown = ", ".join(sorted(repr(key) for key in batch.keys() - _KNOWN))
+        raise InputError(
+            f"`batch` has {unknown}: expected no other keys than {', '.join(KEYS)}; what is to be "
+            "carried along, such as an index, goes under 'extra'"
+        )
 
 
 def part(batch: Batch, key: str) -> Any:
@@ -50,6 +70,7 @@ def part(batch: Batch, key: str) -> Any:
         raise TypeError(
             f"`batch` is {described(batch)}: expected a dict with 'x', 'y' and 'groups'"
         )
+    check_keys(batch)
     if key not in batch:
         raise InputError(f"`batch` has no {key!r}: expected it beside {list(map(str, batch))}")
     return batch[key]
@@ -277,6 +298,21 @@ def level_codes(batch: Batch, name: str, levels: int, n: int) -> Tensor:
                 f"{levels - 1}, or -1 for a level that is not known"
             )
     return codes
+
+
+def check_values(batch: Batch, names: Collection[str]) -> None:
+    """Refuse values of effects, or places of levels, of another name than the random effects have.
+
+    Raises:
+        TypeError: if one of these is no dict.
+        InputError: naming it.
+    """
+    for key in ("values", "places"):
+        given = batch.get(key, {})
+        check_mapping(f"batch['{key}']", given)
+        for name in given:
+            if name not in names:
+                raise InputError(f"batch['{key}'] has {name!r}: the effects are {list(names)}")
 
 
 def level_values(batch: Batch, name: str, effects: int, n: int) -> Tensor | None:

@@ -22,7 +22,14 @@ from openreml_nn.covariance import (
 )
 from openreml_nn.covariance.kernel import DistanceMatrix
 from openreml_nn.covariance.params import module_name, user_name
-from openreml_nn.model.batch import Batch, level_codes, level_places, level_values, part
+from openreml_nn.model.batch import (
+    Batch,
+    check_values,
+    level_codes,
+    level_places,
+    level_values,
+    part,
+)
 from openreml_nn.result.places import Kriging
 from openreml_nn.result.prediction import KnownEffect, lowered, prior_of
 from openreml_nn.support.checks import (
@@ -353,6 +360,8 @@ def coded_effects(effects: Mapping[str, RandomEffect], batch: Batch, n: int) -> 
     """Codes and values of each random effect in a batch of n rows.
 
     Raises:
-        TypeError, InputError: as :meth:`RandomEffect.coded`.
+        TypeError, InputError: as :meth:`RandomEffect.coded`, or if there are values of another
+            name.
     """
+    check_values(batch, effects)
     return {name: effect.coded(name, batch, n) for name, effect in effects.items()}

@@ -96,7 +96,7 @@ def _plots(result: Result, places: Tensor | None) -> Mapping[str, Callable[[], F
     if result.source is not None and result.family is None:  # they are of Gaussian responses
         figures["shares"] = partial(shares, result)
         figures["covariance"] = partial(covariance_map, result)
-    groups = dict.fromkeys(c.group for c in result.components if c.group != "Residual")
+    groups = dict.fromkeys(c.group for c in result.components if not c.is_residual)
     for group in groups:
         name = "blup_" + re.sub(r"[^\w.-]", "_", group)
         figures[name] = partial(caterpillar, result, group)

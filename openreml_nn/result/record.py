@@ -21,7 +21,7 @@ def to_record(result: FitValues, validation: Mapping[str, float] | None = None) 
         result: the fit.
         validation: metrics of rows that were held out, by name.
     """
-    random = [c for c in result.components if c.group != "Residual"]
+    random = [c for c in result.components if not c.is_residual]
     return _finite(
         {
             "schema": 1,

@@ -101,7 +101,7 @@ class FitValues:
     @property
     def groups(self) -> dict[str, int]:
         """The number of levels of each grouping factor."""
-        return {c.group: len(c.levels) for c in self.components if c.group != "Residual"}
+        return {c.group: len(c.levels) for c in self.components if not c.is_residual}
 
     @property
     def deviance(self) -> float:
@@ -125,5 +125,5 @@ class FitValues:
         if self.family is not None:
             own = {e.name: e.value for e in self.family_parameters}
             return own["sigma^2"] if self.family == "gaussian" else nan
-        found = [c.covariance for c in self.components if c.group == "Residual"]
+        found = [c.covariance for c in self.components if c.is_residual]
         return sum(float((c if c.dim() == 1 else c.diagonal()).mean()) for c in found)

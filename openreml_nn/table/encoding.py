@@ -23,8 +23,8 @@ from openreml_nn.table.relation import Known
 from openreml_nn.table.residual import residual_design, residual_positions
 from openreml_nn.table.rows import TableRows, offset_of, weights_of
 from openreml_nn.table.structure import parse_residual
-from openreml_nn.table.syntax import Call, Name, names_in
-from openreml_nn.table.traits import RESIDUAL, TRAIT, complete_rows, response_of
+from openreml_nn.table.syntax import Call, Name, bare, names_in
+from openreml_nn.table.traits import TRAIT, TRAITS_OF_A_UNIT, complete_rows, response_of
 
 __all__ = ["Encoding"]
 
@@ -46,12 +46,13 @@ class Encoding:
         relations: Mapping[str, Known] | None = None,
     ) -> None:
         self.formula: MixedFormula = parse_formula(formula)
-        self.categorical = (categorical,) if isinstance(categorical, str) else tuple(categorical)
+        given = (categorical,) if isinstance(categorical, str) else categorical
+        self.categorical = tuple(map(bare, given))
         self.source = source
         if residual is None and self.formula.traits:
-            residual = RESIDUAL
+            residual = TRAITS_OF_A_UNIT
         self.residual = None if residual is None else parse_residual(residual)
-        self.weights = weights
+        self.weights = None if weights is None else bare(weights)
         self.relations = dict(relations or {})
         self.learned = Learned()
 

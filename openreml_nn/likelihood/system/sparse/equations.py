@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from scipy.linalg import qr
 from scipy.sparse import bmat, bsr_matrix, coo_matrix, csc_matrix, csr_matrix, eye, kron
 
+from openreml_nn.likelihood.system.sparse.bordered import Bordered, Factored
 from openreml_nn.likelihood.system.sparse.factor import Factor
 from openreml_nn.likelihood.system.sparse.symbolic import Symbolic
 from openreml_nn.support.errors import InputError, NotPositiveDefiniteError
@@ -34,6 +36,8 @@ class Part:
         effects: k, the size of the blocks of Λ.
         width: effects of a level that belong together, whose joint variance is wanted.
         prior: the inverse of the kernel between levels, (levels, levels), or None for the identity.
+        null: what the prior is zero on, (levels, k) orthonormal, and effects have nothing of; None
+            for nothing.
         moves: whether only the pattern of the prior is known, and its numbers move with parameters.
         basis: C, (levels, levels), with :math:`Z C` in the place of Z, or None for the identity.
     """
@@ -45,6 +49,7 @@ class Part:
     prior: csc_matrix | None = None
     basis: np.ndarray | None = None
     moves: bool = False
+    null: np.ndarray | None = None
 
     @property
     def columns(self) -> int:
@@ -242,7 +247,7 @@ class Equations:
 
     def factor(
         self, moved: Sequence[np.ndarray], priors: Sequence[np.ndarray | None] = ()
-    ) -> Factor:
+    ) -> Factored:
         r"""The factor of M from the blocks of :math:`\Lambda^\top Z^\top R^{-1} Z \Lambda`.
 
         Args:
@@ -258,7 +263,34 @@ class Equations:
         own = priors or [None] * len(self.parts)
         for (_, _, known, place), given in zip(self._priors, own, strict=True):
             values[place] += (known if given is None else given)[:, None]
-        return Factor(self.symbolic, values)
+        return self._within(values, range(len(self.parts)))
+
+    def _within(self, values: np.ndarray, which: Iterable[int]) -> Factored:
+        """The factor of a matrix, within the subspace of the effects of some parts."""
+        borders = [self._borders[i] for i in which if i in self._borders]
+        if not borders:
+            return Factor(self.symbolic, values)
+        corners, weight, null = (
+            np.concatenate(x, axis) for x, axis in zip(zip(*borders), (0, 0, 1), strict=True)
+        )
+        values[self._diagonal[corners]] += weight
+        return Bordered(Factor(self.symbolic, values), corners, weight, null)
+
+    @cached_property
+    def _borders(self) -> dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Corners, their weights and the null space, (size, k), of the parts that have one."""
+        found = {}
+        for i, part in enumerate(self.parts):
+            if part.null is None or part.prior is None:
+                continue
+            eye = np.eye(part.effects)
+            null = np.zeros((self.size, part.null.shape[1] * part.effects))
+            null[self.start[i] : self.start[i + 1]] = np.kron(part.null, eye)
+            corner = qr(part.null.T, mode="r", pivoting=True)[1][: part.null.shape[1]]
+            corners = (corner[:, None] * part.effects + np.arange(part.effects)).reshape(-1)
+            weight = np.full(len(corners), part.prior.diagonal().mean())
+            found[i] = self.start[i] + corners, weight, null
+        return found
 
     def within_prior(self, inverse: np.ndarray, i: int) -> np.ndarray:
         """Entries of the inverse in the lower triangle of a part's prior, summed over effects."""
@@ -285,7 +317,7 @@ class Equations:
         assert found is not None
         return found.log_det
 
-    def _prior_factor(self, known: Iterable[int]) -> Factor | None:
+    def _prior_factor(self, known: Sequence[int]) -> Factored | None:
         """The factor of the precisions of some parts, the identity for others; None where it is
         singular to working precision."""
         values = np.zeros(self.symbolic.entries)
@@ -295,7 +327,7 @@ class Equations:
             _, _, entries, place = self._priors[i]
             values[place] += entries[:, None]
         try:
-            found = Factor(self.symbolic, values)
+            found = self._within(values, known)
         except NotPositiveDefiniteError:
             return None
         return found if found.loss < _SINGULAR else None

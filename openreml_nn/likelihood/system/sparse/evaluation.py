@@ -65,7 +65,7 @@ class SparseEvaluation(Evaluation):
             raise NotPositiveDefiniteError("V is not positive definite") from None
         log_det = at.log_det + self._factor.log_det - prior
         self._half = self._factor.half(self._each(at.Zf, "lifted", transpose=True))
-        F = at.ff - self._half.T @ self._half
+        F = at.ff - self._factor.inner(self._half, self._half)
         found, factor, white = problem.profile(
             *map(torch.as_tensor, (np.asarray(log_det), F[:-1, :-1], F[:-1, -1], F[-1, -1]))
         )
@@ -209,8 +209,9 @@ class SparseEvaluation(Evaluation):
             p_y = rest[:, -1] - rest[:, :-1] @ self._gamma
             T, Tf, total = self.system.rows.working(at, c, own, p_y)
         e = self._factor.half(self._each(T, "lifted", transpose=True))
-        part = solve_triangular(self._C, Tf[:-1] - self._half[:, :-1].T @ e, lower=True)
-        return self._to((total - e.T @ e - part.T @ part) / 2)
+        inner = self._factor.inner
+        part = solve_triangular(self._C, Tf[:-1] - inner(self._half[:, :-1], e), lower=True)
+        return self._to((total - inner(e, e) - part.T @ part) / 2)
 
     def random_effects(self) -> list[RandomEffects]:
         problem = self.problem

@@ -84,6 +84,11 @@ class Factor:
         self._run(found, True)
         return found[self.symbolic.place]
 
+    @staticmethod
+    def inner(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        r""":math:`x^\top A^{-1} y` from :meth:`half` of x and of y."""
+        return np.asarray(one.T @ other)
+
     def solve(self, x: np.ndarray) -> np.ndarray:
         r""":math:`A^{-1} x` for x (n, m)."""
         return self.back(self.half(x))

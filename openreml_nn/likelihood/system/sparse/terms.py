@@ -109,7 +109,7 @@ class SparseTerm:
     @classmethod
     def of(cls, term: Term, at: int) -> SparseTerm:
         """One of them."""
-        g, prior, basis = term.covariance, None, None
+        g, prior, basis, null = term.covariance, None, None, None
         if g.is_chained:
             chain = Chain(g)
             Z = _matrix(term.design)
@@ -122,12 +122,15 @@ class SparseTerm:
             return cls(at, part, False, False, None, moving)
         if kernel is not None and kernel.inverse is not None:
             prior = _sparse(kernel.inverse)
+            if kernel.null is not None:
+                null = _numbers(kernel.null)
         elif kernel is not None:
             K = kernel.dense().detach().cpu().double()
             basis = root_of(replace(term, covariance=DenseCovariance(K))).matrix.numpy()
         effects = form.block or term.design.shape[1]
         by_level = form.block == 1 and not form.is_scalar
-        part = Part(term.name, _matrix(term.design), effects, term.effects, prior, basis)
+        Z = _matrix(term.design)
+        part = Part(term.name, Z, effects, term.effects, prior, basis, null=null)
         return cls(at, part, by_level, not form.block)
 
     def roots(self, term: Term, largest: float) -> Root:
