@@ -95,7 +95,9 @@ class Predictor(Posterior):
         """
         found, effects = _linear_predictor(self, batch)
         if self.family is not None:
-            return on_response(self.family, found, effects, level)
+            low, high = normal_interval(found.mean, found.variance, level)
+            found = on_response(self.family, found, effects)
+            return found, self.family.mean(low), self.family.mean(high)
         if self.responses > 1:
             found = self._by_row(found)
         return found, *normal_interval(found.mean, found.variance, level)

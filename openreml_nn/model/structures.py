@@ -26,12 +26,14 @@ from openreml_nn.covariance import (
     KnownInverseMatrix,
     KnownMatrix,
     KroneckerProduct,
+    LinearMatrix,
     MaternMatrix,
     Matrix,
     Pedigree,
+    RationalQuadraticMatrix,
     ScalarMatrix,
     SphericalMatrix,
-    ToeplitzMatrix,
+    StationaryMatrix,
     UnstructuredMatrix,
     factor_analytic,
     heterogeneous,
@@ -172,13 +174,15 @@ _KERNELS: dict[str, Callable[..., Matrix]] = {
     "gaussian": GaussianMatrix,
     "matern": MaternMatrix,
     "spherical": SphericalMatrix,
+    "linear": LinearMatrix,
+    "rational": RationalQuadraticMatrix,
     "car1": ContinuousAR1Matrix,
 }
 _LAGGED: dict[str, Callable[[int], Matrix]] = {
     "ar1": AR1Matrix,
     "hetar1": AR1Matrix,
-    "toep": ToeplitzMatrix,
-    "hettoep": ToeplitzMatrix,
+    "toep": StationaryMatrix,
+    "hettoep": StationaryMatrix,
     "arma": ARMAMatrix,
 }
 _OTHER: dict[str, Callable[[int], Matrix]] = {

@@ -24,7 +24,7 @@ from openreml_nn.table.residual import residual_design, residual_positions
 from openreml_nn.table.rows import TableRows, offset_of, weights_of
 from openreml_nn.table.structure import parse_residual
 from openreml_nn.table.syntax import Call, Name, bare, names_in
-from openreml_nn.table.traits import TRAIT, TRAITS_OF_A_UNIT, complete_rows, response_of
+from openreml_nn.table.traits import TRAIT, WITHIN_UNIT, complete_rows, response_of
 
 __all__ = ["Encoding"]
 
@@ -50,7 +50,7 @@ class Encoding:
         self.categorical = tuple(map(bare, given))
         self.source = source
         if residual is None and self.formula.traits:
-            residual = TRAITS_OF_A_UNIT
+            residual = WITHIN_UNIT
         self.residual = None if residual is None else parse_residual(residual)
         self.weights = None if weights is None else bare(weights)
         self.relations = dict(relations or {})

@@ -10,7 +10,6 @@ STRUCTURES = "tests/covariance/test_structures.py"
 
 AUTOREGRESSIVE = "openreml_nn/covariance/autoregressive.py"
 EXCHANGEABLE = "openreml_nn/covariance/exchangeable.py"
-KERNEL = "openreml_nn/covariance/kernel.py"
 CORRELATION = "openreml_nn/covariance/correlation.py"
 KNOWN = "openreml_nn/terms/kernel.py"
 PEDIGREE = "openreml_nn/covariance/pedigree.py"
