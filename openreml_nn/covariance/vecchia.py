@@ -262,6 +262,23 @@ class VecchiaMatrix(Matrix):
         device = self.places.device
         return Regressions(places.to(device), self.places, near.to(device), self.correlation)
 
+    @torch.no_grad()
+    def regressed(self, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of other places (k, s) the nearest of these (k, m), their weights (k, m), and the part of
+        the variance that is left beside them (k,), at the present parameters.
+
+        Raises:
+            TypeError, InputError: as :meth:`regressions_of`.
+        """
+        found = self.regressions_of(places)
+        _, length = self.build_params().split(1)
+        left, weights = found.at(length.double().log()).split(
+            [len(places), found.neighbours.numel()]
+        )
+        # At a place of these nothing is left.
+        weights = weights.reshape(found.neighbours.shape)
+        return found.neighbours.clamp(min=0), weights, left.nan_to_num(0.0).clamp(min=0)
+
     def _numbers(self, free_params: FreeParams = None) -> tuple[Tensor, Tensor]:
         """The variance, and what the inverse is made of."""
         variance, length = self.build_params(free_params).split(1)
