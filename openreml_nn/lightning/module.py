@@ -16,6 +16,7 @@ from openreml_nn.families import FAMILIES, Family
 from openreml_nn.lightning.data import MixedModelDataModule, attached
 from openreml_nn.lightning.estimates import Estimates, MarginalEstimates
 from openreml_nn.lightning.evaluation import Evaluated
+from openreml_nn.lightning.family import as_asked
 from openreml_nn.lightning.held import Held
 from openreml_nn.lightning.marginal import Marginal
 from openreml_nn.lightning.optimizers import (
@@ -146,6 +147,7 @@ class MixedModule(Evaluated):
                 check_maker(name, make)
         check_instance("training", training, (str, Way, NoneType), "a word, or None")
         self.rows, self.seed = check_count("rows", rows, 1), check_count("seed", seed)
+        family, link = as_asked(family, link)
         given = {
             "optimizer": optimizer,
             "training": training,
@@ -297,7 +299,7 @@ class MixedModule(Evaluated):
         """Say how many rows a sampler repeats, and take up the state of a resumed run."""
         warn_of_repeats(self.trainer)
         self._met, self._checked = None, False
-        self._responses = Responses(not self.way.needs_all_rows)
+        self._responses = Responses(not self.way.needs_all_rows, self.model.responses > 1)
         self._estimates = self._begun()
         self._known.aireml = self._aireml
         if self._resumed_state is not None:

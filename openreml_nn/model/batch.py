@@ -27,6 +27,7 @@ __all__ = [
     "level_places",
     "level_values",
     "part",
+    "refuse_weights",
     "responding",
     "row_values",
     "rows_of",
@@ -139,10 +140,11 @@ def _tensors(name: str, x: Any) -> list[tuple[str, Tensor]]:
     return []
 
 
-def responding(batch: Batch) -> tuple[Batch, Tensor | None]:
+def responding(batch: Batch, several: bool = False) -> tuple[Batch, Tensor | None]:
     """The rows of a batch that have a response, with which they are; None if all have one.
 
-    A row without a response has NaN in ``y``, in any of its columns where there are several.
+    A row without a response has NaN in ``y``: in any of its columns, such as successes and
+    failures; where these are ``several`` responses, in all.
 
     Raises:
         InputError: if a response is infinite, or the batch has not as many rows of something else.
@@ -153,27 +155,39 @@ def responding(batch: Batch) -> tuple[Batch, Tensor | None]:
     y = y.detach()
     if bool(torch.isfinite(y).all()):
         return batch, None
-    missing = y.isnan().reshape(len(y), -1).any(1)
-    there = torch.where(missing.reshape(-1, *[1] * (y.dim() - 1)), 0, y)
-    check_finite("batch['y']", there, "finite numbers, or NaN for a row without a response")
+    columns = y.isnan().reshape(len(y), -1)
+    missing = columns.all(1) if several else columns.any(1)
+    check_finite(
+        "batch['y']",
+        torch.where(y.isnan(), 0, y),
+        "finite numbers, or NaN for a row without a response",
+    )
+    if not bool(missing.any()):
+        return batch, None
     rows, n = (~missing).nonzero()[:, 0], len(y)
     return {key: _some(batch, key, rows, n) for key in batch}, rows
 
 
 @overload
-def with_responses(batch: Batch) -> tuple[Batch, None]: ...
+def with_responses(
+    batch: Batch, output: None = None, several: bool = False
+) -> tuple[Batch, None]: ...
 @overload
-def with_responses(batch: Batch, output: Tensor) -> tuple[Batch, Tensor]: ...
+def with_responses(batch: Batch, output: Tensor, several: bool = False) -> tuple[Batch, Tensor]: ...
 @overload
-def with_responses(batch: Batch, output: Tensor | None) -> tuple[Batch, Tensor | None]: ...
-def with_responses(batch: Batch, output: Tensor | None = None) -> tuple[Batch, Tensor | None]:
+def with_responses(
+    batch: Batch, output: Tensor | None, several: bool = False
+) -> tuple[Batch, Tensor | None]: ...
+def with_responses(
+    batch: Batch, output: Tensor | None = None, several: bool = False
+) -> tuple[Batch, Tensor | None]:
     """The rows of a batch that have a response, and of what the network has yielded for it; the
     others are counted in a warning.
 
     Raises:
         InputError: as :func:`responding`, or if no row has a response.
     """
-    own, rows = responding(batch)
+    own, rows = responding(batch, several)
     if rows is None:
         return batch, output
     n = len(batch["y"])
@@ -242,6 +256,19 @@ def row_values(batch: Batch, key: str, n: int, positive: bool = False) -> Tensor
         row = int((found <= 0).nonzero()[0])
         raise InputError(f"`{name}` is {float(found[row]):g} in row {row}: expected above 0")
     return found
+
+
+def refuse_weights(batch: Batch) -> None:
+    """Refuse weights of rows whose response has a family.
+
+    Raises:
+        InputError: if the batch has some.
+    """
+    if batch.get("weights") is not None:
+        raise InputError(
+            f"`batch['weights']` is {described(batch['weights'])} beside a family: expected none, as "
+            "weights divide the residual variance of a Gaussian response"
+        )
 
 
 def level_codes(batch: Batch, name: str, levels: int, n: int) -> Tensor:

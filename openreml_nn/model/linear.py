@@ -36,7 +36,7 @@ from openreml_nn.support.checks import (
 )
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import Encoder, TableFile
-from openreml_nn.table.traits import RESIDUAL
+from openreml_nn.table.traits import WITHIN_UNIT
 from openreml_nn.terms.term import Term
 
 __all__ = ["in_user_basis", "lmm", "read_table_of", "with_model"]
@@ -144,7 +144,7 @@ def lmm(
     relations = relations_of(pedigree, kernels)
     encoder = Encoder(formula, categorical, source, residual, weights, known, relations)
     if encoder.formula.traits:
-        _check_variance(residual_variance, RESIDUAL)
+        _check_variance(residual_variance, WITHIN_UNIT)
     encoded = encoder.fit(table)
     # Names are of parameters in the user's basis.
     bases = {} if limits else bases_of(encoded.random)

@@ -16,8 +16,8 @@ from openreml_nn.table.rows import TableRows, complete
 from openreml_nn.table.syntax import Call, Name, Node, Number, Operation, is_call, names_in, walk
 
 __all__ = [
-    "RESIDUAL",
     "TRAIT",
+    "WITHIN_UNIT",
     "Traits",
     "by_trait",
     "complete_rows",
@@ -29,7 +29,7 @@ __all__ = [
 #: The columns of a stacked table that tell the response, and the row, of each value.
 TRAIT, UNIT = "trait", "unit"
 #: The covariance of the residuals of a row's responses where nothing else is said.
-RESIDUAL = f"us({TRAIT} | {UNIT})"
+WITHIN_UNIT = f"us({TRAIT} | {UNIT})"
 
 #: The responses by their names.
 Traits = tuple[tuple[str, Node], ...]

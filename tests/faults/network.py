@@ -86,7 +86,7 @@ FAULTS = [
     ),
     Fault(
         "a coefficient of a dropped column moves the ones after it",
-        PREDICTOR,
+        "openreml_nn/model/posterior.py",
         "index_copy(0, at, fixed.estimate.to(aliases))",
         "index_copy(0, torch.arange(len(at)), fixed.estimate.to(aliases))",
         OF_MODEL,
@@ -297,8 +297,8 @@ FAULTS = [
     Fault(
         "the weights of rows do not count for coefficients",
         "openreml_nn/result/equations.py",
-        "return [_times(white.design(d), scale, Q) for d in designs], scale * white.rows(Q)",
-        "return [_times(white.design(d), scale, Q) for d in designs], white.rows(Q)",
+        "return [_times(white.design(d), scale, f) for d in designs], scale * white.rows(f), log_det",
+        "return [_times(white.design(d), scale, f) for d in designs], white.rows(f), log_det",
         "tests/test_joint.py",
     ),
     Fault(
