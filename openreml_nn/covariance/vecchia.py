@@ -262,6 +262,30 @@ class VecchiaMatrix(Matrix):
         device = self.places.device
         return Regressions(places.to(device), self.places, near.to(device), self.correlation)
 
+    def kriging(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        r"""The effects of other places given those of the nearest of these: weights (k, n) of
+        :math:`E(b_* \mid b)`, and what is left of their variance, as a part of it, (k,).
+
+        Args:
+            places: (k, s).
+
+        Raises:
+            TypeError, InputError: as in :meth:`regressions_of`.
+        """
+        found = self.regressions_of(places)
+        _, length = self.build_params().split(1)
+        k, m = found.neighbours.shape
+        d, b = found.at(length.double().log()).split([k, k * m])
+        same = d.isnan()
+        if bool(same.any()):
+            # At a place itself, or so near that rounding leaves no variance: its effect is known.
+            only = torch.zeros(k, m, dtype=b.dtype, device=b.device)
+            only[:, 0] = 1
+            b = torch.where(same[:, None], only, b.reshape(k, m)).reshape(-1)
+            d = torch.where(same, 0.0, d)
+        weights = b.new_zeros(k, len(self.places)).scatter(1, found.neighbours, b.reshape(k, m))
+        return weights.to(length), d.to(length)
+
     def _numbers(self, free_params: FreeParams = None) -> tuple[Tensor, Tensor]:
         """The variance, and what the inverse is made of."""
         variance, length = self.build_params(free_params).split(1)

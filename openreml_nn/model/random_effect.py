@@ -22,6 +22,7 @@ from openreml_nn.covariance import (
 )
 from openreml_nn.covariance.kernel import DistanceMatrix
 from openreml_nn.covariance.params import module_name, user_name
+from openreml_nn.covariance.vecchia import VecchiaMatrix
 from openreml_nn.model.batch import Batch, level_codes, level_places, level_values, part
 from openreml_nn.result.places import Kriging
 from openreml_nn.result.prediction import KnownEffect, lowered, prior_of
@@ -53,12 +54,12 @@ def independent_levels(levels: int, effects: int) -> Matrix:
     return KroneckerProduct(levels=IdentityMatrix(levels), effects=UnstructuredMatrix(effects))
 
 
-def kernel_of(g: Matrix) -> DistanceMatrix | None:
+def kernel_of(g: Matrix) -> DistanceMatrix | VecchiaMatrix | None:
     """The kernel among the levels of a covariance of all levels; None if there is none."""
     if isinstance(g, KroneckerProduct) and list(g.operands) == ["levels", "effects"]:
         one = g.operands["levels"]
-        return one if isinstance(one, DistanceMatrix) else None
-    return g if isinstance(g, DistanceMatrix) else None
+        return one if isinstance(one, DistanceMatrix | VecchiaMatrix) else None
+    return g if isinstance(g, DistanceMatrix | VecchiaMatrix) else None
 
 
 class RandomEffect(nn.Module):
@@ -278,6 +279,8 @@ def known_effect(
     if at is None or kernel is None or effect.places is None or not len(rows):
         return known
     own, mode = at[rows].to(effect.places), "donot_use_mm_for_euclid_dist"
+    if isinstance(kernel, VecchiaMatrix):
+        return replace(known, kriging=Kriging(rows, *kernel.kriging(own)))
     distance = torch.cdist(own, effect.places, compute_mode=mode)
     return replace(known, kriging=Kriging.of(rows, kernel(), kernel.between(distance)))
 
