@@ -62,3 +62,19 @@ def test_neighbours_at_fault_are_named():
             lmm(f"y ~ x + (1 | matern(east, north, neighbours = {value}))", table())
     with pytest.raises(InputError, match="`neighbours` is for random effects of places"):
         parse_residual("exponential(east, north | g, neighbours = 4)")
+
+
+def test_many_places_are_fitted_and_predicted():
+    """Nothing that has a number for each pair of places is held."""
+    n, rng = 2500, np.random.default_rng(0)
+    data = pd.DataFrame({"east": rng.uniform(0, 9, n), "north": rng.uniform(0, 9, n)})
+    field = np.sin(data["east"]) + np.cos(data["north"])
+    data["y"] = 1 + field + 0.5 * rng.standard_normal(n)
+    result = lmm("y ~ 1 + (1 | exponential(east, north, neighbours = 4))", data)
+    assert result.plan.solver == "sparse"
+    assert result.residual_variance == pytest.approx(0.25, rel=0.1)
+    new = data.head(40) + 0.01
+    with pytest.warns(RuntimeWarning, match="too many for their joint covariance"):
+        found = result.predict(new)
+    truth = 1 + np.sin(new["east"]) + np.cos(new["north"])
+    assert np.corrcoef(found["mean"], truth)[0, 1] > 0.9
