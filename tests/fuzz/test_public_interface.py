@@ -402,6 +402,8 @@ def _covariance() -> list[Call]:
             kinds["nu"] = Kind(lambda v: v in (0.5, 1.5, 2.5) if isinstance(v, float) else False)
         found.append(Call("covariance", made.__name__, made, {"distance": distance}, kinds, word))
     found += _of_parameters(cov.ExponentialMatrix(distance))
+    for made in (cov.LinearCorrelation, cov.RationalQuadraticCorrelation):
+        found.append(Call("covariance", made.__name__, made, {}, {}))
     found.append(
         Call("covariance", "VarianceFunction", cov.VarianceFunction,
              {"covariate": torch.tensor([1.0, 2.0])},
