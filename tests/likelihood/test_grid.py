@@ -115,4 +115,6 @@ def test_rows_in_any_order_and_with_weights(weights, nugget, seed, method):
         for p in V.parameters():
             p.copy_(0.5 * torch.randn(1, generator=generator))
     y = torch.randn(r * c, generator=generator)
-    _compare_solvers(Model(V, y, torch.randn(r * c, 2, generator=generator)), method, ("dense", "grid"))
+    _compare_solvers(
+        Model(V, y, torch.randn(r * c, 2, generator=generator)), method, ("dense", "grid")
+    )
