@@ -12,6 +12,7 @@ from openreml_nn.covariance import (
     ARMAMatrix,
     Augment,
     BlockDiagonal,
+    CARMatrix,
     CompoundSymmetricMatrix,
     ContinuousAR1Matrix,
     CovariancePropagation,
@@ -23,6 +24,7 @@ from openreml_nn.covariance import (
     GaussianMatrix,
     Gram,
     HadamardProduct,
+    ICARMatrix,
     IdentityMatrix,
     Inverse,
     KnownInverseMatrix,
@@ -30,10 +32,12 @@ from openreml_nn.covariance import (
     KroneckerProduct,
     LinearMatrix,
     LowerTriangularMatrix,
+    MaternCorrelation,
     MaternMatrix,
     Matrix,
     Pedigree,
     Product,
+    RandomWalkMatrix,
     RationalQuadraticMatrix,
     ScalarMatrix,
     SimpleMatrix,
@@ -46,6 +50,7 @@ from openreml_nn.covariance import (
     UnconstrainedMatrix,
     UnstructuredMatrix,
     VarianceFunction,
+    VecchiaMatrix,
     factor_analytic,
     heterogeneous_ar1,
     heterogeneous_compound_symmetry,
@@ -77,6 +82,16 @@ def pedigree(n: int) -> Pedigree:
     sires = [None if i < 2 else names[i - 2] for i in range(n)]
     dams = [None if i < 2 else names[i - 1] for i in range(n)]
     return Pedigree.of(names, sires, dams)
+
+
+def places(n: int) -> torch.Tensor:
+    """n places in the plane."""
+    return 3 * torch.rand(n, 2, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+
+
+def path(n: int) -> torch.Tensor:
+    """Pairs of neighbours in a line of n."""
+    return torch.stack([torch.arange(n - 1), torch.arange(1, n)], 1)
 
 
 class Quadratic:
@@ -128,6 +143,10 @@ LEAVES = {
     "arma": ARMAMatrix,
     "power": lambda n: VarianceFunction(torch.arange(1.0, n + 1), "power"),
     "exponential variance": lambda n: VarianceFunction(torch.linspace(-1.0, 1.0, n), "exp"),
+    "neighbours": lambda n: VecchiaMatrix(places(n), MaternCorrelation(1.5), neighbours=2),
+    "conditional": lambda n: CARMatrix(path(n)) if n > 1 else ScalarMatrix(1),
+    "intrinsic": lambda n: ICARMatrix(path(n)) if n > 1 else ScalarMatrix(1),
+    "random walk": lambda n: RandomWalkMatrix(n) if n > 1 else ScalarMatrix(1),
     "known": lambda n: KnownMatrix(kinship(n)),
     "known inverse": lambda n: KnownInverseMatrix(pedigree(n).inverse),
     "simple": lambda n: SimpleMatrix(n, outer_product),

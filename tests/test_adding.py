@@ -294,3 +294,15 @@ def test_a_variance_of_zero_is_an_ordinary_point():
     model.add(take(data, REST))
     same(model, expected, data)
     assert float(model.random["b"].blup.abs().max()) == 0.0
+
+
+def test_a_level_that_was_not_seen_has_the_variance_of_its_features():
+    """With learned features z(x) of random slopes its prior is N(0, z' G z)."""
+    model, data = made("features", 9)
+    model.update(data)
+    new = {"x": data["x"][:4], "groups": {"a": torch.full((4,), -1)}}
+    found = model.predict(new)
+    z, G = Two()(new["x"]), model.random["a"].prior()
+    variance = ((z @ G) * z).sum(1) + model.residual().reshape(())
+    torch.testing.assert_close(found.variance, variance, rtol=1e-10, atol=0)
+    torch.testing.assert_close(found.mean, model(new), rtol=1e-10, atol=0)

@@ -198,6 +198,12 @@ class CARMatrix(Matrix):
         variance, entries = self._numbers(free_params)
         return variance * self.precision.covariance(entries)
 
+    def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
+        variance, entries = self._numbers(free_params)
+        by_rho = self.precision.covariance_along(entries, -self._between.to(entries))
+        slices = torch.stack([self.precision.covariance(entries), variance * by_rho])
+        return self.free_grad(slices, free_params)
+
     def structure(self) -> list[Term]:
         g = PrecisionCovariance(torch.cat(self._numbers()), self.precision)
         return [Term(IdentityDesign(self.shape[0]), g)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from openreml_nn.covariance.correlation import Correlation
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.neighbours import first_to_last, nearest, nearest_before
-from openreml_nn.covariance.nodes import has_values
+from openreml_nn.covariance.nodes import functorch, has_values
 from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.transform import TransformExp, TransformExpPow2
@@ -52,28 +52,32 @@ class Regressions:
     #: The last length without a graph, and what was computed there: plain numbers.
     _kept: dict[float, list[Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
-    def at(self, log_length: Tensor) -> Tensor:
-        """d (k,) and then the weights (k, m), row by row, differentiable twice.
+    def at(self, log_length: Tensor, order: int = 0) -> Tensor:
+        """d (k,) and then the weights (k, m), row by row, or their first or second derivatives.
 
-        Where rounding leaves no variance, d is NaN.
+        They are differentiable up to the second derivative. Where rounding leaves no variance, d is
+        NaN.
         """
-        return _Regressed.apply(log_length, self, 0)
+        if functorch():
+            # Forward mode within forward mode forgets what a custom function has saved.
+            return self.computed(log_length, order)[order]
+        return _Regressed.apply(log_length, self, order)
 
     def derivative(self, log_length: Tensor, order: int) -> Tensor:
         """What :meth:`at` returns, or its first or second derivative."""
         if not has_values(log_length):
-            return self._computed(log_length, order)[order]
+            return self.computed(log_length, order)[order]
         with torch.inference_mode(False), torch.no_grad():
             key = float(log_length)
             known = self._kept.get(key, [])
             if order >= len(known):
                 # Who asks for one derivative of a fit asks for the other next.
-                known = self._computed(log_length, 2 if order else 0)
+                known = self.computed(log_length, 2 if order else 0)
                 self._kept.clear()
                 self._kept[key] = known
             return known[order].clone()
 
-    def _computed(self, log_length: Tensor, order: int) -> list[Tensor]:
+    def computed(self, log_length: Tensor, order: int) -> list[Tensor]:
         """The regressions with their derivatives up to an order."""
         parts = [
             self._part(log_length, order, slice(i, i + _AT_ONCE))
@@ -87,12 +91,12 @@ class Regressions:
 
     def _part(self, log_length: Tensor, order: int, rows: slice) -> list[tuple[Tensor, Tensor]]:
         """d and the weights of some places, with their derivatives."""
-        at, own = self.neighbours[rows], self.places[rows]
+        at, own = self.neighbours[rows], self.places[rows].double()
         missing, k, m = at < 0, *at.shape
         if not m:
             zero = own.new_zeros(k) + 0 * log_length
             return [(zero + (i == 0), own.new_zeros(k, 0)) for i in range(order + 1)]
-        near = self.others[at.clamp(min=0)]  # (k, m, s)
+        near = self.others[at.clamp(min=0)].double()  # (k, m, s)
         length = log_length.exp()
         apart = missing[:, :, None] | missing[:, None, :]
         kinds = (self.correlation.value, self.correlation.slope, self.correlation.bend)
@@ -129,8 +133,6 @@ class Regressions:
 class _Regressed(torch.autograd.Function):
     """Regressions as one operation of autograd: what it keeps is the length alone."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(log_length: Tensor, regressions: Regressions, order: int) -> Tensor:
         return regressions.derivative(log_length, order)
@@ -142,19 +144,22 @@ class _Regressed(torch.autograd.Function):
         ctx.save_for_forward(log_length)
 
     @staticmethod
-    def _next(ctx: Any) -> Tensor:
+    def _following(ctx: Any) -> int:
         if ctx.order == 2:
             raise NotImplementedError("neighbours have no third derivative by the length")
-        (log_length,) = ctx.saved_tensors
-        return _Regressed.apply(log_length, ctx.regressions, ctx.order + 1)
+        return int(ctx.order) + 1
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        return (cotangent * _Regressed._next(ctx)).sum().reshape(1), None, None
+        (log_length,) = ctx.saved_tensors
+        slope = _Regressed.apply(log_length, ctx.regressions, _Regressed._following(ctx))
+        return (cotangent * slope).sum().reshape(1), None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return tangent * _Regressed._next(ctx)
+        (log_length,) = ctx.saved_tensors
+        order = _Regressed._following(ctx)
+        return tangent * ctx.regressions.computed(log_length, order)[order]
 
 
 class VecchiaMatrix(Matrix):
@@ -163,8 +168,7 @@ class VecchiaMatrix(Matrix):
 
     Its inverse is sparse, :math:`V^{-1} = (I - B)^\top D^{-1} (I - B) / \sigma^2`, with B and D the
     regressions of each place on its neighbours under the correlation :math:`c(d_{ij}/\ell)`. With
-    n - 1 neighbours it is :math:`\sigma^2 c(d_{ij}/\ell)` itself, and so it is for places on a line
-    with exponential correlation and both of their neighbours before them. The places are ordered
+    n - 1 neighbours it is :math:`\sigma^2 c(d_{ij}/\ell)` itself. The places are ordered
     from coarse to fine: the first is the one nearest to their mean, and each next one is the
     farthest from those before it, so that the rows may come in any order.
 
@@ -227,16 +231,17 @@ class VecchiaMatrix(Matrix):
         near = nearest_before(at, self.order, min(m, n - 1))
         self.precision = NeighbourPrecision(self.order, near)
         self.register_data("_neighbours", torch.from_numpy(near).to(places.device))
-        self._regressions: tuple[Tensor, Regressions] | None = None
+        self._regressions: Regressions | None = None
 
     @property
     def regressions(self) -> Regressions:
         """Those of the places themselves."""
-        if self._regressions is None or self._regressions[0] is not self.places:
-            places = self.places.double()
-            found = Regressions(places, places, self._neighbours, self.correlation)
-            self._regressions = self.places, found
-        return self._regressions[1]
+        known = self._regressions
+        if known is None or known.places is not self.places:
+            places = self.places
+            known = Regressions(places, places, self._neighbours, self.correlation)
+            self._regressions = known
+        return known
 
     def regressions_of(self, places: Tensor) -> Regressions:
         """Those of other places on the nearest of these.
@@ -255,9 +260,7 @@ class VecchiaMatrix(Matrix):
         one, other = (x.detach().cpu().double().numpy() for x in (places, self.places))
         near = torch.from_numpy(nearest(one, other, min(self.neighbours, len(other))))
         device = self.places.device
-        return Regressions(
-            places.to(device).double(), self.places.double(), near.to(device), self.correlation
-        )
+        return Regressions(places.to(device), self.places, near.to(device), self.correlation)
 
     def _numbers(self, free_params: FreeParams = None) -> tuple[Tensor, Tensor]:
         """The variance, and what the inverse is made of."""
@@ -267,6 +270,14 @@ class VecchiaMatrix(Matrix):
     def forward(self, free_params: FreeParams = None) -> Tensor:
         variance, numbers = self._numbers(free_params)
         return variance * self.precision.covariance(numbers)
+
+    def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
+        variance, numbers = self._numbers(free_params)
+        _, length = self.build_params(free_params).split(1)
+        slopes = self.regressions.at(length.double().log(), 1).to(variance) / length
+        by_length = self.precision.covariance_along(numbers, slopes)
+        slices = torch.stack([self.precision.covariance(numbers), variance * by_length])
+        return self.free_grad(slices, free_params)
 
     def structure(self) -> list[Term]:
         g = PrecisionCovariance(torch.cat(self._numbers()), self.precision)

@@ -25,7 +25,7 @@ from openreml_nn.model import HEADS, MixedModel, RandomEffect, ResidualStructure
 from openreml_nn.model.constraints import Constraint, Limits
 from openreml_nn.model.linear import in_user_basis
 from openreml_nn.model.structured_residual import start_residual
-from openreml_nn.model.structures import bases_of, effect_covariance, labels_of, residual_of
+from openreml_nn.model.structures import bases_of, labels_of, random_effect_of, residual_of
 from openreml_nn.result import Label, Result
 from openreml_nn.support.checks import (
     check_choice,
@@ -272,8 +272,7 @@ def _residual(encoded: Encoded, given: str | Network | None, variance: float) ->
 
 
 def _effect(design: RandomDesign, variance: float, basis: Tensor | None) -> RandomEffect:
-    matrix = effect_covariance(design).double()
-    effect = RandomEffect(design.levels, matrix, design.effects, basis=basis)
+    effect = random_effect_of(design, basis).double()
     size = len(design.levels) * len(design.effects)
     effect.g.moment_start(torch.full((size,), variance / 2, dtype=torch.float64))
     return effect

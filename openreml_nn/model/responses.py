@@ -7,11 +7,10 @@ from torch import Tensor
 
 from openreml_nn.likelihood import LaplaceLoss, REMLLoss
 from openreml_nn.likelihood.effects import Coefficients
-from openreml_nn.model.batch import Batch, check_outputs, part, row_values
+from openreml_nn.model.batch import Batch, check_outputs, part, refuse_weights, row_values
 from openreml_nn.model.predictor import Predictor
 from openreml_nn.result.equations import FixedBasis
 from openreml_nn.support.checks import check_tensor
-from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
 
 __all__ = ["of_family", "of_gaussian", "remember_family", "remember_gaussian"]
@@ -32,7 +31,7 @@ def of_gaussian(output: Tensor, batch: Batch, head: str) -> tuple[Tensor, Tensor
     if y.dim() != 1 or len(y) != n:
         raise InputError(
             f"`y` has shape {tuple(y.shape)} but `mean` yields {n} rows: expected ({n},); "
-            "a column is made a vector by y[:, 0]"
+            "a column is made a vector by y[:, 0], and several are for a model with responses="
         )
     check_outputs(output, batch)
     dtype = torch.promote_types(y.dtype, output.dtype)
@@ -57,11 +56,7 @@ def of_family(output: Tensor, batch: Batch, head: str) -> tuple[Tensor, Tensor, 
         InputError: if a part is missing or has weights, or a number is not finite.
     """
     y, n = part(batch, "y"), len(output)
-    if batch.get("weights") is not None:
-        raise InputError(
-            f"`weights` is {described(batch['weights'])} beside a family: expected none, as they "
-            "divide the residual variance of a Gaussian response"
-        )
+    refuse_weights(batch)
     _check_rows(n)
     check_outputs(output, batch)
     offset = row_values(batch, "offset", n)

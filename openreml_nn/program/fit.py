@@ -152,6 +152,7 @@ class InMemory:
         from lightning.pytorch.strategies import Strategy
 
         from openreml_nn.lightning import MixedModelDataModule, MixedModule
+        from openreml_nn.lightning.family import as_asked
         from openreml_nn.support.instantiate import build
 
         self.resumed = _resumed(options)
@@ -161,7 +162,8 @@ class InMemory:
         if not _takes_rows(options):
             taken.remove("rows")
         given = {key: options[f"model.{key}"] for key in options.keys("model") if key in taken}
-        if given.get("family") is None or given.get("network") is not None:
+        given["family"], given["link"] = as_asked(given.get("family"), given.get("link"))
+        if given["family"] is None or given.get("network") is not None:
             given["optimizer"] = options["optimizer"]  # a family alone is fitted without
         self.module = MixedModule(formula, **given, categorical=names, seed=options["seed"])
         self.heritability = _genotypes(options["heritability"], formula)
@@ -265,7 +267,10 @@ def _takes_rows(options: Options) -> bool:
     """Whether the way of training divides the rows."""
     training = options["model.training"]
     if training is None:
-        is_full = options["model.head"] == "gls" or options["model.family"] is not None
+        from openreml_nn.lightning.family import as_asked
+
+        has_family = as_asked(options["model.family"], options["model.link"])[0] is not None
+        is_full = options["model.head"] == "gls" or has_family
         return options["model.network"] is not None and not is_full
     return training != "full"
 

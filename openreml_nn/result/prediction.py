@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import log
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,7 +40,7 @@ _NODES = 41
 
 
 class Prediction(NamedTuple):
-    """Predictions of some rows, (n,) each.
+    """Predictions of some rows, (n,) each; of several responses (n, t).
 
     Attributes:
         mean: with the random effects of the levels that are known.
@@ -213,9 +212,7 @@ def normal_interval(mean: Tensor, variance: Tensor, level: float = 0.95) -> tupl
     return mean - half, mean + half
 
 
-def on_response(
-    family: Family, found: Prediction, effects: Sequence[KnownEffect], level: float
-) -> tuple[Prediction, Tensor, Tensor]:
+def on_response(family: Family, found: Prediction, effects: Sequence[KnownEffect]) -> Prediction:
     r"""Predictions of the linear predictor on the scale of the response.
 
     With :math:`a \sim N(\hat\eta, v)` the mean is :math:`E\,\mu(a)`, and the variance of a new
@@ -226,12 +223,7 @@ def on_response(
         family: of the response.
         found: of the linear predictor.
         effects: of each random effect.
-        level: probability that the mean of a row is within the interval.
-
-    Returns:
-        The predictions, and the lower and upper ends of intervals for the mean of a row.
     """
-    check_number("level", level, above=0, below=1)
     prior = torch.zeros_like(found.variance)
     for effect in effects:
         z = effect.z.to(prior)
@@ -239,8 +231,7 @@ def on_response(
     mean, square = _expected(family, found.mean, found.variance)
     variance = square - mean * mean
     population, _ = _expected(family, found.population_mean, prior)
-    low, high = (family.mean(end) for end in normal_interval(found.mean, found.variance, level))
-    return Prediction(mean, variance.clamp(min=0), population), low, high
+    return Prediction(mean, variance.clamp(min=0), population)
 
 
 def log_predictive(family: Family, y: Tensor, found: Prediction) -> Tensor:
@@ -254,23 +245,27 @@ def log_predictive(family: Family, y: Tensor, found: Prediction) -> Tensor:
     """
     spread = found.variance.clamp(min=0).sqrt()
     parts = [
-        log(weight) + family.log_density(y, found.mean + node * spread)
-        for node, weight in _hermite()
+        weight.log() + family.log_density(y, found.mean + node * spread)
+        for node, weight in _hermite(spread)
     ]
     return torch.logsumexp(torch.stack(parts), 0)
 
 
-def _hermite() -> Iterator[tuple[float, float]]:
-    """Nodes and weights of the expectation over a standard normal variable."""
+def _hermite(like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Nodes and weights of the expectation over a standard normal variable, () each.
+
+    They are tensors because an export to ONNX rounds Python's numbers to single precision.
+    """
     nodes, weights = np.polynomial.hermite_e.hermegauss(_NODES)
-    return zip(nodes.tolist(), (weights / weights.sum()).tolist(), strict=True)
+    found = torch.tensor([nodes.tolist(), (weights / weights.sum()).tolist()], dtype=torch.float64)
+    return zip(*found.to(like), strict=True)
 
 
 def _expected(family: Family, eta: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     """The expectation of the response and of its square for a normal predictor."""
     spread = variance.clamp(min=0).sqrt()
     mean, square = torch.zeros_like(eta), torch.zeros_like(eta)
-    for node, weight in _hermite():
+    for node, weight in _hermite(spread):
         a = eta + node * spread
         own = family.mean(a)
         mean = mean + weight * own

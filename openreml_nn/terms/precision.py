@@ -49,6 +49,10 @@ class Precision:
         """
         raise NotImplementedError
 
+    def covariance_along(self, x: Tensor, dx: Tensor) -> Tensor:
+        r"""The derivative of :math:`Q^{-1}` along dx, (q, q), differentiable in both."""
+        raise NotImplementedError
+
     def entries(self, x: np.ndarray) -> np.ndarray:
         """Entries of Q in its lower triangle, (e,).
 
@@ -100,13 +104,24 @@ class GraphPrecision(Precision):
         return [torch.from_numpy(self.row), torch.from_numpy(self.column)]
 
     def covariance(self, x: Tensor) -> Tensor:
+        factor, info = torch.linalg.cholesky_ex(self._whole(x))
+        if not _traced(x) and int(info):
+            raise NumericalError("the precision is not positive definite")
+        # Second derivatives of torch.cholesky_inverse in forward mode are wrong.
+        eye = torch.eye(self.size, dtype=x.dtype, device=x.device)
+        half = torch.linalg.solve_triangular(factor, eye, upper=False)
+        return half.mT @ half
+
+    def covariance_along(self, x: Tensor, dx: Tensor) -> Tensor:
+        K = self.covariance(x)
+        return -K @ self._whole(dx) @ K
+
+    def _whole(self, x: Tensor) -> Tensor:
+        """Q itself, (q, q)."""
         row, column = (torch.from_numpy(at).to(x.device) for at in (self.row, self.column))
         low = x.new_zeros(self.size**2).index_add(0, row * self.size + column, x)
         low = low.reshape(self.size, self.size)
-        factor, info = torch.linalg.cholesky_ex(low + low.tril(-1).mT)
-        if int(info):
-            raise NumericalError("the precision is not positive definite")
-        return torch.cholesky_inverse(factor)
+        return low + low.tril(-1).mT
 
     def entries(self, x: np.ndarray) -> np.ndarray:
         return x
@@ -172,18 +187,33 @@ class NeighbourPrecision(Precision):
         return d, B
 
     def covariance(self, x: Tensor) -> Tensor:
-        q, device = self.size, x.device
-        d, B = x[:q], x[q:]
-        if not bool((d > 0).all()):
+        d = x[: self.size]
+        if not _traced(x) and not bool((d > 0).all()):
             self._checked(x.detach().cpu().double().numpy())
-        rank = torch.from_numpy(self._rank).to(device)
-        at = rank[:, None] * q + rank[torch.from_numpy(self.neighbours).to(device)]
-        # What is past the last neighbour is zero, and added to the diagonal.
-        L = torch.eye(q, dtype=x.dtype, device=device).reshape(-1)
-        L = L.index_add(0, at.reshape(-1), -B).reshape(q, q)
-        root = torch.diag_embed(d[torch.from_numpy(self.order).to(device)].sqrt())
-        half = torch.linalg.solve_triangular(L, root, upper=False, unitriangular=True)[rank]
+        half = self._mixed(x) * d.sqrt()
         return half @ half.mT
+
+    def covariance_along(self, x: Tensor, dx: Tensor) -> Tensor:
+        mixed = self._mixed(x)
+        change = mixed @ self._whole(dx[self.size :]) @ self.covariance(x)
+        return change + change.mT + (mixed * dx[: self.size]) @ mixed.mT
+
+    def _mixed(self, x: Tensor) -> Tensor:
+        """The inverse of I - B, (q, q)."""
+        q, device = self.size, x.device
+        rank, order = (torch.from_numpy(at).to(device) for at in (self._rank, self.order))
+        B = self._whole(x[q:])[order][:, order]
+        eye = torch.eye(q, dtype=x.dtype, device=device)
+        # What is past the last neighbour stands on the diagonal, which is not looked at.
+        found = torch.linalg.solve_triangular(eye - B, eye, upper=False, unitriangular=True)
+        return found[rank][:, rank]
+
+    def _whole(self, B: Tensor) -> Tensor:
+        """B, (q, q), from its entries row by row."""
+        q, device = self.size, B.device
+        at = torch.arange(q, device=device)[:, None] * q
+        at = at + torch.from_numpy(self.neighbours).to(device)
+        return B.new_zeros(q * q).index_add(0, at.reshape(-1), B).reshape(q, q)
 
     def entries(self, x: np.ndarray) -> np.ndarray:
         d, B = self._checked(x)
@@ -339,6 +369,11 @@ class PrecisionCovariance(Covariance):
         # G is linear in the entries of its one side.
         t = self.effects
         return folded[: t * t] @ self.matrix[: t * t]
+
+
+def _traced(x: Tensor) -> bool:
+    """Whether its numbers cannot be looked at."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def _numbers(x: Tensor) -> np.ndarray:

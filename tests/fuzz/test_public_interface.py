@@ -402,8 +402,32 @@ def _covariance() -> list[Call]:
             kinds["nu"] = Kind(lambda v: v in (0.5, 1.5, 2.5) if isinstance(v, float) else False)
         found.append(Call("covariance", made.__name__, made, {"distance": distance}, kinds, word))
     found += _of_parameters(cov.ExponentialMatrix(distance))
-    for made in (cov.LinearCorrelation, cov.RationalQuadraticCorrelation):
+    for made in (cov.Correlation, cov.ExponentialCorrelation, cov.GaussianCorrelation,
+                 cov.SphericalCorrelation, cov.LinearCorrelation,
+                 cov.RationalQuadraticCorrelation):  # fmt: skip
         found.append(Call("covariance", made.__name__, made, {}, {}))
+    nu = Kind(lambda v: v in (0.5, 1.5, 2.5) if isinstance(v, float) else False)
+    found.append(
+        Call("covariance", "MaternCorrelation", cov.MaternCorrelation, {"nu": 1.5}, {"nu": nu})
+    )
+    places = torch.tensor([[0.0, 0.0], [0.0, 1.0], [2.0, 0.0]])
+    found.append(
+        Call("covariance", "VecchiaMatrix", cov.VecchiaMatrix,
+             {"places": places, "correlation": cov.MaternCorrelation(1.5), "neighbours": 2},
+             {"places": tensor(None, None, whole=False), "correlation": of(cov.Correlation),
+              "neighbours": count(1), **specs})
+    )  # fmt: skip
+    pairs = {"adjacency": torch.tensor([[0, 1], [1, 2]])}
+    for made in (cov.CARMatrix, cov.ICARMatrix):
+        found.append(
+            Call(
+                "covariance", made.__name__, made, pairs, {"adjacency": tensor(None, None), **specs}
+            )
+        )
+    found.append(
+        Call("covariance", "RandomWalkMatrix", cov.RandomWalkMatrix, {"n": 5, "order": 2},
+             {"n": count(1), "order": Kind(lambda v: type(v) is int and v in (1, 2)), **specs})
+    )  # fmt: skip
     found.append(
         Call("covariance", "VarianceFunction", cov.VarianceFunction,
              {"covariate": torch.tensor([1.0, 2.0])},

@@ -12,72 +12,18 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.linalg import qr
 from scipy.sparse import bmat, bsr_matrix, coo_matrix, csc_matrix, csr_matrix, eye, kron
 
 from openreml_nn.likelihood.system.sparse.bordered import Bordered, Factored
 from openreml_nn.likelihood.system.sparse.factor import Factor
+from openreml_nn.likelihood.system.sparse.part import Part
 from openreml_nn.likelihood.system.sparse.symbolic import Symbolic
 from openreml_nn.support.errors import InputError, NotPositiveDefiniteError
 
-__all__ = ["Cross", "Equations", "Part"]
+__all__ = ["Cross", "Equations"]
 
 #: A matrix whose pivots have lost so many digits has none left.
 _SINGULAR = 1e13
-
-
-@dataclass(frozen=True)
-class Part:
-    r"""One random term.
-
-    Attributes:
-        name: of the term.
-        design: Z, (n, levels * effects), columns level by level.
-        effects: k, the size of the blocks of Λ.
-        width: effects of a level that belong together, whose joint variance is wanted.
-        prior: the inverse of the kernel between levels, (levels, levels), or None for the identity.
-        null: what the prior is zero on, (levels, k) orthonormal, and effects have nothing of; None
-            for nothing.
-        moves: whether only the pattern of the prior is known, and its numbers move with parameters.
-        basis: C, (levels, levels), with :math:`Z C` in the place of Z, or None for the identity.
-    """
-
-    name: str
-    design: csr_matrix
-    effects: int
-    width: int
-    prior: csc_matrix | None = None
-    basis: np.ndarray | None = None
-    moves: bool = False
-    null: np.ndarray | None = None
-
-    @property
-    def columns(self) -> int:
-        """Columns of the equations."""
-        return int(self.design.shape[1])
-
-    @property
-    def levels(self) -> int:
-        """Blocks of Λ."""
-        return self.columns // self.effects
-
-    def times_prior(self, x: np.ndarray) -> np.ndarray:
-        """:math:`Q x` for x (columns, m)."""
-        if self.prior is None:
-            return x
-        return (self.prior @ x.reshape(self.levels, self.effects * x.shape[1])).reshape(x.shape)
-
-    def to_effects(self, x: np.ndarray) -> np.ndarray:
-        """:math:`C x` for x (columns, m)."""
-        if self.basis is None:
-            return x
-        return (self.basis @ x.reshape(self.levels, self.effects * x.shape[1])).reshape(x.shape)
-
-    def from_effects(self, x: np.ndarray) -> np.ndarray:
-        """:math:`C^\\top x` for x (columns, m)."""
-        if self.basis is None:
-            return x
-        return (self.basis.T @ x.reshape(self.levels, self.effects * x.shape[1])).reshape(x.shape)
 
 
 @dataclass(frozen=True)
@@ -281,15 +227,11 @@ class Equations:
         """Corners, their weights and the null space, (size, k), of the parts that have one."""
         found = {}
         for i, part in enumerate(self.parts):
-            if part.null is None or part.prior is None:
-                continue
-            eye = np.eye(part.effects)
-            null = np.zeros((self.size, part.null.shape[1] * part.effects))
-            null[self.start[i] : self.start[i + 1]] = np.kron(part.null, eye)
-            corner = qr(part.null.T, mode="r", pivoting=True)[1][: part.null.shape[1]]
-            corners = (corner[:, None] * part.effects + np.arange(part.effects)).reshape(-1)
-            weight = np.full(len(corners), part.prior.diagonal().mean())
-            found[i] = self.start[i] + corners, weight, null
+            if part.null is not None:
+                corners, weight, own = part.border()
+                null = np.zeros((self.size, own.shape[1]))
+                null[self.start[i] : self.start[i + 1]] = own
+                found[i] = self.start[i] + corners, weight, null
         return found
 
     def within_prior(self, inverse: np.ndarray, i: int) -> np.ndarray:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from openreml_nn.likelihood.system.elimination import root as root_of
 from openreml_nn.likelihood.system.sparse.chains import Chain
-from openreml_nn.likelihood.system.sparse.equations import Equations, Part
+from openreml_nn.likelihood.system.sparse.equations import Equations
 from openreml_nn.likelihood.system.sparse.moving import Moving, MovingAt
+from openreml_nn.likelihood.system.sparse.part import Part
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import DenseCovariance
 from openreml_nn.terms.design import DenseDesign, Design, IdentityDesign, IndexedDesign
