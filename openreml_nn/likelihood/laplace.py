@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,10 @@ from openreml_nn.families.family import Family
 from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.fixed import traced
 from openreml_nn.likelihood.laplace_integral import Integral
-from openreml_nn.likelihood.laplace_layout import Stacked
 from openreml_nn.likelihood.laplace_mode import Rows, find_mode
 from openreml_nn.likelihood.laplace_quadrature import check_quadrature
-from openreml_nn.likelihood.laplace_system import effects_of
+from openreml_nn.likelihood.laplace_sparse import SparseSpace
+from openreml_nn.likelihood.laplace_system import BlockedSpace
 from openreml_nn.likelihood.laplace_task import (
     Kept,
     Task,
@@ -27,7 +27,7 @@ from openreml_nn.likelihood.laplace_task import (
 from openreml_nn.likelihood.plan import Auto, Plan, check_solver
 from openreml_nn.likelihood.problem import Cost
 from openreml_nn.likelihood.solver import Solver
-from openreml_nn.likelihood.solvers import Blocked, Dense
+from openreml_nn.likelihood.solvers import Blocked, Dense, Sparse
 from openreml_nn.support.checks import check_choice, check_count, check_instance, check_tensor
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import DiagonalCovariance
@@ -77,8 +77,10 @@ class LaplaceLoss(nn.Module):
             approximation.
         quadrature: points of adaptive Gauss-Hermite quadrature for each effect of a level; 1 is
             Laplace's approximation.
-        solver: ``"blocked"`` eliminates the factor with most levels first, ``"dense"`` takes all
-            random effects together, and ``"auto"`` is the first; or such a solver with its options.
+        solver: ``"sparse"`` takes a sparse factor, for indexed designs and related levels of a known
+            inverse, on the CPU; ``"blocked"`` eliminates the factor with most levels first, and
+            ``"dense"`` takes all random effects together. ``"auto"`` is the first where it fits, in
+            float64, and else the second; or such a solver with its options.
 
     Raises:
         TypeError, InputError: if an argument is of another kind or an option unknown.
@@ -172,10 +174,10 @@ class LaplaceLoss(nn.Module):
             integral = self._integral(task)
             mode = integral.mode()
             value = integral.value(mode)
-            random = effects_of(task.terms, mode.layout, mode.effects, mode.factor)
+            random = mode.factor.random(task.terms, mode.u)
             bordered = mode
             if not len(mode.beta) and task.rows.X.shape[1]:
-                bordered = find_mode(task.rows, mode.layout, task.terms, mode.u, task.beta)
+                bordered = find_mode(task.rows, mode.point, mode.u, task.beta)
             p = task.rows.X.shape[1]
             spread = bordered.factor.fixed_covariance() if p else value.new_zeros(0, 0)
             beta = mode.beta if self.method == "reml" else task.beta
@@ -187,18 +189,24 @@ class LaplaceLoss(nn.Module):
     def plan(self) -> Plan:
         """The plan of the last call; before the first, what it would be without X."""
         rows, p = self._size or (self.covariance.shape[0], 0)
-        with torch.no_grad():
-            terms = [term.detach() for term in self.covariance.terms()]
-            layout = Stacked(terms, getattr(self.solver, "pair_cost", None))
-        work, entries = layout.placement.cost(p)
-        work += 4.0 * rows * (layout.k + len(layout.designs)) ** 2
-        steps = [f"{layout.levels} blocks of {layout.k} x {layout.k}"] if layout.levels else []
-        if layout.q:
-            by = layout.partition
+        space = self._kept.space if self._kept is not None else None
+        if space is None:
+            with torch.no_grad():
+                space = self._space([term.detach() for term in self.covariance.terms()], False)
+        if isinstance(space, SparseSpace):
+            choice: Solver = self.solver if isinstance(self.solver, Sparse) else Sparse()
+            return Plan(choice, "the weights of the rows move", rows, p, space.cost(p))
+        assert isinstance(space, BlockedSpace)
+        work, entries = space.placement.cost(p)
+        work += 4.0 * rows * (space.k + len(space.designs)) ** 2
+        steps = [f"{space.levels} blocks of {space.k} x {space.k}"] if space.levels else []
+        if space.q:
+            by = space.partition
             size = f"{by.size} x {by.size}"
-            steps.append(f"{layout.q} columns: {max(by.count, 1)} groups of at most {size}")
+            steps.append(f"{space.q} columns: {max(by.count, 1)} groups of at most {size}")
         cost = Cost(work, 8.0 * entries, True, "in the space of the random effects", tuple(steps))
-        return Plan(self.solver, "the weights of the rows move", rows, p, cost)
+        choice = Blocked() if isinstance(self.solver, Auto) else self.solver
+        return Plan(choice, "the weights of the rows move", rows, p, cost)
 
     # ------------------------------------------------------------------ data
 
@@ -234,6 +242,13 @@ class LaplaceLoss(nn.Module):
         terms = self.covariance.terms(rows)
         dtype = torch.promote_types(eta.dtype, terms[0].covariance.matrix.dtype)
         dtype = torch.promote_types(dtype, torch.float32)
+        if isinstance(self.solver, Sparse):
+            if eta.device.type != "cpu":
+                raise InputError(
+                    f"`solver` is 'sparse', which works on the CPU, but `eta` is on {eta.device}: "
+                    "expected 'auto', 'blocked' or 'dense'"
+                )
+            dtype = torch.float64
         terms = [term.to(dtype) for term in terms]
         X = eta.new_zeros(n, 0) if X is None else X
         self._size = (n, X.shape[1])
@@ -242,29 +257,44 @@ class LaplaceLoss(nn.Module):
 
     def _integral(self, task: Task) -> Integral:
         """The likelihood of some data; where effects stand is taken again for the same designs."""
-        forms = [term.form for term in task.terms]
+        by_blocks = task.is_recorded(self.method, self.quadrature)
+        forms: list[Any] = [by_blocks, *(term.form for term in task.terms)]
         constants = [tensor for term in task.terms for tensor in term.constants]
         kept = self._kept
         if kept is None or not kept.is_of(forms, constants):
             with torch.inference_mode(False), torch.no_grad():
                 held = [term.private().detach() for term in task.terms]
-                layout = Stacked(held, getattr(self.solver, "pair_cost", None))
-                if self.quadrature > 1:
-                    check_quadrature(layout, self.quadrature)
                 copies = [tensor for term in held for tensor in term.constants]
-                kept = self._kept = Kept(forms, copies, layout)
+                kept = self._kept = Kept(forms, copies, self._space(held, by_blocks))
         return Integral(task, kept, self.method, self.quadrature)
+
+    def _space(self, terms: Sequence[Term], by_blocks: bool) -> BlockedSpace | SparseSpace:
+        """Where the effects stand: by blocks, where that is asked for, or as the solver has it."""
+        like = terms[0].covariance.matrix
+        fits = like.dtype == torch.float64 and like.device.type == "cpu" and SparseSpace.fits(terms)
+        if isinstance(self.solver, Sparse) and not SparseSpace.fits(terms):
+            raise InputError(
+                "`solver` is 'sparse', but a random term has a dense design, or a covariance in which "
+                "all levels meet: expected 'auto', 'blocked' or 'dense'"
+            )
+        wanted = fits and isinstance(self.solver, Sparse | Auto)
+        if wanted and not by_blocks and self.quadrature == 1:
+            return SparseSpace(terms, self.solver if isinstance(self.solver, Sparse) else Sparse())
+        by_levels = not isinstance(self.solver, Dense)
+        pair_cost = self.solver.pair_cost if isinstance(self.solver, Blocked) else Blocked().pair_cost
+        space = BlockedSpace(terms, pair_cost if by_levels else None)
+        if self.quadrature > 1:
+            check_quadrature(space, self.quadrature)
+        return space
 
 
 def _checked(solver: str | Solver) -> Solver:
     """The solver of a name, or the one that was given, if it takes weights that move."""
     found = check_solver(solver)
-    if isinstance(found, Auto):
-        return Blocked()
-    if not isinstance(found, Blocked | Dense):
+    if not isinstance(found, Auto | Blocked | Dense | Sparse):
         raise InputError(
             f"`solver` is {found.name!r}, which is for Gaussian responses: expected 'auto', "
-            "'blocked' or 'dense'"
+            "'blocked', 'dense' or 'sparse'"
         )
     return found
 

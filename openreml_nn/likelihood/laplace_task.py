@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from openreml_nn.likelihood.laplace_layout import Stacked
 from openreml_nn.likelihood.laplace_mode import Rows
-from openreml_nn.likelihood.laplace_system import Factor
+from openreml_nn.likelihood.laplace_space import Factor, Space
 from openreml_nn.terms.covariance import RepeatedCovariance
 from openreml_nn.terms.kernel import same_content
 from openreml_nn.terms.term import Term
@@ -54,12 +53,18 @@ class Task:
         self.rows, self.terms = rows, terms
         self.beta = rows.eta.detach().new_zeros(0)
 
+    def is_recorded(self, method: str, quadrature: int) -> bool:
+        """Whether derivatives come from a recorded formula, which is by blocks: with quadrature, of
+        designs that move, and of an X that is integrated over."""
+        moves = any(t.requires_grad for t in constants_of(self.terms))
+        return quadrature > 1 or moves or (method == "reml" and self.rows.X.requires_grad)
+
 
 class Kept:
     """Where the effects of some designs stand, and where their last mode was: a start for the next."""
 
-    def __init__(self, forms: list[Any], constants: list[Tensor | None], layout: Stacked) -> None:
-        self._forms, self._constants, self.layout = forms, constants, layout
+    def __init__(self, forms: list[Any], constants: list[Tensor | None], space: Space) -> None:
+        self._forms, self._constants, self.space = forms, constants, space
         self.start: Tensor | None = None
         self.beta: Tensor | None = None
         self.factor: Factor | None = None
