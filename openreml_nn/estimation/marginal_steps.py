@@ -12,6 +12,7 @@ from torch import Tensor
 
 from openreml_nn.covariance import Matrix
 from openreml_nn.estimation.coordinates import Coordinates
+from openreml_nn.estimation.derivatives import jacobian
 from openreml_nn.likelihood import LaplaceLoss
 from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.laplace import LaplaceEvaluation
@@ -21,10 +22,13 @@ from openreml_nn.support.errors import InputError, NumericalError
 
 __all__ = ["MarginalFit"]
 
-#: Steps are taken until they are this long, in standard errors,
-_AIM = 1e-4
-#: and a fit has converged this far from the optimum, where rounding lets it come no nearer.
+#: A fit has converged this far from the optimum, in standard errors,
 CONVERGED = 1e-3
+#: but where steps take no time they are taken until they are as short as this.
+_AIM = 1e-4
+#: Further away than this, in standard errors, the average information tells more of the curvature
+#: than the gradients of the last steps.
+_FAR = 10.0
 #: Step of the differences of gradients: of coordinates, and of coefficients in standard errors.
 _STEP = 1e-4
 #: With more rows than these, differences are one-sided, over this part of a standard error.
@@ -68,6 +72,7 @@ class MarginalFit:
         self.x = X.new_zeros(0)
         self.value, self.slope = nan, self.x
         self.hessian = X.new_zeros(0, 0)
+        self.aim = _AIM if len(X) <= _MANY_ROWS else CONVERGED
 
     # ------------------------------------------------------------------ the function
 
@@ -120,33 +125,43 @@ class MarginalFit:
         spread = rest.var() if len(rest) > 1 else rest.new_ones(())
         spread = torch.where(spread > 1e-8 * near.square().mean() + 1e-30, spread, 1.0)
         loss.covariance.moment_start((spread / 2).expand(len(self.X)))
-        bordered = LaplaceLoss(loss.covariance, loss.family, "reml", solver=loss.solver)
         if self.Q.shape[1]:
-            found = bordered.evaluate(self.y, self.offset, self.Q)
-            gamma, spread = found.coefficients, found.coefficient_covariance
+            gamma, spread = loss.penalised(self.y, self.offset, self.Q)
         else:
             gamma, spread = near.new_zeros(0), near.new_zeros(0, 0)
         u = self.at.read(near)
         phi = [p.detach().reshape(-1).to(near) for p in self.own]
         self.x = torch.cat([gamma[: self.p], u, *phi])
         self.value, self.slope = self.evaluate(self.x)
-        self.hessian = near.new_zeros(len(self.x), len(self.x))
+        H = self.hessian = near.new_zeros(len(self.x), len(self.x))
         if self.p:
-            self.hessian[: self.p, : self.p] = torch.linalg.inv(spread)
+            H[: self.p, : self.p] = torch.linalg.inv(spread)
+        others = range(self.p + self.m, len(self.x))
+        for j, column in zip(others, self._differences(others), strict=True):
+            H[j], H[:, j] = column, column
         self._refresh()
 
     def _refresh(self) -> None:
-        """The curvature by all but the coefficients, anew by differences, and made positive."""
-        H = self.hessian.clone()
-        others = range(self.p, len(self.x))
-        for j, column in zip(others, self._differences(others), strict=True):
-            H[j], H[:, j] = column, column
-        corner = H[self.p :, self.p :].clone()
-        H[self.p :, self.p :] = (corner + corner.mT) / 2
-        scale = H.diagonal().abs().clamp(min=1e-10).sqrt()
-        values, vectors = torch.linalg.eigh(H / (scale[:, None] * scale))
-        positive = (vectors * values.abs().clamp(min=1e-6)) @ vectors.mT
-        self.hessian = positive * (scale[:, None] * scale)
+        """The curvature by covariance parameters, anew by the average information."""
+        self.write(self.x)
+        gamma, u, _ = self.split(self.x)
+
+        def matrices(x: Tensor) -> tuple[Tensor, ...]:
+            with self.loss.covariance.given(self.at.natural(0, x)):
+                return tuple(term.covariance.matrix for term in self.loss.covariance.terms())
+
+        if not self.m:
+            return
+        slopes = jacobian(matrices, u)
+        with self.loss.covariance.given(self.at.natural(0, u)):
+            X = None if self.loss.method == "ml" else self.Q
+            known = self.loss.information(self.y, self.predictor(gamma), X, slopes)
+        # Where a standard deviation is too large the information says little: with what the
+        # likelihood's own curvature has beside it, no step goes beyond zero.
+        own = slice(self.p, self.p + self.m)
+        vanishing = torch.tensor(self.at.vanishing) & (u != 0)
+        beside = torch.where(vanishing, self.slope[own] / torch.where(vanishing, u, 1), 0)
+        self.hessian[own, own] = known + torch.diag(beside.clamp(min=0))
 
     def _differences(self, places: range) -> list[Tensor]:
         """Columns of the curvature by one-sided differences."""
@@ -160,11 +175,9 @@ class MarginalFit:
 
     def climb(self, most: int) -> bool:
         """Steps to the optimum; whether it was reached."""
-        # A curvature that is only updated is far from its own where it changes its sign.
-        period = max(4, len(self.x) - self.p)
-        for step in range(1, most + 1):
+        for _ in range(most):
             direction, norm = self._direction()
-            if norm < _AIM:
+            if norm < self.aim:
                 return True
             before = self.value
             accepted = self._search(direction, norm)
@@ -172,11 +185,11 @@ class MarginalFit:
             if not accepted:
                 self.hessian = self.curvature()
                 direction, norm = self._direction()
-                if norm < _AIM or not self._search(direction, norm):
+                if norm < self.aim or not self._search(direction, norm):
                     return norm < CONVERGED
             elif norm < CONVERGED and before - self.value < 1e-12 * (1 + abs(before)):
                 return True
-            elif step % period == 0:
+            elif norm > _FAR:
                 self._refresh()
         return self._direction()[1] < CONVERGED
 

@@ -14,7 +14,7 @@ from openreml_nn.families.family import Family
 from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.fixed import traced
 from openreml_nn.likelihood.laplace_integral import Integral
-from openreml_nn.likelihood.laplace_mode import Rows, find_mode
+from openreml_nn.likelihood.laplace_mode import Rows, average_information, find_mode
 from openreml_nn.likelihood.laplace_quadrature import check_quadrature
 from openreml_nn.likelihood.laplace_sparse import SparseSpace
 from openreml_nn.likelihood.laplace_system import BlockedSpace
@@ -28,6 +28,7 @@ from openreml_nn.likelihood.plan import Auto, Plan, check_solver
 from openreml_nn.likelihood.problem import Cost
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers import Blocked, Dense, Sparse
+from openreml_nn.likelihood.system.roles import grid_of
 from openreml_nn.support.checks import check_choice, check_count, check_instance, check_tensor
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import DiagonalCovariance
@@ -35,6 +36,9 @@ from openreml_nn.terms.design import IdentityDesign
 from openreml_nn.terms.term import Term
 
 __all__ = ["LaplaceEvaluation", "LaplaceLoss"]
+
+#: With fewer columns beside the largest factor's than these, blocks of them are fast.
+_FEW = 200
 
 
 @dataclass(frozen=True)
@@ -185,6 +189,45 @@ class LaplaceLoss(nn.Module):
             errors = Term(IdentityDesign(len(mode.a)), DiagonalCovariance(1 / information))
             return LaplaceEvaluation(-value, beta, spread, mode.a, errors, tuple(random))
 
+    def penalised(self, y: Tensor, eta: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+        """The coefficients of X that are a mode together with the random effects, those of penalised
+        quasi-likelihood, (p,), and their covariance, (p, p).
+
+        Args:
+            y, eta, X: as in calling the loss.
+
+        Raises:
+            NumericalError, TypeError, InputError: as in calling the loss.
+        """
+        with torch.no_grad():
+            task = self._task(y, eta, X, None)
+            mode = self._integral(task).joint_mode()
+            return mode.beta, mode.factor.fixed_covariance()
+
+    def information(
+        self,
+        y: Tensor,
+        eta: Tensor,
+        X: Tensor | None,
+        derivatives: Sequence[Tensor],
+    ) -> Tensor:
+        """Average information of covariance parameters at the mode, see :func:`average_information`.
+
+        Args:
+            y, eta, X: as in calling the loss.
+            derivatives: for the matrix of each term, its derivatives by the m parameters.
+
+        Raises:
+            NumericalError, TypeError, InputError: as in calling the loss.
+
+        Shape:
+            Output: (m, m).
+        """
+        with torch.no_grad():
+            task = self._task(y, eta, X, None)
+            terms = [term.detach() for term in task.terms]
+            return average_information(self._integral(task).mode(), terms, derivatives)
+
     @property
     def plan(self) -> Plan:
         """The plan of the last call; before the first, what it would be without X."""
@@ -270,22 +313,36 @@ class LaplaceLoss(nn.Module):
 
     def _space(self, terms: Sequence[Term], by_blocks: bool) -> BlockedSpace | SparseSpace:
         """Where the effects stand: by blocks, where that is asked for, or as the solver has it."""
+        by_blocks = by_blocks or self.quadrature > 1
+        fits = SparseSpace.fits(terms)
+        if isinstance(self.solver, Sparse):
+            if not fits:
+                raise InputError(
+                    "`solver` is 'sparse', but a random term has a dense design, or a covariance in "
+                    "which all levels meet: expected 'auto', 'blocked' or 'dense'"
+                )
+            if not by_blocks:
+                return SparseSpace(terms, self.solver)
+        pair_cost = None if isinstance(self.solver, Dense) else Blocked().pair_cost
+        if isinstance(self.solver, Blocked):
+            pair_cost = self.solver.pair_cost
         like = terms[0].covariance.matrix
-        fits = like.dtype == torch.float64 and like.device.type == "cpu" and SparseSpace.fits(terms)
-        if isinstance(self.solver, Sparse) and not SparseSpace.fits(terms):
-            raise InputError(
-                "`solver` is 'sparse', but a random term has a dense design, or a covariance in which "
-                "all levels meet: expected 'auto', 'blocked' or 'dense'"
-            )
-        wanted = fits and isinstance(self.solver, Sparse | Auto)
-        if wanted and not by_blocks and self.quadrature == 1:
-            return SparseSpace(terms, self.solver if isinstance(self.solver, Sparse) else Sparse())
-        by_levels = not isinstance(self.solver, Dense)
-        pair_cost = self.solver.pair_cost if isinstance(self.solver, Blocked) else Blocked().pair_cost
-        space = BlockedSpace(terms, pair_cost if by_levels else None)
+        if isinstance(self.solver, Auto) and fits and not by_blocks:
+            exact = like.dtype == torch.float64 and like.device.type == "cpu"
+            # Beside one factor all others are small, or much is gained by a sparse factor.
+            if exact and _columns_of_others(terms) >= _FEW:
+                return SparseSpace(terms, Sparse())
+        space = BlockedSpace(terms, pair_cost)
         if self.quadrature > 1:
             check_quadrature(space, self.quadrature)
         return space
+
+
+def _columns_of_others(terms: Sequence[Term]) -> int:
+    """Columns beside those of the largest factor with independent levels."""
+    sizes = [term.design.shape[1] for term in terms]
+    independent = [q for q, term in zip(sizes, terms, strict=True) if grid_of(term) is not None]
+    return sum(sizes) - max(independent, default=0)
 
 
 def _checked(solver: str | Solver) -> Solver:

@@ -43,31 +43,37 @@ class Integral:
         self._task, self._kept = task, kept
         self._method, self._quadrature = method, quadrature
 
-    def mode(self) -> Mode:
-        """The mode of the random effects, where the search of the next call then begins."""
+    def joint_mode(self) -> Mode:
+        """The mode of the random effects and the coefficients of X together, where the search of the
+        next call then begins."""
         kept, data = self._kept, self._task.rows
         point = kept.space.at(self._task.terms)
         plain = Rows(data.family, data.y, data.eta.detach(), data.X.detach())
-        bordered = find_mode(
+        mode = find_mode(
             plain,
             point,
             kept.start_of(plain),
             kept.beta_of(plain),
             kept.factor_of(plain),
         )
-        if self._method == "reml" or not plain.X.shape[1]:
-            mode = bordered
-        else:
-            mode = self._profiled(plain, bordered)
-        kept.start = private(mode.u)
-        kept.factor = mode.factor if mode is bordered and not point.is_cheap else None
-        kept.beta = private(self._task.beta if len(self._task.beta) else mode.beta)
+        kept.start, kept.beta = private(mode.u), private(mode.beta)
+        kept.factor = None if point.is_cheap else mode.factor
         return mode
 
-    def _profiled(self, plain: Rows, bordered: Mode) -> Mode:
+    def mode(self) -> Mode:
+        """The mode of the random effects, at the coefficients of X of the method."""
+        kept, mode = self._kept, self.joint_mode()
+        if self._method == "reml" or not len(mode.beta):
+            return mode
+        mode = self._profiled(mode)
+        kept.start, kept.beta, kept.factor = private(mode.u), private(self._task.beta), None
+        return mode
+
+    def _profiled(self, bordered: Mode) -> Mode:
         """The mode at the coefficients of maximum likelihood, which the task then holds."""
         beta, S = bordered.beta, bordered.factor.fixed_covariance()
-        X, start = plain.X, bordered.u
+        plain, start = bordered.rows, bordered.u
+        X = plain.X
         none = replace(plain, X=plain.X[:, :0])
         before = float("inf")
         for _ in range(_MOST_STEPS):

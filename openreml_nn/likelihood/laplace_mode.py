@@ -36,8 +36,9 @@ from openreml_nn.families.family import Family
 from openreml_nn.likelihood.laplace_space import Factor, Point
 from openreml_nn.likelihood.problem import NotPositiveDefiniteError
 from openreml_nn.support.errors import NumericalError
+from openreml_nn.terms.term import Term
 
-__all__ = ["Mode", "Rows", "find_mode"]
+__all__ = ["Mode", "Rows", "average_information", "find_mode"]
 
 #: Newton steps to the mode, at most; each may be halved.
 _MOST_STEPS = 200
@@ -123,6 +124,38 @@ class Mode:
             return list(
                 torch.autograd.grad(value, wanted, allow_unused=True, materialize_grads=True)
             )
+
+
+def average_information(
+    mode: Mode, terms: Sequence[Term], derivatives: Sequence[Tensor]
+) -> Tensor:
+    r"""Average information of covariance parameters in the working linear model at a mode.
+
+    With :math:`q_i = Z \dot G_i Z^\top\ell'` it is :math:`\tfrac12 q_i^\top P q_j`,
+    :math:`P = W - W Z\Lambda H^{-1}\Lambda^\top Z^\top W`, X projected out where the mode is one of
+    its coefficients too.
+
+    Args:
+        mode: the mode.
+        terms: the random terms, without a graph.
+        derivatives: for the matrix of each term, its derivatives by the m parameters, (m, *shape).
+
+    Shape:
+        Output: (m, m).
+    """
+    q = mode.first.new_zeros(len(mode.first), len(derivatives[0]))
+    for term, parts in zip(terms, derivatives, strict=True):
+        e = term.design.t_matmul(mode.first[:, None])
+        moved = [term.covariance.along(part, e) for part in parts]
+        q = q + term.design.matmul(torch.cat(moved, 1)) if moved else q
+    Wq, X = mode.weights[:, None] * q, mode.rows.X
+    half = [mode.point.slope(column.contiguous()) for column in Wq.unbind(1)]
+    right = torch.stack(half, 1) if half else q.new_zeros(len(mode.u), 0)
+    u, beta = mode.factor.solve(right, X.mT @ Wq)
+    lost = right.mT @ u
+    if len(mode.beta):
+        lost = lost + (X.mT @ Wq).mT @ beta
+    return (q.mT @ Wq - lost) / 2
 
 
 def find_mode(
@@ -269,7 +302,7 @@ def _predictor(rows: Rows, point: Point, u: Tensor, beta: Tensor) -> tuple[Tenso
 
 def _tolerance(dtype: torch.dtype) -> float:
     """The squared length of a step that is none, in standard deviations of the effects."""
-    return float((1e3 * torch.finfo(dtype).eps) ** 2) if dtype == torch.float64 else 1e-10
+    return 1e-20 if dtype == torch.float64 else 1e-10
 
 
 def _refuse_separated(move: Tensor) -> None:
