@@ -92,7 +92,7 @@ class MarginalFit:
 
     def predictor(self, gamma: Tensor) -> Tensor:
         """The known part of the linear predictor."""
-        return self.offset + self.Q @ gamma if self.p else self.offset
+        return torch.addmv(self.offset, self.Q, gamma) if self.p else self.offset
 
     def evaluate(self, x: Tensor) -> tuple[float, Tensor]:
         """The negative log-likelihood and its gradient."""
@@ -121,12 +121,13 @@ class MarginalFit:
         """Begin at penalised quasi-likelihood for variances of the order of the data's."""
         loss = self.loss
         near = loss.family.start(self.y).to(self.Q) - self.offset
-        rest = near - self.Q @ (self.Q.mT @ near) / len(self.X)
+        rough = self.Q.mT @ near / len(self.X)
+        rest = near - self.Q @ rough
         spread = rest.var() if len(rest) > 1 else rest.new_ones(())
         spread = torch.where(spread > 1e-8 * near.square().mean() + 1e-30, spread, 1.0)
         loss.covariance.moment_start((spread / 2).expand(len(self.X)))
         if self.Q.shape[1]:
-            gamma, spread = loss.penalised(self.y, self.offset, self.Q)
+            gamma, spread = loss.penalised(self.y, self.offset, self.Q, rough)
         else:
             gamma, spread = near.new_zeros(0), near.new_zeros(0, 0)
         u = self.at.read(near)
@@ -240,7 +241,7 @@ class MarginalFit:
         with torch.no_grad(), self.loss.covariance.given(self.at.natural(0, u)):
             values = self.loss.covariance.build_params(out_format="dict")
             own = self.loss.family.quantities(u)
-        found = {name: float(value) for name, value in {**values, **own}.items()}
+        found = {name: float(value.detach()) for name, value in {**values, **own}.items()}
         self.history.append(Record(-self.value + self.jacobian, norm, accepted, found))
 
     def curvature(self) -> Tensor:

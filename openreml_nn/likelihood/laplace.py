@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -125,10 +126,12 @@ class LaplaceLoss(nn.Module):
         self.solver = _checked(solver)
         self._kept: Kept | None = None
         self._size: tuple[int, int] | None = None
+        #: The responses that were checked last, as they were then.
+        self._known: tuple[ref[Tensor], int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Where the last mode was can be found again; a copy need not carry it.
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_kept": None, "_known": None}
 
     def extra_repr(self) -> str:
         return f"method={self.method!r}, quadrature={self.quadrature}, solver={self.solver.name!r}"
@@ -189,19 +192,22 @@ class LaplaceLoss(nn.Module):
             errors = Term(IdentityDesign(len(mode.a)), DiagonalCovariance(1 / information))
             return LaplaceEvaluation(-value, beta, spread, mode.a, errors, tuple(random))
 
-    def penalised(self, y: Tensor, eta: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+    def penalised(
+        self, y: Tensor, eta: Tensor, X: Tensor, start: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The coefficients of X that are a mode together with the random effects, those of penalised
         quasi-likelihood, (p,), and their covariance, (p, p).
 
         Args:
             y, eta, X: as in calling the loss.
+            start: (p,) where the search begins.
 
         Raises:
             NumericalError, TypeError, InputError: as in calling the loss.
         """
         with torch.no_grad():
             task = self._task(y, eta, X, None)
-            mode = self._integral(task).joint_mode()
+            mode = self._integral(task).joint_mode(start)
             return mode.beta, mode.factor.fixed_covariance()
 
     def information(
@@ -281,7 +287,9 @@ class LaplaceLoss(nn.Module):
                 raise InputError(
                     f"`rows` reaches beyond the {self.covariance.shape[0]} rows of the covariance"
                 )
-        self.family.check(y.detach())
+        if self._known is None or self._known[0]() is not y or self._known[1] != y._version:
+            self.family.check(y.detach())
+            self._known = ref(y), y._version
         terms = self.covariance.terms(rows)
         dtype = torch.promote_types(eta.dtype, terms[0].covariance.matrix.dtype)
         dtype = torch.promote_types(dtype, torch.float32)

@@ -43,9 +43,13 @@ class Integral:
         self._task, self._kept = task, kept
         self._method, self._quadrature = method, quadrature
 
-    def joint_mode(self) -> Mode:
+    def joint_mode(self, beta: Tensor | None = None) -> Mode:
         """The mode of the random effects and the coefficients of X together, where the search of the
-        next call then begins."""
+        next call then begins.
+
+        Args:
+            beta: where the search for the coefficients begins; where the last ended by default.
+        """
         kept, data = self._kept, self._task.rows
         point = kept.space.at(self._task.terms)
         plain = Rows(data.family, data.y, data.eta.detach(), data.X.detach())
@@ -53,7 +57,7 @@ class Integral:
             plain,
             point,
             kept.start_of(plain),
-            kept.beta_of(plain),
+            kept.beta_of(plain) if beta is None else beta.to(plain.eta),
             kept.factor_of(plain),
         )
         kept.start, kept.beta = private(mode.u), private(mode.beta)

@@ -25,7 +25,7 @@ which hold where G is singular as well, and for the family's parameters and y th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import log, pi
 
@@ -45,6 +45,8 @@ _MOST_STEPS = 200
 _MOST_HALVINGS = 40
 #: A step whose squared length is this small for each effect needs no look at the density.
 _SAFE = 1e-2
+#: Rows whose densities are computed at a time.
+_CHUNK = 2**15
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,26 @@ class Rows:
     y: Tensor
     eta: Tensor
     X: Tensor
+
+    def density(self, a: Tensor) -> Tensor:
+        """The log-density of all rows at a predictor."""
+        parts = [
+            self.family.log_density(y, x).sum().detach()
+            for y, x in zip(self.y.split(_CHUNK), a.split(_CHUNK), strict=True)
+        ]
+        return torch.stack(parts).sum() if parts else a.sum()
+
+    def derivatives(self, a: Tensor, out: Sequence[Tensor]) -> None:
+        """Put the first, minus the second, and the third derivative at a predictor into ``out``.
+
+        Rows are taken some at a time: what a family computes on the way then stays in the cache.
+        """
+        first, weights, third = out
+        for at in range(0, len(a), _CHUNK):
+            part = slice(at, at + _CHUNK)
+            one, two, three = self.family.derivatives(self.y[part], a[part])
+            first[part], third[part] = one.detach(), three.detach()
+            torch.neg(two.detach(), out=weights[part])
 
 
 @dataclass(frozen=True)
@@ -89,28 +111,28 @@ class Mode:
         return penalised + self.factor.half_log_det() - p / 2 * log(2 * pi)
 
     @cached_property
-    def _moved(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Half the variances of the rows' predictors, s, and c."""
-        half = self.factor.half_variances()
-        t = -self.third * half
-        s, s_X = self.factor.solve(self.point.slope(t)[:, None], self.rows.X.mT @ t[:, None])
+    def _moved(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Half the variances of the rows' predictors, s, c, and t - Wc."""
+        half, X = self.factor.half_variances(), self.rows.X
+        t = (self.third * half).neg_()
+        s, s_X = self.factor.solve(self.point.slope(t)[:, None], X.mT @ t[:, None])
         c = self.point.predictor(s[:, 0])
-        return half, s, c + (self.rows.X @ s_X)[:, 0] if len(s_X) else c
+        if len(s_X):
+            c += (X @ s_X)[:, 0]
+        return half, s, c, t.addcmul_(self.weights, c, value=-1)
 
     def of_predictor(self) -> Tensor:
         r""":math:`\partial L/\partial\eta`, (n,)."""
-        half, _, c = self._moved
-        return -self.first - self.third * half - self.weights * c
+        return self._moved[3] - self.first
 
     def of_matrices(self) -> list[Tensor]:
         """:math:`\\partial L/\\partial G` for the matrix of each term, in the terms' order."""
-        half, s, c = self._moved
-        f = -self.third * half - self.weights * c
+        _, s, _, f = self._moved
         return self.factor.of_matrices(self.u, s, self.first, f)
 
     def of_family(self, y: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
         """:math:`\\partial L` by y, if it requires a gradient, and by parameters of the family."""
-        half, _, c = self._moved
+        half, _, c, _ = self._moved
         wanted = [*([y] if y.requires_grad else []), *parameters]
         if not wanted:
             return []
@@ -177,13 +199,13 @@ def find_mode(
     Raises:
         NumericalError: if there is no mode, or none is found.
     """
-    if start is not None:
+    u = point.slope(rows.eta.new_zeros(len(rows.eta)))
+    if start is not None or beta is not None:
         try:
-            return _newton(rows, point, start, beta, factor)
+            return _newton(rows, point, u if start is None else start, beta, factor)
         except NumericalError:
             # An earlier mode may be too far away; from zero it is found, or an error says why not.
             pass
-    u = point.slope(rows.eta.new_zeros(len(rows.eta)))
     return _newton(rows, point, u, None, None)
 
 
@@ -192,41 +214,40 @@ def _newton(
 ) -> Mode:
     like, u = rows.eta, start
     beta = like.new_zeros(rows.X.shape[1]) if beta is None else beta
-    family, tolerance = rows.family, _tolerance(like.dtype)
-    density: Tensor | None
-    a, density = _predictor(rows, point, u, beta)
-    if not bool(torch.isfinite(density)):
-        raise NumericalError(
-            "the density of the responses is not finite at the start: `eta` is too far from them"
-        )
+    tolerance, floor = _tolerances(like)
+    density: Tensor | None = None
+    a, own = _linear(rows, point, u, beta), torch.empty(3, len(like)).to(like)
+    first, weights, third = own
     before = gain = float("inf")
     for step in range(_MOST_STEPS):
-        first, second, third = (x.detach() for x in family.derivatives(rows.y, a))
+        rows.derivatives(a, own)
+        if step == 0 and not bool(torch.isfinite(first.sum())):
+            raise NumericalError(
+                "the density of the responses is not finite at the start: `eta` is too far from them"
+            )
         g = (point.prior(u) - point.slope(first))[:, None]
         g_X = -rows.X.mT @ first[:, None]
         true = False
         if factor is None or point.is_cheap:
-            factor, true = _factor(rows, point, -second)
+            factor, true = _factor(rows, point, weights)
         move, move_X, gain = _step(factor, g, g_X)
         # An earlier factor will do for a step as long as steps get shorter fast.
         if not true and (gain <= tolerance or gain > before / 20 or (step == 0 and gain > 1)):
-            factor, true = _factor(rows, point, -second)
+            factor, true = _factor(rows, point, weights)
             move, move_X, gain = _step(factor, g, g_X)
         # Rounding leaves a floor, below which steps get no smaller.
-        stalled = gain < 1e3 * tolerance**0.5 and gain > before / 4
+        stalled = gain < floor and gain > before / 4
         if true and (gain <= tolerance or stalled):
-            _refuse_separated(point.predictor(move[:, 0]) + (rows.X @ move_X)[:, 0])
-            density = _density(rows, a) if density is None else density
-            return Mode(
-                rows, point, factor, u, beta, a, density, first, -second, third, step
-            )  # fmt: skip
+            _refuse_separated(_linear(replace(rows, eta=0 * a[:1]), point, move[:, 0], move_X[:, 0]))
+            density = rows.density(a) if density is None else density
+            return Mode(rows, point, factor, u, beta, a, density, first, weights, third, step)
         if gain < before and float((g * move).max()) < _SAFE and not len(beta):
             # So near a mode Newton's step is not questioned.
             u = u - move[:, 0]
             a, density = _linear(rows, point, u, beta), None
         else:
             if density is None:
-                density = _density(rows, a)
+                density = rows.density(a)
             u, beta, a, density = _searched(
                 rows, point, (u, beta, density), (move[:, 0], move_X[:, 0]), gain
             )
@@ -273,7 +294,8 @@ def _searched(
     scale = 1.0
     for _ in range(_MOST_HALVINGS):
         new_u, new_beta = u - scale * move[0], beta - scale * move[1]
-        a, new_density = _predictor(rows, point, new_u, new_beta)
+        a = _linear(rows, point, new_u, new_beta)
+        new_density = rows.density(a)
         new = float(new_u @ point.prior(new_u) / 2 - new_density)
         if new <= height - 1e-4 * scale * gain + slack:
             return new_u, new_beta, a, new_density
@@ -286,29 +308,24 @@ def _searched(
 
 def _linear(rows: Rows, point: Point, u: Tensor, beta: Tensor) -> Tensor:
     """The linear predictor."""
-    a = rows.eta + point.predictor(u)
-    return a + rows.X @ beta if len(beta) else a
+    a = point.predictor(u).add_(rows.eta)
+    return a.add_(rows.X @ beta) if len(beta) else a
 
 
-def _density(rows: Rows, a: Tensor) -> Tensor:
-    """The log-density of all rows."""
-    return rows.family.log_density(rows.y, a).sum().detach()
-
-
-def _predictor(rows: Rows, point: Point, u: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    a = _linear(rows, point, u, beta)
-    return a, _density(rows, a)
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    """The squared length of a step that is none, in standard deviations of the effects."""
-    return 1e-20 if dtype == torch.float64 else 1e-10
+def _tolerances(like: Tensor) -> tuple[float, float]:
+    """Squared lengths of steps, in standard deviations of the effects, that are none, as they move
+    the likelihood by no more than its rounding, and that may be all that rounding allows."""
+    if like.dtype != torch.float64:
+        return 1e-10, 1e-2
+    eps = torch.finfo(like.dtype).eps
+    return max(1e3, 10.0 * len(like)) ** 2 * eps**2, 1e6 * eps
 
 
 def _refuse_separated(move: Tensor) -> None:
     """Raise where a step that gains nothing still moves the predictor: it has no end."""
-    farthest = int(move.abs().argmax())
-    if float(move.abs().max()) > 0.01:
+    low, high = (float(end) for end in move.aminmax())
+    if max(-low, high) > 0.01:
+        farthest = int(move.abs().argmax())
         raise NumericalError(
             "the data are separated: the density rises for ever as the linear predictor of row "
             f"{farthest} goes to {'-' if float(move[farthest]) > 0 else ''}infinity"

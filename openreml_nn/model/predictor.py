@@ -200,7 +200,7 @@ class Predictor(nn.Module):
         """
         found, effects = _linear_predictor(self, batch)
         if self.family is not None:
-            return on_response(self.family, found, effects, level)
+            return on_response(self.family.given(batch.get("zi")), found, effects, level)
         return found, *normal_interval(found.mean, found.variance, level)
 
     @torch.no_grad()
@@ -217,6 +217,7 @@ class Predictor(nn.Module):
         if len(y) != len(found.mean):
             raise InputError(f"`y` has {len(y)} rows but `mean` yields {len(found.mean)}")
         if self.family is not None:
+            y = self.family.with_inputs(y, batch.get("zi"))
             self.family.check(y)
             return log_predictive(self.family, y, found)
         return -((2 * torch.pi * found.variance).log() + (y - found.mean) ** 2 / found.variance) / 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from openreml_nn.families import Family
 from openreml_nn.likelihood import LaplaceLoss, REMLLoss
 from openreml_nn.likelihood.effects import Coefficients
 from openreml_nn.model.batch import Batch, part, row_values
@@ -49,13 +50,15 @@ def of_gaussian(output: Tensor, batch: Batch, head: str) -> tuple[Tensor, Tensor
     return y - output, output.new_zeros(n, 0)
 
 
-def of_family(output: Tensor, batch: Batch, head: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """y, the known part of the linear predictor (n,), and X (n, p) with head ``"gls"``.
+def of_family(
+    family: Family, output: Tensor, batch: Batch, head: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y with the family's inputs, the known part of the linear predictor (n,), and X (n, p) with head ``"gls"``.
 
     Raises:
         InputError: if a part is missing or has weights, or a number is not finite.
     """
-    y, n = part(batch, "y"), len(output)
+    y, n = family.with_inputs(part(batch, "y"), batch.get("zi")), len(output)
     if batch.get("weights") is not None:
         raise InputError(
             f"`weights` is {described(batch['weights'])} beside a family: expected none, as they "

@@ -169,6 +169,7 @@ class Encoded:
         weights: (n,) weights of the rows; None for equal ones.
         offset: (n,) known part of the mean; None without one.
         unseen: rows of a level that was not seen, by grouping factor.
+        zi: (n, k) model matrix of the zero part; None without one.
     """
 
     y: Tensor | None
@@ -181,11 +182,12 @@ class Encoded:
     weights: Tensor | None = None
     offset: Tensor | None = None
     unseen: Mapping[str, int] = field(default_factory=dict)
+    zi: Tensor | None = None
 
     def batch(self) -> dict[str, Any]:
         """The table as a batch of :class:`MixedModel`: ``x`` the model matrix, for each random
         effect its codes in ``groups`` and, but for intercepts, its values in ``values``; and what
-        there is of ``y``, ``weights``, ``offset``, and, in ``residual``, the cells of the rows, or
+        there is of ``y``, ``weights``, ``offset``, ``zi``, and, in ``residual``, the cells of the rows, or
         the covariate of their variance.
         """
         found = {
@@ -198,6 +200,7 @@ class Encoded:
         if residual is not None:
             cells = residual.cells if residual.covariate is None else residual.covariate
         parts = {"y": self.y, "weights": self.weights, "offset": self.offset, "residual": cells}
+        parts["zi"] = self.zi
         return found | {name: part for name, part in parts.items() if part is not None}
 
     @property
