@@ -53,7 +53,7 @@ def marginal_outcome(
         components = _components(fit, labels, u, of_u)
         predictor = found.predictor
         fitted = residuals = predictor.new_empty(0)
-        family = loss.family.given(loss.family.inputs_of(fit.y))
+        family = loss.family.of_rows(loss.family.inputs_of(fit.y))
         if type(family).mean is not Family.mean:
             fitted = family.mean(predictor)
             residuals = loss.family.observed(fit.y).to(fitted) - fitted

@@ -134,13 +134,20 @@ class MarginalFit:
         phi = [p.detach().reshape(-1).to(near) for p in self.own]
         self.x = torch.cat([gamma[: self.p], u, *phi])
         self.value, self.slope = self.evaluate(self.x)
-        H = self.hessian = near.new_zeros(len(self.x), len(self.x))
+        self.hessian = near.new_zeros(len(self.x), len(self.x))
         if self.p:
-            H[: self.p, : self.p] = torch.linalg.inv(spread)
-        others = range(self.p + self.m, len(self.x))
-        for j, column in zip(others, self._differences(others), strict=True):
-            H[j], H[:, j] = column, column
+            self.hessian[: self.p, : self.p] = torch.linalg.inv(spread)
+        self._replace(range(self.p + self.m, len(self.x)))
         self._refresh()
+
+    def _replace(self, places: range) -> None:
+        """Rows and columns of the curvature, anew by differences."""
+        H = self.hessian.clone()
+        for j, column in zip(places, self._differences(places), strict=True):
+            H[j], H[:, j] = column, column
+        corner = H[places.start :, places.start :].clone()
+        H[places.start :, places.start :] = (corner + corner.mT) / 2
+        self.hessian = H
 
     def _refresh(self) -> None:
         """The curvature by covariance parameters, anew by the average information."""
@@ -176,7 +183,8 @@ class MarginalFit:
 
     def climb(self, most: int) -> bool:
         """Steps to the optimum; whether it was reached."""
-        for _ in range(most):
+        period = max(4 if len(self.X) <= _MANY_ROWS else 10, len(self.x) - self.p)
+        for step in range(1, most + 1):
             direction, norm = self._direction()
             if norm < self.aim:
                 return True
@@ -192,6 +200,9 @@ class MarginalFit:
                 return True
             elif norm > _FAR:
                 self._refresh()
+            elif step % period == 0:
+                # A curvature that is only updated is far from its own where it changes its sign.
+                self._replace(range(self.p, len(self.x)))
         return self._direction()[1] < CONVERGED
 
     def _direction(self) -> tuple[Tensor, float]:

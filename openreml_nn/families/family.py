@@ -112,7 +112,7 @@ class Family(Parametrized):
         (n,)."""
         return torch.zeros_like(y)
 
-    def given(self, inputs: Tensor | None) -> Family:
+    def of_rows(self, inputs: Tensor | None) -> Family:
         """The family of rows with inputs of its own: itself, where it takes none.
 
         Args:
@@ -132,7 +132,9 @@ class Family(Parametrized):
             InputError: if there are inputs and the family takes none, or none and it does.
         """
         if inputs is not None:
-            raise InputError("`batch['zi']` is given but the family is not ZeroInflated: leave it out")
+            raise InputError(
+                "`batch['zi']` is given but the family is not ZeroInflated: leave it out"
+            )
         return y
 
     def observed(self, y: Tensor) -> Tensor:
@@ -140,7 +142,7 @@ class Family(Parametrized):
         return y
 
     def inputs_of(self, y: Tensor) -> Tensor | None:
-        """The inputs among the responses, as :meth:`given` takes them."""
+        """The inputs among the responses, as :meth:`of_rows` takes them."""
         return None
 
     def natural(self, name: str, like: Tensor) -> Tensor:

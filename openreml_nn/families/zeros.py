@@ -68,9 +68,7 @@ class ZeroInflated(Family):
 
     def log_density(self, y: Tensor, eta: Tensor) -> Tensor:
         y, zeta = self._parts(y, eta)
-        inner = self.family.log_density(y, eta)
-        some = nn.functional.logsigmoid(-zeta) + inner
-        return torch.where(y == 0, torch.logaddexp(nn.functional.logsigmoid(zeta), some), some)
+        return _log_density(self.family, y, zeta, eta)
 
     def derivatives(self, y: Tensor, eta: Tensor) -> Derivatives:
         # Of a zero, with r the probability that it is of the other family, f' = r l', r' = r (1 - r) l'.
@@ -88,7 +86,7 @@ class ZeroInflated(Family):
             torch.where(zero, r * (rest * first * bend + twist), third),
         )
 
-    def given(self, inputs: Tensor | None) -> Family:
+    def of_rows(self, inputs: Tensor | None) -> Family:
         if inputs is None:
             raise InputError("there are no inputs of the zero part: expected `batch['zi']`, (n, k)")
         zeta = self.logits(inputs.to(next(self.logits.parameters(), inputs)))
@@ -145,12 +143,20 @@ class ZeroInflated(Family):
         return y[:, 0].to(eta), zeta.reshape(len(y)).to(eta)
 
 
+def _log_density(family: Family, y: Tensor, zeta: Tensor, eta: Tensor) -> Tensor:
+    some = nn.functional.logsigmoid(-zeta) + family.log_density(y, eta)
+    return torch.where(y == 0, torch.logaddexp(nn.functional.logsigmoid(zeta), some), some)
+
+
 class _Known(Family):
     """Zero inflation of rows whose logits are known: what predicts for them."""
 
     def __init__(self, family: Family, zeta: Tensor) -> None:
         super().__init__()
         self.family, self.zeta = family, zeta
+
+    def log_density(self, y: Tensor, eta: Tensor) -> Tensor:
+        return _log_density(self.family, y, self.zeta.to(eta), eta)
 
     def mean(self, eta: Tensor) -> Tensor:
         r""":math:`(1 - \pi)\mu`."""

@@ -13,33 +13,27 @@ from torch import Tensor, nn
 from openreml_nn.covariance import Matrix
 from openreml_nn.families.family import Family
 from openreml_nn.likelihood.effects import RandomEffects
-from openreml_nn.likelihood.fixed import traced
+from openreml_nn.likelihood.laplace_choice import laplace_solver, planned, space_of
 from openreml_nn.likelihood.laplace_integral import Integral
 from openreml_nn.likelihood.laplace_mode import Rows, average_information, find_mode
 from openreml_nn.likelihood.laplace_quadrature import check_quadrature
-from openreml_nn.likelihood.laplace_sparse import SparseSpace
-from openreml_nn.likelihood.laplace_system import BlockedSpace
 from openreml_nn.likelihood.laplace_task import (
     Kept,
     Task,
+    check_call,
     constants_of,
     factors_of,
 )
-from openreml_nn.likelihood.plan import Auto, Plan, check_solver
-from openreml_nn.likelihood.problem import Cost
+from openreml_nn.likelihood.plan import Plan
 from openreml_nn.likelihood.solver import Solver
-from openreml_nn.likelihood.solvers import Blocked, Dense, Sparse
-from openreml_nn.likelihood.system.roles import grid_of
-from openreml_nn.support.checks import check_choice, check_count, check_instance, check_tensor
+from openreml_nn.likelihood.solvers import Sparse
+from openreml_nn.support.checks import check_choice, check_count, check_instance
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import DiagonalCovariance
 from openreml_nn.terms.design import IdentityDesign
 from openreml_nn.terms.term import Term
 
 __all__ = ["LaplaceEvaluation", "LaplaceLoss"]
-
-#: With fewer columns beside the largest factor's than these, blocks of them are fast.
-_FEW = 200
 
 
 @dataclass(frozen=True)
@@ -123,7 +117,7 @@ class LaplaceLoss(nn.Module):
         self.family = family
         self.method = method
         self.quadrature = quadrature
-        self.solver = _checked(solver)
+        self.solver = laplace_solver(solver)
         self._kept: Kept | None = None
         self._size: tuple[int, int] | None = None
         #: The responses that were checked last, as they were then.
@@ -192,9 +186,7 @@ class LaplaceLoss(nn.Module):
             errors = Term(IdentityDesign(len(mode.a)), DiagonalCovariance(1 / information))
             return LaplaceEvaluation(-value, beta, spread, mode.a, errors, tuple(random))
 
-    def penalised(
-        self, y: Tensor, eta: Tensor, X: Tensor, start: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def penalised(self, y: Tensor, eta: Tensor, X: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         """The coefficients of X that are a mode together with the random effects, those of penalised
         quasi-likelihood, (p,), and their covariance, (p, p).
 
@@ -238,55 +230,17 @@ class LaplaceLoss(nn.Module):
     def plan(self) -> Plan:
         """The plan of the last call; before the first, what it would be without X."""
         rows, p = self._size or (self.covariance.shape[0], 0)
-        space = self._kept.space if self._kept is not None else None
-        if space is None:
-            with torch.no_grad():
-                space = self._space([term.detach() for term in self.covariance.terms()], False)
-        if isinstance(space, SparseSpace):
-            choice: Solver = self.solver if isinstance(self.solver, Sparse) else Sparse()
-            return Plan(choice, "the weights of the rows move", rows, p, space.cost(p))
-        assert isinstance(space, BlockedSpace)
-        work, entries = space.placement.cost(p)
-        work += 4.0 * rows * (space.k + len(space.designs)) ** 2
-        steps = [f"{space.levels} blocks of {space.k} x {space.k}"] if space.levels else []
-        if space.q:
-            by = space.partition
-            size = f"{by.size} x {by.size}"
-            steps.append(f"{space.q} columns: {max(by.count, 1)} groups of at most {size}")
-        cost = Cost(work, 8.0 * entries, True, "in the space of the random effects", tuple(steps))
-        choice = Blocked() if isinstance(self.solver, Auto) else self.solver
-        return Plan(choice, "the weights of the rows move", rows, p, cost)
+        if self._kept is not None:
+            return planned(self._kept.space, self.solver, rows, p)
+        with torch.no_grad():
+            terms = [term.detach() for term in self.covariance.terms()]
+            return planned(space_of(terms, self.solver, self.quadrature > 1), self.solver, rows, p)
 
     # ------------------------------------------------------------------ data
 
     def _task(self, y: Tensor, eta: Tensor, X: Tensor | None, rows: Tensor | None) -> Task:
-        check_tensor("y", y, None, "real")
-        check_tensor("eta", eta, ("n",), "floating")
-        if traced(y, eta, *self.covariance.parameters()):
-            raise InputError(
-                "torch.func transforms do not go through LaplaceLoss: call backward, or "
-                "torch.autograd.grad"
-            )
+        check_call(self.covariance, self.method, y, eta, X, rows)
         n = len(eta)
-        if len(y) != n:
-            raise InputError(f"`y` has {len(y)} rows but `eta` has {n}: expected as many")
-        if X is not None:
-            check_tensor("X", X, (n, "p"), "floating")
-        elif self.method == "reml":
-            raise InputError("`X` is None: method 'reml' integrates the coefficients of X")
-        for name, tensor in (("y", y), ("X", X)):
-            if tensor is not None and tensor.device != eta.device:
-                raise InputError(f"`{name}` is on {tensor.device} but `eta` on {eta.device}")
-        if rows is None and n != self.covariance.shape[0]:
-            raise InputError(
-                f"`eta` has {n} rows but the covariance has {self.covariance.shape[0]}: pass `rows`"
-            )
-        if rows is not None:
-            check_tensor("rows", rows, (n,), "integer")
-            if n and not (int(rows.min()) >= 0 and int(rows.max()) < self.covariance.shape[0]):
-                raise InputError(
-                    f"`rows` reaches beyond the {self.covariance.shape[0]} rows of the covariance"
-                )
         if self._known is None or self._known[0]() is not y or self._known[1] != y._version:
             self.family.check(y.detach())
             self._known = ref(y), y._version
@@ -316,52 +270,10 @@ class LaplaceLoss(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 held = [term.private().detach() for term in task.terms]
                 copies = [tensor for term in held for tensor in term.constants]
-                kept = self._kept = Kept(forms, copies, self._space(held, by_blocks))
+                kept = self._kept = Kept(forms, copies, space_of(held, self.solver, by_blocks))
+                if self.quadrature > 1:
+                    check_quadrature(kept.space, self.quadrature)
         return Integral(task, kept, self.method, self.quadrature)
-
-    def _space(self, terms: Sequence[Term], by_blocks: bool) -> BlockedSpace | SparseSpace:
-        """Where the effects stand: by blocks, where that is asked for, or as the solver has it."""
-        by_blocks = by_blocks or self.quadrature > 1
-        fits = SparseSpace.fits(terms)
-        if isinstance(self.solver, Sparse):
-            if not fits:
-                raise InputError(
-                    "`solver` is 'sparse', but a random term has a dense design, or a covariance in "
-                    "which all levels meet: expected 'auto', 'blocked' or 'dense'"
-                )
-            if not by_blocks:
-                return SparseSpace(terms, self.solver)
-        pair_cost = None if isinstance(self.solver, Dense) else Blocked().pair_cost
-        if isinstance(self.solver, Blocked):
-            pair_cost = self.solver.pair_cost
-        like = terms[0].covariance.matrix
-        if isinstance(self.solver, Auto) and fits and not by_blocks:
-            exact = like.dtype == torch.float64 and like.device.type == "cpu"
-            # Beside one factor all others are small, or much is gained by a sparse factor.
-            if exact and _columns_of_others(terms) >= _FEW:
-                return SparseSpace(terms, Sparse())
-        space = BlockedSpace(terms, pair_cost)
-        if self.quadrature > 1:
-            check_quadrature(space, self.quadrature)
-        return space
-
-
-def _columns_of_others(terms: Sequence[Term]) -> int:
-    """Columns beside those of the largest factor with independent levels."""
-    sizes = [term.design.shape[1] for term in terms]
-    independent = [q for q, term in zip(sizes, terms, strict=True) if grid_of(term) is not None]
-    return sum(sizes) - max(independent, default=0)
-
-
-def _checked(solver: str | Solver) -> Solver:
-    """The solver of a name, or the one that was given, if it takes weights that move."""
-    found = check_solver(solver)
-    if not isinstance(found, Auto | Blocked | Dense | Sparse):
-        raise InputError(
-            f"`solver` is {found.name!r}, which is for Gaussian responses: expected 'auto', "
-            "'blocked', 'dense' or 'sparse'"
-        )
-    return found
 
 
 class _Value(torch.autograd.Function):

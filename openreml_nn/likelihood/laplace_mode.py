@@ -148,9 +148,7 @@ class Mode:
             )
 
 
-def average_information(
-    mode: Mode, terms: Sequence[Term], derivatives: Sequence[Tensor]
-) -> Tensor:
+def average_information(mode: Mode, terms: Sequence[Term], derivatives: Sequence[Tensor]) -> Tensor:
     r"""Average information of covariance parameters in the working linear model at a mode.
 
     With :math:`q_i = Z \dot G_i Z^\top\ell'` it is :math:`\tfrac12 q_i^\top P q_j`,
@@ -216,11 +214,11 @@ def _newton(
     beta = like.new_zeros(rows.X.shape[1]) if beta is None else beta
     tolerance, floor = _tolerances(like)
     density: Tensor | None = None
-    a, own = _linear(rows, point, u, beta), torch.empty(3, len(like)).to(like)
-    first, weights, third = own
+    a = _linear(rows, point, u, beta)
+    first, weights, third = (torch.empty_like(like) for _ in range(3))
     before = gain = float("inf")
     for step in range(_MOST_STEPS):
-        rows.derivatives(a, own)
+        rows.derivatives(a, (first, weights, third))
         if step == 0 and not bool(torch.isfinite(first.sum())):
             raise NumericalError(
                 "the density of the responses is not finite at the start: `eta` is too far from them"
@@ -238,7 +236,9 @@ def _newton(
         # Rounding leaves a floor, below which steps get no smaller.
         stalled = gain < floor and gain > before / 4
         if true and (gain <= tolerance or stalled):
-            _refuse_separated(_linear(replace(rows, eta=0 * a[:1]), point, move[:, 0], move_X[:, 0]))
+            _refuse_separated(
+                _linear(replace(rows, eta=0 * a[:1]), point, move[:, 0], move_X[:, 0])
+            )
             density = rows.density(a) if density is None else density
             return Mode(rows, point, factor, u, beta, a, density, first, weights, third, step)
         if gain < before and float((g * move).max()) < _SAFE and not len(beta):

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from openreml_nn.likelihood.laplace_layout import Prior, Stacked
 from openreml_nn.likelihood.laplace_mode import Mode, Rows
+from openreml_nn.likelihood.laplace_space import Space
 from openreml_nn.likelihood.laplace_system import BlockedPoint, products_of
 from openreml_nn.likelihood.problem import cholesky
 from openreml_nn.support.errors import InputError
@@ -40,12 +41,13 @@ __all__ = ["by_quadrature", "check_quadrature"]
 _MOST_EFFECTS = 3
 
 
-def check_quadrature(layout: Stacked, points: int) -> None:
+def check_quadrature(layout: Space, points: int) -> None:
     """Refuse terms over which there is no quadrature.
 
     Raises:
         InputError: if there are several grouping factors, or too many effects of a level.
     """
+    assert isinstance(layout, Stacked)
     if layout.q or not layout.levels:
         raise InputError(
             f"`quadrature` is {points}: expected 1, as the covariance has more than one grouping "

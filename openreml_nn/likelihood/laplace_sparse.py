@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from openreml_nn.likelihood.effects import RandomEffects
-from openreml_nn.likelihood.laplace_rows import EffectRows
 from openreml_nn.likelihood.problem import Cost, NotPositiveDefiniteError, cholesky
 from openreml_nn.likelihood.solvers.sparse import Sparse, cost_of
 from openreml_nn.likelihood.system.sparse.equations import Equations
 from openreml_nn.likelihood.system.sparse.terms import SparseTerm, is_dense
+from openreml_nn.likelihood.system.sparse.weighted import EffectRows
 from openreml_nn.support.errors import NumericalError
 from openreml_nn.terms.design import DenseDesign
 from openreml_nn.terms.term import Term
@@ -55,8 +55,7 @@ class SparseSpace:
     def fits(terms: Sequence[Term]) -> bool:
         """Whether the system of some terms is sparse: each row meets few columns, and they others."""
         return all(
-            not isinstance(term.design, DenseDesign) and not is_dense(term)
-            for term in terms
+            not isinstance(term.design, DenseDesign) and not is_dense(term) for term in terms
         )
 
     @property
@@ -231,9 +230,7 @@ class SparseFactor:
             values = root.times(root.root, parts[i]).reshape(-1, w)
             spread = root.variances(equations, self._factor.inverse, i)
             name = terms[x.at].name
-            found.append(
-                RandomEffects(name, torch.from_numpy(values), torch.from_numpy(spread))
-            )
+            found.append(RandomEffects(name, torch.from_numpy(values), torch.from_numpy(spread)))
         return found
 
 

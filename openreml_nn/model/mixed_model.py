@@ -211,9 +211,7 @@ class MixedModel(Predictor):
     def marginal(self, output: Tensor, batch: Batch) -> Marginal:
         """The likelihood of a batch by the family, with what it takes: y, the known part of the linear
         predictor, and X with head ``"gls"``."""
-        family = self.family
-        assert family is not None
-        y, known, X = of_family(family, output, batch, self.head)
+        y, known, X = of_family(self.family, output, batch, self.head)
         loss = self._likelihood(batch, len(output))
         assert isinstance(loss, LaplaceLoss)
         return loss, y, known, X

@@ -200,7 +200,7 @@ class Predictor(nn.Module):
         """
         found, effects = _linear_predictor(self, batch)
         if self.family is not None:
-            return on_response(self.family.given(batch.get("zi")), found, effects, level)
+            return on_response(self.family.of_rows(batch.get("zi")), found, effects, level)
         return found, *normal_interval(found.mean, found.variance, level)
 
     @torch.no_grad()

@@ -51,13 +51,14 @@ def of_gaussian(output: Tensor, batch: Batch, head: str) -> tuple[Tensor, Tensor
 
 
 def of_family(
-    family: Family, output: Tensor, batch: Batch, head: str
+    family: Family | None, output: Tensor, batch: Batch, head: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """y with the family's inputs, the known part of the linear predictor (n,), and X (n, p) with head ``"gls"``.
 
     Raises:
         InputError: if a part is missing or has weights, or a number is not finite.
     """
+    assert family is not None
     y, n = family.with_inputs(part(batch, "y"), batch.get("zi")), len(output)
     if batch.get("weights") is not None:
         raise InputError(

@@ -86,7 +86,8 @@ def animals():
         [None, None, "b", "b", "d", "b"],
     )
     return CovariancePropagation(
-        z=grouped(6, 3), g=KroneckerProduct(levels=KnownInverseMatrix(pedigree.inverse), effects=ScalarMatrix(1)),
+        z=grouped(6, 3),
+        g=KroneckerProduct(levels=KnownInverseMatrix(pedigree.inverse), effects=ScalarMatrix(1)),
     )
 
 
@@ -229,7 +230,12 @@ BOTH += [(tree, "logit", "ml", "sparse") for tree in SPARSE]
 BOTH += [("crossed slopes", family, "ml", "sparse") for family in FAMILIES]
 BOTH += [
     (*case, "reml", solver)
-    for case in (("crossed", "logit"), ("slopes", "beta"), ("animals", "poisson"), ("occasions", "logit"))
+    for case in (
+        ("crossed", "logit"),
+        ("slopes", "beta"),
+        ("animals", "poisson"),
+        ("occasions", "logit"),
+    )
     for solver in ("blocked", "sparse")
 ]
 BOTH += [("kernel", "poisson", "reml", "auto")]

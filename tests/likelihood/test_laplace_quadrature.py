@@ -14,9 +14,9 @@ from openreml_nn.covariance import (
 from openreml_nn.covariance.matrix import Recorded
 from openreml_nn.families import Binomial, Gaussian, NegativeBinomial, Ordinal, Poisson
 from openreml_nn.likelihood import LaplaceLoss
-from openreml_nn.likelihood.laplace_system import BlockedSpace
 from openreml_nn.likelihood.laplace_mode import Rows, find_mode
 from openreml_nn.likelihood.laplace_quadrature import by_quadrature
+from openreml_nn.likelihood.laplace_system import BlockedSpace
 from openreml_nn.support.errors import InputError
 from tests.likelihood.test_laplace import N, codes, difference, grouped, intercepts, normal, slopes
 

@@ -1,4 +1,4 @@
-"""What the sparse system of a mode takes from the rows, row by row, in compiled loops."""
+"""What the sparse equations take from rows whose weights move: compiled loops over the rows."""
 
 from __future__ import annotations
 
@@ -57,8 +57,7 @@ class EffectRows:
     def __init__(self, terms: Sequence[Term], equations: Equations) -> None:
         self._equations = equations
         self._segments = [
-            _segments(term, part.effects)
-            for term, part in zip(terms, equations.parts, strict=True)
+            _segments(term, part.effects) for term, part in zip(terms, equations.parts, strict=True)
         ]
         self._meetings = [self._meeting(cross) for cross in equations.crosses]
 
