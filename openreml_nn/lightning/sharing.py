@@ -25,6 +25,7 @@ from openreml_nn.support.errors import InputError
 __all__ = [
     "all_batches",
     "check_same",
+    "checksum",
     "gather",
     "gather_parts",
     "processes",
@@ -104,7 +105,7 @@ def check_same(batch: Mapping[str, Any]) -> None:
     """
     if processes() == 1:
         return
-    own = (len(batch["y"]), {str(key): _checksum(value) for key, value in batch.items()})
+    own = (len(batch["y"]), {str(key): checksum(value) for key, value in batch.items()})
     found: list[Any] = [None] * processes()
     distributed.all_gather_object(found, own)
     sizes = [size for size, _ in found]
@@ -138,7 +139,8 @@ def warn_of_repeats(trainer: Trainer) -> None:
         )
 
 
-def _checksum(value: Any) -> str:
+def checksum(value: Any) -> str:
+    """A number that tells tensors in containers from others."""
     found = hashlib.blake2b(digest_size=16)
     leaves, spec = tree_flatten(value)
     found.update(str(spec).encode())

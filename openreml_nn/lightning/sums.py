@@ -29,7 +29,7 @@ from openreml_nn.likelihood.system.products import Statistics
 from openreml_nn.model import MixedModel, ResidualStructure
 from openreml_nn.model.batch import row_values
 from openreml_nn.model.residual import structure_of
-from openreml_nn.result.equations import Equations
+from openreml_nn.result.equations import Equations, FixedBasis
 from openreml_nn.result.result import Record, Result
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.design import IndexedDesign
@@ -279,11 +279,11 @@ class Summed:
         if isinstance(model.residual, Matrix):
             variance = model.residual().detach().to(none).reshape(())
         *random, _ = self.objective.terms()
-        model.joint.update(
+        model.remember_equations(
             [term.detach().covariance for term in random],
             statistics.sizes,
             0,
-            lambda: Equations.of_statistics(statistics, variance, none),
+            lambda: Equations.of_statistics(statistics, variance, FixedBasis.none(none)),
         )
 
     def result(self, history: Sequence[Record], table: TableModel | None) -> Result:

@@ -34,8 +34,7 @@ from torch import Tensor
 
 from openreml_nn.families.family import Family
 from openreml_nn.likelihood.laplace_space import Factor, Point
-from openreml_nn.likelihood.problem import NotPositiveDefiniteError
-from openreml_nn.support.errors import NumericalError
+from openreml_nn.support.errors import NotPositiveDefiniteError, NumericalError
 from openreml_nn.terms.term import Term
 
 __all__ = ["Mode", "Rows", "average_information", "find_mode"]

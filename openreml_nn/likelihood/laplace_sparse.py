@@ -8,20 +8,20 @@ computed in float64 on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from openreml_nn.likelihood.effects import RandomEffects
-from openreml_nn.likelihood.problem import Cost, NotPositiveDefiniteError, cholesky
+from openreml_nn.likelihood.problem import Cost, cholesky
 from openreml_nn.likelihood.solvers.sparse import Sparse, cost_of
 from openreml_nn.likelihood.system.sparse.equations import Equations
-from openreml_nn.likelihood.system.sparse.terms import SparseTerm, is_dense
+from openreml_nn.likelihood.system.sparse.terms import SparseTerm, TermAt, is_dense
 from openreml_nn.likelihood.system.sparse.weighted import EffectRows
-from openreml_nn.support.errors import NumericalError
+from openreml_nn.support.errors import NotPositiveDefiniteError
 from openreml_nn.terms.design import DenseDesign
 from openreml_nn.terms.term import Term
 
@@ -85,10 +85,8 @@ class SparsePoint:
             own.roots(self.terms[own.at], size)
             for own, size in zip(space.random, space.largest, strict=True)
         ]
-        points = [own.at_point(self.terms[own.at]) for own in space.random]
-        self.parts = [part for part, _, _ in points]
-        self.entries = [entries for _, entries, _ in points]
-        self.log_det = space.equations.log_det_prior + sum(x for _, _, x in points)
+        self.at = [own.at_point(self.terms[own.at]) for own in space.random]
+        self.log_det = space.equations.log_det_prior + sum(point.log_det for point in self.at)
 
     def each(self, x: np.ndarray, transpose: bool = False) -> np.ndarray:
         r""":math:`\Lambda x`, or :math:`\Lambda^\top x`, for x (size, m)."""
@@ -97,8 +95,8 @@ class SparsePoint:
 
     def times_prior(self, x: np.ndarray) -> list[np.ndarray]:
         """:math:`Q x` for x (size, m), part by part."""
-        pairs = zip(self.parts, self.space.equations.split(x), strict=True)
-        return [part.times_prior(own) for part, own in pairs]
+        pairs = zip(self.at, self.space.equations.split(x), strict=True)
+        return [point.part.times_prior(own) for point, own in pairs]
 
     def predictor(self, u: Tensor) -> Tensor:
         return torch.from_numpy(self.space.rows.times(self.each(u.numpy()[:, None])[:, 0]))
@@ -108,7 +106,7 @@ class SparsePoint:
         return torch.from_numpy(self.each(by_effect[:, None], transpose=True)[:, 0])
 
     def prior(self, u: Tensor) -> Tensor:
-        if all(part.prior is None for part in self.parts):
+        if all(point.part.prior is None for point in self.at):
             return u
         return torch.from_numpy(np.concatenate(self.times_prior(u.numpy()[:, None]))[:, 0])
 
@@ -137,8 +135,8 @@ class SparseFactor:
             for cross, data in zip(space.equations.crosses, blocks, strict=True)
         ]
         try:
-            self._factor = space.equations.factor(self._moved, point.entries)
-        except NumericalError:
+            self._factor = space.equations.factor(self._moved, [at.entries for at in point.at])
+        except NotPositiveDefiniteError:
             raise NotPositiveDefiniteError(
                 "the curvature of the random effects at the mode is not positive definite"
             ) from None
@@ -151,7 +149,7 @@ class SparseFactor:
             self._S = cholesky(X.mT @ weighted - self._of_X.mT @ self._solved, _SEPARATED)
 
     def _solve(self, g: Tensor) -> Tensor:
-        return torch.from_numpy(self._factor.solve(g.numpy()))
+        return torch.from_numpy(self._factor.back(self._factor.half(g.numpy())))
 
     def half_log_det(self) -> Tensor:
         half = (self._factor.log_det - self._point.log_det) / 2
@@ -205,22 +203,10 @@ class SparseFactor:
         found = {}
         for i, (x, root, T) in enumerate(zip(own, point.roots, traces, strict=True)):
             pulled = _outer(x, columns[i], others[i]) - T
-            term, score = point.terms[x.at], root.unpull(pulled) / 2
-            if x.chain is None:
-                found[x.at] = -x.fold(term, score)
-            else:
-                found[x.at] = -self._of_chain(i, x, term, score, columns[i])
+            score = root.unpull(pulled) / 2
+            within = partial(equations.within_prior, self._factor.inverse, i)
+            found[x.at] = -_score(point.at[i], score, within, columns[i])
         return [found[i] for i in sorted(found)]
-
-    def _of_chain(
-        self, i: int, x: SparseTerm, term: Term, score: np.ndarray, columns: np.ndarray
-    ) -> Tensor:
-        """The derivative by the entries of a chained covariance, the last column's with its sign."""
-        inside = self._point.space.equations.within_prior(self._factor.inverse, i)
-        none = np.zeros((1, 1, 1))
-        whole = x.score_of_chain(term, score, inside, columns[:, :-1])
-        off = x.score_of_chain(term, none, inside, columns[:, -1:])
-        return whole - off + x.score_of_chain(term, none, inside, columns[:, :0])
 
     def random(self, terms: Sequence[Term], u: Tensor) -> list[RandomEffects]:
         point, equations = self._point, self._point.space.equations
@@ -247,3 +233,16 @@ def _outer(x: SparseTerm, one: np.ndarray, other: np.ndarray) -> np.ndarray:
         for y in (one, other)
     )
     return (a @ b.T)[None]
+
+
+def _score(
+    at: TermAt, score: np.ndarray, within: Callable[[], np.ndarray], columns: np.ndarray
+) -> Tensor:
+    """The derivative by the entries that G holds, the square of the last column taken off."""
+    whole = at.score(score, within, columns[:, :-1])
+    if at.entries is None:
+        return whole
+    # The score is linear in the squares: of none of them it is what the last column is taken from.
+    none = np.zeros_like(score)
+    last, bare = (at.score(none, within, part) for part in (columns[:, -1:], columns[:, :0]))
+    return whole - last + bare

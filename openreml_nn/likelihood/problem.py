@@ -13,14 +13,13 @@ from torch import Tensor
 
 from openreml_nn.likelihood.effects import Coefficients, RandomEffects
 from openreml_nn.likelihood.fixed import FixedPart, traced
-from openreml_nn.support.errors import NumericalError
+from openreml_nn.support.errors import NotPositiveDefiniteError, NumericalError
 from openreml_nn.terms.kernel import private
 from openreml_nn.terms.term import Term
 
 __all__ = [
     "Cost",
     "Evaluation",
-    "NotPositiveDefiniteError",
     "Problem",
     "cholesky",
     "pivot_loss",
@@ -29,10 +28,6 @@ __all__ = [
 #: Bounds of relative errors: below the first an evaluation is taken as it is, above the second it
 #: is refused.
 _BOUNDS = {torch.float32: (1e-4, 1e-2), torch.float64: (1e-9, 1e-6)}
-
-
-class NotPositiveDefiniteError(NumericalError, ValueError):
-    """A matrix that must be positive definite is not; the message says which."""
 
 
 def cholesky(matrix: Tensor, what: str) -> Tensor:

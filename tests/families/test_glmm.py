@@ -412,3 +412,15 @@ def test_a_family_takes_the_residuals_place():
         MixedModel(nn.Identity(), effect, family="binomial")
     with pytest.raises(InputError, match="`quadrature` is 5 without a family"):
         MixedModel(nn.Identity(), effect, quadrature=5)
+
+
+def test_the_family_is_binomial_unless_it_is_said() -> None:
+    """The response decides nothing: a count without a family is refused as a binary response."""
+    formula = "resp ~ trt + late + (1 | ID)"
+    with_names = glmm(formula, data("bacteria"), family="binomial", link="probit")
+    by_position = glmm(formula, data("bacteria"), "binomial", "probit")
+    assert by_position.log_likelihood == with_names.log_likelihood
+    logit = glmm(formula, data("bacteria"))
+    assert logit.log_likelihood == glmm(formula, data("bacteria"), "binomial").log_likelihood
+    with pytest.raises(InputError, match="count"):
+        glmm("count ~ mined + (1 | site)", data("salamanders"))
