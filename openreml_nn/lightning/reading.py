@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from openreml_nn.lightning.held import Held
+from openreml_nn.lightning.held import Held, HeldOrSummed
 from openreml_nn.lightning.marginal import Marginal
 from openreml_nn.lightning.rows import as_batch, blamed
 from openreml_nn.lightning.sums import LevelSums
@@ -27,7 +27,7 @@ __all__ = ["mark", "of_networks", "read", "state"]
 def read(
     trainer: Trainer,
     model: MixedModel,
-    store: LevelSums | Held | Marginal,
+    store: LevelSums | Held | HeldOrSummed | Marginal,
     output: Callable[[MixedModel, Batch], Tensor],
 ) -> Any:
     """What is kept of the training rows at the present parameters.

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from openreml_nn.covariance import Matrix
 from openreml_nn.lightning.batches import connected_rows, in_order, whole
-from openreml_nn.lightning.held import Held
+from openreml_nn.lightning.held import Held, HeldOrSummed
 from openreml_nn.lightning.marginal import Marginal
 from openreml_nn.lightning.rows import check_response, concatenated
 from openreml_nn.lightning.sharing import all_batches, gather, gather_parts, processes, share, total
@@ -28,9 +28,22 @@ from openreml_nn.support.checks import check_choice
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.design import IndexedDesign
 
-__all__ = ["WAYS", "Alternating", "Composite", "Full", "Groups", "Parts", "Way", "way_of"]
+__all__ = [
+    "WAYS",
+    "Alternating",
+    "Composite",
+    "Full",
+    "Groups",
+    "Linear",
+    "Parts",
+    "Store",
+    "Way",
+    "way_of",
+]
 
 Coded = Mapping[str, tuple[Tensor, Tensor | None]]
+#: What is kept of an epoch's batches.
+Store = LevelSums | Held | HeldOrSummed | Marginal
 
 
 class Way:
@@ -40,6 +53,7 @@ class Way:
         heads: heads of the models that it trains.
         needs_blups: whether the loss of an epoch takes the BLUPs of the one before.
         needs_all_rows: whether a batch must hold all rows, the same on all processes.
+        cuts_tables: whether a table becomes mini-batches, see :meth:`division`.
         takes_families: whether it trains models of responses that are not Gaussian, by the marginal
             likelihood of a batch.
 
@@ -50,6 +64,7 @@ class Way:
     heads: tuple[str, ...] = ("ml",)
     needs_blups = False
     needs_all_rows = False
+    cuts_tables = True
     takes_families = True
 
     def __init__(self, rows: int = 1024) -> None:
@@ -65,9 +80,10 @@ class Way:
     def remember(self, memory: Mapping[str, Tensor]) -> None:
         """Take up a memory."""
 
-    def loss(self, model: MixedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    def loss(self, model: MixedModel, batch: Batch) -> tuple[Tensor | None, Tensor]:
         """The loss of a batch, divided by its rows, and what the network has yielded.
 
+        The loss is None where nothing is trained by its gradient.
         Under a distributed strategy its gradients, averaged over the processes, are those of the
         rows of all.
         """
@@ -77,7 +93,7 @@ class Way:
         """What the network yields for the batch."""
         return model(batch)
 
-    def rows(self, model: MixedModel) -> LevelSums | Held | Marginal:
+    def rows(self, model: MixedModel) -> Store:
         """An empty store for what is kept of an epoch's batches."""
         return LevelSums(model) if model.family is None else Marginal(model)
 
@@ -267,7 +283,7 @@ class Groups(Composite):
     :class:`~openreml_nn.lightning.WholeGroups` is a batch sampler that cuts none.
     """
 
-    def rows(self, model: MixedModel) -> LevelSums | Held | Marginal:
+    def rows(self, model: MixedModel) -> Store:
         if model.family is not None:
             return Marginal(model, whole_groups=True)
         return LevelSums(model, whole_groups=True)
@@ -308,6 +324,7 @@ class Full(Way):
 
     heads = ("ml", "gls")
     needs_all_rows = True
+    cuts_tables = False
 
     def loss(self, model: MixedModel, batch: Batch) -> tuple[Tensor, Tensor]:
         output = self.output(model, batch)
@@ -321,7 +338,7 @@ class Full(Way):
     def _run(self, model: MixedModel, x: Any) -> Tensor:
         return model({"x": x})
 
-    def rows(self, model: MixedModel) -> LevelSums | Held | Marginal:
+    def rows(self, model: MixedModel) -> Store:
         return Held(model) if model.family is None else Marginal(model, all_rows=True)
 
 
@@ -332,6 +349,24 @@ class Parts(Full):
     def _run(self, model: MixedModel, x: Any) -> Tensor:
         parts = split(x, self.row_count)
         return torch.cat([checkpoint(model, {"x": part}, use_reentrant=False) for part in parts])
+
+
+class Linear(Way):
+    """A linear mean: its coefficients, the covariance and the BLUPs follow from the rows of an epoch,
+    in one batch or in several, on one process or shared out to several.
+    """
+
+    heads = ("gls",)
+    cuts_tables = False
+    takes_families = False
+
+    def loss(self, model: MixedModel, batch: Batch) -> tuple[Tensor | None, Tensor]:
+        output = self.output(model, batch)
+        check_response(batch["y"], output)
+        return None, output
+
+    def rows(self, model: MixedModel) -> Store:
+        return HeldOrSummed(model)
 
 
 WAYS: dict[str, type[Way]] = {

@@ -20,15 +20,17 @@ from openreml_nn.families import Family
 from openreml_nn.likelihood import LaplaceLoss, REMLLoss
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import check_solver
+from openreml_nn.likelihood.prepared import LikelihoodOptions
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.model.batch import Batch, check_inputs, part, rows_of, take
-from openreml_nn.model.likelihoods import LastLikelihood, LikelihoodOptions, covariance_of
+from openreml_nn.model.likelihoods import LastLikelihood, covariance_of
 from openreml_nn.model.means import evaluating, gradient_in_parts, mean_of, outputs_in_parts
 from openreml_nn.model.predictor import Predictor
 from openreml_nn.model.random_effect import RandomEffect, coded_effects
 from openreml_nn.model.residual import structure_of
 from openreml_nn.model.responses import (
+    check_output,
     of_family,
     of_gaussian,
     remember_family,
@@ -132,8 +134,7 @@ class MixedModel(Predictor):
         that cuts groups is a composite likelihood.
 
         Raises:
-            TypeError, InputError: if the batch is empty, a group is missing, a code is out of range,
-                shapes do not fit or the network yields NaN: the message says what to do.
+            TypeError, InputError: if the batch is at fault, or the network yields NaN.
         """
         return self.loss_of(self(batch), batch)
 
@@ -142,8 +143,8 @@ class MixedModel(Predictor):
         if self.family is not None:
             marginal, y, eta, X = self.marginal(output, batch)
             return marginal(y, eta, X) / len(eta)
-        loss, y, X = self.data(output, batch)
-        return loss(y, X)
+        options = LikelihoodOptions(self.method, self.solver)
+        return self._last.loss(self.effects(), self.residual, options, batch, output, self.head)
 
     def outputs(self, x: Any, rows: int) -> Tensor:
         """What the network yields, ``rows`` at a time, without recording and without dropout."""
@@ -204,6 +205,7 @@ class MixedModel(Predictor):
                 "average-information steps are taken on it"
             )
         y, X = of_gaussian(output, batch, self.head)
+        check_output(output)
         loss = self._likelihood(batch, len(output))
         assert isinstance(loss, REMLLoss)
         return loss, y, X
@@ -230,8 +232,8 @@ class MixedModel(Predictor):
         return covariance_of(effects, self.residual, batch, coded_effects(effects, batch, n), n)
 
     def _likelihood(self, batch: Batch, n: int) -> REMLLoss | LaplaceLoss:
-        options = LikelihoodOptions(self.method, self.solver, self.quadrature)
-        return self._last.of(self.effects(), self.residual, options, batch, n)
+        options = LikelihoodOptions(self.method, self.solver)
+        return self._last.of(self.effects(), self.residual, options, self.quadrature, batch, n)
 
     @torch.no_grad()
     def update(self, batch: Batch, output: Tensor | None = None) -> None:

@@ -19,12 +19,16 @@ from openreml_nn.covariance import (
     ScalarMatrix,
     UnstructuredMatrix,
 )
-from openreml_nn.covariance.params import module_name, user_name
+from openreml_nn.covariance.params import module_name, operand_name, user_name
+from openreml_nn.covariance.propagation import propagated
+from openreml_nn.covariance.sum import summands
 from openreml_nn.model.batch import Batch, level_codes, level_values, part
 from openreml_nn.result.prediction import KnownEffect, lowered, prior_of
 from openreml_nn.support.checks import check_count, check_instance, check_labels, check_tensor
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import RepeatedCovariance
+from openreml_nn.terms.design import IndexedDesign
+from openreml_nn.terms.term import Term
 
 __all__ = ["Coded", "Effects", "RandomEffect", "coded_effects", "independent_levels"]
 
@@ -157,14 +161,23 @@ class RandomEffect(nn.Module):
         Raises:
             InputError: if there is such a row and levels are correlated.
         """
-        g, levels = self.g, self.levels
-        unknown = (codes < 0).nonzero()[:, 0]
-        if len(unknown):
-            levels += len(unknown)
-            g = self._of_levels(name, levels)
-            own = torch.arange(self.levels, levels, device=codes.device, dtype=codes.dtype)
-            codes = codes.index_copy(0, unknown, own)
+        codes, g, levels = self._of_rows(name, codes)
         return CovariancePropagation(z=DummyMatrix.from_codes(codes, levels, values), g=g)
+
+    def terms(self, name: str, codes: Tensor, values: Tensor | None) -> list[Term]:
+        """The terms of :meth:`covariance`, without the tree."""
+        codes, g, levels = self._of_rows(name, codes)
+        design = IndexedDesign(codes.long(), values, levels, absent=False)
+        return summands(operand_name(name, {"residual"}), g, propagated(design, g))
+
+    def _of_rows(self, name: str, codes: Tensor) -> tuple[Tensor, Matrix, int]:
+        """Codes of rows, those of no known level on their own, with G of so many levels."""
+        if not len(codes) or int(codes.min()) >= 0:
+            return codes, self.g, self.levels
+        at = (codes < 0).nonzero()[:, 0]
+        levels = self.levels + len(at)
+        own = torch.arange(self.levels, levels, device=codes.device, dtype=codes.dtype)
+        return codes.index_copy(0, at, own), self._of_levels(name, levels), levels
 
     def _of_levels(self, name: str, levels: int) -> Matrix:
         """G for another number of levels, with the same parameters."""

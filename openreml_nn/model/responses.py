@@ -9,11 +9,11 @@ from openreml_nn.likelihood import LaplaceLoss, REMLLoss
 from openreml_nn.likelihood.effects import Coefficients
 from openreml_nn.model.batch import Batch, part, row_values
 from openreml_nn.model.predictor import Predictor
-from openreml_nn.support.checks import check_tensor
+from openreml_nn.support.checks import check_tensor, is_finite
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
 
-__all__ = ["of_family", "of_gaussian", "remember_family", "remember_gaussian"]
+__all__ = ["check_output", "of_family", "of_gaussian", "remember_family", "remember_gaussian"]
 
 
 def of_gaussian(output: Tensor, batch: Batch, head: str) -> tuple[Tensor, Tensor]:
@@ -21,7 +21,7 @@ def of_gaussian(output: Tensor, batch: Batch, head: str) -> tuple[Tensor, Tensor
 
     Raises:
         TypeError: if a part is no tensor of floating-point numbers.
-        InputError: if a part is missing, shapes or precisions do not fit, or a number is not finite.
+        InputError: if a part is missing, or shapes or precisions do not fit.
     """
     y = part(batch, "y")
     check_tensor("output", output, ("n", "p")[: 2 if head == "gls" else 1], "floating", False)
@@ -33,15 +33,15 @@ def of_gaussian(output: Tensor, batch: Batch, head: str) -> tuple[Tensor, Tensor
             f"`y` has shape {tuple(y.shape)} but `mean` yields {n} rows: expected ({n},); "
             "a column is made a vector by y[:, 0]"
         )
-    _check_finite(output)
-    dtype = torch.promote_types(y.dtype, output.dtype)
-    if dtype != y.dtype:
-        raise InputError(
-            f"`y` is {y.dtype} but `mean` yields {output.dtype}: make y as precise, by "
-            f"y.to({dtype}), or the network less"
-        )
+    if output.dtype != y.dtype:
+        dtype = torch.promote_types(y.dtype, output.dtype)
+        if dtype != y.dtype:
+            raise InputError(
+                f"`y` is {y.dtype} but `mean` yields {output.dtype}: make y as precise, by "
+                f"y.to({dtype}), or the network less"
+            )
+        output = output.to(dtype)
     offset = row_values(batch, "offset", n)
-    y, output = y.to(dtype), output.to(dtype)
     if offset is not None:
         y = y - offset.to(y)
     if head == "gls":
@@ -62,7 +62,7 @@ def of_family(output: Tensor, batch: Batch, head: str) -> tuple[Tensor, Tensor, 
             "divide the residual variance of a Gaussian response"
         )
     _check_rows(n)
-    _check_finite(output)
+    check_output(output)
     offset = row_values(batch, "offset", n)
     known = output.new_zeros(n) if offset is None else offset.to(output)
     return (y, known, output) if head == "gls" else (y, known + output, None)
@@ -96,8 +96,13 @@ def _check_rows(n: int) -> None:
         raise InputError("the batch is empty: drop it, or use drop_last=True")
 
 
-def _check_finite(output: Tensor) -> None:
-    if not bool(torch.isfinite(output.detach()).all()):
+def check_output(output: Tensor) -> None:
+    """Refuse what a network has yielded where it is not finite.
+
+    Raises:
+        InputError: if it is not.
+    """
+    if not is_finite(output):
         raise InputError(
             "the network's output is not finite: lower the learning rate, clip gradients "
             "or look for NaN in `x`; expected finite numbers"

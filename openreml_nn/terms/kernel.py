@@ -12,6 +12,7 @@ from scipy.sparse.linalg import splu
 from torch import Tensor
 
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.modes import outside_inference
 
 __all__ = ["Kernel", "private", "same_content"]
 
@@ -88,7 +89,7 @@ class Kernel:
 
 def private(tensor: Tensor) -> Tensor:
     """A copy of the content, outside of any graph and of inference mode."""
-    with torch.inference_mode(False), torch.no_grad():
+    with outside_inference(recording=False):
         return tensor.detach().clone()
 
 

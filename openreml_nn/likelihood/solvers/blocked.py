@@ -64,6 +64,8 @@ class Blocked(Solver):
     """
 
     name: ClassVar[str] = "blocked"
+    #: Its hundreds of small steps take as long as these.
+    least: ClassVar[float] = 3e6
     pair_cost: float = 1000.0
 
     def __post_init__(self) -> None:
@@ -98,7 +100,7 @@ class Blocked(Solver):
             _, placement = _placed(designs, roles, grids, self.pair_cost)
             held = min(held, dtype.itemsize * placement.cost(p + 1)[1])
         steps = steps_of(terms, roles, p, Partition.of_one(q, torch.device("cpu")))
-        return Cost(max(work, 1.0), held, True, _REASON, steps)
+        return Cost(work + Blocked.least, held, True, _REASON, steps)
 
     def problem(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> Problem:
         return BlockedProblem(fixed, terms, method, self)
@@ -231,6 +233,7 @@ class BlockedProblem(GroupedProblem):
             work += 4.0 * self.n * (self.residual.size + self.k + r) * (self.k + r)
             entries += 4.0 * self.n * (self.residual.size + self.k + r)
         steps = steps_of(separated(self.terms), self.roles, self.p, self.partition)
+        work += Blocked.least
         return Cost(work, self.f.itemsize * entries, True, _REASON, steps)
 
     def sandwich(
