@@ -157,7 +157,7 @@ FAULTS = [
     Fault(
         "a known part of the mean is left in the sums",
         SUMS,
-        "response = response - offset.to(response)",
+        "y = y - offset.to(y)",
         "pass",
         "tests/test_sums.py -k weights",
     ),
@@ -295,10 +295,24 @@ FAULTS = [
         "tests/test_joint.py",
     ),
     Fault(
+        "sums of several processes are added up on different scales of the fixed effects",
+        SUMS,
+        "theirs_now = other.scaled(self.scale).statistics",
+        "theirs_now = other.statistics",
+        "tests/test_neural.py -k 'two_processes and linear'",
+    ),
+    Fault(
+        "the pull-back of a summand takes rows of different levels together",
+        "openreml_nn/terms/covariance.py",
+        'return torch.einsum("nak,nm,mal->kl", rows, together * cotangent, rows)',
+        'return torch.einsum("nak,nm,mal->kl", rows, cotangent, rows)',
+        "tests/covariance/test_terms.py -k pull_back",
+    ),
+    Fault(
         "a row of no known level has no random effect in the likelihood",
         "openreml_nn/model/random_effect.py",
-        "if len(unknown):",
-        "if False:",
+        "if not len(codes) or int(codes.min()) >= 0:",
+        "if True:",
         "tests/test_model.py -k no_known_level",
     ),
     Fault(
