@@ -300,6 +300,7 @@ class MixedModule(Evaluated):
         """Say how many rows a sampler repeats, and take up the state of a resumed run."""
         warn_of_repeats(self.trainer)
         self._met, self._checked = None, False
+        self._covariance = list(self.model.covariance_parameters())
         self._estimates = self._begun()
         self._known.aireml = self._aireml
         if self._resumed_state is not None:
@@ -344,7 +345,7 @@ class MixedModule(Evaluated):
     def on_after_backward(self) -> None:
         """Drop the covariance's gradients, which no optimizer asks for."""
         if self.has_network and self.model.family is None:
-            for parameter in self.model.covariance_parameters():
+            for parameter in self._covariance:
                 parameter.grad = None
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

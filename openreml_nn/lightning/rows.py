@@ -11,6 +11,7 @@ from torch import Tensor
 
 from openreml_nn.model.batch import Batch
 from openreml_nn.support.checks import found as described
+from openreml_nn.support.checks import is_finite
 from openreml_nn.support.errors import InputError
 
 __all__ = ["as_batch", "blamed", "check_response", "concatenated"]
@@ -101,9 +102,8 @@ def check_response(y: Any, output: Tensor) -> None:
     if y.shape != (n,):
         column = "; a column is made a vector by y[:, 0]" if y.dim() == 2 else ""
         raise InputError(f"`y` has shape {tuple(y.shape)}: expected ({n},){column}")
-    finite = torch.isfinite(y)
-    if not bool(finite.all()):
-        row = int((~finite).nonzero()[0])
+    if not is_finite(y):
+        row = int((~torch.isfinite(y)).nonzero()[0])
         raise InputError(
             f"`y` is {float(y[row])} in row {row}: a row without a response trains nothing, "
             "leave it out of the training rows"

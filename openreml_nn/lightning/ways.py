@@ -21,7 +21,7 @@ from openreml_nn.lightning.marginal import Marginal
 from openreml_nn.lightning.rows import check_response, concatenated
 from openreml_nn.lightning.sharing import all_batches, gather, gather_parts, processes, share, total
 from openreml_nn.lightning.sums import LevelSums
-from openreml_nn.model import MixedModel, take
+from openreml_nn.model import MixedModel, RandomEffect, take
 from openreml_nn.model.batch import Batch, row_values, split
 from openreml_nn.model.residual import structure_of
 from openreml_nn.support.checks import check_choice
@@ -187,37 +187,48 @@ class Alternating(Way):
             offset = row_values(batch, "offset", n)
             if offset is not None:
                 e = e - offset.to(e)
-            coded = {name: f.coded(name, batch, n) for name, f in model.effects().items()}
-            e = e - self._explained(model, coded, e)
-            uneven = _is_uneven(model)
+            effects = model.effects()
+            coded = {name: effect.coded(name, batch, n) for name, effect in effects.items()}
+            e = self._unexplained(effects, coded, e)
+            uneven = _is_uneven(model, effects)
             with torch.set_grad_enabled(uneven and torch.is_grad_enabled()):
                 variance = structure_of(model.residual).variances(batch, n)
-                variance = (variance + _unknown_variance(model, coded, variance)).to(e)
-            square = e**2 + _spread(model, coded).to(e) if uneven else e**2
-            found = ((square / variance).sum() + variance.log().sum() + n * log(2 * pi)) / 2
-        return found / total(n, found.device) * processes(), output
+                unknown = _unknown_variance(effects, coded)
+                variance = (variance if unknown is None else variance + unknown).to(e)
+                constant = variance.log().sum() + n * log(2 * pi)
+            square = e @ (e / variance)
+            if uneven:
+                square = square + (_spread(model, coded).to(e) / variance).sum()
+            count = total(n, e.device)
+            found = (square + constant) * (processes() / (2 * count))
+        return found, output
 
-    def _explained(self, model: MixedModel, coded: Coded, like: Tensor) -> Tensor:
-        """What the BLUPs explain, less what is the network's to learn (n,)."""
-        found = torch.zeros_like(like)
-        for name, effect in model.effects().items():
+    def _unexplained(self, effects: Mapping[str, RandomEffect], coded: Coded, e: Tensor) -> Tensor:
+        """Residuals less what the BLUPs explain, but for what of it is the network's to learn (n,)."""
+        for name, effect in effects.items():
             codes, values = coded[name]
-            b = effect.blup[codes.clamp(min=0)]
+            absent = _absent(codes)
+            b = effect.blup[codes if absent is None else codes.clamp(min=0)]
             if name in self._means:
                 b = b - self._parts[name].to(b) * self._means[name].to(b)
-            part = b[:, 0] if values is None else (values.to(b) * b).sum(1)
-            found = found + torch.where(codes >= 0, part.to(like), 0)
-        return found
+            part = (b[:, 0] if values is None else (values.to(b) * b).sum(1)).to(e)
+            e = e - (part if absent is None else part.masked_fill(absent, 0))
+        return e
 
     def check(self, model: MixedModel) -> None:
         super().check(model)
         LevelSums(model)
 
 
-def _is_uneven(model: MixedModel) -> bool:
+def _absent(codes: Tensor) -> Tensor | None:
+    """Which rows are of no known level; None where there is none."""
+    return codes < 0 if len(codes) and int(codes.min()) < 0 else None
+
+
+def _is_uneven(model: MixedModel, effects: Mapping[str, RandomEffect]) -> bool:
     """Whether a network yields the residuals' variances or values of random effects."""
-    effects = model.effects().values()
-    return not isinstance(model.residual, Matrix) or any(e.features is not None for e in effects)
+    learned = any(effect.features is not None for effect in effects.values())
+    return learned or not isinstance(model.residual, Matrix)
 
 
 def _spread(model: MixedModel, coded: Coded) -> Tensor:
@@ -241,16 +252,17 @@ def _spread(model: MixedModel, coded: Coded) -> Tensor:
     return found
 
 
-def _unknown_variance(model: MixedModel, coded: Coded, like: Tensor) -> Tensor:
-    """Prior variance of the effects of levels that are not known, (n,) or (1,)."""
-    found = torch.zeros_like(like[:1])
-    for name, effect in model.effects().items():
+def _unknown_variance(effects: Mapping[str, RandomEffect], coded: Coded) -> Tensor | None:
+    """Prior variance of the effects of levels that are not known, (n,); None where all are."""
+    found: Tensor | None = None
+    for name, effect in effects.items():
         codes, values = coded[name]
-        unknown = codes < 0
-        if bool(unknown.any()):
+        absent = _absent(codes)
+        if absent is not None:
             prior = effect.prior_in_basis().detach()
             z = prior.new_ones(len(codes), 1) if values is None else values.to(prior)
-            found = found + torch.where(unknown, torch.einsum("nk,kl,nl->n", z, prior, z), 0)
+            own = torch.einsum("nk,kl,nl->n", z, prior, z) * absent
+            found = own if found is None else found + own
     return found
 
 

@@ -108,7 +108,7 @@ FAULTS = [
     Fault(
         "a network is trained on what its random effects explain",
         WAYS,
-        "e = e - self._explained(model, coded, e)",
+        "e = self._unexplained(effects, coded, e)",
         "pass",
         "tests/test_training.py -k 'weights_count'",
     ),
@@ -122,22 +122,22 @@ FAULTS = [
     Fault(
         "a network for the residual does not hear of the BLUPs' variance",
         WAYS,
-        "square = e**2 + _spread(model, coded).to(e) if uneven else e**2",
-        "square = e**2",
+        "square = square + (_spread(model, coded).to(e) / variance).sum()",
+        "pass",
         "tests/test_training.py -k 'fisher'",
     ),
     Fault(
         "a row of no known level weighs as much as the others",
         WAYS,
-        "variance = (variance + _unknown_variance(model, coded, variance)).to(e)",
+        "variance = (variance if unknown is None else variance + unknown).to(e)",
         "variance = variance.to(e)",
         "tests/test_training.py -k 'fisher'",
     ),
     Fault(
         "processes with fewer rows count as much as the others",
         WAYS,
-        "return found / total(n, found.device) * processes(), output",
-        "return found / n, output",
+        "found = (square + constant) * (processes() / (2 * count))",
+        "found = (square + constant) / (2 * n)",
         f"{OF_TRAINING} -k 'two_processes and alternating'",
     ),
     Fault(

@@ -65,7 +65,7 @@ class Blocked(Solver):
 
     name: ClassVar[str] = "blocked"
     #: Its hundreds of small steps take as long as these.
-    least: ClassVar[float] = 3e6
+    least: ClassVar[float] = 1e6
     pair_cost: float = 1000.0
 
     def __post_init__(self) -> None:
@@ -80,7 +80,8 @@ class Blocked(Solver):
         levels, k = roles.sizes(terms)
         q = sum(terms[i].design.shape[1] for i in roles.rest)
         r = q + p + 1
-        work = 2.0 * levels * k * (k * k + k * r) + levels * k * r**2 + q**3 / 3 + r**3 / 3
+        work = 2.0 * levels * k * (4 * k * k + 2 * k * (p + 1) + q * q) + 2.0 * q**3
+        work += (levels * k + q) * (p + 1) * r
         held = 2.0 * levels * k * r + 2 * levels * k * k + 3 * r * r
         if roles.residual.moves:
             n, m = terms[0].design.shape[0], roles.residual.size
@@ -98,7 +99,8 @@ class Blocked(Solver):
             designs = [terms[i].design for i in roles.random]
             grids = [grid_of(terms[i]) for i in roles.rest]
             _, placement = _placed(designs, roles, grids, self.pair_cost)
-            held = min(held, dtype.itemsize * placement.cost(p + 1)[1])
+            placed, entries = placement.cost(p + 1)
+            work, held = min(work, placed), min(held, dtype.itemsize * entries)
         steps = steps_of(terms, roles, p, Partition.of_one(q, torch.device("cpu")))
         return Cost(work + Blocked.least, held, True, _REASON, steps)
 
