@@ -1,6 +1,7 @@
 """Configuration of the documentation: ``make docs`` builds it into docs/_build/html."""
 
 import importlib.metadata
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -28,6 +29,7 @@ myst_enable_extensions = ["dollarmath", "colon_fence"]
 autosummary_generate = True
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
+autodoc_mock_imports = [] if importlib.util.find_spec("sklearn") else ["sklearn"]
 autodoc_default_options = {"members": True}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False

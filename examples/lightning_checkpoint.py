@@ -13,7 +13,7 @@ FORMULA = "Reaction ~ Days + (Days | Subject)"
 
 
 def main() -> None:
-    data = MixedModelDataModule(sleepstudy(), FORMULA)
+    data = MixedModelDataModule(sleepstudy())
     model = MixedModule(FORMULA, optimizer={"_target_": "torch.optim.Adam", "lr": 0.1})
     trainer = Trainer(
         max_epochs=1000,

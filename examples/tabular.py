@@ -9,7 +9,7 @@ from openreml_nn.lightning import MixedModelDataModule, MixedModule
 seed_everything(1, verbose=False)
 formula = "rating ~ x1 + x2 + x3 + x4 + (1 | user) + (1 | item)"
 table = ratings(rows=10_000, users=500, items=100)
-data = MixedModelDataModule(table, formula, validation=0.2, split="unseen", split_by="user")
+data = MixedModelDataModule(table, validation=0.2, split="unseen", split_by="user")
 network = nn.Sequential(nn.LazyLinear(32), nn.Tanh(), nn.Linear(32, 16), nn.Tanh())
 adam = {"_target_": "torch.optim.Adam", "lr": 0.01}
 module = MixedModule(formula, network=network, optimizer=adam, rows=512)

@@ -94,9 +94,10 @@ class Written(Callback):
         if trainer.is_global_zero:
             found = dict(module.model.state_dict())
             found["variance"] = module.model.predict(self.some).variance
-            if module.model.head == "gls":
+            if not list(module.model.mean.parameters()):
                 # These are in a basis of the coefficients, which may have other signs.
-                found = {key: x for key, x in found.items() if not key.startswith("joint.")}
+                based = ("joint.", "evidence.")
+                found = {key: x for key, x in found.items() if not key.startswith(based)}
             found["loss"] = trainer.callback_metrics["train_loss"]
             weights = list(module.model.mean.parameters())
             if weights:

@@ -12,6 +12,7 @@ from openreml_nn.covariance import (
     ARMAMatrix,
     Augment,
     BlockDiagonal,
+    CARMatrix,
     CompoundSymmetricMatrix,
     ContinuousAR1Matrix,
     CovariancePropagation,
@@ -23,26 +24,33 @@ from openreml_nn.covariance import (
     GaussianMatrix,
     Gram,
     HadamardProduct,
+    ICARMatrix,
     IdentityMatrix,
     Inverse,
     KnownInverseMatrix,
     KnownMatrix,
     KroneckerProduct,
+    LinearMatrix,
     LowerTriangularMatrix,
+    MaternCorrelation,
     MaternMatrix,
     Matrix,
     Pedigree,
     Product,
+    RandomWalkMatrix,
+    RationalQuadraticMatrix,
     ScalarMatrix,
     SimpleMatrix,
     SphericalMatrix,
     Stack,
+    StationaryMatrix,
     Sum,
     ToeplitzMatrix,
     Transpose,
     UnconstrainedMatrix,
     UnstructuredMatrix,
     VarianceFunction,
+    VecchiaMatrix,
     factor_analytic,
     heterogeneous_ar1,
     heterogeneous_compound_symmetry,
@@ -57,6 +65,12 @@ def distances(n: int) -> torch.Tensor:
     return (apart * apart).sum(-1).sqrt()
 
 
+def line(n: int) -> torch.Tensor:
+    """Distances of n points of a line."""
+    x = torch.randn(n, 1, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    return (x - x.mT).abs()
+
+
 def kinship(n: int) -> torch.Tensor:
     x = torch.randn(n, n + 2, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
     return x @ x.mT / n
@@ -68,6 +82,16 @@ def pedigree(n: int) -> Pedigree:
     sires = [None if i < 2 else names[i - 2] for i in range(n)]
     dams = [None if i < 2 else names[i - 1] for i in range(n)]
     return Pedigree.of(names, sires, dams)
+
+
+def places(n: int) -> torch.Tensor:
+    """n places in the plane."""
+    return 3 * torch.rand(n, 2, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+
+
+def path(n: int) -> torch.Tensor:
+    """Pairs of neighbours in a line of n."""
+    return torch.stack([torch.arange(n - 1), torch.arange(1, n)], 1)
 
 
 class Quadratic:
@@ -101,6 +125,7 @@ LEAVES = {
     "compound symmetric": CompoundSymmetricMatrix,
     "ar1": AR1Matrix,
     "toeplitz": ToeplitzMatrix,
+    "stationary": StationaryMatrix,
     "banded": lambda n: ToeplitzMatrix(n, bands=min(n, 2)),
     "antedependence": AntedependenceMatrix,
     "lower": lambda n: LowerTriangularMatrix(n, n),
@@ -112,10 +137,16 @@ LEAVES = {
     "matern 3/2": lambda n: MaternMatrix(distances(n), nu=1.5),
     "matern 5/2": lambda n: MaternMatrix(distances(n), nu=2.5),
     "spherical": lambda n: SphericalMatrix(distances(n)),
+    "rational": lambda n: RationalQuadraticMatrix(distances(n)),
+    "linear": lambda n: LinearMatrix(line(n)),
     "continuous ar1": lambda n: ContinuousAR1Matrix(distances(n)),
     "arma": ARMAMatrix,
     "power": lambda n: VarianceFunction(torch.arange(1.0, n + 1), "power"),
     "exponential variance": lambda n: VarianceFunction(torch.linspace(-1.0, 1.0, n), "exp"),
+    "neighbours": lambda n: VecchiaMatrix(places(n), MaternCorrelation(1.5), neighbours=2),
+    "conditional": lambda n: CARMatrix(path(n)) if n > 1 else ScalarMatrix(1),
+    "intrinsic": lambda n: ICARMatrix(path(n)) if n > 1 else ScalarMatrix(1),
+    "random walk": lambda n: RandomWalkMatrix(n) if n > 1 else ScalarMatrix(1),
     "known": lambda n: KnownMatrix(kinship(n)),
     "known inverse": lambda n: KnownInverseMatrix(pedigree(n).inverse),
     "simple": lambda n: SimpleMatrix(n, outer_product),

@@ -74,6 +74,7 @@ def test_what_rounding_and_training_leave_is_allowed():
 
 
 @pytest.mark.filterwarnings("ignore:.*levels that the fit did not see")
+@pytest.mark.filterwarnings("ignore:.*rows have no response")
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda page: page.name)
 def test_python_blocks_run_and_print_what_is_shown(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -154,12 +154,26 @@ def test_what_is_estimated_in_another_basis_has_the_standard_errors_of_the_users
         ({"residual_variance": "1"}, TypeError, "`residual_variance` is"),
         ({"residual_variance": 1, "residual": "cs(Subject)"}, InputError, "leave out `residual`"),
         ({"chunk_rows": 10}, InputError, "in memory already"),
+        ({"progress": False}, InputError, "`progress` is False without `chunk_rows`"),
+        ({"progress": 1, "chunk_rows": 10}, TypeError, "`progress` is"),
         ({"categorical": ["Weeks"]}, InputError, "no column 'Weeks'"),
     ],
 )
 def test_words_that_are_wrong_are_refused_in_its_own_name(options, error, message):
     with pytest.raises(error, match=message):
         lmm("Reaction ~ Days + (1 | Subject)", sleepstudy(), **options)
+
+
+@pytest.mark.parametrize("progress", [None, True, False])
+def test_chunks_show_how_far_they_are(tmp_path, capfd, monkeypatch, progress):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    path = tmp_path / "a[" / "b].csv"  # which in a bar's own language would end "b"
+    path.parent.mkdir()
+    sleepstudy().to_csv(path, index=False)
+    lmm("Reaction ~ Days + (1 | Subject)", path, chunk_rows=50, progress=progress)
+    shown = capfd.readouterr()
+    assert ("reading" in shown.err) == (progress is not False)
+    assert shown.out == ""
 
 
 @pytest.mark.parametrize("rows", [3, 1])
@@ -184,3 +198,13 @@ def test_a_known_residual_variance_is_held(rows):
     variance = float(found.components[0].covariance)
     assert found.log_likelihood == pytest.approx(reml(variance), rel=1e-12)
     assert reml(variance) > max(reml(variance * 1.001), reml(variance / 1.001))
+
+
+def test_a_known_residual_variance_takes_a_response_without_error():
+    table = pd.DataFrame({"x": np.arange(9.0) ** 2, "y": 3 + np.arange(9.0) ** 2})
+    with pytest.raises(InputError, match="fit `y` exactly"):
+        lmm("y ~ x", table)
+    found = lmm("y ~ x", table, residual_variance=0.25)
+    assert found.fixed.estimate.tolist() == pytest.approx([3, 1], rel=1e-12)
+    X = np.stack([np.ones(9), table.x], 1)
+    np.testing.assert_allclose(found.fixed.covariance, 0.25 * np.linalg.inv(X.T @ X), rtol=1e-10)

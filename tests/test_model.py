@@ -342,7 +342,10 @@ def test_methods_follow_heads():
     [
         ({"weights": torch.zeros(60)}, r"`batch\['weights'\]` is 0 in row 0: expected above 0"),
         ({"weights": torch.ones(59)}, r"`batch\['weights'\]` is .*: expected a floating-point"),
-        ({"offset": torch.full((60,), torch.nan)}, r"`batch\['offset'\]` holds NaN"),
+        (
+            {"offset": torch.full((60,), torch.nan)},
+            r"`batch\['offset'\]` is nan in row 0: expected finite",
+        ),
         ({"residual": torch.zeros(60).long()}, r"the cell 0 in 60 rows: expected another one"),
         ({"residual": -torch.ones(60).long()}, r"is -1 in row 0: expected the row's cell"),
         ({}, "`batch` has no 'residual'"),

@@ -58,7 +58,20 @@ def lower(values, k, m=None):
     return L
 
 
-def toeplitz(rho):
+def toeplitz(partial):
+    """Correlations by lag from partial ones, by their definition: between two positions, given all
+    that are between them."""
+    rho = np.array([])
+    for p in partial:
+        R = by_lag(rho[:-1]) if len(rho) else np.zeros((0, 0))
+        near, far = rho, rho[::-1]
+        known = near @ np.linalg.solve(R, far) if len(rho) else 0.0
+        left = 1 - near @ np.linalg.solve(R, near) if len(rho) else 1.0
+        rho = np.append(rho, known + p * left)
+    return by_lag(rho)
+
+
+def by_lag(rho):
     return np.array([1, *rho])[np.abs(np.subtract.outer(range(len(rho) + 1), range(len(rho) + 1)))]
 
 
@@ -572,3 +585,39 @@ def test_a_generalised_model_takes_structures():
     one = glmm("high ~ x + (1 | g)", table, family="binomial")
     other = glmm("high ~ x + (1 | vm(g, K))", table, family="binomial", kernels={"K": identity})
     assert other.log_likelihood == pytest.approx(one.log_likelihood, abs=1e-8)
+
+
+@pytest.mark.parametrize("method", ["reml", "ml"])
+def test_a_correlation_for_each_lag_is_fitted_at_the_edge_of_what_is_positive_definite(method):
+    """A season of four: lag 2 is all that there is, and its optimum is where a correlation matrix
+    ends. No correlation matrix with one value for each lag is better."""
+    rng = np.random.default_rng(4)
+    phase = rng.uniform(0, 2 * np.pi, 30)
+    cells = [(g, t) for g in range(30) for t in range(4)]
+    table = pd.DataFrame(cells * 2, columns=["g", "t"])
+    table["y"] = np.cos(table["t"] * np.pi / 2 + phase[table["g"]]) + 0.3 * rng.normal(size=240)
+    found = lmm("y ~ 1 + toep(0 + t | g)", table, method=method)
+    assert found.converged
+    (sigma, *_) = found.components
+    R = sigma.correlation.numpy()
+    np.testing.assert_allclose(R, by_lag(R[0, 1:]), atol=1e-12)
+    assert np.linalg.eigvalsh(R)[0] > -1e-12
+    free = lmm("y ~ 1 + us(0 + factor(t) | g)", table, method=method)
+    assert free.log_likelihood >= found.log_likelihood
+    encoded = encoded_by("y ~ 1 + toep(0 + t | g)", table)
+    best = -np.inf
+    for lags in np.random.default_rng(0).normal(R[0, 1:], 0.02, size=(200, 3)):
+        other = by_lag(lags)
+        if np.linalg.eigvalsh(other)[0] < 0:
+            continue
+        at, e = table["t"].to_numpy(), float(found.residual_variance)
+        V = float(sigma.covariance[0, 0]) * other[np.ix_(at, at)] * same(table, "g")
+        V = torch.tensor(V + e * np.eye(240))
+        if method == "ml":
+            value = torch.distributions.MultivariateNormal(
+                encoded.X @ found.fixed.estimate, V
+            ).log_prob(encoded.y)
+        else:
+            value = restricted_log_likelihood(encoded.y, encoded.X, V)
+        best = max(best, float(value))
+    assert best <= found.log_likelihood + 1e-9

@@ -8,6 +8,7 @@ from torch import nn
 
 from openreml_nn import InputError, datasets, lmm
 from openreml_nn.lightning import MixedModelDataModule, MixedModule
+from openreml_nn.lightning.split import Split
 from tests.test_neural import quiet
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*levels that the fit did not see")
@@ -18,7 +19,7 @@ LAYERS = [
 ]
 NETWORK = {"_target_": "torch.nn.Sequential", "_args_": LAYERS}
 CROSSED = "rating ~ x1 + x2 + x3 + x4 + (1 | user) + (1 | item)"
-MATERN = {"plot": {"_target_": "openreml_nn.covariance.MaternMatrix", "columns": ["east", "north"]}}
+FIELD = "yield ~ rain + nitrogen + (1 | matern(east, north))"
 
 
 def fitted(formula, table, epochs=20, split="random", **options):
@@ -35,7 +36,7 @@ CASES = {
     "gls": (CROSSED, datasets.ratings(3000, 100, 30), {"head": "gls", "training": "full"}),
     "slopes": ("height ~ age + dose + (years | child)", datasets.growth(100), {}),
     "uneven": ("height ~ age + dose + (1 | child)", datasets.growth(100), {"residual": NETWORK}),
-    "field": ("yield ~ rain + nitrogen + (1 | plot)", datasets.field(60), {"kernels": MATERN}),
+    "field": (FIELD, datasets.field(60), {}),
 }
 
 
@@ -46,9 +47,12 @@ def test_a_checkpoint_needs_neither_table_nor_model(name, tmp_path):
     trainer.save_checkpoint(tmp_path / "m.ckpt")
     again = MixedModule.load_from_checkpoint(tmp_path / "m.ckpt", weights_only=True)
     new = table.iloc[:10].copy()
-    group = formula.split("| ")[1].split(")")[0]
-    new[group] = new[group].astype(str)
-    new.loc[5:, group] = "never seen"
+    if name == "field":
+        new.loc[5:, "east"] += 0.5
+    else:
+        group = formula.split("| ")[1].split(")")[0]
+        new[group] = new[group].astype(str)
+        new.loc[5:, group] = "never seen"
     expected, found = module.predict(new), again.predict(new)
     pd.testing.assert_frame_equal(found, expected)
     assert list(found.columns) == ["mean", "variance", "population_mean", "low", "high"]
@@ -84,11 +88,12 @@ def clusters(plots=25, samples=4):
     return table.sample(frac=1, random_state=1)
 
 
-def test_a_kernel_learns_its_length():
-    table, formula = clusters(), "yield ~ rain + (1 | plot)"
-    module, _, _ = fitted(formula, table, 12, split="group", kernels=MATERN)
-    length = {p.name: p for p in module.result.parameters}["plot/g/lengthscale"]
+def test_a_field_learns_its_length():
+    formula = "yield ~ rain + (1 | matern(east, north))"
+    module, _, data = fitted(formula, clusters(), 12, split="group")
+    length = {p.name: p for p in module.result.parameters}["east_north/g/lengthscale"]
     assert abs(length.value - 0.2) < 3 * length.std_error < 0.2
+    np.testing.assert_array_equal(module.places, data.table[["east", "north"]])
     # It started at a third of the typical distance, which is that of the fields.
     assert torch.pdist(module.places).median() / 3 > 10 * length.value
 
@@ -125,15 +130,8 @@ def test_a_network_may_be_a_module(tmp_path):
 
 def test_errors_name_what_is_wrong():
     formula, table, _ = CASES["field"]
-    with pytest.raises(InputError, match="kernel of 'site': the groups are \\['plot'\\]"):
-        MixedModule(formula, network=NETWORK, kernels={"site": {}})
-    for columns, message in [([], "expected columns"), (["west"], "\\['west'\\]")]:
-        kernels = {"plot": {**MATERN["plot"], "columns": columns}}
-        with pytest.raises(InputError, match=message):
-            fitted(formula, table, 1, kernels=kernels)
-    moved = table.assign(east=range(len(table)))
-    with pytest.raises(InputError, match="rows at several places"):
-        fitted(formula, moved, 1, kernels=MATERN)
+    with pytest.raises(TypeError, match="kernels"):  # known matrices are the data module's
+        MixedModule(formula, network=NETWORK, kernels={"K": "kinship.csv"})
     with pytest.raises(InputError, match="has no random effect"):
         fitted("yield ~ rain", table, 1)
     for target, message in [("os.system", "not a class"), ("torch.Size", "not a class")]:
@@ -180,8 +178,7 @@ def test_the_same_share_of_each_level_is_held_out():
     assert len(data.encoded.random[0].levels) == 40
     # However large the share, training keeps a row of each level.
     table = datasets.growth(40)
-    large = MixedModelDataModule(table, "height ~ (1 | child)", validation=0.99, split="group")
-    out = large._chosen(table)
+    out = Split(0.99, "group").held_out(table, ["child"], "the table")
     assert table.child[~out].value_counts().tolist() == [1] * 40
 
 
@@ -258,3 +255,16 @@ def test_residuals_and_weights_are_the_same_options_for_both(network, options):
         loss, y, X = module.model.data(module.model(data.encoded.batch()), data.encoded.batch())
         own = -float(loss(y, X)) * len(y)
         assert module.result.log_likelihood == pytest.approx(own, rel=1e-9)
+
+
+def test_a_gaussian_family_by_name_is_the_linear_model():
+    """REML by default and no approximation, as if no family had been named."""
+    found = []
+    for options in ({}, {"family": "gaussian"}, {"family": "gaussian", "link": "identity"}):
+        module = MixedModule("Reaction ~ Days + (Days | Subject)", **options)
+        data = MixedModelDataModule(datasets.sleepstudy(), family=options.get("family"))
+        quiet(50).fit(module, datamodule=data)
+        found.append(module.result)
+    assert {r.method for r in found} == {"reml"}
+    assert {r.log_likelihood for r in found} == {found[0].log_likelihood}
+    assert all(r.family is None for r in found)

@@ -188,8 +188,8 @@ def test_a_fit_without_rows_is_refused(data, head):
     ("batch", "message"),
     [
         (
-            {**WHOLE, "y": Y.clone().index_fill_(0, torch.tensor(7), torch.nan)},
-            "`y` is nan in row 7",
+            {**WHOLE, "y": Y.clone().index_fill_(0, torch.tensor(7), torch.inf)},
+            r"`batch\['y'\]` is inf in row 7: expected finite numbers, or NaN",
         ),
         ({**WHOLE, "y": Y[:-1]}, r"`y` has shape \(399,\): expected \(400,\)"),
         ({**WHOLE, "y": Y[:, None]}, r"`y` has shape \(400, 1\).*y\[:, 0\]"),

@@ -1,15 +1,34 @@
 """Covariance matrices and operators as modules."""
 
 from openreml_nn.covariance import transform
-from openreml_nn.covariance.autoregressive import AntedependenceMatrix, AR1Matrix, ToeplitzMatrix
+from openreml_nn.covariance.autoregressive import (
+    AntedependenceMatrix,
+    AR1Matrix,
+    StationaryMatrix,
+    ToeplitzMatrix,
+)
 from openreml_nn.covariance.block import Augment, BlockDiagonal, Stack
 from openreml_nn.covariance.compat import simple_param_specs
+from openreml_nn.covariance.correlation import (
+    Correlation,
+    ExponentialCorrelation,
+    GaussianCorrelation,
+    MaternCorrelation,
+    SphericalCorrelation,
+)
+from openreml_nn.covariance.decaying import (
+    LinearCorrelation,
+    LinearMatrix,
+    RationalQuadraticCorrelation,
+    RationalQuadraticMatrix,
+)
 from openreml_nn.covariance.dummy import DummyMatrix
 from openreml_nn.covariance.exchangeable import (
     CompoundSymmetricMatrix,
     EqualEntryMatrix,
     EquicorrelationMatrix,
 )
+from openreml_nn.covariance.graph import CARMatrix, ICARMatrix, RandomWalkMatrix
 from openreml_nn.covariance.identity import DiagonalMatrix, IdentityMatrix, ScalarMatrix
 from openreml_nn.covariance.kernel import (
     ExponentialMatrix,
@@ -47,6 +66,7 @@ from openreml_nn.covariance.triangular import (
     UnstructuredMatrix,
 )
 from openreml_nn.covariance.variance import VarianceFunction
+from openreml_nn.covariance.vecchia import VecchiaMatrix
 
 __all__ = [
     "AR1Matrix",
@@ -55,38 +75,52 @@ __all__ = [
     "AntedependenceMatrix",
     "Augment",
     "BlockDiagonal",
+    "CARMatrix",
     "CompoundSymmetricMatrix",
     "ContinuousAR1Matrix",
+    "Correlation",
     "CovariancePropagation",
     "DiagonalMatrix",
     "DummyMatrix",
     "EqualEntryMatrix",
     "EquicorrelationMatrix",
+    "ExponentialCorrelation",
     "ExponentialMatrix",
+    "GaussianCorrelation",
     "GaussianMatrix",
     "Gram",
     "HadamardProduct",
+    "ICARMatrix",
     "IdentityMatrix",
     "Inverse",
     "KnownInverseMatrix",
     "KnownMatrix",
     "KroneckerProduct",
+    "LinearCorrelation",
+    "LinearMatrix",
     "LowerTriangularMatrix",
+    "MaternCorrelation",
     "MaternMatrix",
     "Matrix",
     "Operator",
     "Pedigree",
     "Product",
+    "RandomWalkMatrix",
+    "RationalQuadraticCorrelation",
+    "RationalQuadraticMatrix",
     "ScalarMatrix",
     "SimpleMatrix",
+    "SphericalCorrelation",
     "SphericalMatrix",
     "Stack",
+    "StationaryMatrix",
     "Sum",
     "ToeplitzMatrix",
     "Transpose",
     "UnconstrainedMatrix",
     "UnstructuredMatrix",
     "VarianceFunction",
+    "VecchiaMatrix",
     "ar1_field",
     "factor_analytic",
     "heterogeneous",

@@ -19,7 +19,7 @@ from openreml_nn.terms.covariance import DenseCovariance
 from openreml_nn.terms.design import IdentityDesign
 from openreml_nn.terms.term import Term
 
-__all__ = ["AR1Matrix", "AntedependenceMatrix", "ToeplitzMatrix"]
+__all__ = ["AR1Matrix", "AntedependenceMatrix", "StationaryMatrix", "ToeplitzMatrix"]
 
 
 def _lags(n: int, like: Tensor) -> Tensor:
@@ -186,6 +186,66 @@ class ToeplitzMatrix(Matrix):
         sums = _diagonal_sums(cotangent, self.bands)
         pulled = torch.cat([(sums * rho).sum().reshape(1), variance * sums[1:]])
         return self.free_vjp(pulled, free_params)
+
+    def moment_start(self, variance: Tensor) -> bool:
+        for name in self.param_names[1:]:
+            self.set_start(name, torch.zeros_like(variance[0]))
+        return self.set_start(self.param_names[0], harmonic_mean(variance))
+
+
+class StationaryMatrix(Matrix):
+    r"""A covariance for each lag, :math:`V_{ij} = \sigma^2 \rho_{|i-j|}`, positive definite at all
+    values of its parameters: by partial autocorrelations.
+
+    ============= ================================ =======
+    parameter     transform                        default
+    ============= ================================ =======
+    ``sigma^2``   :math:`e^{2x}`                   0
+    ``partial_l`` sigmoid, scaled to (−1, 1)       0
+    ============= ================================ =======
+
+    for l = 1 … n − 1. ``partial_l`` is the correlation of two positions that are l apart, given
+    those between them, :math:`\pi_l`, and the correlations follow by the recursion of Durbin and
+    Levinson,
+
+    .. math::
+        \rho_l = \pi_l \prod_{j<l} (1 - \pi_j^2) + \sum_{j<l} \varphi_{l-1,j}\,\rho_{l-j},\qquad
+        \varphi_{l,j} = \varphi_{l-1,j} - \pi_l\,\varphi_{l-1,l-j},\quad \varphi_{l,l} = \pi_l .
+
+    :class:`ToeplitzMatrix` has the correlations themselves, of which not all values are allowed.
+
+    Args:
+        n: size.
+        param_specs: specifications that replace the ones above.
+
+    Shape:
+        Output: (n, n).
+
+    Reference:
+        Barndorff-Nielsen and Schou, Journal of Multivariate Analysis 3 (1973) 408.
+
+    >>> StationaryMatrix(3)(torch.tensor([0.0, 1.0986123, 0.0]))
+    tensor([[1.0000, 0.5000, 0.2500],
+            [0.5000, 1.0000, 0.5000],
+            [0.2500, 0.5000, 1.0000]])
+    """
+
+    def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
+        n = check_count("n", n, 1)
+        default = free_specs(["sigma^2"], trans=TransformExpPow2())
+        default |= free_specs([f"partial_{i}" for i in range(1, n)], trans=within_bounds(-1.0, 1.0))
+        super().__init__((n, n), merge_specs(default, param_specs))
+
+    def forward(self, free_params: FreeParams = None) -> Tensor:
+        natural = self.build_params(free_params)
+        left = torch.ones_like(natural[:1])  # the variance that the positions between leave
+        rho, phi = [left], natural[:0]
+        for partial in natural[1:].split(1):
+            before = torch.cat(rho[:0:-1]) if len(rho) > 1 else phi
+            rho.append(partial * left + (phi * before).sum().reshape(1))
+            phi = torch.cat([phi - partial * phi.flip(0), partial])
+            left = left * (1 - partial * partial)
+        return _banded(natural[:1] * torch.cat(rho))
 
     def moment_start(self, variance: Tensor) -> bool:
         for name in self.param_names[1:]:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from openreml_nn.covariance.correlation import (
+    Correlation,
+    ExponentialCorrelation,
+    GaussianCorrelation,
+    MaternCorrelation,
+    SphericalCorrelation,
+)
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.start import harmonic_mean
@@ -21,6 +27,7 @@ from openreml_nn.terms.kernel import Kernel
 from openreml_nn.terms.term import Term
 
 __all__ = [
+    "DistanceMatrix",
     "ExponentialMatrix",
     "GaussianMatrix",
     "KnownMatrix",
@@ -30,9 +37,10 @@ __all__ = [
 ]
 
 
-class _DistanceMatrix(Matrix):
-    """Base of :math:`V_{ij} = \\sigma^2 c(d_{ij} / \\ell)`."""
+class DistanceMatrix(Matrix):
+    """A kernel of distances, :math:`V_{ij} = \\sigma^2 c(d_{ij} / \\ell)`."""
 
+    correlation: Correlation
     distance: Tensor
 
     def __init__(self, distance: Tensor, param_specs: Mapping[str, Any] | None = None) -> None:
@@ -49,14 +57,6 @@ class _DistanceMatrix(Matrix):
         super().__init__(tuple(distance.shape), merge_specs(default, param_specs))
         self.register_data("distance", distance)
 
-    def _correlation(self, r: Tensor) -> Tensor:
-        """:math:`c(r)`."""
-        raise NotImplementedError
-
-    def _fall(self, r: Tensor) -> Tensor:
-        """:math:`-r c'(r)`."""
-        raise NotImplementedError
-
     def _scaled(self, free_params: FreeParams) -> tuple[Tensor, Tensor, Tensor]:
         """Variance, length and the distances in lengths."""
         variance, length = self.build_params(free_params).split(1)
@@ -65,18 +65,25 @@ class _DistanceMatrix(Matrix):
 
     def forward(self, free_params: FreeParams = None) -> Tensor:
         variance, _, r = self._scaled(free_params)
-        return variance * self._correlation(r)
+        return variance * self.correlation.value(r)
+
+    def between(self, distance: Tensor) -> Tensor:
+        """Covariance between places at other distances, at the present parameters."""
+        variance, length = self.build_params().split(1)
+        return variance * self.correlation.value((distance.to(length) / length).clamp(max=1e4))
 
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
         variance, length, r = self._scaled(free_params)
-        slices = torch.stack([self._correlation(r), variance * self._fall(r) / length])
+        slices = torch.stack(
+            [self.correlation.value(r), variance * self.correlation.slope(r) / length]
+        )
         return self.free_grad(slices, free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
         self.check_cotangent(cotangent)
         variance, length, r = self._scaled(free_params)
-        by_variance = (cotangent * self._correlation(r)).sum().reshape(1)
-        by_length = (cotangent * self._fall(r)).sum() * variance / length
+        by_variance = (cotangent * self.correlation.value(r)).sum().reshape(1)
+        by_length = (cotangent * self.correlation.slope(r)).sum() * variance / length
         return self.free_vjp(torch.cat([by_variance, by_length]), free_params)
 
     def moment_start(self, variance: Tensor) -> bool:
@@ -89,7 +96,7 @@ class _DistanceMatrix(Matrix):
         return apart.numel() > 0 and self.set_start(self.param_names[1], reach * apart.median())
 
 
-class ExponentialMatrix(_DistanceMatrix):
+class ExponentialMatrix(DistanceMatrix):
     r"""Exponential covariance :math:`V_{ij} = \sigma^2 e^{-d_{ij}/\ell}`.
 
     =============== ============== =======
@@ -119,14 +126,10 @@ class ExponentialMatrix(_DistanceMatrix):
             [0.3679, 1.0000]])
     """
 
-    def _correlation(self, r: Tensor) -> Tensor:
-        return torch.exp(-r)
-
-    def _fall(self, r: Tensor) -> Tensor:
-        return r * torch.exp(-r)
+    correlation = ExponentialCorrelation()
 
 
-class GaussianMatrix(_DistanceMatrix):
+class GaussianMatrix(DistanceMatrix):
     r"""Gaussian (squared-exponential) covariance
     :math:`V_{ij} = \sigma^2 e^{-d_{ij}^2/(2\ell^2)}`.
 
@@ -156,14 +159,10 @@ class GaussianMatrix(_DistanceMatrix):
             [0.6065, 1.0000]])
     """
 
-    def _correlation(self, r: Tensor) -> Tensor:
-        return torch.exp(-r * r / 2)
-
-    def _fall(self, r: Tensor) -> Tensor:
-        return r * r * torch.exp(-r * r / 2)
+    correlation = GaussianCorrelation()
 
 
-class MaternMatrix(_DistanceMatrix):
+class MaternMatrix(DistanceMatrix):
     r"""Matérn covariance of smoothness ν = ½, 3/2 or 5/2.
 
     With :math:`s = \sqrt{2\nu}\, d_{ij}/\ell` the correlation is
@@ -199,26 +198,15 @@ class MaternMatrix(_DistanceMatrix):
     def __init__(
         self, distance: Tensor, nu: float = 1.5, param_specs: Mapping[str, Any] | None = None
     ) -> None:
-        if not isinstance(nu, int | float) or nu not in (0.5, 1.5, 2.5):
-            raise InputError(f"`nu` is {found(nu)}: expected 0.5, 1.5 or 2.5")
+        self.correlation = MaternCorrelation(nu)
         super().__init__(distance, param_specs)
         self.nu = nu
-
-    def _correlation(self, r: Tensor) -> Tensor:
-        s = sqrt(2 * self.nu) * r
-        polynomial = {0.5: s * 0 + 1, 1.5: 1 + s, 2.5: 1 + s + s * s / 3}[self.nu]
-        return polynomial * torch.exp(-s)
-
-    def _fall(self, r: Tensor) -> Tensor:
-        s = sqrt(2 * self.nu) * r
-        polynomial = {0.5: s, 1.5: s * s, 2.5: s * s * (1 + s) / 3}[self.nu]
-        return polynomial * torch.exp(-s)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, nu={self.nu}"
 
 
-class SphericalMatrix(_DistanceMatrix):
+class SphericalMatrix(DistanceMatrix):
     r"""Spherical covariance :math:`V_{ij} = \sigma^2 (1 - \tfrac32 r + \tfrac12 r^3)` for
     :math:`r = d_{ij}/\ell < 1`, zero beyond.
 
@@ -250,13 +238,7 @@ class SphericalMatrix(_DistanceMatrix):
             [0.3125, 1.0000]])
     """
 
-    def _correlation(self, r: Tensor) -> Tensor:
-        inner = r.clamp(max=1)
-        return 1 - 1.5 * inner + 0.5 * inner**3
-
-    def _fall(self, r: Tensor) -> Tensor:
-        inner = r.clamp(max=1)
-        return 1.5 * (inner - inner**3)
+    correlation = SphericalCorrelation()
 
     def start_reach(self, reach: float) -> bool:
         # The correlation ends at the range: begin with one that most pairs are within.

@@ -105,18 +105,18 @@ def _merge(outer: Term | None, inner: Term) -> Term | None:
     a, b = outer.covariance, inner.covariance
     q, k = outer.design.shape[0], inner.design.shape[0]
     design = IdentityDesign(q * k)
-    if b.known_kernel is not None:
+    if b.is_related:
         small = _small(a, q)
-        if b.width > 1:
-            return None
         if small is not None:
-            return Term(_levels_last(q, k, small.device), b.with_matrix(b.matrix * small))
-        return Term(design, RepeatedCovariance(a.matrix * b.whole(k), q)) if a.is_scalar else None
-    if a.known_kernel is not None:
-        small = _small(b, k)
-        if small is None or a.width > 1:
+            found = b.with_effects(small)
+            return None if found is None else Term(_levels_last(q, k, small.device), found)
+        if b.width > 1 or not a.is_scalar:
             return None
-        return Term(design, a.with_matrix(a.matrix * small))
+        return Term(design, RepeatedCovariance(a.matrix * b.whole(k), q))
+    if a.is_related:
+        small = _small(b, k)
+        found = None if small is None else a.with_effects(small)
+        return None if found is None else Term(design, found)
     if a.is_scalar:
         if isinstance(b, RepeatedCovariance):
             known = getattr(a, "factor", None) is not None and b.factor is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import inf
 from typing import Any, Self
 
 import torch
@@ -106,12 +107,20 @@ class Named(Owner):
         )
 
     def set_start(self, name: str, value: Tensor) -> bool:
-        """Set a parameter, if a fit may move it, to what its transform shall yield; whether it may."""
+        """Set a parameter, if a fit may move it, to what its transform shall yield, within its range;
+        whether it may."""
         parameter = self._parameters.get(name)
         if parameter is None or not parameter.requires_grad:
             return False
+        trans = self.own_trans[name]
+        low, high = trans.codomain
+        value = value.detach().reshape(1)
+        if not bool((low <= value) & (value <= high)):
+            # Bounds that a user has set: near the end that is nearer.
+            room = (high - low) / 100 if high - low < inf else 1.0
+            value = value.clamp(low + room, high - room)
         with torch.no_grad():
-            parameter.copy_(self.own_trans[name].inverse(value.detach().reshape(1)))
+            parameter.copy_(trans.inverse(value))
         return True
 
     # ------------------------------------------------------------------ lists

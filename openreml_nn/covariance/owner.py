@@ -143,6 +143,11 @@ class Owner(nn.Module):
             kept = self.__dict__["_arrangement_kept"] = (own, Arrangement(self.own_trans, free))
         return kept[1]
 
+    def retransform(self, name: str, trans: Transform) -> None:
+        """Give one of the leaf's own parameters another transform; its untransformed value stays."""
+        self.own_trans[name] = trans
+        self._arrangement_kept = None
+
     def own_values(self) -> Tensor | None:
         """The leaf's free parameters as a 1-D tensor; None if it has none."""
         names, own = self.arrangement().free, self._parameters

@@ -267,14 +267,16 @@ class KnownInverseMatrix(Matrix):
     Args:
         inverse: :math:`K^{-1}`, (n, n), sparse or dense, such as
             :attr:`Pedigree.inverse`.
+        null: what the inverse is zero on, (n, k) orthonormal, such as the constant of a random walk:
+            K is then its pseudo-inverse, and effects have nothing of it.
         param_specs: specifications that replace the ones above.
 
     Shape:
         Output: (n, n).
 
     Raises:
-        InputError: if ``inverse`` is not square; by calling the matrix, if it
-            is not positive definite.
+        InputError: if ``inverse`` is not square, dense and not symmetric, or not zero on ``null``.
+        NotPositiveDefiniteError: by calling the matrix, if ``inverse`` is not positive definite.
 
     >>> pedigree = Pedigree.of(["c"], ["a"], ["b"])
     >>> KnownInverseMatrix(pedigree.inverse)(torch.tensor([0.0])).round(decimals=4).abs()
@@ -284,8 +286,14 @@ class KnownInverseMatrix(Matrix):
     """
 
     inverse: Tensor
+    null: Tensor | None
 
-    def __init__(self, inverse: Tensor, param_specs: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        inverse: Tensor,
+        param_specs: Mapping[str, Any] | None = None,
+        null: Tensor | None = None,
+    ) -> None:
         if not isinstance(inverse, Tensor) or not inverse.is_floating_point():
             got = inverse.dtype if isinstance(inverse, Tensor) else found(inverse)
             raise TypeError(f"`inverse` is {got}: expected a floating-point tensor")
@@ -295,14 +303,17 @@ class KnownInverseMatrix(Matrix):
             check_symmetric("inverse", inverse)
         default = free_specs(["sigma^2"], trans=TransformExpPow2())
         super().__init__(tuple(inverse.shape), merge_specs(default, param_specs))
+        if null is not None:
+            _check_null(null, inverse)
         self.register_data("inverse", inverse)
+        self.register_data("null", null)
         self._kernel: Kernel | None = None
 
     @property
     def kernel(self) -> Kernel:
         """K, which depends on no parameter: what is computed of it is kept while that is the same."""
         if self._kernel is None or not same_content(self._kernel.source, self.inverse):
-            self._kernel = Kernel(inverse=self.inverse)
+            self._kernel = Kernel(inverse=self.inverse, null=self.null)
         return self._kernel
 
     def _matrix(self, like: Tensor) -> Tensor:
@@ -327,3 +338,22 @@ class KnownInverseMatrix(Matrix):
 
     def moment_start(self, variance: Tensor) -> bool:
         return self.set_start(self.param_names[0], harmonic_mean(variance))
+
+
+def _check_null(null: Tensor, inverse: Tensor) -> None:
+    if not isinstance(null, Tensor) or null.dtype != inverse.dtype:
+        got = null.dtype if isinstance(null, Tensor) else found(null)
+        raise TypeError(f"`null` is {got}: expected a tensor of {inverse.dtype}, as `inverse` is")
+    n = len(inverse)
+    if null.dim() != 2 or len(null) != n or not 0 < null.shape[1] < n:
+        raise InputError(f"`null` has shape {tuple(null.shape)}: expected ({n}, k)")
+    rounding = 1e4 * torch.finfo(null.dtype).eps
+    eye = torch.eye(null.shape[1], dtype=null.dtype, device=null.device)
+    if not float((null.mT @ null - eye).abs().max()) < rounding:
+        raise InputError(
+            "`null` is not orthonormal: expected columns of length one, at right angles"
+        )
+    left = inverse @ null
+    size = inverse.to_dense() if inverse.layout == torch.strided else inverse.coalesce().values()
+    if not float(left.abs().max()) < rounding * float(size.abs().max()):
+        raise InputError("`null` is not what `inverse` is zero on: their product is not zero")

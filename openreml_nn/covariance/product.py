@@ -16,7 +16,7 @@ from openreml_nn.covariance.nodes import has_values
 from openreml_nn.covariance.operator import Operator
 from openreml_nn.covariance.start import give_to_one
 from openreml_nn.support.checks import found
-from openreml_nn.support.errors import InputError
+from openreml_nn.support.errors import InputError, NotPositiveDefiniteError
 from openreml_nn.terms.term import Term
 
 __all__ = ["Gram", "HadamardProduct", "Inverse", "Product", "Transpose"]
@@ -238,9 +238,10 @@ class Inverse(Operator):
         Operand and output: (n, n).
 
     Raises:
-        InputError: if the operand is not square; by calling it, if it is not
-            symmetric and positive definite. On an accelerator, and while tracing, the
-            result is NaN instead, so that no evaluation waits for the device.
+        InputError: if the operand is not square; by calling it, if it is not symmetric.
+        NotPositiveDefiniteError: by calling it, if the operand is not positive definite. On an
+            accelerator, and while tracing, the result is NaN instead, so that no evaluation
+            waits for the device.
 
     >>> from openreml_nn.covariance import ScalarMatrix
     >>> Inverse(ScalarMatrix(2))(torch.tensor([0.5]))
@@ -265,7 +266,7 @@ class Inverse(Operator):
             if not bool(symmetric):
                 raise InputError("the operand of Inverse is not symmetric")
             if int(info):
-                raise InputError("the operand of Inverse is not positive definite")
+                raise NotPositiveDefiniteError("the operand of Inverse is not positive definite")
             return half.mT @ half
         # On a device, or while tracing, nobody waits for the answer: what is no inverse is NaN.
         return torch.where(symmetric & (info == 0), half.mT @ half, torch.nan)

@@ -80,6 +80,7 @@ class VarianceFunction(Matrix):
     def at(self, covariate: Tensor) -> VarianceFunction:
         """The same function, with these parameters, of other values of the covariate (n,)."""
         made = VarianceFunction(covariate.to(self.logarithm), self.kind)
+        made.own_trans = self.own_trans
         for name in self.param_names:
             if name in self.fixed_param_names:
                 made.fix(name, self.get_buffer(name))

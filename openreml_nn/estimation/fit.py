@@ -65,6 +65,8 @@ def start_by_moments(objective: Objective, size: float) -> None:
         covariance.moment_start(one)
         scale = float(objective.evaluate().y_p_y) / (problem.n - problem.p)
         if not scale > (torch.finfo(y.dtype).eps * size) ** 2 / problem.n:
+            if not covariance.num_free_params:
+                return
             raise InputError("the fixed effects fit `y` exactly: there is no variance to estimate")
         covariance.moment_start(scale * one)
 

@@ -127,12 +127,12 @@ def _condition(H: Tensor) -> float:
 
 def _parameters(fit: MarginalFit, u: Tensor, spread: Tensor) -> tuple[Estimate, ...]:
     """Covariance parameters on both scales."""
-    place = {(id(e.leaf), e.local): j for j, e in enumerate(fit.at.entries)}
+    place = {id(e.tensor): j for j, e in enumerate(fit.at.entries)}
     found = []
     for e in fit.loss.covariance.parameter_entries().entries:
         x = e.tensor.detach().to(u)
         value, stored = float(e.trans(x)), float(x)
-        j = place.get((id(e.leaf), e.local))
+        j = place.get(id(e.tensor))
         error = stored_error = nan
         if j is not None:
             own = u[j : j + 1]

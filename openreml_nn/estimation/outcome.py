@@ -34,6 +34,7 @@ from openreml_nn.result import (
     Source,
     Start,
 )
+from openreml_nn.result.parts import RESIDUAL_GROUP
 from openreml_nn.terms.covariance import KroneckerCovariance
 from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.term import Term, residual_terms
@@ -145,7 +146,7 @@ class _Builder:
         labelled = [
             i
             for i, term in enumerate(self._terms)
-            if term.name in self._labels and self._labels[term.name].group == "Residual"
+            if term.name in self._labels and self._labels[term.name].is_residual
         ]
         return labelled or residual_terms(self._terms)
 
@@ -191,7 +192,7 @@ class _Builder:
         at, u = self._curvature.at, self._curvature.u
         errors = dict(
             zip(
-                [(id(e.leaf), e.local) for e in at.entries],
+                [id(e.tensor) for e in at.entries],  # which several leaves may share
                 zip(u, self._spread.diagonal().sqrt(), strict=True),
                 strict=False,
             )
@@ -201,8 +202,8 @@ class _Builder:
             x = e.tensor.detach().to(u)
             value, stored = float(e.trans(x)), float(x)
             std_error = stored_error = nan
-            if (id(e.leaf), e.local) in errors:
-                coordinate, spread = errors[id(e.leaf), e.local]
+            if id(e.tensor) in errors:
+                coordinate, spread = errors[id(e.tensor)]
                 std_error = float(_slope(e.trans.at_coordinate, coordinate) * spread)
                 stored_error = float(_slope(e.trans.from_coordinate, coordinate) * spread)
             fixed = not (e.free and e.tensor.requires_grad)
@@ -304,7 +305,7 @@ class _Builder:
             return self._labels[term.name]
         if any(term is self._terms[i] for i in self._residual):
             size = len(term.covariance.matrix)
-            return Label("Residual", [str(i) for i in range(size)] if size > 1 else ("",), ())
+            return Label(RESIDUAL_GROUP, [str(i) for i in range(size)] if size > 1 else ("",), ())
         k = term.covariance.shown().shape[0]
         effects = ("(Intercept)",) if k == 1 else tuple(f"effect_{i}" for i in range(k))
         return Label(term.name, effects, self._levels(term, term.design.shape[1] // k))

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from openreml_nn.estimation.curvature import Curvature
 from openreml_nn.likelihood.loss import Objective
-from openreml_nn.likelihood.problem import NotPositiveDefiniteError
-from openreml_nn.support.errors import NumericalError
+from openreml_nn.support.errors import NotPositiveDefiniteError, NumericalError
 
 __all__ = ["Safeguard"]
 
@@ -44,7 +43,7 @@ class Safeguard:
         try:
             self.start = self._total()
         except NotPositiveDefiniteError as error:
-            text = "V is not positive definite at the starting values"
+            text = f"at the starting values {error}"
             raise NotPositiveDefiniteError(text) from error
         if not isfinite(self.start):
             raise NumericalError(f"the log-likelihood at the starting values is {self.start}")

@@ -3,6 +3,7 @@ r"""Functions that densities share, with all their digits where a plain formula 
 from __future__ import annotations
 
 from math import log, pi, sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def _stirling(z: Tensor) -> Tensor:
 
 def log_ndtr(x: Tensor) -> Tensor:
     r""":math:`\log\Phi(x)`, differentiable as often as wanted."""
-    return _LogNdtr.apply(x)
+    return _LogNdtr.apply(x, 0)
 
 
 def mills(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,59 +86,28 @@ def mills(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _LogNdtr(torch.autograd.Function):
-    """log Φ with the derivative of :func:`mills`: torch's own divides by what underflows."""
+    """A derivative of log Φ, by :func:`mills`: torch's own divides by what underflows.
+
+    It is that of ``order``: 0 is log Φ itself, 1 its slope φ/Φ, the inverse Mills ratio, 2 the
+    slope of that.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return torch.special.log_ndtr(x)
+    def forward(x: Tensor, order: int) -> Tensor:
+        return mills(x)[order - 1] if order else torch.special.log_ndtr(x)
 
     @staticmethod
-    def setup_context(ctx: object, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)  # type: ignore[attr-defined]
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        x, ctx.order = inputs
+        ctx.save_for_backward(x)
 
     @staticmethod
-    def backward(ctx: object, cotangent: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return cotangent * _Mills.apply(x)
-
-
-class _Mills(torch.autograd.Function):
-    """The inverse Mills ratio :math:`\\varphi(x)/\\Phi(x)`, twice differentiable."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return mills(x)[0]
-
-    @staticmethod
-    def setup_context(ctx: object, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)  # type: ignore[attr-defined]
-
-    @staticmethod
-    def backward(ctx: object, cotangent: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return cotangent * _MillsSlope.apply(x)
-
-
-class _MillsSlope(torch.autograd.Function):
-    """The derivative of the inverse Mills ratio, differentiable by :func:`mills`."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return mills(x)[1]
-
-    @staticmethod
-    def setup_context(ctx: object, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)  # type: ignore[attr-defined]
-
-    @staticmethod
-    def backward(ctx: object, cotangent: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        if ctx.order < 2:
+            return cotangent * _LogNdtr.apply(x, ctx.order + 1), None
         r, slope, bend = mills(x)
         # Beyond the third derivative plain operations would do; far to the left it vanishes.
-        return cotangent * (bend if not x.requires_grad else -2 * r * slope - r - x * slope)
+        return cotangent * (bend if not x.requires_grad else -2 * r * slope - r - x * slope), None

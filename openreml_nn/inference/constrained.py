@@ -24,11 +24,13 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.owner import Entry
+from openreml_nn.covariance.transform import TransformChain
 from openreml_nn.covariance.triangular import UnstructuredMatrix
 from openreml_nn.estimation.coordinates import Coordinates
 from openreml_nn.estimation.derivatives import expand, hessian_of_value
 from openreml_nn.likelihood.loss import Objective
-from openreml_nn.likelihood.problem import Evaluation, NotPositiveDefiniteError
+from openreml_nn.likelihood.problem import Evaluation
+from openreml_nn.support.errors import NotPositiveDefiniteError
 
 __all__ = ["Ascent", "Natural", "Quantity"]
 
@@ -96,6 +98,8 @@ class Natural:
             names = leaf.param_names
             if any((id(leaf), name) not in place for name in names):
                 continue
+            if any(isinstance(trans, TransformChain) for trans in leaf.own_trans.values()):
+                continue  # bounded by a user, so that its coordinates are no entries
             for i in range(leaf.shape[0]):
                 self._row_of[id(leaf), i] = len(self._rows)
                 first = i * (i + 1) // 2

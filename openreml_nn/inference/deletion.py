@@ -196,7 +196,7 @@ def _cases(refit: Refit, by: str | Sequence[object] | None) -> tuple[list[object
 
 
 def _cases_of_group(refit: Refit, by: str) -> tuple[list[object], Tensor]:
-    groups = {c.group: c for c in refit.result.components if c.group != "Residual"}
+    groups = {c.group: c for c in refit.result.components if not c.is_residual}
     if by not in groups:
         raise InputError(f"`by` is {by!r}: expected one of {list(groups)}, or a label for each row")
     with torch.no_grad():

@@ -131,7 +131,7 @@ def reliability(result: Result, group: str | None = None) -> pd.DataFrame:
     source_of(result)
     if not result.random:
         raise InputError("`result` has no random effects, and so no BLUPs")
-    groups = [c.group for c in result.components if c.group != "Residual"]
+    groups = [c.group for c in result.components if not c.is_residual]
     if group is not None:
         check_instance("group", group, str)
         check_choice("group", group, groups)
@@ -161,7 +161,8 @@ def reliability(result: Result, group: str | None = None) -> pd.DataFrame:
 
 def _component(result: Result, group: str | None) -> Component:
     """The one component of a group, of one effect."""
-    random = [c for c in result.components if c.group != "Residual"]
+    # What is correlated beside a nugget is the rows' and no group's.
+    random = [c for c in result.components if not c.is_residual and c.name != "residual"]
     groups = list(dict.fromkeys(c.group for c in random))
     if group is None:
         if len(random) != 1:

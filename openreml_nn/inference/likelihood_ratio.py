@@ -96,7 +96,7 @@ def parameters_of(result: Result) -> int:
 
 def _variances(result: Result) -> int:
     """Variances of random effects."""
-    return sum(len(c.effects) for c in result.components if c.group != "Residual")
+    return sum(len(c.effects) for c in result.components if not c.is_residual)
 
 
 def _tail(statistic: float, df: int) -> float:

@@ -19,6 +19,7 @@ from openreml_nn.inference.nesting import marginal, nesting_of
 from openreml_nn.inference.refit import check_level, source_of
 from openreml_nn.support.checks import check_choice, check_mapping, check_names, check_number
 from openreml_nn.support.errors import InputError
+from openreml_nn.table.syntax import bare
 
 __all__ = ["MarginalMeans", "emmeans"]
 
@@ -111,7 +112,8 @@ def emmeans(
     encoder = result.encoder
     if encoder is None:
         raise InputError("`result` has no formula: marginal means are for fits by lmm()")
-    wanted = [factors] if isinstance(factors, str) else check_names("factors", factors)
+    given = [factors] if isinstance(factors, str) else check_names("factors", factors)
+    wanted = [bare(name) for name in given]
     used, levels = encoder.fixed.columns, encoder.fixed_levels
     unknown = [name for name in wanted if name not in levels]
     if unknown or not wanted or len(set(wanted)) < len(wanted):

@@ -183,7 +183,7 @@ class _Profiler:
         """Standard deviations and correlations that the likelihood depends on."""
         found = {}
         for name, (index, i, j) in matrix_entries(self.fitted).items():
-            if i != j and self.fitted.components[index].group == "Residual":
+            if i != j and self.fitted.components[index].is_residual:
                 continue
             held = self.natural.held(index, i, j)
             if held is not None:

@@ -19,6 +19,7 @@ from openreml_nn.likelihood.loss import Objective
 from openreml_nn.result.result import Source
 from openreml_nn.support.checks import check_instance, check_number
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.names import distinct
 
 __all__ = [
     "Refit",
@@ -83,18 +84,19 @@ def family_of(result: Result) -> str | None:
 def matrix_entries(result: Result) -> dict[str, tuple[int, int, int]]:
     """Names of standard deviations and correlations, each with its component, row and column.
 
-    As in lme4: ``sd_Days|Subject``, ``cor_Days.(Intercept)|Subject``, and ``sigma``.
+    As in lme4: ``sd_Days|Subject``, ``cor_Days.(Intercept)|Subject``, and ``sigma``. Those of a
+    second term of the same group, as ``(1 | animal)`` beside ``(1 | ped(animal))``, get a number.
     """
-    found = {}
+    names, entries = [], []
     for index, c in enumerate(result.components):
         if c.covariance.dim() != 2 or len(c.covariance) != len(c.effects):
             continue
-        plain = c.group == "Residual" and len(c.effects) == 1
+        plain = c.is_residual and len(c.effects) == 1
         for i, effect in enumerate(c.effects):
-            found["sigma" if plain else f"sd_{effect}|{c.group}"] = (index, i, i)
-            for j in range(i):
-                found[f"cor_{effect}.{c.effects[j]}|{c.group}"] = (index, i, j)
-    return found
+            names.append("sigma" if plain else f"sd_{effect}|{c.group}")
+            names += [f"cor_{effect}.{other}|{c.group}" for other in c.effects[:i]]
+            entries += [(index, i, j) for j in (i, *range(i))]
+    return dict(zip(distinct(names), entries, strict=True))
 
 
 def tracked(parts: Sequence[T], what: str, progress: bool) -> Iterable[T]:

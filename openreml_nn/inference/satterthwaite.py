@@ -28,8 +28,7 @@ from openreml_nn.estimation.derivatives import jacobian
 from openreml_nn.inference.contrasts import FTest, Inference
 from openreml_nn.inference.refit import Refit
 from openreml_nn.likelihood.loss import Objective
-from openreml_nn.likelihood.problem import NotPositiveDefiniteError
-from openreml_nn.support.errors import InputError
+from openreml_nn.support.errors import InputError, NotPositiveDefiniteError
 
 __all__ = ["Satterthwaite", "covariance_slopes", "observed_spread"]
 

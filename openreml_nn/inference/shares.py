@@ -116,7 +116,7 @@ def variance_shares(result: Result) -> pd.DataFrame:
 def _is_residual(result: Result, component: Component) -> bool:
     """Whether a term is of the residual, as a field is beside which stand independent errors."""
     is_field = result.model is not None and component.name == "residual"
-    return component.group == "Residual" or is_field
+    return component.is_residual or is_field
 
 
 def _row_variances(terms: list[Term]) -> list[Tensor]:

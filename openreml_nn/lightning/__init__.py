@@ -9,6 +9,7 @@ from openreml_nn.lightning.callbacks import (
     UpdateBLUPs,
 )
 from openreml_nn.lightning.data import MixedModelDataModule
+from openreml_nn.lightning.loggers import WholeCSVLogger, WholeTensorBoardLogger
 from openreml_nn.lightning.module import MixedModule
 from openreml_nn.lightning.ways import Way
 
@@ -21,5 +22,7 @@ __all__ = [
     "TraceVariances",
     "UpdateBLUPs",
     "Way",
+    "WholeCSVLogger",
     "WholeGroups",
+    "WholeTensorBoardLogger",
 ]

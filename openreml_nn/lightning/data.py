@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from lightning import LightningDataModule, LightningModule
@@ -15,19 +14,15 @@ from torch.utils.data import DataLoader
 
 from openreml_nn.covariance import Pedigree
 from openreml_nn.families import Family
+from openreml_nn.lightning.family import as_asked
+from openreml_nn.lightning.formula import FormulaOptions
 from openreml_nn.lightning.sharing import check_same, share
+from openreml_nn.lightning.split import Split
 from openreml_nn.model import take
 from openreml_nn.model.batch import Batch
 from openreml_nn.model.response import EncodedResponse
 from openreml_nn.model.structures import relations_of
-from openreml_nn.support.checks import (
-    check_choice,
-    check_count,
-    check_names,
-    check_number,
-    check_table,
-    check_text,
-)
+from openreml_nn.support.checks import check_names, check_table, check_text
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import Encoded, Encoder, TableFile, read_table
@@ -45,7 +40,8 @@ class MixedModelDataModule(LightningDataModule):
 
     Args:
         table: a data frame, or the path of a CSV or Parquet file.
-        formula: an lme4-style formula.
+        formula: an lme4-style formula; by default, as all that is left out of ``categorical``,
+            ``residual``, ``weights`` and ``family``, that of the module that is trained.
         categorical: numeric columns to be taken as factors.
         predict_table: what ``trainer.predict`` predicts; the same table by default.
         residual, weights: structure of the residuals and column of weights, as in :func:`lmm`.
@@ -60,16 +56,17 @@ class MixedModelDataModule(LightningDataModule):
             are read, as in :func:`glmm`.
 
     Attributes:
-        encoder: what the formula makes of a table.
-        response: the same with the response as the family takes it.
+        response: what the formula makes of a table; without a ``formula`` after :meth:`setup`.
         table: the training rows, after :meth:`setup`.
         encoded: the same encoded.
         held_out: the validation rows encoded, None if there are none.
 
     Raises:
-        InputError: if the formula, the table or the split is at fault.
+        InputError: if the formula, the table or the split is at fault, or the module that is
+            trained says something else.
     """
 
+    response: EncodedResponse
     table: pd.DataFrame
     encoded: Encoded
     held_out: Encoded | None
@@ -77,7 +74,7 @@ class MixedModelDataModule(LightningDataModule):
     def __init__(
         self,
         table: pd.DataFrame | str | os.PathLike[str],
-        formula: str,
+        formula: str | None = None,
         categorical: Sequence[str] = (),
         predict_table: pd.DataFrame | str | os.PathLike[str] | None = None,
         residual: str | None = None,
@@ -92,80 +89,98 @@ class MixedModelDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         check_table("table", table)
-        check_text("formula", formula)
+        if formula is not None:
+            check_text("formula", formula)
         check_names("categorical", categorical)
         if predict_table is not None:
             check_table("predict_table", predict_table)
-        for name, value in (("residual", residual), ("weights", weights), ("split_by", split_by)):
+        for name, value in (("residual", residual), ("weights", weights)):
             if value is not None:
                 check_text(name, value)
-        check_number("validation", validation, least=0, below=1)
-        check_choice("split", split, ("random", "group", "unseen"))
-        check_count("seed", seed)
-        named = isinstance(table, pd.DataFrame)
-        source = "the table" if named else f"file {str(table)!r}"
-        relations = relations_of(pedigree, kernels)
-        self.response = EncodedResponse(
-            formula,
-            family,
-            categorical,
-            source,
-            residual=residual,
-            weights=weights,
-            relations=relations,
-        )
-        self.encoder = self.response.encoder
+        names = (categorical,) if isinstance(categorical, str) else tuple(categorical)
+        self._options = FormulaOptions(formula, as_asked(family)[0], names, residual, weights)
+        self._relations = relations_of(pedigree, kernels)
         self._table = table
         self._predict_table = predict_table
-        self._validation, self._split, self._split_by = validation, split, split_by
-        self._seed = seed
+        self._split = Split(validation, split, split_by, seed)
         self._division: Division | None = None
         self._order_seed = 0
         self._moved: tuple[Any, torch.device, Any] | None = None
+        self._is_fitted = False
+        if formula is not None:
+            self.response = self._unlearned()
+
+    @property
+    def encoder(self) -> Encoder:
+        """What the formula makes of a table."""
+        return self.response.encoder
+
+    def complete(self, options: FormulaOptions) -> None:
+        """Take from a model what was left to it.
+
+        Raises:
+            InputError: if the two say different things.
+        """
+        completed = self._options.completed(options)
+        if completed != self._options:
+            self._options, self._is_fitted = completed, False
+
+    def _unlearned(self) -> EncodedResponse:
+        named = isinstance(self._table, pd.DataFrame)
+        source = "the table" if named else f"file {str(self._table)!r}"
+        return self._options.response(source, self._relations)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read, split and encode the table, once."""
-        if hasattr(self, "encoded"):
+        """Read, split and encode the table, once.
+
+        What a fit learns is learned from the table. What a model predicts that was fitted or
+        loaded is encoded by what it learned.
+        """
+        module: Any = None if self.trainer is None else self.trainer.lightning_module
+        options, learned = getattr(module, "formula_options", None), None
+        if isinstance(options, FormulaOptions):
+            self.complete(options)
+            if stage != "fit" and hasattr(module, "model"):
+                learned = module.encoder
+        if learned is None:
+            self._fit()
+        elif not hasattr(self, "response") or self.encoder is not learned:
+            self._apply(learned)
+
+    def _fit(self) -> None:
+        """Encode by what is learned from the training rows."""
+        if self._is_fitted:
             return
-        table = _frame(self._table)
+        self.response = self._unlearned()
+        rows, held_out = self._divided()
+        self.encoded, self.table = self.response.fit(rows)
+        self.held_out = None if held_out is None else self.response.held_out(held_out)
+        self._is_fitted = True
+
+    def _apply(self, encoder: Encoder) -> None:
+        """Encode by what a model has learned elsewhere."""
+        self.response = self._unlearned()
+        self.response.encoder = encoder
+        self.table, held_out = self._divided()
         self.held_out = None
-        if self._validation:
-            out = self._chosen(table)
-            self.encoded, self.table = self.response.fit(table[~out])
-            self.held_out = self.response.held_out(table[out])
-        else:
-            self.encoded, self.table = self.response.fit(table)
+        if held_out is not None:
+            if self.response.family is not None:
+                raise InputError(
+                    "`validation` of a model with a family is by the data module of its fit: leave "
+                    "it out"
+                )
+            self.held_out = self.response.held_out(held_out)
+        self.encoded = encoder.transform(self.table)
+        self._is_fitted = False
 
-    def _chosen(self, table: pd.DataFrame) -> np.ndarray:
-        """Which rows are held out."""
-        rng, n = np.random.default_rng(self._seed), len(table)
-        if self._split == "random":
-            out = rng.permutation(n) < round(self._validation * n)
-        else:
-            out = self._by_level(table, rng)
-        if not out.any():
-            raise InputError(
-                f"`validation` is {self._validation}: no row of {n} is held out; raise it"
-            )
-        return out
-
-    def _by_level(self, table: pd.DataFrame, rng: np.random.Generator) -> np.ndarray:
+    def _divided(self) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+        """The rows for training, and those that are held out."""
+        table = _frame(self._table)
+        if not self._split.validation:
+            return table, None
         groups = [":".join(part.factors) for part in self.encoder.formula.random]
-        by = self._split_by or (groups[0] if groups else None)
-        if by is None:
-            raise InputError(f"split {self._split!r}: `split_by` names no column to split by")
-        columns = by.split(":")
-        for column in columns:
-            if column not in table.columns:
-                raise InputError(f"{self.encoder.source} has no column {column!r} to split by")
-        level = table.groupby(columns, sort=False, dropna=False).ngroup().to_numpy()
-        levels = int(level.max()) + 1
-        if self._split == "unseen":
-            return (rng.permutation(levels) < round(self._validation * levels))[level]
-        order = rng.permutation(len(table))
-        place = pd.Series(order).groupby(level).rank().to_numpy() - 1
-        size = np.bincount(level)[level]
-        return place < np.minimum(np.round(self._validation * size), size - 1)
+        out = self._split.held_out(table, groups, self.encoder.source)
+        return table[~out], table[out]
 
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
@@ -235,13 +250,11 @@ class _Epochs:
         return len(self._rows(0))
 
 
-def attached(
-    module: LightningModule, encoder: Encoder, family: str | None = None
-) -> MixedModelDataModule:
-    """The data module that a module is fitted with.
+def attached(module: LightningModule) -> MixedModelDataModule:
+    """The data module that a module of a formula is fitted with.
 
     Raises:
-        InputError: if it is of another kind, or was made with another formula or structure.
+        InputError: if it is of another kind.
     """
     data = module.trainer.datamodule  # type: ignore[attr-defined]
     if not isinstance(data, MixedModelDataModule):
@@ -249,19 +262,6 @@ def attached(
             f"the trainer was given {'a loader' if data is None else described(data)}: expected a "
             f"MixedModelDataModule, with which a {type(module).__name__} of a formula trains"
         )
-    if data.encoder.formula != encoder.formula:
-        raise InputError(
-            f"the data module's formula is {data.encoder.formula.text!r} but the model's "
-            f"{encoder.formula.text!r}"
-        )
-    if data.response.family != family:
-        raise InputError(
-            f"the data module's `family` is {data.response.family!r} but the model's {family!r}"
-        )
-    for name in ("residual", "weights", "categorical"):
-        own, given = getattr(encoder, name), getattr(data.encoder, name)
-        if own != given:
-            raise InputError(f"the data module's `{name}` is {given!r} but the model's {own!r}")
     return data
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from openreml_nn.estimation.aireml import AIREML, Curvature
 from openreml_nn.estimation.fit import iterate
 from openreml_nn.lightning.marginal import Marginal
-from openreml_nn.lightning.reading import mark, read, state
+from openreml_nn.lightning.reading import Store, mark, read, state
 from openreml_nn.lightning.table import TableModel
-from openreml_nn.lightning.ways import Linear, Store, Way
+from openreml_nn.lightning.ways import Linear, Way
 from openreml_nn.model import MixedModel
 from openreml_nn.result import Record, Result
 

@@ -10,6 +10,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from openreml_nn.families import Binomial, Family
+from openreml_nn.lightning.formula import FormulaOptions
 from openreml_nn.lightning.rows import as_batch, blamed
 from openreml_nn.lightning.table import TableModel
 from openreml_nn.metrics import (
@@ -143,6 +144,12 @@ class Evaluated(LightningModule):
         return self.table.encoder
 
     @property
+    def formula_options(self) -> FormulaOptions | None:
+        """The formula with how a table is read for it, which its data module asks for; None for a
+        module of a model."""
+        return None if self.table is None else self.table.options
+
+    @property
     def places(self) -> Tensor | None:
-        """Where the training rows of a table are (n, k), with a kernel; None without one."""
+        """Where the training rows of a table are (n, k), of levels at places; None without such."""
         return None if self.table is None else self.table.places

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openreml_nn.estimation.basis import history_in_user_basis
 from openreml_nn.families import FAMILIES, Family
 from openreml_nn.lightning.data import MixedModelDataModule, attached
 from openreml_nn.lightning.estimates import Estimates, MarginalEstimates
 from openreml_nn.lightning.evaluation import Evaluated
+from openreml_nn.lightning.family import as_asked
 from openreml_nn.lightning.held import Held
 from openreml_nn.lightning.marginal import Marginal
 from openreml_nn.lightning.optimizers import (
@@ -22,17 +24,19 @@ from openreml_nn.lightning.optimizers import (
     MakeScheduler,
     is_aireml,
     optimizers_of,
+    refuse_averaging,
     refuse_gradient_options,
     scheduled,
 )
 from openreml_nn.lightning.reading import of_networks
-from openreml_nn.lightning.rows import as_batch, blamed
+from openreml_nn.lightning.rows import Responses, as_batch, blamed, row_count
 from openreml_nn.lightning.sharing import check_same, total, warn_of_repeats
 from openreml_nn.lightning.sums import Summed
 from openreml_nn.lightning.table import Network, TableModel, is_plain
 from openreml_nn.lightning.ways import Linear, Way, way_of
 from openreml_nn.model import MixedModel
 from openreml_nn.model.batch import Batch
+from openreml_nn.model.constraints import Constraint
 from openreml_nn.result import Record, Result
 from openreml_nn.support.checks import check_count, check_instance, check_maker
 from openreml_nn.support.errors import InputError
@@ -93,11 +97,8 @@ class MixedModule(Evaluated):
         family, link, quadrature: with a formula: of the response, as in :func:`glmm`. With a family
             all parameters are trained by the marginal likelihood of a batch, by default of all rows;
             without a network the fit is that of :func:`glmm`, by ``Trainer(max_epochs)`` steps at most.
-        kernels: with a formula: for a grouping factor the config of a covariance between its
-            levels by their distance (the known matrices of :func:`lmm` are said to the data module), such as ``{"plot": {"_target_":
-            "openreml_nn.covariance.MaternMatrix", "columns": ["east", "north"]}}``, with the
-            columns that hold a level's place.
         categorical: with a formula: numeric columns to be taken as factors.
+        constraints, starts: with a formula: of covariance parameters, as in :func:`lmm`.
         method, solver: with a formula: see :class:`MixedModel`.
         rows: rows of the mini-batches that a data module cuts the table into, and those of a part.
         scheduler: of the learning rate, stepped each epoch: a config, or a function from the
@@ -129,13 +130,14 @@ class MixedModule(Evaluated):
         head: str | None = None,
         residual: str | Network | None = None,
         weights: str | None = None,
-        kernels: Mapping[str, Mapping[str, Any]] | None = None,
         categorical: Sequence[str] = (),
         method: str | None = None,
         solver: str = "auto",
         family: str | Family | None = None,
         link: str | None = None,
         quadrature: int = 1,
+        constraints: Mapping[str, Constraint] | None = None,
+        starts: Mapping[str, float] | None = None,
         rows: int = 1024,
         scheduler: MakeScheduler | None = None,
         seed: int = 0,
@@ -147,6 +149,7 @@ class MixedModule(Evaluated):
                 check_maker(name, make)
         check_instance("training", training, (str, Way, NoneType), "a word, or None")
         self.rows, self.seed = check_count("rows", rows, 1), check_count("seed", seed)
+        family, link = as_asked(family, link)
         given = {
             "optimizer": optimizer,
             "training": training,
@@ -155,9 +158,10 @@ class MixedModule(Evaluated):
             "seed": seed,
         }
         of_table: dict[str, Any] = {
-            "network": network, "head": head, "residual": residual, "weights": weights, "kernels": kernels,
+            "network": network, "head": head, "residual": residual, "weights": weights,
             "categorical": list(categorical), "method": method, "solver": solver,
             "family": family, "link": link, "quadrature": quadrature,
+            "constraints": constraints, "starts": starts,
         }  # fmt: skip
         self.table = None
         if isinstance(model, str):
@@ -263,10 +267,13 @@ class MixedModule(Evaluated):
     def setup(self, stage: str) -> None:
         """Build the model of a formula from the data module's table."""
         if stage == "fit":
+            refuse_averaging(self.trainer)
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             if self.table is not None:
-                data = attached(self, self.table.encoder, self.table.response.name)
-                if not hasattr(self, "model"):
+                data = attached(self)
+                if hasattr(self, "model"):
+                    self.table.attach(data)
+                else:
                     self._adopt(self.table.built(data))
             if isinstance(data, MixedModelDataModule):
                 data.divide(self.way.division if self.way.cuts_tables else None, self.seed)
@@ -301,6 +308,7 @@ class MixedModule(Evaluated):
         warn_of_repeats(self.trainer)
         self._met, self._checked = None, False
         self._covariance = list(self.model.covariance_parameters())
+        self._responses = Responses(not self.way.needs_all_rows, self.model.responses > 1)
         self._estimates = self._begun()
         self._known.aireml = self._aireml
         if self._resumed_state is not None:
@@ -325,10 +333,9 @@ class MixedModule(Evaluated):
             if self.way.needs_all_rows and not self._checked:
                 check_same(batch)
                 self._checked = True
-            with torch.set_grad_enabled(self.automatic_optimization and torch.is_grad_enabled()):
-                loss, output = self.way.loss(self.model, batch)
-            self._met = batch, output.detach()
-        count = total(len(output), output.device)
+            batch = self._responses.of(batch)
+            count = total(row_count(batch["y"]), self.device)
+            loss = self._loss(batch) if count else None
         if loss is not None:
             # Reduced here and not when it is shown: a progress bar, which only the first process
             # has, would wait for the others.
@@ -341,6 +348,12 @@ class MixedModule(Evaluated):
         if self.trainer.is_last_batch:
             self._known.step(self.optimizers() if self._aireml is not None else None)
         return None
+
+    def _loss(self, batch: Batch) -> Tensor | None:
+        with torch.set_grad_enabled(self.automatic_optimization and torch.is_grad_enabled()):
+            loss, output = self.way.loss(self.model, batch)
+        self._met = batch, output.detach()
+        return loss
 
     def on_after_backward(self) -> None:
         """Drop the covariance's gradients, which no optimizer asks for."""
@@ -365,6 +378,7 @@ class MixedModule(Evaluated):
     def on_train_epoch_end(self) -> None:
         """Move the covariance by the sums of the epoch; in the last one end the fit, so that its
         checkpoint is that of the end."""
+        self._responses.tell(self.trainer.is_global_zero, self.device)
         if self.has_network or not self.history:
             self._known.step()
         record = self.history[-1]
@@ -406,7 +420,7 @@ class MixedModule(Evaluated):
         )
 
     def _conclude(self, gathered: Summed | Held | Marginal) -> None:
-        found = gathered.result(self.history, self.table)
+        found = gathered.result(self._known.history, self.table)
         if self.trainer.optimizers:
             found = replace(found, optimizer=type(self.trainer.optimizers[0]).__name__)
         found = replace(found, model=copy.deepcopy(self.model))
@@ -420,7 +434,11 @@ class MixedModule(Evaluated):
     @property
     def history(self) -> list[Record]:
         """A :class:`Record` for each step of the covariance in the last fit."""
-        return [] if self._estimates is None else self._estimates.history
+        steps = [] if self._estimates is None else self._estimates.history
+        bases = {} if self.table is None else self.table.bases
+        if not bases:
+            return steps
+        return [replace(s, parameters=history_in_user_basis(s.parameters, bases)) for s in steps]
 
     def score_norm(self) -> float:
         """Distance of the covariance to its optimum in standard errors of the parameters."""

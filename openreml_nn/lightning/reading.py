@@ -19,15 +19,18 @@ from openreml_nn.lightning.marginal import Marginal
 from openreml_nn.lightning.rows import as_batch, blamed
 from openreml_nn.lightning.sums import LevelSums
 from openreml_nn.model import MixedModel
-from openreml_nn.model.batch import Batch
+from openreml_nn.model.batch import Batch, responding
 
-__all__ = ["mark", "of_networks", "read", "state"]
+__all__ = ["Store", "mark", "of_networks", "read", "state"]
+
+#: What is kept of an epoch's batches.
+Store = LevelSums | Held | HeldOrSummed | Marginal
 
 
 def read(
     trainer: Trainer,
     model: MixedModel,
-    store: LevelSums | Held | HeldOrSummed | Marginal,
+    store: Store,
     output: Callable[[MixedModel, Batch], Tensor],
 ) -> Any:
     """What is kept of the training rows at the present parameters.
@@ -54,7 +57,9 @@ def read(
             batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
             batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
             with blamed("training", i):
-                batch = as_batch(batch, names)
+                batch, rows = responding(as_batch(batch, names), model.responses > 1)
+                if rows is not None and not len(rows):
+                    continue  # none of them has a response
                 with plugin.forward_context():
                     found = output(model, batch)
                 store.add(batch, found)

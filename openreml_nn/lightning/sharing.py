@@ -26,6 +26,7 @@ __all__ = [
     "all_batches",
     "are_same",
     "check_same",
+    "checksum",
     "gather",
     "gather_parts",
     "processes",
@@ -105,7 +106,7 @@ def check_same(batch: Mapping[str, Any]) -> None:
     """
     if processes() == 1:
         return
-    own = (len(batch["y"]), {str(key): _checksum(value) for key, value in batch.items()})
+    own = (len(batch["y"]), {str(key): checksum(value) for key, value in batch.items()})
     found: list[Any] = [None] * processes()
     distributed.all_gather_object(found, own)
     sizes = [size for size, _ in found]
@@ -127,7 +128,7 @@ def are_same(batch: Mapping[str, Any] | None) -> bool:
     """Whether all processes have the same batch; None stands for something else than one."""
     if processes() == 1:
         return batch is not None
-    own = None if batch is None else {str(key): _checksum(x) for key, x in batch.items()}
+    own = None if batch is None else {str(key): checksum(x) for key, x in batch.items()}
     found: list[Any] = [None] * processes()
     distributed.all_gather_object(found, own)
     return own is not None and all(other == own for other in found)
@@ -149,7 +150,8 @@ def warn_of_repeats(trainer: Trainer) -> None:
         )
 
 
-def _checksum(value: Any) -> str:
+def checksum(value: Any) -> str:
+    """A number that tells tensors in containers from others."""
     found = hashlib.blake2b(digest_size=16)
     leaves, spec = tree_flatten(value)
     found.update(str(spec).encode())

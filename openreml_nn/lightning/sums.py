@@ -30,7 +30,7 @@ from openreml_nn.model import MixedModel, ResidualStructure
 from openreml_nn.model.batch import row_values
 from openreml_nn.model.residual import structure_of
 from openreml_nn.model.sums import conditioned, orthonormal
-from openreml_nn.result.equations import Equations
+from openreml_nn.result.equations import Equations, FixedBasis
 from openreml_nn.result.result import Record, Result
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.design import IndexedDesign
@@ -116,6 +116,11 @@ class LevelSums:
 
     def __post_init__(self) -> None:
         residual = self.model.residual
+        if self.model.responses > 1:
+            raise InputError(
+                f"several responses of a row, {self.model.responses}, need all rows at once: use "
+                "training='full' or 'parts'"
+            )
         correlated = isinstance(residual, Matrix) and residual.shape != (1, 1)
         if correlated or isinstance(residual, ResidualStructure):
             raise InputError(
@@ -315,17 +320,15 @@ class Summed:
         evaluation = self.objective.evaluate()
         fixed = self.objective.problem.fixed
         model.remember(evaluation.random, evaluation.fixed, fixed.aliases)
-        basis = fixed.T.new_zeros(len(fixed.aliases), len(fixed.T))
-        basis[fixed.columns] = fixed.T
-        variance = basis.new_ones(())
+        variance = fixed.T.new_ones(())
         if isinstance(model.residual, Matrix):
-            variance = model.residual().detach().to(basis).reshape(())
+            variance = model.residual().detach().to(variance).reshape(())
         *random, _ = self.objective.terms()
-        model.joint.update(
+        model.remember_equations(
             [term.detach().covariance for term in random],
             statistics.sizes,
             len(fixed.T),
-            lambda: Equations.of_statistics(statistics, variance, basis),
+            lambda: Equations.of_statistics(statistics, variance, FixedBasis.of(fixed)),
         )
 
     def result(self, history: Sequence[Record], table: TableModel | None) -> Result:

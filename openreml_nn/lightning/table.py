@@ -8,7 +8,6 @@ from dataclasses import replace
 from math import log
 from typing import Any
 
-import pandas as pd
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
@@ -18,24 +17,26 @@ from openreml_nn.estimation.fit import moment_start
 from openreml_nn.families import Family, Ordinal
 from openreml_nn.lightning.data import MixedModelDataModule
 from openreml_nn.lightning.family import FamilyOptions
+from openreml_nn.lightning.formula import FormulaOptions
+from openreml_nn.lightning.sharing import checksum
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.model import HEADS, MixedModel, RandomEffect, ResidualStructure
-from openreml_nn.model.response import EncodedResponse
+from openreml_nn.model.constraints import Constraint, Limits
+from openreml_nn.model.linear import in_user_basis
 from openreml_nn.model.structured_residual import start_residual
-from openreml_nn.model.structures import effect_covariance, labels_of, residual_of
+from openreml_nn.model.structures import bases_of, labels_of, random_effect_of, residual_of
 from openreml_nn.result import Label, Result
 from openreml_nn.support.checks import (
     check_choice,
     check_instance,
     check_maker,
-    check_mapping,
     check_names,
     check_text,
 )
 from openreml_nn.support.errors import InputError
 from openreml_nn.support.instantiate import build
-from openreml_nn.table import Encoded, Learned, RandomDesign
+from openreml_nn.table import Encoded, Learned, Places, RandomDesign
 
 __all__ = ["Network", "TableModel", "is_plain"]
 
@@ -46,11 +47,13 @@ class TableModel:
     """A formula with the options of :class:`MixedModule`.
 
     Attributes:
+        options: the formula, and how a table is read for it.
         encoder: what the formula makes of a table.
         head: of the model.
         response: the family of the response.
-        places: where the training rows are (n, k), with a kernel; None without one.
+        places: where the training rows are (n, k), of levels at places; None without such.
         labels: names of levels and effects by random effect.
+        bases: in which random slopes are better conditioned, by random effect.
 
     Raises:
         InputError: if the formula or an option is at fault.
@@ -63,44 +66,37 @@ class TableModel:
         head: str | None = None,
         residual: str | Network | None = None,
         weights: str | None = None,
-        kernels: Mapping[str, Mapping[str, Any]] | None = None,
         categorical: Sequence[str] = (),
         method: str | None = None,
         solver: str = "auto",
         family: str | Family | None = None,
         link: str | None = None,
         quadrature: int = 1,
+        constraints: Mapping[str, Constraint] | None = None,
+        starts: Mapping[str, float] | None = None,
     ) -> None:
         check_text("formula", formula)
         check_names("categorical", categorical)
-        if network is not None:
-            check_network("network", network)
         self.head = head or ("gls" if network is None else "ml")
-        check_choice("head", self.head, HEADS)
-        if network is None and self.head == "ml":
-            raise InputError("`head` is 'ml' without a `network`: a linear mean is of head 'gls'")
-        _check_options(residual, weights, method, solver, kernels)
+        _check_mean(network, self.head)
+        _check_options(residual, weights, method, solver)
         text = residual if isinstance(residual, str) else None
         self.response = FamilyOptions(family, link, quadrature)
         self.response.check(residual, weights, method, solver)
         self._categories = 2
-        self.encoder = EncodedResponse(
-            formula, family, categorical, residual=text, weights=weights
-        ).encoder
+        self.options = FormulaOptions(formula, family, tuple(categorical), text, weights)
+        self.encoder = self.options.response().encoder
         self.labels: dict[str, Label] = {}
+        self.bases: dict[str, Tensor] = {}
         self.places: Tensor | None = None
         self._network, self._residual, self._method, self._solver = (
             network, residual, method, solver
         )  # fmt: skip
+        self._limits = Limits(constraints, starts)
         self._names: tuple[str, ...] = ()
         self._columns = 0
         self._data: MixedModelDataModule | None = None
-        self._kernels = dict(kernels or {})
-        self._coordinates: dict[str, Tensor] = {}
-        groups = [":".join(part.factors) for part in self.encoder.formula.random]
-        if unknown := [group for group in self._kernels if group not in groups]:
-            raise InputError(f"kernel of {unknown[0]!r}: the groups are {groups}")
-        if not groups and network is not None:
+        if not self.encoder.formula.random and network is not None:
             raise InputError(f"formula {formula!r} has no random effect")
 
     # ------------------------------------------------------------------ building
@@ -108,22 +104,35 @@ class TableModel:
     def built(self, data: MixedModelDataModule) -> MixedModel:
         """The model for the data module's table, with a start in the units of its response."""
         self._data, self.encoder, encoded = data, data.encoder, data.encoded
+        if self.response.family is None and not self._limits:  # those are of the user's effects
+            self.bases = bases_of(encoded.random)
         for design in encoded.random:
-            if design.group in self._kernels:
-                table = data.table.iloc[encoded.rows]
-                columns = list(self._kernels[design.group].get("columns", ()))
-                self._coordinates[design.group] = _levels_at(design, table, columns)
-                self.places = self._coordinates[design.group][design.codes]
+            if isinstance(design.relation, Places):
+                self.places = design.relation.coordinates[design.codes]
         self._categories = max(2, len(data.response.levels))
         model = self._made(encoded)
         if self._network is None and self.response.family is None:
             loss, y, X = model.data(model(batch := encoded.batch()), batch)
             loss.names = self._names
             moment_start(loss, y, X)
+        self._limits.begin(model, encoded.batch())
         return model
 
+    def attach(self, data: MixedModelDataModule) -> None:
+        """Take the table of a model that was fitted or loaded.
+
+        Raises:
+            InputError: if it is not the one that the model was built from.
+        """
+        own, other = (checksum(e.learned.to_dict()) for e in (self.encoder, data.encoder))
+        if own != other:
+            raise InputError(
+                "the module has the model of another table: fit a new MixedModule of the formula"
+            )
+        self._data, self.encoder = data, data.encoder
+
     def _made(self, encoded: Encoded) -> MixedModel:
-        self.labels, self._names = labels_of(encoded), encoded.names
+        self.labels, self._names = _labels(encoded, self.bases), encoded.names
         self._columns = len(encoded.names)
         if self.response.family is not None:
             return self._made_of_family(encoded)
@@ -132,22 +141,21 @@ class TableModel:
         count = max(len(encoded.random), 1)
         random = self._effects(encoded, variance / count)
         model = MixedModel(
-            self._mean(encoded.X, float(y.mean()), variance**0.5),
+            _mean(self._network, self.head, encoded.X, float(y.mean()), variance**0.5),
             random,
             _residual(encoded, self._residual, variance / 2),
             self.head,
             method=self._method,
             solver=self._solver,
         )
-        for what, network in (("network", model.mean), ("residual", model.residual)):
-            if not isinstance(network, Matrix | ResidualStructure):
-                _try(network, encoded.X[:2], what)
-        return model
+        _try(model.mean, encoded.X[:2], "network")
+        _try(model.residual, encoded.X[:2], "residual")
+        return self._limits.applied(model, encoded.batch())
 
     def _made_of_family(self, encoded: Encoded) -> MixedModel:
         own, center, variance = self.response.start(encoded, self._categories)
         model = MixedModel(
-            self._mean(encoded.X, center),
+            _mean(self._network, self.head, encoded.X, center),
             self._effects(encoded, variance / len(encoded.random)),
             head=self.head,
             family=own,
@@ -156,22 +164,10 @@ class TableModel:
             quadrature=self.response.quadrature,
         )
         _try(model.mean, encoded.X[:2], "network")
-        return model
-
-    def _mean(self, X: Tensor, center: float, scale: float = 1.0) -> nn.Module:
-        if self._network is None:
-            return nn.Identity()
-        features = _network(self._network, "network")
-        if self.head == "gls":
-            return _Standardised(nn.Sequential(features, _WithConstant()), X)
-        return _Standardised(nn.Sequential(features, nn.LazyLinear(1)), X, center, scale)
+        return self._limits.applied(model, encoded.batch())
 
     def _effects(self, encoded: Encoded, variance: float) -> dict[str, RandomEffect]:
-        kernels, places = self._kernels, self._coordinates
-        return {
-            d.name: _effect(d, variance, kernels.get(d.group), places.get(d.group))
-            for d in encoded.random
-        }
+        return {d.name: _effect(d, variance, self.bases.get(d.name)) for d in encoded.random}
 
     # ------------------------------------------------------------------ results
 
@@ -185,8 +181,11 @@ class TableModel:
             fitted = result.model.predict(batch).mean
             assert encoded.y is not None
             rows = {"fitted": fitted, "residuals": encoded.y.to(fitted) - fitted}
+            if source is not None and self.bases:
+                result = in_user_basis(result, result.model, batch, labels_of(encoded))
+                source = result.source
         if source is not None:
-            cells = self.encoder.cells(data.table.iloc[encoded.rows])
+            cells = self.encoder.cells(encoded.kept(data.table))
             source = replace(source, means=self.encoder.learned.means, cells=cells)
         return replace(
             result,
@@ -195,6 +194,7 @@ class TableModel:
             dropped_rows=encoded.dropped_rows,
             encoder=self.encoder,
             source=source,
+            constraints=self._limits.held,
         )
 
     def names(self, p: int) -> list[str]:
@@ -206,8 +206,10 @@ class TableModel:
     def adopt(self, result: Result) -> None:
         """Take what the formula learned in a fit that was made elsewhere."""
         self.encoder, self._columns = result.encoder, len(result.fixed.aliases)
-        family = None if result.model is None else result.model.family
+        assert result.model is not None
+        family = result.model.family
         self._categories = family.levels if isinstance(family, Ordinal) else 2
+        self.bases = _bases_in(result.model)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -216,7 +218,7 @@ class TableModel:
         return {
             "encoder": self.encoder.learned.to_dict(),
             "columns": self._columns,
-            "coordinates": self._coordinates,
+            "bases": self.bases,
             "has_network": self._network is not None,
             "has_family": self.response.family is not None,
             "categories": self._categories,
@@ -228,34 +230,33 @@ class TableModel:
         Raises:
             InputError: if the checkpoint is of a network that it does not hold.
         """
-        if kept["has_network"] and self._network is None:
-            raise InputError(
-                "the checkpoint is of a network that was given as a module, which it does not hold: "
-                "pass `network` and, where it was one too, `residual` to load_from_checkpoint()"
-            )
-        if kept["has_family"] and self.response.family is None:
-            raise InputError(
-                "the checkpoint is of a family that was given as a module, which it does not hold: "
-                "pass `family` to load_from_checkpoint()"
-            )
+        _check_parts(kept, self._network, self.response.family)
         self._categories = kept["categories"]
         self.encoder.learned = Learned.from_dict(kept["encoder"])
-        self._coordinates = kept["coordinates"]
+        self.bases = dict(kept["bases"])
         return self._made(self.encoder.skeleton(2, kept["columns"]))
 
 
-def _levels_at(design: RandomDesign, table: pd.DataFrame, columns: Sequence[str]) -> Tensor:
-    """Where each level is."""
-    missing = [column for column in columns if column not in table.columns]
-    if missing or not columns:
-        raise InputError(
-            f"kernel of {design.group!r}: `columns` are {columns}: expected columns of the "
-            "table with the places of its levels"
-        )
-    by_level = table[columns].groupby(design.codes.numpy())
-    if bool((by_level.nunique(dropna=False) > 1).any(axis=None)):
-        raise InputError(f"kernel of {design.group!r}: a level has rows at several places")
-    return torch.tensor(by_level.first().to_numpy(), dtype=torch.float64)
+def _labels(encoded: Encoded, bases: Mapping[str, Tensor]) -> dict[str, Label]:
+    labels = labels_of(encoded)
+    return labels | {name: labels[name]._replace(basis=B) for name, B in bases.items()}
+
+
+def _bases_in(model: MixedModel) -> dict[str, Tensor]:
+    """The bases of random effects but the identity, in which most are."""
+    found = {name: effect.basis for name, effect in model.effects().items()}
+    return {name: B for name, B in found.items() if not torch.equal(B, torch.eye(len(B)).to(B))}
+
+
+def _mean(
+    network: Network | None, head: str, X: Tensor, center: float, scale: float = 1.0
+) -> nn.Module:
+    if network is None:
+        return nn.Identity()
+    features = _network(network, "network")
+    if head == "gls":
+        return _Standardised(nn.Sequential(features, _WithConstant()), X)
+    return _Standardised(nn.Sequential(features, nn.LazyLinear(1)), X, center, scale)
 
 
 def _residual(encoded: Encoded, given: str | Network | None, variance: float) -> Matrix | nn.Module:
@@ -270,17 +271,19 @@ def _residual(encoded: Encoded, given: str | Network | None, variance: float) ->
     return _Standardised(layers, X, log(variance))
 
 
-def _effect(
-    design: RandomDesign, variance: float, kernel: Mapping[str, Any] | None, place: Tensor | None
-) -> RandomEffect:
-    matrix = effect_covariance(design)
-    if kernel is not None and place is not None:
-        options = {x: v for x, v in kernel.items() if x != "columns"}
-        matrix = build(options, f"kernels.{design.group}", Matrix, _distances(place))
-    effect = RandomEffect(design.levels, matrix.double(), design.effects)
+def _effect(design: RandomDesign, variance: float, basis: Tensor | None) -> RandomEffect:
+    effect = random_effect_of(design, basis).double()
     size = len(design.levels) * len(design.effects)
     effect.g.moment_start(torch.full((size,), variance / 2, dtype=torch.float64))
     return effect
+
+
+def _check_mean(network: Network | None, head: str) -> None:
+    if network is not None:
+        check_network("network", network)
+    check_choice("head", head, HEADS)
+    if network is None and head == "ml":
+        raise InputError("`head` is 'ml' without a `network`: a linear mean is of head 'gls'")
 
 
 def _check_options(
@@ -288,7 +291,6 @@ def _check_options(
     weights: str | None,
     method: str | None,
     solver: str,
-    kernels: object,
 ) -> None:
     if weights is not None:
         check_text("weights", weights)
@@ -296,8 +298,23 @@ def _check_options(
         check_network("residual", residual)
     if method is not None:
         check_method(method)
-    check_mapping("kernels", {} if kernels is None else kernels, Mapping)
     check_solver(solver)
+
+
+def _check_parts(
+    kept: Mapping[str, Any], network: Network | None, family: str | Family | None
+) -> None:
+    """Refuse a checkpoint of what it does not hold and was not given."""
+    if kept["has_network"] and network is None:
+        raise InputError(
+            "the checkpoint is of a network that was given as a module, which it does not hold: "
+            "pass `network` and, where it was one too, `residual` to load_from_checkpoint()"
+        )
+    if kept["has_family"] and family is None:
+        raise InputError(
+            "the checkpoint is of a family that was given as a module, which it does not hold: "
+            "pass `family` to load_from_checkpoint()"
+        )
 
 
 def check_network(name: str, network: Network) -> None:
@@ -315,6 +332,8 @@ def _network(network: Network, what: str) -> nn.Module:
 
 def _try(network: nn.Module, rows: Tensor, what: str) -> None:
     """Run a network on some rows: lazy layers learn their sizes, and others are checked."""
+    if isinstance(network, Matrix | ResidualStructure):
+        return
     try:
         with torch.no_grad():
             network(rows)
@@ -354,11 +373,6 @@ class _WithConstant(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return torch.cat([torch.ones_like(features[:, :1]), features], 1)
-
-
-def _distances(place: Tensor) -> Tensor:
-    # The faster way, by a matrix product, puts rounding on the diagonal.
-    return torch.cdist(place, place, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def is_plain(value: Any) -> bool:

@@ -18,6 +18,7 @@ from openreml_nn.covariance import Matrix
 from openreml_nn.lightning.batches import connected_rows, in_order, whole
 from openreml_nn.lightning.held import Held, HeldOrSummed
 from openreml_nn.lightning.marginal import Marginal
+from openreml_nn.lightning.reading import Store
 from openreml_nn.lightning.rows import check_response, concatenated
 from openreml_nn.lightning.sharing import all_batches, gather, gather_parts, processes, share, total
 from openreml_nn.lightning.sums import LevelSums
@@ -36,14 +37,11 @@ __all__ = [
     "Groups",
     "Linear",
     "Parts",
-    "Store",
     "Way",
     "way_of",
 ]
 
 Coded = Mapping[str, tuple[Tensor, Tensor | None]]
-#: What is kept of an epoch's batches.
-Store = LevelSums | Held | HeldOrSummed | Marginal
 
 
 class Way:
@@ -199,8 +197,7 @@ class Alternating(Way):
             square = e @ (e / variance)
             if uneven:
                 square = square + (_spread(model, coded).to(e) / variance).sum()
-            count = total(n, e.device)
-            found = (square + constant) * (processes() / (2 * count))
+            found = (square + constant) * (processes() / (2 * total(n, e.device)))
         return found, output
 
     def _unexplained(self, effects: Mapping[str, RandomEffect], coded: Coded, e: Tensor) -> Tensor:
@@ -322,7 +319,7 @@ class Groups(Composite):
 def _check_response(model: MixedModel, y: Any, output: Tensor) -> None:
     """Refuse a response that cannot train; with a family, its likelihood does."""
     if model.family is None:
-        check_response(y, output)
+        check_response(y, output, model.responses)
 
 
 # ---------------------------------------------------------------------- all rows at once
@@ -364,9 +361,7 @@ class Parts(Full):
 
 
 class Linear(Way):
-    """A linear mean: its coefficients, the covariance and the BLUPs follow from the rows of an epoch,
-    in one batch or in several, on one process or shared out to several.
-    """
+    """A linear mean, of which all follows from the rows of an epoch, in one batch or in several."""
 
     heads = ("gls",)
     cuts_tables = False
@@ -374,7 +369,7 @@ class Linear(Way):
 
     def loss(self, model: MixedModel, batch: Batch) -> tuple[Tensor | None, Tensor]:
         output = self.output(model, batch)
-        check_response(batch["y"], output)
+        check_response(batch["y"], output, model.responses)
         return None, output
 
     def rows(self, model: MixedModel) -> Store:

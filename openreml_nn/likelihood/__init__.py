@@ -3,10 +3,11 @@
 from openreml_nn.likelihood.laplace import LaplaceEvaluation, LaplaceLoss
 from openreml_nn.likelihood.loss import REMLLoss
 from openreml_nn.likelihood.plan import Auto, Plan
-from openreml_nn.likelihood.problem import Cost, Evaluation, NotPositiveDefiniteError
+from openreml_nn.likelihood.problem import Cost, Evaluation
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers import Blocked, Dense, Grid, Krylov, Sparse, Spectral
 from openreml_nn.likelihood.solvers.dense import restricted_log_likelihood
+from openreml_nn.support.errors import NotPositiveDefiniteError
 
 __all__ = [
     "Auto",

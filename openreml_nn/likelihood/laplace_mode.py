@@ -34,8 +34,7 @@ from torch import Tensor
 from openreml_nn.families.family import Family
 from openreml_nn.likelihood.laplace_layout import Prior, Stacked
 from openreml_nn.likelihood.laplace_system import Factor, log_det, products_of
-from openreml_nn.likelihood.problem import NotPositiveDefiniteError
-from openreml_nn.support.errors import NumericalError
+from openreml_nn.support.errors import NotPositiveDefiniteError, NumericalError
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.design import Design
 from openreml_nn.terms.term import Term

@@ -18,10 +18,11 @@ from torch.linalg import solve_triangular
 
 from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.laplace_layout import Prior, Stacked, times_blocks
-from openreml_nn.likelihood.problem import NotPositiveDefiniteError, cholesky
+from openreml_nn.likelihood.problem import cholesky
 from openreml_nn.likelihood.system.elimination import inner
 from openreml_nn.likelihood.system.placement import System
 from openreml_nn.likelihood.system.products import Products
+from openreml_nn.support.errors import NotPositiveDefiniteError
 from openreml_nn.terms.design import DenseDesign, Design, IndexedDesign
 from openreml_nn.terms.term import Term
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from openreml_nn.likelihood.effects import Coefficients, RandomEffects
 from openreml_nn.likelihood.fixed import FixedPart, traced
 from openreml_nn.support.checks import is_finite
-from openreml_nn.support.errors import NumericalError
+from openreml_nn.support.errors import NotPositiveDefiniteError, NumericalError
 from openreml_nn.support.modes import outside_inference
 from openreml_nn.terms.kernel import private
 from openreml_nn.terms.term import Term
@@ -22,7 +22,6 @@ from openreml_nn.terms.term import Term
 __all__ = [
     "Cost",
     "Evaluation",
-    "NotPositiveDefiniteError",
     "Problem",
     "cholesky",
     "pivot_loss",
@@ -31,10 +30,6 @@ __all__ = [
 #: Bounds of relative errors: below the first an evaluation is taken as it is, above the second it
 #: is refused.
 _BOUNDS = {torch.float32: (1e-4, 1e-2), torch.float64: (1e-9, 1e-6)}
-
-
-class NotPositiveDefiniteError(NumericalError, ValueError):
-    """A matrix that must be positive definite is not; the message says which."""
 
 
 def cholesky(matrix: Tensor, what: str) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import warnings
+from collections.abc import Collection, Mapping
+from typing import Any, overload
 
 import numpy as np
 import pandas as pd
@@ -15,18 +16,47 @@ from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
 
 __all__ = [
+    "KEYS",
     "Batch",
+    "check_finite",
     "check_inputs",
+    "check_keys",
+    "check_outputs",
+    "check_values",
     "level_codes",
+    "level_places",
     "level_values",
     "part",
+    "refuse_weights",
+    "responding",
     "row_values",
     "rows_of",
     "split",
     "take",
+    "with_responses",
 ]
 
 Batch = Mapping[str, Any]
+
+#: What a batch holds of each row.
+_OF_ROWS = ("x", "y", "groups", "values", "weights", "offset", "residual", "places")
+#: What a batch may hold, see :class:`MixedModel`.
+KEYS = (*_OF_ROWS, "extra")
+_KNOWN = frozenset(KEYS)
+
+
+def check_keys(batch: Batch) -> None:
+    """Refuse a key that nothing reads, such as one that is misspelt.
+
+    Raises:
+        InputError: naming it.
+    """
+    if not batch.keys() <= _KNOWN:
+        unknown = ", ".join(sorted(repr(key) for key in batch.keys() - _KNOWN))
+        raise InputError(
+            f"`batch` has {unknown}: expected no other keys than {', '.join(KEYS)}; what is to be "
+            "carried along, such as an index, goes under 'extra'"
+        )
 
 
 def part(batch: Batch, key: str) -> Any:
@@ -40,6 +70,7 @@ def part(batch: Batch, key: str) -> Any:
         raise TypeError(
             f"`batch` is {described(batch)}: expected a dict with 'x', 'y' and 'groups'"
         )
+    check_keys(batch)
     if key not in batch:
         raise InputError(f"`batch` has no {key!r}: expected it beside {list(map(str, batch))}")
     return batch[key]
@@ -63,6 +94,133 @@ def check_inputs(x: Any) -> None:
         )
     if isinstance(x, Tensor) and x.is_meta:
         raise InputError(f"`batch['x']` is {described(x)}, which holds no values: expected some")
+
+
+def check_finite(name: str, values: Tensor, expected: str = "finite numbers") -> None:
+    """Refuse numbers (n, ...) that are not finite, by the row of the first.
+
+    Raises:
+        InputError: if there is one.
+    """
+    finite = torch.isfinite(values.detach())
+    if not bool(finite.all()):
+        at = (~finite).nonzero()[0]
+        value, row = float(values[tuple(at)]), int(at[0]) if len(at) else 0
+        raise InputError(f"`{name}` is {value:g} in row {row}: expected {expected}")
+
+
+def check_outputs(output: Tensor, batch: Batch) -> None:
+    """Refuse what a network has yielded for a batch if it is not finite, by the row, and by the
+    batch's ``x`` where that is the cause.
+
+    Raises:
+        InputError: if a number is not finite.
+    """
+    finite = torch.isfinite(output.detach()).reshape(len(output), -1).all(1)
+    if bool(finite.all()):
+        return
+    row = int((~finite).nonzero()[0])
+    for name, x in _tensors("batch['x']", batch.get("x")):
+        if x.is_floating_point() and x.dim() and len(x) == len(output):
+            check_finite(name, x, "finite numbers, as the network's output there is not finite")
+    raise InputError(
+        f"the network's output is not finite in row {row}: lower the learning rate, clip gradients "
+        "or look for large numbers in `batch['x']`; expected finite numbers"
+    )
+
+
+def _tensors(name: str, x: Any) -> list[tuple[str, Tensor]]:
+    """The tensors of a network's inputs, each with its name."""
+    if isinstance(x, Tensor):
+        return [(name, x)]
+    if isinstance(x, Mapping):
+        return [pair for key, item in x.items() for pair in _tensors(f"{name}[{key!r}]", item)]
+    if isinstance(x, tuple | list):
+        return [pair for i, item in enumerate(x) for pair in _tensors(f"{name}[{i}]", item)]
+    return []
+
+
+def responding(batch: Batch, several: bool = False) -> tuple[Batch, Tensor | None]:
+    """The rows of a batch that have a response, with which they are; None if all have one.
+
+    A row without a response has NaN in ``y``: in any of its columns, such as successes and
+    failures; where these are ``several`` responses, in all.
+
+    Raises:
+        InputError: if a response is infinite, or the batch has not as many rows of something else.
+    """
+    y = part(batch, "y")
+    if not isinstance(y, Tensor) or not y.is_floating_point() or not y.dim() or y.is_meta:
+        return batch, None  # what takes the response refuses it
+    y = y.detach()
+    if bool(torch.isfinite(y).all()):
+        return batch, None
+    columns = y.isnan().reshape(len(y), -1)
+    missing = columns.all(1) if several else columns.any(1)
+    check_finite(
+        "batch['y']",
+        torch.where(y.isnan(), 0, y),
+        "finite numbers, or NaN for a row without a response",
+    )
+    if not bool(missing.any()):
+        return batch, None
+    rows, n = (~missing).nonzero()[:, 0], len(y)
+    return {key: _some(batch, key, rows, n) for key in batch}, rows
+
+
+@overload
+def with_responses(
+    batch: Batch, output: None = None, several: bool = False
+) -> tuple[Batch, None]: ...
+@overload
+def with_responses(batch: Batch, output: Tensor, several: bool = False) -> tuple[Batch, Tensor]: ...
+@overload
+def with_responses(
+    batch: Batch, output: Tensor | None, several: bool = False
+) -> tuple[Batch, Tensor | None]: ...
+def with_responses(
+    batch: Batch, output: Tensor | None = None, several: bool = False
+) -> tuple[Batch, Tensor | None]:
+    """The rows of a batch that have a response, and of what the network has yielded for it; the
+    others are counted in a warning.
+
+    Raises:
+        InputError: as :func:`responding`, or if no row has a response.
+    """
+    own, rows = responding(batch, several)
+    if rows is None:
+        return batch, output
+    n = len(batch["y"])
+    if output is not None and len(output) != n:
+        raise InputError(f"`output` has {len(output)} rows but `batch['y']` {n}: expected as many")
+    if not len(rows):
+        raise InputError(
+            f"`batch['y']` is NaN in all {n} rows: expected a response in one at least"
+        )
+    warnings.warn(
+        f"{n - len(rows)} of {n} rows have no response (NaN in `batch['y']`): they add nothing to "
+        "the likelihood",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return own, None if output is None else output[rows]
+
+
+def _some(batch: Batch, key: str, rows: Tensor, n: int) -> Any:
+    """Some of n rows of a part of a batch."""
+    value = batch[key]
+    if key not in _OF_ROWS or value is None:
+        return value
+    for name, x in _tensors(f"batch[{key!r}]", value):
+        if not x.dim() or len(x) != n:
+            raise InputError(f"`{name}` is {described(x)}: expected {n} rows, as `batch['y']` has")
+    try:
+        return take(value, rows)
+    except (TypeError, KeyError, IndexError, RuntimeError) as error:
+        raise InputError(
+            f"`batch[{key!r}]` is {described(value)}, of which no rows can be taken: expected what "
+            f"[rows] works on, because `batch['y']` is NaN in {n - len(rows)} of {n} rows"
+        ) from error
 
 
 def rows_of(batch: Batch) -> int:
@@ -92,11 +250,25 @@ def row_values(batch: Batch, key: str, n: int, positive: bool = False) -> Tensor
     if found is None:
         return None
     name = f"batch['{key}']"
-    check_tensor(name, found, (n,), "floating")
+    check_tensor(name, found, (n,), "floating", False)
+    check_finite(name, found)
     if positive and n and not bool((found > 0).all()):
         row = int((found <= 0).nonzero()[0])
         raise InputError(f"`{name}` is {float(found[row]):g} in row {row}: expected above 0")
     return found
+
+
+def refuse_weights(batch: Batch) -> None:
+    """Refuse weights of rows whose response has a family.
+
+    Raises:
+        InputError: if the batch has some.
+    """
+    if batch.get("weights") is not None:
+        raise InputError(
+            f"`batch['weights']` is {described(batch['weights'])} beside a family: expected none, as "
+            "weights divide the residual variance of a Gaussian response"
+        )
 
 
 def level_codes(batch: Batch, name: str, levels: int, n: int) -> Tensor:
@@ -128,6 +300,21 @@ def level_codes(batch: Batch, name: str, levels: int, n: int) -> Tensor:
     return codes
 
 
+def check_values(batch: Batch, names: Collection[str]) -> None:
+    """Refuse values of effects, or places of levels, of another name than the random effects have.
+
+    Raises:
+        TypeError: if one of these is no dict.
+        InputError: naming it.
+    """
+    for key in ("values", "places"):
+        given = batch.get(key, {})
+        check_mapping(f"batch['{key}']", given)
+        for name in given:
+            if name not in names:
+                raise InputError(f"batch['{key}'] has {name!r}: the effects are {list(names)}")
+
+
 def level_values(batch: Batch, name: str, effects: int, n: int) -> Tensor | None:
     """Values of the effects of a random effect (n, k); None for an intercept.
 
@@ -149,8 +336,29 @@ def level_values(batch: Batch, name: str, effects: int, n: int) -> Tensor | None
         raise InputError(
             f"values of {name!r} have shape {tuple(values.shape)}: expected {(n, effects)}"
         )
-    check_tensor(f"batch['values'][{name!r}]", values)
+    check_tensor(f"batch['values'][{name!r}]", values, finite=False)
+    check_finite(f"batch['values'][{name!r}]", values)
     return values
+
+
+def level_places(batch: Batch, name: str, places: Tensor | None, n: int) -> Tensor | None:
+    """Coordinates of the rows (n, d) of a random effect whose levels are at places; None where the
+    batch has none.
+
+    Raises:
+        TypeError, InputError: if they are of another shape or kind, or the levels have none.
+    """
+    given = batch.get("places", {})
+    check_mapping("batch['places']", given)
+    found = given.get(name)
+    if found is None:
+        return None
+    what = f"batch['places'][{name!r}]"
+    if places is None:
+        raise InputError(f"`{what}` is {described(found)}: expected none, as levels have no places")
+    check_tensor(what, found, (n, places.shape[1]), "real", False)
+    check_finite(what, found)
+    return found
 
 
 def take(x: Any, rows: slice | Tensor) -> Any:

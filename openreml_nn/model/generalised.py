@@ -17,6 +17,7 @@ from openreml_nn.estimation.marginal import fit_laplace
 from openreml_nn.families import Family, named_family
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.model.batch import Batch
+from openreml_nn.model.constraints import Constraint, Limits
 from openreml_nn.model.linear import read_table_of, with_model
 from openreml_nn.model.mixed_model import MixedModel
 from openreml_nn.model.response import EncodedResponse
@@ -39,11 +40,11 @@ __all__ = ["fit_family", "glmm"]
 def glmm(
     formula: str,
     table: pd.DataFrame | str | os.PathLike[str] | TableFile,
-    *,
-    family: str | Family,
+    family: str | Family = "binomial",
     link: str | None = None,
     method: str = "ml",
     quadrature: int = 1,
+    *,
     solver: str | Solver = "auto",
     categorical: Sequence[str] = (),
     weights: str | None = None,
@@ -51,6 +52,7 @@ def glmm(
     residual_variance: float | None = None,
     pedigree: pd.DataFrame | Pedigree | str | os.PathLike[str] | None = None,
     kernels: Mapping[str, Any] | None = None,
+    constraints: Mapping[str, Constraint] | None = None,
     chunk_rows: int | None = None,
     max_iterations: int = 200,
 ) -> Result:
@@ -108,6 +110,7 @@ def glmm(
                 f"`{option}` is {described(value)}: expected None, as it is for Gaussian responses, by "
                 "lmm()"
             )
+    limits = Limits(constraints, None)
     named_family(family, link)  # refused before the table is read
     table, source = read_table_of(table)
     relations = relations_of(pedigree, kernels)
@@ -115,22 +118,24 @@ def glmm(
     encoded, table = response.fit(table)
     own = named_family(family, link, max(2, len(response.levels))).to(encoded.X.dtype)
     model = linear_model(encoded, method, solver, family=own, quadrature=quadrature)
+    batch = encoded.batch()
     result = fit_family(
-        model,
-        encoded.batch(),
+        limits.applied(model, batch),
+        batch,
         names=encoded.names,
         labels=labels_of(encoded),
         max_iterations=max_iterations,
     )
     assert result.source is not None
     encoder = response.encoder
-    cells = encoder.cells(table.iloc[encoded.rows])
+    cells = encoder.cells(encoded.kept(table))
     return replace(
         result,
         source=replace(result.source, means=encoder.learned.means, cells=cells),
         formula=formula,
         dropped_rows=encoded.dropped_rows,
         encoder=encoder,
+        constraints=limits.held,
         seconds=time.perf_counter() - began,
     )
 
@@ -163,7 +168,7 @@ def fit_family(
         output = (model(batch) if output is None else output).double()
     loss, y, offset, X = model.marginal(output, batch)
     if X is None:
-        X = output.new_zeros(len(output), 0)
+        X = output.new_zeros(len(offset), 0)
     names = [f"X{j}" for j in range(X.shape[1])] if names is None else list(names)
     # The thresholds of an ordinal response take the intercept's place.
     first = int(loss.family.name == "ordinal" and names[:1] == ["(Intercept)"])

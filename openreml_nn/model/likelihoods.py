@@ -14,10 +14,10 @@ from openreml_nn.likelihood import LaplaceLoss, REMLLoss
 from openreml_nn.likelihood.fixed import check_data
 from openreml_nn.likelihood.loss import loss_of
 from openreml_nn.likelihood.prepared import Likelihood, LikelihoodOptions
-from openreml_nn.model.batch import Batch
+from openreml_nn.model.batch import Batch, check_outputs
 from openreml_nn.model.random_effect import Coded, RandomEffect, coded_effects
 from openreml_nn.model.residual import structure_of
-from openreml_nn.model.responses import check_output, of_gaussian
+from openreml_nn.model.responses import of_gaussian
 from openreml_nn.support.errors import InputError
 from openreml_nn.support.modes import in_full_precision
 from openreml_nn.terms.kernel import private, same_content
@@ -138,7 +138,7 @@ class LastLikelihood:
             try:
                 check_data(y, X)
             except InputError:
-                check_output(output)
+                check_outputs(output, batch)
                 raise
 
         def tree() -> Sum:

@@ -12,18 +12,23 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance import Matrix, Pedigree
+from openreml_nn.covariance import Pedigree
 from openreml_nn.estimation import Result, fit_reml
+from openreml_nn.estimation.fit import moment_start
+from openreml_nn.likelihood import REMLLoss
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.model.batch import Batch
+from openreml_nn.model.constraints import Constraint, Limits
 from openreml_nn.model.mixed_model import MixedModel
 from openreml_nn.model.stream import fit_stream
 from openreml_nn.model.structures import bases_of, labels_of, linear_model, relations_of
+from openreml_nn.result.equations import FixedBasis
 from openreml_nn.result.result import Label
 from openreml_nn.support.checks import (
     check_count,
+    check_flag,
     check_names,
     check_number,
     check_table,
@@ -31,9 +36,10 @@ from openreml_nn.support.checks import (
 )
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import Encoder, TableFile
+from openreml_nn.table.traits import WITHIN_UNIT
 from openreml_nn.terms.term import Term
 
-__all__ = ["lmm", "read_table_of", "with_model"]
+__all__ = ["in_user_basis", "lmm", "read_table_of", "with_model"]
 
 
 def lmm(
@@ -48,7 +54,10 @@ def lmm(
     residual_variance: float | None = None,
     pedigree: pd.DataFrame | Pedigree | str | os.PathLike[str] | None = None,
     kernels: Mapping[str, Any] | None = None,
+    constraints: Mapping[str, Constraint] | None = None,
+    starts: Mapping[str, float] | None = None,
     chunk_rows: int | None = None,
+    progress: bool | None = None,
     max_iterations: int = 200,
 ) -> Result:
     r"""Fit a linear mixed model to a table by AI-REML.
@@ -72,7 +81,15 @@ def lmm(
         pedigree: for ``ped(animal)`` in the formula: a table animal, sire, dam, or its path.
         kernels: for ``vm(level, K)`` in the formula: each matrix, with the names of the levels, or
             its path, by its name; ``vm(level, K, inverse = TRUE)`` takes the inverse.
+        constraints: what is held, bounded or tied of the covariance parameters, by the names that
+            :attr:`Result.parameters` have, on the natural scale: ``{"animal/rho": 0.5}`` holds,
+            ``{"g/sigma^2": (0.1, 2.0)}`` bounds, ``{"a/sigma^2": "b/sigma^2"}`` ties; see
+            :func:`constrain`.
+        starts: values from which covariance parameters start, by the same names; the fit then runs
+            from this start only. The others start from the scale of the data.
         chunk_rows: rows of a file that are held at a time, see :func:`fit_stream`; all by default.
+        progress: whether a bar shows how far a file is read, which it does by default; with
+            ``chunk_rows``.
         max_iterations: after so many the fit stops, with a warning.
 
     Raises:
@@ -93,12 +110,22 @@ def lmm(
     check_solver(solver)
     check_count("max_iterations", max_iterations, 1)
     _check_variance(residual_variance, residual)
+    limits = Limits(constraints, starts)
+    if progress is not None:
+        check_flag("progress", progress)
+        if chunk_rows is None:
+            raise InputError(
+                f"`progress` is {progress} without `chunk_rows`, which alone shows a bar: leave it out"
+            )
     if chunk_rows is not None:
         if isinstance(table, pd.DataFrame):
             raise InputError("`chunk_rows` is for a file: the table is in memory already")
-        if pedigree is not None or kernels is not None:
-            name = "kernels" if pedigree is None else "pedigree"
-            raise InputError(f"`{name}` is not for chunks: leave out `chunk_rows`")
+        of_table = {
+            "pedigree": pedigree, "kernels": kernels, "constraints": constraints, "starts": starts
+        }  # fmt: skip
+        for name, given in of_table.items():
+            if given is not None:
+                raise InputError(f"`{name}` is not for chunks: leave out `chunk_rows`")
         return fit_stream(
             formula,
             table,
@@ -110,31 +137,39 @@ def lmm(
             residual=residual,
             residual_variance=residual_variance,
             max_iterations=max_iterations,
+            progress=progress is not False,
         )
     table, source = read_table_of(table)
     known = residual_variance is not None
     relations = relations_of(pedigree, kernels)
     encoder = Encoder(formula, categorical, source, residual, weights, known, relations)
+    if encoder.formula.traits:
+        _check_variance(residual_variance, WITHIN_UNIT)
     encoded = encoder.fit(table)
-    bases = bases_of(encoded.random)
-    model = linear_model(encoded, method, solver, residual_variance, bases)
+    # Names are of parameters in the user's basis.
+    bases = {} if limits else bases_of(encoded.random)
     labels, batch = labels_of(encoded), encoded.batch()
+    model = linear_model(encoded, method, solver, residual_variance, bases)
+    covariance = limits.applied(model, batch).covariance(batch)
+    if limits.starts:
+        moment_start(REMLLoss(covariance, method, solver), encoded.adjusted, encoded.X)
+        limits.begin(model, batch)
     result = fit_reml(
-        model.covariance(batch),
+        covariance,
         encoded.adjusted,
         encoded.X,
         method=method,
         solver=solver,
+        start="current" if limits.starts else "moments",
         max_iterations=max_iterations,
         names=encoded.names,
         labels=labels | {name: labels[name]._replace(basis=B) for name, B in bases.items()},
     )
     result = with_model(result, model, batch)
     if bases:
-        plain = linear_model(encoded, method, solver, residual_variance)
-        result = _in_user_basis(result, plain.covariance(batch), labels)
+        result = in_user_basis(result, model, batch, labels)
     assert result.source is not None
-    cells = encoder.cells(table.iloc[encoded.rows])
+    cells = encoder.cells(encoded.kept(table))
     return replace(
         result,
         source=replace(result.source, means=encoder.learned.means, cells=cells),
@@ -142,6 +177,7 @@ def lmm(
         formula=formula,
         dropped_rows=encoded.dropped_rows,
         encoder=encoder,
+        constraints=limits.held,
     )
 
 
@@ -155,8 +191,22 @@ def read_table_of(
     return file.read(), f"file {str(table)!r}"
 
 
-def _in_user_basis(result: Result, covariance: Matrix, labels: Mapping[str, Label]) -> Result:
-    """A result whose source has the covariance of the user's values of random slopes."""
+def in_user_basis(
+    result: Result, model: MixedModel, batch: Batch, labels: Mapping[str, Label]
+) -> Result:
+    """A result whose source has the covariance of the user's values of random slopes.
+
+    Args:
+        result: of a fit with random effects in bases of their own, see :class:`RandomEffect`; its
+            parameters are in the user's.
+        model: that was fitted.
+        batch: the rows.
+        labels: names of levels and effects, without bases.
+    """
+    plain = copy.deepcopy(model)
+    for effect in plain.effects().values():
+        effect.basis = torch.eye(effect.effects).to(effect.basis)
+    covariance = plain.covariance(batch)
     stored = {estimate.name: estimate.untransformed for estimate in result.parameters}
     with torch.no_grad():
         for entry in covariance.parameter_entries().entries:
@@ -183,18 +233,22 @@ def with_model(
         return replace(result, model=model)
     model.remember(result.random, result.fixed, result.fixed.aliases)
     X, columns = source.X, list(result.fixed.columns)
+    y = source.y if residual is None else None
     model.remember_errors(
-        source.covariance, lambda: _orthonormal(X, columns), len(columns), residual
+        source.covariance, lambda: _orthonormal(y, X, columns), len(columns), residual
     )
     return replace(result, model=model)
 
 
-def _orthonormal(X: Tensor, columns: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Some columns of X in an orthonormal basis, and the basis (p, r)."""
+def _orthonormal(y: Tensor | None, X: Tensor, columns: Sequence[int]) -> tuple[Tensor, FixedBasis]:
+    """Some columns of X in an orthonormal basis, and what they leave of y; with the basis."""
     Q, R = torch.linalg.qr(X[:, columns])
-    basis = X.new_zeros(X.shape[1], len(columns))
+    basis, offset = X.new_zeros(X.shape[1], len(columns)), X.new_zeros(X.shape[1])
     basis[columns] = torch.linalg.solve_triangular(R, torch.eye(len(R)).to(R), upper=True)
-    return Q, basis
+    if y is None:
+        return Q, FixedBasis(basis, offset)
+    offset = basis @ (Q.mT @ y)
+    return torch.cat([Q, (y - X @ offset)[:, None]], 1), FixedBasis(basis, offset)
 
 
 def _check_variance(variance: float | None, residual: str | None) -> None:

@@ -1,156 +1,61 @@
-"""What data have said of a mean and of random effects, and the predictions that follow."""
+"""Predictions of a mixed model, from what rows have said of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from openreml_nn.covariance import DummyMatrix, Matrix, Operator, Sum
-from openreml_nn.covariance.params import operand_name
-from openreml_nn.families import Family
-from openreml_nn.likelihood.effects import Coefficients, RandomEffects
 from openreml_nn.likelihood.fixed import estimable
-from openreml_nn.model.batch import Batch, part, row_values, rows_of
+from openreml_nn.model.adding import added
+from openreml_nn.model.batch import Batch, part, refuse_weights, responding, row_values
 from openreml_nn.model.means import evaluating
-from openreml_nn.model.random_effect import Effects, RandomEffect, coded_effects
-from openreml_nn.model.residual import ResidualStructure, structure_of
-from openreml_nn.result.equations import Equations
-from openreml_nn.result.joint import JointErrors
+from openreml_nn.model.posterior import Posterior
+from openreml_nn.model.random_effect import coded_effects, known_effect
+from openreml_nn.model.residual import structure_of
+from openreml_nn.result.joint import Solution
 from openreml_nn.result.prediction import (
     KnownEffect,
     Prediction,
     log_predictive,
-    lowered,
     normal_interval,
     on_response,
     predicted,
 )
-from openreml_nn.result.result import FixedEffects
 from openreml_nn.result.tables import table_of_blups
+from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
-from openreml_nn.terms.term import Term
 
 __all__ = ["Predictor"]
 
 
-class Predictor(nn.Module):
-    """The parts of a mixed model, with the coefficients and BLUPs that were found from data.
+class Predictor(Posterior):
+    """A mixed model as far as it predicts; see :class:`Posterior` for its parts."""
 
-    A subclass yields the mean, or the features, of a batch, in its ``forward``.
+    def add(self, batch: Batch, levels: Mapping[str, Sequence[str]] | None = None) -> Solution:
+        r"""Add rows to those that BLUPs and coefficients are from, without these: the same as
+        :meth:`update` with all of them at the present parameters, and exact.
 
-    Args:
-        mean: the network of the mean, or of the features.
-        random: random effects by name.
-        residual: of a row, as :func:`structure_of` takes it, or a family.
-        head: ``"ml"`` or ``"gls"``, whether the network yields the mean or features.
-
-    Attributes:
-        beta: (p,) coefficients of the features, with head ``"gls"``; 0 for those that were dropped.
-        beta_covariance: (p, p) their covariance.
-        aliases: (p, d) null space of the features.
-        joint: the joint covariance of coefficients and BLUPs.
-    """
-
-    beta: Tensor
-    beta_covariance: Tensor
-    aliases: Tensor
-
-    def __init__(
-        self, mean: nn.Module, random: Mapping[str, RandomEffect], residual: nn.Module, head: str
-    ) -> None:
-        super().__init__()
-        self.mean = mean
-        self.random = Effects(random)
-        self.residual = residual
-        self.head = head
-        none = torch.zeros(0, 0, dtype=torch.float64)
-        self.register_buffer("beta", none.reshape(0))
-        self.register_buffer("beta_covariance", none)
-        self.register_buffer("aliases", none)
-        self.joint = JointErrors()
-
-    @property
-    def family(self) -> Family | None:
-        """The family of the response, which has the residual's place; None for a Gaussian one."""
-        return self.residual if isinstance(self.residual, Family) else None
-
-    def covariance_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters of the covariance: what :class:`AIREML` is for."""
-        for effect in self.effects().values():
-            yield from effect.g.parameters()
-        if isinstance(self.residual, Matrix | ResidualStructure):
-            yield from self.residual.parameters()
-
-    def network_parameters(self) -> Iterator[nn.Parameter]:
-        """All other parameters."""
-        own = {id(p) for p in self.covariance_parameters()}
-        return (p for p in self.parameters() if id(p) not in own)
-
-    def effects(self) -> dict[str, RandomEffect]:
-        """The random effects by name."""
-        return dict(self.random.items())
-
-    @torch.no_grad()
-    def remember(
-        self, random: Sequence[RandomEffects], fixed: Coefficients | FixedEffects, aliases: Tensor
-    ) -> None:
-        """Take up BLUPs and coefficients.
+        A code that follows the known ones is a new level, which the model has from then on. Of the
+        rows before, the cross-products with :math:`R^{-1}` are kept, in the checkpoint too; they are
+        of the network and the residual variances as they were at the update.
 
         Args:
-            random: BLUPs of each random effect.
-            fixed: coefficients of the kept columns of X, with their covariance.
-            aliases: (p, d) the null space of X with all its columns.
-        """
-        effects = {operand_name(name, {"residual"}): e for name, e in self.effects().items()}
-        for found in random:
-            if found.name not in effects:
-                continue  # of the rows' own errors
-            effect = effects[found.name]
-            q, k = effect.blup.shape
-            # Rows of no known level had levels of their own, which come after the others.
-            effect.blup.copy_(found.values.reshape(-1, k)[:q])
-            effect.variance.copy_(found.variances.reshape(-1, k, k)[:q])
-        at, p = torch.tensor(fixed.columns, dtype=torch.long, device=aliases.device), len(aliases)
-        self.beta = aliases.new_zeros(p).index_copy(0, at, fixed.estimate.to(aliases))
-        self.beta_covariance = aliases.new_zeros(p, p)
-        self.beta_covariance[at[:, None], at] = fixed.covariance.to(aliases)
-        self.aliases = aliases.clone()
+            batch: the new rows, as :meth:`update` takes them.
+            levels: by random effect the names of new levels, where its levels have names.
 
-    @torch.no_grad()
-    def remember_errors(
-        self,
-        covariance: Matrix,
-        fixed: Callable[[], tuple[Tensor, Tensor]],
-        r: int,
-        residual: Term | None = None,
-    ) -> None:
-        """Take up what the variances of predictions need, which is computed when one is asked for.
+        Returns:
+            The estimates from all rows, with their log-likelihood.
 
-        Args:
-            covariance: of the rows, as :meth:`covariance` makes it.
-            fixed: yields X in an orthonormal basis, Q (n, r), and the basis (p, r).
-            r: number of coefficients.
-            residual: what stands for the residual where a family has its place.
+        Raises:
+            InputError: as :meth:`update`, if there was none before, or for a model of which rows do
+                not add up: with a family, correlated residuals, or more than 2,000 effects and
+                coefficients beside the widest factor of independent levels.
         """
-        assert isinstance(covariance, Sum)
-        parts = list(covariance.operands.values())
-        own = [part for part in parts[len(self.random) :] if isinstance(part, Matrix)]
-        terms = [term.detach() for part in own for term in part.terms()]
-        if residual is not None:
-            terms = [residual]
-        random = [part for part in parts[: len(self.random)] if isinstance(part, Operator)]
-        pairs = [part.operands.values() for part in random]
-        designs = [z.design for z, _ in pairs if isinstance(z, DummyMatrix)]
-        self.joint.update(
-            [lowered(g).map(Tensor.detach) for _, g in pairs if isinstance(g, Matrix)],
-            [(design.levels, design.effects) for design in designs],
-            r,
-            lambda: Equations.of(designs, terms, *fixed()),
-        )
+        with evaluating(self):
+            return added(self, batch, levels or {})
 
     def blups(self) -> pd.DataFrame:
         """BLUPs as a table: group, level, effect, blup, and std_error, the root of the
@@ -159,16 +64,6 @@ class Predictor(nn.Module):
             (name, effect.names or range(effect.levels), effect.effect_names, *effect.known())
             for name, effect in self.effects().items()
         )
-
-    def random_part(self, batch: Batch) -> Tensor:
-        r""":math:`\sum_t z_t^\top \hat b_t` of each row (n,), zero for unknown levels."""
-        n = rows_of(batch)
-        total = self.joint.covariance.new_zeros(n)
-        for name, (codes, values) in coded_effects(self.effects(), batch, n).items():
-            effect = self.effects()[name]
-            z = total.new_ones(n, 1) if values is None else values
-            total = total + effect.contribution(codes, z.to(effect.blup))
-        return total
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Prediction:
@@ -200,39 +95,52 @@ class Predictor(nn.Module):
         """
         found, effects = _linear_predictor(self, batch)
         if self.family is not None:
-            return on_response(self.family, found, effects, level)
+            low, high = normal_interval(found.mean, found.variance, level)
+            found = on_response(self.family, found, effects)
+            return found, self.family.mean(low), self.family.mean(high)
+        if self.responses > 1:
+            found = self._by_row(found)
         return found, *normal_interval(found.mean, found.variance, level)
 
     @torch.no_grad()
     def log_density(self, batch: Batch) -> Tensor:
         r"""Logarithm of the predictive density of each row's response (n,), at the parameters'
         estimates: Gaussian with the mean and variance of :meth:`predict`; with a family
-        :math:`E\,p(y \mid a)` over the predictor a.
+        :math:`E\,p(y \mid a)` over the predictor a. A row without a response, NaN in ``y``, has NaN.
 
         Raises:
             TypeError, InputError: as in :meth:`predict`, or if ``y`` does not fit.
         """
         found, _ = _linear_predictor(self, batch)
         y = part(batch, "y").to(found.mean)
-        if len(y) != len(found.mean):
-            raise InputError(f"`y` has {len(y)} rows but `mean` yields {len(found.mean)}")
+        if self.responses > 1:
+            found = self._by_row(found)
+        if len(y) != len(found.mean) or (self.family is None and y.shape != found.mean.shape):
+            raise InputError(
+                f"`batch['y']` is {described(y)}: expected {tuple(found.mean.shape)}, as predictions are"
+            )
         if self.family is not None:
-            self.family.check(y)
-            return log_predictive(self.family, y, found)
+            own, rows = responding({"y": y})
+            self.family.check(own["y"])
+            if rows is None:
+                return log_predictive(self.family, y, found)
+            there = Prediction(*(value[rows] for value in found))
+            density = log_predictive(self.family, own["y"], there)
+            return torch.full_like(found.mean, torch.nan).index_copy(0, rows, density)
         return -((2 * torch.pi * found.variance).log() + (y - found.mean) ** 2 / found.variance) / 2
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        # The number of coefficients is known only once there are features.
-        for name in ("beta", "beta_covariance", "aliases"):
-            if prefix + name in state_dict:
-                setattr(self, name, torch.empty_like(state_dict[prefix + name]))
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+    def _by_row(self, found: Prediction) -> Prediction:
+        """Predictions of several responses, (n, t) each."""
+        return Prediction(*(value.unflatten(0, (-1, self.responses)) for value in found))
 
 
 def _linear_predictor(model: Predictor, batch: Batch) -> tuple[Prediction, list[KnownEffect]]:
     """Predictions of the response, or of its linear predictor, and what is known of effects."""
     with evaluating(model):
         output = model(batch)
+        if model.responses > 1:
+            batch = {key: value for key, value in batch.items() if key != "y"}
+        batch, output = model.single(batch, output, is_data=False)
         n = len(output)
         if model.head == "gls":
             if not bool(model.joint.is_known):
@@ -250,9 +158,11 @@ def _linear_predictor(model: Predictor, batch: Batch) -> tuple[Prediction, list[
         effects = []
         for name, (codes, values) in coded_effects(model.effects(), batch, n).items():
             z = population.new_ones(n, 1) if values is None else values
-            effects.append(model.effects()[name].of_rows(codes, z))
+            effects.append(known_effect(model.effects()[name], name, codes, z, batch))
         residual = population.new_zeros(n)
-        if model.family is None:
+        if model.family is not None:
+            refuse_weights(batch)
+        else:
             residual = structure_of(model.residual).variances(batch, n)
         found = predicted(population, X, model.beta_covariance, effects, model.joint, residual)
         return found, effects

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral
 from types import NoneType
 from typing import Any
@@ -19,18 +20,41 @@ from openreml_nn.covariance import (
     ScalarMatrix,
     UnstructuredMatrix,
 )
+from openreml_nn.covariance.kernel import DistanceMatrix
 from openreml_nn.covariance.params import module_name, operand_name, user_name
 from openreml_nn.covariance.propagation import propagated
 from openreml_nn.covariance.sum import summands
-from openreml_nn.model.batch import Batch, level_codes, level_values, part
+from openreml_nn.model.batch import (
+    Batch,
+    check_values,
+    level_codes,
+    level_places,
+    level_values,
+    part,
+)
+from openreml_nn.result.places import Kriging
 from openreml_nn.result.prediction import KnownEffect, lowered, prior_of
-from openreml_nn.support.checks import check_count, check_instance, check_labels, check_tensor
+from openreml_nn.support.checks import (
+    check_count,
+    check_instance,
+    check_labels,
+    check_tensor,
+    found,
+)
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import RepeatedCovariance
 from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.term import Term
 
-__all__ = ["Coded", "Effects", "RandomEffect", "coded_effects", "independent_levels"]
+__all__ = [
+    "Coded",
+    "Effects",
+    "RandomEffect",
+    "coded_effects",
+    "independent_levels",
+    "kernel_of",
+    "known_effect",
+]
 
 #: Level codes (n,) of the rows and values (n, k) of the effects, by the names of random effects.
 Coded = Mapping[str, tuple[Tensor, Tensor | None]]
@@ -46,6 +70,49 @@ def independent_levels(levels: int, effects: int) -> Matrix:
     return KroneckerProduct(levels=IdentityMatrix(levels), effects=UnstructuredMatrix(effects))
 
 
+def kernel_of(g: Matrix) -> DistanceMatrix | None:
+    """The kernel among the levels of a covariance of all levels; None if there is none."""
+    if isinstance(g, KroneckerProduct) and list(g.operands) == ["levels", "effects"]:
+        one = g.operands["levels"]
+        return one if isinstance(one, DistanceMatrix) else None
+    return g if isinstance(g, DistanceMatrix) else None
+
+
+def _labels(name: str, given: int | Sequence[str]) -> tuple[str, ...]:
+    """The names that were given, or numbers."""
+    if isinstance(given, Integral):
+        return tuple(map(str, range(check_count(name, given, 1))))
+    return check_labels(name, given)
+
+
+def _effect_names(
+    effects: int | Sequence[str], responses: int | Sequence[str]
+) -> tuple[tuple[str, ...], int]:
+    """Names of the effects of a level, for each response in turn, and how many responses there are."""
+    own, several = _labels("effects", effects), _labels("responses", responses)
+    if isinstance(effects, Integral) and len(own) == 1:
+        own = ("(Intercept)",)
+    if len(several) == 1:
+        return own, 1
+    if len(own) == 1:
+        return several, len(several)
+    return tuple(f"{response}:{effect}" for response in several for effect in own), len(several)
+
+
+def _of_all_levels(covariance: Matrix | None, q: int, k: int) -> Matrix:
+    """G of q levels, from what was given."""
+    if covariance is None:
+        return independent_levels(q, k).double()
+    if covariance.shape == (q * k, q * k):
+        return covariance
+    if covariance.shape == (k, k):
+        return KroneckerProduct(levels=IdentityMatrix(q), effects=covariance)
+    raise InputError(
+        f"`covariance` is {covariance.shape}: expected {(k, k)} for the "
+        f"effects of a level, or {(q * k, q * k)} for all levels"
+    )
+
+
 class RandomEffect(nn.Module):
     r"""The random effects of one grouping factor, :math:`b \sim N(0, G)`.
 
@@ -59,6 +126,10 @@ class RandomEffect(nn.Module):
             slopes in learned features.
         basis: B (k, k), for effects that are better conditioned as those of :math:`z^\top B` than as
             those of the values z; then ``g``, ``blup`` and ``variance`` are of these.
+        responses: t, or their names, where a row has several and each has effects of its own: then
+            there are t times ``effects``, those of the first response first.
+        places: (levels, d) coordinates of the levels of a kernel of their distances: then a row
+            of no known level, with its own in ``batch["places"]``, is predicted by kriging.
 
     Attributes:
         g: the covariance G of all levels.
@@ -77,6 +148,7 @@ class RandomEffect(nn.Module):
     blup: Tensor
     variance: Tensor
     basis: Tensor
+    places: Tensor | None
 
     def __init__(
         self,
@@ -85,14 +157,17 @@ class RandomEffect(nn.Module):
         effects: int | Sequence[str] = 1,
         features: nn.Module | None = None,
         basis: Tensor | None = None,
+        places: Tensor | None = None,
+        responses: int | Sequence[str] = 1,
     ) -> None:
         super().__init__()
-        if isinstance(effects, Integral):
-            k = check_count("effects", effects, 1)
-            self.effect_names = ("(Intercept)",) if k == 1 else tuple(map(str, range(k)))
-        else:
-            self.effect_names = check_labels("effects", effects)
-            k = len(self.effect_names)
+        self.effect_names, self.responses = _effect_names(effects, responses)
+        k = len(self.effect_names)
+        if self.responses > 1 and features is not None:
+            raise InputError(
+                f"`features` is {found(features)} with {self.responses} responses: expected None, "
+                "and values in the batch"
+            )
         if isinstance(levels, Integral):
             self.names, q = None, check_count("levels", levels, 1)
         else:
@@ -105,21 +180,19 @@ class RandomEffect(nn.Module):
         self.levels = q
         self.effects = k
         self.features = features
-        if covariance is None:
-            self.g = independent_levels(q, k).double()
-        elif covariance.shape == (q * k, q * k):
-            self.g = covariance
-        elif covariance.shape == (k, k):
-            self.g = KroneckerProduct(levels=IdentityMatrix(q), effects=covariance)
-        else:
-            raise InputError(
-                f"`covariance` is {covariance.shape}: expected {(k, k)} for the "
-                f"effects of a level, or {(q * k, q * k)} for all levels"
-            )
+        self.g = _of_all_levels(covariance, q, k)
         like = next(self.g.parameters(), torch.zeros(1, dtype=torch.float64))
         self.register_buffer("blup", like.new_zeros(q, k))
         self.register_buffer("variance", like.new_zeros(q, k, k))
         self.register_buffer("basis", torch.eye(k).to(like) if basis is None else basis)
+        if places is not None:
+            check_tensor("places", places, (q, "d"), "floating")
+            if kernel_of(self.g) is None:
+                raise InputError(
+                    f"`places` has coordinates but `covariance` is {type(self.g).__name__}: expected a "
+                    "kernel of distances, such as MaternMatrix, or its product with a covariance"
+                )
+        self.register_buffer("places", places)
 
     @property
     def is_per_level(self) -> bool:
@@ -139,13 +212,16 @@ class RandomEffect(nn.Module):
         """BLUPs (levels, k) of the effects of z, and their prediction-error variances."""
         return self.blup @ self.basis.mT, self.basis @ self.variance @ self.basis.mT
 
-    def coded(self, name: str, batch: Batch, n: int) -> tuple[Tensor, Tensor | None]:
-        """Level of each row of a batch (n,), and values of the effects (n, k), None for ones.
+    def coded(
+        self, name: str, batch: Batch, n: int, levels: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Level of each row of a batch (n,), of its own or of so many ``levels``, and values of the
+        effects (n, k), None for ones.
 
         Raises:
             TypeError, InputError: if the batch has them not as they must be.
         """
-        codes = level_codes(batch, name, self.levels, n)
+        codes = level_codes(batch, name, self.levels if levels is None else levels, n)
         if self.features is not None:
             values = self.features(part(batch, "x"))
             check_tensor(f"features of {name!r}", values, (n, self.effects), "floating", False)
@@ -176,43 +252,89 @@ class RandomEffect(nn.Module):
             return codes, self.g, self.levels
         at = (codes < 0).nonzero()[:, 0]
         levels = self.levels + len(at)
+        grown = self.g_of(levels)
+        if grown is None:
+            raise InputError(
+                f"group {name!r} has the code -1, a level that is not known, in rows of the "
+                "likelihood: expected known levels, because its levels are correlated"
+            )
         own = torch.arange(self.levels, levels, device=codes.device, dtype=codes.dtype)
-        return codes.index_copy(0, at, own), self._of_levels(name, levels), levels
+        return codes.index_copy(0, at, own), grown, levels
 
-    def _of_levels(self, name: str, levels: int) -> Matrix:
-        """G for another number of levels, with the same parameters."""
+    def g_of(self, levels: int) -> Matrix | None:
+        """G for another number of levels, with the same parameters; None for correlated ones."""
+        if levels == self.levels:
+            return self.g
         if type(self.g) is ScalarMatrix:
             return self.g.of_size(levels * self.effects)
         if isinstance(self.g, KroneckerProduct) and list(self.g.operands) == ["levels", "effects"]:
             one, own = self.g.operands.values()
             if isinstance(one, IdentityMatrix) and isinstance(own, Matrix):
                 return KroneckerProduct(levels=IdentityMatrix(levels), effects=own)
-        raise InputError(
-            f"group {name!r} has the code -1, a level that is not known, in rows of the likelihood: "
-            "expected known levels, because its levels are correlated"
-        )
+        return None
 
-    def of_rows(self, codes: Tensor, z: Tensor) -> KnownEffect:
-        """What is known of the effects of some rows.
+    def grow(self, levels: int, names: Sequence[str] = ()) -> None:
+        """Take in new levels, which follow the known ones; the parameters stay.
 
         Args:
-            codes: (n,) levels, -1 for one that was not seen.
-            z: (n, k) values of the effects in their basis.
-        """
-        return KnownEffect(codes, z, self.blup, self.variance, self.prior_in_basis)
+            levels: how many there are then.
+            names: of the new ones, where levels have names.
 
-    def contribution(self, codes: Tensor, z: Tensor) -> Tensor:
-        r""":math:`z^\top \hat b` of each row's level (n,), 0 for one that was not seen.
-
-        Args:
-            codes: (n,) levels, -1 for one that was not seen.
-            z: (n, k) values of the effects.
+        Raises:
+            InputError: if levels are correlated, there are fewer than before, or names are missing or
+                known.
         """
-        known = (codes >= 0)[:, None]
-        return (z * torch.where(known, self.blup[codes.clamp(min=0)].to(z), 0)).sum(1)
+        more, g = levels - self.levels, self.g_of(levels)
+        if more < 0 or g is None:
+            raise InputError(
+                f"`levels` is {levels}: expected {self.levels} or more"
+                if more < 0
+                else f"`levels` is {levels}: expected {self.levels}, because levels are correlated"
+            )
+        if len(names) != (0 if self.names is None else more):
+            raise InputError(
+                f"`names` has {len(names)} names: expected "
+                + ("none, as levels have none" if self.names is None else f"{more}, of new levels")
+            )
+        if self.names is not None:
+            self.names = check_labels("names", [*self.names, *names])
+        self.g, self.levels = g, levels
+        self.blup = torch.cat([self.blup, self.blup.new_zeros(more, self.effects)])
+        shape = more, self.effects, self.effects
+        self.variance = torch.cat([self.variance, self.variance.new_zeros(shape)])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # Rows may have brought new levels since; names are not in a checkpoint.
+        kept = state_dict.get(prefix + "blup")
+        levels = 0 if kept is None or self.names is not None else len(kept)
+        if levels > self.levels and self.g_of(levels) is not None:
+            self.grow(levels)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         return f"levels={self.levels}, effects={self.effects}"
+
+
+def known_effect(
+    effect: RandomEffect, name: str, codes: Tensor, z: Tensor, batch: Batch
+) -> KnownEffect:
+    """What is known of a random effect in some rows.
+
+    Args:
+        effect: the random effect.
+        name: its name.
+        codes: (n,) levels, -1 for one that was not seen.
+        z: (n, k) values of the effects in their basis.
+        batch: the rows, with coordinates in ``batch["places"]`` where the effect has them.
+    """
+    known = KnownEffect(codes, z, effect.blup, effect.variance, effect.prior_in_basis)
+    at, kernel = level_places(batch, name, effect.places, len(codes)), kernel_of(effect.g)
+    if at is None or kernel is None or effect.places is None:
+        return known
+    rows = (codes < 0).nonzero()[:, 0]
+    own, mode = at[rows].to(effect.places), "donot_use_mm_for_euclid_dist"
+    distance = torch.cdist(own, effect.places, compute_mode=mode)
+    return replace(known, kriging=Kriging.of(rows, kernel(), kernel.between(distance)))
 
 
 class Effects(nn.ModuleDict):
@@ -251,6 +373,8 @@ def coded_effects(effects: Mapping[str, RandomEffect], batch: Batch, n: int) -> 
     """Codes and values of each random effect in a batch of n rows.
 
     Raises:
-        TypeError, InputError: as :meth:`RandomEffect.coded`.
+        TypeError, InputError: as :meth:`RandomEffect.coded`, or if there are values of another
+            name.
     """
+    check_values(batch, effects)
     return {name: effect.coded(name, batch, n) for name, effect in effects.items()}

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from openreml_nn.covariance import (
     CovariancePropagation,
+    DiagonalMatrix,
     DummyMatrix,
     IdentityMatrix,
     KroneckerProduct,
@@ -27,7 +28,14 @@ __all__ = ["ResidualStructure", "divided", "of_cells", "structure_of", "with_wei
 
 
 class ResidualStructure:
-    """What a model's residual makes of a batch; a module of one's own supplies both methods."""
+    """What a model's residual makes of a batch; a module of one's own supplies both methods.
+
+    Attributes:
+        is_independent: whether rows are independent, so that others can be added to them; False by
+            default.
+    """
+
+    is_independent: bool = False
 
     def operands(self, batch: Batch, n: int) -> dict[str, Matrix]:
         """The covariance R of the residuals of n rows as a sum of (n, n) matrices, each by the
@@ -67,6 +75,8 @@ def structure_of(residual: nn.Module) -> ResidualStructure:
 class _OneVariance(ResidualStructure):
     r"""Independent rows of variance :math:`\sigma^2 / w_i`."""
 
+    is_independent = True
+
     def __init__(self, matrix: Matrix) -> None:
         self.matrix = matrix
 
@@ -101,6 +111,7 @@ class _WithinGroups(ResidualStructure):
 
     def __init__(self, matrix: Matrix) -> None:
         self.matrix = matrix
+        self.is_independent = isinstance(matrix, ScalarMatrix | DiagonalMatrix)
 
     def operands(self, batch: Batch, n: int) -> dict[str, Matrix]:
         size = self.matrix.shape[0]
@@ -132,6 +143,8 @@ class _WithinGroups(ResidualStructure):
 
 class _ByNetwork(ResidualStructure):
     r"""Independent rows of variance :math:`e^{f(x_i)} / w_i`."""
+
+    is_independent = True
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from openreml_nn.likelihood import LaplaceLoss, REMLLoss
 from openreml_nn.likelihood.effects import Coefficients
-from openreml_nn.model.batch import Batch, part, row_values
+from openreml_nn.model.batch import Batch, check_outputs, part, refuse_weights, row_values
 from openreml_nn.model.predictor import Predictor
-from openreml_nn.support.checks import check_tensor, is_finite
-from openreml_nn.support.checks import found as described
+from openreml_nn.result.equations import FixedBasis
+from openreml_nn.support.checks import check_tensor
 from openreml_nn.support.errors import InputError
 
-__all__ = ["check_output", "of_family", "of_gaussian", "remember_family", "remember_gaussian"]
+__all__ = ["of_family", "of_gaussian", "remember_family", "remember_gaussian"]
 
 
 def of_gaussian(output: Tensor, batch: Batch, head: str) -> tuple[Tensor, Tensor]:
@@ -31,7 +31,7 @@ def of_gaussian(output: Tensor, batch: Batch, head: str) -> tuple[Tensor, Tensor
     if y.dim() != 1 or len(y) != n:
         raise InputError(
             f"`y` has shape {tuple(y.shape)} but `mean` yields {n} rows: expected ({n},); "
-            "a column is made a vector by y[:, 0]"
+            "a column is made a vector by y[:, 0], and several are for a model with responses="
         )
     if output.dtype != y.dtype:
         dtype = torch.promote_types(y.dtype, output.dtype)
@@ -56,13 +56,9 @@ def of_family(output: Tensor, batch: Batch, head: str) -> tuple[Tensor, Tensor, 
         InputError: if a part is missing or has weights, or a number is not finite.
     """
     y, n = part(batch, "y"), len(output)
-    if batch.get("weights") is not None:
-        raise InputError(
-            f"`weights` is {described(batch['weights'])} beside a family: expected none, as they "
-            "divide the residual variance of a Gaussian response"
-        )
+    refuse_weights(batch)
     _check_rows(n)
-    check_output(output)
+    check_outputs(output, batch)
     offset = row_values(batch, "offset", n)
     known = output.new_zeros(n) if offset is None else offset.to(output)
     return (y, known, output) if head == "gls" else (y, known + output, None)
@@ -73,9 +69,11 @@ def remember_gaussian(model: Predictor, loss: REMLLoss, y: Tensor, X: Tensor) ->
     objective = loss.objective(y, X)
     evaluation, fixed = objective.evaluate(), objective.problem.fixed
     model.remember(evaluation.random, evaluation.fixed, fixed.aliases)
-    basis = fixed.T.new_zeros(len(fixed.aliases), len(fixed.T))
-    basis[fixed.columns] = fixed.T
-    model.remember_errors(loss.covariance, lambda: (fixed.Q, basis), len(fixed.T))
+    model.remember_errors(
+        loss.covariance,
+        lambda: (torch.cat([fixed.Q, fixed.y[:, None]], 1), FixedBasis.of(fixed)),
+        len(fixed.T),
+    )
 
 
 def remember_family(
@@ -86,24 +84,11 @@ def remember_family(
     p = 0 if X is None else X.shape[1]
     fixed = Coefficients(found.coefficients, found.coefficient_covariance, tuple(range(p)))
     model.remember(found.random, fixed, found.coefficients.new_zeros(p, 0))
-    basis = torch.eye(p).to(found.coefficients)
-    features = found.predictor.new_zeros(len(y), 0) if X is None else X.to(basis)
+    basis = FixedBasis(torch.eye(p).to(found.coefficients), found.coefficients.new_zeros(p))
+    features = found.predictor.new_zeros(len(y), 0) if X is None else X.to(basis.offset)
     model.remember_errors(loss.covariance, lambda: (features, basis), p, found.residual)
 
 
 def _check_rows(n: int) -> None:
     if not n:
         raise InputError("the batch is empty: drop it, or use drop_last=True")
-
-
-def check_output(output: Tensor) -> None:
-    """Refuse what a network has yielded where it is not finite.
-
-    Raises:
-        InputError: if it is not.
-    """
-    if not is_finite(output):
-        raise InputError(
-            "the network's output is not finite: lower the learning rate, clip gradients "
-            "or look for NaN in `x`; expected finite numbers"
-        )

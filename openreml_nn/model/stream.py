@@ -15,6 +15,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.progress import Progress
 from torch import Tensor, distributed
 
@@ -30,7 +31,7 @@ from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.model.mixed_model import MixedModel
 from openreml_nn.model.structures import labels_of, linear_model
 from openreml_nn.model.sums import Parts, Sums
-from openreml_nn.result.equations import Equations
+from openreml_nn.result.equations import Equations, FixedBasis
 from openreml_nn.result.prediction import lowered
 from openreml_nn.support.checks import (
     check_count,
@@ -40,6 +41,7 @@ from openreml_nn.support.checks import (
     check_number,
     check_text,
 )
+from openreml_nn.support.display import plain_console, visible
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import Encoder, TableFile
 from openreml_nn.table.formula import MixedFormula
@@ -156,14 +158,12 @@ class Streamed(Sums):
         for name, B in self.bases.items():
             model.effects()[name].basis = B
         model.remember(at.random, at.fixed, result.fixed.aliases)
-        basis = self.fixed.T.new_zeros(len(result.fixed.aliases), len(self.fixed.T))
-        basis[self.fixed.columns] = self.fixed.T
         variance = model.residual().detach().reshape(())
-        model.joint.update(
+        model.remember_equations(
             [lowered(effect.g).map(Tensor.detach) for effect in model.effects().values()],
             self.statistics.sizes,
             len(self.fixed.T),
-            lambda: Equations.of_statistics(self.statistics, variance, basis),
+            lambda: Equations.of_statistics(self.statistics, variance, FixedBasis.of(self.fixed)),
         )
         return model
 
@@ -220,8 +220,9 @@ def _summed(file: TableFile, encoder: Encoder, rows: int, progress: bool) -> Par
     rank, size = _rank()
     encoder.survey(file.chunks(rows, columns))
     parts = Parts()
-    with Progress(disable=not progress or rank > 0, transient=True) as bar:
-        task = bar.add_task(f"reading {file}", total=file.count())
+    console = plain_console(stderr=True)  # standard output is for results
+    with Progress(console=console, disable=not progress or rank > 0, transient=True) as bar:
+        task = bar.add_task(escape(f"reading {visible(file)}"), total=file.count())
         for i, chunk in enumerate(file.chunks(rows, columns)):
             # The first chunk sets the scale, which all processes must have alike.
             if i % size == rank or parts.scale is None:

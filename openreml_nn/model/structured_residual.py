@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from openreml_nn.covariance import (
     BlockDiagonal,
     CovariancePropagation,
+    DiagonalMatrix,
     DummyMatrix,
     IdentityMatrix,
     KroneckerProduct,
@@ -49,6 +50,9 @@ class ByStratum(nn.Module, ResidualStructure):
         for name in matrices:
             self.names.append(operand_name(name, self.names))
         self.matrices = nn.ModuleList(matrices.values())
+        self.is_independent = all(
+            isinstance(matrix, ScalarMatrix | DiagonalMatrix) for matrix in matrices.values()
+        )
 
     def operands(self, batch: Batch, n: int) -> dict[str, Matrix]:
         cells = part(batch, "residual")
@@ -90,6 +94,8 @@ class ByCovariate(nn.Module, ResidualStructure):
     Args:
         kind: ``"power"`` or ``"exp"``.
     """
+
+    is_independent = True
 
     def __init__(self, kind: str) -> None:
         super().__init__()

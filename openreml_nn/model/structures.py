@@ -26,12 +26,14 @@ from openreml_nn.covariance import (
     KnownInverseMatrix,
     KnownMatrix,
     KroneckerProduct,
+    LinearMatrix,
     MaternMatrix,
     Matrix,
     Pedigree,
+    RationalQuadraticMatrix,
     ScalarMatrix,
     SphericalMatrix,
-    ToeplitzMatrix,
+    StationaryMatrix,
     UnstructuredMatrix,
     factor_analytic,
     heterogeneous,
@@ -44,7 +46,7 @@ from openreml_nn.likelihood.solver import Solver
 from openreml_nn.model.mixed_model import MixedModel
 from openreml_nn.model.random_effect import RandomEffect, independent_levels
 from openreml_nn.model.structured_residual import ByCovariate, ByStratum, WithUnits
-from openreml_nn.result.result import Label
+from openreml_nn.result.parts import RESIDUAL_GROUP, Label
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import (
     Encoded,
@@ -61,9 +63,9 @@ from openreml_nn.table.structure import VARYING
 
 __all__ = [
     "bases_of",
-    "effect_covariance",
     "labels_of",
     "linear_model",
+    "random_effect_of",
     "relations_of",
     "residual_of",
 ]
@@ -127,7 +129,7 @@ def _pedigree(given: Any) -> Pedigree:
 # ---------------------------------------------------------------------- random effects
 
 
-def effect_covariance(design: RandomDesign) -> Matrix:
+def _effect_covariance(design: RandomDesign) -> Matrix:
     r"""The covariance G of a term's effects, level by level, (q k, q k).
 
     :math:`G = K \otimes \Sigma` with Σ (k, k) among the effects of a level and K (q, q) among the
@@ -172,13 +174,15 @@ _KERNELS: dict[str, Callable[..., Matrix]] = {
     "gaussian": GaussianMatrix,
     "matern": MaternMatrix,
     "spherical": SphericalMatrix,
+    "linear": LinearMatrix,
+    "rational": RationalQuadraticMatrix,
     "car1": ContinuousAR1Matrix,
 }
 _LAGGED: dict[str, Callable[[int], Matrix]] = {
     "ar1": AR1Matrix,
     "hetar1": AR1Matrix,
-    "toep": ToeplitzMatrix,
-    "hettoep": ToeplitzMatrix,
+    "toep": StationaryMatrix,
+    "hettoep": StationaryMatrix,
     "arma": ARMAMatrix,
 }
 _OTHER: dict[str, Callable[[int], Matrix]] = {
@@ -282,6 +286,22 @@ def bases_of(designs: Sequence[RandomDesign]) -> dict[str, Tensor]:
     return {name: B for name, B in found.items() if B is not None}
 
 
+def random_effect_of(design: RandomDesign, basis: Tensor | None = None) -> RandomEffect:
+    """The random effect of a term, with the places of its levels where it has such.
+
+    Args:
+        design: the term's rows.
+        basis: see :class:`RandomEffect`.
+    """
+    return RandomEffect(
+        design.levels,
+        _effect_covariance(design),
+        design.effects,
+        basis=basis,
+        places=design.relation.coordinates if isinstance(design.relation, Places) else None,
+    )
+
+
 def linear_model(
     encoded: Encoded,
     method: str = "reml",
@@ -304,8 +324,7 @@ def linear_model(
     """
     bases = bases or {}
     random = {
-        d.name: RandomEffect(d.levels, effect_covariance(d), d.effects, basis=bases.get(d.name))
-        for d in encoded.random
+        design.name: random_effect_of(design, bases.get(design.name)) for design in encoded.random
     }
     residual = residual_of(encoded) if family is None else None
     if residual is not None and residual_variance is not None:
@@ -328,10 +347,10 @@ def labels_of(encoded: Encoded) -> dict[str, Label]:
     """Names for the tables of :func:`fit_reml`, by operand of the tree."""
     found = {d.name: Label(d.group, d.effects, d.levels) for d in encoded.random}
     if encoded.residual is not None:
-        found["residual"] = Label("Residual", encoded.residual.positions, ())
+        found["residual"] = Label(RESIDUAL_GROUP, encoded.residual.positions, ())
         if encoded.residual.nugget:
             # The independent errors are the residual, and what is correlated an effect of the rows.
             cells = _cells(encoded.residual)
             found["residual"] = Label(encoded.residual.text, ("(Intercept)",), cells)
-            found["units"] = Label("Residual", ("",), ())
+            found["units"] = Label(RESIDUAL_GROUP, ("",), ())
     return found

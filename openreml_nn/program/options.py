@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import isfinite
@@ -11,11 +12,11 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from openreml_nn.support.errors import InputError
 
-__all__ = ["Options", "check_typed", "flattened", "quoted", "references"]
+__all__ = ["Options", "by_parameter", "check_typed", "flattened", "quoted", "references"]
 
 #: Options whose values are free text; Hydra's grammar would trip over brackets and bars.
 _TEXT = re.compile(
@@ -23,6 +24,9 @@ _TEXT = re.compile(
     r"|data\.path|checkpoint|resume|path|output|model\.pedigree|model\.kernels\.\w+)=(.*)",
     re.DOTALL,
 )
+#: Sections whose keys are names of covariance parameters, such as ``animal/g/sigma^2``.
+_PARAMETERS = ("model.constraints", "model.starts")
+_PARAMETER = re.compile(r"\+{0,2}(model\.(?:constraints|starts))\.([^=]+)=(.*)", re.DOTALL)
 _CHOICE = re.compile(r"choice\((\s*[\"'].*[\"']\s*)\)", re.DOTALL)
 #: Hydra's own flags; those with a value may have it as the next argument.
 _WITH_VALUE = re.compile(
@@ -44,6 +48,13 @@ def quoted(argument: str) -> str:
     >>> quoted("model.formula=y ~ x + (1 | g)")
     "model.formula='y ~ x + (1 | g)'"
     """
+    parameter = _PARAMETER.fullmatch(argument)
+    if parameter:
+        section, name, value = parameter.groups()
+        # Hydra's grammar has no '/' and '^' in a key, see by_parameter().
+        name = re.sub(r"[^\w$]", lambda found: f"${ord(found[0]):02X}", name)
+        argument = f"++{section}.{name}={value}"
+        return argument if _parses(argument) else f"++{section}.{name}='{value}'"
     if argument.startswith("model.kernels."):
         argument = f"++{argument}"  # a name of the user's own, which no config has
     found = _TEXT.fullmatch(argument)
@@ -59,6 +70,22 @@ def quoted(argument: str) -> str:
     text = re.sub(r"(\\*)'", r"\1\1\\'", found[2])
     trailing = len(text) - len(text.rstrip("\\"))
     return f"{argument[: found.start(2)]}'{text}{chr(92) * trailing}'"
+
+
+def by_parameter(config: DictConfig) -> DictConfig:
+    """A config in which the names of covariance parameters are spelled as results spell them; in
+    an override :func:`quoted` has encoded what Hydra does not take in a key."""
+    found = copy.deepcopy(config)
+    with open_dict(found):
+        for section in _PARAMETERS:
+            node = OmegaConf.select(found, section)
+            if isinstance(node, DictConfig) and node:
+                named = {
+                    re.sub(r"\$([0-9A-F]{2})", lambda x: chr(int(x[1], 16)), str(key)): value
+                    for key, value in node.items()
+                }
+                OmegaConf.update(found, section, named, merge=False)
+    return found
 
 
 def check_typed(arguments: Sequence[str]) -> None:
@@ -231,11 +258,20 @@ _STRUCTURE: _Kind = (
     lambda v: v is None or isinstance(v, str) or _is_node(v),
     "a structure such as ar1(time | group), a config with _target_, or null",
 )
-_SECTION: _Kind = (lambda v: v is None or OmegaConf.is_dict(v), "a config, or null")
+_PATHS: _Kind = (
+    lambda v: v is None or (OmegaConf.is_dict(v) and all(isinstance(p, str) for p in v.values())),
+    "paths of known matrices by name; a covariance by distance stands in the formula, such as "
+    "(1 | matern(east, north))",
+)
+_BY_PARAMETER: _Kind = (
+    lambda v: v is None or OmegaConf.is_dict(v),
+    "values by names of parameters, or null",
+)
 #: What options must be that reach no class of ours through ``_target_``, which checks its own.
 _KINDS: dict[str, _Kind] = {
     "seed": _SEED,
     "profile": _FLAG_KIND,
+    "heritability": _NAME,
     "resume": _NAME,
     "trainer": _NODE,
     "trainer.max_epochs": _COUNT,
@@ -262,8 +298,10 @@ _KINDS: dict[str, _Kind] = {
     "model.weights": _NAME,
     "model.head": _TEXT_KIND,
     "model.network": _NODE,
-    "model.kernels": _SECTION,
+    "model.kernels": _PATHS,
     "model.pedigree": _NAME,
+    "model.constraints": _BY_PARAMETER,
+    "model.starts": _BY_PARAMETER,
     "model.training": _TEXT_OR_NONE,
     "model.rows": _COUNT,
     "model.scheduler": _NODE_OR_NONE,

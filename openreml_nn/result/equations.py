@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.problem import cholesky
 from openreml_nn.likelihood.residual import BlockResidual, Residual
 from openreml_nn.likelihood.system.products import Pattern, Products, Statistics
@@ -16,10 +17,37 @@ from openreml_nn.terms.covariance import DiagonalCovariance, RepeatedCovariance
 from openreml_nn.terms.design import DenseDesign, Design, IndexedDesign
 from openreml_nn.terms.term import Term
 
-__all__ = ["Equations"]
+__all__ = ["Equations", "FixedBasis"]
 
 #: A covariance of the residuals without blocks is not formed for more rows.
 _MOST_ROWS = 5_000
+
+
+@dataclass(frozen=True)
+class FixedBasis:
+    r"""How the fixed part is held: the equations have :math:`Q = X \cdot` ``basis``, whose columns are
+    orthonormal for the rows of a fit, and :math:`y - X b`.
+
+    Attributes:
+        basis: (p, r), X with all its columns.
+        offset: b (p,).
+    """
+
+    basis: Tensor
+    offset: Tensor
+
+    @classmethod
+    def of(cls, fixed: FixedPart) -> FixedBasis:
+        """That of a fixed part."""
+        p = len(fixed.aliases)
+        basis, offset = fixed.T.new_zeros(p, len(fixed.T)), fixed.T.new_zeros(p)
+        basis[fixed.columns], offset[fixed.columns] = fixed.T.detach(), fixed.offset.detach()
+        return cls(basis, offset)
+
+    @classmethod
+    def none(cls, like: Tensor) -> FixedBasis:
+        """Without coefficients."""
+        return cls(like.new_zeros(0, 0), like.new_zeros(0))
 
 
 @dataclass(frozen=True)
@@ -29,19 +57,27 @@ class Equations:
     Attributes:
         sizes: levels and effects of each random term.
         pattern: which levels of two terms meet.
-        products: cross-products of the terms, and of Q.
-        basis: (p, r) :math:`Q = X \cdot` ``basis``, whose columns are orthonormal, X with all its
-            columns.
+        products: cross-products of the terms, and of the columns [Q | y - X b]; without the last
+            where there is no Gaussian response.
+        fixed: what Q and b are.
+        rows: how many there are.
+        log_det: :math:`\log|R|`.
     """
 
     sizes: Sequence[tuple[int, int]]
     pattern: Pattern
     products: Products
-    basis: Tensor
+    fixed: FixedBasis
+    rows: int
+    log_det: float
 
     @classmethod
     def of(
-        cls, designs: Sequence[IndexedDesign], residual: Sequence[Term], Q: Tensor, basis: Tensor
+        cls,
+        designs: Sequence[IndexedDesign],
+        residual: Sequence[Term],
+        f: Tensor,
+        fixed: FixedBasis,
     ) -> Equations | None:
         """Those of some rows; None for residuals that are correlated over more than 5,000 rows in
         no known blocks.
@@ -49,22 +85,42 @@ class Equations:
         Args:
             designs: of each random term.
             residual: the terms of the residuals.
-            Q, basis: X in an orthonormal basis (n, r), and the basis (p, r).
+            f: the columns of the fixed part, see above.
+            fixed: what they are.
         """
-        white = _whitened(designs, residual, Q)
+        white = _whitened(designs, residual, f)
         if white is None:
             return None
-        pattern = Pattern.of(white[0])
+        found, f, log_det = white
+        pattern = Pattern.of(found)
         sizes = [(design.levels, design.effects) for design in designs]
-        return cls(sizes, pattern, pattern.products(*white), basis)
+        return cls(sizes, pattern, pattern.products(found, f), fixed, len(f), log_det)
 
     @classmethod
-    def of_statistics(cls, statistics: Statistics, variance: Tensor, basis: Tensor) -> Equations:
+    def of_statistics(
+        cls, statistics: Statistics, variance: Tensor, fixed: FixedBasis
+    ) -> Equations:
         """Those of cross-products of rows of one residual variance, that of a weight of 1."""
         pattern, found = statistics.ordered(range(len(statistics.sizes)))
         zz = {pair: value / variance for pair, value in found.zz.items()}
-        zf = [part / variance for part in found.zf]
-        return cls(statistics.sizes, pattern, Products(zz, zf, found.ff / variance), basis)
+        products = Products(zz, [part / variance for part in found.zf], found.ff / variance)
+        log_det = statistics.log_det + statistics.rows * float(variance.log())
+        return cls(statistics.sizes, pattern, products, fixed, statistics.rows, log_det)
+
+    @property
+    def has_response(self) -> bool:
+        """Whether y is among the columns."""
+        return len(self.products.ff) > self.fixed.basis.shape[1]
+
+    def statistics(self) -> Statistics | None:
+        """The cross-products as they add up over rows; None where levels have no cells, because
+        the residuals of rows of different levels are correlated."""
+        cells = {}
+        for pair, found in self.pattern.cells.items():
+            if found is None:
+                return None
+            cells[pair] = (found.a, found.b)
+        return Statistics(list(self.sizes), cells, self.products, self.rows, self.log_det)
 
     def between(self, t: int, u: int) -> tuple[Tensor, Tensor, Tensor]:
         """Level of t, column of u and entry (cells, k_t) of each product of the two."""
@@ -110,22 +166,24 @@ class Equations:
 
 
 def _whitened(
-    designs: Sequence[IndexedDesign], residual: Sequence[Term], Q: Tensor
-) -> tuple[list[Design], Tensor] | None:
-    """Designs and Q of rows that R makes independent and of variance 1."""
-    terms = [term.to(Q.dtype) for term in residual]
+    designs: Sequence[IndexedDesign], residual: Sequence[Term], f: Tensor
+) -> tuple[list[Design], Tensor, float] | None:
+    """Designs and f of rows that R makes independent and of variance 1, and the logarithm of its
+    determinant."""
+    terms = [term.to(f.dtype) for term in residual]
     try:
         R = _blocks(terms)
     except InputError:
-        return None if len(Q) > _MOST_ROWS else _whitened_densely(designs, terms, Q)
+        return None if len(f) > _MOST_ROWS else _whitened_densely(designs, terms, f)
     matrices = R.matrices(terms)
     if R.moves:
         white = R.white(matrices)
-        within = [d if R.is_within(d.codes) else DenseDesign(d.dense(Q)) for d in designs]
-        return [white.design(design) for design in within], white.rows(Q)
+        within = [d if R.is_within(d.codes) else DenseDesign(d.dense(f)) for d in designs]
+        return [white.design(design) for design in within], white.rows(f), float(white.log_det)
     scale = matrices[0].reshape(()).rsqrt()
     white = R.white([torch.ones_like(matrices[0])])
-    return [_times(white.design(d), scale, Q) for d in designs], scale * white.rows(Q)
+    log_det = float(white.log_det - 2 * len(f) * scale.log())
+    return [_times(white.design(d), scale, f) for d in designs], scale * white.rows(f), log_det
 
 
 def _blocks(terms: Sequence[Term]) -> Residual:
@@ -150,9 +208,10 @@ def _times(design: Design, scale: Tensor, like: Tensor) -> Design:
 
 
 def _whitened_densely(
-    designs: Sequence[IndexedDesign], terms: Sequence[Term], Q: Tensor
-) -> tuple[list[Design], Tensor]:
+    designs: Sequence[IndexedDesign], terms: Sequence[Term], f: Tensor
+) -> tuple[list[Design], Tensor, float]:
     L = cholesky(torch.stack([term.dense() for term in terms]).sum(0), "R")
-    rows = [torch.linalg.solve_triangular(L, d.dense(Q), upper=False) for d in designs]
+    rows = [torch.linalg.solve_triangular(L, d.dense(f), upper=False) for d in designs]
     found: list[Design] = [DenseDesign(row) for row in rows]
-    return found, torch.linalg.solve_triangular(L, Q, upper=False)
+    log_det = 2 * float(L.diagonal().log().sum())
+    return found, torch.linalg.solve_triangular(L, f, upper=False), log_det

@@ -20,21 +20,22 @@ Reference:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from collections.abc import Callable, Mapping, Sequence
+from math import log, pi
+from typing import Any, NamedTuple, Self
 
 import torch
-from scipy.sparse import csr_array
 from torch import Tensor, nn
 
 from openreml_nn.likelihood.problem import cholesky
+from openreml_nn.result.cells import LevelCells
 from openreml_nn.result.equations import Equations
+from openreml_nn.result.places import PlacedDesign
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import RepeatedCovariance
 from openreml_nn.terms.design import IndexedDesign
 
-__all__ = ["JointErrors"]
+__all__ = ["JointErrors", "Solution", "solution_of"]
 
 
 class JointErrors(nn.Module):
@@ -71,6 +72,7 @@ class JointErrors(nn.Module):
         super().__init__()
         self.most_columns, self.most_numbers = most_columns, most_numbers
         none = torch.zeros(0, dtype=torch.float64)
+        self.log_det = none.new_zeros(())  # of the effects' system, of the last update
         self._pending: tuple[Sequence[Covariance], Callable[[], Equations | None]] | None = None
         self.register_buffer("is_known", torch.tensor(False))
         self.register_buffer("is_exact", torch.tensor(False))
@@ -118,7 +120,7 @@ class JointErrors(nn.Module):
         if equations is None:
             return
         widths = [levels * k for levels, k in equations.sizes]
-        like, r = equations.products.ff, equations.basis.shape[1]
+        like, r = equations.products.ff, equations.fixed.basis.shape[1]
         free = [
             width if _is_free(g) and equations.is_blocked(t) else 0
             for t, (width, g) in enumerate(zip(widths, covariances, strict=True))
@@ -139,25 +141,32 @@ class JointErrors(nn.Module):
         S[q:, q:] = like[:r, :r]
         upper = S.triu(1)
         S = upper + upper.mT + torch.diag(S.diagonal())
-        conditional, cells = like.new_zeros(0, 0, 0), _Cells.none(like)
+        conditional, cells, log_det = (
+            like.new_zeros(0, 0, 0),
+            LevelCells.none(like),
+            like.new_zeros(()),
+        )
         if first >= 0:
             levels, k = equations.sizes[first]
-            conditional = _conditional(roots[first].blocks(levels, k), equations.own(first))
-            cells = _Cells.of(equations, first, rest)
+            conditional, log_det = _conditional(
+                roots[first].blocks(levels, k), equations.own(first)
+            )
+            cells = LevelCells.of(equations, first, rest)
             moved = cells.times(conditional)
             S = S - cells.inner(moved, q + r, self.most_numbers)
             cells = moved
-        self.covariance = _left(S, [roots[t] for t in rest], [widths[t] for t in rest])
+        self.covariance, more = _left(S, [roots[t] for t in rest], [widths[t] for t in rest])
+        self.log_det = log_det + more
         self.starts, self.columns, self.entries = cells.starts, cells.columns, cells.entries
         self.first.fill_(first)
         # Levels that no prediction asks for, as of rows of no known one, have columns too.
         place = dict(zip(rest, starts, strict=True))
         offsets = torch.tensor([place.get(t, 0) for t in range(len(free))], dtype=torch.long)
         self.offsets = offsets.to(like.device)
-        self.conditional, self.basis = conditional, equations.basis
+        self.conditional, self.basis = conditional, equations.fixed.basis
         self.is_exact.fill_(True)
 
-    def variance(self, designs: Sequence[IndexedDesign], X: Tensor) -> Tensor:
+    def variance(self, designs: Sequence[IndexedDesign | PlacedDesign], X: Tensor) -> Tensor:
         """Variance of the error of :math:`x^\\top\\hat\\beta + z^\\top\\hat b` of some rows (n,).
 
         Args:
@@ -172,12 +181,17 @@ class JointErrors(nn.Module):
         ]
         return torch.cat(parts) if parts else X.new_zeros(0)
 
-    def _some(self, designs: Sequence[IndexedDesign], X: Tensor) -> Tensor:
+    def _some(self, designs: Sequence[IndexedDesign | PlacedDesign], X: Tensor) -> Tensor:
         C, first, n = self.covariance, int(self.first), len(X)
         w = C.new_zeros(n, len(C))
         rows = torch.arange(n, device=X.device)
         found = C.new_zeros(n)
         for i, design in enumerate(designs):
+            if isinstance(design, PlacedDesign):
+                own = design.combinations(C)
+                at = self.offsets[i] + torch.arange(own.shape[1], device=X.device)
+                w[design.kriging.rows[:, None], at] += own
+                design = design.levels
             z = C.new_ones(n, 1) if design.values is None else design.values.to(C)
             k = torch.arange(design.effects, device=X.device)
             at = design.codes[:, None] * design.effects + k
@@ -222,13 +236,69 @@ class JointErrors(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
+class Solution(NamedTuple):
+    """What equations with y say.
+
+    Attributes:
+        values: BLUPs of each random term, (levels, k).
+        variances: their prediction-error variances, (levels, k, k).
+        coefficients: (p,) of X with all its columns.
+        covariance: (p, p) of the coefficients.
+        log_likelihood: by method, ``"ml"`` and ``"reml"``.
+    """
+
+    values: list[Tensor]
+    variances: list[Tensor]
+    coefficients: Tensor
+    covariance: Tensor
+    log_likelihood: Mapping[str, float]
+
+
+@torch.no_grad()
+def solution_of(joint: JointErrors, equations: Equations) -> Solution:
+    """What equations with y say, by their joint covariance, which is exact."""
+    C, first = joint.covariance, int(joint.first)
+    M = LevelCells(joint.starts, joint.columns, joint.entries)
+    (zf, ff), basis = (equations.products.zf, equations.products.ff), equations.fixed.basis
+    r = basis.shape[1]
+    rest = [t for t in range(len(zf)) if t != first]
+    right = torch.cat([*(zf[t][:, -1] for t in rest), ff[:r, -1]])
+    square = ff[-1, -1]
+    values, variances = [], []
+    if first >= 0:
+        own = zf[first][:, -1].unflatten(0, equations.sizes[first])
+        alone = (joint.conditional @ own[:, :, None])[:, :, 0]
+        square = square - (own * alone).sum()
+        right = right - M.t_times(own, len(C))
+    found = C @ right
+    for t, (levels, k) in enumerate(equations.sizes):
+        if t == first:
+            values.append(alone - M.times_vector(found))
+            variances.append(joint.conditional + M.sandwich(C, joint.most_numbers))
+            continue
+        at = int(joint.offsets[t]) + torch.arange(levels * k, device=C.device).reshape(levels, k)
+        values.append(found[at])
+        variances.append(C[at[:, :, None], at[:, None, :]])
+    m = len(C) - r
+    gamma, spread = found[m:], C[m:, m:]
+    full = float(joint.log_det) + equations.log_det + float(square - right @ found)
+    # The coefficients are those of X, of which Q is a multiple.
+    T = basis[basis.abs().sum(1) > 0]
+    fixed = -float(torch.linalg.slogdet(spread)[1] + 2 * torch.linalg.slogdet(T)[1])
+    n = equations.rows * log(2 * pi)
+    likelihood = {"ml": -(n + full) / 2, "reml": -(n - r * log(2 * pi) + full + fixed) / 2}
+    beta, covariance = equations.fixed.offset + basis @ gamma, basis @ spread @ basis.mT
+    return Solution(values, variances, beta, covariance, likelihood)
+
+
 def _is_free(g: Covariance) -> bool:
     """Whether levels are known to be independent."""
     return isinstance(g, RepeatedCovariance)
 
 
-def _left(S: Tensor, roots: Sequence[Covariance], widths: Sequence[int]) -> Tensor:
-    """C from what the first factor leaves of the equations."""
+def _left(S: Tensor, roots: Sequence[Covariance], widths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """C from what the first factor leaves of the equations, and the logarithm of the determinant of
+    its system."""
     q = sum(widths)
 
     def by_root(x: Tensor, transpose: bool) -> Tensor:
@@ -247,11 +317,13 @@ def _left(S: Tensor, roots: Sequence[Covariance], widths: Sequence[int]) -> Tens
     spread = torch.cholesky_inverse(cholesky(S[q:, q:] - S[:q, q:].mT @ T, "X' V^-1 X"))
     cross = -T @ spread
     top = torch.cat([N - cross @ T.mT, cross], 1)
-    return torch.cat([top, torch.cat([cross.mT, spread], 1)])
+    found = torch.cat([top, torch.cat([cross.mT, spread], 1)])
+    return found, 2 * L.diagonal().log().sum()
 
 
-def _conditional(root: Tensor, own: Tensor) -> Tensor:
-    """P of each level (levels, k, k): the covariance of its effects, given all others.
+def _conditional(root: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """P of each level (levels, k, k): the covariance of its effects, given all others; and the
+    logarithm of the determinant of their system.
 
     Args:
         root: of the covariance of each level, or of all.
@@ -261,77 +333,4 @@ def _conditional(root: Tensor, own: Tensor) -> Tensor:
     inner = root.mT @ own @ root + torch.eye(k, dtype=own.dtype, device=own.device)
     L = cholesky(inner, "V")
     half = torch.linalg.solve_triangular(L, root.mT.expand_as(L), upper=False)
-    return half.mT @ half
-
-
-@dataclass(frozen=True)
-class _Cells:
-    """The levels of the first factor with the columns of the rest that they meet.
-
-    Attributes:
-        starts: (levels + 1,) where the cells of each level start.
-        columns: (cells,) column of each.
-        entries: (cells, k) products of the level's k effects with the column.
-    """
-
-    starts: Tensor
-    columns: Tensor
-    entries: Tensor
-
-    @classmethod
-    def none(cls, like: Tensor) -> _Cells:
-        whole = torch.zeros(1, dtype=torch.long, device=like.device)
-        return cls(whole, whole[:0], like.new_zeros(0, 0))
-
-    @classmethod
-    def of(cls, equations: Equations, first: int, rest: Sequence[int]) -> _Cells:
-        r""":math:`Z_1^\top R^{-1} [Z_2 | Q]`."""
-        (levels, k), r = equations.sizes[first], equations.basis.shape[1]
-        products = equations.products
-        start = sum(levels * k for levels, k in (equations.sizes[u] for u in rest))
-        width = start + r
-        # Each level meets all columns of Q.
-        level = torch.arange(levels, device=products.ff.device)
-        keys = [(level[:, None] * width + start + torch.arange(r, device=level.device)).flatten()]
-        entries = [products.zf[first][:, :r].unflatten(0, (levels, k)).mT.flatten(0, 1)]
-        start = 0
-        for u in rest:
-            own, column, values = equations.between(first, u)
-            keys.append(own * width + start + column)
-            entries.append(values)
-            start += equations.sizes[u][0] * equations.sizes[u][1]
-        order = torch.cat(keys).argsort()
-        key = torch.cat(keys)[order]
-        count = torch.bincount(key // width, minlength=levels) if width else level.new_zeros(levels)
-        starts = torch.cat([level.new_zeros(1), count.cumsum(0)])
-        return cls(starts, key % width if width else key, torch.cat(entries)[order])
-
-    def levels(self) -> Tensor:
-        """Level of each cell."""
-        lengths = self.starts[1:] - self.starts[:-1]
-        return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
-
-    def times(self, P: Tensor) -> _Cells:
-        """Each level's entries times its block of P."""
-        moved = (P[self.levels()] @ self.entries[:, :, None])[:, :, 0]
-        return _Cells(self.starts, self.columns, moved)
-
-    def inner(self, other: _Cells, width: int, most_numbers: int) -> Tensor:
-        """The product of the transpose with another of the same cells, (width, width)."""
-        levels, k = len(self.starts) - 1, self.entries.shape[1]
-        if levels * k * width <= most_numbers:
-            a, b = (x.entries.new_zeros(levels, width, k) for x in (self, other))
-            at = (self.levels(), self.columns)
-            a[at], b[at] = self.entries, other.entries
-            return a.movedim(1, -1).flatten(0, 1).mT @ b.movedim(1, -1).flatten(0, 1)
-        left, right = (x.sparse(width) for x in (self, other))
-        return torch.as_tensor((left.T @ right).toarray()).to(self.entries)
-
-    def sparse(self, width: int) -> csr_array:
-        """As a matrix (levels · k, width)."""
-        level, k = self.levels()[:, None], self.entries.shape[1]
-        row = level * k + torch.arange(k, device=level.device)
-        column = self.columns[:, None].expand(row.shape)
-        at = tuple(x.flatten().numpy(force=True) for x in (row, column))
-        shape = ((len(self.starts) - 1) * k, width)
-        return csr_array((self.entries.flatten().numpy(force=True), at), shape=shape)
+    return half.mT @ half, 2 * L.diagonal(dim1=1, dim2=2).log().sum()

@@ -13,7 +13,19 @@ from torch import Tensor
 from openreml_nn.covariance import Matrix
 from openreml_nn.likelihood.fixed import estimable
 
-__all__ = ["Component", "Estimate", "FixedEffects", "Label", "Record", "Source", "Start"]
+__all__ = [
+    "RESIDUAL_GROUP",
+    "Component",
+    "Estimate",
+    "FixedEffects",
+    "Label",
+    "Record",
+    "Source",
+    "Start",
+]
+
+#: What stands for a grouping factor in the residual's component.
+RESIDUAL_GROUP = "Residual"
 
 
 class Label(NamedTuple):
@@ -31,6 +43,11 @@ class Label(NamedTuple):
     effects: Sequence[str]
     levels: Sequence[str]
     basis: Tensor | None = None
+
+    @property
+    def is_residual(self) -> bool:
+        """Whether it is that of the residual: a grouping factor of this name has levels."""
+        return self.group == RESIDUAL_GROUP and not self.levels
 
 
 @dataclass(frozen=True)
@@ -79,6 +96,11 @@ class Component:
     std_error: Tensor
     singular: bool = False
     vanished: tuple[str, ...] = ()
+
+    @property
+    def is_residual(self) -> bool:
+        """Whether it is the residual's: a grouping factor of this name has levels."""
+        return self.group == RESIDUAL_GROUP and not self.levels
 
     @property
     def std_dev(self) -> Tensor:

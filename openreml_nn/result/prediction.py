@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import log
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import Tensor
 from openreml_nn.covariance import Matrix
 from openreml_nn.families import Family
 from openreml_nn.result.joint import JointErrors
+from openreml_nn.result.places import Kriging, PlacedDesign
 from openreml_nn.support.checks import check_instance, check_number
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import DenseCovariance, RepeatedCovariance, ScaledCovariance
@@ -27,6 +27,7 @@ __all__ = [
     "Prediction",
     "log_predictive",
     "lowered",
+    "moved",
     "normal_interval",
     "on_response",
     "predict_table",
@@ -39,7 +40,7 @@ _NODES = 41
 
 
 class Prediction(NamedTuple):
-    """Predictions of some rows, (n,) each.
+    """Predictions of some rows, (n,) each; of several responses (n, t).
 
     Attributes:
         mean: with the random effects of the levels that are known.
@@ -64,6 +65,8 @@ class KnownEffect:
         values: (q, k) BLUPs.
         variances: (q, k, k) their prediction-error variances.
         prior: yields the covariance (k, k) of the effects of a level that was not seen.
+        kriging: rows of levels that were not seen, at places among those of the levels; None for
+            none.
     """
 
     codes: Tensor
@@ -71,6 +74,7 @@ class KnownEffect:
     values: Tensor
     variances: Tensor
     prior: Callable[[], Tensor]
+    kriging: Kriging | None = None
 
 
 def predicted(
@@ -85,7 +89,9 @@ def predicted(
 
     The error of :math:`x^\top\hat\beta + \sum_t z_t^\top \hat b_t` has the variance that the joint
     covariance of coefficients and BLUPs gives it; a level that was not seen adds :math:`z^\top G z`, and
-    the residual its own variance. Before there were data, every level is one that was not seen.
+    the residual its own variance. A place among those of the levels adds what the levels leave of
+    that; where the joint covariance is not at hand, all of it. Before there were data, every level is
+    one that was not seen.
 
     Args:
         population: (n,) the mean without random effects.
@@ -96,32 +102,38 @@ def predicted(
         residual: (n,) variances of the residuals.
     """
     mean, variance = population, residual.to(population)
-    designs = []
+    designs: list[IndexedDesign | PlacedDesign] = []
+    errors.settle()
     for effect in effects:
         z = effect.z.to(mean)
         known = (effect.codes >= 0)[:, None]
         b = torch.where(known, effect.values[effect.codes.clamp(min=0)].to(z), 0)
+        part = torch.ones_like(mean)  # of the prior variance, that is not of known levels
+        if (kriging := effect.kriging) is not None and bool(errors.is_known):
+            b[kriging.rows] = kriging.weights.to(z) @ effect.values.to(z)
+            if bool(errors.is_exact):
+                part[kriging.rows] = kriging.left.to(z)
         mean = mean + (z * b).sum(1)
         unseen = (effect.codes < 0) | ~errors.is_known
         if bool(unseen.any()):
             prior = torch.einsum("nk,kl,nl->n", z, effect.prior().to(z), z)
-            variance = variance + torch.where(unseen, prior, 0)
+            variance = variance + torch.where(unseen, part * prior, 0)
         levels = len(effect.values)
-        designs.append(IndexedDesign(torch.where(unseen, -1, effect.codes), z, levels))
+        design = IndexedDesign(torch.where(unseen, -1, effect.codes), z, levels)
+        designs.append(design if kriging is None else PlacedDesign(design, kriging, z))
     return Prediction(
         mean, variance + _error_variance(designs, X, spread, effects, errors), population
     )
 
 
 def _error_variance(
-    designs: Sequence[IndexedDesign],
+    designs: Sequence[IndexedDesign | PlacedDesign],
     X: Tensor,
     spread: Tensor,
     effects: Sequence[KnownEffect],
     errors: JointErrors,
 ) -> Tensor:
     """Variance of the error of the coefficients and of the BLUPs of known levels (n,)."""
-    errors.settle()
     if bool(errors.is_exact):
         return errors.variance(designs, X).to(X)
     if bool(errors.is_known):
@@ -132,7 +144,8 @@ def _error_variance(
             stacklevel=4,
         )
     found = torch.einsum("np,pq,nq->n", X, spread.to(X), X)
-    for design, effect in zip(designs, effects, strict=True):
+    for each, effect in zip(designs, effects, strict=True):
+        design = each.levels if isinstance(each, PlacedDesign) else each
         assert design.values is not None
         own = effect.variances[design.codes].to(X)
         found = found + torch.einsum("nk,nkl,nl->n", design.values, own, design.values)
@@ -151,7 +164,8 @@ def predict_table(
         level: of ``low`` and ``high``, see :meth:`openreml_nn.MixedModel.interval`.
 
     Returns:
-        A data frame with the columns ``mean``, ``variance``, ``population_mean``, ``low``, ``high``.
+        A data frame with the columns ``mean``, ``variance``, ``population_mean``, ``low``, ``high``,
+        for several responses ``trait`` before them and a row for each response.
 
     Raises:
         InputError: if a column is missing, or a level of a factor of the fixed effects is unknown.
@@ -160,16 +174,17 @@ def predict_table(
     check_instance("table", table, pd.DataFrame, "a data frame")
     check_number("level", level, above=0, below=1)
     encoded = encoder.transform(table)
-    found, low, high = model.interval(_moved(encoded.batch(), model.beta.device), level)
+    found, low, high = model.interval(moved(encoded.batch(), model.beta.device), level)
     columns = {**found._asdict(), "low": low, "high": high}
     values = {name: value.double().numpy(force=True) for name, value in columns.items()}
-    return pd.DataFrame(values, index=table.index[encoded.rows])
+    trait = {} if encoded.trait is None else {"trait": encoded.trait}
+    return pd.DataFrame(trait | values, index=table.index[encoded.rows])
 
 
-def _moved(x: Any, device: torch.device) -> Any:
+def moved(x: Any, device: torch.device) -> Any:
     """The tensors of a batch on a device."""
     if isinstance(x, Mapping):
-        return {key: _moved(item, device) for key, item in x.items()}
+        return {key: moved(item, device) for key, item in x.items()}
     return x.to(device)
 
 
@@ -197,9 +212,7 @@ def normal_interval(mean: Tensor, variance: Tensor, level: float = 0.95) -> tupl
     return mean - half, mean + half
 
 
-def on_response(
-    family: Family, found: Prediction, effects: Sequence[KnownEffect], level: float
-) -> tuple[Prediction, Tensor, Tensor]:
+def on_response(family: Family, found: Prediction, effects: Sequence[KnownEffect]) -> Prediction:
     r"""Predictions of the linear predictor on the scale of the response.
 
     With :math:`a \sim N(\hat\eta, v)` the mean is :math:`E\,\mu(a)`, and the variance of a new
@@ -210,12 +223,7 @@ def on_response(
         family: of the response.
         found: of the linear predictor.
         effects: of each random effect.
-        level: probability that the mean of a row is within the interval.
-
-    Returns:
-        The predictions, and the lower and upper ends of intervals for the mean of a row.
     """
-    check_number("level", level, above=0, below=1)
     prior = torch.zeros_like(found.variance)
     for effect in effects:
         z = effect.z.to(prior)
@@ -223,8 +231,7 @@ def on_response(
     mean, square = _expected(family, found.mean, found.variance)
     variance = square - mean * mean
     population, _ = _expected(family, found.population_mean, prior)
-    low, high = (family.mean(end) for end in normal_interval(found.mean, found.variance, level))
-    return Prediction(mean, variance.clamp(min=0), population), low, high
+    return Prediction(mean, variance.clamp(min=0), population)
 
 
 def log_predictive(family: Family, y: Tensor, found: Prediction) -> Tensor:
@@ -238,23 +245,27 @@ def log_predictive(family: Family, y: Tensor, found: Prediction) -> Tensor:
     """
     spread = found.variance.clamp(min=0).sqrt()
     parts = [
-        log(weight) + family.log_density(y, found.mean + node * spread)
-        for node, weight in _hermite()
+        weight.log() + family.log_density(y, found.mean + node * spread)
+        for node, weight in _hermite(spread)
     ]
     return torch.logsumexp(torch.stack(parts), 0)
 
 
-def _hermite() -> Iterator[tuple[float, float]]:
-    """Nodes and weights of the expectation over a standard normal variable."""
+def _hermite(like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Nodes and weights of the expectation over a standard normal variable, () each.
+
+    They are tensors because an export to ONNX rounds Python's numbers to single precision.
+    """
     nodes, weights = np.polynomial.hermite_e.hermegauss(_NODES)
-    return zip(nodes.tolist(), (weights / weights.sum()).tolist(), strict=True)
+    found = torch.tensor([nodes.tolist(), (weights / weights.sum()).tolist()], dtype=torch.float64)
+    return zip(*found.to(like), strict=True)
 
 
 def _expected(family: Family, eta: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     """The expectation of the response and of its square for a normal predictor."""
     spread = variance.clamp(min=0).sqrt()
     mean, square = torch.zeros_like(eta), torch.zeros_like(eta)
-    for node, weight in _hermite():
+    for node, weight in _hermite(spread):
         a = eta + node * spread
         own = family.mean(a)
         mean = mean + weight * own

@@ -21,16 +21,21 @@ def to_record(result: FitValues, validation: Mapping[str, float] | None = None) 
         result: the fit.
         validation: metrics of rows that were held out, by name.
     """
-    random = [c for c in result.components if c.group != "Residual"]
+    random = [c for c in result.components if not c.is_residual]
     return _finite(
         {
             "schema": 1,
-            "model": {"formula": result.formula, "method": result.method, **_family(result)},
+            "model": {
+                "formula": result.formula,
+                "method": result.method,
+                **_family(result),
+                **({"constraints": dict(result.constraints)} if result.constraints else {}),
+            },
             "data": {
                 "rows": result.rows,
                 "dropped_rows": result.dropped_rows,
                 "fixed_effects": len(result.fixed.names),
-                "groups": {c.group: len(c.levels) for c in random},
+                "groups": result.groups,
             },
             "fit": {
                 "converged": result.converged,

@@ -22,6 +22,7 @@ from openreml_nn.result.parts import (
 from openreml_nn.result.prediction import predict_table
 from openreml_nn.result.record import to_record
 from openreml_nn.result.summary import summarise
+from openreml_nn.result.update import with_rows
 from openreml_nn.result.values import FitValues
 from openreml_nn.support.checks import check_instance
 from openreml_nn.support.errors import InputError
@@ -30,12 +31,17 @@ from openreml_nn.support.files import check_writable, write_text
 __all__ = ["Component", "Estimate", "FixedEffects", "Label", "Record", "Result", "Source", "Start"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result(FitValues):
     """A fitted mixed model, linear or generalised, with predictions, text and JSON.
 
     Its attributes are those of :class:`openreml_nn.result.values.FitValues`.
     """
+
+    def __repr__(self) -> str:
+        """The fit in a line: what was fitted to what, and how well."""
+        names = ("formula", "method", "log_likelihood", "rows", "groups", "converged")
+        return f"Result({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     def predict(self, table: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
         r"""Predictions of new observations for a table, on the scale of the formula's left side.
@@ -58,7 +64,8 @@ class Result(FitValues):
 
         Returns:
             A data frame with the table's index and the columns ``mean``, ``variance``,
-            ``population_mean``, ``low`` and ``high``; rows with missing values are left out.
+            ``population_mean``, ``low`` and ``high``; rows with missing values are left out. For
+            ``cbind(y1, y2)`` each row has one row for every response, named in a column ``trait``.
 
         Raises:
             InputError: if there is no formula, a column is missing, or a level of a factor of the
@@ -73,6 +80,47 @@ class Result(FitValues):
                 "formula; a model without one predicts by MixedModel.predict(batch)"
             )
         return predict_table(self.encoder, self.model, table, level)
+
+    def update(self, table: pd.DataFrame) -> Result:
+        r"""The result with more rows, at the same parameters: as if these had been among the rows of
+        the fit when coefficients and BLUPs were computed, and exact.
+
+        Levels of grouping factors that the fit did not see are new levels from then on. Parameters,
+        their standard errors and what the fit was like stay; coefficients, BLUPs, their variances,
+        predictions and the log-likelihood are those of all rows. The rows of the fit are not
+        needed, but their cross-products, which a result keeps; so there are no fitted values, and no
+        ``source`` for inference that takes the rows.
+
+        Args:
+            table: the new rows, with all columns of the fit.
+
+        Raises:
+            InputError: if a column is missing, a level of the fixed effects or of correlated levels
+                is unknown, there is no formula, or rows do not add up: of a response that is not
+                Gaussian, or with correlated residuals.
+
+        Reference:
+            Henderson, Biometrics 31 (1975) 423.
+
+        >>> from openreml_nn import lmm
+        >>> from openreml_nn.datasets import sleepstudy
+        >>> rows = sleepstudy()
+        >>> result = lmm("Reaction ~ Days + (1 | Subject)", rows[rows.Subject != "372"])
+        >>> len(result.update(rows[rows.Subject == "372"]).random[0].values)
+        18
+        """
+        if self.encoder is None or self.model is None:
+            raise InputError(
+                "`result` has no formula, so that a table says nothing to it: expected a fit of a "
+                "formula; a model without one takes up rows by MixedModel.add(batch)"
+            )
+        if self.family is not None:
+            raise InputError(
+                f"`result` is of the family {self.family!r}: rows add up for a Gaussian response "
+                "only; fit all rows"
+            )
+        check_instance("table", table, pd.DataFrame, "a data frame")
+        return with_rows(self, table)
 
     def summary(self, title: str | None = None) -> str:
         """The model as text, in the order of lme4's summary.

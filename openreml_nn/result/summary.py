@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from math import isnan
+from typing import Any
 
 import torch
 from rich import box
@@ -43,9 +45,8 @@ def tables(result: FitValues, title: str | None = None) -> list[Table | str]:
         f"AIC {result.aic:.2f}   BIC {result.bic:.2f}\n"
     )
     parts.append(_random(result))
-    groups = {c.group: len(c.levels) for c in result.components if c.group != "Residual"}
-    counts = "".join(f", {visible(group)} {levels}" for group, levels in groups.items())
-    parts.append(f"Rows {result.rows}; levels{counts[1:]}\n" if groups else f"Rows {result.rows}\n")
+    counts = "".join(f", {visible(group)} {levels}" for group, levels in result.groups.items())
+    parts.append(f"Rows {result.rows}" + (f"; levels{counts[1:]}" if counts else "") + "\n")
     if result.fixed.names:
         parts.append(_fixed(result))
     if result.family_parameters:
@@ -63,6 +64,8 @@ def tables(result: FitValues, title: str | None = None) -> list[Table | str]:
     singular = [singularity(c) for c in result.components if c.singular]
     if singular:
         parts.append(visible(f"singular fit: {'; '.join(singular)}"))
+    if result.constraints:
+        parts.append(visible("; ".join(constraint_texts(result.constraints))))
     if result.boundary:
         parts.append(visible(f"at the boundary: {', '.join(result.boundary)}"))
     others = [start for start in result.starts if start.converged and not start.same]
@@ -75,6 +78,20 @@ def tables(result: FitValues, title: str | None = None) -> list[Table | str]:
     if result.indistinct:
         parts.append(visible(f"the data cannot tell apart: {', '.join(result.indistinct)}"))
     return parts
+
+
+def constraint_texts(constraints: Mapping[str, Any]) -> list[str]:
+    """What was held, bounded and tied, in words."""
+    found = []
+    for name, value in constraints.items():
+        if isinstance(value, str):
+            found.append(f"{name} tied to {value}")
+        elif isinstance(value, int | float):
+            found.append(f"{name} held at {value:.6g}")
+        else:
+            low, high = value
+            found.append(f"{name} between {low:.6g} and {high:.6g}")
+    return found
 
 
 def singularity(component: Component) -> str:

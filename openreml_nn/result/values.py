@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import log, nan
 from typing import Any
@@ -36,13 +37,15 @@ class FitValues:
         parameters: covariance parameters.
         components: covariance of each term, the residual last where there is one.
         random: BLUPs with prediction-error variances.
-        fitted: (n,) :math:`X\hat\beta + \sum_t Z_t \hat b_t`; empty where rows were streamed.
+        fitted: (n,) :math:`X\hat\beta + \sum_t Z_t \hat b_t`; empty where rows were streamed
+            or came later.
         residuals: (n,) :math:`y` less that.
         history: record of the iterations.
         plan: the solver's plan.
         num_params: number of estimated parameters of the covariance.
         starts: where the fit ended from its other starts, if it had any; see :class:`Start`.
-        source: data and model, for inference; None where rows were streamed.
+        source: data and model, for inference; None where rows were streamed or
+            came later.
         formula: what was fitted, as it was written; None without one.
         dropped_rows: rows of the table left out because of missing values.
         optimizer: class name of the optimizer.
@@ -53,6 +56,8 @@ class FitValues:
         family, link: of the response of a generalised linear mixed model; None for a linear one.
         quadrature: its points of quadrature over the random effects; 1 is Laplace's approximation.
         family_parameters: its family's parameters, or thresholds.
+        constraints: what a user held (a value), bounded (a pair of ends) or tied (the name of another)
+            of the parameters, by their names.
     """
 
     method: str
@@ -86,11 +91,17 @@ class FitValues:
     link: str | None = None
     quadrature: int = 1
     family_parameters: tuple[Estimate, ...] = ()
+    constraints: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def iterations(self) -> int:
         """Number of iterations of the reported run, from its own start."""
         return len(self.history)
+
+    @property
+    def groups(self) -> dict[str, int]:
+        """The number of levels of each grouping factor."""
+        return {c.group: len(c.levels) for c in self.components if not c.is_residual}
 
     @property
     def deviance(self) -> float:
@@ -114,5 +125,5 @@ class FitValues:
         if self.family is not None:
             own = {e.name: e.value for e in self.family_parameters}
             return own["sigma^2"] if self.family == "gaussian" else nan
-        found = [c.covariance for c in self.components if c.group == "Residual"]
+        found = [c.covariance for c in self.components if c.is_residual]
         return sum(float((c if c.dim() == 1 else c.diagonal()).mean()) for c in found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from openreml_nn.support.errors import InputError
@@ -38,21 +38,26 @@ class Part:
         node: the sum as it was parsed.
         formula: the formula that messages show.
         others: the columns that ``.`` stands for.
+        by: a factor at each level of which the terms stand anew, in place of the intercept too.
     """
 
     node: Node
     formula: str = field(compare=False)
     others: tuple[str, ...] = ()
+    by: Name | None = None
 
     def __str__(self) -> str:
-        return str(self.node)
+        if self.by is None:
+            return str(self.node)
+        return " + ".join(["0", *(":".join(map(str, term)) for term in self.terms)])
 
     @cached_property
     def terms(self) -> tuple[Term, ...]:
         """The terms by degree, the intercept first where there is one."""
         found = _sum(self, self.node, {frozenset(): ()})
         kept = [t for t in found.values() if not any(is_call(v, "offset") for v in t)]
-        return tuple(sorted(kept, key=len))
+        by = () if self.by is None else (self.by,)
+        return tuple((*by, *term) for term in sorted(kept, key=len))
 
     @cached_property
     def offsets(self) -> tuple[Node, ...]:
@@ -84,7 +89,7 @@ class Part:
 
     def of(self, others: Sequence[str]) -> Part:
         """The same where ``.`` stands for these columns."""
-        return Part(self.node, self.formula, tuple(others)) if self.is_open else self
+        return replace(self, others=tuple(others)) if self.is_open else self
 
     @property
     def is_open(self) -> bool:

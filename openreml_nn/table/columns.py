@@ -30,7 +30,11 @@ def single(table: pd.DataFrame, name: str, source: str) -> pd.Series:
     """
     if name not in table.columns:
         near = ", ".join(map(str, table.columns[:20]))
-        raise InputError(f"{source} has no column {name!r}: its columns are {near}")
+        what = f"{source} has no column {name!r}: its columns are {near}"
+        other = next((c for c in table.columns if not isinstance(c, str)), None)
+        if other is not None:
+            what += f"; the name {other!r} is a {type(other).__name__}: expected text"
+        raise InputError(what)
     found = table[name]
     if isinstance(found, pd.DataFrame):
         raise InputError(

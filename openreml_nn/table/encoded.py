@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -33,6 +34,7 @@ class RandomDesign:
         places: whole numbers (k,) whose differences are the lags of the effects, from 0, where the
             structure asks for them.
         relation: how the levels are related; None for independent ones.
+        coordinates: (n, d) places of the rows, for levels at places.
     """
 
     name: str
@@ -44,6 +46,12 @@ class RandomDesign:
     structure: Structure = field(default_factory=lambda: Structure("us"))
     places: tuple[int, ...] | None = None
     relation: Known | Places | None = None
+    coordinates: Tensor | None = None
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether there are rows at places that no level has."""
+        return self.coordinates is not None and bool((self.codes < 0).any())
 
     @property
     def is_intercept(self) -> bool:
@@ -163,12 +171,13 @@ class Encoded:
         X: model matrix of the fixed effects (n, p).
         names: names of its columns.
         random: designs of the random effects.
-        rows: positions of the kept rows in the table.
+        rows: positions of the kept rows in the table, a row for each of its responses.
         dropped_rows: rows left out because of missing values.
         residual: structure of the residuals; None for one variance.
         weights: (n,) weights of the rows; None for equal ones.
         offset: (n,) known part of the mean; None without one.
         unseen: rows of a level that was not seen, by grouping factor.
+        trait: (n,) name of the response of each row; None where there is one.
     """
 
     y: Tensor | None
@@ -181,18 +190,28 @@ class Encoded:
     weights: Tensor | None = None
     offset: Tensor | None = None
     unseen: Mapping[str, int] = field(default_factory=dict)
+    trait: np.ndarray | None = None
+
+    def kept(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The kept rows of the table that was encoded, with the column ``trait`` where there are
+        several responses."""
+        found = table.iloc[self.rows]
+        return found if self.trait is None else found.assign(trait=self.trait)
 
     def batch(self) -> dict[str, Any]:
         """The table as a batch of :class:`MixedModel`: ``x`` the model matrix, for each random
         effect its codes in ``groups`` and, but for intercepts, its values in ``values``; and what
         there is of ``y``, ``weights``, ``offset``, and, in ``residual``, the cells of the rows, or
-        the covariate of their variance.
+        the covariate of their variance; in ``places`` where the rows are, if some are at places that
+        no level has.
         """
-        found = {
+        found: dict[str, Any] = {
             "x": self.X,
             "groups": {d.name: d.codes for d in self.random},
             "values": {d.name: d.values for d in self.random if not d.is_intercept},
         }
+        if placed := {d.name: d.coordinates for d in self.random if d.is_placed}:
+            found["places"] = placed
         residual = self.residual
         cells = None
         if residual is not None:

@@ -15,11 +15,12 @@ from openreml_nn.table.encoded import Encoded, RandomDesign
 from openreml_nn.table.encoding import Encoding
 from openreml_nn.table.factors import occurring
 from openreml_nn.table.formula import RandomPart
-from openreml_nn.table.groups import check_relations
+from openreml_nn.table.groups import check_relations, grow_groups
 from openreml_nn.table.learned import Group, Learned
 from openreml_nn.table.levels import label, number_key
 from openreml_nn.table.relation import Known
-from openreml_nn.table.rows import TableRows, complete
+from openreml_nn.table.rows import TableRows
+from openreml_nn.table.traits import complete_rows
 
 __all__ = ["Encoder", "group_key"]
 
@@ -74,7 +75,9 @@ class Encoder(Encoding):
         self.learned = Learned()
         self._learn_relations()
         self._learn_others(table)
-        kept, rows, dropped = complete(table, self.columns(), self.categorical, self.source)
+        kept, rows, dropped = complete_rows(
+            table, self.columns(), self.categorical, self.source, self.formula.traits
+        )
         data = self._rows(kept)
         self.learned.factors.update(occurring([data], self._effects))
         encoded = self._encoded(data, rows, dropped, len(kept) - 1, fitting=True)
@@ -83,12 +86,31 @@ class Encoder(Encoding):
         self._learn_means(data)
         return encoded
 
+    def more(self, table: pd.DataFrame) -> Encoded:
+        """Encode rows that come after a fit, and learn the new levels of their groups; rows with
+        missing values are left out, with a warning.
+
+        Raises:
+            InputError: as :meth:`transform`, or if the response or the weights are missing.
+        """
+        kept, rows, dropped = complete_rows(
+            table, self.columns(), self.categorical, self.source, self.formula.traits
+        )
+        data = self._rows(kept)
+        grow_groups(self._parts(data), data, self.learned)
+        return self._encoded(data, rows, dropped)
+
     def survey(self, chunks: Iterable[pd.DataFrame]) -> None:
         """Learn the levels of factors among the effects from a table that comes in chunks.
 
         Raises:
             InputError: as :meth:`fit` does.
         """
+        if self.formula.traits:
+            raise InputError(
+                f"formula {self.formula.text!r}: cbind() is not for a table in chunks: expected one "
+                "with a row for each response"
+            )
         self.learned, self.orders = Learned(), {}
         self._learn_relations()
         rest = iter(chunks)

@@ -21,9 +21,10 @@ from openreml_nn.table.levels import coded
 from openreml_nn.table.matrix import Coding, codings, model_matrix
 from openreml_nn.table.relation import Known
 from openreml_nn.table.residual import residual_design, residual_positions
-from openreml_nn.table.rows import TableRows, complete, offset_of, weights_of
+from openreml_nn.table.rows import TableRows, offset_of, weights_of
 from openreml_nn.table.structure import parse_residual
-from openreml_nn.table.syntax import Call, Name, names_in
+from openreml_nn.table.syntax import Call, Name, bare, names_in
+from openreml_nn.table.traits import TRAIT, WITHIN_UNIT, complete_rows, response_of
 
 __all__ = ["Encoding"]
 
@@ -45,10 +46,13 @@ class Encoding:
         relations: Mapping[str, Known] | None = None,
     ) -> None:
         self.formula: MixedFormula = parse_formula(formula)
-        self.categorical = (categorical,) if isinstance(categorical, str) else tuple(categorical)
+        given = (categorical,) if isinstance(categorical, str) else categorical
+        self.categorical = tuple(map(bare, given))
         self.source = source
+        if residual is None and self.formula.traits:
+            residual = WITHIN_UNIT
         self.residual = None if residual is None else parse_residual(residual)
-        self.weights = weights
+        self.weights = None if weights is None else bare(weights)
         self.relations = dict(relations or {})
         self.learned = Learned()
 
@@ -70,7 +74,9 @@ class Encoding:
         columns = self._columns(response=held_out)
         if not held_out and self.weights is not None and self.weights in table:
             columns.append(self.weights)
-        kept, rows, dropped = complete(table, columns, self.categorical, self.source)
+        kept, rows, dropped = complete_rows(
+            table, columns, self.categorical, self.source, self.formula.traits, held_out
+        )
         data = self._rows(kept)
         if held_out:
             known = known_rows(data, self._effects(data))
@@ -157,7 +163,7 @@ class Encoding:
         ):
             return False
         try:
-            self._rows(table).response(self.formula.response)
+            self._response(self._rows(table))
         except InputError:
             return False
         return True
@@ -173,7 +179,7 @@ class Encoding:
     ) -> Encoded:
         parts = self._parts(data)
         check_known(data, [self.fixed, *(part.effects for part in parts)])
-        y = data.response(self.formula.response) if response else None
+        y = self._response(data) if response else None
         X, names = model_matrix(self.fixed, data, most)
         self.learned.names = list(names)
         random = random_designs(parts, data, self.learned, self.relations)
@@ -193,8 +199,17 @@ class Encoding:
             residual,
             weights_of(data, self.weights),
             offset_of(data, self.fixed.offsets),
-            {d.group: count for d in random if (count := int((d.codes < 0).sum()))},
+            {
+                d.group: count
+                for d in random
+                if d.coordinates is None and (count := int((d.codes < 0).sum()))
+            },
+            data.table[TRAIT].astype(str).to_numpy() if self.formula.traits else None,
         )
+
+    def _response(self, data: TableRows) -> np.ndarray:
+        """The response of each row."""
+        return response_of(data, self.formula.response, self.formula.traits, self._rows)
 
     def _rows(self, table: pd.DataFrame) -> TableRows:
         text = self.formula.text

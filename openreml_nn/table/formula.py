@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from openreml_nn.support.errors import InputError
 from openreml_nn.table.algebra import Part, Term
@@ -11,6 +11,7 @@ from openreml_nn.table.structure import (
     EFFECTS,
     RELATIONS,
     Structure,
+    check_dimensions,
     columns_of,
     structure_of,
 )
@@ -27,6 +28,7 @@ from openreml_nn.table.syntax import (
     parse,
     walk,
 )
+from openreml_nn.table.traits import Traits, by_trait, effects_by_trait, traits_of
 
 __all__ = ["Grouping", "MixedFormula", "RandomPart", "parse_formula"]
 
@@ -111,12 +113,14 @@ class MixedFormula:
         response: the left side.
         fixed: the fixed effects.
         random: random effects, ``a/b`` and ``||`` already expanded.
+        traits: the responses of ``cbind(y1, y2)`` by their names; none for a single one.
     """
 
     text: str = field(compare=False)
     response: Node
     fixed: Part
     random: tuple[RandomPart, ...]
+    traits: Traits = ()
 
     @property
     def stateful(self) -> list[str]:
@@ -132,7 +136,8 @@ def parse_formula(text: str) -> MixedFormula:
     """Take a formula apart.
 
     ``(x | a/b)`` is ``(x | a) + (x | a:b)``; ``(1 + x || g)`` is ``(1 | g) + (0 + x | g)``; ``.``
-    is every column that the formula does not name elsewhere.
+    is every column that the formula does not name elsewhere. With ``cbind(y1, y2)`` before ``~``
+    effects that do not name ``trait`` are one for each of the responses.
 
     Raises:
         InputError: if it does not parse, or calls a function that is not allowed.
@@ -151,9 +156,14 @@ def parse_formula(text: str) -> MixedFormula:
     rest, bars = _bars(right, text)
     fixed = Part(Number(1.0) if rest is None else rest, text)
     random = [part for bar in bars for part in _random_parts(bar, text)]
-    for part in (Part(response, text), fixed, *(r.effects for r in random)):
+    traits = traits_of(response, text)
+    responses = [node for _, node in traits] if traits else [response]
+    for part in (*(Part(r, text) for r in responses), fixed, *(r.effects for r in random)):
         for node in walk(part.node):
             _check(node, text)
+    if traits:
+        fixed = by_trait(fixed)
+        random = [_by_trait(part, text) for part in random]
     if any(is_operation(n, "|", "||", ":") or is_call(n, "offset") for n in walk(response)):
         raise InputError(f"formula {text!r}: expected a response before '~', such as log(y)")
     if not names_in(response):
@@ -163,7 +173,16 @@ def parse_formula(text: str) -> MixedFormula:
     for part in (fixed, *(r.effects for r in random)):
         if not part.is_open:
             _ = part.terms, part.offsets  # what they raise is raised here
-    return MixedFormula(text.strip(), response, fixed, tuple(random))
+    return MixedFormula(text.strip(), response, fixed, tuple(random), traits)
+
+
+def _by_trait(part: RandomPart, text: str) -> RandomPart:
+    if part.grouping.bent:
+        raise InputError(
+            f"formula {text!r}: {part} beside cbind() is not supported: expected a table with a row "
+            "for each response"
+        )
+    return replace(part, effects=effects_by_trait(part.effects))
 
 
 def _check(node: Node, text: str) -> None:
@@ -306,6 +325,7 @@ def _related(call: Call, text: str) -> list[Grouping]:
     if len(columns) < len(positional) or not columns or len(set(columns)) < len(columns):
         raise InputError(f"{what}: {str(call)!r}: expected distinct columns, then options by name")
     count = {"ped": 1, "vm": 2}.get(name, len(columns))
+    check_dimensions(name, len(columns), what)
     if name == "spline" and len(columns) > 2:
         raise InputError(f"{what}: {str(call)!r} has {len(columns)} columns: expected one or two")
     if len(columns) != count:

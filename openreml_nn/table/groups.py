@@ -28,7 +28,7 @@ from openreml_nn.table.syntax import Call, Name, Number, Operation
 #: A spline of more coefficients than these is refused before it is made.
 _MOST_COEFFICIENTS = 2000
 
-__all__ = ["check_relations", "ordered_effects", "random_designs", "skeletons"]
+__all__ = ["check_relations", "grow_groups", "ordered_effects", "random_designs", "skeletons"]
 
 
 def _operands(parts: Sequence[RandomPart]) -> list[tuple[str, RandomPart]]:
@@ -112,10 +112,21 @@ def random_designs(
         z = torch.from_numpy(values)
         designs.append(
             RandomDesign(
-                name, part.group, effects, levels, codes, z, part.structure, places, relation
+                name, part.group, effects, levels, codes, z, part.structure, places, relation,
+                _coordinates(grouping, data),
             )
-        )
+        )  # fmt: skip
     return tuple(designs)
+
+
+def grow_groups(parts: Sequence[RandomPart], data: TableRows, learned: Learned) -> None:
+    """Take in the levels that rows have of groups of independent levels."""
+    for grouping in {part.grouping.key: part.grouping for part in parts}.values():
+        if grouping.relation is None:
+            labels = [data.labels(name).labels() for name in grouping.columns]
+            rows = pd.DataFrame(dict(enumerate(labels))).drop_duplicates()
+            known = learned.groups[grouping.key]
+            learned.groups[grouping.key] = known.grown(rows.itertuples(index=False, name=None))
 
 
 def skeletons(parts: Sequence[RandomPart], rows: int, learned: Learned) -> tuple[RandomDesign, ...]:
@@ -180,6 +191,14 @@ def _places(part: RandomPart, data: TableRows, effects: Sequence[str]) -> tuple[
 
 
 # ---------------------------------------------------------------------- levels
+
+
+def _coordinates(grouping: Grouping, data: TableRows) -> Tensor | None:
+    """Where the rows are (n, d), for levels at places."""
+    if grouping.relation is None or grouping.relation.name not in KERNELS:
+        return None
+    columns = [data.numbers(name) for name in grouping.columns]
+    return torch.from_numpy(np.stack(columns, 1))
 
 
 def _levels(
@@ -261,7 +280,8 @@ def _codes(
         known = Group(columns, np.unique(cell).tolist())
         learned.groups[grouping.key] = known
     cells = np.asarray(known.cells, dtype=np.int64)
-    at = np.searchsorted(cells, cell).clip(max=len(cells) - 1)
+    order = np.argsort(cells)
+    at = order[np.searchsorted(cells, cell, sorter=order).clip(max=len(cells) - 1)]
     codes = np.where(seen & (cells[at] == cell), at, -1)
     return torch.from_numpy(codes), known.labels
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ class Group:
     Attributes:
         columns: labels of each column that it combines.
         cells: the combinations that are levels, in order: each the codes of its columns as one
-            number, the last column's fastest.
+            number, the last column's fastest. They ascend but for levels that came later.
     """
 
     columns: list[list[str]]
@@ -35,6 +35,23 @@ class Group:
     def parts(self) -> list[tuple[str, ...]]:
         """The labels of the levels, one for each column."""
         return split(np.asarray(self.cells, dtype=np.int64), self.columns)
+
+    def grown(self, rows: Iterable[tuple[str, ...]]) -> Group:
+        """With the levels of more rows, each the labels of its columns; new ones follow in the order
+        in which they come."""
+        levels = list(dict.fromkeys([*self.parts, *rows]))
+        columns = [
+            list(dict.fromkeys([*known, *part]))
+            for known, part in zip(self.columns, zip(*levels, strict=True), strict=True)
+        ]
+        at = [{label: i for i, label in enumerate(column)} for column in columns]
+        cells = []
+        for level in levels:
+            cell = 0
+            for label, places in zip(level, at, strict=True):
+                cell = cell * len(places) + places[label]
+            cells.append(cell)
+        return Group(columns, cells)
 
 
 @dataclass

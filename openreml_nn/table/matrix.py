@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from openreml_nn.support.names import distinct
 from openreml_nn.table.algebra import Part, Term
 from openreml_nn.table.bases import contrast_matrix
 from openreml_nn.table.expressions import Basis
@@ -25,7 +26,9 @@ def model_matrix(
     """The model matrix (n, p) and the names of its columns.
 
     A factor in a term is coded by contrasts where the term without it is in the formula, else by
-    an indicator of each level; without an intercept the first factor has all indicators.
+    an indicator of each level; without an intercept the first factor has all indicators. A name
+    that two columns would have, as level ``b`` of ``f`` beside a column ``fb``, gets a number the
+    second time, as R's make.unique has it: ``fb.1``.
 
     Args:
         part: the terms.
@@ -50,7 +53,7 @@ def model_matrix(
         at = len(names)
         X[:, at : at + size], own = _crossed(block, len(rows))
         names += own
-    return X, tuple(names)
+    return X, distinct(names)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ __all__ = [
     "Number",
     "Operation",
     "Text",
+    "bare",
     "is_call",
     "is_operation",
     "names_in",
@@ -42,6 +43,16 @@ class Name:
 
     def __str__(self) -> str:
         return self.name if _SYNTACTIC.fullmatch(self.name) else f"`{self.name}`"
+
+
+def bare(name: str) -> str:
+    """The name of a column without the backticks in which a formula may have it.
+
+    >>> bare("`plot no.`"), bare("plot")
+    ('plot no.', 'plot')
+    """
+    quoted = len(name) > 2 and name[0] == name[-1] == "`" and "`" not in name[1:-1]
+    return name[1:-1] if quoted else name
 
 
 @dataclass(frozen=True)

@@ -79,13 +79,24 @@ class Covariance:
         return False
 
     @property
+    def is_related(self) -> bool:
+        """Whether its levels are related, by a known matrix between them or by a precision."""
+        return False
+
+    @property
     def known_kernel(self) -> Kernel | None:
         """The known matrix between levels; None where these are independent, or all is estimated."""
         return None
 
     def without_kernel(self) -> Covariance:
-        """The same covariance with independent levels in place of those of :attr:`known_kernel`."""
+        """The same covariance with independent levels in place of those of :attr:`known_kernel`, or
+        of a precision."""
         return self
+
+    def with_effects(self, sigma: Tensor) -> Covariance | None:
+        r""":math:`G \otimes \Sigma` for related levels, with Σ (t, t) among the effects of each; None
+        where levels are not related, or have several effects already."""
+        return None
 
     def take(self, rows: Tensor) -> Covariance | None:
         """That of distinct rows, where it keeps its structure; None where it does not."""

@@ -329,11 +329,18 @@ class ScaledCovariance(LinearCovariance):
         return self.matrix.shape[0]
 
     @property
+    def is_related(self) -> bool:
+        return True
+
+    @property
     def known_kernel(self) -> Kernel | None:
         return self.kernel
 
     def without_kernel(self) -> Covariance:
         return RepeatedCovariance(self.matrix, self.kernel.size)
+
+    def with_effects(self, sigma: Tensor) -> Covariance | None:
+        return self.with_matrix(self.matrix * sigma) if self.width == 1 else None
 
     def with_matrix(self, matrix: Tensor) -> ScaledCovariance:
         return ScaledCovariance(matrix, self.kernel)

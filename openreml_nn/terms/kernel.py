@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.linalg import qr
 from scipy.sparse import csc_matrix
 from scipy.sparse.linalg import splu
 from torch import Tensor
 
-from openreml_nn.support.errors import InputError
+from openreml_nn.support.errors import NotPositiveDefiniteError
 from openreml_nn.support.modes import outside_inference
 
 __all__ = ["Kernel", "private", "same_content"]
@@ -26,13 +27,20 @@ class Kernel:
     Args:
         matrix: K, (q, q).
         inverse: its inverse in place of it, (q, q), sparse or dense.
+        null: what the inverse is zero on, (q, k) orthonormal; K is then its pseudo-inverse.
 
     Attributes:
         source: the one that was given.
         size: q.
     """
 
-    def __init__(self, matrix: Tensor | None = None, inverse: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        matrix: Tensor | None = None,
+        inverse: Tensor | None = None,
+        null: Tensor | None = None,
+    ) -> None:
+        self.null = null
         self.inverse = None if inverse is None else private(inverse)
         given = self.inverse if matrix is None else matrix
         assert given is not None
@@ -47,27 +55,39 @@ class Kernel:
         """K itself; from its inverse it is computed once.
 
         Raises:
-            InputError: if the inverse is not positive definite.
+            NotPositiveDefiniteError: if the inverse is not positive definite.
         """
         if self._dense is None:
             assert self.inverse is not None
             # A constant, outside of any transform: torch 2.6 takes sparse tensors within one for dense.
             with torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
-                factor, info = torch.linalg.cholesky_ex(self.inverse.to_dense())
+                inverse, N = self.inverse.to_dense(), self.null
+                scale = inverse.diagonal().mean()
+                if N is not None:
+                    inverse = inverse + scale * N @ N.mT
+                factor, info = torch.linalg.cholesky_ex(inverse)
                 if int(info):
-                    raise InputError("`inverse` is not positive definite")
-                self._dense = torch.cholesky_inverse(factor)
+                    raise NotPositiveDefiniteError("`inverse` is not positive definite")
+                found = torch.cholesky_inverse(factor)
+                self._dense = found if N is None else found - N @ N.mT / scale
         return self._dense
 
     def multiply(self, x: Tensor) -> Tensor:
         """:math:`K x` for x (q, m), by a sparse solve where only the inverse is known."""
         if self._dense is not None:
             return self._dense.to(x) @ x
-        solved = self._factor.solve(x.detach().cpu().double().numpy())
-        return torch.from_numpy(solved).to(x)
+        y = self._within(x.detach().cpu().double().numpy())
+        return torch.from_numpy(self._within(self._factor.solve(y))).to(x)
+
+    def _within(self, x: np.ndarray) -> np.ndarray:
+        """x (q, m) less what it has of the null space."""
+        if self.null is None:
+            return x
+        N = self.null.detach().cpu().double().numpy()
+        return np.asarray(x - N @ (N.T @ x))
 
     def log_det(self) -> float:
-        r""":math:`\log|K|` of a kernel known by its inverse."""
+        r""":math:`\log|K|` of a kernel known by its inverse, which is zero on nothing."""
         return -float(np.log(self._factor.U.diagonal()).sum())
 
     @cached_property
@@ -77,13 +97,19 @@ class Kernel:
         sparse = self.inverse.detach().cpu().double().to_sparse_coo().coalesce()
         index, size = sparse.indices().numpy(), (self.size, self.size)
         matrix = csc_matrix((sparse.values().numpy(), (index[0], index[1])), shape=size)
+        if self.null is not None:
+            # Of what has nothing of the null space the solution is zero at corners: any will do there.
+            N = self.null.detach().cpu().double().numpy()
+            corners = qr(N.T, mode="r", pivoting=True)[1][: N.shape[1]]
+            weight = np.full(len(corners), matrix.diagonal().mean())
+            matrix = matrix + csc_matrix((weight, (corners, corners)), shape=size)
         options = {"SymmetricMode": True}
         try:
             factor = splu(matrix, "MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options)
         except RuntimeError:
-            raise InputError("`inverse` is singular") from None
+            raise NotPositiveDefiniteError("`inverse` is singular") from None
         if not (factor.U.diagonal() > 0).all():
-            raise InputError("`inverse` is not positive definite")
+            raise NotPositiveDefiniteError("`inverse` is not positive definite")
         return factor
 
 

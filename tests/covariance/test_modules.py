@@ -277,8 +277,8 @@ def test_the_default_dtype_is_followed(kind, dtype):
 
 #: Leaves that are built from tensors, which are data and not on the meta device.
 FROM_DATA = (
-    "continuous ar1", "exponential", "gaussian", "known", "known inverse", "matern", "power",
-    "spherical",
+    "conditional", "continuous ar1", "exponential", "gaussian", "intrinsic", "known",
+    "known inverse", "matern", "neighbours", "power", "random walk", "spherical",
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import scipy.special
 import torch
 
 from openreml_nn import covariance as cov
+from openreml_nn.likelihood import NotPositiveDefiniteError
 from tests.strategies import kinship, pedigree
 
 N = 5
@@ -265,7 +266,7 @@ def test_specifications_are_matched_by_name():
         (lambda: cov.KnownMatrix(A * torch.nan), ValueError, "not finite"),
         (lambda: cov.KnownMatrix(torch.eye(2).long()), TypeError, "floating-point"),
         (lambda: cov.KnownInverseMatrix(A[:2]), ValueError, "inverse"),
-        (lambda: cov.KnownInverseMatrix(-torch.eye(2))(), ValueError, "not positive definite"),
+        (lambda: cov.KnownInverseMatrix(-torch.eye(2))(), NotPositiveDefiniteError, "not positive"),
         (lambda: cov.factor_analytic(3, 4), ValueError, "`k` is 4"),
         (lambda: cov.SimpleMatrix(0, torch.diag), ValueError, "num_free_params"),
         (lambda: cov.SimpleMatrix(2, None), TypeError, "call"),
@@ -277,7 +278,7 @@ def test_specifications_are_matched_by_name():
         (lambda: cov.Stack(cov.ScalarMatrix(2), torch.eye(3)), ValueError, "columns"),
         (lambda: cov.Transpose(cov.ScalarMatrix(2), torch.eye(2)), ValueError, "got 2 operands"),
         (lambda: cov.Inverse(cov.EqualEntryMatrix(2, 3)), ValueError, "square"),
-        (lambda: cov.Inverse(cov.EqualEntryMatrix(2))(), ValueError, "positive definite"),
+        (lambda: cov.Inverse(cov.EqualEntryMatrix(2))(), NotPositiveDefiniteError, "not positive"),
         (lambda: cov.Inverse(cov.LowerTriangularMatrix(2, 2))(), ValueError, "not symmetric"),
         (lambda: cov.Gram(cov.ScalarMatrix(2), gram_type="xx"), ValueError, "gram_type"),
         (lambda: cov.Sum(), ValueError, "got 0 operands"),

@@ -211,3 +211,19 @@ def test_a_parameter_that_the_data_say_nothing_of_is_named_and_has_no_standard_e
     assert np.isnan(silent.std_error)
     others = [p for p in result.parameters if p is not silent and not p.fixed]
     assert all(p.std_error > 0 for p in others)
+
+
+def test_a_result_is_shown_in_a_line():
+    result = lmm("yield ~ nitro + (1 | Block/Variety)", oats())
+    assert (
+        repr(result)
+        == str(result)
+        == (
+            "Result(formula='yield ~ nitro + (1 | Block/Variety)', method='reml', "
+            f"log_likelihood={result.log_likelihood!r}, rows=72, "
+            "groups={'Block': 6, 'Block:Variety': 18}, converged=True)"
+        )
+    )
+    without = fit_reml(ScalarMatrix(9).double(), torch.arange(9.0), torch.ones(9, 1))
+    assert repr(without).startswith("Result(formula=None, method='reml', log_likelihood=-")
+    assert repr(without).endswith(", rows=9, groups={}, converged=True)")

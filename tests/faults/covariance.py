@@ -10,7 +10,7 @@ STRUCTURES = "tests/covariance/test_structures.py"
 
 AUTOREGRESSIVE = "openreml_nn/covariance/autoregressive.py"
 EXCHANGEABLE = "openreml_nn/covariance/exchangeable.py"
-KERNEL = "openreml_nn/covariance/kernel.py"
+CORRELATION = "openreml_nn/covariance/correlation.py"
 KNOWN = "openreml_nn/terms/kernel.py"
 PEDIGREE = "openreml_nn/covariance/pedigree.py"
 PRODUCT = "openreml_nn/covariance/product.py"
@@ -65,14 +65,14 @@ FAULTS = [
     ),
     Fault(
         "Matérn 5/2 has a third in place of a half in its derivative",
-        KERNEL,
+        CORRELATION,
         "2.5: s * s * (1 + s) / 3}",
         "2.5: s * s * (1 + s) / 2}",
         LEAVES,
     ),
     Fault(
         "the Gaussian kernel lacks its half",
-        KERNEL,
+        CORRELATION,
         "return torch.exp(-r * r / 2)",
         "return torch.exp(-r * r)",
         VALUES,

@@ -23,12 +23,13 @@ from openreml_nn.likelihood.solvers import SOLVERS
 from openreml_nn.likelihood.system.roles import Roles, separated
 from tests.likelihood.exact import IS_LONG, LONG, Answer, Exact, answer, cholesky
 from tests.likelihood.test_krylov import EVERY_SIGN
-from tests.strategies import distances, kinship, pedigree
+from tests.strategies import distances, kinship, path, pedigree, places
 
 #: Largest relative errors.
 TOLERANCE = {"log-likelihood": 1e-8, "gradient": 2e-6, "BLUP": 1e-6, "PEV": 1e-5, "beta": 1e-6}
 #: In at most one model of so many no digits can be had.
 ERRORS = 40
+_KERNELS = ["known", "pedigree", "exponential", "matern", "neighbours", "conditional"]
 LEAVES = ["scalar", "diag", "us", "cs", "ar1", "fa", "hetar1", "hetcs"]
 
 
@@ -80,6 +81,11 @@ class Maker:
                 return c.KnownMatrix(kinship(n))
             case "pedigree":
                 return c.KnownInverseMatrix(pedigree(n).inverse)
+            case "neighbours":
+                correlation = c.MaternCorrelation(self.one_of([0.5, 1.5]))
+                return c.VecchiaMatrix(places(n), correlation, self.one_of([2, n]))
+            case "conditional":
+                return c.CARMatrix(path(n))
             case "exponential":
                 return c.ExponentialMatrix(distances(n))
             case "matern":
@@ -92,7 +98,7 @@ class Maker:
         if kind == "levels" and k > 1:
             return c.KroneckerProduct(c.IdentityMatrix(q), self.leaf(k, self.one_of(LEAVES)))
         if kind == "kernel" and q > 1:
-            K = self.leaf(q, self.one_of(["known", "pedigree", "exponential", "matern"]))
+            K = self.leaf(q, self.one_of(_KERNELS))
             if k == 1:
                 return K
             K.fix("sigma^2", 0.0)

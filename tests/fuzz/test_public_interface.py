@@ -334,6 +334,8 @@ def _top() -> list[Call]:
              {**y_X, "V": tensor(6, 6, whole=False), "method": choice}),
         Call("", "Result.predict", result().predict, {"table": datasets.sleepstudy()},
              {"table": of(pd.DataFrame), "level": number(1e-9, 1 - 1e-9)}),
+        Call("", "Result.update", result().update, {"table": datasets.sleepstudy()},
+             {"table": of(pd.DataFrame)}),
         Call("", "Result.summary", result().summary, {}, {"title": optional(text)}),
         Call("", "Result.to_json", result().to_json, {"path": "r.json"}, {"path": path}),
     ]  # fmt: skip
@@ -346,7 +348,7 @@ def _top() -> list[Call]:
             Call("", f"MixedModel.{name} ({head})", getattr(model, name), {"batch": batch()},
                  {"batch": reads(*keys)}, {"batch": BATCH_WORDS})
             for name, keys in (("loss", ("x", "y", "groups")), ("predict", ("x", "groups")),
-                               ("update", ("x", "y", "groups")), ("random_part", ("groups",)),
+                               ("update", ("x", "y", "groups")), ("add", ("x", "y", "groups")),
                                ("objective", ("x", "y", "groups")))
         ]  # fmt: skip
         made.append(
@@ -374,6 +376,7 @@ def _covariance() -> list[Call]:
         cov.AR1Matrix: {"n": 3}, cov.AntedependenceMatrix: {"n": 3}, cov.DiagonalMatrix: {"n": 3},
         cov.CompoundSymmetricMatrix: {"n": 3}, cov.EqualEntryMatrix: {"n": 3},
         cov.EquicorrelationMatrix: {"n": 3}, cov.ScalarMatrix: {"n": 3}, cov.ToeplitzMatrix: {"n": 3},
+        cov.StationaryMatrix: {"n": 3},
         cov.UnconstrainedMatrix: {"n": 3}, cov.UnstructuredMatrix: {"n": 3},
         cov.LowerTriangularMatrix: {"n": 3, "m": 2}, cov.ARMAMatrix: {"n": 3},
     }  # fmt: skip
@@ -392,12 +395,38 @@ def _covariance() -> list[Call]:
     distance = (torch.arange(3.0)[:, None] - torch.arange(3.0)).abs()
     word = {"distance": ("distances",)}
     for made in (cov.ExponentialMatrix, cov.GaussianMatrix, cov.MaternMatrix, cov.SphericalMatrix,
+                 cov.LinearMatrix, cov.RationalQuadraticMatrix,
                  cov.ContinuousAR1Matrix):  # fmt: skip
         kinds = {"distance": tensor(None, None, whole=False), **specs}
         if made is cov.MaternMatrix:
             kinds["nu"] = Kind(lambda v: v in (0.5, 1.5, 2.5) if isinstance(v, float) else False)
         found.append(Call("covariance", made.__name__, made, {"distance": distance}, kinds, word))
     found += _of_parameters(cov.ExponentialMatrix(distance))
+    for made in (cov.Correlation, cov.ExponentialCorrelation, cov.GaussianCorrelation,
+                 cov.SphericalCorrelation):  # fmt: skip
+        found.append(Call("covariance", made.__name__, made, {}, {}))
+    nu = Kind(lambda v: v in (0.5, 1.5, 2.5) if isinstance(v, float) else False)
+    found.append(
+        Call("covariance", "MaternCorrelation", cov.MaternCorrelation, {"nu": 1.5}, {"nu": nu})
+    )
+    places = torch.tensor([[0.0, 0.0], [0.0, 1.0], [2.0, 0.0]])
+    found.append(
+        Call("covariance", "VecchiaMatrix", cov.VecchiaMatrix,
+             {"places": places, "correlation": cov.MaternCorrelation(1.5), "neighbours": 2},
+             {"places": tensor(None, None, whole=False), "correlation": of(cov.Correlation),
+              "neighbours": count(1), **specs})
+    )  # fmt: skip
+    pairs = {"adjacency": torch.tensor([[0, 1], [1, 2]])}
+    for made in (cov.CARMatrix, cov.ICARMatrix):
+        found.append(
+            Call(
+                "covariance", made.__name__, made, pairs, {"adjacency": tensor(None, None), **specs}
+            )
+        )
+    found.append(
+        Call("covariance", "RandomWalkMatrix", cov.RandomWalkMatrix, {"n": 5, "order": 2},
+             {"n": count(1), "order": Kind(lambda v: type(v) is int and v in (1, 2)), **specs})
+    )  # fmt: skip
     found.append(
         Call("covariance", "VarianceFunction", cov.VarianceFunction,
              {"covariate": torch.tensor([1.0, 2.0])},
@@ -819,7 +848,6 @@ def _lightning() -> list[Call]:
              {"model": FORMULA, "network": nn.LazyLinear(2)},
              {"model": formula, "network": optional(network), "head": Kind(lambda v: v is None or choice.fits(v), choice.more),
               "residual": column, "weights": optional(text), "method": optional(choice),
-              "kernels": Kind(lambda v: v is None or (isinstance(v, dict) and not v), ({"h": {}}, {"Subject": 3})),
               "categorical": names, "solver": OPTIONS["solver"], **trained}),
         Call("lightning", "MixedModule.of", lightning.MixedModule.of, {"result": result()}, {"result": result_kind}),
         Call("lightning", "MixedModule.predict", fitted().predict, {"table": datasets.sleepstudy()},
@@ -828,6 +856,8 @@ def _lightning() -> list[Call]:
              lambda batch: lightning.MixedModule(model).predict_step(batch, 0), {"batch": batch()},
              {"batch": reads("x", "groups")}, {"batch": BATCH_WORDS}),
         Call("lightning", "UpdateBLUPs", lightning.UpdateBLUPs, {}, {"model": optional(text)}),
+        Call("lightning", "WholeCSVLogger", lightning.WholeCSVLogger, {"save_dir": "a"}, {}),
+        Call("lightning", "WholeTensorBoardLogger", lightning.WholeTensorBoardLogger, {"save_dir": "a"}, {}),
         Call("lightning", "WholeGroups", lightning.WholeGroups, {"groups": {"g": torch.arange(6)}, "rows": 2},
              {"groups": Kind(lambda v: isinstance(v, dict) and all(isinstance(x, torch.Tensor) for x in v.values()), ({"g": [0, 1]},)),
               "rows": count(1), "seed": count(0)}),

@@ -75,6 +75,27 @@ class Exact:
                 return self.variance(m) * long(m.matrix)
             case c.KnownInverseMatrix():
                 return self.variance(m) * inverse(long(m.inverse.to_dense()))
+            case c.CARMatrix():
+                Q = np.zeros((n, n), dtype=LONG)
+                rho, between = self.between(m, LONG(-1)), m._between.numpy()
+                for i, j, own, weight in zip(
+                    m.precision.row, m.precision.column, m._own.numpy(), between, strict=True
+                ):
+                    Q[i, j] = Q[j, i] = own if i == j else -rho * weight
+                return self.variance(m) * inverse(Q)
+            case c.VecchiaMatrix():
+                at = long(m.places) / np.exp(self.value(m, "lengthscale"))
+                apart = np.sqrt(((at[:, None] - at) ** 2).sum(-1))
+                s = np.sqrt(LONG(2 * m.correlation.nu)) * apart
+                C = np.exp(-s) if m.correlation.nu == 0.5 else (1 + s) * np.exp(-s)
+                G = np.eye(n, dtype=LONG)
+                done: list[int] = []
+                for i in m.order.tolist():
+                    near = [j for j in m.precision.neighbours[i].tolist() if j != i]
+                    b = inverse(C[np.ix_(near, near)]) @ C[near, i]
+                    G[done, i] = G[i, done] = G[np.ix_(done, near)] @ b
+                    done.append(i)
+                return self.variance(m) * G
             case c.ExponentialMatrix() | c.GaussianMatrix() | c.MaternMatrix():
                 r = long(m.distance) / np.exp(self.value(m, "lengthscale"))
                 if isinstance(m, c.ExponentialMatrix):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
-from openreml_nn import InputError, REMLLoss, restricted_log_likelihood
+from openreml_nn import InputError, REMLLoss, fit_reml, restricted_log_likelihood
 from openreml_nn.covariance import (
     AR1Matrix,
     CompoundSymmetricMatrix,
@@ -16,6 +16,7 @@ from openreml_nn.covariance import (
     DiagonalMatrix,
     DummyMatrix,
     IdentityMatrix,
+    Inverse,
     KnownInverseMatrix,
     KnownMatrix,
     KroneckerProduct,
@@ -402,6 +403,38 @@ def test_a_matrix_that_is_not_positive_definite_is_an_error_without_repair():
         REMLLoss(V)(y, X)
     with pytest.raises(NotPositiveDefiniteError):
         restricted_log_likelihood(y, X, V())
+
+
+def negative():
+    """A symmetric matrix with a negative eigenvalue."""
+    V = UnconstrainedMatrix(3).double()
+    V.set_value("sigma^2_1_0", 5.0)
+    return V
+
+
+INDEFINITE = {
+    "known": lambda: KnownMatrix(negative()().detach()),
+    "known inverse": lambda: KnownInverseMatrix(negative()().detach()),
+    "sparse known inverse": lambda: KnownInverseMatrix(negative()().detach().to_sparse()),
+    "singular known inverse": lambda: KnownInverseMatrix(torch.ones(3, 3).double()),
+    "inverse": lambda: Inverse(negative()),
+    "free": negative,
+}
+
+
+@pytest.mark.parametrize("solver", ["dense", "blocked", "sparse"])
+@pytest.mark.parametrize("case", INDEFINITE)
+def test_what_is_not_positive_definite_is_one_kind_of_error_whatever_finds_it(case, solver):
+    codes = torch.arange(12) % 3
+    V = Sum(
+        group=CovariancePropagation(DummyMatrix.from_codes(codes, 3), INDEFINITE[case]()),
+        residual=ScalarMatrix(12),
+    ).double()
+    y, X = torch.arange(12.0).double() ** 2, torch.ones(12, 1).double()
+    with pytest.raises(NotPositiveDefiniteError, match=r"positive (semi-)?definite|singular"):
+        REMLLoss(V, solver=solver)(y, X)
+    with pytest.raises(NotPositiveDefiniteError, match=r"positive (semi-)?definite|singular"):
+        fit_reml(V, y, X, solver=solver, start="current")
 
 
 @pytest.mark.parametrize(

@@ -50,19 +50,6 @@ def test_a_class_in_a_checkpoint_is_checked_before_it_is_called(folder, where, d
         assert done.returncode == 0, done.stderr
 
 
-def test_a_kernel_in_a_checkpoint_is_a_covariance(tmp_path):
-    done = program("experiment=neural_spatial", *QUICK, "hydra.run.dir=r", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    kept = torch.load(tmp_path / "r" / "model.ckpt", weights_only=True)
-    kernel = kept["hyper_parameters"]["kernels"]["plot"]
-    kernel["_target_"] = "torch.nn.Linear"
-    torch.save(kept, tmp_path / "evil.ckpt")
-    datasets.field(plots=3).to_csv(tmp_path / "new.csv", index=False)
-    done = program("predict", "checkpoint=evil.ckpt", "data.path=new.csv", cwd=tmp_path)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "'kernels.plot': `_target_` is 'torch.nn.Linear'" in done.stderr
-
-
 def test_the_program_predicts_as_the_result_and_the_module_do(tmp_path):
     formula, table = "Reaction ~ Days + (Days | Subject)", datasets.sleepstudy()
     quick = ["logger=none", "trainer.enable_progress_bar=false", "hydra.run.dir=r"]

@@ -22,17 +22,12 @@ from torch.linalg import solve_triangular
 
 from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.fixed import FixedPart
-from openreml_nn.likelihood.problem import (
-    Cost,
-    Evaluation,
-    NotPositiveDefiniteError,
-    Problem,
-    cholesky,
-)
+from openreml_nn.likelihood.problem import Cost, Evaluation, Problem, cholesky
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import DenseProblem
 from openreml_nn.likelihood.system.elimination import root
 from openreml_nn.likelihood.system.square_root import SquareRootEvaluation
+from openreml_nn.support.errors import NotPositiveDefiniteError
 from openreml_nn.terms.covariance import KroneckerCovariance, kronecker
 from openreml_nn.terms.design import IdentityDesign
 from openreml_nn.terms.term import Term

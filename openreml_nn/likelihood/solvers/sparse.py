@@ -45,8 +45,8 @@ from openreml_nn.likelihood.system.sparse.rows import Rows
 from openreml_nn.likelihood.system.sparse.terms import (
     SparseTerm,
     are_nested,
+    has_sparse_inverse,
     is_dense,
-    known_inverse,
     over_levels,
 )
 from openreml_nn.likelihood.system.square_root import SquareRootEvaluation
@@ -154,7 +154,7 @@ class Sparse(Solver):
 def _promising(terms: Sequence[Term]) -> bool:
     """Whether there may be so much to gain that the pattern is worth an analysis."""
     large = [term for term in terms if term.design.shape[1] >= _FEW]
-    if any(x.covariance.is_chained or known_inverse(x) is not None for x in large):
+    if any(x.covariance.is_chained or has_sparse_inverse(x) for x in large):
         return True
     sizes = [term.design.shape[1] for term in terms]
     return sum(sizes) - max(sizes, default=0) >= _FEW and not are_nested(terms)
@@ -241,7 +241,7 @@ class SparseProblem(Problem):
 
     def _recording(self, terms: Sequence[Term]) -> Problem:
         """The problem of the plain formula that holds least: by blocks of effects, or by V."""
-        related = any(term.covariance.known_kernel is not None for term in terms)
+        related = any(term.covariance.is_related for term in terms)
         problems: list[tuple[float, Solver]] = []
         for solver in (Dense(),) if related else (Blocked(), Dense()):
             cost = solver.forecast(terms, self.p, self.fixed.y.dtype)

@@ -22,14 +22,9 @@ from torch.linalg import solve_triangular
 
 from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.fixed import FixedPart, traced
-from openreml_nn.likelihood.problem import (
-    Cost,
-    Evaluation,
-    NotPositiveDefiniteError,
-    Problem,
-    cholesky,
-)
+from openreml_nn.likelihood.problem import Cost, Evaluation, Problem, cholesky
 from openreml_nn.likelihood.solver import Solver
+from openreml_nn.support.errors import NotPositiveDefiniteError
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import RepeatedCovariance
 from openreml_nn.terms.design import Design, IdentityDesign, IndexedDesign

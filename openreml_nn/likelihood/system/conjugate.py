@@ -8,7 +8,7 @@ from math import nan
 import torch
 from torch import Tensor
 
-from openreml_nn.likelihood.problem import NotPositiveDefiniteError
+from openreml_nn.support.errors import NotPositiveDefiniteError
 
 __all__ = ["conjugate_gradients", "log_samples"]
 

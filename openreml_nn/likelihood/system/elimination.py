@@ -9,17 +9,12 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
-from openreml_nn.likelihood.problem import (
-    Evaluation,
-    NotPositiveDefiniteError,
-    cholesky,
-    pivot_loss,
-)
+from openreml_nn.likelihood.problem import Evaluation, cholesky, pivot_loss
 from openreml_nn.likelihood.residual import White
 from openreml_nn.likelihood.system.blocks import block_solve, block_times
 from openreml_nn.likelihood.system.grouped import GroupedProblem
 from openreml_nn.likelihood.system.placement import System
-from openreml_nn.support.errors import NumericalError
+from openreml_nn.support.errors import NotPositiveDefiniteError, NumericalError
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.term import Term
 

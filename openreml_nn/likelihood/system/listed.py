@@ -27,7 +27,7 @@ def levels_of(term: Term) -> tuple[int, int] | None:
     z, kernel = term.design, term.covariance.known_kernel
     if kernel is None:
         return grid_of(term)
-    if kernel.inverse is None or not isinstance(z, IndexedDesign):
+    if kernel.inverse is None or kernel.null is not None or not isinstance(z, IndexedDesign):
         return None
     k = len(term.covariance.matrix)
     return (z.levels, z.effects) if z.effects == k and z.levels == kernel.size else None

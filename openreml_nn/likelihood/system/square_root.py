@@ -24,14 +24,8 @@ from torch import Tensor
 from torch.linalg import solve_triangular
 
 from openreml_nn.likelihood.effects import RandomEffects
-from openreml_nn.likelihood.problem import (
-    Evaluation,
-    NotPositiveDefiniteError,
-    Problem,
-    cholesky,
-    pivot_loss,
-)
-from openreml_nn.support.errors import NumericalError
+from openreml_nn.likelihood.problem import Evaluation, Problem, cholesky, pivot_loss
+from openreml_nn.support.errors import NotPositiveDefiniteError, NumericalError
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.design import IdentityDesign
 from openreml_nn.terms.term import Term, residual_terms

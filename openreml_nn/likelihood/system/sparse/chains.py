@@ -17,7 +17,7 @@ import torch
 from scipy.sparse import coo_matrix, csc_matrix, kron
 from torch import Tensor
 
-from openreml_nn.likelihood.problem import NotPositiveDefiniteError
+from openreml_nn.support.errors import NotPositiveDefiniteError
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import KroneckerCovariance
 

@@ -14,65 +14,16 @@ from functools import cached_property
 import numpy as np
 from scipy.sparse import bmat, bsr_matrix, coo_matrix, csc_matrix, csr_matrix, eye, kron
 
+from openreml_nn.likelihood.system.sparse.bordered import Bordered, Factored
 from openreml_nn.likelihood.system.sparse.factor import Factor
+from openreml_nn.likelihood.system.sparse.part import Part
 from openreml_nn.likelihood.system.sparse.symbolic import Symbolic
-from openreml_nn.support.errors import InputError, NumericalError
+from openreml_nn.support.errors import InputError, NotPositiveDefiniteError
 
-__all__ = ["Cross", "Equations", "Part"]
+__all__ = ["Cross", "Equations"]
 
 #: A matrix whose pivots have lost so many digits has none left.
 _SINGULAR = 1e13
-
-
-@dataclass(frozen=True)
-class Part:
-    r"""One random term.
-
-    Attributes:
-        name: of the term.
-        design: Z, (n, levels * effects), columns level by level.
-        effects: k, the size of the blocks of Λ.
-        width: effects of a level that belong together, whose joint variance is wanted.
-        prior: the inverse of the kernel between levels, (levels, levels), or None for the identity.
-        moves: whether only the pattern of the prior is known, and its numbers move with parameters.
-        basis: C, (levels, levels), with :math:`Z C` in the place of Z, or None for the identity.
-    """
-
-    name: str
-    design: csr_matrix
-    effects: int
-    width: int
-    prior: csc_matrix | None = None
-    basis: np.ndarray | None = None
-    moves: bool = False
-
-    @property
-    def columns(self) -> int:
-        """Columns of the equations."""
-        return int(self.design.shape[1])
-
-    @property
-    def levels(self) -> int:
-        """Blocks of Λ."""
-        return self.columns // self.effects
-
-    def times_prior(self, x: np.ndarray) -> np.ndarray:
-        """:math:`Q x` for x (columns, m)."""
-        if self.prior is None:
-            return x
-        return (self.prior @ x.reshape(self.levels, self.effects * x.shape[1])).reshape(x.shape)
-
-    def to_effects(self, x: np.ndarray) -> np.ndarray:
-        """:math:`C x` for x (columns, m)."""
-        if self.basis is None:
-            return x
-        return (self.basis @ x.reshape(self.levels, self.effects * x.shape[1])).reshape(x.shape)
-
-    def from_effects(self, x: np.ndarray) -> np.ndarray:
-        """:math:`C^\\top x` for x (columns, m)."""
-        if self.basis is None:
-            return x
-        return (self.basis.T @ x.reshape(self.levels, self.effects * x.shape[1])).reshape(x.shape)
 
 
 @dataclass(frozen=True)
@@ -242,7 +193,7 @@ class Equations:
 
     def factor(
         self, moved: Sequence[np.ndarray], priors: Sequence[np.ndarray | None] = ()
-    ) -> Factor:
+    ) -> Factored:
         r"""The factor of M from the blocks of :math:`\Lambda^\top Z^\top R^{-1} Z \Lambda`.
 
         Args:
@@ -250,7 +201,7 @@ class Equations:
             priors: for each part the entries of the lower triangle of a prior that moves.
 
         Raises:
-            NumericalError: if M is not positive definite.
+            NotPositiveDefiniteError: if M is not positive definite.
         """
         values = np.zeros(self.symbolic.entries)
         for cross, data in zip(self.crosses, moved, strict=True):
@@ -258,18 +209,41 @@ class Equations:
         own = priors or [None] * len(self.parts)
         for (_, _, known, place), given in zip(self._priors, own, strict=True):
             values[place] += (known if given is None else given)[:, None]
-        return Factor(self.symbolic, values)
+        return self._within(values, range(len(self.parts)))
+
+    def _within(self, values: np.ndarray, which: Iterable[int]) -> Factored:
+        """The factor of a matrix, within the subspace of the effects of some parts."""
+        borders = [self._borders[i] for i in which if i in self._borders]
+        if not borders:
+            return Factor(self.symbolic, values)
+        corners, weight, null = (
+            np.concatenate(x, axis) for x, axis in zip(zip(*borders), (0, 0, 1), strict=True)
+        )
+        values[self._diagonal[corners]] += weight
+        return Bordered(Factor(self.symbolic, values), corners, weight, null)
+
+    @cached_property
+    def _borders(self) -> dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Corners, their weights and the null space, (size, k), of the parts that have one."""
+        found = {}
+        for i, part in enumerate(self.parts):
+            if part.null is not None:
+                corners, weight, own = part.border()
+                null = np.zeros((self.size, own.shape[1]))
+                null[self.start[i] : self.start[i + 1]] = own
+                found[i] = self.start[i] + corners, weight, null
+        return found
 
     def within_prior(self, inverse: np.ndarray, i: int) -> np.ndarray:
-        """Entries of the inverse in the lower triangle of a part's prior, with one effect a level."""
-        return inverse[self._priors[i][3][:, 0]]
+        """Entries of the inverse in the lower triangle of a part's prior, summed over effects."""
+        return np.asarray(inverse[self._priors[i][3]].sum(1))
 
     @cached_property
     def log_det_prior(self) -> float:
         r""":math:`\log|Q|` of all parts but those whose prior moves.
 
         Raises:
-            NumericalError: if one of them is not positive definite, by name.
+            NotPositiveDefiniteError: if one of them is not positive definite, by name.
         """
         known = [i for i, x in enumerate(self.parts) if x.prior is not None and not x.moves]
         if not known:
@@ -278,14 +252,14 @@ class Equations:
         if found is None:
             for i in known:
                 if self._prior_factor([i]) is None:
-                    raise NumericalError(
+                    raise NotPositiveDefiniteError(
                         f"the inverse of the kernel of {self.parts[i].name!r} is not positive "
                         "definite, so that there is no kernel: expected one that is, as of a pedigree"
                     )
         assert found is not None
         return found.log_det
 
-    def _prior_factor(self, known: Iterable[int]) -> Factor | None:
+    def _prior_factor(self, known: Sequence[int]) -> Factored | None:
         """The factor of the precisions of some parts, the identity for others; None where it is
         singular to working precision."""
         values = np.zeros(self.symbolic.entries)
@@ -295,8 +269,8 @@ class Equations:
             _, _, entries, place = self._priors[i]
             values[place] += entries[:, None]
         try:
-            found = Factor(self.symbolic, values)
-        except NumericalError:
+            found = self._within(values, known)
+        except NotPositiveDefiniteError:
             return None
         return found if found.loss < _SINGULAR else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -12,15 +12,11 @@ from scipy.linalg import solve_triangular
 from torch import Tensor
 
 from openreml_nn.likelihood.effects import RandomEffects
-from openreml_nn.likelihood.problem import (
-    Evaluation,
-    NotPositiveDefiniteError,
-    Problem,
-)
+from openreml_nn.likelihood.problem import Evaluation, Problem
 from openreml_nn.likelihood.system.sparse.equations import Equations
 from openreml_nn.likelihood.system.sparse.rows import Rows
 from openreml_nn.likelihood.system.sparse.terms import SparseTerm
-from openreml_nn.support.errors import NumericalError
+from openreml_nn.support.errors import NotPositiveDefiniteError
 from openreml_nn.terms.term import Term
 
 __all__ = ["SparseEvaluation", "SparseSystem"]
@@ -61,16 +57,15 @@ class SparseEvaluation(Evaluation):
             cross.transform(data, roots[cross.one].lifted, roots[cross.other].lifted)
             for cross, data in zip(equations.crosses, at.blocks, strict=True)
         ]
-        points = [own.at_point(terms[own.at]) for own in system.random]
-        self._parts = [part for part, _, _ in points]
-        prior = equations.log_det_prior + sum(log_det for _, _, log_det in points)
+        self._points = points = [own.at_point(terms[own.at]) for own in system.random]
+        prior = equations.log_det_prior + sum(point.log_det for point in points)
         try:
-            self._factor = equations.factor(self._moved, [entries for _, entries, _ in points])
-        except NumericalError:
+            self._factor = equations.factor(self._moved, [point.entries for point in points])
+        except NotPositiveDefiniteError:
             raise NotPositiveDefiniteError("V is not positive definite") from None
         log_det = at.log_det + self._factor.log_det - prior
         self._half = self._factor.half(self._each(at.Zf, "lifted", transpose=True))
-        F = at.ff - self._half.T @ self._half
+        F = at.ff - self._factor.inner(self._half, self._half)
         found, factor, white = problem.profile(
             *map(torch.as_tensor, (np.asarray(log_det), F[:-1, :-1], F[:-1, -1], F[-1, -1]))
         )
@@ -151,8 +146,8 @@ class SparseEvaluation(Evaluation):
         )
         u = self.system.equations.split(self._squared)
         found = []
-        for x, now, trace, part in zip(own, self._parts, traces, u, strict=True):
-            other = now.times_prior(part)
+        for x, point, trace, part in zip(own, self._points, traces, u, strict=True):
+            other = point.part.times_prior(part)
             if x.by_level:
                 total = (part * other).sum(1)[:, None, None]
             else:
@@ -166,14 +161,10 @@ class SparseEvaluation(Evaluation):
     def scores_unchecked(self) -> list[Tensor]:
         problem, found = self.problem, {}
         squared = self.system.equations.split(self._squared)
-        for i, (x, root) in enumerate(zip(self.system.random, self._roots, strict=True)):
-            term, score = self._terms[x.at], root.unpull(self._pulled[i]) / 2
-            if x.chain is None:
-                by_entries = x.fold(term, score)
-            else:
-                own = self.system.equations.within_prior(self._factor.inverse, i)
-                by_entries = x.score_of_chain(term, score, own, squared[i])
-            found[x.at] = by_entries.to(problem.fixed.y)
+        for i, (point, root) in enumerate(zip(self._points, self._roots, strict=True)):
+            score = root.unpull(self._pulled[i]) / 2
+            within = partial(self.system.equations.within_prior, self._factor.inverse, i)
+            found[point.own.at] = point.score(score, within, squared[i]).to(problem.fixed.y)
         found |= dict(zip(self.system.rows.terms, self._scores_of_rows(), strict=True))
         return [found[i] for i in sorted(found)]
 
@@ -200,10 +191,8 @@ class SparseEvaluation(Evaluation):
         u = self.system.equations.split(self._u_y)
         m = len(derivatives[0])
         moved = []
-        for x, now, root, part in zip(self.system.random, self._parts, self._roots, u, strict=True):
-            # The kernel is within Q, but a chain's is within G: there it is taken off.
-            effects = part if x.chain is None else now.times_prior(part)
-            moved.append(x.along(self._terms[x.at], derivatives[x.at], root.unlift(effects)))
+        for point, root, part in zip(self._points, self._roots, u, strict=True):
+            moved.append(point.along(derivatives[point.own.at], part, root))
         c = np.concatenate(moved) if moved else np.zeros((0, m))
         own = [derivatives[i] for i in self.system.rows.terms]
         if at.scale is not None:
@@ -220,8 +209,9 @@ class SparseEvaluation(Evaluation):
             p_y = rest[:, -1] - rest[:, :-1] @ self._gamma
             T, Tf, total = self.system.rows.working(at, c, own, p_y)
         e = self._factor.half(self._each(T, "lifted", transpose=True))
-        part = solve_triangular(self._C, Tf[:-1] - self._half[:, :-1].T @ e, lower=True)
-        return self._to((total - e.T @ e - part.T @ part) / 2)
+        inner = self._factor.inner
+        part = solve_triangular(self._C, Tf[:-1] - inner(self._half[:, :-1], e), lower=True)
+        return self._to((total - inner(e, e) - part.T @ part) / 2)
 
     def random_effects(self) -> list[RandomEffects]:
         problem = self.problem

@@ -20,7 +20,7 @@ import numpy as np
 from openreml_nn.likelihood.system.sparse.blas import ROUTINES, gemm, potrf, potri, symm, trsm
 from openreml_nn.likelihood.system.sparse.symbolic import Symbolic
 from openreml_nn.support.compilation import compiled
-from openreml_nn.support.errors import NumericalError
+from openreml_nn.support.errors import NotPositiveDefiniteError
 
 __all__ = ["Factor"]
 
@@ -42,7 +42,7 @@ class Factor:
         loss: how many times rounding is magnified in the pivots, at most.
 
     Raises:
-        NumericalError: if A is not positive definite.
+        NotPositiveDefiniteError: if A is not positive definite.
     """
 
     def __init__(self, symbolic: Symbolic, values: np.ndarray) -> None:
@@ -61,7 +61,7 @@ class Factor:
         )
         pivots = values[self._diagonal]
         if failed >= 0 or not np.isfinite(pivots).all():
-            raise NumericalError("the matrix is not positive definite")
+            raise NotPositiveDefiniteError("the matrix is not positive definite")
         self.log_det = 2.0 * float(np.log(pivots).sum())
         self.loss = float((diagonal / pivots**2).max(initial=1.0))
 
@@ -83,6 +83,11 @@ class Factor:
         found = np.array(x, dtype=np.float64, order="C")
         self._run(found, True)
         return found[self.symbolic.place]
+
+    @staticmethod
+    def inner(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        r""":math:`x^\top A^{-1} y` from :meth:`half` of x and of y."""
+        return np.asarray(one.T @ other)
 
     def solve(self, x: np.ndarray) -> np.ndarray:
         r""":math:`A^{-1} x` for x (n, m)."""

@@ -12,10 +12,10 @@ from scipy.sparse import csr_matrix, hstack
 from torch import Tensor
 
 from openreml_nn.likelihood.fixed import FixedPart
-from openreml_nn.likelihood.problem import NotPositiveDefiniteError
 from openreml_nn.likelihood.residual import BlockResidual, Residual
 from openreml_nn.likelihood.system.sparse.equations import Equations
 from openreml_nn.support.compilation import compiled
+from openreml_nn.support.errors import NotPositiveDefiniteError
 
 __all__ = ["Rows", "RowsAt"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,13 +13,24 @@ from torch import Tensor
 
 from openreml_nn.likelihood.system.elimination import root as root_of
 from openreml_nn.likelihood.system.sparse.chains import Chain
-from openreml_nn.likelihood.system.sparse.equations import Equations, Part
+from openreml_nn.likelihood.system.sparse.equations import Equations
+from openreml_nn.likelihood.system.sparse.moving import Moving, MovingAt
+from openreml_nn.likelihood.system.sparse.part import Part
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import DenseCovariance
 from openreml_nn.terms.design import DenseDesign, Design, IdentityDesign, IndexedDesign
+from openreml_nn.terms.precision import PrecisionCovariance
 from openreml_nn.terms.term import Term, residual_terms
 
-__all__ = ["Root", "SparseTerm", "are_nested", "is_dense", "known_inverse", "over_levels"]
+__all__ = [
+    "Root",
+    "SparseTerm",
+    "TermAt",
+    "are_nested",
+    "has_sparse_inverse",
+    "is_dense",
+    "over_levels",
+]
 
 #: What a direction of no variance adds to the system in place of zero: far below its rounding.
 _NOTHING = 1e-22
@@ -40,16 +51,17 @@ def _indexed(term: Term) -> Term:
     return replace(term, design=IndexedDesign(codes, None, n, absent=False))
 
 
-def known_inverse(term: Term) -> Tensor | None:
-    """The inverse of a term's kernel, where it is known by that."""
-    kernel = term.covariance.known_kernel
-    return None if kernel is None else kernel.inverse
+def has_sparse_inverse(term: Term) -> bool:
+    """Whether the inverse of its kernel is known, or made of numbers that are estimated."""
+    g = term.covariance
+    kernel = g.known_kernel
+    return isinstance(g, PrecisionCovariance) or (kernel is not None and kernel.inverse is not None)
 
 
 def is_dense(term: Term) -> bool:
     """Whether all columns of a term meet."""
     g = term.covariance
-    if g.is_chained:
+    if g.is_chained or isinstance(g, PrecisionCovariance):
         return False
     if g.known_kernel is not None:
         return g.known_kernel.inverse is None
@@ -79,7 +91,8 @@ class SparseTerm:
         part: its columns of the equations.
         by_level: whether each level has a variance of its own.
         whole: whether its covariance has no independent levels.
-        chain: its pattern where its inverse is sparse, and moves with parameters.
+        chain: its pattern where its inverse is a chain's, and moves with parameters.
+        moving: where the precision of its levels moves with parameters.
     """
 
     at: int
@@ -87,6 +100,7 @@ class SparseTerm:
     by_level: bool
     whole: bool
     chain: Chain | None = None
+    moving: Moving | None = None
 
     @classmethod
     def of_all(cls, terms: Sequence[Term], residual: Sequence[int]) -> list[SparseTerm]:
@@ -96,21 +110,28 @@ class SparseTerm:
     @classmethod
     def of(cls, term: Term, at: int) -> SparseTerm:
         """One of them."""
-        g, prior, basis = term.covariance, None, None
+        g, prior, basis, null = term.covariance, None, None, None
         if g.is_chained:
             chain = Chain(g)
             Z = _matrix(term.design)
             part = Part(term.name, Z, 1, term.effects, chain.pattern, None, moves=True)
             return cls(at, part, False, False, chain)
         form, kernel = g.without_kernel(), g.known_kernel
+        if isinstance(g, PrecisionCovariance):
+            moving, Z = Moving(g), _matrix(term.design)
+            part = Part(term.name, Z, g.effects, term.effects, moving.pattern, None, moves=True)
+            return cls(at, part, False, False, None, moving)
         if kernel is not None and kernel.inverse is not None:
             prior = _sparse(kernel.inverse)
+            if kernel.null is not None:
+                null = _numbers(kernel.null)
         elif kernel is not None:
             K = kernel.dense().detach().cpu().double()
             basis = root_of(replace(term, covariance=DenseCovariance(K))).matrix.numpy()
         effects = form.block or term.design.shape[1]
         by_level = form.block == 1 and not form.is_scalar
-        part = Part(term.name, _matrix(term.design), effects, term.effects, prior, basis)
+        Z = _matrix(term.design)
+        part = Part(term.name, Z, effects, term.effects, prior, basis, null=null)
         return cls(at, part, by_level, not form.block)
 
     def roots(self, term: Term, largest: float) -> Root:
@@ -129,30 +150,80 @@ class SparseTerm:
         blocks = form.whole(k)[None] if self.whole else form.blocks(levels, k)
         return Root.of(self.part, blocks.double().numpy(), least)
 
-    def at_point(self, term: Term) -> tuple[Part, np.ndarray | None, float]:
-        """The part with its prior at the parameters, what of that moves, and its log-determinant."""
+    def at_point(self, term: Term) -> TermAt:
+        """What of it depends on the parameters beside the root."""
+        g = term.covariance
+        if self.moving is not None:
+            assert isinstance(g, PrecisionCovariance)
+            moving = self.moving.at(g)
+            part = replace(self.part, prior=moving.matrix)
+            log_det = g.effects * moving.log_det
+            return TermAt(self, term, part, log_det, moving.entries, moving)
         if self.chain is None:
-            return self.part, None, 0.0
+            return TermAt(self, term, self.part)
         found = self.chain.at(_form(term))
         entries = found.entries.numpy()
-        return replace(self.part, prior=self.chain.matrix(entries)), entries, float(found.log_det)
+        part = replace(self.part, prior=self.chain.matrix(entries))
+        return TermAt(self, term, part, float(found.log_det), entries)
 
-    def score_of_chain(
-        self, term: Term, variance: np.ndarray, inverse: np.ndarray, u: np.ndarray
-    ) -> Tensor:
-        """See :meth:`Chain.score`."""
-        assert self.chain is not None
-        return self.chain.score(_form(term), float(variance.reshape(())), inverse, u)
 
-    def fold(self, term: Term, score: np.ndarray) -> Tensor:
-        """From a derivative by the blocks of G to that by the entries that G holds."""
-        form, S = _form(term), torch.from_numpy(score)
-        return form.fold(S[0]) if self.whole else form.fold_blocks(S)
+@dataclass(frozen=True)
+class TermAt:
+    """A random term at one point.
 
-    def along(self, term: Term, derivatives: Tensor, u: np.ndarray) -> np.ndarray:
-        """Derivatives of G without its kernel, by those (m, *shape) of its entries, times u (q, 1)."""
-        form, x = _form(term), torch.from_numpy(u)
-        return np.concatenate([form.along(d, x).numpy() for d in derivatives.double()], 1)
+    Attributes:
+        own: the term.
+        term: with its covariance there.
+        part: with the prior there.
+        log_det: of that prior, where it moves.
+        entries: of the lower triangle of that prior, where it moves.
+        moving: the precision there, where the numbers of one move.
+    """
+
+    own: SparseTerm
+    term: Term
+    part: Part
+    log_det: float = 0.0
+    entries: np.ndarray | None = None
+    moving: MovingAt | None = None
+
+    def score(self, score: np.ndarray, within: Callable[[], np.ndarray], u: np.ndarray) -> Tensor:
+        """The derivative of the log-likelihood by the entries that G holds.
+
+        Args:
+            score: that by the blocks of G without its kernel.
+            within: gives the entries of the inverse of the equations in the order of a prior that
+                moves.
+            u: effects over their root, (q, m).
+        """
+        form, S = _form(self.term), torch.from_numpy(score)
+        if self.own.chain is not None:
+            return self.own.chain.score(form, float(S.reshape(())), within(), u)
+        folded = form.fold(S[0]) if self.own.whole else form.fold_blocks(S)
+        if self.moving is None:
+            return folded
+        by_numbers = self.moving.score(within(), u, self.part.effects)
+        return torch.cat([folded.reshape(-1), by_numbers])
+
+    def along(self, derivatives: Tensor, u: np.ndarray, root: Root) -> np.ndarray:
+        r"""Changes :math:`\dot G G^{-1} b` of effects b by derivatives of G.
+
+        Args:
+            derivatives: of the entries that G holds, (m, *shape).
+            u: effects over their root, (q, 1).
+            root: of G without its kernel.
+        """
+        form = _form(self.term)
+        # The kernel is within Q, but a chain's is within G: there it is taken off.
+        effects = u if self.own.chain is None else self.part.times_prior(u)
+        x = torch.from_numpy(root.unlift(effects))
+        if self.moving is None:
+            return np.concatenate([form.along(d, x).numpy() for d in derivatives.double()], 1)
+        t = self.part.effects
+        by_sigma = derivatives[:, : t * t].reshape(-1, t, t).double()
+        found = np.concatenate([form.along(d, x).numpy() for d in by_sigma], 1)
+        b = root.times(root.lifted, u)
+        return found + self.moving.along(list(derivatives[:, t * t :]), b)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,138 @@
+r"""Correlations that depend on a distance.
+
+With :math:`r = d / \ell` a correlation is c(r); its derivatives are those by :math:`\log\ell`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from openreml_nn.support.checks import found
+from openreml_nn.support.errors import InputError
+
+__all__ = [
+    "Correlation",
+    "ExponentialCorrelation",
+    "GaussianCorrelation",
+    "MaternCorrelation",
+    "SphericalCorrelation",
+]
+
+
+class Correlation:
+    """A correlation :math:`c(r)` that falls with the distance, in lengths."""
+
+    def value(self, r: Tensor) -> Tensor:
+        """:math:`c(r)`."""
+        raise NotImplementedError
+
+    def slope(self, r: Tensor) -> Tensor:
+        r"""The first derivative by :math:`\log\ell`, :math:`-r c'(r)`."""
+        raise NotImplementedError
+
+    def bend(self, r: Tensor) -> Tensor:
+        r"""The second derivative by :math:`\log\ell`, :math:`r (r c'(r))'`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ExponentialCorrelation(Correlation):
+    """:math:`e^{-r}`.
+
+    >>> ExponentialCorrelation().value(torch.tensor([0.0, 1.0]))
+    tensor([1.0000, 0.3679])
+    """
+
+    def value(self, r: Tensor) -> Tensor:
+        return torch.exp(-r)
+
+    def slope(self, r: Tensor) -> Tensor:
+        return r * torch.exp(-r)
+
+    def bend(self, r: Tensor) -> Tensor:
+        return r * (r - 1) * torch.exp(-r)
+
+
+@dataclass(frozen=True)
+class GaussianCorrelation(Correlation):
+    """:math:`e^{-r^2/2}`.
+
+    >>> GaussianCorrelation().value(torch.tensor([0.0, 1.0]))
+    tensor([1.0000, 0.6065])
+    """
+
+    def value(self, r: Tensor) -> Tensor:
+        return torch.exp(-r * r / 2)
+
+    def slope(self, r: Tensor) -> Tensor:
+        return r * r * torch.exp(-r * r / 2)
+
+    def bend(self, r: Tensor) -> Tensor:
+        return r * r * (r * r - 2) * torch.exp(-r * r / 2)
+
+
+@dataclass(frozen=True)
+class MaternCorrelation(Correlation):
+    r"""With :math:`s = \sqrt{2\nu}\, r`: :math:`e^{-s}`, :math:`(1+s)e^{-s}` or
+    :math:`(1+s+s^2/3)e^{-s}`.
+
+    Args:
+        nu: 0.5, 1.5 or 2.5.
+
+    Raises:
+        InputError: if ``nu`` is another number.
+
+    >>> MaternCorrelation(1.5).value(torch.tensor([0.0, 1.0]))
+    tensor([1.0000, 0.4834])
+    """
+
+    nu: float = 1.5
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.nu, int | float) or self.nu not in (0.5, 1.5, 2.5):
+            raise InputError(f"`nu` is {found(self.nu)}: expected 0.5, 1.5 or 2.5")
+
+    def value(self, r: Tensor) -> Tensor:
+        s = sqrt(2 * self.nu) * r
+        polynomial = {0.5: s * 0 + 1, 1.5: 1 + s, 2.5: 1 + s + s * s / 3}[self.nu]
+        return polynomial * torch.exp(-s)
+
+    def slope(self, r: Tensor) -> Tensor:
+        s = sqrt(2 * self.nu) * r
+        polynomial = {0.5: s, 1.5: s * s, 2.5: s * s * (1 + s) / 3}[self.nu]
+        return polynomial * torch.exp(-s)
+
+    def bend(self, r: Tensor) -> Tensor:
+        s = sqrt(2 * self.nu) * r
+        polynomial = {
+            0.5: s * (s - 1),
+            1.5: s * s * (s - 2),
+            2.5: s * s * (s * s - 2 * s - 2) / 3,
+        }[self.nu]
+        return polynomial * torch.exp(-s)
+
+
+@dataclass(frozen=True)
+class SphericalCorrelation(Correlation):
+    r""":math:`1 - \tfrac32 r + \tfrac12 r^3` for r < 1, zero beyond.
+
+    It is a correlation in up to three dimensions.
+
+    >>> SphericalCorrelation().value(torch.tensor([0.0, 0.5]))
+    tensor([1.0000, 0.3125])
+    """
+
+    def value(self, r: Tensor) -> Tensor:
+        inner = r.clamp(max=1)
+        return 1 - 1.5 * inner + 0.5 * inner**3
+
+    def slope(self, r: Tensor) -> Tensor:
+        inner = r.clamp(max=1)
+        return 1.5 * (inner - inner**3)
+
+    def bend(self, r: Tensor) -> Tensor:
+        return torch.where(r < 1, 1.5 * r * (3 * r * r - 1), 0.0)

@@ -1,0 +1,74 @@
+"""A random term as the sparse equations have it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.linalg import qr
+from scipy.sparse import csc_matrix, csr_matrix
+
+__all__ = ["Part"]
+
+
+@dataclass(frozen=True)
+class Part:
+    r"""One random term.
+
+    Attributes:
+        name: of the term.
+        design: Z, (n, levels * effects), columns level by level.
+        effects: k, the size of the blocks of Λ.
+        width: effects of a level that belong together, whose joint variance is wanted.
+        prior: the inverse of the kernel between levels, (levels, levels), or None for the identity.
+        null: what the prior is zero on, (levels, k) orthonormal, and effects have nothing of; None
+            for nothing.
+        moves: whether only the pattern of the prior is known, and its numbers move with parameters.
+        basis: C, (levels, levels), with :math:`Z C` in the place of Z, or None for the identity.
+    """
+
+    name: str
+    design: csr_matrix
+    effects: int
+    width: int
+    prior: csc_matrix | None = None
+    basis: np.ndarray | None = None
+    moves: bool = False
+    null: np.ndarray | None = None
+
+    @property
+    def columns(self) -> int:
+        """Columns of the equations."""
+        return int(self.design.shape[1])
+
+    @property
+    def levels(self) -> int:
+        """Blocks of Λ."""
+        return self.columns // self.effects
+
+    def times_prior(self, x: np.ndarray) -> np.ndarray:
+        """:math:`Q x` for x (columns, m)."""
+        if self.prior is None:
+            return x
+        return (self.prior @ x.reshape(self.levels, self.effects * x.shape[1])).reshape(x.shape)
+
+    def to_effects(self, x: np.ndarray) -> np.ndarray:
+        """:math:`C x` for x (columns, m)."""
+        if self.basis is None:
+            return x
+        return (self.basis @ x.reshape(self.levels, self.effects * x.shape[1])).reshape(x.shape)
+
+    def from_effects(self, x: np.ndarray) -> np.ndarray:
+        """:math:`C^\\top x` for x (columns, m)."""
+        if self.basis is None:
+            return x
+        return (self.basis.T @ x.reshape(self.levels, self.effects * x.shape[1])).reshape(x.shape)
+
+    def border(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Columns that together fix what the prior is zero on, what is added to the diagonal there
+        to make it positive definite, and that null space of all effects, (columns, k)."""
+        assert self.null is not None and self.prior is not None
+        levels = qr(self.null.T, mode="r", pivoting=True)[1][: self.null.shape[1]]
+        corners = (levels[:, None] * self.effects + np.arange(self.effects)).reshape(-1)
+        weight = np.full(len(corners), self.prior.diagonal().mean())
+        return corners, weight, np.kron(self.null, np.eye(self.effects))

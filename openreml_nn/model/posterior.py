@@ -1,0 +1,195 @@
+"""The parts of a mixed model, and what rows have said of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from openreml_nn.covariance import DummyMatrix, Matrix, Operator, Sum
+from openreml_nn.covariance.params import operand_name
+from openreml_nn.families import Family
+from openreml_nn.likelihood.effects import Coefficients, RandomEffects
+from openreml_nn.model.batch import Batch, responding
+from openreml_nn.model.random_effect import Effects, RandomEffect
+from openreml_nn.model.residual import ResidualStructure
+from openreml_nn.model.several import stacked, stacked_output
+from openreml_nn.result.equations import Equations, FixedBasis
+from openreml_nn.result.evidence import Evidence
+from openreml_nn.result.joint import JointErrors
+from openreml_nn.result.prediction import lowered
+from openreml_nn.result.result import FixedEffects
+from openreml_nn.terms.base import Covariance
+from openreml_nn.terms.term import Term
+
+__all__ = ["Posterior"]
+
+
+class Posterior(nn.Module):
+    """The parts of a mixed model, with the coefficients and BLUPs that were found from data.
+
+    A subclass yields the mean, or the features, of a batch, in its ``forward``.
+
+    Args:
+        mean: the network of the mean, or of the features.
+        random: random effects by name.
+        residual: of a row, as :func:`structure_of` takes it, or a family.
+        head: ``"ml"`` or ``"gls"``, whether the network yields the mean or features.
+        responses: how many a row has.
+
+    Attributes:
+        beta: (p,) coefficients of the features, with head ``"gls"``; 0 for those that were dropped.
+        beta_covariance: (p, p) their covariance.
+        aliases: (p, d) null space of the features.
+        joint: the joint covariance of coefficients and BLUPs.
+        evidence: what the rows have said, to which others can be added.
+    """
+
+    beta: Tensor
+    beta_covariance: Tensor
+    aliases: Tensor
+
+    def __init__(
+        self,
+        mean: nn.Module,
+        random: Mapping[str, RandomEffect],
+        residual: nn.Module,
+        head: str,
+        responses: int = 1,
+    ) -> None:
+        super().__init__()
+        self.mean = mean
+        self.random = Effects(random)
+        self.residual = residual
+        self.head = head
+        self.responses = responses
+        none = torch.zeros(0, 0, dtype=torch.float64)
+        self.register_buffer("beta", none.reshape(0))
+        self.register_buffer("beta_covariance", none)
+        self.register_buffer("aliases", none)
+        self.joint = JointErrors()
+        self.evidence = Evidence()
+
+    def single(self, batch: Batch, output: Tensor, is_data: bool) -> tuple[Batch, Tensor]:
+        """A batch with what the network has yielded for it, with a row for each response; in the
+        likelihood, for each that is not missing.
+
+        Args:
+            batch, output: as they are.
+            is_data: whether the rows are of the likelihood.
+        """
+        if self.responses == 1:
+            return batch, output
+        found = self.stacked(batch, is_data)
+        output = stacked_output(output, batch, self.responses, self.head)
+        if not is_data:
+            return found, output
+        there, rows = responding(found)
+        return there, output if rows is None else output[rows]
+
+    def stacked(self, batch: Batch, is_data: bool) -> Batch:
+        """A batch with a row for each response; ``is_data`` as in :meth:`single`."""
+        features = (effect.features is not None for effect in self.effects().values())
+        with_x = any(features) or not isinstance(self.residual, Matrix)
+        return stacked(batch, self.responses, self.effects(), is_data, with_x)
+
+    @property
+    def family(self) -> Family | None:
+        """The family of the response, which has the residual's place; None for a Gaussian one."""
+        return self.residual if isinstance(self.residual, Family) else None
+
+    def covariance_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the covariance: what :class:`AIREML` is for."""
+        for effect in self.effects().values():
+            yield from effect.g.parameters()
+        if isinstance(self.residual, Matrix | ResidualStructure):
+            yield from self.residual.parameters()
+
+    def network_parameters(self) -> Iterator[nn.Parameter]:
+        """All other parameters."""
+        own = {id(p) for p in self.covariance_parameters()}
+        return (p for p in self.parameters() if id(p) not in own)
+
+    def effects(self) -> dict[str, RandomEffect]:
+        """The random effects by name."""
+        return dict(self.random.items())
+
+    @torch.no_grad()
+    def remember(
+        self, random: Sequence[RandomEffects], fixed: Coefficients | FixedEffects, aliases: Tensor
+    ) -> None:
+        """Take up BLUPs and coefficients.
+
+        Args:
+            random: BLUPs of each random effect.
+            fixed: coefficients of the kept columns of X, with their covariance.
+            aliases: (p, d) the null space of X with all its columns.
+        """
+        effects = {operand_name(name, {"residual"}): e for name, e in self.effects().items()}
+        for found in random:
+            if found.name not in effects:
+                continue  # of the rows' own errors
+            effect = effects[found.name]
+            q, k = effect.blup.shape
+            # Rows of no known level had levels of their own, which come after the others.
+            effect.blup.copy_(found.values.reshape(-1, k)[:q])
+            effect.variance.copy_(found.variances.reshape(-1, k, k)[:q])
+        at, p = torch.tensor(fixed.columns, dtype=torch.long, device=aliases.device), len(aliases)
+        self.beta = aliases.new_zeros(p).index_copy(0, at, fixed.estimate.to(aliases))
+        self.beta_covariance = aliases.new_zeros(p, p)
+        self.beta_covariance[at[:, None], at] = fixed.covariance.to(aliases)
+        self.aliases = aliases.clone()
+
+    @torch.no_grad()
+    def remember_errors(
+        self,
+        covariance: Matrix,
+        fixed: Callable[[], tuple[Tensor, FixedBasis]],
+        r: int,
+        residual: Term | None = None,
+    ) -> None:
+        """Take up what the variances of predictions, and other rows, need: it is computed when it is
+        asked for.
+
+        Args:
+            covariance: of the rows, as :meth:`covariance` makes it.
+            fixed: yields the columns of the fixed part (n, r), and what they are, see
+                :class:`Equations`.
+            r: number of coefficients.
+            residual: what stands for the residual where a family has its place.
+        """
+        assert isinstance(covariance, Sum)
+        parts = list(covariance.operands.values())
+        own = [part for part in parts[len(self.random) :] if isinstance(part, Matrix)]
+        terms = [term.detach() for part in own for term in part.terms()]
+        if residual is not None:
+            terms = [residual]
+        random = [part for part in parts[: len(self.random)] if isinstance(part, Operator)]
+        pairs = [part.operands.values() for part in random]
+        designs = [z.design for z, _ in pairs if isinstance(z, DummyMatrix)]
+        self.remember_equations(
+            [lowered(g).map(Tensor.detach) for _, g in pairs if isinstance(g, Matrix)],
+            [(design.levels, design.effects) for design in designs],
+            r,
+            lambda: Equations.of(designs, terms, *fixed()),
+        )
+
+    def remember_equations(
+        self,
+        covariances: Sequence[Covariance],
+        sizes: Sequence[tuple[int, int]],
+        r: int,
+        equations: Callable[[], Equations | None],
+    ) -> None:
+        """Take up the equations of rows, see :meth:`JointErrors.update` for the arguments."""
+        self.evidence.update(equations)
+        self.joint.update(covariances, sizes, r, self.evidence.equations)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # The number of coefficients is known only once there are features.
+        for name in ("beta", "beta_covariance", "aliases"):
+            if prefix + name in state_dict:
+                setattr(self, name, torch.empty_like(state_dict[prefix + name]))
+        super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -1,0 +1,50 @@
+"""A result with rows that came after the fit."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import TypeVar
+
+import pandas as pd
+
+from openreml_nn.likelihood.effects import RandomEffects
+from openreml_nn.result.prediction import moved
+from openreml_nn.result.values import FitValues
+
+__all__ = ["with_rows"]
+
+Values = TypeVar("Values", bound=FitValues)
+
+
+def with_rows(result: Values, table: pd.DataFrame) -> Values:
+    """A result with more rows at the same parameters, see :meth:`Result.update`."""
+    encoder, model = copy.deepcopy(result.encoder), copy.deepcopy(result.model)
+    encoded = encoder.more(table)
+    levels = {d.name: d.levels for d in encoded.random}
+    known = {name: effect.levels for name, effect in model.effects().items()}
+    names = {name: labels[known[name] :] for name, labels in levels.items()}
+    found = model.add(moved(encoded.batch(), model.beta.device), names)
+    effects = [RandomEffects(n, *effect.known()) for n, effect in model.effects().items()]
+    by_name = {effect.name: effect for effect in effects}
+    columns = list(result.fixed.columns)
+    covariance = found.covariance[columns][:, columns]
+    fixed = replace(result.fixed, estimate=found.coefficients[columns], covariance=covariance)
+    none = result.fitted[:0]
+    return replace(
+        result,
+        rows=result.rows + len(encoded.rows),
+        dropped_rows=result.dropped_rows + encoded.dropped_rows,
+        log_likelihood=found.log_likelihood[result.method],
+        log_likelihood_error=0.0,
+        fixed=fixed,
+        components=tuple(
+            replace(c, levels=levels[c.name]) if c.name in levels else c for c in result.components
+        ),
+        random=tuple(by_name.get(r.name, r) for r in result.random),
+        fitted=none,
+        residuals=none,
+        source=None,
+        encoder=encoder,
+        model=model,
+    )

@@ -1,0 +1,160 @@
+"""A result with rows that came later: as all rows say at the parameters of the fit."""
+
+import json
+import pickle
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from openreml_nn import InputError, glmm, lmm
+from openreml_nn.lightning import MixedModule
+from openreml_nn.model.structures import linear_model
+from tests.test_predict import KERNEL, table
+
+#: Formula and options; the first 66 rows have 11 of 15 levels of g.
+MODELS = {
+    "one": ("y ~ x + s + (1 | g)", {}),
+    "ml": ("y ~ x + (1 | g) + (1 | h)", {"method": "ml"}),
+    "crossed slopes": ("y ~ x + (x | g) + (1 | h)", {}),
+    "two terms": ("y ~ x + (x || g) + (1 | h)", {}),
+    "nested": ("y ~ x + (1 | h/s)", {}),
+    "interaction": ("y ~ x + (1 | g) + (1 | g:s)", {}),
+    "weights": ("y ~ x + (x | g) + (1 | h)", {"weights": "w"}),
+    "known residual": ("y ~ x + (1 | g)", {"weights": "w", "residual_variance": 0.5}),
+    "strata": ("y ~ x + (1 | g) + (1 | h)", {"residual": "diag(s)"}),
+    "power": ("y ~ x + (1 | g)", {"residual": "power(w)"}),
+    "offset": ("y ~ 1 + offset(2 * x) + (1 | g) + (1 | h)", {}),
+    "no coefficients": ("y ~ 0 + (x | g)", {}),
+    "no random effect": ("y ~ x * s", {}),
+    "kernel": ("y ~ x + (1 | vm(g, K)) + (1 | h)", {"kernels": {"K": KERNEL}}),
+    "spline": ("y ~ (1 | spline(x)) + (1 | g)", {}),
+    "effects of a factor": ("y ~ x + diag(0 + s | g)", {}),
+}
+
+
+def rows():
+    t = table()
+    t.loc[t.index % 7 == 3, "h"] = 9
+    t.loc[t.index[:66][t["h"][:66] == 9], "h"] = 0  # a level of h that comes later
+    t["x"] = t["x"].clip(t["x"][:66].min(), t["x"][:66].max())
+    # The knots of a spline are of the range of the rows of the fit.
+    t.loc[66, "x"], t.loc[67, "x"] = t["x"][:66].min(), t["x"][:66].max()
+    return t
+
+
+def at_the_parameters(result, encoded):
+    """The model of all rows, with the parameters of a result."""
+    model = linear_model(encoded, result.method)
+    kept, state = dict(result.model.named_parameters()), result.model.state_dict()
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(kept[name] if name in kept else state[name])
+    for name, effect in model.effects().items():
+        effect.basis = result.model.effects()[name].basis
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:the fit did not converge")
+@pytest.mark.filterwarnings("ignore:the data cannot tell apart")
+@pytest.mark.parametrize("name", MODELS)
+def test_an_updated_result_is_that_of_all_rows_at_the_same_parameters(name):
+    t, (formula, options) = rows(), MODELS[name]
+    result = lmm(formula, t[:66], **options)
+    found = result.update(t[66:])
+    encoder = lmm(formula, t, max_iterations=1, **options).encoder
+    encoded = encoder.fit(t)
+    model = at_the_parameters(result, encoded)
+    batch = encoded.batch()
+    model.update(batch)
+    order = {d.name: d.levels for d in encoded.random}
+    for effect in found.random:
+        levels = next(c.levels for c in found.components if c.name.split("/")[0] == effect.name)
+        assert sorted(levels) == sorted(order[effect.name])
+        at = [order[effect.name].index(level) for level in levels]
+        values, variances = model.effects()[effect.name].known()
+        torch.testing.assert_close(effect.values, values[at], rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(effect.variances, variances[at], rtol=1e-8, atol=1e-9)
+    columns = list(found.fixed.columns)
+    torch.testing.assert_close(found.fixed.estimate, model.beta[columns], rtol=1e-8, atol=1e-9)
+    covariance = model.beta_covariance[columns][:, columns]
+    torch.testing.assert_close(found.fixed.covariance, covariance, rtol=1e-8, atol=1e-9)
+    assert found.rows == 90
+    likelihood = -float(model.loss(batch).detach()) * 90
+    assert found.log_likelihood == pytest.approx(likelihood, rel=1e-9)
+    expected = model.predict(encoder.transform(t).batch())
+    for column, value in zip(("mean", "variance", "population_mean"), expected, strict=True):
+        np.testing.assert_allclose(found.predict(t)[column], value, rtol=1e-8, atol=1e-9)
+    assert found.parameters == result.parameters
+
+
+@pytest.mark.filterwarnings("ignore:the fit did not converge")
+def test_a_result_of_chunks_is_updated_alike(tmp_path):
+    t = rows()
+    formula = "y ~ x + (x | g) + (1 | h)"
+    t[:66].to_csv(tmp_path / "t.csv", index=False)
+    chunks = lmm(formula, tmp_path / "t.csv", chunk_rows=20)
+    found = chunks.update(t[66:])
+    encoded = lmm(formula, t, max_iterations=1).encoder.fit(t)
+    model = at_the_parameters(chunks, encoded)
+    model.update(encoded.batch())
+    prediction = model.predict(encoded.batch())
+    np.testing.assert_allclose(found.predict(t)["mean"], prediction.mean, rtol=1e-8, atol=1e-9)
+    np.testing.assert_allclose(found.predict(t)["variance"], prediction.variance, rtol=1e-8)
+
+
+def test_the_order_and_the_parts_of_the_new_rows_do_not_matter():
+    t = rows()
+    result = lmm("y ~ x + (1 | g) + (1 | h/s)", t[:66])
+    one = result.update(t[66:])
+    two = result.update(t[66:78]).update(t[78:])
+    three = result.update(t[66:].sample(frac=1, random_state=1))
+    for other in (two, three):
+        pd.testing.assert_frame_equal(one.predict(t), other.predict(t), rtol=1e-9)
+        assert other.log_likelihood == pytest.approx(one.log_likelihood, rel=1e-10)
+    assert (one.rows, two.rows) == (90, 90)
+    # The result itself is as it was, and so is its encoder.
+    with pytest.warns(RuntimeWarning, match="levels that the fit did not see"):
+        again = result.predict(t)
+    assert not np.allclose(again["variance"], one.predict(t)["variance"])
+
+
+def test_an_updated_result_is_saved_and_goes_on(tmp_path):
+    t = rows()
+    result = lmm("y ~ x + (1 | g) + (1 | h/s)", t[:66]).update(t[66:])
+    assert MixedModule.of(result).predict(t).equals(result.predict(t))
+    result.to_json(tmp_path / "result.json")
+    assert json.loads((tmp_path / "result.json").read_text())["data"]["groups"]["g"] == 15
+    assert "90" in result.summary()
+    copied = pickle.loads(pickle.dumps(result))
+    pd.testing.assert_frame_equal(copied.update(t[:9]).predict(t), result.update(t[:9]).predict(t))
+
+
+def test_rows_that_cannot_be_added():
+    t = rows()
+    result = lmm("y ~ x + s + (1 | g)", t[:66])
+    with pytest.raises(InputError, match="'y'"):
+        result.update(t[66:].drop(columns="y"))
+    with pytest.raises(InputError, match=r"'s'.*'w'"):
+        result.update(t[66:].assign(s="w"))
+    with pytest.raises(TypeError, match=r"`table` is .*: expected a data frame"):
+        result.update(t[66:].to_numpy())
+    with pytest.raises(InputError, match="`residual` is correlated between rows"):
+        lmm("y ~ x + (1 | h)", t[:66], residual="ar1(time | g)").update(t[66:])
+    related = lmm("y ~ x + (1 | vm(g, K))", t[:66], kernels={"K": KERNEL})
+    with pytest.raises(InputError, match=r"new levels, but its levels are correlated"):
+        related.update(t[66:].assign(g="new"))
+    slow = glmm("s ~ x + (1 | g)", t[:66], family="binomial")
+    with pytest.raises(InputError, match="`result` is of the family 'binomial'"):
+        slow.update(t[66:])
+
+
+def test_rows_with_missing_values_are_left_out_and_counted():
+    t = rows()
+    result = lmm("y ~ x + (1 | g)", t[:66])
+    later = t[66:].copy()
+    later.loc[later.index[:3], "y"] = np.nan
+    with pytest.warns(RuntimeWarning, match="3 of 24 rows left out"):
+        found = result.update(later)
+    assert (found.rows, found.dropped_rows) == (87, 3)
+    pd.testing.assert_frame_equal(found.predict(t[:66]), result.update(t[69:]).predict(t[:66]))
