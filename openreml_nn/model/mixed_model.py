@@ -144,8 +144,7 @@ class MixedModel(Predictor):
         groups is a composite likelihood. Rows without a response are not in it.
 
         Raises:
-            TypeError, InputError: if a part of the batch is missing, of another shape, out of range
-                or not finite, or the network yields NaN: the message says where, and what to do.
+            TypeError, InputError: if a part of the batch is at fault, or the network yields NaN.
         """
         batch, _ = with_responses(batch, None, self.responses > 1)
         return self.loss_of(self(batch), batch)
