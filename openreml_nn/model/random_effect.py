@@ -21,7 +21,9 @@ from openreml_nn.covariance import (
     UnstructuredMatrix,
 )
 from openreml_nn.covariance.kernel import DistanceMatrix
-from openreml_nn.covariance.params import module_name, user_name
+from openreml_nn.covariance.params import module_name, operand_name, user_name
+from openreml_nn.covariance.propagation import propagated
+from openreml_nn.covariance.sum import summands
 from openreml_nn.covariance.vecchia import VecchiaMatrix
 from openreml_nn.model.batch import (
     Batch,
@@ -42,7 +44,9 @@ from openreml_nn.support.checks import (
 )
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import RepeatedCovariance
+from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.precision import PrecisionCovariance
+from openreml_nn.terms.term import Term
 
 __all__ = [
     "Coded",
@@ -241,20 +245,29 @@ class RandomEffect(nn.Module):
         Raises:
             InputError: if there is such a row and levels are correlated.
         """
-        g, levels = self.g, self.levels
-        unknown = (codes < 0).nonzero()[:, 0]
-        if len(unknown):
-            levels += len(unknown)
-            grown = self.g_of(levels)
-            if grown is None:
-                raise InputError(
-                    f"group {name!r} has the code -1, a level that is not known, in rows of the "
-                    "likelihood: expected known levels, because its levels are correlated"
-                )
-            g = grown
-            own = torch.arange(self.levels, levels, device=codes.device, dtype=codes.dtype)
-            codes = codes.index_copy(0, unknown, own)
+        codes, g, levels = self._of_rows(name, codes)
         return CovariancePropagation(z=DummyMatrix.from_codes(codes, levels, values), g=g)
+
+    def terms(self, name: str, codes: Tensor, values: Tensor | None) -> list[Term]:
+        """The terms of :meth:`covariance`, without the tree."""
+        codes, g, levels = self._of_rows(name, codes)
+        design = IndexedDesign(codes.long(), values, levels, absent=False)
+        return summands(operand_name(name, {"residual"}), g, propagated(design, g))
+
+    def _of_rows(self, name: str, codes: Tensor) -> tuple[Tensor, Matrix, int]:
+        """Codes of rows, those of no known level on their own, with G of so many levels."""
+        if not len(codes) or int(codes.min()) >= 0:
+            return codes, self.g, self.levels
+        at = (codes < 0).nonzero()[:, 0]
+        levels = self.levels + len(at)
+        grown = self.g_of(levels)
+        if grown is None:
+            raise InputError(
+                f"group {name!r} has the code -1, a level that is not known, in rows of the "
+                "likelihood: expected known levels, because its levels are correlated"
+            )
+        own = torch.arange(self.levels, levels, device=codes.device, dtype=codes.dtype)
+        return codes.index_copy(0, at, own), grown, levels
 
     def g_of(self, levels: int) -> Matrix | None:
         """G for another number of levels, with the same parameters; None for correlated ones."""

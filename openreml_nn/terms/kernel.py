@@ -13,6 +13,7 @@ from scipy.sparse.linalg import splu
 from torch import Tensor
 
 from openreml_nn.support.errors import NotPositiveDefiniteError
+from openreml_nn.support.modes import outside_inference
 
 __all__ = ["Kernel", "private", "same_content"]
 
@@ -118,7 +119,7 @@ class Kernel:
 
 def private(tensor: Tensor) -> Tensor:
     """A copy of the content, outside of any graph and of inference mode."""
-    with torch.inference_mode(False), torch.no_grad():
+    with outside_inference(recording=False):
         return tensor.detach().clone()
 
 
