@@ -30,6 +30,7 @@ from openreml_nn.covariance import (
     KnownInverseMatrix,
     KnownMatrix,
     KroneckerProduct,
+    LinearMatrix,
     LowerTriangularMatrix,
     MaternCorrelation,
     MaternMatrix,
@@ -37,10 +38,12 @@ from openreml_nn.covariance import (
     Pedigree,
     Product,
     RandomWalkMatrix,
+    RationalQuadraticMatrix,
     ScalarMatrix,
     SimpleMatrix,
     SphericalMatrix,
     Stack,
+    StationaryMatrix,
     Sum,
     ToeplitzMatrix,
     Transpose,
@@ -60,6 +63,12 @@ def distances(n: int) -> torch.Tensor:
     x = torch.randn(n, 2, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
     apart = x[:, None] - x
     return (apart * apart).sum(-1).sqrt()
+
+
+def line(n: int) -> torch.Tensor:
+    """Distances of n points of a line."""
+    x = torch.randn(n, 1, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    return (x - x.mT).abs()
 
 
 def kinship(n: int) -> torch.Tensor:
@@ -116,6 +125,7 @@ LEAVES = {
     "compound symmetric": CompoundSymmetricMatrix,
     "ar1": AR1Matrix,
     "toeplitz": ToeplitzMatrix,
+    "stationary": StationaryMatrix,
     "banded": lambda n: ToeplitzMatrix(n, bands=min(n, 2)),
     "antedependence": AntedependenceMatrix,
     "lower": lambda n: LowerTriangularMatrix(n, n),
@@ -127,6 +137,8 @@ LEAVES = {
     "matern 3/2": lambda n: MaternMatrix(distances(n), nu=1.5),
     "matern 5/2": lambda n: MaternMatrix(distances(n), nu=2.5),
     "spherical": lambda n: SphericalMatrix(distances(n)),
+    "rational": lambda n: RationalQuadraticMatrix(distances(n)),
+    "linear": lambda n: LinearMatrix(line(n)),
     "continuous ar1": lambda n: ContinuousAR1Matrix(distances(n)),
     "arma": ARMAMatrix,
     "power": lambda n: VarianceFunction(torch.arange(1.0, n + 1), "power"),

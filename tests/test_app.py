@@ -13,6 +13,7 @@ import pytest
 from hydra.experimental.callback import Callback
 
 from openreml_nn import datasets, lmm
+from openreml_nn.lightning import MixedModule
 from openreml_nn.program.main import main
 from tests.forked import forked
 
@@ -235,6 +236,32 @@ def test_networks_with_random_effects(tmp_path, name):
     assert list(pd.read_csv(path).columns) == columns
 
 
+@pytest.mark.parametrize(
+    ("training", "residual"),
+    [
+        ("alternating", ["model.residual={_target_: torch.nn.LazyLinear, out_features: 3}"]),
+        (
+            "full",
+            ["+model.residual._target_=torch.nn.LazyLinear", "+model.residual.out_features=3"],
+        ),
+    ],
+)
+def test_a_network_for_the_residual_is_an_option_as_typed_in_a_shell(tmp_path, training, residual):
+    table = datasets.growth(20).rename(columns={"height": "y", "age": "x", "child": "g"})
+    table.to_csv(tmp_path / "t.csv", index=False)
+    options = ["experiment=neural", "data.path=t.csv", "model.formula=y ~ x + (1 | g)"]
+    options += [
+        "trainer.max_epochs=1",
+        f"model.training={training}",
+        "logger=none",
+        "model.width=4",
+    ]
+    done = call(*options, *residual, "hydra.run.dir=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    module = MixedModule.load_from_checkpoint(tmp_path / "run" / "model.ckpt", weights_only=True)
+    assert module.predict(table)["variance"].nunique() > 20  # each row has a residual of its own
+
+
 def test_a_sweep_of_a_network_has_a_table_and_a_best_run(tmp_path):
     done = call(
         "-m", "experiment=neural_longitudinal", "trainer.max_epochs=2", "optimizer.lr=0.01,0.1",
@@ -340,6 +367,12 @@ FAULTS = {
         "no effect with data.chunk_rows=9: model.residual",
     ),
     "solver": (["model.solver=magic"], "`solver` is 'magic'"),
+    "solver without its kernel": (["model.solver=spectral"], "the spectral solver needs one known"),
+    "solver without its field": (["model.solver=grid"], "the grid solver needs one Kronecker"),
+    "solver and residual": (
+        ["model.solver=krylov", "model.residual=ar1(Days | Subject)"],
+        "the krylov solver needs residuals of one variance",
+    ),
     "data set": (["data.name=iris"], "'iris'"),
     "optimizer of a network": (
         ["model=neural", "data=growth"],

@@ -6,16 +6,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from lightning import Trainer
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
+from torch.utils.data import DataLoader
 
-from openreml_nn import InputError, datasets, lmm
+from openreml_nn import InputError, MixedModel, RandomEffect, datasets, lmm
 from openreml_nn.lightning import (
     MixedModelDataModule,
     MixedModule,
     StopWhenConverged,
     TraceVariances,
+    UpdateBLUPs,
     WholeCSVLogger,
     WholeTensorBoardLogger,
 )
@@ -350,6 +353,89 @@ def test_a_network_with_slopes_on_far_off_covariates(training):
     np.testing.assert_allclose(far["mean"], near["mean"], rtol=1e-4)
     slope = [r.components[0].covariance[1, 1].item() for r in (one, other)]
     assert slope[1] == pytest.approx(slope[0], rel=1e-4)
+
+
+def rows_and_model(n=24):
+    torch.manual_seed(0)
+    x, codes = torch.randn(n, 2), torch.arange(n) % 4
+    batch = {"x": x, "y": torch.randn(n), "groups": {"g": codes}}
+    return batch, MixedModel(torch.nn.Linear(2, 1), {"g": RandomEffect(4)})
+
+
+CALLS = {
+    "loss": lambda model, batch: model.loss(batch),
+    "loss of an output": lambda model, batch: model.loss_of(batch["x"][:, 0], batch),
+    "objective": lambda model, batch: model.objective(batch),
+    "gradient in parts": lambda model, batch: model.backward_in_parts(batch, 5),
+    "covariance": lambda model, batch: model.covariance(batch),
+    "update": lambda model, batch: model.update(batch),
+    "update of an output": lambda model, batch: model.update(batch, batch["x"][:, 0]),
+    "predict": lambda model, batch: model.predict(batch),
+    "loader": lambda model, batch: bare(2).fit(MixedModule(model), loader(batch)),
+    "validation": lambda model, batch: bare(2).validate(MixedModule(model), loader(batch)),
+    "prediction": lambda model, batch: bare(2).predict(MixedModule(model), loader(batch)),
+    "own module": lambda model, batch: bare(2, [UpdateBLUPs()]).fit(Own(model), loader(batch)),
+}
+
+
+class Own(LightningModule):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch, batch_idx):
+        return self.model.loss(batch)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.model.network_parameters(), lr=0.01)
+
+
+def loader(batch):
+    return DataLoader([batch], batch_size=None)
+
+
+def bare(epochs, callbacks=(), **options):
+    return Trainer(
+        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks), **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_key_that_nothing_reads_is_refused_wherever_a_batch_enters(call):
+    batch, model = rows_and_model()
+    with pytest.raises(InputError, match=r"`batch` has 'index', 'weight': expected no other keys"):
+        CALLS[call](model, {**batch, "weight": batch["y"].exp(), "index": torch.arange(24)})
+    if call not in ("gradient in parts", "validation", "prediction"):
+        with pytest.raises(InputError, match=r"batch\['values'\] has 'h': the effects are"):
+            CALLS[call](model, {**batch, "values": {"h": torch.ones(24, 1)}})
+    # One key is for what is the user's own.
+    CALLS[call](model, {**batch, "extra": {"index": torch.arange(24), "name": ["a"] * 24}})
+
+
+@pytest.mark.parametrize("averaging", [EMAWeightAveraging, WeightAveraging])
+def test_averages_of_whole_modules_are_refused(averaging):
+    batch, model = rows_and_model()
+    with pytest.raises(
+        InputError, match=rf"Trainer\(callbacks=\[{averaging.__name__}\]\) averages"
+    ):
+        bare(2, [averaging()]).fit(MixedModule(model), loader(batch))
+    with pytest.raises(InputError, match="expected StochasticWeightAveraging"):
+        bare(2, [UpdateBLUPs(), averaging()]).fit(Own(model), loader(batch))
+
+
+def test_what_a_batch_carries_along_reaches_the_users_hooks():
+    batch, model = rows_and_model()
+    batch["extra"] = {"index": torch.arange(24), "name": ["a"] * 24}
+    seen = []
+
+    class See(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            seen.append(batch["extra"]["index"])
+
+    for training in ("alternating", "full", "composite"):
+        bare(1, [See()]).fit(MixedModule(model, training=training), loader(batch))
+    assert [len(index) for index in seen] == [24] * 3
 
 
 def test_mistakes_are_named(tmp_path):

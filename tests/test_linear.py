@@ -154,12 +154,26 @@ def test_what_is_estimated_in_another_basis_has_the_standard_errors_of_the_users
         ({"residual_variance": "1"}, TypeError, "`residual_variance` is"),
         ({"residual_variance": 1, "residual": "cs(Subject)"}, InputError, "leave out `residual`"),
         ({"chunk_rows": 10}, InputError, "in memory already"),
+        ({"progress": False}, InputError, "`progress` is False without `chunk_rows`"),
+        ({"progress": 1, "chunk_rows": 10}, TypeError, "`progress` is"),
         ({"categorical": ["Weeks"]}, InputError, "no column 'Weeks'"),
     ],
 )
 def test_words_that_are_wrong_are_refused_in_its_own_name(options, error, message):
     with pytest.raises(error, match=message):
         lmm("Reaction ~ Days + (1 | Subject)", sleepstudy(), **options)
+
+
+@pytest.mark.parametrize("progress", [None, True, False])
+def test_chunks_show_how_far_they_are(tmp_path, capfd, monkeypatch, progress):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    path = tmp_path / "a[" / "b].csv"  # which in a bar's own language would end "b"
+    path.parent.mkdir()
+    sleepstudy().to_csv(path, index=False)
+    lmm("Reaction ~ Days + (1 | Subject)", path, chunk_rows=50, progress=progress)
+    shown = capfd.readouterr()
+    assert ("reading" in shown.err) == (progress is not False)
+    assert shown.out == ""
 
 
 @pytest.mark.parametrize("rows", [3, 1])

@@ -6,6 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lightning import Trainer
 
 from openreml_nn import InputError, REMLLoss, glmm, lmm, restricted_log_likelihood
@@ -58,7 +60,20 @@ def lower(values, k, m=None):
     return L
 
 
-def toeplitz(rho):
+def toeplitz(partial):
+    """Correlations by lag from partial ones, by their definition: between two positions, given all
+    that are between them."""
+    rho = np.array([])
+    for p in partial:
+        R = by_lag(rho[:-1]) if len(rho) else np.zeros((0, 0))
+        near, far = rho, rho[::-1]
+        known = near @ np.linalg.solve(R, far) if len(rho) else 0.0
+        left = 1 - near @ np.linalg.solve(R, near) if len(rho) else 1.0
+        rho = np.append(rho, known + p * left)
+    return by_lag(rho)
+
+
+def by_lag(rho):
     return np.array([1, *rho])[np.abs(np.subtract.outer(range(len(rho) + 1), range(len(rho) + 1)))]
 
 
@@ -513,12 +528,14 @@ def test_prefixes_and_options_of_residuals_are_parsed():
 
 
 def test_levels_and_places_that_the_fit_did_not_see():
-    """The prior's part of a new level is said, and those of a known matrix are all levels."""
+    """A new place has no level, but comes with its coordinates, is predicted by its neighbours and so
+    not told of; the levels of a known matrix are all known."""
     encoder = Encoder("y ~ x + (1 | exponential(east))")
     encoder.fit(TABLE)
-    with pytest.warns(RuntimeWarning, match="exponential.east. in 1 of 2 rows"):
-        found = encoder.transform(pd.DataFrame({"x": [0.0, 0.0], "east": [0.5, 99.0]}))
+    found = encoder.transform(pd.DataFrame({"x": [0.0, 0.0], "east": [0.5, 99.0]}))
     assert found.random[0].codes.tolist() == [1, -1]
+    assert found.batch()["places"]["east"].tolist() == [[0.5], [99.0]]
+    assert not found.unseen
     known = Encoder("y ~ x + (1 | vm(g, K))", relations=relations_of(None, {"K": KERNEL}))
     known.fit(TABLE)
     found = known.transform(pd.DataFrame({"x": [0.0], "g": ["other"]}))
@@ -572,3 +589,95 @@ def test_a_generalised_model_takes_structures():
     one = glmm("high ~ x + (1 | g)", table, family="binomial")
     other = glmm("high ~ x + (1 | vm(g, K))", table, family="binomial", kernels={"K": identity})
     assert other.log_likelihood == pytest.approx(one.log_likelihood, abs=1e-8)
+
+
+@pytest.mark.parametrize("method", ["reml", "ml"])
+def test_a_correlation_for_each_lag_is_fitted_at_the_edge_of_what_is_positive_definite(method):
+    """A season of four: lag 2 is all that there is, and its optimum is where a correlation matrix
+    ends. No correlation matrix with one value for each lag is better."""
+    rng = np.random.default_rng(4)
+    phase = rng.uniform(0, 2 * np.pi, 30)
+    cells = [(g, t) for g in range(30) for t in range(4)]
+    table = pd.DataFrame(cells * 2, columns=["g", "t"])
+    table["y"] = np.cos(table["t"] * np.pi / 2 + phase[table["g"]]) + 0.3 * rng.normal(size=240)
+    found = lmm("y ~ 1 + toep(0 + t | g)", table, method=method)
+    assert found.converged
+    (sigma, *_) = found.components
+    R = sigma.correlation.numpy()
+    np.testing.assert_allclose(R, by_lag(R[0, 1:]), atol=1e-12)
+    assert np.linalg.eigvalsh(R)[0] > -1e-12
+    free = lmm("y ~ 1 + us(0 + factor(t) | g)", table, method=method)
+    assert free.log_likelihood >= found.log_likelihood
+    encoded = encoded_by("y ~ 1 + toep(0 + t | g)", table)
+    best = -np.inf
+    for lags in np.random.default_rng(0).normal(R[0, 1:], 0.02, size=(200, 3)):
+        other = by_lag(lags)
+        if np.linalg.eigvalsh(other)[0] < 0:
+            continue
+        at, e = table["t"].to_numpy(), float(found.residual_variance)
+        V = float(sigma.covariance[0, 0]) * other[np.ix_(at, at)] * same(table, "g")
+        V = torch.tensor(V + e * np.eye(240))
+        if method == "ml":
+            value = torch.distributions.MultivariateNormal(
+                encoded.X @ found.fixed.estimate, V
+            ).log_prob(encoded.y)
+        else:
+            value = restricted_log_likelihood(encoded.y, encoded.X, V)
+        best = max(best, float(value))
+    assert best <= found.log_likelihood + 1e-9
+
+
+RELATIONS = {
+    "g": (lambda: np.eye(9), {}),
+    "ped(g)": (
+        lambda: relationship(PEDIGREE).loc[LEVELS, LEVELS].to_numpy(), {"pedigree": PEDIGREE},
+    ),
+    "vm(g, K)": (lambda: KERNEL.loc[LEVELS, LEVELS].to_numpy(), {"kernels": {"K": KERNEL}}),
+}  # fmt: skip
+LEVELS = sorted(TABLE["g"].unique())
+MIXED = {
+    None: lambda v: np.full(60, v[0]),
+    "diag(env)": lambda v: v[pd.factorize(TABLE["env"], sort=True)[0]],
+    "exp(x)": lambda v: v[0] * np.exp(2 * v[1] * TABLE["x"].to_numpy()),
+    "power(w)": lambda v: v[0] * TABLE["w"].to_numpy() ** (2 * v[1]),
+}
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.sampled_from(sorted(EFFECTS)), min_size=1, max_size=2, unique=True),
+    st.sampled_from(sorted(RELATIONS)),
+    st.sampled_from([*MIXED]),
+    st.booleans(),
+    st.sampled_from(["reml", "ml"]),
+    st.integers(0, 1000),
+)
+def test_mixes_of_structures_are_sums_of_products(terms, group, residual, weighted, method, seed):
+    """Each term is its structure among effects times the relation of its levels, whatever stands
+    beside it; the likelihood and its gradient of the chosen solver are the dense ones."""
+    matrix, options = RELATIONS[group]
+    formula = " + ".join(["y ~ x", *(term.replace("| g", f"| {group}") for term in terms)])
+    weights = "w" if weighted else None
+    encoded = encoded_by(formula, residual=residual, weights=weights, **options)
+    V = covariance_of(encoded)
+    values = dict(zip(V.free_param_names, at_random(V, seed), strict=True))
+    e, g = pd.factorize(TABLE["env"], sort=True)[0], TABLE["g"].map(LEVELS.index).to_numpy()
+    expected = np.zeros((60, 60))
+    for i, term in enumerate(terms):
+        name = encoded.random[i].name
+        own = np.array([v for key, v in values.items() if key.startswith(f"{name}/")])
+        sigma = np.asarray(EFFECTS[term](own))
+        expected += sigma[np.ix_(e, e)] * matrix()[np.ix_(g, g)]
+    own = np.array([v for key, v in values.items() if key.startswith("residual/")])
+    scale = 1 / TABLE["w"].to_numpy() if weighted else 1.0
+    expected += np.diag(MIXED[residual](own) * scale)
+    torch.testing.assert_close(V().detach(), torch.tensor(expected), rtol=1e-9, atol=1e-11)
+    parameters = list(V.parameters())
+    found = {}
+    for solver in ("auto", "dense"):
+        loss = REMLLoss(V, method, solver, reduction="sum")(encoded.y, encoded.X)
+        found[solver] = loss, torch.cat(torch.autograd.grad(loss, parameters))
+    torch.testing.assert_close(found["auto"], found["dense"], rtol=1e-8, atol=1e-8)
+    if method == "reml":
+        dense = restricted_log_likelihood(encoded.y, encoded.X, torch.tensor(expected))
+        assert abs(float(found["dense"][0].detach() + dense)) < 1e-8

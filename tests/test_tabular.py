@@ -255,3 +255,16 @@ def test_residuals_and_weights_are_the_same_options_for_both(network, options):
         loss, y, X = module.model.data(module.model(data.encoded.batch()), data.encoded.batch())
         own = -float(loss(y, X)) * len(y)
         assert module.result.log_likelihood == pytest.approx(own, rel=1e-9)
+
+
+def test_a_gaussian_family_by_name_is_the_linear_model():
+    """REML by default and no approximation, as if no family had been named."""
+    found = []
+    for options in ({}, {"family": "gaussian"}, {"family": "gaussian", "link": "identity"}):
+        module = MixedModule("Reaction ~ Days + (Days | Subject)", **options)
+        data = MixedModelDataModule(datasets.sleepstudy(), family=options.get("family"))
+        quiet(50).fit(module, datamodule=data)
+        found.append(module.result)
+    assert {r.method for r in found} == {"reml"}
+    assert {r.log_likelihood for r in found} == {found[0].log_likelihood}
+    assert all(r.family is None for r in found)

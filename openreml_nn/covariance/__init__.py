@@ -1,7 +1,12 @@
 """Covariance matrices and operators as modules."""
 
 from openreml_nn.covariance import transform
-from openreml_nn.covariance.autoregressive import AntedependenceMatrix, AR1Matrix, ToeplitzMatrix
+from openreml_nn.covariance.autoregressive import (
+    AntedependenceMatrix,
+    AR1Matrix,
+    StationaryMatrix,
+    ToeplitzMatrix,
+)
 from openreml_nn.covariance.block import Augment, BlockDiagonal, Stack
 from openreml_nn.covariance.compat import simple_param_specs
 from openreml_nn.covariance.correlation import (
@@ -10,6 +15,12 @@ from openreml_nn.covariance.correlation import (
     GaussianCorrelation,
     MaternCorrelation,
     SphericalCorrelation,
+)
+from openreml_nn.covariance.decaying import (
+    LinearCorrelation,
+    LinearMatrix,
+    RationalQuadraticCorrelation,
+    RationalQuadraticMatrix,
 )
 from openreml_nn.covariance.dummy import DummyMatrix
 from openreml_nn.covariance.exchangeable import (
@@ -85,6 +96,8 @@ __all__ = [
     "KnownInverseMatrix",
     "KnownMatrix",
     "KroneckerProduct",
+    "LinearCorrelation",
+    "LinearMatrix",
     "LowerTriangularMatrix",
     "MaternCorrelation",
     "MaternMatrix",
@@ -93,11 +106,14 @@ __all__ = [
     "Pedigree",
     "Product",
     "RandomWalkMatrix",
+    "RationalQuadraticCorrelation",
+    "RationalQuadraticMatrix",
     "ScalarMatrix",
     "SimpleMatrix",
     "SphericalCorrelation",
     "SphericalMatrix",
     "Stack",
+    "StationaryMatrix",
     "Sum",
     "ToeplitzMatrix",
     "Transpose",

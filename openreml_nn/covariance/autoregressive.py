@@ -19,7 +19,7 @@ from openreml_nn.terms.covariance import DenseCovariance
 from openreml_nn.terms.design import IdentityDesign
 from openreml_nn.terms.term import Term
 
-__all__ = ["AR1Matrix", "AntedependenceMatrix", "ToeplitzMatrix"]
+__all__ = ["AR1Matrix", "AntedependenceMatrix", "StationaryMatrix", "ToeplitzMatrix"]
 
 
 def _lags(n: int, like: Tensor) -> Tensor:
@@ -34,6 +34,11 @@ def _banded(values: Tensor) -> Tensor:
     n = values.shape[-1]
     mirrored = torch.cat([values.flip(-1), values[..., 1:]], -1)
     return mirrored.unfold(-1, n, 1).flip(-2)
+
+
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """Products of numbers with their derivatives, which stand below them: by the product rule."""
+    return torch.cat([a[:1] * b[:1], a[1:] * b[:1] + a[:1] * b[1:]])
 
 
 def _diagonal_sums(cotangent: Tensor, count: int) -> Tensor:
@@ -186,6 +191,89 @@ class ToeplitzMatrix(Matrix):
         sums = _diagonal_sums(cotangent, self.bands)
         pulled = torch.cat([(sums * rho).sum().reshape(1), variance * sums[1:]])
         return self.free_vjp(pulled, free_params)
+
+    def moment_start(self, variance: Tensor) -> bool:
+        for name in self.param_names[1:]:
+            self.set_start(name, torch.zeros_like(variance[0]))
+        return self.set_start(self.param_names[0], harmonic_mean(variance))
+
+
+class StationaryMatrix(Matrix):
+    r"""A covariance for each lag, :math:`V_{ij} = \sigma^2 \rho_{|i-j|}`, positive definite at all
+    values of its parameters: by partial autocorrelations.
+
+    ============= ================================ =======
+    parameter     transform                        default
+    ============= ================================ =======
+    ``sigma^2``   :math:`e^{2x}`                   0
+    ``partial_l`` sigmoid, scaled to (−1, 1)       0
+    ============= ================================ =======
+
+    for l = 1 … n − 1. ``partial_l`` is the correlation of two positions that are l apart, given
+    those between them, :math:`\pi_l`, and the correlations follow by the recursion of Durbin and
+    Levinson,
+
+    .. math::
+        \rho_l = \pi_l \prod_{j<l} (1 - \pi_j^2) + \sum_{j<l} \varphi_{l-1,j}\,\rho_{l-j},\qquad
+        \varphi_{l,j} = \varphi_{l-1,j} - \pi_l\,\varphi_{l-1,l-j},\quad \varphi_{l,l} = \pi_l .
+
+    :class:`ToeplitzMatrix` has the correlations themselves, of which not all values are allowed.
+
+    Args:
+        n: size.
+        param_specs: specifications that replace the ones above.
+
+    Shape:
+        Output: (n, n).
+
+    Reference:
+        Barndorff-Nielsen and Schou, Journal of Multivariate Analysis 3 (1973) 408.
+
+    >>> StationaryMatrix(3)(torch.tensor([0.0, 1.0986123, 0.0]))
+    tensor([[1.0000, 0.5000, 0.2500],
+            [0.5000, 1.0000, 0.5000],
+            [0.2500, 0.5000, 1.0000]])
+    """
+
+    def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
+        n = check_count("n", n, 1)
+        default = free_specs(["sigma^2"], trans=TransformExpPow2())
+        default |= free_specs([f"partial_{i}" for i in range(1, n)], trans=within_bounds(-1.0, 1.0))
+        super().__init__((n, n), merge_specs(default, param_specs))
+
+    def forward(self, free_params: FreeParams = None) -> Tensor:
+        variance, partial = self.build_params(free_params).split([1, self.shape[0] - 1])
+        return _banded(variance * self._correlations(partial)[0])
+
+    def _correlations(self, partial: Tensor, slopes: bool = False) -> tuple[Tensor, Tensor]:
+        """Correlations by lag (n,), and their derivatives (n - 1, n) if they are asked for."""
+        m = len(partial)
+        # Each number with its derivatives by all partial correlations, (1 + m, size).
+        unit = torch.eye(m, dtype=partial.dtype, device=partial.device)
+        rows = 1 + m if slopes else 1
+        start = torch.nn.functional.pad(partial.new_ones(1, 1), (0, 0, 0, rows - 1))
+        left, rho, phi = start, start, start[:, :0]  # left: the variance that those between leave
+        for l in range(m):
+            p = torch.cat([partial[None, l : l + 1], unit[: rows - 1, l : l + 1]])
+            before = rho[:, 1:].flip(1)
+            rho = torch.cat([rho, _times(p, left) + _times(phi, before).sum(1, keepdim=True)], 1)
+            phi = torch.cat([phi - _times(p, phi.flip(1)), p], 1)
+            left = left - _times(_times(p, p), left)
+        return rho[0], rho[1:]
+
+    def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
+        variance, partial = self.build_params(free_params).split([1, self.shape[0] - 1])
+        rho, slopes = self._correlations(partial, slopes=True)
+        slices = _banded(torch.cat([rho[None], variance * slopes]))
+        return self.free_grad(slices, free_params)
+
+    def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        self.check_cotangent(cotangent)
+        variance, partial = self.build_params(free_params).split([1, self.shape[0] - 1])
+        rho, slopes = self._correlations(partial, slopes=True)
+        sums = _diagonal_sums(cotangent, self.shape[0])
+        pulled = torch.cat([rho[None], variance * slopes]) @ sums[:, None]
+        return self.free_vjp(pulled[:, 0], free_params)
 
     def moment_start(self, variance: Tensor) -> bool:
         for name in self.param_names[1:]:

@@ -262,29 +262,26 @@ class VecchiaMatrix(Matrix):
         device = self.places.device
         return Regressions(places.to(device), self.places, near.to(device), self.correlation)
 
-    def kriging(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        r"""The effects of other places given those of the nearest of these: weights (k, n) of
-        :math:`E(b_* \mid b)`, and what is left of their variance, as a part of it, (k,).
-
-        Args:
-            places: (k, s).
+    @torch.no_grad()
+    def regressed(self, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of other places (k, s) the nearest of these (k, m), their weights (k, m), and the part of
+        the variance that is left beside them (k,), at the present parameters.
 
         Raises:
-            TypeError, InputError: as in :meth:`regressions_of`.
+            TypeError, InputError: as :meth:`regressions_of`.
         """
         found = self.regressions_of(places)
         _, length = self.build_params().split(1)
         k, m = found.neighbours.shape
-        d, b = found.at(length.double().log()).split([k, k * m])
-        same = d.isnan()
-        if bool(same.any()):
-            # At a place itself, or so near that rounding leaves no variance: its effect is known.
-            only = torch.zeros(k, m, dtype=b.dtype, device=b.device)
-            only[:, 0] = 1
-            b = torch.where(same[:, None], only, b.reshape(k, m)).reshape(-1)
-            d = torch.where(same, 0.0, d)
-        weights = b.new_zeros(k, len(self.places)).scatter(1, found.neighbours, b.reshape(k, m))
-        return weights.to(length), d.to(length)
+        left, weights = found.at(length.double().log()).split([k, k * m])
+        weights = weights.reshape(k, m)
+        # At a place of these, or so near that rounding leaves no variance, the effect is known.
+        same = left.isnan()
+        nearest = torch.zeros_like(weights)
+        nearest[:, 0] = 1
+        weights = torch.where(same[:, None], nearest, weights)
+        left = torch.where(same, 0.0, left)
+        return found.neighbours.clamp(min=0), weights, left.clamp(min=0)
 
     def _numbers(self, free_params: FreeParams = None) -> tuple[Tensor, Tensor]:
         """The variance, and what the inverse is made of."""

@@ -19,6 +19,7 @@ __all__ = [
     "pastes",
     "penicillin",
     "ratings",
+    "slatehall",
     "sleepstudy",
     "table_path",
 ]
@@ -32,6 +33,7 @@ FORMULAS = {
     "john_alpha": "yield ~ rep + (1 | gen) + (1 | rep:block)",
     "penicillin": "diameter ~ 1 + (1 | plate) + (1 | sample)",
     "pastes": "strength ~ 1 + (1 | batch/cask)",
+    "slatehall": "yield ~ 1 + (1 | gen)",
     "oats": "yield ~ nitro * Variety + (1 | Block/Variety)",
 }
 
@@ -76,6 +78,16 @@ def pastes() -> pd.DataFrame:
     Davies and Goldsmith, Statistical Methods in Research and Production (1972), table 6.5.
     """
     return pd.read_csv(table_path("pastes"))
+
+
+def slatehall() -> pd.DataFrame:
+    """Yield of wheat (g/plot), 25 genotypes in a balanced lattice of 6 replicates in a field of 15
+    rows and 10 columns, 150 rows.
+
+    Gilmour, Cullis and Verbyla, Journal of Agricultural, Biological and Environmental Statistics 2
+    (1997) 269.
+    """
+    return pd.read_csv(table_path("slatehall"))
 
 
 def oats() -> pd.DataFrame:

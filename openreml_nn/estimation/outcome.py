@@ -34,7 +34,7 @@ from openreml_nn.result import (
     Source,
     Start,
 )
-from openreml_nn.result.parts import RESIDUAL
+from openreml_nn.result.parts import RESIDUAL_GROUP
 from openreml_nn.terms.covariance import KroneckerCovariance
 from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.term import Term, residual_terms
@@ -305,7 +305,7 @@ class _Builder:
             return self._labels[term.name]
         if any(term is self._terms[i] for i in self._residual):
             size = len(term.covariance.matrix)
-            return Label(RESIDUAL, [str(i) for i in range(size)] if size > 1 else ("",), ())
+            return Label(RESIDUAL_GROUP, [str(i) for i in range(size)] if size > 1 else ("",), ())
         k = term.covariance.shown().shape[0]
         effects = ("(Intercept)",) if k == 1 else tuple(f"effect_{i}" for i in range(k))
         return Label(term.name, effects, self._levels(term, term.design.shape[1] // k))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from openreml_nn.covariance import Matrix
+from openreml_nn.covariance import LinearMatrix, Matrix
 from openreml_nn.estimation.curvature import CONVERGED, Curvature
 from openreml_nn.estimation.past import Past
 from openreml_nn.estimation.step import average_information_step
@@ -46,11 +46,14 @@ def has_several_optima(objective: Objective) -> bool:
     """Whether a correlation that decays with a distance stands beside other estimated terms.
 
     An autoregressive field beside a nugget is known for it: the likelihood can explain the
-    same data by short correlation of all the variance or by long correlation of a part of it.
+    same data by short correlation of all the variance or by long correlation of a part of it. A
+    linear one has a kink at each distance, alone too.
     """
-    if sum(not term.known for term in objective.terms()) < 2:
+    matrices = _matrices(objective)
+    has_kinks = any(isinstance(matrix, LinearMatrix) for matrix in matrices)
+    if not has_kinks and sum(not term.known for term in objective.terms()) < 2:
         return False
-    reaching = [matrix.start_reach(REACHES[0]) for matrix in _matrices(objective)]
+    reaching = [matrix.start_reach(REACHES[0]) for matrix in matrices]
     return any(reaching)
 
 

@@ -161,7 +161,8 @@ def reliability(result: Result, group: str | None = None) -> pd.DataFrame:
 
 def _component(result: Result, group: str | None) -> Component:
     """The one component of a group, of one effect."""
-    random = [c for c in result.components if not c.is_residual]
+    # What is correlated beside a nugget is the rows' and no group's.
+    random = [c for c in result.components if not c.is_residual and c.name != "residual"]
     groups = list(dict.fromkeys(c.group for c in random))
     if group is None:
         if len(random) != 1:

@@ -18,6 +18,7 @@ from openreml_nn.estimation.aireml import AIREML
 from openreml_nn.lightning.held import Held
 from openreml_nn.lightning.marginal import Marginal
 from openreml_nn.lightning.module import MixedModule
+from openreml_nn.lightning.optimizers import refuse_averaging
 from openreml_nn.lightning.reading import mark, read
 from openreml_nn.lightning.sums import LevelSums
 from openreml_nn.model import MixedModel
@@ -119,6 +120,7 @@ class UpdateBLUPs(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the model."""
+        refuse_averaging(trainer)
         found = {
             name: part for name, part in pl_module.named_modules() if isinstance(part, MixedModel)
         }

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from openreml_nn.covariance import Pedigree
 from openreml_nn.families import Family
+from openreml_nn.lightning.family import as_asked
 from openreml_nn.lightning.formula import FormulaOptions
 from openreml_nn.lightning.sharing import check_same, share
 from openreml_nn.lightning.split import Split
@@ -97,7 +98,7 @@ class MixedModelDataModule(LightningDataModule):
             if value is not None:
                 check_text(name, value)
         names = (categorical,) if isinstance(categorical, str) else tuple(categorical)
-        self._options = FormulaOptions(formula, family, names, residual, weights)
+        self._options = FormulaOptions(formula, as_asked(family)[0], names, residual, weights)
         self._relations = relations_of(pedigree, kernels)
         self._table = table
         self._predict_table = predict_table

@@ -75,7 +75,7 @@ class Marginal:
     @property
     def _rows(self) -> tuple[Mapping[str, Any], Tensor]:
         (own,) = self._parts
-        return own, own["output"]
+        return {key: part for key, part in own.items() if key != "output"}, own["output"]
 
     def record(self) -> Record:
         """The likelihood at the present parameters."""

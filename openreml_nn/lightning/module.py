@@ -16,6 +16,7 @@ from openreml_nn.families import FAMILIES, Family
 from openreml_nn.lightning.data import MixedModelDataModule, attached
 from openreml_nn.lightning.estimates import Estimates, MarginalEstimates
 from openreml_nn.lightning.evaluation import Evaluated
+from openreml_nn.lightning.family import as_asked
 from openreml_nn.lightning.held import Held
 from openreml_nn.lightning.marginal import Marginal
 from openreml_nn.lightning.optimizers import (
@@ -23,6 +24,7 @@ from openreml_nn.lightning.optimizers import (
     MakeScheduler,
     is_aireml,
     optimizers_of,
+    refuse_averaging,
     refuse_gradient_options,
     scheduled,
 )
@@ -145,6 +147,7 @@ class MixedModule(Evaluated):
                 check_maker(name, make)
         check_instance("training", training, (str, Way, NoneType), "a word, or None")
         self.rows, self.seed = check_count("rows", rows, 1), check_count("seed", seed)
+        family, link = as_asked(family, link)
         given = {
             "optimizer": optimizer,
             "training": training,
@@ -256,6 +259,7 @@ class MixedModule(Evaluated):
     def setup(self, stage: str) -> None:
         """Build the model of a formula from the data module's table."""
         if stage == "fit":
+            refuse_averaging(self.trainer)
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             if self.table is not None:
                 data = attached(self)
@@ -295,7 +299,7 @@ class MixedModule(Evaluated):
         """Say how many rows a sampler repeats, and take up the state of a resumed run."""
         warn_of_repeats(self.trainer)
         self._met, self._checked = None, False
-        self._responses = Responses(not self.way.needs_all_rows)
+        self._responses = Responses(not self.way.needs_all_rows, self.model.responses > 1)
         self._estimates = self._begun()
         self._known.aireml = self._aireml
         if self._resumed_state is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning import Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -21,6 +22,7 @@ __all__ = [
     "MakeScheduler",
     "is_aireml",
     "optimizers_of",
+    "refuse_averaging",
     "refuse_gradient_options",
     "scheduled",
 ]
@@ -97,6 +99,21 @@ def refuse_gradient_options(trainer: Trainer) -> None:
         if value not in (None, without):
             raise InputError(
                 f"Trainer({name}={value}) has no effect: no network is trained by gradients"
+            )
+
+
+def refuse_averaging(trainer: Trainer) -> None:
+    """Refuse Lightning's callbacks that average all of a module, BLUPs and their index included.
+
+    Raises:
+        InputError: if there is one.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging):
+            raise InputError(
+                f"Trainer(callbacks=[{type(callback).__name__}]) averages BLUPs and covariances of "
+                "several networks, which are those of none: expected StochasticWeightAveraging, "
+                "which averages the network's parameters alone"
             )
 
 

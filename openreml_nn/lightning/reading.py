@@ -54,7 +54,7 @@ def read(
             batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
             batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
             with blamed("training", i):
-                batch, rows = responding(as_batch(batch, names))
+                batch, rows = responding(as_batch(batch, names), model.responses > 1)
                 if rows is not None and not len(rows):
                     continue  # none of them has a response
                 with plugin.forward_context():

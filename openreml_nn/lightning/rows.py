@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.lightning.sharing import total
-from openreml_nn.model.batch import Batch, responding
+from openreml_nn.model.batch import Batch, check_keys, check_values, responding
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
 
@@ -28,6 +28,7 @@ def as_batch(batch: Any, names: Sequence[str], has_response: bool = True) -> Bat
         batch: a dict, or a tuple or list (x, y, group); to predict also (x, group). ``group``
             is a dict, a tensor (n,) of one factor's codes, or (n, k) with a column for each
             factor in the order of ``names``.
+            What it carries under ``extra`` is not the model's, and left out.
         names: the model's grouping factors.
         has_response: whether there must be y.
 
@@ -53,7 +54,10 @@ def as_batch(batch: Any, names: Sequence[str], has_response: bool = True) -> Bat
             raise InputError(
                 f"it has no {key!r} beside {sorted(map(str, batch))}: expected {_FORM}"
             )
-    return {**batch, "groups": _by_name(batch["groups"], names)}
+    check_keys(batch)
+    check_values(batch, names)
+    found = {key: value for key, value in batch.items() if key != "extra"}
+    return {**found, "groups": _by_name(batch["groups"], names)}
 
 
 def _by_name(groups: Any, names: Sequence[str]) -> Mapping[str, Any]:
@@ -89,15 +93,16 @@ class Responses:
 
     Args:
         has_own: whether each process has rows of its own.
+        several: whether a row has several responses, and counts where all are missing.
     """
 
-    def __init__(self, has_own: bool) -> None:
-        self._has_own = has_own
+    def __init__(self, has_own: bool, several: bool) -> None:
+        self._has_own, self._several = has_own, several
         self._missing, self._rows, self._is_told = 0, 0, False
 
     def of(self, batch: Batch) -> Batch:
         """The rows of a batch that have one, which may be none."""
-        kept, rows = responding(batch)
+        kept, rows = responding(batch, self._several)
         if rows is not None:
             self._missing += len(batch["y"]) - len(rows)
         self._rows += row_count(batch["y"])
@@ -128,24 +133,26 @@ def row_count(y: Any) -> int:
     return len(y) if isinstance(y, Tensor) and y.dim() else 1
 
 
-def check_response(y: Any, output: Tensor) -> None:
-    """Refuse a response that cannot train the rows of a network's output.
+def check_response(y: Any, output: Tensor, responses: int = 1) -> None:
+    """Refuse a response, or several, that cannot train the rows of a network's output.
 
     Raises:
-        InputError: if it is no tensor (n,) of floating-point numbers in single precision or
+        InputError: if it is no tensor (n,), or (n, t), of floating-point numbers in single precision or
             better, or so far from zero that a network in half precision cannot yield it.
     """
     n = len(output)
+    shape = (n,) if responses == 1 else (n, responses)
     if not isinstance(y, Tensor) or not y.is_floating_point():
-        raise InputError(f"`y` is {described(y)}: expected a floating-point tensor ({n},)")
+        raise InputError(f"`y` is {described(y)}: expected a floating-point tensor {shape}")
     if y.dtype in _HALF:
         raise InputError(
             f"`y` is {y.dtype}, which rounds it to three digits: use precision='bf16-mixed' or "
             "'16-mixed', which leave the response as it is"
         )
-    if y.shape != (n,):
-        column = "; a column is made a vector by y[:, 0]" if y.dim() == 2 else ""
-        raise InputError(f"`y` has shape {tuple(y.shape)}: expected ({n},){column}")
+    if y.shape != shape:
+        is_column = y.dim() == 2 and responses == 1
+        column = "; a column is made a vector by y[:, 0]" if is_column else ""
+        raise InputError(f"`y` has shape {tuple(y.shape)}: expected {shape}{column}")
     if output.dtype in _HALF and n > 1:
         rounding, spread = float(y.abs().mean()) * torch.finfo(output.dtype).eps, float(y.std())
         if rounding > spread / 2:

@@ -294,7 +294,7 @@ class Groups(Composite):
 def _check_response(model: MixedModel, y: Any, output: Tensor) -> None:
     """Refuse a response that cannot train; with a family, its likelihood does."""
     if model.family is None:
-        check_response(y, output)
+        check_response(y, output, model.responses)
 
 
 # ---------------------------------------------------------------------- all rows at once

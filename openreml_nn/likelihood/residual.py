@@ -2,8 +2,8 @@ r"""The covariance R of the residuals, and rows made independent by it.
 
 With :math:`R = L L^\top` the likelihood of y is that of the white rows
 :math:`L^{-1} y`, less :math:`\log|R| / 2`. R is a multiple of known weights
-(:class:`ScalarResidual`), or has blocks within groups of rows, of any size
-(:class:`BlockResidual`): a single row under variances by stratum, the
+(:class:`ScalarResidual`), or has blocks within groups of rows, of any size,
+perhaps between such weights (:class:`BlockResidual`): a single row under variances by stratum, the
 occasions of a subject under autocorrelation.
 
 Reference:
@@ -191,8 +191,13 @@ class BlockResidual(Residual):
 
     def __init__(self, at: list[int], parts: Sequence[Term]) -> None:
         self.at = at
-        if any(_scale(part) is not None for part in parts):
-            raise InputError("the blocked solver takes weights with residuals of one variance only")
+        scales = [_scale(part) for part in parts]
+        if len({None if v is None else v.data_ptr() for v in scales}) > 1:
+            raise InputError(
+                "the blocked solver needs the same weights for all parts of the residual: "
+                f"{', '.join(repr(part.name) for part in parts)} have others"
+            )
+        self._v = scales[0]
         self._forms = [part.covariance for part in parts]
         places = [_places(part) for part in parts]
         group = _joined([block for block, _ in places])
@@ -213,7 +218,7 @@ class BlockResidual(Residual):
 
     def white(self, matrices: Sequence[Tensor]) -> White:
         blocks = [self._blocks(bucket, matrices) for bucket in self._buckets]
-        return _WhiteBlocks(self._buckets, blocks)
+        return _WhiteBlocks(self._buckets, blocks, self._v)
 
     def _blocks(self, bucket: _Bucket, matrices: Sequence[Tensor]) -> Tensor:
         """Blocks of R, one for each pattern, (patterns, m, m)."""
@@ -226,20 +231,25 @@ class BlockResidual(Residual):
 
     def along(self, derivatives: Sequence[Tensor], x: Tensor) -> Tensor:
         found = x.new_zeros(len(derivatives[0]), self.n)
+        v = None if self._v is None else self._v.to(x)[:, 0]
+        x = x if v is None else v * x
         for bucket in self._buckets:
             local = x[bucket.rows][:, :, None]  # (groups, m, 1)
             for j, matrices in enumerate(zip(*derivatives, strict=True)):
                 moved = self._blocks(bucket, matrices)[bucket.pattern] @ local
                 found[j, bucket.rows.reshape(-1)] = moved.reshape(-1)
-        return found.mT
+        return (found if v is None else v * found).mT
 
     def is_within(self, codes: Tensor) -> bool:
         return _nests(self.group, codes)
 
 
 class _WhiteBlocks(White):
-    def __init__(self, buckets: Sequence[_Bucket], blocks: Sequence[Tensor]) -> None:
+    def __init__(
+        self, buckets: Sequence[_Bucket], blocks: Sequence[Tensor], v: Tensor | None
+    ) -> None:
         self._buckets = buckets
+        self._scale = None if v is None else _ScaledRows(v, blocks[0])
         factors = [cholesky(block, "R") for block in blocks]
         if not traced(*blocks):
             pairs = zip(blocks, factors, strict=True)
@@ -251,12 +261,16 @@ class _WhiteBlocks(White):
             self._inverse.append(solve_triangular(L, eye, upper=False))
             total.append(2 * (bucket.count * L.diagonal(dim1=1, dim2=2).log().sum(1)).sum())
         self.log_det = torch.stack(total).sum()
+        if self._scale is not None:
+            self.log_det = self.log_det + self._scale.log_det
 
     def rows(self, x: Tensor) -> Tensor:
-        return self._apply(x, self._inverse)
+        scaled = x if self._scale is None else self._scale.rows(x)
+        return self._apply(scaled, self._inverse)
 
     def back(self, x: Tensor) -> Tensor:
-        return self._apply(x, [inverse.mT for inverse in self._inverse])
+        found = self._apply(x, [inverse.mT for inverse in self._inverse])
+        return found if self._scale is None else self._scale.back(found)
 
     def _apply(self, x: Tensor, inverses: Sequence[Tensor]) -> Tensor:
         rows, parts = [], []

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from openreml_nn.likelihood.fixed import estimable
 from openreml_nn.likelihood.system.products import Statistics
-from openreml_nn.model.batch import Batch, level_codes, part, row_values, with_responses
+from openreml_nn.model.batch import Batch, level_codes, part, row_values, rows_of, with_responses
 from openreml_nn.model.posterior import Posterior
 from openreml_nn.model.residual import structure_of
 from openreml_nn.result.equations import Equations, FixedBasis
@@ -30,13 +30,11 @@ def added(model: Posterior, batch: Batch, names: Mapping[str, Sequence[str]]) ->
         InputError: if rows or levels cannot be added.
     """
     before = _before(model)
-    batch, _ = with_responses(batch)
-    y = part(batch, "y")
-    check_tensor("batch['y']", y, ("n",), "floating")
-    n, old = len(y), before.statistics()
+    batch, _ = with_responses(batch, None, model.responses > 1)
+    levels = _levels(model, batch, rows_of(batch), names)
+    batch, output = with_responses(*model.single(batch, model(batch), is_data=True))
+    old, new = before.statistics(), _statistics(model, batch, output, levels, before.fixed)
     assert old is not None
-    levels = _levels(model, batch, n, names)
-    new = _statistics(model, batch, y, levels, before.fixed)
     known = [effect.levels for effect in model.effects().values()]
     equations = _equations(_sum(old, new, known, levels), before.fixed)
     joint = _joint(model, equations)
@@ -68,7 +66,7 @@ def _before(model: Posterior) -> Equations:
             f"`family` is {type(model.family).__name__}: rows add up for a Gaussian response only; "
             "call update() with all rows"
         )
-    if not structure_of(model.residual).is_independent:
+    if model.responses == 1 and not structure_of(model.residual).is_independent:
         raise InputError(
             "`residual` is correlated between rows, so that new rows depend on those before: call "
             "update() with all rows"
@@ -122,13 +120,11 @@ def _levels(
 
 
 def _statistics(
-    model: Posterior, batch: Batch, y: Tensor, levels: Sequence[int], fixed: FixedBasis
+    model: Posterior, batch: Batch, output: Tensor, levels: Sequence[int], fixed: FixedBasis
 ) -> Statistics:
     """Cross-products of the new rows; a row of no known level has one of its own at the end."""
-    n, like = len(y), fixed.offset
-    output = model(batch)
-    if len(output) != n:
-        raise InputError(f"`batch['y']` has {n} rows but `mean` yields {len(output)}")
+    n, like, y = len(output), fixed.offset, part(batch, "y")
+    check_tensor("batch['y']", y, (n,), "floating")
     check_tensor("mean(x)", output, None, "floating")
     e = y.to(like)
     offset = row_values(batch, "offset", n)
@@ -152,8 +148,15 @@ def _statistics(
         codes = codes.long().index_copy(0, own, q + torch.arange(len(own), device=own.device))
         z = None if values is None else values.to(like)
         designs.append(IndexedDesign(codes, z, q + len(own), absent=False))
-    variances = structure_of(model.residual).variances(batch, n).to(like)
-    return Statistics.of(designs, f, 1 / variances)
+    residual = structure_of(model.residual)
+    if residual.is_independent:
+        return Statistics.of(designs, f, 1 / residual.variances(batch, n).to(like))
+    matrices = residual.operands(batch, n).values()
+    terms = [term for matrix in matrices for term in matrix.terms()]
+    equations = Equations.of(designs, terms, f, fixed)
+    found = None if equations is None else equations.statistics()
+    assert found is not None  # rows whose residuals are correlated are of the same levels
+    return found
 
 
 def _sum(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, overload
 
 import numpy as np
@@ -16,14 +16,18 @@ from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
 
 __all__ = [
+    "KEYS",
     "Batch",
     "check_finite",
     "check_inputs",
+    "check_keys",
     "check_outputs",
+    "check_values",
     "level_codes",
     "level_places",
     "level_values",
     "part",
+    "refuse_weights",
     "responding",
     "row_values",
     "rows_of",
@@ -35,7 +39,24 @@ __all__ = [
 Batch = Mapping[str, Any]
 
 #: What a batch holds of each row.
-_OF_ROWS = ("x", "y", "groups", "values", "weights", "offset", "residual", "places")
+_OF_ROWS = ("x", "y", "groups", "values", "weights", "offset", "residual", "places", "zi")
+#: What a batch may hold, see :class:`MixedModel`.
+KEYS = (*_OF_ROWS, "extra")
+_KNOWN = frozenset(KEYS)
+
+
+def check_keys(batch: Batch) -> None:
+    """Refuse a key that nothing reads, such as one that is misspelt.
+
+    Raises:
+        InputError: naming it.
+    """
+    if not batch.keys() <= _KNOWN:
+        unknown = ", ".join(sorted(repr(key) for key in batch.keys() - _KNOWN))
+        raise InputError(
+            f"`batch` has {unknown}: expected no other keys than {', '.join(KEYS)}; what is to be "
+            "carried along, such as an index, goes under 'extra'"
+        )
 
 
 def part(batch: Batch, key: str) -> Any:
@@ -49,6 +70,7 @@ def part(batch: Batch, key: str) -> Any:
         raise TypeError(
             f"`batch` is {described(batch)}: expected a dict with 'x', 'y' and 'groups'"
         )
+    check_keys(batch)
     if key not in batch:
         raise InputError(f"`batch` has no {key!r}: expected it beside {list(map(str, batch))}")
     return batch[key]
@@ -118,10 +140,11 @@ def _tensors(name: str, x: Any) -> list[tuple[str, Tensor]]:
     return []
 
 
-def responding(batch: Batch) -> tuple[Batch, Tensor | None]:
+def responding(batch: Batch, several: bool = False) -> tuple[Batch, Tensor | None]:
     """The rows of a batch that have a response, with which they are; None if all have one.
 
-    A row without a response has NaN in ``y``, in any of its columns where there are several.
+    A row without a response has NaN in ``y``: in any of its columns, such as successes and
+    failures; where these are ``several`` responses, in all.
 
     Raises:
         InputError: if a response is infinite, or the batch has not as many rows of something else.
@@ -132,27 +155,39 @@ def responding(batch: Batch) -> tuple[Batch, Tensor | None]:
     y = y.detach()
     if bool(torch.isfinite(y).all()):
         return batch, None
-    missing = y.isnan().reshape(len(y), -1).any(1)
-    there = torch.where(missing.reshape(-1, *[1] * (y.dim() - 1)), 0, y)
-    check_finite("batch['y']", there, "finite numbers, or NaN for a row without a response")
+    columns = y.isnan().reshape(len(y), -1)
+    missing = columns.all(1) if several else columns.any(1)
+    check_finite(
+        "batch['y']",
+        torch.where(y.isnan(), 0, y),
+        "finite numbers, or NaN for a row without a response",
+    )
+    if not bool(missing.any()):
+        return batch, None
     rows, n = (~missing).nonzero()[:, 0], len(y)
     return {key: _some(batch, key, rows, n) for key in batch}, rows
 
 
 @overload
-def with_responses(batch: Batch) -> tuple[Batch, None]: ...
+def with_responses(
+    batch: Batch, output: None = None, several: bool = False
+) -> tuple[Batch, None]: ...
 @overload
-def with_responses(batch: Batch, output: Tensor) -> tuple[Batch, Tensor]: ...
+def with_responses(batch: Batch, output: Tensor, several: bool = False) -> tuple[Batch, Tensor]: ...
 @overload
-def with_responses(batch: Batch, output: Tensor | None) -> tuple[Batch, Tensor | None]: ...
-def with_responses(batch: Batch, output: Tensor | None = None) -> tuple[Batch, Tensor | None]:
+def with_responses(
+    batch: Batch, output: Tensor | None, several: bool = False
+) -> tuple[Batch, Tensor | None]: ...
+def with_responses(
+    batch: Batch, output: Tensor | None = None, several: bool = False
+) -> tuple[Batch, Tensor | None]:
     """The rows of a batch that have a response, and of what the network has yielded for it; the
     others are counted in a warning.
 
     Raises:
         InputError: as :func:`responding`, or if no row has a response.
     """
-    own, rows = responding(batch)
+    own, rows = responding(batch, several)
     if rows is None:
         return batch, output
     n = len(batch["y"])
@@ -223,6 +258,19 @@ def row_values(batch: Batch, key: str, n: int, positive: bool = False) -> Tensor
     return found
 
 
+def refuse_weights(batch: Batch) -> None:
+    """Refuse weights of rows whose response has a family.
+
+    Raises:
+        InputError: if the batch has some.
+    """
+    if batch.get("weights") is not None:
+        raise InputError(
+            f"`batch['weights']` is {described(batch['weights'])} beside a family: expected none, as "
+            "weights divide the residual variance of a Gaussian response"
+        )
+
+
 def level_codes(batch: Batch, name: str, levels: int, n: int) -> Tensor:
     """Level of each row (n,) of a random effect, -1 where it is not known.
 
@@ -250,6 +298,21 @@ def level_codes(batch: Batch, name: str, levels: int, n: int) -> Tensor:
                 f"{levels - 1}, or -1 for a level that is not known"
             )
     return codes
+
+
+def check_values(batch: Batch, names: Collection[str]) -> None:
+    """Refuse values of effects, or places of levels, of another name than the random effects have.
+
+    Raises:
+        TypeError: if one of these is no dict.
+        InputError: naming it.
+    """
+    for key in ("values", "places"):
+        given = batch.get(key, {})
+        check_mapping(f"batch['{key}']", given)
+        for name in given:
+            if name not in names:
+                raise InputError(f"batch['{key}'] has {name!r}: the effects are {list(names)}")
 
 
 def level_values(batch: Batch, name: str, effects: int, n: int) -> Tensor | None:

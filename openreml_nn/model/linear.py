@@ -28,6 +28,7 @@ from openreml_nn.result.equations import FixedBasis
 from openreml_nn.result.result import Label
 from openreml_nn.support.checks import (
     check_count,
+    check_flag,
     check_names,
     check_number,
     check_table,
@@ -35,7 +36,7 @@ from openreml_nn.support.checks import (
 )
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import Encoder, TableFile
-from openreml_nn.table.traits import TRAITS_OF_A_UNIT
+from openreml_nn.table.traits import WITHIN_UNIT
 from openreml_nn.terms.term import Term
 
 __all__ = ["in_user_basis", "lmm", "read_table_of", "with_model"]
@@ -56,6 +57,7 @@ def lmm(
     constraints: Mapping[str, Constraint] | None = None,
     starts: Mapping[str, float] | None = None,
     chunk_rows: int | None = None,
+    progress: bool | None = None,
     max_iterations: int = 200,
 ) -> Result:
     r"""Fit a linear mixed model to a table by AI-REML.
@@ -86,6 +88,8 @@ def lmm(
         starts: values from which covariance parameters start, by the same names; the fit then runs
             from this start only. The others start from the scale of the data.
         chunk_rows: rows of a file that are held at a time, see :func:`fit_stream`; all by default.
+        progress: whether a bar shows how far a file is read, which it does by default; with
+            ``chunk_rows``.
         max_iterations: after so many the fit stops, with a warning.
 
     Raises:
@@ -107,6 +111,12 @@ def lmm(
     check_count("max_iterations", max_iterations, 1)
     _check_variance(residual_variance, residual)
     limits = Limits(constraints, starts)
+    if progress is not None:
+        check_flag("progress", progress)
+        if chunk_rows is None:
+            raise InputError(
+                f"`progress` is {progress} without `chunk_rows`, which alone shows a bar: leave it out"
+            )
     if chunk_rows is not None:
         if isinstance(table, pd.DataFrame):
             raise InputError("`chunk_rows` is for a file: the table is in memory already")
@@ -127,13 +137,14 @@ def lmm(
             residual=residual,
             residual_variance=residual_variance,
             max_iterations=max_iterations,
+            progress=progress is not False,
         )
     table, source = read_table_of(table)
     known = residual_variance is not None
     relations = relations_of(pedigree, kernels)
     encoder = Encoder(formula, categorical, source, residual, weights, known, relations)
     if encoder.formula.traits:
-        _check_variance(residual_variance, TRAITS_OF_A_UNIT)
+        _check_variance(residual_variance, WITHIN_UNIT)
     encoded = encoder.fit(table)
     # Names are of parameters in the user's basis.
     bases = {} if limits else bases_of(encoded.random)

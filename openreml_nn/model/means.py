@@ -17,8 +17,9 @@ from openreml_nn.support.errors import InputError
 __all__ = ["evaluating", "gradient_in_parts", "mean_of", "outputs_in_parts"]
 
 
-def mean_of(network: nn.Module, x: Any, head: str) -> Tensor:
-    """What the network yields: the mean (n,), or features (n, p) with head ``"gls"``.
+def mean_of(network: nn.Module, x: Any, head: str, responses: int = 1) -> Tensor:
+    """What the network yields: the mean (n,), or (n, t) of several responses, or features (n, p)
+    with head ``"gls"``.
 
     Raises:
         TypeError: if ``x`` is nothing for a network, or the network yields no tensor.
@@ -40,6 +41,13 @@ def mean_of(network: nn.Module, x: Any, head: str) -> Tensor:
         if found.dim() != 2:
             raise InputError(
                 f"`mean` yields {tuple(found.shape)}: expected features (n, p) with head 'gls'"
+            )
+        return found
+    if responses > 1:
+        if found.dim() != 2 or found.shape[1] != responses:
+            raise InputError(
+                f"`mean` yields {tuple(found.shape)}: expected (n, {responses}), a mean for each "
+                "response, with head 'ml'"
             )
         return found
     if found.dim() == 2 and found.shape[1] == 1:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openreml_nn.covariance import Matrix, ScalarMatrix
+from openreml_nn.covariance import Matrix, ScalarMatrix, UnstructuredMatrix
 from openreml_nn.families import Family
 from openreml_nn.likelihood import LaplaceLoss, REMLLoss
 from openreml_nn.likelihood.loss import Objective
@@ -61,30 +61,32 @@ class MixedModel(Predictor):
     unknown level, which in the likelihood is a level of its own each time; and, where they are
     needed, ``values``, a dict to the values (n, k) of effects other than intercepts; ``weights``
     (n,), by which the residual variance of each row is divided; ``offset`` (n,), a known part of the
-    mean; and ``residual`` (n,), cells of the rows for a residual within groups.
+    mean; ``residual`` (n,), cells of the rows for a residual within groups; ``extra``, the user's own.
 
     Args:
         mean: any network; it yields the mean, (n,) or (n, 1), with head ``"ml"``,
             and features (n, p) with head ``"gls"``. A linear mixed model has ``nn.Identity()``, with
             the model matrix as ``x``.
         random: random effects by name.
-        residual: covariance of the residual of a row, a (1, 1) matrix; or that (T, T) of the
-            positions within a group of rows, where ``batch["residual"]`` is the cell of each
-            row, its group times T plus its position; or a network that yields the log-variance (n,)
-            or (n, 1) of each row from ``x``. One variance by default.
+        residual: variance of the residual of a row, a (1, 1) matrix; or the covariance (T, T) of the
+            positions within a group of rows, where ``batch["residual"]`` is the cell of each row, its
+            group times T plus its position; or a network that yields the log-variance (n,) or (n, 1)
+            of each row from ``x``. One variance by default.
         head: ``"ml"``: the network is the mean. ``"gls"``: the features are X, whose coefficients are
             profiled out by generalised least squares.
         family: of the response given the linear predictor, which then is what the network and the
             random effects yield; it has the residual's place. Gaussian by default.
         method: ``"reml"``, the restricted likelihood, or ``"ml"``, the full one; by default the
-            first with head ``"gls"`` and the second with head ``"ml"``, which has no coefficients
-            to correct for, and with a family.
+            first with head ``"gls"``, the second with head ``"ml"``, without coefficients, and families.
         solver: see :class:`REMLLoss`, with a family :class:`LaplaceLoss`.
         quadrature: see :class:`LaplaceLoss`.
+        responses: t, how many a row has; by default as many as a random effect says. Then ``y`` is
+            (n, t), NaN where one is missing, the network yields (n, t) with head ``"ml"``, a feature has a
+            coefficient for each, the residual is a covariance (t, t) among those of a row, any by
+            default, and predictions are (n, t).
 
     Raises:
-        TypeError: if an argument is of another kind.
-        InputError: if an option is unknown, or does not fit the others.
+        TypeError, InputError: if an argument is of another kind, or does not fit the others.
 
     Reference:
         Simchoni and Rosset, Journal of Machine Learning Research 24 (2023), eq. 3.
@@ -109,22 +111,22 @@ class MixedModel(Predictor):
         method: str | None = None,
         solver: str | Solver = "auto",
         quadrature: int = 1,
+        responses: int | None = None,
     ) -> None:
         if method is None:
             method = "reml" if head == "gls" and family is None else "ml"
         _check_parts(mean, random, residual, head, family)
         _check_options(method, solver, quadrature, head, family)
-        if residual is None:
-            residual = ScalarMatrix(1).double() if family is None else family
-        super().__init__(mean, random, residual, head)
+        t = _responses_of(responses, random, residual, family)
+        super().__init__(mean, random, _residual_of(residual, family, t), head, t)
         self.method = method
         self.solver = solver
         self.quadrature = quadrature
         self._last = LastLikelihood()
 
     def forward(self, batch: Batch) -> Tensor:
-        """What the network yields: the mean (n,), or features (n, p) with head ``"gls"``."""
-        return mean_of(self.mean, part(batch, "x"), self.head)
+        """What the network yields: the mean, (n,) or (n, t), or features (n, p) with head ``"gls"``."""
+        return mean_of(self.mean, part(batch, "x"), self.head, self.responses)
 
     def loss(self, batch: Batch) -> Tensor:
         """Negative (restricted) log-likelihood of the batch, divided by its rows.
@@ -136,7 +138,7 @@ class MixedModel(Predictor):
             TypeError, InputError: if a part of the batch is missing, of another shape, out of range
                 or not finite, or the network yields NaN: the message says where, and what to do.
         """
-        batch, _ = with_responses(batch)
+        batch, _ = with_responses(batch, None, self.responses > 1)
         return self.loss_of(self(batch), batch)
 
     def loss_of(self, output: Tensor, batch: Batch) -> Tensor:
@@ -154,7 +156,7 @@ class MixedModel(Predictor):
     def objective(self, batch: Batch, output: Tensor | None = None) -> Objective:
         """The likelihood in the covariance parameters alone, for an optimizer; ``output`` is what the
         network has yielded for the batch, if it is known."""
-        batch, output = with_responses(batch, output)
+        batch, output = with_responses(batch, output, self.responses > 1)
         with torch.no_grad():
             loss, y, X = self.data(self(batch) if output is None else output, batch)
             return loss.objective(y, X)
@@ -167,10 +169,10 @@ class MixedModel(Predictor):
         gather: Callable[[Tensor, int], Tensor] = lambda output, n: output,
         backward: Callable[[Tensor], None] = Tensor.backward,
     ) -> Tensor:
-        """Accumulate the exact gradient of the loss in the memory of a few rows.
+        """The loss; its exact gradient is accumulated in the memory of a few rows.
 
-        A first pass without recording yields the network's output for all rows, the likelihood its
-        derivative by each, and a second pass, ``rows`` at a time, takes it back through the network.
+        The network's output for all rows is had without recording, the likelihood yields its
+        derivative by each, and a second pass, ``rows`` at a time, takes it back.
 
         Args:
             batch: the data.
@@ -178,15 +180,12 @@ class MixedModel(Predictor):
             own: rows that it sees at all, where several processes share them.
             gather: makes all processes' outputs of theirs.
             backward: takes the place of ``Tensor.backward``.
-
-        Returns:
-            The loss.
         """
         rows = check_count("rows", rows, 1)
-        batch, _ = with_responses(batch)
+        batch, _ = with_responses(batch, None, self.responses > 1)
         x, y = part(batch, "x"), part(batch, "y")
         check_inputs(x)
-        check_tensor("y", y, ("n",), "floating", False)
+        check_tensor("y", y, ("n", "t")[: 1 + (self.responses > 1)], "floating", False)
         return gradient_in_parts(
             lambda x: self({"x": x}),
             take(x, own),
@@ -203,7 +202,7 @@ class MixedModel(Predictor):
                 "`family` is not Gaussian: the likelihood is that of marginal(), and no "
                 "average-information steps are taken on it"
             )
-        batch, output = with_responses(batch, output)
+        batch, output = with_responses(*self.single(batch, output, is_data=True))
         y, X = of_gaussian(output, batch, self.head)
         loss = self._likelihood(batch, len(y))
         assert isinstance(loss, REMLLoss)
@@ -213,7 +212,7 @@ class MixedModel(Predictor):
         """The likelihood of a batch by the family, with what it takes: y, the known part of the linear
         predictor, and X with head ``"gls"``."""
         batch, output = with_responses(batch, output)
-        y, known, X = of_family(output, batch, self.head)
+        y, known, X = of_family(self.family, output, batch, self.head)
         loss = self._likelihood(batch, len(y))
         assert isinstance(loss, LaplaceLoss)
         return loss, y, known, X
@@ -227,6 +226,7 @@ class MixedModel(Predictor):
         Raises:
             TypeError, InputError: as :meth:`loss`.
         """
+        batch = self.stacked(batch, True) if self.responses > 1 else batch
         effects, n = self.effects(), rows_of(batch)
         return covariance_of(effects, self.residual, batch, coded_effects(effects, batch, n), n)
 
@@ -244,7 +244,7 @@ class MixedModel(Predictor):
         Raises:
             TypeError, InputError, NumericalError: as :meth:`loss`.
         """
-        batch, output = with_responses(batch, output)
+        batch, output = with_responses(batch, output, self.responses > 1)
         with evaluating(self):
             output = self(batch) if output is None else output
             if self.family is None:
@@ -274,6 +274,40 @@ def _check_parts(
         )
     if residual is not None:
         structure_of(residual)
+
+
+def _residual_of(given: nn.Module | None, family: Family | None, responses: int) -> nn.Module:
+    """The residual, by default one variance, or a covariance among the responses."""
+    known = family or given
+    if known is not None:
+        return known
+    own = ScalarMatrix(1) if responses == 1 else UnstructuredMatrix(responses)
+    return own.double()
+
+
+def _responses_of(
+    given: int | None,
+    random: Mapping[str, RandomEffect],
+    residual: nn.Module | None,
+    family: Family | None,
+) -> int:
+    """How many responses a row has."""
+    known = {name: effect.responses for name, effect in random.items() if effect.responses > 1}
+    t = max(known.values(), default=1) if given is None else check_count("responses", given, 1)
+    for name, own in known.items():
+        if own != t:
+            raise InputError(
+                f"random effect {name!r} has {own} responses: expected 1, which they share, or {t}"
+            )
+    if t > 1 and family is not None:
+        raise InputError(
+            f"`responses` is {t} with the family {type(family).__name__}: expected 1, as only "
+            "Gaussian responses can be several"
+        )
+    sizes = ((1, 1), (t, t))
+    if t > 1 and isinstance(residual, Matrix) and residual.shape not in sizes:
+        raise InputError(f"`residual` is {residual.shape}: expected (1, 1) or {(t, t)}")
+    return t
 
 
 def _check_options(

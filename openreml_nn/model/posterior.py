@@ -12,8 +12,10 @@ from openreml_nn.covariance import DummyMatrix, Matrix, Operator, Sum
 from openreml_nn.covariance.params import operand_name
 from openreml_nn.families import Family
 from openreml_nn.likelihood.effects import Coefficients, RandomEffects
+from openreml_nn.model.batch import Batch, responding
 from openreml_nn.model.random_effect import Effects, RandomEffect
 from openreml_nn.model.residual import ResidualStructure
+from openreml_nn.model.several import stacked, stacked_output
 from openreml_nn.result.equations import Equations, FixedBasis
 from openreml_nn.result.evidence import Evidence
 from openreml_nn.result.joint import JointErrors
@@ -35,6 +37,7 @@ class Posterior(nn.Module):
         random: random effects by name.
         residual: of a row, as :func:`structure_of` takes it, or a family.
         head: ``"ml"`` or ``"gls"``, whether the network yields the mean or features.
+        responses: how many a row has.
 
     Attributes:
         beta: (p,) coefficients of the features, with head ``"gls"``; 0 for those that were dropped.
@@ -49,19 +52,48 @@ class Posterior(nn.Module):
     aliases: Tensor
 
     def __init__(
-        self, mean: nn.Module, random: Mapping[str, RandomEffect], residual: nn.Module, head: str
+        self,
+        mean: nn.Module,
+        random: Mapping[str, RandomEffect],
+        residual: nn.Module,
+        head: str,
+        responses: int = 1,
     ) -> None:
         super().__init__()
         self.mean = mean
         self.random = Effects(random)
         self.residual = residual
         self.head = head
+        self.responses = responses
         none = torch.zeros(0, 0, dtype=torch.float64)
         self.register_buffer("beta", none.reshape(0))
         self.register_buffer("beta_covariance", none)
         self.register_buffer("aliases", none)
         self.joint = JointErrors()
         self.evidence = Evidence()
+
+    def single(self, batch: Batch, output: Tensor, is_data: bool) -> tuple[Batch, Tensor]:
+        """A batch with what the network has yielded for it, with a row for each response; in the
+        likelihood, for each that is not missing.
+
+        Args:
+            batch, output: as they are.
+            is_data: whether the rows are of the likelihood.
+        """
+        if self.responses == 1:
+            return batch, output
+        found = self.stacked(batch, is_data)
+        output = stacked_output(output, batch, self.responses, self.head)
+        if not is_data:
+            return found, output
+        there, rows = responding(found)
+        return there, output if rows is None else output[rows]
+
+    def stacked(self, batch: Batch, is_data: bool) -> Batch:
+        """A batch with a row for each response; ``is_data`` as in :meth:`single`."""
+        features = (effect.features is not None for effect in self.effects().values())
+        with_x = any(features) or not isinstance(self.residual, Matrix)
+        return stacked(batch, self.responses, self.effects(), is_data, with_x)
 
     @property
     def family(self) -> Family | None:

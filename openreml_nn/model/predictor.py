@@ -10,7 +10,7 @@ from torch import Tensor
 
 from openreml_nn.likelihood.fixed import estimable
 from openreml_nn.model.adding import added
-from openreml_nn.model.batch import Batch, part, responding, row_values
+from openreml_nn.model.batch import Batch, part, refuse_weights, responding, row_values
 from openreml_nn.model.means import evaluating
 from openreml_nn.model.posterior import Posterior
 from openreml_nn.model.random_effect import coded_effects, known_effect
@@ -25,6 +25,7 @@ from openreml_nn.result.prediction import (
     predicted,
 )
 from openreml_nn.result.tables import table_of_blups
+from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
 
 __all__ = ["Predictor"]
@@ -72,7 +73,9 @@ class Predictor(Posterior):
         with BLUPs, where beside the widest factor of independent levels there are at most 2,000
         effects and coefficients. With more, a warning says that it takes them as independent. The
         residual of a new observation is independent of those of the data; its variance is divided
-        by the row's weight where the batch has weights. Before :meth:`update` the variance is that
+        by the row's weight where the batch has weights. A level that was not seen has its prior; one
+        at a place, with its coordinates in ``batch["places"]``, the mean and variance given the places
+        of the fit. Before :meth:`update` the variance is that
         of the priors. With a family all is on the scale of the response: means are expectations
         over the random effects, given the data or, of the population, without them. Of a mean
         without parameters a row has NaN where the data do not say its expectation.
@@ -94,7 +97,12 @@ class Predictor(Posterior):
         """
         found, effects = _linear_predictor(self, batch)
         if self.family is not None:
-            return on_response(self.family, found, effects, level)
+            family = self.family.of_rows(batch.get("zi"))
+            low, high = normal_interval(found.mean, found.variance, level)
+            found = on_response(family, found, effects)
+            return found, family.mean(low), family.mean(high)
+        if self.responses > 1:
+            found = self._by_row(found)
         return found, *normal_interval(found.mean, found.variance, level)
 
     @torch.no_grad()
@@ -108,23 +116,34 @@ class Predictor(Posterior):
         """
         found, _ = _linear_predictor(self, batch)
         y = part(batch, "y").to(found.mean)
-        if len(y) != len(found.mean):
-            raise InputError(f"`y` has {len(y)} rows but `mean` yields {len(found.mean)}")
+        if self.responses > 1:
+            found = self._by_row(found)
+        if len(y) != len(found.mean) or (self.family is None and y.shape != found.mean.shape):
+            raise InputError(
+                f"`batch['y']` is {described(y)}: expected {tuple(found.mean.shape)}, as predictions are"
+            )
         if self.family is not None:
-            own, rows = responding({"y": y})
+            own, rows = responding({"y": self.family.with_inputs(y, batch.get("zi"))})
             self.family.check(own["y"])
             if rows is None:
-                return log_predictive(self.family, y, found)
+                return log_predictive(self.family, own["y"], found)
             there = Prediction(*(value[rows] for value in found))
             density = log_predictive(self.family, own["y"], there)
             return torch.full_like(found.mean, torch.nan).index_copy(0, rows, density)
         return -((2 * torch.pi * found.variance).log() + (y - found.mean) ** 2 / found.variance) / 2
+
+    def _by_row(self, found: Prediction) -> Prediction:
+        """Predictions of several responses, (n, t) each."""
+        return Prediction(*(value.unflatten(0, (-1, self.responses)) for value in found))
 
 
 def _linear_predictor(model: Predictor, batch: Batch) -> tuple[Prediction, list[KnownEffect]]:
     """Predictions of the response, or of its linear predictor, and what is known of effects."""
     with evaluating(model):
         output = model(batch)
+        if model.responses > 1:
+            batch = {key: value for key, value in batch.items() if key != "y"}
+        batch, output = model.single(batch, output, is_data=False)
         n = len(output)
         if model.head == "gls":
             if not bool(model.joint.is_known):
@@ -144,7 +163,9 @@ def _linear_predictor(model: Predictor, batch: Batch) -> tuple[Prediction, list[
             z = population.new_ones(n, 1) if values is None else values
             effects.append(known_effect(model.effects()[name], name, codes, z, batch))
         residual = population.new_zeros(n)
-        if model.family is None:
+        if model.family is not None:
+            refuse_weights(batch)
+        else:
             residual = structure_of(model.residual).variances(batch, n)
         found = predicted(population, X, model.beta_covariance, effects, model.joint, residual)
         return found, effects

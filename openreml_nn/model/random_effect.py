@@ -23,12 +23,26 @@ from openreml_nn.covariance import (
 from openreml_nn.covariance.kernel import DistanceMatrix
 from openreml_nn.covariance.params import module_name, user_name
 from openreml_nn.covariance.vecchia import VecchiaMatrix
-from openreml_nn.model.batch import Batch, level_codes, level_places, level_values, part
+from openreml_nn.model.batch import (
+    Batch,
+    check_values,
+    level_codes,
+    level_places,
+    level_values,
+    part,
+)
 from openreml_nn.result.places import Kriging
 from openreml_nn.result.prediction import KnownEffect, lowered, prior_of
-from openreml_nn.support.checks import check_count, check_instance, check_labels, check_tensor
+from openreml_nn.support.checks import (
+    check_count,
+    check_instance,
+    check_labels,
+    check_tensor,
+    found,
+)
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import RepeatedCovariance
+from openreml_nn.terms.precision import PrecisionCovariance
 
 __all__ = [
     "Coded",
@@ -62,6 +76,41 @@ def kernel_of(g: Matrix) -> DistanceMatrix | VecchiaMatrix | None:
     return g if isinstance(g, DistanceMatrix | VecchiaMatrix) else None
 
 
+def _labels(name: str, given: int | Sequence[str]) -> tuple[str, ...]:
+    """The names that were given, or numbers."""
+    if isinstance(given, Integral):
+        return tuple(map(str, range(check_count(name, given, 1))))
+    return check_labels(name, given)
+
+
+def _effect_names(
+    effects: int | Sequence[str], responses: int | Sequence[str]
+) -> tuple[tuple[str, ...], int]:
+    """Names of the effects of a level, for each response in turn, and how many responses there are."""
+    own, several = _labels("effects", effects), _labels("responses", responses)
+    if isinstance(effects, Integral) and len(own) == 1:
+        own = ("(Intercept)",)
+    if len(several) == 1:
+        return own, 1
+    if len(own) == 1:
+        return several, len(several)
+    return tuple(f"{response}:{effect}" for response in several for effect in own), len(several)
+
+
+def _of_all_levels(covariance: Matrix | None, q: int, k: int) -> Matrix:
+    """G of q levels, from what was given."""
+    if covariance is None:
+        return independent_levels(q, k).double()
+    if covariance.shape == (q * k, q * k):
+        return covariance
+    if covariance.shape == (k, k):
+        return KroneckerProduct(levels=IdentityMatrix(q), effects=covariance)
+    raise InputError(
+        f"`covariance` is {covariance.shape}: expected {(k, k)} for the "
+        f"effects of a level, or {(q * k, q * k)} for all levels"
+    )
+
+
 class RandomEffect(nn.Module):
     r"""The random effects of one grouping factor, :math:`b \sim N(0, G)`.
 
@@ -75,6 +124,8 @@ class RandomEffect(nn.Module):
             slopes in learned features.
         basis: B (k, k), for effects that are better conditioned as those of :math:`z^\top B` than as
             those of the values z; then ``g``, ``blup`` and ``variance`` are of these.
+        responses: t, or their names, where a row has several and each has effects of its own: then
+            there are t times ``effects``, those of the first response first.
         places: (levels, d) coordinates of the levels of a kernel of their distances: then a row
             of no known level, with its own in ``batch["places"]``, is predicted by kriging.
 
@@ -105,14 +156,16 @@ class RandomEffect(nn.Module):
         features: nn.Module | None = None,
         basis: Tensor | None = None,
         places: Tensor | None = None,
+        responses: int | Sequence[str] = 1,
     ) -> None:
         super().__init__()
-        if isinstance(effects, Integral):
-            k = check_count("effects", effects, 1)
-            self.effect_names = ("(Intercept)",) if k == 1 else tuple(map(str, range(k)))
-        else:
-            self.effect_names = check_labels("effects", effects)
-            k = len(self.effect_names)
+        self.effect_names, self.responses = _effect_names(effects, responses)
+        k = len(self.effect_names)
+        if self.responses > 1 and features is not None:
+            raise InputError(
+                f"`features` is {found(features)} with {self.responses} responses: expected None, "
+                "and values in the batch"
+            )
         if isinstance(levels, Integral):
             self.names, q = None, check_count("levels", levels, 1)
         else:
@@ -125,24 +178,17 @@ class RandomEffect(nn.Module):
         self.levels = q
         self.effects = k
         self.features = features
-        if covariance is None:
-            self.g = independent_levels(q, k).double()
-        elif covariance.shape == (q * k, q * k):
-            self.g = covariance
-        elif covariance.shape == (k, k):
-            self.g = KroneckerProduct(levels=IdentityMatrix(q), effects=covariance)
-        else:
-            raise InputError(
-                f"`covariance` is {covariance.shape}: expected {(k, k)} for the "
-                f"effects of a level, or {(q * k, q * k)} for all levels"
-            )
+        self.g = _of_all_levels(covariance, q, k)
         like = next(self.g.parameters(), torch.zeros(1, dtype=torch.float64))
         self.register_buffer("blup", like.new_zeros(q, k))
         self.register_buffer("variance", like.new_zeros(q, k, k))
         self.register_buffer("basis", torch.eye(k).to(like) if basis is None else basis)
+        kernel = kernel_of(self.g)
+        if isinstance(kernel, VecchiaMatrix):
+            places = kernel.places if places is None else places
         if places is not None:
             check_tensor("places", places, (q, "d"), "floating")
-            if kernel_of(self.g) is None:
+            if kernel is None:
                 raise InputError(
                     f"`places` has coordinates but `covariance` is {type(self.g).__name__}: expected a "
                     "kernel of distances, such as MaternMatrix, or its product with a covariance"
@@ -161,7 +207,10 @@ class RandomEffect(nn.Module):
 
     def prior_in_basis(self) -> Tensor:
         """Covariance (k, k) of the effects of a level that was not seen, in their basis; see :meth:`prior`."""
-        return prior_of(lowered(self.g), self.levels, self.effects)
+        g = lowered(self.g)
+        if isinstance(kernel_of(self.g), VecchiaMatrix) and isinstance(g, PrecisionCovariance):
+            return g.shown()  # the variance of any place
+        return prior_of(g, self.levels, self.effects)
 
     def known(self) -> tuple[Tensor, Tensor]:
         """BLUPs (levels, k) of the effects of z, and their prediction-error variances."""
@@ -274,15 +323,18 @@ def known_effect(
         batch: the rows, with coordinates in ``batch["places"]`` where the effect has them.
     """
     known = KnownEffect(codes, z, effect.blup, effect.variance, effect.prior_in_basis)
-    at = level_places(batch, name, effect.places, len(codes))
-    rows, kernel = (codes < 0).nonzero()[:, 0], kernel_of(effect.g)
-    if at is None or kernel is None or effect.places is None or not len(rows):
+    at, kernel = level_places(batch, name, effect.places, len(codes)), kernel_of(effect.g)
+    if at is None or kernel is None or effect.places is None:
         return known
-    own, mode = at[rows].to(effect.places), "donot_use_mm_for_euclid_dist"
-    if isinstance(kernel, VecchiaMatrix):
-        return replace(known, kriging=Kriging(rows, *kernel.kriging(own)))
-    distance = torch.cdist(own, effect.places, compute_mode=mode)
-    return replace(known, kriging=Kriging.of(rows, kernel(), kernel.between(distance)))
+    rows = (codes < 0).nonzero()[:, 0]
+    own = at[rows].to(effect.places)
+    if isinstance(kernel, DistanceMatrix):
+        mode = "donot_use_mm_for_euclid_dist"
+        distance = torch.cdist(own, effect.places, compute_mode=mode)
+        return replace(known, kriging=Kriging.of(rows, kernel(), kernel.between(distance)))
+    if not len(rows):
+        return known
+    return replace(known, kriging=Kriging(rows, *kernel.regressed(own)))
 
 
 class Effects(nn.ModuleDict):
@@ -321,6 +373,8 @@ def coded_effects(effects: Mapping[str, RandomEffect], batch: Batch, n: int) -> 
     """Codes and values of each random effect in a batch of n rows.
 
     Raises:
-        TypeError, InputError: as :meth:`RandomEffect.coded`.
+        TypeError, InputError: as :meth:`RandomEffect.coded`, or if there are values of another
+            name.
     """
+    check_values(batch, effects)
     return {name: effect.coded(name, batch, n) for name, effect in effects.items()}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from openreml_nn.families import Family
 from openreml_nn.likelihood import LaplaceLoss, REMLLoss
 from openreml_nn.likelihood.effects import Coefficients
-from openreml_nn.model.batch import Batch, check_outputs, part, row_values
+from openreml_nn.model.batch import Batch, check_outputs, part, refuse_weights, row_values
 from openreml_nn.model.predictor import Predictor
 from openreml_nn.result.equations import FixedBasis
 from openreml_nn.support.checks import check_tensor
-from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
 
 __all__ = ["of_family", "of_gaussian", "remember_family", "remember_gaussian"]
@@ -32,7 +32,7 @@ def of_gaussian(output: Tensor, batch: Batch, head: str) -> tuple[Tensor, Tensor
     if y.dim() != 1 or len(y) != n:
         raise InputError(
             f"`y` has shape {tuple(y.shape)} but `mean` yields {n} rows: expected ({n},); "
-            "a column is made a vector by y[:, 0]"
+            "a column is made a vector by y[:, 0], and several are for a model with responses="
         )
     check_outputs(output, batch)
     dtype = torch.promote_types(y.dtype, output.dtype)
@@ -50,18 +50,17 @@ def of_gaussian(output: Tensor, batch: Batch, head: str) -> tuple[Tensor, Tensor
     return y - output, output.new_zeros(n, 0)
 
 
-def of_family(output: Tensor, batch: Batch, head: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """y, the known part of the linear predictor (n,), and X (n, p) with head ``"gls"``.
+def of_family(
+    family: Family | None, output: Tensor, batch: Batch, head: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y with the family's inputs, the known part of the linear predictor (n,), and X (n, p) with head ``"gls"``.
 
     Raises:
         InputError: if a part is missing or has weights, or a number is not finite.
     """
-    y, n = part(batch, "y"), len(output)
-    if batch.get("weights") is not None:
-        raise InputError(
-            f"`weights` is {described(batch['weights'])} beside a family: expected none, as they "
-            "divide the residual variance of a Gaussian response"
-        )
+    assert family is not None
+    y, n = family.with_inputs(part(batch, "y"), batch.get("zi")), len(output)
+    refuse_weights(batch)
     _check_rows(n)
     check_outputs(output, batch)
     offset = row_values(batch, "offset", n)

@@ -15,6 +15,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.progress import Progress
 from torch import Tensor, distributed
 
@@ -40,6 +41,7 @@ from openreml_nn.support.checks import (
     check_number,
     check_text,
 )
+from openreml_nn.support.display import plain_console, visible
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import Encoder, TableFile
 from openreml_nn.table.formula import MixedFormula
@@ -218,8 +220,9 @@ def _summed(file: TableFile, encoder: Encoder, rows: int, progress: bool) -> Par
     rank, size = _rank()
     encoder.survey(file.chunks(rows, columns))
     parts = Parts()
-    with Progress(disable=not progress or rank > 0, transient=True) as bar:
-        task = bar.add_task(f"reading {file}", total=file.count())
+    console = plain_console(stderr=True)  # standard output is for results
+    with Progress(console=console, disable=not progress or rank > 0, transient=True) as bar:
+        task = bar.add_task(escape(f"reading {visible(file)}"), total=file.count())
         for i, chunk in enumerate(file.chunks(rows, columns)):
             # The first chunk sets the scale, which all processes must have alike.
             if i % size == rank or parts.scale is None:

@@ -29,14 +29,16 @@ from openreml_nn.covariance import (
     KnownInverseMatrix,
     KnownMatrix,
     KroneckerProduct,
+    LinearMatrix,
     MaternCorrelation,
     MaternMatrix,
     Matrix,
     Pedigree,
+    RationalQuadraticMatrix,
     ScalarMatrix,
     SphericalCorrelation,
     SphericalMatrix,
-    ToeplitzMatrix,
+    StationaryMatrix,
     UnstructuredMatrix,
     VecchiaMatrix,
     factor_analytic,
@@ -50,7 +52,7 @@ from openreml_nn.likelihood.solver import Solver
 from openreml_nn.model.mixed_model import MixedModel
 from openreml_nn.model.random_effect import RandomEffect, independent_levels
 from openreml_nn.model.structured_residual import ByCovariate, ByStratum, WithUnits
-from openreml_nn.result.parts import RESIDUAL, Label
+from openreml_nn.result.parts import RESIDUAL_GROUP, Label
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import (
     Encoded,
@@ -189,13 +191,15 @@ _KERNELS: dict[str, Callable[..., Matrix]] = {
     "gaussian": GaussianMatrix,
     "matern": MaternMatrix,
     "spherical": SphericalMatrix,
+    "linear": LinearMatrix,
+    "rational": RationalQuadraticMatrix,
     "car1": ContinuousAR1Matrix,
 }
 _LAGGED: dict[str, Callable[[int], Matrix]] = {
     "ar1": AR1Matrix,
     "hetar1": AR1Matrix,
-    "toep": ToeplitzMatrix,
-    "hettoep": ToeplitzMatrix,
+    "toep": StationaryMatrix,
+    "hettoep": StationaryMatrix,
     "arma": ARMAMatrix,
 }
 _OTHER: dict[str, Callable[[int], Matrix]] = {
@@ -360,10 +364,10 @@ def labels_of(encoded: Encoded) -> dict[str, Label]:
     """Names for the tables of :func:`fit_reml`, by operand of the tree."""
     found = {d.name: Label(d.group, d.effects, d.levels) for d in encoded.random}
     if encoded.residual is not None:
-        found["residual"] = Label(RESIDUAL, encoded.residual.positions, ())
+        found["residual"] = Label(RESIDUAL_GROUP, encoded.residual.positions, ())
         if encoded.residual.nugget:
             # The independent errors are the residual, and what is correlated an effect of the rows.
             cells = _cells(encoded.residual)
             found["residual"] = Label(encoded.residual.text, ("(Intercept)",), cells)
-            found["units"] = Label(RESIDUAL, ("",), ())
+            found["units"] = Label(RESIDUAL_GROUP, ("",), ())
     return found

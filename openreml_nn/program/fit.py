@@ -114,6 +114,11 @@ def _write(found: Fitted, fit: InMemory | InChunks, path: Path, is_profiled: boo
         with costs_nothing("profile"):
             outputs.write_profile(profile(result, progress=fit.has_bar), path)
         outputs.write_record(result, path, found.validation)
+    if fit.heritability is not None:
+        table = outputs.write_heritability(result, fit.heritability, path)
+        rows = table[["method", "estimate"]].itertuples(index=False)
+        text = ", ".join(f"{method} {estimate:.4f}" for method, estimate in rows)
+        console.print(visible(f"heritability of {fit.heritability}: {text}"), soft_wrap=True)
     console.print(f"written to {shown(path)}", soft_wrap=True)
 
 
@@ -147,6 +152,7 @@ class InMemory:
         from lightning.pytorch.strategies import Strategy
 
         from openreml_nn.lightning import MixedModelDataModule, MixedModule
+        from openreml_nn.lightning.family import as_asked
         from openreml_nn.support.instantiate import build
 
         self.resumed = _resumed(options)
@@ -156,9 +162,11 @@ class InMemory:
         if not _takes_rows(options):
             taken.remove("rows")
         given = {key: options[f"model.{key}"] for key in options.keys("model") if key in taken}
-        if given.get("family") is None or given.get("network") is not None:
+        given["family"], given["link"] = as_asked(given.get("family"), given.get("link"))
+        if given["family"] is None or given.get("network") is not None:
             given["optimizer"] = options["optimizer"]  # a family alone is fitted without
         self.module = MixedModule(formula, **given, categorical=names, seed=options["seed"])
+        self.heritability = _genotypes(options["heritability"], formula)
         share, split = options["data.validation"], {}
         if share:
             by = options["data.split_by"]
@@ -212,7 +220,7 @@ class InMemory:
 class InChunks:
     """A file larger than memory, of which only sums are kept, and a linear model."""
 
-    resumed = None
+    resumed = heritability = None
 
     def __init__(self, options: Options) -> None:
         options.read_if("model.solver", ("auto", "blocked"))
@@ -259,7 +267,10 @@ def _takes_rows(options: Options) -> bool:
     """Whether the way of training divides the rows."""
     training = options["model.training"]
     if training is None:
-        is_full = options["model.head"] == "gls" or options["model.family"] is not None
+        from openreml_nn.lightning.family import as_asked
+
+        has_family = as_asked(options["model.family"], options["model.link"])[0] is not None
+        is_full = options["model.head"] == "gls" or has_family
         return options["model.network"] is not None and not is_full
     return training != "full"
 
@@ -272,6 +283,16 @@ def _formula(options: Options) -> str:
             "expected one such as model.formula='y ~ x + (1 | group)'"
         )
     return str(options["model.formula"])
+
+
+def _genotypes(group: Any, formula: str) -> str | None:
+    """The grouping factor of which there is to be a heritability."""
+    from openreml_nn.table import parse_formula
+
+    known = [part.group for part in parse_formula(formula).random]
+    if group is not None and str(group) not in known:
+        raise InputError(f"heritability is {str(group)!r}: expected one of {known}")
+    return None if group is None else str(group)
 
 
 def _names(columns: Any) -> list[str]:

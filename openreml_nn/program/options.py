@@ -271,6 +271,7 @@ _BY_PARAMETER: _Kind = (
 _KINDS: dict[str, _Kind] = {
     "seed": _SEED,
     "profile": _FLAG_KIND,
+    "heritability": _NAME,
     "resume": _NAME,
     "trainer": _NODE,
     "trainer.max_epochs": _COUNT,

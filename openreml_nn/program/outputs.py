@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from openreml_nn.inference import Profile, diagnose
+from openreml_nn.inference import Profile, diagnose, heritability
+from openreml_nn.inference.genetic import METHODS
 from openreml_nn.program.reporting import costs_nothing
 from openreml_nn.report.plots import (
     caterpillar,
@@ -29,7 +31,14 @@ from openreml_nn.support.display import visible
 from openreml_nn.support.files import replacing, write_text
 from openreml_nn.table import write_table
 
-__all__ = ["summary", "write_plots", "write_profile", "write_record", "write_tables"]
+__all__ = [
+    "summary",
+    "write_heritability",
+    "write_plots",
+    "write_profile",
+    "write_record",
+    "write_tables",
+]
 
 
 def summary(result: Result) -> str:
@@ -63,6 +72,25 @@ def write_profile(profile: Profile, directory: str | Path) -> None:
     """Write the intervals of a profile likelihood and its plot."""
     write_table(profile.intervals(), Path(directory) / "profile.csv")
     _draw(Path(directory), {"profile": partial(zeta, profile)})
+
+
+def write_heritability(result: Result, group: str, directory: str | Path) -> pd.DataFrame:
+    """Write the heritability of a group by each definition; returns the table.
+
+    Raises:
+        InputError: if the group has no heritability, see :func:`openreml_nn.inference.heritability`.
+    """
+    found = {method: heritability(result, group, method) for method in METHODS}
+    table = pd.DataFrame(
+        {
+            "group": group,
+            "method": list(found),
+            "estimate": [h.estimate for h in found.values()],
+            "std_error": [h.std_error for h in found.values()],
+        }
+    )
+    write_table(table, Path(directory) / "heritability.csv")
+    return table
 
 
 def write_record(result: Result, directory: str | Path, validation: Mapping[str, float]) -> None:

@@ -32,6 +32,7 @@ _FILES = (
     "variance.csv",
     "blup.csv",
     "profile.csv",
+    "heritability.csv",
     "trace.csv",
     "model.ckpt",
     "config.yaml",

@@ -14,7 +14,7 @@ from openreml_nn.covariance import Matrix
 from openreml_nn.likelihood.fixed import estimable
 
 __all__ = [
-    "RESIDUAL",
+    "RESIDUAL_GROUP",
     "Component",
     "Estimate",
     "FixedEffects",
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 #: What stands for a grouping factor in the residual's component.
-RESIDUAL = "Residual"
+RESIDUAL_GROUP = "Residual"
 
 
 class Label(NamedTuple):
@@ -47,7 +47,7 @@ class Label(NamedTuple):
     @property
     def is_residual(self) -> bool:
         """Whether it is that of the residual: a grouping factor of this name has levels."""
-        return self.group == RESIDUAL and not self.levels
+        return self.group == RESIDUAL_GROUP and not self.levels
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Component:
     @property
     def is_residual(self) -> bool:
         """Whether it is the residual's: a grouping factor of this name has levels."""
-        return self.group == RESIDUAL and not self.levels
+        return self.group == RESIDUAL_GROUP and not self.levels
 
     @property
     def std_dev(self) -> Tensor:

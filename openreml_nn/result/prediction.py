@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import log
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,7 +41,7 @@ _NODES = 41
 
 
 class Prediction(NamedTuple):
-    """Predictions of some rows, (n,) each.
+    """Predictions of some rows, (n,) each; of several responses (n, t).
 
     Attributes:
         mean: with the random effects of the levels that are known.
@@ -92,7 +91,8 @@ def predicted(
     The error of :math:`x^\top\hat\beta + \sum_t z_t^\top \hat b_t` has the variance that the joint
     covariance of coefficients and BLUPs gives it; a level that was not seen adds :math:`z^\top G z`, and
     the residual its own variance. A place among those of the levels adds what the levels leave of
-    that; where the joint covariance is not at hand, all of it. Before there were data, every level is
+    that, and the error of what they say; where the joint covariance is not at hand, the most that this
+    can be. Before there were data, every level is
     one that was not seen.
 
     Args:
@@ -112,9 +112,8 @@ def predicted(
         b = torch.where(known, effect.values[effect.codes.clamp(min=0)].to(z), 0)
         part = torch.ones_like(mean)  # of the prior variance, that is not of known levels
         if (kriging := effect.kriging) is not None and bool(errors.is_known):
-            b[kriging.rows] = kriging.weights.to(z) @ effect.values.to(z)
-            if bool(errors.is_exact):
-                part[kriging.rows] = kriging.left.to(z)
+            b[kriging.rows] = kriging.means(effect.values.to(z))
+            part[kriging.rows] = kriging.left.to(z)
         mean = mean + (z * b).sum(1)
         unseen = (effect.codes < 0) | ~errors.is_known
         if bool(unseen.any()):
@@ -151,6 +150,13 @@ def _error_variance(
         assert design.values is not None
         own = effect.variances[design.codes].to(X)
         found = found + torch.einsum("nk,nkl,nl->n", design.values, own, design.values)
+        if isinstance(each, PlacedDesign) and bool(errors.is_known):
+            rows = each.kriging.rows
+            z = each.z[rows].to(X)
+            prior = torch.einsum("nk,kl,nl->n", z, effect.prior().to(z), z)
+            explained = (1 - each.kriging.left.to(z)) * prior
+            most = torch.minimum(each.kriging.bound(z, effect.variances), explained)
+            found = found.index_add(0, rows, most)
     return found
 
 
@@ -214,9 +220,7 @@ def normal_interval(mean: Tensor, variance: Tensor, level: float = 0.95) -> tupl
     return mean - half, mean + half
 
 
-def on_response(
-    family: Family, found: Prediction, effects: Sequence[KnownEffect], level: float
-) -> tuple[Prediction, Tensor, Tensor]:
+def on_response(family: Family, found: Prediction, effects: Sequence[KnownEffect]) -> Prediction:
     r"""Predictions of the linear predictor on the scale of the response.
 
     With :math:`a \sim N(\hat\eta, v)` the mean is :math:`E\,\mu(a)`, and the variance of a new
@@ -227,12 +231,7 @@ def on_response(
         family: of the response.
         found: of the linear predictor.
         effects: of each random effect.
-        level: probability that the mean of a row is within the interval.
-
-    Returns:
-        The predictions, and the lower and upper ends of intervals for the mean of a row.
     """
-    check_number("level", level, above=0, below=1)
     prior = torch.zeros_like(found.variance)
     for effect in effects:
         z = effect.z.to(prior)
@@ -240,8 +239,7 @@ def on_response(
     mean, square = _expected(family, found.mean, found.variance)
     variance = square - mean * mean
     population, _ = _expected(family, found.population_mean, prior)
-    low, high = (family.mean(end) for end in normal_interval(found.mean, found.variance, level))
-    return Prediction(mean, variance.clamp(min=0), population), low, high
+    return Prediction(mean, variance.clamp(min=0), population)
 
 
 def log_predictive(family: Family, y: Tensor, found: Prediction) -> Tensor:
@@ -255,23 +253,27 @@ def log_predictive(family: Family, y: Tensor, found: Prediction) -> Tensor:
     """
     spread = found.variance.clamp(min=0).sqrt()
     parts = [
-        log(weight) + family.log_density(y, found.mean + node * spread)
-        for node, weight in _hermite()
+        weight.log() + family.log_density(y, found.mean + node * spread)
+        for node, weight in _hermite(spread)
     ]
     return torch.logsumexp(torch.stack(parts), 0)
 
 
-def _hermite() -> Iterator[tuple[float, float]]:
-    """Nodes and weights of the expectation over a standard normal variable."""
+def _hermite(like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Nodes and weights of the expectation over a standard normal variable, () each.
+
+    They are tensors because an export to ONNX rounds Python's numbers to single precision.
+    """
     nodes, weights = np.polynomial.hermite_e.hermegauss(_NODES)
-    return zip(nodes.tolist(), (weights / weights.sum()).tolist(), strict=True)
+    found = torch.tensor([nodes.tolist(), (weights / weights.sum()).tolist()], dtype=torch.float64)
+    return zip(*found.to(like), strict=True)
 
 
 def _expected(family: Family, eta: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     """The expectation of the response and of its square for a normal predictor."""
     spread = variance.clamp(min=0).sqrt()
     mean, square = torch.zeros_like(eta), torch.zeros_like(eta)
-    for node, weight in _hermite():
+    for node, weight in _hermite(spread):
         a = eta + node * spread
         own = family.mean(a)
         mean = mean + weight * own

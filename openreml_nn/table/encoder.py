@@ -15,7 +15,7 @@ from openreml_nn.table.encoded import Encoded, RandomDesign
 from openreml_nn.table.encoding import Encoding
 from openreml_nn.table.factors import occurring
 from openreml_nn.table.formula import RandomPart
-from openreml_nn.table.groups import check_relations
+from openreml_nn.table.groups import check_relations, grow_groups
 from openreml_nn.table.learned import Group, Learned
 from openreml_nn.table.levels import label, number_key
 from openreml_nn.table.relation import Known
@@ -85,6 +85,20 @@ class Encoder(Encoding):
             self.check_size(design, len(kept))
         self._learn_means(data)
         return encoded
+
+    def more(self, table: pd.DataFrame) -> Encoded:
+        """Encode rows that come after a fit, and learn the new levels of their groups; rows with
+        missing values are left out, with a warning.
+
+        Raises:
+            InputError: as :meth:`transform`, or if the response or the weights are missing.
+        """
+        kept, rows, dropped = complete_rows(
+            table, self.columns(), self.categorical, self.source, self.formula.traits
+        )
+        data = self._rows(kept)
+        grow_groups(self._parts(data), data, self.learned)
+        return self._encoded(data, rows, dropped)
 
     def survey(self, chunks: Iterable[pd.DataFrame]) -> None:
         """Learn the levels of factors among the effects from a table that comes in chunks.

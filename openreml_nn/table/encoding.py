@@ -15,7 +15,7 @@ from openreml_nn.table.columns import single
 from openreml_nn.table.encoded import Encoded, ResidualDesign
 from openreml_nn.table.factors import check_known, known_rows
 from openreml_nn.table.formula import MixedFormula, RandomPart, parse_formula
-from openreml_nn.table.groups import grow_groups, ordered_effects, random_designs, skeletons
+from openreml_nn.table.groups import ordered_effects, random_designs, skeletons
 from openreml_nn.table.learned import Learned
 from openreml_nn.table.levels import coded
 from openreml_nn.table.matrix import Coding, codings, model_matrix
@@ -24,7 +24,7 @@ from openreml_nn.table.residual import residual_design, residual_positions
 from openreml_nn.table.rows import TableRows, offset_of, weights_of
 from openreml_nn.table.structure import parse_residual
 from openreml_nn.table.syntax import Call, Name, bare, names_in
-from openreml_nn.table.traits import TRAIT, TRAITS_OF_A_UNIT, complete_rows, response_of
+from openreml_nn.table.traits import TRAIT, WITHIN_UNIT, complete_rows, response_of
 
 __all__ = ["Encoding"]
 
@@ -50,7 +50,7 @@ class Encoding:
         self.categorical = tuple(map(bare, given))
         self.source = source
         if residual is None and self.formula.traits:
-            residual = TRAITS_OF_A_UNIT
+            residual = WITHIN_UNIT
         self.residual = None if residual is None else parse_residual(residual)
         self.weights = None if weights is None else bare(weights)
         self.relations = dict(relations or {})
@@ -92,20 +92,6 @@ class Encoding:
                 "effects are predicted as 0"
             )
         return encoded
-
-    def more(self, table: pd.DataFrame) -> Encoded:
-        """Encode rows that come after a fit, and learn the new levels of their groups; rows with
-        missing values are left out, with a warning.
-
-        Raises:
-            InputError: as :meth:`transform`, or if the response or the weights are missing.
-        """
-        kept, rows, dropped = complete_rows(
-            table, self.columns(), self.categorical, self.source, self.formula.traits
-        )
-        data = self._rows(kept)
-        grow_groups(self._parts(data), data, self.learned)
-        return self._encoded(data, rows, dropped)
 
     def fixed_matrix(self, table: pd.DataFrame) -> np.ndarray:
         """The model matrix of the fixed effects for a table that has their columns."""

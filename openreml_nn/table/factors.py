@@ -10,7 +10,7 @@ from openreml_nn.support.errors import InputError
 from openreml_nn.table.algebra import Part
 from openreml_nn.table.levels import Factor
 from openreml_nn.table.rows import TableRows
-from openreml_nn.table.syntax import Call, Name, Node, names_in
+from openreml_nn.table.syntax import Call, Name, Node, is_call, names_in, walk
 
 __all__ = ["check_known", "known_rows", "occurring"]
 
@@ -26,17 +26,20 @@ def occurring(
 
     Raises:
         InputError: if a factor has one level, a chunk a level that the first does not allow, or
-            ``relevel`` names a level that does not occur.
+            ``relevel`` or ``dummy`` names a level that does not occur.
     """
     found: dict[str, list[str]] = {}
     variables: dict[str, Node] = {}
     met: dict[str, tuple[Factor, set[str]]] = {}
-    first, source = True, ""
+    first, source, chosen = True, "", set[str]()
     for data in tables:
         if first:
             variables = {str(v): v for p in effects(data) for term in p.terms for v in term}
             source = data.source
-        for key, node in (variables if first else {k: variables[k] for k in met}).items():
+            chosen = {k for k, v in variables.items() if any(is_call(n, "dummy") for n in walk(v))}
+        for key, node in variables.items():
+            if not (first or key in met or key in chosen):
+                continue
             value = data.variable(node)
             if not isinstance(value, Factor):
                 continue
@@ -44,14 +47,16 @@ def occurring(
             factor, seen = met.get(key, (value, set()))
             levels = list(dict.fromkeys([*factor.levels, *value.levels]))
             seen |= {level for level, n in zip(value.levels, used, strict=True) if n}
-            met[key] = (Factor(value.codes, levels, value.key), seen)
+            met[key] = (Factor(value.codes, levels, factor.key), seen)
             if (value.codes < 0).any():
                 _refuse(data, node, value)
             if isinstance(node, Name):
                 data.check_labels(node)
         first = False
-        if not met:
+        if not met and not chosen:
             break
+    for node in (n for key in chosen for n in walk(variables[key]) if is_call(n, "dummy")):
+        _check_chosen(data, str(node))
     for key, (factor, seen) in met.items():
         order = factor.levels if factor.key is None else sorted(factor.levels, key=factor.key)
         levels = [level for level in order if level in seen]
@@ -64,6 +69,15 @@ def occurring(
             raise InputError(f"{source}: {what} has {shown}: a factor needs two")
         found[key] = levels
     return found
+
+
+def _check_chosen(data: TableRows, call: str) -> None:
+    """Refuse a level that ``dummy`` names and no row has."""
+    state = data.state(call)
+    seen = state.pop("seen", None)
+    lacking = [] if seen is None else [level for level in state["levels"] if level not in seen]
+    if lacking:
+        raise data.fault(f"{call!r}: {lacking[0]!r} is no level: expected one of {seen[:10]}")
 
 
 def known_rows(data: TableRows, parts: Iterable[Part]) -> np.ndarray:

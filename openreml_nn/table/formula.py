@@ -11,6 +11,7 @@ from openreml_nn.table.structure import (
     EFFECTS,
     RELATIONS,
     Structure,
+    check_dimensions,
     columns_of,
     structure_of,
 )
@@ -324,6 +325,7 @@ def _related(call: Call, text: str) -> list[Grouping]:
     if len(columns) < len(positional) or not columns or len(set(columns)) < len(columns):
         raise InputError(f"{what}: {str(call)!r}: expected distinct columns, then options by name")
     count = {"ped": 1, "vm": 2}.get(name, len(columns))
+    check_dimensions(name, len(columns), what)
     if name == "spline" and len(columns) > 2:
         raise InputError(f"{what}: {str(call)!r} has {len(columns)} columns: expected one or two")
     if len(columns) != count:

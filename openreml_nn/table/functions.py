@@ -119,11 +119,10 @@ def _dummy(called: Called, x: Node, levels: Node) -> Any:
     """Indicators of some levels, as lme4's function of this name has them."""
     own, given = as_factor(x, called.rows), called.constant(levels)
     chosen = [label(item) for item in (given if isinstance(given, list) else [given])]
-    if not called.state:
-        lacking = [level for level in chosen if level not in own.levels]
-        if lacking:
-            raise called.fault(f"{lacking[0]!r} is no level: expected one of {own.levels[:10]}")
-        called.state["levels"] = chosen
+    state = called.state
+    if not state or "seen" in state:  # until the levels of all rows were seen, see `occurring`
+        state["levels"] = chosen
+        state["seen"] = list(dict.fromkeys([*state.get("seen", ()), *own.levels]))
     values = (own.labels()[:, None] == np.array(chosen, dtype=object)).astype(np.float64)
     return values[:, 0] if len(chosen) == 1 else Basis(values, tuple(chosen))
 

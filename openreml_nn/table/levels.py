@@ -75,6 +75,8 @@ def coded(column: pd.Series, levels: Sequence[str] | None = None, source: str = 
             f"{source}: column {column.name!r} holds lists or records: expected numbers or labels"
         ) from None
     _warn_of_rounded(column, uniques, source)
+    if pd.api.types.is_float_dtype(column.dtype):
+        uniques = np.asarray(uniques)  # which keeps the digits of single precision
     key: Callable[[str], Any] | None = None
     is_numeric = pd.api.types.is_numeric_dtype(column.dtype) and not (
         pd.api.types.is_bool_dtype(column.dtype)
@@ -91,11 +93,10 @@ def coded(column: pd.Series, levels: Sequence[str] | None = None, source: str = 
         return Factor(values, own, number_key)
     if levels is None:
         if isinstance(column.dtype, pd.CategoricalDtype):
-            rank = {label(c): i for i, c in enumerate(column.cat.categories)}
-            own.sort(key=rank.__getitem__)
+            key = _ranked([label(category) for category in column.cat.categories])
         else:
             key = number_key if _are_numbers(column, uniques) else str
-            own.sort(key=key)
+        own.sort(key=key)
         levels = own
     place = np.append(places(raw, levels), -1)
     return Factor(place[values], list(levels), key)
@@ -158,6 +159,12 @@ def places(labels: Sequence[str], levels: Sequence[str]) -> np.ndarray:
             for item, at in zip(labels, found, strict=True)
         ]
     return np.array(found, dtype=np.int64)
+
+
+def _ranked(order: Sequence[str]) -> Callable[[str], int]:
+    """The place of a label in an order; those that are not in it come last."""
+    place = {item: i for i, item in enumerate(order)}
+    return lambda item: place.get(item, len(place))
 
 
 def _is_boolean(labels: Sequence[str]) -> bool:

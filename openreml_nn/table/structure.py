@@ -28,13 +28,16 @@ __all__ = [
     "ResidualFactor",
     "ResidualPart",
     "Structure",
+    "check_dimensions",
     "columns_of",
     "parse_residual",
     "structure_of",
 ]
 
 #: Kernels of numeric columns, as the group of random effects or within the groups of residuals.
-KERNELS = ("exponential", "gaussian", "matern", "spherical")
+KERNELS = ("exponential", "gaussian", "matern", "spherical", "linear", "rational")
+#: In how many dimensions at most a kernel is a covariance, where it is not in all.
+_DIMENSIONS = {"linear": 1, "spherical": 3}
 #: Structures to which the order of the effects or positions matters.
 ORDERED = ("ar1", "hetar1", "toep", "hettoep", "ante")
 #: Structures among the effects of a level.
@@ -174,6 +177,19 @@ def structure_of(call: Call, what: str, skipped: int) -> Structure:
     return Structure(call.function, found)
 
 
+def check_dimensions(kernel: str, count: int, what: str) -> None:
+    """Refuse a kernel of more coordinates than it is a covariance in.
+
+    Raises:
+        InputError: if it is.
+    """
+    most = _DIMENSIONS.get(kernel, count)
+    if count > most:
+        raise InputError(
+            f"{what}: {kernel}() of {count} columns: it is a covariance in up to {most}"
+        )
+
+
 # ---------------------------------------------------------------------- residuals
 
 
@@ -308,6 +324,7 @@ class _Residual:
         position, group = operands_of(last) if bar else (last, None)
         if is_kernel:
             nodes = [*first, position]
+            check_dimensions(call.function, len(nodes), self.what)
             if not all(isinstance(node, Name) for node in nodes):
                 raise InputError(f"{self.what}: {call.function}() takes numeric columns")
             names = tuple(node.name for node in nodes if isinstance(node, Name))

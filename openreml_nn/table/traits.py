@@ -17,7 +17,7 @@ from openreml_nn.table.syntax import Call, Name, Node, Number, Operation, is_cal
 
 __all__ = [
     "TRAIT",
-    "TRAITS_OF_A_UNIT",
+    "WITHIN_UNIT",
     "Traits",
     "by_trait",
     "complete_rows",
@@ -29,7 +29,7 @@ __all__ = [
 #: The columns of a stacked table that tell the response, and the row, of each value.
 TRAIT, UNIT = "trait", "unit"
 #: The covariance of the residuals of a row's responses where nothing else is said.
-TRAITS_OF_A_UNIT = f"us({TRAIT} | {UNIT})"
+WITHIN_UNIT = f"us({TRAIT} | {UNIT})"
 
 #: The responses by their names.
 Traits = tuple[tuple[str, Node], ...]

@@ -103,7 +103,8 @@ def residual_terms(terms: Sequence[Term]) -> list[int]:
     These are the terms over the rows themselves whose covariance is a multiple
     of the identity, diagonal, or of independent blocks. Where there is none,
     those whose design gives each row a column of its own take their place,
-    such as the occasions within subjects. Where one of all these is known, as
+    such as the occasions within subjects; of these, where there are any, the
+    multiples of known weights. Where one of all these is known, as
     error variances from an earlier analysis are, it is the residual, and
     those that are estimated are effects.
     """
@@ -115,7 +116,8 @@ def residual_terms(terms: Sequence[Term]) -> list[int]:
     known = [i for i in (*over_rows, *own_columns) if terms[i].known]
     if known and len(known) < len(over_rows) + len(own_columns):
         return sorted(known)
-    return over_rows or own_columns
+    weighted = [i for i in own_columns if terms[i].covariance.is_scalar]
+    return over_rows or weighted or own_columns
 
 
 def has_own_columns(design: Design) -> bool:

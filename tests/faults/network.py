@@ -225,6 +225,27 @@ FAULTS = [
         "tests/test_tabular.py -k 'truth or units'",
     ),
     Fault(
+        "a formula in Lightning forgets the basis of its slopes",
+        TABLE,
+        "labels[name]._replace(basis=B)",
+        "labels[name]",
+        "tests/test_lightning.py -k far_off",
+    ),
+    Fault(
+        "rows to predict have the levels of their own table",
+        "openreml_nn/lightning/data.py",
+        'if stage != "fit" and hasattr(module, "model"):',
+        "if False:",
+        "tests/test_lightning.py -k encoded_by",
+    ),
+    Fault(
+        "a misspelt key of a batch is not seen",
+        "openreml_nn/model/batch.py",
+        "if not batch.keys() <= _KNOWN:",
+        "if False:",
+        "tests/test_lightning.py -k nothing_reads",
+    ),
+    Fault(
         "a row's place is that of another level",
         TABLE,
         "design.relation.coordinates[design.codes]",

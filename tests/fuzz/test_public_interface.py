@@ -376,6 +376,7 @@ def _covariance() -> list[Call]:
         cov.AR1Matrix: {"n": 3}, cov.AntedependenceMatrix: {"n": 3}, cov.DiagonalMatrix: {"n": 3},
         cov.CompoundSymmetricMatrix: {"n": 3}, cov.EqualEntryMatrix: {"n": 3},
         cov.EquicorrelationMatrix: {"n": 3}, cov.ScalarMatrix: {"n": 3}, cov.ToeplitzMatrix: {"n": 3},
+        cov.StationaryMatrix: {"n": 3},
         cov.UnconstrainedMatrix: {"n": 3}, cov.UnstructuredMatrix: {"n": 3},
         cov.LowerTriangularMatrix: {"n": 3, "m": 2}, cov.ARMAMatrix: {"n": 3},
     }  # fmt: skip
@@ -394,6 +395,7 @@ def _covariance() -> list[Call]:
     distance = (torch.arange(3.0)[:, None] - torch.arange(3.0)).abs()
     word = {"distance": ("distances",)}
     for made in (cov.ExponentialMatrix, cov.GaussianMatrix, cov.MaternMatrix, cov.SphericalMatrix,
+                 cov.LinearMatrix, cov.RationalQuadraticMatrix,
                  cov.ContinuousAR1Matrix):  # fmt: skip
         kinds = {"distance": tensor(None, None, whole=False), **specs}
         if made is cov.MaternMatrix:
@@ -401,7 +403,8 @@ def _covariance() -> list[Call]:
         found.append(Call("covariance", made.__name__, made, {"distance": distance}, kinds, word))
     found += _of_parameters(cov.ExponentialMatrix(distance))
     for made in (cov.Correlation, cov.ExponentialCorrelation, cov.GaussianCorrelation,
-                 cov.SphericalCorrelation):  # fmt: skip
+                 cov.SphericalCorrelation, cov.LinearCorrelation,
+                 cov.RationalQuadraticCorrelation):  # fmt: skip
         found.append(Call("covariance", made.__name__, made, {}, {}))
     nu = Kind(lambda v: v in (0.5, 1.5, 2.5) if isinstance(v, float) else False)
     found.append(

@@ -123,6 +123,16 @@ def test_a_column_may_have_any_name(name, column):
     np.testing.assert_allclose(found.predict(table), PREDICTED, rtol=1e-9)
 
 
+@pytest.mark.parametrize("written", ["total.fruits", "`total.fruits`"])
+@pytest.mark.parametrize("formula", ["log({}) ~ x + (1 | g)", "y ~ log({}) + ({} | g)"])
+def test_names_with_dots_work_in_functions(formula, written):
+    table = TABLE.assign(**{"total.fruits": 1.0 + TABLE["k"], "fruits": 1.0 + TABLE["k"]})
+    found = lmm(formula.replace("{}", written), table)
+    expected = lmm(formula.replace("{}", "fruits"), table)
+    assert found.log_likelihood == pytest.approx(expected.log_likelihood, abs=1e-9)
+    np.testing.assert_allclose(found.predict(table), expected.predict(table), rtol=1e-9)
+
+
 def test_a_group_may_have_the_name_of_the_residual():
     table = TABLE.rename(columns={"g": "Residual"})
     found = lmm(FORMULA.replace("g)", "Residual)"), table)

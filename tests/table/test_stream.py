@@ -91,6 +91,7 @@ AWKWARD = [
     "log(y + 20) ~ cut(w, c(0, 3, 6, 9)) + (0 + b | cat)",
     "I(y / 2) ~ factor(half) + relevel(f, ref = 'c') + offset(x / 3) + (1 | s/zip)",
     "y ~ I(x > 0) + w:half + (1 | k)",
+    "y ~ x + dummy(s, c(2, 4)) + (0 + dummy(f, 'c') | k)",
     "y ~ . - day - cat - id - zip - s + (1 | k)",
 ]
 
@@ -110,6 +111,54 @@ def test_chunks_are_encoded_as_the_whole_is(tmp_path, formula, suffix):
     for chunk_rows in (23, 170):
         found = fit_stream(formula, path, chunk_rows=chunk_rows, progress=False)
         same(found, expected)
+
+
+KINDS = {
+    "int8": lambda v: v.astype("int8"),
+    "uint64": lambda v: v.astype("uint64") + 2**63,
+    "Int64": lambda v: v.astype("Int64") + 2**53,
+    "float32": lambda v: (v / 10).astype("float32"),
+    "float64": lambda v: v / 3,
+    "decimal": lambda v: pd.Series([Decimal(int(i)) / 4 for i in v], index=v.index),
+    "bool": lambda v: v % 2 == 0,
+    "boolean": lambda v: (v % 2 == 0).astype("boolean"),
+    "text": lambda v: "l" + v.astype(str),
+    "digits": lambda v: v.map("{:02d}".format),
+    "late text": lambda v: v.astype(str).where(v < 6, "x"),
+    "category": lambda v: pd.Categorical("c" + v.astype(str), [f"c{i}" for i in range(9, -1, -1)]),
+    "dates": lambda v: pd.Timestamp("2024-01-01") + pd.to_timedelta(v, unit="D"),
+}
+NUMERIC = ("int8", "float32", "float64", "decimal")
+
+
+@pytest.mark.filterwarnings("ignore:.*rows left out")
+@pytest.mark.parametrize("is_missing", [False, True], ids=["complete", "missing"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_storage_is_the_same_in_chunks_and_in_memory(tmp_path, kind, is_missing):
+    """Sorted by it, so that levels come late and every chunk has a few of them."""
+    rng = np.random.default_rng(7)
+    code = pd.Series(np.sort(rng.integers(0, 8, 160)))
+    data = pd.DataFrame(
+        {"v": KINDS[kind](code), "x": rng.normal(size=160), "g": rng.integers(0, 5, 160)}
+    )
+    data["y"] = data["x"] + rng.normal(size=8)[code] + rng.normal(size=160)
+    if is_missing:
+        gone = rng.permutation(160)[:12]
+        whole = data["v"].convert_dtypes() if kind in ("int8", "uint64", "bool") else data["v"]
+        data["v"] = whole.mask(data.index.isin(gone))
+    formulas = ["y ~ x + factor(v) + (1 | g)", "y ~ x + (1 | v)"]
+    formulas += ["y ~ x * v + (1 | g)", "y ~ I(v^2) + (0 + v | g)"] if kind in NUMERIC else []
+    data.to_parquet(tmp_path / "t.parquet")
+    data.to_csv(tmp_path / "t.csv", index=False)
+    for formula in formulas:
+        memory = lmm(formula, data)
+        for name in ("t.parquet", "t.csv"):
+            found = fit_stream(formula, tmp_path / name, chunk_rows=23, progress=False)
+            whole = lmm(formula, tmp_path / name)
+            assert found.log_likelihood == pytest.approx(memory.log_likelihood, rel=1e-9)
+            same(found, whole)
+            if kind != "category" or name == "t.parquet":  # text has no order of its own
+                same(found, memory)
 
 
 OPTIONS = [

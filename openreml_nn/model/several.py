@@ -1,0 +1,109 @@
+"""Several responses of a row: a row for each of them, as the likelihood takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openreml_nn.model.batch import (
+    Batch,
+    check_outputs,
+    level_codes,
+    level_values,
+    part,
+    rows_of,
+    take,
+)
+from openreml_nn.model.random_effect import RandomEffect
+from openreml_nn.support.checks import check_tensor
+from openreml_nn.support.checks import found as described
+from openreml_nn.support.errors import InputError
+
+__all__ = ["stacked", "stacked_output"]
+
+
+def stacked(
+    batch: Batch, responses: int, effects: Mapping[str, RandomEffect], is_data: bool, with_x: bool
+) -> dict[str, Any]:
+    """A batch of n rows with t responses as one of n t rows with one response: all of the first row,
+    then all of the second.
+
+    An effect that each response has of its own has the values :math:`e_j \\otimes z` in the row of
+    response j; ``batch["residual"]`` are the cells of the rows, so that a residual (t, t) is the
+    covariance among the responses of a row.
+
+    Args:
+        batch: the rows.
+        responses: t.
+        effects: the model's random effects by name.
+        is_data: whether the rows are of the likelihood, in which levels must be known.
+        with_x: whether the network's inputs are needed, row by row.
+
+    Raises:
+        TypeError, InputError: if a part has another shape, or a level is not known in data.
+    """
+    n = rows_of(batch)
+    rows = torch.arange(n).repeat_interleave(responses)
+    found: dict[str, Any] = {"groups": {}, "values": {}, "residual": torch.arange(len(rows))}
+    if batch.get("residual") is not None:
+        raise InputError(
+            f"`batch['residual']` is {described(batch['residual'])} beside several responses: expected "
+            "none, as these are the cells of a row"
+        )
+    for name, effect in effects.items():
+        codes = level_codes(batch, name, 2**62, n)  # which there are is looked at later
+        if is_data and n and int(codes.min()) < 0:
+            raise InputError(
+                f"group {name!r} has the code -1 in row {int(codes.argmin())}: expected known levels "
+                "in rows of the likelihood of several responses"
+            )
+        found["groups"][name] = codes.repeat_interleave(responses)
+        z = level_values(batch, name, effect.effects // effect.responses, n)
+        if effect.responses > 1:
+            z = effect.blup.new_ones(n, 1) if z is None else z
+            found["values"][name] = _by_response(z, responses)
+        elif z is not None:
+            found["values"][name] = z.repeat_interleave(responses, 0)
+    for key in ("y", "weights", "offset"):
+        value = batch.get(key)
+        if value is None:
+            continue
+        whole = (n, responses) if key == "y" or getattr(value, "dim", int)() == 2 else (n,)
+        check_tensor(f"batch['{key}']", value, whole, "floating", False)
+        found[key] = value.reshape(-1) if len(whole) == 2 else value.repeat_interleave(responses)
+    if places := batch.get("places"):
+        found["places"] = {
+            name: at.repeat_interleave(responses, 0) if isinstance(at, Tensor) else at
+            for name, at in places.items()
+        }
+    device = found["y"].device if "y" in found else rows.device
+    for group in found["groups"].values():
+        device = group.device
+    found["residual"] = found["residual"].to(device)
+    if with_x:
+        found["x"] = take(part(batch, "x"), rows)
+    return found
+
+
+def _by_response(z: Tensor, responses: int) -> Tensor:
+    """:math:`e_j \\otimes z_i` for each response j of each row i, (n t, t k), of z (n, k)."""
+    own = torch.eye(responses, dtype=z.dtype, device=z.device)
+    n, k = z.shape
+    whole = own[None, :, :, None] * z[:, None, None, :]
+    return whole.reshape(n * responses, responses * k)
+
+
+def stacked_output(output: Tensor, batch: Batch, responses: int, head: str) -> Tensor:
+    """What the network has yielded, as :func:`stacked` has the rows: means (n t,) of (n, t), or
+    features (n t, t p) of (n, p), which have coefficients for each response.
+
+    Raises:
+        InputError: if it is of another shape, or not finite.
+    """
+    check_outputs(output, batch)
+    if head == "gls":
+        return _by_response(output, responses)
+    return output.reshape(-1)
