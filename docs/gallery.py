@@ -60,18 +60,15 @@ PICTURES: dict[str, Callable[[], torch.Tensor]] = {
     "GaussianMatrix": lambda: at(cov.GaussianMatrix(DISTANCE), 0.0, -0.7),
     "MaternMatrix": lambda: at(cov.MaternMatrix(DISTANCE, nu=1.5), 0.0, -0.7),
     "SphericalMatrix": lambda: at(cov.SphericalMatrix(DISTANCE), 0.0, -0.2),
-<<<<<<< HEAD
     "VecchiaMatrix": lambda: at(
         cov.VecchiaMatrix(torch.arange(0.0, N)[:, None], cov.MaternCorrelation(1.5), 2), 0.0, 0.7
     ),
     "RandomWalkMatrix": lambda: at(cov.RandomWalkMatrix(N), 0.0),
     "CARMatrix": lambda: at(cov.CARMatrix(PAIRS), 0.0, 3.0),
     "ICARMatrix": lambda: at(cov.ICARMatrix(PAIRS), 0.0),
-=======
     "StationaryMatrix": lambda: at(cov.StationaryMatrix(N), 0.0, 1.8, *[-0.5] * (N - 2)),
     "LinearMatrix": lambda: at(cov.LinearMatrix(DISTANCE), 0.0, -0.2),
     "RationalQuadraticMatrix": lambda: at(cov.RationalQuadraticMatrix(DISTANCE), 0.0, -0.7),
->>>>>>> integration
     "ContinuousAR1Matrix": lambda: at(cov.ContinuousAR1Matrix(DISTANCE), 0.0, -1.5),
     "ARMAMatrix": lambda: at(cov.ARMAMatrix(N), 0.0, 1.8, -0.5),
     "VarianceFunction": lambda: at(cov.VarianceFunction(torch.arange(1.0, N + 1)), 0.0, -0.4),
