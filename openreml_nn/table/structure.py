@@ -65,6 +65,8 @@ _OPTIONS: dict[str, dict[str, tuple[float | None, str, Callable[[float], bool]]]
     "exponential": _NEIGHBOURS,
     "gaussian": _NEIGHBOURS,
     "spherical": _NEIGHBOURS,
+    "linear": _NEIGHBOURS,
+    "rational": _NEIGHBOURS,
     "vm": {"inverse": (False, "TRUE or FALSE", lambda v: isinstance(v, bool))},
     "spline": {
         "segments": (10, "a whole number from 2 to 500", lambda v: v == int(v) and 2 <= v <= 500)
