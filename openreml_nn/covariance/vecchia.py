@@ -272,12 +272,16 @@ class VecchiaMatrix(Matrix):
         """
         found = self.regressions_of(places)
         _, length = self.build_params().split(1)
-        left, weights = found.at(length.double().log()).split(
-            [len(places), found.neighbours.numel()]
-        )
-        # At a place of these nothing is left.
-        weights = weights.reshape(found.neighbours.shape)
-        return found.neighbours.clamp(min=0), weights, left.nan_to_num(0.0).clamp(min=0)
+        k, m = found.neighbours.shape
+        left, weights = found.at(length.double().log()).split([k, k * m])
+        weights = weights.reshape(k, m)
+        # At a place of these, or so near that rounding leaves no variance, the effect is known.
+        same = left.isnan()
+        nearest = torch.zeros_like(weights)
+        nearest[:, 0] = 1
+        weights = torch.where(same[:, None], nearest, weights)
+        left = torch.where(same, 0.0, left)
+        return found.neighbours.clamp(min=0), weights, left.clamp(min=0)
 
     def _numbers(self, free_params: FreeParams = None) -> tuple[Tensor, Tensor]:
         """The variance, and what the inverse is made of."""

@@ -39,7 +39,7 @@ __all__ = [
 Batch = Mapping[str, Any]
 
 #: What a batch holds of each row.
-_OF_ROWS = ("x", "y", "groups", "values", "weights", "offset", "residual", "places")
+_OF_ROWS = ("x", "y", "groups", "values", "weights", "offset", "residual", "places", "zi")
 #: What a batch may hold, see :class:`MixedModel`.
 KEYS = (*_OF_ROWS, "extra")
 _KNOWN = frozenset(KEYS)

@@ -212,7 +212,7 @@ class MixedModel(Predictor):
         """The likelihood of a batch by the family, with what it takes: y, the known part of the linear
         predictor, and X with head ``"gls"``."""
         batch, output = with_responses(batch, output)
-        y, known, X = of_family(output, batch, self.head)
+        y, known, X = of_family(self.family, output, batch, self.head)
         loss = self._likelihood(batch, len(y))
         assert isinstance(loss, LaplaceLoss)
         return loss, y, known, X

@@ -97,9 +97,10 @@ class Predictor(Posterior):
         """
         found, effects = _linear_predictor(self, batch)
         if self.family is not None:
+            family = self.family.of_rows(batch.get("zi"))
             low, high = normal_interval(found.mean, found.variance, level)
-            found = on_response(self.family, found, effects)
-            return found, self.family.mean(low), self.family.mean(high)
+            found = on_response(family, found, effects)
+            return found, family.mean(low), family.mean(high)
         if self.responses > 1:
             found = self._by_row(found)
         return found, *normal_interval(found.mean, found.variance, level)
@@ -122,10 +123,10 @@ class Predictor(Posterior):
                 f"`batch['y']` is {described(y)}: expected {tuple(found.mean.shape)}, as predictions are"
             )
         if self.family is not None:
-            own, rows = responding({"y": y})
+            own, rows = responding({"y": self.family.with_inputs(y, batch.get("zi"))})
             self.family.check(own["y"])
             if rows is None:
-                return log_predictive(self.family, y, found)
+                return log_predictive(self.family, own["y"], found)
             there = Prediction(*(value[rows] for value in found))
             density = log_predictive(self.family, own["y"], there)
             return torch.full_like(found.mean, torch.nan).index_copy(0, rows, density)

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 
 from openreml_nn.families import Family, named_family
+from openreml_nn.model.zeros import ZeroEncoder
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import Encoded, Encoder
 
@@ -27,6 +28,7 @@ class EncodedResponse:
         formula: an lme4-style formula.
         family: of the response, or its name; None for a Gaussian one, by the encoder alone.
         categorical, source: see :class:`Encoder`.
+        zi: formula of the zero part, see :class:`ZeroEncoder`; none by default.
         **options: see :class:`Encoder`.
 
     Attributes:
@@ -44,6 +46,7 @@ class EncodedResponse:
         family: str | Family | None,
         categorical: Sequence[str] = (),
         source: str = "the table",
+        zi: str | None = None,
         **options: Any,
     ) -> None:
         self._given = family
@@ -63,6 +66,12 @@ class EncodedResponse:
             # Rows that miss either are left out of both.
             forms = [f"I(({a}) + 0 * ({b}))~{right}" for a, b in ((one, two), (two, one))]
         options = {"known_residual": self.family is not None, **options}
+        if zi is not None:
+            if len(forms) > 1:
+                raise InputError(f"`zi` is {zi!r} beside cbind(): expected a response of 0 and 1")
+            self.encoder: Encoder = ZeroEncoder(formula, zi, categorical, source, **options)
+            self._failures = None
+            return
         encoders = [Encoder(text, categorical, source, **options) for text in forms]
         self.encoder = encoders[0]
         self._failures = encoders[1] if len(encoders) > 1 else None

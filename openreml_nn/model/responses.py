@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from openreml_nn.families import Family
 from openreml_nn.likelihood import LaplaceLoss, REMLLoss
 from openreml_nn.likelihood.effects import Coefficients
 from openreml_nn.model.batch import Batch, check_outputs, part, refuse_weights, row_values
@@ -49,13 +50,16 @@ def of_gaussian(output: Tensor, batch: Batch, head: str) -> tuple[Tensor, Tensor
     return y - output, output.new_zeros(n, 0)
 
 
-def of_family(output: Tensor, batch: Batch, head: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """y, the known part of the linear predictor (n,), and X (n, p) with head ``"gls"``.
+def of_family(
+    family: Family | None, output: Tensor, batch: Batch, head: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y with the family's inputs, the known part of the linear predictor (n,), and X (n, p) with head ``"gls"``.
 
     Raises:
         InputError: if a part is missing or has weights, or a number is not finite.
     """
-    y, n = part(batch, "y"), len(output)
+    assert family is not None
+    y, n = family.with_inputs(part(batch, "y"), batch.get("zi")), len(output)
     refuse_weights(batch)
     _check_rows(n)
     check_outputs(output, batch)

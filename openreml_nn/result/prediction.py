@@ -21,6 +21,7 @@ from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import DenseCovariance, RepeatedCovariance, ScaledCovariance
 from openreml_nn.terms.design import IdentityDesign, IndexedDesign
 from openreml_nn.terms.kernel import Kernel
+from openreml_nn.terms.precision import PrecisionCovariance
 
 __all__ = [
     "KnownEffect",
@@ -301,6 +302,8 @@ def prior_of(g: Covariance, levels: int, effects: int) -> Tensor:
         return g.blocks(levels, effects)[0]
     if isinstance(g, ScaledCovariance) and len(g.matrix) == effects:
         return _mean_diagonal(g.kernel).to(g.matrix) * g.matrix
+    if isinstance(g, PrecisionCovariance) and g.effects == effects:
+        return g.of_new()
     blocks = g.whole(levels * effects).unflatten(1, (levels, effects))
     return blocks.unflatten(0, (levels, effects)).diagonal(dim1=0, dim2=2).mean(-1)
 

@@ -119,13 +119,13 @@ class Sparse(Solver):
         moved = over_levels(terms)
         residual = Residual.of(moved)
         effects = [term for i, term in enumerate(moved) if i not in residual.at]
-        self._check_memory(_held_dense(effects), sum(x.design.shape[1] for x in effects))
+        self.check_memory(_held_dense(effects), sum(x.design.shape[1] for x in effects))
         random = SparseTerm.of_all(moved, residual.at)
         found = self._equations(random, residual) if known is None else known
-        self._check_memory(16.0 * found.symbolic.entries, found.size)
+        self.check_memory(16.0 * found.symbolic.entries, found.size)
         return random, residual, found
 
-    def _check_memory(self, held: float, columns: int) -> None:
+    def check_memory(self, held: float, columns: int) -> None:
         if held > self.memory:
             raise InputError(
                 f"the sparse solver would hold {held / 2**30:.3g} GiB for a factor of {columns} "
