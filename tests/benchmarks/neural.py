@@ -211,7 +211,7 @@ def _found(study: str, seed: int, method: str, rows: int) -> dict[str, float]:
 def _lines(study: str, seeds: int, methods: list[str], rows: int) -> Iterator[str]:
     """The table of a study, and the components."""
     table = []
-    wanted = ["floor", *methods] if study != "insteval" else methods
+    wanted = methods if study.startswith("insteval") else ["floor", *methods]
     for seed in range(1, seeds + 1):
         floor = float("nan")
         for method in wanted:

@@ -228,9 +228,10 @@ def features(seed: int, n: int = ROWS, q: int = 1000) -> Data:
     )
 
 
-def insteval(seed: int, n: int = 0) -> Data:
-    """Ratings of lectures by students s: effects of these, of lecturers d with one for service beside,
-    and of departments with and without service; the fold ``seed`` of five is for testing."""
+def insteval(seed: int, n: int = 0, slopes: bool = False) -> Data:
+    """Ratings of lectures by students, whose effects are of students and lecturers; with slopes also one
+    of service of each lecturer, and effects of departments with it and without. The fold ``seed`` of
+    five is for testing."""
     path = Path(__file__).parents[1] / "reference" / "insteval.csv.gz"
     table = pd.read_csv(path)
     if n:
@@ -245,18 +246,17 @@ def insteval(seed: int, n: int = 0) -> Data:
     x = torch.tensor(np.concatenate(columns, 1), dtype=torch.float32)
     table["dept:service"] = 2 * table["dept"] + table["service"]
     groups, levels = {}, {}
-    for name in ("s", "d", "dept:service"):
+    for name in ("s", "d", "dept:service") if slopes else ("s", "d"):
         codes, labels = pd.factorize(table[name])
         groups[name], levels[name] = torch.as_tensor(codes), len(labels)
-    y = torch.tensor(table["y"].to_numpy(), dtype=torch.float32)
-    service = torch.tensor(table["service"].to_numpy(), dtype=torch.float32)
-    slopes = {"d": torch.stack([torch.ones_like(service), service], 1)}
+    y, service = (torch.tensor(table[c].to_numpy(), dtype=torch.float32) for c in ("y", "service"))
+    values = {"d": torch.stack([torch.ones_like(service), service], 1)} if slopes else {}
 
     def random() -> dict[str, RandomEffect]:
-        return {name: RandomEffect(q, effects=1 + (name == "d")) for name, q in levels.items()}
+        return {name: RandomEffect(q, effects=1 + (name in values)) for name, q in levels.items()}
 
     parts = torch.as_tensor(train), torch.as_tensor(test)
-    return Data(x, y, groups, levels, *parts, random, values=slopes)
+    return Data(x, y, groups, levels, *parts, random, values=values)
 
 
 #: Each study by its name on the command line.
@@ -268,4 +268,5 @@ STUDIES: Mapping[str, Callable[..., Data]] = {
     "spatial-1000": partial(spatial, q=1000),
     "features": features,
     "insteval": insteval,
+    "insteval-slopes": partial(insteval, slopes=True),
 }
