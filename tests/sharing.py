@@ -18,6 +18,7 @@ def train(processes, training, head, path, n=203):
     codes = torch.randint(0, q, (n,), generator=generator)
     b = torch.randn(q, generator=generator)[codes]
     y = x[:, 0].sin() + b + 0.5 * torch.randn(n, generator=generator)
+    y[::17] = torch.nan  # rows without a response, not as many on each process
     torch.manual_seed(1)
     network = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1 if head == "ml" else 3))
     spread = nn.Linear(2, 1) if training in ("full", "alternating") and head == "ml" else None

@@ -149,6 +149,7 @@ def test_options_that_do_not_fit():
         module("gls")
 
 
+@pytest.mark.filterwarnings("ignore:.*training rows have no response")
 @pytest.mark.parametrize(
     ("training", "head"),
     [("alternating", "ml"), ("full", "ml"), ("full", "gls"), ("parts", "gls"), ("groups", "ml")],

@@ -73,7 +73,9 @@ class Predictor(Posterior):
         with BLUPs, where beside the widest factor of independent levels there are at most 2,000
         effects and coefficients. With more, a warning says that it takes them as independent. The
         residual of a new observation is independent of those of the data; its variance is divided
-        by the row's weight where the batch has weights. Before :meth:`update` the variance is that
+        by the row's weight where the batch has weights. A level that was not seen has its prior; one
+        at a place, with its coordinates in ``batch["places"]``, the mean and variance given the places
+        of the fit. Before :meth:`update` the variance is that
         of the priors. With a family all is on the scale of the response: means are expectations
         over the random effects, given the data or, of the population, without them. Of a mean
         without parameters a row has NaN where the data do not say its expectation.

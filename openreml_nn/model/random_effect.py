@@ -22,6 +22,7 @@ from openreml_nn.covariance import (
 )
 from openreml_nn.covariance.kernel import DistanceMatrix
 from openreml_nn.covariance.params import module_name, user_name
+from openreml_nn.covariance.vecchia import VecchiaMatrix
 from openreml_nn.model.batch import (
     Batch,
     check_values,
@@ -41,6 +42,7 @@ from openreml_nn.support.checks import (
 )
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import RepeatedCovariance
+from openreml_nn.terms.precision import PrecisionCovariance
 
 __all__ = [
     "Coded",
@@ -66,12 +68,12 @@ def independent_levels(levels: int, effects: int) -> Matrix:
     return KroneckerProduct(levels=IdentityMatrix(levels), effects=UnstructuredMatrix(effects))
 
 
-def kernel_of(g: Matrix) -> DistanceMatrix | None:
+def kernel_of(g: Matrix) -> DistanceMatrix | VecchiaMatrix | None:
     """The kernel among the levels of a covariance of all levels; None if there is none."""
     if isinstance(g, KroneckerProduct) and list(g.operands) == ["levels", "effects"]:
         one = g.operands["levels"]
-        return one if isinstance(one, DistanceMatrix) else None
-    return g if isinstance(g, DistanceMatrix) else None
+        return one if isinstance(one, DistanceMatrix | VecchiaMatrix) else None
+    return g if isinstance(g, DistanceMatrix | VecchiaMatrix) else None
 
 
 def _labels(name: str, given: int | Sequence[str]) -> tuple[str, ...]:
@@ -181,9 +183,12 @@ class RandomEffect(nn.Module):
         self.register_buffer("blup", like.new_zeros(q, k))
         self.register_buffer("variance", like.new_zeros(q, k, k))
         self.register_buffer("basis", torch.eye(k).to(like) if basis is None else basis)
+        kernel = kernel_of(self.g)
+        if isinstance(kernel, VecchiaMatrix):
+            places = kernel.places if places is None else places
         if places is not None:
             check_tensor("places", places, (q, "d"), "floating")
-            if kernel_of(self.g) is None:
+            if kernel is None:
                 raise InputError(
                     f"`places` has coordinates but `covariance` is {type(self.g).__name__}: expected a "
                     "kernel of distances, such as MaternMatrix, or its product with a covariance"
@@ -202,7 +207,10 @@ class RandomEffect(nn.Module):
 
     def prior_in_basis(self) -> Tensor:
         """Covariance (k, k) of the effects of a level that was not seen, in their basis; see :meth:`prior`."""
-        return prior_of(lowered(self.g), self.levels, self.effects)
+        g = lowered(self.g)
+        if isinstance(kernel_of(self.g), VecchiaMatrix) and isinstance(g, PrecisionCovariance):
+            return g.shown()  # the variance of any place
+        return prior_of(g, self.levels, self.effects)
 
     def known(self) -> tuple[Tensor, Tensor]:
         """BLUPs (levels, k) of the effects of z, and their prediction-error variances."""
@@ -319,9 +327,14 @@ def known_effect(
     if at is None or kernel is None or effect.places is None:
         return known
     rows = (codes < 0).nonzero()[:, 0]
-    own, mode = at[rows].to(effect.places), "donot_use_mm_for_euclid_dist"
-    distance = torch.cdist(own, effect.places, compute_mode=mode)
-    return replace(known, kriging=Kriging.of(rows, kernel(), kernel.between(distance)))
+    own = at[rows].to(effect.places)
+    if isinstance(kernel, DistanceMatrix):
+        mode = "donot_use_mm_for_euclid_dist"
+        distance = torch.cdist(own, effect.places, compute_mode=mode)
+        return replace(known, kriging=Kriging.of(rows, kernel(), kernel.between(distance)))
+    if not len(rows):
+        return known
+    return replace(known, kriging=Kriging(rows, *kernel.regressed(own)))
 
 
 class Effects(nn.ModuleDict):

@@ -46,6 +46,10 @@ class Kernel:
         self.source, self.size = given, given.shape[0]
         self._dense = matrix
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy and a pickle take: all but the factor, which cannot be copied."""
+        return {name: value for name, value in self.__dict__.items() if name != "_factor"}
+
     def private(self) -> Kernel:
         """The same kernel with contents that nobody else can change."""
         return self if self.inverse is not None else Kernel(private(self.source))

@@ -403,7 +403,8 @@ def _covariance() -> list[Call]:
         found.append(Call("covariance", made.__name__, made, {"distance": distance}, kinds, word))
     found += _of_parameters(cov.ExponentialMatrix(distance))
     for made in (cov.Correlation, cov.ExponentialCorrelation, cov.GaussianCorrelation,
-                 cov.SphericalCorrelation):  # fmt: skip
+                 cov.SphericalCorrelation, cov.LinearCorrelation,
+                 cov.RationalQuadraticCorrelation):  # fmt: skip
         found.append(Call("covariance", made.__name__, made, {}, {}))
     nu = Kind(lambda v: v in (0.5, 1.5, 2.5) if isinstance(v, float) else False)
     found.append(
