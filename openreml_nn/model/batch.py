@@ -116,10 +116,10 @@ def check_outputs(output: Tensor, batch: Batch) -> None:
     Raises:
         InputError: if a number is not finite.
     """
-    finite = torch.isfinite(output.detach()).reshape(len(output), -1).all(1)
+    finite = torch.isfinite(output.detach())
     if bool(finite.all()):
         return
-    row = int((~finite).nonzero()[0])
+    row = int((~finite).nonzero()[0, 0])
     for name, x in _tensors("batch['x']", batch.get("x")):
         if x.is_floating_point() and x.dim() and len(x) == len(output):
             check_finite(name, x, "finite numbers, as the network's output there is not finite")
