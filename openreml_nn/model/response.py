@@ -14,6 +14,7 @@ from openreml_nn.families import Family, named_family
 from openreml_nn.model.zeros import ZeroEncoder
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import Encoded, Encoder
+from openreml_nn.table.columns import row_name
 
 __all__ = ["EncodedResponse"]
 
@@ -86,7 +87,7 @@ class EncodedResponse:
         found = self.encoder.fit(table)
         if self._failures is not None:
             found = _with_failures(found, self._failures.fit(table))
-        self._check(found)
+        self._check(found, table)
         return found, table
 
     def held_out(self, table: pd.DataFrame) -> Encoded:
@@ -132,13 +133,21 @@ class EncodedResponse:
             return table
         return table.assign(**{name: table[name].map(self._codes).astype(float)})
 
-    def _check(self, encoded: Encoded) -> None:
+    def _check(self, encoded: Encoded, table: pd.DataFrame) -> None:
         if self._given is None:
             return
         y, left, source = encoded.y, self._name, self.encoder.source
         assert y is not None
         own = named_family(self._given, None, max(2, len(self.levels)))
-        own.check(y, f"{source}: the response {left!r}")
+        try:
+            own.check(y, f"{source}: the response {left!r}")
+        except InputError as error:
+            # By the rows of the table, as its other messages count or name them.
+            def named(found: re.Match[str]) -> str:
+                return f"in row {row_name(table, encoded.rows[int(found[1])])}"
+
+            text = re.sub(r"in row (\d+)", named, str(error))
+            raise InputError(text) from None
         if self.family == "binomial":
             total = y if y.dim() == 1 else y[:, 0] / y.sum(1)
             if bool((total == total[0]).all()) and float(total[0]) in (0.0, 1.0):

@@ -930,6 +930,9 @@ def _families() -> list[Call]:
              {"levels": count(2), "link": choice}),
         Call("families", "named_family", families.named_family, {"family": "binomial"},
              {"family": choice, "link": optional(choice)}),
+        Call("families", "ZeroInflated", families.ZeroInflated,
+             {"family": families.Poisson(), "logits": nn.Linear(1, 1)},
+             {"family": of(families.Family), "logits": of(nn.Module)}),
     ]  # fmt: skip
 
 
