@@ -179,8 +179,7 @@ class RandomEffect(nn.Module):
         check_instance("features", features, (nn.Module, NoneType), "a module, or None")
         if basis is not None:
             check_tensor("basis", basis, (k, k), "floating")
-        self.levels = q
-        self.effects = k
+        self.levels, self.effects = q, k
         self.features = features
         self.g = _of_all_levels(covariance, q, k)
         like = next(self.g.parameters(), torch.zeros(1, dtype=torch.float64))
@@ -294,16 +293,11 @@ class RandomEffect(nn.Module):
         """
         more, g = levels - self.levels, self.g_of(levels)
         if more < 0 or g is None:
-            raise InputError(
-                f"`levels` is {levels}: expected {self.levels} or more"
-                if more < 0
-                else f"`levels` is {levels}: expected {self.levels}, because levels are correlated"
-            )
-        if len(names) != (0 if self.names is None else more):
-            raise InputError(
-                f"`names` has {len(names)} names: expected "
-                + ("none, as levels have none" if self.names is None else f"{more}, of new levels")
-            )
+            why = " or more" if more < 0 else ", because levels are correlated"
+            raise InputError(f"`levels` is {levels}: expected {self.levels}{why}")
+        expected = 0 if self.names is None else more
+        if len(names) != expected:
+            raise InputError(f"`names` has {len(names)} names: expected {expected}, of new levels")
         if self.names is not None:
             self.names = check_labels("names", [*self.names, *names])
         self.g, self.levels = g, levels
