@@ -2,8 +2,7 @@
 
     python -m tests.endurance 40 0
 
-(how many, and the seed of the moments).
-Half of the moments are drawn from the whole length of a run, half are just after a file has
+stops 40 runs, at moments drawn with the seed 0. Half of the moments are drawn from the whole length of a run, half are just after a file has
 appeared, while others are written. Every second run is killed (SIGKILL), the others are stopped
 (SIGTERM). What a run leaves is whole, and what goes on from it ends as a run that nobody stopped.
 """

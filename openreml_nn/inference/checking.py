@@ -75,17 +75,16 @@ def dispersion(result: Result) -> Dispersion:
     """
     refit = LaplaceRefit(result)
     family, eta = _at_mode(refit)
-    if type(family).variance is Family.variance or type(family).mean is Family.mean:
+    of_rows = family.of_rows(family.inputs_of(refit.y))
+    if type(of_rows).variance is Family.variance or type(of_rows).mean is Family.mean:
         raise InputError(
             f"`result` is of the family {type(family).__name__}, which has no mean() and variance(): "
             "expected one that has"
         )
-    y, trials = refit.y.to(eta), torch.ones_like(eta)
-    if y.dim() == 2:
-        trials = y.sum(1)
-        y = y[:, 0] / trials
+    y = family.observed(refit.y).to(eta)
+    trials = refit.y.sum(1) if _has_trials(refit) else torch.ones_like(eta)
     with torch.no_grad():
-        terms = (y - family.mean(eta)) ** 2 * trials / family.variance(eta)
+        terms = (y - of_rows.mean(eta)) ** 2 * trials / of_rows.variance(eta)
     statistic, df = float(terms.sum()), len(eta) - parameters_of(result)
     return Dispersion(statistic, df, statistic / df, float(stats.chi2.sf(statistic, df)))
 
@@ -103,16 +102,17 @@ def zero_count(result: Result) -> ZeroCount:
     refit = LaplaceRefit(result)
     family, eta = _at_mode(refit)
     none = refit.y.new_zeros(len(eta))
-    if refit.y.dim() == 2:
+    if _has_trials(refit):
         none = torch.stack([none, refit.y.sum(1)], 1)
+    else:
+        none = family.with_inputs(none, family.inputs_of(refit.y))
     below, at = _cumulative(family, none, eta)
     if family.name == "ordinal" or bool((at <= below).all()):
         raise InputError(
             f"`result` is of the family {family.name!r}, in which no response is exactly 0: expected "
             "counts, or amounts with zeros"
         )
-    y = refit.y if refit.y.dim() == 1 else refit.y[:, 0]
-    observed, expected = int((y == 0).sum()), float((at - below).sum())
+    observed, expected = int((family.observed(refit.y) == 0).sum()), float((at - below).sum())
     return ZeroCount(observed, expected, observed / expected)
 
 
@@ -149,6 +149,11 @@ def _at_mode(refit: LaplaceRefit) -> tuple[Family, Tensor]:
     if X is not None:
         known = refit.offset  # the coefficients are found again with the modes
     return refit.loss.family, refit.loss.evaluate(refit.y, known, X).predictor
+
+
+def _has_trials(refit: LaplaceRefit) -> bool:
+    """Whether responses are successes and failures."""
+    return refit.y.dim() == 2 and refit.loss.family.inputs_of(refit.y) is None
 
 
 def _cumulative(family: Family, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:

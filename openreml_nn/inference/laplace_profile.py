@@ -266,10 +266,12 @@ class LaplaceProfiler:
             return functional_call(own, stored, (w,))[name].reshape(())
 
         starts = dict(zip(places, range(p + m, len(fit.x)), strict=False))
+        parts = [part for part in own.modules() if isinstance(part, Family)]
+        transforms = {name: t for part in parts for name, t in part.own_trans.items()}
         stored = {place.rpartition(".")[2]: at for place, at in starts.items()}
         for estimate in result.family_parameters:
             name = estimate.name
-            trans = self._refit.loss.family.own_trans.get(name)
+            trans = transforms.get(name)
             if trans is None or name not in stored:
                 found[name] = Quantity(
                     lambda w, name=name: parameter(w, name),  # type: ignore[misc]

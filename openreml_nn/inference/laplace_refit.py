@@ -148,7 +148,7 @@ class LaplaceRefit:
             own = self.loss.family.quantities(u)
         found = _of_matrices(self.result, matrices)
         found |= dict(zip(self.result.fixed.names, beta.tolist(), strict=True))
-        return found | {name: float(value) for name, value in own.items()}
+        return found | {name: float(value.detach()) for name, value in own.items()}
 
 
 def numbers_of(result: Result) -> dict[str, float]:

@@ -48,7 +48,10 @@ def simulate(result: Result, n: int = 1, seed: int = 0) -> Tensor:
     """
     n, seed = check_count("n", n, 1), check_count("seed", seed)
     if family_of(result) is not None:
-        return LaplaceRefit(result).draw(n, seed)
+        own = LaplaceRefit(result)
+        drawn = own.draw(n, seed)
+        # Inputs of a zero part stand beside the responses.
+        return drawn if own.loss.family.inputs_of(own.y) is None else drawn[:, 0]
     refit = Refit(result)
     # What the rows have beside the response that was fitted.
     offset = result.fitted + result.residuals - refit.y

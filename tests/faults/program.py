@@ -160,7 +160,7 @@ FAULTS = [
         "openreml_nn/program/fit.py",
         "    outputs.write_tables(result, path)\n",
         "    outputs.write_record(result, path, {})\n    outputs.write_tables(result, path)\n",
-        "tests/program/test_rundir.py -k signal",
+        "tests/program/test_rundir.py -k alone",
     ),
     Fault(
         "a file that fails is left half written",

@@ -323,3 +323,28 @@ def test_checks_are_of_families():
     gamma = glmm("z ~ 1 + (1 | g)", TABLE.assign(z=TABLE.y + 0.5), family="gamma")
     with pytest.raises(InputError, match="family 'gamma', in which no response is exactly 0"):
         zero_count(gamma)
+
+
+def test_zero_inflation_has_what_other_families_have():
+    rng = np.random.default_rng(7)
+    table = pd.DataFrame({"g": np.arange(600) % 30, "x": rng.standard_normal(600)})
+    mean = np.exp(1 + 0.3 * table.x + 0.4 * rng.standard_normal(30)[table.g])
+    table["y"] = rng.poisson(mean) * (rng.random(600) > 0.3)
+    plain = glmm("y ~ x + (1 | g)", table, family="poisson")
+    fit = glmm("y ~ x + (1 | g)", table, family="poisson", zi="~ 1")
+    assert zero_count(plain).ratio > 1.3 and zero_count(fit).ratio == pytest.approx(1, abs=0.05)
+    assert dispersion(plain).ratio > 1.5 and dispersion(fit).ratio == pytest.approx(1, abs=0.2)
+    assert stats.kstest(quantile_residuals(fit).numpy(), "norm").pvalue > 0.01
+    responses = simulate(fit, 2, seed=3)
+    assert responses.shape == (600, 2) and 0.25 < float((responses == 0).double().mean()) < 0.5
+    found = bootstrap(fit, 2, seed=3, progress=False)
+    again = glmm(
+        "y ~ x + (1 | g)", table.assign(y=responses[:, 1].numpy()), family="poisson", zi="~ 1"
+    )
+    sample = found.samples.iloc[1]
+    np.testing.assert_allclose(sample[["(Intercept)", "x"]], again.fixed.estimate, atol=1e-4)
+    (zi,) = again.family_parameters
+    assert sample[zi.name] == pytest.approx(zi.value, abs=1e-3)
+    ends = profile(fit, [zi.name], progress=False).intervals()
+    half = 1.96 * fit.family_parameters[0].std_error
+    assert float(ends["high"][0] - ends["low"][0]) == pytest.approx(2 * half, rel=0.05)

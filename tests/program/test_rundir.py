@@ -200,6 +200,17 @@ def test_the_result_comes_last(tmp_path):
     assert not any(is_temporary(path) for path in run.rglob("*"))
 
 
+def test_a_result_never_stands_alone(tmp_path):
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    process = started(lambda: main(QUICK), tmp_path, [nowhere] * 2)
+    wait_for(tmp_path / "r/result.json")
+    there = files(tmp_path / "r")
+    process.join(60)
+    os.close(nowhere)
+    assert process.exitcode == 0
+    assert {"model.ckpt", "fixed.csv", "summary.txt", "plots/convergence.png"} <= there
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_run_with_its_status_and_one_line(tmp_path, number):
     options = ["experiment=neural_longitudinal", "model.width=4", "trainer.max_epochs=4000", *QUICK]
