@@ -7,12 +7,13 @@ import pandas as pd
 from openreml_nn.estimation import Result
 from openreml_nn.inference.degrees import inference_of
 from openreml_nn.inference.hypotheses import TYPES, term_contrasts
+from openreml_nn.inference.laplace_refit import LaplaceRefit
 from openreml_nn.inference.likelihood_ratio import (
     check_same_data,
     likelihood_ratio_test,
     parameters_of,
 )
-from openreml_nn.inference.refit import Refit, source_of
+from openreml_nn.inference.refit import Refit, family_of, source_of
 from openreml_nn.support.checks import check_count, check_flag
 from openreml_nn.support.errors import InputError
 
@@ -100,7 +101,7 @@ def _of_terms(result: Result, kind: int, ddf: str | None) -> pd.DataFrame:
 def _of_fits(results: tuple[Result, ...], refit: bool) -> pd.DataFrame:
     for i, result in enumerate(results):
         check_same_data(("results[0]", f"results[{i}]"), (results[0], result))
-    fits = [Refit(r).fit("ml") if refit and r.method == "reml" else r for r in results]
+    fits = [_by_ml(r) if refit and r.method == "reml" else r for r in results]
     fits.sort(key=parameters_of)
     rows: list[dict[str, float]] = []
     for i, fit in enumerate(fits):
@@ -112,3 +113,11 @@ def _of_fits(results: tuple[Result, ...], refit: bool) -> pd.DataFrame:
             row["p_naive"] = test.p_naive
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _by_ml(result: Result) -> Result:
+    """The fit again, by maximum likelihood."""
+    if family_of(result) is None:
+        return Refit(result).fit("ml")
+    again = LaplaceRefit(result, "ml")
+    return again.result_of(again.fit())

@@ -22,7 +22,7 @@ from openreml_nn import MixedModel, RandomEffect, datasets
 from openreml_nn.families import Binomial, Family, Poisson
 from openreml_nn.model.generalised import fit_family
 
-STEPS, RATE = 100, 0.03
+STEPS, RATE = 300, 0.03
 EPOCHS, BATCH, SIZE = 30, 512, 10
 
 

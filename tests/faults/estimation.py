@@ -213,8 +213,8 @@ FAULTS = [
     Fault(
         "models compared by anova keep their restricted likelihood",
         "openreml_nn/inference/tables.py",
-        'Refit(r).fit("ml") if refit and',
-        'Refit(r).fit("reml") if refit and',
+        'return Refit(result).fit("ml")',
+        'return Refit(result).fit("reml")',
         f"{INFERENCE} -k anova",
     ),
     Fault(

@@ -71,6 +71,16 @@ def test_coefficients_have_normal_tests(fits):
     assert terms["den_df"][0] == np.inf
 
 
+def test_fits_by_reml_are_compared_by_maximum_likelihood(fits):
+    formulas = [f"y ~ {x} + (1 | g)" for x in ("1", "x")]
+    restricted = [glmm(f, TABLE, family="poisson", method="reml") for f in formulas]
+    one, other = anova(*fits), anova(*restricted)
+    assert list(one["npar"]) == list(other["npar"])
+    np.testing.assert_allclose(other["log_likelihood"], one["log_likelihood"], rtol=1e-8)
+    with pytest.raises(InputError, match="restricted likelihoods of different fixed effects"):
+        anova(*restricted, refit=False)
+
+
 def test_likelihood_ratios_are_of_one_family(fits):
     test = likelihood_ratio_test(*fits)
     expected = 2 * (fits[1].log_likelihood - fits[0].log_likelihood)
@@ -256,6 +266,19 @@ def test_shares_of_counts_are_those_by_hand(ticks):
     for kind, expected in TICKS.items():
         np.testing.assert_allclose(r2(ticks, kind), expected, rtol=1e-3)
     assert r2(ticks) == r2(ticks, "lognormal")
+
+
+def test_an_effect_of_each_row_counts_with_the_observation():
+    rng = np.random.default_rng(2)
+    mean = np.exp(1 + 0.4 * TABLE.x + 0.7 * rng.standard_normal(200) + 0.1 * (TABLE.g - 10))
+    table = TABLE.assign(row=TABLE.index, y=rng.poisson(mean))
+    fit = glmm("y ~ x + (1 | g) + (1 | row)", table, family="poisson")
+    shares = variance_shares(fit).set_index("group")
+    fixed = float((fit.source.X @ fit.fixed.estimate).var())
+    total = fixed + shares["variance"].sum()
+    assert shares["variance"]["row"] > 1e-3
+    expected = fixed / total, (fixed + shares["variance"]["g"]) / total
+    np.testing.assert_allclose(r2(fit), expected)
 
 
 def test_an_option_of_families_is_refused_of_a_gaussian_response():
