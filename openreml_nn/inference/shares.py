@@ -35,7 +35,11 @@ def r2(result: Result, observation: str | None = None) -> R2:
 
     Correlated residuals, such as a field beside independent errors, are residual variance. Of a
     response that is not Gaussian the shares are of the link scale, where an observation adds a
-    variance of its own, see :func:`observation_variance`; an effect of each row counts with it.
+    variance of its own; an effect of each row counts with it. With :math:`v = \mathrm{var}(y \mid \mu)` at
+    the mean :math:`\mu` of the null model, the fit of an intercept with the same random effects, it is
+    ``"latent"``: :math:`\pi^2/3` (logit), 1 (probit) or :math:`\pi^2/6` (cloglog); ``"lognormal"``:
+    :math:`\log(1 + v/\mu^2)`; ``"trigamma"``: :math:`\psi_1(\mu^2/v)`; ``"delta"``:
+    :math:`v\,g'(\mu)^2`.
 
     Args:
         result: a fit.

@@ -6,8 +6,10 @@ import torch
 from torch.autograd.functional import jacobian
 
 from openreml_nn.families import (
+    FAMILIES,
     Beta,
     Binomial,
+    Family,
     Gamma,
     Gaussian,
     NegativeBinomial,
@@ -16,6 +18,7 @@ from openreml_nn.families import (
     Poisson,
     StudentT,
     Tweedie,
+    named_family,
 )
 
 ROWS = 40_000
@@ -67,6 +70,13 @@ def test_the_slope_of_the_distribution_function_is_the_density(family, eta):
     h = 1e-5
     slope = (family.cumulative(y + h, eta)[1] - family.cumulative(y - h, eta)[1]) / (2 * h)
     torch.testing.assert_close(slope, family.log_density(y, eta).exp(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_named_family_predicts_simulates_and_is_judged(name):
+    made = type(named_family(name, levels=3))
+    for method in ("mean", "variance", "deviance", "draw", "cumulative"):
+        assert getattr(made, method) is not getattr(Family, method), method
 
 
 def test_trials_are_those_of_the_rows():
