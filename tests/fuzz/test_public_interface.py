@@ -677,6 +677,7 @@ def _inference() -> list[Call]:
     drawn = inference.bootstrap(result(), 2, progress=False)
     oats = lmm("yield ~ Variety + (1 | Block)", datasets.oats())
     means = inference.emmeans(oats, "Variety")
+    counted = glmm("visits ~ 1 + (1 | doctor)", datasets.visits(60, 5), family="poisson")
     pairs = {"small": result(), "large": large()}
     small_large = {"small": result_kind, "large": result_kind}
     words = {"factors": ("factor",), "results": ("result", "small", "large")}
@@ -709,9 +710,16 @@ def _inference() -> list[Call]:
         Call("inference", "Curve.interval", profiled.curves["sigma"].interval, {"level": 0.9},
              {"level": level}),
         Call("inference", "Bootstrap.intervals", drawn.intervals, {}, {"level": level}),
-        Call("inference", "r2", inference.r2, own, takes),
+        Call("inference", "r2", inference.r2, own, {**takes, "observation": optional(never)}),
+        *(
+            Call("inference", name, getattr(inference, name), {"result": counted}, {"result": never})
+            for name in ("dispersion", "zero_count")
+        ),
+        Call("inference", "quantile_residuals", inference.quantile_residuals, {"result": counted},
+             {"result": never, "seed": count(0)}),
         Call("inference", "simulate", inference.simulate, own, {**takes, "n": count(1), "seed": count(0)}),
-        Call("inference", "variance_shares", inference.variance_shares, own, takes),
+        Call("inference", "variance_shares", inference.variance_shares, own,
+             {**takes, "observation": optional(never)}),
         Call("inference", "wald_test", inference.wald_test, {**own, "contrasts": torch.eye(2, dtype=torch.float64)},
              {**takes, "contrasts": contrast, **ddf}),
     ]  # fmt: skip
@@ -787,10 +795,12 @@ def _metrics() -> list[Call]:
         call("conditional_r2", r2, takes_r2),
         *(call(name, two, takes_two) for name in ("log_loss", "brier_score", "auc")),
         call("calibration_error", two, {**takes_two, **bins}),
+        call("calibration_curve", two, {**takes_two, **bins}),
         call("mean_deviance", {**counts, **poisson}, {**takes_counts, **of_family}),
         call("CalibrationError", {}, bins),
+        call("CalibrationCurve", {}, bins),
         call("MeanDeviance", poisson, of_family),
-        *(update(made, two, takes_two) for made in (metrics.LogLoss, metrics.BrierScore, metrics.AUC, metrics.CalibrationError)),
+        *(update(made, two, takes_two) for made in (metrics.LogLoss, metrics.BrierScore, metrics.AUC, metrics.CalibrationError, metrics.CalibrationCurve)),
         update(lambda: metrics.MeanDeviance(families.Poisson()), counts, takes_counts),
         call("IntervalCoverage", {}, {"level": level}),
         call("IntervalWidth", {}, {"level": level}),
@@ -898,6 +908,9 @@ def _report() -> list[Call]:
         Call("report", "caterpillar", report.caterpillar, {**own, "group": "Subject"},
              {**takes, "group": never}),
         Call("report", "covariance_map", report.covariance_map, own, {**takes, "rows": count(1)}),
+        Call("report", "calibration", report.calibration,
+             {"mean": torch.tensor([0.2, 0.7]), "target": torch.tensor([0.0, 1.0])},
+             {"mean": never, "target": never, "bins": count(1)}),
         Call("report", "semivariogram", report.semivariogram, {**own, **places},
              {**takes, "places": tensor(180, None), "bins": count(1), "seed": count(0)}),
         Call("report", "zeta", report.zeta, {"profile": inference.profile(result(), ["sigma"])},
@@ -916,6 +929,10 @@ def _datasets() -> list[Call]:
              {"children": count(1), "visits": count(1), "seed": count(0)}),
         Call("datasets", "field", datasets.field, {"plots": 3},
              {"plots": count(1), "samples": count(1), "seed": count(0)}),
+        Call("datasets", "purchases", datasets.purchases, {"rows": 5},
+             {"rows": count(1), "users": count(1), "seed": count(0)}),
+        Call("datasets", "visits", datasets.visits, {"rows": 5},
+             {"rows": count(1), "doctors": count(1), "seed": count(0)}),
     ]  # fmt: skip
 
 
