@@ -50,6 +50,10 @@ class Kernel:
         """The same kernel with contents that nobody else can change."""
         return self if self.inverse is not None else Kernel(private(self.source))
 
+    def __getstate__(self) -> dict[str, Any]:
+        # SuperLU's factor is neither copied nor written: it is computed again.
+        return {name: value for name, value in self.__dict__.items() if name != "_factor"}
+
     def dense(self) -> Tensor:
         """K itself; from its inverse it is computed once.
 
