@@ -30,6 +30,7 @@ def seeded(matrix: cov.Matrix, scale: float = 0.6) -> torch.Tensor:
 
 
 AR1 = cov.AR1Matrix(4)
+PAIRS = torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0], [3, 4], [4, 5], [5, 6], [6, 7], [7, 4]])
 LOWER = cov.LowerTriangularMatrix(4, 2)
 PICTURES: dict[str, Callable[[], torch.Tensor]] = {
     "IdentityMatrix": lambda: cov.IdentityMatrix(N)(),
@@ -59,6 +60,12 @@ PICTURES: dict[str, Callable[[], torch.Tensor]] = {
     "GaussianMatrix": lambda: at(cov.GaussianMatrix(DISTANCE), 0.0, -0.7),
     "MaternMatrix": lambda: at(cov.MaternMatrix(DISTANCE, nu=1.5), 0.0, -0.7),
     "SphericalMatrix": lambda: at(cov.SphericalMatrix(DISTANCE), 0.0, -0.2),
+    "VecchiaMatrix": lambda: at(
+        cov.VecchiaMatrix(torch.arange(0.0, N)[:, None], cov.MaternCorrelation(1.5), 2), 0.0, 0.7
+    ),
+    "RandomWalkMatrix": lambda: at(cov.RandomWalkMatrix(N), 0.0),
+    "CARMatrix": lambda: at(cov.CARMatrix(PAIRS), 0.0, 3.0),
+    "ICARMatrix": lambda: at(cov.ICARMatrix(PAIRS), 0.0),
     "StationaryMatrix": lambda: at(cov.StationaryMatrix(N), 0.0, 1.8, *[-0.5] * (N - 2)),
     "LinearMatrix": lambda: at(cov.LinearMatrix(DISTANCE), 0.0, -0.2),
     "RationalQuadraticMatrix": lambda: at(cov.RationalQuadraticMatrix(DISTANCE), 0.0, -0.7),

@@ -18,14 +18,20 @@ def train(processes, training, head, path, n=203):
     codes = torch.randint(0, q, (n,), generator=generator)
     b = torch.randn(q, generator=generator)[codes]
     y = x[:, 0].sin() + b + 0.5 * torch.randn(n, generator=generator)
+    y[::17] = torch.nan  # rows without a response, not as many on each process
     torch.manual_seed(1)
     network = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1 if head == "ml" else 3))
     spread = nn.Linear(2, 1) if training in ("full", "alternating") and head == "ml" else None
     model = MixedModel(network, {"g": RandomEffect(q)}, residual=spread, head=head)
     sgd = {"_target_": "torch.optim.SGD", "lr": 0.05}
+    if training == "linear":
+        model = MixedModel(nn.Identity(), {"g": RandomEffect(q)}, head=head)
+        x = 100 + torch.cat([torch.ones(n, 1), x], 1)
+        sgd = training = None
     module = MixedModule(model, sgd, training, rows=64)
     batch = {"x": x, "y": y, "groups": {"g": codes}}
     rows = {
+        None: lambda: DataLoader(TensorDataset(x, y, codes), batch_sampler=Every(n)),
         "alternating": lambda: DataLoader(TensorDataset(x, y, codes), batch_sampler=Every(n)),
         "groups": lambda: WholeGroupsOf(batch, processes),
     }.get(training, lambda: DataLoader([batch], batch_size=None))
@@ -35,7 +41,7 @@ def train(processes, training, head, path, n=203):
         devices=processes,
         strategy="ddp_fork" if processes > 1 else "auto",
         use_distributed_sampler=False,
-        callbacks=[Written(path)],
+        callbacks=[Written(path, take(batch, slice(0, 5)))],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -82,13 +88,19 @@ class WholeGroupsOf:
 class Written(Callback):
     """Writes what came out where it is: gradients do not leave a process."""
 
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, path, some):
+        self.path, self.some = path, some
 
     def on_fit_end(self, trainer, module):
         if trainer.is_global_zero:
             found = dict(module.model.state_dict())
+            found["variance"] = module.model.predict(self.some).variance
+            if not list(module.model.mean.parameters()):
+                # These are in a basis of the coefficients, which may have other signs.
+                based = ("joint.", "evidence.")
+                found = {key: x for key, x in found.items() if not key.startswith(based)}
             found["loss"] = trainer.callback_metrics["train_loss"]
-            weights = module.model.mean.parameters()
-            found["gradient"] = torch.cat([p.grad.flatten() for p in weights])
+            weights = list(module.model.mean.parameters())
+            if weights:
+                found["gradient"] = torch.cat([p.grad.flatten() for p in weights])
             torch.save(found, self.path)

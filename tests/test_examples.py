@@ -15,13 +15,17 @@ EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 SMALL = {
     "random_intercepts": ["-m", "rows=4000", "levels=50", "epochs=2", "seed=1,2"],
     "reml_bias": ["1"],
+    "optuna_search": ["2"],
+    "ray_train": ["2"],
 }
+#: What an example needs that is not installed with the package.
+NEEDS = {"gpytorch_kernel": "gpytorch", "optuna_search": "optuna", "ray_train": "ray"}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example(path, tmp_path):
-    if "gpytorch" in path.stem:
-        pytest.importorskip("gpytorch")
+    if path.stem in NEEDS:
+        pytest.importorskip(NEEDS[path.stem])
 
     def example():
         sys.argv = [str(path), *SMALL.get(path.stem, [])]

@@ -29,7 +29,7 @@ LONG_CLASSES = {
     "estimation/outcome.py: _Builder": "every part of a result, from one evaluation",
     "estimation/marginal_steps.py: MarginalFit": "one Newton iteration with what it keeps",
     "lightning/module.py: MixedModule": "Lightning's hooks, one by one",
-    "likelihood/loss.py: REMLLoss": "the contract of the loss, most of it documentation",
+    "likelihood/laplace.py: LaplaceLoss": "the contract of the loss, most of it documentation",
     "likelihood/system/sparse/equations.py: Equations": "one pattern, and what is read and written at its places",
 }
 #: Names that are offered by two modules for two things, neither of them public, and why.

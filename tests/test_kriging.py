@@ -1,5 +1,7 @@
 """Places, times and animals that were not in the fit: the conditional mean and variance."""
 
+import copy
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,9 +14,11 @@ from openreml_nn.covariance import (
     GaussianMatrix,
     KnownMatrix,
     KroneckerProduct,
+    MaternCorrelation,
     MaternMatrix,
     SphericalMatrix,
     UnstructuredMatrix,
+    VecchiaMatrix,
 )
 from openreml_nn.families import Poisson
 from openreml_nn.lightning import MixedModule
@@ -72,7 +76,7 @@ def dense(model, data, new, values=None, new_values=None):
             sigma = torch.eye(1).double()
             if effect.effects > 1:
                 sigma = effect.g.operands["effects"]()
-            at, to = data["at"], new["at"]
+            at, to = data["extra"], new["extra"]
             same, cross = kernel.between(distance(at, at)), kernel.between(distance(at, to))
             prior = prior + kernel().diagonal().mean() * ((z0 @ sigma) * z0).sum(1)
         if effect.places is None:
@@ -100,7 +104,7 @@ def batches(result):
     found = []
     for rows in (t, new):
         batch = encoder.transform(rows).batch()
-        found.append({**batch, "at": torch.tensor(rows[places].to_numpy())})
+        found.append({**batch, "extra": torch.tensor(rows[places].to_numpy())})
     return found
 
 
@@ -139,12 +143,12 @@ def model_of(head="gls", k=1, levels=30, family=None, random=None):
     model = MixedModel(mean, effects, head=head, family=family)
     n = 80
     codes = torch.randint(0, levels, (n,))
-    data = {"x": torch.randn(n, 2).double(), "y": torch.randn(n).double(), "at": at[codes]}
+    data = {"x": torch.randn(n, 2).double(), "y": torch.randn(n).double(), "extra": at[codes]}
     data["groups"] = {"plot": codes, "g": torch.randint(0, 5, (n,))}
     data["values"] = {"plot": torch.randn(n, k).double()} if k > 1 else {}
     new_at = torch.rand(7, 2).double()
     new_at[6] = at[3]
-    new = {"x": torch.randn(7, 2).double(), "at": new_at, "places": {"plot": new_at}}
+    new = {"x": torch.randn(7, 2).double(), "extra": new_at, "places": {"plot": new_at}}
     new["groups"] = {"plot": torch.full((7,), -1), "g": torch.tensor([0, 1, 2, 3, -1, -1, 0])}
     new["values"] = {"plot": torch.randn(7, k).double()} if k > 1 else {}
     return model, data, new
@@ -189,7 +193,7 @@ def test_a_family_is_kriged_on_its_own_scale():
     model.update(data)
     found = model.predict(new)
     plot = model.random["plot"]
-    K, c = plot.g(), plot.g.between(distance(new["at"], plot.places))
+    K, c = plot.g(), plot.g.between(distance(new["extra"], plot.places))
     eta = model(new) + c @ torch.linalg.solve(K, plot.blup[:, 0])
     joint = model.joint.covariance
     a = torch.linalg.solve(K, c.mT).mT
@@ -197,17 +201,61 @@ def test_a_family_is_kriged_on_its_own_scale():
     torch.testing.assert_close(found.mean, (eta + v / 2).exp().detach(), rtol=1e-7, atol=0)
 
 
-def test_where_the_joint_covariance_is_not_at_hand_a_place_has_its_prior_variance():
-    model, data, new = model_of("ml")
+@pytest.mark.parametrize("k", [1, 2])
+def test_where_the_joint_covariance_is_not_at_hand_the_variance_is_a_bound(k):
+    """No less than it is, and no more than the prior's; at a place of the fit it is that level's."""
+    model, data, new = model_of("ml", k)
     model.joint = JointErrors(most_columns=5)
     model.update(data)
     with pytest.warns(RuntimeWarning, match="as independent"):
         found = model.predict(new)
-    prior = model.random["plot"].prior().reshape(()) + model.residual().reshape(())
-    torch.testing.assert_close(found.variance, prior.expand(7))
+    plain = {key: value for key, value in new.items() if key != "places"}
+    with pytest.warns(RuntimeWarning, match="as independent"):
+        prior = model.predict(plain).variance
     with torch.no_grad():
-        mean, _ = dense(model, data, new)
+        mean, variance = dense(model, data, new)
     torch.testing.assert_close(found.mean, mean, rtol=1e-8, atol=1e-8)
+    assert bool((found.variance >= variance - 1e-10).all())
+    assert bool((found.variance <= prior + 1e-10).all())
+    assert bool((found.variance < prior - 1e-3).any())
+    torch.testing.assert_close(found.variance[6], variance[6], rtol=1e-8, atol=0)
+
+
+def vecchia_of(neighbours, levels=30):
+    """A model of places by their nearest neighbours, and the same by all of them."""
+    dense_model, data, new = model_of("ml", levels=levels)
+    at = dense_model.random["plot"].places
+    g = VecchiaMatrix(at, MaternCorrelation(1.5), neighbours).double()
+    model = MixedModel(copy.deepcopy(dense_model.mean), {"plot": RandomEffect(levels, g)})
+    return model, dense_model, data, new
+
+
+def test_of_all_neighbours_a_place_is_that_of_the_kernel():
+    model, expected, data, new = vecchia_of(30)
+    model.update(data)
+    expected.update(data)
+    assert torch.equal(model.random["plot"].places, expected.random["plot"].places)
+    for one, other in zip(model.predict(new), expected.predict(new), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-8)
+
+
+def test_of_few_neighbours_a_place_is_near_that_of_the_kernel():
+    model, expected, data, new = vecchia_of(8)
+    model.update(data)
+    expected.update(data)
+    own, wanted = model.predict(new), expected.predict(new)
+    torch.testing.assert_close(own.mean, wanted.mean, rtol=0, atol=0.05)
+    torch.testing.assert_close(own.variance, wanted.variance, rtol=0.05, atol=0)
+    # The regression on the nearest, as it is defined, times the joint covariance of the BLUPs.
+    plot = model.random["plot"]
+    levels, weights, left = plot.g.regressed(new["extra"])
+    a = torch.zeros(7, 30).double().scatter(1, levels, weights)
+    mean = model(new) + a @ plot.blup[:, 0]
+    torch.testing.assert_close(own.mean, mean, rtol=1e-9, atol=1e-9)
+    variance = left * plot.prior().reshape(()) + ((a @ model.joint.covariance) * a).sum(1)
+    torch.testing.assert_close(
+        own.variance, variance + model.residual().reshape(()), rtol=1e-9, atol=0
+    )
 
 
 def test_a_smooth_kernel_of_near_places_is_kriged_too():
@@ -217,14 +265,14 @@ def test_a_smooth_kernel_of_near_places_is_kriged_too():
         {"t": RandomEffect(40, GaussianMatrix(distance(at, at)).double(), places=at)},
     )
     y = (3 * at[:, 0]).sin()
-    data = {"x": at, "y": y, "groups": {"t": torch.arange(40)}, "at": at}
+    data = {"x": at, "y": y, "groups": {"t": torch.arange(40)}, "extra": at}
     with torch.no_grad():
         model.residual.get_parameter("sigma^2").fill_(-4.0)
     model.update(data)
     new_at = torch.tensor([[0.013], [0.5], [0.987], [1.1]]).double()
     new = {
         "x": new_at,
-        "at": new_at,
+        "extra": new_at,
         "places": {"t": new_at},
         "groups": {"t": torch.full((4,), -1)},
     }

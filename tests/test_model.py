@@ -16,6 +16,8 @@ from openreml_nn.covariance import (
     UnstructuredMatrix,
 )
 from openreml_nn.estimation.aireml import average_information_step
+from openreml_nn.model.likelihoods import terms_of
+from openreml_nn.model.random_effect import coded_effects
 from openreml_nn.table import Encoder
 from tests.estimation.test_reference import CATEGORICAL, ROWS, table_of
 from tests.strategies import kinship
@@ -295,6 +297,36 @@ def test_a_few_rows_of_many_levels_have_the_dense_gradient(effects):
     torch.testing.assert_close(gradients(other, other.loss(data)), found, rtol=1e-9, atol=1e-12)
 
 
+def test_a_loss_without_a_tree_is_that_of_the_tree():
+    """Unknown levels, weights, several effects, effects that share a covariance, a kernel."""
+    torch.manual_seed(0)
+    data = batch(40)
+    n = len(data["y"])
+    data["groups"] |= {"far.off": torch.arange(n) % 6, "residual": torch.arange(n) % 3}
+    data["groups"]["user"][::5] = -1
+    data["weights"] = torch.rand(n).double() + 0.5
+    values = torch.randn(n, 2).double()
+    data["values"] = {"user": values, "item": values}
+    random = {
+        "user": RandomEffect(7, effects=2),
+        "item": RandomEffect(4, ScalarMatrix(8).double(), effects=2),
+        "far.off": RandomEffect(6, KnownMatrix(kinship(6)).double()),
+        "residual": RandomEffect(3, ScalarMatrix(3).double() + ScalarMatrix(3).double()),
+    }
+    random["far.off"].g.requires_grad_(False)
+    for solver in ("auto", "dense", "blocked"):
+        model = MixedModel(network(), random, solver=solver)
+        tree = model.covariance(data)
+        coded = coded_effects(model.effects(), data, n)
+        terms = terms_of(model.effects(), model.residual, data, coded, n)
+        for one, other in zip(terms, tree.terms(), strict=True):
+            assert (one.form, one.known) == (other.form, other.known)
+        own = [p for p in model.parameters() if p.requires_grad]
+        found = torch.autograd.grad(model.loss(data), own)
+        loss, y, X = model.data(model(data), data)
+        torch.testing.assert_close(found, torch.autograd.grad(loss(y, X), own))
+
+
 def test_methods_follow_heads():
     assert crossed("gls").method == "reml"
     assert crossed().method == "ml"
@@ -333,7 +365,7 @@ def test_the_same_rows_in_other_tensors_are_prepared_once_and_changed_ones_anew(
 
     from openreml_nn.likelihood.system.products import Pattern
 
-    model, data = crossed(), batch()
+    model, data = crossed(solver="blocked"), batch()
     with mock.patch.object(Pattern, "of", wraps=Pattern.of) as prepared:
         model.loss(data)
         model.loss(copy.deepcopy(data))
@@ -365,7 +397,7 @@ def test_the_structure_of_the_groups_is_prepared_once():
 
     from openreml_nn.likelihood.system.products import Pattern
 
-    model, data = crossed(), batch()
+    model, data = crossed(solver="blocked"), batch()
     with mock.patch.object(Pattern, "of", wraps=Pattern.of) as prepared:
         for _ in range(3):
             model.zero_grad()

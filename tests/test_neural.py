@@ -149,9 +149,17 @@ def test_options_that_do_not_fit():
         module("gls")
 
 
+@pytest.mark.filterwarnings("ignore:.*training rows have no response")
 @pytest.mark.parametrize(
     ("training", "head"),
-    [("alternating", "ml"), ("full", "ml"), ("full", "gls"), ("parts", "gls"), ("groups", "ml")],
+    [
+        ("alternating", "ml"),
+        ("full", "ml"),
+        ("full", "gls"),
+        ("parts", "gls"),
+        ("groups", "ml"),
+        ("linear", "gls"),
+    ],
 )
 def test_two_processes_give_what_one_does(tmp_path, training, head):
     """Loss, gradients, estimates and BLUPs; with full and ml a network for the residual, too."""

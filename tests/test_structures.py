@@ -6,6 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lightning import Trainer
 
 from openreml_nn import InputError, REMLLoss, glmm, lmm, restricted_log_likelihood
@@ -526,12 +528,14 @@ def test_prefixes_and_options_of_residuals_are_parsed():
 
 
 def test_levels_and_places_that_the_fit_did_not_see():
-    """The prior's part of a new level is said, and those of a known matrix are all levels."""
+    """A new place has no level, but comes with its coordinates, is predicted by its neighbours and so
+    not told of; the levels of a known matrix are all known."""
     encoder = Encoder("y ~ x + (1 | exponential(east))")
     encoder.fit(TABLE)
-    with pytest.warns(RuntimeWarning, match="exponential.east. in 1 of 2 rows"):
-        found = encoder.transform(pd.DataFrame({"x": [0.0, 0.0], "east": [0.5, 99.0]}))
+    found = encoder.transform(pd.DataFrame({"x": [0.0, 0.0], "east": [0.5, 99.0]}))
     assert found.random[0].codes.tolist() == [1, -1]
+    assert found.batch()["places"]["east"].tolist() == [[0.5], [99.0]]
+    assert not found.unseen
     known = Encoder("y ~ x + (1 | vm(g, K))", relations=relations_of(None, {"K": KERNEL}))
     known.fit(TABLE)
     found = known.transform(pd.DataFrame({"x": [0.0], "g": ["other"]}))
@@ -621,3 +625,59 @@ def test_a_correlation_for_each_lag_is_fitted_at_the_edge_of_what_is_positive_de
             value = restricted_log_likelihood(encoded.y, encoded.X, V)
         best = max(best, float(value))
     assert best <= found.log_likelihood + 1e-9
+
+
+RELATIONS = {
+    "g": (lambda: np.eye(9), {}),
+    "ped(g)": (
+        lambda: relationship(PEDIGREE).loc[LEVELS, LEVELS].to_numpy(), {"pedigree": PEDIGREE},
+    ),
+    "vm(g, K)": (lambda: KERNEL.loc[LEVELS, LEVELS].to_numpy(), {"kernels": {"K": KERNEL}}),
+}  # fmt: skip
+LEVELS = sorted(TABLE["g"].unique())
+MIXED = {
+    None: lambda v: np.full(60, v[0]),
+    "diag(env)": lambda v: v[pd.factorize(TABLE["env"], sort=True)[0]],
+    "exp(x)": lambda v: v[0] * np.exp(2 * v[1] * TABLE["x"].to_numpy()),
+    "power(w)": lambda v: v[0] * TABLE["w"].to_numpy() ** (2 * v[1]),
+}
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.sampled_from(sorted(EFFECTS)), min_size=1, max_size=2, unique=True),
+    st.sampled_from(sorted(RELATIONS)),
+    st.sampled_from([*MIXED]),
+    st.booleans(),
+    st.sampled_from(["reml", "ml"]),
+    st.integers(0, 1000),
+)
+def test_mixes_of_structures_are_sums_of_products(terms, group, residual, weighted, method, seed):
+    """Each term is its structure among effects times the relation of its levels, whatever stands
+    beside it; the likelihood and its gradient of the chosen solver are the dense ones."""
+    matrix, options = RELATIONS[group]
+    formula = " + ".join(["y ~ x", *(term.replace("| g", f"| {group}") for term in terms)])
+    weights = "w" if weighted else None
+    encoded = encoded_by(formula, residual=residual, weights=weights, **options)
+    V = covariance_of(encoded)
+    values = dict(zip(V.free_param_names, at_random(V, seed), strict=True))
+    e, g = pd.factorize(TABLE["env"], sort=True)[0], TABLE["g"].map(LEVELS.index).to_numpy()
+    expected = np.zeros((60, 60))
+    for i, term in enumerate(terms):
+        name = encoded.random[i].name
+        own = np.array([v for key, v in values.items() if key.startswith(f"{name}/")])
+        sigma = np.asarray(EFFECTS[term](own))
+        expected += sigma[np.ix_(e, e)] * matrix()[np.ix_(g, g)]
+    own = np.array([v for key, v in values.items() if key.startswith("residual/")])
+    scale = 1 / TABLE["w"].to_numpy() if weighted else 1.0
+    expected += np.diag(MIXED[residual](own) * scale)
+    torch.testing.assert_close(V().detach(), torch.tensor(expected), rtol=1e-9, atol=1e-11)
+    parameters = list(V.parameters())
+    found = {}
+    for solver in ("auto", "dense"):
+        loss = REMLLoss(V, method, solver, reduction="sum")(encoded.y, encoded.X)
+        found[solver] = loss, torch.cat(torch.autograd.grad(loss, parameters))
+    torch.testing.assert_close(found["auto"], found["dense"], rtol=1e-8, atol=1e-8)
+    if method == "reml":
+        dense = restricted_log_likelihood(encoded.y, encoded.X, torch.tensor(expected))
+        assert abs(float(found["dense"][0].detach() + dense)) < 1e-8

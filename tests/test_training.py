@@ -1,5 +1,6 @@
 """Training as Lightning's users train: any loader, any option of the Trainer, any checkpoint."""
 
+import copy
 import os
 import warnings
 from collections import namedtuple
@@ -313,6 +314,10 @@ def _linear(case):
         batch["values"] = {"a": torch.cat([torch.ones_like(x), x], 1)}
     if case == "weights":
         batch["weights"] = torch.tensor(t.w.to_numpy())
+    if case == "heteroscedastic":
+        e = rng.standard_normal(n)
+        t["y"] += (np.exp(0.5 * t.x) - 0.5) * e
+        batch["y"] = torch.tensor(t.y.to_numpy())
     formula = {"slopes": "y ~ x + (x | a)", "crossed": "y ~ x + (1 | a) + (1 | b)"}
     return formula.get(case, "y ~ x + (1 | a)"), t, effects, batch
 
@@ -328,20 +333,59 @@ class Rows(Dataset):
         return take(self.batch, torch.tensor(rows))
 
 
-@pytest.mark.parametrize("case", ["intercepts", "slopes", "crossed", "weights"])
+def _order(batch, size):
+    return BatchSampler(RandomSampler(Rows(batch)), size, drop_last=False)
+
+
+OPTIONS = {"weights": {"weights": "w"}, "heteroscedastic": {"residual": "exp(x)"}}
+
+
+@pytest.mark.parametrize("case", ["intercepts", "slopes", "crossed", "weights", "heteroscedastic"])
 def test_a_linear_mean_ends_at_the_likelihood_of_lmm(case):
     formula, table, effects, batch = _linear(case)
-    weights = {"weights": "w"} if case == "weights" else {}
-    expected = lmm(formula, table, method="ml", categorical=["a", "b"], **weights)
-    rows = Rows(batch)
-    sampler = BatchSampler(RandomSampler(rows), 100, drop_last=False)
+    options = OPTIONS.get(case, {})
+    expected = lmm(formula, table, method="ml", categorical=["a", "b"], **options)
+    rows, sampler = Rows(batch), _order(batch, 100)
     decay = {"_target_": "torch.optim.lr_scheduler.CosineAnnealingLR", "T_max": 20}
     adam = {"_target_": "torch.optim.Adam", "lr": 0.1}
-    found = MixedModule(MixedModel(nn.Linear(1, 1).double(), effects), adam, scheduler=decay)
+    residual = nn.Linear(1, 1).double() if case == "heteroscedastic" else None
+    linear = MixedModel(nn.Linear(1, 1).double(), effects, residual)
+    found = MixedModule(linear, adam, scheduler=decay)
     fit(DataLoader(rows, sampler=sampler, batch_size=None), found=found, epochs=20)
     assert found.result.log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-4)
+    if case == "heteroscedastic":
+        return
     for one, other in zip(found.result.components, expected.components, strict=True):
         torch.testing.assert_close(one.covariance, other.covariance, rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize("case", ["intercepts", "slopes", "crossed", "weights"])
+def test_a_linear_mean_of_head_gls_has_the_fit_of_lmm_whatever_the_batches(case):
+    formula, table, effects, batch = _linear(case)
+    expected = lmm(formula, table, categorical=["a", "b"], **OPTIONS.get(case, {}))
+    batch["x"] = torch.cat([torch.ones_like(batch["x"]), batch["x"]], 1)
+    for size in (7, 200, 1500):
+        linear = MixedModel(nn.Identity(), copy.deepcopy(effects), head="gls")
+        loader = DataLoader(Rows(batch), sampler=_order(batch, size), batch_size=None)
+        trainer, found = fit(loader, found=MixedModule(linear), epochs=2)
+        assert found.result.converged and found.result.rows == 1500
+        assert found.result.log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-9)
+        torch.testing.assert_close(found.result.fixed.estimate, expected.fixed.estimate)
+        p, q = linear.predict(take(batch, slice(0, 9))), expected.predict(table[:9])
+        np.testing.assert_allclose(p.mean, q["mean"], rtol=1e-4)
+        np.testing.assert_allclose(p.variance, q["variance"], rtol=1e-4)
+        assert float(trainer.callback_metrics["train_loss"]) * -1500 <= expected.log_likelihood
+
+
+def test_a_linear_mean_of_head_gls_that_needs_all_rows_says_so():
+    batches = [take(WHOLE, slice(0, 200)), take(WHOLE, slice(200, 400))]
+    several = DataLoader(batches, batch_size=None)
+    linear = MixedModel(nn.Identity(), {"g": RandomEffect(Q)}, head="gls", solver="krylov")
+    with pytest.raises(InputError, match="batch 1: solver 'krylov' needs all rows at once"):
+        fit(several, found=MixedModule(linear))
+    network = MixedModel(nn.Linear(2, 2), {"g": RandomEffect(Q)}, head="gls")
+    with pytest.raises(InputError, match=r"batch 1: the loader yields several batches.*head 'ml'"):
+        fit(several, found=MixedModule(network))
 
 
 def test_what_a_network_cannot_yield_stays_with_the_blups():

@@ -1,6 +1,7 @@
 """``cbind(y1, y2) ~ …``: several responses of a row are rows of their own, and no more than that."""
 
 import json
+import pickle
 import re
 
 import numpy as np
@@ -136,6 +137,39 @@ def test_without_random_effects_it_is_the_multivariate_regression():
     assert found.log_likelihood == pytest.approx(expected, abs=1e-8)
     np.testing.assert_allclose(found.fixed.estimate, B.reshape(-1), rtol=1e-7)
     np.testing.assert_allclose(found.components[-1].covariance, S, rtol=1e-5)
+
+
+def test_weights_of_calves_before_and_after_weaning():
+    """Mrode, Linear Models for the Prediction of Animal Breeding Values (2014), example 5.1: two
+    traits of five calves, their covariances known, by the mixed-model equations."""
+    calves = pd.DataFrame({"animal": list("45678"), "sex": list("MFFMM")})
+    calves["wwg"], calves["pwg"] = [4.5, 2.9, 3.9, 3.5, 5.0], [6.8, 5.0, 6.8, 6.0, 7.5]
+    pedigree = pd.DataFrame({"animal": list("12345678")})
+    pedigree["sire"] = [None, None, None, "1", "3", "1", "4", "3"]
+    pedigree["dam"] = [None, None, None, None, "2", "2", "5", "6"]
+    known = {"animal": [[20.0, 18.0], [18.0, 40.0]], "residual": [[40.0, 11.0], [11.0, 30.0]]}
+    constraints = {
+        f"{name}/L_{i}_{j}": np.linalg.cholesky(matrix)[i, j]
+        for name, matrix in known.items()
+        for i, j in ((0, 0), (1, 0), (1, 1))
+    }
+    found = lmm(
+        "cbind(wwg, pwg) ~ sex - 1 + us(trait | ped(animal))", calves, pedigree=pedigree,
+        constraints=constraints,
+    )  # fmt: skip
+    assert found.num_params == 0
+    fixed = dict(zip(found.fixed.names, found.fixed.estimate.tolist(), strict=True))
+    assert fixed == pytest.approx(
+        {
+            "traitwwg:sexM": 4.361, "traitwwg:sexF": 3.397,
+            "traitpwg:sexM": 6.800, "traitpwg:sexF": 5.880,
+        },
+        abs=5e-4,
+    )  # fmt: skip
+    wwg = [0.151, -0.015, -0.078, -0.010, -0.270, 0.276, -0.316, 0.244]
+    pwg = [0.280, -0.008, -0.170, -0.013, -0.478, 0.517, -0.479, 0.392]
+    np.testing.assert_allclose(found.random[0].values, np.stack([wwg, pwg], 1), atol=5e-4)
+    assert pickle.loads(pickle.dumps(found)).log_likelihood == found.log_likelihood
 
 
 def test_predictions_have_a_row_for_each_response():

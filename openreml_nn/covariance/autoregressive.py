@@ -36,6 +36,11 @@ def _banded(values: Tensor) -> Tensor:
     return mirrored.unfold(-1, n, 1).flip(-2)
 
 
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """Products of numbers with their derivatives, which stand below them: by the product rule."""
+    return torch.cat([a[:1] * b[:1], a[1:] * b[:1] + a[:1] * b[1:]])
+
+
 def _diagonal_sums(cotangent: Tensor, count: int) -> Tensor:
     """Sums of a square matrix over both diagonals of lag 0 … count - 1."""
     n = cotangent.shape[0]
@@ -237,15 +242,38 @@ class StationaryMatrix(Matrix):
         super().__init__((n, n), merge_specs(default, param_specs))
 
     def forward(self, free_params: FreeParams = None) -> Tensor:
-        natural = self.build_params(free_params)
-        left = torch.ones_like(natural[:1])  # the variance that the positions between leave
-        rho, phi = [left], natural[:0]
-        for partial in natural[1:].split(1):
-            before = torch.cat(rho[:0:-1]) if len(rho) > 1 else phi
-            rho.append(partial * left + (phi * before).sum().reshape(1))
-            phi = torch.cat([phi - partial * phi.flip(0), partial])
-            left = left * (1 - partial * partial)
-        return _banded(natural[:1] * torch.cat(rho))
+        variance, partial = self.build_params(free_params).split([1, self.shape[0] - 1])
+        return _banded(variance * self._correlations(partial)[0])
+
+    def _correlations(self, partial: Tensor, slopes: bool = False) -> tuple[Tensor, Tensor]:
+        """Correlations by lag (n,), and their derivatives (n - 1, n) if they are asked for."""
+        m = len(partial)
+        # Each number with its derivatives by all partial correlations, (1 + m, size).
+        unit = torch.eye(m, dtype=partial.dtype, device=partial.device)
+        rows = 1 + m if slopes else 1
+        start = torch.nn.functional.pad(partial.new_ones(1, 1), (0, 0, 0, rows - 1))
+        left, rho, phi = start, start, start[:, :0]  # left: the variance that those between leave
+        for l in range(m):
+            p = torch.cat([partial[None, l : l + 1], unit[: rows - 1, l : l + 1]])
+            before = rho[:, 1:].flip(1)
+            rho = torch.cat([rho, _times(p, left) + _times(phi, before).sum(1, keepdim=True)], 1)
+            phi = torch.cat([phi - _times(p, phi.flip(1)), p], 1)
+            left = left - _times(_times(p, p), left)
+        return rho[0], rho[1:]
+
+    def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
+        variance, partial = self.build_params(free_params).split([1, self.shape[0] - 1])
+        rho, slopes = self._correlations(partial, slopes=True)
+        slices = _banded(torch.cat([rho[None], variance * slopes]))
+        return self.free_grad(slices, free_params)
+
+    def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
+        self.check_cotangent(cotangent)
+        variance, partial = self.build_params(free_params).split([1, self.shape[0] - 1])
+        rho, slopes = self._correlations(partial, slopes=True)
+        sums = _diagonal_sums(cotangent, self.shape[0])
+        pulled = torch.cat([rho[None], variance * slopes]) @ sums[:, None]
+        return self.free_vjp(pulled[:, 0], free_params)
 
     def moment_start(self, variance: Tensor) -> bool:
         for name in self.param_names[1:]:

@@ -118,6 +118,8 @@ def _merge(outer: Term | None, inner: Term) -> Term | None:
         found = None if small is None else a.with_effects(small)
         return None if found is None else Term(design, found)
     if a.is_scalar:
+        if q == 1 and isinstance(b, KroneckerCovariance):
+            return Term(design, b.times(a.matrix.reshape(())))  # one field stays a product
         if isinstance(b, RepeatedCovariance):
             known = getattr(a, "factor", None) is not None and b.factor is not None
             factor = a.factor * b.factor if known else None  # type: ignore[attr-defined]

@@ -166,6 +166,11 @@ class Parametrized(Named):
         Raises:
             InputError: if ``out_format`` is something else, or as in calling the matrix.
         """
+        arrangement = self.arrangement()
+        plain = include_fixed is True and trans is True and out_format == "tensor"
+        if plain and free_params is None and self.stand_in is None and arrangement.is_whole:
+            # The most frequent call: a leaf's own values.
+            return arrangement.of_free.apply("__call__", self.free_values())
         if not isinstance(out_format, str) or out_format not in ("tensor", "dict"):
             raise InputError(f"`out_format` is {found(out_format)}: expected 'tensor' or 'dict'")
         check_flag("include_fixed", include_fixed)

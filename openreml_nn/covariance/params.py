@@ -208,6 +208,11 @@ class Arrangement:
         self.merged = np.argsort(order) if self.fixed else None
         self.free_index = [place[name] for name in free]
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether there are parameters, and all of them are free."""
+        return self.merged is None and bool(self.free)
+
     @cached_property
     def of_fixed(self) -> _Transforms:
         return _Transforms([self._trans[name] for name in self.fixed])

@@ -16,10 +16,10 @@ from openreml_nn.covariance.nodes import is_opaque
 from openreml_nn.covariance.operator import Operator
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.support.errors import InputError
-from openreml_nn.terms.design import DenseDesign, Design
+from openreml_nn.terms.design import DenseDesign, Design, IdentityDesign
 from openreml_nn.terms.term import Term, propagate, whole_term
 
-__all__ = ["CovariancePropagation"]
+__all__ = ["CovariancePropagation", "propagated"]
 
 #: A sum of more columns than these stays one of its terms: as one matrix it would lose their
 #: structure.
@@ -121,15 +121,8 @@ class CovariancePropagation(Operator):
         one_hot = self._one_hot()
         design = DenseDesign(self.build_design()) if one_hot is None else one_hot.design
         if isinstance(g, Matrix):
-            found = g.terms()
-            if len(found) > 1 and g.shape[0] <= _MOST_COLUMNS:
-                # One random effect, whose covariance is a sum.
-                found = [whole_term(g())]
-        else:
-            found = [whole_term(g.to(self.no_values()))]
-        if len(found) == 1:
-            found = [replace(found[0], name="")]
-        return [propagate(design, term) for term in found]
+            return propagated(design, g)
+        return [propagate(design, whole_term(g.to(self.no_values())))]
 
     def build_design(self) -> Tensor:
         """Z itself, (n, q)."""
@@ -155,6 +148,19 @@ class CovariancePropagation(Operator):
             return True
         # No scale in G: it is in Z, if anywhere.
         return super().moment_start(variance)
+
+
+def propagated(design: Design, g: Matrix) -> list[Term]:
+    r"""The terms of :math:`Z G Z^\top`."""
+    found = g.terms()
+    if len(found) == 1 and isinstance(found[0].design, IdentityDesign):
+        return [Term(design, found[0].covariance, known=found[0].known)]
+    if len(found) > 1 and g.shape[0] <= _MOST_COLUMNS:
+        # One random effect, whose covariance is a sum.
+        found = [whole_term(g())]
+    if len(found) == 1:
+        found = [replace(found[0], name="")]
+    return [propagate(design, term) for term in found]
 
 
 def _sandwich(design: Design, g: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -13,7 +12,16 @@ from openreml_nn.covariance.owner import tensors_of
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.term import Term
 
-__all__ = ["Sum"]
+__all__ = ["Sum", "summands"]
+
+
+def summands(name: str, operand: Matrix | Tensor, terms: Sequence[Term]) -> list[Term]:
+    """The terms of an operand as those of a :class:`Sum` in which it has a name."""
+    if isinstance(operand, Tensor):
+        moves = operand.requires_grad
+    else:
+        moves = any(p.requires_grad for p in tensors_of(operand, "_parameters"))
+    return [term.within(name, known=not moves) for term in terms]
 
 
 @written("+")
@@ -61,14 +69,7 @@ class Sum(Operator):
         found: list[Term] = []
         operands = self.operands
         for name, parts in self.lowered().items():
-            operand = operands[name]
-            if isinstance(operand, Tensor):
-                moves = operand.requires_grad
-            else:
-                moves = any(p.requires_grad for p in tensors_of(operand, "_parameters"))
-            if not moves:
-                parts = [replace(term, known=True) for term in parts]
-            found += [term.within(name) for term in parts]
+            found += summands(name, operands[name], parts)
         return found
 
     def moment_start(self, variance: Tensor) -> bool:

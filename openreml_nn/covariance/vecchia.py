@@ -262,6 +262,27 @@ class VecchiaMatrix(Matrix):
         device = self.places.device
         return Regressions(places.to(device), self.places, near.to(device), self.correlation)
 
+    @torch.no_grad()
+    def regressed(self, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of other places (k, s) the nearest of these (k, m), their weights (k, m), and the part of
+        the variance that is left beside them (k,), at the present parameters.
+
+        Raises:
+            TypeError, InputError: as :meth:`regressions_of`.
+        """
+        found = self.regressions_of(places)
+        _, length = self.build_params().split(1)
+        k, m = found.neighbours.shape
+        left, weights = found.at(length.double().log()).split([k, k * m])
+        weights = weights.reshape(k, m)
+        # At a place of these, or so near that rounding leaves no variance, the effect is known.
+        same = left.isnan()
+        nearest = torch.zeros_like(weights)
+        nearest[:, 0] = 1
+        weights = torch.where(same[:, None], nearest, weights)
+        left = torch.where(same, 0.0, left)
+        return found.neighbours.clamp(min=0), weights, left.clamp(min=0)
+
     def _numbers(self, free_params: FreeParams = None) -> tuple[Tensor, Tensor]:
         """The variance, and what the inverse is made of."""
         variance, length = self.build_params(free_params).split(1)

@@ -34,8 +34,10 @@ from openreml_nn.terms.term import Term, has_own_columns, residual_terms
 __all__ = ["checked", "fit_reml", "iterate", "moment_start", "start_by_moments"]
 
 #: An exact evaluation is put off when it takes this many times the work of an approximate one.
-_WORTH = 10.0
+_WORTH = 1.5
 _ROUGH_STEPS = 30
+#: With few digits: the probes leave an error that is larger.
+_ROUGH = Krylov(tolerance=1e-6, probe_tolerance=1e-3)
 
 
 def moment_start(loss: REMLLoss, y: Tensor, X: Tensor, rows: Tensor | None = None) -> None:
@@ -104,7 +106,7 @@ def _start_by_krylov(objective: Objective, loss: REMLLoss, y: Tensor, X: Tensor)
     Returns:
         Whether that was worth it, and done.
     """
-    problem, krylov = objective.problem, Krylov()
+    problem, krylov = objective.problem, _ROUGH
     exact = problem.cost()
     if exact is None or not exact.exact:
         return False

@@ -53,10 +53,10 @@ def marginal_outcome(
         components = _components(fit, labels, u, of_u)
         predictor = found.predictor
         fitted = residuals = predictor.new_empty(0)
-        if type(loss.family).mean is not Family.mean:
-            y = fit.y if fit.y.dim() == 1 else fit.y[:, 0] / fit.y.sum(1)
-            fitted = loss.family.mean(predictor)
-            residuals = y.to(fitted) - fitted
+        family = loss.family.of_rows(loss.family.inputs_of(fit.y))
+        if type(family).mean is not Family.mean:
+            fitted = family.mean(predictor)
+            residuals = loss.family.observed(fit.y).to(fitted) - fitted
         slope, inside = fit.slope[inner], spread[inner][:, inner]
         boundary = tuple(fit.at.names[j] for j in range(m) if p + j not in inner)
         result = Result(

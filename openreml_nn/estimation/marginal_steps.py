@@ -12,6 +12,7 @@ from torch import Tensor
 
 from openreml_nn.covariance import Matrix
 from openreml_nn.estimation.coordinates import Coordinates
+from openreml_nn.estimation.derivatives import jacobian
 from openreml_nn.likelihood import LaplaceLoss
 from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.laplace import LaplaceEvaluation
@@ -21,10 +22,13 @@ from openreml_nn.support.errors import InputError, NumericalError
 
 __all__ = ["MarginalFit"]
 
-#: Steps are taken until they are this long, in standard errors,
-_AIM = 1e-4
-#: and a fit has converged this far from the optimum, where rounding lets it come no nearer.
+#: A fit has converged this far from the optimum, in standard errors,
 CONVERGED = 1e-3
+#: but where steps take no time they are taken until they are as short as this.
+_AIM = 1e-4
+#: Further away than this, in standard errors, the average information tells more of the curvature
+#: than the gradients of the last steps.
+_FAR = 10.0
 #: Step of the differences of gradients: of coordinates, and of coefficients in standard errors.
 _STEP = 1e-4
 #: With more rows than these, differences are one-sided, over this part of a standard error.
@@ -68,6 +72,7 @@ class MarginalFit:
         self.x = X.new_zeros(0)
         self.value, self.slope = nan, self.x
         self.hessian = X.new_zeros(0, 0)
+        self.aim = _AIM if len(X) <= _MANY_ROWS else CONVERGED
 
     # ------------------------------------------------------------------ the function
 
@@ -87,7 +92,7 @@ class MarginalFit:
 
     def predictor(self, gamma: Tensor) -> Tensor:
         """The known part of the linear predictor."""
-        return self.offset + self.Q @ gamma if self.p else self.offset
+        return torch.addmv(self.offset, self.Q, gamma) if self.p else self.offset
 
     def evaluate(self, x: Tensor) -> tuple[float, Tensor]:
         """The negative log-likelihood and its gradient."""
@@ -116,14 +121,13 @@ class MarginalFit:
         """Begin at penalised quasi-likelihood for variances of the order of the data's."""
         loss = self.loss
         near = loss.family.start(self.y).to(self.Q) - self.offset
-        rest = near - self.Q @ (self.Q.mT @ near) / len(self.X)
+        rough = self.Q.mT @ near / len(self.X)
+        rest = near - self.Q @ rough
         spread = rest.var() if len(rest) > 1 else rest.new_ones(())
         spread = torch.where(spread > 1e-8 * near.square().mean() + 1e-30, spread, 1.0)
         loss.covariance.moment_start((spread / 2).expand(len(self.X)))
-        bordered = LaplaceLoss(loss.covariance, loss.family, "reml", solver=loss.solver)
         if self.Q.shape[1]:
-            found = bordered.evaluate(self.y, self.offset, self.Q)
-            gamma, spread = found.coefficients, found.coefficient_covariance
+            gamma, spread = loss.penalised(self.y, self.offset, self.Q, rough)
         else:
             gamma, spread = near.new_zeros(0), near.new_zeros(0, 0)
         u = self.at.read(near)
@@ -133,20 +137,39 @@ class MarginalFit:
         self.hessian = near.new_zeros(len(self.x), len(self.x))
         if self.p:
             self.hessian[: self.p, : self.p] = torch.linalg.inv(spread)
+        self._replace(range(self.p + self.m, len(self.x)))
         self._refresh()
 
-    def _refresh(self) -> None:
-        """The curvature by all but the coefficients, anew by differences, and made positive."""
+    def _replace(self, places: range) -> None:
+        """Rows and columns of the curvature, anew by differences."""
         H = self.hessian.clone()
-        others = range(self.p, len(self.x))
-        for j, column in zip(others, self._differences(others), strict=True):
+        for j, column in zip(places, self._differences(places), strict=True):
             H[j], H[:, j] = column, column
-        corner = H[self.p :, self.p :].clone()
-        H[self.p :, self.p :] = (corner + corner.mT) / 2
-        scale = H.diagonal().abs().clamp(min=1e-10).sqrt()
-        values, vectors = torch.linalg.eigh(H / (scale[:, None] * scale))
-        positive = (vectors * values.abs().clamp(min=1e-6)) @ vectors.mT
-        self.hessian = positive * (scale[:, None] * scale)
+        corner = H[places.start :, places.start :].clone()
+        H[places.start :, places.start :] = (corner + corner.mT) / 2
+        self.hessian = H
+
+    def _refresh(self) -> None:
+        """The curvature by covariance parameters, anew by the average information."""
+        self.write(self.x)
+        gamma, u, _ = self.split(self.x)
+
+        def matrices(x: Tensor) -> tuple[Tensor, ...]:
+            with self.loss.covariance.given(self.at.natural(0, x)):
+                return tuple(term.covariance.matrix for term in self.loss.covariance.terms())
+
+        if not self.m:
+            return
+        slopes = jacobian(matrices, u)
+        with self.loss.covariance.given(self.at.natural(0, u)):
+            X = None if self.loss.method == "ml" else self.Q
+            known = self.loss.information(self.y, self.predictor(gamma), X, slopes)
+        # Where a standard deviation is too large the information says little: with what the
+        # likelihood's own curvature has beside it, no step goes beyond zero.
+        own = slice(self.p, self.p + self.m)
+        vanishing = torch.tensor(self.at.vanishing) & (u != 0)
+        beside = torch.where(vanishing, self.slope[own] / torch.where(vanishing, u, 1), 0)
+        self.hessian[own, own] = known + torch.diag(beside.clamp(min=0))
 
     def _differences(self, places: range) -> list[Tensor]:
         """Columns of the curvature by one-sided differences."""
@@ -160,11 +183,10 @@ class MarginalFit:
 
     def climb(self, most: int) -> bool:
         """Steps to the optimum; whether it was reached."""
-        # A curvature that is only updated is far from its own where it changes its sign.
-        period = max(4, len(self.x) - self.p)
+        period = max(4 if len(self.X) <= _MANY_ROWS else 10, len(self.x) - self.p)
         for step in range(1, most + 1):
             direction, norm = self._direction()
-            if norm < _AIM:
+            if norm < self.aim:
                 return True
             before = self.value
             accepted = self._search(direction, norm)
@@ -172,12 +194,15 @@ class MarginalFit:
             if not accepted:
                 self.hessian = self.curvature()
                 direction, norm = self._direction()
-                if norm < _AIM or not self._search(direction, norm):
+                if norm < self.aim or not self._search(direction, norm):
                     return norm < CONVERGED
             elif norm < CONVERGED and before - self.value < 1e-12 * (1 + abs(before)):
                 return True
-            elif step % period == 0:
+            elif norm > _FAR:
                 self._refresh()
+            elif step % period == 0:
+                # A curvature that is only updated is far from its own where it changes its sign.
+                self._replace(range(self.p, len(self.x)))
         return self._direction()[1] < CONVERGED
 
     def _direction(self) -> tuple[Tensor, float]:
@@ -227,7 +252,7 @@ class MarginalFit:
         with torch.no_grad(), self.loss.covariance.given(self.at.natural(0, u)):
             values = self.loss.covariance.build_params(out_format="dict")
             own = self.loss.family.quantities(u)
-        found = {name: float(value) for name, value in {**values, **own}.items()}
+        found = {name: float(value.detach()) for name, value in {**values, **own}.items()}
         self.history.append(Record(-self.value + self.jacobian, norm, accepted, found))
 
     def curvature(self) -> Tensor:

@@ -8,6 +8,7 @@ from openreml_nn.families.named import FAMILIES, LINKS, named_family
 from openreml_nn.families.ordinal import Ordinal
 from openreml_nn.families.positive import Gamma, Tweedie
 from openreml_nn.families.proportion import Beta
+from openreml_nn.families.zeros import ZeroInflated
 
 __all__ = [
     "FAMILIES",
@@ -23,5 +24,6 @@ __all__ = [
     "Poisson",
     "StudentT",
     "Tweedie",
+    "ZeroInflated",
     "named_family",
 ]

@@ -86,6 +86,9 @@ class Binomial(Family):
         refuse_rows(y, ~whole, what, "whole numbers of successes and failures, 0 or more")
         refuse_rows(y, y.sum(1) == 0, what, "at least one trial")
 
+    def observed(self, y: Tensor) -> Tensor:
+        return y if y.dim() == 1 else y[:, 0] / y.sum(1)
+
     def start(self, y: Tensor) -> Tensor:
         s, f, _ = _parts(y, y)
         return _LINKS[self.link].link((s + 0.5) / (s + f + 1))

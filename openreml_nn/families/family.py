@@ -112,6 +112,39 @@ class Family(Parametrized):
         (n,)."""
         return torch.zeros_like(y)
 
+    def of_rows(self, inputs: Tensor | None) -> Family:
+        """The family of rows with inputs of its own: itself, where it takes none.
+
+        Args:
+            inputs: (n, k) of the rows, or None.
+        """
+        self.with_inputs(torch.empty(0), inputs)
+        return self
+
+    def with_inputs(self, y: Tensor, inputs: Tensor | None) -> Tensor:
+        """Responses with the rows' inputs of the family, as :meth:`log_density` takes both.
+
+        Args:
+            y: the responses alone.
+            inputs: (n, k), or None.
+
+        Raises:
+            InputError: if there are inputs and the family takes none, or none and it does.
+        """
+        if inputs is not None:
+            raise InputError(
+                "`batch['zi']` is given but the family is not ZeroInflated: leave it out"
+            )
+        return y
+
+    def observed(self, y: Tensor) -> Tensor:
+        """The responses on the scale of :meth:`mean`, (n,)."""
+        return y
+
+    def inputs_of(self, y: Tensor) -> Tensor | None:
+        """The inputs among the responses, as :meth:`of_rows` takes them."""
+        return None
+
     def natural(self, name: str, like: Tensor) -> Tensor:
         """One of its own parameters, transformed, (1,), on the dtype and device of ``like``."""
         return self.own_trans[name](self.stored(name).to(like))

@@ -11,12 +11,10 @@ from torch import Tensor
 
 from openreml_nn.estimation.aireml import AIREML, Curvature
 from openreml_nn.estimation.fit import iterate
-from openreml_nn.lightning.held import Held
 from openreml_nn.lightning.marginal import Marginal
-from openreml_nn.lightning.reading import mark, read, state
-from openreml_nn.lightning.sums import LevelSums
+from openreml_nn.lightning.reading import Store, mark, read, state
 from openreml_nn.lightning.table import TableModel
-from openreml_nn.lightning.ways import Way
+from openreml_nn.lightning.ways import Linear, Way
 from openreml_nn.model import MixedModel
 from openreml_nn.result import Record, Result
 
@@ -50,7 +48,7 @@ class Estimates:
         self._has_network = has_network
         self.aireml: AIREML | None = None
         self.history: list[Record] = []
-        self.rows: LevelSums | Held | Marginal | None = None
+        self.rows: Store | None = None
         # Each with the mark of the network's parameters that it belongs to.
         self._gathered: tuple[Tensor, Any] | None = None
         self._settled: tuple[Tensor, dict[str, Tensor]] | None = None
@@ -84,6 +82,12 @@ class Estimates:
             gathered.update()
         # With a network they are of its parameters as each batch met them.
         self._gathered = None if self._has_network else (mark(self._model), gathered)
+
+    @property
+    def count(self) -> int:
+        """How many rows there were, without a network, at the last step."""
+        assert self._gathered is not None
+        return int(self._gathered[1].objective.problem.n)
 
     def score_norm(self) -> float:
         """Distance of the covariance to its optimum in standard errors of the parameters."""
@@ -167,7 +171,7 @@ class Estimates:
 
     def optimise(self, gathered: Any, most: int) -> None:
         """Bring what is not the network's to its optimum, by so many steps at most."""
-        if self.aireml is not None and self._has_network:
+        if self.aireml is not None and (self._has_network or isinstance(self._way, Linear)):
             self.history += iterate(gathered.objective, most)
 
 

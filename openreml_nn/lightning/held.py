@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from openreml_nn.estimation.outcome import outcome
+from openreml_nn.lightning.sharing import are_same
+from openreml_nn.lightning.sums import LevelSums, Summed
 from openreml_nn.lightning.table import TableModel
 from openreml_nn.likelihood.loss import Objective, REMLLoss
 from openreml_nn.likelihood.plan import Plan
@@ -17,7 +19,7 @@ from openreml_nn.model import MixedModel
 from openreml_nn.result.result import Record, Result
 from openreml_nn.support.errors import InputError
 
-__all__ = ["Held"]
+__all__ = ["Held", "HeldOrSummed"]
 
 
 class Held:
@@ -42,7 +44,8 @@ class Held:
             raise InputError(
                 "the loader yields several batches: this way of training takes all rows in one, "
                 "as of DataLoader([batch], batch_size=None); mini-batches are for "
-                "training='alternating', 'groups' or 'composite', and head 'ml'"
+                "training='alternating', 'groups' or 'composite', and head 'ml', or for a linear "
+                "mean, without `training`"
             )
         self._batch, self._output = batch, output.detach()
 
@@ -87,3 +90,50 @@ class Held:
         _, y, X = self.data
         names, labels = (None, {}) if table is None else (table.names(X.shape[1]), table.labels)
         return outcome(self.objective, self.plan, y, X, history, names, labels)
+
+
+class HeldOrSummed:
+    """Rows for a mean without parameters to train: a batch that holds all of them as it is, and of
+    several the sums by level, from which the likelihood follows as exactly.
+
+    Args:
+        model: the model, of head ``"gls"``.
+    """
+
+    def __init__(self, model: MixedModel) -> None:
+        self._model = model
+        self._first: tuple[Mapping[str, Any], Tensor] | None = None
+        self._sums: LevelSums | None = None
+
+    def add(self, batch: Mapping[str, Any], output: Tensor) -> None:
+        """Take a batch.
+
+        Raises:
+            InputError: if it is not the only one, and the model needs all rows at once.
+        """
+        if self._first is None and self._sums is None:
+            self._first = batch, output
+            return
+        self._to_sums().add(batch, output)
+
+    def _to_sums(self) -> LevelSums:
+        if self._sums is None:
+            self._sums = LevelSums(self._model)
+            if self._first is not None:
+                self._sums.add(*self._first)
+                self._first = None
+        return self._sums
+
+    def gathered(self) -> Held | Summed:
+        """All rows. Processes that each have the same single batch hold all rows in it; else each
+        has rows of its own.
+
+        Raises:
+            InputError: if there was no batch.
+        """
+        if not are_same(None if self._first is None else self._first[0]):
+            return self._to_sums().gathered()
+        assert self._first is not None
+        held = Held(self._model)
+        held.add(*self._first)
+        return held

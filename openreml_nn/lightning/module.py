@@ -33,7 +33,7 @@ from openreml_nn.lightning.rows import Responses, as_batch, blamed, row_count
 from openreml_nn.lightning.sharing import check_same, total, warn_of_repeats
 from openreml_nn.lightning.sums import Summed
 from openreml_nn.lightning.table import Network, TableModel, is_plain
-from openreml_nn.lightning.ways import Way, way_of
+from openreml_nn.lightning.ways import Linear, Way, way_of
 from openreml_nn.model import MixedModel
 from openreml_nn.model.batch import Batch
 from openreml_nn.model.constraints import Constraint
@@ -82,7 +82,9 @@ class MixedModule(Evaluated):
             0.01}``, or a function from parameters to an optimizer; Adam by default. Without a
             network it is the covariance's, by default AI-REML, a step an epoch.
         training: see above, or a :class:`Way`; by default ``"alternating"`` for head ``"ml"``, ``"full"``
-            for ``"gls"`` and for families, which alternating training does not take.
+            for ``"gls"`` and for families, which alternating training does not take. Without a
+            network, a linear mean of head ``"gls"``, no gradient trains anything: by default the
+            rows may come in mini-batches of any size, and the result is that of all at once.
         network: with a formula: config of the network, or the network, that takes the columns of
             its fixed part, standardised, and yields features; see :class:`torch.nn.LazyLinear` for
             their number. Without one the mean is linear.
@@ -173,7 +175,10 @@ class MixedModule(Evaluated):
             head, has_family = model.head, model.family is not None
         # What a checkpoint can hold, so that it can be loaded with weights_only.
         self.save_hyperparameters({k: v for k, v in given.items() if is_plain(v)})
-        self.way = way_of(training, head, self.rows, has_family)
+        self.way, self._is_default_way = (
+            way_of(training, head, self.rows, has_family),
+            training is None,
+        )
         self.result: Result | None = None
         self._make_optimizer, self._make_scheduler = optimizer, scheduler
         self._random_numbers: dict[str, Tensor] = {}
@@ -212,11 +217,14 @@ class MixedModule(Evaluated):
 
     def _adopt(self, model: MixedModel) -> None:
         """Take the model in, once it fits the way of training."""
-        self.way.check(model)
-        self.model = model
         own = set() if model.family is None else {id(p) for p in model.family.parameters()}
         trained = [p for p in model.network_parameters() if p.requires_grad and id(p) not in own]
         self.has_network = bool(trained)
+        plain = model.family is None and model.head == "gls" and not self.has_network
+        if self._is_default_way and plain and is_aireml(self._make_optimizer):
+            self.way = Linear(self.rows)
+        self.way.check(model)
+        self.model = model
         self.measure(model.family)
         if not self.has_network:
             if model.family is not None and not (
@@ -268,7 +276,7 @@ class MixedModule(Evaluated):
                 else:
                     self._adopt(self.table.built(data))
             if isinstance(data, MixedModelDataModule):
-                data.divide(None if self.way.needs_all_rows else self.way.division, self.seed)
+                data.divide(self.way.division if self.way.cuts_tables else None, self.seed)
             # Without a network AI-REML takes its steps when a batch has been met.
             self.automatic_optimization = self.has_network or not is_aireml(self._make_optimizer)
 
@@ -299,6 +307,7 @@ class MixedModule(Evaluated):
         """Say how many rows a sampler repeats, and take up the state of a resumed run."""
         warn_of_repeats(self.trainer)
         self._met, self._checked = None, False
+        self._covariance = list(self.model.covariance_parameters())
         self._responses = Responses(not self.way.needs_all_rows, self.model.responses > 1)
         self._estimates = self._begun()
         self._known.aireml = self._aireml
@@ -340,7 +349,7 @@ class MixedModule(Evaluated):
             self._known.step(self.optimizers() if self._aireml is not None else None)
         return None
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def _loss(self, batch: Batch) -> Tensor | None:
         with torch.set_grad_enabled(self.automatic_optimization and torch.is_grad_enabled()):
             loss, output = self.way.loss(self.model, batch)
         self._met = batch, output.detach()
@@ -349,7 +358,7 @@ class MixedModule(Evaluated):
     def on_after_backward(self) -> None:
         """Drop the covariance's gradients, which no optimizer asks for."""
         if self.has_network and self.model.family is None:
-            for parameter in self.model.covariance_parameters():
+            for parameter in self._covariance:
                 parameter.grad = None
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -375,6 +384,9 @@ class MixedModule(Evaluated):
         record = self.history[-1]
         shown = {"log_likelihood": record.log_likelihood, **record.parameters}
         self.log_dict(shown, sync_dist=True)
+        if isinstance(self.way, Linear):
+            loss = -record.log_likelihood / self._known.count
+            self.log("train_loss", loss, prog_bar=True, sync_dist=True)
         trainer = self.trainer
         by_epochs = trainer.max_epochs not in (None, -1) and (
             trainer.current_epoch + 1 >= trainer.max_epochs

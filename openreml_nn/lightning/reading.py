@@ -14,20 +14,23 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from openreml_nn.lightning.held import Held
+from openreml_nn.lightning.held import Held, HeldOrSummed
 from openreml_nn.lightning.marginal import Marginal
 from openreml_nn.lightning.rows import as_batch, blamed
 from openreml_nn.lightning.sums import LevelSums
 from openreml_nn.model import MixedModel
 from openreml_nn.model.batch import Batch, responding
 
-__all__ = ["mark", "of_networks", "read", "state"]
+__all__ = ["Store", "mark", "of_networks", "read", "state"]
+
+#: What is kept of an epoch's batches.
+Store = LevelSums | Held | HeldOrSummed | Marginal
 
 
 def read(
     trainer: Trainer,
     model: MixedModel,
-    store: LevelSums | Held | Marginal,
+    store: Store,
     output: Callable[[MixedModel, Batch], Tensor],
 ) -> Any:
     """What is kept of the training rows at the present parameters.

@@ -24,6 +24,7 @@ from openreml_nn.support.errors import InputError
 
 __all__ = [
     "all_batches",
+    "are_same",
     "check_same",
     "checksum",
     "gather",
@@ -121,6 +122,16 @@ def check_same(batch: Mapping[str, Any]) -> None:
                 "this way of training needs the same rows in the same order on each; was the "
                 "table shuffled or split without a seed?"
             )
+
+
+def are_same(batch: Mapping[str, Any] | None) -> bool:
+    """Whether all processes have the same batch; None stands for something else than one."""
+    if processes() == 1:
+        return batch is not None
+    own = None if batch is None else {str(key): checksum(x) for key, x in batch.items()}
+    found: list[Any] = [None] * processes()
+    distributed.all_gather_object(found, own)
+    return own is not None and all(other == own for other in found)
 
 
 def warn_of_repeats(trainer: Trainer) -> None:

@@ -29,6 +29,7 @@ from openreml_nn.likelihood.system.products import Statistics
 from openreml_nn.model import MixedModel, ResidualStructure
 from openreml_nn.model.batch import row_values
 from openreml_nn.model.residual import structure_of
+from openreml_nn.model.sums import conditioned, orthonormal
 from openreml_nn.result.equations import Equations, FixedBasis
 from openreml_nn.result.result import Record, Result
 from openreml_nn.support.errors import InputError
@@ -42,12 +43,28 @@ class _Total:
     """LevelSums of some rows.
 
     Attributes:
-        statistics: cross-products of the designs and of :math:`y - f`.
+        statistics: cross-products of the designs and of :math:`y - f`; with head ``"gls"`` of
+            :math:`[X T, y - X b]`.
         unknown: levels that were added for rows of no known one, by random effect.
+        scale: T and b, see :func:`conditioned`.
     """
 
     statistics: Statistics
     unknown: list[int]
+    scale: tuple[Tensor, Tensor] | None = None
+
+    def scaled(self, scale: tuple[Tensor, Tensor] | None) -> _Total:
+        """The same by another T and b."""
+        if self.scale is None or scale is None:
+            return self
+        (T, b), (wanted, offset) = self.scale, scale
+        p = len(b)
+        M = torch.zeros(p + 1, p + 1, dtype=T.dtype)
+        M[:p] = torch.linalg.solve_triangular(
+            T, torch.cat([wanted, (b - offset)[:, None]], 1), upper=True
+        )
+        M[p, p] = 1
+        return _Total(self.statistics.mapped(M), self.unknown, scale)
 
     def __add__(self, other: _Total) -> _Total:
         """Of the rows of both; the unknown levels of the two are different ones."""
@@ -59,8 +76,9 @@ class _Total:
             own.append(torch.arange(q + a))
             theirs.append(torch.cat([torch.arange(q), q + a + torch.arange(b)]))
         statistics = self.statistics.relabelled(own, sizes) if any(unknown) else self.statistics
-        more = other.statistics.relabelled(theirs, sizes) if any(unknown) else other.statistics
-        return _Total(statistics + more, unknown)
+        theirs_now = other.scaled(self.scale).statistics
+        more = theirs_now.relabelled(theirs, sizes) if any(unknown) else theirs_now
+        return _Total(statistics + more, unknown, self.scale)
 
 
 @dataclass
@@ -69,13 +87,14 @@ class _Waiting:
 
     codes: list[Tensor]
     values: list[Tensor | None]
-    response: Tensor
+    response: Tensor  # (n, 1), or with head "gls" X and y (n, p + 1)
     weights: Tensor | None
 
 
 @dataclass
 class LevelSums:
-    """LevelSums by level over the rows that were added; head ``"ml"``.
+    """Sums by level over the rows that were added; with head ``"gls"`` of X beside y, which is
+    exact where no network is trained.
 
     A code of -1 is a level of its own each time. All is kept in double precision, on the CPU.
 
@@ -93,9 +112,15 @@ class LevelSums:
     _total: _Total | None = None
     _waiting: list[_Waiting] = field(default_factory=list)
     _rows: int = 0
+    _scale: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         residual = self.model.residual
+        if self.model.responses > 1:
+            raise InputError(
+                f"several responses of a row, {self.model.responses}, need all rows at once: use "
+                "training='full' or 'parts'"
+            )
         correlated = isinstance(residual, Matrix) and residual.shape != (1, 1)
         if correlated or isinstance(residual, ResidualStructure):
             raise InputError(
@@ -114,10 +139,14 @@ class LevelSums:
         """Add a batch with what the network has yielded for it."""
         n = len(output)
         y = batch["y"].double()
-        response = y - output.detach().to(y)
         offset = row_values(batch, "offset", n)
         if offset is not None:
-            response = response - offset.to(response)
+            y = y - offset.to(y)
+        known = output.detach().to(y)
+        if self.model.head == "gls":
+            response = torch.cat([known, y[:, None]], 1)
+        else:
+            response = (y - known)[:, None]
         coded = {name: f.coded(name, batch, n) for name, f in self.model.effects().items()}
         if isinstance(self.model.residual, Matrix):
             weights = row_values(batch, "weights", n, positive=True)
@@ -166,9 +195,15 @@ class LevelSums:
             levels = effect.levels + len(absent)
             designs.append(IndexedDesign(codes, values, levels, absent=False))
             unknown.append(len(absent))
-        response = torch.cat([part.response for part in parts]).cpu()[:, None]
+        response = torch.cat([part.response for part in parts]).cpu()
         weights = _joined([part.weights for part in parts], parts)
-        more = _Total(Statistics.of(designs, response, weights), unknown)
+        if self.model.head == "gls":
+            X, y = response[:, :-1], response[:, -1]
+            if self._scale is None:
+                self._scale = conditioned(X, y)
+            T, b = self._scale
+            response = torch.cat([X @ T, (y - X @ b)[:, None]], 1)
+        more = _Total(Statistics.of(designs, response, weights), unknown, self._scale)
         self._total = more if self._total is None else self._total + more
 
     # ------------------------------------------------------------------ the likelihood
@@ -195,7 +230,7 @@ class LevelSums:
         total = there[0]
         for part in there[1:]:
             total = total + part
-        return Summed(self.model, total.statistics, tuple(total.unknown))
+        return Summed(self.model, total.statistics, tuple(total.unknown), total.scale)
 
 
 def _joined(given: Sequence[Tensor | None], parts: Sequence[_Waiting]) -> Tensor | None:
@@ -214,24 +249,34 @@ class Summed:
 
     Args:
         model: the model.
-        statistics: cross-products of its designs and of :math:`y - f`.
+        statistics: cross-products of its designs and of :math:`y - f`, or of X and y by ``scale``.
         unknown: levels beyond the known ones, by random effect.
+        scale: T and b of :func:`conditioned`, with head ``"gls"``.
 
     Attributes:
         objective: the likelihood in the covariance parameters.
         plan: how it is computed.
     """
 
-    def __init__(self, model: MixedModel, statistics: Statistics, unknown: Sequence[int]) -> None:
-        self._model, self._statistics, self._unknown = model, statistics, unknown
-        covariance = self._covariance()
-        terms = [term.to(torch.float64) for term in covariance.terms()]
+    def __init__(
+        self,
+        model: MixedModel,
+        statistics: Statistics,
+        unknown: Sequence[int],
+        scale: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         none = torch.zeros(0, dtype=torch.float64)
         square = none.reshape(0, 0)
         fixed = FixedPart(none, square, square, none, [], square)
+        if scale is not None:
+            names = [f"column {j}" for j in range(len(scale[1]))]
+            fixed, statistics = orthonormal(scale, statistics, names)
+        self._model, self._statistics, self._unknown = model, statistics, unknown
+        covariance = self._covariance()
+        terms = [term.to(torch.float64) for term in covariance.terms()]
         solver = Blocked()
         problem = BlockedProblem(fixed, terms, model.method, solver, statistics)
-        plan = Plan.of(terms, 0, solver, torch.float64).measured(problem)
+        plan = Plan.of(terms, problem.p, solver, torch.float64).measured(problem)
         self.plan = replace(plan, rows=problem.n, reason="sums by level of mini-batches")
         self.objective = Objective(covariance, problem, None)
 
@@ -273,23 +318,25 @@ class Summed:
         """Store BLUPs and what their variances need in the model."""
         model, statistics = self._model, self._statistics
         evaluation = self.objective.evaluate()
-        none = self.objective.problem.fixed.aliases
-        model.remember(evaluation.random, evaluation.fixed, none)
-        variance = none.new_ones(())
+        fixed = self.objective.problem.fixed
+        model.remember(evaluation.random, evaluation.fixed, fixed.aliases)
+        variance = fixed.T.new_ones(())
         if isinstance(model.residual, Matrix):
-            variance = model.residual().detach().to(none).reshape(())
+            variance = model.residual().detach().to(variance).reshape(())
         *random, _ = self.objective.terms()
         model.remember_equations(
             [term.detach().covariance for term in random],
             statistics.sizes,
-            0,
-            lambda: Equations.of_statistics(statistics, variance, FixedBasis.none(none)),
+            len(fixed.T),
+            lambda: Equations.of_statistics(statistics, variance, FixedBasis.of(fixed)),
         )
 
     def result(self, history: Sequence[Record], table: TableModel | None) -> Result:
         """The result at the present parameters."""
         labels = {} if table is None else table.labels
-        found = outcome(self.objective, self.plan, None, None, history, [], labels)
+        p = len(self.objective.problem.fixed.aliases)
+        names = [] if not p else None if table is None else table.names(p)
+        found = outcome(self.objective, self.plan, None, None, history, names, labels)
         levels = [effect.levels for effect in self._model.effects().values()]
         random = tuple(
             replace(r, values=r.values[:q], variances=r.variances[:q])

@@ -16,19 +16,30 @@ from torch.utils.checkpoint import checkpoint
 
 from openreml_nn.covariance import Matrix
 from openreml_nn.lightning.batches import connected_rows, in_order, whole
-from openreml_nn.lightning.held import Held
+from openreml_nn.lightning.held import Held, HeldOrSummed
 from openreml_nn.lightning.marginal import Marginal
+from openreml_nn.lightning.reading import Store
 from openreml_nn.lightning.rows import check_response, concatenated
 from openreml_nn.lightning.sharing import all_batches, gather, gather_parts, processes, share, total
 from openreml_nn.lightning.sums import LevelSums
-from openreml_nn.model import MixedModel, take
+from openreml_nn.model import MixedModel, RandomEffect, take
 from openreml_nn.model.batch import Batch, row_values, split
 from openreml_nn.model.residual import structure_of
 from openreml_nn.support.checks import check_choice
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.design import IndexedDesign
 
-__all__ = ["WAYS", "Alternating", "Composite", "Full", "Groups", "Parts", "Way", "way_of"]
+__all__ = [
+    "WAYS",
+    "Alternating",
+    "Composite",
+    "Full",
+    "Groups",
+    "Linear",
+    "Parts",
+    "Way",
+    "way_of",
+]
 
 Coded = Mapping[str, tuple[Tensor, Tensor | None]]
 
@@ -40,6 +51,7 @@ class Way:
         heads: heads of the models that it trains.
         needs_blups: whether the loss of an epoch takes the BLUPs of the one before.
         needs_all_rows: whether a batch must hold all rows, the same on all processes.
+        cuts_tables: whether a table becomes mini-batches, see :meth:`division`.
         takes_families: whether it trains models of responses that are not Gaussian, by the marginal
             likelihood of a batch.
 
@@ -50,6 +62,7 @@ class Way:
     heads: tuple[str, ...] = ("ml",)
     needs_blups = False
     needs_all_rows = False
+    cuts_tables = True
     takes_families = True
 
     def __init__(self, rows: int = 1024) -> None:
@@ -65,9 +78,10 @@ class Way:
     def remember(self, memory: Mapping[str, Tensor]) -> None:
         """Take up a memory."""
 
-    def loss(self, model: MixedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    def loss(self, model: MixedModel, batch: Batch) -> tuple[Tensor | None, Tensor]:
         """The loss of a batch, divided by its rows, and what the network has yielded.
 
+        The loss is None where nothing is trained by its gradient.
         Under a distributed strategy its gradients, averaged over the processes, are those of the
         rows of all.
         """
@@ -77,7 +91,7 @@ class Way:
         """What the network yields for the batch."""
         return model(batch)
 
-    def rows(self, model: MixedModel) -> LevelSums | Held | Marginal:
+    def rows(self, model: MixedModel) -> Store:
         """An empty store for what is kept of an epoch's batches."""
         return LevelSums(model) if model.family is None else Marginal(model)
 
@@ -171,37 +185,47 @@ class Alternating(Way):
             offset = row_values(batch, "offset", n)
             if offset is not None:
                 e = e - offset.to(e)
-            coded = {name: f.coded(name, batch, n) for name, f in model.effects().items()}
-            e = e - self._explained(model, coded, e)
-            uneven = _is_uneven(model)
+            effects = model.effects()
+            coded = {name: effect.coded(name, batch, n) for name, effect in effects.items()}
+            e = self._unexplained(effects, coded, e)
+            uneven = _is_uneven(model, effects)
             with torch.set_grad_enabled(uneven and torch.is_grad_enabled()):
                 variance = structure_of(model.residual).variances(batch, n)
-                variance = (variance + _unknown_variance(model, coded, variance)).to(e)
-            square = e**2 + _spread(model, coded).to(e) if uneven else e**2
-            found = ((square / variance).sum() + variance.log().sum() + n * log(2 * pi)) / 2
-        return found / total(n, found.device) * processes(), output
+                unknown = _unknown_variance(effects, coded)
+                variance = (variance if unknown is None else variance + unknown).to(e)
+                constant = variance.log().sum() + n * log(2 * pi)
+            square = e @ (e / variance)
+            if uneven:
+                square = square + (_spread(model, coded).to(e) / variance).sum()
+            found = (square + constant) * (processes() / (2 * total(n, e.device)))
+        return found, output
 
-    def _explained(self, model: MixedModel, coded: Coded, like: Tensor) -> Tensor:
-        """What the BLUPs explain, less what is the network's to learn (n,)."""
-        found = torch.zeros_like(like)
-        for name, effect in model.effects().items():
+    def _unexplained(self, effects: Mapping[str, RandomEffect], coded: Coded, e: Tensor) -> Tensor:
+        """Residuals less what the BLUPs explain, but for what of it is the network's to learn (n,)."""
+        for name, effect in effects.items():
             codes, values = coded[name]
-            b = effect.blup[codes.clamp(min=0)]
+            absent = _absent(codes)
+            b = effect.blup[codes if absent is None else codes.clamp(min=0)]
             if name in self._means:
                 b = b - self._parts[name].to(b) * self._means[name].to(b)
-            part = b[:, 0] if values is None else (values.to(b) * b).sum(1)
-            found = found + torch.where(codes >= 0, part.to(like), 0)
-        return found
+            part = (b[:, 0] if values is None else (values.to(b) * b).sum(1)).to(e)
+            e = e - (part if absent is None else part.masked_fill(absent, 0))
+        return e
 
     def check(self, model: MixedModel) -> None:
         super().check(model)
         LevelSums(model)
 
 
-def _is_uneven(model: MixedModel) -> bool:
+def _absent(codes: Tensor) -> Tensor | None:
+    """Which rows are of no known level; None where there is none."""
+    return codes < 0 if len(codes) and int(codes.min()) < 0 else None
+
+
+def _is_uneven(model: MixedModel, effects: Mapping[str, RandomEffect]) -> bool:
     """Whether a network yields the residuals' variances or values of random effects."""
-    effects = model.effects().values()
-    return not isinstance(model.residual, Matrix) or any(e.features is not None for e in effects)
+    learned = any(effect.features is not None for effect in effects.values())
+    return learned or not isinstance(model.residual, Matrix)
 
 
 def _spread(model: MixedModel, coded: Coded) -> Tensor:
@@ -225,16 +249,17 @@ def _spread(model: MixedModel, coded: Coded) -> Tensor:
     return found
 
 
-def _unknown_variance(model: MixedModel, coded: Coded, like: Tensor) -> Tensor:
-    """Prior variance of the effects of levels that are not known, (n,) or (1,)."""
-    found = torch.zeros_like(like[:1])
-    for name, effect in model.effects().items():
+def _unknown_variance(effects: Mapping[str, RandomEffect], coded: Coded) -> Tensor | None:
+    """Prior variance of the effects of levels that are not known, (n,); None where all are."""
+    found: Tensor | None = None
+    for name, effect in effects.items():
         codes, values = coded[name]
-        unknown = codes < 0
-        if bool(unknown.any()):
+        absent = _absent(codes)
+        if absent is not None:
             prior = effect.prior_in_basis().detach()
             z = prior.new_ones(len(codes), 1) if values is None else values.to(prior)
-            found = found + torch.where(unknown, torch.einsum("nk,kl,nl->n", z, prior, z), 0)
+            own = torch.einsum("nk,kl,nl->n", z, prior, z) * absent
+            found = own if found is None else found + own
     return found
 
 
@@ -267,7 +292,7 @@ class Groups(Composite):
     :class:`~openreml_nn.lightning.WholeGroups` is a batch sampler that cuts none.
     """
 
-    def rows(self, model: MixedModel) -> LevelSums | Held | Marginal:
+    def rows(self, model: MixedModel) -> Store:
         if model.family is not None:
             return Marginal(model, whole_groups=True)
         return LevelSums(model, whole_groups=True)
@@ -308,6 +333,7 @@ class Full(Way):
 
     heads = ("ml", "gls")
     needs_all_rows = True
+    cuts_tables = False
 
     def loss(self, model: MixedModel, batch: Batch) -> tuple[Tensor, Tensor]:
         output = self.output(model, batch)
@@ -321,7 +347,7 @@ class Full(Way):
     def _run(self, model: MixedModel, x: Any) -> Tensor:
         return model({"x": x})
 
-    def rows(self, model: MixedModel) -> LevelSums | Held | Marginal:
+    def rows(self, model: MixedModel) -> Store:
         return Held(model) if model.family is None else Marginal(model, all_rows=True)
 
 
@@ -332,6 +358,22 @@ class Parts(Full):
     def _run(self, model: MixedModel, x: Any) -> Tensor:
         parts = split(x, self.row_count)
         return torch.cat([checkpoint(model, {"x": part}, use_reentrant=False) for part in parts])
+
+
+class Linear(Way):
+    """A linear mean, of which all follows from the rows of an epoch, in one batch or in several."""
+
+    heads = ("gls",)
+    cuts_tables = False
+    takes_families = False
+
+    def loss(self, model: MixedModel, batch: Batch) -> tuple[Tensor | None, Tensor]:
+        output = self.output(model, batch)
+        check_response(batch["y"], output, model.responses)
+        return None, output
+
+    def rows(self, model: MixedModel) -> Store:
+        return HeldOrSummed(model)
 
 
 WAYS: dict[str, type[Way]] = {

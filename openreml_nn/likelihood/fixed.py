@@ -9,15 +9,24 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from openreml_nn.support.checks import is_finite
 from openreml_nn.support.errors import InputError
 
-__all__ = ["FixedPart", "aliased_columns", "check_data", "estimable", "null_space", "traced"]
+__all__ = [
+    "FixedPart",
+    "aliased_columns",
+    "check_data",
+    "check_shapes",
+    "estimable",
+    "null_space",
+    "traced",
+]
 
 #: A row this near to the row space of X, beside the sizes of its entries, lies in it.
 _ESTIMABLE = 1e-6
 
 
-def traced(*tensors: Tensor) -> bool:
+def traced(*tensors: Tensor | None) -> bool:
     """Whether a ``torch.func`` transform runs on one of them."""
     if not torch._C._are_functorch_transforms_active():
         return False
@@ -32,6 +41,17 @@ def check_data(y: Tensor, X: Tensor) -> None:
         TypeError: if ``y`` or ``X`` is not a floating-point tensor or the dtypes differ.
         InputError: if shapes or devices do not fit, a value is not finite, or n ≤ p.
     """
+    check_shapes(y, X)
+    for name, value in (("y", y), ("X", X)):
+        if value.is_meta:
+            raise InputError(f"`{name}` is on the meta device: expected a tensor that holds values")
+        if value.numel() and not is_finite(value):
+            row = int((~torch.isfinite(value)).reshape(len(y), -1).any(1).nonzero()[0])
+            raise InputError(f"`{name}` is not finite in row {row}")
+
+
+def check_shapes(y: Tensor, X: Tensor) -> None:
+    """What :func:`check_data` checks, but for the values."""
     for name, value, dim, shape in (("y", y, 1, "(n,)"), ("X", X, 2, "(n, p)")):
         if not isinstance(value, Tensor) or not value.is_floating_point():
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
@@ -50,13 +70,6 @@ def check_data(y: Tensor, X: Tensor) -> None:
         raise InputError(
             f"there are {y.shape[0]} rows for {X.shape[1]} fixed effects: more rows are needed"
         )
-    for name, value in (("y", y), ("X", X)):
-        if value.is_meta:
-            raise InputError(f"`{name}` is on the meta device: expected a tensor that holds values")
-        finite = torch.isfinite(value)
-        if not bool(finite.all()):
-            row = int((~finite).reshape(len(y), -1).any(1).nonzero()[0])
-            raise InputError(f"`{name}` is not finite in row {row}")
 
 
 def aliased_columns(R: Tensor, tolerance: float = 1e-7) -> list[int]:
@@ -159,6 +172,9 @@ class FixedPart:
     @classmethod
     def of(cls, y: Tensor, X: Tensor, names: Sequence[str] | None = None) -> FixedPart:
         """Drop aliased columns with a warning that names them, and orthonormalise the rest."""
+        if not X.shape[1]:
+            none = X.new_zeros(0, 0)
+            return cls(y, X, none, none.reshape(0), [], none)
         with torch.no_grad():
             Q, R = torch.linalg.qr(X.detach())
         aliased = aliased_columns(R)
@@ -187,7 +203,7 @@ class FixedPart:
         """As it is: for ``torch.func`` transforms, under which values cannot be looked at."""
         eye = torch.eye(X.shape[1], dtype=X.dtype, device=X.device)
         none = X.new_zeros(X.shape[1], 0)
-        return cls(y, X, eye, torch.zeros_like(X[0]), list(range(X.shape[1])), none)
+        return cls(y, X, eye, X.new_zeros(X.shape[1]), list(range(X.shape[1])), none)
 
     def detach(self) -> FixedPart:
         """The same numbers without their graph."""

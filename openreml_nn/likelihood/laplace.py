@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -12,23 +13,21 @@ from torch import Tensor, nn
 from openreml_nn.covariance import Matrix
 from openreml_nn.families.family import Family
 from openreml_nn.likelihood.effects import RandomEffects
-from openreml_nn.likelihood.fixed import traced
+from openreml_nn.likelihood.laplace_choice import laplace_solver, planned, space_of
 from openreml_nn.likelihood.laplace_integral import Integral
-from openreml_nn.likelihood.laplace_layout import Stacked
-from openreml_nn.likelihood.laplace_mode import Rows, find_mode
+from openreml_nn.likelihood.laplace_mode import Rows, average_information, find_mode
 from openreml_nn.likelihood.laplace_quadrature import check_quadrature
-from openreml_nn.likelihood.laplace_system import effects_of
 from openreml_nn.likelihood.laplace_task import (
     Kept,
     Task,
+    check_call,
     constants_of,
     factors_of,
 )
-from openreml_nn.likelihood.plan import Auto, Plan, check_solver
-from openreml_nn.likelihood.problem import Cost
+from openreml_nn.likelihood.plan import Plan
 from openreml_nn.likelihood.solver import Solver
-from openreml_nn.likelihood.solvers import Blocked, Dense
-from openreml_nn.support.checks import check_choice, check_count, check_instance, check_tensor
+from openreml_nn.likelihood.solvers import Sparse
+from openreml_nn.support.checks import check_choice, check_count, check_instance
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import DiagonalCovariance
 from openreml_nn.terms.design import IdentityDesign
@@ -77,8 +76,10 @@ class LaplaceLoss(nn.Module):
             approximation.
         quadrature: points of adaptive Gauss-Hermite quadrature for each effect of a level; 1 is
             Laplace's approximation.
-        solver: ``"blocked"`` eliminates the factor with most levels first, ``"dense"`` takes all
-            random effects together, and ``"auto"`` is the first; or such a solver with its options.
+        solver: ``"sparse"`` takes a sparse factor, for indexed designs and related levels of a known
+            inverse, on the CPU; ``"blocked"`` eliminates the factor with most levels first, and
+            ``"dense"`` takes all random effects together. ``"auto"`` is the first where it fits, in
+            float64, and else the second; or such a solver with its options.
 
     Raises:
         TypeError, InputError: if an argument is of another kind or an option unknown.
@@ -116,13 +117,15 @@ class LaplaceLoss(nn.Module):
         self.family = family
         self.method = method
         self.quadrature = quadrature
-        self.solver = _checked(solver)
+        self.solver = laplace_solver(solver)
         self._kept: Kept | None = None
         self._size: tuple[int, int] | None = None
+        #: The responses that were checked last, as they were then.
+        self._known: tuple[ref[Tensor], int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Where the last mode was can be found again; a copy need not carry it.
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_kept": None, "_known": None}
 
     def extra_repr(self) -> str:
         return f"method={self.method!r}, quadrature={self.quadrature}, solver={self.solver.name!r}"
@@ -172,10 +175,10 @@ class LaplaceLoss(nn.Module):
             integral = self._integral(task)
             mode = integral.mode()
             value = integral.value(mode)
-            random = effects_of(task.terms, mode.layout, mode.effects, mode.factor)
+            random = mode.factor.random(task.terms, mode.u)
             bordered = mode
             if not len(mode.beta) and task.rows.X.shape[1]:
-                bordered = find_mode(task.rows, mode.layout, task.terms, mode.u, task.beta)
+                bordered = find_mode(task.rows, mode.point, mode.u, task.beta)
             p = task.rows.X.shape[1]
             spread = bordered.factor.fixed_covariance() if p else value.new_zeros(0, 0)
             beta = mode.beta if self.method == "reml" else task.beta
@@ -183,57 +186,74 @@ class LaplaceLoss(nn.Module):
             errors = Term(IdentityDesign(len(mode.a)), DiagonalCovariance(1 / information))
             return LaplaceEvaluation(-value, beta, spread, mode.a, errors, tuple(random))
 
+    def penalised(self, y: Tensor, eta: Tensor, X: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        """The coefficients of X that are a mode together with the random effects, those of penalised
+        quasi-likelihood, (p,), and their covariance, (p, p).
+
+        Args:
+            y, eta, X: as in calling the loss.
+            start: (p,) where the search begins.
+
+        Raises:
+            NumericalError, TypeError, InputError: as in calling the loss.
+        """
+        with torch.no_grad():
+            task = self._task(y, eta, X, None)
+            mode = self._integral(task).joint_mode(start)
+            return mode.beta, mode.factor.fixed_covariance()
+
+    def information(
+        self,
+        y: Tensor,
+        eta: Tensor,
+        X: Tensor | None,
+        derivatives: Sequence[Tensor],
+    ) -> Tensor:
+        """Average information of covariance parameters at the mode, see :func:`average_information`.
+
+        Args:
+            y, eta, X: as in calling the loss.
+            derivatives: for the matrix of each term, its derivatives by the m parameters.
+
+        Raises:
+            NumericalError, TypeError, InputError: as in calling the loss.
+
+        Shape:
+            Output: (m, m).
+        """
+        with torch.no_grad():
+            task = self._task(y, eta, X, None)
+            terms = [term.detach() for term in task.terms]
+            return average_information(self._integral(task).mode(), terms, derivatives)
+
     @property
     def plan(self) -> Plan:
         """The plan of the last call; before the first, what it would be without X."""
         rows, p = self._size or (self.covariance.shape[0], 0)
+        if self._kept is not None:
+            return planned(self._kept.space, self.solver, rows, p)
         with torch.no_grad():
             terms = [term.detach() for term in self.covariance.terms()]
-            layout = Stacked(terms, getattr(self.solver, "pair_cost", None))
-        work, entries = layout.placement.cost(p)
-        work += 4.0 * rows * (layout.k + len(layout.designs)) ** 2
-        steps = [f"{layout.levels} blocks of {layout.k} x {layout.k}"] if layout.levels else []
-        if layout.q:
-            by = layout.partition
-            size = f"{by.size} x {by.size}"
-            steps.append(f"{layout.q} columns: {max(by.count, 1)} groups of at most {size}")
-        cost = Cost(work, 8.0 * entries, True, "in the space of the random effects", tuple(steps))
-        return Plan(self.solver, "the weights of the rows move", rows, p, cost)
+            return planned(space_of(terms, self.solver, self.quadrature > 1), self.solver, rows, p)
 
     # ------------------------------------------------------------------ data
 
     def _task(self, y: Tensor, eta: Tensor, X: Tensor | None, rows: Tensor | None) -> Task:
-        check_tensor("y", y, None, "real")
-        check_tensor("eta", eta, ("n",), "floating")
-        if traced(y, eta, *self.covariance.parameters()):
-            raise InputError(
-                "torch.func transforms do not go through LaplaceLoss: call backward, or "
-                "torch.autograd.grad"
-            )
+        check_call(self.covariance, self.method, y, eta, X, rows)
         n = len(eta)
-        if len(y) != n:
-            raise InputError(f"`y` has {len(y)} rows but `eta` has {n}: expected as many")
-        if X is not None:
-            check_tensor("X", X, (n, "p"), "floating")
-        elif self.method == "reml":
-            raise InputError("`X` is None: method 'reml' integrates the coefficients of X")
-        for name, tensor in (("y", y), ("X", X)):
-            if tensor is not None and tensor.device != eta.device:
-                raise InputError(f"`{name}` is on {tensor.device} but `eta` on {eta.device}")
-        if rows is None and n != self.covariance.shape[0]:
-            raise InputError(
-                f"`eta` has {n} rows but the covariance has {self.covariance.shape[0]}: pass `rows`"
-            )
-        if rows is not None:
-            check_tensor("rows", rows, (n,), "integer")
-            if n and not (int(rows.min()) >= 0 and int(rows.max()) < self.covariance.shape[0]):
-                raise InputError(
-                    f"`rows` reaches beyond the {self.covariance.shape[0]} rows of the covariance"
-                )
-        self.family.check(y.detach())
+        if self._known is None or self._known[0]() is not y or self._known[1] != y._version:
+            self.family.check(y.detach())
+            self._known = ref(y), y._version
         terms = self.covariance.terms(rows)
         dtype = torch.promote_types(eta.dtype, terms[0].covariance.matrix.dtype)
         dtype = torch.promote_types(dtype, torch.float32)
+        if isinstance(self.solver, Sparse):
+            if eta.device.type != "cpu":
+                raise InputError(
+                    f"`solver` is 'sparse', which works on the CPU, but `eta` is on {eta.device}: "
+                    "expected 'auto', 'blocked' or 'dense'"
+                )
+            dtype = torch.float64
         terms = [term.to(dtype) for term in terms]
         X = eta.new_zeros(n, 0) if X is None else X
         self._size = (n, X.shape[1])
@@ -242,31 +262,18 @@ class LaplaceLoss(nn.Module):
 
     def _integral(self, task: Task) -> Integral:
         """The likelihood of some data; where effects stand is taken again for the same designs."""
-        forms = [term.form for term in task.terms]
+        by_blocks = task.is_recorded(self.method, self.quadrature)
+        forms: list[Any] = [by_blocks, *(term.form for term in task.terms)]
         constants = [tensor for term in task.terms for tensor in term.constants]
         kept = self._kept
         if kept is None or not kept.is_of(forms, constants):
             with torch.inference_mode(False), torch.no_grad():
                 held = [term.private().detach() for term in task.terms]
-                layout = Stacked(held, getattr(self.solver, "pair_cost", None))
-                if self.quadrature > 1:
-                    check_quadrature(layout, self.quadrature)
                 copies = [tensor for term in held for tensor in term.constants]
-                kept = self._kept = Kept(forms, copies, layout)
+                kept = self._kept = Kept(forms, copies, space_of(held, self.solver, by_blocks))
+                if self.quadrature > 1:
+                    check_quadrature(kept.space, self.quadrature)
         return Integral(task, kept, self.method, self.quadrature)
-
-
-def _checked(solver: str | Solver) -> Solver:
-    """The solver of a name, or the one that was given, if it takes weights that move."""
-    found = check_solver(solver)
-    if isinstance(found, Auto):
-        return Blocked()
-    if not isinstance(found, Blocked | Dense):
-        raise InputError(
-            f"`solver` is {found.name!r}, which is for Gaussian responses: expected 'auto', "
-            "'blocked' or 'dense'"
-        )
-    return found
 
 
 class _Value(torch.autograd.Function):

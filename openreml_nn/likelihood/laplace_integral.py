@@ -8,8 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from openreml_nn.likelihood.laplace_mode import Mode, Rows, find_mode, recorded
+from openreml_nn.likelihood.laplace_layout import Stacked
+from openreml_nn.likelihood.laplace_mode import Mode, Rows, find_mode
 from openreml_nn.likelihood.laplace_quadrature import by_quadrature
+from openreml_nn.likelihood.laplace_recorded import recorded
+from openreml_nn.likelihood.laplace_system import BlockedPoint
 from openreml_nn.likelihood.laplace_task import (
     Kept,
     Task,
@@ -40,36 +43,46 @@ class Integral:
         self._task, self._kept = task, kept
         self._method, self._quadrature = method, quadrature
 
-    def mode(self) -> Mode:
-        """The mode of the random effects, where the search of the next call then begins."""
-        kept, layout, data = self._kept, self._kept.layout, self._task.rows
+    def joint_mode(self, beta: Tensor | None = None) -> Mode:
+        """The mode of the random effects and the coefficients of X together, where the search of the
+        next call then begins.
+
+        Args:
+            beta: where the search for the coefficients begins; where the last ended by default.
+        """
+        kept, data = self._kept, self._task.rows
+        point = kept.space.at(self._task.terms)
         plain = Rows(data.family, data.y, data.eta.detach(), data.X.detach())
-        bordered = find_mode(
+        mode = find_mode(
             plain,
-            layout,
-            self._task.terms,
+            point,
             kept.start_of(plain),
-            kept.beta_of(plain),
+            kept.beta_of(plain) if beta is None else beta.to(plain.eta),
             kept.factor_of(plain),
         )
-        if self._method == "reml" or not plain.X.shape[1]:
-            mode = bordered
-        else:
-            mode = self._profiled(plain, bordered)
-        kept.start = private(mode.u)
-        kept.factor = mode.factor if mode is bordered and layout.q else None
-        kept.beta = private(self._task.beta if len(self._task.beta) else mode.beta)
+        kept.start, kept.beta = private(mode.u), private(mode.beta)
+        kept.factor = None if point.is_cheap else mode.factor
         return mode
 
-    def _profiled(self, plain: Rows, bordered: Mode) -> Mode:
+    def mode(self) -> Mode:
+        """The mode of the random effects, at the coefficients of X of the method."""
+        kept, mode = self._kept, self.joint_mode()
+        if self._method == "reml" or not len(mode.beta):
+            return mode
+        mode = self._profiled(mode)
+        kept.start, kept.beta, kept.factor = private(mode.u), private(self._task.beta), None
+        return mode
+
+    def _profiled(self, bordered: Mode) -> Mode:
         """The mode at the coefficients of maximum likelihood, which the task then holds."""
         beta, S = bordered.beta, bordered.factor.fixed_covariance()
-        X, start = plain.X, bordered.u
+        plain, start = bordered.rows, bordered.u
+        X = plain.X
         none = replace(plain, X=plain.X[:, :0])
         before = float("inf")
         for _ in range(_MOST_STEPS):
             rows = replace(none, eta=plain.eta + X @ beta)
-            mode = find_mode(rows, bordered.layout, self._task.terms, start)
+            mode = find_mode(rows, bordered.point, start)
             slope = X.mT @ self._predictor_slope(mode)
             move = S @ slope
             gain = float(move @ slope)
@@ -89,16 +102,19 @@ class Integral:
         eta = mode.rows.eta.detach().requires_grad_()
         rows = replace(mode.rows, eta=eta)
         with torch.enable_grad():
-            covariances = [self._task.terms[i].detach().covariance for i in mode.layout.order]
-            value = by_quadrature(mode, rows, mode.layout.designs, covariances, self._quadrature)
+            value = self._by_quadrature(mode, rows)
             return torch.autograd.grad(value, eta)[0]
 
     def value(self, mode: Mode) -> Tensor:
         """The negative log-likelihood at a mode."""
         if self._quadrature == 1:
             return mode.value
-        covariances = [self._task.terms[i].detach().covariance for i in mode.layout.order]
-        return by_quadrature(mode, mode.rows, mode.layout.designs, covariances, self._quadrature)
+        return self._by_quadrature(mode, mode.rows)
+
+    def _by_quadrature(self, mode: Mode, rows: Rows) -> Tensor:
+        layout = _layout(mode)
+        covariances = [self._task.terms[i].detach().covariance for i in layout.order]
+        return by_quadrature(mode, rows, layout.designs, covariances, self._quadrature)
 
     def with_derivatives(
         self, recording: bool, inputs: Sequence[Tensor]
@@ -111,9 +127,7 @@ class Integral:
                 return self.value(mode), [None] * len(inputs)
             constants = constants_of(terms)
             wanted = [x.requires_grad for x in inputs]
-            moves = any(t.requires_grad for t in constants)
-            reml_X = data.X.requires_grad and self._method == "reml"
-            if self._quadrature > 1 or moves or reml_X:
+            if self._task.is_recorded(self._method, self._quadrature):
                 return self._by_recording(mode, inputs)
             y = inputs[2]
             of_family = mode.of_family(y, [x for x in data.family.parameters() if x.requires_grad])
@@ -143,8 +157,9 @@ class Integral:
             rows = Rows(data.family, own_y.to(eta) if y.requires_grad else data.y, eta, X)
             if self._method == "ml" and X.shape[1]:
                 rows = replace(rows, eta=eta + X @ self._task.beta, X=X[:, :0])
-            designs = mode.layout.of_designs(terms)
-            covariances = [terms[i].covariance for i in mode.layout.order]
+            layout = _layout(mode)
+            designs = layout.of_designs(terms)
+            covariances = [terms[i].covariance for i in layout.order]
             if self._quadrature == 1:
                 value = recorded(mode, rows, designs, covariances)
             else:
@@ -163,3 +178,9 @@ class Integral:
                 if mine is not None and (matrix.dim() == 1 or len(matrix) == 1):
                     found[i] = torch.where(matrix > 0, mine, part)
         return value.detach(), found
+
+
+def _layout(mode: Mode) -> Stacked:
+    """Where the effects stand, of a mode by blocks."""
+    assert isinstance(mode.point, BlockedPoint)
+    return mode.point.layout

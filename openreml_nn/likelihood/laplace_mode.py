@@ -1,10 +1,11 @@
 r"""The mode of the random effects, Laplace's approximation there, and its derivatives.
 
-With :math:`b = \Lambda u` and :math:`a = \eta + X\beta + Zb` the approximation is
+With :math:`b = \Lambda u`, Q the precision of u (the identity, or a known kernel's inverse) and
+:math:`a = \eta + X\beta + Zb` the approximation is
 
 .. math::
-    L = -\sum_i \ell_i(a_i) + \tfrac12 u^\top u + \tfrac12 \log|H|,\qquad
-    H = I + \Lambda^\top Z^\top W Z\Lambda,\quad w_i = -\ell_i''(a_i),
+    L = -\sum_i \ell_i(a_i) + \tfrac12 u^\top Q u + \tfrac12 \log|H| - \tfrac12 \log|Q|,\qquad
+    H = Q + \Lambda^\top Z^\top W Z\Lambda,\quad w_i = -\ell_i''(a_i),
 
 at the u that minimises the first two terms. Write :math:`e = Z^\top \ell'`, :math:`r_i` for the
 variance of row i's predictor, :math:`t_i = -\tfrac12 \ell_i''' r_i`,
@@ -24,7 +25,7 @@ which hold where G is singular as well, and for the family's parameters and y th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import log, pi
 
@@ -32,20 +33,19 @@ import torch
 from torch import Tensor
 
 from openreml_nn.families.family import Family
-from openreml_nn.likelihood.laplace_layout import Prior, Stacked
-from openreml_nn.likelihood.laplace_system import Factor, log_det, products_of
+from openreml_nn.likelihood.laplace_space import Factor, Point
 from openreml_nn.support.errors import NotPositiveDefiniteError, NumericalError
-from openreml_nn.terms.base import Covariance
-from openreml_nn.terms.design import Design
 from openreml_nn.terms.term import Term
 
-__all__ = ["Mode", "Rows", "find_mode", "recorded"]
+__all__ = ["Mode", "Rows", "average_information", "find_mode"]
 
 #: Newton steps to the mode, at most; each may be halved.
 _MOST_STEPS = 200
 _MOST_HALVINGS = 40
 #: A step whose squared length is this small for each effect needs no look at the density.
 _SAFE = 1e-2
+#: Rows whose densities are computed at a time.
+_CHUNK = 2**15
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,26 @@ class Rows:
     y: Tensor
     eta: Tensor
     X: Tensor
+
+    def density(self, a: Tensor) -> Tensor:
+        """The log-density of all rows at a predictor."""
+        parts = [
+            self.family.log_density(y, x).sum().detach()
+            for y, x in zip(self.y.split(_CHUNK), a.split(_CHUNK), strict=True)
+        ]
+        return torch.stack(parts).sum() if parts else a.sum()
+
+    def derivatives(self, a: Tensor, out: Sequence[Tensor]) -> None:
+        """Put the first, minus the second, and the third derivative at a predictor into ``out``.
+
+        Rows are taken some at a time: what a family computes on the way then stays in the cache.
+        """
+        first, weights, third = out
+        for at in range(0, len(a), _CHUNK):
+            part = slice(at, at + _CHUNK)
+            one, two, three = self.family.derivatives(self.y[part], a[part])
+            first[part], third[part] = one.detach(), three.detach()
+            torch.neg(two.detach(), out=weights[part])
 
 
 @dataclass(frozen=True)
@@ -71,9 +91,7 @@ class Mode:
     """
 
     rows: Rows
-    layout: Stacked
-    prior: Prior
-    roots: Prior
+    point: Point
     factor: Factor
     u: Tensor
     beta: Tensor
@@ -88,72 +106,32 @@ class Mode:
     def value(self) -> Tensor:
         """The negative log-likelihood by Laplace's approximation, over the coefficients of X too."""
         p = len(self.beta)
-        penalised = self.u @ self.u / 2 - self.density
+        penalised = self.u @ self.point.prior(self.u) / 2 - self.density
         return penalised + self.factor.half_log_det() - p / 2 * log(2 * pi)
 
     @cached_property
-    def dual(self) -> Tensor:
-        r""":math:`e = Z^\top\ell'`, (size,): the mode is :math:`u = \Lambda^\top e`."""
-        return self.layout.t_rows(self.first[:, None])[:, 0]
-
-    @cached_property
-    def effects(self) -> Tensor:
-        r""":math:`b = \Lambda u`, (size,)."""
-        return self.roots.times(self.u[:, None])[:, 0]
-
-    @cached_property
-    def _moved(self) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Half the variances of the rows' predictors, c, and the determinant's part by matrix."""
-        prior, layout = self.prior, self.layout
-        forms = [*prior.first, *prior.rest]
-        with torch.enable_grad():
-            weights = self.weights.detach().requires_grad_()
-            matrices = [form.matrix.detach().requires_grad_() for form in forms]
-            held = [form.with_matrix(m) for form, m in zip(forms, matrices, strict=True)]
-            at = products_of(layout, layout.designs, weights, self.rows.X)
-            bordered = bool(self.rows.X.shape[1]) or not layout.q
-            value = (log_det if bordered else self.factor.log_det)(at, Prior(layout, held))
-            half, *parts = torch.autograd.grad(
-                value, [weights, *matrices], allow_unused=True, materialize_grads=True
-            )
-        if not bordered:
-            rest = self.factor.of_rest(prior)
-            parts[layout.split :] = [
-                part + own.reshape(part.shape)
-                for part, own in zip(parts[layout.split :], rest, strict=True)
-            ]
-        t = -self.third * half
-        right = self.roots.times(layout.t_rows(t[:, None]), True)
-        s, s_X = self.factor.solve(right, self.rows.X.mT @ t[:, None])
-        c = layout.rows(self.roots.times(s)) + self.rows.X @ s_X
-        return half, c[:, 0], list(parts)
+    def _moved(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Half the variances of the rows' predictors, s, c, and t - Wc."""
+        half, X = self.factor.half_variances(), self.rows.X
+        t = (self.third * half).neg_()
+        s, s_X = self.factor.solve(self.point.slope(t)[:, None], X.mT @ t[:, None])
+        c = self.point.predictor(s[:, 0])
+        if len(s_X):
+            c += (X @ s_X)[:, 0]
+        return half, s, c, t.addcmul_(self.weights, c, value=-1)
 
     def of_predictor(self) -> Tensor:
         r""":math:`\partial L/\partial\eta`, (n,)."""
-        half, c, _ = self._moved
-        return -self.first - self.third * half - self.weights * c
+        return self._moved[3] - self.first
 
     def of_matrices(self) -> list[Tensor]:
         """:math:`\\partial L/\\partial G` for the matrix of each term, in the terms' order."""
-        layout, (half, c, parts) = self.layout, self._moved
-        f = layout.t_rows((-self.third * half - self.weights * c)[:, None])
-        pairs = zip(layout.by_term(self.dual[:, None]), layout.by_term(f), strict=True)
-        forms = [*self.prior.first, *self.prior.rest]
-        found = {}
-        for j, (e, own) in enumerate(pairs):
-            grid = layout.grid(j)
-            e, own = (x.reshape(grid or (1, -1)) for x in (e, own))
-            # e (f - e / 2)' and its transpose, level by level.
-            outer = e[:, :, None] * (own - e / 2)[:, None, :]
-            square = (outer + outer.mT) / 2
-            form = forms[j]
-            folded = form.fold(square[0]) if grid is None else form.fold_blocks(square)
-            found[layout.order[j]] = parts[j] + folded.reshape(parts[j].shape)
-        return [found[i] for i in sorted(found)]
+        _, s, _, f = self._moved
+        return self.factor.of_matrices(self.u, s, self.first, f)
 
     def of_family(self, y: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
         """:math:`\\partial L` by y, if it requires a gradient, and by parameters of the family."""
-        half, c, _ = self._moved
+        half, _, c, _ = self._moved
         wanted = [*([y] if y.requires_grad else []), *parameters]
         if not wanted:
             return []
@@ -169,10 +147,39 @@ class Mode:
             )
 
 
+def average_information(mode: Mode, terms: Sequence[Term], derivatives: Sequence[Tensor]) -> Tensor:
+    r"""Average information of covariance parameters in the working linear model at a mode.
+
+    With :math:`q_i = Z \dot G_i Z^\top\ell'` it is :math:`\tfrac12 q_i^\top P q_j`,
+    :math:`P = W - W Z\Lambda H^{-1}\Lambda^\top Z^\top W`, X projected out where the mode is one of
+    its coefficients too.
+
+    Args:
+        mode: the mode.
+        terms: the random terms, without a graph.
+        derivatives: for the matrix of each term, its derivatives by the m parameters, (m, *shape).
+
+    Shape:
+        Output: (m, m).
+    """
+    q = mode.first.new_zeros(len(mode.first), len(derivatives[0]))
+    for term, parts in zip(terms, derivatives, strict=True):
+        e = term.design.t_matmul(mode.first[:, None])
+        moved = [term.covariance.along(part, e) for part in parts]
+        q = q + term.design.matmul(torch.cat(moved, 1)) if moved else q
+    Wq, X = mode.weights[:, None] * q, mode.rows.X
+    half = [mode.point.slope(column.contiguous()) for column in Wq.unbind(1)]
+    right = torch.stack(half, 1) if half else q.new_zeros(len(mode.u), 0)
+    u, beta = mode.factor.solve(right, X.mT @ Wq)
+    lost = right.mT @ u
+    if len(mode.beta):
+        lost = lost + (X.mT @ Wq).mT @ beta
+    return (q.mT @ Wq - lost) / 2
+
+
 def find_mode(
     rows: Rows,
-    layout: Stacked,
-    terms: Sequence[Term],
+    point: Point,
     start: Tensor | None = None,
     beta: Tensor | None = None,
     factor: Factor | None = None,
@@ -181,8 +188,7 @@ def find_mode(
 
     Args:
         rows: the data; what is computed has no graph.
-        layout: where the effects stand.
-        terms: the random terms.
+        point: the random effects.
         start: where u starts, such as an earlier mode; zero by default.
         beta: where the coefficients start; zero by default.
         factor: of the system near by, with which steps begin; made anew by default.
@@ -190,65 +196,59 @@ def find_mode(
     Raises:
         NumericalError: if there is no mode, or none is found.
     """
-    if start is not None:
+    u = point.slope(rows.eta.new_zeros(len(rows.eta)))
+    if start is not None or beta is not None:
         try:
-            return _newton(rows, layout, terms, start, beta, factor)
+            return _newton(rows, point, u if start is None else start, beta, factor)
         except NumericalError:
             # An earlier mode may be too far away; from zero it is found, or an error says why not.
             pass
-    return _newton(rows, layout, terms, rows.eta.new_zeros(layout.size), None, None)
+    return _newton(rows, point, u, None, None)
 
 
 def _newton(
-    rows: Rows,
-    layout: Stacked,
-    terms: Sequence[Term],
-    start: Tensor,
-    beta: Tensor | None,
-    factor: Factor | None,
+    rows: Rows, point: Point, start: Tensor, beta: Tensor | None, factor: Factor | None
 ) -> Mode:
-    prior, like = Prior.of(layout, terms), rows.eta
-    roots = prior.roots(terms)
-    u = start[:, None]
+    like, u = rows.eta, start
     beta = like.new_zeros(rows.X.shape[1]) if beta is None else beta
-    family, tolerance = rows.family, _tolerance(like.dtype)
-    density: Tensor | None
-    a, density = _predictor(rows, layout, roots, u, beta)
-    if not bool(torch.isfinite(density)):
-        raise NumericalError(
-            "the density of the responses is not finite at the start: `eta` is too far from them"
-        )
+    tolerance, floor = _tolerances(like)
+    density: Tensor | None = None
+    a = _linear(rows, point, u, beta)
+    first, weights, third = (torch.empty_like(like) for _ in range(3))
     before = gain = float("inf")
     for step in range(_MOST_STEPS):
-        first, second, third = (x.detach() for x in family.derivatives(rows.y, a))
-        g = u - roots.times(layout.t_rows(first[:, None]), True)
+        rows.derivatives(a, (first, weights, third))
+        if step == 0 and not bool(torch.isfinite(first.sum())):
+            raise NumericalError(
+                "the density of the responses is not finite at the start: `eta` is too far from them"
+            )
+        g = (point.prior(u) - point.slope(first))[:, None]
         g_X = -rows.X.mT @ first[:, None]
         true = False
-        if factor is None or not layout.q:
-            factor, true = _factor(rows, layout, roots, -second)
+        if factor is None or point.is_cheap:
+            factor, true = _factor(rows, point, weights)
         move, move_X, gain = _step(factor, g, g_X)
         # An earlier factor will do for a step as long as steps get shorter fast.
         if not true and (gain <= tolerance or gain > before / 20 or (step == 0 and gain > 1)):
-            factor, true = _factor(rows, layout, roots, -second)
+            factor, true = _factor(rows, point, weights)
             move, move_X, gain = _step(factor, g, g_X)
         # Rounding leaves a floor, below which steps get no smaller.
-        stalled = gain < 1e3 * tolerance**0.5 and gain > before / 4
+        stalled = gain < floor and gain > before / 4
         if true and (gain <= tolerance or stalled):
-            _refuse_separated(layout.rows(roots.times(move)) + rows.X @ move_X)
-            density = _density(rows, a) if density is None else density
-            return Mode(
-                rows, layout, prior, roots, factor, u[:, 0], beta, a, density, first, -second,
-                third, step,
-            )  # fmt: skip
+            _refuse_separated(
+                _linear(replace(rows, eta=0 * a[:1]), point, move[:, 0], move_X[:, 0])
+            )
+            density = rows.density(a) if density is None else density
+            return Mode(rows, point, factor, u, beta, a, density, first, weights, third, step)
         if gain < before and float((g * move).max()) < _SAFE and not len(beta):
             # So near a mode Newton's step is not questioned.
-            u = u - move
-            a, density = _linear(rows, layout, roots, u, beta), None
+            u = u - move[:, 0]
+            a, density = _linear(rows, point, u, beta), None
         else:
             if density is None:
-                density = _density(rows, a)
+                density = rows.density(a)
             u, beta, a, density = _searched(
-                rows, layout, roots, (u, beta, density), (move, move_X[:, 0]), gain
+                rows, point, (u, beta, density), (move[:, 0], move_X[:, 0]), gain
             )
         before = gain
     raise NumericalError(
@@ -257,18 +257,17 @@ def _newton(
     )
 
 
-def _factor(rows: Rows, layout: Stacked, roots: Prior, weights: Tensor) -> tuple[Factor, bool]:
+def _factor(rows: Rows, point: Point, weights: Tensor) -> tuple[Factor, bool]:
     """The system's factor under weights, and whether they are the true ones.
 
     Away from the mode a density need not be concave: then it is without the rows where it is not.
     """
     try:
-        return Factor(products_of(layout, layout.designs, weights, rows.X), roots), True
+        return point.factor(weights, rows.X), True
     except NotPositiveDefiniteError:
         if not bool((weights < 0).any()):
             raise
-    held = products_of(layout, layout.designs, weights.clamp(min=0), rows.X)
-    return Factor(held, roots), False
+    return point.factor(weights.clamp(min=0), rows.X), False
 
 
 def _step(factor: Factor, g: Tensor, g_X: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -282,21 +281,21 @@ def _step(factor: Factor, g: Tensor, g_X: Tensor) -> tuple[Tensor, Tensor, float
 
 def _searched(
     rows: Rows,
-    layout: Stacked,
-    roots: Prior,
+    point: Point,
     at: tuple[Tensor, Tensor, Tensor],
     move: tuple[Tensor, Tensor],
     gain: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A step that does not raise the penalised density's negative."""
     u, beta, density = at
-    height = float((u * u).sum() / 2 - density)
+    height = float(u @ point.prior(u) / 2 - density)
     slack = torch.finfo(u.dtype).eps * 16 * (1 + abs(height) + rows.eta.numel())
     scale = 1.0
     for _ in range(_MOST_HALVINGS):
         new_u, new_beta = u - scale * move[0], beta - scale * move[1]
-        a, new_density = _predictor(rows, layout, roots, new_u, new_beta)
-        new = float((new_u * new_u).sum() / 2 - new_density)
+        a = _linear(rows, point, new_u, new_beta)
+        new_density = rows.density(a)
+        new = float(new_u @ point.prior(new_u) / 2 - new_density)
         if new <= height - 1e-4 * scale * gain + slack:
             return new_u, new_beta, a, new_density
         scale /= 2
@@ -306,69 +305,27 @@ def _searched(
     )
 
 
-def _linear(rows: Rows, layout: Stacked, roots: Prior, u: Tensor, beta: Tensor) -> Tensor:
+def _linear(rows: Rows, point: Point, u: Tensor, beta: Tensor) -> Tensor:
     """The linear predictor."""
-    a = rows.eta + layout.rows(roots.times(u))[:, 0]
-    return a + rows.X @ beta if len(beta) else a
+    a = point.predictor(u).add_(rows.eta)
+    return a.add_(rows.X @ beta) if len(beta) else a
 
 
-def _density(rows: Rows, a: Tensor) -> Tensor:
-    """The log-density of all rows."""
-    return rows.family.log_density(rows.y, a).sum().detach()
-
-
-def _predictor(
-    rows: Rows, layout: Stacked, roots: Prior, u: Tensor, beta: Tensor
-) -> tuple[Tensor, Tensor]:
-    a = _linear(rows, layout, roots, u, beta)
-    return a, _density(rows, a)
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    """The squared length of a step that is none, in standard deviations of the effects."""
-    return float((1e3 * torch.finfo(dtype).eps) ** 2) if dtype == torch.float64 else 1e-10
+def _tolerances(like: Tensor) -> tuple[float, float]:
+    """Squared lengths of steps, in standard deviations of the effects, that are none, as they move
+    the likelihood by no more than its rounding, and that may be all that rounding allows."""
+    if like.dtype != torch.float64:
+        return 1e-10, 1e-2
+    eps = torch.finfo(like.dtype).eps
+    return max(1e3, 10.0 * len(like)) ** 2 * eps**2, 1e6 * eps
 
 
 def _refuse_separated(move: Tensor) -> None:
     """Raise where a step that gains nothing still moves the predictor: it has no end."""
-    farthest = int(move.abs().argmax())
-    if float(move.abs().max()) > 0.01:
+    low, high = (float(end) for end in move.aminmax())
+    if max(-low, high) > 0.01:
+        farthest = int(move.abs().argmax())
         raise NumericalError(
             "the data are separated: the density rises for ever as the linear predictor of row "
             f"{farthest} goes to {'-' if float(move[farthest]) > 0 else ''}infinity"
         )
-
-
-def recorded(
-    mode: Mode,
-    rows: Rows,
-    designs: Sequence[Design],
-    covariances: Sequence[Covariance],
-) -> Tensor:
-    r"""The same value by plain differentiable operations, for designs and X that move.
-
-    The mode is attached by one Newton step, of length zero, whose derivative is that of the mode.
-    Second derivatives of it are not those of the approximation.
-
-    Args:
-        mode: the mode, without a graph.
-        rows: the data with their graph.
-        designs, covariances: of the terms, in the layout's order, with their graph.
-    """
-    layout, family = mode.layout, rows.family
-    prior = Prior(layout, covariances)
-    e, beta = mode.dual[:, None], mode.beta
-    with torch.enable_grad():
-        a = rows.eta + layout.rows(prior.times(e), designs)[:, 0] + rows.X @ beta
-        first, _, _ = family.derivatives(rows.y, a)
-        rest = e - layout.t_rows(first[:, None], designs)
-        move, move_X = mode.factor.solve(mode.roots.times(rest, True), -rows.X.mT @ first[:, None])
-        moved = layout.rows(mode.roots.times(move)) + mode.rows.X @ move_X
-        e = e - rest + layout.t_rows(mode.weights[:, None] * moved)
-        beta = beta - move_X[:, 0]
-        effects = prior.times(e)
-        a = rows.eta + layout.rows(effects, designs)[:, 0] + rows.X @ beta
-        _, second, _ = family.derivatives(rows.y, a)
-        at = products_of(layout, designs, -second, rows.X)
-        penalised = (e * effects).sum() / 2 - family.log_density(rows.y, a).sum()
-        return penalised + log_det(at, prior) - len(beta) / 2 * log(2 * pi)

@@ -27,7 +27,8 @@ from torch.utils.checkpoint import checkpoint
 
 from openreml_nn.likelihood.laplace_layout import Prior, Stacked
 from openreml_nn.likelihood.laplace_mode import Mode, Rows
-from openreml_nn.likelihood.laplace_system import products_of
+from openreml_nn.likelihood.laplace_space import Space
+from openreml_nn.likelihood.laplace_system import BlockedPoint, products_of
 from openreml_nn.likelihood.problem import cholesky
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.base import Covariance
@@ -40,12 +41,13 @@ __all__ = ["by_quadrature", "check_quadrature"]
 _MOST_EFFECTS = 3
 
 
-def check_quadrature(layout: Stacked, points: int) -> None:
+def check_quadrature(layout: Space, points: int) -> None:
     """Refuse terms over which there is no quadrature.
 
     Raises:
         InputError: if there are several grouping factors, or too many effects of a level.
     """
+    assert isinstance(layout, Stacked)
     if layout.q or not layout.levels:
         raise InputError(
             f"`quadrature` is {points}: expected 1, as the covariance has more than one grouping "
@@ -75,9 +77,11 @@ def by_quadrature(
         points: nodes for each effect of a level.
         held: rows times nodes that are worked on at a time.
     """
-    layout, family = mode.layout, rows.family
+    point, family = mode.point, rows.family
+    assert isinstance(point, BlockedPoint)
+    layout = point.layout
     levels, k = layout.levels, layout.k
-    L = _roots(layout, covariances, mode)  # (levels or 1, k, k)
+    L = _roots(point, covariances, mode.u)  # (levels or 1, k, k)
     first_design = designs[0]
     assert isinstance(first_design, IndexedDesign)
     codes = first_design.codes
@@ -135,13 +139,13 @@ def _grid(points: int, k: int, like: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(nodes).to(like), torch.from_numpy(weights).to(like)
 
 
-def _roots(layout: Stacked, covariances: Sequence[Covariance], mode: Mode) -> Tensor:
+def _roots(point: BlockedPoint, covariances: Sequence[Covariance], like: Tensor) -> Tensor:
     r"""Blocks of :math:`\Lambda`, with a graph.
 
     A standard deviation of zero has none: its derivative is that of Laplace's approximation.
     """
     parts: list[Covariance] = []
-    for form, own in zip(covariances, mode.roots.first, strict=True):
+    for form, own in zip(covariances, point.roots.first, strict=True):
         if isinstance(form, RepeatedCovariance) and form.factor is not None:
             parts.append(RepeatedCovariance(form.factor, form.levels))
         elif not form.matrix.requires_grad:
@@ -151,7 +155,7 @@ def _roots(layout: Stacked, covariances: Sequence[Covariance], mode: Mode) -> Te
         else:
             held = torch.where(form.matrix > 0, form.matrix, 1)
             parts.append(own.with_matrix(torch.where(form.matrix > 0, held.sqrt(), 0)))
-    return Prior(layout, parts).blocks(mode.u)
+    return Prior(point.layout, parts).blocks(like)
 
 
 _SINGULAR = "with quadrature, the covariance of the effects of a level, not held by its factor,"

@@ -26,7 +26,7 @@ from openreml_nn.support.errors import NotPositiveDefiniteError
 from openreml_nn.terms.design import DenseDesign, Design, IndexedDesign
 from openreml_nn.terms.term import Term
 
-__all__ = ["Factor", "effects_of", "log_det", "products_of"]
+__all__ = ["BlockedFactor", "BlockedPoint", "BlockedSpace", "log_det", "products_of"]
 
 
 def products_of(layout: Stacked, designs: Sequence[Design], weights: Tensor, X: Tensor) -> System:
@@ -53,19 +53,58 @@ def products_of(layout: Stacked, designs: Sequence[Design], weights: Tensor, X: 
     return layout.placement.place(products)
 
 
-class Factor:
+class BlockedSpace(Stacked):
+    """Where the random effects of some terms stand, the largest factor to be eliminated."""
+
+    def at(self, terms: Sequence[Term]) -> BlockedPoint:
+        return BlockedPoint(self, terms)
+
+
+class BlockedPoint:
+    """The random effects at some covariances.
+
+    Args:
+        layout: where they stand.
+        terms: with these covariances.
+    """
+
+    def __init__(self, layout: Stacked, terms: Sequence[Term]) -> None:
+        self.layout = layout
+        self.covariances = Prior.of(layout, terms)
+        self.roots = self.covariances.roots(terms)
+        #: Whether a factor takes no longer than what a step does to the rows anyway.
+        self.is_cheap = not layout.q
+
+    def predictor(self, u: Tensor) -> Tensor:
+        return self.layout.rows(self.roots.times(u[:, None]))[:, 0]
+
+    def slope(self, v: Tensor) -> Tensor:
+        return self.roots.times(self.layout.t_rows(v[:, None]), True)[:, 0]
+
+    def prior(self, u: Tensor) -> Tensor:
+        return u
+
+    def factor(self, weights: Tensor, X: Tensor) -> BlockedFactor:
+        return BlockedFactor(self, weights, X)
+
+
+class BlockedFactor:
     r"""The Cholesky factor of :math:`H = I + \Lambda^\top A\Lambda`, bordered by the coefficients of X.
 
     Args:
-        at: products under the weights, :math:`A = Z^\top W Z` among them.
-        roots: :math:`\Lambda`.
+        point: the random effects with :math:`\Lambda`.
+        weights: of the rows, (n,), in :math:`A = Z^\top W Z`.
+        X: (n, p).
 
     Raises:
         NotPositiveDefiniteError: if the system is not positive definite.
     """
 
-    def __init__(self, at: System, roots: Prior) -> None:
-        self._at, self._roots, self.layout = at, roots, roots.layout
+    def __init__(self, point: BlockedPoint, weights: Tensor, X: Tensor) -> None:
+        self._point, self._weights, self._X = point, weights, X
+        self._roots, self.layout = point.roots, point.layout
+        roots = self._roots
+        self._at = at = products_of(self.layout, self.layout.designs, weights, X)
         L = self._L = roots.blocks(at.A11)
         eye = torch.eye(self.layout.k, dtype=L.dtype, device=L.device)
         D = eye + times_blocks(times_blocks(L.mT, at.A11), L)
@@ -81,6 +120,7 @@ class Factor:
             self._Lc = cholesky(M, what)
         self._of_X, self._S = None, None
         self._inverse: tuple[Tensor, Tensor] | None = None
+        self._slopes: tuple[Tensor, list[Tensor]] | None = None
         if at.Aff.numel():
             self._of_X = roots.times(self.layout.joined(at.A1f, at.A2f), True)  # Lambda' Z' W X
             self._solved = self._solve(self._of_X)
@@ -122,7 +162,50 @@ class Factor:
             self._inverse = inverse, self._roots.sandwich(inverse, transpose=True)
         return self._inverse
 
-    def log_det(self, at: System, prior: Prior) -> Tensor:
+    def _derivatives(self) -> tuple[Tensor, list[Tensor]]:
+        """Half the variances of the rows' predictors, and the determinant's part by each matrix."""
+        if self._slopes is not None:
+            return self._slopes
+        layout, prior = self.layout, self._point.covariances
+        forms = [*prior.first, *prior.rest]
+        with torch.enable_grad():
+            weights = self._weights.detach().requires_grad_()
+            matrices = [form.matrix.detach().requires_grad_() for form in forms]
+            held = [form.with_matrix(m) for form, m in zip(forms, matrices, strict=True)]
+            at = products_of(layout, layout.designs, weights, self._X)
+            bordered = bool(self._X.shape[1]) or not layout.q
+            value = (log_det if bordered else self._log_det)(at, Prior(layout, held))
+            half, *parts = torch.autograd.grad(
+                value, [weights, *matrices], allow_unused=True, materialize_grads=True
+            )
+        if not bordered:
+            rest = self._of_rest(prior)
+            parts[layout.split :] = [
+                part + own.reshape(part.shape)
+                for part, own in zip(parts[layout.split :], rest, strict=True)
+            ]
+        self._slopes = half, list(parts)
+        return self._slopes
+
+    def half_variances(self) -> Tensor:
+        return self._derivatives()[0]
+
+    def of_matrices(self, u: Tensor, s: Tensor, first: Tensor, f: Tensor) -> list[Tensor]:
+        layout, (_, parts) = self.layout, self._derivatives()
+        prior = self._point.covariances
+        both = [layout.by_term(layout.t_rows(x[:, None])) for x in (first, f)]
+        found = {}
+        for j, (e, own, form) in enumerate(zip(*both, [*prior.first, *prior.rest], strict=True)):
+            grid = layout.grid(j)
+            e, own = (x.reshape(grid or (1, -1)) for x in (e, own))
+            # e (f - e / 2)' and its transpose, level by level.
+            outer = e[:, :, None] * (own - e / 2)[:, None, :]
+            square = (outer + outer.mT) / 2
+            folded = form.fold(square[0]) if grid is None else form.fold_blocks(square)
+            found[layout.order[j]] = parts[j] + folded.reshape(parts[j].shape)
+        return [found[i] for i in sorted(found)]
+
+    def _log_det(self, at: System, prior: Prior) -> Tensor:
         r"""A function with the value's derivatives by the products and by the eliminated factor's
         covariances: those of :math:`\tfrac12\log|D| + \tfrac12\langle N, E\rangle`, where E is the
         other terms' system, at which N is held."""
@@ -132,7 +215,7 @@ class Factor:
         E22 = at.A22 - at.W.gram(eye.expand_as(K), K)
         return (value + (self._inverses()[1] * E22).sum()) / 2
 
-    def of_rest(self, prior: Prior) -> list[Tensor]:
+    def _of_rest(self, prior: Prior) -> list[Tensor]:
         r"""Derivatives of the value by the other terms' covariances,
         :math:`\tfrac12(E - E N E)` in each term's own part."""
         layout, by, E = self.layout, self.layout.partition, self._E22
@@ -158,22 +241,24 @@ class Factor:
             for form, square, grid in zip(prior.rest, squares, layout.grids, strict=True)
         ]
 
-    def variances(self) -> list[Tensor]:
-        r"""Blocks of :math:`\Lambda H^{-1}\Lambda^\top` by levels, (q, k, k) for each term in the
-        layout's order, the coefficients of X held."""
+    def random(self, terms: Sequence[Term], u: Tensor) -> list[RandomEffects]:
         layout, by = self.layout, self.layout.partition
         N = self._inverses()[1]
         P = self._half.mT @ self._half
         whole = P + P @ self._at.W.quadratic(N) @ P if layout.q else P
-        found, start = [], 0
+        variances, start = [], 0
         for width in layout.widths:
-            found.append(whole[:, start : start + width, start : start + width])
+            variances.append(whole[:, start : start + width, start : start + width])
             start += width
         start = 0
         for size, k in zip(layout.sizes, layout.effects[layout.split :], strict=True):
-            found.append(by.own(N, start, size // k, k))
+            variances.append(by.own(N, start, size // k, k))
             start += size
-        return found
+        found = {}
+        parts = layout.by_term(self._roots.times(u[:, None]))
+        for i, values, spread in zip(layout.order, parts, variances, strict=True):
+            found[i] = RandomEffects(terms[i].name, values.reshape(spread.shape[:2]), spread)
+        return [found[i] for i in sorted(found)]
 
 
 _SEPARATED = "the information on the fixed effects (the data are separated, or say nothing of one of them): it"
@@ -215,17 +300,6 @@ def _reduced(at: System, prior: Prior) -> tuple[Tensor, Tensor]:
 
 def _starts(sizes: Sequence[int]) -> list[int]:
     return [sum(sizes[:i]) for i in range(len(sizes))]
-
-
-def effects_of(
-    terms: Sequence[Term], layout: Stacked, b: Tensor, factor: Factor
-) -> list[RandomEffects]:
-    """The modes of the effects of each term with their conditional variances, in the terms' order."""
-    found = {}
-    parts = zip(layout.order, layout.by_term(b[:, None]), factor.variances(), strict=True)
-    for i, values, variances in parts:
-        found[i] = RandomEffects(terms[i].name, values.reshape(variances.shape[:2]), variances)
-    return [found[i] for i in sorted(found)]
 
 
 def _cholesky(D: Tensor, what: str) -> Tensor:

@@ -8,14 +8,19 @@ from typing import Any
 
 from torch import Tensor
 
-from openreml_nn.likelihood.laplace_layout import Stacked
+from openreml_nn.covariance import Matrix
+from openreml_nn.likelihood.fixed import traced
 from openreml_nn.likelihood.laplace_mode import Rows
-from openreml_nn.likelihood.laplace_system import Factor
+from openreml_nn.likelihood.laplace_space import Factor
+from openreml_nn.likelihood.laplace_sparse import SparseSpace
+from openreml_nn.likelihood.laplace_system import BlockedSpace
+from openreml_nn.support.checks import check_tensor
+from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import RepeatedCovariance
 from openreml_nn.terms.kernel import same_content
 from openreml_nn.terms.term import Term
 
-__all__ = ["Kept", "Task", "constants_of", "factors_of", "with_tensors"]
+__all__ = ["Kept", "Task", "check_call", "constants_of", "factors_of", "with_tensors"]
 
 
 def constants_of(terms: Sequence[Term]) -> list[Tensor]:
@@ -54,12 +59,20 @@ class Task:
         self.rows, self.terms = rows, terms
         self.beta = rows.eta.detach().new_zeros(0)
 
+    def is_recorded(self, method: str, quadrature: int) -> bool:
+        """Whether derivatives come from a recorded formula, which is by blocks: with quadrature, of
+        designs that move, and of an X that is integrated over."""
+        moves = any(t.requires_grad for t in constants_of(self.terms))
+        return quadrature > 1 or moves or (method == "reml" and self.rows.X.requires_grad)
+
 
 class Kept:
     """Where the effects of some designs stand, and where their last mode was: a start for the next."""
 
-    def __init__(self, forms: list[Any], constants: list[Tensor | None], layout: Stacked) -> None:
-        self._forms, self._constants, self.layout = forms, constants, layout
+    def __init__(
+        self, forms: list[Any], constants: list[Tensor | None], space: BlockedSpace | SparseSpace
+    ) -> None:
+        self._forms, self._constants, self.space = forms, constants, space
         self.start: Tensor | None = None
         self.beta: Tensor | None = None
         self.factor: Factor | None = None
@@ -84,3 +97,45 @@ class Kept:
         """The last coefficients, for as many columns."""
         same = self.beta is not None and self.beta.shape[0] == rows.X.shape[1]
         return self.beta if same and self.start_of(rows) is not None else None
+
+
+def check_call(
+    covariance: Matrix,
+    method: str,
+    y: Tensor,
+    eta: Tensor,
+    X: Tensor | None,
+    rows: Tensor | None,
+) -> None:
+    """Refuse what does not fit together, see :class:`LaplaceLoss`.
+
+    Raises:
+        TypeError, InputError: if it does not.
+    """
+    check_tensor("y", y, None, "real")
+    check_tensor("eta", eta, ("n",), "floating")
+    if traced(y, eta, *covariance.parameters()):
+        raise InputError(
+            "torch.func transforms do not go through LaplaceLoss: call backward, or "
+            "torch.autograd.grad"
+        )
+    n = len(eta)
+    if len(y) != n:
+        raise InputError(f"`y` has {len(y)} rows but `eta` has {n}: expected as many")
+    if X is not None:
+        check_tensor("X", X, (n, "p"), "floating")
+    elif method == "reml":
+        raise InputError("`X` is None: method 'reml' integrates the coefficients of X")
+    for name, tensor in (("y", y), ("X", X)):
+        if tensor is not None and tensor.device != eta.device:
+            raise InputError(f"`{name}` is on {tensor.device} but `eta` on {eta.device}")
+    if rows is None and n != covariance.shape[0]:
+        raise InputError(
+            f"`eta` has {n} rows but the covariance has {covariance.shape[0]}: pass `rows`"
+        )
+    if rows is not None:
+        check_tensor("rows", rows, (n,), "integer")
+        if n and not (int(rows.min()) >= 0 and int(rows.max()) < covariance.shape[0]):
+            raise InputError(
+                f"`rows` reaches beyond the {covariance.shape[0]} rows of the covariance"
+            )

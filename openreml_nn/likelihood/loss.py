@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from openreml_nn.covariance import Matrix
 from openreml_nn.covariance.matrix import FreeParams
-from openreml_nn.likelihood.fixed import FixedPart, check_data, traced
-from openreml_nn.likelihood.plan import Auto, Plan, check_solver
-from openreml_nn.likelihood.prepared import Prepared
+from openreml_nn.likelihood.fixed import check_shapes
+from openreml_nn.likelihood.plan import Plan, check_solver
+from openreml_nn.likelihood.prepared import Likelihood, LikelihoodOptions, Ready
 from openreml_nn.likelihood.problem import Evaluation, Problem
-from openreml_nn.likelihood.recorded import LogLikelihood
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.support.checks import check_choice, check_tensor
 from openreml_nn.support.errors import InputError
-from openreml_nn.terms.kernel import private
+from openreml_nn.support.modes import in_full_precision
 from openreml_nn.terms.term import Term
 
-__all__ = ["Heard", "Objective", "REMLLoss", "listen"]
+__all__ = ["Heard", "Objective", "REMLLoss", "listen", "loss_of"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +88,24 @@ class Objective:
     def matrices(self, free_params: FreeParams) -> tuple[Tensor, ...]:
         """The problem's matrices as a differentiable function of the parameters."""
         return tuple(self.problem.matrices(self.terms(free_params)))
+
+
+def loss_of(
+    ready: Ready, count: int, covariance: Callable[[], Matrix], rows: Tensor | None = None
+) -> Tensor:
+    """The negative log-likelihood divided by ``count``, as :func:`listen` hears of it.
+
+    Args:
+        ready: the likelihood.
+        count: of rows.
+        covariance: makes the tree of which it is, where somebody listens.
+        rows: which rows of that.
+    """
+    loss = ready.value() * (-1 / count)
+    heard = _heard.get()
+    if heard is not None and loss.requires_grad:
+        heard.append(Heard(loss, Objective(covariance(), ready.problem, rows), -1 / count))
+    return loss
 
 
 class Heard:
@@ -160,6 +175,7 @@ class REMLLoss(nn.Module):
 
     Attributes:
         names: names of the columns of X, for warnings; None by default.
+        likelihood: where what is prepared for the last data is kept.
 
     Raises:
         InputError: if an option is unknown, or, when the loss is called, the solver does not fit
@@ -190,12 +206,8 @@ class REMLLoss(nn.Module):
         self.solver = solver
         self.reduction = reduction
         self.names: Sequence[str] | None = None
+        self.likelihood = Likelihood()
         self._plan: Plan | None = None
-        self._prepared: Prepared | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # What is prepared for some data can be had again; a copy need not carry it.
-        return {**self.__dict__, "_prepared": None}
 
     def extra_repr(self) -> str:
         return f"method={self.method!r}, solver={self.solver!r}, reduction={self.reduction!r}"
@@ -233,19 +245,10 @@ class REMLLoss(nn.Module):
                 value is not finite.
         """
         device = y.device.type if isinstance(y, Tensor) else "cpu"
-        with torch.autocast(device, enabled=False):
-            problem, terms, fixed, recorded = self._prepare(y, X, rows)
-            matrices = problem.matrices(terms)
-            if recorded:
-                value = problem.recorded(matrices)
-            else:
-                value = LogLikelihood.apply(problem, terms, fixed.y, fixed.Q, *matrices)
-            scale = -1 / len(y) if self.reduction == "mean" else -1.0
-            loss = -value / len(y) if self.reduction == "mean" else -value
-            heard = _heard.get()
-            if heard is not None and loss.requires_grad:
-                heard.append(Heard(loss, Objective(self.covariance, problem, rows), scale))
-        return loss
+        with in_full_precision(device):
+            ready = self._ready(y, X, rows)
+            count = len(y) if self.reduction == "mean" else 1
+            return loss_of(ready, count, lambda: self.covariance, rows)
 
     def evaluate(self, y: Tensor, X: Tensor, rows: Tensor | None = None) -> Evaluation:
         r"""The likelihood of some data at the present parameters, without a fit.
@@ -282,8 +285,15 @@ class REMLLoss(nn.Module):
             TypeError, InputError: as in calling the loss.
         """
         with torch.no_grad():
-            problem = self._prepare(y, X, rows)[0]
-        return Objective(self.covariance, problem, rows)
+            return Objective(self.covariance, self._ready(y, X, rows).problem, rows)
+
+    def _ready(self, y: Tensor, X: Tensor, rows: Tensor | None) -> Ready:
+        check_shapes(y, X)
+        self._check_rows(y, rows)
+        options = LikelihoodOptions(self.method, self.solver, self.names)
+        found = self.likelihood.ready(y, X, self.covariance.terms(rows), options, rows)
+        self._plan = found.plan
+        return found
 
     def _check_rows(self, y: Tensor, rows: Tensor | None) -> None:
         n = self.covariance.shape[0]
@@ -299,69 +309,3 @@ class REMLLoss(nn.Module):
                 raise InputError(
                     f"`y` is on {y.device} but the covariance on {tensor.device}: move one of them"
                 )
-
-    def _prepare(
-        self, y: Tensor, X: Tensor, rows: Tensor | None
-    ) -> tuple[Problem, list[Term], FixedPart, bool]:
-        """The problem for some data, the terms, the data, and whether autograd must record all."""
-        wrapped = traced(y, X, *self.covariance.parameters())
-        kept = None if wrapped else self._prepared
-        same_data = kept is not None and kept.has_seen(y, X)
-        if not wrapped and not same_data:
-            check_data(y, X)
-        self._check_rows(y, rows)
-        terms = self.covariance.terms(rows)
-        dtype = torch.promote_types(y.dtype, terms[0].covariance.matrix.dtype)
-        dtype = torch.promote_types(dtype, torch.float32)
-        terms = [term.to(dtype) for term in terms]
-        constants = [rows, *(tensor for term in terms for tensor in term.constants)]
-        forms = [term.form for term in terms]
-        if kept is not None and not kept.is_of(forms, constants, (self.method, self.solver), dtype):
-            kept = None
-        if kept is not None and same_data:
-            return kept.problem, terms, kept.problem.fixed, False
-        recording = torch.is_grad_enabled()
-        moving = recording and (y.requires_grad or X.requires_grad)
-        recorded = wrapped or (
-            recording and any(t is not None and t.requires_grad for t in constants)
-        )
-        # What is prepared may be used in training later: no tensor of it is one of inference mode.
-        with torch.inference_mode(False), torch.set_grad_enabled(recording):
-            data = (y, X) if wrapped or moving else (private(y), private(X))
-            y, X = (part.to(dtype) for part in data)
-            fixed = FixedPart.plain(y, X) if wrapped else FixedPart.of(y, X, self.names)
-            plain = fixed if wrapped else fixed.detach()
-            # What is recorded is taken as it is; all else where nobody else can change it.
-            held = terms if recorded else [term.private() for term in terms]
-            if kept is not None and kept.problem.takes_data:
-                problem = kept.problem.with_fixed(plain)
-                copies = kept.constants
-            else:
-                problem = self._planned(plain, held, dtype)
-                copies = [None if rows is None else private(rows)]
-                copies += [tensor for term in held for tensor in term.constants]
-            recorded = recorded or (moving and not problem.takes_data)
-            if recorded and moving and not wrapped:
-                problem = problem.anew(fixed, terms)
-        self._prepared = (
-            None
-            if recorded
-            else Prepared(
-                None if moving else data, forms, copies, (self.method, self.solver), problem
-            )
-        )
-        return problem, terms, fixed, recorded
-
-    def _planned(self, fixed: FixedPart, terms: list[Term], dtype: torch.dtype) -> Problem:
-        """A problem prepared by the solver of least work."""
-        plan = Plan.of(terms, fixed.Q.shape[1], self.solver, dtype)
-        problem = plan.choice.problem(fixed, terms, self.method)
-        self._plan = plan.measured(problem)
-        if not plan.exact and isinstance(check_solver(self.solver), Auto):
-            warnings.warn(
-                f"the likelihood is approximate: {plan.reason}; "
-                "solver='blocked' insists on an exact one",
-                RuntimeWarning,
-                stacklevel=5,
-            )
-        return problem

@@ -42,11 +42,11 @@ class Auto(Solver):
 
     def choose(self, terms: Sequence[Term], p: int, dtype: torch.dtype) -> tuple[Solver, Cost, str]:
         """The solver, its cost, and why it is taken."""
-        solvers = [make() for make in SOLVERS.values()]
         known: list[tuple[Solver, Cost | None]] = []
         least = inf
-        for solver in solvers:
-            if solver.exact and solver.least < least:
+        for make in SOLVERS.values():
+            if make.exact and make.least < least:
+                solver = make()
                 found = solver.forecast(terms, p, dtype)
                 known.append((solver, found))
                 if found is not None and found.bytes <= self.memory:
@@ -56,8 +56,9 @@ class Auto(Solver):
         small = [found for found in exact if found[1].bytes <= self.memory]
         if not small:
             held = min(cost.bytes for _, cost in exact)
-            for solver in solvers:
-                rough = None if solver.exact else solver.forecast(terms, p, dtype)
+            for make in SOLVERS.values():
+                solver = make()
+                rough = None if make.exact else solver.forecast(terms, p, dtype)
                 if rough is not None:
                     return solver, rough, f"exact solvers would need {held / 2**30:.3g} GiB"
         (solver, cost), *others = small or exact
@@ -88,7 +89,10 @@ def check_solver(solver: object) -> Solver:
     check_instance("solver", solver, str, "a name, or a solver such as `Krylov()`")
     assert isinstance(solver, str)
     check_choice("solver", solver, (Auto.name, *SOLVERS))
-    return Auto() if solver == Auto.name else SOLVERS[solver]()
+    return _AUTO if solver == Auto.name else SOLVERS[solver]()
+
+
+_AUTO = Auto()
 
 
 @dataclass(frozen=True)

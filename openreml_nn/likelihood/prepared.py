@@ -1,21 +1,156 @@
-"""A problem with the data that it was prepared for, to know when it can be used again."""
+"""The likelihood of data by terms, and what is prepared for it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from openreml_nn.likelihood.fixed import FixedPart, check_data, traced
+from openreml_nn.likelihood.plan import Auto, Plan, check_solver
 from openreml_nn.likelihood.problem import Problem
-from openreml_nn.terms.kernel import same_content
+from openreml_nn.likelihood.recorded import LogLikelihood
+from openreml_nn.likelihood.solver import Solver
+from openreml_nn.support.modes import outside_inference
+from openreml_nn.terms.kernel import private, same_content
+from openreml_nn.terms.term import Term
 
-__all__ = ["Prepared"]
+__all__ = ["Likelihood", "LikelihoodOptions", "Ready"]
+
+
+class LikelihoodOptions(NamedTuple):
+    """How a likelihood is computed, see :class:`REMLLoss`; ``names`` of the columns of X are for
+    warnings."""
+
+    method: str
+    solver: str | Solver
+    names: Sequence[str] | None = None
+
+
+class Ready(NamedTuple):
+    """A likelihood that can be evaluated.
+
+    Attributes:
+        problem: the likelihood in the covariance matrices.
+        plan: how it is computed.
+        terms: where it is to be evaluated, in the precision of the computation.
+        fixed: the data.
+        recorded: whether autograd must record every operation of it.
+    """
+
+    problem: Problem
+    plan: Plan
+    terms: list[Term]
+    fixed: FixedPart
+    recorded: bool
+
+    def value(self) -> Tensor:
+        """The log-likelihood, differentiable in the terms and the data."""
+        matrices = self.problem.matrices(self.terms)
+        if self.recorded:
+            return self.problem.recorded(matrices)
+        data = self.fixed.y, self.fixed.Q
+        return LogLikelihood.apply(self.problem, self.terms, *data, *matrices)
+
+
+class Likelihood:
+    """The likelihood of data by terms. What it has prepared for the last data is used again for
+    data of the same content."""
+
+    def __init__(self) -> None:
+        self._kept: _Prepared | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What is prepared for some data can be had again; a copy need not carry it.
+        return Likelihood, ()
+
+    def ready(
+        self,
+        y: Tensor,
+        X: Tensor,
+        terms: Sequence[Term],
+        options: LikelihoodOptions,
+        rows: Tensor | None = None,
+        check: Callable[[Tensor, Tensor], None] = check_data,
+    ) -> Ready:
+        """Prepare the likelihood of some data.
+
+        Args:
+            y, X: the data.
+            terms: the lowered covariance of their rows.
+            options: how it is computed.
+            rows: which rows of a covariance the terms are of.
+            check: refuses data that were not seen before.
+
+        Raises:
+            TypeError, InputError: as :class:`REMLLoss`.
+        """
+        constants = [rows, *(tensor for term in terms for tensor in term.constants)]
+        wrapped = traced(y, X, *constants, *(term.covariance.matrix for term in terms))
+        kept = None if wrapped else self._kept
+        same_data = kept is not None and kept.has_seen(y, X)
+        if not wrapped and not same_data:
+            check(y, X)
+        dtype = torch.promote_types(y.dtype, terms[0].covariance.matrix.dtype)
+        dtype = torch.promote_types(dtype, torch.float32)
+        terms = [term.to(dtype) for term in terms]
+        if kept is not None and not kept.is_of(terms, constants, options, dtype):
+            kept = None
+        if kept is not None and same_data:
+            return Ready(kept.problem, kept.plan, terms, kept.problem.fixed, False)
+        recording = torch.is_grad_enabled()
+        moving = recording and (y.requires_grad or X.requires_grad)
+        recorded = wrapped or (
+            recording and any(t is not None and t.requires_grad for t in constants)
+        )
+        # What is prepared may be used in training later: no tensor of it is one of inference mode.
+        with outside_inference(recording):
+            data = (y, X) if wrapped or moving else (private(y), private(X))
+            y, X = (part.to(dtype) for part in data)
+            fixed = FixedPart.plain(y, X) if wrapped else FixedPart.of(y, X, options.names)
+            plain = fixed if wrapped else fixed.detach()
+            # What is recorded is taken as it is; all else where nobody else can change it.
+            held = terms if recorded else [term.private() for term in terms]
+            if kept is not None and kept.problem.takes_data:
+                problem, plan = kept.problem.with_fixed(plain), kept.plan
+                copies = kept.constants
+            else:
+                problem, plan = _planned(plain, held, options, dtype)
+                copies = [None if rows is None else private(rows)]
+                copies += [tensor for term in held for tensor in term.constants]
+            recorded = recorded or (moving and not problem.takes_data)
+            if recorded and moving and not wrapped:
+                problem = problem.anew(fixed, terms)
+        found = None if moving else data
+        self._kept = None
+        if not recorded and (problem.prepares or not moving):
+            forms = [term.form for term in held]
+            self._kept = _Prepared(found, forms, copies, options, problem, plan)
+        return Ready(problem, plan, terms, fixed, recorded)
+
+
+def _planned(
+    fixed: FixedPart, terms: Sequence[Term], options: LikelihoodOptions, dtype: torch.dtype
+) -> tuple[Problem, Plan]:
+    """A problem prepared by the solver of least work."""
+    plan = Plan.of(terms, fixed.Q.shape[1], options.solver, dtype)
+    problem = plan.choice.problem(fixed, terms, options.method)
+    if not plan.exact and isinstance(check_solver(options.solver), Auto):
+        warnings.warn(
+            f"the likelihood is approximate: {plan.reason}; "
+            "solver='blocked' insists on an exact one",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+    return problem, plan.measured(problem)
 
 
 @dataclass(frozen=True)
-class Prepared:
+class _Prepared:
     """A problem with private copies of the data, and of the other constants, that it was
     prepared for.
 
@@ -26,8 +161,9 @@ class Prepared:
     data: tuple[Tensor, Tensor] | None
     forms: list[tuple[object, ...]]
     constants: list[Tensor | None]
-    options: tuple[object, ...]
+    options: LikelihoodOptions
     problem: Problem
+    plan: Plan
 
     def has_seen(self, y: Tensor, X: Tensor) -> bool:
         """Whether the data are those that it was prepared for, and have no graph."""
@@ -37,15 +173,17 @@ class Prepared:
 
     def is_of(
         self,
-        forms: Sequence[tuple[object, ...]],
+        terms: Sequence[Term],
         constants: Sequence[Tensor | None],
-        options: tuple[object, ...],
+        options: LikelihoodOptions,
         dtype: torch.dtype,
     ) -> bool:
         """Whether it was prepared for terms of the same forms, designs, kernels and rows, by the
         same method and solver."""
         problem = self.problem
-        if problem.fixed.y.dtype != dtype or self.options != options or self.forms != forms:
+        if problem.fixed.y.dtype != dtype or self.options[:2] != options[:2]:
+            return False
+        if self.forms != [term.form for term in terms]:
             return False
         return _all_same(constants, self.constants)
 

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from openreml_nn.likelihood.effects import Coefficients, RandomEffects
 from openreml_nn.likelihood.fixed import FixedPart, traced
+from openreml_nn.support.checks import is_finite
 from openreml_nn.support.errors import NotPositiveDefiniteError, NumericalError
+from openreml_nn.support.modes import outside_inference
 from openreml_nn.terms.kernel import private
 from openreml_nn.terms.term import Term
 
@@ -41,8 +43,8 @@ def cholesky(matrix: Tensor, what: str) -> Tensor:
     if torch._C._functorch.is_functorch_wrapped_tensor(matrix):
         return factor
     # A NaN or an infinite entry anywhere ends on the diagonal.
-    finite = torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all()
-    if bool((info != 0).any()) or not bool(finite):
+    failed = int(info) if matrix.dim() == 2 else bool(info.any())
+    if failed or not is_finite(factor.diagonal(dim1=-2, dim2=-1)):
         raise NotPositiveDefiniteError(f"{what} is not positive definite")
     return factor
 
@@ -105,14 +107,14 @@ class Evaluation:
     def fixed(self) -> Coefficients:
         """BLUEs of the fixed effects, with their covariance."""
         part = self.problem.fixed
-        with torch.inference_mode(False), torch.no_grad():
+        with outside_inference(recording=False):
             spread = part.T @ torch.cholesky_inverse(self.gamma_factor) @ part.T.mT
             return Coefficients(part.coefficients(self.gamma), spread, tuple(part.columns))
 
     @cached_property
     def random(self) -> tuple[RandomEffects, ...]:
         """BLUPs of each random term, with prediction-error variances, level by level."""
-        with torch.inference_mode(False), torch.no_grad():
+        with outside_inference(recording=False):
             return tuple(self.random_effects())
 
     def at(self, terms: Sequence[Term], matrices: list[Tensor]) -> None:
@@ -125,11 +127,9 @@ class Evaluation:
 
         These are sums over entries of each matrix; where it is close to singular they cancel.
         """
-        with torch.inference_mode(False), torch.no_grad():
+        with outside_inference(recording=False):
             problem, found = self.problem, self.scores_unchecked()
-            terms = sum(
-                float((x * m).abs().sum()) for x, m in zip(found, self.at_matrices, strict=True)
-            )
+            terms = sum(map(_size_of_product, found, self.at_matrices))
             lost = self.rounding * terms / (problem.n + float(self.y_p_y))
             if problem.has_digits(lost):
                 return found
@@ -159,6 +159,8 @@ class Evaluation:
         """
         V_f = self.inverse_times_data()
         V_Q, V_y = V_f[:, :-1], V_f[:, -1]
+        if not self.problem.p:
+            return -V_y, V_Q
         p_y = V_y - V_Q @ self.gamma
         by_Q = torch.outer(p_y, self.gamma)
         if self.problem.method == "reml":
@@ -200,6 +202,8 @@ class Problem:
 
     #: Whether evaluations have derivatives by the data, and the data can be exchanged.
     takes_data = False
+    #: Whether what is prepared of designs alone takes long, so that it is kept for other data.
+    prepares = True
     #: Whether :meth:`recorded` takes about as long as an evaluation, so that second derivatives
     #: are to be had from it.
     has_second_derivatives = True
@@ -271,7 +275,7 @@ class Problem:
         Raises:
             NumericalError: if V is not positive definite, or rounding leaves too few digits.
         """
-        with torch.inference_mode(False), torch.no_grad():
+        with outside_inference(recording=False):
             terms = [replace(term, covariance=term.covariance.map(_plain)) for term in terms]
             matrices = self.matrices(terms)
             if self._last is not None and all(map(torch.equal, self._last[0], matrices)):
@@ -349,9 +353,14 @@ class Problem:
     def assemble(self, log_det_v: Tensor, log_det_x: Tensor, y_p_y: Tensor) -> Tensor:
         """Assemble the log-likelihood of the original response and model matrix."""
         if self.method == "ml":
-            return -(self.n * log(2 * pi) + log_det_v + y_p_y) / 2
+            return (log_det_v + y_p_y) * -0.5 - self.n * log(2 * pi) / 2
         log_det_x = log_det_x - 2 * self.fixed.log_det
         return -((self.n - self.p) * log(2 * pi) + log_det_v + log_det_x + y_p_y) / 2
+
+
+def _size_of_product(x: Tensor, m: Tensor) -> float:
+    """The sum of the sizes of the products of entries."""
+    return abs(float(x) * float(m)) if x.numel() == 1 else float((x * m).abs().sum())
 
 
 def _plain(tensor: Tensor) -> Tensor:

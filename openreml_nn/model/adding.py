@@ -148,8 +148,11 @@ def _statistics(
         codes = codes.long().index_copy(0, own, q + torch.arange(len(own), device=own.device))
         z = None if values is None else values.to(like)
         designs.append(IndexedDesign(codes, z, q + len(own), absent=False))
-    residual = structure_of(model.residual).operands(batch, n).values()
-    terms = [term for matrix in residual for term in matrix.terms()]
+    residual = structure_of(model.residual)
+    if residual.is_independent:
+        return Statistics.of(designs, f, 1 / residual.variances(batch, n).to(like))
+    matrices = residual.operands(batch, n).values()
+    terms = [term for matrix in matrices for term in matrix.terms()]
     equations = Equations.of(designs, terms, f, fixed)
     found = None if equations is None else equations.statistics()
     assert found is not None  # rows whose residuals are correlated are of the same levels

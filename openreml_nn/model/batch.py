@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from openreml_nn.support.checks import check_instance, check_mapping, check_tensor
+from openreml_nn.support.checks import check_instance, check_mapping, check_tensor, is_finite
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
 
@@ -39,7 +39,7 @@ __all__ = [
 Batch = Mapping[str, Any]
 
 #: What a batch holds of each row.
-_OF_ROWS = ("x", "y", "groups", "values", "weights", "offset", "residual", "places")
+_OF_ROWS = ("x", "y", "groups", "values", "weights", "offset", "residual", "places", "zi")
 #: What a batch may hold, see :class:`MixedModel`.
 KEYS = (*_OF_ROWS, "extra")
 _KNOWN = frozenset(KEYS)
@@ -102,9 +102,8 @@ def check_finite(name: str, values: Tensor, expected: str = "finite numbers") ->
     Raises:
         InputError: if there is one.
     """
-    finite = torch.isfinite(values.detach())
-    if not bool(finite.all()):
-        at = (~finite).nonzero()[0]
+    if not is_finite(values):
+        at = (~torch.isfinite(values)).nonzero()[0]
         value, row = float(values[tuple(at)]), int(at[0]) if len(at) else 0
         raise InputError(f"`{name}` is {value:g} in row {row}: expected {expected}")
 
@@ -116,10 +115,9 @@ def check_outputs(output: Tensor, batch: Batch) -> None:
     Raises:
         InputError: if a number is not finite.
     """
-    finite = torch.isfinite(output.detach()).reshape(len(output), -1).all(1)
-    if bool(finite.all()):
+    if is_finite(output):
         return
-    row = int((~finite).nonzero()[0])
+    row = int((~torch.isfinite(output.detach())).nonzero()[0, 0])
     for name, x in _tensors("batch['x']", batch.get("x")):
         if x.is_floating_point() and x.dim() and len(x) == len(output):
             check_finite(name, x, "finite numbers, as the network's output there is not finite")
@@ -153,7 +151,7 @@ def responding(batch: Batch, several: bool = False) -> tuple[Batch, Tensor | Non
     if not isinstance(y, Tensor) or not y.is_floating_point() or not y.dim() or y.is_meta:
         return batch, None  # what takes the response refuses it
     y = y.detach()
-    if bool(torch.isfinite(y).all()):
+    if is_finite(y):
         return batch, None
     columns = y.isnan().reshape(len(y), -1)
     missing = columns.all(1) if several else columns.any(1)

@@ -10,11 +10,11 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from openreml_nn.covariance import Relationship
 from openreml_nn.estimation.marginal import fit_laplace
-from openreml_nn.families import Family, named_family
+from openreml_nn.families import Family, ZeroInflated, named_family
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.model.batch import Batch
 from openreml_nn.model.constraints import Constraint, Limits
@@ -22,6 +22,7 @@ from openreml_nn.model.linear import read_table_of, with_model
 from openreml_nn.model.mixed_model import MixedModel
 from openreml_nn.model.response import EncodedResponse
 from openreml_nn.model.structures import labels_of, linear_model, relations_of
+from openreml_nn.model.zeros import ZeroEncoder
 from openreml_nn.result import FixedEffects, Label, Result
 from openreml_nn.support.checks import (
     check_choice,
@@ -45,6 +46,7 @@ def glmm(
     method: str = "ml",
     quadrature: int = 1,
     *,
+    zi: str | None = None,
     solver: str | Solver = "auto",
     categorical: Sequence[str] = (),
     weights: str | None = None,
@@ -77,6 +79,9 @@ def glmm(
         method: ``"ml"``, or ``"reml"``, which integrates the coefficients as well.
         quadrature: points of quadrature for each effect of a level, with one grouping factor; 1 is
             Laplace's approximation.
+        zi: a formula such as ``"~ 1 + x"``: a count, or a response of 0 and 1, is then 0 with a
+            probability of its own, whose logit is linear in these columns, see
+            :class:`openreml_nn.families.ZeroInflated`.
         solver: see :class:`LaplaceLoss`.
         categorical: numeric columns to be taken as factors.
         weights, residual, residual_variance, chunk_rows: of :func:`lmm`; refused here, as the
@@ -102,6 +107,8 @@ def glmm(
     check_table("table", table)
     check_names("categorical", categorical)
     check_choice("method", method, ("ml", "reml"))
+    if zi is not None:
+        check_text("zi", zi)
     check_count("max_iterations", max_iterations, 1)
     options = {"weights": weights, "residual": residual, "residual_variance": residual_variance}
     for option, value in {**options, "chunk_rows": chunk_rows}.items():
@@ -114,9 +121,13 @@ def glmm(
     named_family(family, link)  # refused before the table is read
     table, source = read_table_of(table)
     relations = relations_of(pedigree, kernels)
-    response = EncodedResponse(formula, family, categorical, source, relations=relations)
+    response = EncodedResponse(formula, family, categorical, source, zi, relations=relations)
     encoded, table = response.fit(table)
-    own = named_family(family, link, max(2, len(response.levels))).to(encoded.X.dtype)
+    own = named_family(family, link, max(2, len(response.levels)))
+    if isinstance(response.encoder, ZeroEncoder):
+        names = response.encoder.names
+        own = ZeroInflated(own, nn.Linear(len(names), 1, bias=False), names)
+    own = own.to(encoded.X.dtype)
     model = linear_model(encoded, method, solver, family=own, quadrature=quadrature)
     batch = encoded.batch()
     result = fit_family(

@@ -20,10 +20,19 @@ from openreml_nn.families import Family
 from openreml_nn.likelihood import LaplaceLoss, REMLLoss
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import check_solver
+from openreml_nn.likelihood.prepared import LikelihoodOptions
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import check_method
-from openreml_nn.model.batch import Batch, check_inputs, part, rows_of, take, with_responses
-from openreml_nn.model.likelihoods import LastLikelihood, LikelihoodOptions, covariance_of
+from openreml_nn.model.batch import (
+    Batch,
+    check_inputs,
+    check_outputs,
+    part,
+    rows_of,
+    take,
+    with_responses,
+)
+from openreml_nn.model.likelihoods import LastLikelihood, covariance_of
 from openreml_nn.model.means import evaluating, gradient_in_parts, mean_of, outputs_in_parts
 from openreml_nn.model.predictor import Predictor
 from openreml_nn.model.random_effect import RandomEffect, coded_effects
@@ -135,8 +144,7 @@ class MixedModel(Predictor):
         groups is a composite likelihood. Rows without a response are not in it.
 
         Raises:
-            TypeError, InputError: if a part of the batch is missing, of another shape, out of range
-                or not finite, or the network yields NaN: the message says where, and what to do.
+            TypeError, InputError: if a part of the batch is at fault, or the network yields NaN.
         """
         batch, _ = with_responses(batch, None, self.responses > 1)
         return self.loss_of(self(batch), batch)
@@ -146,8 +154,9 @@ class MixedModel(Predictor):
         if self.family is not None:
             marginal, y, eta, X = self.marginal(output, batch)
             return marginal(y, eta, X) / len(eta)
-        loss, y, X = self.data(output, batch)
-        return loss(y, X)
+        batch, output = with_responses(*self.single(batch, output, is_data=True))
+        options = LikelihoodOptions(self.method, self.solver)
+        return self._last.loss(self.effects(), self.residual, options, batch, output, self.head)
 
     def outputs(self, x: Any, rows: int) -> Tensor:
         """What the network yields, ``rows`` at a time, without recording and without dropout."""
@@ -204,6 +213,7 @@ class MixedModel(Predictor):
             )
         batch, output = with_responses(*self.single(batch, output, is_data=True))
         y, X = of_gaussian(output, batch, self.head)
+        check_outputs(output, batch)
         loss = self._likelihood(batch, len(y))
         assert isinstance(loss, REMLLoss)
         return loss, y, X
@@ -212,7 +222,7 @@ class MixedModel(Predictor):
         """The likelihood of a batch by the family, with what it takes: y, the known part of the linear
         predictor, and X with head ``"gls"``."""
         batch, output = with_responses(batch, output)
-        y, known, X = of_family(output, batch, self.head)
+        y, known, X = of_family(self.family, output, batch, self.head)
         loss = self._likelihood(batch, len(y))
         assert isinstance(loss, LaplaceLoss)
         return loss, y, known, X
@@ -231,8 +241,8 @@ class MixedModel(Predictor):
         return covariance_of(effects, self.residual, batch, coded_effects(effects, batch, n), n)
 
     def _likelihood(self, batch: Batch, n: int) -> REMLLoss | LaplaceLoss:
-        options = LikelihoodOptions(self.method, self.solver, self.quadrature)
-        return self._last.of(self.effects(), self.residual, options, batch, n)
+        options = LikelihoodOptions(self.method, self.solver)
+        return self._last.of(self.effects(), self.residual, options, self.quadrature, batch, n)
 
     @torch.no_grad()
     def update(self, batch: Batch, output: Tensor | None = None) -> None:

@@ -73,7 +73,9 @@ class Predictor(Posterior):
         with BLUPs, where beside the widest factor of independent levels there are at most 2,000
         effects and coefficients. With more, a warning says that it takes them as independent. The
         residual of a new observation is independent of those of the data; its variance is divided
-        by the row's weight where the batch has weights. Before :meth:`update` the variance is that
+        by the row's weight where the batch has weights. A level that was not seen has its prior; one
+        at a place, with its coordinates in ``batch["places"]``, the mean and variance given the places
+        of the fit. Before :meth:`update` the variance is that
         of the priors. With a family all is on the scale of the response: means are expectations
         over the random effects, given the data or, of the population, without them. Of a mean
         without parameters a row has NaN where the data do not say its expectation.
@@ -95,9 +97,10 @@ class Predictor(Posterior):
         """
         found, effects = _linear_predictor(self, batch)
         if self.family is not None:
+            family = self.family.of_rows(batch.get("zi"))
             low, high = normal_interval(found.mean, found.variance, level)
-            found = on_response(self.family, found, effects)
-            return found, self.family.mean(low), self.family.mean(high)
+            found = on_response(family, found, effects)
+            return found, family.mean(low), family.mean(high)
         if self.responses > 1:
             found = self._by_row(found)
         return found, *normal_interval(found.mean, found.variance, level)
@@ -120,10 +123,10 @@ class Predictor(Posterior):
                 f"`batch['y']` is {described(y)}: expected {tuple(found.mean.shape)}, as predictions are"
             )
         if self.family is not None:
-            own, rows = responding({"y": y})
+            own, rows = responding({"y": self.family.with_inputs(y, batch.get("zi"))})
             self.family.check(own["y"])
             if rows is None:
-                return log_predictive(self.family, y, found)
+                return log_predictive(self.family, own["y"], found)
             there = Prediction(*(value[rows] for value in found))
             density = log_predictive(self.family, own["y"], there)
             return torch.full_like(found.mean, torch.nan).index_copy(0, rows, density)

@@ -21,7 +21,10 @@ from openreml_nn.covariance import (
     UnstructuredMatrix,
 )
 from openreml_nn.covariance.kernel import DistanceMatrix
-from openreml_nn.covariance.params import module_name, user_name
+from openreml_nn.covariance.params import module_name, operand_name, user_name
+from openreml_nn.covariance.propagation import propagated
+from openreml_nn.covariance.sum import summands
+from openreml_nn.covariance.vecchia import VecchiaMatrix
 from openreml_nn.model.batch import (
     Batch,
     check_values,
@@ -41,6 +44,9 @@ from openreml_nn.support.checks import (
 )
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import RepeatedCovariance
+from openreml_nn.terms.design import IndexedDesign
+from openreml_nn.terms.precision import PrecisionCovariance
+from openreml_nn.terms.term import Term
 
 __all__ = [
     "Coded",
@@ -66,12 +72,12 @@ def independent_levels(levels: int, effects: int) -> Matrix:
     return KroneckerProduct(levels=IdentityMatrix(levels), effects=UnstructuredMatrix(effects))
 
 
-def kernel_of(g: Matrix) -> DistanceMatrix | None:
+def kernel_of(g: Matrix) -> DistanceMatrix | VecchiaMatrix | None:
     """The kernel among the levels of a covariance of all levels; None if there is none."""
     if isinstance(g, KroneckerProduct) and list(g.operands) == ["levels", "effects"]:
         one = g.operands["levels"]
-        return one if isinstance(one, DistanceMatrix) else None
-    return g if isinstance(g, DistanceMatrix) else None
+        return one if isinstance(one, DistanceMatrix | VecchiaMatrix) else None
+    return g if isinstance(g, DistanceMatrix | VecchiaMatrix) else None
 
 
 def _labels(name: str, given: int | Sequence[str]) -> tuple[str, ...]:
@@ -173,17 +179,19 @@ class RandomEffect(nn.Module):
         check_instance("features", features, (nn.Module, NoneType), "a module, or None")
         if basis is not None:
             check_tensor("basis", basis, (k, k), "floating")
-        self.levels = q
-        self.effects = k
+        self.levels, self.effects = q, k
         self.features = features
         self.g = _of_all_levels(covariance, q, k)
         like = next(self.g.parameters(), torch.zeros(1, dtype=torch.float64))
         self.register_buffer("blup", like.new_zeros(q, k))
         self.register_buffer("variance", like.new_zeros(q, k, k))
         self.register_buffer("basis", torch.eye(k).to(like) if basis is None else basis)
+        kernel = kernel_of(self.g)
+        if isinstance(kernel, VecchiaMatrix):
+            places = kernel.places if places is None else places
         if places is not None:
             check_tensor("places", places, (q, "d"), "floating")
-            if kernel_of(self.g) is None:
+            if kernel is None:
                 raise InputError(
                     f"`places` has coordinates but `covariance` is {type(self.g).__name__}: expected a "
                     "kernel of distances, such as MaternMatrix, or its product with a covariance"
@@ -202,7 +210,10 @@ class RandomEffect(nn.Module):
 
     def prior_in_basis(self) -> Tensor:
         """Covariance (k, k) of the effects of a level that was not seen, in their basis; see :meth:`prior`."""
-        return prior_of(lowered(self.g), self.levels, self.effects)
+        g = lowered(self.g)
+        if isinstance(kernel_of(self.g), VecchiaMatrix) and isinstance(g, PrecisionCovariance):
+            return g.shown()  # the variance of any place
+        return prior_of(g, self.levels, self.effects)
 
     def known(self) -> tuple[Tensor, Tensor]:
         """BLUPs (levels, k) of the effects of z, and their prediction-error variances."""
@@ -233,20 +244,29 @@ class RandomEffect(nn.Module):
         Raises:
             InputError: if there is such a row and levels are correlated.
         """
-        g, levels = self.g, self.levels
-        unknown = (codes < 0).nonzero()[:, 0]
-        if len(unknown):
-            levels += len(unknown)
-            grown = self.g_of(levels)
-            if grown is None:
-                raise InputError(
-                    f"group {name!r} has the code -1, a level that is not known, in rows of the "
-                    "likelihood: expected known levels, because its levels are correlated"
-                )
-            g = grown
-            own = torch.arange(self.levels, levels, device=codes.device, dtype=codes.dtype)
-            codes = codes.index_copy(0, unknown, own)
+        codes, g, levels = self._of_rows(name, codes)
         return CovariancePropagation(z=DummyMatrix.from_codes(codes, levels, values), g=g)
+
+    def terms(self, name: str, codes: Tensor, values: Tensor | None) -> list[Term]:
+        """The terms of :meth:`covariance`, without the tree."""
+        codes, g, levels = self._of_rows(name, codes)
+        design = IndexedDesign(codes.long(), values, levels, absent=False)
+        return summands(operand_name(name, {"residual"}), g, propagated(design, g))
+
+    def _of_rows(self, name: str, codes: Tensor) -> tuple[Tensor, Matrix, int]:
+        """Codes of rows, those of no known level on their own, with G of so many levels."""
+        if not len(codes) or int(codes.min()) >= 0:
+            return codes, self.g, self.levels
+        at = (codes < 0).nonzero()[:, 0]
+        levels = self.levels + len(at)
+        grown = self.g_of(levels)
+        if grown is None:
+            raise InputError(
+                f"group {name!r} has the code -1, a level that is not known, in rows of the "
+                "likelihood: expected known levels, because its levels are correlated"
+            )
+        own = torch.arange(self.levels, levels, device=codes.device, dtype=codes.dtype)
+        return codes.index_copy(0, at, own), grown, levels
 
     def g_of(self, levels: int) -> Matrix | None:
         """G for another number of levels, with the same parameters; None for correlated ones."""
@@ -273,16 +293,11 @@ class RandomEffect(nn.Module):
         """
         more, g = levels - self.levels, self.g_of(levels)
         if more < 0 or g is None:
-            raise InputError(
-                f"`levels` is {levels}: expected {self.levels} or more"
-                if more < 0
-                else f"`levels` is {levels}: expected {self.levels}, because levels are correlated"
-            )
-        if len(names) != (0 if self.names is None else more):
-            raise InputError(
-                f"`names` has {len(names)} names: expected "
-                + ("none, as levels have none" if self.names is None else f"{more}, of new levels")
-            )
+            why = " or more" if more < 0 else ", because levels are correlated"
+            raise InputError(f"`levels` is {levels}: expected {self.levels}{why}")
+        expected = 0 if self.names is None else more
+        if len(names) != expected:
+            raise InputError(f"`names` has {len(names)} names: expected {expected}, of new levels")
         if self.names is not None:
             self.names = check_labels("names", [*self.names, *names])
         self.g, self.levels = g, levels
@@ -319,9 +334,14 @@ def known_effect(
     if at is None or kernel is None or effect.places is None:
         return known
     rows = (codes < 0).nonzero()[:, 0]
-    own, mode = at[rows].to(effect.places), "donot_use_mm_for_euclid_dist"
-    distance = torch.cdist(own, effect.places, compute_mode=mode)
-    return replace(known, kriging=Kriging.of(rows, kernel(), kernel.between(distance)))
+    own = at[rows].to(effect.places)
+    if isinstance(kernel, DistanceMatrix):
+        mode = "donot_use_mm_for_euclid_dist"
+        distance = torch.cdist(own, effect.places, compute_mode=mode)
+        return replace(known, kriging=Kriging.of(rows, kernel(), kernel.between(distance)))
+    if not len(rows):
+        return known
+    return replace(known, kriging=Kriging(rows, *kernel.regressed(own)))
 
 
 class Effects(nn.ModuleDict):

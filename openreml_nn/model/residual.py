@@ -15,10 +15,14 @@ from openreml_nn.covariance import (
     ScalarMatrix,
 )
 from openreml_nn.covariance.structures import in_cells
+from openreml_nn.covariance.sum import summands
 from openreml_nn.model.batch import Batch, part, row_values
 from openreml_nn.support.checks import check_instance, check_tensor
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
+from openreml_nn.terms.covariance import RepeatedCovariance
+from openreml_nn.terms.design import IdentityDesign
+from openreml_nn.terms.term import Term
 
 __all__ = ["ResidualStructure", "divided", "of_cells", "structure_of", "with_weights"]
 
@@ -37,6 +41,11 @@ class ResidualStructure:
         """The covariance R of the residuals of n rows as a sum of (n, n) matrices, each by the
         name of its operand in the model's tree."""
         raise NotImplementedError
+
+    def terms(self, batch: Batch, n: int) -> list[Term]:
+        """The terms of these operands in a sum."""
+        found = self.operands(batch, n).items()
+        return [term for name, each in found for term in summands(name, each, each.terms())]
 
     def variances(self, batch: Batch, n: int) -> Tensor:
         """Variance of the residual of a new observation of each row, (n,)."""
@@ -80,6 +89,14 @@ class _OneVariance(ResidualStructure):
             else KroneckerProduct(rows=IdentityMatrix(n), residual=one)
         )
         return {"residual": with_weights(rows, batch, n)}
+
+    def terms(self, batch: Batch, n: int) -> list[Term]:
+        if type(self.matrix) is not ScalarMatrix or batch.get("weights") is not None:
+            return super().terms(batch, n)
+        # Without a matrix of that size: the batch may be small, and one of many.
+        (one,) = self.matrix.terms()
+        of_rows = Term(IdentityDesign(n), RepeatedCovariance(one.covariance.matrix, n))
+        return summands("residual", self.matrix, [of_rows])
 
     def variances(self, batch: Batch, n: int) -> Tensor:
         return divided(self.matrix().reshape(1).expand(n), batch, n)

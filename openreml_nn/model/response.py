@@ -11,8 +11,10 @@ import pandas as pd
 import torch
 
 from openreml_nn.families import Family, named_family
+from openreml_nn.model.zeros import ZeroEncoder
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import Encoded, Encoder
+from openreml_nn.table.columns import row_name
 
 __all__ = ["EncodedResponse"]
 
@@ -27,6 +29,7 @@ class EncodedResponse:
         formula: an lme4-style formula.
         family: of the response, or its name; None for a Gaussian one, by the encoder alone.
         categorical, source: see :class:`Encoder`.
+        zi: formula of the zero part, see :class:`ZeroEncoder`; none by default.
         **options: see :class:`Encoder`.
 
     Attributes:
@@ -44,6 +47,7 @@ class EncodedResponse:
         family: str | Family | None,
         categorical: Sequence[str] = (),
         source: str = "the table",
+        zi: str | None = None,
         **options: Any,
     ) -> None:
         self._given = family
@@ -63,6 +67,12 @@ class EncodedResponse:
             # Rows that miss either are left out of both.
             forms = [f"I(({a}) + 0 * ({b}))~{right}" for a, b in ((one, two), (two, one))]
         options = {"known_residual": self.family is not None, **options}
+        if zi is not None:
+            if len(forms) > 1:
+                raise InputError(f"`zi` is {zi!r} beside cbind(): expected a response of 0 and 1")
+            self.encoder: Encoder = ZeroEncoder(formula, zi, categorical, source, **options)
+            self._failures = None
+            return
         encoders = [Encoder(text, categorical, source, **options) for text in forms]
         self.encoder = encoders[0]
         self._failures = encoders[1] if len(encoders) > 1 else None
@@ -77,7 +87,7 @@ class EncodedResponse:
         found = self.encoder.fit(table)
         if self._failures is not None:
             found = _with_failures(found, self._failures.fit(table))
-        self._check(found)
+        self._check(found, table)
         return found, table
 
     def held_out(self, table: pd.DataFrame) -> Encoded:
@@ -123,13 +133,21 @@ class EncodedResponse:
             return table
         return table.assign(**{name: table[name].map(self._codes).astype(float)})
 
-    def _check(self, encoded: Encoded) -> None:
+    def _check(self, encoded: Encoded, table: pd.DataFrame) -> None:
         if self._given is None:
             return
         y, left, source = encoded.y, self._name, self.encoder.source
         assert y is not None
         own = named_family(self._given, None, max(2, len(self.levels)))
-        own.check(y, f"{source}: the response {left!r}")
+        try:
+            own.check(y, f"{source}: the response {left!r}")
+        except InputError as error:
+            # By the rows of the table, as its other messages count or name them.
+            def named(found: re.Match[str]) -> str:
+                return f"in row {row_name(table, encoded.rows[int(found[1])])}"
+
+            text = re.sub(r"in row (\d+)", named, str(error))
+            raise InputError(text) from None
         if self.family == "binomial":
             total = y if y.dim() == 1 else y[:, 0] / y.sum(1)
             if bool((total == total[0]).all()) and float(total[0]) in (0.0, 1.0):

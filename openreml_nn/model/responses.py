@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from openreml_nn.families import Family
 from openreml_nn.likelihood import LaplaceLoss, REMLLoss
 from openreml_nn.likelihood.effects import Coefficients
 from openreml_nn.model.batch import Batch, check_outputs, part, refuse_weights, row_values
@@ -21,7 +22,7 @@ def of_gaussian(output: Tensor, batch: Batch, head: str) -> tuple[Tensor, Tensor
 
     Raises:
         TypeError: if a part is no tensor of floating-point numbers.
-        InputError: if a part is missing, shapes or precisions do not fit, or a number is not finite.
+        InputError: if a part is missing, or shapes or precisions do not fit.
     """
     y = part(batch, "y")
     check_tensor("output", output, ("n", "p")[: 2 if head == "gls" else 1], "floating", False)
@@ -33,15 +34,15 @@ def of_gaussian(output: Tensor, batch: Batch, head: str) -> tuple[Tensor, Tensor
             f"`y` has shape {tuple(y.shape)} but `mean` yields {n} rows: expected ({n},); "
             "a column is made a vector by y[:, 0], and several are for a model with responses="
         )
-    check_outputs(output, batch)
-    dtype = torch.promote_types(y.dtype, output.dtype)
-    if dtype != y.dtype:
-        raise InputError(
-            f"`y` is {y.dtype} but `mean` yields {output.dtype}: make y as precise, by "
-            f"y.to({dtype}), or the network less"
-        )
+    if output.dtype != y.dtype:
+        dtype = torch.promote_types(y.dtype, output.dtype)
+        if dtype != y.dtype:
+            raise InputError(
+                f"`y` is {y.dtype} but `mean` yields {output.dtype}: make y as precise, by "
+                f"y.to({dtype}), or the network less"
+            )
+        output = output.to(dtype)
     offset = row_values(batch, "offset", n)
-    y, output = y.to(dtype), output.to(dtype)
     if offset is not None:
         y = y - offset.to(y)
     if head == "gls":
@@ -49,13 +50,16 @@ def of_gaussian(output: Tensor, batch: Batch, head: str) -> tuple[Tensor, Tensor
     return y - output, output.new_zeros(n, 0)
 
 
-def of_family(output: Tensor, batch: Batch, head: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """y, the known part of the linear predictor (n,), and X (n, p) with head ``"gls"``.
+def of_family(
+    family: Family | None, output: Tensor, batch: Batch, head: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y with the family's inputs, the known part of the linear predictor (n,), and X (n, p) with head ``"gls"``.
 
     Raises:
         InputError: if a part is missing or has weights, or a number is not finite.
     """
-    y, n = part(batch, "y"), len(output)
+    assert family is not None
+    y, n = family.with_inputs(part(batch, "y"), batch.get("zi")), len(output)
     refuse_weights(batch)
     _check_rows(n)
     check_outputs(output, batch)

@@ -17,25 +17,33 @@ from openreml_nn.covariance import (
     ARMAMatrix,
     CompoundSymmetricMatrix,
     ContinuousAR1Matrix,
+    Correlation,
     CovariancePropagation,
     DiagonalMatrix,
     DummyMatrix,
+    ExponentialCorrelation,
     ExponentialMatrix,
+    GaussianCorrelation,
     GaussianMatrix,
     IdentityMatrix,
     KnownInverseMatrix,
     KnownMatrix,
     KroneckerProduct,
+    LinearCorrelation,
     LinearMatrix,
+    MaternCorrelation,
     MaternMatrix,
     Matrix,
     Pedigree,
+    RationalQuadraticCorrelation,
     RationalQuadraticMatrix,
     Relationship,
     ScalarMatrix,
+    SphericalCorrelation,
     SphericalMatrix,
     StationaryMatrix,
     UnstructuredMatrix,
+    VecchiaMatrix,
     factor_analytic,
     heterogeneous,
     heterogeneous_compound_symmetry,
@@ -152,6 +160,11 @@ def _effect_covariance(design: RandomDesign) -> Matrix:
 
 def _among_levels(relation: Known | Places) -> Matrix:
     if isinstance(relation, Places):
+        options = dict(relation.structure.options)
+        neighbours = options.pop("neighbours", None)
+        if neighbours is not None:
+            correlation = _CORRELATIONS[relation.structure.name](**options)
+            return VecchiaMatrix(relation.coordinates, correlation, int(neighbours))
         return _KERNELS[relation.structure.name](
             _distances(relation.coordinates), **relation.structure.options
         )
@@ -170,6 +183,14 @@ def _among_effects(design: RandomDesign) -> Matrix:
     return _by_name(design.structure, k, lags)
 
 
+_CORRELATIONS: dict[str, Callable[..., Correlation]] = {
+    "exponential": ExponentialCorrelation,
+    "gaussian": GaussianCorrelation,
+    "matern": MaternCorrelation,
+    "spherical": SphericalCorrelation,
+    "linear": LinearCorrelation,
+    "rational": RationalQuadraticCorrelation,
+}
 _KERNELS: dict[str, Callable[..., Matrix]] = {
     "exponential": ExponentialMatrix,
     "gaussian": GaussianMatrix,

@@ -20,7 +20,7 @@ from openreml_nn.table.encoder import group_key
 from openreml_nn.table.formula import RandomPart
 from openreml_nn.terms.design import IndexedDesign
 
-__all__ = ["Parts", "Sums"]
+__all__ = ["Parts", "Sums", "conditioned", "orthonormal"]
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Parts:
         levels: for each random effect its levels, as tuples of the labels of their columns.
         orders: how the labels of each grouping column are sorted.
         statistics: cross-products of all terms; None before the first row.
-        scale: how X and y are made well conditioned, see :func:`_conditioned`.
+        scale: how X and y are made well conditioned, see :func:`conditioned`.
         bases: those of the random effects' values, see :func:`basis_of`, by the names of designs.
         encoded: a chunk, for names and designs.
         dropped: rows that miss a value.
@@ -79,7 +79,7 @@ class Parts:
         self.encoded, self.orders = encoded, encoder.orders
         y = encoded.adjusted
         if self.scale is None:
-            self.scale = _conditioned(encoded.X, y)
+            self.scale = conditioned(encoded.X, y)
             self.bases = bases_of(encoded.random)
         if not own:
             return
@@ -133,7 +133,7 @@ class Parts:
             place[torch.from_numpy(order)] = torch.arange(len(order))
             places.append(place)
         statistics = self.statistics.relabelled(places, [len(order) for order in orders])
-        fixed, statistics = _orthonormal(self.scale, statistics, names)
+        fixed, statistics = orthonormal(self.scale, statistics, names)
         levels = [index[order] for index, order in zip(self.levels, orders, strict=True)]
         for part, labels in zip(parts, levels, strict=True):
             encoder.learn_group(part, list(labels))
@@ -165,7 +165,7 @@ def _index(labels: Sequence[tuple[str, ...]]) -> pd.Index:
     return pd.Index(values, dtype=object, tupleize_cols=False)
 
 
-def _conditioned(X: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def conditioned(X: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """T and b by which :math:`X T` and :math:`y - X b` are well conditioned in the first chunk."""
     p = X.shape[1]
     if len(X) > p:
@@ -179,10 +179,22 @@ def _conditioned(X: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return torch.diag(1 / torch.where(size > 0, size, 1)), X.new_zeros(p)
 
 
-def _orthonormal(
+def orthonormal(
     scale: tuple[Tensor, Tensor], statistics: Statistics, names: Sequence[str]
 ) -> tuple[FixedPart, Statistics]:
-    """The fixed part as in :class:`FixedPart`, from its cross-products."""
+    """The fixed part as in :class:`FixedPart`, from its cross-products.
+
+    Args:
+        scale: T and b of :func:`conditioned`.
+        statistics: those of :math:`[X T, y - X b]`.
+        names: of the columns of X, for warnings.
+
+    Returns:
+        The fixed part, of no rows, and its cross-products.
+
+    Raises:
+        InputError: if there are not more rows than columns.
+    """
     T, offset = scale
     ff = statistics.products.ff
     p = len(ff) - 1

@@ -50,10 +50,13 @@ class Evidence(nn.Module):
     def equations(self) -> Equations | None:
         """Those of the last update, or of a checkpoint; None if there are none."""
         if self._given is not None:
-            self._equations, self._given = self._given(), None
-            self._keep(self._equations)
-        elif self._equations is None and float(self.total[0]):
-            self._equations = self._kept()
+            found, self._given = self._given(), None
+            self._keep(found)
+            # What is in the buffers need not be held twice.
+            self._equations = None if float(self.total[0]) else found
+            return found
+        if self._equations is None and float(self.total[0]):
+            return self._kept()
         return self._equations
 
     def _keep(self, equations: Equations | None) -> None:

@@ -188,9 +188,10 @@ class JointErrors(nn.Module):
         found = C.new_zeros(n)
         for i, design in enumerate(designs):
             if isinstance(design, PlacedDesign):
-                own = design.combinations(C)
-                at = self.offsets[i] + torch.arange(own.shape[1], device=X.device)
-                w[design.kriging.rows[:, None], at] += own
+                at, own = design.entries(C)
+                w[design.kriging.rows] = w[design.kriging.rows].scatter_add(
+                    1, self.offsets[i] + at, own
+                )
                 design = design.levels
             z = C.new_ones(n, 1) if design.values is None else design.values.to(C)
             k = torch.arange(design.effects, device=X.device)

@@ -19,11 +19,13 @@ class Kriging(NamedTuple):
 
     Attributes:
         rows: (m,) the rows.
-        weights: (m, q) :math:`K^{-1} c` of each.
+        levels: (m, s) the levels on which each is regressed: all, or its neighbours.
+        weights: (m, s) :math:`K^{-1} c` of each.
         left: (m,) the part of the prior variance that is left, :math:`1 - c^\top K^{-1} c / k_{**}`.
     """
 
     rows: Tensor
+    levels: Tensor
     weights: Tensor
     left: Tensor
 
@@ -42,7 +44,27 @@ class Kriging(NamedTuple):
             inverse = torch.where(seen, 1 / torch.where(seen, values, 1), 0)
             weights = ((c @ vectors) * inverse) @ vectors.mT
         left = 1 - (weights * c).sum(1) / variance
-        return cls(rows, weights, left.clamp(min=0))
+        levels = torch.arange(len(K), device=rows.device).expand_as(weights)
+        return cls(rows, levels, weights, left.clamp(min=0))
+
+    def take(self, at: Tensor, rows: Tensor) -> Kriging:
+        """Some of the places, ``at``, for other rows."""
+        return Kriging(rows, self.levels[at], self.weights[at], self.left[at])
+
+    def means(self, values: Tensor) -> Tensor:
+        """What the effects of levels (q, k) say of those of each place, (m, k)."""
+        return (self.weights.to(values)[:, :, None] * values[self.levels]).sum(1)
+
+    def bound(self, z: Tensor, variances: Tensor) -> Tensor:
+        r"""The most that the variance of the error of :meth:`means`, times z (m, k), can be, whatever
+        the covariances of levels, (m,): :math:`(\sum_i |w_i| \sqrt{z^\top P_i z})^2`.
+
+        Args:
+            z: values of the effects.
+            variances: (q, k, k) prediction-error variances P of the levels.
+        """
+        own = torch.einsum("mk,mskl,ml->ms", z, variances.to(z)[self.levels], z)
+        return (self.weights.to(z).abs() * own.clamp(min=0).sqrt()).sum(1) ** 2
 
 
 @dataclass(frozen=True)
@@ -65,10 +87,12 @@ class PlacedDesign:
         where[self.kriging.rows] = torch.arange(len(self.kriging.rows), device=rows.device)
         own = where[rows]
         at = (own >= 0).nonzero()[:, 0]
-        kriging = Kriging(at, self.kriging.weights[own[at]], self.kriging.left[own[at]])
+        kriging = self.kriging.take(own[at], at)
         return PlacedDesign(self.levels.take(rows), kriging, self.z[rows])  # type: ignore[arg-type]
 
-    def combinations(self, like: Tensor) -> Tensor:
-        """Columns of all levels for the rows at places, (m, q k)."""
-        z = self.z[self.kriging.rows].to(like)
-        return (self.kriging.weights.to(like)[:, :, None] * z[:, None, :]).flatten(1)
+    def entries(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns and entries of the rows at places, (m, s k) each."""
+        z, k = self.z[self.kriging.rows].to(like), self.z.shape[1]
+        columns = self.kriging.levels[:, :, None] * k + torch.arange(k, device=z.device)
+        entries = self.kriging.weights.to(like)[:, :, None] * z[:, None, :]
+        return columns.flatten(1), entries.flatten(1)

@@ -21,6 +21,7 @@ from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import DenseCovariance, RepeatedCovariance, ScaledCovariance
 from openreml_nn.terms.design import IdentityDesign, IndexedDesign
 from openreml_nn.terms.kernel import Kernel
+from openreml_nn.terms.precision import PrecisionCovariance
 
 __all__ = [
     "KnownEffect",
@@ -90,7 +91,8 @@ def predicted(
     The error of :math:`x^\top\hat\beta + \sum_t z_t^\top \hat b_t` has the variance that the joint
     covariance of coefficients and BLUPs gives it; a level that was not seen adds :math:`z^\top G z`, and
     the residual its own variance. A place among those of the levels adds what the levels leave of
-    that; where the joint covariance is not at hand, all of it. Before there were data, every level is
+    that, and the error of what they say; where the joint covariance is not at hand, the most that this
+    can be. Before there were data, every level is
     one that was not seen.
 
     Args:
@@ -110,9 +112,8 @@ def predicted(
         b = torch.where(known, effect.values[effect.codes.clamp(min=0)].to(z), 0)
         part = torch.ones_like(mean)  # of the prior variance, that is not of known levels
         if (kriging := effect.kriging) is not None and bool(errors.is_known):
-            b[kriging.rows] = kriging.weights.to(z) @ effect.values.to(z)
-            if bool(errors.is_exact):
-                part[kriging.rows] = kriging.left.to(z)
+            b[kriging.rows] = kriging.means(effect.values.to(z))
+            part[kriging.rows] = kriging.left.to(z)
         mean = mean + (z * b).sum(1)
         unseen = (effect.codes < 0) | ~errors.is_known
         if bool(unseen.any()):
@@ -149,6 +150,13 @@ def _error_variance(
         assert design.values is not None
         own = effect.variances[design.codes].to(X)
         found = found + torch.einsum("nk,nkl,nl->n", design.values, own, design.values)
+        if isinstance(each, PlacedDesign) and bool(errors.is_known):
+            rows = each.kriging.rows
+            z = each.z[rows].to(X)
+            prior = torch.einsum("nk,kl,nl->n", z, effect.prior().to(z), z)
+            explained = (1 - each.kriging.left.to(z)) * prior
+            most = torch.minimum(each.kriging.bound(z, effect.variances), explained)
+            found = found.index_add(0, rows, most)
     return found
 
 
@@ -294,6 +302,8 @@ def prior_of(g: Covariance, levels: int, effects: int) -> Tensor:
         return g.blocks(levels, effects)[0]
     if isinstance(g, ScaledCovariance) and len(g.matrix) == effects:
         return _mean_diagonal(g.kernel).to(g.matrix) * g.matrix
+    if isinstance(g, PrecisionCovariance) and g.effects == effects:
+        return g.of_new()
     blocks = g.whole(levels * effects).unflatten(1, (levels, effects))
     return blocks.unflatten(0, (levels, effects)).diagonal(dim1=0, dim2=2).mean(-1)
 

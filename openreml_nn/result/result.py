@@ -47,7 +47,8 @@ class Result(FitValues):
         r"""Predictions of new observations for a table, on the scale of the formula's left side.
 
         ``mean`` is :math:`x^\top\hat\beta + \sum_t z_t^\top \hat b_t`, in which levels that were not
-        seen have :math:`\hat b = 0` and are counted in a warning, and ``population_mean`` is
+        seen have :math:`\hat b = 0` and are counted in a warning, and places that were not seen, of
+        ``matern(east, north)`` and the like, the mean given those of the fit (kriging); and ``population_mean`` is
         :math:`x^\top\hat\beta`; NaN where the data do not say what that is. Both hold the offset.
 
         ``variance`` is that of :math:`y - \hat y`: the error variance of ``mean``, in which all

@@ -30,6 +30,7 @@ __all__ = [
     "check_tensor",
     "check_text",
     "found",
+    "is_finite",
 ]
 
 
@@ -261,8 +262,15 @@ def check_tensor(
         raise InputError(f"`{name}` is {found(value)}: expected {expected}")
     if value.is_meta:
         raise InputError(f"`{name}` is {found(value)}, which holds no values: expected {expected}")
-    if finite and value.is_floating_point() and not bool(torch.isfinite(value.detach()).all()):
+    if finite and value.is_floating_point() and not is_finite(value):
         raise InputError(f"`{name}` holds NaN or infinity: expected finite numbers")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers of a tensor are finite."""
+    with torch.no_grad():
+        # NaN and infinity stay in a sum, which is cheaper; a sum alone may also be too large.
+        return isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())
 
 
 _KINDS = {"real": "a real", "floating": "a floating-point", "integer": "an integer"}

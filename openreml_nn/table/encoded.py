@@ -177,6 +177,7 @@ class Encoded:
         weights: (n,) weights of the rows; None for equal ones.
         offset: (n,) known part of the mean; None without one.
         unseen: rows of a level that was not seen, by grouping factor.
+        zi: (n, k) model matrix of the zero part; None without one.
         trait: (n,) name of the response of each row; None where there is one.
     """
 
@@ -190,6 +191,7 @@ class Encoded:
     weights: Tensor | None = None
     offset: Tensor | None = None
     unseen: Mapping[str, int] = field(default_factory=dict)
+    zi: Tensor | None = None
     trait: np.ndarray | None = None
 
     def kept(self, table: pd.DataFrame) -> pd.DataFrame:
@@ -201,7 +203,7 @@ class Encoded:
     def batch(self) -> dict[str, Any]:
         """The table as a batch of :class:`MixedModel`: ``x`` the model matrix, for each random
         effect its codes in ``groups`` and, but for intercepts, its values in ``values``; and what
-        there is of ``y``, ``weights``, ``offset``, and, in ``residual``, the cells of the rows, or
+        there is of ``y``, ``weights``, ``offset``, ``zi``, and, in ``residual``, the cells of the rows,
         the covariate of their variance; in ``places`` where the rows are, if some are at places that
         no level has.
         """
@@ -217,6 +219,7 @@ class Encoded:
         if residual is not None:
             cells = residual.cells if residual.covariate is None else residual.covariate
         parts = {"y": self.y, "weights": self.weights, "offset": self.offset, "residual": cells}
+        parts["zi"] = self.zi
         return found | {name: part for name, part in parts.items() if part is not None}
 
     @property

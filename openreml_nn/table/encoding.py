@@ -204,7 +204,7 @@ class Encoding:
                 for d in random
                 if d.coordinates is None and (count := int((d.codes < 0).sum()))
             },
-            data.table[TRAIT].astype(str).to_numpy() if self.formula.traits else None,
+            trait=data.table[TRAIT].astype(str).to_numpy() if self.formula.traits else None,
         )
 
     def _response(self, data: TableRows) -> np.ndarray:

@@ -53,10 +53,20 @@ _WITHIN = ("us", "cs", "homcs", *ORDERED, "car1", "arma", *KERNELS)
 #: Prefixes of products: a structure for each stratum, or one for all.
 _STRATA = ("diag", "id", "idv")
 
+#: How many neighbours each place depends on: all, without the option.
+_NEIGHBOURS: dict[str, tuple[float | None, str, Callable[[float], bool]]] = {
+    "neighbours": (None, "a whole number, 1 or more", lambda v: v == int(v) and v >= 1)
+}
+
 #: The options of a structure with their defaults, and what each may be.
-_OPTIONS: dict[str, dict[str, tuple[float, str, Callable[[float], bool]]]] = {
+_OPTIONS: dict[str, dict[str, tuple[float | None, str, Callable[[float], bool]]]] = {
     "fa": {"factors": (1, "a whole number, 1 or more", lambda v: v == int(v) and v >= 1)},
-    "matern": {"nu": (1.5, "0.5, 1.5 or 2.5", lambda v: v in (0.5, 1.5, 2.5))},
+    "matern": {"nu": (1.5, "0.5, 1.5 or 2.5", lambda v: v in (0.5, 1.5, 2.5)), **_NEIGHBOURS},
+    "exponential": _NEIGHBOURS,
+    "gaussian": _NEIGHBOURS,
+    "spherical": _NEIGHBOURS,
+    "linear": _NEIGHBOURS,
+    "rational": _NEIGHBOURS,
     "vm": {"inverse": (False, "TRUE or FALSE", lambda v: isinstance(v, bool))},
     "spline": {
         "segments": (10, "a whole number from 2 to 500", lambda v: v == int(v) and 2 <= v <= 500)
@@ -154,7 +164,7 @@ def structure_of(call: Call, what: str, skipped: int) -> Structure:
         InputError: if an option is unknown or has another value than it may have.
     """
     known = _OPTIONS.get(call.function, {})
-    found: dict[str, float] = {name: default for name, (default, _, _) in known.items()}
+    found = {name: default for name, (default, _, _) in known.items() if default is not None}
     for key, node in call.arguments[skipped:]:
         name = next(iter(known), None) if key is None else key
         if name not in known:
@@ -306,6 +316,11 @@ class _Residual:
         is_kernel = call.function in KERNELS
         count = len(positional) if is_kernel else 1
         structure = structure_of(_in_order(call), self.what, count)
+        if "neighbours" in structure.options:
+            raise InputError(
+                f"{self.what}: `neighbours` is for random effects of places, not within groups of "
+                f"residuals: write (1 | {call.function}(…, neighbours = …)) in the formula"
+            )
         *first, last = positional[:count]
         bar = is_operation(last, "|")
         position, group = operands_of(last) if bar else (last, None)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.support.errors import NumericalError
+from openreml_nn.terms.design import Design
 from openreml_nn.terms.kernel import Kernel
 
 __all__ = ["Covariance", "LinearCovariance", "condition", "square_root"]
@@ -117,6 +118,15 @@ class Covariance:
         """G itself, (q, q)."""
         eye = torch.eye(size, dtype=self.matrix.dtype, device=self.matrix.device)
         return self.multiply(eye)
+
+    def sandwich(self, design: Design) -> Tensor:
+        r"""The summand :math:`Z G Z^\top` of a design, (n, n)."""
+        z = design.dense(self.matrix)
+        return design.matmul(self.multiply(z.mT))
+
+    def fold_sandwich(self, design: Design, cotangent: Tensor) -> Tensor:
+        r"""From a cotangent of :meth:`sandwich`, (n, n), to that of ``matrix``."""
+        return self.fold(design.t_matmul(design.t_matmul(cotangent).mT))
 
     def root(self) -> Covariance:
         r"""Some :math:`\Lambda` of the same structure with :math:`G = \Lambda\Lambda^\top`.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from openreml_nn.support.errors import NumericalError
 from openreml_nn.terms.base import Covariance, LinearCovariance, condition, square_root
+from openreml_nn.terms.design import Design, IndexedDesign
 from openreml_nn.terms.kernel import Kernel
 
 __all__ = [
@@ -71,6 +72,48 @@ class RepeatedCovariance(LinearCovariance):
         if matrix.shape[0] == 1:
             return matrix[0] * x
         return (matrix @ x.reshape(self.levels, matrix.shape[0], -1)).reshape(x.shape)
+
+    def sandwich(self, design: Design) -> Tensor:
+        found = self._rows(design)
+        if found is None:
+            return super().sandwich(design)
+        together, rows = found
+        if rows is None:
+            return together * self.matrix
+        # (n, copies, k): a copy of the block for each k effects of a row.
+        return together * torch.einsum("nak,kl,mal->nm", rows, self.matrix, rows)
+
+    def fold_sandwich(self, design: Design, cotangent: Tensor) -> Tensor:
+        found = self._rows(design)
+        if found is None:
+            return super().fold_sandwich(design, cotangent)
+        together, rows = found
+        if rows is None:
+            return (together * cotangent).sum().reshape(1, 1)
+        return torch.einsum("nak,nm,mal->kl", rows, together * cotangent, rows)
+
+    def _rows(self, design: Design) -> tuple[Tensor, Tensor | None] | None:
+        r"""Which rows share a block (n, n), and the entries of each row within its blocks, (n, copies,
+        k), None for a one; None where the design's levels do not divide into blocks.
+
+        Rows of different blocks are independent, so that nothing of all levels need be formed.
+        """
+        k = len(self.matrix)
+        if not isinstance(design, IndexedDesign) or (k % design.effects and design.effects % k):
+            return None
+        codes, values = design.codes, design.values
+        levels = k // design.effects  # of a block; 0 where a level has several
+        if levels > 1:
+            like = self.matrix if values is None else values.to(self.matrix)
+            rows = like.new_zeros(len(codes), levels, design.effects)
+            ones = rows.new_ones(len(codes), 1) if values is None else like
+            at = (codes % levels)[:, None, None].expand(-1, 1, design.effects)
+            values = rows.scatter(1, at, ones[:, None]).flatten(1)
+            codes = codes // levels
+        together = codes[:, None] == codes
+        if values is None:
+            return together, None
+        return together, values.to(self.matrix).unflatten(1, (-1, k))
 
     def root(self) -> RepeatedCovariance:
         factor = square_root(self.matrix) if self.factor is None else self.factor

@@ -13,6 +13,7 @@ from scipy.sparse.linalg import splu
 from torch import Tensor
 
 from openreml_nn.support.errors import NotPositiveDefiniteError
+from openreml_nn.support.modes import outside_inference
 
 __all__ = ["Kernel", "private", "same_content"]
 
@@ -46,13 +47,13 @@ class Kernel:
         self.source, self.size = given, given.shape[0]
         self._dense = matrix
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy and a pickle take: all but the factor, which cannot be copied."""
+        return {name: value for name, value in self.__dict__.items() if name != "_factor"}
+
     def private(self) -> Kernel:
         """The same kernel with contents that nobody else can change."""
         return self if self.inverse is not None else Kernel(private(self.source))
-
-    def __getstate__(self) -> dict[str, Any]:
-        # SuperLU's factor is neither copied nor written: it is computed again.
-        return {name: value for name, value in self.__dict__.items() if name != "_factor"}
 
     def dense(self) -> Tensor:
         """K itself; from its inverse it is computed once.
@@ -118,7 +119,7 @@ class Kernel:
 
 def private(tensor: Tensor) -> Tensor:
     """A copy of the content, outside of any graph and of inference mode."""
-    with torch.inference_mode(False), torch.no_grad():
+    with outside_inference(recording=False):
         return tensor.detach().clone()
 
 

@@ -77,6 +77,15 @@ class Precision:
         r""":math:`Q^{-1} u` for u (q, m)."""
         raise NotImplementedError
 
+    def variance_of_new(self, x: np.ndarray) -> float:
+        r"""The variance of a level that is not among these, over Σ: the mean of theirs."""
+        total = 0.0
+        for some in np.array_split(np.arange(self.size), -(-self.size // 512)):
+            unit = np.zeros((self.size, len(some)))
+            unit[some, np.arange(len(some))] = 1
+            total += float(np.trace(self.solve(x, unit)[some]))
+        return total / self.size
+
     def matrix(self, entries: np.ndarray) -> csc_matrix:
         """Both triangles of Q from its lower one."""
         off = self.row > self.column
@@ -258,6 +267,9 @@ class NeighbourPrecision(Precision):
         d, B = self._checked(x)
         return -float(np.log(d).sum()), np.concatenate([-1 / d, np.zeros(B.size)])
 
+    def variance_of_new(self, x: np.ndarray) -> float:
+        return 1.0  # regressions are those of a correlation
+
     def solve(self, x: np.ndarray, u: np.ndarray) -> np.ndarray:
         d, B = self._checked(x)
         eye = csr_matrix((np.ones(self.size), (self.order, self.order)), 2 * (self.size,))
@@ -318,6 +330,11 @@ class PrecisionCovariance(Covariance):
 
     def shown(self) -> Tensor:
         return self.parts()[0]
+
+    def of_new(self) -> Tensor:
+        """The covariance of the effects of a level that is not among these, (t, t)."""
+        sigma, numbers = self.parts()
+        return sigma * self.precision.variance_of_new(_numbers(numbers))
 
     def multiply(self, x: Tensor, transpose: bool = False) -> Tensor:
         sigma, numbers = self.parts()

@@ -74,22 +74,30 @@ class Term:
 
     def to(self, dtype: torch.dtype) -> Term:
         """The term with its covariance in another precision."""
+        if self.covariance.matrix.dtype == dtype:
+            return self
         return replace(self, covariance=self.covariance.map(lambda x: x.to(dtype)))
 
     def detach(self) -> Term:
         """The term without the graph of its covariance."""
         return replace(self, covariance=self.covariance.map(Tensor.detach))
 
-    def within(self, name: str) -> Term:
-        """The term as seen from one node further up."""
-        return replace(self, name=f"{name}/{self.name}" if self.name else name)
+    def within(self, name: str, known: bool = False) -> Term:
+        """The term as seen from one node further up, which may say that it is known."""
+        name = f"{name}/{self.name}" if self.name else name
+        return Term(self.design, self.covariance, name, self.known or known)
 
     def dense(self) -> Tensor:
         """The (n, n) summand itself."""
         if isinstance(self.design, IdentityDesign):
             return self.covariance.whole(self.design.shape[0])
-        z = self.design.dense(self.covariance.matrix)
-        return self.design.matmul(self.covariance.multiply(z.mT))
+        return self.covariance.sandwich(self.design)
+
+    def fold(self, cotangent: Tensor) -> Tensor:
+        """From a cotangent of the summand, (n, n), to that of the covariance's entries."""
+        if isinstance(self.design, IdentityDesign):
+            return self.covariance.fold(cotangent)
+        return self.covariance.fold_sandwich(self.design, cotangent)
 
 
 def whole_term(matrix: Tensor) -> Term:

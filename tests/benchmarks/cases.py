@@ -93,6 +93,46 @@ CASES = {
             )
             for n in (100_000, 1_000_000)
         ),
+        *(
+            Case(
+                f"{name}-{n}",
+                f"{n:,} rows, {n // 10:,} groups, {name}",
+                partial(tables.responses, n=n, counts=name == "counts"),
+                "y ~ x + (1 | g)",
+                ("g",),
+                (f"ours, {family}", f"gpboost, {family}"),
+            )
+            for name, family, n in (
+                ("binary", "binomial", 100_000),
+                ("binary", "binomial", 1_000_000),
+                ("counts", "poisson", 1_000_000),
+            )
+        ),
+        Case(
+            "choices",
+            "200,000 binary rows, 20,000 users x 2,000 items",
+            tables.choices,
+            "y ~ x + (1 | user) + (1 | item)",
+            ("user", "item"),
+            ("ours, binomial", "gpboost, binomial"),
+        ),
+        Case(
+            "insteval-binary",
+            "InstEval as y >= 4, three crossed factors",
+            partial(tables.binary, table=tables.insteval, column="y", above=3),
+            "b ~ service + (1 | s) + (1 | d) + (1 | dept)",
+            ("service", "s", "d", "dept"),
+            ("ours, binomial", "gpboost, binomial", "lme4, binomial"),
+            runs=1,
+        ),
+        Case(
+            "contraception",
+            "1,934 binary rows, 60 districts",
+            tables.contraception,
+            "use ~ age + I(age^2) + urban + livch + (1 | district)",
+            ("livch", "district"),
+            ("ours, binomial", "lme4, binomial"),
+        ),
         Case(
             "kernel",
             "one dense kernel, n = 2,000",

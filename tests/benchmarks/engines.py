@@ -88,6 +88,24 @@ done(-model.get_current_neg_log_likelihood(), gpboost.__version__)
 """
 )
 
+# Responses that are not Gaussian: CPU seconds, of our fit with standard errors, of GPBoost's without.
+_OURS_FAMILY = (
+    _START.replace("perf_counter", "process_time")
+    + """
+from openreml_nn import glmm
+table = pandas.read_parquet(path)
+before, start = memory(), time.process_time()
+done(glmm(formula, table, family="FAMILY", categorical=factors).log_likelihood)
+"""
+)
+
+_GPBOOST_FAMILY = (
+    _GPBOOST.replace("perf_counter", "process_time")
+    .replace('"gaussian"', '"LIKELIHOOD"')
+    .replace("model.get_coef(std_err=True)\n", "")
+    .replace('table["y"]', 'table[formula.split("~")[0].strip()]')
+)
+
 _LME4 = """
 a <- commandArgs(TRUE)
 suppressMessages(library(lme4))
@@ -103,6 +121,10 @@ seconds <- proc.time()[["elapsed"]] - start
 cat(sprintf('{"seconds": %.3f, "log_likelihood": %.6f, "peak_mb": %.0f, "grown_mb": %.0f, "version": "%s"}\\n',
             seconds, logLik(m), memory() / 1024, (memory() - before) / 1024, packageVersion("lme4")))
 """
+
+_GLMER = _LME4.replace(
+    "lmer(as.formula(a[2]), d)", "glmer(as.formula(a[2]), d, family = FAMILY)"
+).replace('[["elapsed"]]', '[["user.self"]]')
 
 _KERNEL = (
     _START
@@ -225,6 +247,15 @@ SCRIPTS = {
     "mixedlm": _MIXEDLM,
     "gpboost": _GPBOOST,
     "lme4": _LME4,
+    **{
+        f"{engine}, {family}": script.replace("FAMILY", family).replace("LIKELIHOOD", likelihood)
+        for engine, script in (
+            ("ours", _OURS_FAMILY),
+            ("gpboost", _GPBOOST_FAMILY),
+            ("lme4", _GLMER),
+        )
+        for family, likelihood in (("binomial", "bernoulli_logit"), ("poisson", "poisson"))
+    },
     "gpytorch": _GPYTORCH,
     "pyreml, kernel": _PYREML_KERNEL,
     "pyreml, pedigree": _PYREML_PEDIGREE,

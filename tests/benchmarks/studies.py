@@ -18,7 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from openreml_nn import MixedModel, RandomEffect
-from openreml_nn.covariance import GaussianMatrix, UnstructuredMatrix
+from openreml_nn.covariance import (
+    GaussianMatrix,
+    KnownMatrix,
+    Matrix,
+    ScalarMatrix,
+    UnstructuredMatrix,
+)
 
 __all__ = ["STUDIES", "Data", "network"]
 
@@ -41,6 +47,7 @@ class Data:
         truth: (q k, q k) or (k, k) the true covariance of each factor's effects.
         slopes: (n, k) true values of the effects, where they are to be learned.
         places: (q, 2) of the levels of a spatial factor.
+        epochs: of the networks.
     """
 
     x: Tensor
@@ -55,6 +62,7 @@ class Data:
     truth: dict[str, Tensor] = field(default_factory=dict)
     slopes: dict[str, Tensor] = field(default_factory=dict)
     places: Tensor | None = None
+    epochs: int = 30
 
     def batch(self, at: Tensor) -> dict[str, object]:
         """Some rows, as a mixed model takes them."""
@@ -71,21 +79,17 @@ class Data:
         random = {}
         for name, covariance in self.truth.items():
             k = values[name].shape[1] if name in values else 1
-            root = torch.linalg.cholesky(covariance)
-            known = UnstructuredMatrix(len(covariance)).double() if k > 1 else None
-            if known is not None:
+            among: Matrix = KnownMatrix(covariance)  # of all levels
+            if k > 1:
+                among = UnstructuredMatrix(k).double()
+                root = torch.linalg.cholesky(covariance)
                 for i in range(k):
                     for j in range(i + 1):
-                        known.set_value(f"L_{i}_{j}", float(root[i, j]), natural=True)
+                        among.set_value(f"L_{i}_{j}", float(root[i, j]), natural=True)
             elif len(covariance) == 1:
-                known = None
-            else:
-                from openreml_nn.covariance import KnownMatrix
-
-                known = KnownMatrix(covariance)
-            random[name] = RandomEffect(self.levels[name], known, k)
-            if known is None:
-                random[name].g.set_value("sigma^2", float(covariance[0, 0]), natural=True)
+                among = ScalarMatrix(self.levels[name]).double()
+                among.set_value("sigma^2", float(covariance), natural=True)
+            random[name] = RandomEffect(self.levels[name], among, k)
         model = MixedModel(nn.Identity(), random)
 
         def rows(at: Tensor) -> dict[str, object]:
@@ -224,8 +228,10 @@ def features(seed: int, n: int = ROWS, q: int = 1000) -> Data:
     )
 
 
-def insteval(seed: int, n: int = 0) -> Data:
-    """Ratings of lectures by students: the fold ``seed`` of five is for testing, by a random order."""
+def insteval(seed: int, n: int = 0, slopes: bool = False) -> Data:
+    """Ratings of lectures by students, whose effects are of students and lecturers; with slopes also one
+    of service of each lecturer, and effects of departments with it and without. The fold ``seed`` of
+    five is for testing."""
     path = Path(__file__).parents[1] / "reference" / "insteval.csv.gz"
     table = pd.read_csv(path)
     if n:
@@ -238,16 +244,19 @@ def insteval(seed: int, n: int = 0) -> Data:
         pd.get_dummies(table[c]).to_numpy() for c in ("studage", "lectage", "service", "dept")
     ]
     x = torch.tensor(np.concatenate(columns, 1), dtype=torch.float32)
+    table["dept:service"] = 2 * table["dept"] + table["service"]
     groups, levels = {}, {}
-    for name in ("s", "d"):
+    for name in ("s", "d", "dept:service") if slopes else ("s", "d"):
         codes, labels = pd.factorize(table[name])
         groups[name], levels[name] = torch.as_tensor(codes), len(labels)
-    y = torch.tensor(table["y"].to_numpy(), dtype=torch.float32)
+    y, service = (torch.tensor(table[c].to_numpy(), dtype=torch.float32) for c in ("y", "service"))
+    values = {"d": torch.stack([torch.ones_like(service), service], 1)} if slopes else {}
 
     def random() -> dict[str, RandomEffect]:
-        return {name: RandomEffect(q) for name, q in levels.items()}
+        return {name: RandomEffect(q, effects=1 + (name in values)) for name, q in levels.items()}
 
-    return Data(x, y, groups, levels, torch.as_tensor(train), torch.as_tensor(test), random)
+    parts = torch.as_tensor(train), torch.as_tensor(test)
+    return Data(x, y, groups, levels, *parts, random, values=values)
 
 
 #: Each study by its name on the command line.
@@ -259,4 +268,5 @@ STUDIES: Mapping[str, Callable[..., Data]] = {
     "spatial-1000": partial(spatial, q=1000),
     "features": features,
     "insteval": insteval,
+    "insteval-slopes": partial(insteval, slopes=True),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,10 @@ import pyarrow.parquet as pq
 import torch
 
 __all__ = [
+    "binary",
+    "choices",
     "chunked",
+    "contraception",
     "crossed",
     "insteval",
     "kernel",
@@ -19,6 +23,7 @@ __all__ = [
     "nested",
     "parents",
     "pedigree",
+    "responses",
     "slopes",
 ]
 
@@ -52,6 +57,38 @@ def crossed(path: Path, n: int, users: int, items: int) -> None:
     effects = rng.standard_normal(users)[user] + 0.7 * rng.standard_normal(items)[item]
     y = 1 + 0.5 * x + effects + rng.standard_normal(n)
     pd.DataFrame({"y": y, "x": x, "user": user, "item": item}).to_parquet(path)
+
+
+def binary(path: Path, table: Callable[[Path], None], column: str, above: float) -> None:
+    """Another table with ``b``, whether a column is above a number."""
+    table(path)
+    found = pd.read_parquet(path)
+    found.assign(b=(found[column] > above).astype(int)).to_parquet(path)
+
+
+def responses(path: Path, n: int, counts: bool = False) -> None:
+    """Binary responses or counts of ten rows a group, with one covariate."""
+    rng = np.random.default_rng(1)
+    g, x = rng.integers(0, n // 10, n), rng.normal(size=n)
+    eta = -0.3 + 0.5 * x + rng.normal(size=n // 10)[g]
+    y = rng.poisson(np.exp(eta)) if counts else rng.binomial(1, 1 / (1 + np.exp(-eta)))
+    pd.DataFrame({"y": y, "x": x, "g": g}).to_parquet(path)
+
+
+def choices(path: Path, n: int = 200_000, users: int = 20_000, items: int = 2_000) -> None:
+    """Binary responses of users to items."""
+    rng = np.random.default_rng(1)
+    user, item = rng.integers(0, users, n), rng.integers(0, items, n)
+    x = rng.normal(size=n)
+    effects = rng.normal(size=users)[user] + 0.7 * rng.normal(size=items)[item]
+    y = rng.binomial(1, 1 / (1 + np.exp(0.3 - 0.5 * x - effects)))
+    pd.DataFrame({"y": y, "x": x, "user": user, "item": item}).to_parquet(path)
+
+
+def contraception(path: Path) -> None:
+    """1,934 women of 60 districts, of R's mlmRev."""
+    table = pd.read_csv(Path(__file__).parents[1] / "reference" / "glmm" / "contraception.csv")
+    table.to_parquet(path)
 
 
 def nested(path: Path, n: int) -> None:

@@ -11,6 +11,7 @@ from openreml_nn.terms.covariance import (
     RepeatedCovariance,
     ScaledCovariance,
 )
+from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.kernel import Kernel
 from tests.strategies import kinship
 
@@ -68,3 +69,18 @@ def test_blocks_are_those_of_the_matrix(name, levels, effects):
     cotangent = torch.randn(levels, effects, effects)
     whole = torch.block_diag(*cotangent)
     torch.testing.assert_close(g.fold_blocks(cotangent), g.fold(whole))
+
+
+def test_a_summand_and_its_pull_back_are_those_of_the_dense_design(structure):
+    """Whatever the levels of the design are beside the blocks of the covariance."""
+    g, size = structure
+    for effects in (1, 2, 3, 6):
+        codes = torch.randint(0, size // effects, (9,))
+        values = None if effects == 1 else torch.randn(9, effects)
+        for z in (values, torch.randn(9, effects)):
+            design = IndexedDesign(codes, z, size // effects)
+            Z = design.dense(g.matrix)
+            torch.testing.assert_close(g.sandwich(design), Z @ g.whole(size) @ Z.mT)
+            S = torch.randn(9, 9)
+            found = g.fold_sandwich(design, S + S.mT)
+            torch.testing.assert_close(found, g.fold(Z.mT @ (S + S.mT) @ Z))

@@ -22,6 +22,8 @@ from openreml_nn.covariance import (
     MaternCorrelation,
     MaternMatrix,
     Matrix,
+    RationalQuadraticCorrelation,
+    RationalQuadraticMatrix,
     ScalarMatrix,
     SphericalCorrelation,
     SphericalMatrix,
@@ -38,6 +40,7 @@ CORRELATIONS = [
     MaternCorrelation(1.5),
     MaternCorrelation(2.5),
     SphericalCorrelation(),
+    RationalQuadraticCorrelation(),
 ]
 
 
@@ -54,6 +57,8 @@ def dense_kernel(places: torch.Tensor, correlation: Correlation) -> Matrix:
             return GaussianMatrix(distance)
         case MaternCorrelation():
             return MaternMatrix(distance, correlation.nu)
+        case RationalQuadraticCorrelation():
+            return RationalQuadraticMatrix(distance)
     return SphericalMatrix(distance)
 
 

@@ -309,8 +309,8 @@ def test_an_own_family_is_fitted():
 @pytest.mark.parametrize(
     ("formula", "family", "change", "message"),
     [
-        ("y ~ 1 + (1 | g)", "poisson", {"y": 0.5}, "response 'y' is 0.5 in row 0: expected whole"),
-        ("y ~ 1 + (1 | g)", "binomial", {"y": 2}, "response 'y' is 2 in row 0: expected 0 or 1"),
+        ("y ~ 1 + (1 | g)", "poisson", {"y": 0.5}, "response 'y' is 0.5 in row 1: expected whole"),
+        ("y ~ 1 + (1 | g)", "binomial", {"y": 2}, "response 'y' is 2 in row 1: expected 0 or 1"),
         ("y ~ 1 + (1 | g)", "binomial", {"y": 1}, "is 1 in every row: expected both"),
         ("y ~ 1 + (1 | g)", "poisson", {"y": 4}, "response 'y' is 4 in every row"),
         ("cbind(y) ~ 1 + (1 | g)", "binomial", {}, "has 1 arguments: expected two"),
@@ -326,6 +326,21 @@ def test_what_cannot_be_fitted_is_refused(formula, family, change, message):
     )
     with pytest.raises(InputError, match=message):
         glmm(formula, table.assign(**change), family=family)
+
+
+def test_a_bad_response_is_named_by_its_row_of_the_table():
+    table = data("epil").head(40).astype({"y": float})
+    table.loc[2, "lbase"], table.loc[7, "y"] = np.nan, 1.5
+    with pytest.raises(InputError, match=r"'y' is 1\.5 in row 8: expected"), pytest.warns():
+        glmm("y ~ lbase + (1 | subject)", table, family="poisson")
+    table = data("cbpp").assign(incidence=lambda t: t.incidence + 40 * (t.index == 4))
+    with pytest.raises(
+        InputError, match=r"is \[4.*, -.*\] in row 5: expected whole numbers of succ"
+    ):
+        glmm("cbind(incidence, size - incidence) ~ 1 + (1 | herd)", table, family="binomial")
+    table = data("epil").assign(exposure=lambda t: 1.0 * (t.index != 3))
+    with pytest.raises(InputError, match=r"'log\(exposure\)' is -inf in row 4"):
+        glmm("y ~ 1 + offset(log(exposure)) + (1 | subject)", table, family="poisson")
 
 
 @pytest.mark.parametrize("option", ["weights", "residual", "chunk_rows", "residual_variance"])

@@ -266,4 +266,18 @@ FAULTS = [
         "np.where(self.row > self.column, 0.5, 0.5)",
         SPARSE,
     ),
+    Fault(
+        "a moving precision's score counts what stands off the diagonal twice",
+        "openreml_nn/likelihood/system/sparse/moving.py",
+        "total *= np.where(row > column, 1.0, 0.5)",
+        "total *= np.where(row > column, 2.0, 0.5)",
+        "tests/covariance/test_graph.py -k 'sparse_equals or every_solver'",
+    ),
+    Fault(
+        "effects that sum to zero are not held to it",
+        "openreml_nn/likelihood/system/sparse/bordered.py",
+        "self.log_det = factor.log_det + float(np.log(np.abs(values)).sum())",
+        "self.log_det = factor.log_det",
+        "tests/covariance/test_graph.py -k 'sparse_equals or every_solver'",
+    ),
 ]

@@ -108,7 +108,7 @@ FAULTS = [
     Fault(
         "a network is trained on what its random effects explain",
         WAYS,
-        "e = e - self._explained(model, coded, e)",
+        "e = self._unexplained(effects, coded, e)",
         "pass",
         "tests/test_training.py -k 'weights_count'",
     ),
@@ -122,22 +122,22 @@ FAULTS = [
     Fault(
         "a network for the residual does not hear of the BLUPs' variance",
         WAYS,
-        "square = e**2 + _spread(model, coded).to(e) if uneven else e**2",
-        "square = e**2",
+        "square = square + (_spread(model, coded).to(e) / variance).sum()",
+        "pass",
         "tests/test_training.py -k 'fisher'",
     ),
     Fault(
         "a row of no known level weighs as much as the others",
         WAYS,
-        "variance = (variance + _unknown_variance(model, coded, variance)).to(e)",
+        "variance = (variance if unknown is None else variance + unknown).to(e)",
         "variance = variance.to(e)",
         "tests/test_training.py -k 'fisher'",
     ),
     Fault(
         "processes with fewer rows count as much as the others",
         WAYS,
-        "return found / total(n, found.device) * processes(), output",
-        "return found / n, output",
+        "found = (square + constant) * (processes() / (2 * total(n, e.device)))",
+        "found = (square + constant) / (2 * n)",
         f"{OF_TRAINING} -k 'two_processes and alternating'",
     ),
     Fault(
@@ -157,7 +157,7 @@ FAULTS = [
     Fault(
         "a known part of the mean is left in the sums",
         SUMS,
-        "response = response - offset.to(response)",
+        "y = y - offset.to(y)",
         "pass",
         "tests/test_sums.py -k weights",
     ),
@@ -316,10 +316,24 @@ FAULTS = [
         "tests/test_joint.py",
     ),
     Fault(
+        "sums of several processes are added up on different scales of the fixed effects",
+        SUMS,
+        "theirs_now = other.scaled(self.scale).statistics",
+        "theirs_now = other.statistics",
+        "tests/test_neural.py -k 'two_processes and linear'",
+    ),
+    Fault(
+        "the pull-back of a summand takes rows of different levels together",
+        "openreml_nn/terms/covariance.py",
+        'return torch.einsum("nak,nm,mal->kl", rows, together * cotangent, rows)',
+        'return torch.einsum("nak,nm,mal->kl", rows, cotangent, rows)',
+        "tests/covariance/test_terms.py -k pull_back",
+    ),
+    Fault(
         "a row of no known level has no random effect in the likelihood",
         "openreml_nn/model/random_effect.py",
-        "if len(unknown):",
-        "if False:",
+        "if not len(codes) or int(codes.min()) >= 0:",
+        "if True:",
         "tests/test_model.py -k no_known_level",
     ),
     Fault(

@@ -289,11 +289,14 @@ def _top() -> list[Call]:
     made = [
         Call("", "MixedModel", MixedModel, {"mean": nn.Linear(2, 1), "random": {"g": RandomEffect(4)}},
              {"mean": module, "random": Kind(lambda v: False, ({"g": 4}, [RandomEffect(2)])),
-              "residual": optional(module), "head": choice, "method": optional(choice), "solver": choice}),
+              "residual": optional(module), "head": choice, "method": optional(choice), "solver": choice,
+              "responses": optional(count(1))}),
         Call("", "RandomEffect", RandomEffect, {"levels": 4},
              {"levels": Kind(lambda v: count(1).fits(v) or (names.fits(v) and len(v) > 0)),
               "covariance": Kind(lambda v: v is None), "features": optional(module),
-              "effects": Kind(lambda v: count(1).fits(v) or (names.fits(v) and len(v) > 0))}),
+              "effects": Kind(lambda v: count(1).fits(v) or (names.fits(v) and len(v) > 0)),
+              "responses": Kind(lambda v: count(1).fits(v) or (names.fits(v) and len(v) > 0)),
+              "places": Kind(lambda v: v is None)}),
         Call("", "REMLLoss", REMLLoss, {"covariance": one},
              {"covariance": of(cov.Matrix), "reduction": choice, **OPTIONS}),
         Call("", "REMLLoss.forward", REMLLoss(one), data,
@@ -403,7 +406,8 @@ def _covariance() -> list[Call]:
         found.append(Call("covariance", made.__name__, made, {"distance": distance}, kinds, word))
     found += _of_parameters(cov.ExponentialMatrix(distance))
     for made in (cov.Correlation, cov.ExponentialCorrelation, cov.GaussianCorrelation,
-                 cov.SphericalCorrelation):  # fmt: skip
+                 cov.SphericalCorrelation, cov.LinearCorrelation,
+                 cov.RationalQuadraticCorrelation):  # fmt: skip
         found.append(Call("covariance", made.__name__, made, {}, {}))
     nu = Kind(lambda v: v in (0.5, 1.5, 2.5) if isinstance(v, float) else False)
     found.append(
@@ -959,6 +963,9 @@ def _families() -> list[Call]:
              {"levels": count(2), "link": choice}),
         Call("families", "named_family", families.named_family, {"family": "binomial"},
              {"family": choice, "link": optional(choice)}),
+        Call("families", "ZeroInflated", families.ZeroInflated,
+             {"family": families.Poisson(), "logits": nn.Linear(1, 1)},
+             {"family": of(families.Family), "logits": of(nn.Module)}),
     ]  # fmt: skip
 
 

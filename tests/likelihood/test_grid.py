@@ -9,6 +9,7 @@ from openreml_nn import REMLLoss, fit_reml
 from openreml_nn.covariance import (
     CovariancePropagation,
     DummyMatrix,
+    IdentityMatrix,
     KroneckerProduct,
     ScalarMatrix,
     Sum,
@@ -83,3 +84,37 @@ def test_errors():
         dict(m.covariance.named_parameters())["field.row.sigma^2"].fill_(-400.0)
     with pytest.raises(NotPositiveDefiniteError, match="V is not positive definite"):
         REMLLoss(m.covariance, solver="grid")(m.y, m.X)
+
+
+@pytest.mark.parametrize("nugget", [True, False])
+@pytest.mark.parametrize("weights", [True, False])
+@given(st.integers(0, 1000), st.sampled_from(METHODS))
+def test_rows_in_any_order_and_with_weights(weights, nugget, seed, method):
+    """The grid of a table: rows as they come, and the same weights for the field and the nugget."""
+    generator = torch.Generator().manual_seed(seed)
+    r, c = 4, 3
+    order = torch.randperm(r * c, generator=generator)
+    scale = 0.5 + torch.rand(r * c, generator=generator) if weights else None
+    parts = {
+        "residual": CovariancePropagation(
+            z=DummyMatrix.from_codes(order, r * c, scale),
+            g=KroneckerProduct(groups=IdentityMatrix(1), matrix=ar1_field(r, c)),
+        ),
+        "genotype": CovariancePropagation(
+            z=DummyMatrix.from_codes(torch.arange(r * c) % 4, 4), g=ScalarMatrix(4)
+        ),
+    }
+    if nugget:
+        rows = torch.arange(r * c)
+        units = CovariancePropagation(
+            z=DummyMatrix.from_codes(rows, r * c, scale), g=ScalarMatrix(r * c)
+        )
+        parts["units"] = units if weights else ScalarMatrix(r * c)
+    V = Sum(parts).double()
+    with torch.no_grad():
+        for p in V.parameters():
+            p.copy_(0.5 * torch.randn(1, generator=generator))
+    y = torch.randn(r * c, generator=generator)
+    _compare_solvers(
+        Model(V, y, torch.randn(r * c, 2, generator=generator)), method, ("dense", "grid")
+    )

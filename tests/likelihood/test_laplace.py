@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from openreml_nn.covariance import (
+    AR1Matrix,
     CovariancePropagation,
     DiagonalMatrix,
     DummyMatrix,
@@ -85,7 +86,8 @@ def animals():
         [None, None, "b", "b", "d", "b"],
     )
     return CovariancePropagation(
-        z=grouped(6, 3), g=ScalarMatrix(1) * KnownInverseMatrix(pedigree.inverse)
+        z=grouped(6, 3),
+        g=KroneckerProduct(levels=KnownInverseMatrix(pedigree.inverse), effects=ScalarMatrix(1)),
     )
 
 
@@ -99,6 +101,18 @@ TREES = {
     "nested": nested,
     "rows": lambda: Sum(a=intercepts(6, 1), own=ScalarMatrix(N)),
     "kernel": lambda: CovariancePropagation(z=grouped(6, 3), g=ExponentialMatrix(distances(6))),
+    "animals": lambda: Sum(a=animals(), b=intercepts(4, 2)),
+    "occasions": lambda: Sum(
+        a=CovariancePropagation(z=grouped(6, 3), g=AR1Matrix(6)),
+        b=intercepts(4, 2),
+    ),
+    "cells": lambda: CovariancePropagation(
+        z=grouped(12, 3),
+        g=KroneckerProduct(levels=IdentityMatrix(4), effects=UnstructuredMatrix(3)),
+    ),
+    "independent slopes": lambda: CovariancePropagation(
+        z=grouped(6, 2, normal(N, 2, seed=2)), g=ScalarMatrix(12)
+    ),
     "dense": lambda: CovariancePropagation(z=normal(N, 3, seed=4), g=UnstructuredMatrix(3)),
 }
 
@@ -190,6 +204,10 @@ CASES += [("slopes", "negative_binomial"), ("rows", "poisson"), ("kernel", "beta
 
 SOLVED = [(tree, family, Blocked(pair_cost=0)) for tree, family in CASES]
 SOLVED += [(tree, "logit", solver) for tree in TREES for solver in ("dense", "auto")]
+#: What meets is sparse in all but these.
+SPARSE = [tree for tree in TREES if tree not in ("kernel", "dense")]
+SOLVED += [(tree, "logit", "sparse") for tree in SPARSE]
+SOLVED += [("crossed slopes", family, "sparse") for family in FAMILIES]
 
 
 @pytest.mark.parametrize(("tree", "family", "solver"), SOLVED)
@@ -207,15 +225,27 @@ def test_the_value_is_that_of_the_dense_formula(tree, family, solver):
     assert restricted(y, eta, X).item() == pytest.approx(expected.item(), rel=1e-10)
 
 
-BOTH = [(*case, "ml") for case in CASES]
-BOTH += [("crossed", "logit", "reml"), ("slopes", "beta", "reml"), ("kernel", "poisson", "reml")]
+BOTH = [(*case, "ml", solver) for case in CASES for solver in ("blocked", "dense")]
+BOTH += [(tree, "logit", "ml", "sparse") for tree in SPARSE]
+BOTH += [("crossed slopes", family, "ml", "sparse") for family in FAMILIES]
+BOTH += [
+    (*case, "reml", solver)
+    for case in (
+        ("crossed", "logit"),
+        ("slopes", "beta"),
+        ("animals", "poisson"),
+        ("occasions", "logit"),
+    )
+    for solver in ("blocked", "sparse")
+]
+BOTH += [("kernel", "poisson", "reml", "auto")]
 
 
-@pytest.mark.parametrize(("tree", "family", "method"), BOTH)
-def test_gradients_are_those_of_finite_differences(tree, family, method):
+@pytest.mark.parametrize(("tree", "family", "method", "solver"), BOTH)
+def test_gradients_are_those_of_finite_differences(tree, family, method, solver):
     covariance, own, y, eta = setting(tree, family)
     X = normal(N, 1, seed=11) if method == "reml" else None
-    loss = LaplaceLoss(covariance, own, method)
+    loss = LaplaceLoss(covariance, own, method, solver=solver)
     eta.requires_grad_()
     if family in ("gamma", "beta", "gaussian", "student_t"):
         y.requires_grad_()
@@ -247,15 +277,19 @@ def test_two_ways_to_the_gradient_agree(tree):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("tree", ["intercepts", "crossed slopes", "kernel"])
+EXACT = [(tree, solver) for tree in TREES for solver in ("blocked", "dense")]
+EXACT += [(tree, "sparse") for tree in SPARSE]
+
+
+@pytest.mark.parametrize(("tree", "solver"), EXACT)
 @pytest.mark.parametrize("method", ["ml", "reml"])
-def test_of_gaussian_responses_it_is_the_exact_likelihood(tree, method):
+def test_of_gaussian_responses_it_is_the_exact_likelihood(tree, solver, method):
     covariance, own, y, eta = setting(tree, "gaussian")
     X = torch.stack([torch.ones(N), normal(N, seed=11)], 1)
     residual = ScalarMatrix(N)
     residual.set_value("sigma^2", own.natural("sigma^2", y).item(), natural=True)
     exact = REMLLoss(Sum(random=covariance, residual=residual), method, reduction="sum")
-    loss = LaplaceLoss(covariance, own, method)
+    loss = LaplaceLoss(covariance, own, method, solver=solver)
     assert loss(y, eta, X).item() == pytest.approx(exact(y - eta, X).item(), rel=1e-10)
     parameters = list(covariance.parameters())
     one = torch.autograd.grad(loss(y, eta, X), [*parameters, *own.parameters()])

@@ -14,9 +14,9 @@ from openreml_nn.covariance import (
 from openreml_nn.covariance.matrix import Recorded
 from openreml_nn.families import Binomial, Gaussian, NegativeBinomial, Ordinal, Poisson
 from openreml_nn.likelihood import LaplaceLoss
-from openreml_nn.likelihood.laplace_layout import Stacked
 from openreml_nn.likelihood.laplace_mode import Rows, find_mode
 from openreml_nn.likelihood.laplace_quadrature import by_quadrature
+from openreml_nn.likelihood.laplace_system import BlockedSpace
 from openreml_nn.support.errors import InputError
 from tests.likelihood.test_laplace import N, codes, difference, grouped, intercepts, normal, slopes
 
@@ -126,8 +126,8 @@ def test_nodes_in_parts_are_the_same():
     parameters = list(covariance.parameters())
     rows = Rows(Binomial(), BINARY, ETA, ETA.new_zeros(N, 0))
     terms = covariance.terms()
-    layout = Stacked([term.detach() for term in terms], 1000.0)
-    mode = find_mode(rows, layout, terms)
+    layout = BlockedSpace([term.detach() for term in terms], 1000.0)
+    mode = find_mode(rows, layout.at(terms))
     for held in (2**22, 5 * N):
         covariances = [term.covariance for term in terms]
         value = by_quadrature(mode, rows, layout.designs, covariances, 5, held)

@@ -12,5 +12,5 @@ __all__ = ["SOLVERS", "Blocked", "Dense", "Grid", "Krylov", "Sparse", "Spectral"
 
 #: By name. Where two cost the same, the first is taken.
 SOLVERS: dict[str, type[Solver]] = {
-    solver.name: solver for solver in (Spectral, Grid, Blocked, Dense, Sparse, Krylov)
+    solver.name: solver for solver in (Dense, Spectral, Grid, Blocked, Sparse, Krylov)
 }

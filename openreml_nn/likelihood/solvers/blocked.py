@@ -64,6 +64,8 @@ class Blocked(Solver):
     """
 
     name: ClassVar[str] = "blocked"
+    #: Its hundreds of small steps take as long as these.
+    least: ClassVar[float] = 1e6
     pair_cost: float = 1000.0
 
     def __post_init__(self) -> None:
@@ -78,7 +80,8 @@ class Blocked(Solver):
         levels, k = roles.sizes(terms)
         q = sum(terms[i].design.shape[1] for i in roles.rest)
         r = q + p + 1
-        work = 2.0 * levels * k * (k * k + k * r) + levels * k * r**2 + q**3 / 3 + r**3 / 3
+        work = 2.0 * levels * k * (4 * k * k + 2 * k * (p + 1) + q * q) + 2.0 * q**3
+        work += (levels * k + q) * (p + 1) * r
         held = 2.0 * levels * k * r + 2 * levels * k * k + 3 * r * r
         if roles.residual.moves:
             n, m = terms[0].design.shape[0], roles.residual.size
@@ -96,9 +99,10 @@ class Blocked(Solver):
             designs = [terms[i].design for i in roles.random]
             grids = [grid_of(terms[i]) for i in roles.rest]
             _, placement = _placed(designs, roles, grids, self.pair_cost)
-            held = min(held, dtype.itemsize * placement.cost(p + 1)[1])
+            placed, entries = placement.cost(p + 1)
+            work, held = min(work, placed), min(held, dtype.itemsize * entries)
         steps = steps_of(terms, roles, p, Partition.of_one(q, torch.device("cpu")))
-        return Cost(max(work, 1.0), held, True, _REASON, steps)
+        return Cost(work + Blocked.least, held, True, _REASON, steps)
 
     def problem(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> Problem:
         return BlockedProblem(fixed, terms, method, self)
@@ -231,6 +235,7 @@ class BlockedProblem(GroupedProblem):
             work += 4.0 * self.n * (self.residual.size + self.k + r) * (self.k + r)
             entries += 4.0 * self.n * (self.residual.size + self.k + r)
         steps = steps_of(separated(self.terms), self.roles, self.p, self.partition)
+        work += Blocked.least
         return Cost(work, self.f.itemsize * entries, True, _REASON, steps)
 
     def sandwich(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -16,8 +17,8 @@ from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.system.square_root import SquareRootEvaluation, within
 from openreml_nn.support.checks import check_choice
 from openreml_nn.support.errors import InputError, NumericalError
-from openreml_nn.terms.covariance import DenseCovariance, RepeatedCovariance
-from openreml_nn.terms.design import IdentityDesign, IndexedDesign
+from openreml_nn.terms.covariance import DenseCovariance
+from openreml_nn.terms.design import IdentityDesign
 from openreml_nn.terms.term import Term, residual_terms
 
 __all__ = ["Dense", "DenseProblem", "check_method", "restricted_log_likelihood"]
@@ -112,6 +113,7 @@ class DenseProblem(Problem):
     """Depends on the matrix of each term; V is their sum."""
 
     takes_data = True
+    prepares = False
 
     def __init__(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> None:
         super().__init__(fixed, terms, method)
@@ -152,31 +154,41 @@ class _DenseEvaluation(Evaluation):
         V = _total(terms)
         y, Q = problem.fixed.y, problem.fixed.Q
         self._L = L = cholesky(V, "V")
-        white = torch.linalg.solve_triangular(L, torch.cat([Q, y[:, None]], 1), upper=False)
-        self._white_Q, white_y = white[:, :-1], white[:, -1]
-        self.gamma_factor = cholesky(self._white_Q.mT @ self._white_Q, "X' V^-1 X")
-        half = torch.linalg.solve_triangular(
-            self.gamma_factor, (self._white_Q.mT @ white_y)[:, None], upper=False
-        )
-        self.gamma = torch.linalg.solve_triangular(self.gamma_factor.mT, half, upper=True)[:, 0]
-        self._residual = white_y - self._white_Q @ self.gamma  # L^-1 (y - Q gamma)
+        if problem.p:
+            white = torch.linalg.solve_triangular(L, torch.cat([Q, y[:, None]], 1), upper=False)
+            log_det_x = self._profile_fixed(white[:, :-1], white[:, -1])
+        else:
+            self._white_Q, self.gamma, self.gamma_factor = Q, Q[0], Q[:0]
+            self._residual = torch.linalg.solve_triangular(L, y[:, None], upper=False)[:, 0]
+            log_det_x = y.new_zeros(())
         self.y_p_y = self._residual @ self._residual
-        self.log_likelihood = problem.assemble(
-            2 * L.diagonal().log().sum(),
-            2 * self.gamma_factor.diagonal().log().sum(),
-            self.y_p_y,
-        )
+        log_det_v = 2 * L.diagonal().log().sum()
+        self.log_likelihood = problem.assemble(log_det_v, log_det_x, self.y_p_y)
         if not traced(V):
             self.rounding = torch.finfo(V.dtype).eps * pivot_loss(V.detach(), L.detach())
             self.recorded_rounding = self.rounding
+
+    def _profile_fixed(self, white_Q: Tensor, white_y: Tensor) -> Tensor:
+        """Take the fixed effects off white rows by least squares; log |Q' V^-1 Q|."""
+        self._white_Q = white_Q
+        self.gamma_factor = cholesky(white_Q.mT @ white_Q, "X' V^-1 X")
+        half = torch.linalg.solve_triangular(
+            self.gamma_factor, (white_Q.mT @ white_y)[:, None], upper=False
+        )
+        self.gamma = torch.linalg.solve_triangular(self.gamma_factor.mT, half, upper=True)[:, 0]
+        self._residual = white_y - white_Q @ self.gamma  # L^-1 (y - Q gamma)
+        return 2 * self.gamma_factor.diagonal().log().sum()
 
     def _back(self, x: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(self._L.mT, x, upper=True)
 
     def inverse_times_data(self) -> Tensor:
+        if not self.problem.p:
+            return self._p_y[:, None]
         white_y = self._residual + self._white_Q @ self.gamma
         return self._back(torch.cat([self._white_Q, white_y[:, None]], 1))
 
+    @cached_property
     def _p_y(self) -> Tensor:
         return self._back(self._residual[:, None])[:, 0]
 
@@ -187,15 +199,15 @@ class _DenseEvaluation(Evaluation):
         return torch.cholesky_inverse(self._L).addmm_(lost, lost.mT, alpha=-1)
 
     def scores_unchecked(self) -> list[Tensor]:
-        p_y = self._p_y()
-        reml = self.problem.method == "reml"
+        p_y = self._p_y
+        reml = self.problem.method == "reml" and self.problem.p > 0
         trace = self._projector() if reml else torch.cholesky_inverse(self._L)
         # In place: matrices of this size take longer to write than to compute.
         S = trace.mul_(-0.5).addr_(p_y, p_y, alpha=0.5)
-        return [_score(term, S) for term in self._terms]
+        return [term.fold(S) for term in self._terms]
 
     def information(self, derivatives: Sequence[Tensor]) -> Tensor:
-        p_y = self._p_y()
+        p_y = self._p_y
         working = p_y.new_zeros(len(p_y), len(derivatives[0]))  # dV_j P y
         for term, dG in zip(self._terms, derivatives, strict=True):
             u = term.design.t_matmul(p_y[:, None])
@@ -210,7 +222,7 @@ class _DenseEvaluation(Evaluation):
     def random_effects(self) -> list[RandomEffects]:
         residual = residual_terms(self._terms)
         random = [i for i in range(len(self._terms)) if i not in residual]
-        p_y, eps = self._p_y(), torch.finfo(self._L.dtype).eps
+        p_y, eps = self._p_y, torch.finfo(self._L.dtype).eps
         roots, rounding = None, self.rounding**2 / eps
         if random and residual:
             roots, gain = self._spread_roots(random, residual)
@@ -274,23 +286,5 @@ def _total(terms: Sequence[Term]) -> Tensor:
     nugget = [term.covariance.matrix.reshape(()) for term in terms if term.is_residual]
     if not nugget:
         return V
-    return torch.diagonal_scatter(V, V.diagonal() + torch.stack(nugget).sum())
-
-
-def _score(term: Term, S: Tensor) -> Tensor:
-    """A cotangent of V, (n, n), as one of the entries of G."""
-    z, g = term.design, term.covariance
-    if isinstance(z, IndexedDesign) and isinstance(g, RepeatedCovariance) and z.levels > len(S):
-        # A few rows of many levels: those that they have not would be blocks of zeros. Levels that
-        # share a block of G, as the cells of a level do, stay together.
-        k = len(g.matrix)
-        if k % z.effects and z.effects % k:
-            return g.fold(within(term, S))
-        together = max(k // z.effects, 1)
-        block = (z.codes // together).unique(return_inverse=True)[1]
-        levels = (int(block.max()) + 1) * together
-        codes = block * together + z.codes % together
-        z = IndexedDesign(codes, z.values, levels, absent=False)
-        g = RepeatedCovariance(g.matrix, levels * z.effects // k)
-        term = replace(term, design=z, covariance=g)
-    return g.fold(within(term, S))
+    variance = nugget[0] if len(nugget) == 1 else torch.stack(nugget).sum()
+    return torch.diagonal_scatter(V, V.diagonal() + variance)

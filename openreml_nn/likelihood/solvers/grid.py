@@ -3,7 +3,9 @@ r"""The likelihood on a complete grid of rows by columns: a field trial.
 For :math:`V = A \otimes B + \tau I + Z G Z^\top` with :math:`A = U_A D_A U_A^\top` and
 :math:`B = U_B D_B U_B^\top`, the data in the coordinates :math:`(U_A \otimes U_B)^\top y` have the
 variances :math:`d_{ij} = D_{A,i} D_{B,j} + \tau` but for the random effects: two small
-decompositions take the place of that of all plots.
+decompositions take the place of that of all plots. The rows may be in any order, and have weights
+that A ⊗ B and :math:`\tau I` share: :math:`V = D\Pi(A \otimes B + \tau I)\Pi^\top D + Z G Z^\top`
+is that in the rows :math:`\Pi^\top D^{-1} y`.
 
 Reference:
     Gilmour, Cullis and Verbyla, Journal of Agricultural, Biological and
@@ -29,8 +31,8 @@ from openreml_nn.likelihood.system.elimination import root
 from openreml_nn.likelihood.system.square_root import SquareRootEvaluation
 from openreml_nn.support.errors import NotPositiveDefiniteError
 from openreml_nn.terms.covariance import KroneckerCovariance, kronecker
-from openreml_nn.terms.design import IdentityDesign
-from openreml_nn.terms.term import Term
+from openreml_nn.terms.design import Design, IdentityDesign, IndexedDesign
+from openreml_nn.terms.term import Term, has_own_columns
 
 __all__ = ["Grid", "GridProblem"]
 
@@ -66,28 +68,72 @@ class Grid(Solver):
         if GridTerms.of(terms) is not None:
             return None
         return (
-            "the grid solver needs one Kronecker product over the rows, and independent "
-            "errors at most beside it"
+            "the grid solver needs one Kronecker product over the rows, each in a place of its own "
+            "and none missing, and independent errors at most beside it, of the same weights"
         )
 
 
 @dataclass(frozen=True)
 class GridTerms:
-    """Positions of the grid's term, of the terms :math:`\\tau I`, and of the others."""
+    """Positions of the grid's term, of the terms :math:`\\tau I`, and of the others.
+
+    Attributes:
+        grid, nugget, rest: these positions.
+        order: (n,) row of each place of the grid; None where the rows are in its order.
+        scale: (n,) known standard deviations of the rows up to a factor; None for equal ones.
+    """
 
     grid: int
     nugget: list[int]
     rest: list[int]
+    order: Tensor | None = None
+    scale: Tensor | None = None
 
     @classmethod
     def of(cls, terms: Sequence[Term]) -> GridTerms | None:
         """None if there is not one grid over all rows, or another term over them."""
-        over = [i for i, term in enumerate(terms) if isinstance(term.design, IdentityDesign)]
+        over = [i for i, term in enumerate(terms) if _is_over_rows(term.design)]
         grid = [i for i in over if isinstance(terms[i].covariance, KroneckerCovariance)]
-        nugget = [i for i in over if terms[i].is_residual]
-        if len(grid) != 1 or len(over) > 1 + len(nugget):
+        if len(grid) != 1:
             return None
-        return cls(grid[0], nugget, [i for i in range(len(terms)) if i not in over])
+        design, scale = terms[grid[0]].design, _scale(terms[grid[0]].design)
+        nugget = [
+            i
+            for i in over
+            if terms[i].covariance.is_scalar and _same(_scale(terms[i].design), scale)
+        ]
+        rest = [i for i in range(len(terms)) if i not in (*grid, *nugget)]
+        if any(isinstance(terms[i].design, IdentityDesign) for i in rest):
+            return None
+        order = design.codes.argsort() if isinstance(design, IndexedDesign) else None
+        return cls(grid[0], nugget, rest, order, scale)
+
+    def to_grid(self, x: Tensor) -> Tensor:
+        """Rows (n, m) as they stand in the grid, of equal weights."""
+        x = x if self.scale is None else x / self.scale.to(x)[:, None]
+        return x if self.order is None else x[self.order]
+
+    def from_grid(self, x: Tensor) -> Tensor:
+        """The transpose of :meth:`to_grid`."""
+        found = x if self.order is None else torch.empty_like(x).index_copy(0, self.order, x)
+        return found if self.scale is None else found / self.scale.to(x)[:, None]
+
+
+def _is_over_rows(design: Design) -> bool:
+    """Whether each row has a column of its own, and each column a row."""
+    n, q = design.shape
+    return isinstance(design, IdentityDesign) or (n == q and has_own_columns(design))
+
+
+def _scale(design: Design) -> Tensor | None:
+    values = design.values if isinstance(design, IndexedDesign) else None
+    return None if values is None else values.detach()[:, 0]
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one, other)
 
 
 class GridProblem(Problem):
@@ -102,7 +148,12 @@ class GridProblem(Problem):
         assert found is not None
         self.places = found
         self._dense = DenseProblem(fixed, terms, method)
-        self.f = torch.cat([fixed.Q, fixed.y[:, None]], 1)
+
+    def with_fixed(self, fixed: FixedPart) -> Problem:
+        found = super().with_fixed(fixed)
+        assert isinstance(found, GridProblem)
+        found._dense = DenseProblem(fixed, self._dense.terms, self.method)
+        return found
 
     def matrices(self, terms: Sequence[Term]) -> list[Tensor]:
         return self._dense.matrices(terms)
@@ -123,7 +174,8 @@ class _GridEvaluation(Evaluation):
 
     def __init__(self, problem: GridProblem, terms: Sequence[Term]) -> None:
         self.problem, self._terms = problem, terms
-        places, f = problem.places, problem.f
+        places = problem.places
+        f = places.to_grid(torch.cat([problem.fixed.Q, problem.fixed.y[:, None]], 1))
         g = terms[places.grid].covariance
         assert isinstance(g, KroneckerCovariance)
         self._A, self._B = g.parts()
@@ -134,9 +186,9 @@ class _GridEvaluation(Evaluation):
         )
         self._values_a, self._values_b = values_a, values_b
         self._d = d = values_a[:, None] * values_b + nugget  # (r, c)
-        if not bool((d > 0).all()):
+        if not bool((d > 0).all()) or (places.scale is not None and not bool(places.scale.all())):
             raise NotPositiveDefiniteError("V is not positive definite")
-        self._Z = [terms[i].design.dense(f) for i in places.rest]
+        self._Z = [places.to_grid(terms[i].design.dense(f)) for i in places.rest]
         scaled = [
             root(terms[i]).multiply(Z.mT, transpose=True).mT
             for i, Z in zip(places.rest, self._Z, strict=True)
@@ -154,6 +206,8 @@ class _GridEvaluation(Evaluation):
         self._K = K = self._H.mT @ white
         F = white.mT @ white - K.mT @ K
         log_det = d.log().sum() + 2 * Lc.diagonal().log().sum()
+        if places.scale is not None:
+            log_det = log_det + 2 * places.scale.to(f).abs().log().sum()
         self.log_likelihood, self.gamma_factor, half = problem.profile(
             log_det, F[:-1, :-1], F[:-1, -1], F[-1, -1]
         )
@@ -180,7 +234,7 @@ class _GridEvaluation(Evaluation):
     # ------------------------------------------------------------------ derivatives
 
     def inverse_times_data(self) -> Tensor:
-        return self._back(self._rest)
+        return self.problem.places.from_grid(self._back(self._rest))
 
     def scores_unchecked(self) -> list[Tensor]:
         problem, places = self.problem, self.problem.places

@@ -58,6 +58,9 @@ __all__ = ["Sparse", "SparseProblem"]
 
 #: With fewer columns beside the largest term's than these, others cost little.
 _FEW = 500
+#: What takes the time of an operation of the factor, its inverse included, in those of a dense
+#: product: three, of fronts that are smaller.
+_FRONTS = 5.0
 
 
 @dataclass(frozen=True)
@@ -119,13 +122,13 @@ class Sparse(Solver):
         moved = over_levels(terms)
         residual = Residual.of(moved)
         effects = [term for i, term in enumerate(moved) if i not in residual.at]
-        self._check_memory(_held_dense(effects), sum(x.design.shape[1] for x in effects))
+        self.check_memory(_held_dense(effects), sum(x.design.shape[1] for x in effects))
         random = SparseTerm.of_all(moved, residual.at)
         found = self._equations(random, residual) if known is None else known
-        self._check_memory(16.0 * found.symbolic.entries, found.size)
+        self.check_memory(16.0 * found.symbolic.entries, found.size)
         return random, residual, found
 
-    def _check_memory(self, held: float, columns: int) -> None:
+    def check_memory(self, held: float, columns: int) -> None:
         if held > self.memory:
             raise InputError(
                 f"the sparse solver would hold {held / 2**30:.3g} GiB for a factor of {columns} "
@@ -166,7 +169,9 @@ def cost_of(equations: Equations, n: int, p: int) -> Cost:
     """What an evaluation with its scores takes, of n rows and p fixed effects."""
     symbolic = equations.symbolic
     entries = float(symbolic.entries)
-    work = 3 * symbolic.operations + 8.0 * entries * (p + 2) + 4.0 * n * (p + 1) + Sparse.least
+    work = (
+        _FRONTS * symbolic.operations + 8.0 * entries * (p + 2) + 4.0 * n * (p + 1) + Sparse.least
+    )
     held = 8.0 * (2 * entries + (n + 4 * equations.size) * (p + 1))
     names = ", ".join(repr(part.name) for part in equations.parts)
     steps = (

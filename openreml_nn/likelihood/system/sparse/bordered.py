@@ -75,7 +75,7 @@ class Bordered:
         return np.concatenate([own, self._root.T @ (self._H.T @ own)])
 
     def inner(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        r""":math:`x^\\top A^+ y` from roots of x and of y."""
+        r""":math:`x^\top A^+ y` from roots of x and of y."""
         n = len(self._H)
         return np.asarray(one[:n].T @ other[:n] + one[n:].T @ (self._sign * other[n:]))
 

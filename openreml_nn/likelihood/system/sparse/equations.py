@@ -254,7 +254,8 @@ class Equations:
                 if self._prior_factor([i]) is None:
                     raise NotPositiveDefiniteError(
                         f"the inverse of the kernel of {self.parts[i].name!r} is not positive "
-                        "definite, so that there is no kernel: expected one that is, as of a pedigree"
+                        "definite, so that there is no kernel: expected one that is, as of a pedigree, "
+                        "or `KnownInverseMatrix(..., null=...)` with what it is zero on"
                     )
         assert found is not None
         return found.log_det

@@ -96,6 +96,8 @@ class Symbolic:
         of_column = np.repeat(np.arange(len(first) - 1), np.diff(first))
         row_start, rows = _rows(start, index, order, place, parent, first, of_column)
         height, width = np.diff(row_start), np.diff(first)
+        shift = np.repeat(np.arange(len(height)), height) * n
+        rows = np.sort(rows + shift) - shift
         value_start = np.concatenate([[0], np.cumsum(height * width)])
         h, w = height.astype(float), width.astype(float)
         below = h - w
@@ -239,7 +241,7 @@ def _supernodes(parent, count):
 
 @compiled
 def _rows(start, index, order, place, parent, first, of_column):
-    """Rows of each supernode."""
+    """Rows of each supernode, in no order: sorting takes longer to compile than all the rest."""
     n, s = len(order), len(first) - 1
     row_start = np.zeros(s + 1, np.int64)
     room = np.empty(max(4 * n, 16), np.int64)
@@ -277,10 +279,12 @@ def _rows(start, index, order, place, parent, first, of_column):
                     used += 1
             child = following[child]
         below = begin + hi - lo
-        room[below:used] = np.sort(room[below:used])
         row_start[b + 1] = used
         if used > below:
-            above = of_column[room[below]]
+            least = n
+            for p in range(below, used):
+                least = min(least, room[p])
+            above = of_column[least]
             following[b] = head[above]
             head[above] = b
     return row_start, room[:used].copy()

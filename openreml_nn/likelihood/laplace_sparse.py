@@ -1,0 +1,248 @@
+r"""The system of the random effects by a sparse Cholesky factor, with weights that move.
+
+It is that of the sparse solver, with the weights of the rows in the place of
+:math:`R^{-1}`. Derivatives come from the entries of the inverse within the pattern of the factor: the
+variances of the rows' predictors, and the traces by covariances, for which no n × n is formed. All is
+computed in float64 on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openreml_nn.likelihood.effects import RandomEffects
+from openreml_nn.likelihood.problem import Cost, cholesky
+from openreml_nn.likelihood.solvers.sparse import Sparse, cost_of
+from openreml_nn.likelihood.system.sparse.equations import Equations
+from openreml_nn.likelihood.system.sparse.terms import SparseTerm, TermAt, is_dense
+from openreml_nn.likelihood.system.sparse.weighted import EffectRows
+from openreml_nn.support.errors import NotPositiveDefiniteError
+from openreml_nn.terms.design import DenseDesign
+from openreml_nn.terms.term import Term
+
+__all__ = ["SparsePoint", "SparseSpace"]
+
+#: Operations a row up to which a factor takes no longer than a step's work on the rows.
+_CHEAP = 100.0
+
+
+class SparseSpace:
+    """Where the random effects of some terms stand in the sparse system.
+
+    Args:
+        terms: the random terms.
+        solver: with its options.
+
+    Raises:
+        InputError: if the factor would hold more than the solver may.
+    """
+
+    def __init__(self, terms: Sequence[Term], solver: Sparse) -> None:
+        self.random = SparseTerm.of_all(terms, ())
+        self.equations = Equations([own.part for own in self.random], None, solver.ordering)
+        solver.check_memory(16.0 * self.equations.symbolic.entries, self.equations.size)
+        self.rows = EffectRows(terms, self.equations)
+        self.count = terms[0].design.shape[0]
+        self.largest = self.equations.largest(self.rows.products(np.ones(self.count)))
+        self.is_cheap = self.equations.symbolic.operations < _CHEAP * self.count
+
+    @staticmethod
+    def fits(terms: Sequence[Term]) -> bool:
+        """Whether the system of some terms is sparse: each row meets few columns, and they others."""
+        return all(
+            not isinstance(term.design, DenseDesign) and not is_dense(term) for term in terms
+        )
+
+    @property
+    def size(self) -> int:
+        return self.equations.size
+
+    def at(self, terms: Sequence[Term]) -> SparsePoint:
+        return SparsePoint(self, [term.detach() for term in terms])
+
+    def cost(self, p: int) -> Cost:
+        """What an evaluation takes with p coefficients of X."""
+        return cost_of(self.equations, self.count, p)
+
+
+class SparsePoint:
+    """The random effects at some covariances.
+
+    Args:
+        space: where they stand.
+        terms: with these covariances.
+    """
+
+    def __init__(self, space: SparseSpace, terms: Sequence[Term]) -> None:
+        self.space, self.terms = space, terms
+        self.is_cheap = space.is_cheap
+        self.roots = [
+            own.roots(self.terms[own.at], size)
+            for own, size in zip(space.random, space.largest, strict=True)
+        ]
+        self.at = [own.at_point(self.terms[own.at]) for own in space.random]
+        self.log_det = space.equations.log_det_prior + sum(point.log_det for point in self.at)
+
+    def each(self, x: np.ndarray, transpose: bool = False) -> np.ndarray:
+        r""":math:`\Lambda x`, or :math:`\Lambda^\top x`, for x (size, m)."""
+        pairs = zip(self.roots, self.space.equations.split(x), strict=True)
+        return np.concatenate([root.times(root.lifted, part, transpose) for root, part in pairs])
+
+    def times_prior(self, x: np.ndarray) -> list[np.ndarray]:
+        """:math:`Q x` for x (size, m), part by part."""
+        pairs = zip(self.at, self.space.equations.split(x), strict=True)
+        return [point.part.times_prior(own) for point, own in pairs]
+
+    def predictor(self, u: Tensor) -> Tensor:
+        return torch.from_numpy(self.space.rows.times(self.each(u.numpy()[:, None])[:, 0]))
+
+    def slope(self, v: Tensor) -> Tensor:
+        by_effect = self.space.rows.t_times(np.ascontiguousarray(v.numpy()))
+        return torch.from_numpy(self.each(by_effect[:, None], transpose=True)[:, 0])
+
+    def prior(self, u: Tensor) -> Tensor:
+        if all(point.part.prior is None for point in self.at):
+            return u
+        return torch.from_numpy(np.concatenate(self.times_prior(u.numpy()[:, None]))[:, 0])
+
+    def factor(self, weights: Tensor, X: Tensor) -> SparseFactor:
+        return SparseFactor(self, weights, X)
+
+
+class SparseFactor:
+    r"""The factor of :math:`H = Q + \Lambda^\top Z^\top W Z\Lambda`, bordered by the coefficients of X.
+
+    Args:
+        point: the random effects with :math:`\Lambda`.
+        weights: of the rows, (n,).
+        X: (n, p).
+
+    Raises:
+        NotPositiveDefiniteError: if the system is not positive definite.
+    """
+
+    def __init__(self, point: SparsePoint, weights: Tensor, X: Tensor) -> None:
+        self._point, self._X = point, X
+        space, roots = point.space, point.roots
+        blocks = space.rows.products(weights.contiguous().numpy())
+        self._moved = [
+            cross.transform(data, roots[cross.one].lifted, roots[cross.other].lifted)
+            for cross, data in zip(space.equations.crosses, blocks, strict=True)
+        ]
+        try:
+            self._factor = space.equations.factor(self._moved, [at.entries for at in point.at])
+        except NotPositiveDefiniteError:
+            raise NotPositiveDefiniteError(
+                "the curvature of the random effects at the mode is not positive definite"
+            ) from None
+        self._S: Tensor | None = None
+        if X.shape[1]:
+            weighted = weights[:, None] * X
+            columns = [point.slope(column) for column in weighted.unbind(1)]
+            self._of_X = torch.stack(columns, 1)
+            self._solved = self._solve(self._of_X)
+            self._S = cholesky(X.mT @ weighted - self._of_X.mT @ self._solved, _SEPARATED)
+
+    def _solve(self, g: Tensor) -> Tensor:
+        return torch.from_numpy(self._factor.back(self._factor.half(g.numpy())))
+
+    def half_log_det(self) -> Tensor:
+        half = (self._factor.log_det - self._point.log_det) / 2
+        found = self._X.new_tensor(half)
+        return found if self._S is None else found + self._S.diagonal().log().sum()
+
+    def solve(self, g: Tensor, g_X: Tensor) -> tuple[Tensor, Tensor]:
+        u = self._solve(g)
+        if self._S is None:
+            return u, g_X
+        beta = torch.cholesky_solve(g_X - self._of_X.mT @ u, self._S)
+        return u - self._solved @ beta, beta
+
+    def fixed_covariance(self) -> Tensor:
+        assert self._S is not None
+        return torch.cholesky_inverse(self._S)
+
+    @cached_property
+    def _border(self) -> Tensor:
+        """A root of what the coefficients of X add to the inverse, (size, p)."""
+        if self._S is None:
+            return self._X.new_zeros(self._point.space.size, 0)
+        return torch.linalg.solve_triangular(self._S, self._solved.mT, upper=False).mT
+
+    def half_variances(self) -> Tensor:
+        point, equations = self._point, self._point.space.equations
+        left = [root.lifted.transpose(0, 2, 1) for root in point.roots]
+        inverse = self._factor.inverse
+        blocks = [
+            cross.transform(inverse[cross.place], left[cross.one], left[cross.other])
+            for cross in equations.crosses
+        ]
+        found = torch.from_numpy(point.space.rows.quadratic(blocks)) / 2
+        if self._S is None:
+            return found
+        own = torch.linalg.solve_triangular(self._S, self._X.mT, upper=False).mT
+        effects = [point.predictor(column.contiguous()) for column in self._border.unbind(1)]
+        return found + (own - torch.stack(effects, 1)).square().sum(1) / 2
+
+    def of_matrices(self, u: Tensor, s: Tensor, first: Tensor, f: Tensor) -> list[Tensor]:
+        # By Lambda, the derivative is half of T - u (Q u)' + s (Q u)' + u (Q s)', summed over levels.
+        point, equations = self._point, self._point.space.equations
+        # Of a variance next to nothing u is so small that steps to the mode leave it no digits.
+        u = u - self._solve((point.prior(u) - point.slope(first))[:, None])[:, 0]
+        C = torch.cat([u[:, None] - s, self._border, s], 1).numpy()
+        sign = np.ones(C.shape[1])
+        sign[-1] = -1.0
+        own = point.space.random
+        traces = equations.traces(self._factor.inverse, self._moved, [x.by_level for x in own])
+        columns, others = equations.split(C), point.times_prior(C * sign)
+        found = {}
+        for i, (x, root, T) in enumerate(zip(own, point.roots, traces, strict=True)):
+            pulled = _outer(x, columns[i], others[i]) - T
+            score = root.unpull(pulled) / 2
+            within = partial(equations.within_prior, self._factor.inverse, i)
+            found[x.at] = -_score(point.at[i], score, within, columns[i])
+        return [found[i] for i in sorted(found)]
+
+    def random(self, terms: Sequence[Term], u: Tensor) -> list[RandomEffects]:
+        point, equations = self._point, self._point.space.equations
+        parts, found = equations.split(u.numpy()[:, None]), []
+        for i, (x, root) in enumerate(zip(point.space.random, point.roots, strict=True)):
+            w = x.part.width
+            values = root.times(root.root, parts[i]).reshape(-1, w)
+            spread = root.variances(equations, self._factor.inverse, i)
+            name = terms[x.at].name
+            found.append(RandomEffects(name, torch.from_numpy(values), torch.from_numpy(spread)))
+        return found
+
+
+_SEPARATED = "the information on the fixed effects (the data are separated, or say nothing of one of them): it"
+
+
+def _outer(x: SparseTerm, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Products of two columns' effects of a level, summed over levels where these share G."""
+    if x.by_level:
+        return (one * other).sum(1)[:, None, None]
+    k = x.part.effects
+    a, b = (
+        y.reshape(x.part.levels, k, y.shape[1]).transpose(1, 0, 2).reshape(k, -1)
+        for y in (one, other)
+    )
+    return (a @ b.T)[None]
+
+
+def _score(
+    at: TermAt, score: np.ndarray, within: Callable[[], np.ndarray], columns: np.ndarray
+) -> Tensor:
+    """The derivative by the entries that G holds, the square of the last column taken off."""
+    whole = at.score(score, within, columns[:, :-1])
+    if at.entries is None:
+        return whole
+    # The score is linear in the squares: of none of them it is what the last column is taken from.
+    none = np.zeros_like(score)
+    last, bare = (at.score(none, within, part) for part in (columns[:, -1:], columns[:, :0]))
+    return whole - last + bare
