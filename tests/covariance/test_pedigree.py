@@ -190,4 +190,7 @@ def test_dominance_is_that_of_pairs_of_parents():
     assert D.loc["e", "g"] == D.loc["e", "a"] == D.loc["h", "i"] == 0.0
     double = Pedigree.of(list("efghxy"), list("aaccef"), list("bbddgh"), hermaphrodite=True)
     assert double.dominance().loc["x", "y"] == 1 / 16  # double first cousins
+    # The sire of one and the dam of the other are sibs, and the other two are strangers.
+    halves = Pedigree.of(list("efxy"), list("aaep"), list("bbgf"), hermaphrodite=True)
+    assert halves.dominance().loc["x", "y"] == halves.dominance().loc["y", "x"] == 0.0
     np.testing.assert_array_equal(np.diag(D), 1.0)
