@@ -48,6 +48,7 @@ from openreml_nn.covariance import (
     heterogeneous,
     heterogeneous_compound_symmetry,
 )
+from openreml_nn.covariance.kernel import distances
 from openreml_nn.covariance.params import operand_name
 from openreml_nn.estimation.basis import basis_of
 from openreml_nn.families import Family
@@ -166,7 +167,7 @@ def _among_levels(relation: Known | Places) -> Matrix:
             correlation = _CORRELATIONS[relation.structure.name](**options)
             return VecchiaMatrix(relation.coordinates, correlation, int(neighbours))
         return _KERNELS[relation.structure.name](
-            _distances(relation.coordinates), **relation.structure.options
+            distances(relation.coordinates, relation.coordinates), **relation.structure.options
         )
     if relation.is_inverse:
         return KnownInverseMatrix(relation.matrix)
@@ -221,7 +222,8 @@ def _by_name(structure: Structure, k: int, places: Tensor | None) -> Matrix:
     """A structure of k positions; the lags of those in time are differences of their places."""
     if structure.name in _KERNELS:
         assert places is not None
-        return _KERNELS[structure.name](_distances(places.double()), **structure.options)
+        at = places.double()
+        return _KERNELS[structure.name](distances(at, at), **structure.options)
     if structure.name not in _LAGGED:
         return _OTHER[structure.name](k)
     at = torch.arange(k) if places is None else places.reshape(-1)
@@ -238,10 +240,6 @@ def _hold_scale(matrix: Matrix) -> None:
     """Hold the variance at one, where another matrix has the scale."""
     with torch.no_grad():
         matrix.fix("sigma^2", 0.0)
-
-
-def _distances(coordinates: Tensor) -> Tensor:
-    return torch.cdist(coordinates, coordinates, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 # ---------------------------------------------------------------------- residuals
