@@ -471,6 +471,38 @@ def _covariance() -> list[Call]:
     ]  # fmt: skip
     labels = Kind(lambda v: isinstance(v, list | tuple | np.ndarray | pd.Index) and len(v) > 0)
     codes = {"codes": torch.tensor([0, 1, 1]), "levels": 2}
+    pedigree = cov.Pedigree.of(["a", "b", "c"], [None, None, "a"], [None, None, "G"], ["G"])
+    calls = pd.DataFrame({"m": [0, 1, 2], "n": [2, 0, 1]}, ["a", "b", "c"])
+    K = pd.DataFrame(np.eye(3) + 0.1, list("abc"), list("abc"))
+    of_pedigree = Kind(lambda v: v in (["a", "b"], None) if not hasattr(v, "shape") else False)
+    frequencies = optional(Kind(lambda v: False, ({"m": 2.0, "n": 0.5}, {"m": 0.5})))
+    markers = {"markers": never, "method": choice, "frequencies": frequencies}
+    weight = Kind(lambda v: isinstance(v, Real) and not isinstance(v, bool) and 0 <= v < np.inf)
+    found += [
+        Call("covariance", made.__name__, made,
+             {"markers": calls, "method": "vanraden1", "frequencies": None}, markers)
+        for made in (cov.genomic_relationship, cov.marker_codes)
+    ]  # fmt: skip
+    found += [
+        Call("covariance", "marker_effects", cov.marker_effects,
+             {"codes": cov.marker_codes(calls), "values": pd.Series([1.0, 2.0, 3.0], list("abc"))},
+             {"codes": never, "values": never}),
+        Call("covariance", "epistatic_relationship", cov.epistatic_relationship,
+             {"one": K, "other": K, "scaled": True}, {"one": never, "other": never, "scaled": flag}),
+        Call("covariance", "single_step_relationship", cov.single_step_relationship,
+             {"pedigree": pedigree, "genomic": K, "tau": 1.0},
+             {"pedigree": never, "genomic": never, "alpha": never, "beta": weight, "tau": weight,
+              "omega": weight, "tuned": flag},
+             {"alpha": ("genomic",), "tau": ("genomic",)}),
+        Call("covariance", "Pedigree.grouped", pedigree.grouped, {"variance": 1.0},
+             {"variance": number(0)}),
+        Call("covariance", "Pedigree.relationship", pedigree.relationship, {"animals": ["a", "b"]},
+             {"animals": of_pedigree}),
+        Call("covariance", "Pedigree.positions", pedigree.positions, {"animals": ["a", "b"]},
+             {"animals": Kind(lambda v: isinstance(v, list) and v == ["a", "b"])}),
+        Call("covariance", "Relationship.design", pedigree.grouped(1.0).design, {"animal": ["a", "G"]},
+             {"animal": Kind(lambda v: isinstance(v, list) and v == ["a", "b"])}),
+    ]  # fmt: skip
     found += [
         Call("covariance", "IdentityMatrix", cov.IdentityMatrix, {"n": 3}, {"n": count(1)}),
         Call("covariance", "simple_param_specs", cov.simple_param_specs, {"n": 3},
@@ -500,7 +532,8 @@ def _covariance() -> list[Call]:
               "values": optional(tensor(3, None))}),
         Call("covariance", "Pedigree.of", cov.Pedigree.of,
              {"animal": ["a", "b", "c"], "sire": [None, None, "a"], "dam": [None, None, "b"]},
-             {"animal": names, "sire": labels, "dam": labels}),
+             {"animal": names, "sire": labels, "dam": labels, "groups": Kind(lambda v: isinstance(v, list | tuple) and not v),
+              "hermaphrodite": flag}),
         Call("covariance", "Pedigree.design",
              cov.Pedigree.of(["a", "b"], [None, None], [None, None]).design, {"animal": ["a", "b"]},
              {"animal": Kind(lambda v: isinstance(v, list) and v == ["a", "b"])}),
@@ -971,7 +1004,7 @@ CALLS = {
 EXEMPT = {
     "Bootstrap", "Component", "Cost", "Curve", "Dense", "Grid", "Solver", "Spectral", "Estimate", "Evaluation", "Dispersion", "FTest", "Family", "LaplaceEvaluation", "InputError", "LikelihoodRatio",
     "MarginalMeans", "NotPositiveDefiniteError", "NumericalError", "Operator", "Pedigree", "Plan",
-    "Profile", "ProgressBar", "R2", "Result", "Transform", "Heritability", "Way", "ZeroCount",
+    "Profile", "ProgressBar", "R2", "Relationship", "Result", "Transform", "Heritability", "Way", "ZeroCount",
 }  # fmt: skip
 
 # ---------------------------------------------------------------------- outcomes
