@@ -37,6 +37,7 @@ from openreml_nn.covariance import (
     Pedigree,
     RationalQuadraticCorrelation,
     RationalQuadraticMatrix,
+    Relationship,
     ScalarMatrix,
     SphericalCorrelation,
     SphericalMatrix,
@@ -87,9 +88,9 @@ def relations_of(
 
     Args:
         pedigree: for ``ped(animal)``: a table with the columns animal, sire and dam by name, or in
-            this order; its path; or a :class:`Pedigree`.
+            this order; its path; or a :class:`Relationship`, such as a :class:`Pedigree`.
         kernels: for ``vm(level, K)``: each matrix by its name, see :func:`read_kernel`; or a
-            :class:`Pedigree`.
+            :class:`Relationship`.
 
     Raises:
         InputError: if a table is at fault.
@@ -104,17 +105,17 @@ def relations_of(
     for name, value in (kernels or {}).items():
         if name == "ped":
             raise InputError("`kernels` has 'ped', which is the name of the pedigree's matrix")
-        is_pedigree = isinstance(value, Pedigree)
-        found[name] = _inverse(value) if is_pedigree else read_kernel(name, value)
+        is_inverse = isinstance(value, Relationship)
+        found[name] = _inverse(value) if is_inverse else read_kernel(name, value)
     return found
 
 
-def _inverse(pedigree: Pedigree) -> Known:
-    return Known(tuple(pedigree.names), pedigree.inverse, is_inverse=True)
+def _inverse(relationship: Relationship) -> Known:
+    return Known(relationship.names, relationship.inverse, is_inverse=True)
 
 
-def _pedigree(given: Any) -> Pedigree:
-    if isinstance(given, Pedigree):
+def _pedigree(given: Any) -> Relationship:
+    if isinstance(given, Relationship):
         return given
     if isinstance(given, str | os.PathLike):
         given = read_table(given)
