@@ -11,7 +11,7 @@ from lightning import Trainer
 from openreml_nn import InputError, fit_reml, glmm, lmm
 from openreml_nn.covariance import AR1Matrix
 from openreml_nn.datasets import sleepstudy
-from openreml_nn.inference import likelihood_ratio_test, profile
+from openreml_nn.inference import coefficients, likelihood_ratio_test, profile
 from openreml_nn.lightning import MixedModelDataModule, MixedModule
 from openreml_nn.model.constraints import constrain, start_at
 from openreml_nn.model.structures import linear_model
@@ -76,6 +76,31 @@ def test_the_profile_likelihood_at_a_value_is_that_of_the_constrained_fit():
     test = likelihood_ratio_test(held, free)
     assert test.df == 1
     assert test.statistic == pytest.approx(2 * drop, abs=1e-8)
+
+
+def test_a_profile_does_not_leave_the_bounds_of_a_fit_in_silence():
+    for bounds in ((None, 400.0), (100.0, 3000.0)):
+        found = lmm(TWO, SLEEP, constraints={"Subject/sigma^2": bounds})
+        with pytest.raises(InputError, match=r"`result` has the bounds .* of 'Subject/g/sigma"):
+            profile(found, progress=False)
+
+
+def test_kenward_and_roger_know_what_is_held():
+    """A variance that is held at 0 is a term that is not there, and no other one is estimated."""
+    zero = lmm(TWO, SLEEP, constraints={"Subject/sigma^2": 0.0})
+    none = lmm("Reaction ~ Days + (0 + Days | Subject)", SLEEP)
+    found, expected = (coefficients(r, ddf="kenward-roger") for r in (zero, none))
+    columns = ["estimate", "std_error", "df"]
+    np.testing.assert_allclose(found[columns], expected[columns], rtol=1e-6)
+    held = lmm(TWO, SLEEP, constraints={"residual/sigma^2": 650.0})
+    known = lmm(TWO, SLEEP, residual_variance=650.0)
+    found, expected = (coefficients(r, ddf="kenward-roger") for r in (held, known))
+    np.testing.assert_allclose(found[columns], expected[columns], rtol=1e-6)
+    assert (found["df"] > 17).all()
+    for limit in ((None, 400.0), "Subject_1/sigma^2"):
+        other = lmm(TWO, SLEEP, constraints={"Subject/sigma^2": limit})
+        with pytest.raises(InputError, match="has the constraint"):
+            coefficients(other, ddf="kenward-roger")
 
 
 @pytest.mark.parametrize(
