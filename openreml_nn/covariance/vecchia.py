@@ -311,8 +311,8 @@ class VecchiaMatrix(Matrix):
     def start_reach(self, reach: float) -> bool:
         # The first places are spread as all are.
         some = self.places[torch.from_numpy(self.order[:_TYPICAL]).to(self.places.device)]
-        apart = torch.pdist(some)
-        return apart.numel() > 0 and self.set_start(self.param_names[1], reach * apart.median())
+        apart, start = torch.pdist(some), self.correlation.reach * reach
+        return apart.numel() > 0 and self.set_start(self.param_names[1], start * apart.median())
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.correlation}, neighbours={self.neighbours}"

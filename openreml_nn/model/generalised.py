@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from openreml_nn.covariance import Pedigree
+from openreml_nn.covariance import Relationship
 from openreml_nn.estimation.marginal import fit_laplace
 from openreml_nn.families import Family, ZeroInflated, named_family
 from openreml_nn.likelihood.solver import Solver
@@ -52,7 +52,7 @@ def glmm(
     weights: str | None = None,
     residual: str | None = None,
     residual_variance: float | None = None,
-    pedigree: pd.DataFrame | Pedigree | str | os.PathLike[str] | None = None,
+    pedigree: pd.DataFrame | Relationship | str | os.PathLike[str] | None = None,
     kernels: Mapping[str, Any] | None = None,
     constraints: Mapping[str, Constraint] | None = None,
     starts: Mapping[str, float] | None = None,

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance import Pedigree
+from openreml_nn.covariance import Relationship
 from openreml_nn.estimation import Result, fit_reml
 from openreml_nn.estimation.fit import moment_start
 from openreml_nn.likelihood import REMLLoss
@@ -52,7 +52,7 @@ def lmm(
     weights: str | None = None,
     residual: str | None = None,
     residual_variance: float | None = None,
-    pedigree: pd.DataFrame | Pedigree | str | os.PathLike[str] | None = None,
+    pedigree: pd.DataFrame | Relationship | str | os.PathLike[str] | None = None,
     kernels: Mapping[str, Any] | None = None,
     constraints: Mapping[str, Constraint] | None = None,
     starts: Mapping[str, float] | None = None,

@@ -254,7 +254,7 @@ def _known(
         where = "the pedigree" if grouping.kernel is None else f"kernel {grouping.kernel!r}"
         raise InputError(
             f"{data.source}: column {column!r} has the level {factor.labels()[at]!r} in row "
-            f"{data.row(at)}, which {where} has not"
+            f"{data.row(at)}, which {where} has not: add it there, or leave out its rows"
         )
     return torch.from_numpy(codes), tuple(levels), _relation(grouping, learned)
 
