@@ -67,7 +67,8 @@ def profile(
             higher than the fit itself.
 
     Raises:
-        InputError: if a name is unknown, the rows were streamed, or a design is estimated.
+        InputError: if a name is unknown, the rows were streamed, a design is estimated, or parameters
+            have bounds, see :func:`lmm`.
         TypeError: if an argument is of another kind.
 
     Reference:
@@ -112,6 +113,12 @@ def _warn(name: str, profiler: _Profiler | LaplaceProfiler, points: int, steps: 
 class _Profiler:
     def __init__(self, result: Result, max_iterations: int) -> None:
         source_of(result)
+        for name, limit in result.constraints.items():
+            if isinstance(limit, tuple | list):
+                raise InputError(
+                    f"`result` has the bounds {limit!r} of {name!r}, beyond which a profile goes: "
+                    "expected parameters that are free, held or tied"
+                )
         self.max_iterations = max_iterations
         self.refit = Refit(result)
         self.fitted = self.refit.fit("ml")

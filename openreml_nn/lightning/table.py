@@ -22,6 +22,7 @@ from openreml_nn.lightning.sharing import checksum
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.model import HEADS, MixedModel, RandomEffect, ResidualStructure
+from openreml_nn.model.batch import Batch
 from openreml_nn.model.constraints import Constraint, Constraints
 from openreml_nn.model.linear import in_user_basis
 from openreml_nn.model.structured_residual import start_residual
@@ -117,8 +118,12 @@ class TableModel:
             loss, y, X = model.data(model(batch := encoded.batch()), batch)
             loss.names = self._names
             moment_start(loss, y, X)
-        self._constraints.begin(model, encoded.batch())
+        self.begin(model, encoded.batch())
         return model
+
+    def begin(self, model: MixedModel, batch: Batch) -> None:
+        """Set the covariance parameters that the user starts to their starts."""
+        self._constraints.begin(model, batch)
 
     def attach(self, data: MixedModelDataModule) -> None:
         """Take the table of a model that was fitted or loaded.

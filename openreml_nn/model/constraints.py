@@ -179,7 +179,7 @@ class _Named:
 
     def hold(self, name: str, value: float) -> float:
         entry = self._entries[name]
-        held = check_value(name, value, entry.trans, natural=True)
+        held = check_value(name, value, entry.trans, natural=True, option=self._option)
         for leaf, local in list(self._owners(name)):
             # A matrix of another size that stands for it in the tree may share its dictionaries.
             fixed = leaf._parameters.pop(local, None)
@@ -221,7 +221,8 @@ class _Named:
     def start(self, name: str, value: object) -> None:
         entry = self._entries[name]
         with torch.no_grad():
-            entry.tensor.copy_(check_value(name, value, entry.trans, natural=True))
+            found = check_value(name, value, entry.trans, natural=True, option=self._option)
+            entry.tensor.copy_(found)
 
 
 def _stands_for(name: str, known: str) -> bool:
