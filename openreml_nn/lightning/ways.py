@@ -24,6 +24,7 @@ from openreml_nn.lightning.sharing import all_batches, gather, gather_parts, pro
 from openreml_nn.lightning.sums import LevelSums
 from openreml_nn.model import MixedModel, RandomEffect, take
 from openreml_nn.model.batch import Batch, row_values, split
+from openreml_nn.model.random_effect import coded_effects
 from openreml_nn.model.residual import structure_of
 from openreml_nn.support.checks import check_choice
 from openreml_nn.support.errors import InputError
@@ -276,7 +277,7 @@ class Composite(Way):
         _check_response(model, batch["y"], output)
         rows = concatenated(all_batches(batch, output.device))
         for name, codes in rows["groups"].items():
-            if len(codes) > 1 and bool((codes == codes[0]).all()):
+            if len(codes) > 1 and codes[0] >= 0 and bool((codes == codes[0]).all()):
                 raise InputError(
                     f"it has one level of {name!r} in {len(codes)} rows, whose variance cannot "
                     "be told from the mean: take larger batches"
@@ -370,6 +371,8 @@ class Linear(Way):
     def loss(self, model: MixedModel, batch: Batch) -> tuple[Tensor | None, Tensor]:
         output = self.output(model, batch)
         check_response(batch["y"], output, model.responses)
+        # What is summed up later is looked at now, so that the batch at fault is named.
+        coded_effects(model.effects(), batch, len(output))
         return None, output
 
     def rows(self, model: MixedModel) -> Store:
