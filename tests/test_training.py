@@ -226,6 +226,13 @@ def test_the_first_batch_at_fault_is_named_where_the_mean_is_linear():
         fit(DataLoader(TensorDataset(X, Y, codes), 64), found=linear)
 
 
+def test_a_linear_mean_of_several_responses_takes_one_batch():
+    rows = {**WHOLE, "y": torch.stack([Y, Y + X[:, 1]], 1)}
+    linear = MixedModel(nn.Identity(), {"g": RandomEffect(Q, responses=2)}, head="gls")
+    found = fit(DataLoader([rows], batch_size=None), found=MixedModule(linear))[1]
+    assert found.model.predict(rows).mean.shape == (N, 2)
+
+
 def test_a_batch_of_no_known_level_has_as_many_levels_as_rows():
     rows = TensorDataset(X, Y, torch.where(torch.arange(N) < 64, -1, G))
     found = fit(DataLoader(rows, 64), found=module(training="composite"), epochs=1)[1]

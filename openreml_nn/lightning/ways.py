@@ -24,7 +24,6 @@ from openreml_nn.lightning.sharing import all_batches, gather, gather_parts, pro
 from openreml_nn.lightning.sums import LevelSums
 from openreml_nn.model import MixedModel, RandomEffect, take
 from openreml_nn.model.batch import Batch, row_values, split
-from openreml_nn.model.random_effect import coded_effects
 from openreml_nn.model.residual import structure_of
 from openreml_nn.support.checks import check_choice
 from openreml_nn.support.errors import InputError
@@ -371,8 +370,6 @@ class Linear(Way):
     def loss(self, model: MixedModel, batch: Batch) -> tuple[Tensor | None, Tensor]:
         output = self.output(model, batch)
         check_response(batch["y"], output, model.responses)
-        # What is summed up later is looked at now, so that the batch at fault is named.
-        coded_effects(model.effects(), batch, len(output))
         return None, output
 
     def rows(self, model: MixedModel) -> Store:
