@@ -237,6 +237,30 @@ def test_networks_with_random_effects(tmp_path, name):
 
 
 @pytest.mark.parametrize(
+    ("name", "metrics"),
+    [
+        ("binary", {"deviance", "log_loss", "auc", "brier", "calibration_error"}),
+        ("counts", {"deviance"}),
+    ],
+)
+def test_networks_of_responses_that_are_not_gaussian(tmp_path, name, metrics):
+    simulate = datasets.purchases if name == "binary" else datasets.visits
+    options = [f"experiment=neural_{name}", "trainer.max_epochs=1"]
+    done = call(*options, "model.width=4", "logger=none", "hydra.run.dir=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert record["model"]["family"] == ("binomial" if name == "binary" else "poisson")
+    assert record["fit"]["converged"] is True
+    every = {"mse", "negative_log_density"} | metrics
+    assert set(record["validation"]) == {f"val_{metric}" for metric in every}
+    plots = {path.stem for path in (tmp_path / "run" / "plots").iterdir()}
+    assert {"residuals", "convergence"} <= plots and ("calibration" in plots) == (name == "binary")
+    module = MixedModule.load_from_checkpoint(tmp_path / "run" / "model.ckpt", weights_only=True)
+    found = module.predict(simulate(50, 100, seed=2))
+    assert bool((found["mean"] > 0).all()) and len(found) == 50
+
+
+@pytest.mark.parametrize(
     ("training", "residual"),
     [
         ("alternating", ["model.residual={_target_: torch.nn.LazyLinear, out_features: 3}"]),

@@ -11,7 +11,7 @@ from lightning import Trainer
 from openreml_nn import InputError, fit_reml, glmm, lmm
 from openreml_nn.covariance import AR1Matrix
 from openreml_nn.datasets import sleepstudy
-from openreml_nn.inference import likelihood_ratio_test, profile
+from openreml_nn.inference import coefficients, likelihood_ratio_test, profile
 from openreml_nn.lightning import MixedModelDataModule, MixedModule
 from openreml_nn.model.constraints import constrain, start_at
 from openreml_nn.model.structures import linear_model
@@ -76,6 +76,31 @@ def test_the_profile_likelihood_at_a_value_is_that_of_the_constrained_fit():
     test = likelihood_ratio_test(held, free)
     assert test.df == 1
     assert test.statistic == pytest.approx(2 * drop, abs=1e-8)
+
+
+def test_a_profile_does_not_leave_the_bounds_of_a_fit_in_silence():
+    for bounds in ((None, 400.0), (100.0, 3000.0)):
+        found = lmm(TWO, SLEEP, constraints={"Subject/sigma^2": bounds})
+        with pytest.raises(InputError, match=r"`result` has the bounds .* of 'Subject/g/sigma"):
+            profile(found, progress=False)
+
+
+def test_kenward_and_roger_know_what_is_held():
+    """A variance that is held at 0 is a term that is not there, and no other one is estimated."""
+    zero = lmm(TWO, SLEEP, constraints={"Subject/sigma^2": 0.0})
+    none = lmm("Reaction ~ Days + (0 + Days | Subject)", SLEEP)
+    found, expected = (coefficients(r, ddf="kenward-roger") for r in (zero, none))
+    columns = ["estimate", "std_error", "df"]
+    np.testing.assert_allclose(found[columns], expected[columns], rtol=1e-6)
+    held = lmm(TWO, SLEEP, constraints={"residual/sigma^2": 650.0})
+    known = lmm(TWO, SLEEP, residual_variance=650.0)
+    found, expected = (coefficients(r, ddf="kenward-roger") for r in (held, known))
+    np.testing.assert_allclose(found[columns], expected[columns], rtol=1e-6)
+    assert (found["df"] > 17).all()
+    for limit in ((None, 400.0), "Subject_1/sigma^2"):
+        other = lmm(TWO, SLEEP, constraints={"Subject/sigma^2": limit})
+        with pytest.raises(InputError, match="has the constraint"):
+            coefficients(other, ddf="kenward-roger")
 
 
 @pytest.mark.parametrize(
@@ -152,6 +177,49 @@ def test_starts_move_nothing_but_where_a_fit_begins():
     assert float(model.random["Subject"].g()[0, 0].detach()) == pytest.approx(7.0)
 
 
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        ("x", TypeError, "`starts` of 'Subject/g/sigma^2' is 'x': expected one number"),
+        (3.0, InputError, "is 3 on the natural scale: expected a value within (100, 200)"),
+    ],
+)
+def test_a_start_at_fault_is_named(value, error, message):
+    bounds = {"Subject/sigma^2": (100.0, 200.0)}
+    with pytest.raises(error, match=re.escape(message)):
+        lmm(TWO, SLEEP, constraints=bounds, starts={"Subject/sigma^2": value})
+
+
+@pytest.mark.parametrize("method", ["ml", "reml"])
+def test_a_generalised_model_starts_where_it_is_told(method):
+    table = SLEEP.assign(slow=SLEEP["Reaction"] > 300)
+    formula = "slow ~ Days + (1 | Subject) + (0 + Days | Subject)"
+    free = glmm(formula, table, method=method)
+    near = {name: value for name, value in values(free).items() if value > 0}
+    again = glmm(formula, table, method=method, starts=near)
+    assert again.log_likelihood == pytest.approx(free.log_likelihood, abs=1e-6)
+    assert again.iterations < free.iterations
+    with pytest.raises(
+        InputError, match="`starts` names 'a/sigma\\^2': expected one of Subject/g/s"
+    ):
+        glmm(formula, table, starts={"a/sigma^2": 1.0})
+
+
+def test_a_family_in_the_module_starts_where_it_is_told():
+    """The fit of all but the network sets starts of its own, which must not undo the user's."""
+    table = SLEEP.assign(slow=SLEEP["Reaction"] > 300)
+    formula = "slow ~ Days + (1 | Subject)"
+    near = values(glmm(formula, table))
+    steps = []
+    for starts in (None, near):
+        module = MixedModule(formula, family="binomial", starts=starts)
+        Trainer(**QUICK).fit(
+            module, datamodule=MixedModelDataModule(table, formula, family="binomial")
+        )
+        steps.append(module.result.iterations)
+    assert steps[1] < steps[0]
+
+
 def test_a_generalised_model_takes_constraints():
     table = SLEEP.assign(slow=SLEEP["Reaction"] > 300)
     formula = "slow ~ Days + (1 | Subject) + (0 + Days | Subject)"
@@ -210,8 +278,17 @@ def test_the_module_and_the_program_constrain_as_lmm_does(tmp_path):
         ),
         ({"sigma^2": 1}, InputError, "`constraints` names 'sigma^2': expected one of"),
         ({"Subject/sigma^2": "q/sigma^2"}, InputError, "`constraints` names 'q/sigma^2'"),
-        ({"Subject/sigma^2": -1.0}, InputError, "is -1 on the natural scale"),
-        ({"Subject/sigma^2": float("nan")}, InputError, "is nan: expected a finite number"),
+        (
+            {"Subject/sigma^2": -1.0},
+            InputError,
+            "`constraints` of 'Subject/g/sigma^2' is -1 on the natural scale: expected a value "
+            "within (0, inf)",
+        ),
+        (
+            {"Subject/sigma^2": float("nan")},
+            InputError,
+            "`constraints` of 'Subject/g/sigma^2' is nan: expected a finite number",
+        ),
         ({"Subject/sigma^2": (2, 1)}, InputError, "expected low < high, within (0, inf)"),
         ({"Subject/sigma^2": (-1, 1)}, InputError, "expected low < high, within (0, inf)"),
         ({"Subject/sigma^2": (1, 2, 3)}, InputError, "expected a pair (low, high)"),

@@ -295,6 +295,13 @@ def test_binary_metrics_equal_their_definitions():
     bins = (mean * 10).floor().long()
     gaps = [(mean - target)[bins == b].sum().abs() for b in range(10)]
     close(metrics.calibration_error(mean, target, 10), sum(gaps) / len(mean))
+    curve = metrics.calibration_curve(mean, target, 10)
+    for b in range(10):
+        own = bins == b
+        close(curve[b], torch.stack([mean[own].mean(), target[own].mean(), own.sum()]).double())
+    shares = curve[:, 2] / len(mean)
+    error = (shares * (curve[:, 0] - curve[:, 1]).abs()).nansum()
+    close(error, metrics.calibration_error(mean, target, 10))
     close(metrics.mean_deviance(mean, target, Binomial()), 2 * metrics.log_loss(mean, target))
     assert torch.isnan(metrics.auc(mean, torch.ones_like(mean)))
     # Certain and right costs nothing, certain and wrong all.
@@ -323,7 +330,7 @@ def test_unit_deviance_is_the_integral_of_its_score(family):
 def test_modules_of_families_over_batches_equal_functions_over_all_rows():
     mean, target = probabilities()
     made = [metrics.LogLoss(), metrics.BrierScore(), metrics.AUC(), metrics.CalibrationError(7)]
-    made.append(metrics.MeanDeviance(Binomial()))
+    made += [metrics.MeanDeviance(Binomial()), metrics.CalibrationCurve(7)]
     collection = MetricCollection(made)
     for part in torch.arange(400).split(37):
         collection.update(mean[part], target[part])
@@ -334,10 +341,11 @@ def test_modules_of_families_over_batches_equal_functions_over_all_rows():
         "AUC": metrics.auc(mean, target),
         "CalibrationError": metrics.calibration_error(mean, target, 7),
         "MeanDeviance": metrics.mean_deviance(mean, target, Binomial()),
+        "CalibrationCurve": metrics.calibration_curve(mean, target, 7),
     }
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name].double(), value.double())
+        torch.testing.assert_close(found[name].double(), value.double(), equal_nan=True)
 
 
 @pytest.mark.parametrize(

@@ -59,11 +59,17 @@ def test_fewer_neighbours_are_another_model_and_the_summary_says_so():
 
 
 def test_neighbours_at_fault_are_named():
-    for value in ("0", "1.5", "a"):
+    for value in ("0", "1.5", "a", "TRUE"):
         with pytest.raises(InputError, match=f"`neighbours` is {value}: expected a whole number"):
             lmm(f"y ~ x + (1 | matern(east, north, neighbours = {value}))", table())
     with pytest.raises(InputError, match="`neighbours` is for random effects of places"):
         parse_residual("exponential(east, north | g, neighbours = 4)")
+
+
+@pytest.mark.parametrize("group", ["exponential(east, north)", "matern(east, neighbours = 3)"])
+def test_one_place_is_one_level(group):
+    with pytest.raises(InputError, match="has one level: a random effect needs two"):
+        lmm(f"y ~ x + (1 | {group})", table().assign(east=1.0, north=2.0))
 
 
 def test_many_places_are_fitted_and_predicted():

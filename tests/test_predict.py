@@ -227,6 +227,29 @@ def test_a_result_that_was_pickled_or_copied_predicts():
     pd.testing.assert_frame_equal(copy.deepcopy(result).predict(table()), expected)
 
 
+@pytest.mark.parametrize(
+    ("formula", "residual"),
+    [
+        ("y ~ x * s + (1 | g)", None),
+        ("y ~ x + (x:s | g)", None),
+        ("y ~ x + (1 | spline(x))", None),
+        ("y ~ x", "power(w)"),
+        ("cbind(y, w) ~ x * s", None),
+    ],
+)
+def test_a_table_without_rows_has_predictions_of_none(formula, residual):
+    result = lmm(formula, table(), residual=residual)
+    assert len(result.predict(table()[:0])) == 0
+
+
+def test_variances_by_a_covariate_take_no_matrix_of_the_rows():
+    rows = table()
+    result = lmm("y ~ x", rows, residual="power(w)")
+    many = rows.iloc[np.arange(100_000) % len(rows)]
+    found = result.predict(many)["variance"].to_numpy()
+    np.testing.assert_allclose(found[: len(rows)], result.predict(rows)["variance"], rtol=1e-12)
+
+
 def test_predictions_of_no_rows_and_of_what_is_no_table():
     result = fitted("one")
     assert list(result.predict(table()[:0])) == [

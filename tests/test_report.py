@@ -8,7 +8,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from openreml_nn import InputError, datasets, fit_reml, lmm
+from openreml_nn import InputError, datasets, fit_reml, glmm, lmm
 from openreml_nn.covariance import (
     CovariancePropagation,
     DiagonalMatrix,
@@ -17,10 +17,12 @@ from openreml_nn.covariance import (
     ScalarMatrix,
     Sum,
 )
-from openreml_nn.inference import profile, variance_shares
+from openreml_nn.datasets import visits
+from openreml_nn.inference import profile, quantile_residuals, variance_shares
 from openreml_nn.program.outputs import write_plots, write_record, write_tables
 from openreml_nn.report import (
     blup_table,
+    calibration,
     caterpillar,
     convergence,
     covariance_map,
@@ -169,6 +171,26 @@ def test_plots_show_what_they_say(result):
     np.testing.assert_allclose(image, V, rtol=1e-10)
     figure = zeta(profile(result, ["sigma", "Days"]))
     assert [axis.get_title() for axis in figure.axes[:2]] == ["sigma", "Days"]
+
+
+def test_a_calibration_plot_shows_shares_against_predictions():
+    mean = torch.tensor([0.15] * 100 + [0.75] * 40)
+    target = torch.zeros(140)
+    target[:20], target[100:130] = 1, 1
+    axis = calibration(mean, target, 10).axes[0]
+    line = axis.lines[-1]
+    np.testing.assert_allclose(line.get_xdata(), [0.15, 0.75], rtol=1e-6)
+    np.testing.assert_allclose(line.get_ydata(), [0.2, 0.75], rtol=1e-6)
+    # Wilson's interval of 20 of 100, as R's prop.test has it without a correction.
+    low, high = axis.collections[0].get_segments()[0][:, 1]
+    np.testing.assert_allclose([low, high], [0.1334, 0.2888], atol=1e-4)
+
+
+def test_residuals_of_a_family_are_quantile_residuals():
+    result = glmm("visits ~ age + (1 | doctor)", visits(300, 10), family="poisson")
+    axes = residuals(result).axes
+    assert axes[0].get_ylabel() == "randomised quantile residual"
+    np.testing.assert_allclose(axes[0].lines[0].get_ydata(), quantile_residuals(result))
 
 
 def test_a_semivariogram_of_an_autoregressive_field_rises_to_its_sill():

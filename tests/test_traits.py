@@ -244,6 +244,7 @@ def test_the_module_and_the_program_fit_and_predict_as_lmm_does(tmp_path):
         ("cbind(y, w) ~ x", {}, "has no column 'w'"),
         ("cbind(y, f) ~ x", {}, "is not numeric"),
         ("log(cbind(y, z)) ~ x", {}, "'cbind()' is not allowed"),
+        ("cbind(y, z) ~ x", {"empty": "z"}, "no complete row has the response 'z'"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(formula, options, message):
@@ -251,9 +252,18 @@ def test_what_cannot_be_is_refused_in_one_line(formula, options, message):
     table = WHOLE.rename(columns={"weight": "y", "height": "z"})
     if "table" in options:
         table = table.assign(**{options.pop("table"): 1.0})
+    if "empty" in options:
+        table = table.assign(**{options.pop("empty"): np.nan})
     with pytest.raises(InputError, match=re.escape(message)) as caught:
         lmm(formula, table, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_no_more_rows_are_no_change():
+    fit = lmm("cbind(weight, height) ~ x", WHOLE, residual="diag(trait)")
+    again = fit.update(WHOLE.iloc[:0])
+    assert again.rows == fit.rows
+    assert again.log_likelihood == pytest.approx(fit.log_likelihood, abs=1e-9)
 
 
 def test_chunks_are_refused(tmp_path):

@@ -28,6 +28,12 @@ from openreml_nn.covariance.exchangeable import (
     EqualEntryMatrix,
     EquicorrelationMatrix,
 )
+from openreml_nn.covariance.genomic import (
+    epistatic_relationship,
+    genomic_relationship,
+    marker_codes,
+    marker_effects,
+)
 from openreml_nn.covariance.graph import CARMatrix, ICARMatrix, RandomWalkMatrix
 from openreml_nn.covariance.identity import DiagonalMatrix, IdentityMatrix, ScalarMatrix
 from openreml_nn.covariance.kernel import (
@@ -37,16 +43,16 @@ from openreml_nn.covariance.kernel import (
     MaternMatrix,
     SphericalMatrix,
 )
+from openreml_nn.covariance.known_inverse import KnownInverseMatrix
 from openreml_nn.covariance.kronecker import KroneckerProduct
 from openreml_nn.covariance.matrix import Matrix
 from openreml_nn.covariance.operator import Operator
-from openreml_nn.covariance.pedigree import (
-    KnownInverseMatrix,
-    Pedigree,
-)
+from openreml_nn.covariance.pedigree import Pedigree
 from openreml_nn.covariance.product import Gram, HadamardProduct, Inverse, Product, Transpose
 from openreml_nn.covariance.propagation import CovariancePropagation
+from openreml_nn.covariance.relationship import Relationship
 from openreml_nn.covariance.simple import Adapter, SimpleMatrix
+from openreml_nn.covariance.single_step import single_step_relationship
 from openreml_nn.covariance.structures import (
     ar1_field,
     factor_analytic,
@@ -108,6 +114,7 @@ __all__ = [
     "RandomWalkMatrix",
     "RationalQuadraticCorrelation",
     "RationalQuadraticMatrix",
+    "Relationship",
     "ScalarMatrix",
     "SimpleMatrix",
     "SphericalCorrelation",
@@ -122,12 +129,17 @@ __all__ = [
     "VarianceFunction",
     "VecchiaMatrix",
     "ar1_field",
+    "epistatic_relationship",
     "factor_analytic",
+    "genomic_relationship",
     "heterogeneous",
     "heterogeneous_ar1",
     "heterogeneous_compound_symmetry",
     "kron",
+    "marker_codes",
+    "marker_effects",
     "simple_param_specs",
+    "single_step_relationship",
     "stratified",
     "transform",
     "weighted",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +25,13 @@ __all__ = [
 
 
 class Correlation:
-    """A correlation :math:`c(r)` that falls with the distance, in lengths."""
+    """A correlation :math:`c(r)` that falls with the distance, in lengths.
+
+    Attributes:
+        reach: the length at which a fit starts, beside that of a correlation without an end.
+    """
+
+    reach: ClassVar[float] = 1.0
 
     def value(self, r: Tensor) -> Tensor:
         """:math:`c(r)`."""
@@ -125,6 +132,9 @@ class SphericalCorrelation(Correlation):
     >>> SphericalCorrelation().value(torch.tensor([0.0, 0.5]))
     tensor([1.0000, 0.3125])
     """
+
+    # It ends at one length: a fit starts with one that most pairs are within.
+    reach: ClassVar[float] = 3.0
 
     def value(self, r: Tensor) -> Tensor:
         inner = r.clamp(max=1)

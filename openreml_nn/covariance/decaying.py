@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ class LinearCorrelation(Correlation):
     >>> LinearCorrelation().value(torch.tensor([0.0, 0.25, 2.0]))
     tensor([1.0000, 0.7500, 0.0000])
     """
+
+    # It ends at one length: a fit starts with one that most pairs are within.
+    reach: ClassVar[float] = 3.0
 
     def value(self, r: Tensor) -> Tensor:
         return 1 - r.clamp(max=1)
@@ -89,10 +93,6 @@ class LinearMatrix(DistanceMatrix):
     """
 
     correlation = LinearCorrelation()
-
-    def start_reach(self, reach: float) -> bool:
-        # The correlation ends at the range: begin with one that most pairs are within.
-        return super().start_reach(3 * reach)
 
 
 class RationalQuadraticMatrix(DistanceMatrix):

@@ -13,9 +13,9 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from openreml_nn.covariance.exchangeable import within_bounds
+from openreml_nn.covariance.known_inverse import KnownInverseMatrix
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.params import free_specs, merge_specs
-from openreml_nn.covariance.pedigree import KnownInverseMatrix
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.transform import TransformExpPow2
 from openreml_nn.support.checks import check_count, found

@@ -34,7 +34,14 @@ __all__ = [
     "MaternMatrix",
     "SphericalMatrix",
     "check_symmetric",
+    "distances",
 ]
+
+
+def distances(places: Tensor, others: Tensor) -> Tensor:
+    """Euclidean distances (n, m) between places (n, s) and others (m, s), without the digits that
+    products of large coordinates would lose."""
+    return torch.cdist(places, others, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 class DistanceMatrix(Matrix):
@@ -93,7 +100,8 @@ class DistanceMatrix(Matrix):
 
     def start_reach(self, reach: float) -> bool:
         apart = self.distance[self.distance > 0]
-        return apart.numel() > 0 and self.set_start(self.param_names[1], reach * apart.median())
+        start = self.correlation.reach * reach
+        return apart.numel() > 0 and self.set_start(self.param_names[1], start * apart.median())
 
 
 class ExponentialMatrix(DistanceMatrix):
@@ -239,10 +247,6 @@ class SphericalMatrix(DistanceMatrix):
     """
 
     correlation = SphericalCorrelation()
-
-    def start_reach(self, reach: float) -> bool:
-        # The correlation ends at the range: begin with one that most pairs are within.
-        return super().start_reach(3 * reach)
 
 
 class KnownMatrix(Matrix):

@@ -112,6 +112,8 @@ class Named(Owner):
         parameter = self._parameters.get(name)
         if parameter is None or not parameter.requires_grad:
             return False
+        if parameter.is_meta:  # it has no value yet
+            return True
         trans = self.own_trans[name]
         low, high = trans.codomain
         value = value.detach().reshape(1)

@@ -96,11 +96,20 @@ def check_spec(name: str, spec: object) -> None:
         raise TypeError(f"'trans' of {name!r} is {found(spec['trans'])}: expected a Transform")
 
 
-def check_value(name: str, value: object, trans: Transform, natural: bool) -> Tensor:
+def check_value(
+    name: str, value: object, trans: Transform, natural: bool, option: str = "value"
+) -> Tensor:
     """The untransformed value, (1,), of a number that a parameter is to have.
 
     Zero is the end of a variance's range and an ordinary variance: it is
     allowed, untransformed as minus infinity.
+
+    Args:
+        name: of the parameter.
+        value: the number, or a tensor of one.
+        trans: its transform.
+        natural: whether it is on the natural scale.
+        option: what messages call the argument.
 
     Raises:
         TypeError: if it is no number, nor a tensor of one.
@@ -112,12 +121,12 @@ def check_value(name: str, value: object, trans: Transform, natural: bool) -> Te
         kept = value.dtype if isinstance(value, Tensor) else torch.float64
         number = torch.as_tensor(value, dtype=kept, device="cpu").detach().double().reshape(1)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"`value` of {name!r} is {found(value)}: expected one number") from None
+        raise TypeError(f"`{option}` of {name!r} is {found(value)}: expected one number") from None
     plain = float(number)
     if trans.vanishes and plain == (0 if natural else -inf):
         return number if not natural else trans.inverse(number)
     if not isfinite(plain):
-        raise InputError(f"`value` of {name!r} is {plain}: expected a finite number")
+        raise InputError(f"`{option}` of {name!r} is {plain}: expected a finite number")
     try:
         x = trans.inverse(number) if natural else number
         there = trans(x)
@@ -126,8 +135,10 @@ def check_value(name: str, value: object, trans: Transform, natural: bool) -> Te
         reached = torch.tensor(False)
     if not bool(reached):
         scale = "natural" if natural else "untransformed"
+        low, high = trans.codomain
+        where = f"within ({low:g}, {high:g})" if natural else f"in the domain of {trans}"
         raise InputError(
-            f"`value` of {name!r} is {plain:g} on the {scale} scale: outside of the range of {trans}"
+            f"`{option}` of {name!r} is {plain:g} on the {scale} scale: expected a value {where}"
         )
     return x
 

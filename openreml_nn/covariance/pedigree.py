@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from heapq import heappop, heappush
 from typing import Any
 
 import numpy as np
@@ -13,59 +12,75 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance.dummy import DummyMatrix
-from openreml_nn.covariance.kernel import check_symmetric
-from openreml_nn.covariance.matrix import FreeParams, Matrix
-from openreml_nn.covariance.params import free_specs, merge_specs
-from openreml_nn.covariance.start import harmonic_mean
-from openreml_nn.covariance.transform import TransformExpPow2
-from openreml_nn.support.checks import found
-from openreml_nn.support.compilation import compiled
+from openreml_nn.covariance.ancestry import (
+    inbreeding_of,
+    parents_first,
+    pass_down,
+    quaas_inverse,
+    relate,
+    sampling_variances,
+)
+from openreml_nn.covariance.relationship import Relationship, check_column, name_of
+from openreml_nn.support.checks import check_flag, check_names, check_number
 from openreml_nn.support.errors import InputError
-from openreml_nn.terms.covariance import ScaledCovariance
-from openreml_nn.terms.design import IdentityDesign
-from openreml_nn.terms.kernel import Kernel, same_content
-from openreml_nn.terms.term import Term
 
-__all__ = ["KnownInverseMatrix", "Pedigree"]
+__all__ = ["Pedigree"]
+
+#: Columns of A that are computed at a time.
+_COLUMNS = 256
 
 
 @dataclass(frozen=True)
-class Pedigree:
+class Pedigree(Relationship):
     r"""Animals with the inverse of their additive relationship matrix A.
 
     Attributes:
         levels: names of the animals, parents before their offspring.
         inverse: :math:`A^{-1}`, (n, n), a sparse tensor of float64.
         inbreeding: (n,) coefficients of inbreeding, :math:`A_{ii} - 1`.
+        parents: (n, 2) positions of sire and dam among the levels, -1 for one that is unknown, and
+            n + k for one of the k-th group.
+        groups: names of the groups of unknown parents.
     """
 
-    levels: tuple[str, ...]
-    inverse: Tensor
     inbreeding: Tensor
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The animals, which are the levels of a random effect."""
-        return self.levels
+    parents: Tensor
+    groups: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, animal: Sequence[Any], sire: Sequence[Any], dam: Sequence[Any]) -> Pedigree:
+    def of(
+        cls,
+        animal: Sequence[Any],
+        sire: Sequence[Any],
+        dam: Sequence[Any],
+        groups: Sequence[str] = (),
+        hermaphrodite: bool = False,
+    ) -> Pedigree:
         """From a pedigree table, by Henderson's rules with inbreeding.
 
         The rows may come in any order. A parent without a row of its own is a
         founder. Missing values, 0 and empty strings are unknown parents.
 
+        Args:
+            animal, sire, dam: names, as many of each.
+            groups: names in ``sire`` and ``dam`` that are no animals but stand for unknown parents
+                of one origin (phantom parents), as unrelated and not inbred as other unknown ones
+                but of a mean of their own: see :attr:`contributions` and :meth:`grouped`.
+            hermaphrodite: whether one may be a sire and a dam, as plants are; otherwise there is a
+                warning, unless a row has one parent on both sides.
+
         Raises:
             InputError: if the lengths differ, an animal stands in two rows, has
-                no name, is its own ancestor, or has completely inbred parents.
+                no name, is its own ancestor, or has completely inbred parents; if a group has a
+                row, or is nobody's parent.
 
         Warns:
-            UserWarning: of an animal that is a sire and a dam, as plants may be.
+            UserWarning: of an animal that is a sire and a dam.
 
         Reference:
             Henderson, Biometrics 32 (1976) 69; inbreeding by Meuwissen and
-            Luo, Genetics Selection Evolution 24 (1992) 305.
+            Luo, Genetics Selection Evolution 24 (1992) 305; groups by Quaas, Journal of Dairy
+            Science 71 (1988) 1338.
 
         >>> found = Pedigree.of(["c", "d"], ["a", "a"], ["b", "c"])
         >>> found.levels
@@ -74,286 +89,185 @@ class Pedigree:
         tensor([0.0000, 0.0000, 0.0000, 0.2500], dtype=torch.float64)
         """
         for name, column in (("animal", animal), ("sire", sire), ("dam", dam)):
-            _check_column(name, column)
+            check_column(name, column)
         if not len(animal) == len(sire) == len(dam):
             raise InputError(
                 f"`animal`, `sire` and `dam` have {len(animal)}, {len(sire)} and {len(dam)} "
                 "entries: expected as many"
             )
-        names, sires, dams = (list(map(_name, column)) for column in (animal, sire, dam))
-        _check_sexes(sires, dams)
-        levels, parents = _ordered(names, sires, dams)
-        inbreeding = _inbreeding(parents)
-        sampling = _mendelian(parents, inbreeding)
-        if len(sampling) and sampling.min() < np.finfo(float).eps:
-            name = levels[int(sampling.argmin())]
-            raise InputError(
-                f"the parents of `animal` {name!r} are completely inbred: it has no variance of "
-                "its own, and the relationship matrix has no inverse"
-            )
-        inverse = _henderson(parents, sampling)
-        return cls(tuple(levels), inverse, torch.from_numpy(inbreeding))
+        names, sires, dams = (list(map(name_of, column)) for column in (animal, sire, dam))
+        origins = tuple(check_names("groups", groups))
+        _check_groups(origins, names, {*sires, *dams})
+        if not check_flag("hermaphrodite", hermaphrodite):
+            _check_sexes(sires, dams, set(origins))
+        levels, parents = parents_first(names, sires, dams, origins)
+        known = np.where(parents < len(levels), parents, -1)
+        inbreeding = inbreeding_of(known)
+        sampling = sampling_variances(known, inbreeding)
+        _check_sampling(levels, sampling)
+        inverse = quaas_inverse(known, sampling, len(levels))
+        F, at = torch.from_numpy(inbreeding), torch.from_numpy(parents)
+        return cls(tuple(levels), inverse, F, at, origins)
 
-    def design(self, animal: Sequence[Any]) -> DummyMatrix:
-        """The design of records of animals, with columns in the order of ``levels``.
+    def _known(self) -> np.ndarray:
+        """Positions of parents, -1 for those that are not animals."""
+        parents = self.parents.numpy()
+        return np.where(parents < len(self.levels), parents, -1)
+
+    @property
+    def contributions(self) -> pd.DataFrame:
+        r"""The share Q (n, groups) of each animal's genes that comes from each group.
+
+        Breeding values are :math:`Qg + u` with :math:`u \sim N(0, A\sigma^2)`: columns of Q, joined
+        to the records, are the fixed effects g of groups. What is missing in a row from 1 comes
+        from unknown parents of no group, whose mean is 0.
+
+        Reference:
+            Quaas, Journal of Dairy Science 71 (1988) 1338.
+
+        >>> Pedigree.of(["a", "b"], ["G1", "a"], ["G2", "G2"], ["G1", "G2"]).contributions
+             G1    G2
+        a  0.50  0.50
+        b  0.25  0.75
+        """
+        n, k = len(self.levels), len(self.groups)
+        shares = np.zeros((n + k + 1, k))
+        shares[n : n + k] = np.eye(k)
+        pass_down(self.parents.numpy(), shares)
+        return pd.DataFrame(shares[:n], list(self.levels), list(self.groups))
+
+    def grouped(self, variance: float) -> Relationship:
+        r"""Animals and groups of random means, whose BLUPs are of whole breeding values :math:`Qg + u`.
+
+        The inverse is that of Quaas, :math:`W^\top D^{-1} W`, in which groups are parents,
+        and :math:`1/v` more for each group: :math:`g \sim N(0, v \sigma^2 I)`. As v grows the
+        estimates go to those of groups as fixed effects.
+
+        Args:
+            variance: v, the variance of groups over the additive one.
 
         Raises:
-            InputError: if an animal is not in the pedigree.
+            InputError: if there are no groups, or ``variance`` is not positive.
 
-        >>> Pedigree.of(["c"], ["b"], ["a"]).design(["c", "b"])()
-        tensor([[0., 0., 1.],
-                [1., 0., 0.]])
+        >>> found = Pedigree.of(["a"], ["G"], ["G"], ["G"]).grouped(2.0)
+        >>> found.levels, found.inverse.to_dense()
+        (('a', 'G'), tensor([[ 1.0000, -1.0000],
+                [-1.0000,  1.5000]], dtype=torch.float64))
         """
-        _check_column("animal", animal)
-        position = {name: i for i, name in enumerate(self.levels)}
-        codes = []
-        for row, value in enumerate(animal):
-            name = _name(value)
-            if name not in position:
-                raise InputError(f"`animal` {value!r} in row {row} is not in the pedigree")
-            codes.append(position[name])
-        return DummyMatrix.from_codes(torch.tensor(codes), self.levels)
+        variance = check_number("variance", variance, above=0.0)
+        n, k = len(self.levels), len(self.groups)
+        if not k:
+            raise InputError("the pedigree has no groups: expected `groups` in Pedigree.of")
+        inverse = quaas_inverse(
+            self.parents.numpy(), sampling_variances(self._known(), self.inbreeding.numpy()), n + k
+        )
+        at = torch.arange(n, n + k)
+        own = torch.full((k,), 1 / variance, dtype=inverse.dtype)
+        own = torch.sparse_coo_tensor(
+            torch.stack([at, at]), own, (n + k, n + k), check_invariants=True
+        )
+        return Relationship(self.levels + self.groups, (inverse + own).coalesce())
+
+    def relationship(self, animals: Sequence[Any] | None = None) -> pd.DataFrame:
+        """A among some animals, all by default, without the matrix of all.
+
+        Raises:
+            InputError: if one is not in the pedigree.
+
+        Reference:
+            Colleau, Genetics Selection Evolution 34 (2002) 409.
+
+        >>> Pedigree.of(["c"], ["a"], ["b"]).relationship(["c", "a"])
+             c    a
+        c  1.0  0.5
+        a  0.5  1.0
+        """
+        at, names = np.arange(len(self.levels)), self.levels
+        if animals is not None:
+            at = self.positions(animals)
+            names = tuple(self.levels[i] for i in at)
+        parents, sampling = (
+            self._known(),
+            sampling_variances(self._known(), self.inbreeding.numpy()),
+        )
+        found = np.empty((len(at), len(at)))
+        for first in range(0, len(at), _COLUMNS):
+            some = at[first : first + _COLUMNS]
+            x = np.zeros((len(self.levels), len(some)))
+            x[some, np.arange(len(some))] = 1.0
+            relate(parents, sampling, x)
+            found[:, first : first + _COLUMNS] = x[at]
+        return pd.DataFrame((found + found.T) / 2, list(names), list(names))
+
+    def dominance(self) -> pd.DataFrame:
+        r"""Dominance relationships :math:`D_{ij} = (A_{ss'}A_{dd'} + A_{sd'}A_{ds'})/4`, ones on the
+        diagonal, by the relationships of the sires s, s' and dams d, d' of i and j.
+
+        Raises:
+            InputError: if an animal is inbred, for which that does not hold.
+
+        Reference:
+            Cockerham, Genetics 39 (1954) 859.
+
+        >>> found = Pedigree.of(["c", "d"], ["a", "a"], ["b", "b"])
+        >>> float(found.dominance().loc["c", "d"])
+        0.25
+        """
+        inbred = self.inbreeding.numpy() > 0
+        if inbred.any():
+            name = self.levels[int(inbred.argmax())]
+            raise InputError(
+                f"`animal` {name!r} is inbred: dominance relationships by a pedigree are of "
+                "animals that are not; take those by markers"
+            )
+        n, known = len(self.levels), self._known()
+        A = np.zeros((n + 1, n + 1))  # the last for unknown parents
+        A[:n, :n] = self.relationship().to_numpy()
+        s, d = known.T
+        across = A[np.ix_(s, d)]
+        D = (A[np.ix_(s, s)] * A[np.ix_(d, d)] + across * across.T) / 4
+        np.fill_diagonal(D, 1.0)
+        return pd.DataFrame(D, list(self.levels), list(self.levels))
 
 
-def _check_column(name: str, column: object) -> None:
-    if isinstance(column, str | bytes | Mapping) or not hasattr(column, "__len__"):
-        raise TypeError(f"`{name}` is {found(column)}: expected a sequence of names")
-    if getattr(column, "ndim", 1) != 1 or isinstance(column, set):
-        raise InputError(f"`{name}` is {found(column)}: expected a sequence of names")
-    if not len(column):
-        raise InputError(f"`{name}` is empty: expected a name for each row")
+def _check_sampling(levels: Sequence[str], sampling: np.ndarray) -> None:
+    if sampling.min() < np.finfo(float).eps:
+        raise InputError(
+            f"the parents of `animal` {levels[int(sampling.argmin())]!r} are completely inbred: it "
+            "has no variance of its own, and the relationship matrix has no inverse"
+        )
 
 
-def _name(value: Any) -> str | None:
-    if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)):
-        return None
-    if isinstance(value, float | np.floating) and float(value).is_integer():
-        value = int(value)
-    return None if str(value) in ("", "0") else str(value)
+def _check_groups(
+    groups: tuple[str, ...], names: list[str | None], parents: set[str | None]
+) -> None:
+    for row, name in enumerate(names):
+        if name is not None and name in groups:
+            raise InputError(
+                f"`groups` has {name!r}, which is an `animal` in row {row}: expected names of "
+                "unknown parents, which have no row"
+            )
+    if len(set(groups)) < len(groups):
+        twice = next(name for name in groups if groups.count(name) > 1)
+        raise InputError(f"`groups` has {twice!r} twice: expected each name once")
+    for name in groups:
+        if name not in parents:
+            raise InputError(f"`groups` has {name!r}, which is no `sire` or `dam`: leave it out")
 
 
-def _check_sexes(sires: list[str | None], dams: list[str | None]) -> None:
+def _check_sexes(sires: list[str | None], dams: list[str | None], groups: set[str]) -> None:
     """Warn of the first animal of two sexes, unless the pedigree is one of plants that self."""
     fathers = {name: row for row, name in reversed(list(enumerate(sires))) if name is not None}
-    of_both = [(row, name) for row, name in enumerate(dams) if name in fathers]
-    if of_both and not any(s is not None and s == d for s, d in zip(sires, dams, strict=True)):
+    of_both = [(row, name) for row, name in enumerate(dams) if name in fathers.keys() - groups]
+    selfs = any(
+        s is not None and s == d for s, d in zip(sires, dams, strict=True) if s not in groups
+    )
+    if of_both and not selfs:
         row, name = of_both[0]
         warnings.warn(
             f"{name!r} is a `sire` in row {fathers[name]} and a `dam` in row {row}: "
-            "expected one sex of an animal; correct the pedigree unless it is of plants",
+            "expected one sex of an animal; correct the pedigree, or say `hermaphrodite=True` of "
+            "plants",
             UserWarning,
             stacklevel=3,
         )
-
-
-def _ordered(
-    names: list[str | None], sires: list[str | None], dams: list[str | None]
-) -> tuple[list[str], np.ndarray]:
-    """Animals with parents first, and the positions of their parents, -1 if unknown, (n, 2)."""
-    known: dict[str, tuple[str | None, str | None]] = {}
-    for row, (name, sire, dam) in enumerate(zip(names, sires, dams, strict=True)):
-        if name is None:
-            raise InputError(f"`animal` has no name in row {row}")
-        if name in known:
-            raise InputError(f"`animal` {name!r} stands in two rows, the second is row {row}")
-        known[name] = (sire, dam)
-    for parent in (*sires, *dams):
-        if parent is not None:
-            known.setdefault(parent, (None, None))
-    position: dict[str, int] = {}
-    visiting: set[str] = set()
-    for first in sorted(known, key=lambda name: known[name] != (None, None)):
-        stack = [first]
-        while stack:
-            name = stack[-1]
-            if name in position:
-                stack.pop()
-                continue
-            waiting = [p for p in known[name] if p is not None and p not in position]
-            if not waiting:
-                position[name] = len(position)
-                visiting.discard(name)
-                stack.pop()
-                continue
-            visiting.add(name)
-            for parent in waiting:
-                if parent in visiting:
-                    raise InputError(f"`animal` {parent!r} is its own ancestor")
-            stack += waiting
-    parents = np.full((len(position), 2), -1, dtype=np.int64)
-    for name, i in position.items():
-        for side, parent in enumerate(known[name]):
-            if parent is not None:
-                parents[i, side] = position[parent]
-    return list(position), parents
-
-
-@compiled
-def _inbreeding(parents):  # type: ignore[no-untyped-def]
-    """By tracing each animal's ancestors from the youngest to the oldest.
-
-    Args:
-        parents: (n, 2) positions of the parents, before that of the animal; -1 if unknown.
-    """
-    n = len(parents)
-    F, variance, weight = np.zeros(n), np.ones(n), np.zeros(n)
-    for i in range(n):
-        queue = [0]  # of what type it is
-        queue.clear()
-        for parent in parents[i]:
-            if parent >= 0:
-                variance[i] -= 0.25 * (1 + F[parent])
-                if weight[parent] == 0:
-                    heappush(queue, -parent)
-                weight[parent] += 0.5
-        if min(parents[i]) < 0:
-            for parent in parents[i]:
-                if parent >= 0:
-                    weight[parent] = 0
-            continue  # an unknown parent: not inbred
-        total = 0.0
-        while len(queue) > 0:
-            j = -heappop(queue)
-            w = weight[j]
-            weight[j] = 0
-            total += w * w * variance[j]
-            for parent in parents[j]:
-                if parent >= 0:
-                    if weight[parent] == 0:
-                        heappush(queue, -parent)
-                    weight[parent] += w / 2
-        # The path of the animal itself contributes its own sampling variance.
-        F[i] = total + variance[i] - 1
-    return F
-
-
-def _mendelian(parents: np.ndarray, F: np.ndarray) -> np.ndarray:
-    """Mendelian sampling variances: 1, 3/4 or 1/2 less a quarter of the parents' inbreeding."""
-    return 1.0 - np.where(parents >= 0, 0.25 * (1 + F[parents]), 0.0).sum(1)
-
-
-def _henderson(parents: np.ndarray, sampling: np.ndarray) -> Tensor:
-    n = len(parents)
-    at = np.arange(n)
-    weight = 1 / sampling
-    columns = [
-        (at, np.ones(n)),
-        (parents[:, 0], -0.5 * np.ones(n)),
-        (parents[:, 1], -0.5 * np.ones(n)),
-    ]
-    rows, cols, values = [], [], []
-    for i, a in columns:
-        for j, b in columns:
-            kept = (i >= 0) & (j >= 0)
-            rows.append(i[kept])
-            cols.append(j[kept])
-            values.append((a * b * weight)[kept])
-    index = torch.from_numpy(np.stack([np.concatenate(rows), np.concatenate(cols)]))
-    entries = torch.from_numpy(np.concatenate(values))
-    return torch.sparse_coo_tensor(index, entries, (n, n), check_invariants=True).coalesce()
-
-
-class KnownInverseMatrix(Matrix):
-    r"""A matrix known by its sparse inverse, up to a factor: :math:`\sigma^2 (K^{-1})^{-1}`.
-
-    =========== ============== =======
-    parameter   transform      default
-    =========== ============== =======
-    ``sigma^2`` :math:`e^{2x}` 0
-    =========== ============== =======
-
-    Calling it forms the dense matrix, which is for small n.
-
-    Args:
-        inverse: :math:`K^{-1}`, (n, n), sparse or dense, such as
-            :attr:`Pedigree.inverse`.
-        null: what the inverse is zero on, (n, k) orthonormal, such as the constant of a random walk:
-            K is then its pseudo-inverse, and effects have nothing of it.
-        param_specs: specifications that replace the ones above.
-
-    Shape:
-        Output: (n, n).
-
-    Raises:
-        InputError: if ``inverse`` is not square, dense and not symmetric, or not zero on ``null``.
-        NotPositiveDefiniteError: by calling the matrix, if ``inverse`` is not positive definite.
-
-    >>> pedigree = Pedigree.of(["c"], ["a"], ["b"])
-    >>> KnownInverseMatrix(pedigree.inverse)(torch.tensor([0.0])).round(decimals=4).abs()
-    tensor([[1.0000, 0.0000, 0.5000],
-            [0.0000, 1.0000, 0.5000],
-            [0.5000, 0.5000, 1.0000]])
-    """
-
-    inverse: Tensor
-    null: Tensor | None
-
-    def __init__(
-        self,
-        inverse: Tensor,
-        param_specs: Mapping[str, Any] | None = None,
-        null: Tensor | None = None,
-    ) -> None:
-        if not isinstance(inverse, Tensor) or not inverse.is_floating_point():
-            got = inverse.dtype if isinstance(inverse, Tensor) else found(inverse)
-            raise TypeError(f"`inverse` is {got}: expected a floating-point tensor")
-        if inverse.dim() != 2 or inverse.shape[0] != inverse.shape[1] or not len(inverse):
-            raise InputError(f"`inverse` has shape {tuple(inverse.shape)}: expected (n, n)")
-        if inverse.layout == torch.strided:
-            check_symmetric("inverse", inverse)
-        default = free_specs(["sigma^2"], trans=TransformExpPow2())
-        super().__init__(tuple(inverse.shape), merge_specs(default, param_specs))
-        if null is not None:
-            _check_null(null, inverse)
-        self.register_data("inverse", inverse)
-        self.register_data("null", null)
-        self._kernel: Kernel | None = None
-
-    @property
-    def kernel(self) -> Kernel:
-        """K, which depends on no parameter: what is computed of it is kept while that is the same."""
-        if self._kernel is None or not same_content(self._kernel.source, self.inverse):
-            self._kernel = Kernel(inverse=self.inverse, null=self.null)
-        return self._kernel
-
-    def _matrix(self, like: Tensor) -> Tensor:
-        return self.kernel.dense().to(like)
-
-    def forward(self, free_params: FreeParams = None) -> Tensor:
-        variance = self.build_params(free_params)
-        return variance * self._matrix(variance)
-
-    def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
-        return self.free_grad(self._matrix(self.flat_params(free_params))[None], free_params)
-
-    def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
-        self.check_cotangent(cotangent)
-        pulled = (cotangent * self._matrix(cotangent)).sum().reshape(1)
-        return self.free_vjp(pulled, free_params)
-
-    def structure(self) -> list[Term]:
-        variance = self.build_params().reshape(1, 1)
-        whole = Term(IdentityDesign(self.shape[0]), ScaledCovariance(variance, self.kernel))
-        return [whole]
-
-    def moment_start(self, variance: Tensor) -> bool:
-        return self.set_start(self.param_names[0], harmonic_mean(variance))
-
-
-def _check_null(null: Tensor, inverse: Tensor) -> None:
-    if not isinstance(null, Tensor) or null.dtype != inverse.dtype:
-        got = null.dtype if isinstance(null, Tensor) else found(null)
-        raise TypeError(f"`null` is {got}: expected a tensor of {inverse.dtype}, as `inverse` is")
-    n = len(inverse)
-    if null.dim() != 2 or len(null) != n or not 0 < null.shape[1] < n:
-        raise InputError(f"`null` has shape {tuple(null.shape)}: expected ({n}, k)")
-    rounding = 1e4 * torch.finfo(null.dtype).eps
-    eye = torch.eye(null.shape[1], dtype=null.dtype, device=null.device)
-    if not float((null.mT @ null - eye).abs().max()) < rounding:
-        raise InputError(
-            "`null` is not orthonormal: expected columns of length one, at right angles"
-        )
-    left = inverse @ null
-    size = inverse.to_dense() if inverse.layout == torch.strided else inverse.coalesce().values()
-    if not float(left.abs().max()) < rounding * float(size.abs().max()):
-        raise InputError("`null` is not what `inverse` is zero on: their product is not zero")

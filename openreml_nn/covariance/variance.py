@@ -88,12 +88,13 @@ class VarianceFunction(Matrix):
                 made.register_parameter(name, self.get_parameter(name))
         return made
 
-    def _variances(self, free_params: FreeParams) -> Tensor:
+    def variances(self, free_params: FreeParams = None) -> Tensor:
+        """The diagonal (n,)."""
         variance, delta = self.build_params(free_params).split(1)
         return variance * torch.exp(2 * delta * self.logarithm.to(delta))
 
     def forward(self, free_params: FreeParams = None) -> Tensor:
-        return torch.diag(self._variances(free_params))
+        return torch.diag(self.variances(free_params))
 
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
         return self.free_grad(torch.diag_embed(self._slopes(free_params)), free_params)
@@ -110,7 +111,7 @@ class VarianceFunction(Matrix):
         return torch.stack([unit, 2 * x * variance * unit])
 
     def structure(self) -> list[Term]:
-        return [Term(IdentityDesign(self.shape[0]), DiagonalCovariance(self._variances(None)))]
+        return [Term(IdentityDesign(self.shape[0]), DiagonalCovariance(self.variances(None)))]
 
     def moment_start(self, variance: Tensor) -> bool:
         self.set_start(self.param_names[1], torch.zeros_like(variance[0]))

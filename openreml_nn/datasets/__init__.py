@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from openreml_nn.datasets.simulated import field, growth, ratings
+from openreml_nn.datasets.simulated import field, growth, purchases, ratings, visits
 from openreml_nn.support.checks import check_choice
 
 __all__ = [
@@ -18,14 +18,22 @@ __all__ = [
     "oats",
     "pastes",
     "penicillin",
+    "purchases",
     "ratings",
     "slatehall",
     "sleepstudy",
     "table_path",
+    "visits",
 ]
 
 #: Simulated data by name.
-SIMULATED = {"ratings": ratings, "growth": growth, "field": field}
+SIMULATED = {
+    "ratings": ratings,
+    "growth": growth,
+    "field": field,
+    "purchases": purchases,
+    "visits": visits,
+}
 
 #: The customary model of each.
 FORMULAS = {

@@ -7,7 +7,7 @@ import pandas as pd
 
 from openreml_nn.support.checks import check_count
 
-__all__ = ["field", "growth", "ratings"]
+__all__ = ["field", "growth", "purchases", "ratings", "visits"]
 
 
 def ratings(rows: int = 20_000, users: int = 1000, items: int = 200, seed: int = 1) -> pd.DataFrame:
@@ -87,3 +87,52 @@ def field(plots: int = 300, samples: int = 4, seed: int = 1) -> pd.DataFrame:
     east, north = place[plot].T
     columns = {"yield": y, "rain": rain, "nitrogen": nitrogen, "plot": plot}
     return pd.DataFrame({**columns, "east": east, "north": north})
+
+
+def purchases(rows: int = 20_000, users: int = 1000, seed: int = 1) -> pd.DataFrame:
+    r"""Whether users bought what they were shown: a binary response, random intercepts.
+
+    :math:`\mathrm{logit}\,p = \sin(2 x_1) + 2 x_2 x_3 - 0.5 + b_{user}` with features uniform on
+    (−1, 1), a fourth one without effect, and variance 0.8.
+
+    >>> list(purchases(4, 2).columns)
+    ['bought', 'x1', 'x2', 'x3', 'x4', 'user']
+
+    Raises:
+        TypeError, InputError: if an argument is no whole number, or too small.
+    """
+    for name, value in (("rows", rows), ("users", users)):
+        check_count(name, value, 1)
+    check_count("seed", seed)
+    rng = np.random.default_rng(seed)
+    x = rng.uniform(-1, 1, (rows, 4))
+    user = rng.integers(0, users, rows)
+    b = 0.8**0.5 * rng.standard_normal(users)
+    eta = np.sin(2 * x[:, 0]) + 2 * x[:, 1] * x[:, 2] - 0.5 + b[user]
+    y = (rng.random(rows) < 1 / (1 + np.exp(-eta))).astype(int)
+    table = {f"x{j + 1}": x[:, j] for j in range(4)}
+    return pd.DataFrame({"bought": y, **table, "user": user})
+
+
+def visits(rows: int = 20_000, doctors: int = 1000, seed: int = 1) -> pd.DataFrame:
+    r"""Numbers of visits of patients to their doctors: a count, random intercepts.
+
+    :math:`\log\mu = 0.5 + 0.6\sin(2\,age) + severity \cdot distance + b_{doctor}` with features
+    uniform on (−1, 1), and variance 0.3.
+
+    >>> list(visits(4, 2).columns)
+    ['visits', 'age', 'severity', 'distance', 'doctor']
+
+    Raises:
+        TypeError, InputError: if an argument is no whole number, or too small.
+    """
+    for name, value in (("rows", rows), ("doctors", doctors)):
+        check_count(name, value, 1)
+    check_count("seed", seed)
+    rng = np.random.default_rng(seed)
+    age, severity, distance = rng.uniform(-1, 1, (3, rows))
+    doctor = rng.integers(0, doctors, rows)
+    b = 0.3**0.5 * rng.standard_normal(doctors)
+    mean = np.exp(0.5 + 0.6 * np.sin(2 * age) + severity * distance + b[doctor])
+    columns = {"visits": rng.poisson(mean), "age": age, "severity": severity}
+    return pd.DataFrame({**columns, "distance": distance, "doctor": doctor})

@@ -8,7 +8,7 @@ gradients.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -30,6 +30,7 @@ def fit_laplace(
     max_iterations: int = 200,
     names: Sequence[str] | None = None,
     labels: Mapping[str, Label] | None = None,
+    begin: Callable[[], None] | None = None,
 ) -> tuple[Result, LaplaceEvaluation]:
     r"""Fit a generalised linear mixed model.
 
@@ -41,6 +42,7 @@ def fit_laplace(
         max_iterations: after so many steps the fit stops, with a warning.
         names: of the columns of X.
         labels: name of a term to names for the tables.
+        begin: sets covariance parameters that are to start elsewhere than at the scale of the data.
 
     Returns:
         The result and the likelihood there. Of the result ``fixed`` and ``random`` are coefficients
@@ -55,7 +57,7 @@ def fit_laplace(
     loss.covariance.to(X)
     loss.family.to(X)
     fit = MarginalFit(loss, y, X, X.new_zeros(len(X)) if offset is None else offset, names)
-    fit.start()
+    fit.start(begin)
     converged = fit.climb(max_iterations)
     result, found = marginal_outcome(fit, names, labels or {}, converged)
     if not converged:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite, nan
 from typing import cast
@@ -117,8 +117,9 @@ class MarginalFit:
     # ------------------------------------------------------------------ the way
 
     @torch.no_grad()
-    def start(self) -> None:
-        """Begin at penalised quasi-likelihood for variances of the order of the data's."""
+    def start(self, begin: Callable[[], None] | None = None) -> None:
+        """Begin at penalised quasi-likelihood for variances of the order of the data's, or for those
+        that a call sets after these."""
         loss = self.loss
         near = loss.family.start(self.y).to(self.Q) - self.offset
         rough = self.Q.mT @ near / len(self.X)
@@ -126,6 +127,8 @@ class MarginalFit:
         spread = rest.var() if len(rest) > 1 else rest.new_ones(())
         spread = torch.where(spread > 1e-8 * near.square().mean() + 1e-30, spread, 1.0)
         loss.covariance.moment_start((spread / 2).expand(len(self.X)))
+        if begin is not None:
+            begin()
         if self.Q.shape[1]:
             gamma, spread = loss.penalised(self.y, self.offset, self.Q, rough)
         else:

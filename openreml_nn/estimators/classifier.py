@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 from sklearn.base import ClassifierMixin
 from sklearn.metrics import accuracy_score
-from sklearn.utils import check_consistent_length, column_or_1d
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import assert_all_finite
 
 from openreml_nn.estimators.base import MixedEstimator
+from openreml_nn.estimators.columns import target_of
 from openreml_nn.families import Binomial
 from openreml_nn.model.generalised import fit_family, glmm
 from openreml_nn.model.response import EncodedResponse
@@ -158,14 +158,9 @@ class MixedClassifier(ClassifierMixin, MixedEstimator):
 
 def _two_classes(estimator: Any, y: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
     """The classes, and a 1 in each row of the second."""
-    if y is None:
-        raise InputError(
-            f"{type(estimator).__name__} requires y to be passed, but the target y is None"
-        )
-    y = column_or_1d(y, warn=True)
+    y = target_of(estimator, y, n)
     assert_all_finite(y, input_name="y")
     check_classification_targets(y)
-    check_consistent_length(y, np.empty(n))
     classes, codes = np.unique(y, return_inverse=True)
     if len(classes) != 2:
         kind = type_of_target(y)

@@ -45,7 +45,7 @@ class Columns:
     def of(
         cls, X: Any, columns: Sequence[Any], groups: pd.DataFrame | None, formula: str | None
     ) -> Columns:
-        """Those of a fit.
+        """The columns of a fit.
 
         Args:
             X: array or data frame.
@@ -57,7 +57,7 @@ class Columns:
             InputError: if a column is not there, or a name stands twice.
         """
         names = _names(X)
-        own = tuple(names[at] for at in _places(X, columns, names))
+        own = tuple(names[at] for at in _positions(X, columns, names))
         given = () if groups is None else tuple(groups.columns)
         everything = [*names, *given]
         twice = sorted({name for name in everything if everything.count(name) > 1})
@@ -69,7 +69,7 @@ class Columns:
         return cls(numbers, own, given, response, weight, one, is_frame)
 
     def formula(self, formula: str | None, fixed: str) -> str:
-        """The whole formula: that was given, or ``fixed`` and an intercept of each group."""
+        """The whole formula: the one that was given, or ``fixed`` and an intercept of each group."""
         if formula is None:
             groups = (f"(1 | {_quoted(name)})" for name in (*self.own, *self.given))
             formula = " + ".join([fixed, *groups])
@@ -177,7 +177,7 @@ def _names(X: Any) -> list[str]:
     return [f"x{j}" for j in range(shape[1] if len(shape) > 1 else 0)]
 
 
-def _places(X: Any, columns: Sequence[Any], names: Sequence[str]) -> list[int]:
+def _positions(X: Any, columns: Sequence[Any], names: Sequence[str]) -> list[int]:
     """Positions of some columns of X."""
     found = []
     for column in columns:
@@ -218,7 +218,7 @@ def _quoted(name: str) -> str:
 
 
 def target_of(estimator: Any, y: Any, n: int) -> np.ndarray:
-    """A response of numbers (n,).
+    """The target of a fit (n,): there, and of the rows of X.
 
     Raises:
         ValueError: as scikit-learn does.
@@ -229,4 +229,4 @@ def target_of(estimator: Any, y: Any, n: int) -> np.ndarray:
         )
     y = column_or_1d(y, warn=True)
     check_consistent_length(y, np.empty(n))
-    return check_array(y, ensure_2d=False, dtype=np.float64, input_name="y")
+    return y

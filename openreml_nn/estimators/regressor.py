@@ -96,7 +96,10 @@ class MixedRegressor(RegressorMixin, MixedEstimator):
         """
         table = self._table(X, groups)
         names = self.columns_
-        table[names.response] = target_of(self, y, len(table))
+        target = target_of(self, y, len(table))
+        table[names.response] = check_array(
+            target, ensure_2d=False, dtype=np.float64, input_name="y"
+        )
         weight = None
         if weights is not None:
             weight = names.weight

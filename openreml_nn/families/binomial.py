@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 
+from openreml_nn.families.drawing import below_and_at, drawn
 from openreml_nn.families.family import Family, refuse_rows
 from openreml_nn.families.special import log1mexp, log_ndtr, mills, xlogy_ratio
 from openreml_nn.support.checks import check_choice
@@ -72,6 +75,15 @@ class Binomial(Family):
         s, f, _ = _parts(y, mean)
         n = s + f
         return 2 * (xlogy_ratio(s, n * mean) + xlogy_ratio(f, n * (1 - mean)))
+
+    def draw(self, y: Tensor, eta: Tensor, rng: np.random.Generator) -> Tensor:
+        s, f, _ = _parts(y, eta)
+        found = drawn(rng.binomial, eta, (s + f).long(), self.mean(eta))
+        return found if y.dim() == 1 else torch.stack([found, s + f - found], 1)
+
+    def cumulative(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
+        s, f, _ = _parts(y, eta)
+        return below_and_at(stats.binom, s, s + f, self.mean(eta))
 
     def check(self, y: Tensor, what: str = "`y`") -> None:
         if y.dim() == 1:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 
 from openreml_nn.covariance.params import free_specs
 from openreml_nn.covariance.transform import TransformExp
+from openreml_nn.families.drawing import below_and_at, drawn
 from openreml_nn.families.family import Family, refuse_rows
 from openreml_nn.families.special import log_rising, softplus, xlogy_ratio
 
@@ -58,6 +61,12 @@ class Poisson(_Count):
     def variance(self, eta: Tensor) -> Tensor:
         return eta.exp()
 
+    def draw(self, y: Tensor, eta: Tensor, rng: np.random.Generator) -> Tensor:
+        return drawn(rng.poisson, eta, eta.exp())
+
+    def cumulative(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
+        return below_and_at(stats.poisson, y, eta.exp())
+
 
 class NegativeBinomial(_Count):
     r"""Counts of variance :math:`\mu + \mu^2/\theta`, :math:`\log\mu = \eta`.
@@ -103,6 +112,17 @@ class NegativeBinomial(_Count):
         theta = self.natural("theta", mean)
         return 2 * (xlogy_ratio(y, mean) - xlogy_ratio(y + theta, mean + theta))
 
+    def draw(self, y: Tensor, eta: Tensor, rng: np.random.Generator) -> Tensor:
+        return drawn(rng.negative_binomial, eta, *self._size_and_share(eta))
+
+    def cumulative(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
+        return below_and_at(stats.nbinom, y, *self._size_and_share(eta))
+
+    def _size_and_share(self, eta: Tensor) -> tuple[Tensor, Tensor]:
+        """As textbooks have it: successes, and the probability of one."""
+        theta = self.natural("theta", eta)
+        return theta.expand_as(eta), torch.sigmoid(theta.log() - eta)
+
     def start(self, y: Tensor) -> Tensor:
         self.set_start("theta", 2 / self._excess(y))
         return super().start(y)
@@ -134,6 +154,16 @@ class NegativeBinomial1(_Count):
 
     def variance(self, eta: Tensor) -> Tensor:
         return eta.exp() * (1 + self.natural("phi", eta))
+
+    def draw(self, y: Tensor, eta: Tensor, rng: np.random.Generator) -> Tensor:
+        return drawn(rng.negative_binomial, eta, *self._size_and_share(eta))
+
+    def cumulative(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
+        return below_and_at(stats.nbinom, y, *self._size_and_share(eta))
+
+    def _size_and_share(self, eta: Tensor) -> tuple[Tensor, Tensor]:
+        phi = self.natural("phi", eta)
+        return eta.exp() / phi, (1 / (1 + phi)).expand_as(eta)
 
     def start(self, y: Tensor) -> Tensor:
         self.set_start("phi", (self._excess(y) * y.mean() / 2).clamp(min=0.05))

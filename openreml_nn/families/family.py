@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,8 +20,9 @@ class Family(Parametrized):
 
     A subclass writes :meth:`log_density` and has a model: derivatives are then had by automatic
     differentiation. With :meth:`derivatives` they are in closed form; with :meth:`mean` and
-    :meth:`variance` it predicts; with :meth:`deviance` predictions are judged by it; with :meth:`check` it refuses responses that it cannot have, and
-    with :meth:`start` a fit begins near the data.
+    :meth:`variance` it predicts; with :meth:`deviance` predictions are judged by it; with :meth:`draw`
+    and :meth:`cumulative` it simulates and has quantile residuals; with :meth:`check` it refuses
+    responses that it cannot have, and with :meth:`start` a fit begins near the data.
 
     Its own parameters :math:`\varphi` have names, transforms and bounds as those of a matrix have:
     each free one is an ``nn.Parameter`` of shape (1,) under its own name, untransformed.
@@ -92,6 +94,21 @@ class Family(Parametrized):
             mean: (n,) their means :math:`\mu`, on the scale of the response.
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement deviance")
+
+    def draw(self, y: Tensor, eta: Tensor, rng: np.random.Generator) -> Tensor:
+        r"""Responses drawn given their linear predictor, for simulation and the parametric bootstrap.
+
+        Args:
+            y: responses like those to draw, of which only what is no outcome counts: trials.
+            eta: (n,) linear predictor.
+            rng: of the random numbers.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not implement draw")
+
+    def cumulative(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
+        r""":math:`P(Y_i < y_i \mid \eta_i)` and :math:`P(Y_i \le y_i \mid \eta_i)`, each (n,), of
+        which quantile residuals are made; equal for a continuous response."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement cumulative")
 
     def check(self, y: Tensor, what: str = "`y`") -> None:
         """Refuse responses that the family cannot have.

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from math import log, pi
 
+import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 
 from openreml_nn.covariance.params import free_specs
 from openreml_nn.covariance.transform import TransformExp, TransformExpPow2
+from openreml_nn.families.drawing import drawn, up_to
 from openreml_nn.families.family import Family
 from openreml_nn.families.special import log_rising
 
@@ -49,6 +52,12 @@ class Gaussian(Family):
 
     def deviance(self, y: Tensor, mean: Tensor) -> Tensor:
         return (y - mean) ** 2
+
+    def draw(self, y: Tensor, eta: Tensor, rng: np.random.Generator) -> Tensor:
+        return drawn(rng.normal, eta, eta, self.variance(eta).sqrt())
+
+    def cumulative(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
+        return up_to(stats.norm, y, eta, self.variance(eta).sqrt())
 
     def start(self, y: Tensor) -> Tensor:
         spread = y.var() if len(y) > 1 else y.new_ones(())
@@ -102,6 +111,20 @@ class StudentT(Family):
     def variance(self, eta: Tensor) -> Tensor:
         s, nu = self.natural("sigma^2", eta), self.natural("nu", eta)
         return torch.where(nu > 2, s * nu / (nu - 2), torch.inf).expand_as(eta)
+
+    def deviance(self, y: Tensor, mean: Tensor) -> Tensor:
+        r"""Twice the log-density lost, :math:`(\nu + 1)\log(1 + (y - \mu)^2/(\nu\sigma^2))`, in which
+        outliers count as the family has it."""
+        s, nu = self.natural("sigma^2", mean), self.natural("nu", mean)
+        return (nu + 1) * torch.log1p((y - mean) ** 2 / (nu * s))
+
+    def draw(self, y: Tensor, eta: Tensor, rng: np.random.Generator) -> Tensor:
+        s, nu = self.natural("sigma^2", eta), self.natural("nu", eta)
+        return eta + s.sqrt() * drawn(rng.standard_t, eta, nu.expand_as(eta))
+
+    def cumulative(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
+        s, nu = self.natural("sigma^2", eta), self.natural("nu", eta)
+        return up_to(stats.t, y, nu.expand_as(eta), eta, s.sqrt().expand_as(eta))
 
     def start(self, y: Tensor) -> Tensor:
         middle = y.median()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from openreml_nn.covariance.params import free_specs
 from openreml_nn.covariance.transform import TransformExp
+from openreml_nn.families.drawing import drawn
 from openreml_nn.families.family import Family, refuse_rows
 from openreml_nn.families.special import log1mexp, log_ndtr, softplus
 from openreml_nn.support.checks import check_choice, check_count
@@ -109,6 +111,28 @@ class Ordinal(Family):
         number = torch.arange(self.levels).to(eta)
         p = self.probabilities(eta)
         return p @ number**2 - (p @ number) ** 2
+
+    def deviance(self, y: Tensor, mean: Tensor) -> Tensor:
+        r""":math:`-2\log p(y \mid \eta)` at the linear predictor of which the mean is that of the
+        category's number, which rises with it."""
+        with torch.no_grad():
+            edges = self.ordered(mean)
+            low, high = (mean.new_full(mean.shape, float(e)) for e in (edges[0], edges[-1]))
+            low, high = low - 40, high + 40
+            for _ in range(80):
+                middle = (low + high) / 2
+                below = self.mean(middle) < mean
+                low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return -2 * self.log_density(y, (low + high) / 2)
+
+    def draw(self, y: Tensor, eta: Tensor, rng: np.random.Generator) -> Tensor:
+        at = drawn(rng.random, eta, len(eta))
+        return (at[:, None] > self.probabilities(eta).cumsum(1)[:, :-1]).sum(1).to(eta)
+
+    def cumulative(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
+        edges = torch.cat([torch.zeros_like(eta)[:, None], self.probabilities(eta).cumsum(1)], 1)
+        at = y.long()[:, None]
+        return edges.gather(1, at)[:, 0], edges.gather(1, at + 1)[:, 0].clamp(max=1)
 
     def check(self, y: Tensor, what: str = "`y`") -> None:
         super().check(y, what)

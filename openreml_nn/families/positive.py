@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 
 from openreml_nn.covariance.params import free_specs
@@ -12,6 +14,7 @@ from openreml_nn.covariance.transform import (
     TransformScaleShift,
     TransformSigmoid,
 )
+from openreml_nn.families.drawing import drawn, up_to
 from openreml_nn.families.family import Family, refuse_rows
 from openreml_nn.support.checks import check_choice
 from openreml_nn.support.errors import InputError
@@ -67,6 +70,16 @@ class Gamma(Family):
     def deviance(self, y: Tensor, mean: Tensor) -> Tensor:
         ratio = y / mean
         return 2 * (ratio - 1 - ratio.log())
+
+    def draw(self, y: Tensor, eta: Tensor, rng: np.random.Generator) -> Tensor:
+        phi = self.natural("phi", eta)
+        found = drawn(rng.gamma, eta, (1 / phi).expand_as(eta), phi * eta.exp())
+        return found.clamp(min=torch.finfo(found.dtype).tiny)  # 0 is the nearest number to some
+
+    def cumulative(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
+        phi = self.natural("phi", eta)
+        none = torch.zeros_like(eta)
+        return up_to(stats.gamma, y, (1 / phi).expand_as(eta), none, phi * eta.exp())
 
     def check(self, y: Tensor, what: str = "`y`") -> None:
         super().check(y, what)
@@ -130,6 +143,33 @@ class Tweedie(Family):
 
     def variance(self, eta: Tensor) -> Tensor:
         return self.natural("phi", eta) * (self.natural("p", eta) * eta).exp()
+
+    def deviance(self, y: Tensor, mean: Tensor) -> Tensor:
+        r"""At the family's own p."""
+        p = self.natural("p", mean)
+        a, b = 1 - p, 2 - p
+        return 2 * (y**b / (a * b) - y * mean**a / a + mean**b / b)
+
+    def draw(self, y: Tensor, eta: Tensor, rng: np.random.Generator) -> Tensor:
+        rate, shape, scale = self._amounts(eta)
+        count = drawn(rng.poisson, eta, rate)
+        return drawn(rng.gamma, eta, count * shape, scale)  # no amount adds up to 0
+
+    def cumulative(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
+        rate, shape, scale = (x.numpy(force=True) for x in self._amounts(eta))
+        at = y.numpy(force=True)
+        total = np.exp(-rate)
+        for count in range(1, int(stats.poisson.isf(1e-16, rate.max())) + 2):
+            own = stats.gamma.cdf(at, count * shape, scale=scale)
+            total = total + stats.poisson.pmf(count, rate) * own
+        found = torch.from_numpy(np.minimum(total, 1.0)).to(eta)
+        return torch.where(y == 0, torch.zeros_like(found), found), found
+
+    def _amounts(self, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The mean number of amounts, and the shape and the scale of each."""
+        phi, p = self.natural("phi", eta), self.natural("p", eta)
+        rate = ((2 - p) * eta).exp() / (phi * (2 - p))
+        return rate, ((2 - p) / (p - 1)).expand_as(eta), phi * (p - 1) * ((p - 1) * eta).exp()
 
     def check(self, y: Tensor, what: str = "`y`") -> None:
         super().check(y, what)

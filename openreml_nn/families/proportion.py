@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from math import log
 
+import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 
 from openreml_nn.covariance.params import free_specs
 from openreml_nn.covariance.transform import TransformExp
+from openreml_nn.families.drawing import drawn, up_to
 from openreml_nn.families.family import Family, refuse_rows
+from openreml_nn.families.special import xlogy_ratio
 from openreml_nn.support.checks import check_choice
 
 __all__ = ["Beta"]
@@ -44,7 +48,7 @@ class Beta(Family):
 
     def log_density(self, y: Tensor, eta: Tensor) -> Tensor:
         phi = self.natural("phi", eta)
-        a, b = phi * torch.sigmoid(eta), phi * torch.sigmoid(-eta)
+        a, b = self._shapes(eta)
         constant = torch.lgamma(phi) - torch.lgamma(a) - torch.lgamma(b)
         return constant + (a - 1) * y.log() + (b - 1) * torch.log1p(-y)
 
@@ -64,6 +68,22 @@ class Beta(Family):
 
     def variance(self, eta: Tensor) -> Tensor:
         return torch.sigmoid(eta) * torch.sigmoid(-eta) / (1 + self.natural("phi", eta))
+
+    def deviance(self, y: Tensor, mean: Tensor) -> Tensor:
+        return 2 * (xlogy_ratio(y, mean) + xlogy_ratio(1 - y, 1 - mean))
+
+    def draw(self, y: Tensor, eta: Tensor, rng: np.random.Generator) -> Tensor:
+        found = drawn(rng.beta, eta, *self._shapes(eta))
+        # Of a small precision the nearest number to a draw may be 0 or 1 itself.
+        tiny = torch.finfo(found.dtype)
+        return found.clamp(tiny.tiny, 1 - tiny.eps / 2)
+
+    def cumulative(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
+        return up_to(stats.beta, y, *self._shapes(eta))
+
+    def _shapes(self, eta: Tensor) -> tuple[Tensor, Tensor]:
+        phi = self.natural("phi", eta)
+        return phi * torch.sigmoid(eta), phi * torch.sigmoid(-eta)
 
     def check(self, y: Tensor, what: str = "`y`") -> None:
         super().check(y, what)

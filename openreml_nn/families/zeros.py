@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from openreml_nn.families.binomial import Binomial
 from openreml_nn.families.counts import NegativeBinomial, NegativeBinomial1, Poisson
+from openreml_nn.families.drawing import drawn
 from openreml_nn.families.family import Family, refuse_rows
 from openreml_nn.support.checks import check_instance
 from openreml_nn.support.errors import InputError
@@ -85,6 +87,20 @@ class ZeroInflated(Family):
             torch.where(zero, r * bend, second),
             torch.where(zero, r * (rest * first * bend + twist), third),
         )
+
+    def draw(self, y: Tensor, eta: Tensor, rng: np.random.Generator) -> Tensor:
+        """Responses with the inputs that the rows have."""
+        own, zeta = self._parts(y, eta)
+        found = self.family.draw(own, eta, rng)
+        extra = drawn(rng.random, eta, len(eta)) < torch.sigmoid(zeta)
+        found = torch.where(extra, torch.zeros_like(found), found)
+        return torch.cat([found[:, None], y[:, 1:].to(found)], 1)
+
+    def cumulative(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
+        y, zeta = self._parts(y, eta)
+        share = torch.sigmoid(zeta)
+        below, at = ((1 - share) * part for part in self.family.cumulative(y, eta))
+        return below + share * (y > 0), at + share * (y >= 0)
 
     def of_rows(self, inputs: Tensor | None) -> Family:
         if inputs is None:

@@ -1,5 +1,12 @@
 """Inference from a fit: tests, intervals, the bootstrap, marginal means and shares of variance."""
 
+from openreml_nn.inference.checking import (
+    Dispersion,
+    ZeroCount,
+    dispersion,
+    quantile_residuals,
+    zero_count,
+)
 from openreml_nn.inference.degrees import FTest, coefficients, wald_test
 from openreml_nn.inference.deletion import influence
 from openreml_nn.inference.diagnosis import diagnose
@@ -16,25 +23,30 @@ __all__ = [
     "R2",
     "Bootstrap",
     "Curve",
+    "Dispersion",
     "FTest",
     "Heritability",
     "LikelihoodRatio",
     "MarginalMeans",
     "Profile",
+    "ZeroCount",
     "anova",
     "bootstrap",
     "bootstrap_test",
     "coefficients",
     "diagnose",
+    "dispersion",
     "emmeans",
     "heritability",
     "influence",
     "likelihood_ratio_test",
     "profile",
+    "quantile_residuals",
     "r2",
     "reliability",
     "scan",
     "simulate",
     "variance_shares",
     "wald_test",
+    "zero_count",
 ]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.owner import Entry
-from openreml_nn.covariance.transform import TransformChain
+from openreml_nn.covariance.transform import Transform, TransformChain
 from openreml_nn.covariance.triangular import UnstructuredMatrix
 from openreml_nn.estimation.coordinates import Coordinates
 from openreml_nn.estimation.derivatives import expand, hessian_of_value
@@ -45,6 +45,7 @@ class Quantity:
         longest: a step that is long for it.
         correlation: whether it is one.
         angle: whether t is its angle.
+        trans: what makes of t what is reported, where that is another number.
     """
 
     function: Callable[[Tensor], Tensor]
@@ -52,10 +53,21 @@ class Quantity:
     longest: float
     correlation: bool = False
     angle: bool = False
+    trans: Transform | None = None
 
     def value(self, t: float) -> float:
         """What is reported for t."""
+        if self.trans is not None:
+            return float(self.trans(torch.tensor([t], dtype=torch.float64)))
         return cos(t) if self.angle else t
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Bounds of what is reported."""
+        if self.trans is not None:
+            return self.trans.codomain
+        low, high = sorted(self.value(bound) for bound in self.bounds)
+        return low, high
 
     def at(self, v: Tensor) -> float:
         """t at some coordinates, exactly at a bound where it is within rounding of it."""
@@ -78,6 +90,7 @@ class Natural:
 
     Args:
         objective: the likelihood, at its maximum.
+        like: of the dtype and device of the data; taken from the likelihood by default.
 
     Attributes:
         start: their values there.
@@ -85,8 +98,9 @@ class Natural:
         sizes: which of them are standard deviations.
     """
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, objective: Objective, like: Tensor | None = None) -> None:
         self.objective = objective
+        like = objective.problem.fixed.y if like is None else like
         self.at = Coordinates([objective])
         # The rows of unstructured matrices, as places of their entries in the coordinates.
         self._rows: list[list[int]] = []
@@ -109,7 +123,7 @@ class Natural:
             self.sizes[size] = True
             for j in angles:
                 self.sizes[j] = False
-        self.start = self._inverse(self.at.read(objective.problem.fixed.y))
+        self.start = self._inverse(self.at.read(like))
         terms = [term.detach() for term in objective.terms()]
         self.unit = max(float(t.covariance.shown().abs().max()) for t in terms) ** 0.5
 

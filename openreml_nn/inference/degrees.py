@@ -28,10 +28,12 @@ METHODS = {
 }
 
 
-def inference_of(result: Result, ddf: str) -> Inference:
-    """The chosen way of testing."""
-    check_choice("ddf", ddf, METHODS)
+def inference_of(result: Result, ddf: str | None) -> Inference:
+    """The chosen way of testing; Satterthwaite's by default, the limits for a family."""
     family = family_of(result)
+    if ddf is None:
+        ddf = "satterthwaite" if family is None else "asymptotic"
+    check_choice("ddf", ddf, METHODS)
     if family is not None and ddf != "asymptotic":
         raise InputError(
             f"`ddf` is {ddf!r} and the response of the family {family!r}: its tests are asymptotic, "
@@ -73,12 +75,13 @@ def estimates(
     )
 
 
-def coefficients(result: Result, ddf: str = "satterthwaite", level: float = 0.95) -> pd.DataFrame:
-    """Fixed effects with t tests and confidence intervals.
+def coefficients(result: Result, ddf: str | None = None, level: float = 0.95) -> pd.DataFrame:
+    """Fixed effects with t tests and confidence intervals; z tests where the response is not Gaussian.
 
     Args:
         result: a fit.
-        ddf: degrees of freedom: ``"satterthwaite"``, ``"kenward-roger"`` or ``"asymptotic"``.
+        ddf: degrees of freedom: ``"satterthwaite"``, ``"kenward-roger"`` or ``"asymptotic"``, which
+            are infinite; the first by default, and the last where the response is not Gaussian.
         level: of the intervals.
 
     Returns:
@@ -102,9 +105,7 @@ def coefficients(result: Result, ddf: str = "satterthwaite", level: float = 0.95
     return estimates(result, L, result.fixed.names, inference_of(result, ddf), level)
 
 
-def wald_test(
-    result: Result, contrasts: Tensor | Sequence[str], ddf: str = "satterthwaite"
-) -> FTest:
+def wald_test(result: Result, contrasts: Tensor | Sequence[str], ddf: str | None = None) -> FTest:
     r"""F test of the hypothesis :math:`L\beta = 0`.
 
     Args:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from scipy import stats
@@ -77,14 +78,20 @@ class KenwardRoger(Inference):
         """From dense matrices.
 
         Raises:
-            InputError: if there are too many rows, or a covariance is not linear in variances
-                and covariances.
+            InputError: if there are too many rows, parameters are bounded or tied, or a covariance
+                is not linear in variances and covariances.
         """
         if result.rows > _MOST_ROWS:
             raise InputError(
                 f"`ddf` is 'kenward-roger': the correction takes dense matrices of {result.rows} rows, "
                 f"expected at most {_MOST_ROWS}: use ddf='satterthwaite'"
             )
+        for name, limit in result.constraints.items():
+            if not isinstance(limit, Real):
+                raise InputError(
+                    f"`ddf` is 'kenward-roger', but {name!r} has the constraint {limit!r}: the "
+                    "correction is for variances that are free or held: use ddf='satterthwaite'"
+                )
         refit = Refit(result)
         objective = refit.objective()
         terms = [term.detach() for term in objective.terms()]
@@ -123,6 +130,9 @@ def _linear(
     for term in terms:
         k = len(term.covariance.matrix)
         free = sum(name.startswith(f"{term.name}/") for name in parameters)
+        if not free:  # its covariance is known
+            V += term.dense()
+            continue
         # As many parameters as entries: no entry is a function of others.
         if not isinstance(term.covariance, RepeatedCovariance) or free != k * (k + 1) // 2:
             raise InputError(

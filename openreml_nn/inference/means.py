@@ -17,6 +17,7 @@ from openreml_nn.inference.contrasts import Inference
 from openreml_nn.inference.degrees import estimates, inference_of
 from openreml_nn.inference.nesting import marginal, nesting_of
 from openreml_nn.inference.refit import check_level, source_of
+from openreml_nn.inference.response import Response
 from openreml_nn.support.checks import check_choice, check_mapping, check_names, check_number
 from openreml_nn.support.errors import InputError
 from openreml_nn.table.syntax import bare
@@ -24,6 +25,7 @@ from openreml_nn.table.syntax import bare
 __all__ = ["MarginalMeans", "emmeans"]
 
 ADJUSTMENTS = ("tukey", "bonferroni", "none")
+SCALES = ("link", "response")
 
 
 @dataclass(frozen=True)
@@ -34,19 +36,25 @@ class MarginalMeans:
         table: name, estimate, std_error, df, statistic, p, low, high and note: ``"not estimable"``
             where the data do not say what the mean is (its numbers are NaN), empty elsewhere.
         L: their contrasts of the fixed effects, (k, p); NaN where they are not estimable.
+        quantity: what the means are, as emmeans names the column: ``"emmean"``, and on the scale
+            of the response ``"prob"`` of a binomial family, ``"rate"`` of counts, else ``"response"``.
     """
 
     table: pd.DataFrame
     L: Tensor = field(repr=False)
+    quantity: str
     _rows: Tensor = field(repr=False)
     _result: Result = field(repr=False)
     _how: Inference = field(repr=False)
     _level: float = field(repr=False)
+    _response: Response | None = field(repr=False)
 
     def pairs(self, adjust: str = "tukey") -> pd.DataFrame:
         """All pairwise differences, in the columns of ``table``.
 
-        A difference may be estimable where the means are not.
+        A difference may be estimable where the means are not. Of means on the scale of the
+        response it is back-transformed with a log link to a ratio, named ``a / b``, and with a logit
+        one to an odds ratio; with other links it stays on the link scale. Tests are of the link scale.
 
         Args:
             adjust: p values for many comparisons: ``"tukey"`` (studentised range),
@@ -66,6 +74,9 @@ class MarginalMeans:
         elif adjust == "tukey":
             spread = np.sqrt(2) * found["statistic"].abs()
             found["p"] = stats.studentized_range.sf(spread, len(names), found["df"])
+        if self._response is not None and self._response.has_ratios:
+            labels = [f"{names[i]} / {names[j]}" for i, j in which]
+            found = self._response.ratios(found.assign(name=labels))
         return found
 
 
@@ -73,12 +84,13 @@ def emmeans(
     result: Result,
     factors: str | Sequence[str],
     at: Mapping[str, float] | None = None,
-    ddf: str = "satterthwaite",
+    ddf: str | None = None,
     level: float = 0.95,
+    scale: str = "link",
 ) -> MarginalMeans:
     """Estimated marginal means of the levels of factors.
 
-    Predictions without random effects, over a grid of all levels of all factors among the fixed
+    Predictions without random effects and without an offset, over a grid of all levels of all factors among the fixed
     effects, with numeric columns at their means; averaged over the other factors with equal weights.
     A factor is nested in another where each of its levels is met with one level of that, or where
     the formula says so (``a/b``); it is then averaged within that factor, over the cells that the
@@ -90,9 +102,14 @@ def emmeans(
         factors: one or several factors among the fixed effects.
         at: values of numeric columns, where not at their means.
         ddf, level: as in :func:`coefficients`.
+        scale: of a response that is not Gaussian, ``"link"``, or ``"response"``: means and ends of
+            intervals are then back-transformed, :math:`g^{-1}(m)`, with standard errors by the delta
+            method; statistics and p values stay those of the link scale. They are means at
+            random effects of zero, not over their distribution.
 
     Raises:
-        InputError: if the fit has no formula, or a name is not that of a factor or column.
+        InputError: if the fit has no formula, a name is not that of a factor or column, or ``scale``
+            is ``"response"`` for a Gaussian or ordinal response, which has no such scale.
         TypeError: if an argument is of another kind.
 
     Reference:
@@ -129,12 +146,17 @@ def emmeans(
                 raise InputError(f"`at` has {name!r}: expected some of {list(numeric)}")
             numeric[name] = check_number(f"at[{name!r}]", value)
     how = inference_of(result, ddf)
+    check_choice("scale", scale, SCALES)
+    response = Response.of(result) if scale == "response" else None
     grid = pd.DataFrame(list(product(*levels.values())), columns=list(levels))
     X = torch.from_numpy(encoder.fixed_matrix(grid.assign(**numeric)))
     nesting = nesting_of(source.cells[list(levels)], encoder.fixed)
     names, rows = marginal(grid, X, wanted, nesting, source.cells)
     table, L = _estimated(result, rows, names, how, level)
-    return MarginalMeans(table, L, rows, result, how, level)
+    quantity = "emmean"
+    if response is not None:
+        table, quantity = response.means(table), response.quantity
+    return MarginalMeans(table, L, quantity, rows, result, how, level, response)
 
 
 def _estimated(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import nan
 
@@ -13,16 +15,19 @@ from torch import Tensor
 from openreml_nn.estimation import Result
 from openreml_nn.estimation.fit import iterate
 from openreml_nn.inference.batched import maximise
+from openreml_nn.inference.laplace_refit import LaplaceRefit, numbers_of
 from openreml_nn.inference.likelihood_ratio import likelihood_ratio_test
-from openreml_nn.inference.refit import Refit, check_level, matrix_entries, tracked
+from openreml_nn.inference.refit import Refit, check_level, family_of, matrix_entries, tracked
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.support.checks import check_count, check_flag, found
+from openreml_nn.support.errors import NumericalError
 
 __all__ = ["Bootstrap", "bootstrap", "bootstrap_test", "simulate"]
 
 
 def simulate(result: Result, n: int = 1, seed: int = 0) -> Tensor:
-    r"""Draw responses :math:`X\hat\beta + \sum_t Z_t b_t + e` from a fit, its offset added.
+    r"""Draw responses :math:`X\hat\beta + \sum_t Z_t b_t + e` from a fit, its offset added; of a family,
+    from its distribution given that linear predictor without e.
 
     Args:
         result: a fit.
@@ -30,10 +35,10 @@ def simulate(result: Result, n: int = 1, seed: int = 0) -> Tensor:
         seed: of the random numbers.
 
     Returns:
-        (rows, n), random effects drawn anew for each.
+        (rows, n), random effects drawn anew for each; (rows, 2, n) of successes and failures.
 
     Raises:
-        InputError: if ``n`` is below 1, or the rows were streamed.
+        InputError: if ``n`` is below 1, the rows were streamed, or the family cannot draw.
         TypeError: if an argument is of another kind.
 
     >>> from openreml_nn import lmm
@@ -42,6 +47,11 @@ def simulate(result: Result, n: int = 1, seed: int = 0) -> Tensor:
     torch.Size([180, 3])
     """
     n, seed = check_count("n", n, 1), check_count("seed", seed)
+    if family_of(result) is not None:
+        own = LaplaceRefit(result)
+        drawn = own.draw(n, seed)
+        # Inputs of a zero part stand beside the responses.
+        return drawn if own.loss.family.inputs_of(own.y) is None else drawn[:, 0]
     refit = Refit(result)
     # What the rows have beside the response that was fitted.
     offset = result.fitted + result.residuals - refit.y
@@ -67,10 +77,13 @@ class Bootstrap:
     Attributes:
         samples: a row for each sample, a column for each statistic.
         estimate: the statistics of the fit itself.
+        failures: how many of the samples are left out, because their fit had no maximum, as of
+            separated responses.
     """
 
     samples: pd.DataFrame
     estimate: pd.Series
+    failures: int = 0
 
     def intervals(self, level: float = 0.95) -> pd.DataFrame:
         """Percentile intervals: name, estimate, bias, std_error, low, high.
@@ -104,18 +117,22 @@ def bootstrap(
 
     All are drawn at once, and for grouping factors of moderate size all are fitted at once, by
     Newton's method on a batch; what that leaves, such as fits at a variance of zero, and every fit
-    with a ``statistic`` of one's own, is fitted one after another.
+    with a ``statistic`` of one's own or a family, is fitted one after another.
 
     Args:
         result: a fit.
         samples: how many responses.
         seed: of the random numbers.
-        statistic: numbers by name from a fit; standard deviations, correlations and fixed effects
-            by default, named as in :func:`profile`.
+        statistic: numbers by name from a fit; standard deviations, correlations, fixed effects and
+            a family's parameters by default, named as in :func:`profile`.
         progress: whether a bar shows on stderr.
 
+    Warns:
+        RuntimeWarning: if samples of a family could not be fitted, with their number.
+
     Raises:
-        InputError: if there is no sample, or the rows were streamed.
+        InputError: if there is no sample, the rows were streamed, or the family cannot draw.
+        NumericalError: if no sample could be fitted.
         TypeError: if an argument is of another kind.
 
     Reference:
@@ -124,9 +141,11 @@ def bootstrap(
     check_flag("progress", progress)
     if statistic is not None and not callable(statistic):
         raise TypeError(f"`statistic` is {found(statistic)}: expected a function of a Result")
+    samples, seed = check_count("samples", samples, 1), check_count("seed", seed)
+    if family_of(result) is not None:
+        return _of_family(result, samples, seed, statistic, progress)
     refit = Refit(result)
     estimate = _numbers(refit, refit.objective()) if statistic is None else dict(statistic(result))
-    samples, seed = check_count("samples", samples, 1), check_count("seed", seed)
     responses = _drawn(refit, samples, seed)
     maxima = None if statistic is not None else maximise(refit, responses)
     rows = []
@@ -165,12 +184,18 @@ def bootstrap_test(
         TypeError, InputError: as in :func:`likelihood_ratio_test`, or if ``samples`` or ``seed`` is no
             whole number.
 
+    Warns:
+        RuntimeWarning: if samples of a family could not be fitted, with their number; they are left
+            out.
+
     Reference:
         Davison and Hinkley, Bootstrap Methods and their Application (1997), eq. 4.11.
     """
     check_flag("progress", progress)
     samples, seed = check_count("samples", samples, 1), check_count("seed", seed)
     observed = likelihood_ratio_test(small, large).statistic
+    if family_of(small) is not None:
+        return _test_of_family(small, large, observed, samples, seed, progress)
     fits = [Refit(small), Refit(large)]
     reached = 0
     responses = _drawn(fits[0], samples, seed)
@@ -187,6 +212,53 @@ def bootstrap_test(
             value.append(float(objective.evaluate().log_likelihood))
         reached += 2 * (value[1] - value[0]) >= observed
     return (1 + reached) / (1 + samples)
+
+
+def _of_family(
+    result: Result,
+    samples: int,
+    seed: int,
+    statistic: Callable[[Result], Mapping[str, float]] | None,
+    progress: bool,
+) -> Bootstrap:
+    refit = LaplaceRefit(result)
+    estimate = numbers_of(result) if statistic is None else dict(statistic(result))
+    responses = refit.draw(samples, seed)
+    rows = []
+    for y in tracked(responses.unbind(-1), "bootstrap", progress):
+        with suppress(NumericalError):
+            fit = refit.again(y)
+            of_fit = statistic is None
+            rows.append(refit.numbers(fit) if of_fit else dict(statistic(refit.result_of(fit))))  # type: ignore[misc]
+    failures = _told(samples, len(rows))
+    return Bootstrap(pd.DataFrame(rows), pd.Series(estimate), failures)
+
+
+def _test_of_family(
+    small: Result, large: Result, observed: float, samples: int, seed: int, progress: bool
+) -> float:
+    fits = [LaplaceRefit(small), LaplaceRefit(large)]
+    values = []
+    for y in tracked(fits[0].draw(samples, seed).unbind(-1), "bootstrap", progress):
+        with suppress(NumericalError):
+            one, two = (fit.again(y) for fit in fits)
+            constants = one.jacobian - two.jacobian
+            values.append(2 * (one.value - two.value - constants))
+    _told(samples, len(values))
+    return (1 + sum(value >= observed for value in values)) / (1 + len(values))
+
+
+def _told(samples: int, fitted: int) -> int:
+    """The number of samples without a fit, which a warning names."""
+    if not fitted:
+        raise NumericalError(f"none of the {samples} samples could be fitted")
+    if fitted < samples:
+        warnings.warn(
+            f"{samples - fitted} of {samples} samples could not be fitted and are left out",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return samples - fitted
 
 
 def _numbers(refit: Refit, objective: Objective) -> dict[str, float]:

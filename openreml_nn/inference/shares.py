@@ -11,13 +11,14 @@ from torch import Tensor
 from openreml_nn.estimation import Result
 from openreml_nn.estimation.curvature import Curvature
 from openreml_nn.estimation.derivatives import jacobian
-from openreml_nn.inference.refit import Refit
+from openreml_nn.inference.laplace_refit import LaplaceRefit
+from openreml_nn.inference.observation import observation_variance
+from openreml_nn.inference.refit import Refit, family_of
+from openreml_nn.inference.row_variance import row_variances
 from openreml_nn.metrics import conditional_r2, marginal_r2
 from openreml_nn.result import Component
-from openreml_nn.terms.base import Covariance
-from openreml_nn.terms.covariance import DiagonalCovariance, KroneckerCovariance, ScaledCovariance
-from openreml_nn.terms.design import IdentityDesign, IndexedDesign
-from openreml_nn.terms.term import Term
+from openreml_nn.result.parts import RESIDUAL_GROUP
+from openreml_nn.support.errors import InputError
 
 __all__ = ["R2", "r2", "variance_shares"]
 
@@ -29,17 +30,29 @@ class R2(NamedTuple):
     conditional: float
 
 
-def r2(result: Result) -> R2:
+def r2(result: Result, observation: str | None = None) -> R2:
     r"""Marginal and conditional :math:`R^2` of a fit, random slopes included.
 
-    Correlated residuals, such as a field beside independent errors, are residual variance.
+    Correlated residuals, such as a field beside independent errors, are residual variance. Of a
+    response that is not Gaussian the shares are of the link scale, where an observation adds a
+    variance of its own; an effect of each row counts with it. With :math:`v = \mathrm{var}(y \mid \mu)` at
+    the mean :math:`\mu` of the null model, the fit of an intercept with the same random effects, it is
+    ``"latent"``: :math:`\pi^2/3` (logit), 1 (probit) or :math:`\pi^2/6` (cloglog); ``"lognormal"``:
+    :math:`\log(1 + v/\mu^2)`; ``"trigamma"``: :math:`\psi_1(\mu^2/v)`; ``"delta"``:
+    :math:`v\,g'(\mu)^2`.
+
+    Args:
+        result: a fit.
+        observation: of a family: ``"latent"``, ``"lognormal"``, ``"trigamma"`` or ``"delta"``; by default
+            the first for a binary or ordered response, the second with a log link, the last else.
 
     Raises:
-        InputError: if the rows were streamed.
+        InputError: if the rows were streamed, or the response has no such variance.
 
     Reference:
         Nakagawa and Schielzeth, Methods in Ecology and Evolution 4 (2013) 133, eqs. 26 and 30;
-        Johnson, ibid. 5 (2014) 944, eq. 10.
+        Johnson, ibid. 5 (2014) 944, eq. 10; Nakagawa, Johnson and Schielzeth, Journal of the Royal
+        Society Interface 14 (2017) 20170213, table 1.
 
     >>> from openreml_nn import lmm
     >>> from openreml_nn.datasets import sleepstudy
@@ -47,10 +60,13 @@ def r2(result: Result) -> R2:
     >>> f"{found.marginal:.4f} {found.conditional:.4f}"
     '0.2787 0.7992'
     """
+    if family_of(result) is not None:
+        return _r2_of_family(result, observation)
+    _no_family(observation)
     refit = Refit(result)
     mean = refit.X @ result.fixed.estimate
     with torch.no_grad():
-        variances = _row_variances(refit.objective().terms())
+        variances = row_variances(refit.objective().terms())
     zero = mean.new_zeros(())
     is_residual = [_is_residual(result, component) for component in result.components]
     residual = sum((v for v, of in zip(variances, is_residual, strict=True) if of), zero)
@@ -60,19 +76,24 @@ def r2(result: Result) -> R2:
     )
 
 
-def variance_shares(result: Result) -> pd.DataFrame:
+def variance_shares(result: Result, observation: str | None = None) -> pd.DataFrame:
     r"""Share of each term in the variance of a row, :math:`v_t / \sum_s v_s`.
 
     :math:`v_t` is the mean over the rows of :math:`z_i^\top G_t z_i`: for a random intercept its
     variance, so that the share is the intraclass correlation; for an additive genetic effect the
     share is the heritability. Standard errors are by the delta method; that of a variance of zero
-    is NaN.
+    is NaN. Of a response that is not Gaussian the residual is the variance that an observation adds
+    on the link scale, which counts as known.
+
+    Args:
+        result: a fit.
+        observation: of a family, as in :func:`r2`.
 
     Returns:
         group, variance, share, std_error; the residual last.
 
     Raises:
-        InputError: if the rows were streamed.
+        InputError: if the rows were streamed, or the response has no such variance.
 
     Reference:
         Lynch and Walsh, Genetics and Analysis of Quantitative Traits (1998), appendix 1.
@@ -86,12 +107,15 @@ def variance_shares(result: Result) -> pd.DataFrame:
     1    sample     3.731  0.785      0.113
     2  Residual     0.302  0.064      0.033
     """
+    if family_of(result) is not None:
+        return _shares_of_family(result, observation)
+    _no_family(observation)
     objective = Refit(result).objective()
     curvature = Curvature([objective])
     at, u = curvature.at, curvature.u
 
     def variances(x: Tensor) -> tuple[Tensor]:
-        return (torch.stack(_row_variances(objective.terms(at.natural(0, x)))),)
+        return (torch.stack(row_variances(objective.terms(at.natural(0, x)))),)
 
     with torch.no_grad():
         (value,) = variances(u)
@@ -102,12 +126,17 @@ def variance_shares(result: Result) -> pd.DataFrame:
     information = curvature.information / (scale[:, None] * scale)
     slope = slope / scale
     spread = slope @ torch.linalg.pinv(information, hermitian=True, rtol=1e-10) @ slope.mT
+    groups = [c.group for c in result.components]
+    # Nor has one of which the design is estimated too a standard error by this.
+    return _table(groups, value, spread * (torch.nan if objective.moves else 1))
+
+
+def _table(groups: list[str], value: Tensor, spread: Tensor) -> pd.DataFrame:
+    """Shares of variances (t,) with standard errors, of variances of which the covariance is known."""
     total = value.sum()
     by = (torch.eye(len(value), dtype=value.dtype) - value[:, None] / total) / total
     error = (by @ spread @ by.mT).diagonal().clamp(min=0).sqrt()
-    # Nor has one of which the design is estimated too a standard error by this.
-    error = torch.where((value > 0) & (not objective.moves), error, torch.nan)
-    groups = [c.group for c in result.components]
+    error = torch.where(value > 0, error, torch.nan)
     columns = {"variance": value, "share": value / total, "std_error": error}
     table = {name: column.numpy(force=True) for name, column in columns.items()}
     return pd.DataFrame({"group": groups, **table})
@@ -119,33 +148,48 @@ def _is_residual(result: Result, component: Component) -> bool:
     return component.is_residual or is_field
 
 
-def _row_variances(terms: list[Term]) -> list[Tensor]:
-    """Mean over the rows of each term's variance."""
-    return [_row_variance(term) for term in terms]
+def _no_family(observation: str | None) -> None:
+    if observation is not None:
+        raise InputError(
+            f"`observation` is {observation!r} and the response Gaussian, whose residual has a "
+            "variance: leave it out"
+        )
 
 
-def _row_variance(term: Term) -> Tensor:
-    z, G = term.design, term.covariance
-    if isinstance(z, IdentityDesign):
-        blocks, codes, values = _blocks(G, 1), torch.arange(z.shape[0]), None
-    elif isinstance(z, IndexedDesign):
-        blocks, codes, values = _blocks(G, z.effects), z.codes, z.values
-    else:
-        Z = z.dense(G.matrix)
-        return (Z * G.multiply(Z.mT).mT).sum(1).mean()
-    if values is None and len(blocks) == 1:
-        return blocks.reshape(())
-    block = blocks[codes.to(blocks.device) % len(blocks)]
-    values = block.new_ones(len(block), 1) if values is None else values.to(block)
-    return (values[:, None] @ block @ values[..., None]).mean()
+def _r2_of_family(result: Result, observation: str | None) -> R2:
+    refit = LaplaceRefit(result)
+    with torch.no_grad():
+        terms = refit.loss.covariance.terms()
+        mean = refit.offset + refit.X @ result.fixed.estimate
+        variances = row_variances(terms)
+    own = observation_variance(refit, observation, sum(variances, mean.new_zeros(())))
+    of_rows = [term.design.shape[1] == len(mean) for term in terms]
+    residual = own + sum(v for v, of in zip(variances, of_rows, strict=True) if of)
+    total = sum((v for v, of in zip(variances, of_rows, strict=True) if not of), 0 * own)
+    return R2(
+        float(marginal_r2(mean, total, residual)), float(conditional_r2(mean, total, residual))
+    )
 
 
-def _blocks(G: Covariance, effects: int) -> Tensor:
-    """Covariances of the effects of a level, (m, k, k), those of level i at i modulo m."""
-    if isinstance(G, ScaledCovariance | KroneckerCovariance):
-        # As tables show it: a variance component, whatever the inbreeding of the animals.
-        return G.shown()[None]
-    if isinstance(G, DiagonalCovariance):
-        return G.matrix.reshape(-1, effects).diag_embed()
-    square = G.matrix.unflatten(1, (-1, effects)).unflatten(0, (-1, effects))  # (m, k, m, k)
-    return square.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+def _shares_of_family(result: Result, observation: str | None) -> pd.DataFrame:
+    refit = LaplaceRefit(result)
+    fit = refit.fit()
+    own = slice(fit.p, fit.p + fit.m)
+    u, covariance = fit.x[own], refit.loss.covariance
+
+    def variances(x: Tensor) -> tuple[Tensor]:
+        with covariance.given(fit.at.natural(0, x)):
+            return (torch.stack(row_variances(covariance.terms())),)
+
+    with torch.no_grad():
+        (value,) = variances(u)
+    slope = jacobian(variances, u)[0].mT if len(u) else value.new_zeros(len(value), 0)
+    scale = fit.hessian.diagonal().abs().sqrt()
+    scale = torch.where(scale > 0, scale, 1)
+    known = torch.linalg.pinv(fit.hessian / (scale[:, None] * scale), hermitian=True, rtol=1e-10)
+    known = (known / (scale[:, None] * scale))[own, own]
+    spread = torch.zeros(len(value) + 1, len(value) + 1).to(value)
+    spread[:-1, :-1] = slope @ known @ slope.mT
+    beside = observation_variance(refit, observation, value.sum())
+    groups = [*(c.group for c in result.components), RESIDUAL_GROUP]
+    return _table(groups, torch.cat([value, beside[None]]), spread)

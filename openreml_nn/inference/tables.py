@@ -7,6 +7,7 @@ import pandas as pd
 from openreml_nn.estimation import Result
 from openreml_nn.inference.degrees import inference_of
 from openreml_nn.inference.hypotheses import TYPES, term_contrasts
+from openreml_nn.inference.laplace_refit import LaplaceRefit
 from openreml_nn.inference.likelihood_ratio import (
     check_same_data,
     likelihood_ratio_test,
@@ -77,8 +78,6 @@ def anova(
         if refit is not None:
             raise InputError("`refit` is for several fits: one fit is tested term by term")
         kind = 3 if type is None else check_count("type", type, 1)
-        if ddf is None:
-            ddf = "satterthwaite" if family_of(results[0]) is None else "asymptotic"
         return _of_terms(results[0], kind, ddf)
     for name, value in (("type", type), ("ddf", ddf)):
         if value is not None:
@@ -88,7 +87,7 @@ def anova(
     return _of_fits(results, refit is not False)
 
 
-def _of_terms(result: Result, kind: int, ddf: str) -> pd.DataFrame:
+def _of_terms(result: Result, kind: int, ddf: str | None) -> pd.DataFrame:
     if kind not in TYPES:
         raise InputError(f"`type` is {kind}: expected 1, 2 or 3")
     how = inference_of(result, ddf)
@@ -102,7 +101,7 @@ def _of_terms(result: Result, kind: int, ddf: str) -> pd.DataFrame:
 def _of_fits(results: tuple[Result, ...], refit: bool) -> pd.DataFrame:
     for i, result in enumerate(results):
         check_same_data(("results[0]", f"results[{i}]"), (results[0], result))
-    fits = [Refit(r).fit("ml") if refit and r.method == "reml" else r for r in results]
+    fits = [_by_ml(r) if refit and r.method == "reml" else r for r in results]
     fits.sort(key=parameters_of)
     rows: list[dict[str, float]] = []
     for i, fit in enumerate(fits):
@@ -114,3 +113,11 @@ def _of_fits(results: tuple[Result, ...], refit: bool) -> pd.DataFrame:
             row["p_naive"] = test.p_naive
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _by_ml(result: Result) -> Result:
+    """The fit again, by maximum likelihood."""
+    if family_of(result) is None:
+        return Refit(result).fit("ml")
+    again = LaplaceRefit(result, "ml")
+    return again.result_of(again.fit())

@@ -12,7 +12,7 @@ from lightning import LightningDataModule, LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from openreml_nn.covariance import Pedigree
+from openreml_nn.covariance import Relationship
 from openreml_nn.families import Family
 from openreml_nn.lightning.family import as_asked
 from openreml_nn.lightning.formula import FormulaOptions
@@ -83,7 +83,7 @@ class MixedModelDataModule(LightningDataModule):
         split: str = "random",
         split_by: str | None = None,
         seed: int = 0,
-        pedigree: pd.DataFrame | Pedigree | str | os.PathLike[str] | None = None,
+        pedigree: pd.DataFrame | Relationship | str | os.PathLike[str] | None = None,
         kernels: Mapping[str, Any] | None = None,
         family: str | Family | None = None,
     ) -> None:

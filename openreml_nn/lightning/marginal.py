@@ -101,6 +101,7 @@ class Marginal:
                 names=names,
                 labels=labels,
                 max_iterations=max_iterations,
+                begin=None if table is None else lambda: table.begin(self.model, batch),
             )
             assert self.fitted.model is not None
             self.model.load_state_dict(self.fitted.model.state_dict())

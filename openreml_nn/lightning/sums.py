@@ -54,7 +54,7 @@ class _Total:
     scale: tuple[Tensor, Tensor] | None = None
 
     def scaled(self, scale: tuple[Tensor, Tensor] | None) -> _Total:
-        """The same by another T and b."""
+        """The sums of the columns X T and y - X b for another T and b."""
         if self.scale is None or scale is None:
             return self
         (T, b), (wanted, offset) = self.scale, scale

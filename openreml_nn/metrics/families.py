@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 from torchmetrics.classification import BinaryAUROC
 from torchmetrics.functional.classification import binary_auroc
 
@@ -17,11 +18,13 @@ from openreml_nn.support.errors import InputError
 __all__ = [
     "AUC",
     "BrierScore",
+    "CalibrationCurve",
     "CalibrationError",
     "LogLoss",
     "MeanDeviance",
     "auc",
     "brier_score",
+    "calibration_curve",
     "calibration_error",
     "log_loss",
     "mean_deviance",
@@ -100,6 +103,29 @@ def calibration_error(mean: Tensor, target: Tensor, bins: int = 15) -> Tensor:
     tensor(0.2333)
     """
     return _sums_of_bins(mean, target, bins).abs().sum() / len(mean)
+
+
+def calibration_curve(mean: Tensor, target: Tensor, bins: int = 10) -> Tensor:
+    """Mean probability, share of successes and number of rows in each bin of the probability.
+
+    Args:
+        mean, target: as in :func:`log_loss`.
+        bins: number of bins of [0, 1], of equal width.
+
+    Returns:
+        (bins, 3); NaN, NaN and 0 of a bin without rows.
+
+    Raises:
+        TypeError, InputError: as in :func:`calibration_error`.
+
+    Reference:
+        DeGroot and Fienberg, The Statistician 32 (1983) 12.
+
+    >>> calibration_curve(torch.tensor([0.25, 0.25, 0.75]), torch.tensor([0.0, 1.0, 1.0]), 2)
+    tensor([[0.2500, 0.5000, 2.0000],
+            [0.7500, 1.0000, 1.0000]])
+    """
+    return _curve(_parts_of_bins(mean, target, bins))
 
 
 def mean_deviance(mean: Tensor, target: Tensor, family: Family) -> Tensor:
@@ -189,6 +215,31 @@ class CalibrationError(Mean):
         return super().compute().abs().sum()
 
 
+class CalibrationCurve(Metric):
+    """:func:`calibration_curve` over batches.
+
+    Args:
+        bins: number of bins of [0, 1].
+        **options: of ``torchmetrics.Metric``.
+    """
+
+    full_state_update = False
+    sums: Tensor
+
+    def __init__(self, bins: int = 10, **options: Any) -> None:
+        super().__init__(**options)
+        self.bins = check_count("bins", bins, 1)
+        self.add_state("sums", torch.zeros(self.bins, 3, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, mean: Tensor, target: Tensor) -> None:
+        """Take a batch in."""
+        self.sums = self.sums + _parts_of_bins(mean, target, self.bins)
+
+    def compute(self) -> Tensor:
+        """The curve of what was seen."""
+        return _curve(self.sums)
+
+
 class MeanDeviance(Mean):
     """:func:`mean_deviance` over batches.
 
@@ -221,10 +272,22 @@ def _sum_of_squares(mean: Tensor, target: Tensor) -> Tensor:
 
 def _sums_of_bins(mean: Tensor, target: Tensor, bins: int) -> Tensor:
     """The sum of p - y in each bin (bins,)."""
+    parts = _parts_of_bins(mean, target, bins)
+    return parts[:, 0] - parts[:, 1]
+
+
+def _parts_of_bins(mean: Tensor, target: Tensor, bins: int) -> Tensor:
+    """Sums of p, of y and of ones in each bin (bins, 3)."""
     bins = check_count("bins", bins, 1)
     mean, target = _probabilities(mean, target)
     at = (mean * bins).long().clamp(max=bins - 1)
-    return mean.new_zeros(bins).index_add_(0, at, mean - target)
+    rows = torch.stack([mean, target, torch.ones_like(mean)], 1)
+    return mean.new_zeros(bins, 3).index_add_(0, at, rows)
+
+
+def _curve(sums: Tensor) -> Tensor:
+    """Means from the sums."""
+    return torch.cat([sums[:, :2] / sums[:, 2:], sums[:, 2:]], 1)
 
 
 def _sum_of_deviances(mean: Tensor, target: Tensor, family: Family) -> Tensor:

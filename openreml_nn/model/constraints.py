@@ -24,7 +24,7 @@ from openreml_nn.model.mixed_model import MixedModel
 from openreml_nn.support.checks import check_mapping, found
 from openreml_nn.support.errors import InputError
 
-__all__ = ["Constraint", "Limits", "constrain", "start_at"]
+__all__ = ["Constraint", "Constraints", "constrain", "start_at"]
 
 #: A value at which a parameter is held, the ends between which it is estimated, or the name of
 #: another parameter to which it is equal.
@@ -90,7 +90,7 @@ def start_at(
         at.start(at.full(name), value)
 
 
-class Limits:
+class Constraints:
     """The constraints and starts that a user gives for a formula, and what they became in its model.
 
     Args:
@@ -179,7 +179,7 @@ class _Named:
 
     def hold(self, name: str, value: float) -> float:
         entry = self._entries[name]
-        held = check_value(name, value, entry.trans, natural=True)
+        held = check_value(name, value, entry.trans, natural=True, option=self._option)
         for leaf, local in list(self._owners(name)):
             # A matrix of another size that stands for it in the tree may share its dictionaries.
             fixed = leaf._parameters.pop(local, None)
@@ -221,7 +221,8 @@ class _Named:
     def start(self, name: str, value: object) -> None:
         entry = self._entries[name]
         with torch.no_grad():
-            entry.tensor.copy_(check_value(name, value, entry.trans, natural=True))
+            found = check_value(name, value, entry.trans, natural=True, option=self._option)
+            entry.tensor.copy_(found)
 
 
 def _stands_for(name: str, known: str) -> bool:

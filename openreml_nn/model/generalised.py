@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +12,12 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from openreml_nn.covariance import Pedigree
+from openreml_nn.covariance import Relationship
 from openreml_nn.estimation.marginal import fit_laplace
 from openreml_nn.families import Family, ZeroInflated, named_family
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.model.batch import Batch
-from openreml_nn.model.constraints import Constraint, Limits
+from openreml_nn.model.constraints import Constraint, Constraints
 from openreml_nn.model.linear import read_table_of, with_model
 from openreml_nn.model.mixed_model import MixedModel
 from openreml_nn.model.response import EncodedResponse
@@ -52,9 +52,10 @@ def glmm(
     weights: str | None = None,
     residual: str | None = None,
     residual_variance: float | None = None,
-    pedigree: pd.DataFrame | Pedigree | str | os.PathLike[str] | None = None,
+    pedigree: pd.DataFrame | Relationship | str | os.PathLike[str] | None = None,
     kernels: Mapping[str, Any] | None = None,
     constraints: Mapping[str, Constraint] | None = None,
+    starts: Mapping[str, float] | None = None,
     chunk_rows: int | None = None,
     max_iterations: int = 200,
 ) -> Result:
@@ -84,6 +85,7 @@ def glmm(
             :class:`openreml_nn.families.ZeroInflated`.
         solver: see :class:`LaplaceLoss`.
         categorical: numeric columns to be taken as factors.
+        constraints, starts: see :func:`lmm`.
         weights, residual, residual_variance, chunk_rows: of :func:`lmm`; refused here, as the
             residual belongs to the family.
         max_iterations: after so many steps the fit stops, with a warning.
@@ -117,7 +119,7 @@ def glmm(
                 f"`{option}` is {described(value)}: expected None, as it is for Gaussian responses, by "
                 "lmm()"
             )
-    limits = Limits(constraints, None)
+    constrained = Constraints(constraints, starts)
     named_family(family, link)  # refused before the table is read
     table, source = read_table_of(table)
     relations = relations_of(pedigree, kernels)
@@ -131,11 +133,12 @@ def glmm(
     model = linear_model(encoded, method, solver, family=own, quadrature=quadrature)
     batch = encoded.batch()
     result = fit_family(
-        limits.applied(model, batch),
+        constrained.applied(model, batch),
         batch,
         names=encoded.names,
         labels=labels_of(encoded),
         max_iterations=max_iterations,
+        begin=lambda: constrained.begin(model, batch),
     )
     assert result.source is not None
     encoder = response.encoder
@@ -146,7 +149,7 @@ def glmm(
         formula=formula,
         dropped_rows=encoded.dropped_rows,
         encoder=encoder,
-        constraints=limits.held,
+        constraints=constrained.held,
         seconds=time.perf_counter() - began,
     )
 
@@ -159,6 +162,7 @@ def fit_family(
     names: Sequence[str] | None = None,
     labels: Mapping[str, Label] | None = None,
     max_iterations: int = 200,
+    begin: Callable[[], None] | None = None,
 ) -> Result:
     """Fit all but the network of a model with a family: coefficients, covariance and the family's
     parameters, which the model takes up.
@@ -171,6 +175,7 @@ def fit_family(
         names: of the columns of the model matrix.
         labels: see :func:`fit_reml`.
         max_iterations: after so many steps the fit stops, with a warning.
+        begin: see :func:`fit_laplace`.
 
     Raises:
         NumericalError, InputError: as :func:`glmm` does.
@@ -191,6 +196,7 @@ def fit_family(
         max_iterations=max_iterations,
         names=names[first:],
         labels=labels or {},
+        begin=begin,
     )
     assert result.source is not None
     result = replace(

@@ -75,7 +75,6 @@ def gradient_in_parts(
     rows: int,
     loss: Callable[[Tensor], Tensor],
     devices: Iterable[torch.device],
-    backward: Callable[[Tensor], None],
 ) -> Tensor:
     """Accumulate the gradient of a loss of all rows, of which the network sees a few at a time.
 
@@ -85,7 +84,6 @@ def gradient_in_parts(
         rows: how many it sees at a time.
         loss: of all outputs.
         devices: those with random numbers of their own, beside the CPU.
-        backward: takes the place of ``Tensor.backward``.
 
     Returns:
         The loss.
@@ -96,7 +94,7 @@ def gradient_in_parts(
         outputs = torch.cat([network(x) for x in parts])
     outputs.requires_grad_()
     value = loss(outputs)
-    backward(value)
+    value.backward()
     assert outputs.grad is not None
     for x, cotangent in zip(parts, outputs.grad.split(rows), strict=True):
         network(x).backward(cotangent)

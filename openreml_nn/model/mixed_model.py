@@ -8,7 +8,7 @@ batch; the loss is the likelihood of :class:`REMLLoss`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import NoneType
 from typing import Any
 
@@ -29,7 +29,6 @@ from openreml_nn.model.batch import (
     check_outputs,
     part,
     rows_of,
-    take,
     with_responses,
 )
 from openreml_nn.model.likelihoods import LastLikelihood, covariance_of
@@ -170,14 +169,7 @@ class MixedModel(Predictor):
             loss, y, X = self.data(self(batch) if output is None else output, batch)
             return loss.objective(y, X)
 
-    def backward_in_parts(
-        self,
-        batch: Batch,
-        rows: int,
-        own: slice = slice(None),
-        gather: Callable[[Tensor, int], Tensor] = lambda output, n: output,
-        backward: Callable[[Tensor], None] = Tensor.backward,
-    ) -> Tensor:
+    def backward_in_parts(self, batch: Batch, rows: int) -> Tensor:
         """The loss; its exact gradient is accumulated in the memory of a few rows.
 
         The network's output for all rows is had without recording, the likelihood yields its
@@ -186,9 +178,6 @@ class MixedModel(Predictor):
         Args:
             batch: the data.
             rows: rows that the network sees at a time.
-            own: rows that it sees at all, where several processes share them.
-            gather: makes all processes' outputs of theirs.
-            backward: takes the place of ``Tensor.backward``.
         """
         rows = check_count("rows", rows, 1)
         batch, _ = with_responses(batch, None, self.responses > 1)
@@ -197,11 +186,10 @@ class MixedModel(Predictor):
         check_tensor("y", y, ("n", "t")[: 1 + (self.responses > 1)], "floating", False)
         return gradient_in_parts(
             lambda x: self({"x": x}),
-            take(x, own),
+            x,
             rows,
-            lambda outputs: self.loss_of(gather(outputs, len(y)), batch),
+            lambda outputs: self.loss_of(outputs, batch),
             {t.device for t in self.parameters() if t.is_cuda},
-            backward,
         )
 
     def data(self, output: Tensor, batch: Batch) -> tuple[REMLLoss, Tensor, Tensor]:

@@ -20,7 +20,7 @@ from openreml_nn.covariance import (
     ScalarMatrix,
     UnstructuredMatrix,
 )
-from openreml_nn.covariance.kernel import DistanceMatrix
+from openreml_nn.covariance.kernel import DistanceMatrix, distances
 from openreml_nn.covariance.params import module_name, operand_name, user_name
 from openreml_nn.covariance.propagation import propagated
 from openreml_nn.covariance.sum import summands
@@ -336,9 +336,8 @@ def known_effect(
     rows = (codes < 0).nonzero()[:, 0]
     own = at[rows].to(effect.places)
     if isinstance(kernel, DistanceMatrix):
-        mode = "donot_use_mm_for_euclid_dist"
-        distance = torch.cdist(own, effect.places, compute_mode=mode)
-        return replace(known, kriging=Kriging.of(rows, kernel(), kernel.between(distance)))
+        c = kernel.between(distances(own, effect.places))
+        return replace(known, kriging=Kriging.of(rows, kernel(), c))
     if not len(rows):
         return known
     return replace(known, kriging=Kriging(rows, *kernel.regressed(own)))

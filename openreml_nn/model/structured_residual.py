@@ -114,7 +114,9 @@ class ByCovariate(nn.Module, ResidualStructure):
         return {"residual": with_weights(self._at(batch, n), batch, n)}
 
     def variances(self, batch: Batch, n: int) -> Tensor:
-        return divided(self._at(batch, n)().diagonal(), batch, n)
+        if not n:  # a matrix has rows
+            return self.function.variances()[:0]
+        return divided(self._at(batch, n).variances(), batch, n)
 
 
 class WithUnits(nn.Module, ResidualStructure):

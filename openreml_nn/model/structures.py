@@ -37,6 +37,7 @@ from openreml_nn.covariance import (
     Pedigree,
     RationalQuadraticCorrelation,
     RationalQuadraticMatrix,
+    Relationship,
     ScalarMatrix,
     SphericalCorrelation,
     SphericalMatrix,
@@ -47,6 +48,7 @@ from openreml_nn.covariance import (
     heterogeneous,
     heterogeneous_compound_symmetry,
 )
+from openreml_nn.covariance.kernel import distances
 from openreml_nn.covariance.params import operand_name
 from openreml_nn.estimation.basis import basis_of
 from openreml_nn.families import Family
@@ -86,9 +88,9 @@ def relations_of(
 
     Args:
         pedigree: for ``ped(animal)``: a table with the columns animal, sire and dam by name, or in
-            this order; its path; or a :class:`Pedigree`.
+            this order; its path; or a :class:`Relationship`, such as a :class:`Pedigree`.
         kernels: for ``vm(level, K)``: each matrix by its name, see :func:`read_kernel`; or a
-            :class:`Pedigree`.
+            :class:`Relationship`.
 
     Raises:
         InputError: if a table is at fault.
@@ -103,17 +105,17 @@ def relations_of(
     for name, value in (kernels or {}).items():
         if name == "ped":
             raise InputError("`kernels` has 'ped', which is the name of the pedigree's matrix")
-        is_pedigree = isinstance(value, Pedigree)
-        found[name] = _inverse(value) if is_pedigree else read_kernel(name, value)
+        is_inverse = isinstance(value, Relationship)
+        found[name] = _inverse(value) if is_inverse else read_kernel(name, value)
     return found
 
 
-def _inverse(pedigree: Pedigree) -> Known:
-    return Known(tuple(pedigree.names), pedigree.inverse, is_inverse=True)
+def _inverse(relationship: Relationship) -> Known:
+    return Known(relationship.names, relationship.inverse, is_inverse=True)
 
 
-def _pedigree(given: Any) -> Pedigree:
-    if isinstance(given, Pedigree):
+def _pedigree(given: Any) -> Relationship:
+    if isinstance(given, Relationship):
         return given
     if isinstance(given, str | os.PathLike):
         given = read_table(given)
@@ -165,7 +167,7 @@ def _among_levels(relation: Known | Places) -> Matrix:
             correlation = _CORRELATIONS[relation.structure.name](**options)
             return VecchiaMatrix(relation.coordinates, correlation, int(neighbours))
         return _KERNELS[relation.structure.name](
-            _distances(relation.coordinates), **relation.structure.options
+            distances(relation.coordinates, relation.coordinates), **relation.structure.options
         )
     if relation.is_inverse:
         return KnownInverseMatrix(relation.matrix)
@@ -220,7 +222,8 @@ def _by_name(structure: Structure, k: int, places: Tensor | None) -> Matrix:
     """A structure of k positions; the lags of those in time are differences of their places."""
     if structure.name in _KERNELS:
         assert places is not None
-        return _KERNELS[structure.name](_distances(places.double()), **structure.options)
+        at = places.double()
+        return _KERNELS[structure.name](distances(at, at), **structure.options)
     if structure.name not in _LAGGED:
         return _OTHER[structure.name](k)
     at = torch.arange(k) if places is None else places.reshape(-1)
@@ -237,10 +240,6 @@ def _hold_scale(matrix: Matrix) -> None:
     """Hold the variance at one, where another matrix has the scale."""
     with torch.no_grad():
         matrix.fix("sigma^2", 0.0)
-
-
-def _distances(coordinates: Tensor) -> Tensor:
-    return torch.cdist(coordinates, coordinates, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 # ---------------------------------------------------------------------- residuals

@@ -16,6 +16,7 @@ from openreml_nn.inference import Profile, diagnose, heritability
 from openreml_nn.inference.genetic import METHODS
 from openreml_nn.program.reporting import costs_nothing
 from openreml_nn.report.plots import (
+    calibration,
     caterpillar,
     convergence,
     covariance_map,
@@ -121,6 +122,8 @@ def _plots(result: Result, places: Tensor | None) -> Mapping[str, Callable[[], F
         figures["semivariogram"] = partial(semivariogram, result, places)
     if len(result.residuals):
         figures["residuals"] = partial(residuals, result)
+    if result.source is not None and result.family == "binomial" and result.source.y.dim() == 1:
+        figures["calibration"] = partial(calibration, result.fitted, result.source.y)
     if result.source is not None and result.family is None:  # they are of Gaussian responses
         figures["shares"] = partial(shares, result)
         figures["covariance"] = partial(covariance_map, result)

@@ -2,6 +2,7 @@
 
 from openreml_nn.report.html import write_report
 from openreml_nn.report.plots import (
+    calibration,
     caterpillar,
     convergence,
     covariance_map,
@@ -14,6 +15,7 @@ from openreml_nn.result.tables import blup_table, fixed_table, variance_table
 
 __all__ = [
     "blup_table",
+    "calibration",
     "caterpillar",
     "convergence",
     "covariance_map",

@@ -11,8 +11,10 @@ from matplotlib.figure import Figure
 from scipy.special import ndtri
 from torch import Tensor
 
-from openreml_nn.inference import Profile, variance_shares
+from openreml_nn.families import Family
+from openreml_nn.inference import Profile, quantile_residuals, variance_shares
 from openreml_nn.inference.refit import Refit, source_of
+from openreml_nn.metrics import calibration_curve
 from openreml_nn.result.result import Result
 from openreml_nn.support.checks import check_count, check_instance, check_tensor
 from openreml_nn.support.display import visible
@@ -22,6 +24,7 @@ from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.term import Term
 
 __all__ = [
+    "calibration",
     "caterpillar",
     "convergence",
     "covariance_map",
@@ -141,29 +144,72 @@ def convergence(result: Result) -> Figure:
 
 
 def residuals(result: Result) -> Figure:
-    """Conditional residuals against fitted values, and their quantiles against normal ones.
+    """Conditional residuals against fitted values, and their quantiles against normal ones; of a
+    family randomised quantile residuals, see :func:`openreml_nn.inference.quantile_residuals`.
 
     Raises:
         TypeError: if ``result`` is no result.
     """
     check_instance("result", result, Result)
+    is_family = _has_quantiles(result)
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     x = result.fitted.numpy(force=True)
-    y = result.residuals.numpy(force=True)
+    y = (quantile_residuals(result) if is_family else result.residuals).numpy(force=True)
     _cloud(left, x, y)
     left.axhline(0, color="0.5", lw=0.8, ls="--")
     left.set_xlabel("fitted value")
-    left.set_ylabel("residual")
+    left.set_ylabel("randomised quantile residual" if is_family else "residual")
     n = len(y)
     # Blom's plotting positions; of many rows, quantiles do.
     at = np.linspace(0, n - 1, min(n, _QUANTILES)).round().astype(int)
     normal = ndtri((at + 1 - 0.375) / (n + 0.25))
-    scale = y.std() or 1.0
+    scale = 1.0 if is_family else y.std() or 1.0
     right.plot(normal, np.sort(y)[at] / scale, "o", ms=3, alpha=0.6)
     right.axline((0, 0), slope=1, color="0.5", lw=0.8, ls="--")
     right.set_xlabel("normal quantile")
-    right.set_ylabel("residual / its standard deviation")
+    right.set_ylabel("quantile residual" if is_family else "residual / its standard deviation")
+    return figure
+
+
+def _has_quantiles(result: Result) -> bool:
+    """Whether quantile residuals are to be had: of a family with a distribution function, whose rows
+    are there."""
+    family = None if result.model is None else result.model.family
+    if result.source is None or not isinstance(family, Family):
+        return False
+    return type(family).cumulative is not Family.cumulative
+
+
+def calibration(mean: Tensor, target: Tensor, bins: int = 10) -> Figure:
+    """Shares of successes against mean predicted probabilities, of rows in bins of the prediction, with
+    95% intervals by Wilson; on the line where predictions are calibrated.
+
+    Args:
+        mean: (n,) predicted probabilities.
+        target: (n,) of 0 and 1.
+        bins: of equal width, of [0, 1].
+
+    Raises:
+        TypeError, InputError: as :func:`openreml_nn.metrics.calibration_curve`.
+
+    Reference:
+        Wilson, JASA 22 (1927) 209.
+    """
+    curve = calibration_curve(mean, target, bins)
+    predicted, observed, n = (c.numpy(force=True) for c in curve[curve[:, 2] > 0].unbind(1))
+    figure = Figure(figsize=(4.6, 4.4), layout="constrained")
+    axis = figure.subplots()
+    z = 1.96
+    middle = (observed + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * np.sqrt(observed * (1 - observed) / n + (z / (2 * n)) ** 2) / (1 + z**2 / n)
+    axis.axline((0, 0), slope=1, color="0.5", lw=0.8, ls="--")
+    axis.vlines(predicted, middle - half, middle + half, color="C0", lw=1, alpha=0.6)
+    axis.plot(predicted, observed, "o-", ms=4)
+    axis.set_xlim(0, 1)
+    axis.set_ylim(0, 1)
+    axis.set_xlabel("mean predicted probability")
+    axis.set_ylabel("share of successes, with 95% interval")
     return figure
 
 

@@ -14,6 +14,7 @@ __all__ = [
     "contrast_matrix",
     "even_breaks",
     "intervals",
+    "legendre",
     "natural_spline",
     "penalised_spline",
     "polynomial",
@@ -148,6 +149,33 @@ def polynomial(x: np.ndarray, state: dict[str, Any], degree: int) -> np.ndarray:
             state["norm"].append(float(present @ present))
         columns.append(present / np.sqrt(state["norm"][k + 1]))
     return np.stack(columns, 1)
+
+
+def legendre(
+    x: np.ndarray, state: dict[str, Any], degree: int, low: float | None, high: float | None
+) -> np.ndarray:
+    r"""Normalised Legendre polynomials :math:`\sqrt{k + 1/2}\, P_k(t)`, k = 0, ..., ``degree``, in
+    :math:`t = 2 (x - l) / (h - l) - 1`, (n, degree + 1).
+
+    Their squares have the integral 1 over :math:`-1 \le t \le 1`. The ends l and h are those of the
+    rows of the fit, where they are not given.
+
+    Reference:
+        Kirkpatrick, Lofsvold and Bulmer, Genetics 124 (1990) 979.
+
+    Raises:
+        ValueError: if there is nothing between the ends.
+    """
+    if not state:
+        state["low"] = float(x.min()) if low is None else low
+        state["high"] = float(x.max()) if high is None else high
+        if not state["low"] < state["high"]:
+            raise ValueError(
+                f"`low` is {state['low']:g} and `high` {state['high']:g}: expected low < high"
+            )
+    t = 2 * (x - state["low"]) / (state["high"] - state["low"]) - 1
+    columns = np.polynomial.legendre.legvander(t, degree)
+    return np.asarray(columns * np.sqrt(np.arange(degree + 1) + 0.5))
 
 
 # ---------------------------------------------------------------------- splines

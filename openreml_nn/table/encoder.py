@@ -20,7 +20,7 @@ from openreml_nn.table.learned import Group, Learned
 from openreml_nn.table.levels import label, number_key
 from openreml_nn.table.relation import Known
 from openreml_nn.table.rows import TableRows
-from openreml_nn.table.traits import complete_rows
+from openreml_nn.table.traits import check_traits, complete_rows
 
 __all__ = ["Encoder", "group_key"]
 
@@ -78,6 +78,7 @@ class Encoder(Encoding):
         kept, rows, dropped = complete_rows(
             table, self.columns(), self.categorical, self.source, self.formula.traits
         )
+        check_traits(kept, self.formula.traits, self.source)
         data = self._rows(kept)
         self.learned.factors.update(occurring([data], self._effects))
         encoded = self._encoded(data, rows, dropped, len(kept) - 1, fitting=True)
@@ -202,10 +203,12 @@ class Encoder(Encoding):
 
     def check_size(self, design: RandomDesign, n: int) -> None:
         """Raise if a random effect has one level, or as many effects as there are rows."""
-        if design.relation is not None or (design.structure.name, len(design.levels)) == ("idv", 1):
-            return  # relations tell levels from the residual; a spline has one level
+        if (design.structure.name, len(design.levels)) == ("idv", 1):
+            return  # a spline has one level
         if len(design.levels) < 2:
             raise self._one_level(design.group)
+        if design.relation is not None:
+            return  # which tells levels from the residual
         size = len(design.levels) * len(design.effects)
         if size >= n and not self.known_residual:
             raise InputError(

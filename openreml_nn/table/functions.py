@@ -1,6 +1,6 @@
 """What a formula may call.
 
-Every function here is R's of the same name. Those whose value in one row depends on all rows
+Every function here is R's of the same name, but for ``legendre``, which R has not. Those whose value in one row depends on all rows
 (``scale``, ``poly``, splines, ``cut`` into a number of intervals) keep what they learned from the
 table of the fit in a state of plain numbers.
 """
@@ -206,6 +206,27 @@ def _poly(called: Called, x: Node, degree: Node | None = None, raw: Node | None 
     return Basis(_told(called, bases.polynomial, called.numbers(x), called.state, k), names)
 
 
+def _legendre(
+    called: Called,
+    x: Node,
+    degree: Node | None = None,
+    low: Node | None = None,
+    high: Node | None = None,
+    intercept: Node | None = None,
+) -> Basis:
+    k = called.count(degree, "degree", 50) or 1
+    ends = []
+    for name, node in (("low", low), ("high", high)):
+        end = called.constant(node)
+        is_number = isinstance(end, int | float) and not isinstance(end, bool)
+        if end is not None and not (is_number and np.isfinite(end)):
+            raise called.fault(f"`{name}` is {end!r}: expected a number")
+        ends.append(None if end is None else float(end))
+    first = 0 if called.constant(intercept, False) else 1
+    values = _told(called, bases.legendre, called.numbers(x), called.state, k, *ends)
+    return Basis(values[:, first:], tuple(str(j) for j in range(first, k + 1)))
+
+
 def _splines(
     function: Callable[..., np.ndarray], default_degree: int | None
 ) -> Callable[..., Basis]:
@@ -261,9 +282,10 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "ifelse": _ifelse, "as.numeric": _as_numeric,
     "C": _contrasted, "dummy": _dummy, "factor": _factor, "as.factor": _factor, "relevel": _relevel, "cut": _cut,
     "scale": _scale, "center": _center, "poly": _poly,
+    "legendre": _legendre,
     "bs": _splines(bases.b_spline, 3), "ns": _splines(bases.natural_spline, None),
     **dict.fromkeys(bases.CONTRASTS, _contrasts),
 }  # fmt: skip
 
 #: Those that need all rows at once; ``cut`` does where it is given a number of intervals.
-STATEFUL: Sequence[str] = ("scale", "center", "poly", "bs", "ns")
+STATEFUL: Sequence[str] = ("scale", "center", "poly", "legendre", "bs", "ns")

@@ -254,7 +254,7 @@ def _known(
         where = "the pedigree" if grouping.kernel is None else f"kernel {grouping.kernel!r}"
         raise InputError(
             f"{data.source}: column {column!r} has the level {factor.labels()[at]!r} in row "
-            f"{data.row(at)}, which {where} has not"
+            f"{data.row(at)}, which {where} has not: add it there, or leave out its rows"
         )
     return torch.from_numpy(codes), tuple(levels), _relation(grouping, learned)
 
@@ -329,5 +329,6 @@ def _splines(grouping: Grouping, data: TableRows) -> tuple[np.ndarray, tuple[str
             part = penalised_spline(x, low, high, segments)
         else:
             part = ((x - (low + high) / 2) / ((high - low) / 2))[:, None]
-        found = (found[:, :, None] * part[:, None, :]).reshape(len(data), -1)
+        size = found.shape[1] * part.shape[1]  # rows may be none, which say no size
+        found = (found[:, :, None] * part[:, None, :]).reshape(len(data), size)
     return found, tuple(f"{grouping.key}{j}" for j in range(1, found.shape[1] + 1))

@@ -134,6 +134,7 @@ def _crossed(block: list[_Block], n: int) -> tuple[np.ndarray, list[str]]:
     values = matrix if codes is None else matrix[codes]
     for (other, at), more in block[1:]:
         right = other if at is None else other[at]
-        values = (right[:, :, None] * values[:, None, :]).reshape(n, -1)
+        size = right.shape[1] * values.shape[1]  # rows may be none, which say no size
+        values = (right[:, :, None] * values[:, None, :]).reshape(n, size)
         names = [f"{a}:{b}" for b in more for a in names]
     return values, list(names)

@@ -172,10 +172,12 @@ def structure_of(call: Call, what: str, skipped: int) -> Structure:
             shown = str(node) if key is None else f"{key} = {node}"
             raise InputError(f"{what}: {call.function}() has no option {shown!r}: it has {options}")
         value = plain(node)
-        _, expected, good = known[name]
-        if not isinstance(value, Number) or not good(value.value):
+        default, expected, good = known[name]
+        number = value.value if isinstance(value, Number) else None
+        is_flag = isinstance(number, bool)  # which is a number to Python
+        if number is None or is_flag != isinstance(default, bool) or not good(number):
             raise InputError(f"{what}: `{name}` is {node}: expected {expected}")
-        found[name] = value.value
+        found[name] = number
     return Structure(call.function, found)
 
 

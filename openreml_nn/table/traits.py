@@ -20,6 +20,7 @@ __all__ = [
     "WITHIN_UNIT",
     "Traits",
     "by_trait",
+    "check_traits",
     "complete_rows",
     "effects_by_trait",
     "response_of",
@@ -118,7 +119,7 @@ def complete_rows(
             for column in names_in(node):
                 present[:, j] &= ~missing[column]
         without = size - int(present.any(axis=1).sum())
-        if without == size:
+        if size and without == size:
             raise InputError(f"{source}: every row misses every response")
         if without:
             what = f"{source}: {without} of {size} rows left out, which have no response"
@@ -129,6 +130,15 @@ def complete_rows(
     others = [column for column in columns if column not in own]
     kept, rows, _ = complete(stacked, others, categorical, source)
     return kept, at[rows], size - len(np.unique(at[rows]))
+
+
+def check_traits(stacked: pd.DataFrame, traits: Traits, source: str) -> None:
+    """Raise if no row of a stacked table has one of the responses."""
+    for name, _ in traits:
+        if not (stacked[TRAIT] == name).any():
+            raise InputError(
+                f"{source}: no complete row has the response {name!r}: expected values of each response"
+            )
 
 
 def response_of(

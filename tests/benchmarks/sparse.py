@@ -113,7 +113,7 @@ RELATIVES = {
     "pedigree-100000": (100_000, 1, 1),
     "two-traits-20000": (20_000, 1, 2),
 }
-FIELDS = {"field-100x200": (100, 200)}
+FIELDS = {"field-100x200": (100, 200), "field-300x400": (300, 400)}
 TABLES = ("insteval", "crossed", "ratings")
 
 

@@ -64,8 +64,12 @@ def test_a_long_line_of_descent_needs_no_recursion():
     [
         ((["a", "a"], [None, None], [None, None]), "'a' stands in two rows"),
         ((["a", None], [None, None], [None, None]), "no name in row 1"),
-        ((["a", "b"], ["b", "a"], [None, None]), "its own ancestor"),
-        ((["a"], ["a"], [None]), "its own ancestor"),
+        ((["a", "b"], ["b", "a"], [None, None]), "is its own ancestor, by '?. > . > .'?: expected"),
+        ((["a"], ["a"], [None]), "'a' is its own ancestor, by a > a: expected"),
+        (
+            (["x", "a", "b", "c", "d"], [None, "c", "a", "b", "x"], [None, "x", None, "x", "c"]),
+            "is its own ancestor, by (a > b > c > a|b > c > a > b|c > a > b > c): expected",
+        ),
         ((["a"], [None, None], [None]), "as many"),
     ],
 )
@@ -89,13 +93,16 @@ def test_a_design_has_the_order_of_the_pedigree():
     rows = ["a11", "a2", "a11", "a10"]  # in another order, and that of the alphabet
     Z = pedigree.design(rows)()
     assert [pedigree.levels[i] for i in Z.argmax(1)] == rows
-    with pytest.raises(ValueError, match="'b' in row 1 is not in the pedigree"):
+    with pytest.raises(ValueError, match=r"'b' in row 1 is not in the pedigree: .* add it there"):
         pedigree.design(["a1", "b"])
 
 
 def test_an_animal_of_two_sexes_is_named_in_a_warning():
     with pytest.warns(UserWarning, match="'a' is a `sire` in row 0 and a `dam` in row 1"):
         Pedigree.of(["c", "d"], ["a", "c"], ["b", "a"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Pedigree.of(["c", "d"], ["a", "c"], ["b", "a"], hermaphrodite=True)
 
 
 def test_plants_that_self_are_of_both_sexes():
@@ -103,3 +110,87 @@ def test_plants_that_self_are_of_both_sexes():
         warnings.simplefilter("error")
         found = Pedigree.of(["b", "c"], ["a", "b"], ["a", "a"])
     assert found.inbreeding.tolist() == [0.0, 0.5, 0.5]
+
+
+def family(seed, n=40, groups=()):
+    """Sires and dams of animals at random, of which some are unknown and of a group."""
+    rng = np.random.default_rng(seed)
+    animal = [f"a{i}" for i in range(n)]
+    sire, dam = [], []
+    for i in range(n):
+        pair = [animal[int(rng.integers(max(0, i - 9), i))] if i and rng.random() < 0.8 else None
+                for _ in range(2)]  # fmt: skip
+        pair = [rng.choice([*groups, None]) if p is None and groups else p for p in pair]
+        sire.append(pair[0])
+        dam.append(pair[1])
+    return animal, sire, dam
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_relationships_of_some_are_those_among_all(seed):
+    pedigree = Pedigree.of(*family(seed, 300), hermaphrodite=True)
+    A = np.linalg.inv(pedigree.inverse.to_dense().numpy())
+    whole = pedigree.relationship()
+    assert tuple(whole.index) == tuple(whole.columns) == pedigree.levels
+    np.testing.assert_allclose(whole, A, atol=1e-10)
+    some = ["a7", "a250", "a3"]
+    np.testing.assert_array_equal(pedigree.relationship(some), whole.loc[some, some])
+    with pytest.raises(ValueError, match="'b', which is not in the pedigree"):
+        pedigree.relationship(["a1", "b"])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_groups_are_parents_without_relatives(seed):
+    animal, sire, dam = family(seed, groups=("G", "H"))
+    pedigree = Pedigree.of(animal, sire, dam, groups=["G", "H"], hermaphrodite=True)
+    plain = Pedigree.of(
+        animal, *([None if p in ("G", "H") else p for p in side] for side in (sire, dam)),
+        hermaphrodite=True,
+    )  # fmt: skip
+    at = [pedigree.levels.index(name) for name in plain.levels]
+    A = plain.inverse.to_dense()
+    torch.testing.assert_close(pedigree.inverse.to_dense()[at][:, at], A, rtol=0, atol=1e-13)
+    Q = pedigree.contributions.loc[list(plain.levels)]
+    of = dict(zip(animal, zip(sire, dam, strict=True), strict=True))
+    share = {"G": np.array([1.0, 0]), "H": np.array([0, 1.0]), None: np.zeros(2)}
+    for name in animal:  # parents come first here
+        share[name] = (share[of[name][0]] + share[of[name][1]]) / 2
+    np.testing.assert_allclose(Q, [share[name] for name in plain.levels], atol=1e-15)
+    whole = pedigree.grouped(4.0)
+    assert whole.names == (*pedigree.levels, "G", "H")
+    q = torch.tensor(Q.to_numpy())
+    expected = torch.cat([torch.cat([A, -A @ q], 1), torch.cat([-q.T @ A, q.T @ A @ q], 1)])
+    expected[-2:, -2:] += torch.eye(2, dtype=torch.float64) / 4
+    order = [*at, len(at), len(at) + 1]
+    torch.testing.assert_close(
+        whole.inverse.to_dense()[order][:, order], expected, rtol=0, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: Pedigree.of(["a"], ["G"], [None], groups=["a"]), "`groups` has 'a', which is an `animal`"),
+        (lambda: Pedigree.of(["a"], ["G"], [None], groups=["G", "H"]), "`groups` has 'H', which is no"),
+        (lambda: Pedigree.of(["a"], ["G"], [None], groups=["G", "G"]), "`groups` has 'G' twice"),
+        (lambda: Pedigree.of(["a"], ["G"], [None]).grouped(1.0), "the pedigree has no groups"),
+        (lambda: Pedigree.of(["a"], ["G"], [None], groups=["G"]).grouped(0), "`variance` is 0"),
+        (lambda: Pedigree.of(["c", "d"], ["a", "a"], ["b", "c"]).dominance(), "`animal` 'd' is inbred"),
+    ],
+)  # fmt: skip
+def test_wrong_groups_are_named(call, match):
+    with pytest.raises(ValueError, match=match):
+        call()
+
+
+def test_dominance_is_that_of_pairs_of_parents():
+    """Full sibs, half sibs, and children of two pairs of full sibs."""
+    D = Pedigree.of(list("efghi"), list("aaacc"), list("bbddk")).dominance()
+    assert D.loc["e", "f"] == 0.25
+    assert D.loc["e", "g"] == D.loc["e", "a"] == D.loc["h", "i"] == 0.0
+    double = Pedigree.of(list("efghxy"), list("aaccef"), list("bbddgh"), hermaphrodite=True)
+    assert double.dominance().loc["x", "y"] == 1 / 16  # double first cousins
+    # The sire of one and the dam of the other are sibs, and the other two are strangers.
+    halves = Pedigree.of(list("efxy"), list("aaep"), list("bbgf"), hermaphrodite=True)
+    assert halves.dominance().loc["x", "y"] == halves.dominance().loc["y", "x"] == 0.0
+    np.testing.assert_array_equal(np.diag(D), 1.0)

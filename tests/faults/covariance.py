@@ -12,7 +12,9 @@ AUTOREGRESSIVE = "openreml_nn/covariance/autoregressive.py"
 EXCHANGEABLE = "openreml_nn/covariance/exchangeable.py"
 CORRELATION = "openreml_nn/covariance/correlation.py"
 KNOWN = "openreml_nn/terms/kernel.py"
-PEDIGREE = "openreml_nn/covariance/pedigree.py"
+PEDIGREE = "openreml_nn/covariance/ancestry.py"
+GENOMIC = "openreml_nn/covariance/genomic.py"
+RELATIVES = "openreml_nn/covariance/pedigree.py"
 PRODUCT = "openreml_nn/covariance/product.py"
 TERM = "openreml_nn/terms/term.py"
 TERMS = "openreml_nn/terms/covariance.py"
@@ -90,6 +92,76 @@ FAULTS = [
         "weight = 1 / sampling",
         "weight = sampling",
         "tests/covariance/test_pedigree.py",
+    ),
+    Fault(
+        "a missing call is one of no copies",
+        GENOMIC,
+        "W[np.isnan(x)] = 0.0",
+        "W[np.isnan(x)] = (0 * W - 2 * p)[np.isnan(x)]",
+        "tests/covariance/test_genomic.py",
+    ),
+    Fault(
+        "dominance takes one homozygote for the other",
+        GENOMIC,
+        "np.where(x == 0, -2 * p * p, np.where(x == 1, 2 * p * q, -2 * q * q))",
+        "np.where(x == 0, -2 * q * q, np.where(x == 1, 2 * p * q, -2 * p * p))",
+        "tests/covariance/test_genomic.py",
+    ),
+    Fault(
+        "the second G of VanRaden has the scale of the first",
+        GENOMIC,
+        '"vanraden2": np.ones(len(h))',
+        '"vanraden2": h',
+        "tests/covariance/test_genomic.py",
+    ),
+    Fault(
+        "effects of markers are of the other side's eigenvectors",
+        GENOMIC,
+        "right = u if n <= m else W.T @ u",
+        "right = u if n <= m else W.T @ u / size.sum()",
+        "tests/covariance/test_genomic.py",
+    ),
+    Fault(
+        "single step weighs the inverse of A22 by tau",
+        "openreml_nn/covariance/single_step.py",
+        'omega * _inverse("A22", A22)',
+        'tau * _inverse("A22", A22)',
+        "tests/covariance/test_genomic.py",
+    ),
+    Fault(
+        "groups of unknown parents have the variance for its inverse",
+        RELATIVES,
+        "torch.full((k,), 1 / variance",
+        "torch.full((k,), variance",
+        "tests/covariance/test_pedigree.py",
+    ),
+    Fault(
+        "dominance takes sire for dam on one side",
+        RELATIVES,
+        "across * across.T",
+        "across * across",
+        "tests/covariance/test_pedigree.py",
+    ),
+    Fault(
+        "a product with A forgets sampling",
+        PEDIGREE,
+        "x[i, j] *= sampling[i]",
+        "x[i, j] *= 1.0",
+        "tests/covariance/test_pedigree.py",
+    ),
+    Fault(
+        "genes of a group are passed on whole",
+        PEDIGREE,
+        "shares[i] += 0.5 * shares[parent]",
+        "shares[i] += shares[parent]",
+        "tests/covariance/test_pedigree.py",
+    ),
+    Fault(
+        "Legendre polynomials have the norm of their integral",
+        "openreml_nn/table/bases.py",
+        "columns * np.sqrt(np.arange(degree + 1) + 0.5)",
+        "columns * (np.arange(degree + 1) + 0.5)",
+        "tests/table/test_values.py -k legendre",
     ),
     Fault(
         "the derivative of exp(2x) lacks its 2",

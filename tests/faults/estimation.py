@@ -213,15 +213,15 @@ FAULTS = [
     Fault(
         "models compared by anova keep their restricted likelihood",
         "openreml_nn/inference/tables.py",
-        'Refit(r).fit("ml") if refit and',
-        'Refit(r).fit("reml") if refit and',
+        'return Refit(result).fit("ml")',
+        'return Refit(result).fit("reml")',
         f"{INFERENCE} -k anova",
     ),
     Fault(
         "zeta lacks its 2",
-        "openreml_nn/inference/profiling.py",
-        "found = (2 * max(self.best - at(new), 0.0)) ** 0.5",
-        "found = max(self.best - at(new), 0.0) ** 0.5",
+        "openreml_nn/inference/curves.py",
+        "found = (2 * max(best - at(new), 0.0)) ** 0.5",
+        "found = max(best - at(new), 0.0) ** 0.5",
         f"{INFERENCE} -k 'profile and penicillin or dense_one'",
     ),
     Fault(
@@ -261,7 +261,7 @@ FAULTS = [
     ),
     Fault(
         "random slopes have the variance of their intercept",
-        "openreml_nn/inference/shares.py",
+        "openreml_nn/inference/row_variance.py",
         "return (values[:, None] @ block @ values[..., None]).mean()",
         "return block[:, 0, 0].mean()",
         f"{INFERENCE} -k 'random_slopes or shares'",

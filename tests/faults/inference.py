@@ -9,6 +9,7 @@ SCANNING = "openreml_nn/inference/scanning.py"
 RATIO = "openreml_nn/inference/likelihood_ratio.py"
 PROFILING = "openreml_nn/inference/profiling.py"
 
+OF_FAMILIES = "tests/inference/test_families.py"
 OF_TYPES = "tests/inference/test_anova.py"
 OF_GENES = "tests/inference/test_genetic.py"
 OF_CASES = "tests/inference/test_influence.py"
@@ -148,6 +149,34 @@ FAULTS = [
         "if not ascent.arrived:",
         "if ascent.arrived is None:",
         "tests/inference/test_inference.py -k approximate",
+    ),
+    Fault(
+        "Pearson's statistic of successes does not count trials",
+        "openreml_nn/inference/checking.py",
+        "** 2 * trials / of_rows.variance(eta)",
+        "** 2 / of_rows.variance(eta)",
+        f"{OF_FAMILIES} -k trials",
+    ),
+    Fault(
+        "a mean on the scale of the response has the error of the link's",
+        "openreml_nn/inference/response.py",
+        'table["std_error"] * slope.abs().numpy(force=True)',
+        'table["std_error"]',
+        f"{OF_FAMILIES} -k both_scales",
+    ),
+    Fault(
+        "a bootstrap sample that is separated counts",
+        "openreml_nn/inference/laplace_refit.py",
+        "if least < _LITTLE * len(y):",
+        "if least < -1:",
+        f"{OF_FAMILIES} -k separated",
+    ),
+    Fault(
+        "an effect of each row is one of the model",
+        "openreml_nn/inference/shares.py",
+        "of_rows = [term.design.shape[1] == len(mean) for term in terms]",
+        "of_rows = [False for term in terms]",
+        f"{OF_FAMILIES} -k each_row",
     ),
     Fault(
         "simulated responses lack the offset",

@@ -471,6 +471,38 @@ def _covariance() -> list[Call]:
     ]  # fmt: skip
     labels = Kind(lambda v: isinstance(v, list | tuple | np.ndarray | pd.Index) and len(v) > 0)
     codes = {"codes": torch.tensor([0, 1, 1]), "levels": 2}
+    pedigree = cov.Pedigree.of(["a", "b", "c"], [None, None, "a"], [None, None, "G"], ["G"])
+    calls = pd.DataFrame({"m": [0, 1, 2], "n": [2, 0, 1]}, ["a", "b", "c"])
+    K = pd.DataFrame(np.eye(3) + 0.1, list("abc"), list("abc"))
+    of_pedigree = Kind(lambda v: v in (["a", "b"], None) if not hasattr(v, "shape") else False)
+    frequencies = optional(Kind(lambda v: False, ({"m": 2.0, "n": 0.5}, {"m": 0.5})))
+    markers = {"markers": never, "method": choice, "frequencies": frequencies}
+    weight = Kind(lambda v: isinstance(v, Real) and not isinstance(v, bool) and 0 <= v < np.inf)
+    found += [
+        Call("covariance", made.__name__, made,
+             {"markers": calls, "method": "vanraden1", "frequencies": None}, markers)
+        for made in (cov.genomic_relationship, cov.marker_codes)
+    ]  # fmt: skip
+    found += [
+        Call("covariance", "marker_effects", cov.marker_effects,
+             {"codes": cov.marker_codes(calls), "values": pd.Series([1.0, 2.0, 3.0], list("abc"))},
+             {"codes": never, "values": never}),
+        Call("covariance", "epistatic_relationship", cov.epistatic_relationship,
+             {"one": K, "other": K, "scaled": True}, {"one": never, "other": never, "scaled": flag}),
+        Call("covariance", "single_step_relationship", cov.single_step_relationship,
+             {"pedigree": pedigree, "genomic": K, "tau": 1.0},
+             {"pedigree": never, "genomic": never, "alpha": never, "beta": weight, "tau": weight,
+              "omega": weight, "tuned": flag},
+             {"alpha": ("genomic",), "tau": ("genomic",)}),
+        Call("covariance", "Pedigree.grouped", pedigree.grouped, {"variance": 1.0},
+             {"variance": number(0)}),
+        Call("covariance", "Pedigree.relationship", pedigree.relationship, {"animals": ["a", "b"]},
+             {"animals": of_pedigree}),
+        Call("covariance", "Pedigree.positions", pedigree.positions, {"animals": ["a", "b"]},
+             {"animals": Kind(lambda v: isinstance(v, list) and v == ["a", "b"])}),
+        Call("covariance", "Relationship.design", pedigree.grouped(1.0).design, {"animal": ["a", "G"]},
+             {"animal": Kind(lambda v: isinstance(v, list) and v == ["a", "b"])}),
+    ]  # fmt: skip
     found += [
         Call("covariance", "IdentityMatrix", cov.IdentityMatrix, {"n": 3}, {"n": count(1)}),
         Call("covariance", "simple_param_specs", cov.simple_param_specs, {"n": 3},
@@ -500,7 +532,8 @@ def _covariance() -> list[Call]:
               "values": optional(tensor(3, None))}),
         Call("covariance", "Pedigree.of", cov.Pedigree.of,
              {"animal": ["a", "b", "c"], "sire": [None, None, "a"], "dam": [None, None, "b"]},
-             {"animal": names, "sire": labels, "dam": labels}),
+             {"animal": names, "sire": labels, "dam": labels, "groups": Kind(lambda v: isinstance(v, list | tuple) and not v),
+              "hermaphrodite": flag}),
         Call("covariance", "Pedigree.design",
              cov.Pedigree.of(["a", "b"], [None, None], [None, None]).design, {"animal": ["a", "b"]},
              {"animal": Kind(lambda v: isinstance(v, list) and v == ["a", "b"])}),
@@ -677,6 +710,7 @@ def _inference() -> list[Call]:
     drawn = inference.bootstrap(result(), 2, progress=False)
     oats = lmm("yield ~ Variety + (1 | Block)", datasets.oats())
     means = inference.emmeans(oats, "Variety")
+    counted = glmm("visits ~ 1 + (1 | doctor)", datasets.visits(60, 5), family="poisson")
     pairs = {"small": result(), "large": large()}
     small_large = {"small": result_kind, "large": result_kind}
     words = {"factors": ("factor",), "results": ("result", "small", "large")}
@@ -709,9 +743,16 @@ def _inference() -> list[Call]:
         Call("inference", "Curve.interval", profiled.curves["sigma"].interval, {"level": 0.9},
              {"level": level}),
         Call("inference", "Bootstrap.intervals", drawn.intervals, {}, {"level": level}),
-        Call("inference", "r2", inference.r2, own, takes),
+        Call("inference", "r2", inference.r2, own, {**takes, "observation": optional(never)}),
+        *(
+            Call("inference", name, getattr(inference, name), {"result": counted}, {"result": never})
+            for name in ("dispersion", "zero_count")
+        ),
+        Call("inference", "quantile_residuals", inference.quantile_residuals, {"result": counted},
+             {"result": never, "seed": count(0)}),
         Call("inference", "simulate", inference.simulate, own, {**takes, "n": count(1), "seed": count(0)}),
-        Call("inference", "variance_shares", inference.variance_shares, own, takes),
+        Call("inference", "variance_shares", inference.variance_shares, own,
+             {**takes, "observation": optional(never)}),
         Call("inference", "wald_test", inference.wald_test, {**own, "contrasts": torch.eye(2, dtype=torch.float64)},
              {**takes, "contrasts": contrast, **ddf}),
     ]  # fmt: skip
@@ -787,10 +828,12 @@ def _metrics() -> list[Call]:
         call("conditional_r2", r2, takes_r2),
         *(call(name, two, takes_two) for name in ("log_loss", "brier_score", "auc")),
         call("calibration_error", two, {**takes_two, **bins}),
+        call("calibration_curve", two, {**takes_two, **bins}),
         call("mean_deviance", {**counts, **poisson}, {**takes_counts, **of_family}),
         call("CalibrationError", {}, bins),
+        call("CalibrationCurve", {}, bins),
         call("MeanDeviance", poisson, of_family),
-        *(update(made, two, takes_two) for made in (metrics.LogLoss, metrics.BrierScore, metrics.AUC, metrics.CalibrationError)),
+        *(update(made, two, takes_two) for made in (metrics.LogLoss, metrics.BrierScore, metrics.AUC, metrics.CalibrationError, metrics.CalibrationCurve)),
         update(lambda: metrics.MeanDeviance(families.Poisson()), counts, takes_counts),
         call("IntervalCoverage", {}, {"level": level}),
         call("IntervalWidth", {}, {"level": level}),
@@ -898,6 +941,9 @@ def _report() -> list[Call]:
         Call("report", "caterpillar", report.caterpillar, {**own, "group": "Subject"},
              {**takes, "group": never}),
         Call("report", "covariance_map", report.covariance_map, own, {**takes, "rows": count(1)}),
+        Call("report", "calibration", report.calibration,
+             {"mean": torch.tensor([0.2, 0.7]), "target": torch.tensor([0.0, 1.0])},
+             {"mean": never, "target": never, "bins": count(1)}),
         Call("report", "semivariogram", report.semivariogram, {**own, **places},
              {**takes, "places": tensor(180, None), "bins": count(1), "seed": count(0)}),
         Call("report", "zeta", report.zeta, {"profile": inference.profile(result(), ["sigma"])},
@@ -916,6 +962,10 @@ def _datasets() -> list[Call]:
              {"children": count(1), "visits": count(1), "seed": count(0)}),
         Call("datasets", "field", datasets.field, {"plots": 3},
              {"plots": count(1), "samples": count(1), "seed": count(0)}),
+        Call("datasets", "purchases", datasets.purchases, {"rows": 5},
+             {"rows": count(1), "users": count(1), "seed": count(0)}),
+        Call("datasets", "visits", datasets.visits, {"rows": 5},
+             {"rows": count(1), "doctors": count(1), "seed": count(0)}),
     ]  # fmt: skip
 
 
@@ -952,9 +1002,9 @@ CALLS = {
 
 #: What is public and takes no arguments of a user's own: values that come out, errors, bases.
 EXEMPT = {
-    "Bootstrap", "Component", "Cost", "Curve", "Dense", "Grid", "Solver", "Spectral", "Estimate", "Evaluation", "FTest", "Family", "LaplaceEvaluation", "InputError", "LikelihoodRatio",
+    "Bootstrap", "Component", "Cost", "Curve", "Dense", "Dispersion", "Grid", "Solver", "Spectral", "Estimate", "Evaluation", "FTest", "Family", "LaplaceEvaluation", "InputError", "LikelihoodRatio",
     "MarginalMeans", "NotPositiveDefiniteError", "NumericalError", "Operator", "Pedigree", "Plan",
-    "Profile", "ProgressBar", "R2", "Result", "Transform", "Heritability", "Way",
+    "Profile", "ProgressBar", "R2", "Relationship", "Result", "Transform", "Heritability", "Way", "ZeroCount",
 }  # fmt: skip
 
 # ---------------------------------------------------------------------- outcomes

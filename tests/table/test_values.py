@@ -148,7 +148,46 @@ def test_splines_are_those_of_r():
     torch.testing.assert_close(n[1], torch.tensor(expected).double(), rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("text", ["ns(height, 4)", "bs(height, df = 6)", "poly(height, 3)"])
+DAYS = pd.DataFrame({"y": RNG.normal(size=6), "day": [4.0, 38, 72, 106, 310, 200]})
+
+
+def test_legendre_polynomials_are_the_normalised_ones():
+    """At three days of milk between 4 and 310: Masuda, Introduction to BLUPF90 (2019), example 9.1."""
+    expected = [[0.7071, -1.2247, 1.5811, -1.8708, 2.1213], [0.7071, -0.9526, 0.6442, -0.0180, -0.6205],
+                [0.7071, -0.6804, -0.0586, 0.7571, -0.7757]]  # fmt: skip
+    whole = Encoder("y ~ 0 + legendre(day, 4, intercept = TRUE)").fit(DAYS)
+    assert whole.names[0] == "legendre(day, 4, intercept = TRUE)0"
+    # The source's polynomials have coefficients of four digits.
+    np.testing.assert_allclose(whole.X[:3], expected, atol=5e-4)
+    np.testing.assert_allclose(
+        Encoder("y ~ 1 + legendre(day, 4, low = 4, high = 310)").fit(DAYS.iloc[[*range(5), 5, 1]]).X[:, 1:],
+        whole.X[[*range(6), 1], 1:], atol=1e-15,
+    )  # fmt: skip
+    t, weight = np.polynomial.legendre.leggauss(8)  # integrals of products are exact
+    square = Encoder("y ~ 0 + legendre(t, 5, -1, 1, intercept = TRUE)").fit(
+        pd.DataFrame({"y": t, "t": t})
+    ).X  # fmt: skip
+    square = square.numpy()
+    np.testing.assert_allclose(square.T @ (weight[:, None] * square), np.eye(6), atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("legendre(day, 0)", "`degree` is 0: expected a whole number"),
+        ("legendre(day, 2, low = 5, high = 5)", "`low` is 5 and `high` 5: expected low < high"),
+        ("legendre(day, 2, low = 'a')", "`low` is 'a': expected a number"),
+        ("legendre(day, 2, high = 1 / 0)", "`high` is inf: expected a number"),
+    ],
+)
+def test_wrong_ends_of_legendre_polynomials_are_named(text, match):
+    with pytest.raises(InputError, match=match):
+        Encoder(f"y ~ {text}").fit(DAYS)
+
+
+@pytest.mark.parametrize(
+    "text", ["ns(height, 4)", "bs(height, df = 6)", "poly(height, 3)", "legendre(height, 3)"]
+)
 def test_bases_go_on_beyond_the_table_of_the_fit(text):
     """By what was learned: rows alone give what they gave among others, also outside of the range."""
     encoder = Encoder(f"y ~ {text}")
