@@ -8,7 +8,7 @@ from torch import nn
 
 from openreml_nn import InputError, MixedModel, RandomEffect
 from openreml_nn.covariance import ExponentialMatrix, UnstructuredMatrix
-from openreml_nn.families import Binomial, NegativeBinomial
+from openreml_nn.families import Binomial, NegativeBinomial, Ordinal
 from openreml_nn.model import exported
 
 
@@ -53,6 +53,10 @@ def binomial():
     return MixedModel(network(), {"a": RandomEffect(7), "b.c": RandomEffect(5)}, family=Binomial())
 
 
+def grades():
+    return MixedModel(network(), {"a": RandomEffect(7)}, family=Ordinal(2))
+
+
 def counts():
     random = {"a": RandomEffect(7, effects=2)}
     return MixedModel(nn.Identity(), random, head="gls", family=NegativeBinomial())
@@ -60,7 +64,7 @@ def counts():
 
 MODELS = [
     crossed_slopes, features_and_coefficients, single_precision, linear, residual_network,
-    kernel, binomial, counts,
+    kernel, binomial, grades, counts,
 ]  # fmt: skip
 
 
@@ -168,6 +172,12 @@ def test_refusals():
         exported(model, {"x": torch.zeros(3, 3)})
     with pytest.raises(InputError, match="call update"):
         exported(linear(), batch_of(model, 3))
+    for key, given in (("zi", torch.zeros(3, 1)), ("places", {"a": torch.zeros(3, 2)})):
+        with pytest.raises(InputError, match=f"`batch\\['{key}'\\]` is given"):
+            exported(model, {**batch_of(model, 3), key: given})
+    several = MixedModel(network(2), {"a": RandomEffect(7, responses=2)})
+    with pytest.raises(InputError, match="`model` has 2 responses: expected one"):
+        exported(several, batch_of(model, 3))
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ class Ordinal(Family):
         """The probability of each category, (n, levels)."""
         edges = self.ordered(eta)[None, :] - eta[:, None]
         below = torch.sigmoid(edges) if self.link == "logit" else torch.special.ndtr(edges)
-        ends = below.new_zeros(len(eta), 1), below.new_ones(len(eta), 1)
+        ends = below.new_zeros(eta.shape[0], 1), below.new_ones(eta.shape[0], 1)
         return torch.cat([ends[0], below, ends[1]], 1).diff(dim=1)
 
     def mean(self, eta: Tensor) -> Tensor:

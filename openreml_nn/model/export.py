@@ -46,8 +46,9 @@ def exported(model: Predictor, batch: Batch) -> torch.export.ExportedProgram:
 
     Raises:
         TypeError: if the model is of another kind, or the batch no dict.
-        InputError: if the example has fewer rows or misses a part, if there are no coefficients
-            yet, or if the residual's variance depends on a covariate.
+        InputError: if the example has fewer rows or misses a part, or has places or inputs of a zero
+            part; if there are no coefficients yet; if the residual's variance depends on a
+            covariate; or if a row has several responses.
 
     >>> from openreml_nn import MixedModel, RandomEffect
     >>> model = MixedModel(nn.Linear(2, 1), {"user": RandomEffect(3)})
@@ -58,7 +59,12 @@ def exported(model: Predictor, batch: Batch) -> torch.export.ExportedProgram:
     True
     """
     check_instance("model", model, Predictor, "a MixedModel")
+    if model.responses > 1:
+        raise InputError(f"`model` has {model.responses} responses: expected one")
     x, groups = part(batch, "x"), part(batch, "groups")
+    for key in ("zi", "places"):
+        if isinstance(batch.get(key), Tensor) or batch.get(key):
+            raise InputError(f"`batch[{key!r}]` is given, which no program takes: leave it out")
     further = {key: batch[key] for key in _FURTHER if batch.get(key) is not None}
     n = len(model.predict(batch).mean)
     if n < 2:
