@@ -216,6 +216,11 @@ def test_a_generalised_model_starts_where_it_is_told(method):
     again = glmm(formula, table, method=method, starts=near)
     assert again.log_likelihood == pytest.approx(free.log_likelihood, abs=1e-6)
     assert again.iterations < free.iterations
+    zero = glmm(
+        "slow ~ Days + (1 | Subject)", table, method=method, starts={"Subject/sigma^2": 0.0}
+    )
+    one = glmm("slow ~ Days + (1 | Subject)", table, method=method)
+    assert zero.log_likelihood == pytest.approx(one.log_likelihood, abs=1e-6)
     with pytest.raises(
         InputError, match="`starts` names 'a/sigma\\^2': expected one of Subject/g/s"
     ):
