@@ -210,6 +210,35 @@ def test_a_batch_at_fault_is_named(batch, message):
         fit(good)
 
 
+@pytest.mark.parametrize("way", ["alternating", "composite"])
+def test_a_batch_whose_means_are_not_finite_is_named(way):
+    hole = X.clone()
+    hole[7] = torch.nan
+    with pytest.raises(InputError, match=r"^training batch 0: `batch\['x'\]` is nan in row 7"):
+        fit(DataLoader(TensorDataset(hole, Y, G), 64), found=module(training=way))
+
+
+def test_the_first_batch_at_fault_is_named_where_the_mean_is_linear():
+    codes = G.clone()
+    codes[3] = Q
+    linear = MixedModule(MixedModel(nn.Identity(), {"g": RandomEffect(Q)}, head="gls"))
+    with pytest.raises(InputError, match=r"^training batch 0: .*code 20: expected 0 to 19"):
+        fit(DataLoader(TensorDataset(X, Y, codes), 64), found=linear)
+
+
+def test_a_linear_mean_of_several_responses_takes_one_batch():
+    rows = {**WHOLE, "y": torch.stack([Y, Y + X[:, 1]], 1)}
+    linear = MixedModel(nn.Identity(), {"g": RandomEffect(Q, responses=2)}, head="gls")
+    found = fit(DataLoader([rows], batch_size=None), found=MixedModule(linear))[1]
+    assert found.model.predict(rows).mean.shape == (N, 2)
+
+
+def test_a_batch_of_no_known_level_has_as_many_levels_as_rows():
+    rows = TensorDataset(X, Y, torch.where(torch.arange(N) < 64, -1, G))
+    found = fit(DataLoader(rows, 64), found=module(training="composite"), epochs=1)[1]
+    assert np.isfinite(found.result.log_likelihood)
+
+
 def test_networks_of_the_wrong_shape_are_named():
     wide = MixedModel(nn.Linear(2, 1), {"g": RandomEffect(Q)}, residual=nn.Linear(2, 3))
     with pytest.raises(InputError, match=r"training batch 0: `residual` yields .*log-variance"):
@@ -576,6 +605,15 @@ def test_validations_and_checkpoints_leave_training_as_it_is(tmp_path):
     watched = fit(val=held_out(), epochs=3, **options)[1]
     for (name, a), b in zip(plain.state_dict().items(), watched.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("way", ["alternating", "full"])
+def test_a_module_is_copied_after_a_fit(way):
+    loader = DataLoader([WHOLE], batch_size=None) if way == "full" else tuples()
+    _, found = fit(loader, found=module(training=way))
+    again = copy.deepcopy(found)
+    assert again.score_norm() == found.score_norm()
+    torch.testing.assert_close(again.model.predict(WHOLE), found.model.predict(WHOLE))
 
 
 # ---------------------------------------------------------------------- checkpoints

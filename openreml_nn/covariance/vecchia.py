@@ -235,7 +235,7 @@ class VecchiaMatrix(Matrix):
 
     @property
     def regressions(self) -> Regressions:
-        """Those of the places themselves."""
+        """The regressions of the places on those of them that come before."""
         known = self._regressions
         if known is None or known.places is not self.places:
             places = self.places
@@ -244,7 +244,7 @@ class VecchiaMatrix(Matrix):
         return known
 
     def regressions_of(self, places: Tensor) -> Regressions:
-        """Those of other places on the nearest of these.
+        """The regressions of other places on the nearest of these.
 
         Args:
             places: (k, s).
@@ -264,8 +264,8 @@ class VecchiaMatrix(Matrix):
 
     @torch.no_grad()
     def regressed(self, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of other places (k, s) the nearest of these (k, m), their weights (k, m), and the part of
-        the variance that is left beside them (k,), at the present parameters.
+        """The nearest of these to other places (k, s), (k, m), their weights (k, m), and the part of the
+        variance that is left beside them (k,), at the present parameters.
 
         Raises:
             TypeError, InputError: as :meth:`regressions_of`.

@@ -45,7 +45,7 @@ class Columns:
     def of(
         cls, X: Any, columns: Sequence[Any], groups: pd.DataFrame | None, formula: str | None
     ) -> Columns:
-        """Those of a fit.
+        """The columns of a fit.
 
         Args:
             X: array or data frame.
@@ -69,7 +69,7 @@ class Columns:
         return cls(numbers, own, given, response, weight, one, is_frame)
 
     def formula(self, formula: str | None, fixed: str) -> str:
-        """The whole formula: that was given, or ``fixed`` and an intercept of each group."""
+        """The whole formula: the one that was given, or ``fixed`` and an intercept of each group."""
         if formula is None:
             groups = (f"(1 | {_quoted(name)})" for name in (*self.own, *self.given))
             formula = " + ".join([fixed, *groups])

@@ -33,7 +33,7 @@ class ZeroInflated(Family):
         family: of the other responses: a Poisson or a negative binomial one, or a binomial one of 0
             and 1 with the logit link.
         logits: h, a module from (n, k) to (n,) or (n, 1); its parameters are the family's.
-        names: of the inputs, where h is linear in them and tables show its coefficients.
+        names: of the inputs, where h is linear in them and tables are to show its coefficients.
 
     Raises:
         TypeError: if the family or the module is of another kind.
@@ -145,7 +145,7 @@ class ZeroInflated(Family):
 
     def quantities(self, like: Tensor) -> dict[str, Tensor]:
         found = self.family.quantities(like)
-        if isinstance(self.logits, nn.Linear):
+        if self.names and isinstance(self.logits, nn.Linear):
             weights = self.logits.weight.reshape(-1).to(like).split(1)
             found |= {f"zi {name}": w for name, w in zip(self.names, weights, strict=True)}
         return found

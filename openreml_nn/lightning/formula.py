@@ -26,7 +26,7 @@ class FormulaOptions:
     weights: str | None = None
 
     def completed(self, other: FormulaOptions) -> FormulaOptions:
-        """With what a model says in the place of what is left out.
+        """The options, with those of a model in the place of what is left out.
 
         Raises:
             InputError: if the two say different things.

@@ -16,6 +16,7 @@ from openreml_nn.lightning.table import TableModel
 from openreml_nn.likelihood.loss import Objective, REMLLoss
 from openreml_nn.likelihood.plan import Plan
 from openreml_nn.model import MixedModel
+from openreml_nn.model.random_effect import coded_effects
 from openreml_nn.result.result import Record, Result
 from openreml_nn.support.errors import InputError
 
@@ -112,6 +113,9 @@ class HeldOrSummed:
             InputError: if it is not the only one, and the model needs all rows at once.
         """
         if self._first is None and self._sums is None:
+            if self._model.responses == 1:
+                # They may be summed up with the next batch only, whose fault theirs is not.
+                coded_effects(self._model.effects(), batch, len(output))
             self._first = batch, output
             return
         self._to_sums().add(batch, output)

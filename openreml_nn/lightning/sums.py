@@ -27,7 +27,7 @@ from openreml_nn.likelihood.plan import Plan, check_solver
 from openreml_nn.likelihood.solvers.blocked import Blocked, BlockedProblem
 from openreml_nn.likelihood.system.products import Statistics
 from openreml_nn.model import MixedModel, ResidualStructure
-from openreml_nn.model.batch import row_values
+from openreml_nn.model.batch import check_outputs, row_values
 from openreml_nn.model.residual import structure_of
 from openreml_nn.model.sums import conditioned, orthonormal
 from openreml_nn.result.equations import Equations, FixedBasis
@@ -54,7 +54,7 @@ class _Total:
     scale: tuple[Tensor, Tensor] | None = None
 
     def scaled(self, scale: tuple[Tensor, Tensor] | None) -> _Total:
-        """The same by another T and b."""
+        """The sums of the columns X T and y - X b for another T and b."""
         if self.scale is None or scale is None:
             return self
         (T, b), (wanted, offset) = self.scale, scale
@@ -138,6 +138,7 @@ class LevelSums:
     def add(self, batch: Mapping[str, Any], output: Tensor) -> None:
         """Add a batch with what the network has yielded for it."""
         n = len(output)
+        check_outputs(output, batch)
         y = batch["y"].double()
         offset = row_values(batch, "offset", n)
         if offset is not None:
@@ -273,7 +274,7 @@ class Summed:
             fixed, statistics = orthonormal(scale, statistics, names)
         self._model, self._statistics, self._unknown = model, statistics, unknown
         covariance = self._covariance()
-        terms = [term.to(torch.float64) for term in covariance.terms()]
+        terms = [term.to(torch.float64).detach() for term in covariance.terms()]
         solver = Blocked()
         problem = BlockedProblem(fixed, terms, model.method, solver, statistics)
         plan = Plan.of(terms, problem.p, solver, torch.float64).measured(problem)

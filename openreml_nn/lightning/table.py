@@ -23,7 +23,7 @@ from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.model import HEADS, MixedModel, RandomEffect, ResidualStructure
 from openreml_nn.model.batch import Batch
-from openreml_nn.model.constraints import Constraint, Limits
+from openreml_nn.model.constraints import Constraint, Constraints
 from openreml_nn.model.linear import in_user_basis
 from openreml_nn.model.structured_residual import start_residual
 from openreml_nn.model.structures import bases_of, labels_of, random_effect_of, residual_of
@@ -93,7 +93,7 @@ class TableModel:
         self._network, self._residual, self._method, self._solver = (
             network, residual, method, solver
         )  # fmt: skip
-        self._limits = Limits(constraints, starts)
+        self._constraints = Constraints(constraints, starts)
         self._names: tuple[str, ...] = ()
         self._columns = 0
         self._data: MixedModelDataModule | None = None
@@ -105,7 +105,9 @@ class TableModel:
     def built(self, data: MixedModelDataModule) -> MixedModel:
         """The model for the data module's table, with a start in the units of its response."""
         self._data, self.encoder, encoded = data, data.encoder, data.encoded
-        if self.response.family is None and not self._limits:  # those are of the user's effects
+        if (
+            self.response.family is None and not self._constraints
+        ):  # those are of the user's effects
             self.bases = bases_of(encoded.random)
         for design in encoded.random:
             if isinstance(design.relation, Places):
@@ -121,7 +123,7 @@ class TableModel:
 
     def begin(self, model: MixedModel, batch: Batch) -> None:
         """Set the covariance parameters that the user starts to their starts."""
-        self._limits.begin(model, batch)
+        self._constraints.begin(model, batch)
 
     def attach(self, data: MixedModelDataModule) -> None:
         """Take the table of a model that was fitted or loaded.
@@ -155,7 +157,7 @@ class TableModel:
         )
         _try(model.mean, encoded.X[:2], "network")
         _try(model.residual, encoded.X[:2], "residual")
-        return self._limits.applied(model, encoded.batch())
+        return self._constraints.applied(model, encoded.batch())
 
     def _made_of_family(self, encoded: Encoded) -> MixedModel:
         own, center, variance = self.response.start(encoded, self._categories)
@@ -169,7 +171,7 @@ class TableModel:
             quadrature=self.response.quadrature,
         )
         _try(model.mean, encoded.X[:2], "network")
-        return self._limits.applied(model, encoded.batch())
+        return self._constraints.applied(model, encoded.batch())
 
     def _effects(self, encoded: Encoded, variance: float) -> dict[str, RandomEffect]:
         return {d.name: _effect(d, variance, self.bases.get(d.name)) for d in encoded.random}
@@ -199,7 +201,7 @@ class TableModel:
             dropped_rows=encoded.dropped_rows,
             encoder=self.encoder,
             source=source,
-            constraints=self._limits.held,
+            constraints=self._constraints.held,
         )
 
     def names(self, p: int) -> list[str]:

@@ -23,7 +23,8 @@ def recorded(
     designs: Sequence[Design],
     covariances: Sequence[Covariance],
 ) -> Tensor:
-    r"""The same value by plain differentiable operations, for designs and X that move.
+    r"""Laplace's approximation at a mode by plain differentiable operations, for designs and X that
+    move.
 
     The mode is attached by one Newton step, of length zero, whose derivative is that of the mode.
     Second derivatives of it are not those of the approximation.

@@ -114,7 +114,7 @@ class Likelihood:
             fixed = FixedPart.plain(y, X) if wrapped else FixedPart.of(y, X, options.names)
             plain = fixed if wrapped else fixed.detach()
             # What is recorded is taken as it is; all else where nobody else can change it.
-            held = terms if recorded else [term.private() for term in terms]
+            held = terms if recorded else [term.private().detach() for term in terms]
             if kept is not None and kept.problem.takes_data:
                 problem, plan = kept.problem.with_fixed(plain), kept.plan
                 copies = kept.constants

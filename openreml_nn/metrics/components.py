@@ -172,7 +172,7 @@ class NarrowSenseHeritability(Mean):
         k = len(self.total)
         components, covariance = _components(components, k), _covariance(covariance, k)
         self.add(components, 1)
-        self.spread += covariance.double()
+        self.spread = self.spread + covariance.double()
 
     def compute(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Heritability and standard error."""

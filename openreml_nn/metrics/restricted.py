@@ -55,8 +55,9 @@ class RestrictedLogLikelihood(Metric):
         check_covariance("V", V)
         L = cholesky(V.double(), "V")
         W = torch.linalg.solve_triangular(L, torch.cat([X, y[:, None]], 1).double(), upper=False)
-        self.parts += torch.stack([2 * L.diagonal().log().sum(), L.new_tensor(float(n))])
-        self.cross += W.mT @ W
+        found = torch.stack([2 * L.diagonal().log().sum(), L.new_tensor(float(n))])
+        self.parts = self.parts + found
+        self.cross = self.cross + W.mT @ W
 
     def compute(self) -> Tensor:
         """The log-likelihood of what was seen."""

@@ -33,8 +33,9 @@ class Mean(Metric):
 
     def add(self, total: Tensor, count: int) -> None:
         """Add the sum over some rows, and their number."""
-        self.total += total.double()
-        self.count += count
+        # Not in place: a validation outside a fit makes tensors of inference mode of them.
+        self.total = self.total + total.double()
+        self.count = self.count + count
 
     def compute(self) -> Tensor:
         """The mean of what was seen."""

@@ -24,7 +24,7 @@ from openreml_nn.model.mixed_model import MixedModel
 from openreml_nn.support.checks import check_mapping, found
 from openreml_nn.support.errors import InputError
 
-__all__ = ["Constraint", "Limits", "constrain", "start_at"]
+__all__ = ["Constraint", "Constraints", "constrain", "start_at"]
 
 #: A value at which a parameter is held, the ends between which it is estimated, or the name of
 #: another parameter to which it is equal.
@@ -90,7 +90,7 @@ def start_at(
         at.start(at.full(name), value)
 
 
-class Limits:
+class Constraints:
     """The constraints and starts that a user gives for a formula, and what they became in its model.
 
     Args:

@@ -17,7 +17,7 @@ from openreml_nn.estimation.marginal import fit_laplace
 from openreml_nn.families import Family, ZeroInflated, named_family
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.model.batch import Batch
-from openreml_nn.model.constraints import Constraint, Limits
+from openreml_nn.model.constraints import Constraint, Constraints
 from openreml_nn.model.linear import read_table_of, with_model
 from openreml_nn.model.mixed_model import MixedModel
 from openreml_nn.model.response import EncodedResponse
@@ -119,7 +119,7 @@ def glmm(
                 f"`{option}` is {described(value)}: expected None, as it is for Gaussian responses, by "
                 "lmm()"
             )
-    limits = Limits(constraints, starts)
+    constrained = Constraints(constraints, starts)
     named_family(family, link)  # refused before the table is read
     table, source = read_table_of(table)
     relations = relations_of(pedigree, kernels)
@@ -133,12 +133,12 @@ def glmm(
     model = linear_model(encoded, method, solver, family=own, quadrature=quadrature)
     batch = encoded.batch()
     result = fit_family(
-        limits.applied(model, batch),
+        constrained.applied(model, batch),
         batch,
         names=encoded.names,
         labels=labels_of(encoded),
         max_iterations=max_iterations,
-        begin=lambda: limits.begin(model, batch),
+        begin=lambda: constrained.begin(model, batch),
     )
     assert result.source is not None
     encoder = response.encoder
@@ -149,7 +149,7 @@ def glmm(
         formula=formula,
         dropped_rows=encoded.dropped_rows,
         encoder=encoder,
-        constraints=limits.held,
+        constraints=constrained.held,
         seconds=time.perf_counter() - began,
     )
 

@@ -20,7 +20,7 @@ from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.model.batch import Batch
-from openreml_nn.model.constraints import Constraint, Limits
+from openreml_nn.model.constraints import Constraint, Constraints
 from openreml_nn.model.mixed_model import MixedModel
 from openreml_nn.model.stream import fit_stream
 from openreml_nn.model.structures import bases_of, labels_of, linear_model, relations_of
@@ -110,7 +110,7 @@ def lmm(
     check_solver(solver)
     check_count("max_iterations", max_iterations, 1)
     _check_variance(residual_variance, residual)
-    limits = Limits(constraints, starts)
+    constrained = Constraints(constraints, starts)
     if progress is not None:
         check_flag("progress", progress)
         if chunk_rows is None:
@@ -147,20 +147,20 @@ def lmm(
         _check_variance(residual_variance, WITHIN_UNIT)
     encoded = encoder.fit(table)
     # Names are of parameters in the user's basis.
-    bases = {} if limits else bases_of(encoded.random)
+    bases = {} if constrained else bases_of(encoded.random)
     labels, batch = labels_of(encoded), encoded.batch()
     model = linear_model(encoded, method, solver, residual_variance, bases)
-    covariance = limits.applied(model, batch).covariance(batch)
-    if limits.starts:
+    covariance = constrained.applied(model, batch).covariance(batch)
+    if constrained.starts:
         moment_start(REMLLoss(covariance, method, solver), encoded.adjusted, encoded.X)
-        limits.begin(model, batch)
+        constrained.begin(model, batch)
     result = fit_reml(
         covariance,
         encoded.adjusted,
         encoded.X,
         method=method,
         solver=solver,
-        start="current" if limits.starts else "moments",
+        start="current" if constrained.starts else "moments",
         max_iterations=max_iterations,
         names=encoded.names,
         labels=labels | {name: labels[name]._replace(basis=B) for name, B in bases.items()},
@@ -177,7 +177,7 @@ def lmm(
         formula=formula,
         dropped_rows=encoded.dropped_rows,
         encoder=encoder,
-        constraints=limits.held,
+        constraints=constrained.held,
     )
 
 

@@ -38,7 +38,7 @@ class FixedBasis:
 
     @classmethod
     def of(cls, fixed: FixedPart) -> FixedBasis:
-        """That of a fixed part."""
+        """The basis of a fixed part."""
         p = len(fixed.aliases)
         basis, offset = fixed.T.new_zeros(p, len(fixed.T)), fixed.T.new_zeros(p)
         basis[fixed.columns], offset[fixed.columns] = fixed.T.detach(), fixed.offset.detach()

@@ -48,7 +48,7 @@ class Evidence(nn.Module):
 
     @torch.no_grad()
     def equations(self) -> Equations | None:
-        """Those of the last update, or of a checkpoint; None if there are none."""
+        """The equations of the last update, or of a checkpoint; None if there are none."""
         if self._given is not None:
             found, self._given = self._given(), None
             self._keep(found)

@@ -31,7 +31,8 @@ class Kriging(NamedTuple):
 
     @classmethod
     def of(cls, rows: Tensor, K: Tensor, c: Tensor) -> Kriging:
-        """Those of rows with covariances c (m, q) with the levels, all of the variance of K."""
+        """The kriging of rows whose effects have covariances c (m, q) with those of the levels, K (q, q),
+        and the same variance."""
         variance = K.diagonal().mean()
         factor, info = torch.linalg.cholesky_ex(K)
         ends = factor.diagonal().square()
@@ -82,7 +83,7 @@ class PlacedDesign:
     z: Tensor
 
     def take(self, rows: Tensor) -> PlacedDesign:
-        """That of some rows."""
+        """The design of some rows."""
         where = torch.full((len(self.z),), -1, device=rows.device)
         where[self.kriging.rows] = torch.arange(len(self.kriging.rows), device=rows.device)
         own = where[rows]

@@ -203,6 +203,18 @@ def test_metrics_of_a_validation_are_those_of_its_predictions():
     }
 
 
+def test_a_validation_before_the_fit_leaves_it_as_it_is():
+    rows, found = DataLoader([tensors()], batch_size=None), []
+    for before in (False, True):
+        module, trainer = MixedModule(model()), Trainer(max_epochs=2, **QUIET)
+        if before:
+            trainer.validate(module, rows, verbose=False)
+        trainer.fit(module, rows, rows)
+        found.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+    assert found[0] == found[1]
+    assert np.isfinite(found[0]["val_calibration_error"])
+
+
 def test_predictive_density_of_counts_is_an_expectation_over_the_predictor():
     batch = tensors() | {"y": torch.tensor(TABLE["count"].to_numpy()).double()}
     found = model(NegativeBinomial())

@@ -9,6 +9,7 @@ import torch
 from scipy.optimize import minimize
 from scipy.special import gammaln
 from torch import nn
+from torch.utils.data import DataLoader
 
 from openreml_nn import InputError, MixedModel, RandomEffect, glmm
 from openreml_nn.covariance import CovariancePropagation, DummyMatrix, ScalarMatrix
@@ -21,8 +22,10 @@ from openreml_nn.families import (
     Poisson,
     ZeroInflated,
 )
+from openreml_nn.lightning import MixedModule
 from openreml_nn.likelihood import LaplaceLoss
 from tests.families.test_glmm import data
+from tests.test_neural import quiet
 
 INNER = [Poisson, NegativeBinomial, NegativeBinomial1, Binomial]
 
@@ -156,6 +159,23 @@ def test_a_network_of_the_zeros_is_trained():
     model.update(batch)
     found = model.predict(batch)
     assert torch.corrcoef(torch.stack([found.mean, z[:, 0]]))[0, 1] > 0.7
+
+
+def test_a_module_without_names_of_inputs_has_the_fit_of_glmm():
+    table = data("salamanders")
+    result = glmm("count ~ mined + (1 | site)", table, family="poisson", zi="~ mined")
+    mined = torch.tensor((table.mined == "yes").to_numpy(float))
+    codes = torch.tensor(table.site.astype("category").cat.codes.to_numpy(), dtype=torch.long)
+    x = torch.stack([torch.ones_like(mined), mined], 1)
+    family = ZeroInflated(Poisson(), nn.Linear(2, 1, bias=False))
+    model = MixedModel(nn.Identity(), {"g": RandomEffect(23)}, head="gls", family=family)
+    batch = {"x": x, "y": torch.tensor(table["count"].to_numpy(float)), "groups": codes, "zi": x}
+    module = MixedModule(model)
+    quiet(100).fit(module, DataLoader([batch], batch_size=None))
+    assert module.result.log_likelihood == pytest.approx(result.log_likelihood, abs=1e-6)
+    assert module.result.fixed.estimate.tolist() == pytest.approx(
+        result.fixed.estimate.tolist(), abs=1e-4
+    )
 
 
 def test_what_has_no_zero_part_is_refused():

@@ -1002,7 +1002,7 @@ CALLS = {
 
 #: What is public and takes no arguments of a user's own: values that come out, errors, bases.
 EXEMPT = {
-    "Bootstrap", "Component", "Cost", "Curve", "Dense", "Grid", "Solver", "Spectral", "Estimate", "Evaluation", "Dispersion", "FTest", "Family", "LaplaceEvaluation", "InputError", "LikelihoodRatio",
+    "Bootstrap", "Component", "Cost", "Curve", "Dense", "Dispersion", "Grid", "Solver", "Spectral", "Estimate", "Evaluation", "FTest", "Family", "LaplaceEvaluation", "InputError", "LikelihoodRatio",
     "MarginalMeans", "NotPositiveDefiniteError", "NumericalError", "Operator", "Pedigree", "Plan",
     "Profile", "ProgressBar", "R2", "Relationship", "Result", "Transform", "Heritability", "Way", "ZeroCount",
 }  # fmt: skip

@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csc_matrix, random_array, tril
 
-from openreml_nn import InputError, NumericalError, REMLLoss, fit_reml
+from openreml_nn import (
+    InputError,
+    MixedModel,
+    NumericalError,
+    RandomEffect,
+    REMLLoss,
+    fit_reml,
+)
 from openreml_nn.covariance import (
     AR1Matrix,
     CovariancePropagation,
@@ -371,6 +378,20 @@ def test_a_trained_design_has_the_gradient_of_dense():
     for solver in ("dense", "sparse"):
         loss = REMLLoss(V, solver=solver)(y, X)
         found[solver] = torch.autograd.grad(loss, list(V.parameters()))
+    for one, other in zip(found["sparse"], found["dense"], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_a_network_of_the_residual_has_the_gradient_of_dense():
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(30, 2, generator=g).double(), torch.randn(30, generator=g).double()
+    batch = {"x": x, "y": y, "groups": {"g": torch.arange(30) % 5}}
+    network = torch.nn.Linear(2, 1).double()
+    found = {}
+    for solver in ("dense", "sparse"):
+        random = {"g": RandomEffect(5)}
+        model = MixedModel(torch.nn.Identity(), random, network, "gls", solver=solver)
+        found[solver] = torch.autograd.grad(model.loss(batch), list(model.parameters()))
     for one, other in zip(found["sparse"], found["dense"], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 

@@ -117,7 +117,8 @@ class Rows:
         r""":math:`R^{-1}`, :math:`\log|R|` and the condition, at the matrices of the residual."""
         white = self._residual.white(matrices)
         inverse = white.back(white.rows(torch.from_numpy(self._probes)))
-        return _by_members(self._member, inverse.numpy()), float(white.log_det), white.condition
+        rows = inverse.detach().numpy()
+        return _by_members(self._member, rows), float(white.log_det.detach()), white.condition
 
     @property
     def _probes(self) -> np.ndarray:

@@ -151,7 +151,7 @@ class SparseTerm:
         return Root.of(self.part, blocks.double().numpy(), least)
 
     def at_point(self, term: Term) -> TermAt:
-        """What of it depends on the parameters beside the root."""
+        """What of the term depends on the parameters, beside the root."""
         g = term.covariance
         if self.moving is not None:
             assert isinstance(g, PrecisionCovariance)
