@@ -11,7 +11,7 @@ from lightning import Trainer
 from openreml_nn import InputError, fit_reml, glmm, lmm
 from openreml_nn.covariance import AR1Matrix
 from openreml_nn.datasets import sleepstudy
-from openreml_nn.inference import coefficients, likelihood_ratio_test, profile
+from openreml_nn.inference import anova, bootstrap, coefficients, likelihood_ratio_test, profile
 from openreml_nn.lightning import MixedModelDataModule, MixedModule
 from openreml_nn.model.constraints import constrain, start_at
 from openreml_nn.model.structures import linear_model
@@ -85,6 +85,20 @@ def test_a_profile_does_not_leave_the_bounds_of_a_fit_in_silence():
             profile(found, progress=False)
 
 
+def test_inference_where_every_variance_is_held():
+    all_held = {"Subject/sigma^2": 300.0, "residual/sigma^2": 900.0}
+    found = lmm("Reaction ~ Days + (1 | Subject)", SLEEP, constraints=all_held)
+    days = coefficients(found).set_index("name").loc["Days"]
+    assert days["df"] == np.inf
+    (p,) = anova(found)["p"]
+    assert p == pytest.approx(days["p"], rel=1e-6)
+    table = profile(found, progress=False).intervals().set_index("name").loc["Days"]
+    # The likelihood is a parabola, of which the ends are Wald's.
+    assert [table["low"], table["high"]] == pytest.approx([days["low"], days["high"]], rel=1e-5)
+    samples = bootstrap(found, 200, seed=1, progress=False).samples
+    assert samples["Days"].std() == pytest.approx(days["std_error"], rel=0.2)
+
+
 def test_kenward_and_roger_know_what_is_held():
     """A variance that is held at 0 is a term that is not there, and no other one is estimated."""
     zero = lmm(TWO, SLEEP, constraints={"Subject/sigma^2": 0.0})
@@ -97,6 +111,9 @@ def test_kenward_and_roger_know_what_is_held():
     found, expected = (coefficients(r, ddf="kenward-roger") for r in (held, known))
     np.testing.assert_allclose(found[columns], expected[columns], rtol=1e-6)
     assert (found["df"] > 17).all()
+    alone = lmm("Reaction ~ Days", SLEEP, residual_variance=650.0)
+    with pytest.raises(InputError, match="no variance of the model is estimated"):
+        coefficients(alone, ddf="kenward-roger")
     for limit in ((None, 400.0), "Subject_1/sigma^2"):
         other = lmm(TWO, SLEEP, constraints={"Subject/sigma^2": limit})
         with pytest.raises(InputError, match="has the constraint"):
@@ -199,6 +216,11 @@ def test_a_generalised_model_starts_where_it_is_told(method):
     again = glmm(formula, table, method=method, starts=near)
     assert again.log_likelihood == pytest.approx(free.log_likelihood, abs=1e-6)
     assert again.iterations < free.iterations
+    zero = glmm(
+        "slow ~ Days + (1 | Subject)", table, method=method, starts={"Subject/sigma^2": 0.0}
+    )
+    one = glmm("slow ~ Days + (1 | Subject)", table, method=method)
+    assert zero.log_likelihood == pytest.approx(one.log_likelihood, abs=1e-6)
     with pytest.raises(
         InputError, match="`starts` names 'a/sigma\\^2': expected one of Subject/g/s"
     ):

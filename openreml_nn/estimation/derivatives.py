@@ -69,7 +69,7 @@ def hessian_of_value(
                     part, leaves, retain_graph=True, allow_unused=True, materialize_grads=True
                 )
             rows.append(torch.cat([f.reshape(-1).to(u) for f in found]).detach())
-        return slope.detach(), torch.stack(rows)
+        return slope.detach(), torch.stack(rows) if rows else u.new_zeros(0, 0)
 
 
 def _pulled(

@@ -127,6 +127,7 @@ class MarginalFit:
         spread = rest.var() if len(rest) > 1 else rest.new_ones(())
         spread = torch.where(spread > 1e-8 * near.square().mean() + 1e-30, spread, 1.0)
         loss.covariance.moment_start((spread / 2).expand(len(self.X)))
+        scale = self.at.read(near)
         if begin is not None:
             begin()
         if self.Q.shape[1]:
@@ -134,6 +135,9 @@ class MarginalFit:
         else:
             gamma, spread = near.new_zeros(0), near.new_zeros(0, 0)
         u = self.at.read(near)
+        # The likelihood is even about a standard deviation of zero: no step would leave it.
+        vanishing = torch.tensor(self.at.vanishing, dtype=torch.bool)
+        u = torch.where(vanishing & (u == 0), scale / 10, u)
         phi = [p.detach().reshape(-1).to(near) for p in self.own]
         self.x = torch.cat([gamma[: self.p], u, *phi])
         self.value, self.slope = self.evaluate(self.x)

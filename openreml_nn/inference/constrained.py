@@ -355,6 +355,8 @@ class Ascent:
 
 def _positive(curvature: Tensor) -> tuple[Tensor, Tensor]:
     """The inverse of a curvature with its eigenvalues made positive, and that curvature."""
+    if not len(curvature):
+        return curvature, curvature
     size = curvature.diagonal().abs()
     size = size + 1e-12 * size.max()
     unit = torch.where(size > 0, size, 1).sqrt()

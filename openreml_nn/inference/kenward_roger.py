@@ -96,6 +96,11 @@ class KenwardRoger(Inference):
         objective = refit.objective()
         terms = [term.detach() for term in objective.terms()]
         V, slopes = _linear(terms, refit.covariance.free_param_names, refit.X)
+        if not slopes:
+            raise InputError(
+                "`ddf` is 'kenward-roger', but no variance of the model is estimated: the correction is "
+                "for that, expected one or more that are"
+            )
         inverse = torch.linalg.inv(V)
         VX = inverse @ refit.X
         phi = torch.linalg.inv(refit.X.mT @ VX)

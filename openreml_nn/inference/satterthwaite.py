@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from scipy import stats
@@ -67,7 +68,9 @@ class Satterthwaite(Inference):
         rotated = vectors.mT @ L
         F = float(((rotated @ beta) ** 2 / values).mean())
         den = joint_df([self.df(row) for row in rotated])
-        return FTest(F, len(L), den, float(stats.f.sf(F, len(L), den)))
+        # SciPy has no F of infinitely many degrees of freedom, as where all variances are known.
+        known = stats.chi2.sf(len(L) * F, len(L)) if den == inf else stats.f.sf(F, len(L), den)
+        return FTest(F, len(L), den, float(known))
 
     @classmethod
     def of(cls, result: Result) -> Satterthwaite:

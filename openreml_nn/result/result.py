@@ -55,7 +55,8 @@ class Result(FitValues):
         covariances of coefficients and BLUPs count and a level that was not seen has
         :math:`z^\top G z`, and the residual's. That of a row is divided by its weight where the table
         has the weights' column, and is that of its position or stratum where it has its columns, else
-        the mean. The residual of a new observation is independent of those of the data. Covariance
+        the mean. The residual of a new observation is independent of those of the data; so is a field
+        beside ``units``, which :attr:`fitted` has among the random effects. Covariance
         parameters count as known. Beyond 2,000 effects beside the widest factor's, random effects of
         different factors count as independent, with a warning.
 
