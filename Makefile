@@ -20,6 +20,7 @@ check: $(READY)
 	$(BIN)/mypy
 
 docs: $(READY)
+	rm -rf docs/api  # pages of what is gone
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 bench: $(READY)

@@ -350,7 +350,7 @@ def test_options_of_gaussian_responses_are_refused(option):
 
 
 def test_inference_that_needs_no_gaussian_response(counts):
-    from openreml_nn.inference import anova, bootstrap, coefficients, likelihood_ratio_test
+    from openreml_nn.inference import anova, coefficients, likelihood_ratio_test
 
     found = coefficients(counts, ddf="asymptotic")
     torch.testing.assert_close(
@@ -360,8 +360,6 @@ def test_inference_that_needs_no_gaussian_response(counts):
     ratio = likelihood_ratio_test(small, counts)
     assert ratio.statistic == pytest.approx(2 * (counts.log_likelihood - small.log_likelihood))
     assert anova(counts).name.tolist() == ["mined"]
-    with pytest.raises(InputError, match="negative_binomial"):
-        bootstrap(counts, 2, progress=False)
 
 
 def test_separated_data_are_named():
