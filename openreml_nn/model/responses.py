@@ -25,6 +25,8 @@ def of_gaussian(output: Tensor, batch: Batch, head: str) -> tuple[Tensor, Tensor
         InputError: if a part is missing, or shapes or precisions do not fit.
     """
     y = part(batch, "y")
+    if batch.get("zi") is not None:
+        raise InputError("`batch['zi']` is given but the response is Gaussian: leave it out")
     check_tensor("output", output, ("n", "p")[: 2 if head == "gls" else 1], "floating", False)
     n = len(output)
     _check_rows(n)

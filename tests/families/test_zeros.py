@@ -193,3 +193,15 @@ def test_what_has_no_zero_part_is_refused():
     model = MixedModel(nn.Linear(1, 1), {"g": RandomEffect(2)}, family=inflated(Poisson))
     with pytest.raises(InputError, match=r"no inputs of the zero part: expected `batch\['zi'\]`"):
         model.loss(batch)
+
+
+def test_a_gaussian_response_takes_no_part_for_its_zeros():
+    model = MixedModel(nn.Linear(1, 1), {"g": RandomEffect(3)}).double()
+    batch = {
+        "x": torch.ones(6, 1).double(),
+        "y": torch.arange(6.0).double(),
+        "groups": {"g": torch.arange(6) % 3},
+    }
+    assert model.loss(batch).isfinite()
+    with pytest.raises(InputError, match=r"`batch\['zi'\]` is given but the response is Gaussian"):
+        model.loss({**batch, "zi": batch["x"]})
