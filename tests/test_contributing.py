@@ -45,7 +45,9 @@ def base_class(base):
 
 def leaves(cls):
     """Subclasses of the package that have none of their own there."""
-    below = [sub for sub in cls.__subclasses__() if sub.__module__.startswith("openreml_nn.")]
+    below = [
+        sub for sub in cls.__subclasses__() if (sub.__module__ or "").startswith("openreml_nn.")
+    ]
     return [leaf for sub in below for leaf in leaves(sub)] if below else [cls]
 
 

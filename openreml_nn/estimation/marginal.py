@@ -60,7 +60,12 @@ def fit_laplace(
     fit.start(begin)
     converged = fit.climb(max_iterations)
     result, found = marginal_outcome(fit, names, labels or {}, converged)
-    if not converged:
+    left = max_iterations - len(fit.history)
+    if converged and not result.converged and left > 0:
+        # The curvature of the last steps was too large: go on by the one that was found there.
+        converged = fit.climb(left)
+        result, found = marginal_outcome(fit, names, labels or {}, converged)
+    if not result.converged:
         warnings.warn(
             f"the fit did not converge in {len(fit.history)} iterations: score norm "
             f"{result.score_norm:.3g} standard errors, expected below {CONVERGED}",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.estimation.derivatives import jacobian
-from openreml_nn.estimation.marginal_steps import MarginalFit
+from openreml_nn.estimation.marginal_steps import CONVERGED, MarginalFit
 from openreml_nn.families import Family
 from openreml_nn.likelihood.laplace import LaplaceEvaluation
 from openreml_nn.result import (
@@ -58,14 +58,15 @@ def marginal_outcome(
             fitted = family.mean(predictor)
             residuals = loss.family.observed(fit.y).to(fitted) - fitted
         slope, inside = fit.slope[inner], spread[inner][:, inner]
+        norm = float((slope @ inside @ slope).clamp(min=0).sqrt())
         boundary = tuple(fit.at.names[j] for j in range(m) if p + j not in inner)
         result = Result(
             method=loss.method,
-            converged=converged,
+            converged=converged and not norm > CONVERGED,
             singular=tuple(dict.fromkeys(c.group for c in components if c.singular)),
             indistinct=(),
             boundary=boundary,
-            score_norm=float((slope @ inside @ slope).clamp(min=0).sqrt()),
+            score_norm=norm,
             condition=_condition(H[inner][:, inner]),
             rows=len(fit.X),
             log_likelihood=-fit.value + fit.jacobian,

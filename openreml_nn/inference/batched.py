@@ -15,6 +15,7 @@ from openreml_nn.estimation.coordinates import Coordinates
 from openreml_nn.inference.refit import Refit, matrix_entries
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.problem import Problem
+from openreml_nn.likelihood.solvers.dense import DenseProblem
 from openreml_nn.likelihood.system.grouped import GroupedProblem
 
 __all__ = ["Maxima", "maximise"]
@@ -70,6 +71,8 @@ def maximise(refit: Refit, y: Tensor) -> Maxima:
 
 def _size(problem: Problem) -> int:
     """Numbers that one likelihood holds; 0 if it cannot be batched."""
+    if isinstance(problem, DenseProblem):
+        return problem.n * (2 * problem.n + problem.p + 2)
     if not isinstance(problem, GroupedProblem) or not problem.has_second_derivatives:
         return 0
     return problem.n * (problem.p + 2) + problem.levels * problem.k**2 + problem.q**2

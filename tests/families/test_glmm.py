@@ -1,6 +1,7 @@
 """Generalised linear mixed models by formula: against R, against other ways, and what is refused."""
 
 import json
+import warnings
 from math import log
 from pathlib import Path
 
@@ -437,3 +438,21 @@ def test_the_family_is_binomial_unless_it_is_said() -> None:
     assert logit.log_likelihood == glmm(formula, data("bacteria"), "binomial").log_likelihood
     with pytest.raises(InputError, match="count"):
         glmm("count ~ mined + (1 | site)", data("salamanders"))
+
+
+def test_a_fit_has_converged_where_its_own_curvature_says_so():
+    """From a far start the curvature of the last steps was a hundred times too large on a likelihood
+    this flat, and a fit 1e-5 below its optimum called itself converged."""
+    from openreml_nn.datasets import sleepstudy
+
+    table = sleepstudy().assign(count=lambda t: t.Reaction // 50)
+    formula = "count ~ Days + (1 | Subject)"
+    best = glmm(formula, table, "poisson")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        far = glmm(formula, table, "poisson", starts={"Subject/sigma^2": 0.3})
+    assert best.converged
+    assert best.score_norm < 1e-3
+    assert far.converged == (far.score_norm < 1e-3)
+    if far.converged:
+        assert far.log_likelihood == pytest.approx(best.log_likelihood, abs=1e-6)
