@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 from openreml_nn.families.drawing import below_and_at, drawn
@@ -83,7 +82,7 @@ class Binomial(Family):
 
     def cumulative(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
         s, f, _ = _parts(y, eta)
-        return below_and_at(stats.binom, s, s + f, self.mean(eta))
+        return below_and_at("binom", s, s + f, self.mean(eta))
 
     def check(self, y: Tensor, what: str = "`y`") -> None:
         if y.dim() == 1:

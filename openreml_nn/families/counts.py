@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 from openreml_nn.covariance.params import free_specs
@@ -65,10 +66,24 @@ class Poisson(_Count):
         return drawn(rng.poisson, eta, eta.exp())
 
     def cumulative(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
-        return below_and_at(stats.poisson, y, eta.exp())
+        return below_and_at("poisson", y, eta.exp())
 
 
-class NegativeBinomial(_Count):
+class _NegativeBinomial(_Count):
+    """What is drawn by SciPy's and NumPy's negative binomial."""
+
+    def draw(self, y: Tensor, eta: Tensor, rng: np.random.Generator) -> Tensor:
+        return drawn(rng.negative_binomial, eta, *self._size_and_share(eta))
+
+    def cumulative(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
+        return below_and_at("nbinom", y, *self._size_and_share(eta))
+
+    @abstractmethod
+    def _size_and_share(self, eta: Tensor) -> tuple[Tensor, Tensor]:
+        """As textbooks have it: successes, and the probability of one."""
+
+
+class NegativeBinomial(_NegativeBinomial):
     r"""Counts of variance :math:`\mu + \mu^2/\theta`, :math:`\log\mu = \eta`.
 
     ========== ============= =========
@@ -112,14 +127,7 @@ class NegativeBinomial(_Count):
         theta = self.natural("theta", mean)
         return 2 * (xlogy_ratio(y, mean) - xlogy_ratio(y + theta, mean + theta))
 
-    def draw(self, y: Tensor, eta: Tensor, rng: np.random.Generator) -> Tensor:
-        return drawn(rng.negative_binomial, eta, *self._size_and_share(eta))
-
-    def cumulative(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
-        return below_and_at(stats.nbinom, y, *self._size_and_share(eta))
-
     def _size_and_share(self, eta: Tensor) -> tuple[Tensor, Tensor]:
-        """As textbooks have it: successes, and the probability of one."""
         theta = self.natural("theta", eta)
         return theta.expand_as(eta), torch.sigmoid(theta.log() - eta)
 
@@ -128,7 +136,7 @@ class NegativeBinomial(_Count):
         return super().start(y)
 
 
-class NegativeBinomial1(_Count):
+class NegativeBinomial1(_NegativeBinomial):
     r"""Counts of variance :math:`\mu(1 + \varphi)`, :math:`\log\mu = \eta`.
 
     ========== ============= =========
@@ -154,12 +162,6 @@ class NegativeBinomial1(_Count):
 
     def variance(self, eta: Tensor) -> Tensor:
         return eta.exp() * (1 + self.natural("phi", eta))
-
-    def draw(self, y: Tensor, eta: Tensor, rng: np.random.Generator) -> Tensor:
-        return drawn(rng.negative_binomial, eta, *self._size_and_share(eta))
-
-    def cumulative(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
-        return below_and_at(stats.nbinom, y, *self._size_and_share(eta))
 
     def _size_and_share(self, eta: Tensor) -> tuple[Tensor, Tensor]:
         phi = self.natural("phi", eta)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["below_and_at", "drawn", "up_to"]
+__all__ = ["below_and_at", "distribution", "drawn", "up_to"]
 
 
 def drawn(sampler: Callable[..., Any], like: Tensor, *parameters: Tensor | int) -> Tensor:
@@ -17,16 +17,24 @@ def drawn(sampler: Callable[..., Any], like: Tensor, *parameters: Tensor | int) 
     return torch.as_tensor(sampler(*given)).to(like)
 
 
-def up_to(distribution: Any, y: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-    """The distribution function of a continuous response, twice."""
+def distribution(name: str) -> Any:
+    """A distribution of SciPy, whose import takes longer than that of all families."""
+    from scipy import stats
+
+    return getattr(stats, name)
+
+
+def up_to(name: str, y: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+    """The distribution function of a continuous response, SciPy's of that name, twice."""
     given = [p.numpy(force=True) for p in parameters]
-    found = torch.as_tensor(distribution.cdf(y.numpy(force=True), *given)).to(parameters[0])
+    found = torch.as_tensor(distribution(name).cdf(y.numpy(force=True), *given))
+    found = found.to(parameters[0])
     return found, found
 
 
-def below_and_at(distribution: Any, y: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-    """The distribution function of a whole number, below it and at it."""
+def below_and_at(name: str, y: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+    """The distribution function of a whole number, SciPy's of that name, below it and at it."""
     given = [p.numpy(force=True) for p in parameters]
     at = y.numpy(force=True)
-    below, within = (torch.as_tensor(distribution.cdf(x, *given)) for x in (at - 1, at))
+    below, within = (torch.as_tensor(distribution(name).cdf(x, *given)) for x in (at - 1, at))
     return below.to(parameters[0]), within.to(parameters[0])

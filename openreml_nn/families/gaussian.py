@@ -6,7 +6,6 @@ from math import log, pi
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 from openreml_nn.covariance.params import free_specs
@@ -57,7 +56,7 @@ class Gaussian(Family):
         return drawn(rng.normal, eta, eta, self.variance(eta).sqrt())
 
     def cumulative(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
-        return up_to(stats.norm, y, eta, self.variance(eta).sqrt())
+        return up_to("norm", y, eta, self.variance(eta).sqrt())
 
     def start(self, y: Tensor) -> Tensor:
         spread = y.var() if len(y) > 1 else y.new_ones(())
@@ -124,7 +123,7 @@ class StudentT(Family):
 
     def cumulative(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
         s, nu = self.natural("sigma^2", eta), self.natural("nu", eta)
-        return up_to(stats.t, y, nu.expand_as(eta), eta, s.sqrt().expand_as(eta))
+        return up_to("t", y, nu.expand_as(eta), eta, s.sqrt().expand_as(eta))
 
     def start(self, y: Tensor) -> Tensor:
         middle = y.median()

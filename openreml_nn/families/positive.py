@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 from openreml_nn.covariance.params import free_specs
@@ -14,7 +13,7 @@ from openreml_nn.covariance.transform import (
     TransformScaleShift,
     TransformSigmoid,
 )
-from openreml_nn.families.drawing import drawn, up_to
+from openreml_nn.families.drawing import distribution, drawn, up_to
 from openreml_nn.families.family import Family, refuse_rows
 from openreml_nn.support.checks import check_choice
 from openreml_nn.support.errors import InputError
@@ -79,7 +78,7 @@ class Gamma(Family):
     def cumulative(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
         phi = self.natural("phi", eta)
         none = torch.zeros_like(eta)
-        return up_to(stats.gamma, y, (1 / phi).expand_as(eta), none, phi * eta.exp())
+        return up_to("gamma", y, (1 / phi).expand_as(eta), none, phi * eta.exp())
 
     def check(self, y: Tensor, what: str = "`y`") -> None:
         super().check(y, what)
@@ -158,10 +157,10 @@ class Tweedie(Family):
     def cumulative(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
         rate, shape, scale = (x.numpy(force=True) for x in self._amounts(eta))
         at = y.numpy(force=True)
-        total = np.exp(-rate)
-        for count in range(1, int(stats.poisson.isf(1e-16, rate.max())) + 2):
-            own = stats.gamma.cdf(at, count * shape, scale=scale)
-            total = total + stats.poisson.pmf(count, rate) * own
+        total, counts, amounts = np.exp(-rate), distribution("poisson"), distribution("gamma")
+        for count in range(1, int(counts.isf(1e-16, rate.max())) + 2):
+            own = amounts.cdf(at, count * shape, scale=scale)
+            total = total + counts.pmf(count, rate) * own
         found = torch.from_numpy(np.minimum(total, 1.0)).to(eta)
         return torch.where(y == 0, torch.zeros_like(found), found), found
 

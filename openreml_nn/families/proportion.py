@@ -6,7 +6,6 @@ from math import log
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 from openreml_nn.covariance.params import free_specs
@@ -79,7 +78,7 @@ class Beta(Family):
         return found.clamp(tiny.tiny, 1 - tiny.eps / 2)
 
     def cumulative(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
-        return up_to(stats.beta, y, *self._shapes(eta))
+        return up_to("beta", y, *self._shapes(eta))
 
     def _shapes(self, eta: Tensor) -> tuple[Tensor, Tensor]:
         phi = self.natural("phi", eta)
