@@ -22,10 +22,7 @@ def ratings(rows: int = 20_000, users: int = 1000, items: int = 200, seed: int =
     Raises:
         TypeError, InputError: if an argument is no whole number, or too small.
     """
-    for name, value in (("rows", rows), ("users", users), ("items", items)):
-        check_count(name, value, 1)
-    check_count("seed", seed)
-    rng = np.random.default_rng(seed)
+    rng = _generator(seed, rows=rows, users=users, items=items)
     x = rng.uniform(-1, 1, (rows, 4))
     user, item = rng.integers(0, users, rows), rng.integers(0, items, rows)
     b = 0.5**0.5 * rng.standard_normal(users)[user] + 0.5 * rng.standard_normal(items)[item]
@@ -46,10 +43,7 @@ def growth(children: int = 400, visits: int = 8, seed: int = 1) -> pd.DataFrame:
     Raises:
         TypeError, InputError: if an argument is no whole number, or too small.
     """
-    for name, value in (("children", children), ("visits", visits)):
-        check_count(name, value, 1)
-    check_count("seed", seed)
-    rng = np.random.default_rng(seed)
+    rng = _generator(seed, children=children, visits=visits)
     child = np.arange(children).repeat(visits)
     age = rng.uniform(2, 12, len(child))
     dose = rng.uniform(0, 1, children)[child]
@@ -73,10 +67,7 @@ def field(plots: int = 300, samples: int = 4, seed: int = 1) -> pd.DataFrame:
     Raises:
         TypeError, InputError: if an argument is no whole number, or too small.
     """
-    for name, value in (("plots", plots), ("samples", samples)):
-        check_count(name, value, 1)
-    check_count("seed", seed)
-    rng = np.random.default_rng(seed)
+    rng = _generator(seed, plots=plots, samples=samples)
     place = rng.uniform(0, 1, (plots, 2))
     r = 3**0.5 * np.linalg.norm(place[:, None] - place, axis=2) / 0.2
     b = np.linalg.cholesky((1 + r) * np.exp(-r)) @ rng.standard_normal(plots)
@@ -101,10 +92,7 @@ def purchases(rows: int = 20_000, users: int = 1000, seed: int = 1) -> pd.DataFr
     Raises:
         TypeError, InputError: if an argument is no whole number, or too small.
     """
-    for name, value in (("rows", rows), ("users", users)):
-        check_count(name, value, 1)
-    check_count("seed", seed)
-    rng = np.random.default_rng(seed)
+    rng = _generator(seed, rows=rows, users=users)
     x = rng.uniform(-1, 1, (rows, 4))
     user = rng.integers(0, users, rows)
     b = 0.8**0.5 * rng.standard_normal(users)
@@ -126,13 +114,17 @@ def visits(rows: int = 20_000, doctors: int = 1000, seed: int = 1) -> pd.DataFra
     Raises:
         TypeError, InputError: if an argument is no whole number, or too small.
     """
-    for name, value in (("rows", rows), ("doctors", doctors)):
-        check_count(name, value, 1)
-    check_count("seed", seed)
-    rng = np.random.default_rng(seed)
+    rng = _generator(seed, rows=rows, doctors=doctors)
     age, severity, distance = rng.uniform(-1, 1, (3, rows))
     doctor = rng.integers(0, doctors, rows)
     b = 0.3**0.5 * rng.standard_normal(doctors)
     mean = np.exp(0.5 + 0.6 * np.sin(2 * age) + severity * distance + b[doctor])
     columns = {"visits": rng.poisson(mean), "age": age, "severity": severity}
     return pd.DataFrame({**columns, "distance": distance, "doctor": doctor})
+
+
+def _generator(seed: int, **sizes: int) -> np.random.Generator:
+    """Random numbers of a seed, after the sizes of the table have been checked."""
+    for name, value in sizes.items():
+        check_count(name, value, 1)
+    return np.random.default_rng(check_count("seed", seed))
