@@ -60,13 +60,14 @@ def source_of(result: Result, name: str = "result") -> Source:
     """Data and model of a result.
 
     Raises:
-        InputError: if its rows were streamed.
+        InputError: if its rows were streamed, or came by :meth:`Result.update`.
         TypeError: if it is no result.
     """
     check_fit(result, name)
     if result.source is None:
         raise InputError(
-            f"`{name}` has no data, because its rows were read in chunks: expected a fit by lmm()"
+            f"`{name}` has no data, because its rows were read in chunks or came by update(): "
+            "expected a fit by lmm()"
         )
     return result.source
 
