@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -19,11 +22,13 @@ from openreml_nn.table.groups import ordered_effects, random_designs, skeletons
 from openreml_nn.table.learned import Learned
 from openreml_nn.table.levels import coded
 from openreml_nn.table.matrix import Coding, codings, model_matrix
+from openreml_nn.table.reading import TableFile, given_table
 from openreml_nn.table.relation import Known
 from openreml_nn.table.residual import residual_design, residual_positions
 from openreml_nn.table.rows import TableRows, offset_of, weights_of
 from openreml_nn.table.structure import parse_residual
 from openreml_nn.table.syntax import Call, Name, bare, names_in
+from openreml_nn.table.text import Dialect
 from openreml_nn.table.traits import TRAIT, WITHIN_UNIT, complete_rows, response_of
 
 __all__ = ["Encoding"]
@@ -34,7 +39,11 @@ class Encoding:
 
     Args, Attributes, Raises:
         formula, categorical, source, residual, weights, relations, learned: see :class:`Encoder`.
+        dialect: how the file of the fit is written, and so those of other rows; None where there was
+            none.
     """
+
+    dialect: Dialect | None = None
 
     def __init__(
         self,
@@ -55,6 +64,20 @@ class Encoding:
         self.weights = None if weights is None else bare(weights)
         self.relations = dict(relations or {})
         self.learned = Learned()
+
+    def read(
+        self, table: pd.DataFrame | str | os.PathLike[str] | TableFile
+    ) -> tuple[Self, pd.DataFrame]:
+        """Other rows, which are read as those of the fit were where no more than a path is given, and
+        an encoder whose messages name them.
+
+        Raises:
+            TypeError, InputError: as :func:`given_table`.
+        """
+        found = given_table(table, self.dialect)
+        encoder = copy.copy(self)
+        encoder.source = found.source
+        return encoder, found.frame
 
     def transform(self, table: pd.DataFrame, held_out: bool = False) -> Encoded:
         """Encode another table; groups' unknown levels get the code -1, and are counted.

@@ -9,13 +9,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.support.errors import NumericalError
-from openreml_nn.terms.base import (
-    Covariance,
-    LinearCovariance,
-    Meeting,
-    condition,
-    square_root,
-)
+from openreml_nn.terms.base import Covariance, LinearCovariance, Meeting, condition, square_root
 from openreml_nn.terms.design import Design, IndexedDesign
 from openreml_nn.terms.kernel import Kernel
 
@@ -33,9 +27,8 @@ def _equal(codes: Tensor, like: Tensor) -> Tensor:
     """Ones where two of the codes (n,) are equal, zeros elsewhere, (n, n)."""
     if torch._C._are_functorch_transforms_active():
         return (codes[:, None] == codes).to(like.dtype)
-    found = like.new_empty(len(codes), len(codes))
     # Written as numbers at once, which takes half the time.
-    return torch.eq(codes[:, None], codes, out=found)
+    return torch.eq(codes[:, None], codes, out=like.new_empty(len(codes), len(codes)))
 
 
 @dataclass(frozen=True)
