@@ -27,6 +27,7 @@ from openreml_nn.result.values import FitValues
 from openreml_nn.support.checks import check_instance
 from openreml_nn.support.errors import InputError
 from openreml_nn.support.files import check_writable, write_text
+from openreml_nn.table.encoding import read_as
 from openreml_nn.table.reading import TableFile
 
 __all__ = ["Component", "Estimate", "FixedEffects", "Label", "Record", "Result", "Source", "Start"]
@@ -86,7 +87,7 @@ class Result(FitValues):
                 "`result` has no formula, so that a table says nothing to it: expected a fit of a "
                 "formula; a model without one predicts by MixedModel.predict(batch)"
             )
-        encoder, rows = self.encoder.read(table)
+        encoder, rows = read_as(self.encoder, table)
         return predict_table(encoder, self.model, rows, level)
 
     def update(self, table: pd.DataFrame | str | os.PathLike[str] | TableFile) -> Result:
@@ -127,7 +128,7 @@ class Result(FitValues):
                 f"`result` is of the family {self.family!r}: rows add up for a Gaussian response "
                 "only; fit all rows"
             )
-        return with_rows(self, *self.encoder.read(table))
+        return with_rows(self, *read_as(self.encoder, table))
 
     def summary(self, title: str | None = None) -> str:
         """The model as text, in the order of lme4's summary.

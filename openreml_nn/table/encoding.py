@@ -6,7 +6,7 @@ import copy
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -31,7 +31,7 @@ from openreml_nn.table.syntax import Call, Name, bare, names_in
 from openreml_nn.table.text import Dialect
 from openreml_nn.table.traits import TRAIT, WITHIN_UNIT, complete_rows, response_of
 
-__all__ = ["Encoding"]
+__all__ = ["Encoding", "read_as"]
 
 
 class Encoding:
@@ -64,20 +64,6 @@ class Encoding:
         self.weights = None if weights is None else bare(weights)
         self.relations = dict(relations or {})
         self.learned = Learned()
-
-    def read(
-        self, table: pd.DataFrame | str | os.PathLike[str] | TableFile
-    ) -> tuple[Self, pd.DataFrame]:
-        """Other rows, which are read as those of the fit were where no more than a path is given, and
-        an encoder whose messages name them.
-
-        Raises:
-            TypeError, InputError: as :func:`given_table`.
-        """
-        found = given_table(table, self.dialect)
-        encoder = copy.copy(self)
-        encoder.source = found.source
-        return encoder, found.frame
 
     def transform(self, table: pd.DataFrame, held_out: bool = False) -> Encoded:
         """Encode another table; groups' unknown levels get the code -1, and are counted.
@@ -248,3 +234,21 @@ class Encoding:
     def _effects(self, data: TableRows) -> list[Part]:
         """The operands of the fixed effects and of each random part."""
         return [self.fixed, *(part.effects for part in self._parts(data))]
+
+
+Learner = TypeVar("Learner", bound=Encoding)
+
+
+def read_as(
+    encoder: Learner, table: pd.DataFrame | str | os.PathLike[str] | TableFile
+) -> tuple[Learner, pd.DataFrame]:
+    """Other rows, which are read as those of the fit were where no more than a path is given, and the
+    encoder with messages that name them.
+
+    Raises:
+        TypeError, InputError: as :func:`given_table`.
+    """
+    found = given_table(table, encoder.dialect)
+    encoder = copy.copy(encoder)
+    encoder.source = found.source
+    return encoder, found.frame
