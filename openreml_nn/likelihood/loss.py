@@ -169,7 +169,8 @@ class REMLLoss(nn.Module):
             by one eigendecomposition), ``"grid"`` (a Kronecker product over a complete
             grid, such as a field of plots, by two small ones), or ``"auto"``, which takes the exact one with
             least work, and the approximate one, with a warning, where that would hold
-            more than 4 GiB; or a solver with its options, such as
+            more than 4 GiB or take more than 10¹² operations and ten times those of the approximate one;
+            or a solver with its options, such as
             ``Krylov(probes=100)`` or ``Auto(memory=2**34)``. :attr:`plan` says which and why.
         reduction: ``"mean"`` divides by the number of rows, ``"sum"`` does not.
 

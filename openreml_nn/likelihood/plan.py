@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from typing import ClassVar
@@ -18,27 +18,35 @@ from openreml_nn.terms.term import Term
 
 __all__ = ["Auto", "Plan", "check_solver"]
 
+#: So many times less work is worth an approximation.
+_FAR_LESS = 10.0
+
 
 @dataclass(frozen=True)
 class Auto(Solver):
     """The solver of least cost.
 
     It is, of the exact solvers that fit the terms and hold no more than ``memory``, the one with
-    the fewest operations. Where none holds so little, an approximate one is taken, with a warning;
-    where there is none either, the exact one with the fewest operations.
+    the fewest operations. Where none holds so little, or each takes more than ``operations`` and an
+    approximate one a tenth of them at most, that is taken, with a warning; where there is none, the
+    exact one with the fewest operations.
 
     Args:
         memory: bytes that an exact solver may hold.
+        operations: that an evaluation by an exact solver may take; the default are about half a
+            minute on a core.
 
     Raises:
-        TypeError, InputError: if that is no number above 0.
+        TypeError, InputError: if one of these is no number above 0.
     """
 
     name: ClassVar[str] = "auto"
     memory: float = 4 * 2**30
+    operations: float = 1e12
 
     def __post_init__(self) -> None:
         check_number("memory", self.memory, above=0)
+        check_number("operations", self.operations, above=0)
 
     def choose(self, terms: Sequence[Term], p: int, dtype: torch.dtype) -> tuple[Solver, Cost, str]:
         """The solver, its cost, and why it is taken."""
@@ -58,11 +66,13 @@ class Auto(Solver):
         small = [found for found in exact if found[1].bytes <= self.memory]
         if not small:
             held = min(cost.bytes for _, cost in exact)
-            for make in SOLVERS.values():
-                solver = make()
-                rough = None if make.exact else solver.forecast(terms, p, dtype)
-                if rough is not None:
-                    return solver, rough, f"exact solvers would need {held / 2**30:.3g} GiB"
+            for solver, rough in _approximate(terms, p, dtype):
+                return solver, rough, f"exact solvers would need {held / 2**30:.3g} GiB"
+        elif (most := small[0][1].operations) > self.operations:
+            for solver, rough in _approximate(terms, p, dtype):
+                if (ratio := most / rough.operations) >= _FAR_LESS:
+                    why = f"an exact evaluation would take {most:.3g} operations, {ratio:.3g} times as many"
+                    return solver, rough, why
         (solver, cost), *others = small or exact
         if others:
             ratio = others[0][1].operations / max(cost.operations, 1.0)
@@ -79,6 +89,17 @@ class Auto(Solver):
     def problem(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> Problem:
         choice = self.choose(terms, fixed.Q.shape[1], fixed.y.dtype)[0]
         return choice.problem(fixed, terms, method)
+
+
+def _approximate(
+    terms: Sequence[Term], p: int, dtype: torch.dtype
+) -> Iterator[tuple[Solver, Cost]]:
+    """The approximate solvers that fit the terms, with their costs."""
+    for make in SOLVERS.values():
+        solver = make()
+        cost = None if make.exact else solver.forecast(terms, p, dtype)
+        if cost is not None:
+            yield solver, cost
 
 
 def check_solver(solver: object) -> Solver:

@@ -22,6 +22,7 @@ from openreml_nn.covariance import (
     stratified,
 )
 from openreml_nn.likelihood import Auto, Krylov
+from openreml_nn.likelihood.plan import Plan
 from openreml_nn.likelihood.system.roles import Roles, separated
 from openreml_nn.terms.kernel import Kernel
 from tests.likelihood.models import Model, models
@@ -124,6 +125,24 @@ def test_auto_takes_it_with_a_warning_only_where_exact_solvers_would_not_fit():
         loss(y, X)
     assert loss.plan.solver == "krylov"
     assert "'item': conjugate gradients, 60 columns" in str(loss.plan)
+
+
+def test_auto_takes_it_where_exact_solvers_would_take_too_long():
+    """Half a minute an evaluation by default; it then takes a tenth of that at most."""
+    n, generator = 8_000, torch.Generator().manual_seed(0)
+    parts = {}
+    for name, q in (("a", 1000), ("b", 1200), ("c", 1400)):
+        codes = torch.randint(0, q, (n,), generator=generator)
+        z = DummyMatrix.from_codes(codes, q)
+        parts[name] = CovariancePropagation(z=z, g=ScalarMatrix(q))
+    terms = Sum(**parts, residual=ScalarMatrix(n)).double().terms()
+    plans = [Plan.of(terms, 1, solver, torch.float64) for solver in ("auto", Auto(operations=1e8))]
+    assert [plan.exact for plan in plans] == [True, False]
+    assert "an exact evaluation would take" in plans[1].reason
+    assert plans[0].cost.operations >= 10 * plans[1].cost.operations
+    # Of few columns it takes as long as an exact one, which is then kept.
+    V, _, _ = crossed()
+    assert Plan.of(V.terms(), 1, Auto(operations=1.0), torch.float64).exact
 
 
 def test_what_it_cannot_do_is_said():

@@ -167,6 +167,7 @@ def test_solvers_are_values(solver):
         (lambda: Krylov(seed=-1), InputError, "`seed` is -1"),
         (lambda: Blocked(pair_cost=-1), InputError, "`pair_cost` is -1"),
         (lambda: Auto(memory=0), InputError, "`memory` is 0"),
+        (lambda: Auto(operations=0), InputError, "`operations` is 0"),
         (lambda: Sparse(memory=-1), InputError, "`memory` is -1"),
         (lambda: check_solver("fast"), InputError, "`solver` is 'fast': expected 'auto', "),
         (lambda: check_solver(Spectral), TypeError, "`solver` is the class Spectral"),
