@@ -940,6 +940,7 @@ def _report() -> list[Call]:
         ),
         Call("report", "caterpillar", report.caterpillar, {**own, "group": "Subject"},
              {**takes, "group": never}),
+        Call("report", "residual_table", report.residual_table, own, takes),
         Call("report", "covariance_map", report.covariance_map, own, {**takes, "rows": count(1)}),
         Call("report", "calibration", report.calibration,
              {"mean": torch.tensor([0.2, 0.7]), "target": torch.tensor([0.0, 1.0])},
