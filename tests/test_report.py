@@ -367,7 +367,9 @@ def test_the_best_run_of_a_sweep():
     assert best(table.assign(rows=[10, 9])) is None
     assert best(table.assign(formula=["y ~ 1", "log(y) ~ 1"])) is None
     assert best(table.assign(method=["reml", "ml"])) is None
-    assert best(table.assign(val_negative_log_density=[1.0, 2.0]))[0] == "a"
+    held_out = table.assign(val_negative_log_density=[1.0, 2.0])
+    assert best(held_out)[0] == "a"
+    assert best(held_out.assign(rows=[10, 9])) is None  # of other data
 
 
 def test_a_result_of_something_else_is_named(result, tmp_path):

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from openreml_nn.inference import Profile, variance_shares
 from openreml_nn.inference.refit import Refit, source_of
-from openreml_nn.metrics import calibration_curve
 from openreml_nn.report.points import QUANTILES, has_quantiles, residual_values
 from openreml_nn.result.result import Result
 from openreml_nn.support.checks import check_count, check_instance, check_tensor
@@ -184,6 +183,8 @@ def calibration(mean: Tensor, target: Tensor, bins: int = 10) -> Figure:
     Reference:
         Wilson, JASA 22 (1927) 209.
     """
+    from openreml_nn.metrics import calibration_curve
+
     curve = calibration_curve(mean, target, bins)
     predicted, observed, n = (c.numpy(force=True) for c in curve[curve[:, 2] > 0].unbind(1))
     figure = Figure(figsize=(4.6, 4.4), layout="constrained")
