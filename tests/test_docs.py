@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from openreml_nn import covariance
+from tests import peers
 from tests.forked import served
 
 ROOT = Path(__file__).parents[1]
@@ -94,6 +95,12 @@ def test_python_blocks_run_and_print_what_is_shown(page, tmp_path, monkeypatch, 
     if page.name == "README.md":
         assert "REML criterion 1743.6283" in everything
         assert "solver   blocked" in everything
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if peers.shown(p)], ids=lambda page: page.name)
+def test_what_another_program_is_said_to_print_is_recorded(page):
+    printed = peers.recorded(page)
+    assert [line for line in peers.shown(page) if line not in printed] == []
 
 
 def shell(page):
