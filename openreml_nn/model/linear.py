@@ -36,10 +36,11 @@ from openreml_nn.support.checks import (
 )
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import Encoder, TableFile
+from openreml_nn.table.reading import given_table
 from openreml_nn.table.traits import WITHIN_UNIT
 from openreml_nn.terms.term import Term
 
-__all__ = ["in_user_basis", "lmm", "read_table_of", "with_model"]
+__all__ = ["in_user_basis", "lmm", "with_model"]
 
 
 def lmm(
@@ -139,10 +140,11 @@ def lmm(
             max_iterations=max_iterations,
             progress=progress is not False,
         )
-    table, source = read_table_of(table)
+    table, source, dialect = given_table(table)
     known = residual_variance is not None
     relations = relations_of(pedigree, kernels)
     encoder = Encoder(formula, categorical, source, residual, weights, known, relations)
+    encoder.dialect = dialect
     if encoder.formula.traits:
         _check_variance(residual_variance, WITHIN_UNIT)
     encoded = encoder.fit(table)
@@ -179,16 +181,6 @@ def lmm(
         encoder=encoder,
         constraints=constrained.held,
     )
-
-
-def read_table_of(
-    table: pd.DataFrame | str | os.PathLike[str] | TableFile,
-) -> tuple[pd.DataFrame, str]:
-    """A table in memory, and what messages call it."""
-    if isinstance(table, pd.DataFrame):
-        return table, "the table"
-    file = table if isinstance(table, TableFile) else TableFile(table)
-    return file.read(), f"file {str(table)!r}"
 
 
 def in_user_basis(

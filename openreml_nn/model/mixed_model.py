@@ -146,14 +146,21 @@ class MixedModel(Predictor):
             TypeError, InputError: if a part of the batch is at fault, or the network yields NaN.
         """
         batch, _ = with_responses(batch, None, self.responses > 1)
-        return self.loss_of(self(batch), batch)
+        return self._loss_of(self(batch), batch)
 
     def loss_of(self, output: Tensor, batch: Batch) -> Tensor:
         """The loss of a batch, see :meth:`loss`, for what the network has yielded for it."""
+        if self.family is None and self.responses == 1:
+            batch, output = with_responses(batch, output)
+        return self._loss_of(output, batch)
+
+    def _loss_of(self, output: Tensor, batch: Batch) -> Tensor:
+        """The loss of rows that have a response."""
         if self.family is not None:
             marginal, y, eta, X = self.marginal(output, batch)
             return marginal(y, eta, X) / len(eta)
-        batch, output = with_responses(*self.single(batch, output, is_data=True))
+        if self.responses > 1:
+            batch, output = with_responses(*self.single(batch, output, is_data=True))
         options = LikelihoodOptions(self.method, self.solver)
         return self._last.loss(self.effects(), self.residual, options, batch, output, self.head)
 
