@@ -329,7 +329,7 @@ class MixedModule(Evaluated):
                 "met: resume from one of an epoch's end"
             )
         with blamed("training", batch_idx):
-            batch = as_batch(batch, list(self.model.effects()))
+            batch = as_batch(batch, self.model)
             if self.way.needs_all_rows and not self._checked:
                 check_same(batch)
                 self._checked = True
