@@ -30,6 +30,7 @@ def added(model: Posterior, batch: Batch, names: Mapping[str, Sequence[str]]) ->
         InputError: if rows or levels cannot be added.
     """
     before = _before(model)
+    model.check(batch)
     batch, _ = with_responses(batch, None, model.responses > 1)
     levels = _levels(model, batch, rows_of(batch), names)
     batch, output = with_responses(*model.single(batch, model(batch), is_data=True))

@@ -150,6 +150,7 @@ class MixedModel(Predictor):
 
     def loss_of(self, output: Tensor, batch: Batch) -> Tensor:
         """The loss of a batch, see :meth:`loss`, for what the network has yielded for it."""
+        self.check(batch)
         if self.family is None and self.responses == 1:
             batch, output = with_responses(batch, output)
         return self._loss_of(output, batch)
@@ -206,6 +207,7 @@ class MixedModel(Predictor):
                 "`family` is not Gaussian: the likelihood is that of marginal(), and no "
                 "average-information steps are taken on it"
             )
+        self.check(batch)
         batch, output = with_responses(*self.single(batch, output, is_data=True))
         y, X = of_gaussian(output, batch, self.head)
         check_outputs(output, batch)
@@ -216,6 +218,7 @@ class MixedModel(Predictor):
     def marginal(self, output: Tensor, batch: Batch) -> Marginal:
         """The likelihood of a batch by the family, with what it takes: y, the known part of the linear
         predictor, and X with head ``"gls"``."""
+        self.check(batch)
         batch, output = with_responses(batch, output)
         y, known, X = of_family(self.family, output, batch, self.head)
         loss = self._likelihood(batch, len(y))
@@ -231,6 +234,7 @@ class MixedModel(Predictor):
         Raises:
             TypeError, InputError: as :meth:`loss`.
         """
+        self.check(batch)
         batch = self.stacked(batch, True) if self.responses > 1 else batch
         effects, n = self.effects(), rows_of(batch)
         return covariance_of(effects, self.residual, batch, coded_effects(effects, batch, n), n)
