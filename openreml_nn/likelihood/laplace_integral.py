@@ -52,7 +52,7 @@ class Integral:
         """
         kept, data = self._kept, self._task.rows
         point = kept.space.at(self._task.terms)
-        plain = Rows(data.family, data.y, data.eta.detach(), data.X.detach())
+        plain = replace(data, eta=data.eta.detach(), X=data.X.detach())
         mode = find_mode(
             plain,
             point,

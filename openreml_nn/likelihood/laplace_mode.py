@@ -50,20 +50,22 @@ _CHUNK = 2**15
 
 @dataclass(frozen=True)
 class Rows:
-    """What is known of the rows: the family, y, the offset of the predictor (n,) and X (n, p)."""
+    """What is known of the rows: the family, y, the offset of the predictor (n,) and X (n, p), and the
+    sum of what the log-density has beside :meth:`Family.kernel`."""
 
     family: Family
     y: Tensor
     eta: Tensor
     X: Tensor
+    constant: float = 0.0
 
     def density(self, a: Tensor) -> Tensor:
         """The log-density of all rows at a predictor."""
         parts = [
-            self.family.log_density(y, x).sum().detach()
+            self.family.kernel(y, x).sum().detach()
             for y, x in zip(self.y.split(_CHUNK), a.split(_CHUNK), strict=True)
         ]
-        return torch.stack(parts).sum() if parts else a.sum()
+        return torch.stack(parts).sum() + self.constant if parts else a.sum()
 
     def derivatives(self, a: Tensor, out: Sequence[Tensor]) -> None:
         """Put the first, minus the second, and the third derivative at a predictor into ``out``.
