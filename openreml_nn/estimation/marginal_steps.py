@@ -241,11 +241,11 @@ class MarginalFit:
         self.history.append(Record(-self.value + self.jacobian, norm, accepted, found))
 
     def curvature(self) -> Tensor:
-        """The observed information by central differences of gradients."""
-        return self._central()[0]
+        """The observed information by differences of gradients."""
+        return self.differences()[0]
 
-    def _central(self) -> tuple[Tensor, Tensor]:
-        """That, and the derivatives of the coefficients by x where X is integrated, (p, len(x)).
+    def differences(self) -> tuple[Tensor, Tensor]:
+        """The curvature, and the derivatives of the coefficients by x where X is integrated, (p, len(x)).
 
         Steps are a part of a standard error, over which the curvature of many rows hardly moves:
         then differences to one side do.
@@ -277,8 +277,8 @@ class MarginalFit:
         J = torch.stack(moves, 1) if moves else self.x.new_zeros(self.Q.shape[1], count)
         return (H + H.mT) / 2, J
 
-    def settle(self) -> tuple[Tensor, Tensor, list[int]]:
-        """Take negligible standard deviations as zero; curvature, moves, and what is inside."""
+    def settle(self) -> list[int]:
+        """Take negligible standard deviations as zero; what is inside the bounds."""
         vanishing = torch.tensor(self.at.vanishing, dtype=torch.bool)
         u = self.x[self.p : self.p + self.m]
         small = [j for j in range(self.m) if bool(vanishing[j]) and float(u[j].abs()) < 1e-3]
@@ -295,8 +295,6 @@ class MarginalFit:
         if not torch.allclose(canonical, self.x[own], rtol=1e-12, atol=0):
             self.x[own] = canonical
             self.value, self.slope = self.evaluate(self.x)
-        H, J = self._central()
-        self.hessian = H
         ends = self.at.on_boundary(self.x[own])
         gone = {self.p + j for j in range(self.m) if bool(ends[j])}
-        return H, J, [j for j in range(len(self.x)) if j not in gone]
+        return [j for j in range(len(self.x)) if j not in gone]

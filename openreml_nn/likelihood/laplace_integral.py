@@ -58,10 +58,10 @@ class Integral:
             point,
             kept.start_of(plain),
             kept.beta_of(plain) if beta is None else beta.to(plain.eta),
-            kept.factor_of(plain),
+            *kept.factor_of(plain, self._task.terms),
         )
         kept.start, kept.beta = private(mode.u), private(mode.beta)
-        kept.factor = None if point.is_cheap else mode.factor
+        kept.keep_factor(None if point.is_cheap else mode.factor, plain, self._task.terms)
         return mode
 
     def mode(self) -> Mode:
@@ -70,7 +70,8 @@ class Integral:
         if self._method == "reml" or not len(mode.beta):
             return mode
         mode = self._profiled(mode)
-        kept.start, kept.beta, kept.factor = private(mode.u), private(self._task.beta), None
+        kept.start, kept.beta = private(mode.u), private(self._task.beta)
+        kept.keep_factor(None, mode.rows, self._task.terms)
         return mode
 
     def _profiled(self, bordered: Mode) -> Mode:
