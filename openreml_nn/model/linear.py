@@ -218,7 +218,9 @@ def with_model(
         batch: the rows.
         residual: what stands for the residual where a family has its place.
     """
-    source, model = result.source, copy.deepcopy(model)
+    # Names of levels, which may be many, are shared.
+    names = {id(effect.names): effect.names for effect in model.effects().values()}
+    source, model = result.source, copy.deepcopy(model, names)
     assert source is not None
     if any(label.basis is not None for label in source.labels.values()):
         model.update(batch)  # the result has the effects in another basis
