@@ -33,9 +33,12 @@ class ResidualStructure:
     Attributes:
         is_independent: whether rows are independent, so that others can be added to them; False by
             default.
+        of_fitted: whether variances depend on the fitted values, which are ``batch["covariate"]``
+            then; False by default.
     """
 
     is_independent: bool = False
+    of_fitted: bool = False
 
     def operands(self, batch: Batch, n: int) -> dict[str, Matrix]:
         """The covariance R of the residuals of n rows as a sum of (n, n) matrices, each by the
