@@ -67,6 +67,10 @@ def _before(model: Posterior) -> Equations:
             f"`family` is {type(model.family).__name__}: rows add up for a Gaussian response only; "
             "call update() with all rows"
         )
+    if structure_of(model.residual).of_fitted:
+        raise InputError(
+            "`residual` has variances by the fitted values, which new rows move: fit all rows"
+        )
     if model.responses == 1 and not structure_of(model.residual).is_independent:
         raise InputError(
             "`residual` is correlated between rows, so that new rows depend on those before: call "

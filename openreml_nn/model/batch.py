@@ -39,7 +39,9 @@ __all__ = [
 Batch = Mapping[str, Any]
 
 #: What a batch holds of each row.
-_OF_ROWS = ("x", "y", "groups", "values", "weights", "offset", "residual", "places", "zi")
+_OF_ROWS = (
+    "x", "y", "groups", "values", "weights", "offset", "residual", "covariate", "places", "zi"
+)  # fmt: skip
 #: What a batch may hold, see :class:`MixedModel`.
 KEYS = (*_OF_ROWS, "extra")
 _KNOWN = frozenset(KEYS)
@@ -229,7 +231,7 @@ def rows_of(batch: Batch) -> int:
     """
     groups = part(batch, "groups")
     check_mapping("batch['groups']", groups, Tensor)
-    known = [batch.get(key) for key in ("y", "residual", "weights", "offset", "x")]
+    known = [batch.get(key) for key in ("y", "residual", "covariate", "weights", "offset", "x")]
     for x in (*groups.values(), *known):
         if isinstance(x, Tensor) and x.dim():
             return len(x)

@@ -69,7 +69,8 @@ class MixedModel(Predictor):
     unknown level, which in the likelihood is a level of its own each time; and, where they are
     needed, ``values``, a dict to the values (n, k) of effects other than intercepts; ``weights``
     (n,), by which the residual variance of each row is divided; ``offset`` (n,), a known part of the
-    mean; ``residual`` (n,), cells of the rows for a residual within groups; ``extra``, the user's own.
+    mean; ``residual`` (n,), cells of the rows for a residual within groups; ``covariate`` (n,), on which
+    residual variances depend; ``extra``, the user's own.
 
     Args:
         mean: any network; it yields the mean, (n,) or (n, 1), with head ``"ml"``,

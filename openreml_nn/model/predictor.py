@@ -163,8 +163,11 @@ def _linear_predictor(model: Predictor, batch: Batch) -> tuple[Prediction, list[
         for name, (codes, values) in coded_effects(model.effects(), batch, n).items():
             z = population.new_ones(n, 1) if values is None else values
             effects.append(known_effect(model.effects()[name], name, codes, z, batch))
-        residual = population.new_zeros(n)
-        if model.family is None:
-            residual = structure_of(model.residual).variances(batch, n)
-        found = predicted(population, X, model.beta_covariance, effects, model.joint, residual)
-        return found, effects
+        found = predicted(population, X, model.beta_covariance, effects, model.joint)
+        if model.family is not None:
+            return found, effects
+        structure = structure_of(model.residual)
+        if structure.of_fitted:
+            batch = {**batch, "covariate": found.mean}
+        residual = structure.variances(batch, n).to(found.variance)
+        return found._replace(variance=found.variance + residual), effects

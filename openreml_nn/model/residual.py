@@ -34,10 +34,13 @@ class ResidualStructure:
         is_independent: whether rows are independent, so that others can be added to them; False by
             default.
         takes_cells: whether it reads ``batch["residual"]``; True by default.
+        of_fitted: whether variances depend on the fitted values, which are ``batch["covariate"]``
+            then; False by default.
     """
 
     is_independent: bool = False
     takes_cells: bool = True
+    of_fitted: bool = False
 
     def operands(self, batch: Batch, n: int) -> dict[str, Matrix]:
         """The covariance R of the residuals of n rows as a sum of (n, n) matrices, each by the

@@ -440,7 +440,7 @@ def _covariance() -> list[Call]:
     words = {"operands": ("operand", "op_0", "op_1", "op_2", "positional")}
     for made in (cov.Sum, cov.BlockDiagonal, cov.KroneckerProduct, cov.HadamardProduct, cov.Product,
                  cov.Transpose, cov.Inverse, cov.Gram, cov.Augment, cov.Stack,
-                 cov.CovariancePropagation, cov.kron):  # fmt: skip
+                 cov.CovariancePropagation, cov.Heteroscedastic, cov.kron):  # fmt: skip
         single = made in (cov.Transpose, cov.Inverse, cov.Gram)
         count_of = 1 if single else 2
 
@@ -456,7 +456,7 @@ def _covariance() -> list[Call]:
         fits = _or_matrix(takes, made)
         found.append(
             Call("covariance", made.__name__, call, {"operand": cov.ScalarMatrix(3)},
-                 {"operand": fits}, {"operand": (*words["operands"], "`z`", "`g`", made.__name__)})
+                 {"operand": fits}, {"operand": (*words["operands"], "`z`", "`g`", "`variance`", made.__name__)})
         )  # fmt: skip
     found.append(
         Call("covariance", "Gram", lambda gram_type: cov.Gram(cov.ScalarMatrix(3), gram_type=gram_type),
