@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import NoneType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ from openreml_nn.model.batch import (
     with_responses,
 )
 from openreml_nn.model.likelihoods import LastLikelihood, covariance_of
-from openreml_nn.model.means import evaluating, gradient_in_parts, mean_of, outputs_in_parts
+from openreml_nn.model.means import evaluating, gradient_in_parts, mean_of
 from openreml_nn.model.predictor import Predictor
 from openreml_nn.model.random_effect import RandomEffect, coded_effects
 from openreml_nn.model.residual import structure_of
@@ -165,10 +164,6 @@ class MixedModel(Predictor):
             batch, output = with_responses(*self.single(batch, output, is_data=True))
         options = LikelihoodOptions(self.method, self.solver)
         return self._last.loss(self.effects(), self.residual, options, batch, output, self.head)
-
-    def outputs(self, x: Any, rows: int) -> Tensor:
-        """What the network yields, ``rows`` at a time, without recording and without dropout."""
-        return outputs_in_parts(self, x, rows)
 
     def objective(self, batch: Batch, output: Tensor | None = None) -> Objective:
         """The likelihood in the covariance parameters alone, for an optimizer; ``output`` is what the

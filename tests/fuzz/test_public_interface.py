@@ -365,8 +365,6 @@ def _top() -> list[Call]:
         Call("", "MixedModel.forward", model, {"batch": {"x": x}},
              {"batch": Kind(lambda v: False, ({"y": x}, {"x": x.numpy()}, {"x": [1]}, {"x": double(3, 7)}))},
              {"batch": ("x",)}),
-        Call("", "MixedModel.outputs", model.outputs, {"x": x, "rows": 4},
-             {"x": tensor(None, 2, whole=False, finite=False), "rows": count(1)}),
         Call("", "MixedModel.backward_in_parts", model.backward_in_parts, {"batch": batch(), "rows": 4},
              {"batch": BATCH, "rows": count(1)}, {"batch": BATCH_WORDS}),
     ]  # fmt: skip
