@@ -190,11 +190,15 @@ class MarginalFit:
                 self.replace(range(self.p, len(self.x)))
         return self._direction()[1] < CONVERGED
 
-    def _direction(self) -> tuple[Tensor, float]:
-        """The step by the curvature made positive, and its length in standard errors."""
+    def _positive(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The curvature made positive: its eigenvalues and eigenvectors in scales of unit diagonal."""
         scale = self.hessian.diagonal().abs().clamp(min=1e-10).sqrt()
         values, vectors = torch.linalg.eigh(self.hessian / (scale[:, None] * scale))
-        values = values.abs().clamp(min=1e-8)
+        return values.abs().clamp(min=1e-8), vectors, scale
+
+    def _direction(self) -> tuple[Tensor, float]:
+        """The step by the curvature made positive, and its length in standard errors."""
+        values, vectors, scale = self._positive()
         g = vectors.mT @ (self.slope / scale)
         return -(vectors @ (g / values)) / scale, float((g * g / values).sum().sqrt())
 
@@ -220,17 +224,17 @@ class MarginalFit:
 
     def _update(self, s: Tensor, d: Tensor) -> None:
         """BFGS, damped so that the curvature stays positive along the step (Powell 1978)."""
-        Hs = self.hessian @ s
+        # From that by which the step was made: an indefinite one would be driven away from zero.
+        values, vectors, scale = self._positive()
+        root = scale[:, None] * vectors
+        H = (root * values) @ root.mT
+        Hs = H @ s
         along, bend = float(s @ Hs), float(s @ d)
-        if along <= 0:
-            if bend > 0:
-                self.hessian = self.hessian + torch.outer(d, d) / bend
-            return
         if bend < 0.2 * along:
             weight = 0.8 * along / (along - bend)
             d = weight * d + (1 - weight) * Hs
             bend = float(s @ d)
-        self.hessian = self.hessian + torch.outer(d, d) / bend - torch.outer(Hs, Hs) / along
+        self.hessian = H + torch.outer(d, d) / bend - torch.outer(Hs, Hs) / along
 
     def _record(self, norm: float, accepted: float) -> None:
         u = self.split(self.x)[1]

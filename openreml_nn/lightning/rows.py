@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ from openreml_nn.lightning.sharing import total
 from openreml_nn.model.batch import Batch, check_keys, check_values, responding
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.warning import warn
 
 __all__ = ["Responses", "as_batch", "blamed", "check_response", "concatenated", "row_count"]
 
@@ -119,11 +119,9 @@ class Responses:
         if self._has_own and not self._is_told:
             missing, rows = total(missing, device), total(rows, device)
         if missing and is_first and not self._is_told:
-            warnings.warn(
+            warn(
                 f"{missing} of {rows} training rows have no response (NaN in `y`): they train "
-                "nothing",
-                RuntimeWarning,
-                stacklevel=2,
+                "nothing"
             )
         self._missing, self._rows, self._is_told = 0, 0, True
 
