@@ -14,6 +14,7 @@ from torch import Tensor
 from openreml_nn.covariance import Matrix
 from openreml_nn.estimation.coordinates import Coordinates
 from openreml_nn.estimation.derivatives import jacobian
+from openreml_nn.families import Binomial, Ordinal
 from openreml_nn.likelihood import LaplaceLoss
 from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.laplace import LaplaceEvaluation
@@ -21,7 +22,14 @@ from openreml_nn.likelihood.loss import Objective
 from openreml_nn.result import Record
 from openreml_nn.support.errors import InputError, NumericalError
 
-__all__ = ["MarginalFit"]
+__all__ = ["SEPARATED", "MarginalFit"]
+
+SEPARATED = (
+    "the data are separated: a combination of the fixed effects tells responses apart without "
+    "error, so that its coefficient has no finite estimate"
+)
+#: No linear predictor of categories is so far from zero, on the scale of a link.
+_ENDLESS = 50.0
 
 #: A fit has converged this far from the optimum, in standard errors,
 CONVERGED = 1e-3
@@ -69,6 +77,7 @@ class MarginalFit:
         volume = self.T.diagonal().abs().log().sum() if loss.method == "reml" else 0.0
         self.jacobian = float(volume)
         self.m = len(self.at)
+        self.of_categories = isinstance(loss.family, Binomial | Ordinal)
         self.rows: Tensor | None = None
         self.history: list[Record] = []
         self.x = X.new_zeros(0)
@@ -167,7 +176,11 @@ class MarginalFit:
         return found
 
     def climb(self, most: int) -> bool:
-        """Steps to the optimum; whether it was reached."""
+        """Steps to the optimum; whether it was reached.
+
+        Raises:
+            NumericalError: if coefficients go to infinity.
+        """
         period = max(4 if len(self.X) <= _MANY_ROWS else 10, len(self.x) - self.p)
         for step in range(1, most + 1):
             direction, norm = self._direction()
@@ -175,6 +188,8 @@ class MarginalFit:
                 return True
             before = self.value
             accepted = self._search(direction, norm)
+            if self.p and self.of_categories and float(self.x[: self.p].abs().max()) > _ENDLESS:
+                raise NumericalError(SEPARATED)
             self._record(norm, accepted)
             if not accepted:
                 self.hessian = self.curvature()
