@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping
 from typing import Any, overload
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from openreml_nn.support.checks import check_instance, check_mapping, check_tensor, is_finite
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.warning import warn
 
 __all__ = [
     "KEYS",
@@ -197,11 +197,9 @@ def with_responses(
         raise InputError(
             f"`batch['y']` is NaN in all {n} rows: expected a response in one at least"
         )
-    warnings.warn(
+    warn(
         f"{n - len(rows)} of {n} rows have no response (NaN in `batch['y']`): they add nothing to "
-        "the likelihood",
-        RuntimeWarning,
-        stacklevel=3,
+        "the likelihood"
     )
     return own, None if output is None else output[rows]
 

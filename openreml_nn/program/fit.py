@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from openreml_nn.program.rundir import RunDirectory
 from openreml_nn.program.tables import chosen_table
 from openreml_nn.support.display import plain_console, visible
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.warning import warn
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,11 +53,9 @@ def fit_table(config: DictConfig) -> float:
             fit.save(path / "model.ckpt")  # in which all processes have a part
             return 0.0
         if not result.converged:
-            warnings.warn(
+            warn(
                 f"not converged after {result.iterations} iterations: score norm "
-                f"{result.score_norm:.3g} standard errors; raise trainer.max_epochs",
-                RuntimeWarning,
-                stacklevel=1,
+                f"{result.score_norm:.3g} standard errors; raise trainer.max_epochs"
             )
         _write(replace(found, result=result), fit, path, is_profiled)
         return found.validation.get("val_negative_log_density", result.deviance)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from openreml_nn.families import Family
 from openreml_nn.result.joint import JointErrors
 from openreml_nn.result.places import Kriging, PlacedDesign
 from openreml_nn.support.checks import check_instance, check_number
+from openreml_nn.support.warning import warn
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import DenseCovariance, RepeatedCovariance, ScaledCovariance
 from openreml_nn.terms.design import IdentityDesign, IndexedDesign
@@ -135,11 +135,9 @@ def _error_variance(
     if bool(errors.is_exact):
         return errors.variance(designs, X).to(X)
     if bool(errors.is_known):
-        warnings.warn(
+        warn(
             "predictive variances take random effects of different factors, and coefficients, "
-            "as independent: there are too many for their joint covariance",
-            RuntimeWarning,
-            stacklevel=4,
+            "as independent: there are too many for their joint covariance"
         )
     found = torch.einsum("np,pq,nq->n", X, spread.to(X), X)
     for each, effect in zip(designs, effects, strict=True):
