@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from openreml_nn.estimation.marginal_result import marginal_outcome
+from openreml_nn.estimation.marginal_start import set_start
 from openreml_nn.estimation.marginal_steps import CONVERGED, MarginalFit
 from openreml_nn.likelihood import LaplaceLoss
 from openreml_nn.likelihood.laplace import LaplaceEvaluation
@@ -57,7 +58,7 @@ def fit_laplace(
     loss.covariance.to(X)
     loss.family.to(X)
     fit = MarginalFit(loss, y, X, X.new_zeros(len(X)) if offset is None else offset, names)
-    fit.start(begin)
+    set_start(fit, begin)
     converged = fit.climb(max_iterations)
     result, found = marginal_outcome(fit, names, labels or {}, converged)
     left = max_iterations - len(fit.history)

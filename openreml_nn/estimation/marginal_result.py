@@ -35,10 +35,12 @@ def marginal_outcome(
 ) -> tuple[Result, LaplaceEvaluation]:
     """The result at the end of the steps, and the likelihood there."""
     loss, part, p, m = fit.loss, fit.fixed, fit.p, fit.m
-    H, J, inner = fit.settle()
+    inner = fit.settle()
     with torch.no_grad():
+        found = fit.found(fit.x)  # where the last evaluation was
+        fit.hessian, J = fit.differences()
+        H = fit.hessian
         spread = _inverse(H, inner, fit)
-        found = fit.found(fit.x)
         gamma = fit.x[:p] if loss.method == "ml" else found.coefficients
         if loss.method == "ml":
             covariance = spread[:p, :p]

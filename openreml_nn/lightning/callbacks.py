@@ -221,7 +221,8 @@ class StopWhenConverged(Callback):
         given = {"tolerance": self.tolerance, "every_n_epochs": self.every_n_epochs}
         said = f"StopWhenConverged({', '.join(f'{k}={v}' for k, v in given.items() if v)})"
         if any(v is not None for v in given.values()):
-            if not trainer.optimizers:
+            assert isinstance(pl_module, MixedModule)
+            if pl_module.model.family is not None:
                 raise InputError(f"{said} has no effect on a fit with a family: leave them out")
             if isinstance(trainer.optimizers[0], AIREML):
                 raise InputError(

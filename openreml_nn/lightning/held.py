@@ -80,6 +80,11 @@ class Held:
         assert self.objective is not None
         return self.data[0].plan
 
+    @property
+    def count(self) -> int:
+        """How many rows there are."""
+        return self.objective.problem.n
+
     def update(self) -> None:
         """Store coefficients, BLUPs and what their variances need in the model."""
         assert self._batch is not None and self._output is not None

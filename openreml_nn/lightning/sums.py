@@ -315,6 +315,11 @@ class Summed:
         a, b = self._statistics.cells[t, u]
         return self._statistics.sizes[t][0] == self._statistics.sizes[u][0] and torch.equal(a, b)
 
+    @property
+    def count(self) -> int:
+        """How many rows there are."""
+        return self._statistics.rows
+
     def update(self) -> None:
         """Store BLUPs and what their variances need in the model."""
         model, statistics = self._model, self._statistics

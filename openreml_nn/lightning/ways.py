@@ -365,15 +365,14 @@ class Linear(Way):
 
     heads = ("gls",)
     cuts_tables = False
-    takes_families = False
 
     def loss(self, model: MixedModel, batch: Batch) -> tuple[Tensor | None, Tensor]:
         output = self.output(model, batch)
-        check_response(batch["y"], output, model.responses)
+        _check_response(model, batch["y"], output)
         return None, output
 
     def rows(self, model: MixedModel) -> Store:
-        return HeldOrSummed(model)
+        return HeldOrSummed(model) if model.family is None else Marginal(model, all_rows=None)
 
 
 WAYS: dict[str, type[Way]] = {

@@ -19,7 +19,6 @@ from openreml_nn.model.batch import (
 )
 from openreml_nn.model.random_effect import RandomEffect
 from openreml_nn.support.checks import check_tensor
-from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
 
 __all__ = ["stacked", "stacked_output"]
@@ -48,11 +47,6 @@ def stacked(
     n = rows_of(batch)
     rows = torch.arange(n).repeat_interleave(responses)
     found: dict[str, Any] = {"groups": {}, "values": {}, "residual": torch.arange(len(rows))}
-    if batch.get("residual") is not None:
-        raise InputError(
-            f"`batch['residual']` is {described(batch['residual'])} beside several responses: expected "
-            "none, as these are the cells of a row"
-        )
     for name, effect in effects.items():
         codes = level_codes(batch, name, 2**62, n)  # which there are is looked at later
         if is_data and n and int(codes.min()) < 0:

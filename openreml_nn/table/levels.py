@@ -87,7 +87,7 @@ def coded(column: pd.Series, levels: Sequence[str] | None = None, source: str = 
         place = np.empty(len(order) + 1, dtype=np.int64)
         place[order], place[-1] = np.arange(len(order)), -1
         values = place[values]
-    raw = [label(value) for value in uniques]
+    raw = _labels(uniques)
     own = list(dict.fromkeys(raw))
     if levels is None and is_numeric and len(own) == len(raw):
         return Factor(values, own, number_key)
@@ -100,6 +100,14 @@ def coded(column: pd.Series, levels: Sequence[str] | None = None, source: str = 
         levels = own
     place = np.append(places(raw, levels), -1)
     return Factor(place[values], list(levels), key)
+
+
+def _labels(uniques: Any) -> list[str]:
+    """Values as they are written; of whole numbers, which may be many, all at once."""
+    known = np.asarray(uniques)
+    if known.dtype.kind in "iu":
+        return list(map(str, known.tolist()))
+    return [label(value) for value in uniques]
 
 
 def label(value: Any) -> str:

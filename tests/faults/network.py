@@ -325,8 +325,8 @@ FAULTS = [
     Fault(
         "the pull-back of a summand takes rows of different levels together",
         "openreml_nn/terms/covariance.py",
-        'return torch.einsum("nak,nm,mal->kl", rows, together * cotangent, rows)',
-        'return torch.einsum("nak,nm,mal->kl", rows, cotangent, rows)',
+        "return z.mT @ (together * cotangent) @ z",
+        "return z.mT @ cotangent @ z",
         "tests/covariance/test_terms.py -k pull_back",
     ),
     Fault(
