@@ -172,6 +172,15 @@ def test_every_public_matrix_has_a_page_and_a_picture():
             assert f'"{name}"' in drawn, name
 
 
+def test_every_model_of_the_gallery_has_its_picture():
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    sections = [s for s in re.split(r"^## ", page, flags=re.MULTILINE) if "V = Sum(" in s]
+    assert len(sections) > 10
+    for section in sections:
+        name = section.splitlines()[0].lower().replace(" ", "-")
+        assert f"```{{figure}} _generated/models/{name}.png" in section, name
+
+
 def test_the_summary_shown_is_the_programs():
     from openreml_nn import lmm
     from openreml_nn.datasets import sleepstudy
