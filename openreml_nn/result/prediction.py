@@ -131,13 +131,18 @@ def _error_variance(
     effects: Sequence[KnownEffect],
     errors: JointErrors,
 ) -> Tensor:
-    """Variance of the error of the coefficients and of the BLUPs of known levels (n,)."""
-    if bool(errors.is_exact):
+    r"""Variance of the error of the coefficients and of the BLUPs of known levels (n,).
+
+    Where their covariances are not at hand, the sum of m variances stands for that of the sum, which
+    is no more than m times as large: :math:`(\sum_i s_i)^2 \le m \sum_i s_i^2`.
+    """
+    if errors.has_variances():
         return errors.variance(designs, X).to(X)
     if bool(errors.is_known):
         warn(
             "predictive variances take random effects of different factors, and coefficients, "
-            "as independent: there are too many for their joint covariance"
+            "as independent: there are too many for their joint covariance, and what the true ones "
+            f"have beside the residual's is at most {len(effects) + (X.shape[1] > 0)} times as large",
         )
     found = torch.einsum("np,pq,nq->n", X, spread.to(X), X)
     for each, effect in zip(designs, effects, strict=True):

@@ -29,6 +29,13 @@ FAULTS = [
         "tests/test_joint.py -k independent",
     ),
     Fault(
+        "the variance by a sparse factor leaves out the covariance of coefficients with BLUPs",
+        "openreml_nn/result/factored.py",
+        "d = _numbers(X) @ self._basis - np.asarray(w.T @ self._S)",
+        "d = _numbers(X) @ self._basis",
+        "tests/test_factored.py",
+    ),
+    Fault(
         "the variance of a prediction leaves out the covariance of coefficients with BLUPs",
         JOINT,
         "cross = -T @ spread",
@@ -38,8 +45,8 @@ FAULTS = [
     Fault(
         "the variance of a prediction leaves out the covariance of BLUPs of different factors",
         JOINT,
-        "by = (z[row] * self.entries[place]).sum(1)",
-        "by = 0 * (z[row] * self.entries[place]).sum(1)",
+        "by = (z[row] * joint.entries[place]).sum(1)",
+        "by = 0 * (z[row] * joint.entries[place]).sum(1)",
         "tests/test_joint.py",
     ),
     Fault(
