@@ -110,6 +110,8 @@ def _start_by_krylov(objective: Objective, loss: REMLLoss, y: Tensor, X: Tensor)
     exact = problem.cost()
     if exact is None or not exact.exact:
         return False
+    if any(term.covariance.is_related for term in objective.terms()):
+        return False  # systems of relatives are so far from their diagonal that this takes longest
     cost = krylov.forecast(objective.terms(), problem.p, problem.fixed.y.dtype)
     if cost is None or exact.operations < _WORTH * cost.operations:
         return False

@@ -16,6 +16,7 @@ from scipy.sparse import bmat, bsr_matrix, coo_matrix, csc_matrix, csr_matrix, e
 
 from openreml_nn.likelihood.system.sparse.bordered import Bordered, Factored
 from openreml_nn.likelihood.system.sparse.factor import Factor
+from openreml_nn.likelihood.system.sparse.ordering import leaves_dense
 from openreml_nn.likelihood.system.sparse.part import Part
 from openreml_nn.likelihood.system.sparse.symbolic import Symbolic
 from openreml_nn.support.errors import InputError, NotPositiveDefiniteError
@@ -135,7 +136,11 @@ class Equations:
         both = np.concatenate([r, c]), np.concatenate([c, r])
         pattern = coo_matrix((np.ones(len(both[0]), np.int8), both), (self.size, self.size)).tocsc()
         if order is None:
-            return Symbolic.of(pattern)
+            first = self._independent(blocks)
+            if first is None or not leaves_dense(pattern, first):
+                return Symbolic.of(pattern)
+            rest = np.setdiff1d(np.arange(self.size), first)
+            return Symbolic.of(pattern, np.concatenate([first, rest]))
         given = np.asarray(order(pattern))
         if given.shape != (self.size,) or not (np.sort(given) == np.arange(self.size)).all():
             raise InputError(
@@ -143,6 +148,16 @@ class Equations:
                 f"expected each of 0 to {self.size - 1} once"
             )
         return Symbolic.of(pattern, given.astype(np.int64))
+
+    def _independent(self, blocks: Sequence[tuple[int, int, bsr_matrix]]) -> np.ndarray | None:
+        """Columns of the largest part, if no two of its levels meet."""
+        i = max(range(len(self.parts)), key=lambda i: self.parts[i].columns, default=-1)
+        if i < 0:
+            return None
+        own = next(A for one, other, A in blocks if one == other == i)
+        if self.parts[i].prior is not None or own.nnz > self.parts[i].columns * own.blocksize[0]:
+            return None
+        return np.arange(self.start[i], self.start[i + 1])
 
     def _placed(self, i: int, j: int, A: bsr_matrix) -> Cross:
         level, (k, m) = np.repeat(np.arange(len(A.indptr) - 1), np.diff(A.indptr)), A.blocksize
