@@ -37,7 +37,8 @@ class Cross:
         start: (levels + 1,) where the blocks of a row begin.
         shape: the blocks', (k of one, k of other).
         place: (b, k, k) where their entries stand in the factor's values.
-        kept: (b, k, k) which of them assemble the matrix: of a symmetric pair only one.
+        kept: which of them, flattened, assemble the matrix: of a symmetric pair only one; None for
+            all.
     """
 
     one: int
@@ -47,7 +48,7 @@ class Cross:
     start: np.ndarray
     shape: tuple[int, int]
     place: np.ndarray
-    kept: np.ndarray
+    kept: np.ndarray | None
 
     def transform(self, data: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """:math:`L^\\top B R` for each block B, with L and R for each level or one for all."""
@@ -168,7 +169,7 @@ class Equations:
         )
         shape = (len(level), k, m)
         place = self.symbolic.where(row, column).reshape(shape)
-        kept = np.ones(shape, bool) if i != j else (row >= column).reshape(shape)
+        kept = None if i != j else np.flatnonzero(row >= column)
         column_level = A.indices.astype(np.int64)
         return Cross(i, j, level, column_level, A.indptr, (k, m), place, kept)
 
@@ -220,7 +221,10 @@ class Equations:
         """
         values = np.zeros(self.symbolic.entries)
         for cross, data in zip(self.crosses, moved, strict=True):
-            values[cross.place[cross.kept]] += data[cross.kept]
+            place, data = cross.place.reshape(-1), data.reshape(-1)
+            if cross.kept is not None:
+                place, data = place[cross.kept], data[cross.kept]
+            values[place] += data
         own = priors or [None] * len(self.parts)
         for (_, _, known, place), given in zip(self._priors, own, strict=True):
             values[place] += (known if given is None else given)[:, None]

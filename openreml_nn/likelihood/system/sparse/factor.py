@@ -329,10 +329,7 @@ def _selected(
         if w == 1:
             found[own] = 1.0 / (values[own] * values[own])
         else:
-            potri(routines, w, at + 8 * own, w)
-            for i in range(w):
-                for j in range(i):
-                    found[own + j * w + i] = found[own + i * w + j]
+            potri(routines, w, at + 8 * own, w)  # what is above the diagonal is not looked at
         if r == 0:
             continue
         # Y' = L_SS^-T L_RS', by columns (w, r).
