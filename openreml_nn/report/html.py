@@ -8,8 +8,6 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from openreml_nn.report.runs import best, collect
 from openreml_nn.support.checks import check_instance
 from openreml_nn.support.errors import InputError
@@ -79,6 +77,8 @@ def write_report(folder: str | Path, path: str | Path) -> int:
         InputError: if there is no run.
         TypeError: if an argument is no path.
     """
+    import jinja2  # its compiler takes long to import
+
     for name, value in (("folder", folder), ("path", path)):
         check_instance(name, value, (str, os.PathLike), "a path")
     if not str(path):
