@@ -32,7 +32,7 @@ from openreml_nn.lightning.optimizers import (
 from openreml_nn.lightning.reading import of_networks
 from openreml_nn.lightning.rows import Responses, as_batch, blamed, row_count
 from openreml_nn.lightning.sharing import check_same, total, warn_of_repeats
-from openreml_nn.lightning.sums import Summed
+from openreml_nn.lightning.summed import Summed
 from openreml_nn.lightning.table import Network, TableModel, is_plain
 from openreml_nn.lightning.ways import Linear, Way, way_of
 from openreml_nn.model import MixedModel

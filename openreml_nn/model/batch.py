@@ -18,6 +18,7 @@ from openreml_nn.support.warning import warn
 __all__ = [
     "KEYS",
     "Batch",
+    "adjusted",
     "by_effect",
     "check_finite",
     "check_inputs",
@@ -254,6 +255,21 @@ def row_values(batch: Batch, key: str, n: int, positive: bool = False) -> Tensor
         row = int((found <= 0).nonzero()[0])
         raise InputError(f"`{name}` is {float(found[row]):g} in row {row}: expected above 0")
     return found
+
+
+def adjusted(batch: Batch, n: int, responses: int = 1) -> Tensor:
+    """The response less the offset, (n,) or (n, t).
+
+    Raises:
+        TypeError, InputError: if the offset is of another shape or kind.
+    """
+    y: Tensor = part(batch, "y")
+    given = batch.get("offset")
+    if responses > 1 and isinstance(given, Tensor) and given.dim() == 2:
+        check_tensor("batch['offset']", given, (n, responses), "floating")
+        return y - given.to(y)
+    offset = row_values(batch, "offset", n)
+    return y if offset is None else y - offset.to(y).reshape(n, *[1] * (y.dim() - 1))
 
 
 def level_codes(batch: Batch, name: str, levels: int, n: int) -> Tensor:
