@@ -285,9 +285,9 @@ def solution_of(joint: JointErrors, equations: Equations) -> Solution:
     """What equations with y say, by their joint covariance, which is exact."""
     factored = joint.factored()
     if factored is not None:
-        values, variances, gamma, square = factored.solution(equations)
+        values, variances, gamma, y_p_y = factored.solution(equations)
         spread = torch.from_numpy(factored.variance_of_coefficients).to(gamma)
-        full = factored.log_det + equations.log_det + square
+        full = factored.log_det + equations.log_det + y_p_y
         return _solution(equations, values, variances, gamma, spread, full)
     C, first = joint.covariance, int(joint.first)
     M = LevelCells(joint.starts, joint.columns, joint.entries)
