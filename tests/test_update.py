@@ -26,6 +26,7 @@ MODELS = {
     "known residual": ("y ~ x + (1 | g)", {"weights": "w", "residual_variance": 0.5}),
     "strata": ("y ~ x + (1 | g) + (1 | h)", {"residual": "diag(s)"}),
     "power": ("y ~ x + (1 | g)", {"residual": "power(w)"}),
+    "power by strata": ("y ~ x + (1 | g)", {"residual": "diag(s):power(w)"}),
     "offset": ("y ~ 1 + offset(2 * x) + (1 | g) + (1 | h)", {}),
     "no coefficients": ("y ~ 0 + (x | g)", {}),
     "no random effect": ("y ~ x * s", {}),

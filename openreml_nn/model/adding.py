@@ -30,6 +30,7 @@ def added(model: Posterior, batch: Batch, names: Mapping[str, Sequence[str]]) ->
         InputError: if rows or levels cannot be added.
     """
     before = _before(model)
+    model.check(batch)
     batch, _ = with_responses(batch, None, model.responses > 1)
     levels = _levels(model, batch, rows_of(batch), names)
     batch, output = with_responses(*model.single(batch, model(batch), is_data=True))
@@ -65,6 +66,10 @@ def _before(model: Posterior) -> Equations:
         raise InputError(
             f"`family` is {type(model.family).__name__}: rows add up for a Gaussian response only; "
             "call update() with all rows"
+        )
+    if structure_of(model.residual).of_fitted:
+        raise InputError(
+            "`residual` has variances by the fitted values, which new rows move: fit all rows"
         )
     if model.responses == 1 and not structure_of(model.residual).is_independent:
         raise InputError(

@@ -14,8 +14,9 @@ from openreml_nn.families import Family
 from openreml_nn.likelihood.effects import Coefficients, RandomEffects
 from openreml_nn.model.batch import Batch, responding
 from openreml_nn.model.random_effect import Effects, RandomEffect
-from openreml_nn.model.residual import ResidualStructure
+from openreml_nn.model.residual import ResidualStructure, structure_of
 from openreml_nn.model.several import stacked, stacked_output
+from openreml_nn.model.unread import refuse_unread
 from openreml_nn.result.equations import Equations, FixedBasis
 from openreml_nn.result.evidence import Evidence
 from openreml_nn.result.joint import JointErrors
@@ -73,6 +74,14 @@ class Posterior(nn.Module):
         self.evidence = Evidence()
         self.register_load_state_dict_post_hook(_settle_again)
 
+    def check(self, batch: Batch) -> None:
+        """Refuse what has no effect in this model.
+
+        Raises:
+            TypeError, InputError: if the batch has such a part, naming it.
+        """
+        refuse_unread(batch, self.effects(), self.residual, self.responses)
+
     def single(self, batch: Batch, output: Tensor, is_data: bool) -> tuple[Batch, Tensor]:
         """A batch with what the network has yielded for it, with a row for each response; in the
         likelihood, for each that is not missing.
@@ -94,7 +103,10 @@ class Posterior(nn.Module):
         """A batch with a row for each response; ``is_data`` as in :meth:`single`."""
         features = (effect.features is not None for effect in self.effects().values())
         with_x = any(features) or not isinstance(self.residual, Matrix)
-        return stacked(batch, self.responses, self.effects(), is_data, with_x)
+        found = stacked(batch, self.responses, self.effects(), is_data, with_x)
+        if not structure_of(self.residual).takes_cells:
+            del found["residual"]
+        return found
 
     @property
     def family(self) -> Family | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from openreml_nn.likelihood.fixed import estimable
 from openreml_nn.model.adding import added
-from openreml_nn.model.batch import Batch, part, refuse_weights, responding, row_values
+from openreml_nn.model.batch import Batch, part, responding, row_values
 from openreml_nn.model.means import evaluating
 from openreml_nn.model.posterior import Posterior
 from openreml_nn.model.random_effect import coded_effects, known_effect
@@ -143,6 +143,7 @@ def _linear_predictor(model: Predictor, batch: Batch) -> tuple[Prediction, list[
     """Predictions of the response, or of its linear predictor, and what is known of effects."""
     with evaluating(model):
         output = model(batch)
+        model.check(batch)
         if model.responses > 1:
             batch = {key: value for key, value in batch.items() if key != "y"}
         batch, output = model.single(batch, output, is_data=False)
@@ -164,10 +165,11 @@ def _linear_predictor(model: Predictor, batch: Batch) -> tuple[Prediction, list[
         for name, (codes, values) in coded_effects(model.effects(), batch, n).items():
             z = population.new_ones(n, 1) if values is None else values
             effects.append(known_effect(model.effects()[name], name, codes, z, batch))
-        residual = population.new_zeros(n)
+        found = predicted(population, X, model.beta_covariance, effects, model.joint)
         if model.family is not None:
-            refuse_weights(batch)
-        else:
-            residual = structure_of(model.residual).variances(batch, n)
-        found = predicted(population, X, model.beta_covariance, effects, model.joint, residual)
-        return found, effects
+            return found, effects
+        structure = structure_of(model.residual)
+        if structure.of_fitted:
+            batch = {**batch, "covariate": found.mean}
+        residual = structure.variances(batch, n).to(found.variance)
+        return found._replace(variance=found.variance + residual), effects

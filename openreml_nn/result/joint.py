@@ -199,7 +199,7 @@ class JointErrors(nn.Module):
         n, m = len(X), len(self.covariance)
         step = max(1, self.most_numbers // max(m, 1))
         parts = [
-            _some(self, [d.take(at) for d in designs], X[at])  # type: ignore[misc]
+            _some(self, [d.take(at) for d in designs], X[at])
             for at in torch.arange(n, device=X.device).split(step)
         ]
         return torch.cat(parts) if parts else X.new_zeros(0)
