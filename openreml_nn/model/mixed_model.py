@@ -150,7 +150,6 @@ class MixedModel(Predictor):
 
     def loss_of(self, output: Tensor, batch: Batch) -> Tensor:
         """The loss of a batch, see :meth:`loss`, for what the network has yielded for it."""
-        self.check(batch)
         if self.family is None and self.responses == 1:
             batch, output = with_responses(batch, output)
         return self._loss_of(output, batch)
@@ -160,6 +159,7 @@ class MixedModel(Predictor):
         if self.family is not None:
             marginal, y, eta, X = self.marginal(output, batch)
             return marginal(y, eta, X) / len(eta)
+        self.check(batch)
         if self.responses > 1:
             batch, output = with_responses(*self.single(batch, output, is_data=True))
         options = LikelihoodOptions(self.method, self.solver)
