@@ -13,10 +13,10 @@ from torch import Tensor
 
 from openreml_nn.estimation.basis import history_in_user_basis
 from openreml_nn.families import FAMILIES, Family
+from openreml_nn.families.named import as_asked
 from openreml_nn.lightning.data import MixedModelDataModule, attached
 from openreml_nn.lightning.estimates import Estimates, MarginalEstimates
 from openreml_nn.lightning.evaluation import Evaluated
-from openreml_nn.lightning.family import as_asked
 from openreml_nn.lightning.held import Held
 from openreml_nn.lightning.marginal import Marginal
 from openreml_nn.lightning.optimizers import (

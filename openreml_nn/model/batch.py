@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping
 from typing import Any, overload
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from openreml_nn.support.checks import check_instance, check_mapping, check_tensor, is_finite
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.warning import warn
 
 __all__ = [
     "KEYS",
@@ -40,7 +40,9 @@ __all__ = [
 Batch = Mapping[str, Any]
 
 #: What a batch holds of each row.
-_OF_ROWS = ("x", "y", "groups", "values", "weights", "offset", "residual", "places", "zi")
+_OF_ROWS = (
+    "x", "y", "groups", "values", "weights", "offset", "residual", "covariate", "places", "zi"
+)  # fmt: skip
 #: What a batch may hold, see :class:`MixedModel`.
 KEYS = (*_OF_ROWS, "extra")
 _KNOWN = frozenset(KEYS)
@@ -196,11 +198,9 @@ def with_responses(
         raise InputError(
             f"`batch['y']` is NaN in all {n} rows: expected a response in one at least"
         )
-    warnings.warn(
+    warn(
         f"{n - len(rows)} of {n} rows have no response (NaN in `batch['y']`): they add nothing to "
-        "the likelihood",
-        RuntimeWarning,
-        stacklevel=3,
+        "the likelihood"
     )
     return own, None if output is None else output[rows]
 
@@ -230,7 +230,7 @@ def rows_of(batch: Batch) -> int:
     """
     groups = part(batch, "groups")
     check_mapping("batch['groups']", groups, Tensor)
-    known = [batch.get(key) for key in ("y", "residual", "weights", "offset", "x")]
+    known = [batch.get(key) for key in ("y", "residual", "covariate", "weights", "offset", "x")]
     for x in (*groups.values(), *known):
         if isinstance(x, Tensor) and x.dim():
             return len(x)

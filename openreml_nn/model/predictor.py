@@ -53,8 +53,9 @@ class Predictor(Posterior):
 
         Raises:
             InputError: as :meth:`update`, if there was none before, or for a model of which rows do
-                not add up: with a family, correlated residuals, or more than 2,000 effects and
-                coefficients beside the widest factor of independent levels.
+                not add up: with a family, correlated residuals, or, beside the widest factor of
+                independent levels, more than 2,000 effects and coefficients whose sparse factor has
+                more than 50 million entries.
         """
         with evaluating(self):
             return added(self, batch, levels or {})
@@ -73,7 +74,8 @@ class Predictor(Posterior):
 
         The variance counts every covariance, of BLUPs of different factors and of coefficients
         with BLUPs, where beside the widest factor of independent levels there are at most 2,000
-        effects and coefficients. With more, a warning says that it takes them as independent. The
+        effects and coefficients, or a sparse factor of them has no more than 50 million entries. With
+        more, a warning says that it takes them as independent. The
         residual of a new observation is independent of those of the data; its variance is divided
         by the row's weight where the batch has weights. A level that was not seen has its prior; one
         at a place, with its coordinates in ``batch["places"]``, the mean and variance given the places
@@ -106,12 +108,14 @@ class Predictor(Posterior):
             low, high = normal_interval(found.mean, found.variance, level)
             found = on_response(family, found, effects)
             return found, family.mean(low), family.mean(high)
-        if self.responses == 1:
-            return found, *normal_interval(found.mean, found.variance, level)
-        by_row = _by_row(found, self.responses)
-        spread = rows.covariances(self, by_row.variance)
-        low, high = normal_interval(by_row.mean, by_row.variance, level)
-        return by_row._replace(variance=spread), low, high
+        residual = rows.residuals(self, found.mean)
+        whole = _by_row(found._replace(variance=found.variance + residual), self.responses)
+        low, high = normal_interval(whole.mean, whole.variance, level)
+        if self.responses > 1:
+            residual = residual.reshape(whole.mean.shape)
+            own = whole.variance - residual
+            whole = whole._replace(variance=rows.covariances(self, own, residual))
+        return whole, low, high
 
     @torch.no_grad()
     def log_density(self, batch: Batch) -> Tensor:
@@ -123,10 +127,12 @@ class Predictor(Posterior):
         Raises:
             TypeError, InputError: as in :meth:`predict`, or if ``y`` does not fit.
         """
-        found, _ = _Rows.of(self, batch).predicted(self)
+        given = _Rows.of(self, batch)
+        found, _ = given.predicted(self)
         y = part(batch, "y").to(found.mean)
-        if self.responses > 1:
-            found = _by_row(found, self.responses)
+        if self.family is None:
+            variance = found.variance + given.residuals(self, found.mean)
+            found = _by_row(found._replace(variance=variance), self.responses)
         if len(y) != len(found.mean) or (self.family is None and y.shape != found.mean.shape):
             raise InputError(
                 f"`batch['y']` is {described(y)}: expected {tuple(found.mean.shape)}, as predictions are"
@@ -144,6 +150,8 @@ class Predictor(Posterior):
 
 def _by_row(found: Prediction, responses: int) -> Prediction:
     """Predictions of several responses, (n, t) each."""
+    if responses == 1:
+        return found
     return Prediction(*(value.unflatten(0, (-1, responses)) for value in found))
 
 
@@ -155,14 +163,12 @@ class _Rows:
         population: (n,) the response, or its linear predictor, without random effects.
         X: (n, p) features with head ``"gls"``, else p = 0.
         coded: by random effect the level of each row (n,) and values (n, k).
-        residual: (n,) variances of the residuals.
         batch: the rows themselves.
     """
 
     population: Tensor
     X: Tensor
     coded: Mapping[str, tuple[Tensor, Tensor]]
-    residual: Tensor
     batch: Batch
 
     @classmethod
@@ -192,47 +198,49 @@ class _Rows:
                 name: (codes, population.new_ones(n, 1) if values is None else values)
                 for name, (codes, values) in coded_effects(model.effects(), batch, n).items()
             }
-            residual = population.new_zeros(n)
-            if model.family is None:
-                residual = structure_of(model.residual).variances(batch, n).to(population)
-            return cls(population, X, coded, residual, batch)
+            return cls(population, X, coded, batch)
 
     def predicted(self, model: Predictor) -> tuple[Prediction, list[KnownEffect]]:
-        """Predictions of the response, or of its linear predictor, and what is known of effects."""
+        """Predictions of the linear predictor, and what is known of effects."""
         effects = [
             known_effect(model.effects()[name], name, codes, z, self.batch)
             for name, (codes, z) in self.coded.items()
         ]
-        found = predicted(
-            self.population, self.X, model.beta_covariance, effects, model.joint, self.residual
-        )
-        return found, effects
+        spread = model.beta_covariance
+        return predicted(self.population, self.X, spread, effects, model.joint), effects
 
-    def covariances(self, model: Predictor, variances: Tensor) -> Tensor:
-        r"""Covariance (n, t, t) of the t responses of each row, whose variances are known.
+    def residuals(self, model: Predictor, mean: Tensor) -> Tensor:
+        """Variances of the residuals (n,) of a Gaussian response, whose means are known."""
+        structure, batch = structure_of(model.residual), self.batch
+        if structure.of_fitted:
+            batch = {**batch, "covariate": mean}
+        with evaluating(model):
+            return structure.variances(batch, len(mean)).to(mean)
+
+    def covariances(self, model: Predictor, own: Tensor, residual: Tensor) -> Tensor:
+        r"""Covariance (n, t, t) of the t responses of each row, from the variances (n, t) of their linear
+        predictors and of their residuals.
 
         That of two linear predictors is :math:`(\mathrm{var}(a + b) - \mathrm{var}\,a -
         \mathrm{var}\,b) / 2`, and a sum of two rows of the same levels is a row too.
         """
-        n, t = variances.shape
-        j, k = torch.triu_indices(t, t, 1, device=variances.device)
-        start = t * torch.arange(n, device=variances.device)[:, None]
+        n, t = own.shape
+        j, k = torch.triu_indices(t, t, 1, device=own.device)
+        start = t * torch.arange(n, device=own.device)[:, None]
         one, other = ((start + at).reshape(-1) for at in (j, k))
         places = {key: at for key, at in self.batch.get("places", {}).items() if at is not None}
         sums = _Rows(
             self.population[one],
             self.X[one] + self.X[other],
             {name: (codes[one], z[one] + z[other]) for name, (codes, z) in self.coded.items()},
-            torch.zeros_like(self.population[one]),
             {"places": take(places, one)},
         )
         together = sums.predicted(model)[0].variance.reshape(n, -1)
-        own = variances - self.residual.reshape(n, t)
         pairs = (together - own[:, j] - own[:, k]) / 2
         if isinstance(model.residual, Matrix) and model.residual.shape == (t, t):
-            R = model.residual().to(variances)
-            scale = (self.residual.reshape(n, t) / R.diagonal()).sqrt()  # by weights
+            R = model.residual().to(own)
+            scale = (residual / R.diagonal()).sqrt()  # by weights
             pairs = pairs + R[j, k] * scale[:, j] * scale[:, k]
-        found = torch.diag_embed(variances)
+        found = torch.diag_embed(own + residual)
         found[:, j, k] = found[:, k, j] = pairs
         return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +14,7 @@ from openreml_nn.likelihood.fixed import FixedPart, aliased_columns, null_space
 from openreml_nn.likelihood.system.products import Statistics
 from openreml_nn.model.structures import bases_of
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.warning import warn
 from openreml_nn.table import Encoded, Encoder, RandomDesign
 from openreml_nn.table.encoder import group_key
 from openreml_nn.table.formula import RandomPart
@@ -117,11 +117,9 @@ class Parts:
         if self.statistics is None or self.encoded is None or self.scale is None:
             raise InputError(f"{encoder.source}: every row has a missing value")
         if self.dropped:
-            warnings.warn(
+            warn(
                 f"{encoder.source}: {self.dropped} of {self.dropped + self.statistics.rows} rows "
-                "left out, which miss a value",
-                RuntimeWarning,
-                stacklevel=4,
+                "left out, which miss a value"
             )
         names, y_size = self.encoded.names, self.statistics.products.ff[-1, -1].sqrt()
         parts = encoder.formula.random
@@ -211,11 +209,9 @@ def fixed_part(
     root = values.clamp(min=0).sqrt()[:, None] * vectors.mT
     aliased = aliased_columns(root)
     if aliased:
-        warnings.warn(
+        warn(
             "the fixed-effect model matrix is rank deficient: dropped "
-            + ", ".join(names[j] for j in aliased),
-            RuntimeWarning,
-            stacklevel=6,
+            + ", ".join(names[j] for j in aliased)
         )
     kept = [j for j in range(p) if j not in aliased]
     if rows <= len(kept):

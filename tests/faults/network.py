@@ -30,6 +30,13 @@ FAULTS = [
         "tests/test_joint.py -k independent",
     ),
     Fault(
+        "the variance by a sparse factor leaves out the covariance of coefficients with BLUPs",
+        "openreml_nn/result/factored.py",
+        "d = _numbers(X) @ self._basis - np.asarray(w.T @ self._S)",
+        "d = _numbers(X) @ self._basis",
+        "tests/test_factored.py",
+    ),
+    Fault(
         "the variance of a prediction leaves out the covariance of coefficients with BLUPs",
         JOINT,
         "cross = -T @ spread",
@@ -39,8 +46,8 @@ FAULTS = [
     Fault(
         "the variance of a prediction leaves out the covariance of BLUPs of different factors",
         JOINT,
-        "by = (z[row] * self.entries[place]).sum(1)",
-        "by = 0 * (z[row] * self.entries[place]).sum(1)",
+        "by = (z[row] * joint.entries[place]).sum(1)",
+        "by = 0 * (z[row] * joint.entries[place]).sum(1)",
         "tests/test_joint.py",
     ),
     Fault(
@@ -326,8 +333,8 @@ FAULTS = [
     Fault(
         "the pull-back of a summand takes rows of different levels together",
         "openreml_nn/terms/covariance.py",
-        'return torch.einsum("nak,nm,mal->kl", rows, together * cotangent, rows)',
-        'return torch.einsum("nak,nm,mal->kl", rows, cotangent, rows)',
+        "return z.mT @ (together * cotangent) @ z",
+        "return z.mT @ cotangent @ z",
         "tests/covariance/test_terms.py -k pull_back",
     ),
     Fault(
