@@ -50,6 +50,7 @@ IDLE = {
         {"residual": torch.arange(N)},
         ["plain", "family", "network", "several", "several of one variance", "linear"],
     ),
+    "covariate": ({"covariate": torch.ones(N).double()}, ["plain", "family", "several", "linear"]),
     "places": ({"places": {"g": torch.zeros(N, 2)}}, ["plain", "family", "several", "linear"]),
     "values": ({"values": {"g": torch.ones(N, 2).double()}}, ["features"]),
     "zi": ({"zi": torch.ones(N, 1)}, ["plain", "family", "several", "linear"]),

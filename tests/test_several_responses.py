@@ -115,6 +115,57 @@ def with_values(data, kind):
     return data
 
 
+def variances(found):
+    """Predictions with the variance of each response."""
+    return found._replace(variance=found.variance.diagonal(dim1=1, dim2=2))
+
+
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "head"), [("crossed", "ml"), ("crossed", "gls"), ("slopes", "ml")]
+)
+def test_the_variance_of_a_prediction_is_the_covariance_of_its_responses(kind, head, weights):
+    """As of all rows, old and new, written out: what is left of the new ones, given the old."""
+    found, _ = made(kind, head)
+    data, new = with_values(rows(), kind), with_values(rows(n=5, seed=3), kind)
+    new["groups"]["g"][0] = -1
+    found.update(data)
+    if weights:
+        new["weights"] = 0.5 + torch.rand(5, T).double()
+    both = {"x": torch.cat([data["x"], new["x"]]), "groups": {}}
+    for name, codes in data["groups"].items():
+        more = torch.where(new["groups"][name] < 0, 7, new["groups"][name])
+        both["groups"][name] = torch.cat([codes, more])
+    if kind == "slopes":
+        both["values"] = {"g": torch.cat([data["values"]["g"], new["values"]["g"]])}
+    effects_of_more = {"g": RandomEffect(8, effects=2 if kind == "slopes" else 1, responses=T)}
+    if kind == "crossed":
+        effects_of_more["h"] = RandomEffect(4)
+    grown = MixedModel(found.mean, effects_of_more, found.residual, head)
+    for name, parameter in found.named_parameters():
+        dict(grown.named_parameters())[name].data.copy_(parameter)
+    with torch.no_grad():
+        V = grown.covariance(both)()
+        at, R = N * T, found.residual()
+        V[at:, at:] -= torch.block_diag(*[R] * 5)
+        w = new.get("weights", torch.ones(5, T).double()).rsqrt()
+        V[at:, at:] += torch.block_diag(*[R * a[:, None] * a for a in w])
+        A = torch.linalg.solve(V[:at, :at], V[:at, at:])
+        left = V[at:, at:] - V[at:, :at] @ A
+        if head == "gls":
+            X = torch.stack([torch.kron(torch.eye(T).double(), x[None]) for x in found(both)])
+            X = X.flatten(0, 1)
+            D = X[at:] - A.mT @ X[:at]
+            left += D @ torch.linalg.solve(
+                X[:at].mT @ torch.linalg.solve(V[:at, :at], X[:at]), D.mT
+            )
+    variance = found.predict(new).variance
+    assert variance.shape == (5, T, T)
+    for i, own in enumerate(variance):
+        at = slice(i * T, i * T + T)
+        torch.testing.assert_close(own, left[at, at], rtol=1e-8, atol=1e-9)
+
+
 CASES = [("crossed", "ml"), ("crossed", "gls"), ("slopes", "ml")]
 
 
@@ -142,7 +193,7 @@ def test_several_responses_are_rows_of_one(kind, head, missing):
     if kind == "crossed":
         new["groups"]["h"][1:4] = -1
     wanted = long.predict(stacked(new, kind))
-    for own, other in zip(wide.predict(new), wanted, strict=True):
+    for own, other in zip(variances(wide.predict(new)), wanted, strict=True):
         assert own.shape == (9, T)
         torch.testing.assert_close(own, other.reshape(9, T), rtol=1e-9, atol=1e-10)
     whole = with_values(rows(missing), kind)
@@ -237,7 +288,7 @@ def test_training_in_lightning(training, head):
     del new["y"]
     wanted = long.predict(stacked(new, "crossed"))
     torch.testing.assert_close(
-        model.predict(new).variance, wanted.variance.reshape(N, T), rtol=1e-7, atol=1e-8
+        variances(model.predict(new)).variance, wanted.variance.reshape(N, T), rtol=1e-7, atol=1e-8
     )
 
 

@@ -603,6 +603,36 @@ def test_the_learning_rate_is_found(tmp_path):
     assert trainer.optimizers[0].param_groups[0]["lr"] == found.lr
 
 
+@pytest.mark.parametrize("training", ["alternating", "full", "parts", "groups", "composite"])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_responses_and_networks_of_other_precisions_keep_the_digits_of_both(training, dtypes):
+    """As with both in double precision; a response far from zero that the network starts at."""
+    of_y, of_network = dtypes
+    y = (1000 + Y.double()).to(of_y)
+
+    def fitted(of_y, of_network):
+        network = nn.Linear(2, 1).to(of_network)
+        with torch.no_grad():
+            network.weight.fill_(0.5)
+            network.bias.fill_(1000.0)
+        batch = {"x": X.to(of_network), "y": y.to(of_y), "groups": {"g": G}}
+        own = MixedModel(network, {"g": RandomEffect(Q)})
+        loader = DataLoader([batch], batch_size=None)
+        still = {"_target_": "torch.optim.SGD", "lr": 0.0}
+        trainer, found = fit(loader, loader, MixedModule(own, still, training), epochs=1)
+        loss, _ = found.way.loss(own, batch)
+        values = trainer.callback_metrics
+        return [loss, found.result.log_likelihood, values["val_mse"], own.predict(batch).variance]
+
+    found, wanted = fitted(of_y, of_network), fitted(torch.float64, torch.float64)
+    assert found[0].dtype == torch.float64
+    for one, other in zip(found, wanted, strict=True):
+        # A network in single precision yields 1000 in steps of 6e-5.
+        torch.testing.assert_close(
+            one, other, rtol=1e-10 if of_y == torch.float32 else 1e-4, atol=0
+        )
+
+
 def test_half_precision_of_the_response_is_refused():
     with pytest.raises(InputError, match=r"training batch 0: `y` is torch.bfloat16.*bf16-mixed"):
         fit(precision="bf16-true")

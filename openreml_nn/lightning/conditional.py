@@ -133,7 +133,7 @@ def _spread(model: MixedModel, coded: Coded, X: Tensor | None) -> Tensor:
         for name, (codes, z) in coded.items()
     ]
     rows = like.new_zeros(n, 0) if X is None else X.to(like)
-    if bool(model.joint.is_exact):
+    if bool(model.joint.is_exact):  # and differentiable
         return model.joint.variance(designs, rows)
     found = torch.einsum("np,pq,nq->n", rows, model.beta_covariance, rows)
     for effect, design in zip(effects.values(), designs, strict=True):

@@ -69,7 +69,8 @@ class Evaluated(LightningModule):
         there = torch.isfinite(y) & torch.isfinite(found.mean)
         if not bool(there.any()):
             return
-        mean, variance, y = found.mean[there], found.variance[there], y[there]
+        own = found.variance if found.mean.dim() == 1 else found.variance.diagonal(dim1=1, dim2=2)
+        mean, variance, y = found.mean[there], own[there], y[there]
         values = {
             f"{prefix}_mse": ((mean - y) ** 2).mean(),
             f"{prefix}_negative_log_density": gaussian_negative_log_density(mean, variance, y),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -118,6 +118,13 @@ def refuse_gradient_options(trainer: Trainer) -> None:
         if value not in (None, without):
             raise InputError(
                 f"Trainer({name}={value}) has no effect: no network is trained by gradients"
+            )
+
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StochasticWeightAveraging):
+            raise InputError(
+                "Trainer(callbacks=[StochasticWeightAveraging]) has no network's parameters to "
+                "average: no network is trained by gradients"
             )
 
 

@@ -91,7 +91,7 @@ class MixedModel(Predictor):
         responses: t, how many a row has; by default as many as a random effect says. Then ``y`` is
             (n, t), NaN where one is missing, the network yields (n, t) with head ``"ml"``, a feature has a
             coefficient for each, the residual is a covariance (t, t) among those of a row, any by
-            default, and predictions are (n, t).
+            default, and predictions are (n, t), with covariances (n, t, t).
 
     Raises:
         TypeError, InputError: if an argument is of another kind, or does not fit the others.

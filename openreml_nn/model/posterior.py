@@ -104,7 +104,7 @@ class Posterior(nn.Module):
         features = (effect.features is not None for effect in self.effects().values())
         with_x = any(features) or not isinstance(self.residual, Matrix)
         found = stacked(batch, self.responses, self.effects(), is_data, with_x)
-        if not structure_of(self.residual).takes_cells:
+        if "residual" not in structure_of(self.residual).takes:
             del found["residual"]
         return found
 

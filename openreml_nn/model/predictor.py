@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
 from torch import Tensor
 
+from openreml_nn.covariance import Matrix
 from openreml_nn.likelihood.fixed import estimable
 from openreml_nn.model.adding import added
-from openreml_nn.model.batch import Batch, part, responding, row_values
+from openreml_nn.model.batch import Batch, part, responding, row_values, take
 from openreml_nn.model.means import evaluating
 from openreml_nn.model.posterior import Posterior
 from openreml_nn.model.random_effect import coded_effects, known_effect
@@ -79,7 +81,8 @@ class Predictor(Posterior):
         at a place, with its coordinates in ``batch["places"]``, the mean and variance given the places
         of the fit. Before :meth:`update` the variance is that
         of the priors. With a family all is on the scale of the response: means are expectations
-        over the random effects, given the data or, of the population, without them. Of a mean
+        over the random effects, given the data or, of the population, without them. Of t responses
+        means are (n, t), and the variance is their covariance (n, t, t). Of a mean
         without parameters a row has NaN where the data do not say its expectation.
 
         Raises:
@@ -89,7 +92,8 @@ class Predictor(Posterior):
 
     @torch.no_grad()
     def interval(self, batch: Batch, level: float = 0.95) -> tuple[Prediction, Tensor, Tensor]:
-        """Predictions with the lower and the upper end of an interval for each row, (n,) each.
+        """Predictions with the lower and the upper end of an interval for each row, (n,) each, or for
+        each response, (n, t).
 
         For a Gaussian response it holds a new observation with the probability ``level``; with a
         family, the mean of new observations of the row.
@@ -97,29 +101,38 @@ class Predictor(Posterior):
         Raises:
             TypeError, InputError: as in :meth:`predict`, or if the level is not between 0 and 1.
         """
-        found, effects = _linear_predictor(self, batch)
+        rows = _Rows.of(self, batch)
+        found, effects = rows.predicted(self)
         if self.family is not None:
             family = self.family.of_rows(batch.get("zi"))
             low, high = normal_interval(found.mean, found.variance, level)
             found = on_response(family, found, effects)
             return found, family.mean(low), family.mean(high)
+        residual = rows.residuals(self, found.mean)
+        whole = _by_row(found._replace(variance=found.variance + residual), self.responses)
+        low, high = normal_interval(whole.mean, whole.variance, level)
         if self.responses > 1:
-            found = self._by_row(found)
-        return found, *normal_interval(found.mean, found.variance, level)
+            residual = residual.reshape(whole.mean.shape)
+            own = whole.variance - residual
+            whole = whole._replace(variance=rows.covariances(self, own, residual))
+        return whole, low, high
 
     @torch.no_grad()
     def log_density(self, batch: Batch) -> Tensor:
         r"""Logarithm of the predictive density of each row's response (n,), at the parameters'
         estimates: Gaussian with the mean and variance of :meth:`predict`; with a family
-        :math:`E\,p(y \mid a)` over the predictor a. A row without a response, NaN in ``y``, has NaN.
+        :math:`E\,p(y \mid a)` over the predictor a. A row without a response, NaN in ``y``, has NaN. Of
+        several responses it is that of each, (n, t).
 
         Raises:
             TypeError, InputError: as in :meth:`predict`, or if ``y`` does not fit.
         """
-        found, _ = _linear_predictor(self, batch)
+        given = _Rows.of(self, batch)
+        found, _ = given.predicted(self)
         y = part(batch, "y").to(found.mean)
-        if self.responses > 1:
-            found = self._by_row(found)
+        if self.family is None:
+            variance = found.variance + given.residuals(self, found.mean)
+            found = _by_row(found._replace(variance=variance), self.responses)
         if len(y) != len(found.mean) or (self.family is None and y.shape != found.mean.shape):
             raise InputError(
                 f"`batch['y']` is {described(y)}: expected {tuple(found.mean.shape)}, as predictions are"
@@ -134,42 +147,100 @@ class Predictor(Posterior):
             return torch.full_like(found.mean, torch.nan).index_copy(0, rows, density)
         return -((2 * torch.pi * found.variance).log() + (y - found.mean) ** 2 / found.variance) / 2
 
-    def _by_row(self, found: Prediction) -> Prediction:
-        """Predictions of several responses, (n, t) each."""
-        return Prediction(*(value.unflatten(0, (-1, self.responses)) for value in found))
+
+def _by_row(found: Prediction, responses: int) -> Prediction:
+    """Predictions of several responses, (n, t) each."""
+    if responses == 1:
+        return found
+    return Prediction(*(value.unflatten(0, (-1, responses)) for value in found))
 
 
-def _linear_predictor(model: Predictor, batch: Batch) -> tuple[Prediction, list[KnownEffect]]:
-    """Predictions of the response, or of its linear predictor, and what is known of effects."""
-    with evaluating(model):
-        output = model(batch)
-        model.check(batch)
-        if model.responses > 1:
-            batch = {key: value for key, value in batch.items() if key != "y"}
-        batch, output = model.single(batch, output, is_data=False)
-        n = len(output)
-        if model.head == "gls":
-            if not bool(model.joint.is_known):
-                raise InputError("there are no coefficients yet: call update() with the data")
-            X = output[:, : len(model.beta)].to(model.beta)
-            population = X @ model.beta
-            if not any(True for _ in model.mean.parameters()):
-                population = torch.where(estimable(X, model.aliases), population, torch.nan)
-        else:
-            population = output.double()
-            X = population.new_zeros(n, 0)
-        offset = row_values(batch, "offset", n)
-        if offset is not None:
-            population = population + offset.to(population)
-        effects = []
-        for name, (codes, values) in coded_effects(model.effects(), batch, n).items():
-            z = population.new_ones(n, 1) if values is None else values
-            effects.append(known_effect(model.effects()[name], name, codes, z, batch))
-        found = predicted(population, X, model.beta_covariance, effects, model.joint)
-        if model.family is not None:
-            return found, effects
-        structure = structure_of(model.residual)
+@dataclass(frozen=True)
+class _Rows:
+    """What a prediction takes of some rows; of several responses there is a row for each.
+
+    Attributes:
+        population: (n,) the response, or its linear predictor, without random effects.
+        X: (n, p) features with head ``"gls"``, else p = 0.
+        coded: by random effect the level of each row (n,) and values (n, k).
+        batch: the rows themselves.
+    """
+
+    population: Tensor
+    X: Tensor
+    coded: Mapping[str, tuple[Tensor, Tensor]]
+    batch: Batch
+
+    @classmethod
+    def of(cls, model: Predictor, batch: Batch) -> _Rows:
+        """Those of a batch."""
+        with evaluating(model):
+            output = model(batch)
+            model.check(batch)
+            if model.responses > 1:
+                batch = {key: value for key, value in batch.items() if key != "y"}
+            batch, output = model.single(batch, output, is_data=False)
+            n = len(output)
+            if model.head == "gls":
+                if not bool(model.joint.is_known):
+                    raise InputError("there are no coefficients yet: call update() with the data")
+                X = output[:, : len(model.beta)].to(model.beta)
+                population = X @ model.beta
+                if not any(True for _ in model.mean.parameters()):
+                    population = torch.where(estimable(X, model.aliases), population, torch.nan)
+            else:
+                population = output.double()
+                X = population.new_zeros(n, 0)
+            offset = row_values(batch, "offset", n)
+            if offset is not None:
+                population = population + offset.to(population)
+            coded = {
+                name: (codes, population.new_ones(n, 1) if values is None else values)
+                for name, (codes, values) in coded_effects(model.effects(), batch, n).items()
+            }
+            return cls(population, X, coded, batch)
+
+    def predicted(self, model: Predictor) -> tuple[Prediction, list[KnownEffect]]:
+        """Predictions of the linear predictor, and what is known of effects."""
+        effects = [
+            known_effect(model.effects()[name], name, codes, z, self.batch)
+            for name, (codes, z) in self.coded.items()
+        ]
+        spread = model.beta_covariance
+        return predicted(self.population, self.X, spread, effects, model.joint), effects
+
+    def residuals(self, model: Predictor, mean: Tensor) -> Tensor:
+        """Variances of the residuals (n,) of a Gaussian response, whose means are known."""
+        structure, batch = structure_of(model.residual), self.batch
         if structure.of_fitted:
-            batch = {**batch, "covariate": found.mean}
-        residual = structure.variances(batch, n).to(found.variance)
-        return found._replace(variance=found.variance + residual), effects
+            batch = {**batch, "covariate": mean}
+        with evaluating(model):
+            return structure.variances(batch, len(mean)).to(mean)
+
+    def covariances(self, model: Predictor, own: Tensor, residual: Tensor) -> Tensor:
+        r"""Covariance (n, t, t) of the t responses of each row, from the variances (n, t) of their linear
+        predictors and of their residuals.
+
+        That of two linear predictors is :math:`(\mathrm{var}(a + b) - \mathrm{var}\,a -
+        \mathrm{var}\,b) / 2`, and a sum of two rows of the same levels is a row too.
+        """
+        n, t = own.shape
+        j, k = torch.triu_indices(t, t, 1, device=own.device)
+        start = t * torch.arange(n, device=own.device)[:, None]
+        one, other = ((start + at).reshape(-1) for at in (j, k))
+        places = {key: at for key, at in self.batch.get("places", {}).items() if at is not None}
+        sums = _Rows(
+            self.population[one],
+            self.X[one] + self.X[other],
+            {name: (codes[one], z[one] + z[other]) for name, (codes, z) in self.coded.items()},
+            {"places": take(places, one)},
+        )
+        together = sums.predicted(model)[0].variance.reshape(n, -1)
+        pairs = (together - own[:, j] - own[:, k]) / 2
+        if isinstance(model.residual, Matrix) and model.residual.shape == (t, t):
+            R = model.residual().to(own)
+            scale = (residual / R.diagonal()).sqrt()  # by weights
+            pairs = pairs + R[j, k] * scale[:, j] * scale[:, k]
+        found = torch.diag_embed(own + residual)
+        found[:, j, k] = found[:, k, j] = pairs
+        return found

@@ -33,13 +33,13 @@ class ResidualStructure:
     Attributes:
         is_independent: whether rows are independent, so that others can be added to them; False by
             default.
-        takes_cells: whether it reads ``batch["residual"]``; True by default.
+        takes: which of ``"residual"`` and ``"covariate"`` it reads of a batch; both by default.
         of_fitted: whether variances depend on the fitted values, which are ``batch["covariate"]``
             then; False by default.
     """
 
     is_independent: bool = False
-    takes_cells: bool = True
+    takes: frozenset[str] = frozenset({"residual", "covariate"})
     of_fitted: bool = False
 
     def operands(self, batch: Batch, n: int) -> dict[str, Matrix]:
@@ -81,7 +81,7 @@ class _OneVariance(ResidualStructure):
     r"""Independent rows of variance :math:`\sigma^2 / w_i`."""
 
     is_independent = True
-    takes_cells = False
+    takes = frozenset()
 
     def __init__(self, matrix: Matrix) -> None:
         self.matrix = matrix
@@ -114,6 +114,8 @@ class _WithinGroups(ResidualStructure):
     ``batch["residual"]`` holds the cell of each row: its group, times the number of positions, plus
     its position; -1 in prediction for a position that is not known, which has the mean variance.
     """
+
+    takes = frozenset({"residual"})
 
     def __init__(self, matrix: Matrix) -> None:
         self.matrix = matrix
@@ -151,7 +153,7 @@ class _ByNetwork(ResidualStructure):
     r"""Independent rows of variance :math:`e^{f(x_i)} / w_i`."""
 
     is_independent = True
-    takes_cells = False
+    takes = frozenset()
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network

@@ -34,14 +34,12 @@ def of_gaussian(output: Tensor, batch: Batch, head: str) -> tuple[Tensor, Tensor
             f"`y` has shape {tuple(y.shape)} but `mean` yields {n} rows: expected ({n},); "
             "a column is made a vector by y[:, 0], and several are for a model with responses="
         )
-    if output.dtype != y.dtype:
-        dtype = torch.promote_types(y.dtype, output.dtype)
-        if dtype != y.dtype:
-            raise InputError(
-                f"`y` is {y.dtype} but `mean` yields {output.dtype}: make y as precise, by "
-                f"y.to({dtype}), or the network less"
-            )
-        output = output.to(dtype)
+    dtype = torch.promote_types(y.dtype, output.dtype)
+    if dtype != y.dtype and y.dtype.itemsize < 4:
+        raise InputError(
+            f"`y` is {y.dtype} but `mean` yields {output.dtype}: make y as precise, by y.to({dtype})"
+        )
+    y, output = y.to(dtype), output.to(dtype)  # the wider holds all digits of both
     offset = row_values(batch, "offset", n)
     if offset is not None:
         y = y - offset.to(y)

@@ -53,6 +53,7 @@ class ByStratum(nn.Module, ResidualStructure):
         for name in matrices:
             self.names.append(operand_name(name, self.names))
         self.matrices = nn.ModuleList(matrices.values())
+        self.takes = frozenset({"residual"})
         self.is_independent = all(
             isinstance(matrix, ScalarMatrix | DiagonalMatrix) for matrix in matrices.values()
         )
@@ -112,6 +113,8 @@ class ByCovariate(nn.Module, ResidualStructure):
         self.correlated = correlated
         self.of_fitted = of_fitted
         # Further rows would move the fitted values, and so the variances, of those before.
+        own = frozenset() if correlated is None else structure_of(correlated).takes
+        self.takes = own | {"covariate"}
         self.is_independent = not of_fitted and (
             correlated is None or structure_of(correlated).is_independent
         )
@@ -152,6 +155,8 @@ class WithUnits(nn.Module, ResidualStructure):
         super().__init__()
         self.correlated = correlated
         self.units = ScalarMatrix(1)
+        cells = isinstance(correlated, Matrix)
+        self.takes = frozenset({"residual"}) if cells else structure_of(correlated).takes
 
     def operands(self, batch: Batch, n: int) -> dict[str, Matrix]:
         units = structure_of(self.units).operands(batch, n)["residual"]

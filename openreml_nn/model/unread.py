@@ -16,6 +16,9 @@ from openreml_nn.support.errors import InputError
 
 __all__ = ["refuse_unread"]
 
+#: What some models read and others do not.
+_OPTIONAL = frozenset({"values", "places", "residual", "covariate", "weights", "zi"})
+
 
 def refuse_unread(
     batch: Batch, effects: Mapping[str, RandomEffect], residual: nn.Module, responses: int
@@ -31,6 +34,8 @@ def refuse_unread(
     Raises:
         TypeError, InputError: if the batch has such a part, naming it.
     """
+    if batch.keys().isdisjoint(_OPTIONAL):
+        return  # as most do
     check_values(batch, effects)
     for name, value in by_effect(batch, "values").items():
         if effects[name].features is not None:
@@ -51,19 +56,24 @@ def refuse_unread(
 def _unread(residual: nn.Module, responses: int) -> dict[str, tuple[str, str]]:
     """Keys that a residual, or a family in its place, does not read: beside what, and why."""
     if isinstance(residual, Family):
+        why = "as weights divide the residual variance of a Gaussian response"
         return {
             "residual": (" beside a family", "as it has the residual's place"),
-            "weights": (
-                " beside a family",
-                "as weights divide the residual variance of a Gaussian response",
-            ),
+            "covariate": (" beside a family", "as it has the residual's place"),
+            "weights": (" beside a family", why),
         }
+    takes = structure_of(residual).takes
+    found = {}
     if responses > 1:
-        return {"residual": (" beside several responses", "as these are the cells of a row")}
-    if not structure_of(residual).takes_cells:
-        why = "as no rows share a group of cells"
-        return {"residual": (" beside independent residuals", why)}
-    return {}
+        found["residual"] = (" beside several responses", "as these are the cells of a row")
+    elif "residual" not in takes:
+        found["residual"] = (
+            " beside independent residuals",
+            "as no rows share a group of cells",
+        )
+    if "covariate" not in takes:
+        found["covariate"] = (" beside the model's residual", "as its variance depends on none")
+    return found
 
 
 def _refuse(name: str, value: Any, why: str, beside: str = "") -> None:

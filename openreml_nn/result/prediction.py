@@ -41,7 +41,8 @@ _NODES = 41
 
 
 class Prediction(NamedTuple):
-    """Predictions of some rows, (n,) each; of several responses (n, t).
+    """Predictions of some rows, (n,) each; of several responses means (n, t), and as variance the
+    covariance of the responses of a row, (n, t, t).
 
     Attributes:
         mean: with the random effects of the levels that are known.

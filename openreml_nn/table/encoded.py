@@ -225,7 +225,9 @@ class Encoded:
         residual = self.residual
         parts = {"y": self.y, "weights": self.weights, "offset": self.offset}
         if residual is not None:
-            parts["residual"] = residual.cells if residual.strata else None
+            # One stratum of one position is a variance for all rows, which has no cells.
+            sizes = [stratum.size for stratum in residual.strata]
+            parts["residual"] = residual.cells if residual.nugget or sum(sizes) > 1 else None
             parts["covariate"] = residual.covariate
         parts["zi"] = self.zi
         return found | {name: part for name, part in parts.items() if part is not None}

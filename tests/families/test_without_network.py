@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -98,6 +98,9 @@ def test_the_trainer_limits_the_steps_of_the_fit(limit, tmp_path):
     assert not module.result.converged
     with pytest.raises(InputError, match="gradient_clip_val"):
         trainer(tmp_path, gradient_clip_val=1.0).fit(MixedModule(model()), loader)
+    averaged = trainer(tmp_path, callbacks=[StochasticWeightAveraging(0.1)])
+    with pytest.raises(InputError, match="StochasticWeightAveraging"):
+        averaged.fit(MixedModule(model()), loader)
 
 
 def test_a_covariance_that_is_held_has_checkpoints_too(tmp_path):
