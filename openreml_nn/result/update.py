@@ -11,6 +11,7 @@ import pandas as pd
 from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.result.prediction import moved
 from openreml_nn.result.values import FitValues
+from openreml_nn.support.errors import InputError
 
 __all__ = ["with_rows"]
 
@@ -19,6 +20,11 @@ Values = TypeVar("Values", bound=FitValues)
 
 def with_rows(result: Values, table: pd.DataFrame) -> Values:
     """A result with more rows at the same parameters, see :meth:`Result.update`."""
+    if result.encoder.formula.traits:
+        raise InputError(
+            f"formula {result.formula!r}: a fit of several responses takes up no further rows: fit all "
+            "rows"
+        )
     encoder, model = copy.deepcopy(result.encoder), copy.deepcopy(result.model)
     encoded = encoder.more(table)
     levels = {d.name: d.levels for d in encoded.random}

@@ -1007,7 +1007,7 @@ CALLS = {
 EXEMPT = {
     "Bootstrap", "Component", "Cost", "Curve", "Dense", "Dispersion", "Grid", "Solver", "Spectral", "Estimate", "Evaluation", "FTest", "Family", "LaplaceEvaluation", "InputError", "LikelihoodRatio",
     "MarginalMeans", "NotPositiveDefiniteError", "NumericalError", "Operator", "Pedigree", "Plan",
-    "Profile", "ProgressBar", "R2", "Relationship", "Result", "Transform", "Heritability", "Way", "ZeroCount",
+    "Profile", "ProgressBar", "R2", "Relationship", "Result", "Transform", "ConditionalAIC", "Heritability", "Way", "ZeroCount",
 }  # fmt: skip
 
 # ---------------------------------------------------------------------- outcomes
