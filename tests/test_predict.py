@@ -288,6 +288,8 @@ def test_predictions_of_no_rows_and_of_what_is_no_table():
         "high",
     ]
     with pytest.raises(TypeError, match="`table` is"):
+        result.predict(3)
+    with pytest.raises(InputError, match=r"file 'table\.csv' does not exist"):
         result.predict("table.csv")
 
 

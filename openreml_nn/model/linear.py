@@ -37,10 +37,11 @@ from openreml_nn.support.checks import (
 )
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import Encoder, TableFile
+from openreml_nn.table.reading import given_table
 from openreml_nn.table.traits import WITHIN_UNIT
 from openreml_nn.terms.term import Term
 
-__all__ = ["in_user_basis", "lmm", "read_table_of", "with_model"]
+__all__ = ["in_user_basis", "lmm", "with_model"]
 
 
 def lmm(
@@ -143,10 +144,11 @@ def lmm(
             max_iterations=max_iterations,
             progress=progress is not False,
         )
-    table, source = read_table_of(table)
+    table, source, dialect = given_table(table)
     known = residual_variance is not None
     relations = relations_of(pedigree, kernels)
     encoder = Encoder(formula, categorical, source, residual, weights, known, relations)
+    encoder.dialect = dialect
     if encoder.formula.traits:
         _check_variance(residual_variance, WITHIN_UNIT)
     encoded = encoder.fit(table)
@@ -194,16 +196,6 @@ def lmm(
     )
 
 
-def read_table_of(
-    table: pd.DataFrame | str | os.PathLike[str] | TableFile,
-) -> tuple[pd.DataFrame, str]:
-    """A table in memory, and what messages call it."""
-    if isinstance(table, pd.DataFrame):
-        return table, "the table"
-    file = table if isinstance(table, TableFile) else TableFile(table)
-    return file.read(), f"file {str(table)!r}"
-
-
 def in_user_basis(
     result: Result, model: MixedModel, batch: Batch, labels: Mapping[str, Label]
 ) -> Result:
@@ -239,7 +231,9 @@ def with_model(
         batch: the rows.
         residual: what stands for the residual where a family has its place.
     """
-    source, model = result.source, copy.deepcopy(model)
+    # Names of levels, which may be many, are shared.
+    names = {id(effect.names): effect.names for effect in model.effects().values()}
+    source, model = result.source, copy.deepcopy(model, names)
     assert source is not None
     if any(label.basis is not None for label in source.labels.values()):
         model.update(batch)  # the result has the effects in another basis

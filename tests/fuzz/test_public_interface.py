@@ -365,8 +365,6 @@ def _top() -> list[Call]:
         Call("", "MixedModel.forward", model, {"batch": {"x": x}},
              {"batch": Kind(lambda v: False, ({"y": x}, {"x": x.numpy()}, {"x": [1]}, {"x": double(3, 7)}))},
              {"batch": ("x",)}),
-        Call("", "MixedModel.outputs", model.outputs, {"x": x, "rows": 4},
-             {"x": tensor(None, 2, whole=False, finite=False), "rows": count(1)}),
         Call("", "MixedModel.backward_in_parts", model.backward_in_parts, {"batch": batch(), "rows": 4},
              {"batch": BATCH, "rows": count(1)}, {"batch": BATCH_WORDS}),
     ]  # fmt: skip
@@ -943,6 +941,7 @@ def _report() -> list[Call]:
         ),
         Call("report", "caterpillar", report.caterpillar, {**own, "group": "Subject"},
              {**takes, "group": never}),
+        Call("report", "residual_table", report.residual_table, own, takes),
         Call("report", "covariance_map", report.covariance_map, own, {**takes, "rows": count(1)}),
         Call("report", "calibration", report.calibration,
              {"mean": torch.tensor([0.2, 0.7]), "target": torch.tensor([0.0, 1.0])},
