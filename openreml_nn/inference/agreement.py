@@ -8,7 +8,6 @@ from math import nan
 import numpy as np
 import pandas as pd
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
 from openreml_nn.estimation import Result
@@ -147,6 +146,8 @@ class _Runs:
 
     def search(self, method: str) -> None:
         """By one of SciPy's optimisers, in the coordinates of estimation."""
+        from scipy.optimize import minimize  # which takes long to import, and few need
+
         self.moments()
         with_slope = method != "Nelder-Mead"
         start = self._at.read(self._estimate)
