@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning import Trainer
 
-from openreml_nn import InputError, lmm, restricted_log_likelihood
+from openreml_nn import InputError, glmm, lmm, restricted_log_likelihood
 from openreml_nn.covariance import Pedigree
 from openreml_nn.inference import emmeans
 from openreml_nn.lightning import MixedModelDataModule, MixedModule
@@ -277,3 +277,27 @@ def test_formulas_say_their_responses():
     assert [name for name, _ in formula.traits] == ["a", "b"]
     assert str(formula.fixed) == "0 + trait + trait:x"
     assert str(formula.random[0]) == "(0 + trait | g)"
+
+
+def test_several_responses_are_not_for_chunks_splines_or_more_rows(tmp_path):
+    """Each is refused in a line of its own, for what it is."""
+    rng = np.random.default_rng(0)
+    rows = pd.DataFrame(rng.standard_normal((60, 3)), columns=["a", "b", "x"]).assign(
+        g=np.arange(60) % 6
+    )
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    formula = "cbind(a, b) ~ x + (1 | g)"
+    fit = lmm(formula, rows[:50])
+    refused = {
+        "takes up no further rows: fit all": lambda: fit.update(rows[50:]),
+        "is not for a table in chunks": lambda: lmm(formula, tmp_path / "rows.csv", chunk_rows=20),
+        "beside cbind() is not supported": lambda: lmm("cbind(a, b) ~ x + (1 | spline(x))", rows),
+        "is for family 'binomial'": lambda: glmm(formula, rows, family="poisson"),
+    }
+    for message, call in refused.items():
+        with pytest.raises(InputError, match=re.escape(message)):
+            call()
+    # A basis in the fixed effects is that of each response alone.
+    both = lmm("cbind(a, b) ~ bs(x, df = 4) + diag(0 + trait | g)", rows, residual="diag(trait)")
+    alone = [lmm(f"{name} ~ bs(x, df = 4) + (1 | g)", rows) for name in "ab"]
+    assert both.log_likelihood == pytest.approx(sum(a.log_likelihood for a in alone), abs=1e-7)

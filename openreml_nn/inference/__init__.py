@@ -1,5 +1,6 @@
 """Inference from a fit: tests, intervals, the bootstrap, marginal means and shares of variance."""
 
+from openreml_nn.inference.agreement import refits
 from openreml_nn.inference.checking import (
     Dispersion,
     ZeroCount,
@@ -7,6 +8,7 @@ from openreml_nn.inference.checking import (
     quantile_residuals,
     zero_count,
 )
+from openreml_nn.inference.conditional import ConditionalAIC, conditional_aic
 from openreml_nn.inference.degrees import FTest, coefficients, wald_test
 from openreml_nn.inference.deletion import influence
 from openreml_nn.inference.diagnosis import diagnose
@@ -22,6 +24,7 @@ from openreml_nn.inference.tables import anova
 __all__ = [
     "R2",
     "Bootstrap",
+    "ConditionalAIC",
     "Curve",
     "Dispersion",
     "FTest",
@@ -34,6 +37,7 @@ __all__ = [
     "bootstrap",
     "bootstrap_test",
     "coefficients",
+    "conditional_aic",
     "diagnose",
     "dispersion",
     "emmeans",
@@ -43,6 +47,7 @@ __all__ = [
     "profile",
     "quantile_residuals",
     "r2",
+    "refits",
     "reliability",
     "scan",
     "simulate",

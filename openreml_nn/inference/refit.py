@@ -86,10 +86,18 @@ def matrix_entries(result: Result) -> dict[str, tuple[int, int, int]]:
     """Names of standard deviations and correlations, each with its component, row and column.
 
     As in lme4: ``sd_Days|Subject``, ``cor_Days.(Intercept)|Subject``, and ``sigma``. Those of a
-    second term of the same group, as ``(1 | animal)`` beside ``(1 | ped(animal))``, get a number.
+    second term of the same group, as ``(1 | animal)`` beside ``(1 | ped(animal))``, get a number. A
+    term with a variance for each row, a function of a covariate, has none.
     """
     names, entries = [], []
+    by_row: set[str] = set()
+    if result.source is not None:
+        with torch.no_grad():
+            terms = result.source.covariance.terms()
+        by_row = {term.name for term in terms if term.covariance.shown().dim() == 1}
     for index, c in enumerate(result.components):
+        if c.name in by_row:
+            continue
         if c.covariance.dim() != 2 or len(c.covariance) != len(c.effects):
             continue
         plain = c.is_residual and len(c.effects) == 1

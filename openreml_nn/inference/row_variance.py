@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.terms.base import Covariance
+from openreml_nn.terms.blocks import BlockCovariance
 from openreml_nn.terms.covariance import DiagonalCovariance, KroneckerCovariance, ScaledCovariance
 from openreml_nn.terms.design import IdentityDesign, IndexedDesign
 from openreml_nn.terms.term import Term
@@ -41,6 +42,9 @@ def _blocks(G: Covariance, effects: int) -> Tensor:
     if isinstance(G, ScaledCovariance | KroneckerCovariance):
         # As tables show it: a variance component, whatever the inbreeding of the animals.
         return G.shown()[None]
+    if isinstance(G, BlockCovariance):
+        square = G.matrix.unflatten(2, (-1, effects)).unflatten(1, (-1, effects))
+        return square.diagonal(dim1=1, dim2=3).movedim(-1, 1).flatten(0, 1)
     if isinstance(G, DiagonalCovariance):
         return G.matrix.reshape(-1, effects).diag_embed()
     square = G.matrix.unflatten(1, (-1, effects)).unflatten(0, (-1, effects))  # (m, k, m, k)

@@ -11,6 +11,7 @@ import pandas as pd
 from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.result.prediction import moved
 from openreml_nn.result.values import FitValues
+from openreml_nn.support.errors import InputError
 
 __all__ = ["with_rows"]
 
@@ -25,6 +26,11 @@ def with_rows(result: Values, encoder: Any, table: pd.DataFrame) -> Values:
         encoder: the result's, which names the new rows in messages.
         table: the new rows.
     """
+    if encoder.formula.traits:
+        raise InputError(
+            f"formula {result.formula!r}: a fit of several responses takes up no further rows: fit all "
+            "rows"
+        )
     source = result.encoder.source
     encoder, model = copy.deepcopy(encoder), copy.deepcopy(result.model)
     encoded = encoder.more(table)

@@ -729,6 +729,9 @@ def _inference() -> list[Call]:
         Call("inference", "heritability", inference.heritability, {**own, "group": "Subject"},
              {**takes, "group": never, "method": choice}),
         Call("inference", "reliability", inference.reliability, own, {**takes, "group": optional(never)}),
+        Call("inference", "conditional_aic", inference.conditional_aic, own, takes),
+        Call("inference", "refits", inference.refits, {**own, "starts": 0, "progress": False},
+             {**takes, "starts": count(0), "seed": count(0), "progress": flag}),
         Call("inference", "influence", inference.influence, {**own, "by": "Subject", "progress": False},
              {**takes, "by": Kind(lambda v: v is None or (not isinstance(v, str) and hasattr(v, "__len__") and len(v) == 180)),
               "refit": flag, "progress": flag}),
@@ -1003,7 +1006,7 @@ CALLS = {
 EXEMPT = {
     "Bootstrap", "Component", "Cost", "Curve", "Dense", "Dispersion", "Grid", "Solver", "Spectral", "Estimate", "Evaluation", "FTest", "Family", "LaplaceEvaluation", "InputError", "LikelihoodRatio",
     "MarginalMeans", "NotPositiveDefiniteError", "NumericalError", "Operator", "Pedigree", "Plan",
-    "Profile", "ProgressBar", "R2", "Relationship", "Result", "Transform", "Heritability", "Way", "ZeroCount",
+    "Profile", "ProgressBar", "R2", "Relationship", "Result", "Transform", "ConditionalAIC", "Heritability", "Way", "ZeroCount",
 }  # fmt: skip
 
 # ---------------------------------------------------------------------- outcomes

@@ -491,3 +491,22 @@ def test_fits_in_a_batch_are_those_one_by_one(formula, table, residual, monkeypa
     assert not batched.maximise(refit, responses).found.any()
     alone = bootstrap(result, samples=30, seed=2, progress=False)
     pd.testing.assert_frame_equal(together.samples, alone.samples, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "residual", ["power(Weight)", "exp(fitted)", "power(Weight):ar1(Days | Subject)"]
+)
+def test_variances_by_a_covariate_are_no_single_standard_deviation(residual):
+    """They are told by their mean over the rows; what is profiled and drawn is the rest."""
+    rows = sleepstudy()[:50].assign(Weight=lambda t: 1 + t["Days"] / 4)
+    fit = lmm("Reaction ~ Days + (1 | Subject)", rows, residual=residual)
+    with torch.no_grad():
+        variances = fit.source.covariance.operands["residual"]().diagonal()
+    assert fit.residual_variance == pytest.approx(float(variances.mean()), rel=1e-9)
+    shares = variance_shares(fit)
+    assert shares.iloc[-1]["variance"] == pytest.approx(float(variances.mean()), rel=1e-9)
+    names = ["Days"] if "ar1" in residual else ["sd_(Intercept)|Subject", "Days"]
+    table = profile(fit, names, progress=False).intervals()
+    assert list(table["name"]) == names
+    draws = bootstrap(fit, samples=3, seed=1, progress=False)
+    assert "Days" in str(draws.intervals())

@@ -1,0 +1,143 @@
+"""Akaike's criterion for the random effects of the data at hand."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from openreml_nn.estimation import Result
+from openreml_nn.estimation.curvature import Curvature
+from openreml_nn.estimation.derivatives import hessian_of_value, jacobian
+from openreml_nn.inference.refit import Refit
+from openreml_nn.likelihood.problem import cholesky
+from openreml_nn.support.errors import InputError
+from openreml_nn.terms.term import residual_terms
+
+__all__ = ["ConditionalAIC", "conditional_aic"]
+
+#: Rows of which dense matrices are formed for each parameter.
+_MOST_ROWS = 3_000
+
+
+class ConditionalAIC(NamedTuple):
+    r"""Akaike's criterion given the random effects.
+
+    Attributes:
+        log_likelihood: :math:`\log p(y \mid \hat\beta, \hat b, \hat\theta)`.
+        df: effective degrees of freedom, those of the residual's parameters among them.
+        aic: :math:`-2\ell + 2\,\mathrm{df}`; the smaller is the better.
+    """
+
+    log_likelihood: float
+    df: float
+    aic: float
+
+
+def conditional_aic(result: Result) -> ConditionalAIC:
+    r"""Conditional AIC: for predictions within the levels of the data, where AIC is for new ones.
+
+    With fitted values :math:`\hat y = X\hat\beta + Z\hat b = y - RPy` and q parameters of the residual,
+
+    .. math:: \mathrm{df} = q + \sum_i \frac{\partial \hat y_i}{\partial y_i}
+        = q + \operatorname{tr}(I - RP) + \sum_{kl} \Big(\frac{\partial \hat y}{\partial \theta_k}\Big)^\top
+        (H^{-1})_{kl}\, P V_l P y
+
+    in which H is the observed information, because the variances follow the data too; those at a
+    boundary, such as a zero, do not.
+
+    Args:
+        result: a fit.
+
+    Raises:
+        InputError: if the model has no residual, there are more than 3,000 rows, they were
+            streamed, or the response is not Gaussian.
+        TypeError: if it is no result.
+
+    Reference:
+        Greven and Kneib, Biometrika 97 (2010) 773, theorem 3; Vaida and Blanchard, Biometrika 92
+        (2005) 351.
+
+    >>> from openreml_nn import lmm
+    >>> from openreml_nn.datasets import sleepstudy
+    >>> found = conditional_aic(lmm("Reaction ~ Days + (Days | Subject)", sleepstudy()))
+    >>> f"{found.log_likelihood:.2f} {found.df:.2f} {found.aic:.2f}"
+    '-824.51 31.25 1711.52'
+    """
+    refit = Refit(result)
+    y, X = refit.y.double(), refit.X.double()
+    n = len(y)
+    if n > _MOST_ROWS:
+        raise InputError(
+            f"`result` has {n} rows, of which dense matrices are formed: expected at most {_MOST_ROWS}"
+        )
+    objective = refit.objective()
+    with torch.no_grad():
+        curvature = Curvature([objective])
+        residual = _residual(result, [term.name for term in objective.terms()], refit)
+    at, u = curvature.at, curvature.u
+    if at.loose:
+        raise InputError(
+            f"`result` has {at.loose[0].name!r} estimated outside of its covariances: expected a model "
+            "without networks"
+        )
+
+    def matrices(x: Tensor) -> tuple[Tensor, Tensor]:
+        """V and R."""
+        terms = [term.dense() for term in objective.terms(at.natural(0, x))]
+        zero = y.new_zeros(n, n)
+        return sum(terms, zero), sum((terms[i] for i in residual), zero)
+
+    def value(x: Tensor) -> Tensor:
+        return _log_likelihood(matrices(x)[0], y, X, result.method)
+
+    with torch.no_grad():
+        V, R = matrices(u)
+        P = _projection(V, X)
+        p_y = P @ y
+        rest = R @ p_y
+    inner = (~at.on_boundary(u)).nonzero()[:, 0]
+    df = n - float((R * P).sum())
+    own = 0
+    if len(u):
+        dV, dR = jacobian(matrices, u)
+        own = int((dR.flatten(1).abs().amax(1) > 0).sum())
+        _, H = hessian_of_value(value, u)
+        pulled = dV @ p_y  # (m, n)
+        moved = pulled @ P @ R - dR @ p_y  # of the fitted values, (m, n)
+        information = -H[inner][:, inner]
+        df += float((moved[inner] * torch.linalg.solve(information, (pulled @ P)[inner])).sum())
+    L = cholesky(R, "R")
+    white = torch.linalg.solve_triangular(L, rest[:, None], upper=False)
+    two_pi = torch.log(torch.tensor(2 * torch.pi, dtype=y.dtype))
+    found = float(-(n * two_pi + 2 * L.diagonal().log().sum() + white.square().sum()) / 2)
+    return ConditionalAIC(found, df + own, -2 * found + 2 * (df + own))
+
+
+def _residual(result: Result, names: list[str], refit: Refit) -> list[int]:
+    """Positions of the residual's terms."""
+    labelled = {c.name for c in result.components if c.is_residual}
+    found = [i for i, name in enumerate(names) if name in labelled]
+    found = found or residual_terms(refit.objective().terms())
+    if not found:
+        raise InputError("`result` is of a model without a residual: expected one that has")
+    return found
+
+
+def _projection(V: Tensor, X: Tensor) -> Tensor:
+    """P, (n, n)."""
+    inverse = torch.cholesky_inverse(cholesky(V, "V"))
+    V_X = inverse @ X
+    return inverse - V_X @ torch.linalg.solve(X.mT @ V_X, V_X.mT)
+
+
+def _log_likelihood(V: Tensor, y: Tensor, X: Tensor, method: str) -> Tensor:
+    """The likelihood less its constant, by V."""
+    L = torch.linalg.cholesky(V)
+    white = torch.linalg.solve_triangular(L, torch.cat([X, y[:, None]], 1), upper=False)
+    W, z = white[:, :-1], white[:, -1]
+    cross = W.mT @ W
+    rest = z @ z - (W.mT @ z) @ torch.linalg.solve(cross, W.mT @ z)
+    found = 2 * L.diagonal().log().sum() + rest
+    return -(found + torch.logdet(cross) if method == "reml" else found) / 2
