@@ -46,6 +46,13 @@ class Family(Parametrized):
     name: str = ""
     link: str = "identity"
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # A density of its own has not the formulas of the one whose place it takes.
+        for name in ("kernel", "derivatives") if "log_density" in vars(cls) else ():
+            if name not in vars(cls):
+                setattr(cls, name, getattr(Family, name))
+
     def __init__(self, param_specs: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         super().__init__({} if param_specs is None else param_specs)
 
