@@ -37,8 +37,8 @@ __all__ = ["checked", "fit_reml", "iterate", "moment_start", "start_by_moments"]
 #: An exact evaluation is put off when it takes this many times the work of an approximate one.
 _WORTH = 1.5
 _ROUGH_STEPS = 30
-#: With few digits: the probes leave an error that is larger.
-_ROUGH = Krylov(tolerance=1e-6, probe_tolerance=1e-3)
+#: With few digits and probes: what error they leave a step with exact evaluations takes away.
+_ROUGH = Krylov(probes=8, tolerance=1e-5, probe_tolerance=1e-3)
 
 
 def moment_start(loss: REMLLoss, y: Tensor, X: Tensor, rows: Tensor | None = None) -> None:
@@ -111,6 +111,8 @@ def _start_by_krylov(objective: Objective, loss: REMLLoss, y: Tensor, X: Tensor)
     exact = problem.cost()
     if exact is None or not exact.exact:
         return False
+    if any(term.covariance.is_related for term in objective.terms()):
+        return False  # systems of relatives are so far from their diagonal that this takes longest
     cost = krylov.forecast(objective.terms(), problem.p, problem.fixed.y.dtype)
     if cost is None or exact.operations < _WORTH * cost.operations:
         return False

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from math import inf
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from openreml_nn.covariance.transform import TransformIdentity
@@ -64,6 +63,8 @@ class Satterthwaite(Inference):
         return 2 * float(variance) ** 2 / noise if noise > 0 else float("inf")
 
     def f_test(self, L: Tensor, beta: Tensor) -> FTest:
+        from scipy import stats
+
         values, vectors = torch.linalg.eigh(L @ self.covariance @ L.mT)
         rotated = vectors.mT @ L
         F = float(((rotated @ beta) ** 2 / values).mean())

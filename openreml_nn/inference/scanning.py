@@ -8,7 +8,6 @@ from math import inf, isfinite
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 from torch import Tensor
 
 from openreml_nn.estimation import Result
@@ -90,6 +89,8 @@ def scan(result: Result, markers: Tensor | np.ndarray | pd.DataFrame) -> pd.Data
 
 def _table(names: list[str], estimate: Tensor, error: Tensor, df: float) -> pd.DataFrame:
     """Tests by name."""
+    from scipy import stats
+
     columns = {"estimate": estimate, "std_error": error, "df": None, "statistic": estimate / error}
     shown = int(df) if isfinite(df) else df
     table = pd.DataFrame(

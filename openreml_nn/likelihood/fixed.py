@@ -203,6 +203,8 @@ class FixedPart:
 
     def detach(self) -> FixedPart:
         """The same numbers without their graph."""
+        if not (self.y.requires_grad or self.Q.requires_grad):
+            return self
         return replace(self, y=self.y.detach(), Q=self.Q.detach())
 
     @property

@@ -303,7 +303,7 @@ class LaplaceLoss(nn.Module):
         kept = self._kept
         if kept is None or not kept.is_of(forms, constants):
             with torch.inference_mode(False), torch.no_grad():
-                held = [term.private().detach() for term in task.terms]
+                held = [term.held() for term in task.terms]
                 copies = [tensor for term in held for tensor in term.constants]
                 kept = self._kept = Kept(forms, copies, space_of(held, self.solver, by_blocks))
                 if self.quadrature > 1:
@@ -313,7 +313,7 @@ class LaplaceLoss(nn.Module):
 
 def _beside_kernel(family: Family, y: Tensor) -> float:
     """The sum of what the log-density of responses has beside its kernel."""
-    if type(family).kernel is Family.kernel:
+    if not family.has_kernel:
         return 0.0
     with torch.no_grad():
         y = y.double()

@@ -61,8 +61,9 @@ class Rows:
 
     def density(self, a: Tensor) -> Tensor:
         """The log-density of all rows at a predictor."""
+        density = self.family.kernel if self.family.has_kernel else self.family.log_density
         parts = [
-            self.family.kernel(y, x).sum().detach()
+            density(y, x).sum().detach()
             for y, x in zip(self.y.split(_CHUNK), a.split(_CHUNK), strict=True)
         ]
         return torch.stack(parts).sum() + self.constant if parts else a.sum()
