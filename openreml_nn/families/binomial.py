@@ -44,21 +44,24 @@ class Binomial(Family):
         self.link = link
 
     def log_density(self, y: Tensor, eta: Tensor) -> Tensor:
+        found = self.kernel(y, eta)
+        return found if y.dim() == 1 else found + _log_coefficient(*_parts(y, eta))
+
+    def kernel(self, y: Tensor, eta: Tensor) -> Tensor:
         if y.dim() == 1 and self.link != "cloglog":
             # Of one trial the density is the probability of what came about.
             return _LINKS[self.link].logs((2 * y.to(eta.dtype) - 1) * eta)[0]
-        s, f, constant = _parts(y, eta)
+        s, f = _parts(y, eta)
         yes, no = _LINKS[self.link].logs(eta)
         # A density without failures holds none of their logarithm, which may be infinite.
-        found = torch.where(s > 0, s * yes, 0 * eta) + torch.where(f > 0, f * no, 0 * eta)
-        return found if constant is None else found + constant
+        return torch.where(s > 0, s * yes, 0 * eta) + torch.where(f > 0, f * no, 0 * eta)
 
     def derivatives(self, y: Tensor, eta: Tensor) -> Derivatives:
         if y.dim() == 1 and self.link != "cloglog":
             sign = 2 * y.to(eta.dtype) - 1
             first, second, third = _LINKS[self.link].slopes(sign * eta)
             return sign * first, second, sign * third
-        s, f, _ = _parts(y, eta)
+        s, f = _parts(y, eta)
         return _LINKS[self.link].derivatives(s, f, eta)
 
     def mean(self, eta: Tensor) -> Tensor:
@@ -71,17 +74,17 @@ class Binomial(Family):
         return p * (1 - p)
 
     def deviance(self, y: Tensor, mean: Tensor) -> Tensor:
-        s, f, _ = _parts(y, mean)
+        s, f = _parts(y, mean)
         n = s + f
         return 2 * (xlogy_ratio(s, n * mean) + xlogy_ratio(f, n * (1 - mean)))
 
     def draw(self, y: Tensor, eta: Tensor, rng: np.random.Generator) -> Tensor:
-        s, f, _ = _parts(y, eta)
+        s, f = _parts(y, eta)
         found = drawn(rng.binomial, eta, (s + f).long(), self.mean(eta))
         return found if y.dim() == 1 else torch.stack([found, s + f - found], 1)
 
     def cumulative(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
-        s, f, _ = _parts(y, eta)
+        s, f = _parts(y, eta)
         return below_and_at("binom", s, s + f, self.mean(eta))
 
     def check(self, y: Tensor, what: str = "`y`") -> None:
@@ -101,17 +104,19 @@ class Binomial(Family):
         return y if y.dim() == 1 else y[:, 0] / y.sum(1)
 
     def start(self, y: Tensor) -> Tensor:
-        s, f, _ = _parts(y, y)
+        s, f = _parts(y, y)
         return _LINKS[self.link].link((s + 0.5) / (s + f + 1))
 
 
-def _parts(y: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Successes, failures and the logarithm of the binomial coefficient."""
+def _parts(y: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Successes and failures."""
     y = y.to(like.dtype)
-    if y.dim() == 1:
-        return y, 1 - y, None
-    s, f = y.unbind(1)
-    return s, f, torch.lgamma(s + f + 1) - torch.lgamma(s + 1) - torch.lgamma(f + 1)
+    return (y, 1 - y) if y.dim() == 1 else (y[:, 0], y[:, 1])
+
+
+def _log_coefficient(s: Tensor, f: Tensor) -> Tensor:
+    """Logarithm of the binomial coefficient."""
+    return torch.lgamma(s + f + 1) - torch.lgamma(s + 1) - torch.lgamma(f + 1)
 
 
 class _Link:

@@ -22,6 +22,12 @@ class _Count(Family):
 
     link = "log"
 
+    def log_density(self, y: Tensor, eta: Tensor) -> Tensor:
+        return self.kernel(y, eta) - torch.lgamma(y + 1)
+
+    @abstractmethod
+    def kernel(self, y: Tensor, eta: Tensor) -> Tensor: ...
+
     def mean(self, eta: Tensor) -> Tensor:
         return eta.exp()
 
@@ -51,9 +57,6 @@ class Poisson(_Count):
     """
 
     name = "poisson"
-
-    def log_density(self, y: Tensor, eta: Tensor) -> Tensor:
-        return self.kernel(y, eta) - torch.lgamma(y + 1)
 
     def kernel(self, y: Tensor, eta: Tensor) -> Tensor:
         return y * eta - eta.exp()
@@ -106,11 +109,10 @@ class NegativeBinomial(_NegativeBinomial):
     def __init__(self) -> None:
         super().__init__(free_specs(["theta"], 0.0, TransformExp(degree=0)))
 
-    def log_density(self, y: Tensor, eta: Tensor) -> Tensor:
+    def kernel(self, y: Tensor, eta: Tensor) -> Tensor:
         theta = self.natural("theta", eta)
         more = softplus(eta - theta.log())  # log(1 + mu / theta)
-        rising = log_rising(y, theta) - y * theta.log()
-        return rising - torch.lgamma(y + 1) + y * (eta - more) - theta * more
+        return log_rising(y, theta) - y * theta.log() + y * (eta - more) - theta * more
 
     def derivatives(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         theta = self.natural("theta", eta)
@@ -157,11 +159,11 @@ class NegativeBinomial1(_NegativeBinomial):
     def __init__(self) -> None:
         super().__init__(free_specs(["phi"], 0.0, TransformExp(degree=0)))
 
-    def log_density(self, y: Tensor, eta: Tensor) -> Tensor:
+    def kernel(self, y: Tensor, eta: Tensor) -> Tensor:
         phi = self.natural("phi", eta)
         size = (eta - phi.log()).exp()
         tail = y * (phi.log() - phi.log1p()) - size * phi.log1p()
-        return log_rising(y, size) - torch.lgamma(y + 1) + tail
+        return log_rising(y, size) + tail
 
     def variance(self, eta: Tensor) -> Tensor:
         return eta.exp() * (1 + self.natural("phi", eta))

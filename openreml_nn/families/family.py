@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ class Family(Parametrized):
     Attributes:
         name: its name in ``family=``.
         link: name of the link :math:`g(\mu) = \eta`.
+        has_kernel: whether :meth:`kernel` is that of its density and less than it.
 
     >>> class Laplace(Family):
     ...     def log_density(self, y, eta):
@@ -45,6 +46,16 @@ class Family(Parametrized):
 
     name: str = ""
     link: str = "identity"
+    has_kernel: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # A density of its own has not the formulas of the one whose place it takes.
+        own = vars(cls)
+        if "log_density" in own or "kernel" in own:
+            cls.has_kernel = "kernel" in own
+        if "log_density" in own and "derivatives" not in own:
+            cls.derivatives = Family.derivatives  # type: ignore[method-assign]
 
     def __init__(self, param_specs: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         super().__init__({} if param_specs is None else param_specs)

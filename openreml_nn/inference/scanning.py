@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import inf, isfinite
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from openreml_nn.estimation import Result
-from openreml_nn.inference.refit import Refit
+from openreml_nn.inference.laplace_refit import LaplaceRefit
+from openreml_nn.inference.refit import Refit, family_of
 from openreml_nn.likelihood.problem import cholesky
 from openreml_nn.support.checks import check_tensor, found
 from openreml_nn.support.errors import InputError
@@ -36,12 +38,17 @@ def scan(result: Result, markers: Tensor | np.ndarray | pd.DataFrame) -> pd.Data
     n - p - 1 degrees of freedom: the ratios of the variances are held, their common scale is
     estimated with each marker anew, as in EMMAX.
 
+    Of a response that is not Gaussian it is the score test, as in GMMAT: with U the derivative of the
+    log-likelihood by the coefficient of m, at zero, and P of the working linear model at the mode,
+    :math:`z = U / \sqrt{m^\top P m}` is compared with the normal distribution, and the estimate is that
+    of one step, :math:`U / m^\top P m`.
+
     Args:
         result: a fit without the markers.
         markers: (n, m) numbers, a row for each row of the fit; names are those of a data frame.
 
     Returns:
-        name, estimate, std_error, df, statistic (t) and p, a row for each marker; NaN for one that
+        name, estimate, std_error, df, statistic (t, or z with infinite df) and p, a row for each marker; NaN for one that
         is a combination of the fixed effects, such as a constant.
 
     Raises:
@@ -50,7 +57,8 @@ def scan(result: Result, markers: Tensor | np.ndarray | pd.DataFrame) -> pd.Data
         TypeError: if an argument is of another kind.
 
     Reference:
-        Kang, Sul, Service et al., Nature Genetics 42 (2010) 348.
+        Kang, Sul, Service et al., Nature Genetics 42 (2010) 348; Chen, Wang, Conomos et al., American
+        Journal of Human Genetics 98 (2016) 653.
 
     >>> from openreml_nn import lmm
     >>> from openreml_nn.datasets import sleepstudy
@@ -60,8 +68,8 @@ def scan(result: Result, markers: Tensor | np.ndarray | pd.DataFrame) -> pd.Data
        name  estimate  std_error   df  statistic    p
     0  Days    10.467      0.843  178     12.414  0.0
     """
-    from scipy import stats
-
+    if family_of(result) is not None:
+        return _of_family(LaplaceRefit(result), markers)
     refit = Refit(result)
     n, p = refit.X.shape
     M, names = _numbers(markers, n)
@@ -76,14 +84,40 @@ def scan(result: Result, markers: Tensor | np.ndarray | pd.DataFrame) -> pd.Data
     m_p_m = torch.where(m_p_m > _ALIASED * whole, m_p_m, torch.nan)
     scale = (y_p_y - m_p_y**2 / m_p_m).clamp(min=0) / (n - p - 1)
     estimate, error = m_p_y / m_p_m, (scale / m_p_m).sqrt()
+    return _table(names, estimate, error, float(n - p - 1))
+
+
+def _table(names: list[str], estimate: Tensor, error: Tensor, df: float) -> pd.DataFrame:
+    """Tests by name."""
+    from scipy import stats
+
     columns = {"estimate": estimate, "std_error": error, "df": None, "statistic": estimate / error}
+    shown = int(df) if isfinite(df) else df
     table = pd.DataFrame(
-        {k: n - p - 1 if v is None else v.numpy(force=True) for k, v in columns.items()},
+        {k: shown if v is None else v.numpy(force=True) for k, v in columns.items()},
         index=range(len(names)),
     )
     table.insert(0, "name", names)
-    table["p"] = 2 * stats.t.sf(table["statistic"].abs(), n - p - 1)
+    table["p"] = 2 * stats.t.sf(table["statistic"].abs(), df)
     return table
+
+
+def _of_family(refit: LaplaceRefit, markers: object) -> pd.DataFrame:
+    """Score tests in the likelihood of a family."""
+    M, names = _numbers(markers, len(refit.X))
+    parts = [
+        refit.loss.scores(
+            refit.y,
+            refit.offset,
+            refit.X,
+            torch.as_tensor(M[:, start : start + _MARKERS]).to(refit.X),
+        )
+        for start in range(0, M.shape[1], _MARKERS)
+    ]
+    none = refit.X.new_zeros(0)
+    slope, information, whole = (torch.cat([none, *own]) for own in zip(*parts, strict=True))
+    information = torch.where(information > _ALIASED * whole, information, torch.nan)
+    return _table(names, slope / information, information.rsqrt(), inf)
 
 
 def _numbers(markers: object, n: int) -> tuple[Tensor | np.ndarray, list[str]]:

@@ -15,7 +15,12 @@ from openreml_nn.families.family import Family
 from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.laplace_choice import laplace_solver, planned, space_of
 from openreml_nn.likelihood.laplace_integral import Integral
-from openreml_nn.likelihood.laplace_mode import Rows, average_information, find_mode
+from openreml_nn.likelihood.laplace_mode import (
+    Rows,
+    average_information,
+    column_information,
+    find_mode,
+)
 from openreml_nn.likelihood.laplace_quadrature import check_quadrature
 from openreml_nn.likelihood.laplace_task import (
     Kept,
@@ -230,6 +235,31 @@ class LaplaceLoss(nn.Module):
             terms = [term.detach() for term in task.terms]
             return average_information(self._integral(task).mode(), terms, derivatives)
 
+    def scores(
+        self, y: Tensor, eta: Tensor, X: Tensor, columns: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        r"""What further columns m of X say, one at a time, in the working linear model at the mode.
+
+        Args:
+            y, eta, X: as in calling the loss.
+            columns: (n, k).
+
+        Returns:
+            The derivatives of the log-likelihood by their coefficients at zero, (k,); the
+            information :math:`m^\top P m`, (k,), and :math:`m^\top V^{-1} m`, (k,), which is that
+            without X.
+
+        Raises:
+            NumericalError, TypeError, InputError: as in calling the loss.
+        """
+        with torch.no_grad():
+            task = self._task(y, eta, X, None)
+            integral, X = self._integral(task), task.rows.X
+            mode = integral.mode()
+            slope = -(columns.mT @ integral.of_predictor(mode))
+            information = column_information(mode, X, columns)
+            return slope, information, column_information(mode, X[:, :0], columns)
+
     @property
     def plan(self) -> Plan:
         """The plan of the last call; before the first, what it would be without X."""
@@ -283,7 +313,7 @@ class LaplaceLoss(nn.Module):
 
 def _beside_kernel(family: Family, y: Tensor) -> float:
     """The sum of what the log-density of responses has beside its kernel."""
-    if type(family).kernel is Family.kernel:
+    if not family.has_kernel:
         return 0.0
     with torch.no_grad():
         y = y.double()

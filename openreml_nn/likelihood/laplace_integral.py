@@ -84,7 +84,7 @@ class Integral:
         for _ in range(_MOST_STEPS):
             rows = replace(none, eta=plain.eta + X @ beta)
             mode = find_mode(rows, bordered.point, start)
-            slope = X.mT @ self._predictor_slope(mode)
+            slope = X.mT @ self.of_predictor(mode)
             move = S @ slope
             gain = float(move @ slope)
             floor = 1e-20 if X.dtype == torch.float64 else 1e-8
@@ -97,7 +97,8 @@ class Integral:
             f"{gain**0.5:.3g} standard errors long"
         )
 
-    def _predictor_slope(self, mode: Mode) -> Tensor:
+    def of_predictor(self, mode: Mode) -> Tensor:
+        """The derivative of the value by each row's linear predictor, (n,)."""
         if self._quadrature == 1:
             return mode.of_predictor()
         eta = mode.rows.eta.detach().requires_grad_()

@@ -37,7 +37,7 @@ from openreml_nn.likelihood.laplace_space import Factor, Point
 from openreml_nn.support.errors import NotPositiveDefiniteError, NumericalError
 from openreml_nn.terms.term import Term
 
-__all__ = ["Mode", "Rows", "average_information", "find_mode"]
+__all__ = ["Mode", "Rows", "average_information", "column_information", "find_mode"]
 
 #: Newton steps to the mode, at most; each may be halved.
 _MOST_STEPS = 200
@@ -61,8 +61,9 @@ class Rows:
 
     def density(self, a: Tensor) -> Tensor:
         """The log-density of all rows at a predictor."""
+        density = self.family.kernel if self.family.has_kernel else self.family.log_density
         parts = [
-            self.family.kernel(y, x).sum().detach()
+            density(y, x).sum().detach()
             for y, x in zip(self.y.split(_CHUNK), a.split(_CHUNK), strict=True)
         ]
         return torch.stack(parts).sum() + self.constant if parts else a.sum()
@@ -169,14 +170,30 @@ def average_information(mode: Mode, terms: Sequence[Term], derivatives: Sequence
         e = term.design.t_matmul(mode.first[:, None])
         moved = [term.covariance.along(part, e) for part in parts]
         q = q + term.design.matmul(torch.cat(moved, 1)) if moved else q
-    Wq, X = mode.weights[:, None] * q, mode.rows.X
-    half = [mode.point.slope(column.contiguous()) for column in Wq.unbind(1)]
-    right = torch.stack(half, 1) if half else q.new_zeros(len(mode.u), 0)
-    u, beta = mode.factor.solve(right, X.mT @ Wq)
-    lost = right.mT @ u
-    if len(mode.beta):
-        lost = lost + (X.mT @ Wq).mT @ beta
-    return (q.mT @ Wq - lost) / 2
+    Wq = mode.weights[:, None] * q
+    return (q.mT @ Wq - _lost(mode.point, mode.factor, mode.rows.X, Wq)) / 2
+
+
+def column_information(mode: Mode, X: Tensor, columns: Tensor) -> Tensor:
+    r""":math:`m^\top P m` for columns m (n, k) in the working linear model at a mode, (k,), with
+    X (n, p) projected out.
+
+    Raises:
+        NotPositiveDefiniteError: if X has no full rank there.
+    """
+    factor = mode.point.factor(mode.weights, X)
+    W_m = mode.weights[:, None] * columns
+    return (columns * W_m).sum(0) - _lost(mode.point, factor, X, W_m).diagonal()
+
+
+def _lost(point: Point, factor: Factor, X: Tensor, columns: Tensor) -> Tensor:
+    """What random effects and X take from products of columns, weighted by W."""
+    half = [point.slope(column.contiguous()) for column in columns.unbind(1)]
+    like = point.slope(columns.new_zeros(len(columns)))
+    right = torch.stack(half, 1) if half else like.new_zeros(len(like), 0)
+    of_X = X.mT @ columns
+    u, beta = factor.solve(right, of_X)
+    return right.mT @ u + of_X.mT @ beta
 
 
 def find_mode(

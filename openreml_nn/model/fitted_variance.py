@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from openreml_nn.estimation import Result
 from openreml_nn.result.parts import Record
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.warning import warn
 from openreml_nn.table import Encoded
 
 __all__ = ["fit_by_fitted", "is_by_fitted"]
@@ -66,11 +66,9 @@ def fit_by_fitted(
         if moved <= _SETTLED * float(fitted.abs().max()):
             return replace(result, history=history), batch
         covariate = fitted
-    warnings.warn(
+    warn(
         f"the fitted values, on which the residual variances depend, moved by {moved:.3g} after "
         f"{_MOST} fits: they have not settled",
-        RuntimeWarning,
-        stacklevel=3,
     )
     return replace(result, converged=False, history=history), batch
 

@@ -129,7 +129,7 @@ CASES = {
             "contraception",
             "1,934 binary rows, 60 districts",
             tables.contraception,
-            "use ~ age + I(age^2) + urban + livch + (1 | district)",
+            "y ~ age + I(age^2) + urban + livch + (1 | district)",
             ("livch", "district"),
             ("ours, binomial", "lme4, binomial"),
         ),

@@ -1,5 +1,7 @@
 """Densities against scipy and mpmath, derivatives against autograd, at ordinary and extreme points."""
 
+import copy
+
 import mpmath as mp
 import numpy as np
 import pytest
@@ -110,6 +112,28 @@ def test_the_tweedie_density_is_that_of_a_sum_of_gammas():
         parts = stats.poisson(rate).pmf(j) * stats.gamma(j * shape, scale=scale).pdf(value)
         expected = -rate if value == 0 else np.log(parts.sum())
         assert own == pytest.approx(expected, rel=1e-11)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_a_density_has_beside_its_kernel_is_of_the_response_alone(name):
+    family, y = copy.deepcopy(CASES[name])
+    with torch.no_grad():
+        beside = family.log_density(y, ETA) - family.kernel(y, ETA)
+        for parameter in family.parameters():
+            parameter.add_(0.3)
+        again = family.log_density(y, ETA / 2) - family.kernel(y, ETA / 2)
+    torch.testing.assert_close(beside, again, rtol=1e-12, atol=1e-12)
+
+
+def test_a_density_in_anothers_place_has_not_its_formulas():
+    class Scaled(Poisson):
+        def log_density(self, y, eta):
+            return 2 * super().log_density(y, eta)
+
+    closed = Scaled().derivatives(COUNTS, ETA)
+    for one, other in zip(closed, Poisson().derivatives(COUNTS, ETA), strict=True):
+        torch.testing.assert_close(one, 2 * other)
+    assert Poisson.has_kernel and not Scaled.has_kernel
 
 
 @pytest.mark.parametrize("name", CASES)
