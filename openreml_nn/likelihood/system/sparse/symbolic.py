@@ -113,7 +113,7 @@ class Symbolic:
         return 16.0 * self.entries + 8.0 * (self.work + below**2)
 
     @property
-    def pattern(self) -> tuple[np.ndarray, ...]:
+    def pattern(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """What compiled functions take."""
         return self.first, self.of_column, self.row_start, self.rows, self.value_start
 
@@ -295,7 +295,8 @@ def _rows(start, index, order, place, parent, first, of_column):
         lo, hi = first[b], first[b + 1]
         if used + n - lo > len(room):
             larger = np.empty(max(2 * len(room), used + n - lo), np.int64)
-            larger[:used] = room[:used]
+            for p in range(used):  # a slice takes seconds to compile
+                larger[p] = room[p]
             room = larger
         begin = used
         for j in range(lo, hi):
@@ -354,7 +355,13 @@ def _where(low, high, first, of_column, row_start, rows, value_start):
     for e in range(len(low)):
         b = of_column[high[e]]
         begin, end = row_start[b], row_start[b + 1]
-        p = begin + np.searchsorted(rows[begin:end], low[e])
+        p, last = begin, end
+        while p < last:
+            middle = (p + last) // 2
+            if rows[middle] < low[e]:
+                p = middle + 1
+            else:
+                last = middle
         if p == end or rows[p] != low[e]:
             found[e] = -1
         else:
