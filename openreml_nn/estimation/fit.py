@@ -28,6 +28,7 @@ from openreml_nn.support.checks import (
     check_mapping,
 )
 from openreml_nn.support.errors import InputError, NumericalError
+from openreml_nn.support.warning import warn
 from openreml_nn.terms.design import Design, IndexedDesign
 from openreml_nn.terms.term import Term, has_own_columns, residual_terms
 
@@ -224,18 +225,14 @@ def iterate(objective: Objective, most: int) -> list[Record]:
 def checked(result: Result) -> Result:
     """The result, with warnings of what is wrong with it."""
     if not result.converged:
-        warnings.warn(
+        warn(
             f"the fit did not converge in {result.iterations} iterations: "
-            f"score norm {result.score_norm:.3g} standard errors, expected below 0.001",
-            RuntimeWarning,
-            stacklevel=3,
+            f"score norm {result.score_norm:.3g} standard errors, expected below 0.001"
         )
     if result.indistinct:
-        warnings.warn(
+        warn(
             f"the data cannot tell apart: {', '.join(result.indistinct)}; only what they have "
-            "in common is estimated",
-            RuntimeWarning,
-            stacklevel=3,
+            "in common is estimated"
         )
     if not isfinite(result.log_likelihood):
         raise NumericalError("the log-likelihood is not finite: rescale the response")
