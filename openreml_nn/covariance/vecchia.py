@@ -25,8 +25,8 @@ from openreml_nn.terms.term import Term
 
 __all__ = ["Regressions", "VecchiaMatrix"]
 
-#: Places whose regressions are computed at once, so that little is held.
-_AT_ONCE = 4096
+#: Places whose regressions are computed at once, so that what is held is in the processor's cache.
+_AT_ONCE = 256
 #: Places whose distances tell what is far.
 _TYPICAL = 500
 
@@ -98,15 +98,20 @@ class Regressions:
             return [(zero + (i == 0), own.new_zeros(k, 0)) for i in range(order + 1)]
         near = self.others[at.clamp(min=0)].double()  # (k, m, s)
         length = log_length.exp()
+        is_full = has_values(at) and not bool(missing.any())
         apart = missing[:, :, None] | missing[:, None, :]
         kinds = (self.correlation.value, self.correlation.slope, self.correlation.bend)
 
         # A length near zero would make distances infinite; there correlations are zero long before.
-        r = torch.linalg.vector_norm(near - own[:, None], dim=-1) / length
-        c = [f(r.clamp(max=1e4)).masked_fill(missing, 0.0) for f in kinds[: order + 1]]
+        r = (torch.linalg.vector_norm(near - own[:, None], dim=-1) / length).clamp(max=1e4)
+        c = [f(r) for f in kinds[: order + 1]]
         r = torch.linalg.vector_norm(near[:, :, None] - near[:, None], dim=-1) / length
-        C = [f(r.clamp(max=1e4)).masked_fill(apart, 0.0) for f in kinds[: order + 1]]
-        C[0] = C[0] + torch.diag_embed(missing.to(C[0]))
+        r = r.clamp(max=1e4)
+        C = [f(r) for f in kinds[: order + 1]]
+        if not is_full:
+            c = [x.masked_fill(missing, 0.0) for x in c]
+            C = [x.masked_fill(apart, 0.0) for x in C]
+            C[0] = C[0] + torch.diag_embed(missing.to(C[0]))
         factor, info = torch.linalg.cholesky_ex(C[0])
 
         def solved(x: Tensor) -> Tensor:

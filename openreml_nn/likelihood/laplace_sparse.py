@@ -44,8 +44,10 @@ class SparseSpace:
 
     def __init__(self, terms: Sequence[Term], solver: Sparse) -> None:
         self.random = SparseTerm.of_all(terms, ())
-        self.equations = Equations([own.part for own in self.random], None, solver.ordering)
-        solver.check_memory(16.0 * self.equations.symbolic.entries, self.equations.size)
+        self.equations = Equations(
+            [own.part for own in self.random], None, solver.ordering, solver.progress
+        )
+        solver.check_memory(self.equations.symbolic.bytes, self.equations.size)
         self.rows = EffectRows(terms, self.equations)
         self.count = terms[0].design.shape[0]
         self.largest = self.equations.largest(self.rows.products(np.ones(self.count)))

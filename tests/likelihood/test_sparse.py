@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -145,6 +146,23 @@ def test_many_columns_that_reach_into_a_large_block_are_taken_line_by_line(order
     )
     x = np.random.default_rng(1).standard_normal((700, 3))
     np.testing.assert_allclose(found.solve(x), np.linalg.solve(dense, x), rtol=0, atol=1e-13)
+
+
+def test_a_long_factorisation_says_how_far_it_is_and_finds_the_same():
+    path = np.diag(np.full(14, 4.0)) - np.eye(14, k=1) - np.eye(14, k=-1)
+    A = csc_matrix(np.kron(path, np.eye(14)) + np.kron(np.eye(14), path))
+    short = factored(A, None)
+    long = replace(short.symbolic, operations=1e12)  # as one that takes minutes
+    low, said = tril(A).tocoo(), []
+    values = np.zeros(long.entries)
+    values[long.where(low.row.astype(np.int64), low.col.astype(np.int64))] = low.data
+    found = Factor(long, values, lambda *said_now: said.append(said_now))
+    assert found.log_det == short.log_det
+    np.testing.assert_array_equal(found.inverse, short.inverse)
+    assert len(long.pieces) > 5
+    for what in ("factor", "inverse"):
+        shares = [share for own, share in said if own == what]
+        assert len(shares) > 1 and shares == sorted(shares) and shares[-1] == 1
 
 
 def test_what_is_left_of_crossed_factors_is_dense_unless_they_fall_into_groups():
@@ -483,6 +501,10 @@ def test_a_factor_beyond_memory_is_refused_before_it_is_made():
     V, y, X = animals(60)
     with pytest.raises(InputError, match=r"sparse solver would hold .* GiB for a factor of 60"):
         REMLLoss(V, solver=Sparse(memory=1e3))(y, X)
+    with pytest.raises(InputError, match=r"hold .* for a factor of 9 columns, and the machine has"):
+        Sparse(memory=1e40).check_memory(1e30, 9)
+    with pytest.raises(TypeError, match="`progress` is 3: expected a function"):
+        Sparse(progress=3)
 
 
 def test_a_singular_precision_is_refused_by_name():

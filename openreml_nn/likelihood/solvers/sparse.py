@@ -20,8 +20,10 @@ Reference:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Any, ClassVar
 
 import numpy as np
@@ -73,7 +75,9 @@ class Sparse(Solver):
             nested dissection by default. The order changes what is computed in no way but in
             rounding, time and memory.
         memory: bytes that a factor and its inverse may hold, or V where second derivatives need it;
-            more are refused.
+            more are refused, and so is more than the machine has.
+        progress: called with ``"factor"`` or ``"inverse"`` and the share of it that is done, every
+            few seconds of factorisations that take longer; ``print`` will do.
 
     Raises:
         TypeError, InputError: if an option is not of its kind.
@@ -84,6 +88,7 @@ class Sparse(Solver):
     least: ClassVar[float] = 3e7
     ordering: Callable[[csc_matrix], np.ndarray] | None = None
     memory: float = 16 * 2**30
+    progress: Callable[[str, float], None] | None = None
 
     #: The last analysis, for the problem that follows a forecast.
     _analysed: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -92,6 +97,8 @@ class Sparse(Solver):
         check_number("memory", self.memory, above=0)
         if self.ordering is not None and not callable(self.ordering):
             raise TypeError(f"`ordering` is {found(self.ordering)}: expected a function")
+        if self.progress is not None and not callable(self.progress):
+            raise TypeError(f"`progress` is {found(self.progress)}: expected a function")
 
     def forecast(self, terms: Sequence[Term], p: int, dtype: torch.dtype) -> Cost | None:
         if self.obstacle(terms) is not None:
@@ -127,22 +134,32 @@ class Sparse(Solver):
         self.check_memory(_held_dense(effects), sum(x.design.shape[1] for x in effects))
         random = _random_of(moved, residual)
         found = self._equations(random, residual) if known is None else known
-        self.check_memory(16.0 * found.symbolic.entries, found.size)
+        self.check_memory(found.symbolic.bytes, found.size)
         return random, residual, found
 
     def check_memory(self, held: float, columns: int) -> None:
-        if held > self.memory:
+        """Refuse a factor that would hold more bytes than it may, or than the machine has.
+
+        Raises:
+            InputError: if it would.
+        """
+        machine = _memory_of_machine()
+        if held > min(self.memory, machine):
+            may = f"may hold {self.memory / 2**30:.3g}"
+            allow = "`Sparse(memory=...)` allows more"
+            if machine < self.memory:
+                may, allow = f"the machine has {machine / 2**30:.3g}", "a larger machine does it"
             raise InputError(
                 f"the sparse solver would hold {held / 2**30:.3g} GiB for a factor of {columns} "
-                f"columns, and may hold {self.memory / 2**30:.3g}: solver='krylov' is approximate "
-                "and holds little, `Sparse(memory=...)` allows more"
+                f"columns, and {may}: solver='krylov' is approximate and holds little, {allow}"
             )
 
     def _equations(self, random: Sequence[SparseTerm], residual: Residual) -> Equations:
         parts = [own.part for own in random]
-        if isinstance(residual, FieldResidual):
-            return Equations(parts, residual.pattern, self.ordering)
-        return Equations(parts, Rows.pattern(residual), self.ordering)
+        pattern = (
+            residual.pattern if isinstance(residual, FieldResidual) else Rows.pattern(residual)
+        )
+        return Equations(parts, pattern, self.ordering, self.progress)
 
     def problem(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> Problem:
         return SparseProblem(fixed, terms, method, self)
@@ -153,6 +170,14 @@ class Sparse(Solver):
         except InputError as error:
             return str(error).replace("blocked", "sparse")
         return None
+
+
+def _memory_of_machine() -> float:
+    """Bytes of memory; without end where the system does not say."""
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return inf
 
 
 def _residual_of(terms: Sequence[Term]) -> Residual:
@@ -187,7 +212,7 @@ def cost_of(equations: Equations, n: int, p: int) -> Cost:
     work = (
         _FRONTS * symbolic.operations + 8.0 * entries * (p + 2) + 4.0 * n * (p + 1) + Sparse.least
     )
-    held = 8.0 * (2 * entries + (n + 4 * equations.size) * (p + 1))
+    held = symbolic.bytes + 8.0 * (n + 4 * equations.size) * (p + 1)
     names = ", ".join(repr(part.name) for part in equations.parts)
     steps = (
         f"{names}: sparse, {equations.size} columns, {entries:.3g} entries of the factor",

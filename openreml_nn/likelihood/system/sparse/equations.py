@@ -73,6 +73,7 @@ class Equations:
         parts: the random terms.
         rows: pattern of the precision of the rows, (n, n), or None for a diagonal one.
         order: gives an order of elimination for a pattern; nested dissection by default.
+        progress: see :class:`Factor`.
     """
 
     def __init__(
@@ -80,8 +81,10 @@ class Equations:
         parts: Sequence[Part],
         rows: csr_matrix | None = None,
         order: Callable[[csc_matrix], np.ndarray] | None = None,
+        progress: Callable[[str, float], None] | None = None,
     ) -> None:
         self.parts = list(parts)
+        self._progress = progress
         self.start = np.concatenate([[0], np.cumsum([part.columns for part in parts])]).astype(int)
         designs = [_ones(part.design) for part in self.parts]
         found = []
@@ -234,12 +237,13 @@ class Equations:
         """The factor of a matrix, within the subspace of the effects of some parts."""
         borders = [self._borders[i] for i in which if i in self._borders]
         if not borders:
-            return Factor(self.symbolic, values)
+            return Factor(self.symbolic, values, self._progress)
         corners, weight, null = (
             np.concatenate(x, axis) for x, axis in zip(zip(*borders), (0, 0, 1), strict=True)
         )
         values[self._diagonal[corners]] += weight
-        return Bordered(Factor(self.symbolic, values), corners, weight, null)
+        factor = Factor(self.symbolic, values, self._progress)
+        return Bordered(factor, corners, weight, null)
 
     @cached_property
     def _borders(self) -> dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]:

@@ -13,6 +13,8 @@ Reference:
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
@@ -47,6 +49,8 @@ class Factor:
         symbolic: its pattern.
         values: the entries of A where :meth:`Symbolic.where` says, zeros elsewhere; taken over and
             overwritten.
+        progress: called with ``"factor"`` or ``"inverse"`` and the share of its work that is done,
+            every few seconds of what takes longer than that.
 
     Attributes:
         log_det: :math:`\log|A|`.
@@ -56,25 +60,33 @@ class Factor:
         NotPositiveDefiniteError: if A is not positive definite.
     """
 
-    def __init__(self, symbolic: Symbolic, values: np.ndarray) -> None:
+    def __init__(
+        self,
+        symbolic: Symbolic,
+        values: np.ndarray,
+        progress: Callable[[str, float], None] | None = None,
+    ) -> None:
         self.symbolic = s = symbolic
         self.values = values
+        self._progress = progress
         diagonal = values[self._diagonal]
-        failed = _factor(
-            ROUTINES,
-            s.first,
-            s.of_column,
-            s.row_start,
-            s.rows,
-            s.value_start,
-            values,
-            np.empty(s.work),
-        )
+        count, work = len(s.first) - 1, np.empty(s.work)
+        head, link = np.full(count, -1, np.int64), np.full(count, -1, np.int64)
+        state = head, link, np.zeros(count, np.int64)
+        for low, high in itertools.pairwise(s.pieces):
+            failed = _factor(ROUTINES, low, high, *state, *s.pattern, values, work)
+            if failed >= 0:
+                raise NotPositiveDefiniteError("the matrix is not positive definite")
+            self._report("factor", high / count)
         pivots = values[self._diagonal]
-        if failed >= 0 or not np.isfinite(pivots).all():
+        if not np.isfinite(pivots).all():
             raise NotPositiveDefiniteError("the matrix is not positive definite")
         self.log_det = 2.0 * float(np.log(pivots).sum())
         self.loss = float((diagonal / pivots**2).max(initial=1.0))
+
+    def _report(self, what: str, share: float) -> None:
+        if self._progress is not None and len(self.symbolic.pieces) > 2:
+            self._progress(what, share)
 
     @property
     def _diagonal(self) -> np.ndarray:
@@ -120,28 +132,31 @@ class Factor:
         found = np.empty_like(self.values)
         square = np.empty(max(room * room, 1))
         half = np.empty(max(int((below * np.diff(s.first)).max(initial=1)), 1))
-        pattern = s.first, s.of_column, s.row_start, s.rows, s.value_start
-        end = len(s.first) - 1
-        for run in s.runs:
-            _selected(ROUTINES, run.high, end, *pattern, self.values, found, square, half)
-            inverse_of_run(*run, *pattern, self.values, found)
-            end = run.low
-        _selected(ROUTINES, 0, end, *pattern, self.values, found, square, half)
+        for low, high, run in s.pieces_with_runs:
+            if run is not None:
+                inverse_of_run(*run, *s.pattern, self.values, found)
+            else:
+                _selected(ROUTINES, low, high, *s.pattern, self.values, found, square, half)
+            self._report("inverse", 1 - low / (len(s.first) - 1))
         return found
 
 
 @compiled
-def _factor(routines, first, of_column, row_start, rows, value_start, values, work):
-    """The factor in place; -1, or the supernode that has no positive pivot."""
+def _factor(
+    routines, low, high, head, link, reached, first, of_column, row_start, rows, value_start, values,
+    work,
+):  # fmt: skip
+    """Some supernodes of the factor in place; -1, or the one that has no positive pivot.
+
+    Those before a supernode that have products for it are a list of which the first stands in
+    ``head`` and the next ones in ``link``; ``reached`` is how far each of them is.
+    """
     count = len(first) - 1
-    head = np.full(count, -1, np.int64)
-    link = np.full(count, -1, np.int64)
-    reached = np.zeros(count, np.int64)
     local = np.zeros(len(of_column), np.int64)
     narrow, begins = np.empty(count, np.int64), np.empty(count, np.int64)
     ends, lasts = np.empty(count, np.int64), np.empty(count, np.int64)
     base, room = values.ctypes.data, work.ctypes.data
-    for s in range(count):
+    for s in range(low, high):
         lo, hi = first[s], first[s + 1]
         w, begin, end = hi - lo, row_start[s], row_start[s + 1]
         own, few = value_start[s], 0

@@ -10,6 +10,7 @@ Reference:
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,6 +26,8 @@ __all__ = ["Symbolic"]
 
 #: A factor that takes more operations is worth other orders.
 _LONG = 5e9
+#: A factorisation says how far it is each time that it has taken so many.
+_PIECE = 2e10
 
 
 @dataclass(frozen=True)
@@ -95,20 +98,47 @@ class Symbolic:
         first = _supernodes(parent, count)
         of_column = np.repeat(np.arange(len(first) - 1), np.diff(first))
         row_start, rows = _rows(start, index, order, place, parent, first, of_column)
-        height, width = np.diff(row_start), np.diff(first)
+        height = np.diff(row_start)
         shift = np.repeat(np.arange(len(height)), height) * n
         rows = np.sort(rows + shift) - shift
-        value_start = np.concatenate([[0], np.cumsum(height * width)])
-        h, w = height.astype(float), width.astype(float)
-        below = h - w
-        operations = float((w**3 / 3 + w * w * below + w * below * (below + 1)).sum())
+        value_start = np.concatenate([[0], np.cumsum(height * np.diff(first))])
+        operations = float(_operations(first, row_start).sum())
         work = _largest_update(first, of_column, row_start, rows)
         return cls(order, place, first, of_column, row_start, rows, value_start, operations, work)
+
+    @property
+    def bytes(self) -> float:
+        """What a factor and its inverse hold at most."""
+        below = int((np.diff(self.row_start) - np.diff(self.first)).max(initial=0))
+        return 16.0 * self.entries + 8.0 * (self.work + below**2)
+
+    @property
+    def pattern(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """What compiled functions take."""
+        return self.first, self.of_column, self.row_start, self.rows, self.value_start
+
+    @cached_property
+    def pieces(self) -> list[int]:
+        """Supernodes between which the work is about the same, from 0 to their number; those ends
+        alone of what is short."""
+        done = np.cumsum(_operations(self.first, self.row_start))
+        count = min(int(self.operations / _PIECE), 200) + 1
+        inner = np.searchsorted(done, done[-1:] * np.arange(1, count) / count)
+        return sorted({0, *map(int, inner), len(done)})
 
     @cached_property
     def runs(self) -> list[Run]:
         """Runs of single columns, from right to left, whose inverse is computed together."""
         return runs_of(self.first, self.of_column, self.row_start, self.rows)
+
+    @cached_property
+    def pieces_with_runs(self) -> list[tuple[int, int, Run | None]]:
+        """Supernodes from right to left, each run as one piece."""
+        runs = {run.low: run for run in self.runs}
+        ends = {end for end in self.pieces if not any(r.low < end < r.high for r in self.runs)}
+        ends |= {end for run in self.runs for end in (run.low, run.high)}
+        pairs = list(itertools.pairwise(sorted(ends)))
+        return [(low, high, runs.get(low)) for low, high in reversed(pairs)]
 
     def where(self, row: np.ndarray, column: np.ndarray) -> np.ndarray:
         """Where entries of A stand in the factor's values; -1 where they are not in its pattern.
@@ -121,6 +151,13 @@ class Symbolic:
         return _where(
             low, high, self.first, self.of_column, self.row_start, self.rows, self.value_start
         )
+
+
+def _operations(first: np.ndarray, row_start: np.ndarray) -> np.ndarray:
+    """Floating-point operations of each supernode and of what it gives to others."""
+    w = np.diff(first).astype(float)
+    below = np.diff(row_start) - w
+    return w**3 / 3 + w * w * below + w * below * (below + 1)
 
 
 def _inverted(order: np.ndarray) -> np.ndarray:
@@ -258,7 +295,8 @@ def _rows(start, index, order, place, parent, first, of_column):
         lo, hi = first[b], first[b + 1]
         if used + n - lo > len(room):
             larger = np.empty(max(2 * len(room), used + n - lo), np.int64)
-            larger[:used] = room[:used]
+            for p in range(used):  # a slice takes seconds to compile
+                larger[p] = room[p]
             room = larger
         begin = used
         for j in range(lo, hi):
@@ -317,7 +355,13 @@ def _where(low, high, first, of_column, row_start, rows, value_start):
     for e in range(len(low)):
         b = of_column[high[e]]
         begin, end = row_start[b], row_start[b + 1]
-        p = begin + np.searchsorted(rows[begin:end], low[e])
+        p, last = begin, end
+        while p < last:
+            middle = (p + last) // 2
+            if rows[middle] < low[e]:
+                p = middle + 1
+            else:
+                last = middle
         if p == end or rows[p] != low[e]:
             found[e] = -1
         else:
