@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from openreml_nn.model.relations import read_pedigree
 from openreml_nn.program.options import Options, by_parameter
 from openreml_nn.program.reporting import costs_nothing, reported, shown
 from openreml_nn.program.rundir import RunDirectory
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
+    from openreml_nn.covariance import Relationship
     from openreml_nn.result import Result
 
 __all__ = ["InChunks", "InMemory", "fit_table", "is_first_process", "prepared"]
@@ -173,7 +175,7 @@ class InMemory:
             split = {"split": options["data.split"], "split_by": None if by is None else str(by)}
         self.data = MixedModelDataModule(
             chosen_table(options),
-            pedigree=options["model.pedigree"],
+            pedigree=_pedigree(options),
             kernels=options["model.kernels"],
             validation=share,
             **split,
@@ -323,3 +325,13 @@ def _advice(config: DictConfig) -> str:
     if OmegaConf.select(config, "model.network") is not None:
         return "model.training=parts with a smaller model.rows runs the network on fewer rows"
     return "data.chunk_rows=100000 reads a file a part at a time"
+
+
+def _pedigree(options: Options) -> Relationship | None:
+    """The pedigree of the options, None without one."""
+    path = options["model.pedigree"]
+    if path is None:
+        return None
+    groups, hermaphrodite = options["model.pedigree_groups"], options["model.hermaphrodite"]
+    variance = options["model.group_variance"] if groups else 1.0
+    return read_pedigree(str(path), [str(name) for name in groups], variance, hermaphrodite)

@@ -267,7 +267,7 @@ class FieldRows(Rows):
         log_det = 2 * float(np.log(found.root).sum()) - found.log_det
         if self._field.scale is not None:
             log_det += 2 * float(np.log(np.abs(self._field.scale)).sum())
-        Zf, ff = self._with_data(precision)
+        Zf, ff = self.with_data(precision)
         blocks = self._equations.products(precision)
         condition = max(1.0, float(found.precision.diagonal().max()))
         matrices = [matrix.detach().cpu().double()]
@@ -318,4 +318,4 @@ class FieldRows(Rows):
         if effects:
             w = w + self._Z @ np.concatenate(effects)
         Rw = at.precision @ w
-        return self._to_columns(self._Z.T @ Rw), self.f.T @ Rw, w.T @ Rw
+        return self.to_columns(self._Z.T @ Rw), self.f.T @ Rw, w.T @ Rw
