@@ -66,9 +66,8 @@ class Pedigree(Relationship):
             groups: names in ``sire`` and ``dam`` that are no animals but stand for unknown parents
                 of one origin (phantom parents), as unrelated and not inbred as other unknown ones
                 but of a mean of their own: see :attr:`contributions` and :meth:`grouped`.
-            hermaphrodite: whether one may be a sire and a dam, as plants are: True allows it, False
-                makes it an error, and where nothing is said there is a warning. A pedigree in which
-                a row has one parent on both sides is taken for one of plants.
+            hermaphrodite: whether one may be a sire and a dam, as plants are: otherwise that is an
+                error, where nothing is said a warning; not so where a row has one parent twice.
 
         Raises:
             InputError: if the lengths differ, an animal stands in two rows, has

@@ -238,8 +238,6 @@ class FieldRows(Rows):
         fixed: response and model matrix.
     """
 
-    has_effects = True
-
     def __init__(self, equations: Equations, residual: FieldResidual, fixed: FixedPart) -> None:
         self._equations, self._field = equations, residual
         self.terms = residual.at
@@ -286,6 +284,7 @@ class FieldRows(Rows):
     def effects(
         self, at: RowsAt, inner: csr_matrix, p_y: np.ndarray, lost: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
+        """Predictions of the cells, (q,), and their variances; for the arguments see :meth:`scores`."""
         own = self._known_to(inner)[self._field.on]
         e, added = self._cells(at, p_y[:, None])[:, 0], self._cells(at, lost)
         return e, own + (added**2).sum(1)

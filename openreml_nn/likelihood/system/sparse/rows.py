@@ -63,10 +63,7 @@ class Rows:
 
     Attributes:
         terms: positions of the residual's terms.
-        has_effects: whether the residual is one of effects, as a field is.
     """
-
-    has_effects = False
 
     def __init__(self, equations: Equations, residual: Residual, fixed: FixedPart) -> None:
         self._equations, self._residual = equations, residual
@@ -91,13 +88,6 @@ class Rows:
     def of_rows(self, x: np.ndarray) -> np.ndarray:
         """Numbers for the rows, (n, m), from those for what :class:`RowsAt` holds."""
         return x
-
-    def effects(
-        self, at: RowsAt, inner: csr_matrix, p_y: np.ndarray, lost: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Predictions of the residual's effects, (q,), and their variances; for the arguments see
-        :meth:`scores`."""
-        raise NotImplementedError
 
     def _take(self, fixed: FixedPart) -> None:
         f = torch.cat([fixed.Q, fixed.y[:, None]], 1)
