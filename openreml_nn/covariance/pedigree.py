@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from openreml_nn.covariance.ancestry import (
 from openreml_nn.covariance.relationship import Relationship, check_column, name_of
 from openreml_nn.support.checks import check_flag, check_names, check_number
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.warning import warn
 
 __all__ = ["Pedigree"]
 
@@ -102,7 +102,7 @@ class Pedigree(Relationship):
         if not said and (two := _two_sexes(sires, dams, set(origins))):
             if hermaphrodite is not None:
                 raise InputError(two)
-            warnings.warn(two, UserWarning, stacklevel=2)
+            warn(two, UserWarning)
         levels, parents = parents_first(names, sires, dams, origins)
         known = np.where(parents < len(levels), parents, -1)
         inbreeding = inbreeding_of(known)

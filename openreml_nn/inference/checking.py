@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 from openreml_nn.families import Family
@@ -73,6 +72,8 @@ def dispersion(result: Result) -> Dispersion:
     >>> f"{dispersion(result).ratio:.2f}"
     '1.23'
     """
+    from scipy import stats
+
     refit = LaplaceRefit(result)
     family, eta = _at_mode(refit)
     of_rows = family.of_rows(family.inputs_of(refit.y))

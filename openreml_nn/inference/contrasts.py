@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 __all__ = ["Asymptotic", "FTest", "Inference"]
@@ -53,5 +52,7 @@ class Asymptotic(Inference):
         return float("inf")
 
     def f_test(self, L: Tensor, beta: Tensor) -> FTest:
+        from scipy import stats
+
         F = self._f(L, beta)
         return FTest(F, len(L), float("inf"), float(stats.chi2.sf(F * len(L), len(L))))

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from math import exp
 
 import numpy as np
-from scipy.interpolate import CubicSpline
-from scipy.stats import norm
 from torch import Tensor
 
 from openreml_nn.support.checks import check_number
@@ -51,6 +49,9 @@ class Curve:
             InputError: if the level is not between 0 and 0.995, beyond which no curve goes.
             TypeError: if it is no number.
         """
+        from scipy.interpolate import CubicSpline
+        from scipy.stats import norm
+
         level = check_number("level", level, above=0, below=_MOST_LEVEL)
         z = float(norm.ppf((1 + level) / 2))
         if len(self.zeta) < 2:

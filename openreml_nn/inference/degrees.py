@@ -8,7 +8,6 @@ from math import nan
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 from torch import Tensor
 
 from openreml_nn.estimation import Result
@@ -54,6 +53,8 @@ def estimates(
 
     A row of NaN, which is of no estimable contrast, has only NaN.
     """
+    from scipy import stats
+
     L = L.to(how.covariance)
     value = (L @ result.fixed.estimate).numpy(force=True)
     error = (L @ how.covariance @ L.mT).diagonal().sqrt().numpy(force=True)

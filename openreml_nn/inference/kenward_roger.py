@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from numbers import Real
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from openreml_nn.estimation import Result
@@ -51,6 +50,8 @@ class KenwardRoger(Inference):
         return self._moments(contrast[None])[0]
 
     def f_test(self, L: Tensor, beta: Tensor) -> FTest:
+        from scipy import stats
+
         den, scale = self._moments(L)
         F = scale * self._f(L, beta)
         return FTest(F, len(L), den, float(stats.f.sf(F, len(L), den)))

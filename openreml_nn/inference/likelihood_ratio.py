@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from math import comb
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from openreml_nn.estimation import Result
@@ -67,6 +66,8 @@ def likelihood_ratio_test(small: Result, large: Result) -> LikelihoodRatio:
     >>> f"{test.statistic:.2f}", test.df, test.mixture
     ('42.84', 2, {1: 0.5, 2: 0.5})
     """
+    from scipy import stats
+
     for name, fit in (("small", small), ("large", large)):
         source_of(fit, name)
     check_same_data(("small", "large"), (small, large))
@@ -100,6 +101,8 @@ def _variances(result: Result) -> int:
 
 
 def _tail(statistic: float, df: int) -> float:
+    from scipy import stats
+
     return float(stats.chi2.sf(statistic, df)) if df else float(statistic <= 0)
 
 

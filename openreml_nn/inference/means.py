@@ -9,7 +9,6 @@ from itertools import combinations, product
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 from torch import Tensor
 
 from openreml_nn.estimation import Result
@@ -63,6 +62,8 @@ class MarginalMeans:
         Raises:
             InputError: if ``adjust`` is unknown.
         """
+        from scipy import stats
+
         check_choice("adjust", adjust, ADJUSTMENTS)
         names = self.table["name"].tolist()
         which = list(combinations(range(len(names)), 2))

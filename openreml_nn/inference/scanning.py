@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 from torch import Tensor
 
 from openreml_nn.estimation import Result
@@ -61,6 +60,8 @@ def scan(result: Result, markers: Tensor | np.ndarray | pd.DataFrame) -> pd.Data
        name  estimate  std_error   df  statistic    p
     0  Days    10.467      0.843  178     12.414  0.0
     """
+    from scipy import stats
+
     refit = Refit(result)
     n, p = refit.X.shape
     M, names = _numbers(markers, n)

@@ -15,7 +15,6 @@ from openreml_nn.inference.laplace_refit import LaplaceRefit
 from openreml_nn.inference.observation import observation_variance
 from openreml_nn.inference.refit import Refit, family_of
 from openreml_nn.inference.row_variance import row_variances
-from openreml_nn.metrics import conditional_r2, marginal_r2
 from openreml_nn.result import Component
 from openreml_nn.result.parts import RESIDUAL_GROUP
 from openreml_nn.support.errors import InputError
@@ -60,6 +59,8 @@ def r2(result: Result, observation: str | None = None) -> R2:
     >>> f"{found.marginal:.4f} {found.conditional:.4f}"
     '0.2787 0.7992'
     """
+    from openreml_nn.metrics import conditional_r2, marginal_r2
+
     if family_of(result) is not None:
         return _r2_of_family(result, observation)
     _no_family(observation)
@@ -157,6 +158,8 @@ def _no_family(observation: str | None) -> None:
 
 
 def _r2_of_family(result: Result, observation: str | None) -> R2:
+    from openreml_nn.metrics import conditional_r2, marginal_r2
+
     refit = LaplaceRefit(result)
     with torch.no_grad():
         terms = refit.loss.covariance.terms()

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from openreml_nn.report.plots import (
     shares,
     zeta,
 )
+from openreml_nn.report.points import residual_table
 from openreml_nn.result import Result
 from openreml_nn.result.record import to_record
 from openreml_nn.result.tables import blup_table, fixed_table, variance_table
@@ -67,6 +69,9 @@ def write_plots(result: Result, directory: str | Path, places: Tensor | None = N
         places: where the rows are (n, k), of a spatial model.
     """
     _draw(Path(directory), _plots(result, places))
+    if len(result.residuals):
+        with costs_nothing("residuals.csv"):
+            write_table(residual_table(result), Path(directory) / "residuals.csv")
 
 
 def write_profile(profile: Profile, directory: str | Path) -> None:
@@ -102,7 +107,9 @@ def write_record(result: Result, directory: str | Path, validation: Mapping[str,
         directory: of the run.
         validation: metrics of the rows held out, by name.
     """
-    text = json.dumps(to_record(result, validation), indent=2, allow_nan=False) + "\n"
+    record = to_record(result, validation)
+    record["details"]["diagnosis"] = diagnose(result)
+    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
     write_text(Path(directory) / "result.json", text)
 
 
@@ -110,9 +117,11 @@ def _draw(folder: Path, plots: Mapping[str, Callable[[], Figure]]) -> None:
     for name, draw in plots.items():
         with costs_nothing(f"plot {name}"):
             (folder / "plots").mkdir(parents=True, exist_ok=True)
-            figure = draw()
+            # Figure.savefig() would draw twice: once to place the axes, and again with them in place.
+            canvas = FigureCanvasAgg(draw())
+            canvas.figure.set_dpi(150)
             with replacing(folder / "plots" / f"{name}.png") as temporary:
-                figure.savefig(temporary, dpi=150)
+                canvas.print_png(temporary)
 
 
 def _plots(result: Result, places: Tensor | None) -> Mapping[str, Callable[[], Figure]]:
