@@ -25,6 +25,7 @@ from openreml_nn.covariance import (
     VecchiaMatrix,
     ar1_field,
 )
+from openreml_nn.estimation.starts import reaches
 from openreml_nn.likelihood import Sparse, restricted_log_likelihood
 from openreml_nn.model.structures import linear_model
 from openreml_nn.table import Encoder
@@ -260,3 +261,12 @@ def test_series_by_formula_are_seen_at_the_times_of_their_rows():
     V = torch.from_numpy(0.9999**lags * together * np.outer(scale, scale))
     y, X = torch.tensor(table["y"].to_numpy()), torch.ones(40, 1, dtype=torch.float64)
     assert found == pytest.approx(float(restricted_log_likelihood(y, X, V)), abs=1e-8)
+
+
+def test_fields_of_many_trials_start_from_a_few_reaches():
+    V, y, X = trials([(2, 3)] * 6)
+    found = list(reaches(REMLLoss(V).objective(y, X)))
+    assert len(found) == 5  # three for all, and rows or columns far
+    far = {matrix for matrix, reach in found[3] if reach > 0.5}
+    assert len(far) == 6
+    assert far.isdisjoint(matrix for matrix, reach in found[4] if reach > 0.5)
