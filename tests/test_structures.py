@@ -14,7 +14,8 @@ from openreml_nn import InputError, REMLLoss, glmm, lmm, restricted_log_likeliho
 from openreml_nn.covariance import Pedigree
 from openreml_nn.datasets import table_path
 from openreml_nn.lightning import MixedModelDataModule, MixedModule
-from openreml_nn.model.structures import labels_of, linear_model, relations_of
+from openreml_nn.model.relations import relations_of
+from openreml_nn.model.structures import labels_of, linear_model
 from openreml_nn.report import blup_table
 from openreml_nn.table import Encoder, Learned, parse_formula, parse_residual
 

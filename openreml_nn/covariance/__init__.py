@@ -1,8 +1,8 @@
 """Covariance matrices and operators as modules."""
 
 from openreml_nn.covariance import transform
+from openreml_nn.covariance.antedependence import AntedependenceMatrix
 from openreml_nn.covariance.autoregressive import (
-    AntedependenceMatrix,
     AR1Matrix,
     StationaryMatrix,
     ToeplitzMatrix,

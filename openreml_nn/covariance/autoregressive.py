@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,14 +14,19 @@ from openreml_nn.covariance.exchangeable import within_bounds
 from openreml_nn.covariance.matrix import FreeParams, Matrix, differentiated
 from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.start import harmonic_mean
-from openreml_nn.covariance.transform import TransformExp, TransformExpPow2
+from openreml_nn.covariance.transform import TransformExpPow2
 from openreml_nn.support.checks import check_count
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import DenseCovariance
 from openreml_nn.terms.design import IdentityDesign
+from openreml_nn.terms.precision import PrecisionCovariance
+from openreml_nn.terms.series import SeriesPrecision
 from openreml_nn.terms.term import Term
 
-__all__ = ["AR1Matrix", "AntedependenceMatrix", "StationaryMatrix", "ToeplitzMatrix"]
+__all__ = ["AR1Matrix", "StationaryMatrix", "ToeplitzMatrix"]
+
+#: A series of more times than these is lowered to its precision, which holds less.
+_SHORT = 200
 
 
 def _lags(n: int, like: Tensor) -> Tensor:
@@ -77,6 +84,7 @@ class AR1Matrix(Matrix):
         default = free_specs(["sigma^2"], trans=TransformExpPow2())
         default |= free_specs(["rho"], trans=within_bounds(-1.0, 1.0))
         super().__init__((n, n), merge_specs(default, param_specs))
+        self._steps: np.ndarray | None = None
 
     def _powers(self, rho: Tensor) -> Tensor:
         r""":math:`\rho^l` for the lags l = 0 … n - 1."""
@@ -97,16 +105,28 @@ class AR1Matrix(Matrix):
 
     def forward(self, free_params: FreeParams = None) -> Tensor:
         variance, rho = self.build_params(free_params).split(1)
+        if self._steps is not None:
+            return variance * SeriesPrecision(self._steps).covariance(rho)
         return _banded(variance * self._powers(rho))
 
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
         variance, rho = self.build_params(free_params).split(1)
+        if self._steps is not None:
+            series = SeriesPrecision(self._steps)
+            by_rho = series.covariance_along(rho, torch.ones_like(rho))
+            return self.free_grad(
+                torch.stack([series.covariance(rho), variance * by_rho]), free_params
+            )
         powers = self._powers(rho)
         slices = _banded(torch.stack([powers, variance * self._slopes(powers)]))
         return self.free_grad(slices, free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
         self.check_cotangent(cotangent)
+        if self._steps is not None:
+            slices, _ = self.manual_grad(free_params)
+            empty = cotangent.new_zeros(0)
+            return empty if slices is None else (slices * cotangent).sum((1, 2))
         variance, rho = self.build_params(free_params).split(1)
         powers = self._powers(rho)
         sums = _diagonal_sums(cotangent, self.shape[0])
@@ -114,7 +134,33 @@ class AR1Matrix(Matrix):
         return self.free_vjp(pulled, free_params)
 
     def structure(self) -> list[Term]:
-        return [Term(IdentityDesign(self.shape[0]), DenseCovariance(self(), chained=True))]
+        n = self.shape[0]
+        if n <= _SHORT and self._steps is None:
+            return [Term(IdentityDesign(n), DenseCovariance(self(), chained=True))]
+        steps = (np.arange(n) > 0).astype(np.int64) if self._steps is None else self._steps
+        return [
+            Term(
+                IdentityDesign(n), PrecisionCovariance(self.build_params(), SeriesPrecision(steps))
+            )
+        ]
+
+    def at(self, series: Tensor, times: Tensor) -> AR1Matrix:
+        """The same process at some times of independent series: both have the same parameters.
+
+        Args:
+            series: (n,) which series, in ascending order.
+            times: (n,) whole times, ascending within a series.
+
+        >>> one = AR1Matrix(3)
+        >>> one.at(torch.tensor([0, 0, 1]), torch.tensor([0, 2, 1])).shape
+        (3, 3)
+        """
+        later = (series[1:] == series[:-1]).long()
+        steps = torch.cat([later[:0].new_zeros(1), later * times.diff()])
+        found = copy.copy(self)
+        found.known_shape = (len(steps), len(steps))
+        found._steps = steps.cpu().numpy()
+        return found
 
     def moment_start(self, variance: Tensor) -> bool:
         self.set_start(self.param_names[1], torch.zeros_like(variance[0]))
@@ -279,88 +325,3 @@ class StationaryMatrix(Matrix):
         for name in self.param_names[1:]:
             self.set_start(name, torch.zeros_like(variance[0]))
         return self.set_start(self.param_names[0], harmonic_mean(variance))
-
-
-class AntedependenceMatrix(Matrix):
-    r"""First-order antedependence, :math:`V_{ij} = \sigma_i \sigma_j \prod_{k=i}^{j-1} \rho_k`
-    for i ≤ j.
-
-    =========== ================================ =======
-    parameter   transform                        default
-    =========== ================================ =======
-    ``sigma_i`` :math:`e^x`                      0
-    ``rho_k``   sigmoid, scaled to (−1, 1)       0
-    =========== ================================ =======
-
-    for i = 0 … n − 1 and k = 0 … n − 2: standard deviations, and the
-    correlation of each occasion with the next. Always positive definite.
-
-    Args:
-        n: size.
-        param_specs: specifications that replace the ones above.
-
-    Shape:
-        Output: (n, n).
-
-    Reference:
-        Gabriel, Annals of Mathematical Statistics 33 (1962) 201; Kenward,
-        Applied Statistics 36 (1987) 296.
-
-    >>> AntedependenceMatrix(3)(torch.tensor([0.0, 0.0, 0.6931472, 1.0986123, 1.0986123]))
-    tensor([[1.0000, 0.5000, 0.5000],
-            [0.5000, 1.0000, 1.0000],
-            [0.5000, 1.0000, 4.0000]])
-    """
-
-    def __init__(self, n: int, param_specs: Mapping[str, Any] | None = None) -> None:
-        n = check_count("n", n, 1)
-        default = free_specs([f"sigma_{i}" for i in range(n)], trans=TransformExp(degree=1))
-        default |= free_specs([f"rho_{k}" for k in range(n - 1)], trans=within_bounds(-1.0, 1.0))
-        super().__init__((n, n), merge_specs(default, param_specs))
-
-    def _natural(self, free_params: FreeParams) -> tuple[Tensor, Tensor, Tensor]:
-        """Standard deviations (n,), the upper triangle of the correlations, all correlations."""
-        n = self.shape[0]
-        natural = self.build_params(free_params)
-        sigma, rho = natural[:n], natural[n:]
-        # Row i multiplies the correlations after i: ones before, then their running product.
-        step = torch.cat([torch.ones_like(sigma[:1]), rho]).expand(n, n)
-        after = torch.ones_like(step, dtype=torch.bool).triu(1)
-        upper = torch.where(after, step, 1.0).cumprod(1).triu()
-        return sigma, upper, upper + upper.triu(1).mT
-
-    def forward(self, free_params: FreeParams = None) -> Tensor:
-        sigma, _, R = self._natural(free_params)
-        return sigma[:, None] * R * sigma
-
-    def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
-        n = self.shape[0]
-        sigma, upper, R = self._natural(free_params)
-        eye = torch.eye(n, dtype=sigma.dtype, device=sigma.device)
-        rows = eye[:, :, None] * (R * sigma)[:, None, :]
-        slices = [rows + rows.mT]
-        for k in range(n - 1):
-            # d R_ij / d rho_k = R_ik R_(k+1)j for i <= k < j.
-            left = torch.where(torch.arange(n, device=sigma.device) <= k, upper[:, k], 0.0)
-            part = torch.outer(sigma * left, sigma * upper[k + 1])
-            slices.append((part + part.mT)[None])
-        return self.free_grad(torch.cat(slices), free_params)
-
-    def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
-        self.check_cotangent(cotangent)
-        sigma, upper, R = self._natural(free_params)
-        both = cotangent + cotangent.mT
-        by_sigma = ((both * R) @ sigma[:, None])[:, 0]
-        # For all k at once: sum over i <= k < j of C_ij R_ik R_(k+1)j.
-        C = sigma[:, None] * both * sigma
-        after = (upper[1:] @ C.mT).mT  # (i, k): sum over j > k of C_ij R_(k+1)j
-        by_rho = (upper[:, :-1] * after).sum(0)
-        return self.free_vjp(torch.cat([by_sigma, by_rho]), free_params)
-
-    def moment_start(self, variance: Tensor) -> bool:
-        n = self.shape[0]
-        for name in self.param_names[n:]:
-            self.set_start(name, torch.zeros_like(variance[0]))
-        scales = zip(self.param_names[:n], variance.sqrt(), strict=True)
-        moved = [self.set_start(name, value) for name, value in scales]
-        return all(moved)

@@ -16,6 +16,8 @@ from openreml_nn.covariance.start import give_to_one, harmonic_mean
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import DiagonalCovariance, KroneckerCovariance, RepeatedCovariance
 from openreml_nn.terms.design import IdentityDesign, IndexedDesign
+from openreml_nn.terms.precision import PrecisionCovariance
+from openreml_nn.terms.series import chained, repeated
 from openreml_nn.terms.term import Term, whole_term
 
 __all__ = ["KroneckerProduct"]
@@ -105,6 +107,11 @@ def _merge(outer: Term | None, inner: Term) -> Term | None:
     a, b = outer.covariance, inner.covariance
     q, k = outer.design.shape[0], inner.design.shape[0]
     design = IdentityDesign(q * k)
+    one, other = chained(a, q), chained(b, k)
+    if one is not None and other is not None:
+        return Term(design, KroneckerCovariance.of(one, other, chained=True))
+    if a.is_scalar and isinstance(b, PrecisionCovariance) and b.effects == 1:
+        return Term(design, repeated(b.times(a.matrix.reshape(())), q))
     if b.is_related:
         small = _small(a, q)
         if small is not None:
@@ -131,8 +138,7 @@ def _merge(outer: Term | None, inner: Term) -> Term | None:
     if b.is_scalar and small is not None:
         return Term(_levels_last(q, k, small.device), RepeatedCovariance(b.matrix * small, k))
     if a.is_solid and b.is_solid:
-        chained = a.is_chained and b.is_chained
-        return Term(design, KroneckerCovariance.of(a.matrix, b.matrix, chained))
+        return Term(design, KroneckerCovariance.of(a.matrix, b.matrix))
     return None
 
 

@@ -54,7 +54,7 @@ class Pedigree(Relationship):
         sire: Sequence[Any],
         dam: Sequence[Any],
         groups: Sequence[str] = (),
-        hermaphrodite: bool = False,
+        hermaphrodite: bool | None = None,
     ) -> Pedigree:
         """From a pedigree table, by Henderson's rules with inbreeding.
 
@@ -66,16 +66,16 @@ class Pedigree(Relationship):
             groups: names in ``sire`` and ``dam`` that are no animals but stand for unknown parents
                 of one origin (phantom parents), as unrelated and not inbred as other unknown ones
                 but of a mean of their own: see :attr:`contributions` and :meth:`grouped`.
-            hermaphrodite: whether one may be a sire and a dam, as plants are; otherwise there is a
-                warning, unless a row has one parent on both sides.
+            hermaphrodite: whether one may be a sire and a dam, as plants are: otherwise that is an
+                error, where nothing is said a warning; not so where a row has one parent twice.
 
         Raises:
             InputError: if the lengths differ, an animal stands in two rows, has
                 no name, is its own ancestor, or has completely inbred parents; if a group has a
-                row, or is nobody's parent.
+                row, or is nobody's parent; if an animal is a sire and a dam with ``hermaphrodite=False``.
 
         Warns:
-            UserWarning: of an animal that is a sire and a dam.
+            UserWarning: of an animal that is a sire and a dam, where nothing is said.
 
         Reference:
             Henderson, Biometrics 32 (1976) 69; inbreeding by Meuwissen and
@@ -98,8 +98,11 @@ class Pedigree(Relationship):
         names, sires, dams = (list(map(name_of, column)) for column in (animal, sire, dam))
         origins = tuple(check_names("groups", groups))
         _check_groups(origins, names, {*sires, *dams})
-        if not check_flag("hermaphrodite", hermaphrodite):
-            _check_sexes(sires, dams, set(origins))
+        said = hermaphrodite is not None and check_flag("hermaphrodite", hermaphrodite)
+        if not said and (two := _two_sexes(sires, dams, set(origins))):
+            if hermaphrodite is not None:
+                raise InputError(two)
+            warn(two, UserWarning)
         levels, parents = parents_first(names, sires, dams, origins)
         known = np.where(parents < len(levels), parents, -1)
         inbreeding = inbreeding_of(known)
@@ -255,18 +258,18 @@ def _check_groups(
             raise InputError(f"`groups` has {name!r}, which is no `sire` or `dam`: leave it out")
 
 
-def _check_sexes(sires: list[str | None], dams: list[str | None], groups: set[str]) -> None:
-    """Warn of the first animal of two sexes, unless the pedigree is one of plants that self."""
+def _two_sexes(sires: list[str | None], dams: list[str | None], groups: set[str]) -> str:
+    """What is to be said of the first animal of two sexes; nothing where there is none, or the
+    pedigree is one of plants that self."""
     fathers = {name: row for row, name in reversed(list(enumerate(sires))) if name is not None}
     of_both = [(row, name) for row, name in enumerate(dams) if name in fathers.keys() - groups]
     selfs = any(
         s is not None and s == d for s, d in zip(sires, dams, strict=True) if s not in groups
     )
-    if of_both and not selfs:
-        row, name = of_both[0]
-        warn(
-            f"{name!r} is a `sire` in row {fathers[name]} and a `dam` in row {row}: "
-            "expected one sex of an animal; correct the pedigree, or say `hermaphrodite=True` of "
-            "plants",
-            UserWarning,
-        )
+    if not of_both or selfs:
+        return ""
+    row, name = of_both[0]
+    return (
+        f"{name!r} is a `sire` in row {fathers[name]} and a `dam` in row {row}: expected one sex of "
+        "an animal; correct the pedigree, or say `hermaphrodite=True` of plants"
+    )

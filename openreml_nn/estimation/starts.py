@@ -15,12 +15,14 @@ from openreml_nn.likelihood.loss import Objective
 from openreml_nn.result.result import Record, Start
 from openreml_nn.support.errors import NumericalError
 
-__all__ = ["climb", "climb_from_several", "has_several_optima"]
+__all__ = ["climb", "climb_from_several", "has_several_optima", "reaches"]
 
 #: How far correlation reaches at each start, see :meth:`Matrix.start_reach`.
 REACHES = (0.7, 0.3, 0.9)
 #: Where one matrix's correlation reaches far, and the others' hardly.
 _FAR, _NEAR = 0.9, 0.1
+#: More matrices than these are not far one by one.
+_MANY = 4
 #: A run that is within this many standard errors of an optimum already found goes there too.
 _CLOSE = 0.3
 #: A run that gains nothing in so many shortened steps ends.
@@ -105,9 +107,9 @@ def climb_from_several(
     """
     runs: list[_Run] = []
     failure: NumericalError | None = None
-    for reaches in _reaches(objective):
+    for reach_of in reaches(objective):
         start()
-        for matrix, reach in reaches:
+        for matrix, reach in reach_of:
             matrix.start_reach(reach)
         try:
             runs.append(_run(objective, most, runs))
@@ -167,17 +169,24 @@ def _between(one: _Run, other: _Run) -> float:
     return float((move @ other.curvature.hessian @ move).clamp(min=0).sqrt())
 
 
-def _reaches(objective: Objective) -> list[list[tuple[Matrix, float]]]:
+def reaches(objective: Objective) -> list[list[tuple[Matrix, float]]]:
     """For each start the matrices whose correlation reaches somewhere, and how far.
 
     All reach as far as each other; of two or more, such as the rows and columns of a field, also
-    one far and the others hardly.
+    one far and the others hardly. Those of many, such as the rows of the fields of some trials, go
+    together by their name.
     """
     reaching = [m for m in _matrices(objective) if m.start_reach(REACHES[0])]
     starts = [[(matrix, reach) for matrix in reaching] for reach in REACHES]
     if len(reaching) > 1:
+        named = {id(m): name for name, m in objective.covariance.named_modules()}
+        sides: dict[object, list[int]] = {}
+        for matrix in reaching:
+            side = named[id(matrix)].rpartition(".")[2] if len(reaching) > _MANY else id(matrix)
+            sides.setdefault(side, []).append(id(matrix))
         starts += [
-            [(matrix, _FAR if matrix is far else _NEAR) for matrix in reaching] for far in reaching
+            [(matrix, _FAR if id(matrix) in far else _NEAR) for matrix in reaching]
+            for far in sides.values()
         ]
     return starts
 

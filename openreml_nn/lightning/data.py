@@ -20,8 +20,8 @@ from openreml_nn.lightning.sharing import check_same, share
 from openreml_nn.lightning.split import Split
 from openreml_nn.model import take
 from openreml_nn.model.batch import Batch
+from openreml_nn.model.relations import relations_of
 from openreml_nn.model.response import EncodedResponse
-from openreml_nn.model.structures import relations_of
 from openreml_nn.support.checks import check_names, check_table, check_text
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError

@@ -20,8 +20,9 @@ from openreml_nn.model.batch import Batch
 from openreml_nn.model.constraints import Constraint, Constraints
 from openreml_nn.model.linear import with_model
 from openreml_nn.model.mixed_model import MixedModel
+from openreml_nn.model.relations import relations_of
 from openreml_nn.model.response import EncodedResponse
-from openreml_nn.model.structures import labels_of, linear_model, relations_of
+from openreml_nn.model.structures import labels_of, linear_model
 from openreml_nn.model.zeros import ZeroEncoder
 from openreml_nn.result import FixedEffects, Label, Result
 from openreml_nn.support.checks import (

@@ -23,8 +23,9 @@ from openreml_nn.model.batch import Batch
 from openreml_nn.model.constraints import Constraint, Constraints
 from openreml_nn.model.fitted_variance import fit_by_fitted, is_by_fitted
 from openreml_nn.model.mixed_model import MixedModel
+from openreml_nn.model.relations import relations_of
 from openreml_nn.model.stream import fit_stream
-from openreml_nn.model.structures import bases_of, labels_of, linear_model, relations_of
+from openreml_nn.model.structures import bases_of, labels_of, linear_model
 from openreml_nn.result.equations import FixedBasis
 from openreml_nn.result.result import Label
 from openreml_nn.support.checks import (

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from openreml_nn.covariance import (
+    AR1Matrix,
     CovariancePropagation,
     DiagonalMatrix,
     DummyMatrix,
@@ -24,7 +25,17 @@ from openreml_nn.terms.covariance import RepeatedCovariance
 from openreml_nn.terms.design import IdentityDesign
 from openreml_nn.terms.term import Term
 
-__all__ = ["ResidualStructure", "divided", "of_cells", "structure_of", "with_weights"]
+__all__ = [
+    "ResidualStructure",
+    "divided",
+    "of_cells",
+    "position_variances",
+    "structure_of",
+    "with_weights",
+]
+
+#: Series of more times than these are seen at the times of the rows alone.
+_SHORT = 200
 
 
 class ResidualStructure:
@@ -137,8 +148,13 @@ class _WithinGroups(ResidualStructure):
                 f"{int(count.max())} rows: expected another one for each row, because rows of a "
                 "group have a position each"
             )
-        groups = int(cells.max()) // size + 1
-        rows = in_cells(cells, groups, self.matrix)
+        matrix, groups = self.matrix, int(cells.max()) // size + 1
+        if type(matrix) is AR1Matrix and n and size > _SHORT:
+            # What lies between the times of the rows may be far more than they are.
+            order = cells.argsort()
+            matrix = matrix.at(cells[order] // size, cells[order] % size)
+            cells, groups, size = order.argsort(), 1, n
+        rows = in_cells(cells, groups, matrix)
         weights = row_values(batch, "weights", n, positive=True)
         if weights is None:
             return {"residual": rows}
@@ -146,7 +162,7 @@ class _WithinGroups(ResidualStructure):
         return {"residual": CovariancePropagation(z=z, g=rows.operands["g"])}
 
     def variances(self, batch: Batch, n: int) -> Tensor:
-        return divided(of_cells(self.matrix().diagonal(), batch, n), batch, n)
+        return divided(of_cells(position_variances(self.matrix), batch, n), batch, n)
 
 
 class _ByNetwork(ResidualStructure):
@@ -180,6 +196,13 @@ class _ByNetwork(ResidualStructure):
                 "each, (n,) or (n, 1)"
             )
         return found.reshape(n)
+
+
+def position_variances(matrix: Matrix) -> Tensor:
+    """Variances of the positions within a group, (T,)."""
+    if type(matrix) is AR1Matrix:  # of perhaps many times
+        return matrix.build_params()[:1].expand(matrix.shape[0])
+    return matrix().diagonal()
 
 
 def with_weights(rows: Matrix, batch: Batch, n: int) -> Matrix:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
-from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +12,7 @@ from openreml_nn.covariance import (
     AntedependenceMatrix,
     AR1Matrix,
     ARMAMatrix,
+    CARMatrix,
     CompoundSymmetricMatrix,
     ContinuousAR1Matrix,
     Correlation,
@@ -25,6 +23,7 @@ from openreml_nn.covariance import (
     ExponentialMatrix,
     GaussianCorrelation,
     GaussianMatrix,
+    ICARMatrix,
     IdentityMatrix,
     KnownInverseMatrix,
     KnownMatrix,
@@ -34,10 +33,9 @@ from openreml_nn.covariance import (
     MaternCorrelation,
     MaternMatrix,
     Matrix,
-    Pedigree,
+    RandomWalkMatrix,
     RationalQuadraticCorrelation,
     RationalQuadraticMatrix,
-    Relationship,
     ScalarMatrix,
     SphericalCorrelation,
     SphericalMatrix,
@@ -60,14 +58,14 @@ from openreml_nn.result.parts import RESIDUAL_GROUP, Label
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import (
     Encoded,
+    Graph,
     Known,
     Places,
     RandomDesign,
     ResidualDesign,
     Stratum,
     Structure,
-    read_kernel,
-    read_table,
+    Walk,
 )
 from openreml_nn.table.structure import VARYING
 
@@ -76,64 +74,8 @@ __all__ = [
     "labels_of",
     "linear_model",
     "random_effect_of",
-    "relations_of",
     "residual_of",
 ]
-
-
-def relations_of(
-    pedigree: Any = None, kernels: Mapping[str, Any] | None = None
-) -> dict[str, Known]:
-    """The known matrices between levels, as formulas name them.
-
-    Args:
-        pedigree: for ``ped(animal)``: a table with the columns animal, sire and dam by name, or in
-            this order; its path; or a :class:`Relationship`, such as a :class:`Pedigree`.
-        kernels: for ``vm(level, K)``: each matrix by its name, see :func:`read_kernel`; or a
-            :class:`Relationship`.
-
-    Raises:
-        InputError: if a table is at fault.
-    """
-    found: dict[str, Known] = {}
-    if pedigree is not None:
-        found["ped"] = _inverse(_pedigree(pedigree))
-    if kernels is not None and not isinstance(kernels, Mapping):
-        raise TypeError(
-            f"`kernels` is a {type(kernels).__name__}: expected a mapping of names to matrices"
-        )
-    for name, value in (kernels or {}).items():
-        if name == "ped":
-            raise InputError("`kernels` has 'ped', which is the name of the pedigree's matrix")
-        is_inverse = isinstance(value, Relationship)
-        found[name] = _inverse(value) if is_inverse else read_kernel(name, value)
-    return found
-
-
-def _inverse(relationship: Relationship) -> Known:
-    return Known(relationship.names, relationship.inverse, is_inverse=True)
-
-
-def _pedigree(given: Any) -> Relationship:
-    if isinstance(given, Relationship):
-        return given
-    if isinstance(given, str | os.PathLike):
-        given = read_table(given)
-    if not isinstance(given, pd.DataFrame):
-        raise TypeError(
-            f"`pedigree` is a {type(given).__name__}: expected a table with the columns animal, "
-            "sire and dam, or its path"
-        )
-    names = ["animal", "sire", "dam"]
-    columns = {str(column).lower(): column for column in given.columns}
-    if set(names) <= set(columns):
-        given = given[[columns[name] for name in names]]
-    elif given.shape[1] != 3 or set(names) & set(columns):
-        raise InputError(
-            f"`pedigree` has the columns {', '.join(map(str, given.columns[:10]))}: expected "
-            "animal, sire and dam"
-        )
-    return Pedigree.of(*(given.iloc[:, i].tolist() for i in range(3)))
 
 
 # ---------------------------------------------------------------------- random effects
@@ -159,7 +101,13 @@ def _effect_covariance(design: RandomDesign) -> Matrix:
     return KroneckerProduct(levels=levels, effects=_among_effects(design))
 
 
-def _among_levels(relation: Known | Places) -> Matrix:
+def _among_levels(relation: Known | Places | Graph | Walk) -> Matrix:
+    if isinstance(relation, Walk):
+        if relation.name == "ar1":
+            return AR1Matrix(relation.size)
+        return RandomWalkMatrix(relation.size, {"rw1": 1, "rw2": 2}[relation.name])
+    if isinstance(relation, Graph):
+        return (CARMatrix if relation.name == "car" else ICARMatrix)(relation.weights)
     if isinstance(relation, Places):
         options = dict(relation.structure.options)
         neighbours = options.pop("neighbours", None)

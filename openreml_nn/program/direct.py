@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from openreml_nn.program.options import Options
-from openreml_nn.program.tables import chosen_table
+from openreml_nn.program.tables import chosen_pedigree, chosen_table
 from openreml_nn.support.files import replacing, write_text
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ __all__ = ["Direct", "Fitted", "needs_trainer"]
 #: Options of a model that :func:`lmm` and :func:`glmm` have too.
 _SHARED = ("method", "solver", "residual", "weights", "family", "link", "quadrature", "constraints",
            "starts")  # fmt: skip
-_RELATIONS = ("pedigree", "kernels")
+_RELATIONS = ("pedigree", "pedigree_groups", "group_variance", "hermaphrodite", "kernels")
 #: What a trainer alone does; of it a fit without one takes no more than what is there by default.
 _TRAINING = ("trainer", "callbacks", "optimizer", "resume", "data.validation")
 
@@ -99,7 +99,10 @@ class Direct:
         given = {key: options[f"model.{key}"] for key in _SHARED}
         given["family"], given["link"] = as_asked(given["family"], given["link"])
         self._options = {**given, "categorical": list(categorical)}
-        self._relations = {key: options[f"model.{key}"] or None for key in _RELATIONS}
+        self._relations = {
+            "pedigree": chosen_pedigree(options),
+            "kernels": options["model.kernels"] or None,
+        }
         self._table = chosen_table(options)
         self._steps = options["trainer.max_epochs"]
         for section in _TRAINING:

@@ -18,7 +18,7 @@ from openreml_nn.program.direct import Direct, Fitted, needs_trainer
 from openreml_nn.program.options import Options, by_parameter
 from openreml_nn.program.reporting import costs_nothing, reported, shown
 from openreml_nn.program.rundir import RunDirectory
-from openreml_nn.program.tables import chosen_table
+from openreml_nn.program.tables import chosen_pedigree, chosen_table
 from openreml_nn.support.display import plain_console, visible
 from openreml_nn.support.errors import InputError
 from openreml_nn.support.warning import warn
@@ -171,7 +171,7 @@ class InMemory:
             split = {"split": options["data.split"], "split_by": None if by is None else str(by)}
         self.data = MixedModelDataModule(
             chosen_table(options),
-            pedigree=options["model.pedigree"],
+            pedigree=chosen_pedigree(options),
             kernels=options["model.kernels"],
             validation=share,
             **split,

@@ -250,6 +250,7 @@ _SEED: _Kind = (lambda v: _is_whole(v) and v < 2**32, "a whole number from 0 to 
 _COUNT: _Kind = (lambda v: _is_whole(v) and v > 0, "a whole number, 1 or more")
 _ROWS: _Kind = (lambda v: v is None or _COUNT[0](v), "a whole number, 1 or more, or null")
 _SHARE: _Kind = (lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 up to below 1")
+_POSITIVE: _Kind = (lambda v: _is_number(v) and v > 0, "a number above 0")
 _FLAG_KIND: _Kind = (lambda v: isinstance(v, bool), "true or false")
 _TEXT_KIND: _Kind = (lambda v: isinstance(v, str), "text")
 _TEXT_OR_NONE: _Kind = (lambda v: v is None or isinstance(v, str), "text, or null")
@@ -307,6 +308,9 @@ _KINDS: dict[str, _Kind] = {
     "model.network": _NODE,
     "model.kernels": _PATHS,
     "model.pedigree": _NAME,
+    "model.pedigree_groups": _NAMES,
+    "model.group_variance": _POSITIVE,
+    "model.hermaphrodite": _FLAG_KIND,
     "model.constraints": _BY_PARAMETER,
     "model.starts": _BY_PARAMETER,
     "model.training": _TEXT_OR_NONE,

@@ -1,12 +1,15 @@
-"""The table that the options name."""
+"""The table and the pedigree that the options name."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from openreml_nn.program.options import Options
 
-__all__ = ["chosen_table", "table_file"]
+if TYPE_CHECKING:
+    from openreml_nn.covariance import Relationship
+
+__all__ = ["chosen_pedigree", "chosen_table", "table_file"]
 
 
 def chosen_table(options: Options) -> Any:
@@ -38,3 +41,15 @@ def table_file(options: Options) -> Any:
         ],
         comment=options["data.comment"],
     )
+
+
+def chosen_pedigree(options: Options) -> Relationship | None:
+    """The pedigree of the options, None without one."""
+    from openreml_nn.model.relations import read_pedigree
+
+    path = options["model.pedigree"]
+    if path is None:
+        return None
+    groups, hermaphrodite = options["model.pedigree_groups"], options["model.hermaphrodite"]
+    variance = options["model.group_variance"] if groups else 1.0
+    return read_pedigree(str(path), [str(name) for name in groups], variance, hermaphrodite)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.support.errors import InputError
-from openreml_nn.table.relation import Known, Places
+from openreml_nn.table.relation import Graph, Known, Places, Walk
 from openreml_nn.table.structure import KERNELS, Structure
 
 __all__ = ["Encoded", "Positions", "RandomDesign", "ResidualDesign", "Stratum"]
@@ -45,7 +45,7 @@ class RandomDesign:
     values: Tensor
     structure: Structure = field(default_factory=lambda: Structure("us"))
     places: tuple[int, ...] | None = None
-    relation: Known | Places | None = None
+    relation: Known | Places | Graph | Walk | None = None
     coordinates: Tensor | None = None
 
     @property

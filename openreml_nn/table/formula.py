@@ -9,7 +9,9 @@ from openreml_nn.table.algebra import Part, Term
 from openreml_nn.table.functions import FUNCTIONS, STATEFUL
 from openreml_nn.table.structure import (
     EFFECTS,
+    GRAPHS,
     RELATIONS,
+    WALKS,
     Structure,
     check_dimensions,
     columns_of,
@@ -40,7 +42,7 @@ class Grouping:
     Attributes:
         columns: the columns whose combinations are the levels, or the numeric ones of a kernel.
         relation: how the levels are related; None for independent ones.
-        kernel: the name of the known matrix of ``vm``.
+        kernel: the name of the known matrix of ``vm``, or of the graph of ``car`` and ``icar``.
         bent: for ``spline``, whether each column is bent, or linear in the product with another.
     """
 
@@ -65,7 +67,7 @@ class Grouping:
         """The factor as results name it: ``animal`` for ``ped(animal)``."""
         if self.relation is None or self.relation.name in ("ped", "vm"):
             return ":".join(self.columns)
-        return self.key
+        return self.key  # beside which the group itself may have effects, as areas often have
 
     @property
     def operand(self) -> str:
@@ -324,16 +326,22 @@ def _related(call: Call, text: str) -> list[Grouping]:
     columns = [node.name for node in positional if isinstance(node, Name) and node.name != "."]
     if len(columns) < len(positional) or not columns or len(set(columns)) < len(columns):
         raise InputError(f"{what}: {str(call)!r}: expected distinct columns, then options by name")
-    count = {"ped": 1, "vm": 2}.get(name, len(columns))
+    count = len(columns)
+    if name in ("ped", *WALKS):
+        count = 1
+    elif name in ("vm", *GRAPHS):
+        count = 2
     check_dimensions(name, len(columns), what)
     if name == "spline" and len(columns) > 2:
         raise InputError(f"{what}: {str(call)!r} has {len(columns)} columns: expected one or two")
     if len(columns) != count:
-        wanted = {"ped": "ped(animal)", "vm": "vm(level, K), K a name in `kernels`"}[name]
-        raise InputError(f"{what}: {str(call)!r}: expected {wanted}")
+        wanted = {"ped": "ped(animal)", "vm": "vm(level, K), K a name in `kernels`"}
+        wanted |= {walk: f"{walk}(time)" for walk in WALKS}
+        wanted |= {graph: f"{graph}(area, W), W a name in `kernels`" for graph in GRAPHS}
+        raise InputError(f"{what}: {str(call)!r}: expected {wanted[name]}")
     options = tuple(item for item in call.arguments if item[0] is not None)
     relation = structure_of(Call(name, options), what, 0)
-    if name == "vm":
+    if name in ("vm", *GRAPHS):
         return [Grouping((columns[0],), relation, columns[1])]
     if name != "spline":
         return [Grouping(tuple(columns), relation)]

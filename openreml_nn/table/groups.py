@@ -20,11 +20,13 @@ from openreml_nn.table.lags import check_lags, whole_lags
 from openreml_nn.table.learned import Group, Learned
 from openreml_nn.table.levels import Factor, coded
 from openreml_nn.table.matrix import model_matrix
-from openreml_nn.table.relation import Known, Places
+from openreml_nn.table.relation import Graph, Known, Places, Walk, check_graph, check_kernel
 from openreml_nn.table.rows import TableRows
-from openreml_nn.table.structure import KERNELS, ORDERED, Structure
+from openreml_nn.table.structure import GRAPHS, KERNELS, ORDERED, WALKS, Structure
 from openreml_nn.table.syntax import Call, Name, Number, Operation
 
+#: Whole times of a random walk may span so many steps, each of which is a level.
+_MOST_TIMES = 1_000_000
 #: A spline of more coefficients than these is refused before it is made.
 _MOST_COEFFICIENTS = 2000
 
@@ -47,13 +49,22 @@ def check_relations(parts: Sequence[RandomPart], relations: Mapping[str, Known])
     """Compare the known matrices with those that a formula names.
 
     Raises:
-        InputError: if one is missing, or has no place in the formula.
+        InputError: if one is missing, has no place in the formula, or is not what is said of it
+            there: a covariance, or a graph.
     """
     needed = {_needed(part.grouping): part for part in parts if _needed(part.grouping)}
     for name, part in needed.items():
         if name not in relations:
             how = "`pedigree`" if name == "ped" else f"a matrix {name!r} in `kernels`"
             raise InputError(f"{part.grouping.key} needs {how}: there is none")
+    for part in parts:
+        relation, name = part.grouping.relation, part.grouping.kernel
+        if name is not None and relation is not None:
+            if relation.name in GRAPHS:
+                check_graph(f"kernel {name!r}", relations[name])
+            else:
+                inverse = bool(relation.options.get("inverse"))
+                check_kernel(f"kernel {name!r}", relations[name], inverse)
     for name in relations:
         if name not in needed:
             what = "`pedigree`" if name == "ped" else f"`kernels` has {name!r}, which"
@@ -62,7 +73,7 @@ def check_relations(parts: Sequence[RandomPart], relations: Mapping[str, Known])
 
 
 def _needed(grouping: Grouping) -> str | None:
-    if grouping.relation is None or grouping.relation.name not in ("ped", "vm"):
+    if grouping.relation is None or grouping.relation.name not in ("ped", "vm", *GRAPHS):
         return None
     return grouping.kernel or "ped"
 
@@ -89,7 +100,7 @@ def random_designs(
 ) -> tuple[RandomDesign, ...]:
     """The designs of the random parts for the rows of a table; what is new is learned."""
     designs: list[RandomDesign] = []
-    grouped: dict[str, tuple[Tensor, tuple[str, ...], Known | Places | None]] = {}
+    grouped: dict[str, tuple[Tensor, tuple[str, ...], Known | Places | Graph | Walk | None]] = {}
     for name, part in _operands(parts):
         grouping = part.grouping
         if grouping.key not in grouped:
@@ -203,7 +214,7 @@ def _coordinates(grouping: Grouping, data: TableRows) -> Tensor | None:
 
 def _levels(
     grouping: Grouping, data: TableRows, learned: Learned, relations: Mapping[str, Known]
-) -> tuple[Tensor, tuple[str, ...], Known | Places | None]:
+) -> tuple[Tensor, tuple[str, ...], Known | Places | Graph | Walk | None]:
     """Level of each row, the levels, and how they are related."""
     if grouping.bent:
         learned.groups.setdefault(grouping.key, Group([[grouping.key]], [0]))
@@ -212,6 +223,8 @@ def _levels(
         factors = [data.labels(name) for name in grouping.columns]
         codes, levels = _codes(grouping, factors, learned)
         return codes, levels, None
+    if grouping.relation.name in WALKS:
+        return _times(grouping, data, learned)
     if grouping.relation.name in KERNELS:
         factors = [_numeric(name, data) for name in grouping.columns]
         codes, levels = _codes(grouping, factors, learned)
@@ -219,7 +232,7 @@ def _levels(
     return _known(grouping, data, learned, relations)
 
 
-def _relation(grouping: Grouping, learned: Learned) -> Known | Places | None:
+def _relation(grouping: Grouping, learned: Learned) -> Known | Places | Graph | Walk | None:
     """How the learned levels of a group are related."""
     relation, levels = grouping.relation, learned.groups[grouping.key]
     if relation is None or grouping.bent:
@@ -227,14 +240,49 @@ def _relation(grouping: Grouping, learned: Learned) -> Known | Places | None:
     if relation.name in KERNELS:
         coordinates = [[float(x) for x in part] for part in levels.parts]
         return Places(relation, torch.tensor(coordinates, dtype=torch.float64))
+    if relation.name in WALKS:
+        return Walk(relation.name, len(levels.cells))
+    if relation.name in GRAPHS:
+        return Graph(relation.name, learned.relations[grouping.kernel or ""][0])
     matrix, is_inverse = learned.relations[grouping.kernel or "ped"]
     is_inverse = is_inverse or bool(relation.options.get("inverse"))
     return Known(tuple(levels.labels), matrix, is_inverse)
 
 
+def _times(
+    grouping: Grouping, data: TableRows, learned: Learned
+) -> tuple[Tensor, tuple[str, ...], Known | Places | Graph | Walk | None]:
+    """Level of each row among whole times, those between the first and the last without rows too."""
+    (name,) = grouping.columns
+    what = f"{data.source}: {grouping.key}: column {name!r}"
+    values = data.numbers(name)
+    if grouping.key not in learned.groups:
+        bad = np.flatnonzero(~np.isfinite(values))
+        if len(bad):
+            raise InputError(f"{what} is {values[bad[0]]:g} in row {data.row(int(bad[0]))}")
+        lags = whole_lags(values, what, lambda i: f"row {data.row(i)}", _MOST_TIMES)
+        size, first = int(lags.max()) + 1, int(values.min())
+        assert grouping.relation is not None
+        least = 3 if grouping.relation.name == "rw2" else 2
+        if size < least:
+            raise InputError(
+                f"{what} has {size} time{'s' * (size > 1)} at equal steps: expected {least} or more"
+            )
+        unit = int((values.max() - values.min()) // (size - 1))
+        learned.groups[grouping.key] = Group(
+            [[str(first + unit * i) for i in range(size)]], list(range(size))
+        )
+    levels = learned.groups[grouping.key].labels
+    first, unit = int(levels[0]), int(levels[1]) - int(levels[0])
+    steps = (values - first) / unit
+    known = np.isfinite(steps) & (steps == np.round(steps)) & (steps >= 0) & (steps < len(levels))
+    codes = np.where(known, steps, -1).astype(np.int64)
+    return torch.from_numpy(codes), tuple(levels), _relation(grouping, learned)
+
+
 def _known(
     grouping: Grouping, data: TableRows, learned: Learned, relations: Mapping[str, Known]
-) -> tuple[Tensor, tuple[str, ...], Known | Places | None]:
+) -> tuple[Tensor, tuple[str, ...], Known | Places | Graph | Walk | None]:
     """Level of each row among those of a known matrix."""
     (column,) = grouping.columns
     factor, fitting = data.labels(column), grouping.key not in learned.groups

@@ -8,13 +8,18 @@ import numpy as np
 
 from openreml_nn.support.errors import InputError
 
-__all__ = ["check_lags", "whole_lags"]
+__all__ = ["LONGEST", "check_lags", "whole_lags"]
 
 #: Whole times may span so many units; a correlation matrix has a row for each.
-_LONGEST = 5000
+LONGEST = 5000
 
 
-def whole_lags(times: np.ndarray, what: str, where: Callable[[int], str]) -> np.ndarray:
+def whole_lags(
+    times: np.ndarray,
+    what: str,
+    where: Callable[[int], str],
+    longest: int = LONGEST,
+) -> np.ndarray:
     """Whole times counted from the first, in the largest unit that all lags are multiples of.
 
     Lags are differences of times, not of ranks. In a smaller unit the sign of a correlation whose
@@ -24,6 +29,7 @@ def whole_lags(times: np.ndarray, what: str, where: Callable[[int], str]) -> np.
         times: (n,).
         what: the times in messages.
         where: names the place of a time in messages.
+        longest: how many lags they may span.
 
     Raises:
         InputError: if a time is no whole number, or they span too many units.
@@ -42,9 +48,9 @@ def whole_lags(times: np.ndarray, what: str, where: Callable[[int], str]) -> np.
     whole = times.astype(np.int64)
     first, last = int(whole.min()), int(whole.max())
     unit = int(np.gcd.reduce(np.diff(np.unique(whole)), initial=0)) or 1
-    if (last - first) // unit >= _LONGEST:
+    if (last - first) // unit >= longest:
         raise InputError(
-            f"{what} spans {(last - first) // unit} lags: expected at most {_LONGEST}, of longer "
+            f"{what} spans {(last - first) // unit} lags: expected at most {longest}, of longer "
             "units"
         )
     return (whole - first) // unit

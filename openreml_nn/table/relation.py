@@ -17,7 +17,7 @@ from openreml_nn.table.levels import label
 from openreml_nn.table.reading import TableFile
 from openreml_nn.table.structure import Structure
 
-__all__ = ["Known", "Places", "read_kernel"]
+__all__ = ["Graph", "Known", "Places", "Walk", "check_graph", "check_kernel", "read_kernel"]
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,41 @@ class Places:
     coordinates: Tensor
 
 
+@dataclass(frozen=True)
+class Walk:
+    """Levels at whole times, one step apart.
+
+    Attributes:
+        name: ``rw1`` and ``rw2``, random walks, or ``ar1``.
+        size: how many.
+    """
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Levels that are areas beside their neighbours.
+
+    Attributes:
+        name: ``car`` or ``icar``.
+        weights: W of the neighbours, (q, q), symmetric, dense or sparse.
+    """
+
+    name: str
+    weights: Tensor
+
+
 def read_kernel(name: str, value: Any) -> Known:
     """A matrix with the names of its levels, as a user gives it.
 
     Args:
         name: what messages call it.
-        value: a data frame whose columns, and whose index or first column, are the names; the path
-            of such a table; or a tensor or array, (q, q), for the levels as the data have them.
+        value: a data frame whose columns, and whose index or first column, are the names; a data
+            frame of the neighbours in a graph, with the columns ``from`` and ``to`` and perhaps
+            ``weight``; the path of such a table; or a tensor or array, (q, q), for the levels as the
+            data have them.
 
     Raises:
         InputError: if rows and columns differ, a name stands twice, or the matrix is not symmetric
@@ -63,6 +91,8 @@ def read_kernel(name: str, value: Any) -> Known:
     what = f"kernel {name!r}"
     if isinstance(value, str | os.PathLike):
         value = (value if isinstance(value, TableFile) else TableFile(value)).read()
+    if isinstance(value, pd.DataFrame) and list(value.columns) in _EDGES:
+        return _of_edges(what, value)
     if isinstance(value, pd.DataFrame):
         names, matrix = _named(what, value)
     elif isinstance(value, Tensor | np.ndarray):
@@ -80,6 +110,44 @@ def read_kernel(name: str, value: Any) -> Known:
     if matrix.layout == torch.strided:
         _check(what, matrix, names)
     return Known(names, matrix)
+
+
+#: The columns of a table of neighbours.
+_EDGES = (["from", "to"], ["from", "to", "weight"])
+
+
+def _of_edges(what: str, table: pd.DataFrame) -> Known:
+    """The weights of a graph from its pairs of neighbours, each in one order or in both."""
+    if not len(table):
+        raise InputError(f"{what} has no row: expected pairs of neighbours")
+    missing = table.isna().any(axis=1).to_numpy()
+    if missing.any():
+        raise InputError(f"{what} has no value in row {int(missing.argmax()) + 1}")
+    ends = [[label(value) for value in table[end]] for end in ("from", "to")]
+    names = tuple(dict.fromkeys(name for pair in zip(*ends, strict=True) for name in pair))
+    at = {name: i for i, name in enumerate(names)}
+    row, column = (np.array([at[name] for name in end]) for end in ends)
+    try:
+        weights = np.asarray(table["weight"] if "weight" in table else np.ones(len(table)), float)
+    except (TypeError, ValueError):
+        raise InputError(f"{what}: its column 'weight' holds what is no number") from None
+    pairs = pd.DataFrame({"i": np.minimum(row, column), "j": np.maximum(row, column)})
+    order = pairs.assign(forth=row <= column)
+    odd = order.duplicated().to_numpy()
+    apart = pairs.assign(w=weights).groupby(["i", "j"])["w"].transform("nunique").to_numpy() > 1
+    for wrong, said in ((odd, "twice"), (apart, "with two weights"), (row == column, "as a pair")):
+        if wrong.any():
+            k = int(wrong.argmax())
+            raise InputError(f"{what} has {ends[0][k]!r} and {ends[1][k]!r} {said} in row {k + 1}")
+    if not np.isfinite(weights).all():
+        raise InputError(f"{what} has a weight that is not finite")
+    kept = ~pairs.duplicated().to_numpy()
+    low, high, w = row[kept], column[kept], weights[kept]
+    index = np.stack([np.concatenate([low, high]), np.concatenate([high, low])])
+    values = torch.from_numpy(np.concatenate([w, w]))
+    shape = (len(names), len(names))
+    graph = torch.sparse_coo_tensor(torch.from_numpy(index), values, shape, check_invariants=True)
+    return Known(names, graph.coalesce())
 
 
 def _named(what: str, table: pd.DataFrame) -> tuple[tuple[str, ...], Tensor]:
@@ -123,11 +191,58 @@ def _check(what: str, matrix: Tensor, names: Sequence[str] | None) -> None:
             f"{what} is not symmetric: {float(matrix[i, j]):g} and {float(matrix[j, i]):g} between "
             f"{named(i)} and {named(j)}"
         )
-    least = float(torch.linalg.eigvalsh(matrix)[0]) if len(matrix) <= _CHECKED else 0.0
+
+
+def check_kernel(what: str, known: Known, inverse: bool = False) -> None:
+    """Refuse a matrix that is no covariance.
+
+    Args:
+        what: the matrix in messages.
+        known: what it is.
+        inverse: whether the formula says that it is the inverse.
+
+    Raises:
+        InputError: if its smallest eigenvalue is negative, or it is sparse and no inverse.
+    """
+    matrix = known.matrix
+    if matrix.layout != torch.strided and not (inverse or known.is_inverse):
+        raise InputError(
+            f"{what} is sparse, as a graph or an inverse is: expected a dense matrix, "
+            "`inverse = TRUE`, or (1 | car(area, W)) for a graph"
+        )
+    if matrix.layout != torch.strided or len(matrix) > _CHECKED:
+        return
+    least = float(torch.linalg.eigvalsh(matrix)[0])
     if least < -1e-8 * float(matrix.abs().max()) * len(matrix):
         raise InputError(
             f"{what} is not positive semi-definite: its smallest eigenvalue is {least:.4g}"
         )
+
+
+def check_graph(what: str, known: Known) -> None:
+    """Refuse a matrix that has not the weights of neighbours.
+
+    Raises:
+        InputError: if a weight is negative, or a level its own neighbour or without one.
+    """
+    entries = known.matrix.to_sparse_coo().coalesce()
+    (row, column), weights = entries.indices(), entries.values()
+
+    def named(i: int) -> str:
+        return repr(known.names[i]) if known.names else str(i)
+
+    wrong = (weights < 0) | ((row == column) & (weights != 0))
+    if bool(wrong.any()):
+        at = int(wrong.long().argmax())
+        i, j = int(row[at]), int(column[at])
+        raise InputError(
+            f"{what} has the weight {float(weights[at]):g} between {named(i)} and {named(j)}: "
+            "expected those of neighbours, positive, and zero for a level and itself"
+        )
+    sums = torch.zeros(len(known.matrix), dtype=weights.dtype).index_add(0, row, weights)
+    if bool((sums == 0).any()):
+        alone = named(int((sums == 0).long().argmax()))
+        raise InputError(f"{what} has no neighbour of {alone}: join it to one, or leave it out")
 
 
 #: Larger matrices are left to the factorisation of the fit, which takes less time.

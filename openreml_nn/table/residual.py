@@ -14,7 +14,7 @@ from torch import Tensor
 from openreml_nn.support.errors import InputError
 from openreml_nn.table.columns import kind_of, numbers, single
 from openreml_nn.table.encoded import Positions, ResidualDesign, Stratum
-from openreml_nn.table.lags import check_lags, whole_lags
+from openreml_nn.table.lags import LONGEST, check_lags, whole_lags
 from openreml_nn.table.levels import joined
 from openreml_nn.table.rows import TableRows
 from openreml_nn.table.structure import (
@@ -199,7 +199,8 @@ def _lagged(
 ) -> tuple[np.ndarray, Positions]:
     times = _times(structure, name, data)
     what = f"{data.source}: {structure.name}({name} | …): column {name!r}"
-    lags = whole_lags(times[rows], what, lambda i: f"row {data.row(int(rows[i]))}")
+    longest = 1_000_000 if structure.name == "ar1" else LONGEST  # which no matrix holds
+    lags = whole_lags(times[rows], what, lambda i: f"row {data.row(int(rows[i]))}", longest)
     if structure.name in ("toep", "hettoep"):
         check_lags(lags, what)
     first, size = times[rows].min(), int(lags.max()) + 1

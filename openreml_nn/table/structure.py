@@ -21,11 +21,13 @@ from openreml_nn.table.syntax import (
 __all__ = [
     "EFFECTS",
     "FITTED",
+    "GRAPHS",
     "KERNELS",
     "ORDERED",
     "RELATIONS",
     "VARIANCES",
     "VARYING",
+    "WALKS",
     "ResidualFactor",
     "ResidualPart",
     "Structure",
@@ -45,8 +47,12 @@ ORDERED = ("ar1", "hetar1", "toep", "hettoep", "ante")
 EFFECTS = ("us", "diag", "idv", "cs", "homcs", *ORDERED, "fa")
 #: Structures with a variance for each effect or position; ``cs`` of effects is another.
 VARYING = ("us", "diag", "hetar1", "hettoep", "ante")
+#: Structures among levels that are whole times, whose differences are the lags.
+WALKS = ("rw1", "rw2", "ar1")
+#: Structures among levels that are areas, by the graph of their neighbours.
+GRAPHS = ("car", "icar")
 #: Structures among the levels of a group.
-RELATIONS = ("ped", "vm", *KERNELS, "spline")
+RELATIONS = ("ped", "vm", *GRAPHS, *WALKS, *KERNELS, "spline")
 #: Variances of residuals that depend on a covariate.
 VARIANCES = ("power", "exp")
 #: What stands for the fitted values in these.

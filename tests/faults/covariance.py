@@ -46,7 +46,7 @@ FAULTS = [
     ),
     Fault(
         "the pull-back of antedependence is of the next occasion",
-        AUTOREGRESSIVE,
+        "openreml_nn/covariance/antedependence.py",
         "by_rho = (upper[:, :-1] * after).sum(0)",
         "by_rho = (upper[:, 1:] * after).sum(0)",
         LEAVES,

@@ -15,12 +15,18 @@ from openreml_nn.covariance import (
     DiagonalMatrix,
     DummyMatrix,
     ExponentialMatrix,
+    IdentityMatrix,
+    KroneckerProduct,
+    MaternCorrelation,
     Matrix,
     ScalarMatrix,
     Sum,
+    UnstructuredMatrix,
+    VecchiaMatrix,
     ar1_field,
 )
-from openreml_nn.likelihood import Sparse
+from openreml_nn.estimation.starts import reaches
+from openreml_nn.likelihood import Sparse, restricted_log_likelihood
 from openreml_nn.model.structures import linear_model
 from openreml_nn.table import Encoder
 from openreml_nn.terms.covariance import DiagonalCovariance
@@ -159,3 +165,108 @@ def test_fields_by_formula_are_sparse_and_equal_dense(nugget, weights):
         found.append(float(model.objective(encoded.batch()).evaluate().log_likelihood))
     assert found[1] == pytest.approx(found[0], abs=1e-9)
     assert Sparse().obstacle(model.covariance(encoded.batch()).terms()) is None
+
+
+# ---------------------------------------------------------------------- series and copies
+
+
+def with_factor(n: int, seed: int, nugget: bool, **parts: Matrix) -> Model:
+    """Some covariances beside a factor, at random parameters."""
+    rng = np.random.default_rng(seed)
+    codes = torch.from_numpy(rng.integers(0, 5, n))
+    every: dict[str, Matrix] = dict(parts)
+    every["g"] = CovariancePropagation(DummyMatrix.from_codes(codes, 5), ScalarMatrix(5))
+    if nugget:
+        every["units"] = ScalarMatrix(n)
+    V = Sum(every).double()
+    with torch.no_grad():
+        for parameter in V.parameters():
+            parameter.copy_(torch.from_numpy(0.5 * rng.standard_normal(1)))
+    return V, torch.from_numpy(rng.standard_normal(n)), torch.ones(n, 1, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("nugget", [False, True])
+@pytest.mark.parametrize("method", ["reml", "ml"])
+def test_series_with_gaps_equal_dense(nugget, method):
+    rng = np.random.default_rng(1)
+    times = np.concatenate([np.sort(rng.permutation(400)[:15]) for _ in range(3)])
+    series = torch.arange(3).repeat_interleave(15)
+    A = AR1Matrix(400).at(series, torch.from_numpy(times))
+    assert_equal(with_factor(45, 1, nugget, series=A), method)
+
+
+@pytest.mark.parametrize("nugget", [False, True])
+def test_long_series_of_which_times_are_missing_equal_dense(nugget):
+    cells = torch.randperm(500, generator=torch.Generator().manual_seed(0))[:60]
+    z = DummyMatrix.from_codes(cells, 500)
+    G = KroneckerProduct(IdentityMatrix(2), AR1Matrix(250))
+    assert_equal(with_factor(60, 2, nugget, series=CovariancePropagation(z, G)))
+
+
+def test_a_series_has_its_derivatives_and_those_at_no_correlation():
+    A = AR1Matrix(9).at(torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 1, 5, 3, 4])).double()
+    whole = AR1Matrix(9).double()()
+    for rho in (0.0, 0.4, -0.7):
+        A.set_value("rho", rho, natural=True)
+        (term,) = A.terms()
+        torch.testing.assert_close(term.dense(), A())
+        free = torch.stack([p.detach() for p in A.parameters()]).reshape(-1).requires_grad_()
+        assert torch.autograd.gradcheck(A, free)
+        assert torch.autograd.gradgradcheck(A, free)
+    A.set_value("rho", 0.0, natural=True)
+    torch.testing.assert_close(A(), whole[:5, :5])
+
+
+@pytest.mark.parametrize("kind", ["within groups", "several effects", "effects first"])
+def test_neighbours_within_groups_and_of_several_effects_equal_dense(kind):
+    rng = np.random.default_rng(3)
+    near = VecchiaMatrix(torch.from_numpy(rng.uniform(0, 1, (20, 2))), MaternCorrelation(1.5), 4)
+    effects = torch.from_numpy(rng.standard_normal((50, 2)))
+    G, q, values = {
+        "within groups": (KroneckerProduct(IdentityMatrix(3), near), 60, None),
+        "several effects": (KroneckerProduct(near, UnstructuredMatrix(2)), 20, effects),
+        "effects first": (KroneckerProduct(UnstructuredMatrix(2), near), 40, None),
+    }[kind]
+    z = DummyMatrix.from_codes(torch.from_numpy(rng.integers(0, q, 50)), q, values)
+    assert_equal(with_factor(50, 3, True, near=CovariancePropagation(z, G)))
+
+
+@pytest.mark.parametrize("nugget", [False, True])
+def test_a_series_of_twenty_thousand_times_takes_no_matrix(nugget):
+    n = 20_000
+    parts = {"series": AR1Matrix(n)} | ({"units": ScalarMatrix(n)} if nugget else {})
+    V, y = Sum(parts).double(), torch.linspace(-1, 1, n, dtype=torch.float64).sin()
+    loss = REMLLoss(V, "ml")
+    assert loss.plan.solver == "sparse"
+    value = loss(y, torch.ones(n, 1, dtype=torch.float64))
+    value.backward()
+    assert all(torch.isfinite(p.grad).all() for p in V.parameters() if p.grad is not None)
+    if not nugget:  # innovations, at the start: no correlation and a variance of one
+        e = y - y.mean()
+        assert float(value) * n == pytest.approx(float(n * np.log(2 * np.pi) + e @ e) / 2)
+
+
+def test_series_by_formula_are_seen_at_the_times_of_their_rows():
+    rng = np.random.default_rng(0)
+    time = np.concatenate([np.sort(rng.permutation(90_000)[:20]) for _ in range(2)])
+    table = pd.DataFrame({"time": time, "g": np.repeat(list("ab"), 20)})
+    table = table.assign(y=rng.standard_normal(40), w=rng.uniform(0.5, 2, 40)).sample(frac=1)
+    encoded = Encoder("y ~ 1", residual="ar1(time | g)", weights="w").fit(table)
+    model = linear_model(encoded)
+    model.residual.set_value("rho", 0.9999, natural=True)
+    found = float(model.objective(encoded.batch()).evaluate().log_likelihood)
+    lags = np.abs(np.subtract.outer(*[table["time"].to_numpy()] * 2))
+    together = np.equal.outer(*[table["g"].to_numpy()] * 2)
+    scale = 1 / np.sqrt(table["w"].to_numpy())
+    V = torch.from_numpy(0.9999**lags * together * np.outer(scale, scale))
+    y, X = torch.tensor(table["y"].to_numpy()), torch.ones(40, 1, dtype=torch.float64)
+    assert found == pytest.approx(float(restricted_log_likelihood(y, X, V)), abs=1e-8)
+
+
+def test_fields_of_many_trials_start_from_a_few_reaches():
+    V, y, X = trials([(2, 3)] * 6)
+    found = list(reaches(REMLLoss(V).objective(y, X)))
+    assert len(found) == 5  # three for all, and rows or columns far
+    far = {matrix for matrix, reach in found[3] if reach > 0.5}
+    assert len(far) == 6
+    assert far.isdisjoint(matrix for matrix, reach in found[4] if reach > 0.5)

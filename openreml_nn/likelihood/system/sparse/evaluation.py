@@ -15,6 +15,7 @@ from torch import Tensor
 from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.problem import Evaluation, Problem
 from openreml_nn.likelihood.system.sparse.equations import Equations
+from openreml_nn.likelihood.system.sparse.fields import FieldRows
 from openreml_nn.likelihood.system.sparse.rows import Rows
 from openreml_nn.likelihood.system.sparse.terms import SparseTerm
 from openreml_nn.support.errors import NotPositiveDefiniteError
@@ -185,8 +186,7 @@ class SparseEvaluation(Evaluation):
 
     @cached_property
     def _of_rows(self) -> tuple[csr_matrix, np.ndarray, np.ndarray]:
-        r"""Variances of effects that meet, given y, (q, q); :math:`P y`; a root of
-        :math:`V^{-1} - P`."""
+        r"""Variances of effects that meet, given y; :math:`P y`; a root of :math:`V^{-1} - P`."""
         roots = [root.lifted for root in self._roots]
         rest = self._at.rest(self._effects(self._u, "lifted"))
         p_y = rest[:, -1] - rest[:, :-1] @ self._gamma
@@ -232,9 +232,9 @@ class SparseEvaluation(Evaluation):
             added = lost[i].reshape(len(lost[i]) // w, w, problem.p)
             spread = spread + added @ added.transpose(0, 2, 1)
             found[x.at] = values[i].reshape(-1, w), spread
-        if self.system.rows.has_effects:
-            (at,) = self.system.rows.terms
-            cells, variances = self.system.rows.effects(self._at, *self._of_rows)
-            found[at] = cells[:, None], variances[:, None, None]
+        rows = self.system.rows
+        if isinstance(rows, FieldRows):
+            cells, variances = rows.effects(self._at, *self._of_rows)
+            found[rows.terms[0]] = cells[:, None], variances[:, None, None]
         names = [term.name for term in self._terms]
         return [RandomEffects(names[i], *map(self._to, found[i])) for i in sorted(found)]

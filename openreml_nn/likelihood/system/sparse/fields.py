@@ -238,8 +238,6 @@ class FieldRows(Rows):
         fixed: response and model matrix.
     """
 
-    has_effects = True
-
     def __init__(self, equations: Equations, residual: FieldResidual, fixed: FixedPart) -> None:
         self._equations, self._field = equations, residual
         self.terms = residual.at
@@ -267,7 +265,7 @@ class FieldRows(Rows):
         log_det = 2 * float(np.log(found.root).sum()) - found.log_det
         if self._field.scale is not None:
             log_det += 2 * float(np.log(np.abs(self._field.scale)).sum())
-        Zf, ff = self._with_data(precision)
+        Zf, ff = self.with_data(precision)
         blocks = self._equations.products(precision)
         condition = max(1.0, float(found.precision.diagonal().max()))
         matrices = [matrix.detach().cpu().double()]
@@ -286,6 +284,7 @@ class FieldRows(Rows):
     def effects(
         self, at: RowsAt, inner: csr_matrix, p_y: np.ndarray, lost: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
+        """Predictions of the cells, (q,), and their variances; for the arguments see :meth:`scores`."""
         own = self._known_to(inner)[self._field.on]
         e, added = self._cells(at, p_y[:, None])[:, 0], self._cells(at, lost)
         return e, own + (added**2).sum(1)
@@ -318,4 +317,4 @@ class FieldRows(Rows):
         if effects:
             w = w + self._Z @ np.concatenate(effects)
         Rw = at.precision @ w
-        return self._to_columns(self._Z.T @ Rw), self.f.T @ Rw, w.T @ Rw
+        return self.to_columns(self._Z.T @ Rw), self.f.T @ Rw, w.T @ Rw

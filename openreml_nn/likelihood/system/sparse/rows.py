@@ -63,10 +63,7 @@ class Rows:
 
     Attributes:
         terms: positions of the residual's terms.
-        has_effects: whether the residual is one of effects, as a field is.
     """
-
-    has_effects = False
 
     def __init__(self, equations: Equations, residual: Residual, fixed: FixedPart) -> None:
         self._equations, self._residual = equations, residual
@@ -92,19 +89,12 @@ class Rows:
         """Numbers for the rows, (n, m), from those for what :class:`RowsAt` holds."""
         return x
 
-    def effects(
-        self, at: RowsAt, inner: csr_matrix, p_y: np.ndarray, lost: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Predictions of the residual's effects, (q,), and their variances; for the arguments see
-        :meth:`scores`."""
-        raise NotImplementedError
-
     def _take(self, fixed: FixedPart) -> None:
         f = torch.cat([fixed.Q, fixed.y[:, None]], 1)
         self.f = f.detach().cpu().double().numpy()
         self._products: tuple[np.ndarray, np.ndarray] | None = None
         if self._constant is not None:
-            self._products = self._with_data(self._constant[1])
+            self._products = self.with_data(self._constant[1])
 
     @staticmethod
     def _members(residual: Residual, n: int) -> np.ndarray:
@@ -144,11 +134,12 @@ class Rows:
             found[member[member[:, j] >= 0, j], j] = 1
         return found
 
-    def _with_data(self, precision: csr_matrix) -> tuple[np.ndarray, np.ndarray]:
+    def with_data(self, precision: csr_matrix) -> tuple[np.ndarray, np.ndarray]:
+        r""":math:`Z^\top R^{-1} f` and :math:`f^\top R^{-1} f`."""
         moved = precision @ self.f
-        return self._to_columns(self._Z.T @ moved), self.f.T @ moved
+        return self.to_columns(self._Z.T @ moved), self.f.T @ moved
 
-    def _to_columns(self, x: np.ndarray) -> np.ndarray:
+    def to_columns(self, x: np.ndarray) -> np.ndarray:
         """From sums by effects (q, m) to those by columns of the equations."""
         parts = self._equations.split(x)
         found = [part.from_effects(own) for part, own in zip(self._equations.parts, parts)]
@@ -164,7 +155,7 @@ class Rows:
         n = len(self.f)
         if self._constant is None:
             precision, log_det, condition = self._precision(matrices)
-            Zf, ff = self._with_data(precision)
+            Zf, ff = self.with_data(precision)
             blocks = self._equations.products(precision)
             return RowsAt(
                 matrices, blocks, Zf, ff, log_det, condition, precision, None, self._Z, self.f
@@ -257,7 +248,7 @@ class Rows:
         own = [d.detach().cpu().double() for d in derivatives]
         w = moved + self._residual.along(own, torch.from_numpy(p_y)).numpy()
         Rw = at.precision @ w
-        return self._to_columns(self._Z.T @ Rw), self.f.T @ Rw, w.T @ Rw
+        return self.to_columns(self._Z.T @ Rw), self.f.T @ Rw, w.T @ Rw
 
 
 def _by_members(member: np.ndarray, values: np.ndarray) -> csr_matrix:
