@@ -39,7 +39,11 @@ def runs(folder):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    return folder, shell(cwd=folder)
+    code = f"{PROGRAM[-1]}; import sys; print(*sys.modules, file=open('imported', 'w'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=300
+    )
+    return folder, done
 
 
 def test_without_arguments_it_fits_sleepstudy(demo):
@@ -57,6 +61,14 @@ def test_without_arguments_it_fits_sleepstudy(demo):
     assert "formula: Reaction ~ Days" in (run / "config.yaml").read_text()
     assert "${" not in (run / "config.yaml").read_text()
     assert list((run / "logs" / "tensorboard").glob("events.*"))
+
+
+def test_without_a_network_nothing_is_imported_that_takes_longer_than_the_fit(demo):
+    imported = (demo[0] / "imported").read_text().split()
+    assert "openreml_nn.program.fit" in imported
+    late = ["lightning", "torchmetrics", "torch._dynamo", "numba", "scipy.stats", "jinja2",
+            "matplotlib.pyplot"]  # fmt: skip
+    assert [name for name in late if name in imported] == []
 
 
 def test_a_fit_of_100_000_levels_ends_with_all_its_files(tmp_path):

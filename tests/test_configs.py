@@ -57,7 +57,8 @@ def test_every_option_makes_its_objects(prepare, option):
     more = WITH.get(option, [])
     if more is None:
         return
-    fit = prepare(*more, option)
+    # What a fit without a trainer has no use for is made as well.
+    fit = prepare(*more, option, "+trainer.num_sanity_val_steps=0")
     assert isinstance(fit.trainer, lightning.Trainer)
     assert all(isinstance(logger, Logger) for logger in fit.trainer.loggers)
     assert bool(fit.trainer.loggers) == (option != "logger=none")

@@ -17,6 +17,8 @@ import pytest
 import torch
 from torch import nn
 
+import openreml_nn
+
 PACKAGE = Path(__file__).parents[1] / "openreml_nn"
 
 #: Files of more than 400 lines, and why.
@@ -294,7 +296,29 @@ def test_a_cycle_is_seen(texts, found):
     assert set(cycle(needs({name: ast.parse(text) for name, text in texts.items()}))) == found
 
 
-def test_the_package_is_imported_without_what_few_need():
-    """SciPy's distributions take as long to import as a third of the package."""
-    code = "import sys, openreml_nn; sys.exit('scipy.stats' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+@pytest.mark.parametrize(
+    ("code", "late"),
+    [
+        ("import openreml_nn", ["torch", "numpy", "pandas"]),
+        (
+            "from openreml_nn import lmm, glmm, MixedModel, REMLLoss, inference",
+            ["lightning", "torchmetrics", "matplotlib", "numba", "scipy.stats", "scipy.spatial"],
+        ),
+    ],
+)
+def test_the_package_is_imported_without_what_few_need(code, late):
+    """Each takes as long to import as a fit of a thousand rows takes."""
+    code = f"import sys; {code}; print(*[name for name in {late} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
+
+
+def test_names_of_the_package_are_found_when_they_are_asked_for():
+    assert set(openreml_nn.__all__) <= set(dir(openreml_nn))
+    for name, home in openreml_nn._HOMES.items():
+        assert getattr(openreml_nn, name) is getattr(
+            importlib.import_module(f"openreml_nn.{home}"), name
+        )
+    with pytest.raises(AttributeError, match="'openreml_nn' has no attribute 'lmmm'"):
+        _ = openreml_nn.lmmm
+    assert openreml_nn.inference is importlib.import_module("openreml_nn.inference")

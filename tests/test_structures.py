@@ -437,6 +437,21 @@ def test_a_table_of_one_stratum_alone_has_one_variance():
     pd.testing.assert_frame_equal(found.predict(LONG), plain.predict(LONG))
 
 
+@pytest.mark.parametrize("residual", ["power(x)", "power(x):ar1(time | g)", "diag(env):power(x)"])
+def test_a_power_is_that_of_a_covariate_in_any_unit(residual):
+    """Far from 1 as well, where the variance at 1 is another by orders of magnitude."""
+    fits = [
+        lmm("y ~ env", LONG.assign(x=(LONG["x"].abs() + 0.1) * unit), residual=residual)
+        for unit in (1.0, 300.0, 1e-4)
+    ]
+    for fit in fits:
+        assert fit.converged
+        assert fit.iterations < 40
+        assert fit.log_likelihood == pytest.approx(fits[0].log_likelihood, abs=1e-7)
+    delta = [next(p.value for p in f.parameters if p.name.endswith("delta")) for f in fits]
+    assert delta == pytest.approx([delta[0]] * 3, rel=1e-4, abs=1e-6)
+
+
 def test_plots_may_be_missing_and_rows_in_any_order():
     kept = FIELD.iloc[:9]
     encoded = encoded_by("y ~ 1", kept, residual="ar1(row):ar1(col)")

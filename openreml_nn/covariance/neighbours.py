@@ -5,7 +5,6 @@ from __future__ import annotations
 from heapq import heapify, heappop, heappush
 
 import numpy as np
-from scipy.spatial import cKDTree
 
 __all__ = ["first_to_last", "nearest", "nearest_before"]
 
@@ -19,6 +18,8 @@ def first_to_last(places: np.ndarray) -> np.ndarray:
     Args:
         places: (n, s), all different.
     """
+    from scipy.spatial import cKDTree
+
     n = len(places)
     sorted_by = np.lexsort(places.T[::-1])
     at = places[sorted_by]
@@ -55,6 +56,8 @@ def nearest_before(places: np.ndarray, order: np.ndarray, m: int) -> np.ndarray:
         order: (n,) the places, the first at the front.
         m: how many.
     """
+    from scipy.spatial import cKDTree
+
     n, at = len(places), places[order]
     found = np.full((n, m), -1, np.int64)
     begin = 1
@@ -80,4 +83,6 @@ def nearest_before(places: np.ndarray, order: np.ndarray, m: int) -> np.ndarray:
 
 def nearest(places: np.ndarray, others: np.ndarray, m: int) -> np.ndarray:
     """The m nearest of the others to each place, (k, m), the nearest first."""
+    from scipy.spatial import cKDTree
+
     return cKDTree(others).query(places, m)[1].reshape(len(places), m)

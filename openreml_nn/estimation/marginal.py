@@ -7,7 +7,6 @@ gradients.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
@@ -18,6 +17,7 @@ from openreml_nn.estimation.marginal_steps import CONVERGED, MarginalFit
 from openreml_nn.likelihood import LaplaceLoss
 from openreml_nn.likelihood.laplace import LaplaceEvaluation
 from openreml_nn.result import Label, Result
+from openreml_nn.support.warning import warn
 
 __all__ = ["fit_laplace"]
 
@@ -67,10 +67,8 @@ def fit_laplace(
         converged = fit.climb(left)
         result, found = marginal_outcome(fit, names, labels or {}, converged)
     if not result.converged:
-        warnings.warn(
+        warn(
             f"the fit did not converge in {len(fit.history)} iterations: score norm "
-            f"{result.score_norm:.3g} standard errors, expected below {CONVERGED}",
-            RuntimeWarning,
-            stacklevel=3,
+            f"{result.score_norm:.3g} standard errors, expected below {CONVERGED}"
         )
     return result, found

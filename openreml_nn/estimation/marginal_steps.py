@@ -14,6 +14,7 @@ from torch import Tensor
 from openreml_nn.covariance import Matrix
 from openreml_nn.estimation.coordinates import Coordinates
 from openreml_nn.estimation.derivatives import jacobian
+from openreml_nn.families import Binomial, Ordinal
 from openreml_nn.likelihood import LaplaceLoss
 from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.laplace import LaplaceEvaluation
@@ -21,7 +22,14 @@ from openreml_nn.likelihood.loss import Objective
 from openreml_nn.result import Record
 from openreml_nn.support.errors import InputError, NumericalError
 
-__all__ = ["MarginalFit"]
+__all__ = ["SEPARATED", "MarginalFit"]
+
+SEPARATED = (
+    "the data are separated: a combination of the fixed effects tells responses apart without "
+    "error, so that its coefficient has no finite estimate"
+)
+#: No linear predictor of categories is so far from zero, on the scale of a link.
+_ENDLESS = 50.0
 
 #: A fit has converged this far from the optimum, in standard errors,
 CONVERGED = 1e-3
@@ -69,6 +77,7 @@ class MarginalFit:
         volume = self.T.diagonal().abs().log().sum() if loss.method == "reml" else 0.0
         self.jacobian = float(volume)
         self.m = len(self.at)
+        self.of_categories = isinstance(loss.family, Binomial | Ordinal)
         self.rows: Tensor | None = None
         self.history: list[Record] = []
         self.x = X.new_zeros(0)
@@ -167,7 +176,11 @@ class MarginalFit:
         return found
 
     def climb(self, most: int) -> bool:
-        """Steps to the optimum; whether it was reached."""
+        """Steps to the optimum; whether it was reached.
+
+        Raises:
+            NumericalError: if coefficients go to infinity.
+        """
         period = max(4 if len(self.X) <= _MANY_ROWS else 10, len(self.x) - self.p)
         for step in range(1, most + 1):
             direction, norm = self._direction()
@@ -175,6 +188,8 @@ class MarginalFit:
                 return True
             before = self.value
             accepted = self._search(direction, norm)
+            if self.p and self.of_categories and float(self.x[: self.p].abs().max()) > _ENDLESS:
+                raise NumericalError(SEPARATED)
             self._record(norm, accepted)
             if not accepted:
                 self.hessian = self.curvature()
@@ -190,11 +205,15 @@ class MarginalFit:
                 self.replace(range(self.p, len(self.x)))
         return self._direction()[1] < CONVERGED
 
-    def _direction(self) -> tuple[Tensor, float]:
-        """The step by the curvature made positive, and its length in standard errors."""
+    def _positive(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The curvature made positive: its eigenvalues and eigenvectors in scales of unit diagonal."""
         scale = self.hessian.diagonal().abs().clamp(min=1e-10).sqrt()
         values, vectors = torch.linalg.eigh(self.hessian / (scale[:, None] * scale))
-        values = values.abs().clamp(min=1e-8)
+        return values.abs().clamp(min=1e-8), vectors, scale
+
+    def _direction(self) -> tuple[Tensor, float]:
+        """The step by the curvature made positive, and its length in standard errors."""
+        values, vectors, scale = self._positive()
         g = vectors.mT @ (self.slope / scale)
         return -(vectors @ (g / values)) / scale, float((g * g / values).sum().sqrt())
 
@@ -220,17 +239,17 @@ class MarginalFit:
 
     def _update(self, s: Tensor, d: Tensor) -> None:
         """BFGS, damped so that the curvature stays positive along the step (Powell 1978)."""
-        Hs = self.hessian @ s
+        # From that by which the step was made: an indefinite one would be driven away from zero.
+        values, vectors, scale = self._positive()
+        root = scale[:, None] * vectors
+        H = (root * values) @ root.mT
+        Hs = H @ s
         along, bend = float(s @ Hs), float(s @ d)
-        if along <= 0:
-            if bend > 0:
-                self.hessian = self.hessian + torch.outer(d, d) / bend
-            return
         if bend < 0.2 * along:
             weight = 0.8 * along / (along - bend)
             d = weight * d + (1 - weight) * Hs
             bend = float(s @ d)
-        self.hessian = self.hessian + torch.outer(d, d) / bend - torch.outer(Hs, Hs) / along
+        self.hessian = H + torch.outer(d, d) / bend - torch.outer(Hs, Hs) / along
 
     def _record(self, norm: float, accepted: float) -> None:
         u = self.split(self.x)[1]

@@ -177,6 +177,18 @@ class Family(Parametrized):
         differentiable function of what it stores."""
         return {name: self.natural(name, like) for name in self.own_trans}
 
+    def by_parameters(self, given: Mapping[str, Any], option: str) -> dict[str, Any]:
+        """What is given for its :meth:`quantities`, by the names of its own parameters.
+
+        Args:
+            given: values, ends or names, by name; those of others stay.
+            option: what a message calls them.
+
+        Raises:
+            InputError: if a quantity is no parameter, and cannot be had by its own.
+        """
+        return dict(given)
+
     def extra_repr(self) -> str:
         return f"link={self.link!r}"
 

@@ -14,7 +14,7 @@ from openreml_nn.families.proportion import Beta
 from openreml_nn.support.checks import check_choice, found
 from openreml_nn.support.errors import InputError
 
-__all__ = ["FAMILIES", "LINKS", "named_family"]
+__all__ = ["FAMILIES", "LINKS", "as_asked", "named_family"]
 
 #: The class of each name in ``family=``.
 FAMILIES: dict[str, Callable[..., Family]] = {
@@ -77,3 +77,13 @@ def named_family(family: str | Family, link: str | None = None, levels: int = 2)
     if family == "ordinal":
         return Ordinal(levels, link)
     return FAMILIES[family](link) if len(links) > 1 else FAMILIES[family]()
+
+
+def as_asked(
+    family: str | Family | None, link: str | None = None
+) -> tuple[str | Family | None, str | None]:
+    """Family and link without those that say what is so without them: by name, a Gaussian response
+    is the linear mixed model's, whose likelihood needs no approximation."""
+    if isinstance(family, str) and family == "gaussian" and link in (None, "identity"):
+        return None, None
+    return family, link

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from openreml_nn.covariance import Relationship
 from openreml_nn.families import Family
-from openreml_nn.lightning.family import as_asked
+from openreml_nn.families.named import as_asked
 from openreml_nn.lightning.formula import FormulaOptions
 from openreml_nn.lightning.sharing import check_same, share
 from openreml_nn.lightning.split import Split

@@ -59,6 +59,9 @@ class Estimates:
     def begin_epoch(self) -> None:
         """Forget the rows of the epoch before."""
         self.resume()  # if the fit was thought to be over
+        model = self._model
+        if self._way.needs_blups and model.head == "gls" and not bool(model.joint.is_known):
+            self._present(mark(model)).update()  # the features have no coefficients yet
         self._way.begin_epoch(self._model)
         self.rows = self._way.rows(self._model)
 

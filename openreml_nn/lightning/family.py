@@ -13,17 +13,7 @@ from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import Encoded
 
-__all__ = ["FamilyOptions", "as_asked"]
-
-
-def as_asked(
-    family: str | Family | None, link: str | None = None
-) -> tuple[str | Family | None, str | None]:
-    """Family and link without those that say what is so without them: by name, a Gaussian response
-    is the linear mixed model's, whose likelihood needs no approximation."""
-    if isinstance(family, str) and family == "gaussian" and link in (None, "identity"):
-        return None, None
-    return family, link
+__all__ = ["FamilyOptions"]
 
 
 @dataclass(frozen=True)

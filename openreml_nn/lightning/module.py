@@ -13,10 +13,10 @@ from torch import Tensor
 
 from openreml_nn.estimation.basis import history_in_user_basis
 from openreml_nn.families import FAMILIES, Family
+from openreml_nn.families.named import as_asked
 from openreml_nn.lightning.data import MixedModelDataModule, attached
 from openreml_nn.lightning.estimates import Estimates, MarginalEstimates
 from openreml_nn.lightning.evaluation import Evaluated
-from openreml_nn.lightning.family import as_asked
 from openreml_nn.lightning.held import Held
 from openreml_nn.lightning.marginal import Marginal
 from openreml_nn.lightning.optimizers import (
@@ -32,7 +32,7 @@ from openreml_nn.lightning.optimizers import (
 from openreml_nn.lightning.reading import of_networks
 from openreml_nn.lightning.rows import Responses, as_batch, blamed, row_count
 from openreml_nn.lightning.sharing import check_same, total, warn_of_repeats
-from openreml_nn.lightning.sums import Summed
+from openreml_nn.lightning.summed import Summed
 from openreml_nn.lightning.table import Network, TableModel, is_plain
 from openreml_nn.lightning.ways import Linear, Way, way_of
 from openreml_nn.model import MixedModel

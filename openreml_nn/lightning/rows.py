@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from openreml_nn.model import MixedModel
 from openreml_nn.model.batch import Batch, check_keys, responding
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.warning import warn
 
 __all__ = ["Responses", "as_batch", "blamed", "check_response", "concatenated", "row_count"]
 
@@ -122,11 +122,9 @@ class Responses:
         if self._has_own and not self._is_told:
             missing, rows = total(missing, device), total(rows, device)
         if missing and is_first and not self._is_told:
-            warnings.warn(
+            warn(
                 f"{missing} of {rows} training rows have no response (NaN in `y`): they train "
-                "nothing",
-                RuntimeWarning,
-                stacklevel=2,
+                "nothing"
             )
         self._missing, self._rows, self._is_told = 0, 0, True
 

@@ -23,6 +23,7 @@ from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.model import HEADS, MixedModel, RandomEffect, ResidualStructure
 from openreml_nn.model.batch import Batch
+from openreml_nn.model.checkpoint import bases_in
 from openreml_nn.model.constraints import Constraint, Constraints
 from openreml_nn.model.linear import in_user_basis
 from openreml_nn.model.structured_residual import start_residual
@@ -216,7 +217,7 @@ class TableModel:
         assert result.model is not None
         family = result.model.family
         self._categories = family.levels if isinstance(family, Ordinal) else 2
-        self.bases = _bases_in(result.model)
+        self.bases = bases_in(result.model)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -247,12 +248,6 @@ class TableModel:
 def _labels(encoded: Encoded, bases: Mapping[str, Tensor]) -> dict[str, Label]:
     labels = labels_of(encoded)
     return labels | {name: labels[name]._replace(basis=B) for name, B in bases.items()}
-
-
-def _bases_in(model: MixedModel) -> dict[str, Tensor]:
-    """The bases of random effects but the identity, in which most are."""
-    found = {name: effect.basis for name, effect in model.effects().items()}
-    return {name: B for name, B in found.items() if not torch.equal(B, torch.eye(len(B)).to(B))}
 
 
 def _mean(

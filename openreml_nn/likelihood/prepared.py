@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from openreml_nn.likelihood.problem import Problem
 from openreml_nn.likelihood.recorded import LogLikelihood
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.support.modes import outside_inference
+from openreml_nn.support.warning import warn
 from openreml_nn.terms.kernel import private, same_content
 from openreml_nn.terms.term import Term
 
@@ -140,11 +140,9 @@ def _planned(
     plan = Plan.of(terms, fixed.Q.shape[1], options.solver, dtype)
     problem = plan.choice.problem(fixed, terms, options.method)
     if not plan.exact and isinstance(check_solver(options.solver), Auto):
-        warnings.warn(
+        warn(
             f"the likelihood is approximate: {plan.reason}; "
-            "solver='blocked' insists on an exact one",
-            RuntimeWarning,
-            stacklevel=5,
+            "solver='blocked' insists on an exact one"
         )
     return problem, plan.measured(problem)
 

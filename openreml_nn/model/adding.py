@@ -199,13 +199,14 @@ def _joint(model: Posterior, equations: Equations) -> JointErrors:
         assert g is not None
         covariances.append(lowered(g).map(Tensor.detach))
     fixed = equations.fixed
-    joint = JointErrors(model.joint.most_columns, model.joint.most_numbers)
+    own = model.joint
+    joint = JointErrors(own.most_columns, own.most_numbers, own.most_entries)
     joint.to(fixed.offset.device)
     joint.update(covariances, equations.sizes, fixed.basis.shape[1], lambda: equations)
-    joint.settle()
-    if not bool(joint.is_exact):
+    if not joint.has_variances():
         raise InputError(
             f"beside the widest factor there are more than {joint.most_columns} effects and "
-            "coefficients, so that rows cannot be added: call update() with all rows"
+            f"coefficients, whose sparse factor has more than {joint.most_entries} entries or which "
+            "are of a dense kernel, so that rows cannot be added: call update() with all rows"
         )
     return joint

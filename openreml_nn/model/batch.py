@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping
 from typing import Any, overload
 
@@ -14,10 +13,12 @@ from torch import Tensor
 from openreml_nn.support.checks import check_instance, check_mapping, check_tensor, is_finite
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.warning import warn
 
 __all__ = [
     "KEYS",
     "Batch",
+    "adjusted",
     "by_effect",
     "check_finite",
     "check_inputs",
@@ -197,11 +198,9 @@ def with_responses(
         raise InputError(
             f"`batch['y']` is NaN in all {n} rows: expected a response in one at least"
         )
-    warnings.warn(
+    warn(
         f"{n - len(rows)} of {n} rows have no response (NaN in `batch['y']`): they add nothing to "
-        "the likelihood",
-        RuntimeWarning,
-        stacklevel=3,
+        "the likelihood"
     )
     return own, None if output is None else output[rows]
 
@@ -256,6 +255,21 @@ def row_values(batch: Batch, key: str, n: int, positive: bool = False) -> Tensor
         row = int((found <= 0).nonzero()[0])
         raise InputError(f"`{name}` is {float(found[row]):g} in row {row}: expected above 0")
     return found
+
+
+def adjusted(batch: Batch, n: int, responses: int = 1) -> Tensor:
+    """The response less the offset, (n,) or (n, t).
+
+    Raises:
+        TypeError, InputError: if the offset is of another shape or kind.
+    """
+    y: Tensor = part(batch, "y")
+    given = batch.get("offset")
+    if responses > 1 and isinstance(given, Tensor) and given.dim() == 2:
+        check_tensor("batch['offset']", given, (n, responses), "floating")
+        return y - given.to(y)
+    offset = row_values(batch, "offset", n)
+    return y if offset is None else y - offset.to(y).reshape(n, *[1] * (y.dim() - 1))
 
 
 def level_codes(batch: Batch, name: str, levels: int, n: int) -> Tensor:

@@ -127,6 +127,10 @@ def glmm(
     response = EncodedResponse(formula, family, categorical, source, zi, relations=relations)
     response.encoder.dialect = dialect
     encoded, table = response.fit(table)
+    if not encoded.random:
+        raise InputError(
+            f"formula {formula!r} has no random effect: expected one at least, such as '(1 | group)'"
+        )
     own = named_family(family, link, max(2, len(response.levels)))
     if isinstance(response.encoder, ZeroEncoder):
         names = response.encoder.names

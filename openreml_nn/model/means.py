@@ -60,7 +60,6 @@ def mean_of(network: nn.Module, x: Any, head: str, responses: int = 1) -> Tensor
     return found
 
 
-@torch.no_grad()
 def gradient_in_parts(
     network: Callable[[Any], Tensor],
     x: Any,

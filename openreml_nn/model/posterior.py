@@ -72,6 +72,7 @@ class Posterior(nn.Module):
         self.register_buffer("aliases", none)
         self.joint = JointErrors()
         self.evidence = Evidence()
+        self.register_load_state_dict_post_hook(_settle_again)
 
     def check(self, batch: Batch) -> None:
         """Refuse what has no effect in this model.
@@ -205,3 +206,16 @@ class Posterior(nn.Module):
             if prefix + name in state_dict:
                 setattr(self, name, torch.empty_like(state_dict[prefix + name]))
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _settle_again(model: Posterior, _: object) -> None:
+    """Let the joint covariance of a checkpoint that is too large to be in it come from the equations
+    there, at the checkpoint's parameters."""
+    evidence, joint = model.evidence, model.joint
+    if not bool(joint.is_known) or bool(joint.is_exact) or not float(evidence.total[0]):
+        return
+    sizes = [(int(q), int(k)) for q, k in evidence.sizes.tolist()]
+    own = [e.g_of(q) for e, (q, _) in zip(model.effects().values(), sizes, strict=True)]
+    covariances = [lowered(g).map(Tensor.detach) for g in own if g is not None]
+    if len(covariances) == len(sizes):
+        joint.update(covariances, sizes, evidence.basis.shape[1], evidence.equations)

@@ -21,7 +21,7 @@ from openreml_nn.model.random_effect import RandomEffect
 from openreml_nn.support.checks import check_tensor
 from openreml_nn.support.errors import InputError
 
-__all__ = ["stacked", "stacked_output"]
+__all__ = ["coded_rows", "stacked", "stacked_output"]
 
 
 def stacked(
@@ -79,6 +79,25 @@ def stacked(
     found["residual"] = found["residual"].to(device)
     if with_x:
         found["x"] = take(part(batch, "x"), rows)
+    return found
+
+
+def coded_rows(
+    effects: Mapping[str, RandomEffect], batch: Batch, n: int
+) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Level of each row (n,) of each random effect, and the values (n, k) that its effects have, which
+    those of each response share; None for ones.
+
+    Raises:
+        TypeError, InputError: as :meth:`RandomEffect.coded`.
+    """
+    found = {}
+    for name, effect in effects.items():
+        if effect.responses == 1:
+            found[name] = effect.coded(name, batch, n)
+            continue
+        codes = level_codes(batch, name, effect.levels, n)
+        found[name] = codes, level_values(batch, name, effect.effects // effect.responses, n)
     return found
 
 

@@ -19,7 +19,9 @@ from openreml_nn.covariance import (
     ScalarMatrix,
     VarianceFunction,
 )
+from openreml_nn.covariance.owner import Owner
 from openreml_nn.covariance.params import operand_name
+from openreml_nn.covariance.transform import TransformExp, TransformExpPow2
 from openreml_nn.model.batch import Batch, part, row_values
 from openreml_nn.model.residual import (
     ResidualStructure,
@@ -106,6 +108,7 @@ class ByCovariate(nn.Module, ResidualStructure):
         self.function = VarianceFunction(torch.ones(1, dtype=torch.float64), kind)
         if correlated is not None:
             self.function.fix("sigma^2", 0.0)
+            _step_in_logarithms(correlated)
         self.correlated = correlated
         self.of_fitted = of_fitted
         # Further rows would move the fitted values, and so the variances, of those before.
@@ -186,6 +189,16 @@ def start_residual(residual: nn.Module, variance: float) -> None:
     for matrix in parts:
         if isinstance(matrix, Matrix):
             matrix.moment_start(torch.full((matrix.shape[0],), variance, dtype=torch.float64))
+
+
+def _step_in_logarithms(structure: nn.Module) -> None:
+    """Let a fit step in the logarithms of variances, which move in proportion to the exponent of a
+    function of x, whatever the unit of x."""
+    for leaf in structure.modules():
+        if isinstance(leaf, Owner):
+            for name, trans in list(leaf.own_trans.items()):
+                if isinstance(trans, TransformExp | TransformExpPow2):
+                    leaf.retransform(name, type(trans)(degree=0))
 
 
 def _size(matrix: nn.Module) -> int:

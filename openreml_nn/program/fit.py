@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import inspect
 import os
+import random
 import time
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from openreml_nn.program.direct import Direct, Fitted, needs_trainer
 from openreml_nn.program.options import Options, by_parameter
 from openreml_nn.program.reporting import costs_nothing, reported, shown
 from openreml_nn.program.rundir import RunDirectory
 from openreml_nn.program.tables import chosen_table
 from openreml_nn.support.display import plain_console, visible
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.warning import warn
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from torch import Tensor
-
-    from openreml_nn.result import Result
-
-__all__ = ["InChunks", "InMemory", "fit_table", "is_first_process", "prepared"]
+__all__ = ["Fitted", "InChunks", "InMemory", "Ways", "fit_table", "is_first_process", "prepared"]
 
 
 def fit_table(config: DictConfig) -> float:
@@ -38,57 +36,56 @@ def fit_table(config: DictConfig) -> float:
     """
     path, config = Path(HydraConfig.get().runtime.output_dir), by_parameter(config)
     with reported(_advice(config)), RunDirectory(path, is_first_process()) as directory:
-        import lightning
-
         options = Options(config)
-        lightning.seed_everything(options["seed"], workers=True, verbose=False)
+        _seed(options["seed"])
         is_profiled = options["profile"]
         fit = prepared(options)
         fit.read()
         directory.begin(config, fit.resumed)
-        start = time.perf_counter()
         found = fit.run()
-        result = replace(found.result, seconds=time.perf_counter() - start)
         if not is_first_process():
-            fit.save(path / "model.ckpt")  # in which all processes have a part
+            if isinstance(fit, InMemory):
+                fit.save(path / "model.ckpt")  # in which all processes have a part
             return 0.0
+        result = found.result
         if not result.converged:
-            warnings.warn(
+            warn(
                 f"not converged after {result.iterations} iterations: score norm "
-                f"{result.score_norm:.3g} standard errors; raise trainer.max_epochs",
-                RuntimeWarning,
-                stacklevel=1,
+                f"{result.score_norm:.3g} standard errors; raise trainer.max_epochs"
             )
-        _write(replace(found, result=result), fit, path, is_profiled)
+        _write(found, fit, path, is_profiled)
         return found.validation.get("val_negative_log_density", result.deviance)
     raise AssertionError("unreachable")
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """What comes out of a fit.
-
-    Attributes:
-        result: the fitted model.
-        validation: metrics of the rows held out, by name.
-        places: where the rows are (n, k), of a spatial model.
-    """
-
-    result: Result
-    validation: Mapping[str, float] = field(default_factory=dict)
-    places: Tensor | None = None
-
-
-def prepared(options: Options) -> InMemory | InChunks:
+def prepared(options: Options) -> Ways:
     """The way to fit that the options choose, which has read them, and has made all but the table.
 
     Raises:
         InputError: if an option is wrong, or has no effect.
     """
     chunks = options["data.chunk_rows"]
-    fit = InMemory(options) if chunks is None else InChunks(options)
+    fit: Ways
+    if chunks is not None:
+        fit = InChunks(options)
+    elif needs_trainer(options):
+        fit = InMemory(options)
+    else:
+        formula, names = _formula(options), _names(options["data.categorical"])
+        genotypes = _genotypes(options["heritability"], formula)
+        fit = Direct(options, formula, names, _has_bar(options), genotypes)
     options.check_all_read("in this run" if chunks is None else f"with data.chunk_rows={chunks}")
     return fit
+
+
+def _seed(seed: int) -> None:
+    """Set the seed of every random number generator."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def is_first_process() -> bool:
@@ -96,7 +93,7 @@ def is_first_process() -> bool:
     return not any(int(os.environ.get(n) or 0) for n in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
-def _write(found: Fitted, fit: InMemory | InChunks, path: Path, is_profiled: bool) -> None:
+def _write(found: Fitted, fit: Ways, path: Path, is_profiled: bool) -> None:
     """Write and print a run: all files of the fit, then ``result.json``, then what takes long."""
     from openreml_nn.inference import profile
     from openreml_nn.program import outputs
@@ -151,10 +148,11 @@ class InMemory:
         from lightning.pytorch.profilers import Profiler
         from lightning.pytorch.strategies import Strategy
 
+        from openreml_nn.families.named import as_asked
         from openreml_nn.lightning import MixedModelDataModule, MixedModule
-        from openreml_nn.lightning.family import as_asked
         from openreml_nn.support.instantiate import build
 
+        lightning.seed_everything(options["seed"], workers=True, verbose=False)
         self.resumed = _resumed(options)
         self.has_bar = _has_bar(options)
         formula, names = _formula(options), _names(options["data.categorical"])
@@ -205,13 +203,15 @@ class InMemory:
         self.data.setup("fit")
 
     def run(self) -> Fitted:
+        start = time.perf_counter()
         self.trainer.fit(self.module, self.data, ckpt_path=self.resumed, weights_only=True)
         assert self.module.result is not None and self.module.table is not None
+        result = replace(self.module.result, seconds=time.perf_counter() - start)
         validation: Mapping[str, float] = {}
         if self.data.held_out is not None:
             # The model that is kept, which the last epoch's validation came before.
             (validation,) = self.trainer.validate(self.module, self.data, verbose=False)
-        return Fitted(self.module.result, validation, self.module.table.places)
+        return Fitted(result, validation, self.module.table.places)
 
     def save(self, path: Path) -> None:
         self.trainer.save_checkpoint(path, weights_only=False)
@@ -242,22 +242,22 @@ class InChunks:
     def run(self) -> Fitted:
         from openreml_nn import fit_stream
 
-        self.result = fit_stream(**self.options)
+        start = time.perf_counter()
+        found = fit_stream(**self.options)
+        self.result = replace(found, seconds=time.perf_counter() - start)
         return Fitted(self.result)
 
     def save(self, path: Path) -> None:
-        import lightning
+        import torch
 
-        from openreml_nn.lightning import MixedModule
+        from openreml_nn.model.checkpoint import checkpoint_of
 
-        trainer = lightning.Trainer(
-            accelerator="cpu", devices=1, logger=False, enable_model_summary=False,
-            enable_checkpointing=False, enable_progress_bar=False,
-        )  # fmt: skip
-        given = {name: self.options[name] for name in ("categorical", "weights")}
-        module = MixedModule.of(self.result, **given)
-        trainer.strategy.connect(module)
-        trainer.save_checkpoint(path, weights_only=False)
+        given = {name: self.options[name] for name in ("categorical", "weights", "method")}
+        torch.save(checkpoint_of(self.result, given), path)
+
+
+#: The ways to fit: each reads the table, runs, and saves a checkpoint.
+Ways = Direct | InMemory | InChunks
 
 
 # ---------------------------------------------------------------------- parts of a run
@@ -267,7 +267,7 @@ def _takes_rows(options: Options) -> bool:
     """Whether the way of training divides the rows."""
     training = options["model.training"]
     if training is None:
-        from openreml_nn.lightning.family import as_asked
+        from openreml_nn.families.named import as_asked
 
         has_family = as_asked(options["model.family"], options["model.link"])[0] is not None
         is_full = options["model.head"] == "gls" or has_family

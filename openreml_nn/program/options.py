@@ -135,7 +135,7 @@ class Options:
         _check_kinds(config)
         self._config = config
         self._given = flattened(config)
-        self._default = flattened(_pristine() if pristine is None else pristine)
+        self._default = flattened(_pristine(config) if pristine is None else pristine)
         self._read: set[str] = set()
 
     def __getitem__(self, key: str) -> Any:
@@ -153,6 +153,11 @@ class Options:
         """The keys of a section, which are not read by being asked for."""
         node = OmegaConf.select(self._config, section)
         return [str(key) for key in node] if OmegaConf.is_dict(node) else []
+
+    def given(self, section: str) -> list[str]:
+        """The keys within a section, or the key itself, whose values are others than the default's."""
+        known = dict.fromkeys([*self._given, *self._default])
+        return [key for key in known if _within(key, section) and self.is_given(key)]
 
     def is_given(self, key: str) -> bool:
         """Whether a value, or what it refers to, is another than the default's."""
@@ -192,8 +197,10 @@ def _within(key: str, section: str) -> bool:
     return key == section or key.startswith(f"{section}.")
 
 
-def _pristine() -> DictConfig:
+def _pristine(config: DictConfig) -> DictConfig:
     """The config of this run's data and model, without what else the user gave."""
+    if not HydraConfig.get().overrides.task and HydraConfig.get().job.config_name == "config":
+        return config  # composing takes a while
     choices = HydraConfig.get().runtime.choices
     own, groups = HydraConfig.get().job.config_name, ("data", "model")
     # A config of the user's own is a thing that was given.

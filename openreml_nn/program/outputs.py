@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -116,9 +117,11 @@ def _draw(folder: Path, plots: Mapping[str, Callable[[], Figure]]) -> None:
     for name, draw in plots.items():
         with costs_nothing(f"plot {name}"):
             (folder / "plots").mkdir(parents=True, exist_ok=True)
-            figure = draw()
+            # Figure.savefig() would draw twice: once to place the axes, and again with them in place.
+            canvas = FigureCanvasAgg(draw())
+            canvas.figure.set_dpi(150)
             with replacing(folder / "plots" / f"{name}.png") as temporary:
-                figure.savefig(temporary, dpi=150)
+                canvas.print_png(temporary)
 
 
 def _plots(result: Result, places: Tensor | None) -> Mapping[str, Callable[[], Figure]]:

@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pandas as pd
 
 from openreml_nn.report.contents import Cell, Row, RunContents, Sheet, number
@@ -41,6 +40,8 @@ def write_report(folder: str | Path, path: str | Path) -> int:
         InputError: if there is no run.
         TypeError: if an argument is no path.
     """
+    import jinja2  # its compiler takes long to import
+
     for name, value in (("folder", folder), ("path", path)):
         check_instance(name, value, (str, os.PathLike), "a path")
     if not str(path):

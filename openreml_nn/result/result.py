@@ -61,8 +61,9 @@ class Result(FitValues):
         has the weights' column, and is that of its position or stratum where it has its columns, else
         the mean. The residual of a new observation is independent of those of the data; so is a field
         beside ``units``, which :attr:`fitted` has among the random effects. Covariance
-        parameters count as known. Beyond 2,000 effects beside the widest factor's, random effects of
-        different factors count as independent, with a warning.
+        parameters count as known. Where the effects are so many that even a sparse factor of their
+        equations would have more than 50 million entries, random effects of different factors count
+        as independent, with a warning that says by how much variances may be too small.
 
         Args:
             table: a data frame with the columns of the formula, the path or URI of a file, which is

@@ -3,21 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from functools import cached_property, update_wrapper
+from typing import Any
 
-from numba import njit
-
-__all__ = ["compiled"]
-
-F = TypeVar("F", bound=Callable[..., Any])
+__all__ = ["Compiled", "compiled", "inlined"]
 
 
-def compiled(function: F) -> F:
+class Compiled:
+    """A function that numba knows once it is used: importing numba takes as long as many a fit.
+
+    Args:
+        function: the function, in the part of Python that numba compiles.
+        make: makes of it what numba calls.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], make: Callable[[Callable[..., Any]], Any]
+    ) -> None:
+        update_wrapper(self, function)
+        self._function, self._make = function, make
+
+    @cached_property
+    def made(self) -> Any:
+        """What numba calls, which may call others of this kind."""
+        from numba.core.registry import cpu_target
+        from numba.extending import typeof_impl
+
+        def type_of(value: Compiled, _: object) -> Any:
+            made = value.made
+            cpu_target.typing_context.refresh()
+            return cpu_target.typing_context.resolve_value_type(made)
+
+        if Compiled not in typeof_impl.registry:
+            typeof_impl.register(Compiled)(type_of)
+        return self._make(self._function)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.made(*args)
+
+
+def compiled(function: Callable[..., Any]) -> Compiled:
     """The function, compiled by numba; what is compiled is kept on disk for the next process.
 
     Where no folder can be written to it is compiled in each process anew.
     """
+    return Compiled(function, _njit)
+
+
+def inlined(function: Callable[..., Any]) -> Compiled:
+    """A function of numba's context and the types of arguments, which yields their signature and what
+    builds the call's code: for what compiled functions call."""
+    return Compiled(function, _intrinsic)
+
+
+def _njit(function: Callable[..., Any]) -> Any:
+    from numba import njit
+
     try:
         return njit(cache=True)(function)
     except RuntimeError:  # there is no place to keep it
         return njit(function)
+
+
+def _intrinsic(function: Callable[..., Any]) -> Any:
+    from numba.extending import intrinsic
+
+    return intrinsic(function)

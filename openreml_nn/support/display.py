@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from rich.console import Console
 
-__all__ = ["plain_console", "visible"]
+__all__ = ["plain_console", "status", "visible"]
 
 #: What a terminal obeys (escapes, line ends) or turns around (directions of writing).
 _OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -25,3 +27,10 @@ def visible(text: object) -> str:
 def plain_console(**options: Any) -> Console:
     """A rich console for which brackets and colons are characters, not markup or pictures."""
     return Console(markup=False, emoji=False, highlight=False, **options)
+
+
+def status(text: str, is_shown: bool = True) -> AbstractContextManager[object]:
+    """A line on the terminal for as long as a block runs; nothing where there is no terminal."""
+    if is_shown and sys.stderr.isatty():
+        return plain_console(stderr=True).status(text)
+    return nullcontext()

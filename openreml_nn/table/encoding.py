@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
@@ -13,6 +12,7 @@ import pandas as pd
 import torch
 
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.warning import warn
 from openreml_nn.table.algebra import Part
 from openreml_nn.table.columns import single
 from openreml_nn.table.encoded import Encoded, ResidualDesign
@@ -229,7 +229,7 @@ class Encoding:
         return [ordered_effects(part, data) for part in self.formula.random]
 
     def _warn(self, what: str) -> None:
-        warnings.warn(f"{self.source}: {what}", RuntimeWarning, stacklevel=4)
+        warn(f"{self.source}: {what}")
 
     def _effects(self, data: TableRows) -> list[Part]:
         """The operands of the fixed effects and of each random part."""

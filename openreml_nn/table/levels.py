@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.warning import warn
 
 __all__ = ["Factor", "coded", "joined", "number_key"]
 
@@ -205,11 +205,9 @@ def _warn_of_rounded(column: pd.Series, uniques: Any, source: str) -> None:
     if pd.api.types.is_float_dtype(column.dtype) and len(uniques):
         largest = np.abs(np.asarray(uniques, dtype=np.float64)).max()
         if largest > _EXACT and float(largest).is_integer():
-            warnings.warn(
+            warn(
                 f"{source}: ids in column {column.name!r} are stored as float64, which cannot tell "
-                "whole numbers beyond 2^53 apart: read them as text or as 64-bit integers",
-                RuntimeWarning,
-                stacklevel=2,
+                "whole numbers beyond 2^53 apart: read them as text or as 64-bit integers"
             )
 
 

@@ -154,5 +154,10 @@ def propagate(outer: Design, term: Term) -> Term:
         return replace(term, design=outer)
     if isinstance(outer, IndexedDesign) and outer.values is None:
         return replace(term, design=inner.take(outer.codes))
+    if isinstance(outer, IndexedDesign) and isinstance(inner, IndexedDesign) and outer.effects == 1:
+        taken = inner.take(outer.codes)
+        assert isinstance(taken, IndexedDesign) and outer.values is not None
+        values = outer.values if taken.values is None else outer.values * taken.values
+        return replace(term, design=IndexedDesign(taken.codes, values, taken.levels, absent=False))
     product = outer.matmul(inner.dense(term.covariance.matrix))
     return replace(term, design=DenseDesign(product))

@@ -18,7 +18,7 @@ from openreml_nn.covariance import (
 )
 from openreml_nn.likelihood import NotPositiveDefiniteError
 from tests.likelihood.models import Model
-from tests.likelihood.test_loss import METHODS, _compare_solvers
+from tests.likelihood.test_loss import FEWER, METHODS, _compare_solvers
 
 
 def field(r, c, seed, nugget=True, genotypes=True, grid=None, trend=True):
@@ -43,6 +43,7 @@ def field(r, c, seed, nugget=True, genotypes=True, grid=None, trend=True):
 
 @pytest.mark.parametrize("nugget", [True, False])
 @pytest.mark.parametrize("genotypes", [True, False])
+@FEWER
 @given(st.integers(2, 5), st.integers(3, 5), st.integers(0, 1000), st.sampled_from(METHODS))
 def test_grid_equals_dense(genotypes, nugget, r, c, seed, method):
     _compare_solvers(field(r, c, seed, nugget, genotypes), method, ("dense", "grid"))
@@ -88,6 +89,7 @@ def test_errors():
 
 @pytest.mark.parametrize("nugget", [True, False])
 @pytest.mark.parametrize("weights", [True, False])
+@FEWER
 @given(st.integers(0, 1000), st.sampled_from(METHODS))
 def test_rows_in_any_order_and_with_weights(weights, nugget, seed, method):
     """The grid of a table: rows as they come, and the same weights for the field and the nugget."""

@@ -34,7 +34,7 @@ from tests.likelihood.models import models, reference
 METHODS = ["reml", "ml"]
 SOLVERS = ["dense", "blocked"]
 #: Each example takes every solver through all that derives from a likelihood.
-FEWER = settings(max_examples=settings.default.max_examples // 2)
+FEWER = settings(max_examples=settings.default.max_examples // 4)
 
 
 def small():

@@ -21,7 +21,7 @@ from openreml_nn.covariance import (
 )
 from openreml_nn.likelihood import Blocked, NotPositiveDefiniteError
 from tests.likelihood.models import Model
-from tests.likelihood.test_loss import METHODS, _compare_solvers
+from tests.likelihood.test_loss import FEWER, METHODS, _compare_solvers
 from tests.strategies import kinship, pedigree
 
 
@@ -36,6 +36,7 @@ def model(n, seed, kernel=None):
 
 
 @pytest.mark.parametrize("kind", ["kinship", "pedigree", "semi-definite"])
+@FEWER
 @given(st.integers(8, 20), st.integers(0, 1000), st.sampled_from(METHODS))
 def test_spectral_equals_dense(kind, n, seed, method):
     kernel = {
@@ -47,6 +48,7 @@ def test_spectral_equals_dense(kind, n, seed, method):
 
 
 @pytest.mark.parametrize("sparse", [True, False])
+@FEWER
 @given(st.integers(0, 1000), st.sampled_from(METHODS))
 def test_repeated_records_of_a_kernel_in_the_blocked_solver(sparse, seed, method):
     generator = torch.Generator().manual_seed(seed)
@@ -140,6 +142,7 @@ def traits(n, k, seed, residual="unstructured", rows=None):
 
 @pytest.mark.parametrize("residual", ["unstructured", "diagonal", "scalar"])
 @pytest.mark.parametrize("solver", ["blocked", "spectral"])
+@FEWER
 @given(st.integers(6, 12), st.integers(0, 1000), st.sampled_from(METHODS))
 def test_several_traits_of_relatives_equal_dense(solver, residual, n, seed, method):
     _compare_solvers(traits(n, 2, seed, residual), method, ("dense", solver))

@@ -6,16 +6,15 @@ numba compiled once can be kept on disk for the next process.
 
 from __future__ import annotations
 
+import ctypes
+from importlib import import_module
 from typing import Any
 
 import numpy as np
-from numba import types
-from numba.core import cgutils
-from numba.extending import get_cython_function_address, intrinsic
 
-from openreml_nn.support.compilation import compiled
+from openreml_nn.support.compilation import compiled, inlined
 
-__all__ = ["ROUTINES", "gemm", "potrf", "potri", "symm", "trsm"]
+__all__ = ["ROUTINES", "gemm", "potrf", "potri", "symm", "syrk", "trsm"]
 
 _NAMES = (
     ("scipy.linalg.cython_blas", "dgemm"),
@@ -23,14 +22,30 @@ _NAMES = (
     ("scipy.linalg.cython_blas", "dsymm"),
     ("scipy.linalg.cython_lapack", "dpotrf"),
     ("scipy.linalg.cython_lapack", "dpotri"),
+    ("scipy.linalg.cython_blas", "dsyrk"),
 )
+
+
+def _address(module: str, name: str) -> int:
+    """Address of a function that Cython exports."""
+    capsule = import_module(module).__pyx_capi__[name]
+    name_of = ctypes.pythonapi.PyCapsule_GetName
+    name_of.restype, name_of.argtypes = ctypes.c_char_p, [ctypes.py_object]
+    pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer_of.restype, pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    return int(pointer_of(capsule, name_of(capsule)))
+
+
 #: Addresses of the routines, in the order of the names above.
-ROUTINES = np.array([get_cython_function_address(*name) for name in _NAMES], dtype=np.int64)
+ROUTINES = np.array([_address(*name) for name in _NAMES], dtype=np.int64)
 
 
-@intrinsic
+@inlined
 def _call(context: Any, address: Any, arguments: Any) -> Any:
     """Call a routine without a result at an address; every argument is the address of a value."""
+    from numba import types
+    from numba.core import cgutils
+
     signature = types.void(address, arguments)
 
     def build(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -79,6 +94,17 @@ def symm(routines, m, n, alpha, a, lda, b, ldb, c, ldc):
         routines[2],
         (pt, pt + 1, pi, pi + 4, px, a, pi + 8, b, pi + 12, px + 8, c, pi + 16),
     )
+    return i[0] + x[0] + t[0]
+
+
+@compiled
+def syrk(routines, n, k, a, lda, c, ldc):
+    """The upper triangle of C = A' A, by columns, for A (k, n)."""
+    i = np.array([n, k, lda, ldc], dtype=np.int32)
+    x = np.array([1.0, 0.0])
+    t = np.array([85, 84], dtype=np.uint8)  # U, T
+    pi, px, pt = i.ctypes.data, x.ctypes.data, t.ctypes.data
+    _call(routines[5], (pt, pt + 1, pi, pi + 4, px, a, pi + 8, px + 8, c, pi + 12))
     return i[0] + x[0] + t[0]
 
 
