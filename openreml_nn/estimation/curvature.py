@@ -15,7 +15,7 @@ from openreml_nn.estimation.derivatives import (
 )
 from openreml_nn.likelihood.loss import Objective
 
-__all__ = ["CONVERGED", "Curvature"]
+__all__ = ["CONVERGED", "FLAT", "Curvature"]
 
 #: Parameters count as converged this many standard errors from the optimum.
 CONVERGED = 1e-3

@@ -1,6 +1,7 @@
 """What a result says beside its estimates: standard errors, boundaries, shares of levels."""
 
 import warnings
+from math import isnan
 
 import numpy as np
 import pandas as pd
@@ -227,3 +228,37 @@ def test_a_result_is_shown_in_a_line():
     without = fit_reml(ScalarMatrix(9).double(), torch.arange(9.0), torch.ones(9, 1))
     assert repr(without).startswith("Result(formula=None, method='reml', log_likelihood=-")
     assert repr(without).endswith(", rows=9, groups={}, converged=True)")
+
+
+@pytest.mark.filterwarnings("ignore:the data cannot tell apart")
+def test_what_the_data_cannot_tell_apart_has_no_standard_error_and_what_they_do_tell_has_its_own():
+    """A term twice: the sum of both variances is determined, and so is the residual's."""
+    table = sleepstudy().assign(again=lambda t: "s" + t["Subject"])
+    twice = lmm("Reaction ~ Days + (1 | Subject) + (1 | again)", table)
+    once = lmm("Reaction ~ Days + (1 | Subject)", table)
+    errors = {p.name: p.std_error for p in twice.parameters}
+    assert isnan(errors["Subject/g/sigma^2"]) and isnan(errors["again/g/sigma^2"])
+    assert errors["residual/sigma^2"] == pytest.approx(once.parameters[-1].std_error, rel=1e-6)
+    assert [c.std_error.isnan().item() for c in twice.components] == [True, True, False]
+
+
+@pytest.mark.filterwarnings("ignore:the data cannot tell apart")
+def test_a_function_of_what_cannot_be_told_apart_has_its_error_where_it_is_determined():
+    """An intercept and a constant polynomial beside it: the variance of the slope is determined."""
+    random = "us({}legendre(Days, 1, intercept = TRUE) | Subject)"
+    both = lmm(f"Reaction ~ Days + {random.format('')}", sleepstudy())
+    one = lmm(f"Reaction ~ Days + {random.format('0 + ')}", sleepstudy())
+    error = both.components[0].std_error
+    assert error[:2].isnan().all()
+    assert float(error[2, 2]) == pytest.approx(float(one.components[0].std_error[1, 1]), rel=1e-4)
+    assert all(isnan(p.std_error) for p in both.parameters if "Subject" in p.name)
+
+
+def test_errors_of_slopes_far_from_zero_are_there_beside_a_term_that_vanishes():
+    table = sleepstudy().assign(year=lambda t: t["Days"] + 1000, none=lambda t: t.index % 6)
+    alone = lmm("Reaction ~ year + (year | Subject)", table)
+    beside = lmm("Reaction ~ year + (year | Subject) + (1 | none)", table)
+    assert beside.boundary == ("none/g/sigma^2",)
+    expected = [p.std_error for p in alone.parameters]
+    found = [p.std_error for p in beside.parameters if p.name != "none/g/sigma^2"]
+    assert found == pytest.approx(expected, rel=1e-4)
