@@ -39,8 +39,14 @@ napoleon_custom_sections = ["Shape", "Reference", "Returns"]
 
 def setup(app):
     from gallery import draw
+    from model_pictures import draw_models
 
-    app.connect("builder-inited", lambda app: draw(Path(app.srcdir) / "_generated"))
+    def pictures(app):
+        source = Path(app.srcdir)
+        draw(source / "_generated")
+        draw_models(source / "models.md", source / "_generated" / "models")
+
+    app.connect("builder-inited", pictures)
 
 
 html_static_path = ["_static"]

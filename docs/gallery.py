@@ -84,6 +84,15 @@ PICTURES: dict[str, Callable[[], torch.Tensor]] = {
     "KroneckerProduct": lambda: at(
         cov.KroneckerProduct(cov.CompoundSymmetricMatrix(2), AR1), 0.0, 0.5, 0.0, 1.8
     ),
+    "Heteroscedastic": lambda: at(
+        cov.Heteroscedastic(
+            variance=cov.VarianceFunction(torch.arange(1.0, N + 1)), matrix=cov.AR1Matrix(N)
+        ),
+        0.0,
+        -0.4,
+        0.0,
+        1.8,
+    ),
     "HadamardProduct": lambda: at(
         cov.HadamardProduct(
             cov.AR1Matrix(N), cov.DummyMatrix(list("aabbbbcc"))() @ torch.ones(3, N)

@@ -6,7 +6,9 @@ from torch import distributed, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from openreml_nn import MixedModel, RandomEffect
+from openreml_nn.families import Binomial
 from openreml_nn.lightning import MixedModule, WholeGroups
+from openreml_nn.lightning.ways import Alternating
 from openreml_nn.model import take
 
 
@@ -22,8 +24,16 @@ def train(processes, training, head, path, n=203):
     torch.manual_seed(1)
     network = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1 if head == "ml" else 3))
     spread = nn.Linear(2, 1) if training in ("full", "alternating") and head == "ml" else None
-    model = MixedModel(network, {"g": RandomEffect(q)}, residual=spread, head=head)
+    effect = RandomEffect(q)
+    if training == "several":
+        y = torch.stack([y, y.roll(3) + b], 1)
+        network[-1], effect, training = nn.Linear(8, 2), RandomEffect(q, responses=2), "alternating"
+    model = MixedModel(network, {"g": effect}, residual=spread, head=head)
     sgd = {"_target_": "torch.optim.SGD", "lr": 0.05}
+    if training == "family":
+        model = MixedModel(nn.Identity(), {"g": effect}, head=head, family=Binomial())
+        x, y = torch.cat([torch.ones(n, 1), x], 1), (y > 0).where(~y.isnan(), y)
+        sgd = training = None
     if training == "linear":
         model = MixedModel(nn.Identity(), {"g": RandomEffect(q)}, head=head)
         x = 100 + torch.cat([torch.ones(n, 1), x], 1)
@@ -36,7 +46,7 @@ def train(processes, training, head, path, n=203):
         "groups": lambda: WholeGroupsOf(batch, processes),
     }.get(training, lambda: DataLoader([batch], batch_size=None))
     trainer = Trainer(
-        max_epochs=3,
+        max_epochs=3 if model.family is None else 30,
         accelerator="cpu",
         devices=processes,
         strategy="ddp_fork" if processes > 1 else "auto",
@@ -95,7 +105,8 @@ class Written(Callback):
         if trainer.is_global_zero:
             found = dict(module.model.state_dict())
             found["variance"] = module.model.predict(self.some).variance
-            if not list(module.model.mean.parameters()):
+            in_batches = isinstance(module.way, Alternating) and module.model.head == "gls"
+            if in_batches or not list(module.model.mean.parameters()):
                 # These are in a basis of the coefficients, which may have other signs.
                 based = ("joint.", "evidence.")
                 found = {key: x for key, x in found.items() if not key.startswith(based)}

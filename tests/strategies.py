@@ -24,6 +24,7 @@ from openreml_nn.covariance import (
     GaussianMatrix,
     Gram,
     HadamardProduct,
+    Heteroscedastic,
     ICARMatrix,
     IdentityMatrix,
     Inverse,
@@ -143,6 +144,10 @@ LEAVES = {
     "arma": ARMAMatrix,
     "power": lambda n: VarianceFunction(torch.arange(1.0, n + 1), "power"),
     "exponential variance": lambda n: VarianceFunction(torch.linspace(-1.0, 1.0, n), "exp"),
+    "heteroscedastic": lambda n: Heteroscedastic(
+        variance=VarianceFunction(torch.linspace(-1.0, 1.0, n), "exp"),
+        matrix=EquicorrelationMatrix(n),
+    ),
     "neighbours": lambda n: VecchiaMatrix(places(n), MaternCorrelation(1.5), neighbours=2),
     "conditional": lambda n: CARMatrix(path(n)) if n > 1 else ScalarMatrix(1),
     "intrinsic": lambda n: ICARMatrix(path(n)) if n > 1 else ScalarMatrix(1),

@@ -264,7 +264,7 @@ def test_models_whose_rows_do_not_add_up():
     with pytest.raises(InputError, match="group 'b' has new levels, but its levels are correlated"):
         model.add(rest)
     model, data = made("crossed", 7)
-    model.joint = JointErrors(most_columns=4)
+    model.joint = JointErrors(most_columns=4, most_entries=10)
     model.update(take(data, FIRST))
     with pytest.raises(InputError, match="more than 4 effects and coefficients"):
         model.add(take(data, REST))

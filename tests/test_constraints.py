@@ -4,6 +4,7 @@ import json
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from lightning import Trainer
@@ -15,6 +16,7 @@ from openreml_nn.inference import anova, bootstrap, coefficients, likelihood_rat
 from openreml_nn.lightning import MixedModelDataModule, MixedModule
 from openreml_nn.model.constraints import constrain, start_at
 from openreml_nn.model.structures import linear_model
+from openreml_nn.support.names import shortened
 from openreml_nn.table import Encoder
 from tests.forked import program
 
@@ -354,3 +356,122 @@ def test_a_tree_of_ones_own_is_constrained_by_the_same_function():
     with torch.no_grad():
         V.get_parameter("rho").fill_(-50.0)
     assert float(V.build_params()[1].detach()) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("formula", "residual"),
+    [
+        ("Reaction ~ Days", "ar1(Days | Subject)"),
+        ("Reaction ~ Days", "hetar1(half | Subject:odd)"),
+        ("Reaction ~ Days", "power(Weight):ar1(Days | Subject)"),
+        ("Reaction ~ Days", "id(Subject):ar1(half):ar1(odd)"),
+        ("Reaction ~ Days", "ar1(Days | Subject) + units"),
+        ("Reaction ~ Days + ar1(0 + half | Subject)", None),
+        ("Reaction ~ Days + fa(0 + part | Subject)", None),
+    ],
+)
+def test_names_of_a_summary_are_those_that_constraints_take(formula, residual):
+    rows = SLEEP.assign(odd=SLEEP["Days"] % 2, Weight=1 + SLEEP["Days"])
+    rows["part"] = "p" + (rows["Days"] // 4).astype(str)
+    free = lmm(formula, rows, residual=residual, max_iterations=8)
+    lines = free.summary().split("Structures\n")[1].split("Rows 1")[0].splitlines()[3:]
+    shown = {line.split()[0]: line.split()[1] for line in lines if "/" in line}
+    assert shown
+    if "units" in str(residual):
+        both = {n: values_of(free)[n] for n in shown}
+        with pytest.raises(InputError, match="all parameters of 'residual' are held beside errors"):
+            lmm(formula, rows, residual=residual, constraints=both)
+        del shown["residual/sigma^2"]
+    held = lmm(formula, rows, residual=residual, constraints={n: values_of(free)[n] for n in shown})
+    assert held.num_params == free.num_params - len(shown)
+    for name, estimate in shown.items():
+        assert values_of(held)[name] == pytest.approx(float(estimate), rel=1e-3)
+
+
+def values_of(result):
+    names = shortened(p.name for p in result.parameters)
+    return {names[p.name]: p.value for p in result.parameters}
+
+
+def test_the_residual_of_a_field_is_told_with_each_correlation(tmp_path):
+    rows = SLEEP.assign(place=SLEEP["Subject"].astype("category").cat.codes)
+    found = lmm("Reaction ~ 1", rows, residual="ar1(place):ar1(Days)")
+    found.to_json(tmp_path / "result.json")
+    told = json.loads((tmp_path / "result.json").read_text())["residual"]["parameters"]
+    own = values(found)
+    assert told == {
+        "sigma^2": own["residual/g/matrix/place/sigma^2"],
+        "place/rho": own["residual/g/matrix/place/rho"],
+        "Days/rho": own["residual/g/matrix/Days/rho"],
+    }
+    held = lmm(
+        "Reaction ~ 1", rows, residual="ar1(place):ar1(Days)", constraints={"residual/sigma^2": 900}
+    )
+    assert values(held)["residual/g/matrix/place/sigma^2"] == pytest.approx(900)
+
+
+COUNTS = pd.DataFrame(
+    {
+        "g": np.repeat(np.arange(20), 10), "x": np.linspace(-1, 1, 200),
+        "c": np.random.default_rng(4).negative_binomial(2, 0.4, 200),
+        "o": np.random.default_rng(5).integers(0, 4, 200),
+    }
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("response", "family", "name"),
+    [
+        ("c", "negative_binomial", "theta"),
+        ("c", "negative_binomial_1", "phi"),
+        ("c + 0.5", "gamma", "phi"),
+        ("c", "gaussian", "sigma^2"),
+        ("o", "ordinal", "1|2"),
+        ("o", "ordinal", "gap_2"),
+    ],
+)
+def test_a_parameter_of_a_family_is_held_bounded_and_started(response, family, name):
+    def fit(**options):
+        return glmm(f"I({response}) ~ x + (1 | g)" if "+" in response else f"{response} ~ x + (1 | g)",
+                    COUNTS, family=family, **options)  # fmt: skip
+
+    def own(result):
+        found = {e.name: e.value for e in result.family_parameters}
+        return found | ({"gap_2": found["2|3"] - found["1|2"]} if family == "ordinal" else {})
+
+    free = fit()
+    value = own(free)[name]
+    held = fit(constraints={name: value})
+    assert held.log_likelihood == pytest.approx(free.log_likelihood, abs=1e-7)
+    assert held.num_params == free.num_params - 1
+    away = fit(constraints={name: value + 0.2})
+    assert own(away)[name] == pytest.approx(value + 0.2, abs=1e-12)
+    assert away.log_likelihood < free.log_likelihood - 1e-4
+    assert "held at" in away.summary()
+    if "|" not in name:
+        bounded = fit(constraints={name: (value + 0.2, value + 5)})
+        assert bounded.log_likelihood == pytest.approx(away.log_likelihood, abs=1e-4)
+    started = fit(starts={name: value + 0.3})
+    assert started.log_likelihood == pytest.approx(free.log_likelihood, abs=1e-6)
+
+
+def test_thresholds_are_held_together_tied_and_refused():
+    fits = [
+        glmm("o ~ x + (1 | g)", COUNTS, family="ordinal", constraints=c)
+        for c in ({"1|2": -1.0, "2|3": 0.25}, {"gap_2": "gap_3"})
+    ]
+    edges = [[e.value for e in fit.family_parameters] for fit in fits]
+    assert edges[0][:2] == pytest.approx([-1.0, 0.25], abs=1e-12)
+    assert np.diff(edges[1])[0] == pytest.approx(np.diff(edges[1])[1], rel=1e-12)
+    for constraints, message in (
+        ({"2|3": 0.5}, "expected a number beside one for each before it, or gap_2"),
+        ({"1|2": 0.5, "2|3": 0.5}, "'gap_2' is 0 on the natural scale"),
+        ({"gap_2": "g/sigma^2"}, "one of which is of the family"),
+        ({"theta": 1.0}, "names 'theta': expected one of g/g/sigma^2, threshold_1"),
+    ):
+        with pytest.raises(InputError, match=re.escape(message)):
+            glmm("o ~ x + (1 | g)", COUNTS, family="ordinal", constraints=constraints)
+    with pytest.raises(InputError, match="a coefficient"):
+        glmm(
+            "c ~ x + (1 | g)", COUNTS, family="poisson", zi="~ 1", constraints={"zi (Intercept)": 0}
+        )

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from openreml_nn import covariance
+from tests import peers
 from tests.forked import served
 
 pytestmark = pytest.mark.slow
@@ -98,6 +99,12 @@ def test_python_blocks_run_and_print_what_is_shown(page, tmp_path, monkeypatch, 
         assert "solver   blocked" in everything
 
 
+@pytest.mark.parametrize("page", [p for p in PAGES if peers.shown(p)], ids=lambda page: page.name)
+def test_what_another_program_is_said_to_print_is_recorded(page):
+    printed = peers.recorded(page)
+    assert [line for line in peers.shown(page) if line not in printed] == []
+
+
 def shell(page):
     """Lines of the shell, but for those that set the project up."""
     found = re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
@@ -165,6 +172,15 @@ def test_every_public_matrix_has_a_page_and_a_picture():
         about_levels = ("Pedigree", "Relationship", "marker_codes", "marker_effects")
         if name not in (*bases, *about_levels) and not name.endswith(no_matrix):
             assert f'"{name}"' in drawn, name
+
+
+def test_every_model_of_the_gallery_has_its_picture():
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    sections = [s for s in re.split(r"^## ", page, flags=re.MULTILINE) if "V = Sum(" in s]
+    assert len(sections) > 10
+    for section in sections:
+        name = section.splitlines()[0].lower().replace(" ", "-")
+        assert f"```{{figure}} _generated/models/{name}.png" in section, name
 
 
 def test_the_summary_shown_is_the_programs():

@@ -185,7 +185,7 @@ def test_too_many_effects_for_a_joint_covariance_are_said_to_be_taken_as_indepen
     model.update(data)  # 5 columns beside the first factor's
     torch.testing.assert_close(model.predict(data).variance, henderson(model, data, data))
     model = made("crossed", "gls")
-    model.joint = JointErrors(most_columns=7)
+    model.joint = JointErrors(most_columns=7, most_entries=10)
     model.update(data)  # 5 and 3 coefficients
     with pytest.warns(RuntimeWarning, match="as independent: there are too many"):
         found = model.predict(data).variance

@@ -258,6 +258,18 @@ def test_of_few_neighbours_a_place_is_near_that_of_the_kernel():
     )
 
 
+@pytest.mark.parametrize("neighbours", [8, 30])
+def test_places_too_many_for_a_joint_covariance_have_that_of_their_factor(neighbours):
+    model, _, data, new = vecchia_of(neighbours)
+    model.update(data)
+    expected = model.predict(new)
+    model.joint = JointErrors(most_columns=5)
+    model.update(data)
+    found = model.predict(new)
+    assert model.joint.factored() is not None
+    torch.testing.assert_close(found.variance, expected.variance, rtol=1e-8, atol=0)
+
+
 def test_a_smooth_kernel_of_near_places_is_kriged_too():
     at = torch.linspace(0, 1, 40).double()[:, None]
     model = MixedModel(

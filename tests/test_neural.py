@@ -145,8 +145,8 @@ def test_a_scheduler_steps_each_epoch():
 def test_options_that_do_not_fit():
     with pytest.raises(ValueError, match="`training` is 'magic'"):
         module(training="magic")
-    with pytest.raises(ValueError, match="alternating training is for head 'ml'"):
-        module("gls")
+    with pytest.raises(ValueError, match="groups training is for head 'ml'"):
+        module("gls", training="groups")
 
 
 @pytest.mark.filterwarnings("ignore:.*training rows have no response")
@@ -159,6 +159,9 @@ def test_options_that_do_not_fit():
         ("parts", "gls"),
         ("groups", "ml"),
         ("linear", "gls"),
+        ("alternating", "gls"),
+        ("several", "ml"),
+        ("family", "gls"),
     ],
 )
 def test_two_processes_give_what_one_does(tmp_path, training, head):

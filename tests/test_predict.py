@@ -67,6 +67,7 @@ MODELS = {
     "a variance for each time": ("y ~ x + (1 | h)", {"residual": "hetar1(time | g)"}, ["time"]),
     "ar1 with weights": ("y ~ x", {"residual": "ar1(time | g)", "weights": "w"}, []),
     "matern": ("y ~ x + (1 | matern(h)) + (1 | g)", {}, []),
+    "correlated with a power": ("y ~ x", {"residual": "exp(w):ar1(time | g)"}, ["w"]),
     "a power": ("y ~ x + (1 | g)", {"residual": "power(w)"}, ["w"]),
 }
 
@@ -242,6 +243,33 @@ def test_a_table_without_rows_has_predictions_of_none(formula, residual):
     assert len(result.predict(table()[:0])) == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*levels that the fit did not see")
+def test_variances_by_the_fitted_values_are_those_of_the_predictions():
+    """At the fit's own rows the variance is that of a column which holds the fitted values."""
+    rows = table()
+    result = lmm("y ~ x + (1 | g)", rows, residual="exp(fitted)")
+    same = lmm("y ~ x + (1 | g)", rows.assign(f=result.fitted.numpy()), residual="exp(f)")
+    assert same.log_likelihood == pytest.approx(result.log_likelihood, abs=1e-8)
+    assert result.iterations > same.iterations
+    pd.testing.assert_frame_equal(
+        result.predict(rows),
+        same.predict(rows.assign(f=result.fitted.numpy())),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+    new = new_rows()
+    mean = result.predict(new)["mean"]
+    expected = same.predict(new.assign(f=mean))
+    pd.testing.assert_frame_equal(result.predict(new), expected, rtol=1e-5, atol=1e-5)
+    moved = lmm("y ~ x + (1 | g)", rows.assign(y=1e3 * rows["y"]), residual="exp(fitted)")
+    delta = [r.parameters[-1].value for r in (result, moved)]
+    assert delta[1] == pytest.approx(delta[0] / 1e3, rel=1e-5)
+    with pytest.raises(InputError, match="has a column 'fitted'"):
+        lmm("y ~ x", rows.assign(fitted=1.0), residual="exp(fitted)")
+    with pytest.raises(InputError, match="by the fitted values, which new rows move"):
+        result.update(rows[:3])
+
+
 def test_variances_by_a_covariate_take_no_matrix_of_the_rows():
     rows = table()
     result = lmm("y ~ x", rows, residual="power(w)")
@@ -260,6 +288,8 @@ def test_predictions_of_no_rows_and_of_what_is_no_table():
         "high",
     ]
     with pytest.raises(TypeError, match="`table` is"):
+        result.predict(3)
+    with pytest.raises(InputError, match=r"file 'table\.csv' does not exist"):
         result.predict("table.csv")
 
 

@@ -1,6 +1,7 @@
 """Tables, plots and files of a result."""
 
 import json
+from html.parser import HTMLParser
 
 import numpy as np
 import pandas as pd
@@ -99,6 +100,7 @@ def test_run_directory(result, tmp_path):
         "fixed.csv",
         "variance.csv",
         "blup.csv",
+        "residuals.csv",
         "plots/blup_Subject.png",
         "plots/convergence.png",
         "plots/covariance.png",
@@ -211,17 +213,140 @@ def test_a_semivariogram_of_an_autoregressive_field_rises_to_its_sill():
         semivariogram(lmm("y ~ 1 + (1 | g)", table), torch.zeros(3, 1))
 
 
+class Page(HTMLParser):
+    """Tables of a page by caption, the data of its plots, and its tags."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tables, self.tags, self._row, self._text, self._plots = {}, [], None, None, ""
+        self._in, self._table, self._differs = "", [], False
+        self.feed(path.read_text(encoding="utf-8"))
+        self.plots = json.loads(self._plots)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._in = "plots" if ("id", "plots") in attrs else tag
+        if tag == "caption":
+            self._text = ""
+        elif tag == "tr":
+            self._row = []
+        elif tag in ("td", "th") and self._row is not None:
+            self._text = ""
+            self._differs = ("class", "differs") in attrs
+
+    def handle_data(self, data):
+        if self._in == "plots":
+            self._plots += data
+        elif self._text is not None:
+            self._text += data
+
+    def handle_endtag(self, tag):
+        if tag == "caption":
+            self._table = self.tables.setdefault(self._text, [])
+        elif tag in ("td", "th"):
+            self._row.append(("*" if self._differs else "") + self._text)
+        elif tag == "tr":
+            self._table.append(self._row)
+        if tag in ("caption", "td", "th", "script"):
+            self._text, self._in = None, ""
+
+
+def cells(page, words):
+    """The rows of the first table whose caption has some words, by the name of the row."""
+    (table,) = [rows for caption, rows in page.tables.items() if words in caption][:1]
+    return {row[0]: row[1:] for row in table}
+
+
 def test_a_report_is_one_page_that_needs_no_other_file(result, tmp_path):
     for name in ("a", "b"):
         write_run(result, tmp_path / name, {"val_mse": 1.0})
     assert write_report(tmp_path, tmp_path / "report.html") == 2
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == 2 * len(list((tmp_path / "a/plots").iterdir()))
-    assert "http" not in page.replace("http-equiv", "")
-    assert "REML criterion 1743.6283" in page
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    # Only what the page does not draw itself is a picture.
+    assert text.count("data:image/png;base64,") == 2 * len(["covariance", "shares"])
+    assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org/2000/svg", "")
+    assert "REML criterion 1743.6283" in text
     assert write_report(tmp_path / "a", tmp_path / "one.html") == 1
     with pytest.raises(InputError, match="has no run"):
         write_report(tmp_path / "none", tmp_path / "none.html")
+
+
+def test_a_report_has_the_numbers_of_the_fit(result, tmp_path):
+    write_run(result, tmp_path / "run")
+    write_report(tmp_path / "run", tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    fixed = cells(page, "estimate ± 1.96")["Days"]
+    b, se = result.fixed.estimate[1].item(), result.fixed.std_error[1].item()
+    expected = [b, se, b - 1.96 * se, b + 1.96 * se, b / se]
+    np.testing.assert_allclose([float(x) for x in fixed], expected, rtol=1e-5)
+    residual = cells(page, "Variances")["Residual"]
+    v = result.residual_variance
+    se = float(variance_table(result)["std_error"].iloc[-1])
+    expected = [v, se, v * np.exp(-1.96 * se / v), v * np.exp(1.96 * se / v), v**0.5]
+    np.testing.assert_allclose([float(x) for x in residual[1:6]], expected, rtol=1e-5)
+    plots = {plot["title"]: plot for plot in page.plots.values()}
+    (title,) = [t for t in plots if t.startswith("Subject: Days")]
+    drawn, blups = plots[title], blup_table(result)
+    days = blups[blups["effect"] == "Days"].sort_values("blup")
+    assert drawn["rows"] == days["level"].tolist()
+    np.testing.assert_allclose(drawn["x"], days["blup"], rtol=1e-6)
+    np.testing.assert_allclose(drawn["low"], days["blup"] - 1.96 * days["std_error"], rtol=1e-6)
+    assert drawn["says"][-1].startswith("308: 9.199 (")
+    (title,) = [t for t in plots if t.startswith("Residuals")]
+    np.testing.assert_allclose(plots[title]["y"], result.residuals, rtol=1e-6)
+    (path,) = [p for t, p in plots.items() if t == "Convergence"]
+    assert path["y"][-1] == result.log_likelihood
+    # What the script draws into is there.
+    places = {attributes.get("data-plot") for _, attributes in page.tags} - {None}
+    assert places == set(page.plots)
+
+
+def test_runs_stand_side_by_side(result, tmp_path):
+    write_run(result, tmp_path / "slopes")
+    other = lmm("Reaction ~ Days + (1 | Subject)", datasets.sleepstudy())
+    write_run(other, tmp_path / "intercepts")
+    write_report(tmp_path, tmp_path / "page.html")
+    found = cells(Page(tmp_path / "page.html"), "Estimates of each run")
+    assert found["Quantity"] == ["intercepts", "slopes"]
+    # The estimate is the same in balanced data, its standard error is not.
+    assert found["Days"] == ["10.4673 (0.804)", "*10.4673 (1.55)"]
+    assert found["variance of Subject: Days"] == ["", "*35.0717"]
+
+
+def test_names_of_users_are_text_in_a_report(tmp_path):
+    rng = np.random.default_rng(0)
+    levels = np.array(["</script><b>", "=1+1", "'x", 'a"b', "<img src=x>", "NA"], dtype=object)
+    g = np.repeat(np.arange(6), 5)
+    table = pd.DataFrame({"g": levels[g], "a<b>": rng.standard_normal(30)})
+    table["y"] = table["a<b>"] + rng.standard_normal(6)[g] + 0.1 * rng.standard_normal(30)
+    write_run(lmm("y ~ `a<b>` + (1 | g)", table), tmp_path / "<i>run")
+    write_report(tmp_path, tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    assert {tag for tag, _ in page.tags} & {"b", "img", "i"} == {"img"}
+    assert all(a["src"].startswith("data:") for tag, a in page.tags if tag == "img")
+    assert "a<b>" in cells(page, "estimate ± 1.96")
+    (rows,) = [plot["rows"] for plot in page.plots.values() if "BLUPs" in plot["title"]]
+    assert set(rows) == set(levels)
+
+
+def test_of_many_levels_a_report_draws_some_and_says_so(tmp_path):
+    g = np.arange(9000) % 3000
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"y": rng.standard_normal(3000)[g] + rng.standard_normal(9000), "g": g})
+    found = lmm("y ~ 1 + (1 | g)", table)
+    write_run(found, tmp_path)
+    write_report(tmp_path, tmp_path / "page.html")
+    plots = [
+        plot for plot in Page(tmp_path / "page.html").plots.values() if "BLUPs" in plot["title"]
+    ]
+    assert "2000 of 3000 levels, evenly by rank" in plots[0]["title"]
+    blup = found.random[0].values[:, 0]
+    np.testing.assert_allclose(
+        [plots[0]["x"][0], plots[0]["x"][-1]], [blup.min(), blup.max()], rtol=1e-6
+    )
+    residual = pd.read_csv(tmp_path / "residuals.csv")
+    assert residual["row"].iloc[[0, -1]].tolist() == [1, 9000]
+    np.testing.assert_allclose(residual["residual"], found.residuals[residual["row"] - 1])
 
 
 def test_what_is_wrong_is_written_in_words(tmp_path):
@@ -242,7 +367,9 @@ def test_the_best_run_of_a_sweep():
     assert best(table.assign(rows=[10, 9])) is None
     assert best(table.assign(formula=["y ~ 1", "log(y) ~ 1"])) is None
     assert best(table.assign(method=["reml", "ml"])) is None
-    assert best(table.assign(val_negative_log_density=[1.0, 2.0]))[0] == "a"
+    held_out = table.assign(val_negative_log_density=[1.0, 2.0])
+    assert best(held_out)[0] == "a"
+    assert best(held_out.assign(rows=[10, 9])) is None  # of other data
 
 
 def test_a_result_of_something_else_is_named(result, tmp_path):

@@ -38,6 +38,18 @@ FITS = {
     "Dialyzer power": (POLYNOMIAL, {"residual": "power(pressure)"}),
     "Dialyzer exp": (POLYNOMIAL, {"residual": "exp(pressure)"}),
     "Dialyzer lme power": (f"{POLYNOMIAL} + (1 | Subject)", {"residual": "power(pressure)"}),
+    "Dialyzer power ar1": (
+        POLYNOMIAL,
+        {"residual": "power(pressure):ar1(index | Subject)"},
+    ),
+    "Dialyzer power fitted": (POLYNOMIAL, {"residual": "power(fitted)"}),
+    "BodyWeight lme power fitted": (
+        "weight ~ Time * Diet + (Time | Rat)",
+        {"residual": "power(fitted)"},
+    ),
+    "Ovary exp fitted ar1": ("follicles ~ s + c", {"residual": "exp(fitted):ar1(step | Mare)"}),
+    "BodyWeight diag power": ("weight ~ Time * Diet", {"residual": "diag(Diet):power(Time)"}),
+    "BodyWeight lme": ("weight ~ Time * Diet + (Time | Rat)", {}),
     "Orthodont us": ("distance ~ Sex * age", {"residual": "us(age | Subject)"}),
     "Orthodont hetar1": ("distance ~ Sex * age", {"residual": "hetar1(age | Subject)"}),
     "Orthodont cs": ("distance ~ Sex * age", {"residual": "cs(age | Subject)"}),
@@ -60,7 +72,7 @@ def test_fit_of_nlme(name, method):
         np.testing.assert_allclose(found.fixed.estimate, expected["fixed"], rtol=1e-3)
     own = {p.name.rpartition("/")[2]: p.value for p in found.parameters if "units" not in p.name}
     known = [own[n] for n in ("rho", "phi", "theta", "lengthscale", "delta") if n in own]
-    if "units" in options["residual"]:
+    if "units" in options.get("residual", ""):
         variances = [p.value for p in found.parameters if p.name.endswith("sigma^2")]
         known.append(variances[-1] / sum(variances))
     if name == "Orthodont gaussian":

@@ -8,11 +8,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from openreml_nn import InputError, MixedModel, RandomEffect
-from openreml_nn.covariance import DiagonalMatrix, ScalarMatrix, UnstructuredMatrix
+from openreml_nn.covariance import AR1Matrix, DiagonalMatrix, ScalarMatrix, UnstructuredMatrix
 from openreml_nn.estimation import AIREML
+from openreml_nn.estimation.curvature import Curvature
 from openreml_nn.families import Poisson
 from openreml_nn.lightning import MixedModule
+from openreml_nn.lightning.sums import LevelSums
+from openreml_nn.lightning.ways import Alternating
 from openreml_nn.model import take
+from openreml_nn.model.batch import responding
 from tests.test_neural import quiet
 
 T, N = 3, 40
@@ -237,9 +241,133 @@ def test_training_in_lightning(training, head):
     )
 
 
-def test_ways_of_sums_by_level_are_refused():
-    with pytest.raises(InputError, match="use training='full' or 'parts'"):
-        MixedModule(made()[0])
+RESIDUALS = {
+    "any": None, "one variance": ScalarMatrix(1), "variances": DiagonalMatrix(T), "ar1": AR1Matrix(T)
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*rows have no response")
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize(("kind", "head"), CASES)
+def test_sums_by_level_say_what_all_rows_do(kind, head, residual):
+    """Likelihood, gradient, average information, BLUPs and predictive variances, in which a batch is
+    split by which responses are there, rows have weights, and batches any size."""
+    given = RESIDUALS[residual]
+    found, _ = made(kind, head, None if given is None else copy.deepcopy(given).double())
+    data = with_values(rows(True, n=60), kind)
+    data |= {"weights": 0.5 + torch.rand(60).double(), "offset": torch.rand(60, T).double()}
+    there, _ = responding(data, several=True)
+    sums, output = LevelSums(found, waiting=17), found(there).detach()
+    for at in torch.arange(len(output)).split(13):
+        sums.add(take(there, at), output[at])
+    summed, whole = sums.gathered(), found.objective(data)
+    parameters = list(found.covariance_parameters())
+    one, other = summed.objective.evaluate(), whole.evaluate()
+    torch.testing.assert_close(one.log_likelihood, other.log_likelihood, rtol=1e-10, atol=1e-9)
+    torch.testing.assert_close(
+        summed.objective.gradient(parameters), whole.gradient(parameters), rtol=1e-8, atol=1e-8
+    )
+    one, other = Curvature([summed.objective]), Curvature([whole])
+    torch.testing.assert_close(one.information, other.information, rtol=1e-8, atol=1e-8)
+    held = copy.deepcopy(found)
+    held.update(data)
+    summed.update()
+    new = with_values(rows(n=9, seed=3), kind)
+    new["groups"]["g"][:2] = -1
+    torch.testing.assert_close(found.predict(new), held.predict(new), rtol=1e-8, atol=1e-9)
+    assert summed.result([], None).rows == int((~data["y"].isnan()).sum())
+
+
+@pytest.mark.filterwarnings("ignore:.*rows have no response")
+@pytest.mark.parametrize("residual", ["any", "one variance"])
+@pytest.mark.parametrize("kind", ["crossed", "slopes"])
+def test_a_step_given_the_blups_goes_down_the_likelihood(kind, residual):
+    given = RESIDUALS[residual]
+    found, _ = made(kind, "ml", None if given is None else copy.deepcopy(given).double())
+    data = with_values(rows(True), kind) | {"weights": 0.5 + torch.rand(N).double()}
+    found.update(data)
+    parameters = list(found.mean.parameters())
+    there, _ = responding(data, several=True)
+    own = torch.autograd.grad(Alternating().loss(found, there)[0], parameters)
+    exact = torch.autograd.grad(found.loss(data), parameters)
+    torch.testing.assert_close(own, exact, rtol=1e-8, atol=1e-11)
+
+
+def test_a_level_that_is_not_known_is_one_of_its_own_in_sums_by_level():
+    found, _ = made()
+    data = rows()
+    unknown = {**data, "groups": {"g": data["groups"]["g"].clone(), "h": data["groups"]["h"]}}
+    unknown["groups"]["g"][3:6] = -1
+    more = RandomEffect(10, UnstructuredMatrix(T).double(), responses=T)
+    grown = MixedModel(network(), {"g": more, "h": RandomEffect(4)})
+    known = dict(grown.named_parameters())
+    for name, parameter in found.named_parameters():
+        known[name].data.copy_(parameter)
+    as_known = {**data, "groups": {**data["groups"], "g": unknown["groups"]["g"].clone()}}
+    as_known["groups"]["g"][3:6] = torch.arange(7, 10)
+    sums = LevelSums(found)
+    sums.add(unknown, found(data).detach())
+    value = sums.gathered().objective.evaluate().log_likelihood
+    expected = grown.objective(as_known).evaluate().log_likelihood
+    torch.testing.assert_close(value, expected, rtol=1e-10, atol=0)
+    # In a step it adds its prior covariance among the responses.
+    with torch.no_grad():
+        loss, _ = Alternating().loss(found, take(unknown, torch.tensor([4])))
+        h = take(data, torch.tensor([4]))["groups"]["h"]
+        V = found.residual() + found.random["g"].prior()
+        mean = found(data)[4] + found.random["h"].blup[h][0]
+        normal = torch.distributions.MultivariateNormal(mean, V)
+    torch.testing.assert_close(loss, -normal.log_prob(data["y"][4]) / T, rtol=1e-10, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*training rows have no response")
+def test_mini_batches_with_missing_responses_end_where_all_rows_do(tmp_path):
+    """A linear mean, at a learning rate that goes to zero; and its checkpoint predicts the same."""
+    data = rows(True, n=150)
+    torch.manual_seed(0)
+    found = MixedModel(nn.Linear(2, T).double(), effects("crossed")[0])
+    module = MixedModule(
+        found, {"_target_": "torch.optim.Adam", "lr": 0.3},
+        scheduler={"_target_": "torch.optim.lr_scheduler.ExponentialLR", "gamma": 0.8},
+    )  # fmt: skip
+    parts = [take(data, at) for at in torch.arange(150).split(40)]
+    trainer = quiet(30)
+    trainer.fit(module, DataLoader(parts, batch_size=None), DataLoader(parts, batch_size=None))
+    X = torch.cat([data["x"], torch.ones(150, 1).double()], 1)
+    linear = MixedModel(nn.Identity(), effects("crossed")[0], head="gls", method="ml")
+    batches = [{**part, "x": X[at]} for part, at in zip(parts, torch.arange(150).split(40))]
+    exact = MixedModule(linear)
+    quiet(12).fit(exact, DataLoader(batches, batch_size=None))
+    assert exact.result.converged
+    assert module.result.log_likelihood == pytest.approx(exact.result.log_likelihood, rel=1e-4)
+    torch.testing.assert_close(found.residual(), linear.residual(), rtol=0.02, atol=0.01)
+    assert "val_coverage" in trainer.callback_metrics
+    trainer.save_checkpoint(tmp_path / "m.ckpt")
+    loaded = MixedModule.load_from_checkpoint(
+        tmp_path / "m.ckpt", weights_only=True,
+        model=MixedModel(nn.Linear(2, T).double(), effects("crossed")[0]),
+    )  # fmt: skip
+    for one, other in zip(loaded.model.predict(data), found.predict(data), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "message"),
+    [
+        ({"head": "gls"}, {}, "3 responses of a row with head 'gls'.*use training='full'"),
+        ({"residual": nn.Linear(2, 1)}, {}, "a network for variances need all rows at once"),
+        ({}, {"weights": torch.ones(N, T).double()}, r"batch 0: `batch\['weights'\]`.*single resp"),
+    ],
+)
+def test_what_sums_by_level_do_not_take_is_refused(model, batch, message):
+    found = MixedModel(network(), effects("crossed")[0], **model)
+    loader = DataLoader([{**rows(), **batch}], batch_size=None)
+
+    def fit():
+        quiet(1).fit(MixedModule(found, training="alternating"), loader)
+
+    with pytest.raises(InputError, match=message):
+        fit()
 
 
 @pytest.mark.filterwarnings("ignore:.*rows have no response")

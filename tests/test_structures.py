@@ -349,6 +349,32 @@ RESIDUALS = {
     "diag(env)": (LONG, lambda v: np.diag(v[pd.factorize(LONG["env"], sort=True)[0]])),
     "power(x)": (LONG, lambda v: np.diag(v[0] * np.abs(times("x")) ** (2 * v[1]))),
     "exp(x)": (LONG, lambda v: np.diag(v[0] * np.exp(2 * v[1] * times("x")))),
+    "power(x):ar1(time | g)": (
+        LONG,
+        lambda v: v[1] * ar1(v[2], times()) * same(LONG, "g") * outer(np.abs(times("x")) ** v[0]),
+    ),
+    "us(env | g):exp(x)": (
+        LONG,
+        lambda v: (
+            at_places(lower(v[1:], 4) @ lower(v[1:], 4).T, LONG, "env")
+            * same(LONG, "g")
+            * outer(np.exp(v[0] * times("x")))
+        ),
+    ),
+    "diag(env):power(x)": (
+        LONG,
+        lambda v: np.diag(v[1:][pd.factorize(LONG["env"], sort=True)[0]] * np.abs(times("x")) ** (2 * v[0])),
+    ),
+    "ar1(row):ar1(col):power(w)": (
+        FIELD,
+        lambda v: (
+            v[1] * ar1(v[2], FIELD["row"].to_numpy()) * ar1(v[3], FIELD["col"].to_numpy() / 2)
+            * outer(FIELD["w"].to_numpy() ** v[0])
+        ),
+    ),
+    "exp(w):diag(site):ar1(row):ar1(col)": (
+        PLOTS, lambda v: two_fields(v[1:]) * outer(np.exp(v[0] * PLOTS["w"].to_numpy())),
+    ),
     "ar1(row):ar1(col)": (
         FIELD,
         lambda v: v[0] * ar1(v[1], FIELD["row"].to_numpy()) * ar1(v[2], FIELD["col"].to_numpy() / 2),
@@ -398,6 +424,32 @@ def test_a_nugget_stands_beside(residual):
     labels = labels_of(encoded)
     assert labels["units"].group == "Residual"
     assert labels["residual"].group == residual
+
+
+def test_a_table_of_one_stratum_alone_has_one_variance():
+    """As a subset of the rows may have: the fit is the scalar one, its component named by the
+    stratum."""
+    rows = LONG[LONG["env"] == LONG["env"].iloc[0]]
+    found, plain = (lmm("y ~ x", rows, residual=r) for r in ("diag(env)", None))
+    assert found.log_likelihood == plain.log_likelihood
+    assert found.components[-1].effects == (rows["env"].iloc[0],)
+    assert [p.name for p in found.parameters] == ["residual/sigma^2"]
+    pd.testing.assert_frame_equal(found.predict(LONG), plain.predict(LONG))
+
+
+@pytest.mark.parametrize("residual", ["power(x)", "power(x):ar1(time | g)", "diag(env):power(x)"])
+def test_a_power_is_that_of_a_covariate_in_any_unit(residual):
+    """Far from 1 as well, where the variance at 1 is another by orders of magnitude."""
+    fits = [
+        lmm("y ~ env", LONG.assign(x=(LONG["x"].abs() + 0.1) * unit), residual=residual)
+        for unit in (1.0, 300.0, 1e-4)
+    ]
+    for fit in fits:
+        assert fit.converged
+        assert fit.iterations < 40
+        assert fit.log_likelihood == pytest.approx(fits[0].log_likelihood, abs=1e-7)
+    delta = [next(p.value for p in f.parameters if p.name.endswith("delta")) for f in fits]
+    assert delta == pytest.approx([delta[0]] * 3, rel=1e-4, abs=1e-6)
 
 
 def test_plots_may_be_missing_and_rows_in_any_order():
@@ -501,6 +553,9 @@ def test_a_learned_formula_builds_the_same_shapes():
         ("y ~ x + (1 | spline(east, north, x))", {}, "has 3 columns: expected one or two"),
         ("y ~ x + (1 + x | spline(x))", {}, "expected (1 | spline(x))"),
         ("y ~ x", {"residual": "ar1(east | g)"}, "expected whole numbers"),
+        ("y ~ x", {"residual": "power(x):ar1(time | g) + units"}, "beside units is not supported"),
+        ("y ~ x", {"residual": "power(x, 2)"}, "takes one numeric column, or fitted for the fitted"),
+        ("y ~ 1", {"residual": "exp(fitted)"}, "the fitted values are all"),
         ("y ~ x", {"residual": "ar1(row):ar1(col | g)"}, "a product has no '|'"),
         ("y ~ x", {"residual": "units"}, "expected one of us(…)"),
         ("y ~ x", {"residual": "diag(env) + units"}, "units are independent errors beside"),
@@ -640,6 +695,9 @@ MIXED = {
     "diag(env)": lambda v: v[pd.factorize(TABLE["env"], sort=True)[0]],
     "exp(x)": lambda v: v[0] * np.exp(2 * v[1] * TABLE["x"].to_numpy()),
     "power(w)": lambda v: v[0] * TABLE["w"].to_numpy() ** (2 * v[1]),
+    "diag(env):exp(x)": lambda v: (
+        MIXED["diag(env)"](v[1:]) * np.exp(2 * v[0] * TABLE["x"].to_numpy())
+    ),
 }
 
 

@@ -321,6 +321,49 @@ def test_a_step_goes_down_the_likelihood_by_fishers_identity(unknown):
     torch.testing.assert_close(own, exact, rtol=1e-8, atol=1e-11)
 
 
+@pytest.mark.parametrize("slopes", [False, True], ids=["features", "features and slopes"])
+def test_a_step_with_coefficients_goes_down_the_restricted_likelihood(slopes):
+    """Coefficients are estimated too: their covariance is that of REML's correction."""
+    torch.manual_seed(0)
+    batch = {
+        "x": X.double(),
+        "y": Y.double(),
+        "groups": {"a": G, "b": (7 * G + torch.arange(N)) % 5},
+    }
+    own = {"effects": 2, "features": nn.Linear(2, 2).double()} if slopes else {}
+    random = {"a": RandomEffect(Q, **own), "b": RandomEffect(5)}
+    mean = nn.Sequential(nn.Linear(2, 4), nn.Tanh()).double()
+    found = MixedModel(mean, random, head="gls")
+    found.update(batch)
+    parameters = list(found.network_parameters())
+    own = torch.autograd.grad(Alternating().loss(found, batch)[0], parameters)
+    exact = torch.autograd.grad(found.loss(batch), parameters)
+    torch.testing.assert_close(own, exact, rtol=1e-8, atol=1e-11)
+
+
+def test_features_with_coefficients_are_trained_from_batches():
+    """As with all rows in one batch; the full likelihood, which is the same whatever the units of the
+    features."""
+
+    def made():
+        torch.manual_seed(0)
+        mean = nn.Sequential(nn.Linear(2, 8), nn.Tanh()).double()
+        return MixedModel(mean, {"g": RandomEffect(Q)}, head="gls", method="ml")
+
+    rows = TensorDataset(X.double(), Y.double(), G)
+    found = {}
+    for training, size, epochs in (("full", N, 60), ("alternating", 50, 15)):
+        loader = DataLoader(rows, size, shuffle=True)
+        _, found[training] = fit(
+            loader, found=MixedModule(made(), ADAM, training), epochs=epochs, val=loader
+        )
+    values = {name: each.result.log_likelihood for name, each in found.items()}
+    assert values["alternating"] == pytest.approx(values["full"], abs=0.01 * N)
+    assert found["alternating"].result.converged
+    with pytest.raises(InputError, match=r"for training='alternating'.*'groups'"):
+        fit(DataLoader(rows, 50), found=MixedModule(made(), ADAM))
+
+
 def _linear(case):
     """A formula, its table, and the mixed model with a linear network for its mean."""
     rng = np.random.default_rng(1)

@@ -11,6 +11,7 @@ import torch
 from openreml_nn import InputError, glmm, lmm
 from openreml_nn.lightning import MixedModule
 from openreml_nn.model.structures import linear_model
+from openreml_nn.table import TableFile, read_table
 from tests.test_predict import KERNEL, table
 
 #: Formula and options; the first 66 rows have 11 of 15 levels of g.
@@ -25,6 +26,7 @@ MODELS = {
     "known residual": ("y ~ x + (1 | g)", {"weights": "w", "residual_variance": 0.5}),
     "strata": ("y ~ x + (1 | g) + (1 | h)", {"residual": "diag(s)"}),
     "power": ("y ~ x + (1 | g)", {"residual": "power(w)"}),
+    "power by strata": ("y ~ x + (1 | g)", {"residual": "diag(s):power(w)"}),
     "offset": ("y ~ 1 + offset(2 * x) + (1 | g) + (1 | h)", {}),
     "no coefficients": ("y ~ 0 + (x | g)", {}),
     "no random effect": ("y ~ x * s", {}),
@@ -158,3 +160,42 @@ def test_rows_with_missing_values_are_left_out_and_counted():
         found = result.update(later)
     assert (found.rows, found.dropped_rows) == (87, 3)
     pd.testing.assert_frame_equal(found.predict(t[:66]), result.update(t[69:]).predict(t[:66]))
+
+
+def test_files_are_read_as_that_of_the_fit(tmp_path):
+    t = rows()
+    first, later = tmp_path / "first.csv", tmp_path / "later.csv"
+    for path, part in ((first, t[:66]), (later, t[66:])):
+        part.to_csv(path, sep=";", decimal=",", index=False)
+    options = {"separator": ";", "decimal": ","}
+    result = lmm("y ~ x + (x | g) + (1 | h)", TableFile(first, **options))
+    updated = result.update(str(later))
+    pd.testing.assert_frame_equal(
+        updated.predict(later), updated.predict(read_table(later, **options))
+    )
+    torch.testing.assert_close(
+        updated.fixed.estimate,
+        result.update(read_table(later, **options)).fixed.estimate,
+        rtol=0,
+        atol=0,
+    )
+    # What is read otherwise says so itself, and Parquet takes no options of text.
+    t[66:].to_parquet(tmp_path / "later.parquet")
+    t[66:].to_csv(tmp_path / "plain.csv", index=False)
+    others = [tmp_path / "later.parquet", TableFile(tmp_path / "plain.csv")]
+    for other in others:
+        found = updated.predict(other)
+        assert len(found) == len(t) - 66
+        np.testing.assert_allclose(found["mean"], updated.predict(later)["mean"], rtol=1e-12)
+
+
+def test_messages_name_the_file_of_the_new_rows(tmp_path):
+    t = rows()
+    t.to_csv(tmp_path / "fit.csv", index=False)
+    t.drop(columns="x").to_csv(tmp_path / "new.csv", index=False)
+    result = lmm("y ~ x + (1 | g)", tmp_path / "fit.csv")
+    for call in (result.predict, result.update):
+        with pytest.raises(InputError, match=r"new\.csv.*'x'"):
+            call(tmp_path / "new.csv")
+        with pytest.raises(TypeError, match="`table` is 3: expected a data frame, or the path"):
+            call(3)

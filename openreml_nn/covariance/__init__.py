@@ -35,6 +35,7 @@ from openreml_nn.covariance.genomic import (
     marker_effects,
 )
 from openreml_nn.covariance.graph import CARMatrix, ICARMatrix, RandomWalkMatrix
+from openreml_nn.covariance.heteroscedastic import Heteroscedastic
 from openreml_nn.covariance.identity import DiagonalMatrix, IdentityMatrix, ScalarMatrix
 from openreml_nn.covariance.kernel import (
     ExponentialMatrix,
@@ -96,6 +97,7 @@ __all__ = [
     "GaussianMatrix",
     "Gram",
     "HadamardProduct",
+    "Heteroscedastic",
     "ICARMatrix",
     "IdentityMatrix",
     "Inverse",

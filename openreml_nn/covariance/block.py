@@ -10,6 +10,11 @@ from torch import Tensor
 from openreml_nn.covariance.matrix import Matrix
 from openreml_nn.covariance.operator import Operator
 from openreml_nn.support.errors import InputError
+from openreml_nn.terms.base import Covariance
+from openreml_nn.terms.covariance import DiagonalCovariance
+from openreml_nn.terms.design import Design, IdentityDesign, IndexedDesign
+from openreml_nn.terms.direct_sum import DirectSumCovariance
+from openreml_nn.terms.term import Term
 
 __all__ = ["Augment", "BlockDiagonal", "Stack"]
 
@@ -65,6 +70,20 @@ class BlockDiagonal(_Blocks):
     def combine(self, *values: Tensor) -> Tensor:
         return torch.block_diag(*values)
 
+    def structure(self) -> list[Term]:
+        found = list(self.lowered().values())
+        designs = [each[0].design for each in found if len(each) == 1]
+        joined = _joined(designs, self.no_values().device) if len(designs) == len(found) else None
+        if joined is None:
+            return super().structure()
+        parts = [each[0].covariance for each in found]
+        sizes = [design.shape[1] for design in designs]
+        if not all(part.is_diagonal for part in parts):
+            return [Term(joined, DirectSumCovariance.of(parts, sizes))]
+        pairs = zip(parts, sizes, strict=True)
+        variances = torch.cat([_variances(part, size) for part, size in pairs])
+        return [Term(joined, DiagonalCovariance(variances))]
+
     def moment_start(self, variance: Tensor) -> bool:
         parts = variance.split([operand.shape[0] for operand in self.operands.values()])
         took = [
@@ -73,6 +92,41 @@ class BlockDiagonal(_Blocks):
             if isinstance(operand, Matrix)
         ]
         return any(took)
+
+
+def _indexed(design: Design, device: torch.device) -> Design:
+    if not isinstance(design, IdentityDesign):
+        return design
+    return design.take(torch.arange(design.shape[0], device=device))
+
+
+def _joined(designs: Sequence[Design], device: torch.device) -> Design | None:
+    """The designs of blocks as one; None where one of them has several effects a level."""
+    if all(isinstance(design, IdentityDesign) for design in designs):
+        return IdentityDesign(sum(design.shape[0] for design in designs))
+    codes, values, levels = [], [], 0
+    for design in designs:
+        own = _indexed(design, device)
+        if not isinstance(own, IndexedDesign) or own.effects > 1:
+            return None
+        codes.append(own.codes + levels)
+        values.append(own.values)
+        levels += own.levels
+    if all(value is None for value in values):
+        return IndexedDesign(torch.cat(codes), None, levels, absent=False)
+    like = next(value for value in values if value is not None)
+    every = [
+        like.new_ones(len(code), 1) if value is None else value.to(like)
+        for code, value in zip(codes, values, strict=True)
+    ]
+    return IndexedDesign(torch.cat(codes), torch.cat(every), levels, absent=False)
+
+
+def _variances(g: Covariance, size: int) -> Tensor:
+    """The diagonal of a covariance that is diagonal, (size,)."""
+    if g.is_scalar:
+        return g.matrix.reshape(1).expand(size)
+    return g.matrix if isinstance(g, DiagonalCovariance) else g.whole(size).diagonal()
 
 
 class Augment(_Blocks):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from numbers import Integral
@@ -17,6 +16,7 @@ from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.nodes import has_values
 from openreml_nn.support.checks import check_count, check_flag, found
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.warning import warn
 from openreml_nn.terms.design import IndexedDesign
 
 __all__ = ["DummyMatrix"]
@@ -308,11 +308,9 @@ def _interact(
     if not known.all():
         rows = np.flatnonzero(~known)
         labels = sorted({tuple(str(c.iloc[i]) for c in columns) for i in rows[:100]})
-        warnings.warn(
+        warn(
             f"{rows.size} row(s) have a combination that is not among the levels "
-            f"and become rows of zeros: {labels[:5]}",
-            RuntimeWarning,
-            stacklevel=3,
+            f"and become rows of zeros: {labels[:5]}"
         )
     cells = np.unique(total[known]) if observed_only else np.arange(prod(sizes))
     found = np.full(n, -1, dtype=np.int64)

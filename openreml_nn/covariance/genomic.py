@@ -8,7 +8,6 @@ unknowns, whose predictions follow from each other.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ import pandas as pd
 
 from openreml_nn.support.checks import check_choice, check_flag, check_instance, check_number, found
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.warning import warn
 
 __all__ = [
     "check_square",
@@ -356,8 +356,7 @@ def _tell(columns: Sequence[str], kept: np.ndarray) -> None:
         raise InputError("`markers` has no marker that varies: expected one at least")
     if alike:
         shown = ", ".join(repr(columns[i]) for i in alike[:5]) + (", ..." if len(alike) > 5 else "")
-        warnings.warn(
+        warn(
             f"{len(alike)} of {len(columns)} markers do not vary and are left out: {shown}",
             UserWarning,
-            stacklevel=4,
         )

@@ -256,7 +256,9 @@ class _Transforms:
         if len(self._distinct) == 1:
             return getattr(self._distinct[0], method)(x)
         if self._order is not None:
-            x = x[self._order]
+            x = x.index_select(0, torch.from_numpy(self._order).to(x.device))
         parts = zip(self._distinct, x.split(self._lengths), strict=True)
         found = torch.cat([getattr(trans, method)(part) for trans, part in parts])
-        return found if self._back is None else found[self._back]
+        if self._back is None:
+            return found
+        return found.index_select(0, torch.from_numpy(self._back).to(x.device))

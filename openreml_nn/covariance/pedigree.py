@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from openreml_nn.covariance.ancestry import (
 from openreml_nn.covariance.relationship import Relationship, check_column, name_of
 from openreml_nn.support.checks import check_flag, check_names, check_number
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.warning import warn
 
 __all__ = ["Pedigree"]
 
@@ -264,10 +264,9 @@ def _check_sexes(sires: list[str | None], dams: list[str | None], groups: set[st
     )
     if of_both and not selfs:
         row, name = of_both[0]
-        warnings.warn(
+        warn(
             f"{name!r} is a `sire` in row {fathers[name]} and a `dam` in row {row}: "
             "expected one sex of an animal; correct the pedigree, or say `hermaphrodite=True` of "
             "plants",
             UserWarning,
-            stacklevel=3,
         )

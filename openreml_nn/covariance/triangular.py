@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +26,16 @@ def _triangle(n: int, m: int) -> list[tuple[int, int]]:
     return [(i, j) for i in range(n) for j in range(min(i + 1, m))]
 
 
+@cache
+def _places(n: int, m: int) -> np.ndarray:
+    """Which value of the triangle each entry is, row by row; the last, a zero, above the diagonal."""
+    places = _triangle(n, m)
+    found = np.full((n, m), len(places))
+    for value, place in enumerate(places):
+        found[place] = value
+    return found.reshape(-1)
+
+
 class _Entries(Matrix):
     """A matrix whose parameters are its entries over the lower triangle."""
 
@@ -35,9 +47,9 @@ class _Entries(Matrix):
     def _place(self, values: Tensor) -> Tensor:
         """The lower-triangular matrix with ``values`` (…, num_params) row by row."""
         n, m = self.shape
-        rows, columns = self._index(values)
-        flat = values.new_zeros(*values.shape[:-1], n * m)
-        return flat.index_copy(-1, rows * m + columns, values).reshape(*flat.shape[:-1], n, m)
+        padded = torch.cat([values, values.new_zeros(*values.shape[:-1], 1)], -1)
+        found = padded.index_select(-1, torch.from_numpy(_places(n, m)).to(values.device))
+        return found.reshape(*values.shape[:-1], n, m)
 
     def _start(self, diagonal: Tensor) -> bool:
         done = []

@@ -71,7 +71,8 @@ class VarianceFunction(Matrix):
             raise InputError(
                 f"`covariate` is {float(covariate[row]):g} in row {row}: expected {wanted}"
             )
-        default = free_specs(["sigma^2"], trans=TransformExpPow2())
+        # Its logarithm moves in proportion to delta where x is far from 1, whatever the unit of x.
+        default = free_specs(["sigma^2"], trans=TransformExpPow2(degree=0))
         default |= free_specs(["delta"], trans=TransformIdentity())
         super().__init__((len(covariate),) * 2, merge_specs(default, param_specs))
         self.register_data("logarithm", logarithm)

@@ -7,16 +7,17 @@ gradients.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
 from openreml_nn.estimation.marginal_result import marginal_outcome
+from openreml_nn.estimation.marginal_start import set_start
 from openreml_nn.estimation.marginal_steps import CONVERGED, MarginalFit
 from openreml_nn.likelihood import LaplaceLoss
 from openreml_nn.likelihood.laplace import LaplaceEvaluation
 from openreml_nn.result import Label, Result
+from openreml_nn.support.warning import warn
 
 __all__ = ["fit_laplace"]
 
@@ -57,7 +58,7 @@ def fit_laplace(
     loss.covariance.to(X)
     loss.family.to(X)
     fit = MarginalFit(loss, y, X, X.new_zeros(len(X)) if offset is None else offset, names)
-    fit.start(begin)
+    set_start(fit, begin)
     converged = fit.climb(max_iterations)
     result, found = marginal_outcome(fit, names, labels or {}, converged)
     left = max_iterations - len(fit.history)
@@ -66,10 +67,8 @@ def fit_laplace(
         converged = fit.climb(left)
         result, found = marginal_outcome(fit, names, labels or {}, converged)
     if not result.converged:
-        warnings.warn(
+        warn(
             f"the fit did not converge in {len(fit.history)} iterations: score norm "
-            f"{result.score_norm:.3g} standard errors, expected below {CONVERGED}",
-            RuntimeWarning,
-            stacklevel=3,
+            f"{result.score_norm:.3g} standard errors, expected below {CONVERGED}"
         )
     return result, found

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.estimation.derivatives import jacobian
-from openreml_nn.estimation.marginal_steps import CONVERGED, MarginalFit
+from openreml_nn.estimation.marginal_steps import CONVERGED, SEPARATED, MarginalFit
 from openreml_nn.families import Family
 from openreml_nn.likelihood.laplace import LaplaceEvaluation
 from openreml_nn.result import (
@@ -35,10 +35,12 @@ def marginal_outcome(
 ) -> tuple[Result, LaplaceEvaluation]:
     """The result at the end of the steps, and the likelihood there."""
     loss, part, p, m = fit.loss, fit.fixed, fit.p, fit.m
-    H, J, inner = fit.settle()
+    inner = fit.settle()
     with torch.no_grad():
+        found = fit.found(fit.x)  # where the last evaluation was
+        fit.hessian, J = fit.differences()
+        H = fit.hessian
         spread = _inverse(H, inner, fit)
-        found = fit.found(fit.x)
         gamma = fit.x[:p] if loss.method == "ml" else found.coefficients
         if loss.method == "ml":
             covariance = spread[:p, :p]
@@ -104,18 +106,12 @@ def _inverse(H: Tensor, inner: Sequence[int], fit: MarginalFit) -> Tensor:
     values = torch.linalg.eigvalsh(unit)
     if not bool(values[0] > 1e-9):
         if fit.p and bool((part.diagonal()[: fit.p] < 1e-6 * len(fit.X)).any()):
-            raise NumericalError(_SEPARATED)
+            raise NumericalError(SEPARATED)
         inverse = torch.linalg.pinv(unit, hermitian=True)
     else:
         inverse = torch.linalg.inv(unit)
     found[at[:, None], at] = inverse / (scale[:, None] * scale)
     return found
-
-
-_SEPARATED = (
-    "the data are separated: a combination of the fixed effects tells responses apart without "
-    "error, so that its coefficient has no finite estimate"
-)
 
 
 def _condition(H: Tensor) -> float:

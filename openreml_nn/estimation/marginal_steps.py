@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from math import isfinite, nan
 from typing import cast
@@ -13,6 +14,7 @@ from torch import Tensor
 from openreml_nn.covariance import Matrix
 from openreml_nn.estimation.coordinates import Coordinates
 from openreml_nn.estimation.derivatives import jacobian
+from openreml_nn.families import Binomial, Ordinal
 from openreml_nn.likelihood import LaplaceLoss
 from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.laplace import LaplaceEvaluation
@@ -20,7 +22,14 @@ from openreml_nn.likelihood.loss import Objective
 from openreml_nn.result import Record
 from openreml_nn.support.errors import InputError, NumericalError
 
-__all__ = ["MarginalFit"]
+__all__ = ["SEPARATED", "MarginalFit"]
+
+SEPARATED = (
+    "the data are separated: a combination of the fixed effects tells responses apart without "
+    "error, so that its coefficient has no finite estimate"
+)
+#: No linear predictor of categories is so far from zero, on the scale of a link.
+_ENDLESS = 50.0
 
 #: A fit has converged this far from the optimum, in standard errors,
 CONVERGED = 1e-3
@@ -68,6 +77,8 @@ class MarginalFit:
         volume = self.T.diagonal().abs().log().sum() if loss.method == "reml" else 0.0
         self.jacobian = float(volume)
         self.m = len(self.at)
+        self.of_categories = isinstance(loss.family, Binomial | Ordinal)
+        self.rows: Tensor | None = None
         self.history: list[Record] = []
         self.x = X.new_zeros(0)
         self.value, self.slope = nan, self.x
@@ -100,7 +111,7 @@ class MarginalFit:
         gamma, u, _ = (part.detach().requires_grad_() for part in self.split(x))
         with torch.enable_grad(), self.loss.covariance.given(self.at.natural(0, u)):
             X = None if self.loss.method == "ml" else self.Q
-            value = self.loss(self.y, self.predictor(gamma), X)
+            value = self.loss(self.y, self.predictor(gamma), X, self.rows)
             parts = torch.autograd.grad(
                 value, [gamma, u, *self.own], allow_unused=True, materialize_grads=True
             )
@@ -112,42 +123,18 @@ class MarginalFit:
         gamma, u, _ = self.split(x)
         with torch.no_grad(), self.loss.covariance.given(self.at.natural(0, u)):
             X = None if self.loss.method == "ml" else self.Q
-            return self.loss.evaluate(self.y, self.predictor(gamma), X)
+            return self.loss.evaluate(self.y, self.predictor(gamma), X, self.rows)
 
     # ------------------------------------------------------------------ the way
 
-    @torch.no_grad()
-    def start(self, begin: Callable[[], None] | None = None) -> None:
-        """Begin at penalised quasi-likelihood for variances of the order of the data's, or for those
-        that a call sets after these."""
-        loss = self.loss
-        near = loss.family.start(self.y).to(self.Q) - self.offset
-        rough = self.Q.mT @ near / len(self.X)
-        rest = near - self.Q @ rough
-        spread = rest.var() if len(rest) > 1 else rest.new_ones(())
-        spread = torch.where(spread > 1e-8 * near.square().mean() + 1e-30, spread, 1.0)
-        loss.covariance.moment_start((spread / 2).expand(len(self.X)))
-        scale = self.at.read(near)
-        if begin is not None:
-            begin()
-        if self.Q.shape[1]:
-            gamma, spread = loss.penalised(self.y, self.offset, self.Q, rough)
-        else:
-            gamma, spread = near.new_zeros(0), near.new_zeros(0, 0)
-        u = self.at.read(near)
-        # The likelihood is even about a standard deviation of zero: no step would leave it.
-        vanishing = torch.tensor(self.at.vanishing, dtype=torch.bool)
-        u = torch.where(vanishing & (u == 0), scale / 10, u)
-        phi = [p.detach().reshape(-1).to(near) for p in self.own]
-        self.x = torch.cat([gamma[: self.p], u, *phi])
-        self.value, self.slope = self.evaluate(self.x)
-        self.hessian = near.new_zeros(len(self.x), len(self.x))
-        if self.p:
-            self.hessian[: self.p, : self.p] = torch.linalg.inv(spread)
-        self._replace(range(self.p + self.m, len(self.x)))
-        self._refresh()
+    def part(self, rows: Tensor, aim: float) -> MarginalFit:
+        """The fit of some rows, whose steps end so near the optimum."""
+        found = copy(self)
+        found.y, found.X, found.Q = self.y[rows], self.X[rows], self.Q[rows]
+        found.offset, found.rows, found.aim, found.history = self.offset[rows], rows, aim, []
+        return found
 
-    def _replace(self, places: range) -> None:
+    def replace(self, places: range) -> None:
         """Rows and columns of the curvature, anew by differences."""
         H = self.hessian.clone()
         for j, column in zip(places, self._differences(places), strict=True):
@@ -156,7 +143,7 @@ class MarginalFit:
         H[places.start :, places.start :] = (corner + corner.mT) / 2
         self.hessian = H
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
         """The curvature by covariance parameters, anew by the average information."""
         self.write(self.x)
         gamma, u, _ = self.split(self.x)
@@ -170,7 +157,7 @@ class MarginalFit:
         slopes = jacobian(matrices, u)
         with self.loss.covariance.given(self.at.natural(0, u)):
             X = None if self.loss.method == "ml" else self.Q
-            known = self.loss.information(self.y, self.predictor(gamma), X, slopes)
+            known = self.loss.information(self.y, self.predictor(gamma), X, slopes, self.rows)
         # Where a standard deviation is too large the information says little: with what the
         # likelihood's own curvature has beside it, no step goes beyond zero.
         own = slice(self.p, self.p + self.m)
@@ -189,7 +176,11 @@ class MarginalFit:
         return found
 
     def climb(self, most: int) -> bool:
-        """Steps to the optimum; whether it was reached."""
+        """Steps to the optimum; whether it was reached.
+
+        Raises:
+            NumericalError: if coefficients go to infinity.
+        """
         period = max(4 if len(self.X) <= _MANY_ROWS else 10, len(self.x) - self.p)
         for step in range(1, most + 1):
             direction, norm = self._direction()
@@ -197,6 +188,8 @@ class MarginalFit:
                 return True
             before = self.value
             accepted = self._search(direction, norm)
+            if self.p and self.of_categories and float(self.x[: self.p].abs().max()) > _ENDLESS:
+                raise NumericalError(SEPARATED)
             self._record(norm, accepted)
             if not accepted:
                 self.hessian = self.curvature()
@@ -206,17 +199,21 @@ class MarginalFit:
             elif norm < CONVERGED and before - self.value < 1e-12 * (1 + abs(before)):
                 return True
             elif norm > _FAR:
-                self._refresh()
+                self.refresh()
             elif step % period == 0:
                 # A curvature that is only updated is far from its own where it changes its sign.
-                self._replace(range(self.p, len(self.x)))
+                self.replace(range(self.p, len(self.x)))
         return self._direction()[1] < CONVERGED
+
+    def _positive(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The curvature made positive: its eigenvalues and eigenvectors in scales of unit diagonal."""
+        scale = self.hessian.diagonal().abs().clamp(min=1e-10).sqrt()
+        values, vectors = torch.linalg.eigh(self.hessian / (scale[:, None] * scale))
+        return values.abs().clamp(min=1e-8), vectors, scale
 
     def _direction(self) -> tuple[Tensor, float]:
         """The step by the curvature made positive, and its length in standard errors."""
-        scale = self.hessian.diagonal().abs().clamp(min=1e-10).sqrt()
-        values, vectors = torch.linalg.eigh(self.hessian / (scale[:, None] * scale))
-        values = values.abs().clamp(min=1e-8)
+        values, vectors, scale = self._positive()
         g = vectors.mT @ (self.slope / scale)
         return -(vectors @ (g / values)) / scale, float((g * g / values).sum().sqrt())
 
@@ -242,17 +239,17 @@ class MarginalFit:
 
     def _update(self, s: Tensor, d: Tensor) -> None:
         """BFGS, damped so that the curvature stays positive along the step (Powell 1978)."""
-        Hs = self.hessian @ s
+        # From that by which the step was made: an indefinite one would be driven away from zero.
+        values, vectors, scale = self._positive()
+        root = scale[:, None] * vectors
+        H = (root * values) @ root.mT
+        Hs = H @ s
         along, bend = float(s @ Hs), float(s @ d)
-        if along <= 0:
-            if bend > 0:
-                self.hessian = self.hessian + torch.outer(d, d) / bend
-            return
         if bend < 0.2 * along:
             weight = 0.8 * along / (along - bend)
             d = weight * d + (1 - weight) * Hs
             bend = float(s @ d)
-        self.hessian = self.hessian + torch.outer(d, d) / bend - torch.outer(Hs, Hs) / along
+        self.hessian = H + torch.outer(d, d) / bend - torch.outer(Hs, Hs) / along
 
     def _record(self, norm: float, accepted: float) -> None:
         u = self.split(self.x)[1]
@@ -263,11 +260,11 @@ class MarginalFit:
         self.history.append(Record(-self.value + self.jacobian, norm, accepted, found))
 
     def curvature(self) -> Tensor:
-        """The observed information by central differences of gradients."""
-        return self._central()[0]
+        """The observed information by differences of gradients."""
+        return self.differences()[0]
 
-    def _central(self) -> tuple[Tensor, Tensor]:
-        """That, and the derivatives of the coefficients by x where X is integrated, (p, len(x)).
+    def differences(self) -> tuple[Tensor, Tensor]:
+        """The curvature, and the derivatives of the coefficients by x where X is integrated, (p, len(x)).
 
         Steps are a part of a standard error, over which the curvature of many rows hardly moves:
         then differences to one side do.
@@ -299,8 +296,8 @@ class MarginalFit:
         J = torch.stack(moves, 1) if moves else self.x.new_zeros(self.Q.shape[1], count)
         return (H + H.mT) / 2, J
 
-    def settle(self) -> tuple[Tensor, Tensor, list[int]]:
-        """Take negligible standard deviations as zero; curvature, moves, and what is inside."""
+    def settle(self) -> list[int]:
+        """Take negligible standard deviations as zero; what is inside the bounds."""
         vanishing = torch.tensor(self.at.vanishing, dtype=torch.bool)
         u = self.x[self.p : self.p + self.m]
         small = [j for j in range(self.m) if bool(vanishing[j]) and float(u[j].abs()) < 1e-3]
@@ -317,8 +314,6 @@ class MarginalFit:
         if not torch.allclose(canonical, self.x[own], rtol=1e-12, atol=0):
             self.x[own] = canonical
             self.value, self.slope = self.evaluate(self.x)
-        H, J = self._central()
-        self.hessian = H
         ends = self.at.on_boundary(self.x[own])
         gone = {self.p + j for j in range(self.m) if bool(ends[j])}
-        return H, J, [j for j in range(len(self.x)) if j not in gone]
+        return [j for j in range(len(self.x)) if j not in gone]

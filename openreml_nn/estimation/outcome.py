@@ -35,6 +35,7 @@ from openreml_nn.result import (
     Start,
 )
 from openreml_nn.result.parts import RESIDUAL_GROUP
+from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import KroneckerCovariance
 from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.term import Term, residual_terms
@@ -87,6 +88,12 @@ class _Builder:
         names_of_effects = {term.name for term in self._random_terms}
         every = evaluation.random_effects()
         random = [self._by_level(e) for e in every if e.name in names_of_effects]
+        if lost := names_of_effects - {e.name for e in every}:
+            # A known covariance takes the residual's place, of which there are no BLUPs.
+            raise InputError(
+                f"all parameters of {min(lost)!r} are held beside errors that are estimated: leave one "
+                "of them free, or hold the errors' variance too"
+            )
         fitted = residuals = fixed.estimate.new_empty(0)
         if y is not None and X is not None:
             fitted = X.detach().to(dtype)[:, list(fixed.columns)] @ fixed.estimate

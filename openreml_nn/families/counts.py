@@ -53,7 +53,10 @@ class Poisson(_Count):
     name = "poisson"
 
     def log_density(self, y: Tensor, eta: Tensor) -> Tensor:
-        return y * eta - eta.exp() - torch.lgamma(y + 1)
+        return self.kernel(y, eta) - torch.lgamma(y + 1)
+
+    def kernel(self, y: Tensor, eta: Tensor) -> Tensor:
+        return y * eta - eta.exp()
 
     def derivatives(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mu = eta.exp()

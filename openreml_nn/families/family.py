@@ -19,7 +19,8 @@ class Family(Parametrized):
     r"""The distribution :math:`p(y \mid \eta, \varphi)` of a response given its linear predictor.
 
     A subclass writes :meth:`log_density` and has a model: derivatives are then had by automatic
-    differentiation. With :meth:`derivatives` they are in closed form; with :meth:`mean` and
+    differentiation. With :meth:`derivatives` they are in closed form; with :meth:`kernel` searches take
+    less; with :meth:`mean` and
     :meth:`variance` it predicts; with :meth:`deviance` predictions are judged by it; with :meth:`draw`
     and :meth:`cumulative` it simulates and has quantile residuals; with :meth:`check` it refuses
     responses that it cannot have, and with :meth:`start` a fit begins near the data.
@@ -56,6 +57,11 @@ class Family(Parametrized):
             eta: (n,) linear predictor.
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement log_density")
+
+    def kernel(self, y: Tensor, eta: Tensor) -> Tensor:
+        r""":meth:`log_density` without terms of which neither :math:`\eta` nor a parameter is part, such
+        as factorials of counts, so that a search need not compute them again; by default all of it."""
+        return self.log_density(y, eta)
 
     def derivatives(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         r"""The first three derivatives of :meth:`log_density` in each row's :math:`\eta_i`, (n,).
@@ -170,6 +176,18 @@ class Family(Parametrized):
         """Its parameters as tables show them, on the natural scale, by name, (1,) each: a
         differentiable function of what it stores."""
         return {name: self.natural(name, like) for name in self.own_trans}
+
+    def by_parameters(self, given: Mapping[str, Any], option: str) -> dict[str, Any]:
+        """What is given for its :meth:`quantities`, by the names of its own parameters.
+
+        Args:
+            given: values, ends or names, by name; those of others stay.
+            option: what a message calls them.
+
+        Raises:
+            InputError: if a quantity is no parameter, and cannot be had by its own.
+        """
+        return dict(given)
 
     def extra_repr(self) -> str:
         return f"link={self.link!r}"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,6 +16,7 @@ from openreml_nn.families.drawing import drawn
 from openreml_nn.families.family import Family, refuse_rows
 from openreml_nn.families.special import log1mexp, log_ndtr, softplus
 from openreml_nn.support.checks import check_choice, check_count
+from openreml_nn.support.errors import InputError
 
 __all__ = ["Ordinal"]
 
@@ -150,6 +155,27 @@ class Ordinal(Family):
     def quantities(self, like: Tensor) -> dict[str, Tensor]:
         """The thresholds, named as in R by the categories at their sides, from 1."""
         return {f"{j}|{j + 1}": edge for j, edge in enumerate(self.ordered(like).split(1), 1)}
+
+    def by_parameters(self, given: Mapping[str, Any], option: str) -> dict[str, Any]:
+        """The first threshold is a parameter, and another one by its distance from the one before."""
+        found, before = dict(given), None
+        for j in range(1, self.levels):
+            name = f"{j}|{j + 1}"
+            value = found.pop(name, None)
+            if value is None:
+                before = None
+                continue
+            if j == 1:
+                found["threshold_1"] = value
+            elif isinstance(value, Real) and isinstance(before, Real):
+                found[f"gap_{j}"] = float(value) - float(before)
+            else:
+                raise InputError(
+                    f"`{option}` has {value!r} for the threshold {name!r}: expected a number beside one "
+                    f"for each before it, or gap_{j}, how far it is above the one before"
+                )
+            before = value
+        return found
 
     def _ends(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
         """The thresholds at both sides of each response, infinite at the ends."""

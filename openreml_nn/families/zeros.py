@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -149,6 +150,15 @@ class ZeroInflated(Family):
             weights = self.logits.weight.reshape(-1).to(like).split(1)
             found |= {f"zi {name}": w for name, w in zip(self.names, weights, strict=True)}
         return found
+
+    def by_parameters(self, given: Mapping[str, Any], option: str) -> dict[str, Any]:
+        known = [name for name in given if name.startswith("zi ")]
+        if known:
+            raise InputError(
+                f"`{option}` names {known[0]!r}, a coefficient: expected covariance parameters, or "
+                "those of the family"
+            )
+        return self.family.by_parameters(given, option)
 
     def extra_repr(self) -> str:
         return ""

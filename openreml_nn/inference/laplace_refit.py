@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.estimation.marginal_result import marginal_outcome
+from openreml_nn.estimation.marginal_start import set_start
 from openreml_nn.estimation.marginal_steps import MarginalFit
 from openreml_nn.families import Family
 from openreml_nn.inference.refit import matrix_entries, source_of
@@ -123,7 +124,7 @@ class LaplaceRefit:
         fit = self.fit(y)
         if not fit.climb(_MOST):
             # The way from the estimates led nowhere: from the start that these responses have.
-            fit.start()
+            set_start(fit)
             if not fit.climb(_MOST):
                 raise NumericalError(f"the fit did not converge in {_MOST} iterations")
         p = fit.p

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ from openreml_nn.inference.laplace_profile import LaplaceProfiler
 from openreml_nn.inference.refit import Refit, family_of, matrix_entries, source_of, tracked
 from openreml_nn.support.checks import check_count, check_flag, check_names
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.warning import warn
 
 __all__ = ["Curve", "Profile", "profile"]
 
@@ -93,20 +93,16 @@ def profile(
 def _warn(name: str, profiler: _Profiler | LaplaceProfiler, points: int, steps: int) -> None:
     """Say what is not as it should be with the curve of a parameter."""
     if profiler.missed:
-        warnings.warn(
+        warn(
             f"the profile of {name!r} is approximate at {len(profiler.missed)} of its {points} "
             f"points, such as {profiler.missed[0]:.6g}: the maximum over the other parameters was "
-            f"not found in {steps} steps",
-            RuntimeWarning,
-            stacklevel=3,
+            f"not found in {steps} steps"
         )
     if profiler.highest > _HIGHER:
-        warnings.warn(
+        warn(
             f"the profile of {name!r} rises above the fit by {profiler.highest:.3g}: the fit is not "
             "at the maximum of its likelihood, and intervals are too narrow; fit again from another "
-            "start",
-            RuntimeWarning,
-            stacklevel=3,
+            "start"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from openreml_nn.inference.refit import Refit, check_level, family_of, matrix_en
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.support.checks import check_count, check_flag, found
 from openreml_nn.support.errors import NumericalError
+from openreml_nn.support.warning import warn
 
 __all__ = ["Bootstrap", "bootstrap", "bootstrap_test", "simulate"]
 
@@ -253,11 +253,7 @@ def _told(samples: int, fitted: int) -> int:
     if not fitted:
         raise NumericalError(f"none of the {samples} samples could be fitted")
     if fitted < samples:
-        warnings.warn(
-            f"{samples - fitted} of {samples} samples could not be fitted and are left out",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+        warn(f"{samples - fitted} of {samples} samples could not be fitted and are left out")
     return samples - fitted
 
 

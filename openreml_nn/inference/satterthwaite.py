@@ -14,7 +14,6 @@ at the boundary and the others' information is used, as lmerTest does.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from math import inf
 
@@ -29,6 +28,7 @@ from openreml_nn.inference.contrasts import FTest, Inference
 from openreml_nn.inference.refit import Refit
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.support.errors import InputError, NotPositiveDefiniteError
+from openreml_nn.support.warning import warn
 
 __all__ = ["Satterthwaite", "covariance_slopes", "observed_spread"]
 
@@ -149,11 +149,9 @@ def observed_spread(curvature: Curvature) -> Tensor:
     values, vectors = torch.linalg.eigh(information / (scale[:, None] * scale))
     least = _FLAT * float(values.abs().max()) if size else 0.0
     if size and float(values[0]) < -1e-4:
-        warnings.warn(
+        warn(
             "the likelihood rises from the estimates in some direction: they are not its maximum, "
-            "and degrees of freedom are without that direction",
-            RuntimeWarning,
-            stacklevel=2,
+            "and degrees of freedom are without that direction"
         )
     kept = values > least
     half = vectors[:, kept] / scale[:, None]

@@ -15,12 +15,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from openreml_nn.estimation.aireml import AIREML
-from openreml_nn.lightning.held import Held
+from openreml_nn.lightning.held import HeldOrSummed
 from openreml_nn.lightning.marginal import Marginal
 from openreml_nn.lightning.module import MixedModule
 from openreml_nn.lightning.optimizers import refuse_averaging
 from openreml_nn.lightning.reading import mark, read
-from openreml_nn.lightning.sums import LevelSums
 from openreml_nn.model import MixedModel
 from openreml_nn.support.checks import check_count, check_instance, check_number, check_text
 from openreml_nn.support.errors import InputError
@@ -148,11 +147,7 @@ class UpdateBLUPs(Callback):
         model = self._model
         if model is None or (self._at is not None and torch.equal(self._at, mark(model))):
             return
-        store: Held | LevelSums | Marginal = LevelSums(model)
-        if model.family is not None:
-            store = Marginal(model)
-        elif model.head == "gls":
-            store = Held(model)
+        store = HeldOrSummed(model) if model.family is None else Marginal(model)
         with torch.inference_mode(False), torch.enable_grad():
             gathered = read(trainer, model, store, lambda model, batch: model(batch))
             if self._aireml is not None:
@@ -221,7 +216,8 @@ class StopWhenConverged(Callback):
         given = {"tolerance": self.tolerance, "every_n_epochs": self.every_n_epochs}
         said = f"StopWhenConverged({', '.join(f'{k}={v}' for k, v in given.items() if v)})"
         if any(v is not None for v in given.values()):
-            if not trainer.optimizers:
+            assert isinstance(pl_module, MixedModule)
+            if pl_module.model.family is not None:
                 raise InputError(f"{said} has no effect on a fit with a family: leave them out")
             if isinstance(trainer.optimizers[0], AIREML):
                 raise InputError(

@@ -59,6 +59,9 @@ class Estimates:
     def begin_epoch(self) -> None:
         """Forget the rows of the epoch before."""
         self.resume()  # if the fit was thought to be over
+        model = self._model
+        if self._way.needs_blups and model.head == "gls" and not bool(model.joint.is_known):
+            self._present(mark(model)).update()  # the features have no coefficients yet
         self._way.begin_epoch(self._model)
         self.rows = self._way.rows(self._model)
 
@@ -77,6 +80,8 @@ class Estimates:
             self.history.append(Record.of(objective.covariance, *self.aireml.last[:3]))
         else:
             value = float(objective.evaluate().log_likelihood)
+            if optimizer is not None:
+                optimizer.step(lambda: value)
             self.history.append(Record.of(objective.covariance, value))
         if self._way.needs_blups:
             gathered.update()
@@ -87,7 +92,7 @@ class Estimates:
     def count(self) -> int:
         """How many rows there were, without a network, at the last step."""
         assert self._gathered is not None
-        return int(self._gathered[1].objective.problem.n)
+        return int(self._gathered[1].count)
 
     def score_norm(self) -> float:
         """Distance of the covariance to its optimum in standard errors of the parameters."""
@@ -205,7 +210,8 @@ class MarginalEstimates(Estimates):
             self.history.append(gathered.record())
             self._gathered = None
             return
-        self.history += self._fitted(gathered).history
+        assert optimizer is not None
+        self.history += optimizer.step(lambda: self._fitted(gathered)).history
         self._gathered = mark(self._model), gathered
         self._trainer.should_stop = True
 
@@ -219,6 +225,6 @@ class MarginalEstimates(Estimates):
             self.history += self._fitted(gathered).history
 
     def _fitted(self, gathered: Marginal) -> Result:
-        most = self._trainer.max_epochs
-        steps = most if most is not None and most > 0 and not self._has_network else 200
-        return gathered.fit(self._table, steps)
+        limits = (self._trainer.max_epochs, self._trainer.max_steps)
+        own = [] if self._has_network else [m for m in limits if m is not None and m > 0]
+        return gathered.fit(self._table, min(own, default=200))

@@ -54,7 +54,7 @@ class Evaluated(LightningModule):
 
     def _evaluate(self, batch: Any, batch_idx: int, stage: str, prefix: str) -> None:
         with blamed(stage, batch_idx):
-            batch = as_batch(batch, list(self.model.effects()))
+            batch = as_batch(batch, self.model)
             if self.trainer.sanity_checking:
                 self.model(batch)  # there are no coefficients and BLUPs yet
                 return
@@ -120,7 +120,7 @@ class Evaluated(LightningModule):
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Prediction:
         """Predictions of a batch."""
         with blamed("prediction", batch_idx):
-            return self.model.predict(as_batch(batch, list(self.model.effects()), False))
+            return self.model.predict(as_batch(batch, self.model, False))
 
     def predict(self, table: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
         """Predictions for the rows of a table, as :meth:`Result.predict` makes them, at the

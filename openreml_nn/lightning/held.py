@@ -11,12 +11,13 @@ from torch import Tensor
 
 from openreml_nn.estimation.outcome import outcome
 from openreml_nn.lightning.sharing import are_same
-from openreml_nn.lightning.sums import LevelSums, Summed
+from openreml_nn.lightning.summed import Summed
+from openreml_nn.lightning.sums import LevelSums
 from openreml_nn.lightning.table import TableModel
 from openreml_nn.likelihood.loss import Objective, REMLLoss
 from openreml_nn.likelihood.plan import Plan
 from openreml_nn.model import MixedModel
-from openreml_nn.model.random_effect import coded_effects
+from openreml_nn.model.several import coded_rows
 from openreml_nn.result.result import Record, Result
 from openreml_nn.support.errors import InputError
 
@@ -45,8 +46,8 @@ class Held:
             raise InputError(
                 "the loader yields several batches: this way of training takes all rows in one, "
                 "as of DataLoader([batch], batch_size=None); mini-batches are for "
-                "training='alternating', 'groups' or 'composite', and head 'ml', or for a linear "
-                "mean, without `training`"
+                "training='alternating', for 'groups' or 'composite' with head 'ml', or for a "
+                "linear mean, without `training`"
             )
         self._batch, self._output = batch, output.detach()
 
@@ -80,6 +81,11 @@ class Held:
         assert self.objective is not None
         return self.data[0].plan
 
+    @property
+    def count(self) -> int:
+        """How many rows there are."""
+        return self.objective.problem.n
+
     def update(self) -> None:
         """Store coefficients, BLUPs and what their variances need in the model."""
         assert self._batch is not None and self._output is not None
@@ -98,7 +104,7 @@ class HeldOrSummed:
     several the sums by level, from which the likelihood follows as exactly.
 
     Args:
-        model: the model, of head ``"gls"``.
+        model: the model.
     """
 
     def __init__(self, model: MixedModel) -> None:
@@ -113,9 +119,8 @@ class HeldOrSummed:
             InputError: if it is not the only one, and the model needs all rows at once.
         """
         if self._first is None and self._sums is None:
-            if self._model.responses == 1:
-                # They may be summed up with the next batch only, whose fault theirs is not.
-                coded_effects(self._model.effects(), batch, len(output))
+            # They may be summed up with the next batch only, whose fault theirs is not.
+            coded_rows(self._model.effects(), batch, len(output))
             self._first = batch, output
             return
         self._to_sums().add(batch, output)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.lightning.rows import concatenated
-from openreml_nn.lightning.sharing import all_batches
+from openreml_nn.lightning.sharing import all_batches, are_same
 from openreml_nn.lightning.table import TableModel
 from openreml_nn.model import MixedModel
 from openreml_nn.model.generalised import fit_family
@@ -26,12 +26,13 @@ class Marginal:
 
     Args:
         model: the model.
-        all_rows: whether a batch holds all rows, the same on all processes.
+        all_rows: whether a batch holds all rows, the same on all processes; None where it does if
+            all processes have the same single one.
         whole_groups: whether no batch may cut a group.
     """
 
     def __init__(
-        self, model: MixedModel, all_rows: bool = False, whole_groups: bool = False
+        self, model: MixedModel, all_rows: bool | None = False, whole_groups: bool = False
     ) -> None:
         self.model, self._all_rows, self._whole_groups = model, all_rows, whole_groups
         self._parts: list[dict[str, Any]] = []
@@ -63,14 +64,21 @@ class Marginal:
         if self._whole_groups:
             for i, part in enumerate(self._parts):
                 part["batch"] = torch.full_like(part["output"], i, dtype=torch.long)
-        own = concatenated(self._parts)
-        if not self._all_rows:
+        own, is_whole = concatenated(self._parts), self._all_rows
+        if is_whole is None:
+            is_whole = are_same(own if len(self._parts) == 1 else None)
+        if not is_whole:
             own = concatenated(all_batches(own, own["output"].device))
         if self._whole_groups:
             _refuse_cut(own["groups"], own.pop("batch"))
         found = Marginal(self.model, self._all_rows)
         found._parts = [own]
         return found
+
+    @property
+    def count(self) -> int:
+        """How many rows there are."""
+        return len(self._rows[1])
 
     @property
     def _rows(self) -> tuple[Mapping[str, Any], Tensor]:

@@ -20,6 +20,7 @@ from openreml_nn.lightning.evaluation import Evaluated
 from openreml_nn.lightning.held import Held
 from openreml_nn.lightning.marginal import Marginal
 from openreml_nn.lightning.optimizers import (
+    Counted,
     MakeOptimizer,
     MakeScheduler,
     is_aireml,
@@ -31,7 +32,7 @@ from openreml_nn.lightning.optimizers import (
 from openreml_nn.lightning.reading import of_networks
 from openreml_nn.lightning.rows import Responses, as_batch, blamed, row_count
 from openreml_nn.lightning.sharing import check_same, total, warn_of_repeats
-from openreml_nn.lightning.sums import Summed
+from openreml_nn.lightning.summed import Summed
 from openreml_nn.lightning.table import Network, TableModel, is_plain
 from openreml_nn.lightning.ways import Linear, Way, way_of
 from openreml_nn.model import MixedModel
@@ -96,7 +97,8 @@ class MixedModule(Evaluated):
         weights: with a formula: column of weights, as in :func:`lmm`.
         family, link, quadrature: with a formula: of the response, as in :func:`glmm`. With a family
             all parameters are trained by the marginal likelihood of a batch, by default of all rows;
-            without a network the fit is that of :func:`glmm`, by ``Trainer(max_epochs)`` steps at most.
+            without a network the fit is that of :func:`glmm`, in the first epoch, by as many steps at
+            most as the Trainer's ``max_epochs`` or ``max_steps``, and the Trainer counts one.
         categorical: with a formula: numeric columns to be taken as factors.
         constraints, starts: with a formula: of covariance parameters, as in :func:`lmm`.
         method, solver: with a formula: see :class:`MixedModel`.
@@ -220,8 +222,9 @@ class MixedModule(Evaluated):
         own = set() if model.family is None else {id(p) for p in model.family.parameters()}
         trained = [p for p in model.network_parameters() if p.requires_grad and id(p) not in own]
         self.has_network = bool(trained)
-        plain = model.family is None and model.head == "gls" and not self.has_network
-        if self._is_default_way and plain and is_aireml(self._make_optimizer):
+        plain = model.head == "gls" and not self.has_network
+        is_own = model.family is not None or is_aireml(self._make_optimizer)
+        if self._is_default_way and plain and is_own:
             self.way = Linear(self.rows)
         self.way.check(model)
         self.model = model
@@ -278,16 +281,13 @@ class MixedModule(Evaluated):
             if isinstance(data, MixedModelDataModule):
                 data.divide(self.way.division if self.way.cuts_tables else None, self.seed)
             # Without a network AI-REML takes its steps when a batch has been met.
-            self.automatic_optimization = self.has_network or not is_aireml(self._make_optimizer)
+            moves = any(p.requires_grad for p in self.model.covariance_parameters())
+            is_own = moves and not is_aireml(self._make_optimizer)
+            self.automatic_optimization = self.has_network or is_own
 
     def configure_optimizers(self) -> Any:
         """The optimizer of the network, or without one that of the covariance."""
-        self._aireml = None
-        if self.model.family is not None and not self.has_network:
-            return []  # it is fitted, see MarginalEstimates
-        made, self._aireml = optimizers_of(self.model, self._make_optimizer)
-        if made is None:
-            return []
+        made, self._aireml = optimizers_of(self.model, self._make_optimizer, self.has_network)
         return [made] if self._make_scheduler is None else scheduled(made, self._make_scheduler)
 
     def on_fit_start(self) -> None:
@@ -329,7 +329,7 @@ class MixedModule(Evaluated):
                 "met: resume from one of an epoch's end"
             )
         with blamed("training", batch_idx):
-            batch = as_batch(batch, list(self.model.effects()))
+            batch = as_batch(batch, self.model)
             if self.way.needs_all_rows and not self._checked:
                 check_same(batch)
                 self._checked = True
@@ -346,7 +346,7 @@ class MixedModule(Evaluated):
             return loss
         self._keep(batch_idx)
         if self.trainer.is_last_batch:
-            self._known.step(self.optimizers() if self._aireml is not None else None)
+            self._known.step(self.optimizers())
         return None
 
     def _loss(self, batch: Batch) -> Tensor | None:
@@ -421,8 +421,9 @@ class MixedModule(Evaluated):
 
     def _conclude(self, gathered: Summed | Held | Marginal) -> None:
         found = gathered.result(self._known.history, self.table)
-        if self.trainer.optimizers:
-            found = replace(found, optimizer=type(self.trainer.optimizers[0]).__name__)
+        own = self.trainer.optimizers
+        if own and not isinstance(own[0], Counted):
+            found = replace(found, optimizer=type(own[0]).__name__)
         found = replace(found, model=copy.deepcopy(self.model))
         self.result = found if self.table is None else self.table.completed(found)
 

@@ -18,6 +18,7 @@ from openreml_nn.support.errors import InputError
 from openreml_nn.support.instantiate import build
 
 __all__ = [
+    "Counted",
     "MakeOptimizer",
     "MakeScheduler",
     "is_aireml",
@@ -31,6 +32,24 @@ MakeOptimizer = Mapping[str, Any] | Callable[[Iterable[Tensor]], Optimizer]
 MakeScheduler = Mapping[str, Any] | Callable[[Optimizer], Any]
 
 
+class Counted(Optimizer):
+    """Steps that another takes, such as the whole fit of :func:`glmm`: a Trainer counts them, and
+    writes checkpoints where it has counted some.
+
+    Args:
+        params: those that are moved, maybe none.
+    """
+
+    def __init__(self, params: Iterable[Any]) -> None:
+        # LearningRateMonitor asks every optimizer for it: that of a full step.
+        super().__init__([{"params": list(params)}], {"lr": 1.0})
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Call the closure, which takes the step."""
+        assert closure is not None
+        return closure()
+
+
 def is_aireml(make: MakeOptimizer | None) -> bool:
     """Whether a model without a network moves by AI-REML, as by default."""
     if isinstance(make, Mapping):
@@ -39,18 +58,18 @@ def is_aireml(make: MakeOptimizer | None) -> bool:
 
 
 def optimizers_of(
-    model: MixedModel, make: MakeOptimizer | None
-) -> tuple[Optimizer | None, AIREML | None]:
+    model: MixedModel, make: MakeOptimizer | None, has_network: bool
+) -> tuple[Optimizer, AIREML | None]:
     """The optimizer of the network, or without one that of the covariance; and AI-REML for the
-    covariance, None where it is another optimizer's.
+    covariance, None where it is another optimizer's, or fixed.
 
     Raises:
         InputError: if AI-REML is to train a network.
     """
     covariance = [p for p in model.covariance_parameters() if p.requires_grad]
     network = [p for p in model.network_parameters() if p.requires_grad]
-    if not (network or covariance):
-        return None, None
+    if not has_network and (model.family is not None or not covariance):
+        return Counted([*network, *covariance]), None
     if model.family is not None:
         # The gradients of all are exact, and there are no average-information steps.
         made = _made(make or torch.optim.Adam, "optimizer", Optimizer, [*network, *covariance])
@@ -80,7 +99,7 @@ def scheduled(optimizer: Optimizer, make: MakeScheduler) -> dict[str, Any]:
     Raises:
         InputError: if the optimizer is AI-REML.
     """
-    if isinstance(optimizer, AIREML):
+    if isinstance(optimizer, AIREML | Counted):
         raise InputError("`scheduler` has no effect on AIREML, which has no learning rate")
     found: dict[str, Any] = {"scheduler": _made(make, "scheduler", LRScheduler, optimizer)}
     if isinstance(found["scheduler"], ReduceLROnPlateau):

@@ -50,14 +50,14 @@ def read(
         loader._iterator = None
     most = trainer.num_training_batches
     limit = None if most == float("inf") else int(most)
-    plugin, names = trainer.precision_plugin, list(model.effects())
+    plugin = trainer.precision_plugin
     with isolate_rng(), torch.no_grad(), _evaluating(model):
         for i, batch in enumerate(islice(loader, limit)):
             batch = plugin.convert_input(batch)
             batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
             batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
             with blamed("training", i):
-                batch, rows = responding(as_batch(batch, names), model.responses > 1)
+                batch, rows = responding(as_batch(batch, model), model.responses > 1)
                 if rows is not None and not len(rows):
                     continue  # none of them has a response
                 with plugin.forward_context():

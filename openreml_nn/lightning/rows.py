@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,9 +10,11 @@ import torch
 from torch import Tensor
 
 from openreml_nn.lightning.sharing import total
-from openreml_nn.model.batch import Batch, check_keys, check_values, responding
+from openreml_nn.model import MixedModel
+from openreml_nn.model.batch import Batch, check_keys, responding
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.warning import warn
 
 __all__ = ["Responses", "as_batch", "blamed", "check_response", "concatenated", "row_count"]
 
@@ -21,22 +22,23 @@ _FORM = "a dict with 'x', 'y' and 'groups', or a tuple (x, y, group)"
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def as_batch(batch: Any, names: Sequence[str], has_response: bool = True) -> Batch:
+def as_batch(batch: Any, model: MixedModel, has_response: bool = True) -> Batch:
     """A batch of :class:`MixedModel` from what a loader yields.
 
     Args:
         batch: a dict, or a tuple or list (x, y, group); to predict also (x, group). ``group``
             is a dict, a tensor (n,) of one factor's codes, or (n, k) with a column for each
-            factor in the order of ``names``.
+            factor in the order of the model's random effects.
             What it carries under ``extra`` is not the model's, and left out.
-        names: the model's grouping factors.
+        model: whose batch it is.
         has_response: whether there must be y.
 
     Raises:
-        InputError: if it has another form.
+        InputError: if it has another form, or a part that the model does not read.
 
     >>> x, y, g = torch.zeros(3, 2), torch.zeros(3), torch.tensor([[0, 1], [0, 2], [1, 0]])
-    >>> as_batch((x, y, g), ["user", "item"])["groups"]["item"]
+    >>> model = MixedModel(nn.Linear(2, 1), {"user": RandomEffect(2), "item": RandomEffect(3)})
+    >>> as_batch((x, y, g), model)["groups"]["item"]
     tensor([1, 2, 0])
     """
     fields = getattr(batch, "_fields", ())
@@ -55,9 +57,10 @@ def as_batch(batch: Any, names: Sequence[str], has_response: bool = True) -> Bat
                 f"it has no {key!r} beside {sorted(map(str, batch))}: expected {_FORM}"
             )
     check_keys(batch)
-    check_values(batch, names)
-    found = {key: value for key, value in batch.items() if key != "extra"}
-    return {**found, "groups": _by_name(batch["groups"], names)}
+    model.check(batch)
+    none = {key for key, value in batch.items() if value is None} - {"x", "y"}
+    found = {key: value for key, value in batch.items() if key not in none | {"extra"}}
+    return {**found, "groups": _by_name(batch["groups"], list(model.effects()))}
 
 
 def _by_name(groups: Any, names: Sequence[str]) -> Mapping[str, Any]:
@@ -119,11 +122,9 @@ class Responses:
         if self._has_own and not self._is_told:
             missing, rows = total(missing, device), total(rows, device)
         if missing and is_first and not self._is_told:
-            warnings.warn(
+            warn(
                 f"{missing} of {rows} training rows have no response (NaN in `y`): they train "
-                "nothing",
-                RuntimeWarning,
-                stacklevel=2,
+                "nothing"
             )
         self._missing, self._rows, self._is_told = 0, 0, True
 

@@ -9,7 +9,6 @@ the rows of all.
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.data.distributed import DistributedSampler
 
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.warning import warn
 
 __all__ = [
     "all_batches",
@@ -142,11 +142,9 @@ def warn_of_repeats(trainer: Trainer) -> None:
         return
     n, size = len(sampler.dataset), sampler.total_size  # type: ignore[arg-type]
     if size > n and trainer.is_global_zero:
-        warnings.warn(
+        warn(
             f"the sampler repeats {size - n} of {n} training rows, so that all processes have as "
-            "many: these count twice",
-            RuntimeWarning,
-            stacklevel=2,
+            "many: these count twice"
         )
 
 

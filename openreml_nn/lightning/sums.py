@@ -10,32 +10,30 @@ that of each row as its batch met it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
-from openreml_nn.covariance import Matrix, ScalarMatrix, Sum
-from openreml_nn.covariance.params import operand_name
-from openreml_nn.estimation.outcome import outcome
+from openreml_nn.covariance import (
+    Matrix,
+)
 from openreml_nn.lightning.sharing import processes
-from openreml_nn.lightning.table import TableModel
-from openreml_nn.likelihood.fixed import FixedPart
-from openreml_nn.likelihood.loss import Objective
-from openreml_nn.likelihood.plan import Plan, check_solver
-from openreml_nn.likelihood.solvers.blocked import Blocked, BlockedProblem
+from openreml_nn.lightning.summed import Summed
+from openreml_nn.likelihood.plan import check_solver
+from openreml_nn.likelihood.responses import ResponseStatistics
 from openreml_nn.likelihood.system.products import Statistics
 from openreml_nn.model import MixedModel, ResidualStructure
-from openreml_nn.model.batch import check_outputs, row_values
+from openreml_nn.model.batch import adjusted, check_outputs, row_values
 from openreml_nn.model.residual import structure_of
-from openreml_nn.model.sums import conditioned, orthonormal
-from openreml_nn.result.equations import Equations, FixedBasis
-from openreml_nn.result.result import Record, Result
+from openreml_nn.model.several import coded_rows
+from openreml_nn.model.sums import conditioned
+from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.design import IndexedDesign
 
-__all__ = ["LevelSums"]
+__all__ = ["LevelSums", "refuse_weights_of_responses"]
 
 
 @dataclass
@@ -44,12 +42,12 @@ class _Total:
 
     Attributes:
         statistics: cross-products of the designs and of :math:`y - f`; with head ``"gls"`` of
-            :math:`[X T, y - X b]`.
+            :math:`[X T, y - X b]`; of several responses y is (n, t).
         unknown: levels that were added for rows of no known one, by random effect.
         scale: T and b, see :func:`conditioned`.
     """
 
-    statistics: Statistics
+    statistics: Any  # Statistics, or ResponseStatistics of several responses
     unknown: list[int]
     scale: tuple[Tensor, Tensor] | None = None
 
@@ -58,12 +56,9 @@ class _Total:
         if self.scale is None or scale is None:
             return self
         (T, b), (wanted, offset) = self.scale, scale
-        p = len(b)
-        M = torch.zeros(p + 1, p + 1, dtype=T.dtype)
-        M[:p] = torch.linalg.solve_triangular(
-            T, torch.cat([wanted, (b - offset)[:, None]], 1), upper=True
-        )
-        M[p, p] = 1
+        p, moved = len(b), (b - offset).reshape(len(b), -1)
+        M = torch.eye(p + moved.shape[1], dtype=T.dtype)
+        M[:p] = torch.linalg.solve_triangular(T, torch.cat([wanted, moved], 1), upper=True)
         return _Total(self.statistics.mapped(M), self.unknown, scale)
 
     def __add__(self, other: _Total) -> _Total:
@@ -87,7 +82,7 @@ class _Waiting:
 
     codes: list[Tensor]
     values: list[Tensor | None]
-    response: Tensor  # (n, 1), or with head "gls" X and y (n, p + 1)
+    response: Tensor  # (n, t), or with head "gls" X and y (n, p + t)
     weights: Tensor | None
 
 
@@ -116,12 +111,9 @@ class LevelSums:
 
     def __post_init__(self) -> None:
         residual = self.model.residual
-        if self.model.responses > 1:
-            raise InputError(
-                f"several responses of a row, {self.model.responses}, need all rows at once: use "
-                "training='full' or 'parts'"
-            )
-        correlated = isinstance(residual, Matrix) and residual.shape != (1, 1)
+        t = self.model.responses
+        sizes = ((1, 1), (t, t))
+        correlated = isinstance(residual, Matrix) and residual.shape not in sizes
         if correlated or isinstance(residual, ResidualStructure):
             raise InputError(
                 "residuals that are correlated within groups need all rows at once: use "
@@ -133,23 +125,29 @@ class LevelSums:
                 f"solver {name!r} needs all rows at once: use training='full' or 'parts', or leave "
                 "it out, for sums by level are solved by 'blocked'"
             )
+        for key, effect in self.model.effects().items():
+            eye = torch.eye(effect.effects).to(effect.basis)
+            if effect.responses > 1 and not torch.equal(effect.basis, eye):
+                raise InputError(
+                    f"the effects {key!r} of several responses have a basis, which needs all rows at "
+                    "once: use training='full' or 'parts'"
+                )
 
     @torch.no_grad()
     def add(self, batch: Mapping[str, Any], output: Tensor) -> None:
         """Add a batch with what the network has yielded for it."""
         n = len(output)
         check_outputs(output, batch)
-        y = batch["y"].double()
-        offset = row_values(batch, "offset", n)
-        if offset is not None:
-            y = y - offset.to(y)
+        y = adjusted(batch, n, self.model.responses).double()
         known = output.detach().to(y)
         if self.model.head == "gls":
-            response = torch.cat([known, y[:, None]], 1)
+            response = torch.cat([known, y.reshape(n, -1)], 1)
         else:
-            response = (y - known)[:, None]
-        coded = {name: f.coded(name, batch, n) for name, f in self.model.effects().items()}
+            response = (y - known).reshape(n, -1)
+        coded = coded_rows(self.model.effects(), batch, n)
         if isinstance(self.model.residual, Matrix):
+            if self.model.responses > 1:
+                refuse_weights_of_responses(batch, n)
             weights = row_values(batch, "weights", n, positive=True)
         else:
             weights = 1 / structure_of(self.model.residual).variances(batch, n)
@@ -198,13 +196,22 @@ class LevelSums:
             unknown.append(len(absent))
         response = torch.cat([part.response for part in parts]).cpu()
         weights = _joined([part.weights for part in parts], parts)
+        t = self.model.responses
+        X, y = response[:, :-t], response[:, -t:]
         if self.model.head == "gls":
-            X, y = response[:, :-1], response[:, -1]
             if self._scale is None:
-                self._scale = conditioned(X, y)
+                # Which b it is does not matter, so that a response that is missing may be its mean.
+                filled = torch.where(y.isnan(), y.nanmean(0), y).nan_to_num(0.0)
+                self._scale = conditioned(X, filled if t > 1 else filled[:, 0])
             T, b = self._scale
-            response = torch.cat([X @ T, (y - X @ b)[:, None]], 1)
-        more = _Total(Statistics.of(designs, response, weights), unknown, self._scale)
+            X, y = X @ T, y - X @ b.reshape(len(b), t)
+        own = tuple(effect.responses > 1 for effect in self.model.effects().values())
+        statistics: Any
+        if t == 1:
+            statistics = Statistics.of(designs, torch.cat([X, y], 1), weights)
+        else:
+            statistics = ResponseStatistics.of(designs, own, X, y, weights)
+        more = _Total(statistics, unknown, self._scale)
         self._total = more if self._total is None else self._total + more
 
     # ------------------------------------------------------------------ the likelihood
@@ -231,7 +238,21 @@ class LevelSums:
         total = there[0]
         for part in there[1:]:
             total = total + part
-        return Summed(self.model, total.statistics, tuple(total.unknown), total.scale)
+        return Summed(self.model, total.statistics, total.scale)
+
+
+def refuse_weights_of_responses(batch: Mapping[str, Any], n: int) -> None:
+    """Refuse weights (n, t) of single responses.
+
+    Raises:
+        InputError: if the batch has some.
+    """
+    weights = batch.get("weights")
+    if isinstance(weights, Tensor) and weights.dim() == 2:
+        raise InputError(
+            f"`batch['weights']` is {described(weights)}: expected ({n},), or training='full' or "
+            "'parts' for weights of single responses"
+        )
 
 
 def _joined(given: Sequence[Tensor | None], parts: Sequence[_Waiting]) -> Tensor | None:
@@ -243,104 +264,3 @@ def _joined(given: Sequence[Tensor | None], parts: Sequence[_Waiting]) -> Tensor
     pairs = zip(given, parts, strict=True)
     found = [p.response.new_ones(len(p.response), *shape) if v is None else v for v, p in pairs]
     return torch.cat(found).cpu()
-
-
-class Summed:
-    """The likelihood of the covariance, and the BLUPs, from the sums over all rows.
-
-    Args:
-        model: the model.
-        statistics: cross-products of its designs and of :math:`y - f`, or of X and y by ``scale``.
-        unknown: levels beyond the known ones, by random effect.
-        scale: T and b of :func:`conditioned`, with head ``"gls"``.
-
-    Attributes:
-        objective: the likelihood in the covariance parameters.
-        plan: how it is computed.
-    """
-
-    def __init__(
-        self,
-        model: MixedModel,
-        statistics: Statistics,
-        unknown: Sequence[int],
-        scale: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
-        none = torch.zeros(0, dtype=torch.float64)
-        square = none.reshape(0, 0)
-        fixed = FixedPart(none, square, square, none, [], square)
-        if scale is not None:
-            names = [f"column {j}" for j in range(len(scale[1]))]
-            fixed, statistics = orthonormal(scale, statistics, names)
-        self._model, self._statistics, self._unknown = model, statistics, unknown
-        covariance = self._covariance()
-        terms = [term.to(torch.float64).detach() for term in covariance.terms()]
-        solver = Blocked()
-        problem = BlockedProblem(fixed, terms, model.method, solver, statistics)
-        plan = Plan.of(terms, problem.p, solver, torch.float64).measured(problem)
-        self.plan = replace(plan, rows=problem.n, reason="sums by level of mini-batches")
-        self.objective = Objective(covariance, problem, None)
-
-    def _covariance(self) -> Matrix:
-        """The tree for a few rows, which have all levels: the sums stand for the others."""
-        effects = self._model.effects()
-        sizes = [size for size, _ in self._statistics.sizes]
-        count = max(sizes) + len(sizes)
-        grouping = self._groupings()
-        parts: dict[str, Matrix] = {}
-        for t, (name, effect) in enumerate(effects.items()):
-            # Different factors have different codes, whatever their numbers of levels. Each
-            # unknown level is there once.
-            row = torch.arange(count)
-            codes = torch.where(row < sizes[t], (row + grouping[t]) % sizes[t], 0)
-            codes = torch.where(codes < effect.levels, codes, -1)
-            square = self._statistics.products.zz[t, t].diagonal(dim1=1, dim2=2).sum(0)
-            values = (square / self._statistics.rows).sqrt().expand(count, -1).clone()
-            parts[operand_name(name, {"residual"})] = effect.covariance(name, codes, values)
-        if isinstance(self._model.residual, Matrix):
-            return Sum(parts | structure_of(self._model.residual).operands({}, count))
-        residual = ScalarMatrix(count).double()
-        residual.fix("sigma^2", 0.0)
-        return Sum({**parts, "residual": residual})
-
-    def _groupings(self) -> list[int]:
-        """For each random effect the first one of the same grouping factor."""
-        found: list[int] = []
-        for t in range(len(self._statistics.sizes)):
-            same = (u for u in range(t) if found[u] == u and self._is_same(u, t))
-            found.append(next(same, t))
-        return found
-
-    def _is_same(self, t: int, u: int) -> bool:
-        a, b = self._statistics.cells[t, u]
-        return self._statistics.sizes[t][0] == self._statistics.sizes[u][0] and torch.equal(a, b)
-
-    def update(self) -> None:
-        """Store BLUPs and what their variances need in the model."""
-        model, statistics = self._model, self._statistics
-        evaluation = self.objective.evaluate()
-        fixed = self.objective.problem.fixed
-        model.remember(evaluation.random, evaluation.fixed, fixed.aliases)
-        variance = fixed.T.new_ones(())
-        if isinstance(model.residual, Matrix):
-            variance = model.residual().detach().to(variance).reshape(())
-        *random, _ = self.objective.terms()
-        model.remember_equations(
-            [term.detach().covariance for term in random],
-            statistics.sizes,
-            len(fixed.T),
-            lambda: Equations.of_statistics(statistics, variance, FixedBasis.of(fixed)),
-        )
-
-    def result(self, history: Sequence[Record], table: TableModel | None) -> Result:
-        """The result at the present parameters."""
-        labels = {} if table is None else table.labels
-        p = len(self.objective.problem.fixed.aliases)
-        names = [] if not p else None if table is None else table.names(p)
-        found = outcome(self.objective, self.plan, None, None, history, names, labels)
-        levels = [effect.levels for effect in self._model.effects().values()]
-        random = tuple(
-            replace(r, values=r.values[:q], variances=r.variances[:q])
-            for r, q in zip(found.random, levels, strict=True)
-        )
-        return replace(found, random=random)

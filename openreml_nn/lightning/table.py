@@ -266,6 +266,11 @@ def _residual(encoded: Encoded, given: str | Network | None, variance: float) ->
     if isinstance(given, Matrix):
         return copy.deepcopy(given)
     if given is None or isinstance(given, str):
+        if encoded.residual is not None and encoded.residual.of_fitted:
+            raise InputError(
+                f"`residual` is {given!r}, whose variances are of the fitted values, which training "
+                "moves: expected a function of a column, or lmm()"
+            )
         residual = residual_of(encoded).double()
         start_residual(residual, variance)
         return residual

@@ -7,27 +7,24 @@ an epoch's batches, from which the covariance and the BLUPs follow at its end, :
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import log, pi
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from openreml_nn.covariance import Matrix
 from openreml_nn.lightning.batches import connected_rows, in_order, whole
+from openreml_nn.lightning.conditional import deviance, is_uneven
 from openreml_nn.lightning.held import Held, HeldOrSummed
 from openreml_nn.lightning.marginal import Marginal
 from openreml_nn.lightning.reading import Store
 from openreml_nn.lightning.rows import check_response, concatenated
 from openreml_nn.lightning.sharing import all_batches, gather, gather_parts, processes, share, total
 from openreml_nn.lightning.sums import LevelSums
-from openreml_nn.model import MixedModel, RandomEffect, take
-from openreml_nn.model.batch import Batch, row_values, split
-from openreml_nn.model.residual import structure_of
+from openreml_nn.model import MixedModel, take
+from openreml_nn.model.batch import Batch, split
 from openreml_nn.support.checks import check_choice
 from openreml_nn.support.errors import InputError
-from openreml_nn.terms.design import IndexedDesign
 
 __all__ = [
     "WAYS",
@@ -136,6 +133,10 @@ class Alternating(Way):
     and :math:`\log|R|` belong to it, with P the BLUPs' prediction-error covariance: then its
     gradient is the likelihood's (Fisher's identity; the step is one of an EM algorithm).
 
+    With head ``"gls"`` the coefficients of the features are found with the BLUPs, from all rows of
+    an epoch (before the first, in a pass of its own), and P is the joint covariance of both: then
+    the gradient is the restricted likelihood's.
+
     At the optimum the BLUPs have no mean over the levels, where the network can yield what that
     would explain. Taking turns, network and BLUPs would hand it over slowly, by the part that the
     BLUPs are shrunken. So the network is given all of the mean; and less of it, half as much each
@@ -145,6 +146,7 @@ class Alternating(Way):
         Henderson, Biometrics 31 (1975) 423, eq. 2; Dempster, Laird and Rubin, JRSS B 39 (1977) 1.
     """
 
+    heads = ("ml", "gls")
     needs_blups = True
     takes_families = False
 
@@ -178,89 +180,26 @@ class Alternating(Way):
 
     def loss(self, model: MixedModel, batch: Batch) -> tuple[Tensor, Tensor]:
         output = self.output(model, batch)
-        check_response(batch["y"], output)
+        _check_response(model, batch["y"], output)
+        handed = {name: self._parts[name].to(mean) * mean for name, mean in self._means.items()}
         with torch.autocast(output.device.type, enabled=False):
-            y, n = batch["y"], len(output)
-            e = y - output.to(y.dtype)
-            offset = row_values(batch, "offset", n)
-            if offset is not None:
-                e = e - offset.to(e)
-            effects = model.effects()
-            coded = {name: effect.coded(name, batch, n) for name, effect in effects.items()}
-            e = self._unexplained(effects, coded, e)
-            uneven = _is_uneven(model, effects)
-            with torch.set_grad_enabled(uneven and torch.is_grad_enabled()):
-                variance = structure_of(model.residual).variances(batch, n)
-                unknown = _unknown_variance(effects, coded)
-                variance = (variance if unknown is None else variance + unknown).to(e)
-                constant = variance.log().sum() + n * log(2 * pi)
-            square = e @ (e / variance)
-            if uneven:
-                square = square + (_spread(model, coded).to(e) / variance).sum()
-            found = (square + constant) * (processes() / (2 * total(n, e.device)))
-        return found, output
-
-    def _unexplained(self, effects: Mapping[str, RandomEffect], coded: Coded, e: Tensor) -> Tensor:
-        """Residuals less what the BLUPs explain, but for what of it is the network's to learn (n,)."""
-        for name, effect in effects.items():
-            codes, values = coded[name]
-            absent = _absent(codes)
-            b = effect.blup[codes if absent is None else codes.clamp(min=0)]
-            if name in self._means:
-                b = b - self._parts[name].to(b) * self._means[name].to(b)
-            part = (b[:, 0] if values is None else (values.to(b) * b).sum(1)).to(e)
-            e = e - (part if absent is None else part.masked_fill(absent, 0))
-        return e
+            found, count = deviance(model, batch, output, handed)
+            return found * (processes() / (2 * total(count, output.device))), output
 
     def check(self, model: MixedModel) -> None:
         super().check(model)
         LevelSums(model)
-
-
-def _absent(codes: Tensor) -> Tensor | None:
-    """Which rows are of no known level; None where there is none."""
-    return codes < 0 if len(codes) and int(codes.min()) < 0 else None
-
-
-def _is_uneven(model: MixedModel, effects: Mapping[str, RandomEffect]) -> bool:
-    """Whether a network yields the residuals' variances or values of random effects."""
-    learned = any(effect.features is not None for effect in effects.values())
-    return learned or not isinstance(model.residual, Matrix)
-
-
-def _spread(model: MixedModel, coded: Coded) -> Tensor:
-    """Variance of what the BLUPs explain, given the data (n,); zero before there were any."""
-    effects = model.effects()
-    like = next(iter(effects.values())).blup
-    n = len(next(iter(coded.values()))[0])
-    if not bool(model.joint.is_known):
-        return like.new_zeros(n)
-    model.joint.settle()
-    designs = [
-        IndexedDesign(codes, like.new_ones(n, 1) if z is None else z.to(like), effects[name].levels)
-        for name, (codes, z) in coded.items()
-    ]
-    if bool(model.joint.is_exact):
-        return model.joint.variance(designs, like.new_zeros(n, 0))
-    found = like.new_zeros(n)
-    for effect, design in zip(effects.values(), designs, strict=True):
-        z, own = design.values, effect.variance[design.codes]
-        found = found + torch.einsum("nk,nkl,nl->n", z, own, z)
-    return found
-
-
-def _unknown_variance(effects: Mapping[str, RandomEffect], coded: Coded) -> Tensor | None:
-    """Prior variance of the effects of levels that are not known, (n,); None where all are."""
-    found: Tensor | None = None
-    for name, effect in effects.items():
-        codes, values = coded[name]
-        absent = _absent(codes)
-        if absent is not None:
-            prior = effect.prior_in_basis().detach()
-            z = prior.new_ones(len(codes), 1) if values is None else values.to(prior)
-            own = torch.einsum("nk,kl,nl->n", z, prior, z) * absent
-            found = own if found is None else found + own
-    return found
+        if model.responses > 1 and (model.head == "gls" or is_uneven(model)):
+            raise InputError(
+                f"{model.responses} responses of a row with head 'gls', learned features of random "
+                "effects or a network for variances need all rows at once: use training='full' or "
+                "'parts'"
+            )
+        if model.head == "gls" and model.method == "ml" and is_uneven(model):
+            raise InputError(
+                "`method` is 'ml' with head 'gls' beside learned features of random effects, or a "
+                "network for variances: use 'reml', or training='full' or 'parts'"
+            )
 
 
 class Composite(Way):
@@ -365,15 +304,14 @@ class Linear(Way):
 
     heads = ("gls",)
     cuts_tables = False
-    takes_families = False
 
     def loss(self, model: MixedModel, batch: Batch) -> tuple[Tensor | None, Tensor]:
         output = self.output(model, batch)
-        check_response(batch["y"], output, model.responses)
+        _check_response(model, batch["y"], output)
         return None, output
 
     def rows(self, model: MixedModel) -> Store:
-        return HeldOrSummed(model)
+        return HeldOrSummed(model) if model.family is None else Marginal(model, all_rows=None)
 
 
 WAYS: dict[str, type[Way]] = {

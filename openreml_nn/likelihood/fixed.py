@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from openreml_nn.support.checks import is_finite
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.warning import warn
 
 __all__ = [
     "FixedPart",
@@ -182,11 +182,7 @@ class FixedPart:
         aliases = null_space(R, columns)
         if aliased:
             named = [names[j] if names else f"column {j}" for j in aliased]
-            warnings.warn(
-                f"the fixed-effect model matrix is rank deficient: dropped {', '.join(named)}",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+            warn(f"the fixed-effect model matrix is rank deficient: dropped {', '.join(named)}")
             X = X[:, columns]
             with torch.no_grad():
                 Q, R = torch.linalg.qr(X.detach())
@@ -207,6 +203,8 @@ class FixedPart:
 
     def detach(self) -> FixedPart:
         """The same numbers without their graph."""
+        if not (self.y.requires_grad or self.Q.requires_grad):
+            return self
         return replace(self, y=self.y.detach(), Q=self.Q.detach())
 
     @property

@@ -120,8 +120,9 @@ class LaplaceLoss(nn.Module):
         self.solver = laplace_solver(solver)
         self._kept: Kept | None = None
         self._size: tuple[int, int] | None = None
-        #: The responses that were checked last, as they were then.
-        self._known: tuple[ref[Tensor], int] | None = None
+        #: The responses that were checked last, as they were then, and what their density has beside
+        #: its kernel.
+        self._known: tuple[ref[Tensor], int, float] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Where the last mode was can be found again; a copy need not carry it.
@@ -186,19 +187,21 @@ class LaplaceLoss(nn.Module):
             errors = Term(IdentityDesign(len(mode.a)), DiagonalCovariance(1 / information))
             return LaplaceEvaluation(-value, beta, spread, mode.a, errors, tuple(random))
 
-    def penalised(self, y: Tensor, eta: Tensor, X: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    def penalised(
+        self, y: Tensor, eta: Tensor, X: Tensor, start: Tensor, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The coefficients of X that are a mode together with the random effects, those of penalised
         quasi-likelihood, (p,), and their covariance, (p, p).
 
         Args:
-            y, eta, X: as in calling the loss.
+            y, eta, X, rows: as in calling the loss.
             start: (p,) where the search begins.
 
         Raises:
             NumericalError, TypeError, InputError: as in calling the loss.
         """
         with torch.no_grad():
-            task = self._task(y, eta, X, None)
+            task = self._task(y, eta, X, rows)
             mode = self._integral(task).joint_mode(start)
             return mode.beta, mode.factor.fixed_covariance()
 
@@ -208,11 +211,12 @@ class LaplaceLoss(nn.Module):
         eta: Tensor,
         X: Tensor | None,
         derivatives: Sequence[Tensor],
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Average information of covariance parameters at the mode, see :func:`average_information`.
 
         Args:
-            y, eta, X: as in calling the loss.
+            y, eta, X, rows: as in calling the loss.
             derivatives: for the matrix of each term, its derivatives by the m parameters.
 
         Raises:
@@ -222,7 +226,7 @@ class LaplaceLoss(nn.Module):
             Output: (m, m).
         """
         with torch.no_grad():
-            task = self._task(y, eta, X, None)
+            task = self._task(y, eta, X, rows)
             terms = [term.detach() for term in task.terms]
             return average_information(self._integral(task).mode(), terms, derivatives)
 
@@ -243,7 +247,7 @@ class LaplaceLoss(nn.Module):
         n = len(eta)
         if self._known is None or self._known[0]() is not y or self._known[1] != y._version:
             self.family.check(y.detach())
-            self._known = ref(y), y._version
+            self._known = ref(y), y._version, _beside_kernel(self.family, y.detach().to(eta))
         terms = self.covariance.terms(rows)
         dtype = torch.promote_types(eta.dtype, terms[0].covariance.matrix.dtype)
         dtype = torch.promote_types(dtype, torch.float32)
@@ -257,7 +261,8 @@ class LaplaceLoss(nn.Module):
         terms = [term.to(dtype) for term in terms]
         X = eta.new_zeros(n, 0) if X is None else X
         self._size = (n, X.shape[1])
-        data = Rows(self.family, y.detach().to(dtype), eta.to(dtype), X.to(dtype))
+        y = y.detach().to(dtype)
+        data = Rows(self.family, y, eta.to(dtype), X.to(dtype), self._known[2])
         return Task(data, terms)
 
     def _integral(self, task: Task) -> Integral:
@@ -268,12 +273,22 @@ class LaplaceLoss(nn.Module):
         kept = self._kept
         if kept is None or not kept.is_of(forms, constants):
             with torch.inference_mode(False), torch.no_grad():
-                held = [term.private().detach() for term in task.terms]
+                held = [term.held() for term in task.terms]
                 copies = [tensor for term in held for tensor in term.constants]
                 kept = self._kept = Kept(forms, copies, space_of(held, self.solver, by_blocks))
                 if self.quadrature > 1:
                     check_quadrature(kept.space, self.quadrature)
         return Integral(task, kept, self.method, self.quadrature)
+
+
+def _beside_kernel(family: Family, y: Tensor) -> float:
+    """The sum of what the log-density of responses has beside its kernel."""
+    if type(family).kernel is Family.kernel:
+        return 0.0
+    with torch.no_grad():
+        y = y.double()
+        eta = y.new_zeros(len(y))
+        return float((family.log_density(y, eta) - family.kernel(y, eta)).sum())
 
 
 class _Value(torch.autograd.Function):

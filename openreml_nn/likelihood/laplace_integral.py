@@ -52,16 +52,16 @@ class Integral:
         """
         kept, data = self._kept, self._task.rows
         point = kept.space.at(self._task.terms)
-        plain = Rows(data.family, data.y, data.eta.detach(), data.X.detach())
+        plain = replace(data, eta=data.eta.detach(), X=data.X.detach())
         mode = find_mode(
             plain,
             point,
             kept.start_of(plain),
             kept.beta_of(plain) if beta is None else beta.to(plain.eta),
-            kept.factor_of(plain),
+            *kept.factor_of(plain, self._task.terms),
         )
         kept.start, kept.beta = private(mode.u), private(mode.beta)
-        kept.factor = None if point.is_cheap else mode.factor
+        kept.keep_factor(None if point.is_cheap else mode.factor, plain, self._task.terms)
         return mode
 
     def mode(self) -> Mode:
@@ -70,7 +70,8 @@ class Integral:
         if self._method == "reml" or not len(mode.beta):
             return mode
         mode = self._profiled(mode)
-        kept.start, kept.beta, kept.factor = private(mode.u), private(self._task.beta), None
+        kept.start, kept.beta = private(mode.u), private(self._task.beta)
+        kept.keep_factor(None, mode.rows, self._task.terms)
         return mode
 
     def _profiled(self, bordered: Mode) -> Mode:

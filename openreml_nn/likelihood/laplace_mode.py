@@ -50,20 +50,22 @@ _CHUNK = 2**15
 
 @dataclass(frozen=True)
 class Rows:
-    """What is known of the rows: the family, y, the offset of the predictor (n,) and X (n, p)."""
+    """What is known of the rows: the family, y, the offset of the predictor (n,) and X (n, p), and the
+    sum of what the log-density has beside :meth:`Family.kernel`."""
 
     family: Family
     y: Tensor
     eta: Tensor
     X: Tensor
+    constant: float = 0.0
 
     def density(self, a: Tensor) -> Tensor:
         """The log-density of all rows at a predictor."""
         parts = [
-            self.family.log_density(y, x).sum().detach()
+            self.family.kernel(y, x).sum().detach()
             for y, x in zip(self.y.split(_CHUNK), a.split(_CHUNK), strict=True)
         ]
-        return torch.stack(parts).sum() if parts else a.sum()
+        return torch.stack(parts).sum() + self.constant if parts else a.sum()
 
     def derivatives(self, a: Tensor, out: Sequence[Tensor]) -> None:
         """Put the first, minus the second, and the third derivative at a predictor into ``out``.
@@ -183,6 +185,7 @@ def find_mode(
     start: Tensor | None = None,
     beta: Tensor | None = None,
     factor: Factor | None = None,
+    same: bool = False,
 ) -> Mode:
     r"""Newton's steps, halved on the penalised density, to the mode of u and :math:`\beta`.
 
@@ -192,6 +195,8 @@ def find_mode(
         start: where u starts, such as an earlier mode; zero by default.
         beta: where the coefficients start; zero by default.
         factor: of the system near by, with which steps begin; made anew by default.
+        same: whether that is of these covariances and this X, so that it is the true one under its
+            weights.
 
     Raises:
         NumericalError: if there is no mode, or none is found.
@@ -199,15 +204,20 @@ def find_mode(
     u = point.slope(rows.eta.new_zeros(len(rows.eta)))
     if start is not None or beta is not None:
         try:
-            return _newton(rows, point, u if start is None else start, beta, factor)
+            return _newton(rows, point, u if start is None else start, beta, factor, same)
         except NumericalError:
             # An earlier mode may be too far away; from zero it is found, or an error says why not.
             pass
-    return _newton(rows, point, u, None, None)
+    return _newton(rows, point, u, None, None, False)
 
 
 def _newton(
-    rows: Rows, point: Point, start: Tensor, beta: Tensor | None, factor: Factor | None
+    rows: Rows,
+    point: Point,
+    start: Tensor,
+    beta: Tensor | None,
+    factor: Factor | None,
+    same: bool,
 ) -> Mode:
     like, u = rows.eta, start
     beta = like.new_zeros(rows.X.shape[1]) if beta is None else beta
@@ -224,12 +234,13 @@ def _newton(
             )
         g = (point.prior(u) - point.slope(first))[:, None]
         g_X = -rows.X.mT @ first[:, None]
-        true = False
+        true = same and step == 0 and factor is not None and torch.equal(factor.weights, weights)
         if factor is None or point.is_cheap:
             factor, true = _factor(rows, point, weights)
         move, move_X, gain = _step(factor, g, g_X)
-        # An earlier factor will do for a step as long as steps get shorter fast.
-        if not true and (gain <= tolerance or gain > before / 20 or (step == 0 and gain > 1)):
+        # An earlier factor will do for a step as long as steps get shorter fast, and until one by the
+        # true one is none for certain.
+        if not true and (gain <= tolerance / 10 or gain > before / 20 or (step == 0 and gain > 1)):
             factor, true = _factor(rows, point, weights)
             move, move_X, gain = _step(factor, g, g_X)
         # Rounding leaves a floor, below which steps get no smaller.

@@ -14,7 +14,13 @@ __all__ = ["Factor", "Point", "Space"]
 
 
 class Factor(Protocol):
-    r"""A factor of :math:`H = \Lambda^\top Z^\top W Z\Lambda + Q`, bordered by the coefficients of X."""
+    r"""A factor of :math:`H = \Lambda^\top Z^\top W Z\Lambda + Q`, bordered by the coefficients of X.
+
+    Attributes:
+        weights: (n,) of the rows, W.
+    """
+
+    weights: Tensor
 
     def half_log_det(self) -> Tensor:
         r"""Half of :math:`\log|H| - \log|Q|`, of the border too."""

@@ -128,6 +128,7 @@ class SparseFactor:
 
     def __init__(self, point: SparsePoint, weights: Tensor, X: Tensor) -> None:
         self._point, self._X = point, X
+        self.weights = weights.clone()
         space, roots = point.space, point.roots
         blocks = space.rows.products(weights.contiguous().numpy())
         self._moved = [

@@ -101,7 +101,8 @@ class BlockedFactor:
     """
 
     def __init__(self, point: BlockedPoint, weights: Tensor, X: Tensor) -> None:
-        self._point, self._weights, self._X = point, weights, X
+        self._point, self._X = point, X
+        self.weights = weights if point.is_cheap else weights.clone()
         self._roots, self.layout = point.roots, point.layout
         roots = self._roots
         self._at = at = products_of(self.layout, self.layout.designs, weights, X)
@@ -169,7 +170,7 @@ class BlockedFactor:
         layout, prior = self.layout, self._point.covariances
         forms = [*prior.first, *prior.rest]
         with torch.enable_grad():
-            weights = self._weights.detach().requires_grad_()
+            weights = self.weights.detach().requires_grad_()
             matrices = [form.matrix.detach().requires_grad_() for form in forms]
             held = [form.with_matrix(m) for form, m in zip(forms, matrices, strict=True)]
             at = products_of(layout, layout.designs, weights, self._X)

@@ -17,7 +17,7 @@ from openreml_nn.likelihood.laplace_system import BlockedSpace
 from openreml_nn.support.checks import check_tensor
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import RepeatedCovariance
-from openreml_nn.terms.kernel import same_content
+from openreml_nn.terms.kernel import private, same_content
 from openreml_nn.terms.term import Term
 
 __all__ = ["Kept", "Task", "check_call", "constants_of", "factors_of", "with_tensors"]
@@ -75,11 +75,21 @@ class Kept:
         self._forms, self._constants, self.space = forms, constants, space
         self.start: Tensor | None = None
         self.beta: Tensor | None = None
-        self.factor: Factor | None = None
+        self._factor: tuple[Factor, list[Tensor]] | None = None
 
-    def factor_of(self, rows: Rows) -> Factor | None:
-        """The last factor, for data of this precision and as many columns."""
-        return self.factor if self.beta_of(rows) is not None else None
+    def factor_of(self, rows: Rows, terms: Sequence[Term]) -> tuple[Factor | None, bool]:
+        """The last factor, for data of this precision and as many columns, and whether covariances
+        and X are those that it is of."""
+        if self._factor is None or self.beta_of(rows) is None:
+            return None, False
+        factor, held = self._factor
+        return factor, all(map(same_content, held, _of_factor(rows, terms)))
+
+    def keep_factor(self, factor: Factor | None, rows: Rows, terms: Sequence[Term]) -> None:
+        """Keep the factor of a mode for the next; None where it is found as fast anew."""
+        self._factor = None
+        if factor is not None:
+            self._factor = factor, [private(x) for x in _of_factor(rows, terms)]
 
     def is_of(self, forms: list[Any], constants: Sequence[Tensor | None]) -> bool:
         """Whether other terms have the same designs."""
@@ -97,6 +107,11 @@ class Kept:
         """The last coefficients, for as many columns."""
         same = self.beta is not None and self.beta.shape[0] == rows.X.shape[1]
         return self.beta if same and self.start_of(rows) is not None else None
+
+
+def _of_factor(rows: Rows, terms: Sequence[Term]) -> list[Tensor]:
+    """What a factor is of, beside weights and designs."""
+    return [rows.X, *(term.covariance.matrix for term in terms), *factors_of(terms)]
 
 
 def check_call(

@@ -101,7 +101,7 @@ def loss_of(
         covariance: makes the tree of which it is, where somebody listens.
         rows: which rows of that.
     """
-    loss = ready.value() * (-1 / count)
+    loss = ready.value(-1 / count)
     heard = _heard.get()
     if heard is not None and loss.requires_grad:
         heard.append(Heard(loss, Objective(covariance(), ready.problem, rows), -1 / count))

@@ -43,9 +43,11 @@ class Auto(Solver):
     def choose(self, terms: Sequence[Term], p: int, dtype: torch.dtype) -> tuple[Solver, Cost, str]:
         """The solver, its cost, and why it is taken."""
         known: list[tuple[Solver, Cost | None]] = []
-        least = inf
+        least, is_small = inf, False
         for make in SOLVERS.values():
-            if make.exact and make.least < least:
+            if make.exact and make.least >= least:
+                is_small = True
+            elif make.exact:
                 solver = make()
                 found = solver.forecast(terms, p, dtype)
                 known.append((solver, found))
@@ -66,6 +68,8 @@ class Auto(Solver):
             ratio = others[0][1].operations / max(cost.operations, 1.0)
             why = f"{ratio:.3g} times less work than the {others[0][0].name} solver"
             return solver, cost, f"{cost.reason}, {why}"
+        if is_small:
+            return solver, cost, f"{cost.reason}, as there are few rows"
         refused = [other.obstacle(terms) for other, found in known if found is None]
         return solver, cost, "; ".join(x for x in refused if x) or cost.reason
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from openreml_nn.likelihood.problem import Problem
 from openreml_nn.likelihood.recorded import LogLikelihood
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.support.modes import outside_inference
+from openreml_nn.support.warning import warn
 from openreml_nn.terms.kernel import private, same_content
 from openreml_nn.terms.term import Term
 
@@ -48,13 +48,13 @@ class Ready(NamedTuple):
     fixed: FixedPart
     recorded: bool
 
-    def value(self) -> Tensor:
-        """The log-likelihood, differentiable in the terms and the data."""
+    def value(self, scale: float) -> Tensor:
+        """So many times the log-likelihood, differentiable in the terms and the data."""
         matrices = self.problem.matrices(self.terms)
         if self.recorded:
-            return self.problem.recorded(matrices)
+            return self.problem.recorded(matrices) * scale
         data = self.fixed.y, self.fixed.Q
-        return LogLikelihood.apply(self.problem, self.terms, *data, *matrices)
+        return LogLikelihood.apply(self.problem, self.terms, scale, *data, *matrices)
 
 
 class Likelihood:
@@ -114,21 +114,21 @@ class Likelihood:
             fixed = FixedPart.plain(y, X) if wrapped else FixedPart.of(y, X, options.names)
             plain = fixed if wrapped else fixed.detach()
             # What is recorded is taken as it is; all else where nobody else can change it.
-            held = terms if recorded else [term.private().detach() for term in terms]
+            held = terms if recorded else [term.held() for term in terms]
             if kept is not None and kept.problem.takes_data:
                 problem, plan = kept.problem.with_fixed(plain), kept.plan
-                copies = kept.constants
             else:
                 problem, plan = _planned(plain, held, options, dtype)
-                copies = [None if rows is None else private(rows)]
-                copies += [tensor for term in held for tensor in term.constants]
             recorded = recorded or (moving and not problem.takes_data)
             if recorded and moving and not wrapped:
                 problem = problem.anew(fixed, terms)
-        found = None if moving else data
+            again = not recorded and (problem.prepares or not moving)
+            copies = [None if rows is None or not again else private(rows)]
         self._kept = None
-        if not recorded and (problem.prepares or not moving):
-            forms = [term.form for term in held]
+        if again:
+            # Of terms that were prepared before, the constants are of the same content.
+            copies += [tensor for term in held for tensor in term.constants]
+            found, forms = None if moving else data, [term.form for term in held]
             self._kept = _Prepared(found, forms, copies, options, problem, plan)
         return Ready(problem, plan, terms, fixed, recorded)
 
@@ -140,11 +140,9 @@ def _planned(
     plan = Plan.of(terms, fixed.Q.shape[1], options.solver, dtype)
     problem = plan.choice.problem(fixed, terms, options.method)
     if not plan.exact and isinstance(check_solver(options.solver), Auto):
-        warnings.warn(
+        warn(
             f"the likelihood is approximate: {plan.reason}; "
-            "solver='blocked' insists on an exact one",
-            RuntimeWarning,
-            stacklevel=5,
+            "solver='blocked' insists on an exact one"
         )
     return problem, plan.measured(problem)
 

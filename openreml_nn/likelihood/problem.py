@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from math import inf, log, pi
+from math import inf, isfinite, log, pi
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ __all__ = [
     "Evaluation",
     "Problem",
     "cholesky",
+    "factored",
     "pivot_loss",
 ]
 
@@ -47,6 +48,16 @@ def cholesky(matrix: Tensor, what: str) -> Tensor:
     if failed or not is_finite(factor.diagonal(dim1=-2, dim2=-1)):
         raise NotPositiveDefiniteError(f"{what} is not positive definite")
     return factor
+
+
+def factored(matrix: Tensor, what: str) -> tuple[Tensor, float]:
+    """:func:`cholesky` with :func:`pivot_loss`, which one look at the pivots yields."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    lost = pivot_loss(matrix.detach(), factor.detach())
+    # A NaN or an infinite entry anywhere ends on the diagonal.
+    if int(info) or not isfinite(lost):
+        raise NotPositiveDefiniteError(f"{what} is not positive definite")
+    return factor, lost
 
 
 def pivot_loss(matrix: Tensor, factor: Tensor) -> float:
@@ -276,7 +287,7 @@ class Problem:
             NumericalError: if V is not positive definite, or rounding leaves too few digits.
         """
         with outside_inference(recording=False):
-            terms = [replace(term, covariance=term.covariance.map(_plain)) for term in terms]
+            terms = [term.with_covariance(term.covariance.map(_plain)) for term in terms]
             matrices = self.matrices(terms)
             if self._last is not None and all(map(torch.equal, self._last[0], matrices)):
                 return self._last[1]

@@ -15,7 +15,7 @@ __all__ = ["LogLikelihood"]
 
 
 class LogLikelihood(torch.autograd.Function):
-    """The log-likelihood of a prepared problem with its closed-form score.
+    """A multiple of the log-likelihood of a prepared problem with its closed-form score.
 
     Under ``create_graph`` the score itself is recorded, through the plain
     formula of the likelihood.
@@ -23,16 +23,22 @@ class LogLikelihood(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, problem: Problem, terms: list[Term], y: Tensor, Q: Tensor, *matrices: Tensor
+        ctx: Any,
+        problem: Problem,
+        terms: list[Term],
+        scale: float,
+        y: Tensor,
+        Q: Tensor,
+        *matrices: Tensor,
     ) -> Tensor:
-        ctx.problem = problem
+        ctx.problem, ctx.scale = problem, scale
         ctx.evaluation = problem.evaluate(terms)
         ctx.save_for_backward(y, Q, *matrices)
-        return ctx.evaluation.log_likelihood.clone()
+        return ctx.evaluation.log_likelihood * scale
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[2:]
+        needed = ctx.needs_input_grad[3:]
         found: list[Tensor | None] = [None] * len(needed)
         if torch.is_grad_enabled():
             y, Q, *matrices = ctx.saved_tensors
@@ -49,8 +55,9 @@ class LogLikelihood(torch.autograd.Function):
                 found[:2] = ctx.evaluation.data_scores()
             if any(needed[2:]):
                 found[2:] = ctx.evaluation.scores()
+        cotangent = cotangent * ctx.scale
         scaled = [
             part * cotangent if need and part is not None else None
             for part, need in zip(found, needed, strict=True)
         ]
-        return (None, None, *scaled)
+        return (None, None, None, *scaled)

@@ -229,6 +229,15 @@ class BlockResidual(Residual):
             parts.append(form.with_matrix(matrix).among(at, joint))
         return torch.stack(parts).sum(0)
 
+    def of_first(self, count: int, matrices: Sequence[Tensor]) -> Tensor:
+        """R of the first rows (count, count), with which no others share a group."""
+        found = matrices[0].new_zeros(count, count)
+        for bucket in self._buckets:
+            at = (bucket.rows < count).all(1)
+            rows, blocks = bucket.rows[at], self._blocks(bucket, matrices)[bucket.pattern[at]]
+            found = found.index_put((rows[:, :, None], rows[:, None, :]), blocks)
+        return found
+
     def along(self, derivatives: Sequence[Tensor], x: Tensor) -> Tensor:
         found = x.new_zeros(len(derivatives[0]), self.n)
         v = None if self._v is None else self._v.to(x)[:, 0]

@@ -30,6 +30,7 @@ def added(model: Posterior, batch: Batch, names: Mapping[str, Sequence[str]]) ->
         InputError: if rows or levels cannot be added.
     """
     before = _before(model)
+    model.check(batch)
     batch, _ = with_responses(batch, None, model.responses > 1)
     levels = _levels(model, batch, rows_of(batch), names)
     batch, output = with_responses(*model.single(batch, model(batch), is_data=True))
@@ -65,6 +66,10 @@ def _before(model: Posterior) -> Equations:
         raise InputError(
             f"`family` is {type(model.family).__name__}: rows add up for a Gaussian response only; "
             "call update() with all rows"
+        )
+    if structure_of(model.residual).of_fitted:
+        raise InputError(
+            "`residual` has variances by the fitted values, which new rows move: fit all rows"
         )
     if model.responses == 1 and not structure_of(model.residual).is_independent:
         raise InputError(
@@ -194,13 +199,14 @@ def _joint(model: Posterior, equations: Equations) -> JointErrors:
         assert g is not None
         covariances.append(lowered(g).map(Tensor.detach))
     fixed = equations.fixed
-    joint = JointErrors(model.joint.most_columns, model.joint.most_numbers)
+    own = model.joint
+    joint = JointErrors(own.most_columns, own.most_numbers, own.most_entries)
     joint.to(fixed.offset.device)
     joint.update(covariances, equations.sizes, fixed.basis.shape[1], lambda: equations)
-    joint.settle()
-    if not bool(joint.is_exact):
+    if not joint.has_variances():
         raise InputError(
             f"beside the widest factor there are more than {joint.most_columns} effects and "
-            "coefficients, so that rows cannot be added: call update() with all rows"
+            f"coefficients, whose sparse factor has more than {joint.most_entries} entries or which "
+            "are of a dense kernel, so that rows cannot be added: call update() with all rows"
         )
     return joint

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping
 from typing import Any, overload
 
@@ -14,10 +13,13 @@ from torch import Tensor
 from openreml_nn.support.checks import check_instance, check_mapping, check_tensor, is_finite
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.warning import warn
 
 __all__ = [
     "KEYS",
     "Batch",
+    "adjusted",
+    "by_effect",
     "check_finite",
     "check_inputs",
     "check_keys",
@@ -27,7 +29,6 @@ __all__ = [
     "level_places",
     "level_values",
     "part",
-    "refuse_weights",
     "responding",
     "row_values",
     "rows_of",
@@ -39,7 +40,9 @@ __all__ = [
 Batch = Mapping[str, Any]
 
 #: What a batch holds of each row.
-_OF_ROWS = ("x", "y", "groups", "values", "weights", "offset", "residual", "places", "zi")
+_OF_ROWS = (
+    "x", "y", "groups", "values", "weights", "offset", "residual", "covariate", "places", "zi"
+)  # fmt: skip
 #: What a batch may hold, see :class:`MixedModel`.
 KEYS = (*_OF_ROWS, "extra")
 _KNOWN = frozenset(KEYS)
@@ -195,11 +198,9 @@ def with_responses(
         raise InputError(
             f"`batch['y']` is NaN in all {n} rows: expected a response in one at least"
         )
-    warnings.warn(
+    warn(
         f"{n - len(rows)} of {n} rows have no response (NaN in `batch['y']`): they add nothing to "
-        "the likelihood",
-        RuntimeWarning,
-        stacklevel=3,
+        "the likelihood"
     )
     return own, None if output is None else output[rows]
 
@@ -229,7 +230,7 @@ def rows_of(batch: Batch) -> int:
     """
     groups = part(batch, "groups")
     check_mapping("batch['groups']", groups, Tensor)
-    known = [batch.get(key) for key in ("y", "residual", "weights", "offset", "x")]
+    known = [batch.get(key) for key in ("y", "residual", "covariate", "weights", "offset", "x")]
     for x in (*groups.values(), *known):
         if isinstance(x, Tensor) and x.dim():
             return len(x)
@@ -256,17 +257,19 @@ def row_values(batch: Batch, key: str, n: int, positive: bool = False) -> Tensor
     return found
 
 
-def refuse_weights(batch: Batch) -> None:
-    """Refuse weights of rows whose response has a family.
+def adjusted(batch: Batch, n: int, responses: int = 1) -> Tensor:
+    """The response less the offset, (n,) or (n, t).
 
     Raises:
-        InputError: if the batch has some.
+        TypeError, InputError: if the offset is of another shape or kind.
     """
-    if batch.get("weights") is not None:
-        raise InputError(
-            f"`batch['weights']` is {described(batch['weights'])} beside a family: expected none, as "
-            "weights divide the residual variance of a Gaussian response"
-        )
+    y: Tensor = part(batch, "y")
+    given = batch.get("offset")
+    if responses > 1 and isinstance(given, Tensor) and given.dim() == 2:
+        check_tensor("batch['offset']", given, (n, responses), "floating")
+        return y - given.to(y)
+    offset = row_values(batch, "offset", n)
+    return y if offset is None else y - offset.to(y).reshape(n, *[1] * (y.dim() - 1))
 
 
 def level_codes(batch: Batch, name: str, levels: int, n: int) -> Tensor:
@@ -298,6 +301,19 @@ def level_codes(batch: Batch, name: str, levels: int, n: int) -> Tensor:
     return codes
 
 
+def by_effect(batch: Batch, key: str) -> Mapping[str, Any]:
+    """What a batch holds for some random effects, by their names; None is nothing.
+
+    Raises:
+        TypeError: if it is no dict.
+    """
+    given = batch.get(key)
+    if given is None:
+        return {}
+    check_mapping(f"batch['{key}']", given)
+    return given
+
+
 def check_values(batch: Batch, names: Collection[str]) -> None:
     """Refuse values of effects, or places of levels, of another name than the random effects have.
 
@@ -306,8 +322,7 @@ def check_values(batch: Batch, names: Collection[str]) -> None:
         InputError: naming it.
     """
     for key in ("values", "places"):
-        given = batch.get(key, {})
-        check_mapping(f"batch['{key}']", given)
+        given = by_effect(batch, key)
         for name in given:
             if name not in names:
                 raise InputError(f"batch['{key}'] has {name!r}: the effects are {list(names)}")
@@ -319,9 +334,7 @@ def level_values(batch: Batch, name: str, effects: int, n: int) -> Tensor | None
     Raises:
         TypeError, InputError: if they are not there, or of another shape or kind.
     """
-    given = batch.get("values", {})
-    check_mapping("batch['values']", given)
-    values = given.get(name)
+    values = by_effect(batch, "values").get(name)
     if values is None:
         if effects > 1:
             raise InputError(
@@ -341,19 +354,15 @@ def level_values(batch: Batch, name: str, effects: int, n: int) -> Tensor | None
 
 def level_places(batch: Batch, name: str, places: Tensor | None, n: int) -> Tensor | None:
     """Coordinates of the rows (n, d) of a random effect whose levels are at places; None where the
-    batch has none.
+    batch, or the levels, have none.
 
     Raises:
-        TypeError, InputError: if they are of another shape or kind, or the levels have none.
+        TypeError, InputError: if they are of another shape or kind.
     """
-    given = batch.get("places", {})
-    check_mapping("batch['places']", given)
-    found = given.get(name)
-    if found is None:
+    found = by_effect(batch, "places").get(name)
+    if found is None or places is None:
         return None
     what = f"batch['places'][{name!r}]"
-    if places is None:
-        raise InputError(f"`{what}` is {described(found)}: expected none, as levels have no places")
     check_tensor(what, found, (n, places.shape[1]), "real", False)
     check_finite(what, found)
     return found

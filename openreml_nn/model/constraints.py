@@ -1,4 +1,4 @@
-"""What a user holds, bounds or ties of the covariance parameters of a model, and where they start."""
+"""What a user holds, bounds or ties of the parameters of a model, and where they start."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from openreml_nn.covariance.transform import (
     TransformScaleShift,
     TransformSigmoid,
 )
+from openreml_nn.families import Family
 from openreml_nn.model.batch import Batch
 from openreml_nn.model.mixed_model import MixedModel
 from openreml_nn.support.checks import check_mapping, found
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.names import stands_for
 
 __all__ = ["Constraint", "Constraints", "constrain", "start_at"]
 
@@ -45,7 +47,7 @@ def constrain(
         entries: the parameters of the covariance of its rows.
         constraints: a number, a pair of ends (None or infinite where there is none), or another
             parameter's name, by name. A name may leave out what stands between the first and the
-            last part of a path: ``g/rho`` for ``g/g/effects/rho``.
+            last part of a path, as summaries do: ``g/rho`` for ``g/g/effects/rho``.
 
     Returns:
         The constraints by the full names.
@@ -122,8 +124,8 @@ class Constraints:
             TypeError, InputError: as :func:`constrain` does.
         """
         if self._constraints:
-            entries = model.covariance(batch).entries()
-            self.held = constrain(model, entries, self._constraints)
+            given = _named(model, self._constraints, "constraints")
+            self.held = constrain(model, _entries(model, batch), given)
         return model
 
     def begin(self, model: MixedModel, batch: Batch) -> None:
@@ -133,7 +135,22 @@ class Constraints:
             TypeError, InputError: as :func:`start_at` does.
         """
         if self.starts:
-            start_at(model, model.covariance(batch).entries(), self.starts)
+            start_at(model, _entries(model, batch), _named(model, self.starts, "starts"))
+
+
+def _entries(model: MixedModel, batch: Batch) -> list[Entry]:
+    """The parameters of the covariance of the rows, and those of the model's family."""
+    found = model.covariance(batch).entries()
+    if model.family is not None:
+        for leaf in model.family.modules():
+            if isinstance(leaf, Family):
+                found += [Entry(local, leaf, local) for local in leaf.own_trans]
+    return found
+
+
+def _named(model: MixedModel, given: Mapping[str, Any], option: str) -> dict[str, Any]:
+    """Values by parameters, where a family has other names in results."""
+    return dict(given) if model.family is None else model.family.by_parameters(given, option)
 
 
 class _Named:
@@ -147,10 +164,12 @@ class _Named:
         """The parameter that a name, perhaps shortened, stands for."""
         if not isinstance(name, str):
             raise TypeError(f"`{self._option}` has the name {found(name)}: expected text")
-        matches = [known for known in self._entries if _stands_for(name, known)]
+        matches = [known for known in self._entries if stands_for(name, known)]
+        free = [known for known, entry in self._entries.items() if entry.free]
+        # A scale that the model holds at one is not what a user means.
+        matches = [known for known in matches if known in free] or matches
         if name in self._entries:
             matches = [name]
-        free = [known for known, entry in self._entries.items() if entry.free]
         if not matches:
             raise InputError(
                 f"`{self._option}` names {name!r}: expected one of {', '.join(free) or 'none'}"
@@ -209,6 +228,11 @@ class _Named:
         one, two = self._entries[name], self._entries[other]
         if name == other:
             raise InputError(f"`constraints` ties {name!r} to itself: expected another parameter")
+        if isinstance(one.leaf, Family) != isinstance(two.leaf, Family):
+            raise InputError(
+                f"`constraints` ties {name!r} to {other!r}, one of which is of the family: expected both "
+                "of it, or none"
+            )
         if one.trans != two.trans:
             raise InputError(
                 f"`constraints` ties {name!r} to {other!r}, of another range: {one.trans} and "
@@ -223,15 +247,6 @@ class _Named:
         with torch.no_grad():
             found = check_value(name, value, entry.trans, natural=True, option=self._option)
             entry.tensor.copy_(found)
-
-
-def _stands_for(name: str, known: str) -> bool:
-    """Whether the parts of a name are those of a path in their order, the first and last alike."""
-    parts, path = name.split("/"), known.split("/")
-    if len(parts) < 2 or parts[0] != path[0] or parts[-1] != path[-1]:
-        return False
-    rest = iter(path[1:-1])
-    return all(part in rest for part in parts[1:-1])
 
 
 def _ends(name: str, ends: object, trans: Transform) -> tuple[float, float]:

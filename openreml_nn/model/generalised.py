@@ -18,7 +18,7 @@ from openreml_nn.families import Family, ZeroInflated, named_family
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.model.batch import Batch
 from openreml_nn.model.constraints import Constraint, Constraints
-from openreml_nn.model.linear import read_table_of, with_model
+from openreml_nn.model.linear import with_model
 from openreml_nn.model.mixed_model import MixedModel
 from openreml_nn.model.response import EncodedResponse
 from openreml_nn.model.structures import labels_of, linear_model, relations_of
@@ -34,6 +34,7 @@ from openreml_nn.support.checks import (
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import TableFile
+from openreml_nn.table.reading import given_table
 
 __all__ = ["fit_family", "glmm"]
 
@@ -121,10 +122,15 @@ def glmm(
             )
     constrained = Constraints(constraints, starts)
     named_family(family, link)  # refused before the table is read
-    table, source = read_table_of(table)
+    table, source, dialect = given_table(table)
     relations = relations_of(pedigree, kernels)
     response = EncodedResponse(formula, family, categorical, source, zi, relations=relations)
+    response.encoder.dialect = dialect
     encoded, table = response.fit(table)
+    if not encoded.random:
+        raise InputError(
+            f"formula {formula!r} has no random effect: expected one at least, such as '(1 | group)'"
+        )
     own = named_family(family, link, max(2, len(response.levels)))
     if isinstance(response.encoder, ZeroEncoder):
         names = response.encoder.names

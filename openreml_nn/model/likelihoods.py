@@ -93,7 +93,7 @@ class LastLikelihood:
         own = [*(effect.g for effect in effects.values()), residual]
         modules = [*own, *map(type, own), *options, quadrature]
         rows = [t for pair in coded.values() for t in pair]
-        rows += [batch.get("weights"), batch.get("residual")]
+        rows += [batch.get(key) for key in ("weights", "residual", "covariate")]
         moves = any(t is not None and t.requires_grad for t in rows)
         if self._loss is not None and not moves and self._is_of(modules, rows):
             return self._loss

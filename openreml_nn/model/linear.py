@@ -21,6 +21,7 @@ from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.model.batch import Batch
 from openreml_nn.model.constraints import Constraint, Constraints
+from openreml_nn.model.fitted_variance import fit_by_fitted, is_by_fitted
 from openreml_nn.model.mixed_model import MixedModel
 from openreml_nn.model.stream import fit_stream
 from openreml_nn.model.structures import bases_of, labels_of, linear_model, relations_of
@@ -36,10 +37,11 @@ from openreml_nn.support.checks import (
 )
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import Encoder, TableFile
+from openreml_nn.table.reading import given_table
 from openreml_nn.table.traits import WITHIN_UNIT
 from openreml_nn.terms.term import Term
 
-__all__ = ["in_user_basis", "lmm", "read_table_of", "with_model"]
+__all__ = ["in_user_basis", "lmm", "with_model"]
 
 
 def lmm(
@@ -74,8 +76,11 @@ def lmm(
         categorical: numeric columns to be taken as factors.
         weights: column of weights: the residual variance of a row is divided by its weight.
         residual: correlation of the rows of a group, ``"ar1(time | subject)"``,
-            ``"cs(subject)"`` or ``"us(time | subject)"``, or a variance for each
-            stratum, ``"diag(sex)"``; independent rows of one variance by default.
+            ``"cs(subject)"`` or ``"us(time | subject)"``; a variance for each stratum,
+            ``"diag(sex)"``, or one that is a function of a column or of the fitted values,
+            ``"power(x)"``, ``"exp(fitted)"``; both, ``"power(x):ar1(time | subject)"``;
+            independent rows of one variance by default. Fitted values are those of the fit itself,
+            found again until they stay; inference takes them as known.
         residual_variance: the residual variance where it is known, that of a row of weight 1: with
             weights :math:`1 / s_i^2` and 1, row i has error variance :math:`s_i^2`.
         pedigree: for ``ped(animal)`` in the formula: a table animal, sire, dam, or its path.
@@ -139,10 +144,11 @@ def lmm(
             max_iterations=max_iterations,
             progress=progress is not False,
         )
-    table, source = read_table_of(table)
+    table, source, dialect = given_table(table)
     known = residual_variance is not None
     relations = relations_of(pedigree, kernels)
     encoder = Encoder(formula, categorical, source, residual, weights, known, relations)
+    encoder.dialect = dialect
     if encoder.formula.traits:
         _check_variance(residual_variance, WITHIN_UNIT)
     encoded = encoder.fit(table)
@@ -150,21 +156,30 @@ def lmm(
     bases = {} if constrained else bases_of(encoded.random)
     labels, batch = labels_of(encoded), encoded.batch()
     model = linear_model(encoded, method, solver, residual_variance, bases)
-    covariance = constrained.applied(model, batch).covariance(batch)
-    if constrained.starts:
-        moment_start(REMLLoss(covariance, method, solver), encoded.adjusted, encoded.X)
-        constrained.begin(model, batch)
-    result = fit_reml(
-        covariance,
-        encoded.adjusted,
-        encoded.X,
-        method=method,
-        solver=solver,
-        start="current" if constrained.starts else "moments",
-        max_iterations=max_iterations,
-        names=encoded.names,
-        labels=labels | {name: labels[name]._replace(basis=B) for name, B in bases.items()},
-    )
+
+    def fit(batch: Batch, begins: bool = True) -> Result:
+        if begins:
+            constrained.applied(model, batch)
+        covariance = model.covariance(batch)
+        if begins and constrained.starts:
+            moment_start(REMLLoss(covariance, method, solver), encoded.adjusted, encoded.X)
+            constrained.begin(model, batch)
+        return fit_reml(
+            covariance,
+            encoded.adjusted,
+            encoded.X,
+            method=method,
+            solver=solver,
+            start="moments" if begins and not constrained.starts else "current",
+            max_iterations=max_iterations,
+            names=encoded.names,
+            labels=labels | {name: labels[name]._replace(basis=B) for name, B in bases.items()},
+        )
+
+    if is_by_fitted(encoded):
+        result, batch = fit_by_fitted(encoded, fit)
+    else:
+        result = fit(batch)
     result = with_model(result, model, batch)
     if bases:
         result = in_user_basis(result, model, batch, labels)
@@ -179,16 +194,6 @@ def lmm(
         encoder=encoder,
         constraints=constrained.held,
     )
-
-
-def read_table_of(
-    table: pd.DataFrame | str | os.PathLike[str] | TableFile,
-) -> tuple[pd.DataFrame, str]:
-    """A table in memory, and what messages call it."""
-    if isinstance(table, pd.DataFrame):
-        return table, "the table"
-    file = table if isinstance(table, TableFile) else TableFile(table)
-    return file.read(), f"file {str(table)!r}"
 
 
 def in_user_basis(
@@ -226,7 +231,9 @@ def with_model(
         batch: the rows.
         residual: what stands for the residual where a family has its place.
     """
-    source, model = result.source, copy.deepcopy(model)
+    # Names of levels, which may be many, are shared.
+    names = {id(effect.names): effect.names for effect in model.effects().values()}
+    source, model = result.source, copy.deepcopy(model, names)
     assert source is not None
     if any(label.basis is not None for label in source.labels.values()):
         model.update(batch)  # the result has the effects in another basis

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from openreml_nn.model.batch import check_inputs, split
-from openreml_nn.support.checks import check_count, check_instance
+from openreml_nn.support.checks import check_instance
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
 
-__all__ = ["evaluating", "gradient_in_parts", "mean_of", "outputs_in_parts"]
+__all__ = ["evaluating", "gradient_in_parts", "mean_of"]
 
 
 def mean_of(network: nn.Module, x: Any, head: str, responses: int = 1) -> Tensor:
@@ -58,15 +58,6 @@ def mean_of(network: nn.Module, x: Any, head: str, responses: int = 1) -> Tensor
             "with head 'gls' it may yield features (n, p)"
         )
     return found
-
-
-@torch.no_grad()
-def outputs_in_parts(model: nn.Module, x: Any, rows: int) -> Tensor:
-    """What a model yields for ``x``, ``rows`` at a time, without recording and without dropout."""
-    check_inputs(x)
-    rows = check_count("rows", rows, 1)
-    with evaluating(model):
-        return torch.cat([model({"x": some}) for some in split(x, rows)])
 
 
 def gradient_in_parts(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import NoneType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ from openreml_nn.model.batch import (
     with_responses,
 )
 from openreml_nn.model.likelihoods import LastLikelihood, covariance_of
-from openreml_nn.model.means import evaluating, gradient_in_parts, mean_of, outputs_in_parts
+from openreml_nn.model.means import evaluating, gradient_in_parts, mean_of
 from openreml_nn.model.predictor import Predictor
 from openreml_nn.model.random_effect import RandomEffect, coded_effects
 from openreml_nn.model.residual import structure_of
@@ -69,7 +68,8 @@ class MixedModel(Predictor):
     unknown level, which in the likelihood is a level of its own each time; and, where they are
     needed, ``values``, a dict to the values (n, k) of effects other than intercepts; ``weights``
     (n,), by which the residual variance of each row is divided; ``offset`` (n,), a known part of the
-    mean; ``residual`` (n,), cells of the rows for a residual within groups; ``extra``, the user's own.
+    mean; ``residual`` (n,), cells of the rows for a residual within groups; ``covariate`` (n,), on which
+    residual variances depend; ``extra``, the user's own.
 
     Args:
         mean: any network; it yields the mean, (n,) or (n, 1), with head ``"ml"``,
@@ -146,20 +146,24 @@ class MixedModel(Predictor):
             TypeError, InputError: if a part of the batch is at fault, or the network yields NaN.
         """
         batch, _ = with_responses(batch, None, self.responses > 1)
-        return self.loss_of(self(batch), batch)
+        return self._loss_of(self(batch), batch)
 
     def loss_of(self, output: Tensor, batch: Batch) -> Tensor:
         """The loss of a batch, see :meth:`loss`, for what the network has yielded for it."""
+        self.check(batch)
+        if self.family is None and self.responses == 1:
+            batch, output = with_responses(batch, output)
+        return self._loss_of(output, batch)
+
+    def _loss_of(self, output: Tensor, batch: Batch) -> Tensor:
+        """The loss of rows that have a response."""
         if self.family is not None:
             marginal, y, eta, X = self.marginal(output, batch)
             return marginal(y, eta, X) / len(eta)
-        batch, output = with_responses(*self.single(batch, output, is_data=True))
+        if self.responses > 1:
+            batch, output = with_responses(*self.single(batch, output, is_data=True))
         options = LikelihoodOptions(self.method, self.solver)
         return self._last.loss(self.effects(), self.residual, options, batch, output, self.head)
-
-    def outputs(self, x: Any, rows: int) -> Tensor:
-        """What the network yields, ``rows`` at a time, without recording and without dropout."""
-        return outputs_in_parts(self, x, rows)
 
     def objective(self, batch: Batch, output: Tensor | None = None) -> Objective:
         """The likelihood in the covariance parameters alone, for an optimizer; ``output`` is what the
@@ -199,6 +203,7 @@ class MixedModel(Predictor):
                 "`family` is not Gaussian: the likelihood is that of marginal(), and no "
                 "average-information steps are taken on it"
             )
+        self.check(batch)
         batch, output = with_responses(*self.single(batch, output, is_data=True))
         y, X = of_gaussian(output, batch, self.head)
         check_outputs(output, batch)
@@ -209,6 +214,7 @@ class MixedModel(Predictor):
     def marginal(self, output: Tensor, batch: Batch) -> Marginal:
         """The likelihood of a batch by the family, with what it takes: y, the known part of the linear
         predictor, and X with head ``"gls"``."""
+        self.check(batch)
         batch, output = with_responses(batch, output)
         y, known, X = of_family(self.family, output, batch, self.head)
         loss = self._likelihood(batch, len(y))
@@ -224,6 +230,7 @@ class MixedModel(Predictor):
         Raises:
             TypeError, InputError: as :meth:`loss`.
         """
+        self.check(batch)
         batch = self.stacked(batch, True) if self.responses > 1 else batch
         effects, n = self.effects(), rows_of(batch)
         return covariance_of(effects, self.residual, batch, coded_effects(effects, batch, n), n)

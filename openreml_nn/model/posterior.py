@@ -14,8 +14,9 @@ from openreml_nn.families import Family
 from openreml_nn.likelihood.effects import Coefficients, RandomEffects
 from openreml_nn.model.batch import Batch, responding
 from openreml_nn.model.random_effect import Effects, RandomEffect
-from openreml_nn.model.residual import ResidualStructure
+from openreml_nn.model.residual import ResidualStructure, structure_of
 from openreml_nn.model.several import stacked, stacked_output
+from openreml_nn.model.unread import refuse_unread
 from openreml_nn.result.equations import Equations, FixedBasis
 from openreml_nn.result.evidence import Evidence
 from openreml_nn.result.joint import JointErrors
@@ -71,6 +72,15 @@ class Posterior(nn.Module):
         self.register_buffer("aliases", none)
         self.joint = JointErrors()
         self.evidence = Evidence()
+        self.register_load_state_dict_post_hook(_settle_again)
+
+    def check(self, batch: Batch) -> None:
+        """Refuse what has no effect in this model.
+
+        Raises:
+            TypeError, InputError: if the batch has such a part, naming it.
+        """
+        refuse_unread(batch, self.effects(), self.residual, self.responses)
 
     def single(self, batch: Batch, output: Tensor, is_data: bool) -> tuple[Batch, Tensor]:
         """A batch with what the network has yielded for it, with a row for each response; in the
@@ -93,7 +103,10 @@ class Posterior(nn.Module):
         """A batch with a row for each response; ``is_data`` as in :meth:`single`."""
         features = (effect.features is not None for effect in self.effects().values())
         with_x = any(features) or not isinstance(self.residual, Matrix)
-        return stacked(batch, self.responses, self.effects(), is_data, with_x)
+        found = stacked(batch, self.responses, self.effects(), is_data, with_x)
+        if not structure_of(self.residual).takes_cells:
+            del found["residual"]
+        return found
 
     @property
     def family(self) -> Family | None:
@@ -193,3 +206,16 @@ class Posterior(nn.Module):
             if prefix + name in state_dict:
                 setattr(self, name, torch.empty_like(state_dict[prefix + name]))
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _settle_again(model: Posterior, _: object) -> None:
+    """Let the joint covariance of a checkpoint that is too large to be in it come from the equations
+    there, at the checkpoint's parameters."""
+    evidence, joint = model.evidence, model.joint
+    if not bool(joint.is_known) or bool(joint.is_exact) or not float(evidence.total[0]):
+        return
+    sizes = [(int(q), int(k)) for q, k in evidence.sizes.tolist()]
+    own = [e.g_of(q) for e, (q, _) in zip(model.effects().values(), sizes, strict=True)]
+    covariances = [lowered(g).map(Tensor.detach) for g in own if g is not None]
+    if len(covariances) == len(sizes):
+        joint.update(covariances, sizes, evidence.basis.shape[1], evidence.equations)

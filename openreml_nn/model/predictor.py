@@ -10,7 +10,7 @@ from torch import Tensor
 
 from openreml_nn.likelihood.fixed import estimable
 from openreml_nn.model.adding import added
-from openreml_nn.model.batch import Batch, part, refuse_weights, responding, row_values
+from openreml_nn.model.batch import Batch, part, responding, row_values
 from openreml_nn.model.means import evaluating
 from openreml_nn.model.posterior import Posterior
 from openreml_nn.model.random_effect import coded_effects, known_effect
@@ -51,8 +51,9 @@ class Predictor(Posterior):
 
         Raises:
             InputError: as :meth:`update`, if there was none before, or for a model of which rows do
-                not add up: with a family, correlated residuals, or more than 2,000 effects and
-                coefficients beside the widest factor of independent levels.
+                not add up: with a family, correlated residuals, or, beside the widest factor of
+                independent levels, more than 2,000 effects and coefficients whose sparse factor has
+                more than 50 million entries.
         """
         with evaluating(self):
             return added(self, batch, levels or {})
@@ -71,7 +72,8 @@ class Predictor(Posterior):
 
         The variance counts every covariance, of BLUPs of different factors and of coefficients
         with BLUPs, where beside the widest factor of independent levels there are at most 2,000
-        effects and coefficients. With more, a warning says that it takes them as independent. The
+        effects and coefficients, or a sparse factor of them has no more than 50 million entries. With
+        more, a warning says that it takes them as independent. The
         residual of a new observation is independent of those of the data; its variance is divided
         by the row's weight where the batch has weights. A level that was not seen has its prior; one
         at a place, with its coordinates in ``batch["places"]``, the mean and variance given the places
@@ -141,6 +143,7 @@ def _linear_predictor(model: Predictor, batch: Batch) -> tuple[Prediction, list[
     """Predictions of the response, or of its linear predictor, and what is known of effects."""
     with evaluating(model):
         output = model(batch)
+        model.check(batch)
         if model.responses > 1:
             batch = {key: value for key, value in batch.items() if key != "y"}
         batch, output = model.single(batch, output, is_data=False)
@@ -162,10 +165,11 @@ def _linear_predictor(model: Predictor, batch: Batch) -> tuple[Prediction, list[
         for name, (codes, values) in coded_effects(model.effects(), batch, n).items():
             z = population.new_ones(n, 1) if values is None else values
             effects.append(known_effect(model.effects()[name], name, codes, z, batch))
-        residual = population.new_zeros(n)
+        found = predicted(population, X, model.beta_covariance, effects, model.joint)
         if model.family is not None:
-            refuse_weights(batch)
-        else:
-            residual = structure_of(model.residual).variances(batch, n)
-        found = predicted(population, X, model.beta_covariance, effects, model.joint, residual)
-        return found, effects
+            return found, effects
+        structure = structure_of(model.residual)
+        if structure.of_fitted:
+            batch = {**batch, "covariate": found.mean}
+        residual = structure.variances(batch, n).to(found.variance)
+        return found._replace(variance=found.variance + residual), effects

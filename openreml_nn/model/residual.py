@@ -33,9 +33,14 @@ class ResidualStructure:
     Attributes:
         is_independent: whether rows are independent, so that others can be added to them; False by
             default.
+        takes_cells: whether it reads ``batch["residual"]``; True by default.
+        of_fitted: whether variances depend on the fitted values, which are ``batch["covariate"]``
+            then; False by default.
     """
 
     is_independent: bool = False
+    takes_cells: bool = True
+    of_fitted: bool = False
 
     def operands(self, batch: Batch, n: int) -> dict[str, Matrix]:
         """The covariance R of the residuals of n rows as a sum of (n, n) matrices, each by the
@@ -76,6 +81,7 @@ class _OneVariance(ResidualStructure):
     r"""Independent rows of variance :math:`\sigma^2 / w_i`."""
 
     is_independent = True
+    takes_cells = False
 
     def __init__(self, matrix: Matrix) -> None:
         self.matrix = matrix
@@ -145,6 +151,7 @@ class _ByNetwork(ResidualStructure):
     r"""Independent rows of variance :math:`e^{f(x_i)} / w_i`."""
 
     is_independent = True
+    takes_cells = False
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network

@@ -8,7 +8,7 @@ from torch import Tensor
 from openreml_nn.families import Family
 from openreml_nn.likelihood import LaplaceLoss, REMLLoss
 from openreml_nn.likelihood.effects import Coefficients
-from openreml_nn.model.batch import Batch, check_outputs, part, refuse_weights, row_values
+from openreml_nn.model.batch import Batch, check_outputs, part, row_values
 from openreml_nn.model.predictor import Predictor
 from openreml_nn.result.equations import FixedBasis
 from openreml_nn.support.checks import check_tensor
@@ -25,8 +25,6 @@ def of_gaussian(output: Tensor, batch: Batch, head: str) -> tuple[Tensor, Tensor
         InputError: if a part is missing, or shapes or precisions do not fit.
     """
     y = part(batch, "y")
-    if batch.get("zi") is not None:
-        raise InputError("`batch['zi']` is given but the response is Gaussian: leave it out")
     check_tensor("output", output, ("n", "p")[: 2 if head == "gls" else 1], "floating", False)
     n = len(output)
     _check_rows(n)
@@ -58,11 +56,10 @@ def of_family(
     """y with the family's inputs, the known part of the linear predictor (n,), and X (n, p) with head ``"gls"``.
 
     Raises:
-        InputError: if a part is missing or has weights, or a number is not finite.
+        InputError: if a part is missing, or a number is not finite.
     """
     assert family is not None
     y, n = family.with_inputs(part(batch, "y"), batch.get("zi")), len(output)
-    refuse_weights(batch)
     _check_rows(n)
     check_outputs(output, batch)
     offset = row_values(batch, "offset", n)

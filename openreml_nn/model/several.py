@@ -19,10 +19,9 @@ from openreml_nn.model.batch import (
 )
 from openreml_nn.model.random_effect import RandomEffect
 from openreml_nn.support.checks import check_tensor
-from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
 
-__all__ = ["stacked", "stacked_output"]
+__all__ = ["coded_rows", "stacked", "stacked_output"]
 
 
 def stacked(
@@ -48,11 +47,6 @@ def stacked(
     n = rows_of(batch)
     rows = torch.arange(n).repeat_interleave(responses)
     found: dict[str, Any] = {"groups": {}, "values": {}, "residual": torch.arange(len(rows))}
-    if batch.get("residual") is not None:
-        raise InputError(
-            f"`batch['residual']` is {described(batch['residual'])} beside several responses: expected "
-            "none, as these are the cells of a row"
-        )
     for name, effect in effects.items():
         codes = level_codes(batch, name, 2**62, n)  # which there are is looked at later
         if is_data and n and int(codes.min()) < 0:
@@ -85,6 +79,25 @@ def stacked(
     found["residual"] = found["residual"].to(device)
     if with_x:
         found["x"] = take(part(batch, "x"), rows)
+    return found
+
+
+def coded_rows(
+    effects: Mapping[str, RandomEffect], batch: Batch, n: int
+) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Level of each row (n,) of each random effect, and the values (n, k) that its effects have, which
+    those of each response share; None for ones.
+
+    Raises:
+        TypeError, InputError: as :meth:`RandomEffect.coded`.
+    """
+    found = {}
+    for name, effect in effects.items():
+        if effect.responses == 1:
+            found[name] = effect.coded(name, batch, n)
+            continue
+        codes = level_codes(batch, name, effect.levels, n)
+        found[name] = codes, level_values(batch, name, effect.effects // effect.responses, n)
     return found
 
 

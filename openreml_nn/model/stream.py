@@ -192,6 +192,7 @@ def accumulate(
         weights=weights,
         known_residual=known_residual,
     )
+    encoder.dialect = file.dialect
     _check_formula(encoder.formula)
     found: Parts | InputError
     try:

@@ -12,13 +12,16 @@ from openreml_nn.covariance import (
     CovariancePropagation,
     DiagonalMatrix,
     DummyMatrix,
+    Heteroscedastic,
     IdentityMatrix,
     KroneckerProduct,
     Matrix,
     ScalarMatrix,
     VarianceFunction,
 )
+from openreml_nn.covariance.owner import Owner
 from openreml_nn.covariance.params import operand_name
+from openreml_nn.covariance.transform import TransformExp, TransformExpPow2
 from openreml_nn.model.batch import Batch, part, row_values
 from openreml_nn.model.residual import (
     ResidualStructure,
@@ -88,35 +91,54 @@ class ByStratum(nn.Module, ResidualStructure):
 
 
 class ByCovariate(nn.Module, ResidualStructure):
-    """Independent rows whose variance is a function of a covariate, (n,), which
-    ``batch["residual"]`` holds; see :class:`VarianceFunction`.
+    """Rows whose variance is a function of a covariate, (n,), which ``batch["covariate"]`` holds; see
+    :class:`VarianceFunction`.
 
     Args:
         kind: ``"power"`` or ``"exp"``.
+        correlated: the structure of which the function scales rows and columns, see
+            :class:`Heteroscedastic`, and that has the scale; independent rows by default.
+        of_fitted: whether the covariate is the fitted value of the row.
     """
 
-    is_independent = True
-
-    def __init__(self, kind: str) -> None:
+    def __init__(
+        self, kind: str, correlated: nn.Module | None = None, of_fitted: bool = False
+    ) -> None:
         super().__init__()
         self.function = VarianceFunction(torch.ones(1, dtype=torch.float64), kind)
+        if correlated is not None:
+            self.function.fix("sigma^2", 0.0)
+            _step_in_logarithms(correlated)
+        self.correlated = correlated
+        self.of_fitted = of_fitted
+        # Further rows would move the fitted values, and so the variances, of those before.
+        self.is_independent = not of_fitted and (
+            correlated is None or structure_of(correlated).is_independent
+        )
 
     def _at(self, batch: Batch, n: int) -> VarianceFunction:
-        covariate = row_values(batch, "residual", n)
+        covariate = row_values(batch, "covariate", n)
         if covariate is None:
             raise InputError(
                 "the residual variance depends on a covariate, which is missing: expected its "
-                "column, batch['residual']"
+                "column, batch['covariate']"
             )
         return self.function.at(covariate)
 
     def operands(self, batch: Batch, n: int) -> dict[str, Matrix]:
-        return {"residual": with_weights(self._at(batch, n), batch, n)}
+        variance = self._at(batch, n)
+        if self.correlated is None:
+            return {"residual": with_weights(variance, batch, n)}
+        (matrix,) = structure_of(self.correlated).operands(batch, n).values()
+        return {"residual": Heteroscedastic(variance=variance, matrix=matrix)}
 
     def variances(self, batch: Batch, n: int) -> Tensor:
         if not n:  # a matrix has rows
             return self.function.variances()[:0]
-        return divided(self._at(batch, n).variances(), batch, n)
+        found = self._at(batch, n).variances()
+        if self.correlated is None:
+            return divided(found, batch, n)
+        return found * structure_of(self.correlated).variances(batch, n)
 
 
 class WithUnits(nn.Module, ResidualStructure):
@@ -157,6 +179,9 @@ def start_residual(residual: nn.Module, variance: float) -> None:
         for part_of in (residual.correlated, residual.units):
             start_residual(part_of, variance / 2)
         return
+    if isinstance(residual, ByCovariate) and residual.correlated is not None:
+        start_residual(residual.correlated, variance)
+        return
     if isinstance(residual, ByStratum):
         parts = list(residual.matrices)
     elif isinstance(residual, ByCovariate):
@@ -164,6 +189,16 @@ def start_residual(residual: nn.Module, variance: float) -> None:
     for matrix in parts:
         if isinstance(matrix, Matrix):
             matrix.moment_start(torch.full((matrix.shape[0],), variance, dtype=torch.float64))
+
+
+def _step_in_logarithms(structure: nn.Module) -> None:
+    """Let a fit step in the logarithms of variances, which move in proportion to the exponent of a
+    function of x, whatever the unit of x."""
+    for leaf in structure.modules():
+        if isinstance(leaf, Owner):
+            for name, trans in list(leaf.own_trans.items()):
+                if isinstance(trans, TransformExp | TransformExpPow2):
+                    leaf.retransform(name, type(trans)(degree=0))
 
 
 def _size(matrix: nn.Module) -> int:

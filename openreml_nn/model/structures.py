@@ -225,7 +225,9 @@ def _by_name(structure: Structure, k: int, places: Tensor | None) -> Matrix:
         at = places.double()
         return _KERNELS[structure.name](distances(at, at), **structure.options)
     if structure.name not in _LAGGED:
-        return _OTHER[structure.name](k)
+        # A table of one stratum alone, as a subset has, is one of a single variance.
+        alone = k == 1 and structure.name == "diag"
+        return ScalarMatrix(1) if alone else _OTHER[structure.name](k)
     at = torch.arange(k) if places is None else places.reshape(-1)
     size = int(at.max()) + 1
     matrix = _LAGGED[structure.name](size)
@@ -252,11 +254,12 @@ def residual_of(encoded: Encoded) -> Matrix | nn.Module:
     design = encoded.residual
     if design is None:
         return ScalarMatrix(1)
-    if design.variance is not None:
-        return ByCovariate(design.variance)
-    found: nn.Module = _within(design.strata[0])
+    found: nn.Module | None = _within(design.strata[0]) if design.strata else None
     if len(design.strata) > 1:
         found = ByStratum({stratum.name: _within(stratum) for stratum in design.strata})
+    if design.variance is not None:
+        return ByCovariate(design.variance, found, design.of_fitted)
+    assert found is not None
     return WithUnits(found) if design.nugget else found
 
 

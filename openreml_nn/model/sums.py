@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,12 +14,13 @@ from openreml_nn.likelihood.fixed import FixedPart, aliased_columns, null_space
 from openreml_nn.likelihood.system.products import Statistics
 from openreml_nn.model.structures import bases_of
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.warning import warn
 from openreml_nn.table import Encoded, Encoder, RandomDesign
 from openreml_nn.table.encoder import group_key
 from openreml_nn.table.formula import RandomPart
 from openreml_nn.terms.design import IndexedDesign
 
-__all__ = ["Parts", "Sums", "conditioned", "orthonormal"]
+__all__ = ["Parts", "Sums", "conditioned", "fixed_part", "orthonormal"]
 
 
 @dataclass
@@ -117,11 +117,9 @@ class Parts:
         if self.statistics is None or self.encoded is None or self.scale is None:
             raise InputError(f"{encoder.source}: every row has a missing value")
         if self.dropped:
-            warnings.warn(
+            warn(
                 f"{encoder.source}: {self.dropped} of {self.dropped + self.statistics.rows} rows "
-                "left out, which miss a value",
-                RuntimeWarning,
-                stacklevel=4,
+                "left out, which miss a value"
             )
         names, y_size = self.encoded.names, self.statistics.products.ff[-1, -1].sqrt()
         parts = encoder.formula.random
@@ -166,7 +164,8 @@ def _index(labels: Sequence[tuple[str, ...]]) -> pd.Index:
 
 
 def conditioned(X: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """T and b by which :math:`X T` and :math:`y - X b` are well conditioned in the first chunk."""
+    """T and b by which :math:`X T` and :math:`y - X b` are well conditioned in the first chunk; of
+    several responses (n, t) b is (p, t)."""
     p = X.shape[1]
     if len(X) > p:
         Q, R = torch.linalg.qr(X)
@@ -176,7 +175,7 @@ def conditioned(X: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             return T, T @ (Q.mT @ y) / len(X) ** 0.5
     # Columns that depend on others here need not in all rows.
     size = torch.linalg.vector_norm(X, dim=0)
-    return torch.diag(1 / torch.where(size > 0, size, 1)), X.new_zeros(p)
+    return torch.diag(1 / torch.where(size > 0, size, 1)), X.new_zeros(p, *y.shape[1:])
 
 
 def orthonormal(
@@ -195,22 +194,28 @@ def orthonormal(
     Raises:
         InputError: if there are not more rows than columns.
     """
+    fixed, M = fixed_part(scale, statistics.products.ff, statistics.rows, names)
+    return fixed, statistics.mapped(M)
+
+
+def fixed_part(
+    scale: tuple[Tensor, Tensor], ff: Tensor, rows: int, names: Sequence[str]
+) -> tuple[FixedPart, Tensor]:
+    """The fixed part of so many rows, and M by which :math:`[X T, y - X b]` become its columns and y;
+    see :func:`orthonormal`."""
     T, offset = scale
-    ff = statistics.products.ff
     p = len(ff) - 1
     values, vectors = torch.linalg.eigh(ff[:p, :p])
     root = values.clamp(min=0).sqrt()[:, None] * vectors.mT
     aliased = aliased_columns(root)
     if aliased:
-        warnings.warn(
+        warn(
             "the fixed-effect model matrix is rank deficient: dropped "
-            + ", ".join(names[j] for j in aliased),
-            RuntimeWarning,
-            stacklevel=5,
+            + ", ".join(names[j] for j in aliased)
         )
     kept = [j for j in range(p) if j not in aliased]
-    if statistics.rows <= len(kept):
-        raise InputError(f"{statistics.rows} rows for {len(kept)} fixed effects: more are needed")
+    if rows <= len(kept):
+        raise InputError(f"{rows} rows for {len(kept)} fixed effects: more are needed")
     R = torch.linalg.cholesky(ff[kept][:, kept]).mT
     eye = torch.eye(len(kept), dtype=ff.dtype)
     inner = torch.linalg.solve_triangular(R, eye, upper=True)
@@ -222,7 +227,7 @@ def orthonormal(
     estimate = offset[kept] + own @ b
     Q = ff.new_zeros(0, len(kept))
     fixed = FixedPart(none, Q, own @ inner, estimate, kept, T @ null_space(root, kept))
-    return fixed, statistics.mapped(M)
+    return fixed, M
 
 
 def _skeletons(

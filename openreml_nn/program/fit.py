@@ -6,7 +6,6 @@ import inspect
 import os
 import random
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from openreml_nn.program.rundir import RunDirectory
 from openreml_nn.program.tables import chosen_table
 from openreml_nn.support.display import plain_console, visible
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.warning import warn
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,11 +49,9 @@ def fit_table(config: DictConfig) -> float:
             return 0.0
         result = found.result
         if not result.converged:
-            warnings.warn(
+            warn(
                 f"not converged after {result.iterations} iterations: score norm "
-                f"{result.score_norm:.3g} standard errors; raise trainer.max_epochs",
-                RuntimeWarning,
-                stacklevel=1,
+                f"{result.score_norm:.3g} standard errors; raise trainer.max_epochs"
             )
         _write(found, fit, path, is_profiled)
         return found.validation.get("val_negative_log_density", result.deviance)

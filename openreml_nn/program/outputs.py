@@ -26,6 +26,7 @@ from openreml_nn.report.plots import (
     shares,
     zeta,
 )
+from openreml_nn.report.points import residual_table
 from openreml_nn.result import Result
 from openreml_nn.result.record import to_record
 from openreml_nn.result.tables import blup_table, fixed_table, variance_table
@@ -68,6 +69,9 @@ def write_plots(result: Result, directory: str | Path, places: Tensor | None = N
         places: where the rows are (n, k), of a spatial model.
     """
     _draw(Path(directory), _plots(result, places))
+    if len(result.residuals):
+        with costs_nothing("residuals.csv"):
+            write_table(residual_table(result), Path(directory) / "residuals.csv")
 
 
 def write_profile(profile: Profile, directory: str | Path) -> None:
@@ -103,7 +107,9 @@ def write_record(result: Result, directory: str | Path, validation: Mapping[str,
         directory: of the run.
         validation: metrics of the rows held out, by name.
     """
-    text = json.dumps(to_record(result, validation), indent=2, allow_nan=False) + "\n"
+    record = to_record(result, validation)
+    record["details"]["diagnosis"] = diagnose(result)
+    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
     write_text(Path(directory) / "result.json", text)
 
 

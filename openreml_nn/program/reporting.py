@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from openreml_nn.support.display import visible
 from openreml_nn.support.errors import InputError, NumericalError
+from openreml_nn.support.warning import warn
 
 __all__ = ["Stopped", "configured", "costs_nothing", "one_line", "reported", "shown", "stoppable"]
 
@@ -130,11 +131,7 @@ def costs_nothing(what: str) -> Iterator[None]:
     except Exception as error:
         reason = one_line(error)
         kind = type(error).__name__
-        warnings.warn(
-            f"{what} is left out: {f'{kind}: {reason}' if reason else kind}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+        warn(f"{what} is left out: {f'{kind}: {reason}' if reason else kind}")
 
 
 def one_line(message: object) -> str:

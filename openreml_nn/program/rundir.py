@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from openreml_nn.program.options import flattened, references
 from openreml_nn.support.errors import InputError
 from openreml_nn.support.files import is_temporary, write_text
+from openreml_nn.support.warning import warn
 
 try:
     import fcntl
@@ -126,10 +126,8 @@ def _locked(path: Path) -> int | None:
         ) from None
     except OSError as error:  # some network file systems
         os.close(found)
-        warnings.warn(
-            f"directory {str(path)!r} cannot be locked ({error.strerror}): start no other run in it",
-            RuntimeWarning,
-            stacklevel=2,
+        warn(
+            f"directory {str(path)!r} cannot be locked ({error.strerror}): start no other run in it"
         )
         return None
     return found

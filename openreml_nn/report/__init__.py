@@ -11,6 +11,7 @@ from openreml_nn.report.plots import (
     shares,
     zeta,
 )
+from openreml_nn.report.points import residual_table
 from openreml_nn.result.tables import blup_table, fixed_table, variance_table
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "convergence",
     "covariance_map",
     "fixed_table",
+    "residual_table",
     "residuals",
     "semivariogram",
     "shares",

@@ -1,13 +1,17 @@
-"""One page of HTML for one or many runs."""
+"""One page of HTML for one or many runs, which needs no other file."""
 
 from __future__ import annotations
 
-import base64
 import os
-from math import isnan
+from collections.abc import Mapping, Sequence
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from openreml_nn.report.contents import Cell, Row, RunContents, Sheet, number
 from openreml_nn.report.runs import best, collect
 from openreml_nn.support.checks import check_instance
 from openreml_nn.support.errors import InputError
@@ -15,56 +19,15 @@ from openreml_nn.support.files import write_text
 
 __all__ = ["write_report"]
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
-pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; line-height: 1.25; }
-table { border-collapse: collapse; font-size: 14px; }
-.wide { overflow-x: auto; }
-th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; }
-td { white-space: nowrap; }
-tr.best td { font-weight: bold; background: #eef6ee; }
-figure { display: inline-block; margin: .5rem; vertical-align: top; }
-figcaption { text-align: center; color: #555; font-size: 14px; }
-img { max-width: 100%; height: auto; }
-</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-{% if rows|length > 1 %}
-<h2>Runs</h2>
-<div class="wide">
-<table>
-<tr>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for row in rows %}
-<tr{% if row[0] == best %} class="best"{% endif %}>
-{%- for value in row %}<td>{{ value }}</td>{% endfor %}</tr>
-{% endfor %}
-</table>
-</div>
-{% if best is not none %}<p>Best run by {{ by }}: {{ best }}.</p>{% endif %}
-{% endif %}
-{% for run in runs %}
-<h2>{{ run.name }}</h2>
-<pre>{{ run.summary }}</pre>
-{% for plot in run.plots %}
-<figure><img src="data:image/png;base64,{{ plot.data }}" alt="{{ plot.name }}" width="520">
-<figcaption>{{ plot.name }}</figcaption></figure>
-{% endfor %}
-{% endfor %}
-</body>
-</html>
-"""
+_HERE = Path(__file__).parent
 
 
 def write_report(folder: str | Path, path: str | Path) -> int:
-    """Gather the runs below a folder into one page that needs no other file.
+    """Gather the runs below a folder into one page.
+
+    The page has for each run the diagnosis, the model in words, variance components and fixed
+    effects with intervals, and plots that say the name under the pointer and zoom. Several runs stand
+    side by side before that. Tables are sorted by their headings and copied to a spreadsheet.
 
     Args:
         folder: of a run, or of many.
@@ -85,36 +48,89 @@ def write_report(folder: str | Path, path: str | Path) -> int:
         raise InputError("`path` is empty: expected the file of the page")
     table = collect(folder)
     found = best(table)
-    shown = table.drop(columns=[c for c in table if table[c].nunique() <= 1 and c != "run"])
-    runs = [_run(Path(folder), str(name)) for name in table["run"]]
+    names = {
+        str(run): Path(folder).resolve().name if run == "." else str(run) for run in table["run"]
+    }
+    runs = [
+        RunContents(Path(folder) / run, name, f"run{i}")
+        for i, (run, name) in enumerate(names.items())
+    ]
+    contexts = [run.context() for run in runs]
+    keys = dict(zip(names, (run.key for run in runs), strict=True))
     page = (
-        jinja2.Environment(autoescape=True)
-        .from_string(_PAGE)
+        jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        .from_string(_read("page.html"))
         .render(
             title=table["formula"].iloc[0] if table["formula"].nunique() == 1 else "Report",
-            columns=list(shown),
-            rows=[[_shown(value) for value in row] for row in shown.to_numpy().tolist()],
-            best=found[0] if found else None,
+            version=version("openreml_nn"),
+            date=date.today().isoformat(),
+            style=_verbatim("page.css"),
+            script=_verbatim("page.js"),
+            runs=contexts,
+            plots={key: plot for run in runs for key, plot in run.charts.plots.items()},
+            overview=_overview(table, found),
+            side_by_side=_side_by_side([run.record for run in runs], list(names.values())),
+            best=names[found[0]] if found else None,
+            best_id=keys[found[0]] if found else None,
             by=found[1] if found else None,
-            runs=runs,
         )
     )
     write_text(path, page)
     return len(runs)
 
 
-def _run(folder: Path, name: str) -> dict[str, Any]:
-    run = folder / name
-    plots = [
-        {"name": path.stem, "data": base64.b64encode(path.read_bytes()).decode()}
-        for path in sorted((run / "plots").glob("*.png"))
+def _read(name: str) -> str:
+    return (_HERE / name).read_text(encoding="utf-8")
+
+
+def _verbatim(name: str) -> Any:
+    """A file of ours, which is not escaped."""
+    from markupsafe import Markup
+
+    return Markup(_read(name))
+
+
+def _overview(table: pd.DataFrame, found: tuple[str, str] | None) -> Sheet:
+    """A row for each run: what differs between them."""
+    shown = table.drop(columns=[c for c in table if table[c].nunique() <= 1 and c != "run"])
+    rows = [
+        Row([number(value) for value in row], marked=found is not None and row[0] == found[0])
+        for row in shown.to_numpy(dtype=object).tolist()
     ]
-    text = run / "summary.txt"
-    summary = text.read_text(encoding="utf-8") if text.is_file() else "(there is no summary.txt)"
-    return {"name": run.name if name == "." else name, "summary": summary, "plots": plots}
+    return Sheet(list(shown), rows)
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return "" if isnan(value) else f"{value:.6g}"
-    return str(value)
+def _side_by_side(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Sheet:
+    """A row for each quantity and a column for each run."""
+    columns = [_quantities(record) for record in records]
+    rows = []
+    for name in dict.fromkeys(key for column in columns for key in column):
+        texts = [column.get(name, ("", None)) for column in columns]
+        cells = [Cell(text, value, differs=text != texts[0][0]) for text, value in texts]
+        rows.append(Row([Cell(name), *cells]))
+    return Sheet(["Quantity", *names], rows)
+
+
+def _quantities(record: Mapping[str, Any]) -> dict[str, tuple[str, float | None]]:
+    """The estimates of a run by name: what is shown, and the number."""
+    found: dict[str, tuple[str, float | None]] = {}
+    for part in record["fixed"]:
+        error = part["std_error"]
+        shown = number(part["estimate"]).text + ("" if error is None else f" ({error:.3g})")
+        found[part["name"]] = shown, part["estimate"]
+    for part in record["random"]:
+        for i, effect in enumerate(part["effects"]):
+            value = number(part["covariance"][i][i])
+            found[f"variance of {part['group']}: {effect}"] = value.text, value.value
+            for j in range(i):
+                value = number(part["correlation"][i][j])
+                name = f"correlation of {part['group']}: {part['effects'][j]}, {effect}"
+                found[name] = value.text, value.value
+    residual = number(record["residual"]["variance"])
+    found["residual variance"] = residual.text, residual.value
+    for name, value in record.get("family_parameters", {}).items():
+        found[name] = number(value).text, value
+    for name in ("log_likelihood", "aic", "bic"):
+        cell = number(record["fit"][name])
+        found[name.replace("_", "-")] = cell.text, cell.value
+    return found

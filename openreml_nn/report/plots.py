@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from scipy.special import ndtri
 from torch import Tensor
 
-from openreml_nn.families import Family
-from openreml_nn.inference import Profile, quantile_residuals, variance_shares
+from openreml_nn.inference import Profile, variance_shares
 from openreml_nn.inference.refit import Refit, source_of
+from openreml_nn.report.points import QUANTILES, has_quantiles, residual_values
 from openreml_nn.result.result import Result
 from openreml_nn.support.checks import check_count, check_instance, check_tensor
 from openreml_nn.support.display import visible
@@ -39,8 +39,6 @@ _NAMED = 60
 _LEVELS = 300
 #: Points beyond this many are drawn as a density.
 _POINTS = 20_000
-#: Quantiles beyond this many are left out of a quantile plot, evenly by rank.
-_QUANTILES = 2_000
 #: Numbers that a plot holds of a design without structure.
 _NUMBERS = 10_000_000
 
@@ -85,7 +83,7 @@ def caterpillar(result: Result, group: str) -> Figure:
         axis.set_ylim(-1, shown)
         axis.set_yticks(at if named and axis is axes[0] else [])
         if named and axis is axes[0]:
-            axis.set_yticklabels([_text(levels[i]) for i in order], fontsize=7)
+            axis.set_yticklabels([_text(levels[i], 40) for i in order], fontsize=7)
     count = f"{shown} of {len(first)} levels, evenly by rank"
     axes[0].set_ylabel(f"{_text(group)} ({count if shown < len(first) else f'{shown} levels'})")
     figure.supxlabel("BLUP with 95% prediction interval", fontsize=10)
@@ -150,18 +148,17 @@ def residuals(result: Result) -> Figure:
         TypeError: if ``result`` is no result.
     """
     check_instance("result", result, Result)
-    is_family = _has_quantiles(result)
+    is_family = has_quantiles(result)
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    x = result.fitted.numpy(force=True)
-    y = (quantile_residuals(result) if is_family else result.residuals).numpy(force=True)
+    x, y = result.fitted.numpy(force=True), residual_values(result)
     _cloud(left, x, y)
     left.axhline(0, color="0.5", lw=0.8, ls="--")
     left.set_xlabel("fitted value")
     left.set_ylabel("randomised quantile residual" if is_family else "residual")
     n = len(y)
     # Blom's plotting positions; of many rows, quantiles do.
-    at = np.linspace(0, n - 1, min(n, _QUANTILES)).round().astype(int)
+    at = np.linspace(0, n - 1, min(n, QUANTILES)).round().astype(int)
     normal = ndtri((at + 1 - 0.375) / (n + 0.25))
     scale = 1.0 if is_family else y.std() or 1.0
     right.plot(normal, np.sort(y)[at] / scale, "o", ms=3, alpha=0.6)
@@ -169,15 +166,6 @@ def residuals(result: Result) -> Figure:
     right.set_xlabel("normal quantile")
     right.set_ylabel("quantile residual" if is_family else "residual / its standard deviation")
     return figure
-
-
-def _has_quantiles(result: Result) -> bool:
-    """Whether quantile residuals are to be had: of a family with a distribution function, whose rows
-    are there."""
-    family = None if result.model is None else result.model.family
-    if result.source is None or not isinstance(family, Family):
-        return False
-    return type(family).cumulative is not Family.cumulative
 
 
 def calibration(mean: Tensor, target: Tensor, bins: int = 10) -> Figure:
@@ -371,9 +359,11 @@ def _cloud(axis: Axes, x: np.ndarray, y: np.ndarray) -> None:
         axis.plot(x, y, "o", ms=3, alpha=0.6)
 
 
-def _text(name: object) -> str:
-    """A name as it is written: dollar signs are no formula."""
-    return visible(name).replace("$", r"\$")
+def _text(name: object, most: int = 80) -> str:
+    """A name as it is written, shortened: dollar signs are no formula."""
+    text = visible(name)
+    text = text if len(text) <= most else text[: most - 1] + "…"
+    return text.replace("$", r"\$")
 
 
 def _groups(result: Result) -> list[str]:

@@ -54,12 +54,14 @@ def _row(path: Path, folder: Path) -> dict[str, Any]:
 
 def best(table: pd.DataFrame) -> tuple[str, str] | None:
     """The best run and by what: log density of the rows held out; else AIC, where the models have
-    one likelihood of the same data (``ml``, or ``reml`` with the same formula); None where nothing
-    compares."""
+    one likelihood (``ml``, or ``reml`` with the same formula); None where nothing compares, as between
+    runs of different data."""
+    response = table["formula"].str.partition("~")[0].str.strip()
+    if max(table["rows"].nunique(), response.nunique()) > 1:
+        return None
     by = "val_negative_log_density"
     if by not in table:
-        response = table["formula"].str.partition("~")[0].str.strip()
-        if max(table["method"].nunique(), table["rows"].nunique(), response.nunique()) > 1:
+        if table["method"].nunique() > 1:
             return None
         if table["method"].iloc[0] == "reml" and table["formula"].nunique() > 1:
             return None

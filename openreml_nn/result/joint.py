@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from openreml_nn.likelihood.problem import cholesky
 from openreml_nn.result.cells import LevelCells
 from openreml_nn.result.equations import Equations
+from openreml_nn.result.factored import FactoredErrors
 from openreml_nn.result.places import PlacedDesign
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import RepeatedCovariance
@@ -37,13 +38,18 @@ from openreml_nn.terms.design import IndexedDesign
 
 __all__ = ["JointErrors", "Solution", "solution_of"]
 
+# Covariances of the random terms, and what yields the equations of the rows.
+_Given = tuple[Sequence[Covariance], Callable[[], Equations | None]]
+
 
 class JointErrors(nn.Module):
     """What the variance of a prediction needs; its buffers travel with the checkpoint.
 
     Args:
-        most_columns: more than these beside the first factor's are not held, their square at once.
+        most_columns: more than these beside the first factor's are not held, their square at once;
+            then a sparse factor yields the variances, see :class:`FactoredErrors`.
         most_numbers: so many are held at a time for the rows that are asked for.
+        most_entries: of a sparse factor.
 
     Attributes:
         is_known: whether there were data.
@@ -68,12 +74,20 @@ class JointErrors(nn.Module):
     covariance: Tensor
     basis: Tensor
 
-    def __init__(self, most_columns: int = 2_000, most_numbers: int = 10_000_000) -> None:
+    def __init__(
+        self,
+        most_columns: int = 2_000,
+        most_numbers: int = 10_000_000,
+        most_entries: int = 50_000_000,
+    ) -> None:
         super().__init__()
         self.most_columns, self.most_numbers = most_columns, most_numbers
+        self.most_entries = most_entries
         none = torch.zeros(0, dtype=torch.float64)
         self.log_det = none.new_zeros(())  # of the effects' system, of the last update
-        self._pending: tuple[Sequence[Covariance], Callable[[], Equations | None]] | None = None
+        self._pending: _Given | None = None
+        self._large: _Given | None = None  # of which a factor may be had
+        self._factored: FactoredErrors | None = None
         self.register_buffer("is_known", torch.tensor(False))
         self.register_buffer("is_exact", torch.tensor(False))
         self.register_buffer("first", torch.tensor(-1))
@@ -99,16 +113,16 @@ class JointErrors(nn.Module):
             covariances: of each random term.
             sizes: levels and effects of each.
             r: number of coefficients.
-            equations: yields those of the rows, or None where they cannot be had; it is not called
-                where they would have more than ``most_columns`` columns beside those of the first
-                factor, the widest of independent levels.
+            equations: yields those of the rows, or None where they cannot be had.
         """
         widths = [levels * k for levels, k in sizes]
         free = [w for w, g in zip(widths, covariances, strict=True) if _is_free(g)]
         self.is_known.fill_(True)
         self.is_exact.fill_(False)
         too_many = sum(widths) - max(free, default=0) + r > self.most_columns
-        self._pending = None if too_many else (covariances, equations)
+        given = covariances, equations
+        self._factored = None
+        self._pending, self._large = (None, given) if too_many else (given, None)
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -129,23 +143,13 @@ class JointErrors(nn.Module):
         rest = [t for t in range(len(free)) if t != first]
         q = sum(widths[t] for t in rest)
         if q + r > self.most_columns:
+            self._large = covariances, given
             return
         roots = [g.map(lambda x: x.to(like)).root() for g in covariances]
         starts = [sum(widths[t] for t in rest[:i]) for i in range(len(rest))]
-        S = like.new_zeros(q + r, q + r)
-        for i, (t, start) in enumerate(zip(rest, starts, strict=True)):
-            at = slice(start, start + widths[t])
-            S[at, q:] = equations.products.zf[t][:, :r]
-            for u, other in zip(rest[i:], starts[i:], strict=True):
-                S[at, other : other + widths[u]] = equations.dense(t, u)
-        S[q:, q:] = like[:r, :r]
-        upper = S.triu(1)
-        S = upper + upper.mT + torch.diag(S.diagonal())
-        conditional, cells, log_det = (
-            like.new_zeros(0, 0, 0),
-            LevelCells.none(like),
-            like.new_zeros(()),
-        )
+        S = _dense(equations, rest)
+        conditional, cells = like.new_zeros(0, 0, 0), LevelCells.none(like)
+        log_det = like.new_zeros(())
         if first >= 0:
             levels, k = equations.sizes[first]
             conditional, log_det = _conditional(
@@ -166,6 +170,23 @@ class JointErrors(nn.Module):
         self.conditional, self.basis = conditional, equations.fixed.basis
         self.is_exact.fill_(True)
 
+    @torch.no_grad()
+    def factored(self) -> FactoredErrors | None:
+        """The sparse factor that is in place of the parts where these are too large; None where it
+        cannot be had. It is not in a checkpoint, but the equations and parameters are."""
+        self.settle()
+        if self._large is not None:
+            (covariances, given), self._large = self._large, None
+            equations = given()
+            if equations is not None:
+                self._factored = FactoredErrors.of(covariances, equations, self.most_entries)
+        return self._factored
+
+    def has_variances(self) -> bool:
+        """Whether :meth:`variance` is there, which is exact."""
+        self.settle()
+        return bool(self.is_exact) or self.factored() is not None
+
     def variance(self, designs: Sequence[IndexedDesign | PlacedDesign], X: Tensor) -> Tensor:
         """Variance of the error of :math:`x^\\top\\hat\\beta + z^\\top\\hat b` of some rows (n,).
 
@@ -173,43 +194,15 @@ class JointErrors(nn.Module):
             designs: of each random effect; a level that is not known is a row of zeros.
             X: (n, p), with p = 0 where there are no coefficients.
         """
+        if self._factored is not None:
+            return self._factored.variance(designs, X, self.most_numbers)
         n, m = len(X), len(self.covariance)
         step = max(1, self.most_numbers // max(m, 1))
         parts = [
-            self._some([d.take(at) for d in designs], X[at])  # type: ignore[misc]
+            _some(self, [d.take(at) for d in designs], X[at])
             for at in torch.arange(n, device=X.device).split(step)
         ]
         return torch.cat(parts) if parts else X.new_zeros(0)
-
-    def _some(self, designs: Sequence[IndexedDesign | PlacedDesign], X: Tensor) -> Tensor:
-        C, first, n = self.covariance, int(self.first), len(X)
-        w = C.new_zeros(n, len(C))
-        rows = torch.arange(n, device=X.device)
-        found = C.new_zeros(n)
-        for i, design in enumerate(designs):
-            if isinstance(design, PlacedDesign):
-                at, own = design.entries(C)
-                w[design.kriging.rows] = w[design.kriging.rows].scatter_add(
-                    1, self.offsets[i] + at, own
-                )
-                design = design.levels
-            z = C.new_ones(n, 1) if design.values is None else design.values.to(C)
-            k = torch.arange(design.effects, device=X.device)
-            at = design.codes[:, None] * design.effects + k
-            if i != first:
-                w[rows[:, None], self.offsets[i] + at] += z
-                continue
-            codes = design.codes
-            found = torch.einsum("nk,nkl,nl->n", z, self.conditional[codes], z)
-            # The cells of each row's level, one after the other.
-            lengths = (self.starts[1:] - self.starts[:-1])[codes]
-            row = rows.repeat_interleave(lengths)
-            offset = self.starts[:-1][codes] - lengths.cumsum(0) + lengths
-            place = torch.arange(len(row), device=X.device) + offset[row]
-            by = (z[row] * self.entries[place]).sum(1)
-            w.index_put_((row, self.columns[place]), -by, accumulate=True)
-        w[:, len(C) - self.basis.shape[1] :] += X.to(C) @ self.basis
-        return found + ((w @ C) * w).sum(1)
 
     # Whoever looks at the buffers, or moves them, gets those of the last update.
 
@@ -227,7 +220,7 @@ class JointErrors(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         if prefix + "covariance" in state_dict:
-            self._pending = None
+            self._pending = self._large = self._factored = None
         # The sizes are known only once there were data.
         names = ("offsets", "conditional", "starts", "columns", "entries", "covariance", "basis")
         for name in names:
@@ -235,6 +228,38 @@ class JointErrors(nn.Module):
                 own = getattr(self, name)
                 setattr(self, name, torch.empty_like(state_dict[prefix + name], device=own.device))
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _some(joint: JointErrors, designs: Sequence[IndexedDesign | PlacedDesign], X: Tensor) -> Tensor:
+    """:meth:`JointErrors.variance` of rows that are held at once."""
+    C, first, n = joint.covariance, int(joint.first), len(X)
+    w = C.new_zeros(n, len(C))
+    rows = torch.arange(n, device=X.device)
+    found = C.new_zeros(n)
+    for i, design in enumerate(designs):
+        if isinstance(design, PlacedDesign):
+            at, own = design.entries(C)
+            w[design.kriging.rows] = w[design.kriging.rows].scatter_add(
+                1, joint.offsets[i] + at, own
+            )
+            design = design.levels
+        z = C.new_ones(n, 1) if design.values is None else design.values.to(C)
+        k = torch.arange(design.effects, device=X.device)
+        at = design.codes[:, None] * design.effects + k
+        if i != first:
+            w[rows[:, None], joint.offsets[i] + at] += z
+            continue
+        codes = design.codes
+        found = torch.einsum("nk,nkl,nl->n", z, joint.conditional[codes], z)
+        # The cells of each row's level, one after the other.
+        lengths = (joint.starts[1:] - joint.starts[:-1])[codes]
+        row = rows.repeat_interleave(lengths)
+        offset = joint.starts[:-1][codes] - lengths.cumsum(0) + lengths
+        place = torch.arange(len(row), device=X.device) + offset[row]
+        by = (z[row] * joint.entries[place]).sum(1)
+        w.index_put_((row, joint.columns[place]), -by, accumulate=True)
+    w[:, len(C) - joint.basis.shape[1] :] += X.to(C) @ joint.basis
+    return found + ((w @ C) * w).sum(1)
 
 
 class Solution(NamedTuple):
@@ -258,6 +283,12 @@ class Solution(NamedTuple):
 @torch.no_grad()
 def solution_of(joint: JointErrors, equations: Equations) -> Solution:
     """What equations with y say, by their joint covariance, which is exact."""
+    factored = joint.factored()
+    if factored is not None:
+        values, variances, gamma, y_p_y = factored.solution(equations)
+        spread = torch.from_numpy(factored.variance_of_coefficients).to(gamma)
+        full = factored.log_det + equations.log_det + y_p_y
+        return _solution(equations, values, variances, gamma, spread, full)
     C, first = joint.covariance, int(joint.first)
     M = LevelCells(joint.starts, joint.columns, joint.entries)
     (zf, ff), basis = (equations.products.zf, equations.products.ff), equations.fixed.basis
@@ -281,8 +312,20 @@ def solution_of(joint: JointErrors, equations: Equations) -> Solution:
         values.append(found[at])
         variances.append(C[at[:, :, None], at[:, None, :]])
     m = len(C) - r
-    gamma, spread = found[m:], C[m:, m:]
     full = float(joint.log_det) + equations.log_det + float(square - right @ found)
+    return _solution(equations, values, variances, found[m:], C[m:, m:], full)
+
+
+def _solution(
+    equations: Equations,
+    values: list[Tensor],
+    variances: list[Tensor],
+    gamma: Tensor,
+    spread: Tensor,
+    full: float,
+) -> Solution:
+    r"""From coefficients of Q (r,), their covariance (r, r), and :math:`\log|V| + y^\top P y`."""
+    basis, r = equations.fixed.basis, len(gamma)
     # The coefficients are those of X, of which Q is a multiple.
     T = basis[basis.abs().sum(1) > 0]
     fixed = -float(torch.linalg.slogdet(spread)[1] + 2 * torch.linalg.slogdet(T)[1])
@@ -290,6 +333,23 @@ def solution_of(joint: JointErrors, equations: Equations) -> Solution:
     likelihood = {"ml": -(n + full) / 2, "reml": -(n - r * log(2 * pi) + full + fixed) / 2}
     beta, covariance = equations.fixed.offset + basis @ gamma, basis @ spread @ basis.mT
     return Solution(values, variances, beta, covariance, likelihood)
+
+
+def _dense(equations: Equations, rest: Sequence[int]) -> Tensor:
+    """The equations of some terms and of the coefficients, (q + r, q + r)."""
+    like, r = equations.products.ff, equations.fixed.basis.shape[1]
+    widths = [levels * k for levels, k in (equations.sizes[t] for t in rest)]
+    starts = [sum(widths[:i]) for i in range(len(rest))]
+    q = sum(widths)
+    S = like.new_zeros(q + r, q + r)
+    for i, (t, start) in enumerate(zip(rest, starts, strict=True)):
+        at = slice(start, start + widths[i])
+        S[at, q:] = equations.products.zf[t][:, :r]
+        for j in range(i, len(rest)):
+            S[at, starts[j] : starts[j] + widths[j]] = equations.dense(t, rest[j])
+    S[q:, q:] = like[:r, :r]
+    upper = S.triu(1)
+    return upper + upper.mT + torch.diag(S.diagonal())
 
 
 def _is_free(g: Covariance) -> bool:

@@ -89,7 +89,7 @@ class PlacedDesign:
         own = where[rows]
         at = (own >= 0).nonzero()[:, 0]
         kriging = self.kriging.take(own[at], at)
-        return PlacedDesign(self.levels.take(rows), kriging, self.z[rows])  # type: ignore[arg-type]
+        return PlacedDesign(self.levels.take(rows), kriging, self.z[rows])
 
     def entries(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Columns and entries of the rows at places, (m, s k) each."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from openreml_nn.families import Family
 from openreml_nn.result.joint import JointErrors
 from openreml_nn.result.places import Kriging, PlacedDesign
 from openreml_nn.support.checks import check_instance, check_number
+from openreml_nn.support.warning import warn
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import DenseCovariance, RepeatedCovariance, ScaledCovariance
 from openreml_nn.terms.design import IdentityDesign, IndexedDesign
@@ -84,13 +84,11 @@ def predicted(
     spread: Tensor,
     effects: Sequence[KnownEffect],
     errors: JointErrors,
-    residual: Tensor,
 ) -> Prediction:
-    r"""Mean and variance of new observations.
+    r"""Mean and variance of the predictors of new observations, which have residuals beside.
 
     The error of :math:`x^\top\hat\beta + \sum_t z_t^\top \hat b_t` has the variance that the joint
-    covariance of coefficients and BLUPs gives it; a level that was not seen adds :math:`z^\top G z`, and
-    the residual its own variance. A place among those of the levels adds what the levels leave of
+    covariance of coefficients and BLUPs gives it; a level that was not seen adds :math:`z^\top G z`. A place among those of the levels adds what the levels leave of
     that, and the error of what they say; where the joint covariance is not at hand, the most that this
     can be. Before there were data, every level is
     one that was not seen.
@@ -101,9 +99,8 @@ def predicted(
         spread: (p, p) covariance of the coefficients.
         effects: of each random effect.
         errors: the joint covariance.
-        residual: (n,) variances of the residuals.
     """
-    mean, variance = population, residual.to(population)
+    mean, variance = population, torch.zeros_like(population)
     designs: list[IndexedDesign | PlacedDesign] = []
     errors.settle()
     for effect in effects:
@@ -134,15 +131,18 @@ def _error_variance(
     effects: Sequence[KnownEffect],
     errors: JointErrors,
 ) -> Tensor:
-    """Variance of the error of the coefficients and of the BLUPs of known levels (n,)."""
-    if bool(errors.is_exact):
+    r"""Variance of the error of the coefficients and of the BLUPs of known levels (n,).
+
+    Where their covariances are not at hand, the sum of m variances stands for that of the sum, which
+    is no more than m times as large: :math:`(\sum_i s_i)^2 \le m \sum_i s_i^2`.
+    """
+    if errors.has_variances():
         return errors.variance(designs, X).to(X)
     if bool(errors.is_known):
-        warnings.warn(
+        warn(
             "predictive variances take random effects of different factors, and coefficients, "
-            "as independent: there are too many for their joint covariance",
-            RuntimeWarning,
-            stacklevel=4,
+            "as independent: there are too many for their joint covariance, and what the true ones "
+            f"have beside the residual's is at most {len(effects) + (X.shape[1] > 0)} times as large",
         )
     found = torch.einsum("np,pq,nq->n", X, spread.to(X), X)
     for each, effect in zip(designs, effects, strict=True):

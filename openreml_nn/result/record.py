@@ -7,6 +7,7 @@ from typing import Any
 
 from openreml_nn.result.parts import Component
 from openreml_nn.result.values import FitValues
+from openreml_nn.support.names import shortened
 
 __all__ = ["to_record"]
 
@@ -59,11 +60,7 @@ def to_record(result: FitValues, validation: Mapping[str, float] | None = None) 
             ),
             "residual": {
                 "variance": result.residual_variance,
-                "parameters": {
-                    p.name.rpartition("/")[2]: p.value
-                    for p in result.parameters
-                    if p.name.startswith("residual/")
-                },
+                "parameters": _residual(result),
             },
             "details": {
                 "exact": result.plan.exact,
@@ -87,6 +84,21 @@ def _family(result: FitValues) -> dict[str, Any]:
     if result.family is None:
         return {}
     return {"family": result.family, "link": result.link, "quadrature": result.quadrature}
+
+
+def _residual(result: FitValues) -> dict[str, float]:
+    """The residual's parameters by the last parts of their names, with what tells them apart before.
+
+    Scales that the model itself holds at one, as of a side of a product, are left out.
+    """
+    known = {"residual/sigma^2", *result.constraints}
+    own = [
+        p
+        for p in result.parameters
+        if p.name.startswith("residual/") and (not p.fixed or p.name in known)
+    ]
+    names = shortened(p.name for p in own)
+    return {names[p.name].removeprefix("residual/"): p.value for p in own}
 
 
 def _fixed(result: FitValues) -> list[dict[str, Any]]:

@@ -27,6 +27,8 @@ from openreml_nn.result.values import FitValues
 from openreml_nn.support.checks import check_instance
 from openreml_nn.support.errors import InputError
 from openreml_nn.support.files import check_writable, write_text
+from openreml_nn.table.encoding import read_as
+from openreml_nn.table.reading import TableFile
 
 __all__ = ["Component", "Estimate", "FixedEffects", "Label", "Record", "Result", "Source", "Start"]
 
@@ -43,7 +45,9 @@ class Result(FitValues):
         names = ("formula", "method", "log_likelihood", "rows", "groups", "converged")
         return f"Result({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
-    def predict(self, table: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
+    def predict(
+        self, table: pd.DataFrame | str | os.PathLike[str] | TableFile, level: float = 0.95
+    ) -> pd.DataFrame:
         r"""Predictions of new observations for a table, on the scale of the formula's left side.
 
         ``mean`` is :math:`x^\top\hat\beta + \sum_t z_t^\top \hat b_t`, in which levels that were not
@@ -57,11 +61,14 @@ class Result(FitValues):
         has the weights' column, and is that of its position or stratum where it has its columns, else
         the mean. The residual of a new observation is independent of those of the data; so is a field
         beside ``units``, which :attr:`fitted` has among the random effects. Covariance
-        parameters count as known. Beyond 2,000 effects beside the widest factor's, random effects of
-        different factors count as independent, with a warning.
+        parameters count as known. Where the effects are so many that even a sparse factor of their
+        equations would have more than 50 million entries, random effects of different factors count
+        as independent, with a warning that says by how much variances may be too small.
 
         Args:
-            table: a data frame with the columns of the formula; the response is not needed.
+            table: a data frame with the columns of the formula, the path or URI of a file, which is
+                read as that of the fit was, or a :class:`TableFile`, which says itself how it is read;
+                the response is not needed.
             level: probability that a new observation is between ``low`` and ``high``.
 
         Returns:
@@ -81,9 +88,10 @@ class Result(FitValues):
                 "`result` has no formula, so that a table says nothing to it: expected a fit of a "
                 "formula; a model without one predicts by MixedModel.predict(batch)"
             )
-        return predict_table(self.encoder, self.model, table, level)
+        encoder, rows = read_as(self.encoder, table)
+        return predict_table(encoder, self.model, rows, level)
 
-    def update(self, table: pd.DataFrame) -> Result:
+    def update(self, table: pd.DataFrame | str | os.PathLike[str] | TableFile) -> Result:
         r"""The result with more rows, at the same parameters: as if these had been among the rows of
         the fit when coefficients and BLUPs were computed, and exact.
 
@@ -94,7 +102,7 @@ class Result(FitValues):
         ``source`` for inference that takes the rows.
 
         Args:
-            table: the new rows, with all columns of the fit.
+            table: the new rows, with all columns of the fit, as in :meth:`predict`.
 
         Raises:
             InputError: if a column is missing, a level of the fixed effects or of correlated levels
@@ -121,8 +129,7 @@ class Result(FitValues):
                 f"`result` is of the family {self.family!r}: rows add up for a Gaussian response "
                 "only; fit all rows"
             )
-        check_instance("table", table, pd.DataFrame, "a data frame")
-        return with_rows(self, table)
+        return with_rows(self, *read_as(self.encoder, table))
 
     def summary(self, title: str | None = None) -> str:
         """The model as text, in the order of lme4's summary.

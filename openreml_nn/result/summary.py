@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from math import isnan
 from typing import Any
 
@@ -11,11 +12,18 @@ import torch
 from rich import box
 from rich.table import Table
 
-from openreml_nn.result.parts import Component
+from openreml_nn.result.parts import Component, Estimate
 from openreml_nn.result.values import FitValues
 from openreml_nn.support.display import plain_console, visible
+from openreml_nn.support.names import shortened
 
 __all__ = ["singularity", "summarise", "tables"]
+
+#: Parameters that the table of random effects shows: variances, and factors of covariances.
+_PLAIN = re.compile(r"/sigma\^2(_\d+)?$|(?<!/loadings/x)/L_\d+_\d+$")
+
+#: Effects whose correlations have a column, at most: with more, those of the first.
+_WIDEST = 7
 
 
 def summarise(result: FitValues, title: str | None = None) -> str:
@@ -45,12 +53,15 @@ def tables(result: FitValues, title: str | None = None) -> list[Table | str]:
         f"AIC {result.aic:.2f}   BIC {result.bic:.2f}\n"
     )
     parts.append(_random(result))
+    if structural := _structural(result):
+        parts.append(_estimates("Structures", structural))
     counts = "".join(f", {visible(group)} {levels}" for group, levels in result.groups.items())
     parts.append(f"Rows {result.rows}" + (f"; levels{counts[1:]}" if counts else "") + "\n")
     if result.fixed.names:
         parts.append(_fixed(result))
     if result.family_parameters:
-        parts.append(_family(result))
+        title = "Thresholds" if result.family == "ordinal" else "Family"
+        parts.append(_estimates(title, [(e.name, e) for e in result.family_parameters]))
     state = "converged" if result.converged else "NOT converged"
     parts.append(
         f"{state} in {result.iterations} iterations, score norm {result.score_norm:.1e} "
@@ -128,7 +139,7 @@ def _number(value: float) -> str:
 
 def _random(result: FitValues) -> Table:
     square = [c for c in result.components if c.covariance.dim() == 2 and not _is_uniform(c)]
-    widest = max((len(c.effects) for c in square), default=1)
+    widest = min(max((len(c.effects) for c in square), default=1), _WIDEST)
     correlations = ["Corr"] + [""] * (widest - 2) if widest > 1 else []
     table = _table(
         "Random effects", "Group", "Effect", "Variance", "Std. error", "Std. dev.", *correlations
@@ -169,11 +180,19 @@ def _component(c: Component, width: int, most: int = 12) -> list[list[str]]:
     return rows
 
 
-def _family(result: FitValues) -> Table:
-    title = "Thresholds" if result.family == "ordinal" else "Family"
+def _structural(result: FitValues) -> list[tuple[str, Estimate]]:
+    """The parameters of terms of which the covariance alone does not tell them, such as a
+    correlation by lags, by the short names that constraints take."""
+    names = shortened(p.name for p in result.parameters)
+    own = [p for p in result.parameters if not p.fixed or p.name in result.constraints]
+    terms = {p.name.split("/")[0] for p in own if not _PLAIN.search(p.name)}
+    return [(names[p.name], p) for p in own if p.name.split("/")[0] in terms]
+
+
+def _estimates(title: str, named: Sequence[tuple[str, Estimate]]) -> Table:
     table = _table(title, "", "Estimate", "Std. error")
-    for e in result.family_parameters:
-        table.add_row(e.name, _number(e.value), _number(e.std_error))
+    for name, e in named:
+        table.add_row(visible(name), _number(e.value), _number(e.std_error))
     return table
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pandas as pd
 
@@ -17,10 +17,18 @@ __all__ = ["with_rows"]
 Values = TypeVar("Values", bound=FitValues)
 
 
-def with_rows(result: Values, table: pd.DataFrame) -> Values:
-    """A result with more rows at the same parameters, see :meth:`Result.update`."""
-    encoder, model = copy.deepcopy(result.encoder), copy.deepcopy(result.model)
+def with_rows(result: Values, encoder: Any, table: pd.DataFrame) -> Values:
+    """A result with more rows at the same parameters, see :meth:`Result.update`.
+
+    Args:
+        result: of the rows before.
+        encoder: the result's, which names the new rows in messages.
+        table: the new rows.
+    """
+    source = result.encoder.source
+    encoder, model = copy.deepcopy(encoder), copy.deepcopy(result.model)
     encoded = encoder.more(table)
+    encoder.source = source
     levels = {d.name: d.levels for d in encoded.random}
     known = {name: effect.levels for name, effect in model.effects().items()}
     names = {name: labels[known[name] :] for name, labels in levels.items()}

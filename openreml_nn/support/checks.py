@@ -268,9 +268,9 @@ def check_tensor(
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether all numbers of a tensor are finite."""
-    with torch.no_grad():
-        # NaN and infinity stay in a sum, which is cheaper; a sum alone may also be too large.
-        return isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())
+    tensor = tensor.detach()
+    # NaN and infinity stay in a sum, which is cheaper; a sum alone may also be too large.
+    return isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())
 
 
 _KINDS = {"real": "a real", "floating": "a floating-point", "integer": "an integer"}

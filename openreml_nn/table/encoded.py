@@ -100,13 +100,14 @@ class ResidualDesign:
     """The structure of the residuals.
 
     Attributes:
-        strata: one or more; none where the variance depends on a covariate only.
+        strata: one or more; none where rows are independent and the variance depends on a covariate
+            only.
         cells: (n,) cell of each row. In one stratum: its group, times the number of positions, plus
             its position. In several, which have one group each: the positions of those before its
             own, plus its position.
         text: as written, without the nugget.
         variance: how the variance depends on a covariate, ``power`` or ``exp``.
-        covariate: (n,) values of that.
+        covariate: (n,) values of that; None where they are the fitted values.
         nugget: whether independent errors stand beside.
     """
 
@@ -126,6 +127,11 @@ class ResidualDesign:
                 return found.labels
         return ("",)
 
+    @property
+    def of_fitted(self) -> bool:
+        """Whether the variance depends on the fitted values."""
+        return self.variance is not None and self.covariate is None
+
     def to_dict(self) -> dict[str, Any]:
         """Its shape without the rows, in numbers, strings and containers of Python's own."""
         strata = []
@@ -137,6 +143,7 @@ class ResidualDesign:
                 sides.append([p.structure.name, options, p.name, list(p.labels), places])
             strata.append([stratum.name, sides])
         shape = {"text": self.text, "variance": self.variance, "nugget": self.nugget}
+        shape["of_fitted"] = self.of_fitted
         return {"strata": strata, **shape}
 
     @classmethod
@@ -158,7 +165,8 @@ class ResidualDesign:
         if len(strata) == 1:
             cells = cells * strata[0].size
         variance = found["variance"]
-        covariate = None if variance is None else torch.arange(1, rows + 1).double()
+        has_covariate = variance is not None and not found["of_fitted"]
+        covariate = torch.arange(1, rows + 1).double() if has_covariate else None
         return cls(tuple(strata), cells, found["text"], variance, covariate, found["nugget"])
 
 
@@ -203,8 +211,8 @@ class Encoded:
     def batch(self) -> dict[str, Any]:
         """The table as a batch of :class:`MixedModel`: ``x`` the model matrix, for each random
         effect its codes in ``groups`` and, but for intercepts, its values in ``values``; and what
-        there is of ``y``, ``weights``, ``offset``, ``zi``, and, in ``residual``, the cells of the rows,
-        the covariate of their variance; in ``places`` where the rows are, if some are at places that
+        there is of ``y``, ``weights``, ``offset``, ``zi``, the cells of the rows in ``residual``, the
+        ``covariate`` of their variance; in ``places`` where the rows are, if some are at places that
         no level has.
         """
         found: dict[str, Any] = {
@@ -215,10 +223,10 @@ class Encoded:
         if placed := {d.name: d.coordinates for d in self.random if d.is_placed}:
             found["places"] = placed
         residual = self.residual
-        cells = None
+        parts = {"y": self.y, "weights": self.weights, "offset": self.offset}
         if residual is not None:
-            cells = residual.cells if residual.covariate is None else residual.covariate
-        parts = {"y": self.y, "weights": self.weights, "offset": self.offset, "residual": cells}
+            parts["residual"] = residual.cells if residual.strata else None
+            parts["covariate"] = residual.covariate
         parts["zi"] = self.zi
         return found | {name: part for name, part in parts.items() if part is not None}
 

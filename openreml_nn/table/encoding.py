@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
+import copy
+import os
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
 import torch
 
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.warning import warn
 from openreml_nn.table.algebra import Part
 from openreml_nn.table.columns import single
 from openreml_nn.table.encoded import Encoded, ResidualDesign
@@ -19,14 +22,16 @@ from openreml_nn.table.groups import ordered_effects, random_designs, skeletons
 from openreml_nn.table.learned import Learned
 from openreml_nn.table.levels import coded
 from openreml_nn.table.matrix import Coding, codings, model_matrix
+from openreml_nn.table.reading import TableFile, given_table
 from openreml_nn.table.relation import Known
 from openreml_nn.table.residual import residual_design, residual_positions
 from openreml_nn.table.rows import TableRows, offset_of, weights_of
 from openreml_nn.table.structure import parse_residual
 from openreml_nn.table.syntax import Call, Name, bare, names_in
+from openreml_nn.table.text import Dialect
 from openreml_nn.table.traits import TRAIT, WITHIN_UNIT, complete_rows, response_of
 
-__all__ = ["Encoding"]
+__all__ = ["Encoding", "read_as"]
 
 
 class Encoding:
@@ -34,7 +39,11 @@ class Encoding:
 
     Args, Attributes, Raises:
         formula, categorical, source, residual, weights, relations, learned: see :class:`Encoder`.
+        dialect: how the file of the fit is written, and so those of other rows; None where there was
+            none.
     """
+
+    dialect: Dialect | None = None
 
     def __init__(
         self,
@@ -220,8 +229,26 @@ class Encoding:
         return [ordered_effects(part, data) for part in self.formula.random]
 
     def _warn(self, what: str) -> None:
-        warnings.warn(f"{self.source}: {what}", RuntimeWarning, stacklevel=4)
+        warn(f"{self.source}: {what}")
 
     def _effects(self, data: TableRows) -> list[Part]:
         """The operands of the fixed effects and of each random part."""
         return [self.fixed, *(part.effects for part in self._parts(data))]
+
+
+Learner = TypeVar("Learner", bound=Encoding)
+
+
+def read_as(
+    encoder: Learner, table: pd.DataFrame | str | os.PathLike[str] | TableFile
+) -> tuple[Learner, pd.DataFrame]:
+    """Other rows, which are read as those of the fit were where no more than a path is given, and the
+    encoder with messages that name them.
+
+    Raises:
+        TypeError, InputError: as :func:`given_table`.
+    """
+    found = given_table(table, encoder.dialect)
+    encoder = copy.copy(encoder)
+    encoder.source = found.source
+    return encoder, found.frame

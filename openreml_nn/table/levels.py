@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.warning import warn
 
 __all__ = ["Factor", "coded", "joined", "number_key"]
 
@@ -87,7 +87,7 @@ def coded(column: pd.Series, levels: Sequence[str] | None = None, source: str = 
         place = np.empty(len(order) + 1, dtype=np.int64)
         place[order], place[-1] = np.arange(len(order)), -1
         values = place[values]
-    raw = [label(value) for value in uniques]
+    raw = _labels(uniques)
     own = list(dict.fromkeys(raw))
     if levels is None and is_numeric and len(own) == len(raw):
         return Factor(values, own, number_key)
@@ -100,6 +100,14 @@ def coded(column: pd.Series, levels: Sequence[str] | None = None, source: str = 
         levels = own
     place = np.append(places(raw, levels), -1)
     return Factor(place[values], list(levels), key)
+
+
+def _labels(uniques: Any) -> list[str]:
+    """Values as they are written; of whole numbers, which may be many, all at once."""
+    known = np.asarray(uniques)
+    if known.dtype.kind in "iu":
+        return list(map(str, known.tolist()))
+    return [label(value) for value in uniques]
 
 
 def label(value: Any) -> str:
@@ -197,11 +205,9 @@ def _warn_of_rounded(column: pd.Series, uniques: Any, source: str) -> None:
     if pd.api.types.is_float_dtype(column.dtype) and len(uniques):
         largest = np.abs(np.asarray(uniques, dtype=np.float64)).max()
         if largest > _EXACT and float(largest).is_integer():
-            warnings.warn(
+            warn(
                 f"{source}: ids in column {column.name!r} are stored as float64, which cannot tell "
-                "whole numbers beyond 2^53 apart: read them as text or as 64-bit integers",
-                RuntimeWarning,
-                stacklevel=2,
+                "whole numbers beyond 2^53 apart: read them as text or as 64-bit integers"
             )
 
 

@@ -9,16 +9,17 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import pandas as pd
 
+from openreml_nn.support.checks import check_table
 from openreml_nn.support.errors import InputError
 from openreml_nn.table.frames import frame_of, regrouped
 from openreml_nn.table.parsing import TextTable
 from openreml_nn.table.text import Dialect
 
-__all__ = ["TableFile", "read_table"]
+__all__ = ["GivenTable", "TableFile", "given_table", "read_table"]
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": None}
 _COMPRESSED = (".gz", ".bz2", ".zst", ".lz4", ".xz", ".zip")
@@ -55,8 +56,48 @@ def read_table(
     return TableFile(path, **options, missing=missing, comment=comment).read()  # type: ignore[arg-type]
 
 
+class GivenTable(NamedTuple):
+    """A table in memory.
+
+    Attributes:
+        frame: its rows.
+        source: what messages call it.
+        dialect: how the text of its file is written; None for what was in memory.
+    """
+
+    frame: pd.DataFrame
+    source: str
+    dialect: Dialect | None
+
+
+def given_table(
+    table: pd.DataFrame | str | os.PathLike[str] | TableFile, dialect: Dialect | None = None
+) -> GivenTable:
+    """A table that was given, in memory.
+
+    Args:
+        table: a data frame, the path or URI of a file, or a :class:`TableFile`.
+        dialect: how the text of a file is written of which no more than the path is given.
+
+    Raises:
+        TypeError: if it is something else.
+        InputError: as :func:`read_table`.
+    """
+    check_table("table", table)
+    if isinstance(table, pd.DataFrame):
+        return GivenTable(table, "the table", None)
+    file = table if isinstance(table, TableFile) else TableFile(table)
+    if file is not table and dialect is not None and file.is_text:
+        file = TableFile(table, **vars(dialect))
+    return GivenTable(file.read(), f"file {str(file)!r}", file.dialect)
+
+
 class TableFile(os.PathLike[str]):
     """The path of a table together with how it is to be read; see :func:`read_table`.
+
+    Attributes:
+        dialect: how its text is written, as it was given.
+        is_text: whether it is text.
 
     Raises:
         InputError: if there is no such file, or an option is wrong.
@@ -82,13 +123,14 @@ class TableFile(os.PathLike[str]):
         compressed = suffixes[-1:] and suffixes[-1] in _COMPRESSED
         self._suffix = (suffixes[:-1] if compressed else suffixes)[-1:] or [""]
         kinds = (".parquet", *_SEPARATORS)
-        self._is_text = self._suffix[0] in _SEPARATORS and not self._folder
+        self.is_text = self._suffix[0] in _SEPARATORS and not self._folder
         if self._suffix[0] not in kinds and not (self._folder or self._remote):
             raise InputError(
                 f"file {self._path!r}: expected a name ending in .csv, .csv.gz or .parquet"
             )
         missing = (missing,) if isinstance(missing, str) else tuple(map(str, missing or ()))
-        dialect = self._checked(Dialect(separator, decimal, encoding, missing, comment))
+        self.dialect = Dialect(separator, decimal, encoding, missing, comment)
+        dialect = self._checked(self.dialect)
         self._text = TextTable(self._open, dialect, self._suffix[0] != ".csv")
 
     def __str__(self) -> str:
@@ -108,7 +150,7 @@ class TableFile(os.PathLike[str]):
             raise InputError(f"file {self._path!r} does not exist: expected a CSV or Parquet file")
 
     def _checked(self, given: Dialect) -> Dialect:
-        if not self._is_text and given != Dialect():
+        if not self.is_text and given != Dialect():
             raise InputError(f"file {self._path!r} is no text: it takes no options of CSV")
         if given.separator is not None and len(given.separator) != 1:
             raise InputError(f"`separator` is {given.separator!r}: expected one character")
@@ -134,7 +176,7 @@ class TableFile(os.PathLike[str]):
             InputError: if the file is broken.
         """
         with self._told():
-            return self._text.names() if self._is_text else list(self._dataset().schema.names)
+            return self._text.names() if self.is_text else list(self._dataset().schema.names)
 
     def read(self) -> pd.DataFrame:
         """The whole table.
@@ -143,7 +185,7 @@ class TableFile(os.PathLike[str]):
             InputError: if the file is broken or has no rows.
         """
         with self._told():
-            found = self._text.read() if self._is_text else frame_of(self._dataset().to_table())
+            found = self._text.read() if self.is_text else frame_of(self._dataset().to_table())
         if not len(found) or not len(found.columns):
             raise InputError(f"file {self._path!r} has no rows")
         return found
@@ -167,7 +209,7 @@ class TableFile(os.PathLike[str]):
                     "one of each name"
                 )
         with self._told():
-            if self._is_text:
+            if self.is_text:
                 yield from self._text.chunks(rows, [names.index(c) for c in columns], columns)
                 return
             dataset = self._dataset()
@@ -179,7 +221,7 @@ class TableFile(os.PathLike[str]):
     def count(self) -> int | None:
         """The number of rows, where the file says it."""
         with self._told():
-            return None if self._is_text else int(self._dataset().count_rows())
+            return None if self.is_text else int(self._dataset().count_rows())
 
     @contextmanager
     def _told(self) -> Iterator[None]:

@@ -17,7 +17,14 @@ from openreml_nn.table.encoded import Positions, ResidualDesign, Stratum
 from openreml_nn.table.lags import check_lags, whole_lags
 from openreml_nn.table.levels import joined
 from openreml_nn.table.rows import TableRows
-from openreml_nn.table.structure import KERNELS, VARYING, ResidualFactor, ResidualPart, Structure
+from openreml_nn.table.structure import (
+    FITTED,
+    KERNELS,
+    VARYING,
+    ResidualFactor,
+    ResidualPart,
+    Structure,
+)
 
 __all__ = ["residual_design", "residual_positions"]
 
@@ -32,19 +39,27 @@ def residual_design(part: ResidualPart, data: TableRows) -> ResidualDesign:
         InputError: if a group has a position twice, there is one position only, or the times of
             lags are no whole numbers.
     """
+    found = _correlated(part, data)
+    if part.variance is None:
+        return found
+    kind, name = part.variance
+    if not part.of_fitted:
+        return replace(found, variance=kind, covariate=_covariate(kind, name, data))
+    if FITTED in data.table:
+        raise InputError(
+            f"{data.source} has a column {FITTED!r}, which in residual {part.text!r} stands for the "
+            "fitted values: rename yours"
+        )
+    return replace(found, variance=kind)
+
+
+def _correlated(part: ResidualPart, data: TableRows) -> ResidualDesign:
+    """The cells of the rows, without variances that depend on a covariate."""
     n, text = len(data), part.text
-    if part.variance is not None:
-        kind, name = part.variance
-        if part.factors or part.strata:
-            raise InputError(
-                f"{data.source}: residual {text!r}: {kind}() beside another structure is not "
-                f"supported: expected {kind}({name}) alone"
-            )
-        return ResidualDesign((), torch.arange(n), text, kind, _covariate(kind, name, data))
+    if not part.factors and not part.strata:
+        return ResidualDesign((), torch.arange(n), text)
     if not part.factors:  # variances by stratum, rows independent
         codes, labels = _cells(part.strata, data)
-        if len(labels) < 2:
-            raise _one_level(part, data)
         found = torch.from_numpy(np.arange(n) * len(labels) + codes)
         positions = Positions(Structure("diag"), ":".join(part.strata), labels)
         return ResidualDesign((Stratum("", (positions,)),), found, text)
@@ -72,11 +87,23 @@ def residual_positions(
     variance is that of every position, or the table has not the columns.
     """
     found = ResidualDesign.from_dict(learned, 1)
-    if part.variance is not None:
+    cells, covariate = _known_cells(part, data, found), None
+    if part.variance is not None and not part.of_fitted:
         kind, name = part.variance
         if name not in data.table:
             return None
-        return replace(found, covariate=_covariate(kind, name, data, fitting=False))
+        covariate = _covariate(kind, name, data, fitting=False)
+    if cells is None and covariate is None:
+        return None
+    if cells is None:
+        cells = torch.full((len(data),), -1)
+    return replace(found, cells=cells, covariate=covariate)
+
+
+def _known_cells(part: ResidualPart, data: TableRows, found: ResidualDesign) -> Tensor | None:
+    """Cells of the fit; None where the variance is that of every position."""
+    if not found.strata:
+        return None
     if len(found.strata) > 1:
         starts = np.cumsum([0, *(stratum.size for stratum in found.strata)]).tolist()
         at = {stratum.name: start for stratum, start in zip(found.strata, starts, strict=False)}
@@ -92,8 +119,7 @@ def residual_positions(
         return None
     factors = [data.labels(name) for name in names]
     labels = [":".join(map(str, row)) for row in zip(*(f.labels() for f in factors), strict=True)]
-    cells = torch.tensor([at.get(label, -1) for label in labels], dtype=torch.long)
-    return replace(found, cells=cells)
+    return torch.tensor([at.get(label, -1) for label in labels], dtype=torch.long)
 
 
 def _one_level(part: ResidualPart, data: TableRows) -> InputError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.warning import warn
 from openreml_nn.table.columns import kind_of, numbers, row_name, single, stray
 from openreml_nn.table.expressions import Basis, as_numbers, evaluate
 from openreml_nn.table.functions import FUNCTIONS
@@ -208,7 +208,7 @@ def complete(
         raise InputError(f"{source}: every row has a missing value, most in column {emptiest!r}")
     if dropped:
         what = f"{source}: {dropped} of {len(table)} rows left out, which miss a value"
-        warnings.warn(what, RuntimeWarning, stacklevel=3)
+        warn(what)
     return (table.iloc[rows] if dropped else table), rows, dropped
 
 

@@ -20,6 +20,7 @@ from openreml_nn.table.syntax import (
 
 __all__ = [
     "EFFECTS",
+    "FITTED",
     "KERNELS",
     "ORDERED",
     "RELATIONS",
@@ -48,6 +49,8 @@ VARYING = ("us", "diag", "hetar1", "hettoep", "ante")
 RELATIONS = ("ped", "vm", *KERNELS, "spline")
 #: Variances of residuals that depend on a covariate.
 VARIANCES = ("power", "exp")
+#: What stands for the fitted values in these.
+FITTED = "fitted"
 #: Structures within groups of residuals.
 _WITHIN = ("us", "cs", "homcs", *ORDERED, "car1", "arma", *KERNELS)
 #: Prefixes of products: a structure for each stratum, or one for all.
@@ -115,7 +118,7 @@ class ResidualPart:
         factors: of the product, the first slowest; none where variances differ by stratum only.
         group: the columns whose combinations are the groups; none is one group of all rows.
         strata: the columns whose combinations have parameters of their own.
-        variance: how the variance depends on a column, and that column.
+        variance: how the variance depends on a column, and that column, or :data:`FITTED`.
         nugget: whether independent errors, ``units``, stand beside.
     """
 
@@ -130,10 +133,15 @@ class ResidualPart:
         return f"{self.text} + units" if self.nugget else self.text
 
     @property
+    def of_fitted(self) -> bool:
+        """Whether the variance depends on the fitted values."""
+        return self.variance is not None and self.variance[1] == FITTED
+
+    @property
     def columns(self) -> list[str]:
         """The columns that it uses."""
         positions = [name for factor in self.factors for name in factor.positions]
-        variance = [self.variance[1]] if self.variance else []
+        variance = [self.variance[1]] if self.variance and not self.of_fitted else []
         return list(dict.fromkeys([*self.strata, *self.group, *positions, *variance]))
 
 
@@ -202,7 +210,8 @@ def parse_residual(text: str) -> ResidualPart:
 
     ``ar1(time | subject)``, ``cs(subject)`` and ``us(time | subject)`` correlate the rows of a
     subject; ``diag(sex)`` has a variance for each stratum; ``ar1(row):ar1(col)`` is a field, and
-    ``diag(site):ar1(row):ar1(col)`` one for each site; ``power(x)`` has variances that depend on x.
+    ``diag(site):ar1(row):ar1(col)`` one for each site; ``power(x)`` has variances that depend on x,
+    ``power(fitted)`` on the fitted values, and ``power(x):ar1(time | subject)`` correlations beside.
 
     Raises:
         InputError: if it does not parse.
@@ -276,6 +285,10 @@ class _Residual:
             raise InputError(f"{self.what}: id() is a prefix of a product: leave `residual` out")
         variance = self._variance(variances[0]) if variances else None
         alone = len(within) == 1 and not strata
+        if variance and nugget:
+            raise InputError(
+                f"{self.what}: {variance[0]}() beside units is not supported: expected one of them"
+            )
         factors = []
         for call in within:
             factor, of = self._factor(call, alone)
@@ -307,7 +320,10 @@ class _Residual:
     def _variance(self, call: Call) -> tuple[str, str]:
         nodes = [node for key, node in call.arguments if key is None]
         if len(call.arguments) != 1 or len(nodes) != 1 or not isinstance(nodes[0], Name):
-            raise InputError(f"{self.what}: {call.function}() takes one numeric column")
+            raise InputError(
+                f"{self.what}: {call.function}() takes one numeric column, or {FITTED} for the fitted "
+                "values"
+            )
         return call.function, nodes[0].name
 
     def _factor(self, call: Call, alone: bool) -> tuple[ResidualFactor, tuple[str, ...]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -10,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.warning import warn
 from openreml_nn.table.algebra import Part
 from openreml_nn.table.columns import single
 from openreml_nn.table.rows import TableRows, complete
@@ -123,7 +123,7 @@ def complete_rows(
             raise InputError(f"{source}: every row misses every response")
         if without:
             what = f"{source}: {without} of {size} rows left out, which have no response"
-            warnings.warn(what, RuntimeWarning, stacklevel=4)
+            warn(what)
     at, trait = present.nonzero()
     names = pd.Categorical.from_codes(trait, [name for name, _ in traits])
     stacked = table.iloc[at].assign(**{TRAIT: names, UNIT: at})

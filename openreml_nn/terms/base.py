@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,19 @@ from openreml_nn.support.errors import NumericalError
 from openreml_nn.terms.design import Design
 from openreml_nn.terms.kernel import Kernel
 
-__all__ = ["Covariance", "LinearCovariance", "condition", "square_root"]
+__all__ = ["Covariance", "LinearCovariance", "Meeting", "condition", "square_root"]
+
+
+class Meeting(NamedTuple):
+    """Which rows share an independent block of a covariance.
+
+    Attributes:
+        together: (n, n) ones for those that do, zeros for the others.
+        rows: entries of each row within its blocks, (n, copies, k); None where each is a one.
+    """
+
+    together: Tensor
+    rows: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -119,13 +132,25 @@ class Covariance:
         eye = torch.eye(size, dtype=self.matrix.dtype, device=self.matrix.device)
         return self.multiply(eye)
 
-    def sandwich(self, design: Design) -> Tensor:
-        r"""The summand :math:`Z G Z^\top` of a design, (n, n)."""
+    def meeting(self, design: Design) -> Meeting | None:
+        """Which rows of a design share a block of G, where G has blocks that the design's levels
+        divide into; None elsewhere. It is what both of the following start with."""
+        return None
+
+    def sandwich(self, design: Design, meeting: Meeting | None = None) -> Tensor:
+        r"""The summand :math:`Z G Z^\top` of a design, (n, n), which nobody else holds.
+
+        Args:
+            design: Z.
+            meeting: that of the design, where it is known.
+        """
         z = design.dense(self.matrix)
         return design.matmul(self.multiply(z.mT))
 
-    def fold_sandwich(self, design: Design, cotangent: Tensor) -> Tensor:
-        r"""From a cotangent of :meth:`sandwich`, (n, n), to that of ``matrix``."""
+    def fold_sandwich(
+        self, design: Design, cotangent: Tensor, meeting: Meeting | None = None
+    ) -> Tensor:
+        r"""From a symmetric cotangent of :meth:`sandwich`, (n, n), to that of ``matrix``."""
         return self.fold(design.t_matmul(design.t_matmul(cotangent).mT))
 
     def root(self) -> Covariance:

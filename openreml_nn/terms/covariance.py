@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.support.errors import NumericalError
-from openreml_nn.terms.base import Covariance, LinearCovariance, condition, square_root
+from openreml_nn.terms.base import Covariance, LinearCovariance, Meeting, condition, square_root
 from openreml_nn.terms.design import Design, IndexedDesign
 from openreml_nn.terms.kernel import Kernel
 
@@ -21,6 +21,14 @@ __all__ = [
     "ScaledCovariance",
     "kronecker",
 ]
+
+
+def _equal(codes: Tensor, like: Tensor) -> Tensor:
+    """Ones where two of the codes (n,) are equal, zeros elsewhere, (n, n)."""
+    if torch._C._are_functorch_transforms_active():
+        return (codes[:, None] == codes).to(like.dtype)
+    # Written as numbers at once, which takes half the time.
+    return torch.eq(codes[:, None], codes, out=like.new_empty(len(codes), len(codes)))
 
 
 @dataclass(frozen=True)
@@ -73,31 +81,35 @@ class RepeatedCovariance(LinearCovariance):
             return matrix[0] * x
         return (matrix @ x.reshape(self.levels, matrix.shape[0], -1)).reshape(x.shape)
 
-    def sandwich(self, design: Design) -> Tensor:
-        found = self._rows(design)
+    def sandwich(self, design: Design, meeting: Meeting | None = None) -> Tensor:
+        found = self.meeting(design) if meeting is None else meeting
         if found is None:
             return super().sandwich(design)
         together, rows = found
         if rows is None:
             return together * self.matrix
+        if rows.shape[1] == 1:
+            z = rows[:, 0]
+            return together * (z @ self.matrix @ z.mT)
         # (n, copies, k): a copy of the block for each k effects of a row.
         return together * torch.einsum("nak,kl,mal->nm", rows, self.matrix, rows)
 
-    def fold_sandwich(self, design: Design, cotangent: Tensor) -> Tensor:
-        found = self._rows(design)
+    def fold_sandwich(
+        self, design: Design, cotangent: Tensor, meeting: Meeting | None = None
+    ) -> Tensor:
+        found = self.meeting(design) if meeting is None else meeting
         if found is None:
             return super().fold_sandwich(design, cotangent)
         together, rows = found
         if rows is None:
-            return (together * cotangent).sum().reshape(1, 1)
+            return (together.reshape(-1) @ cotangent.reshape(-1)).reshape(1, 1)
+        if rows.shape[1] == 1:
+            z = rows[:, 0]
+            return z.mT @ (together * cotangent) @ z
         return torch.einsum("nak,nm,mal->kl", rows, together * cotangent, rows)
 
-    def _rows(self, design: Design) -> tuple[Tensor, Tensor | None] | None:
-        r"""Which rows share a block (n, n), and the entries of each row within its blocks, (n, copies,
-        k), None for a one; None where the design's levels do not divide into blocks.
-
-        Rows of different blocks are independent, so that nothing of all levels need be formed.
-        """
+    def meeting(self, design: Design) -> Meeting | None:
+        # Rows of different blocks are independent, so that nothing of all levels need be formed.
         k = len(self.matrix)
         if not isinstance(design, IndexedDesign) or (k % design.effects and design.effects % k):
             return None
@@ -110,10 +122,11 @@ class RepeatedCovariance(LinearCovariance):
             at = (codes % levels)[:, None, None].expand(-1, 1, design.effects)
             values = rows.scatter(1, at, ones[:, None]).flatten(1)
             codes = codes // levels
-        together = codes[:, None] == codes
+        together = _equal(codes, self.matrix)
         if values is None:
-            return together, None
-        return together, values.to(self.matrix).unflatten(1, (-1, k))
+            return Meeting(together, None)
+        z = values.to(self.matrix)
+        return Meeting(together, z[:, None] if z.shape[1] == k else z.unflatten(1, (-1, k)))
 
     def root(self) -> RepeatedCovariance:
         factor = square_root(self.matrix) if self.factor is None else self.factor
@@ -124,6 +137,8 @@ class RepeatedCovariance(LinearCovariance):
 
     def fold(self, cotangent: Tensor) -> Tensor:
         k = self.matrix.shape[0]
+        if k == 1:
+            return cotangent.trace().reshape(1, 1)
         four = cotangent.reshape(self.levels, k, self.levels, k)
         return four.diagonal(dim1=0, dim2=2).sum(-1)
 

@@ -130,7 +130,7 @@ class IndexedDesign(Design):
         values = like.new_ones(columns.shape) if self.values is None else self.values.to(like)
         return like.new_zeros(self.shape).scatter(1, columns, values)
 
-    def take(self, rows: Tensor) -> Design:
+    def take(self, rows: Tensor) -> IndexedDesign:
         values = None if self.values is None else self.values[rows]
         return IndexedDesign(self.codes[rows], values, self.levels, absent=False)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from openreml_nn.terms.base import Covariance
+from openreml_nn.terms.base import Covariance, Meeting
 from openreml_nn.terms.covariance import DenseCovariance
 from openreml_nn.terms.design import DenseDesign, Design, IdentityDesign, IndexedDesign
 from openreml_nn.terms.kernel import private
@@ -57,9 +57,14 @@ class Term:
         """What the term holds beside the entries of its covariance."""
         return [*self.design.tensors, *self.covariance.constants]
 
-    def private(self) -> Term:
-        """The term with constants that nobody else can change."""
-        return replace(self, design=self.design.map(private), covariance=self.covariance.private())
+    def with_covariance(self, covariance: Covariance) -> Term:
+        """The same term with another covariance."""
+        return Term(self.design, covariance, self.name, self.known)
+
+    def held(self) -> Term:
+        """The term without a graph, and with constants that nobody else can change."""
+        covariance = self.covariance.private().map(Tensor.detach)
+        return Term(self.design.map(private), covariance, self.name, self.known)
 
     def take(self, rows: Tensor | None) -> Term:
         """The term of some of the rows."""
@@ -76,28 +81,34 @@ class Term:
         """The term with its covariance in another precision."""
         if self.covariance.matrix.dtype == dtype:
             return self
-        return replace(self, covariance=self.covariance.map(lambda x: x.to(dtype)))
+        return self.with_covariance(self.covariance.map(lambda x: x.to(dtype)))
 
     def detach(self) -> Term:
         """The term without the graph of its covariance."""
-        return replace(self, covariance=self.covariance.map(Tensor.detach))
+        return self.with_covariance(self.covariance.map(Tensor.detach))
 
     def within(self, name: str, known: bool = False) -> Term:
         """The term as seen from one node further up, which may say that it is known."""
         name = f"{name}/{self.name}" if self.name else name
         return Term(self.design, self.covariance, name, self.known or known)
 
-    def dense(self) -> Tensor:
+    def meeting(self) -> Meeting | None:
+        """What :meth:`dense` and :meth:`fold` start with, where there is something."""
+        if isinstance(self.design, IdentityDesign):
+            return None
+        return self.covariance.meeting(self.design)
+
+    def dense(self, meeting: Meeting | None = None) -> Tensor:
         """The (n, n) summand itself."""
         if isinstance(self.design, IdentityDesign):
             return self.covariance.whole(self.design.shape[0])
-        return self.covariance.sandwich(self.design)
+        return self.covariance.sandwich(self.design, meeting)
 
-    def fold(self, cotangent: Tensor) -> Tensor:
-        """From a cotangent of the summand, (n, n), to that of the covariance's entries."""
+    def fold(self, cotangent: Tensor, meeting: Meeting | None = None) -> Tensor:
+        """From a symmetric cotangent of the summand, (n, n), to that of the covariance's entries."""
         if isinstance(self.design, IdentityDesign):
             return self.covariance.fold(cotangent)
-        return self.covariance.fold_sandwich(self.design, cotangent)
+        return self.covariance.fold_sandwich(self.design, cotangent, meeting)
 
 
 def whole_term(matrix: Tensor) -> Term:
@@ -143,5 +154,10 @@ def propagate(outer: Design, term: Term) -> Term:
         return replace(term, design=outer)
     if isinstance(outer, IndexedDesign) and outer.values is None:
         return replace(term, design=inner.take(outer.codes))
+    if isinstance(outer, IndexedDesign) and isinstance(inner, IndexedDesign) and outer.effects == 1:
+        taken = inner.take(outer.codes)
+        assert isinstance(taken, IndexedDesign) and outer.values is not None
+        values = outer.values if taken.values is None else outer.values * taken.values
+        return replace(term, design=IndexedDesign(taken.codes, values, taken.levels, absent=False))
     product = outer.matmul(inner.dense(term.covariance.matrix))
     return replace(term, design=DenseDesign(product))

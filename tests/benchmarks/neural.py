@@ -32,7 +32,7 @@ BATCH = 512
 RATE = 0.006
 DECAY = 0.1
 #: A fit that takes longer is given up.
-MOST_SECONDS = 900
+MOST_SECONDS = 3600
 
 
 class _Rows(Dataset[dict[str, object]]):

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from openreml_nn import MixedModel, RandomEffect
 from openreml_nn.covariance import (
+    GaussianCorrelation,
     GaussianMatrix,
-    KnownMatrix,
     Matrix,
     ScalarMatrix,
     UnstructuredMatrix,
+    VecchiaMatrix,
 )
 
 __all__ = ["STUDIES", "Data", "network"]
@@ -44,7 +45,8 @@ class Data:
         random: makes the random effects, to be estimated.
         values: (n, k) of random slopes.
         mean: (n,) the true mean without random effects; None for data that were not simulated.
-        truth: (q k, q k) or (k, k) the true covariance of each factor's effects.
+        truth: (k, k) the true covariance of the effects of each factor's levels.
+        roots: (q, r) a root of the true covariance of a factor's levels, in place of it.
         slopes: (n, k) true values of the effects, where they are to be learned.
         places: (q, 2) of the levels of a spatial factor.
         epochs: of the networks.
@@ -60,6 +62,7 @@ class Data:
     values: dict[str, Tensor] = field(default_factory=dict)
     mean: Tensor | None = None
     truth: dict[str, Tensor] = field(default_factory=dict)
+    roots: dict[str, Tensor] = field(default_factory=dict)
     slopes: dict[str, Tensor] = field(default_factory=dict)
     places: Tensor | None = None
     epochs: int = 30
@@ -75,19 +78,20 @@ class Data:
     def oracle(self) -> float:
         """Test error of the predictor that knows the mean function and the covariances."""
         assert self.mean is not None
+        if self.roots:
+            return self._rooted()
         values = {name: v.double() for name, v in {**self.values, **self.slopes}.items()}
         random = {}
         for name, covariance in self.truth.items():
             k = values[name].shape[1] if name in values else 1
-            among: Matrix = KnownMatrix(covariance)  # of all levels
+            among: Matrix = ScalarMatrix(self.levels[name]).double()
             if k > 1:
                 among = UnstructuredMatrix(k).double()
                 root = torch.linalg.cholesky(covariance)
                 for i in range(k):
                     for j in range(i + 1):
                         among.set_value(f"L_{i}_{j}", float(root[i, j]), natural=True)
-            elif len(covariance) == 1:
-                among = ScalarMatrix(self.levels[name]).double()
+            else:
                 among.set_value("sigma^2", float(covariance), natural=True)
             random[name] = RandomEffect(self.levels[name], among, k)
         model = MixedModel(nn.Identity(), random)
@@ -98,6 +102,20 @@ class Data:
 
         model.update(rows(self.train))
         return float(((model.predict(rows(self.test)).mean - self.y[self.test]) ** 2).mean())
+
+    def _rooted(self) -> float:
+        """The same for one factor whose effects are L u with u ~ N(0, I): u has the expectation
+        (I + L' N L)^-1 L' s with the numbers and the sums of the residuals of each level."""
+        assert self.mean is not None
+        ((name, root),) = self.roots.items()
+        codes, residual = self.groups[name], (self.y - self.mean).double()
+        at, zero = codes[self.train], root.new_zeros(len(root))
+        number = zero.index_add(0, at, torch.ones(len(at), dtype=torch.float64))
+        total = zero.index_add(0, at, residual[self.train])
+        system = root.mT @ (number[:, None] * root) + torch.eye(root.shape[1], dtype=torch.float64)
+        u = torch.cholesky_solve((root.mT @ total)[:, None], torch.linalg.cholesky(system))
+        error = (root @ u)[:, 0][codes[self.test]] - residual[self.test]
+        return float((error**2).mean())
 
 
 def network(inputs: int, outputs: int = 1) -> nn.Sequential:
@@ -179,28 +197,53 @@ def longitudinal(seed: int, n: int = ROWS, future: bool = False, variance: float
 
 
 def spatial(seed: int, n: int = ROWS, q: int = 100, variance: float = 1.0) -> Data:
-    """Places in a square of 20 x 20, with a Gaussian covariance of length scale 1."""
+    """Places in a square of 20 x 20, with a Gaussian covariance of length scale 1; more than 1,000 of them
+    are estimated by 20 nearest neighbours."""
     g = torch.Generator().manual_seed(seed)
     x, f = _rows(g, n)
     codes = _codes(g, n, q)
     places = 20 * torch.rand(q, 2, generator=g, dtype=torch.float64) - 10
-    distances = torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist")
-    covariance = variance * torch.exp(-(distances**2) / 2)
-    values, vectors = torch.linalg.eigh(covariance)
-    unit = torch.randn(q, generator=g, dtype=torch.float64)
-    b = vectors @ (values.clamp(min=0).sqrt() * unit)
+    root = variance**0.5 * _root(places)
+    b = root @ torch.randn(root.shape[1], generator=g, dtype=torch.float64)
     y = f + b[codes].float() + torch.randn(n, generator=g)
+
+    def random() -> dict[str, RandomEffect]:
+        if q > 1000:
+            near: Matrix = VecchiaMatrix(places, GaussianCorrelation(), neighbours=20)
+            return {"place": RandomEffect(q, near)}
+        return {"place": RandomEffect(q, GaussianMatrix(_distances(places, places)))}
+
     return Data(
         x,
         y,
         {"place": codes},
         {"place": q},
         *_split(g, n),
-        lambda: {"place": RandomEffect(q, GaussianMatrix(distances))},
+        random,
         mean=f,
-        truth={"place": covariance},
+        roots={"place": root},
         places=places,
     )
+
+
+def _distances(one: Tensor, other: Tensor) -> Tensor:
+    return torch.cdist(one, other, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _root(places: Tensor) -> Tensor:
+    """(q, r) a root of the Gaussian covariance with length scale 1: the pivoted Cholesky factor, until no
+    place has more than 1e-9 of its variance left."""
+    q = len(places)
+    left, columns = torch.ones(q, dtype=torch.float64), torch.zeros(q, q, dtype=torch.float64)
+    for r in range(q):
+        pivot = int(left.argmax())
+        if float(left[pivot]) < 1e-9:
+            return columns[:, :r].clone()
+        column = torch.exp(-(_distances(places, places[pivot : pivot + 1])[:, 0] ** 2) / 2)
+        column -= columns[:, :r] @ columns[pivot, :r]
+        columns[:, r] = column / left[pivot].sqrt()
+        left -= columns[:, r] ** 2
+    return columns
 
 
 def features(seed: int, n: int = ROWS, q: int = 1000) -> Data:
@@ -266,6 +309,7 @@ STUDIES: Mapping[str, Callable[..., Data]] = {
     "future": partial(longitudinal, future=True),
     "spatial-100": spatial,
     "spatial-1000": partial(spatial, q=1000),
+    "spatial-10000": partial(spatial, q=10_000),
     "features": features,
     "insteval": insteval,
     "insteval-slopes": partial(insteval, slopes=True),

@@ -59,9 +59,9 @@ def test_pullback_equals_jacobian_contraction(data):
 
 @given(st.data())
 def test_gradcheck_and_gradgradcheck_through_the_custom_function(data):
-    matrix = closed(data.draw(matrices()))
-    if not matrix.num_free_params:
-        return
+    matrix = data.draw(matrices())
+    if not matrix.num_free_params or not matrix.has_closed_form():
+        return  # a function of the user's alone is recorded by autograd
     at = data.draw(points(matrix)).requires_grad_()
     assert matrix(at).grad_fn.name() == "ClosedFormBackward"
     assert gradcheck(matrix, at, check_forward_ad=True, check_batched_grad=True)

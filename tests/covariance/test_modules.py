@@ -278,7 +278,7 @@ def test_the_default_dtype_is_followed(kind, dtype):
 #: Leaves that are built from tensors, which are data and not on the meta device.
 FROM_DATA = (
     "conditional", "continuous ar1", "exponential", "gaussian", "intrinsic", "known",
-    "known inverse", "linear", "matern", "neighbours", "power", "random walk", "rational", "spherical",
+    "heteroscedastic", "known inverse", "linear", "matern", "neighbours", "power", "random walk", "rational", "spherical",
 )  # fmt: skip
 
 

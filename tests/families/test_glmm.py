@@ -456,3 +456,21 @@ def test_a_fit_has_converged_where_its_own_curvature_says_so():
     assert far.converged == (far.score_norm < 1e-3)
     if far.converged:
         assert far.log_likelihood == pytest.approx(best.log_likelihood, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "seed", "mean"),
+    [("poisson", 6, 0.5), ("negative_binomial", 2, 3.0)],
+)
+def test_a_fit_from_a_far_start_is_that_from_the_datas_own(family, seed, mean):
+    # The likelihood is flat on the way, and bends the other way in places.
+    rng = np.random.default_rng(seed)
+    g, x, e = np.repeat(np.arange(12), 10), rng.normal(size=120), np.exp(3 * rng.normal(size=120))
+    table = pd.DataFrame({"y": rng.poisson(mean * e), "x": x, "g": g, "e": e})
+    near, far = (
+        glmm("y ~ x + offset(log(e)) + (1 | g)", table, family=family, starts=starts)
+        for starts in (None, {"g/sigma^2": 25.0})
+    )
+    assert near.converged and far.converged
+    assert max(len(near.history), len(far.history)) < 40
+    assert far.log_likelihood == pytest.approx(near.log_likelihood, abs=1e-5)

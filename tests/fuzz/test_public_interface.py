@@ -367,8 +367,6 @@ def _top() -> list[Call]:
         Call("", "MixedModel.forward", model, {"batch": {"x": x}},
              {"batch": Kind(lambda v: False, ({"y": x}, {"x": x.numpy()}, {"x": [1]}, {"x": double(3, 7)}))},
              {"batch": ("x",)}),
-        Call("", "MixedModel.outputs", model.outputs, {"x": x, "rows": 4},
-             {"x": tensor(None, 2, whole=False, finite=False), "rows": count(1)}),
         Call("", "MixedModel.backward_in_parts", model.backward_in_parts, {"batch": batch(), "rows": 4},
              {"batch": BATCH, "rows": count(1)}, {"batch": BATCH_WORDS}),
     ]  # fmt: skip
@@ -442,7 +440,7 @@ def _covariance() -> list[Call]:
     words = {"operands": ("operand", "op_0", "op_1", "op_2", "positional")}
     for made in (cov.Sum, cov.BlockDiagonal, cov.KroneckerProduct, cov.HadamardProduct, cov.Product,
                  cov.Transpose, cov.Inverse, cov.Gram, cov.Augment, cov.Stack,
-                 cov.CovariancePropagation, cov.kron):  # fmt: skip
+                 cov.CovariancePropagation, cov.Heteroscedastic, cov.kron):  # fmt: skip
         single = made in (cov.Transpose, cov.Inverse, cov.Gram)
         count_of = 1 if single else 2
 
@@ -458,7 +456,7 @@ def _covariance() -> list[Call]:
         fits = _or_matrix(takes, made)
         found.append(
             Call("covariance", made.__name__, call, {"operand": cov.ScalarMatrix(3)},
-                 {"operand": fits}, {"operand": (*words["operands"], "`z`", "`g`", made.__name__)})
+                 {"operand": fits}, {"operand": (*words["operands"], "`z`", "`g`", "`variance`", made.__name__)})
         )  # fmt: skip
     found.append(
         Call("covariance", "Gram", lambda gram_type: cov.Gram(cov.ScalarMatrix(3), gram_type=gram_type),
@@ -942,6 +940,7 @@ def _report() -> list[Call]:
         ),
         Call("report", "caterpillar", report.caterpillar, {**own, "group": "Subject"},
              {**takes, "group": never}),
+        Call("report", "residual_table", report.residual_table, own, takes),
         Call("report", "covariance_map", report.covariance_map, own, {**takes, "rows": count(1)}),
         Call("report", "calibration", report.calibration,
              {"mean": torch.tensor([0.2, 0.7]), "target": torch.tensor([0.0, 1.0])},

@@ -40,6 +40,7 @@ from openreml_nn.covariance import (
 )
 from openreml_nn.likelihood import Evaluation, Plan, Sparse
 from openreml_nn.likelihood.system.sparse.factor import Factor
+from openreml_nn.likelihood.system.sparse.ordering import leaves_dense
 from openreml_nn.likelihood.system.sparse.symbolic import Symbolic
 from tests.likelihood.models import models
 from tests.strategies import distances, kinship, pedigree
@@ -113,6 +114,43 @@ def test_every_entry_of_the_pattern_of_the_factor_is_of_the_inverse():
     np.testing.assert_allclose(
         found.inverse[place[inside]], inverse[row[inside], column[inside]], rtol=1e-10
     )
+
+
+def crossed_pattern(seed: int, groups: int = 1) -> csc_matrix:
+    """Positive definite, of 300 columns that do not meet and 400 others, in groups of their own."""
+    rng, first, rest = np.random.default_rng(seed), 300, 400
+    W = np.zeros((first, rest))
+    for i in range(first):
+        own = np.arange(i % groups, rest, groups)
+        W[i, rng.permutation(own)[:25]] = rng.standard_normal(25)
+    corner = np.diag(30.0 + rng.random(rest))
+    return csc_matrix(np.block([[np.diag(30.0 + rng.random(first)), W], [W.T, corner]]))
+
+
+@pytest.mark.parametrize("ordered", ["columns first", "narrow columns first", "dissected"])
+def test_many_columns_that_reach_into_a_large_block_are_taken_line_by_line(ordered):
+    A = crossed_pattern(0)
+    if ordered == "narrow columns first":  # pairs of columns are supernodes of two
+        A = csc_matrix(np.kron(A.toarray()[::2, ::2], np.eye(2)) + 0.1 * np.eye(700))
+        A = csc_matrix(A + np.kron(np.eye(350), np.full((2, 2), 0.5)))
+    dissected = ordered == "dissected"
+    found, dense = factored(A, None if dissected else natural), A.toarray()
+    widest = np.diff(found.symbolic.first).max()
+    assert widest >= 200 and (dissected or ordered != "columns first" or found.symbolic.runs)
+    assert found.log_det == pytest.approx(np.linalg.slogdet(dense)[1], rel=1e-12)
+    low = tril(A).tocoo()
+    place = found.symbolic.where(low.row.astype(np.int64), low.col.astype(np.int64))
+    np.testing.assert_allclose(
+        found.inverse[place], np.linalg.inv(dense)[low.row, low.col], rtol=0, atol=1e-14
+    )
+    x = np.random.default_rng(1).standard_normal((700, 3))
+    np.testing.assert_allclose(found.solve(x), np.linalg.solve(dense, x), rtol=0, atol=1e-13)
+
+
+def test_what_is_left_of_crossed_factors_is_dense_unless_they_fall_into_groups():
+    first = np.arange(300)
+    assert leaves_dense(crossed_pattern(0), first)
+    assert not leaves_dense(crossed_pattern(0, groups=4), first)
 
 
 def test_matrix_without_a_positive_pivot_is_refused():

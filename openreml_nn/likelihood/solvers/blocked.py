@@ -43,7 +43,7 @@ from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.design import Design, IndexedDesign
 from openreml_nn.terms.term import Term
 
-__all__ = ["Blocked", "BlockedProblem"]
+__all__ = ["Blocked", "BlockedEvaluation", "BlockedProblem"]
 
 #: Where more bytes than these could be held, it is looked at which levels meet.
 _LARGE = 2**28
@@ -140,7 +140,10 @@ class BlockedProblem(GroupedProblem):
         fixed, terms, method: see :class:`Problem`.
         solver: with its options.
         statistics: cross-products of the random terms, in their order, and of f, for rows that
-            are not at hand; the residual has one variance.
+            are not at hand; the residual has one variance, or a subclass has its :meth:`system`.
+
+    Attributes:
+        moving: what leads to the system, where R moves by more than a factor.
     """
 
     def __init__(
@@ -158,43 +161,41 @@ class BlockedProblem(GroupedProblem):
         if statistics is not None:
             # The rows themselves are not at hand: terms and fixed part are of any rows.
             self.n = statistics.rows
-            random = sorted(self.roles.random)
-            order = [random.index(i) for i in self.roles.random]
-            pattern, products = statistics.ordered(order)
-        pattern, placement = _placed(
-            self.designs, self.roles, self.grids, solver.pair_cost, pattern
-        )
+            pattern, products = statistics.ordered(self.order)
+        cost = solver.pair_cost
+        pattern, placement = _placed(self.designs, self.roles, self.grids, cost, pattern)
         self.partition = placement.partition
         self._cost = placement.cost(self.p + 1)
-        self._moving: tuple[Pattern, Placement] | None = (pattern, placement)
+        self.moving: tuple[Pattern, Placement] | None = (pattern, placement)
+        if self.residual.moves:
+            return
+        # The products are all that is needed, and what leads to them can go.
         if statistics is not None and products is not None:
             white = self.residual.white([torch.ones_like(products.ff[:1, :1])])
             white.log_det = white.log_det + statistics.log_det
-            self.constant, self._moving = (placement.place(products), white), None
-        elif not self.residual.moves:
-            # Then the products are all that is needed, and what leads to them can go.
+            self.constant = placement.place(products), white
+        else:
             self.constant = self._system([torch.ones_like(self.f[:1, :1])])
-            self._moving = None
+        self.moving = None
 
     def anew(self, fixed: FixedPart, terms: Sequence[Term]) -> Problem:
         return BlockedProblem(fixed, terms, self.method, self.solver)
 
     def system(self, residual: Sequence[Tensor]) -> tuple[System, White, Tensor]:
-        """The system of white rows, R without a scalar residual's variance, and that variance."""
         if self.constant is not None:
             return (*self.constant, residual[0].reshape(()))
         return (*self._system(residual), self.f.new_ones(()))
 
     def _system(self, residual: Sequence[Tensor]) -> tuple[System, White]:
-        assert self._moving is not None
-        pattern, placement = self._moving
+        assert self.moving is not None
+        pattern, placement = self.moving
         white = self.residual.white(residual)
         designs = [white.design(design) for design in self.designs]
         products = pattern.products(designs, white.rows(self.f))
         return placement.place(products), white
 
     def evaluate_unchecked(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
-        return _BlockedEvaluation(self, terms, matrices)
+        return BlockedEvaluation(self, terms, matrices)
 
     def precise(self, terms: Sequence[Term]) -> Evaluation | None:
         return super().precise(terms) if self._has_rows else None
@@ -264,7 +265,9 @@ class BlockedProblem(GroupedProblem):
         return found
 
 
-class _BlockedEvaluation(GroupedEvaluation):
+class BlockedEvaluation(GroupedEvaluation):
+    """The likelihood at one point, the other terms by a Cholesky factor."""
+
     problem: BlockedProblem
 
     def __init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
@@ -12,16 +12,20 @@ from torch import Tensor
 
 from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.fixed import FixedPart, check_data, traced
-from openreml_nn.likelihood.problem import Cost, Evaluation, Problem, cholesky, pivot_loss
+from openreml_nn.likelihood.problem import Cost, Evaluation, Problem, cholesky, factored
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.system.square_root import SquareRootEvaluation, within
 from openreml_nn.support.checks import check_choice
 from openreml_nn.support.errors import InputError, NumericalError
+from openreml_nn.terms.base import Meeting
 from openreml_nn.terms.covariance import DenseCovariance
 from openreml_nn.terms.design import IdentityDesign
 from openreml_nn.terms.term import Term, residual_terms
 
 __all__ = ["Dense", "DenseProblem", "check_method", "restricted_log_likelihood"]
+
+#: Of so few rows it is kept, between V and the scores, which of them share levels.
+_FEW_ROWS = 500
 
 
 def restricted_log_likelihood(y: Tensor, X: Tensor, V: Tensor, method: str = "reml") -> Tensor:
@@ -128,32 +132,36 @@ class DenseProblem(Problem):
         return evaluation.log_likelihood
 
     def evaluate_unchecked(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
-        return _DenseEvaluation(self, self._with(matrices))
+        return _DenseEvaluation(self, self.placed(terms))
 
     def precise(self, terms: Sequence[Term]) -> Evaluation | None:
         return SquareRootEvaluation.of(self, self.placed(terms))
 
     def placed(self, terms: Sequence[Term]) -> list[Term]:
         """The prepared terms with the covariances of others."""
-        return [
-            replace(own, covariance=term.covariance)
-            for own, term in zip(self.terms, terms, strict=True)
-        ]
+        pairs = zip(self.terms, terms, strict=True)
+        return [own.with_covariance(term.covariance) for own, term in pairs]
 
     def _with(self, matrices: Sequence[Tensor]) -> list[Term]:
-        return [
-            replace(term, covariance=term.covariance.with_matrix(matrix))
-            for term, matrix in zip(self.terms, matrices, strict=True)
-        ]
+        pairs = zip(self.terms, matrices, strict=True)
+        return [term.with_covariance(term.covariance.with_matrix(matrix)) for term, matrix in pairs]
 
 
 class _DenseEvaluation(Evaluation):
     def __init__(self, problem: DenseProblem, terms: Sequence[Term]) -> None:
         self.problem = problem
         self._terms = terms
-        V = _total(terms)
         y, Q = problem.fixed.y, problem.fixed.Q
-        self._L = L = cholesky(V, "V")
+        # Of many rows it is made again, as it would be held as long as V.
+        few = problem.n <= _FEW_ROWS
+        self._meetings = [term.meeting() if few else None for term in terms]
+        V = _total(terms, self._meetings)
+        if traced(V):
+            L = cholesky(V, "V")
+        else:
+            L, lost = factored(V, "V")
+            self.rounding = self.recorded_rounding = torch.finfo(V.dtype).eps * lost
+        self._L = L
         if problem.p:
             white = torch.linalg.solve_triangular(L, torch.cat([Q, y[:, None]], 1), upper=False)
             log_det_x = self._profile_fixed(white[:, :-1], white[:, -1])
@@ -164,9 +172,6 @@ class _DenseEvaluation(Evaluation):
         self.y_p_y = self._residual @ self._residual
         log_det_v = 2 * L.diagonal().log().sum()
         self.log_likelihood = problem.assemble(log_det_v, log_det_x, self.y_p_y)
-        if not traced(V):
-            self.rounding = torch.finfo(V.dtype).eps * pivot_loss(V.detach(), L.detach())
-            self.recorded_rounding = self.rounding
 
     def _profile_fixed(self, white_Q: Tensor, white_y: Tensor) -> Tensor:
         """Take the fixed effects off white rows by least squares; log |Q' V^-1 Q|."""
@@ -203,8 +208,9 @@ class _DenseEvaluation(Evaluation):
         reml = self.problem.method == "reml" and self.problem.p > 0
         trace = self._projector() if reml else torch.cholesky_inverse(self._L)
         # In place: matrices of this size take longer to write than to compute.
-        S = trace.mul_(-0.5).addr_(p_y, p_y, alpha=0.5)
-        return [term.fold(S) for term in self._terms]
+        S = trace.mul_(-0.5).addr_(p_y, p_y, alpha=0.5).mT  # by rows, as the others are
+        pairs = zip(self._terms, self._meetings, strict=True)
+        return [term.fold(S, meeting) for term, meeting in pairs]
 
     def information(self, derivatives: Sequence[Tensor]) -> Tensor:
         p_y = self._p_y
@@ -254,7 +260,8 @@ class _DenseEvaluation(Evaluation):
         terms, Q = [self._terms[i] for i in random], self.problem.fixed.Q
         try:
             roots = [term.covariance.root() for term in terms]
-            L = cholesky(_total([self._terms[i] for i in residual]), "R")
+            own = [self._terms[i] for i in residual]
+            L = cholesky(_total(own, [None] * len(own)), "R")
         except NumericalError:
             return None, 1.0
         parts = [
@@ -275,16 +282,22 @@ class _DenseEvaluation(Evaluation):
         return found, float(M.diagonal().max())
 
 
-def _total(terms: Sequence[Term]) -> Tensor:
+def _total(terms: Sequence[Term], meetings: Sequence[Meeting | None]) -> Tensor:
     """V, what is a multiple of the identity added to its diagonal alone."""
-    parts = [term.dense() for term in terms if not term.is_residual]
-    if not parts:
-        return torch.stack([term.dense() for term in terms]).sum(0)
-    V = parts[0]
-    for part in parts[1:]:
-        V = V + part
     nugget = [term.covariance.matrix.reshape(()) for term in terms if term.is_residual]
-    if not nugget:
-        return V
-    variance = nugget[0] if len(nugget) == 1 else torch.stack(nugget).sum()
-    return torch.diagonal_scatter(V, V.diagonal() + variance)
+    pairs = [pair for pair in zip(terms, meetings, strict=True) if not pair[0].is_residual]
+    if not pairs:
+        return torch.stack([term.dense() for term in terms]).sum(0)
+    parts = [term.dense(meeting) for term, meeting in pairs]
+    variance = sum(nugget[1:], nugget[0]) if nugget else None
+    V, (first, _) = parts[0], pairs[0]
+    if torch.is_grad_enabled() or traced(V, variance) or isinstance(first.design, IdentityDesign):
+        for part in parts[1:]:
+            V = V + part
+        return V if variance is None else torch.diagonal_scatter(V, V.diagonal() + variance)
+    # What nobody else holds is written to in place.
+    for part in parts[1:]:
+        V.add_(part)
+    if variance is not None:
+        V.diagonal().add_(variance)
+    return V

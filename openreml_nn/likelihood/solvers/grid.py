@@ -92,6 +92,8 @@ class GridTerms:
     @classmethod
     def of(cls, terms: Sequence[Term]) -> GridTerms | None:
         """None if there is not one grid over all rows, or another term over them."""
+        if not any(isinstance(term.covariance, KroneckerCovariance) for term in terms):
+            return None
         over = [i for i, term in enumerate(terms) if _is_over_rows(term.design)]
         grid = [i for i in over if isinstance(terms[i].covariance, KroneckerCovariance)]
         if len(grid) != 1:

@@ -41,6 +41,7 @@ from openreml_nn.likelihood.solvers.blocked import Blocked
 from openreml_nn.likelihood.solvers.dense import Dense, DenseProblem
 from openreml_nn.likelihood.system.sparse.equations import Equations
 from openreml_nn.likelihood.system.sparse.evaluation import SparseEvaluation, SparseSystem
+from openreml_nn.likelihood.system.sparse.fields import FieldResidual, FieldRows
 from openreml_nn.likelihood.system.sparse.rows import Rows
 from openreml_nn.likelihood.system.sparse.terms import (
     SparseTerm,
@@ -96,15 +97,16 @@ class Sparse(Solver):
         if self.obstacle(terms) is not None:
             return None
         moved = over_levels(terms)
-        residual = Residual.of(moved)
+        residual = _residual_of(moved)
         n = moved[0].design.shape[0]
         effects = [term for i, term in enumerate(moved) if i not in residual.at]
-        if not _promising(effects) or _held_dense(effects) > self.memory:
+        is_field = isinstance(residual, FieldResidual)
+        if not (is_field or _promising(effects)) or _held_dense(effects) > self.memory:
             # Other solvers take so little, or this one so much, that a bound will do.
             q = float(sum(term.design.shape[1] for term in effects))
             work = q**3 + 8.0 * q * q * (p + 2) + 4.0 * n * (p + 1) + Sparse.least
             return Cost(work, 16.0 * q * q, True, "what meets is sparse", (f"{q:.0f} columns",))
-        random = SparseTerm.of_all(moved, residual.at)
+        random = _random_of(moved, residual)
         equations = self._equations(random, residual)
         self._analysed.update(terms=terms, equations=equations)
         return cost_of(equations, n, p)
@@ -120,10 +122,10 @@ class Sparse(Solver):
             known = self._analysed["equations"]
         self._analysed.clear()
         moved = over_levels(terms)
-        residual = Residual.of(moved)
+        residual = _residual_of(moved)
         effects = [term for i, term in enumerate(moved) if i not in residual.at]
         self.check_memory(_held_dense(effects), sum(x.design.shape[1] for x in effects))
-        random = SparseTerm.of_all(moved, residual.at)
+        random = _random_of(moved, residual)
         found = self._equations(random, residual) if known is None else known
         self.check_memory(16.0 * found.symbolic.entries, found.size)
         return random, residual, found
@@ -138,6 +140,8 @@ class Sparse(Solver):
 
     def _equations(self, random: Sequence[SparseTerm], residual: Residual) -> Equations:
         parts = [own.part for own in random]
+        if isinstance(residual, FieldResidual):
+            return Equations(parts, residual.pattern, self.ordering)
         return Equations(parts, Rows.pattern(residual), self.ordering)
 
     def problem(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> Problem:
@@ -145,10 +149,21 @@ class Sparse(Solver):
 
     def obstacle(self, terms: Sequence[Term]) -> str | None:
         try:
-            Residual.of(over_levels(terms))
+            _residual_of(over_levels(terms))
         except InputError as error:
             return str(error).replace("blocked", "sparse")
         return None
+
+
+def _residual_of(terms: Sequence[Term]) -> Residual:
+    """R, by blocks or by a sparse precision."""
+    return FieldResidual.within(terms) or Residual.of(terms)
+
+
+def _random_of(terms: Sequence[Term], residual: Residual) -> list[SparseTerm]:
+    """The random terms, over the rows that the equations have."""
+    found = SparseTerm.of_all(terms, residual.at)
+    return residual.expanded(found) if isinstance(residual, FieldResidual) else found
 
 
 def _promising(terms: Sequence[Term]) -> bool:
@@ -208,7 +223,11 @@ class SparseProblem(Problem):
         likelihood that is recorded needs none of them."""
         if self._system is None:
             random, residual, equations = self.solver.analysis(self._dense.terms)
-            rows = Rows(equations, residual, self.fixed)
+            rows = (
+                FieldRows(equations, residual, self.fixed)
+                if isinstance(residual, FieldResidual)
+                else Rows(equations, residual, self.fixed)
+            )
             self._system = SparseSystem(random, equations, rows)
         return self._system
 

@@ -60,6 +60,8 @@ class Spectral(Solver):
 
 def _parts(terms: Sequence[Term]) -> tuple[int, list[int]] | None:
     """Positions of the kernel's term and of the residual's terms, None if there are others."""
+    if all(term.covariance.known_kernel is None for term in terms):
+        return None
     residual = residual_terms(terms)
     kernel = [i for i in range(len(terms)) if i not in residual]
     if len(kernel) != 1 or not residual:

@@ -98,7 +98,7 @@ class GroupedEvaluation(EliminatedEvaluation):
 
     def information(self, derivatives: Sequence[Tensor]) -> Tensor:
         problem = self.problem
-        found = self._variates_of_rows if problem.residual.moves else self._variates
+        found = self.variates_of_rows if problem.residual.moves else self._variates
         T1, T2, Tf, total = found(derivatives)
         e1 = block_times(self.half, T1)
         back = block_times(self.half.mT, e1) / self.s
@@ -116,10 +116,10 @@ class GroupedEvaluation(EliminatedEvaluation):
         problem, at, s = self.problem, self.system, self.s
         m = len(derivatives[0])
         ds = derivatives[0].reshape(m)
-        b1, b2 = self._blups()
+        b1, b2 = self.blups()
         C1 = -b1.reshape(-1, 1) * ds / s
         C2 = -b2[:, None] * ds / s
-        w1, w2 = self._moved(derivatives[1:])
+        w1, w2 = self.moved(derivatives[1:])
         C1 = (C1 + w1).reshape(problem.levels, problem.k, m)
         C2 = C2 + w2
         Cf = torch.cat([ds.new_zeros(problem.p, m), (ds / s)[None]])
@@ -128,14 +128,15 @@ class GroupedEvaluation(EliminatedEvaluation):
         Tf = (inner(at.A1f, C1) + at.A2f.mT @ C2 + at.Aff @ Cf) / s
         return T1, T2, Tf, inner(C1, T1) + C2.mT @ T2 + Cf.mT @ Tf
 
-    def _variates_of_rows(
+    def variates_of_rows(
         self, derivatives: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The same where R moves by more than a factor: over the rows."""
+        """Products of the working variates with [Z1 | Z2 | f] and with themselves, over the rows, where
+        R moves by more than a factor."""
         problem, white = self.problem, self.white
         split = len(problem.residual.at)
-        w1, w2 = self._moved(derivatives[split:])
-        b1, b2 = self._blups()  # the conditional residual needs these, the variates the others
+        w1, w2 = self.moved(derivatives[split:])
+        b1, b2 = self.blups()  # the conditional residual needs these, the variates the others
         both = torch.cat([b1.reshape(-1, 1), w1], 1), torch.cat([b2[:, None], w2], 1)
         effects = problem.row_effects(*both)
         fixed = problem.fixed
@@ -152,7 +153,7 @@ class GroupedEvaluation(EliminatedEvaluation):
         rest = problem.f - problem.row_effects(b1.flatten(0, 1), b2)
         return white.back(white.rows(rest)) / self.s
 
-    def _moved(self, derivatives: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def moved(self, derivatives: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Each derivative of G times u, for the eliminated factor (levels * k, m) and the
         others (q, m)."""
         problem, z, split = self.problem, self.crossed, len(self.first)
@@ -175,7 +176,7 @@ class GroupedEvaluation(EliminatedEvaluation):
         right = block_solve(self.C, block_times(self.L1.mT, left) / self.s)
         return block_times(self.half.mT, right), x
 
-    def _blups(self) -> tuple[Tensor, Tensor]:
+    def blups(self) -> tuple[Tensor, Tensor]:
         """G u of the eliminated factor (levels, k) and of the others (q,)."""
         b1, b2 = self._effects_of_data
         return (
@@ -190,7 +191,7 @@ class GroupedEvaluation(EliminatedEvaluation):
 
     def random_effects(self) -> list[RandomEffects]:
         problem, roles = self.problem, self.problem.roles
-        values = self._blups()
+        values = self.blups()
         of_X = [part[..., :-1] for part in self._effects_of_data]
         first, rest = self.conditional()
         # What the fixed effects add: the effects of an orthonormal basis of X.

@@ -51,6 +51,11 @@ class GroupedProblem(Problem):
         self.sizes = [design.shape[1] for design in self.designs[len(ones) :]]
         self.q = sum(self.sizes)
 
+    @property
+    def order(self) -> list[int]:
+        """Where the random terms are in the order of their roles."""
+        return [sorted(self.roles.random).index(i) for i in self.roles.random]
+
     def white_as_is(self, design: Design) -> Design:
         """The design, without structure where R would mix its levels."""
         if isinstance(design, IndexedDesign) and not self.residual.is_within(design.codes):

@@ -14,7 +14,7 @@ import numpy as np
 
 from openreml_nn.support.compilation import compiled, inlined
 
-__all__ = ["ROUTINES", "gemm", "potrf", "potri", "symm", "trsm"]
+__all__ = ["ROUTINES", "gemm", "potrf", "potri", "symm", "syrk", "trsm"]
 
 _NAMES = (
     ("scipy.linalg.cython_blas", "dgemm"),
@@ -22,6 +22,7 @@ _NAMES = (
     ("scipy.linalg.cython_blas", "dsymm"),
     ("scipy.linalg.cython_lapack", "dpotrf"),
     ("scipy.linalg.cython_lapack", "dpotri"),
+    ("scipy.linalg.cython_blas", "dsyrk"),
 )
 
 
@@ -93,6 +94,17 @@ def symm(routines, m, n, alpha, a, lda, b, ldb, c, ldc):
         routines[2],
         (pt, pt + 1, pi, pi + 4, px, a, pi + 8, b, pi + 12, px + 8, c, pi + 16),
     )
+    return i[0] + x[0] + t[0]
+
+
+@compiled
+def syrk(routines, n, k, a, lda, c, ldc):
+    """The upper triangle of C = A' A, by columns, for A (k, n)."""
+    i = np.array([n, k, lda, ldc], dtype=np.int32)
+    x = np.array([1.0, 0.0])
+    t = np.array([85, 84], dtype=np.uint8)  # U, T
+    pi, px, pt = i.ctypes.data, x.ctypes.data, t.ctypes.data
+    _call(routines[5], (pt, pt + 1, pi, pi + 4, px, a, pi + 8, px + 8, c, pi + 12))
     return i[0] + x[0] + t[0]
 
 

@@ -14,57 +14,59 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.sparse import coo_matrix, csc_matrix, kron
+from scipy.sparse import block_diag, coo_matrix, csc_matrix, eye, kron
 from torch import Tensor
 
 from openreml_nn.support.errors import NotPositiveDefiniteError
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import KroneckerCovariance
+from openreml_nn.terms.direct_sum import DirectSumCovariance
 
 __all__ = ["Chain", "ChainAt"]
 
 
 @dataclass(frozen=True)
 class ChainAt:
-    r"""A chained covariance :math:`\lambda^2 Q^{-1}` at one point.
+    r"""A chained covariance :math:`\Lambda Q^{-1} \Lambda` at one point, of one field or several.
 
     Attributes:
-        variance: :math:`\lambda^2`, its first entry.
+        variances: :math:`\lambda^2` of each field, its first entry.
         entries: of the lower triangle of Q, in the order of the pattern.
         log_det: :math:`\log|Q|`.
         kernel: entries of :math:`Q^{-1}` in the same order.
     """
 
-    variance: Tensor
+    variances: Tensor
     entries: Tensor
     log_det: Tensor
     kernel: Tensor
 
 
 class Chain:
-    """The pattern of the inverse of a chained covariance.
+    """The pattern of the inverse of a chained covariance, of one field or several.
 
     Args:
         g: the covariance; its sides may move, its sizes not.
 
     Attributes:
+        fields: how many independent fields it has.
+        of: (q,) the field of each column.
         pattern: (q, q), both triangles.
         row, column: of its lower triangle.
     """
 
     def __init__(self, g: Covariance) -> None:
-        self.sizes = g.sizes if isinstance(g, KroneckerCovariance) else (len(g.matrix), 1)
-        sides = [csc_matrix(np.tri(n, k=1) * np.tri(n, k=1).T) for n in self.sizes]
-        self.pattern = csc_matrix(kron(*sides, format="coo"))
-        self.pattern.eliminate_zeros()
-        whole = self.pattern.tocoo()
-        low = whole.row >= whole.col
-        self.row, self.column = whole.row[low].astype(np.int64), whole.col[low].astype(np.int64)
-        c = self.sizes[1]
-        self._sides = [
-            _band(self.row // c, self.column // c, self.sizes[0]),
-            _band(self.row % c, self.column % c, c),
-        ]
+        self._fields = [_Field(form) for form in _parts(g)]
+        self.fields = len(self._fields)
+        sizes = [field.size for field in self._fields]
+        self.of = np.repeat(np.arange(self.fields), sizes)
+        start = np.cumsum([0, *sizes])[:-1]
+        self.pattern = csc_matrix(block_diag([field.pattern for field in self._fields]))
+        self.pattern.sort_indices()
+        self.row, self.column = (
+            np.concatenate([at + x for at, x in zip(start, each, strict=True)])
+            for each in zip(*((field.row, field.column) for field in self._fields), strict=True)
+        )
 
     def at(self, g: Covariance) -> ChainAt:
         """The covariance at one point, differentiable in its entries.
@@ -72,26 +74,30 @@ class Chain:
         Raises:
             NotPositiveDefiniteError: if it is not positive definite.
         """
-        if isinstance(g, KroneckerCovariance):
-            parts = list(g.parts())
-        else:
-            parts = [g.matrix, torch.ones_like(g.matrix[:1, :1])]
-        sides = [_side(part) for part in parts]
-        indices = [torch.from_numpy(side) for side in self._sides]
-        (r, c) = self.sizes
-        entries = sides[0][1][indices[0]] * sides[1][1][indices[1]]
-        kernel = sides[0][2][indices[0]] * sides[1][2][indices[1]]
-        log_det = c * sides[0][3] + r * sides[1][3]
-        return ChainAt(sides[0][0] * sides[1][0], entries, log_det, kernel)
+        found = [field.at(part) for field, part in zip(self._fields, _parts(g), strict=True)]
+        variances, entries, log_dets, kernels = zip(*found, strict=True)
+        return ChainAt(
+            torch.stack(variances),
+            torch.cat(entries),
+            torch.stack(log_dets).sum(),
+            torch.cat(kernels),
+        )
 
-    def score(self, g: Covariance, variance: float, inverse: np.ndarray, u: np.ndarray) -> Tensor:
+    def roots(self, g: Covariance) -> np.ndarray:
+        """Λ of each column, (q, 1, 1), or (1, 1, 1) of a single field."""
+        root = self.at(g).variances.numpy() ** 0.5
+        return (root if self.fields == 1 else root[self.of])[:, None, None]
+
+    def score(
+        self, g: Covariance, variances: np.ndarray, inverse: np.ndarray, u: np.ndarray
+    ) -> Tensor:
         r"""The derivative of the log-likelihood by the entries of the covariance.
 
         It is :math:`\tfrac12 (Q^{-1} - M^{-1} - u u^\top)` by Q.
 
         Args:
             g: the covariance.
-            variance: the derivative by :math:`\lambda^2`.
+            variances: the derivative by :math:`\lambda^2` of each field.
             inverse: entries of :math:`M^{-1}` in the order of the pattern.
             u: effects over λ, (q, m).
         """
@@ -103,16 +109,52 @@ class Chain:
             at = self.at(g.with_matrix(entries))
             S = at.kernel.detach() - torch.from_numpy(inverse + square)
             S = S * torch.from_numpy(np.where(self.row > self.column, 1.0, 0.5))
-            (found,) = torch.autograd.grad(variance * at.variance + S @ at.entries, entries)
+            value = torch.from_numpy(variances) @ at.variances + S @ at.entries
+            (found,) = torch.autograd.grad(value, entries)
         return found
 
     def matrix(self, entries: np.ndarray) -> csc_matrix:
         """Q from the entries of its lower triangle."""
-        q = self.sizes[0] * self.sizes[1]
+        q = len(self.of)
         off = self.row > self.column
         row = np.concatenate([self.row, self.column[off]])
         column = np.concatenate([self.column, self.row[off]])
         return coo_matrix((np.concatenate([entries, entries[off]]), (row, column)), (q, q)).tocsc()
+
+
+def _parts(g: Covariance) -> list[Covariance]:
+    return g.parts() if isinstance(g, DirectSumCovariance) else [g]
+
+
+class _Field:
+    """The pattern of one field, or of one chain."""
+
+    def __init__(self, g: Covariance) -> None:
+        self.sizes = g.sizes if isinstance(g, KroneckerCovariance) else (len(g.matrix), 1)
+        self.size = self.sizes[0] * self.sizes[1]
+        sides = [eye(n) + eye(n, k=1) + eye(n, k=-1) for n in self.sizes]
+        self.pattern = csc_matrix(kron(*sides, format="coo"))
+        self.pattern.sort_indices()
+        whole = self.pattern.tocoo()
+        low = whole.row >= whole.col
+        self.row, self.column = whole.row[low].astype(np.int64), whole.col[low].astype(np.int64)
+        c = self.sizes[1]
+        self._sides = [
+            _band(self.row // c, self.column // c, self.sizes[0]),
+            _band(self.row % c, self.column % c, c),
+        ]
+
+    def at(self, g: Covariance) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The variance, and entries, log-determinant and kernel of Q."""
+        if isinstance(g, KroneckerCovariance):
+            parts = list(g.parts())
+        else:
+            parts = [g.matrix, torch.ones_like(g.matrix[:1, :1])]
+        one, other = (_side(part) for part in parts)
+        index, second = (torch.from_numpy(side) for side in self._sides)
+        r, c = self.sizes
+        entries, kernel = (one[i][index] * other[i][second] for i in (1, 2))
+        return one[0] * other[0], entries, c * one[3] + r * other[3], kernel
 
 
 def _band(row: np.ndarray, column: np.ndarray, size: int) -> np.ndarray:

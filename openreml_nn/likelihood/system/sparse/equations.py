@@ -16,6 +16,7 @@ from scipy.sparse import bmat, bsr_matrix, coo_matrix, csc_matrix, csr_matrix, e
 
 from openreml_nn.likelihood.system.sparse.bordered import Bordered, Factored
 from openreml_nn.likelihood.system.sparse.factor import Factor
+from openreml_nn.likelihood.system.sparse.ordering import leaves_dense
 from openreml_nn.likelihood.system.sparse.part import Part
 from openreml_nn.likelihood.system.sparse.symbolic import Symbolic
 from openreml_nn.support.errors import InputError, NotPositiveDefiniteError
@@ -36,7 +37,8 @@ class Cross:
         start: (levels + 1,) where the blocks of a row begin.
         shape: the blocks', (k of one, k of other).
         place: (b, k, k) where their entries stand in the factor's values.
-        kept: (b, k, k) which of them assemble the matrix: of a symmetric pair only one.
+        kept: which of them, flattened, assemble the matrix: of a symmetric pair only one; None for
+            all.
     """
 
     one: int
@@ -46,7 +48,7 @@ class Cross:
     start: np.ndarray
     shape: tuple[int, int]
     place: np.ndarray
-    kept: np.ndarray
+    kept: np.ndarray | None
 
     def transform(self, data: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """:math:`L^\\top B R` for each block B, with L and R for each level or one for all."""
@@ -135,7 +137,11 @@ class Equations:
         both = np.concatenate([r, c]), np.concatenate([c, r])
         pattern = coo_matrix((np.ones(len(both[0]), np.int8), both), (self.size, self.size)).tocsc()
         if order is None:
-            return Symbolic.of(pattern)
+            first = self._independent(blocks)
+            if first is None or not leaves_dense(pattern, first):
+                return Symbolic.of(pattern)
+            rest = np.setdiff1d(np.arange(self.size), first)
+            return Symbolic.of(pattern, np.concatenate([first, rest]))
         given = np.asarray(order(pattern))
         if given.shape != (self.size,) or not (np.sort(given) == np.arange(self.size)).all():
             raise InputError(
@@ -143,6 +149,16 @@ class Equations:
                 f"expected each of 0 to {self.size - 1} once"
             )
         return Symbolic.of(pattern, given.astype(np.int64))
+
+    def _independent(self, blocks: Sequence[tuple[int, int, bsr_matrix]]) -> np.ndarray | None:
+        """Columns of the largest part, if no two of its levels meet."""
+        i = max(range(len(self.parts)), key=lambda i: self.parts[i].columns, default=-1)
+        if i < 0:
+            return None
+        own = next(A for one, other, A in blocks if one == other == i)
+        if self.parts[i].prior is not None or own.nnz > self.parts[i].columns * own.blocksize[0]:
+            return None
+        return np.arange(self.start[i], self.start[i + 1])
 
     def _placed(self, i: int, j: int, A: bsr_matrix) -> Cross:
         level, (k, m) = np.repeat(np.arange(len(A.indptr) - 1), np.diff(A.indptr)), A.blocksize
@@ -153,7 +169,7 @@ class Equations:
         )
         shape = (len(level), k, m)
         place = self.symbolic.where(row, column).reshape(shape)
-        kept = np.ones(shape, bool) if i != j else (row >= column).reshape(shape)
+        kept = None if i != j else np.flatnonzero(row >= column)
         column_level = A.indices.astype(np.int64)
         return Cross(i, j, level, column_level, A.indptr, (k, m), place, kept)
 
@@ -205,7 +221,10 @@ class Equations:
         """
         values = np.zeros(self.symbolic.entries)
         for cross, data in zip(self.crosses, moved, strict=True):
-            values[cross.place[cross.kept]] += data[cross.kept]
+            place, data = cross.place.reshape(-1), data.reshape(-1)
+            if cross.kept is not None:
+                place, data = place[cross.kept], data[cross.kept]
+            values[place] += data
         own = priors or [None] * len(self.parts)
         for (_, _, known, place), given in zip(self._priors, own, strict=True):
             values[place] += (known if given is None else given)[:, None]

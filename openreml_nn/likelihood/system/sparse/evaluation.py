@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy.linalg import solve_triangular
+from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from openreml_nn.likelihood.effects import RandomEffects
@@ -125,7 +126,8 @@ class SparseEvaluation(Evaluation):
         return torch.from_numpy(np.ascontiguousarray(x)).to(self.problem.fixed.y)
 
     def inverse_times_data(self) -> Tensor:
-        return self._to(self._at.rest(self._effects(self._u, "lifted")))
+        rest = self._at.rest(self._effects(self._u, "lifted"))
+        return self._to(self.system.rows.of_rows(rest))
 
     # ------------------------------------------------------------------ derivatives
 
@@ -177,14 +179,20 @@ class SparseEvaluation(Evaluation):
             rank = problem.n - (problem.p if reml else 0)
             score = (self._y_p_y - rank - explained) / (2 * at.scale)
             return [self._to(np.full((1, 1), score)) for _ in self.system.rows.terms]
+        inner, p_y, lost = self._of_rows
+        found = self.system.rows.scores(at, inner, p_y, lost if reml else lost[:, :0])
+        return [score.to(problem.fixed.y) for score in found]
+
+    @cached_property
+    def _of_rows(self) -> tuple[csr_matrix, np.ndarray, np.ndarray]:
+        r"""Variances of effects that meet, given y, (q, q); :math:`P y`; a root of
+        :math:`V^{-1} - P`."""
         roots = [root.lifted for root in self._roots]
-        rest = at.rest(self._effects(self._u, "lifted"))
+        rest = self._at.rest(self._effects(self._u, "lifted"))
         p_y = rest[:, -1] - rest[:, :-1] @ self._gamma
         lost = solve_triangular(self._C, rest[:, :-1].T, lower=True).T
-        columns = lost if reml else lost[:, :0]
         inner = self.system.equations.inverse_of_effects(self._factor.inverse, roots)
-        found = self.system.rows.scores(at, inner, p_y, columns)
-        return [score.to(problem.fixed.y) for score in found]
+        return inner, p_y, lost
 
     def information(self, derivatives: Sequence[Tensor]) -> Tensor:
         problem, at = self.problem, self._at
@@ -217,12 +225,16 @@ class SparseEvaluation(Evaluation):
         problem = self.problem
         values = self.system.equations.split(self._effects(self._u_y, "root"))
         lost = self.system.equations.split(self._effects(self._u_X, "root"))
-        found = []
+        found = {}
         for i, (x, root) in enumerate(zip(self.system.random, self._roots, strict=True)):
             w = x.part.width
             spread = root.variances(self.system.equations, self._factor.inverse, i)
             added = lost[i].reshape(len(lost[i]) // w, w, problem.p)
             spread = spread + added @ added.transpose(0, 2, 1)
-            name = self._terms[x.at].name
-            found.append(RandomEffects(name, self._to(values[i].reshape(-1, w)), self._to(spread)))
-        return found
+            found[x.at] = values[i].reshape(-1, w), spread
+        if self.system.rows.has_effects:
+            (at,) = self.system.rows.terms
+            cells, variances = self.system.rows.effects(self._at, *self._of_rows)
+            found[at] = cells[:, None], variances[:, None, None]
+        names = [term.name for term in self._terms]
+        return [RandomEffects(names[i], *map(self._to, found[i])) for i in sorted(found)]

@@ -17,7 +17,16 @@ from functools import cached_property
 
 import numpy as np
 
-from openreml_nn.likelihood.system.sparse.blas import ROUTINES, gemm, potrf, potri, symm, trsm
+from openreml_nn.likelihood.system.sparse.blas import (
+    ROUTINES,
+    gemm,
+    potrf,
+    potri,
+    symm,
+    syrk,
+    trsm,
+)
+from openreml_nn.likelihood.system.sparse.columns import inverse_of_run, subtract_by_line
 from openreml_nn.likelihood.system.sparse.symbolic import Symbolic
 from openreml_nn.support.compilation import compiled
 from openreml_nn.support.errors import NotPositiveDefiniteError
@@ -27,6 +36,8 @@ __all__ = ["Factor"]
 _N, _T = 78, 84  # the characters N and T
 #: Blocks with fewer columns are multiplied in loops: a call would take longer.
 _NARROW = 4
+#: Blocks with more entries are larger than the cache.
+_LARGE = 60_000
 
 
 class Factor:
@@ -107,18 +118,15 @@ class Factor:
         below = np.diff(s.row_start) - np.diff(s.first)
         room = int(below.max(initial=0))
         found = np.empty_like(self.values)
-        _selected(
-            ROUTINES,
-            s.first,
-            s.of_column,
-            s.row_start,
-            s.rows,
-            s.value_start,
-            self.values,
-            found,
-            np.empty(max(room * room, 1)),
-            np.empty(max(int((below * np.diff(s.first)).max(initial=1)), 1)),
-        )
+        square = np.empty(max(room * room, 1))
+        half = np.empty(max(int((below * np.diff(s.first)).max(initial=1)), 1))
+        pattern = s.first, s.of_column, s.row_start, s.rows, s.value_start
+        end = len(s.first) - 1
+        for run in s.runs:
+            _selected(ROUTINES, run.high, end, *pattern, self.values, found, square, half)
+            inverse_of_run(*run, *pattern, self.values, found)
+            end = run.low
+        _selected(ROUTINES, 0, end, *pattern, self.values, found, square, half)
         return found
 
 
@@ -130,11 +138,14 @@ def _factor(routines, first, of_column, row_start, rows, value_start, values, wo
     link = np.full(count, -1, np.int64)
     reached = np.zeros(count, np.int64)
     local = np.zeros(len(of_column), np.int64)
+    narrow, begins = np.empty(count, np.int64), np.empty(count, np.int64)
+    ends, lasts = np.empty(count, np.int64), np.empty(count, np.int64)
     base, room = values.ctypes.data, work.ctypes.data
     for s in range(count):
         lo, hi = first[s], first[s + 1]
         w, begin, end = hi - lo, row_start[s], row_start[s + 1]
-        own = value_start[s]
+        own, few = value_start[s], 0
+        is_large = w * (end - begin) > _LARGE
         d = head[s]
         if d != -1:
             for p in range(begin, end):
@@ -148,7 +159,10 @@ def _factor(routines, first, of_column, row_start, rows, value_start, values, wo
                 k2 += 1
             high, wide = end_d - k1, k2 - k1
             source = value_start[d] + (k1 - start_d) * wd
-            if wd <= _NARROW:
+            if wd <= _NARROW and is_large:
+                narrow[few], begins[few], ends[few], lasts[few] = d, k1, k2, end_d
+                few += 1
+            elif wd <= _NARROW:
                 for i in range(high):
                     target = own + local[rows[k1 + i]] * w - lo
                     for k in range(wd):
@@ -158,7 +172,12 @@ def _factor(routines, first, of_column, row_start, rows, value_start, values, wo
                                 values[target + rows[k1 + j]] -= x * values[source + j * wd + k]
             else:
                 at = base + 8 * source
-                gemm(routines, _T, _N, wide, high, wd, 1.0, at, wd, at, wd, 0.0, room, wide)
+                syrk(routines, wide, wd, at, wd, room, wide)
+                if high > wide:
+                    gemm(
+                        routines, _T, _N, wide, high - wide, wd, 1.0, at, wd,
+                        at + 8 * wide * wd, wd, 0.0, room + 8 * wide * wide, wide,
+                    )  # fmt: skip
                 for i in range(high):
                     target = own + local[rows[k1 + i]] * w - lo
                     for j in range(min(i + 1, wide)):
@@ -169,6 +188,11 @@ def _factor(routines, first, of_column, row_start, rows, value_start, values, wo
                 link[d] = head[above]
                 head[above] = d
             d = following
+        if few:
+            subtract_by_line(
+                narrow[:few], begins[:few], ends[:few], lasts[:few], end - begin, local,
+                first, row_start, rows, value_start, values, own - lo, w,
+            )  # fmt: skip
         below = end - begin - w
         if w == 1:
             pivot = values[own]
@@ -286,8 +310,9 @@ def _backward(routines, first, row_start, rows, value_start, values, x):
 
 @compiled
 def _selected(
-    routines, first, of_column, row_start, rows, value_start, values, found, square, half
+    routines, low, high, first, of_column, row_start, rows, value_start, values, found, square, half
 ):
+    """The inverse in the columns of some supernodes, those after them known."""
     base, at, room, at_half = (
         values.ctypes.data,
         found.ctypes.data,
@@ -295,7 +320,7 @@ def _selected(
         half.ctypes.data,
     )
     where = np.empty(len(of_column), np.int64)
-    for s in range(len(first) - 2, -1, -1):
+    for s in range(high - 1, low - 1, -1):
         w = first[s + 1] - first[s]
         begin, end = row_start[s] + w, row_start[s + 1]
         r, own = end - begin, value_start[s]
@@ -304,10 +329,7 @@ def _selected(
         if w == 1:
             found[own] = 1.0 / (values[own] * values[own])
         else:
-            potri(routines, w, at + 8 * own, w)
-            for i in range(w):
-                for j in range(i):
-                    found[own + j * w + i] = found[own + i * w + j]
+            potri(routines, w, at + 8 * own, w)  # what is above the diagonal is not looked at
         if r == 0:
             continue
         # Y' = L_SS^-T L_RS', by columns (w, r).

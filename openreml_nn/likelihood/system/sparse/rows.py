@@ -17,7 +17,7 @@ from openreml_nn.likelihood.system.sparse.equations import Equations
 from openreml_nn.support.compilation import compiled
 from openreml_nn.support.errors import NotPositiveDefiniteError
 
-__all__ = ["Rows", "RowsAt"]
+__all__ = ["Rows", "RowsAt", "entries_within"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,10 @@ class Rows:
 
     Attributes:
         terms: positions of the residual's terms.
+        has_effects: whether the residual is one of effects, as a field is.
     """
+
+    has_effects = False
 
     def __init__(self, equations: Equations, residual: Residual, fixed: FixedPart) -> None:
         self._equations, self._residual = equations, residual
@@ -84,6 +87,17 @@ class Rows:
         found = copy(self)
         found._take(fixed)
         return found
+
+    def of_rows(self, x: np.ndarray) -> np.ndarray:
+        """Numbers for the rows, (n, m), from those for what :class:`RowsAt` holds."""
+        return x
+
+    def effects(
+        self, at: RowsAt, inner: csr_matrix, p_y: np.ndarray, lost: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Predictions of the residual's effects, (q,), and their variances; for the arguments see
+        :meth:`scores`."""
+        raise NotImplementedError
 
     def _take(self, fixed: FixedPart) -> None:
         f = torch.cat([fixed.Q, fixed.y[:, None]], 1)
@@ -190,7 +204,7 @@ class Rows:
         member = self._member
         known = member >= 0
         Z, n = self._Z, len(p_y)
-        own = _quadratic(
+        own = entries_within(
             Z.indptr, Z.indices, Z.data, inner.indptr, inner.indices, inner.data, member
         )
         precision = np.zeros(member.shape)
@@ -254,7 +268,7 @@ def _by_members(member: np.ndarray, values: np.ndarray) -> csr_matrix:
 
 
 @compiled
-def _quadratic(start, index, value, start_c, index_c, value_c, member):
+def entries_within(start, index, value, start_c, index_c, value_c, member):
     """Entries of Z C Z' of rows of one group, (n, m); C is sorted by columns."""
     n, m = member.shape
     found = np.zeros((n, m))

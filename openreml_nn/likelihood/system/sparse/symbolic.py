@@ -5,37 +5,26 @@ rows, so that nearly all operations are products of dense matrices.
 
 Reference:
     Davis, Direct Methods for Sparse Linear Systems (2006), chapter 4; Ashcraft and Grimes, ACM
-    Transactions on Mathematical Software 15 (1989) 291, for merging supernodes; Karypis and Kumar,
-    SIAM Journal on Scientific Computing 20 (1998) 359, for the ordering.
+    Transactions on Mathematical Software 15 (1989) 291, for merging supernodes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-import pymetis
 from scipy.sparse import csc_matrix
 
+from openreml_nn.likelihood.system.sparse.columns import Run, runs_of
+from openreml_nn.likelihood.system.sparse.ordering import nested_dissections
 from openreml_nn.support.compilation import compiled
 
-__all__ = ["Symbolic", "fill_reducing"]
+__all__ = ["Symbolic"]
 
 
-def fill_reducing(pattern: csc_matrix) -> np.ndarray:
-    """An order of elimination by nested dissection, (n,): which column is the k-th pivot.
-
-    Args:
-        pattern: a symmetric pattern (n, n), both triangles.
-    """
-    n = pattern.shape[0]
-    graph = pattern.tocoo()
-    off = graph.row != graph.col
-    if not off.any():
-        return np.arange(n)
-    edges = csc_matrix((np.ones(off.sum(), np.int8), (graph.row[off], graph.col[off])), (n, n))
-    adjacency = pymetis.CSRAdjacency(edges.indptr, edges.indices)
-    return np.asarray(pymetis.nested_dissection(adjacency)[0], dtype=np.int64)
+#: A factor that takes more operations is worth other orders.
+_LONG = 5e9
 
 
 @dataclass(frozen=True)
@@ -80,11 +69,22 @@ class Symbolic:
 
         Args:
             pattern: (n, n).
-            order: an order of elimination, (n,); nested dissection by default.
+            order: an order of elimination, (n,); nested dissection by default, of long ones the
+                best of several.
         """
+        if order is not None:
+            return cls._ordered(pattern, order)
+        orders = nested_dissections(pattern)
+        best = cls._ordered(pattern, next(orders))
+        if best.operations > _LONG:
+            for other in orders:
+                found = cls._ordered(pattern, other)
+                best = min(best, found, key=lambda each: each.operations)
+        return best
+
+    @classmethod
+    def _ordered(cls, pattern: csc_matrix, order: np.ndarray) -> Symbolic:
         n = pattern.shape[0]
-        if order is None:
-            order = fill_reducing(pattern)
         start, index = pattern.indptr.astype(np.int64), pattern.indices.astype(np.int64)
         parent = _tree(n, start, index, order, _inverted(order))
         post = _postorder(parent)
@@ -104,6 +104,11 @@ class Symbolic:
         operations = float((w**3 / 3 + w * w * below + w * below * (below + 1)).sum())
         work = _largest_update(first, of_column, row_start, rows)
         return cls(order, place, first, of_column, row_start, rows, value_start, operations, work)
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """Runs of single columns, from right to left, whose inverse is computed together."""
+        return runs_of(self.first, self.of_column, self.row_start, self.rows)
 
     def where(self, row: np.ndarray, column: np.ndarray) -> np.ndarray:
         """Where entries of A stand in the factor's values; -1 where they are not in its pattern.

@@ -115,7 +115,7 @@ class SparseTerm:
             chain = Chain(g)
             Z = _matrix(term.design)
             part = Part(term.name, Z, 1, term.effects, chain.pattern, None, moves=True)
-            return cls(at, part, False, False, chain)
+            return cls(at, part, chain.fields > 1, False, chain)
         form, kernel = g.without_kernel(), g.known_kernel
         if isinstance(g, PrecisionCovariance):
             moving, Z = Moving(g), _matrix(term.design)
@@ -143,8 +143,7 @@ class SparseTerm:
         """
         least = _NOTHING / max(largest, 1e-290)
         if self.chain is not None:
-            root = float(self.chain.at(_form(term)).variance) ** 0.5
-            return Root.of(self.part, np.full((1, 1, 1), root), least)
+            return Root.of(self.part, self.chain.roots(_form(term)), least)
         form = root_of(replace(term, covariance=term.covariance.without_kernel()))
         k, levels = self.part.effects, self.part.levels
         blocks = form.whole(k)[None] if self.whole else form.blocks(levels, k)
@@ -198,7 +197,11 @@ class TermAt:
         """
         form, S = _form(self.term), torch.from_numpy(score)
         if self.own.chain is not None:
-            return self.own.chain.score(form, float(S.reshape(())), within(), u)
+            fields = self.own.chain.fields
+            by_field = score.reshape(-1)
+            if fields > 1:
+                by_field = np.bincount(self.own.chain.of, by_field, fields)
+            return self.own.chain.score(form, by_field, within(), u)
         folded = form.fold(S[0]) if self.own.whole else form.fold_blocks(S)
         if self.moving is None:
             return folded

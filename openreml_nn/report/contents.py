@@ -1,0 +1,220 @@
+"""What the page of a run shows, read from the files of the run."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import dataclass
+from math import exp, isfinite
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from openreml_nn.report.charts import Charts, interval
+from openreml_nn.table import read_table
+
+__all__ = ["Cell", "Row", "RunContents", "Sheet", "number"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What stands in a table: a text, and the number behind it if there is one."""
+
+    text: str
+    value: float | None = None
+    differs: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """Cells, of which the first names the row."""
+
+    cells: list[Cell]
+    marked: bool = False
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table of the page."""
+
+    columns: list[str]
+    rows: list[Row]
+
+
+def number(value: object) -> Cell:
+    """A number with six digits, or whatever it is as text; empty where there is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return Cell("" if value is None else str(value))
+    if isinstance(value, int):
+        return Cell(str(value), value)
+    return Cell(f"{value:.6g}", value) if isfinite(value) else Cell("")
+
+
+@dataclass
+class RunContents:
+    """One run: its record, and what the page says of it.
+
+    Args:
+        folder: of the run.
+        name: on the page.
+        key: of its places on the page.
+    """
+
+    folder: Path
+    name: str
+    key: str
+
+    def __post_init__(self) -> None:
+        self.record = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
+        self.charts = Charts(self.key)
+        self.details: dict[str, Any] = self.record.get("details", {})
+
+    def context(self) -> dict[str, Any]:
+        """What the template asks for; fills :attr:`charts`."""
+        variance, fixed = self.variance(), self.fixed()
+        forest = self.charts.forest(self.record["fixed"])
+        charts = []
+        if (table := self._csv("blup.csv")) is not None:
+            charts += self.charts.caterpillars(table)
+        if (table := self._csv("residuals.csv")) is not None:
+            charts += self.charts.residuals(table, self.record["data"]["rows"])
+        charts += self.charts.path(self.details.get("history") or [])
+        parts = ["Diagnosis", "Model", *(["Variance components"] if variance else [])]
+        parts += [*(["Fixed effects"] if fixed else []), *(["Plots"] if charts else [])]
+        return {
+            "id": self.key,
+            "name": self.name,
+            "parts": parts,
+            "formula": self.record["model"]["formula"],
+            "words": self.words(),
+            "facts": self.facts(),
+            "diagnosis": self.diagnosis(),
+            "fine": "The fit has converged, and no variance is at its boundary.",
+            "variance": variance,
+            "variance_caption": "Variances with intervals of 95% on the scale of their logarithm; a "
+            "covariance, or a variance at zero, has none",
+            "fixed": fixed,
+            "forest": forest,
+            "charts": charts,
+            "images": self._images(),
+            "summary": self._text("summary.txt") or "(there is no summary.txt)",
+            "config": self._text("config.yaml"),
+        }
+
+    def words(self) -> str:
+        """The model in a sentence or two."""
+        model, data = self.record["model"], self.record["data"]
+        response = str(model["formula"]).partition("~")[0].strip()
+        family = str(model.get("family") or "Gaussian").replace("_", " ")
+        kind = f"{response} is modelled as a response of the {family} family"
+        if link := model.get("link"):
+            kind += f" with {link} link"
+        fixed = data["fixed_effects"]
+        said = [f"{kind}, with {fixed} fixed {'effect' if fixed == 1 else 'effects'}"]
+        for part in self.record["random"]:
+            effects = ", ".join(part["effects"]) or "an effect"
+            said.append(f"random effects of {part['levels']} levels of {part['group']} ({effects})")
+        method = {"reml": "restricted maximum likelihood (REML)", "ml": "maximum likelihood (ML)"}
+        dropped = data["dropped_rows"]
+        left = f" {dropped} rows with missing values were left out." if dropped else ""
+        fit = f"It was fitted by {method[model['method']]} to {data['rows']} rows.{left}"
+        return f"{said[0]}{' and ' if said[1:] else ''}{' and '.join(said[1:])}. {fit}"
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Names and values of the fit."""
+        fit = self.record["fit"]
+        named = {
+            "Log-likelihood": "log_likelihood",
+            "AIC": "aic",
+            "BIC": "bic",
+            "Iterations": "iterations",
+            "Optimizer": "optimizer",
+            "Solver": "solver",
+            "Seconds": "seconds",
+        }
+        found = [(name, number(fit[key]).text) for name, key in named.items()]
+        if not self.details.get("exact", True):
+            found.append(("Likelihood", "estimated, not exact"))
+        found += [(k, number(v).text) for k, v in self.record.get("validation", {}).items()]
+        return found
+
+    def diagnosis(self) -> list[str]:
+        """What is wrong, in sentences; empty where nothing is."""
+        fit = self.record["fit"]
+        if (said := self.details.get("diagnosis")) is not None:
+            return list(said)
+        found = [] if fit["converged"] else ["The fit has not converged."]
+        return found + (["The fit is singular."] if fit["singular"] else [])
+
+    def variance(self) -> Sheet | None:
+        """Variance components with intervals."""
+        table = self._csv("variance.csv")
+        if table is None or table.empty:
+            return None
+        columns = ["Term", "Effect", "Variance", "Std. error", "95% from", "to", "Std. dev."]
+        columns.append("Correlation")
+        rows = []
+        for part in table.itertuples(index=False):
+            low, high = _log_interval(part.covariance, part.std_error, bool(part.effect2))
+            effect = f"{part.effect1}, {part.effect2}" if part.effect2 else part.effect1
+            cells = [Cell(part.group), Cell(effect)]
+            values = [part.covariance, part.std_error, low, high, part.std_dev, part.correlation]
+            cells += [number(None if v is None else float(v)) for v in values]
+            rows.append(Row(cells))
+        return Sheet(columns, rows)
+
+    def fixed(self) -> Sheet | None:
+        """Fixed effects with intervals."""
+        if not self.record["fixed"]:
+            return None
+        rows = []
+        for part in self.record["fixed"]:
+            estimate, error = part["estimate"], part["std_error"]
+            ends = [None, None] if None in (estimate, error) else interval(estimate, error)
+            values = [estimate, error, *ends, part["statistic"]]
+            rows.append(Row([Cell(part["name"]), *map(number, values)]))
+        statistic = "z value" if self.record["model"].get("family") else "t value"
+        return Sheet(["Effect", "Estimate", "Std. error", "95% from", "to", statistic], rows)
+
+    def _images(self) -> list[dict[str, str]]:
+        """The pictures of what the page does not draw itself."""
+        titles = [plot["title"] for plot in self.charts.plots.values()]
+        drawn = {stem for stem in ("convergence", "residuals") if _any(titles, stem.capitalize())}
+        found = []
+        for path in sorted((self.folder / "plots").glob("*.png")):
+            is_blup = path.stem.startswith("blup_") and _any(titles, "BLUPs")
+            if not is_blup and path.stem not in drawn:
+                data = base64.b64encode(path.read_bytes()).decode()
+                found.append({"name": path.stem.replace("_", " "), "data": data})
+        return found
+
+    def _csv(self, name: str) -> pd.DataFrame | None:
+        """A table of the run, its names as text; None where there is none."""
+        path = self.folder / name
+        if not path.is_file():
+            return None
+        table = read_table(path)
+        for column in ("group", "level", "effect", "effect1", "effect2"):
+            if column in table:
+                missing = "NA" if column == "level" else ""
+                table[column] = [missing if pd.isna(v) else str(v) for v in table[column]]
+        return table
+
+    def _text(self, name: str) -> str:
+        path = self.folder / name
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _any(titles: list[str], word: str) -> bool:
+    return any(word in title for title in titles)
+
+
+def _log_interval(
+    value: float, error: float, is_covariance: bool
+) -> tuple[float | None, float | None]:
+    """An interval of a variance on the scale of its logarithm; of a covariance none."""
+    if is_covariance or not (value > 0 and isfinite(error)):
+        return None, None
+    factor = exp(min(1.96 * error / value, 500.0))
+    return value / factor, value * factor
