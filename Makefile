@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check docs bench clean
+.PHONY: demo test quick check docs bench wheel audit clean
 
 # The main job: fit a bundled data set, print the table, write the report.
 demo: $(READY)
@@ -12,6 +12,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto -q
+
+# Those that take a moment.
+quick: $(READY)
+	$(BIN)/python -m pytest -n auto -q -m "not slow and not fuzz"
 
 # What CI runs besides the tests.
 check: $(READY)
@@ -28,8 +32,28 @@ bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.kernels
 	$(BIN)/python -m tests.benchmarks.algebra
 
+# The distributions, and the wheel alone in an environment of its own: it fits, predicts, reports and is typed.
+wheel: $(READY)
+	rm -rf dist build
+	$(BIN)/python -m build --outdir dist
+	$(PYTHON) -m venv build/alone
+	build/alone/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
+	cp tests/downstream.py build/
+	cd build && alone/bin/openreml-nn hydra.run.dir=run
+	cd build && alone/bin/openreml-nn predict checkpoint=run/model.ckpt hydra.run.dir=run \
+	    data.path=$(CURDIR)/openreml_nn/datasets/sleepstudy.csv
+	cd build && alone/bin/openreml-nn report path=run
+	cd build && alone/bin/python -c "from downstream import *; tables(); trees(); networks(); mistakes()"
+	cd build && $(abspath $(BIN))/mypy --strict --config-file= --ignore-missing-imports \
+	    --python-executable alone/bin/python downstream.py
+
+# Known vulnerabilities of what is pinned.
+audit: $(READY)
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps
+
 clean:
-	rm -rf $(VENV) outputs multirun docs/_build docs/_generated docs/api
+	rm -rf $(VENV) build dist outputs multirun docs/_build docs/_generated docs/api
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

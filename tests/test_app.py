@@ -17,6 +17,8 @@ from openreml_nn.lightning import MixedModule
 from openreml_nn.program.main import main
 from tests.forked import forked
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = [sys.executable, "-c", "from openreml_nn.program.main import main; main()"]
 
 

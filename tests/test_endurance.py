@@ -10,6 +10,8 @@ import pytest
 from openreml_nn.program.main import main
 from tests.endurance import endure
 
+pytestmark = pytest.mark.slow
+
 NEURAL = ["experiment=neural_longitudinal", "trainer.enable_progress_bar=false", "model.width=8"]
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from tests.forked import forked
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
 

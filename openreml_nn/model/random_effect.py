@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
 from types import NoneType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -350,8 +350,8 @@ class Effects(nn.ModuleDict):
     such a name is percent-encoded in ``state_dict()`` and nowhere else.
     """
 
-    def __getitem__(self, key: str) -> nn.Module:
-        return super().__getitem__(self._kept(key))
+    def __getitem__(self, key: str) -> RandomEffect:
+        return cast(RandomEffect, super().__getitem__(self._kept(key)))
 
     def __setitem__(self, key: str, module: nn.Module) -> None:
         super().__setitem__(self._kept(key), module)

@@ -21,6 +21,8 @@ from openreml_nn import InputError, lmm
 from openreml_nn.program.main import main
 from openreml_nn.table import parse_formula, parse_residual, read_table
 
+pytestmark = pytest.mark.fuzz
+
 RNG = np.random.default_rng(0)
 TABLE = pd.DataFrame(
     {

@@ -25,6 +25,8 @@ from tests.likelihood.exact import IS_LONG, LONG, Answer, Exact, answer, cholesk
 from tests.likelihood.test_krylov import EVERY_SIGN
 from tests.strategies import distances, kinship, path, pedigree, places
 
+pytestmark = pytest.mark.fuzz
+
 #: Largest relative errors.
 TOLERANCE = {"log-likelihood": 1e-8, "gradient": 2e-6, "BLUP": 1e-6, "PEV": 1e-5, "beta": 1e-6}
 #: In at most one model of so many no digits can be had.

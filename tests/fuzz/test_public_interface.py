@@ -56,6 +56,8 @@ from openreml_nn import (
 )
 from openreml_nn.estimation import moment_start
 
+pytestmark = pytest.mark.fuzz
+
 PACKAGES = [
     "",
     "covariance",

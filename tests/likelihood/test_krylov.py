@@ -206,6 +206,7 @@ def test_relatives_by_a_sparse_inverse_equal_dense(crossed, traits, q, seed, met
     _compare_solvers(m, method, ("dense", EVERY_SIGN), second=False, tolerance=1e-8)
 
 
+@pytest.mark.slow
 def test_the_inverse_of_a_large_pedigree_is_never_made_dense():
     generator = torch.Generator().manual_seed(0)
     parents = (torch.rand(500, 2, generator=generator) * torch.arange(500)[:, None]).long()

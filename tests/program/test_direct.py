@@ -12,6 +12,8 @@ from openreml_nn.lightning import MixedModule
 from openreml_nn.model.checkpoint import checkpoint_of
 from tests.forked import program
 
+pytestmark = pytest.mark.slow
+
 QUICK = ["trainer.enable_progress_bar=false"]
 #: By this a run is one of Lightning's.
 TRAINER = "trainer.log_every_n_steps=2"

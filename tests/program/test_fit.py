@@ -12,6 +12,8 @@ from openreml_nn.lightning import MixedModelDataModule
 from tests.endurance import check_same, finished
 from tests.forked import program
 
+pytestmark = pytest.mark.slow
+
 FORMULA = "Reaction ~ Days + (Days | Subject)"
 QUICK = ["logger=none", "trainer.enable_progress_bar=false", "hydra.run.dir=r"]
 

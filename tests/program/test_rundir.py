@@ -15,6 +15,8 @@ from openreml_nn.program.rundir import RunDirectory, without_environment
 from openreml_nn.support.files import is_temporary
 from tests.forked import CONTEXT, program, started
 
+pytestmark = pytest.mark.slow
+
 QUICK = ["logger=none", "trainer.enable_progress_bar=false", "hydra.run.dir=r"]
 CONFIG = OmegaConf.create({"a": 1})
 
