@@ -113,8 +113,7 @@ class RunContents:
         fixed = data["fixed_effects"]
         said = [f"{kind}, with {fixed} fixed {'effect' if fixed == 1 else 'effects'}"]
         for part in self.record["random"]:
-            effects = ", ".join(part["effects"]) or "an effect"
-            said.append(f"random effects of {part['levels']} levels of {part['group']} ({effects})")
+            said.append(_random_effects(part["effects"], part["levels"], part["group"]))
         method = {"reml": "restricted maximum likelihood (REML)", "ml": "maximum likelihood (ML)"}
         dropped = data["dropped_rows"]
         left = f" {dropped} rows with missing values were left out." if dropped else ""
@@ -204,6 +203,15 @@ class RunContents:
     def _text(self, name: str) -> str:
         path = self.folder / name
         return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _random_effects(effects: list[str], levels: int, group: str) -> str:
+    """What one term of the random part adds to the model, in words."""
+    slopes = [effect for effect in effects if effect != "(Intercept)"]
+    parts = [] if len(slopes) == len(effects) and effects else ["random intercepts"]
+    if slopes:
+        parts.append(f"random effects of {', '.join(slopes)}")
+    return f"{' and '.join(parts)} for {levels} {'level' if levels == 1 else 'levels'} of {group}"
 
 
 def _any(titles: list[str], word: str) -> bool:

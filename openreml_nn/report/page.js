@@ -94,7 +94,19 @@ function number(value, range) {
   return String(Number(value.toPrecision(digits)));
 }
 
-function short(text, most) { return [...text].length > most ? [...text].slice(0, most - 1).join("") + "…" : text; }
+// A long name keeps both ends, because names of one kind often begin alike; wide letters count as two.
+function short(text, most) {
+  const letters = [...text], wide = (letter) => (letter.codePointAt(0) > 0x2e7f ? 2 : 1);
+  if (letters.reduce((sum, letter) => sum + wide(letter), 0) <= most) return text;
+  let start = "", end = "", room = most - 1;
+  while (letters.length && room > 0) {
+    const atStart = start.length <= end.length, letter = atStart ? letters.shift() : letters.pop();
+    room -= wide(letter);
+    if (room < 0) break;
+    if (atStart) start += letter; else end = letter + end;
+  }
+  return `${start}…${end}`;
+}
 
 function bounds(values, room) {
   const known = values.filter((value) => value !== null);
