@@ -113,7 +113,7 @@ class MixedModule(Evaluated):
 
     Raises:
         InputError: if an option is unknown or does not fit the others; when fitting, if a batch
-            is at fault, by its number.
+            is invalid, by its number.
 
     Example::
 

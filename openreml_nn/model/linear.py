@@ -99,7 +99,7 @@ def lmm(
         max_iterations: after so many the fit stops, with a warning.
 
     Raises:
-        InputError: if the formula, the table or an option is at fault.
+        InputError: if the formula, the table or an option is invalid.
 
     >>> from openreml_nn.datasets import sleepstudy
     >>> result = lmm("Reaction ~ Days + (Days | Subject)", sleepstudy())
