@@ -65,8 +65,8 @@ def lmm(
 ) -> Result:
     r"""Fit a linear mixed model to a table by AI-REML.
 
-    What stands on the left of the formula is fitted as it is: with ``log(y) ~ …`` fitted values and
-    predictions are of log(y).
+    The response is fitted on the scale of the left side of the formula: with ``log(y) ~ …`` fitted
+    values and predictions are of log(y).
 
     Args:
         formula: an lme4-style formula.
