@@ -143,7 +143,7 @@ class MixedModel(Predictor):
         groups is a composite likelihood. Rows without a response are not in it.
 
         Raises:
-            TypeError, InputError: if a part of the batch is at fault, or the network yields NaN.
+            TypeError, InputError: if a part of the batch is invalid, or the network yields NaN.
         """
         batch, _ = with_responses(batch, None, self.responses > 1)
         return self._loss_of(self(batch), batch)
