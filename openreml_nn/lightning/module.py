@@ -95,7 +95,7 @@ class MixedModule(Evaluated):
             config, whose features of the fixed part's columns make the log-variance of each row; or
             a matrix, see :class:`MixedModel`.
         weights: with a formula: column of weights, as in :func:`lmm`.
-        family, link, quadrature: with a formula: of the response, as in :func:`glmm`. With a family
+        family, link, quadrature, zi: with a formula: of the response, as in :func:`glmm`. With a family
             all parameters are trained by the marginal likelihood of a batch, by default of all rows;
             without a network the fit is that of :func:`glmm`, in the first epoch, by as many steps at
             most as the Trainer's ``max_epochs`` or ``max_steps``, and the Trainer counts one.
@@ -138,6 +138,7 @@ class MixedModule(Evaluated):
         family: str | Family | None = None,
         link: str | None = None,
         quadrature: int = 1,
+        zi: str | None = None,
         constraints: Mapping[str, Constraint] | None = None,
         starts: Mapping[str, float] | None = None,
         rows: int = 1024,
@@ -162,7 +163,7 @@ class MixedModule(Evaluated):
         of_table: dict[str, Any] = {
             "network": network, "head": head, "residual": residual, "weights": weights,
             "categorical": list(categorical), "method": method, "solver": solver,
-            "family": family, "link": link, "quadrature": quadrature,
+            "family": family, "link": link, "quadrature": quadrature, "zi": zi,
             "constraints": constraints, "starts": starts,
         }  # fmt: skip
         self.table = None
@@ -207,9 +208,10 @@ class MixedModule(Evaluated):
             raise InputError("`result` has no formula: expected one of a fit by lmm()")
         model = copy.deepcopy(result.model)
         if result.family is not None:
-            named = result.family in FAMILIES
-            options["family"] = result.family if named else model.family
+            own = model.family.family if result.zi is not None else model.family
+            options["family"] = own.name if own.name in FAMILIES else own
             options["link"], options["quadrature"] = result.link, result.quadrature
+            options["zi"] = result.zi
         found = cls(result.formula, method=model.method, **options)
         assert found.table is not None
         found.table.adopt(result)

@@ -57,11 +57,14 @@ def bare(name: str) -> str:
 
 @dataclass(frozen=True)
 class Number:
-    """A constant."""
+    """A constant, with the name by which a formula may have it."""
 
     value: float
+    name: str | None = None
 
     def __str__(self) -> str:
+        if self.name is not None:
+            return self.name
         if isinstance(self.value, bool):
             return str(self.value).upper()
         return f"{self.value:.15g}"
@@ -125,7 +128,8 @@ _POWER = {
     "+": 6, "-": 6, "*": 7, "/": 7, ":": 9, "^": 11,
 }  # fmt: skip
 _NOT, _SIGN, _SPECIAL = 4, 10, 8
-_CONSTANTS = {"TRUE": True, "FALSE": False, "True": True, "False": False, "pi": pi}
+_CONSTANTS = {"TRUE": True, "FALSE": False, "True": True, "False": False}
+_NAMED = {"pi": pi}
 _SPECIALS = ("%%", "%/%", "%in%")
 
 
@@ -278,6 +282,8 @@ class _Parser:
                 return Call(text, self._arguments(")"))
             if text in _CONSTANTS:
                 return Number(_CONSTANTS[text])
+            if text in _NAMED:
+                return Number(_NAMED[text], text)
             return Call(text, ()) if text.startswith("contr.") else Name(text)
         if text in ("-", "+"):
             return Operation(text, (self._expression(_SIGN),))
