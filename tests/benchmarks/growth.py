@@ -198,7 +198,7 @@ CURVES = {
     "places": Curve(
         "places, each with ten neighbours, a record each",
         places,
-        (1_000, 2_000, 4_000, 8_000, 16_000),
+        (500, 1_000, 2_000, 4_000, 8_000),
         "sparse",
     ),
     "responses": Curve(
