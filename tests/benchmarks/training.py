@@ -1,4 +1,4 @@
-"""Training beside what it is to cost little more than: ``python -m tests.benchmarks.training``.
+"""Training beside dense algebra and the network alone: ``python -m tests.benchmarks.training``.
 
 A loss of a batch of 100 rows with its gradients beside ten lines of dense algebra, and an epoch of a
 mixed model beside that of the network alone. Both of a pair run in this process, in turn, on one core;
