@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance import DummyMatrix
+from openreml_nn.covariance import DummyMatrix, MembershipMatrix
 from openreml_nn.covariance.operator import Operator
 from openreml_nn.estimation.basis import (
     factor_in_user_basis,
@@ -137,6 +137,7 @@ class _Builder:
             history=tuple(history),
             plan=plan,
             num_params=len(curvature.at),
+            kinks=curvature.kinked,
             source=self._source(y, X, names),
         )
 
@@ -188,7 +189,9 @@ class _Builder:
         and directions about which the data say nothing, (m, d)."""
         at, information = self._curvature.at, self._curvature.information
         u = self._curvature.u
-        inner = (~at.on_boundary(u) & (information.diagonal() != 0)).nonzero()[:, 0]
+        within = ~at.on_boundary(u) & (information.diagonal() != 0)
+        within[self._curvature.held] = False
+        inner = within.nonzero()[:, 0]
         spread = torch.full_like(information, nan)
         part = information[inner][:, inner]
         scale = part.diagonal().sqrt()
@@ -347,9 +350,10 @@ class _Builder:
         node: Any = self._objective.covariance
         for name in filter(None, term.name.split("/")):
             node = node.operands.get(name) if isinstance(node, Operator) else None
+        named = DummyMatrix, MembershipMatrix
         if isinstance(node, Operator):
             for operand in node.operands.values():
-                if isinstance(operand, DummyMatrix) and len(operand.labels) == count:
+                if isinstance(operand, named) and len(operand.labels) == count:
                     return tuple(operand.labels)
         g = term.covariance
         if isinstance(g, KroneckerCovariance) and g.sizes[0] * g.sizes[1] == count:
