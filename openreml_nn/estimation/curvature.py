@@ -72,7 +72,7 @@ class Curvature:
         weights: Sequence[float] | None = None,
     ) -> None:
         self.objectives = objectives
-        self._weights = [1.0] * len(objectives) if weights is None else list(weights)
+        self.weights = [1.0] * len(objectives) if weights is None else list(weights)
         self.indistinct: tuple[str, ...] = ()
         self.boundary: tuple[str, ...] = ()
         self.at = Coordinates(objectives, owned)
@@ -91,7 +91,7 @@ class Curvature:
         if not len(u):
             self.move, self.norm, self.condition = u, 0.0, 1.0
             return
-        for i, (objective, weight) in enumerate(zip(objectives, self._weights, strict=True)):
+        for i, (objective, weight) in enumerate(zip(objectives, self.weights, strict=True)):
             add = self._add_moving if objective.moves else self._add
             add(i, objective, weight)
         self.held = [j for j in self.kinks if self._is_top(j)]
@@ -131,24 +131,7 @@ class Curvature:
             return False
         beside = torch.zeros_like(self.u)
         beside[j] = _BESIDE
-        return self._score_at(self.u - beside, j) > 0 > self._score_at(self.u + beside, j)
-
-    def _score_at(self, u: Tensor, j: int) -> float:
-        """The score by a coordinate at another point; the parameters are left as they are."""
-        self.at.write(u)
-        total = 0.0
-        try:
-            for i, (objective, weight) in enumerate(
-                zip(self.objectives, self._weights, strict=True)
-            ):
-
-                def matrices(x: Tensor, i: int = i) -> tuple[Tensor, ...]:
-                    return self.matrices(i, x)
-
-                total += weight * float(expand(matrices, objective.evaluate().scores(), u)[0][j])
-        finally:
-            self.at.write(self.u)
-        return total
+        return _score_at(self, self.u - beside, j) > 0 > _score_at(self, self.u + beside, j)
 
     def _add_moving(self, i: int, objective: Objective, weight: float) -> None:
         """By automatic differentiation of the likelihood itself."""
@@ -222,7 +205,7 @@ class Curvature:
     def boundary_step(self, j: int) -> float:
         r"""The scoring step of :math:`(u_j - b)^2` away from the boundary b."""
         slope = information = 0.0
-        for i, (objective, weight) in enumerate(zip(self.objectives, self._weights, strict=True)):
+        for i, (objective, weight) in enumerate(zip(self.objectives, self.weights, strict=True)):
             if objective.moves:
                 # The second derivative by u_j is twice the slope by its square.
                 return float(1 / (-self.hessian[j, j]).clamp(min=1e-300))
@@ -237,3 +220,19 @@ class Curvature:
             )
             information += weight * float(evaluation.information([d[None] for d in half]))
         return slope / information if information > 0 else 1.0
+
+
+def _score_at(c: Curvature, u: Tensor, j: int) -> float:
+    """The score by a coordinate at another point; the parameters are left as they are."""
+    total = 0.0
+    try:
+        c.at.write(u)
+        for i, (objective, weight) in enumerate(zip(c.objectives, c.weights, strict=True)):
+
+            def matrices(x: Tensor, i: int = i) -> tuple[Tensor, ...]:
+                return c.matrices(i, x)
+
+            total += weight * float(expand(matrices, objective.evaluate().scores(), u)[0][j])
+    finally:
+        c.at.write(c.u)
+    return total
