@@ -46,6 +46,9 @@ PICTURES: dict[str, Callable[[], torch.Tensor]] = {
     "UnconstrainedMatrix": lambda: seeded(cov.UnconstrainedMatrix(N), 0.3),
     "UnstructuredMatrix": lambda: seeded(cov.UnstructuredMatrix(N), 0.4),
     "DummyMatrix": lambda: cov.DummyMatrix(list("abacbcca"))(),
+    "MembershipMatrix": lambda: cov.MembershipMatrix(
+        torch.tensor([[0, 1], [2, 1], [1, 1], [0, 2], [2, 0], [2, 2], [1, 0], [0, 0]]), 3
+    )(),
     "SimpleMatrix": lambda: cov.SimpleMatrix(2, lambda t: torch.outer(t, t))().detach(),
     "Adapter": lambda: at(
         cov.Adapter(

@@ -21,6 +21,7 @@ from openreml_nn.covariance import (
     Sum,
 )
 from openreml_nn.model.relations import read_pedigree
+from openreml_nn.table.formula import parse_formula
 from tests.forked import program
 
 AREAS = [f"a{i}" for i in range(7)]
@@ -212,3 +213,72 @@ def test_what_is_wrong_is_said_in_one_line(formula, kernels, message):
     with pytest.raises(InputError, match=message) as error:
         lmm(f"y ~ 1 + {formula}", data, kernels=kernels)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        "us(ped(animal) + ped(dam))",
+        "diag(vm(one, K) + vm(two, K))",
+        "(1 | ped(animal) + ped(dam))",
+        "(1 | vm(one, K) + vm(two, K))",
+    ],
+)
+def test_several_levels_a_row_are_refused_with_what_has_them(term):
+    with pytest.raises(InputError, match=r"several levels a row.*MembershipMatrix"):
+        parse_formula(f"y ~ x + {term}")
+
+
+PLACES = [
+    "(1 | exponential(east, north))",
+    "(1 | matern(east, north, neighbours=5))",
+    "(1 | spline(east, north))",
+]
+
+
+def field(north: float, like: int | None = None) -> pd.DataFrame:
+    """Thirty places, of which the fifth has another coordinate, or those of another one."""
+    rng = np.random.default_rng(2)
+    places = pd.DataFrame(rng.uniform(0, 9, (30, 3)), columns=["y", "east", "north"])
+    if like is not None:
+        places.loc[4, ["east", "north"]] = places.loc[like, ["east", "north"]]
+    else:
+        places.loc[4, "north"] = north
+    return places
+
+
+@pytest.mark.parametrize("term", PLACES)
+@pytest.mark.parametrize("north", [np.inf, -np.inf])
+def test_an_infinite_coordinate_is_named_with_its_row(term, north):
+    with pytest.raises(InputError, match=f"coordinate 'north' is {north:g} in row 5"):
+        lmm(f"y ~ 1 + {term}", field(north))
+
+
+def test_residuals_at_an_infinite_place_are_named_with_the_row():
+    with pytest.raises(InputError, match="column 'north' is inf in row 5"):
+        lmm("y ~ 1", field(np.inf).assign(g=1), residual="exponential(east, north | g)")
+
+
+@pytest.mark.filterwarnings("ignore:the data cannot tell apart")
+@pytest.mark.filterwarnings("ignore:the fit did not converge")
+@pytest.mark.parametrize("term", PLACES[:1])
+def test_a_missing_coordinate_is_named_with_its_row_and_left_out(term):
+    with pytest.warns(RuntimeWarning, match=r"1 of 30 rows left out.*'north' in row 5"):
+        found = lmm(f"y ~ 1 + {term}", field(np.nan))
+    assert found.rows == 29
+
+
+def test_residuals_at_one_place_are_named_with_the_row():
+    twice = field(0.0, like=7).assign(g=1)
+    with pytest.raises(
+        InputError, match=r"row 8 has the position .* of 'east:north' that its group"
+    ):
+        lmm("y ~ 1", twice, residual="exponential(east, north | g)")
+
+
+@pytest.mark.filterwarnings("ignore:the data cannot tell apart")
+@pytest.mark.filterwarnings("ignore:the fit did not converge")
+@pytest.mark.parametrize("term", PLACES[:2])
+def test_two_rows_at_one_place_share_its_effect(term):
+    found = lmm(f"y ~ 1 + {term}", field(0.0, like=7))
+    assert len(found.random[0].values) == 29

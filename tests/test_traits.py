@@ -194,7 +194,7 @@ def test_rows_without_any_response_are_left_out_with_a_word():
         found = lmm("cbind(weight, log(exp(height))) ~ x", table)
     assert {str(w.message) for w in told} == {
         "the table: 2 of 90 rows left out, which have no response",
-        "the table: 2 of 157 rows left out, which miss a value",
+        "the table: 2 of 157 rows left out, which miss a value: the first 'x' in row 6",
     }
     assert found.dropped_rows == 3
     assert found.fixed.names[1] == "traitlog(exp(height))"

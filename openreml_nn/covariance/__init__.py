@@ -47,6 +47,7 @@ from openreml_nn.covariance.kernel import (
 from openreml_nn.covariance.known_inverse import KnownInverseMatrix
 from openreml_nn.covariance.kronecker import KroneckerProduct
 from openreml_nn.covariance.matrix import Matrix
+from openreml_nn.covariance.membership import MembershipMatrix
 from openreml_nn.covariance.operator import Operator
 from openreml_nn.covariance.pedigree import Pedigree
 from openreml_nn.covariance.product import Gram, HadamardProduct, Inverse, Product, Transpose
@@ -110,6 +111,7 @@ __all__ = [
     "MaternCorrelation",
     "MaternMatrix",
     "Matrix",
+    "MembershipMatrix",
     "Operator",
     "Pedigree",
     "Product",

@@ -29,9 +29,17 @@ class Correlation:
 
     Attributes:
         reach: the length at which a fit starts, beside that of a correlation without an end.
+        kink: the r at which the first derivative jumps; None for none.
     """
 
     reach: ClassVar[float] = 1.0
+    kink: ClassVar[float | None] = None
+
+    def kinks(self, distance: Tensor) -> Tensor:
+        """The lengths at which one of some distances is at the kink, in order."""
+        if self.kink is None:
+            return distance.new_empty(0)
+        return (distance[distance > 0] / self.kink).unique()
 
     def value(self, r: Tensor) -> Tensor:
         """:math:`c(r)`."""

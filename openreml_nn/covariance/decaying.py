@@ -31,6 +31,7 @@ class LinearCorrelation(Correlation):
 
     # It ends at one length: a fit starts with one that most pairs are within.
     reach: ClassVar[float] = 3.0
+    kink: ClassVar[float | None] = 1.0
 
     def value(self, r: Tensor) -> Tensor:
         return 1 - r.clamp(max=1)

@@ -98,6 +98,10 @@ class DistanceMatrix(Matrix):
         self.start_reach(1 / 3)
         return self.set_start(self.param_names[0], harmonic_mean(variance))
 
+    def kinks(self) -> Mapping[str, Tensor]:
+        found = self.correlation.kinks(self.distance)
+        return {self.param_names[1]: found} if len(found) else {}
+
     def start_reach(self, reach: float) -> bool:
         apart = self.distance[self.distance > 0]
         start = self.correlation.reach * reach

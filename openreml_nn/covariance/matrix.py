@@ -321,6 +321,11 @@ class Matrix(Intermediates, TreeNode):
         """
         return False
 
+    def kinks(self) -> Mapping[str, Tensor]:
+        """Values of parameters, in order, at which the first derivative of the matrix jumps, by their
+        names; none by default. There the likelihood may have a maximum with a slope on both sides."""
+        return {}
+
     @property
     def repr_dict(self) -> dict[str, Any]:
         """What the string representation shows."""

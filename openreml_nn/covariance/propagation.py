@@ -12,6 +12,7 @@ from torch import Tensor
 from openreml_nn.covariance.dummy import DummyMatrix
 from openreml_nn.covariance.identity import DiagonalMatrix
 from openreml_nn.covariance.matrix import Matrix
+from openreml_nn.covariance.membership import MembershipMatrix
 from openreml_nn.covariance.nodes import is_opaque
 from openreml_nn.covariance.operator import Operator
 from openreml_nn.covariance.start import harmonic_mean
@@ -79,11 +80,13 @@ class CovariancePropagation(Operator):
     def formed_operands(self) -> list[bool]:
         return [self._one_hot() is None, True]
 
-    def _one_hot(self) -> DummyMatrix | None:
+    def _one_hot(self) -> DummyMatrix | MembershipMatrix | None:
         """Z where it is known by level codes and need not be formed."""
         z = self._modules.get(next(iter(self.operand_keys.values())))
-        known = isinstance(z, DummyMatrix) and type(z).forward is DummyMatrix.forward
-        return z if isinstance(z, DummyMatrix) and known and not is_opaque(z) else None
+        if not isinstance(z, DummyMatrix | MembershipMatrix) or is_opaque(z):
+            return None
+        forwards = DummyMatrix.forward, MembershipMatrix.forward
+        return z if type(z).forward in forwards else None
 
     def _design(self, z: Tensor | None) -> Design:
         if z is not None:
@@ -133,7 +136,9 @@ class CovariancePropagation(Operator):
 
     def moment_start(self, variance: Tensor) -> bool:
         z, g = self.operands.values()
-        if isinstance(z, DummyMatrix):
+        if isinstance(z, MembershipMatrix):
+            square = z.mean_squares().to(variance)
+        elif isinstance(z, DummyMatrix):
             # Every level's column of an effect has the scale of the effect's covariate.
             values = z.values()
             square = variance.new_ones(1) if values is None else (values.detach() ** 2).mean(0)

@@ -340,6 +340,14 @@ class VecchiaMatrix(Matrix):
             log_length = log_length - log(2)
         return log_length.exp()[0].to(length)
 
+    def kinks(self) -> Mapping[str, Tensor]:
+        if self.correlation.kink is None:
+            return {}
+        near, own = self.places[self._neighbours.clamp(min=0)], self.places[:, None]
+        apart = torch.linalg.vector_norm(near - own, dim=-1).flatten()
+        among = torch.linalg.vector_norm(near[:, :, None] - near[:, None], dim=-1).flatten()
+        return {self.param_names[1]: self.correlation.kinks(torch.cat([apart, among]))}
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.correlation}, neighbours={self.neighbours}"
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance.matrix import Recorded
+from openreml_nn.covariance.matrix import Matrix, Recorded
 from openreml_nn.covariance.owner import Entry, Owner
 from openreml_nn.covariance.transform import TransformIdentity
 from openreml_nn.likelihood.loss import Objective
@@ -132,6 +132,15 @@ class Coordinates:
         """Which coordinates are exactly at a boundary: a variance of 0, a correlation of ±1."""
         low, high = self.ends(u)
         return (u == low) | (u == high)
+
+    def kinks(self, like: Tensor) -> dict[int, Tensor]:
+        """By coordinate, in order, where the likelihood may have a kink."""
+        found = {}
+        for j, e in enumerate(self.entries):
+            known = e.leaf.kinks().get(e.local) if isinstance(e.leaf, Matrix) else None
+            if known is not None:
+                found[j] = e.trans.coordinate(e.trans.inverse(known.to(like)))
+        return found
 
     def read(self, like: Tensor) -> Tensor:
         """Present coordinates, on the dtype and device of ``like``."""

@@ -19,6 +19,8 @@ __all__ = ["CONVERGED", "FLAT", "Curvature"]
 
 #: Parameters count as converged this many standard errors from the optimum.
 CONVERGED = 1e-3
+#: A coordinate this near to a kink is at it, and so far beside it is the slope of a side.
+_AT_KINK, _BESIDE = 1e-12, 1e-8
 #: A direction counts as flat when its curvature is this small beside the largest.
 FLAT = 1e-6
 
@@ -55,6 +57,10 @@ class Curvature:
         condition: condition number of H, scaled to have a diagonal near 1.
         stuck: coordinates at a boundary from which the likelihood rises.
         boundary: names of parameters at a boundary.
+        kinks: by coordinate where the likelihood may have a kink, in order.
+        held: coordinates at a kink on both sides of which the likelihood falls; the score by these is
+            zero, and they do not move.
+        kinked: their names.
         indistinct: names of parameters about which the data say nothing, or nothing
             but a combination of them.
     """
@@ -66,7 +72,7 @@ class Curvature:
         weights: Sequence[float] | None = None,
     ) -> None:
         self.objectives = objectives
-        self._weights = [1.0] * len(objectives) if weights is None else list(weights)
+        self.weights = [1.0] * len(objectives) if weights is None else list(weights)
         self.indistinct: tuple[str, ...] = ()
         self.boundary: tuple[str, ...] = ()
         self.at = Coordinates(objectives, owned)
@@ -79,12 +85,18 @@ class Curvature:
         self.information = torch.zeros(len(u), len(u), dtype=u.dtype, device=u.device)
         self.hessian = torch.zeros_like(self.information)
         self.stuck: list[int] = []
+        self.held: list[int] = []
+        self.kinked: tuple[str, ...] = ()
+        self.kinks = {} if any(o.moves for o in objectives) else self.at.kinks(u)
         if not len(u):
             self.move, self.norm, self.condition = u, 0.0, 1.0
             return
-        for i, (objective, weight) in enumerate(zip(objectives, self._weights, strict=True)):
+        for i, (objective, weight) in enumerate(zip(objectives, self.weights, strict=True)):
             add = self._add_moving if objective.moves else self._add
             add(i, objective, weight)
+        self.held = [j for j in self.kinks if self._is_top(j)]
+        self.kinked = tuple(self.at.names[j] for j in self.held)
+        self.score[self.held] = 0
         self.solve(self.hessian)
         at_boundary = self.at.on_boundary(u)
         self.boundary = tuple(
@@ -113,6 +125,14 @@ class Curvature:
         share = torch.where(quadratic[:, None] & quadratic, 1.0, 0.5).to(curve)
         self.hessian += weight * (information - share * (curve + curve.mT) / 2)
 
+    def _is_top(self, j: int) -> bool:
+        """Whether a coordinate is at a kink from which the likelihood falls to both sides."""
+        if not bool(((self.kinks[j] - self.u[j]).abs() < _AT_KINK).any()):
+            return False
+        beside = torch.zeros_like(self.u)
+        beside[j] = _BESIDE
+        return _score_at(self, self.u - beside, j) > 0 > _score_at(self, self.u + beside, j)
+
     def _add_moving(self, i: int, objective: Objective, weight: float) -> None:
         """By automatic differentiation of the likelihood itself."""
         k = len(self.at.entries)
@@ -138,6 +158,11 @@ class Curvature:
 
     def solve(self, hessian: Tensor) -> None:
         """Find the step, its norm and the condition for a curvature."""
+        if self.held:
+            own = hessian.diagonal()[self.held].abs()
+            hessian = hessian.clone()
+            hessian[self.held], hessian[:, self.held] = 0, 0
+            hessian[self.held, self.held] = torch.where(own > 0, own, 1)
         size = self.information.diagonal().abs() + (hessian - self.information).diagonal().abs()
         self._scale = scale = torch.where(size > 0, size, 1).sqrt()
         self._values, self._vectors = torch.linalg.eigh(hessian / (scale[:, None] * scale))
@@ -180,7 +205,7 @@ class Curvature:
     def boundary_step(self, j: int) -> float:
         r"""The scoring step of :math:`(u_j - b)^2` away from the boundary b."""
         slope = information = 0.0
-        for i, (objective, weight) in enumerate(zip(self.objectives, self._weights, strict=True)):
+        for i, (objective, weight) in enumerate(zip(self.objectives, self.weights, strict=True)):
             if objective.moves:
                 # The second derivative by u_j is twice the slope by its square.
                 return float(1 / (-self.hessian[j, j]).clamp(min=1e-300))
@@ -195,3 +220,19 @@ class Curvature:
             )
             information += weight * float(evaluation.information([d[None] for d in half]))
         return slope / information if information > 0 else 1.0
+
+
+def _score_at(c: Curvature, u: Tensor, j: int) -> float:
+    """The score by a coordinate at another point; the parameters are left as they are."""
+    total = 0.0
+    try:
+        c.at.write(u)
+        for i, (objective, weight) in enumerate(zip(c.objectives, c.weights, strict=True)):
+
+            def matrices(x: Tensor, i: int = i) -> tuple[Tensor, ...]:
+                return c.matrices(i, x)
+
+            total += weight * float(expand(matrices, objective.evaluate().scores(), u)[0][j])
+    finally:
+        c.at.write(c.u)
+    return total

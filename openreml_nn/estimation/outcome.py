@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openreml_nn.covariance import DummyMatrix
+from openreml_nn.covariance import DummyMatrix, MembershipMatrix
 from openreml_nn.covariance.operator import Operator
 from openreml_nn.estimation.basis import (
     factor_in_user_basis,
@@ -136,6 +136,7 @@ class _Builder:
             history=tuple(history),
             plan=plan,
             num_params=len(curvature.at),
+            kinks=curvature.kinked,
             source=self._source(y, X, names),
         )
 
@@ -186,6 +187,7 @@ class _Builder:
         """Of the coordinates, as they are at their boundaries."""
         curvature = self._curvature
         at_boundary = curvature.at.on_boundary(curvature.u)
+        at_boundary[curvature.held] = True
         return Spread(curvature.information, bool(curvature.indistinct), at_boundary)
 
     def _parameters(self) -> tuple[Estimate, ...]:
@@ -311,9 +313,10 @@ class _Builder:
         node: Any = self._objective.covariance
         for name in filter(None, term.name.split("/")):
             node = node.operands.get(name) if isinstance(node, Operator) else None
+        named = DummyMatrix, MembershipMatrix
         if isinstance(node, Operator):
             for operand in node.operands.values():
-                if isinstance(operand, DummyMatrix) and len(operand.labels) == count:
+                if isinstance(operand, named) and len(operand.labels) == count:
                     return tuple(operand.labels)
         g = term.covariance
         if isinstance(g, KroneckerCovariance) and g.sizes[0] * g.sizes[1] == count:

@@ -139,6 +139,28 @@ class Safeguard:
             self._log_likelihood_at(candidates[best])
         return values[best]
 
+    def attempt_kink(self) -> float | None:
+        """Move as far as the first kink that the full step crosses, if the likelihood rises there;
+        returns the log-likelihood reached, None where there is no such kink."""
+        c = self.curvature
+        best, target = self.start + self._slack, None
+        for j, kinks in c.kinks.items():
+            gap = (kinks - c.u[j]) / c.move[j]  # as a part of the step
+            crossed = (gap > 0) & (gap < 1)
+            if j in c.held or not bool(crossed.any()):
+                continue
+            at = crossed.nonzero()[:, 0][gap[crossed].argmin()]
+            for move in (gap[at] * c.move, c.move):
+                u = c.u + move
+                u[j] = kinks[at]
+                reached = self._log_likelihood_at(u)
+                if reached > best:
+                    best, target = reached, u
+        if target is None:
+            self.curvature.at.write(c.u)
+            return None
+        return self._log_likelihood_at(target)
+
     def settle(self) -> float | None:
         """Put coordinates within a fraction of a standard error of a boundary onto it.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from openreml_nn.covariance import LinearMatrix, Matrix
+from openreml_nn.covariance import Matrix
 from openreml_nn.estimation.curvature import CONVERGED, Curvature
 from openreml_nn.estimation.past import Past
 from openreml_nn.estimation.step import average_information_step
@@ -52,7 +52,7 @@ def has_several_optima(objective: Objective) -> bool:
     linear one has a kink at each distance, alone too.
     """
     matrices = _matrices(objective)
-    has_kinks = any(isinstance(matrix, LinearMatrix) for matrix in matrices)
+    has_kinks = any(matrix.kinks() for matrix in matrices)
     if not has_kinks and sum(not term.known for term in objective.terms()) < 2:
         return False
     reaching = [matrix.start_reach(REACHES[0]) for matrix in matrices]

@@ -78,6 +78,11 @@ def _moved(guard: Safeguard, norm: float, tolerance: float) -> tuple[float, floa
         settled = guard.settle()
         return (guard.start, 0.0) if settled is None else (settled, 1.0)
     for move, length in _moves(c):
+        if length < 1 and length >= 0.5 and c.kinks:
+            # What overshoots a kink falls behind it.
+            reached = guard.attempt_kink()
+            if reached is not None and guard.has_scores():
+                return reached, 1.0
         reached = guard.attempt(move)
         if reached is not None and guard.has_scores():
             return reached, length

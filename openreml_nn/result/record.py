@@ -68,6 +68,7 @@ def to_record(result: FitValues, validation: Mapping[str, float] | None = None) 
                 "condition": result.condition,
                 "singular": list(result.singular),
                 "boundary": list(result.boundary),
+                "kinks": list(result.kinks),
                 "indistinct": list(result.indistinct),
                 "parameters": [vars(estimate) for estimate in result.parameters],
                 "std_errors": {c.name: c.std_error.tolist() for c in result.components},

@@ -79,6 +79,11 @@ def tables(result: FitValues, title: str | None = None) -> list[Table | str]:
         parts.append(visible("; ".join(constraint_texts(result.constraints))))
     if result.boundary:
         parts.append(visible(f"at the boundary: {', '.join(result.boundary)}"))
+    if result.kinks:
+        named = ", ".join(result.kinks)
+        parts.append(
+            visible(f"{named} lies at an observed distance, where the likelihood has a kink")
+        )
     others = [start for start in result.starts if start.converged and not start.same]
     if others:
         best = max(start.log_likelihood for start in others)

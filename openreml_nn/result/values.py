@@ -28,6 +28,8 @@ class FitValues:
             deviations.
         indistinct: parameters that the data cannot tell apart, or say nothing about.
         boundary: parameters at a boundary: a variance of 0, a correlation of ±1.
+        kinks: ranges that lie at an observed distance, where the likelihood has a kink: it falls to both
+            sides, with a slope, and they have no standard error.
         score_norm: distance to the optimum in standard errors.
         condition: condition number of the scaled curvature.
         rows: number of rows n.
@@ -80,6 +82,7 @@ class FitValues:
     history: tuple[Record, ...]
     plan: Plan
     num_params: int
+    kinks: tuple[str, ...] = ()
     starts: tuple[Start, ...] = ()
     source: Source | None = field(default=None, repr=False, compare=False)
     formula: str | None = None

@@ -189,6 +189,8 @@ def _by_trait(part: RandomPart, text: str) -> RandomPart:
 
 def _check(node: Node, text: str) -> None:
     if isinstance(node, Call) and node.function not in FUNCTIONS:
+        if node.function in EFFECTS and any(_are_several(inner) for _, inner in node.arguments):
+            raise _of_several(node, text)
         if node.function in (*EFFECTS, *RELATIONS):
             raise InputError(
                 f"formula {text!r}: {str(node)!r} has no place here: expected a structure of "
@@ -308,6 +310,8 @@ def _groups(node: Node, text: str) -> list[Grouping]:
         inner = _groups(right, text)
         if not any(of.relation for of in (*outer, *inner)):
             return outer + [Grouping((*outer[-1].columns, *of.columns)) for of in inner]
+    if _are_several(node):
+        raise _of_several(node, text)
     if is_operation(node, "+"):
         raise InputError(f"formula {text!r}: write '(1 | a) + (1 | b)' for two grouping factors")
     found = columns_of(node)
@@ -317,6 +321,23 @@ def _groups(node: Node, text: str) -> list[Grouping]:
             f"one of {', '.join(f'{name}(…)' for name in RELATIONS)}"
         )
     return [Grouping(found)]
+
+
+def _are_several(node: Node) -> bool:
+    """Whether it is a sum of related groups, such as ``ped(animal) + ped(dam)``."""
+    while is_operation(node, "+"):
+        node, last = operands_of(node)[0], operands_of(node)[-1]
+        if is_call(last, *RELATIONS):
+            return True
+    return False
+
+
+def _of_several(node: Node, text: str) -> InputError:
+    return InputError(
+        f"formula {text!r}: {str(node)!r} has several levels a row, which no formula says: expected "
+        "separate terms, such as (1 | ped(animal)) + (1 | ped(dam)), or for correlated or shared "
+        "effects a tree with MembershipMatrix"
+    )
 
 
 def _related(call: Call, text: str) -> list[Grouping]:

@@ -338,13 +338,18 @@ def _numeric(name: str, data: TableRows) -> Factor:
     """A column of coordinates as a factor, its levels in the spelling of float64."""
     column = single(data.table, name, data.source)
     values = numbers(column, f"{data.source}: column {name!r}", data.table)
+    _check_finite(name, values, data)
+    return coded(pd.Series(values + 0.0, name=name), None, data.source)
+
+
+def _check_finite(name: str, values: np.ndarray, data: TableRows) -> None:
+    """Refuse coordinates that are infinite."""
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
         raise InputError(
             f"{data.source}: the coordinate {name!r} is {values[bad[0]]:g} in row "
             f"{data.row(int(bad[0]))}: expected a finite number"
         )
-    return coded(pd.Series(values + 0.0, name=name), None, data.source)
 
 
 # ---------------------------------------------------------------------- splines
@@ -364,6 +369,7 @@ def _splines(grouping: Grouping, data: TableRows) -> tuple[np.ndarray, tuple[str
     for name, bent in zip(grouping.columns, grouping.bent, strict=True):
         column = single(data.table, name, data.source)
         x = numbers(column, f"{data.source}: column {name!r}", data.table)
+        _check_finite(name, x, data)
         state = data.state(f"spline({Name(name)})")
         if not state:
             if not len(np.unique(x)) > 2:

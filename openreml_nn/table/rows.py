@@ -207,8 +207,12 @@ def complete(
         emptiest = table[list(columns)].isna().sum().idxmax()
         raise InputError(f"{source}: every row has a missing value, most in column {emptiest!r}")
     if dropped:
-        what = f"{source}: {dropped} of {len(table)} rows left out, which miss a value"
-        warn(what)
+        first = int(present.argmin())
+        column = next(name for name in columns if pd.isna(single(table, name, source).iloc[first]))
+        warn(
+            f"{source}: {dropped} of {len(table)} rows left out, which miss a value: the first "
+            f"{column!r} in row {row_name(table, first)}"
+        )
     return (table.iloc[rows] if dropped else table), rows, dropped
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["DenseDesign", "Design", "IdentityDesign", "IndexedDesign"]
+__all__ = ["DenseDesign", "Design", "IdentityDesign", "IndexedDesign", "SparseDesign"]
 
 
 class Design:
@@ -141,3 +141,45 @@ class IndexedDesign(Design):
     def map(self, function: Callable[[Tensor], Tensor]) -> Design:
         values = None if self.values is None else function(self.values)
         return IndexedDesign(function(self.codes), values, self.levels, absent=False)
+
+
+class SparseDesign(DenseDesign):
+    r"""Row i holds ``values[i]`` in the columns ``columns[i]``, which may name one twice, zeros elsewhere.
+
+    It is formed only by a solver that has no use for the zeros.
+
+    Args:
+        columns: (n, w), from 0.
+        values: (n, w) entries; those of a column that stands twice add up.
+        size: number of columns.
+    """
+
+    def __init__(self, columns: Tensor, values: Tensor, size: int) -> None:
+        self.columns, self.values = columns, values
+        self.shape = (columns.shape[0], size)
+
+    @property
+    def matrix(self) -> Tensor:  # type: ignore[override]
+        """The matrix itself, (n, size)."""
+        return self.values.new_zeros(self.shape).scatter_add(1, self.columns, self.values)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return (self.values.to(x)[:, :, None] * x[self.columns]).sum(1)
+
+    def t_matmul(self, x: Tensor) -> Tensor:
+        weighted = self.values.to(x)[:, :, None] * x[:, None, :]
+        total = x.new_zeros(self.shape[1], x.shape[1])
+        return total.index_add(0, self.columns.flatten(), weighted.flatten(0, 1))
+
+    def take(self, rows: Tensor) -> SparseDesign:
+        return SparseDesign(self.columns[rows], self.values[rows], self.shape[1])
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        return [self.columns, self.values]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Design:
+        return SparseDesign(function(self.columns), function(self.values), self.shape[1])
+
+    def dense(self, like: Tensor) -> Tensor:
+        return self.matrix.to(like)

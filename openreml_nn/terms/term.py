@@ -14,7 +14,13 @@ from torch import Tensor
 
 from openreml_nn.terms.base import Covariance, Meeting
 from openreml_nn.terms.covariance import DenseCovariance
-from openreml_nn.terms.design import DenseDesign, Design, IdentityDesign, IndexedDesign
+from openreml_nn.terms.design import (
+    DenseDesign,
+    Design,
+    IdentityDesign,
+    IndexedDesign,
+    SparseDesign,
+)
 from openreml_nn.terms.kernel import private
 
 __all__ = ["Term", "has_own_columns", "propagate", "residual_terms", "whole_term"]
@@ -154,6 +160,13 @@ def propagate(outer: Design, term: Term) -> Term:
         return replace(term, design=outer)
     if isinstance(outer, IndexedDesign) and outer.values is None:
         return replace(term, design=inner.take(outer.codes))
+    if (
+        isinstance(outer, SparseDesign)
+        and isinstance(inner, IndexedDesign)
+        and inner.values is None
+    ):
+        moved = SparseDesign(inner.codes[outer.columns], outer.values, inner.shape[1])
+        return replace(term, design=moved)
     if isinstance(outer, IndexedDesign) and isinstance(inner, IndexedDesign) and outer.effects == 1:
         taken = inner.take(outer.codes)
         assert isinstance(taken, IndexedDesign) and outer.values is not None

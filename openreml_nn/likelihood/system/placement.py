@@ -19,7 +19,7 @@ from openreml_nn.likelihood.system.cross import (
 from openreml_nn.likelihood.system.partition import Partition
 from openreml_nn.likelihood.system.products import Pattern, Products
 from openreml_nn.likelihood.system.roles import Roles
-from openreml_nn.terms.design import DenseDesign, Design, IndexedDesign
+from openreml_nn.terms.design import Design, IndexedDesign
 
 __all__ = ["Placement", "System", "placed"]
 
@@ -264,10 +264,9 @@ def placed(
 
 def _device(designs: Sequence[Design]) -> torch.device:
     for design in designs:
-        if isinstance(design, IndexedDesign):
-            return design.codes.device
-        if isinstance(design, DenseDesign):
-            return design.matrix.device
+        for tensor in design.tensors:
+            if tensor is not None:
+                return tensor.device
     return torch.device("cpu")
 
 

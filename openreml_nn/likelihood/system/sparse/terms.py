@@ -18,7 +18,13 @@ from openreml_nn.likelihood.system.sparse.moving import Moving, MovingAt
 from openreml_nn.likelihood.system.sparse.part import Part
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import DenseCovariance
-from openreml_nn.terms.design import DenseDesign, Design, IdentityDesign, IndexedDesign
+from openreml_nn.terms.design import (
+    DenseDesign,
+    Design,
+    IdentityDesign,
+    IndexedDesign,
+    SparseDesign,
+)
 from openreml_nn.terms.precision import PrecisionCovariance
 from openreml_nn.terms.term import Term, residual_terms
 
@@ -327,6 +333,13 @@ def _matrix(design: Design) -> csr_matrix:
         column = codes[:, None] * k + np.arange(k)
         start = np.arange(0, n * k + 1, k)
         return csr_matrix((values.reshape(-1), column.reshape(-1), start), (n, q))
+    if isinstance(design, SparseDesign):
+        column, entries = design.columns.detach().cpu().numpy(), _numbers(design.values)
+        start = np.arange(0, column.size + 1, max(column.shape[1], 1))
+        found = csr_matrix((entries.reshape(-1), column.reshape(-1), start), (n, q))
+        found = found.copy()  # what follows sorts in place
+        found.sum_duplicates()
+        return found
     assert isinstance(design, DenseDesign)
     return csr_matrix(_numbers(design.matrix.to_dense()))
 
