@@ -8,6 +8,7 @@ import torch
 
 from openreml_nn.model import take
 from openreml_nn.result.joint import JointErrors
+from openreml_nn.terms.design import IndexedDesign
 from tests.test_joint import EFFECTS, henderson, made, rows
 
 PLAIN = [name for name in EFFECTS if not name.startswith("kernel")]
@@ -85,3 +86,27 @@ def test_a_factor_of_too_many_entries_is_not_made():
     model.update(data)
     with pytest.warns(RuntimeWarning, match="as independent"):
         model.predict(data)
+
+
+@pytest.mark.parametrize("head", ["ml", "gls"])
+@pytest.mark.parametrize("effects", ["crossed", "slopes"])
+def test_variances_by_the_factor_are_differentiable(effects, head):
+    """By the values of the effects, and by features; of levels that do not meet, too."""
+    models = made(effects, head), large(made(effects, head))
+    data = rows(models[0])
+    data["groups"]["a"] = torch.where(data["groups"]["b"] < 2, data["groups"]["a"] % 4, 4)
+    new, found = rows(models[0], 20, seed=2), []
+    for model in models:
+        model.update(data)
+        X = new["x"] @ torch.ones(2, len(model.beta)).double() if head == "gls" else new["x"][:, :0]
+        leaves, designs = [X.requires_grad_()], []
+        for name, effect in model.effects().items():
+            z = torch.linspace(0.5, 2, 20 * effect.effects).double().reshape(20, -1)
+            leaves.append(z.requires_grad_())
+            designs.append(IndexedDesign(new["groups"][name], z, effect.levels))
+        assert model.joint.has_variances()
+        variance = model.joint.variance(designs, X)
+        weights = torch.arange(1.0, 21).double()
+        found.append([variance, *torch.autograd.grad((weights * variance).sum(), leaves)])
+    assert not bool(models[1].joint.is_exact)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-10)

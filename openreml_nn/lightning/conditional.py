@@ -127,13 +127,12 @@ def _spread(model: MixedModel, coded: Coded, X: Tensor | None) -> Tensor:
     n = len(next(iter(coded.values()))[0]) if X is None else len(X)
     if not bool(model.joint.is_known):
         return like.new_zeros(n)
-    model.joint.settle()
     designs = [
         IndexedDesign(codes, like.new_ones(n, 1) if z is None else z.to(like), effects[name].levels)
         for name, (codes, z) in coded.items()
     ]
     rows = like.new_zeros(n, 0) if X is None else X.to(like)
-    if bool(model.joint.is_exact):  # and differentiable
+    if model.joint.has_variances():  # and they are differentiable
         return model.joint.variance(designs, rows)
     found = torch.einsum("np,pq,nq->n", rows, model.beta_covariance, rows)
     for effect, design in zip(effects.values(), designs, strict=True):

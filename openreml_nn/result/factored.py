@@ -105,10 +105,8 @@ class FactoredErrors:
     def right(self, equations: Equations) -> np.ndarray:
         r""":math:`\Lambda^\top Z^\top R^{-1}` times the columns of the fixed part, (N, columns)."""
         zf = [_numbers(part) for part in equations.products.zf]
-        return np.asarray(self._root.T @ np.concatenate(zf)) if zf else self._none(equations)
-
-    def _none(self, equations: Equations) -> np.ndarray:
-        return np.zeros((0, len(equations.products.ff)))
+        none = np.zeros((0, len(equations.products.ff)))
+        return np.asarray(self._root.T @ np.concatenate(zf)) if zf else none
 
     def variance(
         self, designs: Sequence[IndexedDesign | PlacedDesign], X: Tensor, most_numbers: int
@@ -119,11 +117,45 @@ class FactoredErrors:
             designs, X: as there.
             most_numbers: so many are held at a time.
         """
+        if torch.is_grad_enabled():
+            indexed = [design for design in designs if isinstance(design, IndexedDesign)]
+            leaves = [X, *(design.values for design in indexed)]
+            recorded = any(x is not None and x.requires_grad for x in leaves)
+            if recorded and len(indexed) == len(designs):
+                return self._recorded(indexed, X)
         w = csc_matrix(self._root.T @ self._columns(designs, len(X)))
         d = _numbers(X) @ self._basis - np.asarray(w.T @ self._S)
         found = self._quadratic(w, most_numbers)
         found += np.einsum("ni,ij,nj->n", d, self.variance_of_coefficients, d)
         return torch.from_numpy(found).to(X.device)
+
+    def _recorded(self, designs: Sequence[IndexedDesign], X: Tensor) -> Tensor:
+        """The same as a differentiable function of X and of the values of the designs."""
+        z = [X.new_ones(len(X), 1) if d.values is None else d.values.to(X) for d in designs]
+        among, T = (torch.from_numpy(x).to(X) for x in self._of_levels([d.codes for d in designs]))
+        values, C = torch.cat(z, 1), torch.from_numpy(self.variance_of_coefficients).to(X)
+        d = X @ torch.from_numpy(self._basis).to(X) - torch.einsum("nk,nkr->nr", values, T)
+        return torch.einsum("nk,nkl,nl->n", values, among, values) + ((d @ C) * d).sum(1)
+
+    def _of_levels(self, codes: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+        r""":math:`\Lambda A^{-1} \Lambda^\top` (n, K, K) and :math:`\Lambda S` (n, K, r) of the K effects that
+        each row meets."""
+        # Rows of the same levels have the same numbers.
+        whole = _effects_of(codes, self._starts, self._sizes)
+        at, of_row = np.unique(whole, axis=0, return_inverse=True)
+        K = at.shape[1]
+        row, column = np.broadcast_arrays(at[:, :, None], at[:, None, :])
+        place = self._factor.symbolic.where(row.reshape(-1), column.reshape(-1)).reshape(row.shape)
+        inverse = self._factor.inverse[place]
+        for i in np.flatnonzero((place < 0).any(axis=(1, 2))):
+            unit = np.zeros((self._root.shape[0], K))
+            unit[at[i], np.arange(K)] = 1
+            half = self._factor.half(unit)
+            inverse[i] = half.T @ half
+        first = _effects_of([torch.tensor([0])] * len(codes), self._starts, self._sizes).reshape(-1)
+        L = self._root[first][:, first].toarray()  # the same for each level
+        row = of_row.reshape(-1)
+        return (L @ inverse @ L.T)[row], (L @ self._S[at])[row]
 
     def _columns(self, designs: Sequence[IndexedDesign | PlacedDesign], n: int) -> csc_matrix:
         """The rows of the designs as columns, (N, n)."""
@@ -287,6 +319,15 @@ def _entries(
     kept = ~same | (rows >= columns)
     rows, columns = rows[kept], columns[kept]
     return np.maximum(rows, columns), np.minimum(rows, columns), values[kept]
+
+
+def _effects_of(
+    codes: Sequence[Tensor], starts: np.ndarray, sizes: Sequence[tuple[int, int]]
+) -> np.ndarray:
+    """The columns of the effects of levels of each term, (n, all effects)."""
+    parts = zip(codes, starts[:-1], sizes, strict=True)
+    found = [at + code.numpy(force=True)[:, None] * k + np.arange(k) for code, at, (_, k) in parts]
+    return np.concatenate(found, 1)
 
 
 def _starts(equations: Equations) -> np.ndarray:
