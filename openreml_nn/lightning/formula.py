@@ -52,7 +52,7 @@ class FormulaOptions:
             relations: see :class:`Encoder`.
 
         Raises:
-            InputError: if there is no formula, or an option is at fault.
+            InputError: if there is no formula, or an option is invalid.
         """
         if self.formula is None:
             raise InputError(

@@ -66,14 +66,14 @@ class MixedModule(Evaluated):
     ``parts``       the same, the network run on ``rows`` at a time
     =============== ==================================================================
 
-    Within training the sums are of residuals as each batch met them. Before a validation, before
-    a checkpoint and at the end a pass without gradients sums those of the present parameters, and
-    what is validated, saved and kept is the covariance after an AI-REML step from them (at the
-    end: at its optimum) and its BLUPs. Validations and checkpoints leave training as it would be
-    without them.
+    Within an epoch the sums are of the residuals of each batch at the parameters of that time.
+    Before a validation, before a checkpoint and at the end a pass without gradients computes the
+    sums at the present parameters. An AI-REML step from these (at the end: as many as reach the
+    optimum) gives the covariance and the BLUPs that are validated or saved. Validations and
+    checkpoints do not change the training that follows.
 
-    Under a distributed strategy loss, gradients and estimates are those of one process with the
-    rows of all.
+    Under a distributed strategy loss, gradients and estimates are those of one process that has
+    all rows.
 
     Args:
         model: a :class:`MixedModel`, or an lme4-style formula; with that, training is on a
@@ -83,9 +83,9 @@ class MixedModule(Evaluated):
             0.01}``, or a function from parameters to an optimizer; Adam by default. Without a
             network it is the covariance's, by default AI-REML, a step an epoch.
         training: see above, or a :class:`Way`; by default ``"alternating"`` for head ``"ml"``, ``"full"``
-            for ``"gls"`` and for families, which alternating training does not take. Without a
-            network, a linear mean of head ``"gls"``, no gradient trains anything: by default the
-            rows may come in mini-batches of any size, and the result is that of all at once.
+            for ``"gls"`` and for families, which alternating training does not support. A linear
+            mean without a network (head ``"gls"``) is estimated without gradients: its rows may come
+            in mini-batches of any size, and the result is that of all rows at once.
         network: with a formula: config of the network, or the network, that takes the columns of
             its fixed part, standardised, and yields features; see :class:`torch.nn.LazyLinear` for
             their number. Without one the mean is linear.
@@ -113,7 +113,7 @@ class MixedModule(Evaluated):
 
     Raises:
         InputError: if an option is unknown or does not fit the others; when fitting, if a batch
-            is at fault, by its number.
+            is invalid, whose number the message has.
 
     Example::
 

@@ -58,7 +58,7 @@ class TableModel:
         bases: in which random slopes are better conditioned, by random effect.
 
     Raises:
-        InputError: if the formula or an option is at fault.
+        InputError: if the formula or an option is invalid.
     """
 
     def __init__(

@@ -102,7 +102,7 @@ def glmm(
         max_iterations: after so many steps the fit stops, with a warning.
 
     Raises:
-        InputError: if the formula, the table or an option is at fault.
+        InputError: if the formula, the table or an option is invalid.
         NumericalError: if the data are separated.
 
     Reference:
