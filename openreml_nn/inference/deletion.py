@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from openreml_nn.estimation import Result
-from openreml_nn.inference.refit import Refit, tracked
+from openreml_nn.inference.laplace_deletion import LaplaceDeletion
+from openreml_nn.inference.laplace_refit import LaplaceRefit
+from openreml_nn.inference.refit import Refit, family_of, tracked
 from openreml_nn.support.checks import check_flag, found
 from openreml_nn.support.errors import InputError, NumericalError
 from openreml_nn.terms.design import IndexedDesign
-from openreml_nn.terms.term import residual_terms
+from openreml_nn.terms.term import Term, residual_terms
 
 __all__ = ["influence"]
 
@@ -56,6 +58,10 @@ def influence(
 
     They are NaN, but for the leverage, where the other rows do not determine all coefficients.
 
+    Of a response that is not Gaussian :math:`\hat\beta_{(I)}` at the held variances, and parameters of
+    the family, is at the maximum of the marginal likelihood of the other rows, and :math:`\Phi` then is
+    at held ones too; with ``refit`` both are of fits of all parameters. The leverage is NaN.
+
     Args:
         result: a fit.
         by: the cases: a grouping factor of the model, or a label for each row; each row by default.
@@ -68,7 +74,7 @@ def influence(
 
     Raises:
         InputError: if there is no such group, the labels are not as many as rows, the model has no
-            fixed effects, there are more than 20,000 rows, or the rows were streamed.
+            fixed effects, there are more than 20,000 rows of a Gaussian response, or the rows were streamed.
         TypeError: if an argument is of another kind.
 
     Reference:
@@ -85,24 +91,33 @@ def influence(
     """
     check_flag("refit", refit)
     check_flag("progress", progress)
-    own = Refit(result)
+    is_family = family_of(result) is not None
+    own = LaplaceRefit(result) if is_family else Refit(result)
     if not result.fixed.names:
         raise InputError("`result` has no fixed effects: expected some, whose change is told")
-    if result.rows > _MOST_ROWS:
-        raise InputError(
-            f"`result` has {result.rows} rows: columns of P are formed of each of them, expected at "
-            f"most {_MOST_ROWS}"
-        )
-    cases, codes = _cases(own, by)
+    deletion: _Deletion | LaplaceDeletion
     with torch.no_grad():
-        deletion = _Deletion.of(own, codes, len(cases))
-    if refit:
-        parts = tracked(range(len(cases)), "influence", progress)
-        rows = [_refitted(own, codes, case) for case in parts]
-    else:
-        rows = [deletion.without(case) for case in range(len(cases))]
+        if isinstance(own, LaplaceRefit):
+            cases, codes = _cases(result, own.loss.covariance.terms(), len(own.y), by)
+            codes = codes.to(own.y.device)
+            deletion = LaplaceDeletion(own, codes, len(cases))
+        else:
+            if result.rows > _MOST_ROWS:
+                raise InputError(
+                    f"`result` has {result.rows} rows: columns of P are formed of each of them, "
+                    f"expected at most {_MOST_ROWS}"
+                )
+            cases, codes = _cases(result, own.objective().terms(), len(own.y), by)
+            codes = codes.to(own.y.device)
+            deletion = _Deletion.of(own, codes, len(cases))
+    leave = deletion.refitted if refit else deletion.without
+    rows = [
+        leave(case)
+        for case in tracked(range(len(cases)), "influence", progress and (refit or is_family))
+    ]
     names = ["cook", "mdffits", "covtrace", "covratio"]
-    numbers = [_compared(result, *(row or ())) for row in rows]
+    phi = deletion.phi(refit)
+    numbers = [_compared(phi, *(row or ())) for row in rows]
     table = pd.DataFrame([part for part, _ in numbers], columns=names)
     table.insert(0, "case", cases)
     table.insert(1, "rows", torch.bincount(codes, minlength=len(cases)).numpy(force=True))
@@ -117,6 +132,8 @@ class _Deletion:
     """What the deletion of a case needs.
 
     Attributes:
+        refit: the fit.
+        codes: the case of each row (n,).
         rows: rows of each case.
         blocks: S of each case.
         p_y: P y (n,).
@@ -125,6 +142,8 @@ class _Deletion:
         leverage: of each case.
     """
 
+    refit: Refit
+    codes: Tensor
     rows: list[Tensor]
     blocks: list[Tensor]
     p_y: Tensor
@@ -164,7 +183,12 @@ class _Deletion:
         V_X = refit.solve(refit.X)
         phi = torch.linalg.inv(refit.X.mT @ V_X)
         by_case = y.new_zeros(cases).index_add(0, codes, leverage)
-        return cls(rows, P_own, refit.project(y[:, None])[:, 0], V_X @ phi, phi, by_case)
+        p_y = refit.project(y[:, None])[:, 0]
+        return cls(refit, codes, rows, P_own, p_y, V_X @ phi, phi, by_case)
+
+    def phi(self, is_refitted: bool) -> Tensor:
+        """The covariance of the coefficients of all rows, as results have it."""
+        return self.refit.result.fixed.covariance
 
     def without(self, case: int) -> tuple[Tensor, Tensor] | None:
         """How coefficients change and what their covariance is without a case; None where the other
@@ -177,14 +201,28 @@ class _Deletion:
         toward = self.moves[at].mT @ inverse  # (p, rows of the case)
         return toward @ self.p_y[at], self.covariance + toward @ self.moves[at]
 
+    def refitted(self, case: int) -> tuple[Tensor, Tensor] | None:
+        """The same where all is estimated again."""
+        refit = self.refit
+        refit.reset()
+        try:
+            without = refit.fit(keep=(self.codes != case).nonzero()[:, 0])
+        except (InputError, NumericalError):
+            return None
+        fixed, own = without.fixed, refit.result.fixed
+        if fixed.names != own.names:
+            return None
+        return own.estimate - fixed.estimate, fixed.covariance
 
-def _cases(refit: Refit, by: str | Sequence[object] | None) -> tuple[list[object], Tensor]:
-    """Labels of the cases, and the case of each row (n,)."""
-    n, device = len(refit.y), refit.y.device
+
+def _cases(
+    result: Result, terms: Sequence[Term], n: int, by: str | Sequence[object] | None
+) -> tuple[list[object], Tensor]:
+    """Labels of the cases, and the case of each of n rows."""
     if by is None:
-        return list(range(n)), torch.arange(n, device=device)
+        return list(range(n)), torch.arange(n)
     if isinstance(by, str):
-        return _cases_of_group(refit, by)
+        return _cases_of_group(result, terms, by)
     if not isinstance(by, Sequence | np.ndarray | pd.Series | pd.Index):
         raise TypeError(f"`by` is {found(by)}: expected a grouping factor, or a label for each row")
     if len(by) != n:
@@ -192,16 +230,14 @@ def _cases(refit: Refit, by: str | Sequence[object] | None) -> tuple[list[object
     codes, labels = pd.factorize(np.asarray(by), sort=False)
     if (codes < 0).any():
         raise InputError(f"`by` has no label in row {int((codes < 0).argmax())}: expected one")
-    return list(labels), torch.from_numpy(codes).to(device)
+    return list(labels), torch.from_numpy(codes)
 
 
-def _cases_of_group(refit: Refit, by: str) -> tuple[list[object], Tensor]:
-    groups = {c.group: c for c in refit.result.components if not c.is_residual}
+def _cases_of_group(result: Result, terms: Sequence[Term], by: str) -> tuple[list[object], Tensor]:
+    groups = {c.group: c for c in result.components if not c.is_residual}
     if by not in groups:
         raise InputError(f"`by` is {by!r}: expected one of {list(groups)}, or a label for each row")
-    with torch.no_grad():
-        terms = {term.name: term for term in refit.objective().terms()}
-    design = terms[groups[by].name].design
+    design = next(term.design for term in terms if term.name == groups[by].name)
     if not isinstance(design, IndexedDesign):
         raise InputError(
             f"`by` is {by!r}, of which a row has no one level: pass a label for each row"
@@ -227,23 +263,9 @@ def _packed(rows: Sequence[Tensor], most: int) -> list[list[int]]:
     return parts
 
 
-def _refitted(refit: Refit, codes: Tensor, case: int) -> tuple[Tensor, Tensor] | None:
-    """Change and covariance of the coefficients where all is estimated again."""
-    refit.reset()
-    try:
-        without = refit.fit(keep=(codes != case).nonzero()[:, 0])
-    except (InputError, NumericalError):
-        return None
-    fixed, own = without.fixed, refit.result.fixed
-    if fixed.names != own.names:
-        return None
-    return own.estimate - fixed.estimate, fixed.covariance
-
-
 def _compared(
-    result: Result, change: Tensor | None = None, covariance: Tensor | None = None
+    phi: Tensor, change: Tensor | None = None, covariance: Tensor | None = None
 ) -> tuple[list[float], Tensor]:
-    phi = result.fixed.covariance
     p = len(phi)
     if change is None or covariance is None:
         return [torch.nan] * 4, phi.new_full((p,), torch.nan)

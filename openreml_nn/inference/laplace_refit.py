@@ -25,6 +25,8 @@ __all__ = ["LaplaceRefit", "numbers_of"]
 
 #: Steps of a fit, at most.
 _MOST = 100
+#: Where a fit of some rows ends, in standard errors.
+_AIM = 1e-4
 #: Coefficients of columns of unit size beyond this may have no finite estimate.
 _LARGE = 5.0
 #: and have none where a row, on average, has less information on them than this.
@@ -127,11 +129,21 @@ class LaplaceRefit:
             set_start(fit)
             if not fit.climb(_MOST):
                 raise NumericalError(f"the fit did not converge in {_MOST} iterations")
-        p = fit.p
-        if p and float(fit.x[:p].abs().max()) > _LARGE:
-            least = float(torch.linalg.eigvalsh(fit.curvature()[:p, :p])[0])
-            if least < _LITTLE * len(y):
-                raise NumericalError("the responses are separated: there is no finite estimate")
+        _refuse_endless(fit)
+        return fit
+
+    def without(self, keep: Tensor) -> MarginalFit:
+        """The maximum of the likelihood of some rows (m,).
+
+        Raises:
+            NumericalError: as :meth:`again` does.
+        """
+        fit = self.fit().part(keep, _AIM)
+        fit.x = fit.x.clone()
+        fit.value, fit.slope = fit.evaluate(fit.x)
+        if not fit.climb(_MOST):
+            raise NumericalError(f"the fit did not converge in {_MOST} iterations")
+        _refuse_endless(fit)
         return fit
 
     def result_of(self, fit: MarginalFit) -> Result:
@@ -150,6 +162,15 @@ class LaplaceRefit:
         found = _of_matrices(self.result, matrices)
         found |= dict(zip(self.result.fixed.names, beta.tolist(), strict=True))
         return found | {name: float(value.detach()) for name, value in own.items()}
+
+
+def _refuse_endless(fit: MarginalFit) -> None:
+    """Refuse coefficients that have no finite estimate."""
+    p = fit.p
+    if p and float(fit.x[:p].abs().max()) > _LARGE:
+        least = float(torch.linalg.eigvalsh(fit.curvature()[:p, :p])[0])
+        if least < _LITTLE * len(fit.y):
+            raise NumericalError("the responses are separated: there is no finite estimate")
 
 
 def numbers_of(result: Result) -> dict[str, float]:

@@ -111,8 +111,8 @@ FAULTS = [
     Fault(
         "a fit again has all rows",
         DELETION,
-        "keep=(codes != case).nonzero()[:, 0]",
-        "keep=(codes != -1).nonzero()[:, 0]",
+        "keep=(self.codes != case).nonzero()[:, 0]",
+        "keep=(self.codes != -1).nonzero()[:, 0]",
         f"{OF_CASES} -k again",
     ),
     Fault(
@@ -167,7 +167,7 @@ FAULTS = [
     Fault(
         "a bootstrap sample that is separated counts",
         "openreml_nn/inference/laplace_refit.py",
-        "if least < _LITTLE * len(y):",
+        "if least < _LITTLE * len(fit.y):",
         "if least < -1:",
         f"{OF_FAMILIES} -k separated",
     ),
