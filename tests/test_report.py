@@ -19,7 +19,7 @@ from openreml_nn.covariance import (
     Sum,
 )
 from openreml_nn.datasets import visits
-from openreml_nn.inference import profile, quantile_residuals, variance_shares
+from openreml_nn.inference import diagnose, profile, quantile_residuals, variance_shares
 from openreml_nn.program.outputs import write_plots, write_record, write_tables
 from openreml_nn.report import (
     blup_table,
@@ -35,6 +35,7 @@ from openreml_nn.report import (
     write_report,
     zeta,
 )
+from openreml_nn.report.contents import RunContents
 from openreml_nn.report.runs import best
 
 FORMULA = "Reaction ~ Days + (Days | Subject)"
@@ -311,6 +312,30 @@ def test_runs_stand_side_by_side(result, tmp_path):
     # The estimate is the same in balanced data, its standard error is not.
     assert found["Days"] == ["10.4673 (0.804)", "*10.4673 (1.55)"]
     assert found["variance of Subject: Days"] == ["", "*35.0717"]
+
+
+def test_the_model_is_said_in_words(result, tmp_path):
+    write_run(result, tmp_path)
+    slopes = RunContents(tmp_path, "run", "run0").words()
+    assert (
+        "with 2 fixed effects. The random part has random intercepts and random effects" in slopes
+    )
+    assert slopes.endswith(
+        "of Days for 18 levels of Subject. It was fitted by restricted maximum "
+        "likelihood (REML) to 180 rows."
+    )
+    (tmp_path / "config.yaml").write_text("model: {network: {_target_: torch.nn.LazyLinear}}")
+    network = RunContents(tmp_path, "run", "run0").words()
+    assert "with a network for its mean and 2 coefficients of its features. The" in network
+
+
+def test_the_variance_of_a_slope_that_is_zero_is_said_of_the_slope():
+    rng = np.random.default_rng(0)
+    g, x = np.repeat(np.arange(12), 6), np.tile(np.arange(6.0), 12)
+    y = rng.standard_normal(12)[g] + x + rng.standard_normal(72)
+    y -= (x - 2.5) * np.repeat(np.polyfit(np.arange(6.0), y.reshape(12, 6).T, 1)[0], 6)
+    found = diagnose(lmm("y ~ x + (x || g)", pd.DataFrame({"y": y, "x": x, "g": g})))
+    assert any("levels of g do not differ in the effect of x. Leaving" in line for line in found)
 
 
 def test_names_of_users_are_text_in_a_report(tmp_path):

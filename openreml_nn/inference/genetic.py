@@ -17,7 +17,7 @@ from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import DiagonalCovariance, RepeatedCovariance
 from openreml_nn.terms.term import Term
 
-__all__ = ["Heritability", "heritability", "reliability"]
+__all__ = ["Heritability", "heritability", "prior_variances", "reliability"]
 
 METHODS = ("plain", "cullis", "generalised")
 #: Effects beyond which the dense covariance of their errors is refused.
@@ -42,7 +42,8 @@ def heritability(result: Result, group: str | None = None, method: str = "plain"
     r"""Heritability of a genetic effect, by one of three definitions.
 
     ``"plain"``: its share in the variance of a row, :math:`\sigma_g^2 / \sum_t \sigma_t^2`, with a
-    standard error by the delta method; see :func:`variance_shares`.
+    standard error by the delta method; of a response that is not Gaussian on the link scale. See
+    :func:`variance_shares`.
 
     ``"cullis"``: :math:`1 - \bar v_\Delta / (2\sigma_g^2)`, in which :math:`\bar v_\Delta` is the mean
     variance of the error of a difference between two BLUPs. For related levels
@@ -63,8 +64,8 @@ def heritability(result: Result, group: str | None = None, method: str = "plain"
 
     Raises:
         InputError: if there is no such group, several terms of it, or several effects; if the
-            method is unknown, the rows were streamed, or there are more than 10,000 levels
-            (not ``"plain"``).
+            method is unknown, or another than ``"plain"`` and the response not Gaussian; if the rows
+            were streamed, or there are more than 10,000 levels (not ``"plain"``).
         TypeError: if an argument is of another kind.
 
     Reference:
@@ -144,7 +145,7 @@ def reliability(result: Result, group: str | None = None) -> pd.DataFrame:
         if group is not None and component.group != group:
             continue
         errors = effects.variances.diagonal(dim1=1, dim2=2)  # (q, k)
-        prior = _variances(terms[effects.name], errors.numel()).reshape(errors.shape)
+        prior = prior_variances(terms[effects.name], errors.numel()).reshape(errors.shape)
         share = torch.where(prior > 0, 1 - errors / prior, 0)
         for j, effect in enumerate(component.effects):
             columns = {
@@ -209,7 +210,7 @@ def _mean_difference(covariance: Tensor) -> float:
     return float(2 * (covariance.diagonal().sum() - covariance.sum() / m) / (m - 1))
 
 
-def _variances(term: Term, size: int) -> Tensor:
+def prior_variances(term: Term, size: int) -> Tensor:
     """The diagonal of G."""
     g = term.covariance
     if isinstance(g, RepeatedCovariance):

@@ -39,7 +39,8 @@ def r2(result: Result, observation: str | None = None) -> R2:
     the mean :math:`\mu` of the null model, the fit of an intercept with the same random effects, it is
     ``"latent"``: :math:`\pi^2/3` (logit), 1 (probit) or :math:`\pi^2/6` (cloglog); ``"lognormal"``:
     :math:`\log(1 + v/\mu^2)`; ``"trigamma"``: :math:`\psi_1(\mu^2/v)`; ``"delta"``:
-    :math:`v\,g'(\mu)^2`.
+    :math:`v\,g'(\mu)^2`. Of a zero-inflated response the shares are those of the other responses, of
+    which the linear predictor is.
 
     Args:
         result: a fit.

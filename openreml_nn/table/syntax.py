@@ -195,7 +195,7 @@ class _Parser:
         if self._is(")"):
             raise self._error("')' without '('")
         if self._kind() != "end":
-            raise self._error(f"{self._shown()} is unexpected")
+            raise self._error(f"{self._shown()} is unexpected{self._hint()}")
         return node
 
     def _split(self, text: str) -> Iterator[tuple[str, str]]:
@@ -219,6 +219,13 @@ class _Parser:
         kind, text = self._tokens[self._at]
         return "its end" if kind == "end" else repr(text)
 
+    def _hint(self) -> str:
+        """How a name with spaces is written, where two names follow each other."""
+        (kind, left), (other, right) = self._tokens[self._at - 1 : self._at + 1]
+        if kind == other == "name":
+            return f"; a name with spaces stands in backticks, `{left} {right}`"
+        return ""
+
     def _next(self) -> tuple[str, str]:
         self._at += 1
         return self._tokens[self._at - 1]
@@ -231,7 +238,9 @@ class _Parser:
         if operator == ")" and self._kind() == "end":
             raise self._error("'(' without ')'")
         if not self._is(operator):
-            raise self._error(f"{self._shown()} stands where {operator!r} is expected")
+            raise self._error(
+                f"{self._shown()} stands where {operator!r} is expected{self._hint()}"
+            )
         self._at += 1
 
     def _expression(self, least: int) -> Node:
