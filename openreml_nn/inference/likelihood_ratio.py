@@ -133,9 +133,9 @@ def check_same_data(names: tuple[str, str], fits: tuple[Result, Result]) -> None
         )
     families = [family_of(fit) for fit in fits]
     if families[0] != families[1]:
+        this, that = ("'gaussian' by lmm()" if name is None else repr(name) for name in families)
         raise InputError(
-            f"`{a}` is of the family {families[0] or 'gaussian'!r} and `{b}` of "
-            f"{families[1] or 'gaussian'!r}: expected fits of one family"
+            f"`{a}` is of the family {this} and `{b}` of {that}: expected fits of one family"
         )
     if families[0] is not None:
         return

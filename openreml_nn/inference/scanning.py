@@ -133,7 +133,7 @@ def _numbers(markers: object, n: int) -> tuple[Tensor | np.ndarray, list[str]]:
     if isinstance(values, np.ndarray):
         if values.dtype.kind not in "iufb":
             raise TypeError(f"`markers` is {found(markers)} of {values.dtype}: expected numbers")
-        values = torch.from_numpy(np.ascontiguousarray(values))
+        values = torch.from_numpy(np.require(values, requirements=["C", "W"]))
     if not isinstance(values, Tensor):
         raise TypeError(
             f"`markers` is {found(markers)}: expected a tensor, an array or a data frame"

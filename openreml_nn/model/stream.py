@@ -44,6 +44,7 @@ from openreml_nn.support.checks import (
 from openreml_nn.support.display import plain_console, visible
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import Encoder, TableFile
+from openreml_nn.table.columns import check_constants
 from openreml_nn.table.formula import MixedFormula
 
 __all__ = ["Streamed", "accumulate", "fit_stream"]
@@ -234,6 +235,7 @@ def _summed(file: TableFile, encoder: Encoder, rows: int, progress: bool) -> Par
 
 def _columns(encoder: Encoder, file: TableFile) -> list[str]:
     """The columns that are read: all of the file where the formula says '.'."""
+    check_constants(encoder.formula.text, file.columns(), encoder.source)
     needed = list(dict.fromkeys([*encoder.columns(), *encoder.categorical]))
     return file.columns() if encoder.formula.fixed.is_open else needed
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Sequence
 from decimal import Decimal
 from numbers import Real
 from typing import Any
@@ -23,14 +24,14 @@ MARKS = frozenset(
 _MANY = 10
 
 
-def check_constants(formula: str, table: pd.DataFrame, source: str) -> None:
+def check_constants(formula: str, columns: Sequence[str], source: str) -> None:
     """Raise if a table has a column with the name of a constant that a formula has.
 
     Raises:
         InputError: if it has, since the column may be meant.
     """
     for node in walk(parse(formula, formula)):
-        if isinstance(node, Number) and node.name in table.columns:
+        if isinstance(node, Number) and node.name in columns:
             raise InputError(
                 f"{source} has a column {node.name!r}, which formula {formula!r} has as the number "
                 f"{node.value:.6g}: expected `{node.name}` in backticks for the column, or another "

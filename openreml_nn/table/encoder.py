@@ -186,7 +186,7 @@ class Encoder(Encoding):
 
     def _learn_others(self, table: pd.DataFrame) -> None:
         """The columns that '.' stands for: those that the formula does not name elsewhere."""
-        check_constants(self.formula.text, table, self.source)
+        check_constants(self.formula.text, list(table.columns), self.source)
         if self.formula.fixed.is_open and not self.learned.others:
             named = {name for name in self.columns() if name != "."}
             names = [str(name) for name in table.columns]

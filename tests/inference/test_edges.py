@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from openreml_nn import InputError, lmm
-from openreml_nn.inference import variance_shares
+from openreml_nn import InputError, glmm, lmm
+from openreml_nn.inference import likelihood_ratio_test, scan, variance_shares
 from openreml_nn.inference.constrained import Ascent, Natural
 from openreml_nn.inference.refit import Refit
 
@@ -31,12 +31,16 @@ def test_a_named_constant_keeps_its_name(table):
     assert slope * math.pi == pytest.approx(float(plain.fixed.estimate[2]), rel=1e-8)
 
 
-def test_a_column_with_the_name_of_a_constant_is_not_mistaken_for_it(table):
+def test_a_column_with_the_name_of_a_constant_is_not_mistaken_for_it(table, tmp_path):
     named = table.rename(columns={"x": "pi"})
     with pytest.raises(InputError, match=r"column 'pi'.*backticks"):
         lmm("y ~ s + I(2 * pi * day) + (1 | g)", named)
     with pytest.raises(InputError, match="`pi` in backticks for a column"):
         lmm("y ~ pi + (1 | g)", named)
+    path = tmp_path / "table.csv"
+    named.to_csv(path, index=False)
+    with pytest.raises(InputError, match=r"column 'pi'.*backticks"):
+        lmm("y ~ s + I(2 * pi * day) + (1 | g)", path, chunk_rows=50)
     found = lmm("y ~ `pi` + (1 | g)", named)
     assert found.log_likelihood == lmm("y ~ x + (1 | g)", table).log_likelihood
     assert found.fixed.names == ("(Intercept)", "pi")
@@ -103,3 +107,18 @@ def test_a_variance_of_several_is_held_at_zero(table):
     own = table.assign(b=(table.s == "b").astype(float))[table.g < 6]
     other = lmm("y ~ x + (0 + b | g)", own, method="ml")
     assert found == pytest.approx(other.log_likelihood, rel=1e-7)
+
+
+def test_a_ratio_says_which_fit_has_a_family(table):
+    fits = lmm("y ~ x + (1 | g)", table, method="ml"), glmm("y ~ x + (1 | g)", table, "gaussian")
+    with pytest.raises(InputError, match=r"'gaussian' by lmm\(\) and `large` of 'gaussian':"):
+        likelihood_ratio_test(*fits)
+
+
+@pytest.mark.filterwarnings("error")
+def test_markers_may_be_read_only(table):
+    markers = np.random.default_rng(1).normal(size=(120, 2))
+    result = lmm("y ~ x + (1 | g)", table)
+    expected = scan(result, markers)
+    markers.flags.writeable = False
+    pd.testing.assert_frame_equal(scan(result, markers), expected)
