@@ -31,6 +31,11 @@ bench: $(READY)
 	$(BIN)/python -m tests.benchmarks
 	$(BIN)/python -m tests.benchmarks.kernels
 	$(BIN)/python -m tests.benchmarks.algebra
+	$(BIN)/python -m tests.benchmarks.sparse
+	$(BIN)/python -m tests.benchmarks.growth
+	$(BIN)/python -m tests.benchmarks.training
+	$(BIN)/python -m tests.benchmarks.responses
+	$(BIN)/python -m tests.benchmarks.neural
 
 # The distributions, and the wheel alone in an environment of its own: it fits, predicts, reports and is typed.
 wheel: $(READY)

@@ -24,6 +24,7 @@ class Case:
         factors: columns of numbers that are factors.
         engines: ours first, and the peers that fit such a model.
         runs: at most so many runs of each, in turn.
+        notes: where a peer fits another model, or not all of it.
     """
 
     name: str
@@ -33,8 +34,15 @@ class Case:
     factors: tuple[str, ...]
     engines: tuple[str, ...]
     runs: int = 3
+    notes: tuple[str, ...] = ()
 
 
+_FULL = "GPBoost maximises the full likelihood, all others the restricted one."
+_SLOPES = "GPBoost's slopes are not correlated with its intercepts: it fits a smaller model."
+_SHORT = (
+    "GPBoost's fits of responses that are not Gaussian are without standard errors, ours with them."
+)
+_STEPS = "GPyTorch takes 50 steps of Adam on the full likelihood, without standard errors."
 _CROSSED = "y ~ x + (1 | user) + (1 | item)"
 _NESTED = "y ~ x + (1 | a) + (1 | b) + (1 | c) + (1 | d)"
 CASES = {
@@ -47,6 +55,7 @@ CASES = {
             "y ~ 1 + service + (1 | s) + (1 | d) + (1 | dept)",
             ("service", "s", "d", "dept"),
             ("ours", "mixedlm", "gpboost", "lme4"),
+            notes=(_FULL,),
         ),
         Case(
             "slopes",
@@ -55,6 +64,7 @@ CASES = {
             "y ~ x0 + x1 + x2 + x3 + x4 + (x0 | g)",
             ("g",),
             ("ours", "mixedlm", "gpboost", "lme4"),
+            notes=(_FULL, _SLOPES),
         ),
         Case(
             "crossed",
@@ -63,6 +73,7 @@ CASES = {
             _CROSSED,
             ("user", "item"),
             ("ours", "ours, krylov", "mixedlm", "gpboost"),
+            notes=(_FULL,),
         ),
         Case(
             "ratings",
@@ -72,6 +83,7 @@ CASES = {
             ("user", "item"),
             ("ours", "ours, krylov", "gpboost"),
             runs=1,
+            notes=(_FULL,),
         ),
         Case(
             "large",
@@ -81,6 +93,7 @@ CASES = {
             ("user", "item"),
             ("ours", "gpboost"),
             runs=1,
+            notes=(_FULL,),
         ),
         *(
             Case(
@@ -101,6 +114,7 @@ CASES = {
                 "y ~ x + (1 | g)",
                 ("g",),
                 (f"ours, {family}", f"gpboost, {family}"),
+                notes=(_SHORT,),
             )
             for name, family, n in (
                 ("binary", "binomial", 100_000),
@@ -115,6 +129,7 @@ CASES = {
             "y ~ x + (1 | user) + (1 | item)",
             ("user", "item"),
             ("ours, binomial", "gpboost, binomial"),
+            notes=(_SHORT,),
         ),
         Case(
             "insteval-binary",
@@ -124,6 +139,7 @@ CASES = {
             ("service", "s", "d", "dept"),
             ("ours, binomial", "gpboost, binomial", "lme4, binomial"),
             runs=1,
+            notes=(_SHORT,),
         ),
         Case(
             "contraception",
@@ -140,6 +156,7 @@ CASES = {
             "",
             (),
             ("ours, kernel", "gpytorch", "pyreml, kernel"),
+            notes=(_STEPS,),
         ),
         *(
             Case(

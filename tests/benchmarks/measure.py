@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pandas as pd
 from tests.benchmarks.cases import Case
 from tests.benchmarks.engines import SCRIPTS
 
-__all__ = ["MOST_SECONDS", "Measured", "available", "measure"]
+__all__ = ["MOST_SECONDS", "Measured", "available", "measure", "processor"]
 
 #: One core for everybody.
 ONE_CORE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -33,11 +34,12 @@ class Measured:
     """What a fit cost.
 
     Attributes:
-        seconds: from data frame to estimates with standard errors; of the CPU with a family.
+        seconds: of the CPU, from data frame to estimates with standard errors.
         peak_mb: peak memory of the process.
         grown_mb: how much of it came after the table was read.
         log_likelihood: restricted log-likelihood.
         version: of a peer.
+        exact: whether the log-likelihood is exact.
     """
 
     seconds: float
@@ -45,6 +47,16 @@ class Measured:
     grown_mb: float
     log_likelihood: float
     version: str = ""
+    exact: bool = True
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
 
 
 @cache
