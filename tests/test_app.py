@@ -22,15 +22,8 @@ pytestmark = pytest.mark.slow
 PROGRAM = [sys.executable, "-c", "from openreml_nn.program.main import main; main()"]
 
 
-def shell(*arguments, cwd):
-    """The program as a shell starts it."""
-    return subprocess.run(
-        [*PROGRAM, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300
-    )
-
-
 def call(*arguments, cwd):
-    """The same in a fork of this process."""
+    """The program in a fork of this process."""
     return forked(lambda: main(arguments), cwd)
 
 
@@ -178,7 +171,7 @@ def test_residuals_within_groups_as_typed_in_a_shell(tmp_path):
 
 
 def test_a_sweep(tmp_path):
-    done = shell("-m", "seed=1,2", "model.method=reml,ml", "data=pastes", cwd=tmp_path)
+    done = call("-m", "seed=1,2", "model.method=reml,ml", "data=pastes", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     records = [json.loads((run / "result.json").read_text()) for run in runs(tmp_path)]
     assert [r["model"]["method"] for r in records] == ["reml", "ml", "reml", "ml"]
@@ -476,7 +469,7 @@ def test_an_existing_directory_survives_a_fault(tmp_path):
 
 
 def test_help_says_what_to_type_and_lists_the_groups(tmp_path):
-    done = shell("--help", cwd=tmp_path)
+    done = call("--help", cwd=tmp_path)
     assert done.returncode == 0
     for group in ("data", "optimizer", "experiment"):
         assert f"{group}:" in done.stdout

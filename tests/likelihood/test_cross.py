@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from openreml_nn.likelihood.system import cross
 from openreml_nn.likelihood.system.partition import Partition
 from openreml_nn.likelihood.system.placement import Placement
-from openreml_nn.likelihood.system.products import Pattern
+from openreml_nn.likelihood.system.products import Pattern, Statistics
 from openreml_nn.terms.design import IndexedDesign
 
 
@@ -131,3 +131,43 @@ def test_dense_products_are_those_of_the_blocks(q, k):
     torch.testing.assert_close(W.gram(eye, K)[0], (blocks.mT @ K @ blocks).sum(0))
     torch.testing.assert_close(W.gram(K, K)[0], (blocks.mT @ K.mT @ K @ blocks).sum(0))
     torch.testing.assert_close(W.quadratic(Q[None]), blocks @ Q @ blocks.mT)
+
+
+@given(st.integers(0, 1000), st.booleans(), st.permutations(range(3)))
+def test_sums_of_parts_with_levels_in_any_order_are_those_of_all_rows(seed, weighted, order):
+    """Cross-products of two parts, each with the levels that it has, by the names of the levels."""
+    generator = torch.Generator().manual_seed(seed)
+    n, sizes = 30, (12, 4, 5)
+    inner, middle, _ = nested(n, seed)
+    codes = [inner, middle, torch.randint(0, 5, (n,), generator=generator)]
+    slopes = torch.randn(n, 2, generator=generator)
+    f = torch.randn(n, 3, generator=generator)
+    weights = 0.5 + torch.rand(n, generator=generator) if weighted else None
+
+    def designs(codes, rows, sizes):
+        values = [None, slopes[rows], None]
+        return [IndexedDesign(*one) for one in zip(codes, values, sizes, strict=True)]
+
+    def of_part(rows):
+        """With levels numbered from the last that the part has to its first."""
+        present = [code[rows].unique().flip(0) for code in codes]
+        own = [(code[rows, None] == p).long().argmax(1) for code, p in zip(codes, present)]
+        made = designs(own, rows, [len(p) for p in present])
+        part = Statistics.of(made, f[rows], None if weights is None else weights[rows])
+        return part.relabelled(present, sizes)
+
+    M = torch.randn(3, 2, generator=generator)
+    parts = of_part(torch.arange(n // 3)) + of_part(torch.arange(n // 3, n))
+    pattern, found = parts.mapped(M).ordered(order)
+    half = torch.ones(n, 1) if weights is None else weights.sqrt()[:, None]
+    Z = [half * dense(design) for design in designs(codes, torch.arange(n), sizes)]
+    assert parts.rows == n
+    assert abs(parts.log_det + 2 * float(half.log().sum()) * bool(weighted)) < 1e-9
+    for t, i in enumerate(order):
+        torch.testing.assert_close(found.zf[t], Z[i].mT @ (half * f @ M))
+        for u, j in enumerate(order[t:], t):
+            cells, k, r = pattern.cells[t, u], 1 + (i == 1), 1 + (j == 1)
+            whole = torch.zeros(sizes[i], k, sizes[j], r)
+            whole[cells.a, :, cells.b] = found.zz[t, u]
+            torch.testing.assert_close(whole.reshape(Z[i].shape[1], -1), Z[i].mT @ Z[j])
+    torch.testing.assert_close(found.ff, (half * f @ M).mT @ (half * f @ M))

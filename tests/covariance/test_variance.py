@@ -1,0 +1,53 @@
+"""Variances that are a function of a covariate."""
+
+import pytest
+import torch
+
+from openreml_nn import InputError
+from openreml_nn.covariance import VarianceFunction
+
+
+@pytest.mark.parametrize("kind", ["power", "exp"])
+def test_at_other_values_it_is_the_same_function(kind):
+    """Its parameters are the same tensors: what trains one trains the other."""
+    x, other = torch.tensor([1.0, 2.0, -3.0]), torch.tensor([4.0, -0.5])
+    V = VarianceFunction(x, kind)
+    V.fix("delta", 0.7)
+    with torch.no_grad():
+        V.get_parameter("sigma^2").fill_(0.3)
+    found = V.at(other)
+    raised = other.abs() ** 1.4 if kind == "power" else (1.4 * other).exp()
+    expected = torch.exp(torch.tensor(0.6)) * raised
+    torch.testing.assert_close(found(), torch.diag(expected))
+    assert found.fixed_param_names == V.fixed_param_names == ["delta"]
+    assert [id(p) for p in found.parameters()] == [id(p) for p in V.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("covariate", "kind", "error", "message"),
+    [
+        (torch.ones(2), "linear", InputError, "`kind` is 'linear': expected 'power' or 'exp'"),
+        ([1.0, 2.0], "power", TypeError, "`covariate` is .*expected a floating-point tensor"),
+        (torch.ones(2, dtype=torch.long), "exp", TypeError, "expected a floating-point tensor"),
+        (torch.ones(2, 1), "exp", InputError, r"shape \(2, 1\): expected \(n,\)"),
+        (torch.ones(0), "exp", InputError, r"shape \(0,\): expected \(n,\)"),
+        (torch.tensor([1.0, 0.0]), "power", InputError, "is 0 in row 1: .*other than zero"),
+        (torch.tensor([float("nan"), 0.0]), "exp", InputError, "in row 0: expected a finite"),
+    ],
+)
+def test_what_is_no_covariate_is_refused(covariate, kind, error, message):
+    with pytest.raises(error, match=message):
+        VarianceFunction(covariate, kind)
+
+
+@pytest.mark.parametrize("kind", ["power", "exp"])
+def test_a_start_has_one_variance_and_its_slopes_are_those_of_autograd(kind):
+    V = VarianceFunction(torch.tensor([0.5, 2.0, 3.0]), kind).double()
+    at = torch.tensor([0.2, -0.4], requires_grad=True)
+    cotangent = torch.tensor([[1.0, 9.0, 9.0], [9.0, -2.0, 9.0], [9.0, 9.0, 0.5]])
+    expected = torch.autograd.grad((V(at) * cotangent).sum(), at)[0]
+    torch.testing.assert_close(V.manual_vjp(cotangent, at.detach()), expected)
+    gradient, _ = V.manual_grad(at.detach())
+    torch.testing.assert_close((gradient * cotangent).sum((-2, -1)), expected)
+    assert V.moment_start(torch.tensor([2.0, 2.0, 2.0]))
+    torch.testing.assert_close(V.variances(), torch.full((3,), 2.0))
