@@ -94,7 +94,7 @@ class RunContents:
             "fine": "The fit has converged, and no variance is at its boundary.",
             "variance": variance,
             "variance_caption": "Variances with intervals of 95% on the scale of their logarithm; a "
-            "covariance, or a variance at zero, has none",
+            "covariance, or a variance no larger than its standard error, has none",
             "fixed": fixed,
             "forest": forest,
             "charts": charts,
@@ -243,7 +243,7 @@ def _log_interval(
     value: float, error: float, is_covariance: bool
 ) -> tuple[float | None, float | None]:
     """An interval of a variance on the scale of its logarithm; of a covariance none."""
-    if is_covariance or not (value > 0 and isfinite(error)):
+    if is_covariance or not value > error >= 0:
         return None, None
     factor = exp(min(1.96 * error / value, 500.0))
     return value / factor, value * factor
