@@ -25,6 +25,7 @@ templates_path = ["_templates"]
 html_theme = "furo"
 html_title = "openreml_nn"
 myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3
 
 autosummary_generate = True
 autodoc_member_order = "bysource"

@@ -121,7 +121,12 @@ PICTURES: dict[str, Callable[[], torch.Tensor]] = {
 def draw(folder: Path) -> None:
     """Write one PNG for each matrix, and the page that shows them all."""
     folder.mkdir(exist_ok=True)
-    lines = ["# Gallery", "", "Each matrix at some parameters; blue is positive, red negative.", ""]
+    lines = [
+        "# Gallery of matrices",
+        "",
+        "Each picture shows one matrix at chosen parameters; blue is positive, red negative.",
+        "",
+    ]
     for name, make in PICTURES.items():
         matrix = make()
         figure = Figure(figsize=(2.6, 2.6), layout="constrained")

@@ -9,6 +9,7 @@ from openreml_nn import InputError, MixedModel, RandomEffect
 from openreml_nn.covariance import AR1Matrix, ScalarMatrix
 from openreml_nn.families import Binomial
 from openreml_nn.lightning import MixedModule
+from openreml_nn.lightning.batches import connected_rows
 from tests.test_neural import quiet
 
 N = 24
@@ -113,3 +114,47 @@ def test_no_values_are_none_as_no_weights_are():
     slopes = MixedModel(nn.Linear(2, 1).double(), {"g": RandomEffect(4, effects=2)})
     with pytest.raises(InputError, match="expected their values"):
         slopes.loss({**rows(), "values": None})
+
+
+NARROW = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_codes_may_be_any_integers(dtype):
+    """As many rows as levels are of one batch: torch takes ``uint8`` of their number for a mask."""
+    first = torch.arange(N) < 4
+    cells = torch.arange(N).flip(0)
+    random = {"g": RandomEffect(4), "h": RandomEffect(4)}
+    found = MixedModel(nn.Linear(2, 1).double(), random, residual=AR1Matrix(24).double())
+    wide = rows(groups={"g": torch.arange(N) % 4, "h": torch.arange(N) // 6}, residual=cells)
+    codes = {name: own.to(dtype) for name, own in wide["groups"].items()}
+    for batch in (
+        {**wide, "groups": codes},
+        {**wide, "residual": cells.to(dtype)},
+        {**wide, "groups": codes, "residual": cells.to(dtype)},
+    ):
+        assert torch.equal(found.loss(batch), found.loss(wide))
+    found.update({**wide, "groups": codes})
+    some = {"x": wide["x"][first], "groups": {k: v[first] for k, v in codes.items()}}
+    expected = found.predict({**some, "groups": {k: v.long() for k, v in some["groups"].items()}})
+    assert torch.equal(found.predict(some).mean, expected.mean)
+
+
+@pytest.mark.parametrize("training", ["alternating", "groups", "composite", "full"])
+def test_loaders_codes_may_be_any_integers(training):
+    fits = []
+    for dtype in (torch.int64, torch.uint8):
+        data = rows(groups={"g": (torch.arange(N) % 4).to(dtype)})
+        torch.manual_seed(0)
+        module = MixedModule(model("plain"), training=training)
+        batches = [{**data, "y": data["x"][:, 0] + data["groups"]["g"]}]
+        quiet(1).fit(module, DataLoader(batches, batch_size=None))
+        fits.append(module.result.log_likelihood)
+    assert fits[0] == fits[1]
+
+
+def test_groups_of_narrow_codes_with_many_unknown_levels_are_kept_whole():
+    codes = torch.cat([torch.full((300,), -1), torch.arange(20).repeat(2)])
+    sets = connected_rows({"g": codes})
+    assert torch.equal(connected_rows({"g": codes.to(torch.int8)}), sets)
+    assert len(sets.unique()) == 320

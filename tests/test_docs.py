@@ -162,6 +162,37 @@ def test_the_pages_link_to_each_other():
             assert re.search(rf"^{page.stem}$", index, re.MULTILINE), page.name
 
 
+def broken_links(page):
+    """Links of a page whose file does not exist, or has no heading of that name."""
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        if re.match(r"[a-z]+:", link):
+            continue
+        target = page.parent / path if path else page
+        if not target.exists():
+            broken.append(link)
+        elif anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", name.lower()).replace(" ", "-") for name in headings]
+            broken += [] if anchor in slugs else [link]
+    return broken
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"], ids=lambda page: page.name
+)
+def test_links_lead_to_a_file_and_a_heading(page):
+    assert broken_links(page) == []
+
+
+def test_a_link_that_leads_nowhere_is_seen(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Here\n\n[a](#here) [b](#there) [c](none.md) [d](https://example.org)\n")
+    assert broken_links(page) == ["#there", "none.md"]
+
+
 def test_every_public_matrix_has_a_page_and_a_picture():
     listed = (ROOT / "docs" / "covariance.md").read_text(encoding="utf-8")
     drawn = (ROOT / "docs" / "gallery.py").read_text(encoding="utf-8")

@@ -35,6 +35,7 @@ from openreml_nn.report import (
     write_report,
     zeta,
 )
+from openreml_nn.report.contents import RunContents
 from openreml_nn.report.runs import best
 
 FORMULA = "Reaction ~ Days + (Days | Subject)"
@@ -311,6 +312,21 @@ def test_runs_stand_side_by_side(result, tmp_path):
     # The estimate is the same in balanced data, its standard error is not.
     assert found["Days"] == ["10.4673 (0.804)", "*10.4673 (1.55)"]
     assert found["variance of Subject: Days"] == ["", "*35.0717"]
+
+
+def test_the_model_is_said_in_words(result, tmp_path):
+    write_run(result, tmp_path)
+    slopes = RunContents(tmp_path, "run", "run0").words()
+    assert (
+        "with 2 fixed effects. The random part has random intercepts and random effects" in slopes
+    )
+    assert slopes.endswith(
+        "of Days for 18 levels of Subject. It was fitted by restricted maximum "
+        "likelihood (REML) to 180 rows."
+    )
+    (tmp_path / "config.yaml").write_text("model: {network: {_target_: torch.nn.LazyLinear}}")
+    network = RunContents(tmp_path, "run", "run0").words()
+    assert "with a network for its mean and 2 coefficients of its features. The" in network
 
 
 def test_names_of_users_are_text_in_a_report(tmp_path):

@@ -7,7 +7,15 @@ import torch
 from torch import nn
 
 from openreml_nn import InputError, MixedModel, RandomEffect
-from openreml_nn.covariance import AR1Matrix, KnownMatrix
+from openreml_nn.covariance import (
+    AR1Matrix,
+    GaussianCorrelation,
+    KnownMatrix,
+    KroneckerProduct,
+    UnstructuredMatrix,
+    VecchiaMatrix,
+)
+from openreml_nn.estimation.aireml import Curvature
 from openreml_nn.lightning.sums import LevelSums
 from openreml_nn.model import take
 from tests.strategies import kinship
@@ -140,3 +148,82 @@ def test_what_sums_cannot_be():
     sums.add(data, related(data))
     with pytest.raises(InputError, match=r"code -1.*correlated"):
         sums.gathered()
+
+
+def near(q=9):
+    places = torch.rand(q, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    return VecchiaMatrix(places, GaussianCorrelation(), neighbours=4).double()
+
+
+SPARSE = {name: CASES[name] for name in ("crossed", "slopes", "weights", "unknown", "kernel")} | {
+    "near": (lambda: model({"user": RandomEffect(9, near())}), rows),
+    "near and crossed": (
+        lambda: model({"item": RandomEffect(5), "user": RandomEffect(9, near())}),
+        weighted,
+    ),
+    "near slopes": (
+        lambda: model(
+            {
+                "user": RandomEffect(
+                    9,
+                    KroneckerProduct(levels=near(), effects=UnstructuredMatrix(2).double()),
+                    effects=2,
+                )
+            }
+        ),
+        sloped,
+    ),
+    "features of the head": (
+        lambda: model({"item": RandomEffect(5), "user": RandomEffect(9, near())}, head="gls"),
+        weighted,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_the_sparse_solver_makes_of_sums_what_the_blocked_one_does(name):
+    make, data = SPARSE[name][0], SPARSE[name][1]()
+    found = []
+    for solver in ("blocked", "sparse"):
+        one = make()
+        one.solver = solver
+        sums = LevelSums(one, waiting=30)
+        for at in torch.arange(120).split(17):
+            part = take(data, at)
+            sums.add(part, one(part))
+        gathered = sums.gathered()
+        assert gathered.plan.solver == solver
+        assert gathered.plan.rows == 120
+        objective = gathered.objective
+        at = objective.evaluate()
+        own = list(one.covariance_parameters())
+        gathered.update()
+        found.append(
+            [
+                at.log_likelihood,
+                *objective.gradient(own),
+                Curvature([objective]).information,
+                *(x for r in at.random for x in (r.values, r.variances)),
+                at.fixed.estimate,
+                at.fixed.covariance,
+                objective.recorded(),
+            ]
+        )
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-10)
+
+
+def test_the_plan_takes_the_solver_of_least_cost_for_sums():
+    n, q = 3000, 700
+    torch.manual_seed(0)
+    codes = {name: torch.randint(0, q, (n,)) for name in ("a", "b")}
+    data = {"x": torch.randn(n, 2).double(), "y": torch.randn(n).double(), "groups": codes}
+    near = VecchiaMatrix(torch.rand(q, 2).double(), GaussianCorrelation(), neighbours=5)
+    for effects, solver in (
+        ({"a": RandomEffect(q, near)}, "sparse"),
+        ({"a": RandomEffect(q)}, "blocked"),
+    ):
+        one = model(effects)
+        batch = {**data, "groups": {name: codes[name] for name in effects}}
+        sums = LevelSums(one)
+        sums.add(batch, one(batch))
+        assert sums.gathered().plan.solver == solver

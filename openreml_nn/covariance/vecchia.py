@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import log
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ __all__ = ["Regressions", "VecchiaMatrix"]
 _AT_ONCE = 256
 #: Places whose distances tell what is far.
 _TYPICAL = 500
+#: A start is halved at most so often.
+_HALVED = 60
 
 
 @dataclass(frozen=True)
@@ -316,8 +319,26 @@ class VecchiaMatrix(Matrix):
     def start_reach(self, reach: float) -> bool:
         # The first places are spread as all are.
         some = self.places[torch.from_numpy(self.order[:_TYPICAL]).to(self.places.device)]
-        apart, start = torch.pdist(some), self.correlation.reach * reach
-        return apart.numel() > 0 and self.set_start(self.param_names[1], start * apart.median())
+        apart = torch.pdist(some)
+        if not apart.numel():
+            return False
+        name, start = self.param_names[1], self.correlation.reach * reach * apart.median()
+        return self.set_start(name, start) and self.set_start(name, self._regular(start))
+
+    def _regular(self, length: Tensor) -> Tensor:
+        """A length at which each place has variance of its own: the given one, or so many halves.
+
+        Smooth correlations of dense places reach so far that rounding leaves a place none beside
+        its neighbours.
+        """
+        if not has_values(length):
+            return length
+        log_length = length.double().log().reshape(1)
+        for _ in range(_HALVED):
+            if bool(self.regressions.at(log_length)[: len(self.places)].isfinite().all()):
+                break
+            log_length = log_length - log(2)
+        return log_length.exp()[0].to(length)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.correlation}, neighbours={self.neighbours}"

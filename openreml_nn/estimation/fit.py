@@ -13,6 +13,7 @@ from torch import Tensor
 
 from openreml_nn.covariance import Matrix
 from openreml_nn.estimation.outcome import outcome
+from openreml_nn.estimation.safeguard import edge_of
 from openreml_nn.estimation.starts import climb, climb_from_several, has_several_optima
 from openreml_nn.estimation.step import average_information_step
 from openreml_nn.likelihood import REMLLoss
@@ -201,7 +202,8 @@ def fit_reml(
             begin()
         history = iterate(objective, max_iterations if free else 0)
     result = outcome(objective, loss.plan, y, X, history, names, labels, others)
-    return checked(replace(result, seconds=perf_counter() - begun))
+    edge = "" if result.converged else edge_of(objective)
+    return checked(replace(result, seconds=perf_counter() - begun), edge)
 
 
 def check_names(names: object, X: Tensor) -> None:
@@ -222,12 +224,18 @@ def iterate(objective: Objective, most: int) -> list[Record]:
     return climb(objective, most)
 
 
-def checked(result: Result) -> Result:
-    """The result, with warnings of what is wrong with it."""
+def checked(result: Result, edge: str = "") -> Result:
+    """The result, with warnings of what is wrong with it.
+
+    Args:
+        result: what was found.
+        edge: why steps ended where they did, see :func:`edge_of`.
+    """
     if not result.converged:
+        why = f"; from there steps lead where {edge}" if edge else ""
         warn(
             f"the fit did not converge in {result.iterations} iterations: "
-            f"score norm {result.score_norm:.3g} standard errors, expected below 0.001"
+            f"score norm {result.score_norm:.3g} standard errors, expected below 0.001{why}"
         )
     if result.indistinct:
         warn(

@@ -16,10 +16,13 @@ from openreml_nn.estimation.marginal_start import set_start
 from openreml_nn.estimation.marginal_steps import CONVERGED, MarginalFit
 from openreml_nn.likelihood import LaplaceLoss
 from openreml_nn.likelihood.laplace import LaplaceEvaluation
-from openreml_nn.result import Label, Result
+from openreml_nn.result import Estimate, Label, Result
 from openreml_nn.support.warning import warn
 
-__all__ = ["fit_laplace"]
+__all__ = ["endless", "fit_laplace"]
+
+#: A precision, or a shape, beyond this leaves no spread of its own.
+_ENDLESS = 1e8
 
 
 def fit_laplace(
@@ -70,5 +73,16 @@ def fit_laplace(
         warn(
             f"the fit did not converge in {len(fit.history)} iterations: score norm "
             f"{result.score_norm:.3g} standard errors, expected below {CONVERGED}"
+            + "".join(f"; {text}" for text in endless(result.family_parameters))
         )
     return result, found
+
+
+def endless(parameters: Sequence[Estimate]) -> list[str]:
+    """What is said of parameters of a family that have gone to the end of their range, as the precision of
+    proportions does that the linear predictor tells exactly; a scale, which has units, is left out."""
+    return [
+        f"{e.name} is {e.value:.2g}, at the end of its range, up to which the likelihood rises"
+        for e in parameters
+        if e.value > _ENDLESS and e.name != "sigma^2"
+    ]

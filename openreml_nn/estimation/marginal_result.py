@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.estimation.derivatives import jacobian
-from openreml_nn.estimation.marginal_steps import CONVERGED, SEPARATED, MarginalFit
+from openreml_nn.estimation.marginal_steps import CONVERGED, MarginalFit
 from openreml_nn.families import Family
 from openreml_nn.likelihood.laplace import LaplaceEvaluation
 from openreml_nn.result import (
@@ -21,7 +21,6 @@ from openreml_nn.result import (
     Result,
     Source,
 )
-from openreml_nn.support.errors import NumericalError
 from openreml_nn.terms.term import Term
 
 __all__ = ["marginal_outcome"]
@@ -106,7 +105,7 @@ def _inverse(H: Tensor, inner: Sequence[int], fit: MarginalFit) -> Tensor:
     values = torch.linalg.eigvalsh(unit)
     if not bool(values[0] > 1e-9):
         if fit.p and bool((part.diagonal()[: fit.p] < 1e-6 * len(fit.X)).any()):
-            raise NumericalError(SEPARATED)
+            raise fit.separated()
         inverse = torch.linalg.pinv(unit, hermitian=True)
     else:
         inverse = torch.linalg.inv(unit)

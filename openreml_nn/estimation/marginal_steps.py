@@ -14,6 +14,7 @@ from torch import Tensor
 from openreml_nn.covariance import Matrix
 from openreml_nn.estimation.coordinates import Coordinates
 from openreml_nn.estimation.derivatives import jacobian
+from openreml_nn.estimation.separation import separation_of
 from openreml_nn.families import Binomial, Ordinal
 from openreml_nn.likelihood import LaplaceLoss
 from openreml_nn.likelihood.fixed import FixedPart
@@ -22,12 +23,8 @@ from openreml_nn.likelihood.loss import Objective
 from openreml_nn.result import Record
 from openreml_nn.support.errors import InputError, NumericalError
 
-__all__ = ["SEPARATED", "MarginalFit"]
+__all__ = ["MarginalFit"]
 
-SEPARATED = (
-    "the data are separated: a combination of the fixed effects tells responses apart without "
-    "error, so that its coefficient has no finite estimate"
-)
 #: No linear predictor of categories is so far from zero, on the scale of a link.
 _ENDLESS = 50.0
 
@@ -189,7 +186,7 @@ class MarginalFit:
             before = self.value
             accepted = self._search(direction, norm)
             if self.p and self.of_categories and float(self.x[: self.p].abs().max()) > _ENDLESS:
-                raise NumericalError(SEPARATED)
+                raise self.separated()
             self._record(norm, accepted)
             if not accepted:
                 self.hessian = self.curvature()
@@ -204,6 +201,12 @@ class MarginalFit:
                 # A curvature that is only updated is far from its own where it changes its sign.
                 self.replace(range(self.p, len(self.x)))
         return self._direction()[1] < CONVERGED
+
+    def separated(self) -> NumericalError:
+        """What is raised of responses whose likelihood has no maximum."""
+        with torch.no_grad():
+            terms = self.loss.covariance.terms(self.rows)
+        return NumericalError(separation_of(self.loss.family, self.y, terms))
 
     def _positive(self) -> tuple[Tensor, Tensor, Tensor]:
         """The curvature made positive: its eigenvalues and eigenvectors in scales of unit diagonal."""

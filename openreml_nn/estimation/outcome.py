@@ -18,8 +18,9 @@ from openreml_nn.estimation.basis import (
     factor_names,
     history_in_user_basis,
 )
-from openreml_nn.estimation.curvature import FLAT, Curvature
+from openreml_nn.estimation.curvature import Curvature
 from openreml_nn.estimation.derivatives import jacobian
+from openreml_nn.estimation.spread import Spread
 from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import Plan
@@ -44,8 +45,6 @@ __all__ = ["outcome"]
 
 #: A random effect this many residual standard deviations small is none (as in lme4).
 SINGULAR = 1e-4
-#: A direction is known so well, where the data say nothing along it.
-ROUNDING = 1e-4
 
 
 def outcome(
@@ -183,51 +182,16 @@ class _Builder:
         return FixedEffects(kept, found.estimate, found.covariance, found.columns, aliases)
 
     @cached_property
-    def _spread(self) -> tuple[Tensor, Tensor]:
-        """Covariance of the coordinates, (m, m), NaN for those at a boundary or without information;
-        and directions about which the data say nothing, (m, d)."""
-        at, information = self._curvature.at, self._curvature.information
-        u = self._curvature.u
-        inner = (~at.on_boundary(u) & (information.diagonal() != 0)).nonzero()[:, 0]
-        spread = torch.full_like(information, nan)
-        part = information[inner][:, inner]
-        scale = part.diagonal().sqrt()
-        scale = torch.where(scale > 0, scale, 1)
-        part = part / (scale[:, None] * scale)
-        silent = part.new_zeros(len(inner), 0)
-        if self._curvature.indistinct:
-            values, vectors = torch.linalg.eigh(part)
-            silent = vectors[:, values < FLAT * values.max()]
-            silent = torch.where(silent.abs() > ROUNDING, silent, 0)
-        rtol = FLAT if silent.shape[1] else None
-        inverse = torch.linalg.pinv(part, rtol=rtol, hermitian=True)
-        spread[inner[:, None], inner] = inverse / (scale[:, None] * scale)
-        directions = information.new_zeros(len(information), silent.shape[1])
-        directions[inner] = silent / scale[:, None]
-        return spread, directions
-
-    def _errors(self, J: Tensor) -> Tensor:
-        """Standard errors of functions of the coordinates by their Jacobian, coordinates first.
-
-        NaN for a function of a coordinate that has none, and for one that moves along a direction
-        about which the data say nothing.
-        """
-        spread, silent = self._spread
-        known = torch.where(spread.isnan(), 0, spread)
-        error = torch.einsum("i...,ij,j...->...", J, known, J).clamp(min=0).sqrt()
-        lost = (J[spread.diagonal().isnan()] != 0).any(0)
-        if silent.shape[1]:
-            moved, most = (
-                torch.einsum("i...,id->d...", x, s)
-                for x, s in ((J, silent), (J.abs(), silent.abs()))
-            )
-            lost |= (moved.abs() > ROUNDING * most).any(0)
-        return torch.where(lost, nan, error)
+    def _spread(self) -> Spread:
+        """Of the coordinates, as they are at their boundaries."""
+        curvature = self._curvature
+        at_boundary = curvature.at.on_boundary(curvature.u)
+        return Spread(curvature.information, bool(curvature.indistinct), at_boundary)
 
     def _parameters(self) -> tuple[Estimate, ...]:
         covariance = self._objective.covariance
         at, u = self._curvature.at, self._curvature.u
-        own = self._errors(torch.eye(len(u)).to(u))
+        own = self._spread.errors(torch.eye(len(u)).to(u))
         errors = dict(
             zip(
                 [id(e.tensor) for e in at.entries],  # which several leaves may share
@@ -274,7 +238,7 @@ class _Builder:
         jacobians = jacobian(factors, u) if len(u) else [u.new_zeros(0, len(v)) for v in values]
         moved = {}
         for entries, value, J in zip(names.values(), values, jacobians, strict=True):
-            errors = self._errors(J)
+            errors = self._spread.errors(J)
             for (name, (i, j)), x, error in zip(
                 entries.items(), value.tolist(), errors.tolist(), strict=True
             ):
@@ -305,7 +269,7 @@ class _Builder:
             matrix = self._shown(term)
             error = torch.zeros_like(matrix)
             if J is not None:
-                error = torch.where(matrix == 0, nan, self._errors(J))
+                error = torch.where(matrix == 0, nan, self._spread.errors(J))
             group, effects, levels, _ = self._label(term)
             names = tuple(effects), tuple(levels)
             gone = negligible.get(term.name)

@@ -12,7 +12,24 @@ from openreml_nn.estimation.curvature import Curvature
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.support.errors import NotPositiveDefiniteError, NumericalError
 
-__all__ = ["Safeguard"]
+__all__ = ["Safeguard", "edge_of"]
+
+
+def edge_of(objective: Objective) -> str:
+    """Why the likelihood does not exist at the end of a full step; empty where it does.
+
+    The parameters are left as they are.
+    """
+    with torch.no_grad():
+        c = Curvature([objective])
+        c.at.write(c.u + c.move)
+        try:
+            objective.evaluate()
+        except NumericalError as error:
+            return str(error)
+        finally:
+            c.at.write(c.u)
+    return ""
 
 
 class Safeguard:

@@ -179,6 +179,12 @@ class Family(Parametrized):
         """The inputs among the responses, as :meth:`of_rows` takes them."""
         return None
 
+    @property
+    def base(self) -> Family:
+        """The family whose linear predictor :math:`\\eta` is: itself, and that of the other responses where
+        some are zeros of their own."""
+        return self
+
     def natural(self, name: str, like: Tensor) -> Tensor:
         """One of its own parameters, transformed, (1,), on the dtype and device of ``like``."""
         return self.own_trans[name](self.stored(name).to(like))

@@ -16,7 +16,7 @@ from openreml_nn.families.family import Family, refuse_rows
 from openreml_nn.support.checks import check_instance
 from openreml_nn.support.errors import InputError
 
-__all__ = ["ZeroInflated"]
+__all__ = ["ZeroInflated", "check_inflatable"]
 
 Derivatives = tuple[Tensor, Tensor, Tensor]
 
@@ -54,11 +54,7 @@ class ZeroInflated(Family):
         super().__init__()
         check_instance("family", family, Family)
         check_instance("logits", logits, nn.Module)
-        if not isinstance(family, Poisson | NegativeBinomial | NegativeBinomial1 | Binomial):
-            raise InputError(
-                f"`family` is {family.name or type(family).__name__!r}, without zeros to inflate: "
-                "expected a poisson, negative_binomial, negative_binomial_1 or binomial one"
-            )
+        check_inflatable(family)
         self.family, self.logits, self.names = family, logits, tuple(names)
 
     @property
@@ -68,6 +64,10 @@ class ZeroInflated(Family):
     @property
     def link(self) -> str:  # type: ignore[override]
         return self.family.link
+
+    @property
+    def base(self) -> Family:
+        return self.family
 
     def log_density(self, y: Tensor, eta: Tensor) -> Tensor:
         y, zeta = self._parts(y, eta)
@@ -167,6 +167,19 @@ class ZeroInflated(Family):
         """The response, and the logit of the probability of a zero beside the family's."""
         zeta = self.logits(y[:, 1:].to(next(self.logits.parameters(), eta)))
         return y[:, 0].to(eta), zeta.reshape(len(y)).to(eta)
+
+
+def check_inflatable(family: Family) -> None:
+    """Refuse a family that has no zeros to inflate.
+
+    Raises:
+        InputError: naming it.
+    """
+    if not isinstance(family, Poisson | NegativeBinomial | NegativeBinomial1 | Binomial):
+        raise InputError(
+            f"`family` is {family.name or type(family).__name__!r}, without zeros to inflate: "
+            "expected a poisson, negative_binomial, negative_binomial_1 or binomial one"
+        )
 
 
 def _log_density(family: Family, y: Tensor, zeta: Tensor, eta: Tensor) -> Tensor:

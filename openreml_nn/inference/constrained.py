@@ -203,7 +203,7 @@ class Natural:
             return matrix[i, j] / (matrix[i, i] * matrix[j, j]).sqrt()
 
         bounds, longest = ((0.0, inf), self.unit) if i == j else ((-1.0, 1.0), 1.0)
-        own = self._own_scale(index) if i == j else None
+        own = self._own_scale(index, i) if i == j else None
         held = Quantity(entry_of if own is None else (lambda v: v[own]), bounds, longest)
         value, slope, _ = held.slope(self._inner(self.start))
         return held if value == value and bool((slope != 0).any()) else None
@@ -224,16 +224,17 @@ class Natural:
         alone = len(entries) == size * (size + 1) // 2
         return known[0] if known and len(known) == len(entries) and alone else None
 
-    def _own_scale(self, index: int) -> int | None:
-        """The coordinate that is the standard deviation of a term of one variance."""
-        entries = self._entries_of(index)
-        if len(entries) != 1 or not entries[0].trans.vanishes:
+    def _own_scale(self, index: int, i: int) -> int | None:
+        """The coordinate that is the standard deviation of a term of one variance, beside which
+        may be correlations: it is one at zero too, where a square root has no slope."""
+        scales = [e for e in self._entries_of(index) if e.trans.vanishes]
+        if len(scales) != 1:
             return None
-        at = self.at.entries.index(entries[0])
+        at, v = self.at.entries.index(scales[0]), self._inner(self.start)
         with torch.no_grad():
-            matrix = self.objective.terms()[index].covariance.shown()
-        same = torch.isclose(matrix[0, 0].sqrt(), self.start[at].abs(), rtol=1e-10)
-        return at if len(matrix) == 1 and bool(same) else None
+            recorded = self.at.natural(0, self.coordinates(v))
+            matrix = self.objective.terms(recorded)[index].covariance.shown()
+        return at if bool(torch.isclose(matrix[i, i].sqrt(), v[at].abs(), rtol=1e-10)) else None
 
     def _entries_of(self, index: int) -> list[Entry]:
         name = self.objective.terms()[index].name
@@ -284,7 +285,8 @@ class Ascent:
             if held is not None:
                 value, a, bend = held.slope(self.v)
                 gap = target - value
-                for _ in range(2):
+                # The square root of a variance that is zero has no slope: there it is held anyway.
+                for _ in range(2 if a.any() else 0):
                     multiplier = float((a @ inverse @ score - gap) / (a @ inverse @ a))
                     move = inverse @ (score - multiplier * a)
                     inverse, K = _positive(curvature + multiplier * bend)

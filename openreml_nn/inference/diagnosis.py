@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from openreml_nn.estimation import Component, Result
+from openreml_nn.estimation.marginal import endless
+from openreml_nn.estimation.separation import separated_levels
 from openreml_nn.inference.refit import check_fit
+from openreml_nn.inference.response import family_at
 from openreml_nn.result.summary import singularity
 
 __all__ = ["diagnose"]
+
+#: A standard deviation of effects on the scale of a link that leaves nearly every level one category.
+_LARGE = 10.0
 
 
 def diagnose(result: Result) -> list[str]:
@@ -31,6 +37,8 @@ def diagnose(result: Result) -> list[str]:
             f"{result.score_norm:.2g} standard errors from the optimum. Allow more iterations, "
             "or rescale covariates of very different size."
         )
+        found += [f"The parameter {text}." for text in endless(result.family_parameters)]
+    found += _separated(result)
     for c in result.components:
         if c.singular:
             found.append(_singular(c))
@@ -57,6 +65,30 @@ def diagnose(result: Result) -> list[str]:
             f"{result.log_likelihood_error:.2g}: differences of that size mean nothing. Use "
             "solver='blocked' for an exact one."
         )
+    return found
+
+
+def _separated(result: Result) -> list[str]:
+    """Sentences on variances that have no finite estimate, or one that few levels tell."""
+    if result.family is None or result.source is None or result.model is None:
+        return []
+    family, source = family_at(result), result.source
+    found = []
+    for own in separated_levels(family, source.y, source.covariance.terms()):
+        c = next(c for c in result.components if c.name == own.name)
+        variance = float(c.covariance.reshape(len(c.effects), -1).diagonal().max())
+        if own.alike == own.levels:
+            what = f"all {own.levels} levels of {c.group} have responses of one category alone"
+            found.append(
+                f"The variance of {c.group} is {variance:.3g}, but has no finite estimate: {what}. It "
+                "is where the fit stopped. Leave the term out, or hold its variance by `constraints`."
+            )
+        elif variance > _LARGE**2:
+            found.append(
+                f"The variance of {c.group} is {variance:.3g} on the scale of the link, because "
+                f"{own.alike} of {own.levels} levels have responses of one category alone: it rests "
+                "on the few others. A profile tells how far it is known."
+            )
     return found
 
 

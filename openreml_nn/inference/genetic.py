@@ -42,7 +42,8 @@ def heritability(result: Result, group: str | None = None, method: str = "plain"
     r"""Heritability of a genetic effect, by one of three definitions.
 
     ``"plain"``: its share in the variance of a row, :math:`\sigma_g^2 / \sum_t \sigma_t^2`, with a
-    standard error by the delta method; see :func:`variance_shares`.
+    standard error by the delta method; of a response that is not Gaussian on the link scale. See
+    :func:`variance_shares`.
 
     ``"cullis"``: :math:`1 - \bar v_\Delta / (2\sigma_g^2)`, in which :math:`\bar v_\Delta` is the mean
     variance of the error of a difference between two BLUPs. For related levels
@@ -63,8 +64,8 @@ def heritability(result: Result, group: str | None = None, method: str = "plain"
 
     Raises:
         InputError: if there is no such group, several terms of it, or several effects; if the
-            method is unknown, the rows were streamed, or there are more than 10,000 levels
-            (not ``"plain"``).
+            method is unknown, or another than ``"plain"`` and the response not Gaussian; if the rows
+            were streamed, or there are more than 10,000 levels (not ``"plain"``).
         TypeError: if an argument is of another kind.
 
     Reference:

@@ -38,6 +38,9 @@ def observation_variance(refit: LaplaceRefit, kind: str | None, random: Tensor) 
     delta       :math:`v\,g'(\mu)^2`
     ==========  =====================================================
 
+    Of a zero-inflated response it is that of the others, which are not zeros of their own; its null model
+    has the zero part of the fit.
+
     Args:
         refit: the fit.
         kind: one of these; the first that the family has by default.
@@ -47,7 +50,7 @@ def observation_variance(refit: LaplaceRefit, kind: str | None, random: Tensor) 
     Raises:
         InputError: if ``kind`` is unknown, or the family has none such.
     """
-    family = refit.loss.family
+    family = refit.loss.family.base
     is_latent = family.name in ("binomial", "ordinal")
     if type(family).variance is Family.variance or type(family).mean is Family.mean:
         raise InputError(

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from openreml_nn.families import Family, NegativeBinomial, NegativeBinomial1, Poisson, ZeroInflated
+from openreml_nn.families import Family, NegativeBinomial, NegativeBinomial1, Poisson
 from openreml_nn.inference.refit import family_of
 from openreml_nn.result import Result
 from openreml_nn.support.errors import InputError
@@ -52,9 +52,7 @@ class Response:
             raise InputError(
                 "`scale` is 'response' and the response Gaussian, whose scales are one: expected 'link'"
             )
-        family = family_at(result)
-        if isinstance(family, ZeroInflated):
-            family = family.family  # whose linear predictor it is
+        family = family_at(result).base
         if family.name == "ordinal":
             raise InputError(
                 "`scale` is 'response' and the response ordinal, which has a probability for each "

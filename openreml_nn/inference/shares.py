@@ -11,6 +11,7 @@ from torch import Tensor
 from openreml_nn.estimation import Result
 from openreml_nn.estimation.curvature import Curvature
 from openreml_nn.estimation.derivatives import jacobian
+from openreml_nn.estimation.spread import Spread
 from openreml_nn.inference.laplace_refit import LaplaceRefit
 from openreml_nn.inference.observation import observation_variance
 from openreml_nn.inference.refit import Refit, family_of
@@ -38,7 +39,8 @@ def r2(result: Result, observation: str | None = None) -> R2:
     the mean :math:`\mu` of the null model, the fit of an intercept with the same random effects, it is
     ``"latent"``: :math:`\pi^2/3` (logit), 1 (probit) or :math:`\pi^2/6` (cloglog); ``"lognormal"``:
     :math:`\log(1 + v/\mu^2)`; ``"trigamma"``: :math:`\psi_1(\mu^2/v)`; ``"delta"``:
-    :math:`v\,g'(\mu)^2`.
+    :math:`v\,g'(\mu)^2`. Of a zero-inflated response the shares are those of the other responses, of
+    which the linear predictor is.
 
     Args:
         result: a fit.
@@ -83,7 +85,7 @@ def variance_shares(result: Result, observation: str | None = None) -> pd.DataFr
     :math:`v_t` is the mean over the rows of :math:`z_i^\top G_t z_i`: for a random intercept its
     variance, so that the share is the intraclass correlation; for an additive genetic effect the
     share is the heritability. Standard errors are by the delta method; that of a variance of zero
-    is NaN. Of a response that is not Gaussian the residual is the variance that an observation adds
+    is NaN, as are those of shares that the data cannot tell apart. Of a response that is not Gaussian the residual is the variance that an observation adds
     on the link scale, which counts as known.
 
     Args:
@@ -121,23 +123,19 @@ def variance_shares(result: Result, observation: str | None = None) -> pd.DataFr
     with torch.no_grad():
         (value,) = variances(u)
     slope = jacobian(variances, u)[0].mT if len(u) else value.new_zeros(len(value), 0)
-    # A coordinate at zero has neither information nor a slope.
-    scale = curvature.information.diagonal().sqrt()
-    scale = torch.where(scale > 0, scale, 1)
-    information = curvature.information / (scale[:, None] * scale)
-    slope = slope / scale
-    spread = slope @ torch.linalg.pinv(information, hermitian=True, rtol=1e-10) @ slope.mT
     groups = [c.group for c in result.components]
-    # Nor has one of which the design is estimated too a standard error by this.
-    return _table(groups, value, spread * (torch.nan if objective.moves else 1))
+    # Shares have no standard error by this where a design is estimated too.
+    known = torch.nan if objective.moves else 1
+    spread = Spread(curvature.information, bool(curvature.indistinct))
+    return _table(groups, value, slope * known, spread)
 
 
-def _table(groups: list[str], value: Tensor, spread: Tensor) -> pd.DataFrame:
-    """Shares of variances (t,) with standard errors, of variances of which the covariance is known."""
+def _table(groups: list[str], value: Tensor, slope: Tensor, spread: Spread) -> pd.DataFrame:
+    """Shares of variances (t,) with standard errors, by the slopes (t, m) of the variances in
+    coordinates."""
     total = value.sum()
     by = (torch.eye(len(value), dtype=value.dtype) - value[:, None] / total) / total
-    error = (by @ spread @ by.mT).diagonal().clamp(min=0).sqrt()
-    error = torch.where(value > 0, error, torch.nan)
+    error = torch.where(value > 0, spread.errors((by @ slope).mT), torch.nan)
     columns = {"variance": value, "share": value / total, "std_error": error}
     table = {name: column.numpy(force=True) for name, column in columns.items()}
     return pd.DataFrame({"group": groups, **table})
@@ -187,12 +185,9 @@ def _shares_of_family(result: Result, observation: str | None) -> pd.DataFrame:
     with torch.no_grad():
         (value,) = variances(u)
     slope = jacobian(variances, u)[0].mT if len(u) else value.new_zeros(len(value), 0)
-    scale = fit.hessian.diagonal().abs().sqrt()
-    scale = torch.where(scale > 0, scale, 1)
-    known = torch.linalg.pinv(fit.hessian / (scale[:, None] * scale), hermitian=True, rtol=1e-10)
-    known = (known / (scale[:, None] * scale))[own, own]
-    spread = torch.zeros(len(value) + 1, len(value) + 1).to(value)
-    spread[:-1, :-1] = slope @ known @ slope.mT
+    slope = torch.cat([slope, slope.new_zeros(1, slope.shape[1])])
+    J = slope.new_zeros(len(slope), len(fit.hessian))
+    J[:, own] = slope
     beside = observation_variance(refit, observation, value.sum())
     groups = [*(c.group for c in result.components), RESIDUAL_GROUP]
-    return _table(groups, torch.cat([value, beside[None]]), spread)
+    return _table(groups, torch.cat([value, beside[None]]), J, Spread(fit.hessian, True))

@@ -37,7 +37,8 @@ def connected_rows(groups: Mapping[str, Tensor]) -> Tensor:
 
 
 def _own_codes(codes: Tensor) -> Tensor:
-    """With a code of its own in the place of each -1."""
+    """With a code of its own in the place of each -1, which narrow integers may not hold."""
+    codes = codes.long()
     absent = (codes < 0).nonzero()[:, 0]
     start = int(codes.max()) + 1 if len(codes) else 0
     return codes.index_copy(0, absent, start + torch.arange(len(absent)).to(codes))

@@ -62,7 +62,7 @@ class MixedModelDataModule(LightningDataModule):
         held_out: the validation rows encoded, None if there are none.
 
     Raises:
-        InputError: if the formula, the table or the split is at fault, or the module that is
+        InputError: if the formula, the table or the split is invalid, or the module that is
             trained says something else.
     """
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from openreml_nn.covariance import ScalarMatrix
 from openreml_nn.families import Family, named_family
 from openreml_nn.likelihood import LaplaceLoss
+from openreml_nn.model.zeros import inflated
 from openreml_nn.support.checks import check_count
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
-from openreml_nn.table import Encoded
+from openreml_nn.table import Encoded, Encoder
 
 __all__ = ["FamilyOptions"]
 
@@ -51,18 +52,20 @@ class FamilyOptions:
         elif self.quadrature != 1:
             raise InputError(f"`quadrature` is {self.quadrature} without a `family`: expected 1")
 
-    def start(self, encoded: Encoded, levels: int) -> tuple[Family, float, float]:
+    def start(self, encoded: Encoded, encoder: Encoder, levels: int) -> tuple[Family, float, float]:
         """A family near the data, with mean and variance of the linear predictor there.
 
         Args:
             encoded: the table, maybe without responses.
+            encoder: by which it was, which knows of a zero part.
             levels: categories of an ordinal response.
         """
         assert self.family is not None
-        own = copy.deepcopy(named_family(self.family, self.link, levels)).double()
+        own = copy.deepcopy(named_family(self.family, self.link, levels))
+        own = inflated(own, encoder).double()
         near = encoded.X.new_tensor([0.0, 1.0])
         if encoded.y is not None:
-            near = own.start(encoded.y)
+            near = own.start(own.with_inputs(encoded.y, encoded.zi))
             near = near if encoded.offset is None else near - encoded.offset
         # Without a spread of its own, as of an ordinal response, the link's is near one.
         spread = float(near.var())

@@ -24,6 +24,7 @@ class FormulaOptions:
     categorical: tuple[str, ...] = ()
     residual: str | None = None
     weights: str | None = None
+    zi: str | None = None
 
     def completed(self, other: FormulaOptions) -> FormulaOptions:
         """The options, with those of a model in the place of what is left out.
@@ -51,7 +52,7 @@ class FormulaOptions:
             relations: see :class:`Encoder`.
 
         Raises:
-            InputError: if there is no formula, or an option is at fault.
+            InputError: if there is no formula, or an option is invalid.
         """
         if self.formula is None:
             raise InputError(
@@ -62,6 +63,7 @@ class FormulaOptions:
             self.family,
             self.categorical,
             source,
+            self.zi,
             residual=self.residual,
             weights=self.weights,
             relations=relations,

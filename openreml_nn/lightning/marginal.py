@@ -131,6 +131,7 @@ class Marginal:
 def _refuse_cut(groups: Mapping[str, Tensor], batch: Tensor) -> None:
     """Refuse batches that cut a group, of which the processes have one at the same time."""
     for name, codes in groups.items():
+        codes = codes.long()
         pairs = torch.stack([codes, batch])[:, codes >= 0].unique(dim=1)
         levels, count = pairs[0].unique(return_counts=True)
         if bool((count > 1).any()):

@@ -66,14 +66,14 @@ class MixedModule(Evaluated):
     ``parts``       the same, the network run on ``rows`` at a time
     =============== ==================================================================
 
-    Within training the sums are of residuals as each batch met them. Before a validation, before
-    a checkpoint and at the end a pass without gradients sums those of the present parameters, and
-    what is validated, saved and kept is the covariance after an AI-REML step from them (at the
-    end: at its optimum) and its BLUPs. Validations and checkpoints leave training as it would be
-    without them.
+    Within an epoch the sums are of the residuals of each batch at the parameters of that time.
+    Before a validation, before a checkpoint and at the end a pass without gradients computes the
+    sums at the present parameters. An AI-REML step from these (at the end: as many as reach the
+    optimum) gives the covariance and the BLUPs that are validated or saved. Validations and
+    checkpoints do not change the training that follows.
 
-    Under a distributed strategy loss, gradients and estimates are those of one process with the
-    rows of all.
+    Under a distributed strategy loss, gradients and estimates are those of one process that has
+    all rows.
 
     Args:
         model: a :class:`MixedModel`, or an lme4-style formula; with that, training is on a
@@ -83,9 +83,9 @@ class MixedModule(Evaluated):
             0.01}``, or a function from parameters to an optimizer; Adam by default. Without a
             network it is the covariance's, by default AI-REML, a step an epoch.
         training: see above, or a :class:`Way`; by default ``"alternating"`` for head ``"ml"``, ``"full"``
-            for ``"gls"`` and for families, which alternating training does not take. Without a
-            network, a linear mean of head ``"gls"``, no gradient trains anything: by default the
-            rows may come in mini-batches of any size, and the result is that of all at once.
+            for ``"gls"`` and for families, which alternating training does not support. A linear
+            mean without a network (head ``"gls"``) is estimated without gradients: its rows may come
+            in mini-batches of any size, and the result is that of all rows at once.
         network: with a formula: config of the network, or the network, that takes the columns of
             its fixed part, standardised, and yields features; see :class:`torch.nn.LazyLinear` for
             their number. Without one the mean is linear.
@@ -95,7 +95,7 @@ class MixedModule(Evaluated):
             config, whose features of the fixed part's columns make the log-variance of each row; or
             a matrix, see :class:`MixedModel`.
         weights: with a formula: column of weights, as in :func:`lmm`.
-        family, link, quadrature: with a formula: of the response, as in :func:`glmm`. With a family
+        family, link, quadrature, zi: with a formula: of the response, as in :func:`glmm`. With a family
             all parameters are trained by the marginal likelihood of a batch, by default of all rows;
             without a network the fit is that of :func:`glmm`, in the first epoch, by as many steps at
             most as the Trainer's ``max_epochs`` or ``max_steps``, and the Trainer counts one.
@@ -113,7 +113,7 @@ class MixedModule(Evaluated):
 
     Raises:
         InputError: if an option is unknown or does not fit the others; when fitting, if a batch
-            is at fault, by its number.
+            is invalid, whose number the message has.
 
     Example::
 
@@ -138,6 +138,7 @@ class MixedModule(Evaluated):
         family: str | Family | None = None,
         link: str | None = None,
         quadrature: int = 1,
+        zi: str | None = None,
         constraints: Mapping[str, Constraint] | None = None,
         starts: Mapping[str, float] | None = None,
         rows: int = 1024,
@@ -162,7 +163,7 @@ class MixedModule(Evaluated):
         of_table: dict[str, Any] = {
             "network": network, "head": head, "residual": residual, "weights": weights,
             "categorical": list(categorical), "method": method, "solver": solver,
-            "family": family, "link": link, "quadrature": quadrature,
+            "family": family, "link": link, "quadrature": quadrature, "zi": zi,
             "constraints": constraints, "starts": starts,
         }  # fmt: skip
         self.table = None
@@ -207,9 +208,10 @@ class MixedModule(Evaluated):
             raise InputError("`result` has no formula: expected one of a fit by lmm()")
         model = copy.deepcopy(result.model)
         if result.family is not None:
-            named = result.family in FAMILIES
-            options["family"] = result.family if named else model.family
+            own = model.family.family if result.zi is not None else model.family
+            options["family"] = own.name if own.name in FAMILIES else own
             options["link"], options["quadrature"] = result.link, result.quadrature
+            options["zi"] = result.zi
         found = cls(result.formula, method=model.method, **options)
         assert found.table is not None
         found.table.adopt(result)

@@ -21,8 +21,9 @@ from openreml_nn.lightning.table import TableModel
 from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import Plan
+from openreml_nn.likelihood.problem import Problem
 from openreml_nn.likelihood.responses import ResponsesProblem, ResponseStatistics
-from openreml_nn.likelihood.solvers.blocked import Blocked, BlockedProblem
+from openreml_nn.likelihood.solvers.blocked import Blocked
 from openreml_nn.likelihood.system.products import Statistics
 from openreml_nn.model import MixedModel
 from openreml_nn.model.residual import structure_of
@@ -68,15 +69,17 @@ class Summed:
         self._statistics, self._M = statistics.mapped(M), M
         covariance = self._covariance()
         terms = [term.to(torch.float64).detach() for term in covariance.terms()]
-        solver = Blocked()
         # With one variance of all responses R is known up to that.
         if self._open is not None and not _has_covariance(model):
             self._open = None
         if self._open is not None:
-            problem: BlockedProblem = ResponsesProblem(fixed, terms, model.method, self._open, M)
+            problem: Problem = ResponsesProblem(fixed, terms, model.method, self._open, M)
+            plan = Plan.of(terms, problem.p, Blocked(), torch.float64)
         else:
-            problem = BlockedProblem(fixed, terms, model.method, solver, self._statistics)
-        plan = Plan.of(terms, problem.p, solver, torch.float64).measured(problem)
+            p, sums = len(fixed.T), self._statistics
+            plan = Plan.of(terms, p, model.solver, torch.float64, sums)
+            problem = plan.choice.problem_of_sums(fixed, terms, model.method, sums)
+        plan = plan.measured(problem)
         self.plan = replace(plan, rows=problem.n, reason="sums by level of mini-batches")
         self.objective = Objective(covariance, problem, None)
 

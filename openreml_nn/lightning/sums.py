@@ -120,10 +120,11 @@ class LevelSums:
                 "training='full' or 'parts'"
             )
         name = check_solver(self.model.solver).name
-        if name not in ("auto", "blocked"):
+        takes = ("auto", "blocked", "sparse") if t == 1 else ("auto", "blocked")
+        if name not in takes:
             raise InputError(
                 f"solver {name!r} needs all rows at once: use training='full' or 'parts', or leave "
-                "it out, for sums by level are solved by 'blocked'"
+                "it out, for sums by level are solved by " + " or ".join(map(repr, takes[1:]))
             )
         for key, effect in self.model.effects().items():
             eye = torch.eye(effect.effects).to(effect.basis)

@@ -58,7 +58,7 @@ class TableModel:
         bases: in which random slopes are better conditioned, by random effect.
 
     Raises:
-        InputError: if the formula or an option is at fault.
+        InputError: if the formula or an option is invalid.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class TableModel:
         family: str | Family | None = None,
         link: str | None = None,
         quadrature: int = 1,
+        zi: str | None = None,
         constraints: Mapping[str, Constraint] | None = None,
         starts: Mapping[str, float] | None = None,
     ) -> None:
@@ -86,7 +87,7 @@ class TableModel:
         self.response = FamilyOptions(family, link, quadrature)
         self.response.check(residual, weights, method, solver)
         self._categories = 2
-        self.options = FormulaOptions(formula, family, tuple(categorical), text, weights)
+        self.options = FormulaOptions(formula, family, tuple(categorical), text, weights, zi)
         self.encoder = self.options.response().encoder
         self.labels: dict[str, Label] = {}
         self.bases: dict[str, Tensor] = {}
@@ -106,9 +107,7 @@ class TableModel:
     def built(self, data: MixedModelDataModule) -> MixedModel:
         """The model for the data module's table, with a start in the units of its response."""
         self._data, self.encoder, encoded = data, data.encoder, data.encoded
-        if (
-            self.response.family is None and not self._constraints
-        ):  # those are of the user's effects
+        if self.response.family is None and not self._constraints:  # of the user's effects
             self.bases = bases_of(encoded.random)
         for design in encoded.random:
             if isinstance(design.relation, Places):
@@ -161,7 +160,7 @@ class TableModel:
         return self._constraints.applied(model, encoded.batch())
 
     def _made_of_family(self, encoded: Encoded) -> MixedModel:
-        own, center, variance = self.response.start(encoded, self._categories)
+        own, center, variance = self.response.start(encoded, self.encoder, self._categories)
         model = MixedModel(
             _mean(self._network, self.head, encoded.X, center),
             self._effects(encoded, variance / len(encoded.random)),
@@ -199,6 +198,7 @@ class TableModel:
             result,
             **rows,
             formula=self.encoder.formula.text,
+            zi=self.options.zi,
             dropped_rows=encoded.dropped_rows,
             encoder=self.encoder,
             source=source,

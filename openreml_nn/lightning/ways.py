@@ -215,7 +215,7 @@ class Composite(Way):
         _check_response(model, batch["y"], output)
         rows = concatenated(all_batches(batch, output.device))
         for name, codes in rows["groups"].items():
-            if len(codes) > 1 and codes[0] >= 0 and bool((codes == codes[0]).all()):
+            if len(codes) > 1 and int(codes[0]) >= 0 and bool((codes == codes[0]).all()):
                 raise InputError(
                     f"it has one level of {name!r} in {len(codes)} rows, whose variance cannot "
                     "be told from the mean: take larger batches"

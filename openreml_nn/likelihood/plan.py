@@ -13,7 +13,9 @@ from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.problem import Cost, Problem
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers import SOLVERS
+from openreml_nn.likelihood.system.products import Statistics
 from openreml_nn.support.checks import check_choice, check_instance, check_number
+from openreml_nn.support.errors import InputError
 from openreml_nn.terms.term import Term
 
 __all__ = ["Auto", "Plan", "check_solver"]
@@ -48,8 +50,15 @@ class Auto(Solver):
         check_number("memory", self.memory, above=0)
         check_number("operations", self.operations, above=0)
 
-    def choose(self, terms: Sequence[Term], p: int, dtype: torch.dtype) -> tuple[Solver, Cost, str]:
-        """The solver, its cost, and why it is taken."""
+    def choose(
+        self,
+        terms: Sequence[Term],
+        p: int,
+        dtype: torch.dtype,
+        sums: Statistics | None = None,
+    ) -> tuple[Solver, Cost, str]:
+        """The solver, its cost, and why it is taken; of those that take sums by level, if they are
+        given in the place of rows."""
         known: list[tuple[Solver, Cost | None]] = []
         least, is_small = inf, False
         for make in SOLVERS.values():
@@ -57,7 +66,7 @@ class Auto(Solver):
                 is_small = True
             elif make.exact:
                 solver = make()
-                found = solver.forecast(terms, p, dtype)
+                found = _forecast(solver, terms, p, dtype, sums)
                 known.append((solver, found))
                 if found is not None and found.bytes <= self.memory:
                     least = min(least, found.operations)
@@ -66,10 +75,10 @@ class Auto(Solver):
         small = [found for found in exact if found[1].bytes <= self.memory]
         if not small:
             held = min(cost.bytes for _, cost in exact)
-            for solver, rough in _approximate(terms, p, dtype):
+            for solver, rough in _approximate(terms, p, dtype, sums):
                 return solver, rough, f"exact solvers would need {held / 2**30:.3g} GiB"
         elif (most := small[0][1].operations) > self.operations:
-            for solver, rough in _approximate(terms, p, dtype):
+            for solver, rough in _approximate(terms, p, dtype, sums):
                 if (ratio := most / rough.operations) >= _FAR_LESS:
                     why = f"an exact evaluation would take {most:.3g} operations, {ratio:.3g} times as many"
                     return solver, rough, why
@@ -91,13 +100,22 @@ class Auto(Solver):
         return choice.problem(fixed, terms, method)
 
 
+def _forecast(
+    solver: Solver, terms: Sequence[Term], p: int, dtype: torch.dtype, sums: Statistics | None
+) -> Cost | None:
+    """What an evaluation would take, of rows or of sums by level."""
+    if sums is None:
+        return solver.forecast(terms, p, dtype)
+    return solver.forecast_of_sums(terms, p, sums)
+
+
 def _approximate(
-    terms: Sequence[Term], p: int, dtype: torch.dtype
+    terms: Sequence[Term], p: int, dtype: torch.dtype, sums: Statistics | None
 ) -> Iterator[tuple[Solver, Cost]]:
     """The approximate solvers that fit the terms, with their costs."""
     for make in SOLVERS.values():
         solver = make()
-        cost = None if make.exact else solver.forecast(terms, p, dtype)
+        cost = None if make.exact else _forecast(solver, terms, p, dtype, sums)
         if cost is not None:
             yield solver, cost
 
@@ -139,19 +157,37 @@ class Plan:
     cost: Cost
 
     @classmethod
-    def of(cls, terms: Sequence[Term], p: int, solver: str | Solver, dtype: torch.dtype) -> Plan:
+    def of(
+        cls,
+        terms: Sequence[Term],
+        p: int,
+        solver: str | Solver,
+        dtype: torch.dtype,
+        sums: Statistics | None = None,
+    ) -> Plan:
         """The plan for some terms and p fixed effects.
 
+        Args:
+            terms: the lowered covariance.
+            p: number of fixed effects.
+            solver: that is asked for.
+            dtype: of the numbers.
+            sums: cross-products by level, in the place of the rows.
+
         Raises:
-            InputError: if the solver that is asked for does not fit the terms.
+            InputError: if the solver that is asked for does not fit the terms, or does not take sums.
         """
-        choice, rows = check_solver(solver), terms[0].design.shape[0]
+        choice = check_solver(solver)
+        rows = terms[0].design.shape[0] if sums is None else sums.rows
         if isinstance(choice, Auto):
-            choice, found, reason = choice.choose(terms, p, dtype)
+            choice, found, reason = choice.choose(terms, p, dtype, sums)
             return cls(choice, reason, rows, p, found)
         choice.check(terms)
-        cost = choice.forecast(terms, p, dtype)
-        assert cost is not None
+        cost = _forecast(choice, terms, p, dtype, sums)
+        if cost is None:
+            raise InputError(
+                f"solver {choice.name!r} needs all rows at once: expected 'blocked' or 'sparse' for sums by level"
+            )
         return cls(choice, "asked for", rows, p, cost)
 
     @property

@@ -10,6 +10,7 @@ import torch
 
 from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.problem import Cost, Problem
+from openreml_nn.likelihood.system.products import Statistics
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.term import Term
 
@@ -58,6 +59,34 @@ class Solver:
             InputError: if the solver does not fit the terms; the message is :meth:`obstacle`.
         """
         raise NotImplementedError
+
+    def forecast_of_sums(self, terms: Sequence[Term], p: int, sums: Statistics) -> Cost | None:
+        """What an evaluation would take of sums by level in the place of rows; None where the solver
+        does not fit the terms, or needs the rows.
+
+        Args:
+            terms: the lowered covariance, of any rows.
+            p: number of fixed effects.
+            sums: cross-products of the random terms, in their order.
+        """
+        return None
+
+    def problem_of_sums(
+        self, fixed: FixedPart, terms: Sequence[Term], method: str, sums: Statistics
+    ) -> Problem:
+        """The sums prepared for this solver.
+
+        Args:
+            fixed: of no rows.
+            terms, method: as for :meth:`problem`, of any rows.
+            sums: cross-products of the random terms, in their order, and of f.
+
+        Raises:
+            InputError: if the solver needs the rows.
+        """
+        raise InputError(
+            f"solver {self.name!r} needs all rows at once, and there are sums by level"
+        )
 
     def obstacle(self, terms: Sequence[Term]) -> str | None:
         """Why the solver does not fit the terms, in a sentence; None where it does."""

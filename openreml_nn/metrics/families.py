@@ -138,7 +138,8 @@ def mean_deviance(mean: Tensor, target: Tensor, family: Family) -> Tensor:
 
     Raises:
         TypeError: if an argument is of another kind.
-        InputError: if shapes do not fit, or the family cannot have a response.
+        InputError: if shapes do not fit, the family cannot have a response, or it has no unit deviance, as
+            a zero-inflated one has not.
 
     >>> from openreml_nn.families import Poisson
     >>> mean_deviance(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 2.0]), Poisson())
@@ -246,13 +247,16 @@ class MeanDeviance(Mean):
     Args:
         family: of the responses.
         **options: of ``torchmetrics.Metric``.
+
+    Raises:
+        TypeError, InputError: as :func:`mean_deviance` does of the family.
     """
 
     higher_is_better = False
 
     def __init__(self, family: Family, **options: Any) -> None:
         super().__init__(**options)
-        check_instance("family", family, Family)
+        check_deviance(family)
         self.family = family
 
     def update(self, mean: Tensor, target: Tensor) -> None:
@@ -290,8 +294,24 @@ def _curve(sums: Tensor) -> Tensor:
     return torch.cat([sums[:, :2] / sums[:, 2:], sums[:, 2:]], 1)
 
 
-def _sum_of_deviances(mean: Tensor, target: Tensor, family: Family) -> Tensor:
+def check_deviance(family: Family) -> None:
+    """Refuse a family without a unit deviance, as of a zero-inflated response, whose variance is no
+    function of its mean.
+
+    Raises:
+        TypeError: if it is no family.
+        InputError: if it has none.
+    """
     check_instance("family", family, Family)
+    if type(family).deviance is Family.deviance:
+        raise InputError(
+            f"`family` is {family.name or type(family).__name__!r}, which has no unit deviance: judge "
+            "its predictions by the negative log density"
+        )
+
+
+def _sum_of_deviances(mean: Tensor, target: Tensor, family: Family) -> Tensor:
+    check_deviance(family)
     check_tensor("mean", mean, ("n",))
     check_instance("target", target, Tensor, "a tensor")
     if target.dim() == 0 or len(target) != len(mean):

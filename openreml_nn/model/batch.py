@@ -273,7 +273,8 @@ def adjusted(batch: Batch, n: int, responses: int = 1) -> Tensor:
 
 
 def level_codes(batch: Batch, name: str, levels: int, n: int) -> Tensor:
-    """Level of each row (n,) of a random effect, -1 where it is not known.
+    """Level of each row (n,) of a random effect, -1 where it is not known, as integers of 64 bits:
+    torch indexes by few others, and takes those of ``uint8`` for a mask.
 
     Raises:
         TypeError, InputError: if they are not there, not n integers, or out of range.
@@ -291,6 +292,7 @@ def level_codes(batch: Batch, name: str, levels: int, n: int) -> Tensor:
         raise InputError(f"group {name!r} is {described(codes)}: expected {n} integers")
     if codes.dtype == torch.bool:
         raise TypeError(f"group {name!r} is {described(codes)}: expected {n} integers")
+    codes = codes.long()
     if n:
         least, most = (int(x) for x in codes.aminmax())
         if least < -1 or most >= levels:

@@ -10,11 +10,11 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from openreml_nn.covariance import Relationship
 from openreml_nn.estimation.marginal import fit_laplace
-from openreml_nn.families import Family, ZeroInflated, named_family
+from openreml_nn.families import Family, named_family
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.model.batch import Batch
 from openreml_nn.model.constraints import Constraint, Constraints
@@ -23,7 +23,7 @@ from openreml_nn.model.mixed_model import MixedModel
 from openreml_nn.model.relations import relations_of
 from openreml_nn.model.response import EncodedResponse
 from openreml_nn.model.structures import labels_of, linear_model
-from openreml_nn.model.zeros import ZeroEncoder
+from openreml_nn.model.zeros import inflated
 from openreml_nn.result import FixedEffects, Label, Result
 from openreml_nn.support.checks import (
     check_choice,
@@ -38,6 +38,15 @@ from openreml_nn.table import TableFile
 from openreml_nn.table.reading import given_table
 
 __all__ = ["fit_family", "glmm"]
+
+_HAS_PLACE = "as the family has the residual's place; lmm() does"
+#: Options of :func:`lmm` that a family does not take.
+_WHY_NOT = {
+    "weights": "as they divide a residual variance; trials of a row are cbind(successes, failures)",
+    "residual": _HAS_PLACE,
+    "residual_variance": _HAS_PLACE,
+    "chunk_rows": "as a mode needs all rows at once; lmm() does",
+}
 
 
 def glmm(
@@ -93,7 +102,7 @@ def glmm(
         max_iterations: after so many steps the fit stops, with a warning.
 
     Raises:
-        InputError: if the formula, the table or an option is at fault.
+        InputError: if the formula, the table or an option is invalid.
         NumericalError: if the data are separated.
 
     Reference:
@@ -111,15 +120,12 @@ def glmm(
     check_table("table", table)
     check_names("categorical", categorical)
     check_choice("method", method, ("ml", "reml"))
-    if zi is not None:
-        check_text("zi", zi)
     check_count("max_iterations", max_iterations, 1)
     options = {"weights": weights, "residual": residual, "residual_variance": residual_variance}
     for option, value in {**options, "chunk_rows": chunk_rows}.items():
         if value is not None:
             raise InputError(
-                f"`{option}` is {described(value)}: expected None, as it is for Gaussian responses, by "
-                "lmm()"
+                f"`{option}` is {described(value)}: glmm() takes none, {_WHY_NOT[option]}"
             )
     constrained = Constraints(constraints, starts)
     named_family(family, link)  # refused before the table is read
@@ -133,10 +139,7 @@ def glmm(
             f"formula {formula!r} has no random effect: expected one at least, such as '(1 | group)'"
         )
     own = named_family(family, link, max(2, len(response.levels)))
-    if isinstance(response.encoder, ZeroEncoder):
-        names = response.encoder.names
-        own = ZeroInflated(own, nn.Linear(len(names), 1, bias=False), names)
-    own = own.to(encoded.X.dtype)
+    own = inflated(own, response.encoder).to(encoded.X.dtype)
     model = linear_model(encoded, method, solver, family=own, quadrature=quadrature)
     batch = encoded.batch()
     result = fit_family(
@@ -154,6 +157,7 @@ def glmm(
         result,
         source=replace(result.source, means=encoder.learned.means, cells=cells),
         formula=formula,
+        zi=zi,
         dropped_rows=encoded.dropped_rows,
         encoder=encoder,
         constraints=constrained.held,

@@ -65,8 +65,8 @@ def lmm(
 ) -> Result:
     r"""Fit a linear mixed model to a table by AI-REML.
 
-    What stands on the left of the formula is fitted as it is: with ``log(y) ~ …`` fitted values and
-    predictions are of log(y).
+    The response is fitted on the scale of the left side of the formula: with ``log(y) ~ …`` fitted
+    values and predictions are of log(y).
 
     Args:
         formula: an lme4-style formula.
@@ -99,7 +99,7 @@ def lmm(
         max_iterations: after so many the fit stops, with a warning.
 
     Raises:
-        InputError: if the formula, the table or an option is at fault.
+        InputError: if the formula, the table or an option is invalid.
 
     >>> from openreml_nn.datasets import sleepstudy
     >>> result = lmm("Reaction ~ Days + (Days | Subject)", sleepstudy())

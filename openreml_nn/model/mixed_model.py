@@ -137,13 +137,14 @@ class MixedModel(Predictor):
         return mean_of(self.mean, part(batch, "x"), self.head, self.responses)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Negative (restricted) log-likelihood of the batch, divided by its rows.
+        """Negative (restricted) log-likelihood of the batch, divided by its rows; with several
+        responses of a row, by how many responses there are.
 
         A batch of whole groups is a part of the likelihood of independent groups; one that cuts
         groups is a composite likelihood. Rows without a response are not in it.
 
         Raises:
-            TypeError, InputError: if a part of the batch is at fault, or the network yields NaN.
+            TypeError, InputError: if a part of the batch is invalid, or the network yields NaN.
         """
         batch, _ = with_responses(batch, None, self.responses > 1)
         return self._loss_of(self(batch), batch)

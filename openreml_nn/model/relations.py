@@ -27,7 +27,7 @@ def relations_of(
             :class:`Relationship`.
 
     Raises:
-        InputError: if a table is at fault.
+        InputError: if a table is invalid.
     """
     found: dict[str, Known] = {}
     if pedigree is not None:
@@ -65,7 +65,7 @@ def read_pedigree(
         hermaphrodite: whether one may be a sire and a dam, see :meth:`Pedigree.of`.
 
     Raises:
-        TypeError, InputError: if the table is at fault.
+        TypeError, InputError: if the table is invalid.
     """
     if isinstance(given, Relationship):
         return given

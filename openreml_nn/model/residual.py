@@ -27,6 +27,7 @@ from openreml_nn.terms.term import Term
 
 __all__ = [
     "ResidualStructure",
+    "cells_of",
     "divided",
     "of_cells",
     "position_variances",
@@ -134,8 +135,7 @@ class _WithinGroups(ResidualStructure):
 
     def operands(self, batch: Batch, n: int) -> dict[str, Matrix]:
         size = self.matrix.shape[0]
-        cells = part(batch, "residual")
-        check_tensor("batch['residual']", cells, (n,), "integer")
+        cells = cells_of(batch, n)
         if n and int(cells.min()) < 0:
             raise InputError(
                 f"`batch['residual']` is {int(cells.min())} in row {int(cells.argmin())}: expected "
@@ -215,6 +215,17 @@ def with_weights(rows: Matrix, batch: Batch, n: int) -> Matrix:
     return CovariancePropagation(z=z, g=rows)
 
 
+def cells_of(batch: Batch, n: int) -> Tensor:
+    """The cells of n rows, as integers of 64 bits, by which torch indexes.
+
+    Raises:
+        TypeError, InputError: if they are not there, or not n integers.
+    """
+    cells = part(batch, "residual")
+    check_tensor("batch['residual']", cells, (n,), "integer")
+    return cells.long()
+
+
 def of_cells(known: Tensor, batch: Batch, n: int) -> Tensor:
     """The variance of each row's position, (n,), the mean for one that is not known.
 
@@ -225,10 +236,9 @@ def of_cells(known: Tensor, batch: Batch, n: int) -> Tensor:
             without cells no position is known.
         n: how many rows.
     """
-    cells = batch.get("residual")
-    if cells is None:
+    if batch.get("residual") is None:
         return known.mean().expand(n)
-    check_tensor("batch['residual']", cells, (n,), "integer")
+    cells = cells_of(batch, n)
     return torch.where(cells < 0, known.mean(), known[cells.clamp(min=0) % len(known)])
 
 

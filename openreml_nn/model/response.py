@@ -10,8 +10,10 @@ from typing import Any
 import pandas as pd
 import torch
 
-from openreml_nn.families import Family, named_family
+from openreml_nn.families import Family, ZeroInflated, named_family
+from openreml_nn.families.zeros import check_inflatable
 from openreml_nn.model.zeros import ZeroEncoder
+from openreml_nn.support.checks import check_text
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import Encoded, Encoder
 from openreml_nn.table.columns import row_name
@@ -50,6 +52,11 @@ class EncodedResponse:
         zi: str | None = None,
         **options: Any,
     ) -> None:
+        if isinstance(family, ZeroInflated):
+            raise InputError(
+                "`family` is zero-inflated: expected that of the other responses beside a formula, and "
+                "that of the zero part as `zi`"
+            )
         self._given = family
         self.family = family.name if isinstance(family, Family) else family
         self.levels: tuple[str, ...] = ()
@@ -68,6 +75,10 @@ class EncodedResponse:
             forms = [f"I(({a}) + 0 * ({b}))~{right}" for a, b in ((one, two), (two, one))]
         options = {"known_residual": self.family is not None, **options}
         if zi is not None:
+            check_text("zi", zi)
+            if family is None:
+                raise InputError(f"`zi` is {zi!r} without a `family`: expected None")
+            check_inflatable(named_family(family))
             if len(forms) > 1:
                 raise InputError(f"`zi` is {zi!r} beside cbind(): expected a response of 0 and 1")
             self.encoder: Encoder = ZeroEncoder(formula, zi, categorical, source, **options)

@@ -84,7 +84,7 @@ def fit_stream(
         progress: whether a bar shows on stderr how far the file is read.
 
     Raises:
-        InputError: if the formula or the file is at fault, an option is not for chunks, or a
+        InputError: if the formula or the file is invalid, an option is not for chunks, or a
             function such as ``scale`` needs all rows at once.
 
     >>> from openreml_nn.datasets import table_path

@@ -22,16 +22,16 @@ from openreml_nn.covariance import (
 from openreml_nn.covariance.owner import Owner
 from openreml_nn.covariance.params import operand_name
 from openreml_nn.covariance.transform import TransformExp, TransformExpPow2
-from openreml_nn.model.batch import Batch, part, row_values
+from openreml_nn.model.batch import Batch, row_values
 from openreml_nn.model.residual import (
     ResidualStructure,
+    cells_of,
     divided,
     of_cells,
     position_variances,
     structure_of,
     with_weights,
 )
-from openreml_nn.support.checks import check_tensor
 from openreml_nn.support.errors import InputError
 
 __all__ = ["ByCovariate", "ByStratum", "WithUnits", "start_residual"]
@@ -60,8 +60,7 @@ class ByStratum(nn.Module, ResidualStructure):
         )
 
     def operands(self, batch: Batch, n: int) -> dict[str, Matrix]:
-        cells = part(batch, "residual")
-        check_tensor("batch['residual']", cells, (n,), "integer")
+        cells = cells_of(batch, n)
         ends = torch.tensor([_size(m) for m in self.matrices], device=cells.device).cumsum(0)
         if n and not 0 <= int(cells.min()) <= int(cells.max()) < int(ends[-1]):
             raise InputError(
@@ -164,8 +163,7 @@ class WithUnits(nn.Module, ResidualStructure):
         if not isinstance(self.correlated, Matrix):
             return {**structure_of(self.correlated).operands(batch, n), "units": units}
         # Unlike without a nugget, several rows may stand at one place.
-        cells, weights = part(batch, "residual"), row_values(batch, "weights", n, positive=True)
-        check_tensor("batch['residual']", cells, (n,), "integer")
+        cells, weights = cells_of(batch, n), row_values(batch, "weights", n, positive=True)
         groups = int(cells.max()) // _size(self.correlated) + 1
         scale = None if weights is None else weights.rsqrt()
         z = DummyMatrix.from_codes(cells, groups * _size(self.correlated), scale)

@@ -323,5 +323,5 @@ def labels_of(encoded: Encoded) -> dict[str, Label]:
             # The independent errors are the residual, and what is correlated an effect of the rows.
             cells = _cells(encoded.residual)
             found["residual"] = Label(encoded.residual.text, ("(Intercept)",), cells)
-            found["units"] = Label(RESIDUAL_GROUP, ("",), ())
+            found["units"] = Label(RESIDUAL_GROUP, ("units",), ())
     return found

@@ -8,11 +8,13 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch import nn
 
+from openreml_nn.families import Family, ZeroInflated
 from openreml_nn.support.errors import InputError
-from openreml_nn.table import Encoded, Encoder
+from openreml_nn.table import Encoded, Encoder, Learned
 
-__all__ = ["ZeroEncoder"]
+__all__ = ["ZeroEncoder", "inflated"]
 
 
 class ZeroEncoder(Encoder):
@@ -24,7 +26,7 @@ class ZeroEncoder(Encoder):
         zi: the other, one-sided and without random effects.
 
     Attributes:
-        names: of the columns of the zero part.
+        zi: the other.
 
     Raises:
         InputError: if a formula does not parse.
@@ -46,21 +48,32 @@ class ZeroEncoder(Encoder):
             )
         own = f"{formula.partition('~')[0]}~{right}"
         self.zeros = Encoder(own, categorical, f"{source}, `zi`", known_residual=True)
-        self.names: tuple[str, ...] = ()
+        self.zi = zi
 
     def fit(self, table: pd.DataFrame) -> Encoded:
         known = self.zeros.fit(table)
-        self.names = known.names
         if torch.linalg.matrix_rank(known.X) < len(known.names):
             raise InputError(
                 f"{self.zeros.source}: the columns {list(known.names)} depend on each other: expected "
                 "columns of which none is a combination of others"
             )
-        return self._joined(super().fit(table.iloc[known.rows]), known)
+        found = self._joined(super().fit(table.iloc[known.rows]), known)
+        self.learned.zeros = self.zeros.learned.to_dict()
+        return found
 
     def transform(self, table: pd.DataFrame, held_out: bool = False) -> Encoded:
+        self.zeros.learned = Learned.from_dict(self.learned.zeros)
         known = self.zeros.transform(table, held_out)
         return self._joined(super().transform(table.iloc[known.rows], held_out), known)
+
+    def skeleton(self, rows: int, columns: int) -> Encoded:
+        zi = torch.zeros(rows, len(self.names), dtype=torch.float64)
+        return replace(super().skeleton(rows, columns), zi=zi)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the columns of the zero part."""
+        return tuple(self.learned.zeros["names"])
 
     @staticmethod
     def _joined(found: Encoded, known: Encoded) -> Encoded:
@@ -71,3 +84,16 @@ class ZeroEncoder(Encoder):
             dropped_rows=found.dropped_rows + known.dropped_rows,
             zi=known.X[torch.from_numpy(found.rows)],
         )
+
+
+def inflated(family: Family, encoder: Encoder) -> Family:
+    """The family of a response whose zero part a formula has, linear in its columns; the family itself
+    where there is none.
+
+    Raises:
+        InputError: if the family has no zeros to inflate.
+    """
+    if not isinstance(encoder, ZeroEncoder):
+        return family
+    names = encoder.names
+    return ZeroInflated(family, nn.Linear(len(names), 1, bias=False), names)

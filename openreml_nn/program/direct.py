@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["Direct", "Fitted", "needs_trainer"]
 
 #: Options of a model that :func:`lmm` and :func:`glmm` have too.
-_SHARED = ("method", "solver", "residual", "weights", "family", "link", "quadrature", "constraints",
-           "starts")  # fmt: skip
+_SHARED = ("method", "solver", "residual", "weights", "family", "link", "quadrature", "zi",
+           "constraints", "starts")  # fmt: skip
 _RELATIONS = ("pedigree", "pedigree_groups", "group_variance", "hermaphrodite", "kernels")
 #: What a trainer alone does; of it a fit without one takes no more than what is there by default.
 _TRAINING = ("trainer", "callbacks", "optimizer", "resume", "data.validation")
@@ -50,7 +50,8 @@ def needs_trainer(options: Options) -> bool:
     # What is for the one kind of response is refused, beside the other, there.
     if as_asked(family, options["model.link"])[0] is not None:
         return residual is not None or options["model.weights"] is not None
-    return options["model.quadrature"] != 1 or options["model.link"] not in (None, "identity")
+    linked = options["model.link"] not in (None, "identity")
+    return linked or options["model.quadrature"] != 1 or options["model.zi"] is not None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ _TASKS: dict[str, Callable[[Any], Any]] = {"predict": predict_table, "report": w
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the program and exit with 0 (done), 2 (the input is at fault), 1 (a fault of ours), or
+    """Run the program and exit with 0 (done), 2 (invalid input), 1 (an error in the package), or
     128 and the number of the signal that stopped it.
 
     Args:

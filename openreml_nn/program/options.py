@@ -20,7 +20,7 @@ __all__ = ["Options", "by_parameter", "check_typed", "flattened", "quoted", "ref
 
 #: Options whose values are free text; Hydra's grammar would trip over brackets and bars.
 _TEXT = re.compile(
-    r"\+{0,2}(model\.formula|model\.residual|data\.formula|data\.separator|data\.decimal|data\.comment"
+    r"\+{0,2}(model\.formula|model\.residual|model\.zi|data\.formula|data\.separator|data\.decimal|data\.comment"
     r"|data\.path|checkpoint|resume|path|output|model\.pedigree|model\.kernels\.\w+)=(.*)",
     re.DOTALL,
 )
@@ -302,6 +302,7 @@ _KINDS: dict[str, _Kind] = {
     "model.family": _TEXT_OR_NONE,
     "model.link": _TEXT_OR_NONE,
     "model.quadrature": _COUNT,
+    "model.zi": _TEXT_OR_NONE,
     "model.residual": _STRUCTURE,
     "model.weights": _NAME,
     "model.head": _TEXT_KIND,

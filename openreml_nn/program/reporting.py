@@ -82,8 +82,8 @@ def stoppable() -> Iterator[None]:
 
 @contextmanager
 def reported(advice: str = "") -> Iterator[None]:
-    """End the program by its rule: status 0 when done, 2 and one line where the input is at fault,
-    128 and the signal's number where one has stopped it. What is left is a fault of ours.
+    """End the program by its rule: status 0 when done, 2 and one line where the input is invalid,
+    128 and the signal's number where one has stopped it. Any other exception is an error in the package.
 
     Args:
         advice: what to do where memory does not suffice.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from omegaconf import OmegaConf
 
 from openreml_nn.report.charts import Charts, interval
 from openreml_nn.table import read_table
@@ -110,16 +111,27 @@ class RunContents:
         kind = f"{response} is modelled as a response of the {family} family"
         if link := model.get("link"):
             kind += f" with {link} link"
-        fixed = data["fixed_effects"]
-        said = [f"{kind}, with {fixed} fixed {'effect' if fixed == 1 else 'effects'}"]
+        terms: list[str] = []
         for part in self.record["random"]:
-            effects = ", ".join(part["effects"]) or "an effect"
-            said.append(f"random effects of {part['levels']} levels of {part['group']} ({effects})")
+            terms.append(_random_effects(part["effects"], part["levels"], part["group"]))
         method = {"reml": "restricted maximum likelihood (REML)", "ml": "maximum likelihood (ML)"}
         dropped = data["dropped_rows"]
-        left = f" {dropped} rows with missing values were left out." if dropped else ""
+        left = f" {_count(dropped, 'row')} with missing values left out." if dropped else ""
         fit = f"It was fitted by {method[model['method']]} to {data['rows']} rows.{left}"
-        return f"{said[0]}{' and ' if said[1:] else ''}{' and '.join(said[1:])}. {fit}"
+        listed = " and ".join(filter(None, [", ".join(terms[:-1]), *terms[-1:]]))
+        random = f" The random part has {listed}." if terms else ""
+        return f"{kind}, with {self._mean()}.{random} {fit}"
+
+    def _mean(self) -> str:
+        """The fixed part of the model, in words."""
+        fixed = self.record["data"]["fixed_effects"]
+        config = OmegaConf.create(self._text("config.yaml") or "{}")
+        network = OmegaConf.select(config, "model.network") is not None
+        if network:
+            return "a network for its mean" + (
+                f" and {_count(fixed, 'coefficient')} of its features" if fixed else ""
+            )
+        return _count(fixed, "fixed effect")
 
     def facts(self) -> list[tuple[str, str]]:
         """Names and values of the fit."""
@@ -136,7 +148,9 @@ class RunContents:
         found = [(name, number(fit[key]).text) for name, key in named.items()]
         if not self.details.get("exact", True):
             found.append(("Likelihood", "estimated, not exact"))
-        found += [(k, number(v).text) for k, v in self.record.get("validation", {}).items()]
+        for name, value in self.record.get("validation", {}).items():
+            said = name.removeprefix("val_").replace("_", " ").replace("mse", "mean squared error")
+            found.append((f"Held-out {said}", number(value).text))
         return found
 
     def diagnosis(self) -> list[str]:
@@ -204,6 +218,19 @@ class RunContents:
     def _text(self, name: str) -> str:
         path = self.folder / name
         return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _random_effects(effects: list[str], levels: int, group: str) -> str:
+    """What one term of the random part adds to the model, in words."""
+    slopes = [effect for effect in effects if effect != "(Intercept)"]
+    parts = [] if len(slopes) == len(effects) and effects else ["random intercepts"]
+    if slopes:
+        parts.append(f"random effects of {', '.join(slopes)}")
+    return f"{' and '.join(parts)} for {_count(levels, 'level')} of {group}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _any(titles: list[str], word: str) -> bool:

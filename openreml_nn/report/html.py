@@ -92,7 +92,10 @@ def _verbatim(name: str) -> Any:
 
 def _overview(table: pd.DataFrame, found: tuple[str, str] | None) -> Sheet:
     """A row for each run: what differs between them."""
-    shown = table.drop(columns=[c for c in table if table[c].nunique() <= 1 and c != "run"])
+    # The formula and the method of a run say the same as the options that set them.
+    options = ["model.formula", "model.method"]
+    same = [c for c in table if table[c].nunique() <= 1 and c != "run"]
+    shown = table.drop(columns=[c for c in table if c in options or c in same])
     rows = [
         Row([number(value) for value in row], marked=found is not None and row[0] == found[0])
         for row in shown.to_numpy(dtype=object).tolist()
@@ -106,7 +109,8 @@ def _side_by_side(records: Sequence[Mapping[str, Any]], names: Sequence[str]) ->
     rows = []
     for name in dict.fromkeys(key for column in columns for key in column):
         texts = [column.get(name, ("", None)) for column in columns]
-        cells = [Cell(text, value, differs=text != texts[0][0]) for text, value in texts]
+        first = texts[0][0]
+        cells = [Cell(text, value, text not in ("", first)) for text, value in texts]
         rows.append(Row([Cell(name), *cells]))
     return Sheet(["Quantity", *names], rows)
 

@@ -36,6 +36,8 @@ for (const box of document.querySelectorAll(".table")) {
     button.textContent = heading.textContent;
     button.title = "Sort";
     heading.replaceChildren(button);
+    const first = table.tBodies[0].rows[0]?.cells[column];
+    heading.classList.toggle("words", Boolean(first?.textContent) && first.dataset.value === undefined);
     button.addEventListener("click", () => sortBy(table, column, heading));
   });
   const button = document.createElement("button");
@@ -94,7 +96,33 @@ function number(value, range) {
   return String(Number(value.toPrecision(digits)));
 }
 
-function short(text, most) { return [...text].length > most ? [...text].slice(0, most - 1).join("") + "…" : text; }
+// The names of rows, shortened in the way that leaves most of them different.
+function shortened(names, most) {
+  let same = 0;
+  while (names.length > 1 && same < names[0].length && names.every((name) => name[same] === names[0][same])) same++;
+  const ways = [(name) => head(name, most), (name) => ends(name, most)];
+  if (same > 3) ways.push((name) => head("…" + name.slice(same - 1), most));
+  const tried = ways.map((way) => names.map(way));
+  return tried.reduce((best, next) => (new Set(next).size > new Set(best).size ? next : best));
+}
+
+// How many letters have room; those of East Asian scripts are twice as wide.
+function fitting(letters, room) {
+  let count = 0;
+  while (count < letters.length && (room -= letters[count].codePointAt(0) > 0x2e7f ? 2 : 1) >= 0) count++;
+  return count;
+}
+
+function head(text, most) {
+  const letters = [...text];
+  return fitting(letters, most) === letters.length ? text : letters.slice(0, fitting(letters, most - 1)).join("") + "…";
+}
+
+function ends(text, most) {
+  const letters = [...text], half = (most - 1) / 2, back = [...text].reverse();
+  if (fitting(letters, most) === letters.length) return text;
+  return `${letters.slice(0, fitting(letters, half)).join("")}…${back.slice(0, fitting(back, half)).reverse().join("")}`;
+}
 
 function bounds(values, room) {
   const known = values.filter((value) => value !== null);
@@ -108,6 +136,7 @@ function draw(figure, plot) {
   const rows = plot.rows;  // names of the rows, where the second axis has names
   const height = !rows ? 380 : rows.length > NAMED ? 720 : TOP + BOTTOM + 16 * Math.max(rows.length, 4);
   const left = rows ? Math.min(0.35 * WIDTH, 20 + 7.2 * Math.max(...rows.map((name) => Math.min([...name].length, 28)))) : LEFT + 10;
+  const labels = rows && shortened(rows, Math.floor((left - 14) / 7));
   const box = { x0: left, x1: WIDTH - RIGHT, y0: height - BOTTOM, y1: TOP };
   const all = {
     x: bounds([...plot.x, ...(plot.low ?? []), ...(plot.high ?? []), ...(plot.zero ? [0] : [])], 0.04),
@@ -140,7 +169,7 @@ function draw(figure, plot) {
       const first = Math.max(0, Math.ceil(view.y[0])), last = Math.min(rows.length - 1, Math.floor(view.y[1]));
       if (last - first < NAMED) {
         for (let i = first; i <= last; i++) {
-          svg("text", { x: box.x0 - 6, y: py(i) + 4, "text-anchor": "end" }, axes).textContent = short(rows[i], Math.floor((left - 14) / 7));
+          svg("text", { x: box.x0 - 6, y: py(i) + 4, "text-anchor": "end" }, axes).textContent = labels[i];
         }
       }
     } else {
@@ -159,12 +188,14 @@ function draw(figure, plot) {
     if (plot.path) {
       svg("path", { class: "path", d: plot.x.map((x, i) => `${i ? "L" : "M"}${px(x)},${py(plot.y[i])}`).join("") }, inside);
     }
-    const radius = plot.x.length > 400 ? 2 : 3.5;
+    const radius = plot.x.length > 400 ? 1.5 : 3.5;
+    const apart = rows ? (box.y0 - box.y1) / (view.y[1] - view.y[0]) : 4;  // between two rows, so that intervals stay apart
+    const width = Math.min(2, Math.max(0.15, 0.6 * apart));
     marks = plot.x.map((x, i) => {
       const y = rows ? i : plot.y[i];
       if (x === null || y < view.y[0] || y > view.y[1]) return null;
       if (plot.low && plot.low[i] !== null) {
-        svg("path", { class: "interval", d: `M${px(plot.low[i])},${py(y)}H${px(plot.high[i])}` }, inside);
+        svg("path", { class: "interval", "stroke-width": width, d: `M${px(plot.low[i])},${py(y)}H${px(plot.high[i])}` }, inside);
       }
       return svg("circle", { class: "point", cx: px(x), cy: py(y), r: radius }, inside);
     });

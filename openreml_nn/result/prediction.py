@@ -120,9 +120,9 @@ def predicted(
         levels = len(effect.values)
         design = IndexedDesign(torch.where(unseen, -1, effect.codes), z, levels)
         designs.append(design if kriging is None else PlacedDesign(design, kriging, z))
-    return Prediction(
-        mean, variance + _error_variance(designs, X, spread, effects, errors), population
-    )
+    variance = variance + _error_variance(designs, X, spread, effects, errors)
+    # Of a mean that the data do not tell, they do not tell the error either.
+    return Prediction(mean, torch.where(mean.isnan(), torch.nan, variance), population)
 
 
 def _error_variance(

@@ -83,7 +83,8 @@ def _family(result: FitValues) -> dict[str, Any]:
     """What a response that is not Gaussian adds to the model."""
     if result.family is None:
         return {}
-    return {"family": result.family, "link": result.link, "quadrature": result.quadrature}
+    found = {"family": result.family, "link": result.link, "quadrature": result.quadrature}
+    return found if result.zi is None else {**found, "zi": result.zi}
 
 
 def _residual(result: FitValues) -> dict[str, float]:

@@ -138,8 +138,8 @@ def _number(value: float) -> str:
 
 
 def _random(result: FitValues) -> Table:
-    square = [c for c in result.components if c.covariance.dim() == 2 and not _is_uniform(c)]
-    widest = min(max((len(c.effects) for c in square), default=1), _WIDEST)
+    correlated = [c for c in result.components if c.covariance.dim() == 2 and _has_correlations(c)]
+    widest = min(max((len(c.effects) for c in correlated), default=1), _WIDEST)
     correlations = ["Corr"] + [""] * (widest - 2) if widest > 1 else []
     table = _table(
         "Random effects", "Group", "Effect", "Variance", "Std. error", "Std. dev.", *correlations
@@ -149,6 +149,11 @@ def _random(result: FitValues) -> Table:
         for row in _component(component, len(correlations)):
             table.add_row(*map(visible, row))
     return table
+
+
+def _has_correlations(c: Component) -> bool:
+    """Whether some covariance is not zero: those of independent effects, or strata, are exactly so."""
+    return bool((c.covariance.tril(-1) != 0).any())
 
 
 def _is_uniform(c: Component) -> bool:
@@ -171,7 +176,10 @@ def _component(c: Component, width: int, most: int = 12) -> list[list[str]]:
     correlation = c.correlation if square else torch.eye(len(variance))
     rows = []
     for i, name in enumerate(c.effects[:most]):
-        cells = [f"{correlation[i, j]:.2f}" for j in range(i)] if square and width else []
+        cells = []
+        if square and width:
+            held = c.covariance[i] == 0
+            cells = ["" if held[j] else f"{correlation[i, j]:.2f}" for j in range(i)]
         cells = cells[:width] + [""] * (width - len(cells))
         numbers = [_number(float(x[i])) for x in (variance, error, c.std_dev)]
         rows.append([c.group if i == 0 else "", name, *numbers, *cells])

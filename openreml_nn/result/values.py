@@ -55,6 +55,7 @@ class FitValues:
             a formula.
         family, link: of the response of a generalised linear mixed model; None for a linear one.
         quadrature: its points of quadrature over the random effects; 1 is Laplace's approximation.
+        zi: formula of its zero part; None without one.
         family_parameters: its family's parameters, or thresholds.
         constraints: what a user held (a value), bounded (a pair of ends) or tied (the name of another)
             of the parameters, by their names.
@@ -90,6 +91,7 @@ class FitValues:
     family: str | None = None
     link: str | None = None
     quadrature: int = 1
+    zi: str | None = None
     family_parameters: tuple[Estimate, ...] = ()
     constraints: Mapping[str, Any] = field(default_factory=dict)
 

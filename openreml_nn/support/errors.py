@@ -4,7 +4,7 @@ __all__ = ["InputError", "NotPositiveDefiniteError", "NumericalError"]
 
 
 class InputError(ValueError):
-    """The input is at fault; the message is one line that says where and what was expected."""
+    """The input is invalid; the message is one line that says where and what was expected."""
 
 
 class NumericalError(ArithmeticError):

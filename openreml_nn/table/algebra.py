@@ -106,7 +106,10 @@ def _sum(part: Part, node: Node, start: _Terms) -> _Terms:
     for sign, summand in _summands(node, 1):
         if isinstance(summand, Number):
             if summand.value not in (0.0, 1.0):
-                raise InputError(f"formula {part.formula!r}: {summand} is no term, expected 0 or 1")
+                of = "" if summand.name is None else f", and `{summand}` in backticks for a column"
+                raise InputError(
+                    f"formula {part.formula!r}: {summand} is no term, expected 0 or 1{of}"
+                )
             keep = (summand.value == 1.0) == (sign > 0)
             new: _Terms = {frozenset(): ()}
         else:

@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 
 from openreml_nn.support.errors import InputError
+from openreml_nn.table.syntax import Number, parse, walk
 
-__all__ = ["kind_of", "numbers", "row_name", "single", "stray"]
+__all__ = ["check_constants", "kind_of", "numbers", "row_name", "single", "stray"]
 
 #: What people write where a number is missing.
 MARKS = frozenset(
@@ -20,6 +21,21 @@ MARKS = frozenset(
 )
 #: Text columns of at least so many distinct numbers are taken for numbers with a slip in them.
 _MANY = 10
+
+
+def check_constants(formula: str, table: pd.DataFrame, source: str) -> None:
+    """Raise if a table has a column with the name of a constant that a formula has.
+
+    Raises:
+        InputError: if it has, since the column may be meant.
+    """
+    for node in walk(parse(formula, formula)):
+        if isinstance(node, Number) and node.name in table.columns:
+            raise InputError(
+                f"{source} has a column {node.name!r}, which formula {formula!r} has as the number "
+                f"{node.value:.6g}: expected `{node.name}` in backticks for the column, or another "
+                "name for it"
+            )
 
 
 def single(table: pd.DataFrame, name: str, source: str) -> pd.Series:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from openreml_nn.support.errors import InputError
-from openreml_nn.table.columns import single
+from openreml_nn.table.columns import check_constants, single
 from openreml_nn.table.encoded import Encoded, RandomDesign
 from openreml_nn.table.encoding import Encoding
 from openreml_nn.table.factors import occurring
@@ -186,6 +186,7 @@ class Encoder(Encoding):
 
     def _learn_others(self, table: pd.DataFrame) -> None:
         """The columns that '.' stands for: those that the formula does not name elsewhere."""
+        check_constants(self.formula.text, table, self.source)
         if self.formula.fixed.is_open and not self.learned.others:
             named = {name for name in self.columns() if name != "."}
             names = [str(name) for name in table.columns]

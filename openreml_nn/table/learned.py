@@ -71,6 +71,7 @@ class Learned:
         relations: known matrices between levels by the names that the formula has for them, each
             with whether it is the inverse.
         residual: the shape of the residuals' structure, see :meth:`ResidualDesign.to_dict`.
+        zeros: what the zero part of a response learned, by the same names; empty without one.
     """
 
     kinds: dict[str, str] = field(default_factory=dict)
@@ -84,6 +85,7 @@ class Learned:
     places: dict[str, list[int]] = field(default_factory=dict)
     relations: dict[str, list[Any]] = field(default_factory=dict)
     residual: dict[str, Any] = field(default_factory=dict)
+    zeros: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The same as dictionaries and lists, which a checkpoint loads with ``weights_only``."""

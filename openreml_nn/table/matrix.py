@@ -36,7 +36,7 @@ def model_matrix(
         most: more columns than this are refused; by default :data:`MOST_COLUMNS`.
 
     Raises:
-        InputError: if a variable is at fault or the columns are too many.
+        InputError: if a variable is invalid or the columns are too many.
     """
     full = _with_all_levels(part, rows)
     blocks = [

@@ -57,11 +57,14 @@ def bare(name: str) -> str:
 
 @dataclass(frozen=True)
 class Number:
-    """A constant."""
+    """A constant, with the name by which a formula may have it."""
 
     value: float
+    name: str | None = None
 
     def __str__(self) -> str:
+        if self.name is not None:
+            return self.name
         if isinstance(self.value, bool):
             return str(self.value).upper()
         return f"{self.value:.15g}"
@@ -125,7 +128,8 @@ _POWER = {
     "+": 6, "-": 6, "*": 7, "/": 7, ":": 9, "^": 11,
 }  # fmt: skip
 _NOT, _SIGN, _SPECIAL = 4, 10, 8
-_CONSTANTS = {"TRUE": True, "FALSE": False, "True": True, "False": False, "pi": pi}
+_CONSTANTS = {"TRUE": True, "FALSE": False, "True": True, "False": False}
+_NAMED = {"pi": pi}
 _SPECIALS = ("%%", "%/%", "%in%")
 
 
@@ -191,7 +195,7 @@ class _Parser:
         if self._is(")"):
             raise self._error("')' without '('")
         if self._kind() != "end":
-            raise self._error(f"{self._shown()} is unexpected")
+            raise self._error(f"{self._shown()} is unexpected{self._hint()}")
         return node
 
     def _split(self, text: str) -> Iterator[tuple[str, str]]:
@@ -215,6 +219,13 @@ class _Parser:
         kind, text = self._tokens[self._at]
         return "its end" if kind == "end" else repr(text)
 
+    def _hint(self) -> str:
+        """How a name with spaces is written, where two names follow each other."""
+        (kind, left), (other, right) = self._tokens[self._at - 1 : self._at + 1]
+        if kind == other == "name":
+            return f"; a name with spaces stands in backticks, `{left} {right}`"
+        return ""
+
     def _next(self) -> tuple[str, str]:
         self._at += 1
         return self._tokens[self._at - 1]
@@ -227,7 +238,9 @@ class _Parser:
         if operator == ")" and self._kind() == "end":
             raise self._error("'(' without ')'")
         if not self._is(operator):
-            raise self._error(f"{self._shown()} stands where {operator!r} is expected")
+            raise self._error(
+                f"{self._shown()} stands where {operator!r} is expected{self._hint()}"
+            )
         self._at += 1
 
     def _expression(self, least: int) -> Node:
@@ -269,6 +282,8 @@ class _Parser:
                 return Call(text, self._arguments(")"))
             if text in _CONSTANTS:
                 return Number(_CONSTANTS[text])
+            if text in _NAMED:
+                return Number(_NAMED[text], text)
             return Call(text, ()) if text.startswith("contr.") else Name(text)
         if text in ("-", "+"):
             return Operation(text, (self._expression(_SIGN),))

@@ -318,3 +318,53 @@ def test_places_that_correlate_entirely_are_an_error_that_names_one(solver):
     V, y, X = model(at(VecchiaMatrix(drawn(20), GaussianCorrelation(), 19), length=5.0), 30, 0)
     with pytest.raises(NumericalError, match="has no variance of its own"):
         REMLLoss(V, solver=solver)(y, X)
+
+
+def dense_row(n: int, seed: int = 1) -> torch.Tensor:
+    """Places so dense that a Gaussian kernel of a third of their typical distance is singular."""
+    noise = torch.randn(n, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.linspace(0, 10, n, dtype=torch.float64)[:, None] + 0.001 * noise
+
+
+@pytest.mark.parametrize("reach", [0.3, 0.7, 0.9])
+@pytest.mark.parametrize("unit", [1.0, 1e-3])
+def test_a_start_leaves_each_place_variance_of_its_own(reach, unit):
+    K = VecchiaMatrix(unit * dense_row(100), GaussianCorrelation(), 10).double()
+    long = (unit * reach * 10 / 3,)
+    assert K.regressions.at(torch.tensor(long, dtype=torch.float64).log())[:100].isnan().any()
+    assert K.start_reach(reach)
+    assert K.regressions.at(K.lengthscale.detach())[:100].isfinite().all()
+    assert float(K.lengthscale.detach().exp()) > unit * 0.2
+
+
+def test_a_held_length_is_no_start():
+    K = VecchiaMatrix(dense_row(100), GaussianCorrelation(), 10).double().fix("lengthscale", 9.0)
+    assert not K.start_reach(0.3)
+    assert K.lengthscale.tolist() == [9.0]
+
+
+def fit_of_places(matrix: Matrix, places: torch.Tensor, length: float):
+    """A fit to effects of places whose Gaussian kernel has a length, and errors."""
+    distance = torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist")
+    V = (-((distance / length) ** 2) / 2).exp() + 0.01 * torch.eye(len(places)).double()
+    draws = torch.randn(len(V), generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    y, X = torch.linalg.cholesky(V) @ draws, torch.ones(len(V), 1, dtype=torch.float64)
+    return fit_reml(Sum(place=matrix, error=ScalarMatrix(len(V))).double(), y, X)
+
+
+def test_dense_places_are_fitted_as_the_dense_kernel():
+    places = dense_row(120)
+    found = fit_of_places(VecchiaMatrix(places, GaussianCorrelation(), 40), places, 0.3)
+    dense = fit_of_places(dense_kernel(places, GaussianCorrelation()), places, 0.3)
+    assert found.converged
+    assert dense.converged
+    for one, other in zip(found.parameters, dense.parameters, strict=True):
+        assert one.value == pytest.approx(other.value, rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:the data cannot tell apart")
+def test_a_fit_whose_optimum_leaves_places_no_variance_says_so():
+    places = dense_row(120)
+    with pytest.warns(RuntimeWarning, match=r"steps lead where .* no variance of its own"):
+        found = fit_of_places(VecchiaMatrix(places, GaussianCorrelation(), 15), places, 2.0)
+    assert not found.converged

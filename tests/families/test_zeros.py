@@ -22,8 +22,10 @@ from openreml_nn.families import (
     Poisson,
     ZeroInflated,
 )
+from openreml_nn.inference import heritability, r2, variance_shares
 from openreml_nn.lightning import MixedModule
 from openreml_nn.likelihood import LaplaceLoss
+from openreml_nn.metrics import MeanDeviance, mean_deviance
 from tests.families.test_glmm import data
 from tests.test_neural import quiet
 
@@ -176,6 +178,37 @@ def test_a_module_without_names_of_inputs_has_the_fit_of_glmm():
     assert module.result.fixed.estimate.tolist() == pytest.approx(
         result.fixed.estimate.tolist(), abs=1e-4
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "of"), [(None, lambda mu: np.log1p(1 / mu)), ("delta", lambda mu: 1 / mu)]
+)
+def test_shares_of_variance_are_those_of_the_responses_beside_the_zeros(kind, of):
+    """With the mean of the null model, whose zero part is that of the fit."""
+    table = data("salamanders")
+    result = glmm("count ~ mined + (1 | site)", table, family="poisson", zi="~ mined")
+    null = glmm("count ~ 1 + (1 | site)", table, family="poisson", zi="~ mined")
+    fixed = float((result.source.X @ result.fixed.estimate).var())
+    random = float(result.components[0].covariance)
+    mu = np.exp(float(null.fixed.estimate) + float(null.components[0].covariance) / 2)
+    total = fixed + random + of(mu)
+    np.testing.assert_allclose(r2(result, kind), [fixed / total, (fixed + random) / total], 1e-6)
+    shares = variance_shares(result, kind)
+    assert shares["share"].tolist() == pytest.approx(
+        [random / (total - fixed), of(mu) / (total - fixed)]
+    )
+    assert heritability(result, "site").estimate == pytest.approx(
+        variance_shares(result)["share"][0]
+    )
+
+
+def test_an_inflated_response_has_no_unit_deviance():
+    family = ZeroInflated(Poisson(), nn.Linear(1, 1))
+    said = "`family` is 'zero-inflated poisson', which has no unit deviance: judge"
+    with pytest.raises(InputError, match=said):
+        mean_deviance(torch.ones(3), torch.ones(3), family)
+    with pytest.raises(InputError, match=said):
+        MeanDeviance(family)
 
 
 def test_what_has_no_zero_part_is_refused():

@@ -59,8 +59,8 @@ FAULTS = [
     Fault(
         "standard errors are those of the observed information",
         OUTCOME,
-        "at, information = self._curvature.at, self._curvature.information",
-        "at, information = self._curvature.at, self._curvature.hessian",
+        "Spread(curvature.information, bool",
+        "Spread(curvature.hessian, bool",
         OF_RESULT,
     ),
     Fault(

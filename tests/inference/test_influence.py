@@ -106,6 +106,21 @@ def test_a_case_that_alone_tells_a_coefficient_has_no_numbers(refit):
         assert influence(result, "Block")["cook"].notna().all()
 
 
+@pytest.mark.parametrize("refit", [False, True])
+def test_deletion_beside_weights_and_strata_is_a_fit_of_the_other_rows(refit):
+    table = SOME.assign(late=np.where(SOME["Days"] > 4, "yes", "no"))
+    options = {"weights": "w", "residual": "diag(late)"}
+    formula = "Reaction ~ Days + (1 | Subject)"
+    result = lmm(formula, table, **options)
+    found = influence(result, "Subject", refit=refit, progress=False).iloc[3]
+    if not refit:
+        options["constraints"] = {p.name: p.value for p in result.parameters}
+    others = lmm(formula, table[table["Subject"].astype(str) != str(found["case"])], **options)
+    change = result.fixed.estimate - others.fixed.estimate
+    cook = change @ torch.linalg.solve(result.fixed.covariance, change) / 2
+    assert found["cook"] == pytest.approx(float(cook), rel=1e-4 if refit else 1e-9)
+
+
 def test_what_is_no_case_is_refused():
     result = lmm("yield ~ Variety + (1 | Block)", oats())
     streamed = fit_stream("yield ~ 1 + (1 | Block)", table_path("oats"), progress=False)

@@ -104,6 +104,8 @@ def test_columns_of_a_part():
         ("y ~ x + (1 | g", "'(' without ')'"),
         ("y ~ x + 1 | g)", "')' without '('"),
         ("y ~ x + log(x", "stands where ',' is expected"),
+        ("y ~ x + (1 | Patient ID)", "a name with spaces stands in backticks, `Patient ID`"),
+        ("y ~ body mass + x", "a name with spaces stands in backticks, `body mass`"),
         ("y ~ x + 1 | g", "a term of its own in parentheses"),
         ("y ~ x + (1 | g + h)", "for two grouping factors"),
         ("y ~ x + (. | g)", "fixed effects only"),

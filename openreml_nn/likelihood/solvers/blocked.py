@@ -34,13 +34,13 @@ from openreml_nn.likelihood.system.elimination import inner
 from openreml_nn.likelihood.system.evaluation import Crossed, GroupedEvaluation
 from openreml_nn.likelihood.system.grouped import GroupedProblem
 from openreml_nn.likelihood.system.partition import Partition
-from openreml_nn.likelihood.system.placement import Placement, System
+from openreml_nn.likelihood.system.placement import Placement, System, placed
 from openreml_nn.likelihood.system.products import Pattern, Statistics
 from openreml_nn.likelihood.system.roles import Roles, grid_of, separated, steps_of
 from openreml_nn.support.checks import check_number
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.base import Covariance
-from openreml_nn.terms.design import Design, IndexedDesign
+from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.term import Term
 
 __all__ = ["Blocked", "BlockedEvaluation", "BlockedProblem"]
@@ -96,16 +96,31 @@ class Blocked(Solver):
             held += 4.0 * n * columns
         held *= dtype.itemsize
         if held > _LARGE:
-            designs = [terms[i].design for i in roles.random]
-            grids = [grid_of(terms[i]) for i in roles.rest]
-            _, placement = _placed(designs, roles, grids, self.pair_cost)
-            placed, entries = placement.cost(p + 1)
-            work, held = min(work, placed), min(held, dtype.itemsize * entries)
+            own, entries = self._place(terms, roles, None).cost(p + 1)
+            work, held = min(work, own), min(held, dtype.itemsize * entries)
         steps = steps_of(terms, roles, p, Partition.of_one(q, torch.device("cpu")))
         return Cost(work + Blocked.least, held, True, _REASON, steps)
 
     def problem(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> Problem:
         return BlockedProblem(fixed, terms, method, self)
+
+    def forecast_of_sums(self, terms: Sequence[Term], p: int, sums: Statistics) -> Cost | None:
+        terms = separated(terms)
+        roles = Roles.of(terms)
+        placement = self._place(terms, roles, sums.ordered(roles.order)[0])
+        work, entries = placement.cost(p + 1)
+        steps = steps_of(terms, roles, p, placement.partition)
+        return Cost(work + Blocked.least, 8.0 * entries, True, _REASON, steps)
+
+    def _place(self, terms: Sequence[Term], roles: Roles, pattern: Pattern | None) -> Placement:
+        designs = [terms[i].design for i in roles.random]
+        grids = [grid_of(terms[i]) for i in roles.rest]
+        return placed(designs, pattern or Pattern.of(designs), roles, grids, self.pair_cost)
+
+    def problem_of_sums(
+        self, fixed: FixedPart, terms: Sequence[Term], method: str, sums: Statistics
+    ) -> Problem:
+        return BlockedProblem(fixed, terms, method, self, sums)
 
     def obstacle(self, terms: Sequence[Term]) -> str | None:
         try:
@@ -113,22 +128,6 @@ class Blocked(Solver):
         except InputError as error:
             return str(error)
         return None
-
-
-def _placed(
-    designs: Sequence[Design],
-    roles: Roles,
-    grids: Sequence[tuple[int, int] | None],
-    pair_cost: float,
-    pattern: Pattern | None = None,
-) -> tuple[Pattern, Placement]:
-    """Which levels of the random terms meet, and where their products stand in the system."""
-    if pattern is None:
-        pattern = Pattern.of(designs)
-    split, count = len(roles.eliminated), len(designs)
-    linked = [grid is None for grid in grids]
-    two = range(split, count)
-    return pattern, Placement(designs, pattern, range(split), two, linked, pair_cost)
 
 
 class BlockedProblem(GroupedProblem):
@@ -162,8 +161,8 @@ class BlockedProblem(GroupedProblem):
             # The rows themselves are not at hand: terms and fixed part are of any rows.
             self.n = statistics.rows
             pattern, products = statistics.ordered(self.order)
-        cost = solver.pair_cost
-        pattern, placement = _placed(self.designs, self.roles, self.grids, cost, pattern)
+        pattern = Pattern.of(self.designs) if pattern is None else pattern
+        placement = placed(self.designs, pattern, self.roles, self.grids, solver.pair_cost)
         self.partition = placement.partition
         self._cost = placement.cost(self.p + 1)
         self.moving: tuple[Pattern, Placement] | None = (pattern, placement)

@@ -33,7 +33,9 @@ def restricted_log_likelihood(y: Tensor, X: Tensor, V: Tensor, method: str = "re
 
     .. math::
         \ell_R = -\tfrac12\left[(n-p)\log 2\pi + \log|V| + \log|X^\top V^{-1}X|
-                 + y^\top P y\right],\quad
+                 + y^\top P y\right],
+
+    .. math::
         P = V^{-1} - V^{-1}X(X^\top V^{-1}X)^{-1}X^\top V^{-1}
 
     and :math:`\ell = -\tfrac12[n\log 2\pi + \log|V| + y^\top P y]`, the fixed

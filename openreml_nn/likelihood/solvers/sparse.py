@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from scipy.sparse import csc_matrix
+from scipy.sparse import csc_matrix, csr_matrix
 from torch import Tensor
 
 from openreml_nn.likelihood.fixed import FixedPart
@@ -41,10 +41,13 @@ from openreml_nn.likelihood.residual import Residual
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.blocked import Blocked
 from openreml_nn.likelihood.solvers.dense import Dense, DenseProblem
+from openreml_nn.likelihood.system.products import Statistics
 from openreml_nn.likelihood.system.sparse.equations import Equations
 from openreml_nn.likelihood.system.sparse.evaluation import SparseEvaluation, SparseSystem
 from openreml_nn.likelihood.system.sparse.fields import FieldResidual, FieldRows
+from openreml_nn.likelihood.system.sparse.part import Between
 from openreml_nn.likelihood.system.sparse.rows import Rows
+from openreml_nn.likelihood.system.sparse.sums import SumRows, are_nested_sums, between_levels
 from openreml_nn.likelihood.system.sparse.terms import (
     SparseTerm,
     are_nested,
@@ -64,6 +67,7 @@ _FEW = 500
 #: What takes the time of an operation of the factor, its inverse included, in those of a dense
 #: product: three, of fronts that are smaller.
 _FRONTS = 5.0
+_REASON = "what meets is sparse"
 
 
 @dataclass(frozen=True)
@@ -112,14 +116,38 @@ class Sparse(Solver):
             # Other solvers take so little, or this one so much, that a bound will do.
             q = float(sum(term.design.shape[1] for term in effects))
             work = q**3 + 8.0 * q * q * (p + 2) + 4.0 * n * (p + 1) + Sparse.least
-            return Cost(work, 16.0 * q * q, True, "what meets is sparse", (f"{q:.0f} columns",))
+            return Cost(work, 16.0 * q * q, True, _REASON, (f"{q:.0f} columns",))
         random = _random_of(moved, residual)
         equations = self._equations(random, residual)
         self._analysed.update(terms=terms, equations=equations)
         return cost_of(equations, n, p)
 
-    def analysis(self, terms: Sequence[Term]) -> tuple[list[SparseTerm], Residual, Equations]:
-        """The random terms, the residual, and the equations, analysed.
+    def forecast_of_sums(self, terms: Sequence[Term], p: int, sums: Statistics) -> Cost | None:
+        residual = _residual_of(terms)
+        if residual.moves:
+            return None
+        effects = [term for i, term in enumerate(terms) if i not in residual.at]
+        held = _held_dense(effects)
+        if held > self.memory or not (
+            _have_inverse(effects) or (_has_many(effects) and not are_nested_sums(sums))
+        ):
+            q = float(sum(term.design.shape[1] for term in effects))
+            work = q**3 + 8.0 * q * q * (p + 2) + Sparse.least
+            return Cost(work, max(16.0 * q * q, held), True, _REASON, (f"{q:.0f} columns",))
+        equations = self._equations(_random_of(terms, residual), residual, sums)
+        self._analysed.update(terms=terms, equations=equations)
+        return cost_of(equations, 0, p)
+
+    def problem_of_sums(
+        self, fixed: FixedPart, terms: Sequence[Term], method: str, sums: Statistics
+    ) -> Problem:
+        return SparseProblem(fixed, terms, method, self, sums)
+
+    def analysis(
+        self, terms: Sequence[Term], sums: Statistics | None = None
+    ) -> tuple[list[SparseTerm], Residual, Equations]:
+        """The random terms, the residual, and the equations, analysed; of the levels that meet in
+        sums, if there are no rows.
 
         Raises:
             InputError: if their factor would hold more than ``memory``.
@@ -133,7 +161,7 @@ class Sparse(Solver):
         effects = [term for i, term in enumerate(moved) if i not in residual.at]
         self.check_memory(_held_dense(effects), sum(x.design.shape[1] for x in effects))
         random = _random_of(moved, residual)
-        found = self._equations(random, residual) if known is None else known
+        found = self._equations(random, residual, sums) if known is None else known
         self.check_memory(found.symbolic.bytes, found.size)
         return random, residual, found
 
@@ -154,11 +182,17 @@ class Sparse(Solver):
                 f"columns, and {may}: solver='krylov' is approximate and holds little, {allow}"
             )
 
-    def _equations(self, random: Sequence[SparseTerm], residual: Residual) -> Equations:
+    def _equations(
+        self, random: Sequence[SparseTerm], residual: Residual, sums: Statistics | None = None
+    ) -> Equations:
         parts = [own.part for own in random]
-        pattern = (
-            residual.pattern if isinstance(residual, FieldResidual) else Rows.pattern(residual)
-        )
+        pattern: csr_matrix | Between | None
+        if sums is not None:
+            pattern = between_levels(sums)
+        elif isinstance(residual, FieldResidual):
+            pattern = residual.pattern
+        else:
+            pattern = Rows.pattern(residual)
         return Equations(parts, pattern, self.ordering, self.progress)
 
     def problem(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> Problem:
@@ -193,11 +227,19 @@ def _random_of(terms: Sequence[Term], residual: Residual) -> list[SparseTerm]:
 
 def _promising(terms: Sequence[Term]) -> bool:
     """Whether there may be so much to gain that the pattern is worth an analysis."""
+    return _have_inverse(terms) or (_has_many(terms) and not are_nested(terms))
+
+
+def _have_inverse(terms: Sequence[Term]) -> bool:
+    """Whether a large term has a sparse precision."""
     large = [term for term in terms if term.design.shape[1] >= _FEW]
-    if any(x.covariance.is_chained or has_sparse_inverse(x) for x in large):
-        return True
+    return any(x.covariance.is_chained or has_sparse_inverse(x) for x in large)
+
+
+def _has_many(terms: Sequence[Term]) -> bool:
+    """Whether there are many columns beside the largest term's."""
     sizes = [term.design.shape[1] for term in terms]
-    return sum(sizes) - max(sizes, default=0) >= _FEW and not are_nested(terms)
+    return sum(sizes) - max(sizes, default=0) >= _FEW
 
 
 def _held_dense(terms: Sequence[Term]) -> float:
@@ -218,7 +260,7 @@ def cost_of(equations: Equations, n: int, p: int) -> Cost:
         f"{names}: sparse, {equations.size} columns, {entries:.3g} entries of the factor",
         f"fixed effects: dense, {p} x {p}",
     )
-    return Cost(work, held, True, "what meets is sparse", steps)
+    return Cost(work, held, True, _REASON, steps)
 
 
 class SparseProblem(Problem):
@@ -227,15 +269,25 @@ class SparseProblem(Problem):
     Args:
         fixed, terms, method: see :class:`Problem`.
         solver: with its options.
+        sums: cross-products of the random terms, in their order, and of f, for rows that are not at
+            hand; the residual has one variance.
     """
 
     takes_data = True
     has_second_derivatives = False  # recorded() takes far longer than an evaluation
 
     def __init__(
-        self, fixed: FixedPart, terms: Sequence[Term], method: str, solver: Sparse | None = None
+        self,
+        fixed: FixedPart,
+        terms: Sequence[Term],
+        method: str,
+        solver: Sparse | None = None,
+        sums: Statistics | None = None,
     ) -> None:
         super().__init__(fixed, terms, method)
+        self._sums = sums
+        if sums is not None:
+            self.n = sums.rows
         self.solver = Sparse() if solver is None else solver
         self.solver.check(terms)
         self._dense = DenseProblem(fixed, terms, method)
@@ -247,12 +299,14 @@ class SparseProblem(Problem):
         """The random terms, the equations and the rows, analysed when they are first asked for: a
         likelihood that is recorded needs none of them."""
         if self._system is None:
-            random, residual, equations = self.solver.analysis(self._dense.terms)
-            rows = (
-                FieldRows(equations, residual, self.fixed)
-                if isinstance(residual, FieldResidual)
-                else Rows(equations, residual, self.fixed)
-            )
+            random, residual, equations = self.solver.analysis(self._dense.terms, self._sums)
+            rows: Rows
+            if self._sums is not None:
+                rows = SumRows(equations, residual, self._sums)
+            elif isinstance(residual, FieldResidual):
+                rows = FieldRows(equations, residual, self.fixed)
+            else:
+                rows = Rows(equations, residual, self.fixed)
             self._system = SparseSystem(random, equations, rows)
         return self._system
 
@@ -269,7 +323,7 @@ class SparseProblem(Problem):
         return found
 
     def cost(self) -> Cost:
-        return cost_of(self.system.equations, self.n, self.p)
+        return cost_of(self.system.equations, 0 if self._sums else self.n, self.p)
 
     def matrices(self, terms: Sequence[Term]) -> list[Tensor]:
         return self._dense.matrices(terms)
@@ -286,6 +340,8 @@ class SparseProblem(Problem):
     def _recording(self, terms: Sequence[Term]) -> Problem:
         """The problem of the plain formula that holds least: by blocks of effects, or by V."""
         related = any(term.covariance.is_related for term in terms)
+        if self._sums is not None:
+            return Blocked().problem_of_sums(self.fixed, self._dense.terms, self.method, self._sums)
         problems: list[tuple[float, Solver]] = []
         for solver in (Dense(),) if related else (Blocked(), Dense()):
             cost = solver.forecast(terms, self.p, self.fixed.y.dtype)
@@ -304,4 +360,6 @@ class SparseProblem(Problem):
         return SparseEvaluation(self, self.system, terms)
 
     def precise(self, terms: Sequence[Term]) -> Evaluation | None:
+        if self._sums is not None:
+            return None
         return SquareRootEvaluation.of(self, self._dense.placed(terms))

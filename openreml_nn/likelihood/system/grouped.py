@@ -54,7 +54,7 @@ class GroupedProblem(Problem):
     @property
     def order(self) -> list[int]:
         """Where the random terms are in the order of their roles."""
-        return [sorted(self.roles.random).index(i) for i in self.roles.random]
+        return self.roles.order
 
     def white_as_is(self, design: Design) -> Design:
         """The design, without structure where R would mix its levels."""

@@ -18,9 +18,10 @@ from openreml_nn.likelihood.system.cross import (
 )
 from openreml_nn.likelihood.system.partition import Partition
 from openreml_nn.likelihood.system.products import Pattern, Products
+from openreml_nn.likelihood.system.roles import Roles
 from openreml_nn.terms.design import DenseDesign, Design, IndexedDesign
 
-__all__ = ["Placement", "System"]
+__all__ = ["Placement", "System", "placed"]
 
 #: More pairs than these would take more than 1.5 GB.
 _MOST_PAIRS = 2**26
@@ -245,6 +246,20 @@ class Placement:
         whole = value.new_zeros(levels[0] * levels[1], *value.shape[1:])
         whole = whole.index_add(0, a * levels[1] + b, value).unflatten(0, levels)
         return whole.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+
+def placed(
+    designs: Sequence[Design],
+    pattern: Pattern,
+    roles: Roles,
+    grids: Sequence[tuple[int, int] | None],
+    pair_cost: float,
+) -> Placement:
+    """Where the products of terms stand in the order of their roles; grids are those of
+    :func:`grid_of` of the others."""
+    split, linked = len(roles.eliminated), [grid is None for grid in grids]
+    two = range(split, len(designs))
+    return Placement(designs, pattern, range(split), two, linked, pair_cost)
 
 
 def _device(designs: Sequence[Design]) -> torch.device:

@@ -66,6 +66,11 @@ class Roles:
         """The random terms, those eliminated first."""
         return [*self.eliminated, *self.rest]
 
+    @property
+    def order(self) -> list[int]:
+        """Where the random terms are in the order of their roles."""
+        return [sorted(self.random).index(i) for i in self.random]
+
     def sizes(self, terms: Sequence[Term]) -> tuple[int, int]:
         """Levels of the eliminated factor and effects of each, (0, 1) if there is none."""
         if not self.eliminated:

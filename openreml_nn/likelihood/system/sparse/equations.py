@@ -17,7 +17,7 @@ from scipy.sparse import bmat, bsr_matrix, coo_matrix, csc_matrix, csr_matrix, e
 from openreml_nn.likelihood.system.sparse.bordered import Bordered, Factored
 from openreml_nn.likelihood.system.sparse.factor import Factor
 from openreml_nn.likelihood.system.sparse.ordering import leaves_dense
-from openreml_nn.likelihood.system.sparse.part import Part
+from openreml_nn.likelihood.system.sparse.part import Between, Part, by_rows, ones_of
 from openreml_nn.likelihood.system.sparse.symbolic import Symbolic
 from openreml_nn.support.errors import InputError, NotPositiveDefiniteError
 
@@ -71,7 +71,8 @@ class Equations:
 
     Args:
         parts: the random terms.
-        rows: pattern of the precision of the rows, (n, n), or None for a diagonal one.
+        rows: pattern of the precision of the rows, (n, n), or None for a diagonal one; or products
+            of the parts, where there are no rows.
         order: gives an order of elimination for a pattern; nested dissection by default.
         progress: see :class:`Factor`.
     """
@@ -79,20 +80,26 @@ class Equations:
     def __init__(
         self,
         parts: Sequence[Part],
-        rows: csr_matrix | None = None,
+        rows: csr_matrix | Between | None = None,
         order: Callable[[csc_matrix], np.ndarray] | None = None,
         progress: Callable[[str, float], None] | None = None,
     ) -> None:
         self.parts = list(parts)
         self._progress = progress
         self.start = np.concatenate([[0], np.cumsum([part.columns for part in parts])]).astype(int)
-        designs = [_ones(part.design) for part in self.parts]
+        between = (
+            rows
+            if callable(rows)
+            else by_rows(
+                [ones_of(part.design) for part in self.parts],
+                None if rows is None else ones_of(rows),
+            )
+        )
         found = []
         for i, one in enumerate(self.parts):
             for j in range(i, len(self.parts)):
                 other = self.parts[j]
-                right = designs[j] if rows is None else _ones(rows) @ designs[j]
-                A = (designs[i].T @ right).tocsr()
+                A = ones_of(between(i, j))
                 if i == j:
                     A = (
                         A
@@ -191,13 +198,14 @@ class Equations:
 
     # ------------------------------------------------------------------ numbers
 
-    def products(self, precision: csr_matrix) -> list[np.ndarray]:
-        """Blocks of :math:`Z^\\top R^{-1} Z` in the order of ``crosses``, by the rows' precision."""
-        return [self._product(cross, precision) for cross in self.crosses]
+    def products(self, rows: csr_matrix | Between) -> list[np.ndarray]:
+        """Blocks of :math:`Z^\\top R^{-1} Z` in the order of ``crosses``, by the rows' precision or
+        by the products themselves."""
+        between = rows if callable(rows) else by_rows([x.design for x in self.parts], rows)
+        return [self._product(x, between(x.one, x.other)) for x in self.crosses]
 
-    def _product(self, cross: Cross, precision: csr_matrix) -> np.ndarray:
+    def _product(self, cross: Cross, A: csr_matrix) -> np.ndarray:
         one, other = self.parts[cross.one], self.parts[cross.other]
-        A = (one.design.T @ (precision @ other.design)).tocsr()
         (k, m), data = cross.shape, np.zeros(cross.place.shape)
         if one.basis is not None or other.basis is not None:
             dense = one.from_effects(other.from_effects(A.toarray().T).T)
@@ -383,10 +391,6 @@ class Equations:
         row, column = np.broadcast_arrays(at[:, :, None], at[:, None, :])
         place = self.symbolic.where(row.reshape(-1), column.reshape(-1))
         return inverse[place].reshape(-1, w, w)
-
-
-def _ones(matrix: csr_matrix) -> csr_matrix:
-    return csr_matrix((np.ones(matrix.nnz), matrix.indices, matrix.indptr), matrix.shape)
 
 
 def _blocks_of(size: int, width: int) -> csr_matrix:

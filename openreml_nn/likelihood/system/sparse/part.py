@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.linalg import qr
 from scipy.sparse import csc_matrix, csr_matrix
 
-__all__ = ["Part"]
+__all__ = ["Between", "Part", "by_rows", "ones_of"]
+
+#: Gives :math:`Z_i^\top R^{-1} Z_j` for parts i ≤ j.
+Between = Callable[[int, int], csr_matrix]
 
 
 @dataclass(frozen=True)
@@ -72,3 +76,15 @@ class Part:
         corners = (levels[:, None] * self.effects + np.arange(self.effects)).reshape(-1)
         weight = np.full(len(corners), self.prior.diagonal().mean())
         return corners, weight, np.kron(self.null, np.eye(self.effects))
+
+
+def by_rows(designs: Sequence[csr_matrix], rows: csr_matrix | None) -> Between:
+    """Products of designs by the precision of their rows; None is the identity."""
+    return lambda i, j: csr_matrix(
+        designs[i].T @ (designs[j] if rows is None else rows @ designs[j])
+    )
+
+
+def ones_of(matrix: csr_matrix) -> csr_matrix:
+    """Ones in the places of a matrix."""
+    return csr_matrix((np.ones(matrix.nnz), matrix.indices, matrix.indptr), matrix.shape)

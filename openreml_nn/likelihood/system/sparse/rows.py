@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -51,6 +51,25 @@ class RowsAt:
     def rest(self, effects: np.ndarray) -> np.ndarray:
         r""":math:`R^{-1} (f - Z b)` for effects b (q, p + 1)."""
         return self.precision @ (self.f - self.Z @ effects)
+
+    def scaled(self, n: int) -> RowsAt:
+        """The products at the sum of the residual's variances, from those of n rows at 1.
+
+        Raises:
+            NotPositiveDefiniteError: if it is not above 0.
+        """
+        s = float(sum(float(matrix) for matrix in self.matrices))
+        if not s > 0:
+            raise NotPositiveDefiniteError(f"V is not positive definite: residual variance {s:.6g}")
+        return replace(
+            self,
+            blocks=[data / s for data in self.blocks],
+            Zf=self.Zf / s,
+            ff=self.ff / s,
+            log_det=self.log_det + n * float(np.log(s)),
+            precision=self.precision / s,
+            scale=s,
+        )
 
 
 class Rows:
@@ -152,7 +171,6 @@ class Rows:
             NotPositiveDefiniteError: if R is not positive definite.
         """
         matrices = [matrix.detach().cpu().double() for matrix in matrices]
-        n = len(self.f)
         if self._constant is None:
             precision, log_det, condition = self._precision(matrices)
             Zf, ff = self.with_data(precision)
@@ -160,24 +178,11 @@ class Rows:
             return RowsAt(
                 matrices, blocks, Zf, ff, log_det, condition, precision, None, self._Z, self.f
             )
-        s = float(sum(float(matrix) for matrix in matrices))
-        if not s > 0:
-            raise NotPositiveDefiniteError(f"V is not positive definite: residual variance {s:.6g}")
         blocks, precision, log_det = self._constant
         assert self._products is not None
         Zf, ff = self._products
-        return RowsAt(
-            matrices,
-            [data / s for data in blocks],
-            Zf / s,
-            ff / s,
-            log_det + n * float(np.log(s)),
-            1.0,
-            precision / s,
-            s,
-            self._Z,
-            self.f,
-        )
+        at = RowsAt(matrices, blocks, Zf, ff, log_det, 1.0, precision, 1.0, self._Z, self.f)
+        return at.scaled(len(self.f))
 
     # ------------------------------------------------------------------ R that moves
 

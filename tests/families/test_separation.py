@@ -1,0 +1,98 @@
+"""Responses whose likelihood has no maximum are told in words: by the fixed effects, by groups."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from openreml_nn import InputError, NumericalError, glmm
+from openreml_nn.estimation.separation import separated_levels
+from openreml_nn.families import Binomial, Ordinal, Poisson
+from openreml_nn.inference import diagnose
+
+RNG = np.random.default_rng(0)
+G = np.repeat(np.arange(20), 8)
+X = RNG.normal(size=160)
+TABLE = pd.DataFrame(
+    {
+        "g": G,
+        "x": X,
+        "parted": (X > 0).astype(int) + (X > 0.7),
+        "binary": G % 2,
+        "ordered": G % 3,
+        "share": 1 / (1 + np.exp(-0.3 * X - 0.5 * RNG.normal(size=20)[G])),
+    }
+)
+
+
+def test_ordered_responses_that_a_covariate_separates_are_refused_in_words():
+    said = "the data are separated: a combination of the fixed effects tells responses apart"
+    with pytest.raises(NumericalError, match=said):
+        glmm("parted ~ x + (1 | g)", TABLE, family="ordinal")
+
+
+@pytest.mark.parametrize("options", [{}, {"link": "probit"}, {"quadrature": 9}])
+def test_binary_responses_that_groups_separate_are_refused_by_the_group(options):
+    said = "each of the 20 levels of g has responses of one category alone, so that the variance"
+    with pytest.raises(NumericalError, match=said):
+        glmm("binary ~ x + (1 | g)", TABLE, **options)
+
+
+def test_a_variance_without_a_finite_estimate_is_diagnosed():
+    result = glmm("ordered ~ x + (1 | g)", TABLE, family="ordinal")
+    assert float(result.components[0].covariance) > 1000
+    (text,) = diagnose(result)
+    assert text.startswith("The variance of g is ")
+    assert "has no finite estimate: all 20 levels of g have responses of one category" in text
+
+
+def test_a_variance_that_few_levels_tell_is_diagnosed():
+    y = TABLE.binary.copy()
+    y[[0, 9]] = 1 - y[[0, 9]]
+    result = glmm("y ~ 1 + (1 | g)", TABLE.assign(y=y), quadrature=15)
+    (text,) = diagnose(result)
+    assert "because 18 of 20 levels have responses of one category alone" in text
+
+
+def test_levels_of_one_category_are_counted_by_term():
+    result = glmm("y ~ x + (1 | g)", TABLE.assign(y=RNG.integers(0, 2, 160)))
+    terms = result.source.covariance.terms()
+    binary = torch.as_tensor(TABLE.binary.to_numpy(float))
+    for family in (Binomial(), Ordinal(2)):
+        (found,) = separated_levels(family, binary, terms)
+        assert (found.name, found.alike, found.levels) == ("g", 20, 20)
+    trials = torch.stack([binary, 1 - binary], 1)
+    trials[0] = 1
+    (found,) = separated_levels(Binomial(), trials, terms)
+    assert found.alike == 19
+    half = torch.full_like(trials, 2.0)
+    assert separated_levels(Binomial(), half, terms)[0].alike == 0
+    assert separated_levels(Poisson(), binary, terms) == []
+
+
+def test_a_model_without_random_effects_is_refused_in_one_line():
+    for family in ("binomial", "ordinal", "poisson"):
+        with pytest.raises(
+            InputError, match="has no random effect: expected one at least"
+        ) as found:
+            glmm("binary ~ x", TABLE, family=family)
+        assert "\n" not in str(found.value)
+
+
+def test_a_precision_at_its_end_is_said():
+    said = r"did not converge .*; phi is \S+, at the end of its range, up to which the likelihood"
+    with pytest.warns(RuntimeWarning, match=said):
+        result = glmm("share ~ x + (1 | g)", TABLE, family="beta")
+    assert any(text.startswith("The parameter phi is ") for text in diagnose(result))
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"weights": "x"}, r"`weights` is 'x': glmm\(\) takes none, as they divide a residual"),
+        ({"residual_variance": 1.0}, "as the family has the residual's place"),
+    ],
+)
+def test_options_of_a_residual_are_refused_with_the_reason(option, said):
+    with pytest.raises(InputError, match=said):
+        glmm("binary ~ x + (1 | g)", TABLE, **option)
