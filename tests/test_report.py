@@ -19,7 +19,7 @@ from openreml_nn.covariance import (
     Sum,
 )
 from openreml_nn.datasets import visits
-from openreml_nn.inference import profile, quantile_residuals, variance_shares
+from openreml_nn.inference import diagnose, profile, quantile_residuals, variance_shares
 from openreml_nn.program.outputs import write_plots, write_record, write_tables
 from openreml_nn.report import (
     blup_table,
@@ -327,6 +327,15 @@ def test_the_model_is_said_in_words(result, tmp_path):
     (tmp_path / "config.yaml").write_text("model: {network: {_target_: torch.nn.LazyLinear}}")
     network = RunContents(tmp_path, "run", "run0").words()
     assert "with a network for its mean and 2 coefficients of its features. The" in network
+
+
+def test_the_variance_of_a_slope_that_is_zero_is_said_of_the_slope():
+    rng = np.random.default_rng(0)
+    g, x = np.repeat(np.arange(12), 6), np.tile(np.arange(6.0), 12)
+    y = rng.standard_normal(12)[g] + x + rng.standard_normal(72)
+    y -= (x - 2.5) * np.repeat(np.polyfit(np.arange(6.0), y.reshape(12, 6).T, 1)[0], 6)
+    found = diagnose(lmm("y ~ x + (x || g)", pd.DataFrame({"y": y, "x": x, "g": g})))
+    assert any("levels of g do not differ in the effect of x. Leaving" in line for line in found)
 
 
 def test_names_of_users_are_text_in_a_report(tmp_path):

@@ -204,7 +204,7 @@ def within(
     cell = group * size + position
     if len(np.unique(cell)) < len(cell):
         twice = pd.Series(cell).duplicated().argmax()
-        raise InputError(f"row {twice}: its group {names[group[twice]]!r} has its position already")
+        raise InputError(f"row {twice}: its group {names[group[twice]]!r} already has its position")
     return in_cells(torch.from_numpy(cell), len(names), matrix)
 
 

@@ -299,8 +299,8 @@ def _evaluated(matrices: Mapping[str, Tensor | Matrix], theta: FreeParams) -> di
         owners = [m for m in tree.modules() if any(True for _ in m.parameters(recurse=False))]
         if any(id(owner) not in known for owner in owners):
             raise InputError(
-                f"`{name}` has parameters that `V` has not, so that `theta` says nothing of "
-                f"them: pass its value, `{name}(…)`"
+                f"`{name}` has parameters that are not in `V`, so that `theta` has no values "
+                f"for them: pass its value, `{name}(…)`"
             )
     with V.given(theta):
         return {name: m() if isinstance(m, Matrix) else m for name, m in matrices.items()}

@@ -18,6 +18,11 @@ from openreml_nn.inference.means import MarginalMeans, emmeans
 from openreml_nn.inference.profiling import Curve, Profile, profile
 from openreml_nn.inference.resampling import Bootstrap, bootstrap, bootstrap_test, simulate
 from openreml_nn.inference.scanning import scan
+from openreml_nn.inference.several_effects import (
+    effect_correlations,
+    factor_loadings,
+    selection_index,
+)
 from openreml_nn.inference.shares import R2, r2, variance_shares
 from openreml_nn.inference.tables import anova
 
@@ -40,7 +45,9 @@ __all__ = [
     "conditional_aic",
     "diagnose",
     "dispersion",
+    "effect_correlations",
     "emmeans",
+    "factor_loadings",
     "heritability",
     "influence",
     "likelihood_ratio_test",
@@ -50,6 +57,7 @@ __all__ = [
     "refits",
     "reliability",
     "scan",
+    "selection_index",
     "simulate",
     "variance_shares",
     "wald_test",

@@ -94,11 +94,11 @@ def _separated(result: Result) -> list[str]:
 
 def _singular(component: Component) -> str:
     if len(component.vanished) == len(component.effects):
-        group = component.group
-        advice = (
-            f"rows of one level of {group} are no more alike than others, given all else. Leaving "
-            "the term out gives the same fit"
-        )
+        group, slopes = component.group, [e for e in component.effects if e != "(Intercept)"]
+        found = f"rows of one level of {group} are no more alike than others, given all else"
+        if len(slopes) == len(component.effects):
+            found = f"levels of {group} do not differ in the effect of {', '.join(slopes)}"
+        advice = f"{found}. Leaving the term out gives the same fit"
     elif component.vanished:
         advice = "leaving the effect out of the term gives the same fit"
     else:

@@ -17,7 +17,7 @@ from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import DiagonalCovariance, RepeatedCovariance
 from openreml_nn.terms.term import Term
 
-__all__ = ["Heritability", "heritability", "reliability"]
+__all__ = ["Heritability", "heritability", "prior_variances", "reliability"]
 
 METHODS = ("plain", "cullis", "generalised")
 #: Effects beyond which the dense covariance of their errors is refused.
@@ -145,7 +145,7 @@ def reliability(result: Result, group: str | None = None) -> pd.DataFrame:
         if group is not None and component.group != group:
             continue
         errors = effects.variances.diagonal(dim1=1, dim2=2)  # (q, k)
-        prior = _variances(terms[effects.name], errors.numel()).reshape(errors.shape)
+        prior = prior_variances(terms[effects.name], errors.numel()).reshape(errors.shape)
         share = torch.where(prior > 0, 1 - errors / prior, 0)
         for j, effect in enumerate(component.effects):
             columns = {
@@ -210,7 +210,7 @@ def _mean_difference(covariance: Tensor) -> float:
     return float(2 * (covariance.diagonal().sum() - covariance.sum() / m) / (m - 1))
 
 
-def _variances(term: Term, size: int) -> Tensor:
+def prior_variances(term: Term, size: int) -> Tensor:
     """The diagonal of G."""
     g = term.covariance
     if isinstance(g, RepeatedCovariance):

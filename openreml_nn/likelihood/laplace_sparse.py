@@ -223,7 +223,7 @@ class SparseFactor:
         return found
 
 
-_SEPARATED = "the information on the fixed effects (the data are separated, or say nothing of one of them): it"
+_SEPARATED = "the information on the fixed effects (the data are separated, or do not determine one of them): it"
 
 
 def _outer(x: SparseTerm, one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -262,7 +262,7 @@ class BlockedFactor:
         return [found[i] for i in sorted(found)]
 
 
-_SEPARATED = "the information on the fixed effects (the data are separated, or say nothing of one of them): it"
+_SEPARATED = "the information on the fixed effects (the data are separated, or do not determine one of them): it"
 
 
 def log_det(at: System, prior: Prior) -> Tensor:

@@ -140,8 +140,8 @@ def _statistics(
         odd = ~estimable(X, model.aliases)
         if bool(odd.any()):
             raise InputError(
-                f"row {int(odd.nonzero()[0])} has a combination of features of which the rows "
-                "before say nothing: call update() with all rows"
+                f"row {int(odd.nonzero()[0])} has a combination of features that the earlier "
+                "rows do not determine: call update() with all rows"
             )
         f = torch.cat([X @ fixed.basis, (e - X @ fixed.offset)[:, None]], 1)
     else:

@@ -57,8 +57,8 @@ def check_keys(batch: Batch) -> None:
     if not batch.keys() <= _KNOWN:
         unknown = ", ".join(sorted(repr(key) for key in batch.keys() - _KNOWN))
         raise InputError(
-            f"`batch` has {unknown}: expected no other keys than {', '.join(KEYS)}; what is to be "
-            "carried along, such as an index, goes under 'extra'"
+            f"`batch` has {unknown}: expected no other keys than {', '.join(KEYS)}; the key "
+            "'extra' is for anything else, such as an index"
         )
 
 

@@ -148,6 +148,8 @@ class RunContents:
         found = [(name, number(fit[key]).text) for name, key in named.items()]
         if not self.details.get("exact", True):
             found.append(("Likelihood", "estimated, not exact"))
+        for name, value in self.record.get("family_parameters", {}).items():
+            found.append((f"Parameter {name} of the family", number(value).text))
         for name, value in self.record.get("validation", {}).items():
             said = name.removeprefix("val_").replace("_", " ").replace("mse", "mean squared error")
             found.append((f"Held-out {said}", number(value).text))

@@ -85,7 +85,7 @@ class Result(FitValues):
         """
         if self.encoder is None or self.model is None:
             raise InputError(
-                "`result` has no formula, so that a table says nothing to it: expected a fit of a "
+                "`result` has no formula by which to read a table: expected a fit of a "
                 "formula; a model without one predicts by MixedModel.predict(batch)"
             )
         encoder, rows = read_as(self.encoder, table)
@@ -121,7 +121,7 @@ class Result(FitValues):
         """
         if self.encoder is None or self.model is None:
             raise InputError(
-                "`result` has no formula, so that a table says nothing to it: expected a fit of a "
+                "`result` has no formula by which to read a table: expected a fit of a "
                 "formula; a model without one takes up rows by MixedModel.add(batch)"
             )
         if self.family is not None:

@@ -244,7 +244,7 @@ class TableFile(os.PathLike[str]):
     def _broken(self, reason: str) -> InputError:
         first = (reason.splitlines() or ["it is broken"])[0]
         if "Expected 1 columns" in first:
-            first += "; has it another `separator`, or a `comment` before the header?"
+            first += "; does it have another `separator`, or a `comment` before the header?"
         if "invalid UTF8" in first:
             first += "; is it of another `encoding`, such as latin-1?"
         return InputError(f"file {self._path!r} cannot be read: {first}")

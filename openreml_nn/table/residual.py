@@ -160,8 +160,8 @@ def _stratum(
             shown.append(side.labels[i])
         raise InputError(
             f"{data.source}: row {data.row(int(rows[row]))} has the position "
-            f"{':'.join(reversed(shown))!r} of {':'.join(s.name for s in sides)!r} that its group "
-            "has already: residuals within a group need a position each"
+            f"{':'.join(reversed(shown))!r} of {':'.join(s.name for s in sides)!r}, which its group "
+            "already has: residuals within a group need a position each"
         )
     return cell, Stratum(name, tuple(sides))
 

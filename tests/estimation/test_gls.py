@@ -277,7 +277,7 @@ def test_what_does_not_fit_is_refused(data, tree):
         (
             lambda: blup(y, X, Z, other, whole, theta),
             InputError,
-            "`G` has parameters that `V` has not.*pass its value",
+            "`G` has parameters that are not in `V`.*pass its value",
         ),
         (lambda: predict(y, X, None, G, V), TypeError, "`Z` is a NoneType"),
         (lambda: loglik(y, X, V, method="exact"), InputError, "`method` is 'exact'"),

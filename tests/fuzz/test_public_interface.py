@@ -730,6 +730,16 @@ def _inference() -> list[Call]:
         Call("inference", "MarginalMeans.pairs", means.pairs, {}, {"adjust": adjust}),
         Call("inference", "heritability", inference.heritability, {**own, "group": "Subject"},
              {**takes, "group": never, "method": choice}),
+        *(
+            Call("inference", name, getattr(inference, name), {**own, "group": "Subject"},
+                 {**takes, "group": never})
+            for name in ("effect_correlations",)
+        ),
+        Call("inference", "factor_loadings", inference.factor_loadings,
+             {"result": factors(), "group": "Subject"}, {**takes, "group": never}),
+        Call("inference", "selection_index", inference.selection_index,
+             {**own, "group": "Subject", "weights": {"Days": 1.0}},
+             {**takes, "group": never, "weights": mapping}),
         Call("inference", "reliability", inference.reliability, own, {**takes, "group": optional(never)}),
         Call("inference", "conditional_aic", inference.conditional_aic, own, takes),
         Call("inference", "refits", inference.refits, {**own, "starts": 0, "progress": False},
@@ -923,6 +933,16 @@ def _fitted():
     trainer = Trainer(max_epochs=1, accelerator="cpu", enable_model_summary=False, **options)
     trainer.fit(made, lightning.MixedModelDataModule(datasets.sleepstudy(), FORMULA))
     return made
+
+
+@cache
+def factors():
+    """A fit with a factor-analytic term."""
+    table = datasets.sleepstudy()
+    rng = np.random.default_rng(0)
+    table["part"] = np.array(["a", "b", "c"])[np.arange(180) % 3]
+    table["y"] = rng.standard_normal(18)[np.arange(180) // 10] + rng.standard_normal(180)
+    return lmm("y ~ 1 + fa(0 + part | Subject, 1)", table)
 
 
 @cache

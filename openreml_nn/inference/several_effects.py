@@ -1,0 +1,205 @@
+"""What breeders read off effects of several traits or environments: correlations, factors, an index."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from openreml_nn.estimation import Component, Result
+from openreml_nn.estimation.curvature import Curvature
+from openreml_nn.estimation.derivatives import jacobian
+from openreml_nn.estimation.spread import Spread
+from openreml_nn.inference.genetic import prior_variances
+from openreml_nn.inference.refit import Refit, source_of
+from openreml_nn.support.checks import check_choice, check_instance, check_mapping
+from openreml_nn.support.errors import InputError
+
+__all__ = ["effect_correlations", "factor_loadings", "selection_index"]
+
+
+def effect_correlations(result: Result, group: str) -> pd.DataFrame:
+    r"""Correlations among the effects of a level, :math:`r_{ij} = G_{ij} / \sqrt{G_{ii} G_{jj}}`, such as
+    genetic correlations among traits or environments, with standard errors by the delta method.
+
+    Args:
+        result: a fit.
+        group: a grouping factor with one term of several effects.
+
+    Returns:
+        effect1, effect2, correlation, std_error; the latter NaN where the fit is at a boundary, or
+        the correlation follows from no parameter.
+
+    Raises:
+        InputError: if there is no such group, several terms of it or one effect; if the response is
+            not Gaussian, the rows were streamed, or the effects were fitted in a basis of their own.
+        TypeError: if an argument is of another kind.
+
+    Reference:
+        Lynch and Walsh, Genetics and Analysis of Quantitative Traits (1998), appendix 1.
+
+    >>> from openreml_nn import lmm
+    >>> from openreml_nn.datasets import sleepstudy
+    >>> result = lmm("Reaction ~ Days + (Days | Subject)", sleepstudy())
+    >>> effect_correlations(result, "Subject").round(3)
+           effect1 effect2  correlation  std_error
+    0  (Intercept)    Days        0.066      0.325
+    """
+    source_of(result)
+    component = _of_several(result, group)
+    objective = Refit(result).objective()
+    curvature = Curvature([objective])
+    at, u = curvature.at, curvature.u
+
+    def correlations(x: Tensor) -> tuple[Tensor]:
+        (term,) = (t for t in objective.terms(at.natural(0, x)) if t.name == component.name)
+        matrix = term.covariance.shown()
+        scale = matrix.diagonal().sqrt()
+        return (matrix / (scale[:, None] * scale),)
+
+    (term,) = (t for t in objective.terms() if t.name == component.name)
+    shown = term.covariance.shown().detach()
+    expected = component.covariance
+    if shown.shape != expected.shape or not torch.allclose(shown.to(expected), expected, rtol=1e-6):
+        raise InputError(
+            f"`group` is {group!r}, whose effects were fitted in a basis of their own: centre the "
+            "covariate in the formula"
+        )
+    k = len(component.effects)
+    error = torch.full((k, k), torch.nan, dtype=u.dtype)
+    if len(u):
+        spread = Spread(curvature.information, bool(curvature.indistinct))
+        slopes = jacobian(correlations, u)[0]
+        error = torch.where((slopes != 0).any(0), spread.errors(slopes), torch.nan)
+    value = component.correlation
+    rows = [(i, j) for i in range(k) for j in range(i)]
+    return pd.DataFrame(
+        {
+            "effect1": [component.effects[j] for _, j in rows],
+            "effect2": [component.effects[i] for i, _ in rows],
+            "correlation": [float(value[i, j]) for i, j in rows],
+            "std_error": [float(error[i, j]) for i, j in rows],
+        }
+    )
+
+
+def factor_loadings(result: Result, group: str) -> pd.DataFrame:
+    r"""Loadings of a factor-analytic term on its principal axes, and what the factors explain.
+
+    The fit's :math:`\Lambda` is triangular, which is one of many rotations of the same covariance
+    :math:`\Lambda\Lambda^\top + \Psi`. With :math:`\Lambda = U S W^\top` these are :math:`U S`: the
+    columns are orthogonal, the first explains most, and each has a positive sum.
+
+    Args:
+        result: a fit with ``fa(… | group, k)``.
+        group: its grouping factor.
+
+    Returns:
+        effect, a column ``factor_1`` … for each factor, specific (the variance :math:`\Psi_{ii}`) and
+        explained, the share :math:`(\Lambda\Lambda^\top)_{ii} / G_{ii}` of the factors in the variance.
+
+    Raises:
+        InputError: if there is no such group, several terms of it, or its structure is not ``fa``.
+        TypeError: if an argument is of another kind.
+
+    Reference:
+        Smith, Cullis and Thompson, Biometrics 57 (2001) 1138, section 5; Cullis, Smith, Beeck and
+        Cowling, Genome 53 (2010) 1002.
+    """
+    component = _of_several(result, group)
+    cells = {}
+    for estimate in result.parameters:
+        at = re.search(r"/loadings/x/L_(\d+)_(\d+)$", estimate.name)
+        if at and estimate.name.startswith(component.name + "/"):
+            cells[int(at[1]), int(at[2])] = estimate.value
+    if not cells:
+        raise InputError(
+            f"`group` is {group!r}, whose effects have no factors: expected a term fa(… | {group}, k)"
+        )
+    loadings = np.zeros((len(component.effects), 1 + max(j for _, j in cells)))
+    for place, value in cells.items():
+        loadings[place] = value
+    U, S, _ = np.linalg.svd(loadings, full_matrices=False)
+    turned = U * S
+    turned *= np.where(turned.sum(0) < 0, -1.0, 1.0)
+    total = component.covariance.diagonal().numpy(force=True)
+    common = (turned**2).sum(1)
+    columns = {f"factor_{j + 1}": turned[:, j] for j in range(turned.shape[1])}
+    table = {"effect": list(component.effects), **columns}
+    return pd.DataFrame({**table, "specific": total - common, "explained": common / total})
+
+
+def selection_index(result: Result, group: str, weights: Mapping[str, float]) -> pd.DataFrame:
+    r"""The index :math:`I_i = w^\top \hat b_i` of the BLUPs of each level, with its reliability.
+
+    It is the BLUP of the breeding objective :math:`w^\top b_i` with economic weights w. Its error has the
+    variance :math:`w^\top C_i w` with the covariance :math:`C_i` of the level's prediction errors, and
+    the reliability is :math:`1 - w^\top C_i w / (a_i\, w^\top G w)`, with :math:`a_i` the level's
+    own variance factor (1 and its inbreeding).
+
+    Args:
+        result: a fit.
+        group: a grouping factor with one term of several effects.
+        weights: of effects by name; those that are not named have none.
+
+    Returns:
+        level, index, std_error (of its error), reliability, accuracy; in descending order of the index.
+
+    Raises:
+        InputError: if there is no such group, several terms of it or one effect; if an effect is
+            unknown, a weight is not finite or all are zero; if the rows were streamed.
+        TypeError: if an argument is of another kind.
+
+    Reference:
+        Hazel, Genetics 28 (1943) 476; Mrode, Linear Models for the Prediction of Animal Breeding
+        Values (2014), section 5.4.
+    """
+    source_of(result)
+    component = _of_several(result, group)
+    check_mapping("weights", weights)
+    for name, weight in weights.items():
+        check_choice("weights", name, component.effects)
+        check_instance(f"weights[{name!r}]", weight, (int, float))
+    G = component.covariance
+    w = torch.tensor([float(weights.get(e, 0.0)) for e in component.effects], dtype=G.dtype)
+    if not bool(w.isfinite().all()) or not bool(w.any()):
+        raise InputError(f"`weights` is {dict(weights)}: expected finite numbers, not all zero")
+    (effects,) = (e for e in result.random if e.name == component.name)
+    with torch.no_grad():
+        (term,) = (t for t in Refit(result).objective().terms() if t.name == component.name)
+        q, k = effects.values.shape
+        own = prior_variances(term, q * k).reshape(q, k)
+    used = (G.diagonal() > 0).nonzero()[:, 0]
+    factor = own[:, used[0]] / G.diagonal()[used[0]] if len(used) else own.new_ones(q)
+    prior = factor * (w @ G @ w)
+    error = torch.einsum("qij,i,j->q", effects.variances, w, w)
+    share = torch.where(prior > 0, 1 - error / prior, 0)
+    table = pd.DataFrame(
+        {
+            "level": list(component.levels),
+            "index": (effects.values @ w).numpy(force=True),
+            "std_error": error.clamp(min=0).sqrt().numpy(force=True),
+            "reliability": share.numpy(force=True),
+            "accuracy": share.clamp(min=0).sqrt().numpy(force=True),
+        }
+    )
+    return table.sort_values("index", ascending=False, kind="stable", ignore_index=True)
+
+
+def _of_several(result: Result, group: str) -> Component:
+    """The one component of a group, of several effects with a covariance."""
+    check_instance("result", result, Result)
+    check_instance("group", group, str)
+    groups = [c.group for c in result.components if not c.is_residual]
+    check_choice("group", group, groups)
+    found = [c for c in result.components if c.group == group and not c.is_residual]
+    if len(found) != 1 or len(found[0].effects) < 2 or found[0].covariance.dim() != 2:
+        what = f"{len(found)} terms" if len(found) > 1 else f"the effects {list(found[0].effects)}"
+        raise InputError(
+            f"`group` is {group!r}, which has {what}: expected one term of several effects"
+        )
+    return found[0]
