@@ -28,6 +28,13 @@ network = nn.Sequential(
 model = MixedModel(network, {"camera": RandomEffect(cameras)})
 batch = {"x": images, "y": y, "groups": {"camera": camera}}
 
+
+def outputs():
+    """What the network yields for all images, 256 at a time, without recording."""
+    with torch.no_grad():
+        return torch.cat([model({"x": some}) for some in images.split(256)])
+
+
 # The exact gradient of all rows in the memory of 256 images.
 adam = torch.optim.Adam(model.network_parameters(), lr=0.01)
 reml = AIREML(list(model.covariance_parameters()))
@@ -35,7 +42,7 @@ for _ in range(60):
     adam.zero_grad()
     loss = model.backward_in_parts(batch, rows=256)
     adam.step()
-    reml.step(lambda: model.loss_of(model.outputs(images, 256), batch))
+    reml.step(lambda: model.loss_of(outputs(), batch))
 model.update(batch)
 
 variance, residual = model.random["camera"].prior().item(), model.residual().item()

@@ -373,7 +373,7 @@ def test_a_tree_of_ones_own_is_constrained_by_the_same_function():
 def test_names_of_a_summary_are_those_that_constraints_take(formula, residual):
     rows = SLEEP.assign(odd=SLEEP["Days"] % 2, Weight=1 + SLEEP["Days"])
     rows["part"] = "p" + (rows["Days"] // 4).astype(str)
-    free = lmm(formula, rows, residual=residual, max_iterations=8)
+    free = lmm(formula, rows, residual=residual)
     lines = free.summary().split("Structures\n")[1].split("Rows 1")[0].splitlines()[3:]
     shown = {line.split()[0]: line.split()[1] for line in lines if "/" in line}
     assert shown

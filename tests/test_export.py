@@ -131,6 +131,10 @@ def test_where_a_joint_covariance_would_be_too_large():
     model = crossed_slopes()
     model.joint.most_columns = 3
     model.update(batch_of(model, 60, 1))
+    with pytest.warns(RuntimeWarning, match="a program holds.*independent"):
+        exported(model, batch_of(model, 4))  # where predict() has them by a sparse factor
+    model.joint.most_entries = 0
+    model.update(batch_of(model, 60, 1))
     with pytest.warns(RuntimeWarning, match="independent"):
         program = exported(model, batch_of(model, 4)).module()
     with pytest.warns(RuntimeWarning, match="independent"):

@@ -68,7 +68,7 @@ def rows(model, n=80, seed=1):
     values = {
         name: torch.stack([torch.ones_like(x[:, 0]), x[:, 1]], 1)
         for name, effect in names.items()
-        if effect.effects == 2
+        if effect.effects == 2 and effect.features is None
     }
     y = torch.randn(n, generator=generator, dtype=torch.float64)
     return {"x": x, "y": y, "groups": groups, "values": values}
@@ -82,7 +82,7 @@ def henderson(model, data, new):
         n, designs = len(batch["x"]), []
         for name, effect in model.effects().items():
             z = torch.ones(n, 1, dtype=torch.float64)
-            if effect.effects == 2:
+            if name in batch["values"]:
                 z = batch["values"][name]
             if effect.features is not None:
                 z = effect.features(batch["x"])

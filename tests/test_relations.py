@@ -151,7 +151,9 @@ def test_a_program_takes_groups_of_unknown_parents_and_plants(tmp_path):
         "data.path=d.csv", "model.formula=y ~ 1 + (1 | ped(plant))", "model.pedigree=p.csv",
         "logger=none", "trainer.enable_progress_bar=false", "hydra.run.dir=r",
     ]  # fmt: skip
-    refused = program(*run, "model.pedigree_groups=[G,H]", cwd=tmp_path)
+    refused = program(
+        *run, "model.pedigree_groups=[G,H]", "model.hermaphrodite=false", cwd=tmp_path
+    )
     assert refused.returncode == 2
     (line,) = refused.stderr.strip().splitlines()
     assert "'b' is a `sire` in row 3 and a `dam` in row 2" in line
@@ -271,7 +273,7 @@ def test_a_missing_coordinate_is_named_with_its_row_and_left_out(term):
 def test_residuals_at_one_place_are_named_with_the_row():
     twice = field(0.0, like=7).assign(g=1)
     with pytest.raises(
-        InputError, match=r"row 8 has the position .* of 'east:north' that its group"
+        InputError, match=r"row 8 has the position .* of 'east:north', which its group"
     ):
         lmm("y ~ 1", twice, residual="exponential(east, north | g)")
 

@@ -36,6 +36,8 @@ def as_batch(batch: Any, model: MixedModel, has_response: bool = True) -> Batch:
     Raises:
         InputError: if it has another form, or a part that the model does not read.
 
+    >>> from torch import nn
+    >>> from openreml_nn import RandomEffect
     >>> x, y, g = torch.zeros(3, 2), torch.zeros(3), torch.tensor([[0, 1], [0, 2], [1, 0]])
     >>> model = MixedModel(nn.Linear(2, 1), {"user": RandomEffect(2), "item": RandomEffect(3)})
     >>> as_batch((x, y, g), model)["groups"]["item"]

@@ -186,7 +186,7 @@ class REMLLoss(nn.Module):
     >>> loss = REMLLoss(ScalarMatrix(3), reduction="sum")
     >>> y, X = torch.tensor([1.0, 2.0, 4.0]), torch.ones(3, 1)
     >>> loss(y, X)
-    tensor(4.7205, grad_fn=<MulBackward0>)
+    tensor(4.7205, grad_fn=<LogLikelihoodBackward>)
     """
 
     def __init__(

@@ -21,6 +21,7 @@ from openreml_nn.result.joint import JointErrors
 from openreml_nn.result.prediction import KnownEffect, Prediction, on_response
 from openreml_nn.support.checks import check_instance
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.warning import warn
 
 __all__ = ["exported"]
 
@@ -35,7 +36,7 @@ def exported(model: Predictor, batch: Batch) -> torch.export.ExportedProgram:
     The program takes ``x``, ``groups`` and those of ``values``, ``offset`` and ``weights`` that
     the example has, for any number of rows, and yields the mean, the variance and the population
     mean of :meth:`MixedModel.predict`: the network, the BLUPs, and variances with every covariance that
-    ``predict`` counts. Codes are those of the fit, -1 for a level that is not known; they are not
+    ``predict`` counts; with too many effects for that a warning says so. Codes are those of the fit, -1 for a level that is not known; they are not
     checked, and one that is out of range is an error of torch. It is the model of now: an
     update or a step of training later does not reach it. For ONNX hand it to
     ``torch.onnx.export``, which needs the packages onnx and onnxscript.
@@ -67,6 +68,11 @@ def exported(model: Predictor, batch: Batch) -> torch.export.ExportedProgram:
             raise InputError(f"`batch[{key!r}]` is given, which no program takes: leave it out")
     further = {key: batch[key] for key in _FURTHER if batch.get(key) is not None}
     n = len(model.predict(batch).mean)
+    if bool(model.joint.is_known) and not bool(model.joint.is_exact):
+        warn(
+            "there are too many random effects for the joint covariance that a program holds: its "
+            "predictive variances take those of different factors, and coefficients, as independent"
+        )
     if n < 2:
         raise InputError(f"`batch` has {n} rows: expected an example of two or more")
     rows = torch.export.Dim("rows")

@@ -252,6 +252,7 @@ _ROWS: _Kind = (lambda v: v is None or _COUNT[0](v), "a whole number, 1 or more,
 _SHARE: _Kind = (lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 up to below 1")
 _POSITIVE: _Kind = (lambda v: _is_number(v) and v > 0, "a number above 0")
 _FLAG_KIND: _Kind = (lambda v: isinstance(v, bool), "true or false")
+_FLAG_OR_NONE: _Kind = (lambda v: v is None or isinstance(v, bool), "true, false or null")
 _TEXT_KIND: _Kind = (lambda v: isinstance(v, str), "text")
 _TEXT_OR_NONE: _Kind = (lambda v: v is None or isinstance(v, str), "text, or null")
 _NAME: _Kind = (lambda v: v is None or isinstance(v, str | int), "a name, or null")
@@ -311,7 +312,7 @@ _KINDS: dict[str, _Kind] = {
     "model.pedigree": _NAME,
     "model.pedigree_groups": _NAMES,
     "model.group_variance": _POSITIVE,
-    "model.hermaphrodite": _FLAG_KIND,
+    "model.hermaphrodite": _FLAG_OR_NONE,
     "model.constraints": _BY_PARAMETER,
     "model.starts": _BY_PARAMETER,
     "model.training": _TEXT_OR_NONE,

@@ -26,7 +26,7 @@ def with_rows(result: Values, encoder: Any, table: pd.DataFrame) -> Values:
         encoder: the result's, which names the new rows in messages.
         table: the new rows.
     """
-    if encoder.formula.traits:
+    if encoder.formula.traits and len(table):
         raise InputError(
             f"formula {result.formula!r}: a fit of several responses takes up no further rows: fit all "
             "rows"

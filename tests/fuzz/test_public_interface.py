@@ -733,15 +733,12 @@ def _inference() -> list[Call]:
         Call("inference", "MarginalMeans.pairs", means.pairs, {}, {"adjust": adjust}),
         Call("inference", "heritability", inference.heritability, {**own, "group": "Subject"},
              {**takes, "group": never, "method": choice}),
-        *(
-            Call("inference", name, getattr(inference, name), {**own, "group": "Subject"},
-                 {**takes, "group": never})
-            for name in ("effect_correlations",)
-        ),
+        Call("inference", "effect_correlations", inference.effect_correlations,
+             {"result": factors(), "group": "Subject"}, {**takes, "group": never}),
         Call("inference", "factor_loadings", inference.factor_loadings,
              {"result": factors(), "group": "Subject"}, {**takes, "group": never}),
         Call("inference", "selection_index", inference.selection_index,
-             {**own, "group": "Subject", "weights": {"Days": 1.0}},
+             {"result": factors(), "group": "Subject", "weights": {"parta": 1.0}},
              {**takes, "group": never, "weights": mapping}),
         Call("inference", "reliability", inference.reliability, own, {**takes, "group": optional(never)}),
         Call("inference", "conditional_aic", inference.conditional_aic, own, takes),

@@ -18,7 +18,6 @@ from openreml_nn.inference import (
     coefficients,
     dispersion,
     emmeans,
-    influence,
     likelihood_ratio_test,
     profile,
     quantile_residuals,
@@ -227,11 +226,6 @@ def test_a_family_without_draws_is_refused(fits):
     for call in (simulate, bootstrap):
         with pytest.raises(InputError, match="family Plain, which has no draw"):
             call(fit)
-
-
-def test_influence_says_that_it_takes_a_gaussian_response(fits):
-    with pytest.raises(InputError, match="`result` has a response of the family 'poisson'"):
-        influence(fits[1])
 
 
 @pytest.fixture(scope="module")

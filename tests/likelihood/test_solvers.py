@@ -47,7 +47,7 @@ FITS = {
     "blocked": (grouped, lambda: ar1_field(4, 6)),
     "spectral": (lambda: Sum(a=KnownMatrix(kinship(N)), residual=ScalarMatrix(N)), grouped),
     "grid": (lambda: Sum(a=ar1_field(4, 6), residual=ScalarMatrix(N)), grouped),
-    "sparse": (grouped, lambda: ar1_field(4, 6)),
+    "sparse": (grouped, lambda: KnownMatrix(kinship(N))),
     "krylov": (grouped, lambda: grouped(stratified([i % 2 for i in range(N)]))),
 }
 
