@@ -19,6 +19,7 @@ from openreml_nn.inference.profiling import Curve, Profile, profile
 from openreml_nn.inference.resampling import Bootstrap, bootstrap, bootstrap_test, simulate
 from openreml_nn.inference.scanning import scan
 from openreml_nn.inference.several_effects import (
+    blup_differences,
     effect_correlations,
     factor_loadings,
     selection_index,
@@ -39,6 +40,7 @@ __all__ = [
     "Profile",
     "ZeroCount",
     "anova",
+    "blup_differences",
     "bootstrap",
     "bootstrap_test",
     "coefficients",

@@ -17,7 +17,7 @@ from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import DiagonalCovariance, RepeatedCovariance
 from openreml_nn.terms.term import Term
 
-__all__ = ["Heritability", "heritability", "prior_variances", "reliability"]
+__all__ = ["Heritability", "heritability", "moments", "prior_variances", "reliability"]
 
 METHODS = ("plain", "cullis", "generalised")
 #: Effects beyond which the dense covariance of their errors is refused.
@@ -89,7 +89,7 @@ def heritability(result: Result, group: str | None = None, method: str = "plain"
     refit = Refit(result)
     with torch.no_grad():
         (term,) = (t for t in refit.objective().terms() if t.name == component.name)
-        G, information = _moments(refit, term)
+        G, information = moments(refit, term)
         if not bool(G.any()):
             return Heritability(0.0, nan)
         if method == "cullis":
@@ -187,7 +187,7 @@ def _with_one_effect(component: Component) -> Component:
     return component
 
 
-def _moments(refit: Refit, term: Term) -> tuple[Tensor, Tensor]:
+def moments(refit: Refit, term: Term) -> tuple[Tensor, Tensor]:
     """G and Z'PZ (q, q) of a term."""
     q = term.design.shape[1]
     if q > _MOST_EFFECTS:

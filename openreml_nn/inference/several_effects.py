@@ -14,12 +14,15 @@ from openreml_nn.estimation import Component, Result
 from openreml_nn.estimation.curvature import Curvature
 from openreml_nn.estimation.derivatives import jacobian
 from openreml_nn.estimation.spread import Spread
-from openreml_nn.inference.genetic import prior_variances
+from openreml_nn.inference.genetic import moments, prior_variances
 from openreml_nn.inference.refit import Refit, source_of
 from openreml_nn.support.checks import check_choice, check_instance, check_mapping
 from openreml_nn.support.errors import InputError
 
-__all__ = ["effect_correlations", "factor_loadings", "selection_index"]
+__all__ = ["blup_differences", "effect_correlations", "factor_loadings", "selection_index"]
+
+#: Levels beyond which pairs are not listed.
+_MOST_LEVELS = 1_000
 
 
 def effect_correlations(result: Result, group: str) -> pd.DataFrame:
@@ -160,14 +163,7 @@ def selection_index(result: Result, group: str, weights: Mapping[str, float]) ->
     """
     source_of(result)
     component = _of_several(result, group)
-    check_mapping("weights", weights)
-    for name, weight in weights.items():
-        check_choice("weights", name, component.effects)
-        check_instance(f"weights[{name!r}]", weight, (int, float))
-    G = component.covariance
-    w = torch.tensor([float(weights.get(e, 0.0)) for e in component.effects], dtype=G.dtype)
-    if not bool(w.isfinite().all()) or not bool(w.any()):
-        raise InputError(f"`weights` is {dict(weights)}: expected finite numbers, not all zero")
+    G, w = component.covariance, _weights(component, weights)
     (effects,) = (e for e in result.random if e.name == component.name)
     with torch.no_grad():
         (term,) = (t for t in Refit(result).objective().terms() if t.name == component.name)
@@ -190,16 +186,100 @@ def selection_index(result: Result, group: str, weights: Mapping[str, float]) ->
     return table.sort_values("index", ascending=False, kind="stable", ignore_index=True)
 
 
+def blup_differences(
+    result: Result, group: str, weights: Mapping[str, float] | None = None
+) -> pd.DataFrame:
+    r"""Differences of the BLUPs of all pairs of levels, with the standard errors of differences (SED).
+
+    The difference of the levels i and j is :math:`d = w^\top(\hat b_i - \hat b_j)`, and its error has the
+    variance :math:`w^\top (C_{ii} + C_{jj} - C_{ij} - C_{ji}) w` with C the covariance of the
+    prediction errors of all effects. With equal weights of the environments of
+    ``fa(0 + env | geno, k)`` it is of varieties over environments.
+
+    Args:
+        result: a fit.
+        group: a grouping factor with one term.
+        weights: of the effects by name; by default each has the same, and they add up to 1.
+
+    Returns:
+        level1, level2, difference, std_error.
+
+    Raises:
+        InputError: if there is no such group or several terms of it; if an effect is unknown, a
+            weight is not finite or all are zero; if the response is not Gaussian, the rows were
+            streamed, or there are more than 1,000 levels.
+        TypeError: if an argument is of another kind.
+
+    Reference:
+        Henderson, Biometrics 31 (1975) 423; Cullis, Smith and Coombes, Journal of Agricultural,
+        Biological and Environmental Statistics 11 (2006) 381.
+
+    >>> from openreml_nn import lmm
+    >>> from openreml_nn.datasets import penicillin
+    >>> result = lmm("diameter ~ 1 + (1 | plate) + (1 | sample)", penicillin())
+    >>> blup_differences(result, "sample").round(4).head(2)
+      level1 level2  difference  std_error
+    0      A      B      3.1975     0.1585
+    1      A      C      0.2492     0.1585
+    """
+    source_of(result)
+    component = _of_one_term(result, group)
+    q, k = len(component.levels), len(component.effects)
+    if q > _MOST_LEVELS:
+        raise InputError(
+            f"`group` is {group!r} with {q} levels: expected at most {_MOST_LEVELS}, as all pairs are listed"
+        )
+    w = _weights(component, dict.fromkeys(component.effects, 1 / k) if weights is None else weights)
+    (effects,) = (e for e in result.random if e.name == component.name)
+    refit = Refit(result)
+    with torch.no_grad():
+        (term,) = (t for t in refit.objective().terms() if t.name == component.name)
+        G, information = moments(refit, term)
+        errors = (G - G @ information @ G).unflatten(0, (q, k)).unflatten(2, (q, k))
+        errors = torch.einsum("iajb,a,b->ij", errors, w.to(G), w.to(G))
+    own, index = errors.diagonal(), effects.values @ w
+    square = own[:, None] + own - errors - errors.mT
+    one, other = torch.triu_indices(q, q, 1)
+    return pd.DataFrame(
+        {
+            "level1": [component.levels[i] for i in one],
+            "level2": [component.levels[j] for j in other],
+            "difference": (index[one] - index[other]).numpy(force=True),
+            "std_error": square[one, other].clamp(min=0).sqrt().numpy(force=True),
+        }
+    )
+
+
+def _weights(component: Component, weights: Mapping[str, float]) -> Tensor:
+    """Weights of the effects (k,)."""
+    check_mapping("weights", weights)
+    for name, weight in weights.items():
+        check_choice("weights", name, component.effects)
+        check_instance(f"weights[{name!r}]", weight, (int, float))
+    w = torch.tensor([float(weights.get(e, 0.0)) for e in component.effects])
+    if not bool(w.isfinite().all()) or not bool(w.any()):
+        raise InputError(f"`weights` is {dict(weights)}: expected finite numbers, not all zero")
+    return w.to(component.covariance)
+
+
 def _of_several(result: Result, group: str) -> Component:
     """The one component of a group, of several effects with a covariance."""
+    component = _of_one_term(result, group)
+    if len(component.effects) < 2 or component.covariance.dim() != 2:
+        raise InputError(
+            f"`group` is {group!r}, which has the effects {list(component.effects)}: expected one "
+            "term of several effects"
+        )
+    return component
+
+
+def _of_one_term(result: Result, group: str) -> Component:
     check_instance("result", result, Result)
     check_instance("group", group, str)
-    groups = [c.group for c in result.components if not c.is_residual]
-    check_choice("group", group, groups)
-    found = [c for c in result.components if c.group == group and not c.is_residual]
-    if len(found) != 1 or len(found[0].effects) < 2 or found[0].covariance.dim() != 2:
-        what = f"{len(found)} terms" if len(found) > 1 else f"the effects {list(found[0].effects)}"
-        raise InputError(
-            f"`group` is {group!r}, which has {what}: expected one term of several effects"
-        )
+    # What is correlated beside a nugget is the rows' and no group's.
+    random = [c for c in result.components if not c.is_residual and c.name != "residual"]
+    check_choice("group", group, [c.group for c in random])
+    found = [c for c in random if c.group == group]
+    if len(found) != 1:
+        raise InputError(f"`group` is {group!r}, which has {len(found)} terms: expected one")
     return found[0]

@@ -735,6 +735,8 @@ def _inference() -> list[Call]:
              {**takes, "group": never, "method": choice}),
         Call("inference", "effect_correlations", inference.effect_correlations,
              {"result": factors(), "group": "Subject"}, {**takes, "group": never}),
+        Call("inference", "blup_differences", inference.blup_differences, {**own, "group": "Subject"},
+             {**takes, "group": never, "weights": optional(mapping)}),
         Call("inference", "factor_loadings", inference.factor_loadings,
              {"result": factors(), "group": "Subject"}, {**takes, "group": never}),
         Call("inference", "selection_index", inference.selection_index,

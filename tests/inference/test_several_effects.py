@@ -9,6 +9,7 @@ from openreml_nn import InputError, lmm
 from openreml_nn.covariance import Pedigree
 from openreml_nn.datasets import sleepstudy
 from openreml_nn.inference import (
+    blup_differences,
     effect_correlations,
     factor_loadings,
     reliability,
@@ -127,8 +128,33 @@ def test_an_index_of_relatives_counts_inbreeding_and_covariances():
     np.testing.assert_allclose(found.loc[names, "reliability"], expected[1], rtol=1e-6)
 
 
+def test_differences_have_the_errors_of_the_dense_joint_covariance(trial, factored):
+    """Of varieties over environments, against the covariance of all prediction errors."""
+    found = blup_differences(factored, "line")
+    assert len(found) == 60 * 59 // 2
+    G = factored.components[0].covariance.numpy()
+    lines = list(factored.components[0].levels)
+    at = np.array([lines.index(x) for x in trial["line"]])
+    env = trial["env"].str[1].astype(int).to_numpy()
+    Z = np.zeros((600, 300))
+    Z[np.arange(600), 5 * at + env] = 1
+    W = np.linalg.inv(Z @ np.kron(np.eye(60), G) @ Z.T + factored.residual_variance * np.eye(600))
+    X = np.eye(5)[env]
+    P = W - W @ X @ np.linalg.solve(X.T @ W @ X, X.T @ W)
+    T = np.kron(np.eye(60), np.full((1, 5), 0.2))  # means over the environments
+    GZ = np.kron(np.eye(60), G) @ Z.T
+    C = T @ (np.kron(np.eye(60), G) - GZ @ P @ GZ.T) @ T.T
+    i, j = (np.array([lines.index(x) for x in found[name]]) for name in ("level1", "level2"))
+    np.testing.assert_allclose(found["std_error"] ** 2, C[i, i] + C[j, j] - 2 * C[i, j], rtol=1e-7)
+    blup = T @ GZ @ P @ trial["y"].to_numpy()
+    np.testing.assert_allclose(found["difference"], blup[i] - blup[j], rtol=1e-6, atol=1e-8)
+
+
 def test_what_cannot_be_had_is_refused(factored):
     simple = lmm("Reaction ~ Days + (1 | Subject)", sleepstudy())
+    nested = lmm("Reaction ~ Days + (Days || Subject)", sleepstudy())
+    with pytest.raises(InputError, match="has 2 terms: expected one"):
+        blup_differences(nested, "Subject")
     for function in (effect_correlations, factor_loadings):
         with pytest.raises(InputError, match="expected one term of several effects"):
             function(simple, "Subject")
