@@ -39,7 +39,7 @@ def effect_correlations(result: Result, group: str) -> pd.DataFrame:
 
     Raises:
         InputError: if there is no such group, several terms of it or one effect; if the response is
-            not Gaussian, the rows were streamed, or the effects were fitted in a basis of their own.
+            not Gaussian, the rows were streamed, or levels have covariances of their own.
         TypeError: if an argument is of another kind.
 
     Reference:
@@ -65,16 +65,18 @@ def effect_correlations(result: Result, group: str) -> pd.DataFrame:
         return (matrix / (scale[:, None] * scale),)
 
     (term,) = (t for t in objective.terms() if t.name == component.name)
-    shown = term.covariance.shown().detach()
-    expected = component.covariance
-    if shown.shape != expected.shape or not torch.allclose(shown.to(expected), expected, rtol=1e-6):
+    shown, expected = term.covariance.shown().detach(), component.covariance
+    is_one_variance = len(shown) < len(expected)  # of all effects, which are not correlated
+    if not is_one_variance and (
+        shown.shape != expected.shape or not torch.allclose(shown.to(expected), expected, rtol=1e-6)
+    ):
         raise InputError(
-            f"`group` is {group!r}, whose effects were fitted in a basis of their own: centre the "
-            "covariate in the formula"
+            f"`group` is {group!r}, whose covariance is not that of one level's effects in the fit's "
+            "own terms: expected one covariance that all levels share"
         )
     k = len(component.effects)
     error = torch.full((k, k), torch.nan, dtype=u.dtype)
-    if len(u):
+    if len(u) and not is_one_variance:
         spread = Spread(curvature.information, bool(curvature.indistinct))
         slopes = jacobian(correlations, u)[0]
         error = torch.where((slopes != 0).any(0), spread.errors(slopes), torch.nan)

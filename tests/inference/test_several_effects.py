@@ -68,6 +68,14 @@ def test_correlations_of_a_parameter_have_its_standard_error(trial):
     np.testing.assert_allclose(found["std_error"], rho.std_error, rtol=1e-6)
 
 
+@pytest.mark.parametrize("structure", ["idv", "diag"])
+def test_correlations_that_no_parameter_moves_are_zero_without_an_error(trial, structure):
+    found = effect_correlations(lmm(f"y ~ env + {structure}(0 + env | line)", trial), "line")
+    assert len(found) == 10
+    assert (found["correlation"] == 0).all()
+    assert found["std_error"].isna().all()
+
+
 def test_correlations_follow_from_finite_differences_of_the_parameters():
     """Of the unstructured covariance of two effects: r of the Cholesky factor's entries."""
     result = lmm("Reaction ~ Days + (Days | Subject)", sleepstudy())
