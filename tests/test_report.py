@@ -302,6 +302,17 @@ def test_a_report_has_the_numbers_of_the_fit(result, tmp_path):
     assert places == set(page.plots)
 
 
+def test_a_report_takes_runs_without_random_effects_or_fixed_ones(tmp_path):
+    table = datasets.sleepstudy()
+    write_run(lmm("Reaction ~ Days", table, residual="ar1(Days | Subject)"), tmp_path / "residual")
+    write_run(lmm("Reaction ~ 0 + (1 | Subject)", table), tmp_path / "random")
+    assert len(pd.read_csv(tmp_path / "residual" / "blup.csv")) == 0
+    assert write_report(tmp_path, tmp_path / "page.html") == 2
+    titles = [plot["title"] for plot in Page(tmp_path / "page.html").plots.values()]
+    assert sum("BLUPs" in title for title in titles) == 1
+    assert sum(title.startswith("Fixed effects") for title in titles) == 1
+
+
 def test_runs_stand_side_by_side(result, tmp_path):
     write_run(result, tmp_path / "slopes")
     other = lmm("Reaction ~ Days + (1 | Subject)", datasets.sleepstudy())

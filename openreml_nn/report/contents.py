@@ -206,9 +206,9 @@ class RunContents:
         return found
 
     def _csv(self, name: str) -> pd.DataFrame | None:
-        """A table of the run, its names as text; None where there is none."""
+        """A table of the run, its names as text; None where there is none or it has no rows."""
         path = self.folder / name
-        if not path.is_file():
+        if not path.is_file() or pd.read_csv(path, nrows=1).empty:
             return None
         table = read_table(path)
         for column in ("group", "level", "effect", "effect1", "effect2"):
