@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
+from rich.console import Console
 
 from openreml_nn import InputError, datasets, fit_reml, glmm, lmm
 from openreml_nn.covariance import (
@@ -20,6 +21,7 @@ from openreml_nn.covariance import (
 )
 from openreml_nn.datasets import visits
 from openreml_nn.inference import diagnose, profile, quantile_residuals, variance_shares
+from openreml_nn.inference.refit import tracked
 from openreml_nn.program.outputs import write_plots, write_record, write_tables
 from openreml_nn.report import (
     blup_table,
@@ -162,6 +164,19 @@ def test_the_summary_is_laid_out_like_lme4s(result):
     parts = ["REML criterion 1743.6283", "Random effects", "Residual", "Fixed effects", "t value"]
     at = [text.index(part) for part in parts]
     assert at == sorted(at)
+
+
+class ZMQInteractiveShell:
+    """What IPython calls the shell of a Jupyter kernel."""
+
+
+def test_a_notebook_has_the_summary_and_the_bar_of_a_terminal(result, monkeypatch, capsys):
+    elsewhere = result.summary()
+    monkeypatch.setattr("rich.console.get_ipython", ZMQInteractiveShell, raising=False)
+    assert Console().is_jupyter
+    assert result.summary() == elsewhere
+    assert list(tracked([1, 2], "fits", progress=True)) == [1, 2]
+    assert capsys.readouterr().out == ""
 
 
 def test_plots_show_what_they_say(result):
