@@ -40,12 +40,13 @@ napoleon_use_rtype = False
 napoleon_custom_sections = ["Shape", "Reference", "Returns"]
 
 
-def mark_sentences(app, tree):
-    """The class ``sentences`` for blocks of text whose long lines are prose and not columns."""
+def mark_long_lines(app, tree):
+    """A class for blocks of text with lines that no page is wide enough for: sentences, or columns."""
     for block in tree.findall(nodes.literal_block):
         long = [line for line in block.astext().splitlines() if len(line) > 95]
-        if block.get("language") == "text" and long and not any("  " in line for line in long):
-            block["classes"].append("sentences")
+        if block.get("language") == "text" and long:
+            are_columns = any("  " in line for line in long)
+            block["classes"].append("columns" if are_columns else "sentences")
 
 
 def setup(app):
@@ -60,7 +61,7 @@ def setup(app):
         write_notebooks(source, source / "_generated" / "notebooks")
 
     app.connect("builder-inited", pictures)
-    app.connect("doctree-read", mark_sentences)
+    app.connect("doctree-read", mark_long_lines)
 
 
 html_static_path = ["_static"]

@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from openreml_nn import covariance
+from openreml_nn.table.functions import FUNCTIONS
+from openreml_nn.table.structure import EFFECTS, RELATIONS, VARIANCES
 from tests import peers
 from tests.forked import served
 
@@ -265,6 +267,13 @@ def test_every_public_matrix_has_a_page_and_a_picture():
         about_levels = ("Pedigree", "Relationship", "marker_codes", "marker_effects")
         if name not in (*bases, *about_levels) and not name.endswith(no_matrix):
             assert f'"{name}"' in drawn, name
+
+
+def test_every_function_and_structure_of_a_formula_is_on_its_page():
+    page = (ROOT / "docs" / "tables.md").read_text(encoding="utf-8")
+    code = " ".join(re.findall(r"`+([^`]+)`+", page))
+    for name in (*FUNCTIONS, *EFFECTS, *RELATIONS, *VARIANCES):
+        assert re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", code), name
 
 
 def test_every_model_of_the_gallery_has_its_picture():

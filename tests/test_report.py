@@ -280,6 +280,7 @@ def test_a_report_is_one_page_that_needs_no_other_file(result, tmp_path):
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     # Only what the page does not draw itself is a picture.
     assert text.count("data:image/png;base64,") == 2 * len(["covariance", "shares"])
+    assert text.count("<figcaption>Shares of the variance, with standard errors<") == 2
     assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org/2000/svg", "")
     assert "REML criterion 1743.6283" in text
     assert write_report(tmp_path / "a", tmp_path / "one.html") == 1
