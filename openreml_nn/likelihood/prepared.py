@@ -49,7 +49,7 @@ class Ready(NamedTuple):
     recorded: bool
 
     def value(self, scale: float) -> Tensor:
-        """So many times the log-likelihood, differentiable in the terms and the data."""
+        """The log-likelihood times ``scale``, differentiable in the terms and the data."""
         matrices = self.problem.matrices(self.terms)
         if self.recorded:
             return self.problem.recorded(matrices) * scale

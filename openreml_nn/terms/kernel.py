@@ -52,7 +52,7 @@ class Kernel:
         return {name: value for name, value in self.__dict__.items() if name != "_factor"}
 
     def private(self) -> Kernel:
-        """The same kernel with contents that nobody else can change."""
+        """A copy of the kernel with contents that nobody else can change."""
         return self if self.inverse is not None else Kernel(private(self.source))
 
     def dense(self) -> Tensor:

@@ -133,7 +133,7 @@ class Statistics:
     def of(
         cls, designs: Sequence[IndexedDesign], f: Tensor, weights: Tensor | None = None
     ) -> Statistics:
-        """Those of some rows, each weighted by its weight (n,), if there are weights."""
+        """Statistics of some rows, each weighted by its weight (n,), if there are weights."""
         log_det = 0.0
         if weights is not None:
             half = weights.sqrt()[:, None]
