@@ -92,6 +92,8 @@ def test_factor_solves_and_inverts_within_its_pattern(n, density, seed, order):
     assert found.log_det == pytest.approx(np.linalg.slogdet(dense)[1], rel=1e-12, abs=1e-12)
     x = np.random.default_rng(seed).standard_normal((n, 7))
     np.testing.assert_allclose(found.solve(x), np.linalg.solve(dense, x), rtol=0, atol=1e-11)
+    # Of few columns by another routine.
+    np.testing.assert_allclose(found.solve(x[:, :2]), found.solve(x)[:, :2], rtol=0, atol=1e-11)
     half = found.half(x)
     np.testing.assert_allclose(half.T @ half, x.T @ np.linalg.solve(dense, x), atol=1e-10)
     low = tril(A).tocoo()
