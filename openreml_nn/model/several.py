@@ -22,7 +22,7 @@ from openreml_nn.support.checks import check_tensor
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
 
-__all__ = ["coded_rows", "stacked", "stacked_output"]
+__all__ = ["check_one_level", "coded_rows", "stacked", "stacked_output"]
 
 
 def stacked(
@@ -105,6 +105,20 @@ def coded_rows(
         codes = level_codes(batch, name, effect.levels, n)
         found[name] = codes, level_values(batch, name, effect.effects // effect.responses, (n,))
     return found
+
+
+def check_one_level(coded: Mapping[str, tuple[Tensor, Tensor | None]]) -> None:
+    """Refuse rows of several levels of one factor, which no sums by level are of.
+
+    Raises:
+        InputError: naming the factor.
+    """
+    for name, (codes, _) in coded.items():
+        if codes.dim() == 2:
+            raise InputError(
+                f"group {name!r} has {codes.shape[1]} levels a row, which mini-batches do not sum up: "
+                "expected one, or training='full' or 'parts' with all rows in one batch"
+            )
 
 
 def _by_response(z: Tensor, responses: int) -> Tensor:

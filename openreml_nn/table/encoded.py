@@ -61,7 +61,8 @@ class RandomDesign:
     @property
     def unseen_rows(self) -> int:
         """How many rows have a level that was not seen."""
-        return int((self.codes < 0).reshape(len(self.codes), -1).any(1).sum())
+        unseen = self.codes < 0
+        return int((unseen.any(1) if unseen.dim() == 2 else unseen).sum())
 
 
 @dataclass(frozen=True)
