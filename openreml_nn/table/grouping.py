@@ -88,7 +88,7 @@ def groups_of(node: Node, text: str) -> list[Grouping]:
         left, right = operands_of(node)
         outer = groups_of(left, text)
         inner = groups_of(right, text)
-        if not any(of.relation for of in (*outer, *inner)):
+        if not any(of.relation or of.members for of in (*outer, *inner)):
             return outer + [Grouping((*outer[-1].columns, *of.columns)) for of in inner]
     if _are_several(node):
         raise _of_several(node, text)
