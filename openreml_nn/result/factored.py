@@ -33,7 +33,7 @@ from openreml_nn.result.places import PlacedDesign
 from openreml_nn.support.errors import NotPositiveDefiniteError
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import RepeatedCovariance, ScaledCovariance
-from openreml_nn.terms.design import CodedDesign, IndexedDesign, MembershipDesign
+from openreml_nn.terms.design import CodedDesign, IndexedDesign
 from openreml_nn.terms.precision import PrecisionCovariance
 
 __all__ = ["FactoredErrors"]
@@ -163,15 +163,11 @@ class FactoredErrors:
         for start, design in zip(self._starts[:-1], designs, strict=False):
             like = torch.zeros(0, dtype=torch.float64)
             own = design.levels if isinstance(design, PlacedDesign) else design
-            z = torch.ones(n, 1) if own.values is None else own.values
-            if isinstance(own, MembershipDesign):
-                at = own.columns
-            else:
-                at = own.codes[:, None] * own.effects + torch.arange(own.effects, device=z.device)
-            groups = [(torch.arange(n).numpy(), at, z)]
+            where = own.codes.device
+            groups = [(torch.arange(n).numpy(), *own.entries(like.to(where)))]
             if isinstance(design, PlacedDesign):
                 rows = design.kriging.rows.numpy(force=True)
-                groups.append((rows, *design.entries(like.to(z.device))))
+                groups.append((rows, *design.entries(like.to(where))))
             for rows, columns, entries in groups:
                 column = np.repeat(rows, columns.shape[1])
                 place = start + columns.numpy(force=True).reshape(-1)

@@ -34,7 +34,7 @@ from openreml_nn.result.factored import FactoredErrors
 from openreml_nn.result.places import PlacedDesign
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import RepeatedCovariance
-from openreml_nn.terms.design import CodedDesign, MembershipDesign
+from openreml_nn.terms.design import CodedDesign, IndexedDesign
 
 __all__ = ["JointErrors", "Solution", "solution_of"]
 
@@ -243,15 +243,11 @@ def _some(joint: JointErrors, designs: Sequence[CodedDesign | PlacedDesign], X: 
                 1, joint.offsets[i] + at, own
             )
             design = design.levels
-        if isinstance(design, MembershipDesign):  # whose levels may stand twice
-            w = w.scatter_add(1, joint.offsets[i] + design.columns, design.values.to(C))
+        if i != first or not isinstance(design, IndexedDesign):
+            at, own = design.entries(C)
+            w = w.scatter_add(1, joint.offsets[i] + at, own)  # a level may stand twice
             continue
         z = C.new_ones(n, 1) if design.values is None else design.values.to(C)
-        k = torch.arange(design.effects, device=X.device)
-        at = design.codes[:, None] * design.effects + k
-        if i != first:
-            w[rows[:, None], joint.offsets[i] + at] += z
-            continue
         codes = design.codes
         found = torch.einsum("nk,nkl,nl->n", z, joint.conditional[codes], z)
         # The cells of each row's level, one after the other.

@@ -131,13 +131,16 @@ class IndexedDesign(Design):
         total = x.new_zeros(self.levels, self.effects, x.shape[1])
         return total.index_add(0, self.codes, weighted).reshape(self.shape[1], x.shape[1])
 
+    def entries(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns and values of the entries of each row, (n, k), in the dtype of ``like``."""
+        effect = torch.arange(self.effects, device=self.codes.device)
+        columns = self.codes[:, None] * self.effects + effect
+        values = like.new_ones(columns.shape) if self.values is None else self.values.to(like)
+        return columns, values
+
     def dense(self, like: Tensor) -> Tensor:
         # Not by products with an identity, which holds levels x levels numbers.
-        columns = self.codes[:, None] * self.effects + torch.arange(
-            self.effects, device=self.codes.device
-        )
-        values = like.new_ones(columns.shape) if self.values is None else self.values.to(like)
-        return like.new_zeros(self.shape).scatter(1, columns, values)
+        return like.new_zeros(self.shape).scatter(1, *self.entries(like))
 
     def take(self, rows: Tensor) -> IndexedDesign:
         values = None if self.values is None else self.values[rows]
@@ -227,6 +230,10 @@ class MembershipDesign(SparseDesign):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Design:
         return MembershipDesign(function(self.codes), function(self.by_level), self.levels)
+
+    def entries(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns and values of the entries of each row, (n, m k), in the dtype of ``like``."""
+        return self.columns, self.values.to(like)
 
     def with_values(self, function: Callable[[Tensor], Tensor], like: Tensor) -> MembershipDesign:
         """The design with ``function`` applied to its values (n, w), in the dtype of ``like``."""
