@@ -303,7 +303,7 @@ def check_deviance(family: Family) -> None:
         InputError: if it has none.
     """
     check_instance("family", family, Family)
-    if type(family).deviance is Family.deviance:
+    if not family.has_deviance:
         raise InputError(
             f"`family` is {family.name or type(family).__name__!r}, which has no unit deviance: judge "
             "its predictions by the negative log density"
