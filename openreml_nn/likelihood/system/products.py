@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from openreml_nn.support.modes import outside_transforms
 from openreml_nn.terms.design import DenseDesign, Design, IndexedDesign
 
 __all__ = ["Cells", "Pattern", "Products", "Statistics"]
@@ -77,10 +78,11 @@ class Pattern:
     def of(cls, designs: Sequence[Design]) -> Pattern:
         """That of some designs of the same rows."""
         found: dict[tuple[int, int], Cells | None] = {}
-        for t, one in enumerate(designs):
-            for u, two in enumerate(designs[t:], t):
-                indexed = isinstance(one, IndexedDesign) and isinstance(two, IndexedDesign)
-                found[t, u] = Cells.of(one, two) if indexed else None  # type: ignore[arg-type]
+        with outside_transforms():
+            for t, one in enumerate(designs):
+                for u, two in enumerate(designs[t:], t):
+                    indexed = isinstance(one, IndexedDesign) and isinstance(two, IndexedDesign)
+                    found[t, u] = Cells.of(one, two) if indexed else None  # type: ignore[arg-type]
         return cls(found)
 
     def products(self, designs: Sequence[Design], f: Tensor) -> Products:
