@@ -92,7 +92,7 @@ class Equations:
         if white is None:
             return None
         found, f, log_det = white
-        pattern = Pattern.of_levels(found)
+        pattern = Pattern.of(found, members=True)
         sizes = [(d.levels, d.shape[1] // d.levels) for d in designs]
         return cls(sizes, pattern, pattern.products(found, f), fixed, len(f), log_det)
 
