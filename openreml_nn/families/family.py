@@ -112,6 +112,11 @@ class Family(Parametrized):
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement deviance")
 
+    @property
+    def has_deviance(self) -> bool:
+        """Whether :meth:`deviance` is there."""
+        return type(self).deviance is not Family.deviance
+
     def draw(self, y: Tensor, eta: Tensor, rng: np.random.Generator) -> Tensor:
         r"""Responses drawn given their linear predictor, for simulation and the parametric bootstrap.
 

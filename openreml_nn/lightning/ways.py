@@ -215,7 +215,8 @@ class Composite(Way):
         _check_response(model, batch["y"], output)
         rows = concatenated(all_batches(batch, output.device))
         for name, codes in rows["groups"].items():
-            if len(codes) > 1 and int(codes[0]) >= 0 and bool((codes == codes[0]).all()):
+            alone = codes.dim() == 1 and len(codes) > 1
+            if alone and int(codes[0]) >= 0 and bool((codes == codes[0]).all()):
                 raise InputError(
                     f"it has one level of {name!r} in {len(codes)} rows, whose variance cannot "
                     "be told from the mean: take larger batches"
