@@ -15,7 +15,7 @@ from openreml_nn.estimation.derivatives import (
 )
 from openreml_nn.likelihood.loss import Objective
 
-__all__ = ["CONVERGED", "FLAT", "Curvature"]
+__all__ = ["CONVERGED", "FLAT", "Curvature", "lost_in_noise"]
 
 #: Parameters count as converged this many standard errors from the optimum.
 CONVERGED = 1e-3
@@ -109,7 +109,8 @@ class Curvature:
     @property
     def is_optimum(self) -> bool:
         """Whether the fit may end here: the one criterion of steps and of results."""
-        return self.norm < max(CONVERGED, self.resolution) and not self.stuck
+        least = max(CONVERGED, self.resolution, *map(lost_in_noise, self.objectives))
+        return self.norm < least and not self.stuck
 
     def _add(self, i: int, objective: Objective, weight: float) -> None:
         evaluation = objective.evaluate()
@@ -220,6 +221,11 @@ class Curvature:
             )
             information += weight * float(evaluation.information([d[None] for d in half]))
         return slope / information if information > 0 else 1.0
+
+
+def lost_in_noise(objective: Objective) -> float:
+    """The score norm of a step whose gain, half of its square, rounding leaves unknown."""
+    return 0.0 if objective.moves else (2 * objective.evaluate().noise) ** 0.5
 
 
 def _score_at(c: Curvature, u: Tensor, j: int) -> float:

@@ -71,7 +71,7 @@ class Safeguard:
         # estimated likelihood is known to.
         eps = torch.finfo(objectives[0].problem.fixed.y.dtype).eps
         self._slack = 100 * eps * (abs(self.start) + c.rows)
-        self._slack += sum(o.evaluate().error for o in objectives)
+        self._slack += sum(o.evaluate().error + 3 * o.evaluate().noise for o in objectives)
 
     def _log_likelihood(self) -> float:
         """The log-likelihood at the parameters as they are; minus infinity where it does not exist."""
