@@ -16,7 +16,7 @@ from openreml_nn.estimation.derivatives import (
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.problem import Evaluation
 
-__all__ = ["CONVERGED", "FLAT", "Curvature"]
+__all__ = ["CONVERGED", "FLAT", "Curvature", "lost_in_noise"]
 
 #: Parameters count as converged this many standard errors from the optimum.
 CONVERGED = 1e-3
@@ -87,6 +87,7 @@ class Curvature:
         self.score = torch.zeros_like(u)
         self.information = torch.zeros(len(u), len(u), dtype=u.dtype, device=u.device)
         self.hessian = torch.zeros_like(self.information)
+        self._noise = 0.0
         self.stuck: list[int] = []
         self.held: list[int] = []
         self.kinked: tuple[str, ...] = ()
@@ -99,6 +100,7 @@ class Curvature:
                 self._add_moving(i, objective, weight)
             else:
                 known = objective.evaluate() if evaluations is None else evaluations[i]
+                self._noise = max(self._noise, lost_in_noise(known))
                 self._add(i, known, weight)
         self.held = [j for j in self.kinks if self._is_top(j)]
         self.kinked = tuple(self.at.names[j] for j in self.held)
@@ -115,7 +117,8 @@ class Curvature:
     @property
     def is_optimum(self) -> bool:
         """Whether the fit may end here: the one criterion of steps and of results."""
-        return self.norm < max(CONVERGED, self.resolution) and not self.stuck
+        least = max(CONVERGED, self.resolution, self._noise)
+        return self.norm < least and not self.stuck
 
     def _add(self, i: int, evaluation: Evaluation, weight: float) -> None:
         def matrices(x: Tensor) -> tuple[Tensor, ...]:
@@ -224,6 +227,11 @@ class Curvature:
             )
             information += weight * float(evaluation.information([d[None] for d in half]))
         return slope / information if information > 0 else 1.0
+
+
+def lost_in_noise(evaluation: Evaluation) -> float:
+    """The score norm of a step whose gain, half of its square, rounding leaves unknown."""
+    return (2 * evaluation.noise) ** 0.5
 
 
 def _score_at(c: Curvature, u: Tensor, j: int) -> float:

@@ -71,7 +71,7 @@ class Safeguard:
         # estimated likelihood is known to.
         eps = torch.finfo(objectives[0].problem.fixed.y.dtype).eps
         self._slack = 100 * eps * (abs(self.start) + c.rows)
-        self._slack += sum(evaluation.error for evaluation in self._evaluations)
+        self._slack += sum(e.error + 3 * e.noise for e in self._evaluations)
 
     def _log_likelihood(self) -> float:
         """The log-likelihood at the parameters as they are; minus infinity where it does not exist."""

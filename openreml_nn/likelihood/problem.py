@@ -96,6 +96,8 @@ class Evaluation:
         gamma: (p,) generalised least-squares coefficients of Q.
         gamma_factor: (p, p) Cholesky factor of :math:`Q^\\top V^{-1} Q`.
         error: Monte Carlo standard error of the log-likelihood; 0 where it is exact.
+        noise: what rounding leaves unknown of the log-likelihood, where that is more than of a sum of
+            its terms; else 0.
         rounding: bound of the relative error that rounding leaves in all that derives from it:
             the precision of the dtype times how often the factorisations magnify it.
         recorded_rounding: the same of the plain formula that second derivatives come from.
@@ -108,6 +110,7 @@ class Evaluation:
     gamma: Tensor
     gamma_factor: Tensor
     error: float = 0.0
+    noise: float = 0.0
     rounding: float = 0.0
     recorded_rounding: float = 0.0
     problem: Problem

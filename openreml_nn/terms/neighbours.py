@@ -98,6 +98,28 @@ class NeighbourPrecision(Precision):
         by_d, by_B = _pull(*self._parts(x), self.pairs, self._count, cotangent)
         return np.concatenate([by_d, by_B.reshape(-1)])
 
+    # What neighbours all but determine has a variance next to nothing: products with Q, whose entries
+    # are then huge and cancel, are taken by way of what is left, (I - B) u.
+
+    def pull_square(self, x: np.ndarray, u: np.ndarray) -> np.ndarray:
+        d, B = self._parts(x)
+        left = (u - self._times(B, u)) / d[:, None]
+        by_B = np.einsum("ik,ijk->ij", left, u[self.neighbours])
+        by_B = np.where(np.arange(B.shape[1]) < self._count[:, None], -by_B, 0.0)
+        return np.concatenate([-(left**2).sum(1) / 2, by_B.reshape(-1)])
+
+    def times(self, x: np.ndarray, u: np.ndarray) -> np.ndarray:
+        d, B = self._checked(x)
+        left = (u - self._times(B, u)) / d[:, None]
+        return left - self._back(B, left)
+
+    def inner(self, x: np.ndarray, u: np.ndarray, effects: int) -> np.ndarray:
+        d, B = self._checked(x)
+        by_level = u.reshape(self.size, -1)
+        half = (by_level - self._times(B, by_level)) / np.sqrt(d)[:, None]
+        half = half.reshape(u.shape)
+        return np.asarray(half.T @ half)
+
     def along(self, x: np.ndarray, dx: np.ndarray, u: np.ndarray) -> np.ndarray:
         (d, B), (dd, dB) = self._parts(x), self._parts(dx)
         d, dd = d[:, None], dd[:, None]

@@ -66,6 +66,22 @@ class Precision:
         """The derivative by x of the sum of such entries, each times its cotangent (e,)."""
         raise NotImplementedError
 
+    def pull_square(self, x: np.ndarray, u: np.ndarray) -> np.ndarray:
+        r"""The derivative by x of :math:`\tfrac12 \mathrm{tr}\, u^\top Q u` for u (q, m)."""
+        total = np.zeros(len(self.row))
+        for one in u.T:
+            total += one[self.row] * one[self.column]
+        return self.pull(x, total * np.where(self.row > self.column, 1.0, 0.5))
+
+    def times(self, x: np.ndarray, u: np.ndarray) -> np.ndarray:
+        """:math:`Q u` for u (q, m)."""
+        return np.asarray(self.matrix(self.entries(x)) @ u)
+
+    def inner(self, x: np.ndarray, u: np.ndarray, effects: int) -> np.ndarray:
+        r""":math:`u^\top (Q \otimes I) u` (m, m) for u (q t, m), of t effects of a level."""
+        by_level = u.reshape(self.size, -1)
+        return np.asarray(u.T @ self.times(x, by_level).reshape(u.shape))
+
     def along(self, x: np.ndarray, dx: np.ndarray, u: np.ndarray) -> np.ndarray:
         r""":math:`\dot Q u` for u (q, m), with :math:`\dot Q` the derivative along dx."""
         raise NotImplementedError

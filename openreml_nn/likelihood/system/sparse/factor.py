@@ -70,7 +70,7 @@ class Factor:
         self.symbolic = s = symbolic
         self.values = values
         self._progress = progress
-        diagonal = values[self._diagonal]
+        self._entries = diagonal = values[self.symbolic.diagonal]
         count, work = len(s.first) - 1, np.empty(s.work)
         head, link = np.full(count, -1, np.int64), np.full(count, -1, np.int64)
         state = head, link, np.zeros(count, np.int64)
@@ -79,7 +79,7 @@ class Factor:
             if failed >= 0:
                 raise NotPositiveDefiniteError("the matrix is not positive definite")
             self._report("factor", high / count)
-        pivots = values[self._diagonal]
+        pivots = values[self.symbolic.diagonal]
         if not np.isfinite(pivots).all():
             raise NotPositiveDefiniteError("the matrix is not positive definite")
         self.log_det = 2.0 * float(np.log(pivots).sum())
@@ -90,11 +90,11 @@ class Factor:
             self._progress(what, share)
 
     @property
-    def _diagonal(self) -> np.ndarray:
-        s = self.symbolic
-        width = np.diff(s.first)[s.of_column]
-        local = np.arange(s.size) - s.first[s.of_column]
-        return s.value_start[s.of_column] + local * (width + 1)
+    def noise(self) -> float:
+        r"""What rounding of the entries of A leaves unknown of :math:`\log|A|`, of the order of
+        :math:`\epsilon \sqrt{\sum_i (A_{ii} (A^{-1})_{ii})^2}`."""
+        spread = self._entries * self.inverse[self.symbolic.diagonal]
+        return float(np.finfo(np.float64).eps * np.linalg.norm(spread))
 
     def half(self, x: np.ndarray) -> np.ndarray:
         r""":math:`L^{-1} P x` for x (n, m)."""

@@ -140,6 +140,13 @@ class Symbolic:
         pairs = list(itertools.pairwise(sorted(ends)))
         return [(low, high, runs.get(low)) for low, high in reversed(pairs)]
 
+    @cached_property
+    def diagonal(self) -> np.ndarray:
+        """Where the diagonal of A stands in the factor's values, in the order of elimination, (n,)."""
+        width = np.diff(self.first)[self.of_column]
+        local = np.arange(self.size) - self.first[self.of_column]
+        return self.value_start[self.of_column] + local * (width + 1)
+
     def where(self, row: np.ndarray, column: np.ndarray) -> np.ndarray:
         """Where entries of A stand in the factor's values; -1 where they are not in its pattern.
 
