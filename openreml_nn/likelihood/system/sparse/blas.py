@@ -14,7 +14,7 @@ import numpy as np
 
 from openreml_nn.support.compilation import compiled, inlined
 
-__all__ = ["ROUTINES", "gemm", "potrf", "potri", "symm", "solve", "syrk", "trsm"]
+__all__ = ["ROUTINES", "gemm", "potrf", "potri", "solve", "symm", "syrk", "trsm"]
 
 _NAMES = (
     ("scipy.linalg.cython_blas", "dgemm"),
@@ -89,7 +89,9 @@ def solve(routines, trans, n, m, a, lda, x):
     """X = op(A)^-1 X for an upper triangle A (n, n), by columns, and X (n, m), by rows."""
     i = np.array([n, lda, m], dtype=np.int32)
     one = np.ones(1)
-    t = np.array([85, trans, 78, 82, 78 + 84 - trans], dtype=np.uint8)  # U, ., N, R, the other of N and T
+    t = np.array(
+        [85, trans, 78, 82, 78 + 84 - trans], dtype=np.uint8
+    )  # U, ., N, R, the other of N and T
     pi, px, pt = i.ctypes.data, one.ctypes.data, t.ctypes.data
     if m < 4:
         for c in range(m):
