@@ -195,8 +195,8 @@ class LaplaceLoss(nn.Module):
     def penalised(
         self, y: Tensor, eta: Tensor, X: Tensor, start: Tensor, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The coefficients of X that are a mode together with the random effects, those of penalised
-        quasi-likelihood, (p,), and their covariance, (p, p).
+        """About the coefficients of X that are a mode together with the random effects, those of penalised
+        quasi-likelihood, (p,), and their covariance, (p, p): where a fit may begin.
 
         Args:
             y, eta, X, rows: as in calling the loss.
@@ -207,7 +207,7 @@ class LaplaceLoss(nn.Module):
         """
         with torch.no_grad():
             task = self._task(y, eta, X, rows)
-            mode = self._integral(task).joint_mode(start)
+            mode = self._integral(task).joint_mode(start, rough=True)
             return mode.beta, mode.factor.fixed_covariance()
 
     def information(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import ClassVar
 
 import torch
@@ -14,7 +16,7 @@ from openreml_nn.likelihood.system.products import Statistics
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.term import Term
 
-__all__ = ["Solver"]
+__all__ = ["Solver", "check_held"]
 
 
 @dataclass(frozen=True)
@@ -101,3 +103,42 @@ class Solver:
         obstacle = self.obstacle(terms)
         if obstacle is not None:
             raise InputError(obstacle)
+
+
+def check_held(
+    solver: Solver,
+    held: float,
+    columns: int,
+    otherwise: str,
+    limit: tuple[float, str] = (inf, ""),
+) -> None:
+    """Refuse a factor that would hold more bytes than it may, or than the machine has.
+
+    Args:
+        solver: whose factor it is.
+        held: bytes.
+        columns: of the system.
+        otherwise: what does with less.
+        limit: bytes that it may hold, and what allows more.
+
+    Raises:
+        InputError: if it would.
+    """
+    machine, (memory, more) = _memory_of_machine(), limit
+    if held <= min(memory, machine):
+        return
+    may, allow = f"may hold {memory / 2**30:.3g}", more
+    if machine < memory:
+        may, allow = f"the machine has {machine / 2**30:.3g}", "a larger machine does it"
+    raise InputError(
+        f"the {solver.name} solver would hold {held / 2**30:.3g} GiB for a factor of {columns} "
+        f"columns, and {may}: {otherwise}, {allow}"
+    )
+
+
+def _memory_of_machine() -> float:
+    """Bytes of memory; without end where the system does not say."""
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return inf

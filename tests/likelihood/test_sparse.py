@@ -173,6 +173,27 @@ def test_what_is_left_of_crossed_factors_is_dense_unless_they_fall_into_groups()
     assert not leaves_dense(crossed_pattern(0, groups=4), first)
 
 
+def test_a_factor_takes_the_memory_of_one_that_is_gone_and_of_no_other():
+    A = positive_definite(120, 0.05, 0)
+    symbolic, low = Symbolic.of(A), tril(A).tocoo()
+    place = symbolic.where(low.row.astype(np.int64), low.col.astype(np.int64))
+
+    def made(scale: float) -> Factor:
+        values = symbolic.room()
+        values.fill(0.0)
+        values[place] = scale * low.data
+        return Factor(symbolic, values)
+
+    one = made(1.0)
+    first, part = one.values.ctypes.data, one.inverse[: len(place)]
+    known = part.copy()
+    del one  # of its inverse a part is still looked at
+    other = made(2.0)
+    assert other.values.ctypes.data == first
+    np.testing.assert_allclose(2 * other.inverse[place], factored(A, None).inverse[place])
+    np.testing.assert_array_equal(part, known)
+
+
 def test_matrix_without_a_positive_pivot_is_refused():
     A = csc_matrix(np.array([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 1.0]]))
     with pytest.raises(NumericalError, match="not positive definite"):

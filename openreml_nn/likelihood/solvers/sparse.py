@@ -20,10 +20,8 @@ Reference:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from math import inf
 from typing import Any, ClassVar
 
 import numpy as np
@@ -39,7 +37,7 @@ from openreml_nn.likelihood.problem import (
     Problem,
 )
 from openreml_nn.likelihood.residual import Residual
-from openreml_nn.likelihood.solver import Solver
+from openreml_nn.likelihood.solver import Solver, check_held
 from openreml_nn.likelihood.solvers.blocked import Blocked
 from openreml_nn.likelihood.solvers.dense import Dense, DenseProblem
 from openreml_nn.likelihood.system.products import Statistics
@@ -70,6 +68,7 @@ _FEW = 500
 #: product: three, of fronts that are smaller.
 _FRONTS = 5.0
 _REASON = "what meets is sparse"
+_KRYLOV = "solver='krylov' is approximate and holds little"
 
 
 @dataclass(frozen=True)
@@ -167,22 +166,20 @@ class Sparse(Solver):
         self.check_memory(found.symbolic.bytes, found.size)
         return random, residual, found
 
-    def check_memory(self, held: float, columns: int) -> None:
+    def check_memory(self, held: float, columns: int, otherwise: str = _KRYLOV) -> None:
         """Refuse a factor that would hold more bytes than it may, or than the machine has.
+
+        Args:
+            held: bytes.
+            columns: of the system.
+            otherwise: what does with less.
 
         Raises:
             InputError: if it would.
         """
-        machine = _memory_of_machine()
-        if held > min(self.memory, machine):
-            may = f"may hold {self.memory / 2**30:.3g}"
-            allow = "`Sparse(memory=...)` allows more"
-            if machine < self.memory:
-                may, allow = f"the machine has {machine / 2**30:.3g}", "a larger machine does it"
-            raise InputError(
-                f"the sparse solver would hold {held / 2**30:.3g} GiB for a factor of {columns} "
-                f"columns, and {may}: solver='krylov' is approximate and holds little, {allow}"
-            )
+        check_held(
+            self, held, columns, otherwise, (self.memory, "`Sparse(memory=...)` allows more")
+        )
 
     def _equations(
         self, random: Sequence[SparseTerm], residual: Residual, sums: Statistics | None = None
@@ -206,14 +203,6 @@ class Sparse(Solver):
         except InputError as error:
             return str(error).replace("blocked", "sparse")
         return None
-
-
-def _memory_of_machine() -> float:
-    """Bytes of memory; without end where the system does not say."""
-    try:
-        return float(os.sysconf("SC_PHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return inf
 
 
 def _moved(terms: Sequence[Term]) -> tuple[list[Term], Residual]:
