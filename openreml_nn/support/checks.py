@@ -268,7 +268,7 @@ def check_tensor(
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether all numbers of a tensor are finite."""
-    tensor = tensor.detach()
+    tensor = tensor.detach() if tensor.requires_grad else tensor
     # NaN and infinity stay in a sum, which is cheaper; a sum alone may also be too large.
     return isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())
 
