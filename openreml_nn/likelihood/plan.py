@@ -65,7 +65,7 @@ class Auto(Solver):
             if make.exact and make.least >= least:
                 is_small = True
             elif make.exact:
-                solver = make()
+                solver = _DEFAULTS[make.name]
                 found = _forecast(solver, terms, p, dtype, sums)
                 known.append((solver, found))
                 if found is not None and found.bytes <= self.memory:
@@ -114,7 +114,7 @@ def _approximate(
 ) -> Iterator[tuple[Solver, Cost]]:
     """The approximate solvers that fit the terms, with their costs."""
     for make in SOLVERS.values():
-        solver = make()
+        solver = _DEFAULTS[make.name]
         cost = None if make.exact else _forecast(solver, terms, p, dtype, sums)
         if cost is not None:
             yield solver, cost
@@ -132,10 +132,11 @@ def check_solver(solver: object) -> Solver:
     check_instance("solver", solver, str, "a name, or a solver such as `Krylov()`")
     assert isinstance(solver, str)
     check_choice("solver", solver, (Auto.name, *SOLVERS))
-    return _AUTO if solver == Auto.name else SOLVERS[solver]()
+    return _DEFAULTS[solver]
 
 
-_AUTO = Auto()
+#: Solvers with the options that they have by default, by name.
+_DEFAULTS = {Auto.name: Auto(), **{name: make() for name, make in SOLVERS.items()}}
 
 
 @dataclass(frozen=True)

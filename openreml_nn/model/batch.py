@@ -69,7 +69,7 @@ def part(batch: Batch, key: str) -> Any:
         InputError: if it is not.
         TypeError: if the batch is no dict.
     """
-    if not isinstance(batch, Mapping):
+    if type(batch) is not dict and not isinstance(batch, Mapping):
         raise TypeError(
             f"`batch` is {described(batch)}: expected a dict with 'x', 'y' and 'groups'"
         )

@@ -100,7 +100,7 @@ class _Predicts(nn.Module):
     def __init__(self, model: Predictor) -> None:
         super().__init__()
         model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.head = model.head
+        self.head, self.precision = model.head, model.precision
         self.mean, self.family = model.mean, model.family
         self.effects = nn.ModuleList(map(_Levels, model.effects().values()))
         self.names = tuple(model.effects())
@@ -126,13 +126,14 @@ class _Predicts(nn.Module):
         weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         output = mean_of(self.mean, x, self.head)
+        dtype = torch.promote_types(output.dtype, self.precision)
         if self.head == "gls":
-            X = output[:, : len(self.beta)].to(self.beta)
-            population = X @ self.beta
+            X = output[:, : len(self.beta)].to(dtype)
+            population = X @ self.beta.to(X)
             if not self.has_parameters:
                 population = torch.where(estimable(X, self.aliases), population, torch.nan)
         else:
-            population = output.double()
+            population = output.to(dtype)
             X = population.new_zeros(output.shape[0], 0)
         if offset is not None:
             population = population + offset.to(population)

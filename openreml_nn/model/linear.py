@@ -24,6 +24,7 @@ from openreml_nn.model.constraints import Constraint, Constraints
 from openreml_nn.model.fitted_variance import fit_by_fitted, is_by_fitted
 from openreml_nn.model.mixed_model import MixedModel
 from openreml_nn.model.relations import relations_of
+from openreml_nn.model.several import refuse_copies
 from openreml_nn.model.stream import fit_stream
 from openreml_nn.model.structures import bases_of, labels_of, linear_model
 from openreml_nn.result.equations import FixedBasis
@@ -153,6 +154,9 @@ def lmm(
     if encoder.formula.traits:
         _check_variance(residual_variance, WITHIN_UNIT)
     encoded = encoder.fit(table)
+    if encoder.formula.traits and residual is None:
+        cells, names = encoded.batch()["residual"], [name for name, _ in encoder.formula.traits]
+        refuse_copies(encoded.adjusted, encoded.X, cells, names)
     # Names are of parameters in the user's basis.
     bases = {} if constrained else bases_of(encoded.random)
     labels, batch = labels_of(encoded), encoded.batch()

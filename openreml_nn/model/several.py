@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,10 @@ from openreml_nn.support.checks import check_tensor
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
 
-__all__ = ["check_one_level", "coded_rows", "stacked", "stacked_output"]
+__all__ = ["check_one_level", "coded_rows", "refuse_copies", "stacked", "stacked_output"]
+
+#: A part this small of a response is rounding.
+_EXACT = 1e-11
 
 
 def stacked(
@@ -119,6 +122,45 @@ def check_one_level(coded: Mapping[str, tuple[Tensor, Tensor | None]]) -> None:
                 f"group {name!r} has {codes.shape[1]} levels a row, which mini-batches do not sum up: "
                 "expected one, or training='full' or 'parts' with all rows in one batch"
             )
+
+
+def refuse_copies(y: Tensor, X: Tensor, cells: Tensor, names: Sequence[str]) -> None:
+    """Refuse responses of which a combination is one of fixed effects: it has no residual, so that the
+    likelihood rises without end.
+
+    Args:
+        y: (n,) responses, a row for each.
+        X: (n, p) fixed effects.
+        cells: (n,) the unit of each row times the number t of responses, plus its response.
+        names: of the responses.
+    """
+    t = len(names)
+    order = cells.argsort()
+    _, count = torch.unique_consecutive(cells[order] // t, return_counts=True)
+    whole = order[(count == t).repeat_interleave(count)]
+    m = len(whole) // t
+    if m <= t * X.shape[1] + t:
+        return
+    Y, of_unit = y[whole].reshape(m, t), X[whole].reshape(m, -1)
+    left = Y - of_unit @ torch.linalg.lstsq(of_unit, Y, driver="gelsd").solution
+    scale = torch.linalg.vector_norm(Y, dim=0)
+    _, size, directions = torch.linalg.svd(left / scale, full_matrices=False)
+    if not bool((scale > 0).all()) or float(size[-1]) > _EXACT:
+        return
+    c = directions[-1] / scale
+    # The rows of that combination, of which the coefficients must be able to take it off.
+    own = torch.outer(Y @ c, c / (c @ c)).reshape(-1, 1)
+    beta = torch.linalg.lstsq(X[whole], own, driver="gelsd").solution
+    if float((own - X[whole] @ beta).norm()) > 1e3 * _EXACT / float(c.norm()):
+        return
+    among = [
+        name for name, part in zip(names, directions[-1].tolist(), strict=True) if abs(part) > 1e-6
+    ]
+    raise InputError(
+        f"the responses {', '.join(map(repr, among))} have a combination that the fixed effects fit "
+        "exactly, as where two differ by their means alone: their covariance is singular, and the "
+        "likelihood has no maximum; leave one of them out"
+    )
 
 
 def _by_response(z: Tensor, responses: int) -> Tensor:

@@ -282,7 +282,7 @@ def check_constant(name: str, tensor: Tensor) -> None:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether all numbers of a tensor are finite."""
-    tensor = tensor.detach()
+    tensor = tensor.detach() if tensor.requires_grad else tensor
     # NaN and infinity stay in a sum, which is cheaper; a sum alone may also be too large.
     return isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())
 
