@@ -195,8 +195,8 @@ class Family(Parametrized):
         return self.own_trans[name](self.stored(name).to(like))
 
     def quantities(self, like: Tensor) -> dict[str, Tensor]:
-        """Its parameters as tables show them, on the natural scale, by name, (1,) each: a
-        differentiable function of what it stores."""
+        """The parameters of the family as tables show them, on the natural scale, by name, (1,)
+        each: a differentiable function of what it stores."""
         return {name: self.natural(name, like) for name in self.own_trans}
 
     def by_parameters(self, given: Mapping[str, Any], option: str) -> dict[str, Any]:

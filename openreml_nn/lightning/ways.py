@@ -292,8 +292,8 @@ class Full(Way):
 
 
 class Parts(Full):
-    """The same step in the memory of a few rows: the network runs on some rows at a time, and
-    again when their gradient comes back."""
+    """A step on the likelihood of all rows in the memory of a few: the network runs on some rows at
+    a time, and again when their gradient comes back."""
 
     def _run(self, model: MixedModel, x: Any) -> Tensor:
         parts = split(x, self.row_count)

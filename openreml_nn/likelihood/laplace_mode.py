@@ -257,7 +257,7 @@ def _newton(
         move, move_X, gain = _step(factor, g, g_X)
         # An earlier factor will do for a step as long as steps get shorter fast, and until one by the
         # true one is none for certain.
-        if not true and (gain <= tolerance / 10 or gain > before / 20 or (step == 0 and gain > 1)):
+        if not true and (gain <= tolerance / 10 or gain > before / 20):
             factor, true = _factor(rows, point, weights)
             move, move_X, gain = _step(factor, g, g_X)
         # Rounding leaves a floor, below which steps get no smaller.

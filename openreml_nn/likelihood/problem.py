@@ -238,7 +238,7 @@ class Problem:
         return None
 
     def with_fixed(self, fixed: FixedPart) -> Problem:
-        """The same designs with other data: what depends on designs alone is kept."""
+        """A problem of these designs with other data: what depends on designs alone is kept."""
         found = copy(self)
         found.fixed = fixed
         found.p = fixed.Q.shape[1]
@@ -274,7 +274,7 @@ class Problem:
         return list(parts)
 
     def precise(self, terms: Sequence[Term]) -> Evaluation | None:
-        """The same by a slower way that keeps more digits; None where there is none."""
+        """The evaluation by a slower way that keeps more digits; None where there is none."""
         return None
 
     def evaluate(self, terms: Sequence[Term]) -> Evaluation:
@@ -319,7 +319,7 @@ class Problem:
         return evaluation
 
     def more_precise(self, evaluation: Evaluation) -> Evaluation | None:
-        """The same with more digits; None where there is no such way, or it was taken already."""
+        """The evaluation with more digits; None where there is no such way, or it was taken already."""
         better = self.precise(evaluation.at_terms)
         if better is None or better.rounding >= evaluation.rounding:
             return None

@@ -173,7 +173,7 @@ class _Rows:
 
     @classmethod
     def of(cls, model: Predictor, batch: Batch) -> _Rows:
-        """Those of a batch."""
+        """The rows of a batch, with what the network yields for them."""
         with evaluating(model):
             output = model(batch)
             model.check(batch)

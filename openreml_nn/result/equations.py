@@ -79,8 +79,8 @@ class Equations:
         f: Tensor,
         fixed: FixedBasis,
     ) -> Equations | None:
-        """Those of some rows; None for residuals that are correlated over more than 5,000 rows in
-        no known blocks.
+        """Equations of some rows; None for residuals that are correlated over more than 5,000 rows
+        in no known blocks.
 
         Args:
             designs: of each random term.
@@ -92,7 +92,7 @@ class Equations:
         if white is None:
             return None
         found, f, log_det = white
-        pattern = Pattern.of_levels(found)
+        pattern = Pattern.of(found, members=True)
         sizes = [(d.levels, d.shape[1] // d.levels) for d in designs]
         return cls(sizes, pattern, pattern.products(found, f), fixed, len(f), log_det)
 
@@ -100,7 +100,7 @@ class Equations:
     def of_statistics(
         cls, statistics: Statistics, variance: Tensor, fixed: FixedBasis
     ) -> Equations:
-        """Those of cross-products of rows of one residual variance, that of a weight of 1."""
+        """Equations of cross-products of rows with one residual variance, that of a weight of 1."""
         pattern, found = statistics.ordered(range(len(statistics.sizes)))
         zz = {pair: value / variance for pair, value in found.zz.items()}
         products = Products(zz, [part / variance for part in found.zf], found.ff / variance)

@@ -130,7 +130,7 @@ class FactoredErrors:
         return torch.from_numpy(found).to(X.device)
 
     def _recorded(self, designs: Sequence[IndexedDesign], X: Tensor) -> Tensor:
-        """The same as a differentiable function of X and of the values of the designs."""
+        """Variances of the rows as a differentiable function of X and of the values of the designs."""
         z = [X.new_ones(len(X), 1) if d.values is None else d.values.to(X) for d in designs]
         among, T = (torch.from_numpy(x).to(X) for x in self._of_levels([d.codes for d in designs]))
         values, C = torch.cat(z, 1), torch.from_numpy(self.variance_of_coefficients).to(X)
@@ -196,7 +196,7 @@ class FactoredErrors:
         return found
 
     def _selected(self, w: csc_matrix, lengths: np.ndarray, at: slice, found: np.ndarray) -> None:
-        """The same by the selected inverse; NaN where two entries do not meet in the factor."""
+        """Variances by the selected inverse; NaN where two entries do not meet in the factor."""
         own = lengths[at]
         column = np.repeat(np.arange(at.start, at.stop), own**2)
         if not len(column):

@@ -25,8 +25,11 @@ def visible(text: object) -> str:
 
 
 def plain_console(**options: Any) -> Console:
-    """A rich console for which brackets and colons are characters, not markup or pictures."""
-    return Console(markup=False, emoji=False, highlight=False, **options)
+    """A rich console for which brackets and colons are characters, not markup or pictures.
+
+    In Jupyter, too, it writes to its stream: rich would display the text in the notebook instead.
+    """
+    return Console(markup=False, emoji=False, highlight=False, force_jupyter=False, **options)
 
 
 def status(text: str, is_shown: bool = True) -> AbstractContextManager[object]:

@@ -139,7 +139,7 @@ class ResidualDesign:
         return self.variance is not None and self.covariate is None
 
     def to_dict(self) -> dict[str, Any]:
-        """Its shape without the rows, in numbers, strings and containers of Python's own."""
+        """The shape of the structure without its rows, in numbers, strings and Python's containers."""
         strata = []
         for stratum in self.strata:
             sides = []

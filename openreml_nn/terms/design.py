@@ -44,7 +44,7 @@ class Design:
         return []
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Design:
-        """The same design with ``function`` applied to its tensors."""
+        """A copy of the design with ``function`` applied to its tensors."""
         return self
 
     def dense(self, like: Tensor) -> Tensor:

@@ -92,6 +92,8 @@ def test_factor_solves_and_inverts_within_its_pattern(n, density, seed, order):
     assert found.log_det == pytest.approx(np.linalg.slogdet(dense)[1], rel=1e-12, abs=1e-12)
     x = np.random.default_rng(seed).standard_normal((n, 7))
     np.testing.assert_allclose(found.solve(x), np.linalg.solve(dense, x), rtol=0, atol=1e-11)
+    # Of few columns by another routine.
+    np.testing.assert_allclose(found.solve(x[:, :2]), found.solve(x)[:, :2], rtol=0, atol=1e-11)
     half = found.half(x)
     np.testing.assert_allclose(half.T @ half, x.T @ np.linalg.solve(dense, x), atol=1e-10)
     low = tril(A).tocoo()
@@ -414,6 +416,44 @@ def test_second_derivatives_equal_those_of_dense(model):
             [torch.cat(torch.autograd.grad(g, parameters, retain_graph=True)) for g in first]
         )
     torch.testing.assert_close(found["sparse"], found["dense"], rtol=1e-9, atol=1e-12)
+
+
+def field() -> tuple[Sum, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    y = torch.randn(20, generator=g).double()
+    return ar1_field(5, 4).double(), y, torch.ones(20, 1).double()
+
+
+@pytest.mark.parametrize("model", [lambda: animals(40), crossed, field])
+def test_transforms_of_torch_have_the_gradient(model):
+    V, y, X = model()
+    loss, parameters = REMLLoss(V, solver="sparse"), list(V.parameters())
+    expected = torch.autograd.grad(loss(y, X), parameters)
+    names = [f"covariance.{name}" for name, _ in V.named_parameters()]
+
+    def value(*theta):
+        return torch.func.functional_call(loss, dict(zip(names, theta, strict=True)), (y, X))
+
+    at, places = [p.detach() for p in parameters], tuple(range(len(names)))
+    found = torch.func.grad(value, argnums=places)(*at)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_transforms_of_torch_take_crossed_factors_of_many_levels():
+    g = torch.Generator().manual_seed(0)
+    n, levels = 700, (520, 510)
+    random = {
+        f"f{i}": CovariancePropagation(
+            DummyMatrix.from_codes(torch.randint(q, (n,), generator=g), q), ScalarMatrix(q)
+        )
+        for i, q in enumerate(levels)
+    }
+    V = Sum({**random, "residual": ScalarMatrix(n)}).double()
+    y, X = torch.randn(n, generator=g).double(), torch.ones(n, 1).double()
+    loss = REMLLoss(V)
+    found = torch.func.grad(lambda y: loss(y, X))(y)
+    moved = y.requires_grad_()
+    torch.testing.assert_close(found, *torch.autograd.grad(loss(moved, X), moved))
 
 
 def test_second_derivatives_of_too_many_rows_are_refused():

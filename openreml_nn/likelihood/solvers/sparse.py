@@ -31,6 +31,7 @@ import torch
 from scipy.sparse import csc_matrix, csr_matrix
 from torch import Tensor
 
+from openreml_nn.covariance.nodes import functorch
 from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.problem import (
     Cost,
@@ -58,6 +59,7 @@ from openreml_nn.likelihood.system.sparse.terms import (
 from openreml_nn.likelihood.system.square_root import SquareRootEvaluation
 from openreml_nn.support.checks import check_number, found
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.modes import outside_transforms
 from openreml_nn.terms.term import Term
 
 __all__ = ["Sparse", "SparseProblem"]
@@ -110,13 +112,14 @@ class Sparse(Solver):
     def forecast(self, terms: Sequence[Term], p: int, dtype: torch.dtype) -> Cost | None:
         if self.obstacle(terms) is not None:
             return None
-        moved = over_levels(terms)
-        residual = _residual_of(moved)
+        moved, residual = _moved(terms)
         n = moved[0].design.shape[0]
         effects = [term for i, term in enumerate(moved) if i not in residual.at]
         is_field = isinstance(residual, FieldResidual)
-        if not (is_field or _promising(effects)) or _held_dense(effects) > self.memory:
-            # Other solvers take so little, or this one so much, that a bound will do.
+        promising = (is_field or _promising(effects)) and not functorch()
+        if not promising or _held_dense(effects) > self.memory:
+            # Other solvers take so little, or this one so much, that a bound will do; and within a
+            # transform the formula is another solver's.
             q = float(sum(term.design.shape[1] for term in effects))
             work = q**3 + 8.0 * q * q * (p + 2) + 4.0 * n * (p + 1) + Sparse.least
             return Cost(work, 16.0 * q * q, True, _REASON, (f"{q:.0f} columns",))
@@ -159,8 +162,7 @@ class Sparse(Solver):
         if self._analysed.get("terms") is terms:
             known = self._analysed["equations"]
         self._analysed.clear()
-        moved = over_levels(terms)
-        residual = _residual_of(moved)
+        moved, residual = _moved(terms)
         effects = [term for i, term in enumerate(moved) if i not in residual.at]
         self.check_memory(_held_dense(effects), sum(x.design.shape[1] for x in effects))
         random = _random_of(moved, residual)
@@ -203,7 +205,7 @@ class Sparse(Solver):
 
     def obstacle(self, terms: Sequence[Term]) -> str | None:
         try:
-            _residual_of(over_levels(terms))
+            _moved(terms)
         except InputError as error:
             return str(error).replace("blocked", "sparse")
         return None
@@ -215,6 +217,13 @@ def _memory_of_machine() -> float:
         return float(os.sysconf("SC_PHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return inf
+
+
+def _moved(terms: Sequence[Term]) -> tuple[list[Term], Residual]:
+    """The terms over levels, and R."""
+    with outside_transforms():
+        moved = over_levels(terms)
+        return moved, _residual_of(moved)
 
 
 def _residual_of(terms: Sequence[Term]) -> Residual:

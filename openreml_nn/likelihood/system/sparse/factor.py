@@ -24,6 +24,7 @@ from openreml_nn.likelihood.system.sparse.blas import (
     gemm,
     potrf,
     potri,
+    solve,
     symm,
     syrk,
     trsm,
@@ -262,15 +263,7 @@ def _forward(routines, first, row_start, rows, value_start, values, x):
                         for c in range(m):
                             x[row, c] -= a * x[lo + k, c]
             continue
-        # Rows of x by columns are (m, w): X L^-T from the right is L^-1 X.
-        for k in range(w):
-            for j in range(k):
-                a = values[own + k * w + j]
-                for c in range(m):
-                    x[lo + k, c] -= a * x[lo + j, c]
-            root = values[own + k * w + k]
-            for c in range(m):
-                x[lo + k, c] /= root
+        solve(routines, _T, w, m, base + 8 * own, w, at_x + 8 * lo * m)
         if below:
             gemm(
                 routines, _N, _N, m, below, w, 1.0, at_x + 8 * lo * m, m,
@@ -312,6 +305,9 @@ def _backward(routines, first, row_start, rows, value_start, values, x):
                 routines, _N, _T, m, w, below, -1.0, room, m,
                 base + 8 * (own + w * w), w, 1.0, at_x + 8 * lo * m, m,
             )  # fmt: skip
+        if w > _NARROW:
+            solve(routines, _N, w, m, base + 8 * own, w, at_x + 8 * lo * m)
+            continue
         for k in range(w - 1, -1, -1):
             root = values[own + k * w + k]
             for c in range(m):
