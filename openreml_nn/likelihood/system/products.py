@@ -93,68 +93,6 @@ class Pattern:
         self.cells = cells
 
     @classmethod
-    def of(cls, designs: Sequence[Design], coded: type[CodedDesign] = IndexedDesign) -> Pattern:
-        """That of some designs of the same rows.
-
-        Args:
-            designs: as they are multiplied.
-            coded: what has a pattern: by default what has one level in a row, else dense.
-        """
-        found: dict[tuple[int, int], Cells | None] = {}
-        with outside_transforms():
-            for t, one in enumerate(designs):
-                for u, two in enumerate(designs[t:], t):
-                    both = isinstance(one, coded) and isinstance(two, coded)
-                    found[t, u] = Cells.of(one, two) if both else None  # type: ignore[arg-type]
-        return cls(found)
-
-    def products(self, designs: Sequence[Design], f: Tensor) -> Products:
-        """Cross-products of designs with these codes and of f, (n, r)."""
-        zz = {}
-        for (t, u), cells in self.cells.items():
-            one, two = designs[t], designs[u]
-            if cells is None:
-                zz[t, u] = _dense_product(one, two, f)
-            else:
-                assert isinstance(one, CodedDesign) and isinstance(two, CodedDesign)
-                zz[t, u] = cells.sum(one, two, f)
-        return Products(zz, [design.t_matmul(f) for design in designs], f.mT @ f)
-
-
-@dataclass(frozen=True)
-class Products:
-    r"""Cross-products of some rows.
-
-    Attributes:
-        zz: :math:`Z_t^\top Z_u`, by cells (cells, k_t, k_u), or (q_t, q_u) where a design is dense.
-        zf: :math:`Z_t^\top f`, (q_t, r).
-        ff: :math:`f^\top f`, (r, r).
-    """
-
-    zz: dict[tuple[int, int], Tensor]
-    zf: list[Tensor]
-    ff: Tensor
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Cross-products of some rows with where they belong: they add up over rows.
-
-    Attributes:
-        sizes: levels and effects of each design.
-        cells: levels that meet, for each pair of designs t ≤ u: (cells,) of t and of u.
-        products: their cross-products.
-        rows: number of rows.
-        log_det: :math:`\\log|R|` of the rows at a residual variance of 1, by which they were weighted.
-    """
-
-    sizes: list[tuple[int, int]]
-    cells: dict[tuple[int, int], tuple[Tensor, Tensor]]
-    products: Products
-    rows: int
-    log_det: float = 0.0
-
-    @classmethod
     def of(cls, designs: Sequence[Design], *, members: bool = False) -> Pattern:
         """That of some designs of the same rows.
 
@@ -222,7 +160,7 @@ class Statistics:
     def of(
         cls, designs: Sequence[CodedDesign], f: Tensor, weights: Tensor | None = None
     ) -> Statistics:
-        """Statistics of some rows, each weighted by its weight (n,), if there are weights."""
+        """Those of some rows, each weighted by its weight (n,), if there are weights."""
         log_det = 0.0
         if weights is not None:
             half = weights.sqrt()[:, None]
