@@ -19,7 +19,7 @@ from openreml_nn.terms.design import IdentityDesign, IndexedDesign, MembershipDe
 from openreml_nn.terms.kernel import Kernel
 from openreml_nn.terms.term import Term
 
-__all__ = ["row_variances"]
+__all__ = ["effect_variances", "row_variances"]
 
 #: Columns of a known matrix that are held at a time.
 _AT_A_TIME = 512
@@ -28,6 +28,13 @@ _AT_A_TIME = 512
 def row_variances(terms: Sequence[Term]) -> list[Tensor]:
     """Mean over the rows of each term's variance."""
     return [_row_variance(term) for term in terms]
+
+
+def effect_variances(term: Term) -> Tensor:
+    """Variances of the effects of a level (k,), where levels have several."""
+    z = term.design
+    effects = z.width if isinstance(z, MembershipDesign) else z.effects
+    return _blocks(term.covariance, effects).mean(0).diagonal()
 
 
 def _row_variance(term: Term) -> Tensor:
