@@ -9,7 +9,7 @@ import torch
 
 from openreml_nn import InputError, MixedModel, RandomEffect, glmm, lmm
 from openreml_nn.covariance import Pedigree
-from openreml_nn.inference import reliability
+from openreml_nn.inference import heritability, reliability, variance_shares
 from openreml_nn.model import exported
 from openreml_nn.table import Encoder
 from openreml_nn.table.formula import parse_formula
@@ -177,6 +177,45 @@ def test_inference_knows_both_effects(maternal):
     table = reliability(maternal)
     assert list(table["effect"].unique()) == ["animal", "dam"]
     assert table["reliability"].between(0, 1).all()
+
+
+@pytest.mark.parametrize("term", ["us(ped(animal) + ped(dam))", "(1 | mm(sire, dam))"])
+def test_shares_of_variance_count_what_the_levels_of_a_row_have_in_common(term):
+    options, columns, slope = TERMS[term]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit = lmm(f"y ~ x + {term}", CALVES, **options, max_iterations=2)
+    component = fit.components[0]
+    among = np.eye(len(component.levels))
+    if "ped" in term:
+        among = K - np.diag(np.diag(K)) + among  # inbreeding is left out
+    Z = dense_design(term, columns, slope, component.levels, CALVES)
+    G = np.kron(among, component.covariance.double().numpy())
+    table = variance_shares(fit)
+    assert table["variance"].iloc[0] == pytest.approx(np.mean(np.sum(Z @ G * Z, 1)), rel=1e-9)
+    assert table["share"].sum() == pytest.approx(1)
+
+
+def test_direct_and_maternal_heritabilities_are_of_the_variance_of_a_row():
+    fit = lmm("y ~ x + diag(ped(animal) + ped(dam))", CALVES, pedigree=PEDIGREE)
+    whole = variance_shares(fit)
+    total, Sigma = whole["variance"].sum(), fit.components[0].covariance
+    found = {name: heritability(fit, effect=name) for name in ("animal", "dam")}
+    for j, share in enumerate(found.values()):
+        assert share.estimate == pytest.approx(float(Sigma[j, j]) / total, rel=1e-9)
+    # Without a covariance they add up to the share of the term, and so do their derivatives.
+    assert sum(share.estimate for share in found.values()) == pytest.approx(whole["share"].iloc[0])
+    alone = lmm("y ~ x + (1 | ped(animal)) + (1 | ped(dam))", CALVES, pedigree=PEDIGREE)
+    for name, share in found.items():
+        other = heritability(alone, name)
+        assert share.estimate == pytest.approx(other.estimate, rel=1e-4)
+        assert share.std_error == pytest.approx(other.std_error, rel=1e-3)
+    with pytest.raises(InputError, match="expected one of them as `effect`"):
+        heritability(fit)
+    with pytest.raises(
+        InputError, match=r"`effect` is 'sire': expected one of \['animal', 'dam'\]"
+    ):
+        heritability(fit, effect="sire")
 
 
 def test_poisson_rows_of_two_levels_equal_the_same_levels_in_columns():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import ClassVar
@@ -38,6 +38,11 @@ class Solver:
     name: ClassVar[str]
     exact: ClassVar[bool] = True
     least: ClassVar[float] = 0.0
+
+    def with_progress(self, progress: Callable[[str, float], None]) -> Solver:
+        """The solver that calls ``progress`` with what it is at and the share of it that is done, where
+        that takes seconds; by default nothing does."""
+        return self
 
     def forecast(self, terms: Sequence[Term], p: int, dtype: torch.dtype) -> Cost | None:
         """What an evaluation would take; None where the solver does not fit the terms.

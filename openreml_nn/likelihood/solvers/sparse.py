@@ -105,6 +105,9 @@ class Sparse(Solver):
         if self.progress is not None and not callable(self.progress):
             raise TypeError(f"`progress` is {found(self.progress)}: expected a function")
 
+    def with_progress(self, progress: Callable[[str, float], None]) -> Sparse:
+        return replace(self, progress=progress)
+
     def forecast(self, terms: Sequence[Term], p: int, dtype: torch.dtype) -> Cost | None:
         if self.obstacle(terms) is not None:
             return None
