@@ -75,6 +75,14 @@ class Posterior(nn.Module):
         self.evidence = Evidence()
         self.register_load_state_dict_post_hook(_settle_again)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # torch would keep the module under this name, beside the family that the likelihood is of.
+        if name == "family":
+            raise AttributeError(
+                "`family` has the residual's place: assign `model.residual`, or make another model"
+            )
+        super().__setattr__(name, value)
+
     def check(self, batch: Batch) -> None:
         """Refuse what has no effect in this model.
 
