@@ -18,7 +18,7 @@ from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.regressions import Regressions
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.transform import TransformExp, TransformExpPow2
-from openreml_nn.support.checks import check_count, check_instance, found
+from openreml_nn.support.checks import check_constant, check_count, check_instance, found
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.design import IdentityDesign
 from openreml_nn.terms.neighbours import NeighbourPrecision
@@ -233,6 +233,7 @@ def _check_coordinates(places: Tensor) -> None:
 
 def _check_places(places: Tensor) -> None:
     _check_coordinates(places)
+    check_constant("places", places)
     at = places.detach().cpu().numpy()
     order = np.lexsort(at.T)
     same = (at[order[1:]] == at[order[:-1]]).all(1)

@@ -80,13 +80,17 @@ def climb(
             # Rounding is all that moves it: it is as near as the numbers let one see.
             history[-1] = replace(history[-1], step=0.0)
             break
-        if _has_stalled(history) and step.score_norm < lost_in_noise(objective):
+        if _has_stalled(history) and step.score_norm < _lost(objective):
             history[-1] = replace(history[-1], step=0.0)
             break
         far = step.score_norm > CONVERGED
         if far and len(history) > _STALLED and step.length < 0.02 and _gain(history) < 1e-8:
             break  # at the edge of where V is positive definite: there is nowhere to go
     return history
+
+
+def _lost(objective: Objective) -> float:
+    return 0.0 if objective.moves else lost_in_noise(objective.evaluate())
 
 
 def _has_stalled(history: Sequence[Record]) -> bool:

@@ -250,6 +250,7 @@ class MixedModel(Predictor):
         Raises:
             TypeError, InputError, NumericalError: as :meth:`loss`.
         """
+        self.check_loaded()
         batch, output = with_responses(batch, output, self.responses > 1)
         with evaluating(self):
             output = self(batch) if output is None else output

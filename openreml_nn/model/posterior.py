@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openreml_nn.covariance import DummyMatrix, Matrix, Operator, Sum
+from openreml_nn.covariance import DummyMatrix, Matrix, MembershipMatrix, Operator, Sum
 from openreml_nn.covariance.params import operand_name
 from openreml_nn.families import Family
 from openreml_nn.likelihood.effects import Coefficients, RandomEffects
@@ -22,6 +22,7 @@ from openreml_nn.result.evidence import Evidence
 from openreml_nn.result.joint import JointErrors
 from openreml_nn.result.prediction import lowered
 from openreml_nn.result.result import FixedEffects
+from openreml_nn.support.errors import InputError
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.term import Term
 
@@ -74,13 +75,21 @@ class Posterior(nn.Module):
         self.evidence = Evidence()
         self.register_load_state_dict_post_hook(_settle_again)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # torch would keep the module under this name, beside the family that the likelihood is of.
+        if name == "family":
+            raise AttributeError(
+                "`family` has the residual's place: assign `model.residual`, or make another model"
+            )
+        super().__setattr__(name, value)
+
     def check(self, batch: Batch) -> None:
         """Refuse what has no effect in this model.
 
         Raises:
             TypeError, InputError: if the batch has such a part, naming it.
         """
-        refuse_unread(batch, self.effects(), self.residual, self.responses)
+        refuse_unread(batch, self.effects, self.residual, self.responses)
 
     def single(self, batch: Batch, output: Tensor, is_data: bool) -> tuple[Batch, Tensor]:
         """A batch with what the network has yielded for it, with a row for each response; in the
@@ -106,6 +115,30 @@ class Posterior(nn.Module):
         found = stacked(batch, self.responses, self.effects(), is_data, with_x)
         if "residual" not in structure_of(self.residual).takes:
             del found["residual"]
+        return found
+
+    def check_loaded(self) -> None:
+        """Refuse a model whose parameters have no values.
+
+        Raises:
+            InputError: if it is on the meta device.
+        """
+        if self.joint.is_known.is_meta or any(p.is_meta for p in self.parameters()):
+            raise InputError(
+                "the model is on the meta device, where nothing has a value: expected one with values, "
+                "by load_state_dict(state, assign=True), or by to_empty(device=...) and load_state_dict(state)"
+            )
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The precision of predictions: the widest of what the rows have said and of the residual's
+        parameters, and float32 at least."""
+        own = [effect.blup for effect in self.effects().values()]
+        own += [self.beta] if self.head == "gls" else []
+        found = torch.float32
+        for tensor in (*own, *self.residual.parameters(), *self.residual.buffers()):
+            if tensor.is_floating_point():
+                found = torch.promote_types(found, tensor.dtype)
         return found
 
     @property
@@ -181,10 +214,10 @@ class Posterior(nn.Module):
             terms = [residual]
         random = [part for part in parts[: len(self.random)] if isinstance(part, Operator)]
         pairs = [part.operands.values() for part in random]
-        designs = [z.design for z, _ in pairs if isinstance(z, DummyMatrix)]
+        designs = [z.design for z, _ in pairs if isinstance(z, DummyMatrix | MembershipMatrix)]
         self.remember_equations(
             [lowered(g).map(Tensor.detach) for _, g in pairs if isinstance(g, Matrix)],
-            [(design.levels, design.effects) for design in designs],
+            [(design.levels, design.shape[1] // design.levels) for design in designs],
             r,
             lambda: Equations.of(designs, terms, *fixed()),
         )

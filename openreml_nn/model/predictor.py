@@ -174,28 +174,29 @@ class _Rows:
     @classmethod
     def of(cls, model: Predictor, batch: Batch) -> _Rows:
         """Those of a batch."""
+        model.check_loaded()
         with evaluating(model):
             output = model(batch)
             model.check(batch)
             if model.responses > 1:
                 batch = {key: value for key, value in batch.items() if key != "y"}
             batch, output = model.single(batch, output, is_data=False)
-            n = len(output)
+            n, dtype = len(output), torch.promote_types(output.dtype, model.precision)
             if model.head == "gls":
                 if not bool(model.joint.is_known):
                     raise InputError("there are no coefficients yet: call update() with the data")
-                X = output[:, : len(model.beta)].to(model.beta)
-                population = X @ model.beta
+                X = output[:, : len(model.beta)].to(dtype)
+                population = X @ model.beta.to(X)
                 if not any(True for _ in model.mean.parameters()):
                     population = torch.where(estimable(X, model.aliases), population, torch.nan)
             else:
-                population = output.double()
+                population = output.to(dtype)
                 X = population.new_zeros(n, 0)
             offset = row_values(batch, "offset", n)
             if offset is not None:
                 population = population + offset.to(population)
             coded = {
-                name: (codes, population.new_ones(n, 1) if values is None else values)
+                name: (codes, population.new_ones(*codes.shape, 1) if values is None else values)
                 for name, (codes, values) in coded_effects(model.effects(), batch, n).items()
             }
             return cls(population, X, coded, batch)

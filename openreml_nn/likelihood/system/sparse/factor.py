@@ -24,6 +24,7 @@ from openreml_nn.likelihood.system.sparse.blas import (
     gemm,
     potrf,
     potri,
+    solve,
     symm,
     syrk,
     trsm,
@@ -129,7 +130,7 @@ class Factor:
         s = self.symbolic
         below = np.diff(s.row_start) - np.diff(s.first)
         room = int(below.max(initial=0))
-        found = np.empty_like(self.values)
+        found = s.room()
         square = np.empty(max(room * room, 1))
         half = np.empty(max(int((below * np.diff(s.first)).max(initial=1)), 1))
         for low, high, run in s.pieces_with_runs:
@@ -262,15 +263,7 @@ def _forward(routines, first, row_start, rows, value_start, values, x):
                         for c in range(m):
                             x[row, c] -= a * x[lo + k, c]
             continue
-        # Rows of x by columns are (m, w): X L^-T from the right is L^-1 X.
-        for k in range(w):
-            for j in range(k):
-                a = values[own + k * w + j]
-                for c in range(m):
-                    x[lo + k, c] -= a * x[lo + j, c]
-            root = values[own + k * w + k]
-            for c in range(m):
-                x[lo + k, c] /= root
+        solve(routines, _T, w, m, base + 8 * own, w, at_x + 8 * lo * m)
         if below:
             gemm(
                 routines, _N, _N, m, below, w, 1.0, at_x + 8 * lo * m, m,
@@ -312,6 +305,9 @@ def _backward(routines, first, row_start, rows, value_start, values, x):
                 routines, _N, _T, m, w, below, -1.0, room, m,
                 base + 8 * (own + w * w), w, 1.0, at_x + 8 * lo * m, m,
             )  # fmt: skip
+        if w > _NARROW:
+            solve(routines, _N, w, m, base + 8 * own, w, at_x + 8 * lo * m)
+            continue
         for k in range(w - 1, -1, -1):
             root = values[own + k * w + k]
             for c in range(m):
