@@ -59,7 +59,7 @@ def moment_start(loss: REMLLoss, y: Tensor, X: Tensor, rows: Tensor | None = Non
 
 
 def start_by_moments(objective: Objective, size: float) -> None:
-    """The same for a prepared likelihood, with the length of the response."""
+    """Set the parameters of a prepared likelihood to their start; ``size`` is the response's length."""
     covariance, problem = objective.covariance, objective.problem
     y = problem.fixed.y
     one = torch.ones(covariance.shape[0], dtype=y.dtype, device=y.device)

@@ -212,7 +212,7 @@ class FixedPart:
         return cls(y, X, eye, X.new_zeros(X.shape[1]), list(range(X.shape[1])), none)
 
     def detach(self) -> FixedPart:
-        """The same numbers without their graph."""
+        """The numbers of the fixed part without their graph."""
         if not (self.y.requires_grad or self.Q.requires_grad):
             return self
         Q = self.Q.detach() if self.Q.requires_grad else self.Q

@@ -50,7 +50,7 @@ class Ready(NamedTuple):
     recorded: bool
 
     def value(self, scale: float) -> Tensor:
-        """So many times the log-likelihood, differentiable in the terms and the data."""
+        """The log-likelihood times ``scale``, differentiable in the terms and the data."""
         matrices = self.problem.matrices(self.terms)
         if self.recorded:
             return self.problem.recorded(matrices) * scale
@@ -97,7 +97,12 @@ class Likelihood:
             )
         constants = [rows, *(tensor for term in terms for tensor in term.constants)]
         wrapped = traced(y, X, *constants, *(term.covariance.matrix for term in terms))
-        kept = None if wrapped else self._kept
+        recording = torch.is_grad_enabled()
+        recorded = wrapped or (
+            recording and any(t is not None and t.requires_grad for t in constants)
+        )
+        # What was prepared without recording, perhaps of the same numbers, has no graph of designs.
+        kept = None if recorded else self._kept
         same_data = kept is not None and kept.has_seen(y, X)
         if not wrapped and not same_data:
             check(y, X)
@@ -109,11 +114,7 @@ class Likelihood:
             kept = None
         if kept is not None and same_data:
             return Ready(kept.problem, kept.plan, terms, kept.problem.fixed, False)
-        recording = torch.is_grad_enabled()
         moving = recording and (y.requires_grad or X.requires_grad)
-        recorded = wrapped or (
-            recording and any(t is not None and t.requires_grad for t in constants)
-        )
         # What is prepared may be used in training later: no tensor of it is one of inference mode.
         with outside_inference(recording):
             data = (y, X) if wrapped or moving else (private(y), private(X))
@@ -125,7 +126,7 @@ class Likelihood:
             if kept is not None and kept.problem.takes_data:
                 problem, plan = kept.problem.with_fixed(plain), kept.plan
             else:
-                problem, plan = self._planned(plain, held, options, dtype)
+                problem, plan = self._planned(plain, held, options, dtype, recorded)
             recorded = recorded or (moving and not problem.takes_data)
             if recorded and moving and not wrapped:
                 problem = problem.anew(fixed, terms)
@@ -145,8 +146,13 @@ class Likelihood:
         terms: Sequence[Term],
         options: LikelihoodOptions,
         dtype: torch.dtype,
+        recorded: bool,
     ) -> tuple[Problem, Plan]:
-        """A problem prepared by the solver of least work."""
+        """A problem prepared by the solver of least work.
+
+        One that is recorded has its own plain formula: what its solver would find out of the
+        designs serves nothing, and cannot be found out within a transform.
+        """
         key = fixed.Q.shape, options.solver, dtype, *(term.form for term in terms)
         if self._plan is not None and self._plan[0] == key:
             plan = self._plan[1]
@@ -158,6 +164,8 @@ class Likelihood:
                 f"the likelihood is approximate: {plan.reason}; "
                 "solver='blocked' insists on an exact one"
             )
+        if recorded:
+            return problem, plan
         plan = plan.measured(problem)
         # Where nothing is prepared the work is that of the forms, as those of the next batch are.
         self._plan = None if problem.prepares else (key, plan)

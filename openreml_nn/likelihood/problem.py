@@ -98,6 +98,8 @@ class Evaluation:
         gamma: (p,) generalised least-squares coefficients of Q.
         gamma_factor: (p, p) Cholesky factor of :math:`Q^\\top V^{-1} Q`.
         error: Monte Carlo standard error of the log-likelihood; 0 where it is exact.
+        noise: what rounding leaves unknown of the log-likelihood, where that is more than of a sum of
+            its terms; else 0.
         rounding: bound of the relative error that rounding leaves in all that derives from it:
             the precision of the dtype times how often the factorisations magnify it.
         recorded_rounding: the same of the plain formula that second derivatives come from.
@@ -110,6 +112,7 @@ class Evaluation:
     gamma: Tensor
     gamma_factor: Tensor
     error: float = 0.0
+    noise: float = 0.0
     rounding: float = 0.0
     recorded_rounding: float = 0.0
     problem: Problem
@@ -240,7 +243,7 @@ class Problem:
         return None
 
     def with_fixed(self, fixed: FixedPart) -> Problem:
-        """The same designs with other data: what depends on designs alone is kept."""
+        """A problem of these designs with other data: what depends on designs alone is kept."""
         found = copy(self)
         found.fixed = fixed
         found.p = fixed.Q.shape[1]
@@ -276,7 +279,7 @@ class Problem:
         return list(parts)
 
     def precise(self, terms: Sequence[Term]) -> Evaluation | None:
-        """The same by a slower way that keeps more digits; None where there is none."""
+        """The evaluation by a slower way that keeps more digits; None where there is none."""
         return None
 
     def evaluate(self, terms: Sequence[Term]) -> Evaluation:
@@ -321,7 +324,7 @@ class Problem:
         return evaluation
 
     def more_precise(self, evaluation: Evaluation) -> Evaluation | None:
-        """The same with more digits; None where there is no such way, or it was taken already."""
+        """The evaluation with more digits; None where there is no such way, or it was taken already."""
         better = self.precise(evaluation.at_terms)
         if better is None or better.rounding >= evaluation.rounding:
             return None

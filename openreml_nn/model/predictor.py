@@ -196,7 +196,7 @@ class _Rows:
             if offset is not None:
                 population = population + offset.to(population)
             coded = {
-                name: (codes, population.new_ones(n, 1) if values is None else values)
+                name: (codes, population.new_ones(*codes.shape, 1) if values is None else values)
                 for name, (codes, values) in coded_effects(model.effects(), batch, n).items()
             }
             return cls(population, X, coded, batch)

@@ -19,9 +19,10 @@ from openreml_nn.model.batch import (
 )
 from openreml_nn.model.random_effect import RandomEffect
 from openreml_nn.support.checks import check_tensor
+from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
 
-__all__ = ["coded_rows", "refuse_copies", "stacked", "stacked_output"]
+__all__ = ["check_one_level", "coded_rows", "refuse_copies", "stacked", "stacked_output"]
 
 #: A part this small of a response is rounding.
 _EXACT = 1e-11
@@ -52,13 +53,18 @@ def stacked(
     found: dict[str, Any] = {"groups": {}, "values": {}, "residual": torch.arange(len(rows))}
     for name, effect in effects.items():
         codes = level_codes(batch, name, 2**62, n)  # which there are is looked at later
+        if codes.dim() == 2:
+            raise InputError(
+                f"group {name!r} is {described(codes)}: expected one level a row beside {responses} "
+                "responses, or a table with a row for each response"
+            )
         if is_data and n and int(codes.min()) < 0:
             raise InputError(
                 f"group {name!r} has the code -1 in row {int(codes.argmin())}: expected known levels "
                 "in rows of the likelihood of several responses"
             )
         found["groups"][name] = codes.repeat_interleave(responses)
-        z = level_values(batch, name, effect.effects // effect.responses, n)
+        z = level_values(batch, name, effect.effects // effect.responses, (n,))
         if effect.responses > 1:
             z = effect.blup.new_ones(n, 1) if z is None else z
             found["values"][name] = _by_response(z, responses)
@@ -100,8 +106,22 @@ def coded_rows(
             found[name] = effect.coded(name, batch, n)
             continue
         codes = level_codes(batch, name, effect.levels, n)
-        found[name] = codes, level_values(batch, name, effect.effects // effect.responses, n)
+        found[name] = codes, level_values(batch, name, effect.effects // effect.responses, (n,))
     return found
+
+
+def check_one_level(coded: Mapping[str, tuple[Tensor, Tensor | None]]) -> None:
+    """Refuse rows of several levels of one factor, which no sums by level are of.
+
+    Raises:
+        InputError: naming the factor.
+    """
+    for name, (codes, _) in coded.items():
+        if codes.dim() == 2:
+            raise InputError(
+                f"group {name!r} has {codes.shape[1]} levels a row, which mini-batches do not sum up: "
+                "expected one, or training='full' or 'parts' with all rows in one batch"
+            )
 
 
 def refuse_copies(y: Tensor, X: Tensor, cells: Tensor, names: Sequence[str]) -> None:

@@ -140,6 +140,24 @@ class Symbolic:
         pairs = list(itertools.pairwise(sorted(ends)))
         return [(low, high, runs.get(low)) for low, high in reversed(pairs)]
 
+    @cached_property
+    def diagonal(self) -> np.ndarray:
+        """Where the diagonal of A stands in the factor's values, in the order of elimination, (n,)."""
+        width = np.diff(self.first)[self.of_column]
+        local = np.arange(self.size) - self.first[self.of_column]
+        return self.value_start[self.of_column] + local * (width + 1)
+
+    @cached_property
+    def _free(self) -> list[np.ndarray]:
+        """Memory of factors that are no more."""
+        return []
+
+    def room(self) -> np.ndarray:
+        """(entries,) numbers, whatever they are, in the memory of a factor that is no more, if there is
+        one: to be given new memory takes as long as a part of a factorisation."""
+        memory = self._free.pop() if self._free else np.empty(self.entries)
+        return np.asarray(_Lease(memory, self._free))
+
     def where(self, row: np.ndarray, column: np.ndarray) -> np.ndarray:
         """Where entries of A stand in the factor's values; -1 where they are not in its pattern.
 
@@ -151,6 +169,22 @@ class Symbolic:
         return _where(
             low, high, self.first, self.of_column, self.row_start, self.rows, self.value_start
         )
+
+
+class _Lease:
+    """Memory that goes back when the last array over it is gone.
+
+    Args:
+        memory: an array.
+        back: where it goes.
+    """
+
+    def __init__(self, memory: np.ndarray, back: list[np.ndarray]) -> None:
+        self._memory, self._back = memory, back
+        self.__array_interface__ = memory.__array_interface__
+
+    def __del__(self) -> None:
+        self._back.append(self._memory)
 
 
 def _operations(first: np.ndarray, row_start: np.ndarray) -> np.ndarray:
