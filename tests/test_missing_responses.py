@@ -232,8 +232,8 @@ def test_an_optimizer_that_asks_for_a_loss_again_counts_them_once():
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    batches = [take(rows, slice(i, i + 20)) for i in (0, 20, 40)]
     with pytest.warns(RuntimeWarning, match="^7 of 60 training rows"):
-        batches = [take(rows, slice(i, i + 20)) for i in (0, 20, 40)]
         trainer.fit(module, DataLoader(batches, batch_size=None))
 
 
