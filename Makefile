@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Each process of the tests has a core to itself.
+ALONE := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .PHONY: demo test quick check docs bench wheel audit clean
 
@@ -11,11 +13,11 @@ demo: $(READY)
 	$(BIN)/openreml-nn
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto -q
+	$(ALONE) $(BIN)/python -m pytest -n auto --dist worksteal -q
 
 # Those that take a moment.
 quick: $(READY)
-	$(BIN)/python -m pytest -n auto -q -m "not slow and not fuzz"
+	$(ALONE) $(BIN)/python -m pytest -n auto --dist worksteal -q -m "not slow and not fuzz"
 
 # What CI runs besides the tests.
 check: $(READY)
@@ -42,7 +44,7 @@ wheel: $(READY)
 	rm -rf dist build
 	$(BIN)/python -m build --outdir dist
 	$(PYTHON) -m venv build/alone
-	build/alone/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
+	build/alone/bin/python -m pip install --quiet --no-compile -c constraints.txt dist/*.whl
 	cp tests/downstream.py build/
 	cd build && alone/bin/openreml-nn hydra.run.dir=run
 	cd build && alone/bin/openreml-nn predict checkpoint=run/model.ckpt hydra.run.dir=run \
@@ -62,5 +64,5 @@ clean:
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,docs]"
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[dev,docs]"
 	touch $@

@@ -35,6 +35,8 @@ TABLE = pd.DataFrame(
 )
 # A fault of ours must not hide among the examples that Hypothesis calls slow.
 relaxed = settings(suppress_health_check=list(HealthCheck))
+#: Of runs of the whole program.
+fewer = settings(relaxed, max_examples=settings.default.max_examples // 4)
 
 tokens = st.sampled_from(
     ["y", "x", "z", "g", "h", "1", "0", "-1", "~", "+", "-", "*", ":", "/", "|", "||", "(", ")", "^2",
@@ -143,7 +145,7 @@ values = st.one_of(
 )  # fmt: skip
 
 
-@relaxed
+@fewer
 @given(st.lists(st.tuples(st.sampled_from(["", "+", "++", "~"]), keys, values), max_size=3))
 @example([("", "data.path", "${oc.env:HOME}")])
 @example([("+", "", "abc")])

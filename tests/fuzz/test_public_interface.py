@@ -63,7 +63,6 @@ PACKAGES = [
     "covariance",
     "covariance.transform",
     "likelihood",
-    "likelihood",
     "estimation",
     "inference",
     "metrics",

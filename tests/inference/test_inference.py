@@ -1,6 +1,7 @@
 """Inference against lmerTest, pbkrtest, lme4 and emmeans, and against its own definitions."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,7 @@ LOST = {
 FORMULAS = {name: datasets.FORMULAS[name] for name in ("sleepstudy", "oats", "penicillin")}
 
 
+@cache
 def fitted(name, **options):
     plain = name.removesuffix("_unbalanced")
     table = getattr(datasets, plain)()
@@ -48,6 +50,7 @@ def fitted(name, **options):
     return lmm(FORMULAS[plain], table, **options)
 
 
+@cache
 def slopes(effects, **options):
     return lmm(f"Reaction ~ Days + ({effects} | Subject)", sleepstudy(), **options)
 
@@ -153,17 +156,44 @@ def test_the_mixture_counts_variances_and_covariances():
     assert likelihood_ratio_test(independent, two).mixture == {1: 1.0}
 
 
+def one_way_statistic(F, groups, size):
+    """The statistic of a variance between groups of one size, by the F of an analysis of variance."""
+    between, within = groups - 1, groups * (size - 1)
+    total = between + within
+    pooled = (between * F + within) / total
+    return np.where(F > 1, total * np.log(pooled) - between * np.log(F), 0.0)
+
+
 def test_p_values_of_variances_are_uniform_where_the_variance_is_zero():
-    rng = np.random.default_rng(0)
-    right, naive = [], []
-    for _ in range(400):
-        table = pd.DataFrame({"y": rng.standard_normal(240), "g": np.arange(240) // 4})
-        test = likelihood_ratio_test(lmm("y ~ 1", table), lmm("y ~ 1 + (1 | g)", table))
-        right.append(test.p < 0.1)
-        naive.append(test.p_naive < 0.1)
-    error = (0.1 * 0.9 / 400) ** 0.5
-    assert abs(np.mean(right) - 0.1) < 3 * error
-    assert np.mean(naive) < 0.1 - 2 * error
+    rng, groups, size = np.random.default_rng(0), 60, 4
+    tests = []
+    for effect in (0.0, 0.0, 0.4, 0.4, 0.8):
+        y = rng.standard_normal((groups, size)) + effect * rng.standard_normal((groups, 1))
+        table = pd.DataFrame({"y": y.ravel(), "g": np.arange(y.size) // size})
+        tests.append(likelihood_ratio_test(lmm("y ~ 1", table), lmm("y ~ 1 + (1 | g)", table)))
+        expected = float(one_way_statistic(stats.f_oneway(*y).statistic, groups, size))
+        assert tests[-1].statistic == pytest.approx(expected, rel=1e-8, abs=1e-8)
+    assert min(test.statistic for test in tests) == 0 and max(t.statistic for t in tests) > 5
+    # Without a variance F has its own distribution: the chance of a p below each level is exact.
+    # With ever more groups it is the level's, and by the naive p half of it.
+    for level in (0.01, 0.05, 0.1, 0.2):
+        for groups, room in ((60, 0.09), (1000, 0.025)):
+            F = np.linspace(1, 3, 200_001)
+            statistic = one_way_statistic(F, groups, size)
+            (mixture,) = {tuple(test.mixture.items()) for test in tests}
+            p = sum(w * (stats.chi2.sf(statistic, k) if k else 0) for k, w in mixture)
+            chance, naive = (
+                stats.f.sf(F[found < level][0], groups - 1, groups * (size - 1))
+                for found in (p, stats.chi2.sf(statistic, tests[0].df))
+            )
+            assert chance == pytest.approx(level, rel=room)
+            assert naive == pytest.approx(level / 2, rel=room)
+    for test in tests:
+        if test.statistic > 0:
+            assert test.p == pytest.approx(stats.chi2.sf(test.statistic, 1) / 2, rel=1e-10)
+            assert test.p_naive == pytest.approx(stats.chi2.sf(test.statistic, 1), rel=1e-10)
+        else:
+            assert test.p == test.p_naive == 1
 
 
 @pytest.mark.parametrize(
@@ -205,9 +235,14 @@ def test_a_profile_that_is_approximate_names_its_parameter(recwarn):
         profile(slopes("1"), max_iterations=0)
 
 
+@cache
+def all_intervals(name):
+    return profile(fitted(name), progress=False).intervals()
+
+
 @pytest.mark.parametrize("name", ["sleepstudy", "penicillin"])
 def test_profile_intervals_equal_lme4s_confint(name):
-    found = profile(fitted(name)).intervals()
+    found = all_intervals(name)
     rows = REFERENCE["confint"][name]
     if name == "sleepstudy":  # lme4 has the correlation before the second deviation
         rows = [rows[i] for i in (0, 2, 1, 3, 4, 5)]
@@ -297,7 +332,7 @@ def test_the_bootstrap_agrees_with_standard_errors():
     found = bootstrap(result, 200, progress=False).intervals().set_index("name")
     error = float(result.fixed.std_error[0])
     assert found.loc["(Intercept)", "std_error"] == pytest.approx(error, rel=0.2)
-    profiled = profile(result).intervals().set_index("name")
+    profiled = all_intervals("penicillin").set_index("name")
     for name in ("sd_(Intercept)|plate", "sigma"):
         for end in ("low", "high"):
             assert found.loc[name, end] == pytest.approx(profiled.loc[name, end], rel=0.1)
@@ -316,7 +351,7 @@ def test_the_bootstrap_does_not_move_the_fit():
 
 
 def test_a_test_by_simulation():
-    assert bootstrap_test(slopes("1"), slopes("Days"), 19, progress=False) == 1 / 20
+    assert bootstrap_test(slopes("1"), slopes("Days"), 9, progress=False) == 1 / 10
     rng = np.random.default_rng(1)
     table = pd.DataFrame({"y": rng.standard_normal(60), "g": np.arange(60) // 6})
     fits = [lmm("y ~ 1", table), lmm("y ~ 1 + (1 | g)", table)]
@@ -478,18 +513,18 @@ def test_other_troubles_are_explained():
 )
 def test_fits_in_a_batch_are_those_one_by_one(formula, table, residual, monkeypatch):
     result = lmm(formula, table(), residual=residual)
-    refit, responses = Refit(result), simulate(result, 30, seed=2)
+    refit, responses = Refit(result), simulate(result, 10, seed=2)
     many = batched.maximise(refit, responses)
     assert float(many.found.double().mean()) > 0.8
     for b in many.found.nonzero()[:, 0].tolist():
         refit.reset()
         alone = refit.fit(y=responses[:, b])
         assert float(many.log_likelihood[b]) == pytest.approx(alone.log_likelihood, abs=1e-8)
-    together = bootstrap(result, samples=30, seed=2, progress=False)
+    together = bootstrap(result, samples=10, seed=2, progress=False)
     # As a model of a size that does not fit a batch.
     monkeypatch.setattr(batched, "_MOST", 0)
     assert not batched.maximise(refit, responses).found.any()
-    alone = bootstrap(result, samples=30, seed=2, progress=False)
+    alone = bootstrap(result, samples=10, seed=2, progress=False)
     pd.testing.assert_frame_equal(together.samples, alone.samples, rtol=1e-5, atol=1e-5)
 
 

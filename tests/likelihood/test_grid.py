@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openreml_nn import REMLLoss, fit_reml
@@ -18,7 +18,10 @@ from openreml_nn.covariance import (
 )
 from openreml_nn.likelihood import NotPositiveDefiniteError
 from tests.likelihood.models import Model
-from tests.likelihood.test_loss import FEWER, METHODS, _compare_solvers
+from tests.likelihood.test_loss import METHODS, _compare_solvers
+
+#: Of each of four kinds, in all that derives from a likelihood.
+FEWER = settings(max_examples=settings.default.max_examples // 10)
 
 
 def field(r, c, seed, nugget=True, genotypes=True, grid=None, trend=True):
