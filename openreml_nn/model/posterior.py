@@ -22,7 +22,6 @@ from openreml_nn.result.evidence import Evidence
 from openreml_nn.result.joint import JointErrors
 from openreml_nn.result.prediction import lowered
 from openreml_nn.result.result import FixedEffects
-from openreml_nn.support.errors import InputError
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.term import Term
 
@@ -115,30 +114,6 @@ class Posterior(nn.Module):
         found = stacked(batch, self.responses, self.effects(), is_data, with_x)
         if "residual" not in structure_of(self.residual).takes:
             del found["residual"]
-        return found
-
-    def check_loaded(self) -> None:
-        """Refuse a model whose parameters have no values.
-
-        Raises:
-            InputError: if it is on the meta device.
-        """
-        if self.joint.is_known.is_meta or any(p.is_meta for p in self.parameters()):
-            raise InputError(
-                "the model is on the meta device, where nothing has a value: expected one with values, "
-                "by load_state_dict(state, assign=True), or by to_empty(device=...) and load_state_dict(state)"
-            )
-
-    @property
-    def precision(self) -> torch.dtype:
-        """The precision of predictions: the widest of what the rows have said and of the residual's
-        parameters, and float32 at least."""
-        own = [effect.blup for effect in self.effects().values()]
-        own += [self.beta] if self.head == "gls" else []
-        found = torch.float32
-        for tensor in (*own, *self.residual.parameters(), *self.residual.buffers()):
-            if tensor.is_floating_point():
-                found = torch.promote_types(found, tensor.dtype)
         return found
 
     @property

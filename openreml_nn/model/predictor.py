@@ -36,6 +36,30 @@ __all__ = ["Predictor"]
 class Predictor(Posterior):
     """A mixed model as far as it predicts; see :class:`Posterior` for its parts."""
 
+    def check_loaded(self) -> None:
+        """Refuse a model whose parameters have no values.
+
+        Raises:
+            InputError: if it is on the meta device.
+        """
+        if self.joint.is_known.is_meta or any(p.is_meta for p in self.parameters()):
+            raise InputError(
+                "the model is on the meta device, where nothing has a value: expected one with values, "
+                "by load_state_dict(state, assign=True), or by to_empty(device=...) and load_state_dict(state)"
+            )
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The precision of predictions: the widest of what the rows have said and of the residual's
+        parameters, and float32 at least."""
+        own = [effect.blup for effect in self.effects().values()]
+        own += [self.beta] if self.head == "gls" else []
+        found = torch.float32
+        for tensor in (*own, *self.residual.parameters(), *self.residual.buffers()):
+            if tensor.is_floating_point():
+                found = torch.promote_types(found, tensor.dtype)
+        return found
+
     def add(self, batch: Batch, levels: Mapping[str, Sequence[str]] | None = None) -> Solution:
         r"""Add rows to those that BLUPs and coefficients are from, without these: the same as
         :meth:`update` with all of them at the present parameters, and exact.
