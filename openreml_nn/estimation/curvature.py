@@ -117,8 +117,7 @@ class Curvature:
     @property
     def is_optimum(self) -> bool:
         """Whether the fit may end here: the one criterion of steps and of results."""
-        least = max(CONVERGED, self.resolution, self._noise)
-        return self.norm < least and not self.stuck
+        return self.norm < max(CONVERGED, self.resolution, self._noise) and not self.stuck
 
     def _add(self, i: int, evaluation: Evaluation, weight: float) -> None:
         def matrices(x: Tensor) -> tuple[Tensor, ...]:

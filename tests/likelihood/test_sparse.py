@@ -179,7 +179,7 @@ def test_a_factor_takes_the_memory_of_one_that_is_gone_and_of_no_other():
     place = symbolic.where(low.row.astype(np.int64), low.col.astype(np.int64))
 
     def made(scale: float) -> Factor:
-        values = symbolic.room()
+        values = symbolic.memory.take()
         values.fill(0.0)
         values[place] = scale * low.data
         return Factor(symbolic, values)

@@ -130,7 +130,7 @@ class Factor:
         s = self.symbolic
         below = np.diff(s.row_start) - np.diff(s.first)
         room = int(below.max(initial=0))
-        found = s.room()
+        found = s.memory.take()
         square = np.empty(max(room * room, 1))
         half = np.empty(max(int((below * np.diff(s.first)).max(initial=1)), 1))
         for low, high, run in s.pieces_with_runs:

@@ -18,6 +18,7 @@ import numpy as np
 from scipy.sparse import csc_matrix
 
 from openreml_nn.likelihood.system.sparse.columns import Run, runs_of
+from openreml_nn.likelihood.system.sparse.memory import Pool
 from openreml_nn.likelihood.system.sparse.ordering import nested_dissections
 from openreml_nn.support.compilation import compiled
 
@@ -148,15 +149,9 @@ class Symbolic:
         return self.value_start[self.of_column] + local * (width + 1)
 
     @cached_property
-    def _free(self) -> list[np.ndarray]:
-        """Memory of factors that are no more."""
-        return []
-
-    def room(self) -> np.ndarray:
-        """(entries,) numbers, whatever they are, in the memory of a factor that is no more, if there is
-        one: to be given new memory takes as long as a part of a factorisation."""
-        memory = self._free.pop() if self._free else np.empty(self.entries)
-        return np.asarray(_Lease(memory, self._free))
+    def memory(self) -> Pool:
+        """Memory of factors that are no more, (entries,) numbers each."""
+        return Pool(self.entries)
 
     def where(self, row: np.ndarray, column: np.ndarray) -> np.ndarray:
         """Where entries of A stand in the factor's values; -1 where they are not in its pattern.
@@ -169,22 +164,6 @@ class Symbolic:
         return _where(
             low, high, self.first, self.of_column, self.row_start, self.rows, self.value_start
         )
-
-
-class _Lease:
-    """Memory that goes back when the last array over it is gone.
-
-    Args:
-        memory: an array.
-        back: where it goes.
-    """
-
-    def __init__(self, memory: np.ndarray, back: list[np.ndarray]) -> None:
-        self._memory, self._back = memory, back
-        self.__array_interface__ = memory.__array_interface__
-
-    def __del__(self) -> None:
-        self._back.append(self._memory)
 
 
 def _operations(first: np.ndarray, row_start: np.ndarray) -> np.ndarray:
