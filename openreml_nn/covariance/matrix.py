@@ -321,6 +321,16 @@ class Matrix(Intermediates, TreeNode):
         """
         return False
 
+    def coarsen(self) -> bool:
+        """Become an approximation of itself that takes less time, with the same parameters.
+
+        A fit takes its first steps on a copy that was coarsened.
+
+        Returns:
+            Whether there is one; by default there is none.
+        """
+        return False
+
     def kinks(self) -> Mapping[str, Tensor]:
         """Values of parameters, in order, at which the first derivative of the matrix jumps, by their
         names; none by default. There the likelihood may have a maximum with a slope on both sides."""
