@@ -5,6 +5,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from docutils import nodes
+
 sys.path.insert(0, str(Path(__file__).parent))
 
 project = "openreml_nn"
@@ -38,16 +40,28 @@ napoleon_use_rtype = False
 napoleon_custom_sections = ["Shape", "Reference", "Returns"]
 
 
+def mark_long_lines(app, tree):
+    """A class for blocks of text with lines that no page is wide enough for: sentences, or columns."""
+    for block in tree.findall(nodes.literal_block):
+        long = [line for line in block.astext().splitlines() if len(line) > 95]
+        if block.get("language") == "text" and long:
+            are_columns = any("  " in line for line in long)
+            block["classes"].append("columns" if are_columns else "sentences")
+
+
 def setup(app):
     from gallery import draw
     from model_pictures import draw_models
+    from notebooks import write_notebooks
 
     def pictures(app):
         source = Path(app.srcdir)
         draw(source / "_generated")
         draw_models(source / "models.md", source / "_generated" / "models")
+        write_notebooks(source, source / "_generated" / "notebooks")
 
     app.connect("builder-inited", pictures)
+    app.connect("doctree-read", mark_long_lines)
 
 
 html_static_path = ["_static"]

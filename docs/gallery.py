@@ -49,7 +49,7 @@ PICTURES: dict[str, Callable[[], torch.Tensor]] = {
     "MembershipMatrix": lambda: cov.MembershipMatrix(
         torch.tensor([[0, 1], [2, 1], [1, 1], [0, 2], [2, 0], [2, 2], [1, 0], [0, 0]]), 3
     )(),
-    "SimpleMatrix": lambda: cov.SimpleMatrix(2, lambda t: torch.outer(t, t))().detach(),
+    "SimpleMatrix": lambda: at(cov.SimpleMatrix(2, lambda t: torch.outer(t, t)), 1.0, -0.5),
     "Adapter": lambda: at(
         cov.Adapter(
             cov.DiagonalMatrix(N),

@@ -1,4 +1,4 @@
-"""The same model as a tree of modules, fitted by AI-REML and then by Adam in a plain loop."""
+"""Correlated random slopes as a tree of modules, fitted by AI-REML and then by Adam in a plain loop."""
 
 import torch
 

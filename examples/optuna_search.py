@@ -1,7 +1,7 @@
 """Optuna looks for the width and the learning rate of a network with random effects.
 
-What is sought is the log density of rows held out, which counts the variances too; a trial that
-falls behind is stopped after an epoch. The best one is trained again with its values.
+The search maximises the log density of rows held out, which depends on the variances too; a trial
+that falls behind is stopped after an epoch. The best one is trained again with its values.
 
     pip install optuna
     python examples/optuna_search.py [trials]

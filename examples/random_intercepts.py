@@ -1,8 +1,8 @@
 """A network with random intercepts beside the same network without, on simulated data.
 
 The simulation of Simchoni and Rosset, Journal of Machine Learning Research 24 (2023), section
-5.1: y = f(x) + b_g + e with x uniform on (-1, 1)^10, s = 1 + sum x, f = s cos s + 2 x_1 x_2. One
-setting a call, or the grid over five seeds, of which a table is printed:
+5.1: y = f(x) + b_g + e with x uniform on (-1, 1)^10, s = 1 + sum x, f = s cos s + 2 x_1 x_2. A call
+runs one setting, or the grid over five seeds, and then prints a table:
 
     python examples/random_intercepts.py -m levels=100,1000,10000 variance=0.1,1,10 seed=1,2,3,4,5
 """

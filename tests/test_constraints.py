@@ -168,6 +168,23 @@ def test_tied_parameters_are_one(method):
     assert not profile(found, ["sigma"], progress=False).intervals()["low"].isna().any()
 
 
+@pytest.mark.parametrize("structure", ["ar1", "homcs"])
+def test_a_correlation_may_be_held_at_one(structure):
+    # Effects of one variance that are wholly correlated are one effect.
+    rng = np.random.default_rng(3)
+    g, f = np.repeat(np.arange(15), 6), np.tile(np.repeat(np.arange(3), 2), 15)
+    y = 2 * rng.normal(size=15)[g] + rng.normal(size=90)
+    table = pd.DataFrame({"g": g.astype(str), "f": [f"f{i}" for i in f], "y": y})
+    one = lmm("y ~ f + (1 | g)", table)
+    both = lmm(f"y ~ f + {structure}(0 + f | g)", table, constraints={"g/g/effects/rho": 1.0})
+    assert both.constraints == {"g/g/effects/rho": 1.0}
+    np.testing.assert_allclose(both.log_likelihood, one.log_likelihood, rtol=1e-8)
+    np.testing.assert_allclose(both.residual_variance, one.residual_variance, rtol=1e-5)
+    np.testing.assert_allclose(
+        both.random[0].values.numpy(), one.random[0].values.numpy() @ np.ones((1, 3)), atol=1e-5
+    )
+
+
 def test_ties_chain_and_may_be_held_or_bounded():
     three = TWO + " + (1 | Days)"
     ties = {"Subject/sigma^2": "Subject_1/sigma^2", "Days/sigma^2": "Subject/sigma^2"}

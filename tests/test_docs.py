@@ -1,6 +1,8 @@
 """The Python of the README and of the documentation runs as it stands."""
 
 import ast
+import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -14,6 +16,8 @@ import pytest
 import torch
 
 from openreml_nn import covariance
+from openreml_nn.table.functions import FUNCTIONS
+from openreml_nn.table.structure import EFFECTS, RELATIONS, VARIANCES
 from tests import peers
 from tests.forked import served
 
@@ -103,6 +107,66 @@ def test_python_blocks_run_and_print_what_is_shown(page, tmp_path, monkeypatch, 
 def test_what_another_program_is_said_to_print_is_recorded(page):
     printed = peers.recorded(page)
     assert [line for line in peers.shown(page) if line not in printed] == []
+
+
+MAKER = importlib.util.spec_from_file_location("notebooks", ROOT / "docs" / "notebooks.py")
+notebooks = importlib.util.module_from_spec(MAKER)
+MAKER.loader.exec_module(notebooks)
+TUTORIALS = notebooks.tutorials(ROOT / "docs")
+
+
+def test_five_tutorials_offer_a_notebook():
+    assert [page.stem for page in TUTORIALS] == [
+        "breeding",
+        "families",
+        "neural",
+        "ratings",
+        "tour",
+    ]
+
+
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.name)
+def test_a_notebook_has_the_code_of_its_page_with_the_output_shown(page):
+    cells = [c for c in notebooks.notebook(page)["cells"] if c["cell_type"] == "code"]
+    output = ["".join(o["text"] for o in cell["outputs"]).rstrip("\n") for cell in cells]
+    assert [(c["source"] + "\n", o) for c, o in zip(cells, output, strict=True)] == blocks(page)
+
+
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.name)
+def test_the_text_of_a_notebook_is_what_jupyter_reads(page):
+    cells = [c for c in notebooks.notebook(page)["cells"] if c["cell_type"] == "markdown"]
+    text = "\n".join(cell["source"] for cell in cells)
+    assert not re.search(r"^```\{|\{[\w:]+\}`|^:::", text, re.MULTILINE)
+    assert [link for link in re.findall(r"\]\(([^)]*)\)", text) if "://" not in link] == []
+    prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = re.findall(r"^#+ .*$", prose, re.MULTILINE)
+    assert [h for h in headings if h not in text] in ([], ["## Reference"])
+
+
+def test_notebooks_are_files_of_jupyters_format(tmp_path):
+    pages = [*TUTORIALS, tmp_path / "page.md"]
+    pages[-1].write_text(
+        "# A\n\n{download}`b <_generated/notebooks/page.ipynb>`\n\n```python\n1\n```\n"
+    )
+    notebooks.write_notebooks(ROOT / "docs", tmp_path / "notebooks")
+    notebooks.write_notebooks(tmp_path, tmp_path / "notebooks")
+    required = {
+        "markdown": {"id", "cell_type", "metadata", "source"},
+        "code": {"id", "cell_type", "metadata", "source", "outputs", "execution_count"},
+    }
+    for page in pages:
+        text = (tmp_path / "notebooks" / f"{page.stem}.ipynb").read_text(encoding="utf-8")
+        found = json.loads(text)
+        assert set(found) == {"nbformat", "nbformat_minor", "metadata", "cells"}
+        assert (found["nbformat"], found["nbformat_minor"]) == (4, 5)
+        names = [cell["id"] for cell in found["cells"]]
+        assert len(set(names)) == len(names) > 1
+        for cell in found["cells"]:
+            assert re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", cell["id"])
+            assert set(cell) == required[cell["cell_type"]]
+            for output in cell.get("outputs", []):
+                assert set(output) == {"output_type", "name", "text"}
+                assert (output["output_type"], output["name"]) == ("stream", "stdout")
 
 
 def shell(page):
@@ -206,6 +270,13 @@ def test_every_public_matrix_has_a_page_and_a_picture():
         about_levels = ("Pedigree", "Relationship", "marker_codes", "marker_effects")
         if name not in (*bases, *about_levels) and not name.endswith(no_matrix):
             assert f'"{name}"' in drawn, name
+
+
+def test_every_function_and_structure_of_a_formula_is_on_its_page():
+    page = (ROOT / "docs" / "tables.md").read_text(encoding="utf-8")
+    code = " ".join(re.findall(r"`+([^`]+)`+", page))
+    for name in (*FUNCTIONS, *EFFECTS, *RELATIONS, *VARIANCES):
+        assert re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", code), name
 
 
 def test_every_model_of_the_gallery_has_its_picture():

@@ -45,6 +45,12 @@ EFFECTS = {
         "a": RandomEffect(9, effects=2, features=nn.Linear(2, 2).double()),
         "b": RandomEffect(5),
     },
+    "members": lambda: {"m": RandomEffect(9), "b": RandomEffect(5)},
+    "members' own effects": lambda: {
+        "m": RandomEffect(9, UnstructuredMatrix(2).double(), effects=2),
+        "b": RandomEffect(5),
+    },
+    "kernel of members": lambda: {"m": RandomEffect(9, kernel(9)), "b": RandomEffect(5)},
 }
 
 
@@ -64,12 +70,15 @@ def rows(model, n=80, seed=1):
     a = torch.randint(0, 9, (n,), generator=generator)
     b = torch.randint(0, 5, (n,), generator=generator)
     names = model.effects()
-    groups = {name: {"a": a, "b": b, "c": a.clone()}[name] for name in names}
+    members = torch.stack([a, torch.randint(0, 9, (n,), generator=generator)], 1)
+    groups = {name: {"a": a, "b": b, "c": a.clone(), "m": members}[name] for name in names}
     values = {
         name: torch.stack([torch.ones_like(x[:, 0]), x[:, 1]], 1)
         for name, effect in names.items()
         if effect.effects == 2 and effect.features is None
     }
+    if "m" in values:
+        values["m"] = torch.diag_embed(values["m"])  # the second level has the slope
     y = torch.randn(n, generator=generator, dtype=torch.float64)
     return {"x": x, "y": y, "groups": groups, "values": values}
 
@@ -81,15 +90,18 @@ def henderson(model, data, new):
     def parts(batch):
         n, designs = len(batch["x"]), []
         for name, effect in model.effects().items():
-            z = torch.ones(n, 1, dtype=torch.float64)
+            codes = batch["groups"][name]
+            z = torch.ones(*codes.shape, 1, dtype=torch.float64)
             if name in batch["values"]:
                 z = batch["values"][name]
             if effect.features is not None:
                 z = effect.features(batch["x"])
-            one_hot = nn.functional.one_hot(batch["groups"][name].clamp(min=0), effect.levels)
-            one_hot = one_hot * (batch["groups"][name] >= 0)[:, None]
-            designs.append((one_hot[:, :, None] * z[:, None, :]).flatten(1))
-        X = model(batch) if model.head == "gls" else z.new_zeros(n, 0)
+            one_hot = nn.functional.one_hot(codes.clamp(min=0), effect.levels)
+            one_hot = one_hot * (codes >= 0)[..., None]
+            if one_hot.dim() == 2:
+                one_hot, z = one_hot[:, None], z[:, None]
+            designs.append((one_hot[..., None] * z[:, :, None]).sum(1).flatten(1))
+        X = model(batch) if model.head == "gls" else torch.zeros(n, 0, dtype=torch.float64)
         if isinstance(model.residual, LogVariance):
             variance = model.residual(batch["x"]).exp()
         else:
@@ -107,6 +119,8 @@ def henderson(model, data, new):
     w = torch.cat([Z, X[:, kept]], 1)
     found = torch.einsum("ni,ij,nj->n", w, torch.linalg.inv(A), w) + own
     for name, effect in model.effects().items():
+        if name == "m":
+            continue  # whose levels are known
         z = new["values"].get(name, torch.ones(len(w), 1, dtype=torch.float64))
         if effect.features is not None:
             z = effect.features(new["x"])

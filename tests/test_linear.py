@@ -1,5 +1,7 @@
 """A formula and a table: what may not matter, and levels that were not seen."""
 
+import pickle
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,6 +10,7 @@ import torch
 from openreml_nn import InputError, REMLLoss, fit_reml, lmm
 from openreml_nn.datasets import oats, sleepstudy
 from openreml_nn.model.structures import linear_model
+from openreml_nn.support.display import show_share
 from openreml_nn.table import Encoder
 
 OPTIONS = {
@@ -162,6 +165,25 @@ def test_what_is_estimated_in_another_basis_has_the_standard_errors_of_the_users
 def test_words_that_are_wrong_are_refused_in_its_own_name(options, error, message):
     with pytest.raises(error, match=message):
         lmm("Reaction ~ Days + (1 | Subject)", sleepstudy(), **options)
+
+
+@pytest.mark.parametrize("solver", ["auto", "sparse"])
+def test_long_factors_say_how_far_they_are(solver, capfd):
+    names = [f"a{i}" for i in range(600)]
+    parents = {"sire": [None] * 20 + [names[i % 10] for i in range(580)]}
+    parents["dam"] = [None] * 20 + [names[10 + i % 7] for i in range(580)]
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"animal": names, "y": rng.normal(size=600), "pen": np.arange(600) % 97})
+    result = lmm(
+        "y ~ 1 + (1 | ped(animal)) + (1 | pen)", table, progress=True, solver=solver,
+        pedigree=table[["animal"]].assign(**parents),
+        constraints={"animal/sigma^2": 1.0, "pen/sigma^2": 1.0}, residual_variance=1.0,
+    )  # fmt: skip
+    assert result.plan.choice.progress is show_share
+    assert capfd.readouterr().err == ""  # it took no seconds
+    assert pickle.loads(pickle.dumps(result)).log_likelihood == result.log_likelihood
+    show_share("factor", 0.25)
+    assert capfd.readouterr().err == "factor: 25% done\n"
 
 
 @pytest.mark.parametrize("progress", [None, True, False])

@@ -361,3 +361,56 @@ def test_wrong_probabilities_are_refused(mean, target, message):
     for metric in (metrics.log_loss, metrics.brier_score, metrics.auc, metrics.calibration_error):
         with pytest.raises(InputError, match=message):
             metric(torch.tensor(mean), torch.tensor(target))
+
+
+METRICS = {
+    **{name: getattr(metrics, name) for name in ("MarginalR2", "ConditionalR2")},
+    **{name: getattr(metrics, name) for name in ("AUC", "LogLoss", "CalibrationError")},
+    "CalibrationCurve": metrics.CalibrationCurve,
+    "IntervalCoverage": metrics.IntervalCoverage,
+}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_calls_updates_and_merged_parts_find_what_updates_do(name):
+    g = torch.Generator().manual_seed(0)
+    mean, variance = torch.rand(40, generator=g), torch.rand(40, generator=g)
+    target = (torch.rand(40, generator=g) < mean).double()
+
+    def take(metric, rows, update=True):
+        if name.endswith("R2"):
+            arguments = mean[rows], variance[rows], torch.tensor(0.3)
+        elif name == "IntervalCoverage":
+            arguments = mean[rows], variance[rows], target[rows]
+        else:
+            arguments = mean[rows], target[rows]
+        return metric.update(*arguments) if update else metric(*arguments)
+
+    parts = torch.arange(40).split(11)
+    whole, called, mixed = (METRICS[name]() for _ in range(3))
+    take(whole, torch.arange(40))
+    for i, rows in enumerate(parts):
+        take(called, rows, update=False)
+        take(mixed, rows, update=i % 2 == 1)
+    first, *others = (METRICS[name]() for _ in parts)
+    for metric, rows in zip((first, *others), parts, strict=True):
+        take(metric, rows)
+    for metric in others:
+        first.merge_state(metric)
+    for found in (called, mixed, first):
+        torch.testing.assert_close(found.compute(), whole.compute(), equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_many_rows_of_half_precision_have_the_metrics_of_their_numbers(dtype):
+    g = torch.Generator().manual_seed(0)
+    mean = torch.rand(200_000, generator=g).to(dtype)
+    target = (torch.rand(200_000, generator=g) < 0.5).to(dtype)
+    for function in (metrics.log_loss, metrics.brier_score, metrics.calibration_curve):
+        found = function(mean.clamp(0.01, 0.99), target)
+        expected = function(mean.clamp(0.01, 0.99).double(), target.double())
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_area_of_nothing_is_none():
+    assert metrics.AUC().compute().isnan()

@@ -218,6 +218,25 @@ def test_training_leaves_them_out(way):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=name)
 
 
+def test_an_optimizer_that_asks_for_a_loss_again_counts_them_once():
+    rows = batch()
+    rows["y"][:7] = torch.nan
+    rows["groups"]["g"] = rows["groups"]["g"].clamp(min=0)
+    model = MixedModel(linear(), {"g": RandomEffect(8)})
+    module = MixedModule(model, lambda p: torch.optim.LBFGS(p, max_iter=3), "alternating")
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    batches = [take(rows, slice(i, i + 20)) for i in (0, 20, 40)]
+    with pytest.warns(RuntimeWarning, match="^7 of 60 training rows"):
+        trainer.fit(module, DataLoader(batches, batch_size=None))
+
+
 def broken(key, value, row=4, of=batch):
     rows = of()
     target = rows[key]

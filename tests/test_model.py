@@ -360,6 +360,16 @@ def test_parts_of_a_batch_that_are_wrong_are_named(change, message):
         model.loss(data)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_is_trained_after_a_validation(name):
+    model, data = MODELS[name](), batch()
+    expected = gradients(model, model.loss(data))
+    assert all(gradient.any() for gradient in expected)
+    with torch.no_grad():
+        model.loss(data)
+    torch.testing.assert_close(gradients(model, model.loss(data)), expected)
+
+
 def test_the_same_rows_in_other_tensors_are_prepared_once_and_changed_ones_anew():
     from unittest import mock
 

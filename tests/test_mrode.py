@@ -10,18 +10,10 @@ the book's.
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
-from openreml_nn import fit_reml, lmm
+from openreml_nn import lmm
 from openreml_nn.covariance import (
-    CovariancePropagation,
-    DummyMatrix,
-    KnownInverseMatrix,
-    KroneckerProduct,
     Pedigree,
-    ScalarMatrix,
-    Sum,
-    UnstructuredMatrix,
     epistatic_relationship,
     genomic_relationship,
     marker_codes,
@@ -263,39 +255,36 @@ def test_two_traits_of_which_one_is_missing_in_rows():
     )  # fmt: skip
 
 
+BIRTHS = pd.DataFrame(
+    {
+        "animal": range(5, 15),
+        "dam": [2, 2, 6, 5, 6, 2, 7, 7, 2, 6],
+        "herd": list("1111222333"),
+        "pen": list("1221122212"),
+        "weight": [35.0, 20, 25, 40, 42, 22, 35, 34, 20, 40],
+    }
+)
+BIRTH_PEDIGREE = pd.DataFrame(
+    {
+        "animal": range(1, 15),
+        "sire": [0, 0, 0, 0, 1, 3, 4, 3, 1, 3, 3, 8, 9, 3],
+        "dam": [0, 0, 0, 0, *BIRTHS["dam"]],
+    }
+)
+
+
 @pytest.mark.parametrize("solver", ["dense", "sparse"])
 def test_maternal_effects(solver):
     """Example 8.1 (7.1): birth weight; direct and maternal effects are correlated."""
-    sire = [0, 0, 0, 0, 1, 3, 4, 3, 1, 3, 3, 8, 9, 3]
-    dam = [0, 0, 0, 0, 2, 2, 6, 5, 6, 2, 7, 7, 2, 6]
-    pedigree = Pedigree.of(range(1, 15), sire, dam)
-    weight = torch.tensor([35.0, 20, 25, 40, 42, 22, 35, 34, 20, 40], dtype=torch.float64)
-    X = torch.tensor(
-        pd.get_dummies(
-            pd.DataFrame({"herd": list("1111222333"), "pen": list("1221122212")}), dtype=float
-        )
-        .drop(columns="herd_1")
-        .to_numpy()
-    )
-    own, mother = (pedigree.design(who)().double() for who in (range(5, 15), dam[4:]))
-    G = UnstructuredMatrix(2).double()
-    for name, value in cholesky("G", [[150.0, -40], [-40, 90]]).items():
-        G.fix(name.removeprefix("G/"), value, natural=True)
-    A = KnownInverseMatrix(pedigree.inverse)
-    A.fix("sigma^2", 0.0)
-    V = Sum(
-        genetic=CovariancePropagation(
-            z=torch.stack([own, mother], 2).flatten(1), g=KroneckerProduct(levels=A, effects=G)
-        ),
-        dam=CovariancePropagation(z=DummyMatrix(dam[4:]), g=ScalarMatrix(4)),
-        residual=ScalarMatrix(10),
-    ).double()
-    V.fix("dam/g/sigma^2", 40.0, natural=True)
-    V.fix("residual/sigma^2", 350.0, natural=True)
-    found = fit_reml(V, weight, X, start="current", solver=solver)
-    np.testing.assert_allclose(found.fixed.estimate, [3.386, 1.434, 34.540, 27.691], **THREE)
+    G = cholesky("animal_dam/effects", [[150.0, -40], [-40, 90]])
+    found = lmm(
+        "weight ~ 0 + pen + herd + us(ped(animal) + ped(dam)) + (1 | dam)", BIRTHS,
+        pedigree=BIRTH_PEDIGREE, categorical=["herd", "pen"], solver=solver,
+        constraints={**G, "dam/sigma^2": 40.0}, residual_variance=350.0,
+    )  # fmt: skip
+    np.testing.assert_allclose(found.fixed.estimate, [34.540, 27.691, 3.386, 1.434], **THREE)
     np.testing.assert_allclose(
-        found.random[0].values,
+        blups(found, "animal + dam"),
         [[0.564, 0.262], [-1.244, -1.583], [1.165, 0.736], [-0.484, 0.586], [0.630, -0.507],
          [-0.859, 0.841], [-1.156, 1.299], [1.917, -0.158], [-0.553, 0.660], [-1.055, -0.153],
          [0.385, 0.916], [0.863, 0.442], [-2.980, 0.093], [1.751, 0.362]],

@@ -21,7 +21,6 @@ from openreml_nn.covariance import (
     Sum,
 )
 from openreml_nn.model.relations import read_pedigree
-from openreml_nn.table.formula import parse_formula
 from tests.forked import program
 
 AREAS = [f"a{i}" for i in range(7)]
@@ -215,20 +214,6 @@ def test_what_is_wrong_is_said_in_one_line(formula, kernels, message):
     with pytest.raises(InputError, match=message) as error:
         lmm(f"y ~ 1 + {formula}", data, kernels=kernels)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "term",
-    [
-        "us(ped(animal) + ped(dam))",
-        "diag(vm(one, K) + vm(two, K))",
-        "(1 | ped(animal) + ped(dam))",
-        "(1 | vm(one, K) + vm(two, K))",
-    ],
-)
-def test_several_levels_a_row_are_refused_with_what_has_them(term):
-    with pytest.raises(InputError, match=r"several levels a row.*MembershipMatrix"):
-        parse_formula(f"y ~ x + {term}")
 
 
 PLACES = [

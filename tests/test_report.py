@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
+from rich.console import Console
 
 from openreml_nn import InputError, datasets, fit_reml, glmm, lmm
 from openreml_nn.covariance import (
@@ -20,6 +21,7 @@ from openreml_nn.covariance import (
 )
 from openreml_nn.datasets import visits
 from openreml_nn.inference import diagnose, profile, quantile_residuals, variance_shares
+from openreml_nn.inference.refit import tracked
 from openreml_nn.program.outputs import write_plots, write_record, write_tables
 from openreml_nn.report import (
     blup_table,
@@ -164,6 +166,19 @@ def test_the_summary_is_laid_out_like_lme4s(result):
     assert at == sorted(at)
 
 
+class ZMQInteractiveShell:
+    """What IPython calls the shell of a Jupyter kernel."""
+
+
+def test_a_notebook_has_the_summary_and_the_bar_of_a_terminal(result, monkeypatch, capsys):
+    elsewhere = result.summary()
+    monkeypatch.setattr("rich.console.get_ipython", ZMQInteractiveShell, raising=False)
+    assert Console().is_jupyter
+    assert result.summary() == elsewhere
+    assert list(tracked([1, 2], "fits", progress=True)) == [1, 2]
+    assert capsys.readouterr().out == ""
+
+
 def test_plots_show_what_they_say(result):
     assert len(residuals(result).axes) == 2
     bars = shares(result).axes[0].patches
@@ -265,6 +280,7 @@ def test_a_report_is_one_page_that_needs_no_other_file(result, tmp_path):
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     # Only what the page does not draw itself is a picture.
     assert text.count("data:image/png;base64,") == 2 * len(["covariance", "shares"])
+    assert text.count("<figcaption>Shares of the variance, with standard errors<") == 2
     assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org/2000/svg", "")
     assert "REML criterion 1743.6283" in text
     assert write_report(tmp_path / "a", tmp_path / "one.html") == 1

@@ -740,3 +740,10 @@ def test_mixes_of_structures_are_sums_of_products(terms, group, residual, weight
     if method == "reml":
         dense = restricted_log_likelihood(encoded.y, encoded.X, torch.tensor(expected))
         assert abs(float(found["dense"][0].detach() + dense)) < 1e-8
+
+
+@pytest.mark.parametrize("unit", [1e-2, 1e12])
+def test_times_whose_unit_leaves_car1_no_digits_are_refused(unit):
+    table = LONG.assign(x=LONG["x"] * unit)
+    with pytest.raises(InputError, match=r"apart \(their median\).*exponential"):
+        lmm("y ~ 1", table, residual="car1(x | g)")

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -257,6 +258,41 @@ def test_what_cannot_be_is_refused_in_one_line(formula, options, message):
     with pytest.raises(InputError, match=re.escape(message)) as caught:
         lmm(formula, table, **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("response", "of", "names"),
+    [
+        ("cbind(weight, later)", lambda t: t["weight"] + 5, "'weight', 'later'"),
+        ("cbind(later, weight)", lambda t: 1e-3 * (7 - 2 * t["weight"]), "'later', 'weight'"),
+        ("cbind(weight, height, later)", lambda t: t["weight"] - 3 * t["x"], "'weight', 'later'"),
+        (
+            "cbind(weight, height, later)",
+            lambda t: t["weight"] + t["height"],
+            "'weight', 'height', 'later'",
+        ),
+    ],
+)
+def test_responses_that_the_others_tell_are_refused_at_once(response, of, names):
+    table = made()
+    table["later"] = of(table)
+    with pytest.raises(InputError, match=f"the responses {names} have a combination"):
+        lmm(f"{response} ~ x + (1 | animal)", table)
+    # Where something is left the covariance is regular.
+    table.loc[3, "later"] += 1e-3 * table["later"].std()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert lmm(f"{response} ~ x + (1 | animal)", table, max_iterations=1).iterations == 1
+
+
+def test_a_response_that_differs_where_no_coefficient_says_so_is_fitted():
+    # All fixed effects are shared, so that the difference of the means is one of the residuals.
+    table = made(n=60)
+    table["later"] = table["weight"] + 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = lmm("cbind(weight, later) ~ 0 + trait:x + (1 | f)", table, max_iterations=1)
+    assert found.rows == 120
 
 
 def test_no_more_rows_are_no_change():

@@ -99,7 +99,7 @@ class AR1Matrix(Matrix):
         return powers[:n]
 
     def _slopes(self, powers: Tensor) -> Tensor:
-        """Their derivatives, by shifting them: rho, which may be zero, divides nothing."""
+        """Derivatives of the powers, by shifting them: rho, which may be zero, divides nothing."""
         lag = torch.arange(1, self.shape[0], dtype=powers.dtype, device=powers.device)
         return torch.nn.functional.pad(lag * powers[:-1], (1, 0))
 
@@ -145,7 +145,7 @@ class AR1Matrix(Matrix):
         ]
 
     def at(self, series: Tensor, times: Tensor) -> AR1Matrix:
-        """The same process at some times of independent series: both have the same parameters.
+        """The process at some times of independent series, with the parameters of this matrix.
 
         Args:
             series: (n,) which series, in ascending order.

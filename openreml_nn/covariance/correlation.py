@@ -113,22 +113,30 @@ class MaternCorrelation(Correlation):
 
     def value(self, r: Tensor) -> Tensor:
         s = sqrt(2 * self.nu) * r
-        polynomial = {0.5: s * 0 + 1, 1.5: 1 + s, 2.5: 1 + s + s * s / 3}[self.nu]
-        return polynomial * torch.exp(-s)
+        match self.nu:
+            case 0.5:
+                return torch.exp(-s)
+            case 1.5:
+                return (1 + s) * torch.exp(-s)
+        return (1 + s + s * s / 3) * torch.exp(-s)
 
     def slope(self, r: Tensor) -> Tensor:
         s = sqrt(2 * self.nu) * r
-        polynomial = {0.5: s, 1.5: s * s, 2.5: s * s * (1 + s) / 3}[self.nu]
-        return polynomial * torch.exp(-s)
+        match self.nu:
+            case 0.5:
+                return s * torch.exp(-s)
+            case 1.5:
+                return s * s * torch.exp(-s)
+        return s * s * (1 + s) / 3 * torch.exp(-s)
 
     def bend(self, r: Tensor) -> Tensor:
         s = sqrt(2 * self.nu) * r
-        polynomial = {
-            0.5: s * (s - 1),
-            1.5: s * s * (s - 2),
-            2.5: s * s * (s * s - 2 * s - 2) / 3,
-        }[self.nu]
-        return polynomial * torch.exp(-s)
+        match self.nu:
+            case 0.5:
+                return s * (s - 1) * torch.exp(-s)
+            case 1.5:
+                return s * s * (s - 2) * torch.exp(-s)
+        return s * s * (s * s - 2 * s - 2) / 3 * torch.exp(-s)
 
 
 @dataclass(frozen=True)

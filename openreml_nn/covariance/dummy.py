@@ -189,8 +189,8 @@ class DummyMatrix(Matrix):
 
     @property
     def labels(self) -> list[str]:
-        """The same for tables, joined by ``:`` as in a formula; as tuples where that makes two
-        alike."""
+        """Names of the levels for tables, those of several factors joined by ``:`` as in a formula; as
+        tuples where that makes two alike."""
         return self.colnames if self._labels is None else self._labels
 
     @property

@@ -18,7 +18,7 @@ from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.transform import TransformExpPow2
-from openreml_nn.support.checks import check_count, found
+from openreml_nn.support.checks import check_constant, check_count, found
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.design import IdentityDesign
 from openreml_nn.terms.precision import GraphPrecision, PrecisionCovariance
@@ -234,6 +234,7 @@ def _weights(adjacency: Any) -> csc_matrix:
         if adjacency.dim() != 2:
             shape = tuple(adjacency.shape)
             raise InputError(f"`adjacency` has shape {shape}: expected (n, n) weights")
+        check_constant("adjacency", adjacency)
         entries = adjacency.detach().cpu().double().to_sparse_coo().coalesce()
         row, column = entries.indices().numpy()
         W = coo_matrix((entries.values().numpy(), (row, column)), tuple(adjacency.shape)).tocsc()

@@ -105,7 +105,7 @@ class ScalarMatrix(Matrix):
         return self.set_start(self.param_names[0], harmonic_mean(variance))
 
     def of_size(self, n: int) -> ScalarMatrix:
-        """The same variance for n rows: both have one parameter, free or fixed.
+        """A matrix of this variance for n rows: both have one parameter, free or fixed.
 
         >>> one = ScalarMatrix(1)
         >>> one.of_size(3).get_parameter("sigma^2") is one.get_parameter("sigma^2")

@@ -13,7 +13,7 @@ from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.transform import TransformExpPow2
-from openreml_nn.support.checks import found
+from openreml_nn.support.checks import check_constant, found
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import ScaledCovariance
 from openreml_nn.terms.design import IdentityDesign
@@ -45,7 +45,8 @@ class KnownInverseMatrix(Matrix):
         Output: (n, n).
 
     Raises:
-        InputError: if ``inverse`` is not square, dense and not symmetric, or not zero on ``null``.
+        InputError: if ``inverse`` is not square, dense and not symmetric, requires a gradient, or is not
+            zero on ``null``.
         NotPositiveDefiniteError: by calling the matrix, if ``inverse`` is not positive definite.
 
     >>> from openreml_nn.covariance import Pedigree
@@ -70,6 +71,7 @@ class KnownInverseMatrix(Matrix):
             raise TypeError(f"`inverse` is {got}: expected a floating-point tensor")
         if inverse.dim() != 2 or inverse.shape[0] != inverse.shape[1] or not len(inverse):
             raise InputError(f"`inverse` has shape {tuple(inverse.shape)}: expected (n, n)")
+        check_constant("inverse", inverse)
         if inverse.layout == torch.strided:
             check_symmetric("inverse", inverse)
         default = free_specs(["sigma^2"], trans=TransformExpPow2())

@@ -10,7 +10,9 @@ from math import prod
 import torch
 from torch import Tensor
 
+from openreml_nn.covariance.identity import IdentityMatrix
 from openreml_nn.covariance.matrix import Matrix
+from openreml_nn.covariance.nodes import is_opaque
 from openreml_nn.covariance.operator import Operator
 from openreml_nn.covariance.start import give_to_one, harmonic_mean
 from openreml_nn.terms.base import Covariance
@@ -70,6 +72,16 @@ class KroneckerProduct(Operator):
         return reduce(_kron, [*values[:index], tangent, *values[index + 1 :]])
 
     def structure(self) -> list[Term]:
+        outer, *rest = self.operands.values()
+        if type(outer) is IdentityMatrix and len(rest) == 1 and not is_opaque(outer):
+            # What all independent levels have in common needs no product.
+            (inner,) = rest
+            found = inner.terms() if isinstance(inner, Matrix) else []
+            if len(found) == 1 and isinstance(found[0].design, IdentityDesign):
+                g = found[0].covariance
+                if isinstance(g, RepeatedCovariance):
+                    repeats = RepeatedCovariance(g.matrix, outer.shape[0] * g.levels, g.factor)
+                    return [Term(IdentityDesign(self.shape[0]), repeats)]
         parts = []
         for name, found in self.lowered().items():
             if len(found) != 1 or not isinstance(found[0].design, IdentityDesign):
@@ -82,7 +94,7 @@ class KroneckerProduct(Operator):
             merged = _merge(merged, part)
         if merged is None:
             return super().structure()
-        return [replace(merged, name="")]
+        return [replace(merged, name="") if merged.name else merged]
 
     def moment_start(self, variance: Tensor) -> bool:
         operands = list(self.operands.values())

@@ -158,7 +158,7 @@ class Matrix(Intermediates, TreeNode):
         raise NotImplementedError(f"{type(self).__name__} has no closed-form gradient")
 
     def auto_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
-        """The same Jacobian by reverse-mode automatic differentiation of :meth:`forward`."""
+        """The Jacobian by reverse-mode automatic differentiation of :meth:`forward`."""
         values = self.flat_params(free_params)
         if not values.numel():
             return None, []
@@ -361,7 +361,7 @@ class Matrix(Intermediates, TreeNode):
 
     @property
     def T(self) -> Matrix:
-        """Its transpose."""
+        """The transpose of the matrix."""
         return _WRITTEN[".T"](self)
 
     def _operate(self, sign: str, other: Any) -> Any:

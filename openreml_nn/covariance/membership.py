@@ -13,7 +13,7 @@ from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.nodes import has_values
 from openreml_nn.support.checks import found
 from openreml_nn.support.errors import InputError
-from openreml_nn.terms.design import SparseDesign
+from openreml_nn.terms.design import MembershipDesign
 
 __all__ = ["MembershipMatrix"]
 
@@ -87,16 +87,12 @@ class MembershipMatrix(Matrix):
         return [str(i) for i in range(self.levels)] if self._labels is None else self._labels
 
     @property
-    def design(self) -> SparseDesign:
+    def design(self) -> MembershipDesign:
         """The design by its columns."""
         codes, values = self.codes, self.values
         if values is None:
             values = self.like.new_ones(*codes.shape, 1)
-        absent = (codes < 0)[:, :, None]
-        columns = codes.clamp(min=0)[:, :, None] * self.effects
-        columns = columns + torch.arange(self.effects, device=codes.device)
-        entries = values.masked_fill(absent, 0.0)
-        return SparseDesign(columns.flatten(1), entries.flatten(1), self.shape[1])
+        return MembershipDesign(codes, values, self.levels)
 
     def mean_squares(self) -> Tensor:
         """Of the entries of a row in the columns of an effect, level by level: their sum, on average."""

@@ -56,12 +56,12 @@ class Entry(NamedTuple):
 
     @property
     def tensor(self) -> Tensor:
-        """Its untransformed value as it is now, (1,)."""
+        """The untransformed value of the parameter as it is now, (1,)."""
         return self.leaf.stored(self.local)
 
     @property
     def trans(self) -> Transform:
-        """Its transform."""
+        """The transform of the parameter."""
         return self.leaf.own_trans[self.local]
 
 

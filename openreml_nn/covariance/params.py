@@ -175,7 +175,10 @@ class _Attributes:
 
 
 def _encoded(name: str, characters: str, taken: Container[str]) -> str:
-    found = "".join(f"%{ord(c):02X}" if c in characters else c for c in name)
+    # Most names are words.
+    found = name
+    if not name.isidentifier():
+        found = "".join(f"%{ord(c):02X}" if c in characters else c for c in name)
     return f"%{ord(found[0]):02X}{found[1:]}" if found in taken else found
 
 

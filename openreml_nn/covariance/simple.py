@@ -169,7 +169,7 @@ class Adapter(Matrix):
 
 
 def _hollow(matrix: Matrix, made: dict[int, Matrix]) -> Matrix:
-    """The same matrix without values of its own for its free parameters.
+    """A matrix of this class without values of its own for its free parameters.
 
     Its other tensors and modules are those of the original. A module in two
     places stays one.

@@ -19,6 +19,9 @@ from openreml_nn.support.errors import InputError
 
 __all__ = ["ARMAMatrix", "ContinuousAR1Matrix"]
 
+#: Between these is -log rho at a start: a step in the angle of rho has no digits beyond them.
+_SLOWEST, _FASTEST = 1e-11, 60.0
+
 
 class ContinuousAR1Matrix(Matrix):
     r"""Autoregression in continuous time, :math:`V_{ij} = \sigma^2 \rho^{d_{ij}}`, also known as
@@ -84,7 +87,14 @@ class ContinuousAR1Matrix(Matrix):
         apart = self.distance[self.distance > 0]
         if not apart.numel():
             return False
-        return self.set_start(self.param_names[1], torch.exp(-1 / (reach * apart.median())))
+        rate = float(1 / (reach * apart.median()))
+        if self.param_names[1] in self.free_param_names and not _SLOWEST < rate < _FASTEST:
+            raise InputError(
+                f"times are {float(apart.median()):.3g} apart (their median) and `rho` is the "
+                "correlation at a distance of 1, which has no digits there: expected times in a "
+                "unit nearer to their distances, or exponential(…), whose length has any unit"
+            )
+        return self.set_start(self.param_names[1], apart.new_tensor(-rate).exp())
 
 
 class ARMAMatrix(Matrix):

@@ -340,7 +340,7 @@ class Leaf:
         self.node = node
 
     def value(self, parts: Sequence[Tensor], like: Tensor) -> Tensor:
-        """Its value at its free parameters."""
+        """The value of the leaf at its free parameters."""
         return leaf_value(self.node, parts[0])
 
     def pull_back(self, cotangent: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
@@ -348,7 +348,7 @@ class Leaf:
         return [self.node.manual_vjp(cotangent, parts[0])]
 
     def push_forward(self, tangents: Sequence[Tensor | None], parts: Sequence[Tensor]) -> Tensor:
-        """Its derivative along a tangent of its free parameters."""
+        """The derivative of the leaf along a tangent of its free parameters."""
         tangent = tangents[0]
         assert tangent is not None
         return self.node.push_forward(tangent, parts[0])

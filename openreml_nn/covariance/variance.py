@@ -79,7 +79,7 @@ class VarianceFunction(Matrix):
         self.kind = kind
 
     def at(self, covariate: Tensor) -> VarianceFunction:
-        """The same function, with these parameters, of other values of the covariate (n,)."""
+        """The variance function, with these parameters, of other values of the covariate (n,)."""
         made = VarianceFunction(covariate.to(self.logarithm), self.kind)
         made.own_trans = self.own_trans
         for name in self.param_names:

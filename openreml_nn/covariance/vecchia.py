@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from math import log
 from typing import Any
 
@@ -14,160 +13,24 @@ from torch import Tensor
 from openreml_nn.covariance.correlation import Correlation
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.neighbours import first_to_last, nearest, nearest_before
-from openreml_nn.covariance.nodes import functorch, has_values
+from openreml_nn.covariance.nodes import has_values
 from openreml_nn.covariance.params import free_specs, merge_specs
+from openreml_nn.covariance.regressions import Regressions
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.transform import TransformExp, TransformExpPow2
-from openreml_nn.support.checks import check_count, check_instance, found
+from openreml_nn.support.checks import check_constant, check_count, check_instance, found
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.design import IdentityDesign
-from openreml_nn.terms.precision import NeighbourPrecision, PrecisionCovariance
+from openreml_nn.terms.neighbours import NeighbourPrecision
+from openreml_nn.terms.precision import PrecisionCovariance
 from openreml_nn.terms.term import Term
 
-__all__ = ["Regressions", "VecchiaMatrix"]
+__all__ = ["VecchiaMatrix"]
 
-#: Places whose regressions are computed at once, so that what is held is in the processor's cache.
-_AT_ONCE = 256
 #: Places whose distances tell what is far.
 _TYPICAL = 500
 #: A start is halved at most so often.
 _HALVED = 60
-
-
-@dataclass(frozen=True)
-class Regressions:
-    r"""The regressions of places on neighbours, as they depend on the logarithm of the length.
-
-    With C the correlations among the neighbours of a place and c those with it, its weights are
-    :math:`b = C^{-1} c` and its variance beside them is :math:`d = 1 - c^\top b`.
-
-    Args:
-        places: (k, s) the places.
-        others: (q, s) those among which the neighbours are.
-        neighbours: (k, m) the neighbours of each; -1 past the last.
-        correlation: what it is.
-    """
-
-    places: Tensor
-    others: Tensor
-    neighbours: Tensor
-    correlation: Correlation
-    #: The last length without a graph, and what was computed there: plain numbers.
-    _kept: dict[float, list[Tensor]] = field(default_factory=dict, repr=False, compare=False)
-
-    def at(self, log_length: Tensor, order: int = 0) -> Tensor:
-        """d (k,) and then the weights (k, m), row by row, or their first or second derivatives.
-
-        They are differentiable up to the second derivative. Where rounding leaves no variance, d is
-        NaN.
-        """
-        if functorch():
-            # Forward mode within forward mode forgets what a custom function has saved.
-            return self.computed(log_length, order)[order]
-        return _Regressed.apply(log_length, self, order)
-
-    def derivative(self, log_length: Tensor, order: int) -> Tensor:
-        """What :meth:`at` returns, or its first or second derivative."""
-        if not has_values(log_length):
-            return self.computed(log_length, order)[order]
-        with torch.inference_mode(False), torch.no_grad():
-            key = float(log_length)
-            known = self._kept.get(key, [])
-            if order >= len(known):
-                # Who asks for one derivative of a fit asks for the other next.
-                known = self.computed(log_length, 2 if order else 0)
-                self._kept.clear()
-                self._kept[key] = known
-            return known[order].clone()
-
-    def computed(self, log_length: Tensor, order: int) -> list[Tensor]:
-        """The regressions with their derivatives up to an order."""
-        parts = [
-            self._part(log_length, order, slice(i, i + _AT_ONCE))
-            for i in range(0, len(self.places), _AT_ONCE)
-        ]
-        found = []
-        for each in zip(*parts, strict=True):
-            d, B = (torch.cat(part) for part in zip(*each, strict=True))
-            found.append(torch.cat([d, B.reshape(-1)]))
-        return found
-
-    def _part(self, log_length: Tensor, order: int, rows: slice) -> list[tuple[Tensor, Tensor]]:
-        """d and the weights of some places, with their derivatives."""
-        at, own = self.neighbours[rows], self.places[rows].double()
-        missing, k, m = at < 0, *at.shape
-        if not m:
-            zero = own.new_zeros(k) + 0 * log_length
-            return [(zero + (i == 0), own.new_zeros(k, 0)) for i in range(order + 1)]
-        near = self.others[at.clamp(min=0)].double()  # (k, m, s)
-        length = log_length.exp()
-        is_full = has_values(at) and not bool(missing.any())
-        apart = missing[:, :, None] | missing[:, None, :]
-        kinds = (self.correlation.value, self.correlation.slope, self.correlation.bend)
-
-        # A length near zero would make distances infinite; there correlations are zero long before.
-        r = (torch.linalg.vector_norm(near - own[:, None], dim=-1) / length).clamp(max=1e4)
-        c = [f(r) for f in kinds[: order + 1]]
-        r = torch.linalg.vector_norm(near[:, :, None] - near[:, None], dim=-1) / length
-        r = r.clamp(max=1e4)
-        C = [f(r) for f in kinds[: order + 1]]
-        if not is_full:
-            c = [x.masked_fill(missing, 0.0) for x in c]
-            C = [x.masked_fill(apart, 0.0) for x in C]
-            C[0] = C[0] + torch.diag_embed(missing.to(C[0]))
-        factor, info = torch.linalg.cholesky_ex(C[0])
-
-        def solved(x: Tensor) -> Tensor:
-            return torch.cholesky_solve(x[..., None], factor)[..., 0]
-
-        def times(A: Tensor, x: Tensor) -> Tensor:
-            return (A @ x[..., None])[..., 0]
-
-        b = solved(c[0])
-        d = 1 - (c[0] * b).sum(-1)
-        d = torch.where((info == 0) & (d > torch.finfo(d.dtype).eps), d, torch.nan)
-        found = [(d, b)]
-        if order > 0:
-            # C b = c and its derivatives; of d the terms with those of b fall out.
-            b1 = solved(c[1] - times(C[1], b))
-            found.append(((times(C[1], b) * b - 2 * c[1] * b).sum(-1), b1))
-        if order > 1:
-            b2 = solved(c[2] - 2 * times(C[1], b1) - times(C[2], b))
-            bent = times(C[2], b) * b + 2 * times(C[1], b) * b1 - 2 * c[2] * b - 2 * c[1] * b1
-            found.append((bent.sum(-1), b2))
-        return found
-
-
-class _Regressed(torch.autograd.Function):
-    """Regressions as one operation of autograd: what it keeps is the length alone."""
-
-    @staticmethod
-    def forward(log_length: Tensor, regressions: Regressions, order: int) -> Tensor:
-        return regressions.derivative(log_length, order)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        log_length, ctx.regressions, ctx.order = inputs
-        ctx.save_for_backward(log_length)
-        ctx.save_for_forward(log_length)
-
-    @staticmethod
-    def _following(ctx: Any) -> int:
-        if ctx.order == 2:
-            raise NotImplementedError("neighbours have no third derivative by the length")
-        return int(ctx.order) + 1
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        (log_length,) = ctx.saved_tensors
-        slope = _Regressed.apply(log_length, ctx.regressions, _Regressed._following(ctx))
-        return (cotangent * slope).sum().reshape(1), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        (log_length,) = ctx.saved_tensors
-        order = _Regressed._following(ctx)
-        return tangent * ctx.regressions.computed(log_length, order)[order]
 
 
 class VecchiaMatrix(Matrix):
@@ -246,8 +109,11 @@ class VecchiaMatrix(Matrix):
         """The regressions of the places on those of them that come before."""
         known = self._regressions
         if known is None or known.places is not self.places:
-            places = self.places
-            known = Regressions(places, places, self._neighbours, self.correlation)
+            places, own = self.places, self.precision
+            at = places.double()
+            apart = torch.linalg.vector_norm(at[own.row] - at[own.column], dim=-1)
+            data = places, places, self._neighbours, self.correlation
+            known = Regressions(*data, own.pairs, apart)
             self._regressions = known
         return known
 
@@ -367,6 +233,7 @@ def _check_coordinates(places: Tensor) -> None:
 
 def _check_places(places: Tensor) -> None:
     _check_coordinates(places)
+    check_constant("places", places)
     at = places.detach().cpu().numpy()
     order = np.lexsort(at.T)
     same = (at[order[1:]] == at[order[:-1]]).all(1)

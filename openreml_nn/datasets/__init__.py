@@ -47,7 +47,7 @@ FORMULAS = {
 
 
 def table_path(name: str) -> Path:
-    """File of a data set.
+    """The path of the file of a data set.
 
     Raises:
         InputError: if there is none of that name.

@@ -14,8 +14,9 @@ from openreml_nn.estimation.derivatives import (
     second_derivative,
 )
 from openreml_nn.likelihood.loss import Objective
+from openreml_nn.likelihood.problem import Evaluation
 
-__all__ = ["CONVERGED", "FLAT", "Curvature"]
+__all__ = ["CONVERGED", "FLAT", "Curvature", "lost_in_noise"]
 
 #: Parameters count as converged this many standard errors from the optimum.
 CONVERGED = 1e-3
@@ -46,6 +47,7 @@ class Curvature:
         objectives: likelihoods, whose logarithms add up.
         owned: the parameters to move; all that require a gradient if None.
         weights: what each log-likelihood is multiplied by; 1 by default.
+        evaluations: the likelihoods at the present parameters, where they are at hand.
 
     Attributes:
         at: the coordinates, ``u`` their present values.
@@ -70,6 +72,7 @@ class Curvature:
         objectives: Sequence[Objective],
         owned: Sequence[Tensor] | None = None,
         weights: Sequence[float] | None = None,
+        evaluations: Sequence[Evaluation] | None = None,
     ) -> None:
         self.objectives = objectives
         self.weights = [1.0] * len(objectives) if weights is None else list(weights)
@@ -84,6 +87,7 @@ class Curvature:
         self.score = torch.zeros_like(u)
         self.information = torch.zeros(len(u), len(u), dtype=u.dtype, device=u.device)
         self.hessian = torch.zeros_like(self.information)
+        self._noise = 0.0
         self.stuck: list[int] = []
         self.held: list[int] = []
         self.kinked: tuple[str, ...] = ()
@@ -92,8 +96,12 @@ class Curvature:
             self.move, self.norm, self.condition = u, 0.0, 1.0
             return
         for i, (objective, weight) in enumerate(zip(objectives, self.weights, strict=True)):
-            add = self._add_moving if objective.moves else self._add
-            add(i, objective, weight)
+            if objective.moves:
+                self._add_moving(i, objective, weight)
+            else:
+                known = objective.evaluate() if evaluations is None else evaluations[i]
+                self._noise = max(self._noise, lost_in_noise(known))
+                self._add(i, known, weight)
         self.held = [j for j in self.kinks if self._is_top(j)]
         self.kinked = tuple(self.at.names[j] for j in self.held)
         self.score[self.held] = 0
@@ -109,11 +117,9 @@ class Curvature:
     @property
     def is_optimum(self) -> bool:
         """Whether the fit may end here: the one criterion of steps and of results."""
-        return self.norm < max(CONVERGED, self.resolution) and not self.stuck
+        return self.norm < max(CONVERGED, self.resolution, self._noise) and not self.stuck
 
-    def _add(self, i: int, objective: Objective, weight: float) -> None:
-        evaluation = objective.evaluate()
-
+    def _add(self, i: int, evaluation: Evaluation, weight: float) -> None:
         def matrices(x: Tensor) -> tuple[Tensor, ...]:
             return self.matrices(i, x)
 
@@ -220,6 +226,11 @@ class Curvature:
             )
             information += weight * float(evaluation.information([d[None] for d in half]))
         return slope / information if information > 0 else 1.0
+
+
+def lost_in_noise(evaluation: Evaluation) -> float:
+    """The score norm of a step whose gain, half of its square, rounding leaves unknown."""
+    return (2 * evaluation.noise) ** 0.5
 
 
 def _score_at(c: Curvature, u: Tensor, j: int) -> float:

@@ -59,7 +59,7 @@ def moment_start(loss: REMLLoss, y: Tensor, X: Tensor, rows: Tensor | None = Non
 
 
 def start_by_moments(objective: Objective, size: float) -> None:
-    """The same for a prepared likelihood, with the length of the response."""
+    """Set the parameters of a prepared likelihood to their start; ``size`` is the response's length."""
     covariance, problem = objective.covariance, objective.problem
     y = problem.fixed.y
     one = torch.ones(covariance.shape[0], dtype=y.dtype, device=y.device)
@@ -203,6 +203,12 @@ def fit_reml(
         history = iterate(objective, max_iterations if free else 0)
     result = outcome(objective, loss.plan, y, X, history, names, labels, others)
     edge = "" if result.converged else edge_of(objective)
+    left = result.residual_variance
+    if not result.converged and left is not None and left < 1e-10 * float(y.var()):
+        edge = (
+            f"the likelihood rises without end: the residual variance, {left:.2g}, goes to zero, as the "
+            "effects fit the response exactly"
+        )
     return checked(replace(result, seconds=perf_counter() - begun), edge)
 
 

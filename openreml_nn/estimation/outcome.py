@@ -126,7 +126,7 @@ class _Builder:
             condition=curvature.condition,
             rows=problem.n,
             log_likelihood=float(evaluation.log_likelihood),
-            log_likelihood_error=evaluation.error,
+            log_likelihood_error=evaluation.error + evaluation.noise,
             fixed=fixed,
             parameters=self._parameters(),
             components=tuple(components),

@@ -64,14 +64,14 @@ class Safeguard:
             raise NotPositiveDefiniteError(text) from error
         if not isfinite(self.start):
             raise NumericalError(f"the log-likelihood at the starting values is {self.start}")
-        self.curvature = c = Curvature(objectives, owned, self._weights)
+        self.curvature = c = Curvature(objectives, owned, self._weights, self._evaluations)
         if not len(c.at):
             raise RuntimeError("none of AIREML's parameters belongs to a covariance in the loss")
         # Differences of the likelihood below this are rounding, as are those within what an
         # estimated likelihood is known to.
         eps = torch.finfo(objectives[0].problem.fixed.y.dtype).eps
         self._slack = 100 * eps * (abs(self.start) + c.rows)
-        self._slack += sum(o.evaluate().error for o in objectives)
+        self._slack += sum(e.error + 3 * e.noise for e in self._evaluations)
 
     def _log_likelihood(self) -> float:
         """The log-likelihood at the parameters as they are; minus infinity where it does not exist."""
@@ -83,21 +83,24 @@ class Safeguard:
 
     def _total(self) -> float:
         """The weighted sum of the log-likelihoods; a NumericalError says why there is none."""
+        # Kept: what follows at the same parameters would lower the covariance again.
+        self._evaluations = [o.evaluate() for o in self._objectives]
         return sum(
-            w * float(o.evaluate().log_likelihood)
-            for o, w in zip(self._objectives, self._weights, strict=True)
+            w * float(e.log_likelihood)
+            for e, w in zip(self._evaluations, self._weights, strict=True)
         )
 
     def has_scores(self) -> bool:
-        """Whether the next step can start from here: digits are left for the derivatives, and
-        no parameter is infinite, as a length of which the data know only that it is long."""
+        """Whether the next step can start from where the likelihood was last evaluated: digits are
+        left for the derivatives, and no parameter is infinite, as a length of which the data know
+        only that it is long."""
         natural = (e.trans(e.tensor.detach()) for e in self.curvature.at.entries)
         if not all(bool(torch.isfinite(value).all()) for value in natural):
             return False
         try:
-            for o in self._objectives:
+            for o, evaluation in zip(self._objectives, self._evaluations, strict=True):
                 if not o.moves:
-                    o.evaluate().scores()
+                    evaluation.scores()
         except NumericalError:
             return False
         return True

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from openreml_nn.covariance import Matrix
-from openreml_nn.estimation.curvature import CONVERGED, Curvature
+from openreml_nn.estimation.curvature import CONVERGED, Curvature, lost_in_noise
 from openreml_nn.estimation.past import Past
 from openreml_nn.estimation.step import average_information_step
 from openreml_nn.likelihood.loss import Objective
@@ -80,10 +80,22 @@ def climb(
             # Rounding is all that moves it: it is as near as the numbers let one see.
             history[-1] = replace(history[-1], step=0.0)
             break
+        if _has_stalled(history) and step.score_norm < _lost(objective):
+            history[-1] = replace(history[-1], step=0.0)
+            break
         far = step.score_norm > CONVERGED
         if far and len(history) > _STALLED and step.length < 0.02 and _gain(history) < 1e-8:
             break  # at the edge of where V is positive definite: there is nowhere to go
     return history
+
+
+def _lost(objective: Objective) -> float:
+    return 0.0 if objective.moves else lost_in_noise(objective.evaluate())
+
+
+def _has_stalled(history: Sequence[Record]) -> bool:
+    """Whether the last step began hardly nearer to the optimum than the one before."""
+    return len(history) > 1 and history[-1].score_norm > history[-2].score_norm / 2
 
 
 def _gain(history: Sequence[Record]) -> float:

@@ -112,6 +112,11 @@ class Family(Parametrized):
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement deviance")
 
+    @property
+    def has_deviance(self) -> bool:
+        """Whether :meth:`deviance` is there."""
+        return type(self).deviance is not Family.deviance
+
     def draw(self, y: Tensor, eta: Tensor, rng: np.random.Generator) -> Tensor:
         r"""Responses drawn given their linear predictor, for simulation and the parametric bootstrap.
 
@@ -190,8 +195,8 @@ class Family(Parametrized):
         return self.own_trans[name](self.stored(name).to(like))
 
     def quantities(self, like: Tensor) -> dict[str, Tensor]:
-        """Its parameters as tables show them, on the natural scale, by name, (1,) each: a
-        differentiable function of what it stores."""
+        """The parameters of the family as tables show them, on the natural scale, by name, (1,)
+        each: a differentiable function of what it stores."""
         return {name: self.natural(name, like) for name in self.own_trans}
 
     def by_parameters(self, given: Mapping[str, Any], option: str) -> dict[str, Any]:

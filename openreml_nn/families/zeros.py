@@ -89,6 +89,21 @@ class ZeroInflated(Family):
             torch.where(zero, r * (rest * first * bend + twist), third),
         )
 
+    def deviance(self, y: Tensor, mean: Tensor) -> Tensor:
+        """Refused: the variance is no function of the mean, so that there is no unit deviance.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            f"the {self.name} family has no unit deviance: judge rows by the negative log density, and "
+            "fits by Result.deviance, which is -2 times the log-likelihood"
+        )
+
+    @property
+    def has_deviance(self) -> bool:
+        return False
+
     def draw(self, y: Tensor, eta: Tensor, rng: np.random.Generator) -> Tensor:
         """Responses with the inputs that the rows have."""
         own, zeta = self._parts(y, eta)

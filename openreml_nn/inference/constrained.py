@@ -155,7 +155,7 @@ class Natural:
         return v
 
     def of(self, objective: Objective) -> Natural:
-        """The same for the likelihood of other data."""
+        """These natural parameters with the likelihood of other data."""
         found = copy(self)
         found.objective = objective
         return found

@@ -202,7 +202,7 @@ class _Deletion:
         return toward @ self.p_y[at], self.covariance + toward @ self.moves[at]
 
     def refitted(self, case: int) -> tuple[Tensor, Tensor] | None:
-        """The same where all is estimated again."""
+        """How coefficients change without a case, and their covariance, all parameters refitted."""
         refit = self.refit
         refit.reset()
         try:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from openreml_nn.estimation import Component, Result
-from openreml_nn.inference.refit import Refit, source_of
-from openreml_nn.inference.shares import variance_shares
+from openreml_nn.inference.refit import Refit, family_of, source_of
+from openreml_nn.inference.shares import effect_share, variance_shares
 from openreml_nn.support.checks import check_choice, check_instance
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import DiagonalCovariance, RepeatedCovariance
@@ -38,7 +38,9 @@ class Heritability(NamedTuple):
         return self.estimate
 
 
-def heritability(result: Result, group: str | None = None, method: str = "plain") -> Heritability:
+def heritability(
+    result: Result, group: str | None = None, method: str = "plain", effect: str | None = None
+) -> Heritability:
     r"""Heritability of a genetic effect, by one of three definitions.
 
     ``"plain"``: its share in the variance of a row, :math:`\sigma_g^2 / \sum_t \sigma_t^2`, with a
@@ -61,10 +63,13 @@ def heritability(result: Result, group: str | None = None, method: str = "plain"
         result: a fit.
         group: the grouping factor of the genetic effect; may be left out where there is one only.
         method: ``"plain"``, ``"cullis"`` or ``"generalised"``.
+        effect: which one, where a level has several, as with ``us(ped(animal) + ped(dam))`` the direct
+            effect ``"animal"`` and the maternal ``"dam"``; with ``"plain"`` alone. The variance of a
+            row, to which it is compared, is that of all of them with their covariances.
 
     Raises:
-        InputError: if there is no such group, several terms of it, or several effects; if the
-            method is unknown, or another than ``"plain"`` and the response not Gaussian; if the rows
+        InputError: if there is no such group or effect, several terms of the group, or several effects
+            of which none is said; if the method is unknown, or another than ``"plain"`` and the response not Gaussian; if the rows
             were streamed, or there are more than 10,000 levels (not ``"plain"``).
         TypeError: if an argument is of another kind.
 
@@ -81,7 +86,14 @@ def heritability(result: Result, group: str | None = None, method: str = "plain"
     """
     source_of(result)
     check_choice("method", method, METHODS)
-    component = _component(result, group)
+    component = _component(result, group, effect)
+    if effect is not None and method != "plain":
+        raise InputError(f"`effect` is {effect!r} with method {method!r}: expected 'plain'")
+    if len(component.effects) > 1 and effect is not None:
+        if family_of(result) is not None:
+            raise InputError(f"`effect` is {effect!r} and the response not Gaussian: leave it out")
+        at = next(i for i, c in enumerate(result.components) if c is component)
+        return Heritability(*effect_share(result, at, component.effects.index(effect)))
     if method == "plain":
         table = variance_shares(result)
         (row,) = (i for i, c in enumerate(result.components) if c is component)
@@ -160,29 +172,31 @@ def reliability(result: Result, group: str | None = None) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def _component(result: Result, group: str | None) -> Component:
-    """The one component of a group, of one effect."""
+def _component(result: Result, group: str | None, effect: str | None = None) -> Component:
+    """The one component of a group, of one effect, or which has that one."""
     # What is correlated beside a nugget is the rows' and no group's.
     random = [c for c in result.components if not c.is_residual and c.name != "residual"]
     groups = list(dict.fromkeys(c.group for c in random))
     if group is None:
         if len(random) != 1:
             raise InputError(f"`group` is None: expected one of {groups}")
-        return _with_one_effect(random[0])
+        return _with_one_effect(random[0], effect)
     check_instance("group", group, str)
     found = [c for c in random if c.group == group]
     if not found:
         raise InputError(f"`group` is {group!r}: expected one of {groups}")
     if len(found) != 1:
         raise InputError(f"`group` is {group!r}, which has {len(found)} terms: expected one")
-    return _with_one_effect(found[0])
+    return _with_one_effect(found[0], effect)
 
 
-def _with_one_effect(component: Component) -> Component:
-    if len(component.effects) != 1:
+def _with_one_effect(component: Component, effect: str | None) -> Component:
+    if effect is not None and effect not in component.effects:
+        raise InputError(f"`effect` is {effect!r}: expected one of {list(component.effects)}")
+    if len(component.effects) != 1 and effect is None:
         raise InputError(
             f"`group` is {component.group!r}, of which each level has the effects "
-            f"{list(component.effects)}: expected one effect"
+            f"{list(component.effects)}: expected one of them as `effect`"
         )
     return component
 

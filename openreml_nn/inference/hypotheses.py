@@ -34,20 +34,30 @@ def term_contrasts(result: Result, kind: int) -> dict[str, Tensor]:
         raise InputError("`result` has no formula: tests of its terms are for fits by lmm()")
     rows = source.cells.iloc[:1] if len(source.cells) else source.cells.reindex([0])
     terms = result.encoder.fixed_codings(rows.assign(**source.means))
-    return TYPES[kind](result, source.X.detach().to(result.fixed.covariance), terms)
+    # Thresholds stand for the intercept of an ordinal response, after which other terms come.
+    held = [0] if result.family == "ordinal" and source.names[:1] == ("(Intercept)",) else []
+    columns = [*held, *result.fixed.columns]
+    if kind == 3 and len(columns) < source.X.shape[1]:
+        dropped = [name for j, name in enumerate(source.names) if j not in columns]
+        raise InputError(
+            f"`type` is 3, but the data do not have all cells of the fixed effects ({dropped[0]!r} "
+            "was dropped), so that means which type 3 compares are not estimable: use type=2 or 1"
+        )
+    found = TYPES[kind](source.X.detach().to(result.fixed.covariance), columns, terms)
+    return {name: L[:, len(held) :] for name, L in found.items()}
 
 
-def _sequential(result: Result, X: Tensor, terms: Sequence[Term]) -> dict[str, Tensor]:
+def _sequential(X: Tensor, columns: Sequence[int], terms: Sequence[Term]) -> dict[str, Tensor]:
     """Each term after those before it."""
-    places = _kept_places(result, terms)
+    places = _kept_places(columns, terms)
     order = [j for at in places for j in at]
-    by_column = _after_those_before(X[:, list(result.fixed.columns)], order)
+    by_column = _after_those_before(X[:, columns], order)
     return {_name(t): by_column[at] for t, at in zip(terms, places, strict=True) if t and at}
 
 
-def _marginal(result: Result, X: Tensor, terms: Sequence[Term]) -> dict[str, Tensor]:
+def _marginal(X: Tensor, columns: Sequence[int], terms: Sequence[Term]) -> dict[str, Tensor]:
     """Each term after all others that do not contain it."""
-    places, kept = _kept_places(result, terms), X[:, list(result.fixed.columns)]
+    places, kept = _kept_places(columns, terms), X[:, columns]
     eye = torch.eye(kept.shape[1], dtype=X.dtype, device=X.device)
     found = {}
     for term, own in zip(terms, places, strict=True):
@@ -62,15 +72,8 @@ def _marginal(result: Result, X: Tensor, terms: Sequence[Term]) -> dict[str, Ten
     return found
 
 
-def _of_means(result: Result, X: Tensor, terms: Sequence[Term]) -> dict[str, Tensor]:
+def _of_means(X: Tensor, columns: Sequence[int], terms: Sequence[Term]) -> dict[str, Tensor]:
     """Each term's effects averaged over the levels of the factors with which others cross it."""
-    if len(result.fixed.columns) < X.shape[1]:
-        kept = set(result.fixed.columns)
-        dropped = [name for j, name in enumerate(source_of(result).names) if j not in kept]
-        raise InputError(
-            f"`type` is 3, but the data do not have all cells of the fixed effects ({dropped[0]!r} "
-            "was dropped), so that means which type 3 compares are not estimable: use type=2 or 1"
-        )
     starts = [0]
     for term in terms:
         starts.append(starts[-1] + _size(term))
@@ -90,7 +93,7 @@ def _of_means(result: Result, X: Tensor, terms: Sequence[Term]) -> dict[str, Ten
     return found
 
 
-TYPES: dict[int, Callable[[Result, Tensor, Sequence[Term]], dict[str, Tensor]]] = {
+TYPES: dict[int, Callable[[Tensor, Sequence[int], Sequence[Term]], dict[str, Tensor]]] = {
     1: _sequential,
     2: _marginal,
     3: _of_means,
@@ -108,9 +111,9 @@ def _size(term: Term) -> int:
     return size
 
 
-def _kept_places(result: Result, terms: Sequence[Term]) -> list[list[int]]:
+def _kept_places(columns: Sequence[int], terms: Sequence[Term]) -> list[list[int]]:
     """Positions of each term's columns among those that were kept."""
-    position = {column: i for i, column in enumerate(result.fixed.columns)}
+    position = {column: i for i, column in enumerate(columns)}
     found, start = [], 0
     for term in terms:
         columns = range(start, start + _size(term))

@@ -68,7 +68,7 @@ class LaplaceDeletion:
             return None
 
     def refitted(self, case: int) -> tuple[Tensor, Tensor] | None:
-        """The same where all is estimated again."""
+        """How coefficients change without a case, and their covariance, all parameters refitted."""
         keep = self._others(case)
         if not self._determines(keep):
             return None

@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import TypeVar
 
 import torch
-from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from openreml_nn.likelihood import REMLLoss
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.result.result import Source
 from openreml_nn.support.checks import check_instance, check_number
+from openreml_nn.support.display import plain_console
 from openreml_nn.support.errors import InputError
 from openreml_nn.support.names import distinct
 
@@ -110,7 +110,7 @@ def matrix_entries(result: Result) -> dict[str, tuple[int, int, int]]:
 
 def tracked(parts: Sequence[T], what: str, progress: bool) -> Iterable[T]:
     """The parts one after another, with a bar on stderr if one is wanted."""
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     return track(parts, what, disable=not progress, transient=True, console=console)
 
 

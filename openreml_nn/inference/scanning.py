@@ -172,7 +172,7 @@ def _dense(refit: Refit, markers: Tensor | np.ndarray) -> Iterator[Moments]:
 
 
 def _solved(refit: Refit, markers: Tensor | np.ndarray) -> Iterator[Moments]:
-    """The same by the solver of the fit."""
+    """The moments of the columns by solves with V, by the solver of the fit."""
     y = refit.y
     p_y = refit.project(y[:, None])[:, 0]
     for start in range(0, markers.shape[1], _MARKERS):

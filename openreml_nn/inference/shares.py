@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import nan
 from typing import NamedTuple
 
 import pandas as pd
@@ -15,12 +16,12 @@ from openreml_nn.estimation.spread import Spread
 from openreml_nn.inference.laplace_refit import LaplaceRefit
 from openreml_nn.inference.observation import observation_variance
 from openreml_nn.inference.refit import Refit, family_of
-from openreml_nn.inference.row_variance import row_variances
+from openreml_nn.inference.row_variance import effect_variances, row_variances
 from openreml_nn.result import Component
 from openreml_nn.result.parts import RESIDUAL_GROUP
 from openreml_nn.support.errors import InputError
 
-__all__ = ["R2", "r2", "variance_shares"]
+__all__ = ["R2", "effect_share", "r2", "variance_shares"]
 
 
 class R2(NamedTuple):
@@ -128,6 +129,34 @@ def variance_shares(result: Result, observation: str | None = None) -> pd.DataFr
     known = torch.nan if objective.moves else 1
     spread = Spread(curvature.information, bool(curvature.indistinct))
     return _table(groups, value, slope * known, spread)
+
+
+def effect_share(result: Result, at: int, effect: int) -> tuple[float, float]:
+    r"""The variance of one effect of a level over that of a row, with its standard error.
+
+    Args:
+        result: a fit of a Gaussian response.
+        at: which of its components.
+        effect: which of the effects there.
+    """
+    objective = Refit(result).objective()
+    curvature = Curvature([objective])
+    where, u = curvature.at, curvature.u
+
+    def variances(x: Tensor) -> tuple[Tensor]:
+        terms = objective.terms(where.natural(0, x))
+        own = effect_variances(terms[at])[effect]
+        return (torch.stack([own, *row_variances(terms)]),)
+
+    with torch.no_grad():
+        (value,) = variances(u)
+    own, total = value[0], value[1:].sum()
+    if not len(u) or not own > 0:
+        return float(own / total), nan
+    slope = jacobian(variances, u)[0].mT
+    by = (slope[:1] - own / total * slope[1:].sum(0)) / total
+    error = Spread(curvature.information, bool(curvature.indistinct)).errors(by.mT)
+    return float(own / total), nan if objective.moves else float(error)
 
 
 def _table(groups: list[str], value: Tensor, slope: Tensor, spread: Spread) -> pd.DataFrame:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from openreml_nn.support.checks import check_count, check_mapping
+from openreml_nn.support.errors import InputError
 
 __all__ = ["WholeGroups", "connected_rows", "in_order", "whole"]
 
@@ -20,9 +21,17 @@ def connected_rows(groups: Mapping[str, Tensor]) -> Tensor:
     """Number of the set of rows (n,) that each row belongs to: rows that share a level of any
     factor, directly or through others, are in one set. A code of -1 is shared by none.
 
+    Raises:
+        InputError: if a row has several levels of one factor.
+
     >>> connected_rows({"a": torch.tensor([0, 0, 1, 2]), "b": torch.tensor([0, 1, 1, 2])})
     tensor([0, 0, 0, 1])
     """
+    for name, codes in groups.items():
+        if codes.dim() != 1:
+            raise InputError(
+                f"`groups[{name!r}]` has shape {tuple(codes.shape)}: expected (n,), one level a row"
+            )
     first, *others = [_own_codes(codes).cpu().numpy() for codes in groups.values()]
     sizes = [int(codes.max()) + 1 for codes in (first, *others)]
     starts = np.cumsum([0, *sizes])

@@ -14,7 +14,7 @@ from openreml_nn.likelihood.problem import cholesky
 from openreml_nn.model import MixedModel, RandomEffect
 from openreml_nn.model.batch import Batch, adjusted, row_values
 from openreml_nn.model.residual import structure_of
-from openreml_nn.model.several import coded_rows
+from openreml_nn.model.several import check_one_level, coded_rows
 from openreml_nn.terms.design import IndexedDesign
 
 __all__ = ["deviance", "is_uneven"]
@@ -43,6 +43,7 @@ def deviance(
     y, mean = y.to(wide), output.to(wide)
     effects = model.effects()
     coded = coded_rows(effects, batch, n)
+    check_one_level(coded)
     X = mean if model.head == "gls" else None
     e = y - (mean if X is None else X @ model.beta.to(X))
     e = _unexplained(effects, coded, e, handed)

@@ -106,7 +106,7 @@ class Evaluated(LightningModule):
             "mse": ((mean - y[there]) ** 2).mean(),
             "negative_log_density": -density[there].mean(),
         }
-        if type(family).deviance is not Family.deviance:
+        if family.has_deviance:
             values["deviance"] = mean_deviance(mean, target, family)
         if isinstance(family, Binomial) and target.dim() == 1:
             values["log_loss"] = log_loss(mean, target)

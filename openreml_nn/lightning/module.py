@@ -335,7 +335,7 @@ class MixedModule(Evaluated):
             if self.way.needs_all_rows and not self._checked:
                 check_same(batch)
                 self._checked = True
-            batch = self._responses.of(batch)
+            batch = self._responses.of(batch, batch_idx)
             count = total(row_count(batch["y"]), self.device)
             loss = self._loss(batch) if count else None
         if loss is not None:

@@ -104,13 +104,22 @@ class Responses:
     def __init__(self, has_own: bool, several: bool) -> None:
         self._has_own, self._several = has_own, several
         self._missing, self._rows, self._is_told = 0, 0, False
+        self._index: int | None = None
 
-    def of(self, batch: Batch) -> Batch:
-        """The rows of a batch that have one, which may be none."""
+    def of(self, batch: Batch, index: int) -> Batch:
+        """The rows of a batch that have one, which may be none.
+
+        Args:
+            batch: the rows.
+            index: the batch's in its epoch: an optimizer may ask for its loss more than once, and
+                its rows count once.
+        """
         kept, rows = responding(batch, self._several)
-        if rows is not None:
-            self._missing += len(batch["y"]) - len(rows)
-        self._rows += row_count(batch["y"])
+        if index != self._index:
+            if rows is not None:
+                self._missing += len(batch["y"]) - len(rows)
+            self._rows += row_count(batch["y"])
+        self._index = index
         return kept
 
     def tell(self, is_first: bool, device: torch.device) -> None:
@@ -129,6 +138,7 @@ class Responses:
                 "nothing"
             )
         self._missing, self._rows, self._is_told = 0, 0, True
+        self._index = None
 
 
 def row_count(y: Any) -> int:

@@ -27,7 +27,7 @@ from openreml_nn.likelihood.system.products import Statistics
 from openreml_nn.model import MixedModel, ResidualStructure
 from openreml_nn.model.batch import adjusted, check_outputs, row_values
 from openreml_nn.model.residual import structure_of
-from openreml_nn.model.several import coded_rows
+from openreml_nn.model.several import check_one_level, coded_rows
 from openreml_nn.model.sums import conditioned
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
@@ -146,6 +146,7 @@ class LevelSums:
         else:
             response = (y - known).reshape(n, -1)
         coded = coded_rows(self.model.effects(), batch, n)
+        check_one_level(coded)
         if isinstance(self.model.residual, Matrix):
             if self.model.responses > 1:
                 refuse_weights_of_responses(batch, n)

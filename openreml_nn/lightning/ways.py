@@ -215,7 +215,8 @@ class Composite(Way):
         _check_response(model, batch["y"], output)
         rows = concatenated(all_batches(batch, output.device))
         for name, codes in rows["groups"].items():
-            if len(codes) > 1 and int(codes[0]) >= 0 and bool((codes == codes[0]).all()):
+            alone = codes.dim() == 1 and len(codes) > 1
+            if alone and int(codes[0]) >= 0 and bool((codes == codes[0]).all()):
                 raise InputError(
                     f"it has one level of {name!r} in {len(codes)} rows, whose variance cannot "
                     "be told from the mean: take larger batches"
@@ -291,8 +292,8 @@ class Full(Way):
 
 
 class Parts(Full):
-    """The same step in the memory of a few rows: the network runs on some rows at a time, and
-    again when their gradient comes back."""
+    """A step on the likelihood of all rows in the memory of a few: the network runs on some rows at
+    a time, and again when their gradient comes back."""
 
     def _run(self, model: MixedModel, x: Any) -> Tensor:
         parts = split(x, self.row_count)

@@ -59,5 +59,5 @@ class RandomEffects:
         return cls(term.name, values.reshape(by_level.shape[:2]), by_level @ by_level.mT)
 
     def to(self, dtype: torch.dtype) -> RandomEffects:
-        """The same in another precision."""
+        """The effects in another precision."""
         return RandomEffects(self.name, self.values.to(dtype), self.variances.to(dtype))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from openreml_nn.support.checks import is_finite
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.modes import outside_inference
 from openreml_nn.support.warning import warn
 
 __all__ = [
@@ -144,6 +146,14 @@ def estimable(rows: Tensor, aliases: Tensor) -> Tensor:
     return ((rows @ N).abs() <= _ESTIMABLE * (rows.abs() @ N.abs())).all(1)
 
 
+@cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What there is of no coefficients: a matrix and a vector without entries."""
+    with outside_inference(recording=False):
+        none = torch.zeros(0, 0, dtype=dtype, device=device)
+        return none, none.reshape(0)
+
+
 @dataclass(frozen=True)
 class FixedPart:
     r"""The likelihood is invariant to :math:`y - Xb` and, up to a constant, to :math:`XT`.
@@ -173,8 +183,8 @@ class FixedPart:
     def of(cls, y: Tensor, X: Tensor, names: Sequence[str] | None = None) -> FixedPart:
         """Drop aliased columns with a warning that names them, and orthonormalise the rest."""
         if not X.shape[1]:
-            none = X.new_zeros(0, 0)
-            return cls(y, X, none, none.reshape(0), [], none)
+            none, offset = _nothing(X.dtype, X.device)
+            return cls(y, X, none, offset, [], none)
         with torch.no_grad():
             Q, R = torch.linalg.qr(X.detach())
         aliased = aliased_columns(R)
@@ -202,10 +212,11 @@ class FixedPart:
         return cls(y, X, eye, X.new_zeros(X.shape[1]), list(range(X.shape[1])), none)
 
     def detach(self) -> FixedPart:
-        """The same numbers without their graph."""
+        """The numbers of the fixed part without their graph."""
         if not (self.y.requires_grad or self.Q.requires_grad):
             return self
-        return replace(self, y=self.y.detach(), Q=self.Q.detach())
+        Q = self.Q.detach() if self.Q.requires_grad else self.Q
+        return replace(self, y=self.y.detach(), Q=Q)
 
     @property
     def log_det(self) -> Tensor:

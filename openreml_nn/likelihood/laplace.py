@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +35,7 @@ from openreml_nn.support.checks import check_choice, check_count, check_instance
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import DiagonalCovariance
 from openreml_nn.terms.design import IdentityDesign
+from openreml_nn.terms.kernel import private, same_content
 from openreml_nn.terms.term import Term
 
 __all__ = ["LaplaceEvaluation", "LaplaceLoss"]
@@ -125,9 +125,9 @@ class LaplaceLoss(nn.Module):
         self.solver = laplace_solver(solver)
         self._kept: Kept | None = None
         self._size: tuple[int, int] | None = None
-        #: The responses that were checked last, as they were then, and what their density has beside
-        #: its kernel.
-        self._known: tuple[ref[Tensor], int, float] | None = None
+        #: The responses that were checked last, a copy of what they were then, of which family they
+        #: are, and what their density has beside its kernel.
+        self._known: tuple[Tensor, Family, float] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Where the last mode was can be found again; a copy need not carry it.
@@ -195,8 +195,8 @@ class LaplaceLoss(nn.Module):
     def penalised(
         self, y: Tensor, eta: Tensor, X: Tensor, start: Tensor, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The coefficients of X that are a mode together with the random effects, those of penalised
-        quasi-likelihood, (p,), and their covariance, (p, p).
+        """About the coefficients of X that are a mode together with the random effects, those of penalised
+        quasi-likelihood, (p,), and their covariance, (p, p): where a fit may begin.
 
         Args:
             y, eta, X, rows: as in calling the loss.
@@ -207,7 +207,7 @@ class LaplaceLoss(nn.Module):
         """
         with torch.no_grad():
             task = self._task(y, eta, X, rows)
-            mode = self._integral(task).joint_mode(start)
+            mode = self._integral(task).joint_mode(start, rough=True)
             return mode.beta, mode.factor.fixed_covariance()
 
     def information(
@@ -275,9 +275,11 @@ class LaplaceLoss(nn.Module):
     def _task(self, y: Tensor, eta: Tensor, X: Tensor | None, rows: Tensor | None) -> Task:
         check_call(self.covariance, self.method, y, eta, X, rows)
         n = len(eta)
-        if self._known is None or self._known[0]() is not y or self._known[1] != y._version:
+        known = self._known
+        if known is None or known[1] is not self.family or not same_content(y, known[0]):
             self.family.check(y.detach())
-            self._known = ref(y), y._version, _beside_kernel(self.family, y.detach().to(eta))
+            beside = _beside_kernel(self.family, y.detach().to(eta))
+            known = self._known = private(y), self.family, beside
         terms = self.covariance.terms(rows)
         dtype = torch.promote_types(eta.dtype, terms[0].covariance.matrix.dtype)
         dtype = torch.promote_types(dtype, torch.float32)
@@ -292,7 +294,7 @@ class LaplaceLoss(nn.Module):
         X = eta.new_zeros(n, 0) if X is None else X
         self._size = (n, X.shape[1])
         y = y.detach().to(dtype)
-        data = Rows(self.family, y, eta.to(dtype), X.to(dtype), self._known[2])
+        data = Rows(self.family, y, eta.to(dtype), X.to(dtype), known[2])
         return Task(data, terms)
 
     def _integral(self, task: Task) -> Integral:

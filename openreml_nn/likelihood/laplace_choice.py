@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from openreml_nn.likelihood.laplace_sparse import SparseSpace
+from openreml_nn.likelihood.laplace_sparse import NO_APPROXIMATION, SparseSpace
 from openreml_nn.likelihood.laplace_system import BlockedSpace
 from openreml_nn.likelihood.plan import Auto, Plan, check_solver
 from openreml_nn.likelihood.problem import Cost
-from openreml_nn.likelihood.solver import Solver
+from openreml_nn.likelihood.solver import Solver, check_held
 from openreml_nn.likelihood.solvers import Blocked, Dense, Sparse
 from openreml_nn.likelihood.system.roles import grid_of
 from openreml_nn.support.errors import InputError
@@ -42,7 +42,7 @@ def space_of(terms: Sequence[Term], solver: Solver, by_blocks: bool) -> BlockedS
     """Where the effects stand: by blocks, where that is asked for, or as the solver has it.
 
     Raises:
-        InputError: if the solver does not fit the terms.
+        InputError: if the solver does not fit the terms, or would hold more than it may.
     """
     fits = SparseSpace.fits(terms)
     if isinstance(solver, Sparse):
@@ -58,9 +58,11 @@ def space_of(terms: Sequence[Term], solver: Solver, by_blocks: bool) -> BlockedS
         exact = like.dtype == torch.float64 and like.device.type == "cpu"
         if exact and _columns_of_others(terms) >= _FEW:
             return SparseSpace(terms, Sparse())
-    if isinstance(solver, Dense):
-        return BlockedSpace(terms, None)
-    return BlockedSpace(terms, (solver if isinstance(solver, Blocked) else Blocked()).pair_cost)
+    choice = solver if isinstance(solver, Blocked | Dense) else Blocked()
+    space = BlockedSpace(terms, choice.pair_cost if isinstance(choice, Blocked) else None)
+    held = like.element_size() * space.placement.cost(0)[1]
+    check_held(choice, held, space.size, NO_APPROXIMATION)
+    return space
 
 
 def _columns_of_others(terms: Sequence[Term]) -> int:

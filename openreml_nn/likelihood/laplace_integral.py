@@ -43,12 +43,13 @@ class Integral:
         self._task, self._kept = task, kept
         self._method, self._quadrature = method, quadrature
 
-    def joint_mode(self, beta: Tensor | None = None) -> Mode:
+    def joint_mode(self, beta: Tensor | None = None, rough: bool = False) -> Mode:
         """The mode of the random effects and the coefficients of X together, where the search of the
         next call then begins.
 
         Args:
             beta: where the search for the coefficients begins; where the last ended by default.
+            rough: see :func:`find_mode`.
         """
         kept, data = self._kept, self._task.rows
         point = kept.space.at(self._task.terms)
@@ -59,6 +60,7 @@ class Integral:
             kept.start_of(plain),
             kept.beta_of(plain) if beta is None else beta.to(plain.eta),
             *kept.factor_of(plain, self._task.terms),
+            rough,
         )
         kept.start, kept.beta = private(mode.u), private(mode.beta)
         kept.keep_factor(None if point.is_cheap else mode.factor, plain, self._task.terms)

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from openreml_nn.families.family import Family
 from openreml_nn.likelihood.laplace_space import Factor, Point
+from openreml_nn.likelihood.laplace_steps import Steps
 from openreml_nn.support.errors import NotPositiveDefiniteError, NumericalError
 from openreml_nn.terms.term import Term
 
@@ -44,6 +45,8 @@ _MOST_STEPS = 200
 _MOST_HALVINGS = 40
 #: A step whose squared length is this small for each effect needs no look at the density.
 _SAFE = 1e-2
+#: The squared length of a step so near a mode that fits begin there.
+_NEAR = 1e-4
 #: Rows whose densities are computed at a time.
 _CHUNK = 2**15
 
@@ -203,6 +206,7 @@ def find_mode(
     beta: Tensor | None = None,
     factor: Factor | None = None,
     same: bool = False,
+    rough: bool = False,
 ) -> Mode:
     r"""Newton's steps, halved on the penalised density, to the mode of u and :math:`\beta`.
 
@@ -214,6 +218,8 @@ def find_mode(
         factor: of the system near by, with which steps begin; made anew by default.
         same: whether that is of these covariances and this X, so that it is the true one under its
             weights.
+        rough: whether it is enough to come near the mode: the factor is then one of near by, where one
+            takes long.
 
     Raises:
         NumericalError: if there is no mode, or none is found.
@@ -221,11 +227,11 @@ def find_mode(
     u = point.slope(rows.eta.new_zeros(len(rows.eta)))
     if start is not None or beta is not None:
         try:
-            return _newton(rows, point, u if start is None else start, beta, factor, same)
+            return _newton(rows, point, u if start is None else start, beta, factor, same, rough)
         except NumericalError:
             # An earlier mode may be too far away; from zero it is found, or an error says why not.
             pass
-    return _newton(rows, point, u, None, None, False)
+    return _newton(rows, point, u, None, None, False, rough)
 
 
 def _newton(
@@ -235,6 +241,7 @@ def _newton(
     beta: Tensor | None,
     factor: Factor | None,
     same: bool,
+    rough: bool,
 ) -> Mode:
     like, u = rows.eta, start
     beta = like.new_zeros(rows.X.shape[1]) if beta is None else beta
@@ -243,41 +250,43 @@ def _newton(
     a = _linear(rows, point, u, beta)
     first, weights, third = (torch.empty_like(like) for _ in range(3))
     before = gain = float("inf")
+    steps = None if factor is None else Steps(factor, len(u))
     for step in range(_MOST_STEPS):
         rows.derivatives(a, (first, weights, third))
         if step == 0 and not bool(torch.isfinite(first.sum())):
             raise NumericalError(
                 "the density of the responses is not finite at the start: `eta` is too far from them"
             )
-        g = (point.prior(u) - point.slope(first))[:, None]
-        g_X = -rows.X.mT @ first[:, None]
+        g = torch.cat([point.prior(u) - point.slope(first), -(rows.X.mT @ first)])
+        x = torch.cat([u, beta])
         true = same and step == 0 and factor is not None and torch.equal(factor.weights, weights)
-        if factor is None or point.is_cheap:
+        if steps is None or point.is_cheap:
             factor, true = _factor(rows, point, weights)
-        move, move_X, gain = _step(factor, g, g_X)
+            steps = Steps(factor, len(u))
+        move, gain = steps.step(x, g)
+        near = rough and gain <= _NEAR and not point.is_cheap
         # An earlier factor will do for a step as long as steps get shorter fast, and until one by the
         # true one is none for certain.
-        if not true and (gain <= tolerance / 10 or gain > before / 20 or (step == 0 and gain > 1)):
+        if not (true or near) and (gain <= tolerance / 10 or gain > before / 20):
             factor, true = _factor(rows, point, weights)
-            move, move_X, gain = _step(factor, g, g_X)
+            steps = Steps(factor, len(u))
+            move, gain = steps.step(x, g)
+        move_u, move_X = move[: len(u)], move[len(u) :]
         # Rounding leaves a floor, below which steps get no smaller.
         stalled = gain < floor and gain > before / 4
-        if true and (gain <= tolerance or stalled):
-            _refuse_separated(
-                _linear(replace(rows, eta=0 * a[:1]), point, move[:, 0], move_X[:, 0])
-            )
+        if near or (true and (gain <= tolerance or stalled)):
+            if not near:
+                _refuse_separated(_linear(replace(rows, eta=0 * a[:1]), point, move_u, move_X))
             density = rows.density(a) if density is None else density
-            return Mode(rows, point, factor, u, beta, a, density, first, weights, third, step)
+            return Mode(rows, point, steps.factor, u, beta, a, density, first, weights, third, step)
         if gain < before and float((g * move).max()) < _SAFE and not len(beta):
             # So near a mode Newton's step is not questioned.
-            u = u - move[:, 0]
+            u = u - move
             a, density = _linear(rows, point, u, beta), None
         else:
             if density is None:
                 density = rows.density(a)
-            u, beta, a, density = _searched(
-                rows, point, (u, beta, density), (move[:, 0], move_X[:, 0]), gain
-            )
+            u, beta, a, density = _searched(rows, point, (u, beta, density), (move_u, move_X), gain)
         before = gain
     raise NumericalError(
         f"the mode of the random effects was not found in {_MOST_STEPS} steps: the last was "
@@ -296,15 +305,6 @@ def _factor(rows: Rows, point: Point, weights: Tensor) -> tuple[Factor, bool]:
         if not bool((weights < 0).any()):
             raise
     return point.factor(weights.clamp(min=0), rows.X), False
-
-
-def _step(factor: Factor, g: Tensor, g_X: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Newton's step and its squared length."""
-    move, move_X = factor.solve(g, g_X)
-    gain = float((g * move).sum() + (g_X * move_X).sum())
-    if not gain >= 0 or gain == float("inf"):
-        raise NumericalError(f"the step to the mode of the random effects is {gain:.3g} long")
-    return move, move_X, gain
 
 
 def _searched(

@@ -22,6 +22,10 @@ class Factor(Protocol):
 
     weights: Tensor
 
+    def alone(self) -> Factor:
+        """The same without the coefficients of X."""
+        ...
+
     def half_log_det(self) -> Tensor:
         r"""Half of :math:`\log|H| - \log|Q|`, of the border too."""
         ...

@@ -9,6 +9,7 @@ computed in float64 on the CPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import cached_property, partial
 
 import numpy as np
@@ -25,8 +26,10 @@ from openreml_nn.support.errors import NotPositiveDefiniteError
 from openreml_nn.terms.design import DenseDesign
 from openreml_nn.terms.term import Term
 
-__all__ = ["SparsePoint", "SparseSpace"]
+__all__ = ["NO_APPROXIMATION", "SparsePoint", "SparseSpace"]
 
+#: What is said where a factor would hold too much.
+NO_APPROXIMATION = "responses that are not Gaussian have no approximate solver"
 #: Operations a row up to which a factor takes no longer than a step's work on the rows.
 _CHEAP = 100.0
 
@@ -47,7 +50,8 @@ class SparseSpace:
         self.equations = Equations(
             [own.part for own in self.random], None, solver.ordering, solver.progress
         )
-        solver.check_memory(self.equations.symbolic.bytes, self.equations.size)
+        held = self.equations.symbolic.bytes
+        solver.check_memory(held, self.equations.size, NO_APPROXIMATION)
         self.rows = EffectRows(terms, self.equations)
         self.count = terms[0].design.shape[0]
         self.largest = self.equations.largest(self.rows.products(np.ones(self.count)))
@@ -150,6 +154,12 @@ class SparseFactor:
             self._of_X = torch.stack(columns, 1)
             self._solved = self._solve(self._of_X)
             self._S = cholesky(X.mT @ weighted - self._of_X.mT @ self._solved, _SEPARATED)
+
+    def alone(self) -> SparseFactor:
+        found = copy(self)
+        found._X, found._S = self._X[:, :0], None
+        found.__dict__.pop("_border", None)
+        return found
 
     def _solve(self, g: Tensor) -> Tensor:
         return torch.from_numpy(self._factor.back(self._factor.half(g.numpy())))

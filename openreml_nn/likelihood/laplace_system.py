@@ -11,6 +11,7 @@ Coefficients of X, if any, are effects without a prior: they border the system.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -126,6 +127,12 @@ class BlockedFactor:
             self._of_X = roots.times(self.layout.joined(at.A1f, at.A2f), True)  # Lambda' Z' W X
             self._solved = self._solve(self._of_X)
             self._S = cholesky(at.Aff - self._of_X.mT @ self._solved, _SEPARATED)
+
+    def alone(self) -> BlockedFactor:
+        """The same without the coefficients of X."""
+        found = copy(self)
+        found._X, found._of_X, found._S, found._slopes = self._X[:, :0], None, None, None
+        return found
 
     def half_log_det(self) -> Tensor:
         """Half the logarithm of the determinant, of the border too."""

@@ -75,21 +75,26 @@ class Kept:
         self._forms, self._constants, self.space = forms, constants, space
         self.start: Tensor | None = None
         self.beta: Tensor | None = None
-        self._factor: tuple[Factor, list[Tensor]] | None = None
+        self._factor: tuple[Factor, Tensor, list[Tensor]] | None = None
 
     def factor_of(self, rows: Rows, terms: Sequence[Term]) -> tuple[Factor | None, bool]:
-        """The last factor, for data of this precision and as many columns, and whether covariances
-        and X are those that it is of."""
-        if self._factor is None or self.beta_of(rows) is None:
+        """The last factor, for data of this precision and as many columns, or none, and whether
+        covariances and X are those that it is of."""
+        if self._factor is None or self.start_of(rows) is None:
             return None, False
-        factor, held = self._factor
-        return factor, all(map(same_content, held, _of_factor(rows, terms)))
+        factor, X, held = self._factor
+        same = all(map(same_content, held, _of_factor(terms)))
+        if not rows.X.shape[1]:
+            return factor if not X.shape[1] else factor.alone(), same
+        return (
+            (factor, same and same_content(X, rows.X)) if X.shape == rows.X.shape else (None, False)
+        )
 
     def keep_factor(self, factor: Factor | None, rows: Rows, terms: Sequence[Term]) -> None:
         """Keep the factor of a mode for the next; None where it is found as fast anew."""
         self._factor = None
         if factor is not None:
-            self._factor = factor, [private(x) for x in _of_factor(rows, terms)]
+            self._factor = factor, private(rows.X), [private(x) for x in _of_factor(terms)]
 
     def is_of(self, forms: list[Any], constants: Sequence[Tensor | None]) -> bool:
         """Whether other terms have the same designs."""
@@ -109,9 +114,9 @@ class Kept:
         return self.beta if same and self.start_of(rows) is not None else None
 
 
-def _of_factor(rows: Rows, terms: Sequence[Term]) -> list[Tensor]:
-    """What a factor is of, beside weights and designs."""
-    return [rows.X, *(term.covariance.matrix for term in terms), *factors_of(terms)]
+def _of_factor(terms: Sequence[Term]) -> list[Tensor]:
+    """What a factor is of, beside weights, designs and X."""
+    return [*(term.covariance.matrix for term in terms), *factors_of(terms)]
 
 
 def check_call(

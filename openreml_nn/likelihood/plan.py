@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from typing import ClassVar
@@ -37,6 +37,7 @@ class Auto(Solver):
         memory: bytes that an exact solver may hold.
         operations: that an evaluation by an exact solver may take; the default are about half a
             minute on a core.
+        progress: of the solver that is taken, see :meth:`Solver.with_progress`.
 
     Raises:
         TypeError, InputError: if one of these is no number above 0.
@@ -45,10 +46,14 @@ class Auto(Solver):
     name: ClassVar[str] = "auto"
     memory: float = 4 * 2**30
     operations: float = 1e12
+    progress: Callable[[str, float], None] | None = None
 
     def __post_init__(self) -> None:
         check_number("memory", self.memory, above=0)
         check_number("operations", self.operations, above=0)
+
+    def with_progress(self, progress: Callable[[str, float], None]) -> Auto:
+        return replace(self, progress=progress)
 
     def choose(
         self,
@@ -65,7 +70,9 @@ class Auto(Solver):
             if make.exact and make.least >= least:
                 is_small = True
             elif make.exact:
-                solver = make()
+                solver = _DEFAULTS[make.name]
+                if self.progress is not None:
+                    solver = solver.with_progress(self.progress)
                 found = _forecast(solver, terms, p, dtype, sums)
                 known.append((solver, found))
                 if found is not None and found.bytes <= self.memory:
@@ -114,7 +121,7 @@ def _approximate(
 ) -> Iterator[tuple[Solver, Cost]]:
     """The approximate solvers that fit the terms, with their costs."""
     for make in SOLVERS.values():
-        solver = make()
+        solver = _DEFAULTS[make.name]
         cost = None if make.exact else _forecast(solver, terms, p, dtype, sums)
         if cost is not None:
             yield solver, cost
@@ -132,10 +139,11 @@ def check_solver(solver: object) -> Solver:
     check_instance("solver", solver, str, "a name, or a solver such as `Krylov()`")
     assert isinstance(solver, str)
     check_choice("solver", solver, (Auto.name, *SOLVERS))
-    return _AUTO if solver == Auto.name else SOLVERS[solver]()
+    return _DEFAULTS[solver]
 
 
-_AUTO = Auto()
+#: Solvers with the options that they have by default, by name.
+_DEFAULTS = {Auto.name: Auto(), **{name: make() for name, make in SOLVERS.items()}}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from openreml_nn.likelihood.plan import Auto, Plan, check_solver
 from openreml_nn.likelihood.problem import Problem
 from openreml_nn.likelihood.recorded import LogLikelihood
 from openreml_nn.likelihood.solver import Solver
+from openreml_nn.support.errors import InputError
 from openreml_nn.support.modes import outside_inference
 from openreml_nn.support.warning import warn
 from openreml_nn.terms.kernel import private, same_content
@@ -49,7 +50,7 @@ class Ready(NamedTuple):
     recorded: bool
 
     def value(self, scale: float) -> Tensor:
-        """So many times the log-likelihood, differentiable in the terms and the data."""
+        """The log-likelihood times ``scale``, differentiable in the terms and the data."""
         matrices = self.problem.matrices(self.terms)
         if self.recorded:
             return self.problem.recorded(matrices) * scale
@@ -63,6 +64,7 @@ class Likelihood:
 
     def __init__(self) -> None:
         self._kept: _Prepared | None = None
+        self._plan: tuple[tuple[object, ...], Plan] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # What is prepared for some data can be had again; a copy need not carry it.
@@ -89,28 +91,34 @@ class Likelihood:
         Raises:
             TypeError, InputError: as :class:`REMLLoss`.
         """
+        if any(term.covariance.matrix.is_meta for term in terms):
+            raise InputError(
+                "the covariance is on the meta device, where its parameters have no values: load them first"
+            )
         constants = [rows, *(tensor for term in terms for tensor in term.constants)]
         wrapped = traced(y, X, *constants, *(term.covariance.matrix for term in terms))
-        kept = None if wrapped else self._kept
+        recording = torch.is_grad_enabled()
+        recorded = wrapped or (
+            recording and any(t is not None and t.requires_grad for t in constants)
+        )
+        # What was prepared without recording, perhaps of the same numbers, has no graph of designs.
+        kept = None if recorded else self._kept
         same_data = kept is not None and kept.has_seen(y, X)
         if not wrapped and not same_data:
             check(y, X)
-        dtype = torch.promote_types(y.dtype, terms[0].covariance.matrix.dtype)
-        dtype = torch.promote_types(dtype, torch.float32)
+        dtype = terms[0].covariance.matrix.dtype
+        if dtype != y.dtype or dtype.itemsize < 4:
+            dtype = torch.promote_types(torch.promote_types(y.dtype, dtype), torch.float32)
         terms = [term.to(dtype) for term in terms]
         if kept is not None and not kept.is_of(terms, constants, options, dtype):
             kept = None
         if kept is not None and same_data:
             return Ready(kept.problem, kept.plan, terms, kept.problem.fixed, False)
-        recording = torch.is_grad_enabled()
         moving = recording and (y.requires_grad or X.requires_grad)
-        recorded = wrapped or (
-            recording and any(t is not None and t.requires_grad for t in constants)
-        )
         # What is prepared may be used in training later: no tensor of it is one of inference mode.
         with outside_inference(recording):
             data = (y, X) if wrapped or moving else (private(y), private(X))
-            y, X = (part.to(dtype) for part in data)
+            y, X = data if y.dtype == dtype else (part.to(dtype) for part in data)
             fixed = FixedPart.plain(y, X) if wrapped else FixedPart.of(y, X, options.names)
             plain = fixed if wrapped else fixed.detach()
             # What is recorded is taken as it is; all else where nobody else can change it.
@@ -118,7 +126,7 @@ class Likelihood:
             if kept is not None and kept.problem.takes_data:
                 problem, plan = kept.problem.with_fixed(plain), kept.plan
             else:
-                problem, plan = _planned(plain, held, options, dtype)
+                problem, plan = self._planned(plain, held, options, dtype, recorded)
             recorded = recorded or (moving and not problem.takes_data)
             if recorded and moving and not wrapped:
                 problem = problem.anew(fixed, terms)
@@ -132,19 +140,36 @@ class Likelihood:
             self._kept = _Prepared(found, forms, copies, options, problem, plan)
         return Ready(problem, plan, terms, fixed, recorded)
 
+    def _planned(
+        self,
+        fixed: FixedPart,
+        terms: Sequence[Term],
+        options: LikelihoodOptions,
+        dtype: torch.dtype,
+        recorded: bool,
+    ) -> tuple[Problem, Plan]:
+        """A problem prepared by the solver of least work.
 
-def _planned(
-    fixed: FixedPart, terms: Sequence[Term], options: LikelihoodOptions, dtype: torch.dtype
-) -> tuple[Problem, Plan]:
-    """A problem prepared by the solver of least work."""
-    plan = Plan.of(terms, fixed.Q.shape[1], options.solver, dtype)
-    problem = plan.choice.problem(fixed, terms, options.method)
-    if not plan.exact and isinstance(check_solver(options.solver), Auto):
-        warn(
-            f"the likelihood is approximate: {plan.reason}; "
-            "solver='blocked' insists on an exact one"
-        )
-    return problem, plan.measured(problem)
+        One that is recorded has its own plain formula: what its solver would find out of the
+        designs serves nothing, and cannot be found out within a transform.
+        """
+        key = fixed.Q.shape, options.solver, dtype, *(term.form for term in terms)
+        if self._plan is not None and self._plan[0] == key:
+            plan = self._plan[1]
+            return plan.choice.problem(fixed, terms, options.method), plan
+        plan = Plan.of(terms, fixed.Q.shape[1], options.solver, dtype)
+        problem = plan.choice.problem(fixed, terms, options.method)
+        if not plan.exact and isinstance(check_solver(options.solver), Auto):
+            warn(
+                f"the likelihood is approximate: {plan.reason}; "
+                "solver='blocked' insists on an exact one"
+            )
+        if recorded:
+            return problem, plan
+        plan = plan.measured(problem)
+        # Where nothing is prepared the work is that of the forms, as those of the next batch are.
+        self._plan = None if problem.prepares else (key, plan)
+        return problem, plan
 
 
 @dataclass(frozen=True)

@@ -50,14 +50,16 @@ def cholesky(matrix: Tensor, what: str) -> Tensor:
     return factor
 
 
-def factored(matrix: Tensor, what: str) -> tuple[Tensor, float]:
-    """:func:`cholesky` with :func:`pivot_loss`, which one look at the pivots yields."""
+def factored(matrix: Tensor, what: str) -> tuple[Tensor, Tensor, float]:
+    """:func:`cholesky` of one matrix, with the log-determinant and :func:`pivot_loss`, which one look
+    at the pivots yields."""
     factor, info = torch.linalg.cholesky_ex(matrix)
-    lost = pivot_loss(matrix.detach(), factor.detach())
+    pivots = factor.diagonal().square()
+    lost = (matrix.diagonal() / pivots).max().item()
     # A NaN or an infinite entry anywhere ends on the diagonal.
     if int(info) or not isfinite(lost):
         raise NotPositiveDefiniteError(f"{what} is not positive definite")
-    return factor, lost
+    return factor, pivots.log().sum(), lost
 
 
 def pivot_loss(matrix: Tensor, factor: Tensor) -> float:
@@ -96,6 +98,8 @@ class Evaluation:
         gamma: (p,) generalised least-squares coefficients of Q.
         gamma_factor: (p, p) Cholesky factor of :math:`Q^\\top V^{-1} Q`.
         error: Monte Carlo standard error of the log-likelihood; 0 where it is exact.
+        noise: what rounding leaves unknown of the log-likelihood, where that is more than of a sum of
+            its terms; else 0.
         rounding: bound of the relative error that rounding leaves in all that derives from it:
             the precision of the dtype times how often the factorisations magnify it.
         recorded_rounding: the same of the plain formula that second derivatives come from.
@@ -108,6 +112,7 @@ class Evaluation:
     gamma: Tensor
     gamma_factor: Tensor
     error: float = 0.0
+    noise: float = 0.0
     rounding: float = 0.0
     recorded_rounding: float = 0.0
     problem: Problem
@@ -238,7 +243,7 @@ class Problem:
         return None
 
     def with_fixed(self, fixed: FixedPart) -> Problem:
-        """The same designs with other data: what depends on designs alone is kept."""
+        """A problem of these designs with other data: what depends on designs alone is kept."""
         found = copy(self)
         found.fixed = fixed
         found.p = fixed.Q.shape[1]
@@ -274,7 +279,7 @@ class Problem:
         return list(parts)
 
     def precise(self, terms: Sequence[Term]) -> Evaluation | None:
-        """The same by a slower way that keeps more digits; None where there is none."""
+        """The evaluation by a slower way that keeps more digits; None where there is none."""
         return None
 
     def evaluate(self, terms: Sequence[Term]) -> Evaluation:
@@ -319,7 +324,7 @@ class Problem:
         return evaluation
 
     def more_precise(self, evaluation: Evaluation) -> Evaluation | None:
-        """The same with more digits; None where there is no such way, or it was taken already."""
+        """The evaluation with more digits; None where there is no such way, or it was taken already."""
         better = self.precise(evaluation.at_terms)
         if better is None or better.rounding >= evaluation.rounding:
             return None
@@ -361,7 +366,7 @@ class Problem:
         log_det_x = 2 * factor.diagonal().log().sum()
         return self.assemble(log_det_v, log_det_x, yy - white @ white), factor, white
 
-    def assemble(self, log_det_v: Tensor, log_det_x: Tensor, y_p_y: Tensor) -> Tensor:
+    def assemble(self, log_det_v: Tensor, log_det_x: Tensor | float, y_p_y: Tensor) -> Tensor:
         """Assemble the log-likelihood of the original response and model matrix."""
         if self.method == "ml":
             return (log_det_v + y_p_y) * -0.5 - self.n * log(2 * pi) / 2

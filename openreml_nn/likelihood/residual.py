@@ -22,7 +22,13 @@ from torch.linalg import solve_triangular
 from openreml_nn.likelihood.fixed import traced
 from openreml_nn.likelihood.problem import cholesky, pivot_loss
 from openreml_nn.support.errors import InputError, NotPositiveDefiniteError
-from openreml_nn.terms.design import DenseDesign, Design, IdentityDesign, IndexedDesign
+from openreml_nn.terms.design import (
+    DenseDesign,
+    Design,
+    IdentityDesign,
+    IndexedDesign,
+    MembershipDesign,
+)
 from openreml_nn.terms.term import Term, residual_terms
 
 __all__ = ["BlockResidual", "Residual", "ScalarResidual", "White"]
@@ -50,10 +56,7 @@ class White:
     def design(self, design: Design) -> Design:
         r""":math:`L^{-1} Z`; an indexed design stays one."""
         if isinstance(design, IndexedDesign):
-            values = design.values
-            if values is None:
-                values = self.log_det.new_ones(design.shape[0], 1)
-            return IndexedDesign(design.codes, self.rows(values.to(self.log_det)), design.levels)
+            return design.with_values(self.rows, self.log_det)
         return DenseDesign(self.rows(design.dense(self.log_det)))
 
 
@@ -155,6 +158,8 @@ class _ScaledRows(White):
     back = rows
 
     def design(self, design: Design) -> Design:
+        if self._v is not None and isinstance(design, MembershipDesign):
+            return design.with_values(self.rows, self.log_det)
         return design if self._v is None else super().design(design)
 
 

@@ -53,7 +53,7 @@ class ResponseStatistics:
         Y: Tensor,
         weights: Tensor | None = None,
     ) -> ResponseStatistics:
-        """Those of some rows.
+        """The statistics of some rows, for each pattern of responses that are there.
 
         Args:
             designs: values of each random effect by level.
@@ -102,7 +102,7 @@ class ResponseStatistics:
         return self._each(lambda part: part.mapped(M))
 
     def aligned(self) -> ResponseStatistics:
-        """The same with the same cells in all parts."""
+        """Statistics whose parts all have the same cells."""
         first, *rest = self.parts.values()
         whole = first
         for part in rest:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import ClassVar
 
 import torch
@@ -14,7 +16,7 @@ from openreml_nn.likelihood.system.products import Statistics
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.term import Term
 
-__all__ = ["Solver"]
+__all__ = ["Solver", "check_held"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class Solver:
     name: ClassVar[str]
     exact: ClassVar[bool] = True
     least: ClassVar[float] = 0.0
+
+    def with_progress(self, progress: Callable[[str, float], None]) -> Solver:
+        """The solver that calls ``progress`` with what it is at and the share of it that is done, where
+        that takes seconds; by default nothing does."""
+        return self
 
     def forecast(self, terms: Sequence[Term], p: int, dtype: torch.dtype) -> Cost | None:
         """What an evaluation would take; None where the solver does not fit the terms.
@@ -101,3 +108,42 @@ class Solver:
         obstacle = self.obstacle(terms)
         if obstacle is not None:
             raise InputError(obstacle)
+
+
+def check_held(
+    solver: Solver,
+    held: float,
+    columns: int,
+    otherwise: str,
+    limit: tuple[float, str] = (inf, ""),
+) -> None:
+    """Refuse a factor that would hold more bytes than it may, or than the machine has.
+
+    Args:
+        solver: whose factor it is.
+        held: bytes.
+        columns: of the system.
+        otherwise: what does with less.
+        limit: bytes that it may hold, and what allows more.
+
+    Raises:
+        InputError: if it would.
+    """
+    machine, (memory, more) = _memory_of_machine(), limit
+    if held <= min(memory, machine):
+        return
+    may, allow = f"may hold {memory / 2**30:.3g}", more
+    if machine < memory:
+        may, allow = f"the machine has {machine / 2**30:.3g}", "a larger machine does it"
+    raise InputError(
+        f"the {solver.name} solver would hold {held / 2**30:.3g} GiB for a factor of {columns} "
+        f"columns, and {may}: {otherwise}, {allow}"
+    )
+
+
+def _memory_of_machine() -> float:
+    """Bytes of memory; without end where the system does not say."""
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return inf

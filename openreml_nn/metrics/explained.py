@@ -67,9 +67,9 @@ class _R2(Metric):
 
     def __init__(self, **options: object) -> None:
         super().__init__(**options)
-        # Rows, mean and squared deviations of the predictions, and two sums of variances. Each
-        # process's are kept apart until they are merged: a sum of squares would lose digits.
-        self.add_state("moments", torch.zeros(5, dtype=torch.float64), dist_reduce_fx=None)
+        # Rows, mean and squared deviations of the predictions, and two sums of variances. Those of
+        # batches and of processes are merged and not added: a sum of squares would lose digits.
+        self.add_state("moments", torch.zeros(5, dtype=torch.float64), dist_reduce_fx=_merged)
 
     def update(self, population_mean: Tensor, random: Tensor, residual: Tensor) -> None:
         """Take a batch in."""
@@ -120,14 +120,14 @@ def _moments(
 def _merged(moments: Tensor) -> Tensor:
     """Moments of all rows from those of parts, by Chan, Golub and LeVeque (1983), eq. 2.1."""
     n = moments[:, 0].sum()
-    mean = (moments[:, 0] * moments[:, 1]).sum() / n
+    mean = (moments[:, 0] * moments[:, 1]).sum() / n.clamp(min=1)
     square = moments[:, 2].sum() + (moments[:, 0] * (moments[:, 1] - mean) ** 2).sum()
     return torch.stack([n, mean, square, moments[:, 3].sum(), moments[:, 4].sum()])
 
 
 def _shares(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Variances of the fixed part and of the random one, and that of all."""
-    n, _, square, random, residual = _merged(moments.reshape(-1, 5))
+    n, _, square, random, residual = moments
     if n < 2:
         raise InputError(f"`population_mean` has {int(n)} rows in all: a variance needs 2 or more")
     fixed = square / (n - 1)

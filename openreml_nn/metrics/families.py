@@ -187,7 +187,10 @@ class AUC(BinaryAUROC):
 
     def compute(self) -> Tensor:  # type: ignore[override]
         """The area over what was seen."""
-        target = torch.cat(list(self.target)) if isinstance(self.target, list) else self.target
+        seen = self.target
+        if not len(seen):
+            return torch.tensor(torch.nan, device=self.device)
+        target = torch.cat(seen) if isinstance(seen, list) else seen
         if bool((target == target[0]).all()):
             return torch.tensor(torch.nan, device=target.device)
         return BinaryAUROC.compute(self)
@@ -303,7 +306,7 @@ def check_deviance(family: Family) -> None:
         InputError: if it has none.
     """
     check_instance("family", family, Family)
-    if type(family).deviance is Family.deviance:
+    if not family.has_deviance:
         raise InputError(
             f"`family` is {family.name or type(family).__name__!r}, which has no unit deviance: judge "
             "its predictions by the negative log density"

@@ -43,12 +43,14 @@ class Mean(Metric):
 
 
 def one_precision(*tensors: Tensor) -> list[Tensor]:
-    """Tensors in their common precision, whole numbers in torch's default one."""
+    """Tensors in their common precision, at least float32, whole numbers in torch's default one: in
+    half precision a sum over many rows would overflow, and a count lose rows."""
     dtype = tensors[0].dtype
     for tensor in tensors[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)
     if not dtype.is_floating_point:
         dtype = torch.get_default_dtype()
+    dtype = torch.promote_types(dtype, torch.float32)
     return [tensor.to(dtype) for tensor in tensors]
 
 

@@ -11,13 +11,14 @@ from openreml_nn.likelihood.fixed import estimable
 from openreml_nn.likelihood.system.products import Statistics
 from openreml_nn.model.batch import Batch, level_codes, part, row_values, rows_of, with_responses
 from openreml_nn.model.posterior import Posterior
+from openreml_nn.model.random_effect import on_their_own
 from openreml_nn.model.residual import structure_of
 from openreml_nn.result.equations import Equations, FixedBasis
 from openreml_nn.result.joint import JointErrors, Solution, solution_of
 from openreml_nn.result.prediction import lowered
 from openreml_nn.support.checks import check_names, check_tensor
 from openreml_nn.support.errors import InputError
-from openreml_nn.terms.design import IndexedDesign
+from openreml_nn.terms.design import design_of
 
 __all__ = ["added"]
 
@@ -149,10 +150,9 @@ def _statistics(
     designs = []
     for (name, effect), q in zip(model.effects().items(), levels, strict=True):
         codes, values = effect.coded(name, batch, n, q)
-        own = (codes < 0).nonzero()[:, 0]
-        codes = codes.long().index_copy(0, own, q + torch.arange(len(own), device=own.device))
+        codes, size = on_their_own(codes, q)
         z = None if values is None else values.to(like)
-        designs.append(IndexedDesign(codes, z, q + len(own), absent=False))
+        designs.append(design_of(codes, z, size, absent=False))
     residual = structure_of(model.residual)
     if residual.is_independent:
         return Statistics.of(designs, f, 1 / residual.variances(batch, n).to(like))

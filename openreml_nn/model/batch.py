@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -69,7 +69,7 @@ def part(batch: Batch, key: str) -> Any:
         InputError: if it is not.
         TypeError: if the batch is no dict.
     """
-    if not isinstance(batch, Mapping):
+    if type(batch) is not dict and not isinstance(batch, Mapping):
         raise TypeError(
             f"`batch` is {described(batch)}: expected a dict with 'x', 'y' and 'groups'"
         )
@@ -273,11 +273,11 @@ def adjusted(batch: Batch, n: int, responses: int = 1) -> Tensor:
 
 
 def level_codes(batch: Batch, name: str, levels: int, n: int) -> Tensor:
-    """Level of each row (n,) of a random effect, -1 where it is not known, as integers of 64 bits:
-    torch indexes by few others, and takes those of ``uint8`` for a mask.
+    """Level of each row (n,) of a random effect, or m levels each (n, m), -1 where it is not known, as
+    integers of 64 bits: torch indexes by few others, and takes those of ``uint8`` for a mask.
 
     Raises:
-        TypeError, InputError: if they are not there, not n integers, or out of range.
+        TypeError, InputError: if they are not there, not integers of n rows, or out of range.
     """
     groups = part(batch, "groups")
     check_mapping("batch['groups']", groups)
@@ -288,12 +288,14 @@ def level_codes(batch: Batch, name: str, levels: int, n: int) -> Tensor:
         )
     codes = groups[name]
     check_instance(f"batch['groups'][{name!r}]", codes, Tensor, f"a tensor of {n} integers")
-    if codes.shape != (n,) or codes.is_floating_point() or codes.is_complex() or codes.is_meta:
+    several = codes.dim() == 2 and len(codes) == n and codes.shape[1] > 0
+    numbers = codes.is_floating_point() or codes.is_complex()
+    if not (codes.shape == (n,) or several) or numbers or codes.is_meta:
         raise InputError(f"group {name!r} is {described(codes)}: expected {n} integers")
     if codes.dtype == torch.bool:
         raise TypeError(f"group {name!r} is {described(codes)}: expected {n} integers")
     codes = codes.long()
-    if n:
+    if codes.numel():
         least, most = (int(x) for x in codes.aminmax())
         if least < -1 or most >= levels:
             raise InputError(
@@ -330,8 +332,14 @@ def check_values(batch: Batch, names: Collection[str]) -> None:
                 raise InputError(f"batch['{key}'] has {name!r}: the effects are {list(names)}")
 
 
-def level_values(batch: Batch, name: str, effects: int, n: int) -> Tensor | None:
-    """Values of the effects of a random effect (n, k); None for an intercept.
+def level_values(batch: Batch, name: str, effects: int, rows: Sequence[int]) -> Tensor | None:
+    """Values of the effects of a random effect (n, k), or (n, m, k) of rows of m levels each; None for
+    an intercept.
+
+    Args:
+        batch, name: the batch, and the name of the random effect.
+        effects: k.
+        rows: the shape of its codes, (n,) or (n, m).
 
     Raises:
         TypeError, InputError: if they are not there, or of another shape or kind.
@@ -341,13 +349,13 @@ def level_values(batch: Batch, name: str, effects: int, n: int) -> Tensor | None
         if effects > 1:
             raise InputError(
                 f"random effect {name!r} has {effects} effects: expected their values as "
-                f"batch['values'][{name!r}], ({n}, {effects})"
+                f"batch['values'][{name!r}], {(*rows, effects)}"
             )
         return None
     check_instance(f"batch['values'][{name!r}]", values, Tensor, "a tensor")
-    if values.shape != (n, effects):
+    if values.shape != (*rows, effects):
         raise InputError(
-            f"values of {name!r} have shape {tuple(values.shape)}: expected {(n, effects)}"
+            f"values of {name!r} have shape {tuple(values.shape)}: expected {(*rows, effects)}"
         )
     check_tensor(f"batch['values'][{name!r}]", values, finite=False)
     check_finite(f"batch['values'][{name!r}]", values)

@@ -8,7 +8,7 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from openreml_nn.covariance.owner import Entry, Owner
 from openreml_nn.covariance.params import check_value
@@ -198,7 +198,9 @@ class _Named:
 
     def hold(self, name: str, value: float) -> float:
         entry = self._entries[name]
-        held = check_value(name, value, entry.trans, natural=True, option=self._option)
+        held = None if isinstance(entry.leaf, Family) else _at_end(value, entry.trans)
+        if held is None:
+            held = check_value(name, value, entry.trans, natural=True, option=self._option)
         for leaf, local in list(self._owners(name)):
             # A matrix of another size that stands for it in the tree may share its dictionaries.
             fixed = leaf._parameters.pop(local, None)
@@ -247,6 +249,15 @@ class _Named:
         with torch.no_grad():
             found = check_value(name, value, entry.trans, natural=True, option=self._option)
             entry.tensor.copy_(found)
+
+
+def _at_end(value: float, trans: Transform) -> Tensor | None:
+    """The untransformed value of an end of a bounded range, such as a correlation of 1, which an
+    estimate may have reached; None for any other value."""
+    if value not in trans.codomain or not all(map(isfinite, trans.codomain)):
+        return None
+    ends = (torch.tensor([end], dtype=torch.float64) for end in (-inf, inf))
+    return next((end for end in ends if float(trans(end)) == value), None)
 
 
 def _ends(name: str, ends: object, trans: Transform) -> tuple[float, float]:

@@ -49,7 +49,7 @@ def exported(model: Predictor, batch: Batch) -> torch.export.ExportedProgram:
         TypeError: if the model is of another kind, or the batch no dict.
         InputError: if the example has fewer rows or misses a part, or has places or inputs of a zero
             part; if there are no coefficients yet; if the residual's variance depends on a
-            covariate; or if a row has several responses.
+            covariate; or if a row has several responses, or several levels of one factor.
 
     >>> from openreml_nn import MixedModel, RandomEffect
     >>> model = MixedModel(nn.Linear(2, 1), {"user": RandomEffect(3)})
@@ -77,6 +77,11 @@ def exported(model: Predictor, batch: Batch) -> torch.export.ExportedProgram:
         raise InputError(f"`batch` has {n} rows: expected an example of two or more")
     rows = torch.export.Dim("rows")
     names = {name: groups[name] for name in model.effects()}
+    for name, codes in names.items():
+        if codes.dim() == 2:
+            raise InputError(
+                f"group {name!r} has {codes.shape[1]} levels a row, which no program takes: expected one"
+            )
     if "values" in further:
         further["values"] = {k: v for k, v in further["values"].items() if k in names}
     shapes = tree_map(lambda tensor: {0: rows}, {"x": x, "groups": names, **further})
@@ -95,7 +100,7 @@ class _Predicts(nn.Module):
     def __init__(self, model: Predictor) -> None:
         super().__init__()
         model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.head = model.head
+        self.head, self.precision = model.head, model.precision
         self.mean, self.family = model.mean, model.family
         self.effects = nn.ModuleList(map(_Levels, model.effects().values()))
         self.names = tuple(model.effects())
@@ -121,13 +126,14 @@ class _Predicts(nn.Module):
         weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         output = mean_of(self.mean, x, self.head)
+        dtype = torch.promote_types(output.dtype, self.precision)
         if self.head == "gls":
-            X = output[:, : len(self.beta)].to(self.beta)
-            population = X @ self.beta
+            X = output[:, : len(self.beta)].to(dtype)
+            population = X @ self.beta.to(X)
             if not self.has_parameters:
                 population = torch.where(estimable(X, self.aliases), population, torch.nan)
         else:
-            population = output.double()
+            population = output.to(dtype)
             X = population.new_zeros(output.shape[0], 0)
         if offset is not None:
             population = population + offset.to(population)

@@ -130,7 +130,7 @@ class LastLikelihood:
             head: see :class:`MixedModel`.
         """
         y, X = of_gaussian(output, batch, head)
-        n = len(y)
+        n = y.shape[0]
         coded = coded_effects(effects, batch, n)
         terms = terms_of(effects, residual, batch, coded, n)
 

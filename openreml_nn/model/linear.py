@@ -24,6 +24,7 @@ from openreml_nn.model.constraints import Constraint, Constraints
 from openreml_nn.model.fitted_variance import fit_by_fitted, is_by_fitted
 from openreml_nn.model.mixed_model import MixedModel
 from openreml_nn.model.relations import relations_of
+from openreml_nn.model.several import refuse_copies
 from openreml_nn.model.stream import fit_stream
 from openreml_nn.model.structures import bases_of, labels_of, linear_model
 from openreml_nn.result.equations import FixedBasis
@@ -36,6 +37,7 @@ from openreml_nn.support.checks import (
     check_table,
     check_text,
 )
+from openreml_nn.support.display import show_share
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import Encoder, TableFile
 from openreml_nn.table.reading import given_table
@@ -94,8 +96,8 @@ def lmm(
         starts: values from which covariance parameters start, by the same names; the fit then runs
             from this start only. The others start from the scale of the data.
         chunk_rows: rows of a file that are held at a time, see :func:`fit_stream`; all by default.
-        progress: whether a bar shows how far a file is read, which it does by default; with
-            ``chunk_rows``.
+        progress: with ``chunk_rows`` whether a bar shows how far a file is read, which it does by
+            default; else whether lines on stderr show how far sparse factors of many seconds are.
         max_iterations: after so many the fit stops, with a warning.
 
     Raises:
@@ -119,9 +121,9 @@ def lmm(
     constrained = Constraints(constraints, starts)
     if progress is not None:
         check_flag("progress", progress)
-        if chunk_rows is None:
+        if chunk_rows is None and not progress:
             raise InputError(
-                f"`progress` is {progress} without `chunk_rows`, which alone shows a bar: leave it out"
+                "`progress` is False without `chunk_rows`, where nothing shows by default: leave it out"
             )
     if chunk_rows is not None:
         if isinstance(table, pd.DataFrame):
@@ -145,6 +147,8 @@ def lmm(
             max_iterations=max_iterations,
             progress=progress is not False,
         )
+    if progress:
+        solver = check_solver(solver).with_progress(show_share)
     table, source, dialect = given_table(table)
     known = residual_variance is not None
     relations = relations_of(pedigree, kernels)
@@ -153,6 +157,9 @@ def lmm(
     if encoder.formula.traits:
         _check_variance(residual_variance, WITHIN_UNIT)
     encoded = encoder.fit(table)
+    if encoder.formula.traits and residual is None:
+        cells, names = encoded.batch()["residual"], [name for name, _ in encoder.formula.traits]
+        refuse_copies(encoded.adjusted, encoded.X, cells, names)
     # Names are of parameters in the user's basis.
     bases = {} if constrained else bases_of(encoded.random)
     labels, batch = labels_of(encoded), encoded.batch()

@@ -65,8 +65,8 @@ class MixedModel(Predictor):
     A batch is a dict: ``x``, what the mean takes; ``y`` (n,), NaN for a row without a response, which
     adds nothing to the likelihood and is counted in a warning; ``groups``, a
     dict from the name of each random effect to the level codes (n,), -1 for an
-    unknown level, which in the likelihood is a level of its own each time; and, where they are
-    needed, ``values``, a dict to the values (n, k) of effects other than intercepts; ``weights``
+    unknown level, which in the likelihood is a level of its own each time, or of rows of m levels
+    each to (n, m) and values (n, m, k); and, where they are needed, ``values``, a dict to the values (n, k) of effects other than intercepts; ``weights``
     (n,), by which the residual variance of each row is divided; ``offset`` (n,), a known part of the
     mean; ``residual`` (n,), cells of the rows for a residual within groups; ``covariate`` (n,), on which
     residual variances depend; ``extra``, the user's own.
@@ -250,6 +250,7 @@ class MixedModel(Predictor):
         Raises:
             TypeError, InputError, NumericalError: as :meth:`loss`.
         """
+        self.check_loaded()
         batch, output = with_responses(batch, output, self.responses > 1)
         with evaluating(self):
             output = self(batch) if output is None else output

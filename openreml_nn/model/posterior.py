@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openreml_nn.covariance import DummyMatrix, Matrix, Operator, Sum
+from openreml_nn.covariance import DummyMatrix, Matrix, MembershipMatrix, Operator, Sum
 from openreml_nn.covariance.params import operand_name
 from openreml_nn.families import Family
 from openreml_nn.likelihood.effects import Coefficients, RandomEffects
@@ -74,13 +74,21 @@ class Posterior(nn.Module):
         self.evidence = Evidence()
         self.register_load_state_dict_post_hook(_settle_again)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # torch would keep the module under this name, beside the family that the likelihood is of.
+        if name == "family":
+            raise AttributeError(
+                "`family` has the residual's place: assign `model.residual`, or make another model"
+            )
+        super().__setattr__(name, value)
+
     def check(self, batch: Batch) -> None:
         """Refuse what has no effect in this model.
 
         Raises:
             TypeError, InputError: if the batch has such a part, naming it.
         """
-        refuse_unread(batch, self.effects(), self.residual, self.responses)
+        refuse_unread(batch, self.effects, self.residual, self.responses)
 
     def single(self, batch: Batch, output: Tensor, is_data: bool) -> tuple[Batch, Tensor]:
         """A batch with what the network has yielded for it, with a row for each response; in the
@@ -181,10 +189,10 @@ class Posterior(nn.Module):
             terms = [residual]
         random = [part for part in parts[: len(self.random)] if isinstance(part, Operator)]
         pairs = [part.operands.values() for part in random]
-        designs = [z.design for z, _ in pairs if isinstance(z, DummyMatrix)]
+        designs = [z.design for z, _ in pairs if isinstance(z, DummyMatrix | MembershipMatrix)]
         self.remember_equations(
             [lowered(g).map(Tensor.detach) for _, g in pairs if isinstance(g, Matrix)],
-            [(design.levels, design.effects) for design in designs],
+            [(design.levels, design.shape[1] // design.levels) for design in designs],
             r,
             lambda: Equations.of(designs, terms, *fixed()),
         )

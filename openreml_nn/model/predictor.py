@@ -36,6 +36,30 @@ __all__ = ["Predictor"]
 class Predictor(Posterior):
     """A mixed model as far as it predicts; see :class:`Posterior` for its parts."""
 
+    def check_loaded(self) -> None:
+        """Refuse a model whose parameters have no values.
+
+        Raises:
+            InputError: if it is on the meta device.
+        """
+        if self.joint.is_known.is_meta or any(p.is_meta for p in self.parameters()):
+            raise InputError(
+                "the model is on the meta device, where nothing has a value: expected one with values, "
+                "by load_state_dict(state, assign=True), or by to_empty(device=...) and load_state_dict(state)"
+            )
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The precision of predictions: the widest of what the rows have said and of the residual's
+        parameters, and float32 at least."""
+        own = [effect.blup for effect in self.effects().values()]
+        own += [self.beta] if self.head == "gls" else []
+        found = torch.float32
+        for tensor in (*own, *self.residual.parameters(), *self.residual.buffers()):
+            if tensor.is_floating_point():
+                found = torch.promote_types(found, tensor.dtype)
+        return found
+
     def add(self, batch: Batch, levels: Mapping[str, Sequence[str]] | None = None) -> Solution:
         r"""Add rows to those that BLUPs and coefficients are from, without these: the same as
         :meth:`update` with all of them at the present parameters, and exact.
@@ -174,28 +198,29 @@ class _Rows:
     @classmethod
     def of(cls, model: Predictor, batch: Batch) -> _Rows:
         """Those of a batch."""
+        model.check_loaded()
         with evaluating(model):
             output = model(batch)
             model.check(batch)
             if model.responses > 1:
                 batch = {key: value for key, value in batch.items() if key != "y"}
             batch, output = model.single(batch, output, is_data=False)
-            n = len(output)
+            n, dtype = len(output), torch.promote_types(output.dtype, model.precision)
             if model.head == "gls":
                 if not bool(model.joint.is_known):
                     raise InputError("there are no coefficients yet: call update() with the data")
-                X = output[:, : len(model.beta)].to(model.beta)
-                population = X @ model.beta
+                X = output[:, : len(model.beta)].to(dtype)
+                population = X @ model.beta.to(X)
                 if not any(True for _ in model.mean.parameters()):
                     population = torch.where(estimable(X, model.aliases), population, torch.nan)
             else:
-                population = output.double()
+                population = output.to(dtype)
                 X = population.new_zeros(n, 0)
             offset = row_values(batch, "offset", n)
             if offset is not None:
                 population = population + offset.to(population)
             coded = {
-                name: (codes, population.new_ones(n, 1) if values is None else values)
+                name: (codes, population.new_ones(*codes.shape, 1) if values is None else values)
                 for name, (codes, values) in coded_effects(model.effects(), batch, n).items()
             }
             return cls(population, X, coded, batch)

@@ -17,6 +17,7 @@ from openreml_nn.covariance import (
     IdentityMatrix,
     KroneckerProduct,
     Matrix,
+    MembershipMatrix,
     ScalarMatrix,
     UnstructuredMatrix,
 )
@@ -44,7 +45,7 @@ from openreml_nn.support.checks import (
 )
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import RepeatedCovariance
-from openreml_nn.terms.design import IndexedDesign
+from openreml_nn.terms.design import design_of
 from openreml_nn.terms.precision import PrecisionCovariance
 from openreml_nn.terms.term import Term
 
@@ -56,9 +57,11 @@ __all__ = [
     "independent_levels",
     "kernel_of",
     "known_effect",
+    "on_their_own",
 ]
 
-#: Level codes (n,) of the rows and values (n, k) of the effects, by the names of random effects.
+#: Level codes (n,) of the rows and values (n, k) of the effects, by the names of random effects; of rows
+#: of m levels each (n, m) and (n, m, k).
 Coded = Mapping[str, tuple[Tensor, Tensor | None]]
 
 
@@ -223,7 +226,7 @@ class RandomEffect(nn.Module):
         self, name: str, batch: Batch, n: int, levels: int | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Level of each row of a batch (n,), of its own or of so many ``levels``, and values of the
-        effects (n, k), None for ones.
+        effects (n, k), None for ones; of rows of m levels each (n, m), and (n, m, k).
 
         Raises:
             TypeError, InputError: if the batch has them not as they must be.
@@ -233,7 +236,7 @@ class RandomEffect(nn.Module):
             values = self.features(part(batch, "x"))
             check_tensor(f"features of {name!r}", values, (n, self.effects), "floating", False)
             return codes, values
-        values = level_values(batch, name, self.effects, n)
+        values = level_values(batch, name, self.effects, codes.shape)
         if values is None or self.effects == 1:
             return codes, values
         return codes, values @ self.basis.to(values)
@@ -245,28 +248,28 @@ class RandomEffect(nn.Module):
             InputError: if there is such a row and levels are correlated.
         """
         codes, g, levels = self._of_rows(name, codes)
+        if codes.dim() == 2:
+            return CovariancePropagation(z=MembershipMatrix(codes, levels, values), g=g)
         return CovariancePropagation(z=DummyMatrix.from_codes(codes, levels, values), g=g)
 
     def terms(self, name: str, codes: Tensor, values: Tensor | None) -> list[Term]:
         """The terms of :meth:`covariance`, without the tree."""
         codes, g, levels = self._of_rows(name, codes)
-        design = IndexedDesign(codes.long(), values, levels, absent=False)
+        design = design_of(codes.long(), values, levels, absent=False)
         return summands(operand_name(name, {"residual"}), g, propagated(design, g))
 
     def _of_rows(self, name: str, codes: Tensor) -> tuple[Tensor, Matrix, int]:
         """Codes of rows, those of no known level on their own, with G of so many levels."""
         if not len(codes) or int(codes.min()) >= 0:
             return codes, self.g, self.levels
-        at = (codes < 0).nonzero()[:, 0]
-        levels = self.levels + len(at)
+        codes, levels = on_their_own(codes, self.levels)
         grown = self.g_of(levels)
         if grown is None:
             raise InputError(
                 f"group {name!r} has the code -1, a level that is not known, in rows of the "
                 "likelihood: expected known levels, because its levels are correlated"
             )
-        own = torch.arange(self.levels, levels, device=codes.device, dtype=codes.dtype)
-        return codes.index_copy(0, at, own), grown, levels
+        return codes, grown, levels
 
     def g_of(self, levels: int) -> Matrix | None:
         """G for another number of levels, with the same parameters; None for correlated ones."""
@@ -317,6 +320,15 @@ class RandomEffect(nn.Module):
         return f"levels={self.levels}, effects={self.effects}"
 
 
+def on_their_own(codes: Tensor, levels: int) -> tuple[Tensor, int]:
+    """Codes of rows where each that is not known is a level of its own, after so many; and how many
+    levels there are then."""
+    flat = codes.flatten()
+    at = (flat < 0).nonzero()[:, 0]
+    own = torch.arange(levels, levels + len(at), device=codes.device, dtype=codes.dtype)
+    return flat.index_copy(0, at, own).reshape(codes.shape), levels + len(at)
+
+
 def known_effect(
     effect: RandomEffect, name: str, codes: Tensor, z: Tensor, batch: Batch
 ) -> KnownEffect:
@@ -325,8 +337,8 @@ def known_effect(
     Args:
         effect: the random effect.
         name: its name.
-        codes: (n,) levels, -1 for one that was not seen.
-        z: (n, k) values of the effects in their basis.
+        codes: (n,) levels, -1 for one that was not seen; (n, m) of rows of m levels each.
+        z: (n, k) values of the effects in their basis; (n, m, k) of such rows.
         batch: the rows, with coordinates in ``batch["places"]`` where the effect has them.
     """
     known = KnownEffect(codes, z, effect.blup, effect.variance, effect.prior_in_basis)

@@ -15,6 +15,7 @@ from openreml_nn.families.zeros import check_inflatable
 from openreml_nn.model.zeros import ZeroEncoder
 from openreml_nn.support.checks import check_text
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.warning import warn
 from openreml_nn.table import Encoded, Encoder
 from openreml_nn.table.columns import row_name
 
@@ -133,6 +134,17 @@ class EncodedResponse:
             )
         if self.family == "ordinal" and len(levels) < 2:
             raise InputError(f"the response {name!r} has one category: expected two or more")
+        is_text = any(isinstance(level, str) for level in levels)
+        if (
+            self.family == "ordinal"
+            and is_text
+            and not isinstance(column.dtype, pd.CategoricalDtype)
+        ):
+            shown = " < ".join(map(repr, levels[:5]))
+            warn(
+                f"the response {name!r} is text, whose categories are taken in the order of their "
+                f"spelling, {shown}{' …' * (len(levels) > 5)}: make it an ordered categorical"
+            )
         self._codes = {level: i for i, level in enumerate(levels)}
         self.levels = tuple(map(str, levels))
         return self._numbered(table)

@@ -26,20 +26,21 @@ def of_gaussian(output: Tensor, batch: Batch, head: str) -> tuple[Tensor, Tensor
     """
     y = part(batch, "y")
     check_tensor("output", output, ("n", "p")[: 2 if head == "gls" else 1], "floating", False)
-    n = len(output)
+    n = output.shape[0]
     _check_rows(n)
     check_tensor("y", y, kind="floating", finite=False)
-    if y.dim() != 1 or len(y) != n:
+    if y.dim() != 1 or y.shape[0] != n:
         raise InputError(
             f"`y` has shape {tuple(y.shape)} but `mean` yields {n} rows: expected ({n},); "
             "a column is made a vector by y[:, 0], and several are for a model with responses="
         )
-    dtype = torch.promote_types(y.dtype, output.dtype)
-    if dtype != y.dtype and y.dtype.itemsize < 4:
-        raise InputError(
-            f"`y` is {y.dtype} but `mean` yields {output.dtype}: make y as precise, by y.to({dtype})"
-        )
-    y, output = y.to(dtype), output.to(dtype)  # the wider holds all digits of both
+    if y.dtype != output.dtype:
+        dtype = torch.promote_types(y.dtype, output.dtype)
+        if dtype != y.dtype and y.dtype.itemsize < 4:
+            raise InputError(
+                f"`y` is {y.dtype} but `mean` yields {output.dtype}: make y as precise, by y.to({dtype})"
+            )
+        y, output = y.to(dtype), output.to(dtype)  # the wider holds all digits of both
     offset = row_values(batch, "offset", n)
     if offset is not None:
         y = y - offset.to(y)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,13 @@ from openreml_nn.model.batch import (
 )
 from openreml_nn.model.random_effect import RandomEffect
 from openreml_nn.support.checks import check_tensor
+from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
 
-__all__ = ["coded_rows", "stacked", "stacked_output"]
+__all__ = ["check_one_level", "coded_rows", "refuse_copies", "stacked", "stacked_output"]
+
+#: A part this small of a response is rounding.
+_EXACT = 1e-11
 
 
 def stacked(
@@ -49,13 +53,18 @@ def stacked(
     found: dict[str, Any] = {"groups": {}, "values": {}, "residual": torch.arange(len(rows))}
     for name, effect in effects.items():
         codes = level_codes(batch, name, 2**62, n)  # which there are is looked at later
+        if codes.dim() == 2:
+            raise InputError(
+                f"group {name!r} is {described(codes)}: expected one level a row beside {responses} "
+                "responses, or a table with a row for each response"
+            )
         if is_data and n and int(codes.min()) < 0:
             raise InputError(
                 f"group {name!r} has the code -1 in row {int(codes.argmin())}: expected known levels "
                 "in rows of the likelihood of several responses"
             )
         found["groups"][name] = codes.repeat_interleave(responses)
-        z = level_values(batch, name, effect.effects // effect.responses, n)
+        z = level_values(batch, name, effect.effects // effect.responses, (n,))
         if effect.responses > 1:
             z = effect.blup.new_ones(n, 1) if z is None else z
             found["values"][name] = _by_response(z, responses)
@@ -97,8 +106,61 @@ def coded_rows(
             found[name] = effect.coded(name, batch, n)
             continue
         codes = level_codes(batch, name, effect.levels, n)
-        found[name] = codes, level_values(batch, name, effect.effects // effect.responses, n)
+        found[name] = codes, level_values(batch, name, effect.effects // effect.responses, (n,))
     return found
+
+
+def check_one_level(coded: Mapping[str, tuple[Tensor, Tensor | None]]) -> None:
+    """Refuse rows of several levels of one factor, which no sums by level are of.
+
+    Raises:
+        InputError: naming the factor.
+    """
+    for name, (codes, _) in coded.items():
+        if codes.dim() == 2:
+            raise InputError(
+                f"group {name!r} has {codes.shape[1]} levels a row, which mini-batches do not sum up: "
+                "expected one, or training='full' or 'parts' with all rows in one batch"
+            )
+
+
+def refuse_copies(y: Tensor, X: Tensor, cells: Tensor, names: Sequence[str]) -> None:
+    """Refuse responses of which a combination is one of fixed effects: it has no residual, so that the
+    likelihood rises without end.
+
+    Args:
+        y: (n,) responses, a row for each.
+        X: (n, p) fixed effects.
+        cells: (n,) the unit of each row times the number t of responses, plus its response.
+        names: of the responses.
+    """
+    t = len(names)
+    order = cells.argsort()
+    _, count = torch.unique_consecutive(cells[order] // t, return_counts=True)
+    whole = order[(count == t).repeat_interleave(count)]
+    m = len(whole) // t
+    if m <= t * X.shape[1] + t:
+        return
+    Y, of_unit = y[whole].reshape(m, t), X[whole].reshape(m, -1)
+    left = Y - of_unit @ torch.linalg.lstsq(of_unit, Y, driver="gelsd").solution
+    scale = torch.linalg.vector_norm(Y, dim=0)
+    _, size, directions = torch.linalg.svd(left / scale, full_matrices=False)
+    if not bool((scale > 0).all()) or float(size[-1]) > _EXACT:
+        return
+    c = directions[-1] / scale
+    # The rows of that combination, of which the coefficients must be able to take it off.
+    own = torch.outer(Y @ c, c / (c @ c)).reshape(-1, 1)
+    beta = torch.linalg.lstsq(X[whole], own, driver="gelsd").solution
+    if float((own - X[whole] @ beta).norm()) > 1e3 * _EXACT / float(c.norm()):
+        return
+    among = [
+        name for name, part in zip(names, directions[-1].tolist(), strict=True) if abs(part) > 1e-6
+    ]
+    raise InputError(
+        f"the responses {', '.join(map(repr, among))} have a combination that the fixed effects fit "
+        "exactly, as where two differ by their means alone: their covariance is singular, and the "
+        "likelihood has no maximum; leave one of them out"
+    )
 
 
 def _by_response(z: Tensor, responses: int) -> Tensor:

@@ -205,7 +205,8 @@ def accumulate(
 
 def _check_formula(formula: MixedFormula) -> None:
     for part in formula.random:
-        if part.grouping.relation is not None or part.structure.name != "us":
+        grouping = part.grouping
+        if grouping.relation is not None or grouping.members or part.structure.name != "us":
             raise InputError(
                 f"formula {formula.text!r}: {part} is not for chunks: leave out `chunk_rows`"
             )

@@ -252,7 +252,7 @@ def _cells(design: ResidualDesign) -> tuple[str, ...]:
 def bases_of(designs: Sequence[RandomDesign]) -> dict[str, Tensor]:
     """Bases in which random slopes are better conditioned, see :func:`basis_of`, by the names of
     designs whose covariance among effects is free, and as free in any basis."""
-    free = [design for design in designs if design.structure.name == "us"]
+    free = [d for d in designs if d.structure.name == "us" and d.values.dim() == 2]
     found = {design.name: basis_of(design.values) for design in free}
     return {name: B for name, B in found.items() if B is not None}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -21,13 +21,16 @@ _OPTIONAL = frozenset({"values", "places", "residual", "covariate", "weights", "
 
 
 def refuse_unread(
-    batch: Batch, effects: Mapping[str, RandomEffect], residual: nn.Module, responses: int
+    batch: Batch,
+    effects: Callable[[], Mapping[str, RandomEffect]],
+    residual: nn.Module,
+    responses: int,
 ) -> None:
     """Refuse what has no effect in a model.
 
     Args:
         batch: the rows.
-        effects: the model's random effects by name.
+        effects: yields the model's random effects by name, where the batch has something for some.
         residual: of a row, as :func:`structure_of` takes it, or a family.
         responses: how many a row has.
 
@@ -36,13 +39,14 @@ def refuse_unread(
     """
     if batch.keys().isdisjoint(_OPTIONAL):
         return  # as most do
-    check_values(batch, effects)
+    known = effects()
+    check_values(batch, known)
     for name, value in by_effect(batch, "values").items():
-        if effects[name].features is not None:
+        if known[name].features is not None:
             why = "as the effect has features, which yield its values"
             _refuse(f"batch['values'][{name!r}]", value, why)
     for name, value in by_effect(batch, "places").items():
-        if effects[name].places is None:
+        if known[name].places is None:
             _refuse(f"batch['places'][{name!r}]", value, "as levels have no places")
     for key, (beside, why) in _unread(residual, responses).items():
         _refuse(f"batch['{key}']", batch.get(key), why, beside)

@@ -17,6 +17,15 @@ from openreml_nn.table import read_table
 
 __all__ = ["Cell", "Row", "RunContents", "Sheet", "number"]
 
+#: Captions of the pictures of a run, by the stems of their files.
+_CAPTIONS = {
+    "calibration": "Share of successes against predicted probability",
+    "covariance": "Covariance of the first rows",
+    "profile": "Profile zeta of each parameter",
+    "semivariogram": "Semivariogram of the residuals",
+    "shares": "Shares of the variance, with standard errors",
+}
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -202,7 +211,8 @@ class RunContents:
             is_blup = path.stem.startswith("blup_") and _any(titles, "BLUPs")
             if not is_blup and path.stem not in drawn:
                 data = base64.b64encode(path.read_bytes()).decode()
-                found.append({"name": path.stem.replace("_", " "), "data": data})
+                name = _CAPTIONS.get(path.stem, path.stem.replace("_", " "))
+                found.append({"name": name, "data": data})
         return found
 
     def _csv(self, name: str) -> pd.DataFrame | None:

@@ -257,7 +257,7 @@ def covariance_map(result: Result, rows: int = 60) -> Figure:
 
 
 def _own_levels(term: Term) -> Term:
-    """The same rows of a term with the levels that they have, if levels are independent."""
+    """A term with the levels that its rows have and no others, if levels are independent."""
     z, g = term.design, term.covariance
     if not isinstance(z, IndexedDesign):
         return term

@@ -14,7 +14,7 @@ from openreml_nn.likelihood.residual import BlockResidual, Residual
 from openreml_nn.likelihood.system.products import Pattern, Products, Statistics
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import DiagonalCovariance, RepeatedCovariance
-from openreml_nn.terms.design import DenseDesign, Design, IndexedDesign
+from openreml_nn.terms.design import CodedDesign, DenseDesign, Design, IndexedDesign
 from openreml_nn.terms.term import Term
 
 __all__ = ["Equations", "FixedBasis"]
@@ -74,13 +74,13 @@ class Equations:
     @classmethod
     def of(
         cls,
-        designs: Sequence[IndexedDesign],
+        designs: Sequence[CodedDesign],
         residual: Sequence[Term],
         f: Tensor,
         fixed: FixedBasis,
     ) -> Equations | None:
-        """Those of some rows; None for residuals that are correlated over more than 5,000 rows in
-        no known blocks.
+        """Equations of some rows; None for residuals that are correlated over more than 5,000 rows
+        in no known blocks.
 
         Args:
             designs: of each random term.
@@ -92,15 +92,15 @@ class Equations:
         if white is None:
             return None
         found, f, log_det = white
-        pattern = Pattern.of(found)
-        sizes = [(design.levels, design.effects) for design in designs]
+        pattern = Pattern.of(found, members=True)
+        sizes = [(d.levels, d.shape[1] // d.levels) for d in designs]
         return cls(sizes, pattern, pattern.products(found, f), fixed, len(f), log_det)
 
     @classmethod
     def of_statistics(
         cls, statistics: Statistics, variance: Tensor, fixed: FixedBasis
     ) -> Equations:
-        """Those of cross-products of rows of one residual variance, that of a weight of 1."""
+        """Equations of cross-products of rows with one residual variance, that of a weight of 1."""
         pattern, found = statistics.ordered(range(len(statistics.sizes)))
         zz = {pair: value / variance for pair, value in found.zz.items()}
         products = Products(zz, [part / variance for part in found.zf], found.ff / variance)
@@ -162,11 +162,12 @@ class Equations:
 
     def is_blocked(self, t: int) -> bool:
         """Whether no two levels of a term have a product."""
-        return self.pattern.cells[t, t] is not None
+        cells = self.pattern.cells[t, t]
+        return cells is not None and (cells.a is cells.b or torch.equal(cells.a, cells.b))
 
 
 def _whitened(
-    designs: Sequence[IndexedDesign], residual: Sequence[Term], f: Tensor
+    designs: Sequence[CodedDesign], residual: Sequence[Term], f: Tensor
 ) -> tuple[list[Design], Tensor, float] | None:
     """Designs and f of rows that R makes independent and of variance 1, and the logarithm of its
     determinant."""
@@ -178,7 +179,10 @@ def _whitened(
     matrices = R.matrices(terms)
     if R.moves:
         white = R.white(matrices)
-        within = [d if R.is_within(d.codes) else DenseDesign(d.dense(f)) for d in designs]
+        within = [
+            d if isinstance(d, IndexedDesign) and R.is_within(d.codes) else DenseDesign(d.dense(f))
+            for d in designs
+        ]
         return [white.design(design) for design in within], white.rows(f), float(white.log_det)
     scale = matrices[0].reshape(()).rsqrt()
     white = R.white([torch.ones_like(matrices[0])])
@@ -202,13 +206,12 @@ def _blocks(terms: Sequence[Term]) -> Residual:
 
 
 def _times(design: Design, scale: Tensor, like: Tensor) -> Design:
-    assert isinstance(design, IndexedDesign)
-    values = like.new_ones(design.shape[0], 1) if design.values is None else design.values
-    return IndexedDesign(design.codes, scale * values.to(like), design.levels, absent=False)
+    assert isinstance(design, CodedDesign)
+    return design.with_values(lambda values: scale * values, like)
 
 
 def _whitened_densely(
-    designs: Sequence[IndexedDesign], terms: Sequence[Term], f: Tensor
+    designs: Sequence[CodedDesign], terms: Sequence[Term], f: Tensor
 ) -> tuple[list[Design], Tensor, float]:
     L = cholesky(torch.stack([term.dense() for term in terms]).sum(0), "R")
     rows = [torch.linalg.solve_triangular(L, d.dense(f), upper=False) for d in designs]

@@ -55,7 +55,7 @@ class Evidence(nn.Module):
             # What is in the buffers need not be held twice.
             self._equations = None if float(self.total[0]) else found
             return found
-        if self._equations is None and float(self.total[0]):
+        if self._equations is None and not self.total.is_meta and float(self.total[0]):
             return self._kept()
         return self._equations
 

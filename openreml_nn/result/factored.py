@@ -33,7 +33,7 @@ from openreml_nn.result.places import PlacedDesign
 from openreml_nn.support.errors import NotPositiveDefiniteError
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import RepeatedCovariance, ScaledCovariance
-from openreml_nn.terms.design import IndexedDesign
+from openreml_nn.terms.design import CodedDesign, IndexedDesign
 from openreml_nn.terms.precision import PrecisionCovariance
 
 __all__ = ["FactoredErrors"]
@@ -109,7 +109,7 @@ class FactoredErrors:
         return np.asarray(self._root.T @ np.concatenate(zf)) if zf else none
 
     def variance(
-        self, designs: Sequence[IndexedDesign | PlacedDesign], X: Tensor, most_numbers: int
+        self, designs: Sequence[CodedDesign | PlacedDesign], X: Tensor, most_numbers: int
     ) -> Tensor:
         """See :meth:`JointErrors.variance`.
 
@@ -130,7 +130,7 @@ class FactoredErrors:
         return torch.from_numpy(found).to(X.device)
 
     def _recorded(self, designs: Sequence[IndexedDesign], X: Tensor) -> Tensor:
-        """The same as a differentiable function of X and of the values of the designs."""
+        """Variances of the rows as a differentiable function of X and of the values of the designs."""
         z = [X.new_ones(len(X), 1) if d.values is None else d.values.to(X) for d in designs]
         among, T = (torch.from_numpy(x).to(X) for x in self._of_levels([d.codes for d in designs]))
         values, C = torch.cat(z, 1), torch.from_numpy(self.variance_of_coefficients).to(X)
@@ -157,18 +157,17 @@ class FactoredErrors:
         row = of_row.reshape(-1)
         return (L @ inverse @ L.T)[row], (L @ self._S[at])[row]
 
-    def _columns(self, designs: Sequence[IndexedDesign | PlacedDesign], n: int) -> csc_matrix:
+    def _columns(self, designs: Sequence[CodedDesign | PlacedDesign], n: int) -> csc_matrix:
         """The rows of the designs as columns, (N, n)."""
         parts = [coo_matrix((int(self._starts[-1]), n))]
         for start, design in zip(self._starts[:-1], designs, strict=False):
             like = torch.zeros(0, dtype=torch.float64)
             own = design.levels if isinstance(design, PlacedDesign) else design
-            z = torch.ones(n, 1) if own.values is None else own.values
-            at = own.codes[:, None] * own.effects + torch.arange(own.effects, device=z.device)
-            groups = [(torch.arange(n).numpy(), at, z)]
+            where = own.codes.device
+            groups = [(torch.arange(n).numpy(), *own.entries(like.to(where)))]
             if isinstance(design, PlacedDesign):
                 rows = design.kriging.rows.numpy(force=True)
-                groups.append((rows, *design.entries(like.to(z.device))))
+                groups.append((rows, *design.entries(like.to(where))))
             for rows, columns, entries in groups:
                 column = np.repeat(rows, columns.shape[1])
                 place = start + columns.numpy(force=True).reshape(-1)
@@ -197,7 +196,7 @@ class FactoredErrors:
         return found
 
     def _selected(self, w: csc_matrix, lengths: np.ndarray, at: slice, found: np.ndarray) -> None:
-        """The same by the selected inverse; NaN where two entries do not meet in the factor."""
+        """Variances by the selected inverse; NaN where two entries do not meet in the factor."""
         own = lengths[at]
         column = np.repeat(np.arange(at.start, at.stop), own**2)
         if not len(column):

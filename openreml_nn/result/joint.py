@@ -34,7 +34,7 @@ from openreml_nn.result.factored import FactoredErrors
 from openreml_nn.result.places import PlacedDesign
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import RepeatedCovariance
-from openreml_nn.terms.design import IndexedDesign
+from openreml_nn.terms.design import CodedDesign, IndexedDesign
 
 __all__ = ["JointErrors", "Solution", "solution_of"]
 
@@ -187,7 +187,7 @@ class JointErrors(nn.Module):
         self.settle()
         return bool(self.is_exact) or self.factored() is not None
 
-    def variance(self, designs: Sequence[IndexedDesign | PlacedDesign], X: Tensor) -> Tensor:
+    def variance(self, designs: Sequence[CodedDesign | PlacedDesign], X: Tensor) -> Tensor:
         """Variance of the error of :math:`x^\\top\\hat\\beta + z^\\top\\hat b` of some rows (n,).
 
         Args:
@@ -230,7 +230,7 @@ class JointErrors(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def _some(joint: JointErrors, designs: Sequence[IndexedDesign | PlacedDesign], X: Tensor) -> Tensor:
+def _some(joint: JointErrors, designs: Sequence[CodedDesign | PlacedDesign], X: Tensor) -> Tensor:
     """:meth:`JointErrors.variance` of rows that are held at once."""
     C, first, n = joint.covariance, int(joint.first), len(X)
     w = C.new_zeros(n, len(C))
@@ -243,12 +243,11 @@ def _some(joint: JointErrors, designs: Sequence[IndexedDesign | PlacedDesign], X
                 1, joint.offsets[i] + at, own
             )
             design = design.levels
-        z = C.new_ones(n, 1) if design.values is None else design.values.to(C)
-        k = torch.arange(design.effects, device=X.device)
-        at = design.codes[:, None] * design.effects + k
-        if i != first:
-            w[rows[:, None], joint.offsets[i] + at] += z
+        if i != first or not isinstance(design, IndexedDesign):
+            at, own = design.entries(C)
+            w = w.scatter_add(1, joint.offsets[i] + at, own)  # a level may stand twice
             continue
+        z = C.new_ones(n, 1) if design.values is None else design.values.to(C)
         codes = design.codes
         found = torch.einsum("nk,nkl,nl->n", z, joint.conditional[codes], z)
         # The cells of each row's level, one after the other.

@@ -46,7 +46,7 @@ class Label(NamedTuple):
 
     @property
     def is_residual(self) -> bool:
-        """Whether it is that of the residual: a grouping factor of this name has levels."""
+        """Whether the label is the residual's; a grouping factor of the same name has levels."""
         return self.group == RESIDUAL_GROUP and not self.levels
 
 
@@ -99,7 +99,7 @@ class Component:
 
     @property
     def is_residual(self) -> bool:
-        """Whether it is the residual's: a grouping factor of this name has levels."""
+        """Whether the component is the residual; a grouping factor of the same name has levels."""
         return self.group == RESIDUAL_GROUP and not self.levels
 
     @property
@@ -197,7 +197,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Start:
-    """Where the fit ended from a start of which the result is not reported.
+    """Another start of a fit, and where it ended; the result is of the best start.
 
     Attributes:
         log_likelihood: at its end.
@@ -216,7 +216,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Source:
-    """What a result was had from, as inference needs it.
+    """The covariance, data and options from which a result was computed, for inference.
 
     Attributes:
         covariance: the covariance, whose parameters may have moved since.

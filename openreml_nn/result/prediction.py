@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from openreml_nn.support.checks import check_instance, check_number
 from openreml_nn.support.warning import warn
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import DenseCovariance, RepeatedCovariance, ScaledCovariance
-from openreml_nn.terms.design import IdentityDesign, IndexedDesign
+from openreml_nn.terms.design import CodedDesign, IdentityDesign, IndexedDesign, design_of
 from openreml_nn.terms.kernel import Kernel
 from openreml_nn.terms.precision import PrecisionCovariance
 
@@ -62,8 +62,8 @@ class KnownEffect:
     """The rows of one random effect, and what is known of it.
 
     Attributes:
-        codes: (n,) level of each row, -1 for one that was not seen.
-        z: (n, k) values of the effects.
+        codes: (n,) level of each row, -1 for one that was not seen; (n, m) of rows of m levels each.
+        z: (n, k) values of the effects; (n, m, k) of such rows.
         values: (q, k) BLUPs.
         variances: (q, k, k) their prediction-error variances.
         prior: yields the covariance (k, k) of the effects of a level that was not seen.
@@ -77,6 +77,32 @@ class KnownEffect:
     variances: Tensor
     prior: Callable[[], Tensor]
     kriging: Kriging | None = None
+
+    def means(self, z: Tensor) -> Tensor:
+        """What the BLUPs of the known levels of each row add up to, (n,)."""
+        known = (self.codes >= 0)[..., None]
+        b = torch.where(known, self.values[self.codes.clamp(min=0)].to(z), 0)
+        if self.kriging is not None:
+            b[self.kriging.rows] = self.kriging.means(self.values.to(z))
+        return (z * b).flatten(1).sum(1)
+
+    def prior_variance(self, like: Tensor, among: Tensor | None = None) -> Tensor:
+        """What the levels of each row have of their prior variance (n,): all, or those ``among``, (n,) or
+        (n, m). Levels of a row are independent there."""
+        z = self.z.to(like)
+        each = torch.einsum("...k,kl,...l->...", z, self.prior().to(z), z)
+        each = each if among is None else torch.where(among, each, 0)
+        return each.reshape(len(each), -1).sum(1)
+
+    def variance_of_blups(self, among: Tensor) -> Tensor:
+        """The most that the variance of the error of the BLUPs of the levels ``among`` can be (n,), of one
+        level its own: the sum of m standard deviations, squared."""
+        z = self.z.to(self.variances)
+        own = self.variances[self.codes.clamp(min=0)]
+        each = torch.where(among, torch.einsum("...k,...kl,...l->...", z, own, z), 0)
+        if each.dim() == 1:
+            return each
+        return each.clamp(min=0).sqrt().sum(1) ** 2
 
 
 def predicted(
@@ -102,31 +128,31 @@ def predicted(
         errors: the joint covariance.
     """
     mean, variance = population, torch.zeros_like(population)
-    designs: list[IndexedDesign | PlacedDesign] = []
+    designs: list[CodedDesign | PlacedDesign] = []
     errors.settle()
     for effect in effects:
         z = effect.z.to(mean)
-        known = (effect.codes >= 0)[:, None]
-        b = torch.where(known, effect.values[effect.codes.clamp(min=0)].to(z), 0)
-        part = torch.ones_like(mean)  # of the prior variance, that is not of known levels
-        if (kriging := effect.kriging) is not None and bool(errors.is_known):
-            b[kriging.rows] = kriging.means(effect.values.to(z))
-            part[kriging.rows] = kriging.left.to(z)
-        mean = mean + (z * b).sum(1)
+        kriging = effect.kriging if bool(errors.is_known) else None
+        mean = mean + replace(effect, kriging=kriging).means(z)
         unseen = (effect.codes < 0) | ~errors.is_known
         if bool(unseen.any()):
-            prior = torch.einsum("nk,kl,nl->n", z, effect.prior().to(z), z)
-            variance = variance + torch.where(unseen, part * prior, 0)
-        levels = len(effect.values)
-        design = IndexedDesign(torch.where(unseen, -1, effect.codes), z, levels)
-        designs.append(design if kriging is None else PlacedDesign(design, kriging, z))
+            prior = effect.prior_variance(z, unseen)
+            if kriging is not None:  # the part that the places do not tell
+                prior[kriging.rows] = prior[kriging.rows] * kriging.left.to(z)
+            variance = variance + prior
+        design = design_of(torch.where(unseen, -1, effect.codes), z, len(effect.values))
+        if effect.kriging is None:
+            designs.append(design)
+            continue
+        assert isinstance(design, IndexedDesign)
+        designs.append(PlacedDesign(design, effect.kriging, z))
     variance = variance + _error_variance(designs, X, spread, effects, errors)
     # Of a mean that the data do not tell, they do not tell the error either.
     return Prediction(mean, torch.where(mean.isnan(), torch.nan, variance), population)
 
 
 def _error_variance(
-    designs: Sequence[IndexedDesign | PlacedDesign],
+    designs: Sequence[CodedDesign | PlacedDesign],
     X: Tensor,
     spread: Tensor,
     effects: Sequence[KnownEffect],
@@ -147,10 +173,7 @@ def _error_variance(
         )
     found = torch.einsum("np,pq,nq->n", X, spread.to(X), X)
     for each, effect in zip(designs, effects, strict=True):
-        design = each.levels if isinstance(each, PlacedDesign) else each
-        assert design.values is not None
-        own = effect.variances[design.codes].to(X)
-        found = found + torch.einsum("nk,nkl,nl->n", design.values, own, design.values)
+        found = found + effect.variance_of_blups((effect.codes >= 0) & errors.is_known).to(X)
         if isinstance(each, PlacedDesign) and bool(errors.is_known):
             rows = each.kriging.rows
             z = each.z[rows].to(X)
@@ -235,8 +258,7 @@ def on_response(family: Family, found: Prediction, effects: Sequence[KnownEffect
     """
     prior = torch.zeros_like(found.variance)
     for effect in effects:
-        z = effect.z.to(prior)
-        prior = prior + torch.einsum("nk,kl,nl->n", z, effect.prior().to(z), z)
+        prior = prior + effect.prior_variance(prior)
     mean, square = _expected(family, found.mean, found.variance)
     variance = square - mean * mean
     population, _ = _expected(family, found.population_mean, prior)

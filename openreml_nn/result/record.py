@@ -122,7 +122,7 @@ def _random(c: Component) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """The same structure with None for numbers that JSON cannot hold."""
+    """A value with None in place of each number that JSON cannot hold."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -18,6 +18,7 @@ from openreml_nn.support.errors import InputError
 
 __all__ = [
     "check_choice",
+    "check_constant",
     "check_count",
     "check_flag",
     "check_instance",
@@ -266,9 +267,22 @@ def check_tensor(
         raise InputError(f"`{name}` holds NaN or infinity: expected finite numbers")
 
 
+def check_constant(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor whose gradient is wanted where its numbers are taken as known.
+
+    Raises:
+        InputError: if it requires a gradient.
+    """
+    if tensor.requires_grad:
+        raise InputError(
+            f"`{name}` requires a gradient, which it would not get: expected known numbers, such as "
+            f"`{name}.detach()`"
+        )
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether all numbers of a tensor are finite."""
-    tensor = tensor.detach()
+    tensor = tensor.detach() if tensor.requires_grad else tensor
     # NaN and infinity stay in a sum, which is cheaper; a sum alone may also be too large.
     return isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-__all__ = ["plain_console", "status", "visible"]
+__all__ = ["plain_console", "show_share", "status", "visible"]
 
 #: What a terminal obeys (escapes, line ends) or turns around (directions of writing).
 _OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -25,8 +25,11 @@ def visible(text: object) -> str:
 
 
 def plain_console(**options: Any) -> Console:
-    """A rich console for which brackets and colons are characters, not markup or pictures."""
-    return Console(markup=False, emoji=False, highlight=False, **options)
+    """A rich console for which brackets and colons are characters, not markup or pictures.
+
+    In Jupyter, too, it writes to its stream: rich would display the text in the notebook instead.
+    """
+    return Console(markup=False, emoji=False, highlight=False, force_jupyter=False, **options)
 
 
 def status(text: str, is_shown: bool = True) -> AbstractContextManager[object]:
@@ -34,3 +37,11 @@ def status(text: str, is_shown: bool = True) -> AbstractContextManager[object]:
     if is_shown and sys.stderr.isatty():
         return plain_console(stderr=True).status(text)
     return nullcontext()
+
+
+def show_share(what: str, share: float) -> None:
+    """A line on stderr that says how much of something is done; on a terminal each is written over the
+    one before."""
+    is_over = not sys.stderr.isatty()
+    start, end = ("", "\n") if is_over else ("\r", "\n" if share >= 1 else "")
+    print(f"{start}{what}: {share:.0%} done", end=end, file=sys.stderr, flush=True)

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 
-__all__ = ["in_full_precision", "outside_inference"]
+__all__ = ["in_full_precision", "outside_inference", "outside_transforms"]
 
 
 def in_full_precision(device: str) -> AbstractContextManager[object]:
@@ -33,3 +33,10 @@ def outside_inference(recording: bool) -> AbstractContextManager[object]:
     modes.enter_context(torch.inference_mode(False))
     modes.enter_context(torch.set_grad_enabled(recording))
     return modes
+
+
+def outside_transforms() -> AbstractContextManager[object]:
+    """Where codes of levels are what they are: no ``torch.func`` transform moves them, and what is
+    made of them within one could not be looked at."""
+    functorch: AbstractContextManager[object] = torch._C._DisableFuncTorch()
+    return functorch

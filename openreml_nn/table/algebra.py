@@ -88,7 +88,7 @@ class Part:
         return names_in(*self.variables)
 
     def of(self, others: Sequence[str]) -> Part:
-        """The same where ``.`` stands for these columns."""
+        """The part of a formula in which ``.`` stands for these columns."""
         return replace(self, others=tuple(others)) if self.is_open else self
 
     @property

@@ -28,8 +28,8 @@ class RandomDesign:
         group: grouping factor as written.
         effects: names of its k effects.
         levels: labels of its levels.
-        codes: (n,) level of each row; -1 for a level that was not seen.
-        values: (n, k) values of the effects.
+        codes: (n,) level of each row, -1 for a level that was not seen; (n, m) of rows of m levels each.
+        values: (n, k) values of the effects; (n, m, k) of such rows.
         structure: the covariance among the effects of a level.
         places: whole numbers (k,) whose differences are the lags of the effects, from 0, where the
             structure asks for them.
@@ -57,6 +57,12 @@ class RandomDesign:
     def is_intercept(self) -> bool:
         """Whether the only effect is the intercept."""
         return self.effects == ("(Intercept)",)
+
+    @property
+    def unseen_rows(self) -> int:
+        """How many rows have a level that was not seen."""
+        unseen = self.codes < 0
+        return int((unseen.any(1) if unseen.dim() == 2 else unseen).sum())
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,7 @@ class ResidualDesign:
         return self.variance is not None and self.covariate is None
 
     def to_dict(self) -> dict[str, Any]:
-        """Its shape without the rows, in numbers, strings and containers of Python's own."""
+        """The shape of the structure without its rows, in numbers, strings and Python's containers."""
         strata = []
         for stratum in self.strata:
             sides = []
@@ -210,7 +216,8 @@ class Encoded:
 
     def batch(self) -> dict[str, Any]:
         """The table as a batch of :class:`MixedModel`: ``x`` the model matrix, for each random
-        effect its codes in ``groups`` and, but for intercepts, its values in ``values``; and what
+        effect its codes in ``groups`` and, but for intercepts, its values in ``values``, of rows of
+        several levels those of intercepts too, which may be weights; and what
         there is of ``y``, ``weights``, ``offset``, ``zi``, the cells of the rows in ``residual``, the
         ``covariate`` of their variance; in ``places`` where the rows are, if some are at places that
         no level has.
@@ -218,7 +225,9 @@ class Encoded:
         found: dict[str, Any] = {
             "x": self.X,
             "groups": {d.name: d.codes for d in self.random},
-            "values": {d.name: d.values for d in self.random if not d.is_intercept},
+            "values": {
+                d.name: d.values for d in self.random if not d.is_intercept or d.codes.dim() == 2
+            },
         }
         if placed := {d.name: d.coordinates for d in self.random if d.is_placed}:
             found["places"] = placed

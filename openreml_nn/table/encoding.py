@@ -158,7 +158,8 @@ class Encoding:
         found = names_in(self.formula.response) if response else []
         found += self.fixed.columns
         for part in self.formula.random:
-            found += [*part.effects.columns, *part.factors]
+            found += [name for each in part.parts for name in each.columns]
+            found += [*part.factors, *part.grouping.weights]
         if response and self.residual is not None:
             found += self.residual.columns
         if response and self.weights is not None:
@@ -187,7 +188,7 @@ class Encoding:
         fitting: bool = False,
     ) -> Encoded:
         parts = self._parts(data)
-        check_known(data, [self.fixed, *(part.effects for part in parts)])
+        check_known(data, [self.fixed, *(each for part in parts for each in part.parts)])
         y = self._response(data) if response else None
         X, names = model_matrix(self.fixed, data, most)
         self.learned.names = list(names)
@@ -208,11 +209,7 @@ class Encoding:
             residual,
             weights_of(data, self.weights),
             offset_of(data, self.fixed.offsets),
-            {
-                d.group: count
-                for d in random
-                if d.coordinates is None and (count := int((d.codes < 0).sum()))
-            },
+            {d.group: count for d in random if d.coordinates is None and (count := d.unseen_rows)},
             trait=data.table[TRAIT].astype(str).to_numpy() if self.formula.traits else None,
         )
 
@@ -233,7 +230,7 @@ class Encoding:
 
     def _effects(self, data: TableRows) -> list[Part]:
         """The operands of the fixed effects and of each random part."""
-        return [self.fixed, *(part.effects for part in self._parts(data))]
+        return [self.fixed, *(each for part in self._parts(data) for each in part.parts)]
 
 
 Learner = TypeVar("Learner", bound=Encoding)

@@ -7,19 +7,16 @@ from dataclasses import dataclass, field, replace
 from openreml_nn.support.errors import InputError
 from openreml_nn.table.algebra import Part, Term
 from openreml_nn.table.functions import FUNCTIONS, STATEFUL
+from openreml_nn.table.grouping import Grouping, groups_of
 from openreml_nn.table.structure import (
     EFFECTS,
-    GRAPHS,
+    ORDERED,
     RELATIONS,
-    WALKS,
     Structure,
-    check_dimensions,
-    columns_of,
     structure_of,
 )
 from openreml_nn.table.syntax import (
     Call,
-    Name,
     Node,
     Number,
     Operation,
@@ -32,47 +29,7 @@ from openreml_nn.table.syntax import (
 )
 from openreml_nn.table.traits import Traits, by_trait, effects_by_trait, traits_of
 
-__all__ = ["Grouping", "MixedFormula", "RandomPart", "parse_formula"]
-
-
-@dataclass(frozen=True)
-class Grouping:
-    """A grouping factor as it is said.
-
-    Attributes:
-        columns: the columns whose combinations are the levels, or the numeric ones of a kernel.
-        relation: how the levels are related; None for independent ones.
-        kernel: the name of the known matrix of ``vm``, or of the graph of ``car`` and ``icar``.
-        bent: for ``spline``, whether each column is bent, or linear in the product with another.
-    """
-
-    columns: tuple[str, ...]
-    relation: Structure | None = None
-    kernel: str | None = None
-    bent: tuple[bool, ...] = ()
-
-    @property
-    def key(self) -> str:
-        """What tells it from other groups: the formula's words for it."""
-        names = [str(Name(name)) for name in self.columns]
-        if self.relation is None:
-            return ":".join(names)
-        if self.bent:
-            pairs = zip(names, self.bent, strict=True)
-            return ":".join(f"spline({name})" if bent else name for name, bent in pairs)
-        kernel = [str(Name(self.kernel))] if self.kernel else []
-        return f"{self.relation.name}({', '.join([*names, *kernel, *self.relation.said])})"
-
-    def __str__(self) -> str:
-        """The factor as results name it: ``animal`` for ``ped(animal)``."""
-        if self.relation is None or self.relation.name in ("ped", "vm"):
-            return ":".join(self.columns)
-        return self.key  # beside which the group itself may have effects, as areas often have
-
-    @property
-    def operand(self) -> str:
-        """A name for its operand in the covariance tree."""
-        return ":".join(self.columns) if self.relation is None else "_".join(self.columns)
+__all__ = ["MixedFormula", "RandomPart", "parse_formula"]
 
 
 @dataclass(frozen=True)
@@ -80,14 +37,20 @@ class RandomPart:
     """One ``(effects | group)``, or ``S(effects | group)`` with a structure S.
 
     Attributes:
-        effects: the effects, such as ``1 + Days``.
+        effects: the effects, such as ``1 + Days``; where a row has several levels, by each of the
+            columns of the group the same, or effects of its own.
         grouping: the grouping factor.
         structure: the covariance among the effects of a level.
     """
 
-    effects: Part
+    effects: Part | tuple[Part, ...]
     grouping: Grouping
     structure: Structure = field(default_factory=lambda: Structure("us"))
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The effects, of each column of the group where these have their own."""
+        return self.effects if isinstance(self.effects, tuple) else (self.effects,)
 
     @property
     def factors(self) -> tuple[str, ...]:
@@ -96,10 +59,16 @@ class RandomPart:
 
     @property
     def group(self) -> str:
-        """The grouping factor as results name it, ``batch:cask`` for a combination."""
-        return str(self.grouping)
+        """The grouping factor as results name it, ``batch:cask`` for a combination, ``animal + dam`` where
+        a level has effects by each of these."""
+        return " + ".join(self.factors) if isinstance(self.effects, tuple) else str(self.grouping)
 
     def __str__(self) -> str:
+        if isinstance(self.effects, tuple):
+            alone = (replace(self.grouping, columns=(c,), members=False) for c in self.factors)
+            each = zip(self.effects, alone, strict=True)
+            inner = [" + ".join(f"({part} | {of.key})" for part, of in each), *self.structure.said]
+            return f"{self.structure.name}({', '.join(inner)})"
         if self.structure.name == "us":
             return f"({self.effects} | {self.grouping.key})"
         inner = [f"{self.effects} | {self.grouping.key}", *self.structure.said]
@@ -127,7 +96,8 @@ class MixedFormula:
     @property
     def stateful(self) -> list[str]:
         """Calls whose value in a row depends on all rows, such as ``scale(x)``."""
-        parts = [self.fixed.node, *(part.effects.node for part in self.random), self.response]
+        random = (part.node for random in self.random for part in random.parts)
+        parts = [self.fixed.node, *random, self.response]
         calls = (
             n for p in parts for n in walk(p) if isinstance(n, Call) and n.function in STATEFUL
         )
@@ -139,7 +109,9 @@ def parse_formula(text: str) -> MixedFormula:
 
     ``(x | a/b)`` is ``(x | a) + (x | a:b)``; ``(1 + x || g)`` is ``(1 | g) + (0 + x | g)``; ``.``
     is every column that the formula does not name elsewhere. With ``cbind(y1, y2)`` before ``~``
-    effects that do not name ``trait`` are one for each of the responses.
+    effects that do not name ``trait`` are one for each of the responses. A row has a level by each of
+    the columns in ``(1 | mm(a, b))``, and in ``us((1 | a) + (1 | b))`` with an effect of its own by
+    each; ``us(ped(a) + ped(b))`` is short for ``us((1 | ped(a)) + (1 | ped(b)))``.
 
     Raises:
         InputError: if it does not parse, or calls a function that is not allowed.
@@ -160,7 +132,8 @@ def parse_formula(text: str) -> MixedFormula:
     random = [part for bar in bars for part in _random_parts(bar, text)]
     traits = traits_of(response, text)
     responses = [node for _, node in traits] if traits else [response]
-    for part in (*(Part(r, text) for r in responses), fixed, *(r.effects for r in random)):
+    own = [part for r in random for part in r.parts]
+    for part in (*(Part(r, text) for r in responses), fixed, *own):
         for node in walk(part.node):
             _check(node, text)
     if traits:
@@ -172,7 +145,7 @@ def parse_formula(text: str) -> MixedFormula:
         raise InputError(f"formula {text!r}: the response {str(response)!r} has no column")
     if "." in names_in(response):
         raise InputError(f"formula {text!r}: '.' stands for columns on the right side only")
-    for part in (fixed, *(r.effects for r in random)):
+    for part in (fixed, *(part for r in random for part in r.parts)):
         if not part.is_open:
             _ = part.terms, part.offsets  # what they raise is raised here
     return MixedFormula(text.strip(), response, fixed, tuple(random), traits)
@@ -184,13 +157,18 @@ def _by_trait(part: RandomPart, text: str) -> RandomPart:
             f"formula {text!r}: {part} beside cbind() is not supported: expected a table with a row "
             "for each response"
         )
+    if isinstance(part.effects, tuple):
+        return replace(part, effects=tuple(map(effects_by_trait, part.effects)))
     return replace(part, effects=effects_by_trait(part.effects))
 
 
 def _check(node: Node, text: str) -> None:
     if isinstance(node, Call) and node.function not in FUNCTIONS:
-        if node.function in EFFECTS and any(_are_several(inner) for _, inner in node.arguments):
-            raise _of_several(node, text)
+        if node.function == "str" and node.arguments:
+            raise InputError(
+                f"formula {text!r}: str() is no structure: expected us({node.arguments[0][1]}) for "
+                "effects of one relation, correlated between its columns"
+            )
         if node.function in (*EFFECTS, *RELATIONS):
             raise InputError(
                 f"formula {text!r}: {str(node)!r} has no place here: expected a structure of "
@@ -208,7 +186,7 @@ def _check(node: Node, text: str) -> None:
 
 @dataclass(frozen=True)
 class _Bar:
-    """``effects | group``, or ``effects || group``, with the structure around it."""
+    """``effects | group``, or ``effects || group``, with the structure around it; or a sum of such."""
 
     node: Operation
     call: Call | None = None
@@ -221,10 +199,11 @@ def _bars(node: Node, text: str) -> tuple[Node | None, list[_Bar]]:
         if is_operation(inner, "|", "||"):
             assert isinstance(inner, Operation)
             return None, [_Bar(inner)]
-    if isinstance(node, Call) and node.arguments and is_operation(node.arguments[0][1], "|", "||"):
+    if isinstance(node, Call) and node.arguments:
         inner = node.arguments[0][1]
-        assert isinstance(inner, Operation)
-        return None, [_Bar(inner, node)]
+        if is_operation(inner, "|", "||") or (node.function in EFFECTS and _joined(inner)):
+            assert isinstance(inner, Operation)
+            return None, [_Bar(inner, node)]
     if is_operation(node, "+", "-") and len(operands_of(node)) == 2:
         assert isinstance(node, Operation)
         left, right = node.operands
@@ -242,6 +221,25 @@ def _bars(node: Node, text: str) -> tuple[Node | None, list[_Bar]]:
     return node, []
 
 
+def _joined(node: Node) -> list[tuple[Node, Node]]:
+    """Effects and group of each operand of a sum of random parts, such as ``ped(animal) + ped(dam)``;
+    none for anything else."""
+    if not is_operation(node, "+") or len(operands_of(node)) != 2:
+        return []
+    first, last = operands_of(node)
+    found = _joined(first)
+    for side in (last,) if found else (first, last):
+        inner = operands_of(side)[0] if is_operation(side, "(") else side
+        if is_operation(inner, "|"):
+            effects, group = operands_of(inner)
+            found.append((effects, group))
+        elif is_call(inner, *RELATIONS):
+            found.append((Number(1.0), inner))
+        else:
+            return []
+    return found
+
+
 def _refuse_bars(node: Node, text: str) -> None:
     if any(is_operation(part, "|", "||") for part in walk(node)):
         raise InputError(
@@ -250,6 +248,8 @@ def _refuse_bars(node: Node, text: str) -> None:
 
 
 def _random_parts(bar: _Bar, text: str) -> list[RandomPart]:
+    if bar.node.operator == "+":
+        return [_joined_part(bar, text)]
     effects, group = bar.node.operands
     for side in (effects, group):
         _refuse_bars(side, text)
@@ -257,7 +257,7 @@ def _random_parts(bar: _Bar, text: str) -> list[RandomPart]:
     if part.is_open:
         raise InputError(f"formula {text!r}: '.' stands for columns of the fixed effects only")
     structure = _structure(bar, text)
-    groups = _groups(group, text)
+    groups = groups_of(group, text)
     if structure is None and bar.node.operator == "||":
         each = [_alone(term, text) for term in part.terms]
         return [RandomPart(e, of) for of in groups for e in each]
@@ -272,6 +272,42 @@ def _random_parts(bar: _Bar, text: str) -> list[RandomPart]:
     if part.offsets:
         raise InputError(f"formula {text!r}: offset() is a term of the fixed effects")
     return found
+
+
+def _joined_part(bar: _Bar, text: str) -> RandomPart:
+    """Effects of the levels by each of some columns, with a covariance among them all."""
+    structure = _structure(bar, text)
+    assert bar.call is not None and structure is not None
+    if structure.name in ORDERED:
+        raise InputError(
+            f"formula {text!r}: {str(bar.call)!r} has effects in no order: expected us(…), diag(…) or fa(…)"
+        )
+    parts, groups = [], []
+    for effects, group in _joined(bar.node):
+        for side in (effects, group):
+            _refuse_bars(side, text)
+        parts.append(Part(effects, text))
+        (*others, of) = groups_of(group, text)
+        if others or len(of.columns) > 1 or of.members or of.bent:
+            raise InputError(
+                f"formula {text!r}: {str(group)!r} in {str(bar.call)!r}: expected one column, or "
+                "one relation of a column, such as ped(dam)"
+            )
+        groups.append(of)
+    columns = tuple(of.columns[0] for of in groups)
+    first = groups[0]
+    if any(replace(of, columns=first.columns) != first for of in groups):
+        raise InputError(
+            f"formula {text!r}: {str(bar.call)!r} is of different relations: expected the same of "
+            "each, whose levels are shared"
+        )
+    if len(set(columns)) < len(columns):
+        raise InputError(f"formula {text!r}: {str(bar.call)!r}: expected distinct columns")
+    if any(part.is_open for part in parts) or any(part.offsets for part in parts):
+        raise InputError(
+            f"formula {text!r}: {str(bar.call)!r}: '.' and offset() are of the fixed effects only"
+        )
+    return RandomPart(tuple(parts), replace(first, columns=columns, members=True), structure)
 
 
 def _structure(bar: _Bar, text: str) -> Structure | None:
@@ -296,78 +332,3 @@ def _alone(term: Term, text: str) -> Part:
     for variable in term[1:]:
         product = Operation(":", (product, variable))
     return Part(Operation("+", (Number(0.0), product)), text)
-
-
-def _groups(node: Node, text: str) -> list[Grouping]:
-    """``a/b`` gives a and a:b; ``a:b`` gives itself."""
-    if is_operation(node, "("):
-        return _groups(operands_of(node)[0], text)
-    if is_call(node, *RELATIONS) and isinstance(node, Call):
-        return _related(node, text)
-    if is_operation(node, "/"):
-        left, right = operands_of(node)
-        outer = _groups(left, text)
-        inner = _groups(right, text)
-        if not any(of.relation for of in (*outer, *inner)):
-            return outer + [Grouping((*outer[-1].columns, *of.columns)) for of in inner]
-    if _are_several(node):
-        raise _of_several(node, text)
-    if is_operation(node, "+"):
-        raise InputError(f"formula {text!r}: write '(1 | a) + (1 | b)' for two grouping factors")
-    found = columns_of(node)
-    if found is None:
-        raise InputError(
-            f"formula {text!r}: grouping factor {str(node)!r}: expected a column, 'a:b', 'a/b', or "
-            f"one of {', '.join(f'{name}(…)' for name in RELATIONS)}"
-        )
-    return [Grouping(found)]
-
-
-def _are_several(node: Node) -> bool:
-    """Whether it is a sum of related groups, such as ``ped(animal) + ped(dam)``."""
-    while is_operation(node, "+"):
-        node, last = operands_of(node)[0], operands_of(node)[-1]
-        if is_call(last, *RELATIONS):
-            return True
-    return False
-
-
-def _of_several(node: Node, text: str) -> InputError:
-    return InputError(
-        f"formula {text!r}: {str(node)!r} has several levels a row, which no formula says: expected "
-        "separate terms, such as (1 | ped(animal)) + (1 | ped(dam)), or for correlated or shared "
-        "effects a tree with MembershipMatrix"
-    )
-
-
-def _related(call: Call, text: str) -> list[Grouping]:
-    """A group whose levels are related; a spline of two columns gives several."""
-    what, name = f"formula {text!r}", call.function
-    positional = [node for key, node in call.arguments if key is None]
-    columns = [node.name for node in positional if isinstance(node, Name) and node.name != "."]
-    if len(columns) < len(positional) or not columns or len(set(columns)) < len(columns):
-        raise InputError(f"{what}: {str(call)!r}: expected distinct columns, then options by name")
-    count = len(columns)
-    if name in ("ped", *WALKS):
-        count = 1
-    elif name in ("vm", *GRAPHS):
-        count = 2
-    check_dimensions(name, len(columns), what)
-    if name == "spline" and len(columns) > 2:
-        raise InputError(f"{what}: {str(call)!r} has {len(columns)} columns: expected one or two")
-    if len(columns) != count:
-        wanted = {"ped": "ped(animal)", "vm": "vm(level, K), K a name in `kernels`"}
-        wanted |= {walk: f"{walk}(time)" for walk in WALKS}
-        wanted |= {graph: f"{graph}(area, W), W a name in `kernels`" for graph in GRAPHS}
-        raise InputError(f"{what}: {str(call)!r}: expected {wanted[name]}")
-    options = tuple(item for item in call.arguments if item[0] is not None)
-    relation = structure_of(Call(name, options), what, 0)
-    if name in ("vm", *GRAPHS):
-        return [Grouping((columns[0],), relation, columns[1])]
-    if name != "spline":
-        return [Grouping(tuple(columns), relation)]
-    found = [Grouping((column,), relation, bent=(True,)) for column in columns]
-    if len(columns) == 2:
-        for bent in ((True, False), (False, True), (True, True)):
-            found.append(Grouping(tuple(columns), relation, bent=bent))
-    return found

@@ -12,14 +12,15 @@ from torch import Tensor
 
 from openreml_nn.support.errors import InputError
 from openreml_nn.table.algebra import Part
-from openreml_nn.table.bases import penalised_spline
-from openreml_nn.table.columns import numbers, single
+from openreml_nn.table.coordinates import numeric_levels, spline_columns
 from openreml_nn.table.encoded import RandomDesign
-from openreml_nn.table.formula import Grouping, RandomPart
+from openreml_nn.table.formula import RandomPart
+from openreml_nn.table.grouping import Grouping
 from openreml_nn.table.lags import check_lags, whole_lags
 from openreml_nn.table.learned import Group, Learned
-from openreml_nn.table.levels import Factor, coded
+from openreml_nn.table.levels import Factor
 from openreml_nn.table.matrix import model_matrix
+from openreml_nn.table.members import levels_of_all, member_codes, member_values
 from openreml_nn.table.relation import Graph, Known, Places, Walk, check_graph, check_kernel
 from openreml_nn.table.rows import TableRows
 from openreml_nn.table.structure import GRAPHS, KERNELS, ORDERED, WALKS, Structure
@@ -27,8 +28,6 @@ from openreml_nn.table.syntax import Call, Name, Number, Operation
 
 #: Whole times of a random walk may span so many steps, each of which is a level.
 _MOST_TIMES = 1_000_000
-#: A spline of more coefficients than these is refused before it is made.
-_MOST_COEFFICIENTS = 2000
 
 __all__ = ["check_relations", "grow_groups", "ordered_effects", "random_designs", "skeletons"]
 
@@ -80,7 +79,7 @@ def _needed(grouping: Grouping) -> str | None:
 
 def ordered_effects(part: RandomPart, data: TableRows) -> RandomPart:
     """The part where a column of numbers is a factor, as structures in an order take it."""
-    if part.structure.name not in (*ORDERED, "fa"):
+    if part.structure.name not in (*ORDERED, "fa") or isinstance(part.effects, tuple):
         return part
     (column, *rest) = part.effects.variables or (Number(1.0),)
     if rest or not isinstance(column, Name):
@@ -107,12 +106,12 @@ def random_designs(
             grouped[grouping.key] = _levels(grouping, data, learned, relations)
         codes, levels, relation = grouped[grouping.key]
         if grouping.bent:
-            values, effects = _splines(grouping, data)
+            values, effects = spline_columns(grouping, data)
             learned.effects[name] = list(effects)
             z, idv = torch.from_numpy(values), Structure("idv")
             designs.append(RandomDesign(name, part.group, effects, levels, codes, z, idv))
             continue
-        values, effects = model_matrix(part.effects, data)
+        values, effects = _values(part, data)
         if not effects:
             raise data.fault(f"{part} has no effect")
         learned.effects[name] = list(effects)
@@ -133,7 +132,11 @@ def random_designs(
 def grow_groups(parts: Sequence[RandomPart], data: TableRows, learned: Learned) -> None:
     """Take in the levels that rows have of groups of independent levels."""
     for grouping in {part.grouping.key: part.grouping for part in parts}.values():
-        if grouping.relation is None:
+        if grouping.relation is None and grouping.members:
+            every = [label for name in grouping.columns for label in data.labels(name).labels()]
+            known = learned.groups[grouping.key]
+            learned.groups[grouping.key] = known.grown((label,) for label in dict.fromkeys(every))
+        elif grouping.relation is None:
             labels = [data.labels(name).labels() for name in grouping.columns]
             rows = pd.DataFrame(dict(enumerate(labels))).drop_duplicates()
             known = learned.groups[grouping.key]
@@ -148,7 +151,9 @@ def skeletons(parts: Sequence[RandomPart], rows: int, learned: Learned) -> tuple
         effects = tuple(learned.effects[name])
         levels = learned.groups[grouping.key].labels
         codes = torch.arange(rows) % len(levels)
-        values = torch.ones(rows, len(effects), dtype=torch.float64)
+        if grouping.members:
+            codes = codes[:, None].repeat(1, len(grouping.columns))
+        values = torch.ones(*codes.shape, len(effects), dtype=torch.float64)
         structure = Structure("idv") if grouping.bent else part.structure
         places = tuple(learned.places[name]) if name in learned.places else None
         relation = _relation(grouping, learned)
@@ -161,6 +166,14 @@ def skeletons(parts: Sequence[RandomPart], rows: int, learned: Learned) -> tuple
 
 
 # ---------------------------------------------------------------------- effects
+
+
+def _values(part: RandomPart, data: TableRows) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Values of the effects (n, k), of rows of m levels each (n, m, k), and their names."""
+    if part.grouping.members:
+        return member_values(part, data)
+    (effects,) = part.parts
+    return model_matrix(effects, data)
 
 
 def _check_structure(part: RandomPart, effects: Sequence[str], data: TableRows) -> None:
@@ -181,7 +194,8 @@ def _places(part: RandomPart, data: TableRows, effects: Sequence[str]) -> tuple[
     name = part.structure.name
     if name not in ORDERED:
         return None
-    variables = part.effects.variables
+    (own,) = part.parts
+    variables = own.variables
     value = data.variable(variables[0]) if len(variables) == 1 else None
     if not isinstance(value, Factor) or len(value.levels) != len(effects):
         raise data.fault(
@@ -215,18 +229,25 @@ def _coordinates(grouping: Grouping, data: TableRows) -> Tensor | None:
 def _levels(
     grouping: Grouping, data: TableRows, learned: Learned, relations: Mapping[str, Known]
 ) -> tuple[Tensor, tuple[str, ...], Known | Places | Graph | Walk | None]:
-    """Level of each row, the levels, and how they are related."""
+    """Level of each row, or those by each of several columns, the levels, and how they are related."""
     if grouping.bent:
         learned.groups.setdefault(grouping.key, Group([[grouping.key]], [0]))
         return torch.zeros(len(data), dtype=torch.int64), (grouping.key,), None
     if grouping.relation is None:
         factors = [data.labels(name) for name in grouping.columns]
+        if grouping.members:
+            if grouping.key not in learned.groups:
+                every = levels_of_all(factors)
+                learned.groups[grouping.key] = Group([every], list(range(len(every))))
+            known = learned.groups[grouping.key]
+            found = torch.from_numpy(member_codes(factors, known.labels))
+            return found, known.labels, None
         codes, levels = _codes(grouping, factors, learned)
         return codes, levels, None
     if grouping.relation.name in WALKS:
         return _times(grouping, data, learned)
     if grouping.relation.name in KERNELS:
-        factors = [_numeric(name, data) for name in grouping.columns]
+        factors = [numeric_levels(name, data) for name in grouping.columns]
         codes, levels = _codes(grouping, factors, learned)
         return codes, levels, _relation(grouping, learned)
     return _known(grouping, data, learned, relations)
@@ -284,26 +305,27 @@ def _known(
     grouping: Grouping, data: TableRows, learned: Learned, relations: Mapping[str, Known]
 ) -> tuple[Tensor, tuple[str, ...], Known | Places | Graph | Walk | None]:
     """Level of each row among those of a known matrix."""
-    (column,) = grouping.columns
-    factor, fitting = data.labels(column), grouping.key not in learned.groups
+    factors = [data.labels(column) for column in grouping.columns]
+    fitting, said = grouping.key not in learned.groups, " and ".join(map(repr, grouping.columns))
     if fitting:
         known = relations[grouping.kernel or "ped"]
-        size, names = known.matrix.shape[0], known.names or tuple(factor.levels)
+        size, names = known.matrix.shape[0], known.names or tuple(levels_of_all(factors))
         if len(names) != size:
             raise InputError(
                 f"kernel {grouping.kernel!r} is {size} x {size} without names, but column "
-                f"{column!r} has {len(names)} levels: expected a data frame with the names"
+                f"{said} has {len(names)} levels: expected a data frame with the names"
             )
         learned.groups[grouping.key] = Group([list(names)], list(range(size)))
     levels = learned.groups[grouping.key].columns[0]
-    codes = factor.among(levels)
+    codes = member_codes(factors, levels)
     if fitting and (codes < 0).any():
-        at = int(np.argmax(codes < 0))
+        at, j = np.argwhere(codes < 0)[0]
         where = "the pedigree" if grouping.kernel is None else f"kernel {grouping.kernel!r}"
         raise InputError(
-            f"{data.source}: column {column!r} has the level {factor.labels()[at]!r} in row "
-            f"{data.row(at)}, which {where} has not: add it there, or leave out its rows"
+            f"{data.source}: column {grouping.columns[j]!r} has the level {factors[j].labels()[at]!r} "
+            f"in row {data.row(int(at))}, which {where} has not: add it there, or leave out its rows"
         )
+    codes = codes if grouping.members else codes[:, 0]
     return torch.from_numpy(codes), tuple(levels), _relation(grouping, learned)
 
 
@@ -332,57 +354,3 @@ def _codes(
     at = order[np.searchsorted(cells, cell, sorter=order).clip(max=len(cells) - 1)]
     codes = np.where(seen & (cells[at] == cell), at, -1)
     return torch.from_numpy(codes), known.labels
-
-
-def _numeric(name: str, data: TableRows) -> Factor:
-    """A column of coordinates as a factor, its levels in the spelling of float64."""
-    column = single(data.table, name, data.source)
-    values = numbers(column, f"{data.source}: column {name!r}", data.table)
-    _check_finite(name, values, data)
-    return coded(pd.Series(values + 0.0, name=name), None, data.source)
-
-
-def _check_finite(name: str, values: np.ndarray, data: TableRows) -> None:
-    """Refuse coordinates that are infinite."""
-    bad = np.flatnonzero(~np.isfinite(values))
-    if len(bad):
-        raise InputError(
-            f"{data.source}: the coordinate {name!r} is {values[bad[0]]:g} in row "
-            f"{data.row(int(bad[0]))}: expected a finite number"
-        )
-
-
-# ---------------------------------------------------------------------- splines
-
-
-def _splines(grouping: Grouping, data: TableRows) -> tuple[np.ndarray, tuple[str, ...]]:
-    """The columns of a spline without its straight line, or of a product of two columns."""
-    assert grouping.relation is not None
-    segments = int(grouping.relation.options["segments"])
-    size = (segments + 1) ** sum(grouping.bent)
-    if size > _MOST_COEFFICIENTS:
-        raise data.fault(
-            f"{grouping.key} of {segments} segments has {size} coefficients: expected at most "
-            f"{_MOST_COEFFICIENTS}, by fewer segments"
-        )
-    found = np.ones((len(data), 1))
-    for name, bent in zip(grouping.columns, grouping.bent, strict=True):
-        column = single(data.table, name, data.source)
-        x = numbers(column, f"{data.source}: column {name!r}", data.table)
-        _check_finite(name, x, data)
-        state = data.state(f"spline({Name(name)})")
-        if not state:
-            if not len(np.unique(x)) > 2:
-                raise InputError(
-                    f"{data.source}: column {name!r} has {len(np.unique(x))} values: a spline "
-                    "needs three"
-                )
-            state.update(low=float(x.min()), high=float(x.max()))
-        low, high = state["low"], state["high"]
-        if bent:
-            part = penalised_spline(x, low, high, segments)
-        else:
-            part = ((x - (low + high) / 2) / ((high - low) / 2))[:, None]
-        size = found.shape[1] * part.shape[1]  # rows may be none, which say no size
-        found = (found[:, :, None] * part[:, None, :]).reshape(len(data), size)
-    return found, tuple(f"{grouping.key}{j}" for j in range(1, found.shape[1] + 1))

@@ -88,7 +88,7 @@ class Learned:
     zeros: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as dictionaries and lists, which a checkpoint loads with ``weights_only``."""
+        """What was learned as dictionaries and lists, which a checkpoint loads with ``weights_only``."""
         return asdict(self)
 
     @classmethod

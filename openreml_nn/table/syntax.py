@@ -67,7 +67,10 @@ class Number:
             return self.name
         if isinstance(self.value, bool):
             return str(self.value).upper()
-        return f"{self.value:.15g}"
+        mantissa, exponent = f"{self.value:.14e}".split("e")
+        power = f"{mantissa.rstrip('0').rstrip('.')}e{exponent}"
+        plain = f"{self.value:.15g}"
+        return power if len(power) < len(plain) else plain  # R's rule: 1e+05, but 10000
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ class Operation:
             return f"({self.operands[0]})"
         if len(self.operands) == 1:
             return f"{self.operator}{self.operands[0]}"
-        gap = "" if self.operator in "^:" else " "
+        gap = "" if self.operator in _TIGHT else " "
         return f"{self.operands[0]}{gap}{self.operator}{gap}{self.operands[1]}"
 
 
@@ -130,6 +133,8 @@ _POWER = {
 _NOT, _SIGN, _SPECIAL = 4, 10, 8
 _CONSTANTS = {"TRUE": True, "FALSE": False, "True": True, "False": False}
 _NAMED = {"pi": pi}
+#: Operators beside which R writes no blanks.
+_TIGHT = ("^", ":", "/", "%%", "%/%")
 _SPECIALS = ("%%", "%/%", "%in%")
 
 

@@ -36,11 +36,11 @@ class Covariance:
     matrix: Tensor
 
     def with_matrix(self, matrix: Tensor) -> Covariance:
-        """The same structure with other entries."""
+        """A covariance of this structure with other entries."""
         return type(self)(matrix)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Covariance:
-        """The same covariance with ``function`` applied to its tensors."""
+        """A copy of the covariance with ``function`` applied to its tensors."""
         return self.with_matrix(function(self.matrix))
 
     def times(self, scale: Tensor) -> Covariance:
@@ -58,7 +58,7 @@ class Covariance:
         return []
 
     def private(self) -> Covariance:
-        """The same covariance with constants that nobody else can change."""
+        """A copy of the covariance with constants that nobody else can change."""
         return self
 
     @property
@@ -102,8 +102,8 @@ class Covariance:
         return None
 
     def without_kernel(self) -> Covariance:
-        """The same covariance with independent levels in place of those of :attr:`known_kernel`, or
-        of a precision."""
+        """The covariance with independent levels in place of those that :attr:`known_kernel` or a
+        precision relates."""
         return self
 
     def with_effects(self, sigma: Tensor) -> Covariance | None:

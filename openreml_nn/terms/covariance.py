@@ -27,8 +27,10 @@ def _equal(codes: Tensor, like: Tensor) -> Tensor:
     """Ones where two of the codes (n,) are equal, zeros elsewhere, (n, n)."""
     if torch._C._are_functorch_transforms_active():
         return (codes[:, None] == codes).to(like.dtype)
-    # Written as numbers at once, which takes half the time.
-    return torch.eq(codes[:, None], codes, out=like.new_empty(len(codes), len(codes)))
+    # Written as numbers at once, which takes half the time; a double holds any code.
+    n = codes.shape[0]
+    codes = codes.double() if like.dtype == torch.float64 else codes
+    return torch.eq(codes[:, None], codes, out=like.new_empty(n, n))
 
 
 @dataclass(frozen=True)

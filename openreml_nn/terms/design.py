@@ -7,7 +7,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["DenseDesign", "Design", "IdentityDesign", "IndexedDesign", "SparseDesign"]
+__all__ = [
+    "CodedDesign",
+    "DenseDesign",
+    "Design",
+    "IdentityDesign",
+    "IndexedDesign",
+    "MembershipDesign",
+    "SparseDesign",
+    "design_of",
+]
 
 
 class Design:
@@ -35,7 +44,7 @@ class Design:
         return []
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Design:
-        """The same design with ``function`` applied to its tensors."""
+        """A copy of the design with ``function`` applied to its tensors."""
         return self
 
     def dense(self, like: Tensor) -> Tensor:
@@ -122,17 +131,25 @@ class IndexedDesign(Design):
         total = x.new_zeros(self.levels, self.effects, x.shape[1])
         return total.index_add(0, self.codes, weighted).reshape(self.shape[1], x.shape[1])
 
+    def entries(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns and values of the entries of each row, (n, k), in the dtype of ``like``."""
+        effect = torch.arange(self.effects, device=self.codes.device)
+        columns = self.codes[:, None] * self.effects + effect
+        values = like.new_ones(columns.shape) if self.values is None else self.values.to(like)
+        return columns, values
+
     def dense(self, like: Tensor) -> Tensor:
         # Not by products with an identity, which holds levels x levels numbers.
-        columns = self.codes[:, None] * self.effects + torch.arange(
-            self.effects, device=self.codes.device
-        )
-        values = like.new_ones(columns.shape) if self.values is None else self.values.to(like)
-        return like.new_zeros(self.shape).scatter(1, columns, values)
+        return like.new_zeros(self.shape).scatter(1, *self.entries(like))
 
     def take(self, rows: Tensor) -> IndexedDesign:
         values = None if self.values is None else self.values[rows]
         return IndexedDesign(self.codes[rows], values, self.levels, absent=False)
+
+    def with_values(self, function: Callable[[Tensor], Tensor], like: Tensor) -> IndexedDesign:
+        """The design with ``function`` applied to its values (n, w), in the dtype of ``like``."""
+        values = like.new_ones(self.shape[0], 1) if self.values is None else self.values.to(like)
+        return IndexedDesign(self.codes, function(values), self.levels, absent=False)
 
     @property
     def tensors(self) -> list[Tensor | None]:
@@ -183,3 +200,56 @@ class SparseDesign(DenseDesign):
 
     def dense(self, like: Tensor) -> Tensor:
         return self.matrix.to(like)
+
+
+class MembershipDesign(SparseDesign):
+    r"""Row i holds the sum over j of ``values[i, j]`` in the k columns of level ``codes[i, j]``.
+
+    Args:
+        codes: (n, m) levels of each row, from 0; -1 adds nothing.
+        values: (n, m, k) entries, or None for ones with k = 1. May require a gradient.
+        levels: number of levels; the shape is (n, levels · k), columns level by level.
+    """
+
+    def __init__(self, codes: Tensor, values: Tensor | None, levels: int) -> None:
+        if values is None:
+            values = torch.ones(*codes.shape, 1, device=codes.device)
+        values = values.masked_fill((codes < 0)[:, :, None], 0.0)
+        codes = codes.clamp(min=0)
+        self.codes, self.by_level = codes, values
+        self.levels, self.width = levels, values.shape[2]
+        columns = codes[:, :, None] * self.width + torch.arange(self.width, device=codes.device)
+        super().__init__(columns.flatten(1), values.flatten(1), levels * self.width)
+
+    def take(self, rows: Tensor) -> MembershipDesign:
+        return MembershipDesign(self.codes[rows], self.by_level[rows], self.levels)
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        return [self.codes, self.by_level]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Design:
+        return MembershipDesign(function(self.codes), function(self.by_level), self.levels)
+
+    def entries(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns and values of the entries of each row, (n, m k), in the dtype of ``like``."""
+        return self.columns, self.values.to(like)
+
+    def with_values(self, function: Callable[[Tensor], Tensor], like: Tensor) -> MembershipDesign:
+        """The design with ``function`` applied to its values (n, w), in the dtype of ``like``."""
+        values = function(self.values.to(like)).reshape(self.by_level.shape)
+        return MembershipDesign(self.codes, values, self.levels)
+
+
+#: Designs that are known by the levels of the rows.
+CodedDesign = IndexedDesign | MembershipDesign
+
+
+def design_of(
+    codes: Tensor, values: Tensor | None, levels: int, absent: bool | None = None
+) -> CodedDesign:
+    """The design of rows of one level each, ``codes`` (n,) with ``values`` (n, k), or of m levels
+    each, (n, m) with (n, m, k); ``absent`` as :class:`IndexedDesign` takes it."""
+    if codes.dim() == 2:
+        return MembershipDesign(codes, values, levels)
+    return IndexedDesign(codes, values, levels, absent)

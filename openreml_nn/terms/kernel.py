@@ -52,7 +52,7 @@ class Kernel:
         return {name: value for name, value in self.__dict__.items() if name != "_factor"}
 
     def private(self) -> Kernel:
-        """The same kernel with contents that nobody else can change."""
+        """A copy of the kernel with contents that nobody else can change."""
         return self if self.inverse is not None else Kernel(private(self.source))
 
     def dense(self) -> Tensor:
@@ -80,6 +80,8 @@ class Kernel:
         """:math:`K x` for x (q, m), by a sparse solve where only the inverse is known."""
         if self._dense is not None:
             return self._dense.to(x) @ x
+        if x.requires_grad or torch._C._are_functorch_transforms_active():
+            return self.dense().to(x) @ x  # no derivative passes through a sparse factor
         y = self._within(x.detach().cpu().double().numpy())
         return torch.from_numpy(self._within(self._factor.solve(y))).to(x)
 

@@ -1,24 +1,25 @@
 r"""Covariances whose inverse is sparse and moves with parameters: places beside their neighbours.
 
 The inverse of :math:`G = Q^{-1} \otimes \Sigma` is known by the pattern of Q and by the numbers that
-it is made of: its entries, or those of :math:`Q = (I - B)^\top D^{-1} (I - B)`.
+it is made of, such as its entries.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
-from scipy.sparse import coo_matrix, csc_matrix, csr_matrix
-from scipy.sparse.linalg import splu, spsolve_triangular
+from scipy.sparse import coo_matrix, csc_matrix
+from scipy.sparse.linalg import splu
 from torch import Tensor
 
 from openreml_nn.support.errors import NumericalError
 from openreml_nn.terms.base import Covariance, condition, square_root
 from openreml_nn.terms.covariance import DenseCovariance, RepeatedCovariance
 
-__all__ = ["GraphPrecision", "NeighbourPrecision", "Precision", "PrecisionCovariance"]
+__all__ = ["GraphPrecision", "Precision", "PrecisionCovariance"]
 
 #: Columns beyond which products are by Q's dense inverse.
 _FEW = 32
@@ -65,6 +66,22 @@ class Precision:
         """The derivative by x of the sum of such entries, each times its cotangent (e,)."""
         raise NotImplementedError
 
+    def pull_square(self, x: np.ndarray, u: np.ndarray) -> np.ndarray:
+        r"""The derivative by x of :math:`\tfrac12 \mathrm{tr}\, u^\top Q u` for u (q, m)."""
+        total = np.zeros(len(self.row))
+        for one in u.T:
+            total += one[self.row] * one[self.column]
+        return self.pull(x, total * np.where(self.row > self.column, 1.0, 0.5))
+
+    def times(self, x: np.ndarray, u: np.ndarray) -> np.ndarray:
+        """:math:`Q u` for u (q, m)."""
+        return np.asarray(self.matrix(self.entries(x)) @ u)
+
+    def inner(self, x: np.ndarray, u: np.ndarray, effects: int) -> np.ndarray:
+        r""":math:`u^\top (Q \otimes I) u` (m, m) for u (q t, m), of t effects of a level."""
+        by_level = u.reshape(self.size, -1)
+        return np.asarray(u.T @ self.times(x, by_level).reshape(u.shape))
+
     def along(self, x: np.ndarray, dx: np.ndarray, u: np.ndarray) -> np.ndarray:
         r""":math:`\dot Q u` for u (q, m), with :math:`\dot Q` the derivative along dx."""
         raise NotImplementedError
@@ -88,13 +105,23 @@ class Precision:
 
     def matrix(self, entries: np.ndarray) -> csc_matrix:
         """Both triangles of Q from its lower one."""
+        at, row, start = self._both
+        found = csc_matrix((entries[at], row, start), (self.size, self.size))
+        found.has_sorted_indices = True
+        return found
+
+    @cached_property
+    def _both(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """For both triangles, column by column, which entry stands there, its row, and where the
+        columns begin."""
+        at = np.arange(len(self.row))
         off = self.row > self.column
         row = np.concatenate([self.row, self.column[off]])
         column = np.concatenate([self.column, self.row[off]])
-        both = np.concatenate([entries, entries[off]])
+        both = np.concatenate([at, at[off]])
         found = coo_matrix((both, (row, column)), (self.size, self.size)).tocsc()
         found.sort_indices()
-        return found
+        return found.data, found.indices, found.indptr
 
 
 class GraphPrecision(Precision):
@@ -148,135 +175,6 @@ class GraphPrecision(Precision):
         options = {"SymmetricMode": True}
         factor = splu(self.matrix(x), "MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options)
         return np.asarray(factor.solve(u))
-
-
-class NeighbourPrecision(Precision):
-    r""":math:`Q = (I - B)^\top D^{-1} (I - B)`, each place regressed on some of those before it.
-
-    The numbers x are the diagonal of D (q,) and then B (q, m) row by row.
-
-    Args:
-        order: (q,) the places, those that come first at the front.
-        neighbours: (q, m) the places that each is regressed on; -1 past the last, where B is zero.
-
-    Attributes:
-        neighbours: with the place itself in place of -1.
-    """
-
-    def __init__(self, order: np.ndarray, neighbours: np.ndarray) -> None:
-        self.size, m = neighbours.shape
-        own = np.arange(self.size)[:, None]
-        self.order, self._known = order, neighbours >= 0
-        self.neighbours = np.where(self._known, neighbours, own)
-        self._rank = np.empty_like(order)
-        self._rank[order] = np.arange(self.size)
-        # All pairs of a place and its neighbours: (a_p, a_q) with a = (1, -B_i).
-        self._p, self._q = np.tril_indices(m + 1)
-        both = np.concatenate([own, self.neighbours], 1)
-        one, other = both[:, self._p], both[:, self._q]
-        key = np.minimum(one, other) * self.size + np.maximum(one, other)
-        found, place = np.unique(key, return_inverse=True)
-        self.column, self.row = found // self.size, found % self.size
-        self._place = place.reshape(key.shape).astype(np.int32)
-
-    @property
-    def constants(self) -> list[Tensor]:
-        return [torch.from_numpy(self.order), torch.from_numpy(self.neighbours)]
-
-    def _parts(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The diagonal of D, and B."""
-        return x[: self.size], x[self.size :].reshape(self.neighbours.shape)
-
-    def _checked(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        d, B = self._parts(x)
-        if not (d > 0).all():
-            raise NumericalError(
-                f"place {int((~(d > 0)).argmax())} has no variance of its own beside its neighbours"
-            )
-        return d, B
-
-    def covariance(self, x: Tensor) -> Tensor:
-        d = x[: self.size]
-        if not _traced(x) and not bool((d > 0).all()):
-            self._checked(x.detach().cpu().double().numpy())
-        half = self._mixed(x) * d.sqrt()
-        return half @ half.mT
-
-    def covariance_along(self, x: Tensor, dx: Tensor) -> Tensor:
-        mixed = self._mixed(x)
-        change = mixed @ self._whole(dx[self.size :]) @ self.covariance(x)
-        return change + change.mT + (mixed * dx[: self.size]) @ mixed.mT
-
-    def _mixed(self, x: Tensor) -> Tensor:
-        """The inverse of I - B, (q, q)."""
-        q, device = self.size, x.device
-        rank, order = (torch.from_numpy(at).to(device) for at in (self._rank, self.order))
-        B = self._whole(x[q:])[order][:, order]
-        eye = torch.eye(q, dtype=x.dtype, device=device)
-        # What is past the last neighbour stands on the diagonal, which is not looked at.
-        found = torch.linalg.solve_triangular(eye - B, eye, upper=False, unitriangular=True)
-        return found[rank][:, rank]
-
-    def _whole(self, B: Tensor) -> Tensor:
-        """B, (q, q), from its entries row by row."""
-        q, device = self.size, B.device
-        at = torch.arange(q, device=device)[:, None] * q
-        at = at + torch.from_numpy(self.neighbours).to(device)
-        return B.new_zeros(q * q).index_add(0, at.reshape(-1), B).reshape(q, q)
-
-    def entries(self, x: np.ndarray) -> np.ndarray:
-        d, B = self._checked(x)
-        a = np.concatenate([np.ones((self.size, 1)), -B], 1)
-        products = a[:, self._p] * a[:, self._q] / d[:, None]
-        # A place that stands for a missing neighbour has B zero: nothing is added for it.
-        return np.bincount(self._place.reshape(-1), products.reshape(-1), len(self.row))
-
-    def pull(self, x: np.ndarray, cotangent: np.ndarray) -> np.ndarray:
-        d, B = self._parts(x)
-        a = np.concatenate([np.ones((self.size, 1)), -B], 1)
-        by_a, by_d = np.zeros_like(a), np.zeros(self.size)
-        for k, (p, q) in enumerate(zip(self._p, self._q, strict=True)):
-            S = cotangent[self._place[:, k]] / d
-            by_a[:, p] += S * a[:, q]
-            by_a[:, q] += S * a[:, p]
-            by_d -= S * a[:, p] * a[:, q] / d
-        by_B = np.where(self._known, -by_a[:, 1:], 0.0)
-        return np.concatenate([by_d, by_B.reshape(-1)])
-
-    def along(self, x: np.ndarray, dx: np.ndarray, u: np.ndarray) -> np.ndarray:
-        (d, B), (dd, dB) = self._parts(x), self._parts(dx)
-        d, dd = d[:, None], dd[:, None]
-        left = u - self._times(B, u)  # (I - B) u
-        change = -(self._times(dB, u)) / d - left * dd / d**2
-        return change - self._back(B, change) - self._back(dB, left / d)
-
-    def _times(self, B: np.ndarray, u: np.ndarray) -> np.ndarray:
-        """:math:`B u`."""
-        return np.asarray(self._lower(B) @ u)
-
-    def _back(self, B: np.ndarray, u: np.ndarray) -> np.ndarray:
-        """:math:`B^\\top u`."""
-        return np.asarray(self._lower(B).T @ u)
-
-    def _lower(self, B: np.ndarray) -> csr_matrix:
-        """B, (q, q)."""
-        start = np.arange(0, B.size + 1, B.shape[1])
-        return csr_matrix((B.reshape(-1), self.neighbours.reshape(-1), start), 2 * (self.size,))
-
-    def log_det(self, x: np.ndarray) -> tuple[float, np.ndarray]:
-        d, B = self._checked(x)
-        return -float(np.log(d).sum()), np.concatenate([-1 / d, np.zeros(B.size)])
-
-    def variance_of_new(self, x: np.ndarray) -> float:
-        return 1.0  # regressions are those of a correlation
-
-    def solve(self, x: np.ndarray, u: np.ndarray) -> np.ndarray:
-        d, B = self._checked(x)
-        eye = csr_matrix((np.ones(self.size), (self.order, self.order)), 2 * (self.size,))
-        L = (eye - self._lower(B))[self.order][:, self.order].tocsr()
-        half = spsolve_triangular(L.T.tocsr(), u[self.order], lower=False, unit_diagonal=True)
-        half = spsolve_triangular(L, d[self.order][:, None] * half, lower=True, unit_diagonal=True)
-        return np.asarray(half[self._rank])
 
 
 @dataclass(frozen=True)
@@ -389,7 +287,7 @@ class PrecisionCovariance(Covariance):
 
 
 def _traced(x: Tensor) -> bool:
-    """Whether its numbers cannot be looked at."""
+    """Whether the numbers of a tensor cannot be looked at."""
     return torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 

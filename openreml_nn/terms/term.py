@@ -64,7 +64,7 @@ class Term:
         return [*self.design.tensors, *self.covariance.constants]
 
     def with_covariance(self, covariance: Covariance) -> Term:
-        """The same term with another covariance."""
+        """A term with this design and another covariance."""
         return Term(self.design, covariance, self.name, self.known)
 
     def held(self) -> Term:

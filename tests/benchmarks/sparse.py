@@ -1,4 +1,4 @@
-"""Relatives, fields and crossed factors by the sparse solver: ``python -m tests.benchmarks.sparse [name ...]``.
+"""Relatives, fields, places and crossed factors by the sparse solver: ``python -m tests.benchmarks.sparse [name ...]``.
 
 Each row runs in a process of its own on one core. Seconds are those of the processor: of a
 factorisation with its selected inverse, and of a whole fit from tensors (or from a table in a file)
@@ -30,10 +30,12 @@ from openreml_nn.covariance import (
     IdentityMatrix,
     KnownInverseMatrix,
     KroneckerProduct,
+    MaternCorrelation,
     Pedigree,
     ScalarMatrix,
     Sum,
     UnstructuredMatrix,
+    VecchiaMatrix,
     ar1_field,
 )
 from openreml_nn.likelihood import Sparse
@@ -48,7 +50,8 @@ class Row:
 
     Attributes:
         name: which.
-        pedigree: seconds for the inverse of the relationship matrix, 0 where there is none.
+        pedigree: seconds for the inverse of the relationship matrix, or for neighbours; 0 where there
+            is none.
         evaluation: seconds of one factorisation with its selected inverse, 0 where not measured.
         fit: seconds of a whole fit.
         steps: of the fit.
@@ -114,7 +117,9 @@ RELATIVES = {
     "two-traits-20000": (20_000, 1, 2),
 }
 FIELDS = {"field-100x200": (100, 200), "field-300x400": (300, 400)}
+PLACES = {"places-2000": 2_000, "places-10000": 10_000}
 TABLES = ("insteval", "crossed", "ratings")
+NAMES = (*RELATIVES, *FIELDS, *PLACES, *TABLES)
 
 
 def of_relatives(name: str) -> Row:
@@ -142,6 +147,28 @@ def of_field(name: str) -> Row:
     start = time.process_time()
     result = fit_reml(V, y, X)
     return _row(name, 0.0, evaluation, time.process_time() - start, result)
+
+
+def of_places(name: str) -> Row:
+    """A Matérn kernel of places in a square, each with 20 neighbours and about ten rows."""
+    q = PLACES[name]
+    rng = np.random.default_rng(1)
+    at = rng.uniform(0, q**0.5, (q, 2))
+    # Waves whose numbers have the kernel's spectrum, a t distribution of 3 degrees of freedom.
+    waves = rng.standard_normal((2, 1000)) / np.sqrt(rng.chisquare(3, 1000) / 3) / 5
+    effects = np.cos(at @ waves + rng.uniform(0, 2 * np.pi, 1000)).sum(1) * (2 / 1000) ** 0.5
+    codes = rng.integers(q, size=10 * q)
+    X = torch.from_numpy(np.stack([np.ones(10 * q), rng.standard_normal(10 * q)], 1))
+    y = torch.from_numpy(effects[codes] + rng.standard_normal(10 * q))
+    z = DummyMatrix.from_codes(torch.from_numpy(codes), q)
+    start = time.process_time()
+    K = VecchiaMatrix(torch.from_numpy(at), MaternCorrelation(1.5), neighbours=20)
+    V = Sum(place=CovariancePropagation(z, K), residual=ScalarMatrix(10 * q)).double()
+    found = time.process_time() - start
+    evaluation = _evaluation(V, y, X)
+    start = time.process_time()
+    result = fit_reml(V, y, X)
+    return _row(name, found, evaluation, time.process_time() - start, result)
 
 
 def _lags(n: int) -> np.ndarray:
@@ -180,23 +207,22 @@ def run(name: str) -> None:
     warnings.simplefilter("ignore")
     V, y, X, _ = relatives(200, 2, 2)
     fit_reml(V, y, X, solver="sparse")  # all is compiled, or read from where it is kept
-    of = of_relatives if name in RELATIVES else of_field if name in FIELDS else of_table
+    kinds = ((RELATIVES, of_relatives), (FIELDS, of_field), (PLACES, of_places))
+    of = next((of for names, of in kinds if name in names), of_table)
     found = of(name)
     print(json.dumps(asdict(found)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.sparse", description=__doc__)
-    parser.add_argument(
-        "names", nargs="*", choices=[*RELATIVES, *FIELDS, *TABLES, []], help="all by default"
-    )
+    parser.add_argument("names", nargs="*", choices=[*NAMES, []], help="all by default")
     parser.add_argument("--here", action="store_true", help="one row, in this process, as JSON")
     options = parser.parse_args()
     if options.here:
         run(options.names[0])
         return
     print(f"{'':18} pedigree  evaluation      fit  steps  solver     log-likelihood  peak MB")
-    for name in options.names or [*RELATIVES, *FIELDS, *TABLES]:
+    for name in options.names or NAMES:
         done = subprocess.run(
             [sys.executable, "-m", "tests.benchmarks.sparse", name, "--here"],
             env={**os.environ, **ONE_CORE},

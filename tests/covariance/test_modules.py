@@ -16,17 +16,22 @@ from openreml_nn.covariance import (
     CovariancePropagation,
     DiagonalMatrix,
     DummyMatrix,
+    ExponentialCorrelation,
     HadamardProduct,
+    ICARMatrix,
     IdentityMatrix,
+    KnownInverseMatrix,
     KroneckerProduct,
     Matrix,
     ScalarMatrix,
     Sum,
     UnconstrainedMatrix,
     UnstructuredMatrix,
+    VecchiaMatrix,
 )
 from openreml_nn.covariance.params import free_specs
 from openreml_nn.covariance.transform import TransformExp, TransformIdentity
+from openreml_nn.support.errors import InputError
 from tests.strategies import LEAVES, matrices, points
 
 
@@ -476,3 +481,19 @@ def test_a_value_that_is_set_has_all_its_digits_whatever_the_default_dtype():
     finally:
         torch.set_default_dtype(before)
     assert matrix().item() == pytest.approx(2.3, rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("inverse", lambda: KnownInverseMatrix(torch.eye(3).requires_grad_())),
+        ("adjacency", lambda: ICARMatrix((1 - torch.eye(3)).requires_grad_())),
+        (
+            "places",
+            lambda: VecchiaMatrix(torch.rand(4, 2, requires_grad=True), ExponentialCorrelation()),
+        ),
+    ],
+)
+def test_known_numbers_that_would_get_no_gradient_are_refused(name, make):
+    with pytest.raises(InputError, match=f"`{name}` requires a gradient"):
+        make()

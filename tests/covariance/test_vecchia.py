@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -371,3 +372,24 @@ def test_a_fit_whose_optimum_leaves_places_no_variance_says_so():
     with pytest.warns(RuntimeWarning, match=r"steps lead where .* no variance of its own"):
         found = fit_of_places(near, places, 3.0, "current")
     assert not found.converged
+
+
+@pytest.mark.parametrize("correlation", CORRELATIONS, ids=str)
+def test_regressions_of_many_places_equal_those_of_a_few_at_a_time(correlation):
+    K = VecchiaMatrix(drawn(600), correlation, neighbours=6)
+    log_length = torch.tensor([-0.6], dtype=torch.float64)
+    # Many are computed by compiled code, also where distances are not known beforehand.
+    for many in (K.regressions, replace(K.regressions, pairs=None)):
+        for order in range(3):
+            few = many.computed(log_length, order)[order]
+            assert torch.allclose(many.at(log_length, order), few, rtol=1e-7, atol=1e-9)
+
+
+def test_places_without_variance_of_their_own_are_not_numbers_among_many_either():
+    places = drawn(600)
+    places[1] = places[0] + 1e-9
+    K = VecchiaMatrix(places, GaussianCorrelation(), neighbours=4)
+    found = K.regressions.at(torch.zeros(1, dtype=torch.float64))
+    few = K.regressions.computed(torch.zeros(1, dtype=torch.float64), 0)[0]
+    assert 0 < int(found[:600].isnan().sum()) < 600
+    assert torch.equal(found[:600].isnan(), few[:600].isnan())

@@ -354,3 +354,19 @@ def test_a_million_rows_of_one_level_are_a_singular_fit():
 
 def test_well_determined_components_are_not_named():
     assert lmm(FORMULA, sleepstudy()).indistinct == ()
+
+
+def test_a_response_without_residuals_is_told():
+    # lme4 4.1: "Model failed to converge"; the likelihood has no maximum.
+    generator = torch.Generator().manual_seed(2)
+    b, x = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (6, 24))
+    codes = torch.arange(24) % 6
+    V = Sum(
+        g=CovariancePropagation(DummyMatrix.from_codes(codes, 6), ScalarMatrix(6)),
+        residual=ScalarMatrix(24),
+    )
+    X = torch.stack([torch.ones_like(x), x], 1)
+    with pytest.warns(RuntimeWarning, match="the likelihood rises without end: the residual var"):
+        result = fit_reml(V, 2 * x + b[codes], X)
+    assert not result.converged
+    assert abs(float(result.fixed.estimate[1]) - 2) < 1e-6

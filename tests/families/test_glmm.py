@@ -110,6 +110,27 @@ def test_a_fit_is_that_of_r(case):
         assert found == pytest.approx(case["blup5"], abs=1e-3)
 
 
+def test_modes_of_an_ordinal_response_are_those_at_the_estimates_of_clmm():
+    expected = json.loads((HERE / "modes.json").read_text())
+    (case,) = (c for c in REFERENCE if c["id"] == "wine" and c["nAGQ"] == 1)
+    result = fit(case)
+    assert list(result.components[0].levels) == expected["levels"]
+    found = result.random[0]
+    assert found.values[:, 0].tolist() == pytest.approx(expected["modes"], abs=1e-3)
+    assert found.variances[:, 0, 0].tolist() == pytest.approx(expected["variances"], rel=1e-3)
+
+
+def test_categories_of_text_have_no_order_but_their_spelling():
+    table = data("wine")
+    words = table.assign(rating=table["rating"].map(dict(enumerate("abcde", 1))))
+    with pytest.warns(RuntimeWarning, match=r"'rating' is text, .* 'a' < 'b' < 'c'"):
+        spelt = glmm("rating ~ temp + contact + (1 | judge)", words, family="ordinal")
+    ordered = words.assign(rating=pd.Categorical(words["rating"], list("edcba"), ordered=True))
+    turned = glmm("rating ~ temp + contact + (1 | judge)", ordered, family="ordinal")
+    assert turned.log_likelihood == pytest.approx(spelt.log_likelihood, rel=1e-9)
+    torch.testing.assert_close(turned.fixed.estimate, -spelt.fixed.estimate, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("method", ["ml", "reml"])
 def test_gaussian_responses_are_a_linear_mixed_model(method):
     formula, table = "Reaction ~ Days + (Days | Subject)", sleepstudy()

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from openreml_nn import InputError, MixedModel, RandomEffect, glmm, metrics
-from openreml_nn.families import Binomial, NegativeBinomial
+from openreml_nn.families import Binomial, NegativeBinomial, Poisson
 from openreml_nn.lightning import (
     MixedModelDataModule,
     MixedModule,
@@ -201,6 +201,23 @@ def test_metrics_of_a_validation_are_those_of_its_predictions():
     assert set(trainer.test(found, val, verbose=False)[0]) == {
         k.replace("val", "test") for k in values
     }
+
+
+def test_another_family_takes_the_place_of_the_residual():
+    g = torch.Generator().manual_seed(0)
+    batch = {"x": torch.randn(30, 2, generator=g), "groups": {"g": torch.arange(30) % 5}}
+    batch["y"] = torch.randint(4, (30,), generator=g).float()
+    models = [
+        MixedModel(nn.Linear(2, 1), {"g": RandomEffect(5)}, family=family)
+        for family in (Poisson(), NegativeBinomial())
+    ]
+    models[0].mean = models[1].mean
+    models[0].loss(batch)
+    with pytest.raises(AttributeError, match=r"assign `model\.residual`"):
+        models[0].family = NegativeBinomial()
+    models[0].residual = NegativeBinomial()
+    torch.testing.assert_close(models[0].loss(batch), models[1].loss(batch))
+    assert models[0].family is models[0].residual
 
 
 def test_a_validation_before_the_fit_leaves_it_as_it_is():

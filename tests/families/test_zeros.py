@@ -209,6 +209,8 @@ def test_an_inflated_response_has_no_unit_deviance():
         mean_deviance(torch.ones(3), torch.ones(3), family)
     with pytest.raises(InputError, match=said):
         MeanDeviance(family)
+    with pytest.raises(InputError, match=r"no unit deviance: .* fits by Result\.deviance"):
+        family.deviance(torch.ones(3), torch.ones(3))
 
 
 def test_what_has_no_zero_part_is_refused():

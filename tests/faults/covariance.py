@@ -68,8 +68,8 @@ FAULTS = [
     Fault(
         "Matérn 5/2 has a third in place of a half in its derivative",
         CORRELATION,
-        "2.5: s * s * (1 + s) / 3}",
-        "2.5: s * s * (1 + s) / 2}",
+        "return s * s * (1 + s) / 3 * torch.exp(-s)",
+        "return s * s * (1 + s) / 2 * torch.exp(-s)",
         LEAVES,
     ),
     Fault(

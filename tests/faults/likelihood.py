@@ -269,8 +269,8 @@ FAULTS = [
     Fault(
         "a moving precision's score counts what stands off the diagonal twice",
         "openreml_nn/likelihood/system/sparse/moving.py",
-        "total *= np.where(row > column, 1.0, 0.5)",
-        "total *= np.where(row > column, 2.0, 0.5)",
+        "share = np.where(self.precision.row > self.precision.column, 1.0, 0.5)",
+        "share = np.where(self.precision.row > self.precision.column, 2.0, 0.5)",
         "tests/covariance/test_graph.py -k 'sparse_equals or every_solver'",
     ),
     Fault(

@@ -81,15 +81,15 @@ FAULTS = [
     Fault(
         "a level that was not seen has the first one's BLUP",
         PREDICTION,
-        "torch.where(known, effect.values[effect.codes.clamp(min=0)].to(z), 0)",
-        "effect.values[effect.codes.clamp(min=0)].to(z)",
+        "torch.where(known, self.values[self.codes.clamp(min=0)].to(z), 0)",
+        "self.values[self.codes.clamp(min=0)].to(z)",
         OF_MODEL,
     ),
     Fault(
         "a level that was not seen has the first one's variance",
         PREDICTION,
-        "IndexedDesign(torch.where(unseen, -1, effect.codes), z, levels)",
-        "IndexedDesign(effect.codes.clamp(min=0), z, levels)",
+        "design_of(torch.where(unseen, -1, effect.codes), z, len(effect.values))",
+        "design_of(effect.codes.clamp(min=0), z, len(effect.values))",
         "tests/test_joint.py",
     ),
     Fault(

@@ -17,10 +17,17 @@ FIT = "openreml_nn/program/fit.py"
 FAULTS = [
     Fault(
         "a/b is a and b",
-        FORMULA,
+        "openreml_nn/table/grouping.py",
         "Grouping((*outer[-1].columns, *of.columns))",
         "of",
         "tests/table/test_formula.py",
+    ),
+    Fault(
+        "a row has the effects of its second level by the first",
+        "openreml_nn/table/members.py",
+        "values[:, j, start : start + sizes[j]] = z",
+        "values[:, 0, start : start + sizes[j]] = z",
+        "tests/test_members.py -k equations",
     ),
     Fault(
         "independent slopes keep their intercept",

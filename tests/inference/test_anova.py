@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from openreml_nn import InputError, datasets, fit_reml, lmm
+from openreml_nn import InputError, datasets, fit_reml, glmm, lmm
 from openreml_nn.covariance import ScalarMatrix
 from openreml_nn.inference import anova, wald_test
 
@@ -137,3 +137,19 @@ def test_options_that_have_no_effect_are_refused():
 
 def test_a_fit_of_an_intercept_has_no_term_to_test():
     assert len(anova(fitted("yield ~ 1 + (1 | Block)"))) == 0
+
+
+@pytest.mark.parametrize("kind", [1, 2, 3])
+def test_thresholds_stand_for_the_intercept_of_an_ordinal_response(kind):
+    rng = np.random.default_rng(2)
+    table = pd.DataFrame({"x": rng.normal(size=90), "f": np.tile(list("abc"), 30)})
+    table["g"] = np.repeat(np.arange(15), 6)
+    table["y"] = np.digitize(table["x"] + rng.logistic(size=90), [-1.0, 0.5])
+    found = []
+    for names in ({}, {"a": "z"}):
+        other = table.assign(f=table["f"].replace(names))
+        fit = glmm("y ~ x * f + (1 | g)", other, family="ordinal")
+        found.append(anova(fit, type=kind).set_index("name")["statistic"])
+    # Which level is the first is no part of the hypotheses.
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-3, atol=1e-4)
+    assert list(found[0].index) == ["x", "f", "x:f"]

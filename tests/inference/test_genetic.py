@@ -183,7 +183,7 @@ def test_what_has_no_heritability_is_refused(trial):
         (lambda: heritability(trial, "block"), r"`group` is 'block': expected one of \['gen', "),
         (lambda: heritability(trial), r"`group` is None: expected one of \['gen', 'rep:block'\]"),
         (lambda: heritability(trial, "gen", "piepho"), "`method` is 'piepho': expected 'plain'"),
-        (lambda: heritability(slopes), r"has the effects .*: expected one effect"),
+        (lambda: heritability(slopes), r"has the effects .*: expected one of them"),
         (lambda: heritability(split, "Subject"), "which has 2 terms: expected one"),
         (lambda: heritability(streamed), "read in chunks"),
         (lambda: reliability(streamed), "read in chunks"),

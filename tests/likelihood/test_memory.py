@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from openreml_nn import REMLLoss
+from openreml_nn import InputError, LaplaceLoss, REMLLoss
 from openreml_nn.covariance import (
     CovariancePropagation,
     DummyMatrix,
@@ -14,6 +14,7 @@ from openreml_nn.covariance import (
     ScalarMatrix,
     Sum,
 )
+from openreml_nn.families import NegativeBinomial, Poisson
 from tests.strategies import kinship, pedigree
 
 N, Q = 24, 6
@@ -151,3 +152,53 @@ def test_evaluations_in_inference_mode_do_not_poison_training(names, solver):
     torch.testing.assert_close([p.grad for p in V.parameters()], list(expected), rtol=0, atol=0)
     torch.autograd.grad(loss(y, X), list(V.parameters()), create_graph=True)
     torch.testing.assert_close(effects, [e.variances for e in loss.evaluate(y, X).random])
+
+
+@pytest.mark.parametrize("solver", ["dense", "blocked", "sparse", "auto"])
+@pytest.mark.parametrize("quiet", [torch.no_grad, torch.inference_mode])
+def test_a_look_at_the_likelihood_leaves_a_trained_design_its_gradient(quiet, solver):
+    Z = torch.nn.Parameter(torch.randn(N, 2).double())
+    V = Sum(load=CovariancePropagation(z=Z, g=ScalarMatrix(2)), residual=ScalarMatrix(N)).double()
+    y, X = torch.randn(N).double(), torch.ones(N, 1).double()
+    loss = REMLLoss(V, solver=solver)
+    with quiet():
+        loss(y, X)
+    found = torch.autograd.grad(loss(y, X), list(V.parameters()))
+    expected = torch.autograd.grad(REMLLoss(V, solver="dense")(y, X), list(V.parameters()))
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_density_of_counts_follows_memory_and_family():
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(5, (N,), generator=g).double()
+    V = parts()["slope"].double()
+    loss, eta = LaplaceLoss(V, Poisson()), torch.zeros(N).double()
+    loss(y, eta)
+    outside(y, lambda a: a.__iadd__(2))
+    assert loss(y, eta).item() == pytest.approx(LaplaceLoss(V, Poisson())(y, eta).item(), rel=1e-9)
+    loss.family = NegativeBinomial().double()
+    fresh = LaplaceLoss(V, loss.family)
+    assert loss(y, eta).item() == pytest.approx(fresh(y, eta).item(), rel=1e-9)
+    outside(y, lambda a: a.__imul__(-1))
+    with pytest.raises(InputError, match="`y` is -"):
+        loss(y, eta)
+
+
+def test_counts_of_inference_mode_have_a_density():
+    V, eta = parts()["slope"].double(), torch.zeros(N).double()
+    loss = LaplaceLoss(V, Poisson())
+    with torch.inference_mode():
+        found = loss(torch.ones(N).double(), eta)
+    assert found.item() == pytest.approx(loss(torch.ones(N).double(), eta).item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("solver", ["blocked", "sparse", "auto"])
+def test_a_trained_design_beside_relatives_has_the_gradient_of_dense(solver):
+    Z = torch.nn.Parameter(torch.randn(N, 2))
+    load = CovariancePropagation(z=Z, g=ScalarMatrix(2))
+    V = Sum(load=load, animal=parts()["animal"], residual=ScalarMatrix(N)).double()
+    y, X = torch.randn(N).double(), torch.ones(N, 1).double()
+    # Loss and tree anew: nothing of the kernel is computed before.
+    found = torch.autograd.grad(REMLLoss(V, solver=solver)(y, X), list(V.parameters()))
+    expected = torch.autograd.grad(REMLLoss(V, solver="dense")(y, X), list(V.parameters()))
+    torch.testing.assert_close(found, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -99,3 +100,22 @@ def test_the_plan_takes_them_where_there_are_many(kind):
     objective = REMLLoss(V)
     objective(torch.zeros(1200, dtype=torch.float64).normal_(), torch.ones(1200, 1).double())
     assert objective.plan.solver == "sparse"
+
+
+@pytest.mark.parametrize("kind", ["neighbours", "conditional"])
+def test_products_with_a_precision_equal_those_of_its_matrix(kind):
+    g = KINDS[kind](12).double().structure()[0].covariance
+    Q, x = g.precision, g.parts()[1].detach().numpy()
+    u = np.random.default_rng(1).standard_normal((24, 3))
+    by_level = u.reshape(12, -1)
+    matrix = Q.matrix(Q.entries(x)).toarray()
+    assert np.allclose(Q.times(x, by_level), matrix @ by_level)
+    both = np.kron(matrix, np.eye(2))
+    assert np.allclose(Q.inner(x, u, 2), u.T @ both @ u)
+    pulled = Q.pull_square(x, by_level)
+    for i in range(0, len(x), 7):
+        step = np.zeros(len(x))
+        step[i] = 1e-6
+        more, less = (Q.matrix(Q.entries(x + s)).toarray() for s in (step, -step))
+        change = np.einsum("im,ij,jm->", by_level, more - less, by_level) / 4e-6
+        assert pulled[i] == pytest.approx(change, rel=1e-5, abs=1e-6)

@@ -92,6 +92,8 @@ def test_factor_solves_and_inverts_within_its_pattern(n, density, seed, order):
     assert found.log_det == pytest.approx(np.linalg.slogdet(dense)[1], rel=1e-12, abs=1e-12)
     x = np.random.default_rng(seed).standard_normal((n, 7))
     np.testing.assert_allclose(found.solve(x), np.linalg.solve(dense, x), rtol=0, atol=1e-11)
+    # Of few columns by another routine.
+    np.testing.assert_allclose(found.solve(x[:, :2]), found.solve(x)[:, :2], rtol=0, atol=1e-11)
     half = found.half(x)
     np.testing.assert_allclose(half.T @ half, x.T @ np.linalg.solve(dense, x), atol=1e-10)
     low = tril(A).tocoo()
@@ -169,6 +171,27 @@ def test_what_is_left_of_crossed_factors_is_dense_unless_they_fall_into_groups()
     first = np.arange(300)
     assert leaves_dense(crossed_pattern(0), first)
     assert not leaves_dense(crossed_pattern(0, groups=4), first)
+
+
+def test_a_factor_takes_the_memory_of_one_that_is_gone_and_of_no_other():
+    A = positive_definite(120, 0.05, 0)
+    symbolic, low = Symbolic.of(A), tril(A).tocoo()
+    place = symbolic.where(low.row.astype(np.int64), low.col.astype(np.int64))
+
+    def made(scale: float) -> Factor:
+        values = symbolic.memory.take()
+        values.fill(0.0)
+        values[place] = scale * low.data
+        return Factor(symbolic, values)
+
+    one = made(1.0)
+    first, part = one.values.ctypes.data, one.inverse[: len(place)]
+    known = part.copy()
+    del one  # of its inverse a part is still looked at
+    other = made(2.0)
+    assert other.values.ctypes.data == first
+    np.testing.assert_allclose(2 * other.inverse[place], factored(A, None).inverse[place])
+    np.testing.assert_array_equal(part, known)
 
 
 def test_matrix_without_a_positive_pivot_is_refused():
@@ -414,6 +437,44 @@ def test_second_derivatives_equal_those_of_dense(model):
             [torch.cat(torch.autograd.grad(g, parameters, retain_graph=True)) for g in first]
         )
     torch.testing.assert_close(found["sparse"], found["dense"], rtol=1e-9, atol=1e-12)
+
+
+def field() -> tuple[Sum, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    y = torch.randn(20, generator=g).double()
+    return ar1_field(5, 4).double(), y, torch.ones(20, 1).double()
+
+
+@pytest.mark.parametrize("model", [lambda: animals(40), crossed, field])
+def test_transforms_of_torch_have_the_gradient(model):
+    V, y, X = model()
+    loss, parameters = REMLLoss(V, solver="sparse"), list(V.parameters())
+    expected = torch.autograd.grad(loss(y, X), parameters)
+    names = [f"covariance.{name}" for name, _ in V.named_parameters()]
+
+    def value(*theta):
+        return torch.func.functional_call(loss, dict(zip(names, theta, strict=True)), (y, X))
+
+    at, places = [p.detach() for p in parameters], tuple(range(len(names)))
+    found = torch.func.grad(value, argnums=places)(*at)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_transforms_of_torch_take_crossed_factors_of_many_levels():
+    g = torch.Generator().manual_seed(0)
+    n, levels = 700, (520, 510)
+    random = {
+        f"f{i}": CovariancePropagation(
+            DummyMatrix.from_codes(torch.randint(q, (n,), generator=g), q), ScalarMatrix(q)
+        )
+        for i, q in enumerate(levels)
+    }
+    V = Sum({**random, "residual": ScalarMatrix(n)}).double()
+    y, X = torch.randn(n, generator=g).double(), torch.ones(n, 1).double()
+    loss = REMLLoss(V)
+    found = torch.func.grad(lambda y: loss(y, X))(y)
+    moved = y.requires_grad_()
+    torch.testing.assert_close(found, *torch.autograd.grad(loss(moved, X), moved))
 
 
 def test_second_derivatives_of_too_many_rows_are_refused():

@@ -101,6 +101,10 @@ def test_functions_have_the_values_of_r(text, expected):
         ("poly(x, 2)", ["(Intercept)", "poly(x, 2)1", "poly(x, 2)2"]),
         ("I(x > 3)", ["(Intercept)", "I(x > 3)True"]),
         ("I(x**2)", ["(Intercept)", "I(x^2)"]),
+        ("x %% 2 + I(k%/%2)", ["(Intercept)", "x%%2", "I(k%/%2)"]),
+        ("I(x / 100000)", ["(Intercept)", "I(x/1e+05)"]),
+        ("I(x * .0001)", ["(Intercept)", "I(x * 1e-04)"]),
+        ("I(x + 10000 - 0.025)", ["(Intercept)", "I(x + 10000 - 0.025)"]),
     ],
 )
 def test_columns_are_those_of_r(part, expected):

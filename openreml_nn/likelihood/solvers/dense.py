@@ -160,19 +160,20 @@ class _DenseEvaluation(Evaluation):
         V = _total(terms, self._meetings)
         if traced(V):
             L = cholesky(V, "V")
+            log_det_v = 2 * L.diagonal().log().sum()
         else:
-            L, lost = factored(V, "V")
+            L, log_det_v, lost = factored(V, "V")
             self.rounding = self.recorded_rounding = torch.finfo(V.dtype).eps * lost
         self._L = L
+        log_det_x: Tensor | float = 0.0
         if problem.p:
             white = torch.linalg.solve_triangular(L, torch.cat([Q, y[:, None]], 1), upper=False)
             log_det_x = self._profile_fixed(white[:, :-1], white[:, -1])
         else:
-            self._white_Q, self.gamma, self.gamma_factor = Q, Q[0], Q[:0]
+            fixed = problem.fixed  # of no columns, as these are
+            self._white_Q, self.gamma, self.gamma_factor = Q, fixed.offset, fixed.T
             self._residual = torch.linalg.solve_triangular(L, y[:, None], upper=False)[:, 0]
-            log_det_x = y.new_zeros(())
         self.y_p_y = self._residual @ self._residual
-        log_det_v = 2 * L.diagonal().log().sum()
         self.log_likelihood = problem.assemble(log_det_v, log_det_x, self.y_p_y)
 
     def _profile_fixed(self, white_Q: Tensor, white_y: Tensor) -> Tensor:
@@ -188,6 +189,9 @@ class _DenseEvaluation(Evaluation):
 
     def _back(self, x: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(self._L.mT, x, upper=True)
+
+    def data_scores(self) -> tuple[Tensor, Tensor]:
+        return super().data_scores() if self.problem.p else (-self._p_y, self._white_Q)
 
     def inverse_times_data(self) -> Tensor:
         if not self.problem.p:
@@ -210,7 +214,7 @@ class _DenseEvaluation(Evaluation):
         reml = self.problem.method == "reml" and self.problem.p > 0
         trace = self._projector() if reml else torch.cholesky_inverse(self._L)
         # In place: matrices of this size take longer to write than to compute.
-        S = trace.mul_(-0.5).addr_(p_y, p_y, alpha=0.5).mT  # by rows, as the others are
+        S = trace.addr_(p_y, p_y, beta=-0.5, alpha=0.5).mT  # by rows, as the others are
         pairs = zip(self._terms, self._meetings, strict=True)
         return [term.fold(S, meeting) for term, meeting in pairs]
 

@@ -20,10 +20,8 @@ Reference:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from math import inf
 from typing import Any, ClassVar
 
 import numpy as np
@@ -31,6 +29,7 @@ import torch
 from scipy.sparse import csc_matrix, csr_matrix
 from torch import Tensor
 
+from openreml_nn.covariance.nodes import functorch
 from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.problem import (
     Cost,
@@ -38,7 +37,7 @@ from openreml_nn.likelihood.problem import (
     Problem,
 )
 from openreml_nn.likelihood.residual import Residual
-from openreml_nn.likelihood.solver import Solver
+from openreml_nn.likelihood.solver import Solver, check_held
 from openreml_nn.likelihood.solvers.blocked import Blocked
 from openreml_nn.likelihood.solvers.dense import Dense, DenseProblem
 from openreml_nn.likelihood.system.products import Statistics
@@ -58,6 +57,7 @@ from openreml_nn.likelihood.system.sparse.terms import (
 from openreml_nn.likelihood.system.square_root import SquareRootEvaluation
 from openreml_nn.support.checks import check_number, found
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.modes import outside_transforms
 from openreml_nn.terms.term import Term
 
 __all__ = ["Sparse", "SparseProblem"]
@@ -68,6 +68,7 @@ _FEW = 500
 #: product: three, of fronts that are smaller.
 _FRONTS = 5.0
 _REASON = "what meets is sparse"
+_KRYLOV = "solver='krylov' is approximate and holds little"
 
 
 @dataclass(frozen=True)
@@ -104,16 +105,20 @@ class Sparse(Solver):
         if self.progress is not None and not callable(self.progress):
             raise TypeError(f"`progress` is {found(self.progress)}: expected a function")
 
+    def with_progress(self, progress: Callable[[str, float], None]) -> Sparse:
+        return replace(self, progress=progress)
+
     def forecast(self, terms: Sequence[Term], p: int, dtype: torch.dtype) -> Cost | None:
         if self.obstacle(terms) is not None:
             return None
-        moved = over_levels(terms)
-        residual = _residual_of(moved)
+        moved, residual = _moved(terms)
         n = moved[0].design.shape[0]
         effects = [term for i, term in enumerate(moved) if i not in residual.at]
         is_field = isinstance(residual, FieldResidual)
-        if not (is_field or _promising(effects)) or _held_dense(effects) > self.memory:
-            # Other solvers take so little, or this one so much, that a bound will do.
+        promising = (is_field or _promising(effects)) and not functorch()
+        if not promising or _held_dense(effects) > self.memory:
+            # Other solvers take so little, or this one so much, that a bound will do; and within a
+            # transform the formula is another solver's.
             q = float(sum(term.design.shape[1] for term in effects))
             work = q**3 + 8.0 * q * q * (p + 2) + 4.0 * n * (p + 1) + Sparse.least
             return Cost(work, 16.0 * q * q, True, _REASON, (f"{q:.0f} columns",))
@@ -156,8 +161,7 @@ class Sparse(Solver):
         if self._analysed.get("terms") is terms:
             known = self._analysed["equations"]
         self._analysed.clear()
-        moved = over_levels(terms)
-        residual = _residual_of(moved)
+        moved, residual = _moved(terms)
         effects = [term for i, term in enumerate(moved) if i not in residual.at]
         self.check_memory(_held_dense(effects), sum(x.design.shape[1] for x in effects))
         random = _random_of(moved, residual)
@@ -165,22 +169,20 @@ class Sparse(Solver):
         self.check_memory(found.symbolic.bytes, found.size)
         return random, residual, found
 
-    def check_memory(self, held: float, columns: int) -> None:
+    def check_memory(self, held: float, columns: int, otherwise: str = _KRYLOV) -> None:
         """Refuse a factor that would hold more bytes than it may, or than the machine has.
+
+        Args:
+            held: bytes.
+            columns: of the system.
+            otherwise: what does with less.
 
         Raises:
             InputError: if it would.
         """
-        machine = _memory_of_machine()
-        if held > min(self.memory, machine):
-            may = f"may hold {self.memory / 2**30:.3g}"
-            allow = "`Sparse(memory=...)` allows more"
-            if machine < self.memory:
-                may, allow = f"the machine has {machine / 2**30:.3g}", "a larger machine does it"
-            raise InputError(
-                f"the sparse solver would hold {held / 2**30:.3g} GiB for a factor of {columns} "
-                f"columns, and {may}: solver='krylov' is approximate and holds little, {allow}"
-            )
+        check_held(
+            self, held, columns, otherwise, (self.memory, "`Sparse(memory=...)` allows more")
+        )
 
     def _equations(
         self, random: Sequence[SparseTerm], residual: Residual, sums: Statistics | None = None
@@ -200,18 +202,17 @@ class Sparse(Solver):
 
     def obstacle(self, terms: Sequence[Term]) -> str | None:
         try:
-            _residual_of(over_levels(terms))
+            _moved(terms)
         except InputError as error:
             return str(error).replace("blocked", "sparse")
         return None
 
 
-def _memory_of_machine() -> float:
-    """Bytes of memory; without end where the system does not say."""
-    try:
-        return float(os.sysconf("SC_PHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return inf
+def _moved(terms: Sequence[Term]) -> tuple[list[Term], Residual]:
+    """The terms over levels, and R."""
+    with outside_transforms():
+        moved = over_levels(terms)
+        return moved, _residual_of(moved)
 
 
 def _residual_of(terms: Sequence[Term]) -> Residual:

@@ -176,7 +176,7 @@ class GroupedProblem(Problem):
         return found
 
     def own_products(self, a: Tensor, b: Tensor) -> list[Tensor]:
-        """The same of :math:`a b^\\top`, for a and b of shape (q, m)."""
+        """The blocks of each term in :math:`a b^\\top`, by level, for a and b of shape (q, m)."""
         pieces = zip(a.split(self.sizes), b.split(self.sizes), self.grids, strict=True)
         return [
             x @ y.mT if grid is None else x.unflatten(0, grid) @ y.unflatten(0, grid).mT

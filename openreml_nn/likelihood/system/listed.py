@@ -186,7 +186,7 @@ class ListedProblem(GroupedProblem):
         return [piece.unflatten(0, grid) for piece, grid in pieces]
 
     def flat(self, parts: Sequence[Tensor], like: Tensor) -> Tensor:
-        """Back from :meth:`by_levels`."""
+        """One matrix of the parts that :meth:`by_levels` made."""
         return torch.cat([part.flatten(0, 1) for part in parts]) if parts else like
 
 

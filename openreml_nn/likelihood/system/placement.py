@@ -19,6 +19,7 @@ from openreml_nn.likelihood.system.cross import (
 from openreml_nn.likelihood.system.partition import Partition
 from openreml_nn.likelihood.system.products import Pattern, Products
 from openreml_nn.likelihood.system.roles import Roles
+from openreml_nn.support.modes import outside_transforms
 from openreml_nn.terms.design import Design, IndexedDesign
 
 __all__ = ["Placement", "System", "placed"]
@@ -89,7 +90,8 @@ class Placement:
         self._order: Tensor | None = None
         self._targets: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         if self.levels and two and all(self._designs[t].indexed for t in two):
-            self._place_sparse(linked, pair_cost, device)
+            with outside_transforms():
+                self._place_sparse(linked, pair_cost, device)
 
     @property
     def is_sparse(self) -> bool:

@@ -14,7 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from openreml_nn.terms.design import DenseDesign, Design, IndexedDesign
+from openreml_nn.support.modes import outside_transforms
+from openreml_nn.terms.design import (
+    CodedDesign,
+    DenseDesign,
+    Design,
+    IndexedDesign,
+    MembershipDesign,
+)
 
 __all__ = ["Cells", "Pattern", "Products", "Statistics"]
 
@@ -32,21 +39,26 @@ class Cells:
         self._of_row = of_row
 
     @classmethod
-    def of(cls, one: IndexedDesign, two: IndexedDesign) -> Cells:
-        """Those of two designs of the same rows."""
-        if same_codes(one, two):
-            level = torch.arange(one.levels, device=one.codes.device)
-            return cls(level, level, one.codes)
-        cell, inverse = torch.unique(one.codes * two.levels + two.codes, return_inverse=True)
+    def of(cls, one: CodedDesign, two: CodedDesign) -> Cells:
+        """Those of two designs of the same rows; in one with several levels all of a row meet."""
+        if isinstance(one, IndexedDesign) and isinstance(two, IndexedDesign):
+            if same_codes(one, two):
+                level = torch.arange(one.levels, device=one.codes.device)
+                return cls(level, level, one.codes)
+            key = one.codes * two.levels + two.codes
+        else:
+            left, right = (d.codes.reshape(len(d.codes), -1) for d in (one, two))
+            key = (left[:, :, None] * two.levels + right[:, None, :]).flatten()
+        cell, inverse = torch.unique(key, return_inverse=True)
         return cls(cell // two.levels, cell % two.levels, inverse)
 
-    def sum(self, one: IndexedDesign, two: IndexedDesign, like: Tensor) -> Tensor:
+    def sum(self, one: CodedDesign, two: CodedDesign, like: Tensor) -> Tensor:
         """Cross-products cell by cell, (cells, effects of one, effects of two)."""
         assert self._of_row is not None
-        left, right = values_of(one, like), values_of(two, like)
-        part = (left[:, :, None] * right[:, None, :]).flatten(1)
+        left, right = by_level(one, like), by_level(two, like)
+        part = (left[:, :, None, :, None] * right[:, None, :, None, :]).flatten(3).flatten(0, 2)
         total = part.new_zeros(len(self.a), part.shape[1]).index_add(0, self._of_row, part)
-        return total.unflatten(1, (one.effects, two.effects))
+        return total.unflatten(1, (left.shape[2], right.shape[2]))
 
 
 def same_codes(one: IndexedDesign, two: IndexedDesign) -> bool:
@@ -63,6 +75,13 @@ def values_of(design: IndexedDesign, like: Tensor) -> Tensor:
     return design.values.to(like)
 
 
+def by_level(design: CodedDesign, like: Tensor) -> Tensor:
+    """The design's values for each level of a row, (n, m, k)."""
+    if isinstance(design, MembershipDesign):
+        return design.by_level.to(like)
+    return values_of(design, like)[:, None]
+
+
 class Pattern:
     """Which pairs of levels meet, for each pair of terms t ≤ u; it depends on codes alone.
 
@@ -74,13 +93,21 @@ class Pattern:
         self.cells = cells
 
     @classmethod
-    def of(cls, designs: Sequence[Design]) -> Pattern:
-        """That of some designs of the same rows."""
+    def of(cls, designs: Sequence[Design], *, members: bool = False) -> Pattern:
+        """That of some designs of the same rows.
+
+        Args:
+            designs: as they are multiplied.
+            members: whether a design with several levels in a row has a pattern too, in place
+                of being dense.
+        """
+        coded = CodedDesign if members else IndexedDesign
         found: dict[tuple[int, int], Cells | None] = {}
-        for t, one in enumerate(designs):
-            for u, two in enumerate(designs[t:], t):
-                indexed = isinstance(one, IndexedDesign) and isinstance(two, IndexedDesign)
-                found[t, u] = Cells.of(one, two) if indexed else None  # type: ignore[arg-type]
+        with outside_transforms():
+            for t, one in enumerate(designs):
+                for u, two in enumerate(designs[t:], t):
+                    both = isinstance(one, coded) and isinstance(two, coded)
+                    found[t, u] = Cells.of(one, two) if both else None  # type: ignore[arg-type]
         return cls(found)
 
     def products(self, designs: Sequence[Design], f: Tensor) -> Products:
@@ -91,7 +118,7 @@ class Pattern:
             if cells is None:
                 zz[t, u] = _dense_product(one, two, f)
             else:
-                assert isinstance(one, IndexedDesign) and isinstance(two, IndexedDesign)
+                assert isinstance(one, CodedDesign) and isinstance(two, CodedDesign)
                 zz[t, u] = cells.sum(one, two, f)
         return Products(zz, [design.t_matmul(f) for design in designs], f.mT @ f)
 
@@ -131,23 +158,20 @@ class Statistics:
 
     @classmethod
     def of(
-        cls, designs: Sequence[IndexedDesign], f: Tensor, weights: Tensor | None = None
+        cls, designs: Sequence[CodedDesign], f: Tensor, weights: Tensor | None = None
     ) -> Statistics:
         """Those of some rows, each weighted by its weight (n,), if there are weights."""
         log_det = 0.0
         if weights is not None:
             half = weights.sqrt()[:, None]
             f, log_det = half * f, -float(weights.log().sum())
-            designs = [
-                IndexedDesign(d.codes, half * values_of(d, f), d.levels, absent=False)
-                for d in designs
-            ]
-        pattern = Pattern.of(designs)
+            designs = [d.with_values(lambda values: half * values, f) for d in designs]
+        pattern = Pattern.of(designs, members=True)
         cells = {}
         for pair, found in pattern.cells.items():
             assert found is not None
             cells[pair] = (found.a, found.b)
-        sizes = [(design.levels, design.effects) for design in designs]
+        sizes = [(d.levels, d.shape[1] // d.levels) for d in designs]
         return cls(sizes, cells, pattern.products(designs, f), len(f), log_det)
 
     def relabelled(self, places: Sequence[Tensor], levels: Sequence[int]) -> Statistics:

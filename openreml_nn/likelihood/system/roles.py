@@ -114,7 +114,7 @@ def _separable(term: Term) -> bool:
 
 
 def separated(terms: Sequence[Term]) -> list[Term]:
-    r"""The same terms, with independent levels seen as such.
+    r"""Terms with independent levels seen as such.
 
     A covariance of the cells of levels and occasions,
     :math:`I \otimes \Sigma` with a column for each cell, is that of so many

@@ -14,7 +14,7 @@ import numpy as np
 
 from openreml_nn.support.compilation import compiled, inlined
 
-__all__ = ["ROUTINES", "gemm", "potrf", "potri", "symm", "syrk", "trsm"]
+__all__ = ["ROUTINES", "gemm", "potrf", "potri", "solve", "symm", "syrk", "trsm"]
 
 _NAMES = (
     ("scipy.linalg.cython_blas", "dgemm"),
@@ -23,6 +23,7 @@ _NAMES = (
     ("scipy.linalg.cython_lapack", "dpotrf"),
     ("scipy.linalg.cython_lapack", "dpotri"),
     ("scipy.linalg.cython_blas", "dsyrk"),
+    ("scipy.linalg.cython_blas", "dtrsv"),
 )
 
 
@@ -81,6 +82,24 @@ def trsm(routines, trans, m, n, a, lda, b, ldb):
     pi, px, pt = i.ctypes.data, x.ctypes.data, t.ctypes.data
     _call(routines[1], (pt, pt + 1, pt + 2, pt + 3, pi, pi + 4, px, a, pi + 8, b, pi + 12))
     return i[0] + x[0] + t[0]
+
+
+@compiled
+def solve(routines, trans, n, m, a, lda, x):
+    """X = op(A)^-1 X for an upper triangle A (n, n), by columns, and X (n, m), by rows."""
+    i = np.array([n, lda, m], dtype=np.int32)
+    one = np.ones(1)
+    t = np.array(
+        [85, trans, 78, 82, 78 + 84 - trans], dtype=np.uint8
+    )  # U, ., N, R, the other of N and T
+    pi, px, pt = i.ctypes.data, one.ctypes.data, t.ctypes.data
+    if m < 4:
+        for c in range(m):
+            _call(routines[6], (pt, pt + 1, pt + 2, pi, a, pi + 4, x + 8 * c, pi + 8))
+    else:
+        # By columns that is X' op(A')^-1.
+        _call(routines[1], (pt + 3, pt, pt + 4, pt + 2, pi + 8, pi, px, a, pi + 4, x, pi + 8))
+    return i[0] + one[0] + t[0]
 
 
 @compiled

@@ -32,6 +32,9 @@ class Factored(Protocol):
     log_det: float
     loss: float
 
+    @property
+    def noise(self) -> float: ...
+
     def half(self, x: np.ndarray) -> np.ndarray: ...
 
     def back(self, x: np.ndarray) -> np.ndarray: ...
@@ -68,6 +71,11 @@ class Bordered:
         self._sign = np.sign(values)[:, None]
         self.log_det = factor.log_det + float(np.log(np.abs(values)).sum())
         self.loss = factor.loss
+
+    @property
+    def noise(self) -> float:
+        """As of :class:`Factor`."""
+        return self._factor.noise
 
     def half(self, x: np.ndarray) -> np.ndarray:
         """A root of x (n, m), (n + 2 k, m), of which :meth:`inner` are the products."""

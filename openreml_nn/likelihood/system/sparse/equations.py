@@ -230,7 +230,8 @@ class Equations:
         Raises:
             NotPositiveDefiniteError: if M is not positive definite.
         """
-        values = np.zeros(self.symbolic.entries)
+        values = self.symbolic.memory.take()
+        values.fill(0.0)
         for cross, data in zip(self.crosses, moved, strict=True):
             place, data = cross.place.reshape(-1), data.reshape(-1)
             if cross.kept is not None:

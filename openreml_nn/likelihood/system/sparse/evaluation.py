@@ -16,6 +16,7 @@ from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.problem import Evaluation, Problem
 from openreml_nn.likelihood.system.sparse.equations import Equations
 from openreml_nn.likelihood.system.sparse.fields import FieldRows
+from openreml_nn.likelihood.system.sparse.refined import noise_of, solved
 from openreml_nn.likelihood.system.sparse.rows import Rows
 from openreml_nn.likelihood.system.sparse.terms import SparseTerm
 from openreml_nn.support.errors import NotPositiveDefiniteError
@@ -51,9 +52,9 @@ class SparseEvaluation(Evaluation):
         self.problem, self.system, self._terms = problem, system, terms
         self._at = at = system.rows.at([terms[i].covariance.matrix for i in system.rows.terms])
         equations = system.equations
-        largest = equations.largest(at.blocks)
         self._roots = roots = [
-            own.roots(terms[own.at], size) for own, size in zip(system.random, largest, strict=True)
+            own.roots(terms[own.at], size)
+            for own, size in zip(system.random, equations.largest(at.blocks), strict=True)
         ]
         self._moved = [
             cross.transform(data, roots[cross.one].lifted, roots[cross.other].lifted)
@@ -66,31 +67,33 @@ class SparseEvaluation(Evaluation):
         except NotPositiveDefiniteError:
             raise NotPositiveDefiniteError("V is not positive definite") from None
         log_det = at.log_det + self._factor.log_det - prior
-        self._half = self._factor.half(self._each(at.Zf, "lifted", transpose=True))
-        F = at.ff - self._factor.inner(self._half, self._half)
+        right = self._each(at.Zf, "lifted", transpose=True)
+        solution = solved(equations, points, self._moved, self._factor, right)
+        self._half, inner, self._refined = solution
+        F = at.ff - inner
         found, factor, white = problem.profile(
             *map(torch.as_tensor, (np.asarray(log_det), F[:-1, :-1], F[:-1, -1], F[-1, -1]))
         )
-        dtype = problem.fixed.y.dtype
-        y_p_y = float(F[-1, -1] - white @ white)
+        self._y_p_y = y_p_y = float(F[-1, -1] - white @ white)
         self._C = C = factor.numpy()
         self._gamma = gamma = solve_triangular(C, white.numpy(), lower=True, trans=1)
         like = problem.fixed.y
         self.log_likelihood, self.y_p_y = found.to(like), like.new_tensor(y_p_y)
         self.gamma, self.gamma_factor = torch.from_numpy(gamma).to(like), factor.to(like)
-        self._y_p_y = y_p_y
         # What is left of the sums of squares, and how far the random effects exceed the residual.
         after = F.diagonal().copy()
         after[-1] = problem.n + y_p_y
-        gain = max(equations.largest(self._moved), default=0.0)
-        lost = max(float((at.ff.diagonal() / after).max()), max(gain, 1.0), at.condition)
-        lost = max(lost, self._factor.loss**0.5 * max(gain, 1.0))
+        gain = max([1.0, *equations.largest(self._moved)])
+        lost = max(float((at.ff.diagonal() / after).max()), at.condition)
+        lost = max(lost, self._factor.loss**0.5 * gain)
         self.rounding = torch.finfo(torch.float64).eps * lost
-        if dtype != torch.float64:
-            self.rounding += torch.finfo(dtype).eps * max(gain, 1.0) ** 0.5
+        if like.dtype != torch.float64:
+            self.rounding += torch.finfo(like.dtype).eps * gain**0.5
         self.recorded_rounding = self.rounding
 
-    # ------------------------------------------------------------------ helpers
+    @cached_property
+    def noise(self) -> float:  # type: ignore[override]
+        return noise_of(self._factor, self._points)
 
     def _each(self, x: np.ndarray, which: str, transpose: bool = False) -> np.ndarray:
         r""":math:`\Lambda x`, or :math:`\Lambda^\top x`, for x (q, m)."""
@@ -104,7 +107,7 @@ class SparseEvaluation(Evaluation):
     @cached_property
     def _u(self) -> np.ndarray:
         r""":math:`M^{-1}\Lambda^\top Z^\top R^{-1} f`, (q, p + 1)."""
-        return self._factor.back(self._half)
+        return self._factor.back(self._half) if self._refined is None else self._refined
 
     @cached_property
     def _u_y(self) -> np.ndarray:
@@ -130,8 +133,6 @@ class SparseEvaluation(Evaluation):
         rest = self._at.rest(self._effects(self._u, "lifted"))
         return self._to(self.system.rows.of_rows(rest))
 
-    # ------------------------------------------------------------------ derivatives
-
     @cached_property
     def _squared(self) -> np.ndarray:
         """What the score holds the squares of: BLUPs of u, with REML a root of their rest too."""
@@ -150,7 +151,7 @@ class SparseEvaluation(Evaluation):
         u = self.system.equations.split(self._squared)
         found = []
         for x, point, trace, part in zip(own, self._points, traces, u, strict=True):
-            other = point.part.times_prior(part)
+            other = point.times_prior(part)
             if x.by_level:
                 total = (part * other).sum(1)[:, None, None]
             else:

@@ -24,6 +24,7 @@ from openreml_nn.likelihood.system.sparse.blas import (
     gemm,
     potrf,
     potri,
+    solve,
     symm,
     syrk,
     trsm,
@@ -69,7 +70,7 @@ class Factor:
         self.symbolic = s = symbolic
         self.values = values
         self._progress = progress
-        diagonal = values[self._diagonal]
+        self._entries = diagonal = values[self.symbolic.diagonal]
         count, work = len(s.first) - 1, np.empty(s.work)
         head, link = np.full(count, -1, np.int64), np.full(count, -1, np.int64)
         state = head, link, np.zeros(count, np.int64)
@@ -78,7 +79,7 @@ class Factor:
             if failed >= 0:
                 raise NotPositiveDefiniteError("the matrix is not positive definite")
             self._report("factor", high / count)
-        pivots = values[self._diagonal]
+        pivots = values[self.symbolic.diagonal]
         if not np.isfinite(pivots).all():
             raise NotPositiveDefiniteError("the matrix is not positive definite")
         self.log_det = 2.0 * float(np.log(pivots).sum())
@@ -89,11 +90,11 @@ class Factor:
             self._progress(what, share)
 
     @property
-    def _diagonal(self) -> np.ndarray:
-        s = self.symbolic
-        width = np.diff(s.first)[s.of_column]
-        local = np.arange(s.size) - s.first[s.of_column]
-        return s.value_start[s.of_column] + local * (width + 1)
+    def noise(self) -> float:
+        r"""What rounding of the entries of A leaves unknown of :math:`\log|A|`, of the order of
+        :math:`\epsilon \sqrt{\sum_i (A_{ii} (A^{-1})_{ii})^2}`."""
+        spread = self._entries * self.inverse[self.symbolic.diagonal]
+        return float(np.finfo(np.float64).eps * np.linalg.norm(spread))
 
     def half(self, x: np.ndarray) -> np.ndarray:
         r""":math:`L^{-1} P x` for x (n, m)."""
@@ -129,7 +130,7 @@ class Factor:
         s = self.symbolic
         below = np.diff(s.row_start) - np.diff(s.first)
         room = int(below.max(initial=0))
-        found = np.empty_like(self.values)
+        found = s.memory.take()
         square = np.empty(max(room * room, 1))
         half = np.empty(max(int((below * np.diff(s.first)).max(initial=1)), 1))
         for low, high, run in s.pieces_with_runs:
@@ -262,15 +263,7 @@ def _forward(routines, first, row_start, rows, value_start, values, x):
                         for c in range(m):
                             x[row, c] -= a * x[lo + k, c]
             continue
-        # Rows of x by columns are (m, w): X L^-T from the right is L^-1 X.
-        for k in range(w):
-            for j in range(k):
-                a = values[own + k * w + j]
-                for c in range(m):
-                    x[lo + k, c] -= a * x[lo + j, c]
-            root = values[own + k * w + k]
-            for c in range(m):
-                x[lo + k, c] /= root
+        solve(routines, _T, w, m, base + 8 * own, w, at_x + 8 * lo * m)
         if below:
             gemm(
                 routines, _N, _N, m, below, w, 1.0, at_x + 8 * lo * m, m,
@@ -312,6 +305,9 @@ def _backward(routines, first, row_start, rows, value_start, values, x):
                 routines, _N, _T, m, w, below, -1.0, room, m,
                 base + 8 * (own + w * w), w, 1.0, at_x + 8 * lo * m, m,
             )  # fmt: skip
+        if w > _NARROW:
+            solve(routines, _N, w, m, base + 8 * own, w, at_x + 8 * lo * m)
+            continue
         for k in range(w - 1, -1, -1):
             root = values[own + k * w + k]
             for c in range(m):

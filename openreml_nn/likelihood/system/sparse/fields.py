@@ -220,7 +220,7 @@ class MissingCells(SparseTerm):
 
 
 class _MissingAt(TermAt):
-    """The same at one point: no number of the tree is theirs."""
+    """The term of missing plots at one point: no parameter of the tree is its own."""
 
     def score(self, score: np.ndarray, within: Callable[[], np.ndarray], u: np.ndarray) -> Tensor:
         return torch.zeros_like(self.term.covariance.matrix)

@@ -59,14 +59,19 @@ class MovingAt:
             u: effects over their root, (q t, m).
             effects: t.
         """
-        row, column = self.precision.row, self.precision.column
-        by_level = u.reshape(self.precision.size, -1)
-        total = inverse.copy()
-        for x in by_level.T:
-            total += x[row] * x[column]
-        total *= np.where(row > column, 1.0, 0.5)
-        pulled = self.precision.pull(self.numbers, total)
+        share = np.where(self.precision.row > self.precision.column, 1.0, 0.5)
+        pulled = self.precision.pull(self.numbers, inverse * share)
+        pulled += self.precision.pull_square(self.numbers, u.reshape(self.precision.size, -1))
         return torch.from_numpy(effects * self.slope / 2 - pulled)
+
+    def times(self, u: np.ndarray) -> np.ndarray:
+        r""":math:`(Q \otimes I) u` for u (q t, m)."""
+        by_level = u.reshape(self.precision.size, -1)
+        return self.precision.times(self.numbers, by_level).reshape(u.shape)
+
+    def inner(self, u: np.ndarray, effects: int) -> np.ndarray:
+        r""":math:`u^\top (Q \otimes I) u` for u (q t, m)."""
+        return self.precision.inner(self.numbers, u, effects)
 
     def along(self, derivatives: Sequence[Tensor], b: np.ndarray) -> np.ndarray:
         r""":math:`\dot G G^{-1} b` for derivatives of the numbers, (q t, m), b (q t, 1)."""

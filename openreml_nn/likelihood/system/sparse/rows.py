@@ -99,7 +99,7 @@ class Rows:
         self._take(fixed)
 
     def with_fixed(self, fixed: FixedPart) -> Rows:
-        """The same rows with other data."""
+        """These rows with other data."""
         found = copy(self)
         found._take(fixed)
         return found

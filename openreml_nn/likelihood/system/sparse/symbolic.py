@@ -18,6 +18,7 @@ import numpy as np
 from scipy.sparse import csc_matrix
 
 from openreml_nn.likelihood.system.sparse.columns import Run, runs_of
+from openreml_nn.likelihood.system.sparse.memory import Pool
 from openreml_nn.likelihood.system.sparse.ordering import nested_dissections
 from openreml_nn.support.compilation import compiled
 
@@ -139,6 +140,18 @@ class Symbolic:
         ends |= {end for run in self.runs for end in (run.low, run.high)}
         pairs = list(itertools.pairwise(sorted(ends)))
         return [(low, high, runs.get(low)) for low, high in reversed(pairs)]
+
+    @cached_property
+    def diagonal(self) -> np.ndarray:
+        """Where the diagonal of A stands in the factor's values, in the order of elimination, (n,)."""
+        width = np.diff(self.first)[self.of_column]
+        local = np.arange(self.size) - self.first[self.of_column]
+        return self.value_start[self.of_column] + local * (width + 1)
+
+    @cached_property
+    def memory(self) -> Pool:
+        """Memory of factors that are no more, (entries,) numbers each."""
+        return Pool(self.entries)
 
     def where(self, row: np.ndarray, column: np.ndarray) -> np.ndarray:
         """Where entries of A stand in the factor's values; -1 where they are not in its pattern.

@@ -192,6 +192,16 @@ class TermAt:
     entries: np.ndarray | None = None
     moving: MovingAt | None = None
 
+    def times_prior(self, u: np.ndarray) -> np.ndarray:
+        """:math:`Q u` for u (columns, m)."""
+        return self.part.times_prior(u) if self.moving is None else self.moving.times(u)
+
+    def inner_prior(self, u: np.ndarray) -> np.ndarray:
+        r""":math:`u^\top Q u` for u (columns, m)."""
+        if self.moving is None:
+            return np.asarray(u.T @ self.part.times_prior(u))
+        return self.moving.inner(u, self.part.effects)
+
     def score(self, score: np.ndarray, within: Callable[[], np.ndarray], u: np.ndarray) -> Tensor:
         """The derivative of the log-likelihood by the entries that G holds.
 
