@@ -47,8 +47,9 @@ def same(found, expected, tolerance=1e-8):
 
 @pytest.mark.filterwarnings("ignore:the fixed-effect model matrix is rank deficient")
 @pytest.mark.parametrize("formula", FORMULAS)
-@pytest.mark.parametrize("chunk_rows", [7, 150, 1000])
-@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+@pytest.mark.parametrize(
+    ("chunk_rows", "suffix"), [(7, "parquet"), (150, "csv"), (1000, "parquet")]
+)
 def test_chunks_give_the_fit_of_all_rows(tmp_path, formula, chunk_rows, suffix):
     data = table()
     path = tmp_path / f"table.{suffix}"
@@ -98,8 +99,11 @@ AWKWARD = [
 
 @pytest.mark.filterwarnings("ignore:.*rows left out")
 @pytest.mark.filterwarnings("ignore:the fixed-effect model matrix is rank deficient")
-@pytest.mark.parametrize("formula", AWKWARD)
-@pytest.mark.parametrize("suffix", ["parquet", "csv", "txt"])
+@pytest.mark.parametrize(
+    ("formula", "suffix"),
+    [(formula, suffix) for suffix in ("parquet", "csv") for formula in AWKWARD]
+    + [(AWKWARD[0], "txt")],
+)
 def test_chunks_are_encoded_as_the_whole_is(tmp_path, formula, suffix):
     data = awkward(len(formula))
     path = tmp_path / f"table.{suffix}"
@@ -137,13 +141,14 @@ NUMERIC = ("int8", "float32", "float64", "decimal")
 def test_every_storage_is_the_same_in_chunks_and_in_memory(tmp_path, kind, is_missing):
     """Sorted by it, so that levels come late and every chunk has a few of them."""
     rng = np.random.default_rng(7)
-    code = pd.Series(np.sort(rng.integers(0, 8, 160)))
+    n = 160
+    code = pd.Series(np.sort(rng.integers(0, 8, n)))
     data = pd.DataFrame(
-        {"v": KINDS[kind](code), "x": rng.normal(size=160), "g": rng.integers(0, 5, 160)}
+        {"v": KINDS[kind](code), "x": rng.normal(size=n), "g": rng.integers(0, 5, n)}
     )
-    data["y"] = data["x"] + rng.normal(size=8)[code] + rng.normal(size=160)
+    data["y"] = data["x"] + rng.normal(size=8)[code] + rng.normal(size=n)
     if is_missing:
-        gone = rng.permutation(160)[:12]
+        gone = rng.permutation(n)[:12]
         whole = data["v"].convert_dtypes() if kind in ("int8", "uint64", "bool") else data["v"]
         data["v"] = whole.mask(data.index.isin(gone))
     formulas = ["y ~ x + factor(v) + (1 | g)", "y ~ x + (1 | v)"]
@@ -153,7 +158,7 @@ def test_every_storage_is_the_same_in_chunks_and_in_memory(tmp_path, kind, is_mi
     for formula in formulas:
         memory = lmm(formula, data)
         for name in ("t.parquet", "t.csv"):
-            found = fit_stream(formula, tmp_path / name, chunk_rows=23, progress=False)
+            found = fit_stream(formula, tmp_path / name, chunk_rows=47, progress=False)
             whole = lmm(formula, tmp_path / name)
             assert found.log_likelihood == pytest.approx(memory.log_likelihood, rel=1e-9)
             same(found, whole)
