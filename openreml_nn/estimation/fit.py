@@ -15,7 +15,13 @@ from torch import Tensor
 from openreml_nn.covariance import Matrix
 from openreml_nn.estimation.outcome import outcome
 from openreml_nn.estimation.safeguard import edge_of
-from openreml_nn.estimation.starts import climb, climb_from_several, has_several_optima
+from openreml_nn.estimation.starts import (
+    climb,
+    climb_from_several,
+    evaluate_within_reach,
+    has_several_optima,
+    set_reach,
+)
 from openreml_nn.estimation.step import average_information_step
 from openreml_nn.likelihood import REMLLoss
 from openreml_nn.likelihood.fixed import check_data
@@ -68,12 +74,15 @@ def start_by_moments(objective: Objective, size: float) -> None:
     one = torch.ones(covariance.shape[0], dtype=y.dtype, device=y.device)
     with torch.no_grad():
         covariance.moment_start(one)
-        scale = float(objective.evaluate().y_p_y) / (problem.n - problem.p)
+        evaluation, reach = evaluate_within_reach(objective)
+        scale = float(evaluation.y_p_y) / (problem.n - problem.p)
         if not scale > (torch.finfo(y.dtype).eps * size) ** 2 / problem.n:
             if not covariance.num_free_params:
                 return
             raise InputError("the fixed effects fit `y` exactly: there is no variance to estimate")
         covariance.moment_start(scale * one)
+        if reach is not None:
+            set_reach(objective, reach)
 
 
 def _check_confounded(terms: Sequence[Term]) -> None:

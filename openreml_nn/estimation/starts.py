@@ -12,13 +12,23 @@ from openreml_nn.estimation.curvature import CONVERGED, Curvature, lost_in_noise
 from openreml_nn.estimation.past import Past
 from openreml_nn.estimation.step import average_information_step
 from openreml_nn.likelihood.loss import Objective
+from openreml_nn.likelihood.problem import Evaluation
 from openreml_nn.result.result import Record, Start
 from openreml_nn.support.errors import NumericalError
 
-__all__ = ["climb", "climb_from_several", "has_several_optima", "reaches"]
+__all__ = [
+    "climb",
+    "climb_from_several",
+    "evaluate_within_reach",
+    "has_several_optima",
+    "reaches",
+    "set_reach",
+]
 
 #: How far correlation reaches at each start, see :meth:`Matrix.start_reach`.
 REACHES = (0.7, 0.3, 0.9)
+#: Reaches for distances some of which are so short that V is singular at a longer one.
+_SHORT = (0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4)
 #: Where one matrix's correlation reaches far, and the others' hardly.
 _FAR, _NEAR = 0.9, 0.1
 #: More matrices than these are not far one by one.
@@ -134,8 +144,12 @@ def climb_from_several(
         except NumericalError as error:
             failure = error
     if not runs:
-        assert failure is not None
-        raise failure
+        # The start itself may reach less far than any of these.
+        start()
+        try:
+            runs.append(_run(objective, most, runs))
+        except NumericalError as error:
+            raise failure or error from error
     # Equal but for rounding: the first of them.
     ends = [run for run in runs if run.twin is None]
     top = max(run.log_likelihood for run in ends)
@@ -222,6 +236,47 @@ def reaches(objective: Objective) -> list[list[tuple[Matrix, float]]]:
             for far in sides.values()
         ]
     return starts
+
+
+def set_reach(objective: Objective, reach: float) -> bool:
+    """Let every correlation that decays with a distance reach so far; whether there is one."""
+    found = [matrix.start_reach(reach) for matrix in _matrices(objective)]
+    return any(found)
+
+
+def evaluate_within_reach(objective: Objective) -> tuple[Evaluation, float | None]:
+    """Evaluate the likelihood at its start, with correlation that reaches less far where V is
+    singular, as by times that are hardly apart.
+
+    Returns:
+        The evaluation and the reach that was set; None where the start was left as it is.
+
+    Raises:
+        NumericalError: if the likelihood does not exist, however short the correlation reaches.
+    """
+    try:
+        return _with_scores(objective), None
+    except NumericalError:
+        for reach in _SHORT:
+            if not set_reach(objective, reach):
+                break
+            try:
+                return _with_scores(objective), reach
+            except NumericalError:
+                continue
+        raise
+
+
+def _with_scores(objective: Objective) -> Evaluation:
+    """The likelihood where a step can start: digits are left for its derivatives."""
+    evaluation = objective.evaluate()
+    # Scores lose more digits, but not all of them where hardly any are lost.
+    if (
+        not objective.moves
+        and evaluation.rounding > torch.finfo(objective.problem.fixed.y.dtype).eps ** 0.75
+    ):
+        evaluation.scores()
+    return evaluation
 
 
 def _matrices(objective: Objective) -> list[Matrix]:
