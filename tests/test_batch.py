@@ -88,6 +88,16 @@ def test_a_loaders_batch_with_such_a_part_is_refused_by_its_number(kind, stage):
         getattr(trainer, stage)(module, loader)
 
 
+@pytest.mark.parametrize("kind", ["plain", "family", "several", "linear"])
+def test_codes_of_a_factor_that_the_model_does_not_have_are_refused(kind):
+    own = rows(y=response(kind))
+    own["groups"]["h"] = own["groups"]["g"]
+    made, message = model(kind), r"batch\['groups'\] has 'h': the random effects are \['g'\]"
+    for call in (made.loss, made.update, made.predict, made.covariance):
+        with pytest.raises(InputError, match=message):
+            call(own)
+
+
 def test_cells_are_read_where_residuals_are_correlated():
     cells = {"residual": torch.arange(N)}
     found = MixedModel(nn.Linear(2, 1).double(), {"g": RandomEffect(4)}, AR1Matrix(6).double())

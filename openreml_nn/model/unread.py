@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from openreml_nn.families import Family
-from openreml_nn.model.batch import Batch, by_effect, check_values
+from openreml_nn.model.batch import Batch, by_effect, check_groups, check_values
 from openreml_nn.model.random_effect import RandomEffect
 from openreml_nn.model.residual import structure_of
 from openreml_nn.support.checks import found as described
@@ -25,6 +25,7 @@ def refuse_unread(
     effects: Callable[[], Mapping[str, RandomEffect]],
     residual: nn.Module,
     responses: int,
+    factors: int,
 ) -> None:
     """Refuse what has no effect in a model.
 
@@ -33,10 +34,14 @@ def refuse_unread(
         effects: yields the model's random effects by name, where the batch has something for some.
         residual: of a row, as :func:`structure_of` takes it, or a family.
         responses: how many a row has.
+        factors: how many random effects the model has.
 
     Raises:
         TypeError, InputError: if the batch has such a part, naming it.
     """
+    groups = batch.get("groups")
+    if isinstance(groups, Mapping) and len(groups) > factors:
+        check_groups(groups, effects())
     if batch.keys().isdisjoint(_OPTIONAL):
         return  # as most do
     known = effects()
