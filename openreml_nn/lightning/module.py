@@ -88,7 +88,8 @@ class MixedModule(Evaluated):
             in mini-batches of any size, and the result is that of all rows at once.
         network: with a formula: config of the network, or the network, that takes the columns of
             its fixed part, standardised, and yields features; see :class:`torch.nn.LazyLinear` for
-            their number. Without one the mean is linear.
+            their number. The intercept's is one of them, 0 in all rows; ``y ~ 0 + …`` leaves it out.
+            Without one the mean is linear.
         head: with a network: ``"ml"`` adds a linear layer that makes the mean of the features,
             ``"gls"`` takes them, and a constant, as X. A linear mean is of head ``"gls"``.
         residual: with a formula: structure of the residuals, as in :func:`lmm`; or a network, or its

@@ -155,8 +155,8 @@ class TableModel:
             method=self._method,
             solver=self._solver,
         )
-        _try(model.mean, encoded.X[:2], "network")
-        _try(model.residual, encoded.X[:2], "residual")
+        _try(model.mean, encoded, "network")
+        _try(model.residual, encoded, "residual")
         return self._constraints.applied(model, encoded.batch())
 
     def _made_of_family(self, encoded: Encoded) -> MixedModel:
@@ -170,7 +170,7 @@ class TableModel:
             solver=self._solver,
             quadrature=self.response.quadrature,
         )
-        _try(model.mean, encoded.X[:2], "network")
+        _try(model.mean, encoded, "network")
         return self._constraints.applied(model, encoded.batch())
 
     def _effects(self, encoded: Encoded, variance: float) -> dict[str, RandomEffect]:
@@ -337,16 +337,17 @@ def _network(network: Network, what: str) -> nn.Module:
     return copy.deepcopy(network)
 
 
-def _try(network: nn.Module, rows: Tensor, what: str) -> None:
+def _try(network: nn.Module, encoded: Encoded, what: str) -> None:
     """Run a network on some rows: lazy layers learn their sizes, and others are checked."""
     if isinstance(network, Matrix | ResidualStructure):
         return
     try:
         with torch.no_grad():
-            network(rows)
+            network(encoded.X[:2])
     except (TypeError, RuntimeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{what!r} fails for {rows.shape[1]} columns: {reason}") from error
+        names = list(encoded.names)
+        raise InputError(f"{what!r} fails for {len(names)} columns, {names}: {reason}") from error
 
 
 class _Standardised(nn.Module):
