@@ -38,6 +38,7 @@ from openreml_nn.lightning.ways import Linear, Way, way_of
 from openreml_nn.model import MixedModel
 from openreml_nn.model.batch import Batch
 from openreml_nn.model.constraints import Constraint
+from openreml_nn.model.level_means import warn_of_level_means
 from openreml_nn.result import Record, Result
 from openreml_nn.support.checks import check_count, check_instance, check_maker
 from openreml_nn.support.errors import InputError
@@ -429,6 +430,8 @@ class MixedModule(Evaluated):
             found = replace(found, optimizer=type(own[0]).__name__)
         found = replace(found, model=copy.deepcopy(self.model))
         self.result = found if self.table is None else self.table.completed(found)
+        if self.has_network and self.trainer.is_global_zero:
+            warn_of_level_means(self.model.effects(), self.model.head)
 
     @property
     def _known(self) -> Estimates:
