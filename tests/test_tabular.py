@@ -40,6 +40,7 @@ CASES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*which the network has not learned")
 @pytest.mark.parametrize("name", CASES)
 def test_a_checkpoint_needs_neither_table_nor_model(name, tmp_path):
     formula, table, options = CASES[name]
@@ -214,6 +215,7 @@ def test_splits_that_cannot_be(options, message):
         module_with(**options)
 
 
+@pytest.mark.filterwarnings("ignore:.*which the network has not learned")
 def test_every_epoch_has_an_order_of_its_own_and_every_seed():
     table, formula = datasets.growth(40), "height ~ age + (1 | child)"
 

@@ -26,6 +26,7 @@ from openreml_nn.model.batch import Batch
 from openreml_nn.model.checkpoint import bases_in
 from openreml_nn.model.constraints import Constraint, Constraints
 from openreml_nn.model.linear import in_user_basis
+from openreml_nn.model.several import refuse_copies
 from openreml_nn.model.structured_residual import start_residual
 from openreml_nn.model.structures import bases_of, labels_of, random_effect_of, residual_of
 from openreml_nn.result import Label, Result
@@ -112,6 +113,10 @@ class TableModel:
         for design in encoded.random:
             if isinstance(design.relation, Places):
                 self.places = design.relation.coordinates[design.codes]
+        if traits := self.encoder.formula.traits:
+            cells, names = encoded.batch().get("residual"), [name for name, _ in traits]
+            if self._residual is None and cells is not None:
+                refuse_copies(encoded.adjusted, encoded.X, cells, names)
         self._categories = max(2, len(data.response.levels))
         model = self._made(encoded)
         if self._network is None and self.response.family is None:

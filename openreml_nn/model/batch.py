@@ -21,7 +21,6 @@ __all__ = [
     "adjusted",
     "by_effect",
     "check_finite",
-    "check_groups",
     "check_inputs",
     "check_keys",
     "check_outputs",
@@ -317,20 +316,6 @@ def by_effect(batch: Batch, key: str) -> Mapping[str, Any]:
         return {}
     check_mapping(f"batch['{key}']", given)
     return given
-
-
-def check_groups(groups: Mapping[str, Any], names: Collection[str]) -> None:
-    """Refuse codes of a factor that is none of the random effects.
-
-    Raises:
-        InputError: naming it.
-    """
-    unknown = [repr(name) for name in groups if name not in names]
-    if unknown:
-        raise InputError(
-            f"batch['groups'] has {', '.join(unknown)}: the random effects are {list(names)}; "
-            "the key 'extra' is for what the model does not read"
-        )
 
 
 def check_values(batch: Batch, names: Collection[str]) -> None:

@@ -24,6 +24,7 @@ from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.model.batch import (
     Batch,
+    adjusted,
     check_inputs,
     check_outputs,
     part,
@@ -41,6 +42,7 @@ from openreml_nn.model.responses import (
     remember_family,
     remember_gaussian,
 )
+from openreml_nn.model.several import refuse_copied_columns
 from openreml_nn.support.checks import (
     check_choice,
     check_count,
@@ -205,7 +207,11 @@ class MixedModel(Predictor):
                 "average-information steps are taken on it"
             )
         self.check(batch)
+        given = batch, output
         batch, output = with_responses(*self.single(batch, output, is_data=True))
+        if self.responses > 1 and isinstance(self.residual, UnstructuredMatrix):
+            both = adjusted(given[0], len(given[1]), self.responses)
+            refuse_copied_columns(both, given[1] if self.head == "gls" else None)
         y, X = of_gaussian(output, batch, self.head)
         check_outputs(output, batch)
         loss = self._likelihood(batch, len(y))

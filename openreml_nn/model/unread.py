@@ -8,11 +8,12 @@ from typing import Any
 from torch import nn
 
 from openreml_nn.families import Family
-from openreml_nn.model.batch import Batch, by_effect, check_groups, check_values
+from openreml_nn.model.batch import Batch, by_effect, check_values
 from openreml_nn.model.random_effect import RandomEffect
 from openreml_nn.model.residual import structure_of
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.warning import warn
 
 __all__ = ["refuse_unread"]
 
@@ -27,7 +28,8 @@ def refuse_unread(
     responses: int,
     factors: int,
 ) -> None:
-    """Refuse what has no effect in a model.
+    """Refuse what has no effect in a model. Codes of other factors, as in one batch for several models,
+    are said in a warning.
 
     Args:
         batch: the rows.
@@ -41,7 +43,12 @@ def refuse_unread(
     """
     groups = batch.get("groups")
     if isinstance(groups, Mapping) and len(groups) > factors:
-        check_groups(groups, effects())
+        names = list(effects())
+        unknown = ", ".join(repr(name) for name in groups if name not in names)
+        warn(
+            f"batch['groups'] has {unknown}, of which the model has no random effect: they are {names}",
+            UserWarning,
+        )
     if batch.keys().isdisjoint(_OPTIONAL):
         return  # as most do
     known = effects()
