@@ -113,10 +113,8 @@ class TableModel:
         for design in encoded.random:
             if isinstance(design.relation, Places):
                 self.places = design.relation.coordinates[design.codes]
-        if traits := self.encoder.formula.traits:
-            cells, names = encoded.batch().get("residual"), [name for name, _ in traits]
-            if self._residual is None and cells is not None:
-                refuse_copies(encoded.adjusted, encoded.X, cells, names)
+        if self._residual is None:
+            _check_traits(encoded, self.encoder.formula.traits)
         self._categories = max(2, len(data.response.levels))
         model = self._made(encoded)
         if self._network is None and self.response.family is None:
@@ -250,6 +248,11 @@ class TableModel:
         return self._made(self.encoder.skeleton(2, kept["columns"]))
 
 
+def _check_traits(encoded: Encoded, traits: Sequence[tuple[str, Any]]) -> None:
+    if traits and (cells := encoded.batch().get("residual")) is not None:
+        refuse_copies(encoded.adjusted, encoded.X, cells, [name for name, _ in traits])
+
+
 def _labels(encoded: Encoded, bases: Mapping[str, Tensor]) -> dict[str, Label]:
     labels = labels_of(encoded)
     return labels | {name: labels[name]._replace(basis=B) for name, B in bases.items()}
@@ -351,8 +354,8 @@ def _try(network: nn.Module, encoded: Encoded, what: str) -> None:
             network(encoded.X[:2])
     except (TypeError, RuntimeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        names = list(encoded.names)
-        raise InputError(f"{what!r} fails for {len(names)} columns, {names}: {reason}") from error
+        p, names = len(encoded.names), list(encoded.names)
+        raise InputError(f"{what!r} fails for {p} columns, {names}: {reason}") from error
 
 
 class _Standardised(nn.Module):

@@ -207,11 +207,9 @@ class MixedModel(Predictor):
                 "average-information steps are taken on it"
             )
         self.check(batch)
-        given = batch, output
-        batch, output = with_responses(*self.single(batch, output, is_data=True))
-        if self.responses > 1 and isinstance(self.residual, UnstructuredMatrix):
-            both = adjusted(given[0], len(given[1]), self.responses)
-            refuse_copied_columns(both, given[1] if self.head == "gls" else None)
+        rows, known = with_responses(*self.single(batch, output, is_data=True))
+        _refuse_copies(self, batch, output)
+        batch, output = rows, known
         y, X = of_gaussian(output, batch, self.head)
         check_outputs(output, batch)
         loss = self._likelihood(batch, len(y))
@@ -264,6 +262,13 @@ class MixedModel(Predictor):
                 remember_gaussian(self, *self.data(output, batch))
             else:
                 remember_family(self, *self.marginal(output, batch))
+
+
+def _refuse_copies(model: MixedModel, batch: Batch, output: Tensor) -> None:
+    """Refuse responses that tell each other where their covariance is any."""
+    if model.responses > 1 and isinstance(model.residual, UnstructuredMatrix):
+        y = adjusted(batch, len(output), model.responses)
+        refuse_copied_columns(y, output if model.head == "gls" else None)
 
 
 def _check_parts(
