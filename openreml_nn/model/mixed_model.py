@@ -207,9 +207,8 @@ class MixedModel(Predictor):
                 "average-information steps are taken on it"
             )
         self.check(batch)
-        rows, known = with_responses(*self.single(batch, output, is_data=True))
         _refuse_copies(self, batch, output)
-        batch, output = rows, known
+        batch, output = with_responses(*self.single(batch, output, is_data=True))
         y, X = of_gaussian(output, batch, self.head)
         check_outputs(output, batch)
         loss = self._likelihood(batch, len(y))
@@ -266,7 +265,12 @@ class MixedModel(Predictor):
 
 def _refuse_copies(model: MixedModel, batch: Batch, output: Tensor) -> None:
     """Refuse responses that tell each other where their covariance is any."""
-    if model.responses > 1 and isinstance(model.residual, UnstructuredMatrix):
+    y = part(batch, "y")
+    known = isinstance(y, Tensor) and y.shape == (
+        len(output),
+        model.responses,
+    )  # else it is refused
+    if known and model.responses > 1 and isinstance(model.residual, UnstructuredMatrix):
         y = adjusted(batch, len(output), model.responses)
         refuse_copied_columns(y, output if model.head == "gls" else None)
 
