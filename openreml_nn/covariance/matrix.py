@@ -322,13 +322,8 @@ class Matrix(Intermediates, TreeNode):
         return False
 
     def coarsen(self) -> bool:
-        """Become an approximation of itself that takes less time, with the same parameters.
-
-        A fit takes its first steps on a copy that was coarsened.
-
-        Returns:
-            Whether there is one; by default there is none.
-        """
+        """Become an approximation of itself that takes less time, with the same parameters; returns
+        whether there is one. The first steps of a fit are those of such a copy."""
         return False
 
     def kinks(self) -> Mapping[str, Tensor]:

@@ -45,6 +45,25 @@ def same(found, expected, tolerance=1e-8):
         torch.testing.assert_close(one.variances, other.variances, rtol=1e-5, atol=1e-6)
 
 
+def test_solvers_of_sums_agree_and_the_plan_takes_the_cheaper(tmp_path):
+    path, formula = tmp_path / "table.parquet", "y ~ x + (1 | user) + (1 | item)"
+    table().to_parquet(path)
+    blocked, sparse, auto = (
+        fit_stream(formula, path, chunk_rows=150, progress=False, solver=solver)
+        for solver in ("blocked", "sparse", "auto")
+    )
+    same(sparse, blocked)
+    assert (blocked.plan.solver, sparse.plan.solver) == ("blocked", "sparse")
+    # Of levels that hardly meet the equations are sparse.
+    n = 2000
+    codes = {"user": np.arange(n) // 2, "item": (np.arange(n) + 1) // 2}
+    pd.DataFrame({"y": np.sin(np.arange(n)), **codes}).to_parquet(path)
+    sums = accumulate("y ~ 1 + (1 | user) + (1 | item)", path, progress=False)
+    with pytest.warns(RuntimeWarning, match="did not converge"):
+        chained = sums.fit(max_iterations=1)
+    assert (auto.plan.solver, chained.plan.solver) == ("blocked", "sparse")
+
+
 @pytest.mark.filterwarnings("ignore:the fixed-effect model matrix is rank deficient")
 @pytest.mark.parametrize("formula", FORMULAS)
 @pytest.mark.parametrize(
@@ -257,7 +276,9 @@ def test_files_that_are_none(tmp_path):
     path = datasets.table_path("oats")
     with pytest.raises(InputError, match=r"`residual` is 'cs\(Block\)', which needs all rows"):
         lmm("yield ~ nitro", path, chunk_rows=9, residual="cs(Block)")
-    with pytest.raises(InputError, match=r"`solver` is 'dense': expected 'auto' or 'blocked'"):
+    with pytest.raises(
+        InputError, match=r"`solver` is 'dense': expected 'auto', 'blocked' or 'sparse'"
+    ):
         lmm("yield ~ nitro", path, chunk_rows=9, solver="dense")
     with pytest.raises(InputError, match="`residual_variance` is -1"):
         fit_stream("yield ~ nitro", path, residual_variance=-1)
