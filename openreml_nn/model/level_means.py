@@ -44,14 +44,15 @@ def warn_of_level_means(effects: Mapping[str, RandomEffect], head: str) -> None:
         is_one = (mean**2 > _ERRORS**2 * spread / q) & (mean**2 > _SHARE * spread)
         for k in is_one.nonzero()[:, 0].tolist():
             m, errors = float(mean[k]), float(mean[k].abs() / (spread[k] / q).sqrt())
-            effects_are = f"random effect {name!r}, {effect.effect_names[k]!r}"
-            cure = (
-                "yield a constant among the features"
-                if head == "gls"
-                else "centre the response, start the network's last bias at its mean, take head 'gls'"
-            )
+            which = effect.effect_names[k]
+            if which != "(Intercept)":
+                cure = "give the network the values of this effect"
+            elif head == "gls":
+                cure = "yield a constant among the features"
+            else:
+                cure = "centre the response, start the network's last bias at its mean, take head 'gls'"
             warn(
-                f"{effects_are}: the BLUPs of the {q} levels have the mean {m:.4g}, {errors:.3g} standard "
-                "errors from 0, which the network has not learned, so that their variance is too large: "
-                f"{cure}, or train longer"
+                f"random effect {name!r}, {which!r}: the BLUPs of the {q} levels have the mean {m:.4g}, "
+                f"{errors:.3g} standard errors from 0, which the network has not learned, so that their "
+                f"variance is too large: {cure}, or train longer"
             )
