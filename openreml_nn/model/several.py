@@ -33,6 +33,8 @@ __all__ = [
 
 #: A part this small of a response is rounding.
 _EXACT = 1e-11
+#: Where the cross-products of columns of length 1 have no smaller eigenvalue, none is rounding of the others.
+_SQUARE = 1e-10
 
 
 def stacked(
@@ -187,6 +189,12 @@ def _copied(Y: Tensor, of_unit: Tensor, p: int, rounding: float = _EXACT) -> Ten
     None if there is none, or too few units to say so of p coefficients."""
     m, t = Y.shape
     if m <= p + t:
+        return None
+    # Squares, which are quick, say of most that no column is one of the others.
+    every = torch.cat([of_unit, Y], 1)
+    size = torch.linalg.vector_norm(every, dim=0)
+    squares = every.mT @ every / torch.outer(size, size)
+    if bool((size > 0).all()) and float(torch.linalg.eigvalsh(squares)[0]) > _SQUARE:
         return None
     left = Y - of_unit @ torch.linalg.lstsq(of_unit, Y, driver="gelsd").solution
     scale = torch.linalg.vector_norm(Y, dim=0)
