@@ -794,3 +794,29 @@ def test_smooth_correlation_begins_as_short_as_near_duplicates_need(formula):
     fits = [lmm(formula, table, residual=f"{s} | g)") for s in ("gaussian(t", "matern(t")]
     assert all(fit.converged for fit in fits)
     assert abs(fits[0].log_likelihood - fits[1].log_likelihood) < 1e-7
+
+
+def test_residuals_alike_but_for_rounding_leave_effects_their_digits():
+    # Two records an animal, of which the residual is all but one: V has digits, R has none.
+    draw = np.random.default_rng(0)
+    n = 30
+    root = draw.standard_normal((n, n))
+    kernel = pd.DataFrame(root @ root.T / n + 0.1 * np.eye(n), index=range(n), columns=range(n))
+    table = pd.DataFrame({"g": np.repeat(np.arange(n), 2), "t": np.tile([0, 1], n)})
+    table["h"] = np.repeat(draw.integers(0, 6, n), 2)
+    effects = np.linalg.cholesky(kernel) @ draw.standard_normal((n, 2))
+    table["y"] = 2 * effects.ravel() + np.repeat(draw.standard_normal(n), 2)
+    fits = []
+    for rho in (1e-7 - 1, 1e-12 - 1, 1e-15 - 1):
+        fits.append(
+            lmm(
+                "y ~ t + (t | vm(g, K)) + (1 | h)", table, residual="ar1(t | g)", solver="dense",
+                kernels={"K": kernel}, constraints={"residual/g/matrix/rho": rho},
+            )
+        )  # fmt: skip
+    for found in fits[1:]:
+        assert found.converged
+        assert abs(found.log_likelihood - fits[0].log_likelihood) < 1e-4
+        for one, other in zip(found.random, fits[0].random, strict=True):
+            torch.testing.assert_close(one.values, other.values, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(one.variances, other.variances, rtol=1e-3, atol=1e-3)

@@ -14,6 +14,7 @@ from openreml_nn.inference.refit import Refit, family_of, source_of
 from openreml_nn.inference.shares import effect_share, variance_shares
 from openreml_nn.support.checks import check_choice, check_instance
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.spectrum import eigenvalues
 from openreml_nn.terms.covariance import DiagonalCovariance, RepeatedCovariance
 from openreml_nn.terms.term import Term
 
@@ -108,7 +109,7 @@ def heritability(
             errors = G - G @ information @ G
             return Heritability(1 - _mean_difference(errors) / _mean_difference(G), nan)
         root = term.covariance.root().whole(len(G))
-        values = torch.linalg.eigvalsh(root.mT @ information @ root)
+        values = eigenvalues(root.mT @ information @ root, "the information of levels")
         kept = values > _ZERO * values.max()
         return Heritability(float(values[kept].sum() / kept.sum()), nan)
 

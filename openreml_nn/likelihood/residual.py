@@ -128,9 +128,11 @@ def _are_equal(parts: Sequence[Term]) -> bool:
             # Of two that move, each has a gradient of its own.
             and (
                 first.data_ptr() == v.data_ptr()
-                or not (first.requires_grad or v.requires_grad)
-                and first.dtype == v.dtype
-                and torch.equal(first, v)
+                or (
+                    not (first.requires_grad or v.requires_grad)
+                    and first.dtype == v.dtype
+                    and torch.equal(first, v)
+                )
             )
         )
         for v in others

@@ -18,6 +18,13 @@ import numpy as np
 from scipy.sparse import csc_matrix
 
 from openreml_nn.likelihood.system.sparse.columns import Run, runs_of
+from openreml_nn.likelihood.system.sparse.elimination import (
+    column_counts,
+    elimination_tree,
+    inverse_order,
+    postorder,
+    relabelled,
+)
 from openreml_nn.likelihood.system.sparse.memory import Pool
 from openreml_nn.likelihood.system.sparse.ordering import nested_dissections
 from openreml_nn.support.compilation import compiled
@@ -92,12 +99,12 @@ class Symbolic:
     def _ordered(cls, pattern: csc_matrix, order: np.ndarray) -> Symbolic:
         n = pattern.shape[0]
         start, index = pattern.indptr.astype(np.int64), pattern.indices.astype(np.int64)
-        parent = _tree(n, start, index, order, _inverted(order))
-        post = _postorder(parent)
+        parent = elimination_tree(n, start, index, order, inverse_order(order))
+        post = postorder(parent)
         order = np.ascontiguousarray(order[post])
-        place = _inverted(order)
-        parent = _relabelled(parent, post)
-        count = _counts(n, start, index, order, place, parent)
+        place = inverse_order(order)
+        parent = relabelled(parent, post)
+        count = column_counts(n, start, index, order, place, parent)
         first = _supernodes(parent, count)
         of_column = np.repeat(np.arange(len(first) - 1), np.diff(first))
         row_start, rows = _rows(start, index, order, place, parent, first, of_column)
@@ -173,112 +180,6 @@ def _operations(first: np.ndarray, row_start: np.ndarray) -> np.ndarray:
     w = np.diff(first).astype(float)
     below = np.diff(row_start) - w
     return w**3 / 3 + w * w * below + w * below * (below + 1)
-
-
-def _inverted(order: np.ndarray) -> np.ndarray:
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    return place
-
-
-@compiled
-def _tree(n, start, index, order, place):
-    """Elimination tree with compressed paths."""
-    parent = np.full(n, -1, np.int64)
-    ancestor = np.full(n, -1, np.int64)
-    for k in range(n):
-        column = order[k]
-        for p in range(start[column], start[column + 1]):
-            i = place[index[p]]
-            while i != -1 and i < k:
-                following = ancestor[i]
-                ancestor[i] = k
-                if following == -1:
-                    parent[i] = k
-                i = following
-    return parent
-
-
-@compiled
-def _postorder(parent):
-    n = len(parent)
-    head = np.full(n, -1, np.int64)
-    following = np.full(n, -1, np.int64)
-    post = np.empty(n, np.int64)
-    stack = np.empty(n, np.int64)
-    for j in range(n - 1, -1, -1):
-        if parent[j] >= 0:
-            following[j] = head[parent[j]]
-            head[parent[j]] = j
-    k = 0
-    for root in range(n):
-        if parent[root] >= 0:
-            continue
-        top = 0
-        stack[0] = root
-        while top >= 0:
-            child = head[stack[top]]
-            if child == -1:
-                post[k] = stack[top]
-                k += 1
-                top -= 1
-            else:
-                head[stack[top]] = following[child]
-                top += 1
-                stack[top] = child
-    return post
-
-
-def _relabelled(parent: np.ndarray, post: np.ndarray) -> np.ndarray:
-    new = _inverted(post)
-    found = parent[post]
-    return np.where(found < 0, -1, new[found])
-
-
-@compiled
-def _counts(n, start, index, order, place, parent):
-    """Entries of each column of L, of columns in postorder, in a time about as long as the matrix's
-    entries are many, however many L has.
-
-    The columns that hold row i are a subtree, rooted at i. A column adds to the counts of its own,
-    and takes away what is counted twice where paths to the root meet.
-
-    Reference:
-        Gilbert, Ng and Peyton, SIAM Journal on Matrix Analysis and Applications 15 (1994), 1075-1091.
-    """
-    first = np.arange(n)  # the first column of the subtree
-    count = np.ones(n, np.int64)
-    for j in range(n):
-        if parent[j] >= 0:
-            first[parent[j]] = min(first[parent[j]], first[j])
-            count[parent[j]] = 0
-    furthest = np.full(n, -1, np.int64)  # of each row's leaves the last's first column
-    leaf = np.full(n, -1, np.int64)
-    up = np.arange(n)
-    for j in range(n):
-        if parent[j] >= 0:
-            count[parent[j]] -= 1
-        column = order[j]
-        for p in range(start[column], start[column + 1]):
-            i = place[index[p]]
-            if i <= j or first[j] <= furthest[i]:
-                continue
-            furthest[i] = first[j]
-            count[j] += 1
-            last, leaf[i] = leaf[i], j
-            if last >= 0:
-                meet = last
-                while up[meet] != meet:
-                    meet = up[meet]
-                while last != meet:
-                    up[last], last = meet, up[last]
-                count[meet] -= 1
-        if parent[j] >= 0:
-            up[j] = parent[j]
-    for j in range(n):
-        if parent[j] >= 0:
-            count[parent[j]] += count[j]
-    return count
 
 
 @compiled
