@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from math import isfinite
 from time import perf_counter
@@ -44,6 +45,8 @@ __all__ = ["checked", "fit_reml", "iterate", "moment_start", "start_by_moments"]
 #: An exact evaluation is put off when it takes this many times the work of an approximate one.
 _WORTH = 1.5
 _ROUGH_STEPS = 30
+#: Operations of an evaluation in place of which coarser ones are made at first.
+_LONG = 1e8
 #: With few digits and probes: what error they leave a step with exact evaluations takes away.
 _ROUGH = Krylov(probes=8, tolerance=1e-5, probe_tolerance=1e-3)
 
@@ -138,6 +141,22 @@ def _start_by_krylov(objective: Objective, loss: REMLLoss, y: Tensor, X: Tensor)
     return True
 
 
+def _coarser(objective: Objective, loss: REMLLoss, y: Tensor, X: Tensor) -> Objective | None:
+    """The likelihood of a coarser copy of the covariance, where the exact one takes long."""
+    exact = objective.problem.cost()
+    if exact is None or exact.operations < _LONG:
+        return None
+    covariance = deepcopy(loss.covariance)
+    matrices = [m for m in covariance.modules() if isinstance(m, Matrix)]
+    if not sum(matrix.coarsen() for matrix in matrices):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the loss itself warns of what there is to warn of
+        coarse = REMLLoss(covariance, loss.method, loss.solver).objective(y, X, objective.rows)
+    cost = coarse.problem.cost()
+    return coarse if cost is not None and exact.operations > _WORTH * cost.operations else None
+
+
 def fit_reml(
     covariance: Matrix,
     y: Tensor,
@@ -157,7 +176,9 @@ def fit_reml(
     parameters at the estimates. All that require a gradient are estimated, those of
     designs and of networks too. Where the likelihood may have several optima, as of
     correlation that decays with a distance beside other terms, the fit runs from
-    several starts and its result is the best of them.
+    several starts and its result is the best of them. Where an evaluation takes long, the first
+    steps are taken with a coarser covariance (:meth:`Matrix.coarsen`) or an approximate likelihood;
+    the last are exact.
 
     Args:
         covariance: the covariance V.
@@ -205,7 +226,8 @@ def fit_reml(
         moment_start(loss, y, X, rows)
 
     if start == "moments" and free and has_several_optima(objective):
-        history, others = climb_from_several(objective, max_iterations, begin)
+        coarse = _coarser(objective, loss, y, X)
+        history, others = climb_from_several(objective, max_iterations, begin, coarse)
     else:
         if start == "moments" and not (free and _start_by_krylov(objective, loss, y, X)):
             begin()

@@ -35,6 +35,8 @@ _FAR, _NEAR = 0.9, 0.1
 _MANY = 4
 #: A run that is within this many standard errors of an optimum already found goes there too.
 _CLOSE = 0.3
+#: A coarse likelihood is left so many standard errors from its optimum.
+_NEARBY = 0.1
 #: A run that gains nothing in so many shortened steps ends.
 _STALLED = 5
 
@@ -115,7 +117,7 @@ def _gain(history: Sequence[Record]) -> float:
 
 
 def climb_from_several(
-    objective: Objective, most: int, start: Callable[[], None]
+    objective: Objective, most: int, start: Callable[[], None], coarse: Objective | None = None
 ) -> tuple[list[Record], list[Start]]:
     """Climb from each reach, and leave the parameters at the best end.
 
@@ -123,6 +125,8 @@ def climb_from_several(
         objective: the likelihood.
         most: steps of each run.
         start: sets the parameters to where all starts have them, reaches apart.
+        coarse: the likelihood of a coarser covariance with the same parameters, near the optimum of
+            which each run begins.
 
     Returns:
         The history of the best run, and where the others ended.
@@ -133,6 +137,8 @@ def climb_from_several(
         start()
         for matrix, reach in reach_of:
             matrix.start_reach(reach)
+        if coarse is not None:
+            _approach(objective, coarse, most)
         try:
             runs.append(_run(objective, most, runs))
         except NumericalError as error:
@@ -151,6 +157,21 @@ def climb_from_several(
     best.curvature.at.write(best.curvature.u)
     starts = [_start(run, best) for run in runs if run is not best]
     return best.history, starts
+
+
+@torch.no_grad()
+def _approach(objective: Objective, coarse: Objective, most: int) -> None:
+    """Move the parameters to near the optimum of the coarse likelihood, if a climb ends there."""
+    own, other = (list(o.covariance.parameters()) for o in (objective, coarse))
+    for to, value in zip(other, own, strict=True):
+        to.copy_(value)
+    try:
+        history = climb(coarse, most, lambda record: record.score_norm < _NEARBY)
+    except NumericalError:
+        return
+    if history[-1].score_norm < _NEARBY:
+        for to, value in zip(own, other, strict=True):
+            to.copy_(value)
 
 
 def _run(objective: Objective, most: int, others: Sequence[_Run]) -> _Run:

@@ -18,10 +18,10 @@ import numpy as np
 from scipy.sparse import csc_matrix
 
 from openreml_nn.likelihood.system.sparse.columns import Run, runs_of
-from openreml_nn.likelihood.system.sparse.elimination import (
+from openreml_nn.likelihood.system.sparse.forest import (
     column_counts,
     elimination_tree,
-    inverse_order,
+    inverted,
     postorder,
     relabelled,
 )
@@ -99,10 +99,10 @@ class Symbolic:
     def _ordered(cls, pattern: csc_matrix, order: np.ndarray) -> Symbolic:
         n = pattern.shape[0]
         start, index = pattern.indptr.astype(np.int64), pattern.indices.astype(np.int64)
-        parent = elimination_tree(n, start, index, order, inverse_order(order))
+        parent = elimination_tree(n, start, index, order, inverted(order))
         post = postorder(parent)
         order = np.ascontiguousarray(order[post])
-        place = inverse_order(order)
+        place = inverted(order)
         parent = relabelled(parent, post)
         count = column_counts(n, start, index, order, place, parent)
         first = _supernodes(parent, count)

@@ -1,4 +1,4 @@
-"""The elimination tree of a symmetric pattern, and how many entries each column of its factor has.
+r"""The elimination tree of a sparse matrix, and what it tells of the Cholesky factor.
 
 Reference:
     Davis, Direct Methods for Sparse Linear Systems (2006), chapter 4.
@@ -10,11 +10,11 @@ import numpy as np
 
 from openreml_nn.support.compilation import compiled
 
-__all__ = ["column_counts", "elimination_tree", "inverse_order", "postorder", "relabelled"]
+__all__ = ["column_counts", "elimination_tree", "inverted", "postorder", "relabelled"]
 
 
-def inverse_order(order: np.ndarray) -> np.ndarray:
-    """Where each column stands in an order."""
+def inverted(order: np.ndarray) -> np.ndarray:
+    """The permutation that undoes one."""
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
     return place
@@ -40,7 +40,7 @@ def elimination_tree(n, start, index, order, place):
 
 @compiled
 def postorder(parent):
-    """The columns of a tree, each after all below it."""
+    """Nodes of a forest, each after those below it."""
     n = len(parent)
     head = np.full(n, -1, np.int64)
     following = np.full(n, -1, np.int64)
@@ -70,8 +70,8 @@ def postorder(parent):
 
 
 def relabelled(parent: np.ndarray, post: np.ndarray) -> np.ndarray:
-    """The parents of columns that are put in a postorder."""
-    new = inverse_order(post)
+    """The parents in a forest whose nodes are numbered anew, in the order ``post``."""
+    new = inverted(post)
     found = parent[post]
     return np.where(found < 0, -1, new[found])
 
