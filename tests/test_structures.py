@@ -777,6 +777,18 @@ def test_car1_is_one_model_in_any_unit_of_time(phi):
         assert value**unit == pytest.approx(rho, rel=1e-6 + 1e-15 * unit**2)
 
 
+def test_rho_of_times_of_different_sites_can_be_tied():
+    table = pd.concat([_series(0.6), _series(0.6, seed=1)], ignore_index=True)
+    table["site"] = np.repeat(["a", "b"], 60)
+    table["t"] = np.tile(np.arange(60.0), 2) * np.repeat([1.0, 1.5], 60)
+    free = lmm("y ~ 1", table, residual="diag(site):car1(t)")
+    one, other = (p.name for p in free.parameters if p.name.endswith("rho"))
+    tied = lmm("y ~ 1", table, residual="diag(site):car1(t)", constraints={other: one})
+    value = {p.name: p.value for p in tied.parameters}
+    assert tied.converged and tied.log_likelihood < free.log_likelihood
+    assert value.get(other, value[one]) == value[one]
+
+
 def test_car1_whose_correlation_ends_within_near_duplicates_says_the_unit_that_it_needs():
     table = _series(1e-300, gap=1e-3)
     expected = lmm("y ~ 1", table, residual="exponential(t | g)")
