@@ -777,6 +777,18 @@ def test_car1_is_one_model_in_any_unit_of_time(phi):
         assert value**unit == pytest.approx(rho, rel=1e-6 + 1e-15 * unit**2)
 
 
+def test_rho_of_times_of_different_sites_can_be_tied():
+    table = pd.concat([_series(0.6), _series(0.6, seed=1)], ignore_index=True)
+    table["site"] = np.repeat(["a", "b"], 60)
+    table["t"] = np.tile(np.arange(60.0), 2) * np.repeat([1.0, 1.5], 60)
+    free = lmm("y ~ 1", table, residual="diag(site):car1(t)")
+    one, other = (p.name for p in free.parameters if p.name.endswith("rho"))
+    tied = lmm("y ~ 1", table, residual="diag(site):car1(t)", constraints={other: one})
+    value = {p.name: p.value for p in tied.parameters}
+    assert tied.converged and tied.log_likelihood < free.log_likelihood
+    assert value.get(other, value[one]) == value[one]
+
+
 def test_car1_whose_correlation_ends_within_near_duplicates_says_the_unit_that_it_needs():
     table = _series(1e-300, gap=1e-3)
     expected = lmm("y ~ 1", table, residual="exponential(t | g)")
@@ -794,3 +806,29 @@ def test_smooth_correlation_begins_as_short_as_near_duplicates_need(formula):
     fits = [lmm(formula, table, residual=f"{s} | g)") for s in ("gaussian(t", "matern(t")]
     assert all(fit.converged for fit in fits)
     assert abs(fits[0].log_likelihood - fits[1].log_likelihood) < 1e-7
+
+
+def test_residuals_alike_but_for_rounding_leave_effects_their_digits():
+    # Two records an animal, of which the residual is all but one: V has digits, R has none.
+    draw = np.random.default_rng(0)
+    n = 30
+    root = draw.standard_normal((n, n))
+    kernel = pd.DataFrame(root @ root.T / n + 0.1 * np.eye(n), index=range(n), columns=range(n))
+    table = pd.DataFrame({"g": np.repeat(np.arange(n), 2), "t": np.tile([0, 1], n)})
+    table["h"] = np.repeat(draw.integers(0, 6, n), 2)
+    effects = np.linalg.cholesky(kernel) @ draw.standard_normal((n, 2))
+    table["y"] = 2 * effects.ravel() + np.repeat(draw.standard_normal(n), 2)
+    fits = []
+    for rho in (1e-7 - 1, 1e-12 - 1, 1e-15 - 1):
+        fits.append(
+            lmm(
+                "y ~ t + (t | vm(g, K)) + (1 | h)", table, residual="ar1(t | g)", solver="dense",
+                kernels={"K": kernel}, constraints={"residual/g/matrix/rho": rho},
+            )
+        )  # fmt: skip
+    for found in fits[1:]:
+        assert found.converged
+        assert abs(found.log_likelihood - fits[0].log_likelihood) < 1e-4
+        for one, other in zip(found.random, fits[0].random, strict=True):
+            torch.testing.assert_close(one.values, other.values, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(one.variances, other.variances, rtol=1e-3, atol=1e-3)

@@ -76,6 +76,13 @@ class _Decay(TransformSigmoid):
         u = abs(remainder(u - low, 2 * (high - low)))
         return low + u
 
+    def __eq__(self, other: object) -> bool:
+        # The same function of x, in whatever coordinate a fit sees it: such parameters can be tied.
+        return type(self) is type(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
 
 class ContinuousAR1Matrix(Matrix):
     r"""Autoregression in continuous time, :math:`V_{ij} = \sigma^2 \rho^{d_{ij}}`, also known as
