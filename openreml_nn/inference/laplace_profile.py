@@ -197,8 +197,12 @@ class LaplaceProfiler:
 
     @property
     def names(self) -> list[str]:
-        """What can be profiled."""
+        """What is profiled by default."""
         return list(self._known)
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a parameter."""
+        return name in self._known
 
     def curve(self, name: str) -> Curve:
         """The profile of a quantity."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -58,7 +57,8 @@ def profile(
 
     Args:
         result: a fit.
-        names: which parameters; all by default.
+        names: which parameters; by default all but the correlations of residuals, which are as many
+            as pairs of positions: ``cor_1.0|Residual`` is the one of an ``ar1(time | group)``.
         max_iterations: steps to the maximum at each point, at most.
         progress: whether a bar shows on stderr.
 
@@ -78,11 +78,10 @@ def profile(
     max_iterations = check_count("max_iterations", max_iterations, 1)
     is_linear = family_of(result) is None
     profiler = (_Profiler if is_linear else LaplaceProfiler)(result, max_iterations)
-    known = profiler.names
-    wanted = known if names is None else check_names("names", names)
+    wanted = profiler.names if names is None else check_names("names", names)
     for name in wanted:
-        if name not in known:
-            raise InputError(f"`names` has {name!r}: expected some of {known}")
+        if not profiler.has(name):
+            raise InputError(f"`names` has {name!r}: expected some of {profiler.names}")
     curves = {}
     for name in tracked(wanted, "profile", progress):
         curves[name] = profiler.curve(name)
@@ -124,6 +123,8 @@ class _Profiler:
                 "`result` has a design that is estimated: profiles are for models of known designs"
             )
         self.natural = Natural(self.objective)
+        self._entries = matrix_entries(self.fitted)
+        self._known: dict[str, Quantity | None] = {}
         self.best = float(self.objective.evaluate().log_likelihood)
         #: Values at which the maximum was missed, and by how much the fit was surpassed, of a curve.
         self.missed: list[float] = []
@@ -131,14 +132,24 @@ class _Profiler:
 
     @property
     def names(self) -> list[str]:
-        """What can be profiled."""
-        return [*self._held, *self.fitted.fixed.names]
+        """What is profiled by default."""
+        found = [
+            name
+            for name, (index, i, j) in self._entries.items()
+            if not (i != j and self.fitted.components[index].is_residual) and self.has(name)
+        ]
+        return [*found, *self.fitted.fixed.names]
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a parameter, on which the likelihood depends."""
+        return self._held(name) is not None or name in self.fitted.fixed.names
 
     def curve(self, name: str) -> Curve:
         """The profile of a parameter."""
         self.missed, self.highest = [], 0.0
-        if name in self._held:
-            return self._covariance_curve(self._held[name])
+        held = self._held(name)
+        if held is not None:
+            return self._covariance_curve(held)
         return self._fixed_curve(self.fitted.fixed.names.index(name))
 
     def _seen(self, ascent: Ascent, value: float, log_likelihood: float) -> float:
@@ -150,17 +161,12 @@ class _Profiler:
 
     # ------------------------------------------------------------------ covariances
 
-    @cached_property
-    def _held(self) -> dict[str, Quantity]:
-        """Standard deviations and correlations that the likelihood depends on."""
-        found = {}
-        for name, (index, i, j) in matrix_entries(self.fitted).items():
-            if i != j and self.fitted.components[index].is_residual:
-                continue
-            held = self.natural.held(index, i, j)
-            if held is not None:
-                found[name] = held
-        return found
+    def _held(self, name: str) -> Quantity | None:
+        """A standard deviation or a correlation that the likelihood depends on."""
+        if name not in self._known:
+            entry = self._entries.get(name)
+            self._known[name] = None if entry is None else self.natural.held(*entry)
+        return self._known[name]
 
     def _covariance_curve(self, held: Quantity) -> Curve:
         start = self.natural.start

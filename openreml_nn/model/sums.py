@@ -115,7 +115,8 @@ class Parts:
     def whole(self, encoder: Encoder) -> Sums:
         """The sums over all rows, with levels in order."""
         if self.statistics is None or self.encoded is None or self.scale is None:
-            raise InputError(f"{encoder.source}: every row has a missing value")
+            what = "every row has a missing value" if self.dropped else "there are no rows"
+            raise InputError(f"{encoder.source}: {what}")
         if self.dropped:
             warn(
                 f"{encoder.source}: {self.dropped} of {self.dropped + self.statistics.rows} rows "

@@ -276,8 +276,8 @@ def _takes_rows(options: Options) -> bool:
 
 
 def _formula(options: Options) -> str:
-    bundled = options["data.name"] is not None and options["data.path"] is not None
-    if bundled and not options.is_given("model.formula"):
+    named = "name" in options.keys("data")
+    if named and options["data.path"] is not None and not options.is_given("model.formula"):
         raise InputError(
             f"model.formula is not given for file {str(options['data.path'])!r}: "
             "expected one such as model.formula='y ~ x + (1 | group)'"

@@ -12,7 +12,7 @@ from typing import Any
 import hydra
 
 from openreml_nn.program.fit import fit_table
-from openreml_nn.program.options import check_typed, quoted
+from openreml_nn.program.options import flags_first, quoted
 from openreml_nn.program.predict import predict_table
 from openreml_nn.program.report import write_page
 from openreml_nn.program.reporting import configured, reported, stoppable
@@ -34,12 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name, task = "config", _TASKS.get(given[0] if given else "", fit_table)
     if task is not fit_table:
         name = given.pop(0)
-    sys.argv = [sys.argv[0], *map(quoted, given)]
     # Hydra then raises what it would print and swallow.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     configured()
     with stoppable(), reported():
-        check_typed(sys.argv[1:])
+        sys.argv = [sys.argv[0], *flags_first([*map(quoted, given)])]
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)(task)()
 
 

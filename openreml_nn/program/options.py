@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from openreml_nn.support.errors import InputError
 
-__all__ = ["Options", "by_parameter", "check_typed", "flattened", "quoted", "references"]
+__all__ = ["Options", "by_parameter", "flags_first", "flattened", "quoted", "references"]
 
 #: Options whose values are free text; Hydra's grammar would trip over brackets and bars.
 _TEXT = re.compile(
@@ -88,26 +88,34 @@ def by_parameter(config: DictConfig) -> DictConfig:
     return found
 
 
-def check_typed(arguments: Sequence[str]) -> None:
-    """Refuse what is neither an override ``key=value`` nor a flag of Hydra's.
+def flags_first(arguments: Sequence[str]) -> list[str]:
+    """The arguments with Hydra's flags before all overrides ``key=value``, between which Hydra
+    reads none.
 
     Raises:
-        InputError: naming the argument.
+        InputError: naming an argument that is neither.
+
+    >>> flags_first(["seed=1", "--cfg", "job", "profile=true"])
+    ['--cfg', 'job', 'seed=1', 'profile=true']
     """
-    is_value = False
+    flags, overrides, is_value = [], [], False
     for argument in arguments:
         if is_value and (argument.startswith("-") or "=" in argument):
             is_value = False  # --info stands alone too
         if is_value:
             is_value = False
+            flags.append(argument)
         elif argument.startswith("-"):
             if not _FLAG.fullmatch(argument):
                 raise InputError(f"option {argument!r} is not known: see --help and --hydra-help")
             is_value = bool(_WITH_VALUE.fullmatch(argument))
+            flags.append(argument)
         else:
             keyless = not argument.lstrip("+~").partition("=")[0].strip("@ ")
             if keyless or not _parses(argument):
                 raise InputError(f"option {argument!r} cannot be read: expected key=value")
+            overrides.append(argument)
+    return [*flags, *overrides]
 
 
 def _parses(argument: str) -> bool:

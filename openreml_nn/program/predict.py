@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,5 +45,6 @@ def _loaded(checkpoint: str) -> MixedModule:
     try:
         return MixedModule.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = one_line(str(error).partition("\n")[0]) or type(error).__name__
+        # torch goes on with advice to load what may run code.
+        reason = one_line(re.split(r"\n|(?<=failed)\. ", str(error))[0]) or type(error).__name__
         raise InputError(f"checkpoint {checkpoint!r} cannot be loaded: {reason}") from error

@@ -197,6 +197,8 @@ class TableFile(os.PathLike[str]):
             InputError: if the file is broken or lacks a column.
         """
         names = self.columns()
+        if not names:
+            raise InputError(f"file {self._path!r} has no rows")
         for column in columns:
             if column not in names:
                 near = ", ".join(names[:20])

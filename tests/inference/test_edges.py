@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from openreml_nn import InputError, glmm, lmm
-from openreml_nn.inference import likelihood_ratio_test, scan, variance_shares
+from openreml_nn.inference import likelihood_ratio_test, profile, scan, variance_shares
 from openreml_nn.inference.constrained import Ascent, Natural
 from openreml_nn.inference.refit import Refit
 
@@ -122,3 +122,24 @@ def test_markers_may_be_read_only(table):
     expected = scan(result, markers)
     markers.flags.writeable = False
     pd.testing.assert_frame_equal(scan(result, markers), expected)
+
+
+@pytest.mark.parametrize("structure", ["ar1(time | g)", "cs(time | g)"])
+def test_the_correlation_of_residuals_is_profiled_by_its_name(structure):
+    rng = np.random.default_rng(4)
+    table = pd.DataFrame({"g": np.repeat(np.arange(15), 3), "time": np.tile(np.arange(3), 15)})
+    table["y"] = rng.standard_normal(45) + 0.7 * rng.standard_normal(15)[table["g"]]
+    one = lmm("y ~ 1", table, residual=structure)
+    found = profile(one, ["cor_1.0|Residual"], progress=False).intervals().iloc[0]
+    whole = lmm("y ~ 1", table, residual=structure, method="ml")
+    (rho,) = (p for p in whole.parameters if p.name.endswith("rho"))
+    assert found["estimate"] == pytest.approx(rho.value, rel=1e-5)
+    for end in ("low", "high"):
+        held = lmm("y ~ 1", table, residual=structure, method="ml",
+                   constraints={rho.name: found[end]})  # fmt: skip
+        drop = 2 * (whole.log_likelihood - held.log_likelihood)
+        assert drop == pytest.approx(1.959963984540054**2, rel=1e-4)
+    by_default = [*(f"sd_{i}|Residual" for i in range(3)), "(Intercept)"]
+    with pytest.raises(InputError, match="`names` has 'rho': expected some of ") as caught:
+        profile(one, ["rho"], progress=False)
+    assert str(caught.value).endswith(str(by_default))

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from openreml_nn import InputError
 from openreml_nn.program.fit import prepared
 from openreml_nn.program.main import config_folder
-from openreml_nn.program.options import Options, check_typed, quoted, references
+from openreml_nn.program.options import Options, flags_first, quoted, references
 from tests.forked import program
 
 
@@ -52,6 +52,7 @@ NEURAL = ["experiment=neural_longitudinal", "trainer.max_epochs=1", "model.width
         ([*NEURAL, "~model.network", "+model.network={_target_: torch.nn.Tanh}"], ["width=4"]),
         (["data=table", "data.path=t.csv", "data.formula=y ~ x", "model.formula=y ~ 1"],
          ["data.formula=y ~ x"]),
+        (["data.name=oats", "data.path=t.csv", "model.formula=y ~ x"], ["data.name=oats"]),
         (["+unheard=1"], ["unheard=1"]),
         (["+data.unheard=1"], ["data.unheard=1"]),
         (["+model.unheard=1"], ["model.unheard=1"]),
@@ -161,13 +162,19 @@ def test_free_text_is_quoted_for_hydra(argument, expected):
     ],
 )
 def test_what_hydra_takes_is_taken(arguments):
-    check_typed(arguments)
+    assert sorted(flags_first(arguments)) == sorted(arguments)
+
+
+def test_flags_may_stand_between_overrides():
+    typed = ["seed=1", "-m", "data=oats", "--config-dir", ".", "profile=true", "--info", "a=b"]
+    overrides = [text for text in typed if "=" in text]
+    assert flags_first(typed) == ["-m", "--config-dir", ".", "--info", *overrides]
 
 
 @pytest.mark.parametrize("argument", ["job", "=3", "+", "seed=[1", "--nothing", "-x", ""])
 def test_what_nobody_takes_is_named(argument):
     with pytest.raises(InputError, match=r"^option "):
-        check_typed([argument])
+        flags_first([argument])
 
 
 @pytest.mark.parametrize("flags", [["--cfg", "job"], ["-c", "job"], ["--cfg=job", "-p", "model"]])

@@ -1,14 +1,18 @@
 """Predictions from a checkpoint, which may be a stranger's."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from openreml_nn import datasets, lmm
 from openreml_nn.lightning import MixedModule
+from openreml_nn.program.rundir import RunDirectory
 from tests.forked import program
 from tests.test_instantiate import PROCESS
 
@@ -70,7 +74,9 @@ def test_the_program_predicts_as_the_result_and_the_module_do(tmp_path):
     assert (tmp_path / "r" / "result.json").exists()
 
 
-def test_predictions_into_the_folder_of_the_fit_leave_the_fit(folder):
+def test_predictions_into_the_folder_of_the_fit_leave_the_fit_and_go_with_it(
+    folder, tmp_path, monkeypatch
+):
     before = json.loads((folder / "r" / "result.json").read_text())
     options = ["checkpoint=r/model.ckpt", "data.path=new.csv", "hydra.run.dir=r"]
     overrides = (folder / "r" / ".hydra" / "overrides.yaml").read_text()
@@ -79,14 +85,24 @@ def test_predictions_into_the_folder_of_the_fit_leave_the_fit(folder):
     assert json.loads((folder / "r" / "result.json").read_text()) == before
     assert (folder / "r" / ".hydra" / "overrides.yaml").read_text() == overrides
     assert len(pd.read_csv(folder / "r" / "predictions.csv")) == 24
+    # Nothing that the program has written outlives the next run.
+    run = shutil.copytree(folder / "r", tmp_path / "r")
+    assert (run / "residuals.csv").exists()
+    config = OmegaConf.create({"overrides": {"task": []}})
+    monkeypatch.setattr(HydraConfig, "get", lambda: config)
+    with RunDirectory(run) as directory:
+        directory.begin(config)
+    assert {path.name for path in run.iterdir()} == {"config.yaml", ".hydra"}
 
 
 def test_a_broken_checkpoint_is_one_line(folder):
     (folder / "broken.ckpt").write_bytes((folder / "r" / "model.ckpt").read_bytes()[:1000])
     torch.save({"a": 1}, folder / "other.ckpt")
     torch.save([1], folder / "list.ckpt")
-    for name in ("broken", "other", "list"):
+    (folder / "text.ckpt").write_text("y,x\n1,2\n")
+    for name in ("broken", "other", "list", "text"):
         done = program("predict", f"checkpoint={name}.ckpt", "data.path=new.csv", cwd=folder)
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1
+        assert "weights_only" not in done.stderr  # torch advises to run whatever it holds
         assert f"checkpoint '{name}.ckpt' cannot be loaded: " in done.stderr

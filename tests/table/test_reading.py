@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from openreml_nn import InputError, lmm
+from openreml_nn import InputError, fit_stream, lmm
 from openreml_nn.table import Encoder, TableFile, read_table, write_table
 
 TABLE = pd.DataFrame(
@@ -67,6 +67,13 @@ def test_files_that_cannot_be_read(tmp_path, name, content, match):
         read_table(tmp_path / name)
     assert "\n" not in str(caught.value)
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "y,g\n"])
+def test_a_file_without_rows_is_said_to_have_none_in_chunks_too(tmp_path, content):
+    (tmp_path / "t.csv").write_text(content)
+    with pytest.raises(InputError, match=r"t\.csv'(:| has) (there are )?no rows"):
+        fit_stream("y ~ 1 + (1 | g)", tmp_path / "t.csv", chunk_rows=5)
 
 
 def test_a_directory_is_not_a_table(tmp_path):
