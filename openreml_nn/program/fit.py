@@ -49,9 +49,11 @@ def fit_table(config: DictConfig) -> float:
             return 0.0
         result = found.result
         if not result.converged:
+            is_cut = result.iterations >= options["trainer.max_epochs"]
             warn(
                 f"not converged after {result.iterations} iterations: score norm "
-                f"{result.score_norm:.3g} standard errors; raise trainer.max_epochs"
+                f"{result.score_norm:.3g} standard errors"
+                f"{'; raise trainer.max_epochs' if is_cut else ''}"
             )
         _write(found, fit, path, is_profiled)
         return found.validation.get("val_negative_log_density", result.deviance)

@@ -73,3 +73,17 @@ def test_what_stops_ai_reml_is_its_own(tmp_path):
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "StopWhenConverged(tolerance=0.1) has no effect on AI-REML" in done.stderr
     assert "optimizer.tolerance" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "end"),
+    [
+        ("trainer.max_epochs=3", "standard errors; raise trainer.max_epochs\n"),
+        ("callbacks.stop.tolerance=0.5", "standard errors\n"),
+    ],
+)
+def test_more_epochs_are_advised_where_the_fit_ran_out_of_them(tmp_path, option, end):
+    done = program(*QUICK, "optimizer=adam", option, cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stderr.startswith("warning: not converged after ")
+    assert done.stderr.endswith(end)
