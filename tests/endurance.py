@@ -30,7 +30,7 @@ from tests.forked import program, started
 
 OPTIONS = [
     "experiment=neural_longitudinal", "trainer.enable_progress_bar=false", "model.width=4",
-    "trainer.max_epochs=20", "callbacks.checkpoint.every_n_epochs=1",
+    "trainer.max_epochs=8", "callbacks.checkpoint.every_n_epochs=1",
 ]  # fmt: skip
 #: After these something else is being written.
 MARKS = ["config.yaml", "checkpoints/last.ckpt", "trace.csv", "model.ckpt", "fixed.csv", "blup.csv",

@@ -295,14 +295,14 @@ def test_a_network_for_the_residual_is_an_option_as_typed_in_a_shell(tmp_path, t
 
 def test_a_sweep_of_a_network_has_a_table_and_a_best_run(tmp_path):
     done = call(
-        "-m", "experiment=neural_longitudinal", "trainer.max_epochs=2", "optimizer.lr=0.01,0.1",
+        "-m", "experiment=neural_longitudinal", "trainer.max_epochs=2", "optimizer.lr=0.01",
         "model.head=ml,gls", "trainer.enable_progress_bar=false", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.rglob("sweep.csv")
     table = pd.read_csv(path)
-    assert table["run"].tolist() == [0, 1, 2, 3]
-    assert table["model.head"].tolist() == ["ml", "gls"] * 2
+    assert table["run"].tolist() == [0, 1]
+    assert table["model.head"].tolist() == ["ml", "gls"]
     best = table["run"][table["val_negative_log_density"].idxmin()]
     shown = [line for line in done.stdout.splitlines() if line.startswith("best run by")]
     assert shown[0].endswith(f"/{best}")

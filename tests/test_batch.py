@@ -43,7 +43,11 @@ def model(kind):
 
 def response(kind):
     y = rows()["y"]
-    return torch.stack([y, 2 * y, 1 - y], 1) if kind.startswith("several") else y
+    return (
+        torch.stack([y, 2 * y + rows()["x"][:, 0], 1 - y + rows()["x"][:, 1]], 1)
+        if kind.startswith("several")
+        else y
+    )
 
 
 IDLE = {
@@ -86,6 +90,21 @@ def test_a_loaders_batch_with_such_a_part_is_refused_by_its_number(kind, stage):
     name = {"fit": "training", "validate": "validation", "predict": "prediction"}[stage]
     with pytest.raises(InputError, match=rf"{name} batch 0: `batch\['residual'\]"):
         getattr(trainer, stage)(module, loader)
+
+
+@pytest.mark.parametrize("kind", ["plain", "family", "several", "linear"])
+def test_codes_of_a_factor_that_the_model_does_not_have_are_said(kind):
+    made, own = model(kind), rows(y=response(kind))
+    more = {**own, "groups": {**own["groups"], "h": own["groups"]["g"]}}
+    message = (
+        r"batch\['groups'\] has 'h', of which the model has no random effect: they are \['g'\]"
+    )
+    made.update(own)
+    for call in (made.loss, made.update, made.predict, made.covariance):
+        with pytest.warns(UserWarning, match=message):
+            call(more)
+    with pytest.warns(UserWarning, match=message):  # and nothing else: several models may share it
+        torch.testing.assert_close(made.loss(more), made.loss(own), rtol=0, atol=0)
 
 
 def test_cells_are_read_where_residuals_are_correlated():

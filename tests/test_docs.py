@@ -175,14 +175,17 @@ def shell(page):
     return "".join(block for block in found if not re.search(r"^make |\.venv", block, re.MULTILINE))
 
 
-#: The program, with networks that are trained for as long as it takes to see that they are; as
-#: a shell starts it where it stands alone, else in forks of this process.
+#: The program, with networks that are trained for as long as it takes to see that they are, or to
+#: a checkpoint, which is written every ten epochs; as a shell starts it where it stands alone or
+#: starts another process, else in forks of this process.
 PROGRAM = """
 openreml-nn() {{
     case "$*" in
-        ""|*devices=*) command openreml-nn "$@";;
-        *resume=*) {program} "$@" trainer.max_epochs=12;;
-        *experiment=neural*) {program} "$@" trainer.max_epochs=10;;
+        "") command openreml-nn;;
+        *devices=*) command openreml-nn "$@" trainer.max_epochs=2;;
+        *resume=*) {program} "$@" trainer.max_epochs=11;;
+        *hydra.run.dir=crossed*) {program} "$@" trainer.max_epochs=10;;
+        *experiment=neural*) {program} "$@" trainer.max_epochs=2;;
         *) {program} "$@";;
     esac
 }}

@@ -333,6 +333,7 @@ def test_slopes_on_far_off_covariates_are_those_of_lmm(tmp_path, shift):
     assert last["Subject/g/effects/L_1_1"] == pytest.approx(found.parameters[2].value, rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*which the network has not learned")
 @pytest.mark.parametrize("training", ["alternating", "full"])
 def test_a_network_with_slopes_on_far_off_covariates(training):
     """Another origin of the slopes' covariate is the same model, trained alike."""

@@ -279,6 +279,16 @@ def test_functions_and_modules_agree_in_every_precision(dtype):
         torch.testing.assert_close(module.compute(), found.double())
 
 
+def test_a_width_needs_the_variance_alone():
+    mean, variance, target = predictions(8)
+    alone, among = metrics.IntervalWidth(), metrics.IntervalWidth()
+    alone.update(variance=variance)
+    among.update(mean, variance, target)
+    assert alone.compute() == among.compute() > 0
+    with pytest.raises(InputError, match=r"`variance` is None: expected update\(variance="):
+        alone.update(variance)
+
+
 def probabilities(n=400):
     mean = torch.rand(n, dtype=torch.float64)
     return mean, (torch.rand(n) < mean).double()

@@ -2,6 +2,7 @@
 
 import copy
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from openreml_nn.covariance import AR1Matrix, DiagonalMatrix, ScalarMatrix, Unst
 from openreml_nn.estimation import AIREML
 from openreml_nn.estimation.curvature import Curvature
 from openreml_nn.families import Poisson
-from openreml_nn.lightning import MixedModule
+from openreml_nn.lightning import MixedModelDataModule, MixedModule
 from openreml_nn.lightning.sums import LevelSums
 from openreml_nn.lightning.ways import Alternating
 from openreml_nn.model import take
@@ -382,7 +383,7 @@ def test_mini_batches_with_missing_responses_end_where_all_rows_do(tmp_path):
         scheduler={"_target_": "torch.optim.lr_scheduler.ExponentialLR", "gamma": 0.8},
     )  # fmt: skip
     parts = [take(data, at) for at in torch.arange(150).split(40)]
-    trainer = quiet(30)
+    trainer = quiet(30, check_val_every_n_epoch=30)
     trainer.fit(module, DataLoader(parts, batch_size=None), DataLoader(parts, batch_size=None))
     X = torch.cat([data["x"], torch.ones(150, 1).double()], 1)
     linear = MixedModel(nn.Identity(), effects("crossed")[0], head="gls", method="ml")
@@ -509,3 +510,47 @@ def test_without_random_effects_of_their_own():
     X = network(3)(data["x"])
     expected = torch.linalg.lstsq(X, data["y"][:, :2]).solution.mT.reshape(-1).detach()
     torch.testing.assert_close(plain.beta, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("head", ["ml", "gls"])
+def test_responses_that_tell_each_other_are_refused_where_all_rows_are_at_hand(head, dtype):
+    data = rows()
+    data["y"][:, 2] = 3 - 2 * data["y"][:, 0]
+    data["y"][4, 1] = torch.nan
+    data |= {"x": data["x"].to(dtype), "y": data["y"].to(dtype)}
+    mean = nn.Sequential(network(3), Constant()) if head == "gls" else network()
+    own = MixedModel(
+        mean.to(dtype), {"g": RandomEffect(7), "h": RandomEffect(4)}, None, head, responses=T
+    )
+    said = "is a constant" if head == "ml" else "the features fit exactly"
+    message = rf"responses 'y\[:, 0\]', 'y\[:, 2\]' have a combination that {said}"
+    module = MixedModule(own, training="full")
+    for call in (
+        lambda: own.update(data),
+        lambda: own.objective(data),
+        lambda: quiet(1).fit(module, DataLoader([data], batch_size=None)),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
+    # Where something is left the covariance is regular, and one without correlations always is.
+    for residual in (DiagonalMatrix(T), ScalarMatrix(1)):
+        given = residual.double()
+        MixedModel(mean, own.effects(), given, head, responses=T).update(data)
+    data["y"][6, 2] += 0.1
+    own.update(data)
+
+
+class Constant(nn.Module):
+    def forward(self, features):
+        return torch.cat([torch.ones_like(features[:, :1]), features], 1)
+
+
+@pytest.mark.parametrize("network", [None, nn.LazyLinear(3)])
+def test_a_module_of_a_formula_refuses_them_too(network):
+    data = rows()
+    y, x = data["y"][:, 0].numpy(), data["x"][:, 0].numpy()
+    table = pd.DataFrame({"y": y, "z": y + 5, "x": x, "g": data["groups"]["g"].numpy()})
+    formula = "cbind(y, z) ~ x + (1 | g)"
+    with pytest.raises(InputError, match="the responses 'y', 'z' have a combination"):
+        quiet(1).fit(MixedModule(formula, network=network), MixedModelDataModule(table))

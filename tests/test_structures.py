@@ -17,6 +17,7 @@ from openreml_nn.lightning import MixedModelDataModule, MixedModule
 from openreml_nn.model.relations import relations_of
 from openreml_nn.model.structures import labels_of, linear_model
 from openreml_nn.report import blup_table
+from openreml_nn.support.errors import NumericalError
 from openreml_nn.table import Encoder, Learned, parse_formula, parse_residual
 
 
@@ -742,8 +743,92 @@ def test_mixes_of_structures_are_sums_of_products(terms, group, residual, weight
         assert abs(float(found["dense"][0].detach() + dense)) < 1e-8
 
 
-@pytest.mark.parametrize("unit", [1e-2, 1e12])
+@pytest.mark.parametrize("unit", [1e-4, 1e12])
 def test_times_whose_unit_leaves_car1_no_digits_are_refused(unit):
     table = LONG.assign(x=LONG["x"] * unit)
     with pytest.raises(InputError, match=r"apart \(their median\).*exponential"):
         lmm("y ~ 1", table, residual="car1(x | g)")
+
+
+def _series(phi, gap=None, seed=0):
+    """Six times of each of ten groups, of a correlation phi at a distance of 1; with a gap one more."""
+    draw = np.random.default_rng(seed)
+    t = np.arange(6.0) if gap is None else np.r_[np.arange(6.0), gap]
+    d = np.abs(t[:, None] - t)
+    V = np.sign(phi) ** d * abs(phi) ** d if gap is None else abs(phi) ** d
+    y = draw.standard_normal((10, len(t))) @ np.linalg.cholesky(V).T
+    groups = np.repeat([f"g{i}" for i in range(10)], len(t))
+    return pd.DataFrame({"g": groups, "t": np.tile(t, 10), "y": y.ravel()})
+
+
+@pytest.mark.parametrize("phi", [0.6, -0.6])
+def test_car1_is_one_model_in_any_unit_of_time(phi):
+    # Of negative correlation the best is none at all, at the boundary.
+    table = _series(phi)
+    best = lmm("y ~ 1", table, residual="car1(t | g)")
+    (rho,) = (p.value for p in best.parameters if p.name.endswith("rho"))
+    assert (rho == 0) == (phi < 0)
+    for unit in (0.03, 0.5, 1e3, 1e6):
+        found = lmm("y ~ 1", table.assign(t=table["t"] * unit), residual="car1(t | g)")
+        assert found.converged and found.iterations < 15
+        assert abs(found.log_likelihood - best.log_likelihood) < 1e-8
+        (value,) = (p.value for p in found.parameters if p.name.endswith("rho"))
+        # The digits that are left of 1 - rho are lost.
+        assert value**unit == pytest.approx(rho, rel=1e-6 + 1e-15 * unit**2)
+
+
+def test_rho_of_times_of_different_sites_can_be_tied():
+    table = pd.concat([_series(0.6), _series(0.6, seed=1)], ignore_index=True)
+    table["site"] = np.repeat(["a", "b"], 60)
+    table["t"] = np.tile(np.arange(60.0), 2) * np.repeat([1.0, 1.5], 60)
+    free = lmm("y ~ 1", table, residual="diag(site):car1(t)")
+    one, other = (p.name for p in free.parameters if p.name.endswith("rho"))
+    tied = lmm("y ~ 1", table, residual="diag(site):car1(t)", constraints={other: one})
+    value = {p.name: p.value for p in tied.parameters}
+    assert tied.converged and tied.log_likelihood < free.log_likelihood
+    assert value.get(other, value[one]) == value[one]
+
+
+def test_car1_whose_correlation_ends_within_near_duplicates_says_the_unit_that_it_needs():
+    table = _series(1e-300, gap=1e-3)
+    expected = lmm("y ~ 1", table, residual="exponential(t | g)")
+    with pytest.raises(NumericalError, match=r"`rho`.*is below 4e-139.*unit nearer"):
+        lmm("y ~ 1", table, residual="car1(t | g)")
+    finer = lmm("y ~ 1", table.assign(t=table["t"] * 1e3), residual="car1(t | g)")
+    assert finer.converged
+    assert abs(finer.log_likelihood - expected.log_likelihood) < 1e-7
+
+
+@pytest.mark.parametrize("formula", ["y ~ 1", "y ~ 1 + (1 | g)"])
+def test_smooth_correlation_begins_as_short_as_near_duplicates_need(formula):
+    # Of both the best is one within the near duplicates alone.
+    table = _series(0.6, gap=1e-3)
+    fits = [lmm(formula, table, residual=f"{s} | g)") for s in ("gaussian(t", "matern(t")]
+    assert all(fit.converged for fit in fits)
+    assert abs(fits[0].log_likelihood - fits[1].log_likelihood) < 1e-7
+
+
+def test_residuals_alike_but_for_rounding_leave_effects_their_digits():
+    # Two records an animal, of which the residual is all but one: V has digits, R has none.
+    draw = np.random.default_rng(0)
+    n = 30
+    root = draw.standard_normal((n, n))
+    kernel = pd.DataFrame(root @ root.T / n + 0.1 * np.eye(n), index=range(n), columns=range(n))
+    table = pd.DataFrame({"g": np.repeat(np.arange(n), 2), "t": np.tile([0, 1], n)})
+    table["h"] = np.repeat(draw.integers(0, 6, n), 2)
+    effects = np.linalg.cholesky(kernel) @ draw.standard_normal((n, 2))
+    table["y"] = 2 * effects.ravel() + np.repeat(draw.standard_normal(n), 2)
+    fits = []
+    for rho in (1e-7 - 1, 1e-12 - 1, 1e-15 - 1):
+        fits.append(
+            lmm(
+                "y ~ t + (t | vm(g, K)) + (1 | h)", table, residual="ar1(t | g)", solver="dense",
+                kernels={"K": kernel}, constraints={"residual/g/matrix/rho": rho},
+            )
+        )  # fmt: skip
+    for found in fits[1:]:
+        assert found.converged
+        assert abs(found.log_likelihood - fits[0].log_likelihood) < 1e-4
+        for one, other in zip(found.random, fits[0].random, strict=True):
+            torch.testing.assert_close(one.values, other.values, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(one.variances, other.variances, rtol=1e-3, atol=1e-3)

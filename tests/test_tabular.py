@@ -40,6 +40,7 @@ CASES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*which the network has not learned")
 @pytest.mark.parametrize("name", CASES)
 def test_a_checkpoint_needs_neither_table_nor_model(name, tmp_path):
     formula, table, options = CASES[name]
@@ -128,6 +129,9 @@ def test_a_network_may_be_a_module(tmp_path):
     pd.testing.assert_frame_equal(again.predict(table), module.predict(table))
 
 
+WRONG = r"'network' fails for 3 columns, \['\(Intercept\)', 'rain', 'nitrogen'\]: mat1 and mat2"
+
+
 def test_errors_name_what_is_wrong():
     formula, table, _ = CASES["field"]
     with pytest.raises(TypeError, match="kernels"):  # known matrices are the data module's
@@ -141,8 +145,11 @@ def test_errors_name_what_is_wrong():
                 MixedModelDataModule(table, formula),
             )
     wrong = {"_target_": "torch.nn.Linear", "in_features": 99, "out_features": 2}
-    with pytest.raises(InputError, match="'network' fails for 3 columns: mat1 and mat2"):
+    with pytest.raises(InputError, match=WRONG):
         quiet(1).fit(MixedModule(formula, network=wrong), MixedModelDataModule(table, formula))
+    two = {**wrong, "in_features": 2}
+    bare = "yield ~ 0 + rain + nitrogen + (1 | matern(east, north))"
+    quiet(1).fit(MixedModule(bare, network=two), MixedModelDataModule(table, bare))
     with pytest.raises(ValueError, match="no estimates"):
         MixedModule(formula, network=NETWORK).predict(table)
     other = MixedModelDataModule(table, "yield ~ rain + (1 | plot)")
@@ -208,6 +215,7 @@ def test_splits_that_cannot_be(options, message):
         module_with(**options)
 
 
+@pytest.mark.filterwarnings("ignore:.*which the network has not learned")
 def test_every_epoch_has_an_order_of_its_own_and_every_seed():
     table, formula = datasets.growth(40), "height ~ age + (1 | child)"
 

@@ -1,7 +1,9 @@
 """A result with rows that came later: as all rows say at the parameters of the fit."""
 
+import copy
 import json
 import pickle
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -146,9 +148,73 @@ def test_rows_that_cannot_be_added():
     related = lmm("y ~ x + (1 | vm(g, K))", t[:66], kernels={"K": KERNEL})
     with pytest.raises(InputError, match=r"new levels, but its levels are correlated"):
         related.update(t[66:].assign(g="new"))
-    slow = glmm("s ~ x + (1 | g)", t[:66], family="binomial")
-    with pytest.raises(InputError, match="`result` is of the family 'binomial'"):
-        slow.update(t[66:])
+
+
+FAMILIES = {
+    "counts": ("c ~ x + (1 | g) + (1 | h)", "poisson", {}),
+    "slopes": ("c ~ x + (x | g) + offset(x / 2)", "negative_binomial", {}),
+    "labels": ("s ~ x + (1 | g)", "binomial", {"quadrature": 5}),
+    "reml": ("s ~ x + (1 | h/half)", "binomial", {"method": "reml", "link": "probit"}),
+    "kernel": ("c ~ x + (1 | vm(g, K))", "poisson", {"kernels": {"K": KERNEL}}),
+}
+
+
+def of_counts():
+    t = rows()
+    rng = np.random.default_rng(1)
+    t["c"] = rng.poisson(np.exp(0.3 * (t["y"] - 2)))
+    return t
+
+
+@pytest.mark.filterwarnings("ignore:the fit did not converge")
+@pytest.mark.filterwarnings("ignore:the data cannot tell apart")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_with_a_family_it_is_that_of_all_rows_at_the_same_parameters(name):
+    t, (formula, family, options) = of_counts(), FAMILIES[name]
+    result = glmm(formula, t[:66], family=family, max_iterations=8, **options)
+    found = result.update(t[66:])
+    whole = glmm(formula, t, family=family, max_iterations=1, **options)
+    model = copy.deepcopy(whole.model)
+    kept = dict(result.model.named_parameters())
+    for key, parameter in model.named_parameters():
+        parameter.data.copy_(kept[key])
+    encoded = whole.encoder.fit(
+        t.assign(s=(t["s"] == "v").astype(float)) if "s ~" in formula else t
+    )
+    model.update(encoded.batch())
+    torch.testing.assert_close(found.fixed.estimate, model.beta, rtol=1e-7, atol=1e-8)
+    likelihood = -float(model.loss(encoded.batch()).detach()) * 90
+    assert found.log_likelihood == pytest.approx(likelihood, rel=1e-9)
+    assert (found.rows, found.parameters) == (90, result.parameters)
+    found_means = found.predict(t)
+    expected = model.predict(encoded.batch())
+    for column, value in zip(("mean", "variance", "population_mean"), expected, strict=True):
+        np.testing.assert_allclose(found_means[column], value, rtol=1e-6, atol=1e-8)
+    pd.testing.assert_frame_equal(
+        result.update(t[66:].iloc[::-1]).predict(t), found_means, rtol=1e-7
+    )
+    with pytest.raises(
+        InputError, match="without its rows, as of a result that was updated before"
+    ):
+        found.update(t[66:])
+
+
+def test_families_of_which_no_rows_are_added():
+    t = of_counts()
+    t["o"], t["m"] = t["c"].clip(upper=2), 4 - t["c"].clip(upper=3)
+    for formula, options, why in (
+        ("o ~ x + (1 | h)", {"family": "ordinal"}, "ordinal, whose first column is a threshold"),
+        ("c ~ x + (1 | h)", {"family": "poisson", "zi": "~ 1"}, "with a zero part"),
+        ("cbind(o, m) ~ x + (1 | h)", {"family": "binomial"}, "of cbind"),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = glmm(formula, t[:66], max_iterations=3, **options)
+        with pytest.raises(InputError, match=f"of the family '.*', {why}"):
+            result.update(t[66:])
+    slow = glmm("s ~ x + (1 | h)", t[:66], family="binomial")
+    with pytest.raises(InputError, match="the response 's' is 'w': expected one of"):
+        slow.update(t[66:].assign(s="w"))
 
 
 def test_rows_with_missing_values_are_left_out_and_counted():

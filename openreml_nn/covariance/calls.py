@@ -36,7 +36,9 @@ def evaluate(root: TreeNode, free_params: FreeParams = None, plain: bool = False
         with root.given(free_params):
             return evaluate(root, None, True)
     recording = torch.is_grad_enabled() or functorch() or forward_ad._current_level >= 0
-    closing = recording and not plain and not torch.compiler.is_compiling()
+    # A graph of operations, which compiling and tracing make, has no custom function in it.
+    recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    closing = recording and not plain and not recorded
     if not kind_of(root).operator:
         return _evaluated_leaf(root, free_params, closing)
     tree = Tree(root, closing)

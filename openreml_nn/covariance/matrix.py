@@ -321,6 +321,11 @@ class Matrix(Intermediates, TreeNode):
         """
         return False
 
+    def coarsen(self) -> bool:
+        """Become an approximation of itself that takes less time, with the same parameters; returns
+        whether there is one. The first steps of a fit are those of such a copy."""
+        return False
+
     def kinks(self) -> Mapping[str, Tensor]:
         """Values of parameters, in order, at which the first derivative of the matrix jumps, by their
         names; none by default. There the likelihood may have a maximum with a slope on both sides."""

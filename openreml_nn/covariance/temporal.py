@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import inf, pi, remainder
 from typing import Any
 
 import torch
@@ -11,16 +12,76 @@ from torch import Tensor
 from openreml_nn.covariance.exchangeable import within_bounds
 from openreml_nn.covariance.kernel import check_symmetric
 from openreml_nn.covariance.matrix import FreeParams, Matrix
+from openreml_nn.covariance.nodes import has_values
 from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.transform import TransformExpPow2, TransformSigmoid
 from openreml_nn.support.checks import check_count
-from openreml_nn.support.errors import InputError
+from openreml_nn.support.errors import InputError, NumericalError
 
 __all__ = ["ARMAMatrix", "ContinuousAR1Matrix"]
 
-#: Between these is -log rho at a start: a step in the angle of rho has no digits beyond them.
-_SLOWEST, _FASTEST = 1e-11, 60.0
+#: -log rho at a start is not below this: beyond it rho has no digits in float64.
+_SLOWEST = 1e-11
+_INSTEAD = "expected times in a unit nearer to their distances, or exponential(…), whose length has any unit"
+#: The correlation at the shortest distance that counts as none.
+_NONE = 1e-20
+
+
+class _Decay(TransformSigmoid):
+    r"""A sigmoid :math:`\rho = 1 / (1 + e^{-x})` of which a fit sees :math:`\rho^m`.
+
+    Estimation steps in the angle u of :math:`\rho^m = (1 + \sin u)/2` with m the shortest distance
+    between two times. All correlations are powers of :math:`\rho^m` of exponents that are not below 1,
+    so that they are smooth in u, and u does not depend on the unit of times.
+
+    Args:
+        unit: the shortest distance m.
+    """
+
+    def __init__(self, unit: float) -> None:
+        self.unit = unit
+        self._lowest = self._angle(torch.tensor(_NONE, dtype=torch.float64).log()).item()
+
+    @property
+    def bounds(self) -> tuple[float, ...]:  # type: ignore[override]
+        return (self._lowest, pi / 2)
+
+    @staticmethod
+    def _angle(log_t: Tensor) -> Tensor:
+        # By what keeps its digits at both ends.
+        return 2 * torch.atan2((log_t / 2).exp(), (-torch.expm1(log_t)).sqrt()) - pi / 2
+
+    @staticmethod
+    def _log(u: Tensor) -> Tensor:
+        """log t of t = (1 + sin u)/2."""
+        s, c = torch.sin((pi / 2 + u) / 2), torch.sin((pi / 2 - u) / 2)
+        near = torch.log1p(-(c * c).clamp(max=0.75))
+        return torch.where(s < c, 2 * s.abs().log(), near)
+
+    def coordinate(self, x: Tensor) -> Tensor:
+        u = self._angle(self.unit * torch.nn.functional.logsigmoid(x))
+        return u.clamp(min=self._lowest)
+
+    def from_coordinate(self, u: Tensor) -> Tensor:
+        log_rho = self._log(u) / self.unit
+        x = log_rho - torch.log(-torch.expm1(log_rho))
+        return torch.where(u > self._lowest, x, -inf)
+
+    def at_coordinate(self, u: Tensor) -> Tensor:
+        return torch.exp(self._log(u) / self.unit)
+
+    def fold(self, u: float) -> float:
+        low, high = self.bounds
+        u = abs(remainder(u - low, 2 * (high - low)))
+        return low + u
+
+    def __eq__(self, other: object) -> bool:
+        # The same function of x, in whatever coordinate a fit sees it: such parameters can be tied.
+        return type(self) is type(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
 
 
 class ContinuousAR1Matrix(Matrix):
@@ -34,7 +95,8 @@ class ContinuousAR1Matrix(Matrix):
     ``rho``     sigmoid        0
     =========== ============== =======
 
-    ``rho`` is the correlation of two times that are one unit apart.
+    ``rho`` is the correlation of two times that are one unit apart. A fit does not depend on that
+    unit, as far as rho has digits: from :math:`10^{-138}` to :math:`1 - 10^{-11}`.
 
     Args:
         distance: (n, n) differences of times, :math:`|t_i - t_j|`.
@@ -46,6 +108,7 @@ class ContinuousAR1Matrix(Matrix):
     Raises:
         InputError: if ``distance`` is not symmetric with zeros on its diagonal and no negative
             entry.
+        NumericalError: if rho is so small that it has no digits.
 
     Reference:
         Pinheiro and Bates, Mixed-Effects Models in S and S-PLUS (2000), section 5.3.1.
@@ -65,19 +128,32 @@ class ContinuousAR1Matrix(Matrix):
                 "differences of times"
             )
         default = free_specs(["sigma^2"], trans=TransformExpPow2())
-        default |= free_specs(["rho"], trans=TransformSigmoid())
+        apart = distance[distance > 0]
+        unit = float(apart.min()) if apart.numel() else 1.0
+        default |= free_specs(["rho"], trans=_Decay(unit))
         super().__init__(tuple(distance.shape), merge_specs(default, param_specs))
         self.register_data("distance", distance)
 
-    def forward(self, free_params: FreeParams = None) -> Tensor:
+    def _parts(self, free_params: FreeParams) -> tuple[Tensor, Tensor, Tensor]:
+        """Variance, rho and the distances."""
         variance, rho = self.build_params(free_params).split(1)
-        return variance * torch.exp(rho.log() * self.distance.to(rho))
+        x = self.stored(self.param_names[1]).detach()
+        looked = free_params is None and has_values(x)
+        if looked and -inf < float(x) and not float(rho.detach()) >= _smallest(rho):
+            raise NumericalError(
+                f"`rho`, the correlation at a distance of 1, is below {_smallest(rho):.0e}, where "
+                f"{rho.dtype} has no digits: {_INSTEAD}"
+            )
+        return variance, rho, self.distance.to(rho)
+
+    def forward(self, free_params: FreeParams = None) -> Tensor:
+        variance, rho, d = self._parts(free_params)
+        return variance * torch.where(rho > 0, torch.where(rho > 0, rho, 1) ** d, d == 0)
 
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
-        variance, rho = self.build_params(free_params).split(1)
-        d = self.distance.to(rho)
-        R = torch.exp(rho.log() * d)
-        return self.free_grad(torch.stack([R, variance * d * R / rho]), free_params)
+        variance, rho, d = self._parts(free_params)
+        slope = torch.where((d > 0) & (rho > 0), d * rho ** (d - 1), 0)
+        return self.free_grad(torch.stack([rho**d, variance * slope]), free_params)
 
     def moment_start(self, variance: Tensor) -> bool:
         self.start_reach(1 / 3)
@@ -88,13 +164,19 @@ class ContinuousAR1Matrix(Matrix):
         if not apart.numel():
             return False
         rate = float(1 / (reach * apart.median()))
-        if self.param_names[1] in self.free_param_names and not _SLOWEST < rate < _FASTEST:
+        start = apart.new_tensor(-rate).exp()
+        has_digits = rate >= _SLOWEST and float(start) >= _smallest(start)
+        if self.param_names[1] in self.free_param_names and not has_digits:
             raise InputError(
                 f"times are {float(apart.median()):.3g} apart (their median) and `rho` is the "
-                "correlation at a distance of 1, which has no digits there: expected times in a "
-                "unit nearer to their distances, or exponential(…), whose length has any unit"
+                f"correlation at a distance of 1, which has no digits there: {_INSTEAD}"
             )
-        return self.set_start(self.param_names[1], apart.new_tensor(-rate).exp())
+        return self.set_start(self.param_names[1], start)
+
+
+def _smallest(like: Tensor) -> float:
+    """The least rho above zero of whose inverse the square has digits, as second derivatives take it."""
+    return float(torch.finfo(like.dtype).tiny ** 0.45)
 
 
 class ARMAMatrix(Matrix):

@@ -31,6 +31,8 @@ __all__ = ["VecchiaMatrix"]
 _TYPICAL = 500
 #: A start is halved at most so often.
 _HALVED = 60
+#: Neighbours of a coarser process, which are of use where there are at least twice as many.
+_COARSE = 5
 
 
 class VecchiaMatrix(Matrix):
@@ -205,6 +207,14 @@ class VecchiaMatrix(Matrix):
                 break
             log_length = log_length - log(2)
         return log_length.exp()[0].to(length)
+
+    def coarsen(self) -> bool:
+        if self._neighbours.shape[1] < 2 * _COARSE:
+            return False
+        near = self._neighbours[:, :_COARSE].contiguous()
+        self.neighbours, self._neighbours, self._regressions = _COARSE, near, None
+        self.precision = NeighbourPrecision(self.order, near.cpu().numpy())
+        return True
 
     def kinks(self) -> Mapping[str, Tensor]:
         if self.correlation.kink is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from openreml_nn.covariance.matrix import Matrix, Recorded
 from openreml_nn.covariance.owner import Entry, Owner
-from openreml_nn.covariance.transform import TransformIdentity
+from openreml_nn.covariance.transform import Transform, TransformIdentity
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.support.errors import InputError
 
@@ -172,7 +172,14 @@ class Coordinates:
         if not free:
             return Recorded(u[:0], natural=True)
         values = [
-            e.trans(e.tensor.detach().to(u)) if i is None else e.trans.at_coordinate(u[i : i + 1])
+            e.trans(e.tensor.detach().to(u))
+            if i is None
+            else self._seen(e, i).at_coordinate(u[i : i + 1])
             for e, i in zip(free, at, strict=True)
         ]
         return Recorded(torch.cat(values), natural=True)
+
+    def _seen(self, e: Entry, i: int) -> Transform:
+        """The transform of an entry in its coordinate, which is that of the first that shares it."""
+        first = self.entries[i].trans
+        return first if e.trans == first else e.trans

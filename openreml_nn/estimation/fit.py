@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from math import isfinite
 from time import perf_counter
@@ -14,7 +15,13 @@ from torch import Tensor
 from openreml_nn.covariance import Matrix
 from openreml_nn.estimation.outcome import outcome
 from openreml_nn.estimation.safeguard import edge_of
-from openreml_nn.estimation.starts import climb, climb_from_several, has_several_optima
+from openreml_nn.estimation.starts import (
+    climb,
+    climb_from_several,
+    evaluate_within_reach,
+    has_several_optima,
+    set_reach,
+)
 from openreml_nn.estimation.step import average_information_step
 from openreml_nn.likelihood import REMLLoss
 from openreml_nn.likelihood.fixed import check_data
@@ -38,6 +45,8 @@ __all__ = ["checked", "fit_reml", "iterate", "moment_start", "start_by_moments"]
 #: An exact evaluation is put off when it takes this many times the work of an approximate one.
 _WORTH = 1.5
 _ROUGH_STEPS = 30
+#: Operations of an evaluation in place of which coarser ones are made at first.
+_LONG = 1e8
 #: With few digits and probes: what error they leave a step with exact evaluations takes away.
 _ROUGH = Krylov(probes=8, tolerance=1e-5, probe_tolerance=1e-3)
 
@@ -65,12 +74,15 @@ def start_by_moments(objective: Objective, size: float) -> None:
     one = torch.ones(covariance.shape[0], dtype=y.dtype, device=y.device)
     with torch.no_grad():
         covariance.moment_start(one)
-        scale = float(objective.evaluate().y_p_y) / (problem.n - problem.p)
+        evaluation, reach = evaluate_within_reach(objective)
+        scale = float(evaluation.y_p_y) / (problem.n - problem.p)
         if not scale > (torch.finfo(y.dtype).eps * size) ** 2 / problem.n:
             if not covariance.num_free_params:
                 return
             raise InputError("the fixed effects fit `y` exactly: there is no variance to estimate")
         covariance.moment_start(scale * one)
+        if reach is not None:
+            set_reach(objective, reach)
 
 
 def _check_confounded(terms: Sequence[Term]) -> None:
@@ -129,6 +141,22 @@ def _start_by_krylov(objective: Objective, loss: REMLLoss, y: Tensor, X: Tensor)
     return True
 
 
+def _coarser(objective: Objective, loss: REMLLoss, y: Tensor, X: Tensor) -> Objective | None:
+    """The likelihood of a coarser copy of the covariance, where the exact one takes long."""
+    exact = objective.problem.cost()
+    if exact is None or exact.operations < _LONG:
+        return None
+    covariance = deepcopy(loss.covariance)
+    matrices = [m for m in covariance.modules() if isinstance(m, Matrix)]
+    if not sum(matrix.coarsen() for matrix in matrices):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the loss itself warns of what there is to warn of
+        coarse = REMLLoss(covariance, loss.method, loss.solver).objective(y, X, objective.rows)
+    cost = coarse.problem.cost()
+    return coarse if cost is not None and exact.operations > _WORTH * cost.operations else None
+
+
 def fit_reml(
     covariance: Matrix,
     y: Tensor,
@@ -148,7 +176,9 @@ def fit_reml(
     parameters at the estimates. All that require a gradient are estimated, those of
     designs and of networks too. Where the likelihood may have several optima, as of
     correlation that decays with a distance beside other terms, the fit runs from
-    several starts and its result is the best of them.
+    several starts and its result is the best of them. Where an evaluation takes long, the first
+    steps are taken with a coarser covariance (:meth:`Matrix.coarsen`) or an approximate likelihood;
+    the last are exact.
 
     Args:
         covariance: the covariance V.
@@ -196,7 +226,8 @@ def fit_reml(
         moment_start(loss, y, X, rows)
 
     if start == "moments" and free and has_several_optima(objective):
-        history, others = climb_from_several(objective, max_iterations, begin)
+        coarse = _coarser(objective, loss, y, X)
+        history, others = climb_from_several(objective, max_iterations, begin, coarse)
     else:
         if start == "moments" and not (free and _start_by_krylov(objective, loss, y, X)):
             begin()

@@ -21,6 +21,7 @@ from openreml_nn.result import (
     Result,
     Source,
 )
+from openreml_nn.support.spectrum import eigenvalues
 from openreml_nn.terms.term import Term
 
 __all__ = ["marginal_outcome"]
@@ -102,7 +103,7 @@ def _inverse(H: Tensor, inner: Sequence[int], fit: MarginalFit) -> Tensor:
     part = H[at][:, at]
     scale = part.diagonal().abs().clamp(min=1e-300).sqrt()
     unit = part / (scale[:, None] * scale)
-    values = torch.linalg.eigvalsh(unit)
+    values = eigenvalues(unit, "the curvature of the log-likelihood")
     if not bool(values[0] > 1e-9):
         if fit.p and bool((part.diagonal()[: fit.p] < 1e-6 * len(fit.X)).any()):
             raise fit.separated()
@@ -117,7 +118,7 @@ def _condition(H: Tensor) -> float:
     if not len(H):
         return 1.0
     scale = H.diagonal().abs().clamp(min=1e-300).sqrt()
-    values = torch.linalg.eigvalsh(H / (scale[:, None] * scale)).abs()
+    values = eigenvalues(H / (scale[:, None] * scale), "the curvature of the log-likelihood").abs()
     return float(values.max() / values.min())
 
 
@@ -188,7 +189,11 @@ def _components(
             error = torch.where(lost, nan, error)
         label = labels.get(term.name) or _label(term, matrix)
         variances = matrix if matrix.dim() == 1 else matrix.diagonal()
-        least = variances.min() if matrix.dim() == 1 else torch.linalg.eigvalsh(matrix)[0]
+        least = (
+            variances.min()
+            if matrix.dim() == 1
+            else eigenvalues(matrix, f"the covariance of {term.name!r}")[0]
+        )
         gone = variances < _VANISHED**2
         found.append(
             Component(

@@ -22,6 +22,7 @@ from openreml_nn.likelihood.laplace import LaplaceEvaluation
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.result import Record
 from openreml_nn.support.errors import InputError, NumericalError
+from openreml_nn.support.spectrum import decomposed
 
 __all__ = ["MarginalFit"]
 
@@ -211,7 +212,8 @@ class MarginalFit:
     def _positive(self) -> tuple[Tensor, Tensor, Tensor]:
         """The curvature made positive: its eigenvalues and eigenvectors in scales of unit diagonal."""
         scale = self.hessian.diagonal().abs().clamp(min=1e-10).sqrt()
-        values, vectors = torch.linalg.eigh(self.hessian / (scale[:, None] * scale))
+        scaled = self.hessian / (scale[:, None] * scale)
+        values, vectors = decomposed(scaled, "the curvature of the log-likelihood")
         return values.abs().clamp(min=1e-8), vectors, scale
 
     def _direction(self) -> tuple[Tensor, float]:

@@ -37,6 +37,7 @@ from openreml_nn.result import (
 )
 from openreml_nn.result.parts import RESIDUAL_GROUP
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.spectrum import eigenvalues
 from openreml_nn.terms.covariance import KroneckerCovariance
 from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.term import Term, residual_terms
@@ -344,7 +345,8 @@ class _Builder:
                 if values is not None and values.shape[1] == len(scale):
                     scale = (values.detach().to(scale) ** 2).mean(0).sqrt()
                 scaled = scale[:, None] * matrix * scale
-                variances, least = scaled.diagonal(), torch.linalg.eigvalsh(scaled)[0]
+                values = eigenvalues(scaled, f"the covariance of {term.name!r}")
+                variances, least = scaled.diagonal(), values[0]
             else:
                 continue
             if float(least) < SINGULAR**2 * residual:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.estimation.curvature import FLAT
+from openreml_nn.support.spectrum import decomposed
 
 __all__ = ["Spread"]
 
@@ -41,7 +42,7 @@ class Spread:
         part = part / (scale[:, None] * scale)
         silent = part.new_zeros(len(inner), 0)
         if has_silence:
-            values, vectors = torch.linalg.eigh(part)
+            values, vectors = decomposed(part, "the information of the covariance parameters")
             silent = vectors[:, values < FLAT * values.max()]
             silent = torch.where(silent.abs() > _ROUNDING, silent, 0)
         rtol = FLAT if silent.shape[1] else None

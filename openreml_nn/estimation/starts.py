@@ -12,19 +12,31 @@ from openreml_nn.estimation.curvature import CONVERGED, Curvature, lost_in_noise
 from openreml_nn.estimation.past import Past
 from openreml_nn.estimation.step import average_information_step
 from openreml_nn.likelihood.loss import Objective
+from openreml_nn.likelihood.problem import Evaluation
 from openreml_nn.result.result import Record, Start
 from openreml_nn.support.errors import NumericalError
 
-__all__ = ["climb", "climb_from_several", "has_several_optima", "reaches"]
+__all__ = [
+    "climb",
+    "climb_from_several",
+    "evaluate_within_reach",
+    "has_several_optima",
+    "reaches",
+    "set_reach",
+]
 
 #: How far correlation reaches at each start, see :meth:`Matrix.start_reach`.
 REACHES = (0.7, 0.3, 0.9)
+#: Reaches for distances some of which are so short that V is singular at a longer one.
+_SHORT = (0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4)
 #: Where one matrix's correlation reaches far, and the others' hardly.
 _FAR, _NEAR = 0.9, 0.1
 #: More matrices than these are not far one by one.
 _MANY = 4
 #: A run that is within this many standard errors of an optimum already found goes there too.
 _CLOSE = 0.3
+#: A coarse likelihood is left so many standard errors from its optimum.
+_NEARBY = 0.1
 #: A run that gains nothing in so many shortened steps ends.
 _STALLED = 5
 
@@ -105,7 +117,7 @@ def _gain(history: Sequence[Record]) -> float:
 
 
 def climb_from_several(
-    objective: Objective, most: int, start: Callable[[], None]
+    objective: Objective, most: int, start: Callable[[], None], coarse: Objective | None = None
 ) -> tuple[list[Record], list[Start]]:
     """Climb from each reach, and leave the parameters at the best end.
 
@@ -113,6 +125,8 @@ def climb_from_several(
         objective: the likelihood.
         most: steps of each run.
         start: sets the parameters to where all starts have them, reaches apart.
+        coarse: the likelihood of a coarser covariance with the same parameters, near the optimum of
+            which each run begins.
 
     Returns:
         The history of the best run, and where the others ended.
@@ -123,13 +137,19 @@ def climb_from_several(
         start()
         for matrix, reach in reach_of:
             matrix.start_reach(reach)
+        if coarse is not None:
+            _approach(objective, coarse, most)
         try:
             runs.append(_run(objective, most, runs))
         except NumericalError as error:
             failure = error
     if not runs:
-        assert failure is not None
-        raise failure
+        # The start itself may reach less far than any of these.
+        start()
+        try:
+            runs.append(_run(objective, most, runs))
+        except NumericalError as error:
+            raise failure or error from error
     # Equal but for rounding: the first of them.
     ends = [run for run in runs if run.twin is None]
     top = max(run.log_likelihood for run in ends)
@@ -137,6 +157,21 @@ def climb_from_several(
     best.curvature.at.write(best.curvature.u)
     starts = [_start(run, best) for run in runs if run is not best]
     return best.history, starts
+
+
+@torch.no_grad()
+def _approach(objective: Objective, coarse: Objective, most: int) -> None:
+    """Move the parameters to near the optimum of the coarse likelihood, if a climb ends there."""
+    own, other = (list(o.covariance.parameters()) for o in (objective, coarse))
+    for to, value in zip(other, own, strict=True):
+        to.copy_(value)
+    try:
+        history = climb(coarse, most, lambda record: record.score_norm < _NEARBY)
+    except NumericalError:
+        return
+    if history[-1].score_norm < _NEARBY:
+        for to, value in zip(own, other, strict=True):
+            to.copy_(value)
 
 
 def _run(objective: Objective, most: int, others: Sequence[_Run]) -> _Run:
@@ -201,6 +236,47 @@ def reaches(objective: Objective) -> list[list[tuple[Matrix, float]]]:
             for far in sides.values()
         ]
     return starts
+
+
+def set_reach(objective: Objective, reach: float) -> bool:
+    """Let every correlation that decays with a distance reach so far; whether there is one."""
+    found = [matrix.start_reach(reach) for matrix in _matrices(objective)]
+    return any(found)
+
+
+def evaluate_within_reach(objective: Objective) -> tuple[Evaluation, float | None]:
+    """Evaluate the likelihood at its start, with correlation that reaches less far where V is
+    singular, as by times that are hardly apart.
+
+    Returns:
+        The evaluation and the reach that was set; None where the start was left as it is.
+
+    Raises:
+        NumericalError: if the likelihood does not exist, however short the correlation reaches.
+    """
+    try:
+        return _with_scores(objective), None
+    except NumericalError:
+        for reach in _SHORT:
+            if not set_reach(objective, reach):
+                break
+            try:
+                return _with_scores(objective), reach
+            except NumericalError:
+                continue
+        raise
+
+
+def _with_scores(objective: Objective) -> Evaluation:
+    """The likelihood where a step can start: digits are left for its derivatives."""
+    evaluation = objective.evaluate()
+    # Scores lose more digits, but not all of them where hardly any are lost.
+    if (
+        not objective.moves
+        and evaluation.rounding > torch.finfo(objective.problem.fixed.y.dtype).eps ** 0.75
+    ):
+        evaluation.scores()
+    return evaluation
 
 
 def _matrices(objective: Objective) -> list[Matrix]:

@@ -17,6 +17,7 @@ from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.problem import Problem
 from openreml_nn.likelihood.solvers.dense import DenseProblem
 from openreml_nn.likelihood.system.grouped import GroupedProblem
+from openreml_nn.support.spectrum import decomposed
 
 __all__ = ["Maxima", "maximise"]
 
@@ -162,7 +163,9 @@ def _step(hessian: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
     """Newton steps with the curvature made positive, and whether it was."""
     size = hessian.diagonal(dim1=1, dim2=2).abs()
     unit = torch.where(size > 0, size, 1).sqrt()
-    values, vectors = torch.linalg.eigh(-hessian / (unit[:, :, None] * unit[:, None]))
+    values, vectors = decomposed(
+        -hessian / (unit[:, :, None] * unit[:, None]), "the curvature of the log-likelihood"
+    )
     steep = values.abs().clamp(min=1e-10)
     inner = vectors.mT @ (slope / unit)[:, :, None] / steep[:, :, None]
     return (vectors @ inner)[:, :, 0] / unit, (values > 1e-8).all(1)

@@ -31,6 +31,7 @@ from openreml_nn.estimation.derivatives import expand, hessian_of_value
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.problem import Evaluation
 from openreml_nn.support.errors import NotPositiveDefiniteError
+from openreml_nn.support.spectrum import decomposed
 
 __all__ = ["Ascent", "Natural", "Quantity"]
 
@@ -362,7 +363,9 @@ def _positive(curvature: Tensor) -> tuple[Tensor, Tensor]:
     size = curvature.diagonal().abs()
     size = size + 1e-12 * size.max()
     unit = torch.where(size > 0, size, 1).sqrt()
-    values, vectors = torch.linalg.eigh(curvature / (unit[:, None] * unit))
+    values, vectors = decomposed(
+        curvature / (unit[:, None] * unit), "the curvature of the log-likelihood"
+    )
     values = values.abs().clamp(min=1e-8)
     inverse = (vectors / values) @ vectors.mT / (unit[:, None] * unit)
     return inverse, (vectors * values) @ vectors.mT * (unit[:, None] * unit)

@@ -24,6 +24,7 @@ from openreml_nn.inference.laplace_refit import LaplaceRefit
 from openreml_nn.inference.refit import Refit, family_of, tracked
 from openreml_nn.support.checks import check_flag, found
 from openreml_nn.support.errors import InputError, NumericalError
+from openreml_nn.support.spectrum import decomposed
 from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.term import Term, residual_terms
 
@@ -194,7 +195,7 @@ class _Deletion:
         """How coefficients change and what their covariance is without a case; None where the other
         rows do not determine them."""
         at, S = self.rows[case], self.blocks[case]
-        values, vectors = torch.linalg.eigh((S + S.mT) / 2)
+        values, vectors = decomposed((S + S.mT) / 2, "the covariance of the rows that are left out")
         if not len(at) or float(values[0]) <= _SINGULAR * float(values[-1]):
             return None
         inverse = (vectors / values) @ vectors.mT

@@ -7,7 +7,7 @@ from openreml_nn.estimation.marginal import endless
 from openreml_nn.estimation.separation import separated_levels
 from openreml_nn.inference.refit import check_fit
 from openreml_nn.inference.response import family_at
-from openreml_nn.result.summary import singularity
+from openreml_nn.result.summary import singularity, uncertainty
 
 __all__ = ["diagnose"]
 
@@ -60,10 +60,14 @@ def diagnose(result: Result) -> list[str]:
                 "several. Consider it as a fixed effect."
             )
     if result.log_likelihood_error > 0.1:
+        known = uncertainty(result)
+        advice = (
+            "Places that all but coincide are the cause as a rule: give them one place."
+            if result.plan.exact
+            else "Use solver='blocked' for an exact one."
+        )
         found.append(
-            f"The log-likelihood is estimated, with a standard error of "
-            f"{result.log_likelihood_error:.2g}: differences of that size mean nothing. Use "
-            "solver='blocked' for an exact one."
+            f"{known[0].upper()}{known[1:]}: differences of that size mean nothing. {advice}"
         )
     return found
 

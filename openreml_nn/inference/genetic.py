@@ -14,6 +14,7 @@ from openreml_nn.inference.refit import Refit, family_of, source_of
 from openreml_nn.inference.shares import effect_share, variance_shares
 from openreml_nn.support.checks import check_choice, check_instance
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.spectrum import eigenvalues
 from openreml_nn.terms.covariance import DiagonalCovariance, RepeatedCovariance
 from openreml_nn.terms.term import Term
 
@@ -108,7 +109,7 @@ def heritability(
             errors = G - G @ information @ G
             return Heritability(1 - _mean_difference(errors) / _mean_difference(G), nan)
         root = term.covariance.root().whole(len(G))
-        values = torch.linalg.eigvalsh(root.mT @ information @ root)
+        values = eigenvalues(root.mT @ information @ root, "the information of levels")
         kept = values > _ZERO * values.max()
         return Heritability(float(values[kept].sum() / kept.sum()), nan)
 
@@ -118,6 +119,9 @@ def reliability(result: Result, group: str | None = None) -> pd.DataFrame:
 
     The reliability is the squared correlation of a BLUP with what it predicts. :math:`G_{ii}`
     is the effect's own variance, inbreeding included. With a variance of zero it is 0.
+
+    Of a response that is not Gaussian both are on the scale of the link, and the error's variance is
+    that of the effect given the data, the coefficients held.
 
     Args:
         result: a fit.
@@ -141,7 +145,7 @@ def reliability(result: Result, group: str | None = None) -> pd.DataFrame:
     0     A  2.1871       0.8305
     1     B -1.0105       0.8305
     """
-    source_of(result)
+    source = source_of(result)
     if not result.random:
         raise InputError("`result` has no random effects, and so no BLUPs")
     groups = [c.group for c in result.components if not c.is_residual]
@@ -150,7 +154,9 @@ def reliability(result: Result, group: str | None = None) -> pd.DataFrame:
         check_choice("group", group, groups)
     by_name = {c.name: c for c in result.components}
     with torch.no_grad():
-        terms = {term.name: term for term in Refit(result).objective().terms()}
+        is_linear = family_of(result) is None
+        found = Refit(result).objective().terms() if is_linear else source.covariance.terms()
+        terms = {term.name: term for term in found}
     tables = []
     for effects in result.random:
         component = by_name[effects.name]

@@ -17,6 +17,7 @@ from torch import Tensor
 from openreml_nn.estimation.marginal_steps import MarginalFit
 from openreml_nn.inference.laplace_refit import LaplaceRefit
 from openreml_nn.support.errors import InputError, NumericalError
+from openreml_nn.support.spectrum import eigenvalues
 
 __all__ = ["LaplaceDeletion"]
 
@@ -85,7 +86,7 @@ class LaplaceDeletion:
     def _determines(self, keep: Tensor) -> bool:
         """Whether the columns of X are independent in some rows."""
         Q = self._fit.Q[keep]
-        values = torch.linalg.eigvalsh(Q.mT @ Q)
+        values = eigenvalues(Q.mT @ Q, "Q' Q of the rows that are left")
         return bool(values[0] > _SINGULAR * values[-1])
 
     def _held(self, keep: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -23,6 +23,7 @@ from openreml_nn.inference.refit import matrix_entries
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.result import Result
 from openreml_nn.support.errors import NumericalError
+from openreml_nn.support.spectrum import decomposed
 from openreml_nn.terms.term import Term
 
 __all__ = ["LaplaceProfiler"]
@@ -297,7 +298,9 @@ class LaplaceProfiler:
 def _made_positive(H: Tensor) -> Tensor:
     """A curvature without what is not positive in it."""
     scale = H.diagonal().abs().clamp(min=1e-6).sqrt()
-    values, vectors = torch.linalg.eigh(H / (scale[:, None] * scale))
+    values, vectors = decomposed(
+        H / (scale[:, None] * scale), "the curvature of the log-likelihood"
+    )
     return (vectors * values.abs().clamp(min=1e-4)) @ vectors.mT * (scale[:, None] * scale)
 
 

@@ -20,6 +20,7 @@ from openreml_nn.inference.response import family_at
 from openreml_nn.likelihood import LaplaceLoss
 from openreml_nn.result import Result
 from openreml_nn.support.errors import InputError, NumericalError
+from openreml_nn.support.spectrum import eigenvalues
 
 __all__ = ["LaplaceRefit", "numbers_of"]
 
@@ -168,7 +169,9 @@ def _refuse_endless(fit: MarginalFit) -> None:
     """Refuse coefficients that have no finite estimate."""
     p = fit.p
     if p and float(fit.x[:p].abs().max()) > _LARGE:
-        least = float(torch.linalg.eigvalsh(fit.curvature()[:p, :p])[0])
+        least = float(
+            eigenvalues(fit.curvature()[:p, :p], "the curvature of the log-likelihood")[0]
+        )
         if least < _LITTLE * len(fit.y):
             raise NumericalError("the responses are separated: there is no finite estimate")
 

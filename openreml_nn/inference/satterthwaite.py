@@ -28,6 +28,7 @@ from openreml_nn.inference.contrasts import FTest, Inference
 from openreml_nn.inference.refit import Refit
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.support.errors import InputError, NotPositiveDefiniteError
+from openreml_nn.support.spectrum import decomposed
 from openreml_nn.support.warning import warn
 
 __all__ = ["Satterthwaite", "covariance_slopes", "observed_spread"]
@@ -65,7 +66,7 @@ class Satterthwaite(Inference):
     def f_test(self, L: Tensor, beta: Tensor) -> FTest:
         from scipy import stats
 
-        values, vectors = torch.linalg.eigh(L @ self.covariance @ L.mT)
+        values, vectors = decomposed(L @ self.covariance @ L.mT, "the covariance of the hypotheses")
         rotated = vectors.mT @ L
         F = float(((rotated @ beta) ** 2 / values).mean())
         den = joint_df([self.df(row) for row in rotated])
@@ -146,7 +147,9 @@ def observed_spread(curvature: Curvature) -> Tensor:
     information = (information + information.mT) / 2
     scale = information.diagonal().abs().sqrt()
     scale = torch.where(scale > 0, scale, 1)
-    values, vectors = torch.linalg.eigh(information / (scale[:, None] * scale))
+    values, vectors = decomposed(
+        information / (scale[:, None] * scale), "the information of the covariance parameters"
+    )
     least = _FLAT * float(values.abs().max()) if size else 0.0
     if size and float(values[0]) < -1e-4:
         warn(

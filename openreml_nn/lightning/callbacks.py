@@ -21,6 +21,7 @@ from openreml_nn.lightning.module import MixedModule
 from openreml_nn.lightning.optimizers import refuse_averaging
 from openreml_nn.lightning.reading import mark, read
 from openreml_nn.model import MixedModel
+from openreml_nn.model.level_means import warn_of_level_means
 from openreml_nn.support.checks import check_count, check_instance, check_number, check_text
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import write_table
@@ -167,6 +168,8 @@ class UpdateBLUPs(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """At the end of the fit."""
         self._update(trainer)
+        if self._model is not None and trainer.is_global_zero:
+            warn_of_level_means(self._model.effects(), self._model.head)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

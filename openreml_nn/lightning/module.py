@@ -38,6 +38,7 @@ from openreml_nn.lightning.ways import Linear, Way, way_of
 from openreml_nn.model import MixedModel
 from openreml_nn.model.batch import Batch
 from openreml_nn.model.constraints import Constraint
+from openreml_nn.model.level_means import warn_of_level_means
 from openreml_nn.result import Record, Result
 from openreml_nn.support.checks import check_count, check_instance, check_maker
 from openreml_nn.support.errors import InputError
@@ -88,7 +89,8 @@ class MixedModule(Evaluated):
             in mini-batches of any size, and the result is that of all rows at once.
         network: with a formula: config of the network, or the network, that takes the columns of
             its fixed part, standardised, and yields features; see :class:`torch.nn.LazyLinear` for
-            their number. Without one the mean is linear.
+            their number. The intercept's is one of them, 0 in all rows; ``y ~ 0 + …`` leaves it out.
+            Without one the mean is linear.
         head: with a network: ``"ml"`` adds a linear layer that makes the mean of the features,
             ``"gls"`` takes them, and a constant, as X. A linear mean is of head ``"gls"``.
         residual: with a formula: structure of the residuals, as in :func:`lmm`; or a network, or its
@@ -428,6 +430,8 @@ class MixedModule(Evaluated):
             found = replace(found, optimizer=type(own[0]).__name__)
         found = replace(found, model=copy.deepcopy(self.model))
         self.result = found if self.table is None else self.table.completed(found)
+        if self.has_network and self.trainer.is_global_zero:
+            warn_of_level_means(self.model.effects(), self.model.head)
 
     @property
     def _known(self) -> Estimates:

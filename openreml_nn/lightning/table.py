@@ -26,6 +26,7 @@ from openreml_nn.model.batch import Batch
 from openreml_nn.model.checkpoint import bases_in
 from openreml_nn.model.constraints import Constraint, Constraints
 from openreml_nn.model.linear import in_user_basis
+from openreml_nn.model.several import refuse_copies
 from openreml_nn.model.structured_residual import start_residual
 from openreml_nn.model.structures import bases_of, labels_of, random_effect_of, residual_of
 from openreml_nn.result import Label, Result
@@ -112,6 +113,8 @@ class TableModel:
         for design in encoded.random:
             if isinstance(design.relation, Places):
                 self.places = design.relation.coordinates[design.codes]
+        if self._residual is None:
+            _check_traits(encoded, self.encoder.formula.traits)
         self._categories = max(2, len(data.response.levels))
         model = self._made(encoded)
         if self._network is None and self.response.family is None:
@@ -155,8 +158,8 @@ class TableModel:
             method=self._method,
             solver=self._solver,
         )
-        _try(model.mean, encoded.X[:2], "network")
-        _try(model.residual, encoded.X[:2], "residual")
+        _try(model.mean, encoded, "network")
+        _try(model.residual, encoded, "residual")
         return self._constraints.applied(model, encoded.batch())
 
     def _made_of_family(self, encoded: Encoded) -> MixedModel:
@@ -170,7 +173,7 @@ class TableModel:
             solver=self._solver,
             quadrature=self.response.quadrature,
         )
-        _try(model.mean, encoded.X[:2], "network")
+        _try(model.mean, encoded, "network")
         return self._constraints.applied(model, encoded.batch())
 
     def _effects(self, encoded: Encoded, variance: float) -> dict[str, RandomEffect]:
@@ -243,6 +246,11 @@ class TableModel:
         self.encoder.learned = Learned.from_dict(kept["encoder"])
         self.bases = dict(kept["bases"])
         return self._made(self.encoder.skeleton(2, kept["columns"]))
+
+
+def _check_traits(encoded: Encoded, traits: Sequence[tuple[str, Any]]) -> None:
+    if traits and (cells := encoded.batch().get("residual")) is not None:
+        refuse_copies(encoded.adjusted, encoded.X, cells, [name for name, _ in traits])
 
 
 def _labels(encoded: Encoded, bases: Mapping[str, Tensor]) -> dict[str, Label]:
@@ -337,16 +345,17 @@ def _network(network: Network, what: str) -> nn.Module:
     return copy.deepcopy(network)
 
 
-def _try(network: nn.Module, rows: Tensor, what: str) -> None:
+def _try(network: nn.Module, encoded: Encoded, what: str) -> None:
     """Run a network on some rows: lazy layers learn their sizes, and others are checked."""
     if isinstance(network, Matrix | ResidualStructure):
         return
     try:
         with torch.no_grad():
-            network(rows)
+            network(encoded.X[:2])
     except (TypeError, RuntimeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{what!r} fails for {rows.shape[1]} columns: {reason}") from error
+        p, names = len(encoded.names), list(encoded.names)
+        raise InputError(f"{what!r} fails for {p} columns, {names}: {reason}") from error
 
 
 class _Standardised(nn.Module):

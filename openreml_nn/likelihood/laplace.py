@@ -31,7 +31,12 @@ from openreml_nn.likelihood.laplace_task import (
 from openreml_nn.likelihood.plan import Plan
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers import Sparse
-from openreml_nn.support.checks import check_choice, check_count, check_instance
+from openreml_nn.support.checks import (
+    check_choice,
+    check_count,
+    check_instance,
+    refuse_tracing,
+)
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import DiagonalCovariance
 from openreml_nn.terms.design import IdentityDesign
@@ -156,6 +161,7 @@ class LaplaceLoss(nn.Module):
             TypeError, InputError: if dtypes, shapes or devices do not fit, or a response is not one
                 of the family.
         """
+        refuse_tracing("a likelihood")
         task = self._task(y, eta, X, rows)
         terms = task.terms
         inputs = [task.rows.eta, task.rows.X, y, *[t.covariance.matrix for t in terms]]

@@ -19,7 +19,7 @@ from openreml_nn.likelihood.prepared import Likelihood, LikelihoodOptions, Ready
 from openreml_nn.likelihood.problem import Evaluation, Problem
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import check_method
-from openreml_nn.support.checks import check_choice, check_tensor
+from openreml_nn.support.checks import check_choice, check_tensor, refuse_tracing
 from openreml_nn.support.errors import InputError
 from openreml_nn.support.modes import in_full_precision
 from openreml_nn.terms.term import Term
@@ -101,6 +101,7 @@ def loss_of(
         covariance: makes the tree of which it is, where somebody listens.
         rows: which rows of that.
     """
+    refuse_tracing("a likelihood")
     loss = ready.value(-1 / count)
     heard = _heard.get()
     if heard is not None and loss.requires_grad:

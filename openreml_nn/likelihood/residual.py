@@ -91,9 +91,7 @@ class Residual:
                 + (f"term {odd[0]!r} is over the rows and is not" if odd else "there are none")
             )
         parts = [terms[i] for i in at]
-        # The same known weights, or none, by the identity of their tensor.
-        weights = {None if v is None else v.data_ptr() for v in map(_scale, parts)}
-        if all(term.covariance.is_scalar for term in parts) and len(weights) == 1:
+        if all(term.covariance.is_scalar for term in parts) and _are_equal(parts):
             return ScalarResidual(at, parts)
         return BlockResidual(at, parts)
 
@@ -117,6 +115,28 @@ class Residual:
 def _scale(term: Term) -> Tensor | None:
     """Known standard deviations of the rows, (n, 1), up to a factor."""
     return term.design.values if isinstance(term.design, IndexedDesign) else None
+
+
+def _are_equal(parts: Sequence[Term]) -> bool:
+    """Whether the known weights of the parts are the same, or none have any."""
+    first, *others = map(_scale, parts)
+    return all(
+        first is v
+        or (
+            first is not None
+            and v is not None
+            # Of two that move, each has a gradient of its own.
+            and (
+                first.data_ptr() == v.data_ptr()
+                or (
+                    not (first.requires_grad or v.requires_grad)
+                    and first.dtype == v.dtype
+                    and torch.equal(first, v)
+                )
+            )
+        )
+        for v in others
+    )
 
 
 # ---------------------------------------------------------------------- one variance
@@ -196,13 +216,12 @@ class BlockResidual(Residual):
 
     def __init__(self, at: list[int], parts: Sequence[Term]) -> None:
         self.at = at
-        scales = [_scale(part) for part in parts]
-        if len({None if v is None else v.data_ptr() for v in scales}) > 1:
+        if not _are_equal(parts):
             raise InputError(
                 "the blocked solver needs the same weights for all parts of the residual: "
                 f"{', '.join(repr(part.name) for part in parts)} have others"
             )
-        self._v = scales[0]
+        self._v = _scale(parts[0])
         self._forms = [part.covariance for part in parts]
         places = [_places(part) for part in parts]
         group = _joined([block for block, _ in places])

@@ -111,7 +111,9 @@ class IntervalCoverage(Mean):
 
 
 class IntervalWidth(Mean):
-    """:func:`interval_width` over batches; ``mean`` and ``target`` are not looked at.
+    """:func:`interval_width` over batches, ``update(variance=…)``.
+
+    A collection that hands ``mean, variance, target`` to each of its metrics by position serves it too.
 
     Args:
         level: of the intervals.
@@ -125,8 +127,15 @@ class IntervalWidth(Mean):
         _quantile(level)
         self.level = level
 
-    def update(self, mean: Tensor, variance: Tensor, target: Tensor) -> None:
-        """Take a batch in."""
+    def update(
+        self,
+        mean: Tensor | None = None,
+        variance: Tensor | None = None,
+        target: Tensor | None = None,
+    ) -> None:
+        """Take a batch in, of which the width takes the variance alone."""
+        if variance is None:
+            raise InputError("`variance` is None: expected update(variance=…), (n,)")
         self.add(_sum_of_widths(variance, self.level), len(variance))
 
 

@@ -24,6 +24,7 @@ from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.model.batch import (
     Batch,
+    adjusted,
     check_inputs,
     check_outputs,
     part,
@@ -41,6 +42,7 @@ from openreml_nn.model.responses import (
     remember_family,
     remember_gaussian,
 )
+from openreml_nn.model.several import refuse_copied_columns
 from openreml_nn.support.checks import (
     check_choice,
     check_count,
@@ -205,6 +207,7 @@ class MixedModel(Predictor):
                 "average-information steps are taken on it"
             )
         self.check(batch)
+        _refuse_copies(self, batch, output)
         batch, output = with_responses(*self.single(batch, output, is_data=True))
         y, X = of_gaussian(output, batch, self.head)
         check_outputs(output, batch)
@@ -258,6 +261,18 @@ class MixedModel(Predictor):
                 remember_gaussian(self, *self.data(output, batch))
             else:
                 remember_family(self, *self.marginal(output, batch))
+
+
+def _refuse_copies(model: MixedModel, batch: Batch, output: Tensor) -> None:
+    """Refuse responses that tell each other where their covariance is any."""
+    y = part(batch, "y")
+    known = isinstance(y, Tensor) and y.shape == (
+        len(output),
+        model.responses,
+    )  # else it is refused
+    if known and model.responses > 1 and isinstance(model.residual, UnstructuredMatrix):
+        y = adjusted(batch, len(output), model.responses)
+        refuse_copied_columns(y, output if model.head == "gls" else None)
 
 
 def _check_parts(

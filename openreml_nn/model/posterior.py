@@ -88,7 +88,7 @@ class Posterior(nn.Module):
         Raises:
             TypeError, InputError: if the batch has such a part, naming it.
         """
-        refuse_unread(batch, self.effects, self.residual, self.responses)
+        refuse_unread(batch, self.effects, self.residual, self.responses, len(self.random))
 
     def single(self, batch: Batch, output: Tensor, is_data: bool) -> tuple[Batch, Tensor]:
         """A batch with what the network has yielded for it, with a row for each response; in the

@@ -115,7 +115,7 @@ class EncodedResponse:
         return found
 
     def _learned(self, table: pd.DataFrame) -> pd.DataFrame:
-        self._codes, self.levels = None, ()
+        self._codes, self.levels, self.encoder.categories = None, (), None
         name = self._name.strip("`")
         if name not in table.columns or self.family not in ("binomial", "ordinal"):
             return table
@@ -146,6 +146,7 @@ class EncodedResponse:
                 f"spelling, {shown}{' …' * (len(levels) > 5)}: make it an ordered categorical"
             )
         self._codes = {level: i for i, level in enumerate(levels)}
+        self.encoder.categories = self._codes
         self.levels = tuple(map(str, levels))
         return self._numbered(table)
 

@@ -22,10 +22,19 @@ from openreml_nn.support.checks import check_tensor
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
 
-__all__ = ["check_one_level", "coded_rows", "refuse_copies", "stacked", "stacked_output"]
+__all__ = [
+    "check_one_level",
+    "coded_rows",
+    "refuse_copied_columns",
+    "refuse_copies",
+    "stacked",
+    "stacked_output",
+]
 
 #: A part this small of a response is rounding.
 _EXACT = 1e-11
+#: Where the cross-products of columns of length 1 have no smaller eigenvalue, none is rounding of the others.
+_SQUARE = 1e-10
 
 
 def stacked(
@@ -133,33 +142,75 @@ def refuse_copies(y: Tensor, X: Tensor, cells: Tensor, names: Sequence[str]) -> 
         X: (n, p) fixed effects.
         cells: (n,) the unit of each row times the number t of responses, plus its response.
         names: of the responses.
+
+    Raises:
+        InputError: naming them.
     """
     t = len(names)
     order = cells.argsort()
     _, count = torch.unique_consecutive(cells[order] // t, return_counts=True)
     whole = order[(count == t).repeat_interleave(count)]
-    m = len(whole) // t
-    if m <= t * X.shape[1] + t:
+    Y, of_unit = y[whole].reshape(-1, t), X[whole].reshape(len(whole) // t, -1)
+    c = _copied(Y, of_unit, t * X.shape[1])
+    if c is None:
         return
-    Y, of_unit = y[whole].reshape(m, t), X[whole].reshape(m, -1)
-    left = Y - of_unit @ torch.linalg.lstsq(of_unit, Y, driver="gelsd").solution
-    scale = torch.linalg.vector_norm(Y, dim=0)
-    _, size, directions = torch.linalg.svd(left / scale, full_matrices=False)
-    if not bool((scale > 0).all()) or float(size[-1]) > _EXACT:
-        return
-    c = directions[-1] / scale
     # The rows of that combination, of which the coefficients must be able to take it off.
     own = torch.outer(Y @ c, c / (c @ c)).reshape(-1, 1)
     beta = torch.linalg.lstsq(X[whole], own, driver="gelsd").solution
-    if float((own - X[whole] @ beta).norm()) > 1e3 * _EXACT / float(c.norm()):
-        return
-    among = [
-        name for name, part in zip(names, directions[-1].tolist(), strict=True) if abs(part) > 1e-6
-    ]
+    if float((own - X[whole] @ beta).norm()) <= 1e3 * _EXACT / float(c.norm()):
+        _refuse_copies(
+            c * torch.linalg.vector_norm(Y, dim=0), names, "the fixed effects fit exactly"
+        )
+
+
+def refuse_copied_columns(y: Tensor, x: Tensor | None) -> None:
+    """Refuse responses as :func:`refuse_copies` does, where each has coefficients of its own.
+
+    Args:
+        y: (n, t) responses, NaN where one is missing.
+        x: (n, p) features; None for a network, which yields a constant for each at least.
+
+    Raises:
+        InputError: naming them.
+    """
+    whole = ~y.isnan().any(1)
+    Y = y[whole].double().cpu()
+    of_unit = Y.new_ones(len(Y), 1) if x is None else x[whole].double().cpu()
+    rounding = max(_EXACT, 10 * torch.finfo(y.dtype).eps if y.dtype != torch.float64 else 0.0)
+    c = _copied(Y, of_unit, of_unit.shape[1], rounding)
+    if c is not None:
+        names = [f"y[:, {j}]" for j in range(y.shape[1])]
+        what = "is a constant" if x is None else "the features fit exactly"
+        _refuse_copies(c * torch.linalg.vector_norm(Y, dim=0), names, what)
+
+
+def _copied(Y: Tensor, of_unit: Tensor, p: int, rounding: float = _EXACT) -> Tensor | None:
+    """The combination c (t,) of responses (m, t) that columns of their units (m, ·) leave nothing of;
+    None if there is none, or too few units to say so of p coefficients."""
+    m, t = Y.shape
+    if m <= p + t:
+        return None
+    # Squares, which are quick, say of most that no column is one of the others.
+    every = torch.cat([of_unit, Y], 1)
+    size = torch.linalg.vector_norm(every, dim=0)
+    squares = every.mT @ every / torch.outer(size, size)
+    if bool((size > 0).all()) and float(torch.linalg.eigvalsh(squares)[0]) > _SQUARE:
+        return None
+    left = Y - of_unit @ torch.linalg.lstsq(of_unit, Y, driver="gelsd").solution
+    scale = torch.linalg.vector_norm(Y, dim=0)
+    _, size, directions = torch.linalg.svd(left / scale, full_matrices=False)
+    if not bool((scale > 0).all()) or float(size[-1]) > rounding:
+        return None
+    return directions[-1] / scale
+
+
+def _refuse_copies(direction: Tensor, names: Sequence[str], what: str) -> None:
+    pairs = zip(names, direction.tolist(), strict=True)
+    among = ", ".join(repr(name) for name, part in pairs if abs(part) > 1e-6)
     raise InputError(
-        f"the responses {', '.join(map(repr, among))} have a combination that the fixed effects fit "
-        "exactly, as where two differ by their means alone: their covariance is singular, and the "
-        "likelihood has no maximum; leave one of them out"
+        f"the responses {among} have a combination that {what}, as where two differ by their means "
+        "alone: their covariance is singular, and the likelihood has no maximum; leave one of "
+        "them out"
     )
 
 

@@ -23,10 +23,9 @@ from openreml_nn.estimation import Result
 from openreml_nn.estimation.fit import checked, iterate, start_by_moments
 from openreml_nn.estimation.outcome import outcome
 from openreml_nn.likelihood.loss import Objective
-from openreml_nn.likelihood.plan import Plan
+from openreml_nn.likelihood.plan import Plan, check_solver
 from openreml_nn.likelihood.problem import Evaluation
 from openreml_nn.likelihood.solver import Solver
-from openreml_nn.likelihood.solvers.blocked import Blocked, BlockedProblem
 from openreml_nn.likelihood.solvers.dense import check_method
 from openreml_nn.model.mixed_model import MixedModel
 from openreml_nn.model.structures import labels_of, linear_model
@@ -80,7 +79,7 @@ def fit_stream(
         path: of a Parquet or CSV file, a folder, or a :class:`TableFile`.
         chunk_rows: rows that are held at a time.
         method, categorical, weights, residual_variance, max_iterations: see :func:`lmm`.
-        solver: ``"auto"`` or ``"blocked"``, which is the same here.
+        solver: ``"blocked"`` or ``"sparse"``; by default the one of least cost for the sums.
         residual: None; residuals of another structure are not for chunks.
         progress: whether a bar shows on stderr how far the file is read.
 
@@ -105,16 +104,16 @@ def fit_stream(
         raise InputError(
             f"`residual` is {residual!r}, which needs all rows at once: leave out `chunk_rows`"
         )
-    if solver not in ("auto", "blocked", Blocked()):
+    if check_solver(solver).name not in ("auto", "blocked", "sparse"):
         raise InputError(
-            f"`solver` is {solver!r}: expected 'auto' or 'blocked', because chunks leave "
+            f"`solver` is {solver!r}: expected 'auto', 'blocked' or 'sparse', because chunks leave "
             "cross-products alone; or leave out `chunk_rows`"
         )
     known = residual_variance is not None
     if known:
         check_number("residual_variance", residual_variance, above=0)
     found = accumulate(formula, path, chunk_rows, categorical, progress, weights, known)
-    return found.fit(method, max_iterations, residual_variance)
+    return found.fit(method, max_iterations, residual_variance, solver)
 
 
 class Streamed(Sums):
@@ -125,6 +124,7 @@ class Streamed(Sums):
         method: str = "reml",
         max_iterations: int = 200,
         residual_variance: float | None = None,
+        solver: str | Solver = "auto",
     ) -> Result:
         """The fit by AI-REML; see :func:`lmm`."""
         begun = perf_counter()
@@ -132,9 +132,9 @@ class Streamed(Sums):
         model = linear_model(self.skeleton, method, residual_variance=residual_variance)
         covariance = model.covariance(self.skeleton.batch())
         terms = covariance.terms()
-        solver = Blocked()
-        problem = BlockedProblem(self.fixed, terms, method, solver, self.statistics)
-        plan = Plan.of(terms, problem.p, solver, torch.float64).measured(problem)
+        plan = Plan.of(terms, len(self.fixed.T), solver, torch.float64, self.statistics)
+        problem = plan.choice.problem_of_sums(self.fixed, terms, method, self.statistics)
+        plan = plan.measured(problem)
         plan = replace(plan, rows=problem.n, reason="cross-products of chunks of rows")
         objective = Objective(covariance, problem, None)
         start_by_moments(objective, self.size)

@@ -13,6 +13,7 @@ from openreml_nn.model.random_effect import RandomEffect
 from openreml_nn.model.residual import structure_of
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.warning import warn
 
 __all__ = ["refuse_unread"]
 
@@ -25,18 +26,29 @@ def refuse_unread(
     effects: Callable[[], Mapping[str, RandomEffect]],
     residual: nn.Module,
     responses: int,
+    factors: int,
 ) -> None:
-    """Refuse what has no effect in a model.
+    """Refuse what has no effect in a model. Codes of other factors, as in one batch for several models,
+    are said in a warning.
 
     Args:
         batch: the rows.
         effects: yields the model's random effects by name, where the batch has something for some.
         residual: of a row, as :func:`structure_of` takes it, or a family.
         responses: how many a row has.
+        factors: how many random effects the model has.
 
     Raises:
         TypeError, InputError: if the batch has such a part, naming it.
     """
+    groups = batch.get("groups")
+    if isinstance(groups, Mapping) and len(groups) > factors:
+        names = list(effects())
+        unknown = ", ".join(repr(name) for name in groups if name not in names)
+        warn(
+            f"batch['groups'] has {unknown}, of which the model has no random effect: they are {names}",
+            UserWarning,
+        )
     if batch.keys().isdisjoint(_OPTIONAL):
         return  # as most do
     known = effects()

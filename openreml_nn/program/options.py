@@ -136,14 +136,16 @@ class Options:
         pristine: the same without what the user gave; composed anew by default.
 
     Raises:
-        InputError: if a value is of another kind than its key's.
+        InputError: if a value is of another kind than its key's, or a key that every run needs is
+            taken out.
     """
 
     def __init__(self, config: DictConfig, pristine: DictConfig | None = None) -> None:
-        _check_kinds(config)
         self._config = config
         self._given = flattened(config)
         self._default = flattened(_pristine(config) if pristine is None else pristine)
+        _check_needed(self._given, self._default)
+        _check_kinds(config)
         self._read: set[str] = set()
 
     def __getitem__(self, key: str) -> Any:
@@ -327,6 +329,19 @@ _KINDS: dict[str, _Kind] = {
     "model.rows": _COUNT,
     "model.scheduler": _NODE_OR_NONE,
 }
+
+
+#: What no run is without: a default in the place of what was taken out would go unnoticed.
+_NEEDED = ("data", "model", "optimizer", "seed", "trainer")
+
+
+def _check_needed(given: Mapping[str, Any], default: Mapping[str, Any]) -> None:
+    for key in _NEEDED:
+        there, known = (any(_within(own, key) for own in kept) for kept in (given, default))
+        if known and not there:
+            raise InputError(
+                f"~{key} leaves the run without {key}: expected {key}=VALUE, or the default"
+            )
 
 
 def _check_kinds(config: DictConfig) -> None:

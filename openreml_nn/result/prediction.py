@@ -92,7 +92,7 @@ class KnownEffect:
         z = self.z.to(like)
         each = torch.einsum("...k,kl,...l->...", z, self.prior().to(z), z)
         each = each if among is None else torch.where(among, each, 0)
-        return each.reshape(len(each), -1).sum(1)
+        return each if each.dim() == 1 else each.sum(1)  # len() would be a constant in a program
 
     def variance_of_blups(self, among: Tensor) -> Tensor:
         """The most that the variance of the error of the BLUPs of the levels ``among`` can be (n,), of one

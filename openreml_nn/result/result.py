@@ -99,15 +99,17 @@ class Result(FitValues):
         their standard errors and what the fit was like stay; coefficients, BLUPs, their variances,
         predictions and the log-likelihood are those of all rows. The rows of the fit are not
         needed, but their cross-products, which a result keeps; so there are no fitted values, and no
-        ``source`` for inference that takes the rows.
+        ``source`` for inference that takes the rows. With a family modes and coefficients are found
+        anew from the rows of the fit and the new ones, the family's parameters held; then a result
+        takes up rows once, and the standard errors of coefficients are given the parameters.
 
         Args:
             table: the new rows, with all columns of the fit, as in :meth:`predict`.
 
         Raises:
             InputError: if a column is missing, a level of the fixed effects or of correlated levels
-                is unknown, there is no formula, or rows do not add up: of a response that is not
-                Gaussian, or with correlated residuals.
+                is unknown, there is no formula, or rows do not add up: with correlated residuals, or of a
+                family that is ordinal, has a zero part or is of ``cbind(successes, failures)``.
 
         Reference:
             Henderson, Biometrics 31 (1975) 423.
@@ -123,11 +125,6 @@ class Result(FitValues):
             raise InputError(
                 "`result` has no formula by which to read a table: expected a fit of a "
                 "formula; a model without one takes up rows by MixedModel.add(batch)"
-            )
-        if self.family is not None:
-            raise InputError(
-                f"`result` is of the family {self.family!r}: rows add up for a Gaussian response "
-                "only; fit all rows"
             )
         return with_rows(self, *read_as(self.encoder, table))
 

@@ -17,7 +17,7 @@ from openreml_nn.result.values import FitValues
 from openreml_nn.support.display import plain_console, visible
 from openreml_nn.support.names import shortened
 
-__all__ = ["singularity", "summarise", "tables"]
+__all__ = ["singularity", "summarise", "tables", "uncertainty"]
 
 #: Parameters that the table of random effects shows: variances, and factors of covariances.
 _PLAIN = re.compile(r"/sigma\^2(_\d+)?$|(?<!/loadings/x)/L_\d+_\d+$")
@@ -68,10 +68,7 @@ def tables(result: FitValues, title: str | None = None) -> list[Table | str]:
         f"standard errors; {result.plan.solver} solver"
     )
     if result.log_likelihood_error:
-        parts.append(
-            f"the log-likelihood is estimated, with a standard error of "
-            f"{result.log_likelihood_error:.2g}"
-        )
+        parts.append(uncertainty(result))
     singular = [singularity(c) for c in result.components if c.singular]
     if singular:
         parts.append(visible(f"singular fit: {'; '.join(singular)}"))
@@ -108,6 +105,14 @@ def constraint_texts(constraints: Mapping[str, Any]) -> list[str]:
             low, high = value
             found.append(f"{name} between {low:.6g} and {high:.6g}")
     return found
+
+
+def uncertainty(result: FitValues) -> str:
+    """How far the log-likelihood is known, in words."""
+    error = result.log_likelihood_error
+    if result.plan.exact:
+        return f"rounding leaves about {error:.2g} of the log-likelihood unknown"
+    return f"the log-likelihood is estimated, with a standard error of {error:.2g}"
 
 
 def singularity(component: Component) -> str:

@@ -34,7 +34,8 @@ class FitValues:
         condition: condition number of the scaled curvature.
         rows: number of rows n.
         log_likelihood: the (restricted) log-likelihood, constants included.
-        log_likelihood_error: its Monte Carlo standard error; 0 where it is exact.
+        log_likelihood_error: what is unknown of it: its Monte Carlo standard error where the solver is
+            not exact, and what rounding leaves where that is more than 1e-6; else 0.
         fixed: BLUEs.
         parameters: covariance parameters.
         components: covariance of each term, the residual last where there is one.

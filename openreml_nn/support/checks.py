@@ -32,6 +32,7 @@ __all__ = [
     "check_text",
     "found",
     "is_finite",
+    "refuse_tracing",
 ]
 
 
@@ -86,6 +87,19 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
         words = [repr(choice) for choice in choices]
         last = f" or {words[-1]}" if len(words) > 1 else words[-1]
         raise InputError(f"`{name}` is {found(value)}: expected {', '.join(words[:-1])}{last}")
+
+
+def refuse_tracing(what: str) -> None:
+    """Refuse ``torch.jit.trace``, which cannot hold a custom function.
+
+    Raises:
+        InputError: naming what was traced.
+    """
+    if torch._C._get_tracing_state() is not None:
+        raise InputError(
+            f"{what} cannot be traced by torch.jit.trace: expected a covariance or a network, and "
+            "exported(model, batch) for predictions"
+        )
 
 
 def check_flag(name: str, value: object) -> bool:

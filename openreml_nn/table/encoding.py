@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -41,9 +41,11 @@ class Encoding:
         formula, categorical, source, residual, weights, relations, learned: see :class:`Encoder`.
         dialect: how the file of the fit is written, and so those of other rows; None where there was
             none.
+        categories: numbers of the categories of a family's response; None where it has numbers.
     """
 
     dialect: Dialect | None = None
+    categories: Mapping[Any, int] | None = None
 
     def __init__(
         self,

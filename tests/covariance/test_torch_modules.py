@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from openreml_nn import MixedModel, RandomEffect, REMLLoss, fit_reml
+from openreml_nn import InputError, MixedModel, RandomEffect, REMLLoss, fit_reml
 from openreml_nn.covariance import (
     Adapter,
     AR1Matrix,
@@ -336,6 +336,24 @@ def test_a_tree_is_exported(mode):
     V.grad_mode = mode
     exported = torch.export.export(V, ())
     torch.testing.assert_close(exported.module()(), V())
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("made", [lambda: UnstructuredMatrix(3), tree])
+def test_a_tree_is_traced_with_its_gradient_and_a_likelihood_is_refused(made):
+    V = made().double()
+    traced = torch.jit.trace(V, (), check_trace=False)
+    W = torch.randn(V.shape).double()
+    with torch.no_grad():
+        for parameter in V.parameters():
+            parameter += 0.1  # a trace is of the parameters, not of their values
+    own, found = (torch.autograd.grad((v * W).sum(), list(V.parameters())) for v in (V(), traced()))
+    torch.testing.assert_close(traced(), V(), rtol=0, atol=0)
+    torch.testing.assert_close(found, own, rtol=1e-12, atol=1e-12)
+    n = len(W)
+    y, X = torch.arange(float(n)).double(), torch.ones(n, 1).double()
+    with pytest.raises(InputError, match=r"a likelihood cannot be traced by torch\.jit\.trace"):
+        torch.jit.trace(REMLLoss(V), (y, X))
 
 
 def test_an_ensemble_by_vmap():

@@ -33,6 +33,8 @@ from openreml_nn.covariance import (
 )
 from openreml_nn.covariance.neighbours import first_to_last, nearest_before
 from openreml_nn.estimation.derivatives import jacobian
+from openreml_nn.estimation.fit import moment_start
+from openreml_nn.estimation.starts import climb_from_several
 
 CORRELATIONS = [
     ExponentialCorrelation(),
@@ -393,3 +395,34 @@ def test_places_without_variance_of_their_own_are_not_numbers_among_many_either(
     few = K.regressions.computed(torch.zeros(1, dtype=torch.float64), 0)[0]
     assert 0 < int(found[:600].isnan().sum()) < 600
     assert torch.equal(found[:600].isnan(), few[:600].isnan())
+
+
+def test_a_coarser_process_is_that_of_fewer_neighbours():
+    places = torch.rand(40, 2)
+    fine, coarse = (VecchiaMatrix(places, MaternCorrelation(1.5), m) for m in (12, 5))
+    value = torch.tensor([0.2, -1.0])
+    assert fine.coarsen()
+    torch.testing.assert_close(fine(value), coarse(value), rtol=0, atol=0)
+    assert not coarse.coarsen()
+
+
+def test_a_fit_by_way_of_a_coarser_process_ends_at_the_same_optimum():
+    places, codes = torch.rand(50, 2), torch.arange(150) % 50
+    kernel = VecchiaMatrix(places, MaternCorrelation(1.5), 12)
+    z = DummyMatrix.from_codes(codes, 50)
+    V = Sum(place=CovariancePropagation(z, kernel), residual=ScalarMatrix(150))
+    effects = torch.sin(4 * places.sum(1)) + torch.cos(5 * places[:, 0])
+    y, X = effects[codes] + 0.3 * torch.randn(150), torch.ones(150, 1)
+    loss = REMLLoss(V, solver="sparse", reduction="sum")
+    rough = deepcopy(V)
+    assert sum(m.coarsen() for m in rough.modules() if isinstance(m, Matrix)) == 1
+    coarse = REMLLoss(rough, solver="sparse").objective(y, X)
+    found = []
+    for way in (None, coarse):
+        history, others = climb_from_several(
+            loss.objective(y, X), 100, lambda: moment_start(loss, y, X), way
+        )
+        found.append((history[-1].log_likelihood, len(history), others))
+    assert found[1][0] == pytest.approx(found[0][0], abs=1e-8)
+    assert found[1][1] < found[0][1]
+    assert all(start.same for start in found[1][2])

@@ -16,6 +16,7 @@ from openreml_nn.covariance import (
 )
 from openreml_nn.datasets import penicillin, sleepstudy
 from openreml_nn.likelihood import NotPositiveDefiniteError
+from openreml_nn.support.spectrum import decomposed, eigenvalues
 
 FORMULA = "Reaction ~ Days + (Days | Subject)"
 
@@ -370,3 +371,15 @@ def test_a_response_without_residuals_is_told():
         result = fit_reml(V, 2 * x + b[codes], X)
     assert not result.converged
     assert abs(float(result.fixed.estimate[1]) - 2) < 1e-6
+
+
+@pytest.mark.parametrize("function", [decomposed, eigenvalues])
+@pytest.mark.parametrize("n", [1, 2, 3, 30])
+def test_a_matrix_without_eigenvalues_is_named_whatever_its_size(function, n):
+    K = torch.arange(1.0, n + 1).flip(0).diag()
+    found = function(K, "K")
+    values = found[0] if isinstance(found, tuple) else found
+    torch.testing.assert_close(values, torch.arange(1.0, n + 1))
+    K[0, -1] = K[-1, 0] = torch.nan
+    with pytest.raises(NumericalError, match="K has no eigenvalues: it holds numbers that are not"):
+        function(K, "K")

@@ -1,5 +1,6 @@
 """Inference from fits of responses that are not Gaussian: asymptotic, or refused."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from openreml_nn.inference import (
     profile,
     quantile_residuals,
     r2,
+    reliability,
     scan,
     simulate,
     variance_shares,
@@ -53,6 +55,13 @@ def cbpp():
     table = pd.read_csv(GLMM / "cbpp.csv").astype({"period": str})
     formula = "cbind(incidence, size - incidence) ~ period + (1 | herd)"
     return glmm(formula, table, family="binomial"), table
+
+
+def test_reliability_is_that_of_the_conditional_variances_of_lme4(cbpp):
+    found = reliability(cbpp[0], "herd").set_index("level")["reliability"]
+    expected = json.loads((GLMM / "reliability.json").read_text())
+    # Of two fits within 1e-8 of one maximum; the variance of either is known to 1e-5.
+    np.testing.assert_allclose(found[expected["levels"]], expected["reliability"], atol=2e-5)
 
 
 def test_coefficients_have_normal_tests(fits):

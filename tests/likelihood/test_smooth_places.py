@@ -54,6 +54,7 @@ def test_a_fit_ends_where_rounding_lets_nothing_more_be_seen():
     assert found.converged
     assert found.iterations < 15
     assert 0 < found.log_likelihood_error < 1e-4
+    assert "rounding leaves about" in found.summary()
     sparse = [p.value for p in found.parameters]
     dense = fit_reml(V, y, X, solver="dense")
     assert found.log_likelihood == pytest.approx(dense.log_likelihood, abs=1e-4)

@@ -103,6 +103,23 @@ def test_factor_solves_and_inverts_within_its_pattern(n, density, seed, order):
     )
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 40), st.sampled_from([0.01, 0.05, 0.2]), st.integers(0, 50))
+def test_columns_of_one_pattern_are_one_supernode(n, density, seed):
+    # Which they are is told by how many entries columns of L have, found without L.
+    A = positive_definite(n, density, seed)
+    symbolic = Symbolic.of(A, shuffled(A))
+    L = A.toarray()[np.ix_(symbolic.order, symbolic.order)] != 0
+    for j in range(n):
+        below = j + 1 + L[j + 1 :, j].nonzero()[0]
+        L[np.ix_(below, below)] = True
+    L = np.tril(L)
+    count, height = L.sum(0), np.diff(symbolic.row_start)
+    assert (count[symbolic.first[:-1]] <= height).all()
+    alike = L.diagonal(-1) & (count[:-1] == count[1:] + 1)
+    assert (symbolic.of_column[:-1] == symbolic.of_column[1:])[alike].all()
+
+
 def test_every_entry_of_the_pattern_of_the_factor_is_of_the_inverse():
     # A grid: its supernodes are of all widths.
     n = 14

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from openreml_nn import REMLLoss
+from openreml_nn import InputError, REMLLoss
+from openreml_nn.covariance import (
+    AR1Matrix,
+    CovariancePropagation,
+    DiagonalMatrix,
+    DummyMatrix,
+    IdentityMatrix,
+    KroneckerProduct,
+    Sum,
+)
 from openreml_nn.datasets import sleepstudy
 from openreml_nn.model.structures import linear_model
 from openreml_nn.table import Encoder
@@ -31,3 +40,23 @@ def test_weights_beside_blocks(residual, method, solver):
             loss = REMLLoss(V, method, name, reduction="sum")(encoded.y, encoded.X)
             found[name] = loss.detach(), torch.autograd.grad(loss, list(V.parameters()))
         torch.testing.assert_close(found[solver], found["dense"], rtol=1e-8, atol=1e-8)
+
+
+def test_weights_of_equal_numbers_are_the_same_weights():
+    n = 12
+    scale = torch.linspace(0.5, 2, n, dtype=torch.float64)
+    X = torch.ones(n, 1, dtype=torch.float64)
+
+    def loss(other: torch.Tensor, solver: str) -> torch.Tensor:
+        rows = torch.arange(n)
+        parts = {}
+        for matrix, weights in ((AR1Matrix(4), scale), (DiagonalMatrix(4), other)):
+            within = KroneckerProduct(groups=IdentityMatrix(3), matrix=matrix)
+            z = DummyMatrix.from_codes(rows, n, weights)
+            parts[type(matrix).__name__] = CovariancePropagation(z=z, g=within)
+        V = Sum(parts).double()
+        return REMLLoss(V, "reml", solver)(scale.sin(), X)
+
+    torch.testing.assert_close(loss(scale.clone(), "blocked"), loss(scale, "dense"))
+    with pytest.raises(InputError, match="same weights for all parts"):
+        loss(scale.flip(0), "blocked")

@@ -10,7 +10,10 @@ from pandas.testing import assert_frame_equal
 from openreml_nn import datasets, glmm, lmm
 from openreml_nn.lightning import MixedModule
 from openreml_nn.model.checkpoint import checkpoint_of
+from openreml_nn.program.direct import needs_trainer
+from openreml_nn.program.options import Options
 from tests.forked import program
+from tests.program.test_options import composed
 
 pytestmark = pytest.mark.slow
 
@@ -130,7 +133,15 @@ def test_a_trainer_goes_on_from_its_checkpoint(tmp_path):
         ("data.validation=0.2", True),
     ],
 )
-def test_what_is_a_trainers_is_left_to_one(tmp_path, option, is_one):
+def test_what_is_a_trainers_is_left_to_one(option, is_one):
+    # The program alone knows the folder of its run.
+    folders = ["logger.csv.save_dir=.", "logger.tensorboard.save_dir=."]
+    given = composed(option, *(folders if option != "logger=none" else []))
+    assert needs_trainer(Options(given, composed(*folders))) == is_one
+
+
+@pytest.mark.parametrize(("option", "is_one"), [("seed=2", False), ("trainer.max_epochs=7", True)])
+def test_a_trainers_checkpoint_has_its_loops(tmp_path, option, is_one):
     run(tmp_path, "r", option)
     kept = torch.load(tmp_path / "r" / "model.ckpt", weights_only=True)
     assert ("loops" in kept) == is_one

@@ -111,6 +111,12 @@ def test_a_value_is_given_where_what_it_refers_to_is():
     assert Options(composed("model.formula='y ~ x'"), pristine).is_given("model.formula")
 
 
+@pytest.mark.parametrize("key", ["data", "model", "optimizer", "seed", "trainer"])
+def test_what_every_run_needs_cannot_be_taken_out(key):
+    with pytest.raises(InputError, match=rf"^~{key} leaves the run without {key}: expected {key}="):
+        Options(composed(f"~{key}"), composed())
+
+
 def test_references():
     assert references("${a.b} and ${ c }", "x.y") == ["a.b", "c"]
     assert references("${.b}", "x.y") == ["x.b"]

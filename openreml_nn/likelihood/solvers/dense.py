@@ -235,11 +235,15 @@ class _DenseEvaluation(Evaluation):
         residual = residual_terms(self._terms)
         random = [i for i in range(len(self._terms)) if i not in residual]
         p_y, eps = self._p_y, torch.finfo(self._L.dtype).eps
-        roots, rounding = None, self.rounding**2 / eps
+        roots: list[Tensor] | None = None
+        rounding = self.rounding**2 / eps
         if random and residual:
-            roots, gain = self._spread_roots(random, residual)
-            if roots is not None:
-                rounding = eps * gain
+            spread = self._spread_roots(random, residual)
+            # By the residuals, unless these are so alike that V has more digits than R.
+            if spread is not None:
+                found_by, gain = spread
+                if self.problem.has_digits(eps * gain) or eps * gain < rounding:
+                    roots, rounding = found_by, eps * gain
         if random and not self.problem.has_digits(rounding):
             better = self.problem.precise(self.at_terms)
             if better is not None and better.rounding < rounding:
@@ -260,16 +264,17 @@ class _DenseEvaluation(Evaluation):
 
     def _spread_roots(
         self, random: list[int], residual: list[int]
-    ) -> tuple[list[Tensor] | None, float]:
+    ) -> tuple[list[Tensor], float] | None:
         r"""Roots of prediction-error variances :math:`\Lambda M^{-1} \Lambda^\top`, with what the
-        fixed effects add, and the largest entry of M; None where G is not positive semi-definite."""
+        fixed effects add, and the largest entry of M; None where G is not positive semi-definite, or
+        R or M not positive definite."""
         terms, Q = [self._terms[i] for i in random], self.problem.fixed.Q
         try:
             roots = [term.covariance.root() for term in terms]
             own = [self._terms[i] for i in residual]
             L = cholesky(_total(own, [None] * len(own)), "R")
         except NumericalError:
-            return None, 1.0
+            return None
         parts = [
             g.multiply(term.design.dense(Q).mT, transpose=True).mT
             for g, term in zip(roots, terms, strict=True)
@@ -278,7 +283,10 @@ class _DenseEvaluation(Evaluation):
         W, X = W[:, : W.shape[1] - Q.shape[1]], W[:, W.shape[1] - Q.shape[1] :]
         M = W.mT @ W
         M.diagonal().add_(1)
-        Lc = cholesky(M, "V")
+        try:
+            Lc = cholesky(M, "M")
+        except NumericalError:
+            return None
         eye = torch.eye(len(M), dtype=M.dtype, device=M.device)
         of_X = torch.cholesky_solve(W.mT @ X, Lc)
         lost = torch.linalg.solve_triangular(self.gamma_factor, of_X.mT, upper=False).mT

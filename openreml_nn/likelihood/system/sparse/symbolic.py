@@ -18,6 +18,13 @@ import numpy as np
 from scipy.sparse import csc_matrix
 
 from openreml_nn.likelihood.system.sparse.columns import Run, runs_of
+from openreml_nn.likelihood.system.sparse.forest import (
+    column_counts,
+    elimination_tree,
+    inverted,
+    postorder,
+    relabelled,
+)
 from openreml_nn.likelihood.system.sparse.memory import Pool
 from openreml_nn.likelihood.system.sparse.ordering import nested_dissections
 from openreml_nn.support.compilation import compiled
@@ -27,6 +34,8 @@ __all__ = ["Symbolic"]
 
 #: A factor that takes more operations is worth other orders.
 _LONG = 5e9
+#: Bytes of a factor beyond which no other order makes it one that fits.
+_LOST = 2.0**37
 #: A factorisation says how far it is each time that it has taken so many.
 _PIECE = 2e10
 
@@ -80,7 +89,7 @@ class Symbolic:
             return cls._ordered(pattern, order)
         orders = nested_dissections(pattern)
         best = cls._ordered(pattern, next(orders))
-        if best.operations > _LONG:
+        if best.operations > _LONG and best.bytes < _LOST:
             for other in orders:
                 found = cls._ordered(pattern, other)
                 best = min(best, found, key=lambda each: each.operations)
@@ -90,12 +99,12 @@ class Symbolic:
     def _ordered(cls, pattern: csc_matrix, order: np.ndarray) -> Symbolic:
         n = pattern.shape[0]
         start, index = pattern.indptr.astype(np.int64), pattern.indices.astype(np.int64)
-        parent = _tree(n, start, index, order, _inverted(order))
-        post = _postorder(parent)
+        parent = elimination_tree(n, start, index, order, inverted(order))
+        post = postorder(parent)
         order = np.ascontiguousarray(order[post])
-        place = _inverted(order)
-        parent = _relabelled(parent, post)
-        count = _counts(n, start, index, order, place, parent)
+        place = inverted(order)
+        parent = relabelled(parent, post)
+        count = column_counts(n, start, index, order, place, parent)
         first = _supernodes(parent, count)
         of_column = np.repeat(np.arange(len(first) - 1), np.diff(first))
         row_start, rows = _rows(start, index, order, place, parent, first, of_column)
@@ -171,83 +180,6 @@ def _operations(first: np.ndarray, row_start: np.ndarray) -> np.ndarray:
     w = np.diff(first).astype(float)
     below = np.diff(row_start) - w
     return w**3 / 3 + w * w * below + w * below * (below + 1)
-
-
-def _inverted(order: np.ndarray) -> np.ndarray:
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    return place
-
-
-@compiled
-def _tree(n, start, index, order, place):
-    """Elimination tree with compressed paths."""
-    parent = np.full(n, -1, np.int64)
-    ancestor = np.full(n, -1, np.int64)
-    for k in range(n):
-        column = order[k]
-        for p in range(start[column], start[column + 1]):
-            i = place[index[p]]
-            while i != -1 and i < k:
-                following = ancestor[i]
-                ancestor[i] = k
-                if following == -1:
-                    parent[i] = k
-                i = following
-    return parent
-
-
-@compiled
-def _postorder(parent):
-    n = len(parent)
-    head = np.full(n, -1, np.int64)
-    following = np.full(n, -1, np.int64)
-    post = np.empty(n, np.int64)
-    stack = np.empty(n, np.int64)
-    for j in range(n - 1, -1, -1):
-        if parent[j] >= 0:
-            following[j] = head[parent[j]]
-            head[parent[j]] = j
-    k = 0
-    for root in range(n):
-        if parent[root] >= 0:
-            continue
-        top = 0
-        stack[0] = root
-        while top >= 0:
-            child = head[stack[top]]
-            if child == -1:
-                post[k] = stack[top]
-                k += 1
-                top -= 1
-            else:
-                head[stack[top]] = following[child]
-                top += 1
-                stack[top] = child
-    return post
-
-
-def _relabelled(parent: np.ndarray, post: np.ndarray) -> np.ndarray:
-    new = _inverted(post)
-    found = parent[post]
-    return np.where(found < 0, -1, new[found])
-
-
-@compiled
-def _counts(n, start, index, order, place, parent):
-    """Entries of each column of L, walking each row's subtree once."""
-    count = np.ones(n, np.int64)
-    mark = np.full(n, -1, np.int64)
-    for k in range(n):
-        mark[k] = k
-        column = order[k]
-        for p in range(start[column], start[column + 1]):
-            i = place[index[p]]
-            while i < k and mark[i] != k:
-                count[i] += 1
-                mark[i] = k
-                i = parent[i]
-    return count
 
 
 @compiled
