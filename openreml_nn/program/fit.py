@@ -38,8 +38,8 @@ def fit_table(config: DictConfig) -> float:
     with reported(_advice(config)), RunDirectory(path, is_first_process()) as directory:
         options = Options(config)
         _seed(options["seed"])
-        is_profiled = options["profile"]
         fit = prepared(options)
+        is_profiled = options["profile"]
         fit.read()
         directory.begin(config, fit.resumed)
         found = fit.run()
@@ -49,9 +49,11 @@ def fit_table(config: DictConfig) -> float:
             return 0.0
         result = found.result
         if not result.converged:
+            is_cut = result.iterations >= options["trainer.max_epochs"]
             warn(
                 f"not converged after {result.iterations} iterations: score norm "
-                f"{result.score_norm:.3g} standard errors; raise trainer.max_epochs"
+                f"{result.score_norm:.3g} standard errors"
+                f"{'; raise trainer.max_epochs' if is_cut else ''}"
             )
         _write(found, fit, path, is_profiled)
         return found.validation.get("val_negative_log_density", result.deviance)
@@ -74,6 +76,8 @@ def prepared(options: Options) -> Ways:
         formula, names = _formula(options), _names(options["data.categorical"])
         genotypes = _genotypes(options["heritability"], formula)
         fit = Direct(options, formula, names, _has_bar(options), genotypes)
+    if chunks is None:
+        _ = options["profile"]  # which takes the rows
     options.check_all_read("in this run" if chunks is None else f"with data.chunk_rows={chunks}")
     return fit
 
@@ -112,10 +116,11 @@ def _write(found: Fitted, fit: Ways, path: Path, is_profiled: bool) -> None:
             outputs.write_profile(profile(result, progress=fit.has_bar), path)
         outputs.write_record(result, path, found.validation)
     if fit.heritability is not None:
-        table = outputs.write_heritability(result, fit.heritability, path)
-        rows = table[["method", "estimate"]].itertuples(index=False)
-        text = ", ".join(f"{method} {estimate:.4f}" for method, estimate in rows)
-        console.print(visible(f"heritability of {fit.heritability}: {text}"), soft_wrap=True)
+        with costs_nothing("heritability"):
+            table = outputs.write_heritability(result, fit.heritability, path)
+            rows = table[["method", "estimate"]].itertuples(index=False)
+            text = ", ".join(f"{method} {estimate:.4f}" for method, estimate in rows)
+            console.print(visible(f"heritability of {fit.heritability}: {text}"), soft_wrap=True)
     console.print(f"written to {shown(path)}", soft_wrap=True)
 
 

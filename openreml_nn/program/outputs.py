@@ -81,12 +81,14 @@ def write_profile(profile: Profile, directory: str | Path) -> None:
 
 
 def write_heritability(result: Result, group: str, directory: str | Path) -> pd.DataFrame:
-    """Write the heritability of a group by each definition; returns the table.
+    """Write the heritability of a group by each definition that the response has; returns the table.
 
     Raises:
         InputError: if the group has no heritability, see :func:`openreml_nn.inference.heritability`.
     """
-    found = {method: heritability(result, group, method) for method in METHODS}
+    # The others are of means of a Gaussian response.
+    methods = METHODS if result.family is None else ("plain",)
+    found = {method: heritability(result, group, method) for method in methods}
     table = pd.DataFrame(
         {
             "group": group,

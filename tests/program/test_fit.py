@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from scipy.stats import norm
 
-from openreml_nn import datasets, lmm
+from openreml_nn import datasets, glmm, lmm
+from openreml_nn.inference import heritability
 from openreml_nn.lightning import MixedModelDataModule
 from tests.endurance import check_same, finished
 from tests.forked import program
@@ -73,3 +74,36 @@ def test_what_stops_ai_reml_is_its_own(tmp_path):
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "StopWhenConverged(tolerance=0.1) has no effect on AI-REML" in done.stderr
     assert "optimizer.tolerance" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "end"),
+    [
+        ("trainer.max_epochs=3", "standard errors; raise trainer.max_epochs\n"),
+        ("callbacks.stop.tolerance=0.5", "standard errors\n"),
+    ],
+)
+def test_more_epochs_are_advised_where_the_fit_ran_out_of_them(tmp_path, option, end):
+    done = program(*QUICK, "optimizer=adam", option, cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stderr.startswith("warning: not converged after ")
+    assert done.stderr.endswith(end)
+
+
+def test_a_heritability_that_there_is_not_does_not_cost_the_fit(tmp_path):
+    done = program(*QUICK, "heritability=Subject", cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stderr.startswith("warning: heritability is left out: InputError: `group` is 'Sub")
+    assert (tmp_path / "r" / "result.json").exists()
+
+
+def test_heritability_of_a_response_of_a_family_is_a_share_on_the_scale_of_its_link(tmp_path):
+    table = datasets.sleepstudy().assign(slow=lambda t: (t["Reaction"] > 300).astype(int))
+    table.to_csv(tmp_path / "t.csv", index=False)
+    formula = "slow ~ Days + (1 | Subject)"
+    options = ["data.path=t.csv", f"model.formula={formula}", "model.family=binomial"]
+    fitted(tmp_path, *options, "heritability=Subject")
+    (row,) = pd.read_csv(tmp_path / "r" / "heritability.csv").to_dict("records")
+    result = glmm(formula, table, family="binomial")
+    assert row["method"] == "plain"
+    assert row["estimate"] == pytest.approx(heritability(result).estimate, rel=1e-6)
