@@ -30,6 +30,7 @@ from torch.utils.data import (
 )
 
 from openreml_nn import InputError, MixedModel, RandomEffect, lmm
+from openreml_nn.covariance import GaussianMatrix
 from openreml_nn.estimation.fit import iterate
 from openreml_nn.lightning import MixedModelDataModule, MixedModule, UpdateBLUPs
 from openreml_nn.lightning.ways import Alternating
@@ -857,3 +858,28 @@ def test_an_optimizer_that_has_the_covariance_keeps_it():
 def test_a_model_that_is_not_there_is_named():
     with pytest.raises(InputError, match="Mine has 0 of a MixedModel 'other'"):
         quiet(1, callbacks=[UpdateBLUPs("other")]).fit(Mine(), tuples())
+
+
+def test_dense_places_are_trained_in_single_precision():
+    """A kernel that is rounded to single precision has eigenvalues below zero."""
+    places = 4 * torch.rand(100, 2, generator=torch.Generator().manual_seed(1)).double()
+    kernel = GaussianMatrix(torch.cdist(places, places))
+    model = MixedModel(nn.Linear(2, 1), {"g": RandomEffect(100, kernel)})
+    rounded = torch.linalg.eigvalsh(kernel().detach().double())
+    assert float(rounded[0]) < -1e-9 * float(rounded[-1])
+    codes = torch.randint(100, (N,), generator=torch.Generator().manual_seed(2))
+    rows = {"x": X, "y": Y, "groups": {"g": codes}}
+    module = MixedModule(model, ADAM)
+    quiet(2).fit(
+        module, DataLoader([take(rows, slice(i, i + 40)) for i in range(0, N, 40)], batch_size=None)
+    )
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    wide = copy.deepcopy(model).double()
+    wide.update({**rows, "x": X.double(), "y": Y.double()})
+    model.update(rows)
+    torch.testing.assert_close(
+        model.predict(rows).mean.double(),
+        wide.predict({**rows, "x": X.double()}).mean,
+        rtol=0,
+        atol=1e-4,
+    )

@@ -36,10 +36,17 @@ class Objective:
     rows: Tensor | None
 
     def terms(self, free_params: FreeParams = None) -> list[Term]:
-        """The lowered covariance in the precision of the data."""
+        """The lowered covariance in the precision of the data.
+
+        It is computed in that too: a kernel of known distances that was rounded to less need not be
+        positive semi-definite.
+        """
+        dtype = self.problem.fixed.y.dtype
+        if free_params is None and any(p.dtype != dtype for p in self.covariance.parameters()):
+            free_params = self.covariance.flat_params(None).to(dtype)
         with nullcontext() if free_params is None else self.covariance.given(free_params):
             found = self.covariance.terms(self.rows)
-        return [term.to(self.problem.fixed.y.dtype) for term in found]
+        return [term.to(dtype) for term in found]
 
     @cached_property
     def moves(self) -> bool:
