@@ -70,7 +70,7 @@ class Auto(Solver):
             if make.exact and make.least >= least:
                 is_small = True
             elif make.exact:
-                solver = _DEFAULTS[make.name]
+                solver = make()
                 if self.progress is not None:
                     solver = solver.with_progress(self.progress)
                 found = _forecast(solver, terms, p, dtype, sums)
@@ -121,7 +121,7 @@ def _approximate(
 ) -> Iterator[tuple[Solver, Cost]]:
     """The approximate solvers that fit the terms, with their costs."""
     for make in SOLVERS.values():
-        solver = _DEFAULTS[make.name]
+        solver = make()
         cost = None if make.exact else _forecast(solver, terms, p, dtype, sums)
         if cost is not None:
             yield solver, cost
@@ -139,11 +139,11 @@ def check_solver(solver: object) -> Solver:
     check_instance("solver", solver, str, "a name, or a solver such as `Krylov()`")
     assert isinstance(solver, str)
     check_choice("solver", solver, (Auto.name, *SOLVERS))
-    return _DEFAULTS[solver]
+    return _AUTO if solver == Auto.name else SOLVERS[solver]()
 
 
-#: Solvers with the options that they have by default, by name.
-_DEFAULTS = {Auto.name: Auto(), **{name: make() for name, make in SOLVERS.items()}}
+# The one without a state of its own: a sparse solver holds what it has analysed.
+_AUTO = Auto()
 
 
 @dataclass(frozen=True)

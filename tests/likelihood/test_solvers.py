@@ -158,6 +158,14 @@ def test_solvers_are_values(solver):
     assert type(solver)() == type(solver)()
 
 
+def test_what_a_solver_by_name_has_analysed_is_not_shared():
+    """Two fits at once, in two threads, would take each other's analysis."""
+    assert check_solver("sparse") is not check_solver("sparse")
+    terms = Sum(one=ScalarMatrix(4), two=ScalarMatrix(4)).terms()
+    plans = [Plan.of(terms, 0, "auto", torch.float64) for _ in range(2)]
+    assert plans[0].choice is not plans[1].choice
+
+
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
