@@ -141,14 +141,19 @@ def _start_by_krylov(objective: Objective, loss: REMLLoss, y: Tensor, X: Tensor)
     return True
 
 
+def _coarsenable(covariance: Matrix) -> list[Matrix]:
+    """Matrices that may have a coarser form."""
+    found = (m for m in covariance.modules() if isinstance(m, Matrix))
+    return [m for m in found if type(m).coarsen is not Matrix.coarsen]
+
+
 def _coarser(objective: Objective, loss: REMLLoss, y: Tensor, X: Tensor) -> Objective | None:
     """The likelihood of a coarser copy of the covariance, where the exact one takes long."""
     exact = objective.problem.cost()
-    if exact is None or exact.operations < _LONG:
-        return None
+    if exact is None or exact.operations < _LONG or not _coarsenable(loss.covariance):
+        return None  # without a copy, which of known matrices is large
     covariance = deepcopy(loss.covariance)
-    matrices = [m for m in covariance.modules() if isinstance(m, Matrix)]
-    if not sum(matrix.coarsen() for matrix in matrices):
+    if not sum(matrix.coarsen() for matrix in _coarsenable(covariance)):
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the loss itself warns of what there is to warn of
