@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from lightning import Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -11,6 +10,7 @@ from openreml_nn.covariance import AR1Matrix
 from openreml_nn.families import Beta, Binomial, Poisson
 from openreml_nn.lightning import MixedModule
 from openreml_nn.model import take
+from tests.test_neural import quiet
 
 MISSING = torch.tensor([0, 7, 8, 23, 59])
 LEFT = torch.tensor([i for i in range(60) if i not in MISSING.tolist()])
@@ -181,15 +181,7 @@ def trained(way, batches):
     model = MixedModel(mean, {"g": RandomEffect(8)}, head=head, family=family)
     adam = {"_target_": "torch.optim.Adam", "lr": 0.02}
     module = MixedModule(model, adam, "full" if way == "family" else way)
-    trainer = Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, DataLoader(batches, batch_size=None))
+    quiet(2).fit(module, DataLoader(batches, batch_size=None))
     return module
 
 
@@ -224,17 +216,9 @@ def test_an_optimizer_that_asks_for_a_loss_again_counts_them_once():
     rows["groups"]["g"] = rows["groups"]["g"].clamp(min=0)
     model = MixedModel(linear(), {"g": RandomEffect(8)})
     module = MixedModule(model, lambda p: torch.optim.LBFGS(p, max_iter=3), "alternating")
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
     batches = [take(rows, slice(i, i + 20)) for i in (0, 20, 40)]
     with pytest.warns(RuntimeWarning, match="^7 of 60 training rows"):
-        trainer.fit(module, DataLoader(batches, batch_size=None))
+        quiet(1).fit(module, DataLoader(batches, batch_size=None))
 
 
 def broken(key, value, row=4, of=batch):
