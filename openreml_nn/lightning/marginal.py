@@ -89,8 +89,8 @@ class Marginal:
         """The likelihood at the present parameters."""
         batch, output = self._rows
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
-            loss, y, eta, X = self.model.marginal(output, batch)
-            found = Record.of(loss.covariance, -float(loss(y, eta, X)))
+            loss, y, eta, X, weights = self.model.marginal(output, batch)
+            found = Record.of(loss.covariance, -float(loss(y, eta, X, weights=weights)))
             own = {k: float(v) for k, v in loss.family.quantities(output).items()}
         return replace(found, parameters={**found.parameters, **own})
 
