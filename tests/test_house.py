@@ -32,6 +32,7 @@ LONG_CLASSES = {
     "covariance/tree.py: Tree": "values and derivatives go through one order of nodes",
     "estimation/outcome.py: _Builder": "every part of a result, from one evaluation",
     "estimation/marginal_steps.py: MarginalFit": "one Newton iteration with what it keeps",
+    "families/family.py: Family": "the contract of a family, most of it documentation",
     "lightning/module.py: MixedModule": "Lightning's hooks, one by one",
     "likelihood/laplace.py: LaplaceLoss": "the contract of the loss, most of it documentation",
     "likelihood/system/sparse/equations.py: Equations": "one pattern, and what is read and written at its places",

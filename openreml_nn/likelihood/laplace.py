@@ -23,7 +23,7 @@ from openreml_nn.likelihood.laplace_mode import (
 from openreml_nn.likelihood.laplace_quadrature import check_quadrature
 from openreml_nn.likelihood.laplace_task import (
     Kept,
-    Responses,
+    CheckedResponses,
     Task,
     check_call,
     constants_of,
@@ -130,7 +130,7 @@ class LaplaceLoss(nn.Module):
         self.solver = laplace_solver(solver)
         self._kept: Kept | None = None
         self._size: tuple[int, int] | None = None
-        self._known: Responses | None = None
+        self._known: CheckedResponses | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Where the last mode was can be found again; a copy need not carry it.
@@ -312,7 +312,7 @@ class LaplaceLoss(nn.Module):
         n = len(eta)
         known = self._known
         if known is None or not known.is_of(self.family, y, weights):
-            known = self._known = Responses.of(self.family, y, weights, eta)
+            known = self._known = CheckedResponses.of(self.family, y, weights, eta)
         terms = self.covariance.terms(rows)
         dtype = torch.promote_types(eta.dtype, terms[0].covariance.matrix.dtype)
         dtype = torch.promote_types(dtype, torch.float32)

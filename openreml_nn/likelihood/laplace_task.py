@@ -22,7 +22,15 @@ from openreml_nn.terms.covariance import RepeatedCovariance
 from openreml_nn.terms.kernel import private, same_content
 from openreml_nn.terms.term import Term
 
-__all__ = ["Kept", "Responses", "Task", "check_call", "constants_of", "factors_of", "with_tensors"]
+__all__ = [
+    "Kept",
+    "CheckedResponses",
+    "Task",
+    "check_call",
+    "constants_of",
+    "factors_of",
+    "with_tensors",
+]
 
 
 def constants_of(terms: Sequence[Term]) -> list[Tensor]:
@@ -122,7 +130,7 @@ def _of_factor(terms: Sequence[Term]) -> list[Tensor]:
 
 
 @dataclass(frozen=True)
-class Responses:
+class CheckedResponses:
     """The responses that were checked last.
 
     Attributes:
@@ -139,7 +147,9 @@ class Responses:
     beside: float
 
     @classmethod
-    def of(cls, family: Family, y: Tensor, weights: Tensor | None, like: Tensor) -> Responses:
+    def of(
+        cls, family: Family, y: Tensor, weights: Tensor | None, like: Tensor
+    ) -> CheckedResponses:
         """Check responses; those of proportions become counts."""
         given = private(y), None if weights is None else private(weights)
         y = given[0].detach()

@@ -217,8 +217,7 @@ class MixedModel(Predictor):
         return loss, y, X
 
     def marginal(self, output: Tensor, batch: Batch) -> Marginal:
-        """The likelihood of a batch by the family, with what it takes: y, the known part of the linear
-        predictor, X with head ``"gls"``, and weights of the rows."""
+        """The likelihood of a batch, with y, the known predictor, X with head ``"gls"``, and weights."""
         self.check(batch)
         batch, output = with_responses(batch, output)
         y, known, X, weights = of_family(self.family, output, batch, self.head)

@@ -244,11 +244,8 @@ class RandomEffect(nn.Module):
     def covariance(
         self, name: str, codes: Tensor, values: Tensor | None, levels: int = 0
     ) -> CovariancePropagation:
-        r""":math:`Z G Z^\top` of rows, of its own levels or so many; one of no known level has its own.
-
-        Raises:
-            InputError: if there is such a row and levels are correlated.
-        """
+        r""":math:`Z G Z^\top` of rows, of its own levels or so many; one of no known level has its own,
+        refused where levels are correlated."""
         codes, g, levels = self._of_rows(name, codes, levels)
         if codes.dim() == 2:
             return CovariancePropagation(z=MembershipMatrix(codes, levels, values), g=g)
