@@ -252,11 +252,13 @@ class RandomEffect(nn.Module):
             return CovariancePropagation(z=MembershipMatrix(codes, levels, values), g=g)
         return CovariancePropagation(z=DummyMatrix.from_codes(codes, levels, values), g=g)
 
-    def terms(self, name: str, codes: Tensor, values: Tensor | None) -> list[Term]:
-        """The terms of :meth:`covariance`, without the tree."""
+    def terms(
+        self, name: str, codes: Tensor, values: Tensor | None, dtype: torch.dtype
+    ) -> list[Term]:
+        """The terms of :meth:`covariance`, without the tree, computed in a precision."""
         codes, g, levels = self._of_rows(name, codes)
         design = design_of(codes.long(), values, levels, absent=False)
-        return summands(operand_name(name, {"residual"}), g, propagated(design, g))
+        return summands(operand_name(name, {"residual"}), g, propagated(design, g, dtype))
 
     def _of_rows(self, name: str, codes: Tensor) -> tuple[Tensor, Matrix, int]:
         """Codes of rows, those of no known level on their own, with G of so many levels."""
