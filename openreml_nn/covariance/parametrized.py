@@ -261,7 +261,7 @@ def widest_dtype(module: nn.Module) -> torch.dtype:
     nodes = [module]
     while nodes:
         node = nodes.pop()
-        tensors = list(node._parameters.values())
+        tensors: list[Tensor | None] = [*node._parameters.values()]
         if isinstance(node, Parametrized):
             tensors += [node._buffers.get(name) for name in node.own_trans]
             tensors += [] if node.stand_in is None else [node.stand_in.values]
