@@ -250,7 +250,7 @@ class Matrix(Intermediates, TreeNode):
 
     # ------------------------------------------------------------------ structure
 
-    def terms(self, rows: Tensor | None = None) -> list[Term]:
+    def terms(self, rows: Tensor | None = None, dtype: torch.dtype | None = None) -> list[Term]:
         r"""Lower to terms :math:`V = \sum_t Z_t G_t Z_t^\top` for the likelihood.
 
         They are those of :meth:`structure`. A matrix with hooks is one dense
@@ -258,6 +258,9 @@ class Matrix(Intermediates, TreeNode):
 
         Args:
             rows: indices of the rows (and columns) to keep; all by default.
+            dtype: in which they are computed, from parameters that are brought to it first: a
+                kernel that was rounded to less need not be positive semi-definite. By default that
+                of the parameters.
 
         Raises:
             InputError: if the matrix is not square, or has hooks and is too large to
@@ -265,6 +268,13 @@ class Matrix(Intermediates, TreeNode):
         """
         if rows is not None:
             self._check_rows(rows)
+        if dtype is None:
+            return self._lowered(rows)
+        with self.computed_in(dtype):
+            # A user's formula may yield another dtype than it is given.
+            return [term.to(dtype) for term in self._lowered(rows)]
+
+    def _lowered(self, rows: Tensor | None) -> list[Term]:
         if not is_opaque(self):
             try:
                 return [term.take(rows) for term in self.structure()]

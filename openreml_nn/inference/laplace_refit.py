@@ -109,7 +109,7 @@ class LaplaceRefit:
             )
         generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
         with torch.no_grad():
-            terms = [term.to(self.X.dtype) for term in self.loss.covariance.terms()]
+            terms = self.loss.covariance.terms(None, self.X.dtype)
             eta = (self.offset + self.X @ self.result.fixed.estimate)[:, None].repeat(1, samples)
             for term in terms:
                 q = term.design.shape[1]

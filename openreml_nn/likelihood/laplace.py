@@ -29,6 +29,7 @@ from openreml_nn.likelihood.laplace_task import (
     factors_of,
 )
 from openreml_nn.likelihood.plan import Plan
+from openreml_nn.likelihood.prepared import precision_of
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers import Sparse
 from openreml_nn.support.checks import (
@@ -273,7 +274,8 @@ class LaplaceLoss(nn.Module):
         if self._kept is not None:
             return planned(self._kept.space, self.solver, rows, p)
         with torch.no_grad():
-            terms = [term.detach() for term in self.covariance.terms()]
+            dtype = precision_of([self.covariance])
+            terms = [term.detach() for term in self.covariance.terms(None, dtype)]
             return planned(space_of(terms, self.solver, self.quadrature > 1), self.solver, rows, p)
 
     # ------------------------------------------------------------------ data
@@ -284,11 +286,9 @@ class LaplaceLoss(nn.Module):
         known = self._known
         if known is None or known[1] is not self.family or not same_content(y, known[0]):
             self.family.check(y.detach())
-            beside = _beside_kernel(self.family, y.detach().to(eta))
+            beside = _beside_kernel(self.family, y.detach())
             known = self._known = private(y), self.family, beside
-        terms = self.covariance.terms(rows)
-        dtype = torch.promote_types(eta.dtype, terms[0].covariance.matrix.dtype)
-        dtype = torch.promote_types(dtype, torch.float32)
+        dtype = precision_of([self.covariance], y, eta, *([] if X is None else [X]))
         if isinstance(self.solver, Sparse):
             if eta.device.type != "cpu":
                 raise InputError(
@@ -296,7 +296,7 @@ class LaplaceLoss(nn.Module):
                     "expected 'auto', 'blocked' or 'dense'"
                 )
             dtype = torch.float64
-        terms = [term.to(dtype) for term in terms]
+        terms = self.covariance.terms(rows, dtype)
         X = eta.new_zeros(n, 0) if X is None else X
         self._size = (n, X.shape[1])
         y = y.detach().to(dtype)

@@ -227,8 +227,9 @@ class _Rows:
 
     def predicted(self, model: Predictor) -> tuple[Prediction, list[KnownEffect]]:
         """Predictions of the linear predictor, and what is known of effects."""
+        dtype = self.population.dtype
         effects = [
-            known_effect(model.effects()[name], name, codes, z, self.batch)
+            known_effect(model.effects()[name], name, codes, z, self.batch, dtype)
             for name, (codes, z) in self.coded.items()
         ]
         spread = model.beta_covariance

@@ -75,6 +75,7 @@ def remember_gaussian(model: Predictor, loss: REMLLoss, y: Tensor, X: Tensor) ->
         loss.covariance,
         lambda: (torch.cat([fixed.Q, fixed.y[:, None]], 1), FixedBasis.of(fixed)),
         len(fixed.T),
+        fixed.y.dtype,
     )
 
 
@@ -88,7 +89,9 @@ def remember_family(
     model.remember(found.random, fixed, found.coefficients.new_zeros(p, 0))
     basis = FixedBasis(torch.eye(p).to(found.coefficients), found.coefficients.new_zeros(p))
     features = found.predictor.new_zeros(len(y), 0) if X is None else X.to(basis.offset)
-    model.remember_errors(loss.covariance, lambda: (features, basis), p, found.residual)
+    model.remember_errors(
+        loss.covariance, lambda: (features, basis), p, basis.basis.dtype, found.residual
+    )
 
 
 def _check_rows(n: int) -> None:
