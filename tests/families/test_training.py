@@ -277,7 +277,6 @@ def test_predictive_density_of_counts_is_an_expectation_over_the_predictor():
         ({"link": "probit"}, "`link` is 'probit' without a `family`"),
         ({"quadrature": 3}, "`quadrature` is 3 without a `family`"),
         ({"family": "binomial", "link": "log"}, "`link` is 'log': expected 'logit'"),
-        ({"family": "binomial", "weights": "x"}, "`weights` is 'x' beside `family`"),
         ({"family": "binomial", "residual": "ar1(x | g)"}, "`residual` is 'ar1"),
         ({"family": "binomial", "quadrature": 3, "method": "reml"}, "`method` is 'reml'"),
         ({"family": "binomial", "solver": "krylov"}, "`solver` is 'krylov'"),
