@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from numbers import Integral
 from types import NoneType
 from typing import Any, cast
@@ -21,7 +20,7 @@ from openreml_nn.covariance import (
     ScalarMatrix,
     UnstructuredMatrix,
 )
-from openreml_nn.covariance.kernel import DistanceMatrix, distances
+from openreml_nn.covariance.kernel import DistanceMatrix
 from openreml_nn.covariance.params import module_name, operand_name, user_name
 from openreml_nn.covariance.propagation import propagated
 from openreml_nn.covariance.sum import summands
@@ -31,12 +30,10 @@ from openreml_nn.model.batch import (
     Batch,
     check_values,
     level_codes,
-    level_places,
     level_values,
     part,
 )
-from openreml_nn.result.places import Kriging
-from openreml_nn.result.prediction import KnownEffect, lowered, prior_of
+from openreml_nn.result.prediction import lowered, prior_of
 from openreml_nn.support.checks import (
     check_count,
     check_instance,
@@ -58,7 +55,6 @@ __all__ = [
     "coded_effects",
     "independent_levels",
     "kernel_of",
-    "known_effect",
     "on_their_own",
 ]
 
@@ -350,38 +346,6 @@ def on_their_own(codes: Tensor, levels: int) -> tuple[Tensor, int]:
     at = (flat < 0).nonzero()[:, 0]
     own = torch.arange(levels, levels + len(at), device=codes.device, dtype=codes.dtype)
     return flat.index_copy(0, at, own).reshape(codes.shape), levels + len(at)
-
-
-def known_effect(
-    effect: RandomEffect, name: str, codes: Tensor, z: Tensor, batch: Batch, dtype: torch.dtype
-) -> KnownEffect:
-    """What is known of a random effect in some rows.
-
-    Args:
-        effect: the random effect.
-        name: its name.
-        codes: (n,) levels, -1 for one that was not seen; (n, m) of rows of m levels each.
-        z: (n, k) values of the effects in their basis; (n, m, k) of such rows.
-        batch: the rows, with coordinates in ``batch["places"]`` where the effect has them.
-        dtype: in which covariances are computed.
-    """
-
-    def prior() -> Tensor:
-        return effect.prior_in_basis(dtype)
-
-    known = KnownEffect(codes, z, effect.blup, effect.variance, prior)
-    at, kernel = level_places(batch, name, effect.places, len(codes)), kernel_of(effect.g)
-    if at is None or kernel is None or effect.places is None:
-        return known
-    rows = (codes < 0).nonzero()[:, 0]
-    own = at[rows].to(effect.places)
-    with kernel.computed_in(dtype):
-        if isinstance(kernel, DistanceMatrix):
-            c = kernel.between(distances(own, effect.places))
-            return replace(known, kriging=Kriging.of(rows, kernel(), c))
-        if not len(rows):
-            return known
-        return replace(known, kriging=Kriging(rows, *kernel.regressed(own)))
 
 
 class Effects(nn.ModuleDict):
