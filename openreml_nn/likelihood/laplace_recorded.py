@@ -53,4 +53,4 @@ def recorded(
         _, second, _ = family.derivatives(rows.y, a)
         at = products_of(layout, designs, -second, rows.X)
         penalised = (e * effects).sum() / 2 - family.log_density(rows.y, a).sum()
-        return penalised + log_det(at, prior) - len(beta) / 2 * log(2 * pi)
+        return penalised + log_det(at, prior, layout.partition) - len(beta) / 2 * log(2 * pi)
