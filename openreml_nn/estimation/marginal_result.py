@@ -72,7 +72,7 @@ def marginal_outcome(
             condition=_condition(H[inner][:, inner]),
             rows=len(fit.X),
             log_likelihood=-fit.value + fit.jacobian,
-            log_likelihood_error=0.0,
+            log_likelihood_error=found.error,
             fixed=fixed,
             parameters=_parameters(fit, u, of_u),
             components=components,

@@ -60,6 +60,7 @@ class LaplaceEvaluation:
             a linear mixed model of the same modes and variances has for its residual.
         random: modes of the random effects of each term with their conditional variances, the
             coefficients of X held.
+        error: Monte Carlo standard error of the log-likelihood; 0 where it is computed.
     """
 
     log_likelihood: Tensor
@@ -68,6 +69,7 @@ class LaplaceEvaluation:
     predictor: Tensor
     residual: Term
     random: tuple[RandomEffects, ...]
+    error: float = 0.0
 
 
 class LaplaceLoss(nn.Module):
@@ -89,8 +91,10 @@ class LaplaceLoss(nn.Module):
             Laplace's approximation.
         solver: ``"sparse"`` takes a sparse factor, for indexed designs and related levels of a known
             inverse, on the CPU; ``"blocked"`` eliminates the factor with most levels first, and
-            ``"dense"`` takes all random effects together. ``"auto"`` is the first where it fits, in
-            float64, and else the second; or such a solver with its options.
+            ``"dense"`` takes all random effects together. ``"krylov"`` solves by products alone: its modes
+            are exact, and its log-determinant is an estimate with a stated error. ``"auto"`` is the first
+            where it fits, in float64, and else the second, or, with a warning, the approximate one where
+            that would hold or take too much, see :class:`Auto`; or such a solver with its options.
 
     Raises:
         TypeError, InputError: if an argument is of another kind or an option unknown.
@@ -207,7 +211,8 @@ class LaplaceLoss(nn.Module):
             beta = mode.beta if self.method == "reml" else task.beta
             information = mode.weights.clamp(min=torch.finfo(mode.weights.dtype).tiny ** 0.5)
             errors = Term(IdentityDesign(len(mode.a)), DiagonalCovariance(1 / information))
-            return LaplaceEvaluation(-value, beta, spread, mode.a, errors, tuple(random))
+            known = mode.factor.error
+            return LaplaceEvaluation(-value, beta, spread, mode.a, errors, tuple(random), known)
 
     def penalised(
         self,
@@ -294,11 +299,11 @@ class LaplaceLoss(nn.Module):
         """The plan of the last call; before the first, what it would be without X."""
         rows, p = self._size or (self.covariance.shape[0], 0)
         if self._kept is not None:
-            return planned(self._kept.space, self.solver, rows, p)
+            return planned(self._kept.space, rows, p)
         with torch.no_grad():
             dtype = precision_of([self.covariance])
             terms = [term.detach() for term in self.covariance.terms(None, dtype)]
-            return planned(space_of(terms, self.solver, self.quadrature > 1), self.solver, rows, p)
+            return planned(space_of(terms, self.solver, self.quadrature > 1), rows, p)
 
     # ------------------------------------------------------------------ data
 
