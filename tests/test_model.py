@@ -7,7 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from openreml_nn import MixedModel, RandomEffect, lmm, restricted_log_likelihood
+from openreml_nn import (
+    InputError,
+    MixedModel,
+    RandomEffect,
+    lmm,
+    restricted_log_likelihood,
+)
 from openreml_nn.covariance import (
     AR1Matrix,
     DiagonalMatrix,
@@ -457,12 +463,22 @@ def test_errors_of_construction():
         MixedModel(network(), {})
     with pytest.raises(ValueError, match="`covariance` is \\(3, 3\\)"):
         RandomEffect(5, UnstructuredMatrix(3), effects=2)
+    with pytest.raises(ValueError, match="a name is ''"):
+        MixedModel(network(), {"": RandomEffect(5)})
     model = MixedModel(network(2), {"user": RandomEffect(7), "item": RandomEffect(4)})
     with pytest.raises(ValueError, match="with head 'gls'"):
         model.loss(batch())
     model = MixedModel(network(), {"user": RandomEffect(7, effects=2)})
     with pytest.raises(ValueError, match="has 2 effects"):
         model.loss(batch())
+
+
+@pytest.mark.parametrize("call", ["loss", "update", "predict"])
+def test_a_covariance_put_in_the_place_of_another_has_its_shape(call):
+    model = crossed()
+    model.random["user"].g = ScalarMatrix(5).double()
+    with pytest.raises(InputError, match=r"`g` of 'user' is \(5, 5\): expected \(7, 7\)"):
+        getattr(model, call)(batch())
 
 
 # ---------------------------------------------------------------------- predictive variances

@@ -211,7 +211,7 @@ class Matrix(Intermediates, TreeNode):
     def free_grad(
         self, jacobian: Tensor, free_params: FreeParams
     ) -> tuple[Tensor | None, list[str]]:
-        """From the Jacobian in all transformed parameters to that in the free ones."""
+        """Turn the Jacobian by all transformed parameters into that by the free ones."""
         arrangement = self.arrangement()
         if not arrangement.free:
             return None, []
@@ -243,7 +243,7 @@ class Matrix(Intermediates, TreeNode):
         return flat.reshape(-1, *self.shape), self.free_param_names
 
     def free_vjp(self, cotangent: Tensor, free_params: FreeParams) -> Tensor:
-        """From cotangents of all transformed parameters to those of the free ones."""
+        """Turn cotangents of all transformed parameters into those of the free ones."""
         arrangement = self.arrangement()
         if arrangement.fixed:
             cotangent = cotangent[arrangement.free_index]

@@ -225,6 +225,10 @@ class Operator(Matrix):
             found.append(operand)
         return found
 
+    def terms(self, rows: Tensor | None = None, dtype: torch.dtype | None = None) -> list[Term]:
+        self.checked_operands()  # one of another shape would be taken for what it is not
+        return super().terms(rows, dtype)
+
     def lowered(self) -> dict[str, list[Term]]:
         """Terms of each operand, by its name."""
         found = {}

@@ -150,7 +150,12 @@ def module_name(name: str, owner: object) -> str:
     It is the name itself but where that would hide an attribute of ``owner``
     (``type``, ``train``, ``shape``) or break a path (a dot): these characters
     are percent-encoded.
+
+    Raises:
+        InputError: if it is empty.
     """
+    if not name:
+        raise InputError("a name is '': expected one that is not empty, such as that of a factor")
     return _encoded(name, "%.", _Attributes(owner))
 
 

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from openreml_nn.covariance import Matrix
 from openreml_nn.likelihood.fixed import traced
+from openreml_nn.likelihood.laplace_choice import AnySpace
 from openreml_nn.likelihood.laplace_mode import Rows
 from openreml_nn.likelihood.laplace_space import Factor
-from openreml_nn.likelihood.laplace_sparse import SparseSpace
-from openreml_nn.likelihood.laplace_system import BlockedSpace
 from openreml_nn.support.checks import check_tensor
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import RepeatedCovariance
@@ -69,9 +68,7 @@ class Task:
 class Kept:
     """Where the effects of some designs stand, and where their last mode was: a start for the next."""
 
-    def __init__(
-        self, forms: list[Any], constants: list[Tensor | None], space: BlockedSpace | SparseSpace
-    ) -> None:
+    def __init__(self, forms: list[Any], constants: list[Tensor | None], space: AnySpace) -> None:
         self._forms, self._constants, self.space = forms, constants, space
         self.start: Tensor | None = None
         self.beta: Tensor | None = None
@@ -126,6 +123,7 @@ def check_call(
     eta: Tensor,
     X: Tensor | None,
     rows: Tensor | None,
+    weights: Tensor | None,
 ) -> None:
     """Refuse what does not fit together, see :class:`LaplaceLoss`.
 
@@ -146,7 +144,15 @@ def check_call(
         check_tensor("X", X, (n, "p"), "floating")
     elif method == "reml":
         raise InputError("`X` is None: method 'reml' integrates the coefficients of X")
-    for name, tensor in (("y", y), ("X", X)):
+    if weights is not None:
+        check_tensor("weights", weights, (n,), "floating")
+        if not bool((weights > 0).all()):
+            row = int((weights <= 0).nonzero()[0])
+            raise InputError(
+                f"`weights` is {float(weights[row]):g} in row {row}: expected a positive number; leave "
+                "out rows that are to count nothing"
+            )
+    for name, tensor in (("y", y), ("X", X), ("weights", weights)):
         if tensor is not None and tensor.device != eta.device:
             raise InputError(f"`{name}` is on {tensor.device} but `eta` on {eta.device}")
     if rows is None and n != covariance.shape[0]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from openreml_nn.covariance.parametrized import widest_dtype
 from openreml_nn.likelihood.fixed import FixedPart, check_data, traced
-from openreml_nn.likelihood.plan import Auto, Plan, check_solver
+from openreml_nn.likelihood.plan import Auto, Plan, check_solver, warning_of
 from openreml_nn.likelihood.problem import Problem
 from openreml_nn.likelihood.recorded import LogLikelihood
 from openreml_nn.likelihood.solver import Solver
@@ -168,10 +168,7 @@ class Likelihood:
         plan = Plan.of(terms, fixed.Q.shape[1], options.solver, dtype)
         problem = plan.choice.problem(fixed, terms, options.method)
         if not plan.exact and isinstance(check_solver(options.solver), Auto):
-            warn(
-                f"the likelihood is approximate: {plan.reason}; "
-                "solver='blocked' insists on an exact one"
-            )
+            warn(warning_of(plan.reason))
         if recorded:
             return problem, plan
         plan = plan.measured(problem)

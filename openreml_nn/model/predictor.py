@@ -164,6 +164,9 @@ class Predictor(Posterior):
                 f"`batch['y']` is {described(y)}: expected {tuple(found.mean.shape)}, as predictions are"
             )
         if self.family is not None:
+            weights = row_values(batch, "weights", len(y), positive=True)
+            if weights is not None:  # a predictive density is that of one row: only trials count
+                y, _ = self.family.with_weights(y, weights)
             own, rows = responding({"y": self.family.with_inputs(y, batch.get("zi"))})
             self.family.check(own["y"])
             if rows is None:

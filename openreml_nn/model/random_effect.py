@@ -244,6 +244,8 @@ class RandomEffect(nn.Module):
         Raises:
             TypeError, InputError: if the batch has them not as they must be.
         """
+        if self.g.shape[0] != (size := self.levels * self.effects):
+            raise InputError(f"`g` of {name!r} is {self.g.shape}: expected {(size, size)}")
         codes = level_codes(batch, name, self.levels if levels is None else levels, n)
         if self.features is not None:
             values = self.features(part(batch, "x"))
