@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from openreml_nn.covariance import Matrix
 from openreml_nn.covariance.matrix import FreeParams
-from openreml_nn.likelihood.fixed import check_shapes
+from openreml_nn.likelihood.fixed import check_data, check_shapes
 from openreml_nn.likelihood.plan import Plan, check_solver
 from openreml_nn.likelihood.prepared import Likelihood, LikelihoodOptions, Ready, precision_of
 from openreml_nn.likelihood.problem import Evaluation, Problem
@@ -177,6 +177,7 @@ class REMLLoss(nn.Module):
     Attributes:
         names: names of the columns of X, for warnings; None by default.
         likelihood: where what is prepared for the last data is kept.
+        check: refuses data that are not those; by default what :func:`check_data` refuses.
 
     Raises:
         InputError: if an option is unknown, or, when the loss is called, the solver does not fit
@@ -208,6 +209,7 @@ class REMLLoss(nn.Module):
         self.reduction = reduction
         self.names: Sequence[str] | None = None
         self.likelihood = Likelihood()
+        self.check: Callable[[Tensor, Tensor], None] = check_data
         self._plan: Plan | None = None
 
     def extra_repr(self) -> str:
@@ -293,7 +295,7 @@ class REMLLoss(nn.Module):
         self._check_rows(y, rows)
         options = LikelihoodOptions(self.method, self.solver, self.names)
         terms = self.covariance.terms(rows, precision_of([self.covariance], y))
-        found = self.likelihood.ready(y, X, terms, options, rows)
+        found = self.likelihood.ready(y, X, terms, options, rows, self.check)
         self._plan = found.plan
         return found
 
