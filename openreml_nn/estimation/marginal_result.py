@@ -83,7 +83,14 @@ def marginal_outcome(
             plan=replace(loss.plan, fixed_effects=fit.Q.shape[1]),
             num_params=m + sum(x.numel() for x in fit.own),
             source=Source(
-                loss.covariance, fit.y, fit.X, None, tuple(names), labels, offset=fit.offset
+                loss.covariance,
+                fit.y,
+                fit.X,
+                None,
+                tuple(names),
+                labels,
+                offset=fit.offset,
+                weights=fit.weights,
             ),
             optimizer="BFGS",
             family=loss.family.name or type(loss.family).__name__,
@@ -105,7 +112,7 @@ def _inverse(H: Tensor, inner: Sequence[int], fit: MarginalFit) -> Tensor:
     unit = part / (scale[:, None] * scale)
     values = eigenvalues(unit, "the curvature of the log-likelihood")
     if not bool(values[0] > 1e-9):
-        if fit.p and bool((part.diagonal()[: fit.p] < 1e-6 * len(fit.X)).any()):
+        if fit.p and bool((part.diagonal()[: fit.p] < 1e-6 * fit.count).any()):
             raise fit.separated()
         inverse = torch.linalg.pinv(unit, hermitian=True)
     else:

@@ -123,6 +123,7 @@ def check_call(
     eta: Tensor,
     X: Tensor | None,
     rows: Tensor | None,
+    weights: Tensor | None,
 ) -> None:
     """Refuse what does not fit together, see :class:`LaplaceLoss`.
 
@@ -143,7 +144,15 @@ def check_call(
         check_tensor("X", X, (n, "p"), "floating")
     elif method == "reml":
         raise InputError("`X` is None: method 'reml' integrates the coefficients of X")
-    for name, tensor in (("y", y), ("X", X)):
+    if weights is not None:
+        check_tensor("weights", weights, (n,), "floating")
+        if not bool((weights > 0).all()):
+            row = int((weights <= 0).nonzero()[0])
+            raise InputError(
+                f"`weights` is {float(weights[row]):g} in row {row}: expected a positive number; leave "
+                "out rows that are to count nothing"
+            )
+    for name, tensor in (("y", y), ("X", X), ("weights", weights)):
         if tensor is not None and tensor.device != eta.device:
             raise InputError(f"`{name}` is on {tensor.device} but `eta` on {eta.device}")
     if rows is None and n != covariance.shape[0]:

@@ -57,8 +57,8 @@ __all__ = ["HEADS", "MixedModel"]
 
 HEADS = ("ml", "gls")
 
-# The likelihood by a family, with y, the known part of the linear predictor, and X.
-Marginal = tuple[LaplaceLoss, Tensor, Tensor, Tensor | None]
+# The likelihood by a family, with y, the known part of the linear predictor, X, and weights.
+Marginal = tuple[LaplaceLoss, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 class MixedModel(Predictor):
@@ -69,7 +69,8 @@ class MixedModel(Predictor):
     dict from the name of each random effect to the level codes (n,), -1 for an
     unknown level, which in the likelihood is a level of its own each time, or of rows of m levels
     each to (n, m) and values (n, m, k); and, where they are needed, ``values``, a dict to the values (n, k) of effects other than intercepts; ``weights``
-    (n,), by which the residual variance of each row is divided; ``offset`` (n,), a known part of the
+    (n,), by which the residual variance of each row is divided, or, with a family, its log-density
+    multiplied; ``offset`` (n,), a known part of the
     mean; ``residual`` (n,), cells of the rows for a residual within groups; ``covariate`` (n,), on which
     residual variances depend; ``extra``, the user's own.
 
@@ -160,8 +161,8 @@ class MixedModel(Predictor):
     def _loss_of(self, output: Tensor, batch: Batch) -> Tensor:
         """The loss of rows that have a response."""
         if self.family is not None:
-            marginal, y, eta, X = self.marginal(output, batch)
-            return marginal(y, eta, X) / len(eta)
+            marginal, y, eta, X, weights = self.marginal(output, batch)
+            return marginal(y, eta, X, weights=weights) / len(eta)
         self.check(batch)
         if self.responses > 1:
             batch, output = with_responses(*self.single(batch, output, is_data=True))
@@ -217,13 +218,13 @@ class MixedModel(Predictor):
 
     def marginal(self, output: Tensor, batch: Batch) -> Marginal:
         """The likelihood of a batch by the family, with what it takes: y, the known part of the linear
-        predictor, and X with head ``"gls"``."""
+        predictor, X with head ``"gls"``, and weights of the rows."""
         self.check(batch)
         batch, output = with_responses(batch, output)
-        y, known, X = of_family(self.family, output, batch, self.head)
+        y, known, X, weights = of_family(self.family, output, batch, self.head)
         loss = self._likelihood(batch, len(y))
         assert isinstance(loss, LaplaceLoss)
-        return loss, y, known, X
+        return loss, y, known, X, weights
 
     def covariance(self, batch: Batch) -> Matrix:
         r"""The covariance :math:`V = \sum_t Z_t G_t Z_t^\top + R` of the rows of a batch, a tree

@@ -51,19 +51,25 @@ def of_gaussian(output: Tensor, batch: Batch, head: str) -> tuple[Tensor, Tensor
 
 def of_family(
     family: Family | None, output: Tensor, batch: Batch, head: str
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """y with the family's inputs, the known part of the linear predictor (n,), and X (n, p) with head ``"gls"``.
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """y with the family's inputs, the known part of the linear predictor (n,), X (n, p) with head ``"gls"``,
+    and weights (n,) where the batch has some; proportions with their trials become counts.
 
     Raises:
         InputError: if a part is missing, or a number is not finite.
     """
     assert family is not None
     y, n = family.with_inputs(part(batch, "y"), batch.get("zi")), len(output)
+    weights = row_values(batch, "weights", n, positive=True)
     _check_rows(n)
     check_outputs(output, batch)
     offset = row_values(batch, "offset", n)
     known = output.new_zeros(n) if offset is None else offset.to(output)
-    return (y, known, output) if head == "gls" else (y, known + output, None)
+    if weights is not None:
+        y, weights = family.with_weights(y, weights)
+    if head == "gls":
+        return y, known, output, weights
+    return y, known + output, None, weights
 
 
 def remember_gaussian(model: Predictor, loss: REMLLoss, y: Tensor, X: Tensor) -> None:
@@ -75,20 +81,28 @@ def remember_gaussian(model: Predictor, loss: REMLLoss, y: Tensor, X: Tensor) ->
         loss.covariance,
         lambda: (torch.cat([fixed.Q, fixed.y[:, None]], 1), FixedBasis.of(fixed)),
         len(fixed.T),
+        fixed.y.dtype,
     )
 
 
 def remember_family(
-    model: Predictor, loss: LaplaceLoss, y: Tensor, known: Tensor, X: Tensor | None
+    model: Predictor,
+    loss: LaplaceLoss,
+    y: Tensor,
+    known: Tensor,
+    X: Tensor | None,
+    weights: Tensor | None,
 ) -> None:
     """Modes and coefficients at the present parameters, with their conditional variances."""
-    found = loss.evaluate(y, known, X)
+    found = loss.evaluate(y, known, X, weights=weights)
     p = 0 if X is None else X.shape[1]
     fixed = Coefficients(found.coefficients, found.coefficient_covariance, tuple(range(p)))
     model.remember(found.random, fixed, found.coefficients.new_zeros(p, 0))
     basis = FixedBasis(torch.eye(p).to(found.coefficients), found.coefficients.new_zeros(p))
     features = found.predictor.new_zeros(len(y), 0) if X is None else X.to(basis.offset)
-    model.remember_errors(loss.covariance, lambda: (features, basis), p, found.residual)
+    model.remember_errors(
+        loss.covariance, lambda: (features, basis), p, basis.basis.dtype, found.residual
+    )
 
 
 def _check_rows(n: int) -> None:

@@ -143,6 +143,8 @@ def _modes(
         "values": values,
         "offset": torch.cat([before, x.new_zeros(n) if offset is None else offset]),
     }
+    if source.weights is not None:
+        whole["weights"] = torch.cat([source.weights.to(device), batch["weights"]])
     model.update(whole)
     with torch.no_grad():
         return -float(model.loss(whole)) * len(whole["y"])
