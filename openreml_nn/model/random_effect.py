@@ -244,8 +244,6 @@ class RandomEffect(nn.Module):
         Raises:
             TypeError, InputError: if the batch has them not as they must be.
         """
-        if self.g.shape[0] != (size := self.levels * self.effects):
-            raise InputError(f"`g` of {name!r} is {self.g.shape}: expected {(size, size)}")
         codes = level_codes(batch, name, self.levels if levels is None else levels, n)
         if self.features is not None:
             values = self.features(part(batch, "x"))
@@ -384,8 +382,10 @@ def coded_effects(effects: Mapping[str, RandomEffect], batch: Batch, n: int) -> 
     """Codes and values of each random effect in a batch of n rows.
 
     Raises:
-        TypeError, InputError: as :meth:`RandomEffect.coded`, or if there are values of another
-            name.
+        TypeError, InputError: as :meth:`RandomEffect.coded`; for values of another name, or a wrong ``g``.
     """
     check_values(batch, effects)
+    for name, effect in effects.items():
+        if effect.g.shape[0] != (size := effect.levels * effect.effects):
+            raise InputError(f"`g` of {name!r} is {effect.g.shape}: expected {(size, size)}")
     return {name: effect.coded(name, batch, n) for name, effect in effects.items()}
