@@ -22,14 +22,15 @@ from openreml_nn.likelihood.laplace_mode import (
 )
 from openreml_nn.likelihood.laplace_quadrature import check_quadrature
 from openreml_nn.likelihood.laplace_task import (
-    Kept,
     CheckedResponses,
+    Kept,
     Task,
     check_call,
     constants_of,
     factors_of,
 )
 from openreml_nn.likelihood.plan import Plan
+from openreml_nn.likelihood.prepared import precision_of
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers import Sparse
 from openreml_nn.support.checks import (
@@ -59,6 +60,7 @@ class LaplaceEvaluation:
             a linear mixed model of the same modes and variances has for its residual.
         random: modes of the random effects of each term with their conditional variances, the
             coefficients of X held.
+        error: Monte Carlo standard error of the log-likelihood; 0 where it is computed.
     """
 
     log_likelihood: Tensor
@@ -67,6 +69,7 @@ class LaplaceEvaluation:
     predictor: Tensor
     residual: Term
     random: tuple[RandomEffects, ...]
+    error: float = 0.0
 
 
 class LaplaceLoss(nn.Module):
@@ -88,8 +91,10 @@ class LaplaceLoss(nn.Module):
             Laplace's approximation.
         solver: ``"sparse"`` takes a sparse factor, for indexed designs and related levels of a known
             inverse, on the CPU; ``"blocked"`` eliminates the factor with most levels first, and
-            ``"dense"`` takes all random effects together. ``"auto"`` is the first where it fits, in
-            float64, and else the second; or such a solver with its options.
+            ``"dense"`` takes all random effects together. ``"krylov"`` solves by products alone: its modes
+            are exact, and its log-determinant is an estimate with a stated error. ``"auto"`` is the first
+            where it fits, in float64, and else the second, or, with a warning, the approximate one where
+            that would hold or take too much, see :class:`Auto`; or such a solver with its options.
 
     Raises:
         TypeError, InputError: if an argument is of another kind or an option unknown.
@@ -206,7 +211,8 @@ class LaplaceLoss(nn.Module):
             beta = mode.beta if self.method == "reml" else task.beta
             information = mode.weights.clamp(min=torch.finfo(mode.weights.dtype).tiny ** 0.5)
             errors = Term(IdentityDesign(len(mode.a)), DiagonalCovariance(1 / information))
-            return LaplaceEvaluation(-value, beta, spread, mode.a, errors, tuple(random))
+            known = mode.factor.error
+            return LaplaceEvaluation(-value, beta, spread, mode.a, errors, tuple(random), known)
 
     def penalised(
         self,
@@ -293,10 +299,11 @@ class LaplaceLoss(nn.Module):
         """The plan of the last call; before the first, what it would be without X."""
         rows, p = self._size or (self.covariance.shape[0], 0)
         if self._kept is not None:
-            return planned(self._kept.space, self.solver, rows, p)
+            return planned(self._kept.space, rows, p)
         with torch.no_grad():
-            terms = [term.detach() for term in self.covariance.terms()]
-            return planned(space_of(terms, self.solver, self.quadrature > 1), self.solver, rows, p)
+            dtype = precision_of([self.covariance])
+            terms = [term.detach() for term in self.covariance.terms(None, dtype)]
+            return planned(space_of(terms, self.solver, self.quadrature > 1), rows, p)
 
     # ------------------------------------------------------------------ data
 
@@ -312,10 +319,8 @@ class LaplaceLoss(nn.Module):
         n = len(eta)
         known = self._known
         if known is None or not known.is_of(self.family, y, weights):
-            known = self._known = CheckedResponses.of(self.family, y, weights, eta)
-        terms = self.covariance.terms(rows)
-        dtype = torch.promote_types(eta.dtype, terms[0].covariance.matrix.dtype)
-        dtype = torch.promote_types(dtype, torch.float32)
+            known = self._known = CheckedResponses.of(self.family, y, weights)
+        dtype = precision_of([self.covariance], y, eta, *([] if X is None else [X]))
         if isinstance(self.solver, Sparse):
             if eta.device.type != "cpu":
                 raise InputError(
@@ -323,7 +328,7 @@ class LaplaceLoss(nn.Module):
                     "expected 'auto', 'blocked' or 'dense'"
                 )
             dtype = torch.float64
-        terms = [term.to(dtype) for term in terms]
+        terms = self.covariance.terms(rows, dtype)
         X = eta.new_zeros(n, 0) if X is None else X
         self._size = (n, X.shape[1])
         factors = None if known.weights is None else known.weights.to(dtype)

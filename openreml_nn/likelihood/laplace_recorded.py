@@ -54,4 +54,4 @@ def recorded(
         at = products_of(layout, designs, -second, rows.X)
         density = rows.weighted(rows.family.log_density(rows.y, a))
         penalised = (e * effects).sum() / 2 - density.sum()
-        return penalised + log_det(at, prior) - len(beta) / 2 * log(2 * pi)
+        return penalised + log_det(at, prior, layout.partition) - len(beta) / 2 * log(2 * pi)

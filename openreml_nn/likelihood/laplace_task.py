@@ -12,10 +12,9 @@ from torch import Tensor
 from openreml_nn.covariance import Matrix
 from openreml_nn.families.family import Family
 from openreml_nn.likelihood.fixed import traced
+from openreml_nn.likelihood.laplace_choice import AnySpace
 from openreml_nn.likelihood.laplace_mode import Rows
 from openreml_nn.likelihood.laplace_space import Factor
-from openreml_nn.likelihood.laplace_sparse import SparseSpace
-from openreml_nn.likelihood.laplace_system import BlockedSpace
 from openreml_nn.support.checks import check_tensor
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import RepeatedCovariance
@@ -23,8 +22,8 @@ from openreml_nn.terms.kernel import private, same_content
 from openreml_nn.terms.term import Term
 
 __all__ = [
-    "Kept",
     "CheckedResponses",
+    "Kept",
     "Task",
     "check_call",
     "constants_of",
@@ -79,9 +78,7 @@ class Task:
 class Kept:
     """Where the effects of some designs stand, and where their last mode was: a start for the next."""
 
-    def __init__(
-        self, forms: list[Any], constants: list[Tensor | None], space: BlockedSpace | SparseSpace
-    ) -> None:
+    def __init__(self, forms: list[Any], constants: list[Tensor | None], space: AnySpace) -> None:
         self._forms, self._constants, self.space = forms, constants, space
         self.start: Tensor | None = None
         self.beta: Tensor | None = None
@@ -147,15 +144,13 @@ class CheckedResponses:
     beside: float
 
     @classmethod
-    def of(
-        cls, family: Family, y: Tensor, weights: Tensor | None, like: Tensor
-    ) -> CheckedResponses:
+    def of(cls, family: Family, y: Tensor, weights: Tensor | None) -> CheckedResponses:
         """Check responses; those of proportions become counts."""
         given = private(y), None if weights is None else private(weights)
         y = given[0].detach()
         y, w = (y, None) if weights is None else family.with_weights(y, weights.detach())
         family.check(y)
-        return cls(family, given, y, w, _beside_kernel(family, y.to(like), w))
+        return cls(family, given, y, w, _beside_kernel(family, y, w))
 
     def is_of(self, family: Family, y: Tensor, weights: Tensor | None) -> bool:
         """Whether they are what a call gives."""

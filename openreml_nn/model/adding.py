@@ -189,7 +189,7 @@ def _statistics(
     if residual.is_independent:
         return Statistics.of(designs, f, 1 / residual.variances(batch, n).to(like))
     matrices = residual.operands(batch, n).values()
-    terms = [term for matrix in matrices for term in matrix.terms()]
+    terms = [term for matrix in matrices for term in matrix.terms(None, like.dtype)]
     equations = Equations.of(designs, terms, f, fixed)
     found = None if equations is None else equations.statistics()
     assert found is not None  # rows whose residuals are correlated are of the same levels
@@ -238,7 +238,7 @@ def _joint(model: Posterior, equations: Equations) -> JointErrors:
     for effect, (size, _) in zip(model.effects().values(), equations.sizes, strict=True):
         g = effect.g_of(size)
         assert g is not None
-        covariances.append(lowered(g).map(Tensor.detach))
+        covariances.append(lowered(g, equations.products.ff.dtype).map(Tensor.detach))
     fixed = equations.fixed
     own = model.joint
     joint = JointErrors(own.most_columns, own.most_numbers, own.most_entries)

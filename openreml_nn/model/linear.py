@@ -251,7 +251,7 @@ def with_model(
     X, columns = source.X, list(result.fixed.columns)
     y = source.y if residual is None else None
     model.remember_errors(
-        source.covariance, lambda: _orthonormal(y, X, columns), len(columns), residual
+        source.covariance, lambda: _orthonormal(y, X, columns), len(columns), X.dtype, residual
     )
     if source.offset is not None:
         options = model.method, model.quadrature, model.solver

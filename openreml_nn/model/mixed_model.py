@@ -8,7 +8,7 @@ batch; the loss is the likelihood of :class:`REMLLoss`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import NoneType
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from openreml_nn.covariance import Matrix, ScalarMatrix, UnstructuredMatrix
 from openreml_nn.families import Family
 from openreml_nn.likelihood import LaplaceLoss, REMLLoss
+from openreml_nn.likelihood.fixed import check_data
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.likelihood.prepared import LikelihoodOptions
@@ -208,12 +209,13 @@ class MixedModel(Predictor):
                 "average-information steps are taken on it"
             )
         self.check(batch)
-        _refuse_copies(self, batch, output)
+        check = _check_of(self, batch, output)
         batch, output = with_responses(*self.single(batch, output, is_data=True))
         y, X = of_gaussian(output, batch, self.head)
         check_outputs(output, batch)
         loss = self._likelihood(batch, len(y))
         assert isinstance(loss, REMLLoss)
+        loss.check = check
         return loss, y, X
 
     def marginal(self, output: Tensor, batch: Batch) -> Marginal:
@@ -263,16 +265,21 @@ class MixedModel(Predictor):
                 remember_family(self, *self.marginal(output, batch))
 
 
-def _refuse_copies(model: MixedModel, batch: Batch, output: Tensor) -> None:
-    """Refuse responses that tell each other where their covariance is any."""
+def _check_of(model: MixedModel, batch: Batch, output: Tensor) -> Callable[[Tensor, Tensor], None]:
+    """What refuses data of a batch that the likelihood has not seen yet: beside what any data are
+    refused for, responses that tell each other, where their covariance is any."""
+    if model.responses == 1 or not isinstance(model.residual, UnstructuredMatrix):
+        return check_data
     y = part(batch, "y")
-    known = isinstance(y, Tensor) and y.shape == (
-        len(output),
-        model.responses,
-    )  # else it is refused
-    if known and model.responses > 1 and isinstance(model.residual, UnstructuredMatrix):
-        y = adjusted(batch, len(output), model.responses)
-        refuse_copied_columns(y, output if model.head == "gls" else None)
+    if not isinstance(y, Tensor) or y.shape != (len(output), model.responses):
+        return check_data  # and it is refused
+    Y, x = adjusted(batch, len(output), model.responses), output.detach()
+
+    def check(y: Tensor, X: Tensor) -> None:
+        check_data(y, X)
+        refuse_copied_columns(Y, x if model.head == "gls" else None)
+
+    return check
 
 
 def _check_parts(

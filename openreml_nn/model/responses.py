@@ -84,6 +84,7 @@ def remember_gaussian(model: Posterior, loss: REMLLoss, y: Tensor, X: Tensor) ->
         loss.covariance,
         lambda: (torch.cat([fixed.Q, fixed.y[:, None]], 1), FixedBasis.of(fixed)),
         len(fixed.T),
+        fixed.y.dtype,
     )
 
 
@@ -121,7 +122,11 @@ def remember_modes(
     X = seen.X.to(found.coefficients)
     basis = FixedBasis(torch.eye(X.shape[1]).to(X)[:, list(seen.columns)], X.new_zeros(X.shape[1]))
     model.remember_errors(
-        covariance, lambda: (X[:, list(seen.columns)], basis), len(seen.columns), found.residual
+        covariance,
+        lambda: (X[:, list(seen.columns)], basis),
+        len(seen.columns),
+        X.dtype,
+        found.residual,
     )
     model.seen = seen
 
