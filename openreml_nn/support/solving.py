@@ -10,10 +10,10 @@ from torch import Tensor
 
 from openreml_nn.support.errors import NumericalError
 
-__all__ = ["inverted", "solved"]
+__all__ = ["inverse_of", "solution_of"]
 
 
-def solved(matrix: Tensor, right: Tensor, what: str) -> Tensor:
+def solution_of(matrix: Tensor, right: Tensor, what: str) -> Tensor:
     """The solution X of A X = B.
 
     Args:
@@ -28,7 +28,9 @@ def solved(matrix: Tensor, right: Tensor, what: str) -> Tensor:
         return torch.linalg.solve(matrix, right)
 
 
-def inverted(matrix: Tensor, what: str, pseudo: bool = False, rtol: float | None = None) -> Tensor:
+def inverse_of(
+    matrix: Tensor, what: str, pseudo: bool = False, rtol: float | None = None
+) -> Tensor:
     """The inverse of a matrix, (…, m, m).
 
     Args:
