@@ -21,7 +21,7 @@ from openreml_nn.result import (
     Result,
     Source,
 )
-from openreml_nn.support.solving import inverse_of
+from openreml_nn.support.solving import invert_named
 from openreml_nn.support.spectrum import eigenvalues
 from openreml_nn.terms.term import Term
 
@@ -109,9 +109,9 @@ def _inverse(H: Tensor, inner: Sequence[int], fit: MarginalFit) -> Tensor:
     if not bool(values[0] > 1e-9):
         if fit.p and bool((part.diagonal()[: fit.p] < 1e-6 * len(fit.X)).any()):
             raise fit.separated()
-        inverse = inverse_of(unit, what, pseudo=True)
+        inverse = invert_named(unit, what, pseudo=True)
     else:
-        inverse = inverse_of(unit, what)
+        inverse = invert_named(unit, what)
     found[at[:, None], at] = inverse / (scale[:, None] * scale)
     return found
 
