@@ -49,7 +49,8 @@ def set_start(fit: MarginalFit, begin: Callable[[], None] | None = None) -> None
 def _penalised(fit: MarginalFit, rough: Tensor, scale: Tensor) -> None:
     """From coefficients and effects that are a mode together."""
     if fit.Q.shape[1]:
-        gamma, spread = fit.loss.penalised(fit.y, fit.offset, fit.Q, rough, fit.rows)
+        loss, known = fit.loss, (fit.y, fit.offset, fit.Q)
+        gamma, spread = loss.penalised(*known, rough, fit.rows, fit.weights)
     else:
         gamma, spread = rough.new_zeros(0), rough.new_zeros(0, 0)
     u = fit.at.read(rough)
@@ -93,7 +94,7 @@ def _from_part(fit: MarginalFit, rows: Tensor, rough: Tensor, scale: Tensor) -> 
         vanishing = torch.tensor(fit.at.vanishing, dtype=torch.bool)
         u = part.split(part.x)[1]
         if found and bool((~vanishing | (u.abs() > scale.abs() / 10)).all()):
-            fit.x, fit.hessian = part.x, part.curvature() * (len(fit.X) / len(rows))
+            fit.x, fit.hessian = part.x, part.curvature() * (fit.count / part.count)
             fit.value, fit.slope = fit.evaluate(fit.x)
             return True
     except NumericalError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import inf, isfinite
 from typing import cast
@@ -47,12 +48,8 @@ class _Lowered:
     like: Tensor
 
     def terms(self, free_params: FreeParams = None) -> list[Term]:
-        if free_params is None:
-            found = self.covariance.terms()
-        else:
-            with self.covariance.given(free_params):
-                found = self.covariance.terms()
-        return [term.to(self.like.dtype) for term in found]
+        with nullcontext() if free_params is None else self.covariance.given(free_params):
+            return self.covariance.terms(None, self.like.dtype)
 
 
 class _Quantities(nn.Module):

@@ -167,7 +167,7 @@ FAULTS = [
     Fault(
         "a bootstrap sample that is separated counts",
         "openreml_nn/inference/laplace_refit.py",
-        "if least < _LITTLE * len(fit.y):",
+        "if least < _LITTLE * fit.count:",
         "if least < -1:",
         f"{OF_FAMILIES} -k separated",
     ),
