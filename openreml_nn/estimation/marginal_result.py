@@ -21,7 +21,7 @@ from openreml_nn.result import (
     Result,
     Source,
 )
-from openreml_nn.support.solving import inverted
+from openreml_nn.support.solving import invert_named
 from openreml_nn.support.spectrum import eigenvalues
 from openreml_nn.terms.term import Term
 
@@ -116,9 +116,9 @@ def _inverse(H: Tensor, inner: Sequence[int], fit: MarginalFit) -> Tensor:
     if not bool(values[0] > 1e-9):
         if fit.p and bool((part.diagonal()[: fit.p] < 1e-6 * fit.count).any()):
             raise fit.separated()
-        inverse = inverted(unit, what, pseudo=True)
+        inverse = invert_named(unit, what, pseudo=True)
     else:
-        inverse = inverted(unit, what)
+        inverse = invert_named(unit, what)
     found[at[:, None], at] = inverse / (scale[:, None] * scale)
     return found
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.estimation.curvature import FLAT
-from openreml_nn.support.solving import inverted
+from openreml_nn.support.solving import invert_named
 from openreml_nn.support.spectrum import decomposed
 
 __all__ = ["Spread"]
@@ -48,7 +48,7 @@ class Spread:
             silent = vectors[:, values < FLAT * values.max()]
             silent = torch.where(silent.abs() > _ROUNDING, silent, 0)
         rtol = FLAT if silent.shape[1] else None
-        inverse = inverted(part, what, pseudo=True, rtol=rtol)
+        inverse = invert_named(part, what, pseudo=True, rtol=rtol)
         self.covariance = torch.full_like(information, nan)
         self.covariance[inner[:, None], inner] = inverse / (scale[:, None] * scale)
         self.silent = information.new_zeros(len(information), silent.shape[1])

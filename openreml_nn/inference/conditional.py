@@ -13,7 +13,7 @@ from openreml_nn.estimation.derivatives import hessian_of_value, jacobian
 from openreml_nn.inference.refit import Refit
 from openreml_nn.likelihood.problem import cholesky
 from openreml_nn.support.errors import InputError
-from openreml_nn.support.solving import solved
+from openreml_nn.support.solving import solve_named
 from openreml_nn.terms.term import residual_terms
 
 __all__ = ["ConditionalAIC", "conditional_aic"]
@@ -110,7 +110,7 @@ def conditional_aic(result: Result) -> ConditionalAIC:
         pulled = dV @ p_y  # (m, n)
         moved = pulled @ P @ R - dR @ p_y  # of the fitted values, (m, n)
         information = -H[inner][:, inner]
-        along = solved(
+        along = solve_named(
             information, (pulled @ P)[inner], "the information of the covariance parameters"
         )
         df += float((moved[inner] * along).sum())
@@ -135,7 +135,7 @@ def _projection(V: Tensor, X: Tensor) -> Tensor:
     """P, (n, n)."""
     inverse = torch.cholesky_inverse(cholesky(V, "V"))
     V_X = inverse @ X
-    return inverse - V_X @ solved(X.mT @ V_X, V_X.mT, _INFORMATION)
+    return inverse - V_X @ solve_named(X.mT @ V_X, V_X.mT, _INFORMATION)
 
 
 def _log_likelihood(V: Tensor, y: Tensor, X: Tensor, method: str) -> Tensor:
@@ -144,6 +144,6 @@ def _log_likelihood(V: Tensor, y: Tensor, X: Tensor, method: str) -> Tensor:
     white = torch.linalg.solve_triangular(L, torch.cat([X, y[:, None]], 1), upper=False)
     W, z = white[:, :-1], white[:, -1]
     cross = W.mT @ W
-    rest = z @ z - (W.mT @ z) @ solved(cross, W.mT @ z, _INFORMATION)
+    rest = z @ z - (W.mT @ z) @ solve_named(cross, W.mT @ z, _INFORMATION)
     found = 2 * L.diagonal().log().sum() + rest
     return -(found + torch.logdet(cross) if method == "reml" else found) / 2

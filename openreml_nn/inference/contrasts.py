@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from openreml_nn.support.solving import solved
+from openreml_nn.support.solving import solve_named
 
 __all__ = ["Asymptotic", "FTest", "Inference"]
 
@@ -43,7 +43,7 @@ class Inference:
 
     def _f(self, L: Tensor, beta: Tensor) -> float:
         value = L @ beta
-        spread = solved(L @ self.covariance @ L.mT, value, "the covariance of the contrasts")
+        spread = solve_named(L @ self.covariance @ L.mT, value, "the covariance of the contrasts")
         return float(value @ spread) / len(L)
 
 

@@ -24,7 +24,7 @@ from openreml_nn.inference.laplace_refit import LaplaceRefit
 from openreml_nn.inference.refit import Refit, family_of, tracked
 from openreml_nn.support.checks import check_flag, found
 from openreml_nn.support.errors import InputError, NumericalError
-from openreml_nn.support.solving import inverted, solved
+from openreml_nn.support.solving import invert_named, solve_named
 from openreml_nn.support.spectrum import decomposed
 from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.term import Term, residual_terms
@@ -183,7 +183,7 @@ class _Deletion:
                 )
                 leverage[at] = 1 - left[at, torch.arange(len(at), device=y.device)]
         V_X = refit.solve(refit.X)
-        phi = inverted(refit.X.mT @ V_X, "the information of the fixed effects")
+        phi = invert_named(refit.X.mT @ V_X, "the information of the fixed effects")
         by_case = y.new_zeros(cases).index_add(0, codes, leverage)
         p_y = refit.project(y[:, None])[:, 0]
         return cls(refit, codes, rows, P_own, p_y, V_X @ phi, phi, by_case)
@@ -272,10 +272,10 @@ def _compared(
     if change is None or covariance is None:
         return [torch.nan] * 4, phi.new_full((p,), torch.nan)
     what = "the covariance of the fixed effects"
-    ratio = solved(phi, covariance, what)
+    ratio = solve_named(phi, covariance, what)
     return [
-        float(change @ solved(phi, change, what)) / p,
-        float(change @ solved(covariance, change, f"{what} without a case")) / p,
+        float(change @ solve_named(phi, change, what)) / p,
+        float(change @ solve_named(covariance, change, f"{what} without a case")) / p,
         abs(float(ratio.diagonal().sum()) - p),
         float(torch.linalg.det(ratio)),
     ], change

@@ -20,7 +20,7 @@ from openreml_nn.inference.response import family_at
 from openreml_nn.likelihood import LaplaceLoss
 from openreml_nn.result import Result
 from openreml_nn.support.errors import InputError, NumericalError
-from openreml_nn.support.solving import solved
+from openreml_nn.support.solving import solve_named
 from openreml_nn.support.spectrum import eigenvalues
 
 __all__ = ["LaplaceRefit", "numbers_of"]
@@ -87,7 +87,7 @@ class LaplaceRefit:
 
     def _x(self, fit: MarginalFit) -> Tensor:
         """The estimates as the parameters of a fit."""
-        gamma = solved(
+        gamma = solve_named(
             fit.T, self.result.fixed.estimate.to(fit.T), "the basis of the fixed effects"
         )
         own = [p.detach().reshape(-1).to(gamma) for p in fit.own]

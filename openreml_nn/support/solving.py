@@ -10,10 +10,10 @@ from torch import Tensor
 
 from openreml_nn.support.errors import NumericalError
 
-__all__ = ["inverted", "solved"]
+__all__ = ["invert_named", "solve_named"]
 
 
-def solved(matrix: Tensor, right: Tensor, what: str) -> Tensor:
+def solve_named(matrix: Tensor, right: Tensor, what: str) -> Tensor:
     """The solution X of A X = B.
 
     Args:
@@ -28,7 +28,9 @@ def solved(matrix: Tensor, right: Tensor, what: str) -> Tensor:
         return torch.linalg.solve(matrix, right)
 
 
-def inverted(matrix: Tensor, what: str, pseudo: bool = False, rtol: float | None = None) -> Tensor:
+def invert_named(
+    matrix: Tensor, what: str, pseudo: bool = False, rtol: float | None = None
+) -> Tensor:
     """The inverse of a matrix, (…, m, m).
 
     Args:

@@ -20,7 +20,7 @@ from openreml_nn.covariance import (
 )
 from openreml_nn.datasets import penicillin, sleepstudy
 from openreml_nn.likelihood import NotPositiveDefiniteError
-from openreml_nn.support.solving import inverted, solved
+from openreml_nn.support.solving import invert_named, solve_named
 from openreml_nn.support.spectrum import decomposed, eigenvalues
 
 FORMULA = "Reaction ~ Days + (Days | Subject)"
@@ -393,14 +393,18 @@ def test_a_matrix_without_eigenvalues_is_named_whatever_its_size(function, n):
 def test_a_matrix_without_inverse_is_named():
     K = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
     eye = torch.eye(2)
-    for found in (solved(K, eye, "K"), inverted(K, "K"), inverted(K, "K", pseudo=True)):
+    for found in (
+        solve_named(K, eye, "K"),
+        invert_named(K, "K"),
+        invert_named(K, "K", pseudo=True),
+    ):
         torch.testing.assert_close(found @ K, eye)
     singular = torch.ones(2, 2)
-    torch.testing.assert_close(inverted(singular, "K", pseudo=True), singular / 4)
+    torch.testing.assert_close(invert_named(singular, "K", pseudo=True), singular / 4)
     for refused in (
-        lambda: solved(singular, eye, "K"),
-        lambda: inverted(singular, "K"),
-        lambda: inverted(singular * torch.nan, "K", pseudo=True),
+        lambda: solve_named(singular, eye, "K"),
+        lambda: invert_named(singular, "K"),
+        lambda: invert_named(singular * torch.nan, "K", pseudo=True),
     ):
         with pytest.raises(
             NumericalError, match=r"^K has no inverse: it (is singular|holds numbers)"

@@ -104,8 +104,8 @@ FAULTS = [
     Fault(
         "Cook's distance is not divided by the coefficients",
         DELETION,
-        "float(change @ solved(phi, change, what)) / p",
-        "float(change @ solved(phi, change, what))",
+        "float(change @ solve_named(phi, change, what)) / p",
+        "float(change @ solve_named(phi, change, what))",
         OF_CASES,
     ),
     Fault(
