@@ -25,7 +25,6 @@ from openreml_nn.covariance.params import module_name, operand_name, user_name
 from openreml_nn.covariance.propagation import propagated
 from openreml_nn.covariance.sum import summands
 from openreml_nn.covariance.vecchia import VecchiaMatrix
-from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.model.batch import (
     Batch,
     check_values,
@@ -42,7 +41,6 @@ from openreml_nn.support.checks import (
     found,
 )
 from openreml_nn.support.errors import InputError
-from openreml_nn.support.modes import outside_inference
 from openreml_nn.terms.covariance import RepeatedCovariance
 from openreml_nn.terms.design import design_of
 from openreml_nn.terms.precision import PrecisionCovariance
@@ -223,17 +221,6 @@ class RandomEffect(nn.Module):
         """BLUPs (levels, k) of the effects of z, and their prediction-error variances."""
         basis = self.basis.to(self.blup)
         return self.blup @ basis.mT, basis @ self.variance @ basis.mT
-
-    def hold(self, found: RandomEffects) -> None:
-        """Take up BLUPs and their variances, in the precision that they were computed in: what is
-        kriged of rounded ones is far off where levels are at near places."""
-        q, k, dtype = self.levels, self.effects, found.values.dtype
-        if self.blup.dtype != dtype:
-            with outside_inference(False):
-                self.blup, self.variance = self.blup.to(dtype), self.variance.to(dtype)
-        # Rows of no known level had levels of their own, which come after the others.
-        self.blup.copy_(found.values.reshape(-1, k)[:q])
-        self.variance.copy_(found.variances.reshape(-1, k, k)[:q])
 
     def coded(
         self, name: str, batch: Batch, n: int, levels: int | None = None
