@@ -203,10 +203,8 @@ class RandomEffect(nn.Module):
         return isinstance(lowered(self.g), RepeatedCovariance)
 
     def prior(self) -> Tensor:
-        """Covariance of the effects of a level that was not seen, (k, k): where levels differ,
-        their mean."""
-        prior = self.prior_in_basis()
-        basis = self.basis.to(prior)
+        """Covariance (k, k) of the effects of a level that was not seen: the mean where levels differ."""
+        basis = self.basis.to(prior := self.prior_in_basis())
         return basis @ prior @ basis.mT
 
     def prior_in_basis(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -277,15 +275,7 @@ class RandomEffect(nn.Module):
 
     def g_of(self, levels: int) -> Matrix | None:
         """G for another number of levels, with the same parameters; None for correlated ones."""
-        if levels == self.levels:
-            return self.g
-        if type(self.g) is ScalarMatrix:
-            return self.g.of_size(levels * self.effects)
-        if isinstance(self.g, KroneckerProduct) and list(self.g.operands) == ["levels", "effects"]:
-            one, own = self.g.operands.values()
-            if isinstance(one, IdentityMatrix) and isinstance(own, Matrix):
-                return KroneckerProduct(levels=IdentityMatrix(levels), effects=own)
-        return None
+        return self.g if levels == self.levels else _of_other_levels(self.g, levels * self.effects)
 
     def grow(self, levels: int, names: Sequence[str] = ()) -> None:
         """Take in new levels, which follow the known ones; the parameters stay.
@@ -324,6 +314,18 @@ class RandomEffect(nn.Module):
 
     def extra_repr(self) -> str:
         return f"levels={self.levels}, effects={self.effects}"
+
+
+def _of_other_levels(g: Matrix, columns: int) -> Matrix | None:
+    """The covariance of independent levels for another number of them, with the same parameters; None
+    where levels are correlated."""
+    if type(g) is ScalarMatrix:
+        return g.of_size(columns)
+    if isinstance(g, KroneckerProduct) and list(g.operands) == ["levels", "effects"]:
+        one, own = g.operands.values()
+        if isinstance(one, IdentityMatrix) and isinstance(own, Matrix):
+            return KroneckerProduct(levels=IdentityMatrix(columns // own.shape[0]), effects=own)
+    return None
 
 
 def on_their_own(codes: Tensor, levels: int) -> tuple[Tensor, int]:
