@@ -21,6 +21,7 @@ from openreml_nn.result import (
     Result,
     Source,
 )
+from openreml_nn.support.solving import inverted
 from openreml_nn.support.spectrum import eigenvalues
 from openreml_nn.terms.term import Term
 
@@ -110,13 +111,14 @@ def _inverse(H: Tensor, inner: Sequence[int], fit: MarginalFit) -> Tensor:
     part = H[at][:, at]
     scale = part.diagonal().abs().clamp(min=1e-300).sqrt()
     unit = part / (scale[:, None] * scale)
-    values = eigenvalues(unit, "the curvature of the log-likelihood")
+    what = "the curvature of the log-likelihood"
+    values = eigenvalues(unit, what)
     if not bool(values[0] > 1e-9):
         if fit.p and bool((part.diagonal()[: fit.p] < 1e-6 * fit.count).any()):
             raise fit.separated()
-        inverse = torch.linalg.pinv(unit, hermitian=True)
+        inverse = inverted(unit, what, pseudo=True)
     else:
-        inverse = torch.linalg.inv(unit)
+        inverse = inverted(unit, what)
     found[at[:, None], at] = inverse / (scale[:, None] * scale)
     return found
 

@@ -11,6 +11,7 @@ from openreml_nn.estimation.marginal_steps import MarginalFit
 from openreml_nn.likelihood.system.products import same_codes
 from openreml_nn.likelihood.system.roles import by_levels, grid_of
 from openreml_nn.support.errors import NumericalError
+from openreml_nn.support.solving import inverted
 from openreml_nn.terms.design import IndexedDesign
 
 __all__ = ["set_start"]
@@ -61,7 +62,9 @@ def _penalised(fit: MarginalFit, rough: Tensor, scale: Tensor) -> None:
     fit.value, fit.slope = fit.evaluate(fit.x)
     fit.hessian = rough.new_zeros(len(fit.x), len(fit.x))
     if fit.p:
-        fit.hessian[: fit.p, : fit.p] = torch.linalg.inv(spread)
+        fit.hessian[: fit.p, : fit.p] = inverted(
+            spread, "the covariance of the fixed effects at the start"
+        )
     fit.replace(range(fit.p + fit.m, len(fit.x)))
     fit.refresh()
 

@@ -20,6 +20,7 @@ from openreml_nn.inference.response import family_at
 from openreml_nn.likelihood import LaplaceLoss
 from openreml_nn.result import Result
 from openreml_nn.support.errors import InputError, NumericalError
+from openreml_nn.support.solving import solved
 from openreml_nn.support.spectrum import eigenvalues
 
 __all__ = ["LaplaceRefit", "numbers_of"]
@@ -86,7 +87,9 @@ class LaplaceRefit:
 
     def _x(self, fit: MarginalFit) -> Tensor:
         """The estimates as the parameters of a fit."""
-        gamma = torch.linalg.solve(fit.T, self.result.fixed.estimate.to(fit.T))
+        gamma = solved(
+            fit.T, self.result.fixed.estimate.to(fit.T), "the basis of the fixed effects"
+        )
         own = [p.detach().reshape(-1).to(gamma) for p in fit.own]
         return torch.cat([gamma[: fit.p], fit.at.read(gamma), *own])
 

@@ -119,6 +119,7 @@ class Marginal:
             )
             assert self.fitted.model is not None
             self.model.load_state_dict(self.fitted.model.state_dict())
+            self.model.seen = self.fitted.model.seen
         return self.fitted
 
     def update(self) -> None:

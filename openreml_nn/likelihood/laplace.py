@@ -23,6 +23,7 @@ from openreml_nn.likelihood.laplace_mode import (
 from openreml_nn.likelihood.laplace_quadrature import check_quadrature
 from openreml_nn.likelihood.laplace_task import (
     Kept,
+    Responses,
     Task,
     check_call,
     constants_of,
@@ -41,7 +42,6 @@ from openreml_nn.support.checks import (
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import DiagonalCovariance
 from openreml_nn.terms.design import IdentityDesign
-from openreml_nn.terms.kernel import private, same_content
 from openreml_nn.terms.term import Term
 
 __all__ = ["LaplaceEvaluation", "LaplaceLoss"]
@@ -135,7 +135,7 @@ class LaplaceLoss(nn.Module):
         self.solver = laplace_solver(solver)
         self._kept: Kept | None = None
         self._size: tuple[int, int] | None = None
-        self._known: _Responses | None = None
+        self._known: Responses | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Where the last mode was can be found again; a copy need not carry it.
@@ -319,7 +319,7 @@ class LaplaceLoss(nn.Module):
         n = len(eta)
         known = self._known
         if known is None or not known.is_of(self.family, y, weights):
-            known = self._known = _Responses.of(self.family, y, weights)
+            known = self._known = Responses.of(self.family, y, weights)
         dtype = precision_of([self.covariance], y, eta, *([] if X is None else [X]))
         if isinstance(self.solver, Sparse):
             if eta.device.type != "cpu":
@@ -350,54 +350,6 @@ class LaplaceLoss(nn.Module):
                 if self.quadrature > 1:
                     check_quadrature(kept.space, self.quadrature)
         return Integral(task, kept, self.method, self.quadrature)
-
-
-@dataclass(frozen=True)
-class _Responses:
-    """The responses that were checked last.
-
-    Attributes:
-        family: of which they are.
-        given: copies of the responses and weights that a call gave.
-        y, weights: them as the family takes both.
-        beside: what their density has beside its kernel.
-    """
-
-    family: Family
-    given: tuple[Tensor, Tensor | None]
-    y: Tensor
-    weights: Tensor | None
-    beside: float
-
-    @classmethod
-    def of(cls, family: Family, y: Tensor, weights: Tensor | None) -> _Responses:
-        """Check responses; those of proportions become counts."""
-        given = private(y), None if weights is None else private(weights)
-        y = given[0].detach()
-        y, w = (y, None) if weights is None else family.with_weights(y, weights.detach())
-        family.check(y)
-        return cls(family, given, y, w, _beside_kernel(family, y, w))
-
-    def is_of(self, family: Family, y: Tensor, weights: Tensor | None) -> bool:
-        """Whether they are what a call gives."""
-        own = self.given
-        return (
-            family is self.family
-            and same_content(y, own[0])
-            and (weights is None) == (own[1] is None)
-            and (weights is None or same_content(weights, own[1]))
-        )
-
-
-def _beside_kernel(family: Family, y: Tensor, weights: Tensor | None) -> float:
-    """The sum of what the log-density of responses has beside its kernel."""
-    if not family.has_kernel:
-        return 0.0
-    with torch.no_grad():
-        y = y.double()
-        eta = y.new_zeros(len(y))
-        found = family.log_density(y, eta) - family.kernel(y, eta)
-        return float((found if weights is None else found * weights.double()).sum())
 
 
 class _Value(torch.autograd.Function):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from openreml_nn.covariance import Matrix
+from openreml_nn.families.family import Family
 from openreml_nn.likelihood.fixed import traced
 from openreml_nn.likelihood.laplace_choice import AnySpace
 from openreml_nn.likelihood.laplace_mode import Rows
@@ -19,7 +21,7 @@ from openreml_nn.terms.covariance import RepeatedCovariance
 from openreml_nn.terms.kernel import private, same_content
 from openreml_nn.terms.term import Term
 
-__all__ = ["Kept", "Task", "check_call", "constants_of", "factors_of", "with_tensors"]
+__all__ = ["Kept", "Responses", "Task", "check_call", "constants_of", "factors_of", "with_tensors"]
 
 
 def constants_of(terms: Sequence[Term]) -> list[Tensor]:
@@ -114,6 +116,54 @@ class Kept:
 def _of_factor(terms: Sequence[Term]) -> list[Tensor]:
     """What a factor is of, beside weights, designs and X."""
     return [*(term.covariance.matrix for term in terms), *factors_of(terms)]
+
+
+@dataclass(frozen=True)
+class Responses:
+    """The responses that were checked last.
+
+    Attributes:
+        family: of which they are.
+        given: copies of the responses and weights that a call gave.
+        y, weights: them as the family takes both.
+        beside: what their density has beside its kernel.
+    """
+
+    family: Family
+    given: tuple[Tensor, Tensor | None]
+    y: Tensor
+    weights: Tensor | None
+    beside: float
+
+    @classmethod
+    def of(cls, family: Family, y: Tensor, weights: Tensor | None) -> Responses:
+        """Check responses; those of proportions become counts."""
+        given = private(y), None if weights is None else private(weights)
+        y = given[0].detach()
+        y, w = (y, None) if weights is None else family.with_weights(y, weights.detach())
+        family.check(y)
+        return cls(family, given, y, w, _beside_kernel(family, y, w))
+
+    def is_of(self, family: Family, y: Tensor, weights: Tensor | None) -> bool:
+        """Whether they are what a call gives."""
+        own = self.given
+        return (
+            family is self.family
+            and same_content(y, own[0])
+            and (weights is None) == (own[1] is None)
+            and (weights is None or same_content(weights, own[1]))
+        )
+
+
+def _beside_kernel(family: Family, y: Tensor, weights: Tensor | None) -> float:
+    """The sum of what the log-density of responses has beside its kernel."""
+    if not family.has_kernel:
+        return 0.0
+    with torch.no_grad():
+        y = y.double()
+        eta = y.new_zeros(len(y))
+        found = family.log_density(y, eta) - family.kernel(y, eta)
+        return float((found if weights is None else found * weights.double()).sum())
 
 
 def check_call(

@@ -15,6 +15,7 @@ from openreml_nn.likelihood.effects import Coefficients, RandomEffects
 from openreml_nn.model.batch import Batch, responding
 from openreml_nn.model.random_effect import Effects, RandomEffect
 from openreml_nn.model.residual import ResidualStructure, structure_of
+from openreml_nn.model.seen import SeenRows
 from openreml_nn.model.several import stacked, stacked_output
 from openreml_nn.model.unread import refuse_unread
 from openreml_nn.result.equations import Equations, FixedBasis
@@ -47,6 +48,7 @@ class Posterior(nn.Module):
         aliases: (p, d) null space of the features.
         joint: the joint covariance of coefficients and BLUPs.
         evidence: what the rows have said, to which others can be added.
+        seen: with a family, the rows of the last update, in no checkpoint.
     """
 
     beta: Tensor
@@ -73,6 +75,7 @@ class Posterior(nn.Module):
         self.register_buffer("aliases", none)
         self.joint = JointErrors()
         self.evidence = Evidence()
+        self.seen: SeenRows | None = None
         self.register_load_state_dict_post_hook(_settle_again)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -217,7 +220,8 @@ class Posterior(nn.Module):
 
 def _settle_again(model: Posterior, _: object) -> None:
     """Let the joint covariance of a checkpoint that is too large to be in it come from the equations
-    there, at the checkpoint's parameters."""
+    there, at the checkpoint's parameters; rows that were seen are others'."""
+    model.seen = None
     evidence, joint = model.evidence, model.joint
     if not bool(joint.is_known) or bool(joint.is_exact) or not float(evidence.total[0]):
         return

@@ -68,7 +68,8 @@ class Predictor(Posterior):
 
         A code that follows the known ones is a new level, which the model has from then on. Of the
         rows before, the cross-products with :math:`R^{-1}` are kept, in the checkpoint too; they are
-        of the network and the residual variances as they were at the update.
+        of the network and the residual variances as they were at the update. With a family the rows
+        themselves are kept, in no checkpoint, and modes and coefficients are found anew from all of them.
 
         Args:
             batch: the new rows, as :meth:`update` takes them.
@@ -79,7 +80,7 @@ class Predictor(Posterior):
 
         Raises:
             InputError: as :meth:`update`, if there was none before, or for a model of which rows do
-                not add up: with a family, correlated residuals, or, beside the widest factor of
+                not add up: with correlated residuals, or, beside the widest factor of
                 independent levels, more than 2,000 effects and coefficients whose sparse factor has
                 more than 50 million entries.
         """

@@ -229,8 +229,6 @@ class RandomEffect(nn.Module):
         Raises:
             TypeError, InputError: if the batch has them not as they must be.
         """
-        if self.g.shape[0] != (size := self.levels * self.effects):
-            raise InputError(f"`g` of {name!r} is {self.g.shape}: expected {(size, size)}")
         codes = level_codes(batch, name, self.levels if levels is None else levels, n)
         if self.features is not None:
             values = self.features(part(batch, "x"))
@@ -241,13 +239,15 @@ class RandomEffect(nn.Module):
             return codes, values
         return codes, values @ self.basis.to(values)
 
-    def covariance(self, name: str, codes: Tensor, values: Tensor | None) -> CovariancePropagation:
-        r""":math:`Z G Z^\top` of some rows. A row of no known level has one of its own.
+    def covariance(
+        self, name: str, codes: Tensor, values: Tensor | None, levels: int = 0
+    ) -> CovariancePropagation:
+        r""":math:`Z G Z^\top` of rows, of its own levels or so many; one of no known level has its own.
 
         Raises:
             InputError: if there is such a row and levels are correlated.
         """
-        codes, g, levels = self._of_rows(name, codes)
+        codes, g, levels = self._of_rows(name, codes, levels)
         if codes.dim() == 2:
             return CovariancePropagation(z=MembershipMatrix(codes, levels, values), g=g)
         return CovariancePropagation(z=DummyMatrix.from_codes(codes, levels, values), g=g)
@@ -260,11 +260,11 @@ class RandomEffect(nn.Module):
         design = design_of(codes.long(), values, levels, absent=False)
         return summands(operand_name(name, {"residual"}), g, propagated(design, g, dtype))
 
-    def _of_rows(self, name: str, codes: Tensor) -> tuple[Tensor, Matrix, int]:
+    def _of_rows(self, name: str, codes: Tensor, levels: int = 0) -> tuple[Tensor, Matrix, int]:
         """Codes of rows, those of no known level on their own, with G of so many levels."""
-        if not len(codes) or int(codes.min()) >= 0:
-            return codes, self.g, self.levels
-        codes, levels = on_their_own(codes, self.levels)
+        levels = levels or self.levels
+        if len(codes) and int(codes.min()) < 0:
+            codes, levels = on_their_own(codes, levels)
         grown = self.g_of(levels)
         if grown is None:
             raise InputError(
@@ -373,8 +373,10 @@ def coded_effects(effects: Mapping[str, RandomEffect], batch: Batch, n: int) -> 
     """Codes and values of each random effect in a batch of n rows.
 
     Raises:
-        TypeError, InputError: as :meth:`RandomEffect.coded`, or if there are values of another
-            name.
+        TypeError, InputError: as :meth:`RandomEffect.coded`; for values of another name, or a wrong ``g``.
     """
     check_values(batch, effects)
+    for name, effect in effects.items():
+        if effect.g.shape[0] != (size := effect.levels * effect.effects):
+            raise InputError(f"`g` of {name!r} is {effect.g.shape}: expected {(size, size)}")
     return {name: effect.coded(name, batch, n) for name, effect in effects.items()}

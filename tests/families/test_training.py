@@ -115,7 +115,7 @@ def test_the_program_is_glmm(case, tmp_path):
     formula, options = CASES[case]
     TABLE.to_csv(tmp_path / "t.csv", index=False)
     keys = [f"model.{key}={value}" for key, value in options.items()]
-    quick = ["logger=none", "trainer.enable_progress_bar=false", "hydra.run.dir=r"]
+    quick = ["logger=none", "plots=false", "trainer.enable_progress_bar=false", "hydra.run.dir=r"]
     done = program(*quick, f"model.formula={formula}", "data.path=t.csv", *keys, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert not done.stderr

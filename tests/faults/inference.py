@@ -104,8 +104,8 @@ FAULTS = [
     Fault(
         "Cook's distance is not divided by the coefficients",
         DELETION,
-        "float(change @ torch.linalg.solve(phi, change)) / p",
-        "float(change @ torch.linalg.solve(phi, change))",
+        "float(change @ solved(phi, change, what)) / p",
+        "float(change @ solved(phi, change, what))",
         OF_CASES,
     ),
     Fault(
