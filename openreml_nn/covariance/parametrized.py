@@ -95,7 +95,7 @@ class Parametrized(Named):
         Parameters are widened, or rounded, before anything is made of them, and known numbers follow
         them; gradients come back in the precision of each parameter.
         """
-        if self._is_all_of(dtype):
+        if _is_all_of(self, dtype):
             yield
             return
         none = torch.empty(0, dtype=dtype, device=self.reference().device)
@@ -114,25 +114,6 @@ class Parametrized(Named):
         finally:
             for leaf, old in zip(leaves, before, strict=True):
                 leaf.__dict__["stand_in"] = old
-
-    def _is_all_of(self, dtype: torch.dtype) -> bool:
-        """Whether every number of the tree is of a dtype, and nothing stands in for one."""
-        nodes: list[nn.Module] = [self]
-        has_some = False
-        while nodes:
-            node = nodes.pop()
-            own = node.__dict__
-            if own.get("stand_in") is not None:
-                return False
-            for store in ("_parameters", "_buffers"):
-                for tensor in own[store].values():
-                    if tensor is None or not tensor.is_floating_point():
-                        continue
-                    if tensor.dtype != dtype:
-                        return False
-                    has_some = True
-            nodes += [child for child in node._modules.values() if child is not None]
-        return has_some
 
     def flat_params(self, free_params: FreeParams) -> Tensor:
         """Free parameters as a checked 1-D tensor in the order of :attr:`free_param_names`."""
@@ -276,3 +257,22 @@ def widest_dtype(module: nn.Module) -> torch.dtype:
             if tensor.is_floating_point():
                 found = torch.promote_types(found, tensor.dtype)
     return found
+
+
+def _is_all_of(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether every number of a tree is of a dtype, and nothing stands in for one."""
+    nodes, has_some = [module], False
+    while nodes:
+        node = nodes.pop()
+        own = node.__dict__
+        if own.get("stand_in") is not None:
+            return False
+        for store in ("_parameters", "_buffers"):
+            for tensor in own[store].values():
+                if tensor is None or not tensor.is_floating_point():
+                    continue
+                if tensor.dtype != dtype:
+                    return False
+                has_some = True
+        nodes += [child for child in node._modules.values() if child is not None]
+    return has_some

@@ -205,17 +205,15 @@ class MixedModel(Predictor):
         """The likelihood of a batch with its y and X, the mean taken off y with head ``"ml"``."""
         if self.family is not None:
             raise InputError(
-                "`family` is not Gaussian: the likelihood is that of marginal(), and no "
-                "average-information steps are taken on it"
+                "`family` is not Gaussian: it has marginal(), and no average-information steps"
             )
         self.check(batch)
-        check = _check_of(self, batch, output)
-        batch, output = with_responses(*self.single(batch, output, is_data=True))
-        y, X = of_gaussian(output, batch, self.head)
-        check_outputs(output, batch)
-        loss = self._likelihood(batch, len(y))
+        rows, found = with_responses(*self.single(batch, output, is_data=True))
+        y, X = of_gaussian(found, rows, self.head)
+        check_outputs(found, rows)
+        loss = self._likelihood(rows, len(y))
         assert isinstance(loss, REMLLoss)
-        loss.check = check
+        loss.check = _check_of(self, batch, output)
         return loss, y, X
 
     def marginal(self, output: Tensor, batch: Batch) -> Marginal:

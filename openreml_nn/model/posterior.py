@@ -23,6 +23,7 @@ from openreml_nn.result.evidence import Evidence
 from openreml_nn.result.joint import JointErrors
 from openreml_nn.result.prediction import lowered
 from openreml_nn.result.result import FixedEffects
+from openreml_nn.support.modes import outside_inference
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.term import Term
 
@@ -155,7 +156,7 @@ class Posterior(nn.Module):
         for found in random:
             if found.name not in effects:
                 continue  # of the rows' own errors
-            effects[found.name].hold(found)
+            _hold(effects[found.name], found)
         at, p = torch.tensor(fixed.columns, dtype=torch.long, device=aliases.device), len(aliases)
         self.beta = aliases.new_zeros(p).index_copy(0, at, fixed.estimate.to(aliases))
         self.beta_covariance = aliases.new_zeros(p, p)
@@ -230,3 +231,15 @@ def _settle_again(model: Posterior, _: object) -> None:
     covariances = [lowered(g, dtype).map(Tensor.detach) for g in own if g is not None]
     if len(covariances) == len(sizes):
         joint.update(covariances, sizes, evidence.basis.shape[1], evidence.equations)
+
+
+def _hold(effect: RandomEffect, found: RandomEffects) -> None:
+    """Take up BLUPs and their variances, in the precision that they were computed in: what is
+    kriged of rounded ones is far off where levels are at near places."""
+    q, k, dtype = effect.levels, effect.effects, found.values.dtype
+    if effect.blup.dtype != dtype:
+        with outside_inference(False):
+            effect.blup, effect.variance = effect.blup.to(dtype), effect.variance.to(dtype)
+    # Rows of no known level had levels of their own, which come after the others.
+    effect.blup.copy_(found.values.reshape(-1, k)[:q])
+    effect.variance.copy_(found.variances.reshape(-1, k, k)[:q])

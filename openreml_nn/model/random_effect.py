@@ -25,7 +25,6 @@ from openreml_nn.covariance.params import module_name, operand_name, user_name
 from openreml_nn.covariance.propagation import propagated
 from openreml_nn.covariance.sum import summands
 from openreml_nn.covariance.vecchia import VecchiaMatrix
-from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.model.batch import (
     Batch,
     check_values,
@@ -42,7 +41,6 @@ from openreml_nn.support.checks import (
     found,
 )
 from openreml_nn.support.errors import InputError
-from openreml_nn.support.modes import outside_inference
 from openreml_nn.terms.covariance import RepeatedCovariance
 from openreml_nn.terms.design import design_of
 from openreml_nn.terms.precision import PrecisionCovariance
@@ -205,10 +203,8 @@ class RandomEffect(nn.Module):
         return isinstance(lowered(self.g), RepeatedCovariance)
 
     def prior(self) -> Tensor:
-        """Covariance of the effects of a level that was not seen, (k, k): where levels differ,
-        their mean."""
-        prior = self.prior_in_basis()
-        basis = self.basis.to(prior)
+        """Covariance (k, k) of the effects of a level that was not seen: the mean where levels differ."""
+        basis = self.basis.to(prior := self.prior_in_basis())
         return basis @ prior @ basis.mT
 
     def prior_in_basis(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -223,17 +219,6 @@ class RandomEffect(nn.Module):
         """BLUPs (levels, k) of the effects of z, and their prediction-error variances."""
         basis = self.basis.to(self.blup)
         return self.blup @ basis.mT, basis @ self.variance @ basis.mT
-
-    def hold(self, found: RandomEffects) -> None:
-        """Take up BLUPs and their variances, in the precision that they were computed in: what is
-        kriged of rounded ones is far off where levels are at near places."""
-        q, k, dtype = self.levels, self.effects, found.values.dtype
-        if self.blup.dtype != dtype:
-            with outside_inference(False):
-                self.blup, self.variance = self.blup.to(dtype), self.variance.to(dtype)
-        # Rows of no known level had levels of their own, which come after the others.
-        self.blup.copy_(found.values.reshape(-1, k)[:q])
-        self.variance.copy_(found.variances.reshape(-1, k, k)[:q])
 
     def coded(
         self, name: str, batch: Batch, n: int, levels: int | None = None
@@ -287,15 +272,7 @@ class RandomEffect(nn.Module):
 
     def g_of(self, levels: int) -> Matrix | None:
         """G for another number of levels, with the same parameters; None for correlated ones."""
-        if levels == self.levels:
-            return self.g
-        if type(self.g) is ScalarMatrix:
-            return self.g.of_size(levels * self.effects)
-        if isinstance(self.g, KroneckerProduct) and list(self.g.operands) == ["levels", "effects"]:
-            one, own = self.g.operands.values()
-            if isinstance(one, IdentityMatrix) and isinstance(own, Matrix):
-                return KroneckerProduct(levels=IdentityMatrix(levels), effects=own)
-        return None
+        return self.g if levels == self.levels else _of_other_levels(self.g, levels * self.effects)
 
     def grow(self, levels: int, names: Sequence[str] = ()) -> None:
         """Take in new levels, which follow the known ones; the parameters stay.
@@ -334,6 +311,18 @@ class RandomEffect(nn.Module):
 
     def extra_repr(self) -> str:
         return f"levels={self.levels}, effects={self.effects}"
+
+
+def _of_other_levels(g: Matrix, columns: int) -> Matrix | None:
+    """The covariance of independent levels for another number of them, with the same parameters; None
+    where levels are correlated."""
+    if type(g) is ScalarMatrix:
+        return g.of_size(columns)
+    if isinstance(g, KroneckerProduct) and list(g.operands) == ["levels", "effects"]:
+        one, own = g.operands.values()
+        if isinstance(one, IdentityMatrix) and isinstance(own, Matrix):
+            return KroneckerProduct(levels=IdentityMatrix(columns // own.shape[0]), effects=own)
+    return None
 
 
 def on_their_own(codes: Tensor, levels: int) -> tuple[Tensor, int]:
