@@ -324,7 +324,7 @@ def test_a_loss_without_a_tree_is_that_of_the_tree():
         model = MixedModel(network(), random, solver=solver)
         tree = model.covariance(data)
         coded = coded_effects(model.effects(), data, n)
-        terms = terms_of(model.effects(), model.residual, data, coded, n)
+        terms = terms_of(model.effects(), model.residual, data, coded, n, torch.float64)
         for one, other in zip(terms, tree.terms(), strict=True):
             assert (one.form, one.known) == (other.form, other.known)
         own = [p for p in model.parameters() if p.requires_grad]

@@ -94,8 +94,8 @@ class Marginal:
         batch, output = self._rows
         off = torch.autocast(output.device.type, enabled=False)
         with torch.no_grad(), off, evaluating(self.model):
-            loss, y, eta, X = self.model.marginal(output, batch)
-            found = Record.of(loss.covariance, -float(loss(y, eta, X)))
+            loss, y, eta, X, weights = self.model.marginal(output, batch)
+            found = Record.of(loss.covariance, -float(loss(y, eta, X, weights=weights)))
             own = {k: float(v) for k, v in loss.family.quantities(output).items()}
         return replace(found, parameters={**found.parameters, **own})
 
@@ -119,6 +119,7 @@ class Marginal:
             )
             assert self.fitted.model is not None
             self.model.load_state_dict(self.fitted.model.state_dict())
+            self.model.seen = self.fitted.model.seen
         return self.fitted
 
     def update(self) -> None:
