@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from openreml_nn import InputError, MixedModel, RandomEffect
 from openreml_nn.covariance import KnownMatrix
+from openreml_nn.inference import heritability
 from openreml_nn.lightning import ExportBLUPs, MixedModule, TraceVariances, WholeGroups
 from openreml_nn.lightning.batches import connected_rows, whole
 from openreml_nn.model import take
@@ -171,6 +172,22 @@ def test_a_fixed_network_leaves_an_optimizer_nothing_to_alternate_with():
     found = MixedModule(found.model, {"_target_": "torch.optim.Adam"}, training="alternating")
     with pytest.raises(InputError, match="`optimizer` has nothing to train"):
         train(found, 1)
+
+
+def test_a_network_in_single_precision_has_a_heritability():
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        codes = torch.arange(60) % 10
+        y = (torch.randn(10)[codes] + torch.randn(60)).to(dtype)
+        mean = nn.Linear(1, 1).to(dtype)
+        nn.init.zeros_(mean.weight)
+        model = MixedModel(mean, {"g": RandomEffect(10)})
+        rows = {"x": torch.ones(60, 1).to(dtype), "y": y, "groups": {"g": codes}}
+        own = MixedModule(model, {"_target_": "torch.optim.SGD", "lr": 0.0}, training="full")
+        train(own, 1, DataLoader([rows], batch_size=None))
+        found.append(heritability(own.result, "g", "cullis").estimate)
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*training rows have no response")

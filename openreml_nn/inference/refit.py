@@ -136,7 +136,10 @@ class Refit:
         self.result = result
         self.source = source = source_of(result)
         self.covariance = copy.deepcopy(source.covariance)
-        self.y, self.X = source.y.detach(), source.X.detach()[:, list(result.fixed.columns)]
+        # A network in single precision beside a covariance in double: the wider holds both.
+        own = torch.promote_types(source.y.dtype, self.covariance.no_params().dtype)
+        self.y = source.y.detach().to(own)
+        self.X = source.X.detach()[:, list(result.fixed.columns)].to(own)
         self._losses: dict[str, REMLLoss] = {}
         self.reset()
 

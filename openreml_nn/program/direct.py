@@ -84,6 +84,7 @@ class Direct:
     """
 
     resumed = None
+    keeps_rows = True
 
     def __init__(
         self,

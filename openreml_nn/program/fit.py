@@ -77,8 +77,8 @@ def prepared(options: Options) -> Ways:
         formula, names = _formula(options), _names(options["data.categorical"])
         genotypes = _genotypes(options["heritability"], formula)
         fit = Direct(options, formula, names, _has_bar(options), genotypes)
-    if chunks is None:
-        _ = options["profile"]  # which takes the rows
+    if fit.keeps_rows:
+        _ = options["profile"]
     options.check_all_read("in this run" if chunks is None else f"with data.chunk_rows={chunks}")
     return fit
 
@@ -171,7 +171,10 @@ class InMemory:
         if given["family"] is None or given.get("network") is not None:
             given["optimizer"] = options["optimizer"]  # a family alone is fitted without
         self.module = MixedModule(formula, **given, categorical=names, seed=options["seed"])
-        self.heritability = _genotypes(options["heritability"], formula)
+        # Sums by level of mini-batches are not enough for what is computed after the fit.
+        self.keeps_rows = self.module.way.needs_all_rows or given["family"] is not None
+        asked = options["heritability"] if self.keeps_rows else None
+        self.heritability = _genotypes(asked, formula)
         share, split = options["data.validation"], {}
         if share:
             by = options["data.split_by"]
@@ -228,6 +231,7 @@ class InChunks:
     """A file larger than memory, of which only sums are kept, and a linear model."""
 
     resumed = heritability = None
+    keeps_rows = False
 
     def __init__(self, options: Options) -> None:
         options.read_if("model.solver", ("auto", "blocked"))

@@ -38,6 +38,11 @@ NEURAL = ["experiment=neural_longitudinal", "trainer.max_epochs=1", "model.width
         ([*CHUNKS, "model.solver=dense"], ["model.solver=dense"]),
         ([*CHUNKS, "data.validation=0.5"], ["data.validation=0.5"]),
         ([*CHUNKS, "profile=true"], ["profile=True"]),
+        ([*NEURAL, "model.training=alternating", "profile=true"], ["profile=True"]),
+        (
+            [*NEURAL, "model.training=alternating", "heritability=child"],
+            ["heritability=child"],
+        ),
         ([*CHUNKS, "resume=nothing.ckpt"], ["resume=nothing.ckpt"]),
         ([*CHUNKS, "model.residual=cs(Subject)"], ["model.residual=cs(Subject)"]),
         ([*CHUNKS, "callbacks=neural"], ["callbacks.trace", "callbacks.checkpoint"]),
