@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from openreml_nn.covariance import Matrix
 from openreml_nn.families.family import Family
 from openreml_nn.likelihood.effects import RandomEffects
+from openreml_nn.likelihood.laplace_attached import Attached
 from openreml_nn.likelihood.laplace_choice import laplace_solver, planned, space_of
 from openreml_nn.likelihood.laplace_integral import Integral
 from openreml_nn.likelihood.laplace_mode import (
@@ -91,10 +92,9 @@ class LaplaceLoss(nn.Module):
             Laplace's approximation.
         solver: ``"sparse"`` takes a sparse factor, for indexed designs and related levels of a known
             inverse, on the CPU; ``"blocked"`` eliminates the factor with most levels first, and
-            ``"dense"`` takes all random effects together. ``"krylov"`` solves by products alone: its modes
-            are exact, and its log-determinant is an estimate with a stated error. ``"auto"`` is the first
-            where it fits, in float64, and else the second, or, with a warning, the approximate one where
-            that would hold or take too much, see :class:`Auto`; or such a solver with its options.
+            ``"dense"`` takes all random effects together. ``"krylov"`` has exact modes and estimates the
+            determinant. ``"auto"`` is the first where it fits, in float64, and else the second, or, with
+            a warning, the last as :class:`Auto` has it; or such a solver with its options.
 
     Raises:
         TypeError, InputError: if an argument is of another kind or an option unknown.
@@ -108,7 +108,7 @@ class LaplaceLoss(nn.Module):
     >>> Z = DummyMatrix(["a", "a", "b", "b"])
     >>> loss = LaplaceLoss(CovariancePropagation(z=Z, g=ScalarMatrix(2)), Binomial())
     >>> loss(torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.zeros(4))
-    tensor(2.8247, grad_fn=<_ValueBackward>)
+    tensor(2.8247, grad_fn=<AttachedBackward>)
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class LaplaceLoss(nn.Module):
         inputs = [task.rows.eta, task.rows.X, y, *[t.covariance.matrix for t in terms]]
         inputs += [*factors_of(terms), *constants_of(terms), *self.family.parameters()]
         recording = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-        return _Value.apply(
+        return Attached.apply(
             lambda: self._integral(task).with_derivatives(recording, inputs), *inputs
         )
 
@@ -350,39 +350,3 @@ class LaplaceLoss(nn.Module):
                 if self.quadrature > 1:
                     check_quadrature(kept.space, self.quadrature)
         return Integral(task, kept, self.method, self.quadrature)
-
-
-class _Value(torch.autograd.Function):
-    """A value whose derivatives were computed with it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        compute: Callable[[], tuple[Tensor, list[Tensor | None]]],
-        *inputs: Tensor,
-    ) -> Tensor:
-        value, ctx.found = compute()
-        ctx.save_for_backward(*inputs)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Any:
-        found = [None if g is None else cotangent.to(g) * g for g in ctx.found]
-        if torch.is_grad_enabled():
-            found = [None if g is None else _Once.apply(g, *ctx.saved_tensors) for g in found]
-        return None, *found
-
-
-class _Once(torch.autograd.Function):
-    """A derivative that has none itself."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, *inputs: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Any:
-        raise NotImplementedError(
-            "LaplaceLoss is differentiable once: take differences of its gradients for second "
-            "derivatives"
-        )
