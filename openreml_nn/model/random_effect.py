@@ -223,11 +223,12 @@ class RandomEffect(nn.Module):
     def coded(
         self, name: str, batch: Batch, n: int, levels: int | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Level of each row of a batch (n,), of its own or of so many ``levels``, and values of the
-        effects (n, k), None for ones; of rows of m levels each (n, m), and (n, m, k).
+        """The codes of the levels (n,) of the rows of a batch, and the values of the effects (n, k),
+        None for ones; where a row has m levels (n, m) and (n, m, k). A code is below ``levels``,
+        the effect's own number by default.
 
         Raises:
-            TypeError, InputError: if the batch has them not as they must be.
+            TypeError, InputError: if codes or values have another kind, shape or range.
         """
         codes = level_codes(batch, name, self.levels if levels is None else levels, n)
         if self.features is not None:
