@@ -176,13 +176,26 @@ def test_residuals_within_groups_as_typed_in_a_shell(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_sweep(tmp_path):
-    options = ["seed=1,2", "model.method=reml,ml", "data=pastes"]
-    done = call("-m", *options, *QUICK, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_a_sweep_goes_on_after_a_run_that_fails(tmp_path):
+    arguments = ["data=pastes", "logger=none", "hydra.sweep.dir=s"]
+    done = call("-m", "seed=1,2", "model.method=m,ml", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    message = "`method` is 'm': expected 'reml' or 'ml'"
+    assert done.stderr.count(message) == 2 and "error: 2 of 4 runs failed" in done.stderr
+    assert "Traceback" not in done.stderr
     records = [json.loads((run / "result.json").read_text()) for run in runs(tmp_path)]
-    assert [r["model"]["method"] for r in records] == ["reml", "ml", "reml", "ml"]
-    assert records[0]["fit"]["log_likelihood"] == records[2]["fit"]["log_likelihood"]
+    assert [r["model"]["method"] for r in records] == ["ml", "ml"]
+    assert records[0]["fit"]["log_likelihood"] == records[1]["fit"]["log_likelihood"]
+    table = pd.read_csv(tmp_path / "s" / "sweep.csv")
+    assert table["run"].tolist() == [0, 1, 2, 3]
+    assert table["model.method"].tolist() == ["m", "ml", "m", "ml"]
+    assert table["error"].str.contains(message, regex=False).tolist() == [True, False] * 2
+    assert table["aic"].isna().tolist() == [True, False] * 2
+    assert f"best run by aic: {Path('s', '1')}" in done.stdout
+    # What is right now takes the place of what has failed.
+    done = call("-m", "seed=1", "model.method=ml", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "error" not in pd.read_csv(tmp_path / "s" / "sweep.csv")
 
 
 class Returned(Callback):

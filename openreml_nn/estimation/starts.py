@@ -17,6 +17,7 @@ from openreml_nn.result.result import Record, Start
 from openreml_nn.support.errors import NumericalError
 
 __all__ = [
+    "SHORTEST",
     "climb",
     "climb_from_several",
     "evaluate_within_reach",
@@ -39,6 +40,8 @@ _CLOSE = 0.3
 _NEARBY = 0.1
 #: A run that gains nothing in so many shortened steps ends.
 _STALLED = 5
+#: A step shorter than this part of the one proposed leads nowhere.
+SHORTEST = 0.02
 
 
 @dataclass
@@ -96,7 +99,7 @@ def climb(
             history[-1] = replace(history[-1], step=0.0)
             break
         far = step.score_norm > CONVERGED
-        if far and len(history) > _STALLED and step.length < 0.02 and _gain(history) < 1e-8:
+        if far and len(history) > _STALLED and step.length < SHORTEST and _gain(history) < 1e-8:
             break  # at the edge of where V is positive definite: there is nowhere to go
     return history
 
