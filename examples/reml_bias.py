@@ -4,7 +4,7 @@ y = sin(x_1) + x_2 + b_g + e with both variances 1, 400 rows, 40 groups; the fea
 units of random weights, of which the last layer makes the mean. Prints means over the seeds and
 their standard errors:
 
-    python examples/reml_bias.py
+    python examples/reml_bias.py [seeds] [epochs]
 """
 
 import logging
@@ -21,6 +21,7 @@ from openreml_nn import MixedModel, RandomEffect
 from openreml_nn.lightning import MixedModule
 
 SEEDS = int(sys.argv[1]) if len(sys.argv) > 1 else 50
+EPOCHS = int(sys.argv[2]) if len(sys.argv) > 2 else 40
 
 
 class Features(nn.Module):
@@ -48,7 +49,7 @@ def fit(head: str, seed: int) -> list[float]:
     data = {"x": x, "y": y, "groups": {"g": group}}
     module = MixedModule(model, lbfgs, "full")
     Trainer(
-        max_epochs=40,
+        max_epochs=EPOCHS,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,

@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import gc
 import os
 
 import hypothesis
@@ -13,6 +14,12 @@ hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=20_000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "tests"))
 # The runner uses every core for a test of its own.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """What is imported stays: the collector of garbage need not walk it, nor a fork copy it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 #: The whole simulations take minutes.
 SMALL = {
     "random_intercepts": ["-m", "rows=4000", "levels=50", "epochs=2", "seed=1,2"],
-    "reml_bias": ["1"],
+    "reml_bias": ["1", "3"],
     "optuna_search": ["2"],
     "ray_train": ["2"],
 }

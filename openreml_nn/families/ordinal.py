@@ -102,11 +102,11 @@ class Ordinal(Family):
         return a - one_b, -v - w, v * (one_a - a) + w * (one_b - b)
 
     def probabilities(self, eta: Tensor) -> Tensor:
-        """The probability of each category, (n, levels)."""
-        edges = self.ordered(eta)[None, :] - eta[:, None]
+        """The probability of each category, (..., n, levels)."""
+        edges = self.ordered(eta) - eta[..., None]
         below = torch.sigmoid(edges) if self.link == "logit" else torch.special.ndtr(edges)
-        ends = below.new_zeros(eta.shape[0], 1), below.new_ones(eta.shape[0], 1)
-        return torch.cat([ends[0], below, ends[1]], 1).diff(dim=1)
+        ends = torch.zeros_like(below[..., :1]), torch.ones_like(below[..., :1])
+        return torch.cat([ends[0], below, ends[1]], -1).diff(dim=-1)
 
     def mean(self, eta: Tensor) -> Tensor:
         """The mean of the category's number."""

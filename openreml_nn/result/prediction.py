@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -39,6 +39,8 @@ __all__ = [
 
 #: Points of quadrature over a linear predictor.
 _NODES = 41
+#: Of which this many are taken at once.
+_TOGETHER = 8
 
 
 class Prediction(NamedTuple):
@@ -278,30 +280,33 @@ def log_predictive(family: Family, y: Tensor, found: Prediction) -> Tensor:
     spread = found.variance.clamp(min=0).sqrt()
     parts = [
         weight.log() + family.log_density(y, found.mean + node * spread)
-        for node, weight in _hermite(spread)
+        for node, weight in zip(*_hermite(spread), strict=True)
     ]
     return torch.logsumexp(torch.stack(parts), 0)
 
 
-def _hermite(like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Nodes and weights of the expectation over a standard normal variable, () each.
+def _hermite(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of the expectation over a standard normal variable, (m,) each.
 
     They are tensors because an export to ONNX rounds Python's numbers to single precision.
     """
     nodes, weights = np.polynomial.hermite_e.hermegauss(_NODES)
     found = torch.tensor([nodes.tolist(), (weights / weights.sum()).tolist()], dtype=torch.float64)
-    return zip(*found.to(like), strict=True)
+    nodes, weights = found.to(like)
+    return nodes, weights
 
 
 def _expected(family: Family, eta: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     """The expectation of the response and of its square for a normal predictor."""
     spread = variance.clamp(min=0).sqrt()
     mean, square = torch.zeros_like(eta), torch.zeros_like(eta)
-    for node, weight in _hermite(spread):
-        a = eta + node * spread
+    # A few nodes at a time: one by one takes long, all at once takes memory where rows are many.
+    parts = (tensor.split(_TOGETHER) for tensor in _hermite(spread))
+    for nodes, weights in zip(*parts, strict=True):
+        a = eta + nodes[:, None] * spread
         own = family.mean(a)
-        mean = mean + weight * own
-        square = square + weight * (family.variance(a) + own * own)
+        mean = mean + weights @ own
+        square = square + weights @ (family.variance(a) + own * own)
     return mean, square
 
 
