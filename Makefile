@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# What is installed is compiled once, when it is first imported, and not by each process anew (3 s for torch).
+unexport PYTHONDONTWRITEBYTECODE
 # Each process of the tests has a core to itself.
 ALONE := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 

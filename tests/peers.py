@@ -2,7 +2,8 @@
 
 ``python -m tests.peers nlme statsmodels …`` runs the blocks of a page that are in another program's
 language, R's (``r``) in one session and Python's (``py``) in another, and keeps what they printed in
-``tests/reference/peers/PAGE.txt``. In those blocks a line that begins with ``#>`` is such output;
+``tests/reference/peers/PAGE.txt``. In those blocks a line that begins with ``#>``, or ``# >`` as
+formatters of Python write it, is such output;
 ``tests/test_docs.py`` asserts that it is in the file. A block without such a line is not run: not
 every program is at hand.
 """
@@ -15,19 +16,19 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 RECORDED = ROOT / "tests" / "reference" / "peers"
 COMMANDS = {"r": ["Rscript", "-"], "py": [sys.executable, "-"]}
+_PRINTED = re.compile(r"^# ?>(.*)$", re.MULTILINE)
 
 
 def calls(page: Path, language: str) -> list[str]:
     """The blocks of a page that show what another program printed."""
     found = re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    return [block for block in found if re.search(r"^#>", block, re.MULTILINE)]
+    return [block for block in found if _PRINTED.search(block)]
 
 
 def shown(page: Path) -> list[str]:
     """The lines that a page says another program printed, blanks made one."""
     blocks = [block for language in COMMANDS for block in calls(page, language)]
-    lines = [line for block in blocks for line in block.splitlines() if line.startswith("#>")]
-    return [" ".join(line[2:].split()) for line in lines]
+    return [" ".join(line.split()) for block in blocks for line in _PRINTED.findall(block)]
 
 
 def recorded(page: Path) -> set[str]:

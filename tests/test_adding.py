@@ -8,7 +8,7 @@ from torch import nn
 
 from openreml_nn import InputError, MixedModel, RandomEffect
 from openreml_nn.covariance import AR1Matrix, ExponentialMatrix, UnstructuredMatrix
-from openreml_nn.families import Poisson
+from openreml_nn.families import Binomial, Poisson
 from openreml_nn.lightning import MixedModule
 from openreml_nn.model import take
 from openreml_nn.result.joint import JointErrors
@@ -257,8 +257,11 @@ def test_models_whose_rows_do_not_add_up():
     with pytest.raises(InputError, match="`residual` is correlated between rows"):
         ar1.add(data)
     counts = MixedModel(linear(), {"b": RandomEffect(5)}, family=Poisson())
-    with pytest.raises(InputError, match="`family` is Poisson: rows add up for a Gaussian"):
+    counts.update(data := of_family("poisson", rows()))
+    counts.load_state_dict(counts.state_dict())
+    with pytest.raises(InputError, match="a checkpoint does not hold those of a family"):
         counts.add(data)
+    data = rows()
     model, rest, _ = broken("kernel")
     rest["groups"]["b"][0] = -1
     with pytest.raises(InputError, match="group 'b' has new levels, but its levels are correlated"):
@@ -282,6 +285,66 @@ def test_features_of_which_the_rows_say_nothing():
         model.update(take(data, FIRST))
     with pytest.raises(InputError, match="row 0 has a combination of features"):
         model.add(take(data, REST))
+
+
+def of_family(name, data):
+    """The rows with responses that a family can have."""
+    y = data["y"]
+    data["y"] = {"poisson": y.abs().round(), "binomial": (y > 0).double()}[name]
+    return data
+
+
+FAMILIES = {
+    "poisson": lambda q: MixedModel(
+        linear(), {"a": RandomEffect(q), "b": RandomEffect(5)}, family=Poisson().double()
+    ),
+    "binomial": lambda q: MixedModel(
+        Two(), {"slopes": slopes(q)}, head="gls", family=Binomial().double(), quadrature=3
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rows_of_a_family_are_added_as_if_they_had_been_there(name):
+    data = of_family(name, rows())
+    small, large = FAMILIES[name](7), FAMILIES[name](9)
+    groups = {key: data["groups"]["a" if key == "slopes" else key] for key in small.effects()}
+    data = {**data, "groups": groups}
+    data["groups"][next(iter(groups))][3] = -1
+    if name == "binomial":
+        data["values"] = {"slopes": torch.stack([torch.ones(100).double(), data["x"][:, 0]], 1)}
+    small.update(take(data, FIRST))
+    before = small.seen
+    found = small.add(take(data, REST))
+    large.update(data)
+    for effect, other in zip(small.effects().values(), large.effects().values(), strict=True):
+        torch.testing.assert_close(effect.blup, other.blup, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(effect.variance, other.variance, rtol=1e-7, atol=1e-9)
+    for one, other in zip(small.predict(data), large.predict(data), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+    value = -float(large.loss(data).detach()) * 100
+    assert found.log_likelihood["ml"] == pytest.approx(value, rel=1e-9)
+    assert len(before.y) == 70
+    assert len(small.seen.y) == 100
+
+
+def test_rows_of_a_family_at_fault_change_nothing():
+    data = of_family("poisson", rows())
+    model = FAMILIES["poisson"](7)
+    data["groups"].pop("c")
+    model.update(take(data, FIRST))
+    state, seen = copy.deepcopy(model.state_dict()), model.seen
+    rest = take(data, REST)
+    rest["y"][2] = -1
+    with pytest.raises(InputError, match="`y` is -1 in row 2: expected"):
+        model.add(rest)
+    rest["y"] = torch.stack([data["y"][REST], data["y"][REST]], 1)
+    with pytest.raises(InputError, match="expected"):
+        model.add(rest)
+    assert model.seen is seen
+    assert model.effects()["a"].levels == 7
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, state[key], rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_variance_of_zero_is_an_ordinary_point():

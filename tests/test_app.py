@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
@@ -20,6 +22,8 @@ from tests.forked import forked
 pytestmark = pytest.mark.slow
 
 PROGRAM = [sys.executable, "-c", "from openreml_nn.program.main import main; main()"]
+#: Without what takes longer than a fit.
+QUICK = ["logger=none", "plots=false"]
 
 
 def call(*arguments, cwd):
@@ -119,6 +123,7 @@ def test_a_table_and_a_formula_as_typed_in_a_shell(tmp_path):
         "data.path=my table (1).csv.gz",
         "model.formula=log(diameter) ~ 1 + (1 | plate) + (1|sample)",
         "hydra.run.dir=run",
+        *QUICK,
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
@@ -130,7 +135,7 @@ def test_a_table_and_a_formula_as_typed_in_a_shell(tmp_path):
 
 
 def test_chunks_of_rows_and_their_checkpoint(demo, tmp_path):
-    done = call("data.chunk_rows=50", "hydra.run.dir=run", cwd=tmp_path)
+    done = call("data.chunk_rows=50", "hydra.run.dir=run", *QUICK, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (whole,) = runs(demo[0])
     found, expected = (
@@ -155,6 +160,7 @@ def test_residuals_within_groups_as_typed_in_a_shell(tmp_path):
         "model.formula=Reaction ~ Days",
         "model.residual=ar1(Days | Subject)",
         "hydra.run.dir=run",
+        *QUICK,
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
@@ -170,12 +176,26 @@ def test_residuals_within_groups_as_typed_in_a_shell(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_sweep(tmp_path):
-    done = call("-m", "seed=1,2", "model.method=reml,ml", "data=pastes", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_a_sweep_goes_on_after_a_run_that_fails(tmp_path):
+    arguments = ["data=pastes", "logger=none", "hydra.sweep.dir=s"]
+    done = call("-m", "seed=1,2", "model.method=m,ml", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    message = "`method` is 'm': expected 'reml' or 'ml'"
+    assert done.stderr.count(message) == 2 and "error: 2 of 4 runs failed" in done.stderr
+    assert "Traceback" not in done.stderr
     records = [json.loads((run / "result.json").read_text()) for run in runs(tmp_path)]
-    assert [r["model"]["method"] for r in records] == ["reml", "ml", "reml", "ml"]
-    assert records[0]["fit"]["log_likelihood"] == records[2]["fit"]["log_likelihood"]
+    assert [r["model"]["method"] for r in records] == ["ml", "ml"]
+    assert records[0]["fit"]["log_likelihood"] == records[1]["fit"]["log_likelihood"]
+    table = pd.read_csv(tmp_path / "s" / "sweep.csv")
+    assert table["run"].tolist() == [0, 1, 2, 3]
+    assert table["model.method"].tolist() == ["m", "ml", "m", "ml"]
+    assert table["error"].str.contains(message, regex=False).tolist() == [True, False] * 2
+    assert table["aic"].isna().tolist() == [True, False] * 2
+    assert f"best run by aic: {Path('s', '1')}" in done.stdout
+    # What is right now takes the place of what has failed.
+    done = call("-m", "seed=1", "model.method=ml", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "error" not in pd.read_csv(tmp_path / "s" / "sweep.csv")
 
 
 class Returned(Callback):
@@ -187,7 +207,7 @@ class Returned(Callback):
 
 def test_a_sweep_minimises_the_deviance(tmp_path):
     target = f"+hydra.callbacks.returned._target_={__name__}.Returned"
-    done = call(target, "logger=none", "hydra.run.dir=run", cwd=tmp_path)
+    done = call(target, *QUICK, "hydra.run.dir=run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "run" / "result.json").read_text())
     assert float((tmp_path / "returned").read_text()) == record["fit"]["deviance"]
@@ -197,7 +217,7 @@ def test_a_sweep_minimises_the_deviance(tmp_path):
 def test_the_seed_chooses_the_rows_that_are_held_out(tmp_path):
     found = []
     for seed in (1, 2, 1):
-        options = [f"seed={seed}", "data.validation=0.25", "logger=none", "hydra.run.dir=run"]
+        options = [f"seed={seed}", "data.validation=0.25", *QUICK, "hydra.run.dir=run"]
         done = call(*options, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         record = json.loads((tmp_path / "run" / "result.json").read_text())
@@ -215,14 +235,16 @@ def test_the_seed_chooses_the_rows_that_are_held_out(tmp_path):
     ],
 )
 def test_experiments_and_optimizers(tmp_path, arguments):
-    done = call(*arguments, "hydra.run.dir=run", cwd=tmp_path)
+    done = call(*arguments, "plots=false", "hydra.run.dir=run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "result.json").read_text())["fit"]["converged"]
 
 
 @pytest.mark.parametrize("name", ["crossed", "longitudinal", "spatial"])
 def test_networks_with_random_effects(tmp_path, name):
-    done = call(f"experiment=neural_{name}", "trainer.max_epochs=2", "model.width=4", cwd=tmp_path)
+    options = ["trainer.max_epochs=2", "model.width=4"]
+    options += ["plots=false"] if name == "crossed" else []
+    done = call(f"experiment=neural_{name}", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "held out: mse" in done.stdout
     (run,) = runs(tmp_path)
@@ -284,8 +306,8 @@ def test_a_network_for_the_residual_is_an_option_as_typed_in_a_shell(tmp_path, t
     options += [
         "trainer.max_epochs=1",
         f"model.training={training}",
-        "logger=none",
         "model.width=4",
+        *QUICK,
     ]
     done = call(*options, *residual, "hydra.run.dir=run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -296,7 +318,7 @@ def test_a_network_for_the_residual_is_an_option_as_typed_in_a_shell(tmp_path, t
 def test_a_sweep_of_a_network_has_a_table_and_a_best_run(tmp_path):
     done = call(
         "-m", "experiment=neural_longitudinal", "trainer.max_epochs=2", "optimizer.lr=0.01",
-        "model.head=ml,gls", "trainer.enable_progress_bar=false", cwd=tmp_path,
+        "model.head=ml,gls", "trainer.enable_progress_bar=false", *QUICK, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.rglob("sweep.csv")
@@ -309,22 +331,23 @@ def test_a_sweep_of_a_network_has_a_table_and_a_best_run(tmp_path):
 
 
 def test_two_processes_write_once_what_one_does(tmp_path):
-    options = ["experiment=neural_longitudinal", "trainer.max_epochs=2"]
+    page = (Path(__file__).parents[1] / "docs" / "howto.md").read_text(encoding="utf-8")
+    (shown,) = re.findall("^openreml-nn (.*devices=2.*)$", page, re.MULTILINE)
+    quick = ["trainer.max_epochs=2", "model.width=4", *QUICK]
+    options = [part for part in shown.split() if "devices" not in part and "strategy" not in part]
     # The second process starts the program anew, from its file.
     program = tmp_path / "program.py"
     program.write_text(PROGRAM[-1])
-    shared = ["trainer.devices=2", "+trainer.strategy=ddp", "hydra.run.dir=two"]
-    two = subprocess.run(
-        [sys.executable, program, *options, *shared],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+
+    def first():
+        sys.argv[0], sys.modules["__main__"] = str(program), ModuleType("__main__")
+        os.environ["OMP_NUM_THREADS"] = "1"
+        main([*shown.split(), *quick, "hydra.run.dir=two"])
+
+    two = forked(first, tmp_path)
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("Fixed effects") + two.stdout.count("Random effects") == 1
-    call(*options, "hydra.run.dir=one", cwd=tmp_path)
+    call(*options, *quick, "hydra.run.dir=one", cwd=tmp_path)
     found = [json.loads((tmp_path / d / "result.json").read_text()) for d in ("one", "two")]
     # The network is in single precision.
     one, other = (record["fit"]["log_likelihood"] for record in found)
@@ -335,7 +358,7 @@ def test_a_singular_fit_is_a_result(tmp_path):
     source = Path(__file__).parent / "reference" / "dyestuff2.csv"
     done = call(
         f"data.path={source}", "model.formula=Yield ~ 1 + (1 | Batch)", "hydra.run.dir=run",
-        cwd=tmp_path,
+        *QUICK, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "run" / "result.json").read_text())
@@ -347,9 +370,8 @@ def test_a_singular_fit_is_a_result(tmp_path):
 
 def test_rank_deficient_columns_are_named(tmp_path):
     datasets.sleepstudy().assign(Twice=lambda t: 2 * t["Days"]).to_csv(tmp_path / "t.csv")
-    done = call(
-        "data.path=t.csv", "model.formula=Reaction ~ Days + Twice + (1 | Subject)", cwd=tmp_path
-    )
+    formula = "Reaction ~ Days + Twice + (1 | Subject)"
+    done = call("data.path=t.csv", f"model.formula={formula}", *QUICK, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "rank deficient: dropped Twice" in done.stderr
 
@@ -490,7 +512,7 @@ def test_a_pipe_that_closes_is_no_error(tmp_path):
 
 
 def test_runs_are_gathered_into_a_page(tmp_path):
-    call("-m", "model.method=reml,ml", "logger=none", "hydra.sweep.dir=many", cwd=tmp_path)
+    call("-m", "model.method=reml,ml", *QUICK, "hydra.sweep.dir=many", cwd=tmp_path)
     done = call("report", "path=many", "output=page (1).html", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "report of 2 runs" in done.stdout
@@ -499,15 +521,6 @@ def test_runs_are_gathered_into_a_page(tmp_path):
     done = call("report", "path=none", cwd=tmp_path)
     assert done.returncode == 2
     assert "'none' has no run" in done.stderr
-
-
-def test_a_profile_is_a_file_of_the_run(tmp_path):
-    done = call("data=penicillin", "profile=true", "logger=none", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    (run,) = runs(tmp_path)
-    table = pd.read_csv(run / "profile.csv")
-    assert table["name"].tolist()[-1] == "(Intercept)"
-    assert (run / "plots" / "profile.png").is_file()
 
 
 @pytest.mark.parametrize("kind", ["pedigree", "kernel"])
@@ -525,7 +538,8 @@ def test_relations_of_levels_come_from_files(kind, tmp_path):
         "pedigree": ("y ~ (1 | ped(animal))", "pedigree=p.csv", {"pedigree": tmp_path / "p.csv"}),
         "kernel": ("y ~ (1 | vm(animal, K))", "kernels.K=k.csv", {"kernels": {"K": kernel}}),
     }[kind]
-    done = call("data.path=t.csv", f"model.formula={formula}", f"model.{key}", cwd=tmp_path)
+    typed = ["data.path=t.csv", f"model.formula={formula}", f"model.{key}"]
+    done = call(*typed, *QUICK, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads((runs(tmp_path)[0] / "result.json").read_text())
     assert found["random"][0]["group"] == "animal"

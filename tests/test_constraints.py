@@ -289,7 +289,7 @@ def test_the_module_and_the_program_constrain_as_lmm_does(tmp_path):
     np.testing.assert_allclose(loaded.predict(SLEEP), fit.predict(SLEEP), rtol=1e-5)
     assert loaded.model.random["Subject_1"].g.fixed_param_names == ["sigma^2"]
     done = program(
-        "logger=none", "trainer.enable_progress_bar=false", "hydra.run.dir=r",
+        "logger=none", "plots=false", "trainer.enable_progress_bar=false", "hydra.run.dir=r",
         f"model.formula={TWO}", "model.constraints.Subject/sigma^2=[700,900]",
         "model.constraints.Subject_1/sigma^2=30", "model.starts.residual/sigma^2=500",
         cwd=tmp_path,
@@ -300,7 +300,7 @@ def test_the_module_and_the_program_constrain_as_lmm_does(tmp_path):
     assert record["model"]["constraints"]["Subject_1/g/sigma^2"] == 30
     assert "Subject/sigma^2:" in (tmp_path / "r" / "config.yaml").read_text()
     tied = program(
-        "logger=none", "trainer.enable_progress_bar=false", "hydra.run.dir=t",
+        "logger=none", "plots=false", "trainer.enable_progress_bar=false", "hydra.run.dir=t",
         f"model.formula={TWO}", "model.constraints.Subject/sigma^2=Subject_1/sigma^2", cwd=tmp_path,
     )  # fmt: skip
     assert "Subject/g/sigma^2 tied to Subject_1/g/sigma^2" in tied.stdout

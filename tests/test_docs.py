@@ -175,18 +175,19 @@ def shell(page):
     return "".join(block for block in found if not re.search(r"^make |\.venv", block, re.MULTILINE))
 
 
-#: The program, with networks that are trained for as long as it takes to see that they are, or to
-#: a checkpoint, which is written every ten epochs; as a shell starts it where it stands alone or
-#: starts another process, else in forks of this process.
+#: The program in forks of this process, without plots, and with networks that are trained for as
+#: long as it takes to see that they are, or to a checkpoint. The run of two processes is that of
+#: ``tests/test_app.py``, which takes it from its page.
 PROGRAM = """
 openreml-nn() {{
     case "$*" in
-        "") command openreml-nn;;
-        *devices=*) command openreml-nn "$@" trainer.max_epochs=2;;
-        *resume=*) {program} "$@" trainer.max_epochs=11;;
-        *hydra.run.dir=crossed*) {program} "$@" trainer.max_epochs=10;;
-        *experiment=neural*) {program} "$@" trainer.max_epochs=2;;
-        *) {program} "$@";;
+        *devices=*) ;;
+        *resume=*) {program} "$@" plots=false trainer.max_epochs=3;;
+        *hydra.run.dir=crossed*)
+            {program} "$@" plots=false trainer.max_epochs=2 callbacks.checkpoint.every_n_epochs=1;;
+        *experiment=neural*) {program} "$@" plots=false trainer.max_epochs=2;;
+        predict*|report*|-sc*) {program} "$@";;
+        *) {program} "$@" plots=false;;
     esac
 }}
 """

@@ -65,7 +65,7 @@ def test_genotypes_a_field_a_nugget_and_cullis_heritability_in_one_call_and_one_
     h2 = heritability(result, method="cullis")
     assert float(h2) == pytest.approx(1 - mean / (2 * gen), abs=1e-8)
     done = program(
-        "experiment=field_trial", "logger=none", "trainer.enable_progress_bar=false",
+        "experiment=field_trial", "logger=none", "plots=false", "trainer.enable_progress_bar=false",
         "hydra.run.dir=r", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

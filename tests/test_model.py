@@ -7,7 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from openreml_nn import MixedModel, RandomEffect, lmm, restricted_log_likelihood
+from openreml_nn import (
+    InputError,
+    MixedModel,
+    RandomEffect,
+    lmm,
+    restricted_log_likelihood,
+)
 from openreml_nn.covariance import (
     AR1Matrix,
     DiagonalMatrix,
@@ -319,7 +325,7 @@ def test_a_loss_without_a_tree_is_that_of_the_tree():
         model = MixedModel(network(), random, solver=solver)
         tree = model.covariance(data)
         coded = coded_effects(model.effects(), data, n)
-        terms = terms_of(model.effects(), model.residual, data, coded, n)
+        terms = terms_of(model.effects(), model.residual, data, coded, n, torch.float64)
         for one, other in zip(terms, tree.terms(), strict=True):
             assert (one.form, one.known) == (other.form, other.known)
         own = [p for p in model.parameters() if p.requires_grad]
@@ -458,12 +464,22 @@ def test_errors_of_construction():
         MixedModel(network(), {})
     with pytest.raises(ValueError, match="`covariance` is \\(3, 3\\)"):
         RandomEffect(5, UnstructuredMatrix(3), effects=2)
+    with pytest.raises(ValueError, match="a name is ''"):
+        MixedModel(network(), {"": RandomEffect(5)})
     model = MixedModel(network(2), {"user": RandomEffect(7), "item": RandomEffect(4)})
     with pytest.raises(ValueError, match="with head 'gls'"):
         model.loss(batch())
     model = MixedModel(network(), {"user": RandomEffect(7, effects=2)})
     with pytest.raises(ValueError, match="has 2 effects"):
         model.loss(batch())
+
+
+@pytest.mark.parametrize("call", ["loss", "update", "predict"])
+def test_a_covariance_put_in_the_place_of_another_has_its_shape(call):
+    model = crossed()
+    model.random["user"].g = ScalarMatrix(5).double()
+    with pytest.raises(InputError, match=r"`g` of 'user' is \(5, 5\): expected \(7, 7\)"):
+        getattr(model, call)(batch())
 
 
 # ---------------------------------------------------------------------- predictive variances

@@ -152,6 +152,28 @@ def test_options_that_do_not_fit():
         module("gls", training="groups")
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (lambda params: 3, r"`optimizer\(...\)` is 3: expected an Optimizer"),
+        (lambda params: torch.optim.SGD(nn.Linear(1, 1).parameters()), "moves none of the model's"),
+    ],
+)
+def test_what_a_function_makes_is_an_optimizer_of_the_model(optimizer, message):
+    found = module()
+    found = MixedModule(found.model, optimizer, training="full")
+    with pytest.raises((TypeError, InputError), match=message):
+        train(found, 1)
+
+
+def test_a_fixed_network_leaves_an_optimizer_nothing_to_alternate_with():
+    found = module(training="alternating")
+    found.model.mean.requires_grad_(False)
+    found = MixedModule(found.model, {"_target_": "torch.optim.Adam"}, training="alternating")
+    with pytest.raises(InputError, match="`optimizer` has nothing to train"):
+        train(found, 1)
+
+
 @pytest.mark.filterwarnings("ignore:.*training rows have no response")
 @pytest.mark.parametrize(
     ("training", "head"),

@@ -126,7 +126,7 @@ def test_a_program_takes_a_graph_and_a_pedigree_with_groups(tmp_path):
     EDGES.to_csv(tmp_path / "W.csv", index=False)
     done = program(
         "data.path=d.csv", "model.formula=y ~ week + (1 | car(area, W))", "model.kernels.W=W.csv",
-        "logger=none", "trainer.enable_progress_bar=false", "hydra.run.dir=r", cwd=tmp_path,
+        "logger=none", "plots=false", "trainer.enable_progress_bar=false", "hydra.run.dir=r", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "r" / "result.json").read_text())
@@ -148,7 +148,7 @@ def test_a_program_takes_groups_of_unknown_parents_and_plants(tmp_path):
     pd.DataFrame(FAMILY).to_csv(tmp_path / "p.csv", index=False)
     run = [
         "data.path=d.csv", "model.formula=y ~ 1 + (1 | ped(plant))", "model.pedigree=p.csv",
-        "logger=none", "trainer.enable_progress_bar=false", "hydra.run.dir=r",
+        "logger=none", "plots=false", "trainer.enable_progress_bar=false", "hydra.run.dir=r",
     ]  # fmt: skip
     refused = program(
         *run, "model.pedigree_groups=[G,H]", "model.hermaphrodite=false", cwd=tmp_path

@@ -500,7 +500,7 @@ def test_a_plot_that_fails_costs_a_line_and_not_the_result(result, tmp_path, mon
 
 def test_results_are_written_before_anything_is_drawn(result, tmp_path):
     write_tables(result, tmp_path)
-    names = {"summary.txt", "fixed.csv", "variance.csv", "blup.csv"}
+    names = {"summary.txt", "fixed.csv", "variance.csv", "blup.csv", "residuals.csv"}
     assert {path.name for path in tmp_path.iterdir()} == names
     write_plots(result, tmp_path)
     assert len(list((tmp_path / "plots").glob("*.png"))) == 5

@@ -211,7 +211,7 @@ def test_the_module_and_the_program_fit_and_predict_as_lmm_does(tmp_path):
     ).fit(module, data)  # fmt: skip
     assert module.result.log_likelihood == pytest.approx(fit.log_likelihood, abs=1e-7)
     TABLE.to_csv(tmp_path / "t.csv", index=False)
-    quick = ["logger=none", "trainer.enable_progress_bar=false", "hydra.run.dir=r"]
+    quick = ["logger=none", "plots=false", "trainer.enable_progress_bar=false", "hydra.run.dir=r"]
     done = program(*quick, "data.path=t.csv", f"model.formula={formula}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "r" / "result.json").read_text())

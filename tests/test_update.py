@@ -156,6 +156,9 @@ FAMILIES = {
     "labels": ("s ~ x + (1 | g)", "binomial", {"quadrature": 5}),
     "reml": ("s ~ x + (1 | h/half)", "binomial", {"method": "reml", "link": "probit"}),
     "kernel": ("c ~ x + (1 | vm(g, K))", "poisson", {"kernels": {"K": KERNEL}}),
+    "weights": ("c ~ x + (1 | g)", "poisson", {"weights": "w"}),
+    "proportions": ("share ~ x + (1 | g)", "binomial", {"weights": "trials"}),
+    "aliased": ("c ~ x + z + (1 | g)", "poisson", {}),
 }
 
 
@@ -163,11 +166,14 @@ def of_counts():
     t = rows()
     rng = np.random.default_rng(1)
     t["c"] = rng.poisson(np.exp(0.3 * (t["y"] - 2)))
+    t["trials"], t["z"] = t["c"] + 2.0, 2 * t["x"]
+    t["share"] = t["c"] / t["trials"]
     return t
 
 
 @pytest.mark.filterwarnings("ignore:the fit did not converge")
 @pytest.mark.filterwarnings("ignore:the data cannot tell apart")
+@pytest.mark.filterwarnings("ignore:.*rank deficient")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_with_a_family_it_is_that_of_all_rows_at_the_same_parameters(name):
     t, (formula, family, options) = of_counts(), FAMILIES[name]
@@ -181,29 +187,45 @@ def test_with_a_family_it_is_that_of_all_rows_at_the_same_parameters(name):
     encoded = whole.encoder.fit(
         t.assign(s=(t["s"] == "v").astype(float)) if "s ~" in formula else t
     )
-    model.update(encoded.batch())
-    torch.testing.assert_close(found.fixed.estimate, model.beta, rtol=1e-7, atol=1e-8)
-    likelihood = -float(model.loss(encoded.batch()).detach()) * 90
+    batch, columns = encoded.batch(), list(whole.fixed.columns)
+    if name == "proportions":
+        batch["y"], batch["weights"] = t["share"].to_numpy(), t["trials"].to_numpy()
+        batch = {**batch, **{k: torch.tensor(batch[k]) for k in ("y", "weights")}}
+    if name == "aliased":  # of the columns that are kept
+        model.mean, batch["x"] = torch.nn.Identity(), batch["x"][:, columns]
+    model.update(batch)
+    coefficients = model.beta if name == "aliased" else model.beta[columns]
+    torch.testing.assert_close(found.fixed.estimate, coefficients, rtol=1e-7, atol=1e-8)
+    likelihood = -float(model.loss(batch).detach()) * 90
     assert found.log_likelihood == pytest.approx(likelihood, rel=1e-9)
     assert (found.rows, found.parameters) == (90, result.parameters)
     found_means = found.predict(t)
-    expected = model.predict(encoded.batch())
+    expected = model.predict(batch)
     for column, value in zip(("mean", "variance", "population_mean"), expected, strict=True):
         np.testing.assert_allclose(found_means[column], value, rtol=1e-6, atol=1e-8)
-    pd.testing.assert_frame_equal(
-        result.update(t[66:].iloc[::-1]).predict(t), found_means, rtol=1e-7
-    )
-    with pytest.raises(
-        InputError, match="without its rows, as of a result that was updated before"
-    ):
-        found.update(t[66:])
+    parts = result.update(t[66:78]).update(t[78:])
+    for other in (result.update(t[66:].iloc[::-1]), parts):
+        pd.testing.assert_frame_equal(other.predict(t), found_means, rtol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:the fit did not converge")
+def test_an_ordinal_result_takes_up_rows():
+    t = of_counts().assign(o=lambda t: t["c"].clip(upper=2))
+    result = glmm("o ~ x + (1 | h)", t[:66], family="ordinal", max_iterations=3)
+    one = result.update(t[66:])
+    two = pickle.loads(pickle.dumps(result)).update(t[66:70]).update(t[70:])
+    assert one.rows == two.rows == 90
+    assert two.log_likelihood == pytest.approx(one.log_likelihood, rel=1e-10)
+    assert one.fixed.names == ("x",)
+    seen, batch = one.model.seen, one.encoder.transform(t).batch()
+    value = one.model.marginal(batch["x"], batch)[0](seen.y, seen.known, seen.X[:, 1:])
+    assert one.log_likelihood == pytest.approx(-value.item(), rel=1e-10)
 
 
 def test_families_of_which_no_rows_are_added():
     t = of_counts()
     t["o"], t["m"] = t["c"].clip(upper=2), 4 - t["c"].clip(upper=3)
     for formula, options, why in (
-        ("o ~ x + (1 | h)", {"family": "ordinal"}, "ordinal, whose first column is a threshold"),
         ("c ~ x + (1 | h)", {"family": "poisson", "zi": "~ 1"}, "with a zero part"),
         ("cbind(o, m) ~ x + (1 | h)", {"family": "binomial"}, "of cbind"),
     ):

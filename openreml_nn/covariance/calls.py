@@ -16,7 +16,7 @@ from openreml_nn.covariance.nodes import (
     is_able,
     kind_of,
     leaf_value,
-    lent,
+    user_value,
 )
 from openreml_nn.covariance.parametrized import FreeParams, Recorded
 from openreml_nn.covariance.tree import Leaf, Tree
@@ -77,9 +77,7 @@ def called(node: TreeNode, free_params: FreeParams, call: Any) -> Tensor:
             return call(free_params)
     if node.stand_in is None or kind_of(node).operator:
         return call()
-    values = node.free_values()
-    with lent(node, values):
-        return call(values)
+    return user_value(node, node.free_values(), call)
 
 
 def _nested_forward() -> bool:

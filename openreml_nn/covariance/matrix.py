@@ -14,8 +14,9 @@ from openreml_nn.covariance.calls import called, evaluate
 from openreml_nn.covariance.compat import Intermediates
 from openreml_nn.covariance.nodes import Kind, TreeNode, differentiated, hooked, is_opaque, is_ours
 from openreml_nn.covariance.parametrized import FreeParams, Recorded
+from openreml_nn.covariance.params import checked_shape
 from openreml_nn.covariance.start import harmonic_mean, rescale
-from openreml_nn.support.checks import check_count, found
+from openreml_nn.support.checks import found
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import DenseCovariance
 from openreml_nn.terms.design import IdentityDesign
@@ -85,7 +86,7 @@ class Matrix(Intermediates, TreeNode):
 
     def __init__(self, shape: Sequence[int], param_specs: Mapping[str, Mapping[str, Any]]) -> None:
         super().__init__(param_specs)
-        self.known_shape = _checked_shape(shape)
+        self.known_shape = checked_shape(shape)
         self.grad_mode = "default"
 
     @property
@@ -210,7 +211,7 @@ class Matrix(Intermediates, TreeNode):
     def free_grad(
         self, jacobian: Tensor, free_params: FreeParams
     ) -> tuple[Tensor | None, list[str]]:
-        """From the Jacobian in all transformed parameters to that in the free ones."""
+        """Turn the Jacobian by all transformed parameters into that by the free ones."""
         arrangement = self.arrangement()
         if not arrangement.free:
             return None, []
@@ -242,7 +243,7 @@ class Matrix(Intermediates, TreeNode):
         return flat.reshape(-1, *self.shape), self.free_param_names
 
     def free_vjp(self, cotangent: Tensor, free_params: FreeParams) -> Tensor:
-        """From cotangents of all transformed parameters to those of the free ones."""
+        """Turn cotangents of all transformed parameters into those of the free ones."""
         arrangement = self.arrangement()
         if arrangement.fixed:
             cotangent = cotangent[arrangement.free_index]
@@ -250,14 +251,15 @@ class Matrix(Intermediates, TreeNode):
 
     # ------------------------------------------------------------------ structure
 
-    def terms(self, rows: Tensor | None = None) -> list[Term]:
+    def terms(self, rows: Tensor | None = None, dtype: torch.dtype | None = None) -> list[Term]:
         r"""Lower to terms :math:`V = \sum_t Z_t G_t Z_t^\top` for the likelihood.
 
-        They are those of :meth:`structure`. A matrix with hooks is one dense
-        term, its value, so that the hooks run.
+        They are those of :meth:`structure`; a matrix with hooks is its value, so that they run.
 
         Args:
             rows: indices of the rows (and columns) to keep; all by default.
+            dtype: in which they are computed, from parameters that are brought to it first, because a
+                kernel that was rounded need not be positive semi-definite; by default theirs.
 
         Raises:
             InputError: if the matrix is not square, or has hooks and is too large to
@@ -265,6 +267,12 @@ class Matrix(Intermediates, TreeNode):
         """
         if rows is not None:
             self._check_rows(rows)
+        if dtype is None:
+            return self._lowered(rows)
+        with self.computed_in(dtype):  # where a user's formula may yet yield another
+            return [term.to(dtype) for term in self._lowered(rows)]
+
+    def _lowered(self, rows: Tensor | None) -> list[Term]:
         if not is_opaque(self):
             try:
                 return [term.take(rows) for term in self.structure()]
@@ -390,9 +398,3 @@ class Matrix(Intermediates, TreeNode):
     def map_theta_to_dv(self, theta: FreeParams = None) -> Tensor | None:
         """The Jacobian at ``theta``, ``(num_free_params, *shape)``; None if all is fixed."""
         return self.grad(theta)[0]
-
-
-def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    if not isinstance(shape, Sequence) or isinstance(shape, str | bytes):
-        raise TypeError(f"`shape` is {found(shape)}: expected a tuple of integers")
-    return tuple(check_count(f"shape[{i}]", size, 1) for i, size in enumerate(shape))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
+from openreml_nn.covariance.owner import tensors_of
 from openreml_nn.covariance.parametrized import FreeParams, Parametrized
 from openreml_nn.support.errors import InputError
 
@@ -27,7 +28,8 @@ __all__ = [
     "is_ours",
     "kind_of",
     "leaf_value",
-    "lent",
+    "of_user",
+    "user_value",
 ]
 
 
@@ -186,26 +188,55 @@ def check_result(node: TreeNode, value: Any) -> None:
 def leaf_value(node: TreeNode, part: Tensor | None) -> Tensor:
     if kind_of(node).ours:
         return node.forward(part)
-    values = node.free_values() if part is None else part
-    with lent(node, values):
-        value = node.forward(values)
+    value = user_value(node, node.free_values() if part is None else part, node.forward)
     check_result(node, value)
     return value
 
 
+def user_value(node: TreeNode, values: Tensor, call: Callable[[Tensor], Any]) -> Any:
+    """What a user's formula makes of free parameters, as wide as these.
+
+    A formula with networks runs in their precision, and what it yields is widened.
+    """
+    own = values
+    if node._modules and not kind_of(node).operator:
+        networks = [child for child in node.children() if not isinstance(child, Parametrized)]
+        tensors = (t for child in networks for t in tensors_of(child, "_parameters"))
+        own = values.to(next((t.dtype for t in tensors if t.is_floating_point()), values.dtype))
+    with lent(node, own):
+        value = call(own)
+    return _widened(value, values) if isinstance(value, Tensor) else value
+
+
 @contextmanager
 def lent(node: TreeNode, values: Tensor) -> Iterator[None]:
-    """Let a user's formula find ``values`` where else it finds its parameters."""
-    before, given = node._parameters, node.stand_in
-    names = node.arrangement().free
+    """Let a user's formula find ``values`` where else it finds its parameters, and its other tensors
+    as wide as these: it may multiply the two."""
+    parameters, buffers, given = node._parameters, node._buffers, node.stand_in
+    free = dict(zip(node.arrangement().free, values.split(1), strict=False))
     try:
-        if names:
-            node.__dict__["_parameters"] = {**before, **dict(zip(names, values.split(1)))}
+        for store, own in (("_parameters", parameters), ("_buffers", buffers)):
+            wide = {name: free.get(name, _widened(t, values)) for name, t in own.items()}
+            if any(wide[name] is not t for name, t in own.items()):
+                node.__dict__[store] = wide
         if given is not None:
             node.__dict__["stand_in"] = given._replace(untransformed=values)
         yield
     finally:
-        node.__dict__["_parameters"], node.__dict__["stand_in"] = before, given
+        node.__dict__["_parameters"], node.__dict__["_buffers"] = parameters, buffers
+        node.__dict__["stand_in"] = given
+
+
+def of_user(node: TreeNode, values: Tensor) -> AbstractContextManager[None]:
+    """Where a closed form runs: that of a user finds the tensors of its node as :func:`lent` has them."""
+    return nullcontext() if kind_of(node).ours else lent(node, values)
+
+
+def _widened(tensor: Any, like: Tensor) -> Any:
+    """A tensor of floating-point numbers as wide as another, or wider."""
+    if tensor is None or tensor.dtype == like.dtype or not tensor.is_floating_point():
+        return tensor
+    return tensor.to(torch.promote_types(tensor.dtype, like.dtype))
 
 
 def _foreign(node: TreeNode) -> bool:

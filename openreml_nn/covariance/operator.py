@@ -19,6 +19,7 @@ from openreml_nn.covariance.nodes import (
     is_opaque,
     is_ours,
     kind_of,
+    of_user,
 )
 from openreml_nn.covariance.params import check_name, module_name
 from openreml_nn.covariance.tree import Tree
@@ -224,6 +225,10 @@ class Operator(Matrix):
             found.append(operand)
         return found
 
+    def terms(self, rows: Tensor | None = None, dtype: torch.dtype | None = None) -> list[Term]:
+        self.checked_operands()  # one of another shape would be taken for what it is not
+        return super().terms(rows, dtype)
+
     def lowered(self) -> dict[str, list[Term]]:
         """Terms of each operand, by its name."""
         found = {}
@@ -236,7 +241,9 @@ class Operator(Matrix):
         return found
 
     def forward(self, free_params: FreeParams = None) -> Tensor:
-        return self.combine(*self._evaluated(free_params, self.formed_operands()))
+        values = self._evaluated(free_params, self.formed_operands())
+        with of_user(self, self.no_values()):
+            return self.combine(*values)
 
     def build_operands(self, free_params: FreeParams = None) -> list[Tensor]:
         """Evaluated operands, in the order of :attr:`operands`."""

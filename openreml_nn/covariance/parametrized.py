@@ -7,14 +7,14 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from openreml_nn.covariance.named import Named
 from openreml_nn.covariance.owner import tensors_of
 from openreml_nn.support.checks import check_flag, found
 from openreml_nn.support.errors import InputError
 
-__all__ = ["FreeParams", "Given", "Parametrized", "Recorded"]
+__all__ = ["FreeParams", "Given", "Parametrized", "Recorded", "widest_dtype"]
 
 
 class Recorded(NamedTuple):
@@ -87,6 +87,52 @@ class Parametrized(Named):
         finally:
             for leaf, old in zip(leaves, before, strict=True):
                 leaf.__dict__["stand_in"] = old
+
+    @contextmanager
+    def computed_in(self, dtype: torch.dtype) -> Iterator[None]:
+        """Let what is computed within the context be computed in a precision.
+
+        Parameters are widened, or rounded, before anything is made of them, and known numbers follow
+        them; gradients come back in the precision of each parameter.
+        """
+        if self._is_all_of(dtype):
+            yield
+            return
+        none = torch.empty(0, dtype=dtype, device=self.reference().device)
+        leaves = list(self.leaves().values())
+        before = [leaf.stand_in for leaf in leaves]
+        try:
+            for leaf, old in zip(leaves, before, strict=True):
+                if old is None:
+                    own = leaf.own_values() if leaf.arrangement().free else None
+                    found = Given(none if own is None else own.to(dtype))
+                else:
+                    plain = None if old.untransformed is None else old.untransformed.to(dtype)
+                    found = Given(old.values.to(dtype), old.natural, plain)
+                leaf.__dict__["stand_in"] = found
+            yield
+        finally:
+            for leaf, old in zip(leaves, before, strict=True):
+                leaf.__dict__["stand_in"] = old
+
+    def _is_all_of(self, dtype: torch.dtype) -> bool:
+        """Whether every number of the tree is of a dtype, and nothing stands in for one."""
+        nodes: list[nn.Module] = [self]
+        has_some = False
+        while nodes:
+            node = nodes.pop()
+            own = node.__dict__
+            if own.get("stand_in") is not None:
+                return False
+            for store in ("_parameters", "_buffers"):
+                for tensor in own[store].values():
+                    if tensor is None or not tensor.is_floating_point():
+                        continue
+                    if tensor.dtype != dtype:
+                        return False
+                    has_some = True
+            nodes += [child for child in node._modules.values() if child is not None]
+        return has_some
 
     def flat_params(self, free_params: FreeParams) -> Tensor:
         """Free parameters as a checked 1-D tensor in the order of :attr:`free_param_names`."""
@@ -206,3 +252,27 @@ class Parametrized(Named):
                 fixed = arrangement.of_fixed.apply("__call__", fixed)
             values = torch.cat([values, fixed])[arrangement.merged]
         return values
+
+
+def widest_dtype(module: nn.Module) -> torch.dtype:
+    """The widest of the dtypes of all parameters of a module and of what stands in for them, of fixed
+    ones, and of networks in it; where it has none, of its known numbers. float32 at least."""
+    found, has_some = torch.float32, False
+    nodes = [module]
+    while nodes:
+        node = nodes.pop()
+        tensors: list[Tensor | None] = [*node._parameters.values()]
+        if isinstance(node, Parametrized):
+            tensors += [node._buffers.get(name) for name in node.own_trans]
+            tensors += [] if node.stand_in is None else [node.stand_in.values]
+        for tensor in tensors:
+            if tensor is not None and tensor.is_floating_point():
+                has_some = True
+                if tensor.dtype != found:
+                    found = torch.promote_types(found, tensor.dtype)
+        nodes += [child for child in node._modules.values() if child is not None]
+    if not has_some:
+        for tensor in tensors_of(module, "_buffers"):
+            if tensor.is_floating_point():
+                found = torch.promote_types(found, tensor.dtype)
+    return found

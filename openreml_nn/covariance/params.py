@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.transform import Transform, TransformIdentity
-from openreml_nn.support.checks import check_flag, found
+from openreml_nn.support.checks import check_count, check_flag, found
 from openreml_nn.support.errors import InputError
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "check_name",
     "check_spec",
     "check_value",
+    "checked_shape",
     "free_specs",
     "merge_specs",
     "module_name",
@@ -149,7 +150,12 @@ def module_name(name: str, owner: object) -> str:
     It is the name itself but where that would hide an attribute of ``owner``
     (``type``, ``train``, ``shape``) or break a path (a dot): these characters
     are percent-encoded.
+
+    Raises:
+        InputError: if it is empty.
     """
+    if not name:
+        raise InputError("a name is '': expected one that is not empty, such as that of a factor")
     return _encoded(name, "%.", _Attributes(owner))
 
 
@@ -265,3 +271,14 @@ class _Transforms:
         if self._back is None:
             return found
         return found.index_select(0, torch.from_numpy(self._back).to(x.device))
+
+
+def checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a matrix as it was given.
+
+    Raises:
+        TypeError, InputError: if it is no tuple of positive integers.
+    """
+    if not isinstance(shape, Sequence) or isinstance(shape, str | bytes):
+        raise TypeError(f"`shape` is {found(shape)}: expected a tuple of integers")
+    return tuple(check_count(f"shape[{i}]", size, 1) for i, size in enumerate(shape))

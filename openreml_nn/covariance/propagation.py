@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -155,14 +156,15 @@ class CovariancePropagation(Operator):
         return super().moment_start(variance)
 
 
-def propagated(design: Design, g: Matrix) -> list[Term]:
-    r"""The terms of :math:`Z G Z^\top`."""
-    found = g.terms()
+def propagated(design: Design, g: Matrix, dtype: torch.dtype | None = None) -> list[Term]:
+    r"""The terms of :math:`Z G Z^\top`, with ``dtype`` as :meth:`Matrix.terms` takes it."""
+    found = g.terms(None, dtype)
     if len(found) == 1 and isinstance(found[0].design, IdentityDesign):
         return [Term(design, found[0].covariance, known=found[0].known)]
     if len(found) > 1 and g.shape[0] <= _MOST_COLUMNS:
         # One random effect, whose covariance is a sum.
-        found = [whole_term(g())]
+        with nullcontext() if dtype is None else g.computed_in(dtype):
+            found = [whole_term(g())]
     if len(found) == 1:
         found = [replace(found[0], name="")]
     return [propagate(design, term) for term in found]

@@ -23,6 +23,7 @@ from openreml_nn.covariance.nodes import (
     is_opaque,
     kind_of,
     leaf_value,
+    of_user,
 )
 from openreml_nn.covariance.parametrized import FreeParams, Given
 
@@ -160,7 +161,8 @@ class Tree:
                 values[i] = self._closed_value(i, own, like)
             elif self.operands[i] is not None:
                 operator = _operator(node)
-                values[i] = operator.combine(*self._arguments(i, values, like))
+                with of_user(node, like):
+                    values[i] = operator.combine(*self._arguments(i, values, like))
                 if not kind_of(node).ours:
                     check_result(node, values[i])
             elif self.opaque[i]:
@@ -231,12 +233,14 @@ class Tree:
                 for j, pulled in self._recorded_pull(i, bar, own).items():
                     found[j] = found[j] + pulled if j in found else pulled
             elif below is None:
-                pulled = node.manual_vjp(bar, own[i])
+                with of_user(node, own[i]):
+                    pulled = node.manual_vjp(bar, own[i])
                 found[i] = found[i] + pulled if i in found else pulled
             else:
                 operator = _operator(node)
-                arguments = self._arguments(i, values, like)
-                for o, part in zip(below, operator.combine_vjp(bar, *arguments), strict=True):
+                with of_user(node, like):
+                    parts_of = operator.combine_vjp(bar, *self._arguments(i, values, like))
+                for o, part in zip(below, parts_of, strict=True):
                     if isinstance(o, int) and part is not None and moving[o]:
                         bars[o] = bars[o] + part if o in bars else part
         return [found[i] if i in found else torch.zeros_like(own[i]) for i in self.leaves]
@@ -252,13 +256,15 @@ class Tree:
             if below is None:
                 part, tangent = own.get(i, (None, None))
                 if part is not None and tangent is not None:
-                    moved[i] = node.push_forward(tangent, part)
+                    with of_user(node, part):
+                        moved[i] = node.push_forward(tangent, part)
                 continue
             operator = _operator(node)
             arguments = self._arguments(i, values, like)
             for k, o in enumerate(below):
                 if isinstance(o, int) and o in moved:
-                    part = operator.combine_jvp(k, moved[o], *arguments)
+                    with of_user(node, like):
+                        part = operator.combine_jvp(k, moved[o], *arguments)
                     moved[i] = moved[i] + part if i in moved else part
         last = len(self.nodes) - 1
         if last not in moved:
@@ -277,7 +283,8 @@ class Tree:
             if not self.able[i]:
                 mine = self._recorded_jacobian(i, own)
             elif below is None:
-                slices, _ = node.grad(own[i]) if i in own else (None, [])
+                with of_user(node, like):
+                    slices, _ = node.grad(own[i]) if i in own else (None, [])
                 if slices is not None:
                     mine[i] = slices
             else:
@@ -287,7 +294,9 @@ class Tree:
                     if not isinstance(o, int) or not found[o]:
                         continue
                     sizes = [len(part) for part in found[o].values()]
-                    moved = operator.combine_jvp(k, torch.cat(list(found[o].values())), *arguments)
+                    with of_user(node, like):
+                        tangents = torch.cat(list(found[o].values()))
+                        moved = operator.combine_jvp(k, tangents, *arguments)
                     for j, part in zip(found[o], moved.split(sizes), strict=True):
                         mine[j] = mine[j] + part if j in mine else part
             found.append(mine)
@@ -345,10 +354,12 @@ class Leaf:
 
     def pull_back(self, cotangent: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
         """From its cotangent to that of its free parameters."""
-        return [self.node.manual_vjp(cotangent, parts[0])]
+        with of_user(self.node, parts[0]):
+            return [self.node.manual_vjp(cotangent, parts[0])]
 
     def push_forward(self, tangents: Sequence[Tensor | None], parts: Sequence[Tensor]) -> Tensor:
         """The derivative of the leaf along a tangent of its free parameters."""
         tangent = tangents[0]
         assert tangent is not None
-        return self.node.push_forward(tangent, parts[0])
+        with of_user(self.node, parts[0]):
+            return self.node.push_forward(tangent, parts[0])

@@ -35,6 +35,7 @@ def fit_laplace(
     names: Sequence[str] | None = None,
     labels: Mapping[str, Label] | None = None,
     begin: Callable[[], None] | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Result, LaplaceEvaluation]:
     r"""Fit a generalised linear mixed model.
 
@@ -47,6 +48,7 @@ def fit_laplace(
         names: of the columns of X.
         labels: name of a term to names for the tables.
         begin: sets covariance parameters that are to start elsewhere than at the scale of the data.
+        weights: (n,) of the rows, see :meth:`LaplaceLoss.forward`.
 
     Returns:
         The result and the likelihood there. Of the result ``fixed`` and ``random`` are coefficients
@@ -56,11 +58,14 @@ def fit_laplace(
         NumericalError: if the data are separated.
         InputError: if the data do not fit.
     """
+    if weights is not None:
+        y, weights = loss.family.with_weights(y, weights.to(X))
     loss.family.check(y)
     names = [f"X{j}" for j in range(X.shape[1])] if names is None else list(names)
     loss.covariance.to(X)
     loss.family.to(X)
-    fit = MarginalFit(loss, y, X, X.new_zeros(len(X)) if offset is None else offset, names)
+    offset = X.new_zeros(len(X)) if offset is None else offset
+    fit = MarginalFit(loss, y, X, offset, names, weights)
     set_start(fit, begin)
     converged = fit.climb(max_iterations)
     result, found = marginal_outcome(fit, names, labels or {}, converged)

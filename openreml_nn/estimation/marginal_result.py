@@ -21,6 +21,7 @@ from openreml_nn.result import (
     Result,
     Source,
 )
+from openreml_nn.support.solving import inverted
 from openreml_nn.support.spectrum import eigenvalues
 from openreml_nn.terms.term import Term
 
@@ -72,7 +73,7 @@ def marginal_outcome(
             condition=_condition(H[inner][:, inner]),
             rows=len(fit.X),
             log_likelihood=-fit.value + fit.jacobian,
-            log_likelihood_error=0.0,
+            log_likelihood_error=found.error,
             fixed=fixed,
             parameters=_parameters(fit, u, of_u),
             components=components,
@@ -83,7 +84,14 @@ def marginal_outcome(
             plan=replace(loss.plan, fixed_effects=fit.Q.shape[1]),
             num_params=m + sum(x.numel() for x in fit.own),
             source=Source(
-                loss.covariance, fit.y, fit.X, None, tuple(names), labels, offset=fit.offset
+                loss.covariance,
+                fit.y,
+                fit.X,
+                None,
+                tuple(names),
+                labels,
+                offset=fit.offset,
+                weights=fit.weights,
             ),
             optimizer="BFGS",
             family=loss.family.name or type(loss.family).__name__,
@@ -103,13 +111,14 @@ def _inverse(H: Tensor, inner: Sequence[int], fit: MarginalFit) -> Tensor:
     part = H[at][:, at]
     scale = part.diagonal().abs().clamp(min=1e-300).sqrt()
     unit = part / (scale[:, None] * scale)
-    values = eigenvalues(unit, "the curvature of the log-likelihood")
+    what = "the curvature of the log-likelihood"
+    values = eigenvalues(unit, what)
     if not bool(values[0] > 1e-9):
-        if fit.p and bool((part.diagonal()[: fit.p] < 1e-6 * len(fit.X)).any()):
+        if fit.p and bool((part.diagonal()[: fit.p] < 1e-6 * fit.count).any()):
             raise fit.separated()
-        inverse = torch.linalg.pinv(unit, hermitian=True)
+        inverse = inverted(unit, what, pseudo=True)
     else:
-        inverse = torch.linalg.inv(unit)
+        inverse = inverted(unit, what)
     found[at[:, None], at] = inverse / (scale[:, None] * scale)
     return found
 

@@ -11,6 +11,7 @@ from openreml_nn.estimation.marginal_steps import MarginalFit
 from openreml_nn.likelihood.system.products import same_codes
 from openreml_nn.likelihood.system.roles import by_levels, grid_of
 from openreml_nn.support.errors import NumericalError
+from openreml_nn.support.solving import inverted
 from openreml_nn.terms.design import IndexedDesign
 
 __all__ = ["set_start"]
@@ -48,7 +49,8 @@ def set_start(fit: MarginalFit, begin: Callable[[], None] | None = None) -> None
 def _penalised(fit: MarginalFit, rough: Tensor, scale: Tensor) -> None:
     """From coefficients and effects that are a mode together."""
     if fit.Q.shape[1]:
-        gamma, spread = fit.loss.penalised(fit.y, fit.offset, fit.Q, rough, fit.rows)
+        loss, known = fit.loss, (fit.y, fit.offset, fit.Q)
+        gamma, spread = loss.penalised(*known, rough, fit.rows, fit.weights)
     else:
         gamma, spread = rough.new_zeros(0), rough.new_zeros(0, 0)
     u = fit.at.read(rough)
@@ -60,7 +62,9 @@ def _penalised(fit: MarginalFit, rough: Tensor, scale: Tensor) -> None:
     fit.value, fit.slope = fit.evaluate(fit.x)
     fit.hessian = rough.new_zeros(len(fit.x), len(fit.x))
     if fit.p:
-        fit.hessian[: fit.p, : fit.p] = torch.linalg.inv(spread)
+        fit.hessian[: fit.p, : fit.p] = inverted(
+            spread, "the covariance of the fixed effects at the start"
+        )
     fit.replace(range(fit.p + fit.m, len(fit.x)))
     fit.refresh()
 
@@ -90,7 +94,7 @@ def _from_part(fit: MarginalFit, rows: Tensor, rough: Tensor, scale: Tensor) -> 
         vanishing = torch.tensor(fit.at.vanishing, dtype=torch.bool)
         u = part.split(part.x)[1]
         if found and bool((~vanishing | (u.abs() > scale.abs() / 10)).all()):
-            fit.x, fit.hessian = part.x, part.curvature() * (len(fit.X) / len(rows))
+            fit.x, fit.hessian = part.x, part.curvature() * (fit.count / part.count)
             fit.value, fit.slope = fit.evaluate(fit.x)
             return True
     except NumericalError:

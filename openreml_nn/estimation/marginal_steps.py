@@ -55,9 +55,15 @@ class MarginalFit:
     of the covariance, and what the family stores."""
 
     def __init__(
-        self, loss: LaplaceLoss, y: Tensor, X: Tensor, offset: Tensor, names: Sequence[str]
+        self,
+        loss: LaplaceLoss,
+        y: Tensor,
+        X: Tensor,
+        offset: Tensor,
+        names: Sequence[str],
+        weights: Tensor | None = None,
     ) -> None:
-        self.loss, self.y, self.X, self.offset = loss, y, X, offset
+        self.loss, self.y, self.X, self.offset, self.weights = loss, y, X, offset, weights
         # Columns of unit mean square, so that a coefficient is in units of the predictor.
         part = FixedPart.of(X.new_zeros(len(X)), X, names)
         self.fixed, self.size = part, len(X) ** 0.5
@@ -85,6 +91,11 @@ class MarginalFit:
 
     # ------------------------------------------------------------------ the function
 
+    @property
+    def count(self) -> float:
+        """How many rows there are, each counting by its weight."""
+        return float(len(self.X) if self.weights is None else self.weights.sum())
+
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Coefficients, coordinates and the family's."""
         gamma, u, phi = x.split([self.p, self.m, len(x) - self.p - self.m])
@@ -109,7 +120,7 @@ class MarginalFit:
         gamma, u, _ = (part.detach().requires_grad_() for part in self.split(x))
         with torch.enable_grad(), self.loss.covariance.given(self.at.natural(0, u)):
             X = None if self.loss.method == "ml" else self.Q
-            value = self.loss(self.y, self.predictor(gamma), X, self.rows)
+            value = self.loss(self.y, self.predictor(gamma), X, self.rows, self.weights)
             parts = torch.autograd.grad(
                 value, [gamma, u, *self.own], allow_unused=True, materialize_grads=True
             )
@@ -121,7 +132,7 @@ class MarginalFit:
         gamma, u, _ = self.split(x)
         with torch.no_grad(), self.loss.covariance.given(self.at.natural(0, u)):
             X = None if self.loss.method == "ml" else self.Q
-            return self.loss.evaluate(self.y, self.predictor(gamma), X, self.rows)
+            return self.loss.evaluate(self.y, self.predictor(gamma), X, self.rows, self.weights)
 
     # ------------------------------------------------------------------ the way
 
@@ -130,6 +141,7 @@ class MarginalFit:
         found = copy(self)
         found.y, found.X, found.Q = self.y[rows], self.X[rows], self.Q[rows]
         found.offset, found.rows, found.aim, found.history = self.offset[rows], rows, aim, []
+        found.weights = None if self.weights is None else self.weights[rows]
         return found
 
     def replace(self, places: range) -> None:
@@ -155,7 +167,8 @@ class MarginalFit:
         slopes = jacobian(matrices, u)
         with self.loss.covariance.given(self.at.natural(0, u)):
             X = None if self.loss.method == "ml" else self.Q
-            known = self.loss.information(self.y, self.predictor(gamma), X, slopes, self.rows)
+            eta = self.predictor(gamma)
+            known = self.loss.information(self.y, eta, X, slopes, self.rows, self.weights)
         # Where a standard deviation is too large the information says little: with what the
         # likelihood's own curvature has beside it, no step goes beyond zero.
         own = slice(self.p, self.p + self.m)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.estimation.curvature import FLAT
+from openreml_nn.support.solving import inverted
 from openreml_nn.support.spectrum import decomposed
 
 __all__ = ["Spread"]
@@ -41,12 +42,13 @@ class Spread:
         scale = torch.where(scale > 0, scale, 1)
         part = part / (scale[:, None] * scale)
         silent = part.new_zeros(len(inner), 0)
+        what = "the information of the covariance parameters"
         if has_silence:
-            values, vectors = decomposed(part, "the information of the covariance parameters")
+            values, vectors = decomposed(part, what)
             silent = vectors[:, values < FLAT * values.max()]
             silent = torch.where(silent.abs() > _ROUNDING, silent, 0)
         rtol = FLAT if silent.shape[1] else None
-        inverse = torch.linalg.pinv(part, rtol=rtol, hermitian=True)
+        inverse = inverted(part, what, pseudo=True, rtol=rtol)
         self.covariance = torch.full_like(information, nan)
         self.covariance[inner[:, None], inner] = inverse / (scale[:, None] * scale)
         self.silent = information.new_zeros(len(information), silent.shape[1])

@@ -18,6 +18,7 @@ from openreml_nn.result.result import Record, Start
 from openreml_nn.support.errors import NumericalError
 
 __all__ = [
+    "SHORTEST",
     "climb",
     "climb_from_several",
     "evaluate_within_reach",
@@ -38,6 +39,8 @@ _MANY = 4
 _CLOSE = 0.3
 #: A coarse likelihood is left so many standard errors from its optimum.
 _NEARBY = 0.1
+#: A step shorter than this part of the one proposed leads nowhere.
+SHORTEST = 0.02
 #: A run that gains nothing in so many shortened steps ends.
 _STALLED = 5
 #: As does one that gained, in these, less than this part of what each of them promised.
@@ -119,7 +122,7 @@ def climb(
         if far and len(history) > _STALLED and _gain(history) < 1e-8:
             # At the edge of where V is positive definite there is nowhere to go, and a ridge to
             # infinity has no end.
-            at_edge = step.length < 0.02
+            at_edge = step.length < SHORTEST
             if at_edge or _is_crawling(history):
                 break
     return history

@@ -21,7 +21,8 @@ class Binomial(Family):
     r""":math:`s \sim \mathrm{Bin}(s + f, p)`, :math:`g(p) = \eta`.
 
     The response is (n,) of 0 and 1, or (n, 2) of successes s and failures f; the binomial
-    coefficient is part of the density.
+    coefficient is part of the density. With weights it may be the proportions (n,) of successes, the
+    weights being the trials.
 
     Args:
         link: ``"logit"``, ``"probit"`` or ``"cloglog"``, :math:`\eta = \log(-\log(1 - p))`.
@@ -89,7 +90,10 @@ class Binomial(Family):
 
     def check(self, y: Tensor, what: str = "`y`") -> None:
         if y.dim() == 1:
-            refuse_rows(y, ~((y == 0) | (y == 1)), what, "0 or 1")
+            expected = "0 or 1"
+            if bool(((y > 0) & (y < 1)).any()):
+                expected += "; of proportions the trials are `weights`"
+            refuse_rows(y, ~((y == 0) | (y == 1)), what, expected)
             return
         if y.dim() != 2 or y.shape[1] != 2:
             raise InputError(
@@ -99,6 +103,25 @@ class Binomial(Family):
         whole = torch.isfinite(y) & (y >= 0) & (y == y.round())
         refuse_rows(y, ~whole, what, "whole numbers of successes and failures, 0 or more")
         refuse_rows(y, y.sum(1) == 0, what, "at least one trial")
+
+    def with_weights(self, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+        if y.dim() != 1 or not bool(((y > 0) & (y < 1)).any()):
+            return y, weights
+        expected = "with weights, which are trials, proportions between 0 and 1"
+        refuse_rows(y, (y < 0) | (y > 1), "`y`", expected)
+        dtype = torch.promote_types(y.dtype, weights.dtype)
+        n = weights.to(dtype)
+        refuse_rows(
+            n, n != n.round(), "`weights`", "whole numbers, trials of the proportions in `y`"
+        )
+        product = y.to(dtype) * n
+        s = product.round()
+        # A proportion that was written with few digits is not of whole successes.
+        slack = 1e-6 if dtype == torch.float64 else 1e-3
+        wrong = (product - s).abs() > slack * n.clamp(min=1)
+        expected = "whole successes, its product with the trials in `weights`"
+        refuse_rows(product, wrong, "`y` times `weights`", expected)
+        return torch.stack([s, n - s], 1), None
 
     def observed(self, y: Tensor) -> Tensor:
         return y if y.dim() == 1 else y[:, 0] / y.sum(1)

@@ -176,6 +176,20 @@ class Family(Parametrized):
             )
         return y
 
+    def with_weights(self, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Responses and the factors of their log-densities, of prior weights (n,), which are these
+        factors: a row of weight 2 counts as two rows alike. Of binomial proportions weights are trials:
+        they become successes and failures, and no factors.
+
+        Args:
+            y: the responses, as :meth:`log_density` takes them or, of a binomial family, proportions.
+            weights: (n,), positive.
+
+        Raises:
+            InputError: if proportions and trials give no whole successes.
+        """
+        return y, weights
+
     def observed(self, y: Tensor) -> Tensor:
         """The responses on the scale of :meth:`mean`, (n,)."""
         return y

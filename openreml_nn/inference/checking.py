@@ -84,6 +84,8 @@ def dispersion(result: Result) -> Dispersion:
         )
     y = family.observed(refit.y).to(eta)
     trials = refit.y.sum(1) if _has_trials(refit) else torch.ones_like(eta)
+    if refit.weights is not None:
+        trials = refit.weights.to(eta)
     with torch.no_grad():
         terms = (y - of_rows.mean(eta)) ** 2 * trials / of_rows.variance(eta)
     statistic, df = float(terms.sum()), len(eta) - parameters_of(result)
@@ -149,7 +151,8 @@ def _at_mode(refit: LaplaceRefit) -> tuple[Family, Tensor]:
     X = refit.X if refit.loss.method == "reml" else None
     if X is not None:
         known = refit.offset  # the coefficients are found again with the modes
-    return refit.loss.family, refit.loss.evaluate(refit.y, known, X).predictor
+    found = refit.loss.evaluate(refit.y, known, X, weights=refit.weights)
+    return refit.loss.family, found.predictor
 
 
 def _has_trials(refit: LaplaceRefit) -> bool:

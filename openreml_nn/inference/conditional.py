@@ -13,10 +13,13 @@ from openreml_nn.estimation.derivatives import hessian_of_value, jacobian
 from openreml_nn.inference.refit import Refit
 from openreml_nn.likelihood.problem import cholesky
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.solving import solved
 from openreml_nn.terms.term import residual_terms
 
 __all__ = ["ConditionalAIC", "conditional_aic"]
 
+#: What the matrix of a system is called in messages.
+_INFORMATION = "the information of the fixed effects"
 #: Rows of which dense matrices are formed for each parameter.
 _MOST_ROWS = 3_000
 
@@ -107,7 +110,10 @@ def conditional_aic(result: Result) -> ConditionalAIC:
         pulled = dV @ p_y  # (m, n)
         moved = pulled @ P @ R - dR @ p_y  # of the fitted values, (m, n)
         information = -H[inner][:, inner]
-        df += float((moved[inner] * torch.linalg.solve(information, (pulled @ P)[inner])).sum())
+        along = solved(
+            information, (pulled @ P)[inner], "the information of the covariance parameters"
+        )
+        df += float((moved[inner] * along).sum())
     L = cholesky(R, "R")
     white = torch.linalg.solve_triangular(L, rest[:, None], upper=False)
     two_pi = torch.log(torch.tensor(2 * torch.pi, dtype=y.dtype))
@@ -129,15 +135,15 @@ def _projection(V: Tensor, X: Tensor) -> Tensor:
     """P, (n, n)."""
     inverse = torch.cholesky_inverse(cholesky(V, "V"))
     V_X = inverse @ X
-    return inverse - V_X @ torch.linalg.solve(X.mT @ V_X, V_X.mT)
+    return inverse - V_X @ solved(X.mT @ V_X, V_X.mT, _INFORMATION)
 
 
 def _log_likelihood(V: Tensor, y: Tensor, X: Tensor, method: str) -> Tensor:
     """The likelihood less its constant, by V."""
-    L = torch.linalg.cholesky(V)
+    L = cholesky(V, "V")
     white = torch.linalg.solve_triangular(L, torch.cat([X, y[:, None]], 1), upper=False)
     W, z = white[:, :-1], white[:, -1]
     cross = W.mT @ W
-    rest = z @ z - (W.mT @ z) @ torch.linalg.solve(cross, W.mT @ z)
+    rest = z @ z - (W.mT @ z) @ solved(cross, W.mT @ z, _INFORMATION)
     found = 2 * L.diagonal().log().sum() + rest
     return -(found + torch.logdet(cross) if method == "reml" else found) / 2

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
+
+from openreml_nn.support.solving import solved
 
 __all__ = ["Asymptotic", "FTest", "Inference"]
 
@@ -42,7 +43,8 @@ class Inference:
 
     def _f(self, L: Tensor, beta: Tensor) -> float:
         value = L @ beta
-        return float(value @ torch.linalg.solve(L @ self.covariance @ L.mT, value)) / len(L)
+        spread = solved(L @ self.covariance @ L.mT, value, "the covariance of the contrasts")
+        return float(value @ spread) / len(L)
 
 
 class Asymptotic(Inference):

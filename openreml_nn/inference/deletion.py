@@ -24,6 +24,7 @@ from openreml_nn.inference.laplace_refit import LaplaceRefit
 from openreml_nn.inference.refit import Refit, family_of, tracked
 from openreml_nn.support.checks import check_flag, found
 from openreml_nn.support.errors import InputError, NumericalError
+from openreml_nn.support.solving import inverted, solved
 from openreml_nn.support.spectrum import decomposed
 from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.term import Term, residual_terms
@@ -182,7 +183,7 @@ class _Deletion:
                 )
                 leverage[at] = 1 - left[at, torch.arange(len(at), device=y.device)]
         V_X = refit.solve(refit.X)
-        phi = torch.linalg.inv(refit.X.mT @ V_X)
+        phi = inverted(refit.X.mT @ V_X, "the information of the fixed effects")
         by_case = y.new_zeros(cases).index_add(0, codes, leverage)
         p_y = refit.project(y[:, None])[:, 0]
         return cls(refit, codes, rows, P_own, p_y, V_X @ phi, phi, by_case)
@@ -270,10 +271,11 @@ def _compared(
     p = len(phi)
     if change is None or covariance is None:
         return [torch.nan] * 4, phi.new_full((p,), torch.nan)
-    ratio = torch.linalg.solve(phi, covariance)
+    what = "the covariance of the fixed effects"
+    ratio = solved(phi, covariance, what)
     return [
-        float(change @ torch.linalg.solve(phi, change)) / p,
-        float(change @ torch.linalg.solve(covariance, change)) / p,
+        float(change @ solved(phi, change, what)) / p,
+        float(change @ solved(covariance, change, f"{what} without a case")) / p,
         abs(float(ratio.diagonal().sum()) - p),
         float(torch.linalg.det(ratio)),
     ], change

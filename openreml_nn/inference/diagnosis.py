@@ -5,6 +5,7 @@ from __future__ import annotations
 from openreml_nn.estimation import Component, Result
 from openreml_nn.estimation.marginal import endless
 from openreml_nn.estimation.separation import separated_levels
+from openreml_nn.estimation.starts import SHORTEST
 from openreml_nn.inference.refit import check_fit
 from openreml_nn.inference.response import family_at
 from openreml_nn.result.summary import singularity, uncertainty
@@ -32,10 +33,15 @@ def diagnose(result: Result) -> list[str]:
     check_fit(result)
     found: list[str] = []
     if not result.converged:
+        advice = "Allow more iterations, or rescale covariates of very different size."
+        if result.history and result.history[-1].step < SHORTEST:
+            advice = (
+                "Its steps ended there, so that more iterations change nothing: leave out a term, hold a "
+                "parameter by `constraints`, or begin elsewhere by `starts`."
+            )
         found.append(
             f"The fit has not converged: after {result.iterations} iterations the estimates are "
-            f"{result.score_norm:.2g} standard errors from the optimum. Allow more iterations, "
-            "or rescale covariates of very different size."
+            f"{result.score_norm:.2g} standard errors from the optimum. {advice}"
         )
         found += [f"The parameter {text}." for text in endless(result.family_parameters)]
     found += _separated(result)

@@ -17,6 +17,7 @@ from openreml_nn.estimation import Result
 from openreml_nn.inference.contrasts import FTest, Inference
 from openreml_nn.inference.refit import Refit
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.solving import inverted, solved
 from openreml_nn.terms.covariance import RepeatedCovariance
 from openreml_nn.terms.term import Term
 
@@ -59,7 +60,7 @@ class KenwardRoger(Inference):
     def _moments(self, L: Tensor) -> tuple[float, float]:
         """Denominator degrees of freedom and scale of F, by its first two moments."""
         q = len(L)
-        theta = L.mT @ torch.linalg.solve(L @ self.plain @ L.mT, L)
+        theta = L.mT @ solved(L @ self.plain @ L.mT, L, "the covariance of the contrasts")
         inner = theta @ (self.plain @ self.P @ self.plain)  # (m, p, p)
         traces = inner.diagonal(dim1=1, dim2=2).sum(-1)
         A1 = float(traces @ self.W @ traces)
@@ -102,9 +103,9 @@ class KenwardRoger(Inference):
                 "`ddf` is 'kenward-roger', but no variance of the model is estimated: the correction is "
                 "for that, expected one or more that are"
             )
-        inverse = torch.linalg.inv(V)
+        inverse = inverted(V, "the covariance V of the rows")
         VX = inverse @ refit.X
-        phi = torch.linalg.inv(refit.X.mT @ VX)
+        phi = inverted(refit.X.mT @ VX, "the information of the fixed effects")
         P = torch.stack([-VX.mT @ G @ VX for G in slopes])
         projected = [(inverse - VX @ phi @ VX.mT) @ G for G in slopes]
         information = torch.stack([

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import inf, isfinite
 from typing import cast
@@ -23,11 +24,14 @@ from openreml_nn.inference.refit import matrix_entries
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.result import Result
 from openreml_nn.support.errors import NumericalError
+from openreml_nn.support.solving import solved
 from openreml_nn.support.spectrum import decomposed
 from openreml_nn.terms.term import Term
 
 __all__ = ["LaplaceProfiler"]
 
+#: What the matrix of a system is called in messages.
+_CURVATURE = "the curvature of the log-likelihood"
 #: The way to a maximum ends this near to it, in standard errors,
 _AIM = 1e-5
 #: or here, where rounding lets it come no nearer.
@@ -44,12 +48,8 @@ class _Lowered:
     like: Tensor
 
     def terms(self, free_params: FreeParams = None) -> list[Term]:
-        if free_params is None:
-            found = self.covariance.terms()
-        else:
-            with self.covariance.given(free_params):
-                found = self.covariance.terms()
-        return [term.to(self.like.dtype) for term in found]
+        with nullcontext() if free_params is None else self.covariance.given(free_params):
+            return self.covariance.terms(None, self.like.dtype)
 
 
 class _Quantities(nn.Module):
@@ -113,12 +113,12 @@ class _Way:
         for _ in range(self._most):
             at, a, _ = held.slope(w)
             gap = t - at
-            inner = torch.linalg.solve(B, torch.stack([slope, a], 1))
+            inner = solved(B, torch.stack([slope, a], 1), _CURVATURE)
             # The multiplier of the Lagrangian f - k (q - t), and the step to where both vanish.
             k = float((a @ inner[:, 0] + gap) / (a @ inner[:, 1]))
             along = float(a @ inner[:, 0] / (a @ inner[:, 1]))
             left = slope - along * a
-            norm = float(left @ torch.linalg.solve(B, left)) ** 0.5
+            norm = float(left @ solved(B, left, _CURVATURE)) ** 0.5
             arrived = abs(gap) < 1e-9 * scale and norm < _NEAR
             if abs(gap) < 1e-9 * scale and norm < _AIM:
                 break
@@ -210,7 +210,7 @@ class LaplaceProfiler:
         held = self._known[name]
         value, slope, _ = held.slope(self._start)
         estimate = held.at(self._start)
-        error = float(slope @ torch.linalg.solve(self._hessian, slope)) ** 0.5
+        error = float(slope @ solved(self._hessian, slope, _CURVATURE)) ** 0.5
         if not 0 < error < held.longest:
             error = held.longest / 10
 

@@ -20,6 +20,7 @@ from openreml_nn.inference.response import family_at
 from openreml_nn.likelihood import LaplaceLoss
 from openreml_nn.result import Result
 from openreml_nn.support.errors import InputError, NumericalError
+from openreml_nn.support.solving import solved
 from openreml_nn.support.spectrum import eigenvalues
 
 __all__ = ["LaplaceRefit", "numbers_of"]
@@ -43,7 +44,7 @@ class LaplaceRefit:
 
     Attributes:
         loss: its marginal likelihood.
-        y, X, offset: the data; X has the columns that were kept.
+        y, X, offset, weights: the data; X has the columns that were kept.
 
     Raises:
         InputError: if the fit has no family or no data.
@@ -64,6 +65,7 @@ class LaplaceRefit:
         self.y = self.source.y.detach()
         offset = self.source.offset
         self.offset = self.X.new_zeros(len(self.X)) if offset is None else offset.detach()
+        self.weights = self.source.weights
 
     @cached_property
     def maximum(self) -> tuple[Tensor, Tensor]:
@@ -80,11 +82,14 @@ class LaplaceRefit:
         return fit.x, fit.hessian
 
     def _begun(self, y: Tensor) -> MarginalFit:
-        return MarginalFit(self.loss, y, self.X, self.offset, list(self.result.fixed.names))
+        names = list(self.result.fixed.names)
+        return MarginalFit(self.loss, y, self.X, self.offset, names, self.weights)
 
     def _x(self, fit: MarginalFit) -> Tensor:
         """The estimates as the parameters of a fit."""
-        gamma = torch.linalg.solve(fit.T, self.result.fixed.estimate.to(fit.T))
+        gamma = solved(
+            fit.T, self.result.fixed.estimate.to(fit.T), "the basis of the fixed effects"
+        )
         own = [p.detach().reshape(-1).to(gamma) for p in fit.own]
         return torch.cat([gamma[: fit.p], fit.at.read(gamma), *own])
 
@@ -99,8 +104,10 @@ class LaplaceRefit:
         """Responses (n, samples), or (n, 2, samples), from effects that are drawn anew for each.
 
         Raises:
-            InputError: if the family cannot draw.
+            InputError: if the family cannot draw, or rows have weights, which are no part of a
+                distribution.
         """
+        self.refuse_weights("of which responses are drawn")
         family = self.loss.family
         if type(family).draw is Family.draw:
             raise InputError(
@@ -109,13 +116,25 @@ class LaplaceRefit:
             )
         generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
         with torch.no_grad():
-            terms = [term.to(self.X.dtype) for term in self.loss.covariance.terms()]
+            terms = self.loss.covariance.terms(None, self.X.dtype)
             eta = (self.offset + self.X @ self.result.fixed.estimate)[:, None].repeat(1, samples)
             for term in terms:
                 q = term.design.shape[1]
                 noise = torch.randn(q, samples, generator=generator, dtype=eta.dtype)
                 eta += term.design.matmul(term.covariance.root().multiply(noise.to(eta)))
             return torch.stack([family.draw(self.y, e, rng) for e in eta.unbind(1)], -1)
+
+    def refuse_weights(self, why: str) -> None:
+        """Refuse rows whose log-densities count more or less than once.
+
+        Raises:
+            InputError: if there are some.
+        """
+        if self.weights is not None:
+            raise InputError(
+                f"`result` has prior weights, and a power of a density is no distribution {why}: expected a "
+                "fit without weights; trials are no such weights"
+            )
 
     def again(self, y: Tensor) -> MarginalFit:
         """The maximum of the likelihood of other responses.
@@ -172,7 +191,7 @@ def _refuse_endless(fit: MarginalFit) -> None:
         least = float(
             eigenvalues(fit.curvature()[:p, :p], "the curvature of the log-likelihood")[0]
         )
-        if least < _LITTLE * len(fit.y):
+        if least < _LITTLE * fit.count:
             raise NumericalError("the responses are separated: there is no finite estimate")
 
 

@@ -138,6 +138,13 @@ def check_same_data(names: tuple[str, str], fits: tuple[Result, Result]) -> None
             f"`{a}` is of the family {this} and `{b}` of {that}: expected fits of one family"
         )
     if families[0] is not None:
+        one, other = (_factors(fit) for fit in fits)
+        if not torch.equal(one, other.to(one)):
+            row = int((one != other.to(one)).nonzero()[0])
+            raise InputError(
+                f"`{a}` and `{b}` have other weights, {float(one[row]):.6g} and "
+                f"{float(other[row]):.6g} in row {row}: expected fits with the same"
+            )
         return
     one, other = (_weights(fit) for fit in fits)
     ratio = one / other.to(one)
@@ -154,6 +161,13 @@ def _offset(result: Result) -> Tensor:
     source = source_of(result)
     X = source.X.detach()
     return X.new_zeros(len(X)) if source.offset is None else source.offset.detach()
+
+
+def _factors(result: Result) -> Tensor:
+    """The factors of the rows' log-densities (n,), of a response that is not Gaussian."""
+    source = source_of(result)
+    X = source.X.detach()
+    return X.new_ones(len(X)) if source.weights is None else source.weights.detach()
 
 
 def _weights(result: Result) -> Tensor:

@@ -91,7 +91,8 @@ def _null_predictor(refit: LaplaceRefit, random: Tensor) -> Tensor:
     if X.shape[1] == 1 and bool((X[0] == X).all()):
         eta, variance = X[0] * refit.result.fixed.estimate, random
     else:
-        null = fit_laplace(loss, refit.y, X.new_ones(len(X), 1), refit.offset)[0]
+        one = X.new_ones(len(X), 1)
+        null = fit_laplace(loss, refit.y, one, refit.offset, weights=refit.weights)[0]
         eta = null.fixed.estimate
         with torch.no_grad():
             variance = torch.stack(row_variances(loss.covariance.terms())).sum()

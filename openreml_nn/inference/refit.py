@@ -20,6 +20,7 @@ from openreml_nn.support.checks import check_instance, check_number
 from openreml_nn.support.display import plain_console
 from openreml_nn.support.errors import InputError
 from openreml_nn.support.names import distinct
+from openreml_nn.support.solving import solved
 
 __all__ = [
     "Refit",
@@ -195,7 +196,10 @@ class Refit:
     def project(self, columns: Tensor) -> Tensor:
         r""":math:`PB = V^{-1}B - V^{-1}X(X^\top V^{-1}X)^{-1}X^\top V^{-1}B` of columns (n, m)."""
         V_X = self._solved_x
-        inner = torch.linalg.solve(self.X.mT @ V_X, V_X.mT @ columns.to(self.y))
+        information = self.X.mT @ V_X
+        inner = solved(
+            information, V_X.mT @ columns.to(self.y), "the information of the fixed effects"
+        )
         return self.solve(columns) - V_X @ inner
 
     @cached_property

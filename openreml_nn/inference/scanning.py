@@ -111,6 +111,7 @@ def _of_family(refit: LaplaceRefit, markers: object) -> pd.DataFrame:
             refit.offset,
             refit.X,
             torch.as_tensor(M[:, start : start + _MARKERS]).to(refit.X),
+            refit.weights,
         )
         for start in range(0, M.shape[1], _MARKERS)
     ]

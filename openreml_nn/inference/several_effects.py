@@ -21,6 +21,8 @@ from openreml_nn.support.errors import InputError
 
 __all__ = ["blup_differences", "effect_correlations", "factor_loadings", "selection_index"]
 
+#: A correlation this near to 1 is 1.
+_ROUNDING = 1e-9
 #: Levels beyond which pairs are not listed.
 _MOST_LEVELS = 1_000
 
@@ -74,13 +76,14 @@ def effect_correlations(result: Result, group: str) -> pd.DataFrame:
             f"`group` is {group!r}, whose covariance is not that of one level's effects in the fit's "
             "own terms: expected one covariance that all levels share"
         )
-    k = len(component.effects)
+    k, value = len(component.effects), component.correlation
     error = torch.full((k, k), torch.nan, dtype=u.dtype)
     if len(u) and not is_one_variance:
         spread = Spread(curvature.information, bool(curvature.indistinct))
         slopes = jacobian(correlations, u)[0]
-        error = torch.where((slopes != 0).any(0), spread.errors(slopes), torch.nan)
-    value = component.correlation
+        # At a correlation of 1 or -1, a bound, the slopes are zero but for rounding.
+        is_inside = (slopes != 0).any(0) & (value.abs().to(u) < 1 - _ROUNDING)
+        error = torch.where(is_inside, spread.errors(slopes), torch.nan)
     rows = [(i, j) for i in range(k) for j in range(i)]
     return pd.DataFrame(
         {

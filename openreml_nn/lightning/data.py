@@ -40,25 +40,25 @@ class MixedModelDataModule(LightningDataModule):
 
     Args:
         table: a data frame, or the path of a CSV or Parquet file.
-        formula: an lme4-style formula; by default, as all that is left out of ``categorical``,
-            ``residual``, ``weights`` and ``family``, that of the module that is trained.
+        formula: an lme4-style formula. Where it, ``categorical``, ``residual``, ``weights`` or
+            ``family`` is left out, the data module takes that of the module that is trained.
         categorical: numeric columns to be taken as factors.
         predict_table: what ``trainer.predict`` predicts; the same table by default.
         residual, weights: structure of the residuals and column of weights, as in :func:`lmm`.
         validation: share of the rows that are held out for validation.
-        split: which: ``"random"`` ones; ``"group"``, the share of each level of
+        split: how these rows are chosen: ``"random"``; ``"group"``, the share of each level of
             ``split_by``, so that training knows all levels; or ``"unseen"``, all rows of a
             share of its levels, which training then does not know.
         split_by: columns, ``a`` or ``a:b``; the first grouping factor by default.
-        seed: of the split.
+        seed: a whole number; the same seed holds out the same rows.
         pedigree, kernels: relations of levels that the formula names, as in :func:`lmm`.
-        family: of the response, or its name, by which categories and ``cbind(successes, failures)``
+        family: the distribution of the response, or its name, by which categories and ``cbind(successes, failures)``
             are read, as in :func:`glmm`.
 
     Attributes:
         response: what the formula makes of a table; without a ``formula`` after :meth:`setup`.
         table: the training rows, after :meth:`setup`.
-        encoded: the same encoded.
+        encoded: the training rows encoded.
         held_out: the validation rows encoded, None if there are none.
 
     Raises:

@@ -92,6 +92,8 @@ class Evaluated(LightningModule):
         """Metrics on the scale of the response: those of its mean, its predictive density, and, of
         binary rows, those of probabilities."""
         given = batch["y"].to(found.mean)
+        if batch.get("weights") is not None:
+            given, _ = family.with_weights(given, batch["weights"])
         y = given if given.dim() == 1 else given[:, 0] / given.sum(1)
         if y.shape != found.mean.shape:
             raise InputError(f"`y` has shape {tuple(given.shape)}: expected ({len(found.mean)},)")

@@ -30,7 +30,7 @@ class FamilyOptions:
         """Name of the family; None for a Gaussian response."""
         return self.family.name if isinstance(self.family, Family) else self.family
 
-    def check(self, residual: object, weights: object, method: str | None, solver: str) -> None:
+    def check(self, residual: object, method: str | None, solver: str) -> None:
         """Refuse options that do not fit each other, or those beside them.
 
         Raises:
@@ -41,12 +41,11 @@ class FamilyOptions:
             own = named_family(self.family, self.link)
             # It refuses what the likelihood does not take.
             LaplaceLoss(ScalarMatrix(1), own, method or "ml", self.quadrature, solver)
-            for name, value in (("residual", residual), ("weights", weights)):
-                if value:
-                    raise InputError(
-                        f"`{name}` is {described(value)} beside `family`: expected None, as it is "
-                        "for Gaussian responses"
-                    )
+            if residual:
+                raise InputError(
+                    f"`residual` is {described(residual)} beside `family`: expected None, as it is for "
+                    "Gaussian responses"
+                )
         elif self.link is not None:
             raise InputError(f"`link` is {self.link!r} without a `family`: expected None")
         elif self.quadrature != 1:

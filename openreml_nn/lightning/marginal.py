@@ -14,6 +14,7 @@ from openreml_nn.lightning.sharing import all_batches, are_same
 from openreml_nn.lightning.table import TableModel
 from openreml_nn.model import MixedModel
 from openreml_nn.model.generalised import fit_family
+from openreml_nn.model.means import evaluating
 from openreml_nn.result import Record, Result
 from openreml_nn.support.errors import InputError
 
@@ -50,7 +51,10 @@ class Marginal:
                 "as of DataLoader([batch], batch_size=None); mini-batches are for "
                 "training='groups' or 'composite', and head 'ml'"
             )
-        kept = {key: part for key, part in batch.items() if key != "x" and part is not None}
+        # Learned features of random effects are of the parameters at the end, and need x.
+        is_read = any(effect.features is not None for effect in self.model.effects().values())
+        unread = set() if is_read else {"x"}
+        kept = {k: part for k, part in batch.items() if k not in unread and part is not None}
         self._parts.append({**kept, "output": output.detach().double()})
 
     def gathered(self) -> Marginal:
@@ -88,9 +92,10 @@ class Marginal:
     def record(self) -> Record:
         """The likelihood at the present parameters."""
         batch, output = self._rows
-        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
-            loss, y, eta, X = self.model.marginal(output, batch)
-            found = Record.of(loss.covariance, -float(loss(y, eta, X)))
+        off = torch.autocast(output.device.type, enabled=False)
+        with torch.no_grad(), off, evaluating(self.model):
+            loss, y, eta, X, weights = self.model.marginal(output, batch)
+            found = Record.of(loss.covariance, -float(loss(y, eta, X, weights=weights)))
             own = {k: float(v) for k, v in loss.family.quantities(output).items()}
         return replace(found, parameters={**found.parameters, **own})
 
@@ -101,7 +106,8 @@ class Marginal:
         labels = {}
         if table is not None:
             labels, names = table.labels, table.names(len(names)) if names else names
-        with torch.inference_mode(False), torch.autocast(output.device.type, enabled=False):
+        off = torch.autocast(output.device.type, enabled=False)
+        with torch.inference_mode(False), off, evaluating(self.model):
             self.fitted = fit_family(
                 self.model,
                 batch,
@@ -113,6 +119,7 @@ class Marginal:
             )
             assert self.fitted.model is not None
             self.model.load_state_dict(self.fitted.model.state_dict())
+            self.model.seen = self.fitted.model.seen
         return self.fitted
 
     def update(self) -> None:

@@ -287,6 +287,12 @@ class MixedModule(Evaluated):
             # Without a network AI-REML takes its steps when a batch has been met.
             moves = any(p.requires_grad for p in self.model.covariance_parameters())
             is_own = moves and not is_aireml(self._make_optimizer)
+            if is_own and not self.has_network and self.way.needs_blups:
+                raise InputError(
+                    "`optimizer` has nothing to train: `training` is 'alternating', which trains "
+                    "the network, and its parameters are fixed; leave `optimizer` out, for AI-REML, "
+                    "or use training='full'"
+                )
             self.automatic_optimization = self.has_network or is_own
 
     def configure_optimizers(self) -> Any:

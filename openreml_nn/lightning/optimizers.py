@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from openreml_nn.estimation.aireml import AIREML
 from openreml_nn.model import MixedModel
+from openreml_nn.support.checks import check_instance
 from openreml_nn.support.errors import InputError
 from openreml_nn.support.instantiate import build
 
@@ -72,7 +73,7 @@ def optimizers_of(
         return Counted([*network, *covariance]), None
     if model.family is not None:
         # The gradients of all are exact, and there are no average-information steps.
-        made = _made(make or torch.optim.Adam, "optimizer", Optimizer, [*network, *covariance])
+        made = _optimizer(make or torch.optim.Adam, [*network, *covariance])
         if isinstance(made, AIREML):
             raise InputError(
                 "`optimizer` is AIREML, which is for Gaussian responses: expected another, such as "
@@ -80,7 +81,7 @@ def optimizers_of(
             )
         return made, None
     default = torch.optim.Adam if network else AIREML
-    made = _made(make or default, "optimizer", Optimizer, network or covariance)
+    made = _optimizer(make or default, network or covariance)
     if not isinstance(made, AIREML):
         return made, AIREML(covariance) if network and covariance else None
     if network:
@@ -146,4 +147,22 @@ def refuse_averaging(trainer: Trainer) -> None:
 def _made(make: Any, what: str, wants: type, *args: Any) -> Any:
     if isinstance(make, Mapping):
         return build(dict(make), what, wants, *args)
-    return make(*args)
+    made = make(*args)
+    check_instance(f"{what}(...)", made, wants, f"an {wants.__name__}")
+    return made
+
+
+def _optimizer(make: MakeOptimizer, params: list[Any]) -> Optimizer:
+    """The optimizer of parameters, which may leave out some of them.
+
+    Raises:
+        TypeError, InputError: if it is none, or moves none of them.
+    """
+    made: Optimizer = _made(make, "optimizer", Optimizer, params)
+    own = {id(p) for p in params}
+    if not any(id(p) in own for group in made.param_groups for p in group["params"]):
+        raise InputError(
+            "`optimizer` makes one that moves none of the model's parameters: expected those that "
+            "it is called with"
+        )
+    return made

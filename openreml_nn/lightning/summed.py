@@ -21,6 +21,7 @@ from openreml_nn.lightning.table import TableModel
 from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import Plan
+from openreml_nn.likelihood.prepared import precision_of
 from openreml_nn.likelihood.problem import Problem
 from openreml_nn.likelihood.responses import ResponsesProblem, ResponseStatistics
 from openreml_nn.likelihood.solvers.blocked import Blocked
@@ -68,7 +69,7 @@ class Summed:
             fixed, M = fixed_part(scale, statistics.products.ff, statistics.rows, names)
         self._statistics, self._M = statistics.mapped(M), M
         covariance = self._covariance()
-        terms = [term.to(torch.float64).detach() for term in covariance.terms()]
+        terms = [term.detach() for term in covariance.terms(None, torch.float64)]
         # With one variance of all responses R is known up to that.
         if self._open is not None and not _has_covariance(model):
             self._open = None
@@ -134,15 +135,21 @@ class Summed:
         model, statistics, variance = self._model, self._statistics, torch.ones(()).double()
         evaluation = self.objective.evaluate()
         fixed = self.objective.problem.fixed
-        model.remember(evaluation.random, evaluation.fixed, fixed.aliases)
-        if self._open is not None:
-            R = model.residual().detach().to(variance)
-            statistics = self._open.at(R).mapped(self._M)
-        elif isinstance(model.residual, Matrix):
-            variance = model.residual().detach().to(variance).reshape(())
-        *random, _ = self.objective.terms()
+        # Sums are float64 whatever they are of, BLUPs as the model's parameters are.
+        own = [model.residual, *(effect.g for effect in model.effects().values())]
+        dtype = precision_of(own)
+        random = [found.to(dtype) for found in evaluation.random]
+        model.remember(random, evaluation.fixed, fixed.aliases)
+        if isinstance(model.residual, Matrix):
+            with model.residual.computed_in(torch.float64):
+                R = model.residual().detach()
+            if self._open is None:
+                variance = R.reshape(())
+            else:
+                statistics = self._open.at(R).mapped(self._M)
+        *terms, _ = self.objective.terms()
         model.remember_equations(
-            [term.detach().covariance for term in random],
+            [term.detach().covariance for term in terms],
             statistics.sizes,
             len(fixed.T),
             lambda: Equations.of_statistics(statistics, variance, FixedBasis.of(fixed)),

@@ -86,7 +86,7 @@ class TableModel:
         _check_options(residual, weights, method, solver)
         text = residual if isinstance(residual, str) else None
         self.response = FamilyOptions(family, link, quadrature)
-        self.response.check(residual, weights, method, solver)
+        self.response.check(residual, method, solver)
         self._categories = 2
         self.options = FormulaOptions(formula, family, tuple(categorical), text, weights, zi)
         self.encoder = self.options.response().encoder

@@ -23,12 +23,14 @@ from openreml_nn.likelihood.laplace_mode import (
 from openreml_nn.likelihood.laplace_quadrature import check_quadrature
 from openreml_nn.likelihood.laplace_task import (
     Kept,
+    Responses,
     Task,
     check_call,
     constants_of,
     factors_of,
 )
 from openreml_nn.likelihood.plan import Plan
+from openreml_nn.likelihood.prepared import precision_of
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers import Sparse
 from openreml_nn.support.checks import (
@@ -40,7 +42,6 @@ from openreml_nn.support.checks import (
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import DiagonalCovariance
 from openreml_nn.terms.design import IdentityDesign
-from openreml_nn.terms.kernel import private, same_content
 from openreml_nn.terms.term import Term
 
 __all__ = ["LaplaceEvaluation", "LaplaceLoss"]
@@ -59,6 +60,7 @@ class LaplaceEvaluation:
             a linear mixed model of the same modes and variances has for its residual.
         random: modes of the random effects of each term with their conditional variances, the
             coefficients of X held.
+        error: Monte Carlo standard error of the log-likelihood; 0 where it is computed.
     """
 
     log_likelihood: Tensor
@@ -67,6 +69,7 @@ class LaplaceEvaluation:
     predictor: Tensor
     residual: Term
     random: tuple[RandomEffects, ...]
+    error: float = 0.0
 
 
 class LaplaceLoss(nn.Module):
@@ -88,8 +91,10 @@ class LaplaceLoss(nn.Module):
             Laplace's approximation.
         solver: ``"sparse"`` takes a sparse factor, for indexed designs and related levels of a known
             inverse, on the CPU; ``"blocked"`` eliminates the factor with most levels first, and
-            ``"dense"`` takes all random effects together. ``"auto"`` is the first where it fits, in
-            float64, and else the second; or such a solver with its options.
+            ``"dense"`` takes all random effects together. ``"krylov"`` solves by products alone: its modes
+            are exact, and its log-determinant is an estimate with a stated error. ``"auto"`` is the first
+            where it fits, in float64, and else the second, or, with a warning, the approximate one where
+            that would hold or take too much, see :class:`Auto`; or such a solver with its options.
 
     Raises:
         TypeError, InputError: if an argument is of another kind or an option unknown.
@@ -130,9 +135,7 @@ class LaplaceLoss(nn.Module):
         self.solver = laplace_solver(solver)
         self._kept: Kept | None = None
         self._size: tuple[int, int] | None = None
-        #: The responses that were checked last, a copy of what they were then, of which family they
-        #: are, and what their density has beside its kernel.
-        self._known: tuple[Tensor, Family, float] | None = None
+        self._known: Responses | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Where the last mode was can be found again; a copy need not carry it.
@@ -142,7 +145,12 @@ class LaplaceLoss(nn.Module):
         return f"method={self.method!r}, quadrature={self.quadrature}, solver={self.solver.name!r}"
 
     def forward(
-        self, y: Tensor, eta: Tensor, X: Tensor | None = None, rows: Tensor | None = None
+        self,
+        y: Tensor,
+        eta: Tensor,
+        X: Tensor | None = None,
+        rows: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
         """The loss, summed over the rows.
 
@@ -151,6 +159,8 @@ class LaplaceLoss(nn.Module):
             eta: (n,) known part of the linear predictor, such as a network's output.
             X: model matrix of fixed effects (n, p); none by default.
             rows: the n rows of the covariance that the data belong to; all, in order, by default.
+            weights: (n,) positive factors of the rows' log-densities, a row of weight 2 counting as two
+                alike; of binomial proportions the trials, see :meth:`Family.with_weights`. One by default.
 
         Returns:
             A scalar, differentiable once in the parameters of covariance and family, eta, X, y
@@ -162,7 +172,7 @@ class LaplaceLoss(nn.Module):
                 of the family.
         """
         refuse_tracing("a likelihood")
-        task = self._task(y, eta, X, rows)
+        task = self._task(y, eta, X, rows, weights)
         terms = task.terms
         inputs = [task.rows.eta, task.rows.X, y, *[t.covariance.matrix for t in terms]]
         inputs += [*factors_of(terms), *constants_of(terms), *self.family.parameters()]
@@ -172,18 +182,23 @@ class LaplaceLoss(nn.Module):
         )
 
     def evaluate(
-        self, y: Tensor, eta: Tensor, X: Tensor | None = None, rows: Tensor | None = None
+        self,
+        y: Tensor,
+        eta: Tensor,
+        X: Tensor | None = None,
+        rows: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> LaplaceEvaluation:
         """The likelihood of some data at the present parameters, with the modes of the effects.
 
         Args:
-            y, eta, X, rows: as in calling the loss.
+            y, eta, X, rows, weights: as in calling the loss.
 
         Raises:
             NumericalError, TypeError, InputError: as in calling the loss.
         """
         with torch.no_grad():
-            task = self._task(y, eta, X, rows)
+            task = self._task(y, eta, X, rows, weights)
             integral = self._integral(task)
             mode = integral.mode()
             value = integral.value(mode)
@@ -196,23 +211,30 @@ class LaplaceLoss(nn.Module):
             beta = mode.beta if self.method == "reml" else task.beta
             information = mode.weights.clamp(min=torch.finfo(mode.weights.dtype).tiny ** 0.5)
             errors = Term(IdentityDesign(len(mode.a)), DiagonalCovariance(1 / information))
-            return LaplaceEvaluation(-value, beta, spread, mode.a, errors, tuple(random))
+            known = mode.factor.error
+            return LaplaceEvaluation(-value, beta, spread, mode.a, errors, tuple(random), known)
 
     def penalised(
-        self, y: Tensor, eta: Tensor, X: Tensor, start: Tensor, rows: Tensor | None = None
+        self,
+        y: Tensor,
+        eta: Tensor,
+        X: Tensor,
+        start: Tensor,
+        rows: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """About the coefficients of X that are a mode together with the random effects, those of penalised
         quasi-likelihood, (p,), and their covariance, (p, p): where a fit may begin.
 
         Args:
-            y, eta, X, rows: as in calling the loss.
+            y, eta, X, rows, weights: as in calling the loss.
             start: (p,) where the search begins.
 
         Raises:
             NumericalError, TypeError, InputError: as in calling the loss.
         """
         with torch.no_grad():
-            task = self._task(y, eta, X, rows)
+            task = self._task(y, eta, X, rows, weights)
             mode = self._integral(task).joint_mode(start, rough=True)
             return mode.beta, mode.factor.fixed_covariance()
 
@@ -223,11 +245,12 @@ class LaplaceLoss(nn.Module):
         X: Tensor | None,
         derivatives: Sequence[Tensor],
         rows: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
         """Average information of covariance parameters at the mode, see :func:`average_information`.
 
         Args:
-            y, eta, X, rows: as in calling the loss.
+            y, eta, X, rows, weights: as in calling the loss.
             derivatives: for the matrix of each term, its derivatives by the m parameters.
 
         Raises:
@@ -237,17 +260,22 @@ class LaplaceLoss(nn.Module):
             Output: (m, m).
         """
         with torch.no_grad():
-            task = self._task(y, eta, X, rows)
+            task = self._task(y, eta, X, rows, weights)
             terms = [term.detach() for term in task.terms]
             return average_information(self._integral(task).mode(), terms, derivatives)
 
     def scores(
-        self, y: Tensor, eta: Tensor, X: Tensor, columns: Tensor
+        self,
+        y: Tensor,
+        eta: Tensor,
+        X: Tensor,
+        columns: Tensor,
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         r"""What further columns m of X say, one at a time, in the working linear model at the mode.
 
         Args:
-            y, eta, X: as in calling the loss.
+            y, eta, X, weights: as in calling the loss.
             columns: (n, k).
 
         Returns:
@@ -259,7 +287,7 @@ class LaplaceLoss(nn.Module):
             NumericalError, TypeError, InputError: as in calling the loss.
         """
         with torch.no_grad():
-            task = self._task(y, eta, X, None)
+            task = self._task(y, eta, X, None, weights)
             integral, X = self._integral(task), task.rows.X
             mode = integral.mode()
             slope = -(columns.mT @ integral.of_predictor(mode))
@@ -271,24 +299,28 @@ class LaplaceLoss(nn.Module):
         """The plan of the last call; before the first, what it would be without X."""
         rows, p = self._size or (self.covariance.shape[0], 0)
         if self._kept is not None:
-            return planned(self._kept.space, self.solver, rows, p)
+            return planned(self._kept.space, rows, p)
         with torch.no_grad():
-            terms = [term.detach() for term in self.covariance.terms()]
-            return planned(space_of(terms, self.solver, self.quadrature > 1), self.solver, rows, p)
+            dtype = precision_of([self.covariance])
+            terms = [term.detach() for term in self.covariance.terms(None, dtype)]
+            return planned(space_of(terms, self.solver, self.quadrature > 1), rows, p)
 
     # ------------------------------------------------------------------ data
 
-    def _task(self, y: Tensor, eta: Tensor, X: Tensor | None, rows: Tensor | None) -> Task:
-        check_call(self.covariance, self.method, y, eta, X, rows)
+    def _task(
+        self,
+        y: Tensor,
+        eta: Tensor,
+        X: Tensor | None,
+        rows: Tensor | None,
+        weights: Tensor | None,
+    ) -> Task:
+        check_call(self.covariance, self.method, y, eta, X, rows, weights)
         n = len(eta)
         known = self._known
-        if known is None or known[1] is not self.family or not same_content(y, known[0]):
-            self.family.check(y.detach())
-            beside = _beside_kernel(self.family, y.detach().to(eta))
-            known = self._known = private(y), self.family, beside
-        terms = self.covariance.terms(rows)
-        dtype = torch.promote_types(eta.dtype, terms[0].covariance.matrix.dtype)
-        dtype = torch.promote_types(dtype, torch.float32)
+        if known is None or not known.is_of(self.family, y, weights):
+            known = self._known = Responses.of(self.family, y, weights)
+        dtype = precision_of([self.covariance], y, eta, *([] if X is None else [X]))
         if isinstance(self.solver, Sparse):
             if eta.device.type != "cpu":
                 raise InputError(
@@ -296,11 +328,12 @@ class LaplaceLoss(nn.Module):
                     "expected 'auto', 'blocked' or 'dense'"
                 )
             dtype = torch.float64
-        terms = [term.to(dtype) for term in terms]
+        terms = self.covariance.terms(rows, dtype)
         X = eta.new_zeros(n, 0) if X is None else X
         self._size = (n, X.shape[1])
-        y = y.detach().to(dtype)
-        data = Rows(self.family, y, eta.to(dtype), X.to(dtype), known[2])
+        factors = None if known.weights is None else known.weights.to(dtype)
+        y = known.y.to(dtype)
+        data = Rows(self.family, y, eta.to(dtype), X.to(dtype), known.beside, factors)
         return Task(data, terms)
 
     def _integral(self, task: Task) -> Integral:
@@ -317,16 +350,6 @@ class LaplaceLoss(nn.Module):
                 if self.quadrature > 1:
                     check_quadrature(kept.space, self.quadrature)
         return Integral(task, kept, self.method, self.quadrature)
-
-
-def _beside_kernel(family: Family, y: Tensor) -> float:
-    """The sum of what the log-density of responses has beside its kernel."""
-    if not family.has_kernel:
-        return 0.0
-    with torch.no_grad():
-        y = y.double()
-        eta = y.new_zeros(len(y))
-        return float((family.log_density(y, eta) - family.kernel(y, eta)).sum())
 
 
 class _Value(torch.autograd.Function):

@@ -158,7 +158,8 @@ class Integral:
             parameters = list(data.family.parameters())
             # The family's own parameters are leaves already.
             leaves[len(leaves) - len(parameters) :] = parameters
-            rows = Rows(data.family, own_y.to(eta) if y.requires_grad else data.y, eta, X)
+            own_y = own_y.to(eta) if y.requires_grad else data.y
+            rows = replace(data, y=own_y, eta=eta, X=X, constant=0.0)
             if self._method == "ml" and X.shape[1]:
                 rows = replace(rows, eta=eta + X @ self._task.beta, X=X[:, :0])
             layout = _layout(mode)

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from openreml_nn.likelihood.system.elimination import root
-from openreml_nn.likelihood.system.placement import Placement
+from openreml_nn.likelihood.system.partition import Partition
 from openreml_nn.likelihood.system.products import Pattern, same_codes
 from openreml_nn.likelihood.system.roles import by_levels, grid_of
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.design import Design, IdentityDesign, IndexedDesign
 from openreml_nn.terms.term import Term
 
-__all__ = ["Prior", "Stacked", "times_blocks"]
+__all__ = ["Prior", "Stacked", "times_blocks", "with_levels"]
 
 
 class Stacked:
@@ -27,8 +27,7 @@ class Stacked:
 
     Args:
         terms: the random terms, at least one.
-        pair_cost: see :class:`Blocked`; None where no factor is eliminated and the system is one
-            dense matrix.
+        eliminates: whether a factor is eliminated.
 
     Attributes:
         order: positions of the terms, those eliminated first.
@@ -38,10 +37,10 @@ class Stacked:
         q: columns of the other terms.
     """
 
-    def __init__(self, terms: Sequence[Term], pair_cost: float | None) -> None:
+    def __init__(self, terms: Sequence[Term], eliminates: bool = True) -> None:
         effects = [term.effects for term in terms]
-        terms = [by_levels(_indexed(term)) for term in terms]
-        grids = [None if pair_cost is None else grid_of(term) for term in terms]
+        terms = [with_levels(term) for term in terms]
+        grids = [grid_of(term) if eliminates else None for term in terms]
         factors: list[list[int]] = []
         for i, grid in enumerate(grids):
             for factor in factors if grid is not None else ():
@@ -66,17 +65,6 @@ class Stacked:
         self.sizes = [design.shape[1] for design in self.designs[self.split :]]
         self.q = sum(self.sizes)
         self.pattern = Pattern.of(self.designs)
-        count = len(self.order)
-        linked = [grid is None for grid in self.grids]
-        self.placement = Placement(
-            self.designs,
-            self.pattern,
-            range(self.split),
-            range(self.split, count),
-            linked,
-            pair_cost or 0.0,
-        )
-        self.partition = self.placement.partition
 
     def _levels(self) -> int:
         first = self.designs[0] if self.split else None
@@ -95,7 +83,7 @@ class Stacked:
 
     def of_designs(self, terms: Sequence[Term]) -> list[Design]:
         """The designs of the same terms, with their graph, in order."""
-        return [by_levels(_indexed(terms[i])).design for i in self.order]
+        return [with_levels(terms[i]).design for i in self.order]
 
     def split_flat(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """From flat effects (size, m) to (levels, k, m) and (q, m)."""
@@ -189,10 +177,9 @@ class Prior:
         found = [part.multiply(piece, transpose) for part, piece in pieces]
         return torch.cat(found) if len(found) > 1 else found[0] if found else x
 
-    def sandwich(self, square: Tensor, transpose: bool = False) -> Tensor:
+    def sandwich(self, square: Tensor, by: Partition, transpose: bool = False) -> Tensor:
         r""":math:`\Lambda^\top S \Lambda` of the other terms, or with the transposes, for symmetric S by
         groups of columns."""
-        by = self.layout.partition
         if all(root.is_scalar for root in self.rest):
             scale = by.spread(self.times_rest(square.new_ones(self.layout.q, 1)))
             return square * scale * scale.mT
@@ -205,9 +192,10 @@ def times_blocks(a: Tensor, b: Tensor) -> Tensor:
     return a * b if a.shape[-2:] == (1, 1) else a @ b
 
 
-def _indexed(term: Term) -> Term:
-    """An effect of each row is one of a factor that has a level for each."""
+def with_levels(term: Term) -> Term:
+    """The term with a column for each of the effects of a level; an effect of each row is one of a factor
+    that has a level for each."""
     if isinstance(term.design, IdentityDesign):
         codes = torch.arange(term.design.shape[0], device=term.covariance.matrix.device)
-        return replace(term, design=IndexedDesign(codes, None, len(codes), absent=False))
-    return term
+        term = replace(term, design=IndexedDesign(codes, None, len(codes), absent=False))
+    return by_levels(term)

@@ -53,23 +53,38 @@ _CHUNK = 2**15
 
 @dataclass(frozen=True)
 class Rows:
-    """What is known of the rows: the family, y, the offset of the predictor (n,) and X (n, p), and the
-    sum of what the log-density has beside :meth:`Family.kernel`."""
+    """What is known of the rows: the family, y, the offset of the predictor (n,) and X (n, p), the
+    sum of what the log-density has beside :meth:`Family.kernel`, and the factors (n,) of the rows'
+    log-densities, None where all are one."""
 
     family: Family
     y: Tensor
     eta: Tensor
     X: Tensor
     constant: float = 0.0
+    weights: Tensor | None = None
 
     def density(self, a: Tensor) -> Tensor:
         """The log-density of all rows at a predictor."""
         density = self.family.kernel if self.family.has_kernel else self.family.log_density
-        parts = [
-            density(y, x).sum().detach()
-            for y, x in zip(self.y.split(_CHUNK), a.split(_CHUNK), strict=True)
-        ]
+        parts = []
+        for at in range(0, len(a), _CHUNK):
+            part = slice(at, at + _CHUNK)
+            found = density(self.y[part], a[part]).detach()
+            if self.weights is not None:
+                found = found * self.weights[part]
+            parts.append(found.sum())
         return torch.stack(parts).sum() + self.constant if parts else a.sum()
+
+    def weighted(self, found: Tensor) -> Tensor:
+        """What a family says of all rows (n, ...), each times its factor."""
+        if self.weights is None:
+            return found
+        return found * self.weights.reshape(-1, *[1] * (found.dim() - 1))
+
+    def derivatives_of(self, y: Tensor, a: Tensor) -> list[Tensor]:
+        """The three derivatives at a predictor, while autograd may record."""
+        return [self.weighted(found) for found in self.family.derivatives(y, a)]
 
     def derivatives(self, a: Tensor, out: Sequence[Tensor]) -> None:
         """Put the first, minus the second, and the third derivative at a predictor into ``out``.
@@ -79,9 +94,11 @@ class Rows:
         first, weights, third = out
         for at in range(0, len(a), _CHUNK):
             part = slice(at, at + _CHUNK)
-            one, two, three = self.family.derivatives(self.y[part], a[part])
-            first[part], third[part] = one.detach(), three.detach()
-            torch.neg(two.detach(), out=weights[part])
+            one, two, three = (x.detach() for x in self.family.derivatives(self.y[part], a[part]))
+            if self.weights is not None:
+                one, two, three = (x * self.weights[part] for x in (one, two, three))
+            first[part], third[part] = one, three
+            torch.neg(two, out=weights[part])
 
 
 @dataclass(frozen=True)
@@ -141,11 +158,12 @@ class Mode:
         wanted = [*([y] if y.requires_grad else []), *parameters]
         if not wanted:
             return []
-        family, a = self.rows.family, self.a.detach()
+        rows, a = self.rows, self.a.detach()
         with torch.enable_grad():
-            own = y.to(a) if y.requires_grad else self.rows.y
-            first, second, _ = family.derivatives(own, a)
-            value = -family.log_density(own, a).sum() - (half * second).sum() + (c * first).sum()
+            own = y.to(a) if y.requires_grad else rows.y
+            first, second, _ = rows.derivatives_of(own, a)
+            density = rows.weighted(rows.family.log_density(own, a)).sum()
+            value = -density - (half * second).sum() + (c * first).sum()
             if not value.requires_grad:
                 return [torch.zeros_like(x) for x in wanted]
             return list(

@@ -92,10 +92,10 @@ def by_quadrature(
 
     u = mode.u.reshape(levels, k, 1)
     # The mode attached by a Newton step of length zero, and then the curvature there.
-    first, _, _ = family.derivatives(rows.y, predictor(u)[:, 0])
+    first, _, _ = rows.derivatives_of(rows.y, predictor(u)[:, 0])
     g = u - L.mT @ layout.t_rows(first[:, None], designs).reshape(levels, k, 1)
     u = u - mode.factor.solve(g.flatten(0, 1), g.new_zeros(0, 1))[0].reshape(levels, k, 1)
-    _, second, _ = family.derivatives(rows.y, predictor(u)[:, 0])
+    _, second, _ = rows.derivatives_of(rows.y, predictor(u)[:, 0])
     at = products_of(layout, designs, -second, rows.X)
     H = torch.eye(k, dtype=L.dtype, device=L.device) + L.mT @ at.A11 @ L
     C = torch.linalg.cholesky(H)
@@ -114,7 +114,7 @@ def by_quadrature(
             if binomial
             else rows.y[:, None].expand(-1, m).reshape(-1)
         )
-        density = family.log_density(y, a.reshape(-1)).reshape(-1, m)
+        density = rows.weighted(family.log_density(y, a.reshape(-1)).reshape(-1, m))
         total = density.new_zeros(levels, m).index_add(0, codes, density)
         return total - (at * at).sum(1) / 2 + (own * own).sum(0) / 2
 

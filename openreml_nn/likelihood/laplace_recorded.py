@@ -34,7 +34,7 @@ def recorded(
         rows: the data with their graph.
         designs, covariances: of the terms, in the layout's order, with their graph.
     """
-    point, family = mode.point, rows.family
+    point = mode.point
     assert isinstance(point, BlockedPoint)
     layout, roots = point.layout, point.roots
     prior = Prior(layout, covariances)
@@ -42,7 +42,7 @@ def recorded(
     e, beta = layout.t_rows(mode.first[:, None]), mode.beta
     with torch.enable_grad():
         a = rows.eta + layout.rows(prior.times(e), designs)[:, 0] + rows.X @ beta
-        first, _, _ = family.derivatives(rows.y, a)
+        first, _, _ = rows.derivatives_of(rows.y, a)
         rest = e - layout.t_rows(first[:, None], designs)
         move, move_X = mode.factor.solve(roots.times(rest, True), -rows.X.mT @ first[:, None])
         moved = layout.rows(roots.times(move)) + mode.rows.X @ move_X
@@ -50,7 +50,8 @@ def recorded(
         beta = beta - move_X[:, 0]
         effects = prior.times(e)
         a = rows.eta + layout.rows(effects, designs)[:, 0] + rows.X @ beta
-        _, second, _ = family.derivatives(rows.y, a)
+        _, second, _ = rows.derivatives_of(rows.y, a)
         at = products_of(layout, designs, -second, rows.X)
-        penalised = (e * effects).sum() / 2 - family.log_density(rows.y, a).sum()
-        return penalised + log_det(at, prior) - len(beta) / 2 * log(2 * pi)
+        density = rows.weighted(rows.family.log_density(rows.y, a))
+        penalised = (e * effects).sum() / 2 - density.sum()
+        return penalised + log_det(at, prior, layout.partition) - len(beta) / 2 * log(2 * pi)

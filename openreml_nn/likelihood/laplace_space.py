@@ -18,9 +18,13 @@ class Factor(Protocol):
 
     Attributes:
         weights: (n,) of the rows, W.
+        error: standard error of :meth:`half_log_det`, 0 where it is computed.
     """
 
     weights: Tensor
+
+    @property
+    def error(self) -> float: ...
 
     def alone(self) -> Factor:
         """The same without the coefficients of X."""

@@ -26,10 +26,8 @@ from openreml_nn.support.errors import NotPositiveDefiniteError
 from openreml_nn.terms.design import DenseDesign
 from openreml_nn.terms.term import Term
 
-__all__ = ["NO_APPROXIMATION", "SparsePoint", "SparseSpace"]
+__all__ = ["SparsePoint", "SparseSpace"]
 
-#: What is said where a factor would hold too much.
-NO_APPROXIMATION = "responses that are not Gaussian have no approximate solver"
 #: Operations a row up to which a factor takes no longer than a step's work on the rows.
 _CHEAP = 100.0
 
@@ -41,21 +39,28 @@ class SparseSpace:
         terms: the random terms.
         solver: with its options.
 
-    Raises:
-        InputError: if the factor would hold more than the solver may.
     """
 
+    reason = "the weights of the rows move"
+
     def __init__(self, terms: Sequence[Term], solver: Sparse) -> None:
+        self.solver = solver
         self.random = SparseTerm.of_all(terms, ())
         self.equations = Equations(
             [own.part for own in self.random], None, solver.ordering, solver.progress
         )
-        held = self.equations.symbolic.bytes
-        solver.check_memory(held, self.equations.size, NO_APPROXIMATION)
         self.rows = EffectRows(terms, self.equations)
         self.count = terms[0].design.shape[0]
         self.largest = self.equations.largest(self.rows.products(np.ones(self.count)))
         self.is_cheap = self.equations.symbolic.operations < _CHEAP * self.count
+
+    def check_memory(self) -> None:
+        """Refuse a factor that would hold more than the solver may.
+
+        Raises:
+            InputError: if it would.
+        """
+        self.solver.check_memory(self.equations.symbolic.bytes, self.equations.size)
 
     @staticmethod
     def fits(terms: Sequence[Term]) -> bool:
@@ -131,6 +136,8 @@ class SparseFactor:
     Raises:
         NotPositiveDefiniteError: if the system is not positive definite.
     """
+
+    error = 0.0
 
     def __init__(self, point: SparsePoint, weights: Tensor, X: Tensor) -> None:
         self._point, self._X = point, X

@@ -10,32 +10,58 @@ Coefficients of X, if any, are effects without a prior: they border the system.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 
 import torch
 from torch import Tensor
-from torch.linalg import solve_triangular
 
 from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.laplace_layout import Prior, Stacked, times_blocks
-from openreml_nn.likelihood.problem import cholesky
+from openreml_nn.likelihood.problem import Cost, cholesky
+from openreml_nn.likelihood.solver import KRYLOV_HOLDS_LITTLE, check_held
+from openreml_nn.likelihood.solvers import Blocked, Dense
+from openreml_nn.likelihood.system.blocks import block_solve
 from openreml_nn.likelihood.system.elimination import inner
-from openreml_nn.likelihood.system.placement import System
-from openreml_nn.likelihood.system.products import Products
+from openreml_nn.likelihood.system.partition import Partition
+from openreml_nn.likelihood.system.placement import Placement, System
+from openreml_nn.likelihood.system.products import Pattern, Products
 from openreml_nn.support.errors import NotPositiveDefiniteError
 from openreml_nn.terms.design import DenseDesign, Design, IndexedDesign
 from openreml_nn.terms.term import Term
 
-__all__ = ["BlockedFactor", "BlockedPoint", "BlockedSpace", "log_det", "products_of"]
+__all__ = [
+    "BlockedFactor",
+    "BlockedPoint",
+    "BlockedSpace",
+    "log_det",
+    "products_of",
+    "weighted_products",
+]
 
 
-def products_of(layout: Stacked, designs: Sequence[Design], weights: Tensor, X: Tensor) -> System:
+def products_of(
+    layout: BlockedSpace, designs: Sequence[Design], weights: Tensor, X: Tensor
+) -> System:
     r"""The products of :math:`[Z \,|\, X]` with themselves under weights, in their places."""
+    zz = weighted_products(layout.pattern, designs, weights)
+    weighted = weights[:, None] * X
+    products = Products(zz, [design.t_matmul(weighted) for design in designs], X.mT @ weighted)
+    return layout.placement.place(products)
+
+
+def weighted_products(
+    pattern: Pattern,
+    designs: Sequence[Design],
+    weights: Tensor,
+    pairs: Iterable[tuple[int, int]] | None = None,
+) -> dict[tuple[int, int], Tensor]:
+    """The products of designs with each other under weights: of some pairs of them t ≤ u, of all by
+    default."""
     scaled = [_scaled(design, weights) for design in designs]
     zz = {}
-    for (t, u), cells in layout.pattern.cells.items():
-        one, two = scaled[t], designs[u]
+    for t, u in pattern.cells if pairs is None else pairs:
+        cells, one, two = pattern.cells[t, u], scaled[t], designs[u]
         if cells is not None:
             assert isinstance(one, IndexedDesign) and isinstance(two, IndexedDesign)
             if t == u and two.values is None:
@@ -49,13 +75,47 @@ def products_of(layout: Stacked, designs: Sequence[Design], weights: Tensor, X: 
         else:
             assert isinstance(one, DenseDesign)
             zz[t, u] = two.t_matmul(one.matrix.to(weights)).mT
-    weighted = weights[:, None] * X
-    products = Products(zz, [design.t_matmul(weighted) for design in designs], X.mT @ weighted)
-    return layout.placement.place(products)
+    return zz
 
 
 class BlockedSpace(Stacked):
-    """Where the random effects of some terms stand, the largest factor to be eliminated."""
+    """Where the random effects of some terms stand, the largest factor to be eliminated.
+
+    Args:
+        terms: the random terms, at least one.
+        solver: with its options; the dense one eliminates no factor, and its system is one dense matrix.
+    """
+
+    reason = "the weights of the rows move"
+
+    def __init__(self, terms: Sequence[Term], solver: Blocked | Dense) -> None:
+        super().__init__(terms, isinstance(solver, Blocked))
+        self.solver, self._entry = solver, terms[0].covariance.matrix.element_size()
+        ones, rest = range(self.split), range(self.split, len(self.order))
+        linked = [grid is None for grid in self.grids]
+        pair_cost = solver.pair_cost if isinstance(solver, Blocked) else 0.0
+        self.placement = Placement(self.designs, self.pattern, ones, rest, linked, pair_cost)
+        self.partition = self.placement.partition
+
+    def check_memory(self) -> None:
+        """Refuse blocks that would hold more than the machine does.
+
+        Raises:
+            InputError: if they would.
+        """
+        held = self._entry * self.placement.cost(0)[1]
+        check_held(self.solver, held, self.size, KRYLOV_HOLDS_LITTLE)
+
+    def cost(self, p: int) -> Cost:
+        """What an evaluation takes with p coefficients of X."""
+        work, entries = self.placement.cost(p)
+        work += 4.0 * self.designs[0].shape[0] * (self.k + len(self.designs)) ** 2
+        steps = [f"{self.levels} blocks of {self.k} x {self.k}"] if self.levels else []
+        if self.q:
+            by = self.partition
+            size = f"{by.size} x {by.size}"
+            steps.append(f"{self.q} columns: {max(by.count, 1)} groups of at most {size}")
+        return Cost(work, 8.0 * entries, True, "in the space of the random effects", tuple(steps))
 
     def at(self, terms: Sequence[Term]) -> BlockedPoint:
         return BlockedPoint(self, terms)
@@ -69,7 +129,7 @@ class BlockedPoint:
         terms: with these covariances.
     """
 
-    def __init__(self, layout: Stacked, terms: Sequence[Term]) -> None:
+    def __init__(self, layout: BlockedSpace, terms: Sequence[Term]) -> None:
         self.layout = layout
         self.covariances = Prior.of(layout, terms)
         self.roots = self.covariances.roots(terms)
@@ -101,6 +161,8 @@ class BlockedFactor:
         NotPositiveDefiniteError: if the system is not positive definite.
     """
 
+    error = 0.0
+
     def __init__(self, point: BlockedPoint, weights: Tensor, X: Tensor) -> None:
         self._point, self._X = point, X
         self.weights = weights if point.is_cheap else weights.clone()
@@ -112,12 +174,12 @@ class BlockedFactor:
         D = eye + times_blocks(times_blocks(L.mT, at.A11), L)
         what = "the curvature of the random effects at the mode"
         self._C = _cholesky(D, what)
-        half = _forward(self._C, L.mT.expand_as(D))
+        half = block_solve(self._C, L.mT.expand_as(D))
         self._half = half
         self._E22, self._Lc = at.A22, at.A22
         if self.layout.q:
             self._E22 = at.A22 - at.W.gram(half, half)
-            M = roots.sandwich(self._E22)
+            M = roots.sandwich(self._E22, self.layout.partition)
             M.diagonal(dim1=1, dim2=2).add_(1)
             self._Lc = cholesky(M, what)
         self._of_X, self._S = None, None
@@ -151,12 +213,12 @@ class BlockedFactor:
     def _solve(self, g: Tensor) -> Tensor:
         layout, W, by = self.layout, self._at.W, self.layout.partition
         one, two = layout.split_flat(g)
-        one = _forward(self._C, one)
+        one = block_solve(self._C, one)
         if layout.q:
             two = two - self._roots.times_rest(W.t_times(self._half.mT @ one), True)
             two = by.collect(torch.cholesky_solve(by.spread(two), self._Lc))
             one = one - self._half @ W.times(self._roots.times_rest(two))
-        return layout.joined(_backward(self._C, one), two)
+        return layout.joined(block_solve(self._C, one, transpose=True), two)
 
     def fixed_covariance(self) -> Tensor:
         """The inverse of the border's Schur complement, (p, p)."""
@@ -167,7 +229,10 @@ class BlockedFactor:
         r""":math:`M^{-1}` and :math:`N = \Lambda_2 M^{-1}\Lambda_2^\top`, by groups of columns."""
         if self._inverse is None:
             inverse = torch.cholesky_inverse(self._Lc)
-            self._inverse = inverse, self._roots.sandwich(inverse, transpose=True)
+            self._inverse = (
+                inverse,
+                self._roots.sandwich(inverse, self.layout.partition, transpose=True),
+            )
         return self._inverse
 
     def _derivatives(self) -> tuple[Tensor, list[Tensor]]:
@@ -182,7 +247,10 @@ class BlockedFactor:
             held = [form.with_matrix(m) for form, m in zip(forms, matrices, strict=True)]
             at = products_of(layout, layout.designs, weights, self._X)
             bordered = bool(self._X.shape[1]) or not layout.q
-            value = (log_det if bordered else self._log_det)(at, Prior(layout, held))
+            prior_of = Prior(layout, held)
+            value = (
+                log_det(at, prior_of, layout.partition) if bordered else self._log_det(at, prior_of)
+            )
             half, *parts = torch.autograd.grad(
                 value, [weights, *matrices], allow_unused=True, materialize_grads=True
             )
@@ -272,13 +340,12 @@ class BlockedFactor:
 _SEPARATED = "the information on the fixed effects (the data are separated, or do not determine one of them): it"
 
 
-def log_det(at: System, prior: Prior) -> Tensor:
+def log_det(at: System, prior: Prior, by: Partition) -> Tensor:
     r"""Half of :math:`\log|I + A G|`, bordered by X, by plain differentiable operations.
 
     In G itself: a factor of G has no derivative where G is singular.
     """
     layout = prior.layout
-    by = layout.partition
     eye = torch.eye(layout.k, dtype=at.A11.dtype, device=at.A11.device)
     D, K = _reduced(at, prior)
     value = D.log().sum() if layout.k == 1 else torch.linalg.slogdet(D).logabsdet.sum()
@@ -316,16 +383,6 @@ def _cholesky(D: Tensor, what: str) -> Tensor:
     if not bool((D > 0).all()):
         raise NotPositiveDefiniteError(f"{what} is not positive definite")
     return D.sqrt()
-
-
-def _forward(C: Tensor, x: Tensor) -> Tensor:
-    """:math:`C^{-1} x` for lower triangular blocks."""
-    return x / C if C.shape[-1] == 1 else solve_triangular(C, x, upper=False)
-
-
-def _backward(C: Tensor, x: Tensor) -> Tensor:
-    r""":math:`C^{-\top} x` for lower triangular blocks."""
-    return x / C if C.shape[-1] == 1 else solve_triangular(C.mT, x, upper=True)
 
 
 def _scaled(design: Design, weights: Tensor) -> Design:

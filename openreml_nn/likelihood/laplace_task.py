@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from openreml_nn.covariance import Matrix
+from openreml_nn.families.family import Family
 from openreml_nn.likelihood.fixed import traced
+from openreml_nn.likelihood.laplace_choice import AnySpace
 from openreml_nn.likelihood.laplace_mode import Rows
 from openreml_nn.likelihood.laplace_space import Factor
-from openreml_nn.likelihood.laplace_sparse import SparseSpace
-from openreml_nn.likelihood.laplace_system import BlockedSpace
 from openreml_nn.support.checks import check_tensor
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import RepeatedCovariance
 from openreml_nn.terms.kernel import private, same_content
 from openreml_nn.terms.term import Term
 
-__all__ = ["Kept", "Task", "check_call", "constants_of", "factors_of", "with_tensors"]
+__all__ = ["Kept", "Responses", "Task", "check_call", "constants_of", "factors_of", "with_tensors"]
 
 
 def constants_of(terms: Sequence[Term]) -> list[Tensor]:
@@ -69,9 +70,7 @@ class Task:
 class Kept:
     """Where the effects of some designs stand, and where their last mode was: a start for the next."""
 
-    def __init__(
-        self, forms: list[Any], constants: list[Tensor | None], space: BlockedSpace | SparseSpace
-    ) -> None:
+    def __init__(self, forms: list[Any], constants: list[Tensor | None], space: AnySpace) -> None:
         self._forms, self._constants, self.space = forms, constants, space
         self.start: Tensor | None = None
         self.beta: Tensor | None = None
@@ -119,6 +118,54 @@ def _of_factor(terms: Sequence[Term]) -> list[Tensor]:
     return [*(term.covariance.matrix for term in terms), *factors_of(terms)]
 
 
+@dataclass(frozen=True)
+class Responses:
+    """The responses that were checked last.
+
+    Attributes:
+        family: of which they are.
+        given: copies of the responses and weights that a call gave.
+        y, weights: them as the family takes both.
+        beside: what their density has beside its kernel.
+    """
+
+    family: Family
+    given: tuple[Tensor, Tensor | None]
+    y: Tensor
+    weights: Tensor | None
+    beside: float
+
+    @classmethod
+    def of(cls, family: Family, y: Tensor, weights: Tensor | None) -> Responses:
+        """Check responses; those of proportions become counts."""
+        given = private(y), None if weights is None else private(weights)
+        y = given[0].detach()
+        y, w = (y, None) if weights is None else family.with_weights(y, weights.detach())
+        family.check(y)
+        return cls(family, given, y, w, _beside_kernel(family, y, w))
+
+    def is_of(self, family: Family, y: Tensor, weights: Tensor | None) -> bool:
+        """Whether they are what a call gives."""
+        own = self.given
+        return (
+            family is self.family
+            and same_content(y, own[0])
+            and (weights is None) == (own[1] is None)
+            and (weights is None or same_content(weights, own[1]))
+        )
+
+
+def _beside_kernel(family: Family, y: Tensor, weights: Tensor | None) -> float:
+    """The sum of what the log-density of responses has beside its kernel."""
+    if not family.has_kernel:
+        return 0.0
+    with torch.no_grad():
+        y = y.double()
+        eta = y.new_zeros(len(y))
+        found = family.log_density(y, eta) - family.kernel(y, eta)
+        return float((found if weights is None else found * weights.double()).sum())
+
+
 def check_call(
     covariance: Matrix,
     method: str,
@@ -126,6 +173,7 @@ def check_call(
     eta: Tensor,
     X: Tensor | None,
     rows: Tensor | None,
+    weights: Tensor | None,
 ) -> None:
     """Refuse what does not fit together, see :class:`LaplaceLoss`.
 
@@ -146,7 +194,15 @@ def check_call(
         check_tensor("X", X, (n, "p"), "floating")
     elif method == "reml":
         raise InputError("`X` is None: method 'reml' integrates the coefficients of X")
-    for name, tensor in (("y", y), ("X", X)):
+    if weights is not None:
+        check_tensor("weights", weights, (n,), "floating")
+        if not bool((weights > 0).all()):
+            row = int((weights <= 0).nonzero()[0])
+            raise InputError(
+                f"`weights` is {float(weights[row]):g} in row {row}: expected a positive number; leave "
+                "out rows that are to count nothing"
+            )
+    for name, tensor in (("y", y), ("X", X), ("weights", weights)):
         if tensor is not None and tensor.device != eta.device:
             raise InputError(f"`{name}` is on {tensor.device} but `eta` on {eta.device}")
     if rows is None and n != covariance.shape[0]:

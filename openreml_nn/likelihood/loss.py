@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from openreml_nn.covariance import Matrix
 from openreml_nn.covariance.matrix import FreeParams
-from openreml_nn.likelihood.fixed import check_shapes
+from openreml_nn.likelihood.fixed import check_data, check_shapes
 from openreml_nn.likelihood.plan import Plan, check_solver
-from openreml_nn.likelihood.prepared import Likelihood, LikelihoodOptions, Ready
+from openreml_nn.likelihood.prepared import Likelihood, LikelihoodOptions, Ready, precision_of
 from openreml_nn.likelihood.problem import Evaluation, Problem
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.dense import check_method
@@ -36,17 +36,9 @@ class Objective:
     rows: Tensor | None
 
     def terms(self, free_params: FreeParams = None) -> list[Term]:
-        """The lowered covariance in the precision of the data.
-
-        It is computed in that too: a kernel of known distances that was rounded to less need not be
-        positive semi-definite.
-        """
-        dtype = self.problem.fixed.y.dtype
-        if free_params is None and any(p.dtype != dtype for p in self.covariance.parameters()):
-            free_params = self.covariance.flat_params(None).to(dtype)
+        """The lowered covariance, computed in the precision of the data."""
         with nullcontext() if free_params is None else self.covariance.given(free_params):
-            found = self.covariance.terms(self.rows)
-        return [term.to(dtype) for term in found]
+            return self.covariance.terms(self.rows, self.problem.fixed.y.dtype)
 
     @cached_property
     def moves(self) -> bool:
@@ -55,7 +47,7 @@ class Objective:
         if any(p.requires_grad and id(p) not in own for p in self.covariance.parameters()):
             return True
         with torch.enable_grad():
-            constants = [t for term in self.covariance.terms(self.rows) for t in term.constants]
+            constants = [t for term in self.terms() for t in term.constants]
         return any(t is not None and t.requires_grad for t in constants)
 
     def evaluate(self) -> Evaluation:
@@ -185,6 +177,7 @@ class REMLLoss(nn.Module):
     Attributes:
         names: names of the columns of X, for warnings; None by default.
         likelihood: where what is prepared for the last data is kept.
+        check: refuses data that are not those; by default what :func:`check_data` refuses.
 
     Raises:
         InputError: if an option is unknown, or, when the loss is called, the solver does not fit
@@ -216,6 +209,7 @@ class REMLLoss(nn.Module):
         self.reduction = reduction
         self.names: Sequence[str] | None = None
         self.likelihood = Likelihood()
+        self.check: Callable[[Tensor, Tensor], None] = check_data
         self._plan: Plan | None = None
 
     def extra_repr(self) -> str:
@@ -225,8 +219,8 @@ class REMLLoss(nn.Module):
     def plan(self) -> Plan:
         """The plan of the last call; before the first, what it would be without fixed effects."""
         if self._plan is None:
-            terms = self.covariance.terms()
-            return Plan.of(terms, 0, self.solver, terms[0].covariance.matrix.dtype)
+            dtype = precision_of([self.covariance])
+            return Plan.of(self.covariance.terms(None, dtype), 0, self.solver, dtype)
         return self._plan
 
     def forward(self, y: Tensor, X: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -300,7 +294,8 @@ class REMLLoss(nn.Module):
         check_shapes(y, X)
         self._check_rows(y, rows)
         options = LikelihoodOptions(self.method, self.solver, self.names)
-        found = self.likelihood.ready(y, X, self.covariance.terms(rows), options, rows)
+        terms = self.covariance.terms(rows, precision_of([self.covariance], y))
+        found = self.likelihood.ready(y, X, terms, options, rows, self.check)
         self._plan = found.plan
         return found
 

@@ -18,7 +18,7 @@ from openreml_nn.support.checks import check_choice, check_instance, check_numbe
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.term import Term
 
-__all__ = ["Auto", "Plan", "check_solver"]
+__all__ = ["Auto", "Plan", "check_solver", "warning_of"]
 
 #: So many times less work is worth an approximation.
 _FAR_LESS = 10.0
@@ -80,14 +80,11 @@ class Auto(Solver):
         exact = [(solver, cost) for solver, cost in known if cost is not None]
         exact.sort(key=lambda found: found[1].operations)
         small = [found for found in exact if found[1].bytes <= self.memory]
-        if not small:
-            held = min(cost.bytes for _, cost in exact)
+        held, most = min(cost.bytes for _, cost in exact), (small or exact)[0][1].operations
+        if held > self.memory or most > self.operations:
             for solver, rough in _approximate(terms, p, dtype, sums):
-                return solver, rough, f"exact solvers would need {held / 2**30:.3g} GiB"
-        elif (most := small[0][1].operations) > self.operations:
-            for solver, rough in _approximate(terms, p, dtype, sums):
-                if (ratio := most / rough.operations) >= _FAR_LESS:
-                    why = f"an exact evaluation would take {most:.3g} operations, {ratio:.3g} times as many"
+                why = self.excuse(held, most, rough)
+                if why is not None:
                     return solver, rough, why
         (solver, cost), *others = small or exact
         if others:
@@ -98,6 +95,21 @@ class Auto(Solver):
             return solver, cost, f"{cost.reason}, as there are few rows"
         refused = [other.obstacle(terms) for other, found in known if found is None]
         return solver, cost, "; ".join(x for x in refused if x) or cost.reason
+
+    def excuse(self, held: float, operations: float, rough: Cost) -> str | None:
+        """Why an approximate solver is taken; None where an exact one is.
+
+        Args:
+            held: bytes that an exact solver holds at least.
+            operations: that it takes.
+            rough: what the approximate one takes.
+        """
+        if held > self.memory:
+            return f"exact solvers would need {held / 2**30:.3g} GiB"
+        ratio = operations / rough.operations
+        if operations > self.operations and ratio >= _FAR_LESS:
+            return f"an exact evaluation would take {operations:.3g} operations, {ratio:.3g} times as many"
+        return None
 
     def forecast(self, terms: Sequence[Term], p: int, dtype: torch.dtype) -> Cost:
         return self.choose(terms, p, dtype)[1]
@@ -144,6 +156,11 @@ def check_solver(solver: object) -> Solver:
 
 # The one without a state of its own: a sparse solver holds what it has analysed.
 _AUTO = Auto()
+
+
+def warning_of(why: str) -> str:
+    """What a warning says of an approximate likelihood that was not asked for."""
+    return f"the likelihood is approximate: {why}; solver='blocked' insists on an exact one"
 
 
 @dataclass(frozen=True)

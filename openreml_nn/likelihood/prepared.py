@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from openreml_nn.covariance.parametrized import widest_dtype
 from openreml_nn.likelihood.fixed import FixedPart, check_data, traced
-from openreml_nn.likelihood.plan import Auto, Plan, check_solver
+from openreml_nn.likelihood.plan import Auto, Plan, check_solver, warning_of
 from openreml_nn.likelihood.problem import Problem
 from openreml_nn.likelihood.recorded import LogLikelihood
 from openreml_nn.likelihood.solver import Solver
@@ -20,7 +21,16 @@ from openreml_nn.support.warning import warn
 from openreml_nn.terms.kernel import private, same_content
 from openreml_nn.terms.term import Term
 
-__all__ = ["Likelihood", "LikelihoodOptions", "Ready"]
+__all__ = ["Likelihood", "LikelihoodOptions", "Ready", "precision_of"]
+
+
+def precision_of(modules: Iterable[nn.Module], *data: Tensor) -> torch.dtype:
+    """In which a likelihood is computed: the widest of parameters and data, float32 at least."""
+    dtype = torch.float32
+    for found in (*map(widest_dtype, modules), *(tensor.dtype for tensor in data)):
+        if found != dtype:
+            dtype = torch.promote_types(dtype, found)
+    return dtype
 
 
 class LikelihoodOptions(NamedTuple):
@@ -83,7 +93,8 @@ class Likelihood:
 
         Args:
             y, X: the data.
-            terms: the lowered covariance of their rows.
+            terms: the lowered covariance of their rows, in the precision of the computation, which
+                is that of the data or wider.
             options: how it is computed.
             rows: which rows of a covariance the terms are of.
             check: refuses data that were not seen before.
@@ -106,10 +117,7 @@ class Likelihood:
         same_data = kept is not None and kept.has_seen(y, X)
         if not wrapped and not same_data:
             check(y, X)
-        dtype = terms[0].covariance.matrix.dtype
-        if dtype != y.dtype or dtype.itemsize < 4:
-            dtype = torch.promote_types(torch.promote_types(y.dtype, dtype), torch.float32)
-        terms = [term.to(dtype) for term in terms]
+        terms, dtype = list(terms), terms[0].covariance.matrix.dtype
         if kept is not None and not kept.is_of(terms, constants, options, dtype):
             kept = None
         if kept is not None and same_data:
@@ -160,10 +168,7 @@ class Likelihood:
         plan = Plan.of(terms, fixed.Q.shape[1], options.solver, dtype)
         problem = plan.choice.problem(fixed, terms, options.method)
         if not plan.exact and isinstance(check_solver(options.solver), Auto):
-            warn(
-                f"the likelihood is approximate: {plan.reason}; "
-                "solver='blocked' insists on an exact one"
-            )
+            warn(warning_of(plan.reason))
         if recorded:
             return problem, plan
         plan = plan.measured(problem)

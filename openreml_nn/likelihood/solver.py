@@ -16,7 +16,10 @@ from openreml_nn.likelihood.system.products import Statistics
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.term import Term
 
-__all__ = ["Solver", "check_held"]
+__all__ = ["KRYLOV_HOLDS_LITTLE", "Solver", "check_held"]
+
+#: What is said where an exact solver would hold too much.
+KRYLOV_HOLDS_LITTLE = "solver='krylov' is approximate and holds little"
 
 
 @dataclass(frozen=True)

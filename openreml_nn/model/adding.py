@@ -13,6 +13,7 @@ from openreml_nn.model.batch import Batch, level_codes, part, row_values, rows_o
 from openreml_nn.model.posterior import Posterior
 from openreml_nn.model.random_effect import on_their_own
 from openreml_nn.model.residual import structure_of
+from openreml_nn.model.responses import of_family, remember_modes
 from openreml_nn.result.equations import Equations, FixedBasis
 from openreml_nn.result.joint import JointErrors, Solution, solution_of
 from openreml_nn.result.prediction import lowered
@@ -30,6 +31,8 @@ def added(model: Posterior, batch: Batch, names: Mapping[str, Sequence[str]]) ->
     Raises:
         InputError: if rows or levels cannot be added.
     """
+    if model.family is not None:
+        return _added_to_family(model, batch, names)
     before = _before(model)
     model.check(batch)
     batch, _ = with_responses(batch, None, model.responses > 1)
@@ -57,17 +60,51 @@ def added(model: Posterior, batch: Batch, names: Mapping[str, Sequence[str]]) ->
     return found
 
 
+def _added_to_family(
+    model: Posterior, batch: Batch, names: Mapping[str, Sequence[str]]
+) -> Solution:
+    """Modes and coefficients of the rows before and the new ones, found anew."""
+    family, before = model.family, model.seen
+    assert family is not None
+    if before is None:
+        raise InputError(
+            "the model has no rows to which others could be added: call update() with the rows of the "
+            "fit first; a checkpoint does not hold those of a family"
+        )
+    model.check(batch)
+    batch, _ = with_responses(batch)
+    levels = _levels(model, batch, rows_of(batch), names)
+    data = of_family(family, model(batch), batch, model.head)
+    family.check(data[0])
+    if data[2] is not None:
+        _refuse_undetermined(model, data[2])
+    coded = {
+        name: effect.coded(name, batch, len(data[0]), q)
+        for (name, effect), q in zip(model.effects().items(), levels, strict=True)
+    }
+    seen = before.joined(data, coded)
+    found, tree = seen.evaluate(family, model.effects(), levels)
+    for (name, effect), q in zip(model.effects().items(), levels, strict=True):
+        if q > effect.levels:
+            effect.grow(q, names.get(name, ()))
+    remember_modes(model, found, tree, seen, model.aliases)
+    effects = [effect.known() for effect in model.effects().values()]
+    value = float(found.log_likelihood)
+    return Solution(
+        [values for values, _ in effects],
+        [variances for _, variances in effects],
+        model.beta,
+        model.beta_covariance,
+        {seen.options[0]: value},
+    )
+
+
 def _before(model: Posterior) -> Equations:
     """What the rows before have said.
 
     Raises:
         InputError: if it is not there, or other rows cannot be added to it.
     """
-    if model.family is not None:
-        raise InputError(
-            f"`family` is {type(model.family).__name__}: rows add up for a Gaussian response only; "
-            "call update() with all rows"
-        )
     if structure_of(model.residual).of_fitted:
         raise InputError(
             "`residual` has variances by the fitted values, which new rows move: fit all rows"
@@ -138,12 +175,7 @@ def _statistics(
         e = e - offset.to(like)
     if model.head == "gls":
         X = output.to(like)
-        odd = ~estimable(X, model.aliases)
-        if bool(odd.any()):
-            raise InputError(
-                f"row {int(odd.nonzero()[0])} has a combination of features that the earlier "
-                "rows do not determine: call update() with all rows"
-            )
+        _refuse_undetermined(model, X)
         f = torch.cat([X @ fixed.basis, (e - X @ fixed.offset)[:, None]], 1)
     else:
         f = (e - output.to(like))[:, None]
@@ -157,11 +189,20 @@ def _statistics(
     if residual.is_independent:
         return Statistics.of(designs, f, 1 / residual.variances(batch, n).to(like))
     matrices = residual.operands(batch, n).values()
-    terms = [term for matrix in matrices for term in matrix.terms()]
+    terms = [term for matrix in matrices for term in matrix.terms(None, like.dtype)]
     equations = Equations.of(designs, terms, f, fixed)
     found = None if equations is None else equations.statistics()
     assert found is not None  # rows whose residuals are correlated are of the same levels
     return found
+
+
+def _refuse_undetermined(model: Posterior, X: Tensor) -> None:
+    odd = ~estimable(X.to(model.aliases), model.aliases)
+    if bool(odd.any()):
+        raise InputError(
+            f"row {int(odd.nonzero()[0])} has a combination of features that the earlier rows do not "
+            "determine: call update() with all rows"
+        )
 
 
 def _sum(
@@ -197,7 +238,7 @@ def _joint(model: Posterior, equations: Equations) -> JointErrors:
     for effect, (size, _) in zip(model.effects().values(), equations.sizes, strict=True):
         g = effect.g_of(size)
         assert g is not None
-        covariances.append(lowered(g).map(Tensor.detach))
+        covariances.append(lowered(g, equations.products.ff.dtype).map(Tensor.detach))
     fixed = equations.fixed
     own = model.joint
     joint = JointErrors(own.most_columns, own.most_numbers, own.most_entries)

@@ -42,7 +42,6 @@ __all__ = ["fit_family", "glmm"]
 _HAS_PLACE = "as the family has the residual's place; lmm() does"
 #: Options of :func:`lmm` that a family does not take.
 _WHY_NOT = {
-    "weights": "as they divide a residual variance; trials of a row are cbind(successes, failures)",
     "residual": _HAS_PLACE,
     "residual_variance": _HAS_PLACE,
     "chunk_rows": "as a mode needs all rows at once; lmm() does",
@@ -97,8 +96,11 @@ def glmm(
         solver: see :class:`LaplaceLoss`.
         categorical: numeric columns to be taken as factors.
         constraints, starts: see :func:`lmm`.
-        weights, residual, residual_variance, chunk_rows: of :func:`lmm`; refused here, as the
-            residual belongs to the family.
+        weights: column of positive prior weights, which multiply the log-densities of the rows, so that
+            a row of weight 2 counts as two rows alike; those of binomial proportions are their trials,
+            which gives the fit of ``cbind(successes, failures)``.
+        residual, residual_variance, chunk_rows: of :func:`lmm`; refused here, as the residual belongs
+            to the family.
         max_iterations: after so many steps the fit stops, with a warning.
 
     Raises:
@@ -121,7 +123,9 @@ def glmm(
     check_names("categorical", categorical)
     check_choice("method", method, ("ml", "reml"))
     check_count("max_iterations", max_iterations, 1)
-    options = {"weights": weights, "residual": residual, "residual_variance": residual_variance}
+    if weights is not None:
+        check_text("weights", weights)
+    options = {"residual": residual, "residual_variance": residual_variance}
     for option, value in {**options, "chunk_rows": chunk_rows}.items():
         if value is not None:
             raise InputError(
@@ -131,7 +135,9 @@ def glmm(
     named_family(family, link)  # refused before the table is read
     table, source, dialect = given_table(table)
     relations = relations_of(pedigree, kernels)
-    response = EncodedResponse(formula, family, categorical, source, zi, relations=relations)
+    response = EncodedResponse(
+        formula, family, categorical, source, zi, weights=weights, relations=relations
+    )
     response.encoder.dialect = dialect
     encoded, table = response.fit(table)
     if not encoded.random:
@@ -193,7 +199,7 @@ def fit_family(
     """
     with torch.no_grad():
         output = (model(batch) if output is None else output).double()
-    loss, y, offset, X = model.marginal(output, batch)
+    loss, y, offset, X, weights = model.marginal(output, batch)
     if X is None:
         X = output.new_zeros(len(offset), 0)
     names = [f"X{j}" for j in range(X.shape[1])] if names is None else list(names)
@@ -208,6 +214,7 @@ def fit_family(
         names=names[first:],
         labels=labels or {},
         begin=begin,
+        weights=weights,
     )
     assert result.source is not None
     result = replace(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from openreml_nn.covariance import Matrix, Sum
@@ -13,7 +14,7 @@ from openreml_nn.families import Family
 from openreml_nn.likelihood import LaplaceLoss, REMLLoss
 from openreml_nn.likelihood.fixed import check_data
 from openreml_nn.likelihood.loss import loss_of
-from openreml_nn.likelihood.prepared import Likelihood, LikelihoodOptions
+from openreml_nn.likelihood.prepared import Likelihood, LikelihoodOptions, precision_of
 from openreml_nn.model.batch import Batch, check_outputs
 from openreml_nn.model.random_effect import Coded, RandomEffect, coded_effects
 from openreml_nn.model.residual import structure_of
@@ -47,13 +48,18 @@ def covariance_of(
 
 
 def terms_of(
-    effects: Mapping[str, RandomEffect], residual: nn.Module, batch: Batch, coded: Coded, n: int
+    effects: Mapping[str, RandomEffect],
+    residual: nn.Module,
+    batch: Batch,
+    coded: Coded,
+    n: int,
+    dtype: torch.dtype,
 ) -> list[Term]:
-    """The terms of the tree of :func:`covariance_of`, without the tree."""
+    """The terms of the tree of :func:`covariance_of`, without the tree, computed in a precision."""
     device = next((codes.device.type for codes, _ in coded.values()), "cpu")
     with in_full_precision(device):
-        found = [term for name, e in effects.items() for term in e.terms(name, *coded[name])]
-    return found + structure_of(residual).terms(batch, n)
+        found = [term for name, e in effects.items() for term in e.terms(name, *coded[name], dtype)]
+    return found + structure_of(residual).terms(batch, n, dtype)
 
 
 class LastLikelihood:
@@ -132,7 +138,8 @@ class LastLikelihood:
         y, X = of_gaussian(output, batch, head)
         n = y.shape[0]
         coded = coded_effects(effects, batch, n)
-        terms = terms_of(effects, residual, batch, coded, n)
+        dtype = precision_of([*(effect.g for effect in effects.values()), residual], y)
+        terms = terms_of(effects, residual, batch, coded, n, dtype)
 
         def check(y: Tensor, X: Tensor) -> None:
             try:

@@ -24,6 +24,7 @@ from openreml_nn.model.constraints import Constraint, Constraints
 from openreml_nn.model.fitted_variance import fit_by_fitted, is_by_fitted
 from openreml_nn.model.mixed_model import MixedModel
 from openreml_nn.model.relations import relations_of
+from openreml_nn.model.seen import SeenRows
 from openreml_nn.model.several import refuse_copies
 from openreml_nn.model.stream import fit_stream
 from openreml_nn.model.structures import bases_of, labels_of, linear_model
@@ -250,8 +251,12 @@ def with_model(
     X, columns = source.X, list(result.fixed.columns)
     y = source.y if residual is None else None
     model.remember_errors(
-        source.covariance, lambda: _orthonormal(y, X, columns), len(columns), residual
+        source.covariance, lambda: _orthonormal(y, X, columns), len(columns), X.dtype, residual
     )
+    if source.offset is not None:
+        options = model.method, model.quadrature, model.solver
+        data = source.y, source.offset, X, source.weights
+        model.seen = SeenRows.of(options, columns, source.covariance, model.effects(), data)
     return replace(result, model=model)
 
 

@@ -8,7 +8,7 @@ batch; the loss is the likelihood of :class:`REMLLoss`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import NoneType
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from openreml_nn.covariance import Matrix, ScalarMatrix, UnstructuredMatrix
 from openreml_nn.families import Family
 from openreml_nn.likelihood import LaplaceLoss, REMLLoss
+from openreml_nn.likelihood.fixed import check_data
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.likelihood.prepared import LikelihoodOptions
@@ -57,8 +58,8 @@ __all__ = ["HEADS", "MixedModel"]
 
 HEADS = ("ml", "gls")
 
-# The likelihood by a family, with y, the known part of the linear predictor, and X.
-Marginal = tuple[LaplaceLoss, Tensor, Tensor, Tensor | None]
+# The likelihood by a family, with y, the known part of the linear predictor, X, and weights.
+Marginal = tuple[LaplaceLoss, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 class MixedModel(Predictor):
@@ -69,7 +70,8 @@ class MixedModel(Predictor):
     dict from the name of each random effect to the level codes (n,), -1 for an
     unknown level, which in the likelihood is a level of its own each time, or of rows of m levels
     each to (n, m) and values (n, m, k); and, where they are needed, ``values``, a dict to the values (n, k) of effects other than intercepts; ``weights``
-    (n,), by which the residual variance of each row is divided; ``offset`` (n,), a known part of the
+    (n,), by which the residual variance of each row is divided, or, with a family, its log-density
+    multiplied; ``offset`` (n,), a known part of the
     mean; ``residual`` (n,), cells of the rows for a residual within groups; ``covariate`` (n,), on which
     residual variances depend; ``extra``, the user's own.
 
@@ -160,8 +162,8 @@ class MixedModel(Predictor):
     def _loss_of(self, output: Tensor, batch: Batch) -> Tensor:
         """The loss of rows that have a response."""
         if self.family is not None:
-            marginal, y, eta, X = self.marginal(output, batch)
-            return marginal(y, eta, X) / len(eta)
+            marginal, y, eta, X, weights = self.marginal(output, batch)
+            return marginal(y, eta, X, weights=weights) / len(eta)
         self.check(batch)
         if self.responses > 1:
             batch, output = with_responses(*self.single(batch, output, is_data=True))
@@ -207,23 +209,24 @@ class MixedModel(Predictor):
                 "average-information steps are taken on it"
             )
         self.check(batch)
-        _refuse_copies(self, batch, output)
+        check = _check_of(self, batch, output)
         batch, output = with_responses(*self.single(batch, output, is_data=True))
         y, X = of_gaussian(output, batch, self.head)
         check_outputs(output, batch)
         loss = self._likelihood(batch, len(y))
         assert isinstance(loss, REMLLoss)
+        loss.check = check
         return loss, y, X
 
     def marginal(self, output: Tensor, batch: Batch) -> Marginal:
         """The likelihood of a batch by the family, with what it takes: y, the known part of the linear
-        predictor, and X with head ``"gls"``."""
+        predictor, X with head ``"gls"``, and weights of the rows."""
         self.check(batch)
         batch, output = with_responses(batch, output)
-        y, known, X = of_family(self.family, output, batch, self.head)
+        y, known, X, weights = of_family(self.family, output, batch, self.head)
         loss = self._likelihood(batch, len(y))
         assert isinstance(loss, LaplaceLoss)
-        return loss, y, known, X
+        return loss, y, known, X, weights
 
     def covariance(self, batch: Batch) -> Matrix:
         r"""The covariance :math:`V = \sum_t Z_t G_t Z_t^\top + R` of the rows of a batch, a tree
@@ -263,16 +266,21 @@ class MixedModel(Predictor):
                 remember_family(self, *self.marginal(output, batch))
 
 
-def _refuse_copies(model: MixedModel, batch: Batch, output: Tensor) -> None:
-    """Refuse responses that tell each other where their covariance is any."""
+def _check_of(model: MixedModel, batch: Batch, output: Tensor) -> Callable[[Tensor, Tensor], None]:
+    """What refuses data of a batch that the likelihood has not seen yet: beside what any data are
+    refused for, responses that tell each other, where their covariance is any."""
+    if model.responses == 1 or not isinstance(model.residual, UnstructuredMatrix):
+        return check_data
     y = part(batch, "y")
-    known = isinstance(y, Tensor) and y.shape == (
-        len(output),
-        model.responses,
-    )  # else it is refused
-    if known and model.responses > 1 and isinstance(model.residual, UnstructuredMatrix):
-        y = adjusted(batch, len(output), model.responses)
-        refuse_copied_columns(y, output if model.head == "gls" else None)
+    if not isinstance(y, Tensor) or y.shape != (len(output), model.responses):
+        return check_data  # and it is refused
+    Y, x = adjusted(batch, len(output), model.responses), output.detach()
+
+    def check(y: Tensor, X: Tensor) -> None:
+        check_data(y, X)
+        refuse_copied_columns(Y, x if model.head == "gls" else None)
+
+    return check
 
 
 def _check_parts(

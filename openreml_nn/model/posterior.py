@@ -15,6 +15,7 @@ from openreml_nn.likelihood.effects import Coefficients, RandomEffects
 from openreml_nn.model.batch import Batch, responding
 from openreml_nn.model.random_effect import Effects, RandomEffect
 from openreml_nn.model.residual import ResidualStructure, structure_of
+from openreml_nn.model.seen import SeenRows
 from openreml_nn.model.several import stacked, stacked_output
 from openreml_nn.model.unread import refuse_unread
 from openreml_nn.result.equations import Equations, FixedBasis
@@ -46,6 +47,7 @@ class Posterior(nn.Module):
         aliases: (p, d) null space of the features.
         joint: the joint covariance of coefficients and BLUPs.
         evidence: what the rows have said, to which others can be added.
+        seen: with a family, the rows of the last update, in no checkpoint.
     """
 
     beta: Tensor
@@ -72,6 +74,7 @@ class Posterior(nn.Module):
         self.register_buffer("aliases", none)
         self.joint = JointErrors()
         self.evidence = Evidence()
+        self.seen: SeenRows | None = None
         self.register_load_state_dict_post_hook(_settle_again)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -152,11 +155,7 @@ class Posterior(nn.Module):
         for found in random:
             if found.name not in effects:
                 continue  # of the rows' own errors
-            effect = effects[found.name]
-            q, k = effect.blup.shape
-            # Rows of no known level had levels of their own, which come after the others.
-            effect.blup.copy_(found.values.reshape(-1, k)[:q])
-            effect.variance.copy_(found.variances.reshape(-1, k, k)[:q])
+            effects[found.name].hold(found)
         at, p = torch.tensor(fixed.columns, dtype=torch.long, device=aliases.device), len(aliases)
         self.beta = aliases.new_zeros(p).index_copy(0, at, fixed.estimate.to(aliases))
         self.beta_covariance = aliases.new_zeros(p, p)
@@ -169,6 +168,7 @@ class Posterior(nn.Module):
         covariance: Matrix,
         fixed: Callable[[], tuple[Tensor, FixedBasis]],
         r: int,
+        dtype: torch.dtype,
         residual: Term | None = None,
     ) -> None:
         """Take up what the variances of predictions, and other rows, need: it is computed when it is
@@ -179,19 +179,20 @@ class Posterior(nn.Module):
             fixed: yields the columns of the fixed part (n, r), and what they are, see
                 :class:`Equations`.
             r: number of coefficients.
+            dtype: that of the data and their likelihood.
             residual: what stands for the residual where a family has its place.
         """
         assert isinstance(covariance, Sum)
         parts = list(covariance.operands.values())
         own = [part for part in parts[len(self.random) :] if isinstance(part, Matrix)]
-        terms = [term.detach() for part in own for term in part.terms()]
+        terms = [term.detach() for part in own for term in part.terms(None, dtype)]
         if residual is not None:
             terms = [residual]
         random = [part for part in parts[: len(self.random)] if isinstance(part, Operator)]
         pairs = [part.operands.values() for part in random]
         designs = [z.design for z, _ in pairs if isinstance(z, DummyMatrix | MembershipMatrix)]
         self.remember_equations(
-            [lowered(g).map(Tensor.detach) for _, g in pairs if isinstance(g, Matrix)],
+            [lowered(g, dtype).map(Tensor.detach) for _, g in pairs if isinstance(g, Matrix)],
             [(design.levels, design.shape[1] // design.levels) for design in designs],
             r,
             lambda: Equations.of(designs, terms, *fixed()),
@@ -218,12 +219,14 @@ class Posterior(nn.Module):
 
 def _settle_again(model: Posterior, _: object) -> None:
     """Let the joint covariance of a checkpoint that is too large to be in it come from the equations
-    there, at the checkpoint's parameters."""
+    there, at the checkpoint's parameters; rows that were seen are others'."""
+    model.seen = None
     evidence, joint = model.evidence, model.joint
     if not bool(joint.is_known) or bool(joint.is_exact) or not float(evidence.total[0]):
         return
     sizes = [(int(q), int(k)) for q, k in evidence.sizes.tolist()]
     own = [e.g_of(q) for e, (q, _) in zip(model.effects().values(), sizes, strict=True)]
-    covariances = [lowered(g).map(Tensor.detach) for g in own if g is not None]
+    dtype = evidence.squares.dtype
+    covariances = [lowered(g, dtype).map(Tensor.detach) for g in own if g is not None]
     if len(covariances) == len(sizes):
         joint.update(covariances, sizes, evidence.basis.shape[1], evidence.equations)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
 from torch import Tensor
 
 from openreml_nn.covariance import Matrix
+from openreml_nn.covariance.kernel import DistanceMatrix, distances
 from openreml_nn.likelihood.fixed import estimable
 from openreml_nn.model.adding import added
-from openreml_nn.model.batch import Batch, part, responding, row_values, take
+from openreml_nn.model.batch import Batch, level_places, part, responding, row_values, take
 from openreml_nn.model.means import evaluating
 from openreml_nn.model.posterior import Posterior
-from openreml_nn.model.random_effect import coded_effects, known_effect
+from openreml_nn.model.random_effect import RandomEffect, coded_effects, kernel_of
 from openreml_nn.model.residual import structure_of
 from openreml_nn.result.joint import Solution
+from openreml_nn.result.places import Kriging
 from openreml_nn.result.prediction import (
     KnownEffect,
     Prediction,
@@ -66,7 +68,8 @@ class Predictor(Posterior):
 
         A code that follows the known ones is a new level, which the model has from then on. Of the
         rows before, the cross-products with :math:`R^{-1}` are kept, in the checkpoint too; they are
-        of the network and the residual variances as they were at the update.
+        of the network and the residual variances as they were at the update. With a family the rows
+        themselves are kept, in no checkpoint, and modes and coefficients are found anew from all of them.
 
         Args:
             batch: the new rows, as :meth:`update` takes them.
@@ -77,7 +80,7 @@ class Predictor(Posterior):
 
         Raises:
             InputError: as :meth:`update`, if there was none before, or for a model of which rows do
-                not add up: with a family, correlated residuals, or, beside the widest factor of
+                not add up: with correlated residuals, or, beside the widest factor of
                 independent levels, more than 2,000 effects and coefficients whose sparse factor has
                 more than 50 million entries.
         """
@@ -162,6 +165,9 @@ class Predictor(Posterior):
                 f"`batch['y']` is {described(y)}: expected {tuple(found.mean.shape)}, as predictions are"
             )
         if self.family is not None:
+            weights = row_values(batch, "weights", len(y), positive=True)
+            if weights is not None:  # a predictive density is that of one row: only trials count
+                y, _ = self.family.with_weights(y, weights)
             own, rows = responding({"y": self.family.with_inputs(y, batch.get("zi"))})
             self.family.check(own["y"])
             if rows is None:
@@ -227,8 +233,9 @@ class _Rows:
 
     def predicted(self, model: Predictor) -> tuple[Prediction, list[KnownEffect]]:
         """Predictions of the linear predictor, and what is known of effects."""
+        dtype = self.population.dtype
         effects = [
-            known_effect(model.effects()[name], name, codes, z, self.batch)
+            _known_effect(model.effects()[name], name, codes, z, self.batch, dtype)
             for name, (codes, z) in self.coded.items()
         ]
         spread = model.beta_covariance
@@ -269,3 +276,35 @@ class _Rows:
         found = torch.diag_embed(own + residual)
         found[:, j, k] = found[:, k, j] = pairs
         return found
+
+
+def _known_effect(
+    effect: RandomEffect, name: str, codes: Tensor, z: Tensor, batch: Batch, dtype: torch.dtype
+) -> KnownEffect:
+    """What is known of a random effect in some rows.
+
+    Args:
+        effect: the random effect.
+        name: its name.
+        codes: (n,) levels, -1 for one that was not seen; (n, m) of rows of m levels each.
+        z: (n, k) values of the effects in their basis; (n, m, k) of such rows.
+        batch: the rows, with coordinates in ``batch["places"]`` where the effect has them.
+        dtype: in which covariances are computed.
+    """
+
+    def prior() -> Tensor:
+        return effect.prior_in_basis(dtype)
+
+    known = KnownEffect(codes, z, effect.blup, effect.variance, prior)
+    at, kernel = level_places(batch, name, effect.places, len(codes)), kernel_of(effect.g)
+    if at is None or kernel is None or effect.places is None:
+        return known
+    rows = (codes < 0).nonzero()[:, 0]
+    own = at[rows].to(effect.places)
+    with kernel.computed_in(dtype):
+        if isinstance(kernel, DistanceMatrix):
+            c = kernel.between(distances(own, effect.places))
+            return replace(known, kriging=Kriging.of(rows, kernel(), c))
+        if not len(rows):
+            return known
+        return replace(known, kriging=Kriging(rows, *kernel.regressed(own)))

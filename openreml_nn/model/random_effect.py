@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from numbers import Integral
 from types import NoneType
 from typing import Any, cast
@@ -21,21 +20,20 @@ from openreml_nn.covariance import (
     ScalarMatrix,
     UnstructuredMatrix,
 )
-from openreml_nn.covariance.kernel import DistanceMatrix, distances
+from openreml_nn.covariance.kernel import DistanceMatrix
 from openreml_nn.covariance.params import module_name, operand_name, user_name
 from openreml_nn.covariance.propagation import propagated
 from openreml_nn.covariance.sum import summands
 from openreml_nn.covariance.vecchia import VecchiaMatrix
+from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.model.batch import (
     Batch,
     check_values,
     level_codes,
-    level_places,
     level_values,
     part,
 )
-from openreml_nn.result.places import Kriging
-from openreml_nn.result.prediction import KnownEffect, lowered, prior_of
+from openreml_nn.result.prediction import lowered, prior_of
 from openreml_nn.support.checks import (
     check_count,
     check_instance,
@@ -44,6 +42,7 @@ from openreml_nn.support.checks import (
     found,
 )
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.modes import outside_inference
 from openreml_nn.terms.covariance import RepeatedCovariance
 from openreml_nn.terms.design import design_of
 from openreml_nn.terms.precision import PrecisionCovariance
@@ -56,7 +55,6 @@ __all__ = [
     "coded_effects",
     "independent_levels",
     "kernel_of",
-    "known_effect",
     "on_their_own",
 ]
 
@@ -209,18 +207,33 @@ class RandomEffect(nn.Module):
     def prior(self) -> Tensor:
         """Covariance of the effects of a level that was not seen, (k, k): where levels differ,
         their mean."""
-        return self.basis @ self.prior_in_basis() @ self.basis.mT
+        prior = self.prior_in_basis()
+        basis = self.basis.to(prior)
+        return basis @ prior @ basis.mT
 
-    def prior_in_basis(self) -> Tensor:
-        """Covariance (k, k) of the effects of a level that was not seen, in their basis; see :meth:`prior`."""
-        g = lowered(self.g)
+    def prior_in_basis(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Covariance (k, k) of the effects of a level that was not seen, in their basis; see :meth:`prior`.
+        ``dtype`` is that of the computation, by default of the parameters."""
+        g = lowered(self.g, dtype)
         if isinstance(kernel_of(self.g), VecchiaMatrix) and isinstance(g, PrecisionCovariance):
             return g.shown()  # the variance of any place
         return prior_of(g, self.levels, self.effects)
 
     def known(self) -> tuple[Tensor, Tensor]:
         """BLUPs (levels, k) of the effects of z, and their prediction-error variances."""
-        return self.blup @ self.basis.mT, self.basis @ self.variance @ self.basis.mT
+        basis = self.basis.to(self.blup)
+        return self.blup @ basis.mT, basis @ self.variance @ basis.mT
+
+    def hold(self, found: RandomEffects) -> None:
+        """Take up BLUPs and their variances, in the precision that they were computed in: what is
+        kriged of rounded ones is far off where levels are at near places."""
+        q, k, dtype = self.levels, self.effects, found.values.dtype
+        if self.blup.dtype != dtype:
+            with outside_inference(False):
+                self.blup, self.variance = self.blup.to(dtype), self.variance.to(dtype)
+        # Rows of no known level had levels of their own, which come after the others.
+        self.blup.copy_(found.values.reshape(-1, k)[:q])
+        self.variance.copy_(found.variances.reshape(-1, k, k)[:q])
 
     def coded(
         self, name: str, batch: Batch, n: int, levels: int | None = None
@@ -241,28 +254,32 @@ class RandomEffect(nn.Module):
             return codes, values
         return codes, values @ self.basis.to(values)
 
-    def covariance(self, name: str, codes: Tensor, values: Tensor | None) -> CovariancePropagation:
-        r""":math:`Z G Z^\top` of some rows. A row of no known level has one of its own.
+    def covariance(
+        self, name: str, codes: Tensor, values: Tensor | None, levels: int = 0
+    ) -> CovariancePropagation:
+        r""":math:`Z G Z^\top` of rows, of its own levels or so many; one of no known level has its own.
 
         Raises:
             InputError: if there is such a row and levels are correlated.
         """
-        codes, g, levels = self._of_rows(name, codes)
+        codes, g, levels = self._of_rows(name, codes, levels)
         if codes.dim() == 2:
             return CovariancePropagation(z=MembershipMatrix(codes, levels, values), g=g)
         return CovariancePropagation(z=DummyMatrix.from_codes(codes, levels, values), g=g)
 
-    def terms(self, name: str, codes: Tensor, values: Tensor | None) -> list[Term]:
-        """The terms of :meth:`covariance`, without the tree."""
+    def terms(
+        self, name: str, codes: Tensor, values: Tensor | None, dtype: torch.dtype
+    ) -> list[Term]:
+        """The terms of :meth:`covariance`, without the tree, computed in a precision."""
         codes, g, levels = self._of_rows(name, codes)
         design = design_of(codes.long(), values, levels, absent=False)
-        return summands(operand_name(name, {"residual"}), g, propagated(design, g))
+        return summands(operand_name(name, {"residual"}), g, propagated(design, g, dtype))
 
-    def _of_rows(self, name: str, codes: Tensor) -> tuple[Tensor, Matrix, int]:
+    def _of_rows(self, name: str, codes: Tensor, levels: int = 0) -> tuple[Tensor, Matrix, int]:
         """Codes of rows, those of no known level on their own, with G of so many levels."""
-        if not len(codes) or int(codes.min()) >= 0:
-            return codes, self.g, self.levels
-        codes, levels = on_their_own(codes, self.levels)
+        levels = levels or self.levels
+        if len(codes) and int(codes.min()) < 0:
+            codes, levels = on_their_own(codes, levels)
         grown = self.g_of(levels)
         if grown is None:
             raise InputError(
@@ -311,6 +328,8 @@ class RandomEffect(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # Rows may have brought new levels since; names are not in a checkpoint.
         kept = state_dict.get(prefix + "blup")
+        if kept is not None and kept.dtype != self.blup.dtype:  # that of the data they are from
+            self.blup, self.variance = self.blup.to(kept.dtype), self.variance.to(kept.dtype)
         levels = 0 if kept is None or self.names is not None else len(kept)
         if levels > self.levels and self.g_of(levels) is not None:
             self.grow(levels)
@@ -327,32 +346,6 @@ def on_their_own(codes: Tensor, levels: int) -> tuple[Tensor, int]:
     at = (flat < 0).nonzero()[:, 0]
     own = torch.arange(levels, levels + len(at), device=codes.device, dtype=codes.dtype)
     return flat.index_copy(0, at, own).reshape(codes.shape), levels + len(at)
-
-
-def known_effect(
-    effect: RandomEffect, name: str, codes: Tensor, z: Tensor, batch: Batch
-) -> KnownEffect:
-    """What is known of a random effect in some rows.
-
-    Args:
-        effect: the random effect.
-        name: its name.
-        codes: (n,) levels, -1 for one that was not seen; (n, m) of rows of m levels each.
-        z: (n, k) values of the effects in their basis; (n, m, k) of such rows.
-        batch: the rows, with coordinates in ``batch["places"]`` where the effect has them.
-    """
-    known = KnownEffect(codes, z, effect.blup, effect.variance, effect.prior_in_basis)
-    at, kernel = level_places(batch, name, effect.places, len(codes)), kernel_of(effect.g)
-    if at is None or kernel is None or effect.places is None:
-        return known
-    rows = (codes < 0).nonzero()[:, 0]
-    own = at[rows].to(effect.places)
-    if isinstance(kernel, DistanceMatrix):
-        c = kernel.between(distances(own, effect.places))
-        return replace(known, kriging=Kriging.of(rows, kernel(), c))
-    if not len(rows):
-        return known
-    return replace(known, kriging=Kriging(rows, *kernel.regressed(own)))
 
 
 class Effects(nn.ModuleDict):
@@ -391,8 +384,10 @@ def coded_effects(effects: Mapping[str, RandomEffect], batch: Batch, n: int) -> 
     """Codes and values of each random effect in a batch of n rows.
 
     Raises:
-        TypeError, InputError: as :meth:`RandomEffect.coded`, or if there are values of another
-            name.
+        TypeError, InputError: as :meth:`RandomEffect.coded`; for values of another name, or a wrong ``g``.
     """
     check_values(batch, effects)
+    for name, effect in effects.items():
+        if effect.g.shape[0] != (size := effect.levels * effect.effects):
+            raise InputError(f"`g` of {name!r} is {effect.g.shape}: expected {(size, size)}")
     return {name: effect.coded(name, batch, n) for name, effect in effects.items()}

@@ -59,10 +59,12 @@ class ResidualStructure:
         name of its operand in the model's tree."""
         raise NotImplementedError
 
-    def terms(self, batch: Batch, n: int) -> list[Term]:
-        """The terms of these operands in a sum."""
+    def terms(self, batch: Batch, n: int, dtype: torch.dtype) -> list[Term]:
+        """The terms of these operands in a sum, computed in a precision."""
         found = self.operands(batch, n).items()
-        return [term for name, each in found for term in summands(name, each, each.terms())]
+        return [
+            term for name, each in found for term in summands(name, each, each.terms(None, dtype))
+        ]
 
     def variances(self, batch: Batch, n: int) -> Tensor:
         """Variance of the residual of a new observation of each row, (n,)."""
@@ -108,11 +110,11 @@ class _OneVariance(ResidualStructure):
         )
         return {"residual": with_weights(rows, batch, n)}
 
-    def terms(self, batch: Batch, n: int) -> list[Term]:
+    def terms(self, batch: Batch, n: int, dtype: torch.dtype) -> list[Term]:
         if type(self.matrix) is not ScalarMatrix or batch.get("weights") is not None:
-            return super().terms(batch, n)
+            return super().terms(batch, n, dtype)
         # Without a matrix of that size: the batch may be small, and one of many.
-        (one,) = self.matrix.terms()
+        (one,) = self.matrix.terms(None, dtype)
         of_rows = Term(IdentityDesign(n), RepeatedCovariance(one.covariance.matrix, n))
         return summands("residual", self.matrix, [of_rows])
 

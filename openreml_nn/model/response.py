@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -99,8 +100,7 @@ class EncodedResponse:
         found = self.encoder.fit(table)
         if self._failures is not None:
             found = _with_failures(found, self._failures.fit(table))
-        self._check(found, table)
-        return found, table
+        return self._checked(found, table), table
 
     def held_out(self, table: pd.DataFrame) -> Encoded:
         """Encode rows that were held out, by what was learned.
@@ -112,7 +112,7 @@ class EncodedResponse:
         found = self.encoder.transform(table, held_out=True)
         if self._failures is not None:
             found = _with_failures(found, self._failures.transform(table, held_out=True))
-        return found
+        return found if self._given is None else self._counted(found, table)
 
     def _learned(self, table: pd.DataFrame) -> pd.DataFrame:
         self._codes, self.levels, self.encoder.categories = None, (), None
@@ -157,21 +157,43 @@ class EncodedResponse:
             return table
         return table.assign(**{name: table[name].map(self._codes).astype(float)})
 
-    def _check(self, encoded: Encoded, table: pd.DataFrame) -> None:
+    def _counted(self, encoded: Encoded, table: pd.DataFrame) -> Encoded:
+        """Proportions whose weights are their trials as successes and failures."""
+        y, weights = encoded.y, encoded.weights
+        if y is None or weights is None:
+            return encoded
+        assert self._given is not None
+        own = named_family(self._given, None, max(2, len(self.levels)))
+        with self._by_rows(encoded, table):
+            y, weights = own.with_weights(y, weights)
+        return replace(encoded, y=y, weights=weights)
+
+    @contextmanager
+    def _by_rows(self, encoded: Encoded, table: pd.DataFrame) -> Iterator[None]:
+        """Name the rows of messages as those of the table, as its other messages count or name them."""
+
+        def named(found: re.Match[str]) -> str:
+            return f"in row {row_name(table, encoded.rows[int(found[1])])}"
+
+        try:
+            yield
+        except InputError as error:
+            text = re.sub(r"in row (\d+)", named, str(error))
+            names = {"`y`": self._name, "`weights`": self.encoder.weights}
+            for mine, column in names.items():
+                text = text if column is None else text.replace(mine, repr(column))
+            source = f"{self.encoder.source}: "
+            raise InputError(text if text.startswith(source) else source + text) from None
+
+    def _checked(self, encoded: Encoded, table: pd.DataFrame) -> Encoded:
         if self._given is None:
-            return
+            return encoded
+        encoded = self._counted(encoded, table)
         y, left, source = encoded.y, self._name, self.encoder.source
         assert y is not None
         own = named_family(self._given, None, max(2, len(self.levels)))
-        try:
+        with self._by_rows(encoded, table):
             own.check(y, f"{source}: the response {left!r}")
-        except InputError as error:
-            # By the rows of the table, as its other messages count or name them.
-            def named(found: re.Match[str]) -> str:
-                return f"in row {row_name(table, encoded.rows[int(found[1])])}"
-
-            text = re.sub(r"in row (\d+)", named, str(error))
-            raise InputError(text) from None
         if self.family == "binomial":
             total = y if y.dim() == 1 else y[:, 0] / y.sum(1)
             if bool((total == total[0]).all()) and float(total[0]) in (0.0, 1.0):
@@ -181,6 +203,7 @@ class EncodedResponse:
                 )
         elif bool((y == y[0]).all()):
             raise InputError(f"{source}: the response {left!r} is {float(y[0]):.6g} in every row")
+        return encoded
 
 
 def _with_failures(successes: Encoded, failures: Encoded) -> Encoded:

@@ -131,7 +131,7 @@ class Streamed(Sums):
         check_method(method)
         model = linear_model(self.skeleton, method, residual_variance=residual_variance)
         covariance = model.covariance(self.skeleton.batch())
-        terms = covariance.terms()
+        terms = covariance.terms(None, torch.float64)
         plan = Plan.of(terms, len(self.fixed.T), solver, torch.float64, self.statistics)
         problem = plan.choice.problem_of_sums(self.fixed, terms, method, self.statistics)
         plan = plan.measured(problem)
@@ -161,7 +161,10 @@ class Streamed(Sums):
         model.remember(at.random, at.fixed, result.fixed.aliases)
         variance = model.residual().detach().reshape(())
         model.remember_equations(
-            [lowered(effect.g).map(Tensor.detach) for effect in model.effects().values()],
+            [
+                lowered(effect.g, torch.float64).map(Tensor.detach)
+                for effect in model.effects().values()
+            ],
             self.statistics.sizes,
             len(self.fixed.T),
             lambda: Equations.of_statistics(self.statistics, variance, FixedBasis.of(self.fixed)),

@@ -72,11 +72,9 @@ def refuse_unread(
 def _unread(residual: nn.Module, responses: int) -> dict[str, tuple[str, str]]:
     """Keys that a residual, or a family in its place, does not read: beside what, and why."""
     if isinstance(residual, Family):
-        why = "as weights divide the residual variance of a Gaussian response"
         return {
             "residual": (" beside a family", "as it has the residual's place"),
             "covariate": (" beside a family", "as it has the residual's place"),
-            "weights": (" beside a family", why),
         }
     takes = structure_of(residual).takes
     found = {}

@@ -49,7 +49,7 @@ def needs_trainer(options: Options) -> bool:
         return True
     # What is for the one kind of response is refused, beside the other, there.
     if as_asked(family, options["model.link"])[0] is not None:
-        return residual is not None or options["model.weights"] is not None
+        return residual is not None
     linked = options["model.link"] not in (None, "identity")
     return linked or options["model.quadrature"] != 1 or options["model.zi"] is not None
 

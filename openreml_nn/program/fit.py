@@ -40,6 +40,7 @@ def fit_table(config: DictConfig) -> float:
         _seed(options["seed"])
         fit = prepared(options)
         is_profiled = options["profile"]
+        is_drawn = options["plots"] is not False  # a config of the user's own may lack it
         fit.read()
         directory.begin(config, fit.resumed)
         found = fit.run()
@@ -55,7 +56,7 @@ def fit_table(config: DictConfig) -> float:
                 f"{result.score_norm:.3g} standard errors"
                 f"{'; raise trainer.max_epochs' if is_cut else ''}"
             )
-        _write(found, fit, path, is_profiled)
+        _write(found, fit, path, is_profiled, is_drawn)
         return found.validation.get("val_negative_log_density", result.deviance)
     raise AssertionError("unreachable")
 
@@ -97,7 +98,7 @@ def is_first_process() -> bool:
     return not any(int(os.environ.get(n) or 0) for n in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
-def _write(found: Fitted, fit: Ways, path: Path, is_profiled: bool) -> None:
+def _write(found: Fitted, fit: Ways, path: Path, is_profiled: bool, is_drawn: bool) -> None:
     """Write and print a run: all files of the fit, then ``result.json``, then what takes long."""
     from openreml_nn.inference import profile
     from openreml_nn.program import outputs
@@ -107,13 +108,14 @@ def _write(found: Fitted, fit: Ways, path: Path, is_profiled: bool) -> None:
     with replacing(path / "model.ckpt") as temporary:
         fit.save(temporary)
     outputs.write_tables(result, path)
-    outputs.write_plots(result, path, found.places)
+    if is_drawn:
+        outputs.write_plots(result, path, found.places)
     outputs.write_record(result, path, found.validation)
     console = plain_console()
     _print(found, console)
     if is_profiled:
         with costs_nothing("profile"):
-            outputs.write_profile(profile(result, progress=fit.has_bar), path)
+            outputs.write_profile(profile(result, progress=fit.has_bar), path, is_drawn)
         outputs.write_record(result, path, found.validation)
     if fit.heritability is not None:
         with costs_nothing("heritability"):

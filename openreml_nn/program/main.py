@@ -16,6 +16,7 @@ from openreml_nn.program.options import flags_first, quoted
 from openreml_nn.program.predict import predict_table
 from openreml_nn.program.report import write_page
 from openreml_nn.program.reporting import configured, reported, stoppable
+from openreml_nn.program.sweep import on_its_own
 
 __all__ = ["config_folder", "main"]
 
@@ -39,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     configured()
     with stoppable(), reported():
         sys.argv = [sys.argv[0], *flags_first([*map(quoted, given)])]
-        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)(task)()
+        run = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)
+        run(on_its_own(task))()
 
 
 def config_folder() -> Path:

@@ -39,7 +39,7 @@ _FLAG = re.compile(
     r"|-sc|--shell-completion"
 )
 #: Keys that a run of any kind takes.
-_ALWAYS = ("hydra", "seed", "trainer.enable_progress_bar")
+_ALWAYS = ("hydra", "plots", "seed", "trainer.enable_progress_bar")
 
 
 def quoted(argument: str) -> str:
@@ -290,6 +290,7 @@ _BY_PARAMETER: _Kind = (
 _KINDS: dict[str, _Kind] = {
     "seed": _SEED,
     "profile": _FLAG_KIND,
+    "plots": _FLAG_KIND,
     "heritability": _NAME,
     "resume": _NAME,
     "trainer": _NODE,

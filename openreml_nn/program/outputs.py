@@ -56,6 +56,9 @@ def write_tables(result: Result, directory: str | Path) -> None:
     write_table(fixed_table(result), folder / "fixed.csv")
     write_table(variance_table(result), folder / "variance.csv")
     write_table(blup_table(result), folder / "blup.csv")
+    if len(result.residuals):
+        with costs_nothing("residuals.csv"):
+            write_table(residual_table(result), folder / "residuals.csv")
     with costs_nothing("summary.txt"):
         write_text(folder / "summary.txt", summary(result))
 
@@ -69,15 +72,13 @@ def write_plots(result: Result, directory: str | Path, places: Tensor | None = N
         places: where the rows are (n, k), of a spatial model.
     """
     _draw(Path(directory), _plots(result, places))
-    if len(result.residuals):
-        with costs_nothing("residuals.csv"):
-            write_table(residual_table(result), Path(directory) / "residuals.csv")
 
 
-def write_profile(profile: Profile, directory: str | Path) -> None:
-    """Write the intervals of a profile likelihood and its plot."""
+def write_profile(profile: Profile, directory: str | Path, is_drawn: bool) -> None:
+    """Write the intervals of a profile likelihood, and draw it where that is asked for."""
     write_table(profile.intervals(), Path(directory) / "profile.csv")
-    _draw(Path(directory), {"profile": partial(zeta, profile)})
+    if is_drawn:
+        _draw(Path(directory), {"profile": partial(zeta, profile)})
 
 
 def write_heritability(result: Result, group: str, directory: str | Path) -> pd.DataFrame:

@@ -22,7 +22,16 @@ from openreml_nn.support.display import visible
 from openreml_nn.support.errors import InputError, NumericalError
 from openreml_nn.support.warning import warn
 
-__all__ = ["Stopped", "configured", "costs_nothing", "one_line", "reported", "shown", "stoppable"]
+__all__ = [
+    "Failed",
+    "Stopped",
+    "configured",
+    "costs_nothing",
+    "one_line",
+    "reported",
+    "shown",
+    "stoppable",
+]
 
 #: What the disk or the user's rights can do to a run; all else is a fault of ours.
 _DISK = {
@@ -80,6 +89,19 @@ def stoppable() -> Iterator[None]:
             signal.signal(each, handler)
 
 
+class Failed(SystemExit):
+    """The end of the program after an error, of which it has told.
+
+    Args:
+        status: its exit status.
+        message: what it has said.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(status)
+        self.status, self.message = status, message
+
+
 @contextmanager
 def reported(advice: str = "") -> Iterator[None]:
     """End the program by its rule: status 0 when done, 2 and one line where the input is invalid,
@@ -119,8 +141,9 @@ def reported(advice: str = "") -> Iterator[None]:
             message = f"the options cannot be read: {str(error).partition(' : Override(')[0]}"
         else:
             raise
-    print(f"error: {one_line(message)}", file=sys.stderr)
-    sys.exit(status)
+    message = one_line(message)
+    print(f"error: {message}", file=sys.stderr)
+    raise Failed(status, message)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ __all__ = ["RunDirectory", "without_environment"]
 #: What a run may leave in its directory: ``result.json`` goes first.
 _FILES = (
     "result.json",
+    "failed.json",
     "summary.txt",
     "fixed.csv",
     "variance.csv",

@@ -1,37 +1,102 @@
-"""The table of the runs of a sweep."""
+"""The runs of a sweep: each on its own, and a table of all."""
 
 from __future__ import annotations
 
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
 
+from openreml_nn.program.reporting import Failed, one_line
 from openreml_nn.support.display import plain_console, visible
 from openreml_nn.support.errors import InputError
 
-__all__ = ["SweepTable"]
+__all__ = ["SweepTable", "on_its_own"]
+
+
+def on_its_own(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+    """A task of which a run that fails costs a sweep no other run.
+
+    The run leaves ``failed.json``, and minimises nothing: what it returns is NaN. A signal ends the
+    sweep, as does a pipe that is closed.
+
+    Args:
+        task: ends by :func:`reported`.
+    """
+
+    @wraps(task)
+    def run(config: DictConfig) -> Any:
+        if HydraConfig.get().mode != RunMode.MULTIRUN:
+            return task(config)
+        try:
+            return task(config)
+        except Failed as error:
+            if error.status > 2:
+                raise
+            status, message = error.status, error.message
+        except Exception as error:
+            traceback.print_exc()
+            status, message = 1, one_line(f"{type(error).__name__}: {error}")
+        _record(status, message)
+        return float("nan")
+
+    return run
+
+
+def _record(status: int, message: str) -> None:
+    """Write down how a run has failed."""
+    from openreml_nn.program.fit import is_first_process
+    from openreml_nn.report.runs import FAILED
+    from openreml_nn.support.files import write_text
+
+    if is_first_process():
+        hydra = HydraConfig.get()
+        path = Path(hydra.runtime.output_dir)
+        path.mkdir(parents=True, exist_ok=True)  # a run that has written nothing leaves no folder
+        kept = {"status": status, "error": message, "overrides": list(hydra.overrides.task)}
+        write_text(path / FAILED, json.dumps(kept))
 
 
 class SweepTable(Callback):
-    """Writes ``sweep.csv`` when a sweep ends, prints it, and names the best run."""
+    """Writes ``sweep.csv`` when a sweep ends, prints it, and names the best run. Where a run has
+    failed its message is in the table, and the exit status is the run's."""
+
+    def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
+        """Forget what has failed in an earlier sweep of the same folder."""
+        from openreml_nn.report.runs import FAILED
+
+        for left in Path(config.hydra.sweep.dir).rglob(FAILED):
+            left.unlink()
 
     def on_multirun_end(self, config: Any, **kwargs: Any) -> None:
-        """Collect the runs that have a result."""
-        from openreml_nn.report.runs import best, collect
+        """Collect the runs."""
+        from openreml_nn.report.runs import best, collect, failures
         from openreml_nn.table import write_table
 
         folder = Path(config.hydra.sweep.dir)
+        failed = failures(folder)
         try:
-            table = collect(folder)
-        except InputError:
-            return  # every run has said what is wrong with it
+            table = collect(folder, with_failed=True)
+        except InputError as error:
+            print(f"warning: sweep.csv is left out: {one_line(error)}", file=sys.stderr)
+            return
         write_table(table, folder / "sweep.csv")
         console = plain_console(soft_wrap=True)
         console.print(table.map(_seen).rename(columns=_seen).to_string(index=False))
         if (found := best(table)) is not None:
             console.print(f"best run by {found[1]}: {visible(folder / found[0])}")
         console.print(f"written to {visible(folder / 'sweep.csv')}")
+        if failed:
+            print(f"error: {len(failed)} of {len(table)} runs failed", file=sys.stderr)
+            sys.exit(min(failed.values()))
 
 
 def _seen(value: Any) -> Any:

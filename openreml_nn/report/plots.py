@@ -241,7 +241,8 @@ def covariance_map(result: Result, rows: int = 60) -> Figure:
     n = min(rows, result.rows)
     at = torch.arange(n) if own is None else own[:n].cpu()
     with torch.no_grad():
-        terms = [_own_levels(t.to(y.dtype)) for t in refit.covariance.terms(at.to(y.device))]
+        found = refit.covariance.terms(at.to(y.device), y.dtype)
+        terms = [_own_levels(term) for term in found]
         n = max(1, min([n, *(_NUMBERS // term.design.shape[1] for term in terms)]))
         first = torch.arange(n, device=y.device)
         parts = [_dense(term.take(first), y) for term in terms]

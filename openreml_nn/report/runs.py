@@ -11,20 +11,40 @@ from omegaconf import OmegaConf
 
 from openreml_nn.support.errors import InputError
 
-__all__ = ["best", "collect"]
+__all__ = ["FAILED", "best", "collect", "failures"]
+
+#: What a run of a sweep leaves that has failed: its exit status, its message and its options.
+FAILED = "failed.json"
 
 #: What is told of each run, where its ``result.json`` has it.
 _FIT = ("converged", "singular", "log_likelihood", "deviance", "aic", "bic", "seconds")
 
 
-def collect(folder: str | Path) -> pd.DataFrame:
+def failures(folder: str | Path) -> dict[Path, int]:
+    """The folders of the runs below a folder that have failed, and their exit statuses."""
+    return {
+        path.parent: int(json.loads(path.read_text(encoding="utf-8"))["status"])
+        for path in Path(folder).rglob(FAILED)
+    }
+
+
+def collect(folder: str | Path, with_failed: bool = False) -> pd.DataFrame:
     """A data frame with a row for each run below a folder: what was overridden, and what came out.
+
+    Args:
+        folder: of the runs.
+        with_failed: whether those that failed have a row, with their message in the column
+            ``error``.
 
     Raises:
         InputError: if there is no run, or a ``result.json`` is of something else.
     """
+    failed = failures(folder)
+    found = [path for path in Path(folder).rglob("result.json") if path.parent not in failed]
+    if with_failed:
+        found += [path / FAILED for path in failed]
     rows = []
-    for path in sorted(Path(folder).rglob("result.json"), key=_number):
+    for path in sorted(found, key=_number):
         try:
             rows.append(_row(path, Path(folder)))
         except (KeyError, TypeError, ValueError) as error:
@@ -40,8 +60,11 @@ def _row(path: Path, folder: Path) -> dict[str, Any]:
     result = json.loads(path.read_text(encoding="utf-8"))
     overrides = path.parent / ".hydra" / "overrides.yaml"
     given = list(OmegaConf.load(overrides)) if overrides.is_file() else []
+    given = result.get("overrides", given)
     options = dict(str(text).lstrip("+").partition("=")[::2] for text in given)
     row = {"run": str(path.parent.relative_to(folder)), **options}
+    if path.name == FAILED:
+        return row | {"error": result["error"]}
     row |= {"formula": result["model"]["formula"], "method": result["model"]["method"]}
     row["rows"] = result["data"]["rows"]
     row |= {key: result["fit"][key] for key in _FIT}
@@ -55,7 +78,11 @@ def _row(path: Path, folder: Path) -> dict[str, Any]:
 def best(table: pd.DataFrame) -> tuple[str, str] | None:
     """The best run and by what: log density of the rows held out; else AIC, where the models have
     one likelihood (``ml``, or ``reml`` with the same formula); None where nothing compares, as between
-    runs of different data."""
+    runs of different data. Runs that failed are none of them."""
+    if "error" in table:
+        table = table[table["error"].isna()]
+    if table.empty:
+        return None
     response = table["formula"].str.partition("~")[0].str.strip()
     if max(table["rows"].nunique(), response.nunique()) > 1:
         return None

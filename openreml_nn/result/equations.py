@@ -84,7 +84,7 @@ class Equations:
 
         Args:
             designs: of each random term.
-            residual: the terms of the residuals.
+            residual: the terms of the residuals, in the precision of ``f``.
             f: the columns of the fixed part, see above.
             fixed: what they are.
         """
@@ -171,12 +171,11 @@ def _whitened(
 ) -> tuple[list[Design], Tensor, float] | None:
     """Designs and f of rows that R makes independent and of variance 1, and the logarithm of its
     determinant."""
-    terms = [term.to(f.dtype) for term in residual]
     try:
-        R = _blocks(terms)
+        R = _blocks(residual)
     except InputError:
-        return None if len(f) > _MOST_ROWS else _whitened_densely(designs, terms, f)
-    matrices = R.matrices(terms)
+        return None if len(f) > _MOST_ROWS else _whitened_densely(designs, residual, f)
+    matrices = R.matrices(residual)
     if R.moves:
         white = R.white(matrices)
         within = [

@@ -110,7 +110,7 @@ class JointErrors(nn.Module):
         """Take up the rows of a fit. The parts are computed when one is asked for.
 
         Args:
-            covariances: of each random term.
+            covariances: of each random term, in the precision of the equations.
             sizes: levels and effects of each.
             r: number of coefficients.
             equations: yields those of the rows, or None where they cannot be had.
@@ -145,7 +145,7 @@ class JointErrors(nn.Module):
         if q + r > self.most_columns:
             self._large = covariances, given
             return
-        roots = [g.map(lambda x: x.to(like)).root() for g in covariances]
+        roots = [g.root() for g in covariances]
         starts = [sum(widths[t] for t in rest[:i]) for i in range(len(rest))]
         S = _dense(equations, rest)
         conditional, cells = like.new_zeros(0, 0, 0), LevelCells.none(like)

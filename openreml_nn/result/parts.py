@@ -230,6 +230,8 @@ class Source:
             None without a formula.
         offset: (n,) known part of the linear predictor of a response that is not Gaussian, from
             which it cannot be taken; None if there is none.
+        weights: (n,) factors of the rows' log-densities, of a response that is not Gaussian; None
+            where all are one.
     """
 
     covariance: Matrix
@@ -241,3 +243,4 @@ class Source:
     means: Mapping[str, float] = field(default_factory=dict)
     cells: Any = None
     offset: Tensor | None = None
+    weights: Tensor | None = None

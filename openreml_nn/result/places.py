@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from openreml_nn.support.spectrum import decomposed
 from openreml_nn.terms.design import IndexedDesign
 
 __all__ = ["Kriging", "PlacedDesign"]
@@ -40,7 +41,7 @@ class Kriging(NamedTuple):
             weights = torch.cholesky_solve(c.mT, factor).mT
         else:
             # Smooth kernels of near places: directions that rounding hides have no variance.
-            values, vectors = torch.linalg.eigh(K)
+            values, vectors = decomposed(K, "the covariance of the places")
             seen = values > len(K) * torch.finfo(K.dtype).eps * values[-1]
             inverse = torch.where(seen, 1 / torch.where(seen, values, 1), 0)
             weights = ((c @ vectors) * inverse) @ vectors.mT

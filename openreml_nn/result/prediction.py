@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -304,12 +305,14 @@ def _expected(family: Family, eta: Tensor, variance: Tensor) -> tuple[Tensor, Te
     return mean, square
 
 
-def lowered(g: Matrix) -> Covariance:
-    """The covariance of all levels by its structure, in the order of its columns."""
-    terms = g.terms()
+def lowered(g: Matrix, dtype: torch.dtype | None = None) -> Covariance:
+    """The covariance of all levels by its structure, in the order of its columns, with ``dtype`` as
+    :meth:`Matrix.terms` takes it."""
+    terms = g.terms(None, dtype)
     if len(terms) == 1 and isinstance(terms[0].design, IdentityDesign):
         return terms[0].covariance
-    return DenseCovariance(g())
+    with nullcontext() if dtype is None else g.computed_in(dtype):
+        return DenseCovariance(g())
 
 
 def prior_of(g: Covariance, levels: int, effects: int) -> Tensor:

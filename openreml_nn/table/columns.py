@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Sequence
 from decimal import Decimal
 from numbers import Real
@@ -14,11 +15,19 @@ import pandas as pd
 from openreml_nn.support.errors import InputError
 from openreml_nn.table.syntax import Number, parse, walk
 
-__all__ = ["check_constants", "kind_of", "numbers", "row_name", "single", "stray"]
+__all__ = ["check_constants", "kind_of", "no_column", "numbers", "row_name", "single", "stray"]
 
 #: What people write where a number is missing.
 MARKS = frozenset(
     ["", ".", "-", "--", "?", "*", "na", "n/a", "#n/a", "null", "none", "nan", "missing", "<na>"]
+)
+#: What may stand between fields, and so in the name of the one column of a file that was read by
+#: another mark.
+_SEPARATORS = ";\t|, "
+#: A date, or a date and a time, by ISO 8601.
+_DATE = re.compile(
+    r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])"
+    r"([ T]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d(:?\d\d)?)?)?"
 )
 #: Text columns of at least so many distinct numbers are taken for numbers with a slip in them.
 _MANY = 10
@@ -39,6 +48,22 @@ def check_constants(formula: str, columns: Sequence[str], source: str) -> None:
             )
 
 
+def no_column(source: str, name: str, columns: Sequence[Any]) -> InputError:
+    """An error that says which columns there are, and by which separator there would be more."""
+    near = ", ".join(map(str, columns[:20]))
+    what = f"{source} has no column {name!r}: its columns are {near}"
+    mark = next((m for m in _SEPARATORS if len(columns) == 1 and m in str(columns[0])), None)
+    other = next((c for c in columns if not isinstance(c, str)), None)
+    if mark is not None:
+        what = (
+            f"{source} has no column {name!r} but one column {columns[0]!r}: read it with "
+            f"`separator` {mark!r} (data.separator)"
+        )
+    elif other is not None:
+        what += f"; the name {other!r} is a {type(other).__name__}: expected text"
+    return InputError(what)
+
+
 def single(table: pd.DataFrame, name: str, source: str) -> pd.Series:
     """The column of this name.
 
@@ -46,12 +71,7 @@ def single(table: pd.DataFrame, name: str, source: str) -> pd.Series:
         InputError: if there is none, or there are several.
     """
     if name not in table.columns:
-        near = ", ".join(map(str, table.columns[:20]))
-        what = f"{source} has no column {name!r}: its columns are {near}"
-        other = next((c for c in table.columns if not isinstance(c, str)), None)
-        if other is not None:
-            what += f"; the name {other!r} is a {type(other).__name__}: expected text"
-        raise InputError(what)
+        raise no_column(source, name, table.columns)
     found = table[name]
     if isinstance(found, pd.DataFrame):
         raise InputError(
@@ -68,6 +88,9 @@ def row_name(table: pd.DataFrame, position: int) -> str:
 
 def kind_of(column: pd.Series, source: str) -> str:
     """What a column holds: ``number``, ``bool``, ``factor`` (labels) or ``dates``.
+
+    Text in which every value is a date by ISO 8601 holds dates, as text is all that a CSV file has:
+    the same table is read alike from CSV and from Parquet.
 
     Raises:
         InputError: if it holds lists, records or complex numbers.
@@ -86,9 +109,11 @@ def kind_of(column: pd.Series, source: str) -> str:
     if isinstance(dtype, pd.ArrowDtype):
         return _kind_of_arrow(column, dtype, source)
     if not pd.api.types.is_object_dtype(dtype):
-        return "factor"
+        return _kind_of_text(column)
     inferred = pd.api.types.infer_dtype(column, skipna=True)
-    if inferred in ("string", "bytes", "mixed-integer", "empty"):
+    if inferred == "string":
+        return _kind_of_text(column)
+    if inferred in ("bytes", "mixed-integer", "empty"):
         # Only a pass over the values tells lists from a column of text and missing values.
         return "factor" if inferred != "empty" else "number"
     if inferred == "boolean":
@@ -108,6 +133,13 @@ def kind_of(column: pd.Series, source: str) -> str:
     return "dates" if all(isinstance(v, dates) for v in values) else "factor"
 
 
+def _kind_of_text(column: pd.Series) -> str:
+    present = column.dropna()
+    if not len(present) or not _DATE.fullmatch(str(present.iloc[0])):
+        return "factor"  # most columns of text are told by their first value
+    return "dates" if all(_DATE.fullmatch(str(v)) for v in present.unique()) else "factor"
+
+
 def _kind_of_arrow(column: pd.Series, dtype: pd.ArrowDtype, source: str) -> str:
     import pyarrow as pa
 
@@ -118,7 +150,10 @@ def _kind_of_arrow(column: pd.Series, dtype: pd.ArrowDtype, source: str) -> str:
         )
     if pa.types.is_decimal(kind):
         return "number"
-    return "dates" if pa.types.is_temporal(kind) else "factor"
+    if pa.types.is_temporal(kind):
+        return "dates"
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return _kind_of_text(column) if is_text else "factor"
 
 
 def numbers(column: pd.Series, what: str, table: pd.DataFrame) -> np.ndarray:

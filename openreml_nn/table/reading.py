@@ -15,6 +15,7 @@ import pandas as pd
 
 from openreml_nn.support.checks import check_table
 from openreml_nn.support.errors import InputError
+from openreml_nn.table.columns import no_column
 from openreml_nn.table.frames import frame_of, regrouped
 from openreml_nn.table.parsing import TextTable
 from openreml_nn.table.text import Dialect
@@ -201,10 +202,7 @@ class TableFile(os.PathLike[str]):
             raise InputError(f"file {self._path!r} has no rows")
         for column in columns:
             if column not in names:
-                near = ", ".join(names[:20])
-                raise InputError(
-                    f"file {self._path!r} has no column {column!r}: its columns are {near}"
-                )
+                raise no_column(f"file {self._path!r}", column, names)
             if names.count(column) > 1:
                 raise InputError(
                     f"file {self._path!r} has {names.count(column)} columns {column!r}: expected "
@@ -236,7 +234,7 @@ class TableFile(os.PathLike[str]):
             raise
         except UnicodeDecodeError as error:
             raise self._broken(
-                f"{error.reason}; is it of another `encoding`, such as latin-1?"
+                f"{error.reason}; is it of another `encoding` (data.encoding), such as latin-1?"
             ) from None
         except (OSError, ValueError, KeyError, EOFError, pa.ArrowException) as error:
             raise self._broken(str(error)) from None
@@ -246,9 +244,12 @@ class TableFile(os.PathLike[str]):
     def _broken(self, reason: str) -> InputError:
         first = (reason.splitlines() or ["it is broken"])[0]
         if "Expected 1 columns" in first:
-            first += "; does it have another `separator`, or a `comment` before the header?"
+            first += (
+                "; does it have another `separator` (data.separator), or a `comment` "
+                "(data.comment) before the header?"
+            )
         if "invalid UTF8" in first:
-            first += "; is it of another `encoding`, such as latin-1?"
+            first += "; is it of another `encoding` (data.encoding), such as latin-1?"
         return InputError(f"file {self._path!r} cannot be read: {first}")
 
     # ------------------------------------------------------------------ Parquet

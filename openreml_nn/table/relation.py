@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.spectrum import eigenvalues
 from openreml_nn.table.levels import label
 from openreml_nn.table.reading import TableFile
 from openreml_nn.table.structure import Structure
@@ -212,7 +213,7 @@ def check_kernel(what: str, known: Known, inverse: bool = False) -> None:
         )
     if matrix.layout != torch.strided or len(matrix) > _CHECKED:
         return
-    least = float(torch.linalg.eigvalsh(matrix)[0])
+    least = float(eigenvalues(matrix, what)[0])
     if least < -1e-8 * float(matrix.abs().max()) * len(matrix):
         raise InputError(
             f"{what} is not positive semi-definite: its smallest eigenvalue is {least:.4g}"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.support.errors import NumericalError
+from openreml_nn.support.spectrum import decomposed
 from openreml_nn.terms.design import Design
 from openreml_nn.terms.kernel import Kernel
 
@@ -210,7 +211,7 @@ def square_root(matrix: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(matrix)
     if not int(info):
         return factor
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = decomposed(matrix, "the covariance of a term")
     rounding = matrix.shape[0] * torch.finfo(matrix.dtype).eps * values.abs().max()
     if not bool(values[0] >= -rounding):
         raise NumericalError(f"its smallest eigenvalue is {float(values[0]):.6g}")

@@ -1,4 +1,5 @@
-"""Relatives, fields, places and crossed factors by the sparse solver: ``python -m tests.benchmarks.sparse [name ...]``.
+"""Relatives, fields, places and crossed factors by the sparse solver, and what fits none:
+``python -m tests.benchmarks.sparse [name ...]``.
 
 Each row runs in a process of its own on one core. Seconds are those of the processor: of a
 factorisation with its selected inverse, and of a whole fit from tensors (or from a table in a file)
@@ -21,9 +22,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
-from openreml_nn import REMLLoss, Result, fit_reml, lmm
+from openreml_nn import REMLLoss, Result, fit_reml, glmm, lmm
 from openreml_nn.covariance import (
     CovariancePropagation,
     DummyMatrix,
@@ -119,7 +121,9 @@ RELATIVES = {
 FIELDS = {"field-100x200": (100, 200), "field-300x400": (300, 400)}
 PLACES = {"places-2000": 2_000, "places-10000": 10_000}
 TABLES = ("insteval", "crossed", "ratings")
-NAMES = (*RELATIVES, *FIELDS, *PLACES, *TABLES)
+#: Levels of each of two factors, ten binary responses for each.
+BINARY = {"binary-3000": 3_000, "binary-30000": 30_000}
+NAMES = (*RELATIVES, *FIELDS, *PLACES, *TABLES, *BINARY)
 
 
 def of_relatives(name: str) -> Row:
@@ -171,6 +175,20 @@ def of_places(name: str) -> Row:
     return _row(name, found, evaluation, time.process_time() - start, result)
 
 
+def of_binary(name: str) -> Row:
+    """Users and items that meet at random, of which a factor fills up."""
+    q = BINARY[name]
+    rng = np.random.default_rng(0)
+    user, item = rng.integers(q, size=(2, 10 * q))
+    x, users, items = rng.standard_normal(10 * q), rng.standard_normal(q), rng.standard_normal(q)
+    eta = 0.5 * x - 0.5 + 0.8 * users[user] + 0.6 * items[item]
+    y = (rng.random(10 * q) < 1 / (1 + np.exp(-eta))).astype(int)
+    table = pd.DataFrame({"y": y, "x": x, "user": user, "item": item})
+    start = time.process_time()
+    result = glmm("y ~ x + (1 | user) + (1 | item)", table, family="binomial")
+    return _row(name, 0.0, 0.0, time.process_time() - start, result)
+
+
 def _lags(n: int) -> np.ndarray:
     return np.abs(np.subtract.outer(np.arange(n), np.arange(n)))
 
@@ -207,7 +225,12 @@ def run(name: str) -> None:
     warnings.simplefilter("ignore")
     V, y, X, _ = relatives(200, 2, 2)
     fit_reml(V, y, X, solver="sparse")  # all is compiled, or read from where it is kept
-    kinds = ((RELATIVES, of_relatives), (FIELDS, of_field), (PLACES, of_places))
+    kinds = (
+        (RELATIVES, of_relatives),
+        (FIELDS, of_field),
+        (PLACES, of_places),
+        (BINARY, of_binary),
+    )
     of = next((of for names, of in kinds if name in names), of_table)
     found = of(name)
     print(json.dumps(asdict(found)))

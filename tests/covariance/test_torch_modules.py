@@ -166,6 +166,8 @@ def test_a_replacement_that_does_not_fit_is_named():
     V = Sum(a=ScalarMatrix(3), e=ScalarMatrix(3))
     V.e = ScalarMatrix(1)
     with pytest.raises(ValueError, match=r"operand 'e' is now \(1, 1\)"):
+        V.terms()
+    with pytest.raises(ValueError, match=r"operand 'e' is now \(1, 1\)"):
         V()
     V.e = nn.Linear(3, 3)
     with pytest.raises(TypeError, match="operand 'e' is a Linear"):

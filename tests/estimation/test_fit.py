@@ -10,12 +10,17 @@ from openreml_nn import AIREML, InputError, NumericalError, REMLLoss, fit_reml, 
 from openreml_nn.covariance import (
     CovariancePropagation,
     DummyMatrix,
+    IdentityMatrix,
+    KroneckerProduct,
     ScalarMatrix,
     Sum,
     UnconstrainedMatrix,
+    UnstructuredMatrix,
+    ar1_field,
 )
 from openreml_nn.datasets import penicillin, sleepstudy
 from openreml_nn.likelihood import NotPositiveDefiniteError
+from openreml_nn.support.solving import inverted, solved
 from openreml_nn.support.spectrum import decomposed, eigenvalues
 
 FORMULA = "Reaction ~ Days + (Days | Subject)"
@@ -383,3 +388,42 @@ def test_a_matrix_without_eigenvalues_is_named_whatever_its_size(function, n):
     K[0, -1] = K[-1, 0] = torch.nan
     with pytest.raises(NumericalError, match="K has no eigenvalues: it holds numbers that are not"):
         function(K, "K")
+
+
+def test_a_matrix_without_inverse_is_named():
+    K = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+    eye = torch.eye(2)
+    for found in (solved(K, eye, "K"), inverted(K, "K"), inverted(K, "K", pseudo=True)):
+        torch.testing.assert_close(found @ K, eye)
+    singular = torch.ones(2, 2)
+    torch.testing.assert_close(inverted(singular, "K", pseudo=True), singular / 4)
+    for refused in (
+        lambda: solved(singular, eye, "K"),
+        lambda: inverted(singular, "K"),
+        lambda: inverted(singular * torch.nan, "K", pseudo=True),
+    ):
+        with pytest.raises(
+            NumericalError, match=r"^K has no inverse: it (is singular|holds numbers)"
+        ):
+            refused()
+
+
+@pytest.mark.parametrize("solver", ["dense", "blocked", "sparse", "krylov"])
+def test_a_covariance_that_is_not_a_number_is_named_by_every_solver(solver):
+    Z = DummyMatrix([0, 0, 1, 1, 2, 2] * 2, covariates=torch.arange(24.0).reshape(12, 2))
+    G = KroneckerProduct(IdentityMatrix(3), UnstructuredMatrix(2))
+    V = Sum(g=CovariancePropagation(z=Z, g=G), residual=ScalarMatrix(12)).double()
+    with torch.no_grad():
+        next(V.parameters()).fill_(torch.nan)
+    y = torch.arange(12.0).double()
+    with pytest.raises(NumericalError, match="not positive"):
+        REMLLoss(V, solver=solver).evaluate(y, torch.ones(12, 1).double())
+
+
+def test_a_field_that_is_not_a_number_is_named():
+    V = Sum(field=ar1_field(4, 3), residual=ScalarMatrix(12)).double()
+    with torch.no_grad():
+        next(V.parameters()).fill_(torch.nan)
+    y = torch.arange(12.0).double()
+    with pytest.raises(NumericalError, match="the rows of the grid has no eigenvalues"):
+        REMLLoss(V, solver="grid").evaluate(y, torch.ones(12, 1).double())

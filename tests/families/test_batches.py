@@ -94,14 +94,12 @@ def test_an_offset_is_a_known_part_of_the_predictor(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_weights_are_refused_wherever_a_batch_is_taken(name):
+def test_weights_of_one_say_nothing_wherever_a_batch_is_taken(name):
     model, data = made(name)
     model.update(data)
     weighted = {**data, "weights": torch.ones(N).double()}
-    calls = (model.loss, model.update, model.predict, model.log_density)
-    for call in calls:
-        with pytest.raises(InputError, match=r"`batch\['weights'\]` is .* beside a family"):
-            call(weighted)
+    for call in (model.loss, model.predict, model.log_density):
+        torch.testing.assert_close(call(weighted), call(data), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -120,12 +118,12 @@ def test_a_missing_response_is_a_row_that_is_not_there(name):
 
 
 @pytest.mark.parametrize("training", ["full", "groups", "composite"])
-def test_training_takes_offsets_and_refuses_weights(training):
+def test_training_takes_offsets_and_weights(training):
     found = []
     for known in (False, True):
         model, data = made("poisson", known)
         if not known:
-            data = {**data, "offset": data["x"][:, 2]}
+            data = {**data, "offset": data["x"][:, 2], "weights": torch.ones(N).double()}
         order = data["groups"]["g"].argsort(stable=True)
         parts = [order] if training == "full" else list(order.split(N // 2))
         module = MixedModule(model, {"_target_": "torch.optim.SGD", "lr": 0.01}, training)
@@ -133,9 +131,6 @@ def test_training_takes_offsets_and_refuses_weights(training):
         found.append(model.predict(data))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
-    weighted = {**data, "weights": torch.ones(N).double()}
-    with pytest.raises(InputError, match=r"training batch 0: `batch\['weights'\]` is .* beside"):
-        quiet(1).fit(MixedModule(model, None, training), DataLoader([weighted], batch_size=None))
 
 
 def test_an_offset_at_fault_is_named():

@@ -365,7 +365,7 @@ def test_a_bad_response_is_named_by_its_row_of_the_table():
         glmm("y ~ 1 + offset(log(exposure)) + (1 | subject)", table, family="poisson")
 
 
-@pytest.mark.parametrize("option", ["weights", "residual", "chunk_rows", "residual_variance"])
+@pytest.mark.parametrize("option", ["residual", "chunk_rows", "residual_variance"])
 def test_options_of_gaussian_responses_are_refused(option):
     with pytest.raises(InputError, match=f"`{option}` is .*glmm\\(\\) takes none, as"):
         glmm("y ~ 1 + (1 | subject)", data("epil"), family="poisson", **{option: "V4"})

@@ -104,8 +104,8 @@ FAULTS = [
     Fault(
         "Cook's distance is not divided by the coefficients",
         DELETION,
-        "float(change @ torch.linalg.solve(phi, change)) / p",
-        "float(change @ torch.linalg.solve(phi, change))",
+        "float(change @ solved(phi, change, what)) / p",
+        "float(change @ solved(phi, change, what))",
         OF_CASES,
     ),
     Fault(
@@ -167,7 +167,7 @@ FAULTS = [
     Fault(
         "a bootstrap sample that is separated counts",
         "openreml_nn/inference/laplace_refit.py",
-        "if least < _LITTLE * len(fit.y):",
+        "if least < _LITTLE * fit.count:",
         "if least < -1:",
         f"{OF_FAMILIES} -k separated",
     ),

@@ -156,7 +156,7 @@ FAULTS = [
     ),
     Fault(
         "the control of a kernel's probes has the wrong sign",
-        "openreml_nn/likelihood/solvers/krylov.py",
+        "openreml_nn/likelihood/system/control.py",
         "return samples - control.reshape",
         "return samples + control.reshape",
         "tests/likelihood/test_probes.py",

@@ -340,8 +340,8 @@ FAULTS = [
     Fault(
         "a row of no known level has no random effect in the likelihood",
         "openreml_nn/model/random_effect.py",
-        "if not len(codes) or int(codes.min()) >= 0:",
-        "if True:",
+        "if len(codes) and int(codes.min()) < 0:",
+        "if False:",
         "tests/test_model.py -k no_known_level",
     ),
     Fault(

@@ -1,6 +1,7 @@
 """Inference against lmerTest, pbkrtest, lme4 and emmeans, and against its own definitions."""
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -497,7 +498,10 @@ def test_a_singular_fit_is_explained():
 def test_other_troubles_are_explained():
     with pytest.warns(RuntimeWarning, match="did not converge"):
         result = fitted("sleepstudy", max_iterations=1)
-    assert any("has not converged" in s and "more iterations" in s for s in diagnose(result))
+    assert any("has not converged" in s and "Allow more iterations" in s for s in diagnose(result))
+    stalled = replace(result, history=(replace(result.history[0], step=0.0),))
+    (said,) = (s for s in diagnose(stalled) if "has not converged" in s)
+    assert "more iterations change nothing" in said
     few = lmm("diameter ~ 1 + (1 | sample)", penicillin().query("sample in ['A', 'B', 'C']"))
     assert any("3 levels" in s for s in diagnose(few))
 

@@ -92,6 +92,16 @@ def test_correlations_follow_from_finite_differences_of_the_parameters():
     assert again["std_error"] == pytest.approx(found["std_error"], rel=1e-5)
 
 
+def test_a_correlation_at_its_bound_has_no_standard_error():
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"x": rng.standard_normal(300), "g": np.arange(300) // 10})
+    b = rng.standard_normal(30)[table["g"]]
+    table["y"] = b + 0.5 * b * table["x"] + 0.5 * rng.standard_normal(300)
+    found = effect_correlations(lmm("y ~ x + (x | g)", table), "g").iloc[0]
+    assert found["correlation"] == pytest.approx(1, abs=1e-9)
+    assert np.isnan(found["std_error"])
+
+
 def test_an_index_of_one_effect_is_its_blup(factored):
     found = selection_index(factored, "line", {"enve2": 1.0}).set_index("level")
     expected = reliability(factored, "line")

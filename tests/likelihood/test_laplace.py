@@ -481,9 +481,9 @@ def test_what_cannot_be_done_is_refused():
     with pytest.raises(InputError, match=r"`method` is 'map': expected 'ml' or 'reml'"):
         LaplaceLoss(covariance, own, "map")
     with pytest.raises(
-        InputError, match=r"`solver` is 'krylov', which is for Gaussian responses: expected"
+        InputError, match=r"`solver` is 'spectral', which is for Gaussian responses: expected"
     ):
-        LaplaceLoss(covariance, own, solver="krylov")
+        LaplaceLoss(covariance, own, solver="spectral")
     with pytest.raises(InputError, match=r"`quadrature` is 5 but `method` is 'reml'"):
         LaplaceLoss(covariance, own, "reml", quadrature=5)
     with pytest.raises(TypeError, match=r"`family` is 'binomial': expected a Family"):

@@ -13,7 +13,7 @@ from openreml_nn.covariance import (
 )
 from openreml_nn.covariance.matrix import Recorded
 from openreml_nn.families import Binomial, Gaussian, NegativeBinomial, Ordinal, Poisson
-from openreml_nn.likelihood import LaplaceLoss
+from openreml_nn.likelihood import Blocked, LaplaceLoss
 from openreml_nn.likelihood.laplace_mode import Rows, find_mode
 from openreml_nn.likelihood.laplace_quadrature import by_quadrature
 from openreml_nn.likelihood.laplace_system import BlockedSpace
@@ -126,7 +126,7 @@ def test_nodes_in_parts_are_the_same():
     parameters = list(covariance.parameters())
     rows = Rows(Binomial(), BINARY, ETA, ETA.new_zeros(N, 0))
     terms = covariance.terms()
-    layout = BlockedSpace([term.detach() for term in terms], 1000.0)
+    layout = BlockedSpace([term.detach() for term in terms], Blocked(pair_cost=1000.0))
     mode = find_mode(rows, layout.at(terms))
     for held in (2**22, 5 * N):
         covariances = [term.covariance for term in terms]

@@ -9,14 +9,17 @@ from openreml_nn import REMLLoss
 from openreml_nn.covariance import Pedigree
 from openreml_nn.likelihood import Krylov
 from openreml_nn.likelihood.solvers.krylov import KrylovProblem
+from openreml_nn.likelihood.system.control import Control
+from openreml_nn.likelihood.system.listed import Levels
 from tests.likelihood import test_krylov
 
 
 class Plain(KrylovProblem):
     """Without the control of what is known."""
 
-    def controlled(self, samples):
-        return samples
+    @property
+    def control(self):
+        return Control(Levels([], self.f), self.probes, 1e-6)
 
 
 @dataclass(frozen=True)

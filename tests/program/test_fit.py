@@ -16,7 +16,7 @@ from tests.forked import program
 pytestmark = pytest.mark.slow
 
 FORMULA = "Reaction ~ Days + (Days | Subject)"
-QUICK = ["logger=none", "trainer.enable_progress_bar=false", "hydra.run.dir=r"]
+QUICK = ["logger=none", "plots=false", "trainer.enable_progress_bar=false", "hydra.run.dir=r"]
 
 
 def fitted(folder, *options):

@@ -85,15 +85,17 @@ def test_the_program_refuses_them_in_one_line(tmp_path):
 @pytest.mark.parametrize(
     "arguments",
     [
-        [*CHUNKS, "seed=7", "logger=none", "trainer.enable_progress_bar=false"],
-        [*CHUNKS, "optimizer=aireml", "data.validation=0", "resume=null", "model.solver=blocked"],
-        ["data=growth", "data.validation=0", "model.method=reml", "logger=none"],
+        [*CHUNKS, "seed=7", "logger=none", "plots=false", "trainer.enable_progress_bar=false"],
+        [*CHUNKS, "optimizer=aireml", "data.validation=0", "resume=null", "model.solver=blocked",
+         "plots=false"],
+        ["data=growth", "data.validation=0", "model.method=reml", "logger=none", "plots=false"],
     ],
-)
+)  # fmt: skip
 def test_what_every_run_takes_and_what_is_given_its_default(tmp_path, arguments):
     done = program(*arguments, "hydra.run.dir=run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "result.json").is_file()
+    assert not (tmp_path / "run" / "plots").exists()
 
 
 def test_a_section_that_is_read_is_read_with_all_that_it_refers_to():
@@ -190,7 +192,7 @@ def test_a_folder_of_ones_own_configs(tmp_path):
     (tmp_path / "mine.yaml").write_text(
         "defaults: [config, _self_]\nmodel:\n  method: ml\nlogger: {}\n"
     )
-    done = program("-cd", ".", "-cn", "mine", "hydra.run.dir=run", cwd=tmp_path)
+    done = program("-cd", ".", "-cn", "mine", "plots=false", "hydra.run.dir=run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "method: ml" in (tmp_path / "run" / "config.yaml").read_text()
     (tmp_path / "mine.yaml").write_text(

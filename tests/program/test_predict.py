@@ -18,6 +18,7 @@ from tests.test_instantiate import PROCESS
 
 QUICK = [
     "logger=none",
+    "plots=false",
     "trainer.enable_progress_bar=false",
     "trainer.max_epochs=1",
     "model.width=4",
@@ -56,7 +57,7 @@ def test_a_class_in_a_checkpoint_is_checked_before_it_is_called(folder, where, d
 
 def test_the_program_predicts_as_the_result_and_the_module_do(tmp_path):
     formula, table = "Reaction ~ Days + (Days | Subject)", datasets.sleepstudy()
-    quick = ["logger=none", "trainer.enable_progress_bar=false", "hydra.run.dir=r"]
+    quick = ["logger=none", "plots=false", "trainer.enable_progress_bar=false", "hydra.run.dir=r"]
     assert program(*quick, cwd=tmp_path).returncode == 0
     new = pd.DataFrame({"Days": [0.0, 5.0, 7.0], "Subject": ["308", "309", "308"]}, index=[4, 7, 9])
     new.to_csv(tmp_path / "new.csv", index=False)

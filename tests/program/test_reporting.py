@@ -148,7 +148,7 @@ def test_the_program_shows_them_as_they_are(tmp_path):
     levels = np.array(["[/red]", "=cmd|' /C calc'!A0", "@SUM(1+1)", "\x1b[31m"])[i % 4]
     table = pd.DataFrame({"y": rng.standard_normal(40), "f": levels, "g": i // 4})
     table.to_csv(tmp_path / "t.csv", index=False)
-    done = program("data.path=t.csv", "model.formula=y ~ f + (1 | g)", "logger=none",
+    done = program("data.path=t.csv", "model.formula=y ~ f + (1 | g)", "logger=none", "plots=false",
                    "hydra.run.dir='r[b]'", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     for shown in ("f[/red]", "f=cmd|' /C calc'!A0", "f@SUM(1+1)", "written to r[b]"):

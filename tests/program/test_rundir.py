@@ -5,6 +5,7 @@ import os
 import signal
 import time
 
+import pandas as pd
 import pytest
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
@@ -164,7 +165,7 @@ def test_values_from_the_environment_are_not_written(tmp_path, monkeypatch):
 def test_no_file_of_a_run_holds_a_value_of_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET", "s3cret")
     option = "+hydra.job.env_set.COPY=${oc.env:SECRET}"
-    done = program(*QUICK, option, "data.comment=${oc.env:SECRET}", "data.path=t.csv",
+    done = program(*QUICK, "plots=false", option, "data.comment=${oc.env:SECRET}", "data.path=t.csv",
                    "model.formula=y ~ x", cwd=write_line(tmp_path))  # fmt: skip
     assert done.returncode == 0, done.stderr
     for path in (tmp_path / "r").rglob("*"):
@@ -192,9 +193,12 @@ def test_the_result_comes_last(tmp_path):
     (tmp_path / "r" / "plots").mkdir(parents=True)
     (tmp_path / "r" / "plots" / "blup_Nobody.png").write_text("x")
     (tmp_path / "r" / "result.json").write_text("{}")
-    done = program(*QUICK, "data=penicillin", "profile=true", cwd=tmp_path)
+    formula = "diameter ~ 1 + (1 | plate)"
+    options = ["data=penicillin", f"model.formula={formula}", "profile=true"]
+    done = program(*QUICK, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "r"
+    assert pd.read_csv(run / "profile.csv")["name"].tolist()[-1] == "(Intercept)"
     assert {"plots/blup_plate.png", "plots/profile.png", "profile.csv"} <= files(run)
     assert "plots/blup_Nobody.png" not in files(run)
     result = (run / "result.json").stat().st_mtime_ns
@@ -216,6 +220,7 @@ def test_a_result_never_stands_alone(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_run_with_its_status_and_one_line(tmp_path, number):
     options = ["experiment=neural_longitudinal", "model.width=4", "trainer.max_epochs=4000", *QUICK]
+    options += ["callbacks.checkpoint.every_n_epochs=1"]
     errors = os.open(tmp_path / "stderr", os.O_WRONLY | os.O_CREAT)
     process = started(lambda: main(options), tmp_path, [os.dup(errors), errors])
     wait_for(tmp_path / "r/checkpoints/last.ckpt")
@@ -243,5 +248,5 @@ def test_a_second_run_into_the_folder_of_one_that_lasts(tmp_path):
     process.kill()
     process.join()
     os.close(nowhere)
-    assert program(*QUICK, cwd=tmp_path).returncode == 0
+    assert program(*QUICK, "plots=false", cwd=tmp_path).returncode == 0
     assert json.loads((tmp_path / "r" / "result.json").read_text())["data"]["rows"] == 180

@@ -222,8 +222,8 @@ def test_options_that_are_none(tmp_path, options, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("y;x\n1,5;2\n2,5;3\n", "another `separator`"),
-        ("# a comment\ny,x\n1,2\n", "or a `comment` before the header"),
+        ("y;x\n1,5;2\n2,5;3\n", r"another `separator` \(data\.separator\)"),
+        ("# a comment\ny,x\n1,2\n", r"or a `comment` \(data\.comment\) before the header"),
         ("y,x\n1,2\n1\n", "cannot be read"),
         ("y,x\n1,2\n1,2,3\n", "cannot be read"),
     ],
@@ -233,6 +233,17 @@ def test_text_that_is_otherwise_says_what_to_try(tmp_path, text, message):
     with pytest.raises(InputError, match=message) as caught:
         read_table(tmp_path / "t.csv")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 2])
+@pytest.mark.parametrize(
+    ("mark", "name"), [(";", "t.csv"), ("\t", "t.csv"), ("|", "t.csv"), (",", "t.tsv")]
+)
+def test_a_file_of_another_separator_says_which(tmp_path, mark, name, chunk_rows):
+    (tmp_path / name).write_text(f"y{mark}x\n1{mark}2\n2{mark}4\n3{mark}5\n")
+    with pytest.raises(InputError) as caught:
+        lmm("y ~ x", tmp_path / name, chunk_rows=chunk_rows)
+    assert f"read it with `separator` {mark!r} (data.separator)" in str(caught.value)
 
 
 ESCAPED = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from openreml_nn import InputError, lmm
-from openreml_nn.table import Encoder, parse_formula
+from openreml_nn.table import Encoder, parse_formula, read_table
 from openreml_nn.table.bases import contrast_matrix
 
 RNG = np.random.default_rng(0)
@@ -281,6 +281,33 @@ def test_an_offset_is_a_known_part_of_the_mean():
     torch.testing.assert_close(with_offset.fitted, without.fitted + 2 * torch.tensor(z))
 
 
+@pytest.mark.parametrize("formula", ["y ~ t", "y ~ x + (0 + t | g)", "y ~ C(t)", "y ~ 1 + (1 | t)"])
+@pytest.mark.parametrize("categorical", [(), ("t",)])
+def test_dates_are_the_same_from_csv_and_from_parquet(tmp_path, formula, categorical):
+    table = TABLE.assign(t=pd.Timestamp("2024-01-01") + pd.to_timedelta(np.arange(N) % 3, unit="D"))
+    table.to_csv(tmp_path / "t.csv", index=False)
+    table.to_parquet(tmp_path / "t.parquet")
+    found = []
+    for name in ("t.csv", "t.parquet"):
+        try:
+            encoded = Encoder(formula, categorical).fit(read_table(tmp_path / name))
+            found.append(
+                [encoded.X.tolist(), [(r.levels, r.values.tolist()) for r in encoded.random]]
+            )
+        except InputError as error:
+            found.append(str(error))
+    assert found[0] == found[1]
+    is_refused = isinstance(found[0], str)
+    assert is_refused == (not categorical and formula in ("y ~ t", "y ~ x + (0 + t | g)"))
+
+
+def test_text_that_is_not_all_dates_is_a_factor():
+    for other in ("2024-13-01", "2024-01-01b", "unknown", "20240101"):
+        assert (
+            len(Encoder("y ~ t").fit(TABLE.assign(t=["2024-01-01", other] * (N // 2))).names) == 2
+        )
+
+
 SPOILED = [f"{v:.3f}" for v in x]
 
 
@@ -291,6 +318,8 @@ SPOILED = [f"{v:.3f}" for v in x]
         ("y ~ k", TABLE.assign(k=np.where(np.arange(N) == 3, ".", "1")), r"found '\.' in row 4"),
         ("y ~ I(f^2)", TABLE, "'f' is not numeric: found 'a' in row 1"),
         ("y ~ t", TABLE.assign(t=pd.Timestamp("2024-01-01")), "'t' holds dates"),
+        ("y ~ t", TABLE.assign(t=["2024-01-01", "2024-12-31"] * (N // 2)), "'t' holds dates"),
+        ("y ~ t", TABLE.assign(t="2024-01-01 12:30:00+01:00"), "'t' holds dates"),
         ("y ~ t", TABLE.assign(t=pd.Timedelta("1D")), "'t' holds dates, times or durations"),
         ("t ~ x", TABLE.assign(t=pd.Timestamp("2024-01-01")), "the response 't' is not numeric"),
         ("y ~ t", TABLE.assign(t=[[1]] * N), "'t' holds a list in each row"),

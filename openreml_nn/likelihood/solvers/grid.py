@@ -30,6 +30,7 @@ from openreml_nn.likelihood.solvers.dense import DenseProblem
 from openreml_nn.likelihood.system.elimination import root
 from openreml_nn.likelihood.system.square_root import SquareRootEvaluation
 from openreml_nn.support.errors import NotPositiveDefiniteError
+from openreml_nn.support.spectrum import decomposed
 from openreml_nn.terms.covariance import KroneckerCovariance, kronecker
 from openreml_nn.terms.design import Design, IdentityDesign, IndexedDesign
 from openreml_nn.terms.term import Term, has_own_columns
@@ -181,8 +182,8 @@ class _GridEvaluation(Evaluation):
         g = terms[places.grid].covariance
         assert isinstance(g, KroneckerCovariance)
         self._A, self._B = g.parts()
-        values_a, self._Ua = torch.linalg.eigh(self._A)
-        values_b, self._Ub = torch.linalg.eigh(self._B)
+        values_a, self._Ua = decomposed(self._A, "the covariance of the rows of the grid")
+        values_b, self._Ub = decomposed(self._B, "the covariance of the columns of the grid")
         nugget = sum(
             (terms[i].covariance.matrix.reshape(()) for i in places.nugget), f.new_zeros(())
         )

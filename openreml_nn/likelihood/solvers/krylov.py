@@ -33,12 +33,13 @@ from openreml_nn.likelihood.residual import Residual
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.system.blocks import block_times
 from openreml_nn.likelihood.system.conjugate import conjugate_gradients, log_samples
+from openreml_nn.likelihood.system.control import Control
 from openreml_nn.likelihood.system.elimination import inner, root
 from openreml_nn.likelihood.system.evaluation import Crossed, GroupedEvaluation
 from openreml_nn.likelihood.system.listed import (
     ListedCross,
     ListedProblem,
-    levels_of,
+    without_levels,
 )
 from openreml_nn.likelihood.system.roles import Roles, separated, steps_of
 from openreml_nn.likelihood.system.scaled import ScaledSystem
@@ -48,7 +49,7 @@ from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.kernel import Kernel
 from openreml_nn.terms.term import Term
 
-__all__ = ["Krylov", "KrylovProblem"]
+__all__ = ["Krylov", "KrylovProblem", "is_every", "through"]
 
 #: Steps of conjugate gradients in a forecast.
 _STEPS = 30
@@ -94,10 +95,22 @@ class Krylov(Solver):
         terms = separated(terms)
         roles = Roles.of(terms)
         n, q = terms[0].design.shape[0], sum(terms[i].design.shape[1] for i in roles.random)
-        count = self.count(any(terms[i].covariance.known_kernel is not None for i in roles.rest))
+        related = any(terms[i].covariance.known_kernel is not None for i in roles.rest)
+        return self.cost(n, q, p, related, dtype, steps_of(terms, roles, p))
+
+    def cost(
+        self,
+        rows: int,
+        columns: int,
+        p: int,
+        related: bool,
+        dtype: torch.dtype,
+        steps: tuple[str, ...],
+    ) -> Cost:
+        """What an evaluation takes of rows and columns of random effects, with p fixed effects."""
+        vectors = self.count(related) + p + 1
         # No more levels meet than there are rows.
-        work, held = 4.0 * n * (count + p + 1), 8.0 * (n + (count + p + 1) * q)
-        steps = steps_of(terms, roles, p)
+        work, held = 4.0 * rows * vectors, 8.0 * (rows + vectors * columns)
         return Cost(_STEPS * _FAR * work, dtype.itemsize * held, self.exact, _REASON, steps)
 
     def problem(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> Problem:
@@ -109,13 +122,10 @@ class Krylov(Solver):
             residual = Residual.of(terms)
         except InputError as error:
             return str(error)
-        for i, term in enumerate(terms):
-            if i not in residual.at and levels_of(term) is None:
-                return (
-                    "the krylov solver needs grouping factors with independent levels, or related "
-                    f"by a known inverse: term {term.name!r} is none"
-                )
-        return "the krylov solver needs residuals of one variance" if residual.moves else None
+        found = without_levels(term for i, term in enumerate(terms) if i not in residual.at)
+        if found is None and residual.moves:
+            return "the krylov solver needs residuals of one variance"
+        return found
 
     def count(self, related: bool) -> int:
         """How many random signs are taken, where levels are related or not."""
@@ -124,14 +134,14 @@ class Krylov(Solver):
     def signs(self, q: int, related: bool) -> Tensor:
         """The random signs (q, count)."""
         count = self.count(related)
-        if _is_every(q, count):
+        if is_every(q, count):
             bits = torch.arange(2**q)[None, :] >> torch.arange(q)[:, None]
             return 2 * (bits & 1) - 1
         generator = torch.Generator().manual_seed(self.seed)
         return 2 * torch.randint(0, 2, (q, count), generator=generator) - 1
 
 
-def _is_every(q: int, count: int) -> bool:
+def is_every(q: int, count: int) -> bool:
     """Whether so many signs are as many as there are patterns of q, 2^q."""
     return count.bit_length() > q
 
@@ -152,8 +162,7 @@ class KrylovProblem(ListedProblem):
         solver.check(terms)
         super().__init__(fixed, terms, method)
         self.solver = solver
-        related = any(kernel is not None for kernel in self.kernels)
-        self.probes = solver.signs(self.q, related).to(self.f)
+        self.probes = solver.signs(self.q, self.others.are_related).to(self.f)
         self.start: Tensor | None = None  # the last solution for the data
 
     def anew(self, fixed: FixedPart, terms: Sequence[Term]) -> Problem:
@@ -183,25 +192,9 @@ class KrylovProblem(ListedProblem):
         return replace(found, bytes=self.f.itemsize * held)
 
     @cached_property
-    def _control(self) -> Tensor | None:
-        """For each probe, how far the sampled log-determinant of the kernels' inverses is off
-        the known one; None if there are no kernels."""
-        if not any(kernel is not None for kernel in self.kernels):
-            return None
-        none = [block.new_zeros(block.shape) for block in self.own]
-        alone = ScaledSystem(self, torch.zeros_like, none, none)
-        z = self.probes
-        _, T = conjugate_gradients(alone.times, z, torch.zeros_like(z), self.solver.probe_tolerance)
-        return log_samples(T, self.q) + alone.log_det + self.log_det_kernels
-
-    def controlled(self, samples: Tensor) -> Tensor:
-        """Samples (probes, …) less what goes with the errors that are known."""
-        control = self._control
-        if control is None or not float(control.var()) > 0:
-            return samples
-        centred = control - control.mean()
-        slope = torch.tensordot(centred, samples, dims=([0], [0])) / (centred @ centred)
-        return samples - control.reshape(-1, *[1] * (samples.dim() - 1)) * slope
+    def control(self) -> Control:
+        """What is known of the errors of the probes."""
+        return Control(self.others, self.probes, self.solver.probe_tolerance)
 
 
 class _KrylovEvaluation(GroupedEvaluation):
@@ -219,10 +212,9 @@ class _KrylovEvaluation(GroupedEvaluation):
             for i, (a, b, value) in enumerate(W.cells):
                 K = self._Kd[a] if len(self._Kd) > 1 else self._Kd
                 own[i] = own[i].index_add(0, b, -(value.mT @ K @ value))
-        grids = [grid for grid in problem.grids if grid is not None]
-        roots = [root.blocks(*grid) for root, grid in zip(self.root2, grids, strict=True)]
-        self._grids = grids
-        self._scaled = ScaledSystem(problem, self._times_e22, own, roots)
+        pairs = zip(self.root2, problem.others.grids, strict=True)
+        roots = [root.blocks(*grid) for root, grid in pairs]
+        self._scaled = ScaledSystem(problem.others, self._times_e22, own, roots)
         self._b = b = self._scaled.to(self.E2f)
         start = problem.start if problem.start is not None else torch.zeros_like(b)
         self._x, _ = conjugate_gradients(self._scaled.times, b, start, problem.solver.tolerance)
@@ -235,11 +227,11 @@ class _KrylovEvaluation(GroupedEvaluation):
             self._scaled.times, z, zero, problem.solver.probe_tolerance
         )
         samples = log_samples(T, problem.q)
-        log_det = self.log_det + self._scaled.log_det + problem.log_det_kernels
+        log_det = self.log_det + self._scaled.log_det + problem.others.log_det
         if problem.q:
-            samples = problem.controlled(samples)
+            samples = problem.control.controlled(samples)
             log_det = log_det + samples.mean()
-            if not _is_every(problem.q, len(samples)):
+            if not is_every(problem.q, len(samples)):
                 self.error = float(samples.std() / len(samples) ** 0.5 / 2)
         self.profile(log_det, F)
 
@@ -318,7 +310,11 @@ class _KrylovEvaluation(GroupedEvaluation):
         parts = (right, left, self._times_e22(right), self._times_e22(left))
         found = []
         pieces = zip(
-            problem.kernels, self._own, system.roots, *map(problem.by_levels, parts), strict=True
+            problem.others.kernels,
+            self._own,
+            system.roots,
+            *map(problem.others.by_levels, parts),
+            strict=True,
         )
         for kernel, F, L, one, other, E_one, E_other in pieces:
             if kernel is not None:
@@ -339,15 +335,15 @@ class _KrylovEvaluation(GroupedEvaluation):
     def scores_of_rest(self, reml: bool) -> list[Tensor]:
         problem, z = self.problem, self.crossed
         found = []
-        u, Y = problem.by_levels(z.u2[:, None]), problem.by_levels(z.Y2.mT)
-        pieces = zip(self.rest, problem.kernels, u, Y, z.B2, z.R2, strict=True)
+        u, Y = problem.others.by_levels(z.u2[:, None]), problem.others.by_levels(z.Y2.mT)
+        pieces = zip(self.rest, problem.others.kernels, u, Y, z.B2, z.R2, strict=True)
         for i, (g, kernel, own, lost, B, R) in enumerate(pieces):
             if kernel is None:
                 S2 = (own @ own.mT - B + R if reml else own @ own.mT - B) / 2
                 found.append(g.fold_blocks(S2))
                 continue
-            score = _through(kernel, own) - self._trace(i)
-            found.append((score + _through(kernel, lost) if reml else score) / 2)
+            score = through(kernel, own, own) - self._trace(i)
+            found.append((score + through(kernel, lost, lost) if reml else score) / 2)
         return found
 
     def _trace(self, i: int) -> Tensor:
@@ -365,13 +361,13 @@ class _KrylovEvaluation(GroupedEvaluation):
             return (F @ own).sum(0)  # what is left where the root cancels
 
         def part(x: Tensor) -> Tensor:
-            return problem.by_levels(x)[i]
+            return problem.others.by_levels(x)[i]
 
         moved = part(self._times_e22(system.back(self._inverse_z - z)))
         # Less its first-order part, which has no own blocks.
         moved = moved + F @ part(system.back(system.times(z) - z))
         sign = block_times(half.mT, part(z))
-        samples = problem.controlled(torch.einsum("lam,lbm->mab", moved, sign))
+        samples = problem.control.controlled(torch.einsum("lam,lbm->mab", moved, sign))
         total = ((F @ L @ own).sum(0) + samples.mean(0)) @ torch.linalg.pinv(L)
         return (total + total.mT) / 2
 
@@ -384,7 +380,10 @@ class _KrylovEvaluation(GroupedEvaluation):
         sample = self._inverse_z + self._scaled.times(z) - 2 * z
         rest = []
         pieces = zip(
-            self._scaled.halves, problem.by_levels(sample), problem.by_levels(z), strict=True
+            self._scaled.halves,
+            problem.others.by_levels(sample),
+            problem.others.by_levels(z),
+            strict=True,
         )
         for half, moved, sign in pieces:
             mean = moved @ sign.mT / z.shape[1]
@@ -393,7 +392,7 @@ class _KrylovEvaluation(GroupedEvaluation):
         return problem.split_blocks(whole), rest
 
 
-def _through(kernel: Kernel, x: Tensor) -> Tensor:
-    r""":math:`\sum_{ij} K_{ij} x_i x_j^\top` for x (q, t, m), (t, t)."""
-    moved = kernel.multiply(x.flatten(1)).reshape(x.shape)
+def through(kernel: Kernel, x: Tensor, y: Tensor) -> Tensor:
+    r""":math:`\sum_{ij} K_{ij} x_i y_j^\top` for x and y (q, t, m), (t, t)."""
+    moved = kernel.multiply(y.flatten(1)).reshape(y.shape)
     return torch.einsum("iam,ibm->ab", x, moved)

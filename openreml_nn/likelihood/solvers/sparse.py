@@ -37,7 +37,7 @@ from openreml_nn.likelihood.problem import (
     Problem,
 )
 from openreml_nn.likelihood.residual import Residual
-from openreml_nn.likelihood.solver import Solver, check_held
+from openreml_nn.likelihood.solver import KRYLOV_HOLDS_LITTLE, Solver, check_held
 from openreml_nn.likelihood.solvers.blocked import Blocked
 from openreml_nn.likelihood.solvers.dense import Dense, DenseProblem
 from openreml_nn.likelihood.system.products import Statistics
@@ -68,7 +68,6 @@ _FEW = 500
 #: product: three, of fronts that are smaller.
 _FRONTS = 5.0
 _REASON = "what meets is sparse"
-_KRYLOV = "solver='krylov' is approximate and holds little"
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,7 @@ class Sparse(Solver):
         self.check_memory(found.symbolic.bytes, found.size)
         return random, residual, found
 
-    def check_memory(self, held: float, columns: int, otherwise: str = _KRYLOV) -> None:
+    def check_memory(self, held: float, columns: int, otherwise: str = KRYLOV_HOLDS_LITTLE) -> None:
         """Refuse a factor that would hold more bytes than it may, or than the machine has.
 
         Args:

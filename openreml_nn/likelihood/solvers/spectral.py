@@ -25,6 +25,7 @@ from openreml_nn.likelihood.fixed import FixedPart, traced
 from openreml_nn.likelihood.problem import Cost, Evaluation, Problem, cholesky
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.support.errors import NotPositiveDefiniteError
+from openreml_nn.support.spectrum import decomposed
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import RepeatedCovariance
 from openreml_nn.terms.design import Design, IdentityDesign, IndexedDesign
@@ -107,7 +108,7 @@ class SpectralProblem(Problem):
         assert g.known_kernel is not None
         self.t = g.width
         K = g.known_kernel.dense().to(fixed.y)
-        self.eigenvalues, self.U = torch.linalg.eigh(K)
+        self.eigenvalues, self.U = decomposed(K, f"the kernel of {term.name!r}")
         least, most = float(self.eigenvalues[0]), float(self.eigenvalues[-1])
         if least < -len(K) * torch.finfo(K.dtype).eps * max(most, 0.0):
             raise NotPositiveDefiniteError(

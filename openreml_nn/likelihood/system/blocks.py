@@ -13,6 +13,9 @@ def block_times(block: Tensor, x: Tensor) -> Tensor:
     return block * x if block.shape[-1] == 1 else block @ x
 
 
-def block_solve(C: Tensor, x: Tensor) -> Tensor:
-    """Block by block :math:`C^{-1} x`, for lower triangles C and x of the same shapes."""
-    return x / C if C.shape[-1] == 1 else solve_triangular(C, x, upper=False)
+def block_solve(C: Tensor, x: Tensor, transpose: bool = False) -> Tensor:
+    r"""Block by block :math:`C^{-1} x`, or :math:`C^{-\top} x`, for lower triangles C and x of the same
+    shapes."""
+    if C.shape[-1] == 1:
+        return x / C
+    return solve_triangular(C.mT if transpose else C, x, upper=transpose)

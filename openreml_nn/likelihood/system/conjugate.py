@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.support.errors import NotPositiveDefiniteError
+from openreml_nn.support.spectrum import decomposed
 
 __all__ = ["conjugate_gradients", "log_samples"]
 
@@ -70,7 +71,7 @@ def log_samples(T: Tensor, q: int) -> Tensor:
 
     The first-order part :math:`z^\top E z`, which is taken off, has the expectation zero.
     """
-    values, vectors = torch.linalg.eigh(T)
+    values, vectors = decomposed(T, "the Lanczos matrix of a probe")
     weights = vectors[:, 0, :] ** 2
     return q * ((weights * values.log()).sum(1) - (T[:, 0, 0] - 1))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +19,16 @@ from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.kernel import Kernel
 from openreml_nn.terms.term import Term
 
-__all__ = ["ListedCross", "ListedProblem", "levels_of"]
+__all__ = [
+    "Levels",
+    "ListedCross",
+    "ListedPattern",
+    "ListedProblem",
+    "SparseEntries",
+    "levels_of",
+    "own_blocks",
+    "without_levels",
+]
 
 
 def levels_of(term: Term) -> tuple[int, int] | None:
@@ -33,40 +42,98 @@ def levels_of(term: Term) -> tuple[int, int] | None:
     return (z.levels, z.effects) if z.effects == k and z.levels == kernel.size else None
 
 
-class ListedCross(Cross):
-    """W by its non-zeros, for products with vectors only.
+def without_levels(terms: Iterable[Term]) -> str | None:
+    """Which of some terms is no grouping factor of such levels, in a sentence; None where all are."""
+    for term in terms:
+        if levels_of(term) is None:
+            return (
+                "the krylov solver needs grouping factors with independent levels, or related by a "
+                f"known inverse: term {term.name!r} is none"
+            )
+    return None
+
+
+class SparseEntries:
+    """Where a sparse matrix has its entries, each once: for matrices that differ in their numbers alone.
 
     Args:
-        cells: for each other term the levels that meet, of the eliminated factor and of the term,
-            and the entries (cells, k, k_t).
+        row, column: (entries,) where each stands.
+        shape: of the matrix.
+    """
+
+    def __init__(self, row: Tensor, column: Tensor, shape: tuple[int, int]) -> None:
+        self._order = torch.argsort(row * shape[1] + column)
+        self._columns, self._shape = column[self._order], shape
+        count = torch.bincount(row, minlength=shape[0])
+        self._starts = torch.nn.functional.pad(count.cumsum(0), (1, 0))
+
+    def matrix(self, values: Tensor) -> Tensor:
+        """The matrix of some numbers, in the order of the entries."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR", UserWarning)  # torch calls them beta
+            return torch.sparse_csr_tensor(
+                self._starts,
+                self._columns,
+                values[self._order],
+                self._shape,
+                check_invariants=False,
+            )
+
+
+class ListedPattern:
+    """Where W has its entries.
+
+    Args:
+        cells: for each other term the levels that meet, of the eliminated factor and of the term.
+        effects: of a level of each of these terms.
         shape: (levels, k, q).
         starts: first column of each term.
-        like: of the dtype and device of the entries.
+        device: of the entries.
     """
 
     def __init__(
         self,
-        cells: Sequence[tuple[Tensor, Tensor, Tensor]],
+        cells: Sequence[tuple[Tensor, Tensor]],
+        effects: Sequence[int],
         shape: tuple[int, int, int],
         starts: Sequence[int],
-        like: Tensor,
+        device: torch.device,
     ) -> None:
-        self.cells, self.shape = cells, shape
+        self.cells, self.shape = list(cells), shape
         levels, k, q = shape
-        none = torch.empty(0, dtype=torch.long, device=like.device)
-        rows, columns, values = [none], [none], [like.new_empty(0)]
-        if cells:
-            rows, columns, values = [], [], []
-        for (a, b, value), start in zip(cells, starts, strict=True):
-            row, column = entries_of(a, b, (k, value.shape[2]))
+        none = torch.empty(0, dtype=torch.long, device=device)
+        rows, columns = [none], [none]
+        for (a, b), m, start in zip(cells, effects, starts, strict=True):
+            row, column = entries_of(a, b, (k, m))
             rows.append(row)
             columns.append(start + column)
-            values.append(value.reshape(-1))
-        index = torch.stack([torch.cat(rows), torch.cat(columns)])
-        self._forward = _sparse(index, torch.cat(values), (levels * k, q))
-        self._backward = _sparse(index.flip(0), torch.cat(values), (q, levels * k))
-        self.entries = 4.0 * index.shape[1]
-        self.work = 2.0 * index.shape[1]
+        row, column = torch.cat(rows), torch.cat(columns)
+        self.entries = len(row)
+        self.forward = SparseEntries(row, column, (levels * k, q))
+        self.backward = SparseEntries(column, row, (q, levels * k))
+
+
+class ListedCross(Cross):
+    """W by its non-zeros, for products with vectors only.
+
+    Args:
+        pattern: where they are.
+        values: of the cells of each other term, (cells, k, k_t).
+        like: of the dtype and device of the entries.
+
+    Attributes:
+        cells: for each other term the levels that meet, of the eliminated factor and of the term,
+            and the entries (cells, k, k_t).
+    """
+
+    def __init__(self, pattern: ListedPattern, values: Sequence[Tensor], like: Tensor) -> None:
+        self.cells = [(*pair, value) for pair, value in zip(pattern.cells, values, strict=True)]
+        self.shape = pattern.shape
+        flat = torch.cat([like.new_empty(0), *(value.reshape(-1) for value in values)])
+        self._forward = pattern.forward.matrix(flat)
+        self._backward = pattern.backward.matrix(flat)
+        self.entries = 4.0 * pattern.entries
+        self.work = 2.0 * pattern.entries
 
     def times(self, x: Tensor) -> Tensor:
         return (self._forward @ x).unflatten(0, self.shape[:2])
@@ -75,31 +142,103 @@ class ListedCross(Cross):
         return self._backward @ y.flatten(0, 1)
 
 
-class ListedProblem(GroupedProblem):
-    r"""The system by its non-zeros, for residuals of one variance.
+class Levels:
+    r"""The levels of terms that are not eliminated, independent or related by a known inverse.
 
     A kernel is known by its inverse: its levels count as a grid, and no block is formed.
 
+    Args:
+        terms: with a column for each of the effects of a level.
+        like: of the dtype and device of what is computed.
+
     Attributes:
-        kernels: the kernel of each other term, None for independent levels.
-        log_det_kernels: :math:`\log|K|` of them all, as often as they have effects.
+        grids: levels and effects of each.
+        kernels: the kernel of each, None for independent levels.
+        log_det: :math:`\log|K|` of them all, as often as they have effects.
         priors: their inverses, sparse.
-        kernel_diagonals: the diagonals of these.
+        diagonals: the diagonals of these.
+    """
+
+    def __init__(self, terms: Sequence[Term], like: Tensor) -> None:
+        self.grids = [grid for term in terms if (grid := levels_of(term)) is not None]
+        self.sizes = [levels * effects for levels, effects in self.grids]
+        self.starts = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
+        self.kernels = [term.covariance.known_kernel for term in terms]
+        self.log_det = 0.0
+        for kernel, (_, effects) in zip(self.kernels, self.grids, strict=True):
+            if kernel is not None:
+                self.log_det += effects * kernel.log_det()
+        self.priors = [_prior(kernel, like) for kernel in self.kernels]
+        self.diagonals = [_diagonal(prior, like) for prior in self.priors]
+
+    @property
+    def are_related(self) -> bool:
+        """Whether a kernel relates levels of one of the terms."""
+        return any(kernel is not None for kernel in self.kernels)
+
+    def by_levels(self, x: Tensor) -> list[Tensor]:
+        """From (q, m) to each term's (levels, k, m)."""
+        pieces = zip(x.split(self.sizes), self.grids, strict=True) if self.sizes else ()
+        return [piece.unflatten(0, grid) for piece, grid in pieces]
+
+    def flat(self, parts: Sequence[Tensor], like: Tensor) -> Tensor:
+        """One matrix of the parts that :meth:`by_levels` made."""
+        return torch.cat([part.flatten(0, 1) for part in parts]) if parts else like
+
+    def times_priors(self, x: Tensor) -> Tensor:
+        """The precisions of all terms times x (q, m)."""
+        parts = []
+        for prior, part in zip(self.priors, self.by_levels(x), strict=True):
+            moved = part if prior is None else (prior @ part.flatten(1)).reshape(part.shape)
+            parts.append(moved)
+        return self.flat(parts, x)
+
+    def square(
+        self, cells: Sequence[tuple[int, int, Tensor, Tensor]]
+    ) -> tuple[SparseEntries, list[tuple[int, int]]]:
+        """Where products of all terms with themselves have their entries, (q, q).
+
+        Args:
+            cells: two terms t ≤ u, and the levels of them that meet.
+
+        Returns:
+            The entries, and for each of the parts whose values they are to be given in turn the terms
+            t and u; of two terms each part stands twice, as it is and with t and u exchanged.
+        """
+        rows, columns, parts = [], [], []
+        for t, u, a, b in cells:
+            row, column = entries_of(a, b, (self.grids[t][1], self.grids[u][1]))
+            row, column = self.starts[t] + row, self.starts[u] + column
+            rows += [row] if t == u else [row, column]
+            columns += [column] if t == u else [column, row]
+            parts += [(t, u)] if t == u else [(t, u), (t, u)]
+        q = sum(self.sizes)
+        return SparseEntries(torch.cat(rows), torch.cat(columns), (q, q)), parts
+
+
+def own_blocks(zz: Mapping[tuple[int, int], Tensor], ones: int) -> Tensor:
+    """Diagonal blocks (levels, k, k) of terms of one grouping factor, the first ``ones`` of all, from
+    their products t ≤ u."""
+    rows = [
+        torch.cat([zz[min(t, u), max(t, u)].mT if t > u else zz[t, u] for u in range(ones)], 2)
+        for t in range(ones)
+    ]
+    return torch.cat(rows, 1)
+
+
+class ListedProblem(GroupedProblem):
+    r"""The system by its non-zeros, for residuals of one variance.
+
+    Attributes:
+        others: the levels of the other terms.
         own: own blocks of :math:`Z_2^\top Z_2`, (levels, k, k) for each other term.
     """
 
     def __init__(self, fixed: FixedPart, terms: Sequence[Term], method: str) -> None:
         super().__init__(fixed, terms, method)
         terms = separated(terms)
-        self.grids = [levels_of(terms[i]) for i in self.roles.rest]
-        self.kernels = [terms[i].covariance.known_kernel for i in self.roles.rest]
-        self.log_det_kernels = 0.0
-        for kernel, grid in zip(self.kernels, self.grids, strict=True):
-            if kernel is not None:
-                assert grid is not None
-                self.log_det_kernels += grid[1] * kernel.log_det()
-        self.priors = [self._prior(kernel) for kernel in self.kernels]
-        self.kernel_diagonals = [_diagonal(prior, self.f) for prior in self.priors]
+        self.others = Levels([terms[i] for i in self.roles.rest], self.f)
+        self.grids = list(self.others.grids)
         white = self.residual.white([torch.ones_like(self.f[:1, :1])])
         designs = [white.design(design) for design in self.designs]
         pattern = Pattern.of(designs)
@@ -119,75 +258,49 @@ class ListedProblem(GroupedProblem):
             assert cells is not None
             return cells.a, cells.b
 
-        rows = [
-            torch.cat(
-                [
-                    products.zz[min(t, u), max(t, u)].transpose(1, 2)
-                    if t > u
-                    else products.zz[t, u]
-                    for u in range(ones)
-                ],
-                2,
+        zz = products.zz
+        A11 = own_blocks(zz, ones) if ones else self.f.new_zeros(0, 0, 0)
+        rest = range(ones, count)
+        met = rest if ones else ()
+        W = ListedCross(
+            ListedPattern(
+                [between(0, u) for u in met],
+                [self.others.grids[u - ones][1] for u in met],
+                (self.levels, self.k, self.q),
+                self.others.starts if ones else [],
+                self.f.device,
+            ),
+            [torch.cat([zz[t, u] for t in range(ones)], 1) for u in met],
+            self.f,
+        )
+        self.own = [zz[t, t] for t in rest]  # (levels_t, k_t, k_t)
+        self._square = self.f.new_zeros(0, 0)
+        if rest:
+            pairs = [(t, u) for t in rest for u in range(t, count)]
+            entries, parts = self.others.square(
+                [(t - ones, u - ones, *between(t, u)) for t, u in pairs]
             )
-            for t in range(ones)
-        ]
-        A11 = torch.cat(rows, 1) if ones else self.f.new_zeros(0, 0, 0)
-        self._starts = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
-        cells = []
-        for u in range(ones, count) if ones else ():
-            value = torch.cat([products.zz[t, u] for t in range(ones)], 1)
-            cells.append((*between(0, u), value))
-        shape = (self.levels, self.k, self.q)
-        W = ListedCross(cells, shape, self._starts if ones else [], self.f)
-        self.own = [products.zz[t, t] for t in range(ones, count)]  # (levels_t, k_t, k_t)
-        rest = {
-            (t - ones, u - ones): (*between(t, u), products.zz[t, u])
-            for t in range(ones, count)
-            for u in range(t, count)
-        }
-        self._square = self._sparse_square(rest)
+            values = [zz[ones + t, ones + u].reshape(-1) for t, u in parts]
+            self._square = entries.matrix(torch.cat(values))
         zf = products.zf
         first = [zf[t].unflatten(0, (self.levels, w)) for t, w in enumerate(self.widths)]
         A1f = torch.cat(first, 1) if first else self.f.new_zeros(0, 0, r)
         A2f = torch.cat(zf[ones:]) if zf[ones:] else self.f.new_zeros(0, r)
         return System(A11, W, A1f, self.f.new_zeros(0), A2f, products.ff)
 
-    def _sparse_square(self, cells: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-        """:math:`Z_2^\\top Z_2`, sparse (q, q)."""
-        index, values = [], []
-        for (t, u), (a, b, value) in cells.items():
-            row, column = entries_of(a, b, (value.shape[1], value.shape[2]))
-            row, column = self._starts[t] + row, self._starts[u] + column
-            index.append(torch.stack([row, column]))
-            values.append(value.reshape(-1))
-            if t != u:
-                index.append(torch.stack([column, row]))
-                values.append(value.reshape(-1))
-        if not index:
-            return self.f.new_zeros(0, 0)
-        return _sparse(torch.cat(index, 1), torch.cat(values), (self.q, self.q))
-
-    def _prior(self, kernel: Kernel | None) -> Tensor | None:
-        """The inverse of a kernel, sparse."""
-        if kernel is None:
-            return None
-        assert kernel.inverse is not None
-        found = kernel.inverse.to(self.f).to_sparse_coo().coalesce()
-        return _sparse(found.indices(), found.values(), (kernel.size, kernel.size))
-
     def times_22(self, x: Tensor) -> Tensor:
         """:math:`Z_2^\\top Z_2 x`."""
         return self._square @ x
 
-    def by_levels(self, x: Tensor) -> list[Tensor]:
-        """From (q, m) to each other term's (levels, k, m)."""
-        grids = [grid for grid in self.grids if grid is not None]
-        pieces = zip(x.split(self.sizes), grids, strict=True) if self.sizes else ()
-        return [piece.unflatten(0, grid) for piece, grid in pieces]
 
-    def flat(self, parts: Sequence[Tensor], like: Tensor) -> Tensor:
-        """One matrix of the parts that :meth:`by_levels` made."""
-        return torch.cat([part.flatten(0, 1) for part in parts]) if parts else like
+def _prior(kernel: Kernel | None, like: Tensor) -> Tensor | None:
+    """The inverse of a kernel, sparse."""
+    if kernel is None:
+        return None
+    assert kernel.inverse is not None
+    found = kernel.inverse.to(like).to_sparse_coo().coalesce()
+    row, column = found.indices()
+    return SparseEntries(row, column, (kernel.size, kernel.size)).matrix(found.values())
 
 
 def _diagonal(prior: Tensor | None, like: Tensor) -> Tensor:
@@ -197,10 +310,3 @@ def _diagonal(prior: Tensor | None, like: Tensor) -> Tensor:
     found = prior.to_sparse_coo().coalesce()
     on = found.indices()[0] == found.indices()[1]
     return found.values()[on][:, None]
-
-
-def _sparse(index: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    found = torch.sparse_coo_tensor(index, values, shape, check_invariants=False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR", UserWarning)  # torch calls them beta
-        return found.coalesce().to_sparse_csr()

@@ -10,7 +10,7 @@ from torch.linalg import solve_triangular
 
 from openreml_nn.likelihood.problem import cholesky
 from openreml_nn.likelihood.system.blocks import block_times
-from openreml_nn.likelihood.system.listed import ListedProblem
+from openreml_nn.likelihood.system.listed import Levels
 
 __all__ = ["ScaledSystem"]
 
@@ -20,6 +20,7 @@ class ScaledSystem:
     :math:`C C^\top` to :math:`\hat M`; B is the identity, or the inverse of a kernel.
 
     Args:
+        others: the levels of the terms.
         times: :math:`E_{22} x`.
         own: own blocks of :math:`E_{22}`, (levels, k, k) for each term.
         roots: blocks of :math:`\Lambda`, (levels or 1, k, k) for each term.
@@ -27,14 +28,14 @@ class ScaledSystem:
 
     def __init__(
         self,
-        problem: ListedProblem,
+        others: Levels,
         times: Callable[[Tensor], Tensor],
         own: Sequence[Tensor],
         roots: Sequence[Tensor],
     ) -> None:
-        self._problem, self._times_e22, self.roots = problem, times, roots
+        self._others, self._times_e22, self.roots = others, times, roots
         blocks = [L.mT @ block @ L for L, block in zip(roots, own, strict=True)]
-        for block, kernel in zip(blocks, problem.kernel_diagonals, strict=True):
+        for block, kernel in zip(blocks, others.diagonals, strict=True):
             block.diagonal(dim1=1, dim2=2).add_(kernel)
         factors = [cholesky(block, "V") for block in blocks]
         self.log_det = 2 * sum(C.diagonal(dim1=1, dim2=2).log().sum() for C in factors)
@@ -50,20 +51,22 @@ class ScaledSystem:
         r""":math:`\Lambda C^{-\top} x`, from the system to random effects."""
         return self._each([block.mT for block in self.halves], x)
 
+    def scaled(self, x: Tensor) -> Tensor:
+        r""":math:`C^{-1} x`."""
+        return self._each(self.inverses, x)
+
+    def unscaled(self, x: Tensor) -> Tensor:
+        r""":math:`C^{-\top} x`."""
+        return self._each([block.mT for block in self.inverses], x)
+
     def _each(self, blocks: Sequence[Tensor], x: Tensor) -> Tensor:
-        parts = zip(blocks, self._problem.by_levels(x), strict=True)
-        return self._problem.flat([block_times(block, part) for block, part in parts], x)
+        parts = zip(blocks, self._others.by_levels(x), strict=True)
+        return self._others.flat([block_times(block, part) for block, part in parts], x)
 
     def times(self, x: Tensor) -> Tensor:
         r""":math:`\hat M x`."""
-        parts = []
-        pieces = zip(self.inverses, self._problem.priors, self._problem.by_levels(x), strict=True)
-        for inverse, prior, part in pieces:
-            half = block_times(inverse.mT, part)
-            if prior is not None:
-                half = (prior @ half.flatten(1)).reshape(half.shape)
-            parts.append(block_times(inverse, half))
-        return self._problem.flat(parts, x) + self.to(self._times_e22(self.back(x)))
+        prior = self.scaled(self._others.times_priors(self.unscaled(x)))
+        return prior + self.to(self._times_e22(self.back(x)))
 
 
 def _inverse(C: Tensor) -> Tensor:

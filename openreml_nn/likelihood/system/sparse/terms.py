@@ -16,6 +16,7 @@ from openreml_nn.likelihood.system.sparse.chains import Chain
 from openreml_nn.likelihood.system.sparse.equations import Equations
 from openreml_nn.likelihood.system.sparse.moving import Moving, MovingAt
 from openreml_nn.likelihood.system.sparse.part import Part
+from openreml_nn.support.errors import NotPositiveDefiniteError
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import DenseCovariance
 from openreml_nn.terms.design import (
@@ -268,7 +269,15 @@ class Root:
             part: whose they are.
             blocks: (levels or 1, k, k).
             least: a variance that is nothing beside rounding.
+
+        Raises:
+            NotPositiveDefiniteError: if they hold numbers that are not finite.
         """
+        if not np.isfinite(blocks).all():
+            raise NotPositiveDefiniteError(
+                f"the covariance of {part.name!r} is not positive semi-definite: it holds numbers that "
+                "are not finite"
+            )
         if blocks.shape[1] == 1:
             blocks = np.abs(blocks)
             return cls(part, blocks, np.maximum(blocks, least**0.5))
