@@ -138,7 +138,8 @@ def fit(model, data):
     raise AssertionError("not converged")
 
 
-REML_ROWS = [row for row in ROWS if row["method"] == "reml"]
+#: 73,000 rows say here what the others do.
+REML_ROWS = [row for row in ROWS if row["method"] == "reml" and row["dataset"] != "insteval"]
 
 
 @pytest.mark.parametrize(

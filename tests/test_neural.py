@@ -28,13 +28,13 @@ def data(n=600, levels=20, seed=0):
     return {"x": x, "y": y, "groups": {"g": codes}}
 
 
-def module(head="ml", training="alternating", mean=None, **options):
+def module(head="ml", training="alternating", mean=None, lr=0.02, **options):
     torch.manual_seed(0)
     mean = mean or nn.Sequential(
         nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1 if head == "ml" else 4)
     )
     model = MixedModel(mean, {"g": RandomEffect(20)}, head=head)
-    adam = {"_target_": "torch.optim.Adam", "lr": 0.02}
+    adam = {"_target_": "torch.optim.Adam", "lr": lr}
     return MixedModule(model, adam, training, **options)
 
 
@@ -79,8 +79,9 @@ def variances(found):
 )
 def test_every_way_of_training_finds_mean_and_variances(training, head):
     """By parts, the steps are those of the full way, see below."""
-    found = module(head, training, rows=150 if training == "groups" else 64)
-    train(found, 160 if training == "full" else 30)
+    rows, full = 150 if training == "groups" else 64, training == "full"
+    found = module(head, training, lr=0.06 if full else 0.02, rows=rows)
+    train(found, 60 if full else 30)
     sigma2_b, sigma2_e = variances(found)
     assert sigma2_b == pytest.approx(1.5**2, rel=0.6)
     assert sigma2_e == pytest.approx(0.25, rel=0.25)

@@ -383,7 +383,7 @@ def test_mini_batches_with_missing_responses_end_where_all_rows_do(tmp_path):
         scheduler={"_target_": "torch.optim.lr_scheduler.ExponentialLR", "gamma": 0.8},
     )  # fmt: skip
     parts = [take(data, at) for at in torch.arange(150).split(40)]
-    trainer = quiet(30, check_val_every_n_epoch=30)
+    trainer = quiet(20, check_val_every_n_epoch=20)
     trainer.fit(module, DataLoader(parts, batch_size=None), DataLoader(parts, batch_size=None))
     X = torch.cat([data["x"], torch.ones(150, 1).double()], 1)
     linear = MixedModel(nn.Identity(), effects("crossed")[0], head="gls", method="ml")

@@ -289,15 +289,15 @@ def test_a_network_for_the_residual_is_trained():
 
 def test_learned_slopes_are_trained():
     torch.manual_seed(0)
-    n, q = 4000, 100
+    n, q = 2000, 60
     x, g = torch.randn(n, 3), torch.randint(0, q, (n,))
     y = x[:, 0] + 2 * torch.sin(2 * x[:, 1]) * torch.randn(q)[g] + 0.3 * torch.randn(n)
     features = nn.Sequential(nn.Linear(3, 32), nn.Tanh(), nn.Linear(32, 1))
     found = MixedModel(nn.Linear(3, 1), {"g": RandomEffect(q, features=features)})
     fit(
-        DataLoader(TensorDataset(x, y, g), 64, shuffle=True),
-        found=MixedModule(found, ADAM),
-        epochs=12,
+        DataLoader(TensorDataset(x, y, g), 50, shuffle=True),
+        found=MixedModule(found, {**ADAM, "lr": 0.04}),
+        epochs=10,
     )
     p = found.predict({"x": x, "groups": {"g": g}})
     assert float(((p.mean - y) ** 2).mean()) < 0.25  # 2.2 with slopes that are not learned
@@ -359,8 +359,9 @@ def test_features_with_coefficients_are_trained_from_batches():
     for training, size, epochs in (("full", N, 60), ("alternating", 50, 15)):
         loader = DataLoader(rows, size, shuffle=True)
         _, found[training] = fit(
-            loader, found=MixedModule(made(), ADAM, training), epochs=epochs, val=loader
-        )
+            loader, found=MixedModule(made(), ADAM, training), epochs=epochs, val=loader,
+            check_val_every_n_epoch=epochs,
+        )  # fmt: skip
     values = {name: each.result.log_likelihood for name, each in found.items()}
     assert values["alternating"] == pytest.approx(values["full"], abs=0.01 * N)
     assert found["alternating"].result.converged
@@ -699,7 +700,7 @@ def test_a_module_is_copied_after_a_fit(way):
 @pytest.mark.parametrize("way", ["alternating", "composite", "full", "parts"])
 def test_every_checkpoint_predicts(tmp_path, way):
     loader = DataLoader([WHOLE], batch_size=None) if way in ("full", "parts") else tuples()
-    saver = ModelCheckpoint(tmp_path, "{epoch}-{step}", every_n_train_steps=1, save_top_k=-1)
+    saver = ModelCheckpoint(tmp_path, "{epoch}-{step}", every_n_train_steps=3, save_top_k=-1)
     trainer, found = fit(
         loader, found=module(training=way), enable_checkpointing=True, callbacks=[saver]
     )

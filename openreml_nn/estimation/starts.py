@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 import torch
 
@@ -38,13 +39,19 @@ _MANY = 4
 _CLOSE = 0.3
 #: A coarse likelihood is left so many standard errors from its optimum.
 _NEARBY = 0.1
-#: A run that gains nothing in so many shortened steps ends.
-_STALLED = 5
 #: A step shorter than this part of the one proposed leads nowhere.
 SHORTEST = 0.02
+#: A run that gains nothing in so many shortened steps ends.
+_STALLED = 5
+#: As does one that gained, in these, less than this part of what each of them promised.
+_CRAWL = 0.01
+#: So many steps of each run come first; then those go on that may still end as the best.
+_FIRST = 30
+#: Log-likelihoods that differ by less are of one optimum.
+_SAME = 1e-3
 
 
-@dataclass
+@dataclass(eq=False)
 class _Run:
     """A run and where it ended; ``twin`` is an earlier run whose optimum it was about to reach."""
 
@@ -57,6 +64,15 @@ class _Run:
     @property
     def end(self) -> _Run:
         return self if self.twin is None else self.twin
+
+    def is_short_of(self, top: float, most: int) -> bool:
+        """Whether it was still rising, and gets above another end at the pace of its last steps."""
+        left = most - len(self.history)
+        if self.converged or left <= 0 or len(self.history) < _FIRST or self.history[-1].step == 0:
+            return False
+        if self.log_likelihood >= top:
+            return True
+        return self.log_likelihood + _gained(self.history) / _STALLED * left > top + _SAME
 
 
 def has_several_optima(objective: Objective) -> bool:
@@ -75,18 +91,22 @@ def has_several_optima(objective: Objective) -> bool:
 
 
 def climb(
-    objective: Objective, most: int, arrived: Callable[[Record], bool] | None = None
+    objective: Objective,
+    most: int,
+    arrived: Callable[[Record], bool] | None = None,
+    before: Sequence[Record] = (),
 ) -> list[Record]:
     """Average-information steps until the optimum, or as many as allowed.
 
     Args:
         objective: the likelihood, at its start.
-        most: so many steps.
+        most: so many steps, those before counted.
         arrived: says after a step whether the rest of the way is known.
+        before: steps that were taken before.
     """
-    history: list[Record] = []
+    history = list(before)
     past = Past()
-    for _ in range(most):
+    while len(history) < most:
         step = average_information_step([objective], past=past)
         history.append(Record.of(objective.covariance, *step[:3]))
         if step.converged or step.length == 0 or (arrived is not None and arrived(history[-1])):
@@ -99,8 +119,12 @@ def climb(
             history[-1] = replace(history[-1], step=0.0)
             break
         far = step.score_norm > CONVERGED
-        if far and len(history) > _STALLED and step.length < SHORTEST and _gain(history) < 1e-8:
-            break  # at the edge of where V is positive definite: there is nowhere to go
+        if far and len(history) > _STALLED and _gain(history) < 1e-8:
+            # At the edge of where V is positive definite there is nowhere to go, and a ridge to
+            # infinity has no end.
+            at_edge = step.length < SHORTEST
+            if at_edge or _is_crawling(history):
+                break
     return history
 
 
@@ -115,8 +139,18 @@ def _has_stalled(history: Sequence[Record]) -> bool:
 
 def _gain(history: Sequence[Record]) -> float:
     """What the last steps gained of the log-likelihood, relative to its size."""
-    end, start = history[-1].log_likelihood, history[-1 - _STALLED].log_likelihood
-    return (end - start) / (1 + abs(end))
+    return _gained(history) / (1 + abs(history[-1].log_likelihood))
+
+
+def _gained(history: Sequence[Record]) -> float:
+    """What the last steps gained of the log-likelihood."""
+    return history[-1].log_likelihood - history[-1 - _STALLED].log_likelihood
+
+
+def _is_crawling(history: Sequence[Record]) -> bool:
+    """Whether the last steps together gained next to nothing of what each of them promised."""
+    least = min(record.score_norm for record in history[-_STALLED:])
+    return _gained(history) < _CRAWL * least**2 / 2
 
 
 def climb_from_several(
@@ -124,9 +158,11 @@ def climb_from_several(
 ) -> tuple[list[Record], list[Start]]:
     """Climb from each reach, and leave the parameters at the best end.
 
+    After some steps of each run only those go on that may still end as the best.
+
     Args:
         objective: the likelihood.
-        most: steps of each run.
+        most: steps of each run, at most.
         start: sets the parameters to where all starts have them, reaches apart.
         coarse: the likelihood of a coarser covariance with the same parameters, near the optimum of
             which each run begins.
@@ -143,9 +179,10 @@ def climb_from_several(
         if coarse is not None:
             _approach(objective, coarse, most)
         try:
-            runs.append(_run(objective, most, runs))
+            runs.append(_run(objective, min(most, _FIRST), runs))
         except NumericalError as error:
             failure = error
+    _go_on(objective, most, runs)
     if not runs:
         # The start itself may reach less far than any of these.
         start()
@@ -160,6 +197,19 @@ def climb_from_several(
     best.curvature.at.write(best.curvature.u)
     starts = [_start(run, best) for run in runs if run is not best]
     return best.history, starts
+
+
+def _go_on(objective: Objective, most: int, runs: list[_Run]) -> None:
+    """Let those that may still end as the best take the steps that are left, the best first."""
+    for run in sorted(runs, key=lambda run: -run.log_likelihood):
+        others = [other for other in runs if other is not run]
+        top = max((other.log_likelihood for other in others), default=-inf)
+        if run.is_short_of(top, most):
+            run.curvature.at.write(run.curvature.u)
+            try:
+                runs[runs.index(run)] = _run(objective, most, others, run.history)
+            except NumericalError:
+                continue  # it stays where it was
 
 
 @torch.no_grad()
@@ -177,7 +227,9 @@ def _approach(objective: Objective, coarse: Objective, most: int) -> None:
             to.copy_(value)
 
 
-def _run(objective: Objective, most: int, others: Sequence[_Run]) -> _Run:
+def _run(
+    objective: Objective, most: int, others: Sequence[_Run], before: Sequence[Record] = ()
+) -> _Run:
     found: list[_Run] = []
 
     def arrived(record: Record) -> bool:
@@ -190,7 +242,7 @@ def _run(objective: Objective, most: int, others: Sequence[_Run]) -> _Run:
         )
         return bool(found)
 
-    history = climb(objective, most, arrived)
+    history = climb(objective, most, arrived, before)
     with torch.no_grad():
         curvature = found[0].curvature if found else Curvature([objective])
     converged = bool(found) or (curvature.is_optimum and not history[-1].step > 0)
@@ -208,7 +260,7 @@ def _distance(curvature: Curvature) -> float:
 def _start(run: _Run, best: _Run) -> Start:
     end = run.end
     same = end is best or (
-        abs(end.log_likelihood - best.log_likelihood) < 1e-3 and _between(end, best) < _CLOSE
+        abs(end.log_likelihood - best.log_likelihood) < _SAME and _between(end, best) < _CLOSE
     )
     values = end.history[-1].parameters
     return Start(run.log_likelihood, len(run.history), run.converged, same, values)

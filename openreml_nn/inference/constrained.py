@@ -35,6 +35,9 @@ from openreml_nn.support.spectrum import decomposed
 
 __all__ = ["Ascent", "Natural", "Quantity"]
 
+#: A step that promises no more of the log-likelihood is the last.
+_LAST = 1e-6
+
 
 @dataclass(frozen=True)
 class Quantity:
@@ -295,6 +298,12 @@ class Ascent:
             if promised < 1e-9 and abs(gap) < 1e-10 * scale:
                 break
             self._step(move, held, target, abs(multiplier))
+            if promised < _LAST:
+                # Newton's step squares what is left: that is seen without another curvature.
+                with torch.no_grad():
+                    gap = 0.0 if held is None else target - float(held.function(self.v))
+                if abs(gap) < 1e-10 * scale:
+                    break
         self.arrived = promised < 1e-6 and abs(gap) < 1e-6 * scale
         return float(self.natural.evaluate(self.v).log_likelihood)
 
@@ -324,10 +333,16 @@ class Ascent:
             self.v = torch.where(
                 self._is_size & (self.v == 0), 0.1 * start + 1e-3 * self.natural.unit, self.v
             )
-        _, curvature = self._curvature()
+        near = []
         for j, edge, sign in self.natural.even():
-            away = 0.1 / float(curvature[j, j].abs().clamp(min=1e-300)) ** 0.5
-            away = min(away, 0.1 * self.natural.unit if bool(self._is_size[j]) else 0.1)
+            most = 0.1 * self.natural.unit if bool(self._is_size[j]) else 0.1
+            if abs(float(self.v[j]) - edge) < 1e-3 * most:
+                near.append((j, edge, sign, most))
+        if not near:
+            return
+        _, curvature = self._curvature()
+        for j, edge, sign, most in near:
+            away = min(0.1 / float(curvature[j, j].abs().clamp(min=1e-300)) ** 0.5, most)
             if abs(float(self.v[j]) - edge) < 1e-3 * away:
                 self.v[j] = edge + sign * away
 

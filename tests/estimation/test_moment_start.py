@@ -1,5 +1,6 @@
 """Starting values follow the units of the data, whatever the structure."""
 
+from functools import cache
 from math import log
 
 import pytest
@@ -122,11 +123,26 @@ CASES = {case.name: case for case in battery(3)}
 EDGE = ("Hadamard", "effects Toeplitz", "user kernel")  # their optimum is at infinity or at an edge
 
 
+@cache
+def fitted(name):
+    case = CASES[name]
+    return fit_reml(case.covariance(), case.y, case.X)
+
+
+def test_a_start_that_stays_behind_is_left():
+    """Its likelihood rises along a ridge to infinity, never so far as that of the others."""
+    result = fitted("field, large nugget")
+    behind = result.starts[0]
+    assert behind.iterations == 30 and not behind.converged
+    assert behind.log_likelihood < result.log_likelihood - 0.3
+    assert behind.parameters["field/row/sigma^2"] > 100
+    assert all(start.converged for start in result.starts[1:])
+
+
 @pytest.mark.filterwarnings("ignore:the data cannot tell apart")
 @pytest.mark.parametrize("name", [name for name in CASES if name not in EDGE])
 def test_a_fit_does_not_depend_on_the_unit_of_y(name):
-    case = CASES[name]
-    base = fit_reml(case.covariance(), case.y, case.X)
+    case, base = CASES[name], fitted(name)
     assert base.converged
     free = len(case.y) - case.X.shape[1]
     names = [p.name for p in base.parameters]
