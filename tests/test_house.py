@@ -34,9 +34,6 @@ LONG_CLASSES = {
     "estimation/marginal_steps.py: MarginalFit": "one Newton iteration with what it keeps",
     "families/family.py: Family": "the contract of a family, most of it documentation",
     "lightning/module.py: MixedModule": "Lightning's hooks, one by one",
-    "covariance/parametrized.py: Parametrized": "the contract of a part with parameters, most of it documentation",
-    "model/mixed_model.py: MixedModel": "the contract of the model, most of it documentation",
-    "model/random_effect.py: RandomEffect": "levels, covariance and BLUPs of one effect, most of it documentation",
     "likelihood/laplace.py: LaplaceLoss": "the contract of the loss, most of it documentation",
     "likelihood/system/sparse/equations.py: Equations": "one pattern, and what is read and written at its places",
 }

@@ -279,7 +279,6 @@ def test_predictive_density_of_counts_is_an_expectation_over_the_predictor():
         ({"family": "binomial", "link": "log"}, "`link` is 'log': expected 'logit'"),
         ({"family": "binomial", "residual": "ar1(x | g)"}, "`residual` is 'ar1"),
         ({"family": "binomial", "quadrature": 3, "method": "reml"}, "`method` is 'reml'"),
-        ({"family": "binomial", "solver": "krylov"}, "`solver` is 'krylov'"),
         ({"family": "poisson"}, "the data module's `family` is 'binomial'"),
         ({"family": "binomial", "optimizer": torch.optim.Adam}, "`optimizer` and `scheduler`"),
     ],
