@@ -14,9 +14,11 @@ from torch import Tensor
 from openreml_nn.estimation.marginal_result import marginal_outcome
 from openreml_nn.estimation.marginal_start import set_start
 from openreml_nn.estimation.marginal_steps import CONVERGED, MarginalFit
+from openreml_nn.estimation.separation import told_exactly
 from openreml_nn.likelihood import LaplaceLoss
 from openreml_nn.likelihood.laplace import LaplaceEvaluation
 from openreml_nn.result import Estimate, Label, Result
+from openreml_nn.support.errors import NumericalError
 from openreml_nn.support.warning import warn
 
 __all__ = ["endless", "fit_laplace"]
@@ -66,20 +68,38 @@ def fit_laplace(
     loss.family.to(X)
     offset = X.new_zeros(len(X)) if offset is None else offset
     fit = MarginalFit(loss, y, X, offset, names, weights)
-    set_start(fit, begin)
-    converged = fit.climb(max_iterations)
-    result, found = marginal_outcome(fit, names, labels or {}, converged)
-    left = max_iterations - len(fit.history)
-    if converged and not result.converged and left > 0:
-        # The curvature of the last steps was too large: go on by the one that was found there.
-        converged = fit.climb(left)
-        result, found = marginal_outcome(fit, names, labels or {}, converged)
+    try:
+        result, found = _climbed(fit, max_iterations, names, labels or {}, begin)
+    except NumericalError as error:
+        told = told_exactly(loss.family, offset, _ENDLESS)
+        if not told:
+            raise
+        raise NumericalError(told) from error
     if not result.converged:
         warn(
             f"the fit did not converge in {len(fit.history)} iterations: score norm "
             f"{result.score_norm:.3g} standard errors, expected below {CONVERGED}"
             + "".join(f"; {text}" for text in endless(result.family_parameters))
         )
+    return result, found
+
+
+def _climbed(
+    fit: MarginalFit,
+    most: int,
+    names: Sequence[str],
+    labels: Mapping[str, Label],
+    begin: Callable[[], None] | None,
+) -> tuple[Result, LaplaceEvaluation]:
+    """The result from the start by so many steps."""
+    set_start(fit, begin)
+    converged = fit.climb(most)
+    result, found = marginal_outcome(fit, names, labels, converged)
+    left = most - len(fit.history)
+    if converged and not result.converged and left > 0:
+        # The curvature of the last steps was too large: go on by the one that was found there.
+        converged = fit.climb(left)
+        result, found = marginal_outcome(fit, names, labels, converged)
     return result, found
 
 

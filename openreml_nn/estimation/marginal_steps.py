@@ -14,7 +14,7 @@ from torch import Tensor
 from openreml_nn.covariance import Matrix
 from openreml_nn.estimation.coordinates import Coordinates
 from openreml_nn.estimation.derivatives import jacobian
-from openreml_nn.estimation.separation import separation_of
+from openreml_nn.estimation.separation import separation_of, told_exactly
 from openreml_nn.families import Binomial, Ordinal
 from openreml_nn.likelihood import LaplaceLoss
 from openreml_nn.likelihood.fixed import FixedPart
@@ -28,6 +28,8 @@ __all__ = ["MarginalFit"]
 
 #: No linear predictor of categories is so far from zero, on the scale of a link.
 _ENDLESS = 50.0
+#: Of a precision beyond this, responses have no spread beside the linear predictor.
+_EXACT = 1e12
 
 #: A fit has converged this far from the optimum, in standard errors,
 CONVERGED = 1e-3
@@ -191,13 +193,16 @@ class MarginalFit:
         """Steps to the optimum; whether it was reached.
 
         Raises:
-            NumericalError: if coefficients go to infinity.
+            NumericalError: if coefficients go to infinity, or a precision does that still raises the
+                likelihood.
         """
         period = max(4 if len(self.X) <= _MANY_ROWS else 10, len(self.x) - self.p)
         for step in range(1, most + 1):
             direction, norm = self._direction()
             if norm < self.aim:
                 return True
+            if norm > 1 and (told := told_exactly(self.loss.family, self.x, _EXACT)):
+                raise NumericalError(told)
             before = self.value
             accepted = self._search(direction, norm)
             if self.p and self.of_categories and float(self.x[: self.p].abs().max()) > _ENDLESS:

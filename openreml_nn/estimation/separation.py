@@ -1,4 +1,4 @@
-"""Levels whose responses are all of one category, so that a variance of theirs has no finite estimate."""
+"""Responses of which the likelihood has no maximum: of one category in each level, or without spread."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from openreml_nn.families import Binomial, Family, Ordinal
+from openreml_nn.families import Beta, Binomial, Family, Gamma, Ordinal
 from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.term import Term
 
-__all__ = ["SEPARATED", "Separation", "separated_levels", "separation_of"]
+__all__ = ["SEPARATED", "Separation", "separated_levels", "separation_of", "told_exactly"]
 
 #: What is said where no grouping factor alone is at fault.
 SEPARATED = (
@@ -82,3 +82,23 @@ def separation_of(family: Family, y: Tensor, terms: Sequence[Term]) -> str:
                 "estimate"
             )
     return SEPARATED
+
+
+def told_exactly(family: Family, like: Tensor, end: float) -> str:
+    """What is said of a precision or a dispersion without units that has gone beyond an end of its range, as
+    it does where the linear predictor tells the responses without error; nothing if none has.
+
+    Args:
+        family: at the parameters in question.
+        like: a tensor of their dtype and device.
+        end: how large, or how small as its inverse, is too far.
+    """
+    if not isinstance(family, Beta | Gamma):
+        return ""
+    phi = float(family.natural("phi", like).detach())
+    if 1 / end < phi < end:
+        return ""
+    return (
+        f"the likelihood has no maximum: phi is {phi:.2g} where the steps ended, as the linear predictor "
+        "tells the responses without error"
+    )

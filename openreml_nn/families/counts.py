@@ -12,7 +12,7 @@ from openreml_nn.covariance.params import free_specs
 from openreml_nn.covariance.transform import TransformExp
 from openreml_nn.families.drawing import below_and_at, drawn
 from openreml_nn.families.family import Family, refuse_rows
-from openreml_nn.families.special import log_rising, softplus, xlogy_ratio
+from openreml_nn.families.special import log_rising, polygamma_rising, softplus, xlogy_ratio
 
 __all__ = ["NegativeBinomial", "NegativeBinomial1", "Poisson"]
 
@@ -164,6 +164,14 @@ class NegativeBinomial1(_NegativeBinomial):
         size = (eta - phi.log()).exp()
         tail = y * (phi.log() - phi.log1p()) - size * phi.log1p()
         return log_rising(y, size) + tail
+
+    def derivatives(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        phi = self.natural("phi", eta)
+        size = (eta - phi.log()).exp()  # whose derivative is itself
+        one, two, three = polygamma_rising(y, size)
+        first, square = size * (one - phi.log1p()), size * size
+        second = first + square * two
+        return first, second, second + square * (2 * two + size * three)
 
     def variance(self, eta: Tensor) -> Tensor:
         return eta.exp() * (1 + self.natural("phi", eta))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import log, pi
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from openreml_nn.covariance.transform import (
 )
 from openreml_nn.families.drawing import distribution, drawn, up_to
 from openreml_nn.families.family import Family, refuse_rows
+from openreml_nn.families.special import exp_rest, log_gamma_rest
 from openreml_nn.support.checks import check_choice
 from openreml_nn.support.errors import InputError
 
@@ -51,8 +54,9 @@ class Gamma(Family):
     def log_density(self, y: Tensor, eta: Tensor) -> Tensor:
         a = 1 / self.natural("phi", eta)
         z = y.log() - eta
-        # Together these are small where the shape is large; each alone is not.
-        return a * a.log() - torch.lgamma(a) - a + a * (1 + z - z.exp()) - y.log()
+        # By Stirling's formula, as a log a - a and log Γ(a) cancel where the shape is large.
+        spread = (a.log() - log(2 * pi)) / 2
+        return spread - log_gamma_rest(a) - a * exp_rest(z) - y.log()
 
     def derivatives(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a = 1 / self.natural("phi", eta)

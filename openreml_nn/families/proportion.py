@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import log
+from math import log, pi
 
 import numpy as np
 import torch
@@ -12,7 +12,13 @@ from openreml_nn.covariance.params import free_specs
 from openreml_nn.covariance.transform import TransformExp
 from openreml_nn.families.drawing import drawn, up_to
 from openreml_nn.families.family import Family, refuse_rows
-from openreml_nn.families.special import xlogy_ratio
+from openreml_nn.families.special import (
+    bernoulli_divergence,
+    digamma_rest,
+    log_gamma_rest,
+    softplus,
+    xlogy_ratio,
+)
 from openreml_nn.support.checks import check_choice
 
 __all__ = ["Beta"]
@@ -46,17 +52,21 @@ class Beta(Family):
         super().__init__(free_specs(["phi"], log(10.0), TransformExp(degree=0)))
 
     def log_density(self, y: Tensor, eta: Tensor) -> Tensor:
+        # Stirling's formula in place of the gamma functions leaves the divergence of the mean from the
+        # response and small terms, which keep their digits however large the precision is.
         phi = self.natural("phi", eta)
         a, b = self._shapes(eta)
-        constant = torch.lgamma(phi) - torch.lgamma(a) - torch.lgamma(b)
-        return constant + (a - 1) * y.log() + (b - 1) * torch.log1p(-y)
+        kernel = -phi * bernoulli_divergence(eta, y.logit())
+        spread = (phi.log() - softplus(eta) - softplus(-eta) - log(2 * pi)) / 2
+        rest = log_gamma_rest(phi) - log_gamma_rest(a) - log_gamma_rest(b)
+        return kernel + spread + rest - y.log() - torch.log1p(-y)
 
     def derivatives(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         phi = self.natural("phi", eta)
         p, q = torch.sigmoid(eta), torch.sigmoid(-eta)
         a, b, v = phi * p, phi * q, p * q
         # Derivatives in the mean, and then of the mean by the chain rule.
-        c1 = phi * (torch.digamma(b) - torch.digamma(a) + y.log() - torch.log1p(-y))
+        c1 = phi * (y.logit() - eta + digamma_rest(b) - digamma_rest(a))
         c2 = -(phi**2) * (torch.polygamma(1, a) + torch.polygamma(1, b))
         c3 = -(phi**3) * (torch.polygamma(2, a) - torch.polygamma(2, b))
         bend, twist = v * (q - p), v * (1 - 6 * v)

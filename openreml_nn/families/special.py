@@ -8,10 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["log1mexp", "log_ndtr", "log_rising", "mills", "softplus", "xlogy_ratio"]
+__all__ = [
+    "bernoulli_divergence",
+    "digamma_rest",
+    "exp_rest",
+    "log1mexp",
+    "log_gamma_rest",
+    "log_ndtr",
+    "log_rising",
+    "mills",
+    "polygamma_rising",
+    "softplus",
+    "xlogy_ratio",
+]
 
 #: From here on Stirling's series has all digits of float64.
 _LARGE = 50.0
+#: Up to here a Taylor series of few terms has them.
+_SMALL = 0.01
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -47,15 +61,100 @@ def log_rising(y: Tensor, s: Tensor) -> Tensor:
     return torch.where(large, rest + _stirling(top) - _stirling(big), direct)
 
 
+def log_gamma_rest(z: Tensor) -> Tensor:
+    r""":math:`\log\Gamma(z) - (z - \tfrac12)\log z + z - \tfrac12\log 2\pi` for z > 0, what Stirling's
+    formula leaves: 1/(12 z) and less where z is large.
+
+    Reference:
+        NIST Digital Library of Mathematical Functions, 5.11.1.
+    """
+    near, far = _apart(z)
+    direct = torch.lgamma(near) - (near - 0.5) * near.log() + near - 0.5 * log(2 * pi)
+    return torch.where(z > _LARGE, _stirling(far), direct)
+
+
+def digamma_rest(z: Tensor) -> Tensor:
+    r""":math:`\psi(z) - \log z` for z > 0, which is -1/(2 z) and less where z is large.
+
+    Reference:
+        NIST Digital Library of Mathematical Functions, 5.11.2.
+    """
+    near, far = _apart(z)
+    return torch.where(z > _LARGE, _stirling_slope(far), torch.digamma(near) - near.log())
+
+
+def polygamma_rising(y: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r""":math:`\psi^{(k)}(s + y) - \psi^{(k)}(s)` for k = 0, 1, 2: the derivatives of :func:`log_rising`
+    in s, also for large s."""
+    y, s = torch.broadcast_tensors(y, s)
+    near, far = _apart(s)
+    top, large = far + y, s > _LARGE
+    w, v = 1 / (top * top), 1 / (far * far)
+    leading = (
+        torch.log1p(y / far),
+        -y / (top * far),
+        y * (top + far) * w * v,
+    )
+    found = []
+    for order, first in enumerate(leading):
+        series = first + _stirling_slope(top, order) - _stirling_slope(far, order)
+        direct = torch.polygamma(order, near + y) - torch.polygamma(order, near)
+        found.append(torch.where(large, series, direct))
+    return found[0], found[1], found[2]
+
+
+def exp_rest(x: Tensor) -> Tensor:
+    r""":math:`e^x - 1 - x`, with its digits where x is small."""
+    small = x.abs() < _SMALL
+    near = torch.where(small, x, 0.0)
+    total = near / 5040 + 1 / 720
+    for k in (120, 24, 6, 2):
+        total = total * near + 1 / k
+    return torch.where(small, near * near * total, torch.expm1(x) - x)
+
+
+def bernoulli_divergence(eta: Tensor, other: Tensor) -> Tensor:
+    r""":math:`p\log(p/r) + (1 - p)\log((1 - p)/(1 - r))` of the probabilities of two logits, the first
+    :math:`\eta`, with its digits where they are nearly equal.
+
+    With d their difference and :math:`t = \log(1 + p(e^d - 1))` it is t - pd, which for small d is
+    :math:`p(e^d - 1 - d) - (e^t - 1 - t)`. It is the same for the other outcome, so that p ≤ 1/2 here.
+    """
+    sign = torch.where(eta > 0, -1.0, 1.0)
+    eta, other = eta * sign, other * sign
+    d, p = other - eta, torch.sigmoid(eta)
+    near = d.clamp(max=1.0)
+    t = torch.log1p(p * torch.expm1(near))
+    far = softplus(other) - softplus(eta) - p * d
+    return torch.where(d < 1, p * exp_rest(near) - exp_rest(t), far)
+
+
 def xlogy_ratio(y: Tensor, mean: Tensor) -> Tensor:
     r""":math:`y\log(y/\mu)`, 0 where y is."""
     return torch.xlogy(y, y) - torch.xlogy(y, mean)
+
+
+def _apart(z: Tensor) -> tuple[Tensor, Tensor]:
+    """z where it is small, and where it is large, each with a harmless number elsewhere."""
+    large = z > _LARGE
+    return torch.where(large, 1.0, z), torch.where(large, z, _LARGE)
 
 
 def _stirling(z: Tensor) -> Tensor:
     """What is left of the log-gamma function after its leading terms."""
     w = 1 / (z * z)
     return (1 / 12 - w * (1 / 360 - w * (1 / 1260 - w / 1680))) / z
+
+
+def _stirling_slope(z: Tensor, order: int = 0) -> Tensor:
+    """What is left of the digamma function, or of its first or second derivative, after its leading
+    term: log z, 1/z or -1/z²."""
+    w = 1 / (z * z)
+    if order == 0:
+        return -0.5 / z - w * (1 / 12 - w * (1 / 120 - w * (1 / 252 - w / 240)))
+    if order == 1:
+        return w * (0.5 + (1 / 6 - w * (1 / 30 - w * (1 / 42 - w / 30))) / z)
+    return -w * (1 / z + w * (0.5 - w * (1 / 6 - w * (1 / 6 - w * 0.3))))
 
 
 def log_ndtr(x: Tensor) -> Tensor:

@@ -23,7 +23,15 @@ from openreml_nn.families import (
     Tweedie,
     named_family,
 )
-from openreml_nn.families.special import log_rising, mills
+from openreml_nn.families.special import (
+    bernoulli_divergence,
+    digamma_rest,
+    exp_rest,
+    log_gamma_rest,
+    log_rising,
+    mills,
+    polygamma_rising,
+)
 from openreml_nn.support.errors import InputError
 
 DOUBLE = torch.float64
@@ -232,6 +240,81 @@ def test_a_difference_of_log_gammas_has_its_digits(s, y):
     assert value.item() == pytest.approx(float(mp.loggamma(total) - mp.loggamma(part)), rel=1e-12)
     expected = float(mp.digamma(total) - mp.digamma(part))
     assert slope.item() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("s", [0.7, 49.0, 51.0, 1e4, 1e9])
+def test_differences_of_polygammas_have_their_digits(s):
+    mp.mp.dps = 60
+    for y in (0.0, 1.0, 3000.0):
+        found = polygamma_rising(torch.tensor(y, dtype=DOUBLE), torch.tensor([s], dtype=DOUBLE))
+        for order, part in enumerate(found):
+            expected = mp.polygamma(order, mp.mpf(s) + mp.mpf(y)) - mp.polygamma(order, mp.mpf(s))
+            assert part.item() == pytest.approx(float(expected), rel=1e-8 if s < 50 else 1e-12)
+
+
+@pytest.mark.parametrize("z", [1e-3, 0.7, 49.0, 51.0, 1e4, 1e14])
+def test_what_stirlings_formula_leaves_has_its_digits(z):
+    mp.mp.dps = 60
+    at, v = torch.tensor([z], dtype=DOUBLE, requires_grad=True), mp.mpf(z)
+    value, slope = log_gamma_rest(at), digamma_rest(at)
+    expected = mp.loggamma(v) - (v - 0.5) * mp.log(v) + v - mp.log(2 * mp.pi) / 2
+    assert value.item() == pytest.approx(float(expected), rel=1e-13, abs=3e-14 * (z < 50))
+    expected = mp.digamma(v) - mp.log(v)
+    assert slope.item() == pytest.approx(float(expected), rel=1e-12)
+    (own,) = torch.autograd.grad(value.sum(), at)
+    expected += 1 / (2 * v)
+    assert own.item() == pytest.approx(float(expected), rel=1e-12, abs=1e-14 * (z < 50))
+
+
+@pytest.mark.parametrize("x", [-800.0, -0.3, -0.00999, 1e-9, 0.00999, 0.0101, 0.999, 1.001, 700.0])
+def test_small_differences_of_exponentials_and_of_odds_have_their_digits(x):
+    mp.mp.dps = 60
+    at, d = torch.tensor([x], dtype=DOUBLE), mp.mpf(x)
+    assert exp_rest(at).item() == pytest.approx(float(mp.exp(d) - 1 - d), rel=1e-13)
+    for eta in (0.0, -9.0, 9.0):
+        other = at + eta  # rounded
+        e, o = mp.mpf(eta), mp.mpf(other.item())
+        found = bernoulli_divergence(torch.full_like(at, eta), other).item()
+        p, q = 1 / (1 + mp.exp(-e)), 1 / (1 + mp.exp(e))
+        r, s = 1 / (1 + mp.exp(-o)), 1 / (1 + mp.exp(o))
+        assert found == pytest.approx(float(p * mp.log(p / r) + q * mp.log(q / s)), rel=1e-12)
+
+
+@pytest.mark.parametrize("precision", [1.0, 1e4, 1e9, 1e14])
+@pytest.mark.parametrize("name", ["beta", "gamma"])
+def test_a_density_has_its_digits_however_large_the_precision_is(name, precision):
+    """Rounding of the linear predictor itself, over the response's standard deviation, is what is left."""
+    mp.mp.dps = 60
+    family = Beta().double() if name == "beta" else Gamma().double()
+    setting(family, phi=precision if name == "beta" else 1 / precision)
+    phi = mp.mpf(family.natural("phi", ETA).item())
+    z = torch.tensor([1.3, -0.4, 0.0, 2.5, -1.0], dtype=DOUBLE)
+    own = ETA + z / (precision + 1) ** 0.5
+    y = torch.sigmoid(own) if name == "beta" else own.exp()
+
+    def exact(y, eta, k):
+        if name == "gamma":
+            a, z = 1 / k, mp.log(y) - eta
+            return a * mp.log(a) - mp.loggamma(a) + a * (z - mp.exp(z)) - mp.log(y)
+        p = 1 / (1 + mp.exp(-eta))
+        a, b = k * p, k * (1 - p)
+        top = mp.loggamma(k) - mp.loggamma(a) - mp.loggamma(b)
+        return top + (a - 1) * mp.log(y) + (b - 1) * mp.log(1 - y)
+
+    value = family.log_density(y, ETA)
+    (slope,) = torch.autograd.grad(value.sum(), family.stored("phi"))
+    with torch.no_grad():
+        first, second, _ = family.derivatives(y, ETA)
+    close, total = 1e-13 + 1e-16 * precision**0.5, 0.0
+    for i, (at, eta) in enumerate(zip(y.tolist(), ETA.tolist(), strict=True)):
+        at, eta = mp.mpf(at), mp.mpf(eta)
+        assert value[i].item() == pytest.approx(float(exact(at, eta, phi)), rel=close, abs=close)
+        total += mp.diff(lambda t, y=at, e=eta: exact(y, e, phi * mp.exp(t)), 0)
+        bend = float(mp.diff(lambda t, y=at: exact(y, t, phi), eta, 2))
+        assert second[i].item() == pytest.approx(bend, rel=1e-8)
+        expected = float(mp.diff(lambda t, y=at: exact(y, t, phi), eta))
+        assert abs(first[i].item() - expected) < close * abs(bend) ** 0.5
+    assert slope.item() == pytest.approx(float(total), rel=close, abs=10 * close)
 
 
 @pytest.mark.parametrize("x", [-1e6, -300.0, -51.0, -49.0, -20.0, -2.0, 0.0, 3.0, 36.0])

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from openreml_nn import InputError, NumericalError, glmm
-from openreml_nn.estimation.separation import separated_levels
-from openreml_nn.families import Binomial, Ordinal, Poisson
+from openreml_nn.estimation.separation import separated_levels, told_exactly
+from openreml_nn.families import Beta, Binomial, Gamma, NegativeBinomial, Ordinal, Poisson
 from openreml_nn.inference import diagnose
 
 RNG = np.random.default_rng(0)
@@ -84,6 +84,23 @@ def test_a_precision_at_its_end_is_said():
     with pytest.warns(RuntimeWarning, match=said):
         result = glmm("share ~ x + (1 | g)", TABLE, family="beta", max_iterations=7)
     assert any(text.startswith("The parameter phi is ") for text in diagnose(result))
+
+
+def test_responses_that_the_predictor_tells_without_error_have_no_maximum():
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"g": np.repeat(np.arange(4), 6), "x": rng.normal(size=24)})
+    table["y"] = np.exp(0.3 + 0.5 * table.x + rng.normal(size=4)[table.g])
+    with pytest.raises(NumericalError, match=r"has no maximum: phi is \S+ where the steps ended"):
+        glmm("y ~ x + (1 | g)", table, "gamma")
+
+
+@pytest.mark.parametrize("family", [Beta(), Gamma(), NegativeBinomial()])
+def test_a_precision_without_end_is_said_of_responses_that_have_a_spread_of_their_own(family):
+    like, name = torch.zeros(1, dtype=torch.float64), next(iter(family.own_trans))
+    for value, gone in ((1e13, True), (1e-13, True), (1e11, False), (1e-11, False)):
+        family.double().set_value(name, value, natural=True)
+        said = told_exactly(family, like, 1e12)
+        assert (f"phi is {value:.2g}" in said) == (gone and name == "phi")
 
 
 def test_options_of_a_residual_are_refused_with_the_reason():
