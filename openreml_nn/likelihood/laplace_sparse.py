@@ -38,7 +38,6 @@ class SparseSpace:
     Args:
         terms: the random terms.
         solver: with its options.
-
     """
 
     reason = "the weights of the rows move"
