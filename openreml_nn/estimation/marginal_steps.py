@@ -13,6 +13,7 @@ from torch import Tensor
 
 from openreml_nn.covariance import Matrix
 from openreml_nn.estimation.coordinates import Coordinates
+from openreml_nn.estimation.curvature import CURVATURE
 from openreml_nn.estimation.derivatives import jacobian
 from openreml_nn.estimation.separation import separation_of, told_exactly
 from openreml_nn.families import Binomial, Ordinal
@@ -232,7 +233,7 @@ class MarginalFit:
         """The curvature made positive: its eigenvalues and eigenvectors in scales of unit diagonal."""
         scale = self.hessian.diagonal().abs().clamp(min=1e-10).sqrt()
         scaled = self.hessian / (scale[:, None] * scale)
-        values, vectors = decomposed(scaled, "the curvature of the log-likelihood")
+        values, vectors = decomposed(scaled, CURVATURE)
         return values.abs().clamp(min=1e-8), vectors, scale
 
     def _direction(self) -> tuple[Tensor, float]:
