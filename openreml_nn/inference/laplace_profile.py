@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from openreml_nn.covariance import Matrix
 from openreml_nn.covariance.parametrized import FreeParams
+from openreml_nn.estimation.curvature import CURVATURE
 from openreml_nn.estimation.derivatives import jacobian
 from openreml_nn.estimation.marginal_steps import MarginalFit
 from openreml_nn.families import Family
@@ -30,8 +31,6 @@ from openreml_nn.terms.term import Term
 
 __all__ = ["LaplaceProfiler"]
 
-#: What the matrix of a system is called in messages.
-_CURVATURE = "the curvature of the log-likelihood"
 #: The way to a maximum ends this near to it, in standard errors,
 _AIM = 1e-5
 #: or here, where rounding lets it come no nearer.
@@ -118,12 +117,12 @@ class _Way:
         for _ in range(self._most):
             at, a, _ = held.slope(w)
             gap = t - at
-            inner = solve_named(B, torch.stack([slope, a], 1), _CURVATURE)
+            inner = solve_named(B, torch.stack([slope, a], 1), CURVATURE)
             # The multiplier of the Lagrangian f - k (q - t), and the step to where both vanish.
             k = float((a @ inner[:, 0] + gap) / (a @ inner[:, 1]))
             along = float(a @ inner[:, 0] / (a @ inner[:, 1]))
             left = slope - along * a
-            norm = float(left @ solve_named(B, left, _CURVATURE)) ** 0.5
+            norm = float(left @ solve_named(B, left, CURVATURE)) ** 0.5
             arrived = abs(gap) < 1e-9 * scale and norm < _NEAR
             if abs(gap) < 1e-9 * scale and norm < _AIM:
                 break
@@ -221,7 +220,7 @@ class LaplaceProfiler:
         held = self._known[name]
         value, slope, _ = held.slope(self._start)
         estimate = held.at(self._start)
-        error = float(slope @ solve_named(self._hessian, slope, _CURVATURE)) ** 0.5
+        error = float(slope @ solve_named(self._hessian, slope, CURVATURE)) ** 0.5
         if not 0 < error < held.longest:
             error = held.longest / 10
 
@@ -309,7 +308,5 @@ class LaplaceProfiler:
 def _made_positive(H: Tensor) -> Tensor:
     """A curvature without what is not positive in it."""
     scale = H.diagonal().abs().clamp(min=1e-6).sqrt()
-    values, vectors = decomposed(
-        H / (scale[:, None] * scale), "the curvature of the log-likelihood"
-    )
+    values, vectors = decomposed(H / (scale[:, None] * scale), CURVATURE)
     return (vectors * values.abs().clamp(min=1e-4)) @ vectors.mT * (scale[:, None] * scale)
