@@ -1,7 +1,8 @@
 r"""What a fit of a family owes to rows, by leaving them out.
 
 With the covariance and the family's parameters held, the coefficients without rows I are those of the
-maximum of the marginal likelihood :math:`\ell_{(I)}` of the others, by Newton's steps from the fit,
+maximum of the marginal likelihood :math:`\ell_{(I)}` of the others, by quasi-Newton steps from the fit,
+the last of which is Newton's,
 
 .. math:: \hat\beta \leftarrow \hat\beta + \Phi_{(I)} \nabla\ell_{(I)}(\hat\beta), \qquad
     \Phi_{(I)} = -[\nabla^2\ell_{(I)}(\hat\beta)]^{-1}.
@@ -11,11 +12,13 @@ By REML they are those of the joint mode of the others.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 from openreml_nn.estimation.marginal_steps import MarginalFit
-from openreml_nn.inference.laplace_refit import LaplaceRefit
+from openreml_nn.inference.laplace_refit import LaplaceRefit, bfgs
 from openreml_nn.support.errors import InputError, NumericalError
 from openreml_nn.support.spectrum import eigenvalues
 
@@ -23,8 +26,8 @@ __all__ = ["LaplaceDeletion"]
 
 #: Step of the differences of gradients, in standard errors.
 _STEP = 1e-3
-#: Newton's steps end with one this short, in standard errors, and there are at most so many.
-_AIM, _MOST = 1e-4, 20
+#: Steps end with one this short, in standard errors, and there are at most so many.
+_AIM, _MOST = 1e-4, 50
 #: Columns of X depend on each other where the squares of their lengths are as small as this.
 _SINGULAR = 1e-10
 
@@ -45,6 +48,11 @@ class LaplaceDeletion:
         self.refit, self._codes = refit, codes
         self._fit = refit.fit()
         self.leverage = refit.X.new_full((cases,), torch.nan)
+
+    @cached_property
+    def _whole(self) -> Tensor:
+        """The information on the coefficients from all rows, where the steps without a case begin."""
+        return self._information(self._fit, self._fit.x)
 
     def phi(self, is_refitted: bool) -> Tensor:
         """The covariance of the coefficients of all rows, with all else held unless it is estimated."""
@@ -97,15 +105,24 @@ class LaplaceDeletion:
             change = here.coefficients - there.coefficients
             return fit.T @ change, fit.T @ there.coefficient_covariance @ fit.T.mT
         x, change = fit.x.clone(), fit.x.new_zeros(p)
+        slope, H, is_exact = others.evaluate(x)[1][:p], self._whole, False
         for _ in range(_MOST):
-            L, failed = torch.linalg.cholesky_ex(self._information(others, x))
+            L, failed = torch.linalg.cholesky_ex(H)
             if int(failed):
                 return None
-            step = torch.cholesky_solve(others.evaluate(x)[1][:p, None], L)[:, 0]
+            step = torch.cholesky_solve(slope[:, None], L)[:, 0]
+            if float((L.mT @ step).norm()) < _AIM:
+                if is_exact:
+                    change = change + step
+                    return fit.T @ change, fit.T @ torch.cholesky_inverse(L) @ fit.T.mT
+                # Differences take 2 p gradients: they wait until the updated information leads nowhere.
+                H, is_exact = self._information(others, x), True
+                continue
             x[:p] -= step
             change += step
-            if float((L.mT @ step).norm()) < _AIM:
-                return fit.T @ change, fit.T @ torch.cholesky_inverse(L) @ fit.T.mT
+            new = others.evaluate(x)[1][:p]
+            H, is_exact = bfgs(H, -step, new - slope), False
+            slope = new
         return None
 
     def _information(self, others: MarginalFit, x: Tensor) -> Tensor:

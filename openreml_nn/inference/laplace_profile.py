@@ -20,7 +20,7 @@ from openreml_nn.estimation.marginal_steps import MarginalFit
 from openreml_nn.families import Family
 from openreml_nn.inference.constrained import Natural, Quantity
 from openreml_nn.inference.curves import Curve, Path, curve_through, points_of
-from openreml_nn.inference.laplace_refit import LaplaceRefit, numbers_of
+from openreml_nn.inference.laplace_refit import LaplaceRefit, bfgs, numbers_of
 from openreml_nn.inference.refit import matrix_entries
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.result import Result
@@ -132,7 +132,7 @@ class _Way:
                 break
             s = moved[0] - w
             new = held.slope(moved[0])[1]
-            B = _updated(B, s, (moved[2] - k * new) - (slope - k * a))
+            B = bfgs(B, s, (moved[2] - k * new) - (slope - k * a))
             w, value, slope = moved
         return -value, w, B, arrived
 
@@ -310,16 +310,3 @@ def _made_positive(H: Tensor) -> Tensor:
     scale = H.diagonal().abs().clamp(min=1e-6).sqrt()
     values, vectors = decomposed(H / (scale[:, None] * scale), CURVATURE)
     return (vectors * values.abs().clamp(min=1e-4)) @ vectors.mT * (scale[:, None] * scale)
-
-
-def _updated(B: Tensor, s: Tensor, d: Tensor) -> Tensor:
-    """BFGS, damped so that the curvature stays positive along the step (Powell 1978)."""
-    Bs = B @ s
-    along, bend = float(s @ Bs), float(s @ d)
-    if not along > 0:
-        return B
-    if bend < 0.2 * along:
-        weight = 0.8 * along / (along - bend)
-        d = weight * d + (1 - weight) * Bs
-        bend = float(s @ d)
-    return B + torch.outer(d, d) / bend - torch.outer(Bs, Bs) / along

@@ -24,7 +24,7 @@ from openreml_nn.support.errors import InputError, NumericalError
 from openreml_nn.support.solving import solve_named
 from openreml_nn.support.spectrum import eigenvalues
 
-__all__ = ["LaplaceRefit", "numbers_of"]
+__all__ = ["LaplaceRefit", "bfgs", "numbers_of"]
 
 #: Steps of a fit, at most.
 _MOST = 100
@@ -221,3 +221,17 @@ def _of_matrices(result: Result, matrices: Sequence[Tensor]) -> dict[str, float]
         own = float(matrix[i, j])
         found[name] = scale**0.5 if i == j else (own / scale if scale else math.nan)
     return found
+
+
+def bfgs(B: Tensor, s: Tensor, d: Tensor) -> Tensor:
+    """The curvature B after a step s along which the gradient changed by d, by BFGS, damped so that the
+    curvature stays positive along the step (Powell 1978)."""
+    Bs = B @ s
+    along, bend = float(s @ Bs), float(s @ d)
+    if not along > 0:
+        return B
+    if bend < 0.2 * along:
+        weight = 0.8 * along / (along - bend)
+        d = weight * d + (1 - weight) * Bs
+        bend = float(s @ d)
+    return B + torch.outer(d, d) / bend - torch.outer(Bs, Bs) / along
