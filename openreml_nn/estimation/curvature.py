@@ -17,7 +17,7 @@ from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.problem import Evaluation
 from openreml_nn.support.spectrum import decomposed
 
-__all__ = ["CONVERGED", "FLAT", "Curvature", "lost_in_noise"]
+__all__ = ["CONVERGED", "CURVATURE", "FLAT", "Curvature", "lost_in_noise"]
 
 #: Parameters count as converged this many standard errors from the optimum.
 CONVERGED = 1e-3
@@ -25,8 +25,8 @@ CONVERGED = 1e-3
 _AT_KINK, _BESIDE = 1e-12, 1e-8
 #: A direction counts as flat when its curvature is this small beside the largest.
 FLAT = 1e-6
-#: As messages have it.
-_NAME = "the curvature of the log-likelihood"
+#: What H is called in messages.
+CURVATURE = "the curvature of the log-likelihood"
 
 
 class Curvature:
@@ -174,7 +174,7 @@ class Curvature:
             hessian[self.held, self.held] = torch.where(own > 0, own, 1)
         size = self.information.diagonal().abs() + (hessian - self.information).diagonal().abs()
         self._scale = scale = torch.where(size > 0, size, 1).sqrt()
-        self._values, self._vectors = decomposed(hessian / (scale[:, None] * scale), _NAME)
+        self._values, self._vectors = decomposed(hessian / (scale[:, None] * scale), CURVATURE)
         size = self._values.abs()
         self.move = self.damped(0.0)
         self.norm = float((self.score @ self.move).clamp(min=0).sqrt())

@@ -28,7 +28,7 @@ from openreml_nn.likelihood.fixed import check_data
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers.krylov import Krylov
-from openreml_nn.result.result import Label, Record, Result, Start
+from openreml_nn.result.result import Label, Result, Start
 from openreml_nn.support.checks import (
     check_choice,
     check_count,
@@ -40,7 +40,7 @@ from openreml_nn.support.warning import warn
 from openreml_nn.terms.design import Design, IndexedDesign
 from openreml_nn.terms.term import Term, has_own_columns, residual_terms
 
-__all__ = ["checked", "fit_reml", "iterate", "moment_start", "start_by_moments"]
+__all__ = ["checked", "fit_reml", "moment_start", "start_by_moments"]
 
 #: An exact evaluation is put off when it takes this many times the work of an approximate one.
 _WORTH = 1.5
@@ -236,7 +236,7 @@ def fit_reml(
     else:
         if start == "moments" and not (free and _start_by_krylov(objective, loss, y, X)):
             begin()
-        history = iterate(objective, max_iterations if free else 0)
+        history = climb(objective, max_iterations if free else 0)
     result = outcome(objective, loss.plan, y, X, history, names, labels, others)
     edge = "" if result.converged else edge_of(objective)
     left = result.residual_variance
@@ -259,11 +259,6 @@ def check_names(names: object, X: Tensor) -> None:
         raise InputError(f"`names` holds {wrong[0]!r}: expected strings")
     if X.dim() == 2 and len(names) != X.shape[1]:
         raise InputError(f"`names` has {len(names)} entries but `X` has {X.shape[1]} columns")
-
-
-def iterate(objective: Objective, most: int) -> list[Record]:
-    """Average-information steps until the optimum, or as many as allowed."""
-    return climb(objective, most)
 
 
 def checked(result: Result, edge: str = "") -> Result:

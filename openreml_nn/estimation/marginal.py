@@ -37,7 +37,8 @@ def fit_laplace(
     begin: Callable[[], None] | None = None,
     weights: Tensor | None = None,
 ) -> tuple[Result, LaplaceEvaluation]:
-    r"""Fit a generalised linear mixed model.
+    r"""Fit a generalised linear mixed model, in the precision of :meth:`LaplaceLoss.precision`, to which
+    the parameters are brought.
 
     Args:
         loss: the marginal likelihood, whose covariance and family hold the parameters.
@@ -58,13 +59,14 @@ def fit_laplace(
         NumericalError: if the data are separated.
         InputError: if the data do not fit.
     """
+    X = X.to(loss.precision(y, X))
     if weights is not None:
         y, weights = loss.family.with_weights(y, weights.to(X))
     loss.family.check(y)
     names = [f"X{j}" for j in range(X.shape[1])] if names is None else list(names)
     loss.covariance.to(X)
     loss.family.to(X)
-    offset = X.new_zeros(len(X)) if offset is None else offset
+    offset = X.new_zeros(len(X)) if offset is None else offset.to(X)
     fit = MarginalFit(loss, y, X, offset, names, weights)
     set_start(fit, begin)
     converged = fit.climb(max_iterations)

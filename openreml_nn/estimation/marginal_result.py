@@ -9,6 +9,7 @@ from math import nan
 import torch
 from torch import Tensor
 
+from openreml_nn.estimation.curvature import CURVATURE
 from openreml_nn.estimation.derivatives import jacobian
 from openreml_nn.estimation.marginal_steps import CONVERGED, MarginalFit
 from openreml_nn.families import Family
@@ -111,14 +112,13 @@ def _inverse(H: Tensor, inner: Sequence[int], fit: MarginalFit) -> Tensor:
     part = H[at][:, at]
     scale = part.diagonal().abs().clamp(min=1e-300).sqrt()
     unit = part / (scale[:, None] * scale)
-    what = "the curvature of the log-likelihood"
-    values = eigenvalues(unit, what)
+    values = eigenvalues(unit, CURVATURE)
     if not bool(values[0] > 1e-9):
         if fit.p and bool((part.diagonal()[: fit.p] < 1e-6 * fit.count).any()):
             raise fit.separated()
-        inverse = invert_named(unit, what, pseudo=True)
+        inverse = invert_named(unit, CURVATURE, pseudo=True)
     else:
-        inverse = invert_named(unit, what)
+        inverse = invert_named(unit, CURVATURE)
     found[at[:, None], at] = inverse / (scale[:, None] * scale)
     return found
 
@@ -127,7 +127,7 @@ def _condition(H: Tensor) -> float:
     if not len(H):
         return 1.0
     scale = H.diagonal().abs().clamp(min=1e-300).sqrt()
-    values = eigenvalues(H / (scale[:, None] * scale), "the curvature of the log-likelihood").abs()
+    values = eigenvalues(H / (scale[:, None] * scale), CURVATURE).abs()
     return float(values.max() / values.min())
 
 

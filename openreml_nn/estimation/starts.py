@@ -41,11 +41,12 @@ _CLOSE = 0.3
 _NEARBY = 0.1
 #: A step shorter than this part of the one proposed leads nowhere.
 SHORTEST = 0.02
-#: A run that gains nothing in so many shortened steps ends.
+#: A run ends whose log-likelihood rises by nothing in so many shortened steps.
 _STALLED = 5
-#: As does one that gained, in these, less than this part of what each of them promised.
+#: A run ends whose log-likelihood rises, in as many steps, by less than this part of what each of
+#: them promised, half of the square of its score norm: it is on a ridge to infinity.
 _CRAWL = 0.01
-#: So many steps of each run come first; then those go on that may still end as the best.
+#: Each run takes so many steps first; after that a run goes on only where it may end as the best.
 _FIRST = 30
 #: Log-likelihoods that differ by less are of one optimum.
 _SAME = 1e-3
@@ -66,13 +67,19 @@ class _Run:
         return self if self.twin is None else self.twin
 
     def is_short_of(self, top: float, most: int) -> bool:
-        """Whether it was still rising, and gets above another end at the pace of its last steps."""
+        """Whether the run was still rising when it was left, and would get above the best of the others
+        at the pace of its last steps.
+
+        Args:
+            top: the log-likelihood of the best of the others.
+            most: steps that a run may take.
+        """
         left = most - len(self.history)
         if self.converged or left <= 0 or len(self.history) < _FIRST or self.history[-1].step == 0:
             return False
         if self.log_likelihood >= top:
             return True
-        return self.log_likelihood + _gained(self.history) / _STALLED * left > top + _SAME
+        return self.log_likelihood + _rise(self.history) / _STALLED * left > top + _SAME
 
 
 def has_several_optima(objective: Objective) -> bool:
@@ -111,7 +118,7 @@ def climb(
         history.append(Record.of(objective.covariance, *step[:3]))
         if step.converged or step.length == 0 or (arrived is not None and arrived(history[-1])):
             break
-        if len(history) > _STALLED and _gain(history) < 1e-12:
+        if len(history) > _STALLED and _relative_rise(history) < 1e-12:
             # Rounding is all that moves it: it is as near as the numbers let one see.
             history[-1] = replace(history[-1], step=0.0)
             break
@@ -119,7 +126,7 @@ def climb(
             history[-1] = replace(history[-1], step=0.0)
             break
         far = step.score_norm > CONVERGED
-        if far and len(history) > _STALLED and _gain(history) < 1e-8:
+        if far and len(history) > _STALLED and _relative_rise(history) < 1e-8:
             # At the edge of where V is positive definite there is nowhere to go, and a ridge to
             # infinity has no end.
             at_edge = step.length < SHORTEST
@@ -137,20 +144,20 @@ def _has_stalled(history: Sequence[Record]) -> bool:
     return len(history) > 1 and history[-1].score_norm > history[-2].score_norm / 2
 
 
-def _gain(history: Sequence[Record]) -> float:
-    """What the last steps gained of the log-likelihood, relative to its size."""
-    return _gained(history) / (1 + abs(history[-1].log_likelihood))
+def _relative_rise(history: Sequence[Record]) -> float:
+    """The rise of the log-likelihood in the last steps, relative to its size."""
+    return _rise(history) / (1 + abs(history[-1].log_likelihood))
 
 
-def _gained(history: Sequence[Record]) -> float:
-    """What the last steps gained of the log-likelihood."""
+def _rise(history: Sequence[Record]) -> float:
+    """The rise of the log-likelihood in the last ``_STALLED`` steps."""
     return history[-1].log_likelihood - history[-1 - _STALLED].log_likelihood
 
 
 def _is_crawling(history: Sequence[Record]) -> bool:
-    """Whether the last steps together gained next to nothing of what each of them promised."""
+    """Whether the last steps together rose by next to nothing of what each of them promised."""
     least = min(record.score_norm for record in history[-_STALLED:])
-    return _gained(history) < _CRAWL * least**2 / 2
+    return _rise(history) < _CRAWL * least**2 / 2
 
 
 def climb_from_several(
@@ -158,7 +165,8 @@ def climb_from_several(
 ) -> tuple[list[Record], list[Start]]:
     """Climb from each reach, and leave the parameters at the best end.
 
-    After some steps of each run only those go on that may still end as the best.
+    Each run takes 30 steps first. After these a run goes on only where it is the best so far, or gets
+    above the best at the pace of its last five steps.
 
     Args:
         objective: the likelihood.
@@ -200,7 +208,7 @@ def climb_from_several(
 
 
 def _go_on(objective: Objective, most: int, runs: list[_Run]) -> None:
-    """Let those that may still end as the best take the steps that are left, the best first."""
+    """Let the runs that may still end as the best take the steps that are left, the best run first."""
     for run in sorted(runs, key=lambda run: -run.log_likelihood):
         others = [other for other in runs if other is not run]
         top = max((other.log_likelihood for other in others), default=-inf)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from openreml_nn.estimation import Result
 from openreml_nn.estimation.curvature import Curvature
-from openreml_nn.estimation.fit import iterate, moment_start
+from openreml_nn.estimation.fit import moment_start
+from openreml_nn.estimation.starts import climb
 from openreml_nn.inference.refit import Refit, tracked
 from openreml_nn.likelihood import REMLLoss
 from openreml_nn.likelihood.loss import Objective
@@ -142,7 +143,7 @@ class _Runs:
 
     def climb(self, start: Callable[[], None]) -> None:
         start()
-        iterate(self._objective, _STEPS)
+        climb(self._objective, _STEPS)
 
     def search(self, method: str) -> None:
         """By one of SciPy's optimisers, in the coordinates of estimation."""

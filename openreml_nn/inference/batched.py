@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import grad, grad_and_value, jacrev, vmap
 
 from openreml_nn.estimation.coordinates import Coordinates
+from openreml_nn.estimation.curvature import CURVATURE
 from openreml_nn.inference.refit import Refit, matrix_entries
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.problem import Problem
@@ -163,9 +164,7 @@ def _step(hessian: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
     """Newton steps with the curvature made positive, and whether it was."""
     size = hessian.diagonal(dim1=1, dim2=2).abs()
     unit = torch.where(size > 0, size, 1).sqrt()
-    values, vectors = decomposed(
-        -hessian / (unit[:, :, None] * unit[:, None]), "the curvature of the log-likelihood"
-    )
+    values, vectors = decomposed(-hessian / (unit[:, :, None] * unit[:, None]), CURVATURE)
     steep = values.abs().clamp(min=1e-10)
     inner = vectors.mT @ (slope / unit)[:, :, None] / steep[:, :, None]
     return (vectors @ inner)[:, :, 0] / unit, (values > 1e-8).all(1)

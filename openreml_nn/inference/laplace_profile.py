@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from openreml_nn.covariance import Matrix
 from openreml_nn.covariance.parametrized import FreeParams
+from openreml_nn.estimation.curvature import CURVATURE
 from openreml_nn.estimation.derivatives import jacobian
 from openreml_nn.estimation.marginal_steps import MarginalFit
 from openreml_nn.families import Family
@@ -30,14 +31,15 @@ from openreml_nn.terms.term import Term
 
 __all__ = ["LaplaceProfiler"]
 
-#: What the matrix of a system is called in messages.
-_CURVATURE = "the curvature of the log-likelihood"
 #: The way to a maximum ends this near to it, in standard errors,
 _AIM = 1e-5
 #: or here, where rounding lets it come no nearer.
 _NEAR = 1e-3
 #: What a family stores, mostly a logarithm, is looked at this far from its estimate.
 _FAR = 25.0
+#: Curvature by it where a way begins, at least: where the likelihood is flat, as of an overdispersion
+#: without end, a step by less leads to where nothing is finite.
+_FLAT = 1e-3
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class _Way:
         at = w.detach().requires_grad_()
         with torch.enable_grad():
             x = self.x(at)
+            if not bool(x.isfinite().all()):
+                return inf, torch.zeros_like(w)
             try:
                 value, slope = self.fit.evaluate(x.detach())
             except NumericalError:
@@ -104,7 +108,7 @@ class _Way:
         """The highest log-likelihood where a quantity is t, where that is, the curvature there, and
         whether it was found."""
         scale = max(abs(t), 1e-3 * held.longest)
-        w = self._off_boundary(w, B, held)
+        w, B = self._off_boundary(w, B, held), self._steep(B)
         value, slope = self.evaluate(w)
         if not isfinite(value):
             w = self.start
@@ -113,12 +117,12 @@ class _Way:
         for _ in range(self._most):
             at, a, _ = held.slope(w)
             gap = t - at
-            inner = solve_named(B, torch.stack([slope, a], 1), _CURVATURE)
+            inner = solve_named(B, torch.stack([slope, a], 1), CURVATURE)
             # The multiplier of the Lagrangian f - k (q - t), and the step to where both vanish.
             k = float((a @ inner[:, 0] + gap) / (a @ inner[:, 1]))
             along = float(a @ inner[:, 0] / (a @ inner[:, 1]))
             left = slope - along * a
-            norm = float(left @ solve_named(B, left, _CURVATURE)) ** 0.5
+            norm = float(left @ solve_named(B, left, CURVATURE)) ** 0.5
             arrived = abs(gap) < 1e-9 * scale and norm < _NEAR
             if abs(gap) < 1e-9 * scale and norm < _AIM:
                 break
@@ -153,6 +157,12 @@ class _Way:
                 return at, own, new
             part /= 2
         return None
+
+    def _steep(self, B: Tensor) -> Tensor:
+        """A curvature that is not flat by what the family stores."""
+        least = torch.zeros_like(B.diagonal())
+        least[self.fit.p + self.fit.m :] = _FLAT
+        return B + torch.diag((least - B.diagonal()).clamp(min=0))
 
     def _off_boundary(self, w: Tensor, B: Tensor, held: Quantity) -> Tensor:
         """Off points about which the likelihood is even, whose gradient shows no way up."""
@@ -210,7 +220,7 @@ class LaplaceProfiler:
         held = self._known[name]
         value, slope, _ = held.slope(self._start)
         estimate = held.at(self._start)
-        error = float(slope @ solve_named(self._hessian, slope, _CURVATURE)) ** 0.5
+        error = float(slope @ solve_named(self._hessian, slope, CURVATURE)) ** 0.5
         if not 0 < error < held.longest:
             error = held.longest / 10
 
@@ -298,9 +308,7 @@ class LaplaceProfiler:
 def _made_positive(H: Tensor) -> Tensor:
     """A curvature without what is not positive in it."""
     scale = H.diagonal().abs().clamp(min=1e-6).sqrt()
-    values, vectors = decomposed(
-        H / (scale[:, None] * scale), "the curvature of the log-likelihood"
-    )
+    values, vectors = decomposed(H / (scale[:, None] * scale), CURVATURE)
     return (vectors * values.abs().clamp(min=1e-4)) @ vectors.mT * (scale[:, None] * scale)
 
 

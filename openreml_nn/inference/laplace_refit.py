@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openreml_nn.estimation.curvature import CURVATURE
 from openreml_nn.estimation.marginal_result import marginal_outcome
 from openreml_nn.estimation.marginal_start import set_start
 from openreml_nn.estimation.marginal_steps import MarginalFit
@@ -188,9 +189,7 @@ def _refuse_endless(fit: MarginalFit) -> None:
     """Refuse coefficients that have no finite estimate."""
     p = fit.p
     if p and float(fit.x[:p].abs().max()) > _LARGE:
-        least = float(
-            eigenvalues(fit.curvature()[:p, :p], "the curvature of the log-likelihood")[0]
-        )
+        least = float(eigenvalues(fit.curvature()[:p, :p], CURVATURE)[0])
         if least < _LITTLE * fit.count:
             raise NumericalError("the responses are separated: there is no finite estimate")
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.estimation import Result
-from openreml_nn.estimation.fit import iterate
+from openreml_nn.estimation.starts import climb
 from openreml_nn.inference.batched import maximise
 from openreml_nn.inference.laplace_refit import LaplaceRefit, numbers_of
 from openreml_nn.inference.likelihood_ratio import likelihood_ratio_test
@@ -156,7 +156,7 @@ def bootstrap(
         refit.reset()
         if statistic is None:
             objective = refit.objective(y)
-            iterate(objective, 100)
+            climb(objective, 100)
             rows.append(_numbers(refit, objective))
         else:
             rows.append(dict(statistic(refit.fit(y=y))))
@@ -208,7 +208,7 @@ def bootstrap_test(
                 continue
             fit.reset()
             objective = fit.objective(y)
-            iterate(objective, 100)
+            climb(objective, 100)
             value.append(float(objective.evaluate().log_likelihood))
         reached += 2 * (value[1] - value[0]) >= observed
     return (1 + reached) / (1 + samples)

@@ -13,13 +13,12 @@ from openreml_nn.lightning.sums import refuse_weights_of_responses
 from openreml_nn.likelihood.problem import cholesky
 from openreml_nn.model import MixedModel, RandomEffect
 from openreml_nn.model.batch import Batch, adjusted, row_values
+from openreml_nn.model.random_effect import Coded
 from openreml_nn.model.residual import structure_of
 from openreml_nn.model.several import check_one_level, coded_rows
 from openreml_nn.terms.design import IndexedDesign
 
 __all__ = ["deviance", "is_uneven"]
-
-Coded = Mapping[str, tuple[Tensor, Tensor | None]]
 
 
 def deviance(

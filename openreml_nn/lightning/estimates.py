@@ -10,7 +10,7 @@ from lightning import Trainer
 from torch import Tensor
 
 from openreml_nn.estimation.aireml import AIREML, Curvature
-from openreml_nn.estimation.fit import iterate
+from openreml_nn.estimation.starts import climb
 from openreml_nn.lightning.marginal import Marginal
 from openreml_nn.lightning.reading import Store, mark, read, state
 from openreml_nn.lightning.table import TableModel
@@ -177,7 +177,7 @@ class Estimates:
     def optimise(self, gathered: Any, most: int) -> None:
         """Bring what is not the network's to its optimum, by so many steps at most."""
         if self.aireml is not None and (self._has_network or isinstance(self._way, Linear)):
-            self.history += iterate(gathered.objective, most)
+            self.history += climb(gathered.objective, most)
 
 
 class MarginalEstimates(Estimates):

@@ -307,6 +307,13 @@ class LaplaceLoss(nn.Module):
 
     # ------------------------------------------------------------------ data
 
+    def precision(self, *data: Tensor) -> torch.dtype:
+        """In which the loss of some data is computed: the widest of data and parameters, float32 at
+        least; float64 by a sparse factor."""
+        if isinstance(self.solver, Sparse):
+            return torch.float64
+        return precision_of([self.covariance], *data)
+
     def _task(
         self,
         y: Tensor,
@@ -320,14 +327,12 @@ class LaplaceLoss(nn.Module):
         known = self._known
         if known is None or not known.is_of(self.family, y, weights):
             known = self._known = CheckedResponses.of(self.family, y, weights)
-        dtype = precision_of([self.covariance], y, eta, *([] if X is None else [X]))
-        if isinstance(self.solver, Sparse):
-            if eta.device.type != "cpu":
-                raise InputError(
-                    f"`solver` is 'sparse', which works on the CPU, but `eta` is on {eta.device}: "
-                    "expected 'auto', 'blocked' or 'dense'"
-                )
-            dtype = torch.float64
+        dtype = self.precision(y, eta, *([] if X is None else [X]))
+        if isinstance(self.solver, Sparse) and eta.device.type != "cpu":
+            raise InputError(
+                f"`solver` is 'sparse', which works on the CPU, but `eta` is on {eta.device}: "
+                "expected 'auto', 'blocked' or 'dense'"
+            )
         terms = self.covariance.terms(rows, dtype)
         X = eta.new_zeros(n, 0) if X is None else X
         self._size = (n, X.shape[1])

@@ -18,6 +18,7 @@ from torch.linalg import solve_triangular
 from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.laplace_layout import Prior
 from openreml_nn.likelihood.laplace_listed import ListedLayout, ListedSystem
+from openreml_nn.likelihood.laplace_space import FIXED_INFORMATION
 from openreml_nn.likelihood.laplace_traces import Traces, of_blocks, outer
 from openreml_nn.likelihood.problem import Cost, cholesky
 from openreml_nn.likelihood.solvers.krylov import Krylov, is_every, through
@@ -131,7 +132,7 @@ class KrylovFactor:
             weighted = weights[:, None] * X
             self._of_X = point.roots.times(space.t_rows(weighted), True)
             self._solved = self._at.solve(self._of_X)
-            self._S = cholesky(X.mT @ weighted - self._of_X.mT @ self._solved, _SEPARATED)
+            self._S = cholesky(X.mT @ weighted - self._of_X.mT @ self._solved, FIXED_INFORMATION)
 
     def solve(self, g: Tensor, g_X: Tensor) -> tuple[Tensor, Tensor]:
         u = self._at.solve(g)
@@ -297,6 +298,3 @@ class KrylovFactor:
         for i, values, spread in zip(space.order, parts, variances, strict=True):
             found[i] = RandomEffects(terms[i].name, values.reshape(spread.shape[:2]), spread)
         return [found[i] for i in sorted(found)]
-
-
-_SEPARATED = "the information on the fixed effects (the data are separated, or do not determine one of them): it"

@@ -10,7 +10,10 @@ from torch import Tensor
 from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.terms.term import Term
 
-__all__ = ["Factor", "Point", "Space"]
+__all__ = ["FIXED_INFORMATION", "Factor", "Point", "Space"]
+
+#: What the information on the coefficients of X is called in messages.
+FIXED_INFORMATION = "the information on the fixed effects (the data are separated, or do not determine one of them): it"
 
 
 class Factor(Protocol):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.likelihood.effects import RandomEffects
+from openreml_nn.likelihood.laplace_space import FIXED_INFORMATION
 from openreml_nn.likelihood.problem import Cost, cholesky
 from openreml_nn.likelihood.solvers.sparse import Sparse, cost_of
 from openreml_nn.likelihood.system.sparse.equations import Equations
@@ -38,7 +39,6 @@ class SparseSpace:
     Args:
         terms: the random terms.
         solver: with its options.
-
     """
 
     reason = "the weights of the rows move"
@@ -160,7 +160,7 @@ class SparseFactor:
             columns = [point.slope(column) for column in weighted.unbind(1)]
             self._of_X = torch.stack(columns, 1)
             self._solved = self._solve(self._of_X)
-            self._S = cholesky(X.mT @ weighted - self._of_X.mT @ self._solved, _SEPARATED)
+            self._S = cholesky(X.mT @ weighted - self._of_X.mT @ self._solved, FIXED_INFORMATION)
 
     def alone(self) -> SparseFactor:
         found = copy(self)
@@ -238,9 +238,6 @@ class SparseFactor:
             name = terms[x.at].name
             found.append(RandomEffects(name, torch.from_numpy(values), torch.from_numpy(spread)))
         return found
-
-
-_SEPARATED = "the information on the fixed effects (the data are separated, or do not determine one of them): it"
 
 
 def _outer(x: SparseTerm, one: np.ndarray, other: np.ndarray) -> np.ndarray:

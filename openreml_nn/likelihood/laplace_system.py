@@ -18,8 +18,9 @@ from torch import Tensor
 
 from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.laplace_layout import Prior, Stacked, times_blocks
+from openreml_nn.likelihood.laplace_space import FIXED_INFORMATION
 from openreml_nn.likelihood.problem import Cost, cholesky
-from openreml_nn.likelihood.solver import KRYLOV_HOLDS_LITTLE, check_held
+from openreml_nn.likelihood.solver import check_held
 from openreml_nn.likelihood.solvers import Blocked, Dense
 from openreml_nn.likelihood.system.blocks import block_solve
 from openreml_nn.likelihood.system.elimination import inner
@@ -104,7 +105,7 @@ class BlockedSpace(Stacked):
             InputError: if they would.
         """
         held = self._entry * self.placement.cost(0)[1]
-        check_held(self.solver, held, self.size, KRYLOV_HOLDS_LITTLE)
+        check_held(self.solver, held, self.size)
 
     def cost(self, p: int) -> Cost:
         """What an evaluation takes with p coefficients of X."""
@@ -188,7 +189,7 @@ class BlockedFactor:
         if at.Aff.numel():
             self._of_X = roots.times(self.layout.joined(at.A1f, at.A2f), True)  # Lambda' Z' W X
             self._solved = self._solve(self._of_X)
-            self._S = cholesky(at.Aff - self._of_X.mT @ self._solved, _SEPARATED)
+            self._S = cholesky(at.Aff - self._of_X.mT @ self._solved, FIXED_INFORMATION)
 
     def alone(self) -> BlockedFactor:
         """The same without the coefficients of X."""
@@ -335,9 +336,6 @@ class BlockedFactor:
         for i, values, spread in zip(layout.order, parts, variances, strict=True):
             found[i] = RandomEffects(terms[i].name, values.reshape(spread.shape[:2]), spread)
         return [found[i] for i in sorted(found)]
-
-
-_SEPARATED = "the information on the fixed effects (the data are separated, or do not determine one of them): it"
 
 
 def log_det(at: System, prior: Prior, by: Partition) -> Tensor:

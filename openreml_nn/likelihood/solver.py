@@ -16,10 +16,7 @@ from openreml_nn.likelihood.system.products import Statistics
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.term import Term
 
-__all__ = ["KRYLOV_HOLDS_LITTLE", "Solver", "check_held"]
-
-#: What is said where an exact solver would hold too much.
-KRYLOV_HOLDS_LITTLE = "solver='krylov' is approximate and holds little"
+__all__ = ["Solver", "check_held"]
 
 
 @dataclass(frozen=True)
@@ -117,7 +114,6 @@ def check_held(
     solver: Solver,
     held: float,
     columns: int,
-    otherwise: str,
     limit: tuple[float, str] = (inf, ""),
 ) -> None:
     """Refuse a factor that would hold more bytes than it may, or than the machine has.
@@ -126,7 +122,6 @@ def check_held(
         solver: whose factor it is.
         held: bytes.
         columns: of the system.
-        otherwise: what does with less.
         limit: bytes that it may hold, and what allows more.
 
     Raises:
@@ -140,7 +135,7 @@ def check_held(
         may, allow = f"the machine has {machine / 2**30:.3g}", "a larger machine does it"
     raise InputError(
         f"the {solver.name} solver would hold {held / 2**30:.3g} GiB for a factor of {columns} "
-        f"columns, and {may}: {otherwise}, {allow}"
+        f"columns, and {may}: solver='krylov' is approximate and holds little, {allow}"
     )
 
 

@@ -241,7 +241,7 @@ class RandomEffect(nn.Module):
         return codes, values @ self.basis.to(values)
 
     def covariance(
-        self, name: str, codes: Tensor, values: Tensor | None, levels: int = 0
+        self, name: str, codes: Tensor, values: Tensor | None, levels: int | None = None
     ) -> CovariancePropagation:
         r""":math:`Z G Z^\top` of rows, of its own levels or so many; one of no known level has its own,
         refused where levels are correlated."""
@@ -258,9 +258,11 @@ class RandomEffect(nn.Module):
         design = design_of(codes.long(), values, levels, absent=False)
         return summands(operand_name(name, {"residual"}), g, propagated(design, g, dtype))
 
-    def _of_rows(self, name: str, codes: Tensor, levels: int = 0) -> tuple[Tensor, Matrix, int]:
+    def _of_rows(
+        self, name: str, codes: Tensor, levels: int | None = None
+    ) -> tuple[Tensor, Matrix, int]:
         """Codes of rows, those of no known level on their own, with G of so many levels."""
-        levels = levels or self.levels
+        levels = self.levels if levels is None else levels
         if len(codes) and int(codes.min()) < 0:
             codes, levels = on_their_own(codes, levels)
         grown = self.g_of(levels)

@@ -23,14 +23,17 @@ __all__ = ["SeenRows"]
 
 @dataclass(frozen=True)
 class SeenRows:
-    """What the likelihood by a family took of the rows of an update: their modes do not add up over rows
-    as the equations of a Gaussian response do, so that the rows themselves are kept.
+    """The rows of the last update of a model with a family.
+
+    The equations of a Gaussian response add up over rows, and modes do not, so that the rows
+    themselves are kept.
 
     Attributes:
-        options: the likelihood's method, quadrature and solver.
-        columns: those of X that have coefficients.
+        options: method, quadrature and solver of :class:`LaplaceLoss`.
+        columns: the columns of X that have coefficients.
         y, known, X, weights: as :class:`LaplaceLoss` takes them; X has no columns with head ``"ml"``.
-        coded: by random effect the levels of the rows, -1 for those of no known one, and values.
+        coded: for each random effect the codes of the rows' levels, -1 for an unknown one, and the
+            values of the effects, None where these are all one.
     """
 
     options: tuple[str, int, Solver | str]
@@ -53,7 +56,7 @@ class SeenRows:
         """The rows of a likelihood.
 
         Args:
-            options, columns: see there.
+            options, columns: the attributes of these names.
             covariance: of the rows, as :meth:`MixedModel.covariance` makes it.
             effects: the model's random effects.
             data: y, the known part of the linear predictor, X and weights.
@@ -75,7 +78,7 @@ class SeenRows:
         return cls(options, tuple(columns), *own, coded)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self  # nobody changes it
+        return self  # its tensors are never changed in place
 
     def joined(
         self, data: tuple[Tensor, Tensor, Tensor | None, Tensor | None], coded: Coded
@@ -125,10 +128,12 @@ class SeenRows:
 
 
 def _cat(one: Tensor, other: Tensor) -> Tensor:
+    """Rows and then others, where the others are and in the precision of the first."""
     return torch.cat([one.to(other.device), other.detach().to(one.dtype)])
 
 
 def _or_ones(given: Tensor | None, like: Tensor) -> Tensor:
-    return (
-        torch.ones(like.shape, dtype=torch.float64, device=like.device) if given is None else given
-    )
+    """What is given or, where it is None, ones, in double precision so that they round nothing beside them."""
+    if given is not None:
+        return given
+    return torch.ones(like.shape, dtype=torch.float64, device=like.device)

@@ -20,8 +20,9 @@ from rich.progress import Progress
 from torch import Tensor, distributed
 
 from openreml_nn.estimation import Result
-from openreml_nn.estimation.fit import checked, iterate, start_by_moments
+from openreml_nn.estimation.fit import checked, start_by_moments
 from openreml_nn.estimation.outcome import outcome
+from openreml_nn.estimation.starts import climb
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import Plan, check_solver
 from openreml_nn.likelihood.problem import Evaluation
@@ -139,7 +140,7 @@ class Streamed(Sums):
         objective = Objective(covariance, problem, None)
         start_by_moments(objective, self.size)
         free = any(p.requires_grad for p in covariance.parameters())
-        history = iterate(objective, max_iterations if free else 0)
+        history = climb(objective, max_iterations if free else 0)
         labels = labels_of(self.skeleton)
         labels |= {name: labels[name]._replace(basis=B) for name, B in self.bases.items()}
         result = outcome(objective, plan, None, None, history, self.names, labels)

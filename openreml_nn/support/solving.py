@@ -1,14 +1,11 @@
-"""Systems of linear equations, with errors that say of what."""
+"""Systems of linear equations, with errors that say of which matrix they are."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from openreml_nn.support.errors import NumericalError
+from openreml_nn.support.spectrum import named_errors
 
 __all__ = ["invert_named", "solve_named"]
 
@@ -22,42 +19,36 @@ def solve_named(matrix: Tensor, right: Tensor, what: str) -> Tensor:
         what: A in the message of an error.
 
     Raises:
-        NumericalError: if A is singular.
+        NumericalError: if A is singular, or holds numbers that are not finite.
     """
-    with _named(matrix, what):
+    with named_errors(matrix, what, "inverse", "it is singular"):
+        _check_finite(matrix)
         return torch.linalg.solve(matrix, right)
 
 
 def invert_named(
     matrix: Tensor, what: str, pseudo: bool = False, rtol: float | None = None
 ) -> Tensor:
-    """The inverse of a matrix, (…, m, m).
+    """The inverse of A, or its Moore-Penrose inverse, (…, m, m).
 
     Args:
-        matrix: that is inverted.
-        what: the matrix in the message of an error.
-        pseudo: whether the matrix is symmetric and may be singular: directions of eigenvalues below
-            ``rtol`` times the largest one are left out.
-        rtol: for ``pseudo``; torch's default else.
+        matrix: A, (…, m, m).
+        what: A in the message of an error.
+        pseudo: whether A is symmetric and may be singular: directions of eigenvalues below ``rtol``
+            times the largest one are left out.
+        rtol: for ``pseudo``; by default torch's, m times the rounding of a number.
 
     Raises:
-        NumericalError: if it is singular, or with ``pseudo`` has no eigenvalues.
+        NumericalError: if A is singular and ``pseudo`` is not set, or holds numbers that are not finite.
     """
-    with _named(matrix, what):
+    with named_errors(matrix, what, "inverse", "it is singular"):
+        _check_finite(matrix)
         if pseudo:
-            found = torch.linalg.pinv(matrix, rtol=rtol, hermitian=True)
-            # Of some sizes a matrix with NaN has a pseudo-inverse of NaN, and of others none.
-            if not bool(torch.isfinite(found).all()):
-                raise torch.linalg.LinAlgError  # type: ignore[attr-defined]
-            return found
+            return torch.linalg.pinv(matrix, rtol=rtol, hermitian=True)
         return torch.linalg.inv(matrix)
 
 
-@contextmanager
-def _named(matrix: Tensor, what: str) -> Iterator[None]:
-    try:
-        yield
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        finite = bool(torch.isfinite(matrix).all())
-        why = "it is singular" if finite else "it holds numbers that are not finite"
-        raise NumericalError(f"{what} has no inverse: {why}") from error
+def _check_finite(matrix: Tensor) -> None:
+    # torch yields NaN for a matrix with NaN, or fails, as it is of one size or another.
+    if not bool(torch.isfinite(matrix).all()):
+        raise torch.linalg.LinAlgError  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Eigenvalues, with errors that say of what."""
+"""Eigenvalues, and errors that say of which matrix they are."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from openreml_nn.support.errors import NumericalError
 
-__all__ = ["decomposed", "eigenvalues"]
+__all__ = ["decomposed", "eigenvalues", "named_errors"]
 
 
 def decomposed(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
@@ -19,14 +19,14 @@ def decomposed(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
     Raises:
         NumericalError: if it has none, as one that holds NaN; the message says what it is.
     """
-    with _named(matrix, what):
+    with named_errors(matrix, what, "eigenvalues", "they do not converge"):
         values, vectors = torch.linalg.eigh(matrix)
         return _finite(values), vectors
 
 
 def eigenvalues(matrix: Tensor, what: str) -> Tensor:
     """Those of :func:`decomposed` alone, which takes less time."""
-    with _named(matrix, what):
+    with named_errors(matrix, what, "eigenvalues", "they do not converge"):
         return _finite(torch.linalg.eigvalsh(matrix))
 
 
@@ -38,10 +38,21 @@ def _finite(values: Tensor) -> Tensor:
 
 
 @contextmanager
-def _named(matrix: Tensor, what: str) -> Iterator[None]:
+def named_errors(matrix: Tensor, what: str, lacks: str, otherwise: str) -> Iterator[None]:
+    """Say of which matrix an error of torch is.
+
+    Args:
+        matrix: of which something is computed in this context.
+        what: the matrix in the message.
+        lacks: what it does not have where torch fails.
+        otherwise: why, where all its numbers are finite.
+
+    Raises:
+        NumericalError: in the place of torch's error.
+    """
     try:
         yield
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         finite = bool(torch.isfinite(matrix).all())
-        why = "they do not converge" if finite else "it holds numbers that are not finite"
-        raise NumericalError(f"{what} has no eigenvalues: {why}") from error
+        why = otherwise if finite else "it holds numbers that are not finite"
+        raise NumericalError(f"{what} has no {lacks}: {why}") from error

@@ -172,7 +172,7 @@ FAULTS = [
     Fault(
         "a network ends with the covariance of its last epoch but one",
         ESTIMATES,
-        "self.history += iterate(gathered.objective, most)",
+        "self.history += climb(gathered.objective, most)",
         "pass",
         f"{OF_TRAINING} -k 'every_way and alternating'",
     ),

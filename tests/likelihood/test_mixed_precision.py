@@ -39,7 +39,8 @@ from openreml_nn.covariance import (
     within,
 )
 from openreml_nn.covariance.transform import TransformIdentity
-from openreml_nn.families import NegativeBinomial
+from openreml_nn.estimation.marginal import fit_laplace
+from openreml_nn.families import NegativeBinomial, Poisson
 from openreml_nn.likelihood.solvers import SOLVERS
 from tests.strategies import places
 
@@ -317,6 +318,21 @@ def test_a_place_among_near_ones_is_kriged_as_in_double_precision():
     for one, other in zip(single.predict(new), double.predict(new), strict=True):
         assert one.dtype == torch.float64
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", ["blocked", "sparse", "krylov"])
+def test_counts_of_double_precision_are_fitted_in_it_whatever_the_model_matrix(solver):
+    codes = torch.arange(60) % 12
+    y = torch.poisson(torch.linspace(0.5, 3, 12, dtype=torch.float64)[codes])
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        V = Sum(g=CovariancePropagation(z=DummyMatrix.from_codes(codes, 12), g=ScalarMatrix(12)))
+        fit, _ = fit_laplace(
+            LaplaceLoss(V, Poisson(), solver=solver), y, torch.ones(60, 1).to(dtype)
+        )
+        assert fit.converged and fit.fixed.estimate.dtype == torch.float64
+        found.append(fit.log_likelihood)
+    assert found[0] == pytest.approx(found[1], rel=1e-12)
 
 
 def test_single_precision_throughout_stays_so():

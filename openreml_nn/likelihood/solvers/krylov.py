@@ -14,7 +14,7 @@ taken off each sample, so that only second-order noise is left.
 Reference:
     Golub and Meurant, Matrices, Moments and Quadrature (2010), chapters 7 and 11;
     Ubaru, Chen and Saad, SIAM Journal on Matrix Analysis 38 (2017) 1075;
-    Kündig and Sigrist, arXiv:2405.04330, section 3.
+    Kündig and Sigrist, arXiv:2505.09552.
 """
 
 from __future__ import annotations

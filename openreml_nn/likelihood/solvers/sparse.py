@@ -37,7 +37,7 @@ from openreml_nn.likelihood.problem import (
     Problem,
 )
 from openreml_nn.likelihood.residual import Residual
-from openreml_nn.likelihood.solver import KRYLOV_HOLDS_LITTLE, Solver, check_held
+from openreml_nn.likelihood.solver import Solver, check_held
 from openreml_nn.likelihood.solvers.blocked import Blocked
 from openreml_nn.likelihood.solvers.dense import Dense, DenseProblem
 from openreml_nn.likelihood.system.products import Statistics
@@ -168,20 +168,17 @@ class Sparse(Solver):
         self.check_memory(found.symbolic.bytes, found.size)
         return random, residual, found
 
-    def check_memory(self, held: float, columns: int, otherwise: str = KRYLOV_HOLDS_LITTLE) -> None:
+    def check_memory(self, held: float, columns: int) -> None:
         """Refuse a factor that would hold more bytes than it may, or than the machine has.
 
         Args:
             held: bytes.
             columns: of the system.
-            otherwise: what does with less.
 
         Raises:
             InputError: if it would.
         """
-        check_held(
-            self, held, columns, otherwise, (self.memory, "`Sparse(memory=...)` allows more")
-        )
+        check_held(self, held, columns, (self.memory, "`Sparse(memory=...)` allows more"))
 
     def _equations(
         self, random: Sequence[SparseTerm], residual: Residual, sums: Statistics | None = None
