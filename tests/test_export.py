@@ -8,7 +8,7 @@ from torch import nn
 
 from openreml_nn import InputError, MixedModel, RandomEffect
 from openreml_nn.covariance import ExponentialMatrix, UnstructuredMatrix
-from openreml_nn.families import Binomial, NegativeBinomial, Ordinal
+from openreml_nn.families import Binomial, NegativeBinomial, Ordinal, Poisson, ZeroInflated
 from openreml_nn.model import exported
 
 
@@ -179,6 +179,10 @@ def test_refusals():
     for key, given in (("zi", torch.zeros(3, 1)), ("places", {"a": torch.zeros(3, 2)})):
         with pytest.raises(InputError, match=f"`batch\\['{key}'\\]` is given"):
             exported(model, {**batch_of(model, 3), key: given})
+    zeros = ZeroInflated(Poisson(), nn.Linear(1, 1))
+    counted = MixedModel(network(), {"a": RandomEffect(7)}, family=zeros)
+    with pytest.raises(InputError, match="`model` has a zero part"):
+        exported(counted, batch_of(model, 3))
     several = MixedModel(network(2), {"a": RandomEffect(7, responses=2)})
     with pytest.raises(InputError, match="`model` has 2 responses: expected one"):
         exported(several, batch_of(model, 3))

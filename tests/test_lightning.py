@@ -22,6 +22,7 @@ from openreml_nn.lightning import (
     WholeCSVLogger,
     WholeTensorBoardLogger,
 )
+from tests.test_neural import quiet
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*levels that the fit did not see")
 
@@ -160,6 +161,28 @@ def test_a_checkpoint_predicts_without_the_training_data(tmp_path):
     assert found.loc[7, "mean"] != found.loc[7, "population_mean"]
     with pytest.raises(InputError, match="no column 'Days'"):
         loaded.predict(new.drop(columns="Days"))
+
+
+def test_options_that_hydra_hands_over_travel_with_the_checkpoint(tmp_path):
+    options = {
+        "model": "Reaction ~ Days + (1 | Subject)",
+        "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.01},
+        "network": {
+            "_target_": "torch.nn.Sequential",
+            "_args_": [{"_target_": "torch.nn.LazyLinear", "out_features": 2}],
+        },
+        "starts": {"residual/sigma^2": 500.0},
+        "categorical": [],
+    }
+    table = datasets.sleepstudy()
+    module = MixedModule(**OmegaConf.create(options))
+    run = quiet(1)
+    run.fit(module, MixedModelDataModule(table))
+    run.save_checkpoint(tmp_path / "saved.ckpt")
+    loaded = MixedModule.load_from_checkpoint(tmp_path / "saved.ckpt", weights_only=True)
+    assert {name: loaded.hparams[name] for name in options} == options
+    found, expected = loaded.predict(table), module.predict(table)
+    pd.testing.assert_frame_equal(found, expected, check_exact=True)
 
 
 def test_transforms_of_the_training_data_travel_with_the_checkpoint(tmp_path):

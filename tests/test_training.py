@@ -31,7 +31,7 @@ from torch.utils.data import (
 
 from openreml_nn import InputError, MixedModel, RandomEffect, lmm
 from openreml_nn.covariance import GaussianMatrix
-from openreml_nn.estimation.fit import iterate
+from openreml_nn.estimation.starts import climb
 from openreml_nn.lightning import MixedModelDataModule, MixedModule, UpdateBLUPs
 from openreml_nn.lightning.ways import Alternating
 from openreml_nn.model import take
@@ -529,7 +529,7 @@ def test_what_a_network_cannot_yield_stays_with_the_blups():
     fit(DataLoader(Rows(batch), sampler=order, batch_size=None), found=found, epochs=30)
     linear = MixedModel(nn.Identity(), {"g": RandomEffect(Q)}, head="gls", method="ml")
     objective = linear.objective(batch)
-    iterate(objective, 50)
+    climb(objective, 50)
     best = float(objective.evaluate().log_likelihood)
     assert found.result.log_likelihood == pytest.approx(best, rel=1e-4)
     assert float(found.model.random["g"].blup.mean()) > 0.5
@@ -564,7 +564,7 @@ def test_weights_count():
     design = torch.cat([X.double(), torch.ones(N, 1).double()], 1)
     linear = MixedModel(nn.Identity(), {"g": RandomEffect(Q)}, head="gls", method="ml")
     objective = linear.objective({**batch, "x": design})
-    iterate(objective, 50)
+    climb(objective, 50)
     best = float(objective.evaluate().log_likelihood)
     reached = float(found.objective(batch).evaluate().log_likelihood)
     assert reached == pytest.approx(best, rel=1e-4)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from openreml_nn.covariance import Matrix
+from openreml_nn.families import ZeroInflated
 from openreml_nn.likelihood.fixed import estimable
 from openreml_nn.model.batch import Batch, part
 from openreml_nn.model.means import mean_of
@@ -39,7 +40,8 @@ def exported(model: Predictor, batch: Batch) -> torch.export.ExportedProgram:
     ``predict`` counts; with too many effects for that a warning says so. Codes are those of the fit, -1 for a level that is not known; they are not
     checked, and one that is out of range is an error of torch. It is the model of now: an
     update or a step of training later does not reach it. For ONNX hand it to
-    ``torch.onnx.export``, which needs the packages onnx and onnxscript.
+    ``torch.onnx.export``, which needs the packages onnx and onnxscript; ONNX Runtime has no error
+    function in double precision, and so runs no program of a probit link.
 
     Args:
         model: after :meth:`MixedModel.update`; before it variances are those of the priors.
@@ -49,7 +51,8 @@ def exported(model: Predictor, batch: Batch) -> torch.export.ExportedProgram:
         TypeError: if the model is of another kind, or the batch no dict.
         InputError: if the example has fewer rows or misses a part, or has places or inputs of a zero
             part; if there are no coefficients yet; if the residual's variance depends on a
-            covariate; or if a row has several responses, or several levels of one factor.
+            covariate; if there is a zero part; or if a row has several responses, or several levels of one
+            factor.
 
     >>> from openreml_nn import MixedModel, RandomEffect
     >>> model = MixedModel(nn.Linear(2, 1), {"user": RandomEffect(3)})
@@ -63,6 +66,10 @@ def exported(model: Predictor, batch: Batch) -> torch.export.ExportedProgram:
     if model.responses > 1:
         raise InputError(f"`model` has {model.responses} responses: expected one")
     x, groups = part(batch, "x"), part(batch, "groups")
+    if isinstance(model.family, ZeroInflated):
+        raise InputError(
+            "`model` has a zero part, whose inputs no program takes: expected a model without one"
+        )
     for key in ("zi", "places"):
         if isinstance(batch.get(key), Tensor) or batch.get(key):
             raise InputError(f"`batch[{key!r}]` is given, which no program takes: leave it out")

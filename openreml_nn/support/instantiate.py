@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from openreml_nn.support.errors import InputError, NumericalError
 
-__all__ = ["build"]
+__all__ = ["build", "plain"]
 
 #: Bounds of a config, which may come from a stranger's checkpoint: no config of use is near them.
 _DEEPEST, _LARGEST = 50, 10_000
@@ -49,12 +49,18 @@ def build(
     Raises:
         InputError: if a class is not what its place wants, or cannot be made of its arguments.
     """
-    plain = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
-    if not isinstance(plain, Mapping) or "_target_" not in plain:
-        raise InputError(f"config {what!r} is {plain!r}: expected a mapping with `_target_`")
-    planned = _planned(plain, what, (wants,), (wants, *nested), count(), 0)
+    config = plain(config)
+    if not isinstance(config, Mapping) or "_target_" not in config:
+        raise InputError(f"config {what!r} is {config!r}: expected a mapping with `_target_`")
+    planned = _planned(config, what, (wants,), (wants, *nested), count(), 0)
     assert isinstance(planned, _Call)
     return _made(_Call(planned.kind, (*args, *planned.args), {**planned.kwargs, **kwargs}), what)
+
+
+def plain(value: Any) -> Any:
+    """A config of Hydra's as Python's own containers, its interpolations resolved; another value as
+    it is."""
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 @dataclass(frozen=True)
