@@ -146,6 +146,14 @@ def test_a_response_without_error_is_fitted_exactly():
     np.testing.assert_array_equal(MixedRegressor().fit(X, np.zeros(20)).predict(X), 0)
 
 
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e9])
+def test_a_constant_response_has_no_variance_to_estimate(table, value):
+    y, network = np.full(len(table), value), {"_target_": "torch.nn.LazyLinear", "out_features": 2}
+    for options in ({}, {"network": network, "epochs": 1}):
+        with pytest.raises(InputError, match="there is no variance to estimate"):
+            MixedRegressor("user", **options).fit(table[[*NUMBERS, "user"]], y)
+
+
 def test_refusals_name_the_argument(table):
     X, y = table[[*NUMBERS, "user"]], table.y
     for model, groups, words in (

@@ -169,6 +169,13 @@ def shared():
         metrics.NarrowSenseHeritability(2),
         metrics.RestrictedLogLikelihood(2),
     ]
+    binary = [
+        metrics.AUC(),
+        metrics.LogLoss(),
+        metrics.BrierScore(),
+        metrics.CalibrationError(),
+        metrics.CalibrationCurve(2),
+    ]
     for step in range(4):
         n = 3 + step
         mean, variance, target = torch.randn(n), torch.rand(n) + 0.5, torch.randn(n)
@@ -180,6 +187,10 @@ def shared():
         if step % size == rank:
             for metric, arguments in zip(found, given, strict=True):
                 metric.update(*arguments)
+        if rank == 0:  # a process may have no row of a short set
+            for metric in binary:
+                metric.update(torch.linspace(0.1, 0.7, n).double(), torch.arange(n) % 2)
+    found += binary
     values = [torch.stack(v) if isinstance(v := m.compute(), tuple) else v for m in found]
     return torch.cat([v.flatten() for v in values])
 

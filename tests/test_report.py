@@ -38,7 +38,7 @@ from openreml_nn.report import (
     zeta,
 )
 from openreml_nn.report.contents import RunContents
-from openreml_nn.report.runs import best
+from openreml_nn.report.runs import best, collect
 
 FORMULA = "Reaction ~ Days + (Days | Subject)"
 
@@ -430,6 +430,9 @@ def test_a_result_of_something_else_is_named(result, tmp_path):
         (tmp_path / "result.json").write_text(text)
         with pytest.raises(InputError, match=r"result.json' is not the result of a run"):
             write_report(tmp_path, tmp_path / "page.html")
+    (tmp_path / "failed.json").write_text("{}")
+    with pytest.raises(InputError, match=r"failed.json' is not the result of a run"):
+        collect(tmp_path)
 
 
 def test_a_plot_is_bounded_by_what_it_shows():

@@ -185,6 +185,60 @@ def test_a_fit_without_rows_is_refused(data, head):
         fit(DataLoader(data, batch_size=None if isinstance(data, NoRows) else 4), found=found)
 
 
+@pytest.mark.parametrize("training", ["alternating", "composite", "full"])
+def test_a_loader_that_can_be_read_once_is_refused(training):
+    with pytest.raises(InputError, match="the training loader is a generator, which is exhausted"):
+        fit((batch for batch in tuples()), found=module(training=training))
+
+
+def test_rows_that_are_read_once_are_enough_for_a_linear_mean():
+    found = [
+        MixedModule(MixedModel(nn.Identity(), {"g": RandomEffect(Q)}, head="gls")) for _ in range(2)
+    ]
+    fit(tuples(), found=found[0])
+    fit((batch for batch in tuples()), found=found[1])
+    assert found[1].result.log_likelihood == found[0].result.log_likelihood
+
+
+class Table(nn.Module):
+    """The mean by an embedding of rounded inputs, whose gradient is sparse or dense."""
+
+    def __init__(self, sparse):
+        super().__init__()
+        self.table = nn.Embedding(9, 1, sparse=sparse, _weight=torch.zeros(9, 1))
+
+    def forward(self, x):
+        return self.table((x[:, 0] + 4).long().clamp(0, 8))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "sparse", "message"),
+    [
+        ("SparseAdam", False, "SparseAdam, but the gradient of 'model.mean.table.weight' is dense"),
+        ("Adam", True, "Adam, but the gradient of 'model.mean.table.weight' is sparse"),
+        ("AdamW", True, "AdamW, but the gradient .* is sparse: .*torch.optim.SGD or Adagrad"),
+    ],
+)
+def test_gradients_that_an_optimizer_does_not_take_are_named(optimizer, sparse, message):
+    found = MixedModel(Table(sparse), {"g": RandomEffect(Q)})
+    with pytest.raises(InputError, match=message):
+        fit(found=MixedModule(found, {"_target_": f"torch.optim.{optimizer}"}), epochs=1)
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adagrad", "SparseAdam"])
+def test_sparse_gradients_train_as_dense_ones(optimizer):
+    trained = []
+    for sparse in (True, False):
+        found = MixedModel(Table(sparse), {"g": RandomEffect(Q)})
+        # Where it has all entries, a sparse gradient makes the step of Adam.
+        name = "Adam" if optimizer == "SparseAdam" and not sparse else optimizer
+        given = {"_target_": f"torch.optim.{name}", "lr": 0.01}
+        fit(tuples(N), found=MixedModule(found, given), epochs=2)
+        seen = ((X[:, 0] + 4).long().clamp(0, 8)).unique()
+        trained.append(found.mean.table.weight.detach()[seen])
+    torch.testing.assert_close(*trained)
+
+
 @pytest.mark.parametrize(
     ("batch", "message"),
     [

@@ -39,9 +39,10 @@ _AIM = 1e-4
 _FAR = 10.0
 #: Step of the differences of gradients: of coordinates, and of coefficients in standard errors.
 _STEP = 1e-4
-#: With more rows than these, differences are one-sided, over this part of a standard error.
+#: With more rows than these a step takes time.
 _MANY_ROWS = 20_000
-_PART = 1e-3
+#: Differences for standard errors are over this part of one, with few and with many rows.
+_PARTS = 1e-4, 1e-3
 
 
 @dataclass(frozen=True)
@@ -285,30 +286,21 @@ class MarginalFit:
     def differences(self) -> tuple[Tensor, Tensor]:
         """The curvature, and the derivatives of the coefficients by x where X is integrated, (p, len(x)).
 
-        Steps are a part of a standard error, over which the curvature of many rows hardly moves:
-        then differences to one side do.
+        Gradients are exact, so that differences to one side do, over a part of a standard error so small
+        that the curvature hardly moves: of many rows it moves less, and gradients are rounded more.
         """
         rows, moves = [], []
         integrated = self.loss.method == "reml" and self.Q.shape[1] > 0
-        one_sided = len(self.X) > _MANY_ROWS
-        here = self.found(self.x).coefficients if integrated and one_sided else self.x[:0]
+        here = self.found(self.x).coefficients if integrated else self.x[:0]
         scale = self.hessian.diagonal().abs().clamp(min=1e-6).rsqrt()
+        part = _PARTS[len(self.X) > _MANY_ROWS]
         for j in range(len(self.x)):
-            step = float(_PART * scale[j]) if one_sided else float(_STEP * scale[j].clamp(1e-3, 1))
-            step *= 1 if one_sided else 1 + float(self.x[j].abs())
-            sides, coefficients = [], []
-            for sign in (1,) if one_sided else (1, -1):
-                moved = self.x.clone()
-                moved[j] += sign * step
-                sides.append(self.evaluate(moved)[1])
-                if integrated:
-                    coefficients.append(self.found(moved).coefficients)
-            if one_sided:
-                rows.append((sides[0] - self.slope) / step)
-                moves += [(x - here) / step for x in coefficients]
-            else:
-                rows.append((sides[0] - sides[1]) / (2 * step))
-                moves += [(coefficients[0] - coefficients[1]) / (2 * step)] if integrated else []
+            moved = self.x.clone()
+            moved[j] += part * scale[j]
+            step = moved[j] - self.x[j]
+            rows.append((self.evaluate(moved)[1] - self.slope) / step)
+            if integrated:
+                moves.append((self.found(moved).coefficients - here) / step)
         self.write(self.x)
         count = len(self.x)
         H = torch.stack(rows) if rows else self.x.new_zeros(0, 0)

@@ -14,7 +14,7 @@ from openreml_nn.estimators.base import MixedEstimator
 from openreml_nn.estimators.columns import target_of
 from openreml_nn.model.linear import lmm
 from openreml_nn.result import Result
-from openreml_nn.support.errors import InputError
+from openreml_nn.support.errors import InputError, NumericalError
 
 __all__ = ["MixedRegressor"]
 
@@ -139,7 +139,7 @@ class MixedRegressor(RegressorMixin, MixedEstimator):
             rounding = max(float(np.finfo(y.dtype).eps * np.linalg.norm(y)), 1e-150) ** 2 / len(y)
             try:
                 found = lmm(formula, table, residual_variance=rounding, **options)
-            except InputError:
+            except (InputError, NumericalError):
                 found = None
             if found is None or found.random or not _is_exact(found, y, rounding):
                 raise

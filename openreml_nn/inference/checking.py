@@ -23,14 +23,14 @@ class Dispersion(NamedTuple):
 
     Attributes:
         statistic: Pearson's :math:`\chi^2`.
-        df: rows less estimated parameters.
+        df: rows, each counting by its prior weight, less estimated parameters.
         ratio: the statistic over its degrees of freedom, near 1 where the family fits; above it is
             overdispersion.
         p: probability of a larger statistic.
     """
 
     statistic: float
-    df: int
+    df: float
     ratio: float
     p: float
 
@@ -39,19 +39,20 @@ class ZeroCount(NamedTuple):
     """Zeros of the responses.
 
     Attributes:
-        observed: how many there are.
-        expected: how many the fit expects.
+        observed: how many there are, each counting by its prior weight.
+        expected: how many the fit expects, in the same count.
         ratio: the first over the second; above 1 there are more than the family has.
     """
 
-    observed: int
+    observed: float
     expected: float
     ratio: float
 
 
 def dispersion(result: Result) -> Dispersion:
     r"""Pearson's :math:`\chi^2 = \sum_i (y_i - \hat\mu_i)^2 / V(\hat\mu_i)` of the conditional fit over
-    its degrees of freedom, rows less coefficients, covariance parameters and the family's own.
+    its degrees of freedom, rows less coefficients, covariance parameters and the family's own. A row of
+    prior weight 2 counts as two.
 
     Binary responses have a ratio near 1 whatever they are, and say nothing. The p value is
     approximate, as modes count as known.
@@ -84,16 +85,16 @@ def dispersion(result: Result) -> Dispersion:
         )
     y = family.observed(refit.y).to(eta)
     trials = refit.y.sum(1) if _has_trials(refit) else torch.ones_like(eta)
-    if refit.weights is not None:
-        trials = refit.weights.to(eta)
+    count = _count_of(refit, eta)
     with torch.no_grad():
-        terms = (y - of_rows.mean(eta)) ** 2 * trials / of_rows.variance(eta)
-    statistic, df = float(terms.sum()), len(eta) - parameters_of(result)
+        terms = (y - of_rows.mean(eta)) ** 2 * trials * count / of_rows.variance(eta)
+    statistic, df = float(terms.sum()), float(count.sum()) - parameters_of(result)
     return Dispersion(statistic, df, statistic / df, float(stats.chi2.sf(statistic, df)))
 
 
 def zero_count(result: Result) -> ZeroCount:
     r"""Zeros that there are, and :math:`\sum_i P(Y_i = 0 \mid \hat\eta_i)`, that the fit expects.
+    A row of prior weight 2 counts as two.
 
     Raises:
         InputError: if the fit has no family, or one that has no zeros.
@@ -115,7 +116,9 @@ def zero_count(result: Result) -> ZeroCount:
             f"`result` is of the family {family.name!r}, in which no response is exactly 0: expected "
             "counts, or amounts with zeros"
         )
-    observed, expected = int((family.observed(refit.y) == 0).sum()), float((at - below).sum())
+    count = _count_of(refit, eta)
+    observed = float(count[family.observed(refit.y) == 0].sum())
+    expected = float(((at - below) * count).sum())
     return ZeroCount(observed, expected, observed / expected)
 
 
@@ -153,6 +156,11 @@ def _at_mode(refit: LaplaceRefit) -> tuple[Family, Tensor]:
         known = refit.offset  # the coefficients are found again with the modes
     found = refit.loss.evaluate(refit.y, known, X, weights=refit.weights)
     return refit.loss.family, found.predictor
+
+
+def _count_of(refit: LaplaceRefit, eta: Tensor) -> Tensor:
+    """How often each row counts (n,)."""
+    return torch.ones_like(eta) if refit.weights is None else refit.weights.to(eta)
 
 
 def _has_trials(refit: LaplaceRefit) -> bool:

@@ -15,12 +15,16 @@ __all__ = ["Curve", "Path", "curve_through", "points_of"]
 
 #: How far each curve goes, in zeta, and by what steps.
 _REACH, _STEP = 2.9, 0.4
+#: Points are no further from each other, in zeta, where halves of a step lead between them, and a step
+#: is divided at most so many times.
+_WIDE, _MOST_PARTS = 1.5 * _STEP, 20
 #: Levels that the curves reach.
 _MOST_LEVEL = 0.995
 #: Errors away from the estimate at which a likelihood that still has not fallen says nothing.
 _FAR = 1e6
-#: Points of less than this part of a step of zeta are of a flat likelihood.
-_FLAT = 0.1 * _STEP
+#: Where slopes between points differ by more than this factor, as where a likelihood is flat and falls
+#: all at once, a cubic spline swings.
+_UNEVEN = 20.0
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Curve:
             InputError: if the level is not between 0 and 0.995, beyond which no curve goes.
             TypeError: if it is no number.
         """
-        from scipy.interpolate import CubicSpline
+        from scipy.interpolate import CubicSpline, PchipInterpolator
         from scipy.stats import norm
 
         level = check_number("level", level, above=0, below=_MOST_LEVEL)
@@ -58,7 +62,9 @@ class Curve:
             # The likelihood says nothing of it.
             return self.lower, self.upper
         values = np.log(self.values) if self.logarithmic else self.values
-        inverse = CubicSpline(self.zeta, values)
+        slopes = np.diff(values) / np.diff(self.zeta)
+        is_even = slopes.max() < _UNEVEN * slopes.min()
+        inverse = (CubicSpline if is_even else PchipInterpolator)(self.zeta, values)
 
         def at(zeta: float) -> float:
             found = float(inverse(zeta))
@@ -91,12 +97,16 @@ def points_of(
         if estimate == bound:
             continue
         at = branch()
-        value, reached, step = estimate, 0.0, _STEP * error
-        for _ in range(60):
+        value, reached, step, parts = estimate, 0.0, _STEP * error, 0
+        for _ in range(80):
             new = value + sign * step
             if sign * (new - bound) > -1e-12 * abs(bound):
                 new = bound
             found = (2 * max(best - at(new), 0.0)) ** 0.5
+            if found > reached + _WIDE and parts < _MOST_PARTS:
+                # Beyond a flat part the likelihood falls all at once.
+                step, parts = abs(new - value) / 2, parts + 1
+                continue
             points[new] = found
             if found > _REACH or new == bound or abs(new - estimate) > _FAR * error:
                 break
@@ -135,8 +145,5 @@ def curve_through(
     """The curve through distances at values; zeta has the sign of the way from the estimate."""
     values = np.array(sorted(points))
     zeta = np.array([points[v] for v in values]) * np.sign(values - estimate)
-    # Where a likelihood is flat, as of an overdispersion without end, points far apart have almost
-    # one zeta, and a curve through them would swing elsewhere.
-    least = _FLAT if logarithmic else 0.0
-    kept = np.concatenate([[True], np.diff(np.maximum.accumulate(zeta)) > least])
+    kept = np.concatenate([[True], np.diff(np.maximum.accumulate(zeta)) > 0])
     return Curve(estimate, values[kept], zeta[kept], lower, upper, logarithmic)

@@ -43,7 +43,11 @@ def term_contrasts(result: Result, kind: int) -> dict[str, Tensor]:
             f"`type` is 3, but the data do not have all cells of the fixed effects ({dropped[0]!r} "
             "was dropped), so that means which type 3 compares are not estimable: use type=2 or 1"
         )
-    found = TYPES[kind](source.X.detach().to(result.fixed.covariance), columns, terms)
+    X = source.X.detach().to(result.fixed.covariance)
+    if source.weights is not None:
+        # Rows count by the prior weights of a response that is not Gaussian.
+        X = X * source.weights.to(X).sqrt()[:, None]
+    found = TYPES[kind](X, columns, terms)
     return {name: L[:, len(held) :] for name, L in found.items()}
 
 

@@ -37,6 +37,9 @@ _AIM = 1e-5
 _NEAR = 1e-3
 #: What a family stores, mostly a logarithm, is looked at this far from its estimate.
 _FAR = 25.0
+#: Curvature by it where a way begins, at least: where the likelihood is flat, as of an overdispersion
+#: without end, a step by less leads to where nothing is finite.
+_FLAT = 1e-3
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,8 @@ class _Way:
         at = w.detach().requires_grad_()
         with torch.enable_grad():
             x = self.x(at)
+            if not bool(x.isfinite().all()):
+                return inf, torch.zeros_like(w)
             try:
                 value, slope = self.fit.evaluate(x.detach())
             except NumericalError:
@@ -103,7 +108,7 @@ class _Way:
         """The highest log-likelihood where a quantity is t, where that is, the curvature there, and
         whether it was found."""
         scale = max(abs(t), 1e-3 * held.longest)
-        w = self._off_boundary(w, B, held)
+        w, B = self._off_boundary(w, B, held), self._steep(B)
         value, slope = self.evaluate(w)
         if not isfinite(value):
             w = self.start
@@ -152,6 +157,12 @@ class _Way:
                 return at, own, new
             part /= 2
         return None
+
+    def _steep(self, B: Tensor) -> Tensor:
+        """A curvature that is not flat by what the family stores."""
+        least = torch.zeros_like(B.diagonal())
+        least[self.fit.p + self.fit.m :] = _FLAT
+        return B + torch.diag((least - B.diagonal()).clamp(min=0))
 
     def _off_boundary(self, w: Tensor, B: Tensor, held: Quantity) -> Tensor:
         """Off points about which the likelihood is even, whose gradient shows no way up."""

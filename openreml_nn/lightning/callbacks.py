@@ -19,7 +19,7 @@ from openreml_nn.lightning.held import HeldOrSummed
 from openreml_nn.lightning.marginal import Marginal
 from openreml_nn.lightning.module import MixedModule
 from openreml_nn.lightning.optimizers import refuse_averaging
-from openreml_nn.lightning.reading import mark, read
+from openreml_nn.lightning.reading import mark, read, refuse_single_pass
 from openreml_nn.model import MixedModel
 from openreml_nn.model.level_means import warn_of_level_means
 from openreml_nn.support.checks import check_count, check_instance, check_number, check_text
@@ -121,6 +121,7 @@ class UpdateBLUPs(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the model."""
         refuse_averaging(trainer)
+        refuse_single_pass(trainer)
         found = {
             name: part for name, part in pl_module.named_modules() if isinstance(part, MixedModel)
         }

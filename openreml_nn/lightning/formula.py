@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from openreml_nn.families import Family
 from openreml_nn.model.response import EncodedResponse
 from openreml_nn.support.errors import InputError
 from openreml_nn.table import Known
 
-__all__ = ["FormulaOptions"]
+__all__ = ["FormulaOptions", "spread"]
 
 
 @dataclass(frozen=True)
@@ -78,3 +81,16 @@ class FormulaOptions:
 
 def _shown(value: Any) -> str:
     return repr(value.name if isinstance(value, Family) else value)
+
+
+def spread(y: Tensor, has_network: bool) -> float:
+    """The variance of a response, which a network starts from.
+
+    Raises:
+        InputError: if a network is to learn a response that is the same in all rows.
+    """
+    rounding = torch.finfo(y.dtype).eps * float(torch.linalg.vector_norm(y))
+    found = float(y.var())
+    if has_network and not found > rounding**2 / len(y):
+        raise InputError("`y` is the same in every row: there is no variance to estimate")
+    return found

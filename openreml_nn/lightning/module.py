@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from openreml_nn.estimation.basis import history_in_user_basis
 from openreml_nn.families import FAMILIES, Family
@@ -27,9 +28,10 @@ from openreml_nn.lightning.optimizers import (
     optimizers_of,
     refuse_averaging,
     refuse_gradient_options,
+    refuse_layouts,
     scheduled,
 )
-from openreml_nn.lightning.reading import of_networks
+from openreml_nn.lightning.reading import of_networks, refuse_single_pass
 from openreml_nn.lightning.rows import Responses, as_batch, blamed, row_count
 from openreml_nn.lightning.sharing import check_same, total, warn_of_repeats
 from openreml_nn.lightning.summed import Summed
@@ -315,6 +317,8 @@ class MixedModule(Evaluated):
 
     def on_train_start(self) -> None:
         """Say how many rows a sampler repeats, and take up the state of a resumed run."""
+        if not isinstance(self.way, Linear):
+            refuse_single_pass(self.trainer)
         warn_of_repeats(self.trainer)
         self._met, self._checked = None, False
         self._covariance = list(self.model.covariance_parameters())
@@ -370,6 +374,10 @@ class MixedModule(Evaluated):
         if self.has_network and self.model.family is None:
             for parameter in self._covariance:
                 parameter.grad = None
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Refuse gradients that the optimizer does not take."""
+        refuse_layouts(optimizer, self.named_parameters())
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Add the batch to the sums of the epoch."""

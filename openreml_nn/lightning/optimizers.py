@@ -9,7 +9,7 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, SGD, Adagrad, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from openreml_nn.estimation.aireml import AIREML
@@ -26,6 +26,7 @@ __all__ = [
     "optimizers_of",
     "refuse_averaging",
     "refuse_gradient_options",
+    "refuse_layouts",
     "scheduled",
 ]
 
@@ -127,6 +128,34 @@ def refuse_gradient_options(trainer: Trainer) -> None:
                 "Trainer(callbacks=[StochasticWeightAveraging]) has no network's parameters to "
                 "average: no network is trained by gradients"
             )
+
+
+def refuse_layouts(optimizer: Optimizer, named: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse gradients in a layout that an optimizer of torch does not take.
+
+    Args:
+        optimizer: which is about to take a step.
+        named: the parameters by name.
+
+    Raises:
+        InputError: if it has one.
+    """
+    # What Lightning hands over may be a wrapper.
+    kind = type(getattr(optimizer, "optimizer", optimizer))
+    wants_sparse = issubclass(kind, SparseAdam)
+    takes_both = issubclass(kind, SGD | Adagrad | LBFGS) or kind.__module__[:11] != "torch.optim"
+    if takes_both and not wants_sparse:
+        return
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in named:
+        grad = parameter.grad
+        if grad is None or id(parameter) not in own or grad.is_sparse == wants_sparse:
+            continue
+        found, other = ("dense", "Adam") if wants_sparse else ("sparse", "SGD or Adagrad")
+        raise InputError(
+            f"`optimizer` is {kind.__name__}, but the gradient of {name!r} is {found}: expected "
+            f"another, such as torch.optim.{other}"
+        )
 
 
 def refuse_averaging(trainer: Trainer) -> None:

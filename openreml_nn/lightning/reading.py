@@ -20,8 +20,9 @@ from openreml_nn.lightning.rows import as_batch, blamed
 from openreml_nn.lightning.sums import LevelSums
 from openreml_nn.model import MixedModel
 from openreml_nn.model.batch import Batch, responding
+from openreml_nn.support.errors import InputError
 
-__all__ = ["Store", "mark", "of_networks", "read", "state"]
+__all__ = ["Store", "mark", "of_networks", "read", "refuse_single_pass", "state"]
 
 #: What is kept of an epoch's batches.
 Store = LevelSums | Held | HeldOrSummed | Marginal
@@ -64,6 +65,20 @@ def read(
                     found = output(model, batch)
                 store.add(batch, found)
     return store.gathered()
+
+
+def refuse_single_pass(trainer: Trainer) -> None:
+    """Refuse a training loader that is exhausted when it was read once.
+
+    Raises:
+        InputError: if it is a generator, or another iterator.
+    """
+    loader: Any = trainer.train_dataloader
+    if isinstance(loader, Iterator):
+        raise InputError(
+            f"the training loader is a {type(loader).__name__}, which is exhausted when it was read "
+            "once: expected one that each epoch can read anew, such as a DataLoader or a list of batches"
+        )
 
 
 def of_networks(model: MixedModel) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from openreml_nn.estimation.fit import moment_start
 from openreml_nn.families import Family, Ordinal
 from openreml_nn.lightning.data import MixedModelDataModule
 from openreml_nn.lightning.family import FamilyOptions
-from openreml_nn.lightning.formula import FormulaOptions
+from openreml_nn.lightning.formula import FormulaOptions, spread
 from openreml_nn.lightning.sharing import checksum
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.likelihood.solvers.dense import check_method
@@ -147,7 +147,7 @@ class TableModel:
         if self.response.family is not None:
             return self._made_of_family(encoded)
         y = encoded.X.new_tensor([0.0, 1.0]) if encoded.y is None else encoded.adjusted
-        variance = float(y.var())
+        variance = spread(y, self._network is not None)
         count = max(len(encoded.random), 1)
         random = self._effects(encoded, variance / count)
         model = MixedModel(

@@ -175,7 +175,7 @@ class BrierScore(Mean):
 
 
 class AUC(BinaryAUROC):
-    """:func:`auc` over batches, of which all predictions are kept."""
+    """:func:`auc` over batches, of which all predictions are kept, in double precision."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(validate_args=False, **options)
@@ -183,7 +183,15 @@ class AUC(BinaryAUROC):
     def update(self, mean: Tensor, target: Tensor) -> None:
         """Take a batch in."""
         mean, target = _probabilities(mean, target)
-        super().update(mean, target.long())
+        super().update(mean.double(), target.long())
+
+    def sync(self, *args: Any, **options: Any) -> None:
+        """Bring the predictions of all processes together, of which some may have none."""
+        if isinstance(self.target, list) and not self.target:
+            # Processes exchange tensors of one type only.
+            self.preds = [torch.zeros(0, dtype=torch.float64, device=self.device)]
+            self.target = [torch.zeros(0, dtype=torch.long, device=self.device)]
+        super().sync(*args, **options)
 
     def compute(self) -> Tensor:  # type: ignore[override]
         """The area over what was seen."""
@@ -191,7 +199,7 @@ class AUC(BinaryAUROC):
         if not len(seen):
             return torch.tensor(torch.nan, device=self.device)
         target = torch.cat(seen) if isinstance(seen, list) else seen
-        if bool((target == target[0]).all()):
+        if bool((target == target[:1]).all()):
             return torch.tensor(torch.nan, device=target.device)
         return BinaryAUROC.compute(self)
 

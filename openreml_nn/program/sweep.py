@@ -82,8 +82,8 @@ class SweepTable(Callback):
         from openreml_nn.table import write_table
 
         folder = Path(config.hydra.sweep.dir)
-        failed = failures(folder)
         try:
+            failed = failures(folder)
             table = collect(folder, with_failed=True)
         except InputError as error:
             print(f"warning: sweep.csv is left out: {one_line(error)}", file=sys.stderr)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,11 @@ _FIT = ("converged", "singular", "log_likelihood", "deviance", "aic", "bic", "se
 
 def failures(folder: str | Path) -> dict[Path, int]:
     """The folders of the runs below a folder that have failed, and their exit statuses."""
-    return {
-        path.parent: int(json.loads(path.read_text(encoding="utf-8"))["status"])
-        for path in Path(folder).rglob(FAILED)
-    }
+    found = {}
+    for path in Path(folder).rglob(FAILED):
+        with _named(path):
+            found[path.parent] = int(json.loads(path.read_text(encoding="utf-8"))["status"])
+    return found
 
 
 def collect(folder: str | Path, with_failed: bool = False) -> pd.DataFrame:
@@ -45,22 +48,29 @@ def collect(folder: str | Path, with_failed: bool = False) -> pd.DataFrame:
         found += [path / FAILED for path in failed]
     rows = []
     for path in sorted(found, key=_number):
-        try:
+        with _named(path):
             rows.append(_row(path, Path(folder)))
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                f"file {str(path)!r} is not the result of a run ({type(error).__name__}: {error})"
-            ) from error
     if not rows:
         raise InputError(f"folder {str(folder)!r} has no run: expected a result.json below it")
     return pd.DataFrame(rows)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Names the file that is not what a run writes."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"file {str(path)!r} is not the result of a run ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _row(path: Path, folder: Path) -> dict[str, Any]:
     result = json.loads(path.read_text(encoding="utf-8"))
     overrides = path.parent / ".hydra" / "overrides.yaml"
     given = list(OmegaConf.load(overrides)) if overrides.is_file() else []
-    given = result.get("overrides", given)
+    given = result["overrides"] if path.name == FAILED else given
     options = dict(str(text).lstrip("+").partition("=")[::2] for text in given)
     row = {"run": str(path.parent.relative_to(folder)), **options}
     if path.name == FAILED:

@@ -23,7 +23,13 @@ from openreml_nn.families import (
     Poisson,
     ZeroInflated,
 )
-from openreml_nn.inference import dispersion, likelihood_ratio_test, simulate
+from openreml_nn.inference import (
+    anova,
+    dispersion,
+    likelihood_ratio_test,
+    simulate,
+    zero_count,
+)
 from openreml_nn.lightning import MixedModelDataModule, MixedModule
 from openreml_nn.likelihood import LaplaceLoss
 
@@ -131,14 +137,17 @@ def table():
 def test_a_weighted_fit_is_that_of_repeated_rows():
     own = table()
     repeated = own.loc[own.index.repeat(own.w.astype(int))].reset_index(drop=True)
-    one = glmm("count ~ x + (1 | g)", own, "poisson", weights="w")
-    other = glmm("count ~ x + (1 | g)", repeated, "poisson")
+    one = glmm("count ~ x + share + (1 | g)", own, "poisson", weights="w")
+    other = glmm("count ~ x + share + (1 | g)", repeated, "poisson")
     assert one.log_likelihood == pytest.approx(other.log_likelihood, rel=1e-10)
     # Steps end a part of a standard error from the maximum; the likelihoods are the same to rounding.
     away = (one.fixed.estimate - other.fixed.estimate) / other.fixed.std_error
     assert float(away.abs().max()) < 1e-4
     torch.testing.assert_close(one.fixed.std_error, other.fixed.std_error, rtol=1e-4, atol=0)
-    assert dispersion(one).statistic == pytest.approx(dispersion(other).statistic, rel=1e-4)
+    for of in (dispersion, zero_count):
+        assert of(one) == pytest.approx(of(other), rel=1e-4)
+    found = anova(one, type=1)["statistic"]
+    assert list(found) == pytest.approx(list(anova(other, type=1)["statistic"]), rel=1e-4)
 
 
 def test_weights_of_one_are_none():

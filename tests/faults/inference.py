@@ -153,8 +153,8 @@ FAULTS = [
     Fault(
         "Pearson's statistic of successes does not count trials",
         "openreml_nn/inference/checking.py",
-        "** 2 * trials / of_rows.variance(eta)",
-        "** 2 / of_rows.variance(eta)",
+        "** 2 * trials * count / of_rows.variance(eta)",
+        "** 2 * count / of_rows.variance(eta)",
         f"{OF_FAMILIES} -k trials",
     ),
     Fault(

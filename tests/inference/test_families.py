@@ -1,6 +1,7 @@
 """Inference from fits of responses that are not Gaussian: asymptotic, or refused."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from openreml_nn.inference import (
     wald_test,
     zero_count,
 )
+from openreml_nn.inference.curves import curve_through, points_of
 from openreml_nn.inference.laplace_refit import LaplaceRefit
 
 GLMM = Path(__file__).parents[1] / "reference" / "glmm"
@@ -177,6 +179,29 @@ def test_ends_of_a_profile_are_fits_with_the_parameter_held():
     ]
     fall = [2 * (fit.log_likelihood - h.log_likelihood) for h in held]
     np.testing.assert_allclose(fall, stats.chi2.ppf(0.95, 1), rtol=2e-3)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_profile_beside_a_parameter_without_end_is_that_of_its_limit():
+    """Counts without overdispersion, whose theta has no finite estimate."""
+    table = TABLE[:60].assign(y=np.random.default_rng(3).binomial(8, 0.4, 60), one=1.0)
+    fit = glmm("y ~ 1 + (1 | g)", table, family="negative_binomial")
+    (found,) = profile(fit, ["(Intercept)"], progress=False).intervals().itertuples()
+    for end in (found.low, found.high):
+        held = glmm("y ~ 0 + offset(end * one) + (1 | g)", table.assign(end=end), family="poisson")
+        fall = 2 * (fit.log_likelihood - held.log_likelihood)
+        assert fall == pytest.approx(stats.chi2.ppf(0.95, 1), rel=2e-3)
+
+
+@pytest.mark.parametrize("estimate", [1e3, 1e7, 1e10])
+def test_a_curve_that_is_flat_and_falls_at_once_ends_where_it_falls(estimate):
+    """By a fall that is known: zeta is 8 / value, as of an overdispersion without end."""
+    at = math.log(estimate)
+    found = points_of(0.0, at, 1e4, lambda: lambda u: -32 * math.exp(-2 * u), at - 25, at + 25)
+    points = {math.exp(u): zeta for u, zeta in found.items()}
+    low, high = curve_through(estimate, points, 0.0, math.inf, True).interval(0.95)
+    assert low == pytest.approx(8 / stats.norm.ppf(0.975), rel=1e-2)
+    assert high == math.inf
 
 
 def test_a_bootstrap_fits_what_is_simulated(fits, cbpp):
