@@ -57,6 +57,7 @@ class _Run:
     """A run and where it ended; ``twin`` is an earlier run whose optimum it was about to reach."""
 
     history: list[Record]
+    past: Past
     log_likelihood: float
     converged: bool
     curvature: Curvature
@@ -102,6 +103,7 @@ def climb(
     most: int,
     arrived: Callable[[Record], bool] | None = None,
     before: Sequence[Record] = (),
+    past: Past | None = None,
 ) -> list[Record]:
     """Average-information steps until the optimum, or as many as allowed.
 
@@ -110,9 +112,10 @@ def climb(
         most: so many steps, those before counted.
         arrived: says after a step whether the rest of the way is known.
         before: steps that were taken before.
+        past: what these have shown of the curvature, to which the steps add.
     """
     history = list(before)
-    past = Past()
+    past = Past() if past is None else past
     while len(history) < most:
         step = average_information_step([objective], past=past)
         history.append(Record.of(objective.covariance, *step[:3]))
@@ -215,7 +218,7 @@ def _go_on(objective: Objective, most: int, runs: list[_Run]) -> None:
         if run.is_short_of(top, most):
             run.curvature.at.write(run.curvature.u)
             try:
-                runs[runs.index(run)] = _run(objective, most, others, run.history)
+                runs[runs.index(run)] = _run(objective, most, others, run)
             except NumericalError:
                 continue  # it stays where it was
 
@@ -236,8 +239,17 @@ def _approach(objective: Objective, coarse: Objective, most: int) -> None:
 
 
 def _run(
-    objective: Objective, most: int, others: Sequence[_Run], before: Sequence[Record] = ()
+    objective: Objective, most: int, others: Sequence[_Run], before: _Run | None = None
 ) -> _Run:
+    """A run, or what is left of one.
+
+    Args:
+        objective: the likelihood, at the start of the run, or where it was left.
+        most: steps of the run.
+        others: other runs, to whose optima it need not go again.
+        before: the run as it was left.
+    """
+    history, past = ([], Past()) if before is None else (before.history, before.past)
     found: list[_Run] = []
 
     def arrived(record: Record) -> bool:
@@ -250,12 +262,12 @@ def _run(
         )
         return bool(found)
 
-    history = climb(objective, most, arrived, before)
+    history = climb(objective, most, arrived, history, past)
     with torch.no_grad():
         curvature = found[0].curvature if found else Curvature([objective])
     converged = bool(found) or (curvature.is_optimum and not history[-1].step > 0)
     end = found[0].log_likelihood if found else history[-1].log_likelihood
-    return _Run(history, end, converged, curvature, found[0].end if found else None)
+    return _Run(history, past, end, converged, curvature, found[0].end if found else None)
 
 
 def _distance(curvature: Curvature) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from openreml_nn.likelihood.laplace_krylov import KrylovSpace
+from openreml_nn.likelihood.laplace_space import Space
 from openreml_nn.likelihood.laplace_sparse import SparseSpace
 from openreml_nn.likelihood.laplace_system import BlockedSpace
 from openreml_nn.likelihood.plan import Auto, Plan, check_solver, warning_of
@@ -17,9 +18,7 @@ from openreml_nn.support.errors import InputError
 from openreml_nn.support.warning import warn
 from openreml_nn.terms.term import Term
 
-__all__ = ["AnySpace", "laplace_solver", "planned", "space_of"]
-
-AnySpace = BlockedSpace | SparseSpace | KrylovSpace
+__all__ = ["laplace_solver", "planned", "space_of"]
 
 #: With fewer columns beside the largest factor's than these, blocks of them are fast.
 _FEW = 200
@@ -40,7 +39,7 @@ def laplace_solver(solver: str | Solver) -> Solver:
     return found
 
 
-def space_of(terms: Sequence[Term], solver: Solver, by_blocks: bool) -> AnySpace:
+def space_of(terms: Sequence[Term], solver: Solver, by_blocks: bool) -> Space:
     """Where the effects stand: by blocks, where that is asked for, or as the solver has it.
 
     Raises:
@@ -91,6 +90,6 @@ def _columns_of_others(terms: Sequence[Term]) -> int:
     return sum(sizes) - max(independent, default=0)
 
 
-def planned(space: AnySpace, rows: int, p: int) -> Plan:
+def planned(space: Space, rows: int, p: int) -> Plan:
     """The plan of an evaluation for some rows and p coefficients of X."""
     return Plan(space.solver, space.reason, rows, p, space.cost(p))

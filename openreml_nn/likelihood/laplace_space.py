@@ -8,6 +8,8 @@ from typing import Protocol
 from torch import Tensor
 
 from openreml_nn.likelihood.effects import RandomEffects
+from openreml_nn.likelihood.problem import Cost
+from openreml_nn.likelihood.solver import Solver
 from openreml_nn.terms.term import Term
 
 __all__ = ["FIXED_INFORMATION", "Factor", "Point", "Space"]
@@ -97,7 +99,22 @@ class Point(Protocol):
 
 
 class Space(Protocol):
-    """Where the random effects of some terms stand."""
+    """Where the random effects of some terms stand.
+
+    Attributes:
+        solver: whose system it is, with its options.
+        reason: why that solver is taken.
+    """
+
+    @property
+    def solver(self) -> Solver: ...
+
+    @property
+    def reason(self) -> str: ...
+
+    def cost(self, p: int) -> Cost:
+        """What an evaluation takes with p coefficients of X."""
+        ...
 
     @property
     def size(self) -> int:

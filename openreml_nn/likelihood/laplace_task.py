@@ -12,9 +12,8 @@ from torch import Tensor
 from openreml_nn.covariance import Matrix
 from openreml_nn.families.family import Family
 from openreml_nn.likelihood.fixed import traced
-from openreml_nn.likelihood.laplace_choice import AnySpace
 from openreml_nn.likelihood.laplace_mode import Rows
-from openreml_nn.likelihood.laplace_space import Factor
+from openreml_nn.likelihood.laplace_space import Factor, Space
 from openreml_nn.support.checks import check_tensor
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import RepeatedCovariance
@@ -78,7 +77,7 @@ class Task:
 class Kept:
     """Where the effects of some designs stand, and where their last mode was: a start for the next."""
 
-    def __init__(self, forms: list[Any], constants: list[Tensor | None], space: AnySpace) -> None:
+    def __init__(self, forms: list[Any], constants: list[Tensor | None], space: Space) -> None:
         self._forms, self._constants, self.space = forms, constants, space
         self.start: Tensor | None = None
         self.beta: Tensor | None = None

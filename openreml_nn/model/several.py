@@ -21,6 +21,7 @@ from openreml_nn.model.random_effect import RandomEffect
 from openreml_nn.support.checks import check_tensor
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.spectrum import eigenvalues
 
 __all__ = [
     "check_one_level",
@@ -194,8 +195,10 @@ def _copied(Y: Tensor, of_unit: Tensor, p: int, rounding: float = _EXACT) -> Ten
     every = torch.cat([of_unit, Y], 1)
     size = torch.linalg.vector_norm(every, dim=0)
     squares = every.mT @ every / torch.outer(size, size)
-    if bool((size > 0).all()) and float(torch.linalg.eigvalsh(squares)[0]) > _SQUARE:
-        return None
+    if bool((size > 0).all()):
+        least = float(eigenvalues(squares, "the cross-products of the responses")[0])
+        if least > _SQUARE:
+            return None
     left = Y - of_unit @ torch.linalg.lstsq(of_unit, Y, driver="gelsd").solution
     scale = torch.linalg.vector_norm(Y, dim=0)
     _, size, directions = torch.linalg.svd(left / scale, full_matrices=False)

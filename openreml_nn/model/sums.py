@@ -14,6 +14,7 @@ from openreml_nn.likelihood.fixed import FixedPart, aliased_columns, null_space
 from openreml_nn.likelihood.system.products import Statistics
 from openreml_nn.model.structures import bases_of
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.spectrum import decomposed
 from openreml_nn.support.warning import warn
 from openreml_nn.table import Encoded, Encoder, RandomDesign
 from openreml_nn.table.encoder import group_key
@@ -206,7 +207,7 @@ def fixed_part(
     see :func:`orthonormal`."""
     T, offset = scale
     p = len(ff) - 1
-    values, vectors = torch.linalg.eigh(ff[:p, :p])
+    values, vectors = decomposed(ff[:p, :p], "the cross-products of the features")
     root = values.clamp(min=0).sqrt()[:, None] * vectors.mT
     aliased = aliased_columns(root)
     if aliased:

@@ -202,7 +202,8 @@ class Start:
     Attributes:
         log_likelihood: at its end.
         iterations: its steps.
-        converged: whether it ended at an optimum.
+        converged: whether it ended at an optimum. A start that is left because, at the pace of its
+            last steps, it cannot end as the best did not.
         same: whether that is the optimum of the result.
         parameters: transformed parameters at its end, by name.
     """

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.support.errors import NotPositiveDefiniteError
+from openreml_nn.support.spectrum import decomposed
 
 __all__ = ["LogForms", "log_forms"]
 
@@ -93,7 +94,7 @@ def _forms(
     if off:
         side = torch.stack(off, 1)
         T = T + torch.diag_embed(side, 1) + torch.diag_embed(side, -1)
-    values, S = torch.linalg.eigh(T)  # (m, k), (m, k, k)
+    values, S = decomposed(T, "the Lanczos matrix of a probe")  # (m, k), (m, k, k)
     if not bool((values > 0).all()):
         raise NotPositiveDefiniteError("the system of the random effects is not positive definite")
     first = size[:, None] * S[:, 0, :]
@@ -103,7 +104,7 @@ def _forms(
     near = d.abs() < 1e-3
     ratio = torch.where(near, 1 + d * d / 3, torch.atanh(d) / torch.where(near, 1.0, d))
     C = first[:, :, None] * first[:, None, :] * 2 * ratio / (one + other)
-    share, G = torch.linalg.eigh(C)
+    share, G = decomposed(C, "the derivative of the logarithm of a Lanczos matrix")
     kept = int((share > _NEGLIGIBLE * share[:, -1:]).sum(1).amax())
     share, G = share[:, -kept:].clamp(min=0), G[:, :, -kept:]
     mixed = S @ (G * share.sqrt()[:, None, :])  # (m, k, r)
