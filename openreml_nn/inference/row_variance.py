@@ -96,5 +96,9 @@ def _blocks(G: Covariance, effects: int) -> Tensor:
         return square.diagonal(dim1=1, dim2=3).movedim(-1, 1).flatten(0, 1)
     if isinstance(G, DiagonalCovariance):
         return G.matrix.reshape(-1, effects).diag_embed()
-    square = G.matrix.unflatten(1, (-1, effects)).unflatten(0, (-1, effects))  # (m, k, m, k)
+    matrix = G.matrix
+    if isinstance(G, RepeatedCovariance) and len(matrix) < effects:
+        # The effects of a level are repetitions themselves, as of the basis of a spline.
+        matrix = torch.block_diag(*[matrix] * (effects // len(matrix)))
+    square = matrix.unflatten(1, (-1, effects)).unflatten(0, (-1, effects))  # (m, k, m, k)
     return square.diagonal(dim1=0, dim2=2).permute(2, 0, 1)

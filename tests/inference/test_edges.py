@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from openreml_nn import InputError, glmm, lmm
-from openreml_nn.inference import likelihood_ratio_test, profile, scan, variance_shares
+from openreml_nn.inference import likelihood_ratio_test, profile, r2, scan, variance_shares
 from openreml_nn.inference.constrained import Ascent, Natural
 from openreml_nn.inference.refit import Refit
 
@@ -143,3 +144,17 @@ def test_the_correlation_of_residuals_is_profiled_by_its_name(structure):
     with pytest.raises(InputError, match="`names` has 'rho': expected some of ") as caught:
         profile(one, ["rho"], progress=False)
     assert str(caught.value).endswith(str(by_default))
+
+
+def test_shares_of_a_spline_are_those_of_its_rows():
+    rng = np.random.default_rng(2)
+    table = pd.DataFrame({"x": np.tile(np.arange(12.0), 3)})
+    table["y"] = np.sin(table["x"]) + 0.3 * rng.standard_normal(36)
+    fit = lmm("y ~ x + (1 | spline(x))", table)
+    term = Refit(fit).objective().terms()[0]
+    with torch.no_grad():
+        Z = term.design.dense(term.covariance.matrix)
+        expected = float((Z * term.covariance.multiply(Z.mT).mT).sum(1).mean())
+    found = variance_shares(fit)
+    assert found["variance"][0] == pytest.approx(expected, rel=1e-10)
+    assert found["variance"][0] > 0 and r2(fit).conditional > r2(fit).marginal
