@@ -44,7 +44,7 @@ from openreml_nn.model.level_means import warn_of_level_means
 from openreml_nn.result import Record, Result
 from openreml_nn.support.checks import check_count, check_instance, check_maker
 from openreml_nn.support.errors import InputError
-from openreml_nn.support.instantiate import plain
+from openreml_nn.support.instantiate import unwrapped
 
 __all__ = ["MixedModule"]
 
@@ -159,7 +159,7 @@ class MixedModule(Evaluated):
         self.rows, self.seed = check_count("rows", rows, 1), check_count("seed", seed)
         family, link = as_asked(family, link)
         # Hydra hands over configs of its own, which no checkpoint is to hold.
-        optimizer, scheduler = plain(optimizer), plain(scheduler)
+        optimizer, scheduler = unwrapped(optimizer), unwrapped(scheduler)
         given = {
             "optimizer": optimizer,
             "training": training,
@@ -168,10 +168,10 @@ class MixedModule(Evaluated):
             "seed": seed,
         }
         of_table: dict[str, Any] = {
-            "network": plain(network), "head": head, "residual": plain(residual),
+            "network": unwrapped(network), "head": head, "residual": unwrapped(residual),
             "weights": weights, "categorical": list(categorical), "method": method,
             "solver": solver, "family": family, "link": link, "quadrature": quadrature, "zi": zi,
-            "constraints": plain(constraints), "starts": plain(starts),
+            "constraints": unwrapped(constraints), "starts": unwrapped(starts),
         }  # fmt: skip
         self.table = None
         if isinstance(model, str):

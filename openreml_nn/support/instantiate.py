@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from openreml_nn.support.errors import InputError, NumericalError
 
-__all__ = ["build", "plain"]
+__all__ = ["build", "unwrapped"]
 
 #: Bounds of a config, which may come from a stranger's checkpoint: no config of use is near them.
 _DEEPEST, _LARGEST = 50, 10_000
@@ -49,7 +49,7 @@ def build(
     Raises:
         InputError: if a class is not what its place wants, or cannot be made of its arguments.
     """
-    config = plain(config)
+    config = unwrapped(config)
     if not isinstance(config, Mapping) or "_target_" not in config:
         raise InputError(f"config {what!r} is {config!r}: expected a mapping with `_target_`")
     planned = _planned(config, what, (wants,), (wants, *nested), count(), 0)
@@ -57,7 +57,7 @@ def build(
     return _made(_Call(planned.kind, (*args, *planned.args), {**planned.kwargs, **kwargs}), what)
 
 
-def plain(value: Any) -> Any:
+def unwrapped(value: Any) -> Any:
     """A config of Hydra's as Python's own containers, its interpolations resolved; another value as
     it is."""
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
