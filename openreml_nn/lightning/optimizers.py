@@ -146,11 +146,11 @@ def refuse_layouts(optimizer: Optimizer, named: Iterable[tuple[str, Tensor]]) ->
     takes_both = issubclass(kind, SGD | Adagrad | LBFGS) or kind.__module__[:11] != "torch.optim"
     if takes_both and not wants_sparse:
         return
-    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for name, parameter in named:
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         grad = parameter.grad
-        if grad is None or id(parameter) not in own or grad.is_sparse == wants_sparse:
+        if grad is None or grad.is_sparse == wants_sparse:
             continue
+        name = next((name for name, p in named if p is parameter), "a parameter")
         found, other = ("dense", "Adam") if wants_sparse else ("sparse", "SGD or Adagrad")
         raise InputError(
             f"`optimizer` is {kind.__name__}, but the gradient of {name!r} is {found}: expected "
