@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from openreml_nn import InputError, datasets, fit_reml, glmm, lmm
@@ -23,6 +24,7 @@ from openreml_nn.datasets import visits
 from openreml_nn.inference import diagnose, profile, quantile_residuals, variance_shares
 from openreml_nn.inference.refit import tracked
 from openreml_nn.program.outputs import write_plots, write_record, write_tables
+from openreml_nn.program.sweep import SweepTable
 from openreml_nn.report import (
     blup_table,
     calibration,
@@ -433,6 +435,14 @@ def test_a_result_of_something_else_is_named(result, tmp_path):
     (tmp_path / "failed.json").write_text("{}")
     with pytest.raises(InputError, match=r"failed.json' is not the result of a run"):
         collect(tmp_path)
+
+
+def test_a_new_sweep_forgets_failures_of_its_own_kind_alone(tmp_path):
+    for name, text in (("run", '{"status": 2}'), ("other", '{"tests": 3}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "failed.json").write_text(text)
+    SweepTable().on_multirun_start(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
+    assert [path.parent.name for path in tmp_path.rglob("failed.json")] == ["other"]
 
 
 def test_a_plot_is_bounded_by_what_it_shows():

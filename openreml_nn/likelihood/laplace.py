@@ -36,6 +36,7 @@ from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers import Sparse
 from openreml_nn.support.checks import (
     check_choice,
+    check_constant,
     check_count,
     check_instance,
     refuse_tracing,
@@ -327,6 +328,8 @@ class LaplaceLoss(nn.Module):
         known = self._known
         if known is None or not known.is_of(self.family, y, weights):
             known = self._known = CheckedResponses.of(self.family, y, weights)
+        if known.y.shape != y.shape:
+            check_constant("y", y)  # a proportion of whole trials does not move
         dtype = self.precision(y, eta, *([] if X is None else [X]))
         if isinstance(self.solver, Sparse) and eta.device.type != "cpu":
             raise InputError(

@@ -14,7 +14,7 @@ from openreml_nn.families.family import Family
 from openreml_nn.likelihood.fixed import traced
 from openreml_nn.likelihood.laplace_mode import Rows
 from openreml_nn.likelihood.laplace_space import Factor, Space
-from openreml_nn.support.checks import check_tensor
+from openreml_nn.support.checks import check_constant, check_tensor
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import RepeatedCovariance
 from openreml_nn.terms.kernel import private, same_content
@@ -203,6 +203,7 @@ def check_call(
         raise InputError("`X` is None: method 'reml' integrates the coefficients of X")
     if weights is not None:
         check_tensor("weights", weights, (n,), "floating")
+        check_constant("weights", weights)
         if not bool((weights > 0).all()):
             row = int((weights <= 0).nonzero()[0])
             raise InputError(

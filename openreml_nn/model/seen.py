@@ -89,24 +89,27 @@ class SeenRows:
             InputError: if their responses are of another shape.
         """
         y, known, X, weights = data
-        if y.shape[1:] != self.y.shape[1:]:
+        before, factors = self.y, self.weights
+        if y.dim() != before.dim():
+            # Where all proportions are 0 or 1 no response says that its weights are trials.
+            y, weights = _counted(y, weights)
+            before, factors = _counted(before, factors)
+        if y.shape[1:] != before.shape[1:]:
             raise InputError(
-                f"`batch['y']` has {y[0].numel()} numbers in a row: expected {self.y[0].numel()}, as the rows "
+                f"`batch['y']` has {y[0].numel()} numbers in a row: expected {before[0].numel()}, as the rows "
                 "before have"
             )
-        if weights is not None or self.weights is not None:
-            weights = _cat(_or_ones(self.weights, self.known), _or_ones(weights, known))
+        if weights is not None or factors is not None:
+            weights = _cat(_or_ones(factors, self.known), _or_ones(weights, known))
         parts = {}
         for name, (codes, values) in coded.items():
-            before, entries = self.coded[name]
+            own, entries = self.coded[name]
             if values is not None or entries is not None:
-                values = _cat(
-                    _or_ones(entries, before[..., None]), _or_ones(values, codes[..., None])
-                )
-            parts[name] = _cat(before, codes), values
+                values = _cat(_or_ones(entries, own[..., None]), _or_ones(values, codes[..., None]))
+            parts[name] = _cat(own, codes), values
         X = known.new_zeros(len(known), 0) if X is None else X
-        own = _cat(self.y, y), _cat(self.known, known), _cat(self.X, X), weights
-        return SeenRows(self.options, self.columns, *own, parts)
+        whole = _cat(before, y), _cat(self.known, known), _cat(self.X, X), weights
+        return SeenRows(self.options, self.columns, *whole, parts)
 
     def evaluate(
         self, family: Family, effects: Mapping[str, RandomEffect], levels: Sequence[int]
@@ -125,6 +128,14 @@ class SeenRows:
         loss = LaplaceLoss(tree, family, method, quadrature, solver)
         X = self.X[:, list(self.columns)]
         return loss.evaluate(self.y, self.known, X, weights=self.weights), tree
+
+
+def _counted(y: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Responses of 0 and 1 with their trials as successes and failures, and no weights: they have the same
+    likelihood. Other responses as they are."""
+    if y.dim() != 1 or weights is None:
+        return y, weights
+    return torch.stack([y, 1 - y], 1).to(weights) * weights[:, None], None
 
 
 def _cat(one: Tensor, other: Tensor) -> Tensor:

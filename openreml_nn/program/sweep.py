@@ -6,6 +6,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -71,10 +72,12 @@ class SweepTable(Callback):
 
     def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
         """Forget what has failed in an earlier sweep of the same folder."""
-        from openreml_nn.report.runs import FAILED
+        from openreml_nn.report.runs import FAILED, status_of
 
         for left in Path(config.hydra.sweep.dir).rglob(FAILED):
-            left.unlink()
+            with suppress(InputError):  # a file of another program stays
+                status_of(left)
+                left.unlink()
 
     def on_multirun_end(self, config: Any, **kwargs: Any) -> None:
         """Collect the runs."""

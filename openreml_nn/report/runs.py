@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from openreml_nn.support.errors import InputError
 
-__all__ = ["FAILED", "best", "collect", "failures"]
+__all__ = ["FAILED", "best", "collect", "failures", "status_of"]
 
 #: What a run of a sweep leaves that has failed: its exit status, its message and its options.
 FAILED = "failed.json"
@@ -24,11 +24,17 @@ _FIT = ("converged", "singular", "log_likelihood", "deviance", "aic", "bic", "se
 
 def failures(folder: str | Path) -> dict[Path, int]:
     """The folders of the runs below a folder that have failed, and their exit statuses."""
-    found = {}
-    for path in Path(folder).rglob(FAILED):
-        with _named(path):
-            found[path.parent] = int(json.loads(path.read_text(encoding="utf-8"))["status"])
-    return found
+    return {path.parent: status_of(path) for path in Path(folder).rglob(FAILED)}
+
+
+def status_of(path: Path) -> int:
+    """The exit status in the file that a failed run has left.
+
+    Raises:
+        InputError: if the file is of something else.
+    """
+    with _named(path):
+        return int(json.loads(path.read_text(encoding="utf-8"))["status"])
 
 
 def collect(folder: str | Path, with_failed: bool = False) -> pd.DataFrame:

@@ -275,3 +275,40 @@ def test_what_weights_make_no_sense_of_is_refused():
     loss = LaplaceLoss(covariance(torch.arange(N), False), Poisson())
     with pytest.raises(InputError, match="`weights` is 0 in row 3: expected a positive number"):
         loss(COUNTS, ETA, weights=torch.where(torch.arange(N) == 3, 0.0, WEIGHTS))
+
+
+def test_weights_and_proportions_have_no_gradient():
+    V = CovariancePropagation(DummyMatrix.from_codes(CODES, LEVELS), ScalarMatrix(LEVELS)).double()
+    loss, share = LaplaceLoss(V, Binomial()), COUNTS / TRIALS
+    loss(share, ETA, weights=TRIALS)  # the same numbers, which are then known as checked
+    with pytest.raises(InputError, match="`y` requires a gradient"):
+        loss(share.clone().requires_grad_(), ETA, weights=TRIALS)
+    with pytest.raises(InputError, match="`weights` requires a gradient"):
+        loss(BINARY, ETA, weights=WEIGHTS.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("sure_first", [False, True])
+def test_rows_of_which_all_trials_agree_are_added_to_proportions(sure_first):
+    torch.manual_seed(0)
+    sure = torch.arange(N) < 6
+    share = torch.where(sure, (CODES % 2).double(), (COUNTS / TRIALS).clamp(max=0.9))
+    trials = torch.where(sure, TRIALS, 10.0)
+    batch = {
+        "x": X[:, 1:],
+        "y": torch.where(sure, share, (share * 10).round() / 10),
+        "weights": trials,
+        "groups": {"g": CODES},
+    }
+    model = MixedModel(nn.Linear(1, 1).double(), {"g": RandomEffect(LEVELS)}, family=Binomial())
+    model.double().update(batch)
+    wanted = model.random["g"].known()
+
+    def part(rows):
+        own = {key: value[rows] for key, value in batch.items() if key != "groups"}
+        return own | {"groups": {"g": CODES[rows]}}
+
+    first, rest = (sure, ~sure) if sure_first else (~sure, sure)
+    model.update(part(first))
+    model.add(part(rest))
+    for found, expected in zip(model.random["g"].known(), wanted):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
