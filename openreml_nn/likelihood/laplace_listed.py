@@ -14,8 +14,7 @@ from openreml_nn.likelihood.system.blocks import block_solve, block_times
 from openreml_nn.likelihood.system.conjugate import conjugate_gradients
 from openreml_nn.likelihood.system.listed import (
     Levels,
-    ListedCross,
-    ListedPattern,
+    ListedPlaces,
     own_blocks,
     without_levels,
 )
@@ -34,8 +33,7 @@ class ListedLayout(Stacked):
 
     Attributes:
         others: the levels of the terms that are not eliminated, ``rest`` in order.
-        cross: where products of the eliminated factor with these have their entries.
-        square: where those of the others have, and of which terms each part is; None without others.
+        places: where their products have their entries.
         own_pairs: pairs of terms whose products the blocks of a level depend on.
 
     Raises:
@@ -53,17 +51,8 @@ class ListedLayout(Stacked):
         self.others = Levels([with_levels(terms[i]) for i in self.order[split:]], like)
         self.grids = list(self.others.grids)
         self.rest = range(split, count)
-        met = self.rest if split else ()
-        self.cross = ListedPattern(
-            [self._cells(0, u) for u in met],
-            [self.others.grids[u - split][1] for u in met],
-            (self.levels, self.k, self.q),
-            self.others.starts if split else [],
-            like.device,
-        )
-        pairs = [(t, u) for t in self.rest for u in range(t, count)]
-        cells = [(t - split, u - split, *self._cells(t, u)) for t, u in pairs]
-        self.square = self.others.square(cells) if cells else None
+        shape = self.levels, self.k, self.q
+        self.places = ListedPlaces(self.pattern, split, self.others, shape, like.device)
         self.own_pairs = [(t, u) for t in range(split) for u in range(t, count)]
         self.own_pairs += [(t, t) for t in self.rest]
 
@@ -71,11 +60,6 @@ class ListedLayout(Stacked):
     def obstacle(terms: Sequence[Term]) -> str | None:
         """Why some terms have no such system, in a sentence; None where they have."""
         return without_levels(map(with_levels, terms))
-
-    def _cells(self, t: int, u: int) -> tuple[Tensor, Tensor]:
-        cells = self.pattern.cells[t, u]
-        assert cells is not None
-        return cells.a, cells.b
 
     def blocks_of(self, roots: Prior) -> list[Tensor]:
         """Blocks of the other terms' covariances, (levels or 1, k, k) for each."""
@@ -110,21 +94,14 @@ class ListedSystem:
         zz = weighted_products(layout.pattern, layout.designs, weights)
         empty = weights.new_zeros(0, 0, 0)
         self._A11 = own_blocks(zz, split) if split else empty
-        self.W = ListedCross(
-            layout.cross,
-            [torch.cat([zz[t, u] for t in range(split)], 1) for u in layout.rest if split],
-            weights,
-        )
+        self.W = layout.places.cross(zz, weights)
         L = self._L = roots.blocks(weights)
         eye = torch.eye(layout.k, dtype=L.dtype, device=L.device)
         D = eye + times_blocks(times_blocks(L.mT, self._A11), L) if split else empty
         self.C = cholesky(D, "the curvature of the random effects at the mode")
         self._half = block_solve(self.C, L.mT.expand_as(D)) if split else empty
         self.K = block_times(self._half.mT, self._half)
-        if layout.square is not None:
-            entries, parts = layout.square
-            values = [zz[split + t, split + u].reshape(-1) for t, u in parts]
-            self._A22 = entries.matrix(torch.cat(values))
+        self._A22 = layout.places.square(zz, weights)
         self.own = own = [zz[t, t] for t in layout.rest]
         for i, (a, b, value) in enumerate(self.W.cells):
             own[i] = own[i].index_add(0, b, -(value.mT @ self.K[a] @ value))

@@ -128,7 +128,7 @@ def of_blocks(
         D = eye + times_blocks(A11, G1)
         value = D.log().sum() if layout.k == 1 else torch.linalg.slogdet(D).logabsdet.sum()
         K = G1 / D if layout.k == 1 else torch.linalg.solve(D.mT, G1.mT.expand_as(D)).mT
-        for i, (a, b) in enumerate(layout.cross.cells):
+        for i, (a, b) in enumerate(layout.places.cells):
             met = torch.cat([zz[t, split + i] for t in range(split)], 1)
             own[i] = own[i].index_add(0, b, -(met.mT @ K[a] @ met))
     roots, diagonals = layout.blocks_of(prior), layout.others.diagonals

@@ -22,7 +22,7 @@ from openreml_nn.terms.term import Term
 __all__ = [
     "Levels",
     "ListedCross",
-    "ListedPattern",
+    "ListedPlaces",
     "ListedProblem",
     "SparseEntries",
     "levels_of",
@@ -216,6 +216,62 @@ class Levels:
         return SparseEntries(torch.cat(rows), torch.cat(columns), (q, q)), parts
 
 
+class ListedPlaces:
+    """Where products of terms with each other have their entries, the first of one eliminated factor.
+
+    Args:
+        pattern: which levels of the designs meet.
+        ones: so many terms are eliminated together.
+        others: the levels of the terms after these.
+        shape: (levels, k, q) of W.
+        device: of the entries.
+
+    Attributes:
+        cells: for each other term the levels that meet, of the eliminated factor and of the term.
+    """
+
+    def __init__(
+        self,
+        pattern: Pattern,
+        ones: int,
+        others: Levels,
+        shape: tuple[int, int, int],
+        device: torch.device,
+    ) -> None:
+        def between(t: int, u: int) -> tuple[Tensor, Tensor]:
+            cells = pattern.cells[t, u]
+            assert cells is not None
+            return cells.a, cells.b
+
+        count = ones + len(others.grids)
+        rest = range(ones, count)
+        self._ones, self._met = ones, rest if ones else range(0)
+        self._cross = ListedPattern(
+            [between(0, u) for u in self._met],
+            [others.grids[u - ones][1] for u in self._met],
+            shape,
+            others.starts if ones else [],
+            device,
+        )
+        self.cells = self._cross.cells
+        pairs = [(t, u) for t in rest for u in range(t, count)]
+        cells = [(t - ones, u - ones, *between(t, u)) for t, u in pairs]
+        self._square = others.square(cells) if cells else None
+
+    def cross(self, zz: Mapping[tuple[int, int], Tensor], like: Tensor) -> ListedCross:
+        """W of products t ≤ u of the designs, with ``like`` as :class:`ListedCross` takes it."""
+        values = [torch.cat([zz[t, u] for t in range(self._ones)], 1) for u in self._met]
+        return ListedCross(self._cross, values, like)
+
+    def square(self, zz: Mapping[tuple[int, int], Tensor], like: Tensor) -> Tensor:
+        """Products of the other terms with themselves, sparse (q, q); empty where there are none."""
+        if self._square is None:
+            return like.new_zeros(0, 0)
+        entries, parts = self._square
+        values = [zz[self._ones + t, self._ones + u].reshape(-1) for t, u in parts]
+        return entries.matrix(torch.cat(values))
+
+
 def own_blocks(zz: Mapping[tuple[int, int], Tensor], ones: int) -> Tensor:
     """Diagonal blocks (levels, k, k) of terms of one grouping factor, the first ``ones`` of all, from
     their products t ≤ u."""
@@ -251,42 +307,17 @@ class ListedProblem(GroupedProblem):
 
     def _place(self, pattern: Pattern, products: Products) -> System:
         ones, r = len(self.widths), self.f.shape[1]
-        count = len(self.designs)
-
-        def between(t: int, u: int) -> tuple[Tensor, Tensor]:
-            cells = pattern.cells[t, u]
-            assert cells is not None
-            return cells.a, cells.b
-
         zz = products.zz
         A11 = own_blocks(zz, ones) if ones else self.f.new_zeros(0, 0, 0)
-        rest = range(ones, count)
-        met = rest if ones else ()
-        W = ListedCross(
-            ListedPattern(
-                [between(0, u) for u in met],
-                [self.others.grids[u - ones][1] for u in met],
-                (self.levels, self.k, self.q),
-                self.others.starts if ones else [],
-                self.f.device,
-            ),
-            [torch.cat([zz[t, u] for t in range(ones)], 1) for u in met],
-            self.f,
-        )
-        self.own = [zz[t, t] for t in rest]  # (levels_t, k_t, k_t)
-        self._square = self.f.new_zeros(0, 0)
-        if rest:
-            pairs = [(t, u) for t in rest for u in range(t, count)]
-            entries, parts = self.others.square(
-                [(t - ones, u - ones, *between(t, u)) for t, u in pairs]
-            )
-            values = [zz[ones + t, ones + u].reshape(-1) for t, u in parts]
-            self._square = entries.matrix(torch.cat(values))
+        shape = self.levels, self.k, self.q
+        places = ListedPlaces(pattern, ones, self.others, shape, self.f.device)
+        self.own = [zz[t, t] for t in range(ones, len(self.designs))]  # (levels_t, k_t, k_t)
+        self._square = places.square(zz, self.f)
         zf = products.zf
         first = [zf[t].unflatten(0, (self.levels, w)) for t, w in enumerate(self.widths)]
         A1f = torch.cat(first, 1) if first else self.f.new_zeros(0, 0, r)
         A2f = torch.cat(zf[ones:]) if zf[ones:] else self.f.new_zeros(0, r)
-        return System(A11, W, A1f, self.f.new_zeros(0), A2f, products.ff)
+        return System(A11, places.cross(zz, self.f), A1f, self.f.new_zeros(0), A2f, products.ff)
 
     def times_22(self, x: Tensor) -> Tensor:
         """:math:`Z_2^\\top Z_2 x`."""
