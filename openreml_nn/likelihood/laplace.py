@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from openreml_nn.likelihood.laplace_mode import (
     find_mode,
 )
 from openreml_nn.likelihood.laplace_quadrature import check_quadrature
+from openreml_nn.likelihood.laplace_sparse import SparseSpace
 from openreml_nn.likelihood.laplace_task import (
     CheckedResponses,
     Kept,
@@ -134,6 +136,7 @@ class LaplaceLoss(nn.Module):
         self.method = method
         self.quadrature = quadrature
         self.solver = laplace_solver(solver)
+        self._near = False
         self._kept: Kept | None = None
         self._size: tuple[int, int] | None = None
         self._known: CheckedResponses | None = None
@@ -295,6 +298,19 @@ class LaplaceLoss(nn.Module):
             information = column_information(mode, X, columns)
             return slope, information, column_information(mode, X[:, :0], columns)
 
+    def nearby(self) -> LaplaceLoss | None:
+        r"""A loss of the same parameters with an optimum near by for far less work: of :math:`\log|H|` it has
+        what is of second order about the diagonal, and the mode is found roughly: where a fit may begin.
+        None before the first call, and where the loss takes little work or has no such part; coefficients of
+        X by maximum likelihood, as :meth:`forward` finds them, leave it the loss itself.
+        """
+        space = None if self._kept is None else self._kept.space
+        if self.quadrature > 1 or not isinstance(space, SparseSpace) or not space.is_dear:
+            return None
+        found = copy(self)
+        found._near, found._kept, found._known = True, self._kept, self._known
+        return found
+
     @property
     def plan(self) -> Plan:
         """The plan of the last call; before the first, what it would be without X."""
@@ -357,4 +373,4 @@ class LaplaceLoss(nn.Module):
                 kept = self._kept = Kept(forms, copies, space_of(held, self.solver, by_blocks))
                 if self.quadrature > 1:
                     check_quadrature(kept.space, self.quadrature)
-        return Integral(task, kept, self.method, self.quadrature)
+        return Integral(task, kept, self.method, self.quadrature, self._near)
