@@ -8,9 +8,10 @@ from math import log, pi
 import torch
 from torch import Tensor
 
+from openreml_nn.likelihood.laplace_determinant import log_det
 from openreml_nn.likelihood.laplace_layout import Prior
 from openreml_nn.likelihood.laplace_mode import Mode, Rows
-from openreml_nn.likelihood.laplace_system import BlockedPoint, log_det, products_of
+from openreml_nn.likelihood.laplace_system import BlockedPoint, products_of
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.design import Design
 

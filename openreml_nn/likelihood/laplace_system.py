@@ -18,13 +18,12 @@ from torch import Tensor
 
 from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.laplace_border import Border
+from openreml_nn.likelihood.laplace_determinant import log_det, reduced, slopes_alone
 from openreml_nn.likelihood.laplace_layout import Prior, Stacked, times_blocks
 from openreml_nn.likelihood.problem import Cost, cholesky
 from openreml_nn.likelihood.solver import check_held
 from openreml_nn.likelihood.solvers import Blocked, Dense
 from openreml_nn.likelihood.system.blocks import block_solve
-from openreml_nn.likelihood.system.elimination import inner
-from openreml_nn.likelihood.system.partition import Partition
 from openreml_nn.likelihood.system.placement import Placement, System
 from openreml_nn.likelihood.system.products import Pattern, Products
 from openreml_nn.support.errors import NotPositiveDefiniteError
@@ -35,7 +34,6 @@ __all__ = [
     "BlockedFactor",
     "BlockedPoint",
     "BlockedSpace",
-    "log_det",
     "products_of",
     "weighted_products",
 ]
@@ -233,7 +231,8 @@ class BlockedFactor:
         if self._slopes is not None:
             return self._slopes
         if not (self.layout.q or self._border.count):
-            self._slopes = self._of_blocks()
+            prior = self._point.covariances
+            self._slopes = slopes_alone(self._at, prior, self._half, self.layout.designs)
             return self._slopes
         layout, prior = self.layout, self._point.covariances
         forms = [*prior.first, *prior.rest]
@@ -259,27 +258,6 @@ class BlockedFactor:
         self._slopes = half, list(parts)
         return self._slopes
 
-    def _of_blocks(self) -> tuple[Tensor, list[Tensor]]:
-        r"""Both of the eliminated factor alone: :math:`\tfrac12 z_i^\top P z_i` with
-        :math:`P = G_1 D^{-\top}`, and :math:`\tfrac12 D^{-1} A_{11}`, :math:`D = I + A_{11} G_1`."""
-        layout, forms, A11 = self.layout, self._point.covariances.first, self._at.A11
-        P, half = times_blocks(self._half.mT, self._half), torch.zeros_like(self.weights)
-        columns = [x for design in layout.designs for x in _columns(design)]
-        for i, (codes, one) in enumerate(columns):
-            for j, (_, other) in enumerate(columns[: i + 1]):
-                part = P[:, i, j].index_select(0, codes)
-                for values in (one, other):
-                    part = part if values is None else part * values
-                half.add_(part, alpha=0.5 if i == j else 1.0)
-        D, _ = _reduced(self._at, self._point.covariances)
-        square = (A11 / D if layout.k == 1 else torch.linalg.solve(D, A11.expand_as(D))) / 2
-        parts, start = [], 0
-        for form, width in zip(forms, layout.widths, strict=True):
-            own = slice(start, start + width)
-            parts.append(form.fold_blocks(square[:, own, own]).reshape(form.matrix.shape))
-            start += width
-        return half, parts
-
     def half_variances(self) -> Tensor:
         return self._derivatives()[0]
 
@@ -302,7 +280,7 @@ class BlockedFactor:
         r"""A function with the value's derivatives by the products and by the eliminated factor's
         covariances: those of :math:`\tfrac12\log|D| + \tfrac12\langle N, E\rangle`, where E is the
         other terms' system, at which N is held."""
-        D, K = _reduced(at, prior)
+        D, K = reduced(at, prior)
         value = D.log().sum() if D.shape[-1] == 1 else torch.linalg.slogdet(D).logabsdet.sum()
         eye = torch.eye(self.layout.k, dtype=D.dtype, device=D.device)
         E22 = at.A22 - at.W.gram(eye.expand_as(K), K)
@@ -352,46 +330,6 @@ class BlockedFactor:
         for i, values, spread in zip(layout.order, parts, variances, strict=True):
             found[i] = RandomEffects(terms[i].name, values.reshape(spread.shape[:2]), spread)
         return [found[i] for i in sorted(found)]
-
-
-def log_det(at: System, prior: Prior, by: Partition) -> Tensor:
-    r"""Half of :math:`\log|I + A G|`, bordered by X, by plain differentiable operations.
-
-    In G itself: a factor of G has no derivative where G is singular.
-    """
-    layout = prior.layout
-    eye = torch.eye(layout.k, dtype=at.A11.dtype, device=at.A11.device)
-    D, K = _reduced(at, prior)
-    value = D.log().sum() if layout.k == 1 else torch.linalg.slogdet(D).logabsdet.sum()
-    KA = K @ at.A1f
-    E2f = at.A2f
-    Eff = at.Aff - inner(at.A1f, KA)
-    if layout.q:
-        E22 = at.A22 - at.W.gram(eye.expand_as(K), K)
-        E2f = E2f - at.W.t_times(KA)
-        M = by.spread(prior.times_rest(by.collect(E22)))  # G2 E22
-        M = M + torch.eye(by.size, dtype=M.dtype, device=M.device)
-        value = value + torch.linalg.slogdet(M).logabsdet.sum()
-        x = by.collect(torch.linalg.solve(M, by.spread(prior.times_rest(E2f))))
-        Eff = Eff - E2f.mT @ x
-    return value / 2 + torch.linalg.slogdet(Eff).logabsdet / 2
-
-
-def _reduced(at: System, prior: Prior) -> tuple[Tensor, Tensor]:
-    r""":math:`D = I + A_{11} G_1` and :math:`G_1 D^{-1}`, level by level."""
-    G1 = prior.blocks(at.A11)
-    eye = torch.eye(prior.layout.k, dtype=G1.dtype, device=G1.device)
-    D = eye + times_blocks(at.A11, G1)
-    if prior.layout.k == 1:
-        return D, G1 / D
-    return D, torch.linalg.solve(D.mT, G1.mT.expand_as(D)).mT
-
-
-def _columns(design: Design) -> list[tuple[Tensor, Tensor | None]]:
-    """The codes of the rows with the values of each effect of a level, (n,); None for ones."""
-    assert isinstance(design, IndexedDesign)
-    values = [None] if design.values is None else design.values.unbind(1)
-    return [(design.codes, column) for column in values]
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:
