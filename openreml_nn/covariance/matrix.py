@@ -128,9 +128,13 @@ class Matrix(Intermediates, TreeNode):
         return Kind(operator=False, opaque=opaque, ours=is_ours(cls.forward), closed=True)
 
     def has_closed_form(self) -> bool:
-        """Whether the class has a gradient in closed form."""
+        """Whether calling it has the gradient in closed form, of itself and of all its operands."""
         cls = type(self)
         return cls.manual_grad is not Matrix.manual_grad or cls.manual_vjp is not Matrix.manual_vjp
+
+    def has_jacobian(self) -> bool:
+        """Whether :meth:`manual_grad` is there; that of an operator records operands that have none."""
+        return type(self).manual_grad is not Matrix.manual_grad and self.has_closed_form()
 
     # ------------------------------------------------------------------ gradients
 
@@ -140,8 +144,7 @@ class Matrix(Intermediates, TreeNode):
             raise InputError(
                 f"`grad_mode` is {self.grad_mode!r}: expected 'default', 'manual' or 'auto'"
             )
-        written = type(self).manual_grad is not Matrix.manual_grad and self.has_closed_form()
-        closed = self.grad_mode == "default" and written and not hooked(self)
+        closed = self.grad_mode == "default" and self.has_jacobian() and not hooked(self)
         if closed or self.grad_mode == "manual":
             return self.manual_grad(free_params)
         return self.auto_grad(free_params)

@@ -247,7 +247,6 @@ def _joint(model: Posterior, equations: Equations) -> JointErrors:
     if not joint.has_variances():
         raise InputError(
             f"beside the widest factor there are more than {joint.most_columns} effects and "
-            f"coefficients, whose sparse factor has more than {joint.most_entries} entries or which "
-            "are of a dense kernel, so that rows cannot be added: call update() with all rows"
+            f"coefficients, whose factor has more than {joint.most_entries} entries, so that rows cannot be added: call update() with all rows"
         )
     return joint

@@ -46,10 +46,11 @@ class JointErrors(nn.Module):
     """What the variance of a prediction needs; its buffers travel with the checkpoint.
 
     Args:
-        most_columns: more than these beside the first factor's are not held, their square at once;
-            then a sparse factor yields the variances, see :class:`FactoredErrors`.
+        most_columns: more than these beside the first factor's are no part of a checkpoint, their
+            square at once; then a sparse factor yields the variances, see :class:`FactoredErrors`,
+            or, of a dense kernel, parts that are computed when one is asked for.
         most_numbers: so many are held at a time for the rows that are asked for.
-        most_entries: of a sparse factor.
+        most_entries: of a factor, sparse or not.
 
     Attributes:
         is_known: whether there were data.
@@ -88,6 +89,7 @@ class JointErrors(nn.Module):
         self._pending: _Given | None = None
         self._large: _Given | None = None  # of which a factor may be had
         self._factored: FactoredErrors | None = None
+        self._dense: tuple[JointErrors, ...] = ()  # one at most, which is no submodule
         self.register_buffer("is_known", torch.tensor(False))
         self.register_buffer("is_exact", torch.tensor(False))
         self.register_buffer("first", torch.tensor(-1))
@@ -121,7 +123,7 @@ class JointErrors(nn.Module):
         self.is_exact.fill_(False)
         too_many = sum(widths) - max(free, default=0) + r > self.most_columns
         given = covariances, equations
-        self._factored = None
+        self._factored, self._dense = None, ()
         self._pending, self._large = (None, given) if too_many else (given, None)
 
     @torch.no_grad()
@@ -180,12 +182,39 @@ class JointErrors(nn.Module):
             equations = given()
             if equations is not None:
                 self._factored = FactoredErrors.of(covariances, equations, self.most_entries)
+                if self._factored is None:
+                    self._dense = self._parts_of(covariances, equations)
         return self._factored
+
+    def _parts_of(
+        self, covariances: Sequence[Covariance], equations: Equations
+    ) -> tuple[JointErrors, ...]:
+        """All parts at once, where their factor has no more entries than it may."""
+        r = equations.fixed.basis.shape[1]
+        columns = sum(levels * k for levels, k in equations.sizes) + r
+        free = [
+            levels * k
+            for (levels, k), g in zip(equations.sizes, covariances, strict=True)
+            if _is_free(g)
+        ]
+        beside = columns - max(free, default=0)
+        if beside * (beside + 1) // 2 > self.most_entries:
+            return ()
+        whole = JointErrors(columns, self.most_numbers, self.most_entries)
+        whole.to(equations.products.ff.device)
+        whole.update(covariances, equations.sizes, r, lambda: equations)
+        whole.settle()
+        return (whole,)
+
+    def parts(self) -> JointErrors:
+        """Where the parts below are: here, or, of a dense kernel too large for a checkpoint, in one that
+        is in none."""
+        self.factored()
+        return self._dense[0] if self._dense else self
 
     def has_variances(self) -> bool:
         """Whether :meth:`variance` is there, which is exact."""
-        self.settle()
-        return bool(self.is_exact) or self.factored() is not None
+        return self.factored() is not None or bool(self.parts().is_exact)
 
     def variance(self, designs: Sequence[CodedDesign | PlacedDesign], X: Tensor) -> Tensor:
         """Variance of the error of :math:`x^\\top\\hat\\beta + z^\\top\\hat b` of some rows (n,).
@@ -196,6 +225,8 @@ class JointErrors(nn.Module):
         """
         if self._factored is not None:
             return self._factored.variance(designs, X, self.most_numbers)
+        if self._dense:
+            return self._dense[0].variance(designs, X)
         n, m = len(X), len(self.covariance)
         step = max(1, self.most_numbers // max(m, 1))
         parts = [
@@ -221,6 +252,7 @@ class JointErrors(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         if prefix + "covariance" in state_dict:
             self._pending = self._large = self._factored = None
+            self._dense = ()
         # The sizes are known only once there were data.
         names = ("offsets", "conditional", "starts", "columns", "entries", "covariance", "basis")
         for name in names:
@@ -288,6 +320,7 @@ def solution_of(joint: JointErrors, equations: Equations) -> Solution:
         spread = torch.from_numpy(factored.variance_of_coefficients).to(gamma)
         full = factored.log_det + equations.log_det + y_p_y
         return _solution(equations, values, variances, gamma, spread, full)
+    joint = joint.parts()
     C, first = joint.covariance, int(joint.first)
     M = LevelCells(joint.starts, joint.columns, joint.entries)
     (zf, ff), basis = (equations.products.zf, equations.products.ff), equations.fixed.basis

@@ -119,12 +119,13 @@ class Sparse(Solver):
             # Other solvers take so little, or this one so much, that a bound will do; and within a
             # transform the formula is another solver's.
             q = float(sum(term.design.shape[1] for term in effects))
-            work = q**3 + 8.0 * q * q * (p + 2) + 4.0 * n * (p + 1) + Sparse.least
+            work = q**3 + 8.0 * q * q * (p + 2) + 4.0 * n * (p + 1) + Sparse.least + residual.work
             return Cost(work, 16.0 * q * q, True, _REASON, (f"{q:.0f} columns",))
         random = _random_of(moved, residual)
         equations = self._equations(random, residual)
         self._analysed.update(terms=terms, equations=equations)
-        return cost_of(equations, n, p)
+        found = cost_of(equations, n, p)
+        return replace(found, operations=found.operations + residual.work)
 
     def forecast_of_sums(self, terms: Sequence[Term], p: int, sums: Statistics) -> Cost | None:
         residual = _residual_of(terms)

@@ -236,6 +236,6 @@ class SparseEvaluation(Evaluation):
         rows = self.system.rows
         if isinstance(rows, FieldRows):
             cells, variances = rows.effects(self._at, *self._of_rows)
-            found[rows.terms[0]] = cells[:, None], variances[:, None, None]
+            found[rows.terms[0]] = cells, variances
         names = [term.name for term in self._terms]
         return [RandomEffects(names[i], *map(self._to, found[i])) for i in sorted(found)]
