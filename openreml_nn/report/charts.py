@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import ndtri
+
+from openreml_nn.report.points import normal_quantiles
 
 __all__ = ["Charts", "interval"]
 
@@ -101,7 +102,7 @@ class Charts:
             title=f"Quantiles of the residuals against normal ones ({shown})",
             xlabel="normal quantile",
             ylabel="residual",
-            x=_listed(_normal_quantiles(n)),
+            x=_listed(normal_quantiles(np.arange(n), n)),
             y=_listed(residual[order]),
             labels=[rows[i] for i in order],
             diagonal=[float(residual.mean()), spread],
@@ -141,11 +142,6 @@ class Charts:
             says.append(text)
         self.plots[key] = {"key": key, "says": says, **plot}
         return {"key": key, "title": plot["title"]}
-
-
-def _normal_quantiles(n: int) -> np.ndarray:
-    """Of n ordered values, by Blom's plotting positions."""
-    return ndtri((np.arange(n) + 1 - 0.375) / (n + 0.25))
 
 
 def _listed(values: np.ndarray) -> list[float | None]:
