@@ -318,13 +318,9 @@ class Matrix(Intermediates, TreeNode):
         return rescale(self, float(harmonic_mean(variance)))
 
     def start_reach(self, reach: float) -> bool:
-        """Set how far correlation reaches, for a matrix in which it decays with a distance; returns
-        whether there is such a parameter, and it is free. Beside other terms its likelihood may have
-        several optima, and a fit starts from several reaches.
-
-        Args:
-            reach: the correlation of neighbours, or the range as a fraction of the typical distance;
-                between 0 and 1.
+        """Set how far correlation reaches, where it decays with a distance, to `reach` in (0, 1): the
+        correlation of neighbours, or the range as a fraction of the typical distance. Returns whether
+        such a parameter is there and free; beside other terms its likelihood may have several optima.
         """
         return False
 
