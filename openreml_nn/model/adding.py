@@ -15,8 +15,9 @@ from openreml_nn.model.random_effect import on_their_own
 from openreml_nn.model.residual import structure_of
 from openreml_nn.model.responses import of_family, remember_modes
 from openreml_nn.result.equations import Equations, FixedBasis
-from openreml_nn.result.joint import JointErrors, Solution, solution_of
+from openreml_nn.result.joint import JointErrors
 from openreml_nn.result.prediction import lowered
+from openreml_nn.result.solution import Solution, solution_of
 from openreml_nn.support.checks import check_names, check_tensor
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.design import design_of

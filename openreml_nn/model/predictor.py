@@ -18,7 +18,6 @@ from openreml_nn.model.means import evaluating
 from openreml_nn.model.posterior import Posterior
 from openreml_nn.model.random_effect import RandomEffect, coded_effects, kernel_of
 from openreml_nn.model.residual import structure_of
-from openreml_nn.result.joint import Solution
 from openreml_nn.result.places import Kriging
 from openreml_nn.result.prediction import (
     KnownEffect,
@@ -28,6 +27,7 @@ from openreml_nn.result.prediction import (
     on_response,
     predicted,
 )
+from openreml_nn.result.solution import Solution
 from openreml_nn.result.tables import table_of_blups
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
