@@ -45,6 +45,8 @@ __all__ = ["checked", "fit_reml", "moment_start", "start_by_moments"]
 #: An exact evaluation is put off when it takes this many times the work of an approximate one.
 _WORTH = 1.5
 _ROUGH_STEPS = 30
+#: A step from so few standard errors ends nearer than the approximate likelihood is to the exact one.
+_ROUGHLY = 0.1
 #: Operations of an evaluation in place of which coarser ones are made at first.
 _LONG = 1e8
 #: With few digits and probes: what error they leave a step with exact evaluations takes away.
@@ -136,7 +138,7 @@ def _start_by_krylov(objective: Objective, loss: REMLLoss, y: Tensor, X: Tensor)
         moment_start(rough, y, X, objective.rows)
     for _ in range(_ROUGH_STEPS):
         step = average_information_step([approximate], list(loss.covariance.parameters()), 1e-3)
-        if step.converged or step.length == 0:
+        if step.converged or step.length == 0 or step.score_norm < _ROUGHLY:
             break
     return True
 
