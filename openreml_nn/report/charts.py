@@ -64,9 +64,9 @@ class Charts:
             blup = part["blup"].to_numpy(float)
             half = 1.96 * part["std_error"].to_numpy(float)
             many = (
-                f"{len(part)} of {count} levels, evenly by rank"
+                f"{len(part):,} of {count:,} levels, evenly by rank"
                 if count > _LEVELS
-                else f"{count} levels"
+                else f"{count:,} levels"
             )
             found.append(
                 self._chart(
@@ -86,7 +86,7 @@ class Charts:
         """Residuals against fitted values, and their quantiles; the table has some of so many rows."""
         rows = [f"row {row}" for row in table["row"]]
         residual, fitted = (table[name].to_numpy(float) for name in ("residual", "fitted"))
-        shown = f"{len(table)} of {of} rows"
+        shown = f"{len(table):,} of {of:,} rows"
         one = self._chart(
             title=f"Residuals against fitted values ({shown})",
             xlabel="fitted value",
