@@ -121,7 +121,7 @@ class UpdateBLUPs(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the model."""
         refuse_averaging(trainer)
-        refuse_single_pass(trainer)
+        refuse_single_pass(trainer.train_dataloader, "the training loader", "epoch")
         found = {
             name: part for name, part in pl_module.named_modules() if isinstance(part, MixedModel)
         }
