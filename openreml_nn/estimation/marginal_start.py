@@ -55,7 +55,7 @@ def _penalised(fit: MarginalFit, rough: Tensor, scale: Tensor) -> None:
         gamma, spread = rough.new_zeros(0), rough.new_zeros(0, 0)
     u = fit.at.read(rough)
     # The likelihood is even about a standard deviation of zero: no step would leave it.
-    vanishing = torch.tensor(fit.at.vanishing, dtype=torch.bool)
+    vanishing = torch.tensor(fit.at.vanishing, dtype=torch.bool, device=u.device)
     u = torch.where(vanishing & (u == 0), scale / 10, u)
     phi = [p.detach().reshape(-1).to(rough) for p in fit.own]
     fit.x = torch.cat([gamma[: fit.p], u, *phi])
@@ -91,8 +91,8 @@ def _from_part(fit: MarginalFit, rows: Tensor, rough: Tensor, scale: Tensor) -> 
     try:
         _penalised(part, rough, scale)
         found = part.climb(_MOST_STEPS)
-        vanishing = torch.tensor(fit.at.vanishing, dtype=torch.bool)
         u = part.split(part.x)[1]
+        vanishing = torch.tensor(fit.at.vanishing, dtype=torch.bool, device=u.device)
         if found and bool((~vanishing | (u.abs() > scale.abs() / 10)).all()):
             fit.x, fit.hessian = part.x, part.curvature() * (fit.count / part.count)
             fit.value, fit.slope = fit.evaluate(fit.x)

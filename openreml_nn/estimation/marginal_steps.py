@@ -176,7 +176,7 @@ class MarginalFit:
         # Where a standard deviation is too large the information says little: with what the
         # likelihood's own curvature has beside it, no step goes beyond zero.
         own = slice(self.p, self.p + self.m)
-        vanishing = torch.tensor(self.at.vanishing) & (u != 0)
+        vanishing = torch.tensor(self.at.vanishing, dtype=torch.bool, device=u.device) & (u != 0)
         beside = torch.where(vanishing, self.slope[own] / torch.where(vanishing, u, 1), 0)
         self.hessian[own, own] = known + torch.diag(beside.clamp(min=0))
 

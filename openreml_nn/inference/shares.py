@@ -163,7 +163,8 @@ def _table(groups: list[str], value: Tensor, slope: Tensor, spread: Spread) -> p
     """Shares of variances (t,) with standard errors, by the slopes (t, m) of the variances in
     coordinates."""
     total = value.sum()
-    by = (torch.eye(len(value), dtype=value.dtype) - value[:, None] / total) / total
+    eye = torch.eye(len(value), dtype=value.dtype, device=value.device)
+    by = (eye - value[:, None] / total) / total
     error = torch.where(value > 0, spread.errors((by @ slope).mT), torch.nan)
     columns = {"variance": value, "share": value / total, "std_error": error}
     table = {name: column.numpy(force=True) for name, column in columns.items()}
