@@ -16,10 +16,12 @@ from openreml_nn.likelihood.laplace_attached import Attached
 from openreml_nn.likelihood.laplace_choice import laplace_solver, planned, space_of
 from openreml_nn.likelihood.laplace_integral import Integral
 from openreml_nn.likelihood.laplace_mode import (
+    Mode,
     Rows,
     average_information,
     column_information,
     find_mode,
+    projected,
 )
 from openreml_nn.likelihood.laplace_quadrature import check_quadrature
 from openreml_nn.likelihood.laplace_task import (
@@ -294,6 +296,42 @@ class LaplaceLoss(nn.Module):
             slope = -(columns.mT @ integral.of_predictor(mode))
             information = column_information(mode, X, columns)
             return slope, information, column_information(mode, X[:, :0], columns)
+
+    def project(
+        self, y: Tensor, eta: Tensor, X: Tensor, columns: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
+        r""":math:`P m` of columns m (n, k), with X projected out, in the working linear model at the mode,
+        (n, k): that of errors of the variance :math:`-1/\ell''_i`.
+
+        Args:
+            y, weights: as in calling the loss, which raises the same.
+            eta: (n,) the linear predictor but for the random effects, that of X among it.
+            X: (n, p).
+        """
+        with torch.no_grad():
+            mode = self._mode(y, eta, weights)
+            return projected(mode, X.to(mode.a), columns.to(mode.a))
+
+    def effects_in_use(
+        self, y: Tensor, eta: Tensor, X: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
+        r"""The effective number of coefficients of X and random effects, a scalar.
+
+        With C = [X Z], W of :math:`-\ell''_i` at the mode and S the precision of the random effects, zero
+        for the coefficients, it is :math:`\operatorname{tr}[C^\top W C\,(C^\top W C + S)^{-1}]`.
+
+        Args:
+            y, eta, X, weights: as :meth:`project` takes them.
+        """
+        with torch.no_grad():
+            mode = self._mode(y, eta, weights)
+            factor = mode.point.factor(mode.weights, X.to(mode.a))
+            return 2 * (mode.weights * factor.half_variances()).sum()
+
+    def _mode(self, y: Tensor, eta: Tensor, weights: Tensor | None) -> Mode:
+        """The mode of the random effects."""
+        none = eta.new_zeros(len(eta), 0)
+        return self._integral(self._task(y, eta, none, None, weights)).joint_mode()
 
     @property
     def plan(self) -> Plan:
