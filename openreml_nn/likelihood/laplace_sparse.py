@@ -194,9 +194,12 @@ class SparseFactor:
     def _solve(self, g: Tensor) -> Tensor:
         if isinstance(self._whole, Series):
             times = partial(self._point.space.equations.times, self._moved)
-            found = near_solve(lambda x: x + times(x), self._factor.solve, g.numpy())
+            found = near_solve(lambda x: x + times(x), self._by_factor, g.numpy())
             return torch.from_numpy(found)
-        return torch.from_numpy(self._factor.solve(g.numpy()))
+        return torch.from_numpy(self._by_factor(g.numpy()))
+
+    def _by_factor(self, g: np.ndarray) -> np.ndarray:
+        return self._factor.back(self._factor.half(g))
 
     def half_log_det(self) -> Tensor:
         half = (self._whole.log_det - self._point.log_det) / 2
@@ -241,7 +244,7 @@ class SparseFactor:
         point, equations = self._point, self._point.space.equations
         # Of a variance next to nothing u is so small that steps to the mode leave it no digits.
         rest = (point.prior(u) - point.slope(first)).numpy()[:, None]
-        u = u - torch.from_numpy(self._factor.solve(rest))[:, 0]
+        u = u - torch.from_numpy(self._by_factor(rest))[:, 0]
         C = torch.cat([u[:, None] - s, self._border, s], 1).numpy()
         sign = np.ones(C.shape[1])
         sign[-1] = -1.0
