@@ -496,24 +496,25 @@ def test_precisions(training, precision):
     assert torch.isfinite(trainer.callback_metrics["train_loss"])
 
 
-def test_checkpoints_go_from_one_device_to_the_other(tmp_path):
-    trainer, found = trained("alternating", "gpu")
+@pytest.mark.parametrize("head", ["ml", "gls"])
+def test_checkpoints_go_from_one_device_to_the_other(tmp_path, head):
+    trainer, found = trained("alternating", "gpu", head)
     trainer.save_checkpoint(tmp_path / "m.ckpt")
     new = {"x": normal(5, 2), "groups": {"g": torch.tensor([0, 3, 19, -1, -1])}}
     expected = tuple(on("cpu", tuple(found.model.cuda().predict(on("cuda", new)))))
     loaded = MixedModule.load_from_checkpoint(
-        tmp_path / "m.ckpt", map_location="cpu", model=module().double().model, weights_only=True
+        tmp_path / "m.ckpt", map_location="cpu", model=module(head).double().model, weights_only=True
     )
     assert {t.device.type for t in loaded.state_dict().values()} == {"cpu"}
     torch.testing.assert_close(tuple(loaded.model.predict(new)), expected, rtol=1e-9, atol=1e-9)
-    other = module().double()
+    other = module(head).double()
     rows = loader(rows=on_double(data(200)))
     resumed = quiet(3, accelerator="cpu")
     resumed.fit(other, rows, ckpt_path=tmp_path / "m.ckpt", weights_only=True)
     assert resumed.current_epoch == 3
     resumed.save_checkpoint(tmp_path / "n.ckpt")
     back = quiet(4, accelerator="gpu", devices=1)
-    back.fit(module().double(), rows, ckpt_path=tmp_path / "n.ckpt", weights_only=True)
+    back.fit(module(head).double(), rows, ckpt_path=tmp_path / "n.ckpt", weights_only=True)
     assert back.current_epoch == 4
 
 
