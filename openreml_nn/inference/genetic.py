@@ -31,7 +31,12 @@ _ZERO = 1e-8
 
 
 class Heritability(NamedTuple):
-    """Heritability and its standard error; ``float()`` of it is the estimate."""
+    """A heritability; ``float()`` of it is the estimate.
+
+    Attributes:
+        estimate: between 0 and 1.
+        std_error: its standard error by the delta method; NaN for heritabilities of means.
+    """
 
     estimate: float
     std_error: float
@@ -129,7 +134,8 @@ def reliability(result: Result, group: str | None = None) -> pd.DataFrame:
         group: a grouping factor; all by default.
 
     Returns:
-        group, effect, level, blup, std_error (of its error), reliability, accuracy.
+        A data frame with the columns group, effect, level, blup, std_error (of its error),
+        reliability, accuracy.
 
     Raises:
         InputError: if there is no such group, no random effect, or the rows were streamed.

@@ -37,7 +37,7 @@ def effect_correlations(result: Result, group: str) -> pd.DataFrame:
         group: a grouping factor with one term of several effects.
 
     Returns:
-        effect1, effect2, correlation, std_error; the latter NaN where the fit is at a boundary, or
+        A data frame with the columns effect1, effect2, correlation, std_error; the latter NaN where the fit is at a boundary, or
         the correlation follows from no parameter.
 
     Raises:
@@ -108,7 +108,7 @@ def factor_loadings(result: Result, group: str) -> pd.DataFrame:
         group: its grouping factor.
 
     Returns:
-        effect, a column ``factor_1`` … for each factor, specific (the variance :math:`\Psi_{ii}`) and
+        A data frame with the columns effect, ``factor_1`` … for each factor, specific (the variance :math:`\Psi_{ii}`) and
         explained, the share :math:`(\Lambda\Lambda^\top)_{ii} / G_{ii}` of the factors in the variance.
 
     Raises:
@@ -156,7 +156,8 @@ def selection_index(result: Result, group: str, weights: Mapping[str, float]) ->
         weights: of effects by name; those that are not named have none.
 
     Returns:
-        level, index, std_error (of its error), reliability, accuracy; in descending order of the index.
+        A data frame with the columns level, index, std_error (of its error), reliability, accuracy,
+        in descending order of the index.
 
     Raises:
         InputError: if there is no such group, several terms of it or one effect; if an effect is
@@ -209,7 +210,7 @@ def blup_differences(
         weights: of the effects by name; by default each has the same, and they add up to 1.
 
     Returns:
-        level1, level2, difference, std_error.
+        A data frame with the columns level1, level2, difference, std_error.
 
     Raises:
         InputError: if there is no such group or several terms of it; if an effect is unknown, a

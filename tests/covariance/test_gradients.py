@@ -18,6 +18,7 @@ from openreml_nn.covariance import (
     KroneckerProduct,
     LowerTriangularMatrix,
     Product,
+    SimpleMatrix,
     Stack,
     Sum,
     Transpose,
@@ -66,6 +67,19 @@ def test_gradcheck_and_gradgradcheck_through_the_custom_function(data):
     assert matrix(at).grad_fn.name() == "ClosedFormBackward"
     assert gradcheck(matrix, at, check_forward_ad=True, check_batched_grad=True)
     assert gradgradcheck(matrix, at)
+
+
+def test_a_closed_form_is_that_of_all_operands():
+    user = SimpleMatrix(2, torch.diag)
+    for matrix in (Sum(AR1Matrix(2), user), Sum(torch.eye(2), Sum(user)), Product(user, user)):
+        assert not matrix.has_closed_form()
+        assert matrix.has_jacobian()  # in which the user's is recorded
+        assert matrix().grad_fn.name() != "ClosedFormBackward"
+        torch.testing.assert_close(matrix.manual_grad()[0], matrix.auto_grad()[0])
+    tree = Sum(AR1Matrix(2), Sum(AR1Matrix(2)))
+    assert tree.has_closed_form()
+    tree.operands["op_1"].grad_mode = "auto"
+    assert not tree.has_closed_form()
 
 
 def shared():

@@ -206,7 +206,7 @@ class SparseEvaluation(Evaluation):
         own = [derivatives[i] for i in self.system.rows.terms]
         if at.scale is not None:
             # Working variates are combinations of the columns of Z and f: they cost nothing in n.
-            ds = sum(d.reshape(m).double().numpy() for d in own) / at.scale
+            ds = sum(d.reshape(m).cpu().double().numpy() for d in own) / at.scale
             c = c - self._each(self._u_y, "lifted") * ds
             Cf = np.zeros((problem.p + 1, m))
             Cf[-1] = ds
@@ -236,6 +236,6 @@ class SparseEvaluation(Evaluation):
         rows = self.system.rows
         if isinstance(rows, FieldRows):
             cells, variances = rows.effects(self._at, *self._of_rows)
-            found[rows.terms[0]] = cells[:, None], variances[:, None, None]
+            found[rows.terms[0]] = cells, variances
         names = [term.name for term in self._terms]
         return [RandomEffects(names[i], *map(self._to, found[i])) for i in sorted(found)]
