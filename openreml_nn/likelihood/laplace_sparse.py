@@ -246,8 +246,8 @@ def _outer(x: SparseTerm, one: np.ndarray, other: np.ndarray) -> np.ndarray:
     a, b = (y.reshape(x.part.levels, k, y.shape[1]) for y in (one, other))
     if x.by_level:
         return a @ b.transpose(0, 2, 1)
-    a, b = (y.transpose(1, 0, 2).reshape(k, -1) for y in (a, b))
-    return (a @ b.T)[None]
+    every, also = (y.transpose(1, 0, 2).reshape(k, -1) for y in (a, b))
+    return (every @ also.T)[None]
 
 
 def _score(
