@@ -33,10 +33,10 @@ autosummary_generate = True
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 autodoc_mock_imports = [] if importlib.util.find_spec("sklearn") else ["sklearn"]
-autodoc_default_options = {"members": True}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True
 napoleon_custom_sections = ["Shape", "Reference", "Returns"]
 
 

@@ -41,6 +41,7 @@ from openreml_nn.report import (
 )
 from openreml_nn.report.contents import RunContents
 from openreml_nn.report.runs import best, collect
+from openreml_nn.support.names import shortened
 
 FORMULA = "Reaction ~ Days + (Days | Subject)"
 
@@ -358,6 +359,22 @@ def test_the_model_is_said_in_words(result, tmp_path):
     assert "with a network for its mean and 2 coefficients of its features. The" in network
 
 
+def test_a_report_has_the_structure_of_the_errors_and_its_correlations(tmp_path):
+    found = lmm(
+        "Reaction ~ Days", datasets.sleepstudy().head(60), residual="ar1(Days | Subject) + units"
+    )
+    write_record(found, tmp_path, {})
+    (tmp_path / "config.yaml").write_text("model: {residual: ar1(Days | Subject) + units}")
+    run = RunContents(tmp_path, "run", "run0")
+    assert run.formula() == ["Reaction ~ Days", "residual = ar1(Days | Subject) + units"]
+    assert "The errors have the structure ar1(Days | Subject) + units." in run.words()
+    assert "random intercepts" not in run.words()
+    ((name, value, error),) = ([cell.text for cell in row.cells] for row in run.parameters().rows)
+    (rho,) = [p for p in found.parameters if p.name.endswith("rho")]
+    assert name == shortened(p.name for p in found.parameters)[rho.name] == "residual/rho"
+    assert (float(value), float(error)) == pytest.approx((rho.value, rho.std_error), rel=1e-5)
+
+
 def test_the_variance_of_a_slope_that_is_zero_is_said_of_the_slope():
     rng = np.random.default_rng(0)
     g, x = np.repeat(np.arange(12), 6), np.tile(np.arange(6.0), 12)
@@ -393,7 +410,7 @@ def test_of_many_levels_a_report_draws_some_and_says_so(tmp_path):
     plots = [
         plot for plot in Page(tmp_path / "page.html").plots.values() if "BLUPs" in plot["title"]
     ]
-    assert "2000 of 3000 levels, evenly by rank" in plots[0]["title"]
+    assert "2,000 of 3,000 levels, evenly by rank" in plots[0]["title"]
     blup = found.random[0].values[:, 0]
     np.testing.assert_allclose(
         [plots[0]["x"][0], plots[0]["x"][-1]], [blup.min(), blup.max()], rtol=1e-6

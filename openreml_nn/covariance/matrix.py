@@ -318,17 +318,9 @@ class Matrix(Intermediates, TreeNode):
         return rescale(self, float(harmonic_mean(variance)))
 
     def start_reach(self, reach: float) -> bool:
-        """Set how far correlation reaches, for a matrix in which it decays with a distance.
-
-        Beside other terms the likelihood of such a matrix may have several
-        optima, and a fit starts from several reaches.
-
-        Args:
-            reach: the correlation of neighbours, or the range as a fraction of
-                the typical distance; between 0 and 1.
-
-        Returns:
-            Whether there is such a parameter, and it is free.
+        """Set how far correlation reaches, where it decays with a distance, to `reach` in (0, 1): the
+        correlation of neighbours, or the range as a fraction of the typical distance. Returns whether
+        such a parameter is there and free; beside other terms its likelihood may have several optima.
         """
         return False
 
@@ -341,6 +333,10 @@ class Matrix(Intermediates, TreeNode):
         """Values of parameters, in order, at which the first derivative of the matrix jumps, by their
         names; none by default. There the likelihood may have a maximum with a slope on both sides."""
         return {}
+
+    def ends(self) -> bool:
+        """Whether correlation ends at a length: the likelihood may have several optima alone too."""
+        return False
 
     @property
     def repr_dict(self) -> dict[str, Any]:

@@ -201,6 +201,10 @@ class ARMAMatrix(Matrix):
     Shape:
         Output: (n, n).
 
+    Raises:
+        TypeError, InputError: if ``n`` is no whole number of 1 or more, or a specification is
+            invalid.
+
     Reference:
         Box, Jenkins and Reinsel, Time Series Analysis (1994), section 3.4.
 

@@ -71,7 +71,7 @@ def influence(
         progress: whether a bar shows on stderr while models are fitted again.
 
     Returns:
-        case, rows, cook, mdffits, covtrace, covratio, leverage, and a ``dfbeta_…`` for each fixed
+        A data frame with the columns case, rows, cook, mdffits, covtrace, covratio, leverage, and a ``dfbeta_…`` for each fixed
         effect.
 
     Raises:

@@ -20,9 +20,8 @@ Reference:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from math import log, pi
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +35,7 @@ from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import RepeatedCovariance
 from openreml_nn.terms.design import CodedDesign, IndexedDesign
 
-__all__ = ["JointErrors", "Solution", "solution_of"]
+__all__ = ["JointErrors"]
 
 # Covariances of the random terms, and what yields the equations of the rows.
 _Given = tuple[Sequence[Covariance], Callable[[], Equations | None]]
@@ -183,28 +182,8 @@ class JointErrors(nn.Module):
             if equations is not None:
                 self._factored = FactoredErrors.of(covariances, equations, self.most_entries)
                 if self._factored is None:
-                    self._dense = self._parts_of(covariances, equations)
+                    self._dense = _parts_of(self, covariances, equations)
         return self._factored
-
-    def _parts_of(
-        self, covariances: Sequence[Covariance], equations: Equations
-    ) -> tuple[JointErrors, ...]:
-        """All parts at once, where their factor has no more entries than it may."""
-        r = equations.fixed.basis.shape[1]
-        columns = sum(levels * k for levels, k in equations.sizes) + r
-        free = [
-            levels * k
-            for (levels, k), g in zip(equations.sizes, covariances, strict=True)
-            if _is_free(g)
-        ]
-        beside = columns - max(free, default=0)
-        if beside * (beside + 1) // 2 > self.most_entries:
-            return ()
-        whole = JointErrors(columns, self.most_numbers, self.most_entries)
-        whole.to(equations.products.ff.device)
-        whole.update(covariances, equations.sizes, r, lambda: equations)
-        whole.settle()
-        return (whole,)
 
     def parts(self) -> JointErrors:
         """Where the parts below are: here, or, of a dense kernel too large for a checkpoint, in one that
@@ -262,6 +241,27 @@ class JointErrors(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
+def _parts_of(
+    joint: JointErrors, covariances: Sequence[Covariance], equations: Equations
+) -> tuple[JointErrors, ...]:
+    """All parts at once, where their factor has no more entries than it may."""
+    r = equations.fixed.basis.shape[1]
+    columns = sum(levels * k for levels, k in equations.sizes) + r
+    free = [
+        levels * k
+        for (levels, k), g in zip(equations.sizes, covariances, strict=True)
+        if _is_free(g)
+    ]
+    beside = columns - max(free, default=0)
+    if beside * (beside + 1) // 2 > joint.most_entries:
+        return ()
+    whole = JointErrors(columns, joint.most_numbers, joint.most_entries)
+    whole.to(equations.products.ff.device)
+    whole.update(covariances, equations.sizes, r, lambda: equations)
+    whole.settle()
+    return (whole,)
+
+
 def _some(joint: JointErrors, designs: Sequence[CodedDesign | PlacedDesign], X: Tensor) -> Tensor:
     """:meth:`JointErrors.variance` of rows that are held at once."""
     C, first, n = joint.covariance, int(joint.first), len(X)
@@ -291,80 +291,6 @@ def _some(joint: JointErrors, designs: Sequence[CodedDesign | PlacedDesign], X: 
         w.index_put_((row, joint.columns[place]), -by, accumulate=True)
     w[:, len(C) - joint.basis.shape[1] :] += X.to(C) @ joint.basis
     return found + ((w @ C) * w).sum(1)
-
-
-class Solution(NamedTuple):
-    """What equations with y say.
-
-    Attributes:
-        values: BLUPs of each random term, (levels, k).
-        variances: their prediction-error variances, (levels, k, k).
-        coefficients: (p,) of X with all its columns.
-        covariance: (p, p) of the coefficients.
-        log_likelihood: by method, ``"ml"`` and ``"reml"``.
-    """
-
-    values: list[Tensor]
-    variances: list[Tensor]
-    coefficients: Tensor
-    covariance: Tensor
-    log_likelihood: Mapping[str, float]
-
-
-@torch.no_grad()
-def solution_of(joint: JointErrors, equations: Equations) -> Solution:
-    """What equations with y say, by their joint covariance, which is exact."""
-    factored = joint.factored()
-    if factored is not None:
-        values, variances, gamma, y_p_y = factored.solution(equations)
-        spread = torch.from_numpy(factored.variance_of_coefficients).to(gamma)
-        full = factored.log_det + equations.log_det + y_p_y
-        return _solution(equations, values, variances, gamma, spread, full)
-    joint = joint.parts()
-    C, first = joint.covariance, int(joint.first)
-    M = LevelCells(joint.starts, joint.columns, joint.entries)
-    (zf, ff), basis = (equations.products.zf, equations.products.ff), equations.fixed.basis
-    r = basis.shape[1]
-    rest = [t for t in range(len(zf)) if t != first]
-    right = torch.cat([*(zf[t][:, -1] for t in rest), ff[:r, -1]])
-    square = ff[-1, -1]
-    values, variances = [], []
-    if first >= 0:
-        own = zf[first][:, -1].unflatten(0, equations.sizes[first])
-        alone = (joint.conditional @ own[:, :, None])[:, :, 0]
-        square = square - (own * alone).sum()
-        right = right - M.t_times(own, len(C))
-    found = C @ right
-    for t, (levels, k) in enumerate(equations.sizes):
-        if t == first:
-            values.append(alone - M.times_vector(found))
-            variances.append(joint.conditional + M.sandwich(C, joint.most_numbers))
-            continue
-        at = int(joint.offsets[t]) + torch.arange(levels * k, device=C.device).reshape(levels, k)
-        values.append(found[at])
-        variances.append(C[at[:, :, None], at[:, None, :]])
-    m = len(C) - r
-    full = float(joint.log_det) + equations.log_det + float(square - right @ found)
-    return _solution(equations, values, variances, found[m:], C[m:, m:], full)
-
-
-def _solution(
-    equations: Equations,
-    values: list[Tensor],
-    variances: list[Tensor],
-    gamma: Tensor,
-    spread: Tensor,
-    full: float,
-) -> Solution:
-    r"""From coefficients of Q (r,), their covariance (r, r), and :math:`\log|V| + y^\top P y`."""
-    basis, r = equations.fixed.basis, len(gamma)
-    # The coefficients are those of X, of which Q is a multiple.
-    T = basis[basis.abs().sum(1) > 0]
-    fixed = -float(torch.linalg.slogdet(spread)[1] + 2 * torch.linalg.slogdet(T)[1])
-    n = equations.rows * log(2 * pi)
-    likelihood = {"ml": -(n + full) / 2, "reml": -(n - r * log(2 * pi) + full + fixed) / 2}
-    beta, covariance = equations.fixed.offset + basis @ gamma, basis @ spread @ basis.mT
-    return Solution(values, variances, beta, covariance, likelihood)
 
 
 def _dense(equations: Equations, rest: Sequence[int]) -> Tensor:

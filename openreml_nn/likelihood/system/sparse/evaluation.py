@@ -206,7 +206,7 @@ class SparseEvaluation(Evaluation):
         own = [derivatives[i] for i in self.system.rows.terms]
         if at.scale is not None:
             # Working variates are combinations of the columns of Z and f: they cost nothing in n.
-            ds = sum(d.reshape(m).double().numpy() for d in own) / at.scale
+            ds = sum(d.reshape(m).cpu().double().numpy() for d in own) / at.scale
             c = c - self._each(self._u_y, "lifted") * ds
             Cf = np.zeros((problem.p + 1, m))
             Cf[-1] = ds

@@ -37,11 +37,24 @@ __all__ = [
     "are_nested",
     "has_sparse_inverse",
     "is_dense",
+    "on_cpu",
     "over_levels",
 ]
 
 #: What a direction of no variance adds to the system in place of zero: far below its rounding.
 _NOTHING = 1e-22
+
+
+def on_cpu(terms: Sequence[Term]) -> Sequence[Term]:
+    """The terms where the equations are: themselves, or copies of those on another device."""
+    if all(term.covariance.matrix.device.type == "cpu" for term in terms):
+        return terms
+    return [
+        replace(
+            term, design=term.design.map(Tensor.cpu), covariance=term.covariance.map(Tensor.cpu)
+        )
+        for term in terms
+    ]
 
 
 def over_levels(terms: Sequence[Term]) -> list[Term]:
@@ -234,14 +247,14 @@ class TermAt:
             u: effects over their root, (q, 1).
             root: of G without its kernel.
         """
-        form = _form(self.term)
+        form, derivatives = _form(self.term), derivatives.cpu().double()
         # The kernel is within Q, but a chain's is within G: there it is taken off.
         effects = u if self.own.chain is None else self.part.times_prior(u)
         x = torch.from_numpy(root.unlift(effects))
         if self.moving is None:
-            return np.concatenate([form.along(d, x).numpy() for d in derivatives.double()], 1)
+            return np.concatenate([form.along(d, x).numpy() for d in derivatives], 1)
         t = self.part.effects
-        by_sigma = derivatives[:, : t * t].reshape(-1, t, t).double()
+        by_sigma = derivatives[:, : t * t].reshape(-1, t, t)
         found = np.concatenate([form.along(d, x).numpy() for d in by_sigma], 1)
         b = root.times(root.lifted, u)
         return found + self.moving.along(list(derivatives[:, t * t :]), b)
