@@ -50,11 +50,7 @@ _KNOWN = frozenset(KEYS)
 
 
 def check_keys(batch: Batch) -> None:
-    """Refuse a key that nothing reads, such as one that is misspelt.
-
-    Raises:
-        InputError: naming it.
-    """
+    """Refuse, by an :class:`InputError`, a key that nothing reads, such as one that is misspelt."""
     if not batch.keys() <= _KNOWN:
         unknown = ", ".join(sorted(repr(key) for key in batch.keys() - _KNOWN))
         raise InputError(

@@ -60,9 +60,11 @@ class Cross:
         right = right if len(right) == 1 else right[self.column]
         return left.transpose(0, 2, 1) @ data @ right
 
-    def matrix(self, data: np.ndarray, columns: int) -> bsr_matrix:
+    def matrix(self, data: np.ndarray, columns: int) -> bsr_matrix | csr_matrix:
         """The blocks as a matrix with so many columns."""
         size = ((len(self.start) - 1) * self.shape[0], columns)
+        if self.shape == (1, 1):  # the transpose of which is no copy
+            return csr_matrix((data.reshape(-1), self.column, self.start), size)
         return bsr_matrix((data, self.column, self.start), size)
 
 
