@@ -220,7 +220,7 @@ def test_second_derivatives_of_sums_that_would_hold_too_much_are_refused():
     sums.add(data, one(data))
     gathered = sums.gathered()
     assert gathered.objective.evaluate().log_likelihood.isfinite()
-    with pytest.raises(InputError, match="dense matrices that would hold .* GiB of 120 rows"):
+    with pytest.raises(InputError, match=r"dense matrices that would hold .* GiB of 120 rows"):
         gathered.objective.recorded()
 
 
