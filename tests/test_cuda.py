@@ -503,7 +503,10 @@ def test_checkpoints_go_from_one_device_to_the_other(tmp_path, head):
     new = {"x": normal(5, 2), "groups": {"g": torch.tensor([0, 3, 19, -1, -1])}}
     expected = tuple(on("cpu", tuple(found.model.cuda().predict(on("cuda", new)))))
     loaded = MixedModule.load_from_checkpoint(
-        tmp_path / "m.ckpt", map_location="cpu", model=module(head).double().model, weights_only=True
+        tmp_path / "m.ckpt",
+        map_location="cpu",
+        model=module(head).double().model,
+        weights_only=True,
     )
     assert {t.device.type for t in loaded.state_dict().values()} == {"cpu"}
     torch.testing.assert_close(tuple(loaded.model.predict(new)), expected, rtol=1e-9, atol=1e-9)
