@@ -326,6 +326,7 @@ MODELS = {
     ),
     "kernel": lambda: MixedModel(network(), {"a": RandomEffect(7, ExponentialMatrix(distances(7)))}),
     "two responses": lambda: MixedModel(network(2), crossed(), responses=2),
+    "within groups": lambda: MixedModel(network(), crossed(), AR1Matrix(3)),
     "residual network": lambda: MixedModel(network(), crossed(), nn.Linear(2, 1).double()),
     "sparse": lambda: MixedModel(network(), crossed(), solver="sparse"),
     "logit": lambda: MixedModel(network(), crossed(), family=Binomial()),
@@ -348,6 +349,8 @@ def of_model(name):
     rows, model = batch(), MODELS[name]().double()
     rows["y"] = RESPONSE.get(name, lambda y: y)(rows["y"])
     rows["groups"] = {key: rows["groups"][key] for key in model.random}
+    if name == "within groups":
+        rows["residual"] = torch.arange(60)
     if name == "zeros":
         rows["zi"] = rows["x"][:, :1]
     return model, rows
@@ -503,7 +506,10 @@ def test_checkpoints_go_from_one_device_to_the_other(tmp_path, head):
     new = {"x": normal(5, 2), "groups": {"g": torch.tensor([0, 3, 19, -1, -1])}}
     expected = tuple(on("cpu", tuple(found.model.cuda().predict(on("cuda", new)))))
     loaded = MixedModule.load_from_checkpoint(
-        tmp_path / "m.ckpt", map_location="cpu", model=module(head).double().model, weights_only=True
+        tmp_path / "m.ckpt",
+        map_location="cpu",
+        model=module(head).double().model,
+        weights_only=True,
     )
     assert {t.device.type for t in loaded.state_dict().values()} == {"cpu"}
     torch.testing.assert_close(tuple(loaded.model.predict(new)), expected, rtol=1e-9, atol=1e-9)
