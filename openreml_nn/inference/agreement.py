@@ -43,7 +43,7 @@ def refits(result: Result, starts: int = 3, seed: int = 0, progress: bool = True
         progress: whether a bar shows on stderr.
 
     Returns:
-        optimizer, start, log_likelihood (NaN where V was nowhere positive definite), lower (by how much
+        A data frame with the columns optimizer, start, log_likelihood (NaN where V was nowhere positive definite), lower (by how much
         it is below the best), agrees (whether that is less than 0.001), and a column for each
         parameter that is estimated, by its name. The first row is the fit's own.
 

@@ -130,8 +130,8 @@ class Refit:
         family = family_of(result)
         if family is not None:
             raise InputError(
-                f"`result` has a response of the family {family!r}: expected a fit by lmm() or "
-                "fit_reml(), to whose Gaussian response the model could be fitted again"
+                f"`result` has a response of the family {family!r}, and what is asked for is computed of "
+                "Gaussian responses alone: expected a fit by lmm() or fit_reml()"
             )
         self.result = result
         self.source = source = source_of(result)

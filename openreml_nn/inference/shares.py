@@ -25,7 +25,12 @@ __all__ = ["R2", "effect_share", "r2", "variance_shares"]
 
 
 class R2(NamedTuple):
-    """Shares of the variance that the fixed effects explain, and these with the random ones."""
+    """Shares of the variance that a fit explains.
+
+    Attributes:
+        marginal: the share of the fixed effects.
+        conditional: the share of fixed and random effects together.
+    """
 
     marginal: float
     conditional: float
@@ -94,7 +99,7 @@ def variance_shares(result: Result, observation: str | None = None) -> pd.DataFr
         observation: of a family, as in :func:`r2`.
 
     Returns:
-        group, variance, share, std_error; the residual last.
+        A data frame with the columns group, variance, share, std_error; the residual is last.
 
     Raises:
         InputError: if the rows were streamed, or the response has no such variance.

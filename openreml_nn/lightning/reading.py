@@ -12,6 +12,7 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from openreml_nn.lightning.held import Held, HeldOrSummed
@@ -68,18 +69,23 @@ def read(
     return store.gathered()
 
 
-def refuse_single_pass(trainer: Trainer) -> None:
-    """Refuse a training loader that is exhausted when it was read once.
+def refuse_single_pass(loaders: Any, name: str, reader: str) -> None:
+    """Refuse a loader that is exhausted when it was read once.
+
+    Args:
+        loaders: a loader, or a collection of some.
+        name: of the loader, for the error.
+        reader: what reads it again.
 
     Raises:
-        InputError: if it is a generator, or another iterator.
+        InputError: if one is a generator, or another iterator.
     """
-    loader: Any = trainer.train_dataloader
-    if isinstance(loader, Iterator):
-        raise InputError(
-            f"the training loader is a {type(loader).__name__}, which is exhausted when it was read "
-            "once: expected one that each epoch can read anew, such as a DataLoader or a list of batches"
-        )
+    for loader in tree_leaves(loaders):
+        if isinstance(loader, Iterator):
+            raise InputError(
+                f"{name} is a {type(loader).__name__}, which is exhausted when it was read once: "
+                f"expected one that each {reader} can read anew, such as a DataLoader or a list of batches"
+            )
 
 
 def of_networks(model: MixedModel) -> tuple[str, ...]:

@@ -50,11 +50,7 @@ _KNOWN = frozenset(KEYS)
 
 
 def check_keys(batch: Batch) -> None:
-    """Refuse a key that nothing reads, such as one that is misspelt.
-
-    Raises:
-        InputError: naming it.
-    """
+    """Refuse, by an :class:`InputError`, a key that nothing reads, such as one that is misspelt."""
     if not batch.keys() <= _KNOWN:
         unknown = ", ".join(sorted(repr(key) for key in batch.keys() - _KNOWN))
         raise InputError(
@@ -380,7 +376,11 @@ def level_places(batch: Batch, name: str, places: Tensor | None, n: int) -> Tens
 
 
 def take(x: Any, rows: slice | Tensor) -> Any:
-    """Some rows of a tensor, or of each in a tuple, list or dict."""
+    """Some ``rows``, a slice or positions (m,), of a tensor, or of each in a tuple, list or dict.
+
+    >>> take({"age": torch.tensor([30, 40, 50])}, slice(1, 3))
+    {'age': tensor([40, 50])}
+    """
     if isinstance(x, Mapping):
         return {key: take(value, rows) for key, value in x.items()}
     if isinstance(x, tuple | list):
