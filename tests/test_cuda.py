@@ -326,6 +326,7 @@ MODELS = {
     ),
     "kernel": lambda: MixedModel(network(), {"a": RandomEffect(7, ExponentialMatrix(distances(7)))}),
     "two responses": lambda: MixedModel(network(2), crossed(), responses=2),
+    "within groups": lambda: MixedModel(network(), crossed(), AR1Matrix(3)),
     "residual network": lambda: MixedModel(network(), crossed(), nn.Linear(2, 1).double()),
     "sparse": lambda: MixedModel(network(), crossed(), solver="sparse"),
     "logit": lambda: MixedModel(network(), crossed(), family=Binomial()),
@@ -348,6 +349,8 @@ def of_model(name):
     rows, model = batch(), MODELS[name]().double()
     rows["y"] = RESPONSE.get(name, lambda y: y)(rows["y"])
     rows["groups"] = {key: rows["groups"][key] for key in model.random}
+    if name == "within groups":
+        rows["residual"] = torch.arange(60)
     if name == "zeros":
         rows["zi"] = rows["x"][:, :1]
     return model, rows

@@ -218,7 +218,7 @@ def in_cells(codes: Tensor, groups: int, matrix: Matrix) -> CovariancePropagatio
     """:func:`within` by the cell of each row: its group, times the size of M, plus its position."""
     return CovariancePropagation(
         z=DummyMatrix.from_codes(codes, groups * matrix.shape[0]),
-        g=KroneckerProduct(groups=IdentityMatrix(groups), matrix=matrix),
+        g=KroneckerProduct(groups=IdentityMatrix(groups).to(matrix.no_params()), matrix=matrix),
     )
 
 

@@ -106,7 +106,7 @@ class _OneVariance(ResidualStructure):
         rows = (
             one.of_size(n)
             if type(one) is ScalarMatrix
-            else KroneckerProduct(rows=IdentityMatrix(n), residual=one)
+            else KroneckerProduct(rows=IdentityMatrix(n).to(one.no_params()), residual=one)
         )
         return {"residual": with_weights(rows, batch, n)}
 
