@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from functools import cached_property, partial
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from openreml_nn.likelihood.effects import RandomEffects
-from openreml_nn.likelihood.laplace_space import FIXED_INFORMATION
-from openreml_nn.likelihood.problem import Cost, cholesky
+from openreml_nn.likelihood.laplace_border import Border
+from openreml_nn.likelihood.problem import Cost
 from openreml_nn.likelihood.solvers.sparse import Sparse, cost_of
 from openreml_nn.likelihood.system.sparse.bordered import Factored
 from openreml_nn.likelihood.system.sparse.equations import Equations
@@ -157,7 +157,7 @@ class SparseFactor:
     def __init__(
         self, point: SparsePoint, weights: Tensor, X: Tensor, near: SparseFactor | None = None
     ) -> None:
-        self._point, self._X = point, X
+        self._point = point
         self.weights = weights.clone()
         space, roots = point.space, point.roots
         blocks = space.rows.products(weights.contiguous().numpy())
@@ -177,18 +177,11 @@ class SparseFactor:
                 raise NotPositiveDefiniteError(
                     "the curvature of the random effects at the mode is not positive definite"
                 ) from None
-        self._S: Tensor | None = None
-        if X.shape[1]:
-            weighted = weights[:, None] * X
-            columns = [point.slope(column) for column in weighted.unbind(1)]
-            self._of_X = torch.stack(columns, 1)
-            self._solved = self._solve(self._of_X)
-            self._S = cholesky(X.mT @ weighted - self._of_X.mT @ self._solved, FIXED_INFORMATION)
+        self._border = Border(point, self._solve, weights, X)
 
     def alone(self) -> SparseFactor:
         found = copy(self)
-        found._X, found._S = self._X[:, :0], None
-        found.__dict__.pop("_border", None)
+        found._border = Border(self._point, self._solve, self.weights, self._border.X[:, :0])
         return found
 
     def _solve(self, g: Tensor) -> Tensor:
@@ -203,26 +196,13 @@ class SparseFactor:
 
     def half_log_det(self) -> Tensor:
         half = (self._whole.log_det - self._point.log_det) / 2
-        found = self._X.new_tensor(half)
-        return found if self._S is None else found + self._S.diagonal().log().sum()
+        return self._border.half_log_det() + half
 
     def solve(self, g: Tensor, g_X: Tensor) -> tuple[Tensor, Tensor]:
-        u = self._solve(g)
-        if self._S is None:
-            return u, g_X
-        beta = torch.cholesky_solve(g_X - self._of_X.mT @ u, self._S)
-        return u - self._solved @ beta, beta
+        return self._border.solve(self._solve(g), g_X)
 
     def fixed_covariance(self) -> Tensor:
-        assert self._S is not None
-        return torch.cholesky_inverse(self._S)
-
-    @cached_property
-    def _border(self) -> Tensor:
-        """A root of what the coefficients of X add to the inverse, (size, p)."""
-        if self._S is None:
-            return self._X.new_zeros(self._point.space.size, 0)
-        return torch.linalg.solve_triangular(self._S, self._solved.mT, upper=False).mT
+        return self._border.covariance()
 
     def half_variances(self) -> Tensor:
         point, equations = self._point, self._point.space.equations
@@ -233,11 +213,7 @@ class SparseFactor:
             for cross in equations.crosses
         ]
         found = torch.from_numpy(point.space.rows.quadratic(blocks)) / 2
-        if self._S is None:
-            return found
-        own = torch.linalg.solve_triangular(self._S, self._X.mT, upper=False).mT
-        effects = [point.predictor(column.contiguous()) for column in self._border.unbind(1)]
-        return found + (own - torch.stack(effects, 1)).square().sum(1) / 2
+        return found + self._border.rest.square().sum(1) / 2 if self._border.count else found
 
     def of_matrices(self, u: Tensor, s: Tensor, first: Tensor, f: Tensor) -> list[Tensor]:
         # By Lambda, the derivative is half of T - u (Q u)' + s (Q u)' + u (Q s)', summed over levels.
@@ -245,7 +221,8 @@ class SparseFactor:
         # Of a variance next to nothing u is so small that steps to the mode leave it no digits.
         rest = (point.prior(u) - point.slope(first)).numpy()[:, None]
         u = u - torch.from_numpy(self._by_factor(rest))[:, 0]
-        C = torch.cat([u[:, None] - s, self._border, s], 1).numpy()
+        of_X = [self._border.root] if self._border.count else []
+        C = torch.cat([u[:, None] - s, *of_X, s], 1).numpy()
         sign = np.ones(C.shape[1])
         sign[-1] = -1.0
         own = point.space.random
