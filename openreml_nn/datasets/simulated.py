@@ -38,8 +38,10 @@ def ratings(rows: int = 20_000, users: int = 1000, items: int = 200, seed: int =
 def growth(children: int = 400, visits: int = 8, seed: int = 1) -> pd.DataFrame:
     r"""Heights (cm) of children at ages from 2 to 12: correlated random intercepts and slopes.
 
-    :math:`y = 80 + 45(1 - e^{-age/6}) + 2\,dose\cos(age/2) + b_0 + b_1 (age - 7) + e` with standard
-    deviations 4, 0.5 and 1, and correlation 0.3; ``years`` is age − 7.
+    .. math:: y = 80 + 45(1 - e^{-age/6}) + 2\,dose\cos(age/2) + b_0 + b_1 (age - 7) + e
+
+    The standard deviations of :math:`b_0`, :math:`b_1` and e are 4, 0.5 and 1, and the correlation of
+    the first two is 0.3; ``years`` is age − 7.
 
     Args:
         children, visits: how many children there are, and visits of each.
@@ -66,8 +68,9 @@ def growth(children: int = 400, visits: int = 8, seed: int = 1) -> pd.DataFrame:
 def field(plots: int = 300, samples: int = 4, seed: int = 1) -> pd.DataFrame:
     r"""Yields of plots at random places of a field: a random effect with a spatial kernel.
 
-    :math:`y = 5 + \tanh(2\,rain) + rain \cdot nitrogen + b(east, north) + e` with b of Matérn 3/2
-    covariance, variance 1 and length 0.2, and residual variance 0.25.
+    .. math:: y = 5 + \tanh(2\,rain) + rain \cdot nitrogen + b(east, north) + e
+
+    b has a Matérn 3/2 covariance of variance 1 and length 0.2, and the residual variance is 0.25.
 
     Args:
         plots, samples: how many plots there are, and samples of each.
@@ -121,8 +124,9 @@ def purchases(rows: int = 20_000, users: int = 1000, seed: int = 1) -> pd.DataFr
 def visits(rows: int = 20_000, doctors: int = 1000, seed: int = 1) -> pd.DataFrame:
     r"""Numbers of visits of patients to their doctors: a count, random intercepts.
 
-    :math:`\log\mu = 0.5 + 0.6\sin(2\,age) + severity \cdot distance + b_{doctor}` with features
-    uniform on (−1, 1), and variance 0.3.
+    .. math:: \log\mu = 0.5 + 0.6\sin(2\,age) + severity \cdot distance + b_{doctor}
+
+    The features are uniform on (−1, 1), and the variance of b is 0.3.
 
     Args:
         rows, doctors: how many there are.
