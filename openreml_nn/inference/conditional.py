@@ -87,8 +87,9 @@ def conditional_aic(
 
     Reference:
         Greven and Kneib, Biometrika 97 (2010) 773, theorem 3; Vaida and Blanchard, Biometrika 92
-        (2005) 351. Lian, Journal of Multivariate Analysis 109 (2012) 48, of counts; Saefken, Kneib, van
-        Waveren and Greven, Electronic Journal of Statistics 8 (2014) 201, of binary responses; Donohue,
+        (2005) 351. Lian, Electronic Journal of Statistics 6 (2012) 1, of counts; Efron, Journal of the
+        American Statistical Association 99 (2004) 619, and Saefken, Kneib, van Waveren and Greven,
+        Electronic Journal of Statistics 8 (2014) 201, of binary responses; Donohue,
         Overholser, Xu and Vaida, Biometrika 98 (2011) 685, and Wood, Pya and Saefken, Journal of the
         American Statistical Association 111 (2016) 1548, by the information.
 

@@ -94,8 +94,8 @@ def degrees_by_information(refit: LaplaceRefit) -> float:
     """
     if not refit.result.plan.exact:
         raise InputError(
-            f"`result` is of the solver {refit.result.plan.solver!r}, by which the variances of the "
-            "predictors are estimated alone: expected a fit by an exact one"
+            f"`result` is of the solver {refit.result.plan.solver!r}, whose variances of predictors are "
+            "averages over random probes: expected a fit by an exact solver"
         )
     used = refit.loss.effects_in_use(refit.y, refit.predictor, refit.X, refit.weights)
     own = sum(p.numel() for p in refit.loss.family.parameters() if p.requires_grad)
