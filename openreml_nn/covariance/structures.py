@@ -41,6 +41,12 @@ __all__ = [
 def kron(*operands: Matrix | torch.Tensor) -> KroneckerProduct:
     r"""Kronecker product :math:`A_0 \otimes A_1 \otimes \cdots`.
 
+    Args:
+        operands: matrices, or tensors that are known.
+
+    Raises:
+        TypeError, InputError: as :class:`KroneckerProduct`.
+
     >>> kron(EquicorrelationMatrix(2), torch.eye(3)).shape
     (6, 6)
     """

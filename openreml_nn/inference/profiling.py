@@ -25,8 +25,13 @@ _HIGHER = 1e-3
 
 @dataclass(frozen=True)
 class Profile:
-    """Profiles by the names of parameters: ``sd_(Intercept)|Subject``,
-    ``cor_Days.(Intercept)|Subject``, ``sigma``, fixed effects, and the parameters of a family."""
+    """Profile likelihoods, as :func:`profile` yields them.
+
+    Attributes:
+        curves: a :class:`Curve` for each parameter by its name: ``sd_(Intercept)|Subject``,
+            ``cor_Days.(Intercept)|Subject``, ``sigma``, fixed effects, and the parameters of a
+            family.
+    """
 
     curves: dict[str, Curve]
 

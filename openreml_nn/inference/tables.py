@@ -47,7 +47,8 @@ def anova(
             default. Without it the test is of the restricted likelihoods, as in lmerTest's ranova.
 
     Returns:
-        Of one fit name, num_df, den_df, statistic (F) and p. Of several npar, aic, bic,
+        A data frame. For one fit its columns are name, num_df, den_df, statistic (F) and p; for
+        several npar, aic, bic,
         log_likelihood, deviance, and, beside the smaller model, statistic, df, p and p_naive; see
         :class:`LikelihoodRatio`.
 

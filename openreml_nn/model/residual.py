@@ -181,7 +181,7 @@ class _ByNetwork(ResidualStructure):
         weights = row_values(batch, "weights", n, positive=True)
         if weights is not None:
             scale = scale * weights.rsqrt()
-        unit = ScalarMatrix(n).to(scale.dtype)
+        unit = ScalarMatrix(n).to(scale)
         unit.fix("sigma^2", 0.0)
         codes = torch.arange(n, device=scale.device)
         z = DummyMatrix.from_codes(codes, n, scale)

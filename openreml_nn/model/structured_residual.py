@@ -96,7 +96,7 @@ class ByCovariate(nn.Module, ResidualStructure):
     :class:`VarianceFunction`.
 
     Args:
-        kind: ``"power"`` or ``"exp"``.
+        kind: of the function.
         correlated: the structure of which the function scales rows and columns, see
             :class:`Heteroscedastic`, and that has the scale; independent rows by default.
         of_fitted: whether the covariate is the fitted value of the row.
