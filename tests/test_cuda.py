@@ -289,6 +289,14 @@ def test_inference(name):
     pd.testing.assert_frame_equal(one, other, rtol=1e-5, atol=1e-7)
 
 
+def test_a_result_stays_usable_where_its_covariance_has_moved():
+    V, y, X = on("cuda", gaussian("blocked"))
+    result = fit_reml(V, y, X)
+    expected = inference.variance_shares(result)
+    V.cpu()
+    pd.testing.assert_frame_equal(inference.variance_shares(result), expected, rtol=1e-9)
+
+
 # ---------------------------------------------------------------------- models
 
 
@@ -394,14 +402,19 @@ def test_a_part_of_the_batch_on_another_device_is_named(name, key):
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["ml", "logit"])
+@pytest.mark.parametrize("name", ["ml", "gls", "logit"])
 def test_a_model_moves_with_what_it_has_learned(name):
     model, rows = of_model(name)
     model.update(rows)
     expected = model.predict(unseen(rows))
     found = model.cuda().predict(on("cuda", unseen(rows)))
     torch.testing.assert_close(on("cpu", tuple(found)), tuple(expected), rtol=1e-10, atol=1e-10)
-    back = model.cpu().predict(unseen(rows))
+    fresh, _ = of_model(name)
+    fresh.cuda().load_state_dict(model.cpu().state_dict())
+    assert {t.device.type for t in fresh.state_dict().values()} == {"cuda"}
+    loaded = fresh.predict(on("cuda", unseen(rows)))
+    torch.testing.assert_close(on("cpu", tuple(loaded)), tuple(expected), rtol=1e-10, atol=1e-10)
+    back = model.predict(unseen(rows))
     torch.testing.assert_close(tuple(back), tuple(expected), rtol=1e-10, atol=1e-10)
 
 
@@ -483,35 +496,38 @@ def test_precisions(training, precision):
     assert torch.isfinite(trainer.callback_metrics["train_loss"])
 
 
-def test_checkpoints_go_from_one_device_to_the_other(tmp_path):
-    trainer, found = trained("alternating", "gpu")
+@pytest.mark.parametrize("head", ["ml", "gls"])
+def test_checkpoints_go_from_one_device_to_the_other(tmp_path, head):
+    trainer, found = trained("alternating", "gpu", head)
     trainer.save_checkpoint(tmp_path / "m.ckpt")
     new = {"x": normal(5, 2), "groups": {"g": torch.tensor([0, 3, 19, -1, -1])}}
     expected = tuple(on("cpu", tuple(found.model.cuda().predict(on("cuda", new)))))
     loaded = MixedModule.load_from_checkpoint(
-        tmp_path / "m.ckpt", map_location="cpu", model=module().double().model, weights_only=True
+        tmp_path / "m.ckpt", map_location="cpu", model=module(head).double().model, weights_only=True
     )
     assert {t.device.type for t in loaded.state_dict().values()} == {"cpu"}
     torch.testing.assert_close(tuple(loaded.model.predict(new)), expected, rtol=1e-9, atol=1e-9)
-    other = module().double()
+    other = module(head).double()
     rows = loader(rows=on_double(data(200)))
     resumed = quiet(3, accelerator="cpu")
     resumed.fit(other, rows, ckpt_path=tmp_path / "m.ckpt", weights_only=True)
     assert resumed.current_epoch == 3
     resumed.save_checkpoint(tmp_path / "n.ckpt")
     back = quiet(4, accelerator="gpu", devices=1)
-    back.fit(module().double(), rows, ckpt_path=tmp_path / "n.ckpt", weights_only=True)
+    back.fit(module(head).double(), rows, ckpt_path=tmp_path / "n.ckpt", weights_only=True)
     assert back.current_epoch == 4
 
 
 def test_one_process_of_several():
-    found = module().double()
+    rows = on_double(data(200))
+    tensors = TensorDataset(rows["x"], rows["y"], rows["groups"]["g"])
+    _, alone = trained("alternating", "gpu", rows=DataLoader(tensors, 64))
     try:
-        trained("alternating", "gpu", found=found, strategy="ddp")
+        options = {"strategy": "ddp", "use_distributed_sampler": False}  # which would shuffle
+        _, found = trained("alternating", "gpu", rows=DataLoader(tensors, 64), **options)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    _, alone = trained("alternating", "gpu")
     for (name, a), b in zip(alone.state_dict().items(), found.state_dict().values(), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-8, atol=1e-9, msg=name)
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from rich.console import Console
 
+import openreml_nn
 from openreml_nn import InputError, datasets, fit_reml, glmm, lmm
 from openreml_nn.covariance import (
     CovariancePropagation,
@@ -286,6 +287,7 @@ def test_a_report_is_one_page_that_needs_no_other_file(result, tmp_path):
     assert text.count("<figcaption>Shares of the variance, with standard errors<") == 2
     assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org/2000/svg", "")
     assert "REML criterion 1743.6283" in text
+    assert f"gathered by openreml_nn {openreml_nn.__version__} on" in text
     assert write_report(tmp_path / "a", tmp_path / "one.html") == 1
     with pytest.raises(InputError, match="has no run"):
         write_report(tmp_path / "none", tmp_path / "none.html")

@@ -56,7 +56,9 @@ class LaplaceRefit:
 
     def __init__(self, result: Result, method: str | None = None) -> None:
         self.result, self.source = result, source_of(result)
-        family, covariance = copy.deepcopy(family_at(result)), copy.deepcopy(self.source.covariance)
+        where = self.source.y.device  # as Refit has it
+        family = copy.deepcopy(family_at(result)).to(where)
+        covariance = copy.deepcopy(self.source.covariance).to(where)
         stored = {estimate.name: estimate.untransformed for estimate in result.parameters}
         with torch.no_grad():
             for entry in covariance.parameter_entries().entries:

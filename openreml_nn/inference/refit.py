@@ -135,7 +135,8 @@ class Refit:
             )
         self.result = result
         self.source = source = source_of(result)
-        self.covariance = copy.deepcopy(source.covariance)
+        # A trainer takes its module back to the CPU after a fit, and leaves the data where they are.
+        self.covariance = copy.deepcopy(source.covariance).to(source.y.device)
         # A network in single precision beside a covariance in double: the wider holds both.
         own = torch.promote_types(source.y.dtype, self.covariance.no_params().dtype)
         self.y = source.y.detach().to(own)

@@ -240,6 +240,9 @@ class BlockedFactor:
         """Half the variances of the rows' predictors, and the determinant's part by each matrix."""
         if self._slopes is not None:
             return self._slopes
+        if not (self.layout.q or self._X.shape[1]):
+            self._slopes = self._of_blocks()
+            return self._slopes
         layout, prior = self.layout, self._point.covariances
         forms = [*prior.first, *prior.rest]
         with torch.enable_grad():
@@ -263,6 +266,27 @@ class BlockedFactor:
             ]
         self._slopes = half, list(parts)
         return self._slopes
+
+    def _of_blocks(self) -> tuple[Tensor, list[Tensor]]:
+        r"""Both of the eliminated factor alone: :math:`\tfrac12 z_i^\top P z_i` with
+        :math:`P = G_1 D^{-\top}`, and :math:`\tfrac12 D^{-1} A_{11}`, :math:`D = I + A_{11} G_1`."""
+        layout, forms, A11 = self.layout, self._point.covariances.first, self._at.A11
+        P, half = times_blocks(self._half.mT, self._half), torch.zeros_like(self.weights)
+        columns = [x for design in layout.designs for x in _columns(design)]
+        for i, (codes, one) in enumerate(columns):
+            for j, (_, other) in enumerate(columns[: i + 1]):
+                part = P[:, i, j].index_select(0, codes)
+                for values in (one, other):
+                    part = part if values is None else part * values
+                half.add_(part, alpha=0.5 if i == j else 1.0)
+        D, _ = _reduced(self._at, self._point.covariances)
+        square = (A11 / D if layout.k == 1 else torch.linalg.solve(D, A11.expand_as(D))) / 2
+        parts, start = [], 0
+        for form, width in zip(forms, layout.widths, strict=True):
+            own = slice(start, start + width)
+            parts.append(form.fold_blocks(square[:, own, own]).reshape(form.matrix.shape))
+            start += width
+        return half, parts
 
     def half_variances(self) -> Tensor:
         return self._derivatives()[0]
@@ -369,6 +393,13 @@ def _reduced(at: System, prior: Prior) -> tuple[Tensor, Tensor]:
     if prior.layout.k == 1:
         return D, G1 / D
     return D, torch.linalg.solve(D.mT, G1.mT.expand_as(D)).mT
+
+
+def _columns(design: Design) -> list[tuple[Tensor, Tensor | None]]:
+    """The codes of the rows with the values of each effect of a level, (n,); None for ones."""
+    assert isinstance(design, IndexedDesign)
+    values = [None] if design.values is None else design.values.unbind(1)
+    return [(design.codes, column) for column in values]
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:

@@ -215,7 +215,8 @@ class Posterior(nn.Module):
         # The number of coefficients is known only once there are features.
         for name in ("beta", "beta_covariance", "aliases"):
             if prefix + name in state_dict:
-                setattr(self, name, torch.empty_like(state_dict[prefix + name]))
+                own = getattr(self, name)
+                setattr(self, name, torch.empty_like(state_dict[prefix + name], device=own.device))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

@@ -1,8 +1,8 @@
 """The CPU beside a CUDA device: ``python -m tests.benchmarks.devices [case ...]``.
 
 Each computation runs on the CPU with all its threads and then on the device, in float64 and in float32, in
-this process; seconds are those of the clock, the device's work included, the median after a first call,
-in which kernels are loaded. Data are where the computation is, but for the epoch, of which batches come from the
+this process; seconds are those of the clock, the device's work included, the median of some calls after a
+first one, in which kernels are loaded. Data are where the computation is, but for the epoch, of which batches come from the
 memory of the CPU as a DataLoader has them. Without a CUDA device the command says so.
 """
 
@@ -76,15 +76,18 @@ def _losses(V: Matrix, y: Tensor, X: Tensor, solver: str) -> Make:
 def dense(n: int) -> Make:
     kernels = {}
     for i in range(2):
-        markers = _normal(n, n + 50, seed=i)
-        kernels[f"kernel_{i}"] = KnownMatrix(markers @ markers.mT / (n + 50))
+        markers = _normal(n, 1000, seed=i)
+        kernels[f"kernel_{i}"] = KnownMatrix(markers @ markers.mT / 1000)
     V = Sum({**kernels, "residual": ScalarMatrix(n)})
     return _losses(V, _normal(n, seed=8), torch.ones(n, 1), "dense")
 
 
 def places(n: int) -> Make:
     at = _normal(n, 2, seed=3)
-    V = Sum(field=GaussianMatrix(torch.cdist(at, at) / 3), nugget=ScalarMatrix(n))
+    V = Sum(
+        field=GaussianMatrix(torch.cdist(at, at, compute_mode="donot_use_mm_for_euclid_dist") / 3),
+        nugget=ScalarMatrix(n),
+    )
     return _losses(V, _normal(n, seed=8), torch.ones(n, 1), "dense")
 
 
@@ -169,16 +172,16 @@ CASES: dict[str, tuple[str, Callable[[], Make]]] = {
 }  # fmt: skip
 
 
-def _seconds(step: Callable[[], object], device: str, most: float = 5.0) -> float:
-    """The median of three calls after a first, or of fewer if they take so many seconds."""
+def _seconds(step: Callable[[], object], device: str, most: float = 3.0) -> float:
+    """The median of seven calls after a first, or of fewer if they take so many seconds."""
     found: list[float] = []
-    while len(found) < 4 and sum(found) < most:
+    while len(found) < 2 or (len(found) < 8 and sum(found) < most):
         start = time.perf_counter()
         step()
         if device == "cuda":
             torch.cuda.synchronize()
         found.append(time.perf_counter() - start)
-    return statistics.median(found[1:] or found)
+    return statistics.median(found[1:])
 
 
 def main() -> None:

@@ -340,11 +340,16 @@ class SparseProblem(Problem):
     def _recording(self, terms: Sequence[Term]) -> Problem:
         """The problem of the plain formula that holds least: by blocks of effects, or by V."""
         related = any(term.covariance.is_related for term in terms)
-        if self._sums is not None:
-            return Blocked().problem_of_sums(self.fixed, self._dense.terms, self.method, self._sums)
+        sums, dtype = self._sums, self.fixed.y.dtype
         problems: list[tuple[float, Solver]] = []
-        for solver in (Dense(),) if related else (Blocked(), Dense()):
-            cost = solver.forecast(terms, self.p, self.fixed.y.dtype)
+        for solver in (
+            (Blocked(),) if sums is not None else (Dense(),) if related else (Blocked(), Dense())
+        ):
+            cost = (
+                solver.forecast_of_sums(terms, self.p, sums)
+                if sums is not None
+                else solver.forecast(terms, self.p, dtype)
+            )
             if cost is not None:
                 problems.append((10.0 * cost.bytes, solver))  # what autograd keeps of it
         held, least = min(problems, key=lambda found: found[0])
@@ -354,6 +359,8 @@ class SparseProblem(Problem):
                 f"matrices that would hold {held / 2**30:.3g} GiB of {self.n} rows, and may hold "
                 f"{self.solver.memory / 2**30:.3g}: `Sparse(memory=...)` allows more"
             )
+        if sums is not None:
+            return least.problem_of_sums(self.fixed, self._dense.terms, self.method, sums)
         return least.problem(self.fixed, self._dense.terms, self.method)
 
     def evaluate_unchecked(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:

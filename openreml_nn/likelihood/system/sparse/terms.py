@@ -18,6 +18,7 @@ from openreml_nn.likelihood.system.sparse.moving import Moving, MovingAt
 from openreml_nn.likelihood.system.sparse.part import Part
 from openreml_nn.support.errors import NotPositiveDefiniteError
 from openreml_nn.terms.base import Covariance
+from openreml_nn.terms.blocks import BlockCovariance
 from openreml_nn.terms.covariance import DenseCovariance
 from openreml_nn.terms.design import (
     DenseDesign,
@@ -109,7 +110,7 @@ class SparseTerm:
     Attributes:
         at: its position among the terms.
         part: its columns of the equations.
-        by_level: whether each level has a variance of its own.
+        by_level: whether each level has a covariance of its own.
         whole: whether its covariance has no independent levels.
         chain: its pattern where its inverse is a chain's, and moves with parameters.
         moving: where the precision of its levels moves with parameters.
@@ -149,7 +150,7 @@ class SparseTerm:
             K = kernel.dense().detach().cpu().double()
             basis = root_of(replace(term, covariance=DenseCovariance(K))).matrix.numpy()
         effects = form.block or term.design.shape[1]
-        by_level = form.block == 1 and not form.is_scalar
+        by_level = (form.block == 1 and not form.is_scalar) or isinstance(form, BlockCovariance)
         Z = _matrix(term.design)
         part = Part(term.name, Z, effects, term.effects, prior, basis, null=null)
         return cls(at, part, by_level, not form.block)
