@@ -169,6 +169,13 @@ def module_with(split, validation=0.25, **options):
     return data
 
 
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_a_module_of_a_formula_evaluates_after_its_fit_alone(stage):
+    data = MixedModelDataModule(datasets.sleepstudy(), "Reaction ~ Days + (1 | Subject)")
+    with pytest.raises(InputError, match="the module has no estimates: fit it or load"):
+        getattr(quiet(1), stage)(MixedModule("Reaction ~ Days + (1 | Subject)"), data)
+
+
 def test_random_rows_are_held_out():
     data = module_with("random")
     assert len(data.held_out.y) == 80

@@ -191,6 +191,23 @@ def test_a_loader_that_can_be_read_once_is_refused(training):
         fit((batch for batch in tuples()), found=module(training=training))
 
 
+def test_a_validation_loader_that_can_be_read_once_is_refused_in_a_fit():
+    # Its metrics would be those of the first validation at every later one.
+    found = module()
+    with pytest.raises(InputError, match="a validation loader is a generator, which is exhausted"):
+        quiet(1).fit(found, tuples(), [tuples(), (batch for batch in tuples())])
+    fit(tuples(), found=found, epochs=1)
+    assert quiet(1).validate(found, (batch for batch in tuples()), verbose=False)
+
+
+def test_optimizers_that_the_module_did_not_make_are_refused():
+    # As LightningCLI hands them over by default: the covariance would stay where it is.
+    found = module()
+    found.configure_optimizers = lambda: torch.optim.Adam(found.parameters())
+    with pytest.raises(InputError, match="`configure_optimizers` was replaced"):
+        fit(tuples(), found=found)
+
+
 def test_rows_that_are_read_once_are_enough_for_a_linear_mean():
     found = [
         MixedModule(MixedModel(nn.Identity(), {"g": RandomEffect(Q)}, head="gls")) for _ in range(2)

@@ -29,10 +29,12 @@ class Correlation:
 
     Attributes:
         reach: the length at which a fit starts, beside that of a correlation without an end.
+        ends: whether it is zero from r = 1 on.
         kink: the r at which the first derivative jumps; None for none.
     """
 
     reach: ClassVar[float] = 1.0
+    ends: ClassVar[bool] = False
     kink: ClassVar[float | None] = None
 
     def kinks(self, distance: Tensor) -> Tensor:
@@ -149,8 +151,9 @@ class SphericalCorrelation(Correlation):
     tensor([1.0000, 0.3125])
     """
 
-    # It ends at one length: a fit starts with one that most pairs are within.
+    # A fit starts with a length that most pairs are within.
     reach: ClassVar[float] = 3.0
+    ends: ClassVar[bool] = True
 
     def value(self, r: Tensor) -> Tensor:
         inner = r.clamp(max=1)

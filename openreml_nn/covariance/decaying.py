@@ -29,8 +29,9 @@ class LinearCorrelation(Correlation):
     tensor([1.0000, 0.7500, 0.0000])
     """
 
-    # It ends at one length: a fit starts with one that most pairs are within.
+    # A fit starts with a length that most pairs are within.
     reach: ClassVar[float] = 3.0
+    ends: ClassVar[bool] = True
     kink: ClassVar[float | None] = 1.0
 
     def value(self, r: Tensor) -> Tensor:

@@ -102,6 +102,9 @@ class DistanceMatrix(Matrix):
         found = self.correlation.kinks(self.distance)
         return {self.param_names[1]: found} if len(found) else {}
 
+    def ends(self) -> bool:
+        return self.correlation.ends
+
     def start_reach(self, reach: float) -> bool:
         apart = self.distance[self.distance > 0]
         start = self.correlation.reach * reach

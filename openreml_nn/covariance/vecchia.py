@@ -224,6 +224,9 @@ class VecchiaMatrix(Matrix):
         among = torch.linalg.vector_norm(near[:, :, None] - near[:, None], dim=-1).flatten()
         return {self.param_names[1]: self.correlation.kinks(torch.cat([apart, among]))}
 
+    def ends(self) -> bool:
+        return self.correlation.ends
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.correlation}, neighbours={self.neighbours}"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
-from math import isfinite, nan
+from math import inf, isfinite, nan
 from typing import cast
 
 import torch
@@ -19,7 +19,7 @@ from openreml_nn.estimation.separation import separation_of, told_exactly
 from openreml_nn.families import Binomial, Ordinal
 from openreml_nn.likelihood import LaplaceLoss
 from openreml_nn.likelihood.fixed import FixedPart
-from openreml_nn.likelihood.laplace import LaplaceEvaluation
+from openreml_nn.likelihood.laplace_evaluation import LaplaceEvaluation
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.result import Record
 from openreml_nn.support.errors import InputError, NumericalError
@@ -194,7 +194,7 @@ class MarginalFit:
         # Where a standard deviation is too large the information says little: with what the
         # likelihood's own curvature has beside it, no step goes beyond zero.
         own = slice(self.p, self.p + self.m)
-        vanishing = torch.tensor(self.at.vanishing) & (u != 0)
+        vanishing = torch.tensor(self.at.vanishing, dtype=torch.bool, device=u.device) & (u != 0)
         beside = torch.where(vanishing, self.slope[own] / torch.where(vanishing, u, 1), 0)
         self.hessian[own, own] = known + torch.diag(beside.clamp(min=0))
 
@@ -216,6 +216,7 @@ class MarginalFit:
                 likelihood.
         """
         period = max(4 if len(self.X) <= _MANY_ROWS else 10, len(self.x) - self.p)
+        last = inf
         for step in range(1, most + 1):
             direction, norm = self._direction()
             if norm < self.aim:
@@ -237,15 +238,21 @@ class MarginalFit:
             elif norm > _FAR:
                 self.refresh()
             elif step % period == 0:
-                # A curvature that is only updated is far from its own where it changes its sign.
-                self.replace(range(self.p, len(self.x)))
+                # A curvature that is only updated is far from its own where it changes its sign. Where
+                # coefficients grow with the variances, as of responses that are near to separated, theirs
+                # changes as much.
+                if norm < last / 2:
+                    self.replace(range(self.p, len(self.x)))
+                else:
+                    self.hessian = self.curvature()
+                last = norm
         return self._direction()[1] < CONVERGED
 
     def separated(self) -> NumericalError:
         """What is raised of responses whose likelihood has no maximum."""
         with torch.no_grad():
             terms = self.loss.covariance.terms(self.rows)
-        return NumericalError(separation_of(self.loss.family, self.y, terms))
+        return NumericalError(separation_of(self.loss.family, self.y, terms, self.X))
 
     def _positive(self) -> tuple[Tensor, Tensor, Tensor]:
         """The curvature made positive: its eigenvalues and eigenvectors in scales of unit diagonal."""

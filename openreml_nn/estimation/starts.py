@@ -87,12 +87,12 @@ def has_several_optima(objective: Objective) -> bool:
     """Whether a correlation that decays with a distance stands beside other estimated terms.
 
     An autoregressive field beside a nugget is known for it: the likelihood can explain the
-    same data by short correlation of all the variance or by long correlation of a part of it. A
-    linear one has a kink at each distance, alone too.
+    same data by short correlation of all the variance or by long correlation of a part of it. One
+    that ends at a length, spherical or linear, is not smooth where a pair comes within it, alone too.
     """
     matrices = _matrices(objective)
-    has_kinks = any(matrix.kinks() for matrix in matrices)
-    if not has_kinks and sum(not term.known for term in objective.terms()) < 2:
+    alone = any(matrix.ends() for matrix in matrices)
+    if not alone and sum(not term.known for term in objective.terms()) < 2:
         return False
     reaching = [matrix.start_reach(REACHES[0]) for matrix in matrices]
     return any(reaching)
@@ -294,12 +294,14 @@ def _between(one: _Run, other: _Run) -> float:
 def reaches(objective: Objective) -> list[list[tuple[Matrix, float]]]:
     """For each start the matrices whose correlation reaches somewhere, and how far.
 
-    All reach as far as each other; of two or more, such as the rows and columns of a field, also
-    one far and the others hardly. Those of many, such as the rows of the fields of some trials, go
-    together by their name.
+    All reach as far as each other, also hardly where one of them ends at a length. Of two or more,
+    such as the rows and columns of a field, also one reaches far and the others hardly. Those of
+    many, such as the rows of the fields of some trials, go together by their name.
     """
     reaching = [m for m in _matrices(objective) if m.start_reach(REACHES[0])]
     starts = [[(matrix, reach) for matrix in reaching] for reach in REACHES]
+    if any(matrix.ends() for matrix in reaching):
+        starts.append([(matrix, _NEAR) for matrix in reaching])
     if len(reaching) > 1:
         named = {id(m): name for name, m in objective.covariance.named_modules()}
         sides: dict[object, list[int]] = {}

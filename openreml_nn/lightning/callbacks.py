@@ -34,6 +34,9 @@ class TraceVariances(Callback):
 
     Args:
         path: a CSV file: a row for each step of the covariance.
+
+    Raises:
+        TypeError: if ``path`` is no path.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -55,6 +58,9 @@ class ExportBLUPs(Callback):
 
     Args:
         path: a CSV file: group, level, effect, blup and std_error.
+
+    Raises:
+        TypeError: if ``path`` is no path.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -121,7 +127,7 @@ class UpdateBLUPs(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the model."""
         refuse_averaging(trainer)
-        refuse_single_pass(trainer)
+        refuse_single_pass(trainer.train_dataloader, "the training loader", "epoch")
         found = {
             name: part for name, part in pl_module.named_modules() if isinstance(part, MixedModel)
         }

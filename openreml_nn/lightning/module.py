@@ -100,10 +100,11 @@ class MixedModule(Evaluated):
             config, whose features of the fixed part's columns make the log-variance of each row; or
             a matrix, see :class:`MixedModel`.
         weights: with a formula: column of weights, as in :func:`lmm`.
-        family, link, quadrature, zi: with a formula: of the response, as in :func:`glmm`. With a family
-            all parameters are trained by the marginal likelihood of a batch, by default of all rows;
-            without a network the fit is that of :func:`glmm`, in the first epoch, by as many steps at
-            most as the Trainer's ``max_epochs`` or ``max_steps``, and the Trainer counts one.
+        family: with a formula: of the response, as in :func:`glmm`. All parameters are then trained by
+            the marginal likelihood of a batch, by default of all rows; without a network the fit is
+            that of :func:`glmm`, in the first epoch, by as many steps at most as the Trainer's
+            ``max_epochs`` or ``max_steps``, and the Trainer counts one.
+        link, quadrature, zi: of the family, as in :func:`glmm`.
         categorical: with a formula: numeric columns to be taken as factors.
         constraints, starts: with a formula: of covariance parameters, as in :func:`lmm`.
         method, solver: with a formula: see :class:`MixedModel`.
@@ -278,6 +279,9 @@ class MixedModule(Evaluated):
 
     def setup(self, stage: str) -> None:
         """Build the model of a formula from the data module's table."""
+        self._is_configured = False
+        if stage != "fit" and not hasattr(self, "model") and self.trainer.ckpt_path is None:
+            raise InputError("the module has no estimates: fit it or load a checkpoint")
         if stage == "fit":
             refuse_averaging(self.trainer)
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -303,12 +307,18 @@ class MixedModule(Evaluated):
     def configure_optimizers(self) -> Any:
         """The optimizer of the network, or without one that of the covariance."""
         made, self._aireml = optimizers_of(self.model, self._make_optimizer, self.has_network)
+        self._is_configured = True
         return [made] if self._make_scheduler is None else scheduled(made, self._make_scheduler)
 
     def on_fit_start(self) -> None:
         """Begin anew, or where a resumed run was."""
         trainer = self.trainer
         self._estimates = None
+        if not self._is_configured:
+            raise InputError(
+                "`configure_optimizers` was replaced, and says nothing of AI-REML: expected MixedModule("
+                "optimizer=…), and LightningCLI(MixedModule, auto_configure_optimizers=False)"
+            )
         if not self.automatic_optimization:
             refuse_gradient_options(trainer)
         if trainer.ckpt_path is None:
@@ -321,7 +331,7 @@ class MixedModule(Evaluated):
     def on_train_start(self) -> None:
         """Say how many rows a sampler repeats, and take up the state of a resumed run."""
         if not isinstance(self.way, Linear):
-            refuse_single_pass(self.trainer)
+            refuse_single_pass(self.trainer.train_dataloader, "the training loader", "epoch")
         warn_of_repeats(self.trainer)
         self._met, self._checked = None, False
         self._covariance = list(self.model.covariance_parameters())
@@ -472,6 +482,8 @@ class MixedModule(Evaluated):
 
     def on_validation_start(self) -> None:
         """During a fit: validate what the rows say at the present parameters."""
+        if self.trainer.state.fn == "fit":
+            refuse_single_pass(self.trainer.val_dataloaders, "a validation loader", "validation")
         if self._is_within_fit() and not self.trainer.sanity_checking:
             self._known.show()
 

@@ -12,6 +12,7 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from openreml_nn.lightning.held import Held, HeldOrSummed
@@ -56,7 +57,8 @@ def read(
         for i, batch in enumerate(islice(loader, limit)):
             batch = plugin.convert_input(batch)
             batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+            # After a fit the model is on the CPU again, wherever the trainer was.
+            batch = trainer.strategy.batch_to_device(batch, model.beta.device, dataloader_idx=0)
             with blamed("training", i):
                 batch, rows = responding(as_batch(batch, model), model.responses > 1)
                 if rows is not None and not len(rows):
@@ -67,18 +69,23 @@ def read(
     return store.gathered()
 
 
-def refuse_single_pass(trainer: Trainer) -> None:
-    """Refuse a training loader that is exhausted when it was read once.
+def refuse_single_pass(loaders: Any, name: str, reader: str) -> None:
+    """Refuse a loader that is exhausted when it was read once.
+
+    Args:
+        loaders: a loader, or a collection of some.
+        name: of the loader, for the error.
+        reader: what reads it again.
 
     Raises:
-        InputError: if it is a generator, or another iterator.
+        InputError: if one is a generator, or another iterator.
     """
-    loader: Any = trainer.train_dataloader
-    if isinstance(loader, Iterator):
-        raise InputError(
-            f"the training loader is a {type(loader).__name__}, which is exhausted when it was read "
-            "once: expected one that each epoch can read anew, such as a DataLoader or a list of batches"
-        )
+    for loader in tree_leaves(loaders):
+        if isinstance(loader, Iterator):
+            raise InputError(
+                f"{name} is a {type(loader).__name__}, which is exhausted when it was read once: "
+                f"expected one that each {reader} can read anew, such as a DataLoader or a list of batches"
+            )
 
 
 def of_networks(model: MixedModel) -> tuple[str, ...]:
@@ -102,15 +109,18 @@ def state(model: MixedModel) -> dict[str, Tensor]:
 
 def mark(model: MixedModel) -> Tensor:
     """Numbers that change when a parameter or buffer of the networks changes; with a family, any
-    parameter, as all are the optimizer's."""
+    parameter, as all are the optimizer's. They are sums of bits, the same on every device."""
     networks = of_networks(model)
     parameters = dict(model.named_parameters())
     named: Mapping[str, Tensor] = {**parameters, **dict(model.named_buffers())}
     trained = set(parameters) if model.family is not None else set()
     found = {k: v for k, v in named.items() if k in trained or k.startswith(networks)}
-    parts = [value.detach().double() for value in found.values()]
-    sums = [x for v in parts for x in (v.sum(), v.norm())]
-    return torch.stack(sums).cpu() if sums else torch.zeros(0)
+    sums = []
+    for value in found.values():
+        bits = value.detach().double().reshape(-1).view(torch.int64)
+        place = torch.arange(1, 2 * len(bits), 2, device=bits.device)
+        sums += [bits.sum(), (bits * place).sum()]
+    return torch.stack(sums).cpu() if sums else torch.zeros(0, dtype=torch.int64)
 
 
 @contextmanager

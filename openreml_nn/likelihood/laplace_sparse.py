@@ -250,14 +250,12 @@ class SparseFactor:
 
 def _outer(x: SparseTerm, one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Products of two columns' effects of a level, summed over levels where these share G."""
-    if x.by_level:
-        return (one * other).sum(1)[:, None, None]
     k = x.part.effects
-    a, b = (
-        y.reshape(x.part.levels, k, y.shape[1]).transpose(1, 0, 2).reshape(k, -1)
-        for y in (one, other)
-    )
-    return (a @ b.T)[None]
+    a, b = (y.reshape(x.part.levels, k, y.shape[1]) for y in (one, other))
+    if x.by_level:
+        return a @ b.transpose(0, 2, 1)
+    every, also = (y.transpose(1, 0, 2).reshape(k, -1) for y in (a, b))
+    return (every @ also.T)[None]
 
 
 def _score(

@@ -15,8 +15,9 @@ from openreml_nn.model.random_effect import on_their_own
 from openreml_nn.model.residual import structure_of
 from openreml_nn.model.responses import of_family, remember_modes
 from openreml_nn.result.equations import Equations, FixedBasis
-from openreml_nn.result.joint import JointErrors, Solution, solution_of
+from openreml_nn.result.joint import JointErrors
 from openreml_nn.result.prediction import lowered
+from openreml_nn.result.solution import Solution, solution_of
 from openreml_nn.support.checks import check_names, check_tensor
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.design import design_of
@@ -111,8 +112,8 @@ def _before(model: Posterior) -> Equations:
         )
     if model.responses == 1 and not structure_of(model.residual).is_independent:
         raise InputError(
-            "`residual` is correlated between rows, so that new rows depend on those before: call "
-            "update() with all rows"
+            "`residual` is correlated between rows, so that new rows depend on those before: fit "
+            "all rows, or hand them to MixedModel.update()"
         )
     found = model.evidence.equations()
     if found is None or not found.has_response or found.statistics() is None:
@@ -201,7 +202,7 @@ def _refuse_undetermined(model: Posterior, X: Tensor) -> None:
     if bool(odd.any()):
         raise InputError(
             f"row {int(odd.nonzero()[0])} has a combination of features that the earlier rows do not "
-            "determine: call update() with all rows"
+            "determine: fit all rows, or hand them to MixedModel.update()"
         )
 
 
@@ -247,7 +248,7 @@ def _joint(model: Posterior, equations: Equations) -> JointErrors:
     if not joint.has_variances():
         raise InputError(
             f"beside the widest factor there are more than {joint.most_columns} effects and "
-            f"coefficients, whose sparse factor has more than {joint.most_entries} entries or which "
-            "are of a dense kernel, so that rows cannot be added: call update() with all rows"
+            f"coefficients, whose factor has more than {joint.most_entries} entries, so that rows "
+            "cannot be added: fit all rows, or hand them to MixedModel.update()"
         )
     return joint

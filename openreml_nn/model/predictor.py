@@ -18,7 +18,6 @@ from openreml_nn.model.means import evaluating
 from openreml_nn.model.posterior import Posterior
 from openreml_nn.model.random_effect import RandomEffect, coded_effects, kernel_of
 from openreml_nn.model.residual import structure_of
-from openreml_nn.result.joint import Solution
 from openreml_nn.result.places import Kriging
 from openreml_nn.result.prediction import (
     KnownEffect,
@@ -28,9 +27,11 @@ from openreml_nn.result.prediction import (
     on_response,
     predicted,
 )
+from openreml_nn.result.solution import Solution
 from openreml_nn.result.tables import table_of_blups
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.modes import outside_inference
 
 __all__ = ["Predictor"]
 
@@ -69,7 +70,8 @@ class Predictor(Posterior):
         A code that follows the known ones is a new level, which the model has from then on. Of the
         rows before, the cross-products with :math:`R^{-1}` are kept, in the checkpoint too; they are
         of the network and the residual variances as they were at the update. With a family the rows
-        themselves are kept, in no checkpoint, and modes and coefficients are found anew from all of them.
+        themselves are kept, in no checkpoint, with what the network said of them then, and modes and
+        coefficients are found anew from all of them.
 
         Args:
             batch: the new rows, as :meth:`update` takes them.
@@ -81,10 +83,10 @@ class Predictor(Posterior):
         Raises:
             InputError: as :meth:`update`, if there was none before, or for a model of which rows do
                 not add up: with correlated residuals, or, beside the widest factor of
-                independent levels, more than 2,000 effects and coefficients whose sparse factor has
+                independent levels, more than 2,000 effects and coefficients whose factor has
                 more than 50 million entries.
         """
-        with evaluating(self):
+        with evaluating(self), outside_inference(False):
             return added(self, batch, levels or {})
 
     def blups(self) -> pd.DataFrame:
@@ -101,8 +103,8 @@ class Predictor(Posterior):
 
         The variance counts every covariance, of BLUPs of different factors and of coefficients
         with BLUPs, where beside the widest factor of independent levels there are at most 2,000
-        effects and coefficients, or a sparse factor of them has no more than 50 million entries. With
-        more, a warning says that it takes them as independent. The
+        effects and coefficients, or a factor of them has no more than 50 million entries, which
+        10,000 places of a dense kernel have. With more, a warning says that it takes them as independent. The
         residual of a new observation is independent of those of the data; its variance is divided
         by the row's weight where the batch has weights. A level that was not seen has its prior; one
         at a place, with its coordinates in ``batch["places"]``, the mean and variance given the places

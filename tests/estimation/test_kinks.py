@@ -103,3 +103,26 @@ def test_a_range_by_formula_says_so_too():
     assert found.converged
     assert len(found.kinks) == 1
     assert found.log_likelihood == pytest.approx(fitted(LinearMatrix(DISTANCE)).log_likelihood)
+
+
+@pytest.mark.parametrize("seed", [2, 3])
+def test_the_best_of_the_optima_of_a_spherical_correlation_alone_is_found(seed):
+    rng = np.random.default_rng(seed)
+    east, north = rng.uniform(0, 10, (2, 40))
+    apart = np.hypot(east[:, None] - east, north[:, None] - north)
+    r = (apart / 3).clip(max=1)
+    y = np.linalg.cholesky(1 - 1.5 * r + 0.5 * r**3) @ rng.standard_normal(40)
+    table = pd.DataFrame({"y": y, "east": east, "north": north})
+    found = lmm("y ~ 1", table, residual="spherical(east, north)")
+    assert found.converged
+    lengths = (0.5, 1.5, 3.0, 6.0, 12.0)
+    others = [
+        lmm(
+            "y ~ 1",
+            table,
+            residual="spherical(east, north)",
+            starts={"residual/lengthscale": length},
+        ).log_likelihood
+        for length in lengths
+    ]
+    assert found.log_likelihood > max(others) - 1e-6
