@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -49,6 +50,11 @@ def mark_long_lines(app, tree):
             block["classes"].append("columns" if are_columns else "sentences")
 
 
+def keep_underscores(app, what, name, thing, options, lines):
+    """In the text of Sphinx a name that ends with an underscore, such as ``result_``, is a link."""
+    lines[:] = [re.sub(r"^(:(?:ivar|vartype) \w+)_:", r"\1\\_:", line) for line in lines]
+
+
 def setup(app):
     from gallery import draw
     from model_pictures import draw_models
@@ -62,6 +68,7 @@ def setup(app):
 
     app.connect("builder-inited", pictures)
     app.connect("doctree-read", mark_long_lines)
+    app.connect("autodoc-process-docstring", keep_underscores, priority=900)
 
 
 html_static_path = ["_static"]

@@ -154,6 +154,18 @@ def test_rows_are_added_after_a_checkpoint_and_in_parts(name):
     again.loss(data).backward()  # and it can be trained on
 
 
+def test_rows_that_are_added_in_inference_mode_leave_the_model_as_it_was():
+    found, data = made("crossed", 9)
+    with torch.inference_mode():
+        found.update(take(data, FIRST))
+        found.add(take(data, REST))
+    expected = found.predict(data).variance
+    found.loss(data).backward()
+    found.update(data)
+    torch.testing.assert_close(found.predict(data).variance, expected)
+    assert not any(b.is_inference() for b in found.buffers())
+
+
 @pytest.mark.parametrize("name", ["one", "crossed"])
 def test_rows_of_no_known_level_tell_of_the_others(name):
     """Before and after: each is of a level of its own, which is not kept."""

@@ -42,6 +42,7 @@ from openreml_nn.report import (
 )
 from openreml_nn.report.contents import RunContents
 from openreml_nn.report.runs import best, collect
+from openreml_nn.support.names import shortened
 
 FORMULA = "Reaction ~ Days + (Days | Subject)"
 
@@ -400,11 +401,9 @@ def test_a_report_has_the_structure_of_the_errors_and_its_correlations(tmp_path)
     assert run.formula() == ["Reaction ~ Days", "residual = ar1(Days | Subject) + units"]
     assert "The errors have the structure ar1(Days | Subject) + units." in run.words()
     assert "random intercepts" not in run.words()
-    ((name, place, value, error),) = (
-        [cell.text for cell in row.cells] for row in run.parameters().rows
-    )
+    ((name, value, error),) = ([cell.text for cell in row.cells] for row in run.parameters().rows)
     (rho,) = [p for p in found.parameters if p.name.endswith("rho")]
-    assert f"{place}/{name}" == rho.name
+    assert name == shortened(p.name for p in found.parameters)[rho.name] == "residual/rho"
     assert (float(value), float(error)) == pytest.approx((rho.value, rho.std_error), rel=1e-5)
 
 

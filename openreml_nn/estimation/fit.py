@@ -59,8 +59,15 @@ def moment_start(loss: REMLLoss, y: Tensor, X: Tensor, rows: Tensor | None = Non
     Every term first gets the same share of variance; then all are scaled by
     the profiled estimate :math:`\hat\sigma^2 = y^\top P y / (n - p)`.
 
+    Args:
+        loss: the likelihood, whose covariance is set.
+        y: response (n,).
+        X: model matrix of the fixed effects (n, p).
+        rows: the rows of the covariance that the data belong to; all by default.
+
     Raises:
-        InputError: if the fixed effects fit the response exactly.
+        TypeError, InputError: if the data are not as in :class:`REMLLoss`, or the fixed effects fit
+            the response exactly.
     """
     check_instance("loss", loss, REMLLoss)
     check_data(y, X)

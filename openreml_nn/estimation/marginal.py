@@ -18,7 +18,7 @@ from openreml_nn.estimation.marginal_steps import CONVERGED, MarginalFit
 from openreml_nn.estimation.separation import separated_levels, told_exactly
 from openreml_nn.families import Binomial
 from openreml_nn.likelihood import LaplaceLoss
-from openreml_nn.likelihood.laplace import LaplaceEvaluation
+from openreml_nn.likelihood.laplace_evaluation import LaplaceEvaluation
 from openreml_nn.result import Estimate, Label, Result
 from openreml_nn.support.errors import NumericalError
 from openreml_nn.support.warning import warn

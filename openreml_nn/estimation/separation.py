@@ -51,7 +51,7 @@ def separated_levels(family: Family, y: Tensor, terms: Sequence[Term]) -> list[S
     for term in terms:
         if not isinstance(term.design, IndexedDesign):
             continue
-        codes = term.design.codes
+        codes = term.design.codes.to(value.device)
         kept = codes >= 0
         levels, at = codes[kept].unique(return_inverse=True)
         if not len(levels) < len(at):

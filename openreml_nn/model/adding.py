@@ -112,8 +112,8 @@ def _before(model: Posterior) -> Equations:
         )
     if model.responses == 1 and not structure_of(model.residual).is_independent:
         raise InputError(
-            "`residual` is correlated between rows, so that new rows depend on those before: call "
-            "update() with all rows"
+            "`residual` is correlated between rows, so that new rows depend on those before: fit "
+            "all rows, or hand them to MixedModel.update()"
         )
     found = model.evidence.equations()
     if found is None or not found.has_response or found.statistics() is None:
@@ -202,7 +202,7 @@ def _refuse_undetermined(model: Posterior, X: Tensor) -> None:
     if bool(odd.any()):
         raise InputError(
             f"row {int(odd.nonzero()[0])} has a combination of features that the earlier rows do not "
-            "determine: call update() with all rows"
+            "determine: fit all rows, or hand them to MixedModel.update()"
         )
 
 
@@ -248,6 +248,7 @@ def _joint(model: Posterior, equations: Equations) -> JointErrors:
     if not joint.has_variances():
         raise InputError(
             f"beside the widest factor there are more than {joint.most_columns} effects and "
-            f"coefficients, whose factor has more than {joint.most_entries} entries, so that rows cannot be added: call update() with all rows"
+            f"coefficients, whose factor has more than {joint.most_entries} entries, so that rows "
+            "cannot be added: fit all rows, or hand them to MixedModel.update()"
         )
     return joint

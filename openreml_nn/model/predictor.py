@@ -31,6 +31,7 @@ from openreml_nn.result.solution import Solution
 from openreml_nn.result.tables import table_of_blups
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.modes import outside_inference
 
 __all__ = ["Predictor"]
 
@@ -69,7 +70,8 @@ class Predictor(Posterior):
         A code that follows the known ones is a new level, which the model has from then on. Of the
         rows before, the cross-products with :math:`R^{-1}` are kept, in the checkpoint too; they are
         of the network and the residual variances as they were at the update. With a family the rows
-        themselves are kept, in no checkpoint, and modes and coefficients are found anew from all of them.
+        themselves are kept, in no checkpoint, with what the network said of them then, and modes and
+        coefficients are found anew from all of them.
 
         Args:
             batch: the new rows, as :meth:`update` takes them.
@@ -84,7 +86,7 @@ class Predictor(Posterior):
                 independent levels, more than 2,000 effects and coefficients whose factor has
                 more than 50 million entries.
         """
-        with evaluating(self):
+        with evaluating(self), outside_inference(False):
             return added(self, batch, levels or {})
 
     def blups(self) -> pd.DataFrame:

@@ -13,6 +13,7 @@ import pandas as pd
 from omegaconf import OmegaConf
 
 from openreml_nn.report.charts import Charts, interval
+from openreml_nn.support.names import shortened
 from openreml_nn.table import read_table
 
 __all__ = ["Cell", "Row", "RunContents", "Sheet", "number"]
@@ -93,7 +94,7 @@ class RunContents:
         charts += self.charts.path(self.details.get("history") or [])
         others = self.parameters()
         parts = ["Diagnosis", "Model", *(["Variance components"] if variance else [])]
-        parts += ["Other covariance parameters"] if others else []
+        parts += ["Structures"] if others else []
         parts += [*(["Fixed effects"] if fixed else []), *(["Plots"] if charts else [])]
         return {
             "id": self.key,
@@ -207,15 +208,14 @@ class RunContents:
 
     def parameters(self) -> Sheet | None:
         """Correlations, ranges and the like: what variances and covariances do not show."""
-        rows = []
-        for part in self.details.get("parameters") or []:
-            place, _, name = part["name"].rpartition("/")
-            if not part["fixed"] and not name.startswith(("sigma^2", "L_")):
-                values = part["value"], part["std_error"]
-                rows.append(Row([Cell(name), Cell(place), *map(number, values)]))
-        if not rows:
-            return None
-        return Sheet(["Parameter", "Of", "Estimate", "Std. error"], rows)
+        found = self.details.get("parameters") or []
+        names = shortened(part["name"] for part in found)
+        rows = [
+            Row([Cell(names[part["name"]]), number(part["value"]), number(part["std_error"])])
+            for part in found
+            if not part["fixed"] and not _is_covariance(part["name"])
+        ]
+        return Sheet(["Parameter", "Estimate", "Std. error"], rows) if rows else None
 
     def fixed(self) -> Sheet | None:
         """Fixed effects with intervals."""
@@ -258,6 +258,12 @@ class RunContents:
     def _text(self, name: str) -> str:
         path = self.folder / name
         return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _is_covariance(path: str) -> bool:
+    """Whether a parameter is a variance or of a Cholesky factor, which the components show."""
+    *places, name = path.split("/")
+    return name.startswith("sigma^2") or (name.startswith("L_") and "loadings" not in places)
 
 
 def _random_effects(effects: list[str], levels: int, group: str) -> str:

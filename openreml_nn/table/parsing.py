@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 import pandas as pd
@@ -10,6 +10,7 @@ import pandas as pd
 from openreml_nn.table.frames import frame_of, regrouped
 from openreml_nn.table.text import (
     Dialect,
+    check_quotes,
     cleaned,
     guessed,
     has_leading_zeros,
@@ -91,7 +92,6 @@ class TextTable:
     def _parsed(self) -> Any:
         """All columns: as text, or as what the first rows hold where that suits all rows."""
         import pyarrow as pa
-        from pyarrow import csv
 
         stream, read, parse = self._source()
         with stream:
@@ -99,6 +99,33 @@ class TextTable:
         texts = {key: pa.string() for key in read.column_names}
         if b'"' not in data:
             parse.newlines_in_values = False  # blocks can then be parsed at once
+        found = self._typed(data, read, parse, texts)
+        if read.skip_rows:  # else they were looked at as the text was cleaned
+            self._check_quotes([data], len(found) + read.skip_rows, parse.delimiter)
+        return found
+
+    def _check_quotes(self, blocks: Iterable[bytes], rows: int, separator: str) -> None:
+        """Look at the quotes of a file that has more lines than rows, or an odd number of quotes.
+
+        Args:
+            blocks: its bytes.
+            rows: how many were found in it, the lines of the header among them.
+            separator: between fields.
+        """
+        lines, quotes, last = 0, 0, b""
+        for block in blocks:
+            lines += max(block.count(b"\n"), block.count(b"\r"))
+            quotes += block.count(b'"')
+            last = block[-1:] or last
+        lines += last not in (b"\n", b"\r")
+        if quotes % 2 or (quotes and rows < lines):
+            with self._opened() as stream:
+                check_quotes(stream, self._dialect, separator)
+
+    def _typed(self, data: bytes, read: Any, parse: Any, texts: dict[str, Any]) -> Any:
+        import pyarrow as pa
+        from pyarrow import csv
+
         if not has_leading_zeros(data, parse.delimiter):
             end = bytes(data[:_HEAD]).rfind(b"\n") + 1 if len(data) > _HEAD else 0
             if end and data[:end].count(b'"') % 2 == 0:
@@ -141,9 +168,16 @@ class TextTable:
         missing = [position for position in positions if position not in known]
         if missing:
             found: list[set[str]] = [set() for _ in missing]
+            rows = 0
             for table in self._batches(200_000, missing):
+                rows += len(table)
                 for kinds, column in zip(found, table.columns, strict=True):
                     kinds.add(kind_of_text(column, self._dialect))
+            stream, read, parse = self._source()
+            with stream:
+                if read.skip_rows and not known:
+                    blocks = iter(lambda: stream.read(_BLOCK), b"")
+                    self._check_quotes(blocks, rows + read.skip_rows, parse.delimiter)
             known.update(zip(missing, map(joint_kind, found), strict=True))
         return [known[position] for position in positions]
 

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 
 __all__ = [
     "Dialect",
+    "check_quotes",
     "cleaned",
     "has_leading_zeros",
     "header_of",
@@ -87,7 +88,7 @@ def cleaned(stream: BinaryIO, dialect: Dialect, separator: str, named: bool) -> 
 
     def records() -> Iterator[bytes]:
         lines = _uncommented(_decoded(stream, dialect), dialect.comment)
-        found = csv.reader((line for line in lines if line.strip()), **_style(separator))
+        found = _records((line for line in lines if line.strip()), separator)
         next(found, None)
         buffer = io.StringIO()
         writer = csv.writer(buffer)
@@ -101,6 +102,34 @@ def cleaned(stream: BinaryIO, dialect: Dialect, separator: str, named: bool) -> 
         yield buffer.getvalue().encode()
 
     return io.BufferedReader(_Pieces(records()), 1 << 16)
+
+
+def check_quotes(stream: BinaryIO, dialect: Dialect, separator: str) -> None:
+    """Refuse text of which a stray quote has joined rows.
+
+    Args:
+        stream: the file, from its beginning.
+        dialect: how it is written.
+        separator: between fields.
+
+    Raises:
+        ValueError: if a quote is not closed, or something else than a separator follows it.
+    """
+    for _ in _records(_decoded(stream, dialect), separator):
+        pass
+
+
+def _records(lines: Iterable[str], separator: str) -> Iterator[list[str]]:
+    found, row = csv.reader(lines, strict=True, **_style(separator)), 0
+    while True:
+        try:
+            record = next(found, None)
+        except csv.Error as error:
+            raise ValueError(f"the quotes of row {row} do not enclose a field: {error}") from None
+        if record is None:
+            return
+        row += bool(record)
+        yield record
 
 
 class _Pieces(io.RawIOBase):

@@ -95,6 +95,8 @@ class SeriesPrecision(Precision):
 
     def solve(self, x: np.ndarray, u: np.ndarray) -> np.ndarray:
         entries = self.entries(x)
+        if self.size == 1:  # of which LAPACK has no band
+            return u / entries
         on = self.row == self.column
         band = np.zeros((2, self.size))
         band[0] = entries[on]

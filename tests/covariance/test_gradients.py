@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 from openreml_nn.covariance import (
+    Adapter,
     AR1Matrix,
     Augment,
     BlockDiagonal,
+    ContinuousAR1Matrix,
     CovariancePropagation,
     DummyMatrix,
     Gram,
@@ -25,7 +27,8 @@ from openreml_nn.covariance import (
     UnstructuredMatrix,
 )
 from openreml_nn.covariance.matrix import Recorded
-from tests.strategies import LEAVES, matrices, points
+from openreml_nn.covariance.transform import TransformIdentity
+from tests.strategies import LEAVES, line, matrices, points
 
 
 def closed(matrix):
@@ -80,6 +83,13 @@ def test_a_closed_form_is_that_of_all_operands():
     assert tree.has_closed_form()
     tree.operands["op_1"].grad_mode = "auto"
     assert not tree.has_closed_form()
+
+
+def test_an_adapter_of_times_has_no_correlation_of_its_own():
+    times = ContinuousAR1Matrix(line(3))
+    specs = {"a": {"fixed": False, "default": torch.zeros(1), "trans": TransformIdentity()}}
+    adapter = Adapter(times, specs, lambda theta: theta.expand(2)).double()
+    torch.testing.assert_close(adapter(), times(torch.zeros(2).double()))
 
 
 def shared():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from openreml_nn import REMLLoss
+from openreml_nn import LaplaceLoss, REMLLoss
 from openreml_nn.covariance import (
     AR1Matrix,
     BlockDiagonal,
@@ -14,6 +14,8 @@ from openreml_nn.covariance import (
     CovariancePropagation,
     DiagonalMatrix,
     DummyMatrix,
+    EquicorrelationMatrix,
+    ExponentialCorrelation,
     ExponentialMatrix,
     Heteroscedastic,
     IdentityMatrix,
@@ -23,9 +25,12 @@ from openreml_nn.covariance import (
     Sum,
     UnstructuredMatrix,
     VarianceFunction,
+    VecchiaMatrix,
     ar1_field,
 )
+from openreml_nn.families import Poisson
 from openreml_nn.likelihood import Sparse
+from openreml_nn.terms.blocks import BlockCovariance
 from openreml_nn.terms.precision import PrecisionCovariance
 from openreml_nn.terms.products import (
     DensePrecision,
@@ -35,7 +40,7 @@ from openreml_nn.terms.products import (
 )
 from openreml_nn.terms.series import SeriesPrecision
 from tests.likelihood.test_fields import Model, assert_equal
-from tests.strategies import distances, path
+from tests.strategies import distances, path, places
 
 SERIES = SeriesPrecision(np.array([0, 1, 2, 0, 1]))
 SIGMA = torch.tensor([2.0, 0.5, 0.5, 1.0]).double()
@@ -153,6 +158,47 @@ def test_products_with_autoregressions_are_sparse_and_equal_dense(name, kind):
     torch.testing.assert_close(term.dense(), tree.operands["structure"]())
     assert Sparse().obstacle(tree.terms()) is None
     assert_equal(model)
+
+
+def by_groups() -> tuple[Matrix, torch.Tensor]:
+    """Effects of groups of three, each group with variances of its own, and codes of 40 rows."""
+    rng = np.random.default_rng(0)
+    function = VarianceFunction(torch.from_numpy(rng.uniform(0.5, 2, 12)))
+    groups = KroneckerProduct(IdentityMatrix(4), EquicorrelationMatrix(3))
+    G = Heteroscedastic(variance=function, matrix=groups).double()
+    return G, torch.from_numpy(rng.integers(0, 12, 40))
+
+
+@pytest.mark.parametrize("method", ["reml", "ml"])
+def test_groups_of_effects_with_a_covariance_each_equal_dense(method):
+    G, codes = by_groups()
+    (term,) = G.terms()
+    assert isinstance(term.covariance, BlockCovariance)
+    tree = Sum(CovariancePropagation(DummyMatrix.from_codes(codes, 12), G), ScalarMatrix(40))
+    X = torch.stack([torch.ones(40), torch.linspace(-1, 1, 40)], 1).double()
+    assert_equal((tree.double(), torch.linspace(-2, 1, 40).double() ** 2, X), method)
+
+
+def test_groups_of_effects_with_a_covariance_each_have_their_gradient_with_a_family():
+    G, codes = by_groups()
+    tree = Sum(CovariancePropagation(DummyMatrix.from_codes(codes, 12), G)).double()
+    y, eta = (codes % 4).double(), torch.zeros(40).double()
+    found = []
+    for solver in ("sparse", "blocked"):
+        value = LaplaceLoss(tree, Poisson(), solver=solver)(y, eta)
+        found.append(torch.stack([value[None], *torch.autograd.grad(value, tree.parameters())]))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+def test_a_precision_of_one_place_is_an_ordinary_one():
+    series = PrecisionCovariance(
+        torch.tensor([2.0, 0.3]).double(), SeriesPrecision(np.zeros(1, dtype=int))
+    )
+    (near,) = VecchiaMatrix(places(1), ExponentialCorrelation(), 3).double().terms()
+    x = torch.tensor([[1.0, -2.0]]).double()
+    for g in (series, near.covariance):
+        with torch.no_grad():
+            torch.testing.assert_close(g.multiply(x), g.whole(1) @ x)
 
 
 def test_the_plan_takes_them_and_knows_what_blocks_of_residuals_cost():

@@ -69,6 +69,32 @@ def test_files_that_cannot_be_read(tmp_path, name, content, match):
     assert name in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "rows", "message"),
+    [
+        ("t.csv", ["1,a", '2,"b', "3,a", "4,b"], "row 2 .*: unexpected end of data"),
+        ("t.csv", ["1,a", '2,"b', '3,"a', "4,b"], "row 2 .*: ',' expected after"),
+        ("t.csv", ["1,a", "2,b", "3,a", '4,"b'], "row 4 .*: unexpected end of data"),
+        ("t.txt", ["1 a", "2 b", '3 "a', "4 b"], "row 3 .*: unexpected end of data"),
+    ],
+)
+def test_a_stray_quote_that_joins_rows_is_refused(tmp_path, name, rows, message):
+    path = tmp_path / name
+    path.write_text("\n".join(["y g" if name == "t.txt" else "y,g", *rows]) + "\n")
+    with pytest.raises(InputError, match=f"the quotes of {message}"):
+        read_table(path)
+    with pytest.raises(InputError, match=f"the quotes of {message}"):
+        list(TableFile(path).chunks(2, ["y"]))  # a column beside the one that is broken
+
+
+def test_quotes_within_fields_and_lines_within_quotes_are_kept(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text('y,g\n1,"a\nb"\n2,"say ""hi"""\n\n3,5" pipe\n4,"c, d"\n')
+    expected = ["a\nb", 'say "hi"', '5" pipe', "c, d"]
+    assert read_table(path)["g"].tolist() == expected
+    assert [g for chunk in TableFile(path).chunks(3, ["g"]) for g in chunk["g"]] == expected
+
+
 @pytest.mark.parametrize("content", ["", "y,g\n"])
 def test_a_file_without_rows_is_said_to_have_none_in_chunks_too(tmp_path, content):
     (tmp_path / "t.csv").write_text(content)
