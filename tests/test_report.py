@@ -361,6 +361,36 @@ def test_the_model_is_said_in_words(result, tmp_path):
     assert "with a network for its mean and 2 coefficients of its features. The" in network
 
 
+def test_the_facts_of_a_fit_have_what_its_family_and_the_rows_held_out_say(result, tmp_path):
+    write_record(result, tmp_path, {"val_mse": 2.5, "val_negative_log_density": 0.5})
+    record = json.loads((tmp_path / "result.json").read_text())
+    record["details"]["exact"] = False
+    record["family_parameters"] = {"dispersion": 1.25}
+    (tmp_path / "result.json").write_text(json.dumps(record))
+    facts = dict(RunContents(tmp_path, "run", "run0").facts())
+    assert facts["Likelihood"] == "estimated, not exact"
+    assert float(facts["Parameter dispersion of the family"]) == 1.25
+    assert float(facts["Held-out mean squared error"]) == 2.5
+    assert float(facts["Held-out negative log density"]) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("columns", "found"),
+    [
+        ({"method": ["reml", "ml"]}, None),
+        ({"method": ["reml", "reml"], "formula": ["y ~ x", "y ~ 1"]}, None),
+        ({"method": ["ml", "ml"], "formula": ["y ~ x", "y ~ 1"]}, ("b", "aic")),
+        ({"rows": [10, 11]}, None),
+        ({"aic": [np.nan, np.nan]}, None),
+        ({"error": [None, "not found"]}, ("a", "aic")),
+        ({"val_negative_log_density": [1.0, 2.0]}, ("a", "val_negative_log_density")),
+    ],
+)
+def test_the_best_run_is_named_where_runs_compare(columns, found):
+    same = {"run": ["a", "b"], "formula": "y ~ x", "rows": 10, "method": "reml", "aic": [3.0, 2.0]}
+    assert best(pd.DataFrame({**same, **columns})) == found
+
+
 def test_a_report_has_the_structure_of_the_errors_and_its_correlations(tmp_path):
     found = lmm(
         "Reaction ~ Days", datasets.sleepstudy().head(60), residual="ar1(Days | Subject) + units"
