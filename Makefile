@@ -40,6 +40,7 @@ bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.training
 	$(BIN)/python -m tests.benchmarks.responses
 	$(BIN)/python -m tests.benchmarks.neural
+	$(BIN)/python -m tests.benchmarks.devices
 
 # The distributions, and the wheel alone in an environment of its own: it fits, predicts, reports and is typed.
 wheel: $(READY)

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -33,10 +34,10 @@ autosummary_generate = True
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 autodoc_mock_imports = [] if importlib.util.find_spec("sklearn") else ["sklearn"]
-autodoc_default_options = {"members": True}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True
 napoleon_custom_sections = ["Shape", "Reference", "Returns"]
 
 
@@ -47,6 +48,11 @@ def mark_long_lines(app, tree):
         if block.get("language") == "text" and long:
             are_columns = any("  " in line for line in long)
             block["classes"].append("columns" if are_columns else "sentences")
+
+
+def keep_underscores(app, what, name, thing, options, lines):
+    """In the text of Sphinx a name that ends with an underscore, such as ``result_``, is a link."""
+    lines[:] = [re.sub(r"^(:(?:ivar|vartype) \w+)_:", r"\1\\_:", line) for line in lines]
 
 
 def setup(app):
@@ -62,6 +68,7 @@ def setup(app):
 
     app.connect("builder-inited", pictures)
     app.connect("doctree-read", mark_long_lines)
+    app.connect("autodoc-process-docstring", keep_underscores, priority=900)
 
 
 html_static_path = ["_static"]

@@ -47,10 +47,37 @@ class MeansOverSeeds(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: object) -> None:
         parts = Path(config.hydra.sweep.dir).glob("*/found.csv")
         found = pd.concat(map(pd.read_csv, sorted(parts, key=lambda part: int(part.parent.name))))
-        found["sigma2_b_off"] = (found.sigma2_b - found.variance) / found.sigma2_b_error
-        found["sigma2_e_off"] = (found.sigma2_e - 1) / found.sigma2_e_error
-        means = found.groupby(["variance", "levels", "method"], sort=False).mean()
-        print(means.drop(columns="seed").round(4).to_string(na_rep=""))
+        found["off_b"] = (found.sigma2_b - found.variance) / found.sigma2_b_error
+        found["off_e"] = (found.sigma2_e - 1) / found.sigma2_e_error
+        names = {"sigma2_b_error": "error_b", "sigma2_e_error": "error_e"}
+        names |= {"coverage_unseen": "unseen"}
+        means = (
+            found.groupby(["variance", "levels", "method"], sort=False).mean().rename(columns=names)
+        )
+        ours = means.xs("random_effects", level="method")
+        test = means.test_mse.unstack(sort=False)
+        test.insert(0, "floor", ours.noise_floor)
+        parts = [
+            "sigma2_b",
+            "error_b",
+            "off_b",
+            "sigma2_e",
+            "error_e",
+            "off_e",
+            "coverage",
+            "unseen",
+        ]
+        tables = {
+            "mean squared error of the rows for testing": test.round(4),
+            "seconds": means.seconds.unstack(sort=False).round(1),
+            "variance components, and coverage of 95% intervals": ours[parts].round(3),
+        }
+        for title, table in tables.items():
+            print(
+                title,
+                table.rename_axis(columns=None).reset_index().to_string(index=False),
+                sep="\n",
+            )
 
 
 def simulate(config: DictConfig) -> tuple[dict[str, Tensor], Tensor, Tensor]:

@@ -67,9 +67,9 @@ def main() -> None:
     for head in ("ml", "gls"):
         found = torch.tensor([fit(head, seed) for seed in range(1, SEEDS + 1)])
         mean, error = found.mean(0).tolist(), (found.std(0) / SEEDS**0.5).tolist()
-        row = {"head": head, "groups": mean[0], "std_error": error[0]}
-        table.append(row | {"residual": mean[1], "std_error_": error[1]})
-    print(pd.DataFrame(table).round(3).to_string(index=False))
+        named = zip(("groups", "residual"), mean, error, strict=True)
+        table.append({"head": head} | {name: f"{m:.3f} +- {e:.3f}" for name, m, e in named})
+    print(pd.DataFrame(table).to_string(index=False))
 
 
 if __name__ == "__main__":

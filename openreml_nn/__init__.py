@@ -6,7 +6,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-__version__ = "0.2.0"
+from openreml_nn.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from openreml_nn import covariance, datasets, families

@@ -143,6 +143,7 @@ LEAVES = {
     "continuous ar1": lambda n: ContinuousAR1Matrix(distances(n)),
     "arma": ARMAMatrix,
     "power": lambda n: VarianceFunction(torch.arange(1.0, n + 1), "power"),
+    "power and constant": lambda n: VarianceFunction(torch.arange(1.0, n + 1), "const_power"),
     "exponential variance": lambda n: VarianceFunction(torch.linspace(-1.0, 1.0, n), "exp"),
     "heteroscedastic": lambda n: Heteroscedastic(
         variance=VarianceFunction(torch.linspace(-1.0, 1.0, n), "exp"),

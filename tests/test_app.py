@@ -38,7 +38,10 @@ def runs(folder):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    code = f"{PROGRAM[-1]}; import sys; print(*sys.modules, file=open('imported', 'w'))"
+    code = (
+        f"{PROGRAM[-1]}; import gc, sys; print(*sys.modules, file=open('imported', 'w')); "
+        "print(gc.isenabled(), gc.get_freeze_count(), file=open('collector', 'w'))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=300
     )
@@ -68,6 +71,12 @@ def test_without_a_network_nothing_is_imported_that_takes_longer_than_the_fit(de
     late = ["lightning", "torchmetrics", "torch._dynamo", "numba", "scipy.stats", "jinja2",
             "matplotlib.pyplot"]  # fmt: skip
     assert [name for name in late if name in imported] == []
+
+
+def test_the_garbage_collector_works_after_the_start_and_leaves_the_modules_aside(demo):
+    is_enabled, aside = (demo[0] / "collector").read_text().split()
+    assert is_enabled == "True"
+    assert int(aside) > 100_000
 
 
 def test_a_fit_of_100_000_levels_ends_with_all_its_files(tmp_path):

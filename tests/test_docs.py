@@ -1,6 +1,7 @@
 """The Python of the README and of the documentation runs as it stands."""
 
 import ast
+import importlib
 import importlib.util
 import json
 import os
@@ -271,6 +272,27 @@ def test_every_public_matrix_has_a_page_and_a_picture():
         about_levels = ("Pedigree", "Relationship", "marker_codes", "marker_effects")
         if name not in (*bases, *about_levels) and not name.endswith(no_matrix):
             assert f'"{name}"' in drawn, name
+
+
+def test_every_public_name_is_in_the_reference():
+    pages = [page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md")]
+    listed, whole = set(), set()
+    for block in re.findall(r"```\{eval-rst\}\n(.*?)```", "\n".join(pages), re.DOTALL):
+        listed |= set(re.findall(r"\.\. auto[a-z]+:: (?:[\w.]*\.)?(\w+)", block))
+        listed |= set(re.findall(r"^   (\w+)$", block, re.MULTILINE))
+        whole |= set(re.findall(r"\.\. automodule:: (\S+)", block))
+    rooms = ("", ".covariance", ".datasets", ".estimators", ".families", ".inference", ".lightning")
+    rooms += (".likelihood", ".metrics", ".model", ".report", ".result", ".table")
+    missing = []
+    for room in rooms:
+        if room == ".estimators" and importlib.util.find_spec("sklearn") is None:
+            continue
+        module = importlib.import_module(f"openreml_nn{room}")
+        for name in module.__all__ if module.__name__ not in whole else ():
+            value = getattr(module, name)
+            if callable(value) and name not in listed:
+                missing.append(f"{module.__name__}.{name}")
+    assert missing == []
 
 
 def test_every_function_and_structure_of_a_formula_is_on_its_page():

@@ -302,11 +302,13 @@ def test_a_cycle_is_seen(texts, found):
     [
         ("import openreml_nn", ["torch", "numpy", "pandas"]),
         (
-            "from openreml_nn import lmm, glmm, MixedModel, REMLLoss, inference",
-            ["lightning", "torchmetrics", "matplotlib", "numba", "scipy.stats", "scipy.spatial"],
+            "from openreml_nn import lmm, glmm, MixedModel, REMLLoss, inference, report; "
+            "from openreml_nn.program import fit, outputs",
+            ["lightning", "torchmetrics", "matplotlib", "numba", "scipy.stats", "scipy.spatial",
+             "scipy.special"],
         ),
     ],
-)
+)  # fmt: skip
 def test_the_package_is_imported_without_what_few_need(code, late):
     """Each takes as long to import as a fit of a thousand rows takes."""
     code = f"import sys; {code}; print(*[name for name in {late} if name in sys.modules])"

@@ -205,7 +205,7 @@ def test_a_family_is_kriged_on_its_own_scale():
 def test_where_the_joint_covariance_is_not_at_hand_the_variance_is_a_bound(k):
     """No less than it is, and no more than the prior's; at a place of the fit it is that level's."""
     model, data, new = model_of("ml", k)
-    model.joint = JointErrors(most_columns=5)
+    model.joint = JointErrors(most_columns=5, most_entries=10)
     model.update(data)
     with pytest.warns(RuntimeWarning, match="as independent"):
         found = model.predict(new)
@@ -219,6 +219,24 @@ def test_where_the_joint_covariance_is_not_at_hand_the_variance_is_a_bound(k):
     assert bool((found.variance <= prior + 1e-10).all())
     assert bool((found.variance < prior - 1e-3).any())
     torch.testing.assert_close(found.variance[6], variance[6], rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("head", ["ml", "gls"])
+def test_places_too_many_for_a_checkpoint_are_kriged_exactly_and_the_checkpoint_is_small(head):
+    model, data, new = model_of(head, random={"g": RandomEffect(5)})
+    model.joint = JointErrors(most_columns=5, most_numbers=60)
+    model.update(data)
+    found = model.predict(new)
+    with torch.no_grad():
+        mean, variance = dense(model, data, new)
+    torch.testing.assert_close(found.mean, mean, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(found.variance, variance, rtol=1e-8, atol=1e-8)
+    held = [key for key, value in model.state_dict().items() if value.numel() > 30**2]
+    assert not [key for key in held if "joint" in key]
+    again = model_of(head, random={"g": RandomEffect(5)})[0]
+    again.load_state_dict(model.state_dict())
+    for one, other in zip(again.predict(new), found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
 
 
 def vecchia_of(neighbours, levels=30):

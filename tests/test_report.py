@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from rich.console import Console
 
+import openreml_nn
 from openreml_nn import InputError, datasets, fit_reml, glmm, lmm
 from openreml_nn.covariance import (
     CovariancePropagation,
@@ -41,6 +42,7 @@ from openreml_nn.report import (
 )
 from openreml_nn.report.contents import RunContents
 from openreml_nn.report.runs import best, collect
+from openreml_nn.support.names import shortened
 
 FORMULA = "Reaction ~ Days + (Days | Subject)"
 
@@ -285,6 +287,7 @@ def test_a_report_is_one_page_that_needs_no_other_file(result, tmp_path):
     assert text.count("<figcaption>Shares of the variance, with standard errors<") == 2
     assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org/2000/svg", "")
     assert "REML criterion 1743.6283" in text
+    assert f"gathered by openreml_nn {openreml_nn.__version__} on" in text
     assert write_report(tmp_path / "a", tmp_path / "one.html") == 1
     with pytest.raises(InputError, match="has no run"):
         write_report(tmp_path / "none", tmp_path / "none.html")
@@ -358,6 +361,22 @@ def test_the_model_is_said_in_words(result, tmp_path):
     assert "with a network for its mean and 2 coefficients of its features. The" in network
 
 
+def test_a_report_has_the_structure_of_the_errors_and_its_correlations(tmp_path):
+    found = lmm(
+        "Reaction ~ Days", datasets.sleepstudy().head(60), residual="ar1(Days | Subject) + units"
+    )
+    write_record(found, tmp_path, {})
+    (tmp_path / "config.yaml").write_text("model: {residual: ar1(Days | Subject) + units}")
+    run = RunContents(tmp_path, "run", "run0")
+    assert run.formula() == ["Reaction ~ Days", "residual = ar1(Days | Subject) + units"]
+    assert "The errors have the structure ar1(Days | Subject) + units." in run.words()
+    assert "random intercepts" not in run.words()
+    ((name, value, error),) = ([cell.text for cell in row.cells] for row in run.parameters().rows)
+    (rho,) = [p for p in found.parameters if p.name.endswith("rho")]
+    assert name == shortened(p.name for p in found.parameters)[rho.name] == "residual/rho"
+    assert (float(value), float(error)) == pytest.approx((rho.value, rho.std_error), rel=1e-5)
+
+
 def test_the_variance_of_a_slope_that_is_zero_is_said_of_the_slope():
     rng = np.random.default_rng(0)
     g, x = np.repeat(np.arange(12), 6), np.tile(np.arange(6.0), 12)
@@ -393,7 +412,7 @@ def test_of_many_levels_a_report_draws_some_and_says_so(tmp_path):
     plots = [
         plot for plot in Page(tmp_path / "page.html").plots.values() if "BLUPs" in plot["title"]
     ]
-    assert "2000 of 3000 levels, evenly by rank" in plots[0]["title"]
+    assert "2,000 of 3,000 levels, evenly by rank" in plots[0]["title"]
     blup = found.random[0].values[:, 0]
     np.testing.assert_allclose(
         [plots[0]["x"][0], plots[0]["x"][-1]], [blup.min(), blup.max()], rtol=1e-6

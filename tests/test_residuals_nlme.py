@@ -37,6 +37,7 @@ FITS = {
     "BodyWeight spherical": ("weight ~ Time * Diet", {"residual": "spherical(Time | Rat)"}),
     "Dialyzer power": (POLYNOMIAL, {"residual": "power(pressure)"}),
     "Dialyzer exp": (POLYNOMIAL, {"residual": "exp(pressure)"}),
+    "Spread const power": ("y ~ x", {"residual": "const_power(x)"}),
     "Dialyzer lme power": (f"{POLYNOMIAL} + (1 | Subject)", {"residual": "power(pressure)"}),
     "Dialyzer power ar1": (
         POLYNOMIAL,

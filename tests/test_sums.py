@@ -17,6 +17,7 @@ from openreml_nn.covariance import (
 )
 from openreml_nn.estimation.aireml import Curvature
 from openreml_nn.lightning.sums import LevelSums
+from openreml_nn.likelihood import Sparse
 from openreml_nn.model import take
 from tests.strategies import kinship
 
@@ -210,6 +211,17 @@ def test_the_sparse_solver_makes_of_sums_what_the_blocked_one_does(name):
             ]
         )
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-10)
+
+
+def test_second_derivatives_of_sums_that_would_hold_too_much_are_refused():
+    one, data = SPARSE["near"][0](), SPARSE["near"][1]()
+    one.solver = Sparse(memory=30_000)
+    sums = LevelSums(one, waiting=30)
+    sums.add(data, one(data))
+    gathered = sums.gathered()
+    assert gathered.objective.evaluate().log_likelihood.isfinite()
+    with pytest.raises(InputError, match=r"dense matrices that would hold .* GiB of 120 rows"):
+        gathered.objective.recorded()
 
 
 def test_the_plan_takes_the_solver_of_least_cost_for_sums():

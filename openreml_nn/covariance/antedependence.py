@@ -38,6 +38,10 @@ class AntedependenceMatrix(Matrix):
     Shape:
         Output: (n, n).
 
+    Raises:
+        TypeError, InputError: if ``n`` is no whole number of 1 or more, or a specification is
+            invalid.
+
     Reference:
         Gabriel, Annals of Mathematical Statistics 33 (1962) 201; Kenward,
         Applied Statistics 36 (1987) 296.

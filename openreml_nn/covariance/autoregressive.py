@@ -73,6 +73,10 @@ class AR1Matrix(Matrix):
     Shape:
         Output: (n, n).
 
+    Raises:
+        TypeError, InputError: if ``n`` is no whole number of 1 or more, or a specification is
+            invalid.
+
     >>> AR1Matrix(3)(torch.tensor([0.0, 1.0986123]))
     tensor([[1.0000, 0.5000, 0.2500],
             [0.5000, 1.0000, 0.5000],
@@ -271,6 +275,10 @@ class StationaryMatrix(Matrix):
 
     Shape:
         Output: (n, n).
+
+    Raises:
+        TypeError, InputError: if ``n`` is no whole number of 1 or more, or a specification is
+            invalid.
 
     Reference:
         Barndorff-Nielsen and Schou, Journal of Multivariate Analysis 3 (1973) 408.

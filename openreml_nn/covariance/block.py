@@ -14,6 +14,7 @@ from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import DiagonalCovariance
 from openreml_nn.terms.design import Design, IdentityDesign, IndexedDesign
 from openreml_nn.terms.direct_sum import DirectSumCovariance
+from openreml_nn.terms.products import FEW_PLACES, precise
 from openreml_nn.terms.term import Term
 
 __all__ = ["Augment", "BlockDiagonal", "Stack"]
@@ -79,7 +80,10 @@ class BlockDiagonal(_Blocks):
         parts = [each[0].covariance for each in found]
         sizes = [design.shape[1] for design in designs]
         if not all(part.is_diagonal for part in parts):
-            return [Term(joined, DirectSumCovariance.of(parts, sizes))]
+            g: Covariance = DirectSumCovariance.of(parts, sizes)
+            if not g.is_chained and sum(sizes) > FEW_PLACES:
+                g = precise(g) or g
+            return [Term(joined, g)]
         pairs = zip(parts, sizes, strict=True)
         variances = torch.cat([_variances(part, size) for part, size in pairs])
         return [Term(joined, DiagonalCovariance(variances))]

@@ -69,6 +69,10 @@ class EqualEntryMatrix(Matrix):
     Shape:
         Output: (n, m).
 
+    Raises:
+        TypeError, InputError: if a size is no whole number of 1 or more, or a specification is
+            invalid.
+
     >>> EqualEntryMatrix(2)(torch.tensor([0.5]))
     tensor([[2.7183, 2.7183],
             [2.7183, 2.7183]])
@@ -116,6 +120,10 @@ class EquicorrelationMatrix(Matrix):
 
     Shape:
         Output: (n, n).
+
+    Raises:
+        TypeError, InputError: if ``n`` is no whole number of 1 or more, or a specification is
+            invalid.
 
     >>> EquicorrelationMatrix(2)(torch.tensor([0.0]))
     tensor([[1., 0.],
@@ -165,6 +173,10 @@ class CompoundSymmetricMatrix(Matrix):
 
     Shape:
         Output: (n, n).
+
+    Raises:
+        TypeError, InputError: if ``n`` is no whole number of 1 or more, or a specification is
+            invalid.
 
     >>> CompoundSymmetricMatrix(2)(torch.tensor([0.5, 0.0]))
     tensor([[2.7183, 0.0000],

@@ -34,6 +34,9 @@ class IdentityMatrix(Matrix):
     Shape:
         Output: (n, n).
 
+    Raises:
+        TypeError, InputError: if ``n`` is no whole number of 1 or more.
+
     >>> IdentityMatrix(2)()
     tensor([[1., 0.],
             [0., 1.]])
@@ -72,6 +75,10 @@ class ScalarMatrix(Matrix):
 
     Shape:
         Output: (n, n).
+
+    Raises:
+        TypeError, InputError: if ``n`` is no whole number of 1 or more, or a specification is
+            invalid.
 
     >>> ScalarMatrix(2)(torch.tensor([0.5]))
     tensor([[2.7183, 0.0000],
@@ -131,6 +138,10 @@ class DiagonalMatrix(Matrix):
 
     Shape:
         Output: (n, n).
+
+    Raises:
+        TypeError, InputError: if ``n`` is no whole number of 1 or more, or a specification is
+            invalid.
 
     >>> DiagonalMatrix(2)(torch.tensor([0.0, 0.5]))
     tensor([[1.0000, 0.0000],

@@ -19,8 +19,9 @@ from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import DiagonalCovariance, KroneckerCovariance, RepeatedCovariance
 from openreml_nn.terms.design import IdentityDesign, IndexedDesign
 from openreml_nn.terms.precision import PrecisionCovariance
+from openreml_nn.terms.products import FEW_PLACES, kronecker_of, precise
 from openreml_nn.terms.series import chained, repeated
-from openreml_nn.terms.term import Term, whole_term
+from openreml_nn.terms.term import Term, has_own_columns, whole_term
 
 __all__ = ["KroneckerProduct"]
 
@@ -84,14 +85,21 @@ class KroneckerProduct(Operator):
                     return [Term(IdentityDesign(self.shape[0]), repeats)]
         parts = []
         for name, found in self.lowered().items():
-            if len(found) != 1 or not isinstance(found[0].design, IdentityDesign):
+            if len(found) != 1 or not (
+                isinstance(found[0].design, IdentityDesign) or _is_permuted(found[0])
+            ):
                 operand = self.operands[name]
                 assert isinstance(operand, Matrix)
                 found = [whole_term(operand())]
             parts += found
-        merged: Term | None = parts[0]
-        for part in parts[1:]:
-            merged = _merge(merged, part)
+        parts = _fields(parts)
+        merged: Term | None = parts[-1]
+        for part in reversed(parts[:-1]):  # levels by effects, and then groups of these
+            merged = _merge(part, merged)
+        if merged is None:
+            merged = parts[0]
+            for part in parts[1:]:
+                merged = _merge(merged, part)
         if merged is None:
             return super().structure()
         return [replace(merged, name="") if merged.name else merged]
@@ -112,18 +120,44 @@ def _kron(a: Tensor, b: Tensor) -> Tensor:
     return product.reshape(*product.shape[:-4], rows, columns)
 
 
-def _merge(outer: Term | None, inner: Term) -> Term | None:
+def _fields(parts: Sequence[Term]) -> list[Term]:
+    """The parts, autoregressions that stand side by side as one: their product is sparse."""
+    found = [parts[0]]
+    for part in parts[1:]:
+        last = found[-1]
+        sides = [chained(each.covariance, each.design.shape[0]) for each in (last, part)]
+        joined = _merge(last, part) if None not in sides else None
+        found = [*found, part] if joined is None else [*found[:-1], joined]
+    return found
+
+
+def _merge(outer: Term | None, inner: Term | None) -> Term | None:
     """The term of a Kronecker product of two, or None where no structure is known."""
-    if outer is None or not isinstance(outer.design, IdentityDesign):
+    if outer is None or inner is None or not isinstance(outer.design, IdentityDesign):
         return None
     a, b = outer.covariance, inner.covariance
     q, k = outer.design.shape[0], inner.design.shape[0]
+    if isinstance(inner.design, IndexedDesign):
+        if not a.is_scalar:
+            return None
+        assert isinstance(b, PrecisionCovariance)
+        start = torch.arange(0, q * k, k, device=inner.design.codes.device)
+        codes = (start[:, None] + inner.design.codes).reshape(-1)
+        many = repeated(b.times(a.matrix.reshape(())), q)
+        return Term(IndexedDesign(codes, None, q * k, absent=False), many)
     design = IdentityDesign(q * k)
     one, other = chained(a, q), chained(b, k)
     if one is not None and other is not None:
         return Term(design, KroneckerCovariance.of(one, other, chained=True))
-    if a.is_scalar and isinstance(b, PrecisionCovariance) and b.effects == 1:
-        return Term(design, repeated(b.times(a.matrix.reshape(())), q))
+    if a.is_scalar and (isinstance(b, PrecisionCovariance) or (q > 1 and _is_long(b, k))):
+        field = precise(b)
+        assert field is not None
+        return Term(design, repeated(field.times(a.matrix.reshape(())), q))
+    if q * k > FEW_PLACES and not a.is_scalar and not (b.is_scalar and q <= _MOST_EFFECTS):
+        # An autoregression by effects is not written as one matrix.
+        a, b = (precise(g) or g if g.is_chained else g for g in (a, b))
+        if isinstance(a, PrecisionCovariance) and isinstance(b, PrecisionCovariance):
+            return Term(design, kronecker_of(a, b) or b)
     if b.is_related:
         small = _small(a, q)
         if small is not None:
@@ -134,6 +168,9 @@ def _merge(outer: Term | None, inner: Term) -> Term | None:
         return Term(design, RepeatedCovariance(a.matrix * b.whole(k), q))
     if a.is_related:
         small = _small(b, k)
+        if small is None and b.is_scalar and isinstance(a, PrecisionCovariance) and a.effects == 1:
+            many = repeated(a.times(b.matrix.reshape(())), k)
+            return Term(_levels_last(q, k, b.matrix.device), many)
         found = None if small is None else a.with_effects(small)
         return None if found is None else Term(design, found)
     if a.is_scalar:
@@ -152,6 +189,16 @@ def _merge(outer: Term | None, inner: Term) -> Term | None:
     if a.is_solid and b.is_solid:
         return Term(design, KroneckerCovariance.of(a.matrix, b.matrix))
     return None
+
+
+def _is_permuted(term: Term) -> bool:
+    """Whether it is over levels of several effects, each row with a column of its own."""
+    return isinstance(term.covariance, PrecisionCovariance) and has_own_columns(term.design)
+
+
+def _is_long(g: Covariance, size: int) -> bool:
+    """Whether copies of it are held by a sparse precision."""
+    return size > FEW_PLACES and precise(g) is not None
 
 
 def _small(g: Covariance, size: int) -> Tensor | None:

@@ -128,9 +128,13 @@ class Matrix(Intermediates, TreeNode):
         return Kind(operator=False, opaque=opaque, ours=is_ours(cls.forward), closed=True)
 
     def has_closed_form(self) -> bool:
-        """Whether the class has a gradient in closed form."""
+        """Whether calling it has the gradient in closed form, of itself and of all its operands."""
         cls = type(self)
         return cls.manual_grad is not Matrix.manual_grad or cls.manual_vjp is not Matrix.manual_vjp
+
+    def has_jacobian(self) -> bool:
+        """Whether :meth:`manual_grad` is there; that of an operator records operands that have none."""
+        return type(self).manual_grad is not Matrix.manual_grad and self.has_closed_form()
 
     # ------------------------------------------------------------------ gradients
 
@@ -140,8 +144,7 @@ class Matrix(Intermediates, TreeNode):
             raise InputError(
                 f"`grad_mode` is {self.grad_mode!r}: expected 'default', 'manual' or 'auto'"
             )
-        written = type(self).manual_grad is not Matrix.manual_grad and self.has_closed_form()
-        closed = self.grad_mode == "default" and written and not hooked(self)
+        closed = self.grad_mode == "default" and self.has_jacobian() and not hooked(self)
         if closed or self.grad_mode == "manual":
             return self.manual_grad(free_params)
         return self.auto_grad(free_params)
@@ -315,13 +318,9 @@ class Matrix(Intermediates, TreeNode):
         return rescale(self, float(harmonic_mean(variance)))
 
     def start_reach(self, reach: float) -> bool:
-        """Set how far correlation reaches, for a matrix in which it decays with a distance; returns
-        whether there is such a parameter, and it is free. Beside other terms its likelihood may have
-        several optima, and a fit starts from several reaches.
-
-        Args:
-            reach: the correlation of neighbours, or the range as a fraction of the typical distance;
-                between 0 and 1.
+        """Set how far correlation reaches, where it decays with a distance, to `reach` in (0, 1): the
+        correlation of neighbours, or the range as a fraction of the typical distance. Returns whether
+        such a parameter is there and free; beside other terms its likelihood may have several optima.
         """
         return False
 

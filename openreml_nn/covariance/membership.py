@@ -72,7 +72,11 @@ class MembershipMatrix(Matrix):
         n, m = codes.shape
         if separate and values is not None:
             raise InputError("`values` are given beside `separate`: expected one of them")
-        values = torch.eye(m).expand(n, m, m) if separate else _checked(values, n, m)
+        values = (
+            torch.eye(m, device=codes.device).expand(n, m, m)
+            if separate
+            else _checked(values, n, m)
+        )
         self.effects = 1 if values is None else values.shape[2]
         self.levels = flat.shape[1]
         super().__init__((n, self.levels * self.effects), {})

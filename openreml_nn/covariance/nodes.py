@@ -77,7 +77,7 @@ class TreeNode(Parametrized):
         raise NotImplementedError
 
     def has_closed_form(self) -> bool:
-        """Whether the class has a gradient in closed form."""
+        """Whether calling it has the gradient in closed form."""
         raise NotImplementedError
 
     def grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:

@@ -294,6 +294,9 @@ class Operator(Matrix):
         return Kind(operator=True, opaque=opaque, ours=is_ours(cls.combine), closed=closed)
 
     def has_closed_form(self) -> bool:
+        return not is_opaque(self) and Tree(self).closed[-1]
+
+    def has_jacobian(self) -> bool:
         cls = type(self)
         own = (cls.combine_vjp, cls.combine_jvp)
         standard = Operator.combine_vjp not in own and Operator.combine_jvp not in own

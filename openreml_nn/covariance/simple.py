@@ -111,8 +111,8 @@ class Adapter(Matrix):
         TypeError: if ``adaptee`` is no Matrix.
 
     >>> from openreml_nn.covariance import DiagonalMatrix
-    >>> specs = {"log_sd": {"fixed": False, "default": torch.zeros(1), "trans": TransformIdentity()}}
-    >>> V = Adapter(DiagonalMatrix(2), specs, lambda theta: theta.expand(2))
+    >>> log_sd = {"fixed": False, "default": torch.zeros(1), "trans": TransformIdentity()}
+    >>> V = Adapter(DiagonalMatrix(2), {"log_sd": log_sd}, lambda theta: theta.expand(2))
     >>> V(torch.tensor([0.5]))
     tensor([[2.7183, 0.0000],
             [0.0000, 2.7183]])

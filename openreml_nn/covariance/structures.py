@@ -41,6 +41,12 @@ __all__ = [
 def kron(*operands: Matrix | torch.Tensor) -> KroneckerProduct:
     r"""Kronecker product :math:`A_0 \otimes A_1 \otimes \cdots`.
 
+    Args:
+        operands: matrices, or tensors that are known.
+
+    Raises:
+        TypeError, InputError: as :class:`KroneckerProduct`.
+
     >>> kron(EquicorrelationMatrix(2), torch.eye(3)).shape
     (6, 6)
     """
@@ -212,7 +218,7 @@ def in_cells(codes: Tensor, groups: int, matrix: Matrix) -> CovariancePropagatio
     """:func:`within` by the cell of each row: its group, times the size of M, plus its position."""
     return CovariancePropagation(
         z=DummyMatrix.from_codes(codes, groups * matrix.shape[0]),
-        g=KroneckerProduct(groups=IdentityMatrix(groups), matrix=matrix),
+        g=KroneckerProduct(groups=IdentityMatrix(groups).to(matrix.no_params()), matrix=matrix),
     )
 
 

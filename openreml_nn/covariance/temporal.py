@@ -138,9 +138,9 @@ class ContinuousAR1Matrix(Matrix):
     def _parts(self, free_params: FreeParams) -> tuple[Tensor, Tensor, Tensor]:
         """Variance, rho and the distances."""
         variance, rho = self.build_params(free_params).split(1)
-        x = self.stored(self.param_names[1]).detach()
-        looked = free_params is None and has_values(x)
-        if looked and -inf < float(x) and not float(rho.detach()) >= _smallest(rho):
+        x = None if free_params is not None else self.stored(self.param_names[1]).detach()
+        looked = x is not None and has_values(x) and -inf < float(x)
+        if looked and not float(rho.detach()) >= _smallest(rho):
             raise NumericalError(
                 f"`rho`, the correlation at a distance of 1, is below {_smallest(rho):.0e}, where "
                 f"{rho.dtype} has no digits: {_INSTEAD}"
@@ -201,6 +201,10 @@ class ARMAMatrix(Matrix):
 
     Shape:
         Output: (n, n).
+
+    Raises:
+        TypeError, InputError: if ``n`` is no whole number of 1 or more, or a specification is
+            invalid.
 
     Reference:
         Box, Jenkins and Reinsel, Time Series Analysis (1994), section 3.4.

@@ -83,6 +83,10 @@ class LowerTriangularMatrix(_Entries):
     Shape:
         Output: (n, m).
 
+    Raises:
+        TypeError, InputError: if a size is no whole number of 1 or more, or a specification is
+            invalid.
+
     >>> LowerTriangularMatrix(2, 2)(torch.tensor([1.0, 2.0, 3.0]))
     tensor([[1., 0.],
             [2., 3.]])
@@ -123,6 +127,10 @@ class UnconstrainedMatrix(_Entries):
 
     Shape:
         Output: (n, n).
+
+    Raises:
+        TypeError, InputError: if ``n`` is no whole number of 1 or more, or a specification is
+            invalid.
 
     >>> UnconstrainedMatrix(2)(torch.tensor([0.0, 0.5, 0.5]))
     tensor([[1.0000, 0.5000],
@@ -178,6 +186,10 @@ class UnstructuredMatrix(_Entries):
 
     Shape:
         Output: (n, n).
+
+    Raises:
+        TypeError, InputError: if ``n`` is no whole number of 1 or more, or a specification is
+            invalid.
 
     Reference:
         Pinheiro and Bates, Unconstrained parametrizations for

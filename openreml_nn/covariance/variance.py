@@ -11,7 +11,7 @@ from torch import Tensor
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.start import harmonic_mean
-from openreml_nn.covariance.transform import TransformExpPow2, TransformIdentity
+from openreml_nn.covariance.transform import TransformExp, TransformExpPow2, TransformIdentity
 from openreml_nn.support.checks import found
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import DiagonalCovariance
@@ -22,18 +22,22 @@ __all__ = ["VarianceFunction"]
 
 
 class VarianceFunction(Matrix):
-    r"""Variances :math:`V_{ii} = \sigma^2 |x_i|^{2\delta}`, or :math:`\sigma^2 e^{2 \delta x_i}`.
+    r"""Variances :math:`V_{ii} = \sigma^2 |x_i|^{2\delta}`, :math:`\sigma^2 e^{2 \delta x_i}`, or
+    :math:`\sigma^2 (c + |x_i|^\delta)^2`.
 
-    =========== ============== =======
-    parameter   transform      default
-    =========== ============== =======
-    ``sigma^2`` :math:`e^{2x}` 0
-    ``delta``   identity       0
-    =========== ============== =======
+    ============ ============== =======
+    parameter    transform      default
+    ============ ============== =======
+    ``sigma^2``  :math:`e^{2x}` 0
+    ``delta``    identity       0
+    ``constant`` :math:`e^x`    0
+    ============ ============== =======
+
+    The constant c is that of ``"const_power"`` alone.
 
     Args:
         covariate: x, (n,); not zero for a power.
-        kind: ``"power"`` or ``"exp"``.
+        kind: ``"power"``, ``"exp"`` or ``"const_power"``.
         param_specs: specifications that replace the ones above.
 
     Shape:
@@ -58,22 +62,24 @@ class VarianceFunction(Matrix):
         kind: str = "power",
         param_specs: Mapping[str, Any] | None = None,
     ) -> None:
-        if kind not in ("power", "exp"):
-            raise InputError(f"`kind` is {kind!r}: expected 'power' or 'exp'")
+        if kind not in ("power", "exp", "const_power"):
+            raise InputError(f"`kind` is {kind!r}: expected 'power', 'exp' or 'const_power'")
         if not isinstance(covariate, Tensor) or not covariate.is_floating_point():
             raise TypeError(f"`covariate` is {found(covariate)}: expected a floating-point tensor")
         if covariate.dim() != 1 or not len(covariate):
             raise InputError(f"`covariate` has shape {tuple(covariate.shape)}: expected (n,)")
-        logarithm = covariate.abs().log() if kind == "power" else covariate
+        logarithm = covariate if kind == "exp" else covariate.abs().log()
         if not covariate.is_meta and not bool(torch.isfinite(logarithm).all()):
             row = int((~torch.isfinite(logarithm)).nonzero()[0])
-            wanted = "a finite number" + (" other than zero" if kind == "power" else "")
+            wanted = "a finite number" + ("" if kind == "exp" else " other than zero")
             raise InputError(
                 f"`covariate` is {float(covariate[row]):g} in row {row}: expected {wanted}"
             )
         # Its logarithm moves in proportion to delta where x is far from 1, whatever the unit of x.
         default = free_specs(["sigma^2"], trans=TransformExpPow2(degree=0))
         default |= free_specs(["delta"], trans=TransformIdentity())
+        if kind == "const_power":
+            default |= free_specs(["constant"], trans=TransformExp(degree=2))
         super().__init__((len(covariate),) * 2, merge_specs(default, param_specs))
         self.register_data("logarithm", logarithm)
         self.kind = kind
@@ -91,8 +97,9 @@ class VarianceFunction(Matrix):
 
     def variances(self, free_params: FreeParams = None) -> Tensor:
         """The diagonal (n,)."""
-        variance, delta = self.build_params(free_params).split(1)
-        return variance * torch.exp(2 * delta * self.logarithm.to(delta))
+        variance, delta, *constant = self.build_params(free_params).split(1)
+        unit = torch.exp(delta * self.logarithm.to(delta))
+        return variance * (sum(constant) + unit) ** 2
 
     def forward(self, free_params: FreeParams = None) -> Tensor:
         return torch.diag(self.variances(free_params))
@@ -105,15 +112,21 @@ class VarianceFunction(Matrix):
         return self.free_vjp(self._slopes(free_params) @ cotangent.diagonal(), free_params)
 
     def _slopes(self, free_params: FreeParams) -> Tensor:
-        """Derivatives of the variances by each parameter, (2, n)."""
-        variance, delta = self.build_params(free_params).split(1)
+        """Derivatives of the variances by each parameter, (2 or 3, n)."""
+        variance, delta, *constant = self.build_params(free_params).split(1)
         x = self.logarithm.to(delta)
-        unit = torch.exp(2 * delta * x)
-        return torch.stack([unit, 2 * x * variance * unit])
+        unit = torch.exp(delta * x)
+        sd = sum(constant) + unit
+        slopes = [sd**2, 2 * variance * sd * unit * x]
+        return torch.stack([*slopes, 2 * variance * sd] if constant else slopes)
 
     def structure(self) -> list[Term]:
         return [Term(IdentityDesign(self.shape[0]), DiagonalCovariance(self.variances(None)))]
 
     def moment_start(self, variance: Tensor) -> bool:
+        start = harmonic_mean(variance)
         self.set_start(self.param_names[1], torch.zeros_like(variance[0]))
-        return self.set_start(self.param_names[0], harmonic_mean(variance))
+        if self.kind == "const_power":
+            self.set_start(self.param_names[2], torch.ones_like(variance[0]))
+            start = start / 4
+        return self.set_start(self.param_names[0], start)

@@ -16,11 +16,15 @@ def ratings(rows: int = 20_000, users: int = 1000, items: int = 200, seed: int =
     :math:`y = 3 + \sin(2 x_1) + x_2 x_3 + b_{user} + b_{item} + e` with features uniform on
     (−1, 1), a fourth one without effect, and variances 0.5, 0.25 and 1.
 
-    >>> list(ratings(4, 2, 2).columns)
-    ['rating', 'x1', 'x2', 'x3', 'x4', 'user', 'item']
+    Args:
+        rows, users, items: how many there are.
+        seed: of the random numbers.
 
     Raises:
         TypeError, InputError: if an argument is no whole number, or too small.
+
+    >>> list(ratings(4, 2, 2).columns)
+    ['rating', 'x1', 'x2', 'x3', 'x4', 'user', 'item']
     """
     rng = _generator(seed, rows=rows, users=users, items=items)
     x = rng.uniform(-1, 1, (rows, 4))
@@ -34,14 +38,20 @@ def ratings(rows: int = 20_000, users: int = 1000, items: int = 200, seed: int =
 def growth(children: int = 400, visits: int = 8, seed: int = 1) -> pd.DataFrame:
     r"""Heights (cm) of children at ages from 2 to 12: correlated random intercepts and slopes.
 
-    :math:`y = 80 + 45(1 - e^{-age/6}) + 2\,dose\cos(age/2) + b_0 + b_1 (age - 7) + e` with standard
-    deviations 4, 0.5 and 1, and correlation 0.3; ``years`` is age − 7.
+    .. math:: y = 80 + 45(1 - e^{-age/6}) + 2\,dose\cos(age/2) + b_0 + b_1 (age - 7) + e
 
-    >>> list(growth(2, 2).columns)
-    ['height', 'age', 'years', 'dose', 'child']
+    The standard deviations of :math:`b_0`, :math:`b_1` and e are 4, 0.5 and 1, and the correlation of
+    the first two is 0.3; ``years`` is age − 7.
+
+    Args:
+        children, visits: how many children there are, and visits of each.
+        seed: of the random numbers.
 
     Raises:
         TypeError, InputError: if an argument is no whole number, or too small.
+
+    >>> list(growth(2, 2).columns)
+    ['height', 'age', 'years', 'dose', 'child']
     """
     rng = _generator(seed, children=children, visits=visits)
     child = np.arange(children).repeat(visits)
@@ -58,14 +68,19 @@ def growth(children: int = 400, visits: int = 8, seed: int = 1) -> pd.DataFrame:
 def field(plots: int = 300, samples: int = 4, seed: int = 1) -> pd.DataFrame:
     r"""Yields of plots at random places of a field: a random effect with a spatial kernel.
 
-    :math:`y = 5 + \tanh(2\,rain) + rain \cdot nitrogen + b(east, north) + e` with b of Matérn 3/2
-    covariance, variance 1 and length 0.2, and residual variance 0.25.
+    .. math:: y = 5 + \tanh(2\,rain) + rain \cdot nitrogen + b(east, north) + e
 
-    >>> list(field(2, 2).columns)
-    ['yield', 'rain', 'nitrogen', 'plot', 'east', 'north']
+    b has a Matérn 3/2 covariance of variance 1 and length 0.2, and the residual variance is 0.25.
+
+    Args:
+        plots, samples: how many plots there are, and samples of each.
+        seed: of the random numbers.
 
     Raises:
         TypeError, InputError: if an argument is no whole number, or too small.
+
+    >>> list(field(2, 2).columns)
+    ['yield', 'rain', 'nitrogen', 'plot', 'east', 'north']
     """
     rng = _generator(seed, plots=plots, samples=samples)
     place = rng.uniform(0, 1, (plots, 2))
@@ -86,11 +101,15 @@ def purchases(rows: int = 20_000, users: int = 1000, seed: int = 1) -> pd.DataFr
     :math:`\mathrm{logit}\,p = \sin(2 x_1) + 2 x_2 x_3 - 0.5 + b_{user}` with features uniform on
     (−1, 1), a fourth one without effect, and variance 0.8.
 
-    >>> list(purchases(4, 2).columns)
-    ['bought', 'x1', 'x2', 'x3', 'x4', 'user']
+    Args:
+        rows, users: how many there are.
+        seed: of the random numbers.
 
     Raises:
         TypeError, InputError: if an argument is no whole number, or too small.
+
+    >>> list(purchases(4, 2).columns)
+    ['bought', 'x1', 'x2', 'x3', 'x4', 'user']
     """
     rng = _generator(seed, rows=rows, users=users)
     x = rng.uniform(-1, 1, (rows, 4))
@@ -105,14 +124,19 @@ def purchases(rows: int = 20_000, users: int = 1000, seed: int = 1) -> pd.DataFr
 def visits(rows: int = 20_000, doctors: int = 1000, seed: int = 1) -> pd.DataFrame:
     r"""Numbers of visits of patients to their doctors: a count, random intercepts.
 
-    :math:`\log\mu = 0.5 + 0.6\sin(2\,age) + severity \cdot distance + b_{doctor}` with features
-    uniform on (−1, 1), and variance 0.3.
+    .. math:: \log\mu = 0.5 + 0.6\sin(2\,age) + severity \cdot distance + b_{doctor}
 
-    >>> list(visits(4, 2).columns)
-    ['visits', 'age', 'severity', 'distance', 'doctor']
+    The features are uniform on (−1, 1), and the variance of b is 0.3.
+
+    Args:
+        rows, doctors: how many there are.
+        seed: of the random numbers.
 
     Raises:
         TypeError, InputError: if an argument is no whole number, or too small.
+
+    >>> list(visits(4, 2).columns)
+    ['visits', 'age', 'severity', 'distance', 'doctor']
     """
     rng = _generator(seed, rows=rows, doctors=doctors)
     age, severity, distance = rng.uniform(-1, 1, (3, rows))

@@ -84,6 +84,15 @@ class AIREML(torch.optim.Optimizer):
 
         The closure may also return an :class:`Objective`, a likelihood that is prepared and that
         nothing need evaluate first.
+
+        Args:
+            closure: evaluates a loss in which likelihoods of this package take part, without a
+                backward pass.
+
+        Raises:
+            TypeError: if ``closure`` is no function, or returns no loss.
+            RuntimeError: if the loss is no scalar, no parameter is in it, or it depends on parameters
+                beside the likelihood, such as by a penalty.
         """
         if not callable(closure):
             raise TypeError(

@@ -45,6 +45,8 @@ __all__ = ["checked", "fit_reml", "moment_start", "start_by_moments"]
 #: An exact evaluation is put off when it takes this many times the work of an approximate one.
 _WORTH = 1.5
 _ROUGH_STEPS = 30
+#: A step from so few standard errors ends nearer than the approximate likelihood is to the exact one.
+_ROUGHLY = 0.1
 #: Operations of an evaluation in place of which coarser ones are made at first.
 _LONG = 1e8
 #: With few digits and probes: what error they leave a step with exact evaluations takes away.
@@ -57,8 +59,15 @@ def moment_start(loss: REMLLoss, y: Tensor, X: Tensor, rows: Tensor | None = Non
     Every term first gets the same share of variance; then all are scaled by
     the profiled estimate :math:`\hat\sigma^2 = y^\top P y / (n - p)`.
 
+    Args:
+        loss: the likelihood, whose covariance is set.
+        y: response (n,).
+        X: model matrix of the fixed effects (n, p).
+        rows: the rows of the covariance that the data belong to; all by default.
+
     Raises:
-        InputError: if the fixed effects fit the response exactly.
+        TypeError, InputError: if the data are not as in :class:`REMLLoss`, or the fixed effects fit
+            the response exactly.
     """
     check_instance("loss", loss, REMLLoss)
     check_data(y, X)
@@ -136,7 +145,7 @@ def _start_by_krylov(objective: Objective, loss: REMLLoss, y: Tensor, X: Tensor)
         moment_start(rough, y, X, objective.rows)
     for _ in range(_ROUGH_STEPS):
         step = average_information_step([approximate], list(loss.covariance.parameters()), 1e-3)
-        if step.converged or step.length == 0:
+        if step.converged or step.length == 0 or step.score_norm < _ROUGHLY:
             break
     return True
 

@@ -71,7 +71,17 @@ def blue(y: Tensor, X: Tensor, V: Tensor | Matrix, theta: FreeParams = None) -> 
 def marginal_predict(y: Tensor, X: Tensor, V: Tensor | Matrix, theta: FreeParams = None) -> Tensor:
     r"""Fitted values from the fixed effects alone, :math:`X\hat\beta`, (n,).
 
-    Arguments and errors are those of :func:`blue`.
+    Args:
+        y: response (n,).
+        X: model matrix of the fixed effects (n, p).
+        V: covariance of y (n, n).
+        theta: free parameters of the tree V; its present ones by default.
+
+    Raises:
+        TypeError, InputError, NotPositiveDefiniteError: as :func:`blue`.
+
+    Reference:
+        Henderson, Biometrics 31 (1975), eq. 3.
 
     >>> y, X = torch.tensor([1.0, 2.0, 4.0]), torch.ones(3, 1)
     >>> marginal_predict(y, X, torch.eye(3))
@@ -84,7 +94,17 @@ def marginal_predict(y: Tensor, X: Tensor, V: Tensor | Matrix, theta: FreeParams
 def marginal_residual(y: Tensor, X: Tensor, V: Tensor | Matrix, theta: FreeParams = None) -> Tensor:
     r"""Residuals from the fixed effects alone, :math:`y - X\hat\beta`, (n,).
 
-    Arguments and errors are those of :func:`blue`.
+    Args:
+        y: response (n,).
+        X: model matrix of the fixed effects (n, p).
+        V: covariance of y (n, n).
+        theta: free parameters of the tree V; its present ones by default.
+
+    Raises:
+        TypeError, InputError, NotPositiveDefiniteError: as :func:`blue`.
+
+    Reference:
+        Henderson, Biometrics 31 (1975), eq. 3.
 
     >>> y, X = torch.tensor([1.0, 2.0, 4.0]), torch.ones(3, 1)
     >>> marginal_residual(y, X, torch.eye(3))
@@ -144,9 +164,22 @@ def predict(
 ) -> Tensor:
     r"""Fitted values from fixed and random effects, :math:`X\hat\beta + Z\hat b`, (n,).
 
-    Arguments and errors are those of :func:`blup`. Several random effects are
-    one, with Z an :class:`~openreml_nn.covariance.Augment` of their designs
-    and G a :class:`~openreml_nn.covariance.BlockDiagonal` of their covariances.
+    Several random effects are one, with Z an :class:`~openreml_nn.covariance.Augment` of their
+    designs and G a :class:`~openreml_nn.covariance.BlockDiagonal` of their covariances.
+
+    Args:
+        y: response (n,).
+        X: model matrix of the fixed effects (n, p).
+        Z: design of the random effects (n, q).
+        G: their covariance (q, q), one of the parts of V.
+        V: covariance of y (n, n).
+        theta: free parameters of the tree V, and of G and Z with it; the present ones by default.
+
+    Raises:
+        TypeError, InputError, NotPositiveDefiniteError: as :func:`blup`.
+
+    Reference:
+        Henderson, Biometrics 31 (1975), eqs. 3 and 4.
 
     >>> y, X = torch.tensor([1.0, 2.0, 4.0]), torch.ones(3, 1)
     >>> predict(y, X, torch.eye(3), torch.eye(3), 2 * torch.eye(3))
@@ -167,7 +200,19 @@ def residual(
 ) -> Tensor:
     r"""Residuals from fixed and random effects, :math:`y - X\hat\beta - Z\hat b`, (n,).
 
-    Arguments and errors are those of :func:`blup`.
+    Args:
+        y: response (n,).
+        X: model matrix of the fixed effects (n, p).
+        Z: design of the random effects (n, q).
+        G: their covariance (q, q), one of the parts of V.
+        V: covariance of y (n, n).
+        theta: free parameters of the tree V, and of G and Z with it; the present ones by default.
+
+    Raises:
+        TypeError, InputError, NotPositiveDefiniteError: as :func:`blup`.
+
+    Reference:
+        Henderson, Biometrics 31 (1975), eqs. 3 and 4.
 
     >>> y, X = torch.tensor([1.0, 2.0, 4.0]), torch.ones(3, 1)
     >>> residual(y, X, torch.eye(3), torch.eye(3), 2 * torch.eye(3))

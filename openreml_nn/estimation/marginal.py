@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from openreml_nn.estimation.marginal_result import marginal_outcome
 from openreml_nn.estimation.marginal_start import set_start
 from openreml_nn.estimation.marginal_steps import CONVERGED, MarginalFit
-from openreml_nn.estimation.separation import told_exactly
+from openreml_nn.estimation.separation import separated_levels, told_exactly
+from openreml_nn.families import Binomial
 from openreml_nn.likelihood import LaplaceLoss
-from openreml_nn.likelihood.laplace import LaplaceEvaluation
+from openreml_nn.likelihood.laplace_evaluation import LaplaceEvaluation
 from openreml_nn.result import Estimate, Label, Result
 from openreml_nn.support.errors import NumericalError
 from openreml_nn.support.warning import warn
@@ -25,6 +27,8 @@ __all__ = ["endless", "fit_laplace"]
 
 #: A precision, or a shape, beyond this leaves no spread of its own.
 _ENDLESS = 1e8
+#: A standard deviation of effects on the scale of a link that leaves nearly every level one category.
+_LARGE = 10.0
 
 
 def fit_laplace(
@@ -102,7 +106,22 @@ def _climbed(
         # The curvature of the last steps was too large: go on by the one that was found there.
         converged = fit.climb(left)
         result, found = marginal_outcome(fit, names, labels, converged)
+    if _is_endless(fit, result):
+        raise fit.separated()
     return result, found
+
+
+def _is_endless(fit: MarginalFit, result: Result) -> bool:
+    """Whether binary responses that a grouping factor tells apart end at a large variance of it, where
+    Laplace's approximation may have a maximum though the likelihood has none."""
+    large = {c.name for c in result.components if float(c.covariance.abs().max()) > _LARGE**2}
+    free = {e.name.split("/")[0] for e in result.parameters if not e.fixed}
+    if not large & free or not isinstance(fit.loss.family.base, Binomial):
+        return False
+    with torch.no_grad():
+        terms = fit.loss.covariance.terms(fit.rows)
+    levels = separated_levels(fit.loss.family, fit.y, terms)
+    return any(own.name in large & free and own.alike == own.levels for own in levels)
 
 
 def endless(parameters: Sequence[Estimate]) -> list[str]:

@@ -13,7 +13,7 @@ from openreml_nn.estimation.curvature import CURVATURE
 from openreml_nn.estimation.derivatives import jacobian
 from openreml_nn.estimation.marginal_steps import CONVERGED, MarginalFit
 from openreml_nn.families import Family
-from openreml_nn.likelihood.laplace import LaplaceEvaluation
+from openreml_nn.likelihood.laplace_evaluation import LaplaceEvaluation
 from openreml_nn.result import (
     Component,
     Estimate,

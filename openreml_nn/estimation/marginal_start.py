@@ -21,6 +21,8 @@ _MANY_ROWS = 50_000
 _PART, _LEAST = 16, 10_000
 #: The fit of a part ends this far from its optimum, in standard errors, or after so many steps.
 _NEAR, _MOST_STEPS = 0.1, 30
+#: That by a likelihood near by ends this far from the optimum.
+_CLOSE = 0.02
 
 
 @torch.no_grad()
@@ -55,18 +57,54 @@ def _penalised(fit: MarginalFit, rough: Tensor, scale: Tensor) -> None:
         gamma, spread = rough.new_zeros(0), rough.new_zeros(0, 0)
     u = fit.at.read(rough)
     # The likelihood is even about a standard deviation of zero: no step would leave it.
-    vanishing = torch.tensor(fit.at.vanishing, dtype=torch.bool)
+    vanishing = torch.tensor(fit.at.vanishing, dtype=torch.bool, device=u.device)
     u = torch.where(vanishing & (u == 0), scale / 10, u)
     phi = [p.detach().reshape(-1).to(rough) for p in fit.own]
     fit.x = torch.cat([gamma[: fit.p], u, *phi])
-    fit.value, fit.slope = fit.evaluate(fit.x)
     fit.hessian = rough.new_zeros(len(fit.x), len(fit.x))
     if fit.p:
         fit.hessian[: fit.p, : fit.p] = invert_named(
             spread, "the covariance of the fixed effects at the start"
         )
+    near = fit.nearby(_CLOSE)
+    if near is None or not _climbed(fit, near, scale):
+        _evaluate(fit)
+
+
+def _evaluate(fit: MarginalFit) -> None:
+    """The likelihood and its curvature where a fit begins."""
+    fit.value, fit.slope = fit.evaluate(fit.x)
     fit.replace(range(fit.p + fit.m, len(fit.x)))
     fit.refresh()
+
+
+def _climbed(fit: MarginalFit, near: MarginalFit, scale: Tensor) -> bool:
+    """From the optimum of a likelihood that is near, with its curvature; whether there is one within the
+    bounds."""
+    own = [p.detach().clone() for p in fit.own]
+    try:
+        _evaluate(near)
+        if near.climb(_MOST_STEPS) and _is_inside(near, scale):
+            fit.x, fit.hessian = near.x, near.hessian
+            fit.value, fit.slope = fit.evaluate(fit.x)
+            return True
+    except NumericalError:
+        pass  # the near one may have no optimum
+    _restore(fit, own)
+    return False
+
+
+def _is_inside(fit: MarginalFit, scale: Tensor) -> bool:
+    """Whether no standard deviation has gone next to zero, at the scale of the data."""
+    u = fit.split(fit.x)[1]
+    vanishing = torch.tensor(fit.at.vanishing, dtype=torch.bool, device=u.device)
+    return bool((~vanishing | (u.abs() > scale.abs() / 10)).all())
+
+
+def _restore(fit: MarginalFit, own: list[Tensor]) -> None:
+    """Set the family's parameters back."""
+    for parameter, value in zip(fit.own, own, strict=True):
+        parameter.copy_(value)
 
 
 def _sample(fit: MarginalFit) -> Tensor | None:
@@ -90,15 +128,11 @@ def _from_part(fit: MarginalFit, rows: Tensor, rough: Tensor, scale: Tensor) -> 
     part, own = fit.part(rows, _NEAR), [p.detach().clone() for p in fit.own]
     try:
         _penalised(part, rough, scale)
-        found = part.climb(_MOST_STEPS)
-        vanishing = torch.tensor(fit.at.vanishing, dtype=torch.bool)
-        u = part.split(part.x)[1]
-        if found and bool((~vanishing | (u.abs() > scale.abs() / 10)).all()):
+        if part.climb(_MOST_STEPS) and _is_inside(part, scale):
             fit.x, fit.hessian = part.x, part.curvature() * (fit.count / part.count)
             fit.value, fit.slope = fit.evaluate(fit.x)
             return True
     except NumericalError:
         pass  # a part may be separated where the whole is not
-    for parameter, value in zip(fit.own, own, strict=True):
-        parameter.copy_(value)
+    _restore(fit, own)
     return False

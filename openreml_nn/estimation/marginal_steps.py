@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
-from math import isfinite, nan
+from math import inf, isfinite, nan
 from typing import cast
 
 import torch
@@ -19,7 +19,7 @@ from openreml_nn.estimation.separation import separation_of, told_exactly
 from openreml_nn.families import Binomial, Ordinal
 from openreml_nn.likelihood import LaplaceLoss
 from openreml_nn.likelihood.fixed import FixedPart
-from openreml_nn.likelihood.laplace import LaplaceEvaluation
+from openreml_nn.likelihood.laplace_evaluation import LaplaceEvaluation
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.result import Record
 from openreml_nn.support.errors import InputError, NumericalError
@@ -43,8 +43,12 @@ _FAR = 10.0
 _STEP = 1e-4
 #: With more rows than these a step takes time.
 _MANY_ROWS = 20_000
+#: What the likelihood of a mode that is found roughly may be off by.
+_NOISE = 0.5
 #: Differences for standard errors are over this part of one, with few and with many rows.
 _PARTS = 1e-4, 1e-3
+#: and with many rows the last step is one of them if it was no longer than this part.
+_SHORT = 5e-3
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,10 @@ class MarginalFit:
         self.value, self.slope = nan, self.x
         self.hessian = X.new_zeros(0, 0)
         self.aim = _AIM if len(X) <= _MANY_ROWS else CONVERGED
+        #: What the likelihood may be off by beside rounding.
+        self.noise = 0.0
+        #: Where the last step began, and the gradient there.
+        self.before: tuple[Tensor, Tensor] | None = None
 
     # ------------------------------------------------------------------ the function
 
@@ -148,6 +156,16 @@ class MarginalFit:
         found.weights = None if self.weights is None else self.weights[rows]
         return found
 
+    def nearby(self, aim: float) -> MarginalFit | None:
+        """The fit by a likelihood that is near and takes far less work, whose steps end so near the
+        optimum; None where there is none."""
+        loss = self.loss.nearby()
+        if loss is None:
+            return None
+        found = copy(self)
+        found.loss, found.aim, found.history, found.noise = loss, aim, [], _NOISE
+        return found
+
     def replace(self, places: range) -> None:
         """Rows and columns of the curvature, anew by differences."""
         H = self.hessian.clone()
@@ -176,7 +194,7 @@ class MarginalFit:
         # Where a standard deviation is too large the information says little: with what the
         # likelihood's own curvature has beside it, no step goes beyond zero.
         own = slice(self.p, self.p + self.m)
-        vanishing = torch.tensor(self.at.vanishing) & (u != 0)
+        vanishing = torch.tensor(self.at.vanishing, dtype=torch.bool, device=u.device) & (u != 0)
         beside = torch.where(vanishing, self.slope[own] / torch.where(vanishing, u, 1), 0)
         self.hessian[own, own] = known + torch.diag(beside.clamp(min=0))
 
@@ -198,6 +216,7 @@ class MarginalFit:
                 likelihood.
         """
         period = max(4 if len(self.X) <= _MANY_ROWS else 10, len(self.x) - self.p)
+        last = inf
         for step in range(1, most + 1):
             direction, norm = self._direction()
             if norm < self.aim:
@@ -219,15 +238,21 @@ class MarginalFit:
             elif norm > _FAR:
                 self.refresh()
             elif step % period == 0:
-                # A curvature that is only updated is far from its own where it changes its sign.
-                self.replace(range(self.p, len(self.x)))
+                # A curvature that is only updated is far from its own where it changes its sign. Where
+                # coefficients grow with the variances, as of responses that are near to separated, theirs
+                # changes as much.
+                if norm < last / 2:
+                    self.replace(range(self.p, len(self.x)))
+                else:
+                    self.hessian = self.curvature()
+                last = norm
         return self._direction()[1] < CONVERGED
 
     def separated(self) -> NumericalError:
         """What is raised of responses whose likelihood has no maximum."""
         with torch.no_grad():
             terms = self.loss.covariance.terms(self.rows)
-        return NumericalError(separation_of(self.loss.family, self.y, terms))
+        return NumericalError(separation_of(self.loss.family, self.y, terms, self.X))
 
     def _positive(self) -> tuple[Tensor, Tensor, Tensor]:
         """The curvature made positive: its eigenvalues and eigenvectors in scales of unit diagonal."""
@@ -247,7 +272,7 @@ class MarginalFit:
         # No parameter moves by more than a unit of its scale at a time.
         part = 1.0 / max(1.0, float((direction.abs() / (1 + self.x.abs())).max()) / 2)
         expected = float(self.slope @ direction)
-        slack = 1e-13 * (1 + abs(self.value))
+        slack = 1e-13 * (1 + abs(self.value)) + self.noise
         for _ in range(30):
             x = self.x + part * direction
             try:
@@ -256,6 +281,7 @@ class MarginalFit:
                 value, slope = nan, self.slope
             if isfinite(value) and value <= self.value + 1e-4 * part * expected + slack:
                 self._update(x - self.x, slope - self.slope)
+                self.before = self.x, self.slope
                 self.x, self.value, self.slope = x, value, slope
                 return part
             part /= 2
@@ -294,23 +320,39 @@ class MarginalFit:
         Gradients are exact, so that differences to one side do, over a part of a standard error so small
         that the curvature hardly moves: of many rows it moves less, and gradients are rounded more.
         """
-        rows, moves = [], []
         integrated = self.loss.method == "reml" and self.Q.shape[1] > 0
         here = self.found(self.x).coefficients if integrated else self.x[:0]
         scale = self.hessian.diagonal().abs().clamp(min=1e-6).rsqrt()
-        part = _PARTS[len(self.X) > _MANY_ROWS]
-        for j in range(len(self.x)):
+        count, part = len(self.x), _PARTS[len(self.X) > _MANY_ROWS]
+        H, moves = self.x.new_zeros(count, count), []
+        known = None if integrated or len(self.X) <= _MANY_ROWS else self._known(scale)
+        for j in range(count):
+            if known is not None and known[0] == j:
+                continue
             moved = self.x.clone()
             moved[j] += part * scale[j]
             step = moved[j] - self.x[j]
-            rows.append((self.evaluate(moved)[1] - self.slope) / step)
+            H[j] = (self.evaluate(moved)[1] - self.slope) / step
             if integrated:
                 moves.append((self.found(moved).coefficients - here) / step)
+        if known is not None:
+            j, s, d = known
+            s = s.clone()
+            last, s[j] = float(s[j]), 0.0
+            H[j] = (d - s @ H) / last
         self.write(self.x)
-        count = len(self.x)
-        H = torch.stack(rows) if rows else self.x.new_zeros(0, 0)
         J = torch.stack(moves, 1) if moves else self.x.new_zeros(self.Q.shape[1], count)
         return (H + H.mT) / 2, J
+
+    def _known(self, scale: Tensor) -> tuple[int, Tensor, Tensor] | None:
+        """The coordinate that the last step was most along, that step, and the difference of gradients that
+        it made; None unless it was so short that it is one of those of which the curvature comes."""
+        if self.before is None:
+            return None
+        s, d = self.x - self.before[0], self.slope - self.before[1]
+        if not _PARTS[1] ** 2 <= float(s @ d) <= _SHORT**2:
+            return None
+        return int((s / scale).abs().argmax()), s, d
 
     def settle(self) -> list[int]:
         """Take negligible standard deviations as zero; what is inside the bounds."""

@@ -83,7 +83,9 @@ class Safeguard:
 
     def _total(self) -> float:
         """The weighted sum of the log-likelihoods; a NumericalError says why there is none."""
-        # Kept: what follows at the same parameters would lower the covariance again.
+        # Kept: what follows at the same parameters would lower the covariance again. Those before
+        # are let go first, for the memory of their factors.
+        self._evaluations = []
         self._evaluations = [o.evaluate() for o in self._objectives]
         return sum(
             w * float(e.log_likelihood)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,13 +13,12 @@ from openreml_nn.families import Beta, Binomial, Family, Gamma, Ordinal
 from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.term import Term
 
-__all__ = ["SEPARATED", "Separation", "separated_levels", "separation_of", "told_exactly"]
+__all__ = ["Separation", "separated_levels", "separation_of", "told_apart", "told_exactly"]
 
-#: What is said where no grouping factor alone is at fault.
-SEPARATED = (
-    "the data are separated: a combination of the fixed effects tells responses apart without "
-    "error, so that its coefficient has no finite estimate"
-)
+#: With more rows than these no linear programme is solved to tell which effects separate responses.
+_MANY_ROWS = 20_000
+#: A row is told apart where its predictor is beyond this, of coefficients of one at most.
+_APART = 1e-4
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def separated_levels(family: Family, y: Tensor, terms: Sequence[Term]) -> list[S
     for term in terms:
         if not isinstance(term.design, IndexedDesign):
             continue
-        codes = term.design.codes
+        codes = term.design.codes.to(value.device)
         kept = codes >= 0
         levels, at = codes[kept].unique(return_inverse=True)
         if not len(levels) < len(at):
@@ -67,12 +67,53 @@ def separated_levels(family: Family, y: Tensor, terms: Sequence[Term]) -> list[S
     return found
 
 
-def separation_of(family: Family, y: Tensor, terms: Sequence[Term]) -> str:
+def told_apart(family: Family, y: Tensor, term: Term) -> int:
+    """How many levels of grouped rows have binary responses that their effects tell apart without error,
+    those of one category among them.
+
+    Args:
+        family, y: as :func:`separated_levels` takes them.
+        term: one that it names.
+    """
+    assert isinstance(term.design, IndexedDesign)
+    value, codes, z = family.observed(y).to(torch.float64), term.design.codes, term.design.values
+    z = value.new_ones(len(value), 1) if z is None else z
+    rows = [(codes == level).nonzero()[:, 0] for level in codes[codes >= 0].unique()]
+    return sum(_tells_apart(z[own], value[own]) for own in rows)
+
+
+def _tells_apart(columns: Tensor, shares: Tensor) -> bool:
+    """Whether some combination of columns (n, p) is nowhere negative where the share of successes is 1,
+    nowhere positive where it is 0, zero where it is between, and not zero everywhere: then binary
+    responses have no maximum (Albert and Anderson, Biometrika 71 (1984) 1)."""
+    from scipy.optimize import linprog
+
+    unit = (columns / columns.abs().amax(0).clamp(min=1e-300)).double().numpy(force=True)
+    share = shares.numpy(force=True)
+    sign = (share == 1) * 1.0 - (share == 0)
+    rows, between = sign[:, None] * unit, sign == 0
+    ties = {"A_eq": unit[between], "b_eq": np.zeros(between.sum())} if between.any() else {}
+    found = linprog(
+        -rows.sum(0), A_ub=-rows[~between], b_ub=np.zeros((~between).sum()), bounds=(-1, 1), **ties
+    )
+    return found.status == 0 and bool((rows @ found.x).max(initial=0.0) > _APART)
+
+
+def _of_thresholds(columns: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Ordered responses as one binary response for each threshold, of which the column comes first."""
+    ends = values.unique()[:-1]
+    above = (values > ends[:, None]).to(columns)  # (thresholds, n)
+    own = torch.eye(len(ends)).to(columns).repeat_interleave(len(values), 0)
+    return torch.cat([own, columns.repeat(len(ends), 1)], 1), above.flatten()
+
+
+def separation_of(family: Family, y: Tensor, terms: Sequence[Term], X: Tensor) -> str:
     """What separates responses of which the likelihood has no maximum: the levels of a grouping factor
-    where all of them have one category each, else the fixed effects.
+    where all of them have one category each, the fixed effects, or these with the random ones.
 
     Args:
         family, y, terms: as :func:`separated_levels` takes them.
+        X: (n, p) of the fixed effects.
     """
     for found in separated_levels(family, y, terms):
         if found.alike == found.levels:
@@ -81,7 +122,18 @@ def separation_of(family: Family, y: Tensor, terms: Sequence[Term]) -> str:
                 f"responses of one category alone, so that the variance of {found.name} has no finite "
                 "estimate"
             )
-    return SEPARATED
+    columns, value = X, family.observed(y).to(X)
+    if len(X) > _MANY_ROWS:
+        what = "the fixed effects, or of them with the random ones,"
+    else:
+        if isinstance(family.base, Ordinal):
+            columns, value = _of_thresholds(columns, value)
+        alone = bool(columns.shape[1]) and _tells_apart(columns, value)
+        what = "the fixed effects" if alone else "the fixed effects with the random ones"
+    return (
+        f"the data are separated: a combination of {what} tells responses apart without error, so that "
+        "its coefficient has no finite estimate"
+    )
 
 
 def told_exactly(family: Family, like: Tensor, end: float) -> str:

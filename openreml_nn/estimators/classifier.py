@@ -37,9 +37,9 @@ class MixedClassifier(ClassifierMixin, MixedEstimator):
     :func:`openreml_nn.glmm`.
 
     Args:
-        groups, formula, solver, network, optimizer, epochs, rows, random_state: see
-            :class:`MixedRegressor`. A network needs a grouping factor, and is trained by the
-            marginal likelihood of all rows, an optimizer's step an epoch.
+        groups, formula, solver, optimizer, epochs, rows, random_state: see :class:`MixedRegressor`.
+        network: see :class:`MixedRegressor`. It needs a grouping factor, and is trained by the marginal
+            likelihood of all rows, an optimizer's step an epoch.
         C: prior variance of the coefficients of X, 1 by default; infinite for none. It is refused
             beside a formula or a network, whose coefficients have no prior.
 

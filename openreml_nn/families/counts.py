@@ -50,7 +50,10 @@ class _Count(Family):
 
 
 class Poisson(_Count):
-    r""":math:`y \sim \mathrm{Poisson}(\mu)`, :math:`\log\mu = \eta`.
+    r"""Counts :math:`y \sim \mathrm{Poisson}(\mu)`, :math:`\log\mu = \eta`, of variance :math:`\mu`.
+
+    Reference:
+        McCullagh and Nelder, Generalized Linear Models (1989), chapter 6.
 
     >>> Poisson().log_density(torch.tensor([0.0, 1.0]), torch.zeros(2))
     tensor([-1., -1.])

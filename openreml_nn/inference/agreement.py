@@ -43,7 +43,7 @@ def refits(result: Result, starts: int = 3, seed: int = 0, progress: bool = True
         progress: whether a bar shows on stderr.
 
     Returns:
-        optimizer, start, log_likelihood (NaN where V was nowhere positive definite), lower (by how much
+        A data frame with the columns optimizer, start, log_likelihood (NaN where V was nowhere positive definite), lower (by how much
         it is below the best), agrees (whether that is less than 0.001), and a column for each
         parameter that is estimated, by its name. The first row is the fit's own.
 
@@ -138,7 +138,7 @@ class _Runs:
         """Start from a random place about the estimate."""
         scale, shift = self._rng.standard_normal((2, len(self._estimate)))
         u = self._estimate * torch.from_numpy(np.exp(scale)).to(self._estimate)
-        free = ~torch.tensor(self._at.vanishing)
+        free = ~torch.tensor(self._at.vanishing, device=u.device)
         self._at.write(torch.where(free, u + torch.from_numpy(shift / 2).to(u), u))
 
     def climb(self, start: Callable[[], None]) -> None:
@@ -153,7 +153,7 @@ class _Runs:
         with_slope = method != "Nelder-Mead"
         start = self._at.read(self._estimate)
         # Standard deviations in units of their start.
-        sized = torch.tensor(self._at.vanishing) & (start != 0)
+        sized = torch.tensor(self._at.vanishing, device=start.device) & (start != 0)
         unit = torch.where(sized, start, 1)
 
         def loss(x: np.ndarray) -> float | tuple[float, np.ndarray]:
@@ -174,7 +174,8 @@ class _Runs:
         """The negative log-likelihood at coordinates u, and its slope in them."""
         self._at.write(u)
         # A coordinate beyond a bound stands for its mirror image.
-        side = torch.where(torch.tensor(self._at.vanishing) & (u < 0), -1.0, 1.0)
+        vanishing = torch.tensor(self._at.vanishing, device=u.device)
+        side = torch.where(vanishing & (u < 0), -1.0, 1.0)
         with torch.no_grad():
             if not with_slope:
                 return -self.value(), u.numpy(force=True)

@@ -10,8 +10,15 @@ from torch import Tensor
 from openreml_nn.estimation import Result
 from openreml_nn.estimation.curvature import Curvature
 from openreml_nn.estimation.derivatives import hessian_of_value, jacobian
-from openreml_nn.inference.refit import Refit
+from openreml_nn.inference.laplace_conditional import (
+    degrees_by_information,
+    degrees_by_refits,
+    refuse_refits,
+)
+from openreml_nn.inference.laplace_refit import LaplaceRefit
+from openreml_nn.inference.refit import Refit, family_of
 from openreml_nn.likelihood.problem import cholesky
+from openreml_nn.support.checks import check_choice, check_flag
 from openreml_nn.support.errors import InputError
 from openreml_nn.support.solving import solve_named
 from openreml_nn.terms.term import residual_terms
@@ -29,16 +36,20 @@ class ConditionalAIC(NamedTuple):
 
     Attributes:
         log_likelihood: :math:`\log p(y \mid \hat\beta, \hat b, \hat\theta)`.
-        df: effective degrees of freedom, those of the residual's parameters among them.
+        df: effective degrees of freedom, those of the residual's, or the family's, parameters among them.
         aic: :math:`-2\ell + 2\,\mathrm{df}`; the smaller is the better.
+        correction: by what df is, ``"slopes"``, ``"refits"`` or ``"information"``; compare criteria of one.
     """
 
     log_likelihood: float
     df: float
     aic: float
+    correction: str
 
 
-def conditional_aic(result: Result) -> ConditionalAIC:
+def conditional_aic(
+    result: Result, correction: str | None = None, progress: bool = True
+) -> ConditionalAIC:
     r"""Conditional AIC: for predictions within the levels of the data, where AIC is for new ones.
 
     With fitted values :math:`\hat y = X\hat\beta + Z\hat b = y - RPy` and q parameters of the residual,
@@ -50,17 +61,37 @@ def conditional_aic(result: Result) -> ConditionalAIC:
     in which H is the observed information, because the variances follow the data too; those at a
     boundary, such as a zero, do not.
 
+    Of a response that is not Gaussian, :math:`\hat\theta_i` being the natural parameter of a row,
+
+    .. math:: \mathrm{df} = \sum_i y_i \{\hat\theta_i(y) - \hat\theta_i(y - e_i)\}, \qquad
+        \mathrm{df} = \sum_i \hat\mu_i (1 - \hat\mu_i) \{\hat\theta_i(y_i = 1) - \hat\theta_i(y_i = 0)\}
+
+    of counts (``poisson``) and of binary responses, from as many refits as there are rows that are not
+    zero, or rows. Any family has a simpler one, which takes the variances, and the q parameters of the
+    family, for known ones: with C = [X Z], the observed information W of the responses and the precision S
+    of the random effects
+
+    .. math:: \mathrm{df} = q + \operatorname{tr}\big[C^\top W C\, (C^\top W C + S)^{-1}\big].
+
     Args:
         result: a fit.
+        correction: ``"refits"`` or ``"information"``, of a response that is not Gaussian; the first by
+            default where there is one. A Gaussian response has ``"slopes"`` alone.
+        progress: whether a bar shows on stderr while models are fitted again.
 
     Raises:
-        InputError: if the model has no residual, there are more than 3,000 rows, they were
-            streamed, or the response is not Gaussian.
-        TypeError: if it is no result.
+        InputError: if the model has no residual and no family, its rows were streamed, there are more than
+            3,000 rows of which slopes or refits are wanted, or the correction is none of the response's.
+        NumericalError: if a refit has no finite estimate.
+        TypeError: if an argument is of another kind.
 
     Reference:
         Greven and Kneib, Biometrika 97 (2010) 773, theorem 3; Vaida and Blanchard, Biometrika 92
-        (2005) 351.
+        (2005) 351. Lian, Electronic Journal of Statistics 6 (2012) 1, of counts; Efron, Journal of the
+        American Statistical Association 99 (2004) 619, and Saefken, Kneib, van Waveren and Greven,
+        Electronic Journal of Statistics 8 (2014) 201, of binary responses; Donohue,
+        Overholser, Xu and Vaida, Biometrika 98 (2011) 685, and Wood, Pya and Saefken, Journal of the
+        American Statistical Association 111 (2016) 1548, by the information.
 
     >>> from openreml_nn import lmm
     >>> from openreml_nn.datasets import sleepstudy
@@ -68,6 +99,10 @@ def conditional_aic(result: Result) -> ConditionalAIC:
     >>> f"{found.log_likelihood:.2f} {found.df:.2f} {found.aic:.2f}"
     '-824.51 31.25 1711.52'
     """
+    check_flag("progress", progress)
+    if family_of(result) is not None:
+        return _of_family(LaplaceRefit(result), correction, progress)
+    check_choice("correction", "slopes" if correction is None else correction, ("slopes",))
     refit = Refit(result)
     y, X = refit.y.double(), refit.X.double()
     n = len(y)
@@ -118,7 +153,39 @@ def conditional_aic(result: Result) -> ConditionalAIC:
     white = torch.linalg.solve_triangular(L, rest[:, None], upper=False)
     two_pi = torch.log(torch.tensor(2 * torch.pi, dtype=y.dtype))
     found = float(-(n * two_pi + 2 * L.diagonal().log().sum() + white.square().sum()) / 2)
-    return ConditionalAIC(found, df + own, -2 * found + 2 * (df + own))
+    return _criterion(found, df + own, "slopes")
+
+
+def _criterion(log_likelihood: float, df: float, correction: str) -> ConditionalAIC:
+    return ConditionalAIC(log_likelihood, df, -2 * log_likelihood + 2 * df, correction)
+
+
+def _of_family(refit: LaplaceRefit, correction: str | None, progress: bool) -> ConditionalAIC:
+    """The criterion of a fit of a family."""
+    result, why = refit.result, refuse_refits(refit)
+    if correction is None:
+        correction = "information" if why else "refits"
+    check_choice("correction", correction, ("refits", "information"))
+    if correction == "refits":
+        if why:
+            raise InputError(
+                f"`correction` is 'refits' but `result` {why}: expected counts of the family 'poisson' or "
+                "binary responses, or correction='information'"
+            )
+        if result.rows > _MOST_ROWS:
+            raise InputError(
+                f"`result` has {result.rows} rows, each of which takes a refit: expected at most "
+                f"{_MOST_ROWS}, or correction='information'"
+            )
+        df = degrees_by_refits(refit, progress)
+    else:
+        df = degrees_by_information(refit)
+    with torch.no_grad():
+        loss, fit = refit.loss, refit.fit()
+        predictor = fit.found(fit.x).predictor
+        density = loss.family.log_density(refit.y, predictor)
+        weighted = density if refit.weights is None else density * refit.weights
+    return _criterion(float(weighted.sum()), df, correction)
 
 
 def _residual(result: Result, names: list[str], refit: Refit) -> list[int]:

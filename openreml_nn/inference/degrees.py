@@ -86,7 +86,7 @@ def coefficients(result: Result, ddf: str | None = None, level: float = 0.95) ->
         level: of the intervals.
 
     Returns:
-        name, estimate, std_error, df, statistic, p, low, high.
+        A data frame with the columns name, estimate, std_error, df, statistic, p, low, high.
 
     Raises:
         InputError: if an option is unknown or the correction does not fit the model.

@@ -62,7 +62,8 @@ def influence(
 
     Of a response that is not Gaussian :math:`\hat\beta_{(I)}` at the held variances, and parameters of
     the family, is at the maximum of the marginal likelihood of the other rows, and :math:`\Phi` then is
-    at held ones too; with ``refit`` both are of fits of all parameters. The leverage is NaN.
+    at held ones too; with ``refit`` both are of fits of all parameters. The leverage is NaN. A case
+    takes about p + 4 evaluations of the likelihood with its gradient: groups are told sooner than rows.
 
     Args:
         result: a fit.
@@ -71,7 +72,7 @@ def influence(
         progress: whether a bar shows on stderr while models are fitted again.
 
     Returns:
-        case, rows, cook, mdffits, covtrace, covratio, leverage, and a ``dfbeta_…`` for each fixed
+        A data frame with the columns case, rows, cook, mdffits, covtrace, covratio, leverage, and a ``dfbeta_…`` for each fixed
         effect.
 
     Raises:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from openreml_nn.estimation import Component, Result
 from openreml_nn.estimation.marginal import endless
-from openreml_nn.estimation.separation import separated_levels
+from openreml_nn.estimation.separation import separated_levels, told_apart
 from openreml_nn.estimation.starts import SHORTEST
+from openreml_nn.families import Binomial
 from openreml_nn.inference.refit import check_fit
 from openreml_nn.inference.response import family_at
 from openreml_nn.result.summary import singularity, uncertainty
@@ -83,8 +84,8 @@ def _separated(result: Result) -> list[str]:
     if result.family is None or result.source is None or result.model is None:
         return []
     family, source = family_at(result), result.source
-    found = []
-    for own in separated_levels(family, source.y, source.covariance.terms()):
+    terms, found = source.covariance.terms(), []
+    for own in separated_levels(family, source.y, terms):
         c = next(c for c in result.components if c.name == own.name)
         variance = float(c.covariance.reshape(len(c.effects), -1).diagonal().max())
         if own.alike == own.levels:
@@ -94,10 +95,15 @@ def _separated(result: Result) -> list[str]:
                 "is where the fit stopped. Leave the term out, or hold its variance by `constraints`."
             )
         elif variance > _LARGE**2:
+            parted, why = own.alike, "have responses of one category alone"
+            if len(c.effects) > 1 and isinstance(family.base, Binomial):
+                term = next(term for term in terms if term.name == own.name)
+                parted = told_apart(family, source.y, term)
+                why = "have responses that their effects tell apart without error"
             found.append(
                 f"The variance of {c.group} is {variance:.3g} on the scale of the link, because "
-                f"{own.alike} of {own.levels} levels have responses of one category alone: it rests "
-                "on the few others. A profile tells how far it is known."
+                f"{parted} of {own.levels} levels {why}: it rests on the few others, and the "
+                "likelihood may have several maxima. A profile tells how far it is known."
             )
     return found
 

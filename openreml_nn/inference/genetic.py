@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.estimation import Component, Result
+from openreml_nn.inference.laplace_refit import LaplaceRefit
 from openreml_nn.inference.refit import Refit, family_of, source_of
 from openreml_nn.inference.shares import effect_share, variance_shares
 from openreml_nn.support.checks import check_choice, check_instance
@@ -30,7 +31,12 @@ _ZERO = 1e-8
 
 
 class Heritability(NamedTuple):
-    """Heritability and its standard error; ``float()`` of it is the estimate."""
+    """A heritability; ``float()`` of it is the estimate.
+
+    Attributes:
+        estimate: between 0 and 1.
+        std_error: its standard error by the delta method; NaN for heritabilities of means.
+    """
 
     estimate: float
     std_error: float
@@ -128,7 +134,8 @@ def reliability(result: Result, group: str | None = None) -> pd.DataFrame:
         group: a grouping factor; all by default.
 
     Returns:
-        group, effect, level, blup, std_error (of its error), reliability, accuracy.
+        A data frame with the columns group, effect, level, blup, std_error (of its error),
+        reliability, accuracy.
 
     Raises:
         InputError: if there is no such group, no random effect, or the rows were streamed.
@@ -207,7 +214,7 @@ def _with_one_effect(component: Component, effect: str | None) -> Component:
     return component
 
 
-def moments(refit: Refit, term: Term) -> tuple[Tensor, Tensor]:
+def moments(refit: Refit | LaplaceRefit, term: Term) -> tuple[Tensor, Tensor]:
     """G and Z'PZ (q, q) of a term."""
     q = term.design.shape[1]
     if q > _MOST_EFFECTS:
@@ -215,7 +222,7 @@ def moments(refit: Refit, term: Term) -> tuple[Tensor, Tensor]:
             f"`group` has {q} levels: the covariance of their errors is a dense matrix, expected at "
             f"most {_MOST_EFFECTS}: use method='plain'"
         )
-    eye = torch.eye(q, dtype=refit.y.dtype, device=refit.y.device)
+    eye = torch.eye(q, dtype=refit.X.dtype, device=refit.X.device)
     parts = [
         term.design.t_matmul(refit.project(term.design.matmul(part)))
         for part in eye.split(_COLUMNS, 1)

@@ -6,7 +6,6 @@ variances, and scales the F statistic.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 
@@ -15,11 +14,10 @@ from torch import Tensor
 
 from openreml_nn.estimation import Result
 from openreml_nn.inference.contrasts import FTest, Inference
+from openreml_nn.inference.linear_slopes import LinearSlopes
 from openreml_nn.inference.refit import Refit
 from openreml_nn.support.errors import InputError
 from openreml_nn.support.solving import invert_named, solve_named
-from openreml_nn.terms.covariance import RepeatedCovariance
-from openreml_nn.terms.term import Term
 
 __all__ = ["KenwardRoger"]
 
@@ -95,22 +93,18 @@ class KenwardRoger(Inference):
                     "correction is for variances that are free or held: use ddf='satterthwaite'"
                 )
         refit = Refit(result)
-        objective = refit.objective()
-        terms = [term.detach() for term in objective.terms()]
-        V, slopes = _linear(terms, refit.covariance.free_param_names, refit.X)
-        if not slopes:
+        slopes = LinearSlopes(refit.objective(), "`ddf` is 'kenward-roger'")
+        if not slopes.count:
             raise InputError(
                 "`ddf` is 'kenward-roger', but no variance of the model is estimated: the correction is "
                 "for that, expected one or more that are"
             )
-        inverse = invert_named(V, "the covariance V of the rows")
+        inverse = invert_named(slopes.V, "the covariance V of the rows")
         VX = inverse @ refit.X
         phi = invert_named(refit.X.mT @ VX, "the information of the fixed effects")
-        P = torch.stack([-VX.mT @ G @ VX for G in slopes])
-        projected = [(inverse - VX @ phi @ VX.mT) @ G for G in slopes]
-        information = torch.stack([
-            torch.stack([(a * b.mT).sum() / 2 for b in projected]) for a in projected
-        ])  # fmt: skip
+        moved = slopes.times(VX)  # (m, n, p)
+        P = -VX.mT @ moved
+        information = slopes.traces(inverse - VX @ phi @ VX.mT) / 2
         unit = information.diagonal().sqrt()
         factor, info = torch.linalg.cholesky_ex(information / (unit[:, None] * unit))
         if int(info) or float(factor.diagonal().min()) < _LEAST:
@@ -119,39 +113,9 @@ class KenwardRoger(Inference):
                 "apart: leave a term out, or use ddf='satterthwaite'"
             )
         W = torch.cholesky_inverse(factor) / (unit[:, None] * unit)
-        Q = torch.stack([
-            torch.stack([VX.mT @ a @ inverse @ b @ VX for b in slopes]) for a in slopes
-        ])  # fmt: skip
+        m, n, p = moved.shape
+        columns = moved.transpose(0, 1).reshape(n, m * p)
+        Q = (columns.mT @ (inverse @ columns)).reshape(m, p, m, p).transpose(1, 2)
         gain = torch.einsum("ij,ijab->ab", W, Q - torch.einsum("iab,bc,jcd->ijad", P, phi, P))
         corrected = phi + 2 * phi @ gain @ phi
         return cls(corrected, phi, P, W)
-
-
-def _linear(
-    terms: list[Term], parameters: Sequence[str], like: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """V and its derivatives by variances and covariances, of which it is a linear function."""
-    n = like.shape[0]
-    V = like.new_zeros(n, n)
-    slopes: list[Tensor] = []
-    for term in terms:
-        k = len(term.covariance.matrix)
-        free = sum(name.startswith(f"{term.name}/") for name in parameters)
-        if not free:  # its covariance is known
-            V += term.dense()
-            continue
-        # As many parameters as entries: no entry is a function of others.
-        if not isinstance(term.covariance, RepeatedCovariance) or free != k * (k + 1) // 2:
-            raise InputError(
-                f"`ddf` is 'kenward-roger': the correction is for variances and covariances of "
-                f"independent levels, which term {term.name!r} is not: use ddf='satterthwaite'"
-            )
-        sigma = term.covariance.matrix
-        Z = term.design.dense(like).unflatten(1, (-1, k))  # (n, q, k)
-        for i in range(k):
-            for j in range(i + 1):
-                G = Z[:, :, i] @ Z[:, :, j].mT
-                G = G if i == j else G + G.mT
-                V += sigma[i, j] * G
-                slopes.append(G)
-    return V, slopes

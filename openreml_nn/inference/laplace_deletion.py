@@ -24,8 +24,8 @@ from openreml_nn.support.spectrum import eigenvalues
 
 __all__ = ["LaplaceDeletion"]
 
-#: Step of the differences of gradients, in standard errors.
-_STEP = 1e-3
+#: Step of the differences of gradients, in standard errors, of exact and of approximate ones.
+_STEPS = 1e-4, 1e-3
 #: Steps end with one this short, in standard errors, and there are at most so many.
 _AIM, _MOST = 1e-4, 50
 #: Columns of X depend on each other where the squares of their lengths are as small as this.
@@ -52,7 +52,7 @@ class LaplaceDeletion:
     @cached_property
     def _whole(self) -> Tensor:
         """The information on the coefficients from all rows, where the steps without a case begin."""
-        return self._information(self._fit, self._fit.x)
+        return self._information(self._fit, self._fit.x, self._fit.slope[: self._fit.p])
 
     def phi(self, is_refitted: bool) -> Tensor:
         """The covariance of the coefficients of all rows, with all else held unless it is estimated."""
@@ -115,8 +115,8 @@ class LaplaceDeletion:
                 if is_exact:
                     change = change + step
                     return fit.T @ change, fit.T @ torch.cholesky_inverse(L) @ fit.T.mT
-                # Differences take 2 p gradients: they wait until the updated information leads nowhere.
-                H, is_exact = self._information(others, x), True
+                # Differences take p gradients: they wait until the updated information leads nowhere.
+                H, is_exact = self._information(others, x, slope), True
                 continue
             x[:p] -= step
             change += step
@@ -125,16 +125,14 @@ class LaplaceDeletion:
             slope = new
         return None
 
-    def _information(self, others: MarginalFit, x: Tensor) -> Tensor:
-        """The observed information on the coefficients at x, by differences of gradients (p, p)."""
+    def _information(self, others: MarginalFit, x: Tensor, slope: Tensor) -> Tensor:
+        """The observed information on the coefficients at x, by differences of gradients, of which the one
+        there is known, (p, p)."""
         rows, p = [], others.p
+        part = _STEPS[not self.refit.result.plan.exact]
         for j in range(p):
-            step = _STEP * float(self._fit.hessian[j, j].abs().clamp(min=1e-6).rsqrt())
-            ends = []
-            for sign in (1, -1):
-                moved = x.clone()
-                moved[j] += sign * step
-                ends.append(others.evaluate(moved)[1][:p])
-            rows.append((ends[0] - ends[1]) / (2 * step))
+            moved = x.clone()
+            moved[j] += part * self._fit.hessian[j, j].abs().clamp(min=1e-6).rsqrt()
+            rows.append((others.evaluate(moved)[1][:p] - slope) / (moved[j] - x[j]))
         found = torch.stack(rows)
         return (found + found.mT) / 2

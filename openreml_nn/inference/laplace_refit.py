@@ -30,6 +30,8 @@ __all__ = ["LaplaceRefit", "bfgs", "numbers_of"]
 _MOST = 100
 #: Where a fit of some rows ends, in standard errors.
 _AIM = 1e-4
+#: A standard deviation of the linear predictor that is nearly none.
+_SMALL = 1e-3
 #: Coefficients of columns of unit size beyond this may have no finite estimate.
 _LARGE = 5.0
 #: and have none where a row, on average, has less information on them than this.
@@ -54,7 +56,9 @@ class LaplaceRefit:
 
     def __init__(self, result: Result, method: str | None = None) -> None:
         self.result, self.source = result, source_of(result)
-        family, covariance = copy.deepcopy(family_at(result)), copy.deepcopy(self.source.covariance)
+        where = self.source.y.device  # as Refit has it
+        family = copy.deepcopy(family_at(result)).to(where)
+        covariance = copy.deepcopy(self.source.covariance).to(where)
         stored = {estimate.name: estimate.untransformed for estimate in result.parameters}
         with torch.no_grad():
             for entry in covariance.parameter_entries().entries:
@@ -118,7 +122,7 @@ class LaplaceRefit:
         generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
         with torch.no_grad():
             terms = self.loss.covariance.terms(None, self.X.dtype)
-            eta = (self.offset + self.X @ self.result.fixed.estimate)[:, None].repeat(1, samples)
+            eta = self.predictor[:, None].repeat(1, samples)
             for term in terms:
                 q = term.design.shape[1]
                 noise = torch.randn(q, samples, generator=generator, dtype=eta.dtype)
@@ -137,14 +141,32 @@ class LaplaceRefit:
                 "fit without weights; trials are no such weights"
             )
 
-    def again(self, y: Tensor) -> MarginalFit:
+    @property
+    def predictor(self) -> Tensor:
+        """The linear predictor of the rows at the estimates, but for the random effects, (n,)."""
+        return self.offset + self.X @ self.result.fixed.estimate
+
+    def project(self, columns: Tensor) -> Tensor:
+        """P of the working linear model at the estimates times columns (n, k), see
+        :meth:`LaplaceLoss.project`."""
+        return self.loss.project(self.y, self.predictor, self.X, columns, self.weights)
+
+    def again(self, y: Tensor, aim: float | None = None) -> MarginalFit:
         """The maximum of the likelihood of other responses.
+
+        Args:
+            y: the responses.
+            aim: how near to it the steps end, in standard errors; as those of a fit do by default.
 
         Raises:
             NumericalError: if it was not found, or the responses are separated.
         """
         self.loss.family.check(y)
         fit = self.fit(y)
+        fit.aim = fit.aim if aim is None else aim
+        if _leaves_zero(fit):
+            # The likelihood is even about a standard deviation of zero: no step leaves it.
+            set_start(fit)
         if not fit.climb(_MOST):
             # The way from the estimates led nowhere: from the start that these responses have.
             set_start(fit)
@@ -183,6 +205,16 @@ class LaplaceRefit:
         found = _of_matrices(self.result, matrices)
         found |= dict(zip(self.result.fixed.names, beta.tolist(), strict=True))
         return found | {name: float(value.detach()) for name, value in own.items()}
+
+
+def _leaves_zero(fit: MarginalFit) -> bool:
+    """Whether the likelihood rises from a standard deviation of zero."""
+    for j in ((fit.split(fit.x)[1] == 0) & torch.tensor(fit.at.vanishing)).nonzero()[:, 0].tolist():
+        moved = fit.x.clone()
+        moved[fit.p + j] = _SMALL
+        if float(fit.evaluate(moved)[1][fit.p + j]) < 0:
+            return True
+    return False
 
 
 def _refuse_endless(fit: MarginalFit) -> None:

@@ -47,7 +47,8 @@ def likelihood_ratio_test(small: Result, large: Result) -> LikelihoodRatio:
     several variances the weights are binomial, which is exact where their estimates are independent.
 
     Args:
-        small, large: fits of the same response by the same method.
+        small: the smaller fit.
+        large: the larger one, of the same response by the same method.
 
     Raises:
         InputError: if the fits are not of the same rows, responses, weights and method, the

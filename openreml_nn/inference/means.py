@@ -91,8 +91,9 @@ def emmeans(
 ) -> MarginalMeans:
     """Estimated marginal means of the levels of factors.
 
-    Predictions without random effects and without an offset, over a grid of all levels of all factors among the fixed
-    effects, with numeric columns at their means; averaged over the other factors with equal weights.
+    A mean is that of predictions without random effects and without an offset over a grid of all levels
+    of all factors among the fixed effects, with numeric columns at their means: the average over the
+    other factors, with equal weights.
     A factor is nested in another where each of its levels is met with one level of that, or where
     the formula says so (``a/b``); it is then averaged within that factor, over the cells that the
     data have. A mean that needs a cell about which the data say nothing is NaN, whichever level

@@ -25,8 +25,13 @@ _HIGHER = 1e-3
 
 @dataclass(frozen=True)
 class Profile:
-    """Profiles by the names of parameters: ``sd_(Intercept)|Subject``,
-    ``cor_Days.(Intercept)|Subject``, ``sigma``, fixed effects, and the parameters of a family."""
+    """Profile likelihoods, as :func:`profile` yields them.
+
+    Attributes:
+        curves: a :class:`Curve` for each parameter by its name: ``sd_(Intercept)|Subject``,
+            ``cor_Days.(Intercept)|Subject``, ``sigma``, fixed effects, and the parameters of a
+            family.
+    """
 
     curves: dict[str, Curve]
 
@@ -50,8 +55,8 @@ def profile(
     r"""Profile the likelihood of standard deviations, correlations, fixed effects, and the parameters
     of a family.
 
-    Of the full likelihood, as only that has all of them as parameters: a fit by REML is first made
-    again by maximum likelihood. Each point maximises the likelihood over all other
+    The full likelihood is profiled, as only that has all of them as parameters: a fit by REML is first
+    made again by maximum likelihood. Each point maximises the likelihood over all other
     parameters under the constraint that one has a value. A curve ends at the bound of its parameter,
     a standard deviation of 0 or a correlation of ±1, where the likelihood falls too little before it.
 

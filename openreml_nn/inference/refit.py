@@ -130,12 +130,13 @@ class Refit:
         family = family_of(result)
         if family is not None:
             raise InputError(
-                f"`result` has a response of the family {family!r}: expected a fit by lmm() or "
-                "fit_reml(), to whose Gaussian response the model could be fitted again"
+                f"`result` has a response of the family {family!r}, and what is asked for is computed of "
+                "Gaussian responses alone: expected a fit by lmm() or fit_reml()"
             )
         self.result = result
         self.source = source = source_of(result)
-        self.covariance = copy.deepcopy(source.covariance)
+        # A trainer takes its module back to the CPU after a fit, and leaves the data where they are.
+        self.covariance = copy.deepcopy(source.covariance).to(source.y.device)
         # A network in single precision beside a covariance in double: the wider holds both.
         own = torch.promote_types(source.y.dtype, self.covariance.no_params().dtype)
         self.y = source.y.detach().to(own)

@@ -15,7 +15,8 @@ from openreml_nn.estimation.curvature import Curvature
 from openreml_nn.estimation.derivatives import jacobian
 from openreml_nn.estimation.spread import Spread
 from openreml_nn.inference.genetic import moments, prior_variances
-from openreml_nn.inference.refit import Refit, source_of
+from openreml_nn.inference.laplace_refit import LaplaceRefit
+from openreml_nn.inference.refit import Refit, family_of, source_of
 from openreml_nn.support.checks import check_choice, check_instance, check_mapping
 from openreml_nn.support.errors import InputError
 
@@ -36,7 +37,7 @@ def effect_correlations(result: Result, group: str) -> pd.DataFrame:
         group: a grouping factor with one term of several effects.
 
     Returns:
-        effect1, effect2, correlation, std_error; the latter NaN where the fit is at a boundary, or
+        A data frame with the columns effect1, effect2, correlation, std_error; the latter NaN where the fit is at a boundary, or
         the correlation follows from no parameter.
 
     Raises:
@@ -107,7 +108,7 @@ def factor_loadings(result: Result, group: str) -> pd.DataFrame:
         group: its grouping factor.
 
     Returns:
-        effect, a column ``factor_1`` … for each factor, specific (the variance :math:`\Psi_{ii}`) and
+        A data frame with the columns effect, ``factor_1`` … for each factor, specific (the variance :math:`\Psi_{ii}`) and
         explained, the share :math:`(\Lambda\Lambda^\top)_{ii} / G_{ii}` of the factors in the variance.
 
     Raises:
@@ -155,7 +156,8 @@ def selection_index(result: Result, group: str, weights: Mapping[str, float]) ->
         weights: of effects by name; those that are not named have none.
 
     Returns:
-        level, index, std_error (of its error), reliability, accuracy; in descending order of the index.
+        A data frame with the columns level, index, std_error (of its error), reliability, accuracy,
+        in descending order of the index.
 
     Raises:
         InputError: if there is no such group, several terms of it or one effect; if an effect is
@@ -199,7 +201,8 @@ def blup_differences(
     The difference of the levels i and j is :math:`d = w^\top(\hat b_i - \hat b_j)`, and its error has the
     variance :math:`w^\top (C_{ii} + C_{jj} - C_{ij} - C_{ji}) w` with C the covariance of the
     prediction errors of all effects. With equal weights of the environments of
-    ``fa(0 + env | geno, k)`` it is of varieties over environments.
+    ``fa(0 + env | geno, k)`` it is of varieties over environments. Of a response that is not Gaussian they
+    are on the scale of the link, and C is that of the working linear model at the mode.
 
     Args:
         result: a fit.
@@ -207,17 +210,18 @@ def blup_differences(
         weights: of the effects by name; by default each has the same, and they add up to 1.
 
     Returns:
-        level1, level2, difference, std_error.
+        A data frame with the columns level1, level2, difference, std_error.
 
     Raises:
         InputError: if there is no such group or several terms of it; if an effect is unknown, a
-            weight is not finite or all are zero; if the response is not Gaussian, the rows were
-            streamed, or there are more than 1,000 levels.
+            weight is not finite or all are zero; if the rows were streamed, or there are more than
+            1,000 levels.
         TypeError: if an argument is of another kind.
 
     Reference:
         Henderson, Biometrics 31 (1975) 423; Cullis, Smith and Coombes, Journal of Agricultural,
-        Biological and Environmental Statistics 11 (2006) 381.
+        Biological and Environmental Statistics 11 (2006) 381; Breslow and Clayton, Journal of the
+        American Statistical Association 88 (1993) 9, section 2.2.
 
     >>> from openreml_nn import lmm
     >>> from openreml_nn.datasets import penicillin
@@ -236,9 +240,14 @@ def blup_differences(
         )
     w = _weights(component, dict.fromkeys(component.effects, 1 / k) if weights is None else weights)
     (effects,) = (e for e in result.random if e.name == component.name)
-    refit = Refit(result)
+    refit = Refit(result) if family_of(result) is None else LaplaceRefit(result)
     with torch.no_grad():
-        (term,) = (t for t in refit.objective().terms() if t.name == component.name)
+        terms = (
+            refit.objective().terms()
+            if isinstance(refit, Refit)
+            else refit.loss.covariance.terms(None, refit.X.dtype)
+        )
+        (term,) = (t for t in terms if t.name == component.name)
         G, information = moments(refit, term)
         errors = (G - G @ information @ G).unflatten(0, (q, k)).unflatten(2, (q, k))
         errors = torch.einsum("iajb,a,b->ij", errors, w.to(G), w.to(G))

@@ -25,7 +25,12 @@ __all__ = ["R2", "effect_share", "r2", "variance_shares"]
 
 
 class R2(NamedTuple):
-    """Shares of the variance that the fixed effects explain, and these with the random ones."""
+    """Shares of the variance that a fit explains.
+
+    Attributes:
+        marginal: the share of the fixed effects.
+        conditional: the share of fixed and random effects together.
+    """
 
     marginal: float
     conditional: float
@@ -94,7 +99,7 @@ def variance_shares(result: Result, observation: str | None = None) -> pd.DataFr
         observation: of a family, as in :func:`r2`.
 
     Returns:
-        group, variance, share, std_error; the residual last.
+        A data frame with the columns group, variance, share, std_error; the residual is last.
 
     Raises:
         InputError: if the rows were streamed, or the response has no such variance.
@@ -163,7 +168,8 @@ def _table(groups: list[str], value: Tensor, slope: Tensor, spread: Spread) -> p
     """Shares of variances (t,) with standard errors, by the slopes (t, m) of the variances in
     coordinates."""
     total = value.sum()
-    by = (torch.eye(len(value), dtype=value.dtype) - value[:, None] / total) / total
+    eye = torch.eye(len(value), dtype=value.dtype, device=value.device)
+    by = (eye - value[:, None] / total) / total
     error = torch.where(value > 0, spread.errors((by @ slope).mT), torch.nan)
     columns = {"variance": value, "share": value / total, "std_error": error}
     table = {name: column.numpy(force=True) for name, column in columns.items()}

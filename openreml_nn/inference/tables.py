@@ -28,28 +28,28 @@ def anova(
 ) -> pd.DataFrame:
     r"""F tests of the terms of one fit, or likelihood-ratio tests of several fits.
 
-    Of one fit, a test of each term of the fixed effects. ``type=1``: after the terms before it.
-    ``type=2``: after all others but those that contain it. ``type=3``, the default: of its effects
-    averaged with equal weights over the levels of the factors with which other terms cross it, as
-    lmerTest's ``anova`` has it. Tests and degrees of freedom are those of :func:`wald_test`, of which
-    Satterthwaite's of several contrasts depend a little on how factors are coded. One term contains
-    another if it is that one crossed with factors.
+    With one fit each term of the fixed effects is tested: with ``type=1`` after the terms before it,
+    with ``type=2`` after all terms but those that contain it, and with ``type=3``, the default, by its
+    effects averaged with equal weights over the levels of the factors with which other terms cross it,
+    as lmerTest's ``anova`` has it. One term contains another if it is that one crossed with factors.
+    Tests and degrees of freedom are those of :func:`wald_test`; Satterthwaite's for several contrasts
+    depend a little on how factors are coded.
 
-    Of several fits, each is tested against the one with fewer parameters before it.
+    With several fits each is tested against the one with fewer parameters before it.
 
     Args:
         *results: one fit by :func:`lmm`, or fits of the same data.
-        type: of one fit, 1, 2 or 3.
-        ddf: of one fit, as in :func:`coefficients`; ``"satterthwaite"`` by default, and
-            ``"asymptotic"`` where the response is not Gaussian.
-        refit: of several, whether fits by REML are first made again by maximum likelihood, as
-            lme4's anova does and as they have to be when fixed effects are compared; True by
-            default. Without it the test is of the restricted likelihoods, as in lmerTest's ranova.
+        type: 1, 2 or 3, with one fit.
+        ddf: degrees of freedom with one fit, as in :func:`coefficients`; ``"satterthwaite"`` by default,
+            and ``"asymptotic"`` where the response is not Gaussian.
+        refit: whether several fits by REML are first made again by maximum likelihood, as lme4's anova
+            does and as is necessary when fixed effects are compared; True by default. With False the
+            restricted likelihoods are compared, as in lmerTest's ranova.
 
     Returns:
-        Of one fit name, num_df, den_df, statistic (F) and p. Of several npar, aic, bic,
-        log_likelihood, deviance, and, beside the smaller model, statistic, df, p and p_naive; see
-        :class:`LikelihoodRatio`.
+        A data frame. With one fit its columns are name, num_df, den_df, statistic (F) and p; with
+        several they are npar, aic, bic, log_likelihood, deviance, and, for the comparison with the
+        smaller model, statistic, df, p and p_naive; see :class:`LikelihoodRatio`.
 
     Raises:
         InputError: if there is no fit or no formula, an option is unknown or not of the tests that

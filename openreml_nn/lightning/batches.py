@@ -62,6 +62,10 @@ class WholeGroups(Sampler[list[int]]):
         rows: rows of a batch.
         seed: of the order.
 
+    Raises:
+        TypeError, InputError: if ``groups`` are no codes of one length, or ``rows`` is no positive
+            whole number.
+
     >>> sampler = WholeGroups({"g": torch.tensor([0, 1, 0, 1, 2, 2])}, rows=2)
     >>> sorted(sorted(batch) for batch in sampler)
     [[0, 2], [1, 3], [4, 5]]

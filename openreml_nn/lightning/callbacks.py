@@ -34,6 +34,9 @@ class TraceVariances(Callback):
 
     Args:
         path: a CSV file: a row for each step of the covariance.
+
+    Raises:
+        TypeError: if ``path`` is no path.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -55,6 +58,9 @@ class ExportBLUPs(Callback):
 
     Args:
         path: a CSV file: group, level, effect, blup and std_error.
+
+    Raises:
+        TypeError: if ``path`` is no path.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

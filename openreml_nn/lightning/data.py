@@ -44,14 +44,16 @@ class MixedModelDataModule(LightningDataModule):
             ``family`` is left out, the data module takes that of the module that is trained.
         categorical: numeric columns to be taken as factors.
         predict_table: what ``trainer.predict`` predicts; the same table by default.
-        residual, weights: structure of the residuals and column of weights, as in :func:`lmm`.
+        residual: structure of the residuals, as in :func:`lmm`.
+        weights: column of weights, as in :func:`lmm`.
         validation: share of the rows that are held out for validation.
         split: how these rows are chosen: ``"random"``; ``"group"``, the share of each level of
             ``split_by``, so that training knows all levels; or ``"unseen"``, all rows of a
             share of its levels, which training then does not know.
         split_by: columns, ``a`` or ``a:b``; the first grouping factor by default.
         seed: a whole number; the same seed holds out the same rows.
-        pedigree, kernels: relations of levels that the formula names, as in :func:`lmm`.
+        pedigree: the pedigree of ``ped(…)`` in the formula, as in :func:`lmm`.
+        kernels: the matrices of ``vm(…)`` in the formula by their names, as in :func:`lmm`.
         family: the distribution of the response, or its name, by which categories and ``cbind(successes, failures)``
             are read, as in :func:`glmm`.
 

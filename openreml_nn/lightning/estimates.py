@@ -152,7 +152,8 @@ class Estimates:
         own = {key: value for key, value in given.items() if not key.startswith(_WAY)}
         with torch.inference_mode(False):
             self._model.load_state_dict(own, strict=False)
-        memory = {key.removeprefix(_WAY): given[key] for key in given if key not in own}
+        where = self._model.beta.device  # a checkpoint's tensors are on the CPU
+        memory = {key.removeprefix(_WAY): given[key].to(where) for key in given if key not in own}
         self._way.remember(memory)
 
     def finish(self, most: int, conclude: Callable[[Any], None]) -> None:

@@ -100,10 +100,11 @@ class MixedModule(Evaluated):
             config, whose features of the fixed part's columns make the log-variance of each row; or
             a matrix, see :class:`MixedModel`.
         weights: with a formula: column of weights, as in :func:`lmm`.
-        family, link, quadrature, zi: with a formula: of the response, as in :func:`glmm`. With a family
-            all parameters are trained by the marginal likelihood of a batch, by default of all rows;
-            without a network the fit is that of :func:`glmm`, in the first epoch, by as many steps at
-            most as the Trainer's ``max_epochs`` or ``max_steps``, and the Trainer counts one.
+        family: with a formula: of the response, as in :func:`glmm`. All parameters are then trained by
+            the marginal likelihood of a batch, by default of all rows; without a network the fit is
+            that of :func:`glmm`, in the first epoch, by as many steps at most as the Trainer's
+            ``max_epochs`` or ``max_steps``, and the Trainer counts one.
+        link, quadrature, zi: of the family, as in :func:`glmm`.
         categorical: with a formula: numeric columns to be taken as factors.
         constraints, starts: with a formula: of covariance parameters, as in :func:`lmm`.
         method, solver: with a formula: see :class:`MixedModel`.

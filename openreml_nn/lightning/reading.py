@@ -57,7 +57,8 @@ def read(
         for i, batch in enumerate(islice(loader, limit)):
             batch = plugin.convert_input(batch)
             batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+            # After a fit the model is on the CPU again, wherever the trainer was.
+            batch = trainer.strategy.batch_to_device(batch, model.beta.device, dataloader_idx=0)
             with blamed("training", i):
                 batch, rows = responding(as_batch(batch, model), model.responses > 1)
                 if rows is not None and not len(rows):
@@ -108,15 +109,18 @@ def state(model: MixedModel) -> dict[str, Tensor]:
 
 def mark(model: MixedModel) -> Tensor:
     """Numbers that change when a parameter or buffer of the networks changes; with a family, any
-    parameter, as all are the optimizer's."""
+    parameter, as all are the optimizer's. They are sums of bits, the same on every device."""
     networks = of_networks(model)
     parameters = dict(model.named_parameters())
     named: Mapping[str, Tensor] = {**parameters, **dict(model.named_buffers())}
     trained = set(parameters) if model.family is not None else set()
     found = {k: v for k, v in named.items() if k in trained or k.startswith(networks)}
-    parts = [value.detach().double() for value in found.values()]
-    sums = [x for v in parts for x in (v.sum(), v.norm())]
-    return torch.stack(sums).cpu() if sums else torch.zeros(0)
+    sums = []
+    for value in found.values():
+        bits = value.detach().double().reshape(-1).view(torch.int64)
+        place = torch.arange(1, 2 * len(bits), 2, device=bits.device)
+        sums += [bits.sum(), (bits * place).sum()]
+    return torch.stack(sums).cpu() if sums else torch.zeros(0, dtype=torch.int64)
 
 
 @contextmanager

@@ -40,7 +40,7 @@ class Summed:
     """The likelihood of the covariance, and the BLUPs, from the sums over all rows.
 
     Args:
-        model: the model.
+        model: the model, on whose device all is computed.
         statistics: cross-products of its designs and of :math:`y - f`, or of X and y by ``scale``.
         scale: T and b of :func:`conditioned`, with head ``"gls"``.
 
@@ -56,14 +56,17 @@ class Summed:
         scale: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self._model, self._open = model, None
+        device = self._device = model.beta.device
+        statistics = statistics.to(device)
+        scale = None if scale is None else (scale[0].to(device), scale[1].to(device))
         if isinstance(statistics, ResponseStatistics):
             self._open, t = statistics, model.responses
-            statistics = statistics.at(torch.eye(t, dtype=torch.float64))
+            statistics = statistics.at(torch.eye(t, dtype=torch.float64, device=device))
             if scale is not None:  # of [I x X | y]
                 scale = torch.block_diag(*[scale[0]] * t), scale[1].mT.reshape(-1)
-        none = torch.zeros(0, dtype=torch.float64)
+        none = torch.zeros(0, dtype=torch.float64, device=device)
         square = none.reshape(0, 0)
-        fixed, M = FixedPart(none, square, square, none, [], square), torch.eye(1).double()
+        fixed, M = FixedPart(none, square, square, none, [], square), none.new_ones(1, 1)
         if scale is not None:
             names = [f"column {j}" for j in range(len(scale[1]))]
             fixed, M = fixed_part(scale, statistics.products.ff, statistics.rows, names)
@@ -93,7 +96,7 @@ class Summed:
         parts: dict[str, Matrix] = {}
         for i, (name, effect) in enumerate(effects.items()):
             # Different factors have different codes, whatever their numbers of levels.
-            row = torch.arange(count)
+            row = torch.arange(count, device=self._device)
             codes = torch.where(row < sizes[i], (row + grouping[i]) % sizes[i], 0)
             square = self._statistics.products.zz[i, i].diagonal(dim1=1, dim2=2).sum(0)
             values = (square / self._statistics.rows).sqrt().expand(count * t, -1).clone()
@@ -107,9 +110,9 @@ class Summed:
             z = DummyMatrix.from_codes(codes.repeat_interleave(t), sizes[i], values)
             parts[operand_name(name, {"residual"})] = CovariancePropagation(z=z, g=own)
         if isinstance(self._model.residual, Matrix):
-            cells = {"residual": torch.arange(count * t)}
+            cells = {"residual": torch.arange(count * t, device=self._device)}
             return Sum(parts | structure_of(self._model.residual).operands(cells, count * t))
-        residual = ScalarMatrix(count * t).double()
+        residual = ScalarMatrix(count * t).to(self._device, torch.float64)
         residual.fix("sigma^2", 0.0)
         return Sum({**parts, "residual": residual})
 
@@ -132,7 +135,8 @@ class Summed:
 
     def update(self) -> None:
         """Store BLUPs and what their variances need in the model."""
-        model, statistics, variance = self._model, self._statistics, torch.ones(()).double()
+        model, statistics = self._model, self._statistics
+        variance = torch.ones((), dtype=torch.float64, device=self._device)
         evaluation = self.objective.evaluate()
         fixed = self.objective.problem.fixed
         # Sums are float64 whatever they are of, BLUPs as the model's parameters are.

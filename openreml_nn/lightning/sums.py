@@ -231,7 +231,7 @@ class LevelSums:
             parts = [None] * processes()
             distributed.all_gather_object(parts, self._total)
             for name, met in self._met.items():
-                everywhere = met.clone()
+                everywhere = met.to(self.model.beta.device, copy=True)
                 distributed.all_reduce(everywhere)
                 self._check_whole(name, everywhere)
         there = [part for part in parts if part is not None]

@@ -1,6 +1,7 @@
 """The restricted likelihood: dense, or in the space of the random effects."""
 
-from openreml_nn.likelihood.laplace import LaplaceEvaluation, LaplaceLoss
+from openreml_nn.likelihood.laplace import LaplaceLoss
+from openreml_nn.likelihood.laplace_evaluation import LaplaceEvaluation
 from openreml_nn.likelihood.loss import REMLLoss
 from openreml_nn.likelihood.plan import Auto, Plan
 from openreml_nn.likelihood.problem import Cost, Evaluation

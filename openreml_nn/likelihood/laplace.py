@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import copy
 from typing import Any
 
 import torch
@@ -11,17 +11,20 @@ from torch import Tensor, nn
 
 from openreml_nn.covariance import Matrix
 from openreml_nn.families.family import Family
-from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.laplace_attached import Attached
 from openreml_nn.likelihood.laplace_choice import laplace_solver, planned, space_of
+from openreml_nn.likelihood.laplace_evaluation import LaplaceEvaluation
 from openreml_nn.likelihood.laplace_integral import Integral
 from openreml_nn.likelihood.laplace_mode import (
+    Mode,
     Rows,
     average_information,
     column_information,
     find_mode,
+    projected,
 )
 from openreml_nn.likelihood.laplace_quadrature import check_quadrature
+from openreml_nn.likelihood.laplace_sparse import SparseSpace
 from openreml_nn.likelihood.laplace_task import (
     CheckedResponses,
     Kept,
@@ -46,32 +49,7 @@ from openreml_nn.terms.covariance import DiagonalCovariance
 from openreml_nn.terms.design import IdentityDesign
 from openreml_nn.terms.term import Term
 
-__all__ = ["LaplaceEvaluation", "LaplaceLoss"]
-
-
-@dataclass(frozen=True)
-class LaplaceEvaluation:
-    """The likelihood of some data at given parameters.
-
-    Attributes:
-        log_likelihood: the marginal log-likelihood, a scalar tensor.
-        coefficients: (p,) coefficients of X; none without X.
-        coefficient_covariance: (p, p) their covariance at these parameters.
-        predictor: (n,) the linear predictor at the mode.
-        residual: independent errors of the rows with the information of the responses there: what
-            a linear mixed model of the same modes and variances has for its residual.
-        random: modes of the random effects of each term with their conditional variances, the
-            coefficients of X held.
-        error: Monte Carlo standard error of the log-likelihood; 0 where it is computed.
-    """
-
-    log_likelihood: Tensor
-    coefficients: Tensor
-    coefficient_covariance: Tensor
-    predictor: Tensor
-    residual: Term
-    random: tuple[RandomEffects, ...]
-    error: float = 0.0
+__all__ = ["LaplaceLoss"]
 
 
 class LaplaceLoss(nn.Module):
@@ -134,6 +112,7 @@ class LaplaceLoss(nn.Module):
         self.method = method
         self.quadrature = quadrature
         self.solver = laplace_solver(solver)
+        self._near = False
         self._kept: Kept | None = None
         self._size: tuple[int, int] | None = None
         self._known: CheckedResponses | None = None
@@ -295,6 +274,55 @@ class LaplaceLoss(nn.Module):
             information = column_information(mode, X, columns)
             return slope, information, column_information(mode, X[:, :0], columns)
 
+    def project(
+        self, y: Tensor, eta: Tensor, X: Tensor, columns: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
+        r""":math:`P m` of columns m (n, k), with X projected out, in the working linear model at the mode,
+        (n, k): that of errors of the variance :math:`-1/\ell''_i`.
+
+        Args:
+            y, weights: as in calling the loss, which raises the same.
+            eta: (n,) the linear predictor but for the random effects, that of X among it.
+            X: (n, p).
+        """
+        with torch.no_grad():
+            mode = self._mode(y, eta, weights)
+            return projected(mode, X.to(mode.a), columns.to(mode.a))
+
+    def effects_in_use(
+        self, y: Tensor, eta: Tensor, X: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
+        r"""The effective number of coefficients of X and random effects, a scalar.
+
+        With C = [X Z], W of :math:`-\ell''_i` at the mode and S the precision of the random effects, zero
+        for the coefficients, it is :math:`\operatorname{tr}[C^\top W C\,(C^\top W C + S)^{-1}]`.
+
+        Args:
+            y, eta, X, weights: as :meth:`project` takes them.
+        """
+        with torch.no_grad():
+            mode = self._mode(y, eta, weights)
+            factor = mode.point.factor(mode.weights, X.to(mode.a))
+            return 2 * (mode.weights * factor.half_variances()).sum()
+
+    def _mode(self, y: Tensor, eta: Tensor, weights: Tensor | None) -> Mode:
+        """The mode of the random effects."""
+        none = eta.new_zeros(len(eta), 0)
+        return self._integral(self._task(y, eta, none, None, weights)).joint_mode()
+
+    def nearby(self) -> LaplaceLoss | None:
+        r"""A loss of the same parameters with an optimum near by for far less work: of :math:`\log|H|` it has
+        what is of second order about the diagonal, and the mode is found roughly: where a fit may begin.
+        None before the first call, and where the loss takes little work or has no such part; coefficients of
+        X by maximum likelihood, as :meth:`forward` finds them, leave it the loss itself.
+        """
+        space = None if self._kept is None else self._kept.space
+        if self.quadrature > 1 or not isinstance(space, SparseSpace) or not space.is_dear:
+            return None
+        found = copy(self)
+        found._near, found._kept, found._known = True, self._kept, self._known
+        return found
+
     @property
     def plan(self) -> Plan:
         """The plan of the last call; before the first, what it would be without X."""
@@ -357,4 +385,4 @@ class LaplaceLoss(nn.Module):
                 kept = self._kept = Kept(forms, copies, space_of(held, self.solver, by_blocks))
                 if self.quadrature > 1:
                     check_quadrature(kept.space, self.quadrature)
-        return Integral(task, kept, self.method, self.quadrature)
+        return Integral(task, kept, self.method, self.quadrature, self._near)

@@ -61,7 +61,8 @@ def space_of(terms: Sequence[Term], solver: Solver, by_blocks: bool) -> Space:
     found = _exact_space(terms, solver, fits, by_blocks)
     if isinstance(solver, Auto) and not by_blocks and KrylovSpace.obstacle(terms) is None:
         cost, rough = found.cost(0), KrylovSpace.forecast(terms)
-        why = solver.excuse(cost.bytes, cost.operations, rough)
+        best = Sparse.name if isinstance(found, SparseSpace) else Blocked.name
+        why = solver.excuse(cost.bytes, cost.operations, rough, best)
         if why is not None:
             warn(warning_of(why))
             return KrylovSpace(terms, Krylov(), why)

@@ -12,6 +12,7 @@ from openreml_nn.likelihood.laplace_layout import Stacked
 from openreml_nn.likelihood.laplace_mode import Mode, Rows, find_mode
 from openreml_nn.likelihood.laplace_quadrature import by_quadrature
 from openreml_nn.likelihood.laplace_recorded import recorded
+from openreml_nn.likelihood.laplace_sparse import SparseFactor, SparsePoint
 from openreml_nn.likelihood.laplace_system import BlockedPoint
 from openreml_nn.likelihood.laplace_task import (
     Kept,
@@ -37,10 +38,13 @@ class Integral:
         kept: where the effects stand, and where the search begins.
         method: ``"ml"`` or ``"reml"``.
         quadrature: points for each effect of a level; 1 is Laplace's approximation.
+        near: whether it is enough to be near it, see :meth:`LaplaceLoss.nearby`.
     """
 
-    def __init__(self, task: Task, kept: Kept, method: str, quadrature: int) -> None:
-        self._task, self._kept = task, kept
+    def __init__(
+        self, task: Task, kept: Kept, method: str, quadrature: int, near: bool = False
+    ) -> None:
+        self._task, self._kept, self._near = task, kept, near
         self._method, self._quadrature = method, quadrature
 
     def joint_mode(self, beta: Tensor | None = None, rough: bool = False) -> Mode:
@@ -68,8 +72,12 @@ class Integral:
 
     def mode(self) -> Mode:
         """The mode of the random effects, at the coefficients of X of the method."""
-        kept, mode = self._kept, self.joint_mode()
+        kept, mode = self._kept, self.joint_mode(rough=self._near)
         if self._method == "reml" or not len(mode.beta):
+            if self._near and isinstance(mode.point, SparsePoint):
+                assert isinstance(mode.factor, SparseFactor)
+                near = mode.point.nearby(mode.weights, mode.rows.X, mode.factor)
+                return replace(mode, factor=near)
             return mode
         mode = self._profiled(mode)
         kept.start, kept.beta = private(mode.u), private(self._task.beta)

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.linalg import solve_triangular
 
 from openreml_nn.likelihood.effects import RandomEffects
+from openreml_nn.likelihood.laplace_border import Border
 from openreml_nn.likelihood.laplace_layout import Prior
 from openreml_nn.likelihood.laplace_listed import ListedLayout, ListedSystem
-from openreml_nn.likelihood.laplace_space import FIXED_INFORMATION
 from openreml_nn.likelihood.laplace_traces import Traces, of_blocks, outer
-from openreml_nn.likelihood.problem import Cost, cholesky
+from openreml_nn.likelihood.problem import Cost
 from openreml_nn.likelihood.solvers.krylov import Krylov, is_every, through
 from openreml_nn.likelihood.system.control import Control
 from openreml_nn.terms.term import Term
@@ -121,32 +121,22 @@ class KrylovFactor:
     """
 
     def __init__(self, point: KrylovPoint, weights: Tensor, X: Tensor) -> None:
-        self._point, self._X, self.weights = point, X, weights.clone()
+        self._point, self.weights = point, weights.clone()
         self.space = space = point.space
         self._at = ListedSystem(space, point.roots, weights, space.solver.tolerance)
         if space.q and bool((weights < 0).any()):
             # Where it has a negative curvature, steps from a vector of all directions meet it.
             self._at.solve_rest(space.signs[:, :1].to(weights))
-        self._S: Tensor | None = None
-        if X.shape[1]:
-            weighted = weights[:, None] * X
-            self._of_X = point.roots.times(space.t_rows(weighted), True)
-            self._solved = self._at.solve(self._of_X)
-            self._S = cholesky(X.mT @ weighted - self._of_X.mT @ self._solved, FIXED_INFORMATION)
+        self._border = Border(point, self._at.solve, weights, X)
 
     def solve(self, g: Tensor, g_X: Tensor) -> tuple[Tensor, Tensor]:
-        u = self._at.solve(g)
-        if self._S is None:
-            return u, g_X
-        beta = torch.cholesky_solve(g_X - self._of_X.mT @ u, self._S)
-        return u - self._solved @ beta, beta
+        return self._border.solve(self._at.solve(g), g_X)
 
     def alone(self) -> KrylovFactor:
-        return KrylovFactor(self._point, self.weights, self._X[:, :0])
+        return KrylovFactor(self._point, self.weights, self._border.X[:, :0])
 
     def fixed_covariance(self) -> Tensor:
-        assert self._S is not None
-        return torch.cholesky_inverse(self._S)
+        return self._border.covariance()
 
     # ------------------------------------------------------------------ what is estimated
 
@@ -161,7 +151,7 @@ class KrylovFactor:
         if space.q:
             rest = self._at.scaled.log_det + space.others.log_det + self._traces.log_det
             found = found + rest / 2
-        return found if self._S is None else found + self._S.diagonal().log().sum()
+        return found + self._border.half_log_det()
 
     @property
     def error(self) -> float:
@@ -198,27 +188,17 @@ class KrylovFactor:
                 parts[split + i] = parts[split + i] + root.fold_blocks(traces.by_root[i] / 2)
         return half, list(parts[:split]), list(parts[split:])
 
-    @cached_property
-    def _border(self) -> tuple[Tensor, Tensor]:
-        """What the coefficients of X add: a root of it in the inverse (size, p), and the columns of X
-        less what the effects explain, (n, p)."""
-        assert self._S is not None
-        solved, own = (
-            solve_triangular(self._S, x.mT, upper=False).mT for x in (self._solved, self._X)
-        )
-        return solved, own - self.space.rows(self._point.roots.times(solved))
-
     def half_variances(self) -> Tensor:
         half = self._slopes[0]
-        return half if self._S is None else half + self._border[1].square().sum(1) / 2
+        return half + self._border.rest.square().sum(1) / 2 if self._border.count else half
 
     def of_matrices(self, u: Tensor, s: Tensor, first: Tensor, f: Tensor) -> list[Tensor]:
         space, split = self.space, self.space.split
         _, parts, by_root = self._slopes
         # e (f - e / 2)' and its transpose, and for each column of X minus a half of its square.
         left, right = first[:, None], f[:, None] - first[:, None] / 2
-        if self._S is not None:
-            of_X = self.weights[:, None] * self._border[1]
+        if self._border.count:
+            of_X = self.weights[:, None] * self._border.rest
             left, right = torch.cat([left, of_X], 1), torch.cat([right, -of_X / 2], 1)
         both = [space.by_term(space.t_rows(x)) for x in (left, right)]
         found = {}

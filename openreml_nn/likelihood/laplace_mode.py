@@ -38,7 +38,7 @@ from openreml_nn.likelihood.laplace_steps import Steps
 from openreml_nn.support.errors import NotPositiveDefiniteError, NumericalError
 from openreml_nn.terms.term import Term
 
-__all__ = ["Mode", "Rows", "average_information", "column_information", "find_mode"]
+__all__ = ["Mode", "Rows", "average_information", "column_information", "find_mode", "projected"]
 
 #: Newton steps to the mode, at most; each may be halved.
 _MOST_STEPS = 200
@@ -207,14 +207,35 @@ def column_information(mode: Mode, X: Tensor, columns: Tensor) -> Tensor:
     return (columns * W_m).sum(0) - _lost(mode.point, factor, X, W_m).diagonal()
 
 
+def projected(mode: Mode, X: Tensor, columns: Tensor) -> Tensor:
+    r""":math:`P m` for columns m (n, k) in the working linear model at a mode, (n, k), with X (n, p)
+    projected out.
+
+    Raises:
+        NotPositiveDefiniteError: if X has no full rank there.
+    """
+    W_m = mode.weights[:, None] * columns
+    _, _, u, beta = _solved(mode.point, mode.point.factor(mode.weights, X), X, W_m)
+    moved = [mode.point.predictor(part.contiguous()) for part in u.unbind(1)]
+    rows = torch.stack(moved, 1) if moved else columns
+    return W_m - mode.weights[:, None] * (rows + X @ beta)
+
+
 def _lost(point: Point, factor: Factor, X: Tensor, columns: Tensor) -> Tensor:
     """What random effects and X take from products of columns, weighted by W."""
+    right, of_X, u, beta = _solved(point, factor, X, columns)
+    return right.mT @ u + of_X.mT @ beta
+
+
+def _solved(
+    point: Point, factor: Factor, X: Tensor, columns: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r""":math:`\Lambda^\top Z^\top m` and :math:`X^\top m` of columns, and the system's solutions by them."""
     half = [point.slope(column.contiguous()) for column in columns.unbind(1)]
     like = point.slope(columns.new_zeros(len(columns)))
     right = torch.stack(half, 1) if half else like.new_zeros(len(like), 0)
     of_X = X.mT @ columns
-    u, beta = factor.solve(right, of_X)
-    return right.mT @ u + of_X.mT @ beta
+    return right, of_X, *factor.solve(right, of_X)
 
 
 def find_mode(

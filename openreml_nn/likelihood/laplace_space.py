@@ -12,10 +12,7 @@ from openreml_nn.likelihood.problem import Cost
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.terms.term import Term
 
-__all__ = ["FIXED_INFORMATION", "Factor", "Point", "Space"]
-
-#: What the information on the coefficients of X is called in messages.
-FIXED_INFORMATION = "the information on the fixed effects (the data are separated, or do not determine one of them): it"
+__all__ = ["Factor", "Point", "Space"]
 
 
 class Factor(Protocol):

@@ -10,27 +10,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from functools import cached_property, partial
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from openreml_nn.likelihood.effects import RandomEffects
-from openreml_nn.likelihood.laplace_space import FIXED_INFORMATION
-from openreml_nn.likelihood.problem import Cost, cholesky
+from openreml_nn.likelihood.laplace_border import Border
+from openreml_nn.likelihood.problem import Cost
 from openreml_nn.likelihood.solvers.sparse import Sparse, cost_of
+from openreml_nn.likelihood.system.sparse.bordered import Factored
 from openreml_nn.likelihood.system.sparse.equations import Equations
+from openreml_nn.likelihood.system.sparse.series import Series, near_solve
 from openreml_nn.likelihood.system.sparse.terms import SparseTerm, TermAt, is_dense
 from openreml_nn.likelihood.system.sparse.weighted import EffectRows
 from openreml_nn.support.errors import NotPositiveDefiniteError
 from openreml_nn.terms.design import DenseDesign
 from openreml_nn.terms.term import Term
 
-__all__ = ["SparsePoint", "SparseSpace"]
+__all__ = ["SparseFactor", "SparsePoint", "SparseSpace"]
 
-#: Operations a row up to which a factor takes no longer than a step's work on the rows.
+#: Operations a row up to which a factor takes no longer than a step's work on the rows,
 _CHEAP = 100.0
+#: and beyond which it takes so much longer that steps to an optimum near by are worth while.
+_DEAR = 2000.0
 
 
 class SparseSpace:
@@ -52,7 +56,12 @@ class SparseSpace:
         self.rows = EffectRows(terms, self.equations)
         self.count = terms[0].design.shape[0]
         self.largest = self.equations.largest(self.rows.products(np.ones(self.count)))
-        self.is_cheap = self.equations.symbolic.operations < _CHEAP * self.count
+        operations = self.equations.symbolic.operations
+        self.is_cheap = operations < _CHEAP * self.count
+        #: Whether levels are independent, and a factor takes far longer than what is done to the rows.
+        self.is_dear = operations > _DEAR * self.count and all(
+            own.part.prior is None and own.part.basis is None for own in self.random
+        )
 
     def check_memory(self) -> None:
         """Refuse a factor that would hold more than the solver may.
@@ -124,6 +133,11 @@ class SparsePoint:
     def factor(self, weights: Tensor, X: Tensor) -> SparseFactor:
         return SparseFactor(self, weights, X)
 
+    def nearby(self, weights: Tensor, X: Tensor, factor: SparseFactor) -> SparseFactor:
+        """That of the system whose determinant and inverse are to second order about the diagonal, see
+        :class:`Series`, and whose solves are those of another factor."""
+        return SparseFactor(self, weights, X, factor)
+
 
 class SparseFactor:
     r"""The factor of :math:`H = Q + \Lambda^\top Z^\top W Z\Lambda`, bordered by the coefficients of X.
@@ -132,6 +146,7 @@ class SparseFactor:
         point: the random effects with :math:`\Lambda`.
         weights: of the rows, (n,).
         X: (n, p).
+        near: one that solves in its place, see :meth:`SparsePoint.nearby`; it solves itself by default.
 
     Raises:
         NotPositiveDefiniteError: if the system is not positive definite.
@@ -139,8 +154,10 @@ class SparseFactor:
 
     error = 0.0
 
-    def __init__(self, point: SparsePoint, weights: Tensor, X: Tensor) -> None:
-        self._point, self._X = point, X
+    def __init__(
+        self, point: SparsePoint, weights: Tensor, X: Tensor, near: SparseFactor | None = None
+    ) -> None:
+        self._point = point
         self.weights = weights.clone()
         space, roots = point.space, point.roots
         blocks = space.rows.products(weights.contiguous().numpy())
@@ -148,83 +165,74 @@ class SparseFactor:
             cross.transform(data, roots[cross.one].lifted, roots[cross.other].lifted)
             for cross, data in zip(space.equations.crosses, blocks, strict=True)
         ]
-        try:
-            self._factor = space.equations.factor(self._moved, [at.entries for at in point.at])
-        except NotPositiveDefiniteError:
-            raise NotPositiveDefiniteError(
-                "the curvature of the random effects at the mode is not positive definite"
-            ) from None
-        self._S: Tensor | None = None
-        if X.shape[1]:
-            weighted = weights[:, None] * X
-            columns = [point.slope(column) for column in weighted.unbind(1)]
-            self._of_X = torch.stack(columns, 1)
-            self._solved = self._solve(self._of_X)
-            self._S = cholesky(X.mT @ weighted - self._of_X.mT @ self._solved, FIXED_INFORMATION)
+        self._factor: Factored
+        self._whole: Factored | Series
+        if near is not None:
+            self._factor, self._whole = near._factor, Series(space.equations, self._moved)
+        else:
+            try:
+                entries = [at.entries for at in point.at]
+                self._factor = self._whole = space.equations.factor(self._moved, entries)
+            except NotPositiveDefiniteError:
+                raise NotPositiveDefiniteError(
+                    "the curvature of the random effects at the mode is not positive definite"
+                ) from None
+        self._border = Border(point, self._solve, weights, X)
 
     def alone(self) -> SparseFactor:
         found = copy(self)
-        found._X, found._S = self._X[:, :0], None
-        found.__dict__.pop("_border", None)
+        found._border = Border(self._point, self._solve, self.weights, self._border.X[:, :0])
         return found
 
     def _solve(self, g: Tensor) -> Tensor:
-        return torch.from_numpy(self._factor.back(self._factor.half(g.numpy())))
+        if isinstance(self._whole, Series):
+            times = partial(self._point.space.equations.times, self._moved)
+            found = near_solve(lambda x: x + times(x), self._by_factor, g.numpy())
+            return torch.from_numpy(found)
+        return torch.from_numpy(self._by_factor(g.numpy()))
+
+    def _by_factor(self, g: np.ndarray) -> np.ndarray:
+        return self._factor.back(self._factor.half(g))
 
     def half_log_det(self) -> Tensor:
-        half = (self._factor.log_det - self._point.log_det) / 2
-        found = self._X.new_tensor(half)
-        return found if self._S is None else found + self._S.diagonal().log().sum()
+        half = (self._whole.log_det - self._point.log_det) / 2
+        return self._border.half_log_det() + half
 
     def solve(self, g: Tensor, g_X: Tensor) -> tuple[Tensor, Tensor]:
-        u = self._solve(g)
-        if self._S is None:
-            return u, g_X
-        beta = torch.cholesky_solve(g_X - self._of_X.mT @ u, self._S)
-        return u - self._solved @ beta, beta
+        return self._border.solve(self._solve(g), g_X)
 
     def fixed_covariance(self) -> Tensor:
-        assert self._S is not None
-        return torch.cholesky_inverse(self._S)
-
-    @cached_property
-    def _border(self) -> Tensor:
-        """A root of what the coefficients of X add to the inverse, (size, p)."""
-        if self._S is None:
-            return self._X.new_zeros(self._point.space.size, 0)
-        return torch.linalg.solve_triangular(self._S, self._solved.mT, upper=False).mT
+        return self._border.covariance()
 
     def half_variances(self) -> Tensor:
         point, equations = self._point, self._point.space.equations
         left = [root.lifted.transpose(0, 2, 1) for root in point.roots]
-        inverse = self._factor.inverse
+        inverse = self._whole.inverse
         blocks = [
             cross.transform(inverse[cross.place], left[cross.one], left[cross.other])
             for cross in equations.crosses
         ]
         found = torch.from_numpy(point.space.rows.quadratic(blocks)) / 2
-        if self._S is None:
-            return found
-        own = torch.linalg.solve_triangular(self._S, self._X.mT, upper=False).mT
-        effects = [point.predictor(column.contiguous()) for column in self._border.unbind(1)]
-        return found + (own - torch.stack(effects, 1)).square().sum(1) / 2
+        return found + self._border.rest.square().sum(1) / 2 if self._border.count else found
 
     def of_matrices(self, u: Tensor, s: Tensor, first: Tensor, f: Tensor) -> list[Tensor]:
         # By Lambda, the derivative is half of T - u (Q u)' + s (Q u)' + u (Q s)', summed over levels.
         point, equations = self._point, self._point.space.equations
         # Of a variance next to nothing u is so small that steps to the mode leave it no digits.
-        u = u - self._solve((point.prior(u) - point.slope(first))[:, None])[:, 0]
-        C = torch.cat([u[:, None] - s, self._border, s], 1).numpy()
+        rest = (point.prior(u) - point.slope(first)).numpy()[:, None]
+        u = u - torch.from_numpy(self._by_factor(rest))[:, 0]
+        of_X = [self._border.root] if self._border.count else []
+        C = torch.cat([u[:, None] - s, *of_X, s], 1).numpy()
         sign = np.ones(C.shape[1])
         sign[-1] = -1.0
         own = point.space.random
-        traces = equations.traces(self._factor.inverse, self._moved, [x.by_level for x in own])
+        traces = equations.traces(self._whole.inverse, self._moved, [x.by_level for x in own])
         columns, others = equations.split(C), point.times_prior(C * sign)
         found = {}
         for i, (x, root, T) in enumerate(zip(own, point.roots, traces, strict=True)):
             pulled = _outer(x, columns[i], others[i]) - T
             score = root.unpull(pulled) / 2
-            within = partial(equations.within_prior, self._factor.inverse, i)
+            within = partial(equations.within_prior, self._whole.inverse, i)
             found[x.at] = -_score(point.at[i], score, within, columns[i])
         return [found[i] for i in sorted(found)]
 
@@ -234,7 +242,7 @@ class SparseFactor:
         for i, (x, root) in enumerate(zip(point.space.random, point.roots, strict=True)):
             w = x.part.width
             values = root.times(root.root, parts[i]).reshape(-1, w)
-            spread = root.variances(equations, self._factor.inverse, i)
+            spread = root.variances(equations, self._whole.inverse, i)
             name = terms[x.at].name
             found.append(RandomEffects(name, torch.from_numpy(values), torch.from_numpy(spread)))
         return found
@@ -242,14 +250,12 @@ class SparseFactor:
 
 def _outer(x: SparseTerm, one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Products of two columns' effects of a level, summed over levels where these share G."""
-    if x.by_level:
-        return (one * other).sum(1)[:, None, None]
     k = x.part.effects
-    a, b = (
-        y.reshape(x.part.levels, k, y.shape[1]).transpose(1, 0, 2).reshape(k, -1)
-        for y in (one, other)
-    )
-    return (a @ b.T)[None]
+    a, b = (y.reshape(x.part.levels, k, y.shape[1]) for y in (one, other))
+    if x.by_level:
+        return a @ b.transpose(0, 2, 1)
+    every, also = (y.transpose(1, 0, 2).reshape(k, -1) for y in (a, b))
+    return (every @ also.T)[None]
 
 
 def _score(

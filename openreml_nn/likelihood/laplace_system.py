@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from openreml_nn.likelihood.effects import RandomEffects
+from openreml_nn.likelihood.laplace_border import Border
 from openreml_nn.likelihood.laplace_layout import Prior, Stacked, times_blocks
-from openreml_nn.likelihood.laplace_space import FIXED_INFORMATION
 from openreml_nn.likelihood.problem import Cost, cholesky
 from openreml_nn.likelihood.solver import check_held
 from openreml_nn.likelihood.solvers import Blocked, Dense
@@ -165,11 +165,11 @@ class BlockedFactor:
     error = 0.0
 
     def __init__(self, point: BlockedPoint, weights: Tensor, X: Tensor) -> None:
-        self._point, self._X = point, X
+        self._point = point
         self.weights = weights if point.is_cheap else weights.clone()
         self._roots, self.layout = point.roots, point.layout
         roots = self._roots
-        self._at = at = products_of(self.layout, self.layout.designs, weights, X)
+        self._at = at = products_of(self.layout, self.layout.designs, weights, X[:, :0])
         L = self._L = roots.blocks(at.A11)
         eye = torch.eye(self.layout.k, dtype=L.dtype, device=L.device)
         D = eye + times_blocks(times_blocks(L.mT, at.A11), L)
@@ -183,33 +183,26 @@ class BlockedFactor:
             M = roots.sandwich(self._E22, self.layout.partition)
             M.diagonal(dim1=1, dim2=2).add_(1)
             self._Lc = cholesky(M, what)
-        self._of_X, self._S = None, None
         self._inverse: tuple[Tensor, Tensor] | None = None
         self._slopes: tuple[Tensor, list[Tensor]] | None = None
-        if at.Aff.numel():
-            self._of_X = roots.times(self.layout.joined(at.A1f, at.A2f), True)  # Lambda' Z' W X
-            self._solved = self._solve(self._of_X)
-            self._S = cholesky(at.Aff - self._of_X.mT @ self._solved, FIXED_INFORMATION)
+        self._border = Border(point, self._solve, weights, X)
 
     def alone(self) -> BlockedFactor:
         """The same without the coefficients of X."""
         found = copy(self)
-        found._X, found._of_X, found._S, found._slopes = self._X[:, :0], None, None, None
+        found._border = Border(self._point, self._solve, self.weights, self._border.X[:, :0])
+        found._slopes = None
         return found
 
     def half_log_det(self) -> Tensor:
         """Half the logarithm of the determinant, of the border too."""
         found = self._C.diagonal(dim1=1, dim2=2).log().sum()
         found = found + self._Lc.diagonal(dim1=1, dim2=2).log().sum()
-        return found if self._S is None else found + self._S.diagonal().log().sum()
+        return found + self._border.half_log_det()
 
     def solve(self, g: Tensor, g_X: Tensor) -> tuple[Tensor, Tensor]:
         """:math:`H^{-1}` times a vector (size, m) and its border (p, m)."""
-        u = self._solve(g)
-        if self._S is None or self._of_X is None:
-            return u, g_X
-        beta = torch.cholesky_solve(g_X - self._of_X.mT @ u, self._S)
-        return u - self._solved @ beta, beta
+        return self._border.solve(self._solve(g), g_X)
 
     def _solve(self, g: Tensor) -> Tensor:
         layout, W, by = self.layout, self._at.W, self.layout.partition
@@ -223,8 +216,7 @@ class BlockedFactor:
 
     def fixed_covariance(self) -> Tensor:
         """The inverse of the border's Schur complement, (p, p)."""
-        assert self._S is not None
-        return torch.cholesky_inverse(self._S)
+        return self._border.covariance()
 
     def _inverses(self) -> tuple[Tensor, Tensor]:
         r""":math:`M^{-1}` and :math:`N = \Lambda_2 M^{-1}\Lambda_2^\top`, by groups of columns."""
@@ -240,14 +232,17 @@ class BlockedFactor:
         """Half the variances of the rows' predictors, and the determinant's part by each matrix."""
         if self._slopes is not None:
             return self._slopes
+        if not (self.layout.q or self._border.count):
+            self._slopes = self._of_blocks()
+            return self._slopes
         layout, prior = self.layout, self._point.covariances
         forms = [*prior.first, *prior.rest]
         with torch.enable_grad():
             weights = self.weights.detach().requires_grad_()
             matrices = [form.matrix.detach().requires_grad_() for form in forms]
             held = [form.with_matrix(m) for form, m in zip(forms, matrices, strict=True)]
-            at = products_of(layout, layout.designs, weights, self._X)
-            bordered = bool(self._X.shape[1]) or not layout.q
+            at = products_of(layout, layout.designs, weights, self._border.X)
+            bordered = self._border.count > 0
             prior_of = Prior(layout, held)
             value = (
                 log_det(at, prior_of, layout.partition) if bordered else self._log_det(at, prior_of)
@@ -263,6 +258,27 @@ class BlockedFactor:
             ]
         self._slopes = half, list(parts)
         return self._slopes
+
+    def _of_blocks(self) -> tuple[Tensor, list[Tensor]]:
+        r"""Both of the eliminated factor alone: :math:`\tfrac12 z_i^\top P z_i` with
+        :math:`P = G_1 D^{-\top}`, and :math:`\tfrac12 D^{-1} A_{11}`, :math:`D = I + A_{11} G_1`."""
+        layout, forms, A11 = self.layout, self._point.covariances.first, self._at.A11
+        P, half = times_blocks(self._half.mT, self._half), torch.zeros_like(self.weights)
+        columns = [x for design in layout.designs for x in _columns(design)]
+        for i, (codes, one) in enumerate(columns):
+            for j, (_, other) in enumerate(columns[: i + 1]):
+                part = P[:, i, j].index_select(0, codes)
+                for values in (one, other):
+                    part = part if values is None else part * values
+                half.add_(part, alpha=0.5 if i == j else 1.0)
+        D, _ = _reduced(self._at, self._point.covariances)
+        square = (A11 / D if layout.k == 1 else torch.linalg.solve(D, A11.expand_as(D))) / 2
+        parts, start = [], 0
+        for form, width in zip(forms, layout.widths, strict=True):
+            own = slice(start, start + width)
+            parts.append(form.fold_blocks(square[:, own, own]).reshape(form.matrix.shape))
+            start += width
+        return half, parts
 
     def half_variances(self) -> Tensor:
         return self._derivatives()[0]
@@ -369,6 +385,13 @@ def _reduced(at: System, prior: Prior) -> tuple[Tensor, Tensor]:
     if prior.layout.k == 1:
         return D, G1 / D
     return D, torch.linalg.solve(D.mT, G1.mT.expand_as(D)).mT
+
+
+def _columns(design: Design) -> list[tuple[Tensor, Tensor | None]]:
+    """The codes of the rows with the values of each effect of a level, (n,); None for ones."""
+    assert isinstance(design, IndexedDesign)
+    values = [None] if design.values is None else design.values.unbind(1)
+    return [(design.codes, column) for column in values]
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:

@@ -295,6 +295,12 @@ class REMLLoss(nn.Module):
         self._check_rows(y, rows)
         options = LikelihoodOptions(self.method, self.solver, self.names)
         terms = self.covariance.terms(rows, precision_of([self.covariance], y))
+        for term in terms:
+            where = term.covariance.matrix.device
+            if where != y.device and not (y.is_meta or where.type == "meta"):
+                raise InputError(
+                    f"`y` is on {y.device} but the covariance on {where}: move one of them"
+                )
         found = self.likelihood.ready(y, X, terms, options, rows, self.check)
         self._plan = found.plan
         return found
@@ -308,8 +314,3 @@ class REMLLoss(nn.Module):
         check_tensor("rows", rows, (len(y),), "integer")
         if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < n):
             raise InputError(f"`rows` reaches beyond the {n} rows of the covariance")
-        for tensor in self.covariance.parameters():
-            if tensor.device != y.device:
-                raise InputError(
-                    f"`y` is on {y.device} but the covariance on {tensor.device}: move one of them"
-                )

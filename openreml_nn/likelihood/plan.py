@@ -80,10 +80,11 @@ class Auto(Solver):
         exact = [(solver, cost) for solver, cost in known if cost is not None]
         exact.sort(key=lambda found: found[1].operations)
         small = [found for found in exact if found[1].bytes <= self.memory]
-        held, most = min(cost.bytes for _, cost in exact), (small or exact)[0][1].operations
+        best, most = (small or exact)[0][0].name, (small or exact)[0][1].operations
+        held = min(cost.bytes for _, cost in exact)
         if held > self.memory or most > self.operations:
             for solver, rough in _approximate(terms, p, dtype, sums):
-                why = self.excuse(held, most, rough)
+                why = self.excuse(held, most, rough, best)
                 if why is not None:
                     return solver, rough, why
         (solver, cost), *others = small or exact
@@ -91,24 +92,30 @@ class Auto(Solver):
             ratio = others[0][1].operations / max(cost.operations, 1.0)
             why = f"{ratio:.3g} times less work than the {others[0][0].name} solver"
             return solver, cost, f"{cost.reason}, {why}"
+        if len(exact) > 1:
+            least = min(cost.bytes for _, cost in exact if cost.bytes > self.memory)
+            return solver, cost, f"{cost.reason}, others would need {least / 2**30:.3g} GiB"
         if is_small:
             return solver, cost, f"{cost.reason}, as there are few rows"
         refused = [other.obstacle(terms) for other, found in known if found is None]
         return solver, cost, "; ".join(x for x in refused if x) or cost.reason
 
-    def excuse(self, held: float, operations: float, rough: Cost) -> str | None:
+    def excuse(self, held: float, operations: float, rough: Cost, best: str) -> str | None:
         """Why an approximate solver is taken; None where an exact one is.
 
         Args:
             held: bytes that an exact solver holds at least.
             operations: that it takes.
             rough: what the approximate one takes.
+            best: name of the exact solver of least cost.
         """
+        insist = f"solver={best!r} insists on an exact one"
         if held > self.memory:
-            return f"exact solvers would need {held / 2**30:.3g} GiB"
+            return f"exact solvers would need {held / 2**30:.3g} GiB; {insist}"
         ratio = operations / rough.operations
         if operations > self.operations and ratio >= _FAR_LESS:
-            return f"an exact evaluation would take {operations:.3g} operations, {ratio:.3g} times as many"
+            many = f"{operations:.3g} operations, {ratio:.3g} times as many"
+            return f"an exact evaluation would take {many}; {insist}"
         return None
 
     def forecast(self, terms: Sequence[Term], p: int, dtype: torch.dtype) -> Cost:
@@ -160,7 +167,7 @@ _AUTO = Auto()
 
 def warning_of(why: str) -> str:
     """What a warning says of an approximate likelihood that was not asked for."""
-    return f"the likelihood is approximate: {why}; solver='blocked' insists on an exact one"
+    return f"the likelihood is approximate: {why}"
 
 
 @dataclass(frozen=True)

@@ -296,6 +296,7 @@ class Problem:
             matrices = self.matrices(terms)
             if self._last is not None and all(map(torch.equal, self._last[0], matrices)):
                 return self._last[1]
+            self._last = None  # the memory of one factor serves the next
             evaluation = self._checked(terms, matrices)
             evaluation.at(terms, matrices)
             self._last = ([matrix.clone() for matrix in matrices], evaluation)

@@ -78,6 +78,8 @@ class Residual:
     at: list[int]
     size: int
     moves: bool
+    #: Operations of the factors of its blocks and of their derivatives.
+    work: float = 0.0
 
     @staticmethod
     def of(terms: Sequence[Term]) -> Residual:
@@ -236,6 +238,7 @@ class BlockResidual(Residual):
             groups = (size == m).nonzero()[:, 0]
             rows = order[start[groups][:, None] + torch.arange(m, device=group.device)]
             self._buckets.append(_bucket(rows, places))
+            self.work += 4.0 * m**3 * len(self._buckets[-1].count)
 
     def matrices(self, terms: Sequence[Term]) -> list[Tensor]:
         return [terms[i].covariance.matrix for i in self.at]

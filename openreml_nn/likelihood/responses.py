@@ -93,6 +93,10 @@ class ResponseStatistics:
     def _each(self, change: Callable[[Statistics], Statistics]) -> ResponseStatistics:
         return ResponseStatistics(self.own, {key: change(s) for key, s in self.parts.items()})
 
+    def to(self, device: torch.device) -> ResponseStatistics:
+        """See :meth:`Statistics.to`."""
+        return self._each(lambda part: part.to(device))
+
     def relabelled(self, places: Sequence[Tensor], levels: Sequence[int]) -> ResponseStatistics:
         """See :meth:`Statistics.relabelled`."""
         return self._each(lambda part: part.relabelled(places, levels))
@@ -202,7 +206,7 @@ class ResponsesProblem(BlockedProblem):
         M: Tensor,
     ) -> None:
         t = statistics.responses
-        whole = statistics.at(torch.eye(t, dtype=M.dtype)).mapped(M)
+        whole = statistics.at(torch.eye(t, dtype=M.dtype, device=M.device)).mapped(M)
         super().__init__(fixed, terms, method, Blocked(), whole)
         self._M, self._t = M, t
         order = self.order

@@ -131,6 +131,9 @@ class IntraclassCorrelation(Mean):
     Args:
         components: how many there are.
         **options: of ``torchmetrics.Metric``.
+
+    Raises:
+        TypeError, InputError: if a number is no whole number, or out of its range.
     """
 
     higher_is_better = None
@@ -155,6 +158,9 @@ class NarrowSenseHeritability(Mean):
         components: how many there are.
         additive: which is the additive genetic one.
         **options: of ``torchmetrics.Metric``.
+
+    Raises:
+        TypeError, InputError: if a number is no whole number, or out of its range.
     """
 
     higher_is_better = None

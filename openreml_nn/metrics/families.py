@@ -210,6 +210,9 @@ class CalibrationError(Mean):
     Args:
         bins: number of bins of [0, 1].
         **options: of ``torchmetrics.Metric``.
+
+    Raises:
+        TypeError, InputError: if ``bins`` is no positive whole number.
     """
 
     higher_is_better = False
@@ -233,6 +236,9 @@ class CalibrationCurve(Metric):
     Args:
         bins: number of bins of [0, 1].
         **options: of ``torchmetrics.Metric``.
+
+    Raises:
+        TypeError, InputError: if ``bins`` is no positive whole number.
     """
 
     full_state_update = False

@@ -15,8 +15,9 @@ from openreml_nn.model.random_effect import on_their_own
 from openreml_nn.model.residual import structure_of
 from openreml_nn.model.responses import of_family, remember_modes
 from openreml_nn.result.equations import Equations, FixedBasis
-from openreml_nn.result.joint import JointErrors, Solution, solution_of
+from openreml_nn.result.joint import JointErrors
 from openreml_nn.result.prediction import lowered
+from openreml_nn.result.solution import Solution, solution_of
 from openreml_nn.support.checks import check_names, check_tensor
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.design import design_of
@@ -247,8 +248,7 @@ def _joint(model: Posterior, equations: Equations) -> JointErrors:
     if not joint.has_variances():
         raise InputError(
             f"beside the widest factor there are more than {joint.most_columns} effects and "
-            f"coefficients, whose sparse factor has more than {joint.most_entries} entries or which "
-            "are of a dense kernel, so that rows cannot be added: fit all rows, or hand them "
-            "to MixedModel.update()"
+            f"coefficients, whose factor has more than {joint.most_entries} entries, so that rows "
+            "cannot be added: fit all rows, or hand them to MixedModel.update()"
         )
     return joint

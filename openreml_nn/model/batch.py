@@ -28,6 +28,7 @@ __all__ = [
     "level_codes",
     "level_places",
     "level_values",
+    "named_tensors",
     "part",
     "responding",
     "row_values",
@@ -49,11 +50,7 @@ _KNOWN = frozenset(KEYS)
 
 
 def check_keys(batch: Batch) -> None:
-    """Refuse a key that nothing reads, such as one that is misspelt.
-
-    Raises:
-        InputError: naming it.
-    """
+    """Refuse, by an :class:`InputError`, a key that nothing reads, such as one that is misspelt."""
     if not batch.keys() <= _KNOWN:
         unknown = ", ".join(sorted(repr(key) for key in batch.keys() - _KNOWN))
         raise InputError(
@@ -121,7 +118,7 @@ def check_outputs(output: Tensor, batch: Batch) -> None:
     if is_finite(output):
         return
     row = int((~torch.isfinite(output.detach())).nonzero()[0, 0])
-    for name, x in _tensors("batch['x']", batch.get("x")):
+    for name, x in named_tensors("batch['x']", batch.get("x")):
         if x.is_floating_point() and x.dim() and len(x) == len(output):
             check_finite(name, x, "finite numbers, as the network's output there is not finite")
     raise InputError(
@@ -130,14 +127,14 @@ def check_outputs(output: Tensor, batch: Batch) -> None:
     )
 
 
-def _tensors(name: str, x: Any) -> list[tuple[str, Tensor]]:
-    """The tensors of a network's inputs, each with its name."""
+def named_tensors(name: str, x: Any) -> list[tuple[str, Tensor]]:
+    """The tensors of a part of a batch, such as a network's inputs, each with its name."""
     if isinstance(x, Tensor):
         return [(name, x)]
     if isinstance(x, Mapping):
-        return [pair for key, item in x.items() for pair in _tensors(f"{name}[{key!r}]", item)]
+        return [pair for key, item in x.items() for pair in named_tensors(f"{name}[{key!r}]", item)]
     if isinstance(x, tuple | list):
-        return [pair for i, item in enumerate(x) for pair in _tensors(f"{name}[{i}]", item)]
+        return [pair for i, item in enumerate(x) for pair in named_tensors(f"{name}[{i}]", item)]
     return []
 
 
@@ -210,7 +207,7 @@ def _some(batch: Batch, key: str, rows: Tensor, n: int) -> Any:
     value = batch[key]
     if key not in _OF_ROWS or value is None:
         return value
-    for name, x in _tensors(f"batch[{key!r}]", value):
+    for name, x in named_tensors(f"batch[{key!r}]", value):
         if not x.dim() or len(x) != n:
             raise InputError(f"`{name}` is {described(x)}: expected {n} rows, as `batch['y']` has")
     try:
@@ -379,7 +376,11 @@ def level_places(batch: Batch, name: str, places: Tensor | None, n: int) -> Tens
 
 
 def take(x: Any, rows: slice | Tensor) -> Any:
-    """Some rows of a tensor, or of each in a tuple, list or dict."""
+    """Some ``rows``, a slice or positions (m,), of a tensor, or of each in a tuple, list or dict.
+
+    >>> take({"age": torch.tensor([30, 40, 50])}, slice(1, 3))
+    {'age': tensor([40, 50])}
+    """
     if isinstance(x, Mapping):
         return {key: take(value, rows) for key, value in x.items()}
     if isinstance(x, tuple | list):

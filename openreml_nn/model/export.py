@@ -117,7 +117,7 @@ class _Predicts(nn.Module):
         self.register_buffer("aliases", model.aliases)
         self.errors = _Errors(model.joint)
         self.residual: nn.Module | None = None
-        variance = torch.zeros(1, dtype=torch.float64)
+        variance = torch.zeros(1, dtype=torch.float64, device=model.beta.device)
         if self.family is None and _is_network(model.residual):
             self.residual = model.residual
         elif self.family is None:

@@ -75,7 +75,7 @@ def fit_by_fitted(
 
 def _check(kind: str, fitted: Tensor) -> None:
     zero = (fitted == 0).nonzero()[:, 0]
-    if kind == "power" and len(zero):
+    if kind != "exp" and len(zero):
         raise InputError(
             f"the fitted value of row {int(zero[0])} of the fit is 0, where a power has no variance: "
             "expected exp(fitted)"

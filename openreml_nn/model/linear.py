@@ -82,7 +82,7 @@ def lmm(
         residual: correlation of the rows of a group, ``"ar1(time | subject)"``,
             ``"cs(subject)"`` or ``"us(time | subject)"``; a variance for each stratum,
             ``"diag(sex)"``, or one that is a function of a column or of the fitted values,
-            ``"power(x)"``, ``"exp(fitted)"``; both, ``"power(x):ar1(time | subject)"``;
+            ``"power(x)"``, ``"exp(fitted)"``, ``"const_power(x)"``; both, ``"power(x):ar1(time | subject)"``;
             independent rows of one variance by default. Fitted values are those of the fit itself,
             found again until they stay; inference takes them as known.
         residual_variance: the residual variance where it is known, that of a row of weight 1: with

@@ -182,7 +182,7 @@ class MixedModel(Predictor):
         """The loss; its exact gradient is accumulated in the memory of a few rows.
 
         The network's output for all rows is had without recording, the likelihood yields its
-        derivative by each, and a second pass, ``rows`` at a time, takes it back.
+        derivative by each, and a second pass, ``rows`` at a time, takes it back. Errors as :meth:`loss`.
 
         Args:
             batch: the data.

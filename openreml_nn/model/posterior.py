@@ -17,7 +17,7 @@ from openreml_nn.model.random_effect import Effects, RandomEffect
 from openreml_nn.model.residual import ResidualStructure, structure_of
 from openreml_nn.model.seen import SeenRows
 from openreml_nn.model.several import stacked, stacked_output
-from openreml_nn.model.unread import refuse_unread
+from openreml_nn.model.unread import refuse_elsewhere, refuse_unread
 from openreml_nn.result.equations import Equations, FixedBasis
 from openreml_nn.result.evidence import Evidence
 from openreml_nn.result.joint import JointErrors
@@ -87,12 +87,13 @@ class Posterior(nn.Module):
         super().__setattr__(name, value)
 
     def check(self, batch: Batch) -> None:
-        """Refuse what has no effect in this model.
+        """Refuse what has no effect in this model, or is on another device.
 
         Raises:
             TypeError, InputError: if the batch has such a part, naming it.
         """
         refuse_unread(batch, self.effects, self.residual, self.responses, len(self.random))
+        refuse_elsewhere(batch, self.beta.device)
 
     def single(self, batch: Batch, output: Tensor, is_data: bool) -> tuple[Batch, Tensor]:
         """A batch with what the network has yielded for it, with a row for each response; in the
@@ -214,7 +215,8 @@ class Posterior(nn.Module):
         # The number of coefficients is known only once there are features.
         for name in ("beta", "beta_covariance", "aliases"):
             if prefix + name in state_dict:
-                setattr(self, name, torch.empty_like(state_dict[prefix + name]))
+                own = getattr(self, name)
+                setattr(self, name, torch.empty_like(state_dict[prefix + name], device=own.device))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

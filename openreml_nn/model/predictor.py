@@ -18,7 +18,6 @@ from openreml_nn.model.means import evaluating
 from openreml_nn.model.posterior import Posterior
 from openreml_nn.model.random_effect import RandomEffect, coded_effects, kernel_of
 from openreml_nn.model.residual import structure_of
-from openreml_nn.result.joint import Solution
 from openreml_nn.result.places import Kriging
 from openreml_nn.result.prediction import (
     KnownEffect,
@@ -28,6 +27,7 @@ from openreml_nn.result.prediction import (
     on_response,
     predicted,
 )
+from openreml_nn.result.solution import Solution
 from openreml_nn.result.tables import table_of_blups
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
@@ -83,7 +83,7 @@ class Predictor(Posterior):
         Raises:
             InputError: as :meth:`update`, if there was none before, or for a model of which rows do
                 not add up: with correlated residuals, or, beside the widest factor of
-                independent levels, more than 2,000 effects and coefficients whose sparse factor has
+                independent levels, more than 2,000 effects and coefficients whose factor has
                 more than 50 million entries.
         """
         with evaluating(self), outside_inference(False):
@@ -103,8 +103,8 @@ class Predictor(Posterior):
 
         The variance counts every covariance, of BLUPs of different factors and of coefficients
         with BLUPs, where beside the widest factor of independent levels there are at most 2,000
-        effects and coefficients, or a sparse factor of them has no more than 50 million entries. With
-        more, a warning says that it takes them as independent. The
+        effects and coefficients, or a factor of them has no more than 50 million entries, which
+        10,000 places of a dense kernel have. With more, a warning says that it takes them as independent. The
         residual of a new observation is independent of those of the data; its variance is divided
         by the row's weight where the batch has weights. A level that was not seen has its prior; one
         at a place, with its coordinates in ``batch["places"]``, the mean and variance given the places

@@ -324,7 +324,8 @@ def _of_other_levels(g: Matrix, columns: int) -> Matrix | None:
     if isinstance(g, KroneckerProduct) and list(g.operands) == ["levels", "effects"]:
         one, own = g.operands.values()
         if isinstance(one, IdentityMatrix) and isinstance(own, Matrix):
-            return KroneckerProduct(levels=IdentityMatrix(columns // own.shape[0]), effects=own)
+            levels = IdentityMatrix(columns // own.shape[0]).to(own.no_params())
+            return KroneckerProduct(levels=levels, effects=own)
     return None
 
 

@@ -106,7 +106,7 @@ class _OneVariance(ResidualStructure):
         rows = (
             one.of_size(n)
             if type(one) is ScalarMatrix
-            else KroneckerProduct(rows=IdentityMatrix(n), residual=one)
+            else KroneckerProduct(rows=IdentityMatrix(n).to(one.no_params()), residual=one)
         )
         return {"residual": with_weights(rows, batch, n)}
 
@@ -181,7 +181,7 @@ class _ByNetwork(ResidualStructure):
         weights = row_values(batch, "weights", n, positive=True)
         if weights is not None:
             scale = scale * weights.rsqrt()
-        unit = ScalarMatrix(n).to(scale.dtype)
+        unit = ScalarMatrix(n).to(scale)
         unit.fix("sigma^2", 0.0)
         codes = torch.arange(n, device=scale.device)
         z = DummyMatrix.from_codes(codes, n, scale)

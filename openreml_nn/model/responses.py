@@ -9,7 +9,7 @@ from openreml_nn.covariance import Matrix
 from openreml_nn.families import Family
 from openreml_nn.likelihood import LaplaceLoss, REMLLoss
 from openreml_nn.likelihood.effects import Coefficients
-from openreml_nn.likelihood.laplace import LaplaceEvaluation
+from openreml_nn.likelihood.laplace_evaluation import LaplaceEvaluation
 from openreml_nn.model.batch import Batch, check_outputs, part, row_values
 from openreml_nn.model.posterior import Posterior
 from openreml_nn.model.seen import SeenRows

@@ -13,7 +13,7 @@ from openreml_nn.covariance import DummyMatrix, Matrix, MembershipMatrix, Operat
 from openreml_nn.covariance.params import operand_name
 from openreml_nn.families import Family
 from openreml_nn.likelihood import LaplaceLoss
-from openreml_nn.likelihood.laplace import LaplaceEvaluation
+from openreml_nn.likelihood.laplace_evaluation import LaplaceEvaluation
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.model.random_effect import Coded, RandomEffect
 from openreml_nn.support.errors import InputError

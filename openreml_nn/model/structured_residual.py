@@ -96,7 +96,7 @@ class ByCovariate(nn.Module, ResidualStructure):
     :class:`VarianceFunction`.
 
     Args:
-        kind: ``"power"`` or ``"exp"``.
+        kind: of the function.
         correlated: the structure of which the function scales rows and columns, see
             :class:`Heteroscedastic`, and that has the scale; independent rows by default.
         of_fitted: whether the covariate is the fitted value of the row.
@@ -167,7 +167,8 @@ class WithUnits(nn.Module, ResidualStructure):
         groups = int(cells.max()) // _size(self.correlated) + 1
         scale = None if weights is None else weights.rsqrt()
         z = DummyMatrix.from_codes(cells, groups * _size(self.correlated), scale)
-        g = KroneckerProduct(groups=IdentityMatrix(groups), matrix=self.correlated)
+        one = IdentityMatrix(groups).to(self.correlated.no_params())
+        g = KroneckerProduct(groups=one, matrix=self.correlated)
         return {"residual": CovariancePropagation(z=z, g=g), "units": units}
 
     def variances(self, batch: Batch, n: int) -> Tensor:

@@ -219,7 +219,7 @@ def fixed_part(
     if rows <= len(kept):
         raise InputError(f"{rows} rows for {len(kept)} fixed effects: more are needed")
     R = torch.linalg.cholesky(ff[kept][:, kept]).mT
-    eye = torch.eye(len(kept), dtype=ff.dtype)
+    eye = torch.eye(len(kept), dtype=ff.dtype, device=ff.device)
     inner = torch.linalg.solve_triangular(R, eye, upper=True)
     b = inner @ (inner.mT @ ff[kept, -1])
     M = ff.new_zeros(p + 1, len(kept) + 1)

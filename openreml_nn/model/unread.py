@@ -1,21 +1,22 @@
-"""Parts of a batch that a model does not read."""
+"""Parts of a batch that a model does not read, or that are elsewhere."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from openreml_nn.families import Family
-from openreml_nn.model.batch import Batch, by_effect, check_values
+from openreml_nn.model.batch import Batch, by_effect, check_values, named_tensors
 from openreml_nn.model.random_effect import RandomEffect
 from openreml_nn.model.residual import structure_of
 from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
 from openreml_nn.support.warning import warn
 
-__all__ = ["refuse_unread"]
+__all__ = ["refuse_elsewhere", "refuse_unread"]
 
 #: What some models read and others do not.
 _OPTIONAL = frozenset({"values", "places", "residual", "covariate", "weights", "zi"})
@@ -93,3 +94,22 @@ def _unread(residual: nn.Module, responses: int) -> dict[str, tuple[str, str]]:
 def _refuse(name: str, value: Any, why: str, beside: str = "") -> None:
     if value is not None:
         raise InputError(f"`{name}` is {described(value)}{beside}: expected none, {why}")
+
+
+def refuse_elsewhere(batch: Batch, device: torch.device) -> None:
+    """Refuse a part that is elsewhere than the model; of ``x`` the network says so.
+
+    Args:
+        batch: the data.
+        device: where the model is.
+
+    Raises:
+        InputError: naming the part.
+    """
+    for key, value in batch.items():
+        if key not in ("x", "extra"):
+            for name, x in named_tensors(f"batch[{key!r}]", value):
+                if x.device != device and not (x.is_meta or device.type == "meta"):
+                    raise InputError(
+                        f"`{name}` is on {x.device} but the model on {device}: move one of them"
+                    )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from openreml_nn.program.collector import started
 from openreml_nn.program.direct import Direct, Fitted, needs_trainer
 from openreml_nn.program.options import Options, by_parameter
 from openreml_nn.program.reporting import costs_nothing, reported, shown
@@ -39,6 +40,7 @@ def fit_table(config: DictConfig) -> float:
         options = Options(config)
         _seed(options["seed"])
         fit = prepared(options)
+        started()
         is_profiled = options["profile"]
         is_drawn = options["plots"] is not False  # a config of the user's own may lack it
         fit.read()

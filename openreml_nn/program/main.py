@@ -11,6 +11,7 @@ from typing import Any
 
 import hydra
 
+from openreml_nn.program.collector import starting
 from openreml_nn.program.fit import fit_table
 from openreml_nn.program.options import flags_first, quoted
 from openreml_nn.program.predict import predict_table
@@ -31,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: as on the command line, those of the process by default.
     """
+    if arguments is None:  # a process of the program's own
+        starting()
     given = list(sys.argv[1:] if arguments is None else arguments)
     name, task = "config", _TASKS.get(given[0] if given else "", fit_table)
     if task is not fit_table:

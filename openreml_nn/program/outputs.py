@@ -7,10 +7,9 @@ import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from openreml_nn.inference import Profile, diagnose, heritability
@@ -34,6 +33,8 @@ from openreml_nn.support.display import visible
 from openreml_nn.support.files import replacing, write_text
 from openreml_nn.table import write_table
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 __all__ = [
     "summary",
     "write_heritability",
@@ -117,6 +118,8 @@ def write_record(result: Result, directory: str | Path, validation: Mapping[str,
 
 
 def _draw(folder: Path, plots: Mapping[str, Callable[[], Figure]]) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     for name, draw in plots.items():
         with costs_nothing(f"plot {name}"):
             (folder / "plots").mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from openreml_nn.program.collector import started
 from openreml_nn.program.options import Options
 from openreml_nn.program.reporting import one_line, reported, shown
 from openreml_nn.program.rundir import RunDirectory
@@ -31,6 +32,7 @@ def predict_table(config: DictConfig) -> None:
         table, checkpoint = table_file(options), str(options["checkpoint"])
         options.check_all_read()
         module = _loaded(checkpoint)
+        started()
         module.encoder.source = f"file {str(table)!r}"
         found = module.predict(table.read())
         write_table(found, path / "predictions.csv", index_label="row")

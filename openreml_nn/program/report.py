@@ -6,6 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from openreml_nn.program.collector import started
 from openreml_nn.program.options import Options
 from openreml_nn.program.reporting import reported, shown
 
@@ -17,6 +18,7 @@ def write_page(config: DictConfig) -> None:
     with reported():
         from openreml_nn.report import write_report
 
+        started()
         options = Options(config)
         folder, page = str(options["path"]), Path(str(options["output"]))
         options.check_all_read()

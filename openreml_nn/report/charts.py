@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import ndtri
+
+from openreml_nn.report.points import normal_quantiles
 
 __all__ = ["Charts", "interval"]
 
@@ -63,9 +64,9 @@ class Charts:
             blup = part["blup"].to_numpy(float)
             half = 1.96 * part["std_error"].to_numpy(float)
             many = (
-                f"{len(part)} of {count} levels, evenly by rank"
+                f"{len(part):,} of {count:,} levels, evenly by rank"
                 if count > _LEVELS
-                else f"{count} levels"
+                else f"{count:,} levels"
             )
             found.append(
                 self._chart(
@@ -85,7 +86,7 @@ class Charts:
         """Residuals against fitted values, and their quantiles; the table has some of so many rows."""
         rows = [f"row {row}" for row in table["row"]]
         residual, fitted = (table[name].to_numpy(float) for name in ("residual", "fitted"))
-        shown = f"{len(table)} of {of} rows"
+        shown = f"{len(table):,} of {of:,} rows"
         one = self._chart(
             title=f"Residuals against fitted values ({shown})",
             xlabel="fitted value",
@@ -101,7 +102,7 @@ class Charts:
             title=f"Quantiles of the residuals against normal ones ({shown})",
             xlabel="normal quantile",
             ylabel="residual",
-            x=_listed(_normal_quantiles(n)),
+            x=_listed(normal_quantiles(np.arange(n), n)),
             y=_listed(residual[order]),
             labels=[rows[i] for i in order],
             diagonal=[float(residual.mean()), spread],
@@ -141,11 +142,6 @@ class Charts:
             says.append(text)
         self.plots[key] = {"key": key, "says": says, **plot}
         return {"key": key, "title": plot["title"]}
-
-
-def _normal_quantiles(n: int) -> np.ndarray:
-    """Of n ordered values, by Blom's plotting positions."""
-    return ndtri((np.arange(n) + 1 - 0.375) / (n + 0.25))
 
 
 def _listed(values: np.ndarray) -> list[float | None]:

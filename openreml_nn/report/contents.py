@@ -13,6 +13,7 @@ import pandas as pd
 from omegaconf import OmegaConf
 
 from openreml_nn.report.charts import Charts, interval
+from openreml_nn.support.names import shortened
 from openreml_nn.table import read_table
 
 __all__ = ["Cell", "Row", "RunContents", "Sheet", "number"]
@@ -79,6 +80,7 @@ class RunContents:
         self.record = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
         self.charts = Charts(self.key)
         self.details: dict[str, Any] = self.record.get("details", {})
+        self.config = OmegaConf.create(self._text("config.yaml") or "{}")
 
     def context(self) -> dict[str, Any]:
         """What the template asks for; fills :attr:`charts`."""
@@ -90,13 +92,15 @@ class RunContents:
         if (table := self._csv("residuals.csv")) is not None:
             charts += self.charts.residuals(table, self.record["data"]["rows"])
         charts += self.charts.path(self.details.get("history") or [])
+        others = self.parameters()
         parts = ["Diagnosis", "Model", *(["Variance components"] if variance else [])]
+        parts += ["Structures"] if others else []
         parts += [*(["Fixed effects"] if fixed else []), *(["Plots"] if charts else [])]
         return {
             "id": self.key,
             "name": self.name,
             "parts": parts,
-            "formula": self.record["model"]["formula"],
+            "formula": self.formula(),
             "words": self.words(),
             "facts": self.facts(),
             "diagnosis": self.diagnosis(),
@@ -104,6 +108,7 @@ class RunContents:
             "variance": variance,
             "variance_caption": "Variances with intervals of 95% on the scale of their logarithm; a "
             "covariance, or a variance no larger than its standard error, has none",
+            "parameters": others,
             "fixed": fixed,
             "forest": forest,
             "charts": charts,
@@ -111,6 +116,15 @@ class RunContents:
             "summary": self._text("summary.txt") or "(there is no summary.txt)",
             "config": self._text("config.yaml"),
         }
+
+    def formula(self) -> list[str]:
+        """The formula, and the options that define the model beside it."""
+        lines = [str(self.record["model"]["formula"])]
+        for name in ("residual", "weights", "zi", "pedigree"):
+            value = OmegaConf.select(self.config, f"model.{name}")
+            if isinstance(value, str) and value:
+                lines.append(f"{name} = {value}")
+        return lines
 
     def words(self) -> str:
         """The model in a sentence or two."""
@@ -121,22 +135,25 @@ class RunContents:
         if link := model.get("link"):
             kind += f" with {link} link"
         terms: list[str] = []
+        structure = OmegaConf.select(self.config, "model.residual")
+        structure = structure if isinstance(structure, str) else ""
         for part in self.record["random"]:
+            if structure and part["group"] == structure.partition("+")[0].strip():
+                continue  # a field beside its nugget is the residual of the reader
             terms.append(_random_effects(part["effects"], part["levels"], part["group"]))
         method = {"reml": "restricted maximum likelihood (REML)", "ml": "maximum likelihood (ML)"}
         dropped = data["dropped_rows"]
         left = f" {_count(dropped, 'row')} with missing values left out." if dropped else ""
-        fit = f"It was fitted by {method[model['method']]} to {data['rows']} rows.{left}"
+        fit = f"It was fitted by {method[model['method']]} to {_count(data['rows'], 'row')}.{left}"
         listed = " and ".join(filter(None, [", ".join(terms[:-1]), *terms[-1:]]))
         random = f" The random part has {listed}." if terms else ""
-        return f"{kind}, with {self._mean()}.{random} {fit}"
+        errors = f" The errors have the structure {structure}." if structure else ""
+        return f"{kind}, with {self._mean()}.{random}{errors} {fit}"
 
     def _mean(self) -> str:
         """The fixed part of the model, in words."""
         fixed = self.record["data"]["fixed_effects"]
-        config = OmegaConf.create(self._text("config.yaml") or "{}")
-        network = OmegaConf.select(config, "model.network") is not None
-        if network:
+        if OmegaConf.select(self.config, "model.network") is not None:
             return "a network for its mean" + (
                 f" and {_count(fixed, 'coefficient')} of its features" if fixed else ""
             )
@@ -189,6 +206,17 @@ class RunContents:
             rows.append(Row(cells))
         return Sheet(columns, rows)
 
+    def parameters(self) -> Sheet | None:
+        """Correlations, ranges and the like: what variances and covariances do not show."""
+        found = self.details.get("parameters") or []
+        names = shortened(part["name"] for part in found)
+        rows = [
+            Row([Cell(names[part["name"]]), number(part["value"]), number(part["std_error"])])
+            for part in found
+            if not part["fixed"] and not _is_covariance(part["name"])
+        ]
+        return Sheet(["Parameter", "Estimate", "Std. error"], rows) if rows else None
+
     def fixed(self) -> Sheet | None:
         """Fixed effects with intervals."""
         if not self.record["fixed"]:
@@ -232,6 +260,12 @@ class RunContents:
         return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
+def _is_covariance(path: str) -> bool:
+    """Whether a parameter is a variance or of a Cholesky factor, which the components show."""
+    *places, name = path.split("/")
+    return name.startswith("sigma^2") or (name.startswith("L_") and "loadings" not in places)
+
+
 def _random_effects(effects: list[str], levels: int, group: str) -> str:
     """What one term of the random part adds to the model, in words."""
     slopes = [effect for effect in effects if effect != "(Intercept)"]
@@ -242,7 +276,7 @@ def _random_effects(effects: list[str], levels: int, group: str) -> str:
 
 
 def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _any(titles: list[str], word: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from openreml_nn.report.runs import best, collect
 from openreml_nn.support.checks import check_instance
 from openreml_nn.support.errors import InputError
 from openreml_nn.support.files import write_text
+from openreml_nn.version import __version__
 
 __all__ = ["write_report"]
 
@@ -62,7 +62,7 @@ def write_report(folder: str | Path, path: str | Path) -> int:
         .from_string(_read("page.html"))
         .render(
             title=table["formula"].iloc[0] if table["formula"].nunique() == 1 else "Report",
-            version=version("openreml_nn"),
+            version=__version__,
             date=date.today().isoformat(),
             style=_verbatim("page.css"),
             script=_verbatim("page.js"),

@@ -79,7 +79,9 @@ function svg(kind, attributes, parent) {
 function ticks([low, high], count = 6) {
   const rough = (high - low) / count || 1;
   const unit = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((k) => k * unit).find((size) => size >= rough);
+  const fits = (size) => Math.floor(high / size + 1e-9) - Math.ceil(low / size - 1e-9) >= 1;  // two marks at least
+  const sizes = [10, 5, 2, 1, 0.5, 0.2, 0.1].map((k) => k * unit);
+  const step = sizes.filter((size) => size >= rough && fits(size)).at(-1) ?? sizes.find(fits) ?? rough;
   const found = [];
   for (let k = Math.ceil(low / step - 1e-9); k <= high / step + 1e-9; k++) found.push(k * step);
   return found.map((value) => (Math.abs(value) < step * 1e-9 ? 0 : value));

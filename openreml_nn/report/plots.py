@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from scipy.special import ndtri
 from torch import Tensor
 
 from openreml_nn.inference import Profile, variance_shares
 from openreml_nn.inference.refit import Refit, source_of
-from openreml_nn.report.points import QUANTILES, has_quantiles, residual_values
+from openreml_nn.report.points import (
+    QUANTILES,
+    has_quantiles,
+    normal_quantiles,
+    residual_values,
+)
 from openreml_nn.result.result import Result
 from openreml_nn.support.checks import check_count, check_instance, check_tensor
 from openreml_nn.support.display import visible
@@ -22,6 +25,9 @@ from openreml_nn.terms.covariance import DiagonalCovariance, RepeatedCovariance
 from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.term import Term
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 __all__ = [
     "calibration",
     "caterpillar",
@@ -67,7 +73,7 @@ def caterpillar(result: Result, group: str) -> Figure:
     shown = len(order)
     named = shown <= _NAMED
     height = 1.5 + 0.16 * shown if named else 6.0
-    figure = Figure(figsize=(1.5 + 3.2 * len(panels), height), layout="constrained")
+    figure = _figure(1.5 + 3.2 * len(panels), height)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     at = np.arange(shown)
     for axis, (effect, _, blup, error) in zip(axes, panels, strict=True):
@@ -118,7 +124,7 @@ def convergence(result: Result) -> Figure:
         TypeError: if ``result`` is no result.
     """
     check_instance("result", result, Result)
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = _figure(9, 3.6)
     left, right = figure.subplots(1, 2)
     step = np.arange(1, result.iterations + 1)
     marker = "o" if result.iterations <= 50 else ""
@@ -149,7 +155,7 @@ def residuals(result: Result) -> Figure:
     """
     check_instance("result", result, Result)
     is_family = has_quantiles(result)
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = _figure(9, 4)
     left, right = figure.subplots(1, 2)
     x, y = result.fitted.numpy(force=True), residual_values(result)
     _cloud(left, x, y)
@@ -157,9 +163,9 @@ def residuals(result: Result) -> Figure:
     left.set_xlabel("fitted value")
     left.set_ylabel("randomised quantile residual" if is_family else "residual")
     n = len(y)
-    # Blom's plotting positions; of many rows, quantiles do.
+    # Of many rows, some quantiles do.
     at = np.linspace(0, n - 1, min(n, QUANTILES)).round().astype(int)
-    normal = ndtri((at + 1 - 0.375) / (n + 0.25))
+    normal = normal_quantiles(at, n)
     scale = 1.0 if is_family else y.std() or 1.0
     right.plot(normal, np.sort(y)[at] / scale, "o", ms=3, alpha=0.6)
     right.axline((0, 0), slope=1, color="0.5", lw=0.8, ls="--")
@@ -187,7 +193,7 @@ def calibration(mean: Tensor, target: Tensor, bins: int = 10) -> Figure:
 
     curve = calibration_curve(mean, target, bins)
     predicted, observed, n = (c.numpy(force=True) for c in curve[curve[:, 2] > 0].unbind(1))
-    figure = Figure(figsize=(4.6, 4.4), layout="constrained")
+    figure = _figure(4.6, 4.4)
     axis = figure.subplots()
     z = 1.96
     middle = (observed + z**2 / (2 * n)) / (1 + z**2 / n)
@@ -210,7 +216,7 @@ def shares(result: Result) -> Figure:
     """
     check_instance("result", result, Result)
     table = variance_shares(result)[::-1]
-    figure = Figure(figsize=(6, 1.2 + 0.4 * len(table)), layout="constrained")
+    figure = _figure(6, 1.2 + 0.4 * len(table))
     axis = figure.subplots()
     at = np.arange(len(table))
     axis.barh(at, table["share"], xerr=table["std_error"].fillna(0), color="C0", alpha=0.7)
@@ -247,7 +253,7 @@ def covariance_map(result: Result, rows: int = 60) -> Figure:
         first = torch.arange(n, device=y.device)
         parts = [_dense(term.take(first), y) for term in terms]
         V = sum(parts, start=y.new_zeros(n, n)).numpy(force=True)
-    figure = Figure(figsize=(5.5, 4.6), layout="constrained")
+    figure = _figure(5.5, 4.6)
     axis = figure.subplots()
     size = abs(V).max()
     image = axis.imshow(V, cmap="RdBu_r", vmin=-size, vmax=size)
@@ -288,14 +294,14 @@ def zeta(profile: Profile) -> Figure:
     curves = profile.curves
     columns = min(3, len(curves))
     lines = -(-len(curves) // columns)
-    figure = Figure(figsize=(3 * columns, 2.4 * lines), layout="constrained")
+    figure = _figure(3 * columns, 2.4 * lines)
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for axis, (name, curve) in zip(axes, curves.items(), strict=False):
         axis.plot(curve.values, curve.zeta, lw=1.2)
         axis.axhline(0, color="0.5", lw=0.8)
         for level in (0.5, 0.95):
             low, high = curve.interval(level)
-            z = float(ndtri((1 + level) / 2))
+            z = float(torch.special.ndtri(torch.tensor((1 + level) / 2, dtype=torch.float64)))
             axis.plot([low, low], [-z, 0], color="C1", lw=0.8)
             axis.plot([high, high], [0, z], color="C1", lw=0.8)
         axis.set_title(_text(name), fontsize=9)
@@ -336,7 +342,7 @@ def semivariogram(result: Result, places: Tensor, bins: int = 15, seed: int = 0)
     distance = torch.pdist(places[at].double()).numpy(force=True)
     edges = np.linspace(0, distance.max() / 2, bins + 1)
     which = np.digitize(distance, edges) - 1
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = _figure(6, 4)
     axis = figure.subplots()
     for name, values in (("without random effects", marginal), ("conditional", result.residuals)):
         square = torch.pdist(values[at].double()[:, None]).numpy(force=True) ** 2 / 2
@@ -350,6 +356,13 @@ def semivariogram(result: Result, places: Tensor, bins: int = 15, seed: int = 0)
     axis.set_ylabel("semivariance of residuals")
     axis.legend()
     return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure of this size in inches; matplotlib is imported where something is drawn."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _cloud(axis: Axes, x: np.ndarray, y: np.ndarray) -> None:

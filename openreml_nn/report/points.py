@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+import torch
 
 from openreml_nn.families import Family
 from openreml_nn.inference import quantile_residuals
 from openreml_nn.result.result import Result
 from openreml_nn.support.checks import check_instance
 
-__all__ = ["QUANTILES", "has_quantiles", "residual_table", "residual_values"]
+__all__ = ["QUANTILES", "has_quantiles", "normal_quantiles", "residual_table", "residual_values"]
 
 #: Rows, or quantiles of them, beyond this many are left out, evenly.
 QUANTILES = 2_000
@@ -36,6 +37,16 @@ def residual_values(result: Result) -> np.ndarray:
     """Conditional residuals (n,), or quantile residuals where a family has them."""
     values = quantile_residuals(result) if has_quantiles(result) else result.residuals
     return values.numpy(force=True)
+
+
+def normal_quantiles(ranks: np.ndarray, n: int) -> np.ndarray:
+    """Standard normal quantiles of values by their ranks from 0 among n, at Blom's plotting positions.
+
+    Reference:
+        Blom, Statistical Estimates and Transformed Beta-Variables (1958).
+    """
+    at = torch.as_tensor((ranks + 1 - 0.375) / (n + 0.25))
+    return torch.special.ndtri(at).numpy()
 
 
 def has_quantiles(result: Result) -> bool:

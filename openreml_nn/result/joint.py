@@ -20,9 +20,8 @@ Reference:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from math import log, pi
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +35,7 @@ from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import RepeatedCovariance
 from openreml_nn.terms.design import CodedDesign, IndexedDesign
 
-__all__ = ["JointErrors", "Solution", "solution_of"]
+__all__ = ["JointErrors"]
 
 # Covariances of the random terms, and what yields the equations of the rows.
 _Given = tuple[Sequence[Covariance], Callable[[], Equations | None]]
@@ -46,10 +45,11 @@ class JointErrors(nn.Module):
     """What the variance of a prediction needs; its buffers travel with the checkpoint.
 
     Args:
-        most_columns: more than these beside the first factor's are not held, their square at once;
-            then a sparse factor yields the variances, see :class:`FactoredErrors`.
+        most_columns: more than these beside the first factor's are no part of a checkpoint, their
+            square at once; then a sparse factor yields the variances, see :class:`FactoredErrors`,
+            or, of a dense kernel, parts that are computed when one is asked for.
         most_numbers: so many are held at a time for the rows that are asked for.
-        most_entries: of a sparse factor.
+        most_entries: of a factor, sparse or not.
 
     Attributes:
         is_known: whether there were data.
@@ -88,6 +88,7 @@ class JointErrors(nn.Module):
         self._pending: _Given | None = None
         self._large: _Given | None = None  # of which a factor may be had
         self._factored: FactoredErrors | None = None
+        self._dense: tuple[JointErrors, ...] = ()  # one at most, which is no submodule
         self.register_buffer("is_known", torch.tensor(False))
         self.register_buffer("is_exact", torch.tensor(False))
         self.register_buffer("first", torch.tensor(-1))
@@ -121,7 +122,7 @@ class JointErrors(nn.Module):
         self.is_exact.fill_(False)
         too_many = sum(widths) - max(free, default=0) + r > self.most_columns
         given = covariances, equations
-        self._factored = None
+        self._factored, self._dense = None, ()
         self._pending, self._large = (None, given) if too_many else (given, None)
 
     @torch.no_grad()
@@ -180,12 +181,19 @@ class JointErrors(nn.Module):
             equations = given()
             if equations is not None:
                 self._factored = FactoredErrors.of(covariances, equations, self.most_entries)
+                if self._factored is None:
+                    self._dense = _parts_of(self, covariances, equations)
         return self._factored
+
+    def parts(self) -> JointErrors:
+        """Where the parts below are: here, or, of a dense kernel too large for a checkpoint, in one that
+        is in none."""
+        self.factored()
+        return self._dense[0] if self._dense else self
 
     def has_variances(self) -> bool:
         """Whether :meth:`variance` is there, which is exact."""
-        self.settle()
-        return bool(self.is_exact) or self.factored() is not None
+        return self.factored() is not None or bool(self.parts().is_exact)
 
     def variance(self, designs: Sequence[CodedDesign | PlacedDesign], X: Tensor) -> Tensor:
         """Variance of the error of :math:`x^\\top\\hat\\beta + z^\\top\\hat b` of some rows (n,).
@@ -196,6 +204,8 @@ class JointErrors(nn.Module):
         """
         if self._factored is not None:
             return self._factored.variance(designs, X, self.most_numbers)
+        if self._dense:
+            return self._dense[0].variance(designs, X)
         n, m = len(X), len(self.covariance)
         step = max(1, self.most_numbers // max(m, 1))
         parts = [
@@ -221,6 +231,7 @@ class JointErrors(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         if prefix + "covariance" in state_dict:
             self._pending = self._large = self._factored = None
+            self._dense = ()
         # The sizes are known only once there were data.
         names = ("offsets", "conditional", "starts", "columns", "entries", "covariance", "basis")
         for name in names:
@@ -228,6 +239,27 @@ class JointErrors(nn.Module):
                 own = getattr(self, name)
                 setattr(self, name, torch.empty_like(state_dict[prefix + name], device=own.device))
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _parts_of(
+    joint: JointErrors, covariances: Sequence[Covariance], equations: Equations
+) -> tuple[JointErrors, ...]:
+    """All parts at once, where their factor has no more entries than it may."""
+    r = equations.fixed.basis.shape[1]
+    columns = sum(levels * k for levels, k in equations.sizes) + r
+    free = [
+        levels * k
+        for (levels, k), g in zip(equations.sizes, covariances, strict=True)
+        if _is_free(g)
+    ]
+    beside = columns - max(free, default=0)
+    if beside * (beside + 1) // 2 > joint.most_entries:
+        return ()
+    whole = JointErrors(columns, joint.most_numbers, joint.most_entries)
+    whole.to(equations.products.ff.device)
+    whole.update(covariances, equations.sizes, r, lambda: equations)
+    whole.settle()
+    return (whole,)
 
 
 def _some(joint: JointErrors, designs: Sequence[CodedDesign | PlacedDesign], X: Tensor) -> Tensor:
@@ -259,79 +291,6 @@ def _some(joint: JointErrors, designs: Sequence[CodedDesign | PlacedDesign], X: 
         w.index_put_((row, joint.columns[place]), -by, accumulate=True)
     w[:, len(C) - joint.basis.shape[1] :] += X.to(C) @ joint.basis
     return found + ((w @ C) * w).sum(1)
-
-
-class Solution(NamedTuple):
-    """What equations with y say.
-
-    Attributes:
-        values: BLUPs of each random term, (levels, k).
-        variances: their prediction-error variances, (levels, k, k).
-        coefficients: (p,) of X with all its columns.
-        covariance: (p, p) of the coefficients.
-        log_likelihood: by method, ``"ml"`` and ``"reml"``.
-    """
-
-    values: list[Tensor]
-    variances: list[Tensor]
-    coefficients: Tensor
-    covariance: Tensor
-    log_likelihood: Mapping[str, float]
-
-
-@torch.no_grad()
-def solution_of(joint: JointErrors, equations: Equations) -> Solution:
-    """What equations with y say, by their joint covariance, which is exact."""
-    factored = joint.factored()
-    if factored is not None:
-        values, variances, gamma, y_p_y = factored.solution(equations)
-        spread = torch.from_numpy(factored.variance_of_coefficients).to(gamma)
-        full = factored.log_det + equations.log_det + y_p_y
-        return _solution(equations, values, variances, gamma, spread, full)
-    C, first = joint.covariance, int(joint.first)
-    M = LevelCells(joint.starts, joint.columns, joint.entries)
-    (zf, ff), basis = (equations.products.zf, equations.products.ff), equations.fixed.basis
-    r = basis.shape[1]
-    rest = [t for t in range(len(zf)) if t != first]
-    right = torch.cat([*(zf[t][:, -1] for t in rest), ff[:r, -1]])
-    square = ff[-1, -1]
-    values, variances = [], []
-    if first >= 0:
-        own = zf[first][:, -1].unflatten(0, equations.sizes[first])
-        alone = (joint.conditional @ own[:, :, None])[:, :, 0]
-        square = square - (own * alone).sum()
-        right = right - M.t_times(own, len(C))
-    found = C @ right
-    for t, (levels, k) in enumerate(equations.sizes):
-        if t == first:
-            values.append(alone - M.times_vector(found))
-            variances.append(joint.conditional + M.sandwich(C, joint.most_numbers))
-            continue
-        at = int(joint.offsets[t]) + torch.arange(levels * k, device=C.device).reshape(levels, k)
-        values.append(found[at])
-        variances.append(C[at[:, :, None], at[:, None, :]])
-    m = len(C) - r
-    full = float(joint.log_det) + equations.log_det + float(square - right @ found)
-    return _solution(equations, values, variances, found[m:], C[m:, m:], full)
-
-
-def _solution(
-    equations: Equations,
-    values: list[Tensor],
-    variances: list[Tensor],
-    gamma: Tensor,
-    spread: Tensor,
-    full: float,
-) -> Solution:
-    r"""From coefficients of Q (r,), their covariance (r, r), and :math:`\log|V| + y^\top P y`."""
-    basis, r = equations.fixed.basis, len(gamma)
-    # The coefficients are those of X, of which Q is a multiple.
-    T = basis[basis.abs().sum(1) > 0]
-    fixed = -float(torch.linalg.slogdet(spread)[1] + 2 * torch.linalg.slogdet(T)[1])
-    n = equations.rows * log(2 * pi)
-    likelihood = {"ml": -(n + full) / 2, "reml": -(n - r * log(2 * pi) + full + fixed) / 2}
-    beta, covariance = equations.fixed.offset + basis @ gamma, basis @ spread @ basis.mT
-    return Solution(values, variances, beta, covariance, likelihood)
 
 
 def _dense(equations: Equations, rest: Sequence[int]) -> Tensor:

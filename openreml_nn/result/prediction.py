@@ -93,7 +93,8 @@ class KnownEffect:
         """What the levels of each row have of their prior variance (n,): all, or those ``among``, (n,) or
         (n, m). Levels of a row are independent there."""
         z = self.z.to(like)
-        each = torch.einsum("...k,kl,...l->...", z, self.prior().to(z), z)
+        # Not by einsum, whose path by opt_einsum, where that is installed, takes rows for a constant.
+        each = ((z @ self.prior().to(z)) * z).sum(-1)
         each = each if among is None else torch.where(among, each, 0)
         return each if each.dim() == 1 else each.sum(1)  # len() would be a constant in a program
 

@@ -133,6 +133,9 @@ class Result(FitValues):
 
         Args:
             title: what stands for the formula; the result's own by default.
+
+        Raises:
+            TypeError: if ``title`` is no text.
         """
         check_instance("title", title, (str, NoneType), "text, or None")
         return summarise(self, title)

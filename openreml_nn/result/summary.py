@@ -112,7 +112,10 @@ def uncertainty(result: FitValues) -> str:
     error = result.log_likelihood_error
     if result.plan.exact:
         return f"rounding leaves about {error:.2g} of the log-likelihood unknown"
-    return f"the log-likelihood is estimated, with a standard error of {error:.2g}"
+    return (
+        f"the log-likelihood is estimated, with a standard error of {error:.2g}, and so are the "
+        "variances: coefficients and BLUPs are exact at these"
+    )
 
 
 def singularity(component: Component) -> str:

@@ -16,7 +16,10 @@ __all__ = ["blup_table", "fixed_table", "table_of_blups", "variance_table"]
 
 
 def fixed_table(result: Result) -> pd.DataFrame:
-    """BLUEs: name, estimate, std_error, statistic.
+    """The fixed effects (BLUEs) of a fit.
+
+    Returns:
+        A data frame with the columns name, estimate, std_error and statistic (t, or z with a family).
 
     Raises:
         TypeError: if ``result`` is no result.
@@ -34,8 +37,12 @@ def fixed_table(result: Result) -> pd.DataFrame:
 
 
 def variance_table(result: Result) -> pd.DataFrame:
-    """Variances, then covariances, of each term: group, effect1, effect2 (empty for a variance),
-    covariance, std_error, and std_dev (of a variance) or correlation (of a covariance).
+    """The variances and covariances of each term of a fit.
+
+    Returns:
+        A data frame with a row for each variance, then for each covariance of a term, and the columns
+        group, effect1, effect2 (empty for a variance), covariance, std_error, and std_dev (of a
+        variance) or correlation (of a covariance).
 
     Raises:
         TypeError: if ``result`` is no result.
@@ -64,7 +71,11 @@ def _covariances(c: Component) -> list[tuple[str, str, str, float, float, float,
 
 
 def blup_table(result: Result) -> pd.DataFrame:
-    """BLUPs: group, level, effect, blup, and std_error, the root of the prediction-error variance.
+    """The predicted random effects (BLUPs) of a fit; with a family their modes.
+
+    Returns:
+        A data frame with the columns group, level, effect, blup, and std_error, the root of the
+        prediction-error variance.
 
     Raises:
         TypeError: if ``result`` is no result.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import cached_property, update_wrapper
+from time import perf_counter
 from typing import Any
 
-__all__ = ["Compiled", "compiled", "inlined"]
+__all__ = ["Compiled", "announcer", "compiled", "inlined"]
 
 
 class Compiled:
@@ -36,6 +38,9 @@ class Compiled:
 
         if Compiled not in typeof_impl.registry:
             typeof_impl.register(Compiled)(type_of)
+            from numba.core import event
+
+            event.register("numba:compile", announcer())
         return self._make(self._function)
 
     def __call__(self, *args: Any) -> Any:
@@ -56,13 +61,42 @@ def inlined(function: Callable[..., Any]) -> Compiled:
     return Compiled(function, _intrinsic)
 
 
+def announcer(after: float = 1.0) -> Any:
+    """What says on stderr, once, that functions of this package are being compiled.
+
+    Args:
+        after: so many seconds after the first of them was begun.
+    """
+    from numba.core.event import Event, Listener
+
+    class Announcer(Listener):  # type: ignore[misc]
+        begun: float | None = None
+        said = False
+
+        def on_start(self, event: Event) -> None:
+            name = event.data["dispatcher"].py_func.__module__
+            if self.said or name.partition(".")[0] != __name__.partition(".")[0]:
+                return
+            self.begun = perf_counter() if self.begun is None else self.begun
+            if perf_counter() - self.begun >= after:
+                self.said = True
+                text = "openreml_nn compiles its sparse solver, once on this machine: a few seconds"
+                print(text, file=sys.stderr, flush=True)
+
+        def on_end(self, event: Event) -> None:
+            pass
+
+    return Announcer()
+
+
 def _njit(function: Callable[..., Any]) -> Any:
     from numba import njit
 
+    # As NumPy divides: to raise where a divisor is zero takes more code, and longer to compile.
     try:
-        return njit(cache=True)(function)
+        return njit(cache=True, error_model="numpy")(function)
     except RuntimeError:  # there is no place to keep it
-        return njit(function)
+        return njit(error_model="numpy")(function)
 
 
 def _intrinsic(function: Callable[..., Any]) -> Any:

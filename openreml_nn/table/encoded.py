@@ -112,7 +112,8 @@ class ResidualDesign:
             its position. In several, which have one group each: the positions of those before its
             own, plus its position.
         text: as written, without the nugget.
-        variance: how the variance depends on a covariate, ``power`` or ``exp``.
+        variance: how the variance depends on a covariate, ``power``, ``exp`` or
+            ``const_power``.
         covariate: (n,) values of that; None where they are the fitted values.
         nugget: whether independent errors stand beside.
     """

@@ -233,10 +233,10 @@ def _covariate(kind: str, name: str, data: TableRows, fitting: bool = True) -> T
     """Values on which the variance depends."""
     what = f"{data.source}: {kind}({name}) of the residuals: column {name!r}"
     values = numbers(single(data.table, name, data.source), what, data.table)
-    good = np.isfinite(values) & ((values != 0) | (kind != "power"))
+    good = np.isfinite(values) & ((values != 0) | (kind == "exp"))
     if not good.all():
         row = int(np.argmin(good))
-        wanted = "a number other than zero" if kind == "power" else "a finite number"
+        wanted = "a finite number" if kind == "exp" else "a number other than zero"
         raise InputError(f"{what} is {values[row]:g} in row {data.row(row)}: expected {wanted}")
     if fitting and (np.abs(values) == np.abs(values[0])).all():
         raise InputError(f"{what} has one value: a variance that depends on it needs two")

@@ -54,7 +54,7 @@ GRAPHS = ("car", "icar")
 #: Structures among the levels of a group.
 RELATIONS = ("ped", "vm", *GRAPHS, *WALKS, *KERNELS, "spline")
 #: Variances of residuals that depend on a covariate.
-VARIANCES = ("power", "exp")
+VARIANCES = ("power", "exp", "const_power")
 #: What stands for the fitted values in these.
 FITTED = "fitted"
 #: Structures within groups of residuals.
@@ -284,7 +284,8 @@ class _Residual:
         within = [c for c in calls if c not in variances and c not in strata]
         if len(variances) > 1 or len(strata) > 1:
             raise InputError(
-                f"{self.what}: expected at most one of diag(), id() and one of power(), exp()"
+                f"{self.what}: expected at most one of diag(), id() and one of power(), exp(), "
+                "const_power()"
             )
         own, group = self._strata(strata[0]) if strata else ((), ())
         if strata and not own and not within:

@@ -28,6 +28,9 @@ def write_table(
         table: what is written.
         path: of the file.
         index_label: heading of the row names; they are left out by default.
+
+    Raises:
+        OSError: if the file cannot be written.
     """
     safe = table.copy(deep=False)
     for position, dtype in enumerate(table.dtypes):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from openreml_nn.terms.base import Covariance, condition
 from openreml_nn.terms.covariance import DenseCovariance
+from openreml_nn.terms.series import is_series
 
 __all__ = ["DirectSumCovariance"]
 
@@ -62,7 +63,7 @@ class DirectSumCovariance(Covariance):
 
     @property
     def is_chained(self) -> bool:
-        return all(form.is_chained for form in self.forms)
+        return all(form.is_chained or is_series(form) for form in self.forms)
 
     def shown(self) -> Tensor:
         """The mean variance, (1, 1)."""

@@ -137,7 +137,7 @@ class NeighbourPrecision(Precision):
 
     def _lower(self, B: np.ndarray) -> csr_matrix:
         """B, (q, q)."""
-        start = np.arange(0, B.size + 1, B.shape[1])
+        start = np.arange(self.size + 1) * B.shape[1]
         return csr_matrix((B.reshape(-1), self.neighbours.reshape(-1), start), 2 * (self.size,))
 
     def log_det(self, x: np.ndarray) -> tuple[float, np.ndarray]:

@@ -11,7 +11,7 @@ from openreml_nn.support.errors import NumericalError
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.precision import Precision, PrecisionCovariance
 
-__all__ = ["RepeatedPrecision", "SeriesPrecision", "chained", "repeated"]
+__all__ = ["RepeatedPrecision", "SeriesPrecision", "chained", "is_series", "repeated"]
 
 
 class SeriesPrecision(Precision):
@@ -95,6 +95,8 @@ class SeriesPrecision(Precision):
 
     def solve(self, x: np.ndarray, u: np.ndarray) -> np.ndarray:
         entries = self.entries(x)
+        if self.size == 1:  # of which LAPACK has no band
+            return u / entries
         on = self.row == self.column
         band = np.zeros((2, self.size))
         band[0] = entries[on]
@@ -158,19 +160,26 @@ class RepeatedPrecision(Precision):
 
 
 def repeated(g: PrecisionCovariance, copies: int) -> PrecisionCovariance:
-    r""":math:`I \otimes G` of a precision with one effect a level."""
-    one = g.precision
+    r""":math:`I \otimes G` of a covariance by a precision."""
+    one: Precision = g.precision
     if copies == 1:
         return g
     if isinstance(one, SeriesPrecision):
-        return PrecisionCovariance(g.matrix, SeriesPrecision(np.tile(one.steps, copies)))
-    return PrecisionCovariance(g.matrix, RepeatedPrecision(one, copies))
+        one = SeriesPrecision(np.tile(one.steps, copies))
+    else:
+        one = RepeatedPrecision(one, copies)
+    return PrecisionCovariance(g.matrix, one, g.effects)
+
+
+def is_series(g: Covariance) -> bool:
+    """Whether it is of series by their precision, with one effect a time."""
+    is_precise = isinstance(g, PrecisionCovariance) and isinstance(g.precision, SeriesPrecision)
+    return is_precise and g.width == 1
 
 
 def chained(g: Covariance, size: int) -> Tensor | None:
     """G itself, (q, q), where its inverse is known to be tridiagonal; None where it is not."""
-    is_series = isinstance(g, PrecisionCovariance) and isinstance(g.precision, SeriesPrecision)
-    return g.whole(size) if (g.is_chained and g.is_solid) or is_series else None
+    return g.whole(size) if (g.is_chained and g.is_solid) or is_series(g) else None
 
 
 def _powers_of(x: Tensor, last: int) -> Tensor:

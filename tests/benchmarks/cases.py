@@ -43,6 +43,10 @@ _SHORT = (
     "GPBoost's fits of responses that are not Gaussian are without standard errors, ours with them."
 )
 _STEPS = "GPyTorch takes 50 steps of Adam on the full likelihood, without standard errors."
+_PLACES = (
+    "Of places GPBoost's default approximates the density of the rows by neighbouring rows, most of which are "
+    "of the same place; its latent form and ours approximate that of the effects of places."
+)
 _CROSSED = "y ~ x + (1 | user) + (1 | item)"
 _NESTED = "y ~ x + (1 | a) + (1 | b) + (1 | c) + (1 | d)"
 CASES = {
@@ -148,6 +152,19 @@ CASES = {
             "y ~ age + I(age^2) + urban + livch + (1 | district)",
             ("livch", "district"),
             ("ours, binomial", "lme4, binomial"),
+        ),
+        *(
+            Case(
+                f"places-{q}",
+                f"{10 * q:,} rows of {q:,} places, Matérn 3/2, 20 neighbours",
+                partial(tables.places, q=q),
+                "y ~ x + (1 | matern(east, north, nu = 1.5, neighbours = 20))",
+                (),
+                ("ours", "gpboost, places", "gpboost, places, latent"),
+                runs=1,
+                notes=(_FULL, _PLACES),
+            )
+            for q in (2_000, 10_000)
         ),
         Case(
             "kernel",

@@ -11,7 +11,7 @@ __all__ = ["SCRIPTS"]
 
 _START = """
 import json, sys, time, warnings
-path, formula, factors = sys.argv[1], sys.argv[2], sys.argv[3].split(",")
+path, formula, factors = sys.argv[1], sys.argv[2], [f for f in sys.argv[3].split(",") if f]
 warnings.simplefilter("ignore")
 import pandas, torch
 torch.set_num_threads(1)
@@ -85,6 +85,22 @@ if slopes:
 model = gpboost.GPModel(group_data=table[groups].to_numpy(), likelihood="gaussian",
                         num_parallel_threads=1, **options)
 model.fit(y=table["y"].to_numpy(float), X=numpy.column_stack(columns))
+model.get_coef(std_err=True)
+done(-model.get_current_neg_log_likelihood(), gpboost.__version__)
+"""
+)
+
+# The full likelihood; neighbours are those of rows, or of places in the latent form.
+_GPBOOST_PLACES = (
+    _START
+    + """
+import gpboost, numpy
+table = pandas.read_parquet(path)
+before, start = memory(), time.process_time()
+model = gpboost.GPModel(gp_coords=table[["east", "north"]].to_numpy(), cov_function="matern",
+                        cov_fct_shape=1.5, gp_approx="APPROXIMATION", num_neighbors=20,
+                        likelihood="gaussian", num_parallel_threads=1)
+model.fit(y=table["y"].to_numpy(), X=numpy.column_stack([numpy.ones(len(table)), table["x"]]))
 model.get_coef(std_err=True)
 done(-model.get_current_neg_log_likelihood(), gpboost.__version__)
 """
@@ -245,6 +261,8 @@ SCRIPTS = {
     "ours, pedigree": _OURS_PEDIGREE,
     "mixedlm": _MIXEDLM,
     "gpboost": _GPBOOST,
+    "gpboost, places": _GPBOOST_PLACES.replace("APPROXIMATION", "vecchia"),
+    "gpboost, places, latent": _GPBOOST_PLACES.replace("APPROXIMATION", "vecchia_latent"),
     "lme4": _LME4,
     **{
         f"{engine}, {family}": script.replace("FAMILY", family).replace("LIKELIHOOD", likelihood)

@@ -1,5 +1,5 @@
 """Networks with random effects for binary responses and counts, beside embeddings of the levels:
-``python -m tests.benchmarks.responses --levels 100 1000 10000 --seeds 2``.
+``python -m tests.benchmarks.responses --levels 100 1000 10000 --seeds 1 2``.
 
 Rows are simulated by :func:`openreml_nn.datasets.purchases` and :func:`openreml_nn.datasets.visits`, ten a level and
 at least 20,000, of which a fifth is held out. ``loss`` is the mean negative log of the predictive density there: of a
@@ -136,13 +136,13 @@ def main() -> None:
     )
     parser.add_argument("--kinds", nargs="*", default=["binary", "counts"])
     parser.add_argument("--levels", nargs="*", type=int, default=[100, 1000, 10_000])
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", nargs="*", type=int, default=[1, 2])
     options = parser.parse_args()
     titles = ("oracle", "random effects", "embedding", "sigma^2", "errors off", "seconds")
     print(f"{'':24}" + "".join(f"{title:>17}" for title in titles))
     for kind in options.kinds:
         for levels in options.levels:
-            for seed in range(1, options.seeds + 1):
+            for seed in options.seeds:
                 torch.manual_seed(seed)
                 data, began = study(kind, levels, seed), time.process_time()
                 loss, variance, error = random_effects(data)

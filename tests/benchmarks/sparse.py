@@ -44,6 +44,7 @@ from openreml_nn.likelihood import Sparse
 from openreml_nn.likelihood.solvers.sparse import SparseProblem
 from tests.benchmarks.cases import CASES
 from tests.benchmarks.measure import ONE_CORE
+from tests.benchmarks.tables import field
 
 
 @dataclass(frozen=True)
@@ -156,14 +157,9 @@ def of_field(name: str) -> Row:
 def of_places(name: str) -> Row:
     """A Matérn kernel of places in a square, each with 20 neighbours and about ten rows."""
     q = PLACES[name]
-    rng = np.random.default_rng(1)
-    at = rng.uniform(0, q**0.5, (q, 2))
-    # Waves whose numbers have the kernel's spectrum, a t distribution of 3 degrees of freedom.
-    waves = rng.standard_normal((2, 1000)) / np.sqrt(rng.chisquare(3, 1000) / 3) / 5
-    effects = np.cos(at @ waves + rng.uniform(0, 2 * np.pi, 1000)).sum(1) * (2 / 1000) ** 0.5
-    codes = rng.integers(q, size=10 * q)
-    X = torch.from_numpy(np.stack([np.ones(10 * q), rng.standard_normal(10 * q)], 1))
-    y = torch.from_numpy(effects[codes] + rng.standard_normal(10 * q))
+    at, codes, x, response = field(q)
+    X = torch.from_numpy(np.stack([np.ones(10 * q), x], 1))
+    y = torch.from_numpy(response)
     z = DummyMatrix.from_codes(torch.from_numpy(codes), q)
     start = time.process_time()
     K = VecchiaMatrix(torch.from_numpy(at), MaternCorrelation(1.5), neighbours=20)

@@ -17,12 +17,14 @@ __all__ = [
     "chunked",
     "contraception",
     "crossed",
+    "field",
     "insteval",
     "kernel",
     "kinship",
     "nested",
     "parents",
     "pedigree",
+    "places",
     "responses",
     "slopes",
 ]
@@ -103,6 +105,25 @@ def nested(path: Path, n: int) -> None:
     for scale, level in ((0.3, a), (0.5, b), (0.7, c), (1.0, d)):
         y += scale * rng.standard_normal(level.max() + 1)[level]
     pd.DataFrame({"y": y, "x": x, "a": a, "b": b, "c": c, "d": d}).to_parquet(path)
+
+
+def field(q: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Places in a square, each with about ten rows, and their effects with a Matérn covariance: the
+    coordinates (q, 2), and of each row its place, a covariate and the response."""
+    rng = np.random.default_rng(1)
+    at = rng.uniform(0, q**0.5, (q, 2))
+    # Waves whose numbers have the kernel's spectrum, a t distribution of 3 degrees of freedom.
+    waves = rng.standard_normal((2, 1000)) / np.sqrt(rng.chisquare(3, 1000) / 3) / 5
+    effects = np.cos(at @ waves + rng.uniform(0, 2 * np.pi, 1000)).sum(1) * (2 / 1000) ** 0.5
+    codes, x = rng.integers(q, size=10 * q), rng.standard_normal(10 * q)
+    return at, codes, x, effects[codes] + rng.standard_normal(10 * q)
+
+
+def places(path: Path, q: int) -> None:
+    """The rows of :func:`field` with the coordinates of their places."""
+    at, codes, x, y = field(q)
+    east, north = at[codes].T
+    pd.DataFrame({"y": y, "x": x, "east": east, "north": north}).to_parquet(path)
 
 
 def kinship(n: int) -> torch.Tensor:

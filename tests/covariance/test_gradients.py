@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 from openreml_nn.covariance import (
+    Adapter,
     AR1Matrix,
     Augment,
     BlockDiagonal,
+    ContinuousAR1Matrix,
     CovariancePropagation,
     DummyMatrix,
     Gram,
@@ -18,13 +20,15 @@ from openreml_nn.covariance import (
     KroneckerProduct,
     LowerTriangularMatrix,
     Product,
+    SimpleMatrix,
     Stack,
     Sum,
     Transpose,
     UnstructuredMatrix,
 )
 from openreml_nn.covariance.matrix import Recorded
-from tests.strategies import LEAVES, matrices, points
+from openreml_nn.covariance.transform import TransformIdentity
+from tests.strategies import LEAVES, line, matrices, points
 
 
 def closed(matrix):
@@ -66,6 +70,26 @@ def test_gradcheck_and_gradgradcheck_through_the_custom_function(data):
     assert matrix(at).grad_fn.name() == "ClosedFormBackward"
     assert gradcheck(matrix, at, check_forward_ad=True, check_batched_grad=True)
     assert gradgradcheck(matrix, at)
+
+
+def test_a_closed_form_is_that_of_all_operands():
+    user = SimpleMatrix(2, torch.diag)
+    for matrix in (Sum(AR1Matrix(2), user), Sum(torch.eye(2), Sum(user)), Product(user, user)):
+        assert not matrix.has_closed_form()
+        assert matrix.has_jacobian()  # in which the user's is recorded
+        assert matrix().grad_fn.name() != "ClosedFormBackward"
+        torch.testing.assert_close(matrix.manual_grad()[0], matrix.auto_grad()[0])
+    tree = Sum(AR1Matrix(2), Sum(AR1Matrix(2)))
+    assert tree.has_closed_form()
+    tree.operands["op_1"].grad_mode = "auto"
+    assert not tree.has_closed_form()
+
+
+def test_an_adapter_of_times_has_no_correlation_of_its_own():
+    times = ContinuousAR1Matrix(line(3))
+    specs = {"a": {"fixed": False, "default": torch.zeros(1), "trans": TransformIdentity()}}
+    adapter = Adapter(times, specs, lambda theta: theta.expand(2)).double()
+    torch.testing.assert_close(adapter(), times(torch.zeros(2).double()))
 
 
 def shared():

@@ -7,7 +7,7 @@ from openreml_nn import InputError
 from openreml_nn.covariance import VarianceFunction
 
 
-@pytest.mark.parametrize("kind", ["power", "exp"])
+@pytest.mark.parametrize("kind", ["power", "exp", "const_power"])
 def test_at_other_values_it_is_the_same_function(kind):
     """Its parameters are the same tensors: what trains one trains the other."""
     x, other = torch.tensor([1.0, 2.0, -3.0]), torch.tensor([4.0, -0.5])
@@ -15,9 +15,12 @@ def test_at_other_values_it_is_the_same_function(kind):
     V.fix("delta", 0.7)
     with torch.no_grad():
         V.get_parameter("sigma^2").fill_(0.3)
-    found = V.at(other)
-    raised = other.abs() ** 1.4 if kind == "power" else (1.4 * other).exp()
+    raised = (1.4 * other).exp() if kind == "exp" else other.abs() ** 1.4
+    if kind == "const_power":
+        V.set_value("constant", 0.4, natural=True)
+        raised = (0.4 + other.abs() ** 0.7) ** 2
     expected = torch.exp(torch.tensor(0.6)) * raised
+    found = V.at(other)
     torch.testing.assert_close(found(), torch.diag(expected))
     assert found.fixed_param_names == V.fixed_param_names == ["delta"]
     assert [id(p) for p in found.parameters()] == [id(p) for p in V.parameters()]
@@ -26,7 +29,7 @@ def test_at_other_values_it_is_the_same_function(kind):
 @pytest.mark.parametrize(
     ("covariate", "kind", "error", "message"),
     [
-        (torch.ones(2), "linear", InputError, "`kind` is 'linear': expected 'power' or 'exp'"),
+        (torch.ones(2), "linear", InputError, "`kind` is 'linear': expected 'power', 'exp' or"),
         ([1.0, 2.0], "power", TypeError, "`covariate` is .*expected a floating-point tensor"),
         (torch.ones(2, dtype=torch.long), "exp", TypeError, "expected a floating-point tensor"),
         (torch.ones(2, 1), "exp", InputError, r"shape \(2, 1\): expected \(n,\)"),
@@ -40,10 +43,10 @@ def test_what_is_no_covariate_is_refused(covariate, kind, error, message):
         VarianceFunction(covariate, kind)
 
 
-@pytest.mark.parametrize("kind", ["power", "exp"])
+@pytest.mark.parametrize("kind", ["power", "exp", "const_power"])
 def test_a_start_has_one_variance_and_its_slopes_are_those_of_autograd(kind):
     V = VarianceFunction(torch.tensor([0.5, 2.0, 3.0]), kind).double()
-    at = torch.tensor([0.2, -0.4], requires_grad=True)
+    at = torch.tensor([0.2, -0.4, 0.3][: V.num_params], requires_grad=True)
     cotangent = torch.tensor([[1.0, 9.0, 9.0], [9.0, -2.0, 9.0], [9.0, 9.0, 0.5]])
     expected = torch.autograd.grad((V(at) * cotangent).sum(), at)[0]
     torch.testing.assert_close(V.manual_vjp(cotangent, at.detach()), expected)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from openreml_nn import InputError, NumericalError, glmm
-from openreml_nn.estimation.separation import separated_levels, told_exactly
+from openreml_nn.estimation.separation import separated_levels, separation_of, told_exactly
 from openreml_nn.families import Beta, Binomial, Gamma, NegativeBinomial, Ordinal, Poisson
 from openreml_nn.inference import diagnose
 
@@ -106,3 +106,40 @@ def test_a_precision_without_end_is_said_of_responses_that_have_a_spread_of_thei
 def test_options_of_a_residual_are_refused_with_the_reason():
     with pytest.raises(InputError, match="as the family has the residual's place"):
         glmm("binary ~ x + (1 | g)", TABLE, residual_variance=1.0)
+
+
+def near_saturated(seed, root):
+    """Binary rows that slopes with a large variance all but tell apart, few of a level."""
+    rng = np.random.default_rng(seed)
+    k = rng.integers(8, 16)
+    blk = np.repeat(np.arange(k), rng.integers(4, 7, size=k))
+    a, x = rng.normal(size=(2, len(blk)))
+    b = rng.normal(size=(k, 2)) @ np.array(root).T
+    eta = x + b[blk, 0] + b[blk, 1] * a
+    y = (rng.random(len(blk)) < 1 / (1 + np.exp(-eta))).astype(int)
+    return pd.DataFrame({"y": y, "x": x, "a": a, "blk": blk})
+
+
+def test_near_saturated_responses_with_slopes_are_fitted():
+    # Coefficients grow with the variances: a curvature of which only that by the variances was taken
+    # anew did not arrive in 200 steps.
+    result = glmm("y ~ x + (a | blk)", near_saturated(118, [[20.0, 0.0], [16.0, 12.0]]))
+    assert result.converged and len(result.history) < 60
+    assert result.log_likelihood == pytest.approx(-11.601803, abs=1e-5)
+    (text,) = [t for t in diagnose(result) if t.startswith("The variance of blk")]
+    assert "of 11 levels have responses that their effects tell apart without error" in text
+
+
+def test_responses_that_only_all_effects_together_tell_apart_are_said_so():
+    table = near_saturated(11, [[6.0, 0.0], [4.0, 4.0]])
+    with pytest.raises(
+        NumericalError, match="a combination of the fixed effects with the random ones tells"
+    ):
+        glmm("y ~ x + (a | blk)", table)
+    x = torch.tensor(table.x.to_numpy())
+    X = torch.stack([torch.ones_like(x), x], 1)
+    for end, family in ((0.1, Binomial()), (0.1, Ordinal(2))):
+        assert "of the fixed effects tells" in separation_of(family, (x > end).double(), [], X)
+    assert "with the random ones" in separation_of(
+        Binomial(), ((x > 0.1) ^ (x > 1)).double(), [], X
+    )

@@ -255,8 +255,8 @@ FAULTS = [
     Fault(
         "the standard error of a share takes the total for known",
         "openreml_nn/inference/shares.py",
-        "- value[:, None] / total) / total",
-        ") / total",
+        "(eye - value[:, None] / total) / total",
+        "eye / total",
         f"{INFERENCE} openreml_nn/inference/shares.py -k shares",
     ),
     Fault(

@@ -39,7 +39,7 @@ from openreml_nn.covariance import (
     weighted,
     within,
 )
-from openreml_nn.likelihood import Evaluation, Plan, Sparse
+from openreml_nn.likelihood import Auto, Evaluation, Plan, Sparse
 from openreml_nn.likelihood.system.sparse.factor import Factor
 from openreml_nn.likelihood.system.sparse.ordering import leaves_dense
 from openreml_nn.likelihood.system.sparse.symbolic import Symbolic
@@ -553,6 +553,11 @@ def test_the_plan_takes_it_for_relatives():
     loss.objective(y, X)
     assert loss.plan.solver == "sparse"
     assert loss.plan.exact
+    # Where no other fits, that is the reason, and what an approximation would be taken instead of.
+    loss = REMLLoss(V, solver=Auto(memory=2**22))
+    assert "solver   sparse: what meets is sparse, others would need" in str(loss.plan)
+    loss = REMLLoss(V, solver=Auto(memory=1000))
+    assert "GiB; solver='sparse' insists on an exact one" in str(loss.plan)
 
 
 def test_a_fit_of_relatives_equals_that_of_the_spectral_solver():

@@ -92,7 +92,7 @@ class Blocked(Solver):
                 if isinstance(design, IndexedDesign) and not roles.residual.is_within(design.codes)
             ]
             columns = k + sum(mixed) + p + 1
-            work += 4.0 * n * (m + k) * columns
+            work += 4.0 * n * (m + k) * columns + roles.residual.work
             held += 4.0 * n * columns
         held *= dtype.itemsize
         if held > _LARGE:

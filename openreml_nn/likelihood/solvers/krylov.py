@@ -211,7 +211,8 @@ class _KrylovEvaluation(GroupedEvaluation):
         if problem.levels:
             for i, (a, b, value) in enumerate(W.cells):
                 K = self._Kd[a] if len(self._Kd) > 1 else self._Kd
-                own[i] = own[i].index_add(0, b, -(value.mT @ K @ value))
+                lost = block_times(value.mT, block_times(K, value))
+                own[i] = own[i].index_add(0, b, -lost)
         pairs = zip(self.root2, problem.others.grids, strict=True)
         roots = [root.blocks(*grid) for root, grid in pairs]
         self._scaled = ScaledSystem(problem.others, self._times_e22, own, roots)
@@ -244,7 +245,7 @@ class _KrylovEvaluation(GroupedEvaluation):
         W = self.system.W
         found = self.problem.times_22(x) / self.s
         if self.problem.levels:
-            found = found - W.t_times(self._Kd @ W.times(x))
+            found = found - W.t_times(block_times(self._Kd, W.times(x)))
         return found
 
     def explained(self, T2: Tensor) -> tuple[Tensor, Tensor]:
@@ -288,8 +289,8 @@ class _KrylovEvaluation(GroupedEvaluation):
         assert isinstance(W, ListedCross)
         found = self.N1.new_zeros(problem.levels, problem.k, problem.k)
         for (a, b, value), half in zip(W.cells, self._scaled.halves, strict=True):
-            part = value @ half.mT[b]
-            found = found.index_add(0, a, part @ part.mT)
+            part = block_times(value, half.mT[b])
+            found = found.index_add(0, a, block_times(part, part.mT))
         left = W.times(self._scaled.back(self._inverse_z - problem.probes))
         right = W.times(self._scaled.back(problem.probes))
         noisy = left @ right.mT / problem.probes.shape[1]

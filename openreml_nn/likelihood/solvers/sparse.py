@@ -52,6 +52,7 @@ from openreml_nn.likelihood.system.sparse.terms import (
     are_nested,
     has_sparse_inverse,
     is_dense,
+    on_cpu,
     over_levels,
 )
 from openreml_nn.likelihood.system.square_root import SquareRootEvaluation
@@ -119,15 +120,17 @@ class Sparse(Solver):
             # Other solvers take so little, or this one so much, that a bound will do; and within a
             # transform the formula is another solver's.
             q = float(sum(term.design.shape[1] for term in effects))
-            work = q**3 + 8.0 * q * q * (p + 2) + 4.0 * n * (p + 1) + Sparse.least
+            work = q**3 + 8.0 * q * q * (p + 2) + 4.0 * n * (p + 1) + Sparse.least + residual.work
             return Cost(work, 16.0 * q * q, True, _REASON, (f"{q:.0f} columns",))
         random = _random_of(moved, residual)
         equations = self._equations(random, residual)
         self._analysed.update(terms=terms, equations=equations)
-        return cost_of(equations, n, p)
+        found = cost_of(equations, n, p)
+        return replace(found, operations=found.operations + residual.work)
 
     def forecast_of_sums(self, terms: Sequence[Term], p: int, sums: Statistics) -> Cost | None:
-        residual = _residual_of(terms)
+        there = on_cpu(terms)
+        residual = _residual_of(there)
         if residual.moves:
             return None
         effects = [term for i, term in enumerate(terms) if i not in residual.at]
@@ -138,7 +141,7 @@ class Sparse(Solver):
             q = float(sum(term.design.shape[1] for term in effects))
             work = q**3 + 8.0 * q * q * (p + 2) + Sparse.least
             return Cost(work, max(16.0 * q * q, held), True, _REASON, (f"{q:.0f} columns",))
-        equations = self._equations(_random_of(terms, residual), residual, sums)
+        equations = self._equations(_random_of(there, residual), residual, sums)
         self._analysed.update(terms=terms, equations=equations)
         return cost_of(equations, 0, p)
 
@@ -207,7 +210,7 @@ class Sparse(Solver):
 def _moved(terms: Sequence[Term]) -> tuple[list[Term], Residual]:
     """The terms over levels, and R."""
     with outside_transforms():
-        moved = over_levels(terms)
+        moved = over_levels(on_cpu(terms))
         return moved, _residual_of(moved)
 
 
@@ -337,11 +340,16 @@ class SparseProblem(Problem):
     def _recording(self, terms: Sequence[Term]) -> Problem:
         """The problem of the plain formula that holds least: by blocks of effects, or by V."""
         related = any(term.covariance.is_related for term in terms)
-        if self._sums is not None:
-            return Blocked().problem_of_sums(self.fixed, self._dense.terms, self.method, self._sums)
+        sums, dtype = self._sums, self.fixed.y.dtype
         problems: list[tuple[float, Solver]] = []
-        for solver in (Dense(),) if related else (Blocked(), Dense()):
-            cost = solver.forecast(terms, self.p, self.fixed.y.dtype)
+        for solver in (
+            (Blocked(),) if sums is not None else (Dense(),) if related else (Blocked(), Dense())
+        ):
+            cost = (
+                solver.forecast_of_sums(terms, self.p, sums)
+                if sums is not None
+                else solver.forecast(terms, self.p, dtype)
+            )
             if cost is not None:
                 problems.append((10.0 * cost.bytes, solver))  # what autograd keeps of it
         held, least = min(problems, key=lambda found: found[0])
@@ -351,10 +359,12 @@ class SparseProblem(Problem):
                 f"matrices that would hold {held / 2**30:.3g} GiB of {self.n} rows, and may hold "
                 f"{self.solver.memory / 2**30:.3g}: `Sparse(memory=...)` allows more"
             )
+        if sums is not None:
+            return least.problem_of_sums(self.fixed, self._dense.terms, self.method, sums)
         return least.problem(self.fixed, self._dense.terms, self.method)
 
     def evaluate_unchecked(self, terms: Sequence[Term], matrices: list[Tensor]) -> Evaluation:
-        return SparseEvaluation(self, self.system, terms)
+        return SparseEvaluation(self, self.system, on_cpu(terms))
 
     def precise(self, terms: Sequence[Term]) -> Evaluation | None:
         if self._sums is not None:

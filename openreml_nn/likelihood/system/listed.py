@@ -62,10 +62,15 @@ class SparseEntries:
     """
 
     def __init__(self, row: Tensor, column: Tensor, shape: tuple[int, int]) -> None:
-        self._order = torch.argsort(row * shape[1] + column)
-        self._columns, self._shape = column[self._order], shape
-        count = torch.bincount(row, minlength=shape[0])
-        self._starts = torch.nn.functional.pad(count.cumsum(0), (1, 0))
+        key = row * shape[1] + column
+        self._order: Tensor | None = None
+        if bool((key[1:] < key[:-1]).any()):  # looking takes a tenth of the time of sorting
+            self._order = torch.argsort(key)
+            column = column[self._order]
+        starts = torch.nn.functional.pad(torch.bincount(row, minlength=shape[0]).cumsum(0), (1, 0))
+        # Short numbers are read in less time, and all of what is multiplied is read each time.
+        kind = torch.int32 if max(len(key), *shape) < 2**31 else torch.int64
+        self._starts, self._columns, self._shape = starts.to(kind), column.to(kind), shape
 
     def matrix(self, values: Tensor) -> Tensor:
         """The matrix of some numbers, in the order of the entries."""
@@ -74,7 +79,7 @@ class SparseEntries:
             return torch.sparse_csr_tensor(
                 self._starts,
                 self._columns,
-                values[self._order],
+                values if self._order is None else values[self._order],
                 self._shape,
                 check_invariants=False,
             )

@@ -174,6 +174,14 @@ class Statistics:
         sizes = [(d.levels, d.shape[1] // d.levels) for d in designs]
         return cls(sizes, cells, pattern.products(designs, f), len(f), log_det)
 
+    def to(self, device: torch.device) -> Statistics:
+        """On a device."""
+        p = self.products
+        zz = {pair: value.to(device) for pair, value in p.zz.items()}
+        products = Products(zz, [part.to(device) for part in p.zf], p.ff.to(device))
+        cells = {pair: (a.to(device), b.to(device)) for pair, (a, b) in self.cells.items()}
+        return Statistics(self.sizes, cells, products, self.rows, self.log_det)
+
     def relabelled(self, places: Sequence[Tensor], levels: Sequence[int]) -> Statistics:
         """With level i of design t as level ``places[t][i]`` of ``levels[t]``."""
         cells, zz = {}, {}

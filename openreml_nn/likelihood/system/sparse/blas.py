@@ -1,7 +1,8 @@
 """BLAS and LAPACK, as SciPy brings them, for compiled code.
 
 Their addresses are arguments of the compiled functions and not constants of them, so that what
-numba compiled once can be kept on disk for the next process.
+numba compiled once can be kept on disk for the next process. A call is written where it stands, its
+arguments on the stack: a function around each would take a fifth of the time of compiling.
 """
 
 from __future__ import annotations
@@ -10,11 +11,9 @@ import ctypes
 from importlib import import_module
 from typing import Any
 
-import numpy as np
+from openreml_nn.support.compilation import Compiled, inlined
 
-from openreml_nn.support.compilation import compiled, inlined
-
-__all__ = ["ROUTINES", "gemm", "potrf", "potri", "solve", "symm", "syrk", "trsm"]
+__all__ = ["ROUTINES", "gemm", "potrf", "potri", "symm", "syrk", "trsm", "trsv"]
 
 _NAMES = (
     ("scipy.linalg.cython_blas", "dgemm"),
@@ -38,110 +37,60 @@ def _address(module: str, name: str) -> int:
 
 
 #: Addresses of the routines, in the order of the names above.
-ROUTINES = np.array([_address(*name) for name in _NAMES], dtype=np.int64)
+ROUTINES = tuple(_address(*name) for name in _NAMES)
 
 
-@inlined
-def _call(context: Any, address: Any, arguments: Any) -> Any:
-    """Call a routine without a result at an address; every argument is the address of a value."""
-    from numba import types
-    from numba.core import cgutils
+def _routine(name: str, kinds: str) -> Compiled:
+    """A routine, called as ``routine(ROUTINES, arguments)`` with a tuple; it gives its last argument
+    but addresses, what LAPACK says of success, and 0 where that is none.
 
-    signature = types.void(address, arguments)
+    Args:
+        name: in BLAS or LAPACK.
+        kinds: of each argument: c is a character, i an integer, d a number, a an address, and o an
+            integer that the routine sets, which is not given.
+    """
+    place = [each for _, each in _NAMES].index(name)
 
-    def build(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        words = cgutils.unpack_tuple(builder, values[1])
-        word = words[0].type
-        kind = cgutils.ir.FunctionType(cgutils.ir.VoidType(), [word] * len(words))
-        builder.call(builder.inttoptr(values[0], kind.as_pointer()), words)
-        return context.get_dummy_value()
+    def call(context: Any, routines: Any, arguments: Any) -> Any:
+        from numba import types
+        from numba.core import cgutils
 
-    return signature, build
+        signature = types.int64(routines, arguments)
+        stored = {"c": types.uint8, "i": types.int32, "d": types.float64, "o": types.int32}
 
+        def build(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            given = iter(zip(cgutils.unpack_tuple(builder, values[1]), arguments, strict=True))
+            word, pointers, found = context.get_value_type(types.intp), [], None
+            for kind in kinds:
+                value, of = (word(0), types.intp) if kind == "o" else next(given)
+                if kind == "a":
+                    pointers.append(context.cast(builder, value, of, types.intp))
+                    continue
+                number = context.cast(builder, value, of, stored[kind])
+                slot = cgutils.alloca_once_value(builder, number)
+                pointers.append(builder.ptrtoint(slot, word))
+                found = slot if kind == "o" else found
+            form = cgutils.ir.FunctionType(cgutils.ir.VoidType(), [word] * len(pointers))
+            address = builder.extract_value(values[0], place)
+            builder.call(builder.inttoptr(address, form.as_pointer()), pointers)
+            return word(0) if found is None else builder.sext(builder.load(found), word)
 
-@compiled
-def gemm(routines, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
-    """C = alpha op(A) op(B) + beta C, by columns; a, b and c are addresses."""
-    i = np.array([m, n, k, lda, ldb, ldc], dtype=np.int32)
-    x = np.array([alpha, beta])
-    t = np.array([ta, tb], dtype=np.uint8)
-    pi, px, pt = i.ctypes.data, x.ctypes.data, t.ctypes.data
-    _call(
-        routines[0],
-        (pt, pt + 1, pi, pi + 4, pi + 8, px, a, pi + 12, b, pi + 16, px + 8, c, pi + 20),
-    )
-    return i[0] + x[0] + t[0]  # what is pointed at lives until here
+        return signature, build
 
-
-@compiled
-def trsm(routines, trans, m, n, a, lda, b, ldb):
-    """B = op(A)^-1 B for an upper triangle A (m, m), by columns."""
-    i = np.array([m, n, lda, ldb], dtype=np.int32)
-    x = np.ones(1)
-    t = np.array([76, 85, trans, 78], dtype=np.uint8)  # L, U, ., N
-    pi, px, pt = i.ctypes.data, x.ctypes.data, t.ctypes.data
-    _call(routines[1], (pt, pt + 1, pt + 2, pt + 3, pi, pi + 4, px, a, pi + 8, b, pi + 12))
-    return i[0] + x[0] + t[0]
+    return inlined(call)
 
 
-@compiled
-def solve(routines, trans, n, m, a, lda, x):
-    """X = op(A)^-1 X for an upper triangle A (n, n), by columns, and X (n, m), by rows."""
-    i = np.array([n, lda, m], dtype=np.int32)
-    one = np.ones(1)
-    t = np.array(
-        [85, trans, 78, 82, 78 + 84 - trans], dtype=np.uint8
-    )  # U, ., N, R, the other of N and T
-    pi, px, pt = i.ctypes.data, one.ctypes.data, t.ctypes.data
-    if m < 4:
-        for c in range(m):
-            _call(routines[6], (pt, pt + 1, pt + 2, pi, a, pi + 4, x + 8 * c, pi + 8))
-    else:
-        # By columns that is X' op(A')^-1.
-        _call(routines[1], (pt + 3, pt, pt + 4, pt + 2, pi + 8, pi, px, a, pi + 4, x, pi + 8))
-    return i[0] + one[0] + t[0]
-
-
-@compiled
-def symm(routines, m, n, alpha, a, lda, b, ldb, c, ldc):
-    """C = alpha B A for symmetric A (n, n), its upper triangle by columns, and B (m, n)."""
-    i = np.array([m, n, lda, ldb, ldc], dtype=np.int32)
-    x = np.array([alpha, 0.0])
-    t = np.array([82, 85], dtype=np.uint8)  # R, U
-    pi, px, pt = i.ctypes.data, x.ctypes.data, t.ctypes.data
-    _call(
-        routines[2],
-        (pt, pt + 1, pi, pi + 4, px, a, pi + 8, b, pi + 12, px + 8, c, pi + 16),
-    )
-    return i[0] + x[0] + t[0]
-
-
-@compiled
-def syrk(routines, n, k, a, lda, c, ldc):
-    """The upper triangle of C = A' A, by columns, for A (k, n)."""
-    i = np.array([n, k, lda, ldc], dtype=np.int32)
-    x = np.array([1.0, 0.0])
-    t = np.array([85, 84], dtype=np.uint8)  # U, T
-    pi, px, pt = i.ctypes.data, x.ctypes.data, t.ctypes.data
-    _call(routines[5], (pt, pt + 1, pi, pi + 4, px, a, pi + 8, px + 8, c, pi + 12))
-    return i[0] + x[0] + t[0]
-
-
-@compiled
-def potrf(routines, n, a, lda):
-    """Upper Cholesky factor in place, by columns; 0, or the pivot that is not positive."""
-    i = np.array([n, lda, 0], dtype=np.int32)
-    t = np.array([85], dtype=np.uint8)
-    pi, pt = i.ctypes.data, t.ctypes.data
-    _call(routines[3], (pt, pi, a, pi + 4, pi + 8))
-    return i[2] + 0 * t[0]
-
-
-@compiled
-def potri(routines, n, a, lda):
-    """Upper triangle of the inverse from an upper Cholesky factor, in place."""
-    i = np.array([n, lda, 0], dtype=np.int32)
-    t = np.array([85], dtype=np.uint8)
-    pi, pt = i.ctypes.data, t.ctypes.data
-    _call(routines[4], (pt, pi, a, pi + 4, pi + 8))
-    return i[2] + 0 * t[0]
+#: C = alpha op(A) op(B) + beta C: ta, tb, m, n, k, alpha, A, lda, B, ldb, beta, C, ldc.
+gemm = _routine("dgemm", "cciiidaiaidai")
+#: B = alpha op(A)^-1 B, or B op(A)^-1: side, uplo, ta, diag, m, n, alpha, A, lda, B, ldb.
+trsm = _routine("dtrsm", "cccciidaiai")
+#: x = op(A)^-1 x: uplo, ta, diag, n, A, lda, x, step.
+trsv = _routine("dtrsv", "ccciaiai")
+#: C = alpha A B + beta C, or B A, for symmetric A: side, uplo, m, n, alpha, A, lda, B, ldb, beta, C, ldc.
+symm = _routine("dsymm", "cciidaiaidai")
+#: A triangle of C = alpha A' A + beta C: uplo, ta, n, k, alpha, A, lda, beta, C, ldc.
+syrk = _routine("dsyrk", "cciidaidai")
+#: A Cholesky factor in place: uplo, n, A, lda; 0, or the pivot that is not positive.
+potrf = _routine("dpotrf", "ciaio")
+#: A triangle of the inverse from a Cholesky factor, in place: uplo, n, A, lda.
+potri = _routine("dpotri", "ciaio")

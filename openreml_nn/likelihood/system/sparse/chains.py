@@ -21,6 +21,8 @@ from openreml_nn.support.errors import NotPositiveDefiniteError
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import KroneckerCovariance
 from openreml_nn.terms.direct_sum import DirectSumCovariance
+from openreml_nn.terms.precision import PrecisionCovariance
+from openreml_nn.terms.series import SeriesPrecision
 
 __all__ = ["Chain", "ChainAt"]
 
@@ -130,7 +132,11 @@ class _Field:
     """The pattern of one field, or of one chain."""
 
     def __init__(self, g: Covariance) -> None:
-        self.sizes = g.sizes if isinstance(g, KroneckerCovariance) else (len(g.matrix), 1)
+        self.sizes = len(g.matrix), 1
+        if isinstance(g, KroneckerCovariance):
+            self.sizes = g.sizes
+        elif isinstance(g, PrecisionCovariance):
+            self.sizes = g.precision.size, 1
         self.size = self.sizes[0] * self.sizes[1]
         sides = [eye(n) + eye(n, k=1) + eye(n, k=-1) for n in self.sizes]
         self.pattern = csc_matrix(kron(*sides, format="coo"))
@@ -147,10 +153,11 @@ class _Field:
     def at(self, g: Covariance) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The variance, and entries, log-determinant and kernel of Q."""
         if isinstance(g, KroneckerCovariance):
-            parts = list(g.parts())
+            one, other = (_side(part) for part in g.parts())
+        elif isinstance(g, PrecisionCovariance):
+            one, other = _series(g), _side(torch.ones_like(g.parts()[0]))
         else:
-            parts = [g.matrix, torch.ones_like(g.matrix[:1, :1])]
-        one, other = (_side(part) for part in parts)
+            one, other = _side(g.matrix), _side(torch.ones_like(g.matrix[:1, :1]))
         index, second = (torch.from_numpy(side) for side in self._sides)
         r, c = self.sizes
         entries, kernel = (one[i][index] * other[i][second] for i in (1, 2))
@@ -172,8 +179,25 @@ def _side(A: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     on, off = A.diagonal() / first, A.diagonal(1) / first
     phi = off / on[:-1]
     d = torch.cat([on[:1], on[1:] - phi * off])
+    return first, *_of_chain(phi, d, torch.cat([on, off]))
+
+
+def _series(g: PrecisionCovariance) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`_side` of series by their numbers."""
+    assert isinstance(g.precision, SeriesPrecision)
+    (first,), rho = g.parts()
+    steps = torch.from_numpy(g.precision.steps[1:])
+    phi = torch.where(steps > 0, rho**steps, 0)
+    one = torch.ones_like(first)
+    return first[0], *_of_chain(
+        phi, torch.cat([one, 1 - phi**2]), torch.cat([one.expand(len(phi) + 1), phi])
+    )
+
+
+def _of_chain(phi: Tensor, d: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The band of the inverse of a chain, that of its own, and minus its log-determinant."""
     if not bool((d > 0).all()):
         raise NotPositiveDefiniteError("V is not positive definite: an autoregression is not")
     own = 1 / d
     band = torch.cat([own + torch.nn.functional.pad(phi**2 * own[1:], (0, 1)), -phi * own[1:]])
-    return first, band, torch.cat([on, off]), -d.log().sum()
+    return band, kernel, -d.log().sum()

@@ -115,37 +115,32 @@ def _bounds(first, row_start, rows):
     return found[:count].copy()
 
 
-@compiled
-def _lines(low, high, first, of_column, row_start, rows):
+def _lines(
+    low: int,
+    high: int,
+    first: np.ndarray,
+    of_column: np.ndarray,
+    row_start: np.ndarray,
+    rows: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Lines, columns, places and segments of a run, column by column."""
-    total = 0
-    for s in range(low, high):
-        p, end = row_start[s] + 1, row_start[s + 1]
-        while p < end:
-            total += end - p
-            limit = first[of_column[rows[p]] + 1]
-            while p < end and rows[p] < limit:
-                p += 1
-    line, column = np.empty(total, np.int64), np.empty(total, np.int64)
-    place, segment = np.empty(total, np.int64), np.empty(total, np.int64)
-    e = 0
-    for s in range(low, high):
-        p, end = row_start[s] + 1, row_start[s + 1]
-        while p < end:
-            begin, b = p, of_column[rows[p]]
-            limit = first[b + 1]
-            at, last = row_start[b] + limit - first[b], row_start[b + 1]
-            for q in range(begin, end):
-                row = rows[q]
-                if row < limit:
-                    line[e] = row_start[b] + row - first[b]
-                    p = q + 1
-                else:
-                    at += np.searchsorted(rows[at:last], row)
-                    line[e] = at
-                column[e], place[e], segment[e] = s, q, begin
-                e += 1
-    return line, column, place, segment
+    place = np.arange(row_start[low], row_start[high])
+    own = np.repeat(np.arange(low, high), np.diff(row_start[low : high + 1]))
+    place, own = place[place > row_start[own]], own[place > row_start[own]]  # below the diagonal
+    to = of_column[rows[place]]
+    begins = np.flatnonzero(np.diff(own * len(first) + to, prepend=-1))
+    # Each segment has a line for each of its rows, and of those below.
+    count = row_start[own[begins] + 1] - place[begins]
+    column, segment = np.repeat(own[begins], count), np.repeat(place[begins], count)
+    q = segment + np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    block, row = np.repeat(to[begins], count), rows[q]
+    line = row_start[block] + row - first[block]
+    further = row >= first[block + 1]
+    if further.any():
+        size = first[-1]
+        key = np.repeat(np.arange(len(first) - 1), np.diff(row_start)) * size + rows
+        line[further] = np.searchsorted(key, block[further] * size + row[further])
+    return line, column, q, segment
 
 
 @compiled

@@ -60,9 +60,11 @@ class Cross:
         right = right if len(right) == 1 else right[self.column]
         return left.transpose(0, 2, 1) @ data @ right
 
-    def matrix(self, data: np.ndarray, columns: int) -> bsr_matrix:
+    def matrix(self, data: np.ndarray, columns: int) -> bsr_matrix | csr_matrix:
         """The blocks as a matrix with so many columns."""
         size = ((len(self.start) - 1) * self.shape[0], columns)
+        if self.shape == (1, 1):  # the transpose of which is no copy
+            return csr_matrix((data.reshape(-1), self.column, self.start), size)
         return bsr_matrix((data, self.column, self.start), size)
 
 
@@ -326,10 +328,10 @@ class Equations:
         Args:
             inverse: of the factor.
             moved: as in :meth:`factor`.
-            by_level: for each part, whether its levels are left apart (k = 1 only).
+            by_level: for each part, whether its levels are left apart.
 
         Returns:
-            For each part (k, k), or (levels, 1, 1).
+            For each part (1, k, k), or (levels, k, k).
         """
         found = [
             np.zeros((part.levels if apart else 1, part.effects, part.effects))
@@ -342,8 +344,8 @@ class Equations:
                 sides.append((cross.other, cross.column, "bji,bjk->ik"))
             for part, level, rule in sides:
                 if by_level[part]:
-                    total = (Z * data).sum((1, 2))
-                    found[part][:, 0, 0] += np.bincount(level, total, self.parts[part].levels)
+                    each = np.einsum(rule.replace(">", ">b"), Z, data, optimize=True)
+                    np.add.at(found[part], level, each)
                 elif Z.shape[1:] == (1, 1):
                     found[part][0] += np.vdot(Z, data)
                 else:

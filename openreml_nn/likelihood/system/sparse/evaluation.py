@@ -143,7 +143,7 @@ class SparseEvaluation(Evaluation):
     @cached_property
     def _pulled(self) -> list[np.ndarray]:
         r"""For each term twice :math:`\Lambda^\top S \Lambda` with S its score, summed over levels
-        (1, k, k), or (levels, 1, 1) where each level has a variance of its own."""
+        (1, k, k), or (levels, k, k) where each level has a covariance of its own."""
         own = self.system.random
         traces = self.system.equations.traces(
             self._factor.inverse, self._moved, [x.by_level for x in own]
@@ -152,11 +152,11 @@ class SparseEvaluation(Evaluation):
         found = []
         for x, point, trace, part in zip(own, self._points, traces, u, strict=True):
             other = point.times_prior(part)
+            k = x.part.effects
+            shape = (x.part.levels, k, part.shape[1])
             if x.by_level:
-                total = (part * other).sum(1)[:, None, None]
+                total = part.reshape(shape) @ other.reshape(shape).transpose(0, 2, 1)
             else:
-                k = x.part.effects
-                shape = (x.part.levels, k, part.shape[1])
                 one, two = (y.reshape(shape).transpose(1, 0, 2) for y in (part, other))
                 total = (one.reshape(k, -1) @ two.reshape(k, -1).T)[None]
             found.append(total - trace)
@@ -206,7 +206,7 @@ class SparseEvaluation(Evaluation):
         own = [derivatives[i] for i in self.system.rows.terms]
         if at.scale is not None:
             # Working variates are combinations of the columns of Z and f: they cost nothing in n.
-            ds = sum(d.reshape(m).double().numpy() for d in own) / at.scale
+            ds = sum(d.reshape(m).cpu().double().numpy() for d in own) / at.scale
             c = c - self._each(self._u_y, "lifted") * ds
             Cf = np.zeros((problem.p + 1, m))
             Cf[-1] = ds
@@ -236,6 +236,6 @@ class SparseEvaluation(Evaluation):
         rows = self.system.rows
         if isinstance(rows, FieldRows):
             cells, variances = rows.effects(self._at, *self._of_rows)
-            found[rows.terms[0]] = cells[:, None], variances[:, None, None]
+            found[rows.terms[0]] = cells, variances
         names = [term.name for term in self._terms]
         return [RandomEffects(names[i], *map(self._to, found[i])) for i in sorted(found)]

@@ -24,21 +24,19 @@ from openreml_nn.likelihood.system.sparse.blas import (
     gemm,
     potrf,
     potri,
-    solve,
     symm,
     syrk,
     trsm,
 )
 from openreml_nn.likelihood.system.sparse.columns import inverse_of_run, subtract_by_line
 from openreml_nn.likelihood.system.sparse.symbolic import Symbolic
+from openreml_nn.likelihood.system.sparse.triangles import NARROW, backward, forward
 from openreml_nn.support.compilation import compiled
 from openreml_nn.support.errors import NotPositiveDefiniteError
 
 __all__ = ["Factor"]
 
-_N, _T = 78, 84  # the characters N and T
-#: Blocks with fewer columns are multiplied in loops: a call would take longer.
-_NARROW = 4
+_L, _R, _N, _T, _U = 76, 82, 78, 84, 85  # characters
 #: Blocks with more entries are larger than the cache.
 _LARGE = 60_000
 
@@ -121,7 +119,7 @@ class Factor:
         s = self.symbolic
         if not x.size:
             return
-        run = _backward if backwards else _forward
+        run = backward if backwards else forward
         run(ROUTINES, s.first, s.row_start, s.rows, s.value_start, self.values, x)
 
     @cached_property
@@ -175,10 +173,10 @@ def _factor(
                 k2 += 1
             high, wide = end_d - k1, k2 - k1
             source = value_start[d] + (k1 - start_d) * wd
-            if wd <= _NARROW and is_large:
+            if wd <= NARROW and is_large:
                 narrow[few], begins[few], ends[few], lasts[few] = d, k1, k2, end_d
                 few += 1
-            elif wd <= _NARROW:
+            elif wd <= NARROW:
                 for i in range(high):
                     target = own + local[rows[k1 + i]] * w - lo
                     for k in range(wd):
@@ -188,12 +186,12 @@ def _factor(
                                 values[target + rows[k1 + j]] -= x * values[source + j * wd + k]
             else:
                 at = base + 8 * source
-                syrk(routines, wide, wd, at, wd, room, wide)
+                syrk(routines, (_U, _T, wide, wd, 1.0, at, wd, 0.0, room, wide))
                 if high > wide:
-                    gemm(
-                        routines, _T, _N, wide, high - wide, wd, 1.0, at, wd,
+                    gemm(routines, (
+                        _T, _N, wide, high - wide, wd, 1.0, at, wd,
                         at + 8 * wide * wd, wd, 0.0, room + 8 * wide * wide, wide,
-                    )  # fmt: skip
+                    ))  # fmt: skip
                 for i in range(high):
                     target = own + local[rows[k1 + i]] * w - lo
                     for j in range(min(i + 1, wide)):
@@ -219,104 +217,21 @@ def _factor(
             for p in range(own + 1, own + 1 + below):
                 values[p] /= root
         else:
-            if potrf(routines, w, base + 8 * own, w) != 0:
+            if potrf(routines, (_U, w, base + 8 * own, w)) != 0:
                 return s
             for i in range(w):
                 for j in range(i + 1, w):
                     values[own + i * w + j] = 0.0
             if below:
-                trsm(routines, _T, w, below, base + 8 * own, w, base + 8 * (own + w * w), w)
+                trsm(routines, (
+                    _L, _U, _T, _N, w, below, 1.0, base + 8 * own, w, base + 8 * (own + w * w), w,
+                ))  # fmt: skip
         if below:
             reached[s] = begin + w
             above = of_column[rows[begin + w]]
             link[s] = head[above]
             head[above] = s
     return -1 + 0 * int(work[0] != work[0])
-
-
-@compiled
-def _forward(routines, first, row_start, rows, value_start, values, x):
-    m = x.shape[1]
-    most = 1
-    for s in range(len(first) - 1):
-        most = max(most, row_start[s + 1] - row_start[s] - first[s + 1] + first[s])
-    work = np.empty((most, m))
-    base, at_x, room = values.ctypes.data, x.ctypes.data, work.ctypes.data
-    for s in range(len(first) - 1):
-        lo, w = first[s], first[s + 1] - first[s]
-        begin, below = row_start[s] + w, row_start[s + 1] - row_start[s] - w
-        own = value_start[s]
-        if w <= _NARROW:
-            for k in range(w):
-                root = values[own + k * w + k]
-                for c in range(m):
-                    x[lo + k, c] /= root
-                for i in range(k + 1, w):
-                    a = values[own + i * w + k]
-                    for c in range(m):
-                        x[lo + i, c] -= a * x[lo + k, c]
-            for i in range(below):
-                row = rows[begin + i]
-                for k in range(w):
-                    a = values[own + (w + i) * w + k]
-                    if a != 0.0:
-                        for c in range(m):
-                            x[row, c] -= a * x[lo + k, c]
-            continue
-        solve(routines, _T, w, m, base + 8 * own, w, at_x + 8 * lo * m)
-        if below:
-            gemm(
-                routines, _N, _N, m, below, w, 1.0, at_x + 8 * lo * m, m,
-                base + 8 * (own + w * w), w, 0.0, room, m,
-            )  # fmt: skip
-            for i in range(below):
-                row = rows[begin + i]
-                for c in range(m):
-                    x[row, c] -= work[i, c]
-    return work[0, 0]
-
-
-@compiled
-def _backward(routines, first, row_start, rows, value_start, values, x):
-    m = x.shape[1]
-    most = 1
-    for s in range(len(first) - 1):
-        most = max(most, row_start[s + 1] - row_start[s] - first[s + 1] + first[s])
-    work = np.empty((most, m))
-    base, at_x, room = values.ctypes.data, x.ctypes.data, work.ctypes.data
-    for s in range(len(first) - 2, -1, -1):
-        lo, w = first[s], first[s + 1] - first[s]
-        begin, below = row_start[s] + w, row_start[s + 1] - row_start[s] - w
-        own = value_start[s]
-        if w <= _NARROW:
-            for i in range(below):
-                row = rows[begin + i]
-                for k in range(w):
-                    a = values[own + (w + i) * w + k]
-                    if a != 0.0:
-                        for c in range(m):
-                            x[lo + k, c] -= a * x[row, c]
-        elif below:
-            for i in range(below):
-                row = rows[begin + i]
-                for c in range(m):
-                    work[i, c] = x[row, c]
-            gemm(
-                routines, _N, _T, m, w, below, -1.0, room, m,
-                base + 8 * (own + w * w), w, 1.0, at_x + 8 * lo * m, m,
-            )  # fmt: skip
-        if w > _NARROW:
-            solve(routines, _N, w, m, base + 8 * own, w, at_x + 8 * lo * m)
-            continue
-        for k in range(w - 1, -1, -1):
-            root = values[own + k * w + k]
-            for c in range(m):
-                x[lo + k, c] /= root
-            for j in range(k):
-                a = values[own + k * w + j]
-                for c in range(m):
-                    x[lo + j, c] -= a * x[lo + k, c]
-    return work[0, 0]
 
 
 @compiled
@@ -340,7 +255,7 @@ def _selected(
         if w == 1:
             found[own] = 1.0 / (values[own] * values[own])
         else:
-            potri(routines, w, at + 8 * own, w)  # what is above the diagonal is not looked at
+            potri(routines, (_U, w, at + 8 * own, w))  # what is above the diagonal is not looked at
         if r == 0:
             continue
         # Y' = L_SS^-T L_RS', by columns (w, r).
@@ -350,7 +265,7 @@ def _selected(
             for p in range(r):
                 half[p] /= values[own]
         else:
-            trsm(routines, _N, w, r, base + 8 * own, w, at_half, w)
+            trsm(routines, (_L, _U, _N, _N, w, r, 1.0, base + 8 * own, w, at_half, w))
         # The lower triangle of Z_RR, row by row.
         j1 = 0
         while j1 < r:
@@ -387,9 +302,10 @@ def _selected(
                 for j in range(j1, min(i + 1, j2)):
                     square[i * r + j] = found[line + rows[begin + j]]
             j1 = j2
-        symm(routines, w, r, -1.0, room, r, at_half, w, at + 8 * (own + w * w), w)
-        gemm(
-            routines, _N, _T, w, w, r, -1.0, at_half, w,
-            at + 8 * (own + w * w), w, 1.0, at + 8 * own, w,
-        )  # fmt: skip
+        symm(routines, (
+            _R, _U, w, r, -1.0, room, r, at_half, w, 0.0, at + 8 * (own + w * w), w,
+        ))  # fmt: skip
+        gemm(routines, (
+            _N, _T, w, w, r, -1.0, at_half, w, at + 8 * (own + w * w), w, 1.0, at + 8 * own, w,
+        ))  # fmt: skip
     return half[0] + square[0]

@@ -39,6 +39,7 @@ from openreml_nn.support.errors import NotPositiveDefiniteError
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.precision import PrecisionCovariance
+from openreml_nn.terms.products import one_effect
 from openreml_nn.terms.term import Term, has_own_columns, residual_terms
 
 __all__ = ["FieldResidual", "FieldRows"]
@@ -76,14 +77,16 @@ class FieldResidual(Residual):
         scale: (n,) W, None for ones.
         pattern: (q, q) of Q.
         low: which of its entries are of the lower triangle, column by column.
-        on: which are on its diagonal.
+        effects: of a level, whose cells stand side by side.
+        on: which of its entries are of one level.
     """
 
     size = 1
     moves = True
 
     def __init__(self, at: int, term: Term) -> None:
-        self.at, self._form = [at], term.covariance
+        self.at, self._own = [at], term.covariance
+        self._form = self._single(term.covariance)
         design = term.design
         assert isinstance(design, IndexedDesign)
         self.cells = design.codes.cpu().numpy()
@@ -98,7 +101,8 @@ class FieldResidual(Residual):
         # Column by column, as the lower triangle of either kind is.
         place = np.repeat(np.arange(q), np.diff(self.pattern.indptr))
         self.low = self.pattern.indices >= place
-        self.on = self.pattern.indices == place
+        self.effects = self._own.width
+        self.on = self.pattern.indices // self.effects == place // self.effects
         self._row, self._column = self.pattern.indices[self.low], place[self.low]
 
     @staticmethod
@@ -115,8 +119,17 @@ class FieldResidual(Residual):
         return [terms[i].covariance.matrix for i in self.at]
 
     def covariance(self, matrix: Tensor) -> Covariance:
-        """F by its entries."""
-        return self._form.with_matrix(matrix.detach().cpu().double())
+        """F by its entries, one effect a level."""
+        return self._single(self._own.with_matrix(matrix.detach().cpu().double()))
+
+    @staticmethod
+    def _single(g: Covariance) -> Covariance:
+        return one_effect(g) if isinstance(g, PrecisionCovariance) else g
+
+    def moved(self, matrix: Tensor, derivative: Tensor, x: Tensor) -> Tensor:
+        """The derivative of F at some entries, by that of these, times x (q, m)."""
+        own = self._own.with_matrix(matrix.detach().cpu().double())
+        return own.along(derivative.detach().cpu().double(), x)
 
     def at_point(self, matrix: Tensor) -> _At:
         """F at one point.
@@ -165,6 +178,9 @@ class FieldResidual(Residual):
         assert at.moving is not None
         by_variance = (twice.sum() - len(root)) / (2 * root[0] ** 2)
         by_numbers = at.moving.score(C, u, 1)
+        if self.effects > 1:  # Σ stands behind the numbers there
+            t = self.effects**2
+            return torch.cat([by_numbers[-t:], by_numbers[:-t]])
         return torch.cat([by_numbers.new_tensor([by_variance]), by_numbers])
 
     def expanded(self, random: Sequence[SparseTerm]) -> list[SparseTerm]:
@@ -183,7 +199,7 @@ class FieldResidual(Residual):
 
 def _is_field(term: Term) -> bool:
     g = term.covariance
-    is_sparse = g.is_chained or (isinstance(g, PrecisionCovariance) and g.effects == 1)
+    is_sparse = g.is_chained or isinstance(g, PrecisionCovariance)
     return is_sparse and has_own_columns(term.design)
 
 
@@ -284,10 +300,13 @@ class FieldRows(Rows):
     def effects(
         self, at: RowsAt, inner: csr_matrix, p_y: np.ndarray, lost: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Predictions of the cells, (q,), and their variances; for the arguments see :meth:`scores`."""
-        own = self._known_to(inner)[self._field.on]
-        e, added = self._cells(at, p_y[:, None])[:, 0], self._cells(at, lost)
-        return e, own + (added**2).sum(1)
+        """Predictions of the cells of each level, (levels, t), and their variances, (levels, t, t); for
+        the arguments see :meth:`scores`."""
+        t = self._field.effects
+        own = self._known_to(inner)[self._field.on].reshape(-1, t, t)
+        e = self._cells(at, p_y[:, None]).reshape(-1, t)
+        added = self._cells(at, lost).reshape(len(e), t, -1)
+        return e, own + added @ added.transpose(0, 2, 1)
 
     def _cells(self, at: RowsAt, x: np.ndarray) -> np.ndarray:
         """F x for x (q, m)."""
@@ -311,8 +330,8 @@ class FieldRows(Rows):
         parts = zip(self._equations.parts, self._equations.split(c), strict=True)
         effects = [part.to_effects(own) for part, own in parts]
         (slices,) = derivatives
-        g, x = self._field.covariance(at.matrices[0]), torch.from_numpy(p_y[:, None])
-        own = [g.along(d, x) for d in slices.detach().cpu().double()]
+        x = torch.from_numpy(p_y[:, None])
+        own = [self._field.moved(at.matrices[0], d, x) for d in slices]
         w = torch.cat(own, 1).numpy()
         if effects:
             w = w + self._Z @ np.concatenate(effects)

@@ -34,8 +34,8 @@ __all__ = ["Symbolic"]
 
 #: A factor that takes more operations is worth other orders.
 _LONG = 5e9
-#: Bytes of a factor beyond which no other order makes it one that fits.
-_LOST = 2.0**37
+#: Bytes of a factor beyond which no other order makes it one that fits: orders differ by half.
+_LOST = 2.0**34
 #: A factorisation says how far it is each time that it has taken so many.
 _PIECE = 2e10
 
@@ -105,10 +105,13 @@ class Symbolic:
         place = inverted(order)
         parent = relabelled(parent, post)
         count = column_counts(n, start, index, order, place, parent)
-        first = _supernodes(parent, count)
+        new = (parent[:-1] != np.arange(1, n)) | (count[:-1] != count[1:] + 1)
+        begins = np.concatenate([[True], new, [True]])[: n + 1]
+        first = _supernodes(parent, count, np.flatnonzero(begins))
         of_column = np.repeat(np.arange(len(first) - 1), np.diff(first))
-        row_start, rows = _rows(start, index, order, place, parent, first, of_column)
-        height = np.diff(row_start)
+        height = count[first[:-1]]
+        row_start = np.concatenate([[0], np.cumsum(height)])
+        rows = _rows(start, index, order, place, first, of_column, row_start)
         shift = np.repeat(np.arange(len(height)), height) * n
         rows = np.sort(rows + shift) - shift
         value_start = np.concatenate([[0], np.cumsum(height * np.diff(first))])
@@ -183,17 +186,13 @@ def _operations(first: np.ndarray, row_start: np.ndarray) -> np.ndarray:
 
 
 @compiled
-def _supernodes(parent, count):
-    """First columns of supernodes: fundamental ones, merged where that adds few zeros."""
-    n = len(parent)
-    first = np.empty(n + 1, np.int64)
-    s = 0
-    for j in range(n):
-        if j == 0 or parent[j - 1] != j or count[j - 1] != count[j] + 1:
-            first[s] = j
-            s += 1
-    first[s] = n
-    # A supernode and the one after it, if that is its parent: one block with explicit zeros.
+def _supernodes(parent, count, first):
+    """First columns of supernodes, of fundamental ones that are merged where that adds few zeros; the
+    counts of these columns include the zeros.
+
+    Two are merged if one is the parent of the other: one block with explicit zeros.
+    """
+    n, s = len(parent), len(first) - 1
     kept = np.empty(s + 1, np.int64)
     zeros = np.zeros(s + 1)
     t = 0
@@ -211,13 +210,8 @@ def _supernodes(parent, count):
             more = zeros[t - 2] + zeros[t - 1] + w1 * (r2 - r1)
             w = w1 + w2
             total = w * (w + 1) / 2 + w * (r2 - w2)
-            if not (
-                more == 0.0
-                or (w <= 4 and more <= 0.8 * total)
-                or (w <= 16 and more <= 0.3 * total)
-                or (w <= 48 and more <= 0.1 * total)
-                or more <= 0.05 * total
-            ):
+            share = 0.8 if w <= 4 else 0.3 if w <= 16 else 0.1 if w <= 48 else 0.05
+            if more > share * total:
                 break
             zeros[t - 2] = more
             count[lo] = w1 + r2
@@ -227,71 +221,57 @@ def _supernodes(parent, count):
 
 
 @compiled
-def _rows(start, index, order, place, parent, first, of_column):
+def _rows(start, index, order, place, first, of_column, row_start):
     """Rows of each supernode, in no order: sorting takes longer to compile than all the rest."""
     n, s = len(order), len(first) - 1
-    row_start = np.zeros(s + 1, np.int64)
-    room = np.empty(max(4 * n, 16), np.int64)
+    rows = np.empty(row_start[s], np.int64)
     mark = np.full(n, -1, np.int64)
     head = np.full(s, -1, np.int64)
     following = np.full(s, -1, np.int64)
-    used = 0
     for b in range(s):
-        lo, hi = first[b], first[b + 1]
-        if used + n - lo > len(room):
-            larger = np.empty(max(2 * len(room), used + n - lo), np.int64)
-            for p in range(used):  # a slice takes seconds to compile
-                larger[p] = room[p]
-            room = larger
-        begin = used
+        lo, hi, used = first[b], first[b + 1], row_start[b]
         for j in range(lo, hi):
-            room[used] = j
+            rows[used] = j
             used += 1
-            mark[j] = b
         for j in range(lo, hi):
             column = order[j]
             for p in range(start[column], start[column + 1]):
                 i = place[index[p]]
                 if i >= hi and mark[i] != b:
                     mark[i] = b
-                    room[used] = i
+                    rows[used] = i
                     used += 1
         child = head[b]
         while child != -1:
-            width = first[child + 1] - first[child]
-            for p in range(row_start[child] + width, row_start[child + 1]):
-                i = room[p]
-                if mark[i] != b:
+            for p in range(row_start[child], row_start[child + 1]):
+                i = rows[p]
+                if i >= hi and mark[i] != b:
                     mark[i] = b
-                    room[used] = i
+                    rows[used] = i
                     used += 1
             child = following[child]
-        below = begin + hi - lo
-        row_start[b + 1] = used
+        below = row_start[b] + hi - lo
         if used > below:
             least = n
             for p in range(below, used):
-                least = min(least, room[p])
+                least = min(least, rows[p])
             above = of_column[least]
             following[b] = head[above]
             head[above] = b
-    return row_start, room[:used].copy()
+    return rows
 
 
-@compiled
-def _largest_update(first, of_column, row_start, rows):
-    most = 1
-    for b in range(len(first) - 1):
-        end = row_start[b + 1]
-        p = row_start[b] + first[b + 1] - first[b]
-        while p < end:
-            q = p
-            limit = first[of_column[rows[p]] + 1]
-            while q < end and rows[q] < limit:
-                q += 1
-            most = max(most, (end - p) * (q - p))
-            p = q
-    return most
+def _largest_update(
+    first: np.ndarray, of_column: np.ndarray, row_start: np.ndarray, rows: np.ndarray
+) -> int:
+    """Entries of the largest update: what a supernode's rows are to one of those after it."""
+    own = np.repeat(np.arange(len(first) - 1), np.diff(row_start))
+    to = of_column[rows]
+    # Where within a supernode's rows those of another begin, and those of the next one.
+    begins = np.flatnonzero(np.diff(own * len(first) + to, prepend=-1))
+    ends = np.append(begins[1:], len(rows))
+    size = (row_start[own[begins] + 1] - begins) * (ends - begins)
+    return int(size[to[begins] != own[begins]].max(initial=1))
 
 
 @compiled

@@ -18,6 +18,7 @@ from openreml_nn.likelihood.system.sparse.moving import Moving, MovingAt
 from openreml_nn.likelihood.system.sparse.part import Part
 from openreml_nn.support.errors import NotPositiveDefiniteError
 from openreml_nn.terms.base import Covariance
+from openreml_nn.terms.blocks import BlockCovariance
 from openreml_nn.terms.covariance import DenseCovariance
 from openreml_nn.terms.design import (
     DenseDesign,
@@ -36,11 +37,24 @@ __all__ = [
     "are_nested",
     "has_sparse_inverse",
     "is_dense",
+    "on_cpu",
     "over_levels",
 ]
 
 #: What a direction of no variance adds to the system in place of zero: far below its rounding.
 _NOTHING = 1e-22
+
+
+def on_cpu(terms: Sequence[Term]) -> Sequence[Term]:
+    """The terms where the equations are: themselves, or copies of those on another device."""
+    if all(term.covariance.matrix.device.type == "cpu" for term in terms):
+        return terms
+    return [
+        replace(
+            term, design=term.design.map(Tensor.cpu), covariance=term.covariance.map(Tensor.cpu)
+        )
+        for term in terms
+    ]
 
 
 def over_levels(terms: Sequence[Term]) -> list[Term]:
@@ -96,7 +110,7 @@ class SparseTerm:
     Attributes:
         at: its position among the terms.
         part: its columns of the equations.
-        by_level: whether each level has a variance of its own.
+        by_level: whether each level has a covariance of its own.
         whole: whether its covariance has no independent levels.
         chain: its pattern where its inverse is a chain's, and moves with parameters.
         moving: where the precision of its levels moves with parameters.
@@ -136,7 +150,7 @@ class SparseTerm:
             K = kernel.dense().detach().cpu().double()
             basis = root_of(replace(term, covariance=DenseCovariance(K))).matrix.numpy()
         effects = form.block or term.design.shape[1]
-        by_level = form.block == 1 and not form.is_scalar
+        by_level = (form.block == 1 and not form.is_scalar) or isinstance(form, BlockCovariance)
         Z = _matrix(term.design)
         part = Part(term.name, Z, effects, term.effects, prior, basis, null=null)
         return cls(at, part, by_level, not form.block)
@@ -233,14 +247,14 @@ class TermAt:
             u: effects over their root, (q, 1).
             root: of G without its kernel.
         """
-        form = _form(self.term)
+        form, derivatives = _form(self.term), derivatives.cpu().double()
         # The kernel is within Q, but a chain's is within G: there it is taken off.
         effects = u if self.own.chain is None else self.part.times_prior(u)
         x = torch.from_numpy(root.unlift(effects))
         if self.moving is None:
-            return np.concatenate([form.along(d, x).numpy() for d in derivatives.double()], 1)
+            return np.concatenate([form.along(d, x).numpy() for d in derivatives], 1)
         t = self.part.effects
-        by_sigma = derivatives[:, : t * t].reshape(-1, t, t).double()
+        by_sigma = derivatives[:, : t * t].reshape(-1, t, t)
         found = np.concatenate([form.along(d, x).numpy() for d in by_sigma], 1)
         b = root.times(root.lifted, u)
         return found + self.moving.along(list(derivatives[:, t * t :]), b)
