@@ -57,7 +57,8 @@ class _Decay(TransformSigmoid):
         """log t of t = (1 + sin u)/2."""
         s, c = torch.sin((pi / 2 + u) / 2), torch.sin((pi / 2 - u) / 2)
         near = torch.log1p(-(c * c).clamp(max=0.75))
-        return torch.where(s < c, 2 * s.abs().log(), near)
+        # Not of |s|: torch takes its second derivative by way of its compiler, which takes seconds to import.
+        return torch.where(s < c, (s * s).log(), near)
 
     def coordinate(self, x: Tensor) -> Tensor:
         u = self._angle(self.unit * torch.nn.functional.logsigmoid(x))
