@@ -157,7 +157,9 @@ def _merge(outer: Term | None, inner: Term | None) -> Term | None:
         # An autoregression by effects is not written as one matrix.
         a, b = (precise(g) or g if g.is_chained else g for g in (a, b))
         if isinstance(a, PrecisionCovariance) and isinstance(b, PrecisionCovariance):
-            return Term(design, kronecker_of(a, b) or b)
+            field = kronecker_of(a, b)
+            assert field is not None
+            return Term(design, field)
     if b.is_related:
         small = _small(a, q)
         if small is not None:

@@ -111,10 +111,9 @@ class Coordinates:
     def __len__(self) -> int:
         return len(self.names)
 
-    @property
-    def vanishing(self) -> list[bool]:
-        """Which coordinates end at zero."""
-        return [low == 0 for low in self._low]
+    def vanishing(self, like: Tensor) -> Tensor:
+        """Which coordinates end at zero, (m,), on the device of a tensor."""
+        return torch.tensor([low == 0 for low in self._low], dtype=torch.bool, device=like.device)
 
     @property
     def quadratic(self) -> list[bool]:

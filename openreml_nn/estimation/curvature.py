@@ -160,7 +160,7 @@ class Curvature:
     def silent(self) -> Tensor:
         """Coordinates about which the data say nothing, whatever their value."""
         y = self.objectives[0].problem.fixed.y
-        vanishing = torch.tensor(self.at.vanishing, device=self.u.device)
+        vanishing = self.at.vanishing(self.u)
         # A standard deviation is as large as that of the response, or an angle 1.
         unit = torch.where(vanishing, y.square().mean(), 1)
         return self.hessian.diagonal().abs() * unit < 1e-9

@@ -57,7 +57,7 @@ def _penalised(fit: MarginalFit, rough: Tensor, scale: Tensor) -> None:
         gamma, spread = rough.new_zeros(0), rough.new_zeros(0, 0)
     u = fit.at.read(rough)
     # The likelihood is even about a standard deviation of zero: no step would leave it.
-    vanishing = torch.tensor(fit.at.vanishing, dtype=torch.bool, device=u.device)
+    vanishing = fit.at.vanishing(u)
     u = torch.where(vanishing & (u == 0), scale / 10, u)
     phi = [p.detach().reshape(-1).to(rough) for p in fit.own]
     fit.x = torch.cat([gamma[: fit.p], u, *phi])
@@ -97,7 +97,7 @@ def _climbed(fit: MarginalFit, near: MarginalFit, scale: Tensor) -> bool:
 def _is_inside(fit: MarginalFit, scale: Tensor) -> bool:
     """Whether no standard deviation has gone next to zero, at the scale of the data."""
     u = fit.split(fit.x)[1]
-    vanishing = torch.tensor(fit.at.vanishing, dtype=torch.bool, device=u.device)
+    vanishing = fit.at.vanishing(u)
     return bool((~vanishing | (u.abs() > scale.abs() / 10)).all())
 
 

@@ -194,7 +194,7 @@ class MarginalFit:
         # Where a standard deviation is too large the information says little: with what the
         # likelihood's own curvature has beside it, no step goes beyond zero.
         own = slice(self.p, self.p + self.m)
-        vanishing = torch.tensor(self.at.vanishing, dtype=torch.bool, device=u.device) & (u != 0)
+        vanishing = self.at.vanishing(u) & (u != 0)
         beside = torch.where(vanishing, self.slope[own] / torch.where(vanishing, u, 1), 0)
         self.hessian[own, own] = known + torch.diag(beside.clamp(min=0))
 
@@ -356,7 +356,7 @@ class MarginalFit:
 
     def settle(self) -> list[int]:
         """Take negligible standard deviations as zero; what is inside the bounds."""
-        vanishing = torch.tensor(self.at.vanishing, dtype=torch.bool)
+        vanishing = self.at.vanishing(self.x)
         u = self.x[self.p : self.p + self.m]
         small = [j for j in range(self.m) if bool(vanishing[j]) and float(u[j].abs()) < 1e-3]
         for j in small:

@@ -138,7 +138,7 @@ class _Runs:
         """Start from a random place about the estimate."""
         scale, shift = self._rng.standard_normal((2, len(self._estimate)))
         u = self._estimate * torch.from_numpy(np.exp(scale)).to(self._estimate)
-        free = ~torch.tensor(self._at.vanishing, device=u.device)
+        free = ~self._at.vanishing(u)
         self._at.write(torch.where(free, u + torch.from_numpy(shift / 2).to(u), u))
 
     def climb(self, start: Callable[[], None]) -> None:
@@ -153,7 +153,7 @@ class _Runs:
         with_slope = method != "Nelder-Mead"
         start = self._at.read(self._estimate)
         # Standard deviations in units of their start.
-        sized = torch.tensor(self._at.vanishing, device=start.device) & (start != 0)
+        sized = self._at.vanishing(start) & (start != 0)
         unit = torch.where(sized, start, 1)
 
         def loss(x: np.ndarray) -> float | tuple[float, np.ndarray]:
@@ -174,7 +174,7 @@ class _Runs:
         """The negative log-likelihood at coordinates u, and its slope in them."""
         self._at.write(u)
         # A coordinate beyond a bound stands for its mirror image.
-        vanishing = torch.tensor(self._at.vanishing, device=u.device)
+        vanishing = self._at.vanishing(u)
         side = torch.where(vanishing & (u < 0), -1.0, 1.0)
         with torch.no_grad():
             if not with_slope:

@@ -86,7 +86,7 @@ class _Newton:
         self.fixed = fixed
         at = Coordinates([objective])
         self.start = at.read(fixed.y)
-        self.vanishing = torch.tensor(at.vanishing, dtype=torch.bool, device=fixed.y.device)
+        self.vanishing = at.vanishing(fixed.y)
 
         def log_likelihood(u: Tensor, y: Tensor) -> Tensor:
             moved = problem.with_fixed(replace(fixed, y=y))

@@ -209,7 +209,7 @@ class LaplaceRefit:
 
 def _leaves_zero(fit: MarginalFit) -> bool:
     """Whether the likelihood rises from a standard deviation of zero."""
-    for j in ((fit.split(fit.x)[1] == 0) & torch.tensor(fit.at.vanishing)).nonzero()[:, 0].tolist():
+    for j in ((fit.split(fit.x)[1] == 0) & fit.at.vanishing(fit.x)).nonzero()[:, 0].tolist():
         moved = fit.x.clone()
         moved[fit.p + j] = _SMALL
         if float(fit.evaluate(moved)[1][fit.p + j]) < 0:

@@ -92,7 +92,7 @@ class LinearSlopes:
     def _inside(self) -> Tensor:
         """Coordinates at which no variance is zero."""
         u = self._at.read(self._like)
-        vanishing = torch.tensor(self._at.vanishing)
+        vanishing = self._at.vanishing(u)
         scale = u[vanishing].abs().max() if bool(vanishing.any()) else u.new_ones(())
         scale = torch.where(scale > 0, scale, 1.0)
         return torch.where(vanishing & (u.abs() < _SMALL * scale), scale, u)

@@ -22,7 +22,7 @@ from openreml_nn.likelihood.problem import Cost
 from openreml_nn.likelihood.solvers.sparse import Sparse, cost_of
 from openreml_nn.likelihood.system.sparse.bordered import Factored
 from openreml_nn.likelihood.system.sparse.equations import Equations
-from openreml_nn.likelihood.system.sparse.series import Series, near_solve
+from openreml_nn.likelihood.system.sparse.second_order import SecondOrder, near_solve
 from openreml_nn.likelihood.system.sparse.terms import SparseTerm, TermAt, is_dense
 from openreml_nn.likelihood.system.sparse.weighted import EffectRows
 from openreml_nn.support.errors import NotPositiveDefiniteError
@@ -135,7 +135,7 @@ class SparsePoint:
 
     def nearby(self, weights: Tensor, X: Tensor, factor: SparseFactor) -> SparseFactor:
         """That of the system whose determinant and inverse are to second order about the diagonal, see
-        :class:`Series`, and whose solves are those of another factor."""
+        :class:`SecondOrder`, and whose solves are those of another factor."""
         return SparseFactor(self, weights, X, factor)
 
 
@@ -166,9 +166,9 @@ class SparseFactor:
             for cross, data in zip(space.equations.crosses, blocks, strict=True)
         ]
         self._factor: Factored
-        self._whole: Factored | Series
+        self._whole: Factored | SecondOrder
         if near is not None:
-            self._factor, self._whole = near._factor, Series(space.equations, self._moved)
+            self._factor, self._whole = near._factor, SecondOrder(space.equations, self._moved)
         else:
             try:
                 entries = [at.entries for at in point.at]
@@ -185,7 +185,7 @@ class SparseFactor:
         return found
 
     def _solve(self, g: Tensor) -> Tensor:
-        if isinstance(self._whole, Series):
+        if isinstance(self._whole, SecondOrder):
             times = partial(self._point.space.equations.times, self._moved)
             found = near_solve(lambda x: x + times(x), self._by_factor, g.numpy())
             return torch.from_numpy(found)

@@ -35,6 +35,7 @@ from openreml_nn.table import write_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
 __all__ = [
     "summary",
     "write_heritability",

@@ -46,7 +46,8 @@ def model_matrix(
     p, limit = sum(sizes), MOST_COLUMNS if most is None else most
     if p > limit:
         what = f"{len(rows)} rows for {p} fixed effects: more rows are needed"
-        raise rows.fault(what if most is not None else f"{p} columns, more than {limit}")
+        what = what if most is not None else f"{p} columns, more than {limit}"
+        raise rows.fault(what + _by_levels(part, rows, limit))
     X = np.empty((len(rows), p))
     names: list[str] = []
     for block, size in zip(blocks, sizes, strict=True):
@@ -89,6 +90,18 @@ def codings(part: Part, rows: TableRows) -> list[list[Coding]]:
             own.append(Coding(str(variable), len(names), levels, is_full))
         found.append(own)
     return found
+
+
+def _by_levels(part: Part, rows: TableRows, most: int) -> str:
+    """What is said beside of a factor that has nearly as many levels as there may be columns."""
+    for variable in (each for term in part.terms for each in term):
+        value = rows.variable(variable)
+        if isinstance(value, Factor) and 2 * len(value.levels) > most:
+            count = len(value.levels)
+            return (
+                f"; {str(variable)!r} alone, a factor here, has {count} levels in {len(rows)} rows"
+            )
+    return ""
 
 
 _Block = tuple[tuple[np.ndarray, np.ndarray | None], list[str]]

@@ -136,3 +136,10 @@ def test_a_variance_of_zero_leaves_the_coefficients_and_samples_leave_it():
     samples = bootstrap(result, 6, seed=1, progress=False).samples
     deviations = samples["sd_(Intercept)|g"]
     assert (deviations > 0.05).any() and (deviations < 0.01).any()
+
+
+def test_samples_of_a_fit_whose_variance_is_held_keep_it():
+    result = glmm("n ~ 1 + (1 | g)", TABLE, family="poisson", constraints={"g/sigma^2": 0.25})
+    samples = bootstrap(result, 2, seed=1, progress=False).samples
+    assert samples["sd_(Intercept)|g"].tolist() == pytest.approx([0.5, 0.5])
+    assert samples["(Intercept)"].nunique() == 2

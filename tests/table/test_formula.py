@@ -144,7 +144,10 @@ LARGE = pd.DataFrame({"y": np.arange(20.0) ** 2, "x": np.linspace(1, 2, 20), "g"
         ("I(" + "x + " * 601 + "x)", "more than 600 operators in a row"),
         ("*".join(f"v{i}" for i in range(12)), "has more than 2000 terms when multiplied out"),
         ("(" + "+".join("abcdefghijkl") + ")^6", "has more than 2000 terms"),
-        ("factor(x):factor(y):factor(g)", "20 rows for 1601 fixed effects"),
+        (
+            "factor(x):factor(y):factor(g)",
+            "20 rows for 1601 fixed effects: more rows are needed; 'factor(x)' alone, a factor here, has 20 levels in 20 rows",
+        ),
         ("C(g, contr.treatment(base = 1e300))", "base 1e+300: expected 1 to 4"),
         ("(1 | spline(x, y, segments = 200))", "has 40401 coefficients: expected at most 2000"),
     ],

@@ -18,13 +18,13 @@ import numpy as np
 from openreml_nn.likelihood.system.sparse.equations import Cross, Equations
 from openreml_nn.support.errors import NotPositiveDefiniteError
 
-__all__ = ["Series", "near_solve"]
+__all__ = ["SecondOrder", "near_solve"]
 
 #: The relative residual at which solves end, and the steps they take at most.
 _TOLERANCE, _MOST_STEPS = 1e-2, 20
 
 
-class Series:
+class SecondOrder:
     r"""An identity and blocks of some equations, to second order about the diagonal.
 
     Args:
