@@ -43,9 +43,10 @@ def refits(result: Result, starts: int = 3, seed: int = 0, progress: bool = True
         progress: whether a bar shows on stderr.
 
     Returns:
-        A data frame with the columns optimizer, start, log_likelihood (NaN where V was nowhere positive definite), lower (by how much
-        it is below the best), agrees (whether that is less than 0.001), and a column for each
-        parameter that is estimated, by its name. The first row is the fit's own.
+        A data frame with the columns optimizer, start, log_likelihood (NaN where V was nowhere
+        positive definite), lower (by how much it is below the best), agrees (whether that is less
+        than 0.001), and a column for each parameter that is estimated, by its name. The first row
+        is the fit's own.
 
     Raises:
         InputError: if no covariance parameter was estimated, the rows were streamed, or the response

@@ -72,8 +72,8 @@ def influence(
         progress: whether a bar shows on stderr while models are fitted again.
 
     Returns:
-        A data frame with the columns case, rows, cook, mdffits, covtrace, covratio, leverage, and a ``dfbeta_…`` for each fixed
-        effect.
+        A data frame with the columns case, rows, cook, mdffits, covtrace, covratio, leverage, and a
+        ``dfbeta_…`` for each fixed effect.
 
     Raises:
         InputError: if there is no such group, the labels are not as many as rows, the model has no

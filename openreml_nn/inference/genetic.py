@@ -76,8 +76,9 @@ def heritability(
 
     Raises:
         InputError: if there is no such group or effect, several terms of the group, or several effects
-            of which none is said; if the method is unknown, or another than ``"plain"`` and the response not Gaussian; if the rows
-            were streamed, or there are more than 10,000 levels (not ``"plain"``).
+            of which none is said; if the method is unknown, or another than ``"plain"`` and the
+            response not Gaussian; if the rows were streamed, or there are more than 10,000 levels (not
+            ``"plain"``).
         TypeError: if an argument is of another kind.
 
     Reference:

@@ -112,8 +112,10 @@ class LinearSlopes:
             change = (_product(there[j].detach(), v) - _product(term, v)).reshape(-1)
             along = torch.stack([self._along(j, a, v).reshape(-1) for a in range(self.count)], 1)
             scale = along.norm(dim=0).clamp(min=1e-300)
-            fit = torch.linalg.lstsq(along / scale, change[:, None], driver="gelsd").solution
-            left = change - ((along / scale) @ fit)[:, 0]
+            # Derivatives may depend on each other, which torch allows for on the CPU alone.
+            sides = (along / scale).cpu(), change[:, None].cpu()
+            fit = torch.linalg.lstsq(*sides, driver="gelsd").solution
+            left = (sides[1] - sides[0] @ fit)[:, 0]
             if float(left.norm()) > _ROUNDING * float(change.norm() + _product(term, v).norm()):
                 raise InputError(
                     f"{what}: the correction is for a covariance that is linear in variances and "

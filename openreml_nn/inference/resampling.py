@@ -35,7 +35,8 @@ def simulate(result: Result, n: int = 1, seed: int = 0) -> Tensor:
         seed: of the random numbers.
 
     Returns:
-        Responses (rows, n), with random effects drawn anew for each of the n; (rows, 2, n) of successes and failures.
+        Responses (rows, n), with random effects drawn anew for each of the n; (rows, 2, n) of
+        successes and failures.
 
     Raises:
         InputError: if ``n`` is below 1, the rows were streamed, or the family cannot draw.

@@ -49,7 +49,8 @@ def scan(result: Result, markers: Tensor | np.ndarray | pd.DataFrame) -> pd.Data
 
     Returns:
         A data frame with the columns name, estimate, std_error, df, statistic (t, or z with infinite
-        df) and p, and a row for each marker; NaN for one that is a combination of the fixed effects, such as a constant.
+        df) and p, and a row for each marker; NaN for one that is a combination of the fixed effects,
+        such as a constant.
 
     Raises:
         InputError: if the markers are not numbers of that shape or one is missing, or the fit's

@@ -37,8 +37,8 @@ def effect_correlations(result: Result, group: str) -> pd.DataFrame:
         group: a grouping factor with one term of several effects.
 
     Returns:
-        A data frame with the columns effect1, effect2, correlation, std_error; the latter NaN where the fit is at a boundary, or
-        the correlation follows from no parameter.
+        A data frame with the columns effect1, effect2, correlation, std_error; the latter is NaN
+        where the fit is at a boundary, or the correlation follows from no parameter.
 
     Raises:
         InputError: if there is no such group, several terms of it or one effect; if the response is
@@ -108,8 +108,9 @@ def factor_loadings(result: Result, group: str) -> pd.DataFrame:
         group: its grouping factor.
 
     Returns:
-        A data frame with the columns effect, ``factor_1`` … for each factor, specific (the variance :math:`\Psi_{ii}`) and
-        explained, the share :math:`(\Lambda\Lambda^\top)_{ii} / G_{ii}` of the factors in the variance.
+        A data frame with the columns effect, ``factor_1`` … for each factor, specific (the variance
+        :math:`\Psi_{ii}`) and explained, the share :math:`(\Lambda\Lambda^\top)_{ii} / G_{ii}` of the
+        factors in the variance.
 
     Raises:
         InputError: if there is no such group, several terms of it, or its structure is not ``fa``.

@@ -91,8 +91,8 @@ def variance_shares(result: Result, observation: str | None = None) -> pd.DataFr
     :math:`v_t` is the mean over the rows of :math:`z_i^\top G_t z_i`: for a random intercept its
     variance, so that the share is the intraclass correlation; for an additive genetic effect the
     share is the heritability. Standard errors are by the delta method; that of a variance of zero
-    is NaN, as are those of shares that the data cannot tell apart. Of a response that is not Gaussian the residual is the variance that an observation adds
-    on the link scale, which counts as known.
+    is NaN, as are those of shares that the data cannot tell apart. Of a response that is not Gaussian
+    the residual is the variance that an observation adds on the link scale, which counts as known.
 
     Args:
         result: a fit.

@@ -54,8 +54,8 @@ class MixedModelDataModule(LightningDataModule):
         seed: a whole number; the same seed holds out the same rows.
         pedigree: the pedigree of ``ped(…)`` in the formula, as in :func:`lmm`.
         kernels: the matrices of ``vm(…)`` in the formula by their names, as in :func:`lmm`.
-        family: the distribution of the response, or its name, by which categories and ``cbind(successes, failures)``
-            are read, as in :func:`glmm`.
+        family: the distribution of the response, or its name, by which categories and
+            ``cbind(successes, failures)`` are read, as in :func:`glmm`.
 
     Attributes:
         response: what the formula makes of a table; without a ``formula`` after :meth:`setup`.

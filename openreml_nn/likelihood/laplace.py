@@ -281,9 +281,13 @@ class LaplaceLoss(nn.Module):
         (n, k): that of errors of the variance :math:`-1/\ell''_i`.
 
         Args:
-            y, weights: as in calling the loss, which raises the same.
+            y, weights: as in calling the loss.
             eta: (n,) the linear predictor but for the random effects, that of X among it.
             X: (n, p).
+            columns: m.
+
+        Raises:
+            TypeError, InputError, NumericalError: as calling the loss does; also if X has no full rank.
         """
         with torch.no_grad():
             mode = self._mode(y, eta, weights)
@@ -299,6 +303,9 @@ class LaplaceLoss(nn.Module):
 
         Args:
             y, eta, X, weights: as :meth:`project` takes them.
+
+        Raises:
+            TypeError, InputError, NumericalError: as :meth:`project`.
         """
         with torch.no_grad():
             mode = self._mode(y, eta, weights)

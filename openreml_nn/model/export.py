@@ -37,9 +37,10 @@ def exported(model: Predictor, batch: Batch) -> torch.export.ExportedProgram:
     The program takes ``x``, ``groups`` and those of ``values``, ``offset`` and ``weights`` that
     the example has, for any number of rows, and yields the mean, the variance and the population
     mean of :meth:`MixedModel.predict`: the network, the BLUPs, and variances with every covariance that
-    ``predict`` counts; with too many effects for that a warning says so. Codes are those of the fit, -1 for a level that is not known; they are not
-    checked, and one that is out of range is an error of torch. It is the model of now: an
-    update or a step of training later does not reach it. For ONNX hand it to
+    ``predict`` counts; with too many effects for that a warning says so. Codes are those of the fit,
+    -1 for a level that is not known; they are not checked, and one that is out of range is an error of
+    torch. It is the model of now: an update or a step of training later does not reach it. For ONNX
+    hand it to
     ``torch.onnx.export``, which needs the packages onnx and onnxscript; ONNX Runtime has no error
     function in double precision, and so runs no program of a probit link.
 

@@ -66,13 +66,12 @@ class MixedModel(Predictor):
     r"""A mixed model: a linear mean or any network, with random effects.
 
     A batch is a dict: ``x``, what the mean takes; ``y`` (n,), NaN for a row without a response, which
-    adds nothing to the likelihood and is counted in a warning; ``groups``, a
-    dict from the name of each random effect to the level codes (n,), -1 for an
-    unknown level, which in the likelihood is a level of its own each time, or of rows of m levels
-    each to (n, m) and values (n, m, k); and, where they are needed, ``values``, a dict to the values (n, k) of effects other than intercepts; ``weights``
-    (n,), by which the residual variance of each row is divided, or, with a family, its log-density
-    multiplied; ``offset`` (n,), a known part of the
-    mean; ``residual`` (n,), cells of the rows for a residual within groups; ``covariate`` (n,), on which
+    adds nothing to the likelihood and is counted in a warning; ``groups``, a dict from the name of
+    each random effect to the level codes (n,), -1 for an unknown level, which in the likelihood is a
+    level of its own each time, or of rows of m levels each to (n, m) and values (n, m, k); and, where
+    they are needed, ``values``, a dict to the values (n, k) of effects other than intercepts;
+    ``weights`` (n,), by which the residual variance of each row is divided, or, with a family, its
+    log-density multiplied; ``offset`` (n,), a known part of the mean; ``residual`` (n,), cells of the rows for a residual within groups; ``covariate`` (n,), on which
     residual variances depend; ``extra``, the user's own.
 
     Args:

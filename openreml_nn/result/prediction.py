@@ -119,10 +119,10 @@ def predicted(
     r"""Mean and variance of the predictors of new observations, which have residuals beside.
 
     The error of :math:`x^\top\hat\beta + \sum_t z_t^\top \hat b_t` has the variance that the joint
-    covariance of coefficients and BLUPs gives it; a level that was not seen adds :math:`z^\top G z`. A place among those of the levels adds what the levels leave of
-    that, and the error of what they say; where the joint covariance is not at hand, the most that this
-    can be. Before there were data, every level is
-    one that was not seen.
+    covariance of coefficients and BLUPs gives it; a level that was not seen adds
+    :math:`z^\top G z`. A place among those of the levels adds what the levels leave of that, and the
+    error of what they say; where the joint covariance is not at hand, the most that this can be.
+    Before there were data, every level is one that was not seen.
 
     Args:
         population: (n,) the mean without random effects.
