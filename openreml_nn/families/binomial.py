@@ -90,9 +90,9 @@ class Binomial(Family):
 
     def check(self, y: Tensor, what: str = "`y`") -> None:
         if y.dim() == 1:
-            expected = "0 or 1"
-            if bool(((y > 0) & (y < 1)).any()):
-                expected += "; of proportions the trials are `weights`"
+            expected = "0 or 1 of family 'binomial', the default of glmm()"
+            if bool(((y >= 0) & (y <= 1)).all()):
+                expected = "0 or 1; of proportions the trials are `weights`"
             refuse_rows(y, ~((y == 0) | (y == 1)), what, expected)
             return
         if y.dim() != 2 or y.shape[1] != 2:

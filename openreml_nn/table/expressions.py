@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from openreml_nn.support.errors import InputError
-from openreml_nn.table.levels import Factor, label, number_key
+from openreml_nn.table.levels import Factor, number_key, spelled
 from openreml_nn.table.syntax import Call, Name, Node, Number, Operation, Text
 
 __all__ = [
@@ -46,6 +46,9 @@ class Rows(Protocol):
         """What a formula may call, by name: functions of a :class:`Called` and of nodes."""
 
     def __len__(self) -> int: ...
+
+    def kind(self, name: str) -> str:
+        """What the column holds, as :func:`~openreml_nn.table.columns.kind_of` says it."""
 
     def column(self, name: str) -> np.ndarray | Factor:
         """The column: float64, booleans, or a factor."""
@@ -104,7 +107,7 @@ def as_numbers(node: Node, rows: Rows) -> Any:
 
 def as_factor(node: Node, rows: Rows) -> Factor:
     """The value of an expression as a factor, numbers by their spelling."""
-    if isinstance(node, Name):
+    if isinstance(node, Name) and rows.kind(node.name) != "bool":
         return rows.labels(node.name)
     return factor_of(evaluate(node, rows), node, rows)
 
@@ -116,7 +119,7 @@ def factor_of(value: Any, node: Node, rows: Rows) -> Factor:
     if not isinstance(value, np.ndarray):
         raise rows.fault(f"{str(node)!r} is no variable: expected one value a row")
     values, inverse = np.unique(value, return_inverse=True)
-    return Factor(inverse, [label(v) for v in values], number_key)
+    return Factor(inverse, [spelled(v) for v in values], number_key)
 
 
 # ---------------------------------------------------------------------- operators
@@ -147,7 +150,9 @@ def _operated(node: Operation, rows: Rows) -> Any:
     if operator == "%in%":
         own = as_factor(operands[0], rows)
         sought = evaluate(operands[1], rows)
-        among = {label(item) for item in (sought if isinstance(sought, list) else [sought])}
+        among = {
+            spelled(item, own.levels) for item in (sought if isinstance(sought, list) else [sought])
+        }
         return np.append([level in among for level in own.levels], False)[own.codes]
     if operator not in _ARITHMETIC:
         raise rows.fault(f"operator {operator!r} has no place in {str(node)!r}")
@@ -168,10 +173,15 @@ def _compared(node: Operation, rows: Rows) -> Any:
         return _COMPARISONS[node.operator](*(as_numbers(o, rows) for o in node.operands))
     if node.operator not in ("==", "!="):
         raise rows.fault(f"{str(node)!r}: labels have no order, expected '==' or '!='")
-    sides = []
-    for operand, value in zip(node.operands, values, strict=True):
-        constant = isinstance(value, str | float)
-        sides.append(label(value) if constant else factor_of(value, operand, rows).labels())
+    factors = [
+        None if isinstance(value, str | float) else factor_of(value, operand, rows)
+        for operand, value in zip(node.operands, values, strict=True)
+    ]
+    levels = [level for factor in factors if factor is not None for level in factor.levels]
+    sides = [
+        spelled(value, levels) if factor is None else factor.labels()
+        for factor, value in zip(factors, values, strict=True)
+    ]
     return np.asarray(_COMPARISONS[node.operator](*sides), dtype=bool)
 
 

@@ -21,7 +21,7 @@ from openreml_nn.table.expressions import (
     factor_of,
     truth_of,
 )
-from openreml_nn.table.levels import Factor, label
+from openreml_nn.table.levels import Factor, spelled
 from openreml_nn.table.syntax import Call, Node, Text
 
 __all__ = ["FUNCTIONS", "STATEFUL"]
@@ -79,7 +79,7 @@ def _ifelse(called: Called, test: Node, yes: Node, no: Node) -> Any:
     texts: list[Any] = []
     for side, node in zip(sides, (yes, no), strict=True):
         constant = not isinstance(side, Factor | np.ndarray)
-        texts.append(label(side) if constant else factor_of(side, node, called.rows).labels())
+        texts.append(spelled(side) if constant else factor_of(side, node, called.rows).labels())
     values = np.where(chosen, *texts)
     levels = sorted(set(values.tolist()))
     at = {level: i for i, level in enumerate(levels)}
@@ -94,7 +94,7 @@ def _factor(called: Called, x: Node, levels: Node | None = None) -> Factor:
     if levels is None:
         return own
     given = called.constant(levels)
-    order = [label(item) for item in (given if isinstance(given, list) else [given])]
+    order = [spelled(item, own.levels) for item in (given if isinstance(given, list) else [given])]
     if len(set(order)) < len(order):
         raise called.fault("`levels` has one twice")
     return Factor(own.among(order), order)
@@ -118,7 +118,7 @@ def _contrasted(called: Called, x: Node, contr: Node | None = None) -> Factor:
 def _dummy(called: Called, x: Node, levels: Node) -> Any:
     """Indicators of some levels, as lme4's function of this name has them."""
     own, given = as_factor(x, called.rows), called.constant(levels)
-    chosen = [label(item) for item in (given if isinstance(given, list) else [given])]
+    chosen = [spelled(item, own.levels) for item in (given if isinstance(given, list) else [given])]
     state = called.state
     if not state or "seen" in state:  # until the levels of all rows were seen, see `occurring`
         state["levels"] = chosen
@@ -128,7 +128,8 @@ def _dummy(called: Called, x: Node, levels: Node) -> Any:
 
 
 def _relevel(called: Called, x: Node, ref: Node) -> Factor:
-    own, first = as_factor(x, called.rows), label(called.constant(ref))
+    own = as_factor(x, called.rows)
+    first = spelled(called.constant(ref), own.levels)
     levels = [first, *(level for level in own.levels if level != first)]
     key = own.key
     if key is None:
@@ -168,7 +169,7 @@ def _cut(
     names = called.constant(labels) or bases.intervals(edges, digits, closed_right, lowest)
     if len(names) != len(edges) - 1:
         raise called.fault(f"{len(names)} `labels` for {len(edges) - 1} intervals")
-    return Factor(codes, [label(name) for name in names])
+    return Factor(codes, [spelled(name) for name in names])
 
 
 # ---------------------------------------------------------------------- bases

@@ -18,7 +18,10 @@ import pandas as pd
 from openreml_nn.support.errors import InputError
 from openreml_nn.support.warning import warn
 
-__all__ = ["Factor", "coded", "joined", "number_key"]
+__all__ = ["LOGICAL", "Factor", "coded", "joined", "label", "number_key", "places", "spelled"]
+
+#: False and true as levels of effects, as R has them; ids of groups are written as the data are.
+LOGICAL = ("FALSE", "TRUE")
 
 #: Whole numbers beyond it are not exact in float64.
 _EXACT = 2.0**53
@@ -132,6 +135,18 @@ def label(value: Any) -> str:
     # Decimals: 7.00 is 7, as the same number of another dtype is.
     if type(value).__name__ == "Decimal":
         return text.rstrip("0").rstrip(".") if "." in text and "E" not in text else text
+    return text
+
+
+def spelled(value: Any, levels: Sequence[str] = ()) -> str:
+    """A constant of a formula, or a value of an expression, as levels are written.
+
+    True and false are ``TRUE`` and ``FALSE`` there, as in R, and so are their other spellings among
+    such levels: ``flag == "True"`` would be false in every row.
+    """
+    text = LOGICAL[int(value)] if isinstance(value, bool | np.bool_) else label(value)
+    if levels and set(levels) <= set(LOGICAL) and (at := int(places([text], LOGICAL)[0])) >= 0:
+        return LOGICAL[at]
     return text
 
 

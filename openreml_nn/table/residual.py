@@ -158,10 +158,19 @@ def _stratum(
         for side in reversed(sides):
             rest, i = divmod(rest, len(side.labels))
             shown.append(side.labels[i])
+        label, columns = ":".join(reversed(shown)), ":".join(s.name for s in sides)
+        at = f"{data.source}: row {data.row(int(rows[row]))}"
+        (structure, *others) = [factor.structure.name for factor in part.factors]
+        if part.strata and not others and structure not in (*_LAGGED, *KERNELS, "car1"):
+            raise InputError(
+                f"{at} is the second with {label!r} of {columns!r} in its stratum of "
+                f"{':'.join(part.strata)!r}: in {part.text!r} {structure}() is over the levels of "
+                f"{columns!r}, each once in a stratum, and not over the rows of a level, which "
+                f"{structure}({columns}) alone is"
+            )
         raise InputError(
-            f"{data.source}: row {data.row(int(rows[row]))} has the position "
-            f"{':'.join(reversed(shown))!r} of {':'.join(s.name for s in sides)!r}, which its group "
-            "already has: residuals within a group need a position each"
+            f"{at} has the position {label!r} of {columns!r}, which its group already has: residuals "
+            "within a group need a position each"
         )
     return cell, Stratum(name, tuple(sides))
 

@@ -16,7 +16,7 @@ from openreml_nn.table.columns import kind_of, numbers, row_name, single, stray
 from openreml_nn.table.expressions import Basis, as_numbers, evaluate
 from openreml_nn.table.functions import FUNCTIONS
 from openreml_nn.table.learned import Learned
-from openreml_nn.table.levels import Factor, coded
+from openreml_nn.table.levels import LOGICAL, Factor, coded
 from openreml_nn.table.syntax import Name, Node
 
 __all__ = ["TableRows", "complete", "offset_of", "weights_of"]
@@ -123,7 +123,7 @@ class TableRows:
             with np.errstate(all="ignore"):
                 value = evaluate(node, self)
             if isinstance(value, np.ndarray) and value.dtype == bool:
-                value = Factor(value.astype(np.int64), ["False", "True"], str)
+                value = Factor(value.astype(np.int64), list(LOGICAL), str)
             if not isinstance(value, np.ndarray | Basis | Factor):
                 raise self.fault(f"{key!r} is no variable: expected one value a row")
             if not isinstance(value, Factor):

@@ -332,7 +332,8 @@ def test_an_own_family_is_fitted():
     ("formula", "family", "change", "message"),
     [
         ("y ~ 1 + (1 | g)", "poisson", {"y": 0.5}, "response 'y' is 0.5 in row 1: expected whole"),
-        ("y ~ 1 + (1 | g)", "binomial", {"y": 2}, "response 'y' is 2 in row 1: expected 0 or 1"),
+        ("y ~ 1 + (1 | g)", "binomial", {"y": 2}, "is 2 in row 1: expected 0 or 1 of family 'binomial', the def"),
+        ("y ~ 1 + (1 | g)", "binomial", {"y": 2.5}, "is 2.5 in row 1: expected 0 or 1 of family"),
         ("y ~ 1 + (1 | g)", "binomial", {"y": 1}, "is 1 in every row: expected both"),
         ("y ~ 1 + (1 | g)", "poisson", {"y": 4}, "response 'y' is 4 in every row"),
         ("cbind(y) ~ 1 + (1 | g)", "binomial", {}, "has 1 arguments: expected two"),

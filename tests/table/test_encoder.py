@@ -200,6 +200,7 @@ def test_residual_variance_by_stratum_and_by_weight():
         ({"residual": "diag(t | g)"}, "takes a stratum only"),
         ({"residual": "ar1(missing | g)"}, "no column 'missing'"),
         ({"residual": "us(s | g)"}, "row 3 has the position 'u' of 's'"),
+        ({"residual": "diag(g):homcs(s)"}, "homcs() is over the levels of 's', each once in a stratum"),
         ({"residual": "ar1(s | g)"}, "column 's' is not numeric: found 'u' in row 1"),
         ({"residual": "cs(t:g)"}, "one level in each group"),
         ({"weights": "g"}, "the weight 'g' is not numeric: found 'a' in row 1"),

@@ -68,6 +68,11 @@ x, z = TABLE["x"].to_numpy(), TABLE["z"].to_numpy()
         ("as.numeric(b)", TABLE["b"].astype(float)),
         ("as.numeric(x > 3)", (x > 3).astype(float)),
         ("x:z", x * z),
+        *(
+            (f"as.numeric(b == {true})", TABLE["b"].astype(float))
+            for true in ("TRUE", "'True'", "'TRUE'")
+        ),
+        ("as.numeric(b %in% c('true'))", TABLE["b"].astype(float)),
     ],
 )
 def test_functions_have_the_values_of_r(text, expected):
@@ -88,7 +93,7 @@ def test_functions_have_the_values_of_r(text, expected):
         ("x:z + x", ["(Intercept)", "x", "x:z"]),
         ("x + x^2 - 1", ["x"]),
         ("C(k)", ["(Intercept)", "C(k)2", "C(k)3", "C(k)4"]),
-        ("factor(k) + b", ["(Intercept)", "factor(k)2", "factor(k)3", "factor(k)4", "bTrue"]),
+        ("factor(k) + b", ["(Intercept)", "factor(k)2", "factor(k)3", "factor(k)4", "bTRUE"]),
         ("C(f, contr.sum)", ["(Intercept)", "C(f, contr.sum)1", "C(f, contr.sum)2"]),
         ("C(f, contr.poly)", ["(Intercept)", "C(f, contr.poly).L", "C(f, contr.poly).Q"]),
         (
@@ -99,7 +104,9 @@ def test_functions_have_the_values_of_r(text, expected):
         ("cut(k, c(0, 2, 4))", ["(Intercept)", "cut(k, c(0, 2, 4))(2,4]"]),
         ("cut(k, 3)", ["(Intercept)", "cut(k, 3)(2,3]", "cut(k, 3)(3,4]"]),
         ("poly(x, 2)", ["(Intercept)", "poly(x, 2)1", "poly(x, 2)2"]),
-        ("I(x > 3)", ["(Intercept)", "I(x > 3)True"]),
+        ("I(x > 3)", ["(Intercept)", "I(x > 3)TRUE"]),
+        ("factor(b)", ["(Intercept)", "factor(b)TRUE"]),
+        ("relevel(b, 'True')", ["(Intercept)", 'relevel(b, "True")FALSE']),
         ("I(x**2)", ["(Intercept)", "I(x^2)"]),
         ("x %% 2 + I(k%/%2)", ["(Intercept)", "x%%2", "I(k%/%2)"]),
         ("I(x / 100000)", ["(Intercept)", "I(x/1e+05)"]),
