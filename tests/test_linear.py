@@ -180,7 +180,7 @@ def test_long_factors_say_how_far_they_are(solver, capfd):
         constraints={"animal/sigma^2": 1.0, "pen/sigma^2": 1.0}, residual_variance=1.0,
     )  # fmt: skip
     assert result.plan.choice.progress is show_share
-    assert capfd.readouterr().err == ""  # it took no seconds
+    assert "% done" not in capfd.readouterr().err  # it took no seconds
     assert pickle.loads(pickle.dumps(result)).log_likelihood == result.log_likelihood
     show_share("factor", 0.25)
     assert capfd.readouterr().err == "factor: 25% done\n"
@@ -188,7 +188,7 @@ def test_long_factors_say_how_far_they_are(solver, capfd):
 
 @pytest.mark.parametrize("progress", [None, True, False])
 def test_chunks_show_how_far_they_are(tmp_path, capfd, monkeypatch, progress):
-    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, to rich of any version
     path = tmp_path / "a[" / "b].csv"  # which in a bar's own language would end "b"
     path.parent.mkdir()
     sleepstudy().to_csv(path, index=False)

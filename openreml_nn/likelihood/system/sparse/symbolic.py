@@ -34,7 +34,7 @@ __all__ = ["Symbolic"]
 
 #: A factor that takes more operations is worth other orders.
 _LONG = 5e9
-#: Bytes of a factor beyond which no other order makes it one that fits: orders differ by half.
+#: Bytes of a factor beyond which no other order makes it one that fits: orders differ by less than twice.
 _LOST = 2.0**34
 #: A factorisation says how far it is each time that it has taken so many.
 _PIECE = 2e10
