@@ -1,4 +1,4 @@
-r"""Sparse precisions made of others: products, copies, direct sums, and with their places scaled."""
+r"""Sparse precisions made of others: Kronecker products, direct sums, and one whose places are scaled."""
 
 from __future__ import annotations
 
@@ -105,12 +105,12 @@ class KroneckerPrecision(Precision):
         return [*self.one.constants, *self.other.constants]
 
     def covariance(self, x: Tensor) -> Tensor:
-        return _kron(*(side.covariance(own) for side, own in self._parted(x)))
+        return torch.kron(*(side.covariance(own) for side, own in self._parted(x)))
 
     def covariance_along(self, x: Tensor, dx: Tensor) -> Tensor:
         (A, a), (B, b) = self._parted(x)
         da, db = dx[: self.first], dx[self.first :]
-        return _kron(A.covariance_along(a, da), B.covariance(b)) + _kron(
+        return torch.kron(A.covariance_along(a, da), B.covariance(b)) + torch.kron(
             A.covariance(a), B.covariance_along(b, db)
         )
 
@@ -208,7 +208,7 @@ class DirectSumPrecision(Precision):
         pieces = zip(self.parts, np.split(x, self._numbers), strict=True)
         found = [(part, float(own[0]), own[1:]) for part, own in pieces]
         if not all(v > 0 for _, v, _ in found):
-            raise NumericalError("a part of it has no variance")
+            raise NumericalError("a block of a direct sum of covariances has no variance")
         return found
 
     def entries(self, x: np.ndarray) -> np.ndarray:
@@ -275,7 +275,7 @@ class ScaledPrecision(Precision):
     def _split(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Roots of S, and the numbers of P."""
         if not (x[: self.size] > 0).all():
-            raise NumericalError("a place has no variance")
+            raise NumericalError("a variance by which a covariance is scaled is not positive")
         return np.sqrt(x[: self.size]), x[self.size :]
 
     def entries(self, x: np.ndarray) -> np.ndarray:
@@ -387,8 +387,3 @@ def _sides(precision: Precision) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     row = np.concatenate([precision.row, precision.column[off]])
     column = np.concatenate([precision.column, precision.row[off]])
     return row, column, np.concatenate([at, at[off]])
-
-
-def _kron(A: Tensor, B: Tensor) -> Tensor:
-    n = len(A) * len(B)
-    return torch.einsum("ij,ab->iajb", A, B).reshape(n, n)
