@@ -36,8 +36,8 @@ def residual_design(part: ResidualPart, data: TableRows) -> ResidualDesign:
     """Cell of each row, learned from and applied to one table only: prediction needs none.
 
     Raises:
-        InputError: if a group has a position twice, there is one position only, or the times of
-            lags are no whole numbers.
+        InputError: if a group has a position twice, there is one position only, the times of lags
+            are no whole numbers, or each row is a stratum.
     """
     found = _correlated(part, data)
     if part.variance is None:
@@ -60,6 +60,11 @@ def _correlated(part: ResidualPart, data: TableRows) -> ResidualDesign:
         return ResidualDesign((), torch.arange(n), text)
     if not part.factors:  # variances by stratum, rows independent
         codes, labels = _cells(part.strata, data)
+        if len(labels) == n:  # the likelihood would rise for ever
+            raise InputError(
+                f"{data.source}: residual {text!r}: {':'.join(part.strata)!r} has {n} levels in {n} "
+                "rows: no variance can be estimated of one row each"
+            )
         found = torch.from_numpy(np.arange(n) * len(labels) + codes)
         positions = Positions(Structure("diag"), ":".join(part.strata), labels)
         return ResidualDesign((Stratum("", (positions,)),), found, text)

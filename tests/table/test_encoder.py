@@ -197,6 +197,7 @@ def test_residual_variance_by_stratum_and_by_weight():
     [
         ({"residual": "garch(t | g)"}, "garch() is unknown: expected one of us(…), cs(…)"),
         ({"residual": "ar1(t | )"}, "a column is missing"),
+        ({"residual": "diag(g:t)"}, "'g:t' has 6 levels in 6 rows: no variance can"),
         ({"residual": "diag(t | g)"}, "takes a stratum only"),
         ({"residual": "ar1(missing | g)"}, "no column 'missing'"),
         ({"residual": "us(s | g)"}, "row 3 has the position 'u' of 's'"),
