@@ -1,10 +1,11 @@
 """Marginal means against the cells that they are the means of."""
 
 import numpy as np
+import pandas as pd
 
 from openreml_nn import lmm
-from openreml_nn.datasets import oats
-from openreml_nn.inference import emmeans
+from openreml_nn.datasets import oats, sleepstudy
+from openreml_nn.inference import coefficients, emmeans
 
 
 def test_marginal_means_are_the_means_of_their_cells():
@@ -23,3 +24,13 @@ def test_marginal_means_are_the_means_of_their_cells():
         # Of balanced data they are the plain means.
         plain = oats().groupby(factor)["yield"].mean()
         np.testing.assert_allclose(means.table["estimate"], plain, rtol=1e-10)
+
+
+def test_booleans_have_the_levels_of_r_and_predict_however_they_are_written():
+    table = sleepstudy().assign(late=lambda t: t.Days > 4)
+    result = lmm("Reaction ~ late + (1 | Subject)", table)
+    assert coefficients(result).name.tolist() == ["(Intercept)", "lateTRUE"]
+    assert emmeans(result, "late").table.name.tolist() == ["FALSE", "TRUE"]
+    expected = result.predict(table)
+    for written in (table.late.map(str), table.late.astype(int)):
+        pd.testing.assert_frame_equal(result.predict(table.assign(late=written)), expected)
