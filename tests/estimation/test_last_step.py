@@ -1,0 +1,41 @@
+"""A short last step as one of the differences of which standard errors come."""
+
+import numpy as np
+import torch
+
+from openreml_nn.covariance import CovariancePropagation, DummyMatrix, ScalarMatrix, Sum
+from openreml_nn.estimation.marginal_start import set_start
+from openreml_nn.estimation.marginal_steps import MarginalFit
+from openreml_nn.families import Poisson
+from openreml_nn.likelihood import LaplaceLoss
+
+N, LEVELS = 20_001, 6
+
+
+def test_a_last_step_in_other_signs_is_none_of_the_differences():
+    """Where signs are made canonical the standard deviation moves by twice its size, not by the step."""
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, LEVELS, N)
+    eta = 0.2 + 0.5 * rng.standard_normal(LEVELS)[codes]
+    y = torch.from_numpy(rng.poisson(np.exp(eta)).astype(float))
+    z = DummyMatrix.from_codes(torch.from_numpy(codes), LEVELS)
+    tree = Sum(g=CovariancePropagation(z=z, g=ScalarMatrix(LEVELS))).double()
+    X = torch.ones(N, 1, dtype=torch.float64)
+    fit = MarginalFit(LaplaceLoss(tree, Poisson()), y, X, torch.zeros_like(y), ["one"])
+    set_start(fit)
+    while fit.climb(20) and float(fit.slope[1].abs()) > 1e-5:
+        fit.aim /= 100
+    fit.before = None
+    expected = fit.curvature()
+    value = float(fit.x[1])
+
+    mirrored = fit.x * torch.tensor([1.0, -1.0], dtype=torch.float64)
+    # A step that leaves the slope by the standard deviation as it is.
+    step = 2e-3 * torch.linalg.inv(expected)[0] / torch.linalg.inv(expected)[0, 0].sqrt()
+    step[1] *= -1
+    fit.x = mirrored
+    fit.value, fit.slope = fit.evaluate(mirrored)
+    fit.before = mirrored - step, fit.evaluate(mirrored - step)[1]
+    fit.settle()
+    assert float(fit.x[1]) == abs(value)
+    torch.testing.assert_close(fit.curvature(), expected, rtol=1e-6, atol=1e-4)
