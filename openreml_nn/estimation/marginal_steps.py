@@ -46,9 +46,9 @@ _MANY_ROWS = 20_000
 #: What the likelihood of a mode that is found roughly may be off by.
 _NOISE = 0.5
 #: Differences for standard errors are over this part of one, with few and with many rows.
-_PARTS = 1e-4, 1e-3
+_PARTS = 1e-4, 3e-4
 #: and with many rows the last step is one of them if it was no longer than this part.
-_SHORT = 5e-3
+_SHORT = 2e-3
 
 
 @dataclass(frozen=True)
