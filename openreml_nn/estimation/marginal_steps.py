@@ -46,9 +46,9 @@ _MANY_ROWS = 20_000
 #: What the likelihood of a mode that is found roughly may be off by.
 _NOISE = 0.5
 #: Differences for standard errors are over this part of one, with few and with many rows.
-_PARTS = 1e-4, 1e-3
+_PARTS = 1e-4, 3e-4
 #: and with many rows the last step is one of them if it was no longer than this part.
-_SHORT = 5e-3
+_SHORT = 2e-3
 
 
 @dataclass(frozen=True)
@@ -354,6 +354,10 @@ class MarginalFit:
             return None
         return int((s / scale).abs().argmax()), s, d
 
+    def _jump(self, x: Tensor, value: float, slope: Tensor) -> None:
+        """Go where the likelihood is much the same, by what is no step."""
+        self.x, self.value, self.slope, self.before = x, value, slope, None
+
     def settle(self) -> list[int]:
         """Take negligible standard deviations as zero; what is inside the bounds."""
         vanishing = self.at.vanishing(self.x)
@@ -364,14 +368,15 @@ class MarginalFit:
             x[self.p + j] = 0
             value, slope = self.evaluate(x)
             if value <= self.value + 1e-6:
-                self.x, self.value, self.slope = x, value, slope
+                self._jump(x, value, slope)
         # In their canonical signs, of which the likelihood does not depend.
         own = slice(self.p, self.p + self.m)
         self.at.write(self.x[own])
         canonical = self.at.read(self.x)
         if not torch.allclose(canonical, self.x[own], rtol=1e-12, atol=0):
-            self.x[own] = canonical
-            self.value, self.slope = self.evaluate(self.x)
+            x = self.x.clone()
+            x[own] = canonical
+            self._jump(x, *self.evaluate(x))
         ends = self.at.on_boundary(self.x[own])
         gone = {self.p + j for j in range(self.m) if bool(ends[j])}
         return [j for j in range(len(self.x)) if j not in gone]
