@@ -140,10 +140,15 @@ def _merge(outer: Term | None, inner: Term | None) -> Term | None:
     if isinstance(inner.design, IndexedDesign):
         if not a.is_scalar:
             return None
-        assert isinstance(b, PrecisionCovariance)
+        many: Covariance
+        if isinstance(b, PrecisionCovariance):
+            many = repeated(b.times(a.matrix.reshape(())), q)
+        elif isinstance(b, RepeatedCovariance):
+            many = RepeatedCovariance(a.matrix * b.matrix, q * b.levels)
+        else:
+            return None
         start = torch.arange(0, q * k, k, device=inner.design.codes.device)
         codes = (start[:, None] + inner.design.codes).reshape(-1)
-        many = repeated(b.times(a.matrix.reshape(())), q)
         return Term(IndexedDesign(codes, None, q * k, absent=False), many)
     design = IdentityDesign(q * k)
     one, other = chained(a, q), chained(b, k)

@@ -49,9 +49,9 @@ class VarianceFunction(Matrix):
     Reference:
         Pinheiro and Bates, Mixed-Effects Models in S and S-PLUS (2000), section 5.2.1.
 
-    >>> VarianceFunction(torch.tensor([1.0, 2.0]))(torch.tensor([0.0, 0.5]))
+    >>> VarianceFunction(torch.tensor([1.0, 4.0]))(torch.tensor([0.0, 0.5]))
     tensor([[1., 0.],
-            [0., 2.]])
+            [0., 4.]])
     """
 
     logarithm: Tensor
