@@ -47,8 +47,6 @@ _MANY_ROWS = 20_000
 _NOISE = 0.5
 #: Differences for standard errors are over this part of one, with few and with many rows.
 _PARTS = 1e-4, 3e-4
-#: and with many rows the last step is one of them if it was no longer than this part.
-_SHORT = 2e-3
 
 
 @dataclass(frozen=True)
@@ -98,8 +96,6 @@ class MarginalFit:
         self.aim = _AIM if len(X) <= _MANY_ROWS else CONVERGED
         #: What the likelihood may be off by beside rounding.
         self.noise = 0.0
-        #: Where the last step began, and the gradient there.
-        self.before: tuple[Tensor, Tensor] | None = None
 
     # ------------------------------------------------------------------ the function
 
@@ -281,7 +277,6 @@ class MarginalFit:
                 value, slope = nan, self.slope
             if isfinite(value) and value <= self.value + 1e-4 * part * expected + slack:
                 self._update(x - self.x, slope - self.slope)
-                self.before = self.x, self.slope
                 self.x, self.value, self.slope = x, value, slope
                 return part
             part /= 2
@@ -325,38 +320,16 @@ class MarginalFit:
         scale = self.hessian.diagonal().abs().clamp(min=1e-6).rsqrt()
         count, part = len(self.x), _PARTS[len(self.X) > _MANY_ROWS]
         H, moves = self.x.new_zeros(count, count), []
-        known = None if integrated or len(self.X) <= _MANY_ROWS else self._known(scale)
         for j in range(count):
-            if known is not None and known[0] == j:
-                continue
             moved = self.x.clone()
             moved[j] += part * scale[j]
             step = moved[j] - self.x[j]
             H[j] = (self.evaluate(moved)[1] - self.slope) / step
             if integrated:
                 moves.append((self.found(moved).coefficients - here) / step)
-        if known is not None:
-            j, s, d = known
-            s = s.clone()
-            last, s[j] = float(s[j]), 0.0
-            H[j] = (d - s @ H) / last
         self.write(self.x)
         J = torch.stack(moves, 1) if moves else self.x.new_zeros(self.Q.shape[1], count)
         return (H + H.mT) / 2, J
-
-    def _known(self, scale: Tensor) -> tuple[int, Tensor, Tensor] | None:
-        """The coordinate that the last step was most along, that step, and the difference of gradients that
-        it made; None unless it was so short that it is one of those of which the curvature comes."""
-        if self.before is None:
-            return None
-        s, d = self.x - self.before[0], self.slope - self.before[1]
-        if not _PARTS[1] ** 2 <= float(s @ d) <= _SHORT**2:
-            return None
-        return int((s / scale).abs().argmax()), s, d
-
-    def _jump(self, x: Tensor, value: float, slope: Tensor) -> None:
-        """Go where the likelihood is much the same, by what is no step."""
-        self.x, self.value, self.slope, self.before = x, value, slope, None
 
     def settle(self) -> list[int]:
         """Take negligible standard deviations as zero; what is inside the bounds."""
@@ -368,7 +341,7 @@ class MarginalFit:
             x[self.p + j] = 0
             value, slope = self.evaluate(x)
             if value <= self.value + 1e-6:
-                self._jump(x, value, slope)
+                self.x, self.value, self.slope = x, value, slope
         # In their canonical signs, of which the likelihood does not depend.
         own = slice(self.p, self.p + self.m)
         self.at.write(self.x[own])
@@ -376,7 +349,8 @@ class MarginalFit:
         if not torch.allclose(canonical, self.x[own], rtol=1e-12, atol=0):
             x = self.x.clone()
             x[own] = canonical
-            self._jump(x, *self.evaluate(x))
+            self.x = x
+            self.value, self.slope = self.evaluate(x)
         ends = self.at.on_boundary(self.x[own])
         gone = {self.p + j for j in range(self.m) if bool(ends[j])}
         return [j for j in range(len(self.x)) if j not in gone]
