@@ -61,6 +61,25 @@ def test_pullback_equals_jacobian_contraction(data):
     torch.testing.assert_close(matrix.manual_vjp(cotangent, at), expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: CovariancePropagation(z=LowerTriangularMatrix(3, 2), g=LowerTriangularMatrix(2, 2)),
+        lambda: Inverse(Sum(AR1Matrix(3), UnstructuredMatrix(3))),
+        lambda: Gram(LowerTriangularMatrix(3, 2)),
+        lambda: Gram(LowerTriangularMatrix(3, 2), gram_type="xxt"),
+        lambda: Product(LowerTriangularMatrix(3, 3), AR1Matrix(3), LowerTriangularMatrix(3, 3)),
+    ],
+)
+def test_pullback_equals_the_recorded_one_by_operator(make):
+    """Neither the operands nor the cotangent are symmetric."""
+    matrix = make().double()
+    at = 0.5 * torch.randn(matrix.num_free_params)
+    cotangent = torch.randn(matrix.shape)
+    expected = (matrix.auto_grad(at)[0] * cotangent).sum((1, 2))
+    torch.testing.assert_close(matrix.manual_vjp(cotangent, at), expected, rtol=1e-10, atol=1e-10)
+
+
 @given(st.data())
 def test_gradcheck_and_gradgradcheck_through_the_custom_function(data):
     matrix = data.draw(matrices())

@@ -13,6 +13,7 @@ from openreml_nn.covariance import (
     Sum,
     UnstructuredMatrix,
     stratified,
+    weighted,
     within,
 )
 from tests.strategies import kinship
@@ -59,3 +60,8 @@ def test_terms_of_some_rows_are_those_rows_of_the_matrix(kind):
     for rows in (torch.tensor([4, 1, 5]), torch.tensor([0, 2, 2])):
         found = sum(term.dense() for term in V.terms(rows))
         torch.testing.assert_close(found, whole[rows][:, rows])
+
+
+def test_weights_divide_the_variance():
+    V = weighted(torch.tensor([1.0, 4.0]))
+    torch.testing.assert_close(V(), torch.diag(torch.tensor([1.0, 0.25])))

@@ -231,7 +231,7 @@ FAULTS = [
         "openreml_nn/covariance/structures.py",
         "n, weights.rsqrt())",
         "n, weights.sqrt())",
-        "tests/table/test_encoder.py -k weight",
+        STRUCTURES + " -k weights_divide",
     ),
     Fault(
         "positions within groups are in the order of their appearance",
