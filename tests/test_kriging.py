@@ -239,6 +239,21 @@ def test_places_too_many_for_a_checkpoint_are_kriged_exactly_and_the_checkpoint_
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
 
 
+def test_places_too_many_for_a_checkpoint_move_with_the_model():
+    """What was computed for predictions goes where the model goes, as the parts of fewer places do."""
+    whole, data, new = model_of("ml", random={"g": RandomEffect(5)})
+    large = model_of("ml", random={"g": RandomEffect(5)})[0]
+    large.joint = JointErrors(most_columns=5, most_numbers=60)
+    for model in (whole, large):
+        model.update(data)
+        model.predict(new)
+        model.joint.float()
+    assert large.joint.parts().covariance.dtype == whole.joint.covariance.dtype == torch.float32
+    found = [model.predict(new).variance for model in (whole, large)]
+    assert found[0].dtype == found[1].dtype
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 def vecchia_of(neighbours, levels=30):
     """A model of places by their nearest neighbours, and the same by all of them."""
     dense_model, data, new = model_of("ml", levels=levels)

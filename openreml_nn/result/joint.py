@@ -218,6 +218,8 @@ class JointErrors(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         self.settle()
+        for whole in self._dense:
+            whole._apply(*args, **kwargs)
         return super()._apply(*args, **kwargs)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
