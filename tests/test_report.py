@@ -41,7 +41,7 @@ from openreml_nn.report import (
     zeta,
 )
 from openreml_nn.report.contents import RunContents
-from openreml_nn.report.runs import FAILED, best, collect
+from openreml_nn.report.runs import FAILED, best, collect, compared
 from openreml_nn.support.names import shortened
 
 FORMULA = "Reaction ~ Days + (Days | Subject)"
@@ -479,6 +479,19 @@ def test_what_is_wrong_is_written_in_words(tmp_path):
     write_run(found, tmp_path)
     said = (tmp_path / "summary.txt").read_text(encoding="utf-8")
     assert "g has 3 levels" in said
+
+
+def test_what_is_told_of_runs_is_where_they_differ():
+    failed = pd.DataFrame(
+        {"run": ["0", "1"], "model.formula": ['"y ~ a"', '"y ~ b"'], "seed": "1", "error": "no"}
+    )
+    assert compared(failed).to_dict("list") == {"run": ["0", "1"], "formula": ["y ~ a", "y ~ b"]}
+    fitted = failed.assign(formula=["y ~ a", None], aic=[1.0, None], deviance=[3.0, 4.0])
+    fitted["g (Intercept) variance"] = [1.0, 2.0]
+    found = compared(fitted.assign(aic=[1.0, 2.0]))
+    assert list(found) == ["run", "formula", "aic"]
+    assert found["formula"].tolist() == ["y ~ a", "y ~ b"]
+    assert list(compared(fitted.head(1))) == ["run", "seed", "formula", "aic"]
 
 
 def test_the_best_run_of_a_sweep():

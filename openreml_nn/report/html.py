@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from openreml_nn.report.contents import Cell, Row, RunContents, Sheet, number
-from openreml_nn.report.runs import best, collect
+from openreml_nn.report.runs import best, collect, compared
 from openreml_nn.support.checks import check_instance
 from openreml_nn.support.errors import InputError
 from openreml_nn.support.files import write_text
@@ -106,15 +106,7 @@ def _verbatim(name: str) -> Any:
 
 def _overview(table: pd.DataFrame, found: tuple[str, str] | None) -> Sheet:
     """A row for each run: what differs between them."""
-    # The formula and the method of a run say the same as the options that set them, which are all
-    # that a run has which failed; the deviance is -2 log-likelihoods.
-    for name in ("formula", "method"):
-        if (option := f"model.{name}") in table:
-            table[name] = table[name].fillna(table[option].str.strip("\"'"))
-    hidden = ["model.formula", "model.method", "deviance", "error"]
-    hidden += [c for c in table if c.endswith(" variance")]  # the table of estimates has them
-    hidden += [c for c in table if table[c].nunique() <= 1 and c != "run"]
-    shown = table.drop(columns=[c for c in table if c in hidden])
+    shown = compared(table)
     rows = [
         Row([number(value) for value in row], marked=found is not None and row[0] == found[0])
         for row in shown.to_numpy(dtype=object).tolist()
