@@ -164,7 +164,7 @@ FAULTS = [
     Fault(
         "the error of an estimated likelihood is that of one probe",
         "openreml_nn/likelihood/solvers/krylov.py",
-        "samples.std() / len(samples) ** 0.5 / 2",
+        "samples.std() / count**0.5 / 2",
         "samples.std() / 2",
         "tests/likelihood/test_probes.py",
     ),

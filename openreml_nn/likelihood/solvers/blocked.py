@@ -284,7 +284,7 @@ class BlockedEvaluation(GroupedEvaluation):
             self._K = self._forward_2(self.E2f)
             F = F - inner(self._K, self._K)
             log_det = log_det + 2 * self._Lc.diagonal(dim1=1, dim2=2).log().sum()
-        self.profile(log_det, F)
+        self.log_likelihood = self.profile(log_det, F)
         # It takes products with Lambda D^-1 Lambda' as they are, and not by roots.
         self.recorded_rounding = self.rounding * self.pivot_loss**0.5
 
