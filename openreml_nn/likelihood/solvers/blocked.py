@@ -115,7 +115,8 @@ class Blocked(Solver):
     def _place(self, terms: Sequence[Term], roles: Roles, pattern: Pattern | None) -> Placement:
         designs = [terms[i].design for i in roles.random]
         grids = [grid_of(terms[i]) for i in roles.rest]
-        return placed(designs, pattern or Pattern.of(designs), roles, grids, self.pair_cost)
+        known = pattern or Pattern.of(designs, rows=False)
+        return placed(designs, known, roles, grids, self.pair_cost)
 
     def problem_of_sums(
         self, fixed: FixedPart, terms: Sequence[Term], method: str, sums: Statistics
