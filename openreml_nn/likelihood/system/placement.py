@@ -128,8 +128,7 @@ class Placement:
         if bool((cell[1:] < cell[:-1]).any()):  # looking takes a tenth of the time of sorting
             self._order = torch.argsort(cell)
             level, column = level[self._order], column[self._order]
-        first = torch.ones_like(level, dtype=torch.bool)
-        first[1:] = level[1:] != level[:-1]
+        first = level.diff(prepend=level[:1] - 1) != 0
         # A level links all columns that it meets: each to the first of them.
         anchor = column[first][first.cumsum(0) - 1]
         cells = self._cells_of_rest()
