@@ -54,8 +54,13 @@ class SpacedMatrix(Matrix):
         self._series: tuple[Tensor, Tensor] | None = None
         self._known: tuple[Tensor, DecayPrecision] | None = None
 
-    def rate(self) -> Tensor | None:
-        r"""The rate λ, (1,), of a correlation :math:`e^{-\lambda d}`; None for another."""
+    @property
+    def is_markov(self) -> bool:
+        r"""Whether the correlation is :math:`e^{-\lambda d}`."""
+        return True
+
+    def rate(self) -> Tensor:
+        """That rate λ, (1,)."""
         raise NotImplementedError
 
     def apart(self) -> Tensor:
@@ -117,14 +122,14 @@ class SpacedMatrix(Matrix):
 
     def is_chain(self) -> bool:
         """Whether the inverse is tridiagonal, in some order of the rows."""
-        return self.distance.dim() == 1 and self.rate() is not None
+        return self.distance.dim() == 1 and self.is_markov
 
     def structure(self) -> list[Term]:
-        n, rate = self.shape[0], self.rate()
-        if self.distance.dim() == 2 or rate is None:
+        n = self.shape[0]
+        if not self.is_chain():
             return super().structure()
         if n > LONG or self._series is not None:
-            x = torch.cat([self.build_params()[:1], rate])
+            x = torch.cat([self.build_params()[:1], self.rate()])
             return [Term(IdentityDesign(n), PrecisionCovariance(x, self.line()))]
         ordered = not self.distance.is_meta and bool((self.distance.diff() > 0).all())
         return [Term(IdentityDesign(n), DenseCovariance(self(), chained=ordered))]
@@ -137,7 +142,6 @@ class SpacedMatrix(Matrix):
         """The nearest of these on both sides of other places (k, 1), (k, 2), their weights (k, 2), and
         the part of the variance that is left beside them (k,), at the present parameters."""
         rate, own = self.rate(), self.distance.to(places)
-        assert rate is not None
         known, order = own.sort()
         at = places[:, 0].contiguous()
         right = torch.searchsorted(known, at)
