@@ -28,8 +28,8 @@ from openreml_nn.terms.term import Term
 
 __all__ = ["SpacedMatrix", "check_distance", "check_symmetric", "distances", "shortest"]
 
-#: Places on a line whose distances tell what is far.
-_TYPICAL = 500
+#: Stretches of a line, of so many places as are few, whose distances tell what is far.
+_STRETCHES = 8
 
 
 def distances(places: Tensor, others: Tensor) -> Tensor:
@@ -78,15 +78,16 @@ class SpacedMatrix(Matrix):
         return values * (series[:, None] == series)
 
     def spread(self) -> Tensor:
-        """Distances above zero, of many places on a line those of some of them, in no order."""
+        """Distances above zero, in no order; of many places on a line those within some stretches, whose
+        length does not grow with the line's."""
         if self.distance.dim() == 2:
             return self.distance[self.distance > 0]
         places = self.distance.sort().values
-        n = len(places)
-        if n > _TYPICAL:
-            some = torch.linspace(0, n - 1, _TYPICAL, dtype=torch.float64).round().long()
-            places = places[some.to(places.device)]
-        return torch.pdist(places[:, None])
+        if len(places) <= LONG:
+            return torch.pdist(places[:, None])
+        stretches = places[: len(places) // LONG * LONG].unflatten(0, (-1, LONG))
+        some = stretches[:: -(-len(stretches) // _STRETCHES)]
+        return torch.cat([torch.pdist(stretch[:, None]) for stretch in some])
 
     def at(self, series: Tensor, positions: Tensor) -> Self:
         """The process at some of its places in independent series, with the parameters of this matrix.
