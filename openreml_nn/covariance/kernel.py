@@ -49,8 +49,12 @@ class DistanceMatrix(SpacedMatrix):
         default |= free_specs(["lengthscale"], trans=TransformExp(degree=0))
         super().__init__(distance, merge_specs(default, param_specs))
 
-    def rate(self) -> Tensor | None:
-        return 1 / self.build_params()[1:] if self.correlation.is_markov else None
+    @property
+    def is_markov(self) -> bool:
+        return self.correlation.is_markov
+
+    def rate(self) -> Tensor:
+        return 1 / self.build_params()[1:]
 
     def _scaled(self, free_params: FreeParams) -> tuple[Tensor, Tensor, Tensor]:
         """Variance, length and the distances in lengths."""

@@ -28,8 +28,8 @@ from openreml_nn.terms.term import Term
 
 __all__ = ["SpacedMatrix", "check_distance", "check_symmetric", "distances", "shortest"]
 
-#: Places on a line whose distances tell what is far.
-_TYPICAL = 500
+#: Stretches of a line, of so many places as are few, whose distances tell what is far.
+_STRETCHES = 8
 
 
 def distances(places: Tensor, others: Tensor) -> Tensor:
@@ -54,8 +54,13 @@ class SpacedMatrix(Matrix):
         self._series: tuple[Tensor, Tensor] | None = None
         self._known: tuple[Tensor, DecayPrecision] | None = None
 
-    def rate(self) -> Tensor | None:
-        r"""The rate λ, (1,), of a correlation :math:`e^{-\lambda d}`; None for another."""
+    @property
+    def is_markov(self) -> bool:
+        r"""Whether the correlation is :math:`e^{-\lambda d}`."""
+        return True
+
+    def rate(self) -> Tensor:
+        """That rate λ, (1,)."""
         raise NotImplementedError
 
     def apart(self) -> Tensor:
@@ -73,15 +78,16 @@ class SpacedMatrix(Matrix):
         return values * (series[:, None] == series)
 
     def spread(self) -> Tensor:
-        """Distances above zero, of many places on a line those of some of them, in no order."""
+        """Distances above zero, in no order; of many places on a line those within some stretches, whose
+        length does not grow with the line's."""
         if self.distance.dim() == 2:
             return self.distance[self.distance > 0]
         places = self.distance.sort().values
-        n = len(places)
-        if n > _TYPICAL:
-            some = torch.linspace(0, n - 1, _TYPICAL, dtype=torch.float64).round().long()
-            places = places[some.to(places.device)]
-        return torch.pdist(places[:, None])
+        if len(places) <= LONG:
+            return torch.pdist(places[:, None])
+        stretches = places[: len(places) // LONG * LONG].unflatten(0, (-1, LONG))
+        some = stretches[:: -(-len(stretches) // _STRETCHES)]
+        return torch.cat([torch.pdist(stretch[:, None]) for stretch in some])
 
     def at(self, series: Tensor, positions: Tensor) -> Self:
         """The process at some of its places in independent series, with the parameters of this matrix.
@@ -117,14 +123,14 @@ class SpacedMatrix(Matrix):
 
     def is_chain(self) -> bool:
         """Whether the inverse is tridiagonal, in some order of the rows."""
-        return self.distance.dim() == 1 and self.rate() is not None
+        return self.distance.dim() == 1 and self.is_markov
 
     def structure(self) -> list[Term]:
-        n, rate = self.shape[0], self.rate()
-        if self.distance.dim() == 2 or rate is None:
+        n = self.shape[0]
+        if not self.is_chain():
             return super().structure()
         if n > LONG or self._series is not None:
-            x = torch.cat([self.build_params()[:1], rate])
+            x = torch.cat([self.build_params()[:1], self.rate()])
             return [Term(IdentityDesign(n), PrecisionCovariance(x, self.line()))]
         ordered = not self.distance.is_meta and bool((self.distance.diff() > 0).all())
         return [Term(IdentityDesign(n), DenseCovariance(self(), chained=ordered))]
@@ -137,7 +143,6 @@ class SpacedMatrix(Matrix):
         """The nearest of these on both sides of other places (k, 1), (k, 2), their weights (k, 2), and
         the part of the variance that is left beside them (k,), at the present parameters."""
         rate, own = self.rate(), self.distance.to(places)
-        assert rate is not None
         known, order = own.sort()
         at = places[:, 0].contiguous()
         right = torch.searchsorted(known, at)
