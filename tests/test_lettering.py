@@ -1,5 +1,6 @@
 """Names of users in pictures."""
 
+import warnings
 from unicodedata import category
 
 import matplotlib.pyplot as plt
@@ -80,3 +81,7 @@ def test_letters_that_no_font_has_are_told_of():
     told = pytest.warns(RuntimeWarning, match="no font on this machine has the letters \U0010fffd,")
     with told, lettered(["\U0010fffd"]):
         pass
+    with warnings.catch_warnings():  # once is enough
+        warnings.simplefilter("error")
+        with lettered(["\U0010fffd once more"]):
+            pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 from openreml_nn.support.checks import check_count
 from openreml_nn.support.display import visible
@@ -50,20 +51,26 @@ def literal(name: str) -> str:
 def lettered(names: Iterable[str]) -> Iterator[None]:
     """Let the texts that are made in the block be drawn with further fonts of this machine, where the
     font that is set has no letters for these names. Letters that no font has are told of by a
-    RuntimeWarning."""
+    RuntimeWarning, once."""
     from matplotlib import rc_context, rcParams
+    from matplotlib.font_manager import FontProperties, findfont, get_font
 
-    needed = {ord(letter) for name in names for letter in name if _is_drawn(letter)}
-    more = _further_fonts(needed) if any(letter > 0x24F for letter in needed) else []
+    missing = {ord(letter) for name in names for letter in name if _is_drawn(letter)}
+    if any(letter > 0x24F for letter in missing):
+        missing -= set(get_font(findfont(FontProperties())).get_charmap())
+        more = _further_fonts(frozenset(missing))
+    else:  # every font has the letters of Latin
+        more = []
     with rc_context({"font.family": [*rcParams["font.family"], *more]}):
         yield
 
 
-def _further_fonts(needed: set[int]) -> list[str]:
-    """The fonts that have the letters that the font which is set has not, most of them first."""
-    from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+@cache  # all fonts of a machine take long to open
+def _further_fonts(needed: frozenset[int]) -> list[str]:
+    """The fonts that have these letters, the one with most of them first."""
+    from matplotlib.font_manager import fontManager, get_font
 
-    missing = needed - set(get_font(findfont(FontProperties())).get_charmap())
+    missing = set(needed)
     offers: dict[str, set[int]] = {}
     for entry in fontManager.ttflist if missing else ():
         is_usual = entry.style == "normal" and entry.weight in (400, "normal", "regular")
