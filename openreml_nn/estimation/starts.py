@@ -18,6 +18,7 @@ from openreml_nn.result.result import Record, Start
 from openreml_nn.support.errors import NumericalError
 
 __all__ = [
+    "CLOSEST",
     "SHORTEST",
     "climb",
     "climb_from_several",
@@ -39,6 +40,8 @@ _MANY = 4
 _CLOSE = 0.3
 #: A coarse likelihood is left so many standard errors from its optimum.
 _NEARBY = 0.1
+#: Steps end so many standard errors from the optimum.
+CLOSEST = 1e-6
 #: A step shorter than this part of the one proposed leads nowhere.
 SHORTEST = 0.02
 #: A run ends whose log-likelihood rises by nothing in so many shortened steps.
@@ -104,6 +107,7 @@ def climb(
     arrived: Callable[[Record], bool] | None = None,
     before: Sequence[Record] = (),
     past: Past | None = None,
+    near: float = CLOSEST,
 ) -> list[Record]:
     """Average-information steps until the optimum, or as many as allowed.
 
@@ -113,11 +117,12 @@ def climb(
         arrived: says after a step whether the rest of the way is known.
         before: steps that were taken before.
         past: what these have shown of the curvature, to which the steps add.
+        near: the score norm, in standard errors, at which steps end.
     """
     history = list(before)
     past = Past() if past is None else past
     while len(history) < most:
-        step = average_information_step([objective], past=past)
+        step = average_information_step([objective], None, near, past=past)
         history.append(Record.of(objective.covariance, *step[:3]))
         if step.converged or step.length == 0 or (arrived is not None and arrived(history[-1])):
             break
