@@ -256,7 +256,7 @@ def _splines(
     return call
 
 
-def _told(called: Called, function: Callable[..., np.ndarray], *args: Any, **kw: Any) -> Any:
+def _told(called: Called, function: Callable[..., Any], *args: Any, **kw: Any) -> Any:
     try:
         return function(*args, **kw)
     except ValueError as error:
