@@ -78,8 +78,11 @@ def told_apart(family: Family, y: Tensor, term: Term) -> int:
     assert isinstance(term.design, IndexedDesign)
     value, codes, z = family.observed(y).to(torch.float64), term.design.codes, term.design.values
     z = value.new_ones(len(value), 1) if z is None else z
-    rows = [(codes == level).nonzero()[:, 0] for level in codes[codes >= 0].unique()]
-    return sum(_tells_apart(z[own], value[own]) for own in rows)
+    kept = (codes >= 0).nonzero()[:, 0]
+    by_level = kept[codes[kept].argsort(stable=True)]
+    sizes = codes[kept].unique(return_counts=True)[1].tolist()
+    parts = zip(z[by_level].split(sizes), value[by_level].split(sizes), strict=True)
+    return sum(_tells_apart(columns, shares) for columns, shares in parts)
 
 
 def _tells_apart(columns: Tensor, shares: Tensor) -> bool:

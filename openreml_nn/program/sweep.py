@@ -20,10 +20,13 @@ from openreml_nn.program.reporting import Failed, one_line
 from openreml_nn.support.display import plain_console, visible
 from openreml_nn.support.errors import InputError
 
-__all__ = ["SweepTable", "on_its_own"]
+__all__ = ["Subcommand", "SweepTable", "on_its_own"]
+
+#: What a subcommand does by its config; it calls the other argument when it has imported all it needs.
+Subcommand = Callable[[DictConfig, Callable[[], None]], Any]
 
 
-def on_its_own(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+def on_its_own(task: Subcommand, imported: Callable[[], None]) -> Callable[[DictConfig], Any]:
     """A task of which a run that fails costs a sweep no other run.
 
     The run leaves ``failed.json``, and minimises nothing: what it returns is NaN. A signal ends the
@@ -31,14 +34,15 @@ def on_its_own(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]
 
     Args:
         task: ends by :func:`reported`.
+        imported: what the task calls when it has imported all it needs.
     """
 
     @wraps(task)
     def run(config: DictConfig) -> Any:
         if HydraConfig.get().mode != RunMode.MULTIRUN:
-            return task(config)
+            return task(config, imported)
         try:
-            return task(config)
+            return task(config, imported)
         except Failed as error:
             if error.status > 2:
                 raise

@@ -184,7 +184,7 @@ FAULTS = [
     ),
     Fault(
         "products of chunks are joined by the first chunk's places",
-        "openreml_nn/likelihood/system/products.py",
+        "openreml_nn/likelihood/system/crossproducts.py",
         "a, b = places[t][a], places[u][b]",
         "a, b = places[t][a], places[t][b]",
         "tests/table/test_stream.py -k chunks_give",

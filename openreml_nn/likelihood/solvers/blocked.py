@@ -30,12 +30,12 @@ from openreml_nn.likelihood.fixed import FixedPart, traced
 from openreml_nn.likelihood.problem import Cost, Evaluation, Problem, cholesky, pivot_loss
 from openreml_nn.likelihood.residual import White
 from openreml_nn.likelihood.solver import Solver
+from openreml_nn.likelihood.system.crossproducts import Pattern, Statistics
 from openreml_nn.likelihood.system.elimination import inner
 from openreml_nn.likelihood.system.evaluation import Crossed, GroupedEvaluation
 from openreml_nn.likelihood.system.grouped import GroupedProblem
 from openreml_nn.likelihood.system.partition import Partition
 from openreml_nn.likelihood.system.placement import Placement, System, placed
-from openreml_nn.likelihood.system.products import Pattern, Statistics
 from openreml_nn.likelihood.system.roles import Roles, grid_of, separated, steps_of
 from openreml_nn.support.checks import check_number
 from openreml_nn.support.errors import InputError

@@ -11,9 +11,9 @@ from torch import Tensor
 from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.residual import White
 from openreml_nn.likelihood.system.cross import Cross, entries_of
+from openreml_nn.likelihood.system.crossproducts import Pattern, Products
 from openreml_nn.likelihood.system.grouped import GroupedProblem
 from openreml_nn.likelihood.system.placement import System
-from openreml_nn.likelihood.system.products import Pattern, Products
 from openreml_nn.likelihood.system.roles import grid_of, separated
 from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.kernel import Kernel

@@ -16,8 +16,8 @@ from openreml_nn.likelihood.system.cross import (
     SparsePattern,
     entries_of,
 )
+from openreml_nn.likelihood.system.crossproducts import Pattern, Products
 from openreml_nn.likelihood.system.partition import Partition
-from openreml_nn.likelihood.system.products import Pattern, Products
 from openreml_nn.likelihood.system.roles import Roles
 from openreml_nn.support.modes import outside_transforms
 from openreml_nn.terms.design import Design, IndexedDesign
