@@ -71,8 +71,8 @@ def _record(status: int, message: str) -> None:
 
 
 class SweepTable(Callback):
-    """Writes ``sweep.csv`` when a sweep ends, prints it, and names the best run. Where a run has
-    failed its message is in the table, and the exit status is the run's."""
+    """Writes ``sweep.csv`` when a sweep ends, prints where the runs differ, and names the best. Where
+    a run has failed its message is printed too, and the exit status is the run's."""
 
     def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
         """Forget what has failed in an earlier sweep of the same folder."""
@@ -85,7 +85,7 @@ class SweepTable(Callback):
 
     def on_multirun_end(self, config: Any, **kwargs: Any) -> None:
         """Collect the runs."""
-        from openreml_nn.report.runs import best, collect, failures
+        from openreml_nn.report.runs import best, collect, compared, failures
         from openreml_nn.table import write_table
 
         folder = Path(config.hydra.sweep.dir)
@@ -97,7 +97,11 @@ class SweepTable(Callback):
             return
         write_table(table, folder / "sweep.csv")
         console = plain_console(soft_wrap=True)
-        console.print(table.map(_seen).rename(columns=_seen).to_string(index=False))
+        shown = compared(table).map(_seen).rename(columns=_seen)
+        console.print(shown.to_string(index=False, na_rep="", float_format="%.6g"))
+        if failed:
+            for row in table[table["error"].notna()].to_dict("records"):
+                console.print(f"run {visible(row['run'])} failed: {visible(row['error'])}")
         if (found := best(table)) is not None:
             console.print(f"best run by {found[1]}: {visible(folder / found[0])}")
         console.print(f"written to {visible(folder / 'sweep.csv')}")
