@@ -98,6 +98,9 @@ class Beta(Family):
         super().check(y, what)
         refuse_rows(y, (y <= 0) | (y >= 1), what, "numbers between 0 and 1, both excluded")
 
+    def exact_predictor(self, y: Tensor) -> Tensor:
+        return y.logit()
+
     def start(self, y: Tensor) -> Tensor:
         mean = y.mean()
         spread = y.var() if len(y) > 1 else mean * (1 - mean) / 2
