@@ -241,8 +241,8 @@ FAULTS = [
     Fault(
         "the selected inverse has a wrong sign beside its diagonal",
         "openreml_nn/likelihood/system/sparse/factor.py",
-        "_R, _U, w, r, -1.0, room",
-        "_R, _U, w, r, 1.0, room",
+        "_R, _U, w, m, -1.0, room",
+        "_R, _U, w, m, 1.0, room",
         "tests/likelihood/test_sparse.py -k 'solves_and_inverts'",
     ),
     Fault(

@@ -118,6 +118,68 @@ def test_columns_are_those_of_r(part, expected):
     assert list(names(part)) == expected
 
 
+TEN = pd.DataFrame({"y": 1.0, "x": np.arange(10.0), "f": list("aabbccabca")})
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        ("cut(x, c(0, 2, 5, 9), include.lowest = TRUE)", {"[0,2]": 3, "(2,5]": 3, "(5,9]": 4}),
+        (
+            "cut(x, c(9, 0, 5, 2), right = FALSE, include.lowest = TRUE)",
+            {"[0,2)": 2, "[2,5)": 3, "[5,9]": 5},
+        ),
+        ("cut(x, 3)", {"(-0.009,3]": 4, "(3,6]": 3, "(6,9.01]": 3}),
+        ("cut(x, 3, right = FALSE)", {"[-0.009,3)": 3, "[3,6)": 3, "[6,9.01)": 4}),
+        ("cut(x, 2, dig.lab = 5)", {"(-0.009,4.5]": 5, "(4.5,9.009]": 5}),
+        ("cut(x, 2, labels = c('low', 'high'))", {"low": 5, "high": 5}),
+        ("ifelse(x > 6, 'late', 'early')", {"early": 7, "late": 3}),
+        ("ifelse(x > 6, 'late', f)", {"a": 3, "b": 2, "c": 2, "late": 3}),
+        ("ifelse(x > 6, f, 'early')", {"a": 1, "b": 1, "c": 1, "early": 7}),
+        ("factor(f, levels = c('c', 'a', 'b'))", {"c": 3, "a": 4, "b": 3}),
+        ("relevel(ifelse(x > 6, 'late', 'early'), 'late')", {"late": 3, "early": 7}),
+    ],
+)
+def test_levels_and_their_rows_are_those_of_r(part, expected):
+    written = names(f"0 + {part}", TEN)
+    assert all(map(str.endswith, written, expected))
+    counts = Encoder(f"y ~ 0 + {part}").fit(TEN).X.sum(0).tolist()
+    assert {n[-len(level) :]: c for n, level, c in zip(written, expected, counts)} == expected
+
+
+def test_powers_and_contrasts_by_name_are_those_of_r():
+    powers = Encoder("y ~ 0 + poly(x, 3, raw = TRUE)").fit(TEN).X
+    np.testing.assert_allclose(powers, np.arange(10.0)[:, None] ** [1, 2, 3])
+    by_name, called = (Encoder(f"y ~ C(f, {c})").fit(TEN).X for c in ("'contr.sum'", "contr.sum"))
+    assert torch.equal(by_name, called)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("cut(x, 1)", "formula .*cut.*`breaks` is 1: expected 2 or more"),
+        ("cut(x, c(1, 1))", "`breaks` must be two or more distinct numbers"),
+        ("cut(x, 3, labels = c('a', 'b'))", "2 `labels` for 3 intervals"),
+        ("cut(y, 3)", "has one level"),
+        ("factor(f, levels = c('a', 'a'))", "`levels` has one twice"),
+        ("C(f, contr.none)", "expected one of contr.treatment|not allowed"),
+        ("C(f, contr.sum(base = 1))", "only contr.treatment takes an option"),
+        ("C(f, contr.treatment('z'))", "base 'z' is no level"),
+        ("ns(x, degree = 2)", "natural splines are cubic"),
+        ("bs(y, 4)", "all values are equal"),
+        ("bs(x, 2)", "`df` is too small for this degree"),
+        ("log(poly(x, 2))", "has 2 columns: expected one"),
+        ("log('a')", "is no term: it has no column"),
+        ("I(x + 'a')", "is no number|expected numbers"),
+        ("log(ifelse(x > 1, f, 'a'))", "has labels: expected numbers"),
+        ("scale(y)", "the scale is zero"),
+    ],
+)
+def test_what_functions_cannot_take_is_said(part, message):
+    with pytest.raises(InputError, match=message):
+        Encoder(f"y ~ {part}").fit(TEN)
+
+
 def test_an_interaction_without_its_margins_is_coded_as_in_r():
     encoded = Encoder("y ~ f:h").fit(TABLE)
     assert encoded.names == ("(Intercept)", *(f"f{a}:h{b}" for b in "uv" for a in "abc"))

@@ -67,7 +67,7 @@ __all__ = ["Sparse", "SparseProblem"]
 _FEW = 500
 #: What takes the time of an operation of the factor, its inverse included, in those of a dense
 #: product: three, of fronts that are smaller.
-_FRONTS = 5.0
+_FRONTS = 4.0
 _REASON = "what meets is sparse"
 
 

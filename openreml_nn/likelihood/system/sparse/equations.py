@@ -168,8 +168,6 @@ class Equations:
         place = self.symbolic.where(at[0].reshape(-1), at[1].reshape(-1)).reshape(-1, k)
         return row, column, Q.data[low], place
 
-    # ------------------------------------------------------------------ numbers
-
     def products(self, rows: csr_matrix | Between) -> list[np.ndarray]:
         """Blocks of :math:`Z^\\top R^{-1} Z` in the order of ``crosses``, by the rows' precision or
         by the products themselves."""
@@ -259,9 +257,11 @@ class Equations:
         Raises:
             NotPositiveDefiniteError: if one of them is not positive definite, by name.
         """
-        known = [i for i, x in enumerate(self.parts) if x.prior is not None and not x.moves]
+        by_descent = [part.log_det_by_descent() for part in self.parts]
+        total = sum(x for x in by_descent if x is not None)
+        known = [i for i, x in enumerate(by_descent) if x is None]
         if not known:
-            return 0.0
+            return total
         found = self._prior_factor(known)
         if found is None:
             for i in known:
@@ -272,7 +272,7 @@ class Equations:
                         "or `KnownInverseMatrix(..., null=...)` with what it is zero on"
                     )
         assert found is not None
-        return found.log_det
+        return total + found.log_det
 
     def _prior_factor(self, known: Sequence[int]) -> Factored | None:
         """The factor of the precisions of some parts, the identity for others; None where it is

@@ -9,6 +9,8 @@ import numpy as np
 from scipy.linalg import qr
 from scipy.sparse import bsr_matrix, csc_matrix, csr_matrix
 
+from openreml_nn.terms.descent import Descent
+
 __all__ = ["Between", "Cross", "Part", "by_rows", "is_identity", "ones_of"]
 
 #: Gives :math:`Z_i^\top R^{-1} Z_j` for parts i ≤ j.
@@ -60,6 +62,13 @@ class Part:
         if self.prior is None:
             return x
         return (self.prior @ x.reshape(self.levels, self.effects * x.shape[1])).reshape(x.shape)
+
+    def log_det_by_descent(self) -> float | None:
+        r""":math:`\log|Q|` where Q is of a pedigree, 0 where it is of none or moves; else None."""
+        if self.prior is None or self.moves:
+            return 0.0
+        found = Descent.of(self.prior) if self.null is None else None
+        return None if found is None else self.effects * found.log_det
 
     def to_effects(self, x: np.ndarray) -> np.ndarray:
         """:math:`C x` for x (columns, m)."""
