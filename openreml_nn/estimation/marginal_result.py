@@ -221,7 +221,7 @@ def _components(
 
 def _shown(term: Term, labels: Mapping[str, Label]) -> Tensor:
     """The covariance of the effects of a level, on average where levels have their own."""
-    matrix = term.covariance.shown()
+    matrix = term.shown()
     if term.name in labels and matrix.dim() == 2:
         k = len(labels[term.name].effects)
         if len(matrix) > k:

@@ -48,6 +48,11 @@ class Term:
         """Effects of each level."""
         return max(self.design.effects, self.covariance.width)
 
+    def shown(self) -> Tensor:
+        """What tables show of its covariance: that of the effects of a level where levels share it,
+        (k, k), variances where it is diagonal, (q,), and the whole elsewhere, (q, q)."""
+        return self.covariance.shown(self.design.effects)
+
     @property
     def form(self) -> tuple[object, ...]:
         """What the term is beside the numbers that it holds.
