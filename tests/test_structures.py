@@ -517,6 +517,21 @@ def test_results_show_the_covariance_among_effects_of_levels_that_are_correlated
     np.testing.assert_allclose(deviations, [[1.5, 1.0, 0.6]] * 2)
 
 
+@pytest.mark.parametrize("unit", [1e6, 1e-6])
+@pytest.mark.parametrize("group", ["g", "ped(g)"])
+@pytest.mark.parametrize("fit", [lmm, glmm])
+def test_which_fits_are_singular_does_not_depend_on_the_unit_of_a_covariate(fit, group, unit):
+    L = {"L_0_0": 1.5, "L_1_0": 0.6 / unit, "L_1_1": 0.8 / unit}
+    held = {f"g/g/effects/{name}": value for name, value in L.items()}
+    table = TABLE.assign(x=TABLE["x"] * unit, y=TABLE["y"].gt(0) * 1 if fit is glmm else TABLE["y"])
+    pedigree = PEDIGREE if group != "g" else None
+    formula = f"y ~ x + us(1 + x | {group})"
+    found = fit(formula, table, constraints=held, pedigree=pedigree)
+    shown = found.components[0].covariance * torch.tensor([[1, unit], [unit, unit**2]])
+    torch.testing.assert_close(shown, torch.tensor([[2.25, 0.9], [0.9, 1.0]], dtype=torch.float64))
+    assert found.singular == () and found.components[0].vanished == ()
+
+
 def test_a_kernel_without_variance_is_singular():
     places = pd.DataFrame({"u": np.arange(24) % 6, "v": np.arange(24) // 6})
     held = {"u_v/g/lengthscale": 2.0}

@@ -39,7 +39,6 @@ from openreml_nn.result.parts import RESIDUAL_GROUP
 from openreml_nn.support.errors import InputError
 from openreml_nn.support.spectrum import eigenvalues
 from openreml_nn.terms.covariance import KroneckerCovariance
-from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.term import Term, residual_terms
 
 __all__ = ["outcome"]
@@ -336,17 +335,13 @@ class _Builder:
         if not residual:
             return found
         for term in self._random_terms:
-            z, matrix = term.design, term.shown()
+            matrix = term.shown()
             if matrix.dim() == 1:
                 variances, least = matrix, matrix.min()
             elif term.covariance.block or len(matrix) == term.effects:
-                scale = torch.ones_like(matrix.diagonal())
-                values = z.values if isinstance(z, IndexedDesign) else None
-                if values is not None and values.shape[1] == len(scale):
-                    scale = (values.detach().to(scale) ** 2).mean(0).sqrt()
-                scaled = scale[:, None] * matrix * scale
-                values = eigenvalues(scaled, f"the covariance of {term.name!r}")
-                variances, least = scaled.diagonal(), values[0]
+                met = term.met(matrix)
+                least = eigenvalues(met, f"the covariance of {term.name!r}")[0]
+                variances = met.diagonal()
             else:  # levels that are correlated by what is estimated: all vanish, or none
                 variances = self._shown(term).diagonal()
                 least = variances.max()
