@@ -13,6 +13,7 @@ from lightning import Trainer
 from openreml_nn import InputError, REMLLoss, glmm, lmm, restricted_log_likelihood
 from openreml_nn.covariance import Pedigree
 from openreml_nn.datasets import table_path
+from openreml_nn.inference import bootstrap, variance_shares
 from openreml_nn.lightning import MixedModelDataModule, MixedModule
 from openreml_nn.model.relations import relations_of
 from openreml_nn.model.structures import labels_of, linear_model
@@ -493,6 +494,55 @@ def test_results_name_what_the_formula_says():
     assert [c.group for c in field.components] == ["Residual"]
     assert not field.random
     torch.testing.assert_close(field.fitted, field.fixed.estimate.expand(12))
+
+
+@pytest.mark.parametrize("group", ["exponential(east, north)", "ped(g)", "vm(g, K)"])
+def test_results_show_the_covariance_among_effects_of_levels_that_are_correlated(group):
+    options = {"pedigree": PEDIGREE} if "ped" in group else {}
+    options |= {"kernels": {"K": KERNEL}} if "vm" in group else {}
+    path = "east_north/g" if "east" in group else "g/g"
+    held = {
+        f"{path}/effects/L_0_0": 1.5,
+        f"{path}/effects/L_1_0": 0.6,
+        f"{path}/effects/L_1_1": 0.8,
+    }
+    if "east" in group:
+        held[f"{path}/levels/lengthscale"] = 1.0
+    found = lmm(f"y ~ x + us(1 + x | {group})", TABLE, constraints=held, **options)
+    expected = torch.tensor([[2.25, 0.9], [0.9, 1.0]], dtype=torch.float64)
+    torch.testing.assert_close(found.components[0].covariance, expected)
+    assert not found.singular
+    assert variance_shares(found)["share"].sum() == pytest.approx(1)
+    deviations = bootstrap(found, samples=2).samples.iloc[:, :3]
+    np.testing.assert_allclose(deviations, [[1.5, 1.0, 0.6]] * 2)
+
+
+@pytest.mark.parametrize("unit", [1e6, 1e-6])
+@pytest.mark.parametrize("group", ["g", "ped(g)"])
+@pytest.mark.parametrize("fit", [lmm, glmm])
+def test_which_fits_are_singular_does_not_depend_on_the_unit_of_a_covariate(fit, group, unit):
+    L = {"L_0_0": 1.5, "L_1_0": 0.6 / unit, "L_1_1": 0.8 / unit}
+    held = {f"g/g/effects/{name}": value for name, value in L.items()}
+    table = TABLE.assign(x=TABLE["x"] * unit, y=TABLE["y"].gt(0) * 1 if fit is glmm else TABLE["y"])
+    pedigree = PEDIGREE if group != "g" else None
+    formula = f"y ~ x + us(1 + x | {group})"
+    found = fit(formula, table, constraints=held, pedigree=pedigree)
+    shown = found.components[0].covariance * torch.tensor([[1, unit], [unit, unit**2]])
+    torch.testing.assert_close(shown, torch.tensor([[2.25, 0.9], [0.9, 1.0]], dtype=torch.float64))
+    assert found.singular == () and found.components[0].vanished == ()
+
+
+def test_a_kernel_without_variance_is_singular():
+    places = pd.DataFrame({"u": np.arange(24) % 6, "v": np.arange(24) // 6})
+    held = {"u_v/g/lengthscale": 2.0}
+    for y, singular in (
+        ((-1.0) ** (places.u + places.v), ("gaussian(u, v)",)),
+        (places.u + places.u * places.v % 5, ()),
+    ):
+        found = lmm("y ~ 1 + (1 | gaussian(u, v))", places.assign(y=y), constraints=held)
+        assert found.singular == singular
+        assert ("the variance of gaussian(u, v) is zero" in found.summary()) == bool(singular)
+        assert (found.components[0].covariance.item() == 0) == bool(singular)
 
 
 def test_a_learned_formula_builds_the_same_shapes():

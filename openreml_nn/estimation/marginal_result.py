@@ -197,11 +197,12 @@ def _components(
             lost = (J[missing] != 0).any(0) | (matrix == 0)
             error = torch.where(lost, nan, error)
         label = labels.get(term.name) or _label(term, matrix)
-        variances = matrix if matrix.dim() == 1 else matrix.diagonal()
+        met = term.met(matrix)
+        variances = met if met.dim() == 1 else met.diagonal()
         least = (
             variances.min()
-            if matrix.dim() == 1
-            else eigenvalues(matrix, f"the covariance of {term.name!r}")[0]
+            if met.dim() == 1
+            else eigenvalues(met, f"the covariance of {term.name!r}")[0]
         )
         gone = variances < _VANISHED**2
         found.append(
@@ -221,7 +222,7 @@ def _components(
 
 def _shown(term: Term, labels: Mapping[str, Label]) -> Tensor:
     """The covariance of the effects of a level, on average where levels have their own."""
-    matrix = term.covariance.shown()
+    matrix = term.shown()
     if term.name in labels and matrix.dim() == 2:
         k = len(labels[term.name].effects)
         if len(matrix) > k:

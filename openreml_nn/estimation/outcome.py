@@ -39,7 +39,6 @@ from openreml_nn.result.parts import RESIDUAL_GROUP
 from openreml_nn.support.errors import InputError
 from openreml_nn.support.spectrum import eigenvalues
 from openreml_nn.terms.covariance import KroneckerCovariance
-from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.term import Term, residual_terms
 
 __all__ = ["outcome"]
@@ -284,7 +283,7 @@ class _Builder:
 
     def _shown(self, term: Term) -> Tensor:
         """The covariance of the effects of a level, on average where levels have their own."""
-        matrix = term.covariance.shown()
+        matrix = term.shown()
         if term.name in self._bases:
             return self._bases[term.name] @ matrix @ self._bases[term.name].mT
         k = len(self._labels[term.name].effects) if term.name in self._labels else 0
@@ -305,7 +304,7 @@ class _Builder:
         if any(term is self._terms[i] for i in self._residual):
             size = len(term.covariance.matrix)
             return Label(RESIDUAL_GROUP, [str(i) for i in range(size)] if size > 1 else ("",), ())
-        k = term.covariance.shown().shape[0]
+        k = term.shown().shape[0]
         effects = ("(Intercept)",) if k == 1 else tuple(f"effect_{i}" for i in range(k))
         return Label(term.name, effects, self._levels(term, term.design.shape[1] // k))
 
@@ -330,25 +329,22 @@ class _Builder:
         each with which of its effects (k,) are themselves."""
         residual = 0.0
         for i in self._residual:
-            matrix = self._terms[i].covariance.shown()
+            matrix = self._terms[i].shown()
             residual += float((matrix if matrix.dim() == 1 else matrix.diagonal()).mean())
         found: dict[str, Tensor] = {}
         if not residual:
             return found
         for term in self._random_terms:
-            g, z, matrix = term.covariance, term.design, term.covariance.shown()
+            matrix = term.shown()
             if matrix.dim() == 1:
                 variances, least = matrix, matrix.min()
-            elif g.block or g.known_kernel is not None:
-                scale = torch.ones_like(matrix.diagonal())
-                values = z.values if isinstance(z, IndexedDesign) and g.block else None
-                if values is not None and values.shape[1] == len(scale):
-                    scale = (values.detach().to(scale) ** 2).mean(0).sqrt()
-                scaled = scale[:, None] * matrix * scale
-                values = eigenvalues(scaled, f"the covariance of {term.name!r}")
-                variances, least = scaled.diagonal(), values[0]
-            else:
-                continue
+            elif term.covariance.block or len(matrix) == term.effects:
+                met = term.met(matrix)
+                least = eigenvalues(met, f"the covariance of {term.name!r}")[0]
+                variances = met.diagonal()
+            else:  # levels that are correlated by what is estimated: all vanish, or none
+                variances = self._shown(term).diagonal()
+                least = variances.max()
             if float(least) < SINGULAR**2 * residual:
                 found[term.name] = variances < SINGULAR**2 * residual
         return found

@@ -97,7 +97,7 @@ class _Newton:
 
         def numbers(u: Tensor, y: Tensor) -> Tensor:
             terms = objective.terms(at.natural(0, u))
-            matrices = [term.covariance.shown() for term in terms]
+            matrices = [term.shown() for term in terms]
             found = []
             for index, i, j in entries:
                 m = matrices[index]

@@ -129,7 +129,7 @@ class Natural:
                 self.sizes[j] = False
         self.start = self._inverse(self.at.read(like))
         terms = [term.detach() for term in objective.terms()]
-        self.unit = max(float(t.covariance.shown().abs().max()) for t in terms) ** 0.5
+        self.unit = max(float(t.shown().abs().max()) for t in terms) ** 0.5
 
     def coordinates(self, v: Tensor) -> Tensor:
         """Coordinates of estimation."""
@@ -200,7 +200,7 @@ class Natural:
 
         def entry_of(v: Tensor) -> Tensor:
             recorded = self.at.natural(0, self.coordinates(v))
-            matrix = self.objective.terms(recorded)[index].covariance.shown()
+            matrix = self.objective.terms(recorded)[index].shown()
             if i == j:
                 # A square root has no slope at zero, where another standard deviation is.
                 return matrix[i, i].clamp(min=1e-30 * self.unit**2).sqrt()
@@ -224,7 +224,7 @@ class Natural:
         """A parameter of the unstructured matrix that a term's covariance is."""
         entries = self._entries_of(index)
         known = [e for e in entries if (id(e.leaf), 0) in self._row_of]
-        size = len(self.objective.terms()[index].covariance.shown())
+        size = len(self.objective.terms()[index].shown())
         alone = len(entries) == size * (size + 1) // 2
         return known[0] if known and len(known) == len(entries) and alone else None
 
@@ -237,7 +237,7 @@ class Natural:
         at, v = self.at.entries.index(scales[0]), self._inner(self.start)
         with torch.no_grad():
             recorded = self.at.natural(0, self.coordinates(v))
-            matrix = self.objective.terms(recorded)[index].covariance.shown()
+            matrix = self.objective.terms(recorded)[index].shown()
         return at if bool(torch.isclose(matrix[i, i].sqrt(), v[at].abs(), rtol=1e-10)) else None
 
     def _entries_of(self, index: int) -> list[Entry]:

@@ -199,7 +199,7 @@ class LaplaceRefit:
         fit.write(fit.x)
         gamma, u, _ = fit.split(fit.x)
         with torch.no_grad(), self.loss.covariance.given(fit.at.natural(0, u)):
-            matrices = [term.covariance.shown() for term in self.loss.covariance.terms()]
+            matrices = [term.shown() for term in self.loss.covariance.terms()]
             beta = fit.T @ (gamma if fit.p else fit.found(fit.x).coefficients)
             own = self.loss.family.quantities(u)
         found = _of_matrices(self.result, matrices)

@@ -178,9 +178,10 @@ class _Profiler:
         spread = Ascent(self.natural, start).spread()
         _, slope, _ = held.slope(start)
         error = float((slope @ spread @ slope).clamp(min=0).sqrt())
-        if not 0 < error < held.longest:
-            error = held.longest / 10
         estimate = held.at(start)
+        # At a bound the slope may be of rounding alone.
+        if estimate + error / 1000 == estimate or not error < held.longest:
+            error = held.longest / 10
 
         def branch() -> Callable[[float], float]:
             path = Path(start, estimate)

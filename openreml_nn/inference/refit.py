@@ -95,7 +95,7 @@ def matrix_entries(result: Result) -> dict[str, tuple[int, int, int]]:
     if result.source is not None:
         with torch.no_grad():
             terms = result.source.covariance.terms()
-        by_row = {term.name for term in terms if term.covariance.shown().dim() == 1}
+        by_row = {term.name for term in terms if term.shown().dim() == 1}
     for index, c in enumerate(result.components):
         if c.name in by_row:
             continue

@@ -262,7 +262,7 @@ def _numbers(refit: Refit, objective: Objective) -> dict[str, float]:
     """Standard deviations, correlations and fixed effects at the present parameters."""
     numbers: dict[str, float] = {}
     with torch.no_grad():
-        matrices = [term.covariance.shown() for term in objective.terms()]
+        matrices = [term.shown() for term in objective.terms()]
     for name, (index, i, j) in matrix_entries(refit.result).items():
         matrix = matrices[index]
         scale = float((matrix[i, i] * matrix[j, j]).clamp(min=0).sqrt())

@@ -90,7 +90,7 @@ def _blocks(G: Covariance, effects: int) -> Tensor:
     """Covariances of the effects of a level, (m, k, k), those of level i at i modulo m."""
     if isinstance(G, ScaledCovariance | KroneckerCovariance):
         # As tables show it: a variance component, whatever the inbreeding of the animals.
-        return G.shown()[None]
+        return G.shown(effects)[None]
     if isinstance(G, BlockCovariance):
         square = G.matrix.unflatten(2, (-1, effects)).unflatten(1, (-1, effects))
         return square.diagonal(dim1=1, dim2=3).movedim(-1, 1).flatten(0, 1)

@@ -63,12 +63,12 @@ def effect_correlations(result: Result, group: str) -> pd.DataFrame:
 
     def correlations(x: Tensor) -> tuple[Tensor]:
         (term,) = (t for t in objective.terms(at.natural(0, x)) if t.name == component.name)
-        matrix = term.covariance.shown()
+        matrix = term.shown()
         scale = matrix.diagonal().sqrt()
         return (matrix / (scale[:, None] * scale),)
 
     (term,) = (t for t in objective.terms() if t.name == component.name)
-    shown, expected = term.covariance.shown().detach(), component.covariance
+    shown, expected = term.shown().detach(), component.covariance
     is_one_variance = len(shown) < len(expected)  # of all effects, which are not correlated
     if not is_one_variance and (
         shown.shape != expected.shape or not torch.allclose(shown.to(expected), expected, rtol=1e-6)

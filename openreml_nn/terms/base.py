@@ -119,8 +119,8 @@ class Covariance:
         """That of distinct rows, where it keeps its structure; None where it does not."""
         return None
 
-    def shown(self) -> Tensor:
-        """What tables show of it."""
+    def shown(self, effects: int = 1) -> Tensor:
+        """What tables show of it where levels have so many effects each, see :meth:`Term.shown`."""
         return self.matrix
 
     def multiply(self, x: Tensor, transpose: bool = False) -> Tensor:

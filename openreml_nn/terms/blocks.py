@@ -22,7 +22,7 @@ class BlockCovariance(LinearCovariance):
 
     width = block
 
-    def shown(self) -> Tensor:
+    def shown(self, effects: int = 1) -> Tensor:
         return self.matrix.mean(0)
 
     def places(self, codes: Tensor) -> tuple[Tensor, Tensor]:

@@ -277,8 +277,10 @@ class KroneckerCovariance(Covariance):
         A, B = self.parts()
         return self.of(scale * A, B, self.chained)
 
-    def shown(self) -> Tensor:
+    def shown(self, effects: int = 1) -> Tensor:
         A, B = self.parts()
+        if len(B) == effects:  # levels that are correlated, each with effects of covariance B
+            return A.diagonal().mean() * B
         return (A.diagonal().mean() * B.diagonal().mean()).reshape(1, 1)
 
     def multiply(self, x: Tensor, transpose: bool = False) -> Tensor:

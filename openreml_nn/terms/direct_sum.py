@@ -65,7 +65,7 @@ class DirectSumCovariance(Covariance):
     def is_chained(self) -> bool:
         return all(form.is_chained or is_series(form) for form in self.forms)
 
-    def shown(self) -> Tensor:
+    def shown(self, effects: int = 1) -> Tensor:
         """The mean variance, (1, 1)."""
         sizes = self.matrix.new_tensor(self.sizes)
         means = torch.stack([part.shown().diagonal().mean() for part in self.parts()])

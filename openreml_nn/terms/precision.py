@@ -226,7 +226,7 @@ class PrecisionCovariance(Covariance):
     def without_kernel(self) -> Covariance:
         return RepeatedCovariance(self.parts()[0], self.precision.size)
 
-    def shown(self) -> Tensor:
+    def shown(self, effects: int = 1) -> Tensor:
         return self.parts()[0]
 
     def of_new(self) -> Tensor:

@@ -48,6 +48,20 @@ class Term:
         """Effects of each level."""
         return max(self.design.effects, self.covariance.width)
 
+    def shown(self) -> Tensor:
+        """What tables show of its covariance: that of the effects of a level where levels share it,
+        (k, k), variances where it is diagonal, (q,), and the whole elsewhere, (q, q)."""
+        return self.covariance.shown(self.design.effects)
+
+    def met(self, shown: Tensor) -> Tensor:
+        """A covariance of the effects of a level, (k, k), as rows meet it: the effect of a covariate by
+        the covariate's root mean square, which is the same in any unit."""
+        values = self.design.values if isinstance(self.design, IndexedDesign) else None
+        if values is None or shown.dim() != 2 or values.shape[1] != len(shown):
+            return shown
+        scale = (values.detach().to(shown) ** 2).mean(0).sqrt()
+        return scale[:, None] * shown * scale
+
     @property
     def form(self) -> tuple[object, ...]:
         """What the term is beside the numbers that it holds.
