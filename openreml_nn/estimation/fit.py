@@ -150,10 +150,18 @@ def _start_by_krylov(objective: Objective, loss: REMLLoss, y: Tensor, X: Tensor)
         warnings.simplefilter("ignore")  # the loss itself warns of what there is to warn of
         approximate = rough.objective(y, X, objective.rows)
         moment_start(rough, y, X, objective.rows)
+    parameters = list(loss.covariance.parameters())
     for _ in range(_ROUGH_STEPS):
-        step = average_information_step([approximate], list(loss.covariance.parameters()), 1e-3)
+        before = [parameter.detach().clone() for parameter in parameters]
+        step = average_information_step([approximate], parameters, 1e-3, trusted=_ROUGHLY)
         if step.converged or step.length == 0 or step.score_norm < _ROUGHLY:
             break
+    try:
+        objective.evaluate().scores()  # which the first exact step asks for again
+    except NumericalError:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
     return True
 
 

@@ -164,7 +164,7 @@ FAULTS = [
     Fault(
         "the error of an estimated likelihood is that of one probe",
         "openreml_nn/likelihood/solvers/krylov.py",
-        "samples.std() / len(samples) ** 0.5 / 2",
+        "samples.std() / count**0.5 / 2",
         "samples.std() / 2",
         "tests/likelihood/test_probes.py",
     ),
@@ -184,7 +184,7 @@ FAULTS = [
     ),
     Fault(
         "products of chunks are joined by the first chunk's places",
-        "openreml_nn/likelihood/system/products.py",
+        "openreml_nn/likelihood/system/crossproducts.py",
         "a, b = places[t][a], places[u][b]",
         "a, b = places[t][a], places[t][b]",
         "tests/table/test_stream.py -k chunks_give",

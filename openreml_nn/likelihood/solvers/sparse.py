@@ -40,7 +40,7 @@ from openreml_nn.likelihood.residual import Residual
 from openreml_nn.likelihood.solver import Solver, check_held
 from openreml_nn.likelihood.solvers.blocked import Blocked
 from openreml_nn.likelihood.solvers.dense import Dense, DenseProblem
-from openreml_nn.likelihood.system.products import Statistics
+from openreml_nn.likelihood.system.crossproducts import Statistics
 from openreml_nn.likelihood.system.sparse.equations import Equations
 from openreml_nn.likelihood.system.sparse.evaluation import SparseEvaluation, SparseSystem
 from openreml_nn.likelihood.system.sparse.fields import FieldResidual, FieldRows

@@ -219,9 +219,6 @@ def _factor(
         else:
             if potrf(routines, (_U, w, base + 8 * own, w)) != 0:
                 return s
-            for i in range(w):
-                for j in range(i + 1, w):
-                    values[own + i * w + j] = 0.0
             if below:
                 trsm(routines, (
                     _L, _U, _T, _N, w, below, 1.0, base + 8 * own, w, base + 8 * (own + w * w), w,
