@@ -127,9 +127,9 @@ def crossed(items: int) -> Model:
     return Sum(**terms, residual=ScalarMatrix(rows)).double(), y, X
 
 
-def relatives(n: int) -> Model:
-    """Animals of ten generations, a record each."""
-    names, sires, dams = parents(n)
+def relatives(n: int, share: int = 50) -> Model:
+    """Animals of ten generations, a record each; one in so many is a sire."""
+    names, sires, dams = parents(n, share)
     found = Pedigree.of(names, sires, dams)
     z, g = found.design(names), KnownInverseMatrix(found.inverse)
     V = Sum(animal=CovariancePropagation(z=z, g=g), residual=ScalarMatrix(n)).double()
@@ -192,6 +192,12 @@ CURVES = {
     "relatives": Curve(
         "animals of a pedigree of ten generations, a record each",
         relatives,
+        (4_000, 8_000, 16_000, 32_000, 64_000),
+        "sparse",
+    ),
+    "wide": Curve(
+        "animals of such a pedigree with one in ten a sire in place of one in fifty",
+        lambda n: relatives(n, 10),
         (4_000, 8_000, 16_000, 32_000, 64_000),
         "sparse",
     ),

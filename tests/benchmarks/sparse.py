@@ -73,14 +73,16 @@ class Row:
     peak_mb: float
 
 
-def relatives(n: int, fixed: int, traits: int) -> tuple[Sum, torch.Tensor, torch.Tensor, float]:
-    """A pedigree of ten generations, 2% of each sires; each animal has a record of each trait."""
+def relatives(
+    n: int, fixed: int, traits: int, share: int = 50
+) -> tuple[Sum, torch.Tensor, torch.Tensor, float]:
+    """A pedigree of ten generations, one in so many animals a sire; each has a record of each trait."""
     rng = np.random.default_rng(1)
     size = n // 10
     parents = np.full((n, 2), -1)
     for i in range(size, n):
         base = (i // size - 1) * size
-        parents[i] = base + rng.integers(max(2, size // 50)), base + rng.integers(size)
+        parents[i] = base + rng.integers(max(2, size // share)), base + rng.integers(size)
     u = rng.standard_normal((n, traits))
     for i in range(size, n):
         u[i] = u[parents[i]].mean(0) + u[i] / 2**0.5
@@ -117,6 +119,9 @@ RELATIVES = {
     "pedigree-4641": (4_641, 166, 1),
     "pedigree-20000": (20_000, 1, 1),
     "pedigree-100000": (100_000, 1, 1),
+    "wide-20000": (20_000, 1, 1, 10),
+    "wide-50000": (50_000, 1, 1, 10),
+    "wide-100000": (100_000, 1, 1, 10),
     "two-traits-20000": (20_000, 1, 2),
 }
 FIELDS = {"field-100x200": (100, 200), "field-300x400": (300, 400)}

@@ -141,8 +141,9 @@ def kernel(path: Path, n: int) -> None:
     pd.DataFrame({"y": y}).to_parquet(path)
 
 
-def parents(n: int) -> tuple[list[str], list[str | None], list[str | None]]:
-    """Animals of ten generations, each by one of a few sires and one of many dams before."""
+def parents(n: int, share: int = 50) -> tuple[list[str], list[str | None], list[str | None]]:
+    """Animals of ten generations, each by one of a few sires, one in so many animals, and one of
+    many dams before."""
     rng = np.random.default_rng(1)
     size = n // 10
     names = [f"a{i}" for i in range(n)]
@@ -150,8 +151,8 @@ def parents(n: int) -> tuple[list[str], list[str | None], list[str | None]]:
     dams: list[str | None] = [None] * n
     for i in range(size, n):
         base = (i // size - 1) * size
-        sires[i] = names[base + rng.integers(0, max(2, size // 50))]
-        dams[i] = names[base + rng.integers(size // 50, size)]
+        sires[i] = names[base + rng.integers(0, max(2, size // share))]
+        dams[i] = names[base + rng.integers(size // share, size)]
     return names, sires, dams
 
 

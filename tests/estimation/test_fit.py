@@ -3,6 +3,7 @@
 from itertools import pairwise
 from math import isnan, log
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,9 @@ from openreml_nn.covariance import (
     CovariancePropagation,
     DummyMatrix,
     IdentityMatrix,
+    KnownInverseMatrix,
     KroneckerProduct,
+    Pedigree,
     ScalarMatrix,
     Sum,
     UnconstrainedMatrix,
@@ -19,9 +22,12 @@ from openreml_nn.covariance import (
     ar1_field,
 )
 from openreml_nn.datasets import penicillin, sleepstudy
-from openreml_nn.likelihood import NotPositiveDefiniteError
+from openreml_nn.estimation.starts import climb
+from openreml_nn.likelihood import NotPositiveDefiniteError, Sparse
+from openreml_nn.result.result import Record, Result
 from openreml_nn.support.solving import invert_named, solve_named
 from openreml_nn.support.spectrum import decomposed, eigenvalues
+from tests.benchmarks.tables import parents
 
 FORMULA = "Reaction ~ Days + (Days | Subject)"
 
@@ -434,3 +440,37 @@ def test_a_field_that_is_not_a_number_is_named():
     y = torch.arange(12.0).double()
     with pytest.raises(NumericalError, match="the rows of the grid has no eigenvalues"):
         REMLLoss(V, solver="grid").evaluate(y, torch.ones(12, 1).double())
+
+
+def test_a_dear_pedigree_starts_near_its_optimum_and_ends_at_it():
+    # Eliminated from the oldest to the youngest, animals leave a dense matrix.
+    n, rng = 1000, np.random.default_rng(0)
+    names, sires, dams = parents(n, 10)
+    pedigree = Pedigree.of(names, sires, dams)
+    recorded = names[::10]
+    m = len(recorded)
+    a = np.linalg.solve(
+        np.linalg.cholesky(pedigree.inverse.to_dense().numpy()).T, rng.normal(size=n)
+    )
+    y = torch.from_numpy(2 * a[::10] + rng.standard_normal(m))
+
+    def fitted(solver: Sparse) -> Result:
+        z, g = pedigree.design(recorded), KnownInverseMatrix(pedigree.inverse)
+        V = Sum(animal=CovariancePropagation(z, g), residual=ScalarMatrix(m)).double()
+        return fit_reml(V, y, torch.ones(m, 1, dtype=torch.float64), solver=solver)
+
+    dear, cheap = fitted(Sparse(ordering=lambda A: np.arange(n))), fitted(Sparse())
+    assert dear.history[0].score_norm < cheap.history[0].score_norm / 3
+    assert dear.log_likelihood == pytest.approx(cheap.log_likelihood, abs=1e-8)
+
+
+def test_steps_end_as_near_to_the_optimum_as_they_are_told():
+    def history(near: float) -> list[Record]:
+        V, y, X = balanced()
+        y, X = y.double(), X.double()
+        return climb(REMLLoss(V, reduction="sum").objective(y, X), 50, near=near)
+
+    far, close = history(1e-2), history(1e-6)
+    assert len(far) < len(close)
+    assert far[-1].score_norm < 1e-2
+    assert close[-1].score_norm < 1e-6
