@@ -8,7 +8,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Each process of the tests has a core to itself.
 ALONE := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: demo test quick check docs bench wheel audit clean
+.PHONY: demo test quick coverage check docs bench wheel audit clean
 
 # The main job: fit a bundled data set, print the table, write the report.
 demo: $(READY)
@@ -20,6 +20,14 @@ test: $(READY)
 # Those that take a moment.
 quick: $(READY)
 	$(ALONE) $(BIN)/python -m pytest -n auto --dist worksteal -q -m "not slow and not fuzz"
+
+# The lines of the package that no test runs.
+coverage: $(READY)
+	$(BIN)/python -m pip install --quiet 'coverage>=7.10'
+	$(BIN)/coverage erase
+	$(ALONE) $(BIN)/coverage run -m pytest -n auto --dist worksteal -q
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 # What CI runs besides the tests.
 check: $(READY)

@@ -161,6 +161,25 @@ def test_added_rows_are_those_of_one_fit(maternal):
     assert found.log_likelihood == pytest.approx(whole.log_likelihood, rel=1e-9)
 
 
+def test_rows_of_a_level_that_comes_later_are_those_of_one_fit():
+    rng = np.random.default_rng(2)
+    table = pd.DataFrame(rng.integers(0, 9, (120, 2)), columns=["a", "b"])
+    table["y"] = rng.normal(size=9)[table["a"]] + rng.normal(size=120)
+    table.loc[100:, "b"] = 99
+    first = lmm("y ~ 1 + (1 | mm(a, b))", table[:100])
+    found = first.update(table[100:])
+    *held, residual = first.parameters
+    whole = lmm(
+        "y ~ 1 + (1 | mm(a, b))",
+        table,
+        constraints={p.name: p.value for p in held},
+        residual_variance=residual.value,
+    )
+    assert found.components[0].levels == whole.components[0].levels
+    assert found.log_likelihood == pytest.approx(whole.log_likelihood, rel=1e-10)
+    torch.testing.assert_close(found.random[0].values, whole.random[0].values)
+
+
 def test_a_level_that_was_not_seen_has_its_prior(maternal):
     new = CALVES.iloc[[0, 0, 0]].assign(animal=["a12", "new", "new"], dam=["new", "a1", "other"])
     with pytest.warns(RuntimeWarning, match=r"animal \+ dam in 3 of 3 rows"):

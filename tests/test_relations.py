@@ -155,7 +155,7 @@ def test_a_program_takes_groups_of_unknown_parents_and_plants(tmp_path):
     )
     assert refused.returncode == 2
     (line,) = refused.stderr.strip().splitlines()
-    assert "'b' is a `sire` in row 3 and a `dam` in row 2" in line
+    assert "'b' is a `sire` in row 4 and a `dam` in row 3" in line
     plants = [*run, "model.hermaphrodite=true"]
     done = program(*plants, "model.pedigree_groups=[G,H]", "model.group_variance=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -170,7 +170,7 @@ def test_a_program_takes_groups_of_unknown_parents_and_plants(tmp_path):
 
 def test_two_sexes_are_an_error_where_that_is_said_and_a_warning_where_nothing_is():
     parts = FAMILY["animal"], FAMILY["sire"], FAMILY["dam"]
-    with pytest.raises(InputError, match=r"'b' is a `sire` in row 3 and a `dam` in row 2"):
+    with pytest.raises(InputError, match=r"'b' is a `sire` in row 4 and a `dam` in row 3"):
         Pedigree.of(*parts, groups=["G", "H"], hermaphrodite=False)
     with pytest.warns(UserWarning, match="hermaphrodite=True"):
         Pedigree.of(*parts, groups=["G", "H"])
@@ -207,6 +207,15 @@ def wrong(W: pd.DataFrame, a: str, b: str, value: float) -> pd.DataFrame:
         ("(1 | icar(area, W))", {"W": EDGES.assign(to=None)}, "has no value in row 1"),
         ("(1 | vm(area, W))", {"W": matrix()}, "not positive semi-definite"),
         ("(1 | vm(area, W))", {"W": EDGES}, "is sparse, as a graph or an inverse is"),
+        ("(1 | vm(area, W))", {"W": matrix().iloc[:, :5]}, "has 7 rows and 5 columns"),
+        ("(1 | vm(area, W))", {"W": matrix().rename(columns={"a1": "z"})}, "'z' stands in one only"),
+        ("(1 | vm(area, W))", {"W": matrix().rename({"a1": "a2"}, axis=0).rename({"a1": "a2"}, axis=1)},
+         "has the level 'a2' twice"),
+        ("(1 | vm(area, W))", {"W": matrix().astype(object).replace(1.0, "x")}, "is no number"),
+        ("(1 | vm(area, W))", {"W": torch.zeros(3, 2)}, r"has shape \(3, 2\): expected \(q, q\)"),
+        ("(1 | icar(area, W))", {"W": EDGES[:0]}, "has no row: expected pairs of neighbours"),
+        ("(1 | icar(area, W))", {"W": EDGES.assign(weight=np.inf)}, "a weight that is not finite"),
+        ("(1 | vm(area, ped))", {"ped": matrix()}, "the name of the pedigree's matrix"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line(formula, kernels, message):
@@ -214,6 +223,23 @@ def test_what_is_wrong_is_said_in_one_line(formula, kernels, message):
     with pytest.raises(InputError, match=message) as error:
         lmm(f"y ~ 1 + {formula}", data, kernels=kernels)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [([[1, 2]], "kernel 'W' is a list"), (1j * torch.eye(7), "kernel 'W' is torch.complex")],
+)
+def test_what_is_no_kernel_is_said_by_its_kind(given, message):
+    with pytest.raises(TypeError, match=message):
+        lmm("y ~ 1 + (1 | vm(area, W))", table(), kernels={"W": given})
+
+
+def test_a_kernel_may_name_its_columns_alone_and_in_any_order():
+    K = (matrix() + 3 * np.eye(7)) / 3
+    expected = lmm("y ~ 1 + (1 | vm(area, K))", table(), kernels={"K": K})
+    for same in (K[AREAS[::-1]], K.reset_index(drop=True)):
+        found = lmm("y ~ 1 + (1 | vm(area, K))", table(), kernels={"K": same})
+        assert found.log_likelihood == expected.log_likelihood
 
 
 PLACES = [

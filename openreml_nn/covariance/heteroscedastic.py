@@ -126,7 +126,8 @@ def _roots(S: Tensor) -> Tensor:
 
 def _rows(S: Matrix) -> Tensor:
     """The variances of the rows, of which (n, n) need not be formed."""
-    (term,) = S.terms()
-    if isinstance(term.design, IdentityDesign) and isinstance(term.covariance, DiagonalCovariance):
+    term, *others = S.terms()
+    is_diagonal = isinstance(term.covariance, DiagonalCovariance)
+    if is_diagonal and isinstance(term.design, IdentityDesign) and not others:
         return term.covariance.matrix
     return S().diagonal()

@@ -89,16 +89,16 @@ def _tuned(G: np.ndarray, A22: np.ndarray) -> np.ndarray:
 
 
 def _inverse(what: str, matrix: np.ndarray) -> np.ndarray:
-    least = np.linalg.eigvalsh(matrix)[0] if len(matrix) <= 1000 else None
+    # Rounding leaves many a singular matrix a factor; the smallest eigenvalue is above 1 / trace of
+    # the inverse, and not n times as large.
     try:
-        factor = cho_factor(matrix, lower=True)
+        inverse = cho_solve(cho_factor(matrix, lower=True), np.eye(len(matrix)))
+        least = 1 / np.trace(inverse)
     except np.linalg.LinAlgError:
-        factor = None
-    rounding = len(matrix) * np.finfo(float).eps * np.abs(matrix).max()
-    if factor is None or (least is not None and least <= rounding):
+        least = 0.0
+    if not least > len(matrix) * np.finfo(float).eps * np.abs(matrix).max():
         raise InputError(
             f"`genomic`: {what} is not positive definite: expected a larger `beta`, or to leave out "
             "one of two animals with the same calls"
         )
-    inverse = cho_solve(factor, np.eye(len(matrix)))
     return np.asarray((inverse + inverse.T) / 2)

@@ -153,7 +153,7 @@ def _cut(
         assert number is not None
         state = called.state
         if not state:
-            state["breaks"] = bases.even_breaks(values, number)
+            state["breaks"] = _told(called, bases.even_breaks, values, number)
         given = state["breaks"]
     edges = np.sort(np.asarray(given, dtype=np.float64))
     if len(edges) < 2 or len(np.unique(edges)) < len(edges):
@@ -256,7 +256,7 @@ def _splines(
     return call
 
 
-def _told(called: Called, function: Callable[..., np.ndarray], *args: Any, **kw: Any) -> Any:
+def _told(called: Called, function: Callable[..., Any], *args: Any, **kw: Any) -> Any:
     try:
         return function(*args, **kw)
     except ValueError as error:

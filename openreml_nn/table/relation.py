@@ -165,7 +165,7 @@ def _named(what: str, table: pd.DataFrame) -> tuple[tuple[str, ...], Tensor]:
     if isinstance(table.index, pd.RangeIndex) and set(own) != set(names):
         own = names
     if set(own) != set(names):
-        odd = next(iter(set(own) ^ set(names)))
+        odd = next(name for name in (*names, *own) if (name in own) != (name in names))
         raise InputError(
             f"{what}: its rows and columns must have the same names: {odd!r} stands in one only"
         )

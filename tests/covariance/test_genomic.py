@@ -271,6 +271,17 @@ def test_single_step_takes_the_sparse_solver():
     np.testing.assert_allclose(gradients[1], gradients[0], atol=1e-9)
 
 
+def test_two_animals_with_the_same_calls_are_refused_among_many():
+    """The last pivot of a singular matrix is rounding, above zero as often as below."""
+    names = [f"a{i}" for i in range(1001)]
+    markers = np.random.default_rng(3).standard_normal((1001, 1500))
+    markers[7] = markers[3]
+    G = pd.DataFrame(markers @ markers.T / 1500, names, names)
+    pedigree = Pedigree.of(names, [None] * 1001, [None] * 1001)
+    with pytest.raises(InputError, match="one of two animals with the same calls"):
+        single_step_relationship(pedigree, G, alpha=1.0, beta=0.0)
+
+
 def test_what_single_step_cannot_take_is_named():
     pedigree, markers = family()
     G = genomic_relationship(markers)

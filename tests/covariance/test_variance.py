@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from openreml_nn import InputError
-from openreml_nn.covariance import VarianceFunction
+from openreml_nn.covariance import (
+    AR1Matrix,
+    CovariancePropagation,
+    DiagonalMatrix,
+    DummyMatrix,
+    Heteroscedastic,
+    IdentityMatrix,
+    ScalarMatrix,
+    Sum,
+    VarianceFunction,
+)
 
 
 @pytest.mark.parametrize("kind", ["power", "exp", "const_power"])
@@ -54,3 +64,26 @@ def test_a_start_has_one_variance_and_its_slopes_are_those_of_autograd(kind):
     torch.testing.assert_close((gradient * cotangent).sum((-2, -1)), expected)
     assert V.moment_start(torch.tensor([2.0, 2.0, 2.0]))
     torch.testing.assert_close(V.variances(), torch.full((3,), 2.0))
+
+
+SHUFFLED = DummyMatrix.from_codes(torch.tensor([5, 3, 1, 0, 2, 4]), 6)
+MIDDLES = {
+    "identity": lambda: IdentityMatrix(6),
+    "variances": lambda: DiagonalMatrix(6),
+    "variances of levels": lambda: CovariancePropagation(SHUFFLED, DiagonalMatrix(6)),
+    "one variance of levels": lambda: CovariancePropagation(SHUFFLED, ScalarMatrix(6)),
+    "series": lambda: AR1Matrix(6),
+    "sum": lambda: Sum(AR1Matrix(6), ScalarMatrix(6)),
+}
+
+
+@pytest.mark.parametrize("middle", MIDDLES)
+@pytest.mark.parametrize("summands", [1, 2])
+def test_terms_are_the_matrix_whatever_the_variances_are_made_of(middle, summands):
+    """Of a variance that is a sum, the diagonal counts."""
+    variance = Sum(VarianceFunction(torch.rand(6) + 1), *[AR1Matrix(6)] * (summands - 1))
+    V = Heteroscedastic(variance, MIDDLES[middle]()).double()
+    with torch.no_grad():
+        for parameter in V.parameters():
+            parameter.add_(0.3 * torch.randn(1))
+    torch.testing.assert_close(sum(term.dense() for term in V.terms()), V())

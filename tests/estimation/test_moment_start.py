@@ -146,24 +146,23 @@ def test_a_fit_does_not_depend_on_the_unit_of_y(name):
     assert base.converged
     free = len(case.y) - case.X.shape[1]
     names = [p.name for p in base.parameters]
-    for k in (-4, 4):
-        unit = 10.0**k
-        other = fit_reml(case.covariance(), unit * case.y, case.X)
-        assert other.converged
-        shifted = other.log_likelihood + free * log(unit)
-        assert shifted == pytest.approx(base.log_likelihood, rel=1e-8)
-        if base.indistinct:
-            continue
-        V, W = case.covariance(), case.covariance()
-        for matrix, result in ((V, base), (W, other)):
-            stored = {p.name: p.untransformed for p in result.parameters}
-            with torch.no_grad():
-                for entry in matrix.parameter_entries().entries:
-                    entry.tensor.fill_(stored[entry.name])
+    unit = (1e-4, 1e4)[list(CASES).index(name) % 2]
+    other = fit_reml(case.covariance(), unit * case.y, case.X)
+    assert other.converged
+    shifted = other.log_likelihood + free * log(unit)
+    assert shifted == pytest.approx(base.log_likelihood, rel=1e-8)
+    if base.indistinct:
+        return
+    V, W = case.covariance(), case.covariance()
+    for matrix, result in ((V, base), (W, other)):
+        stored = {p.name: p.untransformed for p in result.parameters}
         with torch.no_grad():
-            one, two = V(), W() / unit**2
-        assert float((one - two).norm() / one.norm()) < 1e-5
-        assert [p.name for p in other.parameters] == names
+            for entry in matrix.parameter_entries().entries:
+                entry.tensor.fill_(stored[entry.name])
+    with torch.no_grad():
+        one, two = V(), W() / unit**2
+    assert float((one - two).norm() / one.norm()) < 1e-5
+    assert [p.name for p in other.parameters] == names
 
 
 def test_a_fit_does_not_depend_on_the_unit_of_a_dense_design():

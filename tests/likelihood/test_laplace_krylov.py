@@ -6,8 +6,15 @@ from functools import cache
 import pytest
 import torch
 
-from openreml_nn.covariance import CovariancePropagation, ExponentialMatrix, Sum
+from openreml_nn.covariance import (
+    CovariancePropagation,
+    ExponentialMatrix,
+    KnownInverseMatrix,
+    Pedigree,
+    Sum,
+)
 from openreml_nn.covariance.matrix import Recorded
+from openreml_nn.covariance.transform import TransformIdentity
 from openreml_nn.estimation.marginal import fit_laplace
 from openreml_nn.families import Binomial, Poisson
 from openreml_nn.likelihood import Auto, Krylov, LaplaceLoss
@@ -66,6 +73,22 @@ def test_with_every_sign_it_equals_the_blocked_solver(tree, family, method):
     exact, found = (everything(loss, y, eta, X) for loss in losses)
     torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-10)
     assert losses[1].evaluate(y, eta, X).error == 0
+
+
+@pytest.mark.parametrize("coefficients", [0, 2])
+def test_slopes_of_relatives_at_a_variance_of_zero_are_those_of_the_blocked_solver(coefficients):
+    found = []
+    for solver in ("blocked", EVERY_SIGN):
+        pedigree = Pedigree.of(["a", "b", "c"], [None, None, "a"], [None, None, "b"])
+        at_zero = {"fixed": False, "default": torch.zeros(1), "trans": TransformIdentity()}
+        relatives = KnownInverseMatrix(pedigree.inverse, {"sigma^2": at_zero})
+        random = CovariancePropagation(z=grouped(3, 2), g=relatives)
+        V = Sum(a=intercepts(9, 1), b=random, c=intercepts(3, 3)).double()
+        loss = LaplaceLoss(V, Poisson(), "reml" if coefficients else "ml", solver=solver)
+        X = normal(N, coefficients, seed=11) if coefficients else None
+        found.append(everything(loss, torch.arange(N) % 4, 0.5 * normal(N, seed=5), X))
+    assert float(found[0][2].abs()) > 1
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize(("tree", "family", "method"), CASES[1::2])

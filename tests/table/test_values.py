@@ -118,6 +118,68 @@ def test_columns_are_those_of_r(part, expected):
     assert list(names(part)) == expected
 
 
+TEN = pd.DataFrame({"y": 1.0, "x": np.arange(10.0), "f": list("aabbccabca")})
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        ("cut(x, c(0, 2, 5, 9), include.lowest = TRUE)", {"[0,2]": 3, "(2,5]": 3, "(5,9]": 4}),
+        (
+            "cut(x, c(9, 0, 5, 2), right = FALSE, include.lowest = TRUE)",
+            {"[0,2)": 2, "[2,5)": 3, "[5,9]": 5},
+        ),
+        ("cut(x, 3)", {"(-0.009,3]": 4, "(3,6]": 3, "(6,9.01]": 3}),
+        ("cut(x, 3, right = FALSE)", {"[-0.009,3)": 3, "[3,6)": 3, "[6,9.01)": 4}),
+        ("cut(x, 2, dig.lab = 5)", {"(-0.009,4.5]": 5, "(4.5,9.009]": 5}),
+        ("cut(x, 2, labels = c('low', 'high'))", {"low": 5, "high": 5}),
+        ("ifelse(x > 6, 'late', 'early')", {"early": 7, "late": 3}),
+        ("ifelse(x > 6, 'late', f)", {"a": 3, "b": 2, "c": 2, "late": 3}),
+        ("ifelse(x > 6, f, 'early')", {"a": 1, "b": 1, "c": 1, "early": 7}),
+        ("factor(f, levels = c('c', 'a', 'b'))", {"c": 3, "a": 4, "b": 3}),
+        ("relevel(ifelse(x > 6, 'late', 'early'), 'late')", {"late": 3, "early": 7}),
+    ],
+)
+def test_levels_and_their_rows_are_those_of_r(part, expected):
+    written = names(f"0 + {part}", TEN)
+    assert all(map(str.endswith, written, expected))
+    counts = Encoder(f"y ~ 0 + {part}").fit(TEN).X.sum(0).tolist()
+    assert {n[-len(level) :]: c for n, level, c in zip(written, expected, counts)} == expected
+
+
+def test_powers_and_contrasts_by_name_are_those_of_r():
+    powers = Encoder("y ~ 0 + poly(x, 3, raw = TRUE)").fit(TEN).X
+    np.testing.assert_allclose(powers, np.arange(10.0)[:, None] ** [1, 2, 3])
+    by_name, called = (Encoder(f"y ~ C(f, {c})").fit(TEN).X for c in ("'contr.sum'", "contr.sum"))
+    assert torch.equal(by_name, called)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("cut(x, 1)", "formula .*cut.*`breaks` is 1: expected 2 or more"),
+        ("cut(x, c(1, 1))", "`breaks` must be two or more distinct numbers"),
+        ("cut(x, 3, labels = c('a', 'b'))", "2 `labels` for 3 intervals"),
+        ("cut(y, 3)", "has one level"),
+        ("factor(f, levels = c('a', 'a'))", "`levels` has one twice"),
+        ("C(f, contr.none)", "expected one of contr.treatment|not allowed"),
+        ("C(f, contr.sum(base = 1))", "only contr.treatment takes an option"),
+        ("C(f, contr.treatment('z'))", "base 'z' is no level"),
+        ("ns(x, degree = 2)", "natural splines are cubic"),
+        ("bs(y, 4)", "all values are equal"),
+        ("bs(x, 2)", "`df` is too small for this degree"),
+        ("log(poly(x, 2))", "has 2 columns: expected one"),
+        ("log('a')", "is no term: it has no column"),
+        ("I(x + 'a')", "is no number|expected numbers"),
+        ("log(ifelse(x > 1, f, 'a'))", "has labels: expected numbers"),
+        ("scale(y)", "the scale is zero"),
+    ],
+)
+def test_what_functions_cannot_take_is_said(part, message):
+    with pytest.raises(InputError, match=message):
+        Encoder(f"y ~ {part}").fit(TEN)
+
+
 def test_an_interaction_without_its_margins_is_coded_as_in_r():
     encoded = Encoder("y ~ f:h").fit(TABLE)
     assert encoded.names == ("(Intercept)", *(f"f{a}:h{b}" for b in "uv" for a in "abc"))
@@ -365,6 +427,30 @@ def test_a_text_column_that_is_told_to_be_a_factor_is_one():
     assert names("x", table, categorical=["x"]) == ("(Intercept)", "x2", "x?")
     assert names("x", table.astype({"x": "category"})) == ("(Intercept)", "x2", "x?")
     assert Encoder("y ~ 1 + (1 | x)").fit(table).random[0].levels == ("1", "2", "?")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([f"{i}.01.2026" for i in range(1, 13)], "column 't' holds dates"),
+        ([f"1/{i}/26" for i in range(1, 13)], "column 't' holds dates"),
+        ([f"17,{i}" for i in range(11)] + ["18"], "decimal comma, such as '17,0': expected"),
+        ([f"17,{i}" for i in range(11)] + ["k.A."], "found 'k.A.' in row 12 among numbers"),
+    ],
+)
+def test_text_that_is_no_factor_is_refused_among_the_effects(values, message):
+    table = pd.DataFrame({"t": np.array(values * 2, dtype=object), "y": np.arange(24.0) % 7})
+    with pytest.raises(InputError, match=message):
+        Encoder("y ~ t").fit(table)
+    # As labels of a grouping factor, or where a factor is asked for, they are as they are.
+    assert len(Encoder("y ~ 1 + (1 | t)").fit(table).random[0].levels) == 12
+    assert len(names("factor(t)", table)) == len(names("t", table, categorical=["t"])) == 12
+
+
+@pytest.mark.parametrize("labels", [["1,2", "2,3"], ["1/2", "3/4"], ["1-2-3", "a"], ["10.1", "b"]])
+def test_labels_with_marks_of_numbers_stay_labels(labels):
+    table = pd.DataFrame({"t": np.array(labels * 6, dtype=object), "y": np.arange(12.0) % 5})
+    assert len(names("t", table)) == 2
 
 
 def test_dummies_are_indicators_of_levels():
