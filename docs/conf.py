@@ -50,6 +50,15 @@ def mark_long_lines(app, tree):
             block["classes"].append("columns" if are_columns else "sentences")
 
 
+def keep_punctuation(app, tree):
+    """A full stop or a comma behind a formula becomes part of it, or it could begin the next line."""
+    for formula in tree.findall(nodes.math):
+        after = formula.next_node(descend=False, siblings=True)
+        if isinstance(after, nodes.Text) and (mark := re.match(r"[.,:;)]+(?=\s|$)", after)):
+            formula.children[0] = nodes.Text(rf"{formula.astext()}\text{{{mark.group()}}}")
+            after.parent.replace(after, nodes.Text(after[mark.end() :]))
+
+
 def keep_underscores(app, what, name, thing, options, lines):
     """In the text of Sphinx a name that ends with an underscore, such as ``result_``, is a link."""
     lines[:] = [re.sub(r"^(:(?:ivar|vartype) \w+)_:", r"\1\\_:", line) for line in lines]
@@ -59,15 +68,18 @@ def setup(app):
     from gallery import draw
     from model_pictures import draw_models
     from notebooks import write_notebooks
+    from pictures import draw_plots
 
     def pictures(app):
         source = Path(app.srcdir)
         draw(source / "_generated")
+        draw_plots(source / "_generated" / "plots")
         draw_models(source / "models.md", source / "_generated" / "models")
         write_notebooks(source, source / "_generated" / "notebooks")
 
     app.connect("builder-inited", pictures)
     app.connect("doctree-read", mark_long_lines)
+    app.connect("doctree-read", keep_punctuation)
     app.connect("autodoc-process-docstring", keep_underscores, priority=900)
 
 

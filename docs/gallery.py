@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
+from pictures import heat_map
 
 from openreml_nn import covariance as cov
 
@@ -131,14 +131,7 @@ def draw(folder: Path) -> None:
         "",
     ]
     for name, make in PICTURES.items():
-        matrix = make()
-        figure = Figure(figsize=(2.6, 2.6), layout="constrained")
-        axis = figure.subplots()
-        limit = float(matrix.abs().max())
-        axis.imshow(matrix.numpy(), cmap="RdBu", vmin=-limit, vmax=limit)
-        axis.set_xticks([])
-        axis.set_yticks([])
-        figure.savefig(folder / f"{name}.png", dpi=80)
+        heat_map(make(), folder / f"{name}.png", inches=2.6, dpi=120)
         lines += [
             f"```{{figure}} {name}.png",
             ":width: 100%",

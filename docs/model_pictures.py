@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+from pictures import heat_map
 
 #: How many rows a picture shows.
 ROWS = 60
@@ -26,10 +26,4 @@ def draw_models(page: Path, folder: Path) -> None:
                 exec(compile(block, str(page), "exec"), space)
         if "V" in space:
             matrix = space["V"]().detach()[:ROWS, :ROWS]
-            figure = Figure(figsize=(3.2, 3.2), layout="constrained")
-            axis = figure.subplots()
-            limit = float(matrix.abs().max())
-            axis.imshow(matrix.numpy(), cmap="RdBu", vmin=-limit, vmax=limit)
-            axis.set_xticks([])
-            axis.set_yticks([])
-            figure.savefig(folder / f"{name}.png", dpi=100)
+            heat_map(matrix, folder / f"{name}.png", inches=3.2, dpi=160)

@@ -166,7 +166,7 @@ def test_refusals_name_the_argument(table):
         (MixedRegressor("user"), X.user, "'user' stands twice"),
         (MixedRegressor("user"), np.zeros((240, 1, 1)), "`groups` has the shape"),
         (MixedRegressor("user"), np.zeros(7), "`groups` has 7 rows but X has 240"),
-        (MixedRegressor("user"), np.full(240, np.nan), "misses the level of 'group' in row 0"),
+        (MixedRegressor("user"), np.full(240, np.nan), "misses the level of 'group' in row 1"),
         (MixedClassifier("user", C=-1.0), None, "`C` is -1"),
         (MixedClassifier(formula="one + (1 | user)", C=1.0), None, "`C` is for the columns"),
     ):

@@ -380,7 +380,7 @@ def test_a_model_is_trained_after_a_validation(name):
 def test_the_same_rows_in_other_tensors_are_prepared_once_and_changed_ones_anew():
     from unittest import mock
 
-    from openreml_nn.likelihood.system.products import Pattern
+    from openreml_nn.likelihood.system.crossproducts import Pattern
 
     model, data = crossed(solver="blocked"), batch()
     with mock.patch.object(Pattern, "of", wraps=Pattern.of) as prepared:
@@ -412,7 +412,7 @@ def test_a_network_in_single_precision_and_a_likelihood_in_double():
 def test_the_structure_of_the_groups_is_prepared_once():
     from unittest import mock
 
-    from openreml_nn.likelihood.system.products import Pattern
+    from openreml_nn.likelihood.system.crossproducts import Pattern
 
     model, data = crossed(solver="blocked"), batch()
     with mock.patch.object(Pattern, "of", wraps=Pattern.of) as prepared:

@@ -155,7 +155,7 @@ def test_a_program_takes_groups_of_unknown_parents_and_plants(tmp_path):
     )
     assert refused.returncode == 2
     (line,) = refused.stderr.strip().splitlines()
-    assert "'b' is a `sire` in row 3 and a `dam` in row 2" in line
+    assert "'b' is a `sire` in row 4 and a `dam` in row 3" in line
     plants = [*run, "model.hermaphrodite=true"]
     done = program(*plants, "model.pedigree_groups=[G,H]", "model.group_variance=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -170,7 +170,7 @@ def test_a_program_takes_groups_of_unknown_parents_and_plants(tmp_path):
 
 def test_two_sexes_are_an_error_where_that_is_said_and_a_warning_where_nothing_is():
     parts = FAMILY["animal"], FAMILY["sire"], FAMILY["dam"]
-    with pytest.raises(InputError, match=r"'b' is a `sire` in row 3 and a `dam` in row 2"):
+    with pytest.raises(InputError, match=r"'b' is a `sire` in row 4 and a `dam` in row 3"):
         Pedigree.of(*parts, groups=["G", "H"], hermaphrodite=False)
     with pytest.warns(UserWarning, match="hermaphrodite=True"):
         Pedigree.of(*parts, groups=["G", "H"])

@@ -41,15 +41,16 @@ from openreml_nn.report import (
     zeta,
 )
 from openreml_nn.report.contents import RunContents
-from openreml_nn.report.runs import best, collect
+from openreml_nn.report.runs import FAILED, best, collect, compared
 from openreml_nn.support.names import shortened
 
 FORMULA = "Reaction ~ Days + (Days | Subject)"
 
 
-def write_run(result, directory, validation=None):
+def write_run(result, directory, validation=None, is_drawn=True):
     write_tables(result, directory)
-    write_plots(result, directory)
+    if is_drawn:
+        write_plots(result, directory)
     write_record(result, directory, validation or {})
 
 
@@ -208,11 +209,17 @@ def test_a_calibration_plot_shows_shares_against_predictions():
     np.testing.assert_allclose([low, high], [0.1334, 0.2888], atol=1e-4)
 
 
-def test_residuals_of_a_family_are_quantile_residuals():
+def test_residuals_of_a_family_are_quantile_residuals(tmp_path):
     result = glmm("visits ~ age + (1 | doctor)", visits(300, 10), family="poisson")
     axes = residuals(result).axes
     assert axes[0].get_ylabel() == "randomised quantile residual"
     np.testing.assert_allclose(axes[0].lines[0].get_ydata(), quantile_residuals(result))
+    write_run(result, tmp_path, is_drawn=False)
+    run = RunContents(tmp_path, "run", "run")
+    run.context()
+    drawn = [plot for plot in run.charts.plots.values() if "esiduals" in plot["title"]]
+    assert [plot["ylabel"] for plot in drawn] == ["quantile residual"] * 2
+    assert drawn[1]["diagonal"] == [0, 1]
 
 
 def test_a_semivariogram_of_an_autoregressive_field_rises_to_its_sill():
@@ -294,7 +301,7 @@ def test_a_report_is_one_page_that_needs_no_other_file(result, tmp_path):
 
 
 def test_a_report_has_the_numbers_of_the_fit(result, tmp_path):
-    write_run(result, tmp_path / "run")
+    write_run(result, tmp_path / "run", is_drawn=False)
     write_report(tmp_path / "run", tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
     fixed = cells(page, "estimate ± 1.96")["Days"]
@@ -313,10 +320,12 @@ def test_a_report_has_the_numbers_of_the_fit(result, tmp_path):
     assert drawn["rows"] == days["level"].tolist()
     np.testing.assert_allclose(drawn["x"], days["blup"], rtol=1e-6)
     np.testing.assert_allclose(drawn["low"], days["blup"] - 1.96 * days["std_error"], rtol=1e-6)
-    assert drawn["says"][-1].startswith("308: 9.199 (")
+    assert drawn["rows"][-1] == "308"
+    assert drawn["says"][-1].startswith("9.199 (")
     (title,) = [t for t in plots if t.startswith("Residuals")]
     np.testing.assert_allclose(plots[title]["y"], result.residuals, rtol=1e-6)
     (path,) = [p for t, p in plots.items() if t == "Convergence"]
+    assert path["ylabel"] == "restricted log-likelihood"
     assert path["y"][-1] == result.log_likelihood
     # What the script draws into is there.
     places = {attributes.get("data-plot") for _, attributes in page.tags} - {None}
@@ -325,8 +334,9 @@ def test_a_report_has_the_numbers_of_the_fit(result, tmp_path):
 
 def test_a_report_takes_runs_without_random_effects_or_fixed_ones(tmp_path):
     table = datasets.sleepstudy()
-    write_run(lmm("Reaction ~ Days", table, residual="ar1(Days | Subject)"), tmp_path / "residual")
-    write_run(lmm("Reaction ~ 0 + (1 | Subject)", table), tmp_path / "random")
+    residual = lmm("Reaction ~ Days", table, residual="ar1(Days | Subject)")
+    write_run(residual, tmp_path / "residual", is_drawn=False)
+    write_run(lmm("Reaction ~ 0 + (1 | Subject)", table), tmp_path / "random", is_drawn=False)
     assert len(pd.read_csv(tmp_path / "residual" / "blup.csv")) == 0
     assert write_report(tmp_path, tmp_path / "page.html") == 2
     titles = [plot["title"] for plot in Page(tmp_path / "page.html").plots.values()]
@@ -335,11 +345,21 @@ def test_a_report_takes_runs_without_random_effects_or_fixed_ones(tmp_path):
 
 
 def test_runs_stand_side_by_side(result, tmp_path):
-    write_run(result, tmp_path / "slopes")
     other = lmm("Reaction ~ Days + (1 | Subject)", datasets.sleepstudy())
-    write_run(other, tmp_path / "intercepts")
-    write_report(tmp_path, tmp_path / "page.html")
-    found = cells(Page(tmp_path / "page.html"), "Estimates of each run")
+    for name, each in {"slopes": result, "intercepts": other}.items():
+        write_run(each, tmp_path / name, is_drawn=False)
+    (tmp_path / "wrong").mkdir()
+    failure = {"status": 2, "error": "no column <b>", "overrides": ['model.formula="y ~ b"']}
+    (tmp_path / "wrong" / FAILED).write_text(json.dumps(failure))
+    assert write_report(tmp_path, tmp_path / "page.html") == 2
+    page = Page(tmp_path / "page.html")
+    found = cells(page, "Options and results")
+    assert found["run"][:3] == ["formula", "log-likelihood", "AIC"]
+    # The run that failed is there, and none is best, as REML compares none of these.
+    assert found["wrong"] == ["y ~ b", *[""] * (len(found["run"]) - 1)]
+    assert "wrong: no column &lt;b&gt;" in (tmp_path / "page.html").read_text()
+    found = cells(page, "Estimates of each run")
+    assert list(found)[-3:] == ["log-likelihood", "AIC", "BIC"]
     assert found["Quantity"] == ["intercepts", "slopes"]
     # The estimate is the same in balanced data, its standard error is not.
     assert found["Days"] == ["10.4673 (0.804)", "*10.4673 (1.55)"]
@@ -347,7 +367,7 @@ def test_runs_stand_side_by_side(result, tmp_path):
 
 
 def test_the_model_is_said_in_words(result, tmp_path):
-    write_run(result, tmp_path)
+    write_run(result, tmp_path, is_drawn=False)
     slopes = RunContents(tmp_path, "run", "run0").words()
     assert (
         "with 2 fixed effects. The random part has random intercepts and random effects" in slopes
@@ -437,7 +457,7 @@ def test_of_many_levels_a_report_draws_some_and_says_so(tmp_path):
     rng = np.random.default_rng(0)
     table = pd.DataFrame({"y": rng.standard_normal(3000)[g] + rng.standard_normal(9000), "g": g})
     found = lmm("y ~ 1 + (1 | g)", table)
-    write_run(found, tmp_path)
+    write_run(found, tmp_path, is_drawn=False)
     write_report(tmp_path, tmp_path / "page.html")
     plots = [
         plot for plot in Page(tmp_path / "page.html").plots.values() if "BLUPs" in plot["title"]
@@ -459,6 +479,19 @@ def test_what_is_wrong_is_written_in_words(tmp_path):
     write_run(found, tmp_path)
     said = (tmp_path / "summary.txt").read_text(encoding="utf-8")
     assert "g has 3 levels" in said
+
+
+def test_what_is_told_of_runs_is_where_they_differ():
+    failed = pd.DataFrame(
+        {"run": ["0", "1"], "model.formula": ['"y ~ a"', '"y ~ b"'], "seed": "1", "error": "no"}
+    )
+    assert compared(failed).to_dict("list") == {"run": ["0", "1"], "formula": ["y ~ a", "y ~ b"]}
+    fitted = failed.assign(formula=["y ~ a", None], aic=[1.0, None], deviance=[3.0, 4.0])
+    fitted["g (Intercept) variance"] = [1.0, 2.0]
+    found = compared(fitted.assign(aic=[1.0, 2.0]))
+    assert list(found) == ["run", "formula", "aic"]
+    assert found["formula"].tolist() == ["y ~ a", "y ~ b"]
+    assert list(compared(fitted.head(1))) == ["run", "seed", "formula", "aic"]
 
 
 def test_the_best_run_of_a_sweep():

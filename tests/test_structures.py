@@ -832,3 +832,18 @@ def test_residuals_alike_but_for_rounding_leave_effects_their_digits():
         for one, other in zip(found.random, fits[0].random, strict=True):
             torch.testing.assert_close(one.values, other.values, rtol=1e-3, atol=1e-3)
             torch.testing.assert_close(one.variances, other.variances, rtol=1e-3, atol=1e-3)
+
+
+def test_variances_by_a_covariate_with_several_traits_reach_the_optimum():
+    """Steps are in logarithms of the diagonal of L, which are below zero without a sign being turned."""
+    rng, n = np.random.default_rng(1), 60
+    rows = pd.DataFrame({"u": np.repeat(np.arange(n), 2), "trait": np.tile(["a", "b"], n)})
+    rows["z"] = rng.uniform(0.5, 3, n).repeat(2)
+    of_traits = np.linalg.cholesky([[2, 0.6], [0.6, 1]])
+    in_time = np.linalg.cholesky(0.6 ** np.abs(np.subtract.outer(np.arange(n), np.arange(n))))
+    e = (in_time @ rng.standard_normal((n, 2)) @ of_traits.T).reshape(-1)
+    rows["y"] = 1 + (rows["trait"] == "b") + e * rows["z"] ** 0.7
+    found = lmm("y ~ trait", rows, residual="power(z):us(trait):ar1(u)")
+    # By SciPy's BFGS from dense matrices.
+    assert found.converged
+    assert found.log_likelihood == pytest.approx(-179.32822853653, abs=1e-7)

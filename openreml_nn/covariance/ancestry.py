@@ -31,7 +31,7 @@ def parents_first(
     """Animals with parents first, and the positions of their parents (n, 2): -1 if unknown,
     n + k of the k-th group."""
     known: dict[str, tuple[str | None, str | None]] = {}
-    for row, (name, sire, dam) in enumerate(zip(names, sires, dams, strict=True)):
+    for row, (name, sire, dam) in enumerate(zip(names, sires, dams, strict=True), 1):
         if name is None:
             raise InputError(f"`animal` has no name in row {row}")
         if name in known:

@@ -13,6 +13,12 @@ from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.params import free_specs, merge_specs
 from openreml_nn.covariance.transform import TransformExp
 from openreml_nn.support.checks import check_count
+from openreml_nn.terms.covariance import DenseCovariance
+from openreml_nn.terms.design import IdentityDesign
+from openreml_nn.terms.precision import PrecisionCovariance
+from openreml_nn.terms.scaled import ScaledPrecision
+from openreml_nn.terms.series import LONG, StepPrecision
+from openreml_nn.terms.term import Term
 
 __all__ = ["AntedependenceMatrix"]
 
@@ -96,6 +102,18 @@ class AntedependenceMatrix(Matrix):
         after = (upper[1:] @ C.mT).mT  # (i, k): sum over j > k of C_ij R_(k+1)j
         by_rho = (upper[:, :-1] * after).sum(0)
         return self.free_vjp(torch.cat([by_sigma, by_rho]), free_params)
+
+    def variances(self) -> Tensor:
+        return self.build_params()[: self.shape[0]] ** 2
+
+    def structure(self) -> list[Term]:
+        n = self.shape[0]
+        if n <= LONG:
+            return [Term(IdentityDesign(n), DenseCovariance(self(), chained=True))]
+        natural = self.build_params()
+        x = torch.cat([torch.ones_like(natural[:1]), natural])
+        g = PrecisionCovariance(x, ScaledPrecision(StepPrecision(n)))
+        return [Term(IdentityDesign(n), g)]
 
     def moment_start(self, variance: Tensor) -> bool:
         n = self.shape[0]

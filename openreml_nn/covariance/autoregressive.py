@@ -20,13 +20,10 @@ from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import DenseCovariance
 from openreml_nn.terms.design import IdentityDesign
 from openreml_nn.terms.precision import PrecisionCovariance
-from openreml_nn.terms.series import SeriesPrecision
+from openreml_nn.terms.series import LONG, SeriesPrecision
 from openreml_nn.terms.term import Term
 
 __all__ = ["AR1Matrix", "StationaryMatrix", "ToeplitzMatrix"]
-
-#: A series of more times than these is lowered to its precision, which holds less.
-_SHORT = 200
 
 
 def _lags(n: int, like: Tensor) -> Tensor:
@@ -139,26 +136,32 @@ class AR1Matrix(Matrix):
 
     def structure(self) -> list[Term]:
         n = self.shape[0]
-        if n <= _SHORT and self._steps is None:
-            return [Term(IdentityDesign(n), DenseCovariance(self(), chained=True))]
         steps = (np.arange(n) > 0).astype(np.int64) if self._steps is None else self._steps
+        if n <= LONG and (steps[1:] > 0).all():
+            return [Term(IdentityDesign(n), DenseCovariance(self(), chained=True))]
         return [
             Term(
                 IdentityDesign(n), PrecisionCovariance(self.build_params(), SeriesPrecision(steps))
             )
         ]
 
-    def at(self, series: Tensor, times: Tensor) -> AR1Matrix:
-        """The process at some times of independent series, with the parameters of this matrix.
+    def variances(self) -> Tensor:
+        return self.build_params()[:1].expand(self.shape[0])
+
+    def at(self, series: Tensor, positions: Tensor) -> AR1Matrix:
+        """The process at some of its positions in independent series, with the parameters of this matrix.
 
         Args:
             series: (n,) which series, in ascending order.
-            times: (n,) whole times, ascending within a series.
+            positions: (n,) which of the rows of this matrix, ascending within a series.
 
         >>> one = AR1Matrix(3)
         >>> one.at(torch.tensor([0, 0, 1]), torch.tensor([0, 2, 1])).shape
         (3, 3)
         """
+        times = positions
+        if self._steps is not None:
+            times = torch.from_numpy(self._steps).to(positions.device).cumsum(0)[positions]
         later = (series[1:] == series[:-1]).long()
         steps = torch.cat([later[:0].new_zeros(1), later * times.diff()])
         found = copy.copy(self)

@@ -14,7 +14,8 @@ from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import DiagonalCovariance
 from openreml_nn.terms.design import Design, IdentityDesign, IndexedDesign
 from openreml_nn.terms.direct_sum import DirectSumCovariance
-from openreml_nn.terms.products import FEW_PLACES, precise
+from openreml_nn.terms.products import precise
+from openreml_nn.terms.series import LONG
 from openreml_nn.terms.term import Term
 
 __all__ = ["Augment", "BlockDiagonal", "Stack"]
@@ -81,7 +82,7 @@ class BlockDiagonal(_Blocks):
         sizes = [design.shape[1] for design in designs]
         if not all(part.is_diagonal for part in parts):
             g: Covariance = DirectSumCovariance.of(parts, sizes)
-            if not g.is_chained and sum(sizes) > FEW_PLACES:
+            if not g.is_chained and sum(sizes) > LONG:
                 g = precise(g) or g
             return [Term(joined, g)]
         pairs = zip(parts, sizes, strict=True)

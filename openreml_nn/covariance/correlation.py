@@ -31,11 +31,17 @@ class Correlation:
         reach: the length at which a fit starts, beside that of a correlation without an end.
         ends: whether it is zero from r = 1 on.
         kink: the r at which the first derivative jumps; None for none.
+        is_markov: whether it is :math:`e^{-r}`: on a line each place depends on those before it through
+            the last alone.
     """
 
     reach: ClassVar[float] = 1.0
     ends: ClassVar[bool] = False
     kink: ClassVar[float | None] = None
+
+    @property
+    def is_markov(self) -> bool:
+        return False
 
     def kinks(self, distance: Tensor) -> Tensor:
         """The lengths at which one of some distances is at the kink, in order."""
@@ -63,6 +69,10 @@ class ExponentialCorrelation(Correlation):
     >>> ExponentialCorrelation().value(torch.tensor([0.0, 1.0]))
     tensor([1.0000, 0.3679])
     """
+
+    @property
+    def is_markov(self) -> bool:
+        return True
 
     def value(self, r: Tensor) -> Tensor:
         return torch.exp(-r)
@@ -112,6 +122,10 @@ class MaternCorrelation(Correlation):
     def __post_init__(self) -> None:
         if not isinstance(self.nu, int | float) or self.nu not in (0.5, 1.5, 2.5):
             raise InputError(f"`nu` is {found(self.nu)}: expected 0.5, 1.5 or 2.5")
+
+    @property
+    def is_markov(self) -> bool:
+        return self.nu == 0.5
 
     def value(self, r: Tensor) -> Tensor:
         s = sqrt(2 * self.nu) * r

@@ -259,7 +259,7 @@ def _as_series(label: Labels, i: int) -> pd.Series:
     series = pd.Series(label).reset_index(drop=True)
     missing = np.flatnonzero(series.isna().to_numpy())
     if missing.size:
-        rows = ", ".join(map(str, missing[:5])) + (", …" if missing.size > 5 else "")
+        rows = ", ".join(map(str, missing[:5] + 1)) + (", …" if missing.size > 5 else "")
         raise InputError(f"labels {i} are missing in {missing.size} row(s): {rows}")
     return series
 

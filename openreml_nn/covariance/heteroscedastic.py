@@ -15,7 +15,8 @@ from openreml_nn.support.errors import InputError
 from openreml_nn.terms.blocks import BlockCovariance
 from openreml_nn.terms.covariance import DiagonalCovariance, RepeatedCovariance
 from openreml_nn.terms.design import IdentityDesign, IndexedDesign
-from openreml_nn.terms.products import FEW_PLACES, precise, rescaled
+from openreml_nn.terms.products import precise, rescaled
+from openreml_nn.terms.series import LONG
 from openreml_nn.terms.term import Term, has_own_columns, whole_term
 
 __all__ = ["Heteroscedastic"]
@@ -94,7 +95,7 @@ class Heteroscedastic(Operator):
         g = term.covariance
         is_indexed = isinstance(term.design, IndexedDesign) and has_own_columns(term.design)
         known = isinstance(g, RepeatedCovariance | DiagonalCovariance) or (
-            term.design.shape[1] > FEW_PLACES and precise(g) is not None
+            term.design.shape[1] > LONG and precise(g) is not None
         )
         if not known or not (is_indexed or isinstance(term.design, IdentityDesign)):
             return [whole_term(self())]
@@ -108,7 +109,7 @@ class Heteroscedastic(Operator):
             return [Term(term.design, DiagonalCovariance(g.matrix * cells))]
         if g.is_scalar:
             return [Term(term.design, DiagonalCovariance(g.matrix.reshape(1) * cells))]
-        by_precision = rescaled(g, cells)
+        by_precision = rescaled(g, cells.sqrt())
         if by_precision is not None:
             return [Term(term.design, by_precision)]
         s = cells.sqrt().unflatten(0, (-1, len(g.matrix)))  # (groups, k)

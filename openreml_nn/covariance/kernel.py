@@ -17,10 +17,9 @@ from openreml_nn.covariance.correlation import (
 )
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.params import free_specs, merge_specs
+from openreml_nn.covariance.spaced import SpacedMatrix, check_distance, check_symmetric
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.transform import TransformExp, TransformExpPow2
-from openreml_nn.support.checks import found
-from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import ScaledCovariance
 from openreml_nn.terms.design import IdentityDesign
 from openreml_nn.terms.kernel import Kernel
@@ -33,46 +32,39 @@ __all__ = [
     "KnownMatrix",
     "MaternMatrix",
     "SphericalMatrix",
-    "check_symmetric",
-    "distances",
 ]
 
-
-def distances(places: Tensor, others: Tensor) -> Tensor:
-    """Euclidean distances (n, m) between places (n, s) and others (m, s), without the digits that
-    products of large coordinates would lose."""
-    return torch.cdist(places, others, compute_mode="donot_use_mm_for_euclid_dist")
+_EXPECTED = "distances, such as torch.cdist(x, x, compute_mode='donot_use_mm_for_euclid_dist')"
 
 
-class DistanceMatrix(Matrix):
+class DistanceMatrix(SpacedMatrix):
     """A kernel of distances, :math:`V_{ij} = \\sigma^2 c(d_{ij} / \\ell)`."""
 
     correlation: Correlation
-    distance: Tensor
 
     def __init__(self, distance: Tensor, param_specs: Mapping[str, Any] | None = None) -> None:
-        check_symmetric("distance", distance)
-        if bool((distance < 0).any()) or bool((distance.diagonal() != 0).any()):
-            raise InputError(
-                "`distance` has a negative entry or one on the diagonal that is not zero: "
-                "expected distances, such as torch.cdist(x, x, "
-                "compute_mode='donot_use_mm_for_euclid_dist')"
-            )
+        check_distance(distance, _EXPECTED)
         default = free_specs(["sigma^2"], trans=TransformExpPow2())
         # A length of zero is no ordinary point.
         default |= free_specs(["lengthscale"], trans=TransformExp(degree=0))
-        super().__init__(tuple(distance.shape), merge_specs(default, param_specs))
-        self.register_data("distance", distance)
+        super().__init__(distance, merge_specs(default, param_specs))
+
+    @property
+    def is_markov(self) -> bool:
+        return self.correlation.is_markov
+
+    def rate(self) -> Tensor:
+        return 1 / self.build_params()[1:]
 
     def _scaled(self, free_params: FreeParams) -> tuple[Tensor, Tensor, Tensor]:
         """Variance, length and the distances in lengths."""
         variance, length = self.build_params(free_params).split(1)
         # Far beyond where correlations are zero; a length near zero would make it infinite.
-        return variance, length, (self.distance.to(length) / length).clamp(max=1e4)
+        return variance, length, (self.apart().to(length) / length).clamp(max=1e4)
 
     def forward(self, free_params: FreeParams = None) -> Tensor:
         variance, _, r = self._scaled(free_params)
-        return variance * self.correlation.value(r)
+        return variance * self.together(self.correlation.value(r))
 
     def between(self, distance: Tensor) -> Tensor:
         """Covariance between places at other distances, at the present parameters."""
@@ -84,13 +76,14 @@ class DistanceMatrix(Matrix):
         slices = torch.stack(
             [self.correlation.value(r), variance * self.correlation.slope(r) / length]
         )
-        return self.free_grad(slices, free_params)
+        return self.free_grad(self.together(slices), free_params)
 
     def manual_vjp(self, cotangent: Tensor, free_params: FreeParams = None) -> Tensor:
         self.check_cotangent(cotangent)
         variance, length, r = self._scaled(free_params)
-        by_variance = (cotangent * self.correlation.value(r)).sum().reshape(1)
-        by_length = (cotangent * self.correlation.slope(r)).sum() * variance / length
+        seen = self.together(cotangent)
+        by_variance = (seen * self.correlation.value(r)).sum().reshape(1)
+        by_length = (seen * self.correlation.slope(r)).sum() * variance / length
         return self.free_vjp(torch.cat([by_variance, by_length]), free_params)
 
     def moment_start(self, variance: Tensor) -> bool:
@@ -99,14 +92,15 @@ class DistanceMatrix(Matrix):
         return self.set_start(self.param_names[0], harmonic_mean(variance))
 
     def kinks(self) -> Mapping[str, Tensor]:
-        found = self.correlation.kinks(self.distance)
-        return {self.param_names[1]: found} if len(found) else {}
+        if self.correlation.kink is None:
+            return {}
+        return {self.param_names[1]: self.correlation.kinks(self.apart())}
 
     def ends(self) -> bool:
         return self.correlation.ends
 
     def start_reach(self, reach: float) -> bool:
-        apart = self.distance[self.distance > 0]
+        apart = self.spread()
         start = self.correlation.reach * reach
         return apart.numel() > 0 and self.set_start(self.param_names[1], start * apart.median())
 
@@ -123,15 +117,15 @@ class ExponentialMatrix(DistanceMatrix):
 
     Args:
         distance: (n, n) distances, such as
-            ``torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")``.
+            ``torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")``; or places on a line, (n,).
         param_specs: specifications that replace the ones above.
 
     Shape:
         Output: (n, n).
 
     Raises:
-        InputError: if ``distance`` is not symmetric with zeros on its diagonal
-            and no negative entry.
+        TypeError, InputError: if ``distance`` is not symmetric with zeros on its diagonal and no
+            negative entry, nor (n,) distinct places.
 
     Reference:
         Diggle and Ribeiro, Model-based Geostatistics (2007), section 3.4.
@@ -157,7 +151,7 @@ class GaussianMatrix(DistanceMatrix):
 
     Args:
         distance: (n, n) distances, such as
-            ``torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")``.
+            ``torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")``; or places on a line, (n,).
         param_specs: specifications that replace the ones above.
 
     Shape:
@@ -192,7 +186,7 @@ class MaternMatrix(DistanceMatrix):
 
     Args:
         distance: (n, n) distances, such as
-            ``torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")``.
+            ``torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")``; or places on a line, (n,).
         nu: 0.5, 1.5 or 2.5.
         param_specs: specifications that replace the ones above.
 
@@ -236,7 +230,7 @@ class SphericalMatrix(DistanceMatrix):
 
     Args:
         distance: (n, n) distances, such as
-            ``torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")``.
+            ``torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")``; or places on a line, (n,).
         param_specs: specifications that replace the ones above.
 
     Shape:
@@ -309,20 +303,3 @@ class KnownMatrix(Matrix):
     def moment_start(self, variance: Tensor) -> bool:
         size = self.matrix.diagonal().to(variance).mean()
         return self.set_start(self.param_names[0], harmonic_mean(variance) / size)
-
-
-def check_symmetric(name: str, matrix: Tensor) -> None:
-    if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
-        got = matrix.dtype if isinstance(matrix, Tensor) else found(matrix)
-        raise TypeError(f"`{name}` is {got}: expected a floating-point tensor")
-    if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
-        raise InputError(f"`{name}` has shape {tuple(matrix.shape)}: expected (n, n)")
-    if not len(matrix):
-        raise InputError(f"`{name}` has shape (0, 0): it is empty")
-    if matrix.is_meta:
-        return
-    if not bool(torch.isfinite(matrix).all()):
-        raise InputError(f"`{name}` has an entry that is not finite")
-    scale = float(matrix.abs().max())
-    if float((matrix - matrix.mT).abs().max()) > 1e3 * torch.finfo(matrix.dtype).eps * scale:
-        raise InputError(f"`{name}` is not symmetric")

@@ -19,8 +19,8 @@ from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import DiagonalCovariance, KroneckerCovariance, RepeatedCovariance
 from openreml_nn.terms.design import IdentityDesign, IndexedDesign
 from openreml_nn.terms.precision import PrecisionCovariance
-from openreml_nn.terms.products import FEW_PLACES, kronecker_of, precise
-from openreml_nn.terms.series import chained, repeated
+from openreml_nn.terms.products import kronecker_of, precise
+from openreml_nn.terms.series import LONG, chained, repeated
 from openreml_nn.terms.term import Term, has_own_columns, whole_term
 
 __all__ = ["KroneckerProduct"]
@@ -104,6 +104,13 @@ class KroneckerProduct(Operator):
             return super().structure()
         return [replace(merged, name="") if merged.name else merged]
 
+    def variances(self) -> Tensor:
+        own = [
+            operand.variances() if isinstance(operand, Matrix) else operand.diagonal()
+            for operand in self.operands.values()
+        ]
+        return reduce(torch.kron, own)
+
     def moment_start(self, variance: Tensor) -> bool:
         operands = list(self.operands.values())
         whole = variance.reshape([operand.shape[0] for operand in operands])
@@ -158,7 +165,7 @@ def _merge(outer: Term | None, inner: Term | None) -> Term | None:
         field = precise(b)
         assert field is not None
         return Term(design, repeated(field.times(a.matrix.reshape(())), q))
-    if q * k > FEW_PLACES and not a.is_scalar and not (b.is_scalar and q <= _MOST_EFFECTS):
+    if q * k > LONG and not a.is_scalar and not (b.is_scalar and q <= _MOST_EFFECTS):
         # An autoregression by effects is not written as one matrix.
         a, b = (precise(g) or g if g.is_chained else g for g in (a, b))
         if isinstance(a, PrecisionCovariance) and isinstance(b, PrecisionCovariance):
@@ -205,7 +212,7 @@ def _is_permuted(term: Term) -> bool:
 
 def _is_long(g: Covariance, size: int) -> bool:
     """Whether copies of it are held by a sparse precision."""
-    return size > FEW_PLACES and precise(g) is not None
+    return size > LONG and precise(g) is not None
 
 
 def _small(g: Covariance, size: int) -> Tensor | None:

@@ -57,19 +57,16 @@ class Matrix(Intermediates, TreeNode):
     :meth:`manual_vjp`) it also has a closed-form gradient, which *calling* the
     module wires into backprop; without one, calling it records plain autograd.
 
-    Each free parameter is an ``nn.Parameter`` of shape (1,) registered under
-    its own name, each fixed one a buffer. Values are stored on the
-    untransformed scale; the name says what the transform yields.
+    Each free parameter is an ``nn.Parameter`` of shape (1,) registered under its own name, each fixed
+    one a buffer. Values are stored on the untransformed scale; the name says what the transform yields.
 
-    A matrix with hooks, or with an operand that has hooks, is called as any
-    module is, and plain autograd records it: the hooks run once, on the value,
-    and the gradient is that of what they return.
+    A matrix with hooks, or with an operand that has hooks, is called as any module is, and plain
+    autograd records it: the hooks run once, on the value, and the gradient is that of what they return.
 
     Args:
         shape: ``(rows, columns)`` of the matrix.
-        param_specs: maps a parameter's name (non-empty, without ``/`` and
-            ``.``) to ``{"fixed": bool, "default": tensor of shape (1,),
-            "trans": Transform}``.
+        param_specs: maps a parameter's name (non-empty, without ``/`` and ``.``) to
+            ``{"fixed": bool, "default": tensor of shape (1,), "trans": Transform}``.
 
     Attributes:
         grad_mode: ``"default"`` uses the closed form where there is one,
@@ -302,6 +299,10 @@ class Matrix(Intermediates, TreeNode):
         if self.shape[0] != self.shape[1]:
             raise InputError(f"{self._get_name()} is {self.shape}: only a square matrix has terms")
         return [Term(IdentityDesign(self.shape[0]), DenseCovariance(self()))]
+
+    def variances(self) -> Tensor:
+        """The diagonal, (n,); a class of which that takes less than the matrix overrides it."""
+        return self().diagonal()
 
     # ------------------------------------------------------------------ estimation
 

@@ -244,7 +244,7 @@ def _check_sampling(levels: Sequence[str], sampling: np.ndarray) -> None:
 def _check_groups(
     groups: tuple[str, ...], names: list[str | None], parents: set[str | None]
 ) -> None:
-    for row, name in enumerate(names):
+    for row, name in enumerate(names, 1):
         if name is not None and name in groups:
             raise InputError(
                 f"`groups` has {name!r}, which is an `animal` in row {row}: expected names of "
@@ -261,8 +261,8 @@ def _check_groups(
 def _two_sexes(sires: list[str | None], dams: list[str | None], groups: set[str]) -> str:
     """What is to be said of the first animal of two sexes; nothing where there is none, or the
     pedigree is one of plants that self."""
-    fathers = {name: row for row, name in reversed(list(enumerate(sires))) if name is not None}
-    of_both = [(row, name) for row, name in enumerate(dams) if name in fathers.keys() - groups]
+    fathers = {name: row for row, name in reversed(list(enumerate(sires, 1))) if name is not None}
+    of_both = [(row, name) for row, name in enumerate(dams, 1) if name in fathers.keys() - groups]
     selfs = any(
         s is not None and s == d for s, d in zip(sires, dams, strict=True) if s not in groups
     )

@@ -18,7 +18,10 @@ from openreml_nn.covariance.nodes import is_opaque
 from openreml_nn.covariance.operator import Operator
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.support.errors import InputError
+from openreml_nn.terms.covariance import DenseCovariance
 from openreml_nn.terms.design import DenseDesign, Design, IdentityDesign
+from openreml_nn.terms.products import rescaled
+from openreml_nn.terms.series import LONG
 from openreml_nn.terms.term import Term, propagate, whole_term
 
 __all__ = ["CovariancePropagation", "propagated"]
@@ -121,12 +124,31 @@ class CovariancePropagation(Operator):
         z, g = self.operands.values()
         if isinstance(z, DiagonalMatrix):
             # A scale for each row and column is part of the covariance, not a design.
-            return [whole_term(self())]
+            return [self._scaled(z, g)]
         one_hot = self._one_hot()
         design = DenseDesign(self.build_design()) if one_hot is None else one_hot.design
         if isinstance(g, Matrix):
             return propagated(design, g)
         return [propagate(design, whole_term(g.to(self.no_values())))]
+
+    def _scaled(self, z: DiagonalMatrix, g: Any) -> Term:
+        """The term where Z is a scale for each row and column."""
+        found = g.terms() if isinstance(g, Matrix) else []
+        if len(found) == 1 and isinstance(found[0].design, IdentityDesign):
+            inner, n = found[0].covariance, self.shape[0]
+            if n > LONG:
+                by_precision = rescaled(inner, z.build_params())
+                if by_precision is not None:
+                    return Term(IdentityDesign(n), by_precision)
+            elif inner.is_chained and inner.is_solid:
+                return Term(IdentityDesign(n), DenseCovariance(self(), chained=True))
+        return whole_term(self())
+
+    def variances(self) -> Tensor:
+        z, g = self.operands.values()
+        if isinstance(z, DiagonalMatrix) and isinstance(g, Matrix):
+            return z.build_params() ** 2 * g.variances()
+        return super().variances()
 
     def build_design(self) -> Tensor:
         """Z itself, (n, q)."""

@@ -52,7 +52,7 @@ class Relationship:
         check_column("animal", animal)
         position = {name: i for i, name in enumerate(self.levels)}
         codes = []
-        for row, value in enumerate(animal):
+        for row, value in enumerate(animal, 1):
             name = name_of(value)
             if name not in position:
                 raise InputError(

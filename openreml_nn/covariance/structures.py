@@ -210,7 +210,9 @@ def within(
     cell = group * size + position
     if len(np.unique(cell)) < len(cell):
         twice = pd.Series(cell).duplicated().argmax()
-        raise InputError(f"row {twice}: its group {names[group[twice]]!r} already has its position")
+        raise InputError(
+            f"row {twice + 1}: its group {names[group[twice]]!r} already has its position"
+        )
     return in_cells(torch.from_numpy(cell), len(names), matrix)
 
 
@@ -284,5 +286,5 @@ def _labels(labels: Labels, name: str) -> np.ndarray:
         raise InputError(f"`{name}` is {found(labels)}: expected (n,) labels")
     column = pd.Series(labels.cpu().numpy() if isinstance(labels, Tensor) else labels)
     if column.isna().any():
-        raise InputError(f"`{name}` misses a label in row {int(column.isna().argmax())}")
+        raise InputError(f"`{name}` misses a label in row {int(column.isna().argmax()) + 1}")
     return column.to_numpy()

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import inf, pi, remainder
+from math import inf, log, pi, remainder
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from openreml_nn.covariance.exchangeable import within_bounds
-from openreml_nn.covariance.kernel import check_symmetric
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.nodes import has_values
 from openreml_nn.covariance.params import free_specs, merge_specs
+from openreml_nn.covariance.spaced import SpacedMatrix, check_distance, shortest
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.transform import TransformExpPow2, TransformSigmoid
 from openreml_nn.support.checks import check_count
@@ -85,7 +85,7 @@ class _Decay(TransformSigmoid):
         return hash(type(self))
 
 
-class ContinuousAR1Matrix(Matrix):
+class ContinuousAR1Matrix(SpacedMatrix):
     r"""Autoregression in continuous time, :math:`V_{ij} = \sigma^2 \rho^{d_{ij}}`, also known as
     the Ornstein–Uhlenbeck covariance.
 
@@ -100,15 +100,16 @@ class ContinuousAR1Matrix(Matrix):
     unit, as far as rho has digits: from :math:`10^{-138}` to :math:`1 - 10^{-11}`.
 
     Args:
-        distance: (n, n) differences of times, :math:`|t_i - t_j|`.
+        distance: (n, n) differences of times, :math:`|t_i - t_j|`; or the times themselves, (n,), in any
+            order.
         param_specs: specifications that replace the ones above.
 
     Shape:
         Output: (n, n).
 
     Raises:
-        InputError: if ``distance`` is not symmetric with zeros on its diagonal and no negative
-            entry.
+        TypeError, InputError: if ``distance`` is not symmetric with zeros on its diagonal and no
+            negative entry, nor (n,) distinct times.
         NumericalError: if rho is so small that it has no digits.
 
     Reference:
@@ -119,24 +120,25 @@ class ContinuousAR1Matrix(Matrix):
             [0.2500, 1.0000]])
     """
 
-    distance: Tensor
-
     def __init__(self, distance: Tensor, param_specs: Mapping[str, Any] | None = None) -> None:
-        check_symmetric("distance", distance)
-        if bool((distance < 0).any()) or bool((distance.diagonal() != 0).any()):
-            raise InputError(
-                "`distance` has a negative entry or one on the diagonal that is not zero: expected "
-                "differences of times"
-            )
+        check_distance(distance, "differences of times")
         default = free_specs(["sigma^2"], trans=TransformExpPow2())
-        apart = distance[distance > 0]
-        unit = float(apart.min()) if apart.numel() else 1.0
-        default |= free_specs(["rho"], trans=_Decay(unit))
-        super().__init__(tuple(distance.shape), merge_specs(default, param_specs))
-        self.register_data("distance", distance)
+        default |= free_specs(["rho"], trans=_Decay(shortest(distance)))
+        super().__init__(distance, merge_specs(default, param_specs))
+
+    def rate(self) -> Tensor:
+        _, rho = self._checked(None)
+        # A correlation of zero is none between any times, and stays so when it moves.
+        none = -40 * log(_NONE) / shortest(self.distance)
+        return torch.where(rho > 0, -torch.where(rho > 0, rho, 0.5).log(), none)
 
     def _parts(self, free_params: FreeParams) -> tuple[Tensor, Tensor, Tensor]:
         """Variance, rho and the distances."""
+        variance, rho = self._checked(free_params)
+        return variance, rho, self.apart().to(rho)
+
+    def _checked(self, free_params: FreeParams) -> tuple[Tensor, Tensor]:
+        """Variance and rho."""
         variance, rho = self.build_params(free_params).split(1)
         x = None if free_params is not None else self.stored(self.param_names[1]).detach()
         looked = x is not None and has_values(x) and -inf < float(x)
@@ -145,23 +147,25 @@ class ContinuousAR1Matrix(Matrix):
                 f"`rho`, the correlation at a distance of 1, is below {_smallest(rho):.0e}, where "
                 f"{rho.dtype} has no digits: {_INSTEAD}"
             )
-        return variance, rho, self.distance.to(rho)
+        return variance, rho
 
     def forward(self, free_params: FreeParams = None) -> Tensor:
         variance, rho, d = self._parts(free_params)
-        return variance * torch.where(rho > 0, torch.where(rho > 0, rho, 1) ** d, d == 0)
+        powers = torch.where(rho > 0, torch.where(rho > 0, rho, 1) ** d, d == 0)
+        return variance * self.together(powers)
 
     def manual_grad(self, free_params: FreeParams = None) -> tuple[Tensor | None, list[str]]:
         variance, rho, d = self._parts(free_params)
         slope = torch.where((d > 0) & (rho > 0), d * rho ** (d - 1), 0)
-        return self.free_grad(torch.stack([rho**d, variance * slope]), free_params)
+        slices = self.together(torch.stack([rho**d, variance * slope]))
+        return self.free_grad(slices, free_params)
 
     def moment_start(self, variance: Tensor) -> bool:
         self.start_reach(1 / 3)
         return self.set_start(self.param_names[0], harmonic_mean(variance))
 
     def start_reach(self, reach: float) -> bool:
-        apart = self.distance[self.distance > 0]
+        apart = self.spread()
         if not apart.numel():
             return False
         rate = float(1 / (reach * apart.median()))

@@ -233,11 +233,17 @@ class UnstructuredMatrix(_Entries):
         return self._start(variance.sqrt())
 
     def canonical(self, coordinates: dict[str, float]) -> dict[str, float]:
-        # The sign of a column of L is arbitrary: the diagonal is taken as positive.
-        found = dict(coordinates)
-        names = self.param_names
+        # The sign of a column of L is arbitrary: where that of the diagonal is folded, all of it is.
+        found, names = dict(coordinates), self.param_names
+        turned = {name for name, u in coordinates.items() if self._is_turned(name, u)}
         for (i, j), name in zip(_triangle(*self.shape), names, strict=True):
-            diagonal = names[j * (j + 3) // 2]
-            if i > j and name in found and coordinates.get(diagonal, 0.0) < 0:
+            if i > j and name in found and names[j * (j + 3) // 2] in turned:
                 found[name] = -found[name]
         return super().canonical(found)
+
+    def _is_turned(self, name: str, u: float) -> bool:
+        """Whether the value of a parameter has the other sign once its coordinate is folded."""
+        trans = self.own_trans[name]
+        both = torch.tensor([u, trans.fold(u)], dtype=torch.float64)
+        one, other = trans.at_coordinate(both).sign().tolist()
+        return bool(one * other < 0)

@@ -17,7 +17,7 @@ from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.problem import Evaluation
 from openreml_nn.support.spectrum import decomposed
 
-__all__ = ["CONVERGED", "CURVATURE", "FLAT", "Curvature", "lost_in_noise"]
+__all__ = ["CONVERGED", "CURVATURE", "FLAT", "Curvature", "lost_in_noise", "spectrum_in_scales"]
 
 #: Parameters count as converged this many standard errors from the optimum.
 CONVERGED = 1e-3
@@ -174,7 +174,7 @@ class Curvature:
             hessian[self.held, self.held] = torch.where(own > 0, own, 1)
         size = self.information.diagonal().abs() + (hessian - self.information).diagonal().abs()
         self._scale = scale = torch.where(size > 0, size, 1).sqrt()
-        self._values, self._vectors = decomposed(hessian / (scale[:, None] * scale), CURVATURE)
+        self._values, self._vectors = spectrum_in_scales(hessian, scale)
         size = self._values.abs()
         self.move = self.damped(0.0)
         self.norm = float((self.score @ self.move).clamp(min=0).sqrt())
@@ -250,3 +250,16 @@ def _score_at(c: Curvature, u: Tensor, j: int) -> float:
     finally:
         c.at.write(c.u)
     return total
+
+
+def spectrum_in_scales(hessian: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Eigenvalues (…, m) and eigenvectors (…, m, m) of :math:`D^{-1} H D^{-1}`, in which D are the scales.
+
+    Args:
+        hessian: H, (…, m, m), the curvature of a log-likelihood.
+        scale: the diagonal of D, (…, m).
+
+    Raises:
+        NumericalError: if H holds numbers that are not finite.
+    """
+    return decomposed(hessian / (scale[..., :, None] * scale[..., None, :]), CURVATURE)

@@ -16,6 +16,7 @@ from openreml_nn.covariance import Matrix
 from openreml_nn.estimation.outcome import outcome
 from openreml_nn.estimation.safeguard import edge_of
 from openreml_nn.estimation.starts import (
+    CLOSEST,
     climb,
     climb_from_several,
     evaluate_within_reach,
@@ -42,13 +43,17 @@ from openreml_nn.terms.term import Term, has_own_columns, residual_terms
 
 __all__ = ["checked", "fit_reml", "moment_start", "start_by_moments"]
 
-#: An exact evaluation is put off when it takes this many times the work of an approximate one.
-_WORTH = 1.5
+#: An exact evaluation is put off when it takes this many times the work of an approximate one, and of
+#: relatives, whose systems are far from their diagonal and take more steps than are forecast.
+_WORTH, _WORTH_OF_RELATIVES = 1.5, 150.0
 _ROUGH_STEPS = 30
 #: A step from so few standard errors ends nearer than the approximate likelihood is to the exact one.
 _ROUGHLY = 0.1
 #: Operations of an evaluation in place of which coarser ones are made at first.
 _LONG = 1e8
+#: Where an evaluation takes more, steps end so many standard errors from the optimum, and not a
+#: millionth: the log-likelihood there is within 5e-9 of its maximum.
+_LONGER, _NEAR = 5e10, 1e-4
 #: With few digits and probes: what error they leave a step with exact evaluations takes away.
 _ROUGH = Krylov(probes=8, tolerance=1e-5, probe_tolerance=1e-3)
 
@@ -133,20 +138,30 @@ def _start_by_krylov(objective: Objective, loss: REMLLoss, y: Tensor, X: Tensor)
     exact = problem.cost()
     if exact is None or not exact.exact:
         return False
-    if any(term.covariance.is_related for term in objective.terms()):
-        return False  # systems of relatives are so far from their diagonal that this takes longest
+    related = [term.covariance for term in objective.terms() if term.covariance.is_related]
+    if any(g.known_kernel is None or g.known_kernel.inverse is None for g in related):
+        return False  # products with a dense kernel take as long as the exact solver
     cost = krylov.forecast(objective.terms(), problem.p, problem.fixed.y.dtype)
-    if cost is None or exact.operations < _WORTH * cost.operations:
+    worth = _WORTH_OF_RELATIVES if related else _WORTH
+    if cost is None or exact.operations < worth * cost.operations:
         return False
     rough = REMLLoss(loss.covariance, loss.method, krylov)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the loss itself warns of what there is to warn of
         approximate = rough.objective(y, X, objective.rows)
         moment_start(rough, y, X, objective.rows)
+    parameters = list(loss.covariance.parameters())
     for _ in range(_ROUGH_STEPS):
-        step = average_information_step([approximate], list(loss.covariance.parameters()), 1e-3)
+        before = [parameter.detach().clone() for parameter in parameters]
+        step = average_information_step([approximate], parameters, 1e-3, trusted=_ROUGHLY)
         if step.converged or step.length == 0 or step.score_norm < _ROUGHLY:
             break
+    try:
+        objective.evaluate().scores()  # which the first exact step asks for again
+    except NumericalError:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
     return True
 
 
@@ -245,7 +260,9 @@ def fit_reml(
     else:
         if start == "moments" and not (free and _start_by_krylov(objective, loss, y, X)):
             begin()
-        history = climb(objective, max_iterations if free else 0)
+        cost = objective.problem.cost()
+        near = _NEAR if cost is not None and cost.operations > _LONGER else CLOSEST
+        history = climb(objective, max_iterations if free else 0, near=near)
     result = outcome(objective, loss.plan, y, X, history, names, labels, others)
     edge = "" if result.converged else edge_of(objective)
     left = result.residual_variance

@@ -8,18 +8,20 @@ gradients.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from openreml_nn.estimation.marginal_result import marginal_outcome
+from openreml_nn.estimation.marginal_several import climb_from_reaches, may_end
 from openreml_nn.estimation.marginal_start import set_start
 from openreml_nn.estimation.marginal_steps import CONVERGED, MarginalFit
 from openreml_nn.estimation.separation import separated_levels, told_exactly
 from openreml_nn.families import Binomial
 from openreml_nn.likelihood import LaplaceLoss
 from openreml_nn.likelihood.laplace_evaluation import LaplaceEvaluation
-from openreml_nn.result import Estimate, Label, Result
+from openreml_nn.result import Estimate, Label, Result, Start
 from openreml_nn.support.errors import NumericalError
 from openreml_nn.support.warning import warn
 
@@ -54,7 +56,8 @@ def fit_laplace(
         max_iterations: after so many steps the fit stops, with a warning.
         names: of the columns of X.
         labels: name of a term to names for the tables.
-        begin: sets covariance parameters that are to start elsewhere than at the scale of the data.
+        begin: sets covariance parameters that are to start elsewhere than at the scale of the data; without
+            it a correlation that ends at a length, as a spherical one, starts from several lengths.
         weights: (n,) of the rows, see :meth:`LaplaceLoss.forward`.
 
     Returns:
@@ -83,7 +86,7 @@ def fit_laplace(
         raise NumericalError(told) from error
     if not result.converged:
         warn(
-            f"the fit did not converge in {len(fit.history)} iterations: score norm "
+            f"the fit did not converge in {result.iterations} iterations: score norm "
             f"{result.score_norm:.3g} standard errors, expected below {CONVERGED}"
             + "".join(f"; {text}" for text in endless(result.family_parameters))
         )
@@ -97,9 +100,13 @@ def _climbed(
     labels: Mapping[str, Label],
     begin: Callable[[], None] | None,
 ) -> tuple[Result, LaplaceEvaluation]:
-    """The result from the start by so many steps."""
-    set_start(fit, begin)
-    converged = fit.climb(most)
+    """The result from the start, or the best of several, by so many steps."""
+    others: list[Start] = []
+    if begin is None and may_end(fit):
+        fit, converged, others = climb_from_reaches(fit, most)
+    else:
+        set_start(fit, begin)
+        converged = fit.climb(most)
     result, found = marginal_outcome(fit, names, labels, converged)
     left = most - len(fit.history)
     if converged and not result.converged and left > 0:
@@ -108,7 +115,7 @@ def _climbed(
         result, found = marginal_outcome(fit, names, labels, converged)
     if _is_endless(fit, result):
         raise fit.separated()
-    return result, found
+    return replace(result, starts=tuple(others)), found
 
 
 def _is_endless(fit: MarginalFit, result: Result) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.estimation.marginal_steps import MarginalFit
-from openreml_nn.likelihood.system.products import same_codes
+from openreml_nn.likelihood.system.crossproducts import same_codes
 from openreml_nn.likelihood.system.roles import by_levels, grid_of
 from openreml_nn.support.errors import NumericalError
 from openreml_nn.support.solving import invert_named

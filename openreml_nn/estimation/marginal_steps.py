@@ -13,9 +13,9 @@ from torch import Tensor
 
 from openreml_nn.covariance import Matrix
 from openreml_nn.estimation.coordinates import Coordinates
-from openreml_nn.estimation.curvature import CURVATURE
+from openreml_nn.estimation.curvature import spectrum_in_scales
 from openreml_nn.estimation.derivatives import jacobian
-from openreml_nn.estimation.separation import separation_of, told_exactly
+from openreml_nn.estimation.separation import separation_of, tells_responses, told_exactly
 from openreml_nn.families import Binomial, Ordinal
 from openreml_nn.likelihood import LaplaceLoss
 from openreml_nn.likelihood.fixed import FixedPart
@@ -23,7 +23,6 @@ from openreml_nn.likelihood.laplace_evaluation import LaplaceEvaluation
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.result import Record
 from openreml_nn.support.errors import InputError, NumericalError
-from openreml_nn.support.spectrum import decomposed
 
 __all__ = ["MarginalFit"]
 
@@ -41,6 +40,8 @@ _AIM = 1e-4
 _FAR = 10.0
 #: Step of the differences of gradients: of coordinates, and of coefficients in standard errors.
 _STEP = 1e-4
+#: A fit that is not near after so many steps may have no optimum.
+_LONG = 8
 #: With more rows than these a step takes time.
 _MANY_ROWS = 20_000
 #: What the likelihood of a mode that is found roughly may be off by.
@@ -219,6 +220,10 @@ class MarginalFit:
                 return True
             if norm > 1 and (told := told_exactly(self.loss.family, self.x, _EXACT)):
                 raise NumericalError(told)
+            if norm > 1 and step == _LONG and self._is_told():
+                raise NumericalError(
+                    "the likelihood has no maximum: the linear predictor tells the responses without error"
+                )
             before = self.value
             accepted = self._search(direction, norm)
             if self.p and self.of_categories and float(self.x[: self.p].abs().max()) > _ENDLESS:
@@ -244,6 +249,12 @@ class MarginalFit:
                 last = norm
         return self._direction()[1] < CONVERGED
 
+    def _is_told(self) -> bool:
+        """Whether the linear predictor tells the responses without error."""
+        with torch.no_grad():
+            terms = self.loss.covariance.terms(self.rows)
+        return tells_responses(self.loss.family, self.y, self.offset, terms, self.Q)
+
     def separated(self) -> NumericalError:
         """What is raised of responses whose likelihood has no maximum."""
         with torch.no_grad():
@@ -253,8 +264,7 @@ class MarginalFit:
     def _positive(self) -> tuple[Tensor, Tensor, Tensor]:
         """The curvature made positive: its eigenvalues and eigenvectors in scales of unit diagonal."""
         scale = self.hessian.diagonal().abs().clamp(min=1e-10).sqrt()
-        scaled = self.hessian / (scale[:, None] * scale)
-        values, vectors = decomposed(scaled, CURVATURE)
+        values, vectors = spectrum_in_scales(self.hessian, scale)
         return values.abs().clamp(min=1e-8), vectors, scale
 
     def _direction(self) -> tuple[Tensor, float]:
@@ -275,7 +285,9 @@ class MarginalFit:
                 value, slope = self.evaluate(x)
             except NumericalError:
                 value, slope = nan, self.slope
-            if isfinite(value) and value <= self.value + 1e-4 * part * expected + slack:
+            # Of a length far below all distances the slope is 0 times infinity.
+            exists = isfinite(value) and bool(torch.isfinite(slope).all())
+            if exists and value <= self.value + 1e-4 * part * expected + slack:
                 self._update(x - self.x, slope - self.slope)
                 self.x, self.value, self.slope = x, value, slope
                 return part

@@ -96,8 +96,7 @@ class Safeguard:
         """Whether the next step can start from where the likelihood was last evaluated: digits are
         left for the derivatives, and no parameter is infinite, as a length of which the data know
         only that it is long."""
-        natural = (e.trans(e.tensor.detach()) for e in self.curvature.at.entries)
-        if not all(bool(torch.isfinite(value).all()) for value in natural):
+        if not _is_finite(self.curvature):
             return False
         try:
             for o, evaluation in zip(self._objectives, self._evaluations, strict=True):
@@ -111,18 +110,27 @@ class Safeguard:
         self.curvature.at.write(u)
         return self._log_likelihood()
 
+    def trust(self, move: Tensor) -> float | None:
+        """Move without an evaluation at the end; returns the log-likelihood that is promised there,
+        None where the move comes near to a boundary, and is not made."""
+        c = self.curvature
+        if bool(_ends(c, move)[2].any()):
+            return None
+        c.at.write(c.u + move)
+        if _is_finite(c):
+            return self.start + _promised(c, move)
+        c.at.write(c.u)
+        return None
+
     def attempt(self, move: Tensor) -> float | None:
         """Move unless the likelihood falls; returns the log-likelihood reached."""
         c = self.curvature
         u, target = c.u, c.u + move
-        low, high = c.at.ends(u)
-        bound = torch.where(move < 0, low, high)
-        gap = (bound - u).abs()  # to the boundary that the coordinate moves to
-        ends = (gap > 0) & (move.abs() >= 0.9 * gap)
+        bound, gap, ends = _ends(c, move)
         reached = self._log_likelihood_at(target)
-        # What the quadratic promises; a step that keeps half of it, and is not all the way to
-        # the boundary, needs no better one.
-        promised = float(c.score @ move - move @ c.hessian @ move / 2)
+        # A step that keeps half of what is promised, and is not all the way to the boundary, needs
+        # no better one.
+        promised = _promised(c, move)
         inside = bool((move.abs() < 0.98 * gap)[ends].all())
         least = self.start - self._slack
         if not bool(ends.any()) or (reached - self.start > promised / 2 and inside):
@@ -218,3 +226,23 @@ class Safeguard:
         if c.stuck or len(c.descents):
             self._log_likelihood_at(c.u)
         return None
+
+
+def _is_finite(c: Curvature) -> bool:
+    """Whether all parameters are, as they stand."""
+    natural = (e.trans(e.tensor.detach()) for e in c.at.entries)
+    return all(bool(torch.isfinite(value).all()) for value in natural)
+
+
+def _ends(c: Curvature, move: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For each coordinate the boundary that it moves to, how far that is, and whether the move is
+    about as long."""
+    low, high = c.at.ends(c.u)
+    bound = torch.where(move < 0, low, high)
+    gap = (bound - c.u).abs()
+    return bound, gap, (gap > 0) & (move.abs() >= 0.9 * gap)
+
+
+def _promised(c: Curvature, move: Tensor) -> float:
+    """By how much the log-likelihood rises with a move, were it quadratic."""
+    return float(c.score @ move - move @ c.hessian @ move / 2)

@@ -10,15 +10,26 @@ import torch
 from torch import Tensor
 
 from openreml_nn.families import Beta, Binomial, Family, Gamma, Ordinal
-from openreml_nn.terms.design import IndexedDesign
+from openreml_nn.terms.design import DenseDesign, IndexedDesign
 from openreml_nn.terms.term import Term
 
-__all__ = ["Separation", "separated_levels", "separation_of", "told_apart", "told_exactly"]
+__all__ = [
+    "Separation",
+    "separated_levels",
+    "separation_of",
+    "tells_responses",
+    "told_apart",
+    "told_exactly",
+]
 
 #: With more rows than these no linear programme is solved to tell which effects separate responses.
 _MANY_ROWS = 20_000
 #: A row is told apart where its predictor is beyond this, of coefficients of one at most.
 _APART = 1e-4
+#: Responses are told without error where this part of them, or less, is left,
+_EXACT = 1e-8
+#: after so many steps of a least-squares method, which finds it for a few factors.
+_STEPS = 60
 
 
 @dataclass(frozen=True)
@@ -78,8 +89,11 @@ def told_apart(family: Family, y: Tensor, term: Term) -> int:
     assert isinstance(term.design, IndexedDesign)
     value, codes, z = family.observed(y).to(torch.float64), term.design.codes, term.design.values
     z = value.new_ones(len(value), 1) if z is None else z
-    rows = [(codes == level).nonzero()[:, 0] for level in codes[codes >= 0].unique()]
-    return sum(_tells_apart(z[own], value[own]) for own in rows)
+    kept = (codes >= 0).nonzero()[:, 0]
+    by_level = kept[codes[kept].argsort(stable=True)]
+    sizes = codes[kept].unique(return_counts=True)[1].tolist()
+    parts = zip(z[by_level].split(sizes), value[by_level].split(sizes), strict=True)
+    return sum(_tells_apart(columns, shares) for columns, shares in parts)
 
 
 def _tells_apart(columns: Tensor, shares: Tensor) -> bool:
@@ -134,6 +148,43 @@ def separation_of(family: Family, y: Tensor, terms: Sequence[Term], X: Tensor) -
         f"the data are separated: a combination of {what} tells responses apart without error, so that "
         "its coefficient has no finite estimate"
     )
+
+
+def tells_responses(
+    family: Family, y: Tensor, offset: Tensor, terms: Sequence[Term], X: Tensor
+) -> bool:
+    """Whether fewer effects than there are rows tell the responses without error but for rounding, so that
+    the likelihood rises without end as the family's spread falls.
+
+    Args:
+        family, y, terms, X: as :func:`separation_of` takes them.
+        offset: (n,) known part of the linear predictor.
+    """
+    value = family.exact_predictor(y)
+    if value is None or not bool(torch.isfinite(value).all()):
+        return False
+    from scipy.sparse.linalg import LinearOperator, lsqr
+
+    designs = [DenseDesign(X), *(term.design for term in terms)]
+    sizes = [design.shape[1] for design in designs]
+    shape = len(value), sum(sizes)
+    if shape[1] >= shape[0]:
+        return False
+
+    def effect(x: np.ndarray) -> np.ndarray:
+        parts = torch.from_numpy(x).to(X)[:, None].split(sizes)
+        moved = (design.matmul(part) for design, part in zip(designs, parts, strict=True))
+        return sum(moved, X.new_zeros(shape[0], 1)).double().numpy(force=True)
+
+    def transposed(r: np.ndarray) -> np.ndarray:
+        rows = torch.from_numpy(r).to(X).reshape(-1, 1)
+        found = torch.cat([design.t_matmul(rows) for design in designs])
+        return found.double().numpy(force=True)
+
+    target = (value - offset).double().numpy(force=True)
+    Z = LinearOperator(shape, matvec=effect, rmatvec=transposed, dtype=np.float64)
+    left = lsqr(Z, target, atol=_EXACT / 10, btol=_EXACT / 10, iter_lim=_STEPS)[3]
+    return bool(left <= _EXACT * np.linalg.norm(target))
 
 
 def told_exactly(family: Family, like: Tensor, end: float) -> str:

@@ -18,6 +18,7 @@ from openreml_nn.result.result import Record, Start
 from openreml_nn.support.errors import NumericalError
 
 __all__ = [
+    "CLOSEST",
     "SHORTEST",
     "climb",
     "climb_from_several",
@@ -39,6 +40,8 @@ _MANY = 4
 _CLOSE = 0.3
 #: A coarse likelihood is left so many standard errors from its optimum.
 _NEARBY = 0.1
+#: Steps end so many standard errors from the optimum.
+CLOSEST = 1e-6
 #: A step shorter than this part of the one proposed leads nowhere.
 SHORTEST = 0.02
 #: A run ends whose log-likelihood rises by nothing in so many shortened steps.
@@ -90,7 +93,7 @@ def has_several_optima(objective: Objective) -> bool:
     same data by short correlation of all the variance or by long correlation of a part of it. One
     that ends at a length, spherical or linear, is not smooth where a pair comes within it, alone too.
     """
-    matrices = _matrices(objective)
+    matrices = _matrices(objective.covariance)
     alone = any(matrix.ends() for matrix in matrices)
     if not alone and sum(not term.known for term in objective.terms()) < 2:
         return False
@@ -104,6 +107,7 @@ def climb(
     arrived: Callable[[Record], bool] | None = None,
     before: Sequence[Record] = (),
     past: Past | None = None,
+    near: float = CLOSEST,
 ) -> list[Record]:
     """Average-information steps until the optimum, or as many as allowed.
 
@@ -113,11 +117,12 @@ def climb(
         arrived: says after a step whether the rest of the way is known.
         before: steps that were taken before.
         past: what these have shown of the curvature, to which the steps add.
+        near: the score norm, in standard errors, at which steps end.
     """
     history = list(before)
     past = Past() if past is None else past
     while len(history) < most:
-        step = average_information_step([objective], past=past)
+        step = average_information_step([objective], None, near, past=past)
         history.append(Record.of(objective.covariance, *step[:3]))
         if step.converged or step.length == 0 or (arrived is not None and arrived(history[-1])):
             break
@@ -183,7 +188,7 @@ def climb_from_several(
     """
     runs: list[_Run] = []
     failure: NumericalError | None = None
-    for reach_of in reaches(objective):
+    for reach_of in reaches(objective.covariance):
         start()
         for matrix, reach in reach_of:
             matrix.start_reach(reach)
@@ -291,19 +296,19 @@ def _between(one: _Run, other: _Run) -> float:
     return float((move @ other.curvature.hessian @ move).clamp(min=0).sqrt())
 
 
-def reaches(objective: Objective) -> list[list[tuple[Matrix, float]]]:
+def reaches(covariance: Matrix) -> list[list[tuple[Matrix, float]]]:
     """For each start the matrices whose correlation reaches somewhere, and how far.
 
     All reach as far as each other, also hardly where one of them ends at a length. Of two or more,
     such as the rows and columns of a field, also one reaches far and the others hardly. Those of
     many, such as the rows of the fields of some trials, go together by their name.
     """
-    reaching = [m for m in _matrices(objective) if m.start_reach(REACHES[0])]
+    reaching = [m for m in _matrices(covariance) if m.start_reach(REACHES[0])]
     starts = [[(matrix, reach) for matrix in reaching] for reach in REACHES]
     if any(matrix.ends() for matrix in reaching):
         starts.append([(matrix, _NEAR) for matrix in reaching])
     if len(reaching) > 1:
-        named = {id(m): name for name, m in objective.covariance.named_modules()}
+        named = {id(m): name for name, m in covariance.named_modules()}
         sides: dict[object, list[int]] = {}
         for matrix in reaching:
             side = named[id(matrix)].rpartition(".")[2] if len(reaching) > _MANY else id(matrix)
@@ -317,7 +322,7 @@ def reaches(objective: Objective) -> list[list[tuple[Matrix, float]]]:
 
 def set_reach(objective: Objective, reach: float) -> bool:
     """Let every correlation that decays with a distance reach so far; whether there is one."""
-    found = [matrix.start_reach(reach) for matrix in _matrices(objective)]
+    found = [matrix.start_reach(reach) for matrix in _matrices(objective.covariance)]
     return any(found)
 
 
@@ -356,5 +361,5 @@ def _with_scores(objective: Objective) -> Evaluation:
     return evaluation
 
 
-def _matrices(objective: Objective) -> list[Matrix]:
-    return [m for m in objective.covariance.modules() if isinstance(m, Matrix)]
+def _matrices(covariance: Matrix) -> list[Matrix]:
+    return [m for m in covariance.modules() if isinstance(m, Matrix)]

@@ -42,6 +42,7 @@ def average_information_step(
     tolerance: float = 1e-6,
     weights: Sequence[float] | None = None,
     past: Past | None = None,
+    trusted: float = 0.0,
 ) -> Step:
     """The step of :class:`AIREML` on some likelihoods.
 
@@ -56,6 +57,8 @@ def average_information_step(
         weights: what each log-likelihood is multiplied by; 1 by default.
         past: the steps before this one on the same likelihoods, from which the
             curvature is learned; None where the data may have moved.
+        trusted: a full step from fewer standard errors, away from boundaries, is taken without an
+            evaluation at its end: where the caller evaluates something better there.
     """
     with torch.no_grad():
         guard = Safeguard(objectives, parameters, weights)
@@ -64,11 +67,11 @@ def average_information_step(
         if past is not None:
             past.see(c)
             c.solve(past.correct(c.hessian))
-        reached, length = _moved(guard, norm, tolerance)
+        reached, length = _moved(guard, norm, tolerance, trusted)
         return Step(reached, norm, length, c.condition, length == 0 and c.is_optimum)
 
 
-def _moved(guard: Safeguard, norm: float, tolerance: float) -> tuple[float, float]:
+def _moved(guard: Safeguard, norm: float, tolerance: float, trusted: float) -> tuple[float, float]:
     """The log-likelihood after the step, and its length; 0 where none is needed or none is found."""
     c = guard.curvature
     escaped = guard.escape(is_flat=norm < max(1e-3, c.resolution))
@@ -77,6 +80,10 @@ def _moved(guard: Safeguard, norm: float, tolerance: float) -> tuple[float, floa
     if norm < max(tolerance, c.resolution):
         settled = guard.settle()
         return (guard.start, 0.0) if settled is None else (settled, 1.0)
+    if norm < trusted:
+        reached = guard.trust(c.move)
+        if reached is not None:
+            return reached, 1.0
     for move, length in _moves(c):
         if length < 1 and length >= 0.5 and c.kinks:
             # What overshoots a kink falls behind it.

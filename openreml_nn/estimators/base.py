@@ -115,5 +115,7 @@ class MixedEstimator(BaseEstimator):
         found = self.result_.predict(table)
         if len(found) < len(table):
             row = int((~np.isin(np.arange(len(table)), found.index)).argmax())
-            raise InputError(f"row {row} of X misses a value: expected all that the formula needs")
+            raise InputError(
+                f"row {row + 1} of X misses a value: expected all that the formula needs"
+            )
         return found

@@ -201,7 +201,7 @@ def _levels(name: str, column: pd.Series, fitting: bool) -> pd.Series:
         return column
     if fitting:
         raise InputError(
-            f"`groups` misses the level of {name!r} in row {int(missing.to_numpy().argmax())}: "
+            f"`groups` misses the level of {name!r} in row {int(missing.to_numpy().argmax()) + 1}: "
             "expected one in each row that is fitted"
         )
     return column.astype(object).where(~missing, _UNKNOWN)

@@ -146,6 +146,11 @@ class Family(Parametrized):
             raise InputError(f"{what} has shape {tuple(y.shape)}: expected (n,)")
         refuse_rows(y, ~torch.isfinite(y), what, "finite numbers")
 
+    def exact_predictor(self, y: Tensor) -> Tensor | None:
+        """The linear predictor (n,) about which responses may lie as closely as they like: the link of
+        them; None of a family that has a spread at any parameters."""
+        return None
+
     def start(self, y: Tensor) -> Tensor:
         """Set the free parameters to a rough start and return a linear predictor near the data,
         (n,)."""

@@ -58,6 +58,9 @@ class Gaussian(Family):
     def cumulative(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
         return up_to("norm", y, eta, self.variance(eta).sqrt())
 
+    def exact_predictor(self, y: Tensor) -> Tensor:
+        return y
+
     def start(self, y: Tensor) -> Tensor:
         spread = y.var() if len(y) > 1 else y.new_ones(())
         self.set_start("sigma^2", torch.where(spread > 0, spread, torch.ones_like(spread)) / 2)
@@ -124,6 +127,9 @@ class StudentT(Family):
     def cumulative(self, y: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
         s, nu = self.natural("sigma^2", eta), self.natural("nu", eta)
         return up_to("t", y, nu.expand_as(eta), eta, s.sqrt().expand_as(eta))
+
+    def exact_predictor(self, y: Tensor) -> Tensor:
+        return y
 
     def start(self, y: Tensor) -> Tensor:
         middle = y.median()

@@ -88,6 +88,9 @@ class Gamma(Family):
         super().check(y, what)
         refuse_rows(y, y <= 0, what, "positive numbers")
 
+    def exact_predictor(self, y: Tensor) -> Tensor:
+        return y.log()
+
     def start(self, y: Tensor) -> Tensor:
         spread = y.log().var() if len(y) > 1 else y.new_ones(())
         self.set_start("phi", (spread / 2).clamp(min=1e-6))
@@ -177,6 +180,9 @@ class Tweedie(Family):
     def check(self, y: Tensor, what: str = "`y`") -> None:
         super().check(y, what)
         refuse_rows(y, y < 0, what, "numbers of 0 or more")
+
+    def exact_predictor(self, y: Tensor) -> Tensor:
+        return y.log()
 
     def start(self, y: Tensor) -> Tensor:
         mean = y.mean().clamp(min=1e-8)

@@ -17,6 +17,7 @@ from openreml_nn.families.special import (
     digamma_rest,
     log_gamma_rest,
     softplus,
+    trigammas,
     xlogy_ratio,
 )
 from openreml_nn.support.checks import check_choice
@@ -67,8 +68,9 @@ class Beta(Family):
         a, b, v = phi * p, phi * q, p * q
         # Derivatives in the mean, and then of the mean by the chain rule.
         c1 = phi * (y.logit() - eta + digamma_rest(b) - digamma_rest(a))
-        c2 = -(phi**2) * (torch.polygamma(1, a) + torch.polygamma(1, b))
-        c3 = -(phi**3) * (torch.polygamma(2, a) - torch.polygamma(2, b))
+        (a1, a2), (b1, b2) = trigammas(a), trigammas(b)
+        c2 = -(phi**2) * (a1 + b1)
+        c3 = -(phi**3) * (a2 - b2)
         bend, twist = v * (q - p), v * (1 - 6 * v)
         return c1 * v, c2 * v * v + c1 * bend, c3 * v**3 + 3 * c2 * v * bend + c1 * twist
 
@@ -97,6 +99,9 @@ class Beta(Family):
     def check(self, y: Tensor, what: str = "`y`") -> None:
         super().check(y, what)
         refuse_rows(y, (y <= 0) | (y >= 1), what, "numbers between 0 and 1, both excluded")
+
+    def exact_predictor(self, y: Tensor) -> Tensor:
+        return y.logit()
 
     def start(self, y: Tensor) -> Tensor:
         mean = y.mean()

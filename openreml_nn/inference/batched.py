@@ -12,13 +12,12 @@ from torch import Tensor
 from torch.func import grad, grad_and_value, jacrev, vmap
 
 from openreml_nn.estimation.coordinates import Coordinates
-from openreml_nn.estimation.curvature import CURVATURE
+from openreml_nn.estimation.curvature import spectrum_in_scales
 from openreml_nn.inference.refit import Refit, matrix_entries
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.problem import Problem
 from openreml_nn.likelihood.solvers.dense import DenseProblem
 from openreml_nn.likelihood.system.grouped import GroupedProblem
-from openreml_nn.support.spectrum import decomposed
 
 __all__ = ["Maxima", "maximise"]
 
@@ -164,7 +163,7 @@ def _step(hessian: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
     """Newton steps with the curvature made positive, and whether it was."""
     size = hessian.diagonal(dim1=1, dim2=2).abs()
     unit = torch.where(size > 0, size, 1).sqrt()
-    values, vectors = decomposed(-hessian / (unit[:, :, None] * unit[:, None]), CURVATURE)
+    values, vectors = spectrum_in_scales(-hessian, unit)
     steep = values.abs().clamp(min=1e-10)
     inner = vectors.mT @ (slope / unit)[:, :, None] / steep[:, :, None]
     return (vectors @ inner)[:, :, 0] / unit, (values > 1e-8).all(1)

@@ -11,9 +11,9 @@ from openreml_nn.estimation import Result
 from openreml_nn.estimation.curvature import Curvature
 from openreml_nn.estimation.derivatives import hessian_of_value, jacobian
 from openreml_nn.inference.laplace_conditional import (
+    degrees_by_differences,
     degrees_by_information,
-    degrees_by_refits,
-    refuse_refits,
+    refuse_differences,
 )
 from openreml_nn.inference.laplace_refit import LaplaceRefit
 from openreml_nn.inference.refit import Refit, family_of
@@ -38,7 +38,7 @@ class ConditionalAIC(NamedTuple):
         log_likelihood: :math:`\log p(y \mid \hat\beta, \hat b, \hat\theta)`.
         df: effective degrees of freedom, those of the residual's, or the family's, parameters among them.
         aic: :math:`-2\ell + 2\,\mathrm{df}`; the smaller is the better.
-        correction: by what df is, ``"slopes"``, ``"refits"`` or ``"information"``; compare criteria of one.
+        correction: by what df is, ``"slopes"``, ``"differences"`` or ``"information"``; compare criteria of one.
     """
 
     log_likelihood: float
@@ -66,7 +66,7 @@ def conditional_aic(
     .. math:: \mathrm{df} = \sum_i y_i \{\hat\theta_i(y) - \hat\theta_i(y - e_i)\}, \qquad
         \mathrm{df} = \sum_i \hat\mu_i (1 - \hat\mu_i) \{\hat\theta_i(y_i = 1) - \hat\theta_i(y_i = 0)\}
 
-    of counts (``poisson``) and of binary responses, from as many refits as there are rows that are not
+    of counts (``poisson``) and of binary responses, from as many further fits as there are rows that are not
     zero, or rows. Any family has a simpler one, which takes the variances, and the q parameters of the
     family, for known ones: with C = [X Z], the observed information W of the responses and the precision S
     of the random effects
@@ -75,14 +75,14 @@ def conditional_aic(
 
     Args:
         result: a fit.
-        correction: ``"refits"`` or ``"information"``, of a response that is not Gaussian; the first by
+        correction: ``"differences"`` or ``"information"``, of a response that is not Gaussian; the first by
             default where there is one. A Gaussian response has ``"slopes"`` alone.
         progress: whether a bar shows on stderr while models are fitted again.
 
     Raises:
         InputError: if the model has no residual and no family, its rows were streamed, there are more than
-            3,000 rows of which slopes or refits are wanted, or the correction is none of the response's.
-        NumericalError: if a refit has no finite estimate.
+            3,000 rows of which slopes or differences are wanted, or the correction is none of the response's.
+        NumericalError: if a further fit has no finite estimate.
         TypeError: if an argument is of another kind.
 
     Reference:
@@ -162,14 +162,14 @@ def _criterion(log_likelihood: float, df: float, correction: str) -> Conditional
 
 def _of_family(refit: LaplaceRefit, correction: str | None, progress: bool) -> ConditionalAIC:
     """The criterion of a fit of a family."""
-    result, why = refit.result, refuse_refits(refit)
+    result, why = refit.result, refuse_differences(refit)
     if correction is None:
-        correction = "information" if why else "refits"
-    check_choice("correction", correction, ("refits", "information"))
-    if correction == "refits":
+        correction = "information" if why else "differences"
+    check_choice("correction", correction, ("differences", "information"))
+    if correction == "differences":
         if why:
             raise InputError(
-                f"`correction` is 'refits' but `result` {why}: expected counts of the family 'poisson' or "
+                f"`correction` is 'differences' but `result` {why}: expected counts of the family 'poisson' or "
                 "binary responses, or correction='information'"
             )
         if result.rows > _MOST_ROWS:
@@ -177,7 +177,7 @@ def _of_family(refit: LaplaceRefit, correction: str | None, progress: bool) -> C
                 f"`result` has {result.rows} rows, each of which takes a refit: expected at most "
                 f"{_MOST_ROWS}, or correction='information'"
             )
-        df = degrees_by_refits(refit, progress)
+        df = degrees_by_differences(refit, progress)
     else:
         df = degrees_by_information(refit)
     with torch.no_grad():

@@ -27,12 +27,11 @@ from openreml_nn.covariance.owner import Entry
 from openreml_nn.covariance.transform import Transform, TransformChain
 from openreml_nn.covariance.triangular import UnstructuredMatrix
 from openreml_nn.estimation.coordinates import Coordinates
-from openreml_nn.estimation.curvature import CURVATURE
+from openreml_nn.estimation.curvature import spectrum_in_scales
 from openreml_nn.estimation.derivatives import expand, hessian_of_value
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.problem import Evaluation
 from openreml_nn.support.errors import NotPositiveDefiniteError
-from openreml_nn.support.spectrum import decomposed
 
 __all__ = ["Ascent", "Natural", "Quantity"]
 
@@ -379,7 +378,7 @@ def _positive(curvature: Tensor) -> tuple[Tensor, Tensor]:
     size = curvature.diagonal().abs()
     size = size + 1e-12 * size.max()
     unit = torch.where(size > 0, size, 1).sqrt()
-    values, vectors = decomposed(curvature / (unit[:, None] * unit), CURVATURE)
+    values, vectors = spectrum_in_scales(curvature, unit)
     values = values.abs().clamp(min=1e-8)
     inverse = (vectors / values) @ vectors.mT / (unit[:, None] * unit)
     return inverse, (vectors * values) @ vectors.mT * (unit[:, None] * unit)

@@ -16,8 +16,9 @@ class FTest(NamedTuple):
     """An F test of some contrasts.
 
     Attributes:
-        statistic: F.
-        num_df, den_df: degrees of freedom.
+        statistic: the F statistic.
+        num_df: numerator degrees of freedom.
+        den_df: denominator degrees of freedom.
         p: probability of a larger F under the null hypothesis.
     """
 

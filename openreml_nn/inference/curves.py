@@ -35,7 +35,8 @@ class Curve:
         estimate: the maximum-likelihood estimate.
         values: values of the parameter, ascending.
         zeta: :math:`\pm\sqrt{2(\hat\ell - \ell_p)}` at these, ℓ_p the maximum over all else.
-        lower, upper: bounds of the parameter.
+        lower: lower bound of the parameter.
+        upper: upper bound of the parameter.
         logarithmic: whether its logarithm is interpolated, as of a positive one that may be very large.
     """
 

@@ -232,7 +232,7 @@ def _cases(
         raise InputError(f"`by` has {len(by)} labels: expected one for each of the {n} rows")
     codes, labels = pd.factorize(np.asarray(by), sort=False)
     if (codes < 0).any():
-        raise InputError(f"`by` has no label in row {int((codes < 0).argmax())}: expected one")
+        raise InputError(f"`by` has no label in row {int((codes < 0).argmax()) + 1}: expected one")
     return list(labels), torch.from_numpy(codes)
 
 

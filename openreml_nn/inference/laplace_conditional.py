@@ -22,14 +22,14 @@ from openreml_nn.inference.laplace_refit import LaplaceRefit
 from openreml_nn.inference.refit import tracked
 from openreml_nn.support.errors import InputError, NumericalError
 
-__all__ = ["degrees_by_information", "degrees_by_refits", "refuse_refits"]
+__all__ = ["degrees_by_differences", "degrees_by_information", "refuse_differences"]
 
 #: Where fits end, in standard errors: differences of fits are small.
 _AIM = 1e-6
 
 
-def refuse_refits(refit: LaplaceRefit) -> str:
-    """Why degrees of freedom are not to be had by refits; nothing if they are."""
+def refuse_differences(refit: LaplaceRefit) -> str:
+    """Why degrees of freedom are not to be had by differences of fits; nothing if they are."""
     family = refit.loss.family
     if refit.weights is not None:
         return "has prior weights, with which a density is none of its family"
@@ -42,7 +42,7 @@ def refuse_refits(refit: LaplaceRefit) -> str:
     return ""
 
 
-def degrees_by_refits(refit: LaplaceRefit, progress: bool) -> float:
+def degrees_by_differences(refit: LaplaceRefit, progress: bool) -> float:
     """Of counts and binary responses, from a fit for each row that is not zero, or for each row.
 
     Raises:
@@ -65,7 +65,7 @@ def degrees_by_refits(refit: LaplaceRefit, progress: bool) -> float:
                 there = _natural(refit, refit.again(moved, _AIM))
             except NumericalError as error:
                 raise NumericalError(
-                    f"the fit to the responses with another one in row {row} was not found: {error}; use "
+                    f"the fit to the responses with another one in row {row + 1} was not found: {error}; use "
                     "correction='information'"
                 ) from error
             change = float(here[row] - there[row])

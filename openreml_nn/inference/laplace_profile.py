@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from openreml_nn.covariance import Matrix
 from openreml_nn.covariance.parametrized import FreeParams
-from openreml_nn.estimation.curvature import CURVATURE
+from openreml_nn.estimation.curvature import CURVATURE, spectrum_in_scales
 from openreml_nn.estimation.derivatives import jacobian
 from openreml_nn.estimation.marginal_steps import MarginalFit
 from openreml_nn.families import Family
@@ -26,7 +26,6 @@ from openreml_nn.likelihood.loss import Objective
 from openreml_nn.result import Result
 from openreml_nn.support.errors import NumericalError
 from openreml_nn.support.solving import solve_named
-from openreml_nn.support.spectrum import decomposed
 from openreml_nn.terms.term import Term
 
 __all__ = ["LaplaceProfiler"]
@@ -308,5 +307,5 @@ class LaplaceProfiler:
 def _made_positive(H: Tensor) -> Tensor:
     """A curvature without what is not positive in it."""
     scale = H.diagonal().abs().clamp(min=1e-6).sqrt()
-    values, vectors = decomposed(H / (scale[:, None] * scale), CURVATURE)
+    values, vectors = spectrum_in_scales(H, scale)
     return (vectors * values.abs().clamp(min=1e-4)) @ vectors.mT * (scale[:, None] * scale)

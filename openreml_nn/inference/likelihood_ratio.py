@@ -120,7 +120,7 @@ def check_same_data(names: tuple[str, str], fits: tuple[Result, Result]) -> None
         told = ""
         if y.shape == z.shape:
             at = tuple((y != z.to(y)).nonzero()[0].tolist())
-            told = f", {float(y[at]):.6g} and {float(z[at]):.6g} in row {at[0]}"
+            told = f", {float(y[at]):.6g} and {float(z[at]):.6g} in row {at[0] + 1}"
         raise InputError(
             f"`{a}` and `{b}` have other responses{told}: expected fits of the same data (one "
             "response, one offset, one order)"
@@ -130,7 +130,7 @@ def check_same_data(names: tuple[str, str], fits: tuple[Result, Result]) -> None
         row = int((offsets[0] != offsets[1].to(offsets[0])).nonzero()[0])
         raise InputError(
             f"`{a}` and `{b}` have other offsets, {float(offsets[0][row]):.6g} and "
-            f"{float(offsets[1][row]):.6g} in row {row}: expected fits of the same data"
+            f"{float(offsets[1][row]):.6g} in row {row + 1}: expected fits of the same data"
         )
     families = [family_of(fit) for fit in fits]
     if families[0] != families[1]:
@@ -144,7 +144,7 @@ def check_same_data(names: tuple[str, str], fits: tuple[Result, Result]) -> None
             row = int((one != other.to(one)).nonzero()[0])
             raise InputError(
                 f"`{a}` and `{b}` have other weights, {float(one[row]):.6g} and "
-                f"{float(other[row]):.6g} in row {row}: expected fits with the same"
+                f"{float(other[row]):.6g} in row {row + 1}: expected fits with the same"
             )
         return
     one, other = (_weights(fit) for fit in fits)
@@ -152,8 +152,8 @@ def check_same_data(names: tuple[str, str], fits: tuple[Result, Result]) -> None
     row = int((ratio / ratio[0] - 1).abs().argmax())
     if abs(float(ratio[row] / ratio[0]) - 1) > 1e-8:
         raise InputError(
-            f"`{a}` and `{b}` have other weights, in row {row} {float(one[row] / one[0]):.6g} and "
-            f"{float(other[row] / other[0]):.6g} times that of row 0: expected fits with the same"
+            f"`{a}` and `{b}` have other weights, in row {row + 1} {float(one[row] / one[0]):.6g} and "
+            f"{float(other[row] / other[0]):.6g} times that of row 1: expected fits with the same"
         )
 
 

@@ -148,7 +148,7 @@ def _numbers(markers: object, n: int) -> tuple[Tensor | np.ndarray, list[str]]:
         if bool(bad.any()):
             row, column = bad.nonzero()[0].tolist()
             raise InputError(
-                f"`markers` has no number for {names[column]!r} in row {row}: expected one in each "
+                f"`markers` has no number for {names[column]!r} in row {row + 1}: expected one in each "
                 "row, such as the marker's mean"
             )
     return values, names

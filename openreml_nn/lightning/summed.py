@@ -25,7 +25,7 @@ from openreml_nn.likelihood.prepared import precision_of
 from openreml_nn.likelihood.problem import Problem
 from openreml_nn.likelihood.responses import ResponsesProblem, ResponseStatistics
 from openreml_nn.likelihood.solvers.blocked import Blocked
-from openreml_nn.likelihood.system.products import Statistics
+from openreml_nn.likelihood.system.crossproducts import Statistics
 from openreml_nn.model import MixedModel
 from openreml_nn.model.residual import structure_of
 from openreml_nn.model.sums import fixed_part

@@ -23,7 +23,7 @@ from openreml_nn.lightning.sharing import processes
 from openreml_nn.lightning.summed import Summed
 from openreml_nn.likelihood.plan import check_solver
 from openreml_nn.likelihood.responses import ResponseStatistics
-from openreml_nn.likelihood.system.products import Statistics
+from openreml_nn.likelihood.system.crossproducts import Statistics
 from openreml_nn.model import MixedModel, ResidualStructure
 from openreml_nn.model.batch import adjusted, check_outputs, row_values
 from openreml_nn.model.residual import structure_of

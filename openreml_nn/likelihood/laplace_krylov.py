@@ -21,8 +21,9 @@ from openreml_nn.likelihood.laplace_layout import Prior
 from openreml_nn.likelihood.laplace_listed import ListedLayout, ListedSystem
 from openreml_nn.likelihood.laplace_traces import Traces, of_blocks, outer
 from openreml_nn.likelihood.problem import Cost
-from openreml_nn.likelihood.solvers.krylov import Krylov, is_every, through
-from openreml_nn.likelihood.system.control import Control
+from openreml_nn.likelihood.solvers.krylov import Krylov
+from openreml_nn.likelihood.system.control import Control, is_every
+from openreml_nn.likelihood.system.listed import through
 from openreml_nn.terms.term import Term
 
 __all__ = ["KrylovPoint", "KrylovSpace"]

@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from openreml_nn.likelihood.system.crossproducts import Pattern, same_codes
 from openreml_nn.likelihood.system.elimination import root
 from openreml_nn.likelihood.system.partition import Partition
-from openreml_nn.likelihood.system.products import Pattern, same_codes
 from openreml_nn.likelihood.system.roles import by_levels, grid_of
 from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.design import Design, IdentityDesign, IndexedDesign

@@ -24,8 +24,8 @@ from openreml_nn.likelihood.problem import Cost, cholesky
 from openreml_nn.likelihood.solver import check_held
 from openreml_nn.likelihood.solvers import Blocked, Dense
 from openreml_nn.likelihood.system.blocks import block_solve
+from openreml_nn.likelihood.system.crossproducts import Pattern, Products
 from openreml_nn.likelihood.system.placement import Placement, System
-from openreml_nn.likelihood.system.products import Pattern, Products
 from openreml_nn.support.errors import NotPositiveDefiniteError
 from openreml_nn.terms.design import DenseDesign, Design, IndexedDesign
 from openreml_nn.terms.term import Term

@@ -13,7 +13,7 @@ from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.problem import Cost, Problem
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.solvers import SOLVERS
-from openreml_nn.likelihood.system.products import Statistics
+from openreml_nn.likelihood.system.crossproducts import Statistics
 from openreml_nn.support.checks import check_choice, check_instance, check_number
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.term import Term

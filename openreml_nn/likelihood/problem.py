@@ -104,7 +104,8 @@ class Evaluation:
             the precision of the dtype times how often the factorisations magnify it.
         recorded_rounding: the same of the plain formula that second derivatives come from.
         problem: the problem that it is an evaluation of.
-        at_terms, at_matrices: where it was evaluated, as :meth:`at` has it.
+        at_terms: the terms at which it was evaluated, as :meth:`at` has them.
+        at_matrices: the matrices at which it was evaluated, as :meth:`at` has them.
     """
 
     log_likelihood: Tensor

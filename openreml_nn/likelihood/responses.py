@@ -18,9 +18,9 @@ from openreml_nn.likelihood.fixed import FixedPart, traced
 from openreml_nn.likelihood.problem import Evaluation, cholesky, pivot_loss
 from openreml_nn.likelihood.residual import BlockResidual, White
 from openreml_nn.likelihood.solvers.blocked import Blocked, BlockedEvaluation, BlockedProblem
+from openreml_nn.likelihood.system.crossproducts import Pattern, Products, Statistics
 from openreml_nn.likelihood.system.elimination import inner
 from openreml_nn.likelihood.system.placement import System
-from openreml_nn.likelihood.system.products import Pattern, Products, Statistics
 from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.term import Term
 

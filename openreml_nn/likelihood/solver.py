@@ -12,7 +12,7 @@ import torch
 
 from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.problem import Cost, Problem
-from openreml_nn.likelihood.system.products import Statistics
+from openreml_nn.likelihood.system.crossproducts import Statistics
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.term import Term
 

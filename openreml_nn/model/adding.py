@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.likelihood.fixed import estimable
-from openreml_nn.likelihood.system.products import Statistics
+from openreml_nn.likelihood.system.crossproducts import Statistics
 from openreml_nn.model.batch import Batch, level_codes, part, row_values, rows_of, with_responses
 from openreml_nn.model.posterior import Posterior
 from openreml_nn.model.random_effect import on_their_own

@@ -88,7 +88,8 @@ def exported(model: Predictor, batch: Batch) -> torch.export.ExportedProgram:
     for name, codes in names.items():
         if codes.dim() == 2:
             raise InputError(
-                f"group {name!r} has {codes.shape[1]} levels a row, which no program takes: expected one"
+                f"group {name!r} has {codes.shape[1]} levels a row, which no program takes: expected one, "
+                "or MixedModel.predict(batch)"
             )
     if "values" in further:
         further["values"] = {k: v for k, v in further["values"].items() if k in names}

@@ -77,7 +77,7 @@ def _check(kind: str, fitted: Tensor) -> None:
     zero = (fitted == 0).nonzero()[:, 0]
     if kind != "exp" and len(zero):
         raise InputError(
-            f"the fitted value of row {int(zero[0])} of the fit is 0, where a power has no variance: "
+            f"the fitted value of row {int(zero[0]) + 1} of the fit is 0, where a power has no variance: "
             "expected exp(fitted)"
         )
     if bool((fitted == fitted[0]).all()):

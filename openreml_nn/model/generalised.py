@@ -154,7 +154,7 @@ def glmm(
         names=encoded.names,
         labels=labels_of(encoded),
         max_iterations=max_iterations,
-        begin=lambda: constrained.begin(model, batch),
+        begin=(lambda: constrained.begin(model, batch)) if constrained.starts else None,
     )
     assert result.source is not None
     encoder = response.encoder

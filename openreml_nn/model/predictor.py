@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance import Matrix
-from openreml_nn.covariance.kernel import DistanceMatrix, distances
+from openreml_nn.covariance.kernel import DistanceMatrix
+from openreml_nn.covariance.spaced import distances
 from openreml_nn.likelihood.fixed import estimable
 from openreml_nn.model.adding import added
 from openreml_nn.model.batch import Batch, level_places, part, responding, row_values, take
@@ -304,7 +305,7 @@ def _known_effect(
     rows = (codes < 0).nonzero()[:, 0]
     own = at[rows].to(effect.places)
     with kernel.computed_in(dtype):
-        if isinstance(kernel, DistanceMatrix):
+        if isinstance(kernel, DistanceMatrix) and not kernel.is_chain():
             c = kernel.between(distances(own, effect.places))
             return replace(known, kriging=Kriging.of(rows, kernel(), c))
         if not len(rows):

@@ -7,14 +7,18 @@ from torch import Tensor, nn
 
 from openreml_nn.covariance import (
     AR1Matrix,
+    ContinuousAR1Matrix,
     CovariancePropagation,
     DiagonalMatrix,
     DummyMatrix,
+    ExponentialMatrix,
     IdentityMatrix,
     KroneckerProduct,
+    MaternMatrix,
     Matrix,
     ScalarMatrix,
 )
+from openreml_nn.covariance.spaced import SpacedMatrix
 from openreml_nn.covariance.structures import in_cells
 from openreml_nn.covariance.sum import summands
 from openreml_nn.model.batch import Batch, part, row_values
@@ -23,6 +27,7 @@ from openreml_nn.support.checks import found as described
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import RepeatedCovariance
 from openreml_nn.terms.design import IdentityDesign
+from openreml_nn.terms.series import LONG
 from openreml_nn.terms.term import Term
 
 __all__ = [
@@ -30,13 +35,9 @@ __all__ = [
     "cells_of",
     "divided",
     "of_cells",
-    "position_variances",
     "structure_of",
     "with_weights",
 ]
-
-#: Series of more times than these are seen at the times of the rows alone.
-_SHORT = 200
 
 
 class ResidualStructure:
@@ -151,8 +152,9 @@ class _WithinGroups(ResidualStructure):
                 "group have a position each"
             )
         matrix, groups = self.matrix, int(cells.max()) // size + 1
-        if type(matrix) is AR1Matrix and n and size > _SHORT:
+        if n and size > LONG and _is_process(matrix):
             # What lies between the times of the rows may be far more than they are.
+            assert isinstance(matrix, AR1Matrix | SpacedMatrix)
             order = cells.argsort()
             matrix = matrix.at(cells[order] // size, cells[order] % size)
             cells, groups, size = order.argsort(), 1, n
@@ -164,7 +166,7 @@ class _WithinGroups(ResidualStructure):
         return {"residual": CovariancePropagation(z=z, g=rows.operands["g"])}
 
     def variances(self, batch: Batch, n: int) -> Tensor:
-        return divided(of_cells(position_variances(self.matrix), batch, n), batch, n)
+        return divided(of_cells(self.matrix.variances(), batch, n), batch, n)
 
 
 class _ByNetwork(ResidualStructure):
@@ -200,11 +202,12 @@ class _ByNetwork(ResidualStructure):
         return found.reshape(n)
 
 
-def position_variances(matrix: Matrix) -> Tensor:
-    """Variances of the positions within a group, (T,)."""
-    if type(matrix) is AR1Matrix:  # of perhaps many times
-        return matrix.build_params()[:1].expand(matrix.shape[0])
-    return matrix().diagonal()
+def _is_process(matrix: Matrix) -> bool:
+    """Whether it is a process that is known at any of its times, each time depending on the one before."""
+    if type(matrix) is AR1Matrix:
+        return True
+    kinds = ContinuousAR1Matrix, ExponentialMatrix, MaternMatrix
+    return type(matrix) in kinds and isinstance(matrix, SpacedMatrix) and matrix.is_chain()
 
 
 def with_weights(rows: Matrix, batch: Batch, n: int) -> Matrix:

@@ -28,7 +28,6 @@ from openreml_nn.model.residual import (
     cells_of,
     divided,
     of_cells,
-    position_variances,
     structure_of,
     with_weights,
 )
@@ -87,7 +86,7 @@ class ByStratum(nn.Module, ResidualStructure):
         return {"residual": CovariancePropagation(z=z, g=BlockDiagonal(blocks))}
 
     def variances(self, batch: Batch, n: int) -> Tensor:
-        known = torch.cat([position_variances(m) for m in self.matrices if isinstance(m, Matrix)])
+        known = torch.cat([m.variances() for m in self.matrices if isinstance(m, Matrix)])
         return divided(of_cells(known, batch, n), batch, n)
 
 

@@ -46,8 +46,8 @@ from openreml_nn.covariance import (
     heterogeneous,
     heterogeneous_compound_symmetry,
 )
-from openreml_nn.covariance.kernel import distances
 from openreml_nn.covariance.params import operand_name
+from openreml_nn.covariance.spaced import distances
 from openreml_nn.estimation.basis import basis_of
 from openreml_nn.families import Family
 from openreml_nn.likelihood.solver import Solver
@@ -114,9 +114,7 @@ def _among_levels(relation: Known | Places | Graph | Walk) -> Matrix:
         if neighbours is not None:
             correlation = _CORRELATIONS[relation.structure.name](**options)
             return VecchiaMatrix(relation.coordinates, correlation, int(neighbours))
-        return _KERNELS[relation.structure.name](
-            distances(relation.coordinates, relation.coordinates), **relation.structure.options
-        )
+        return _kernel(relation.structure, relation.coordinates)
     if relation.is_inverse:
         return KnownInverseMatrix(relation.matrix)
     return KnownMatrix(relation.matrix)
@@ -149,6 +147,15 @@ _KERNELS: dict[str, Callable[..., Matrix]] = {
     "rational": RationalQuadraticMatrix,
     "car1": ContinuousAR1Matrix,
 }
+
+
+def _kernel(structure: Structure, places: Tensor) -> Matrix:
+    """A kernel of places (k, d); of a single column they are on a line."""
+    on_line = places.shape[1] == 1
+    distance = places[:, 0] if on_line else distances(places, places)
+    return _KERNELS[structure.name](distance, **structure.options)
+
+
 _LAGGED: dict[str, Callable[[int], Matrix]] = {
     "ar1": AR1Matrix,
     "hetar1": AR1Matrix,
@@ -170,8 +177,7 @@ def _by_name(structure: Structure, k: int, places: Tensor | None) -> Matrix:
     """A structure of k positions; the lags of those in time are differences of their places."""
     if structure.name in _KERNELS:
         assert places is not None
-        at = places.double()
-        return _KERNELS[structure.name](distances(at, at), **structure.options)
+        return _kernel(structure, places.double())
     if structure.name not in _LAGGED:
         # A table of one stratum alone, as a subset has, is one of a single variance.
         alone = k == 1 and structure.name == "diag"
@@ -181,7 +187,9 @@ def _by_name(structure: Structure, k: int, places: Tensor | None) -> Matrix:
     matrix = _LAGGED[structure.name](size)
     if structure.name.startswith("het"):
         _hold_scale(matrix)
-    if size > k:
+    if size > k and isinstance(matrix, AR1Matrix):
+        matrix = matrix.at(torch.zeros_like(at), at)
+    elif size > k:
         matrix = CovariancePropagation(z=DummyMatrix.from_codes(at, size), g=matrix)
     return heterogeneous(matrix) if structure.name.startswith("het") else matrix
 

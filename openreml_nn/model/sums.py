@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.likelihood.fixed import FixedPart, aliased_columns, null_space
-from openreml_nn.likelihood.system.products import Statistics
+from openreml_nn.likelihood.system.crossproducts import Statistics
 from openreml_nn.model.structures import bases_of
 from openreml_nn.support.errors import InputError
 from openreml_nn.support.spectrum import decomposed

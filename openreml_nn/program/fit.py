@@ -6,7 +6,7 @@ import inspect
 import os
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from openreml_nn.program.collector import started
 from openreml_nn.program.direct import Direct, Fitted, needs_trainer
 from openreml_nn.program.options import Options, by_parameter
 from openreml_nn.program.reporting import costs_nothing, reported, shown
@@ -29,8 +28,12 @@ if TYPE_CHECKING:
 __all__ = ["Fitted", "InChunks", "InMemory", "Ways", "fit_table", "is_first_process", "prepared"]
 
 
-def fit_table(config: DictConfig) -> float:
+def fit_table(config: DictConfig, imported: Callable[[], None]) -> float:
     """Fit a model to a table and write the run's directory.
+
+    Args:
+        config: the options.
+        imported: what is called when all is imported.
 
     Returns:
         What a sweep minimises: the negative log density of the rows held out, or the deviance.
@@ -40,7 +43,7 @@ def fit_table(config: DictConfig) -> float:
         options = Options(config)
         _seed(options["seed"])
         fit = prepared(options)
-        started()
+        imported()
         is_profiled = options["profile"]
         is_drawn = options["plots"] is not False  # a config of the user's own may lack it
         fit.read()

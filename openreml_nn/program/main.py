@@ -5,24 +5,23 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import hydra
 
-from openreml_nn.program.collector import starting
+from openreml_nn.program.collector import resting
 from openreml_nn.program.fit import fit_table
 from openreml_nn.program.options import flags_first, quoted
 from openreml_nn.program.predict import predict_table
 from openreml_nn.program.report import write_page
 from openreml_nn.program.reporting import configured, reported, stoppable
-from openreml_nn.program.sweep import on_its_own
+from openreml_nn.program.sweep import Subcommand, on_its_own
 
 __all__ = ["config_folder", "main"]
 
 #: What each subcommand does, and its config.
-_TASKS: dict[str, Callable[[Any], Any]] = {"predict": predict_table, "report": write_page}
+_TASKS: dict[str, Subcommand] = {"predict": predict_table, "report": write_page}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -32,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: as on the command line, those of the process by default.
     """
-    if arguments is None:  # a process of the program's own
-        starting()
+    # In a process of the program's own the collector rests.
+    imported = resting() if arguments is None else lambda: None
     given = list(sys.argv[1:] if arguments is None else arguments)
     name, task = "config", _TASKS.get(given[0] if given else "", fit_table)
     if task is not fit_table:
@@ -44,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with stoppable(), reported():
         sys.argv = [sys.argv[0], *flags_first([*map(quoted, given)])]
         run = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)
-        run(on_its_own(task))()
+        run(on_its_own(task, imported))()
 
 
 def config_folder() -> Path:

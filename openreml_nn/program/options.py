@@ -113,7 +113,12 @@ def flags_first(arguments: Sequence[str]) -> list[str]:
         else:
             keyless = not argument.lstrip("+~").partition("=")[0].strip("@ ")
             if keyless or not _parses(argument):
-                raise InputError(f"option {argument!r} cannot be read: expected key=value")
+                quoted = (
+                    ""
+                    if '="' not in argument
+                    else ", without quotes around a value that has quotes"
+                )
+                raise InputError(f"option {argument!r} cannot be read: expected key=value{quoted}")
             overrides.append(argument)
     return [*flags, *overrides]
 

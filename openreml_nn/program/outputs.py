@@ -25,7 +25,7 @@ from openreml_nn.report.plots import (
     shares,
     zeta,
 )
-from openreml_nn.report.points import residual_table
+from openreml_nn.report.points import has_quantiles, residual_table
 from openreml_nn.result import Result
 from openreml_nn.result.record import to_record
 from openreml_nn.result.tables import blup_table, fixed_table, variance_table
@@ -114,6 +114,7 @@ def write_record(result: Result, directory: str | Path, validation: Mapping[str,
     """
     record = to_record(result, validation)
     record["details"]["diagnosis"] = diagnose(result)
+    record["details"]["residuals"] = "quantile residual" if has_quantiles(result) else "residual"
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
     write_text(Path(directory) / "result.json", text)
 

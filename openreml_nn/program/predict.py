@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from openreml_nn.program.collector import started
 from openreml_nn.program.options import Options
 from openreml_nn.program.reporting import one_line, reported, shown
 from openreml_nn.program.rundir import RunDirectory
@@ -22,8 +22,13 @@ if TYPE_CHECKING:
 __all__ = ["predict_table"]
 
 
-def predict_table(config: DictConfig) -> None:
-    """Predict for a table from a checkpoint and write ``predictions.csv``."""
+def predict_table(config: DictConfig, imported: Callable[[], None]) -> None:
+    """Predict for a table from a checkpoint and write ``predictions.csv``.
+
+    Args:
+        config: the options.
+        imported: what is called when all is imported.
+    """
     path = Path(HydraConfig.get().runtime.output_dir)
     with reported(), RunDirectory(path):
         from openreml_nn.table import write_table
@@ -32,7 +37,7 @@ def predict_table(config: DictConfig) -> None:
         table, checkpoint = table_file(options), str(options["checkpoint"])
         options.check_all_read()
         module = _loaded(checkpoint)
-        started()
+        imported()
         module.encoder.source = f"file {str(table)!r}"
         found = module.predict(table.read())
         write_table(found, path / "predictions.csv", index_label="row")

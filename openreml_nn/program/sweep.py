@@ -20,10 +20,13 @@ from openreml_nn.program.reporting import Failed, one_line
 from openreml_nn.support.display import plain_console, visible
 from openreml_nn.support.errors import InputError
 
-__all__ = ["SweepTable", "on_its_own"]
+__all__ = ["Subcommand", "SweepTable", "on_its_own"]
+
+#: What a subcommand does by its config; it calls the other argument when it has imported all it needs.
+Subcommand = Callable[[DictConfig, Callable[[], None]], Any]
 
 
-def on_its_own(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+def on_its_own(task: Subcommand, imported: Callable[[], None]) -> Callable[[DictConfig], Any]:
     """A task of which a run that fails costs a sweep no other run.
 
     The run leaves ``failed.json``, and minimises nothing: what it returns is NaN. A signal ends the
@@ -31,14 +34,15 @@ def on_its_own(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]
 
     Args:
         task: ends by :func:`reported`.
+        imported: what the task calls when it has imported all it needs.
     """
 
     @wraps(task)
     def run(config: DictConfig) -> Any:
         if HydraConfig.get().mode != RunMode.MULTIRUN:
-            return task(config)
+            return task(config, imported)
         try:
-            return task(config)
+            return task(config, imported)
         except Failed as error:
             if error.status > 2:
                 raise
@@ -67,8 +71,8 @@ def _record(status: int, message: str) -> None:
 
 
 class SweepTable(Callback):
-    """Writes ``sweep.csv`` when a sweep ends, prints it, and names the best run. Where a run has
-    failed its message is in the table, and the exit status is the run's."""
+    """Writes ``sweep.csv`` when a sweep ends, prints where the runs differ, and names the best. Where
+    a run has failed its message is printed too, and the exit status is the run's."""
 
     def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
         """Forget what has failed in an earlier sweep of the same folder."""
@@ -81,7 +85,7 @@ class SweepTable(Callback):
 
     def on_multirun_end(self, config: Any, **kwargs: Any) -> None:
         """Collect the runs."""
-        from openreml_nn.report.runs import best, collect, failures
+        from openreml_nn.report.runs import best, collect, compared, failures
         from openreml_nn.table import write_table
 
         folder = Path(config.hydra.sweep.dir)
@@ -93,7 +97,11 @@ class SweepTable(Callback):
             return
         write_table(table, folder / "sweep.csv")
         console = plain_console(soft_wrap=True)
-        console.print(table.map(_seen).rename(columns=_seen).to_string(index=False))
+        shown = compared(table).map(_seen).rename(columns=_seen)
+        console.print(shown.to_string(index=False, na_rep="", float_format="%.6g"))
+        if failed:
+            for row in table[table["error"].notna()].to_dict("records"):
+                console.print(f"run {visible(row['run'])} failed: {visible(row['error'])}")
         if (found := best(table)) is not None:
             console.print(f"best run by {found[1]}: {visible(folder / found[0])}")
         console.print(f"written to {visible(folder / 'sweep.csv')}")

@@ -82,35 +82,44 @@ class Charts:
             )
         return found
 
-    def residuals(self, table: pd.DataFrame, of: int) -> list[dict[str, Any]]:
-        """Residuals against fitted values, and their quantiles; the table has some of so many rows."""
+    def residuals(self, table: pd.DataFrame, of: int, kind: str) -> list[dict[str, Any]]:
+        """Residuals against fitted values, and their quantiles.
+
+        Args:
+            table: of some of the rows.
+            of: the number of all rows.
+            kind: of the residuals, "residual" or "quantile residual".
+        """
         rows = [f"row {row}" for row in table["row"]]
         residual, fitted = (table[name].to_numpy(float) for name in ("residual", "fitted"))
         shown = f"{len(table):,} of {of:,} rows"
         one = self._chart(
             title=f"Residuals against fitted values ({shown})",
             xlabel="fitted value",
-            ylabel="residual",
+            ylabel=kind,
             x=_listed(fitted),
             y=_listed(residual),
             labels=rows,
             level=True,
         )
         order = residual.argsort(kind="stable")
-        n, spread = len(residual), float(residual.std()) or 1.0
+        n = len(residual)
+        # Quantile residuals are standard normal where the model is right.
+        is_normal = kind == "quantile residual"
+        line = [0.0, 1.0] if is_normal else [float(residual.mean()), float(residual.std()) or 1.0]
         other = self._chart(
             title=f"Quantiles of the residuals against normal ones ({shown})",
             xlabel="normal quantile",
-            ylabel="residual",
+            ylabel=kind,
             x=_listed(normal_quantiles(np.arange(n), n)),
             y=_listed(residual[order]),
             labels=[rows[i] for i in order],
-            diagonal=[float(residual.mean()), spread],
+            diagonal=line,
         )
         return [one, other]
 
-    def path(self, history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """The log-likelihood at each iteration."""
+    def path(self, history: Sequence[Mapping[str, Any]], ylabel: str) -> list[dict[str, Any]]:
+        """The log-likelihood, or the restricted one, at each iteration."""
         values = [step.get("log_likelihood") for step in history]
         if len(values) < 2 or None in values:
             return []
@@ -120,7 +129,7 @@ class Charts:
             self._chart(
                 title="Convergence",
                 xlabel="iteration",
-                ylabel="log-likelihood",
+                ylabel=ylabel,
                 x=steps,
                 y=values,
                 labels=labels,
@@ -128,17 +137,17 @@ class Charts:
             )
         ]
 
-    def _chart(self, labels: list[str] | None = None, **plot: Any) -> dict[str, Any]:
-        """Keep what the page draws; each mark says its name and numbers."""
+    def _chart(self, **plot: Any) -> dict[str, Any]:
+        """Keep what the page draws; of each mark, by its name in ``rows`` or ``labels``, what it says."""
         key = f"{self.prefix}-{len(self.plots)}"
-        names = plot.get("rows") or labels or []
         says = []
-        for i, name in enumerate(names):
-            text = f"{name}: {_short(plot['x'][i])}"
-            if plot.get("low") is not None:
-                text += f" ({_short(plot['low'][i])} to {_short(plot['high'][i])})"
+        for i, x in enumerate(plot["x"]):
+            if plot.get("path"):
+                text = f"{plot['ylabel']} {plot['y'][i]:.10g}"
             elif "y" in plot:
-                text = f"{name}: {plot['ylabel']} {_short(plot['y'][i])} at {_short(plot['x'][i])}"
+                text = f"{plot['ylabel']} {_short(plot['y'][i])} at {_short(x)}"
+            else:
+                text = f"{_short(x)} ({_short(plot['low'][i])} to {_short(plot['high'][i])})"
             says.append(text)
         self.plots[key] = {"key": key, "says": says, **plot}
         return {"key": key, "title": plot["title"]}

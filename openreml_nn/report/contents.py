@@ -55,7 +55,9 @@ class Sheet:
 
 def number(value: object) -> Cell:
     """A number with six digits, or whatever it is as text; empty where there is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool):
+        return Cell("yes" if value else "no")
+    if not isinstance(value, int | float):
         return Cell("" if value is None else str(value))
     if isinstance(value, int):
         return Cell(str(value), value)
@@ -90,8 +92,12 @@ class RunContents:
         if (table := self._csv("blup.csv")) is not None:
             charts += self.charts.caterpillars(table)
         if (table := self._csv("residuals.csv")) is not None:
-            charts += self.charts.residuals(table, self.record["data"]["rows"])
-        charts += self.charts.path(self.details.get("history") or [])
+            kind = self.details.get("residuals", "residual")
+            charts += self.charts.residuals(table, self.record["data"]["rows"], kind)
+        is_restricted = self.record["model"]["method"] == "reml"
+        charts += self.charts.path(
+            self.details.get("history") or [], "restricted " * is_restricted + "log-likelihood"
+        )
         others = self.parameters()
         parts = ["Diagnosis", "Model", *(["Variance components"] if variance else [])]
         parts += ["Structures"] if others else []

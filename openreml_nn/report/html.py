@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from openreml_nn.report.contents import Cell, Row, RunContents, Sheet, number
-from openreml_nn.report.runs import best, collect
+from openreml_nn.report.runs import best, collect, compared
 from openreml_nn.support.checks import check_instance
 from openreml_nn.support.errors import InputError
 from openreml_nn.support.files import write_text
@@ -20,6 +20,17 @@ from openreml_nn.version import __version__
 __all__ = ["write_report"]
 
 _HERE = Path(__file__).parent
+#: What the page calls the columns of the table of runs.
+_HEADINGS = {
+    "log_likelihood": "log-likelihood",
+    "aic": "AIC",
+    "bic": "BIC",
+    "val_mse": "held-out mean squared error",
+    "val_negative_log_density": "held-out negative log density",
+    "val_coverage": "held-out coverage",
+}
+#: What stands below the estimates of all runs.
+_CRITERIA = ("log_likelihood", "aic", "bic")
 
 
 def write_report(folder: str | Path, path: str | Path) -> int:
@@ -27,14 +38,15 @@ def write_report(folder: str | Path, path: str | Path) -> int:
 
     The page has for each run the diagnosis, the model in words, variance components and fixed
     effects with intervals, and plots that say the name under the pointer and zoom. Several runs stand
-    side by side before that. Tables are sorted by their headings and copied to a spreadsheet.
+    side by side before that, with the messages of those that failed. Tables are sorted by their
+    headings and copied to a spreadsheet.
 
     Args:
         folder: of a run, or of many.
         path: of the page.
 
     Returns:
-        The number of runs.
+        The number of runs that have a result.
 
     Raises:
         InputError: if there is no run.
@@ -46,10 +58,11 @@ def write_report(folder: str | Path, path: str | Path) -> int:
         check_instance(name, value, (str, os.PathLike), "a path")
     if not str(path):
         raise InputError("`path` is empty: expected the file of the page")
-    table = collect(folder)
+    fitted = collect(folder)
+    table = collect(folder, with_failed=True)
     found = best(table)
     names = {
-        str(run): Path(folder).resolve().name if run == "." else str(run) for run in table["run"]
+        str(run): Path(folder).resolve().name if run == "." else str(run) for run in fitted["run"]
     }
     runs = [
         RunContents(Path(folder) / run, name, f"run{i}")
@@ -61,18 +74,19 @@ def write_report(folder: str | Path, path: str | Path) -> int:
         jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         .from_string(_read("page.html"))
         .render(
-            title=table["formula"].iloc[0] if table["formula"].nunique() == 1 else "Report",
+            title=fitted["formula"].iloc[0] if fitted["formula"].nunique() == 1 else "Report",
             version=__version__,
             date=date.today().isoformat(),
             style=_verbatim("page.css"),
             script=_verbatim("page.js"),
             runs=contexts,
+            failed=table.loc[~table["run"].isin(fitted["run"])].to_dict("records"),
             plots={key: plot for run in runs for key, plot in run.charts.plots.items()},
             overview=_overview(table, found),
             side_by_side=_side_by_side([run.record for run in runs], list(names.values())),
             best=names[found[0]] if found else None,
             best_id=keys[found[0]] if found else None,
-            by=found[1] if found else None,
+            by=_HEADINGS.get(found[1], found[1]) if found else None,
         )
     )
     write_text(path, page)
@@ -92,22 +106,21 @@ def _verbatim(name: str) -> Any:
 
 def _overview(table: pd.DataFrame, found: tuple[str, str] | None) -> Sheet:
     """A row for each run: what differs between them."""
-    # The formula and the method of a run say the same as the options that set them.
-    options = ["model.formula", "model.method"]
-    same = [c for c in table if table[c].nunique() <= 1 and c != "run"]
-    shown = table.drop(columns=[c for c in table if c in options or c in same])
+    shown = compared(table)
     rows = [
         Row([number(value) for value in row], marked=found is not None and row[0] == found[0])
         for row in shown.to_numpy(dtype=object).tolist()
     ]
-    return Sheet(list(shown), rows)
+    return Sheet([_HEADINGS.get(c, str(c)) for c in shown], rows)
 
 
 def _side_by_side(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Sheet:
     """A row for each quantity and a column for each run."""
     columns = [_quantities(record) for record in records]
     rows = []
-    for name in dict.fromkeys(key for column in columns for key in column):
+    criteria = [_HEADINGS[key] for key in _CRITERIA]
+    quantities = dict.fromkeys(key for column in columns for key in column)
+    for name in sorted(quantities, key=lambda name: name in criteria):
         texts = [column.get(name, ("", None)) for column in columns]
         first = texts[0][0]
         cells = [Cell(text, value, text not in ("", first)) for text, value in texts]
@@ -134,7 +147,7 @@ def _quantities(record: Mapping[str, Any]) -> dict[str, tuple[str, float | None]
     found["residual variance"] = residual.text, residual.value
     for name, value in record.get("family_parameters", {}).items():
         found[name] = number(value).text, value
-    for name in ("log_likelihood", "aic", "bic"):
-        cell = number(record["fit"][name])
-        found[name.replace("_", "-")] = cell.text, cell.value
+    for key in _CRITERIA:
+        cell = number(record["fit"][key])
+        found[_HEADINGS[key]] = cell.text, cell.value
     return found

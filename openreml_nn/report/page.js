@@ -45,8 +45,9 @@ for (const box of document.querySelectorAll(".table")) {
   button.textContent = "Copy for a spreadsheet";
   button.addEventListener("click", async () => {
     // What a spreadsheet would take for a formula is pasted as text.
-    const safe = (text) => (/^[=+\-@\t]/.test(text) && Number.isNaN(Number(text)) ? "'" + text : text);
-    const lines = [...table.rows].map((row) => [...row.cells].map((cell) => safe(textOf(cell))).join("\t"));
+    const plain = (text) => text.replace(/[\t\r\n]+/g, " ");
+    const safe = (text) => (/^[=+\-@]/.test(text) && Number.isNaN(Number(text)) ? "'" + text : text);
+    const lines = [...table.rows].map((row) => [...row.cells].map((cell) => safe(plain(textOf(cell)))).join("\t"));
     await copy(lines.join("\n"));
     button.textContent = "Copied";
     setTimeout(() => (button.textContent = "Copy for a spreadsheet"), 1500);
@@ -68,7 +69,8 @@ for (const link of document.querySelectorAll(".picture a")) {
 
 // Plots: points with intervals, or a path, on axes that zoom.
 const LEFT = 62, TOP = 26, BOTTOM = 44, RIGHT = 14;
-const NAMED = 60;  // so many rows have their names beside them
+const APART = 17;  // pixels from a name to the next
+const NAMED = 60;  // beyond so many rows some have their names beside them
 
 function svg(kind, attributes, parent) {
   const node = document.createElementNS("http://www.w3.org/2000/svg", kind);
@@ -98,32 +100,49 @@ function number(value, range) {
   return String(Number(value.toPrecision(digits)));
 }
 
-// The names of rows, shortened in the way that leaves most of them different.
-function shortened(names, most) {
-  let same = 0;
-  while (names.length > 1 && same < names[0].length && names.every((name) => name[same] === names[0][same])) same++;
-  const ways = [(name) => head(name, most), (name) => ends(name, most)];
-  if (same > 3) ways.push((name) => head("…" + name.slice(same - 1), most));
-  const tried = ways.map((way) => names.map(way));
-  return tried.reduce((best, next) => (new Set(next).size > new Set(best).size ? next : best));
+// Widths of letters as they are drawn. Letters that are drawn as one, such as accents or the signs of Hindi, stay together.
+const PEN = document.createElement("canvas").getContext("2d");
+const WIDTHS = new Map();
+const TOGETHER = globalThis.Intl?.Segmenter && new Intl.Segmenter();
+
+function lettersOf(text) {
+  if (!TOGETHER || /^[ -~]*$/.test(text)) return [...text];
+  return [...TOGETHER.segment(text)].map((part) => part.segment);
 }
 
-// How many letters have room; those of East Asian scripts are twice as wide.
+function widthOf(letter) {
+  if (!WIDTHS.has(letter)) {
+    PEN.font = "12px system-ui, sans-serif";
+    WIDTHS.set(letter, PEN.measureText(letter).width);
+  }
+  return WIDTHS.get(letter);
+}
+
 function fitting(letters, room) {
   let count = 0;
-  while (count < letters.length && (room -= letters[count].codePointAt(0) > 0x2e7f ? 2 : 1) >= 0) count++;
+  while (count < letters.length && (room -= widthOf(letters[count])) >= 0) count++;
   return count;
 }
 
-function head(text, most) {
-  const letters = [...text];
-  return fitting(letters, most) === letters.length ? text : letters.slice(0, fitting(letters, most - 1)).join("") + "…";
+function head(letters, room) {
+  if (fitting(letters, room) === letters.length) return letters.join("");
+  return `${letters.slice(0, fitting(letters, room - widthOf("…"))).join("")}…`;
 }
 
-function ends(text, most) {
-  const letters = [...text], half = (most - 1) / 2, back = [...text].reverse();
-  if (fitting(letters, most) === letters.length) return text;
+function ends(letters, room) {
+  if (fitting(letters, room) === letters.length) return letters.join("");
+  const half = (room - widthOf("…")) / 2, back = [...letters].reverse();
   return `${letters.slice(0, fitting(letters, half)).join("")}…${back.slice(0, fitting(back, half)).reverse().join("")}`;
+}
+
+// The names of rows, shortened in the way that leaves most of them different.
+function shortened(names, room) {
+  let same = 0;
+  while (names.length > 1 && same < names[0].length && names.every((name) => name[same] === names[0][same])) same++;
+  const ways = [(name) => head(name, room), (name) => ends(name, room)];
+  if (same > 3) ways.push((name) => head(["…", ...name.slice(same - 1)], room));
+  const tried = ways.map((way) => names.map(way));
+  return tried.reduce((best, next) => (new Set(next).size > new Set(best).size ? next : best));
 }
 
 function bounds(values, room) {
@@ -136,9 +155,11 @@ function bounds(values, room) {
 function draw(figure, plot) {
   const WIDTH = Math.max(300, Math.min(800, figure.clientWidth));  // letters keep their size on a narrow screen
   const rows = plot.rows;  // names of the rows, where the second axis has names
-  const height = !rows ? 380 : rows.length > NAMED ? 720 : TOP + BOTTOM + 16 * Math.max(rows.length, 4);
-  const left = rows ? Math.min(0.35 * WIDTH, 20 + 7.2 * Math.max(...rows.map((name) => Math.min([...name].length, 28)))) : LEFT + 10;
-  const labels = rows && shortened(rows, Math.floor((left - 14) / 7));
+  const height = !rows ? 380 : rows.length > NAMED ? 720 : TOP + BOTTOM + APART * Math.max(rows.length + 1, 4);
+  const names = rows?.map(lettersOf);
+  const widest = names && Math.max(...names.map((name) => name.reduce((sum, letter) => sum + widthOf(letter), 0)));
+  const left = rows ? Math.min(0.35 * WIDTH, Math.ceil(widest) + 14) : LEFT + 10;
+  const labels = names && shortened(names, left - 12);
   const box = { x0: left, x1: WIDTH - RIGHT, y0: height - BOTTOM, y1: TOP };
   const all = {
     x: bounds([...plot.x, ...(plot.low ?? []), ...(plot.high ?? []), ...(plot.zero ? [0] : [])], 0.04),
@@ -169,10 +190,10 @@ function draw(figure, plot) {
     svg("text", { x: (box.x0 + box.x1) / 2, y: height - 6, "text-anchor": "middle" }, axes).textContent = plot.xlabel;
     if (rows) {
       const first = Math.max(0, Math.ceil(view.y[0])), last = Math.min(rows.length - 1, Math.floor(view.y[1]));
-      if (last - first < NAMED) {
-        for (let i = first; i <= last; i++) {
-          svg("text", { x: box.x0 - 6, y: py(i) + 4, "text-anchor": "end" }, axes).textContent = labels[i];
-        }
+      const step = Math.ceil((0.98 * APART) / (py(0) - py(1)));
+      for (let i = last; i >= first; i -= step) {
+        svg("text", { x: box.x0 - 6, y: py(i) + 4, "text-anchor": "end" }, axes).textContent = labels[i];
+        if (step > 1) svg("path", { class: "axis", d: `M${box.x0},${py(i)}h-4` }, axes);
       }
     } else {
       for (const value of ticks(view.y)) {
@@ -180,7 +201,7 @@ function draw(figure, plot) {
         svg("path", { class: "axis", d: `M${box.x0},${py(value)}h-4` }, axes);
       }
     }
-    svg("text", { x: 4, y: 14 }, axes).textContent = plot.ylabel;
+    svg("text", { x: 4, y: 14 }, axes).textContent = head(lettersOf(plot.ylabel), WIDTH - 12);
     if (plot.zero) svg("path", { class: "ref", d: `M${px(0)},${box.y1}V${box.y0}` }, inside);
     if (plot.level) svg("path", { class: "ref", d: `M${box.x0},${py(0)}H${box.x1}` }, inside);
     if (plot.diagonal) {
@@ -190,7 +211,7 @@ function draw(figure, plot) {
     if (plot.path) {
       svg("path", { class: "path", d: plot.x.map((x, i) => `${i ? "L" : "M"}${px(x)},${py(plot.y[i])}`).join("") }, inside);
     }
-    const radius = plot.x.length > 400 ? 1.5 : 3.5;
+    const radius = plot.x.length > 1000 ? 1.5 : plot.x.length > 200 ? 2.5 : 3.5;
     const apart = rows ? (box.y0 - box.y1) / (view.y[1] - view.y[0]) : 4;  // between two rows, so that intervals stay apart
     const width = Math.min(2, Math.max(0.15, 0.6 * apart));
     marks = plot.x.map((x, i) => {
@@ -248,7 +269,9 @@ function draw(figure, plot) {
     tip.hidden = near < 0;
     if (near < 0) return;
     marks[near].classList.add("on");
-    tip.textContent = plot.says[near];
+    const name = document.createElement("bdi");  // numbers after an Arabic name keep their order
+    name.textContent = (rows ?? plot.labels)[near];
+    tip.replaceChildren(name, `: ${plot.says[near]}`);
     const scale = canvas.getBoundingClientRect().width / WIDTH;
     tip.style.top = `${canvas.offsetTop + marks[near].cy.baseVal.value * scale + 10}px`;
     tip.style.left = `${Math.max(0, Math.min(marks[near].cx.baseVal.value * scale, figure.clientWidth - tip.offsetWidth - 4))}px`;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from openreml_nn.inference import Profile, variance_shares
 from openreml_nn.inference.refit import Refit, source_of
+from openreml_nn.report.lettering import abridged, lettered, literal
 from openreml_nn.report.points import (
     QUANTILES,
     has_quantiles,
@@ -19,8 +21,8 @@ from openreml_nn.report.points import (
 )
 from openreml_nn.result.result import Result
 from openreml_nn.support.checks import check_count, check_instance, check_tensor
-from openreml_nn.support.display import visible
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.names import shortened
 from openreml_nn.terms.covariance import DiagonalCovariance, RepeatedCovariance
 from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.term import Term
@@ -44,7 +46,7 @@ _NAMED = 60
 #: Levels beyond this many are left out of a caterpillar plot, evenly by rank.
 _LEVELS = 300
 #: Points beyond this many are drawn as a density.
-_POINTS = 20_000
+_POINTS = 5_000
 #: Numbers that a plot holds of a design without structure.
 _NUMBERS = 10_000_000
 
@@ -73,26 +75,29 @@ def caterpillar(result: Result, group: str) -> Figure:
     shown = len(order)
     named = shown <= _NAMED
     height = 1.5 + 0.16 * shown if named else 6.0
-    figure = _figure(1.5 + 3.2 * len(panels), height)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    at = np.arange(shown)
-    for axis, (effect, _, blup, error) in zip(axes, panels, strict=True):
-        middle, half = blup[order], 1.96 * error[order]
-        if named:
-            axis.hlines(at, middle - half, middle + half, color="C0", lw=1, alpha=0.6)
-        else:
-            low, high = middle - half, middle + half
-            axis.fill_betweenx(at, low, high, color="C0", lw=0, alpha=0.35, step="mid")
-        axis.plot(middle, at, "o", color="C0", ms=3 if named else 1)
-        axis.axvline(0, color="0.5", lw=0.8, ls="--")
-        axis.set_title(_text(effect))
-        axis.set_ylim(-1, shown)
-        axis.set_yticks(at if named and axis is axes[0] else [])
-        if named and axis is axes[0]:
-            axis.set_yticklabels([_text(levels[i], 40) for i in order], fontsize=7)
     count = f"{shown} of {len(first)} levels, evenly by rank"
-    axes[0].set_ylabel(f"{_text(group)} ({count if shown < len(first) else f'{shown} levels'})")
-    figure.supxlabel("BLUP with 95% prediction interval", fontsize=10)
+    count = count if shown < len(first) else f"{shown} levels"
+    room = max(8, int(12 * height) - len(count) - 3)  # 12 letters an inch
+    names = _texts([levels[i] for i in order], 40) if named else []
+    titles = _texts([effect for effect, *_ in panels], 36)
+    at = np.arange(shown)
+    with lettered([*names, *titles, group]):
+        beside = 0.06 * max((len(name) for name in names), default=0)  # inches of names
+        figure = _figure(0.8 + beside + 3.2 * len(panels), height)
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axis, title, (_, _, blup, error) in zip(axes, titles, panels, strict=True):
+            middle, half = blup[order], 1.96 * error[order]
+            width = 1.0 if named else 200 / shown  # in points: rows stay apart
+            axis.hlines(at, middle - half, middle + half, color="C0", lw=width, alpha=0.5)
+            axis.plot(middle, at, "o", color="C0", ms=3 if named else 1)
+            axis.axvline(0, color="0.5", lw=0.8, ls="--")
+            axis.set_title(title, fontsize=10)
+            axis.set_xlabel("BLUP, 95% prediction interval", fontsize=9, loc="left")
+            axis.set_ylim(-1, shown)
+            axis.set_yticks([])
+        if named:
+            axes[0].set_yticks(at, names, fontsize=7)
+        axes[0].set_ylabel(f"{_texts([group], room)[0]} ({count})")
     return figure
 
 
@@ -132,14 +137,17 @@ def convergence(result: Result) -> Figure:
     left.plot(step, values, marker=marker, ms=3)
     left.set_ylabel("log-likelihood" if result.method == "ml" else "restricted log-likelihood")
     left.ticklabel_format(useOffset=False, axis="y")
-    names = list(result.history[0].parameters) if result.history else []
-    for name in names[:12]:
+    names = list(result.history[0].parameters)[:12] if result.history else []
+    short = shortened(names)
+    labels = _texts([short[name] for name in names], 30)
+    for name, label in zip(names, labels, strict=True):
         path = np.array([record.parameters[name] for record in result.history])
         scale = abs(path[-1]) or 1.0
-        right.plot(step, path / scale, marker=marker, ms=3, label=_text(name))
+        right.plot(step, path / scale, marker=marker, ms=3, label=label)
     right.set_ylabel("parameter / |its last value|")
-    if names:
-        right.legend(fontsize=7)
+    with lettered(labels):
+        if names:
+            right.legend(fontsize=7)
     for axis in (left, right):
         axis.set_xlabel("iteration")
         axis.locator_params(axis="x", integer=True)
@@ -160,6 +168,7 @@ def residuals(result: Result) -> Figure:
     x, y = result.fitted.numpy(force=True), residual_values(result)
     _cloud(left, x, y)
     left.axhline(0, color="0.5", lw=0.8, ls="--")
+    left.locator_params(axis="x", nbins=5)  # values that are all alike have many digits
     left.set_xlabel("fitted value")
     left.set_ylabel("randomised quantile residual" if is_family else "residual")
     n = len(y)
@@ -217,10 +226,12 @@ def shares(result: Result) -> Figure:
     check_instance("result", result, Result)
     table = variance_shares(result)[::-1]
     figure = _figure(6, 1.2 + 0.4 * len(table))
-    axis = figure.subplots()
     at = np.arange(len(table))
+    names = _texts(table["group"], 28)
+    with lettered(names):
+        axis = figure.subplots()
+        axis.set_yticks(at, names)
     axis.barh(at, table["share"], xerr=table["std_error"].fillna(0), color="C0", alpha=0.7)
-    axis.set_yticks(at, [_text(group) for group in table["group"]])
     axis.set_xlim(0, 1)
     axis.set_xlabel("share of the variance, with its standard error")
     return figure
@@ -256,7 +267,8 @@ def covariance_map(result: Result, rows: int = 60) -> Figure:
     figure = _figure(5.5, 4.6)
     axis = figure.subplots()
     size = abs(V).max()
-    image = axis.imshow(V, cmap="RdBu_r", vmin=-size, vmax=size)
+    ends = 0.5, n + 0.5
+    image = axis.imshow(V, cmap="RdBu_r", vmin=-size, vmax=size, extent=(*ends, *ends[::-1]))
     figure.colorbar(image, ax=axis, label="covariance")
     axis.set_xlabel(f"row (the first {n} of {result.rows})")
     axis.set_ylabel("row")
@@ -295,8 +307,10 @@ def zeta(profile: Profile) -> Figure:
     columns = min(3, len(curves))
     lines = -(-len(curves) // columns)
     figure = _figure(3 * columns, 2.4 * lines)
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    for axis, (name, curve) in zip(axes, curves.items(), strict=False):
+    titles = _texts(list(curves), 36)
+    with lettered(titles):
+        axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axis, title, curve in zip(axes, titles, curves.values(), strict=False):
         axis.plot(curve.values, curve.zeta, lw=1.2)
         axis.axhline(0, color="0.5", lw=0.8)
         for level in (0.5, 0.95):
@@ -304,7 +318,7 @@ def zeta(profile: Profile) -> Figure:
             z = float(torch.special.ndtri(torch.tensor((1 + level) / 2, dtype=torch.float64)))
             axis.plot([low, low], [-z, 0], color="C1", lw=0.8)
             axis.plot([high, high], [0, z], color="C1", lw=0.8)
-        axis.set_title(_text(name), fontsize=9)
+        axis.set_title(title, fontsize=9)
         axis.set_ylim(-3.2, 3.2)
     for axis in axes[len(curves) :]:
         axis.set_axis_off()
@@ -373,11 +387,9 @@ def _cloud(axis: Axes, x: np.ndarray, y: np.ndarray) -> None:
         axis.plot(x, y, "o", ms=3, alpha=0.6)
 
 
-def _text(name: object, most: int = 80) -> str:
-    """A name as it is written, shortened: dollar signs are no formula."""
-    text = visible(name)
-    text = text if len(text) <= most else text[: most - 1] + "…"
-    return text.replace("$", r"\$")
+def _texts(names: Iterable[object], most: int) -> list[str]:
+    """Names as they are written, shortened: dollar signs are no formula."""
+    return [literal(name) for name in abridged(list(names), most)]
 
 
 def _groups(result: Result) -> list[str]:

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from openreml_nn.support.errors import InputError
 
-__all__ = ["FAILED", "best", "collect", "failures", "status_of"]
+__all__ = ["FAILED", "best", "collect", "compared", "failures", "status_of"]
 
 #: What a run of a sweep leaves that has failed: its exit status, its message and its options.
 FAILED = "failed.json"
@@ -89,6 +89,26 @@ def _row(path: Path, folder: Path) -> dict[str, Any]:
             row[f"{part['group']} {effect} variance"] = entry[j]
     row["residual variance"] = result["residual"]["variance"]
     return row | result.get("validation", {})
+
+
+def compared(table: pd.DataFrame) -> pd.DataFrame:
+    """What differs between the runs of a table, as people read it: without variances, messages, and
+    what other columns say too.
+
+    Args:
+        table: from :func:`collect`.
+    """
+    shown = table.copy()
+    # A run that failed has no formula and no method, but the options that set them.
+    for name in ("formula", "method"):
+        if (option := f"model.{name}") in shown:
+            given = shown[option].str.strip("\"'")
+            shown[name] = shown[name].fillna(given) if name in shown else given
+    hidden = {"model.formula", "model.method", "deviance", "error"}  # deviance: -2 log-likelihoods
+    hidden |= {c for c in shown if c.endswith(" variance")}
+    if len(shown) > 1:
+        hidden |= {c for c in shown if shown[c].nunique() <= 1 and c != "run"}
+    return shown[[c for c in shown if c not in hidden]]
 
 
 def best(table: pd.DataFrame) -> tuple[str, str] | None:

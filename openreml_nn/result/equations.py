@@ -11,7 +11,7 @@ from torch import Tensor
 from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.problem import cholesky
 from openreml_nn.likelihood.residual import BlockResidual, Residual
-from openreml_nn.likelihood.system.products import Pattern, Products, Statistics
+from openreml_nn.likelihood.system.crossproducts import Pattern, Products, Statistics
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import DiagonalCovariance, RepeatedCovariance
 from openreml_nn.terms.design import CodedDesign, DenseDesign, Design, IndexedDesign

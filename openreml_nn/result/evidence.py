@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from openreml_nn.likelihood.system.products import Cells, Pattern, Products
+from openreml_nn.likelihood.system.crossproducts import Cells, Pattern, Products
 from openreml_nn.result.equations import Equations, FixedBasis
 
 __all__ = ["Evidence"]

@@ -56,7 +56,8 @@ class FitValues:
         encoder: what made X of a table, an :class:`openreml_nn.table.Encoder`; None without one.
         model: the :class:`openreml_nn.MixedModel` at the estimates, which predicts; None without
             a formula.
-        family, link: of the response of a generalised linear mixed model; None for a linear one.
+        family: of the response of a generalised linear mixed model; None for a linear one.
+        link: of the family; None for a linear mixed model.
         quadrature: its points of quadrature over the random effects; 1 is Laplace's approximation.
         zi: formula of its zero part; None without one.
         family_parameters: its family's parameters, or thresholds.

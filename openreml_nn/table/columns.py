@@ -15,7 +15,17 @@ import pandas as pd
 from openreml_nn.support.errors import InputError
 from openreml_nn.table.syntax import Number, parse, walk
 
-__all__ = ["check_constants", "kind_of", "no_column", "numbers", "row_name", "single", "stray"]
+__all__ = [
+    "are_dates",
+    "check_constants",
+    "have_commas",
+    "kind_of",
+    "no_column",
+    "numbers",
+    "row_name",
+    "single",
+    "stray",
+]
 
 #: What people write where a number is missing.
 MARKS = frozenset(
@@ -29,6 +39,10 @@ _DATE = re.compile(
     r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])"
     r"([ T]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d(:?\d\d)?)?)?"
 )
+#: A date as it is written by day, month and year, in either order.
+_WRITTEN_DATE = re.compile(r"\d{1,2}([./-])\d{1,2}\1(\d{4}|\d{2})|\d{4}([./])\d{1,2}\3\d{1,2}")
+#: A number with a decimal comma.
+_COMMA = re.compile(r"[+-]?\d+,\d+")
 #: Text columns of at least so many distinct numbers are taken for numbers with a slip in them.
 _MANY = 10
 
@@ -213,9 +227,22 @@ def _is_missing(value: Any) -> bool:
     return bool(found) if isinstance(found, bool | np.bool_) else False
 
 
+def are_dates(levels: list[str]) -> bool:
+    """Whether each label is a date that is written by day, month and year, as ``31.01.2026``."""
+    return bool(levels) and all(_WRITTEN_DATE.fullmatch(label.strip()) for label in levels)
+
+
+def have_commas(levels: list[str]) -> bool:
+    """Whether the labels are numbers, some with a decimal comma, and too many for a factor's."""
+    commas = sum(bool(_COMMA.fullmatch(label)) for label in levels)
+    rest = len(levels) - commas
+    return commas >= _MANY and rest == sum(_number(label) is not None for label in levels)
+
+
 def stray(levels: list[str]) -> str | None:
-    """The label that keeps a column of text from being one of numbers; None for true labels."""
-    other = [label for label in levels if _number(label) is None]
+    """The label that keeps a column of text from being one of numbers, which may have decimal commas;
+    None for true labels."""
+    other = [label for label in levels if _number(label) is None and not _COMMA.fullmatch(label)]
     count = len(levels) - len(other)
     if not count or not other:
         return None

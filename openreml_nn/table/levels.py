@@ -234,7 +234,7 @@ def joined(cells: np.ndarray, columns: Sequence[Sequence[str]]) -> tuple[str, ..
         columns: levels of each column.
     """
     if len(columns) == 1:
-        return tuple(columns[0][i] for i in cells.tolist())
+        return tuple(map(columns[0].__getitem__, cells.tolist()))
     combos = split(cells, columns)
     labels = [":".join(combo) for combo in combos]
     if len(set(labels)) < len(labels):

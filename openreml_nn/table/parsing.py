@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO, cast
 
 import pandas as pd
 
 from openreml_nn.table.frames import frame_of, regrouped
 from openreml_nn.table.text import (
     Dialect,
+    Marked,
+    Marks,
     check_quotes,
     cleaned,
     guessed,
@@ -57,8 +59,12 @@ class TextTable:
         ]
         return [name or f"Unnamed: {i}" for i, name in enumerate(unescape)]
 
-    def _source(self) -> tuple[BinaryIO, Any, Any]:
-        """The rows, with how they are to be read and parsed."""
+    def _source(self, marks: Marks | None = None) -> tuple[BinaryIO, Any, Any]:
+        """The rows, with how they are to be read and parsed.
+
+        Args:
+            marks: count the lines and the quotes of text that is parsed as it is.
+        """
         from pyarrow import csv
 
         separator, names, fields, height = self._header()
@@ -71,6 +77,8 @@ class TextTable:
             separator, height, encoding = ",", 0, "utf-8"
         else:
             encoding = self._dialect.encoding
+            if marks is not None:
+                stream = cast(BinaryIO, Marked(stream, marks))
         read = csv.ReadOptions(
             column_names=keys, skip_rows=height, encoding=encoding, block_size=_BLOCK
         )
@@ -93,32 +101,28 @@ class TextTable:
         """All columns: as text, or as what the first rows hold where that suits all rows."""
         import pyarrow as pa
 
-        stream, read, parse = self._source()
+        marks = Marks()
+        stream, read, parse = self._source(marks)
         with stream:
             data = stream.read()
         texts = {key: pa.string() for key in read.column_names}
         if b'"' not in data:
             parse.newlines_in_values = False  # blocks can then be parsed at once
         found = self._typed(data, read, parse, texts)
-        if read.skip_rows:  # else they were looked at as the text was cleaned
-            self._check_quotes([data], len(found) + read.skip_rows, parse.delimiter)
+        self._check_quotes(marks, len(found))
         return found
 
-    def _check_quotes(self, blocks: Iterable[bytes], rows: int, separator: str) -> None:
+    def _check_quotes(self, marks: Marks, rows: int) -> None:
         """Look at the quotes of a file that has more lines than rows, or an odd number of quotes.
 
         Args:
-            blocks: its bytes.
-            rows: how many were found in it, the lines of the header among them.
-            separator: between fields.
+            marks: its marks; none of a file that was cleaned, and looked at then.
+            rows: how many were found in it.
         """
-        lines, quotes, last = 0, 0, b""
-        for block in blocks:
-            lines += max(block.count(b"\n"), block.count(b"\r"))
-            quotes += block.count(b'"')
-            last = block[-1:] or last
-        lines += last not in (b"\n", b"\r")
-        if quotes % 2 or (quotes and rows < lines):
+        if not marks.quotes:
+            return
+        separator, _, _, height = self._header()
+        if marks.quotes % 2 or rows + height < marks.lines:
             with self._opened() as stream:
                 check_quotes(stream, self._dialect, separator)
 
@@ -149,14 +153,14 @@ class TextTable:
     ) -> Iterator[pd.DataFrame]:
         """Columns at some positions, under these names, so many rows at a time."""
         kinds = self._kinds(positions)
-        for table in self._batches(rows, positions):
+        for table in self._batches(rows, positions, None):
             yield self._framed(table, kinds, columns)
 
-    def _batches(self, rows: int, positions: Sequence[int]) -> Iterator[Any]:
+    def _batches(self, rows: int, positions: Sequence[int], marks: Marks | None) -> Iterator[Any]:
         import pyarrow as pa
         from pyarrow import csv
 
-        stream, read, parse = self._source()
+        stream, read, parse = self._source(marks)
         with stream:
             include = [str(i) for i in positions]
             conversion = self._conversion(dict.fromkeys(include, pa.string()), include)
@@ -168,16 +172,13 @@ class TextTable:
         missing = [position for position in positions if position not in known]
         if missing:
             found: list[set[str]] = [set() for _ in missing]
-            rows = 0
-            for table in self._batches(200_000, missing):
+            rows, marks = 0, None if known else Marks()
+            for table in self._batches(200_000, missing, marks):
                 rows += len(table)
                 for kinds, column in zip(found, table.columns, strict=True):
                     kinds.add(kind_of_text(column, self._dialect))
-            stream, read, parse = self._source()
-            with stream:
-                if read.skip_rows and not known:
-                    blocks = iter(lambda: stream.read(_BLOCK), b"")
-                    self._check_quotes(blocks, rows + read.skip_rows, parse.delimiter)
+            if marks is not None:
+                self._check_quotes(marks, rows)
             known.update(zip(missing, map(joint_kind, found), strict=True))
         return [known[position] for position in positions]
 

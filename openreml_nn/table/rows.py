@@ -12,7 +12,15 @@ from torch import Tensor
 
 from openreml_nn.support.errors import InputError
 from openreml_nn.support.warning import warn
-from openreml_nn.table.columns import kind_of, numbers, row_name, single, stray
+from openreml_nn.table.columns import (
+    are_dates,
+    have_commas,
+    kind_of,
+    numbers,
+    row_name,
+    single,
+    stray,
+)
 from openreml_nn.table.expressions import Basis, as_numbers, evaluate
 from openreml_nn.table.functions import FUNCTIONS
 from openreml_nn.table.learned import Learned
@@ -86,10 +94,7 @@ class TableRows:
         if kind == "number":
             return self.numbers(name)
         if kind == "dates":
-            raise InputError(
-                f"{self.source}: column {name!r} holds dates, times or durations: expected "
-                "numbers, such as days since a start, or its name in `categorical`"
-            )
+            raise self._of_dates(name)
         if kind == "bool":
             codes = coded(self.table[name], ["False", "True"], self.source).codes
             if (codes < 0).any():
@@ -137,17 +142,33 @@ class TableRows:
         return value
 
     def check_labels(self, node: Name) -> None:
-        """Refuse a column of text that is one of numbers but for a slip."""
+        """Refuse a column of text that is one of numbers but for a slip, or one of dates."""
         name, factor = node.name, self.variable(node)
         column = self.table[name]
         told = name in self._categorical or isinstance(column.dtype, pd.CategoricalDtype)
-        if told or not isinstance(factor, Factor) or (found := stray(factor.levels)) is None:
+        if told or not isinstance(factor, Factor):
+            return
+        if are_dates(factor.levels):
+            raise self._of_dates(name)
+        if have_commas(factor.levels):
+            raise InputError(
+                f"{self.source}: column {name!r} has numbers with a decimal comma, such as "
+                f"{factor.levels[0]!r}: expected a file that is read with `decimal=','`, or its name in "
+                "`categorical`"
+            )
+        if (found := stray(factor.levels)) is None:
             return
         at = int(np.argmax(factor.codes == factor.levels.index(found)))
         raise InputError(
             f"{self.source}: column {name!r} is not numeric: found {found!r} in row "
             f"{self.row(at)} among numbers; say what a missing value looks like when the file is "
             f"read, `missing=[{found!r}]`, or name the column in `categorical`"
+        )
+
+    def _of_dates(self, name: str) -> InputError:
+        return InputError(
+            f"{self.source}: column {name!r} holds dates, times or durations: expected "
+            "numbers, such as days since a start, or its name in `categorical`"
         )
 
     def _check(self, value: np.ndarray | Basis, key: str) -> None:

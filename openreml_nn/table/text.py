@@ -19,6 +19,8 @@ import pyarrow.compute as pc
 
 __all__ = [
     "Dialect",
+    "Marked",
+    "Marks",
     "check_quotes",
     "cleaned",
     "has_leading_zeros",
@@ -130,6 +132,51 @@ def _records(lines: Iterable[str], separator: str) -> Iterator[list[str]]:
             return
         row += bool(record)
         yield record
+
+
+@dataclass
+class Marks:
+    """Marks in the bytes of a text.
+
+    Attributes:
+        quotes: how many there are.
+        ends: of lines.
+        last: byte.
+    """
+
+    quotes: int = 0
+    ends: int = 0
+    last: bytes = b""
+
+    @property
+    def lines(self) -> int:
+        return self.ends + (self.last not in (b"", b"\n", b"\r"))
+
+
+class Marked(io.RawIOBase):
+    """A stream of which the marks are counted as it is read.
+
+    Args:
+        stream: from its beginning.
+        marks: those of what is read are added.
+    """
+
+    def __init__(self, stream: BinaryIO, marks: Marks) -> None:
+        self._stream, self._marks = stream, marks
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        block = self._stream.read() if size < 0 else self._stream.read(size)
+        self._marks.quotes += block.count(b'"')
+        self._marks.ends += max(block.count(b"\n"), block.count(b"\r"))
+        self._marks.last = block[-1:] or self._marks.last
+        return block
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
 
 
 class _Pieces(io.RawIOBase):

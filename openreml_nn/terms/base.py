@@ -17,6 +17,9 @@ from openreml_nn.terms.kernel import Kernel
 
 __all__ = ["Covariance", "LinearCovariance", "Meeting", "condition", "square_root"]
 
+#: A part of the largest eigenvalue by which rounding to single precision moves the others.
+_FEW_DIGITS = 1e-6
+
 
 class Meeting(NamedTuple):
     """Which rows share an independent block of a covariance.
@@ -212,9 +215,14 @@ def square_root(matrix: Tensor) -> Tensor:
     if not int(info):
         return factor
     values, vectors = decomposed(matrix, "the covariance of a term")
-    rounding = matrix.shape[0] * torch.finfo(matrix.dtype).eps * values.abs().max()
-    if not bool(values[0] >= -rounding):
-        raise NumericalError(f"its smallest eigenvalue is {float(values[0]):.6g}")
+    most = values.abs().max()
+    if not bool(values[0] >= -matrix.shape[0] * torch.finfo(matrix.dtype).eps * most):
+        found = f"its smallest eigenvalue is {float(values[0]):.6g}"
+        if bool(values[0] > -_FEW_DIGITS * most):
+            found += (
+                f"; its numbers, or its distances, seem to have fewer digits than {matrix.dtype}"
+            )
+        raise NumericalError(found)
     return vectors * values.clamp(min=0).sqrt()
 
 

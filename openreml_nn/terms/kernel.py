@@ -14,6 +14,7 @@ from torch import Tensor
 
 from openreml_nn.support.errors import NotPositiveDefiniteError
 from openreml_nn.support.modes import outside_inference
+from openreml_nn.terms.descent import Descent
 
 __all__ = ["Kernel", "private", "same_content"]
 
@@ -94,15 +95,21 @@ class Kernel:
 
     def log_det(self) -> float:
         r""":math:`\log|K|` of a kernel known by its inverse, which is zero on nothing."""
-        return -float(np.log(self._factor.U.diagonal()).sum())
+        factor = self._factor
+        if isinstance(factor, Descent):
+            return -factor.log_det
+        return -float(np.log(factor.U.diagonal()).sum())
 
     @cached_property
     def _factor(self) -> Any:
-        """SuperLU's factor of the inverse, without pivoting."""
+        """What solves with the inverse: its descent, or else SuperLU's factor without pivoting."""
         assert self.inverse is not None
         sparse = self.inverse.detach().cpu().double().to_sparse_coo().coalesce()
         index, size = sparse.indices().numpy(), (self.size, self.size)
         matrix = csc_matrix((sparse.values().numpy(), (index[0], index[1])), shape=size)
+        descent = Descent.of(matrix) if self.null is None else None
+        if descent is not None:
+            return descent
         if self.null is not None:
             # Of what has nothing of the null space the solution is zero at corners: any will do there.
             N = self.null.detach().cpu().double().numpy()

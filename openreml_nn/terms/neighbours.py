@@ -144,8 +144,8 @@ class NeighbourPrecision(Precision):
         d, B = self._checked(x)
         return -float(np.log(d).sum()), np.concatenate([-1 / d, np.zeros(B.size)])
 
-    def variance_of_new(self, x: np.ndarray) -> float:
-        return 1.0  # regressions are those of a correlation
+    def variances(self, x: np.ndarray) -> np.ndarray:
+        return np.ones(self.size)  # regressions are those of a correlation
 
     def solve(self, x: np.ndarray, u: np.ndarray) -> np.ndarray:
         d, B = self._checked(x)

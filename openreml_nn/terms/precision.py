@@ -94,14 +94,14 @@ class Precision:
         r""":math:`Q^{-1} u` for u (q, m)."""
         raise NotImplementedError
 
-    def variance_of_new(self, x: np.ndarray) -> float:
-        r"""The variance of a level that is not among these, over Σ: the mean of theirs."""
-        total = 0.0
+    def variances(self, x: np.ndarray) -> np.ndarray:
+        """The diagonal of :math:`Q^{-1}`, (q,): variances of the levels over Σ."""
+        found = np.empty(self.size)
         for some in np.array_split(np.arange(self.size), -(-self.size // 512)):
             unit = np.zeros((self.size, len(some)))
             unit[some, np.arange(len(some))] = 1
-            total += float(np.trace(self.solve(x, unit)[some]))
-        return total / self.size
+            found[some] = self.solve(x, unit)[some].diagonal()
+        return found
 
     def matrix(self, entries: np.ndarray) -> csc_matrix:
         """Both triangles of Q from its lower one."""
@@ -230,9 +230,9 @@ class PrecisionCovariance(Covariance):
         return self.parts()[0]
 
     def of_new(self) -> Tensor:
-        """The covariance of the effects of a level that is not among these, (t, t)."""
+        """The covariance of the effects of a level that is not among these, (t, t): the mean of theirs."""
         sigma, numbers = self.parts()
-        return sigma * self.precision.variance_of_new(_numbers(numbers))
+        return sigma * float(self.precision.variances(_numbers(numbers)).mean())
 
     def multiply(self, x: Tensor, transpose: bool = False) -> Tensor:
         sigma, numbers = self.parts()

@@ -1,4 +1,4 @@
-r"""Sparse precisions made of others: Kronecker products, direct sums, and one whose places are scaled."""
+r"""Sparse precisions made of others: Kronecker products, and direct sums."""
 
 from __future__ import annotations
 
@@ -13,22 +13,18 @@ from openreml_nn.terms.base import Covariance
 from openreml_nn.terms.covariance import DenseCovariance, KroneckerCovariance
 from openreml_nn.terms.direct_sum import DirectSumCovariance
 from openreml_nn.terms.precision import Precision, PrecisionCovariance
-from openreml_nn.terms.series import SeriesPrecision
+from openreml_nn.terms.scaled import ScaledPrecision
+from openreml_nn.terms.series import StepPrecision
 
 __all__ = [
-    "FEW_PLACES",
     "DensePrecision",
     "DirectSumPrecision",
     "KroneckerPrecision",
-    "ScaledPrecision",
     "kronecker_of",
     "one_effect",
     "precise",
     "rescaled",
 ]
-
-#: Of so many places a matrix costs little.
-FEW_PLACES = 256
 
 _Map = Callable[[np.ndarray], np.ndarray]
 
@@ -76,6 +72,9 @@ class DensePrecision(Precision):
     def log_det(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         Q = self._inverse(x)
         return float(np.linalg.slogdet(Q)[1]), -Q.reshape(-1)
+
+    def variances(self, x: np.ndarray) -> np.ndarray:
+        return self._sigma(x).diagonal().copy()
 
     def solve(self, x: np.ndarray, u: np.ndarray) -> np.ndarray:
         return self._sigma(x) @ u
@@ -150,9 +149,9 @@ class KroneckerPrecision(Precision):
         a, b = self._split(x)
         return self._apply(lambda v: self.one.solve(a, v), lambda v: self.other.solve(b, v), u)
 
-    def variance_of_new(self, x: np.ndarray) -> float:
+    def variances(self, x: np.ndarray) -> np.ndarray:
         a, b = self._split(x)
-        return self.one.variance_of_new(a) * self.other.variance_of_new(b)
+        return np.kron(self.one.variances(a), self.other.variances(b))
 
     def _apply(self, of_one: _Map, of_other: _Map, u: np.ndarray) -> np.ndarray:
         """A ⊗ B times u (q, m), by what either does."""
@@ -242,72 +241,12 @@ class DirectSumPrecision(Precision):
             slopes += [np.array([-part.size / v]), found[1]]
         return total, np.concatenate(slopes)
 
+    def variances(self, x: np.ndarray) -> np.ndarray:
+        return np.concatenate([v * part.variances(own) for part, v, own in self._of(x)])
+
     def solve(self, x: np.ndarray, u: np.ndarray) -> np.ndarray:
         pairs = zip(self._of(x), np.split(u, self._places), strict=True)
         return np.concatenate([v * part.solve(own, w) for (part, v, own), w in pairs])
-
-
-class ScaledPrecision(Precision):
-    r""":math:`Q = S^{-1/2} P S^{-1/2}` of a precision P; x are the variances on the diagonal of S
-    (q,), and then the numbers of P.
-
-    Args:
-        one: P.
-    """
-
-    def __init__(self, one: Precision) -> None:
-        self.one, self.size, self.row, self.column = one, one.size, one.row, one.column
-
-    @property
-    def constants(self) -> list[Tensor]:
-        return self.one.constants
-
-    def covariance(self, x: Tensor) -> Tensor:
-        s = x[: self.size].sqrt()
-        return s[:, None] * self.one.covariance(x[self.size :]) * s
-
-    def covariance_along(self, x: Tensor, dx: Tensor) -> Tensor:
-        s, K = x[: self.size].sqrt(), self.one.covariance(x[self.size :])
-        d = dx[: self.size] / (2 * s)
-        moved = self.one.covariance_along(x[self.size :], dx[self.size :])
-        return (d[:, None] * s + s[:, None] * d) * K + s[:, None] * moved * s
-
-    def _split(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Roots of S, and the numbers of P."""
-        if not (x[: self.size] > 0).all():
-            raise NumericalError("a variance by which a covariance is scaled is not positive")
-        return np.sqrt(x[: self.size]), x[self.size :]
-
-    def entries(self, x: np.ndarray) -> np.ndarray:
-        s, own = self._split(x)
-        return self.one.entries(own) / (s[self.row] * s[self.column])
-
-    def pull(self, x: np.ndarray, cotangent: np.ndarray) -> np.ndarray:
-        s, own = self._split(x)
-        c = cotangent / (s[self.row] * s[self.column])
-        share = c * self.one.entries(own)
-        by_log = np.bincount(self.row, share, self.size) + np.bincount(
-            self.column, share, self.size
-        )
-        return np.concatenate([-by_log / (2 * s**2), self.one.pull(own, c)])
-
-    def along(self, x: np.ndarray, dx: np.ndarray, u: np.ndarray) -> np.ndarray:
-        s, own = self._split(x)
-        s, d = s[:, None], (dx[: self.size] / (2 * s**2))[:, None]  # of log sqrt(S)
-        v = u / s
-        moved = self.one.along(own, dx[self.size :], v) - self.one.times(own, d * v)
-        return (moved - d * self.one.times(own, v)) / s
-
-    def log_det(self, x: np.ndarray) -> tuple[float, np.ndarray] | None:
-        s, own = self._split(x)
-        found = self.one.log_det(own)
-        if found is None:
-            return None
-        return found[0] - 2 * float(np.log(s).sum()), np.concatenate([-1 / s**2, found[1]])
-
-    def solve(self, x: np.ndarray, u: np.ndarray) -> np.ndarray:
-        s, own = self._split(x)
-        return s[:, None] * self.one.solve(own, s[:, None] * u)
 
 
 # ---------------------------------------------------------------------- covariances of them
@@ -322,7 +261,7 @@ def precise(g: Covariance) -> PrecisionCovariance | None:
     if not g.is_chained:
         return None
     if isinstance(g, DenseCovariance):
-        return PrecisionCovariance(torch.cat(_series(g.matrix)), _steps(len(g.matrix)))
+        return _of_chain(g.matrix)
     assert isinstance(g, KroneckerCovariance)
     A, B = g.parts()
     return kronecker_of(DenseCovariance(A, chained=True), DenseCovariance(B, chained=True))
@@ -348,14 +287,14 @@ def kronecker_of(a: Covariance, b: Covariance) -> PrecisionCovariance | None:
     return PrecisionCovariance(x, precision)
 
 
-def rescaled(g: Covariance, variances: Tensor) -> PrecisionCovariance | None:
-    r""":math:`S^{1/2} G S^{1/2}` with these variances (q,) on the diagonal of S; None where G is not
-    known by a sparse precision."""
+def rescaled(g: Covariance, scales: Tensor) -> PrecisionCovariance | None:
+    r""":math:`S G S` with these scales (q,) on the diagonal of S; None where G is not known by a sparse
+    precision."""
     found = precise(g)
     if found is None:
         return None
     one = one_effect(found)
-    x = torch.cat([one.matrix[:1], variances.to(one.matrix), one.matrix[1:]])
+    x = torch.cat([one.matrix[:1], scales.to(one.matrix), one.matrix[1:]])
     return PrecisionCovariance(x, ScaledPrecision(one.precision))
 
 
@@ -370,14 +309,12 @@ def _direct_sum(parts: Sequence[PrecisionCovariance | None]) -> PrecisionCovaria
     return PrecisionCovariance(torch.cat([torch.ones_like(x[:1]), x]), precision)
 
 
-def _series(A: Tensor) -> tuple[Tensor, Tensor]:
-    """The variance and the correlation of an autoregression in single steps, (1,) each."""
-    first = A[:1, 0]
-    return first, A[:1, 1] / first if len(A) > 1 else torch.zeros_like(first)
-
-
-def _steps(size: int) -> SeriesPrecision:
-    return SeriesPrecision((np.arange(size) > 0).astype(np.int64))
+def _of_chain(A: Tensor) -> PrecisionCovariance:
+    """A covariance whose inverse is tridiagonal, by its variances and the correlations of neighbours."""
+    scales = A.diagonal().sqrt()
+    steps = A.diagonal(1) / (scales[:-1] * scales[1:])
+    x = torch.cat([torch.ones_like(scales[:1]), scales, steps])
+    return PrecisionCovariance(x, ScaledPrecision(StepPrecision(len(A))))
 
 
 def _sides(precision: Precision) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

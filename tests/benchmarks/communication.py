@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from openreml_nn.likelihood.system.products import Statistics
+from openreml_nn.likelihood.system.crossproducts import Statistics
 from openreml_nn.terms.design import IndexedDesign
 
 __all__ = ["Design", "communication", "gather_seconds", "ring_seconds"]

@@ -41,7 +41,7 @@ def test_labels_without_given_levels_are_sorted_also_without_lex_order():
 
 @pytest.mark.parametrize("missing", [None, float("nan"), pd.NA, pd.NaT])
 def test_missing_labels_are_refused_with_their_rows(missing):
-    with pytest.raises(ValueError, match=r"missing in 2 row\(s\): 1, 3"):
+    with pytest.raises(ValueError, match=r"missing in 2 row\(s\): 2, 4"):
         DummyMatrix(["a", missing, "b", missing])
 
 

@@ -63,7 +63,7 @@ def test_a_long_line_of_descent_needs_no_recursion():
     ("columns", "match"),
     [
         ((["a", "a"], [None, None], [None, None]), "'a' stands in two rows"),
-        ((["a", None], [None, None], [None, None]), "no name in row 1"),
+        ((["a", None], [None, None], [None, None]), "no name in row 2"),
         ((["a", "b"], ["b", "a"], [None, None]), "is its own ancestor, by '?. > . > .'?: expected"),
         ((["a"], ["a"], [None]), "'a' is its own ancestor, by a > a: expected"),
         (
@@ -93,12 +93,12 @@ def test_a_design_has_the_order_of_the_pedigree():
     rows = ["a11", "a2", "a11", "a10"]  # in another order, and that of the alphabet
     Z = pedigree.design(rows)()
     assert [pedigree.levels[i] for i in Z.argmax(1)] == rows
-    with pytest.raises(ValueError, match=r"'b' in row 1 is not in the pedigree: .* add it there"):
+    with pytest.raises(ValueError, match=r"'b' in row 2 is not in the pedigree: .* add it there"):
         pedigree.design(["a1", "b"])
 
 
 def test_an_animal_of_two_sexes_is_named_in_a_warning():
-    with pytest.warns(UserWarning, match="'a' is a `sire` in row 0 and a `dam` in row 1"):
+    with pytest.warns(UserWarning, match="'a' is a `sire` in row 1 and a `dam` in row 2"):
         Pedigree.of(["c", "d"], ["a", "c"], ["b", "a"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -16,6 +16,7 @@ from openreml_nn.covariance import (
     MaternMatrix,
     ScalarMatrix,
     Sum,
+    UnstructuredMatrix,
     kron,
 )
 from openreml_nn.covariance.transform import (
@@ -347,6 +348,27 @@ def fitted(trans, y, groups):
         warnings.simplefilter("error")
         result = fit_reml(V, y, torch.ones(len(y), 1))
     return torch.tensor([p.value for p in result.parameters]), result
+
+
+@pytest.mark.parametrize(
+    "trans", [TransformExp(degree=d) for d in range(3)] + [TransformIdentity()], ids=repr
+)
+def test_canonical_coordinates_have_the_same_matrix(trans):
+    """A sign is folded for all of a column of L, or for none: a logarithm below zero has none."""
+    matrix = UnstructuredMatrix(3).double()
+    for i in range(3):
+        matrix.retransform(f"L_{i}_{i}", trans)
+
+    def at(coordinates):
+        L = torch.zeros(3, 3)
+        for name, u in coordinates.items():
+            i, j = map(int, name.split("_")[1:])
+            L[i, j] = float(matrix.own_trans[name].at_coordinate(torch.tensor(u)))
+        return L @ L.mT
+
+    values = (-0.7, 0.5, -0.4, 0.3, 0.8, -1.1)
+    coordinates = dict(zip(matrix.param_names, values, strict=True))
+    torch.testing.assert_close(at(matrix.canonical(coordinates)), at(coordinates))
 
 
 @pytest.mark.parametrize("singular", [False, True])

@@ -264,8 +264,8 @@ FAULTS = [
     Fault(
         "the log-determinant of a kernel is that of its inverse",
         KNOWN,
-        "return -float(np.log(self._factor.U.diagonal()).sum())",
-        "return float(np.log(self._factor.U.diagonal()).sum())",
+        "return -factor.log_det",
+        "return factor.log_det",
         "tests/likelihood/test_krylov.py -k relatives_by_a_sparse_inverse",
     ),
     Fault(

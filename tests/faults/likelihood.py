@@ -164,7 +164,7 @@ FAULTS = [
     Fault(
         "the error of an estimated likelihood is that of one probe",
         "openreml_nn/likelihood/solvers/krylov.py",
-        "samples.std() / len(samples) ** 0.5 / 2",
+        "samples.std() / count**0.5 / 2",
         "samples.std() / 2",
         "tests/likelihood/test_probes.py",
     ),
@@ -184,7 +184,7 @@ FAULTS = [
     ),
     Fault(
         "products of chunks are joined by the first chunk's places",
-        "openreml_nn/likelihood/system/products.py",
+        "openreml_nn/likelihood/system/crossproducts.py",
         "a, b = places[t][a], places[u][b]",
         "a, b = places[t][a], places[t][b]",
         "tests/table/test_stream.py -k chunks_give",
@@ -241,8 +241,8 @@ FAULTS = [
     Fault(
         "the selected inverse has a wrong sign beside its diagonal",
         "openreml_nn/likelihood/system/sparse/factor.py",
-        "_R, _U, w, r, -1.0, room",
-        "_R, _U, w, r, 1.0, room",
+        "_R, _U, w, m, -1.0, room",
+        "_R, _U, w, m, 1.0, room",
         "tests/likelihood/test_sparse.py -k 'solves_and_inverts'",
     ),
     Fault(

@@ -50,5 +50,5 @@ def test_without_estimated_variances_it_is_the_sum_of_leverages():
     options = {"residual_variance": 400.0, "constraints": {"Subject/sigma^2": 900.0}}
     fit = lmm("Reaction ~ Days + (1 | Subject)", SOME, **options)
     assert conditional_aic(fit).df == pytest.approx(influence(fit)["leverage"].sum(), abs=1e-9)
-    with pytest.raises(InputError, match="`correction` is 'refits': expected 'slopes'"):
-        conditional_aic(fit, "refits")
+    with pytest.raises(InputError, match="`correction` is 'differences': expected 'slopes'"):
+        conditional_aic(fit, "differences")

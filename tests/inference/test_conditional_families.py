@@ -1,4 +1,4 @@
-"""Conditional AIC of families: refits are those of lme4, the information is that of dense matrices; and
+"""Conditional AIC of families: differences of fits are those of lme4, the information is that of dense matrices; and
 differences of effects have the errors of the working linear model."""
 
 import json
@@ -47,9 +47,9 @@ def _predictor(result):
         ("cbind(b, none) ~ 1 + (1 | g)", "binomial", TABLE[:16].assign(none=1 - TABLE.b)[::-1]),
     ],
 )
-def test_refits_are_those_of_lme4(formula, family, rows):
+def test_differences_are_those_of_lme4(formula, family, rows):
     found = conditional_aic(glmm(formula, rows, family=family), progress=False)
-    assert found.correction == "refits"
+    assert found.correction == "differences"
     assert found.df == pytest.approx(LEME4[family]["df"], abs=2e-6)
     assert found.log_likelihood == pytest.approx(LEME4[family]["log_likelihood"], abs=1e-4)
     assert found.aic == pytest.approx(-2 * found.log_likelihood + 2 * found.df, abs=1e-9)
@@ -79,7 +79,7 @@ def test_the_information_is_that_of_dense_matrices(formula, options):
     if options["family"] not in ("poisson", "binomial"):
         assert conditional_aic(result) == found
         with pytest.raises(InputError, match=f"`result` is of the family '{options['family']}'"):
-            conditional_aic(result, "refits")
+            conditional_aic(result, "differences")
 
 
 def test_a_gaussian_family_has_the_leverages_of_the_linear_model():
@@ -105,11 +105,11 @@ def test_weights_and_trials_have_the_information_alone():
     found, again = conditional_aic(weighted), conditional_aic(twice, "information")
     np.testing.assert_allclose(found[:3], again[:3], rtol=1e-5)
     with pytest.raises(InputError, match="`result` has prior weights"):
-        conditional_aic(weighted, "refits")
+        conditional_aic(weighted, "differences")
     trials = glmm("cbind(n, b + 1) ~ x + (1 | g)", TABLE.assign(b=1 - TABLE.b), family="binomial")
     assert conditional_aic(trials).correction == "information"
     with pytest.raises(InputError, match="`result` has several trials in a row"):
-        conditional_aic(trials, "refits")
+        conditional_aic(trials, "differences")
     with pytest.raises(InputError, match="`correction` is 'slopes'"):
         conditional_aic(trials, "slopes")
 

@@ -132,7 +132,7 @@ def test_what_is_no_case_is_refused():
             lambda: influence(result, ["a", "b"]),
             "`by` has 2 labels: expected one for each of the 72",
         ),
-        (lambda: influence(result, [None, *"ab" * 35, "a"]), "`by` has no label in row 0"),
+        (lambda: influence(result, [None, *"ab" * 35, "a"]), "`by` has no label in row 1"),
         (lambda: influence(streamed), "read in chunks"),
         (lambda: influence(plain), "`result` has no fixed effects"),
     ):

@@ -37,9 +37,9 @@ def fitted(fixed="Days", random="(1 | Subject)", table="all", **options):
 @pytest.mark.parametrize(
     ("small", "large", "message"),
     [
-        ({"weights": "w"}, {}, "have other weights, in row .* times that of row 0"),
-        ({"weights": "w"}, {"weights": "w", "table": "one weight"}, "other weights, in row 3 "),
-        ({}, {"table": "shuffled"}, "have other responses, .* in row 0: expected fits of the same"),
+        ({"weights": "w"}, {}, "have other weights, in row .* times that of row 1"),
+        ({"weights": "w"}, {"weights": "w", "table": "one weight"}, "other weights, in row 4 "),
+        ({}, {"table": "shuffled"}, "have other responses, .* in row 1: expected fits of the same"),
         ({}, {"fixed": "Days + offset(z)"}, "have other responses"),
         ({}, {"table": "first 170"}, "180 rows and .* 170 rows"),
     ],

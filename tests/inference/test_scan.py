@@ -109,7 +109,7 @@ def test_what_is_no_marker_is_refused():
     streamed = fit_stream("yield ~ 1 + (1 | Block)", table_path("oats"), progress=False)
     for call, message in (
         (lambda: scan(result, np.ones((71, 2))), r"`markers` is .*: expected .* shape \(72, m\)"),
-        (lambda: scan(result, missing), "`markers` has no number for 'm2' in row 9"),
+        (lambda: scan(result, missing), "`markers` has no number for 'm2' in row 10"),
         (lambda: scan(result, oats()[["Variety"]]), "`markers` has the column 'Variety' of"),
         (lambda: scan(streamed, np.ones((72, 1))), "read in chunks"),
     ):

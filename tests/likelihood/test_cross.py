@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openreml_nn.likelihood.system import cross
+from openreml_nn.likelihood.system.crossproducts import Pattern, Statistics
 from openreml_nn.likelihood.system.partition import Partition
 from openreml_nn.likelihood.system.placement import Placement
-from openreml_nn.likelihood.system.products import Pattern, Statistics
 from openreml_nn.terms.design import IndexedDesign
 
 

@@ -264,8 +264,7 @@ def test_series_by_formula_are_seen_at_the_times_of_their_rows():
 
 
 def test_fields_of_many_trials_start_from_a_few_reaches():
-    V, y, X = trials([(2, 3)] * 6)
-    found = list(reaches(REMLLoss(V).objective(y, X)))
+    found = reaches(trials([(2, 3)] * 6)[0])
     assert len(found) == 5  # three for all, and rows or columns far
     far = {matrix for matrix, reach in found[3] if reach > 0.5}
     assert len(far) == 6

@@ -42,6 +42,7 @@ from openreml_nn.covariance.transform import TransformIdentity
 from openreml_nn.estimation.marginal import fit_laplace
 from openreml_nn.families import NegativeBinomial, Poisson
 from openreml_nn.likelihood.solvers import SOLVERS
+from openreml_nn.support.errors import NotPositiveDefiniteError
 from tests.strategies import places
 
 #: Levels, and rows.
@@ -354,3 +355,19 @@ def test_the_widest_parameter_counts_wherever_it_stands():
     found = [REMLLoss(Sum(*order))(y, X) for order in (terms, terms[::-1])]
     assert [x.dtype for x in found] == [torch.float64] * 2
     torch.testing.assert_close(*found, rtol=1e-12, atol=0)
+
+
+def test_distances_of_few_digits_are_named_where_they_are_no_covariance():
+    x = torch.rand(30, 1, generator=torch.Generator().manual_seed(0))
+    places = torch.cat([x, x + 1e-3])
+    y, X = torch.arange(120.0).double().sin(), torch.ones(120, 1).double()
+    codes = torch.arange(60).repeat(2)
+
+    def loss(places):
+        d = torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist")
+        term = CovariancePropagation(DummyMatrix.from_codes(codes, 60), GaussianMatrix(d))
+        return REMLLoss(Sum(term, ScalarMatrix(120)), solver="blocked")(y, X)
+
+    with pytest.raises(NotPositiveDefiniteError, match=r"have fewer digits than torch\.float64"):
+        loss(places)
+    assert torch.isfinite(loss(places.double()))

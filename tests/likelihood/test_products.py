@@ -36,9 +36,14 @@ from openreml_nn.terms.products import (
     DensePrecision,
     DirectSumPrecision,
     KroneckerPrecision,
-    ScaledPrecision,
 )
-from openreml_nn.terms.series import SeriesPrecision
+from openreml_nn.terms.scaled import ScaledPrecision
+from openreml_nn.terms.series import (
+    DecayPrecision,
+    RepeatedPrecision,
+    SeriesPrecision,
+    StepPrecision,
+)
 from tests.likelihood.test_fields import Model, assert_equal
 from tests.strategies import distances, path, places
 
@@ -59,7 +64,11 @@ PRECISIONS = {
         DirectSumPrecision([SERIES, DensePrecision(2)], [1, 4]),
         torch.cat([V, RHO, V / 2, SIGMA]),
     ),
-    "scaled": (ScaledPrecision(SERIES), torch.cat([torch.arange(1, 6).double(), RHO])),
+    "scaled": (ScaledPrecision(SERIES), torch.cat([torch.arange(-1, 4).double() - 0.5, RHO])),
+    "series": (SERIES, -RHO),
+    "times": (DecayPrecision(np.array([3.0, 1.0, 2.5, 2.0, 0.1]), np.array([0, 1, 0, 0, 1])), RHO),
+    "steps": (StepPrecision(4), torch.tensor([0.5, -0.4, 0.0]).double()),
+    "copies": (RepeatedPrecision(StepPrecision(2), 2), RHO),
 }
 
 
@@ -87,7 +96,12 @@ def test_a_precision_is_the_inverse_of_its_covariance_with_its_derivatives(name)
     c = torch.randn(len(Q.row), generator=generator).double()
     pulled = Q.pull(numbers, c.numpy()) @ dx.numpy()
     assert pulled == pytest.approx(float(c @ moved[Q.row, Q.column]), abs=1e-12)
-    assert Q.variance_of_new(numbers) == pytest.approx(float(K.diagonal().mean()), abs=1e-12)
+    close(torch.from_numpy(Q.variances(numbers)), K.diagonal())
+    at, by = numbers, u.numpy()
+    close(torch.from_numpy(Q.times(at, by)), inverse @ u)
+    close(torch.from_numpy(Q.inner(at, by, 1)), u.mT @ inverse @ u)
+    square = Q.pull_square(at, by) @ dx.numpy()
+    assert square == pytest.approx(float(torch.trace(u.mT @ moved @ u)) / 2, abs=1e-12)
 
 
 def held(matrix: Matrix) -> Matrix:

@@ -120,6 +120,26 @@ def test_columns_of_one_pattern_are_one_supernode(n, density, seed):
     assert (symbolic.of_column[:-1] == symbolic.of_column[1:])[alike].all()
 
 
+@pytest.mark.parametrize(("wide", "reach", "merged"), [(20, 420, True), (40, 200, False)])
+def test_columns_that_reach_far_into_a_large_block_are_part_of_it(wide, reach, merged):
+    # Three times some columns that do not meet; the inverse of those that stay is found by panels.
+    rng, few, last = np.random.default_rng(0), 3 * wide, 600
+    A = np.diag(np.full(few + last, 400.0))
+    A[few:, few:] += rng.standard_normal((last, last)) / 10
+    for a in range(0, few, wide):
+        A[np.ix_(few + np.sort(rng.permutation(last)[:reach]), range(a, a + wide))] = 1.0
+        A[a : a + wide, a : a + wide] += 1.0
+    A = csc_matrix(np.tril(A) + np.tril(A, -1).T)
+    found = factored(A, natural)
+    widths = np.diff(found.symbolic.first).tolist()
+    assert widths == ([few + last] if merged else [wide, wide, wide, last])
+    low = tril(A).tocoo()
+    place = found.symbolic.where(low.row.astype(np.int64), low.col.astype(np.int64))
+    inverse = np.linalg.inv(A.toarray())
+    np.testing.assert_allclose(found.inverse[place], inverse[low.row, low.col], rtol=0, atol=1e-16)
+    assert found.log_det == pytest.approx(np.linalg.slogdet(A.toarray())[1], rel=1e-14)
+
+
 def test_every_entry_of_the_pattern_of_the_factor_is_of_the_inverse():
     # A grid: its supernodes are of all widths.
     n = 14

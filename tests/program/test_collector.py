@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from openreml_nn.program.collector import started, starting
+from openreml_nn.program.collector import resting
 
 
 @pytest.fixture
@@ -17,15 +17,20 @@ def aside():
 
 
 def test_the_collector_rests_until_the_start_is_over(aside):
-    starting()
+    wake = resting()
     assert not gc.isenabled()
     imported = [[] for _ in range(10_000)]
-    started()
+    wake()
     assert gc.isenabled()
     assert aside() > len(imported)
-
-
-def test_a_collector_that_works_is_left_as_it_is(aside):
-    started()  # of a second run in a process, or of a program that calls this one
+    more = aside()
+    wake()  # of a second run of a sweep
     assert gc.isenabled()
+    assert aside() <= more
+
+
+def test_a_collector_that_rested_is_left_as_it_is(aside):
+    gc.disable()
+    resting()()
+    assert not gc.isenabled()
     assert aside() == 0

@@ -429,6 +429,30 @@ def test_a_text_column_that_is_told_to_be_a_factor_is_one():
     assert Encoder("y ~ 1 + (1 | x)").fit(table).random[0].levels == ("1", "2", "?")
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([f"{i}.01.2026" for i in range(1, 13)], "column 't' holds dates"),
+        ([f"1/{i}/26" for i in range(1, 13)], "column 't' holds dates"),
+        ([f"17,{i}" for i in range(11)] + ["18"], "decimal comma, such as '17,0': expected"),
+        ([f"17,{i}" for i in range(11)] + ["k.A."], "found 'k.A.' in row 12 among numbers"),
+    ],
+)
+def test_text_that_is_no_factor_is_refused_among_the_effects(values, message):
+    table = pd.DataFrame({"t": np.array(values * 2, dtype=object), "y": np.arange(24.0) % 7})
+    with pytest.raises(InputError, match=message):
+        Encoder("y ~ t").fit(table)
+    # As labels of a grouping factor, or where a factor is asked for, they are as they are.
+    assert len(Encoder("y ~ 1 + (1 | t)").fit(table).random[0].levels) == 12
+    assert len(names("factor(t)", table)) == len(names("t", table, categorical=["t"])) == 12
+
+
+@pytest.mark.parametrize("labels", [["1,2", "2,3"], ["1/2", "3/4"], ["1-2-3", "a"], ["10.1", "b"]])
+def test_labels_with_marks_of_numbers_stay_labels(labels):
+    table = pd.DataFrame({"t": np.array(labels * 6, dtype=object), "y": np.arange(12.0) % 5})
+    assert len(names("t", table)) == 2
+
+
 def test_dummies_are_indicators_of_levels():
     table = pd.DataFrame({"y": np.arange(6.0), "f": list("abcabc"), "g": list("uuvvww")})
     encoder = Encoder('y ~ 1 + (0 + dummy(f, "b") | g)')

@@ -30,12 +30,12 @@ from openreml_nn.likelihood.fixed import FixedPart, traced
 from openreml_nn.likelihood.problem import Cost, Evaluation, Problem, cholesky, pivot_loss
 from openreml_nn.likelihood.residual import White
 from openreml_nn.likelihood.solver import Solver
+from openreml_nn.likelihood.system.crossproducts import Pattern, Statistics
 from openreml_nn.likelihood.system.elimination import inner
 from openreml_nn.likelihood.system.evaluation import Crossed, GroupedEvaluation
 from openreml_nn.likelihood.system.grouped import GroupedProblem
 from openreml_nn.likelihood.system.partition import Partition
 from openreml_nn.likelihood.system.placement import Placement, System, placed
-from openreml_nn.likelihood.system.products import Pattern, Statistics
 from openreml_nn.likelihood.system.roles import Roles, grid_of, separated, steps_of
 from openreml_nn.support.checks import check_number
 from openreml_nn.support.errors import InputError
@@ -115,7 +115,8 @@ class Blocked(Solver):
     def _place(self, terms: Sequence[Term], roles: Roles, pattern: Pattern | None) -> Placement:
         designs = [terms[i].design for i in roles.random]
         grids = [grid_of(terms[i]) for i in roles.rest]
-        return placed(designs, pattern or Pattern.of(designs), roles, grids, self.pair_cost)
+        known = pattern or Pattern.of(designs, rows=False)
+        return placed(designs, known, roles, grids, self.pair_cost)
 
     def problem_of_sums(
         self, fixed: FixedPart, terms: Sequence[Term], method: str, sums: Statistics
@@ -284,7 +285,7 @@ class BlockedEvaluation(GroupedEvaluation):
             self._K = self._forward_2(self.E2f)
             F = F - inner(self._K, self._K)
             log_det = log_det + 2 * self._Lc.diagonal(dim1=1, dim2=2).log().sum()
-        self.profile(log_det, F)
+        self.log_likelihood = self.profile(log_det, F)
         # It takes products with Lambda D^-1 Lambda' as they are, and not by roots.
         self.recorded_rounding = self.rounding * self.pivot_loss**0.5
 

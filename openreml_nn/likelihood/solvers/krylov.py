@@ -33,23 +33,24 @@ from openreml_nn.likelihood.residual import Residual
 from openreml_nn.likelihood.solver import Solver
 from openreml_nn.likelihood.system.blocks import block_times
 from openreml_nn.likelihood.system.conjugate import conjugate_gradients, log_samples
-from openreml_nn.likelihood.system.control import Control
+from openreml_nn.likelihood.system.control import Control, is_every
 from openreml_nn.likelihood.system.elimination import inner, root
 from openreml_nn.likelihood.system.evaluation import Crossed, GroupedEvaluation
 from openreml_nn.likelihood.system.listed import (
     ListedCross,
     ListedProblem,
+    through,
     without_levels,
 )
 from openreml_nn.likelihood.system.roles import Roles, separated, steps_of
 from openreml_nn.likelihood.system.scaled import ScaledSystem
 from openreml_nn.support.checks import check_count, check_number
 from openreml_nn.support.errors import InputError
+from openreml_nn.support.modes import outside_inference
 from openreml_nn.terms.base import Covariance
-from openreml_nn.terms.kernel import Kernel
 from openreml_nn.terms.term import Term
 
-__all__ = ["Krylov", "KrylovProblem", "is_every", "through"]
+__all__ = ["Krylov", "KrylovProblem"]
 
 #: Steps of conjugate gradients in a forecast.
 _STEPS = 30
@@ -141,11 +142,6 @@ class Krylov(Solver):
         return 2 * torch.randint(0, 2, (q, count), generator=generator) - 1
 
 
-def is_every(q: int, count: int) -> bool:
-    """Whether so many signs are as many as there are patterns of q, 2^q."""
-    return count.bit_length() > q
-
-
 class KrylovProblem(ListedProblem):
     """The system of the other terms by conjugate gradients.
 
@@ -222,19 +218,28 @@ class _KrylovEvaluation(GroupedEvaluation):
         problem.start = self._x
         F = at.Aff / s - inner(self.half_f, self.half_f) - b.mT @ self._x
 
-        z = problem.probes
-        zero = torch.zeros_like(z)
-        self._inverse_z, T = conjugate_gradients(
-            self._scaled.times, z, zero, problem.solver.probe_tolerance
-        )
-        samples = log_samples(T, problem.q)
         log_det = self.log_det + self._scaled.log_det + problem.others.log_det
-        if problem.q:
-            samples = problem.control.controlled(samples)
-            log_det = log_det + samples.mean()
-            if not is_every(problem.q, len(samples)):
-                self.error = float(samples.std() / len(samples) ** 0.5 / 2)
-        self.profile(log_det, F)
+        self._without_probes = self.profile(log_det, F)
+
+    @cached_property
+    def _probed(self) -> tuple[Tensor, Tensor]:
+        r""":math:`\hat M^{-1} z` of the probes, and what each of them says of :math:`\log|\hat M|`."""
+        problem, z = self.problem, self.problem.probes
+        with outside_inference(recording=False):
+            zero, goal = torch.zeros_like(z), problem.solver.probe_tolerance
+            found, T = conjugate_gradients(self._scaled.times, z, zero, goal)
+            samples = log_samples(T, problem.q)
+            return found, problem.control.controlled(samples) if problem.q else samples
+
+    @cached_property
+    def log_likelihood(self) -> Tensor:  # type: ignore[override]
+        with outside_inference(recording=False):
+            return self._without_probes - self._probed[1].mean() / 2
+
+    @cached_property
+    def error(self) -> float:  # type: ignore[override]
+        count, samples = self.problem.probes.shape[1], self._probed[1]
+        return 0.0 if is_every(self.problem.q, count) else float(samples.std() / count**0.5 / 2)
 
     @staticmethod
     def root_of(term: Term) -> Covariance:
@@ -249,9 +254,8 @@ class _KrylovEvaluation(GroupedEvaluation):
         return found
 
     def explained(self, T2: Tensor) -> tuple[Tensor, Tensor]:
-        right = self._scaled.to(T2)
-        zero = torch.zeros_like(right)
-        x, _ = conjugate_gradients(self._scaled.times, right, zero, self.problem.solver.tolerance)
+        right, goal = self._scaled.to(T2), self.problem.solver.tolerance
+        x, _ = conjugate_gradients(self._scaled.times, right, torch.zeros_like(right), goal)
         return right.mT @ x, self._b[:, :-1].mT @ x
 
     def times_22(self, x: Tensor) -> Tensor:
@@ -290,8 +294,8 @@ class _KrylovEvaluation(GroupedEvaluation):
         found = self.N1.new_zeros(problem.levels, problem.k, problem.k)
         for (a, b, value), half in zip(W.cells, self._scaled.halves, strict=True):
             part = block_times(value, half.mT[b])
-            found = found.index_add(0, a, block_times(part, part.mT))
-        left = W.times(self._scaled.back(self._inverse_z - problem.probes))
+            found.index_add_(0, a, block_times(part, part.mT))
+        left = W.times(self._scaled.back(self._probed[0] - problem.probes))
         right = W.times(self._scaled.back(problem.probes))
         noisy = left @ right.mT / problem.probes.shape[1]
         return found + (noisy + noisy.mT) / 2
@@ -307,7 +311,7 @@ class _KrylovEvaluation(GroupedEvaluation):
         inverted, and no large numbers are subtracted.
         """
         problem, z, system = self.problem, self.problem.probes, self._scaled
-        right, left = system.back(z), system.back(self._inverse_z)
+        right, left = system.back(z), system.back(self._probed[0])
         parts = (right, left, self._times_e22(right), self._times_e22(left))
         found = []
         pieces = zip(
@@ -321,8 +325,7 @@ class _KrylovEvaluation(GroupedEvaluation):
             if kernel is not None:
                 found.append(F.new_zeros(0))  # what a kernel needs is not its levels' own blocks
                 continue
-            eye = torch.eye(F.shape[-1], dtype=F.dtype, device=F.device)
-            system_of_own = eye + F @ (L @ L.mT)
+            system_of_own = torch.eye(F.shape[-1]).to(F) + F @ (L @ L.mT)
             both = torch.cat([F, E_one - F @ one, E_other - F @ other], 2)
             B, a, b = torch.linalg.solve(system_of_own, both).split(
                 [F.shape[-1], z.shape[1], z.shape[1]], 2
@@ -364,7 +367,7 @@ class _KrylovEvaluation(GroupedEvaluation):
         def part(x: Tensor) -> Tensor:
             return problem.others.by_levels(x)[i]
 
-        moved = part(self._times_e22(system.back(self._inverse_z - z)))
+        moved = part(self._times_e22(system.back(self._probed[0] - z)))
         # Less its first-order part, which has no own blocks.
         moved = moved + F @ part(system.back(system.times(z) - z))
         sign = block_times(half.mT, part(z))
@@ -378,7 +381,7 @@ class _KrylovEvaluation(GroupedEvaluation):
         if problem.levels and problem.q:
             whole = P + P @ self._quadratic() @ P / self.s**2
         # The inverse of the system less its first-order parts, of which the own blocks are known.
-        sample = self._inverse_z + self._scaled.times(z) - 2 * z
+        sample = self._probed[0] + self._scaled.times(z) - 2 * z
         rest = []
         pieces = zip(
             self._scaled.halves,
@@ -387,13 +390,6 @@ class _KrylovEvaluation(GroupedEvaluation):
             strict=True,
         )
         for half, moved, sign in pieces:
-            mean = moved @ sign.mT / z.shape[1]
-            eye = torch.eye(half.shape[-1], dtype=half.dtype, device=half.device)
-            rest.append(half.mT @ (eye + (mean + mean.mT) / 2) @ half)
+            mean = torch.eye(half.shape[-1]).to(half) + moved @ sign.mT / z.shape[1]
+            rest.append(half.mT @ (mean + mean.mT) @ half / 2)
         return problem.split_blocks(whole), rest
-
-
-def through(kernel: Kernel, x: Tensor, y: Tensor) -> Tensor:
-    r""":math:`\sum_{ij} K_{ij} x_i y_j^\top` for x and y (q, t, m), (t, t)."""
-    moved = kernel.multiply(y.flatten(1)).reshape(y.shape)
-    return torch.einsum("iam,ibm->ab", x, moved)

@@ -40,7 +40,7 @@ from openreml_nn.likelihood.residual import Residual
 from openreml_nn.likelihood.solver import Solver, check_held
 from openreml_nn.likelihood.solvers.blocked import Blocked
 from openreml_nn.likelihood.solvers.dense import Dense, DenseProblem
-from openreml_nn.likelihood.system.products import Statistics
+from openreml_nn.likelihood.system.crossproducts import Statistics
 from openreml_nn.likelihood.system.sparse.equations import Equations
 from openreml_nn.likelihood.system.sparse.evaluation import SparseEvaluation, SparseSystem
 from openreml_nn.likelihood.system.sparse.fields import FieldResidual, FieldRows
@@ -67,7 +67,7 @@ __all__ = ["Sparse", "SparseProblem"]
 _FEW = 500
 #: What takes the time of an operation of the factor, its inverse included, in those of a dense
 #: product: three, of fronts that are smaller.
-_FRONTS = 5.0
+_FRONTS = 4.0
 _REASON = "what meets is sparse"
 
 

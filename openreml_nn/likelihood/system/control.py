@@ -9,7 +9,12 @@ from openreml_nn.likelihood.system.conjugate import conjugate_gradients, log_sam
 from openreml_nn.likelihood.system.listed import Levels
 from openreml_nn.likelihood.system.scaled import ScaledSystem
 
-__all__ = ["Control"]
+__all__ = ["Control", "is_every"]
+
+
+def is_every(q: int, count: int) -> bool:
+    """Whether so many signs are as many as there are patterns of q, 2^q."""
+    return count.bit_length() > q
 
 
 class Control:

@@ -106,9 +106,9 @@ class EliminatedEvaluation(Evaluation):
         LU, pivots = torch.linalg.lu_factor(eye + at.A11 @ G1 / self.s)
         return LU, pivots
 
-    def profile(self, log_det: Tensor, F: Tensor) -> None:
-        """Profile the fixed effects out of :math:`[Q | y]^\top V^{-1} [Q | y]`."""
-        self.log_likelihood, self.gamma_factor, half = self.problem.profile(
+    def profile(self, log_det: Tensor, F: Tensor) -> Tensor:
+        """Profile the fixed effects out of :math:`[Q | y]^\top V^{-1} [Q | y]`; the log-likelihood."""
+        found, self.gamma_factor, half = self.problem.profile(
             log_det, F[:-1, :-1], F[:-1, -1], F[-1, -1]
         )
         self.y_p_y = F[-1, -1] - half @ half
@@ -118,6 +118,7 @@ class EliminatedEvaluation(Evaluation):
         after[-1] = self.problem.n + self.y_p_y
         lost = max(float((before / after).max()), float(self.gain()), self.white.condition)
         self.rounding = torch.finfo(F.dtype).eps * lost
+        return found
 
     def gain(self) -> Tensor:
         r"""The largest entry on the diagonal of :math:`\Lambda^\top Z^\top R^{-1} Z \Lambda`."""

@@ -11,9 +11,9 @@ from torch import Tensor
 from openreml_nn.likelihood.fixed import FixedPart
 from openreml_nn.likelihood.residual import White
 from openreml_nn.likelihood.system.cross import Cross, entries_of
+from openreml_nn.likelihood.system.crossproducts import Pattern, Products
 from openreml_nn.likelihood.system.grouped import GroupedProblem
 from openreml_nn.likelihood.system.placement import System
-from openreml_nn.likelihood.system.products import Pattern, Products
 from openreml_nn.likelihood.system.roles import grid_of, separated
 from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.kernel import Kernel
@@ -27,6 +27,7 @@ __all__ = [
     "SparseEntries",
     "levels_of",
     "own_blocks",
+    "through",
     "without_levels",
 ]
 
@@ -327,6 +328,12 @@ class ListedProblem(GroupedProblem):
     def times_22(self, x: Tensor) -> Tensor:
         """:math:`Z_2^\\top Z_2 x`."""
         return self._square @ x
+
+
+def through(kernel: Kernel, x: Tensor, y: Tensor) -> Tensor:
+    r""":math:`\sum_{ij} K_{ij} x_i y_j^\top` for x and y (q, t, m), (t, t)."""
+    moved = kernel.multiply(y.flatten(1)).reshape(y.shape)
+    return torch.einsum("iam,ibm->ab", x, moved)
 
 
 def _prior(kernel: Kernel | None, like: Tensor) -> Tensor | None:

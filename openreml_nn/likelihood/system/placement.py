@@ -16,8 +16,8 @@ from openreml_nn.likelihood.system.cross import (
     SparsePattern,
     entries_of,
 )
+from openreml_nn.likelihood.system.crossproducts import Pattern, Products
 from openreml_nn.likelihood.system.partition import Partition
-from openreml_nn.likelihood.system.products import Pattern, Products
 from openreml_nn.likelihood.system.roles import Roles
 from openreml_nn.support.modes import outside_transforms
 from openreml_nn.terms.design import Design, IndexedDesign
@@ -118,16 +118,17 @@ class Placement:
     def _place_sparse(self, linked: Sequence[bool], pair_cost: float, device: torch.device) -> None:
         """By non-zeros, if that is less work."""
         places = [self._columns(i) for i in range(len(self._two))]
-        level = torch.cat([a for a, _ in places])
-        column = torch.cat([b for _, b in places])
+        level, column = (torch.cat(each) for each in zip(*places, strict=True))
         count = torch.bincount(level, minlength=self.levels).double()
         pairs = float((count * (count + 1) / 2).sum())
         if pair_cost * pairs > float(self.levels) * self.q**2 or pairs > _MOST_PAIRS:
             return
-        cell, self._order = (level * self.q + column).sort()
-        level, column = cell // self.q, cell % self.q
-        first = torch.ones_like(level, dtype=torch.bool)
-        first[1:] = level[1:] != level[:-1]
+        cell = level * self.q + column
+        self._order = torch.arange(len(cell), device=device)
+        if bool((cell[1:] < cell[:-1]).any()):  # looking takes a tenth of the time of sorting
+            self._order = torch.argsort(cell)
+            level, column = level[self._order], column[self._order]
+        first = level.diff(prepend=level[:1] - 1) != 0
         # A level links all columns that it meets: each to the first of them.
         anchor = column[first][first.cumsum(0) - 1]
         cells = self._cells_of_rest()

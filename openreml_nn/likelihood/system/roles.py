@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from openreml_nn.likelihood.residual import Residual
+from openreml_nn.likelihood.system.crossproducts import same_codes
 from openreml_nn.likelihood.system.partition import Partition
-from openreml_nn.likelihood.system.products import same_codes
 from openreml_nn.terms.design import IndexedDesign
 from openreml_nn.terms.term import Term, residual_terms
 

@@ -186,7 +186,7 @@ def _series(g: PrecisionCovariance) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`_side` of series by their numbers."""
     assert isinstance(g.precision, SeriesPrecision)
     (first,), rho = g.parts()
-    steps = torch.from_numpy(g.precision.steps[1:])
+    steps = torch.from_numpy(g.precision.since[1:])
     phi = torch.where(steps > 0, rho**steps, 0)
     one = torch.ones_like(first)
     return first[0], *_of_chain(

@@ -90,7 +90,7 @@ def runs_of(
     found = []
     for low, high in _bounds(first, row_start, rows):
         line, column, place, segment = _lines(low, high, first, of_column, row_start, rows)
-        order = np.argsort(line, kind="stable")
+        order = np.argsort(line)  # those of one line are of different columns, in any order
         found.append(Run(low, high, line[order], column[order], place[order], segment[order]))
     return found
 

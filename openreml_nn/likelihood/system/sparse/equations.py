@@ -8,7 +8,6 @@ of :math:`Z^\top R^{-1} Z` and Q wherever the parameters are, zero among them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -17,55 +16,21 @@ from scipy.sparse import bmat, bsr_matrix, coo_matrix, csc_matrix, csr_matrix, e
 from openreml_nn.likelihood.system.sparse.bordered import Bordered, Factored
 from openreml_nn.likelihood.system.sparse.factor import Factor
 from openreml_nn.likelihood.system.sparse.ordering import leaves_dense
-from openreml_nn.likelihood.system.sparse.part import Between, Part, by_rows, ones_of
+from openreml_nn.likelihood.system.sparse.part import (
+    Between,
+    Cross,
+    Part,
+    by_rows,
+    is_identity,
+    ones_of,
+)
 from openreml_nn.likelihood.system.sparse.symbolic import Symbolic
 from openreml_nn.support.errors import InputError, NotPositiveDefiniteError
 
-__all__ = ["Cross", "Equations"]
+__all__ = ["Equations"]
 
 #: A matrix whose pivots have lost so many digits has none left.
 _SINGULAR = 1e13
-
-
-@dataclass(frozen=True)
-class Cross:
-    """Where two parts meet: blocks of a matrix between their columns.
-
-    Attributes:
-        one, other: the parts, the first not after the second.
-        row, column: (b,) levels of each block, row by row.
-        start: (levels + 1,) where the blocks of a row begin.
-        shape: the blocks', (k of one, k of other).
-        place: (b, k, k) where their entries stand in the factor's values.
-        kept: which of them, flattened, assemble the matrix: of a symmetric pair only one; None for
-            all.
-    """
-
-    one: int
-    other: int
-    row: np.ndarray
-    column: np.ndarray
-    start: np.ndarray
-    shape: tuple[int, int]
-    place: np.ndarray
-    kept: np.ndarray | None
-
-    def transform(self, data: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """:math:`L^\\top B R` for each block B, with L and R for each level or one for all."""
-        if self.shape == (1, 1):
-            factor = left[:, 0, 0] if len(left) == 1 else left[self.row, 0, 0]
-            factor = factor * (right[:, 0, 0] if len(right) == 1 else right[self.column, 0, 0])
-            return data * factor[:, None, None]
-        left = left if len(left) == 1 else left[self.row]
-        right = right if len(right) == 1 else right[self.column]
-        return left.transpose(0, 2, 1) @ data @ right
-
-    def matrix(self, data: np.ndarray, columns: int) -> bsr_matrix | csr_matrix:
-        """The blocks as a matrix with so many columns."""
-        size = ((len(self.start) - 1) * self.shape[0], columns)
-        if self.shape == (1, 1):  # the transpose of which is no copy
-            return csr_matrix((data.reshape(-1), self.column, self.start), size)
-        return bsr_matrix((data, self.column, self.start), size)
 
 
 class Equations:
@@ -98,10 +63,15 @@ class Equations:
             )
         )
         found = []
+        self._counts: dict[tuple[int, int], csr_matrix] = {}
         for i, one in enumerate(self.parts):
             for j in range(i, len(self.parts)):
                 other = self.parts[j]
-                A = ones_of(between(i, j))
+                A = between(i, j)
+                if rows is None and one.counts and other.counts:
+                    A.sort_indices()  # as those of the blocks are, which share them
+                    self._counts[i, j] = A
+                A = ones_of(A)
                 if i == j:
                     A = (
                         A
@@ -152,7 +122,7 @@ class Equations:
             first = self._independent(blocks)
             if first is None or not leaves_dense(pattern, first):
                 return Symbolic.of(pattern)
-            rest = np.setdiff1d(np.arange(self.size), first)
+            rest = np.delete(np.arange(self.size), first)
             return Symbolic.of(pattern, np.concatenate([first, rest]))
         given = np.asarray(order(pattern))
         if given.shape != (self.size,) or not (np.sort(given) == np.arange(self.size)).all():
@@ -198,13 +168,19 @@ class Equations:
         place = self.symbolic.where(at[0].reshape(-1), at[1].reshape(-1)).reshape(-1, k)
         return row, column, Q.data[low], place
 
-    # ------------------------------------------------------------------ numbers
-
     def products(self, rows: csr_matrix | Between) -> list[np.ndarray]:
         """Blocks of :math:`Z^\\top R^{-1} Z` in the order of ``crosses``, by the rows' precision or
         by the products themselves."""
         between = rows if callable(rows) else by_rows([x.design for x in self.parts], rows)
-        return [self._product(x, between(x.one, x.other)) for x in self.crosses]
+        known: dict[tuple[int, int], csr_matrix] = {}
+        if not callable(rows) and is_identity(rows):
+            # How often levels meet is known from the pattern, and not asked for again.
+            known, self._counts = self._counts, {}
+        found = []
+        for x in self.crosses:
+            A = known.pop((x.one, x.other), None)
+            found.append(self._product(x, between(x.one, x.other) if A is None else A))
+        return found
 
     def _product(self, cross: Cross, A: csr_matrix) -> np.ndarray:
         one, other = self.parts[cross.one], self.parts[cross.other]
@@ -216,6 +192,8 @@ class Equations:
         A = A.tocoo()
         key = A.row.astype(np.int64) // k * other.levels + A.col // m
         known = cross.row * other.levels + cross.column
+        if k * m == 1 and len(key) == len(known) and bool((key == known).all()):
+            return A.data.reshape(-1, 1, 1)
         at = key if len(known) == one.levels * other.levels else np.searchsorted(known, key)
         data[at, A.row % k, A.col % m] = A.data
         return data
@@ -279,9 +257,11 @@ class Equations:
         Raises:
             NotPositiveDefiniteError: if one of them is not positive definite, by name.
         """
-        known = [i for i, x in enumerate(self.parts) if x.prior is not None and not x.moves]
+        by_descent = [part.log_det_by_descent() for part in self.parts]
+        total = sum(x for x in by_descent if x is not None)
+        known = [i for i, x in enumerate(by_descent) if x is None]
         if not known:
-            return 0.0
+            return total
         found = self._prior_factor(known)
         if found is None:
             for i in known:
@@ -292,7 +272,7 @@ class Equations:
                         "or `KnownInverseMatrix(..., null=...)` with what it is zero on"
                     )
         assert found is not None
-        return found.log_det
+        return total + found.log_det
 
     def _prior_factor(self, known: Sequence[int]) -> Factored | None:
         """The factor of the precisions of some parts, the identity for others; None where it is

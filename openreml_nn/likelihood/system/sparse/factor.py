@@ -29,7 +29,7 @@ from openreml_nn.likelihood.system.sparse.blas import (
     trsm,
 )
 from openreml_nn.likelihood.system.sparse.columns import inverse_of_run, subtract_by_line
-from openreml_nn.likelihood.system.sparse.symbolic import Symbolic
+from openreml_nn.likelihood.system.sparse.symbolic import PANEL, Symbolic
 from openreml_nn.likelihood.system.sparse.triangles import NARROW, backward, forward
 from openreml_nn.support.compilation import compiled
 from openreml_nn.support.errors import NotPositiveDefiniteError
@@ -129,7 +129,7 @@ class Factor:
         below = np.diff(s.row_start) - np.diff(s.first)
         room = int(below.max(initial=0))
         found = s.memory.take()
-        square = np.empty(max(room * room, 1))
+        square = np.empty(max(room * min(room, PANEL), 1))
         half = np.empty(max(int((below * np.diff(s.first)).max(initial=1)), 1))
         for low, high, run in s.pieces_with_runs:
             if run is not None:
@@ -219,9 +219,6 @@ def _factor(
         else:
             if potrf(routines, (_U, w, base + 8 * own, w)) != 0:
                 return s
-            for i in range(w):
-                for j in range(i + 1, w):
-                    values[own + i * w + j] = 0.0
             if below:
                 trsm(routines, (
                     _L, _U, _T, _N, w, below, 1.0, base + 8 * own, w, base + 8 * (own + w * w), w,
@@ -266,46 +263,59 @@ def _selected(
                 half[p] /= values[own]
         else:
             trsm(routines, (_L, _U, _N, _N, w, r, 1.0, base + 8 * own, w, at_half, w))
-        # The lower triangle of Z_RR, row by row.
-        j1 = 0
-        while j1 < r:
-            b = of_column[rows[begin + j1]]
-            lo, hi = first[b], first[b + 1]
-            wb, begin_b, end_b = hi - lo, row_start[b], row_start[b + 1]
-            j2 = j1
-            while j2 < r and rows[begin + j2] < hi:
-                j2 += 1
-            for i in range(j1, j2):
-                where[i] = rows[begin + i] - lo
-            p = begin_b + wb
-            if end_b - p == r - j2:
-                for i in range(j2, r):
-                    where[i] = wb + i - j2
-            else:
-                for i in range(j2, r):
-                    row = rows[begin + i]
-                    step = 1
-                    while p + step < end_b and rows[p + step] <= row:
-                        p += step
-                        step *= 2
-                    while rows[p] != row:
-                        if p + step < end_b and rows[p + step] <= row:
+        inner = at + 8 * (own + w * w)
+        for p in range(own + w * w, own + w * w + w * r):
+            found[p] = 0.0
+        # Z_RR by panels of rows of its lower triangle.
+        for i1 in range(0, r, PANEL):
+            i2 = min(i1 + PANEL, r)
+            j1 = 0
+            while j1 < i2:
+                b = of_column[rows[begin + j1]]
+                lo, hi = first[b], first[b + 1]
+                wb, begin_b, end_b = hi - lo, row_start[b], row_start[b + 1]
+                j2 = j1
+                while j2 < r and rows[begin + j2] < hi:
+                    j2 += 1
+                for i in range(max(i1, j1), min(i2, j2)):
+                    where[i] = rows[begin + i] - lo
+                p = begin_b + wb
+                if end_b - p == r - j2:
+                    for i in range(max(i1, j2), i2):
+                        where[i] = wb + i - j2
+                else:
+                    for i in range(max(i1, j2), i2):
+                        row = rows[begin + i]
+                        step = 1
+                        while p + step < end_b and rows[p + step] <= row:
                             p += step
-                        elif step > 1:
-                            step //= 2
-                        else:
-                            p += 1
-                    where[i] = p - begin_b
-            source = value_start[b] - lo
-            for i in range(j1, r):
-                line = source + where[i] * wb
-                for j in range(j1, min(i + 1, j2)):
-                    square[i * r + j] = found[line + rows[begin + j]]
-            j1 = j2
-        symm(routines, (
-            _R, _U, w, r, -1.0, room, r, at_half, w, 0.0, at + 8 * (own + w * w), w,
-        ))  # fmt: skip
+                            step *= 2
+                        while rows[p] != row:
+                            if p + step < end_b and rows[p + step] <= row:
+                                p += step
+                            elif step > 1:
+                                step //= 2
+                            else:
+                                p += 1
+                        where[i] = p - begin_b
+                source = value_start[b] - lo
+                for i in range(max(i1, j1), i2):
+                    line, to = source + where[i] * wb, (i - i1) * r
+                    for j in range(j1, min(i + 1, j2)):
+                        square[to + j] = found[line + rows[begin + j]]
+                j1 = j2
+            m, of_panel = i2 - i1, at_half + 8 * i1 * w
+            symm(routines, (
+                _R, _U, w, m, -1.0, room + 8 * i1, r, of_panel, w, 1.0, inner + 8 * i1 * w, w,
+            ))  # fmt: skip
+            if i1:
+                gemm(routines, (
+                    _N, _T, w, i1, m, -1.0, of_panel, w, room, r, 1.0, inner, w,
+                ))  # fmt: skip
+                gemm(routines, (
+                    _N, _N, w, m, i1, -1.0, at_half, w, room, r, 1.0, inner + 8 * i1 * w, w,
+                ))  # fmt: skip
         gemm(routines, (
-            _N, _T, w, w, r, -1.0, at_half, w, at + 8 * (own + w * w), w, 1.0, at + 8 * own, w,
+            _N, _T, w, w, r, -1.0, at_half, w, inner, w, 1.0, at + 8 * own, w,
         ))  # fmt: skip
     return half[0] + square[0]

@@ -53,7 +53,7 @@ def leaves_dense(pattern: csc_matrix, first: np.ndarray) -> bool:
         pattern: as in :func:`nested_dissections`.
         first: (m,) columns that do not meet each other, or in small blocks only.
     """
-    rest = np.setdiff1d(np.arange(pattern.shape[0]), first)
+    rest = np.delete(np.arange(pattern.shape[0]), first)
     if len(rest) <= _FEW:
         return True
     A = pattern[:, rest][first].astype(np.float32)  # (m, rest)

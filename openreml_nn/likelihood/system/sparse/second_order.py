@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from openreml_nn.likelihood.system.sparse.equations import Cross, Equations
+from openreml_nn.likelihood.system.sparse.equations import Equations
+from openreml_nn.likelihood.system.sparse.part import Cross
 from openreml_nn.support.errors import NotPositiveDefiniteError
 
 __all__ = ["SecondOrder", "near_solve"]

@@ -11,7 +11,7 @@ from scipy.sparse import bsr_matrix, csr_matrix
 from torch import Tensor
 
 from openreml_nn.likelihood.residual import Residual
-from openreml_nn.likelihood.system.products import Statistics
+from openreml_nn.likelihood.system.crossproducts import Statistics
 from openreml_nn.likelihood.system.sparse.equations import Equations
 from openreml_nn.likelihood.system.sparse.part import Between
 from openreml_nn.likelihood.system.sparse.rows import Rows, RowsAt

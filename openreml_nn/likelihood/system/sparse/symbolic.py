@@ -29,13 +29,18 @@ from openreml_nn.likelihood.system.sparse.memory import Pool
 from openreml_nn.likelihood.system.sparse.ordering import nested_dissections
 from openreml_nn.support.compilation import compiled
 
-__all__ = ["Symbolic"]
+__all__ = ["PANEL", "Symbolic"]
 
 
+#: Rows of the inverse that are gathered at a time.
+PANEL = 128
 #: A factor that takes more operations is worth other orders.
 _LONG = 5e9
 #: Bytes of a factor beyond which no other order makes it one that fits: orders differ by less than twice.
 _LOST = 2.0**34
+#: To add an entry of an update to a block, and to take it out for the inverse, is as long as so many
+#: operations of products of blocks, of updates that have so many rows.
+_ENTRY, _TALL = 32.0, 64
 #: A factorisation says how far it is each time that it has taken so many.
 _PIECE = 2e10
 
@@ -106,10 +111,10 @@ class Symbolic:
         parent = relabelled(parent, post)
         count = column_counts(n, start, index, order, place, parent)
         new = (parent[:-1] != np.arange(1, n)) | (count[:-1] != count[1:] + 1)
-        begins = np.concatenate([[True], new, [True]])[: n + 1]
-        first = _supernodes(parent, count, np.flatnonzero(begins))
-        of_column = np.repeat(np.arange(len(first) - 1), np.diff(first))
-        height = count[first[:-1]]
+        begins = np.flatnonzero(np.concatenate([[True], new])[:n])
+        order, first, height = _supernodes(parent, count, begins, order)
+        place = inverted(order)
+        of_column = np.repeat(np.arange(len(height)), np.diff(first))
         row_start = np.concatenate([[0], np.cumsum(height)])
         rows = _rows(start, index, order, place, first, of_column, row_start)
         shift = np.repeat(np.arange(len(height)), height) * n
@@ -123,7 +128,7 @@ class Symbolic:
     def bytes(self) -> float:
         """What a factor and its inverse hold at most."""
         below = int((np.diff(self.row_start) - np.diff(self.first)).max(initial=0))
-        return 16.0 * self.entries + 8.0 * (self.work + below**2)
+        return 16.0 * self.entries + 8.0 * (self.work + below * min(below, PANEL))
 
     @property
     def pattern(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -185,39 +190,85 @@ def _operations(first: np.ndarray, row_start: np.ndarray) -> np.ndarray:
     return w**3 / 3 + w * w * below + w * below * (below + 1)
 
 
-@compiled
-def _supernodes(parent, count, first):
-    """First columns of supernodes, of fundamental ones that are merged where that adds few zeros; the
-    counts of these columns include the zeros.
+def _supernodes(
+    parent: np.ndarray, count: np.ndarray, begins: np.ndarray, order: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Supernodes of fundamental ones, of which those are merged that gain by it.
 
-    Two are merged if one is the parent of the other: one block with explicit zeros.
+    Args:
+        parent: of each column in the elimination tree, in postorder.
+        count: entries of each column of L.
+        begins: first columns of the fundamental supernodes.
+        order: which row of A is each column.
+
+    Returns:
+        The order in which the columns of each supernode are side by side, the first column of each
+        and the end, (s + 1,), and its rows.
     """
-    n, s = len(parent), len(first) - 1
-    kept = np.empty(s + 1, np.int64)
-    zeros = np.zeros(s + 1)
-    t = 0
-    for b in range(s):
-        kept[t] = first[b]
-        zeros[t] = 0.0
-        t += 1
-        while t > 1:
-            lo, mid, hi = kept[t - 2], kept[t - 1], first[b + 1]
-            if parent[mid - 1] != mid:
-                break
-            w1, w2 = mid - lo, hi - mid
-            r1 = count[lo] - w1  # rows below the first block, all within the second's
-            r2 = count[mid]
-            more = zeros[t - 2] + zeros[t - 1] + w1 * (r2 - r1)
-            w = w1 + w2
-            total = w * (w + 1) / 2 + w * (r2 - w2)
+    ends = np.append(begins, len(parent))[1:]
+    width = ends - begins
+    above = parent[ends - 1]
+    of_column = np.repeat(np.arange(len(begins)), width)
+    up = np.where(above < 0, -1, of_column[above])
+    top = _merged(up, width, count[begins] - width)
+    groups = np.unique(top)
+    number = np.searchsorted(groups, top)
+    above = np.where(up[groups] < 0, -1, number[up[groups]])
+    rank = inverted(postorder(above))
+    wide = np.zeros(len(groups), np.int64)
+    np.add.at(wide, rank[number], width)
+    below = np.empty_like(wide)
+    below[rank] = (count[begins] - width)[groups]
+    side_by_side = np.argsort(rank[number][of_column], kind="stable")
+    return order[side_by_side], np.concatenate([[0], np.cumsum(wide)]), wide + below
+
+
+@compiled
+def _merged(up, width, below):
+    """For each fundamental supernode the last of those that it is merged with.
+
+    A supernode is merged with its parent to one block with explicit zeros, where these are few, or
+    cost less than to add its products to the parent's entries one by one.
+
+    Args:
+        up: the parent of each, after it; -1 where there is none.
+        width: its columns.
+        below: its rows below these.
+    """
+    s = len(up)
+    top = np.arange(s)
+    head, following = np.full(s, -1, np.int64), np.full(s, -1, np.int64)
+    wide, zeros = width.copy(), np.zeros(s)
+    for p in range(s):
+        kept = -1
+        c = head[p]
+        while c != -1:
+            after = following[c]
+            w, rows = wide[c] + wide[p], wide[p] + below[p]
+            more = zeros[c] + zeros[p] + wide[c] * (rows - below[c])
+            total = w * (w + 1) / 2 + w * below[p]
             share = 0.8 if w <= 4 else 0.3 if w <= 16 else 0.1 if w <= 48 else 0.05
-            if more > share * total:
-                break
-            zeros[t - 2] = more
-            count[lo] = w1 + r2
-            t -= 1
-    kept[t] = n
-    return kept[: t + 1].copy()
+            r = float(below[c])
+            added = wide[c] * (float(rows) ** 2 - r * r)
+            if more <= share * total or (r >= _TALL and added <= _ENTRY * r * r):
+                top[c], wide[p], zeros[p] = p, w, more
+                last = head[c]  # its children are the parent's
+                if last != -1:
+                    while following[last] != -1:
+                        last = following[last]
+                    following[last] = after
+                    after = head[c]
+            else:
+                following[c] = kept
+                kept = c
+            c = after
+        head[p] = kept
+        if up[p] != -1:
+            following[p] = head[up[p]]
+            head[up[p]] = p
+    for c in range(s - 1, -1, -1):
+        top[c] = top[top[c]]
+    return top
 
 
 @compiled

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from openreml_nn.likelihood.system.sparse.equations import Cross, Equations
+from openreml_nn.likelihood.system.sparse.equations import Equations
+from openreml_nn.likelihood.system.sparse.part import Cross
 from openreml_nn.support.compilation import compiled
 from openreml_nn.terms.design import IdentityDesign, IndexedDesign
 from openreml_nn.terms.term import Term

@@ -1,0 +1,83 @@
+"""Several starts of a marginal likelihood that may have several maxima."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+
+import torch
+
+from openreml_nn.covariance import Matrix
+from openreml_nn.estimation.marginal_start import set_start
+from openreml_nn.estimation.marginal_steps import MarginalFit
+from openreml_nn.estimation.starts import REACHES, reaches
+from openreml_nn.result import Start
+from openreml_nn.support.errors import NumericalError
+
+__all__ = ["climb_from_reaches", "may_end"]
+
+#: Each run takes so many steps; after that the best one goes on.
+_FIRST = 30
+#: Log-likelihoods that differ by less are of one maximum.
+_SAME = 1e-3
+
+
+def may_end(fit: MarginalFit) -> bool:
+    """Whether some estimated correlation ends at a length, as a spherical one: the likelihood has a kink
+    wherever a pair of places comes within it, and may have several maxima."""
+    return any(
+        matrix.ends() and matrix.start_reach(REACHES[0])
+        for matrix in fit.loss.covariance.modules()
+        if isinstance(matrix, Matrix)
+    )
+
+
+def climb_from_reaches(fit: MarginalFit, most: int) -> tuple[MarginalFit, bool, list[Start]]:
+    """Climb from each reach of the correlations.
+
+    Args:
+        fit: the likelihood.
+        most: steps of a run, at most.
+
+    Returns:
+        The run that ended as the best, whether it has arrived, and where the others ended.
+
+    Raises:
+        NumericalError: if no run has a start.
+    """
+    own = [p.detach().clone() for p in fit.own]
+    runs: list[tuple[MarginalFit, bool]] = []
+    failure: NumericalError | None = None
+    for reach_of in reaches(fit.loss.covariance):
+        run = copy(fit)
+        run.history = []
+        with torch.no_grad():
+            for parameter, value in zip(fit.own, own, strict=True):
+                parameter.copy_(value)
+        try:
+            set_start(run, lambda reach_of=reach_of: _set(reach_of))  # type: ignore[misc]
+            runs.append((run, run.climb(min(most, _FIRST))))
+        except NumericalError as error:
+            failure = failure or error
+    if failure is not None and not runs:
+        raise failure
+    best, arrived = min(runs, key=lambda run: run[0].value)
+    others = [
+        Start(
+            -run.value + run.jacobian,
+            len(run.history),
+            converged,
+            abs(run.value - best.value) < _SAME,
+            run.history[-1].parameters if run.history else {},
+        )
+        for run, converged in runs
+        if run is not best
+    ]
+    if not arrived and most > _FIRST:
+        arrived = best.climb(most - len(best.history))
+    return best, arrived, others
+
+
+def _set(reach_of: Sequence[tuple[Matrix, float]]) -> None:
+    for matrix, reach in reach_of:
+        matrix.start_reach(reach)

@@ -1,0 +1,167 @@
+"""Markov structures, of which the inverse is tridiagonal, by sparse precisions against dense algebra."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from openreml_nn import REMLLoss, lmm
+from openreml_nn.covariance import (
+    AntedependenceMatrix,
+    AR1Matrix,
+    BlockDiagonal,
+    ContinuousAR1Matrix,
+    ExponentialMatrix,
+    GaussianMatrix,
+    IdentityMatrix,
+    KroneckerProduct,
+    MaternMatrix,
+    Sum,
+    UnstructuredMatrix,
+    heterogeneous,
+    heterogeneous_ar1,
+)
+from openreml_nn.likelihood import Sparse
+from openreml_nn.model.structures import linear_model
+from openreml_nn.support.errors import InputError
+from openreml_nn.table import Encoder
+from openreml_nn.terms.precision import PrecisionCovariance
+from tests.likelihood.test_fields import assert_equal
+from tests.likelihood.test_products import held, made
+
+
+def times(n: int, ordered: bool = False) -> torch.Tensor:
+    """Irregular times."""
+    at = np.cumsum(0.05 + np.random.default_rng(n).gamma(0.5, 0.5, n))
+    return torch.from_numpy(at if ordered else np.random.default_rng(0).permutation(at))
+
+
+CHAINS = {
+    "car1": lambda: ContinuousAR1Matrix(times(203)),
+    "exponential": lambda: ExponentialMatrix(times(203)),
+    "matern": lambda: MaternMatrix(times(203), nu=0.5),
+    "hetar1": lambda: heterogeneous_ar1(203),
+    "scaled car1": lambda: heterogeneous(held(ContinuousAR1Matrix(times(203)))),
+    "ante": lambda: AntedependenceMatrix(203),
+    "groups of car1": lambda: KroneckerProduct(IdentityMatrix(2), ContinuousAR1Matrix(times(203))),
+    "groups of ante": lambda: KroneckerProduct(IdentityMatrix(2), AntedependenceMatrix(203)),
+    "car1 by effects": lambda: KroneckerProduct(
+        ContinuousAR1Matrix(times(110, ordered=True)), UnstructuredMatrix(2)
+    ),
+    "car1 by ar1": lambda: KroneckerProduct(
+        ContinuousAR1Matrix(times(9, ordered=True)), held(AR1Matrix(8))
+    ),
+    "strata": lambda: BlockDiagonal(
+        ContinuousAR1Matrix(times(203)),
+        ContinuousAR1Matrix(times(10, ordered=True)),
+        AntedependenceMatrix(4),
+        heterogeneous_ar1(5),
+    ),
+    "short strata": lambda: BlockDiagonal(
+        ExponentialMatrix(times(10, ordered=True)), AntedependenceMatrix(4), heterogeneous_ar1(5)
+    ),
+    "series of their own times": lambda: ContinuousAR1Matrix(times(99)).at(
+        torch.tensor([0, 1, 2]).repeat(33), torch.arange(99)
+    ),
+}
+CASES = [
+    *((name, "residual") for name in CHAINS),
+    *((name, "effects") for name in ("car1", "ante", "groups of car1", "strata", "short strata")),
+    *((name, "scaled") for name in ("car1", "hetar1", "strata")),
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_markov_structures_are_sparse_and_equal_dense(name, kind):
+    model = made(CHAINS[name](), kind)
+    tree, *_ = model
+    g = tree.terms()[0].covariance
+    assert isinstance(g, PrecisionCovariance) or g.is_chained
+    torch.testing.assert_close(tree.terms()[0].dense(), tree.operands["structure"]())
+    assert Sparse().obstacle(tree.terms()) is None
+    assert_equal(model)
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_variances_are_the_diagonal(name):
+    matrix = CHAINS[name]().double()
+    torch.testing.assert_close(matrix.variances(), matrix().diagonal())
+
+
+@pytest.mark.parametrize("kind", [ContinuousAR1Matrix, ExponentialMatrix, GaussianMatrix])
+def test_places_on_a_line_have_the_matrix_of_their_distances(kind):
+    at = times(12)
+    line, apart = kind(at).double(), kind((at[:, None] - at).abs()).double()
+    free = torch.tensor([0.3, 0.4]).double()
+    torch.testing.assert_close(line(free), apart(free), rtol=0, atol=0)
+    for one, other in zip(line.grad(free), apart.grad(free), strict=True):
+        assert one == other if isinstance(one, list) else bool((one == other).all())
+    for matrix in (line, apart):
+        matrix.moment_start(torch.full((12,), 2.0).double())
+    torch.testing.assert_close(line(), apart(), rtol=0, atol=0)
+
+
+def test_processes_at_times_of_series_have_their_derivatives():
+    whole = ContinuousAR1Matrix(times(9)), ExponentialMatrix(times(9))
+    series, at = torch.tensor([0, 0, 1, 0, 1]), torch.tensor([0, 4, 5, 8, 4])
+    for matrix in whole:
+        own = matrix.double().at(series, at)
+        expected = matrix()[at][:, at] * (series[:, None] == series)
+        torch.testing.assert_close(own(), expected)
+        torch.testing.assert_close(own.terms()[0].dense(), own())
+        free = torch.stack([p.detach() for p in own.parameters()]).reshape(-1).requires_grad_()
+        assert torch.autograd.gradcheck(own, free)
+
+
+@pytest.mark.parametrize("rho", [0.0, 1e-6, 1 - 1e-9])
+def test_a_correlation_near_either_end_is_an_ordinary_one(rho):
+    V = Sum(ContinuousAR1Matrix(torch.arange(205).double())).double()
+    with torch.no_grad():
+        V.operands["op_0"].get_parameter("rho").copy_(torch.tensor(rho).double().logit())
+    y, X = torch.linspace(-1, 1, 205).double() ** 2, torch.ones(205, 1).double()
+    found = [REMLLoss(V, solver=solver)(y, X) for solver in ("sparse", "dense")]
+    torch.testing.assert_close(*found, rtol=1e-6 if rho > 0.5 else 1e-12, atol=0)
+
+
+@pytest.mark.parametrize("kind", [ContinuousAR1Matrix, ExponentialMatrix])
+def test_places_on_a_line_are_distinct_and_finite(kind):
+    for bad, why in (
+        ([0.0, 1.0, 0.0], "same place in rows 0 and 2"),
+        ([0.0, np.nan], "not finite"),
+        ([], "empty"),
+    ):
+        with pytest.raises(InputError, match=why):
+            kind(torch.tensor(bad).double())
+    with pytest.raises(InputError, match="places on a line"):
+        kind(torch.ones(2, 2).double() - torch.eye(2).double()).at(torch.zeros(1), torch.zeros(1))
+
+
+def table(n: int, groups: int) -> pd.DataFrame:
+    rng = np.random.default_rng(1)
+    found = pd.DataFrame({"g": np.repeat(np.arange(groups), n // groups)})
+    found["t"] = np.cumsum(rng.gamma(1.0, 1.0, n)).round(6)
+    found["y"] = np.cumsum(rng.standard_normal(n)) / 10 + rng.standard_normal(n) + found["g"]
+    return found.sample(frac=1, random_state=0)
+
+
+@pytest.mark.parametrize(
+    "residual", ["car1(t | g)", "exponential(t | g)", "car1(t | g) + units", "diag(g):car1(t)"]
+)
+def test_residuals_by_formula_are_sparse_and_equal_dense(residual):
+    encoded = Encoder("y ~ 1", residual=residual).fit(table(420, 2))
+    found = []
+    for solver in ("sparse", "dense"):
+        model = linear_model(encoded, solver=solver)
+        found.append(float(model.objective(encoded.batch()).evaluate().log_likelihood))
+    assert found[0] == pytest.approx(found[1], abs=1e-8)
+
+
+def test_effects_at_times_are_sparse_and_predicted_between_them():
+    rows = table(240, 1)
+    new = pd.DataFrame({"t": [-1.0, rows["t"].mean(), rows["t"].iloc[3], rows["t"].max() + 2]})
+    one = lmm("y ~ 1 + (1 | exponential(t))", rows, solver="sparse")
+    other = lmm("y ~ 1 + (1 | exponential(t, neighbours = 239))", rows)
+    assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-6)
+    found, expected = one.predict(new), other.predict(new)
+    np.testing.assert_allclose(found["mean"], expected["mean"], rtol=0, atol=2e-4)
+    np.testing.assert_allclose(found["variance"], expected["variance"], rtol=2e-4)
