@@ -107,7 +107,10 @@ class Symbolic:
         count = column_counts(n, start, index, order, place, parent)
         new = (parent[:-1] != np.arange(1, n)) | (count[:-1] != count[1:] + 1)
         begins = np.concatenate([[True], new, [True]])[: n + 1]
-        first = _supernodes(parent, count, np.flatnonzero(begins))
+        fundamental = np.flatnonzero(begins)
+        kept = np.empty_like(fundamental)
+        found = _supernodes(parent, count, fundamental, kept, np.zeros(len(kept)))
+        first = kept[: found + 1].copy()
         of_column = np.repeat(np.arange(len(first) - 1), np.diff(first))
         height = count[first[:-1]]
         row_start = np.concatenate([[0], np.cumsum(height)])
@@ -186,15 +189,13 @@ def _operations(first: np.ndarray, row_start: np.ndarray) -> np.ndarray:
 
 
 @compiled
-def _supernodes(parent, count, first):
-    """First columns of supernodes, of fundamental ones that are merged where that adds few zeros; the
-    counts of these columns include the zeros.
+def _supernodes(parent, count, first, kept, zeros):
+    """Write first columns of supernodes, of fundamental ones that are merged where that adds few zeros,
+    to ``kept``, and how many zeros there are; the counts of these columns include them.
 
     Two are merged if one is the parent of the other: one block with explicit zeros.
     """
     n, s = len(parent), len(first) - 1
-    kept = np.empty(s + 1, np.int64)
-    zeros = np.zeros(s + 1)
     t = 0
     for b in range(s):
         kept[t] = first[b]
@@ -217,7 +218,7 @@ def _supernodes(parent, count, first):
             count[lo] = w1 + r2
             t -= 1
     kept[t] = n
-    return kept[: t + 1].copy()
+    return t
 
 
 @compiled
@@ -225,9 +226,11 @@ def _rows(start, index, order, place, first, of_column, row_start):
     """Rows of each supernode, in no order: sorting takes longer to compile than all the rest."""
     n, s = len(order), len(first) - 1
     rows = np.empty(row_start[s], np.int64)
-    mark = np.full(n, -1, np.int64)
-    head = np.full(s, -1, np.int64)
-    following = np.full(s, -1, np.int64)
+    mark, head, following = np.empty(n, np.int64), np.empty(s, np.int64), np.empty(s, np.int64)
+    for j in range(n):
+        mark[j] = -1
+    for b in range(s):
+        head[b] = following[b] = -1
     for b in range(s):
         lo, hi, used = first[b], first[b + 1], row_start[b]
         for j in range(lo, hi):
