@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.sparse import csr_matrix, diags, eye
 
-from openreml_nn.likelihood.system.products import Cells
+from openreml_nn.likelihood.system.crossproducts import Cells
 from openreml_nn.likelihood.system.sparse.equations import Equations
 from openreml_nn.likelihood.system.sparse.part import Part
 from openreml_nn.terms.design import IndexedDesign

@@ -88,7 +88,9 @@ def runs_of(
 ) -> list[Run]:
     """Runs with many products, from right to left; see :class:`Symbolic` for the pattern."""
     found = []
-    for low, high in _bounds(first, row_start, rows):
+    lows, highs = np.empty(len(first), np.int64), np.empty(len(first), np.int64)
+    count = _bounds(first, row_start, rows, lows, highs)
+    for low, high in zip(lows[:count].tolist(), highs[:count].tolist(), strict=True):
         line, column, place, segment = _lines(low, high, first, of_column, row_start, rows)
         order = np.argsort(line)  # those of one line are of different columns, in any order
         found.append(Run(low, high, line[order], column[order], place[order], segment[order]))
@@ -96,9 +98,9 @@ def runs_of(
 
 
 @compiled
-def _bounds(first, row_start, rows):
-    """Where runs with many products begin and end, from right to left, (r, 2)."""
-    found = np.empty((len(first), 2), np.int64)
+def _bounds(first, row_start, rows, lows, highs):
+    """Write where runs with many products begin and end, from right to left, to ``lows`` and ``highs``,
+    and give how many there are."""
     count, high = 0, len(first) - 1
     while high > 0:
         low, products = high, 0
@@ -106,13 +108,13 @@ def _bounds(first, row_start, rows):
             below, end = row_start[low - 1] + 1, row_start[low]
             if below < end and rows[below] < first[high]:
                 break
-            products += (end - below) ** 2
+            products += (end - below) * (end - below)
             low -= 1
         if products >= _FEW:
-            found[count, 0], found[count, 1] = low, high
+            lows[count], highs[count] = low, high
             count += 1
         high = min(low, high - 1)
-    return found[:count].copy()
+    return count
 
 
 def _lines(

@@ -1,5 +1,7 @@
 r"""The elimination tree of a sparse matrix, and what it tells of the Cholesky factor.
 
+Arrays are filled in loops: numba takes long to compile what NumPy makes full ones with.
+
 Reference:
     Davis, Direct Methods for Sparse Linear Systems (2006), chapter 4.
 """
@@ -23,8 +25,10 @@ def inverted(order: np.ndarray) -> np.ndarray:
 @compiled
 def elimination_tree(n, start, index, order, place):
     """Elimination tree with compressed paths."""
-    parent = np.full(n, -1, np.int64)
-    ancestor = np.full(n, -1, np.int64)
+    parent = np.empty(n, np.int64)
+    ancestor = np.empty(n, np.int64)
+    for k in range(n):
+        parent[k] = ancestor[k] = -1
     for k in range(n):
         column = order[k]
         for p in range(start[column], start[column + 1]):
@@ -42,10 +46,12 @@ def elimination_tree(n, start, index, order, place):
 def postorder(parent):
     """Nodes of a forest, each after those below it."""
     n = len(parent)
-    head = np.full(n, -1, np.int64)
-    following = np.full(n, -1, np.int64)
+    head = np.empty(n, np.int64)
+    following = np.empty(n, np.int64)
     post = np.empty(n, np.int64)
     stack = np.empty(n, np.int64)
+    for j in range(n):
+        head[j] = following[j] = -1
     for j in range(n - 1, -1, -1):
         if parent[j] >= 0:
             following[j] = head[parent[j]]
@@ -87,15 +93,19 @@ def column_counts(n, start, index, order, place, parent):
     Reference:
         Gilbert, Ng and Peyton, SIAM Journal on Matrix Analysis and Applications 15 (1994), 1075-1091.
     """
-    first = np.arange(n)  # the first column of the subtree
-    count = np.ones(n, np.int64)
+    first = np.empty(n, np.int64)  # the first column of the subtree
+    count = np.empty(n, np.int64)
+    furthest = np.empty(n, np.int64)  # of each row's leaves the last's first column
+    leaf = np.empty(n, np.int64)
+    up = np.empty(n, np.int64)
+    for j in range(n):
+        first[j] = up[j] = j
+        count[j] = 1
+        furthest[j] = leaf[j] = -1
     for j in range(n):
         if parent[j] >= 0:
             first[parent[j]] = min(first[parent[j]], first[j])
             count[parent[j]] = 0
-    furthest = np.full(n, -1, np.int64)  # of each row's leaves the last's first column
-    leaf = np.full(n, -1, np.int64)
-    up = np.arange(n)
     for j in range(n):
         if parent[j] >= 0:
             count[parent[j]] -= 1

@@ -210,7 +210,8 @@ def _supernodes(
     above = parent[ends - 1]
     of_column = np.repeat(np.arange(len(begins)), width)
     up = np.where(above < 0, -1, of_column[above])
-    top = _merged(up, width, count[begins] - width)
+    top = np.arange(len(begins))
+    _merged(up, width.copy(), count[begins] - width, top, np.zeros(len(begins)))
     groups = np.unique(top)
     number = np.searchsorted(groups, top)
     above = np.where(up[groups] < 0, -1, number[up[groups]])
@@ -224,21 +225,23 @@ def _supernodes(
 
 
 @compiled
-def _merged(up, width, below):
-    """For each fundamental supernode the last of those that it is merged with.
+def _merged(up, wide, below, top, zeros):
+    """Write for each fundamental supernode the last of those that it is merged with to ``top``.
 
     A supernode is merged with its parent to one block with explicit zeros, where these are few, or
     cost less than to add its products to the parent's entries one by one.
 
     Args:
         up: the parent of each, after it; -1 where there is none.
-        width: its columns.
+        wide: its columns, to which those of what is merged with it are added.
         below: its rows below these.
+        top: the numbers of the supernodes.
+        zeros: explicit ones of each, none yet.
     """
     s = len(up)
-    top = np.arange(s)
-    head, following = np.full(s, -1, np.int64), np.full(s, -1, np.int64)
-    wide, zeros = width.copy(), np.zeros(s)
+    head, following = np.empty(s, np.int64), np.empty(s, np.int64)
+    for p in range(s):
+        head[p] = following[p] = -1
     for p in range(s):
         kept = -1
         c = head[p]
@@ -268,7 +271,6 @@ def _merged(up, width, below):
             head[up[p]] = p
     for c in range(s - 1, -1, -1):
         top[c] = top[top[c]]
-    return top
 
 
 @compiled
@@ -276,9 +278,11 @@ def _rows(start, index, order, place, first, of_column, row_start):
     """Rows of each supernode, in no order: sorting takes longer to compile than all the rest."""
     n, s = len(order), len(first) - 1
     rows = np.empty(row_start[s], np.int64)
-    mark = np.full(n, -1, np.int64)
-    head = np.full(s, -1, np.int64)
-    following = np.full(s, -1, np.int64)
+    mark, head, following = np.empty(n, np.int64), np.empty(s, np.int64), np.empty(s, np.int64)
+    for j in range(n):
+        mark[j] = -1
+    for b in range(s):
+        head[b] = following[b] = -1
     for b in range(s):
         lo, hi, used = first[b], first[b + 1], row_start[b]
         for j in range(lo, hi):
