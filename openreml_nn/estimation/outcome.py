@@ -290,6 +290,9 @@ class _Builder:
         if k == 1 and matrix.dim() == 1:  # a variance for each row
             return matrix.mean().reshape(1, 1)
         if k and matrix.dim() == 2:
+            if term.effects == len(matrix) < k and term.covariance.is_related:
+                # Places in series are not independent, and their correlations too many.
+                return matrix.diagonal().repeat(k // len(matrix))
             if len(matrix) < k:  # all effects have one variance
                 eye = torch.eye(k // len(matrix), dtype=matrix.dtype, device=matrix.device)
                 return torch.kron(eye, matrix)

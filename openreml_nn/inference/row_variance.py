@@ -16,7 +16,9 @@ from openreml_nn.terms.covariance import (
     ScaledCovariance,
 )
 from openreml_nn.terms.design import IdentityDesign, IndexedDesign, MembershipDesign
+from openreml_nn.terms.direct_sum import DirectSumCovariance
 from openreml_nn.terms.kernel import Kernel
+from openreml_nn.terms.precision import PrecisionCovariance
 from openreml_nn.terms.term import Term
 
 __all__ = ["effect_variances", "row_variances"]
@@ -88,9 +90,16 @@ def _entries(kernel: Kernel, one: Tensor, two: Tensor) -> Tensor:
 
 def _blocks(G: Covariance, effects: int) -> Tensor:
     """Covariances of the effects of a level, (m, k, k), those of level i at i modulo m."""
-    if isinstance(G, ScaledCovariance | KroneckerCovariance):
+    if isinstance(
+        G, ScaledCovariance | KroneckerCovariance | PrecisionCovariance | DirectSumCovariance
+    ):
         # As tables show it: a variance component, whatever the inbreeding of the animals.
-        return G.shown(effects)[None]
+        matrix = G.shown(effects)
+        if matrix.dim() == 1:
+            return matrix.reshape(-1, effects).diag_embed()
+        if len(matrix) <= effects:
+            return matrix[None]
+        return _on_diagonal(matrix, effects)
     if isinstance(G, BlockCovariance):
         square = G.matrix.unflatten(2, (-1, effects)).unflatten(1, (-1, effects))
         return square.diagonal(dim1=1, dim2=3).movedim(-1, 1).flatten(0, 1)
@@ -100,5 +109,10 @@ def _blocks(G: Covariance, effects: int) -> Tensor:
     if isinstance(G, RepeatedCovariance) and len(matrix) < effects:
         # The effects of a level are repetitions themselves, as of the basis of a spline.
         matrix = torch.block_diag(*[matrix] * (effects // len(matrix)))
+    return _on_diagonal(matrix, effects)
+
+
+def _on_diagonal(matrix: Tensor, effects: int) -> Tensor:
+    """The blocks on the diagonal of a matrix (m k, m k), (m, k, k)."""
     square = matrix.unflatten(1, (-1, effects)).unflatten(0, (-1, effects))  # (m, k, m, k)
     return square.diagonal(dim1=0, dim2=2).permute(2, 0, 1)

@@ -82,7 +82,8 @@ class Component:
         group: name of the grouping factor; ``Residual`` for the residual.
         effects: names of the k effects.
         levels: names of the levels; empty for the residual.
-        covariance: (k, k), or (q,) variances of a diagonal term.
+        covariance: (k, k), or variances alone, of a diagonal term (q,) and of more places in series than
+            have their correlations formed (k,).
         std_error: standard errors of its entries (delta method).
         singular: whether some combination of the effects has no variance.
         vanished: the effects that have none themselves.

@@ -103,6 +103,11 @@ class Precision:
             found[some] = self.solve(x, unit)[some].diagonal()
         return found
 
+    def scales(self, x: Tensor) -> Tensor | None:
+        """The variances of the levels over Σ that x tells, (q,), or their mean, (1,), where levels are of
+        several parts; None where Σ is that of a level."""
+        return None
+
     def matrix(self, entries: np.ndarray) -> csc_matrix:
         """Both triangles of Q from its lower one."""
         at, row, start = self._both
@@ -227,7 +232,11 @@ class PrecisionCovariance(Covariance):
         return RepeatedCovariance(self.parts()[0], self.precision.size)
 
     def shown(self, effects: int = 1) -> Tensor:
-        return self.parts()[0]
+        sigma, numbers = self.parts()
+        own = self.precision.scales(numbers)
+        if own is None:
+            return sigma
+        return sigma[0] * own if len(sigma) == 1 < len(own) else sigma * own.mean()
 
     def of_new(self) -> Tensor:
         """The covariance of the effects of a level that is not among these, (t, t): the mean of theirs."""

@@ -76,6 +76,9 @@ class DensePrecision(Precision):
     def variances(self, x: np.ndarray) -> np.ndarray:
         return self._sigma(x).diagonal().copy()
 
+    def scales(self, x: Tensor) -> Tensor:
+        return self.covariance(x).diagonal()
+
     def solve(self, x: np.ndarray, u: np.ndarray) -> np.ndarray:
         return self._sigma(x) @ u
 
@@ -152,6 +155,11 @@ class KroneckerPrecision(Precision):
     def variances(self, x: np.ndarray) -> np.ndarray:
         a, b = self._split(x)
         return np.kron(self.one.variances(a), self.other.variances(b))
+
+    def scales(self, x: Tensor) -> Tensor | None:
+        own = [part.scales(numbers) for part, numbers in self._parted(x)]
+        means = [s.mean() for s in own if s is not None]
+        return torch.stack(means).prod().reshape(1) if means else None
 
     def _apply(self, of_one: _Map, of_other: _Map, u: np.ndarray) -> np.ndarray:
         """A ⊗ B times u (q, m), by what either does."""
@@ -243,6 +251,13 @@ class DirectSumPrecision(Precision):
 
     def variances(self, x: np.ndarray) -> np.ndarray:
         return np.concatenate([v * part.variances(own) for part, v, own in self._of(x)])
+
+    def scales(self, x: Tensor) -> Tensor:
+        total = x.new_zeros(1)
+        for part, own in zip(self.parts, self._pieces(x), strict=True):
+            further = part.scales(own[1:])
+            total = total + part.size * own[:1] * (1 if further is None else further.mean())
+        return total / self.size
 
     def solve(self, x: np.ndarray, u: np.ndarray) -> np.ndarray:
         pairs = zip(self._of(x), np.split(u, self._places), strict=True)

@@ -88,6 +88,10 @@ class ScaledPrecision(Precision):
         s, own = self._split(x)
         return s**2 * self.one.variances(own)
 
+    def scales(self, x: Tensor) -> Tensor:
+        own, further = x[: self.size] ** 2, self.one.scales(x[self.size :])
+        return own if further is None else own * further
+
     def solve(self, x: np.ndarray, u: np.ndarray) -> np.ndarray:
         s, own = self._split(x)
         return s[:, None] * self.one.solve(own, s[:, None] * u)

@@ -335,6 +335,9 @@ class RepeatedPrecision(Precision):
     def variances(self, x: np.ndarray) -> np.ndarray:
         return np.tile(self.one.variances(x), self.copies)
 
+    def scales(self, x: Tensor) -> Tensor | None:
+        return self.one.scales(x)
+
     def solve(self, x: np.ndarray, u: np.ndarray) -> np.ndarray:
         return self._back(self.one.solve(x, self._apart(u)))
 

@@ -21,6 +21,8 @@ from openreml_nn.covariance import (
     heterogeneous,
     heterogeneous_ar1,
 )
+from openreml_nn.inference import r2, variance_shares
+from openreml_nn.inference.row_variance import row_variances
 from openreml_nn.likelihood import Sparse
 from openreml_nn.model.structures import linear_model
 from openreml_nn.support.errors import InputError
@@ -86,6 +88,21 @@ def test_markov_structures_are_sparse_and_equal_dense(name, kind):
 def test_variances_are_the_diagonal(name):
     matrix = CHAINS[name]().double()
     torch.testing.assert_close(matrix.variances(), matrix().diagonal())
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_tables_show_the_variances_of_places(name):
+    tree, *_ = made(CHAINS[name](), "residual")
+    matrix = tree.operands["structure"].operands["g"]
+    (term,) = tree.terms()
+    shown = term.shown()
+    shown = shown.diagonal() if shown.dim() == 2 else shown
+    torch.testing.assert_close(shown.mean(), matrix().diagonal().mean())
+    if name in ("hetar1", "scaled car1", "ante", "groups of ante"):
+        torch.testing.assert_close(shown, matrix().diagonal()[: len(shown)])
+    if "strata" not in name:  # which are shown by their mean, and not each cell has a row
+        (found,) = row_variances([term])
+        torch.testing.assert_close(found, tree().diagonal().mean())
 
 
 @pytest.mark.parametrize("kind", [ContinuousAR1Matrix, ExponentialMatrix, GaussianMatrix])
@@ -175,3 +192,17 @@ def test_effects_at_times_are_sparse_and_predicted_between_them():
     found, expected = one.predict(new), other.predict(new.assign(zero=0.0))
     np.testing.assert_allclose(found["mean"], expected["mean"], rtol=0, atol=2e-4)
     np.testing.assert_allclose(found["variance"], expected["variance"], rtol=2e-4)
+
+
+def test_shares_of_variances_beside_a_residual_of_many_places():
+    rng = np.random.default_rng(0)
+    rows = pd.DataFrame({"g": np.repeat([0, 1, 2, 3], 15), "k": np.tile(np.arange(15) ** 2 + 1, 4)})
+    rows["y"] = 2.0 * rows.g + rng.standard_normal(60)
+    later = rows.assign(k=rows.k + 10 * rows.g)
+    fit, long = (lmm("y ~ 1 + (1 | g)", t, residual="ar1(k | g)") for t in (rows, later))
+    assert [len(one.components[1].effects) for one in (fit, long)] == [197, 227]
+    for one in (fit, long):
+        assert one.components[1].std_dev == pytest.approx(one.residual_variance**0.5)
+        assert variance_shares(one)["variance"][1] == pytest.approx(one.residual_variance)
+    assert long.log_likelihood == pytest.approx(fit.log_likelihood, abs=1e-6)
+    assert r2(long).conditional == pytest.approx(r2(fit).conditional, rel=1e-5)
