@@ -26,7 +26,7 @@ __all__ = [
 _MANY_ROWS = 20_000
 #: A row is told apart where its predictor is beyond this, of coefficients of one at most.
 _APART = 1e-4
-#: Responses are told without error where this part of them, or less, is left,
+#: Responses are told without error where this part of what the fixed effects leave, or less, is left,
 _EXACT = 1e-8
 #: after so many steps of a least-squares method, which finds it for a few factors.
 _STEPS = 60
@@ -182,9 +182,13 @@ def tells_responses(
         return found.double().numpy(force=True)
 
     target = (value - offset).double().numpy(force=True)
+    # A response's place says nothing of its spread: what fixed effects tell is taken away first.
+    fixed = X.double().numpy(force=True)
+    first = target - fixed @ np.linalg.lstsq(fixed, target, rcond=None)[0]
     Z = LinearOperator(shape, matvec=effect, rmatvec=transposed, dtype=np.float64)
-    left = lsqr(Z, target, atol=_EXACT / 10, btol=_EXACT / 10, iter_lim=_STEPS)[3]
-    return bool(left <= _EXACT * np.linalg.norm(target))
+    left = lsqr(Z, first, atol=_EXACT / 10, btol=_EXACT / 10, iter_lim=_STEPS)[3]
+    rounding = 4 * torch.finfo(y.dtype).eps * np.linalg.norm(target)
+    return bool(left <= _EXACT * np.linalg.norm(first) + rounding)
 
 
 def told_exactly(family: Family, like: Tensor, end: float) -> str:

@@ -97,6 +97,17 @@ def test_responses_that_the_predictor_tells_without_error_have_no_maximum():
         glmm("log(y) ~ x + (1 | g)", table, "gaussian")
 
 
+def test_responses_far_from_zero_beside_their_spread_are_fitted():
+    rng = np.random.default_rng(1)
+    table = pd.DataFrame({"g": np.repeat(np.arange(12), 6), "x": rng.normal(size=72)})
+    own = 1e-3 * (table.x + rng.normal(size=12)[table.g] + rng.normal(size=72))
+    near, far = (
+        glmm("y ~ x + (1 | g)", table.assign(y=own + shift), "gaussian") for shift in (0, 1e6)
+    )
+    assert far.converged
+    assert far.residual_variance == pytest.approx(near.residual_variance, rel=1e-4)
+
+
 @pytest.mark.parametrize("family", [Beta(), Gamma(), NegativeBinomial()])
 def test_a_precision_without_end_is_said_of_responses_that_have_a_spread_of_their_own(family):
     like, name = torch.zeros(1, dtype=torch.float64), next(iter(family.own_trans))
