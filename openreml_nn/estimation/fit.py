@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance import Matrix
-from openreml_nn.estimation.outcome import outcome
+from openreml_nn.estimation.outcome import outcome, unreached
 from openreml_nn.estimation.safeguard import edge_of
 from openreml_nn.estimation.starts import (
     CLOSEST,
@@ -298,7 +298,7 @@ def checked(result: Result, edge: str = "") -> Result:
         why = f"; from there steps lead where {edge}" if edge else ""
         warn(
             f"the fit did not converge in {result.iterations} iterations: "
-            f"score norm {result.score_norm:.3g} standard errors, expected below 0.001{why}"
+            f"{unreached(result.score_norm, result.history)}{why}"
         )
     if result.indistinct:
         warn(

@@ -16,7 +16,8 @@ from torch import Tensor
 from openreml_nn.estimation.marginal_result import marginal_outcome
 from openreml_nn.estimation.marginal_several import climb_from_reaches, may_end
 from openreml_nn.estimation.marginal_start import set_start
-from openreml_nn.estimation.marginal_steps import CONVERGED, MarginalFit
+from openreml_nn.estimation.marginal_steps import MarginalFit
+from openreml_nn.estimation.outcome import unreached
 from openreml_nn.estimation.separation import separated_levels, told_exactly
 from openreml_nn.families import Binomial
 from openreml_nn.likelihood import LaplaceLoss
@@ -86,8 +87,8 @@ def fit_laplace(
         raise NumericalError(told) from error
     if not result.converged:
         warn(
-            f"the fit did not converge in {result.iterations} iterations: score norm "
-            f"{result.score_norm:.3g} standard errors, expected below {CONVERGED}"
+            f"the fit did not converge in {result.iterations} iterations: "
+            + unreached(result.score_norm, result.history)
             + "".join(f"; {text}" for text in endless(result.family_parameters))
         )
     return result, found

@@ -18,9 +18,10 @@ from openreml_nn.estimation.basis import (
     factor_names,
     history_in_user_basis,
 )
-from openreml_nn.estimation.curvature import Curvature
+from openreml_nn.estimation.curvature import CONVERGED, Curvature
 from openreml_nn.estimation.derivatives import jacobian
 from openreml_nn.estimation.spread import Spread
+from openreml_nn.estimation.starts import CLOSEST
 from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.plan import Plan
@@ -41,7 +42,7 @@ from openreml_nn.support.spectrum import eigenvalues
 from openreml_nn.terms.covariance import KroneckerCovariance
 from openreml_nn.terms.term import Term, residual_terms
 
-__all__ = ["outcome"]
+__all__ = ["outcome", "unreached"]
 
 #: A random effect this many residual standard deviations small is none (as in lme4).
 SINGULAR = 1e-4
@@ -64,6 +65,16 @@ def outcome(
     with torch.no_grad():
         found = _Builder(objective, labels or {}).build(plan, y, X, history, names)
         return replace(found, starts=tuple(starts))
+
+
+def unreached(norm: float, history: Sequence[Record]) -> str:
+    """What a fit has not reached that ended at this score norm, in standard errors, without having
+    converged."""
+    if norm >= CONVERGED:
+        return f"score norm {norm:.3g} standard errors, expected below {CONVERGED}"
+    moving = bool(history) and history[-1].step > 0
+    what = "its steps had not ended" if moving else "no step led further"
+    return f"{what}, at a score norm of {norm:.3g} standard errors"
 
 
 class _Builder:
@@ -112,8 +123,9 @@ class _Builder:
         curvature = self._curvature
         return Result(
             method=problem.method,
-            # A run that was still moving ended at its limit of iterations.
-            converged=curvature.is_optimum and not (history and history[-1].step > 0),
+            # A run that was still moving ended at its limit of iterations, perhaps as near as steps go.
+            converged=curvature.is_optimum
+            and (curvature.norm < CLOSEST or not (history and history[-1].step > 0)),
             singular=tuple(dict.fromkeys(c.group for c in components if c.singular)),
             # Of a variance that is zero the data say nothing more.
             indistinct=tuple(

@@ -1,9 +1,11 @@
 """AI-REML, fit_reml and what they return."""
 
+import warnings
 from itertools import pairwise
 from math import isnan, log
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -164,6 +166,24 @@ def test_too_few_iterations_are_not_convergence():
         result = fit_reml(V, 1000 * y, X, start="current", max_iterations=1)
     assert not result.converged
     assert result.score_norm > 1e-3
+
+
+def test_what_a_fit_has_not_reached_is_said_without_contradiction():
+    rng, said = np.random.default_rng(0), []
+    table = pd.DataFrame({"g": np.repeat(np.arange(20), 5), "x": rng.normal(size=100)})
+    table["y"] = table.x + rng.normal(size=20)[table.g] + rng.normal(size=100)
+    for most in range(1, 9):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = lmm("y ~ x + (1 | g)", table, max_iterations=most)
+        if result.converged:
+            break
+        (text,) = (str(w.message) for w in caught)
+        said.append(result.score_norm < 1e-3)
+        assert ("expected below 0.001" in text) != said[-1]
+        assert ("its steps had not ended, at a score norm of" in text) == said[-1]
+        assert result.score_norm > 1e-6
+    assert set(said) == {False, True}
 
 
 def test_fixed_parameters_stay():
