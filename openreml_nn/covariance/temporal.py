@@ -141,7 +141,8 @@ class ContinuousAR1Matrix(SpacedMatrix):
         """Variance and rho."""
         variance, rho = self.build_params(free_params).split(1)
         x = None if free_params is not None else self.stored(self.param_names[1]).detach()
-        looked = x is not None and has_values(x) and -inf < float(x)
+        # Values in place of the stored one may be many at a time, which cannot be looked at.
+        looked = x is not None and has_values(x) and has_values(rho) and -inf < float(x)
         if looked and not float(rho.detach()) >= _smallest(rho):
             raise NumericalError(
                 f"`rho`, the correlation at a distance of 1, is below {_smallest(rho):.0e}, where "

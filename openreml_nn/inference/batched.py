@@ -18,6 +18,7 @@ from openreml_nn.likelihood.loss import Objective
 from openreml_nn.likelihood.problem import Problem
 from openreml_nn.likelihood.solvers.dense import DenseProblem
 from openreml_nn.likelihood.system.grouped import GroupedProblem
+from openreml_nn.terms.precision import PrecisionCovariance
 
 __all__ = ["Maxima", "maximise"]
 
@@ -57,7 +58,11 @@ def maximise(refit: Refit, y: Tensor) -> Maxima:
     objective = refit.objective()
     entries = list(matrix_entries(refit.result).values())
     width = len(entries) + len(refit.result.fixed.names)
-    count, size = y.shape[1], 0 if objective.moves else _size(objective.problem)
+    # Precisions are computed by numpy, one at a time.
+    alone = objective.moves or any(
+        isinstance(term.covariance, PrecisionCovariance) for term in objective.terms()
+    )
+    count, size = y.shape[1], 0 if alone else _size(objective.problem)
     chunk = _MOST // size if size else 0
     if chunk < 4:
         nothing = y.new_full((count,), torch.nan)

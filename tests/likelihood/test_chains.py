@@ -21,7 +21,7 @@ from openreml_nn.covariance import (
     heterogeneous,
     heterogeneous_ar1,
 )
-from openreml_nn.inference import r2, variance_shares
+from openreml_nn.inference import bootstrap, r2, variance_shares
 from openreml_nn.inference.row_variance import row_variances
 from openreml_nn.likelihood import Sparse
 from openreml_nn.model.structures import linear_model
@@ -206,3 +206,20 @@ def test_shares_of_variances_beside_a_residual_of_many_places():
         assert variance_shares(one)["variance"][1] == pytest.approx(one.residual_variance)
     assert long.log_likelihood == pytest.approx(fit.log_likelihood, abs=1e-6)
     assert r2(long).conditional == pytest.approx(r2(fit).conditional, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("residual", "step"), [("car1(k | g)", 0), ("car1(k | g)", 99), ("ar1(k | g)", 99)]
+)
+def test_responses_are_drawn_and_fitted_anew_beside_a_chain(residual, step):
+    rng = np.random.default_rng(0)
+    rows = pd.DataFrame({"g": np.repeat([0, 1, 2, 3], 9), "k": np.tile(np.arange(9) ** 2, 4)})
+    rows["y"] = 2.0 * rows.g + rng.standard_normal(36)
+    rows["k"] += step * rows.g  # with gaps over 300 places: more than are formed
+    fit = lmm("y ~ 1 + (1 | g)", rows, residual=residual)
+    long = lmm("y ~ 1 + (1 | g)", rows, residual=residual.replace("car1", "exponential"))
+    found, expected = (bootstrap(one, 2, seed=1) for one in (fit, long))
+    name = "sd_(Intercept)|g"
+    assert found.samples[name].std() > 0
+    if residual.startswith("car1"):
+        np.testing.assert_allclose(found.samples[name], expected.samples[name], rtol=1e-3)
