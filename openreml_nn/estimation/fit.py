@@ -157,8 +157,8 @@ def _start_by_krylov(objective: Objective, loss: REMLLoss, y: Tensor, X: Tensor)
         if step.converged or step.length == 0 or step.score_norm < _ROUGHLY:
             break
     try:
-        objective.evaluate().scores()  # which the first exact step asks for again
-    except NumericalError:
+        objective.evaluate().scores()  # kept, as the first exact step asks for them
+    except NumericalError:  # the last step went to where the exact likelihood does not exist
         with torch.no_grad():
             for parameter, value in zip(parameters, before, strict=True):
                 parameter.copy_(value)
