@@ -31,6 +31,7 @@ def occurring(
     found: dict[str, list[str]] = {}
     variables: dict[str, Node] = {}
     met: dict[str, tuple[Factor, set[str]]] = {}
+    others: dict[str, tuple[str, str] | None] = {}
     first, source, chosen = True, "", set[str]()
     for data in tables:
         if first:
@@ -50,8 +51,8 @@ def occurring(
             met[key] = (Factor(value.codes, levels, factor.key), seen)
             if (value.codes < 0).any():
                 _refuse(data, node, value)
-            if isinstance(node, Name):
-                data.check_labels(node)
+            if isinstance(node, Name) and not data.is_told(node.name):
+                others[key] = others.get(key) or data.first_label(node.name, value)
         first = False
         if not met and not chosen:
             break
@@ -61,6 +62,8 @@ def occurring(
         order = factor.levels if factor.key is None else sorted(factor.levels, key=factor.key)
         levels = [level for level in order if level in seen]
         node = variables[key]
+        if key in others and isinstance(node, Name):
+            data.check_labels(node.name, levels, others[key])
         if isinstance(node, Call) and node.function == "relevel" and order[0] not in seen:
             raise InputError(f"{source}: {key!r}: {order[0]!r} is no level of it")
         if len(levels) < 2:

@@ -14,12 +14,13 @@ from openreml_nn.support.errors import InputError
 from openreml_nn.support.warning import warn
 from openreml_nn.table.columns import (
     are_dates,
-    have_commas,
+    are_fractions,
+    are_numbers,
+    is_value,
     kind_of,
     numbers,
     row_name,
     single,
-    stray,
 )
 from openreml_nn.table.expressions import Basis, as_numbers, evaluate
 from openreml_nn.table.functions import FUNCTIONS
@@ -141,33 +142,46 @@ class TableRows:
             self._variables[key] = value
         return value
 
-    def check_labels(self, node: Name) -> None:
-        """Refuse a column of text that is one of numbers but for a slip, or one of dates."""
-        name, factor = node.name, self.variable(node)
-        column = self.table[name]
-        told = name in self._categorical or isinstance(column.dtype, pd.CategoricalDtype)
-        if told or not isinstance(factor, Factor):
-            return
-        if are_dates(factor.levels):
-            raise self._of_dates(name)
-        if have_commas(factor.levels):
-            raise InputError(
-                f"{self.source}: column {name!r} has numbers with a decimal comma, such as "
-                f"{factor.levels[0]!r}: expected a file that is read with `decimal=','`, or its name in "
-                "`categorical`"
-            )
-        if (found := stray(factor.levels)) is None:
-            return
-        at = int(np.argmax(factor.codes == factor.levels.index(found)))
-        raise InputError(
-            f"{self.source}: column {name!r} is not numeric: found {found!r} in row "
-            f"{self.row(at)} among numbers; say what a missing value looks like when the file is "
-            f"read, `missing=[{found!r}]`, or name the column in `categorical`"
-        )
+    def is_told(self, name: str) -> bool:
+        """Whether a column is a factor as it is stored, or as it was said."""
+        return name in self._categorical or isinstance(self.table[name].dtype, pd.CategoricalDtype)
 
-    def _of_dates(self, name: str) -> InputError:
+    def first_label(self, name: str, factor: Factor) -> tuple[str, str] | None:
+        """The first label of a column that is written as no number and no date, and its row."""
+        is_other = np.array([not is_value(label) for label in factor.levels] + [False])
+        found = is_other[factor.codes]
+        if not found.any():
+            return None
+        at = int(np.argmax(found))
+        return factor.levels[factor.codes[at]], self.row(at)
+
+    def check_labels(self, name: str, levels: list[str], other: tuple[str, str] | None) -> None:
+        """Refuse a column of text that is one of numbers, but for slips, or of dates.
+
+        Args:
+            name: of the column.
+            levels: of all rows.
+            other: the first label that is written as no number and no date, and its row.
+        """
+        if are_dates(levels):
+            raise self._of_dates(name, next(filter(is_value, levels)))
+        if are_fractions(levels):
+            raise InputError(
+                f"{self.source}: column {name!r} is text of numbers, such as {levels[0]!r}: expected "
+                "numbers, a file that is read with `decimal=','` where they have decimal commas, or its "
+                "name in `categorical`"
+            )
+        if other is not None and are_numbers(levels):
+            raise InputError(
+                f"{self.source}: column {name!r} is not numeric: found {other[0]!r} in row "
+                f"{other[1]} among numbers; say what a missing value looks like when the file is "
+                f"read, `missing=[{other[0]!r}]`, or name the column in `categorical`"
+            )
+
+    def _of_dates(self, name: str, shown: str | None = None) -> InputError:
+        such = "" if shown is None else f", such as {shown!r}"
         return InputError(
-            f"{self.source}: column {name!r} holds dates, times or durations: expected "
+            f"{self.source}: column {name!r} holds dates, times or durations{such}: expected "
             "numbers, such as days since a start, or its name in `categorical`"
         )
 
