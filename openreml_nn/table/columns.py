@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from decimal import Decimal
 from numbers import Real
 from typing import Any
@@ -19,6 +20,7 @@ __all__ = [
     "are_dates",
     "are_fractions",
     "are_numbers",
+    "as_of_table",
     "check_constants",
     "is_value",
     "kind_of",
@@ -105,6 +107,35 @@ def row_name(table: pd.DataFrame, position: int) -> str:
     """The row as a user counts them, from 1, or its name where rows have names."""
     label = table.index[position]
     return str(label + 1) if isinstance(label, int | np.integer) else repr(label)
+
+
+@contextmanager
+def as_of_table(
+    table: pd.DataFrame, rows: np.ndarray, names: Mapping[str, str | None], source: str
+) -> Iterator[None]:
+    """Have errors about tensors name the rows and columns of the table that they were made of.
+
+    Args:
+        table: its rows are counted from 1, or named by its index.
+        rows: (n,) position in the table of each row of the tensors.
+        names: column, or expression, that each tensor is of.
+        source: the table in messages.
+
+    Raises:
+        InputError: as within, in these words.
+    """
+
+    def named(found: re.Match[str]) -> str:
+        return f"row {row_name(table, rows[int(found[1])])}"
+
+    try:
+        yield
+    except InputError as error:
+        text = re.sub(r"\brow (\d+)", named, str(error))
+        for tensor, column in names.items():
+            text = text if column is None else text.replace(f"`{tensor}`", repr(column))
+        told = f"{source}: "
+        raise InputError(text if text.startswith(told) else told + text) from None
 
 
 def kind_of(column: pd.Series, source: str) -> str:
