@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from openreml_nn.table.columns import (
     are_dates,
     are_fractions,
     are_numbers,
+    is_plain,
     is_value,
     kind_of,
     numbers,
@@ -32,6 +34,23 @@ __all__ = ["TableRows", "complete", "offset_of", "weights_of"]
 
 #: Numbers beyond these have squares that float64 cannot hold.
 _LARGEST, _SMALLEST = 1e150, 1e-150
+
+
+@dataclass(frozen=True)
+class Slips:
+    """Labels of a column of text, each with its row.
+
+    Attributes:
+        value: the first that is written as no number and no date.
+        plain: the first that is written as no number without commas and no date.
+    """
+
+    value: tuple[str, str] | None = None
+    plain: tuple[str, str] | None = None
+
+    def then(self, later: Slips) -> Slips:
+        """With those of later rows."""
+        return Slips(self.value or later.value, self.plain or later.plain)
 
 
 class TableRows:
@@ -146,36 +165,42 @@ class TableRows:
         """Whether a column is a factor as it is stored, or as it was said."""
         return name in self._categorical or isinstance(self.table[name].dtype, pd.CategoricalDtype)
 
-    def first_label(self, name: str, factor: Factor) -> tuple[str, str] | None:
-        """The first label of a column that is written as no number and no date, and its row."""
-        is_other = np.array([not is_value(label) for label in factor.levels] + [False])
-        found = is_other[factor.codes]
-        if not found.any():
+    def slips(self, factor: Factor) -> Slips:
+        """The first labels of a column that are written as no number and no date."""
+        return Slips(self._first(factor, is_value), self._first(factor, is_plain))
+
+    def _first(self, factor: Factor, suits: Callable[[str], bool]) -> tuple[str, str] | None:
+        """The first label that does not suit, and its row."""
+        odd = np.array([not suits(label) for label in factor.levels] + [False])[factor.codes]
+        if not odd.any():
             return None
-        at = int(np.argmax(found))
+        at = int(np.argmax(odd))
         return factor.levels[factor.codes[at]], self.row(at)
 
-    def check_labels(self, name: str, levels: list[str], other: tuple[str, str] | None) -> None:
+    def check_labels(self, name: str, levels: list[str], slips: Slips) -> None:
         """Refuse a column of text that is one of numbers, but for slips, or of dates.
 
         Args:
             name: of the column.
             levels: of all rows.
-            other: the first label that is written as no number and no date, and its row.
+            slips: the first of all rows.
         """
         if are_dates(levels):
             raise self._of_dates(name, next(filter(is_value, levels)))
         if are_fractions(levels):
+            plain = [repr(label) for label in levels if is_plain(label)][:1]
+            first = [] if slips.plain is None else ["{!r} in row {}".format(*slips.plain)]
             raise InputError(
-                f"{self.source}: column {name!r} is text of numbers, such as {levels[0]!r}: expected "
-                "numbers, a file that is read with `decimal=','` where they have decimal commas, or its "
-                "name in `categorical`"
+                f"{self.source}: column {name!r} is text of numbers, such as "
+                f"{' beside '.join(first + plain)}: expected numbers, a file that is read with "
+                "`decimal=','` where they have decimal commas, or its name in `categorical`"
             )
-        if other is not None and are_numbers(levels):
+        if slips.value is not None and are_numbers(levels):
+            shown, row = slips.value
             raise InputError(
-                f"{self.source}: column {name!r} is not numeric: found {other[0]!r} in row "
-                f"{other[1]} among numbers; say what a missing value looks like when the file is "
-                f"read, `missing=[{other[0]!r}]`, or name the column in `categorical`"
+                f"{self.source}: column {name!r} is not numeric: found {shown!r} in row "
+                f"{row} among numbers; say what a missing value looks like when the file is "
+                f"read, `missing=[{shown!r}]`, or name the column in `categorical`"
             )
 
     def _of_dates(self, name: str, shown: str | None = None) -> InputError:
