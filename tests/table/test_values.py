@@ -142,9 +142,10 @@ TEN = pd.DataFrame({"y": 1.0, "x": np.arange(10.0), "f": list("aabbccabca")})
 )
 def test_levels_and_their_rows_are_those_of_r(part, expected):
     written = names(f"0 + {part}", TEN)
-    assert all(map(str.endswith, written, expected))
     counts = Encoder(f"y ~ 0 + {part}").fit(TEN).X.sum(0).tolist()
-    assert {n[-len(level) :]: c for n, level, c in zip(written, expected, counts)} == expected
+    assert counts == list(expected.values())
+    for name, level in zip(written, expected, strict=True):
+        assert name.endswith(level)
 
 
 def test_powers_and_contrasts_by_name_are_those_of_r():
@@ -162,7 +163,7 @@ def test_powers_and_contrasts_by_name_are_those_of_r():
         ("cut(x, 3, labels = c('a', 'b'))", "2 `labels` for 3 intervals"),
         ("cut(y, 3)", "has one level"),
         ("factor(f, levels = c('a', 'a'))", "`levels` has one twice"),
-        ("C(f, contr.none)", "expected one of contr.treatment|not allowed"),
+        ("C(f, contr.none)", r"'contr.none\(\)' is not allowed"),
         ("C(f, contr.sum(base = 1))", "only contr.treatment takes an option"),
         ("C(f, contr.treatment('z'))", "base 'z' is no level"),
         ("ns(x, degree = 2)", "natural splines are cubic"),
@@ -170,7 +171,7 @@ def test_powers_and_contrasts_by_name_are_those_of_r():
         ("bs(x, 2)", "`df` is too small for this degree"),
         ("log(poly(x, 2))", "has 2 columns: expected one"),
         ("log('a')", "is no term: it has no column"),
-        ("I(x + 'a')", "is no number|expected numbers"),
+        ("I(x + 'a')", "is no number"),
         ("log(ifelse(x > 1, f, 'a'))", "has labels: expected numbers"),
         ("scale(y)", "the scale is zero"),
     ],
