@@ -22,7 +22,7 @@ __all__ = [
     "are_numbers",
     "as_of_table",
     "check_constants",
-    "is_plain",
+    "is_plain_value",
     "is_value",
     "kind_of",
     "no_column",
@@ -282,7 +282,7 @@ def are_numbers(levels: Sequence[str]) -> bool:
     return not all(map(_is_number, levels)) and _but_for_slips(levels, _is_number)
 
 
-def is_plain(label: str) -> bool:
+def is_plain_value(label: str) -> bool:
     """Whether a label is written as a number without commas, or a date."""
     return _number(label) is not None or _is_date(label)
 

@@ -17,7 +17,7 @@ from openreml_nn.table.columns import (
     are_dates,
     are_fractions,
     are_numbers,
-    is_plain,
+    is_plain_value,
     is_value,
     kind_of,
     numbers,
@@ -167,7 +167,7 @@ class TableRows:
 
     def slips(self, factor: Factor) -> Slips:
         """The first labels of a column that are written as no number and no date."""
-        return Slips(self._first(factor, is_value), self._first(factor, is_plain))
+        return Slips(self._first(factor, is_value), self._first(factor, is_plain_value))
 
     def _first(self, factor: Factor, suits: Callable[[str], bool]) -> tuple[str, str] | None:
         """The first label that does not suit, and its row."""
@@ -188,7 +188,7 @@ class TableRows:
         if are_dates(levels):
             raise self._of_dates(name, next(filter(is_value, levels)))
         if are_fractions(levels):
-            plain = [repr(label) for label in levels if is_plain(label)][:1]
+            plain = [repr(label) for label in levels if is_plain_value(label)][:1]
             first = [] if slips.plain is None else ["{!r} in row {}".format(*slips.plain)]
             raise InputError(
                 f"{self.source}: column {name!r} is text of numbers, such as "
