@@ -347,6 +347,9 @@ def _has_leading_zero(values: pa.ChunkedArray) -> bool:
 
 
 def _is_number(values: pa.ChunkedArray, dialect: Dialect) -> bool:
+    """Whether all values are numbers; a point is none of thousands, nor a decimal comma."""
+    if dialect.decimal != "." and pc.any(pc.match_substring(values, ".")).as_py():
+        return False
     return _cast(_pointed(values, dialect), pa.float64()) is not None
 
 
