@@ -36,6 +36,7 @@ def test_names_that_are_shortened_stay_different_and_fit(name, where):
 def test_names_are_shortened_alone_and_together():
     assert abridged(["abcdefghij"], 5) == ["abcd…"]
     assert abridged([], 5) == []
+    assert abridged(["", "abc"], 2) == ["", "a…"]
     assert abridged(["a\tb", "", 3], 9) == ["a\\tb", "", "3"]
     assert abridged(["same name"] * 2, 5) == ["same…"] * 2
     with pytest.raises(ValueError, match="`most` is 1"):

@@ -492,6 +492,28 @@ def test_what_is_told_of_runs_is_where_they_differ():
     assert list(found) == ["run", "formula", "aic"]
     assert found["formula"].tolist() == ["y ~ a", "y ~ b"]
     assert list(compared(fitted.head(1))) == ["run", "seed", "formula", "aic"]
+    # An option that one run has and the other has by default is a difference; a missing outcome is none.
+    given = fitted.assign(**{"model.family": ["poisson", None], "val_mse": [1.0, None]})
+    assert list(compared(given)) == ["run", "formula", "model.family"]
+
+
+def test_options_are_alike_however_they_are_typed(result, tmp_path):
+    for name, typed in {"one": "plots=false", "sweep": "plots=False"}.items():
+        write_run(result, tmp_path / name, is_drawn=False)
+        (tmp_path / name / ".hydra").mkdir()
+        (tmp_path / name / ".hydra" / "overrides.yaml").write_text(f"- {typed}\n- +seed={name}\n")
+    found = collect(tmp_path)
+    assert found["plots"].tolist() == ["false", "false"]
+    assert list(compared(found)) == ["run", "seed"]
+
+
+def test_a_report_takes_runs_of_earlier_versions(result, tmp_path):
+    write_run(result, tmp_path, is_drawn=False)
+    record = json.loads((tmp_path / "result.json").read_text())
+    assert record["details"]["residuals"] == "residual"
+    del record["details"]
+    (tmp_path / "result.json").write_text(json.dumps(record))
+    assert write_report(tmp_path, tmp_path / "page.html") == 1
 
 
 def test_the_best_run_of_a_sweep():

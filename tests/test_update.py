@@ -287,3 +287,21 @@ def test_messages_name_the_file_of_the_new_rows(tmp_path):
             call(tmp_path / "new.csv")
         with pytest.raises(TypeError, match="`table` is 3: expected a data frame, or the path"):
             call(3)
+
+
+def test_errors_name_the_rows_of_the_new_table():
+    table = pd.DataFrame({"k": [*range(6)] * 4, "n": 9.0, "x": [1.0, 2, 4] * 8, "g": [*"abcd"] * 6})
+    result = glmm("k ~ x + (1 | g)", table, family="poisson")
+    new = table.head(4).astype({"k": float})
+    new.loc[0, "x"], new.loc[2, "k"] = float("nan"), -1
+    with (
+        pytest.warns(RuntimeWarning, match="1 of 4 rows"),
+        pytest.raises(InputError, match=r"^the table: 'k' is -1 in row 3: expected"),
+    ):
+        result.update(new)
+    with pytest.raises(InputError, match="'k' is -1 in row 'c': expected"):
+        result.update(new.assign(x=1.0).set_axis([*"abcd"]))
+    shares = table.assign(k=table["k"] / 9)
+    of_trials = glmm("k ~ x + (1 | g)", shares, family="binomial", weights="n")
+    with pytest.raises(InputError, match=r"^the table: 'k' times 'n' is 4\.5 in row 3: expected"):
+        of_trials.update(shares.head(4).assign(k=[0, 0, 0.5, 0]))

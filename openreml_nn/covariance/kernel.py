@@ -17,9 +17,10 @@ from openreml_nn.covariance.correlation import (
 )
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.params import free_specs, merge_specs
-from openreml_nn.covariance.spaced import SpacedMatrix, check_distance, check_symmetric
+from openreml_nn.covariance.spaced import SpacedMatrix, check_distance
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.transform import TransformExp, TransformExpPow2
+from openreml_nn.support.checks import check_symmetric
 from openreml_nn.terms.covariance import ScaledCovariance
 from openreml_nn.terms.design import IdentityDesign
 from openreml_nn.terms.kernel import Kernel
@@ -34,6 +35,7 @@ __all__ = [
     "SphericalMatrix",
 ]
 
+#: What a distance is, in messages.
 _EXPECTED = "distances, such as torch.cdist(x, x, compute_mode='donot_use_mm_for_euclid_dist')"
 
 

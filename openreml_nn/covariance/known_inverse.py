@@ -10,10 +10,9 @@ from torch import Tensor
 
 from openreml_nn.covariance.matrix import FreeParams, Matrix
 from openreml_nn.covariance.params import free_specs, merge_specs
-from openreml_nn.covariance.spaced import check_symmetric
 from openreml_nn.covariance.start import harmonic_mean
 from openreml_nn.covariance.transform import TransformExpPow2
-from openreml_nn.support.checks import check_constant, found
+from openreml_nn.support.checks import check_constant, check_symmetric, found
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import ScaledCovariance
 from openreml_nn.terms.design import IdentityDesign

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance.matrix import Matrix
-from openreml_nn.support.checks import check_constant, found
+from openreml_nn.support.checks import check_constant, check_symmetric
 from openreml_nn.support.errors import InputError
 from openreml_nn.terms.covariance import DenseCovariance
 from openreml_nn.terms.design import IdentityDesign
@@ -26,7 +26,7 @@ from openreml_nn.terms.precision import PrecisionCovariance
 from openreml_nn.terms.series import LONG, DecayPrecision
 from openreml_nn.terms.term import Term
 
-__all__ = ["SpacedMatrix", "check_distance", "check_symmetric", "distances", "shortest"]
+__all__ = ["SpacedMatrix", "check_distance", "distances", "shortest"]
 
 #: Stretches of a line, of so many places as are few, whose distances tell what is far.
 _STRETCHES = 8
@@ -60,7 +60,7 @@ class SpacedMatrix(Matrix):
         return True
 
     def rate(self) -> Tensor:
-        """That rate λ, (1,)."""
+        r"""The rate λ of a correlation :math:`e^{-\lambda d}`, (1,)."""
         raise NotImplementedError
 
     def apart(self) -> Tensor:
@@ -99,15 +99,19 @@ class SpacedMatrix(Matrix):
         Raises:
             InputError: if the places are known by their distances.
         """
-        self._check_line()
+        self._check_has_places()
         made = copy.copy(self)
         made.known_shape = (len(series), len(series))
         made._series, made._known = (series, positions), None
         return made
 
     def line(self) -> DecayPrecision:
-        """The precision of places on a line."""
-        self._check_line()
+        """The precision of places on a line.
+
+        Raises:
+            InputError: if the places are known by their distances.
+        """
+        self._check_has_places()
         if self._known is None or self._known[0] is not self.distance:
             places, series = self.distance.double(), None
             if self._series is not None:
@@ -115,7 +119,7 @@ class SpacedMatrix(Matrix):
             self._known = self.distance, DecayPrecision(places.cpu().numpy(), series)
         return self._known[1]
 
-    def _check_line(self) -> None:
+    def _check_has_places(self) -> None:
         if self.distance.dim() == 2:
             raise InputError(
                 f"`distance` is {tuple(self.distance.shape)} distances: expected places on a line, (n,)"
@@ -141,7 +145,12 @@ class SpacedMatrix(Matrix):
     @torch.no_grad()
     def regressed(self, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The nearest of these on both sides of other places (k, 1), (k, 2), their weights (k, 2), and
-        the part of the variance that is left beside them (k,), at the present parameters."""
+        the part of the variance that is left beside them (k,), at the present parameters.
+
+        Raises:
+            InputError: if the places are known by their distances.
+        """
+        self._check_has_places()
         rate, own = self.rate(), self.distance.to(places)
         known, order = own.sort()
         at = places[:, 0].contiguous()
@@ -162,7 +171,7 @@ class SpacedMatrix(Matrix):
 
 
 def shortest(distance: Tensor) -> float:
-    """The shortest distance above zero, see :class:`SpacedMatrix`; 1 where there is none."""
+    """The shortest distance above zero of (n, n) distances or (n,) places; 1 where there is none."""
     apart = distance[distance > 0] if distance.dim() == 2 else distance.sort().values.diff()
     return float(apart.min()) if apart.numel() else 1.0
 
@@ -173,6 +182,10 @@ def check_distance(distance: Tensor, expected: str) -> None:
     Args:
         distance: (n, n) or (n,).
         expected: what a distance is, in messages.
+
+    Raises:
+        TypeError: if it is no floating-point tensor.
+        InputError: if it has another shape, is not finite, has a negative distance or one place twice.
     """
     if isinstance(distance, Tensor) and distance.is_floating_point() and distance.dim() == 1:
         _check_line(distance)
@@ -201,20 +214,3 @@ def _check_line(places: Tensor) -> None:
             f"`distance` has the same place in rows {i} and {j}: expected distinct places on a line, or "
             "(n, n) distances"
         )
-
-
-def check_symmetric(name: str, matrix: Tensor) -> None:
-    if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
-        got = matrix.dtype if isinstance(matrix, Tensor) else found(matrix)
-        raise TypeError(f"`{name}` is {got}: expected a floating-point tensor")
-    if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
-        raise InputError(f"`{name}` has shape {tuple(matrix.shape)}: expected (n, n)")
-    if not len(matrix):
-        raise InputError(f"`{name}` has shape (0, 0): it is empty")
-    if matrix.is_meta:
-        return
-    if not bool(torch.isfinite(matrix).all()):
-        raise InputError(f"`{name}` has an entry that is not finite")
-    scale = float(matrix.abs().max())
-    if float((matrix - matrix.mT).abs().max()) > 1e3 * torch.finfo(matrix.dtype).eps * scale:
-        raise InputError(f"`{name}` is not symmetric")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from openreml_nn.covariance import Matrix
+from openreml_nn.estimation.coordinates import Coordinates
 from openreml_nn.estimation.outcome import outcome, unreached
 from openreml_nn.estimation.safeguard import edge_of
 from openreml_nn.estimation.starts import (
@@ -49,6 +50,8 @@ _WORTH, _WORTH_OF_RELATIVES = 1.5, 150.0
 _ROUGH_STEPS = 30
 #: A step from so few standard errors ends nearer than the approximate likelihood is to the exact one.
 _ROUGHLY = 0.1
+#: A standard deviation has all but vanished below this part of that at its start.
+_GONE = 0.05
 #: Operations of an evaluation in place of which coarser ones are made at first.
 _LONG = 1e8
 #: Where an evaluation takes more, steps end so many standard errors from the optimum, and not a
@@ -150,19 +153,40 @@ def _start_by_krylov(objective: Objective, loss: REMLLoss, y: Tensor, X: Tensor)
         warnings.simplefilter("ignore")  # the loss itself warns of what there is to warn of
         approximate = rough.objective(y, X, objective.rows)
         moment_start(rough, y, X, objective.rows)
-    parameters = list(loss.covariance.parameters())
+    parameters, at = list(loss.covariance.parameters()), Coordinates([objective])
+    begun = at.read(y)
     for _ in range(_ROUGH_STEPS):
-        before = [parameter.detach().clone() for parameter in parameters]
+        before = at.read(y)
         step = average_information_step([approximate], parameters, 1e-3, trusted=_ROUGHLY)
         if step.converged or step.length == 0 or step.score_norm < _ROUGHLY:
             break
     try:
-        objective.evaluate().scores()  # which the first exact step asks for again
-    except NumericalError:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, before, strict=True):
-                parameter.copy_(value)
+        strayed = _strayed(objective, at, begun)
+    except NumericalError:  # the last step went to where the exact likelihood does not exist
+        at.write(before)
+    else:
+        if bool(strayed.any()):
+            at.write(torch.where(strayed, begun, at.read(y)))
     return True
+
+
+def _strayed(objective: Objective, at: Coordinates, begun: Tensor) -> Tensor:
+    """Which variances have all but vanished since their start, while the exact likelihood rises with them,
+    (m,): from there, where it is flat in their logarithms, exact steps would be short.
+
+    Raises:
+        NumericalError: if the exact likelihood does not exist here.
+    """
+    now = at.read(begun)
+    gone = at.vanishing(now) & (now.abs() < _GONE * begun.abs())
+    places = gone.nonzero()[:, 0].tolist()
+    if not places:
+        objective.evaluate().scores()  # kept, as the first exact step asks for them
+        return gone
+    slopes = objective.gradient([at.entries[j].tensor for j in places])
+    for j, slope in zip(places, slopes, strict=True):
+        gone[j] = bool(slope > 0)
+    return gone
 
 
 def _coarsenable(covariance: Matrix) -> list[Matrix]:

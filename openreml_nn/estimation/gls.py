@@ -168,7 +168,12 @@ def predict(
     designs and G a :class:`~openreml_nn.covariance.BlockDiagonal` of their covariances.
 
     Args:
-        y, X, Z, G, V, theta: as :func:`blup` takes them.
+        y: response (n,).
+        X: model matrix of the fixed effects (n, p).
+        Z: design of the random effects (n, q).
+        G: their covariance (q, q), one of the parts of V.
+        V: covariance of y (n, n).
+        theta: free parameters of the tree V, and of G and Z with it; the present ones by default.
 
     Raises:
         TypeError, InputError, NotPositiveDefiniteError: as :func:`blup`.
@@ -196,7 +201,12 @@ def residual(
     r"""Residuals from fixed and random effects, :math:`y - X\hat\beta - Z\hat b`, (n,).
 
     Args:
-        y, X, Z, G, V, theta: as :func:`blup` takes them.
+        y: response (n,).
+        X: model matrix of the fixed effects (n, p).
+        Z: design of the random effects (n, q).
+        G: their covariance (q, q), one of the parts of V.
+        V: covariance of y (n, n).
+        theta: free parameters of the tree V, and of G and Z with it; the present ones by default.
 
     Raises:
         TypeError, InputError, NotPositiveDefiniteError: as :func:`blup`.

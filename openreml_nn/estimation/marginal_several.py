@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
+from functools import partial
 
 import torch
 
@@ -55,7 +56,7 @@ def climb_from_reaches(fit: MarginalFit, most: int) -> tuple[MarginalFit, bool, 
             for parameter, value in zip(fit.own, own, strict=True):
                 parameter.copy_(value)
         try:
-            set_start(run, lambda reach_of=reach_of: _set(reach_of))  # type: ignore[misc]
+            set_start(run, partial(_start_at, reach_of))
             runs.append((run, run.climb(min(most, _FIRST))))
         except NumericalError as error:
             failure = failure or error
@@ -78,6 +79,7 @@ def climb_from_reaches(fit: MarginalFit, most: int) -> tuple[MarginalFit, bool, 
     return best, arrived, others
 
 
-def _set(reach_of: Sequence[tuple[Matrix, float]]) -> None:
+def _start_at(reach_of: Sequence[tuple[Matrix, float]]) -> None:
+    """Let each of some correlations reach as far as is said beside it."""
     for matrix, reach in reach_of:
         matrix.start_reach(reach)

@@ -83,8 +83,9 @@ def told_apart(family: Family, y: Tensor, term: Term) -> int:
     those of one category among them.
 
     Args:
-        family, y: as :func:`separated_levels` takes them.
-        term: one that it names.
+        family: of binary responses.
+        y: responses (n,).
+        term: grouped rows, of a name that :func:`separated_levels` gives.
     """
     assert isinstance(term.design, IndexedDesign)
     value, codes, z = family.observed(y).to(torch.float64), term.design.codes, term.design.values
@@ -126,8 +127,10 @@ def separation_of(family: Family, y: Tensor, terms: Sequence[Term], X: Tensor) -
     where all of them have one category each, the fixed effects, or these with the random ones.
 
     Args:
-        family, y, terms: as :func:`separated_levels` takes them.
-        X: (n, p) of the fixed effects.
+        family: of the responses.
+        y: responses (n,).
+        terms: random effects of the linear predictor.
+        X: model matrix (n, p) of the fixed effects.
     """
     for found in separated_levels(family, y, terms):
         if found.alike == found.levels:
@@ -157,8 +160,15 @@ def tells_responses(
     the likelihood rises without end as the family's spread falls.
 
     Args:
-        family, y, terms, X: as :func:`separation_of` takes them.
+        family: of the responses.
+        y: responses (n,).
+        terms: random effects of the linear predictor.
+        X: model matrix of the fixed effects (n, p).
         offset: (n,) known part of the linear predictor.
+
+    Reference:
+        Paige and Saunders, ACM Transactions on Mathematical Software 8 (1982) 43, for least squares by
+        products alone.
     """
     value = family.exact_predictor(y)
     if value is None or not bool(torch.isfinite(value).all()):

@@ -17,7 +17,7 @@ from openreml_nn.families.special import (
     digamma_rest,
     log_gamma_rest,
     softplus,
-    trigammas,
+    trigamma_tetragamma,
     xlogy_ratio,
 )
 from openreml_nn.support.checks import check_choice
@@ -68,7 +68,7 @@ class Beta(Family):
         a, b, v = phi * p, phi * q, p * q
         # Derivatives in the mean, and then of the mean by the chain rule.
         c1 = phi * (y.logit() - eta + digamma_rest(b) - digamma_rest(a))
-        (a1, a2), (b1, b2) = trigammas(a), trigammas(b)
+        (a1, a2), (b1, b2) = trigamma_tetragamma(a), trigamma_tetragamma(b)
         c2 = -(phi**2) * (a1 + b1)
         c3 = -(phi**3) * (a2 - b2)
         bend, twist = v * (q - p), v * (1 - 6 * v)

@@ -20,7 +20,7 @@ __all__ = [
     "mills",
     "polygamma_rising",
     "softplus",
-    "trigammas",
+    "trigamma_tetragamma",
     "xlogy_ratio",
 ]
 
@@ -106,7 +106,7 @@ def polygamma_rising(y: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         -y / (top * far),
         y * (top + far) * w * v,
     )
-    above, below = ((_LogGamma.apply(x, 1), *trigammas(x)) for x in (near + y, near))
+    above, below = ((_LogGamma.apply(x, 1), *trigamma_tetragamma(x)) for x in (near + y, near))
     found = []
     for order, first in enumerate(leading):
         series = first + _stirling_slope(top, order) - _stirling_slope(far, order)
@@ -115,14 +115,14 @@ def polygamma_rising(y: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return found[0], found[1], found[2]
 
 
-def trigammas(z: Tensor) -> tuple[Tensor, Tensor]:
+def trigamma_tetragamma(z: Tensor) -> tuple[Tensor, Tensor]:
     r""":math:`\psi'(z)` and :math:`\psi''(z)` for z > 0 with all their digits; torch's have nine of the first, and
     take several times as long for the second.
 
     Reference:
         NIST Digital Library of Mathematical Functions, 5.15.5 and 5.15.8.
     """
-    return _Trigammas.apply(z)
+    return _TrigammaTetragamma.apply(z)
 
 
 def exp_rest(x: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ class _LogNdtr(torch.autograd.Function):
 
 
 class _LogGamma(torch.autograd.Function):
-    """The log-gamma function (``order`` 0) and its slope (1), whose own is by :func:`trigammas`."""
+    """The log-gamma function (``order`` 0) and its slope (1), whose own is by :func:`trigamma_tetragamma`."""
 
     generate_vmap_rule = True
 
@@ -251,11 +251,11 @@ class _LogGamma(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
         (z,) = ctx.saved_tensors
-        return cotangent * (trigammas(z)[0] if ctx.order else _LogGamma.apply(z, 1)), None
+        return cotangent * (trigamma_tetragamma(z)[0] if ctx.order else _LogGamma.apply(z, 1)), None
 
 
-class _Trigammas(torch.autograd.Function):
-    """The first and the second derivative of the digamma function, by :func:`trigammas`."""
+class _TrigammaTetragamma(torch.autograd.Function):
+    """The first and the second derivative of the digamma function, by :func:`trigamma_tetragamma`."""
 
     generate_vmap_rule = True
 
@@ -286,4 +286,4 @@ class _Trigammas(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_one: Tensor, of_two: Tensor) -> Tensor:
         (z,) = ctx.saved_tensors
-        return of_one * trigammas(z)[1] + of_two * torch.polygamma(3, z)
+        return of_one * trigamma_tetragamma(z)[1] + of_two * torch.polygamma(3, z)

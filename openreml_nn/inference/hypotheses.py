@@ -13,6 +13,7 @@ from openreml_nn.estimation import Result
 from openreml_nn.inference.refit import source_of
 from openreml_nn.support.errors import InputError
 from openreml_nn.table.matrix import Coding
+from openreml_nn.table.syntax import bare
 
 __all__ = ["TYPES", "term_contrasts"]
 
@@ -56,7 +57,8 @@ def _sequential(X: Tensor, columns: Sequence[int], terms: Sequence[Term]) -> dic
     places = _kept_places(columns, terms)
     order = [j for at in places for j in at]
     by_column = _after_those_before(X[:, columns], order)
-    return {_name(t): by_column[at] for t, at in zip(terms, places, strict=True) if t and at}
+    named = zip(_names(terms), terms, places, strict=True)
+    return {name: by_column[at] for name, term, at in named if term and at}
 
 
 def _marginal(X: Tensor, columns: Sequence[int], terms: Sequence[Term]) -> dict[str, Tensor]:
@@ -64,7 +66,7 @@ def _marginal(X: Tensor, columns: Sequence[int], terms: Sequence[Term]) -> dict[
     places, kept = _kept_places(columns, terms), X[:, columns]
     eye = torch.eye(kept.shape[1], dtype=X.dtype, device=X.device)
     found = {}
-    for term, own in zip(terms, places, strict=True):
+    for name, term, own in zip(_names(terms), terms, places, strict=True):
         if not term or not own:
             continue
         within = [i for i, other in enumerate(terms) if _contains(other, term)]
@@ -72,7 +74,7 @@ def _marginal(X: Tensor, columns: Sequence[int], terms: Sequence[Term]) -> dict[
         after = [j for i in within for j in places[i]]
         order = [*others, *own, *after]
         # What no term contains, is last: its coefficients themselves are zero.
-        found[_name(term)] = (_after_those_before(kept, order) if after else eye)[own]
+        found[name] = (_after_those_before(kept, order) if after else eye)[own]
     return found
 
 
@@ -82,7 +84,7 @@ def _of_means(X: Tensor, columns: Sequence[int], terms: Sequence[Term]) -> dict[
     for term in terms:
         starts.append(starts[-1] + _size(term))
     found = {}
-    for term in terms:
+    for name, term in zip(_names(terms), terms, strict=True):
         if not term:
             continue
         L = X.new_zeros(0, X.shape[1])
@@ -93,7 +95,7 @@ def _of_means(X: Tensor, columns: Sequence[int], terms: Sequence[Term]) -> dict[
             if not len(L):
                 L = X.new_zeros(len(part), X.shape[1])
             L[:, start : start + part.shape[1]] = part
-        found[_name(term)] = L
+        found[name] = L
     return found
 
 
@@ -104,8 +106,14 @@ TYPES: dict[int, Callable[[Tensor, Sequence[int], Sequence[Term]], dict[str, Ten
 }
 
 
-def _name(term: Term) -> str:
-    return ":".join(coding.variable for coding in term)
+def _names(terms: Sequence[Term]) -> list[str]:
+    """The names of terms, of columns without backticks, as coefficients have them, but for those that
+    would then be the same."""
+    written = [":".join(coding.variable for coding in term) for term in terms]
+    plain = [":".join(bare(coding.variable) for coding in term) for term in terms]
+    return [
+        own if plain.count(short) > 1 else short for own, short in zip(written, plain, strict=True)
+    ]
 
 
 def _size(term: Term) -> int:

@@ -7,14 +7,11 @@ from torch import Tensor, nn
 
 from openreml_nn.covariance import (
     AR1Matrix,
-    ContinuousAR1Matrix,
     CovariancePropagation,
     DiagonalMatrix,
     DummyMatrix,
-    ExponentialMatrix,
     IdentityMatrix,
     KroneckerProduct,
-    MaternMatrix,
     Matrix,
     ScalarMatrix,
 )
@@ -204,10 +201,9 @@ class _ByNetwork(ResidualStructure):
 
 def _is_process(matrix: Matrix) -> bool:
     """Whether it is a process that is known at any of its times, each time depending on the one before."""
-    if type(matrix) is AR1Matrix:
-        return True
-    kinds = ContinuousAR1Matrix, ExponentialMatrix, MaternMatrix
-    return type(matrix) in kinds and isinstance(matrix, SpacedMatrix) and matrix.is_chain()
+    if isinstance(matrix, SpacedMatrix):
+        return matrix.is_chain()
+    return type(matrix) is AR1Matrix
 
 
 def with_weights(rows: Matrix, batch: Batch, n: int) -> Matrix:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from openreml_nn.support.checks import check_text
 from openreml_nn.support.errors import InputError
 from openreml_nn.support.warning import warn
 from openreml_nn.table import Encoded, Encoder
-from openreml_nn.table.columns import row_name
+from openreml_nn.table.columns import as_of_table
 
 __all__ = ["EncodedResponse"]
 
@@ -143,7 +143,8 @@ class EncodedResponse:
             shown = " < ".join(map(repr, levels[:5]))
             warn(
                 f"the response {name!r} is text, whose categories are taken in the order of their "
-                f"spelling, {shown}{' …' * (len(levels) > 5)}: make it an ordered categorical"
+                f"spelling, {shown}{' …' * (len(levels) > 5)}: make it an ordered categorical, or in "
+                f"a file spell its categories in their order, such as {'1_' + str(levels[0])!r}"
             )
         self._codes = {level: i for i, level in enumerate(levels)}
         self.encoder.categories = self._codes
@@ -164,26 +165,13 @@ class EncodedResponse:
             return encoded
         assert self._given is not None
         own = named_family(self._given, None, max(2, len(self.levels)))
-        with self._by_rows(encoded, table):
+        with self._as_of_table(encoded, table):
             y, weights = own.with_weights(y, weights)
         return replace(encoded, y=y, weights=weights)
 
-    @contextmanager
-    def _by_rows(self, encoded: Encoded, table: pd.DataFrame) -> Iterator[None]:
-        """Name the rows of messages as those of the table, as its other messages count or name them."""
-
-        def named(found: re.Match[str]) -> str:
-            return f"in row {row_name(table, encoded.rows[int(found[1])])}"
-
-        try:
-            yield
-        except InputError as error:
-            text = re.sub(r"in row (\d+)", named, str(error))
-            names = {"`y`": self._name, "`weights`": self.encoder.weights}
-            for mine, column in names.items():
-                text = text if column is None else text.replace(mine, repr(column))
-            source = f"{self.encoder.source}: "
-            raise InputError(text if text.startswith(source) else source + text) from None
+    def _as_of_table(self, encoded: Encoded, table: pd.DataFrame) -> AbstractContextManager[None]:
+        names = {"y": self._name, "weights": self.encoder.weights}
+        return as_of_table(table, encoded.rows, names, self.encoder.source)
 
     def _checked(self, encoded: Encoded, table: pd.DataFrame) -> Encoded:
         if self._given is None:
@@ -192,7 +180,7 @@ class EncodedResponse:
         y, left, source = encoded.y, self._name, self.encoder.source
         assert y is not None
         own = named_family(self._given, None, max(2, len(self.levels)))
-        with self._by_rows(encoded, table):
+        with self._as_of_table(encoded, table):
             own.check(y, f"{source}: the response {left!r}")
         if self.family == "binomial":
             total = y if y.dim() == 1 else y[:, 0] / y.sum(1)

@@ -113,12 +113,8 @@ def flags_first(arguments: Sequence[str]) -> list[str]:
         else:
             keyless = not argument.lstrip("+~").partition("=")[0].strip("@ ")
             if keyless or not _parses(argument):
-                quoted = (
-                    ""
-                    if '="' not in argument
-                    else ", without quotes around a value that has quotes"
-                )
-                raise InputError(f"option {argument!r} cannot be read: expected key=value{quoted}")
+                hint = ", without quotes around a value that has quotes" * ('="' in argument)
+                raise InputError(f"option {argument!r} cannot be read: expected key=value{hint}")
             overrides.append(argument)
     return [*flags, *overrides]
 

@@ -31,11 +31,10 @@ def abridged(names: Sequence[object], most: int) -> list[str]:
     """
     check_count("most", most, 2)
     texts = [visible(name) for name in names]
+    least = min(texts, key=len) if len(texts) > 1 else ""
     same = 0
-    while len(texts) > 1 and all(text[same : same + 1] == texts[0][same] for text in texts):
+    while same < len(least) and all(text[same] == least[same] for text in texts):
         same += 1
-        if same == len(texts[0]):
-            break
     ways = [[_head(text, most) for text in texts], [_ends(text, most) for text in texts]]
     if same > 3:
         ways.append([_head("…" + text[same - 1 :], most) for text in texts])

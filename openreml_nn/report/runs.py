@@ -20,6 +20,8 @@ FAILED = "failed.json"
 
 #: What is told of each run, where its ``result.json`` has it.
 _FIT = ("converged", "singular", "log_likelihood", "deviance", "aic", "bic", "seconds")
+#: What a run that failed lacks; all else in its row are options, which other runs may have by default.
+_OUTCOMES = {"formula", "method", "rows", *_FIT}
 
 
 def failures(folder: str | Path) -> dict[Path, int]:
@@ -77,7 +79,11 @@ def _row(path: Path, folder: Path) -> dict[str, Any]:
     overrides = path.parent / ".hydra" / "overrides.yaml"
     given = list(OmegaConf.load(overrides)) if overrides.is_file() else []
     given = result["overrides"] if path.name == FAILED else given
-    options = dict(str(text).lstrip("+").partition("=")[::2] for text in given)
+    options = {}
+    for text in given:
+        name, _, value = str(text).lstrip("+").partition("=")
+        # Sweeps write booleans as Python does, single runs as they were typed.
+        options[name] = value.lower() if value.lower() in ("true", "false") else value
     row = {"run": str(path.parent.relative_to(folder)), **options}
     if path.name == FAILED:
         return row | {"error": result["error"]}
@@ -107,7 +113,10 @@ def compared(table: pd.DataFrame) -> pd.DataFrame:
     hidden = {"model.formula", "model.method", "deviance", "error"}  # deviance: -2 log-likelihoods
     hidden |= {c for c in shown if c.endswith(" variance")}
     if len(shown) > 1:
-        hidden |= {c for c in shown if shown[c].nunique() <= 1 and c != "run"}
+        for name in shown:
+            is_outcome = name in _OUTCOMES or name.startswith("val_")
+            if shown[name].nunique(dropna=is_outcome) <= 1 and name != "run":
+                hidden.add(name)
     return shown[[c for c in shown if c not in hidden]]
 
 

@@ -12,6 +12,7 @@ from openreml_nn.likelihood.effects import RandomEffects
 from openreml_nn.result.prediction import moved
 from openreml_nn.result.values import FitValues
 from openreml_nn.support.errors import InputError
+from openreml_nn.table.columns import as_of_table
 
 __all__ = ["with_rows"]
 
@@ -33,7 +34,7 @@ def with_rows(result: Values, encoder: Any, table: pd.DataFrame) -> Values:
         )
     if result.family is not None:
         table = _numbered(result, encoder, table)
-    source = result.encoder.source
+    told, source = encoder.source, result.encoder.source
     encoder, model = copy.deepcopy(encoder), copy.deepcopy(result.model)
     encoded = encoder.more(table)
     encoder.source = source
@@ -42,7 +43,9 @@ def with_rows(result: Values, encoder: Any, table: pd.DataFrame) -> Values:
     names = {name: labels[known[name] :] for name, labels in levels.items()}
     batch = moved(encoded.batch(), model.beta.device)
     columns = list(result.fixed.columns)
-    found = model.add(batch, names)
+    of = {"y": str(result.formula).partition("~")[0].strip(), "weights": encoder.weights}
+    with as_of_table(table, encoded.rows, of, told):
+        found = model.add(batch, names)
     estimate, covariance = found.coefficients, found.covariance
     effects = [RandomEffects(n, *effect.known()) for n, effect in model.effects().items()]
     by_name = {effect.name: effect for effect in effects}

@@ -27,6 +27,7 @@ __all__ = [
     "check_mapping",
     "check_names",
     "check_number",
+    "check_symmetric",
     "check_table",
     "check_tensor",
     "check_text",
@@ -292,6 +293,29 @@ def check_constant(name: str, tensor: Tensor) -> None:
             f"`{name}` requires a gradient, which it would not get: expected known numbers, such as "
             f"`{name}.detach()`"
         )
+
+
+def check_symmetric(name: str, matrix: Tensor) -> None:
+    """Refuse what is no symmetric matrix.
+
+    Raises:
+        TypeError: if it is no floating-point tensor.
+        InputError: if it is not (n, n), empty, not finite, or further from its transpose than rounding.
+    """
+    if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
+        got = matrix.dtype if isinstance(matrix, Tensor) else found(matrix)
+        raise TypeError(f"`{name}` is {got}: expected a floating-point tensor")
+    if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise InputError(f"`{name}` has shape {tuple(matrix.shape)}: expected (n, n)")
+    if not len(matrix):
+        raise InputError(f"`{name}` has shape (0, 0): it is empty")
+    if matrix.is_meta:
+        return
+    if not bool(torch.isfinite(matrix).all()):
+        raise InputError(f"`{name}` has an entry that is not finite")
+    scale = float(matrix.abs().max())
+    if float((matrix - matrix.mT).abs().max()) > 1e3 * torch.finfo(matrix.dtype).eps * scale:
+        raise InputError(f"`{name}` is not symmetric")
 
 
 def is_finite(tensor: Tensor) -> bool:

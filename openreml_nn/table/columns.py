@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from decimal import Decimal
 from numbers import Real
 from typing import Any
@@ -17,20 +18,23 @@ from openreml_nn.table.syntax import Number, parse, walk
 
 __all__ = [
     "are_dates",
+    "are_fractions",
+    "are_numbers",
+    "as_of_table",
     "check_constants",
-    "have_commas",
+    "is_plain_value",
+    "is_value",
     "kind_of",
     "no_column",
     "numbers",
     "row_name",
     "single",
-    "stray",
 ]
 
 #: What people write where a number is missing.
 MARKS = frozenset(
-    ["", ".", "-", "--", "?", "*", "na", "n/a", "#n/a", "null", "none", "nan", "missing", "<na>"]
-)
+    ("", ".", "-", "--", "?", "*", "na", "n/a", "#n/a", "n.a.", "k.a.", "missing")
+) | frozenset(("null", "none", "nan", "<na>"))
 #: What may stand between fields, and so in the name of the one column of a file that was read by
 #: another mark.
 _SEPARATORS = ";\t|, "
@@ -39,10 +43,16 @@ _DATE = re.compile(
     r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])"
     r"([ T]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d(:?\d\d)?)?)?"
 )
+_DAY, _MONTH = r"(0?[1-9]|[12]\d|3[01])", r"(0?[1-9]|1[0-2])"
 #: A date as it is written by day, month and year, in either order.
-_WRITTEN_DATE = re.compile(r"\d{1,2}([./-])\d{1,2}\1(\d{4}|\d{2})|\d{4}([./])\d{1,2}\3\d{1,2}")
-#: A number with a decimal comma.
-_COMMA = re.compile(r"[+-]?\d+,\d+")
+_WRITTEN_DATE = re.compile(
+    rf"({_DAY}(?P<mark>[./-]){_MONTH}|{_MONTH}(?P<other>[./-]){_DAY})"
+    rf"((?P=mark)|(?P=other))(\d{{4}}|\d{{2}})|\d{{4}}(?P<last>[./]){_MONTH}(?P=last){_DAY}"
+)
+#: A number with commas: a decimal one, or those of thousands.
+_COMMA = re.compile(
+    r"[+-]?(\d+|\d{1,3}(\.\d{3})+),\d+([eE][+-]?\d+)?|[+-]?\d{1,3}(,\d{3})+(\.\d+)?"
+)
 #: Text columns of at least so many distinct numbers are taken for numbers with a slip in them.
 _MANY = 10
 
@@ -98,6 +108,35 @@ def row_name(table: pd.DataFrame, position: int) -> str:
     """The row as a user counts them, from 1, or its name where rows have names."""
     label = table.index[position]
     return str(label + 1) if isinstance(label, int | np.integer) else repr(label)
+
+
+@contextmanager
+def as_of_table(
+    table: pd.DataFrame, rows: np.ndarray, names: Mapping[str, str | None], source: str
+) -> Iterator[None]:
+    """Have errors about tensors name the rows and columns of the table that they were made of.
+
+    Args:
+        table: its rows are counted from 1, or named by its index.
+        rows: (n,) position in the table of each row of the tensors.
+        names: column, or expression, that each tensor is of.
+        source: the table in messages.
+
+    Raises:
+        InputError: as within, in these words.
+    """
+
+    def named(found: re.Match[str]) -> str:
+        return f"row {row_name(table, rows[int(found[1])])}"
+
+    try:
+        yield
+    except InputError as error:
+        text = re.sub(r"\brow (\d+)", named, str(error))
+        for tensor, column in names.items():
+            text = text if column is None else text.replace(f"`{tensor}`", repr(column))
+        told = f"{source}: "
+        raise InputError(text if text.startswith(told) else told + text) from None
 
 
 def kind_of(column: pd.Series, source: str) -> str:
@@ -227,25 +266,44 @@ def _is_missing(value: Any) -> bool:
     return bool(found) if isinstance(found, bool | np.bool_) else False
 
 
-def are_dates(levels: list[str]) -> bool:
-    """Whether each label is a date that is written by day, month and year, as ``31.01.2026``."""
-    return bool(levels) and all(_WRITTEN_DATE.fullmatch(label.strip()) for label in levels)
+def are_dates(levels: Sequence[str]) -> bool:
+    """Whether the labels are dates but for slips, by ISO 8601 or written as ``31.01.2026``."""
+    return _but_for_slips(levels, _is_date)
 
 
-def have_commas(levels: list[str]) -> bool:
-    """Whether the labels are numbers, some with a decimal comma, and too many for a factor's."""
-    commas = sum(bool(_COMMA.fullmatch(label)) for label in levels)
-    rest = len(levels) - commas
-    return commas >= _MANY and rest == sum(_number(label) is not None for label in levels)
+def are_fractions(levels: Sequence[str]) -> bool:
+    """Whether the labels are numbers, and more of them have decimals or commas than are a factor's."""
+    count = sum(bool(_COMMA.fullmatch(label.strip())) or "." in label for label in levels)
+    return count >= _MANY and all(map(_is_number, levels))
 
 
-def stray(levels: list[str]) -> str | None:
-    """The label that keeps a column of text from being one of numbers, which may have decimal commas;
-    None for true labels."""
-    other = [label for label in levels if _number(label) is None and not _COMMA.fullmatch(label)]
+def are_numbers(levels: Sequence[str]) -> bool:
+    """Whether the labels are numbers, which may have commas, but for at least one slip."""
+    return not all(map(_is_number, levels)) and _but_for_slips(levels, _is_number)
+
+
+def is_plain_value(label: str) -> bool:
+    """Whether a label is written as a number without commas, or a date."""
+    return _number(label) is not None or _is_date(label)
+
+
+def is_value(label: str) -> bool:
+    """Whether a label is written as a number, which may have commas, or a date."""
+    return _is_number(label) or _is_date(label)
+
+
+def _is_number(label: str) -> bool:
+    return _number(label) is not None or _COMMA.fullmatch(label.strip()) is not None
+
+
+def _is_date(label: str) -> bool:
+    return any(date.fullmatch(label.strip()) for date in (_DATE, _WRITTEN_DATE))
+
+
+def _but_for_slips(levels: Sequence[str], suits: Callable[[str], bool]) -> bool:
+    """Whether some labels suit, and the others are marks of what is missing, or few among many."""
+    other = [label for label in levels if not suits(label)]
     count = len(levels) - len(other)
-    if not count or not other:
-        return None
     marks = all(label.strip().lower() in MARKS for label in other)
     few = count >= _MANY and len(other) * _MANY <= count
-    return other[0] if marks or few else None
+    return count > 0 and (marks or few)

@@ -9,7 +9,7 @@ import numpy as np
 from openreml_nn.support.errors import InputError
 from openreml_nn.table.algebra import Part
 from openreml_nn.table.levels import Factor
-from openreml_nn.table.rows import TableRows
+from openreml_nn.table.rows import Slips, TableRows
 from openreml_nn.table.syntax import Call, Name, Node, is_call, names_in, walk
 
 __all__ = ["check_known", "known_rows", "occurring"]
@@ -31,6 +31,7 @@ def occurring(
     found: dict[str, list[str]] = {}
     variables: dict[str, Node] = {}
     met: dict[str, tuple[Factor, set[str]]] = {}
+    slips: dict[str, Slips] = {}
     first, source, chosen = True, "", set[str]()
     for data in tables:
         if first:
@@ -50,8 +51,8 @@ def occurring(
             met[key] = (Factor(value.codes, levels, factor.key), seen)
             if (value.codes < 0).any():
                 _refuse(data, node, value)
-            if isinstance(node, Name):
-                data.check_labels(node)
+            if isinstance(node, Name) and not data.is_told(node.name):
+                slips[key] = slips.get(key, Slips()).then(data.slips(value))
         first = False
         if not met and not chosen:
             break
@@ -61,6 +62,8 @@ def occurring(
         order = factor.levels if factor.key is None else sorted(factor.levels, key=factor.key)
         levels = [level for level in order if level in seen]
         node = variables[key]
+        if key in slips and isinstance(node, Name):
+            data.check_labels(node.name, levels, slips[key])
         if isinstance(node, Call) and node.function == "relevel" and order[0] not in seen:
             raise InputError(f"{source}: {key!r}: {order[0]!r} is no level of it")
         if len(levels) < 2:

@@ -72,7 +72,9 @@ class TextTable:
         stream = self._opened()
         # R's write.table gives rows names for which the header has no field.
         named = self._may_name_rows and fields == len(names) + 1
-        if separator == " " or self._dialect.comment is not None or named:
+        # Bytes are counted and cut as those of ASCII, which UTF-16 has two of.
+        wide = "\n".encode(self._dialect.encoding) != b"\n"
+        if separator == " " or self._dialect.comment is not None or named or wide:
             stream = cleaned(stream, self._dialect, separator, named)
             separator, height, encoding = ",", 0, "utf-8"
         else:

@@ -192,7 +192,8 @@ class TableFile(os.PathLike[str]):
         return found
 
     def chunks(self, rows: int, columns: Sequence[str]) -> Iterator[pd.DataFrame]:
-        """Some columns, so many rows at a time; in text the types of all chunks are the same.
+        """Some columns, so many rows at a time, whose index counts the rows of the whole file; in text
+        the types of all chunks are the same.
 
         Raises:
             InputError: if the file is broken or lacks a column.
@@ -208,15 +209,21 @@ class TableFile(os.PathLike[str]):
                     f"file {self._path!r} has {names.count(column)} columns {column!r}: expected "
                     "one of each name"
                 )
+        start = 0
         with self._told():
-            if self.is_text:
-                yield from self._text.chunks(rows, [names.index(c) for c in columns], columns)
-                return
-            dataset = self._dataset()
-            for batch in regrouped(
-                dataset.to_batches(columns=list(columns), batch_size=rows), rows
-            ):
-                yield frame_of(batch)
+            for chunk in self._chunks(rows, columns, names):
+                if isinstance(chunk.index, pd.RangeIndex):
+                    chunk.index = pd.RangeIndex(start, start + len(chunk))
+                start += len(chunk)
+                yield chunk
+
+    def _chunks(
+        self, rows: int, columns: Sequence[str], names: Sequence[str]
+    ) -> Iterator[pd.DataFrame]:
+        if self.is_text:
+            return self._text.chunks(rows, [names.index(c) for c in columns], columns)
+        batches = self._dataset().to_batches(columns=list(columns), batch_size=rows)
+        return map(frame_of, regrouped(batches, rows))
 
     def count(self) -> int | None:
         """The number of rows, where the file says it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,14 @@ from openreml_nn.support.errors import InputError
 from openreml_nn.support.warning import warn
 from openreml_nn.table.columns import (
     are_dates,
-    have_commas,
+    are_fractions,
+    are_numbers,
+    is_plain_value,
+    is_value,
     kind_of,
     numbers,
     row_name,
     single,
-    stray,
 )
 from openreml_nn.table.expressions import Basis, as_numbers, evaluate
 from openreml_nn.table.functions import FUNCTIONS
@@ -31,6 +34,23 @@ __all__ = ["TableRows", "complete", "offset_of", "weights_of"]
 
 #: Numbers beyond these have squares that float64 cannot hold.
 _LARGEST, _SMALLEST = 1e150, 1e-150
+
+
+@dataclass(frozen=True)
+class Slips:
+    """Labels of a column of text, each with its row.
+
+    Attributes:
+        value: the first that is written as no number and no date.
+        plain: the first that is written as no number without commas and no date.
+    """
+
+    value: tuple[str, str] | None = None
+    plain: tuple[str, str] | None = None
+
+    def then(self, later: Slips) -> Slips:
+        """With those of later rows."""
+        return Slips(self.value or later.value, self.plain or later.plain)
 
 
 class TableRows:
@@ -141,33 +161,52 @@ class TableRows:
             self._variables[key] = value
         return value
 
-    def check_labels(self, node: Name) -> None:
-        """Refuse a column of text that is one of numbers but for a slip, or one of dates."""
-        name, factor = node.name, self.variable(node)
-        column = self.table[name]
-        told = name in self._categorical or isinstance(column.dtype, pd.CategoricalDtype)
-        if told or not isinstance(factor, Factor):
-            return
-        if are_dates(factor.levels):
-            raise self._of_dates(name)
-        if have_commas(factor.levels):
-            raise InputError(
-                f"{self.source}: column {name!r} has numbers with a decimal comma, such as "
-                f"{factor.levels[0]!r}: expected a file that is read with `decimal=','`, or its name in "
-                "`categorical`"
-            )
-        if (found := stray(factor.levels)) is None:
-            return
-        at = int(np.argmax(factor.codes == factor.levels.index(found)))
-        raise InputError(
-            f"{self.source}: column {name!r} is not numeric: found {found!r} in row "
-            f"{self.row(at)} among numbers; say what a missing value looks like when the file is "
-            f"read, `missing=[{found!r}]`, or name the column in `categorical`"
-        )
+    def is_told(self, name: str) -> bool:
+        """Whether a column is a factor as it is stored, or as it was said."""
+        return name in self._categorical or isinstance(self.table[name].dtype, pd.CategoricalDtype)
 
-    def _of_dates(self, name: str) -> InputError:
+    def slips(self, factor: Factor) -> Slips:
+        """The first labels of a column that are written as no number and no date."""
+        return Slips(self._first(factor, is_value), self._first(factor, is_plain_value))
+
+    def _first(self, factor: Factor, suits: Callable[[str], bool]) -> tuple[str, str] | None:
+        """The first label that does not suit, and its row."""
+        odd = np.array([not suits(label) for label in factor.levels] + [False])[factor.codes]
+        if not odd.any():
+            return None
+        at = int(np.argmax(odd))
+        return factor.levels[factor.codes[at]], self.row(at)
+
+    def check_labels(self, name: str, levels: list[str], slips: Slips) -> None:
+        """Refuse a column of text that is one of numbers, but for slips, or of dates.
+
+        Args:
+            name: of the column.
+            levels: of all rows.
+            slips: the first of all rows.
+        """
+        if are_dates(levels):
+            raise self._of_dates(name, next(filter(is_value, levels)))
+        if are_fractions(levels):
+            plain = [repr(label) for label in levels if is_plain_value(label)][:1]
+            first = [] if slips.plain is None else ["{!r} in row {}".format(*slips.plain)]
+            raise InputError(
+                f"{self.source}: column {name!r} is text of numbers, such as "
+                f"{' beside '.join(first + plain)}: expected numbers, a file that is read with "
+                "`decimal=','` where they have decimal commas, or its name in `categorical`"
+            )
+        if slips.value is not None and are_numbers(levels):
+            shown, row = slips.value
+            raise InputError(
+                f"{self.source}: column {name!r} is not numeric: found {shown!r} in row "
+                f"{row} among numbers; say what a missing value looks like when the file is "
+                f"read, `missing=[{shown!r}]`, or name the column in `categorical`"
+            )
+
+    def _of_dates(self, name: str, shown: str | None = None) -> InputError:
+        such = "" if shown is None else f", such as {shown!r}"
         return InputError(
-            f"{self.source}: column {name!r} holds dates, times or durations: expected "
+            f"{self.source}: column {name!r} holds dates, times or durations{such}: expected "
             "numbers, such as days since a start, or its name in `categorical`"
         )
 

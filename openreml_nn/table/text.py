@@ -136,12 +136,12 @@ def _records(lines: Iterable[str], separator: str) -> Iterator[list[str]]:
 
 @dataclass
 class Marks:
-    """Marks in the bytes of a text.
+    """Numbers of marks in the bytes of a text, which tell whether a quote joins rows.
 
     Attributes:
-        quotes: how many there are.
-        ends: of lines.
-        last: byte.
+        quotes: number of double quotes.
+        ends: number of ends of lines.
+        last: the last byte, empty before any is read.
     """
 
     quotes: int = 0
@@ -150,15 +150,16 @@ class Marks:
 
     @property
     def lines(self) -> int:
+        """Number of lines; the last one needs no end."""
         return self.ends + (self.last not in (b"", b"\n", b"\r"))
 
 
 class Marked(io.RawIOBase):
-    """A stream of which the marks are counted as it is read.
+    """A stream of bytes whose marks are counted as it is read.
 
     Args:
-        stream: from its beginning.
-        marks: those of what is read are added.
+        stream: stands at its beginning.
+        marks: numbers to which those of each block are added.
     """
 
     def __init__(self, stream: BinaryIO, marks: Marks) -> None:
@@ -346,6 +347,9 @@ def _has_leading_zero(values: pa.ChunkedArray) -> bool:
 
 
 def _is_number(values: pa.ChunkedArray, dialect: Dialect) -> bool:
+    """Whether all values are numbers; a point is none of thousands, nor a decimal comma."""
+    if dialect.decimal != "." and pc.any(pc.match_substring(values, ".")).as_py():
+        return False
     return _cast(_pointed(values, dialect), pa.float64()) is not None
 
 

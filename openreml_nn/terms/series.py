@@ -23,7 +23,6 @@ __all__ = [
     "repeated",
 ]
 
-
 #: A series of more times than these is lowered to its precision, which holds less.
 LONG = 200
 
@@ -60,7 +59,7 @@ class ChainPrecision(Precision):
         """
         raise NotImplementedError
 
-    def push(self, x: np.ndarray, dx: np.ndarray) -> np.ndarray:
+    def push_steps(self, x: np.ndarray, dx: np.ndarray) -> np.ndarray:
         """The derivative of these φ along dx."""
         raise NotImplementedError
 
@@ -107,7 +106,7 @@ class ChainPrecision(Precision):
         return np.asarray(half.T @ half)
 
     def along(self, x: np.ndarray, dx: np.ndarray, u: np.ndarray) -> np.ndarray:
-        (phi, d), moved = self.steps(x), self.push(x, dx)[:, None]
+        (phi, d), moved = self.steps(x), self.push_steps(x, dx)[:, None]
         phi, d = phi[:, None], d[:, None]
         before = u[self._before]
         left = (u[self._own] - phi * before) / d
@@ -166,11 +165,11 @@ class SeriesPrecision(ChainPrecision):
         phi = np.power(rho, self._powers)
         return phi, 1 - phi**2
 
-    def push(self, x: np.ndarray, dx: np.ndarray) -> np.ndarray:
+    def push_steps(self, x: np.ndarray, dx: np.ndarray) -> np.ndarray:
         return dx[0] * self._powers * np.power(float(x[0]), self._powers - 1)
 
     def pull_steps(self, x: np.ndarray, cotangent: np.ndarray) -> np.ndarray:
-        return np.array([self.push(x, np.ones(1)) @ cotangent])
+        return np.array([self.push_steps(x, np.ones(1)) @ cotangent])
 
     def covariance(self, x: Tensor) -> Tensor:
         lags, together = self._lags(x)
@@ -223,11 +222,11 @@ class DecayPrecision(ChainPrecision):
             )
         return np.exp(-since), d
 
-    def push(self, x: np.ndarray, dx: np.ndarray) -> np.ndarray:
+    def push_steps(self, x: np.ndarray, dx: np.ndarray) -> np.ndarray:
         return -dx[0] * self._since * np.exp(-float(x[0]) * self._since)
 
     def pull_steps(self, x: np.ndarray, cotangent: np.ndarray) -> np.ndarray:
-        return np.array([self.push(x, np.ones(1)) @ cotangent])
+        return np.array([self.push_steps(x, np.ones(1)) @ cotangent])
 
     def covariance(self, x: Tensor) -> Tensor:
         apart, together = self._apart(x)
@@ -264,7 +263,7 @@ class StepPrecision(ChainPrecision):
             raise NumericalError(f"a correlation of a series is {x[int((~(d > 0)).argmax())]:.6g}")
         return x, d
 
-    def push(self, x: np.ndarray, dx: np.ndarray) -> np.ndarray:
+    def push_steps(self, x: np.ndarray, dx: np.ndarray) -> np.ndarray:
         return dx
 
     def pull_steps(self, x: np.ndarray, cotangent: np.ndarray) -> np.ndarray:

@@ -50,6 +50,13 @@ FAULTS = [
         f"{FIT} -k tied",
     ),
     Fault(
+        "exact steps begin where approximate ones have lost a variance",
+        "openreml_nn/estimation/fit.py",
+        "gone[j] = bool(slope > 0)",
+        "gone[j] = False",
+        FIT,
+    ),
+    Fault(
         "the moment start does not follow the response",
         "openreml_nn/estimation/fit.py",
         "covariance.moment_start(scale * one)",

@@ -135,6 +135,20 @@ def test_options_that_have_no_effect_are_refused():
         anova(one, type="III")
 
 
+def test_terms_are_called_as_their_coefficients_are():
+    n = 40
+    x, z = torch.linspace(-1, 1, n).numpy(), np.arange(n) * 7 % 11
+    own = {"my x": x, "z": z, "my x:z": np.arange(n) * 5 % 13, "g": np.arange(n) % 8}
+    table = pd.DataFrame({"y": np.arange(n) * 3 % 17, **own})
+    result = lmm("y ~ `my x` * log(z + 1) + (1 | g)", table)
+    names = [name for name in result.fixed.names if name != "(Intercept)"]
+    assert names == ["my x", "log(z + 1)", "my x:log(z + 1)"]
+    for kind in (1, 2, 3):
+        assert anova(result, type=kind)["name"].tolist() == names
+    alike = lmm("y ~ `my x` * z + `my x:z` + (1 | g)", table)
+    assert set(anova(alike)["name"]) == {"my x", "z", "`my x`:z", "`my x:z`"}
+
+
 def test_a_fit_of_an_intercept_has_no_term_to_test():
     assert len(anova(fitted("yield ~ 1 + (1 | Block)"))) == 0
 

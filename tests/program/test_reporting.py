@@ -139,7 +139,7 @@ def test_dollars_in_names_are_no_formulas(result):
     labels = caterpillar(result, "[red]g").axes[0].get_yticklabels()
     assert r"\$x^2\$" in {label.get_text() for label in labels}
     assert {label.get_text() for label in convergence(result).axes[1].get_legend().get_texts()} == {
-        "[red]g/g/sigma^2", "residual/sigma^2"
+        "[red]g/sigma^2", "residual/sigma^2"
     }  # fmt: skip
 
 

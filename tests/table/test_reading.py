@@ -126,6 +126,22 @@ def test_options_of_text(tmp_path, case):
     same(in_chunks(tmp_path / "t.csv", **read), table)
 
 
+def test_long_text_in_utf_16_is_read_as_short_text_is(tmp_path):
+    table = pd.DataFrame({"a": range(9000), "b": "é"}).assign(c="0")
+    table.loc[8999, "c"] = "07"  # a late leading zero, beyond the rows that types are guessed from
+    table.to_csv(tmp_path / "t.csv", index=False, encoding="utf-16")
+    same(read_table(tmp_path / "t.csv", encoding="utf-16"), table)
+    same(in_chunks(tmp_path / "t.csv", encoding="utf-16"), table)
+
+
+def test_points_are_no_decimal_commas(tmp_path):
+    (tmp_path / "t.csv").write_text("a;b\n2,5;1,5\n1.234;2\n")
+    for read in (read_table, in_chunks):
+        found = read(tmp_path / "t.csv", separator=";", decimal=",")
+        assert found["a"].tolist() == ["2,5", "1.234"]  # 1234 in German: it was 1.234 before
+        assert found["b"].tolist() == [1.5, 2]
+
+
 def test_comments_headers_and_marks(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text('# exported\ny, x ,g\n1,2,"a # b"\n# between\n3,.,b # later\n5,-,NA\n')

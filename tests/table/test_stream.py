@@ -262,6 +262,18 @@ def test_errors_are_those_of_the_input(tmp_path, formula, message):
         fit_stream(formula, path, chunk_rows=50, progress=False)
 
 
+@pytest.mark.filterwarnings("ignore:.*rows left out")
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_rows_of_chunks_are_counted_as_those_of_the_file(tmp_path, suffix):
+    table = pd.DataFrame({"y": np.arange(20.0) % 7, "x": np.arange(20.0) % 5, "g": [*"abcd"] * 5})
+    table.loc[3, "y"], table.loc[17, "x"] = np.nan, np.inf
+    path = tmp_path / f"t.{suffix}"
+    table.to_csv(path, index=False) if suffix == "csv" else table.to_parquet(path)
+    for rows in (None, 6):
+        with pytest.raises(InputError, match="'x' is inf in row 18"):
+            lmm("y ~ x + (1 | g)", path, chunk_rows=rows)
+
+
 def test_files_that_are_none(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         fit_stream("y ~ 1", tmp_path / "none.parquet")

@@ -142,9 +142,10 @@ TEN = pd.DataFrame({"y": 1.0, "x": np.arange(10.0), "f": list("aabbccabca")})
 )
 def test_levels_and_their_rows_are_those_of_r(part, expected):
     written = names(f"0 + {part}", TEN)
-    assert all(map(str.endswith, written, expected))
     counts = Encoder(f"y ~ 0 + {part}").fit(TEN).X.sum(0).tolist()
-    assert {n[-len(level) :]: c for n, level, c in zip(written, expected, counts)} == expected
+    assert counts == list(expected.values())
+    for name, level in zip(written, expected, strict=True):
+        assert name.endswith(level)
 
 
 def test_powers_and_contrasts_by_name_are_those_of_r():
@@ -162,7 +163,7 @@ def test_powers_and_contrasts_by_name_are_those_of_r():
         ("cut(x, 3, labels = c('a', 'b'))", "2 `labels` for 3 intervals"),
         ("cut(y, 3)", "has one level"),
         ("factor(f, levels = c('a', 'a'))", "`levels` has one twice"),
-        ("C(f, contr.none)", "expected one of contr.treatment|not allowed"),
+        ("C(f, contr.none)", r"'contr.none\(\)' is not allowed"),
         ("C(f, contr.sum(base = 1))", "only contr.treatment takes an option"),
         ("C(f, contr.treatment('z'))", "base 'z' is no level"),
         ("ns(x, degree = 2)", "natural splines are cubic"),
@@ -170,7 +171,7 @@ def test_powers_and_contrasts_by_name_are_those_of_r():
         ("bs(x, 2)", "`df` is too small for this degree"),
         ("log(poly(x, 2))", "has 2 columns: expected one"),
         ("log('a')", "is no term: it has no column"),
-        ("I(x + 'a')", "is no number|expected numbers"),
+        ("I(x + 'a')", "is no number"),
         ("log(ifelse(x > 1, f, 'a'))", "has labels: expected numbers"),
         ("scale(y)", "the scale is zero"),
     ],
@@ -434,7 +435,23 @@ def test_a_text_column_that_is_told_to_be_a_factor_is_one():
     [
         ([f"{i}.01.2026" for i in range(1, 13)], "column 't' holds dates"),
         ([f"1/{i}/26" for i in range(1, 13)], "column 't' holds dates"),
-        ([f"17,{i}" for i in range(11)] + ["18"], "decimal comma, such as '17,0': expected"),
+        (
+            [f"{i}.01.26" for i in range(1, 12)] + ["?"],
+            "dates, times or durations, such as '1.01.26'",
+        ),
+        ([f"2026-01-{i}" for i in range(10, 21)] + ["later"], "'t' holds dates, times or"),
+        (
+            [f"17,{i}" for i in range(11)] + ["18"],
+            "text of numbers, such as '17,0' in row 1 beside '18': exp",
+        ),
+        ([f" 17,{i}" for i in range(12)], "text of numbers, such as ' 17,0' in row 1: expected"),
+        (
+            [f"1.7{i:02d},5" for i in range(12)],
+            "text of numbers, such as '1.700,5' in row 1: expected",
+        ),
+        ([f"1,{i:03d},000" for i in range(12)], "text of numbers, such as '1,000,000' in row 1: "),
+        ([f"{i}.5" for i in range(11)] + ["3,5"], "such as '3,5' in row 12 beside '0.5': expected"),
+        ([f"{i}.5" for i in range(12)], "text of numbers, such as '0.5': expected"),
         ([f"17,{i}" for i in range(11)] + ["k.A."], "found 'k.A.' in row 12 among numbers"),
     ],
 )
@@ -442,12 +459,22 @@ def test_text_that_is_no_factor_is_refused_among_the_effects(values, message):
     table = pd.DataFrame({"t": np.array(values * 2, dtype=object), "y": np.arange(24.0) % 7})
     with pytest.raises(InputError, match=message):
         Encoder("y ~ t").fit(table)
+    for rows in (1, 5):  # in chunks that have too few values to tell
+        encoder = Encoder("y ~ t")
+        with pytest.raises(InputError, match=message):
+            encoder.survey(table[i : i + rows] for i in range(0, len(table), rows))
     # As labels of a grouping factor, or where a factor is asked for, they are as they are.
     assert len(Encoder("y ~ 1 + (1 | t)").fit(table).random[0].levels) == 12
     assert len(names("factor(t)", table)) == len(names("t", table, categorical=["t"])) == 12
 
 
-@pytest.mark.parametrize("labels", [["1,2", "2,3"], ["1/2", "3/4"], ["1-2-3", "a"], ["10.1", "b"]])
+@pytest.mark.parametrize(
+    "labels",
+    [
+        *(["1,2", "2,3"], ["1/2", "3/4"], ["1-2-3", "a"], ["10.1", "b"]),
+        *(["1.0.10", "1.0.11"], ["13.13.13", "1.1.10"], ["2026-13-01", "2026-14-01"]),
+    ],
+)
 def test_labels_with_marks_of_numbers_stay_labels(labels):
     table = pd.DataFrame({"t": np.array(labels * 6, dtype=object), "y": np.arange(12.0) % 5})
     assert len(names("t", table)) == 2
