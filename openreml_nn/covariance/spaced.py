@@ -42,7 +42,8 @@ class SpacedMatrix(Matrix):
     """A covariance of rows at distances.
 
     Args:
-        distance: (n, n) distances, or n places on a line, (n,), all different.
+        distance: (n, n) distances, or n places on a line, (n,), all different; those far from zero are held
+            as what they are beyond one of them.
         param_specs: see :class:`Matrix`.
     """
 
@@ -50,7 +51,8 @@ class SpacedMatrix(Matrix):
 
     def __init__(self, distance: Tensor, param_specs: Mapping[str, Any]) -> None:
         super().__init__((len(distance), len(distance)), param_specs)
-        self.register_data("distance", distance)
+        self._origin = _origin_of(distance)
+        self.register_data("distance", distance - self._origin if self._origin else distance)
         self._series: tuple[Tensor, Tensor] | None = None
         self._known: tuple[Tensor, DecayPrecision] | None = None
 
@@ -151,6 +153,7 @@ class SpacedMatrix(Matrix):
             InputError: if the places are known by their distances.
         """
         self._check_has_places()
+        places = places - self._origin
         rate, own = self.rate(), self.distance.to(places)
         known, order = own.sort()
         at = places[:, 0].contiguous()
@@ -168,6 +171,16 @@ class SpacedMatrix(Matrix):
         weights = torch.where(same.any(1, keepdim=True), same.to(weights), weights)
         left = torch.where(same.any(1), 0.0, d[:, 0] * d[:, 1] / both)
         return order[sides], weights, left
+
+
+def _origin_of(distance: Tensor) -> float:
+    """What is taken off places on a line: as dates in seconds, those that are further from zero than from
+    each other would not differ in a type of fewer digits. Nothing is rounded by it."""
+    if distance.dim() == 2 or distance.is_meta:
+        return 0.0
+    low, high = float(distance.min()), float(distance.max())
+    nearest = low if low > 0 else high
+    return nearest if low * high > 0 and abs(nearest) > high - low else 0.0
 
 
 def shortest(distance: Tensor) -> float:

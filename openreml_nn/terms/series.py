@@ -216,10 +216,8 @@ class DecayPrecision(ChainPrecision):
         since = float(x[0]) * self._since
         d = -np.expm1(-2 * since)
         if not (d > 0).all():
-            at = float(self._times[self._own[int((~(d > 0)).argmax())]])
-            raise NumericalError(
-                f"the time before {at:.6g} in its series has a correlation of 1 with it"
-            )
+            apart = float(self._since[int((~(d > 0)).argmax())])
+            raise NumericalError(f"times {apart:.6g} apart in a series have a correlation of 1")
         return np.exp(-since), d
 
     def push_steps(self, x: np.ndarray, dx: np.ndarray) -> np.ndarray:

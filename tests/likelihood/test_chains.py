@@ -118,6 +118,18 @@ def test_places_on_a_line_have_the_matrix_of_their_distances(kind):
     torch.testing.assert_close(line(), apart(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("n", [20, 205])
+def test_times_far_from_zero_keep_their_digits_in_float32(n):
+    y, X, found = torch.linspace(-1, 1, n) ** 2, torch.ones(n, 1), []
+    for origin in (0.0, 1.7e9):  # as seconds since 1970
+        V = Sum(ExponentialMatrix(100 * times(n) + origin)).double()
+        V.operands["op_0"].moment_start(torch.ones(n).double())
+        expected = REMLLoss(V)(y.double(), X.double())
+        found.append(REMLLoss(V.float())(y.float(), X.float()))
+        torch.testing.assert_close(found[-1], expected.float(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=0)
+
+
 def test_processes_at_times_of_series_have_their_derivatives():
     whole = ContinuousAR1Matrix(times(9)), ExponentialMatrix(times(9))
     series, at = torch.tensor([0, 0, 1, 0, 1]), torch.tensor([0, 4, 5, 8, 4])
