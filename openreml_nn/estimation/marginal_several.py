@@ -11,16 +11,11 @@ import torch
 from openreml_nn.covariance import Matrix
 from openreml_nn.estimation.marginal_start import set_start
 from openreml_nn.estimation.marginal_steps import MarginalFit
-from openreml_nn.estimation.starts import REACHES, reaches
+from openreml_nn.estimation.starts import FIRST_STEPS, REACHES, SAME_OPTIMUM, reaches
 from openreml_nn.result import Start
 from openreml_nn.support.errors import NumericalError
 
 __all__ = ["climb_from_reaches", "may_end"]
-
-#: Each run takes so many steps; after that the best one goes on.
-_FIRST = 30
-#: Log-likelihoods that differ by less are of one maximum.
-_SAME = 1e-3
 
 
 def may_end(fit: MarginalFit) -> bool:
@@ -38,7 +33,7 @@ def climb_from_reaches(fit: MarginalFit, most: int) -> tuple[MarginalFit, bool, 
 
     Args:
         fit: the likelihood.
-        most: steps of a run, at most.
+        most: steps of a run, at most; after the first ones the best run alone goes on.
 
     Returns:
         The run that ended as the best, whether it has arrived, and where the others ended.
@@ -57,7 +52,7 @@ def climb_from_reaches(fit: MarginalFit, most: int) -> tuple[MarginalFit, bool, 
                 parameter.copy_(value)
         try:
             set_start(run, partial(_start_at, reach_of))
-            runs.append((run, run.climb(min(most, _FIRST))))
+            runs.append((run, run.climb(min(most, FIRST_STEPS))))
         except NumericalError as error:
             failure = failure or error
     if failure is not None and not runs:
@@ -68,13 +63,13 @@ def climb_from_reaches(fit: MarginalFit, most: int) -> tuple[MarginalFit, bool, 
             -run.value + run.jacobian,
             len(run.history),
             converged,
-            abs(run.value - best.value) < _SAME,
+            abs(run.value - best.value) < SAME_OPTIMUM,
             run.history[-1].parameters if run.history else {},
         )
         for run, converged in runs
         if run is not best
     ]
-    if not arrived and most > _FIRST:
+    if not arrived and most > FIRST_STEPS:
         arrived = best.climb(most - len(best.history))
     return best, arrived, others
 

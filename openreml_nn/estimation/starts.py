@@ -19,6 +19,9 @@ from openreml_nn.support.errors import NumericalError
 
 __all__ = [
     "CLOSEST",
+    "FIRST_STEPS",
+    "REACHES",
+    "SAME_OPTIMUM",
     "SHORTEST",
     "climb",
     "climb_from_several",
@@ -50,9 +53,9 @@ _STALLED = 5
 #: them promised, half of the square of its score norm: it is on a ridge to infinity.
 _CRAWL = 0.01
 #: Each run takes so many steps first; after that a run goes on only where it may end as the best.
-_FIRST = 30
+FIRST_STEPS = 30
 #: Log-likelihoods that differ by less are of one optimum.
-_SAME = 1e-3
+SAME_OPTIMUM = 1e-3
 
 
 @dataclass(eq=False)
@@ -79,11 +82,16 @@ class _Run:
             most: steps that a run may take.
         """
         left = most - len(self.history)
-        if self.converged or left <= 0 or len(self.history) < _FIRST or self.history[-1].step == 0:
+        if (
+            self.converged
+            or left <= 0
+            or len(self.history) < FIRST_STEPS
+            or self.history[-1].step == 0
+        ):
             return False
         if self.log_likelihood >= top:
             return True
-        return self.log_likelihood + _rise(self.history) / _STALLED * left > top + _SAME
+        return self.log_likelihood + _rise(self.history) / _STALLED * left > top + SAME_OPTIMUM
 
 
 def has_several_optima(objective: Objective) -> bool:
@@ -195,7 +203,7 @@ def climb_from_several(
         if coarse is not None:
             _approach(objective, coarse, most)
         try:
-            runs.append(_run(objective, min(most, _FIRST), runs))
+            runs.append(_run(objective, min(most, FIRST_STEPS), runs))
         except NumericalError as error:
             failure = error
     _go_on(objective, most, runs)
@@ -285,7 +293,8 @@ def _distance(curvature: Curvature) -> float:
 def _start(run: _Run, best: _Run) -> Start:
     end = run.end
     same = end is best or (
-        abs(end.log_likelihood - best.log_likelihood) < _SAME and _between(end, best) < _CLOSE
+        abs(end.log_likelihood - best.log_likelihood) < SAME_OPTIMUM
+        and _between(end, best) < _CLOSE
     )
     values = end.history[-1].parameters
     return Start(run.log_likelihood, len(run.history), run.converged, same, values)
